@@ -1,0 +1,70 @@
+"""What a change of each field of the spec does to a run that has begun.
+
+Live: applied as it is. Resume: the same run goes on from its last commit in a new gang. NewRun:
+the current run is stopped, the next one begins. The longest path that a field's path begins with
+decides; a test proves that every field of the spec is covered.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal
+
+FieldClass = Literal["Live", "Resume", "NewRun"]
+
+FIELD_CLASSES: Final[dict[str, FieldClass]] = {
+    "suspend": "Live",
+    "childrenTTLSecondsAfterFinished": "Live",
+    "failurePolicy": "Live",
+    "scheduling": "Resume",
+    "scheduling.startDeadlineSeconds": "Live",
+    "compute": "Resume",
+    "prepare": "Resume",
+    "storage": "Resume",
+    "storage.endpoint": "NewRun",
+    "storage.workspace": "NewRun",
+    "checkpoint": "Resume",
+    "checkpoint.metric": "NewRun",
+    "model": "NewRun",
+    "data": "NewRun",
+    "method": "NewRun",
+    "training": "NewRun",
+    "training.microBatchTokens": "Resume",
+    "training.gradientCheckpointing": "Resume",
+    "evaluation": "NewRun",
+    "output": "NewRun",
+    "rerunToken": "NewRun",
+}
+
+
+def field_class(path: str) -> FieldClass:
+    """Class of a dotted field path (without ``spec.``; list positions left out).
+
+    Raises:
+        KeyError: for a path that no row covers.
+    """
+    parts = path.split(".")
+    for end in range(len(parts), 0, -1):
+        row = FIELD_CLASSES.get(".".join(parts[:end]))
+        if row is not None:
+            return row
+    raise KeyError(path)
+
+
+def changed_classes(old: dict[str, Any], new: dict[str, Any]) -> dict[FieldClass, list[str]]:
+    """Dotted paths of the fields that differ between two defaulted specs, by class."""
+    found: dict[FieldClass, list[str]] = {}
+    for path in _differences(old, new, ""):
+        found.setdefault(field_class(path), []).append(path)
+    return found
+
+
+def _differences(old: Any, new: Any, path: str) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            difference
+            for key in sorted(old.keys() | new.keys())
+            for difference in _differences(
+                old.get(key), new.get(key), f"{path}.{key}" if path else key
+            )
+        ]
+    return [] if old == new else [path]

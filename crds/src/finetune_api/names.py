@@ -1,0 +1,124 @@
+"""Every string that two parts must spell alike: group, labels, reasons, environment, paths, codes."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Final, Literal
+
+GROUP: Final = "finetune-operator.dev"
+VERSION: Final = "v1alpha1"
+API_VERSION: Final = f"{GROUP}/{VERSION}"
+KIND: Final = "FineTuneJob"
+PLURAL: Final = "finetunejobs"
+SINGULAR: Final = "finetunejob"
+SHORT_NAMES: Final = ("ftj",)
+
+FIELD_OWNER: Final = "finetune-operator"
+"""Field manager of everything the operator applies."""
+
+# --- labels: one set on every child -------------------------------------------------------------
+LABEL_MANAGED_BY: Final = "app.kubernetes.io/managed-by"
+MANAGED_BY: Final = "finetune-operator"
+LABEL_NAME: Final = "app.kubernetes.io/name"
+APP_NAME: Final = "finetune-trainer"
+LABEL_JOB_UID: Final = f"{GROUP}/job-uid"
+LABEL_JOB_NAME: Final = f"{GROUP}/job-name"
+"""Name of the FineTuneJob, where it fits a label (63 characters); for people and selectors."""
+LABEL_RUN: Final = f"{GROUP}/run"
+LABEL_REVISION: Final = f"{GROUP}/revision"
+LABEL_ROLE: Final = f"{GROUP}/role"
+LABEL_QUEUE: Final = "kueue.x-k8s.io/queue-name"
+
+Role = Literal["prepare", "train", "publish"]
+ROLES: Final[tuple[Role, ...]] = ("prepare", "train", "publish")
+
+# --- inside a pod -------------------------------------------------------------------------------
+CONTAINER: Final = "trainer"
+ORDER_PATH: Final = "/etc/finetune/order.json"
+"""Where the run's order (``finetune_api.order.RunOrder``) is mounted."""
+ORDER_KEY: Final = "order.json"
+PVC_ROOT: Final = "/var/run/finetune/pvc"
+"""Claims of ``pvc://claim/path`` sources are mounted at ``PVC_ROOT/claim``."""
+SCRATCH: Final = "/var/run/finetune/scratch"
+"""Writable emptyDir: HOME, TMPDIR, caches, the supervisor's files."""
+TERMINATION_PATH: Final = "/var/run/finetune/termination/message"
+METRICS_PORT: Final = 8000
+METRICS_PORT_NAME: Final = "metrics"
+RENDEZVOUS_PORT: Final = 29400
+RENDEZVOUS_PORT_NAME: Final = "rendezvous"
+
+ENV_ORDER: Final = "FINETUNE_ORDER"
+"""Overrides ORDER_PATH."""
+ENV_PVC_ROOT: Final = "FINETUNE_PVC_ROOT"
+ENV_SCRATCH: Final = "FINETUNE_SCRATCH"
+ENV_TERMINATION: Final = "FINETUNE_TERMINATION"
+ENV_METRICS_PORT: Final = "FINETUNE_METRICS_PORT"
+ENV_NODES: Final = "FINETUNE_NODES"
+ENV_NODE_RANK: Final = "FINETUNE_NODE_RANK"
+ENV_PROCESSES: Final = "FINETUNE_PROCESSES_PER_NODE"
+ENV_RENDEZVOUS: Final = "FINETUNE_RENDEZVOUS"
+"""host:port of the rendezvous store, in the pod of node rank 0."""
+ENV_GRACE_SECONDS: Final = "FINETUNE_GRACE_SECONDS"
+ENV_POD: Final = "FINETUNE_POD"
+ENV_NODE: Final = "FINETUNE_NODE"
+
+
+def storage_env(profile: int, key: str) -> str:
+    """Environment variable that holds ``key`` (e.g. AWS_ACCESS_KEY_ID) of a storage profile."""
+    return f"FINETUNE_STORAGE_{profile}_{key}"
+
+
+SECRET_KEYS: Final[dict[str, bool]] = {
+    "AWS_ACCESS_KEY_ID": True,
+    "AWS_SECRET_ACCESS_KEY": True,
+    "AWS_SESSION_TOKEN": False,
+    "HF_TOKEN": False,
+}
+"""Keys read of a storage Secret, and whether a Secret must have them."""
+
+
+# --- verdicts -----------------------------------------------------------------------------------
+FailureClass = Literal[
+    "UserError",
+    "DataError",
+    "OutOfMemory",
+    "Diverged",
+    "NodeFailure",
+    "Preempted",
+    "Stalled",
+    "ImagePull",
+    "Storage",
+    "Internal",
+]
+
+
+class ExitCode(IntEnum):
+    """Exit codes of the trainer's containers. 10 to 19 cannot be mended by another try."""
+
+    OK = 0
+    USER_ERROR = 10
+    DATA_ERROR = 11
+    STORAGE_DENIED = 12
+    DIVERGED = 13
+    OUT_OF_MEMORY = 14
+    INTERNAL = 15
+    FENCED = 16
+    """A newer attempt has taken the run; this one must not go on."""
+    NODE_FAILURE = 20
+    STORAGE_UNAVAILABLE = 21
+    STALLED = 22
+    INTERRUPTED = 23
+    """Stopped by SIGTERM after its state was saved."""
+
+
+FINAL_EXIT_CODES: Final = tuple(int(c) for c in ExitCode if 10 <= c < 20)
+
+# Condition types and the reasons they carry. Reasons are API: they are matched by scripts.
+Condition = Literal[
+    "Prepared", "Running", "Evaluated", "Published", "Suspended", "Complete", "Failed",
+    "Ready", "Reconciling", "Stalled",
+]  # fmt: skip
+Phase = Literal[
+    "Pending", "Preparing", "Queued", "Starting", "Training", "Publishing", "Suspended",
+    "Complete", "Failed",
+]  # fmt: skip

@@ -1,0 +1,187 @@
+"""What the trainer says: ``/progress``, the termination message, and ``metrics.json``.
+
+Figures are plain JSON numbers here; the operator writes them to status as strings.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final, Literal
+
+from pydantic import Field
+
+from finetune_api.base import Model
+from finetune_api.names import FailureClass
+
+TERMINATION_LIMIT: Final = 4096
+"""Bytes that Kubernetes keeps of a termination message."""
+
+
+class Progress(Model):
+    """``GET /progress`` of the gang's first process."""
+
+    run: str
+    """Identity of the run; addresses are reused, so a reader must compare it."""
+    attempt: int
+    """Attempt that took the run's HEAD, from 1."""
+    restarts: int
+    """Attempts that took over from one that did not end by itself."""
+    stage: Literal["Loading", "Baseline", "Training", "Evaluating", "Saving", "Testing", "Done"]
+    """What the gang is doing."""
+    step: int = 0
+    """Optimizer steps done."""
+    total_steps: int = 0
+    """Optimizer steps of the run."""
+    epoch: float = 0.0
+    """Passes over the training data done."""
+    loss: float | None = None
+    """Training loss per supervised token (nats), mean since the last log point."""
+    learning_rate: float | None = None
+    """Learning rate of the last step."""
+    tokens_per_second: float | None = None
+    """Real tokens trained per second, whole gang."""
+    remaining_seconds: float | None = None
+    """Expected time to the end of training."""
+    latest_checkpoint: str | None = None
+    """Address of the newest commit."""
+    best_checkpoint: str | None = None
+    """Address of the best commit."""
+    training_seconds: float = 0.0
+    """Wall time since this attempt began."""
+    lost_seconds: float = 0.0
+    """Wall time of work that earlier attempts did and lost: from their last commit to their
+    end."""
+    updated: float = 0.0
+    """Unix time of this state."""
+
+
+class Failure(Model):
+    """Why a container ended."""
+
+    failure_class: FailureClass = Field(alias="class")
+    """Kind of the cause."""
+    reason: str
+    """CamelCase word for scripts, e.g. MalformedRecord."""
+    message: str
+    """What happened, where, and what to do, for a person."""
+    retryable: bool = False
+    """Whether another try can mend it."""
+
+
+class PreparedSummary(Model):
+    """What prepare found, in numbers."""
+
+    digest: str
+    """Content digest of the prepared data."""
+    uri: str
+    """Where the prepared data is."""
+    reused: bool
+    """Whether it was there already."""
+    train_samples: int
+    """Samples to train on."""
+    validation_samples: int
+    """Samples held out for validation."""
+    test_samples: int
+    """Samples held out for the test."""
+    train_tokens: int
+    """Tokens of the training samples."""
+    supervised_tokens: int
+    """Tokens of them that are learned."""
+    dropped: dict[str, int] = {}
+    """Records left out, by cause."""
+    total_steps: int
+    """Optimizer steps that the training will take."""
+
+
+Metrics = dict[str, float]
+"""Metric name (spec spelling) to value; Bleu and Rouge from 0 to 100 and 0 to 1 as their packages
+give them."""
+
+
+class DataSetScores(Model):
+    """Test metrics of one data set."""
+
+    name: str
+    """Name of the set."""
+    samples: int
+    """Samples measured."""
+    untuned: Metrics
+    """Of the model as it was."""
+    tuned: Metrics
+    """Of the tuned model."""
+
+
+class TrainSummary(Model):
+    """What the gang did."""
+
+    attempt: int
+    """Attempt that finished."""
+    restarts: int
+    """Incidents survived."""
+    steps: int
+    """Optimizer steps done."""
+    stopped_early: bool = False
+    """Whether early stopping ended it."""
+    loss: float | None = None
+    """Last training loss."""
+    checkpoint: str | None = None
+    """Address of the commit chosen for publishing."""
+    checkpoint_step: int | None = None
+    """Its step."""
+    scores: list[DataSetScores] = []
+    """Test metrics by data set; cut from the termination message first if it grows too long."""
+    training_seconds: float = 0.0
+    """Wall time of all attempts."""
+    lost_seconds: float = 0.0
+    """Wall time of work that was lost with an attempt."""
+
+
+class PublishSummary(Model):
+    """What was published."""
+
+    uri: str
+    """Address of the model."""
+    digest: str
+    """sha256 of its manifest."""
+    formats: list[str]
+    """adapter, merged."""
+    bytes: int
+    """Size of all published files."""
+
+
+class Termination(Model):
+    """The last word of a container, at most 4 KiB of JSON."""
+
+    run: str
+    """Identity of the run."""
+    role: Literal["prepare", "train", "publish"]
+    """Stage."""
+    failure: Failure | None = None
+    """Why it failed; absent after success."""
+    prepared: PreparedSummary | None = None
+    """Of prepare."""
+    trained: TrainSummary | None = None
+    """Of train."""
+    published: PublishSummary | None = None
+    """Of publish."""
+
+    def to_text(self) -> str:
+        """JSON of at most TERMINATION_LIMIT bytes: a long failure message is shortened in its
+        middle, then scores are left out (metrics.json in storage has them)."""
+        text = _compact(self.to_json())
+        if len(text.encode()) <= TERMINATION_LIMIT:
+            return text
+        raw = self.to_json()
+        if raw.get("trained"):
+            raw["trained"]["scores"] = []
+        if raw.get("failure"):
+            message = raw["failure"]["message"]
+            raw["failure"]["message"] = f"{message[:900]} … {message[-900:]}"
+            while len(_compact(raw).encode()) > TERMINATION_LIMIT:
+                message = raw["failure"]["message"]
+                raw["failure"]["message"] = message[: len(message) * 3 // 4]
+        return _compact(raw)
+
+
+def _compact(raw: Any) -> str:
+    return json.dumps(raw, separators=(",", ":"), ensure_ascii=False)

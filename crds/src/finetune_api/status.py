@@ -1,0 +1,199 @@
+"""``status`` of a FineTuneJob: what a user reads back. Numbers with a fraction are strings."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from finetune_api.base import Model
+from finetune_api.names import FailureClass, Phase
+
+Time = Annotated[str, StringConstraints(max_length=32), Field(json_schema_extra={"format": "date-time"})]
+Word = Annotated[str, StringConstraints(max_length=256)]
+Message = Annotated[str, StringConstraints(max_length=4096)]
+Uri = Annotated[str, StringConstraints(max_length=2048)]
+Number = Annotated[str, StringConstraints(max_length=32)]
+
+
+class Condition(Model):
+    """One observation, by Kubernetes' conventions."""
+
+    type: Word
+    """What is observed."""
+    status: Literal["True", "False", "Unknown"]
+    """Whether it holds."""
+    observed_generation: int | None = None
+    """Generation of the spec that it was observed for."""
+    last_transition_time: Time
+    """When status last changed."""
+    reason: Word
+    """CamelCase word for scripts."""
+    message: Message
+    """For people."""
+
+
+class Run(Model):
+    """One run of the job."""
+
+    id: Word
+    """`<number>-<five characters of the job's uid>`."""
+    number: int
+    """Number of the run, from 1."""
+    revision: int = 1
+    """Gang of the run: raised when compute, scheduling or image change while it runs."""
+    attempt: int = 0
+    """Attempt of the gang, counted in storage."""
+    start_time: Time | None = None
+    """When the run began."""
+    completion_time: Time | None = None
+    """When it ended."""
+    rerun_token: Word | None = None
+    """spec.rerunToken that it began with."""
+    outcome: Literal["Complete", "Failed", "Superseded"] | None = None
+    """How it ended."""
+    output: Uri | None = None
+    """Address of its model, where one was published."""
+
+
+class Prepared(Model):
+    """What prepare found."""
+
+    uri: Uri
+    """Where the prepared data is (tokenized records of yours: see the retention in the docs)."""
+    digest: Word
+    """Content digest."""
+    train_samples: int
+    """Samples to train on."""
+    validation_samples: int
+    """Samples held out for validation."""
+    test_samples: int
+    """Samples held out for the test."""
+    train_tokens: int
+    """Tokens of the training samples."""
+    reused: bool
+    """Whether the data was prepared already."""
+
+
+class ProgressStatus(Model):
+    """Where the training stands."""
+
+    stage: Word
+    """What the gang is doing."""
+    step: int
+    """Optimizer steps done."""
+    total_steps: int
+    """Optimizer steps of the run."""
+    percent: int
+    """Share of the steps done."""
+    epoch: Number
+    """Passes over the data done."""
+    loss: Number | None = None
+    """Training loss per supervised token, in nats."""
+    learning_rate: Number | None = None
+    """Learning rate of the last step."""
+    tokens_per_second: Number | None = None
+    """Real tokens trained per second."""
+    remaining: Word | None = None
+    """Expected time to the end of training, e.g. `2m10s`."""
+    estimated_completion_time: Time | None = None
+    """When training is expected to end."""
+    last_update_time: Time
+    """When this was read from the gang."""
+
+
+class Checkpoints(Model):
+    """Commits of the run."""
+
+    latest: Uri | None = None
+    """Newest commit."""
+    best: Uri | None = None
+    """Best commit by spec.checkpoint.metric."""
+
+
+class MetricValue(Model):
+    """One metric of one data set."""
+
+    data_set: Word
+    """Name of the data set."""
+    metric: Word
+    """Name of the metric."""
+    untuned: Number | None = None
+    """Of the model as it was."""
+    tuned: Number | None = None
+    """Of the tuned model."""
+    gain: Number | None = None
+    """tuned - untuned."""
+
+
+class OutputStatus(Model):
+    """What was published."""
+
+    uri: Uri
+    """Address of the model."""
+    digest: Word
+    """sha256 of its manifest.json."""
+    formats: list[Word] = []
+    """adapter, merged."""
+
+
+class Usage(Model):
+    """What the run cost."""
+
+    gpu_seconds: int = 0
+    """GPUs times seconds that gangs held them."""
+    wasted_gpu_seconds: int = 0
+    """Of them, spent on work that was lost with an attempt."""
+    queued_seconds: int = 0
+    """Seconds between the gang's Job and the first second in which all its pods ran."""
+
+
+class FailureStatus(Model):
+    """Why the run failed, and what to do."""
+
+    failure_class: FailureClass = Field(alias="class")
+    """Kind of the cause."""
+    reason: Word
+    """CamelCase word for scripts."""
+    message: Message
+    """What happened, where, and what to do."""
+    pod: Word | None = None
+    """Pod that told it."""
+    node: Word | None = None
+    """Node of that pod."""
+    exit_code: int | None = None
+    """Exit code of its container."""
+    attempt: int | None = None
+    """Attempt that it ended."""
+
+
+class FineTuneJobStatus(Model):
+    """What a user reads back."""
+
+    observed_generation: int | None = None
+    """Generation of the spec that this status speaks of."""
+    phase: Phase | None = None
+    """Summary for printing; scripts read conditions."""
+    conditions: Annotated[list[Condition], Field(max_length=32)] = []
+    """Observations by type: Prepared, Running, Evaluated, Published, Suspended, Complete, Failed;
+    and for kstatus (Flux, Argo CD): Ready, Reconciling, Stalled."""
+    run: Run | None = None
+    """The current run."""
+    history: Annotated[list[Run], Field(max_length=10)] = []
+    """Earlier runs, newest first; the last ten."""
+    prepared: Prepared | None = None
+    """What prepare found."""
+    progress: ProgressStatus | None = None
+    """Where the training stands."""
+    checkpoints: Checkpoints | None = None
+    """Commits of the run."""
+    evaluation: Annotated[list[MetricValue], Field(max_length=256)] = []
+    """Test metrics, untuned and tuned."""
+    output: OutputStatus | None = None
+    """What was published."""
+    restarts: int = 0
+    """Incidents of the gang in this run."""
+    usage: Usage | None = None
+    """What the run cost."""
+    failure: FailureStatus | None = None
+    """Why the run failed, and what to do."""

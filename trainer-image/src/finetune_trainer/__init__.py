@@ -1,0 +1,1 @@
+"""The container of finetune-operator: prepare, train, evaluate, publish; and ``finetune run``."""
