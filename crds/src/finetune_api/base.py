@@ -1,45 +1,151 @@
 """How every model of the contract behaves: strict, frozen, camelCase, with rules in two languages.
 
 A cross-field rule is written once, as a ``Rule`` that holds its CEL expression (for the API server)
-beside its Python predicate (for files): tests run both over one table of specs.
+beside its Python predicate (for files); a string's form likewise, as a ``Spelling`` that says in
+words what is allowed. Tests run both sides over one table of specs.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
-from pydantic import model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 from pydantic.alias_generators import to_camel
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
 
 
 @dataclass(frozen=True)
 class Rule:
     """One cross-field rule of a model, for the API server and for Python.
 
-    ``message`` names what is allowed; ``holds`` gets the validated model.
+    ``message`` names what is allowed; ``holds`` gets the validated model; ``got`` names the fields
+    whose values are shown (``list[].field`` for those of a list's items). They must be there
+    whenever the rule does not hold.
     """
 
     cel: str
     message: str
     holds: Callable[[Any], bool]
+    got: tuple[str, ...]
+
+    def cel_message(self) -> str:
+        """CEL that spells the message and the values: the API server shows none of an object's."""
+        # format() is the one conversion to text whose cost the API server can estimate.
+        text = self.message.replace("%", "%%").replace("'", "\\'")
+        shown = ", ".join(f"{path} %s" for path in self.got)
+        return f"'{text}; got {shown}'.format([{', '.join(map(_cel_value, self.got))}])"
+
+    def text(self, model: Model) -> str:
+        """The message and the values of a model that breaks the rule."""
+        raw = model.to_json()
+        shown = ", ".join(f"{path} {_json_value(raw, path)}" for path in self.got)
+        return f"{self.message}; got {shown}"
+
+
+def _cel_value(path: str) -> str:
+    items, _, field = path.rpartition("[].")
+    if items:
+        return f"self.{items}.map(item, has(item.{field}) ? item.{field} : '(none)')"
+    return f"self.{path}"
+
+
+def _json_value(raw: Any, path: str) -> str:
+    items, _, field = path.rpartition("[].")
+    if items:
+        return json.dumps([item.get(field, "(none)") for item in raw[items]])
+    for part in path.split("."):
+        raw = raw[part]
+    return str(raw)
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """The form of a string: a pattern for both sides, and what it allows for people.
+
+    The pattern is read alike by RE2 (API server) and by Rust's regex (pydantic) as long as it
+    keeps to ASCII classes: no ``\\s``, ``\\w``, ``\\d``. ``allowed`` goes after "must be".
+    """
+
+    pattern: str
+    allowed: str
+    max_length: int
+    or_integer: bool = False
+    """Whether the API server takes whole numbers too (as quantities of Kubernetes)."""
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        text = core_schema.str_schema(pattern=self.pattern, strict=True)
+        form = core_schema.custom_error_schema(
+            text, "spelling", custom_error_message=f"must be {self.allowed}"
+        )
+        bounded = core_schema.chain_schema(
+            [core_schema.str_schema(max_length=self.max_length), form]
+        )
+        if not self.or_integer:
+            return bounded
+        return core_schema.no_info_before_validator_function(_number_as_text, bounded)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        cel = f"self.matches(r'{self.pattern}')"
+        result: JsonSchemaValue = {"type": "string", "maxLength": self.max_length}
+        if self.or_integer:
+            result["x-kubernetes-int-or-string"] = True
+            cel = f"type(self) == string ? {cel} : self >= 0"
+        rule = {"rule": cel, "message": f"must be {self.allowed}"}
+        return {**result, "x-kubernetes-validations": [rule]}
+
+
+def _number_as_text(value: Any) -> Any:
+    """Whole numbers as the API server takes them, in the one form that the rest of us handles."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return str(value) if whole else value
 
 
 class Model(BaseModel):
     """Base of every contract model: unknown fields refused, no coercion, immutable."""
 
     model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, alias_generator=to_camel, use_attribute_docstrings=True
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        alias_generator=to_camel,
+        use_attribute_docstrings=True,
     )
     RULES: ClassVar[tuple[Rule, ...]] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_on_the_api_server(cls, raw: Any) -> Any:
+        """Null is absent, and 3.0 is 3: so the API server takes them."""
+        if not isinstance(raw, dict):
+            return raw
+        return {
+            key: int(value) if isinstance(value, float) and value.is_integer() else value
+            for key, value in raw.items()
+            if value is not None
+        }
 
     @model_validator(mode="after")
     def _check_rules(self) -> Any:
         for rule in self.RULES:
             if not rule.holds(self):
-                raise ValueError(rule.message)
+                raise PydanticCustomError("rule", "{text}", {"text": rule.text(self)})
         return self
 
     def to_json(self) -> dict[str, Any]:
@@ -47,35 +153,52 @@ class Model(BaseModel):
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
-# Numbers with a fraction are strings (Kubernetes API conventions forbid floats); the patterns are
-# read alike by RE2 (API server) and by Rust's regex (pydantic).
+# Numbers with a fraction are strings (Kubernetes API conventions forbid floats).
 DecimalString = Annotated[
     str,
-    StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?$", max_length=32),
+    Spelling(
+        r"^[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?$",
+        'a number of zero or more, written as a string: "0.1", "2e-4"',
+        max_length=32,
+    ),
 ]
 """A number of zero or more, written as a string: "0.1", "2e-4"."""
 
 Fraction = Annotated[
-    str, StringConstraints(pattern=r"^(0(\.[0-9]+)?|1(\.0+)?)$", max_length=32)
+    str,
+    Spelling(
+        r"^(0(\.[0-9]+)?|1(\.0+)?)$",
+        'a number from 0 to 1, written as a string: "0.05"',
+        max_length=32,
+    ),
 ]
 """A number from 0 to 1, written as a string: "0.05"."""
 
 S3Uri = Annotated[
     str,
-    StringConstraints(pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^?#\s]*)?$", max_length=1024),
+    Spelling(
+        r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^?#\x00-\x20]*)?$",
+        "an address in object storage: s3://bucket/prefix",
+        max_length=1024,
+    ),
 ]
 """An address in object storage: s3://bucket/prefix."""
 
 DnsLabel = Annotated[
-    str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", min_length=1, max_length=63)
+    str,
+    Spelling(
+        r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$",
+        "lower-case letters, digits and '-', beginning and ending with a letter or digit",
+        max_length=63,
+    ),
 ]
 """A DNS label: lower-case letters, digits and '-', at most 63 characters."""
 
 DnsName = Annotated[
     str,
-    StringConstraints(
-        pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$",
-        min_length=1,
+    Spelling(
+        r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$",
+        "the name of a Kubernetes object: lower-case letters, digits, '-' and '.'",
         max_length=253,
     ),
 ]
@@ -99,20 +222,39 @@ class InvalidSpec(ValueError):
         self.problems = problems
 
 
+API_TYPES = {
+    "int_type": "integer",
+    "int_from_float": "integer",
+    "bool_type": "boolean",
+    "string_type": "string",
+    "list_type": "array",
+    "dict_type": "object",
+    "model_type": "object",
+}
+"""Pydantic's errors of type in the API server's words."""
+
+
 def explain(error: ValidationError, root: str = "spec") -> list[str]:
     """One line per fault of a pydantic error: the field's path, what is allowed, the value."""
-    lines = []
-    for item in error.errors(include_url=False):
-        path = root
-        for part in item["loc"]:
-            path += f"[{part}]" if isinstance(part, int) else f".{part}"
-        value = repr(item.get("input"))
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "missing":
-            lines.append(f"{path}: required, but absent")
-        elif item["type"] == "extra_forbidden":
-            lines.append(f"{path}: unknown field; see docs/reference.md for the fields there are")
-        else:
-            shown = value if len(value) <= 80 else value[:77] + "..."
-            lines.append(f"{path}: {message}; got {shown}")
-    return lines
+    return [_explain(item, root) for item in error.errors(include_url=False)]
+
+
+def _explain(item: ErrorDetails, root: str) -> str:
+    path, message = root, item["msg"].removeprefix("Value error, ")
+    location = item["loc"]
+    if location[-1:] == ("[key]",):
+        location, message = location[:-2], f"key: {message}"
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    value = repr(item["input"])
+    if item["type"] == "missing":
+        return f"{path}: required, but absent"
+    if item["type"] == "extra_forbidden":
+        return f"{path}: unknown field; see docs/reference.md for the fields there are"
+    if item["type"] == "rule":
+        return f"{path}: {message}"
+    if item["type"] in API_TYPES:
+        message = f"must be of type {API_TYPES[item['type']]}"
+    if item["type"] == "string_type" and isinstance(item["input"], int | float):
+        message += f' (write it in quotes: "{value}")'
+    return f"{path}: {message}; got {value if len(value) <= 80 else value[:77] + '...'}"

@@ -1,4 +1,4 @@
-"""Every string that two parts must spell alike: group, labels, reasons, environment, paths, codes."""
+"""Every string that two parts must spell alike: group, labels, reasons, paths, exit codes."""
 
 from __future__ import annotations
 

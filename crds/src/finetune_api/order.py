@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from finetune_api.base import InvalidSpec, Model, explain
 from finetune_api.identity import output_uri, run_uri
-from finetune_api.spec import FineTuneJobSpec, StorageAccess
+from finetune_api.spec import BaseModelSource, DataSource, FineTuneJobSpec, StorageAccess
 
 CONTRACT_VERSION: Final = 1
 """Raised with every change of order.json or of what the trainer says that an older trainer or
@@ -51,7 +51,7 @@ class RunOrder(Model):
     def storage_profiles(self) -> tuple[StorageAccess, ...]:
         """The different ways in which this run reaches object storage; 0 is ``spec.storage``."""
         profiles = [_plain(self.spec.storage)]
-        sources = [self.spec.model, *self.spec.data.train]
+        sources: list[BaseModelSource | DataSource] = [self.spec.model, *self.spec.data.train]
         sources += [*(self.spec.data.validation or []), *(self.spec.data.test or [])]
         for source in sources:
             if source.storage is not None and _plain(source.storage) not in profiles:

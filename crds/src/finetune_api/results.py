@@ -166,22 +166,28 @@ class Termination(Model):
     """Of publish."""
 
     def to_text(self) -> str:
-        """JSON of at most TERMINATION_LIMIT bytes: a long failure message is shortened in its
-        middle, then scores are left out (metrics.json in storage has them)."""
-        text = _compact(self.to_json())
-        if len(text.encode()) <= TERMINATION_LIMIT:
-            return text
+        """JSON of at most TERMINATION_LIMIT bytes. What is too long is left out in this order:
+        scores (metrics.json in storage has them), causes of dropped records (the data report has
+        them), the middle of the failure's message."""
         raw = self.to_json()
-        if raw.get("trained"):
-            raw["trained"]["scores"] = []
-        if raw.get("failure"):
-            message = raw["failure"]["message"]
-            raw["failure"]["message"] = f"{message[:900]} … {message[-900:]}"
-            while len(_compact(raw).encode()) > TERMINATION_LIMIT:
-                message = raw["failure"]["message"]
-                raw["failure"]["message"] = message[: len(message) * 3 // 4]
+        if _fits(raw):
+            return _compact(raw)
+        raw.get("trained", {}).pop("scores", None)
+        if not _fits(raw):
+            raw.get("prepared", {}).pop("dropped", None)
+        message = raw.get("failure", {}).get("message", "")
+        keep = len(message) // 2
+        while not _fits(raw) and keep > 0:
+            keep = keep * 3 // 4
+            raw["failure"]["message"] = f"{message[:keep]} … {message[len(message) - keep :]}"
         return _compact(raw)
 
 
+def _fits(raw: Any) -> bool:
+    return len(_compact(raw).encode()) <= TERMINATION_LIMIT
+
+
 def _compact(raw: Any) -> str:
-    return json.dumps(raw, separators=(",", ":"), ensure_ascii=False)
+    # Names of files may hold what is no Unicode: a container's last word must not die of it.
+    text = json.dumps(raw, separators=(",", ":"), ensure_ascii=False)
+    return text.encode(errors="replace").decode()

@@ -22,6 +22,7 @@ from finetune_api.base import (
     Model,
     Rule,
     S3Uri,
+    Spelling,
     Text,
     explain,
 )
@@ -34,15 +35,28 @@ Metric = Literal[
 # On a cluster a source is remote or a mounted claim; `finetune run` also takes paths of its own
 # machine, which it serves as s3:// before the spec is validated (one schema for both).
 ModelUri = Annotated[
-    str, StringConstraints(pattern=r"^(s3|hf|pvc)://[a-zA-Z0-9][^\s?#]*$", max_length=1024)
+    str,
+    Spelling(
+        r"^(s3|hf|pvc)://[a-zA-Z0-9][^?#\x00-\x20]*$",
+        "s3://bucket/prefix, hf://organisation/name@revision or pvc://claim/path",
+        max_length=1024,
+    ),
 ]
 DataUri = Annotated[
-    str, StringConstraints(pattern=r"^(s3|pvc)://[a-z0-9][^\s?#]*$", max_length=1024)
+    str,
+    Spelling(
+        r"^(s3|pvc)://[a-z0-9][^?#\x00-\x20]*$",
+        "s3://bucket/prefix/*.jsonl or pvc://claim/path",
+        max_length=1024,
+    ),
 ]
 Quantity = Annotated[
     str,
-    StringConstraints(
-        pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi|E|Ei|e[0-9]+)?$", max_length=32
+    Spelling(
+        r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi|E|Ei|e[0-9]+)?$",
+        'a quantity of Kubernetes: 4, "500m", 16Gi',
+        max_length=32,
+        or_integer=True,
     ),
 ]
 QualifiedName = Annotated[str, StringConstraints(min_length=1, max_length=317)]
@@ -62,10 +76,20 @@ class StorageAccess(Model):
     """How one place of object storage is reached."""
 
     endpoint: (
-        Annotated[str, StringConstraints(pattern=r"^https?://[^\s/?#]+/?$", max_length=512)] | None
+        Annotated[
+            str,
+            Spelling(
+                r"^https?://[^/?#\x00-\x20]+/?$",
+                "the URL of a server, without a path: https://s3.example.com",
+                max_length=512,
+            ),
+        ]
+        | None
     ) = None
     """URL of an S3-compatible server. Absent: Amazon S3 of the region."""
-    region: Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]+$", max_length=64)] = "us-east-1"
+    region: Annotated[
+        str, Spelling(r"^[a-z0-9-]+$", "the name of a region: us-east-1", max_length=64)
+    ] = "us-east-1"
     """Region that requests are signed for."""
     secret_ref: SecretReference | None = None
     """Secret that holds the access keys. Absent: the pod's own identity (a service account bound
@@ -86,6 +110,7 @@ class Storage(StorageAccess):
             "!(has(self.secretRef) && has(self.serviceAccountName))",
             "secretRef and serviceAccountName exclude each other: give one of them",
             lambda s: not (s.secret_ref and s.service_account_name),
+            ("secretRef.name", "serviceAccountName"),
         ),
     )
 
@@ -130,10 +155,10 @@ class DataSource(Model):
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            "!has(self.template) || !has(self.format)"
-            " || !(self.format in ['Messages', 'Text'])",
+            "!has(self.template) || !has(self.format) || !(self.format in ['Messages', 'Text'])",
             "template does not go with format Messages or Text: leave one of them out",
             lambda s: s.template is None or s.format not in ("Messages", "Text"),
+            ("format",),
         ),
     )
 
@@ -156,9 +181,11 @@ class Split(Model):
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            "double(self.validation) + double(self.test) < 1.0",
+            "[self.validation, self.test].exists(share, !share.matches('^[0-9.]+$'))"
+            " || double(self.validation) + double(self.test) < 1.0",
             "validation and test together must be below 1: something must be left to train on",
             lambda s: float(s.validation) + float(s.test) < 1.0,
+            ("validation", "test"),
         ),
     )
 
@@ -172,6 +199,20 @@ class Quality(Model):
     """What happens to a sample of more than `training.maxLength` tokens. Truncate cuts the
     beginning of the prompt (the completion is kept), Drop leaves the sample out, Fail ends the job.
     The data report counts them."""
+
+
+def _names_differ(field: str) -> Rule:
+    def holds(data: Data) -> bool:
+        names = [s.name for s in getattr(data, field) or [] if s.name is not None]
+        return len(names) == len(set(names))
+
+    return Rule(
+        f"!has(self.{field}) || self.{field}.all(a, !has(a.name) ||"
+        f" self.{field}.filter(b, has(b.name) && b.name == a.name).size() == 1)",
+        f"names in {field} must differ: each set has its own metrics",
+        holds,
+        (f"{field}[].name",),
+    )
 
 
 class Data(Model):
@@ -189,19 +230,8 @@ class Data(Model):
     """What is done about faults of the data."""
 
     RULES: ClassVar[tuple[Rule, ...]] = tuple(
-        Rule(
-            f"!has(self.{field}) || self.{field}.all(a, !has(a.name) ||"
-            f" self.{field}.filter(b, has(b.name) && b.name == a.name).size() == 1)",
-            f"names in {field} must differ: each set has its own metrics",
-            lambda d, field=field: _names_differ(getattr(d, field)),
-        )
-        for field in ("train", "validation", "test")
+        _names_differ(field) for field in ("train", "validation", "test")
     )
-
-
-def _names_differ(sources: list[DataSource] | None) -> bool:
-    names = [s.name for s in sources or [] if s.name is not None]
-    return len(names) == len(set(names))
 
 
 class Lora(Model):
@@ -241,6 +271,7 @@ class Method(Model):
             "!has(self.lora) || self.type == 'LoRA'",
             "lora goes with type LoRA only: remove it, or set type: LoRA",
             lambda m: m.lora is None or m.type == "LoRA",
+            ("type",),
         ),
     )
 
@@ -303,6 +334,7 @@ class Training(Model):
             "!(has(self.epochs) && has(self.maxSteps))",
             "epochs and maxSteps exclude each other: give one of them",
             lambda t: t.epochs is None or t.max_steps is None,
+            ("epochs", "maxSteps"),
         ),
     )
 
@@ -339,6 +371,7 @@ class Checkpoint(Model):
             "!(has(self.everySteps) && has(self.everySeconds))",
             "everySteps and everySeconds exclude each other: give one of them",
             lambda c: c.every_steps is None or c.every_seconds is None,
+            ("everySteps", "everySeconds"),
         ),
     )
 
@@ -380,6 +413,7 @@ class Toleration(Model):
             "has(self.key) || self.operator == 'Exists'",
             "a toleration without key needs operator: Exists",
             lambda t: t.key is not None or t.operator == "Exists",
+            ("operator",),
         ),
     )
 
@@ -412,9 +446,12 @@ class Compute(Model):
             "!has(self.processesPerNode) || self.gpusPerNode == 0"
             " || self.processesPerNode <= self.gpusPerNode",
             "processesPerNode must not exceed gpusPerNode: each process has a GPU of its own",
-            lambda c: c.processes_per_node is None
-            or c.gpus_per_node == 0
-            or c.processes_per_node <= c.gpus_per_node,
+            lambda c: (
+                c.processes_per_node is None
+                or c.gpus_per_node == 0
+                or c.processes_per_node <= c.gpus_per_node
+            ),
+            ("processesPerNode", "gpusPerNode"),
         ),
     )
 
@@ -487,9 +524,9 @@ class FineTuneJobSpec(Model):
     """Save, stop and hold no node until it is false again."""
     rerun_token: Annotated[str, StringConstraints(max_length=128)] | None = None
     """Any new string starts a new run: for data that changed behind its address."""
-    children_ttl_seconds_after_finished: (
-        Annotated[int, Field(ge=0, le=2_147_483_647)] | None
-    ) = Field(default=None, alias="childrenTTLSecondsAfterFinished")
+    children_ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=2_147_483_647)] | None = (
+        Field(default=None, alias="childrenTTLSecondsAfterFinished")
+    )
     """Seconds after which Jobs, pods and Services of a finished run are removed. The FineTuneJob
     and all that is in object storage stay. Absent: they stay until the FineTuneJob is deleted."""
 
@@ -499,15 +536,19 @@ class FineTuneJobSpec(Model):
             " || self.method.type == 'LoRA'",
             "output.format Adapter and Both need method.type LoRA: Full has no adapter",
             lambda s: s.output.format in (None, "Merged") or s.method.type == "LoRA",
+            ("output.format", "method.type"),
         ),
         Rule(
             "!has(self.training.earlyStopping) || has(self.data.validation)"
-            " || double(self.data.split.validation) > 0.0",
+            " || !self.data.split.validation.matches('^[0.]+$')",
             "training.earlyStopping needs a validation set: give data.validation or a"
             " data.split.validation above 0",
-            lambda s: s.training.early_stopping is None
-            or s.data.validation is not None
-            or float(s.data.split.validation) > 0,
+            lambda s: (
+                s.training.early_stopping is None
+                or s.data.validation is not None
+                or float(s.data.split.validation) > 0
+            ),
+            ("data.split.validation",),
         ),
     )
 
@@ -528,7 +569,9 @@ class FineTuneJobSpec(Model):
 
     @property
     def effective_workspace(self) -> str:
-        return (self.storage.workspace or f"{self.output.destination.rstrip('/')}/.workspace").rstrip("/")
+        return (
+            self.storage.workspace or f"{self.output.destination.rstrip('/')}/.workspace"
+        ).rstrip("/")
 
 
 def parse_spec(raw: Any) -> FineTuneJobSpec:

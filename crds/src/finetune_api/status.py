@@ -9,7 +9,9 @@ from pydantic import Field, StringConstraints
 from finetune_api.base import Model
 from finetune_api.names import FailureClass, Phase
 
-Time = Annotated[str, StringConstraints(max_length=32), Field(json_schema_extra={"format": "date-time"})]
+Time = Annotated[
+    str, StringConstraints(max_length=32), Field(json_schema_extra={"format": "date-time"})
+]
 Word = Annotated[str, StringConstraints(max_length=256)]
 Message = Annotated[str, StringConstraints(max_length=4096)]
 Uri = Annotated[str, StringConstraints(max_length=2048)]
@@ -133,7 +135,7 @@ class OutputStatus(Model):
     """Address of the model."""
     digest: Word
     """sha256 of its manifest.json."""
-    formats: list[Word] = []
+    formats: Annotated[list[Word], Field(max_length=8)] = []
     """adapter, merged."""
 
 
@@ -174,7 +176,16 @@ class FineTuneJobStatus(Model):
     """Generation of the spec that this status speaks of."""
     phase: Phase | None = None
     """Summary for printing; scripts read conditions."""
-    conditions: Annotated[list[Condition], Field(max_length=32)] = []
+    conditions: Annotated[
+        list[Condition],
+        Field(
+            max_length=32,
+            json_schema_extra={
+                "x-kubernetes-list-type": "map",
+                "x-kubernetes-list-map-keys": ["type"],
+            },
+        ),
+    ] = []
     """Observations by type: Prepared, Running, Evaluated, Published, Suspended, Complete, Failed;
     and for kstatus (Flux, Argo CD): Ready, Reconciling, Stalled."""
     run: Run | None = None

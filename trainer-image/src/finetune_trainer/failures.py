@@ -148,6 +148,17 @@ EXIT_CODES: Final[dict[tuple[FailureClass, bool], ExitCode]] = {
 }  # fmt: skip
 
 
+def from_verdict(failure: Failure) -> TrainerError:
+    """The exception behind a verdict that another process gave."""
+    kinds: tuple[type[TrainerError], ...] = (
+        Fenced, UserError, DataError, StorageDenied, StorageUnavailable, Diverged, OutOfMemory,
+        NodeFailure, Interrupted,
+    )  # fmt: skip
+    code = exit_code(failure)
+    kind = next((k for k in kinds if k.exit_code == code), TrainerError)
+    return kind(failure.reason, failure.message)
+
+
 def exit_code(failure: Failure) -> ExitCode:
     """Exit code of a container that ends with this failure."""
     if failure.reason == "Fenced":

@@ -1,6 +1,6 @@
 module buildkit
 
-go 1.26.8
+go 1.26.0
 
 tool (
 	github.com/moby/buildkit/cmd/buildctl

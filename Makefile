@@ -1,0 +1,58 @@
+# Every target in one line: make help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV_VERSION := 0.13.8
+STATE ?= .finetune
+# The quickstart's stages are small: more threads than cores only fight.
+export TOKENIZERS_PARALLELISM ?= true
+
+.PHONY: help install demo test e2e lint generate verify bench lock clean
+
+help: ## List the targets
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s $$'\t'
+
+install: $(VENV)/.installed ## Make .venv with the three parts and all tools
+
+$(VENV)/.installed: tests/requirements.txt crds/pyproject.toml operator/pyproject.toml trainer-image/pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 $@" >&2; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@echo "Installing (torch is large: a minute or two the first time)"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r tests/requirements.txt
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e crds -e operator -e trainer-image
+	@touch $@
+
+demo: install ## Fine-tune a small model on this machine, end to end, in about three minutes
+	@$(BIN)/finetune quickstart $(STATE)/quickstart
+	@$(BIN)/finetune run examples/quickstart.yaml --state-dir $(STATE)
+
+test: install lint verify ## Everything that needs no root: unit, real S3, real kube-apiserver
+	$(BIN)/python -m pytest tests -m "not e2e" --durations=15
+
+e2e: install ## The whole thing on a real cluster (root on Linux, or KUBECONFIG)
+	$(BIN)/python -m pytest tests -m e2e --durations=15
+
+lint: install ## Style, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy crds/src operator/src trainer-image/src
+	$(BIN)/lint-imports
+
+generate: install ## Write the CRD, the chart's copy and docs/reference.md from the models
+	$(BIN)/python crds/generate.py
+
+verify: install ## Fail where a generated file is stale
+	$(BIN)/python crds/generate.py --check
+
+bench: install ## Speed beside TRL, printed
+	$(BIN)/python benchmarks/tokens_per_second.py
+
+lock: ## Pin the dependencies anew (writes the requirements.txt files)
+	$(BIN)/uv pip compile --quiet --universal --no-emit-index-url --python-version 3.11 --no-annotate --no-emit-package finetune-api operator/pyproject.toml -o operator/requirements.txt
+	$(BIN)/uv pip compile --quiet --universal --no-emit-index-url --python-version 3.11 --no-annotate --no-emit-package finetune-api trainer-image/pyproject.toml -o trainer-image/requirements.txt
+	$(BIN)/uv pip compile --quiet --universal --no-emit-index-url --python-version 3.11 --no-annotate --no-emit-package finetune-api tests/requirements.in crds/pyproject.toml operator/pyproject.toml trainer-image/pyproject.toml -o tests/requirements.txt
+
+clean: ## Remove the virtual environment and local state
+	rm -rf $(VENV) $(STATE)

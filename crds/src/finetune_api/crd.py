@@ -1,0 +1,82 @@
+"""The CustomResourceDefinition: names, columns of ``kubectl get``, and the schema of the models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune_api.names import GROUP, KIND, PLURAL, SHORT_NAMES, SINGULAR, VERSION
+from finetune_api.schema import structural
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import FineTuneJobStatus
+
+DESCRIPTION = (
+    "A fine-tuning of a language model: from a base model and labelled data in object storage to an"
+    " evaluated model in object storage."
+)
+
+Column = dict[str, Any]
+
+
+def columns() -> list[Column]:
+    """What ``kubectl get finetunejobs`` prints; those of priority 1 with ``-o wide`` only."""
+    return [
+        _column("Phase", "string", ".status.phase"),
+        _column("Step", "integer", ".status.progress.step"),
+        _column("Total", "integer", ".status.progress.totalSteps"),
+        _column("Loss", "string", ".status.progress.loss"),
+        _column("Remaining", "string", ".status.progress.remaining"),
+        _column("Restarts", "integer", ".status.restarts", priority=1),
+        _column("Output", "string", ".status.output.uri", priority=1),
+        _column("Age", "date", ".metadata.creationTimestamp"),
+    ]
+
+
+def crd() -> dict[str, Any]:
+    """The CustomResourceDefinition of FineTuneJob, ready to be applied."""
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{PLURAL}.{GROUP}"},
+        "spec": {
+            "group": GROUP,
+            "scope": "Namespaced",
+            "names": {
+                "kind": KIND,
+                "listKind": f"{KIND}List",
+                "plural": PLURAL,
+                "singular": SINGULAR,
+                "shortNames": list(SHORT_NAMES),
+                "categories": ["all"],
+            },
+            "versions": [
+                {
+                    "name": VERSION,
+                    "served": True,
+                    "storage": True,
+                    "subresources": {"status": {}},
+                    "additionalPrinterColumns": columns(),
+                    "schema": {"openAPIV3Schema": _schema()},
+                }
+            ],
+        },
+    }
+
+
+def _schema() -> dict[str, Any]:
+    return {
+        "description": DESCRIPTION,
+        "type": "object",
+        "required": ["spec"],
+        "properties": {
+            "apiVersion": {"type": "string"},
+            "kind": {"type": "string"},
+            "metadata": {"type": "object"},
+            "spec": structural(FineTuneJobSpec, root="spec"),
+            "status": structural(FineTuneJobStatus, root="status", defaults=False),
+        },
+    }
+
+
+def _column(name: str, kind: str, path: str, priority: int = 0) -> Column:
+    column: Column = {"name": name, "type": kind, "jsonPath": path}
+    return {**column, "priority": priority} if priority else column

@@ -1,0 +1,131 @@
+"""What the words of status mean, for the reference: conditions, phases, failures, exit codes.
+
+The words themselves are in ``names``; a test proves that none is without a meaning here.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from finetune_api.names import Condition, ExitCode, FailureClass, Phase
+
+CONDITIONS: Final[dict[Condition, str]] = {
+    "Prepared": "The data of the current run is prepared.",
+    "Running": "The gang is training: all its pods run.",
+    "Evaluated": "The test metrics of the untuned and the tuned model are known.",
+    "Published": "The model is in object storage, complete.",
+    "Suspended": "The job holds no nodes because spec.suspend is true.",
+    "Complete": "The current run has ended well. Final; True or absent.",
+    "Failed": "The current run has ended badly; status.failure says why. Final; True or absent.",
+    "Ready": "For kstatus (Flux, Argo CD): as Complete.",
+    "Reconciling": "For kstatus: the run is under way.",
+    "Stalled": "For kstatus: as Failed.",
+}
+
+PHASES: Final[dict[Phase, str]] = {
+    "Pending": "The operator has seen the job, and nothing has been made yet.",
+    "Preparing": "Data is checked, rendered and tokenized on a CPU.",
+    "Queued": "The gang waits in its queue.",
+    "Starting": "The gang waits for nodes, images or its peers.",
+    "Training": "The gang trains and evaluates.",
+    "Publishing": "The model is written to the destination, on a CPU.",
+    "Suspended": "Stopped by spec.suspend; the state is saved.",
+    "Complete": "The model is published.",
+    "Failed": "The run has failed; status.failure says why.",
+}
+
+FAILURES: Final[dict[FailureClass, tuple[str, str]]] = {
+    "UserError": (
+        "The manifest asks for what cannot be.",
+        "Change the field that the message names.",
+    ),
+    "DataError": (
+        "A record, or the data as a whole, cannot be used.",
+        "Mend the object, line and field that the message names; a new spec.rerunToken runs again.",
+    ),
+    "OutOfMemory": (
+        "A GPU's or a pod's memory does not suffice.",
+        "Lower training.microBatchTokens or training.maxLength, set"
+        " training.gradientCheckpointing, or raise compute.resources.",
+    ),
+    "Diverged": (
+        "The loss is no longer a number.",
+        "Lower training.learningRate, raise training.warmupRatio, or look at the data.",
+    ),
+    "NodeFailure": (
+        "A node, a device or a process of the gang was lost, more often than"
+        " failurePolicy.maxRestarts.",
+        "Look at the node that status names; a higher failurePolicy.maxRestarts goes on from the"
+        " last commit.",
+    ),
+    "Preempted": (
+        "The gang was put off its nodes, more often than failurePolicy.maxRestarts.",
+        "Use a higher priority class or a queue, or raise failurePolicy.maxRestarts.",
+    ),
+    "Stalled": (
+        "Nothing moved: no nodes before scheduling.startDeadlineSeconds, or no step in training.",
+        "See the scheduler's or the supervisor's reason in the message.",
+    ),
+    "ImagePull": (
+        "The trainer image cannot be pulled.",
+        "Mend compute.image, or the pull secrets in compute.podTemplate.",
+    ),
+    "Storage": (
+        "Object storage refuses, or cannot be reached.",
+        "Look at spec.storage, the Secret's keys and their permissions, and the address that the"
+        " message names.",
+    ),
+    "Internal": (
+        "A defect of this software.",
+        "Report it, with the message and the logs of the pod that status names.",
+    ),
+}
+
+EXIT_CODES: Final[dict[ExitCode, str]] = {
+    ExitCode.OK: "The stage is done.",
+    ExitCode.USER_ERROR: "UserError",
+    ExitCode.DATA_ERROR: "DataError",
+    ExitCode.STORAGE_DENIED: "Storage: credentials, bucket or permissions.",
+    ExitCode.DIVERGED: "Diverged",
+    ExitCode.OUT_OF_MEMORY: "OutOfMemory",
+    ExitCode.INTERNAL: "Internal",
+    ExitCode.FENCED: "A newer attempt has taken the run; this one stopped.",
+    ExitCode.NODE_FAILURE: "NodeFailure",
+    ExitCode.STORAGE_UNAVAILABLE: "Storage: not reachable, or overloaded.",
+    ExitCode.STALLED: "Stalled: the supervisor saw no progress.",
+    ExitCode.INTERRUPTED: "Stopped by SIGTERM after the state was saved.",
+}
+
+STORAGE_LAYOUT: Final[tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = (
+    (
+        "data",
+        (
+            ("shards/", "samples: token ids and loss masks (Arrow IPC)"),
+            ("index-<split>.arrow", "one row a sample: set, length, supervised, shard, row"),
+            ("report.json", "what was found in the data"),
+            ("manifest.json", "written last: names, sizes and sha256 of the files above"),
+        ),
+    ),
+    (
+        "run",
+        (
+            ("prepared.json", "which prepared data the run uses"),
+            ("HEAD.json", "the attempt that owns the run, and its commits"),
+            ("attempt-<n>/step-<8 digits>/", "a commit: the training state"),
+            ("baseline.json", "test metrics of the untuned model"),
+            ("result.json", "what publish reads: summary and learning curve"),
+        ),
+    ),
+    (
+        "output",
+        (
+            ("adapter/", "the LoRA adapter, for peft"),
+            ("merged/", "the whole model, for transformers"),
+            ("metrics.json", "test metrics, untuned and tuned"),
+            ("report.html", "the run for people: metrics and learning curve"),
+            ("README.md", "the model card"),
+            ("manifest.json", "written last: a folder without it is not a model"),
+        ),
+    ),
+)
+"""Files below the prefixes that ``identity`` computes (data_uri, run_uri, output_uri)."""

@@ -1,0 +1,210 @@
+"""docs/reference.md: every field, word and address of the contract, from the models alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from finetune_api import identity, meanings
+from finetune_api.classes import field_class
+from finetune_api.crd import DESCRIPTION
+from finetune_api.names import API_VERSION, FINAL_EXIT_CODES, KIND, PLURAL, SECRET_KEYS
+from finetune_api.schema import Schema, structural
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import FineTuneJobStatus
+
+GENERATED = "<!-- Generated from the models in crds/ by `make generate`: edit those. -->"
+
+CHANGES = """\
+What a change of a field does to a run that has begun:
+
+- **Live**: it is applied as it is.
+- **Resume**: the same run goes on from its last commit in a new gang.
+- **NewRun**: the current run is stopped with its state saved, and the next one begins. Earlier runs
+  stay in `status.history` and in object storage.
+
+Numbers with a fraction are strings (`"2e-4"`). Lists and fields without a default may be left out
+unless they are marked required."""
+
+
+def reference() -> str:
+    """The whole page."""
+    parts = [
+        GENERATED,
+        f"# {KIND} reference",
+        f"`{API_VERSION}`, `kubectl get {PLURAL}`. {DESCRIPTION}",
+        "## spec",
+        CHANGES,
+        *_blocks(structural(FineTuneJobSpec, root="spec"), "spec", {}),
+        "## status",
+        *_blocks(structural(FineTuneJobStatus, root="status", defaults=False), "status", {}),
+        *_words(),
+        *_credentials(),
+        *_layout(),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+# --- fields --------------------------------------------------------------------------------------
+
+
+def _blocks(schema: Schema, path: str, seen: dict[str, str]) -> Iterator[str]:
+    """A section for the block at a path, then one for each block below it; ``seen`` holds the
+    paths of those that stand on the page already, by what is in them."""
+    if path.count("."):
+        yield f"### {path}"
+    yield schema["description"]
+    key = json.dumps([schema["properties"], _class(schema, path)])
+    first = seen.setdefault(key, path)
+    if first != path:
+        yield f"The fields are those of [{first}](#{_anchor(first)})."
+        return
+    yield _table(schema, path)
+    rules = [rule["message"] for rule in schema.get("x-kubernetes-validations", [])]
+    if rules:
+        yield "Rules:\n\n" + "\n".join(f"- {_cell(rule)}." for rule in rules)
+    for name, child in schema["properties"].items():
+        if "properties" in child:
+            yield from _blocks(child, f"{path}.{name}", seen)
+        elif "properties" in child.get("items", {}):
+            yield from _blocks(child["items"], f"{path}.{name}[]", seen)
+
+
+def _table(schema: Schema, path: str) -> str:
+    of_spec = path.startswith("spec")
+    head = ["Field", "Type", "Default", "Change", "What it is"]
+    if not of_spec:
+        head = ["Field", "Type", "What it is"]
+    rows = [head, ["---"] * len(head)]
+    for name, child in schema["properties"].items():
+        required = of_spec and name in schema.get("required", ())
+        cells = [f"`{name}`", _type(child, f"{path}.{name}")]
+        if of_spec:
+            cells += ["**required**" if required else _default(child)]
+            cells += [_class(child, f"{path}.{name}")]
+        rows.append([*cells, _cell(child.get("description", ""))])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _class(child: Schema, path: str) -> str:
+    """The class of a field; of a block only where all of it has one. A status has none."""
+    if not path.startswith("spec"):
+        return ""
+    dotted = path.removeprefix("spec").removeprefix(".").replace("[]", "")
+    found = {field_class(leaf) for leaf in leaves(child, dotted)}
+    return found.pop() if len(found) == 1 else "see below"
+
+
+def leaves(schema: Schema, path: str) -> Iterator[str]:
+    """Dotted paths of the fields at and below a node that hold values; lists count as their
+    items."""
+    schema = schema.get("items", schema)
+    if "properties" not in schema:
+        yield path
+        return
+    for name, child in schema["properties"].items():
+        yield from leaves(child, f"{path}.{name}" if path else name)
+
+
+def _type(node: Schema, path: str) -> str:
+    if "properties" in node:
+        return f"[block](#{_anchor(path)})"
+    if "properties" in node.get("items", {}):
+        return f"list of {_count(node, 'Items')}[blocks](#{_anchor(path + '[]')})"
+    if "items" in node:
+        return f"list of {_count(node, 'Items')}{_type(node['items'], path)}"
+    if "additionalProperties" in node:
+        return f"map of {_type(node['additionalProperties'], path)}"
+    if node.get("x-kubernetes-preserve-unknown-fields"):
+        return "object"
+    if "enum" in node:
+        return " or ".join(f"`{value}`" for value in node["enum"])
+    if node.get("x-kubernetes-int-or-string"):
+        return "quantity"
+    if node["type"] == "integer":
+        return f"integer{_range(node)}"
+    if node.get("format") == "date-time":
+        return "time"
+    for rule in node.get("x-kubernetes-validations", []):
+        return _cell(f"string: {rule['message'].removeprefix('must be ')}")
+    limit = f", at most {node['maxLength']:,} characters" if "maxLength" in node else ""
+    return f"{node['type']}{limit}"
+
+
+def _range(node: Schema) -> str:
+    least, most = node.get("minimum"), node.get("maximum")
+    if most is not None and most < 2_147_483_647:
+        return f", {least:,} to {most:,}"
+    return "" if least is None else f", at least {least:,}"
+
+
+def _count(node: Schema, unit: str) -> str:
+    least, most = node.get(f"min{unit}"), node.get(f"max{unit}")
+    if least is None:
+        return f"at most {most} " if most else ""
+    return f"{least} to {most} "
+
+
+def _default(node: Schema) -> str:
+    if "properties" in node or "default" not in node:
+        return ""
+    return f"`{_cell(json.dumps(node['default']))}`"
+
+
+def _anchor(path: str) -> str:
+    """The anchor that the usual renderers give a heading."""
+    return "".join(c for c in path.lower() if c.isalnum() or c in "-_ ").replace(" ", "-")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+# --- words and addresses -------------------------------------------------------------------------
+
+
+def _words() -> Iterator[str]:
+    yield "## Conditions"
+    yield _rows(["Type", "True means"], ([f"`{k}`", v] for k, v in meanings.CONDITIONS.items()))
+    yield "## Phases"
+    yield "For printing; scripts wait for conditions: `kubectl wait --for=condition=Complete`."
+    yield _rows(["Phase", "Meaning"], ([f"`{k}`", v] for k, v in meanings.PHASES.items()))
+    yield "## Failure classes"
+    yield "`status.failure.class` and what to do:"
+    classes = ([f"`{k}`", *v] for k, v in meanings.FAILURES.items())
+    yield _rows(["Class", "Cause", "Remedy"], classes)
+    yield "## Exit codes of the trainer's containers"
+    codes = (
+        [str(int(code)), meaning, "no" if int(code) in FINAL_EXIT_CODES or not code else "yes"]
+        for code, meaning in meanings.EXIT_CODES.items()
+    )
+    yield _rows(["Code", "Meaning", "Tried again"], codes)
+
+
+def _credentials() -> Iterator[str]:
+    yield "## Keys of a storage Secret"
+    yield "The Secret that `secretRef` names, in the namespace of the job:"
+    keys = ([f"`{k}`", "yes" if needed else "no"] for k, needed in SECRET_KEYS.items())
+    yield _rows(["Key", "Required"], keys)
+
+
+def _layout() -> Iterator[str]:
+    prefixes = {
+        "data": identity.data_uri("<workspace>", "<digest>"),
+        "run": identity.run_uri("<workspace>", "<job>", "<run>"),
+        "output": identity.output_uri("<destination>", "<run>"),
+    }
+    yield "## Layout of object storage"
+    yield (
+        "`<workspace>` is `spec.storage.workspace`, `<destination>` is `spec.output.destination`,"
+        " `<run>` is `status.run.id`. `<destination>/latest.json` names the newest complete run."
+    )
+    for kind, files in meanings.STORAGE_LAYOUT:
+        rows = ([f"`{prefixes[kind]}/{name}`", meaning] for name, meaning in files)
+        yield _rows(["Address", "What it holds"], rows)
+
+
+def _rows(head: list[str], rows: Any) -> str:
+    table = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in table)

@@ -1,0 +1,168 @@
+"""One operator process: probes first, then the lease, then watching and reconciling until the
+lease, kopf or a signal ends it. A process that lost its lease ends; its successor starts clean."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import uuid
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, Final
+
+import kubernetes.client
+
+from finetune_operator import watch
+from finetune_operator.cluster import Cluster, load_credentials
+from finetune_operator.config import Config
+from finetune_operator.controller import Controller
+from finetune_operator.lease import Lease
+from finetune_operator.metrics import Metrics
+from finetune_operator.progress import Poller
+from finetune_operator.store import Store
+from finetune_operator.web import serve
+from finetune_operator.workqueue import WorkQueue
+
+WORKERS: Final = 16
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the process was started."""
+
+    config: Config
+    kubeconfig: str | None
+    context: str | None
+    namespaces: tuple[str, ...]
+    """Namespaces that are watched; empty: all."""
+    host: str
+    port: int
+    leader_election: bool
+    lease_namespace: str
+    lease_name: str
+    proxy: bool | None
+    """Progress through the API server's pod proxy; None: where the process is no pod."""
+
+
+class Operator:
+    """The parts of one process, and their state for the probes."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._store = Store()
+        self._queue = WorkQueue()
+        self._metrics = Metrics(self._store, lambda: len(self._queue))
+        self._instance = f"{socket.gethostname()}-{uuid.uuid4().hex[:6]}"
+        self._not_ready: str | None = "not connected to the API server"
+        self._ill: str | None = None
+        self._stop = asyncio.Event()
+
+    async def run(self) -> int:
+        """Run to the end; answers the process' exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        web = await serve(
+            self._options.host,
+            self._options.port,
+            self._metrics.registry,
+            lambda: self._ill,
+            lambda: self._not_ready,
+        )
+        try:
+            return await self._connected()
+        finally:
+            await web.cleanup()
+
+    async def _connected(self) -> int:
+        configuration, in_cluster = load_credentials(
+            self._options.kubeconfig, self._options.context
+        )
+        async with Cluster(configuration) as cluster:
+            if not await self._unless_stopped(cluster.wait_until_served()):
+                return 0
+            self._not_ready = None  # a stand-by is ready, too: it takes over at any time
+            if not self._options.leader_election:
+                return await self._lead(cluster, configuration, in_cluster, None)
+            lease = Lease(
+                cluster, self._options.lease_namespace, self._options.lease_name, self._instance
+            )
+            if not await self._unless_stopped(lease.acquire()):
+                return 0
+            cluster.guard = lease.held
+            try:
+                return await self._lead(cluster, configuration, in_cluster, lease)
+            finally:
+                await lease.release()
+
+    async def _unless_stopped(self, coroutine: Coroutine[Any, Any, None]) -> bool:
+        """Wait for something, or for the signal to stop; whether the former came first."""
+        task = asyncio.create_task(coroutine)
+        stop = asyncio.create_task(self._stop.wait())
+        await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if not task.done():
+            task.cancel()
+            return False
+        task.result()
+        return not self._stop.is_set()
+
+    async def _lead(
+        self,
+        cluster: Cluster,
+        configuration: kubernetes.client.Configuration,
+        in_cluster: bool,
+        lease: Lease | None,
+    ) -> int:
+        store, queue, options = self._store, self._queue, self._options
+        proxy = options.proxy if options.proxy is not None else not in_cluster
+        controller = Controller(
+            store, cluster, queue, options.config, self._metrics, self._instance
+        )
+        poller = Poller(store, cluster, queue.put_after, proxy)
+        # kopf ends, when it ends, every task that was made after it was: so they are made before.
+        tasks = {asyncio.create_task(queue.work(controller.handle)) for _ in range(WORKERS)}
+        tasks.add(asyncio.create_task(poller.run()))
+        tasks.add(asyncio.create_task(watch.sweep(cluster, store, queue.put, options.namespaces)))
+        stop_kopf = asyncio.Event()
+        kept = asyncio.create_task(lease.keep() if lease else asyncio.Event().wait())
+        stopped = asyncio.create_task(self._stop.wait())
+        watching = asyncio.create_task(
+            watch.run(configuration, store, queue.put, options.namespaces, stop_kopf)
+        )
+        enders: set[asyncio.Task[Any]] = {kept, stopped, watching}
+        await asyncio.wait(tasks | enders, return_when=asyncio.FIRST_COMPLETED)
+        return await self._end(tasks, enders, stop_kopf, watching, stopped)
+
+    async def _end(
+        self,
+        tasks: set[asyncio.Task[None]],
+        enders: set[asyncio.Task[Any]],
+        stop_kopf: asyncio.Event,
+        watching: asyncio.Task[None],
+        stopped: asyncio.Task[Any],
+    ) -> int:
+        """Stop the workers first, so that nothing is written any more, then kopf."""
+        # kopf takes over SIGTERM while it runs, and ends by it without an error.
+        by_signal = stopped.done() or (watching.done() and watching.exception() is None)
+        self._ill = None if by_signal else "no longer working: see the log"
+        for task in tasks | enders:
+            if task.done() and not task.cancelled() and task.exception() is not None:
+                log.error("a part of the operator failed", exc_info=task.exception())
+        for task in tasks | (enders - {watching}):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        stop_kopf.set()
+        await asyncio.wait({watching}, timeout=15)
+        log.info("stopped")
+        return 0 if by_signal else 1
+
+
+def own_namespace() -> str:
+    """Namespace of this pod, or ``default`` outside a cluster."""
+    return os.environ.get("POD_NAMESPACE", "default")

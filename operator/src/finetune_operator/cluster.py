@@ -1,0 +1,272 @@
+"""The only module that talks to the API server: server-side apply, patches, deletes, events, lists,
+and the pod proxy, over one aiohttp session.
+
+Every write passes ``guard`` first: the lease-holder's right to write, checked at the last moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+import uuid
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import aiohttp
+import kubernetes.client
+import kubernetes.config
+
+from finetune_api.names import API_VERSION, FIELD_OWNER, KIND, PLURAL
+from finetune_operator.plan import Event, Subject
+
+Json = dict[str, Any]
+REQUEST_SECONDS: Final = 5.0
+"""Longest request. Lease duration minus renewal deadline is longer, so that no write of a former
+leader is under way when the next one begins."""
+
+PATHS: Final[dict[str, tuple[str, str]]] = {
+    "ConfigMap": ("/api/v1", "configmaps"),
+    "Service": ("/api/v1", "services"),
+    "Pod": ("/api/v1", "pods"),
+    "Job": ("/apis/batch/v1", "jobs"),
+    KIND: (f"/apis/{API_VERSION}", PLURAL),
+    "Lease": ("/apis/coordination.k8s.io/v1", "leases"),
+    "Event": ("/apis/events.k8s.io/v1", "events"),
+}
+
+
+class ApiError(Exception):
+    """The API server refused a request; ``code`` is the HTTP status."""
+
+    def __init__(self, method: str, path: str, code: int, text: str) -> None:
+        super().__init__(f"{method} {path}: {code} {text[:500]}")
+        self.code = code
+
+
+class NotLeading(Exception):
+    """A write was held back: the lease is lost or in doubt."""
+
+
+def load_credentials(
+    kubeconfig: str | None, context: str | None
+) -> tuple[kubernetes.client.Configuration, bool]:
+    """Credentials of a kubeconfig (given, or by ``KUBECONFIG``), else of the pod; and whether the
+    latter.
+
+    Raises:
+        kubernetes.config.ConfigException: where there are none.
+    """
+    configuration = kubernetes.client.Configuration()
+    if kubeconfig is None and context is None:
+        try:
+            kubernetes.config.load_incluster_config(configuration)  # type: ignore[no-untyped-call]
+            return configuration, True
+        except kubernetes.config.ConfigException:
+            pass
+    kubernetes.config.load_kube_config(  # type: ignore[no-untyped-call]
+        config_file=kubeconfig, context=context, client_configuration=configuration
+    )
+    return configuration, False
+
+
+def ssl_context(configuration: kubernetes.client.Configuration) -> ssl.SSLContext:
+    """TLS of the API server, with the client certificate where there is one."""
+    context = ssl.create_default_context(cafile=configuration.ssl_ca_cert)
+    if configuration.cert_file:
+        context.load_cert_chain(configuration.cert_file, configuration.key_file)
+    if not configuration.verify_ssl:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+class Cluster:
+    """A connection to one API server. Use as an async context manager."""
+
+    def __init__(self, configuration: kubernetes.client.Configuration) -> None:
+        self._configuration = configuration
+        self._session: aiohttp.ClientSession | None = None
+        self.guard: Callable[[], bool] = lambda: True
+
+    async def __aenter__(self) -> Cluster:
+        tls = ssl_context(self._configuration)
+        connector = aiohttp.TCPConnector(ssl=tls, limit=64)
+        self._session = aiohttp.ClientSession(
+            base_url=self._configuration.host.rstrip("/") + "/",
+            connector=connector,
+            timeout=aiohttp.ClientTimeout(total=REQUEST_SECONDS),
+        )
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    # --- writes ----------------------------------------------------------------------------------
+
+    async def apply(self, obj: Json) -> Json:
+        """Server-side apply of a child."""
+        meta = obj["metadata"]
+        path = object_path(obj["kind"], meta["namespace"], meta["name"])
+        return await self._write("PATCH", path, obj, "application/apply-patch+yaml", force="true")
+
+    async def apply_status(self, subject: Subject, status: Json) -> Json:
+        """Server-side apply of a job's whole status. Its uid guards against a namesake."""
+        body = {
+            "apiVersion": API_VERSION,
+            "kind": KIND,
+            "metadata": {
+                "name": subject.name,
+                "namespace": subject.namespace,
+                "uid": subject.uid,
+            },
+            "status": status,
+        }
+        path = object_path(KIND, subject.namespace, subject.name) + "/status"
+        return await self._write("PATCH", path, body, "application/apply-patch+yaml", force="true")
+
+    async def patch(self, kind: str, namespace: str, name: str, patch: Json) -> Json:
+        """Merge patch of a child that exists."""
+        path = object_path(kind, namespace, name)
+        return await self._write("PATCH", path, patch, "application/merge-patch+json")
+
+    async def delete(self, kind: str, namespace: str, name: str) -> None:
+        """Delete a child; its pods follow with their grace period. One that is gone is fine."""
+        body = {"propagationPolicy": "Background"}
+        try:
+            await self._write("DELETE", object_path(kind, namespace, name), body)
+        except ApiError as error:
+            if error.code != 404:
+                raise
+
+    async def event(self, subject: Subject, event: Event, instance: str) -> None:
+        """An Event on the job."""
+        now = datetime.now(UTC)
+        body = {
+            "apiVersion": "events.k8s.io/v1",
+            "kind": "Event",
+            "metadata": {
+                "name": f"{subject.name[:200]}.{uuid.uuid4().hex[:16]}",
+                "namespace": subject.namespace,
+            },
+            "eventTime": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+            "reportingController": FIELD_OWNER,
+            "reportingInstance": instance[:128],
+            "action": "Reconcile",
+            "type": event.type,
+            "reason": event.reason[:128],
+            "note": event.message.encode()[:1000].decode(errors="ignore"),
+            "regarding": {
+                "apiVersion": API_VERSION,
+                "kind": KIND,
+                "namespace": subject.namespace,
+                "name": subject.name,
+                "uid": subject.uid,
+            },
+        }
+        await self._write("POST", collection_path("Event", subject.namespace), body)
+
+    async def _write(
+        self,
+        method: str,
+        path: str,
+        body: Json,
+        content_type: str = "application/json",
+        **parameters: str,
+    ) -> Json:
+        if not self.guard():
+            raise NotLeading(f"{method} {path}")
+        if method == "PATCH":
+            parameters["fieldManager"] = FIELD_OWNER
+        return await self.request(method, path, body, content_type, **parameters)
+
+    # --- reads, and what the lease needs ---------------------------------------------------------
+
+    async def versions(
+        self, kind: str, namespace: str | None, selector: str
+    ) -> tuple[int, set[str]]:
+        """resourceVersion of the list of a kind, and the uids in it (metadata only)."""
+        accept = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+        path = collection_path(kind, namespace)
+        found = await self.request("GET", path, accept=accept, labelSelector=selector)
+        version = int(found["metadata"]["resourceVersion"])
+        return version, {item["metadata"]["uid"] for item in found["items"]}
+
+    async def pod_progress(self, namespace: str, pod: str, port: int) -> bytes:
+        """``/progress`` of a pod through the API server's proxy."""
+        path = f"{object_path('Pod', namespace, pod)}:{port}/proxy/progress"
+        return await self._request_bytes("GET", path, None, "application/json", "*/*", {})
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        body: Json | None = None,
+        content_type: str = "application/json",
+        accept: str = "application/json",
+        **parameters: str,
+    ) -> Json:
+        """One request.
+
+        Raises:
+            ApiError: where the server refuses.
+            aiohttp.ClientError, TimeoutError: where it cannot be reached in time.
+        """
+        raw = await self._request_bytes(method, path, body, content_type, accept, parameters)
+        answer: Json = json.loads(raw)
+        return answer
+
+    async def _request_bytes(
+        self,
+        method: str,
+        path: str,
+        body: Json | None,
+        content_type: str,
+        accept: str,
+        parameters: dict[str, str],
+    ) -> bytes:
+        assert self._session is not None
+        headers = {"Content-Type": content_type, "Accept": accept, "User-Agent": FIELD_OWNER}
+        token = self._configuration.get_api_key_with_prefix("authorization")
+        if token:
+            headers["Authorization"] = token
+        data = json.dumps(body) if body is not None else None
+        async with self._session.request(
+            method, path.lstrip("/"), data=data, headers=headers, params=parameters
+        ) as response:
+            raw = await response.read()
+            if response.status >= 400:
+                text = raw.decode(errors="replace")
+                raise ApiError(method, path, response.status, _message(text))
+            return raw
+
+    async def wait_until_served(self) -> None:
+        """Wait until the API server knows FineTuneJobs."""
+        while True:
+            try:
+                found = await self.request("GET", f"/apis/{API_VERSION}")
+                if any(r["name"] == PLURAL for r in found.get("resources", [])):
+                    return
+            except (ApiError, aiohttp.ClientError, TimeoutError):
+                pass
+            await asyncio.sleep(1)
+
+
+def collection_path(kind: str, namespace: str | None) -> str:
+    """URL path of all objects of a kind, in a namespace or in all."""
+    prefix, plural = PATHS[kind]
+    return f"{prefix}/namespaces/{namespace}/{plural}" if namespace else f"{prefix}/{plural}"
+
+
+def object_path(kind: str, namespace: str, name: str) -> str:
+    """URL path of one object."""
+    return f"{collection_path(kind, namespace)}/{name}"
+
+
+def _message(text: str) -> str:
+    try:
+        return str(json.loads(text).get("message", text))
+    except (ValueError, AttributeError):
+        return text

@@ -1,0 +1,47 @@
+"""What the operator is told when it starts, and the constants of its policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Final
+
+from finetune_api.names import GROUP
+
+ANNOTATION_IMAGE: Final = f"{GROUP}/image"
+"""On an order: the trainer image of the run, which a newer operator must not change."""
+ANNOTATION_OUTCOME: Final = f"{GROUP}/outcome"
+"""On an order: how the run ended, so that it stays ended where status is lost."""
+ANNOTATION_RESTARTS: Final = f"{GROUP}/restarts-before"
+"""On an order: incidents before this revision, which do not count against it."""
+
+GRACE_SECONDS: Final = 120
+"""terminationGracePeriodSeconds of every pod; the trainer is told it and saves within it."""
+NODE_LOST_SECONDS: Final = 30
+"""How long pods stay bound to a node that is not ready or cannot be reached."""
+STAGE_BACKOFF_LIMIT: Final = 3
+"""Tries of prepare and publish after the first."""
+GANG_BACKOFF_LIMIT: Final = 2_147_483_647
+"""Out of reach: the Job controller counts pods, failurePolicy.maxRestarts counts incidents."""
+USER_ID: Final = 65532
+"""User and group of every pod."""
+
+OVERDUE: Final = timedelta(seconds=30)
+"""A terminating pod this long past its grace period is taken for one on a dead node: it blocks
+nothing any more (what it writes is fenced by the attempt in HEAD.json)."""
+PULL_REFUSED: Final = timedelta(seconds=30)
+"""How long a pull may fail that the registry refuses (no such image, no access)."""
+PULL_FAILING: Final = timedelta(minutes=10)
+"""How long a pull may fail for other causes (registry down, rate limit)."""
+USAGE_STEP_SECONDS: Final = 30
+"""Running pods are charged in steps of this length, so that status is not written every second."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one operator process that decisions depend on."""
+
+    image: str
+    """Trainer image of the operator's release, for jobs without ``compute.image``."""
+    image_pull_policy: str | None = None
+    """imagePullPolicy of every pod; None leaves it to Kubernetes."""

@@ -1,0 +1,118 @@
+"""``reconcile(key)``: observe → decide → render → apply → report, once. It may be called at any
+time, any number of times."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import aiohttp
+
+from finetune_api.names import KIND
+from finetune_operator.cluster import ApiError, Cluster, NotLeading
+from finetune_operator.config import Config
+from finetune_operator.decide import decide
+from finetune_operator.metrics import Metrics
+from finetune_operator.plan import Event, Plan
+from finetune_operator.render import render
+from finetune_operator.store import Store
+from finetune_operator.workqueue import WorkQueue
+
+log = logging.getLogger(__name__)
+
+
+class Controller:
+    """One operator's reconciler over a store, a cluster and a queue of job uids."""
+
+    def __init__(
+        self,
+        store: Store,
+        cluster: Cluster,
+        queue: WorkQueue,
+        config: Config,
+        metrics: Metrics,
+        instance: str,
+    ) -> None:
+        self._store = store
+        self._cluster = cluster
+        self._queue = queue
+        self._config = config
+        self._metrics = metrics
+        self._instance = instance
+
+    async def handle(self, uid: str) -> bool:
+        """``reconcile`` as a worker runs it: False where it must be tried again after a while."""
+        began = time.monotonic()
+        try:
+            await self.reconcile(uid)
+        except NotLeading as error:
+            log.warning("held back: %s", error)
+            return True
+        except (ApiError, aiohttp.ClientError, TimeoutError) as error:
+            return self._failed(uid, error)
+        except Exception as error:  # a worker must survive a defect in one job's pass
+            log.exception("reconcile of %s", uid)
+            return self._failed(uid, error)
+        finally:
+            self._metrics.reconcile_seconds.observe(time.monotonic() - began)
+        return True
+
+    def _failed(self, uid: str, error: BaseException) -> bool:
+        gone = isinstance(error, ApiError) and error.code == 404
+        if gone and self._store.job(uid) is None:
+            return True
+        self._metrics.reconcile_errors.labels(type(error).__name__).inc()
+        log.warning("reconcile of %s: %s", uid, error)
+        return False
+
+    async def reconcile(self, uid: str) -> None:
+        """Bring one job closer to its spec.
+
+        Raises:
+            ApiError, aiohttp.ClientError, TimeoutError: where the API server refuses or is away;
+                what was done stays, the next pass goes on from there.
+        """
+        job = self._store.job(uid)
+        if job is None:
+            self._queue.forget(uid)
+            return
+        plan = decide(job, self._store.observed(uid), datetime.now(UTC), self._config)
+        refused = await self._apply(plan)
+        if plan.status is not None and refused is None:
+            await self._report(job, plan)
+        if refused is not None:
+            await self._cluster.event(plan.subject, refused, self._instance)
+            raise ApiError("PATCH", plan.subject.name, 422, refused.message)
+        if plan.look_again is not None:
+            self._queue.put_after(uid, plan.look_again.total_seconds())
+
+    async def _apply(self, plan: Plan) -> Event | None:
+        """Deletions, creations and changes. An object that the API server finds invalid (a
+        podTemplate may hold what only it can judge) is answered as an event for the user."""
+        namespace = plan.subject.namespace
+        for delete in plan.delete:
+            await self._cluster.delete(delete.kind, namespace, delete.name)
+        for obj in render(plan, self._config):
+            try:
+                self._store.put(obj["kind"], await self._cluster.apply(obj))
+            except ApiError as error:
+                if error.code in (400, 403, 422):
+                    return Event("Warning", "ChildRefused", str(error))
+                raise
+        for change in plan.change:
+            answer = await self._cluster.patch(change.kind, namespace, change.name, change.patch)
+            self._store.put(change.kind, answer)
+        return None
+
+    async def _report(self, job: Mapping[str, Any], plan: Plan) -> None:
+        """One status patch, and events once it has succeeded."""
+        assert plan.status is not None
+        stored = await self._cluster.apply_status(plan.subject, plan.status)
+        self._store.put(KIND, stored)
+        self._metrics.note(job.get("status") or {}, plan.status)
+        for event in plan.events:
+            await self._cluster.event(plan.subject, replace(event), self._instance)

@@ -1,0 +1,104 @@
+"""Why a stage failed, read from its pods: the container's own word first, Kubernetes' after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final
+
+from finetune_api.names import ExitCode, FailureClass
+from finetune_api.status import FailureStatus
+from finetune_operator.observe import JobView, PodView
+
+MESSAGE_MAX: Final = 4000
+
+_BY_CODE: Final[dict[int, tuple[FailureClass, str]]] = {
+    ExitCode.USER_ERROR: ("UserError", "the manifest asks for what cannot be"),
+    ExitCode.DATA_ERROR: ("DataError", "a record of the data cannot be used"),
+    ExitCode.STORAGE_DENIED: ("Storage", "object storage refuses access"),
+    ExitCode.DIVERGED: ("Diverged", "the loss is no longer a number"),
+    ExitCode.OUT_OF_MEMORY: ("OutOfMemory", "the device's memory does not suffice"),
+    ExitCode.INTERNAL: ("Internal", "the trainer met an error it does not know"),
+    ExitCode.FENCED: ("Internal", "a newer attempt has taken the run"),
+    ExitCode.NODE_FAILURE: ("NodeFailure", "another process of the gang, or a device, was lost"),
+    ExitCode.STORAGE_UNAVAILABLE: ("Storage", "object storage could not be reached"),
+    ExitCode.STALLED: ("Stalled", "the training made no progress"),
+    ExitCode.INTERRUPTED: ("Preempted", "stopped on request, with its state saved"),
+}
+
+
+def failure(
+    failure_class: FailureClass, reason: str, message: str, pod: PodView | None = None, **more: Any
+) -> FailureStatus:
+    """A FailureStatus, its message cut to what status holds."""
+    raw = {"class": failure_class, "reason": reason, "message": message[:MESSAGE_MAX], **more}
+    if pod is not None:
+        raw |= {"pod": pod.name, "node": pod.node, "exitCode": pod.exit_code}
+    return FailureStatus.model_validate({k: v for k, v in raw.items() if v is not None})
+
+
+def verdict(job: JobView | None, pods: Iterable[PodView], attempt: int | None) -> FailureStatus:
+    """The most telling failure among a stage's pods: own causes before lost peers, the latest
+    first; what the Job controller says where no pod is left to tell."""
+    failed = [p for p in pods if p.phase == "Failed" or p.exit_code not in (None, 0)]
+    if not failed:
+        reason = (job.failure_reason if job else "") or "PodsGone"
+        message = (job.failure_message if job else "") or "its pods are gone and left no word"
+        return failure("Internal", reason, f"{message}. Logs of the pods may tell more")
+    told = max(failed, key=lambda p: (_weight(p), p.finished or p.created))
+    return _of_pod(told, attempt)
+
+
+def _weight(pod: PodView) -> int:
+    """How much a failed pod knows about the cause."""
+    code = pod.exit_code
+    if code is not None and 10 <= code < 20:
+        return 1 if code == ExitCode.FENCED else 5
+    if pod.exit_reason == "OOMKilled":
+        return 4
+    if pod.termination is not None and pod.termination.failure is not None:
+        lost_only = pod.termination.failure.failure_class in ("NodeFailure", "Preempted")
+        return 2 if lost_only else 3
+    return 1 if code == ExitCode.INTERRUPTED else 2
+
+
+def _of_pod(pod: PodView, attempt: int | None) -> FailureStatus:
+    said = pod.termination.failure if pod.termination else None
+    if said is not None:
+        return failure(said.failure_class, said.reason, said.message, pod, attempt=attempt)
+    if pod.exit_reason == "OOMKilled":
+        memory = pod.limits.get("memory", "none set")
+        message = (
+            f"the kernel killed the container for its memory (limit: {memory}). Raise"
+            " compute.resources.limits.memory (prepare.resources for prepare and publish), or"
+            " lower training.microBatchTokens"
+        )
+        return failure("OutOfMemory", "HostOutOfMemory", message, pod, attempt=attempt)
+    if pod.disruption or pod.reason:
+        reason = pod.disruption or pod.reason
+        kind: FailureClass = "NodeFailure" if "Taint" in reason or "Node" in reason else "Preempted"
+        message = f"Kubernetes took the pod away ({reason}): {pod.message or 'no message'}"
+        return failure(kind, reason, message, pod, attempt=attempt)
+    if pod.exit_code in _BY_CODE:
+        kind, text = _BY_CODE[pod.exit_code]
+        message = f"{text}; the container left no message: see `kubectl logs {pod.name}`"
+        return failure(kind, ExitCode(pod.exit_code).name.title().replace("_", ""), message, pod)
+    message = (
+        f"the container ended with exit code {pod.exit_code}"
+        f" ({pod.exit_reason or 'no reason'}) and left no message: see `kubectl logs {pod.name}`"
+    )
+    return failure("Internal", "ContainerFailed", message, pod, attempt=attempt)
+
+
+def incidents(pods: Iterable[PodView]) -> int:
+    """Incidents of the gang that its pods show: the most failed pods of one rank.
+
+    One incident fails every rank once, however many pods it costs. A pod that saved its state on
+    SIGTERM, that was fenced, or that is being deleted, is none.
+    """
+    count: dict[int, int] = {}
+    for pod in pods:
+        left = pod.exit_code in (ExitCode.INTERRUPTED, ExitCode.FENCED)
+        asked = left or pod.deleted_by is not None
+        if pod.phase == "Failed" and not asked:
+            count[pod.index] = count.get(pod.index, 0) + 1
+    return max(count.values(), default=0)

@@ -1,0 +1,154 @@
+"""Prometheus series of the operator. Per-job series are read from the store at scrape time, so
+that a deleted job leaves none behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Final
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from finetune_operator.store import Store
+
+JOBS_SHOWN: Final = 2000
+"""Jobs with series of their own, the newest first: bounds the page."""
+
+_PROGRESS: Final = {
+    "step": "Optimizer steps done.",
+    "totalSteps": "Optimizer steps of the run.",
+    "loss": "Training loss per supervised token, in nats.",
+    "learningRate": "Learning rate of the last step.",
+    "tokensPerSecond": "Real tokens trained per second.",
+}
+_USAGE: Final = {
+    "gpuSeconds": ("gpu_seconds", "GPUs times seconds that the run's gangs held them."),
+    "wastedGpuSeconds": ("wasted_gpu_seconds", "Of them, spent on work that was lost."),
+    "queuedSeconds": ("queued_seconds", "Seconds from the gang's Job to its first joint second."),
+}
+
+
+class Metrics:
+    """The operator's own counters, and its registry."""
+
+    def __init__(self, store: Store, queue_depth: Callable[[], int]) -> None:
+        self.registry = CollectorRegistry()
+        self.reconcile_seconds = Histogram(
+            "finetune_operator_reconcile_seconds",
+            "Duration of one pass over one job.",
+            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+            registry=self.registry,
+        )
+        self.reconcile_errors = Counter(
+            "finetune_operator_reconcile_errors",
+            "Passes that failed and are tried again.",
+            ["error"],
+            registry=self.registry,
+        )
+        self._started = Counter(
+            "finetune_operator_runs_started", "Runs begun.", registry=self.registry
+        )
+        self._finished = Counter(
+            "finetune_operator_runs_finished",
+            "Runs ended, by outcome and failure class.",
+            ["outcome", "failure_class"],
+            registry=self.registry,
+        )
+        self._restarts = Counter(
+            "finetune_operator_restarts", "Incidents of gangs.", registry=self.registry
+        )
+        self._gpu_seconds = Counter(
+            "finetune_operator_gpu_seconds",
+            "GPU-seconds, by use: held in all, or wasted on lost work.",
+            ["use"],
+            registry=self.registry,
+        )
+        self.registry.register(_Jobs(store, queue_depth))
+
+    def note(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+        """Count what a status write changed."""
+        old_run, new_run = before.get("run") or {}, after.get("run") or {}
+        same = old_run.get("id") == new_run.get("id")
+        if new_run and not same:
+            self._started.inc()
+        if new_run.get("outcome") and not (same and old_run.get("outcome")):
+            kind = (after.get("failure") or {}).get("class", "")
+            self._finished.labels(new_run["outcome"], kind).inc()
+        elif old_run and not same and not old_run.get("outcome"):
+            self._finished.labels("Superseded", "").inc()
+        base = before if same else {}
+        self._restarts.inc(max(0, after.get("restarts", 0) - base.get("restarts", 0)))
+        old, new = base.get("usage") or {}, after.get("usage") or {}
+        for use, key in (("held", "gpuSeconds"), ("wasted", "wastedGpuSeconds")):
+            self._gpu_seconds.labels(use).inc(max(0, new.get(key, 0) - old.get(key, 0)))
+
+
+class _Jobs(Collector):
+    """Series read from the jobs as they are."""
+
+    def __init__(self, store: Store, queue_depth: Callable[[], int]) -> None:
+        self._store = store
+        self._queue_depth = queue_depth
+
+    def collect(self) -> Iterator[Metric]:
+        jobs = list(self._store.jobs())
+        yield GaugeMetricFamily(
+            "finetune_operator_queue_depth", "Jobs waiting for a pass.", self._queue_depth()
+        )
+        yield _by_phase(jobs)
+        jobs.sort(key=lambda j: str(j["metadata"].get("creationTimestamp")), reverse=True)
+        yield from _per_job(jobs[:JOBS_SHOWN])
+
+
+def _by_phase(jobs: Iterable[Mapping[str, Any]]) -> Metric:
+    family = GaugeMetricFamily(
+        "finetune_jobs", "FineTuneJobs by phase.", labels=["namespace", "phase"]
+    )
+    count: dict[tuple[str, str], int] = {}
+    for job in jobs:
+        phase = (job.get("status") or {}).get("phase") or "Pending"
+        key = (job["metadata"]["namespace"], phase)
+        count[key] = count.get(key, 0) + 1
+    for (namespace, phase), number in sorted(count.items()):
+        family.add_metric([namespace, phase], number)
+    return family
+
+
+def _per_job(jobs: Iterable[Mapping[str, Any]]) -> Iterator[Metric]:
+    who = ["namespace", "name"]
+    families = {
+        key: GaugeMetricFamily(f"finetune_job_{_snake(key)}", text, labels=who)
+        for key, text in _PROGRESS.items()
+    }
+    families |= {
+        key: GaugeMetricFamily(f"finetune_job_{name}", text, labels=who)
+        for key, (name, text) in _USAGE.items()
+    }
+    restarts = GaugeMetricFamily("finetune_job_restarts", "Incidents of the gang.", labels=who)
+    test = GaugeMetricFamily(
+        "finetune_job_test_metric",
+        "Test metrics of finished runs, of the untuned and of the tuned model.",
+        labels=[*who, "data_set", "metric", "model"],
+    )
+    for job in jobs:
+        status = job.get("status") or {}
+        name = [job["metadata"]["namespace"], job["metadata"]["name"]]
+        figures = {**(status.get("progress") or {}), **(status.get("usage") or {})}
+        for key, family in families.items():
+            if key in figures:
+                family.add_metric(name, float(figures[key]))
+        restarts.add_metric(name, status.get("restarts", 0))
+        for row in status.get("evaluation") or []:
+            for model in ("untuned", "tuned"):
+                if model in row:
+                    labels = [*name, row["dataSet"], row["metric"], model]
+                    test.add_metric(labels, float(row[model]))
+    yield from families.values()
+    yield restarts
+    yield test
+
+
+def _snake(camel: str) -> str:
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in camel)

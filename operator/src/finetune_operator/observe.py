@@ -1,0 +1,336 @@
+"""What is there: a job's orders, child Jobs, Services and pods, read out of plain API objects.
+
+Every view holds only what decisions need. Nothing here raises on odd objects: what cannot be read
+is absent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import ValidationError
+
+from finetune_api import names
+from finetune_api.base import explain
+from finetune_api.names import Role
+from finetune_api.order import RunOrder
+from finetune_api.results import Progress, Termination
+from finetune_operator.config import ANNOTATION_IMAGE, ANNOTATION_OUTCOME, ANNOTATION_RESTARTS
+
+Object = Mapping[str, Any]
+
+INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
+
+
+def parse_time(text: str | None) -> datetime | None:
+    """An RFC 3339 time of the API, or None."""
+    try:
+        return datetime.fromisoformat(text) if text else None
+    except ValueError:
+        return None
+
+
+def format_time(time: datetime) -> str:
+    """RFC 3339 in UTC, to the second, as Kubernetes writes times."""
+    return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@dataclass(frozen=True)
+class OrderView:
+    """The ConfigMap of one revision of a run."""
+
+    name: str
+    run: str
+    number: int
+    revision: int
+    image: str
+    created: datetime | None = None
+    restarts_before: int = 0
+    outcome: str | None = None
+    order: RunOrder | None = None
+    """None where today's models refuse it; ``problems`` says why."""
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class JobView:
+    """A child Job."""
+
+    name: str
+    role: Role
+    run: str
+    revision: int
+    created: datetime
+    started: datetime | None = None
+    suspended: bool = False
+    complete: bool = False
+    failed: bool = False
+    """Failed, or about to be: the Job controller waits for pods that may never end."""
+    failure_reason: str = ""
+    failure_message: str = ""
+    failed_pods: int = 0
+    deleting: bool = False
+
+    @property
+    def finished(self) -> bool:
+        return self.complete or self.failed
+
+
+@dataclass(frozen=True)
+class PodView:
+    """A pod of a child Job and its one container."""
+
+    name: str
+    role: Role
+    run: str
+    revision: int
+    index: int
+    created: datetime
+    phase: str = "Pending"
+    node: str | None = None
+    ip: str | None = None
+    scheduled: bool = False
+    unschedulable: str | None = None
+    """The scheduler's message while it finds no node."""
+    started: datetime | None = None
+    finished: datetime | None = None
+    running: bool = False
+    exit_code: int | None = None
+    exit_reason: str = ""
+    reason: str = ""
+    message: str = ""
+    disruption: str | None = None
+    termination: Termination | None = None
+    waiting: str | None = None
+    waiting_message: str = ""
+    image: str = ""
+    pull_failing_since: datetime | None = None
+    deleted_by: datetime | None = None
+    """End of the grace period of a pod that is being deleted."""
+    limits: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def ended(self) -> bool:
+        return self.phase in ("Succeeded", "Failed")
+
+
+@dataclass(frozen=True)
+class ServiceView:
+    """A gang's headless Service."""
+
+    name: str
+    run: str
+    revision: int
+
+
+@dataclass(frozen=True)
+class Observed:
+    """All that is known of one job's children."""
+
+    orders: tuple[OrderView, ...] = ()
+    jobs: tuple[JobView, ...] = ()
+    services: tuple[ServiceView, ...] = ()
+    pods: tuple[PodView, ...] = ()
+    gone: tuple[PodView, ...] = ()
+    """Pods of the gang that ran and no longer exist, as they were last seen."""
+    progress: Progress | None = None
+    progress_time: datetime | None = None
+
+    def job(self, role: Role, run: str, revision: int) -> JobView | None:
+        """The Job of a role in a revision of a run."""
+        for job in self.jobs:
+            if (job.role, job.run, job.revision) == (role, run, revision):
+                return job
+        return None
+
+    def pods_of(self, role: Role, run: str, revision: int | None = None) -> list[PodView]:
+        """The pods of a role of a run, of one revision or of all."""
+        return [
+            p
+            for p in self.pods
+            if p.role == role and p.run == run and revision in (None, p.revision)
+        ]
+
+
+def observe(
+    *,
+    config_maps: Iterable[Object] = (),
+    jobs: Iterable[Object] = (),
+    services: Iterable[Object] = (),
+    pods: Iterable[Object] = (),
+    gone: Iterable[Object] = (),
+    pull_failing_since: Mapping[str, datetime] | None = None,
+    progress: Progress | None = None,
+    progress_time: datetime | None = None,
+) -> Observed:
+    """The views of a job's children; ``pull_failing_since`` is by pod uid."""
+    since = pull_failing_since or {}
+    return Observed(
+        orders=tuple(filter(None, map(order_view, config_maps))),
+        jobs=tuple(filter(None, map(job_view, jobs))),
+        services=tuple(filter(None, map(service_view, services))),
+        pods=tuple(
+            filter(None, (pod_view(p, since.get(p["metadata"].get("uid", ""))) for p in pods))
+        ),
+        gone=tuple(filter(None, map(pod_view, gone))),
+        progress=progress,
+        progress_time=progress_time,
+    )
+
+
+def _place(obj: Object) -> tuple[Role, str, int] | None:
+    labels = obj["metadata"].get("labels") or {}
+    role, run = labels.get(names.LABEL_ROLE), labels.get(names.LABEL_RUN)
+    revision = labels.get(names.LABEL_REVISION, "")
+    if role not in names.ROLES or not run or not revision.isdigit():
+        return None
+    return role, run, int(revision)
+
+
+def order_view(obj: Object) -> OrderView | None:
+    """The order in a ConfigMap, or None where it is none of ours."""
+    labels = obj["metadata"].get("labels") or {}
+    notes = obj["metadata"].get("annotations") or {}
+    run, revision = labels.get(names.LABEL_RUN, ""), labels.get(names.LABEL_REVISION, "")
+    text = (obj.get("data") or {}).get(names.ORDER_KEY)
+    number = run.partition("-")[0]
+    if text is None or not number.isdigit() or not revision.isdigit():
+        return None
+    order, problems = _read_order(text)
+    restarts = notes.get(ANNOTATION_RESTARTS, "0")
+    return OrderView(
+        name=obj["metadata"]["name"],
+        run=run,
+        number=int(number),
+        revision=int(revision),
+        image=notes.get(ANNOTATION_IMAGE, ""),
+        created=parse_time(obj["metadata"].get("creationTimestamp")),
+        restarts_before=int(restarts) if restarts.isdigit() else 0,
+        outcome=notes.get(ANNOTATION_OUTCOME),
+        order=order,
+        problems=problems,
+    )
+
+
+def _read_order(text: str) -> tuple[RunOrder | None, tuple[str, ...]]:
+    """Any contract version is read: an order of an older release is still the run's snapshot."""
+    try:
+        return RunOrder.model_validate(json.loads(text)), ()
+    except ValidationError as error:
+        return None, tuple(explain(error, root="order"))
+    except ValueError as error:
+        return None, (f"order: not JSON ({error})",)
+
+
+def job_view(obj: Object) -> JobView | None:
+    """A child Job, or None where its labels are not ours."""
+    place = _place(obj)
+    created = parse_time(obj["metadata"].get("creationTimestamp"))
+    if place is None or created is None:
+        return None
+    role, run, revision = place
+    status = obj.get("status") or {}
+    true = {c["type"]: c for c in status.get("conditions") or [] if c.get("status") == "True"}
+    bad = true.get("Failed") or true.get("FailureTarget") or {}
+    return JobView(
+        name=obj["metadata"]["name"],
+        role=role,
+        run=run,
+        revision=revision,
+        created=created,
+        started=parse_time(status.get("startTime")),
+        suspended=bool(obj.get("spec", {}).get("suspend")),
+        complete="Complete" in true or "SuccessCriteriaMet" in true,
+        failed=bool(bad),
+        failure_reason=bad.get("reason", ""),
+        failure_message=bad.get("message", ""),
+        failed_pods=status.get("failed") or 0,
+        deleting="deletionTimestamp" in obj["metadata"],
+    )
+
+
+def service_view(obj: Object) -> ServiceView | None:
+    """A gang's Service, or None where its labels are not ours."""
+    place = _place(obj)
+    return ServiceView(obj["metadata"]["name"], place[1], place[2]) if place else None
+
+
+def pod_view(obj: Object, pull_failing_since: datetime | None = None) -> PodView | None:
+    """A pod of a child Job, or None where its labels are not ours."""
+    place = _place(obj)
+    meta, spec, status = obj["metadata"], obj.get("spec") or {}, obj.get("status") or {}
+    created = parse_time(meta.get("creationTimestamp"))
+    if place is None or created is None:
+        return None
+    role, run, revision = place
+    index = (meta.get("annotations") or {}).get(INDEX_ANNOTATION, "0")
+    conditions = {c["type"]: c for c in status.get("conditions") or []}
+    scheduled = conditions.get("PodScheduled") or {}
+    unschedulable = scheduled.get("status") == "False"
+    disruption = conditions.get("DisruptionTarget") or {}
+    container = _container(spec)
+    state = container_status(obj).get("state") or {}
+    running, ended = state.get("running") or {}, state.get("terminated") or {}
+    waiting = state.get("waiting") or {}
+    return PodView(
+        name=meta["name"],
+        role=role,
+        run=run,
+        revision=revision,
+        index=int(index) if index.isdigit() else 0,
+        created=created,
+        phase=status.get("phase") or "Pending",
+        node=spec.get("nodeName"),
+        ip=status.get("podIP"),
+        scheduled=bool(spec.get("nodeName")),
+        unschedulable=scheduled.get("message") or "no node fits" if unschedulable else None,
+        started=parse_time(running.get("startedAt") or ended.get("startedAt")),
+        finished=parse_time(ended.get("finishedAt")),
+        running=bool(running),
+        exit_code=ended.get("exitCode"),
+        exit_reason=ended.get("reason") or "",
+        reason=status.get("reason") or "",
+        message=status.get("message") or "",
+        disruption=(disruption.get("reason") or "Disrupted")
+        if disruption.get("status") == "True"
+        else None,
+        termination=_termination(ended.get("message")),
+        waiting=waiting.get("reason"),
+        waiting_message=waiting.get("message") or "",
+        image=container.get("image") or "",
+        pull_failing_since=pull_failing_since,
+        deleted_by=parse_time(meta.get("deletionTimestamp")),
+        limits=(container.get("resources") or {}).get("limits") or {},
+    )
+
+
+def _container(spec: Object) -> Object:
+    found = [c for c in spec.get("containers") or [] if c.get("name") == names.CONTAINER]
+    return found[0] if found else {}
+
+
+def container_status(pod: Object) -> Object:
+    """Status of a pod's trainer container; empty before the kubelet wrote one."""
+    statuses = (pod.get("status") or {}).get("containerStatuses") or []
+    found = [c for c in statuses if c.get("name") == names.CONTAINER]
+    return found[0] if found else {}
+
+
+PULL_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
+
+
+def pull_is_failing(pod: Object) -> bool:
+    """Whether the kubelet cannot get the pod's image just now."""
+    waiting = (container_status(pod).get("state") or {}).get("waiting") or {}
+    return waiting.get("reason") in PULL_REASONS
+
+
+def _termination(text: str | None) -> Termination | None:
+    try:
+        return Termination.model_validate_json(text) if text else None
+    except ValidationError:
+        return None

@@ -1,0 +1,123 @@
+"""Progress of running gangs: polled from the first pod, at its address or through the API server.
+
+A gang that cannot be read still runs and still ends right: nothing is concluded from silence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final
+
+import aiohttp
+from pydantic import ValidationError
+
+from finetune_api.names import LABEL_JOB_UID, METRICS_PORT
+from finetune_api.results import Progress
+from finetune_operator.cluster import ApiError, Cluster
+from finetune_operator.observe import pod_view
+from finetune_operator.store import Store
+
+POLL_SECONDS: Final = 2.0
+WRITE_SECONDS: Final = 3.0
+"""Least time between two status writes of a job that only its progress causes."""
+TIMEOUT_SECONDS: Final = 2.0
+AT_ONCE: Final = 32
+LARGEST_ANSWER: Final = 65536
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Gang:
+    """The first pod of a running gang."""
+
+    uid: str
+    namespace: str
+    run: str
+    pod: str
+    ip: str
+
+
+class Poller:
+    """Reads ``/progress`` of every running gang and enqueues jobs whose progress moved."""
+
+    def __init__(
+        self, store: Store, cluster: Cluster, enqueue: Callable[[str, float], None], proxy: bool
+    ) -> None:
+        """``enqueue(uid, seconds)`` puts a key after so many seconds; ``proxy`` reads through the
+        API server, for an operator outside the cluster."""
+        self._store = store
+        self._cluster = cluster
+        self._enqueue = enqueue
+        self._proxy = proxy
+        self._told: dict[str, tuple[Progress, float]] = {}
+        self._slots = asyncio.Semaphore(AT_ONCE)
+
+    async def run(self) -> None:
+        """Poll for ever."""
+        timeout = aiohttp.ClientTimeout(total=TIMEOUT_SECONDS)
+        async with aiohttp.ClientSession(timeout=timeout) as session:
+            while True:
+                began = time.monotonic()
+                gangs = list(running_gangs(self._store))
+                await asyncio.gather(*(self._poll(session, gang) for gang in gangs))
+                uids = {g.uid for g in gangs}
+                self._told = {u: t for u, t in self._told.items() if u in uids}
+                await asyncio.sleep(max(0.1, began + POLL_SECONDS - time.monotonic()))
+
+    async def _poll(self, session: aiohttp.ClientSession, gang: Gang) -> None:
+        async with self._slots:
+            try:
+                progress = Progress.model_validate_json(await self._read(session, gang))
+            except (ApiError, aiohttp.ClientError, TimeoutError, ValidationError) as error:
+                log.debug("progress of %s/%s: %s", gang.namespace, gang.pod, error)
+                return
+        if progress.run == gang.run:
+            self._tell(gang.uid, progress)
+
+    async def _read(self, session: aiohttp.ClientSession, gang: Gang) -> bytes:
+        if self._proxy:
+            async with asyncio.timeout(TIMEOUT_SECONDS):
+                return await self._cluster.pod_progress(gang.namespace, gang.pod, METRICS_PORT)
+        host = f"[{gang.ip}]" if ":" in gang.ip else gang.ip
+        async with session.get(f"http://{host}:{METRICS_PORT}/progress") as response:
+            response.raise_for_status()
+            return await response.content.read(LARGEST_ANSWER)
+
+    def _tell(self, uid: str, progress: Progress) -> None:
+        """Coalesce: what moved is shown at most every WRITE_SECONDS, a new stage at once."""
+        known, when = self._told.get(uid, (None, 0.0))
+        if known is not None and _shown(known) == _shown(progress):
+            return
+        now = time.monotonic()
+        at_once = known is None or known.stage != progress.stage
+        wait = 0.0 if at_once else when + WRITE_SECONDS - now
+        if wait > 0:
+            return  # the next poll after that time tells
+        self._told[uid] = (progress, now)
+        self._store.put_progress(uid, progress, datetime.now(UTC))
+        self._enqueue(uid, 0.0)
+
+
+def _shown(progress: Progress) -> Progress:
+    """Progress without what moves by itself."""
+    return progress.model_copy(
+        update={"updated": 0.0, "training_seconds": 0.0, "remaining_seconds": None}
+    )
+
+
+def running_gangs(store: Store) -> Iterator[Gang]:
+    """The first pod of every gang that runs."""
+    for pod in store.objects("Pod"):
+        meta = pod["metadata"]
+        view = pod_view(pod)
+        if view is None or view.role != "train" or view.index != 0:
+            continue
+        if view.running and view.ip and view.deleted_by is None:
+            uid = meta["labels"][LABEL_JOB_UID]
+            yield Gang(uid, meta["namespace"], view.run, view.name, view.ip)

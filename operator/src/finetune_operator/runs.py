@@ -1,0 +1,159 @@
+"""Which run a job is at: run identity, and what a changed spec does to it.
+
+The orders in the cluster are the truth about runs: status may be lost, a process may die between
+two writes. Specs are compared only when ``metadata.generation`` has moved on since status was
+written, and against the newest order re-defaulted by today's models, so that a new default (of a
+newer CRD, or of a newer operator) touches no run.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from finetune_api.classes import FieldClass, changed_classes
+from finetune_api.identity import run_id
+from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import FineTuneJobStatus
+from finetune_operator.config import Config
+from finetune_operator.observe import Observed, OrderView
+from finetune_operator.plan import CurrentRun, Subject
+
+ENDED: Final = ("Complete", "Failed")
+
+
+def current_run(
+    subject: Subject,
+    spec: FineTuneJobSpec | None,
+    before: FineTuneJobStatus,
+    observed: Observed,
+    config: Config,
+) -> CurrentRun | None:
+    """The run to work on, which may begin with this pass; None while there is none.
+
+    ``spec`` is None where today's models refuse it: then nothing begins and nothing changes.
+    """
+    latest = _newest_order(observed)
+    number = max(before.run.number if before.run else 0, latest.number if latest else 0)
+    if number == 0:
+        return _begin(1, subject, spec, config) if spec and not spec.suspend else None
+    if latest is not None and latest.number < number:
+        latest = None
+    outcome = _outcome(number, before, latest)
+    changed = _changed(subject, spec, before, latest)
+    if spec is not None and "NewRun" in changed:
+        return _begin(number + 1, subject, spec, config)
+    if spec is not None and "Resume" in changed and outcome != "Complete":
+        return _revise(number, subject, spec, before, latest, outcome, config)
+    return _as_it_is(number, subject, spec, before, latest, outcome, config)
+
+
+def _newest_order(observed: Observed) -> OrderView | None:
+    return max(observed.orders, key=lambda o: (o.number, o.revision), default=None)
+
+
+def _outcome(number: int, before: FineTuneJobStatus, latest: OrderView | None) -> str | None:
+    """How the newest revision of the run ended; status of an older revision says nothing."""
+    if latest is not None and latest.outcome in ENDED:
+        return latest.outcome
+    run = before.run
+    if run is None or run.number != number:
+        return None
+    if latest is not None and run.revision != latest.revision:
+        return None
+    return run.outcome if run.outcome in ENDED else None
+
+
+def _changed(
+    subject: Subject,
+    spec: FineTuneJobSpec | None,
+    before: FineTuneJobStatus,
+    latest: OrderView | None,
+) -> dict[FieldClass, list[str]]:
+    if spec is None or before.observed_generation == subject.generation:
+        return {}
+    if latest is None or latest.order is None:
+        # Nothing to compare with: only an explicit wish starts a new run.
+        token = before.run.rerun_token if before.run else None
+        return {} if spec.rerun_token in (None, token) else {"NewRun": ["rerunToken"]}
+    return changed_classes(latest.order.spec.to_json(), spec.to_json())
+
+
+def _begin(number: int, subject: Subject, spec: FineTuneJobSpec, config: Config) -> CurrentRun:
+    run = run_id(number, subject.uid)
+    return CurrentRun(
+        number=number,
+        id=run,
+        revision=1,
+        order=_order(subject, run, spec),
+        image=spec.compute.image or config.image,
+        began=True,
+    )
+
+
+def _revise(
+    number: int,
+    subject: Subject,
+    spec: FineTuneJobSpec,
+    before: FineTuneJobStatus,
+    latest: OrderView | None,
+    outcome: str | None,
+    config: Config,
+) -> CurrentRun:
+    """The same run in a new gang. A run that had failed gets its restarts back."""
+    run = run_id(number, subject.uid)
+    revision = latest.revision if latest else before.run.revision if before.run else 1
+    restarts_before = latest.restarts_before if latest else 0
+    return CurrentRun(
+        number=number,
+        id=run,
+        revision=revision + 1,
+        order=_order(subject, run, spec),
+        image=spec.compute.image or config.image,
+        restarts_before=before.restarts if outcome == "Failed" else restarts_before,
+    )
+
+
+def _as_it_is(
+    number: int,
+    subject: Subject,
+    spec: FineTuneJobSpec | None,
+    before: FineTuneJobStatus,
+    latest: OrderView | None,
+    outcome: str | None,
+    config: Config,
+) -> CurrentRun | None:
+    run = run_id(number, subject.uid)
+    if latest is not None and latest.order is not None:
+        return CurrentRun(
+            number=number,
+            id=run,
+            revision=latest.revision,
+            order=latest.order,
+            image=latest.image or latest.order.spec.compute.image or config.image,
+            restarts_before=latest.restarts_before,
+            outcome=outcome,
+            recorded=True,
+        )
+    if spec is None:
+        return None
+    # The order was removed by hand, or today's models refuse it: the spec as it stands now.
+    return CurrentRun(
+        number=number,
+        id=run,
+        revision=latest.revision if latest else before.run.revision if before.run else 1,
+        order=_order(subject, run, spec),
+        image=(latest.image if latest else "") or spec.compute.image or config.image,
+        restarts_before=latest.restarts_before if latest else 0,
+        outcome=outcome,
+        recorded=latest is not None,
+    )
+
+
+def _order(subject: Subject, run: str, spec: FineTuneJobSpec) -> RunOrder:
+    return RunOrder(
+        version=CONTRACT_VERSION,
+        job=JobIdentity(namespace=subject.namespace, name=subject.name, uid=subject.uid),
+        run=run,
+        spec=spec,
+    )

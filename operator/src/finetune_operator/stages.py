@@ -1,0 +1,279 @@
+"""The stages of a run, prepare → train → publish, and what each pass does about them.
+
+``advance`` reads from top to bottom: what is done, what failed, what must stop, what must be made.
+It fills the draft of the plan, and answers the new status.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from functools import cached_property
+from typing import Any, Final
+
+from finetune_api.names import ROLES, Role
+from finetune_api.order import RunOrder
+from finetune_api.results import PreparedSummary, PublishSummary, TrainSummary
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import FailureStatus, FineTuneJobStatus
+from finetune_operator import status as status_of
+from finetune_operator.config import ANNOTATION_OUTCOME, OVERDUE, Config
+from finetune_operator.failure import failure, incidents, verdict
+from finetune_operator.observe import JobView, Observed, PodView
+from finetune_operator.overlay import template_problems
+from finetune_operator.plan import Change, Create, CurrentRun, Delete, Draft, Subject
+from finetune_operator.report import STAGE_CONDITION
+from finetune_operator.waiting import Obstacle, obstacle
+
+HISTORY: Final = 10
+
+
+@dataclass
+class Work:
+    """One pass over one run. ``spec`` is the spec as it stands, for fields of class Live; all
+    else comes from the run's order."""
+
+    subject: Subject
+    spec: FineTuneJobSpec
+    problems: list[str]
+    before: FineTuneJobStatus
+    observed: Observed
+    run: CurrentRun
+    config: Config
+    now: datetime
+    draft: Draft = field(default_factory=Draft)
+
+    @property
+    def order(self) -> RunOrder:
+        return self.run.order
+
+    @property
+    def same_run(self) -> bool:
+        """Whether the stored status speaks of this run."""
+        return self.before.run is not None and self.before.run.id == self.run.id
+
+    @cached_property
+    def stage(self) -> Role | None:
+        """The first stage that is not done; None when all are."""
+        return next((r for r in ROLES if not self.done(r)), None)
+
+    @cached_property
+    def job(self) -> JobView | None:
+        """Job of the stage, in the run's present revision."""
+        stage = self.stage
+        return self.observed.job(stage, self.run.id, self.run.revision) if stage else None
+
+    @cached_property
+    def pods(self) -> list[PodView]:
+        """Pods of the stage, in the run's present revision."""
+        stage = self.stage
+        return self.observed.pods_of(stage, self.run.id, self.run.revision) if stage else []
+
+    def done(self, role: Role) -> bool:
+        """A stage is done once status says so, or a Job of any revision completed."""
+        kept = self.same_run and any(
+            c.type == STAGE_CONDITION[role] and c.status == "True" for c in self.before.conditions
+        )
+        jobs = (j for j in self.observed.jobs if j.role == role and j.run == self.run.id)
+        return kept or self.run.outcome == "Complete" or any(j.complete for j in jobs)
+
+    @cached_property
+    def prepared(self) -> PreparedSummary | None:
+        return next((s for s in self._said("prepare", "prepared") if s), None)
+
+    @cached_property
+    def trained(self) -> TrainSummary | None:
+        return next((s for s in self._said("train", "trained") if s), None)
+
+    @cached_property
+    def published(self) -> PublishSummary | None:
+        return next((s for s in self._said("publish", "published") if s), None)
+
+    def _said(self, role: Role, what: str) -> list[Any]:
+        pods = sorted(self.observed.pods_of(role, self.run.id), key=lambda p: p.index)
+        words = [p.termination for p in pods if p.termination and p.termination.run == self.run.id]
+        return [getattr(w, what) for w in words]
+
+    @cached_property
+    def restarts(self) -> int:
+        """Incidents so far: what storage counted, and what the pods show."""
+        counts = [self.before.restarts if self.same_run else 0]
+        progress = self.observed.progress
+        if progress is not None and progress.run == self.run.id:
+            counts.append(progress.restarts)
+        if self.trained is not None:
+            counts.append(self.trained.restarts)
+        if self.stage == "train" and not (self.job and self.job.failed):
+            counts.append(self.run.restarts_before + incidents(self.pods))
+        return max(counts)
+
+    @cached_property
+    def obstacle(self) -> Obstacle | None:
+        """What keeps the stage's pods from running."""
+        if self.job is None or self.job.finished:
+            return None
+        deadline = timedelta(seconds=self.spec.scheduling.start_deadline_seconds)
+        return obstacle(self.job, self.pods, deadline)
+
+    @property
+    def queue(self) -> str | None:
+        """Kueue's queue, where it decides about the stage's Job."""
+        return self.order.spec.scheduling.queue_name if self.stage == "train" else None
+
+
+def advance(work: Work) -> FineTuneJobStatus:
+    """One pass: fills ``work.draft`` and answers the new status."""
+    _clean_up(work)
+    if work.stage is None:
+        _end(work, "Complete")
+        return status_of.complete(work)
+    failed = _failure(work)
+    if failed is not None:
+        _end(work, "Failed")
+        return status_of.failed(work, failed)
+    if work.spec.suspend:
+        _suspend(work)
+        return status_of.suspended(work)
+    _make(work)
+    return status_of.underway(work)
+
+
+def _clean_up(work: Work) -> None:
+    """Children of earlier runs, and gangs of earlier revisions. Orders stay with the history."""
+    run, delete = work.run, work.draft.delete
+    for job in work.observed.jobs:
+        stale = job.run != run.id or (job.revision != run.revision and not job.finished)
+        if stale and not job.deleting:
+            delete.append(Delete("Job", job.name))
+    for service in work.observed.services:
+        if (service.run, service.revision) != (run.id, run.revision):
+            delete.append(Delete("Service", service.name))
+    for order in work.observed.orders:
+        if order.number < run.number - HISTORY:
+            delete.append(Delete("ConfigMap", order.name))
+
+
+def _failure(work: Work) -> FailureStatus | None:
+    """Why the run has failed, or None while it goes on."""
+    if work.run.outcome == "Failed":
+        kept = work.before.failure if work.same_run else None
+        return kept or verdict(work.job, work.pods, _attempt(work))
+    job = work.job
+    faults = template_problems(work.order.spec.compute.pod_template)
+    if job is None and faults:
+        return failure("UserError", "InvalidPodTemplate", "\n".join(faults))
+    if job is not None and job.failed:
+        return verdict(job, work.pods, _attempt(work))
+    if work.spec.suspend:
+        return None
+    allowed = work.spec.failure_policy.max_restarts
+    if work.stage == "train" and work.restarts - work.run.restarts_before > allowed:
+        return _exhausted(work, allowed)
+    if work.obstacle is not None:
+        if work.obstacle.until <= work.now:
+            return work.obstacle.failure
+        work.draft.look_at(work.obstacle.until)
+    return None
+
+
+def _attempt(work: Work) -> int | None:
+    progress = work.observed.progress
+    if work.stage != "train" or progress is None or progress.run != work.run.id:
+        return None
+    return progress.attempt
+
+
+def _exhausted(work: Work, allowed: int) -> FailureStatus:
+    last = verdict(None, work.pods, _attempt(work))
+    count = work.restarts - work.run.restarts_before
+    end = (
+        f" This was incident {count}; failurePolicy.maxRestarts allows {allowed}. The run goes on"
+        " from its last commit when compute, scheduling or checkpoint is changed, or begins anew"
+        " with another rerunToken"
+    )
+    if last.reason == "PodsGone":
+        return failure("NodeFailure", "RestartsExhausted", f"the gang lost pods.{end}")
+    message = f"{last.message[:3000]}.{end}"
+    return last.model_copy(update={"message": message})
+
+
+def _end(work: Work, outcome: str) -> None:
+    """Stops what still runs, notes the outcome on the order, and keeps to the children's TTL."""
+    job = work.job
+    if job is not None and not job.finished:
+        # Its pods end, those that failed stay for their logs: deleting it would lose them.
+        work.draft.change.append(Change("Job", job.name, {"spec": {"activeDeadlineSeconds": 0}}))
+    for order in work.observed.orders:
+        newest = (order.run, order.revision) == (work.run.id, work.run.revision)
+        if newest and order.outcome != outcome:
+            note = {"metadata": {"annotations": {ANNOTATION_OUTCOME: outcome}}}
+            work.draft.change.append(Change("ConfigMap", order.name, note))
+    if not work.run.recorded and work.run.outcome is None:
+        work.draft.create.append(Create("ConfigMap"))
+    _expire(work)
+
+
+def _expire(work: Work) -> None:
+    ttl = work.spec.children_ttl_seconds_after_finished
+    if ttl is None or not (work.observed.jobs or work.observed.services):
+        return
+    due = status_of.completion_time(work) + timedelta(seconds=ttl)
+    if due > work.now:
+        work.draft.look_at(due)
+        return
+    known = set(work.draft.delete)
+    gone = [Delete("Job", j.name) for j in work.observed.jobs if not j.deleting]
+    gone += [Delete("Service", s.name) for s in work.observed.services]
+    work.draft.delete += [d for d in gone if d not in known]
+
+
+def _suspend(work: Work) -> None:
+    """Stops the stage's pods with their grace period. Under Kueue the Job itself goes: it would
+    be admitted again, and its quota is given back this way."""
+    _record(work)
+    job = work.job
+    if job is None or job.finished or job.deleting:
+        return
+    if work.queue is not None:
+        work.draft.delete.append(Delete("Job", job.name))
+    elif not job.suspended:
+        work.draft.change.append(Change("Job", job.name, {"spec": {"suspend": True}}))
+
+
+def _make(work: Work) -> None:
+    """Makes what the stage lacks; resumes what was suspended."""
+    _record(work)
+    job = work.job
+    if job is not None:
+        if job.suspended and work.queue is None and not job.deleting:
+            work.draft.change.append(Change("Job", job.name, {"spec": {"suspend": False}}))
+        _make_service(work)
+        return
+    if _leftovers(work):
+        return
+    _make_service(work)
+    work.draft.create.append(Create("Job", work.stage))
+
+
+def _record(work: Work) -> None:
+    if not work.run.recorded:
+        work.draft.create.append(Create("ConfigMap"))
+
+
+def _make_service(work: Work) -> None:
+    here = ((s.run, s.revision) for s in work.observed.services)
+    if work.stage == "train" and (work.run.id, work.run.revision) not in here:
+        work.draft.create.append(Create("Service", "train"))
+
+
+def _leftovers(work: Work) -> bool:
+    """Whether an earlier gang of this run still works: the next one waits for it, but not for
+    pods that ought to be gone (on a dead node they may terminate for ever)."""
+    jobs = [j for j in work.observed.jobs if j.role == work.stage and j.run == work.run.id]
+    pods = work.observed.pods_of(work.stage, work.run.id) if work.stage else []
+    waiting = [p for p in pods if not p.ended]
+    for pod in waiting:
+        if pod.deleted_by is not None:
+            work.draft.look_at(pod.deleted_by + OVERDUE)
+    overdue = [p for p in waiting if p.deleted_by and p.deleted_by + OVERDUE <= work.now]
+    return any(not j.finished for j in jobs) or len(waiting) > len(overdue)

@@ -1,0 +1,273 @@
+"""The new status of a pass, for each way in which it can end."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+from finetune_api.names import Phase
+from finetune_api.status import Checkpoints, FailureStatus, FineTuneJobStatus, OutputStatus, Run
+from finetune_operator import report
+from finetune_operator.observe import format_time, parse_time
+from finetune_operator.report import STAGE_CONDITION, Conditions
+from finetune_operator.usage import usage
+
+if TYPE_CHECKING:
+    from finetune_operator.stages import Work
+
+
+def complete(work: Work) -> FineTuneJobStatus:
+    """Everything is done."""
+    conditions = _conditions(work)
+    where = f"the model is at {work.order.output_uri}"
+    conditions.set("Running", "False", "Finished", "the gang is done")
+    conditions.set("Suspended", "False", "Finished")
+    conditions.set("Complete", "True", "Published", where)
+    if conditions.has("Failed"):
+        conditions.set("Failed", "False", "Complete")
+    conditions.set("Ready", "True", "Complete", where)
+    _kstatus(conditions, "Complete", reconciling=False)
+    return _assemble(work, "Complete", conditions, outcome="Complete")
+
+
+def failed(work: Work, failure: FailureStatus) -> FineTuneJobStatus:
+    """The run has ended without a model."""
+    conditions = _conditions(work)
+    reason, message = failure.reason, failure.message
+    if work.stage is not None:
+        conditions.set(STAGE_CONDITION[work.stage], "False", reason, message)
+    conditions.set("Running", "False", "Finished", "the run has failed")
+    conditions.set("Suspended", "False", "Finished")
+    conditions.set("Failed", "True", reason, f"{failure.failure_class}: {message}")
+    conditions.set("Ready", "False", reason, message)
+    conditions.set("Reconciling", "False", "Failed")
+    conditions.set("Stalled", "True", reason, message)
+    return _assemble(work, "Failed", conditions, outcome="Failed", failure=failure)
+
+
+def suspended(work: Work) -> FineTuneJobStatus:
+    """spec.suspend holds the run."""
+    conditions = _conditions(work)
+    live = sum(1 for p in work.pods if not p.ended)
+    message = f"spec.suspend is true; {live} pods are ending" if live else "spec.suspend is true"
+    conditions.set("Running", "False", "Suspended", message)
+    conditions.set("Suspended", "True", "Suspended", message)
+    conditions.set("Ready", "False", "Suspended", message)
+    _kstatus(conditions, "Suspended", reconciling=False)
+    return _assemble(work, "Suspended", conditions)
+
+
+def underway(work: Work) -> FineTuneJobStatus:
+    """The run goes on."""
+    conditions = _conditions(work)
+    phase, reason, message = _where(work)
+    stage = work.stage
+    assert stage is not None
+    if stage == "train":
+        running = phase in ("Starting", "Training") and _all_run(work)
+        conditions.set("Running", "True" if running else "False", reason, message)
+    else:
+        conditions.set("Running", "False", "NotTraining", f"stage: {stage}")
+    conditions.set(STAGE_CONDITION[stage], "False", reason, message)
+    conditions.set("Suspended", "False", "NotSuspended")
+    if conditions.has("Failed"):
+        conditions.set("Failed", "False", "Resumed", "the spec was changed; the run goes on")
+    conditions.set("Ready", "False", reason, message)
+    _kstatus(conditions, reason, reconciling=True, message=message)
+    return _assemble(work, phase, conditions)
+
+
+def _kstatus(conditions: Conditions, reason: str, *, reconciling: bool, message: str = "") -> None:
+    conditions.set("Reconciling", "True" if reconciling else "False", reason, message)
+    if not conditions.holds("Stalled"):
+        conditions.set("Stalled", "False", reason)
+
+
+def _where(work: Work) -> tuple[Phase, str, str]:
+    """Phase, reason and message of a run that goes on."""
+    stage, job, held = work.stage, work.job, work.obstacle
+    first: Phase = "Pending" if stage == "prepare" else "Publishing"
+    if stage == "train":
+        first = "Starting"
+    made_now = any(c.kind == "Job" for c in work.draft.create)
+    if job is None and not made_now:
+        return first, "Pending", f"making the Job of {stage}, after pods of an earlier one ended"
+    if held is not None:
+        return first, held.reason, held.message
+    if stage == "train":
+        return _gang(work)
+    running = any(p.running for p in work.pods)
+    if stage == "prepare":
+        text = "access check, split, rendering, tokenizing"
+        return ("Preparing" if running else "Pending"), "Preparing", text
+    return "Publishing", "Publishing", "writing the model, its metrics and its report"
+
+
+def _gang(work: Work) -> tuple[Phase, str, str]:
+    job, nodes = work.job, work.order.spec.compute.nodes
+    if work.queue is not None and (job is None or job.suspended):
+        return "Queued", "Queued", f"waiting in queue {work.queue}"
+    alive = sum(1 for p in work.pods if p.running)
+    text = f"{alive} of {nodes} pods run"
+    if not _all_run(work):
+        return "Starting", "Starting", text
+    progress = work.observed.progress
+    loading = progress is not None and progress.run == work.run.id and progress.stage == "Loading"
+    return ("Starting" if loading else "Training"), "GangRunning", text
+
+
+def _all_run(work: Work) -> bool:
+    ranks = {p.index for p in work.pods if p.running}
+    return len(ranks) >= work.order.spec.compute.nodes
+
+
+def _conditions(work: Work) -> Conditions:
+    """The run's conditions with what is done so far."""
+    conditions = Conditions(
+        work.before.conditions, work.subject.generation, work.now, keep=work.same_run
+    )
+    if work.done("prepare"):
+        text = "the prepared data is in storage"
+        if work.prepared is not None:
+            text = f"{work.prepared.train_samples} samples at {work.prepared.uri}"
+        _once(conditions, "Prepared", "DataReady", text)
+    if work.done("train"):
+        _once(conditions, "Evaluated", "Evaluated", "trained, and measured on the test sets")
+    if work.done("publish"):
+        _once(conditions, "Published", "Published", f"at {work.order.output_uri}")
+    if work.problems:
+        text = "the spec as it stands is refused, the run goes on without it:\n"
+        conditions.set("Stalled", "True", "InvalidSpec", text + "\n".join(work.problems))
+    else:
+        conditions.set("Stalled", "False", "Progressing")
+    return conditions
+
+
+def _once(
+    conditions: Conditions,
+    type_: Literal["Prepared", "Evaluated", "Published"],
+    reason: str,
+    message: str,
+) -> None:
+    """What was reached stays as it was said: the pods that said it may be gone."""
+    if not conditions.holds(type_):
+        conditions.set(type_, "True", reason, message)
+
+
+def completion_time(work: Work) -> datetime:
+    """When the run ended: as recorded, or now."""
+    run = work.before.run
+    known = parse_time(run.completion_time) if run and work.same_run else None
+    return known if known and work.run.outcome else work.now
+
+
+def _assemble(
+    work: Work,
+    phase: Phase,
+    conditions: Conditions,
+    outcome: Literal["Complete", "Failed"] | None = None,
+    failure: FailureStatus | None = None,
+) -> FineTuneJobStatus:
+    base = work.before if work.same_run else FineTuneJobStatus(history=_history(work))
+    update: dict[str, Any] = {
+        "observed_generation": work.before.observed_generation
+        if work.problems
+        else work.subject.generation,
+        "phase": phase,
+        "conditions": conditions.to_list(),
+        "run": _run(work, outcome),
+        "restarts": work.restarts,
+        "failure": failure,
+        **_results(work, base),
+    }
+    return base.model_copy(update=update)
+
+
+def _history(work: Work) -> list[Run]:
+    """Earlier runs, newest first."""
+    earlier, last = work.before.history, work.before.run
+    if last is None:
+        return earlier
+    ended = last.model_copy(
+        update={
+            "outcome": last.outcome or "Superseded",
+            "completion_time": last.completion_time or format_time(work.now),
+        }
+    )
+    return [ended, *earlier][:10]
+
+
+def _run(work: Work, outcome: Literal["Complete", "Failed"] | None) -> Run:
+    known = work.before.run if work.same_run else None
+    progress = work.observed.progress
+    attempts = [known.attempt if known else 0]
+    if progress is not None and progress.run == work.run.id:
+        attempts.append(progress.attempt)
+    if work.trained is not None:
+        attempts.append(work.trained.attempt)
+    return report.make(
+        Run,
+        id=work.run.id,
+        number=work.run.number,
+        revision=work.run.revision,
+        attempt=max(attempts),
+        start_time=(known.start_time if known else None) or format_time(_began(work)),
+        completion_time=format_time(completion_time(work)) if outcome else None,
+        rerun_token=work.order.spec.rerun_token,
+        outcome=outcome,
+        output=work.order.output_uri if outcome == "Complete" else None,
+    )
+
+
+def _began(work: Work) -> datetime:
+    """When the run's first order was made, which is now where there is none yet."""
+    made = [o.created for o in work.observed.orders if o.run == work.run.id and o.created]
+    return min(made, default=work.now)
+
+
+def _results(work: Work, base: FineTuneJobStatus) -> dict[str, Any]:
+    """What the stages said so far; what status knows stays where the pods are gone."""
+    found: dict[str, Any] = {"usage": _usage(work, base)}
+    if work.prepared is not None:
+        found["prepared"] = report.prepared_status(work.prepared)
+    progress, read_at = work.observed.progress, work.observed.progress_time
+    if progress is not None and read_at is not None and progress.run == work.run.id:
+        found["progress"] = report.progress_status(progress, read_at)
+        if progress.latest_checkpoint or progress.best_checkpoint:
+            found["checkpoints"] = Checkpoints(
+                latest=progress.latest_checkpoint, best=progress.best_checkpoint
+            )
+    if work.trained is not None:
+        known = found.get("progress") or base.progress
+        done = base.progress is not None and base.progress.stage == "Done"
+        last = base.progress if done else report.final_progress(known, work.trained, work.now)
+        found["progress"] = last
+        found["evaluation"] = report.evaluation(work.trained) or base.evaluation
+        if work.trained.checkpoint:
+            old = found.get("checkpoints") or base.checkpoints or Checkpoints()
+            found["checkpoints"] = old.model_copy(update={"best": work.trained.checkpoint})
+    if work.published is not None:
+        found["output"] = OutputStatus(
+            uri=work.published.uri,
+            digest=work.published.digest,
+            formats=work.published.formats,
+        )
+    return found
+
+
+def _usage(work: Work, base: FineTuneJobStatus) -> Any:
+    run = work.run
+    ran = base.progress is not None or base.restarts > 0 or work.done("train")
+    ran = ran or any(c.type == "Running" and c.status == "True" for c in base.conditions)
+    gone = [p for p in work.observed.gone if p.role == "train" and p.run == run.id]
+    progress = work.observed.progress
+    return usage(
+        base.usage,
+        work.order.spec.compute,
+        [*work.observed.pods_of("train", run.id), *gone],
+        work.observed.job("train", run.id, run.revision),
+        started=ran,
+        progress=progress if progress and progress.run == run.id else None,
+        trained=work.trained,
+        now=work.now,
+    )

@@ -1,0 +1,150 @@
+"""The world in memory: every object of ours as last seen, by watch or by our own writes.
+
+Writes go in with the API server's answer, so that a pass sees what the one before it wrote though
+the watch lags behind; an older resourceVersion never replaces a newer one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from finetune_api import names
+from finetune_api.results import Progress
+from finetune_operator.observe import Object, Observed, container_status, observe, pull_is_failing
+
+CHILD_KINDS: Final = ("ConfigMap", "Service", "Job", "Pod")
+REMEMBERED_REMOVALS: Final = 10_000
+
+
+def version_of(obj: Object) -> int:
+    """resourceVersion as a number: comparable within one kind (KEP-5504), 0 where it is none."""
+    text = str(obj["metadata"].get("resourceVersion", ""))
+    return int(text) if text.isdigit() else 0
+
+
+class Store:
+    """FineTuneJobs by uid, and their children by the uid of their job."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, Object] = {}
+        self._children: dict[str, dict[str, dict[str, Object]]] = {}
+        self._removed: dict[str, int] = {}
+        self._gone_pods: dict[str, dict[str, Object]] = {}
+        self._pull_failing: dict[str, datetime] = {}
+        self._progress: dict[str, tuple[Progress, datetime]] = {}
+
+    # --- changes ---------------------------------------------------------------------------------
+
+    def put(self, kind: str, obj: Object) -> str | None:
+        """Remember an object; answers the uid of the job it belongs to, or None."""
+        uid = obj["metadata"]["uid"]
+        if kind == names.KIND:
+            return self._put_in(self._jobs, uid, obj, uid)
+        owner: str | None = (obj["metadata"].get("labels") or {}).get(names.LABEL_JOB_UID)
+        if owner is None:
+            return None
+        if self._removed.get(uid, -1) >= version_of(obj):
+            return owner
+        if kind == "Pod":
+            self._note_pull(uid, obj)
+        kinds = self._children.setdefault(owner, {k: {} for k in CHILD_KINDS})
+        return self._put_in(kinds[kind], uid, obj, owner)
+
+    @staticmethod
+    def _put_in(place: dict[str, Object], uid: str, obj: Object, owner: str) -> str:
+        known = place.get(uid)
+        if known is None or version_of(known) <= version_of(obj):
+            place[uid] = obj
+        return owner
+
+    def remove(self, kind: str, obj: Object) -> str | None:
+        """Forget an object that was deleted; answers the uid of its job."""
+        uid = obj["metadata"]["uid"]
+        if kind == names.KIND:
+            self._forget(uid)
+            return str(uid)
+        owner: str | None = (obj["metadata"].get("labels") or {}).get(names.LABEL_JOB_UID)
+        if owner is None:
+            return None
+        # The answer to a write of ours may come after the event of the deletion.
+        self._removed[uid] = version_of(obj)
+        while len(self._removed) > REMEMBERED_REMOVALS:
+            self._removed.pop(next(iter(self._removed)))
+        kinds = self._children.get(owner, {})
+        kinds.get(kind, {}).pop(uid, None)
+        if kind == "Pod":
+            self._pull_failing.pop(uid, None)
+            if owner in self._jobs and container_status(obj).get("state"):
+                self._gone_pods.setdefault(owner, {})[uid] = _ended(obj)
+        if owner not in self._jobs and not any(kinds.values()):
+            self._children.pop(owner, None)
+        return owner
+
+    def _forget(self, uid: str) -> None:
+        for place in (self._jobs, self._gone_pods, self._progress):
+            place.pop(uid, None)
+
+    def _note_pull(self, uid: str, pod: Object) -> None:
+        if pull_is_failing(pod):
+            self._pull_failing.setdefault(uid, datetime.now(UTC))
+        elif container_status(pod).get("state", {}).get("running"):
+            self._pull_failing.pop(uid, None)
+
+    def put_progress(self, uid: str, progress: Progress, time: datetime) -> None:
+        """Remember what a gang said last."""
+        if uid in self._jobs:
+            self._progress[uid] = (progress, time)
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    def job(self, uid: str) -> Object | None:
+        """The FineTuneJob of that uid."""
+        return self._jobs.get(uid)
+
+    def jobs(self) -> Iterator[Object]:
+        """All FineTuneJobs."""
+        return iter(list(self._jobs.values()))
+
+    def children(self, uid: str, kind: str) -> list[Object]:
+        """A job's children of one kind."""
+        return list(self._children.get(uid, {}).get(kind, {}).values())
+
+    def objects(self, kind: str) -> list[Object]:
+        """Everything of one kind."""
+        if kind == names.KIND:
+            return list(self._jobs.values())
+        return [o for kinds in self._children.values() for o in kinds[kind].values()]
+
+    def observed(self, uid: str) -> Observed:
+        """What ``decide`` gets to see."""
+        progress, time = self._progress.get(uid, (None, None))
+        return observe(
+            config_maps=self.children(uid, "ConfigMap"),
+            jobs=self.children(uid, "Job"),
+            services=self.children(uid, "Service"),
+            pods=self.children(uid, "Pod"),
+            gone=self._gone_pods.get(uid, {}).values(),
+            pull_failing_since=self._pull_failing,
+            progress=progress,
+            progress_time=time,
+        )
+
+
+def _ended(pod: Object) -> dict[str, Any]:
+    """A pod that vanished while it ran ended when it was seen to vanish."""
+    copy: dict[str, Any] = {**pod, "status": {**(pod.get("status") or {})}}
+    statuses = []
+    for status in copy["status"].get("containerStatuses") or []:
+        running = (status.get("state") or {}).get("running")
+        if running:
+            end = {"startedAt": running.get("startedAt"), "finishedAt": _now_text()}
+            status = {**status, "state": {"terminated": {**end, "exitCode": 137}}}
+        statuses.append(status)
+    copy["status"]["containerStatuses"] = statuses
+    return copy
+
+
+def _now_text() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

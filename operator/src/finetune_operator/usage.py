@@ -1,0 +1,76 @@
+"""What a run cost: GPUs times the seconds that its gang's pods held them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+
+from finetune_api.results import Progress, TrainSummary
+from finetune_api.spec import Compute
+from finetune_api.status import Usage
+from finetune_operator.config import USAGE_STEP_SECONDS
+from finetune_operator.observe import JobView, PodView
+from finetune_operator.report import make
+
+
+def usage(
+    before: Usage | None,
+    compute: Compute,
+    pods: Iterable[PodView],
+    job: JobView | None,
+    started: bool,
+    progress: Progress | None,
+    trained: TrainSummary | None,
+    now: datetime,
+) -> Usage:
+    """Usage of a run so far. It never falls: pods that are gone were counted before.
+
+    ``pods`` are all pods of the gang, also those that are gone; ``started`` says whether the gang
+    ran as a whole before, which ends the count of queued seconds. At the end the trainer's own
+    wall time is the lower bound, for pods that went while no operator ran.
+    """
+    pods = list(pods)
+    gpus = compute.nodes * compute.gpus_per_node
+    seconds = sum(_gpus(p, compute.gpu_resource_name) * _held(p, now) for p in pods)
+    lost = trained.lost_seconds if trained else progress.lost_seconds if progress else 0.0
+    wall = trained.training_seconds if trained else 0.0
+    old = before or Usage()
+    return make(
+        Usage,
+        gpu_seconds=max(old.gpu_seconds, int(seconds), int(wall * gpus)),
+        wasted_gpu_seconds=max(old.wasted_gpu_seconds, int(lost * gpus)),
+        queued_seconds=old.queued_seconds
+        if started and before is not None
+        else _queued(old, compute, pods, job, now),
+    )
+
+
+def _gpus(pod: PodView, resource: str) -> int:
+    text = str(pod.limits.get(resource, "0"))
+    return int(text) if text.isdigit() else 0
+
+
+def _step(now: datetime) -> datetime:
+    stamp = int(now.timestamp())
+    return datetime.fromtimestamp(stamp - stamp % USAGE_STEP_SECONDS, UTC)
+
+
+def _held(pod: PodView, now: datetime) -> float:
+    if pod.started is None:
+        return 0.0
+    end = pod.finished or _step(now)
+    return max(0.0, (end - pod.started).total_seconds())
+
+
+def _queued(
+    old: Usage, compute: Compute, pods: list[PodView], job: JobView | None, now: datetime
+) -> int:
+    """Seconds from the Job to the first second in which every rank ran, or to now."""
+    if job is None:
+        return old.queued_seconds
+    first: dict[int, datetime] = {}
+    for pod in pods:
+        if pod.started is not None:
+            first[pod.index] = min(pod.started, first.get(pod.index, pod.started))
+    end = max(first.values()) if len(first) >= compute.nodes else _step(now)
+    return max(old.queued_seconds, int((end - job.created).total_seconds()))

@@ -1,0 +1,101 @@
+"""What keeps a stage's pods from running, how long that may last, and what comes of it then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from finetune_api.status import FailureStatus
+from finetune_operator.config import PULL_FAILING, PULL_REFUSED
+from finetune_operator.failure import failure
+from finetune_operator.observe import PULL_REASONS, JobView, PodView
+
+_REFUSED = ("not found", "unauthorized", "denied", "forbidden", "manifest unknown", "not exist")
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Something that keeps a pod from running. At ``until`` it becomes ``failure``."""
+
+    reason: str
+    message: str
+    until: datetime
+    failure: FailureStatus
+
+
+def obstacle(job: JobView, pods: Iterable[PodView], start_deadline: timedelta) -> Obstacle | None:
+    """The obstacle that ends a stage first, or None.
+
+    ``start_deadline`` runs from the time the Job may start (or from the pod's creation, for
+    replacements): time in a queue is not counted.
+    """
+    since = job.started or job.created
+    pods = list(pods)
+    found = [o for o in (_of_pod(p, since, start_deadline) for p in pods) if o is not None]
+    if not pods and not job.suspended and not job.finished:
+        found.append(_no_pods(job, since, start_deadline))
+    return min(found, key=lambda o: o.until, default=None)
+
+
+def _of_pod(pod: PodView, since: datetime, deadline: timedelta) -> Obstacle | None:
+    if pod.ended or pod.running or pod.deleted_by is not None:
+        return None
+    until = max(since, pod.created) + deadline
+    if pod.waiting in PULL_REASONS:
+        return _image(pod)
+    if pod.waiting == "CreateContainerConfigError":
+        return _config(pod, until)
+    if not pod.scheduled and pod.unschedulable is not None:
+        return _unschedulable(pod, until, deadline)
+    return None
+
+
+def _image(pod: PodView) -> Obstacle:
+    text = pod.waiting_message
+    final = pod.waiting in ("InvalidImageName", "ErrImageNeverPull")
+    refused = any(mark in text.lower() for mark in _REFUSED)
+    allowed = timedelta(0) if final else PULL_REFUSED if refused else PULL_FAILING
+    message = (
+        f"image {pod.image!r} cannot be pulled ({pod.waiting}): {text or 'no message'}. Correct"
+        " spec.compute.image, or name a pull secret in spec.compute.podTemplate.spec"
+        ".imagePullSecrets"
+    )
+    return Obstacle(
+        "ImagePull",
+        message,
+        (pod.pull_failing_since or pod.created) + allowed,
+        failure("ImagePull", pod.waiting or "ErrImagePull", message, pod),
+    )
+
+
+def _config(pod: PodView, until: datetime) -> Obstacle:
+    reason = "MissingSecret" if "secret" in pod.waiting_message.lower() else "ContainerConfig"
+    message = (
+        f"the container cannot be made: {pod.waiting_message}. It starts as soon as that is"
+        " mended: create the Secret that spec.storage.secretRef names, with the keys"
+        " AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    )
+    return Obstacle(reason, message, until, failure("UserError", reason, message, pod))
+
+
+def _unschedulable(pod: PodView, until: datetime, deadline: timedelta) -> Obstacle:
+    said = f"no node for pod {pod.name}: {pod.unschedulable}"
+    message = (
+        f"{said}. Waited {int(deadline.total_seconds())} s"
+        " (scheduling.startDeadlineSeconds). Ask for fewer compute.nodes or gpusPerNode, smaller"
+        " compute.resources, or add nodes"
+    )
+    return Obstacle(
+        "Unschedulable", said, until, failure("NodeFailure", "Unschedulable", message, pod)
+    )
+
+
+def _no_pods(job: JobView, since: datetime, deadline: timedelta) -> Obstacle:
+    message = (
+        f"Job {job.name} has no pods yet; where this lasts, a quota or an admission policy refuses"
+        f" them: see `kubectl describe job {job.name}`"
+    )
+    return Obstacle(
+        "PodsNotCreated", message, since + deadline, failure("UserError", "PodsNotCreated", message)
+    )

@@ -1,0 +1,145 @@
+"""kopf's part: watches feed the store and put keys on the queue; handlers of a line each.
+
+``on.event`` and ``index`` need no finalizer and write nothing. The index function runs before any
+event handler does, and kopf holds event handlers back until everything was listed once: so no
+reconcile sees half a world.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection
+from typing import Any, Final
+
+import kopf
+import kubernetes.client
+
+from finetune_api import names
+from finetune_operator.cluster import Cluster
+from finetune_operator.store import CHILD_KINDS, Store, version_of
+
+SELECTOR: Final = f"{names.LABEL_MANAGED_BY}={names.MANAGED_BY}"
+RESOURCES: Final[dict[str, tuple[str, str, str]]] = {
+    names.KIND: (names.GROUP, names.VERSION, names.PLURAL),
+    "ConfigMap": ("", "v1", "configmaps"),
+    "Service": ("", "v1", "services"),
+    "Job": ("batch", "v1", "jobs"),
+    "Pod": ("", "v1", "pods"),
+}
+SWEEP_SECONDS: Final = 300.0
+
+log = logging.getLogger(__name__)
+
+
+def registry(store: Store, enqueue: Callable[[str], None]) -> kopf.OperatorRegistry:
+    """Handlers of every kind: remember, then enqueue the job it belongs to."""
+    handlers = kopf.OperatorRegistry()
+    for kind, resource in RESOURCES.items():
+        _register(handlers, kind, resource, store, enqueue)
+    return handlers
+
+
+def _register(
+    handlers: kopf.OperatorRegistry,
+    kind: str,
+    resource: tuple[str, str, str],
+    store: Store,
+    enqueue: Callable[[str], None],
+) -> None:
+    @kopf.index(*resource, registry=handlers, id=f"remember-{kind}")
+    def remember(body: kopf.Body, **_: Any) -> None:
+        store.put(kind, dict(body))
+
+    @kopf.on.event(*resource, registry=handlers, id=f"enqueue-{kind}")
+    def enqueue_owner(event: kopf.RawEvent, **_: Any) -> None:
+        obj = event["object"]
+        gone = event["type"] == "DELETED"
+        uid = store.remove(kind, obj) if gone else store.put(kind, obj)
+        if uid is not None:
+            enqueue(uid)
+
+
+def settings() -> kopf.OperatorSettings:
+    """kopf without anything it would write, and watching our own children only."""
+    found = kopf.OperatorSettings()
+    found.posting.enabled = False
+    found.peering.standalone = True
+    found.scanning.disabled = True
+    found.networking.request_timeout = 30.0
+    for kind in CHILD_KINDS:
+        found.watching.label_selectors[RESOURCES[kind]] = SELECTOR
+    return found
+
+
+def login(handlers: kopf.OperatorRegistry, configuration: kubernetes.client.Configuration) -> None:
+    """kopf with the same credentials as the rest of the operator."""
+
+    @kopf.on.login(registry=handlers)
+    def credentials(**_: Any) -> kopf.ConnectionInfo:
+        token = configuration.get_api_key_with_prefix("authorization") or ""
+        scheme, _space, secret = token.rpartition(" ")
+        return kopf.ConnectionInfo(
+            server=configuration.host,
+            ca_path=configuration.ssl_ca_cert,
+            insecure=not configuration.verify_ssl,
+            scheme=scheme or None,
+            token=secret or None,
+            certificate_path=configuration.cert_file,
+            private_key_path=configuration.key_file,
+        )
+
+
+async def run(
+    configuration: kubernetes.client.Configuration,
+    store: Store,
+    enqueue: Callable[[str], None],
+    namespaces: Collection[str],
+    stop: asyncio.Event,
+) -> None:
+    """Watch until ``stop`` is set, or until kopf gives up (then the process had better end)."""
+    handlers = registry(store, enqueue)
+    login(handlers, configuration)
+    await kopf.operator(
+        registry=handlers,
+        settings=settings(),
+        namespaces=list(namespaces),
+        clusterwide=not namespaces,
+        stop_flag=stop,
+    )
+
+
+async def sweep(
+    cluster: Cluster, store: Store, enqueue: Callable[[str], None], namespaces: Collection[str]
+) -> None:
+    """Forget what was deleted unseen.
+
+    After a watch expired (410 Gone) kopf lists again, but tells nothing of what is no longer
+    there. So, once in a while, everything of ours is listed by name and the missing is dropped.
+    """
+    while True:
+        await asyncio.sleep(SWEEP_SECONDS)
+        for kind in RESOURCES:
+            for namespace in namespaces or (None,):
+                await _sweep_kind(cluster, store, enqueue, kind, namespace)
+
+
+async def _sweep_kind(
+    cluster: Cluster,
+    store: Store,
+    enqueue: Callable[[str], None],
+    kind: str,
+    namespace: str | None,
+) -> None:
+    selector = "" if kind == names.KIND else SELECTOR
+    try:
+        version, present = await cluster.versions(kind, namespace, selector)
+    except Exception as error:  # the next sweep will do
+        log.warning("sweep of %s: %s", kind, error)
+        return
+    for obj in store.objects(kind):
+        here = namespace is None or obj["metadata"].get("namespace") == namespace
+        if here and obj["metadata"]["uid"] not in present and version_of(obj) <= version:
+            uid = store.remove(kind, obj)
+            if uid is not None:
+                enqueue(uid)

@@ -1,0 +1,76 @@
+"""A de-duplicating queue of keys: one worker at a time per key, nothing lost, errors backed off."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+FIRST_BACKOFF: Final = 0.2
+LAST_BACKOFF: Final = 60.0
+
+
+class WorkQueue:
+    """Keys to work on. A key that is put while it is worked on is worked on once more."""
+
+    def __init__(self) -> None:
+        self._ready: asyncio.Queue[str] = asyncio.Queue()
+        self._waiting: set[str] = set()
+        self._working: set[str] = set()
+        self._again: set[str] = set()
+        self._failures: dict[str, int] = {}
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._again)
+
+    def put(self, key: str) -> None:
+        """Work on the key as soon as a worker is free."""
+        if key in self._working:
+            self._again.add(key)
+        elif key not in self._waiting:
+            self._waiting.add(key)
+            self._ready.put_nowait(key)
+
+    def put_after(self, key: str, seconds: float) -> None:
+        """Work on the key after so many seconds; the nearest of several times counts."""
+        loop = asyncio.get_running_loop()
+        timer = self._timers.get(key)
+        if timer is not None:
+            if timer.when() <= loop.time() + seconds:
+                return
+            timer.cancel()
+        self._timers[key] = loop.call_later(seconds, self._ring, key)
+
+    def _ring(self, key: str) -> None:
+        self._timers.pop(key, None)
+        self.put(key)
+
+    def forget(self, key: str) -> None:
+        """Drop what is remembered of a key that is gone."""
+        self._failures.pop(key, None)
+        timer = self._timers.pop(key, None)
+        if timer is not None:
+            timer.cancel()
+
+    async def work(self, handle: Callable[[str], Awaitable[bool]]) -> None:
+        """One worker, for ever. ``handle`` answers whether it went well; otherwise the key comes
+        back after a time that doubles with each failure in a row."""
+        while True:
+            key = await self._ready.get()
+            self._waiting.discard(key)
+            self._working.add(key)
+            try:
+                well = await handle(key)
+            finally:
+                self._working.discard(key)
+                if key in self._again:
+                    self._again.discard(key)
+                    self.put(key)
+            if well:
+                self._failures.pop(key, None)
+            else:
+                count = self._failures[key] = self._failures.get(key, 0) + 1
+                delay = min(FIRST_BACKOFF * 2.0 ** min(count - 1, 16), LAST_BACKOFF)
+                self.put_after(key, delay * random.uniform(0.8, 1.2))

@@ -1,0 +1,62 @@
+"""pytest's way to a cluster: ``pytest_plugins = ["cluster.fixtures"]``.
+
+``control_plane`` is an API without nodes, ``cluster`` one with nodes that run containers, each
+for all tests of the session.
+
+With FINETUNE_TEST_USE_KUBECONFIG=1, ``control_plane`` is the cluster of KUBECONFIG. KUBECONFIG
+alone does not say so: it usually names the cluster that somebody works with, and tests make and
+delete things.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster import images, state
+from cluster.api import Api
+from cluster.control_plane import ControlPlane
+from cluster.real import NAME, RealCluster
+
+
+def given() -> Api | None:
+    """The cluster that the environment gives the tests to use."""
+    if os.environ.get("FINETUNE_TEST_USE_KUBECONFIG") != "1":
+        return None
+    if "KUBECONFIG" not in os.environ:
+        pytest.exit("FINETUNE_TEST_USE_KUBECONFIG=1 needs KUBECONFIG, a file's path", 2)
+    return Api(Path(os.environ["KUBECONFIG"]))
+
+
+@pytest.fixture(scope="session")
+def control_plane() -> Iterator[Api]:
+    """An API with its controllers, on loopback; pods in it stay Pending."""
+    api = given()
+    if api:
+        yield api
+        return
+    with ControlPlane() as plane:
+        yield plane
+
+
+@pytest.fixture(scope="session")
+def cluster_images() -> list[str]:
+    """The images that the pods of e2e tests run; override it to build more of them."""
+    return [images.base()]
+
+
+@pytest.fixture(scope="session")
+def cluster(cluster_images: list[str]) -> Iterator[RealCluster]:
+    """A cluster with three nodes that have these images: the one kept up, or one of our own."""
+    if os.geteuid() != 0:
+        pytest.skip("nodes need root on Linux")
+    kept = RealCluster.kept()
+    if kept:
+        kept.provide(*cluster_images)
+        yield kept
+        return
+    with RealCluster(state.claim(NAME)) as cluster:
+        yield cluster

@@ -1,0 +1,102 @@
+"""The network of the nodes: one bridge, in a namespace of its own, that the host joins too.
+
+On the host there is a single interface, ``fto-host``, and the routes through it. The bridge is
+not on the host because its firewall (dockerd's, say) would have its word in the traffic between
+nodes. There is no route to anywhere else, so nothing in the cluster reaches the outside.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.api import eventually
+from cluster.build import binary
+from cluster.control_plane import SERVICES
+from cluster.processes import Process, Processes
+
+HOST = "10.200.0.1"
+PODS = "10.201.0.0/16"
+_NODES = "10.200.0.0/24"
+_HOST_LINK = "fto-host"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a node is in the network; ``index`` counts from 1."""
+
+    name: str
+    index: int
+
+    @property
+    def address(self) -> str:
+        return f"10.200.0.{10 + self.index}"
+
+    @property
+    def pods(self) -> str:
+        return f"10.201.{self.index}.0/24"
+
+
+class Network:
+    def __init__(self, processes: Processes, places: list[Place]) -> None:
+        self._processes = processes
+        self._places = places
+
+    def start(self) -> None:
+        """Make the bridge and connect the host to it."""
+        self._processes.start("switch", ["unshare", "--net", binary("pause")])
+        switch = eventually("the switch is up", self._switch, within=10)
+        _ip(
+            f"link add {_HOST_LINK} type veth peer name host netns {switch.pid}",
+            f"address add {HOST}/24 dev {_HOST_LINK}",
+            f"link set {_HOST_LINK} up",
+            *(f"route add {each.pods} via {each.address}" for each in self._places),
+            # Services are reached through the first node, whose kube-proxy also masquerades.
+            f"route add {SERVICES} via {self._places[0].address}",
+        )
+        _ip(
+            "link add bridge type bridge",
+            "link set bridge up",
+            "link set host master bridge",
+            "link set host up",
+            inside=switch,
+        )
+
+    def connect(self, place: Place, node: Process) -> None:
+        """Give a node, whose first process this is, its interface ``eth0`` and its routes."""
+        switch = self._processes.require("switch")
+        others = [each for each in self._places if each != place]
+        _ip(
+            f"link add {place.name} type veth peer name eth0 netns {node.pid}",
+            f"link set {place.name} master bridge",
+            f"link set {place.name} up",
+            inside=switch,
+        )
+        _ip(
+            "link set lo up",
+            f"address add {place.address}/24 dev eth0",
+            "link set eth0 up",
+            *(f"route add {each.pods} via {each.address}" for each in others),
+            # Never used as it stands: kube-proxy rewrites what is sent there.
+            f"route add {SERVICES} dev eth0",
+            inside=node,
+        )
+
+    def _switch(self) -> Process | None:
+        process = self._processes.require("switch")
+        apart = _network_of(process.pid) != _network_of("self")
+        return process if apart else None
+
+
+def _network_of(process: int | str) -> str:
+    return str(Path(f"/proc/{process}/ns/net").readlink())
+
+
+def _ip(*commands: str, inside: Process | None = None) -> None:
+    enter = ["nsenter", f"--target={inside.pid}", "--net"] if inside else []
+    done = subprocess.run(
+        [*enter, "ip", "-batch", "-"], input="\n".join(commands), capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"ip: {done.stderr.strip()}")

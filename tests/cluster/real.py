@@ -1,0 +1,89 @@
+"""``RealCluster``: a control plane on a bridge, and nodes that run containers. Needs root."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from cluster import containerd, dns, host, images, state, store, system_packages
+from cluster.api import eventually
+from cluster.control_plane import ControlPlane
+from cluster.network import HOST, Network, Place
+from cluster.node import Node
+
+NAME = "e2e"  # of its folder; one such cluster at a time, for its addresses are fixed
+NODES = ("node-a", "node-b", "node-c")
+
+
+class RealCluster(ControlPlane):
+    """Use as a context manager. Each node has the images that ``images`` has built so far."""
+
+    def __init__(self, folder: Path, nodes: Sequence[str] = NODES) -> None:
+        super().__init__(folder, address=HOST, port=6443)
+        places = [Place(name, index) for index, name in enumerate(nodes, start=1)]
+        self.network = Network(self.processes, places)
+        self.nodes = {place.name: Node(place, self, self.network) for place in places}
+
+    @classmethod
+    def kept(cls) -> RealCluster | None:
+        """The cluster that ``python -m cluster up`` keeps running, if it does."""
+        folder = state.kept(NAME)
+        if folder is None or not (folder / "nodes").exists():
+            return None
+        return cls(folder, (folder / "nodes").read_text().split())
+
+    def start(self) -> None:
+        if os.geteuid() != 0:
+            raise RuntimeError("nodes need root; the control plane alone does not")
+        with _timed("packages"):
+            system_packages.ensure()
+        with _timed("copying the image store"):
+            images.ensure_pause()
+            for node in self.nodes.values():
+                store.give_to(node.machine)
+        with _timed("control plane"):
+            self.network.start()
+            super().start()
+            dns.start(self)
+        with _timed(f"{len(self.nodes)} nodes"):
+            host.remember_settings(self.folder)
+            for node in self.nodes.values():
+                node.prepare()
+                node.start()
+            self.wait_for_nodes(*self.nodes)
+        (self.folder / "nodes").write_text(" ".join(self.nodes))
+
+    def wait_for_nodes(self, *names: str, within: float = 60) -> None:
+        eventually("the nodes are ready", lambda: set(names) <= self.ready_nodes(), within=within)
+
+    def ready_nodes(self) -> set[str]:
+        return {
+            node["metadata"]["name"]
+            for node in self.get("nodes")["items"]
+            for condition in node["status"]["conditions"]
+            if condition["type"] == "Ready" and condition["status"] == "True"
+        }
+
+    def provide(self, *names: str) -> None:
+        """Bring images of the store to the nodes that do not have them as they are now."""
+        with store.opened() as images:
+            wanted = {name: images.digest(name) for name in names}
+            for node in self.nodes.values():
+                machine = node.machine
+                stale = [name for name in names if store.digest(machine, name) != wanted[name]]
+                if stale:
+                    archive = self.folder / "images.tar"
+                    images.ctr("images", "export", archive, *stale)
+                    containerd.ctr(machine, "images", "import", archive)
+                    archive.unlink()
+
+
+@contextmanager
+def _timed(what: str) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    print(f"{what}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)

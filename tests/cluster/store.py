@@ -1,0 +1,125 @@
+"""The image store: a containerd root in the cache, which builds fill and nodes start from.
+
+A node gets the whole store in a moment and without any disk: its containerd has copies of the
+databases, and links to everything else. That is safe because containerd never writes to a blob or
+a layer once it is there; containers write to layers of their own. Importing an archive of a
+trainer image into each node would take half a minute and 2 GB a node instead.
+
+Layers that no image has any more are collected when the store is opened and no cluster is up.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cluster import containerd, state
+from cluster.api import eventually
+from cluster.build import binary
+from cluster.machine import Machine
+from cluster.processes import Processes
+
+_BUILDKIT = "/run/buildkit.sock"
+_SNAPSHOTTER = "io.containerd.snapshotter.v1.overlayfs"
+
+
+class Store:
+    """The store while its containerd runs: see ``opened``."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    def has(self, image: str) -> bool:
+        return bool(self.ctr("images", "ls", "-q", f"name=={image}").strip())
+
+    def digest(self, image: str) -> str:
+        """What tells whether another store's image of this name is the same."""
+        return digest(self._machine, image)
+
+    def ctr(self, *arguments: str | Path) -> str:
+        return containerd.ctr(self._machine, *arguments)
+
+    def solve(self, *options: str) -> None:
+        """``buildctl build``; the first time, buildkitd is started for it."""
+        if "builder.buildkitd" not in self._machine.processes.names():
+            self._start_buildkit()
+        address = self._machine.folder / _BUILDKIT.lstrip("/")
+        done = subprocess.run(
+            [binary("buildctl"), f"--addr=unix://{address}", "build", "--progress=plain", *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if done.returncode:
+            raise RuntimeError(f"the image build failed:\n{done.stdout[-6000:]}")
+
+    def _start_buildkit(self) -> None:
+        self._machine.start(
+            "buildkitd",
+            [
+                binary("buildkitd"),
+                f"--addr=unix://{_BUILDKIT}",
+                "--root=/var/lib/buildkit",
+                "--oci-worker=false",
+                "--containerd-worker=true",
+                f"--containerd-worker-addr={containerd.SOCKET}",
+                f"--containerd-worker-namespace={containerd.NAMESPACE}",
+                "--containerd-worker-net=host",
+                "--containerd-worker-gc=false",
+            ],
+        )
+        address = self._machine.folder / _BUILDKIT.lstrip("/")
+        workers = [binary("buildctl"), f"--addr=unix://{address}", "debug", "workers"]
+        eventually(
+            "buildkitd answers",
+            lambda: subprocess.run(workers, capture_output=True).returncode == 0,
+        )
+
+
+@contextmanager
+def opened() -> Iterator[Store]:
+    """Run the store's containerd for a while; one at a time on the machine."""
+    home = state.cache() / "images"
+    with state.locked(home / ".lock"):
+        folder = state.claim("builder")
+        machine = Machine("builder", home, Processes(folder / "processes"))
+        try:
+            machine.power_on(network=False)
+            collect = state.claimed() == {"builder"}
+            containerd.start(machine, collect_garbage=collect)
+            try:
+                yield Store(machine)
+            finally:  # in good order, so that the databases on disk are whole
+                for program in ("buildkitd", "containerd"):
+                    if machine.processes.find(f"builder.{program}"):
+                        machine.stop(program, patience=20)
+        finally:
+            state.release(folder)
+
+
+def give_to(machine: Machine) -> None:
+    """Put the store's images into a machine that has not been powered on yet."""
+    home = state.cache() / "images"
+    with state.locked(home / ".lock"):
+        source, target = home / "lib" / containerd.STORE, machine.lib / containerd.STORE
+        target.mkdir(parents=True)
+        for entry in source.iterdir():
+            if entry.name != _SNAPSHOTTER:
+                subprocess.run(["cp", "-a", "--link", str(entry), str(target)], check=True)
+        layers = target / _SNAPSHOTTER / "snapshots"
+        layers.mkdir(parents=True, mode=0o700)
+        for layer in (source / _SNAPSHOTTER / "snapshots").iterdir():
+            (layers / layer.name).symlink_to(layer)
+        for database in source.glob("*/*.db"):
+            copy = target / database.relative_to(source)
+            copy.unlink(missing_ok=True)
+            shutil.copy2(database, copy)
+
+
+def digest(machine: Machine, image: str) -> str:
+    """The digest of an image in a running machine's store; empty if it is not there."""
+    lines = containerd.ctr(machine, "images", "ls", f"name=={image}").splitlines()
+    return lines[1].split()[2] if len(lines) > 1 else ""

@@ -1,0 +1,45 @@
+"""The programs that nodes and image builds need from the distribution."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+CNI_PLUGINS = Path("/usr/lib/cni")
+
+# What shows that a package is there (a program, or a file), and Debian's name of the package.
+_NEEDED = {
+    "containerd": "containerd",
+    "runc": "runc",
+    str(CNI_PLUGINS / "ptp"): "containernetworking-plugins",
+    "nft": "nftables",
+    "ip": "iproute2",
+    "mount": "mount",
+    "nsenter": "util-linux",
+    "openssl": "openssl",
+    "debootstrap": "debootstrap",
+}
+
+
+def ensure() -> None:
+    """Install what is missing, by apt-get; raises RuntimeError where that is impossible."""
+    missing = [package for sign, package in _NEEDED.items() if not shutil.which(sign)]
+    if not missing:
+        return
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        raise RuntimeError(f"missing here: {', '.join(missing)} (Debian's names); install them")
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    # A daemon that the package starts would be somebody else's containerd to us.
+    no_services = Path("/usr/sbin/policy-rc.d")
+    ours = not no_services.exists()
+    if ours:
+        no_services.write_text("#!/bin/sh\nexit 101\n")
+        no_services.chmod(0o755)
+    try:
+        for arguments in (["update"], ["install", "-y", "--no-install-recommends", *missing]):
+            subprocess.run(["apt-get", "-qq", *arguments], env=environment, check=True)
+    finally:
+        if ours:
+            no_services.unlink()

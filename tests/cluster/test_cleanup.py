@@ -1,0 +1,82 @@
+"""A harness that is killed with a whole cluster up leaves nothing that the next run does not find.
+
+Runs before the other tests with nodes (by its file's name), which share one cluster.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster import state
+from cluster.real import NAME
+
+pytestmark = pytest.mark.e2e
+
+START_AND_HANG = """
+import time
+from cluster import state
+from cluster.real import NAME, RealCluster
+cluster = RealCluster(state.claim(NAME), ["node-a"])
+cluster.start()
+print("up", flush=True)
+time.sleep(600)
+"""
+
+
+def lines(*command: str) -> set[str]:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines())
+
+
+def host() -> dict[str, set[str]]:
+    """What a cluster could leave on the host."""
+    mounts = {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
+    settings = Path("/proc/sys/vm/overcommit_memory"), Path("/proc/sys/kernel/panic")
+    return {
+        "links": {path.name for path in Path("/sys/class/net").iterdir()},
+        "routes": lines("ip", "route", "show"),
+        "network namespaces": lines("lsns", "-n", "-t", "net", "-o", "NS"),
+        "process namespaces": lines("lsns", "-n", "-t", "pid", "-o", "NS"),
+        "mounts": mounts,
+        "settings": {f"{setting} {setting.read_text()}" for setting in settings},
+        "cgroups": {str(path) for path in Path("/sys/fs/cgroup").glob("**/fto-*")},
+        "folders": {
+            str(path)
+            for folder in ("/var/lib", "/var/log", "/run", "/opt", "/etc/cni")
+            for path in Path(folder).glob("*")
+        },
+        "processes": {
+            line for line in lines("ps", "-eo", "pid,args") if str(state.cache() / "run") in line
+        },
+    }
+
+
+def test_nothing_is_left_of_a_killed_cluster() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("nodes need root on Linux")
+    state.sweep()
+    if (state.cache() / "run" / NAME).exists():
+        pytest.skip("a cluster is in use")
+    before = host()
+    killed = subprocess.Popen(
+        [sys.executable, "-c", START_AND_HANG],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert killed.stdout is not None
+    assert killed.stdout.readline().strip() == "up"
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    during = host()
+    assert "fto-host" in during["links"]
+    assert during["processes"] > before["processes"]
+    assert during["mounts"] == before["mounts"], "mounts are in namespaces, from the start"
+    assert [path.name for path in state.sweep()] == [NAME]
+    assert host() == before

@@ -1,0 +1,123 @@
+"""The cluster with nodes: containers run, find each other, fail with their node, leave nothing."""
+
+from __future__ import annotations
+
+import time
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from cluster.api import eventually
+from cluster.real import NODES, RealCluster
+
+pytestmark = pytest.mark.e2e
+
+NAMESPACE = "selftest"
+SERVE = "import http.server as h; h.test(h.SimpleHTTPRequestHandler, port=8000)"
+
+
+def pod(name: str, node: str, image: str, *command: str) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "namespace": NAMESPACE, "labels": {"app": name, "gang": "yes"}},
+        "spec": {
+            "hostname": name,
+            "subdomain": "gang",
+            "nodeSelector": {"kubernetes.io/hostname": node},
+            "terminationGracePeriodSeconds": 0,
+            "securityContext": {"runAsNonRoot": True, "runAsUser": 1000},
+            "containers": [{"name": "main", "image": image, "command": list(command)}],
+        },
+    }
+
+
+def service(name: str, **spec: Any) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": name, "namespace": NAMESPACE},
+        "spec": {"ports": [{"port": 8000}], **spec},
+    }
+
+
+@pytest.fixture(scope="module")
+def servers(cluster: RealCluster, cluster_images: list[str]) -> Iterator[RealCluster]:
+    """A web server in a pod on each node, behind two Services."""
+    space = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}
+    serve = ("python3", "-c", SERVE)
+    names = {f"server-{node}": node for node in NODES}
+    cluster.apply(space)
+    account = "serviceaccount/default"
+    eventually("the account", lambda: cluster.kubectl("get", account, "-n", NAMESPACE))
+    cluster.apply(
+        service("gang", clusterIP="None", selector={"gang": "yes"}),
+        service("one", selector={"app": "server-node-b"}),
+        *(pod(name, node, cluster_images[0], *serve) for name, node in names.items()),
+    )
+    pods = [f"pod/{name}" for name in names]
+    cluster.kubectl("wait", "-n", NAMESPACE, "--for=condition=Ready", "--timeout=60s", *pods)
+    yield cluster
+    cluster.kubectl("delete", "namespace", NAMESPACE, "--wait=false")
+
+
+def test_the_nodes_are_ready(cluster: RealCluster) -> None:
+    assert cluster.ready_nodes() == set(NODES)
+
+
+def test_logs_and_exec(servers: RealCluster) -> None:
+    said = servers.kubectl("exec", "-n", NAMESPACE, "server-node-a", "--", "id", "-u")
+    assert said.strip() == "1000"
+    servers.kubectl(
+        "exec", "-n", NAMESPACE, "server-node-a", "--", "sh", "-c", "echo hello >/proc/1/fd/1"
+    )
+    eventually(
+        "the log",
+        lambda: "hello" in servers.kubectl("logs", "-n", NAMESPACE, "server-node-a"),
+    )
+
+
+@pytest.mark.parametrize("host", ["server-node-c.gang", "server-node-a.gang", "one"])
+def test_a_pod_reaches_pods_and_services_by_name(servers: RealCluster, host: str) -> None:
+    fetch = f"import urllib.request as r; print(r.urlopen('http://{host}:8000', timeout=3).status)"
+
+    def status() -> bool:
+        command = ("python3", "-c", fetch)
+        return "200" in servers.kubectl("exec", "-n", NAMESPACE, "server-node-a", "--", *command)
+
+    eventually(f"an answer of {host}", status)
+
+
+def test_the_host_reaches_a_service(servers: RealCluster) -> None:
+    address = servers.get("service", "one", "-n", NAMESPACE)["spec"]["clusterIP"]
+    with urllib.request.urlopen(f"http://{address}:8000", timeout=5) as answer:
+        assert answer.status == 200
+
+
+def test_names_from_outside_are_refused_at_once(servers: RealCluster) -> None:
+    look = "import socket; socket.getaddrinfo('example.invalid.', 80)"
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"Name or service not known|exit code 1"):
+        servers.kubectl("exec", "-n", NAMESPACE, "server-node-a", "--", "python3", "-c", look)
+    assert time.monotonic() - began < 4
+
+
+def test_a_node_that_loses_power_is_noticed_and_comes_back(servers: RealCluster) -> None:
+    node = servers.nodes["node-c"]
+    node.power_off()
+    eventually("node-c is not ready", lambda: "node-c" not in servers.ready_nodes(), within=30)
+    node.start()
+    servers.wait_for_nodes("node-c")
+
+
+def test_a_frozen_kubelet_is_noticed(servers: RealCluster) -> None:
+    node = servers.nodes["node-b"]
+    node.freeze_kubelet()
+    try:
+        eventually("node-b is not ready", lambda: "node-b" not in servers.ready_nodes(), within=30)
+        assert node.machine.first_process.alive
+    finally:
+        node.thaw_kubelet()
+    servers.wait_for_nodes("node-b")

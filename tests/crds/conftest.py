@@ -1,0 +1,45 @@
+"""The real API server with our CRD in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from kubernetes import client, config
+
+from cluster.api import Api
+from finetune_api.crd import crd
+from finetune_api.names import API_VERSION, GROUP, KIND, PLURAL, VERSION
+
+Create = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def installed(control_plane: Api) -> Api:
+    """The cluster, once it serves FineTuneJobs."""
+    definition = crd()
+    control_plane.apply(definition)
+    name = definition["metadata"]["name"]
+    control_plane.kubectl("wait", "--for=condition=Established", f"crd/{name}", "--timeout=30s")
+    return control_plane
+
+
+@pytest.fixture(scope="session")
+def create(installed: Api) -> Create:
+    """Posts a spec as kubectl does (strict field validation), for nothing but the answer: the
+    stored spec. Raises ValueError with the API server's message."""
+    api = client.CustomObjectsApi(config.new_client_from_config(str(installed.kubeconfig)))
+
+    def post(spec: dict[str, Any]) -> dict[str, Any]:
+        body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "job"}, "spec": spec}
+        try:
+            answer = api.create_namespaced_custom_object(
+                GROUP, VERSION, "default", PLURAL, body, dry_run="All", field_validation="Strict"
+            )
+        except client.ApiException as error:
+            raise ValueError(json.loads(error.body)["message"]) from None
+        return answer["spec"]
+
+    return post

@@ -1,0 +1,275 @@
+"""One table of good and bad specs, for pydantic and for the API server alike.
+
+A row changes a minimal good spec at dotted paths. A bad row names the path that both must complain
+of, a fragment that both messages have (what is allowed), and the value that both show.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+MINIMAL: dict[str, Any] = {
+    "model": {"source": "s3://models/base"},
+    "data": {"train": [{"source": "s3://data/train/*.jsonl"}]},
+    "output": {"destination": "s3://models/tuned"},
+}
+
+ABSENT = object()
+"""As a value of a change: the field is taken out."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One spec; ``path`` is None where it is good."""
+
+    name: str
+    change: dict[str, Any]
+    path: str | None = None
+    allowed: str = ""
+    """Fragment of both messages, in any case."""
+    got: str | None = None
+    """Value as both messages show it; None where the API server shows none (a field that is
+    absent, unknown, too long or of another type)."""
+    stored: dict[str, Any] = field(default_factory=dict)
+    """What pydantic normalises, as the API server keeps it."""
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return changed(self.change)
+
+
+def changed(change: dict[str, Any]) -> dict[str, Any]:
+    """The minimal spec with values set at dotted paths."""
+    spec = copy.deepcopy(MINIMAL)
+    for path, value in change.items():
+        *parents, last = path.split(".")
+        block = spec
+        for parent in parents:
+            block = block.setdefault(parent, {})
+        if value is ABSENT:
+            del block[last]
+        else:
+            block[last] = value
+    return spec
+
+
+def good(name: str, change: dict[str, Any], stored: dict[str, Any] | None = None) -> Row:
+    return Row(name, change, stored=stored or {})
+
+
+def bad(name: str, change: dict[str, Any], path: str, allowed: str, got: str | None) -> Row:
+    return Row(name, change, f"spec.{path}".rstrip("."), allowed, got)
+
+
+def sources(*extra: dict[str, Any]) -> list[dict[str, Any]]:
+    """Training sets that differ in what matters to a row."""
+    return [{"source": "s3://data/a.jsonl", **fields} for fields in extra]
+
+
+TEMPLATE = {"prompt": "{{ question }}", "completion": " {{ answer }}"}
+SECRET = {"name": "s3-credentials"}
+MEMORY = {"requests": {"cpu": "4", "memory": "16Gi"}, "limits": {"nvidia.com/mig-1g.5gb": "1"}}
+
+GOOD = [
+    good("minimal", {}),
+    good("model on the hub", {"model.source": "hf://org/name@main"}),
+    good("model on a claim", {"model.source": "pvc://claim/models/base"}),
+    good("source of its own storage", {"model.storage": {"endpoint": "http://s3.local:8333"}}),
+    good("data on a claim", {"data.train": [{"source": "pvc://claim/train.parquet"}]}),
+    good("address in unicode", {"data.train": [{"source": "s3://data/données/ü.jsonl"}]}),
+    good("no-break space in an address", {"data.train": [{"source": "s3://data/a\u00a0b"}]}),
+    good("several sets", {"data.train": sources({"name": "a"}, {"name": "b"}, {}, {})}),
+    good("64 sets", {"data.train": sources(*[{}] * 64)}),
+    good("same name in train and test", {
+        "data.train": sources({"name": "a"}), "data.test": sources({"name": "a"}),
+    }),
+    good("template", {"data.train": sources({"template": TEMPLATE})}),
+    good("template of instructions", {
+        "data.train": sources({"format": "Instruction", "template": TEMPLATE}),
+    }),
+    good("no split", {"data.split": {"validation": "0", "test": "0.0"}}),
+    good("validation of its own", {
+        "data.validation": sources({}), "training.earlyStopping": {"metric": "Accuracy"},
+    }),
+    good("early stopping on a split", {"training.earlyStopping": {}}),
+    good("full", {"method.type": "Full"}),
+    good("full and merged", {"method.type": "Full", "output.format": "Merged"}),
+    good("adapter and merged", {"output.format": "Both"}),
+    good("lora by default", {"method.lora": {}}),
+    good("lora in full", {
+        "method": {"type": "LoRA", "lora": {
+            "rank": 8, "alpha": 32, "dropout": "0.1", "targetModules": ["q_proj", "v_proj"],
+        }},
+    }),
+    good("epochs", {"training.epochs": 10}),
+    good("whole number with a fraction", {"training.epochs": 3.0}, {"training.epochs": 3}),
+    good("steps", {"training.maxSteps": 100}),
+    good("exponent", {"training.learningRate": "2e-4", "training.maxGradNorm": "1E+1"}),
+    good("schedule and precision", {"training": {"schedule": "Linear", "precision": "FP32"}}),
+    good("metrics", {"evaluation.metrics": ["Loss", "F1", "Bleu"]}),
+    good("commits by steps", {"checkpoint": {"everySteps": 5, "keepLast": 1}}),
+    good("commits by seconds", {"checkpoint": {"everySeconds": 60}}),
+    good("on the CPU", {"compute": {"gpusPerNode": 0, "processesPerNode": 4}}),
+    good("fewer processes than GPUs", {"compute": {"gpusPerNode": 8, "processesPerNode": 4}}),
+    good("resources", {"compute.resources": MEMORY}),
+    good(
+        "quantity as a number",
+        {"compute.resources": {"requests": {"cpu": 4}}, "compute.sharedMemory": 0},
+        {"compute.resources": {"requests": {"cpu": 4}}, "compute.sharedMemory": 0},
+    ),
+    good("pod template", {
+        "compute.podTemplate": {"spec": {"nodeSelector": {"a": "b"}, "x": [1, None, {"y": 0.5}]}},
+    }),
+    good("toleration of everything", {"prepare.tolerations": [{"operator": "Exists"}]}),
+    good("node selector", {"prepare.nodeSelector": {"example.com/pool": "cpu", "empty": ""}}),
+    good("queue", {"scheduling": {"queueName": "team-a", "priorityClassName": "low.prio"}}),
+    good("no restarts", {"failurePolicy.maxRestarts": 0}),
+    good("secret", {"storage.secretRef": SECRET}),
+    good("workload identity", {"storage.serviceAccountName": "trainer"}),
+    good("workspace", {"storage": {"workspace": "s3://scratch", "region": "eu-central-1"}}),
+    good("endpoint with a slash", {"storage.endpoint": "https://s3.example.com/"}),
+    good("suspended", {"suspend": True, "rerunToken": "", "childrenTTLSecondsAfterFinished": 0}),
+    good("null is absent", {"method": None, "training.epochs": None, "output.format": None}),
+]  # fmt: skip
+
+BAD = [
+    # --- absent, unknown, of another type
+    bad("no model", {"model": ABSENT}, "model", "required", None),
+    bad("null model", {"model": None}, "model", "required", None),
+    bad("no source", {"model": {}}, "model.source", "required", None),
+    bad("no destination", {"output": {}}, "output.destination", "required", None),
+    bad("no data", {"data": {}}, "data.train", "required", None),
+    bad("set without source", {"data.train": [{}]}, "data.train[0].source", "required", None),
+    bad("template without completion", {"data.train": sources({"template": {"prompt": "x"}})},
+        "data.train[0].template.completion", "required", None),
+    bad("secret without name", {"storage.secretRef": {}}, "storage.secretRef.name", "required",
+        None),
+    bad("unknown block", {"trainning": {}}, "trainning", "unknown field", None),
+    bad("unknown field", {"training.epoch": 3}, "training.epoch", "unknown field", None),
+    bad("unknown field of a set", {"data.train": sources({"weight": "1"})},
+        "data.train[0].weight", "unknown field", None),
+    bad("snake case", {"training.max_steps": 3}, "training.max_steps", "unknown field", None),
+    bad("text for a number", {"training.epochs": "3"}, "training.epochs", "integer", None),
+    bad("fraction for a whole number", {"training.epochs": 2.5}, "training.epochs", "integer",
+        None),
+    bad("number for text", {"training.learningRate": 2e-4}, "training.learningRate", "string",
+        None),
+    bad("text for a truth", {"suspend": "yes"}, "suspend", "boolean", None),
+    bad("number for a truth", {"suspend": 1}, "suspend", "boolean", None),
+    bad("text for a list", {"data.train": "s3://data/a"}, "data.train", "type array", None),
+    bad("null in a list", {"data.train": [None]}, "data.train[0]", "type object", None),
+    bad("text for a block", {"method": "LoRA"}, "method", "type object", None),
+    bad("fraction for a quantity", {"compute.resources": {"requests": {"cpu": 0.5}}},
+        "compute.resources.requests.cpu", "string", None),
+    # --- words
+    bad("unknown method", {"method.type": "Lora"}, "method.type", "LoRA", "Lora"),
+    bad("unknown format", {"data.train": sources({"format": "messages"})},
+        "data.train[0].format", "Messages", "messages"),
+    bad("unknown metric", {"evaluation.metrics": ["Loss", "BLEU"]}, "evaluation.metrics[1]",
+        "Bleu", "BLEU"),
+    bad("unknown schedule", {"training.schedule": "cosine"}, "training.schedule", "Cosine",
+        "cosine"),
+    bad("unknown overlength", {"data.quality": {"overlength": "Skip"}},
+        "data.quality.overlength", "Truncate", "Skip"),
+    bad("unknown effect", {"prepare.tolerations": [{"key": "a", "effect": "Never"}]},
+        "prepare.tolerations[0].effect", "NoSchedule", "Never"),
+    # --- bounds
+    bad("no epoch", {"training.epochs": 0}, "training.epochs", "greater than or equal to 1", "0"),
+    bad("negative seed", {"training.seed": -1}, "training.seed", "greater than or equal to 0",
+        "-1"),
+    bad("batch of nothing", {"training.batchSize": 0}, "training.batchSize",
+        "greater than or equal to 1", "0"),
+    bad("short samples", {"training.maxLength": 4}, "training.maxLength",
+        "greater than or equal to 8", "4"),
+    bad("no node", {"compute.nodes": 0}, "compute.nodes", "greater than or equal to 1", "0"),
+    bad("too many nodes", {"compute.nodes": 1025}, "compute.nodes", "less than or equal to 1024",
+        "1025"),
+    bad("rank", {"method.lora": {"rank": 2048}}, "method.lora.rank", "less than or equal to 1024",
+        "2048"),
+    bad("keep nothing", {"checkpoint.keepLast": 0}, "checkpoint.keepLast",
+        "greater than or equal to 1", "0"),
+    bad("negative restarts", {"failurePolicy.maxRestarts": -1}, "failurePolicy.maxRestarts",
+        "greater than or equal to 0", "-1"),
+    bad("no set", {"data.train": []}, "data.train", "at least 1 item", None),
+    bad("too many sets", {"data.train": sources(*[{}] * 65)}, "data.train", "64", None),
+    bad("no metric", {"evaluation.metrics": []}, "evaluation.metrics", "at least 1 item", None),
+    bad("long token", {"rerunToken": "x" * 129}, "rerunToken", "128", None),
+    bad("long name", {"data.train": sources({"name": "x" * 64})}, "data.train[0].name", "63",
+        None),
+    bad("empty prompt", {"data.train": sources({"template": {"prompt": "", "completion": "x"}})},
+        "data.train[0].template.prompt", "at least 1 char", None),
+    bad("empty key", {"prepare.nodeSelector": {"": "x"}}, "prepare.nodeSelector", "1", None),
+    # --- forms
+    bad("model on the disk", {"model.source": "/models/base"}, "model.source",
+        "s3://bucket/prefix, hf://organisation/name@revision or pvc://claim/path", "/models/base"),
+    bad("data on the web", {"data.train": [{"source": "https://data/a"}]}, "data.train[0].source",
+        "s3://bucket/prefix/*.jsonl or pvc://claim/path", "https://data/a"),
+    bad("data with a space", {"data.train": [{"source": "s3://data/a b"}]},
+        "data.train[0].source", "must be s3://", "s3://data/a b"),
+    bad("destination on a claim", {"output.destination": "pvc://claim/out"}, "output.destination",
+        "an address in object storage: s3://bucket/prefix", "pvc://claim/out"),
+    bad("short bucket", {"output.destination": "s3://ab/out"}, "output.destination",
+        "s3://bucket/prefix", "s3://ab/out"),
+    bad("capital bucket", {"storage.workspace": "s3://Scratch/x"}, "storage.workspace",
+        "s3://bucket/prefix", "s3://Scratch/x"),
+    bad("endpoint without scheme", {"storage.endpoint": "s3.example.com"}, "storage.endpoint",
+        "the URL of a server", "s3.example.com"),
+    bad("endpoint with a path", {"storage.endpoint": "https://s3.example.com/x"},
+        "storage.endpoint", "without a path", "https://s3.example.com/x"),
+    bad("region in capitals", {"storage.region": "EU"}, "storage.region", "us-east-1", "EU"),
+    bad("secret name", {"storage.secretRef": {"name": "S3_secret"}}, "storage.secretRef.name",
+        "lower-case letters", "S3_secret"),
+    bad("name of a set", {"data.train": sources({"name": "My set"})}, "data.train[0].name",
+        "lower-case letters, digits and '-'", "My set"),
+    bad("queue name", {"scheduling.queueName": "team/a"}, "scheduling.queueName",
+        "lower-case letters", "team/a"),
+    bad("share above one", {"data.split": {"validation": "1.5"}}, "data.split.validation",
+        "a number from 0 to 1", "1.5"),
+    bad("share in words", {"data.split": {"test": "half"}}, "data.split.test",
+        "a number from 0 to 1", "half"),
+    bad("negative rate", {"training.learningRate": "-1e-4"}, "training.learningRate",
+        "a number of zero or more", "-1e-4"),
+    bad("rate in words", {"training.learningRate": "small"}, "training.learningRate",
+        "a number of zero or more", "small"),
+    bad("dropout above one", {"training.dropout": "2"}, "training.dropout",
+        "a number from 0 to 1", "2"),
+    bad("quantity with a space", {"compute.sharedMemory": "2 Gi"}, "compute.sharedMemory",
+        "a quantity of Kubernetes", "2 Gi"),
+    bad("negative quantity", {"compute.resources": {"requests": {"cpu": -4}}},
+        "compute.resources.requests.cpu", "a quantity of Kubernetes", "-4"),
+    bad("unit of a quantity", {"prepare.resources": {"limits": {"memory": "16GB"}}},
+        "prepare.resources.limits.memory", "a quantity of Kubernetes", "16GB"),
+    # --- rules across fields
+    bad("epochs and steps", {"training": {"epochs": 3, "maxSteps": 100}}, "training",
+        "epochs and maxSteps exclude each other", "100"),
+    bad("commits by steps and seconds", {"checkpoint": {"everySteps": 7, "everySeconds": 60}},
+        "checkpoint", "everySteps and everySeconds exclude each other", "7"),
+    bad("secret and identity", {"storage": {"secretRef": SECRET, "serviceAccountName": "x"}},
+        "storage", "secretRef and serviceAccountName exclude each other", "s3-credentials"),
+    bad("lora of full", {"method": {"type": "Full", "lora": {}}}, "method",
+        "lora goes with type LoRA only", "Full"),
+    bad("adapter of full", {"method.type": "Full", "output.format": "Adapter"}, "",
+        "output.format Adapter and Both need method.type LoRA", "Adapter"),
+    bad("both of full", {"method.type": "Full", "output.format": "Both"}, "",
+        "output.format Adapter and Both need method.type LoRA", "Both"),
+    bad("nothing left to train on", {"data.split": {"validation": "0.5", "test": "0.5"}},
+        "data.split", "validation and test together must be below 1", "0.5"),
+    bad("early stopping without validation",
+        {"training.earlyStopping": {}, "data.split": {"validation": "0.00"}}, "",
+        "training.earlyStopping needs a validation set", "0.00"),
+    bad("more processes than GPUs", {"compute": {"gpusPerNode": 2, "processesPerNode": 3}},
+        "compute", "processesPerNode must not exceed gpusPerNode", "3"),
+    bad("template of messages",
+        {"data.train": sources({"format": "Messages", "template": TEMPLATE})}, "data.train[0]",
+        "template does not go with format Messages or Text", "Messages"),
+    bad("one name twice", {"data.train": sources({"name": "a-set"}, {}, {"name": "a-set"})},
+        "data", "names in train must differ", "a-set"),
+    bad("one name twice in test", {"data.test": sources({"name": "b-set"}, {"name": "b-set"})},
+        "data", "names in test must differ", "b-set"),
+    bad("toleration of nothing", {"prepare.tolerations": [{"effect": "NoExecute"}]},
+        "prepare.tolerations[0]", "a toleration without key needs operator: Exists", "Equal"),
+]  # fmt: skip
+
+ROWS = [*GOOD, *BAD]

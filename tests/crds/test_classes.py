@@ -1,0 +1,102 @@
+"""The table of field classes: every field of the spec is covered, and no row is dead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crds.spec_table import GOOD
+from finetune_api.classes import FIELD_CLASSES, changed_classes, field_class
+from finetune_api.reference import leaves
+from finetune_api.schema import structural
+from finetune_api.spec import FineTuneJobSpec, parse_spec
+
+LEAVES = sorted(leaves(structural(FineTuneJobSpec, root="spec"), ""))
+SPECS = st.sampled_from([parse_spec(row.spec).to_json() for row in GOOD])
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_every_field_has_a_class(leaf: str) -> None:
+    assert field_class(leaf) in ("Live", "Resume", "NewRun")
+
+
+def deciding_row(leaf: str) -> str:
+    parts = leaf.split(".")
+    prefixes = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+    return next(prefix for prefix in prefixes if prefix in FIELD_CLASSES)
+
+
+def test_no_row_is_dead() -> None:
+    assert {deciding_row(leaf) for leaf in LEAVES} == set(FIELD_CLASSES)
+
+
+def test_a_longer_row_decides_otherwise_than_the_shorter_one() -> None:
+    for path in FIELD_CLASSES:
+        parent = path.rpartition(".")[0]
+        if parent:
+            assert FIELD_CLASSES[path] != field_class(parent), f"{path} says what {parent} says"
+
+
+def test_an_unknown_field_is_an_error() -> None:
+    with pytest.raises(KeyError, match="nonsense"):
+        field_class("nonsense.at.all")
+
+
+@given(SPECS, SPECS)
+def test_changes_are_found_and_classed(old: dict[str, Any], new: dict[str, Any]) -> None:
+    found = changed_classes(old, new)
+    assert (not found) == (old == new)
+    assert changed_classes(new, old) == found
+    for kind, paths in found.items():
+        for path in paths:
+            assert field_class(path) == kind
+            assert at(old, path) != at(new, path)
+
+
+@given(SPECS, SPECS)
+def test_changes_are_all_there_is(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Carrying the changed fields over makes the old spec the new one."""
+    moved = parse_spec(old).to_json()
+    for paths in changed_classes(old, new).values():
+        for path in paths:
+            put(moved, path, at(new, path))
+    assert moved == new
+
+
+def at(spec: dict[str, Any], path: str) -> Any:
+    value: Any = spec
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def put(spec: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for parent in parents:
+        spec = spec.setdefault(parent, {})
+    if value is None:
+        spec.pop(last, None)
+    else:
+        spec[last] = value
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "path"),
+    [
+        ({"suspend": True}, "Live", "suspend"),
+        ({"compute": {"nodes": 2}}, "Resume", "compute.nodes"),
+        ({"storage": {"workspace": "s3://elsewhere"}}, "NewRun", "storage.workspace"),
+        ({"storage": {"secretRef": {"name": "other"}}}, "Resume", "storage.secretRef"),
+        ({"training": {"microBatchTokens": 512}}, "Resume", "training.microBatchTokens"),
+        ({"training": {"seed": 1}}, "NewRun", "training.seed"),
+        ({"data": {"train": [{"source": "s3://data/other"}]}}, "NewRun", "data.train"),
+        ({"rerunToken": "again"}, "NewRun", "rerunToken"),
+    ],
+)
+def test_examples(change: dict[str, Any], kind: str, path: str) -> None:
+    old = GOOD[0].spec
+    new = parse_spec({**old, **change}).to_json()
+    assert changed_classes(parse_spec(old).to_json(), new) == {kind: [path]}

@@ -1,0 +1,94 @@
+"""The last word of a container fits in what Kubernetes keeps of it, and reads back."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, get_args
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_api.names import FailureClass
+from finetune_api.results import TERMINATION_LIMIT, Failure, Termination
+
+anything = st.text(max_size=6000)  # surrogates too: names of files may hold them
+addresses = st.from_regex(r"s3://[a-z]{3,20}/[a-zé/]{0,1000}", fullmatch=True)
+figures = st.floats(allow_nan=False, allow_infinity=False)
+metrics = st.dictionaries(st.sampled_from(["Loss", "F1", "Bleu"]), figures)
+
+failures = st.builds(
+    lambda kind, reason, message, retryable: {
+        "class": kind, "reason": reason, "message": message, "retryable": retryable,
+    },
+    st.sampled_from(get_args(FailureClass)), st.from_regex(r"[A-Z][a-z]{1,60}", fullmatch=True),
+    anything, st.booleans(),
+)  # fmt: skip
+summaries = st.builds(
+    lambda checkpoint, scores: {
+        "attempt": 3, "restarts": 1, "steps": 100, "checkpoint": checkpoint, "scores": scores,
+    },
+    st.none() | addresses,
+    st.lists(st.fixed_dictionaries({
+        "name": st.from_regex(r"[a-z]{1,63}", fullmatch=True), "samples": st.integers(0),
+        "untuned": metrics, "tuned": metrics,
+    }), max_size=60),
+)  # fmt: skip
+prepared = st.builds(
+    lambda uri, dropped: {
+        "digest": "d" * 64, "uri": uri, "reused": False, "trainSamples": 1, "validationSamples": 1,
+        "testSamples": 1, "trainTokens": 1, "supervisedTokens": 1, "dropped": dropped,
+        "totalSteps": 1,
+    },
+    addresses, st.dictionaries(st.text(max_size=200), st.integers(0), max_size=40),
+)  # fmt: skip
+
+
+def said(**parts: Any) -> Termination:
+    given_parts = {key: value for key, value in parts.items() if value is not None}
+    return Termination.model_validate({"run": "12-0f9c2", "role": "train", **given_parts})
+
+
+@given(st.none() | failures, st.none() | summaries, st.none() | prepared)
+def test_fits_and_reads_back(failure: Any, trained: Any, prepared: Any) -> None:
+    word = said(failure=failure, trained=trained, prepared=prepared)
+    text = word.to_text()
+    assert len(text.encode()) <= TERMINATION_LIMIT
+    back = Termination.model_validate(json.loads(text))
+    assert (back.run, back.role) == (word.run, word.role)
+    assert (back.failure is None) == (word.failure is None)
+    if back.failure and word.failure:
+        same = {"message": ""}
+        assert back.failure.model_copy(update=same) == word.failure.model_copy(update=same)
+
+
+@given(failures.filter(lambda f: len(f["message"]) < 600 and f["message"].isascii()))
+def test_what_fits_is_said_in_full(failure: dict[str, Any]) -> None:
+    word = said(failure=failure)
+    assert Termination.model_validate(json.loads(word.to_text())) == word
+
+
+def test_a_long_message_keeps_both_ends() -> None:
+    """What happened stands first, what to do stands last."""
+    message = "line 7 is malformed: " + "ü" * 9000 + " mend the line"
+    text = said(
+        failure={"class": "DataError", "reason": "MalformedRecord", "message": message}
+    ).to_text()
+    kept = Failure.model_validate(json.loads(text)["failure"]).message
+    assert kept.startswith("line 7 is malformed: ")
+    assert kept.endswith(" mend the line")
+    assert len(kept) > 1000
+
+
+def test_scores_go_before_the_message() -> None:
+    scores = [
+        {"name": f"set-{n}", "samples": 1, "untuned": {"Loss": 1.5}, "tuned": {"Loss": 0.5}}
+        for n in range(100)
+    ]
+    word = said(
+        failure={"class": "Internal", "reason": "Late", "message": "x" * 1000},
+        trained={"attempt": 1, "restarts": 0, "steps": 9, "scores": scores},
+    )
+    back = Termination.model_validate(json.loads(word.to_text()))
+    assert back.failure == word.failure
+    assert back.trained is not None
+    assert (back.trained.steps, back.trained.scores) == (9, [])

@@ -1,0 +1,40 @@
+"""The API server's side of the table of specs: both agree on every row."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from crds.conftest import Create
+from crds.spec_table import BAD, GOOD, Row, changed
+from finetune_api.spec import parse_spec
+
+pytest_plugins = ["cluster.fixtures"]
+
+
+@pytest.mark.parametrize("row", GOOD, ids=lambda row: row.name)
+def test_good(row: Row, create: Create) -> None:
+    """The stored spec, with the API server's defaults, is pydantic's of the same manifest."""
+    stored = create(row.spec)
+    parsed = parse_spec(row.spec)
+    assert parse_spec(stored) == parsed
+    if not row.stored:
+        assert stored == parsed.to_json()
+
+
+@pytest.mark.parametrize("row", [row for row in GOOD if row.stored], ids=lambda row: row.name)
+def test_normalised(row: Row, create: Create) -> None:
+    """Where pydantic writes a value in another form, the API server keeps what was given."""
+    assert create(row.spec) == create(changed({**row.change, **row.stored}))
+
+
+@pytest.mark.parametrize("row", BAD, ids=lambda row: row.name)
+def test_bad(row: Row, create: Create) -> None:
+    with pytest.raises(ValueError) as refused:
+        create(row.spec)
+    message = re.sub(r"\[([^]\d\s:]+)\]", r".\1", str(refused.value))
+    assert re.search(rf"(?<![\w.]){re.escape(row.path or '')}(?![\w.\[])", message), message
+    assert row.allowed.lower() in message.lower()
+    if row.got is not None:
+        assert row.got in message

@@ -1,0 +1,245 @@
+"""A small world for the pure tests: jobs, and children as the API server would show them, walked
+through by the same plans that the operator applies."""
+
+from __future__ import annotations
+
+import copy
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from finetune_api import names
+from finetune_api.results import Progress, Termination
+from finetune_operator.config import Config
+from finetune_operator.decide import decide
+from finetune_operator.observe import INDEX_ANNOTATION, format_time, observe
+from finetune_operator.overlay import lay_over
+from finetune_operator.plan import Plan
+from finetune_operator.render import render
+
+UID = "0f9c2e4a-1111-2222-3333-444455556666"
+T0 = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)
+CONFIG = Config(image="registry.example/trainer:1")
+
+
+def spec(**more: Any) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "model": {"source": "s3://models/base"},
+        "data": {"train": [{"source": "s3://data/train.jsonl"}]},
+        "compute": {"nodes": 2, "gpusPerNode": 1},
+        "output": {"destination": "s3://models/out"},
+        "storage": {"secretRef": {"name": "s3"}},
+    }
+    laid: dict[str, Any] = lay_over(base, more)
+    return laid
+
+
+class World:
+    """One FineTuneJob and its children. ``pass_()`` is one pass of the operator."""
+
+    def __init__(self, **more: Any) -> None:
+        self.now = T0
+        self.job: dict[str, Any] = {
+            "metadata": {"name": "bot", "namespace": "team", "uid": UID, "generation": 1},
+            "spec": spec(**more),
+        }
+        self.objects: dict[tuple[str, str], dict[str, Any]] = {}
+        self.progress: Progress | None = None
+        self.gone: list[dict[str, Any]] = []
+        self.pull_failing_since: dict[str, datetime] = {}
+        self.config = CONFIG
+
+    # --- the operator ----------------------------------------------------------------------------
+
+    def plan(self) -> Plan:
+        found = observe(
+            config_maps=self.of("ConfigMap"),
+            jobs=self.of("Job"),
+            services=self.of("Service"),
+            pods=self.of("Pod"),
+            gone=self.gone,
+            pull_failing_since=self.pull_failing_since,
+            progress=self.progress,
+            progress_time=self.now if self.progress else None,
+        )
+        return decide(self.job, found, self.now, self.config)
+
+    def pass_(self) -> Plan:
+        plan = self.plan()
+        for delete in plan.delete:
+            self.objects.pop((delete.kind, delete.name), None)
+            if delete.kind == "Job":
+                self.end_pods_of(delete.name)
+        for obj in render(plan, self.config):
+            obj["metadata"]["creationTimestamp"] = format_time(self.now)
+            self.objects[obj["kind"], obj["metadata"]["name"]] = copy.deepcopy(obj)
+        for change in plan.change:
+            old = self.objects[change.kind, change.name]
+            self.objects[change.kind, change.name] = lay_over(old, change.patch)
+        if plan.status is not None:
+            self.job["status"] = plan.status
+        return plan
+
+    def settle(self) -> Plan:
+        """Passes until nothing is left to do; a plan that never rests is a defect."""
+        for _ in range(6):
+            plan = self.pass_()
+            if not (plan.delete or plan.create or plan.change or plan.status):
+                return plan
+        raise AssertionError(f"restless: {plan}")
+
+    # --- users -----------------------------------------------------------------------------------
+
+    def edit(self, **more: Any) -> None:
+        self.job["spec"] = lay_over(self.job["spec"], more)
+        self.job["metadata"]["generation"] += 1
+
+    # --- Kubernetes ------------------------------------------------------------------------------
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [o for (k, _), o in self.objects.items() if k == kind]
+
+    def names(self, kind: str) -> list[str]:
+        return sorted(n for k, n in self.objects if k == kind)
+
+    def child(self, role: str) -> dict[str, Any]:
+        found = [j for j in self.of("Job") if j["metadata"]["labels"][names.LABEL_ROLE] == role]
+        assert len(found) == 1, self.names("Job")
+        return found[0]
+
+    def wait(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+
+    def pods(self, role: str, count: int = 1, **state: Any) -> list[dict[str, Any]]:
+        """Pods of the role's Job, replaced where they exist; ``state`` is their container's."""
+        job = self.child(role)
+        job.setdefault("status", {}).setdefault("startTime", format_time(self.now))
+        return [self.pod(job, index, **state) for index in range(count)]
+
+    def pod(self, job: dict[str, Any], index: int = 0, suffix: str = "x", **state: Any) -> Any:
+        name = f"{job['metadata']['name']}-{index}-{suffix}"
+        template = job["spec"]["template"]
+        made = self.objects.get(("Pod", name)) or {
+            "kind": "Pod",
+            "metadata": {
+                "name": name,
+                "uid": name,
+                "labels": template["metadata"]["labels"],
+                "annotations": {INDEX_ANNOTATION: str(index)},
+                "creationTimestamp": format_time(self.now),
+            },
+            "spec": {**template["spec"], "nodeName": f"node-{index}"},
+        }
+        phase = "Pending"
+        if "running" in state:
+            phase = "Running"
+            state["running"] = {"startedAt": format_time(self.now)}
+        if "terminated" in state:
+            ended = state["terminated"]
+            phase = "Succeeded" if ended.get("exitCode") == 0 else "Failed"
+            old = made.get("status", {}).get("containerStatuses", [{}])[0].get("state", {})
+            ended.setdefault("startedAt", old.get("running", {}).get("startedAt"))
+            ended.setdefault("finishedAt", format_time(self.now))
+        container = {"name": names.CONTAINER, "state": state}
+        made["status"] = {"phase": phase, "podIP": "10.0.0.1", "containerStatuses": [container]}
+        self.objects["Pod", name] = made
+        return made
+
+    def end_pods_of(self, job: str) -> None:
+        for pod in [p for p in self.of("Pod") if p["metadata"]["name"].startswith(f"{job}-")]:
+            pod["metadata"].setdefault("deletionTimestamp", format_time(self.now))
+
+    def remove_pods(self) -> None:
+        for pod in self.of("Pod"):
+            self.objects.pop(("Pod", pod["metadata"]["name"]))
+
+    def condition(self, role: str, type_: str, reason: str = "") -> None:
+        conditions = self.child(role).setdefault("status", {}).setdefault("conditions", [])
+        conditions.append({"type": type_, "status": "True", "reason": reason})
+
+    # --- the trainer -----------------------------------------------------------------------------
+
+    def finish(self, role: str, **said: Any) -> None:
+        word = Termination.model_validate({"run": self.run["id"], "role": role, **said})
+        nodes = self.child(role)["spec"]["completions"]
+        for pod in self.pods(role, nodes, terminated={"exitCode": 0}):
+            state = pod["status"]["containerStatuses"][0]["state"]
+            state["terminated"]["message"] = word.to_text()
+        self.condition(role, "Complete")
+
+    def fail(self, role: str, code: int, index: int = 0, suffix: str = "x", **failure: Any) -> Any:
+        ended: dict[str, Any] = {"exitCode": code}
+        if failure:
+            word = Termination.model_validate(
+                {"run": self.run["id"], "role": role, "failure": failure}
+            )
+            ended["message"] = word.to_text()
+        return self.pod(self.child(role), index, suffix, terminated=ended)
+
+    def report(self, stage: str = "Training", **more: Any) -> None:
+        raw = {"run": self.run["id"], "attempt": 1, "restarts": 0, "stage": stage, **more}
+        self.progress = Progress.model_validate(raw)
+
+    # --- status ----------------------------------------------------------------------------------
+
+    @property
+    def status(self) -> dict[str, Any]:
+        return self.job["status"]  # type: ignore[no-any-return]
+
+    @property
+    def run(self) -> dict[str, Any]:
+        return self.status["run"]  # type: ignore[no-any-return]
+
+    def held(self, type_: str) -> str | None:
+        found = [c for c in self.status["conditions"] if c["type"] == type_]
+        return f"{found[0]['status']}/{found[0]['reason']}" if found else None
+
+    def message(self, type_: str) -> str:
+        return next(c["message"] for c in self.status["conditions"] if c["type"] == type_)
+
+
+PREPARED = {
+    "digest": "d1",
+    "uri": "s3://models/out/.workspace/data/d1",
+    "reused": False,
+    "trainSamples": 90,
+    "validationSamples": 5,
+    "testSamples": 5,
+    "trainTokens": 9000,
+    "supervisedTokens": 3000,
+    "totalSteps": 30,
+}
+TRAINED = {
+    "attempt": 1,
+    "restarts": 0,
+    "steps": 30,
+    "loss": 0.5,
+    "checkpoint": "s3://models/out/.workspace/runs/bot/1/attempt-1/step-00000030",
+    "scores": [
+        {"name": "test", "samples": 5, "untuned": {"Loss": 2.0}, "tuned": {"Loss": 0.5}},
+    ],
+    "trainingSeconds": 60.0,
+}
+PUBLISHED = {"uri": "s3://models/out/1-0f9c2", "digest": "sha", "formats": ["adapter"], "bytes": 7}
+
+
+def at_training(**more: Any) -> World:
+    """A world whose gang runs."""
+    world = World(**more)
+    world.settle()
+    world.finish("prepare", prepared=PREPARED)
+    world.settle()
+    world.wait(5)
+    world.pods("train", world.job["spec"]["compute"]["nodes"], running={})
+    world.settle()
+    return world
+
+
+def completed(**more: Any) -> World:
+    """A world whose run has ended well."""
+    world = at_training(**more)
+    world.wait(60)
+    world.finish("train", trained=TRAINED)
+    world.settle()
+    world.finish("publish", published=PUBLISHED)
+    world.settle()
+    return world

@@ -1,0 +1,222 @@
+"""The course of a run: prepare, train, publish, and what may come between."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from operator_world import PREPARED, PUBLISHED, TRAINED, World, at_training, completed
+
+from finetune_api import names
+
+
+def timeless(status: dict[str, Any]) -> dict[str, Any]:
+    """A status without the times at which conditions changed: those are lost with a status."""
+    conditions = [
+        {k: v for k, v in c.items() if k != "lastTransitionTime"} for c in status["conditions"]
+    ]
+    run = {k: v for k, v in status["run"].items() if k != "completionTime"}
+    progress = {k: v for k, v in status.get("progress", {}).items() if k != "lastUpdateTime"}
+    return {**status, "conditions": conditions, "run": run, "progress": progress}
+
+
+def test_first_pass_makes_order_and_prepare_and_says_so() -> None:
+    world = World()
+    plan = world.pass_()
+    assert world.names("ConfigMap") == ["bot-1-0f9c2-order-1"]
+    assert world.names("Job") == ["bot-1-0f9c2-prepare-1"]
+    assert world.status["phase"] == "Pending"
+    assert world.status["observedGeneration"] == 1
+    assert world.run["id"] == "1-0f9c2"
+    assert world.held("Reconciling") == "True/Preparing"
+    assert [e.reason for e in plan.events] == ["RunStarted"]
+
+
+def test_a_run_goes_through_its_stages_to_complete() -> None:
+    world = World()
+    world.settle()
+    world.pods("prepare", running={})
+    world.settle()
+    assert world.status["phase"] == "Preparing"
+    world.finish("prepare", prepared=PREPARED)
+    world.settle()
+    assert world.held("Prepared") == "True/DataReady"
+    assert world.status["prepared"]["trainSamples"] == 90
+    assert world.names("Service") == ["bot-1-0f9c2-train-1"]
+    assert world.status["phase"] == "Starting"
+    world.pods("train", 1, running={})
+    world.settle()
+    assert world.held("Running") == "False/Starting"
+    world.pods("train", 2, running={})
+    world.settle()
+    assert world.held("Running") == "True/GangRunning"
+    assert world.status["phase"] == "Training"
+    world.finish("train", trained=TRAINED)
+    world.settle()
+    assert world.held("Evaluated") == "True/Evaluated"
+    assert world.held("Running") == "False/NotTraining"
+    assert world.status["phase"] == "Publishing"
+    world.finish("publish", published=PUBLISHED)
+    world.settle()
+    assert world.held("Published") == "True/Published"
+    assert world.held("Complete") == "True/Published"
+    assert (world.held("Ready"), world.held("Reconciling")) == (
+        "True/Complete",
+        "False/Complete",
+    )
+    assert world.status["phase"] == "Complete"
+    assert world.status["output"]["uri"] == PUBLISHED["uri"]
+    assert world.status["evaluation"] == [
+        {"dataSet": "test", "metric": "Loss", "untuned": "2", "tuned": "0.5", "gain": "-1.5"}
+    ]
+    assert world.run["outcome"] == "Complete"
+
+
+def test_progress_is_shown_and_of_another_run_ignored() -> None:
+    world = at_training()
+    world.report(step=10, totalSteps=40, loss=1.23456, remainingSeconds=130.0, epoch=0.25)
+    world.settle()
+    shown = world.status["progress"]
+    assert (shown["percent"], shown["loss"], shown["remaining"]) == (25, "1.235", "2m10s")
+    assert world.progress is not None
+    world.progress = world.progress.model_copy(update={"run": "9-other", "step": 39})
+    world.settle()
+    assert world.status["progress"]["step"] == 10
+
+
+def test_status_is_at_rest_while_a_gang_only_runs() -> None:
+    world = at_training(compute={"gpusPerNode": 8})
+    world.report(step=1, totalSteps=4)
+    world.settle()
+    assert world.plan().status is None
+
+
+def test_condition_keeps_its_transition_time_while_its_status_stays() -> None:
+    world = at_training()
+    before = {c["type"]: c["lastTransitionTime"] for c in world.status["conditions"]}
+    world.wait(100)
+    world.report(stage="Loading")
+    world.settle()
+    after = {c["type"]: c["lastTransitionTime"] for c in world.status["conditions"]}
+    assert after["Prepared"] == before["Prepared"]
+    assert after["Running"] == before["Running"]
+    assert world.status["phase"] == "Starting"
+
+
+def test_a_finished_run_stays_finished_when_its_children_are_deleted() -> None:
+    world = completed()
+    before = copy.deepcopy(world.status)
+    world.objects = {k: o for k, o in world.objects.items() if k[0] == "ConfigMap"}
+    world.settle()
+    assert world.status == before
+    world.objects.clear()
+    world.settle()
+    assert world.status == before
+    assert not world.objects
+
+
+def test_a_failed_run_stays_failed_when_its_children_are_deleted() -> None:
+    world = World()
+    world.settle()
+    world.fail("prepare", 11, **{"class": "DataError", "reason": "Bad", "message": "line 3"})
+    world.condition("prepare", "Failed", "PodFailurePolicy")
+    world.settle()
+    world.objects.clear()
+    world.settle()
+    assert world.status["failure"]["reason"] == "Bad"
+    assert world.held("Stalled") == "True/Bad"
+    assert not world.objects
+
+
+@pytest.mark.parametrize("stage", ["prepare", "train", "publish", "done"])
+def test_status_deleted_by_hand_is_rebuilt_from_children(stage: str) -> None:
+    world = World()
+    world.settle()
+    if stage != "prepare":
+        world = at_training()
+    if stage in ("publish", "done"):
+        world.finish("train", trained=TRAINED)
+        world.settle()
+    if stage == "done":
+        world.finish("publish", published=PUBLISHED)
+        world.settle()
+    before = copy.deepcopy(world.status)
+    children = copy.deepcopy(world.objects)
+    del world.job["status"]
+    world.settle()
+    assert world.objects == children
+    assert timeless(world.status) == timeless(before)
+
+
+def test_status_and_jobs_lost_does_not_retrain_a_complete_run() -> None:
+    world = completed()
+    del world.job["status"]
+    world.objects = {k: o for k, o in world.objects.items() if k[0] == "ConfigMap"}
+    world.settle()
+    assert world.held("Complete") == "True/Published"
+    assert world.names("Job") == []
+
+
+def test_children_are_never_rendered_again() -> None:
+    world = at_training()
+    world.config = type(world.config)(image="registry.example/trainer:2")
+    plan = world.settle()
+    assert plan.create == ()
+    world.finish("train", trained=TRAINED)
+    world.settle()
+    image = world.child("publish")["spec"]["template"]["spec"]["containers"][0]["image"]
+    assert image == "registry.example/trainer:1", "a run keeps its image over an upgrade"
+
+
+def test_a_job_being_deleted_is_left_alone() -> None:
+    world = World()
+    world.job["metadata"]["deletionTimestamp"] = "2026-01-01T12:00:00Z"
+    plan = world.plan()
+    assert plan.create == () and plan.status is None
+
+
+def test_ttl_removes_jobs_and_services_and_keeps_the_order() -> None:
+    world = completed(childrenTTLSecondsAfterFinished=60)
+    assert len(world.names("Job")) == 3
+    again = world.plan().look_again
+    assert again is not None and again.total_seconds() == 60
+    world.wait(60)
+    world.settle()
+    assert world.names("Job") == [] and world.names("Service") == []
+    assert world.names("ConfigMap") == ["bot-1-0f9c2-order-1"]
+    assert world.status["phase"] == "Complete"
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_a_stored_spec_that_todays_models_refuse_is_a_condition(running: bool) -> None:
+    world = at_training() if running else World()
+    world.job["spec"]["training"] = {"epochs": 1, "maxSteps": 1}
+    world.job["metadata"]["generation"] += 1
+    world.settle()
+    assert world.held("Stalled") == "True/InvalidSpec"
+    assert "epochs and maxSteps exclude each other" in world.message("Stalled")
+    if running:
+        assert world.status["phase"] == "Training"
+        assert world.status["observedGeneration"] == 1, "compared once it is valid again"
+        world.finish("train", trained=TRAINED)
+        world.settle()
+        assert world.names("Job")[1].endswith("publish-1")
+    else:
+        assert not world.objects
+
+
+@pytest.mark.parametrize("status", [{"phase": 7}, {"unknown": 1}, {"run": None}, "text"])
+def test_unreadable_status_is_rebuilt(status: object) -> None:
+    world = at_training()
+    before = copy.deepcopy(world.status)
+    world.job["status"] = status if isinstance(status, dict) else {"conditions": status}
+    world.settle()
+    assert timeless(world.status) == timeless(before)
+
+
+def test_labels_select_children_of_one_job() -> None:
+    world = at_training()
+    for kind in ("ConfigMap", "Service", "Job"):
+        for obj in world.of(kind):
+            assert obj["metadata"]["labels"][names.LABEL_JOB_UID] == world.job["metadata"]["uid"]

@@ -1,0 +1,277 @@
+"""Verdicts: from the container's word, from Kubernetes', and from what keeps pods from running."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from operator_world import TRAINED, World, at_training
+
+
+def preparing() -> World:
+    world = World()
+    world.settle()
+    return world
+
+
+def test_the_containers_word_is_the_verdict() -> None:
+    world = preparing()
+    said = {"class": "DataError", "reason": "MalformedRecord", "message": "train.jsonl line 3"}
+    world.fail("prepare", 11, **said)
+    world.condition("prepare", "Failed", "PodFailurePolicy")
+    plan = world.pass_()
+    assert world.status["failure"] == {
+        **said,
+        "pod": "bot-1-0f9c2-prepare-1-0-x",
+        "node": "node-0",
+        "exitCode": 11,
+    }
+    assert world.held("Failed") == "True/MalformedRecord"
+    assert world.held("Prepared") == "False/MalformedRecord"
+    assert world.run["outcome"] == "Failed"
+    assert [(e.type, e.reason) for e in plan.events] == [("Warning", "MalformedRecord")]
+    world.settle()
+
+
+@pytest.mark.parametrize(
+    ("ended", "pod_status", "expected"),
+    [
+        ({"exitCode": 137, "reason": "OOMKilled"}, {}, ("OutOfMemory", "HostOutOfMemory")),
+        ({"exitCode": 10}, {}, ("UserError", "UserError")),
+        ({"exitCode": 12}, {}, ("Storage", "StorageDenied")),
+        ({"exitCode": 13}, {}, ("Diverged", "Diverged")),
+        ({"exitCode": 14}, {}, ("OutOfMemory", "OutOfMemory")),
+        ({"exitCode": 22}, {}, ("Stalled", "Stalled")),
+        ({"exitCode": 1, "message": "not json"}, {}, ("Internal", "ContainerFailed")),
+        ({"exitCode": 137}, {"reason": "Evicted", "message": "disk"}, ("Preempted", "Evicted")),
+        (
+            {"exitCode": 137},
+            {
+                "conditions": [
+                    {
+                        "type": "DisruptionTarget",
+                        "status": "True",
+                        "reason": "DeletionByTaintManager",
+                    }
+                ]
+            },
+            ("NodeFailure", "DeletionByTaintManager"),
+        ),
+        (
+            {"exitCode": 137},
+            {
+                "conditions": [
+                    {
+                        "type": "DisruptionTarget",
+                        "status": "True",
+                        "reason": "PreemptionByScheduler",
+                    }
+                ]
+            },
+            ("Preempted", "PreemptionByScheduler"),
+        ),
+    ],
+)
+def test_verdict_without_a_word(
+    ended: dict[str, Any], pod_status: dict[str, Any], expected: tuple[str, str]
+) -> None:
+    world = preparing()
+    pod = world.pod(world.child("prepare"), terminated=ended)
+    pod["status"] |= pod_status
+    world.condition("prepare", "Failed", "BackoffLimitExceeded")
+    world.settle()
+    failure = world.status["failure"]
+    assert (failure["class"], failure["reason"]) == expected
+    assert failure["message"]
+
+
+def test_no_pod_left_to_tell() -> None:
+    world = preparing()
+    world.condition("prepare", "Failed", "BackoffLimitExceeded")
+    world.settle()
+    assert world.status["failure"]["reason"] == "BackoffLimitExceeded"
+
+
+def test_own_causes_come_before_lost_peers() -> None:
+    world = at_training()
+    world.fail("train", 13, 1, **{"class": "Diverged", "reason": "NaN", "message": "loss is NaN"})
+    world.wait(1)
+    lost = {"class": "NodeFailure", "reason": "PeerLost", "message": "m", "retryable": True}
+    world.fail("train", 20, 0, **lost)
+    world.condition("train", "FailureTarget", "PodFailurePolicy")
+    world.settle()
+    assert world.status["failure"]["reason"] == "NaN"
+    assert world.status["failure"]["pod"].endswith("train-1-1-x")
+    assert world.status["restarts"] == 0, "an end is no restart"
+
+
+def test_incidents_are_counted_not_pods() -> None:
+    world = at_training(failurePolicy={"maxRestarts": 2})
+    lost = {"class": "NodeFailure", "reason": "PeerLost", "message": "gone", "retryable": True}
+    for incident in range(2):
+        for rank in range(2):
+            world.fail("train", 20, rank, f"i{incident}", **lost)
+        world.settle()
+        assert world.status["restarts"] == incident + 1
+        assert world.status["phase"] != "Failed"
+    world.fail("train", 20, 1, "i3", **lost)
+    world.pass_()
+    assert world.status["phase"] == "Failed"
+    assert world.status["failure"]["reason"] == "PeerLost"
+    assert "failurePolicy.maxRestarts allows 2" in world.status["failure"]["message"]
+    assert world.child("train")["spec"]["activeDeadlineSeconds"] == 0, "stopped, its logs kept"
+
+
+def test_saved_fenced_and_deleted_pods_are_no_incidents() -> None:
+    world = at_training()
+    world.fail("train", 23, 0, "a")
+    world.fail("train", 16, 0, "b")
+    world.fail("train", 20, 0, "c")["metadata"]["deletionTimestamp"] = "2026-01-01T12:00:00Z"
+    world.settle()
+    assert world.status["restarts"] == 0
+
+
+def test_restarts_counted_in_storage_count() -> None:
+    world = at_training()
+    world.report(attempt=3, restarts=2)
+    world.settle()
+    assert world.status["restarts"] == 2 and world.run["attempt"] == 3
+    world.progress = None
+    world.settle()
+    assert world.status["restarts"] == 2
+    world.report(attempt=5, restarts=4)
+    world.settle()
+    assert world.status["failure"]["reason"] == "RestartsExhausted"
+
+
+def waiting(world: World, role: str, reason: str, message: str) -> None:
+    world.pods(role, waiting={"reason": reason, "message": message})
+
+
+@pytest.mark.parametrize(
+    ("reason", "message", "seconds"),
+    [
+        ("InvalidImageName", "bad", 0),
+        ("ErrImagePull", "manifest for x not found", 30),
+        ("ImagePullBackOff", "401 Unauthorized", 30),
+        ("ErrImagePull", "dial tcp: i/o timeout", 600),
+    ],
+)
+def test_an_image_that_cannot_be_pulled(reason: str, message: str, seconds: int) -> None:
+    world = preparing()
+    waiting(world, "prepare", reason, message)
+    world.pull_failing_since = {p["metadata"]["uid"]: world.now for p in world.of("Pod")}
+    if seconds:
+        world.settle()
+        assert world.status["phase"] == "Pending"
+        assert world.held("Prepared") == "False/ImagePull"
+        assert world.plan().look_again == timedelta(seconds=seconds)
+        world.wait(seconds)
+    world.settle()
+    failure = world.status["failure"]
+    assert (failure["class"], failure["reason"]) == ("ImagePull", reason)
+    assert "registry.example/trainer:1" in failure["message"] and message in failure["message"]
+    assert "spec.compute.image" in failure["message"]
+
+
+def test_a_missing_secret_is_said_and_heals() -> None:
+    world = preparing()
+    waiting(world, "prepare", "CreateContainerConfigError", 'secret "s3" not found')
+    world.settle()
+    assert world.held("Prepared") == "False/MissingSecret"
+    assert 'secret "s3" not found' in world.message("Ready")
+    world.pods("prepare", running={})
+    world.settle()
+    assert world.held("Prepared") == "False/Preparing"
+    assert world.status["phase"] == "Preparing"
+
+
+def unschedulable(world: World, role: str, count: int) -> None:
+    for pod in world.pods(role, count):
+        del pod["spec"]["nodeName"]
+        pod["status"]["conditions"] = [
+            {"type": "PodScheduled", "status": "False", "message": "0/3 nodes: no nvidia.com/gpu"}
+        ]
+
+
+def test_too_few_nodes() -> None:
+    world = World(scheduling={"startDeadlineSeconds": 120})
+    world.settle()
+    world.finish("prepare")
+    world.settle()
+    unschedulable(world, "train", 2)
+    world.settle()
+    assert world.status["phase"] == "Starting"
+    assert world.held("Running") == "False/Unschedulable"
+    assert "no nvidia.com/gpu" in world.message("Running")
+    assert world.plan().look_again == timedelta(seconds=120)
+    world.wait(120)
+    world.settle()
+    failure = world.status["failure"]
+    assert (failure["class"], failure["reason"]) == ("NodeFailure", "Unschedulable")
+    assert "no nvidia.com/gpu" in failure["message"] and "compute.nodes" in failure["message"]
+
+
+def test_the_start_deadline_is_live_and_counts_from_the_start_not_the_queue() -> None:
+    world = World(scheduling={"startDeadlineSeconds": 120, "queueName": "q"})
+    world.settle()
+    world.finish("prepare")
+    world.settle()
+    world.wait(10_000)
+    world.settle()
+    assert world.status["phase"] == "Queued"
+    world.child("train")["spec"]["suspend"] = False
+    unschedulable(world, "train", 2)
+    world.wait(100)
+    world.edit(scheduling={"startDeadlineSeconds": 500})
+    world.settle()
+    assert world.plan().look_again == timedelta(seconds=400)
+
+
+def test_a_job_whose_pods_are_refused() -> None:
+    world = World(scheduling={"startDeadlineSeconds": 60})
+    world.settle()
+    assert world.held("Prepared") == "False/PodsNotCreated"
+    world.wait(60)
+    world.settle()
+    assert world.status["failure"]["reason"] == "PodsNotCreated"
+    assert "quota" in world.status["failure"]["message"]
+
+
+def test_a_forbidden_pod_template_fails_before_anything_runs() -> None:
+    world = World(compute={"podTemplate": {"spec": {"hostNetwork": True}}})
+    world.settle()
+    assert world.names("Job") == []
+    assert world.held("Failed") == "True/InvalidPodTemplate"
+    assert "spec.compute.podTemplate.spec.hostNetwork" in world.message("Stalled")
+    world.edit(compute={"podTemplate": {"spec": {"nodeSelector": {"a": "b"}}}})
+    world.job["spec"]["compute"]["podTemplate"]["spec"].pop("hostNetwork")
+    world.settle()
+    assert world.names("Job") == ["bot-1-0f9c2-prepare-2"]
+
+
+def test_usage_of_an_interrupted_gang() -> None:
+    world = at_training(compute={"nodes": 2, "gpusPerNode": 4})
+    assert world.status["usage"]["queuedSeconds"] == 5
+    world.wait(100)
+    world.gone = [world.objects.pop(("Pod", world.child("train")["metadata"]["name"] + "-1-x"))]
+    ended = {"startedAt": "2026-01-01T12:00:05Z", "finishedAt": "2026-01-01T12:01:45Z"}
+    world.gone[0]["status"]["containerStatuses"][0]["state"] = {"terminated": ended}
+    world.wait(20)
+    world.pod(world.child("train"), 1, "y", running={})
+    world.report(attempt=2, restarts=1, lostSeconds=30.0)
+    world.wait(100)
+    world.report(attempt=2, restarts=1, lostSeconds=30.0, step=4)
+    world.settle()
+    usage = world.status["usage"]
+    # rank 0 from 12:00:05 to 12:03:30 (steps of 30 s), rank 1 for 100 s and from 12:02:05 on
+    assert usage == {
+        "gpuSeconds": 4 * (205 + 100 + 85),
+        "wastedGpuSeconds": 240,
+        "queuedSeconds": 5,
+    }
+    world.finish("train", trained={**TRAINED, "trainingSeconds": 1000.0, "lostSeconds": 40.0})
+    world.settle()
+    assert world.status["usage"]["gpuSeconds"] == 8000, "the trainer's own wall time at the end"
+    assert world.status["usage"]["wastedGpuSeconds"] == 320

@@ -1,0 +1,239 @@
+"""What a changed spec does to a run: Live, Resume, NewRun, and what must change nothing."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+from operator_world import PREPARED, TRAINED, World, at_training, completed
+
+from finetune_api import names
+from finetune_api.spec import Checkpoint
+
+
+def test_live_change_goes_on_in_the_same_gang() -> None:
+    world = at_training()
+    before = copy.deepcopy(world.objects)
+    world.edit(failurePolicy={"maxRestarts": 9}, childrenTTLSecondsAfterFinished=5)
+    world.settle()
+    assert world.objects == before
+    assert world.status["observedGeneration"] == 2
+
+
+def test_resume_change_makes_a_new_gang_once_the_old_one_is_gone() -> None:
+    world = at_training()
+    world.edit(compute={"nodes": 3})
+    world.pass_()
+    assert world.names("ConfigMap") == ["bot-1-0f9c2-order-1", "bot-1-0f9c2-order-2"]
+    world.settle()
+    assert world.names("Job") == ["bot-1-0f9c2-prepare-1"], "old pods are still ending"
+    world.remove_pods()
+    world.settle()
+    assert world.names("Job") == ["bot-1-0f9c2-prepare-1", "bot-1-0f9c2-train-2"]
+    assert world.names("Service") == ["bot-1-0f9c2-train-2"]
+    assert world.child("train")["spec"]["completions"] == 3
+    assert (world.run["number"], world.run["revision"]) == (1, 2)
+
+
+def test_a_pod_on_a_dead_node_does_not_hold_the_new_gang_for_ever() -> None:
+    world = at_training()
+    world.edit(compute={"nodes": 1})
+    world.settle()
+    assert "bot-1-0f9c2-train-2" not in world.names("Job")
+    again = world.plan().look_again
+    assert again is not None
+    world.wait(again.total_seconds())
+    world.settle()
+    assert "bot-1-0f9c2-train-2" in world.names("Job")
+
+
+def test_resume_change_while_preparing_prepares_again() -> None:
+    world = World()
+    world.settle()
+    world.pods("prepare", running={})
+    world.edit(prepare={"resources": {"requests": {"cpu": "4"}}})
+    world.settle()
+    world.remove_pods()
+    world.settle()
+    assert world.names("Job") == ["bot-1-0f9c2-prepare-2"]
+
+
+def test_new_run_replaces_the_current_one() -> None:
+    world = at_training()
+    world.edit(training={"epochs": 5})
+    plan = world.pass_()
+    assert {d.name for d in plan.delete} == {
+        "bot-1-0f9c2-prepare-1",
+        "bot-1-0f9c2-train-1",
+    }
+    world.settle()
+    assert world.names("Job") == ["bot-2-0f9c2-prepare-1"]
+    assert world.names("ConfigMap") == ["bot-1-0f9c2-order-1", "bot-2-0f9c2-order-1"]
+    assert world.run["number"] == 2
+    assert [(r["number"], r["outcome"]) for r in world.status["history"]] == [(1, "Superseded")]
+    assert "prepared" not in world.status and world.held("Prepared") == "False/Preparing"
+
+
+def test_a_b_a_is_three_runs() -> None:
+    world = completed()
+    world.edit(training={"seed": 1})
+    world.settle()
+    world.edit(training={"seed": 42})
+    world.settle()
+    assert world.run["id"] == "3-0f9c2"
+    assert [r["outcome"] for r in world.status["history"]] == ["Superseded", "Complete"]
+
+
+def test_rerun_token_begins_a_new_run_and_keeps_history_bounded() -> None:
+    world = completed()
+    for token in range(14):
+        world.edit(rerunToken=str(token))
+        world.settle()
+    assert world.run["number"] == 15 and world.run["rerunToken"] == "13"
+    assert [r["number"] for r in world.status["history"]] == list(range(14, 4, -1))
+    assert len(world.names("ConfigMap")) == 11, "orders go with the history"
+
+
+@pytest.mark.parametrize(
+    "change", [{"compute": {"nodes": 7}}, {"failurePolicy": {"maxRestarts": 0}}]
+)
+def test_a_complete_run_stays_complete_when_only_its_gang_is_changed(change: Any) -> None:
+    world = completed()
+    before = copy.deepcopy(world.objects)
+    world.edit(**change)
+    world.settle()
+    assert world.objects == before and world.status["phase"] == "Complete"
+    assert world.status["observedGeneration"] == 2
+
+
+def test_a_failed_run_goes_on_when_its_gang_is_changed() -> None:
+    world = at_training(failurePolicy={"maxRestarts": 0})
+    world.fail("train", 20, **{"class": "NodeFailure", "reason": "Gone", "message": "m"})
+    world.settle()
+    assert world.status["phase"] == "Failed" and world.status["restarts"] == 1
+    world.condition("train", "Failed", "DeadlineExceeded")
+    world.remove_pods()
+    world.edit(compute={"nodes": 1})
+    world.settle()
+    assert world.run["revision"] == 2 and "outcome" not in world.run
+    assert world.held("Failed") == "False/Resumed" and "failure" not in world.status
+    world.progress = None
+    world.settle()
+    assert world.status["restarts"] == 1, "counted on, but not against the new gang"
+    assert "bot-1-0f9c2-train-2" in world.names("Job")
+
+
+def test_a_change_without_a_new_generation_changes_nothing() -> None:
+    """A changed default of the CRD shows in the object at once, with no new generation."""
+    world = at_training()
+    before = copy.deepcopy(world.objects)
+    world.job["spec"]["training"] = {"batchSize": 64}
+    world.settle()
+    assert world.objects == before
+
+
+def test_a_new_default_of_a_newer_operator_touches_no_run(monkeypatch: Any) -> None:
+    """The snapshot was written by an older release, which did not know a field, or had another
+    default for it; the user then changes a Live field, which makes a generation."""
+    world = at_training()
+    order = world.of("ConfigMap")[0]
+    snapshot = json.loads(order["data"][names.ORDER_KEY])
+    del snapshot["spec"]["evaluation"]["maxSamples"]
+    del snapshot["spec"]["data"]["quality"]
+    order["data"][names.ORDER_KEY] = json.dumps(snapshot)
+    world.edit(failurePolicy={"maxRestarts": 1})
+    world.job["spec"]["evaluation"] = {"maxSamples": 1000}  # as the newer CRD shows it
+    before = copy.deepcopy(world.objects)
+    world.settle()
+    assert world.objects == before and world.run["number"] == 1
+
+
+def test_a_default_that_changed_stays_as_it_was_stored() -> None:
+    """The API server writes defaults into the object when it is made: they stay in it."""
+    world = World(checkpoint={"keepLast": Checkpoint().keep_last + 5})
+    world.settle()
+    before = copy.deepcopy(world.objects)
+    world.edit(failurePolicy={"maxRestarts": 1})
+    world.settle()
+    assert world.objects == before
+
+
+def test_dying_between_the_order_and_the_status_repeats_nothing() -> None:
+    world = completed()
+    world.edit(training={"seed": 7})
+    old_status = copy.deepcopy(world.status)
+    world.pass_()
+    world.job["status"] = old_status
+    world.edit(training={"seed": 8})
+    world.settle()
+    assert world.run["number"] == 3, "run 2 was recorded with another spec"
+    orders = {o["metadata"]["name"]: o["data"][names.ORDER_KEY] for o in world.of("ConfigMap")}
+    seeds = [
+        json.loads(orders[f"bot-{n}-0f9c2-order-1"])["spec"]["training"]["seed"] for n in (1, 2, 3)
+    ]
+    assert seeds == [42, 7, 8]
+
+
+def test_a_removed_order_of_a_running_run_is_written_again() -> None:
+    world = at_training()
+    world.objects.pop(("ConfigMap", "bot-1-0f9c2-order-1"))
+    world.settle()
+    assert world.names("ConfigMap") == ["bot-1-0f9c2-order-1"]
+    assert world.run["number"] == 1
+
+
+def test_suspend_and_resume_in_the_same_job() -> None:
+    world = at_training()
+    world.edit(suspend=True)
+    world.settle()
+    assert world.child("train")["spec"]["suspend"] is True
+    assert world.held("Suspended") == "True/Suspended" and world.status["phase"] == "Suspended"
+    world.remove_pods()
+    world.edit(suspend=False)
+    world.settle()
+    assert world.child("train")["spec"]["suspend"] is False
+    assert world.held("Suspended") == "False/NotSuspended"
+    assert world.run["revision"] == 1
+
+
+def test_suspended_from_the_start_makes_nothing() -> None:
+    world = World(suspend=True)
+    world.settle()
+    assert not world.objects and world.status["phase"] == "Suspended"
+    world.edit(suspend=False)
+    world.settle()
+    assert world.names("Job") == ["bot-1-0f9c2-prepare-1"]
+
+
+def test_a_queue_admits_the_gang_and_suspending_gives_its_quota_back() -> None:
+    world = World(scheduling={"queueName": "gpus"})
+    world.settle()
+    world.finish("prepare", prepared=PREPARED)
+    world.settle()
+    job = world.child("train")
+    assert job["spec"]["suspend"] is True
+    assert job["metadata"]["labels"][names.LABEL_QUEUE] == "gpus"
+    assert world.status["phase"] == "Queued"
+    assert world.settle().change == (), "left to Kueue"
+    job["spec"]["suspend"] = False
+    world.pods("train", 2, running={})
+    world.settle()
+    assert world.status["phase"] == "Training"
+    world.edit(suspend=True)
+    world.settle()
+    assert world.names("Job") == ["bot-1-0f9c2-prepare-1"]
+    world.remove_pods()
+    world.edit(suspend=False)
+    world.settle()
+    assert world.child("train")["spec"]["suspend"] is True
+
+
+def test_publish_goes_on_without_the_gang() -> None:
+    world = at_training()
+    world.finish("train", trained=TRAINED)
+    world.settle()
+    world.objects = {k: o for k, o in world.objects.items() if "train" not in k[1]}
+    world.settle()
+    assert world.names("Job") == ["bot-1-0f9c2-prepare-1", "bot-1-0f9c2-publish-1"]

@@ -1,0 +1,83 @@
+"""Shared by the trainer's tests: a real S3 server, fresh buckets, and orders that lead to it."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_api.names import storage_env
+from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
+from finetune_api.spec import parse_spec
+from finetune_trainer.s3server import EmbeddedS3
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedS3]:
+    """A running S3 server: ``.endpoint``, ``.access_key``, ``.secret_key``, ``.store()``."""
+    with EmbeddedS3(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3: EmbeddedS3) -> str:
+    """Name of a fresh bucket."""
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    s3.ensure_bucket(name)
+    return name
+
+
+OrderFor = Callable[..., RunOrder]
+
+
+@pytest.fixture
+def order_for(s3: EmbeddedS3, bucket: str, monkeypatch: pytest.MonkeyPatch) -> OrderFor:
+    """``order_for(**spec)``: an order whose storage is the test's bucket, with the credentials of
+    its profile in the environment.
+
+    Blocks given in ``spec`` replace those of the least valid spec: model ``s3://<bucket>/model``,
+    training data ``s3://<bucket>/train.jsonl``, output ``s3://<bucket>/out``. ``run`` and ``job``
+    name the run.
+    """
+
+    def make(*, run: str = "1-abcde", job: str = "job", **spec: Any) -> RunOrder:
+        storage = {"endpoint": s3.endpoint, **spec.pop("storage", {})}
+        raw = {
+            "model": {"source": f"s3://{bucket}/model"},
+            "data": {"train": [{"source": f"s3://{bucket}/train.jsonl"}]},
+            "output": {"destination": f"s3://{bucket}/out"},
+            **spec,
+            "storage": storage,
+        }
+        order = RunOrder(
+            version=CONTRACT_VERSION,
+            job=JobIdentity(namespace="default", name=job, uid="abcde-0000"),
+            run=run,
+            spec=parse_spec(raw),
+        )
+        for profile in range(len(order.storage_profiles)):
+            keys = {"AWS_ACCESS_KEY_ID": s3.access_key, "AWS_SECRET_ACCESS_KEY": s3.secret_key}
+            for key, value in keys.items():
+                monkeypatch.setenv(storage_env(profile, key), value)
+        return order
+
+    return make
+
+
+@pytest.fixture
+def order_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[RunOrder], Path]:
+    """``order_file(order)``: writes order.json and points the environment at it, at a termination
+    file and at a scratch folder of the test."""
+
+    def write(order: RunOrder) -> Path:
+        path = tmp_path / "order.json"
+        path.write_text(order.to_text())
+        monkeypatch.setenv("FINETUNE_ORDER", str(path))
+        monkeypatch.setenv("FINETUNE_TERMINATION", str(tmp_path / "termination" / "message"))
+        monkeypatch.setenv("FINETUNE_SCRATCH", str(tmp_path / "scratch"))
+        return path
+
+    return write

@@ -1,0 +1,38 @@
+"""Small models and samples for tests of the engine."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from finetune_trainer import packed
+from finetune_trainer.prepare.shards import TokenSample
+
+CPU = torch.device("cpu")
+
+
+def tiny_llama(seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A two-layer Llama with grouped queries and random weights, packed attention on."""
+    packed.install()
+    torch.manual_seed(seed)
+    options = {
+        "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    } | changes  # fmt: skip
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**options))
+    model.config.use_cache = False
+    model.set_attn_implementation(packed.ATTENTION)
+    return model
+
+
+def samples(lengths: list[int], seed: int = 0, vocabulary: int = 97) -> list[TokenSample]:
+    """Random samples; about a third of the tokens are supervised, the last one always."""
+    draw = np.random.default_rng(seed)
+    made = []
+    for n in lengths:
+        supervised = draw.random(n) < 0.3
+        supervised[0], supervised[-1] = False, True
+        made.append(TokenSample(draw.integers(0, vocabulary, n).astype(np.int32), supervised))
+    return made

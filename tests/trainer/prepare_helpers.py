@@ -1,0 +1,107 @@
+"""Tiny tokenizers and a tiny model for the tests of the prepare stage, made on the spot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CORPUS = [
+    "The cat sat on the mat and looked at the bird in the tree.",
+    "Review: a fine film. Sentiment: positive negative neutral",
+    "user assistant system model Label: yes no",
+    "What is the capital of this land? It is a small town by the sea.",
+]
+
+LLAMA3 = """{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>
+
+{{ m.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>\
+assistant<|end_header_id|>
+
+{% endif %}"""
+
+CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+GEMMA = """{{ bos_token }}{% if messages[0].role == 'system' %}\
+{{ raise_exception('there is no system role') }}{% endif %}{% for m in messages %}\
+{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}\
+{{ raise_exception('roles must alternate') }}{% endif %}\
+<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}
+{{ m.content | trim }}<end_of_turn>
+{% endfor %}{% if add_generation_prompt %}<start_of_turn>model
+{% endif %}"""
+
+# Writes an empty thought before the last answer only: earlier turns are rendered otherwise.
+THINKING = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' and loop.last %}<think></think>
+{% endif %}{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+SPECIAL = [
+    "<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>",
+    "<|im_end|>", "<start_of_turn>", "<end_of_turn>",
+]  # fmt: skip
+
+
+def make_tokenizer(
+    *, bos: bool = False, chat: str | None = None, metaspace: bool = False
+) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer of a few hundred tokens: byte-level, or with SentencePiece's space before
+    the beginning of a text."""
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if metaspace:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
+        alphabet = ["▁", "\n", "é", *(chr(c) for c in range(33, 127))]
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+        )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>" if bos or chat else None, eos_token="</s>",
+        additional_special_tokens=SPECIAL[2:],
+    )  # fmt: skip
+    if chat is not None:
+        made.chat_template = chat
+    return made
+
+
+def save_model(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, positions: int = 256, **save: Any
+) -> Path:
+    """A model folder in Hugging Face layout: a Llama of a few thousand weights."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=positions,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder, **save)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def lines(*records: Any) -> bytes:
+    """JSON Lines of records."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+def pairs(count: int, start: int = 0) -> list[dict[str, str]]:
+    """Different records of prompt and completion."""
+    return [
+        {"prompt": f"What is number {i}?", "completion": f" It is {i}."}
+        for i in range(start, start + count)
+    ]

@@ -1,0 +1,64 @@
+"""Dropout keyed by seed, step, sample, position and layer."""
+
+import pytest
+import torch
+from engine import CPU, samples, tiny_llama
+from torch import nn
+
+from finetune_trainer import packed
+from finetune_trainer.dropout import KeyedDropout, keep_mask, key_dropouts, token_keys
+from finetune_trainer.feed import build_row
+from finetune_trainer.loss import TokenLoss
+
+
+def test_masks_keep_their_share_and_depend_on_every_part_of_the_key():
+    base = {"seed": 1, "step": 2, "sample": 3}
+    keys = [torch.from_numpy(token_keys(**(base | c), length=400)) for c in
+            ({}, {"seed": 2}, {"step": 3}, {"sample": 4})]  # fmt: skip
+    masks = [keep_mask(k, 64, 5, 0.3) for k in keys] + [keep_mask(keys[0], 64, 6, 0.3)]
+    for mask in masks:
+        assert mask.float().mean().item() == pytest.approx(0.7, abs=0.01)
+    for other in masks[1:]:
+        agreement = (masks[0] == other).float().mean().item()
+        assert agreement == pytest.approx(0.58, abs=0.02)  # 0.7² + 0.3²: independent
+
+
+def test_masks_do_not_repeat_along_tokens_or_features():
+    mask = keep_mask(torch.from_numpy(token_keys(1, 1, 1, 500)), 300, 1, 0.5).float()
+    centred = mask - mask.mean()
+    tokens = (centred[1:] * centred[:-1]).mean().item()
+    features = (centred[:, 1:] * centred[:, :-1]).mean().item()
+    assert abs(tokens) < 0.005
+    assert abs(features) < 0.005
+
+
+def losses(order: list[int], step: int = 7) -> torch.Tensor:
+    documents = samples([30, 8, 19])
+    model = tiny_llama()
+    key_dropouts(model, 0.2)
+    loss = TokenLoss(model).train()
+    row = build_row([documents[i] for i in order], order, seed=3, step=step, device=CPU)
+    with torch.no_grad(), packed.row_context(row.layout):
+        found = loss(row)
+    return torch.stack([found[row.documents == order.index(i)].sum() for i in sorted(order)])
+
+
+def test_a_sample_is_dropped_alike_wherever_it_stands():
+    torch.testing.assert_close(losses([0, 1, 2]), losses([2, 0, 1]), rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_changes_with_the_step():
+    assert not torch.allclose(losses([0, 1, 2]), losses([0, 1, 2], step=8))
+
+
+def test_models_without_dropout_of_their_own_get_it_behind_their_blocks():
+    assert key_dropouts(tiny_llama(), 0.1) == 4  # attention and feed-forward of two layers
+    assert key_dropouts(tiny_llama(), 0.0) == 0
+
+
+def test_every_dropout_of_a_model_is_replaced():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5), nn.Sequential(nn.Dropout(0.1)))
+    key_dropouts(model, 0.25)
+    found = [m for m in model.modules() if isinstance(m, KeyedDropout)]
+    assert [m.p for m in found] == [0.25, 0.25]
+    assert not any(type(m) is nn.Dropout for m in model.modules())

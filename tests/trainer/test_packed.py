@@ -1,0 +1,112 @@
+"""Packed rows: each document is computed as if it were alone."""
+
+import numpy as np
+import pytest
+import torch
+from engine import CPU, samples, tiny_llama
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, MambaConfig, MistralConfig
+
+from finetune_trainer import packed
+from finetune_trainer.feed import build_row
+from finetune_trainer.loss import TokenLoss, row_losses
+
+LENGTHS = [37, 12, 5, 80, 40, 40, 3, 2, 21]
+
+
+def alone(model, sample) -> torch.Tensor:
+    """Losses of one document by transformers' own sdpa attention, all logits kept."""
+    model.set_attn_implementation("sdpa")
+    ids = torch.from_numpy(sample.ids.astype(np.int64))
+    with torch.no_grad():
+        logits = model(input_ids=ids[None]).logits[0]
+    model.set_attn_implementation(packed.ATTENTION)
+    target = np.flatnonzero(sample.supervised)
+    return cross_entropy(logits[target - 1], ids[target], reduction="none")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"num_key_value_heads": 4},
+        {"num_attention_heads": 4, "num_key_value_heads": 1},
+    ],
+)
+def test_a_packed_document_has_the_loss_of_the_document_alone(config):
+    model = tiny_llama(**config).eval()
+    documents = samples(LENGTHS)
+    row = build_row(documents, range(len(documents)), seed=0, step=0, device=CPU)
+    together = row_losses(TokenLoss(model), row)
+    apart = torch.cat([alone(model, s) for s in documents])
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+
+
+def test_sliding_windows_are_kept_within_documents():
+    packed.install()
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=16,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.set_attn_implementation(packed.ATTENTION)
+    documents = samples([60, 9, 33])
+    row = build_row(documents, range(3), seed=0, step=0, device=CPU)
+    together = row_losses(TokenLoss(model), row)
+    apart = torch.cat([alone(model, s) for s in documents])
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_a_packed_row_are_those_of_the_documents():
+    documents = samples(LENGTHS)
+
+    def gradients(rows: list[list[int]]) -> torch.Tensor:
+        model = tiny_llama()
+        loss = TokenLoss(model)
+        for positions in rows:
+            row = build_row(
+                [documents[p] for p in positions], positions, seed=0, step=0, device=CPU
+            )
+            with packed.row_context(row.layout):
+                loss(row).sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    together = gradients([list(range(len(documents)))])
+    apart = gradients([[i] for i in range(len(documents))])
+    assert (together - apart).norm() / apart.norm() < 1e-6
+
+
+def test_documents_do_not_see_each_other():
+    model = tiny_llama().eval()
+    first, second, other = samples([20, 30, 20])
+    loss = TokenLoss(model)
+    one = row_losses(loss, build_row([first, second], [0, 1], seed=0, step=0, device=CPU))
+    two = row_losses(loss, build_row([other, second], [2, 1], seed=0, step=0, device=CPU))
+    n = int(second.supervised.sum())
+    assert torch.equal(one[-n:], two[-n:])
+
+
+def test_a_row_without_documents_costs_nothing_and_reaches_every_weight():
+    model = tiny_llama()
+    row = build_row([], [], seed=0, step=0, device=CPU)
+    with packed.row_context(row.layout):
+        TokenLoss(model)(row).sum().backward()
+    assert row.labels.numel() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_outside_of_a_row_the_attention_is_sdpa():
+    model = tiny_llama().eval()
+    ids = torch.randint(0, 97, (3, 11))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    ours = model(input_ids=ids, attention_mask=mask).logits
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(ours, model(input_ids=ids, attention_mask=mask).logits)
+
+
+def test_recurrent_models_are_not_packed():
+    config = MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4)
+    assert not packed.can_pack(AutoModelForCausalLM.from_config(config))
+    assert packed.can_pack(tiny_llama())

@@ -1,0 +1,95 @@
+"""The plan: a pure function, the same samples at any number of ranks, nothing lost or doubled."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_trainer.plan import Plan, cost, pack, pack_all, pack_singly
+
+lengths_of = st.lists(st.integers(1, 300), min_size=0, max_size=60)
+
+
+@given(lengths_of, st.integers(300, 1000), st.integers(1, 5))
+def test_every_document_is_packed_once_and_no_row_overflows(lengths, capacity, ranks):
+    dealt = pack(lengths, capacity, ranks)
+    assert sorted(i for rows in dealt for row in rows for i in row) == list(range(len(lengths)))
+    assert len({len(rows) for rows in dealt}) == 1
+    assert all(sum(lengths[i] for i in row) <= capacity for rows in dealt for row in rows)
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=60), st.integers(300, 1000))
+def test_rows_are_few(lengths, capacity):
+    """Longest-processing-time-first with the row count raised on overflow: never more than twice
+    the rows that the tokens need, and one."""
+    rows = pack(lengths, capacity, 1)[0]
+    assert len(rows) <= 2 * -(-sum(lengths) // capacity) + 1
+
+
+def test_ranks_are_balanced():
+    lengths = [2000, 100, 100, 100, 1000, 900, 50, 50, 700, 300, 20, 10]
+    dealt = pack(lengths, 4096, 2)
+    costs = [sum(cost(lengths[i]) for row in rows for i in row) for rows in dealt]
+    assert max(costs) / min(costs) < 1.1
+
+
+def test_a_document_above_the_capacity_is_refused():
+    with pytest.raises(ValueError, match="301 tokens does not fit a row of 300"):
+        pack([301], 300, 1)
+
+
+def plan(n=37, batch=8, ranks=1, seed=5, **changes) -> Plan:
+    lengths = np.random.default_rng(0).integers(5, 200, n)
+    options = {"batch_size": batch, "seed": seed, "row_tokens": 512, "ranks": ranks} | changes
+    return Plan(lengths, lengths // 2, **options)
+
+
+@given(st.integers(1, 80), st.integers(1, 20), st.integers(0, 2**31 - 1), st.integers(1, 4))
+def test_an_epoch_trains_every_sample_once(n, batch, seed, ranks):
+    p = plan(n, batch, ranks, seed)
+    for epoch in (0, 1):
+        steps = range(epoch * p.steps_per_epoch, (epoch + 1) * p.steps_per_epoch)
+        rows = [row for s in steps for rank in p.step(s).rows for row in rank]
+        assert sorted(i for row in rows for i in row) == list(range(n))
+
+
+@given(st.integers(0, 40), st.lists(st.integers(1, 4), min_size=2, max_size=2))
+def test_a_step_has_the_same_samples_and_denominator_at_any_size(step, ranks):
+    one, other = (plan(ranks=r).step(step) for r in ranks)
+
+    def samples(s):
+        return sorted(i for rank in s.rows for row in rank for i in row)
+
+    assert samples(one) == samples(other)
+    assert (one.supervised, one.tokens) == (other.supervised, other.tokens)
+
+
+def test_epochs_have_different_orders_and_seeds_too():
+    p = plan(64, 64)
+    orders = [tuple(p.samples(0)), tuple(p.samples(1)), tuple(plan(64, 64, seed=6).samples(0))]
+    assert len(set(orders)) == 3
+
+
+def test_a_plan_is_the_same_when_made_again():
+    assert plan().step(17) == plan().step(17)
+
+
+def test_more_ranks_than_documents_leaves_empty_rows():
+    dealt = pack([5, 7], 100, 4)
+    assert [len(rows) for rows in dealt] == [1, 1, 1, 1]
+    assert sum(1 for rows in dealt for row in rows if row) == 2
+
+
+@given(lengths_of, st.integers(1, 4))
+def test_single_packing_gives_each_document_its_row(lengths, ranks):
+    dealt = pack_singly(lengths, ranks)
+    rows = [row for rank in dealt for row in rank if row]
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(len(row) == 1 for row in rows)
+    assert len({len(rank) for rank in dealt}) == 1
+
+
+@given(lengths_of, st.integers(1, 3))
+def test_one_pass_over_a_set_covers_it(lengths, ranks):
+    dealt = pack_all(np.array(lengths, dtype=np.int64), 300, ranks)
+    assert sorted(i for rank in dealt for row in rank for i in row) == list(range(len(lengths)))

@@ -1,0 +1,390 @@
+"""The prepare stage against a real S3 server: what later stages read, and how it fails."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from finetune_api.order import RunOrder
+from finetune_api.results import PreparedSummary
+from finetune_trainer.failures import DataError, TrainerError, UserError
+from finetune_trainer.objects import ObjectStore, Stores
+from finetune_trainer.prepare import writer
+from finetune_trainer.prepare.pipeline import prepare
+from finetune_trainer.prepare.reader import Reading
+from finetune_trainer.prepare.shards import PreparedData
+from finetune_trainer.prepare.split import SIDES
+from finetune_trainer.runfiles import read_prepared
+from finetune_trainer.s3server import EmbeddedS3
+from trainer.prepare_helpers import CHATML, lines, make_tokenizer, pairs, save_model
+
+ALL = {"split": {"validation": "0", "test": "0"}}
+"""A data block's part that holds nothing out."""
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"), make_tokenizer(bos=True, chat=CHATML))
+
+
+@dataclass
+class Workplace:
+    """A bucket with a model, and prepare on orders of it."""
+
+    bucket: str
+    store: ObjectStore
+    order_for: Callable[..., RunOrder]
+    scratch: Iterator[Path]
+
+    def put(self, name: str, data: bytes) -> str:
+        uri = f"s3://{self.bucket}/{name}"
+        self.store.put(uri, data)
+        return uri
+
+    def order(self, *train: bytes, **spec: Any) -> RunOrder:
+        """An order over objects of JSON Lines."""
+        for i, data in enumerate(train):
+            self.put(f"data/{i}.jsonl", data)
+        data_block = {"train": [{"source": f"s3://{self.bucket}/data/"}], **spec.pop("data", {})}
+        return self.order_for(data=data_block, **spec)
+
+    def prepare(self, order: RunOrder) -> tuple[PreparedSummary, PreparedData]:
+        summary = prepare(order, Stores(order), next(self.scratch))
+        return summary, PreparedData.open(self.store, summary.uri, next(self.scratch))
+
+    def fault(self, *train: bytes, **spec: Any) -> TrainerError:
+        order = self.order(*train, **spec)
+        with pytest.raises(TrainerError) as caught:
+            prepare(order, Stores(order), next(self.scratch))
+        left = [o.uri for o in self.store.list(f"s3://{self.bucket}/out/")]
+        assert not [uri for uri in left if uri.endswith(("manifest.json", "prepared.json"))]
+        return caught.value
+
+
+@pytest.fixture
+def at(
+    s3: EmbeddedS3, bucket: str, order_for: Callable[..., RunOrder], model_folder: Path,
+    tmp_path: Path,
+) -> Workplace:  # fmt: skip
+    store = s3.store()
+    for path in model_folder.iterdir():
+        store.put(f"s3://{bucket}/model/{path.name}", path.read_bytes())
+    return Workplace(bucket, store, order_for, (tmp_path / str(i) for i in range(99)))
+
+
+def texts(data: PreparedData, split: Any) -> list[str]:
+    """Decoded samples of a split."""
+    tokenizer = make_tokenizer(bos=True)
+    found = data.samples(split, range(len(data.index(split))))
+    return [tokenizer.decode(s.ids, skip_special_tokens=True) for s in found]
+
+
+# --- what is written -----------------------------------------------------------------------------
+
+
+def test_every_record_is_found_again_on_one_side_with_its_mask(at: Workplace) -> None:
+    records = pairs(200)
+    split = {"validation": "0.1", "test": "0.2"}
+    order = at.order(lines(*records[:120]), lines(*records[120:]), data={"split": split})
+    said: list[Reading] = []
+    summary = prepare(order, Stores(order), next(at.scratch), said.append)
+    data = PreparedData.open(at.store, summary.uri, next(at.scratch))
+
+    found = [text for split in SIDES for text in texts(data, split)]
+    assert sorted(found) == sorted(r["prompt"] + r["completion"] for r in records)
+    counts = [len(data.index(split)) for split in SIDES]
+    assert counts == [summary.train_samples, summary.validation_samples, summary.test_samples]
+    assert 5 < counts[1] < 40 < counts[0] and 20 < counts[2] < 65
+    tokenizer = make_tokenizer(bos=True)
+    for split in SIDES:
+        index = data.index(split)
+        samples = data.samples(split, range(len(index)))
+        assert index.length.tolist() == [len(s.ids) for s in samples]
+        assert index.supervised.tolist() == [int(s.supervised.sum()) for s in samples]
+        for s in samples:
+            answer = tokenizer.decode(s.ids[s.supervised])
+            assert answer.startswith(" It is ") and answer.endswith("</s>")
+    for reference in data.references("test", range(counts[2])):
+        assert reference.prompt_ids.tolist() == tokenizer(reference.prompt)["input_ids"]
+        number = reference.prompt.split()[-1].rstrip("?")
+        assert reference.completion == f" It is {number}." and reference.label is None
+    train = data.index("train")
+    assert summary.train_tokens == train.length.sum()
+    assert summary.supervised_tokens == train.supervised.sum()
+    assert summary.total_steps == 3 * -(-counts[0] // 32)
+    assert data.manifest.stop_token_ids == [tokenizer.eos_token_id]
+    assert data.manifest.max_completion_tokens == train.supervised.max()
+    assert read_prepared(at.store, order.run_uri) == summary
+    assert (said[-1].records, said[-1].bytes) == (200, said[-1].total_bytes)
+
+
+def test_all_formats_and_containers_together(at: Workplace) -> None:
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([{"text": "The cat", "label": i % 2} for i in range(3)]),
+                   sink)  # fmt: skip
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "The bird"}]
+    sources = {
+        "pairs": at.put("a/x.jsonl", lines(*pairs(3))),
+        "tasks": at.put("b/x.json.gz", gzip.compress(lines({"instruction": "a", "output": "b"}))),
+        "labels": at.put("c/x.parquet", sink.getvalue()),
+        "chats": at.put("d/x.jsonl", lines({"messages": chat})),
+        "texts": at.put("e/x.json", lines({"text": "The tree"}, {"text": "The mat"})),
+    }
+    listed = [{"name": name, "source": uri} for name, uri in sources.items()]
+    order = at.order(data={"train": listed, **ALL, "quality": {"deduplicate": False}})
+    summary, data = at.prepare(order)
+    assert {s.name: (s.format, s.samples) for s in data.manifest.sets} == {
+        "pairs": ("PromptCompletion", 3),
+        "tasks": ("Instruction", 1),
+        "labels": ("Classification", 3),
+        "chats": ("Messages", 1),
+        "texts": ("Text", 2),
+    }
+    assert [name for _, name in data.set_names("train")] == list(sources)
+    index = data.index("train")
+    assert np.bincount(index.set).tolist() == [3, 1, 3, 1, 2]
+    tokenizer = make_tokenizer(bos=True)
+    stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert data.manifest.stop_token_ids == sorted(stops)
+    report = json.loads(at.store.get(f"{summary.uri}/report.json"))
+    labels = next(s for s in report["sources"] if s["name"] == "labels")
+    assert labels["splits"]["train"]["labels"] == {"0": 2, "1": 1}
+    preview = report["sources"][0]["splits"]["train"]["previews"][0]
+    assert preview["where"] == f"{sources['pairs']}, line 1"
+    assert [p["learned"] for p in preview["parts"]] == [False, True]
+
+
+def test_given_validation_and_test_sets_take_the_place_of_the_split(at: Workplace) -> None:
+    held = at.put("held.jsonl", lines(*({"text": "fine", "label": x} for x in ("good", "bad"))))
+    order = at.order(
+        lines(*pairs(100)),
+        data={"validation": [{"source": held}], "test": [{"name": "final", "source": held}]},
+    )
+    summary, data = at.prepare(order)
+    assert (summary.train_samples, summary.validation_samples, summary.test_samples) == (100, 2, 2)
+    assert data.set_names("validation") == [(1, "validation-0")]
+    assert data.set_names("test") == [(2, "final")]
+    assert [r.label for r in data.references("test", [0, 1])] == ["good", "bad"]
+
+
+def test_equal_prompts_and_equal_groups_stay_on_one_side(at: Workplace) -> None:
+    records = [{**r, "completion": f" {n}", "by": i % 40}
+               for i, r in enumerate(pairs(120)) for n in range(4)]  # fmt: skip
+    split: dict[str, Any] = {"validation": "0.2", "test": "0.3"}
+    _, data = at.prepare(at.order(lines(*records), data={"split": split}))
+    prompts = [{t.split("?")[0] for t in texts(data, side)} for side in SIDES]
+    assert all(prompts) and sum(map(len, prompts)) == 120
+
+    split["groupBy"] = "by"
+    _, data = at.prepare(at.order(lines(*records), data={"split": split}))
+    groups = [{int(t.split("?")[0].split()[-1]) % 40 for t in texts(data, s)} for s in SIDES]
+    assert all(groups) and sum(map(len, groups)) == 40
+
+
+def test_records_keep_their_side_as_the_data_grows(at: Workplace) -> None:
+    split = {"split": {"validation": "0.2", "test": "0.2"}}
+    _, small = at.prepare(at.order(lines(*pairs(60)), data=split))
+    _, large = at.prepare(at.order(lines(*pairs(60, start=500)), lines(*pairs(60)), data=split))
+    for side in SIDES:
+        assert set(texts(small, side)) <= set(texts(large, side))
+
+
+def test_duplicates_are_dropped_once_over_all_training_sources(at: Workplace) -> None:
+    order = at.order(lines(*pairs(20), *pairs(5)), lines(*pairs(10)), data=ALL)
+    summary, data = at.prepare(order)
+    assert summary.train_samples == 20 and summary.dropped == {"Duplicate": 15}
+    kept = {**ALL, "quality": {"deduplicate": False}}
+    assert at.prepare(at.order(data=kept))[0].train_samples == 35
+
+
+def test_samples_are_found_over_many_shards(at: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "SHARD_TOKENS", 200)
+    _, data = at.prepare(at.order(lines(*pairs(100)), data=ALL))
+    names = data.manifest.shards["train"]
+    assert len(names) > 5 and names[1] == "shards/train-train-0-00001.arrow"
+    whole = texts(data, "train")
+    assert whole == [r["prompt"] + r["completion"] for r in pairs(100)]
+    tokenizer = make_tokenizer(bos=True)
+    some = data.samples("train", [99, 3, 50, 3])
+    assert [tokenizer.decode(s.ids, skip_special_tokens=True) for s in some] == [
+        whole[i] for i in (99, 3, 50, 3)
+    ]
+
+
+# --- overlength ----------------------------------------------------------------------------------
+
+LONG = {"prompt": "The cat sat. " * 30 + "End:", "completion": " yes"}
+
+
+def test_overlength_is_cut_or_dropped_and_counted(at: Workplace) -> None:
+    short = {"training": {"maxLength": 32}}
+    summary, data = at.prepare(at.order(lines(LONG, *pairs(3)), data=ALL, **short))
+    sample = data.samples("train", [0])[0]
+    tokenizer = make_tokenizer(bos=True)
+    assert len(sample.ids) == 32 and tokenizer.decode(sample.ids).endswith("End: yes</s>")
+    assert sample.ids[0] == tokenizer.bos_token_id
+    report = json.loads(at.store.get(f"{summary.uri}/report.json"))
+    assert report["sources"][0]["truncated"] == {"promptBeginning": 1, "completionEnd": 0}
+
+    dropping = {**ALL, "quality": {"overlength": "Drop"}}
+    summary, _ = at.prepare(at.order(data=dropping, **short))
+    assert (summary.train_samples, summary.dropped) == (3, {"Overlength": 1})
+
+
+def test_overlength_fail_names_the_record(at: Workplace) -> None:
+    error = at.fault(
+        lines(*pairs(3), LONG),
+        data={"quality": {"overlength": "Fail"}},
+        training={"maxLength": 32},
+    )
+    assert isinstance(error, DataError) and error.reason == "Overlength"
+    assert f"s3://{at.bucket}/data/0.jsonl, line 4:" in error.message
+    assert "training.maxLength is 32" in error.message
+
+
+def test_a_length_above_the_models_maximum_is_refused(at: Workplace) -> None:
+    error = at.fault(lines(*pairs(3)), training={"maxLength": 257})
+    assert isinstance(error, UserError) and error.reason == "MaxLengthTooLong"
+    assert "257" in error.message and "256" in error.message
+
+
+def test_without_a_length_the_models_maximum_is_used(at: Workplace) -> None:
+    assert at.prepare(at.order(lines(*pairs(9))))[1].manifest.max_length == 256
+
+
+# --- reuse ---------------------------------------------------------------------------------------
+
+
+def test_a_second_job_reuses_the_data_and_writes_nothing_of_it(at: Workplace) -> None:
+    first, _ = at.prepare(at.order(lines(*pairs(30))))
+    before = {o.uri: o.etag for o in at.store.list(f"{first.uri}/")}
+    order = at.order(job="other", run="2-zzzzz", training={"batchSize": 4, "epochs": 1})
+    second, _ = at.prepare(order)
+    assert (first.reused, second.reused) == (False, True)
+    assert second.digest == first.digest and second.train_samples == first.train_samples
+    assert second.total_steps == -(-second.train_samples // 4)
+    assert {o.uri: o.etag for o in at.store.list(f"{first.uri}/")} == before
+    assert read_prepared(at.store, order.run_uri) == second
+
+
+@pytest.mark.parametrize("gone", ["manifest.json", "index-train.arrow"])
+def test_incomplete_data_is_prepared_again(at: Workplace, gone: str) -> None:
+    order = at.order(lines(*pairs(30)))
+    first, _ = at.prepare(order)
+    at.store.delete([f"{first.uri}/{gone}"])
+    second, data = at.prepare(order)
+    assert not second.reused and second.digest == first.digest
+    assert len(texts(data, "train")) == first.train_samples
+
+
+def test_the_digest_changes_with_all_that_matters(at: Workplace) -> None:
+    base = lines(*pairs(30))
+    uri = f"s3://{at.bucket}/data/"
+    template = {"prompt": "{{ prompt }}", "completion": "{{ completion }}"}
+    digests = [
+        at.prepare(at.order(base, **spec))[0].digest
+        for spec in (
+            {},
+            {"training": {"maxLength": 64}},
+            {"data": {"split": {"seed": 1}}},
+            {"data": {"quality": {"deduplicate": False}}},
+            {"data": {"train": [{"source": uri, "name": "other"}]}},
+            {"data": {"train": [{"source": uri, "template": template}]}},
+        )
+    ]
+    digests.append(at.prepare(at.order(lines(*pairs(31))))[0].digest)
+    at.put("model/chat_template.jinja", CHATML.replace("user", "person").encode())
+    digests.append(at.prepare(at.order())[0].digest)
+    assert len(set(digests)) == len(digests)
+
+
+def test_damaged_data_is_noticed(at: Workplace) -> None:
+    summary, _ = at.prepare(at.order(lines(*pairs(30))))
+    name = "shards/train-train-0-00000.arrow"
+    shard = bytearray(at.store.get(f"{summary.uri}/{name}"))
+    shard[len(shard) // 2] ^= 1
+    at.store.put(f"{summary.uri}/{name}", bytes(shard))
+    data = PreparedData.open(at.store, summary.uri, next(at.scratch))
+    with pytest.raises(DataError, match=name) as caught:
+        data.samples("train", [0])
+    assert caught.value.reason == "PreparedDataDamaged"
+
+
+# --- faults --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", [b"", b"\n\n"])
+def test_an_empty_data_set_is_refused(at: Workplace, data: bytes) -> None:
+    error = at.fault(data)
+    assert isinstance(error, DataError) and error.reason == "EmptyDataSet"
+    assert "train-0" in error.message and f"s3://{at.bucket}/data/" in error.message
+
+
+def test_data_of_which_nothing_is_left_to_train_on_is_refused(at: Workplace) -> None:
+    error = at.fault(
+        lines(LONG),
+        data={**ALL, "quality": {"overlength": "Drop"}},
+        training={"maxLength": 16},
+    )
+    assert error.reason == "EmptyDataSet" and "Overlength 1" in error.message
+
+
+def test_a_malformed_line_fails_the_job_with_file_line_and_text(at: Workplace) -> None:
+    error = at.fault(lines(*pairs(700)), lines(*pairs(600, 700)) + b'{"prompt": "x" oops}\n')
+    assert isinstance(error, DataError) and error.reason == "MalformedRecord"
+    assert f"s3://{at.bucket}/data/1.jsonl, line 601, column 16" in error.message
+    assert "oops" in error.message
+
+
+def test_a_record_without_the_needed_field_fails_the_job(at: Workplace) -> None:
+    error = at.fault(lines(*pairs(3), {"prompt": "x", "answer": "y"}))
+    assert error.reason == "MissingField"
+    assert f"data/0.jsonl, line 4: field 'completion' is missing" in error.message
+    assert "prompt, answer" in error.message
+
+
+def test_a_group_field_that_a_record_lacks_fails_the_job(at: Workplace) -> None:
+    error = at.fault(lines(*pairs(3)), data={"split": {"groupBy": "customer"}})
+    assert error.reason == "MissingField" and "'customer'" in error.message
+
+
+def test_a_template_that_leaves_nothing_to_learn_fails_the_job(at: Workplace) -> None:
+    template = {"prompt": "{{ prompt }}", "completion": "{% if false %}x{% endif %}"}
+    source = {"source": f"s3://{at.bucket}/data/", "template": template}
+    error = at.fault(lines(*pairs(3)), data={"train": [source]})
+    assert error.reason == "NothingSupervised" and "line 1" in error.message
+
+
+def test_a_default_name_that_is_taken_is_refused(at: Workplace) -> None:
+    uri = at.put("data/0.jsonl", lines(*pairs(3)))
+    error = at.fault(data={"train": [{"source": uri, "name": "train-1"}, {"source": uri}]})
+    assert isinstance(error, UserError) and error.reason == "DuplicateName"
+
+
+@pytest.mark.parametrize(
+    ("spec", "field"),
+    [
+        ({"evaluation": {"metrics": ["Loss", "F1"]}}, "evaluation.metrics"),
+        ({"checkpoint": {"metric": "Accuracy"}}, "checkpoint.metric"),
+        ({"training": {"earlyStopping": {}}, "data": {"split": {"validation": "0.0001"}}},
+         "training.earlyStopping.metric"),
+    ],
+)  # fmt: skip
+def test_a_metric_that_no_set_can_have_is_refused(
+    at: Workplace, spec: dict[str, Any], field: str
+) -> None:
+    order = at.order(lines(*pairs(30)), **spec)
+    with pytest.raises(UserError, match=field) as caught:
+        prepare(order, Stores(order), next(at.scratch))
+    assert caught.value.reason == "MetricWithoutData"
+    assert not at.store.head(f"{order.run_uri}/prepared.json")

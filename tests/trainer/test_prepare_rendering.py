@@ -1,0 +1,347 @@
+"""From records to tokens: prompts, completions, and exactly which tokens are learned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_api.spec import DataSource, Format, Template
+from finetune_trainer.failures import DataError, TrainerError, UserError
+from finetune_trainer.prepare.chat import ChatTemplate
+from finetune_trainer.prepare.drafts import Draft, drafter
+from finetune_trainer.prepare.formats import detect_format
+from finetune_trainer.prepare.records import Record
+from finetune_trainer.prepare.tokens import Sample, Tokens
+from trainer.prepare_helpers import CHATML, GEMMA, LLAMA3, THINKING, make_tokenizer
+
+PLAIN = make_tokenizer()
+BOS = make_tokenizer(bos=True)
+SPACED = make_tokenizer(bos=True, metaspace=True)
+WORDS = st.text(st.sampled_from("abc Td.\n▁é"), min_size=1, max_size=20)
+
+
+def record(**fields: Any) -> Record:
+    return Record(fields, "s3://b/a.jsonl", "line 7")
+
+
+def draft(
+    fields: dict[str, Any], form: Format, template: Template | None = None, chat: Any = None
+) -> Draft:
+    source = DataSource(source="s3://bucket/a.jsonl", template=template)
+    made = drafter(source, form, None, ChatTemplate(chat, "m") if chat else None)(record(**fields))
+    assert len(made) == 1
+    return made[0]
+
+
+def sample(tokenizer: Any, made: Draft) -> Sample:
+    return Tokens(tokenizer, "m", len(tokenizer)).samples([made])[0]
+
+
+def learned(tokenizer: Any, found: Sample) -> list[str]:
+    """Text of each learned stretch."""
+    return [tokenizer.decode(found.ids[start:end]) for start, end in found.spans]
+
+
+def fault(*args: Any, **kwargs: Any) -> TrainerError:
+    with pytest.raises(TrainerError) as caught:
+        draft(*args, **kwargs)
+    return caught.value
+
+
+# --- formats -------------------------------------------------------------------------------------
+
+FORMATS: list[tuple[Format, dict[str, Any], str, str, str | None]] = [
+    ("PromptCompletion", {"prompt": "a b", "completion": " c"}, "a b", " c", None),
+    ("Instruction", {"instruction": "add", "output": "d"}, "add\n\n", "d", None),
+    ("Instruction", {"instruction": "a", "input": "b", "output": "d"}, "a\n\nb\n\n", "d", None),
+    ("Classification", {"text": "fine", "label": "good"}, "fine\nLabel:", " good", "good"),
+    ("Classification", {"text": "fine", "label": 0}, "fine\nLabel:", " 0", "0"),
+    ("Classification", {"text": "fine", "label": True}, "fine\nLabel:", " true", "true"),
+    ("Text", {"text": "The cat"}, "", "The cat", None),
+]
+
+
+@pytest.mark.parametrize(("form", "fields", "prompt", "completion", "label"), FORMATS)
+def test_each_format_has_its_prompt_and_completion(
+    form: Format, fields: dict[str, Any], prompt: str, completion: str, label: str | None
+) -> None:
+    assert detect_format(record(**fields)) == form
+    made = draft(fields, form)
+    assert (made.prompt, made.completion, made.label) == (prompt, completion, label)
+
+
+def test_messages_are_found_out_and_an_unknown_record_is_refused() -> None:
+    assert detect_format(record(messages=[{"role": "user", "content": "a"}])) == "Messages"
+    with pytest.raises(DataError, match=r"line 7: its fields \(question, answer\)") as caught:
+        detect_format(record(question="a", answer="b"))
+    assert caught.value.reason == "UnknownFormat"
+
+
+MISSING: list[tuple[Format, dict[str, Any], str]] = [
+    ("PromptCompletion", {"prompt": "a", "response": "b"}, "completion"),
+    ("PromptCompletion", {"prompt": None, "completion": "b"}, "prompt"),
+    ("Instruction", {"instruction": "a"}, "output"),
+    ("Classification", {"text": "a"}, "label"),
+    ("Text", {"body": "a"}, "text"),
+    ("Messages", {"turns": []}, "messages"),
+    ("Messages", {"messages": [{"role": "user"}]}, "messages[0].content"),
+]
+
+
+@pytest.mark.parametrize(("form", "fields", "field"), MISSING)
+def test_a_missing_field_is_named_with_those_there_are(
+    form: Format, fields: dict[str, Any], field: str
+) -> None:
+    error = fault(fields, form, chat=make_tokenizer(chat=CHATML))
+    assert error.reason == "MissingField"
+    assert f"s3://b/a.jsonl, line 7: field '{field}'" in error.message
+    assert f"the record has {', '.join(fields)}" in error.message
+
+
+@pytest.mark.parametrize(
+    ("form", "fields", "field"),
+    [
+        ("PromptCompletion", {"prompt": 3, "completion": "b"}, "prompt"),
+        ("Classification", {"text": "a", "label": 0.5}, "label"),
+        ("Messages", {"messages": "hello"}, "messages"),
+        ("Messages", {"messages": []}, "messages"),
+        ("Messages", {"messages": ["hello"]}, "messages[0]"),
+        ("Messages", {"messages": [{"role": "user", "content": [1]}]}, "messages[0].content"),
+    ],
+)
+def test_a_field_of_another_type_is_named(
+    form: Format, fields: dict[str, Any], field: str
+) -> None:
+    error = fault(fields, form, chat=make_tokenizer(chat=CHATML))
+    assert error.reason == "WrongType" and f"line 7: field '{field}' must be" in error.message
+
+
+# --- templates -----------------------------------------------------------------------------------
+
+REVIEW = Template(prompt="Review: {{ sentence }}\nSentiment:", completion=" {{ mood }}\n")
+
+
+def test_a_template_renders_fields_and_keeps_white_space() -> None:
+    made = draft({"sentence": "a {{ b }}", "mood": "good"}, "Classification", REVIEW)
+    assert made.prompt == "Review: a {{ b }}\nSentiment:"
+    assert (made.completion, made.label) == (" good\n", "good")
+
+
+@pytest.mark.parametrize("fields", [{"sentence": "a"}, {"sentence": "a", "mood": None}])
+def test_a_field_that_the_template_needs_is_named(fields: dict[str, Any]) -> None:
+    error = fault(fields, "PromptCompletion", REVIEW)
+    assert error.reason == "MissingField"
+    assert "line 7: field 'mood'" in error.message and "template.completion" in error.message
+
+
+def test_a_nested_field_that_is_missing_is_an_error() -> None:
+    template = Template(prompt="{{ a.b }}", completion="c")
+    assert "no attribute 'b'" in fault({"a": {}}, "PromptCompletion", template).message
+
+
+@pytest.mark.parametrize(
+    "text", ["{{ a", "{% for %}", "{{ a.__class__.__mro__[1].__subclasses__() }}"]
+)
+def test_a_bad_template_is_the_users_error(text: str) -> None:
+    error = fault({"a": "b"}, "PromptCompletion", Template(prompt=text, completion="c"))
+    assert isinstance(error, UserError) and error.reason == "BadTemplate"
+    assert "template.prompt" in error.message
+
+
+def test_a_template_that_fails_on_a_record_names_it() -> None:
+    template = Template(prompt="{{ a / 0 }}", completion="c")
+    error = fault({"a": 1}, "PromptCompletion", template)
+    assert error.reason == "TemplateFailed" and "line 7" in error.message
+
+
+@pytest.mark.parametrize(
+    ("form", "fields", "template"),
+    [
+        ("PromptCompletion", {"a": "b"}, Template(prompt="{{ a }}", completion="{{ '' }}")),
+        ("PromptCompletion", {"prompt": "a", "completion": ""}, None),
+        ("Text", {"text": ""}, None),
+        ("Messages", {"messages": [{"role": "user", "content": "a"}]}, None),
+        (
+            "Messages",
+            {"messages": [{"role": r, "content": ""} for r in ("user", "assistant")]},
+            None,
+        ),
+    ],
+)
+def test_a_record_without_a_learned_token_is_refused(
+    form: Format, fields: dict[str, Any], template: Template | None
+) -> None:
+    error = fault(fields, form, template, make_tokenizer(chat=CHATML))
+    assert isinstance(error, DataError) and error.reason == "NothingSupervised"
+    assert "s3://b/a.jsonl, line 7" in error.message
+
+
+# --- tokens --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", [PLAIN, BOS, SPACED], ids=["plain", "bos", "spaced"])
+@given(prompt=WORDS, completion=WORDS)
+def test_the_completion_and_the_end_token_are_learned_and_nothing_else(
+    tokenizer: Any, prompt: str, completion: str
+) -> None:
+    made = draft({"prompt": prompt, "completion": completion}, "PromptCompletion")
+    found = sample(tokenizer, made)
+    # The prompt's tokens are those that generation begins with.
+    assert found.ids[: found.prompt_length].tolist() == tokenizer(prompt)["input_ids"]
+    assert found.spans == ((found.prompt_length, len(found.ids)),)
+    assert found.ids[-1] == tokenizer.eos_token_id
+    answer = found.ids[found.prompt_length : -1]
+    whole = tokenizer.decode(found.ids, skip_special_tokens=True)
+    if tokenizer is not SPACED:
+        assert tokenizer.decode(answer) == completion
+        assert whole == prompt + completion
+    else:  # one space is put before the text, none before the completion
+        assert whole.replace("▁", " ").lstrip(" ") == (
+            (prompt + completion).replace("▁", " ").lstrip(" ")
+        )
+
+
+def test_a_completion_is_tokenized_as_text_that_goes_on() -> None:
+    made = draft({"prompt": "cat", "completion": "bird"}, "PromptCompletion")
+    found = sample(SPACED, made)
+    assert SPACED.decode(found.ids, skip_special_tokens=True).strip() == "catbird"
+
+
+def test_text_is_learned_as_a_whole_but_for_what_nothing_precedes() -> None:
+    made = draft({"text": "The cat sat"}, "Text")
+    plain, bos = sample(PLAIN, made), sample(BOS, made)
+    assert plain.spans == ((1, len(plain.ids)),) and plain.prompt_length == 0
+    assert bos.spans == ((1, len(bos.ids)),) and bos.ids[0] == BOS.bos_token_id
+    assert bos.ids[1:].tolist() == plain.ids.tolist()
+    assert plain.supervised == len(plain.ids) - 1
+
+
+def test_an_empty_prompt_needs_a_token_to_begin_from() -> None:
+    made = draft({"prompt": "", "completion": "The cat"}, "PromptCompletion")
+    assert sample(BOS, made).prompt_length == 1
+    with pytest.raises(DataError, match="line 7: the prompt is empty") as caught:
+        sample(PLAIN, made)
+    assert caught.value.reason == "EmptyPrompt"
+
+
+def test_a_batch_is_what_its_drafts_are_alone() -> None:
+    drafts = [draft({"prompt": f"{i} a", "completion": f" b{i}"}, "PromptCompletion") for i in "123"]
+    together = Tokens(BOS, "m", len(BOS)).samples(drafts)
+    assert [s.ids.tolist() for s in together] == [sample(BOS, d).ids.tolist() for d in drafts]
+
+
+def test_a_token_outside_of_the_models_vocabulary_is_refused() -> None:
+    made = draft({"prompt": "The cat", "completion": " sat"}, "PromptCompletion")
+    with pytest.raises(UserError, match="vocab_size") as caught:
+        Tokens(PLAIN, "m", 20).samples([made])
+    assert caught.value.reason == "VocabularyMismatch"
+
+
+def test_a_tokenizer_without_an_end_token_is_refused() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="eos_token"):
+        Tokens(tokenizer, "m", 400)
+
+
+# --- conversations -------------------------------------------------------------------------------
+
+CHATS = [
+    pytest.param(LLAMA3, "<|eot_id|>", True, id="llama3"),
+    pytest.param(CHATML, "<|im_end|>", False, id="chatml"),
+    pytest.param(GEMMA, "<end_of_turn>", True, id="gemma"),
+]
+
+
+def turns(*contents: str) -> list[dict[str, str]]:
+    """User and assistant in turn."""
+    return [
+        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)
+    ]
+
+
+@pytest.mark.parametrize(("template", "stop", "trims"), CHATS)
+@given(contents=st.lists(WORDS.filter(str.strip), min_size=2, max_size=7))
+def test_answers_with_their_end_tokens_are_learned_and_nothing_else(
+    template: str, stop: str, trims: bool, contents: list[str]
+) -> None:
+    tokenizer = make_tokenizer_cached(template)
+    messages = turns(*contents)
+    found = sample(tokenizer, draft({"messages": messages}, "Messages", chat=tokenizer))
+    last = len(contents) - len(contents) % 2
+    answers = [c.strip() if trims else c for c in contents[1:last:2]]
+    assert learned(tokenizer, found) == [answer + stop for answer in answers]
+    # The prompt is what plain transformers would generate the last answer from ...
+    prompt = tokenizer.apply_chat_template(
+        messages[: last - 1], add_generation_prompt=True, return_dict=False
+    )
+    assert found.ids[: found.prompt_length].tolist() == prompt
+    # ... and the sample is the conversation up to the end of that answer.
+    whole = tokenizer.apply_chat_template(messages[:last], tokenize=False)
+    assert tokenizer.decode(found.ids) == whole.rstrip()
+
+
+_made: dict[str, Any] = {}
+
+
+def make_tokenizer_cached(template: str) -> Any:
+    if template not in _made:
+        _made[template] = make_tokenizer(chat=template)
+    return _made[template]
+
+
+def test_an_answer_that_opens_the_conversation_is_read_only() -> None:
+    tokenizer = make_tokenizer(chat=CHATML)
+    messages = [{"role": "assistant", "content": "Hello"}, *turns("a", "b")]
+    found = sample(tokenizer, draft({"messages": messages}, "Messages", chat=tokenizer))
+    assert learned(tokenizer, found) == ["b<|im_end|>"]
+
+
+def test_turns_that_are_rendered_otherwise_later_become_samples_of_their_own() -> None:
+    tokenizer = make_tokenizer(chat=THINKING)
+    source = DataSource(source="s3://bucket/a.jsonl")
+    make = drafter(source, "Messages", None, ChatTemplate(tokenizer, "m"))
+    drafts = make(record(messages=turns("a", "b", "c", "d")))
+    found = Tokens(tokenizer, "m", len(tokenizer)).samples(drafts)
+    assert [learned(tokenizer, s) for s in found] == [
+        ["<think></think>\nb<|im_end|>"],
+        ["<think></think>\nd<|im_end|>"],
+    ]
+    assert "assistant\nb<|im_end|>" in drafts[1].prompt
+    assert len({d.group for d in drafts}) == 1
+
+
+def test_conversations_that_begin_alike_are_one_group() -> None:
+    tokenizer = make_tokenizer(chat=CHATML)
+    long = draft({"messages": turns("a", "b", "c", "d")}, "Messages", chat=tokenizer)
+    short = draft({"messages": turns("a", "e")}, "Messages", chat=tokenizer)
+    other = draft({"messages": turns("f", "b")}, "Messages", chat=tokenizer)
+    assert long.group == short.group != other.group
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "NoEndOfTurn"),
+        (
+            "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+            "{% if add_generation_prompt %}answer:{% endif %}",
+            "PrefixMismatch",
+        ),
+        ("{{ raise_exception('roles must alternate') }}", "TemplateFailed"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_followed_is_refused(template: str, reason: str) -> None:
+    tokenizer = make_tokenizer(chat=template)
+    error = fault({"messages": turns("a", "b")}, "Messages", chat=tokenizer)
+    assert isinstance(error, DataError) and error.reason == reason
+    assert "s3://b/a.jsonl, line 7" in error.message
+
+
+def test_a_tokenizer_without_chat_template_is_refused_with_the_remedy() -> None:
+    with pytest.raises(UserError, match=r"chat_template\.jinja") as caught:
+        ChatTemplate(PLAIN, "s3://b/model")
+    assert caught.value.reason == "NoChatTemplate"

@@ -1,0 +1,330 @@
+"""Commits of the training state: written by torch's distributed checkpoint, made real by HEAD.
+
+Each rank writes its shard to local disk and uploads it under the attempt's prefix; when all have,
+the first rank moves HEAD (``head``). Loading verifies sizes and checksums, takes the newest valid
+commit, and does not care how many ranks wrote it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+
+from finetune_api.order import RunOrder
+from finetune_api.spec import Metric
+from finetune_trainer.failures import Diverged
+from finetune_trainer.gang import Gang
+from finetune_trainer.head import (
+    Claim,
+    Commit,
+    CorruptCommit,
+    Head,
+    claim,
+    commit_uri,
+    download_commit,
+)
+from finetune_trainer.objects import FileInfo, ObjectStore
+from finetune_trainer.runfiles import CurvePoint, ValidationPoint
+from finetune_trainer.scores import better
+
+# Frozen weights are the base model's: a commit of an adapter holds the adapter.
+_TRAINED: Final = StateDictOptions(ignore_frozen_params=True)
+_DEFAULT_SECONDS: Final = 600
+_STATE_FILE: Final = "state.json"
+
+
+@dataclass
+class LoopState:
+    """What the loop must not forget: a few integers, the curves, and the loss not yet logged."""
+
+    step: int = 0
+    """Steps done: the next step to do."""
+    logged: int = 0
+    """Step of the last log point."""
+    pending: float = 0.0
+    """Sum over the gang of the losses of the steps since, as committed."""
+    tokens: int = 0
+    """Tokens trained."""
+    curve: list[CurvePoint] = field(default_factory=list)
+    validation: list[ValidationPoint] = field(default_factory=list)
+    watched_best: float | None = None
+    """Best value of the early-stopping metric."""
+    without_improvement: int = 0
+    """Evaluations since."""
+    stopped_early: bool = False
+    rng: str = ""
+    """State of torch's generator of the first rank, hexadecimal. What the loop draws is keyed by
+    seed, step and sample; this is for what a model draws by itself."""
+    local: Tensor | None = None
+    """This rank's losses since the last log point or commit, on the device; never saved."""
+
+    def advance(self, loss: Tensor, tokens: int) -> None:
+        """A step was done, with this part of its loss on this rank."""
+        self.step += 1
+        self.tokens += tokens
+        self.local = loss if self.local is None else self.local + loss
+
+    def gather(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Sum the ranks' pending losses into ``pending``, alike on all of them."""
+        local = torch.zeros(1, dtype=torch.float64)
+        if self.local is not None:
+            local += self.local.cpu()
+        self.pending += float(total(local).item())
+        self.local = None
+
+    def take_loss(self, total: Callable[[Tensor], Tensor]) -> float:
+        """Mean loss since the last log point; it begins anew."""
+        self.gather(total)
+        steps = self.step - self.logged
+        loss = self.pending / steps if steps else (self.curve[-1].loss if self.curve else math.nan)
+        self.pending = 0.0
+        return loss
+
+    def check_finite(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Refuse to commit a state whose losses were no numbers.
+
+        Raises:
+            Diverged: on all ranks together.
+        """
+        self.gather(total)
+        if not math.isfinite(self.pending):
+            raise Diverged(
+                "LossNotFinite",
+                f"the training loss became {self.pending} between steps {self.logged} and"
+                f" {self.step}. Lower training.learningRate or raise training.warmupRatio; the"
+                " commits before are kept",
+            )
+
+    def metric_at(self, step: int, metric: Metric) -> float | None:
+        """Value of a validation metric at a step, where it was measured there."""
+        if not self.validation or self.validation[-1].step != step:
+            return None
+        return self.validation[-1].overall.get(metric)
+
+    def to_json(self) -> str:
+        raw: dict[str, Any] = {k: v for k, v in self.__dict__.items() if k != "local"}
+        raw["curve"] = [p.to_json() for p in self.curve]
+        raw["validation"] = [p.to_json() for p in self.validation]
+        return json.dumps(raw)
+
+    @classmethod
+    def from_json(cls, text: str) -> LoopState:
+        raw = json.loads(text)
+        raw["curve"] = [CurvePoint.model_validate(p) for p in raw["curve"]]
+        raw["validation"] = [ValidationPoint.model_validate(p) for p in raw["validation"]]
+        return cls(**raw)
+
+
+def save_state(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Write this rank's part of the trained weights and the optimizer's state; ``group`` holds all
+    ranks (None: this process is alone)."""
+    weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
+    state = {"model": weights, "optimizer": moments}
+    dcp.save(state, checkpoint_id=folder, process_group=group, no_dist=group is None)
+
+
+def load_state(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Read trained weights and optimizer state, written by any number of ranks."""
+    weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
+    state = {"model": weights, "optimizer": moments}
+    dcp.load(state, checkpoint_id=folder, process_group=group, no_dist=group is None)
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=StateDictOptions(ignore_frozen_params=True, strict=False),
+    )
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Read trained weights alone, in one process."""
+    weights = get_model_state_dict(model, options=_TRAINED)
+    dcp.load({"model": weights}, checkpoint_id=folder, no_dist=True)
+    set_model_state_dict(
+        model, weights, options=StateDictOptions(ignore_frozen_params=True, strict=False)
+    )
+
+
+@dataclass
+class Checkpoints:
+    """The commits of a run as this attempt sees them, alike on all ranks; the claim that moves
+    HEAD is held by the first rank alone."""
+
+    gang: Gang
+    store: ObjectStore
+    order: RunOrder
+    scratch: Path
+    head: Head
+    claim: Claim | None
+
+    @classmethod
+    def take(
+        cls, gang: Gang, store: ObjectStore, order: RunOrder, scratch: Path
+    ) -> Checkpoints:
+        """Take the run for a new attempt of this gang.
+
+        Raises:
+            StorageUnavailable: where storage does not answer.
+        """
+        metric = order.spec.checkpoint.metric
+        held: list[Claim] = []
+
+        def claim_run() -> Head:
+            held.append(
+                claim(
+                    store, order.run_uri, order.run,
+                    better=partial(better, metric), keep_last=order.spec.checkpoint.keep_last,
+                )
+            )  # fmt: skip
+            return held[0].head
+
+        head = gang.from_first(claim_run)
+        return cls(gang, store, order, scratch, head, held[0] if held else None)
+
+    @property
+    def latest_uri(self) -> str | None:
+        return self.head.commits[0].uri if self.head.commits else None
+
+    @property
+    def best_uri(self) -> str | None:
+        return self.head.best
+
+    def training_seconds(self) -> float:
+        """Wall time of all attempts up to now."""
+        return self.gang.from_first(lambda: self._held.training_seconds())
+
+    def due_by_step(self, step: int) -> bool:
+        """Whether the manifest asks for a commit at this step."""
+        every = self.order.spec.checkpoint.every_steps
+        return every is not None and step % every == 0
+
+    def due_by_time(self, seconds: float) -> bool:
+        """Whether the manifest asks for a commit so many seconds after the last."""
+        rule = self.order.spec.checkpoint
+        if rule.every_steps is not None:
+            return False
+        return seconds >= (rule.every_seconds or _DEFAULT_SECONDS)
+
+    def commit(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, state: LoopState
+    ) -> None:
+        """Write the state and move HEAD to it.
+
+        Raises:
+            Fenced: where a newer attempt has taken the run.
+            StorageUnavailable: where storage does not answer.
+        """
+        folder = self._fresh(f"commit-{self.gang.rank}")
+        save_state(folder, model, optimizer, self.gang.control)
+        if self.gang.first:
+            (folder / _STATE_FILE).write_text(state.to_json())
+        uri = commit_uri(self.order.run_uri, self.head.attempt, state.step)
+
+        def upload() -> dict[str, FileInfo]:
+            files = sorted(p for p in folder.iterdir() if p.is_file())
+            return {p.name: self.store.upload(p, f"{uri}/{p.name}") for p in files}
+
+        files = {k: v for part in self.gang.together(upload) for k, v in part.items()}
+        metric = state.metric_at(state.step, self.order.spec.checkpoint.metric)
+        self._move(lambda held: held.commit(state.step, files, metric))
+        shutil.rmtree(folder)
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> LoopState | None:
+        """Load the newest valid commit; None where there is none. Commits that prove damaged are
+        taken out of HEAD."""
+        while self.head.commits:
+            commit = self.head.commits[0]
+            folder = self._fetch(commit)
+            if folder is None:
+                self._move(lambda held, bad=commit: held.discard(bad))
+                continue
+            load_state(folder, model, optimizer, self.gang.control)
+            self.gang.barrier()
+            return LoopState.from_json((folder / _STATE_FILE).read_text())
+        return None
+
+    def load_best(self, model: nn.Module, step: int) -> Commit:
+        """Put the weights that will be published into the model: those of the best commit, or of
+        the newest where no metric was measured. Returns that commit.
+
+        Raises:
+            CorruptCommit: where its files are damaged.
+        """
+        chosen = next(
+            (c for c in self.head.commits if c.uri == self.head.best), self.head.commits[0]
+        )
+        if chosen.step != step:
+            folder = self._fetch(chosen)
+            if folder is None:
+                raise CorruptCommit(chosen.uri, "its files are not what was committed")
+            load_weights(folder, model)
+            self.gang.barrier()
+        return chosen
+
+    def release(self) -> None:
+        """End the attempt: what follows is no restart."""
+        self._move(lambda held: held.release())
+
+    @property
+    def _held(self) -> Claim:
+        assert self.claim is not None, "only the first rank holds the claim"
+        return self.claim
+
+    def _move(self, change: Callable[[Claim], object]) -> None:
+        def moved() -> Head:
+            change(self._held)
+            return self._held.head
+
+        self.head = self.gang.from_first(moved)
+
+    def _fetch(self, commit: Commit) -> Path | None:
+        """The files of a commit in a folder of this pod, or None (on all ranks) where they are
+        damaged anywhere."""
+        folder = self.scratch / f"restore-{commit.attempt}-{commit.step}"
+
+        def fetch() -> bool:
+            if not self.gang.first_of_node:
+                return True
+            try:
+                download_commit(self.store, commit, folder)
+            except CorruptCommit as error:
+                print(f"{error.message}; the one before is tried", flush=True)
+                return False
+            return True
+
+        return folder if all(self.gang.together(fetch)) else None
+
+    def _fresh(self, name: str) -> Path:
+        folder = self.scratch / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder

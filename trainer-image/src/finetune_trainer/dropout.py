@@ -1,0 +1,110 @@
+"""Dropout that depends on what is trained, not on who trains it.
+
+The mask of an element is a hash of (seed, step, sample, position in the document, layer, feature).
+So it is the same at any number of processes, under any packing, in a recomputation and after a
+resume, and no generator state has to be kept.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from finetune_trainer.packed import current_row
+
+_MASK32 = 0xFFFFFFFF
+
+
+def token_keys(seed: int, step: int, sample: int, length: int) -> npt.NDArray[np.int64]:
+    """Random 32-bit key of each token of a document in a step, shape [length].
+
+    SplitMix64 finalizer (Steele et al. 2014) over the mixed integers.
+    """
+    with np.errstate(over="ignore"):
+        x = np.full(length, np.uint64(seed & _MASK32))
+        for part in (step, sample):
+            x = _splitmix(x + np.uint64(part + 1) * np.uint64(0x9E3779B97F4A7C15))
+        x = _splitmix(x + np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03))
+    return (x >> np.uint64(32)).astype(np.int64)
+
+
+def _splitmix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def keep_mask(keys: Tensor, features: int, layer: int, probability: float) -> Tensor:
+    """Which elements are kept: bool, shape [tokens, features].
+
+    The finalizer of MurmurHash3 (32 bit), in 64-bit integers whose low halves are exact.
+    """
+    feature = torch.arange(1, features + 1, device=keys.device, dtype=torch.int64)
+    salt = (layer * 0x9E3779B1) & _MASK32
+    h = (keys[:, None] ^ salt) + feature[None, :] * 0x85EBCA77
+    h = h & _MASK32
+    h = ((h ^ (h >> 16)) * 0x85EBCA6B) & _MASK32
+    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & _MASK32
+    h = h ^ (h >> 16)
+    return h >= int(probability * 2**32)
+
+
+class KeyedDropout(nn.Module):
+    """Drops elements of [1, tokens, features] by the keys of the row in work.
+
+    Outside of a training row (evaluation, generation) it does nothing.
+    """
+
+    def __init__(self, probability: float, layer: int) -> None:
+        super().__init__()
+        self.p = probability
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        row = current_row()
+        if not self.training or self.p == 0.0 or row is None:
+            return x
+        keep = keep_mask(row.keys, x.shape[-1], self.layer, self.p)
+        return x * keep.view(x.shape).to(x.dtype) / (1.0 - self.p)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, layer={self.layer}"
+
+
+def key_dropouts(model: nn.Module, block_probability: float) -> int:
+    """Make every dropout of a model keyed, and add dropout behind its attention and feed-forward
+    blocks where the model has none of its own there (as Llama-like models do not).
+
+    ``nn.Dropout`` modules keep their probability if it is the adapter's, else they get
+    ``block_probability``. Returns the number of keyed dropouts.
+    """
+    count = 0
+    own_blocks = False
+    for name, module in list(model.named_modules()):
+        for child_name, child in list(module.named_children()):
+            if type(child) is not nn.Dropout:
+                continue
+            adapter = "lora_dropout" in f"{name}.{child_name}"
+            own_blocks = own_blocks or not adapter
+            probability = child.p if adapter else block_probability
+            count += 1
+            setattr(module, child_name, KeyedDropout(probability, count))
+    if block_probability > 0 and not own_blocks:
+        for name, module in list(model.named_modules()):
+            if name.rsplit(".", 1)[-1] in {"self_attn", "attention", "mlp", "feed_forward"}:
+                count += 1
+                _drop_output(module, KeyedDropout(block_probability, count))
+    return count
+
+
+def _drop_output(module: nn.Module, dropout: KeyedDropout) -> None:
+    module.add_module("output_dropout", dropout)
+
+    def hook(_module: nn.Module, _args: object, output: object) -> object:
+        if isinstance(output, tuple):
+            return (dropout(output[0]), *output[1:])
+        return dropout(output)
+
+    module.register_forward_hook(hook)

@@ -1,0 +1,196 @@
+"""Evaluation: loss over whole sets, and text generated for their prompts, by the whole gang.
+
+    set ──► rows (packed, dealt to ranks) ──► loss sums ─┐
+    set ──► prompts (dealt to ranks) ──► greedy text ────┴──► metrics, the same in every process
+
+Loss is a sum over supervised tokens divided by their number, so it depends on no batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from finetune_api.results import Metrics
+from finetune_api.spec import Metric
+from finetune_trainer.feed import build_row
+from finetune_trainer.gang import Gang
+from finetune_trainer.loss import TokenLoss, row_losses
+from finetune_trainer.plan import pack_all
+from finetune_trainer.prepare.shards import PreparedData, Reference
+from finetune_trainer.scores import GENERATED, Answers, loss_metrics, text_metrics
+
+# Prompt and answer tokens of one generation batch: bounds the key-value cache.
+_GENERATION_TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class SetResult:
+    """What a model scores on one set."""
+
+    name: str
+    samples: int
+    metrics: Metrics
+    loss_sum: float
+    tokens: float
+    answers: list[str]
+    """Generated text of the first samples; empty where no metric needs text."""
+
+
+@dataclass
+class Evaluator:
+    """Measures the model of a gang on the sets of the prepared data."""
+
+    gang: Gang
+    data: PreparedData
+    loss: TokenLoss
+    tokenizer: PreTrainedTokenizerBase
+    row_tokens: int
+    packed: bool
+    max_samples: int
+    max_new_tokens: int
+
+    def sets(self, split: str, wanted: dict[str, Sequence[Metric]]) -> list[SetResult]:
+        """Results of every set of a split; ``wanted`` names the metrics of each set."""
+        with evaluating(self.loss):
+            return [
+                self._one(split, number, name, wanted[name])
+                for number, name in self.data.set_names(split)
+            ]
+
+    def _one(self, split: str, number: int, name: str, wanted: Sequence[Metric]) -> SetResult:
+        index = self.data.index(split)
+        positions = np.flatnonzero(index.set == number)
+        loss_sum, tokens = self._loss(split, positions, index.length[positions])
+        metrics = loss_metrics(loss_sum, tokens)
+        answers: list[str] = []
+        asked = positions[: self.max_samples]
+        if any(m in GENERATED for m in wanted):
+            references = self.data.references(split, asked.tolist())
+            answers = self.generate(references)
+            labels = [r.label for r in references]
+            metrics |= text_metrics(
+                Answers(
+                    answers,
+                    [r.completion for r in references],
+                    [x or "" for x in labels] if all(x is not None for x in labels) else None,
+                ),
+                wanted,
+            )
+        shown = {m: metrics[m] for m in (*wanted, "Loss", "Perplexity") if m in metrics}
+        return SetResult(name, len(positions), shown, loss_sum, tokens, answers)
+
+    def _loss(self, split: str, positions: np.ndarray, lengths: np.ndarray) -> tuple[float, float]:
+        """Summed loss and number of supervised tokens of some samples, over the gang."""
+        rows = pack_all(lengths, self.row_tokens, self.gang.size, self.packed)[self.gang.rank]
+        total = torch.zeros(2, dtype=torch.float64)
+        for row in rows:
+            if not row:
+                continue
+            chosen = [int(positions[i]) for i in row]
+            tensors = build_row(
+                self.data.samples(split, chosen), chosen, seed=0, step=0, device=self.gang.device
+            )
+            if tensors.labels.numel() == 0:
+                continue
+            with self.gang.autocast():
+                losses = row_losses(self.loss, tensors)
+            total[0] += losses.double().sum().cpu()
+            total[1] += losses.numel()
+        loss_sum, tokens = self.gang.sum(total).tolist()
+        return loss_sum, tokens
+
+    def generate(self, references: Sequence[Reference]) -> list[str]:
+        """Greedy answers to prompts, in their order; dealt to the ranks by length."""
+        by_length = sorted(range(len(references)), key=lambda i: -len(references[i].prompt_ids))
+        mine = by_length[self.gang.rank :: self.gang.size]
+
+        def work() -> list[tuple[int, str]]:
+            said = []
+            for batch in self._batches(references, mine):
+                texts = self._answer([references[i].prompt_ids for i in batch])
+                said += list(zip(batch, texts, strict=True))
+            return said
+
+        answers = [""] * len(references)
+        for part in self.gang.together(work):
+            for i, text in part:
+                answers[i] = text
+        return answers
+
+    def _batches(self, references: Sequence[Reference], order: list[int]) -> Iterator[list[int]]:
+        batch: list[int] = []
+        for i in order:
+            longest = len(references[batch[0] if batch else i].prompt_ids) + self.max_new_tokens
+            if batch and (len(batch) + 1) * longest > _GENERATION_TOKENS:
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+    def _answer(self, prompts: Sequence[np.ndarray]) -> list[str]:
+        longest = max(len(p) for p in prompts)
+        ids = torch.full((len(prompts), longest), int(self.tokenizer.pad_token_id or 0))
+        mask = torch.zeros_like(ids)
+        for i, prompt in enumerate(prompts):
+            ids[i, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+            mask[i, longest - len(prompt) :] = 1
+        model: Any = self.loss.model
+        with torch.no_grad(), self.gang.autocast():
+            out = model.generate(
+                input_ids=ids.to(self.gang.device),
+                attention_mask=mask.to(self.gang.device),
+                generation_config=greedy(
+                    self.tokenizer, self.data.manifest.stop_token_ids, self.max_new_tokens
+                ),
+            )
+        texts: list[str] = self.tokenizer.batch_decode(
+            out[:, longest:].cpu(), skip_special_tokens=True
+        )
+        return texts
+
+
+def greedy(
+    tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], max_new_tokens: int
+) -> GenerationConfig:
+    """Greedy decoding that stops at the tokens with which learned answers end; nothing of the
+    model's own generation settings is taken (no sampling, no penalties)."""
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=sorted({*stops, tokenizer.eos_token_id}),
+        use_cache=True,
+    )
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in evaluation mode for a while."""
+    was = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was)
+
+
+def overall(results: Sequence[SetResult]) -> Metrics:
+    """Metrics over several sets: loss weighed by tokens, the others by samples."""
+    metrics = loss_metrics(sum(r.loss_sum for r in results), sum(r.tokens for r in results))
+    names = {name for r in results for name in r.metrics} - metrics.keys()
+    for name in sorted(names):
+        having = [r for r in results if name in r.metrics]
+        samples = sum(r.samples for r in having)
+        metrics[name] = sum(r.metrics[name] * r.samples for r in having) / samples
+    return metrics

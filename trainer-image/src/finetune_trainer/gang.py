@@ -1,0 +1,174 @@
+"""The gang: this process among its peers, and the few words they exchange.
+
+accelerate sets up device, precision and process group from torchrun's environment. Beside the
+device's group a gloo group on the CPU carries control words, so that agreeing on a stop never
+waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from finetune_api.results import Failure
+from finetune_api.spec import Training
+from finetune_trainer.failures import PEER_LOST, NodeFailure, from_verdict, verdict
+
+T = TypeVar("T")
+
+# A collective that takes this long has lost a peer that did not close its connections.
+COLLECTIVE_TIMEOUT: Final = datetime.timedelta(minutes=10)
+
+
+@dataclass
+class Gang:
+    """This process's place, device and channels."""
+
+    accelerator: Accelerator
+    control: dist.ProcessGroup | None
+    """CPU group for words; None in a gang of one."""
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def size(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def first_of_node(self) -> bool:
+        return self.accelerator.local_process_index == 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return self.accelerator.autocast()
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns in the first process, in every process. Its failure is every
+        process's failure, so that nobody waits for a peer that has given up."""
+        word: list[Any] = [None, None]
+        if self.first:
+            try:
+                word[0] = make()
+            except Exception as error:
+                word[1] = self._tell(error)
+        if self.control is not None:
+            dist.broadcast_object_list(word, src=0, group=self.control)
+        if word[1] is not None:
+            raise from_verdict(word[1])
+        result: T = word[0]
+        return result
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Results of ``work`` from all processes, by rank; the first failure is everyone's."""
+        mine: tuple[T | None, Failure | None]
+        try:
+            mine = (work(), None)
+        except Exception as error:
+            mine = (None, self._tell(error))
+        everyone: list[Any] = [mine]
+        if self.control is not None:
+            everyone = [None] * self.size
+            dist.all_gather_object(everyone, mine, group=self.control)
+        for _, failure in everyone:
+            if failure is not None:
+                raise from_verdict(failure)
+        return [result for result, _ in everyone]
+
+    def _tell(self, error: Exception) -> Failure:
+        """An exception as words that travel (library exceptions often cannot be pickled); alone,
+        the exception itself is raised."""
+        if self.control is None:
+            raise error
+        return verdict(error)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over all processes of a small CPU tensor."""
+        if self.control is not None:
+            dist.all_reduce(values, group=self.control)
+        return values
+
+    def barrier(self) -> None:
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join(training: Training) -> Gang:
+    """Take this process's place, as torchrun's environment says.
+
+    Raises:
+        NodeFailure: where the peers cannot be reached.
+    """
+    cuda = torch.cuda.is_available()
+    precision = resolve_precision(training, cuda)
+    try:
+        accelerator = Accelerator(
+            cpu=not cuda,
+            mixed_precision="bf16" if precision == "BF16" else "no",
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
+        )
+    except (RuntimeError, ConnectionError, TimeoutError) as error:
+        raise NodeFailure(PEER_LOST, f"the gang did not form: {error}") from error
+    control = None
+    if accelerator.num_processes > 1:
+        control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    return Gang(accelerator, control)
+
+
+def resolve_precision(training: Training, cuda: bool) -> str:
+    """BF16 or FP32: Auto takes BF16 on a GPU."""
+    if training.precision == "Auto":
+        return "BF16" if cuda else "FP32"
+    return training.precision
+
+
+class Agreement:
+    """Wishes of single processes, answered alike in all of them, one step later.
+
+    Each step sends this process's wishes into an asynchronous sum; the answer is read in the next
+    step, when it has long arrived: nobody waits for it, and all processes read the same answer at
+    the same step. A gang of one is answered at once.
+    """
+
+    def __init__(self, gang: Gang) -> None:
+        self._gang = gang
+        self._word: torch.Tensor | None = None
+        self._handle: dist.Work | None = None
+
+    def exchange(self, *wishes: bool) -> tuple[bool, ...]:
+        """Which wishes any process had in the step before."""
+        if self._gang.control is None:
+            return wishes
+        answer = self.settle() or (False,) * len(wishes)
+        self._word = torch.tensor([float(w) for w in wishes])
+        self._handle = dist.all_reduce(self._word, group=self._gang.control, async_op=True)
+        return answer
+
+    def settle(self) -> tuple[bool, ...] | None:
+        """Finish the exchange under way; its answer, or None where there is none."""
+        if self._handle is None or self._word is None:
+            return None
+        self._handle.wait()
+        answer = tuple(bool(x > 0) for x in self._word.tolist())
+        self._handle = self._word = None
+        return answer

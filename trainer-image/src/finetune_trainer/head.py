@@ -1,0 +1,367 @@
+"""Who owns a run, and which checkpoints are real: ``HEAD.json``, moved by compare-and-swap alone.
+
+    claim(…) ──► attempt n ──► files under attempt-n/step-…/ ──► commit(…) ──► … ──► release()
+
+A commit is real once HEAD names it. A gang that was replaced finds another owner in HEAD and is
+``Fenced``: what it uploaded lies under its own attempt and counts for nothing. Every change is
+written so that making it twice is making it once; so an answer that was lost is settled by reading
+HEAD back and trying again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import re
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+from pydantic import ConfigDict
+
+from finetune_api.base import Model
+from finetune_trainer.failures import Fenced, StorageUnavailable, TrainerError
+from finetune_trainer.objects import (
+    FileInfo,
+    ObjectNotFound,
+    ObjectStore,
+    PreconditionFailed,
+    file_info,
+)
+
+Better = Callable[[float, float], bool]
+"""``better(new, old)``: whether a metric's value improves on another."""
+
+TRIES: Final = 20
+"""Rounds of a compare-and-swap; each that fails means that another writer got on."""
+PAUSE_SECONDS: Final = 0.05
+DOWNLOADS: Final = 4
+log = logging.getLogger(__name__)
+_COMMIT_KEY: Final = re.compile(r"/attempt-(\d+)/step-(\d+)/")
+
+
+class Commit(Model):
+    """One checkpoint that is real."""
+
+    model_config = ConfigDict(validate_by_name=True)
+
+    attempt: int
+    """Attempt that wrote it."""
+    step: int
+    """Optimizer steps done."""
+    uri: str
+    """Prefix of its files, without a '/' at the end."""
+    files: dict[str, FileInfo]
+    """What a reader checks each file by; by name below ``uri``."""
+    metric: float | None = None
+    """Value of spec.checkpoint.metric; absent where it was not measured at this step."""
+    created: float
+    """Unix time."""
+
+
+class Head(Model):
+    """``HEAD.json``."""
+
+    model_config = ConfigDict(validate_by_name=True)
+
+    run: str
+    """Identity of the run."""
+    attempt: int
+    """Attempt that owns the run, from 1."""
+    owner: str
+    """Random word of the claim, by which a writer knows its own."""
+    restarts: int
+    """Attempts that took over from one that had not released."""
+    released: bool
+    """Whether the attempt has ended by itself."""
+    claimed: float
+    """Unix time at which the attempt took the run."""
+    training_seconds: float
+    """Wall time of the attempts that have ended."""
+    lost_seconds: float
+    """Of it, what was lost: from the last commit of an attempt that did not release to the claim
+    of the next (until then the gang's other nodes are held, and wait)."""
+    commits: list[Commit]
+    """Newest first."""
+    best: str | None = None
+    """``uri`` of the commit with the best metric."""
+
+
+class CorruptCommit(TrainerError):
+    """Files of a commit are missing or are not what was committed."""
+
+    def __init__(self, uri: str, what: str) -> None:
+        super().__init__("CorruptCommit", f"{uri}: {what}; this commit cannot be used")
+
+
+def read_head(store: ObjectStore, run_uri: str) -> tuple[Head, str] | None:
+    """HEAD and its ETag, or None where no attempt has begun."""
+    try:
+        text, etag = store.get_tagged(f"{run_uri}/HEAD.json")
+    except ObjectNotFound:
+        return None
+    return Head.model_validate_json(text), etag
+
+
+def claim(
+    store: ObjectStore,
+    run_uri: str,
+    run: str,
+    *,
+    better: Better,
+    keep_last: int,
+    clock: Callable[[], float] = time.time,
+) -> Claim:
+    """Takes the run for a new attempt; whoever owned it is fenced from here on.
+
+    Args:
+        better: order of the metric that chooses the best commit.
+        keep_last: commits that are kept besides the best one.
+        clock: Unix time in seconds.
+
+    Raises:
+        TrainerError: 'HeadOfAnotherRun'.
+        StorageUnavailable: where storage does not answer, or others claim all the time.
+    """
+    owner = secrets.token_hex(8)
+    for _ in range(TRIES):
+        found = read_head(store, run_uri)
+        if found is not None and found[0].owner == owner:
+            return Claim(store, run_uri, *found, better, keep_last, clock)
+        before, etag = found or (None, None)
+        head = _next_attempt(before, run, owner, clock())
+        try:
+            etag = _write(store, run_uri, head, etag)
+        except (PreconditionFailed, StorageUnavailable):
+            time.sleep(random.uniform(0, PAUSE_SECONDS))
+            continue  # read who won; after a lost answer it may be us
+        return Claim(store, run_uri, head, etag, better, keep_last, clock)
+    raise _contended(run_uri)
+
+
+def _next_attempt(before: Head | None, run: str, owner: str, now: float) -> Head:
+    if before is None:
+        return Head(
+            run=run, attempt=1, owner=owner, restarts=0, released=False, claimed=now,
+            training_seconds=0.0, lost_seconds=0.0, commits=[],
+        )  # fmt: skip
+    if before.run != run:
+        raise TrainerError(
+            "HeadOfAnotherRun",
+            f"HEAD.json is of run {before.run}, not of {run}; nothing was changed",
+        )
+    lost = not before.released
+    kept = max(
+        [before.claimed, *(c.created for c in before.commits if c.attempt == before.attempt)]
+    )
+    return before.model_copy(
+        update={
+            "attempt": before.attempt + 1,
+            "owner": owner,
+            "restarts": before.restarts + lost,
+            "released": False,
+            "claimed": now,
+            "training_seconds": before.training_seconds + lost * max(0.0, now - before.claimed),
+            "lost_seconds": before.lost_seconds + lost * max(0.0, now - kept),
+        }
+    )
+
+
+class Claim:
+    """A run as one attempt owns it. For one thread; made by ``claim``."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        run_uri: str,
+        head: Head,
+        etag: str,
+        better: Better,
+        keep_last: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self.head = head
+        self._store = store
+        self._run_uri = run_uri
+        self._etag = etag
+        self._better = better
+        self._keep_last = keep_last
+        self._clock = clock
+
+    @property
+    def commits(self) -> list[Commit]:
+        """Newest first. Their files are checked by ``download_commit``."""
+        return self.head.commits
+
+    @property
+    def best(self) -> Commit | None:
+        """The commit with the best metric."""
+        return next((c for c in self.head.commits if c.uri == self.head.best), None)
+
+    def training_seconds(self) -> float:
+        """Wall time of all attempts, this one up to now."""
+        running = 0.0 if self.head.released else max(0.0, self._clock() - self.head.claimed)
+        return self.head.training_seconds + running
+
+    def commit_uri(self, step: int) -> str:
+        """Prefix under which the files of a commit of this attempt are uploaded."""
+        return commit_uri(self._run_uri, self.head.attempt, step)
+
+    def commit(
+        self, step: int, files: Mapping[str, FileInfo], metric: float | None = None
+    ) -> Commit:
+        """Makes uploaded files a commit, then removes those that HEAD no longer names.
+
+        Args:
+            files: all files of the commit, by name below ``commit_uri(step)``, as uploaded.
+            metric: value by which the best commit is chosen; None or not finite: no candidate.
+
+        Raises:
+            Fenced: where another attempt has taken the run; nothing has changed.
+            StorageUnavailable: where storage does not answer; HEAD may name the commit.
+        """
+        uri = self.commit_uri(step)
+        if any(c.uri == uri for c in self.head.commits):
+            raise ValueError(f"step {step} is committed already by attempt {self.head.attempt}")
+        new = Commit(
+            attempt=self.head.attempt,
+            step=step,
+            uri=uri,
+            files=dict(files),
+            metric=metric if metric is not None and math.isfinite(metric) else None,
+            created=self._clock(),
+        )
+        self._move(lambda head: self._with_commits(head, [new, *_without(head, uri)]))
+        self._sweep()
+        return new
+
+    def discard(self, corrupt: Commit) -> None:
+        """Takes a commit that proved corrupt out of HEAD, so that nobody chooses it as the best.
+
+        Raises: as ``commit``.
+        """
+        self._move(lambda head: self._with_commits(head, _without(head, corrupt.uri)))
+
+    def release(self) -> None:
+        """Ends the attempt: the next one is no restart. Harmless when done twice.
+
+        Raises: as ``commit``.
+        """
+        now = self._clock()
+
+        def released(head: Head) -> Head:
+            if head.released:
+                return head
+            spent = head.training_seconds + max(0.0, now - head.claimed)
+            return head.model_copy(update={"released": True, "training_seconds": spent})
+
+        self._move(released)
+
+    # --- compare-and-swap --------------------------------------------------------------------
+
+    def _move(self, change: Callable[[Head], Head]) -> None:
+        """Moves HEAD by ``change``, which must give back a head that has it already unchanged."""
+        for _ in range(TRIES):
+            wanted = change(self.head)
+            if wanted == self.head:
+                return
+            try:
+                self._etag = _write(self._store, self._run_uri, wanted, self._etag)
+                self.head = wanted
+                return
+            except (PreconditionFailed, StorageUnavailable):
+                self._read_back()
+            time.sleep(random.uniform(0, PAUSE_SECONDS))
+        raise _contended(self._run_uri)
+
+    def _read_back(self) -> None:
+        found = read_head(self._store, self._run_uri)
+        if found is None or found[0].owner != self.head.owner:
+            now = f"attempt {found[0].attempt} has taken the run" if found else "HEAD.json is gone"
+            raise Fenced(
+                "Fenced",
+                f"{self._run_uri}/HEAD.json: {now}; attempt {self.head.attempt} stops and writes"
+                " nothing more",
+            )
+        self.head, self._etag = found
+
+    def _with_commits(self, head: Head, commits: list[Commit]) -> Head:
+        """HEAD with the newest of these commits, and the best."""
+        best: Commit | None = None
+        for commit in reversed(commits):  # of equals the newer one
+            if commit.metric is not None and (
+                best is None or best.metric is None or not self._better(best.metric, commit.metric)
+            ):
+                best = commit
+        kept = [c for i, c in enumerate(commits) if i < self._keep_last or c is best]
+        return head.model_copy(update={"commits": kept, "best": best.uri if best else None})
+
+    def _sweep(self) -> None:
+        """Removes files of this and earlier attempts that HEAD does not name: of commits that were
+        pruned, and of such as never were real. Only storage that is kept for longer is lost when
+        it fails, so failures wait for the next commit."""
+        named = {f"{c.uri}/{name}" for c in self.head.commits for name in c.files}
+        ours = [c.step for c in self.head.commits if c.attempt == self.head.attempt]
+        newest = (self.head.attempt, max(ours))
+        try:
+            present = [info.uri for info in self._store.list(f"{self._run_uri}/attempt-")]
+            self._store.delete(
+                uri
+                for uri in present
+                if uri not in named
+                and (key := _COMMIT_KEY.search(uri.removeprefix(self._run_uri)))
+                and (int(key[1]), int(key[2])) <= newest
+            )
+        except TrainerError as error:
+            log.warning("old checkpoints stay for now: %s", error)
+
+
+def commit_uri(run_uri: str, attempt: int, step: int) -> str:
+    """Prefix under which an attempt uploads the files of a commit."""
+    return f"{run_uri}/attempt-{attempt}/step-{step:08}"
+
+
+def download_commit(store: ObjectStore, commit: Commit, folder: Path) -> None:
+    """Writes all files of a commit into a folder and checks them.
+
+    Raises:
+        CorruptCommit: where one is missing, or is not what was committed.
+    """
+
+    def fetch(item: tuple[str, FileInfo]) -> None:
+        name, expected = item
+        path = folder / name
+        try:
+            store.download(f"{commit.uri}/{name}", path)
+        except ObjectNotFound:
+            raise CorruptCommit(commit.uri, f"{name} is missing") from None
+        got = file_info(path)
+        if got != expected:
+            raise CorruptCommit(
+                commit.uri,
+                f"{name} has {got.bytes} bytes with sha256 {got.sha256}, but"
+                f" {expected.bytes} with {expected.sha256} were committed",
+            )
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(DOWNLOADS) as pool:
+        list(pool.map(fetch, commit.files.items()))
+
+
+def _write(store: ObjectStore, run_uri: str, head: Head, etag: str | None) -> str:
+    text = head.model_dump_json(by_alias=True, exclude_none=True, indent=1)
+    return store.put(f"{run_uri}/HEAD.json", text.encode(), if_match=etag, if_absent=etag is None)
+
+
+def _without(head: Head, uri: str) -> list[Commit]:
+    return [c for c in head.commits if c.uri != uri]
+
+
+def _contended(run_uri: str) -> StorageUnavailable:
+    return StorageUnavailable(
+        "HeadContended", f"{run_uri}/HEAD.json could not be moved in {TRIES} tries"
+    )

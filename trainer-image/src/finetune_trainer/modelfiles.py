@@ -1,0 +1,255 @@
+"""The base model's folder: where its files are, whether they are all there, and fetching them.
+
+A model folder is in Hugging Face layout: config.json, weights as safetensors (one file, or an
+index and its parts), and the tokenizer's files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import AutoConfig
+
+from finetune_api.names import storage_env
+from finetune_api.order import RunOrder
+from finetune_trainer.claims import claim_path
+from finetune_trainer.failures import StorageUnavailable, UserError
+from finetune_trainer.objects import ObjectStore, Stores
+
+CONFIG: Final = "config.json"
+WEIGHTS: Final = "model.safetensors"
+WEIGHTS_INDEX: Final = "model.safetensors.index.json"
+SMALL: Final = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+"""What is fetched beside the weights: configuration and tokenizer."""
+NOT_TOKENIZER: Final = (CONFIG, "generation_config.json", WEIGHTS_INDEX)
+
+_PARALLEL_FILES: Final = 4
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """What the model's configuration bounds."""
+
+    max_length: int | None
+    """Most positions; None where the architecture has no bound."""
+    vocabulary: int
+    """Rows of the embedding."""
+
+
+def fetch_tokenizer(order: RunOrder, stores: Stores, folder: Path) -> Path:
+    """Makes ``folder`` hold configuration and tokenizer, and makes sure that the weights are where
+    the model is, without fetching them.
+
+    Raises:
+        UserError: 'ModelNotFound', naming the address and what a model folder must hold.
+    """
+    source = order.spec.model.source
+    if source.startswith("s3://"):
+        store = stores.of(order.spec.model.storage)
+        sizes = _list_folder(store, source)
+        small = [name for name in sizes if _is_small(name)]
+        _require(source, sizes, CONFIG)
+        _download(store, source, folder, small, sizes)
+        _require(source, sizes, *_weights(folder, sizes))
+    elif source.startswith("hf://"):
+        hub = _Hub.of(order)
+        _replace_link(folder, hub.fetch(SMALL))
+        names = hub.names(folder)
+        _require(source, names, CONFIG, *_weights(folder, names))
+    else:
+        _link_claim(source, folder)
+    return folder
+
+
+def fetch_model(order: RunOrder, stores: Stores, folder: Path) -> Path:
+    """Makes ``folder`` hold the whole model: files are fetched in parallel, those that are there
+    in their size already are kept. A folder of a claim is linked.
+
+    Raises:
+        UserError: 'ModelNotFound', naming the address and what a model folder must hold.
+    """
+    source = order.spec.model.source
+    if source.startswith("s3://"):
+        fetch_tokenizer(order, stores, folder)
+        store = stores.of(order.spec.model.storage)
+        sizes = _list_folder(store, source)
+        _download(store, source, folder, _weights(folder, sizes), sizes)
+    elif source.startswith("hf://"):
+        hub = _Hub.of(order)
+        _replace_link(folder, hub.fetch(SMALL))
+        weights = _weights(folder, hub.names(folder))
+        _replace_link(folder, hub.fetch((*SMALL, *weights)))
+        _require(source, _names(folder), CONFIG, *weights)
+    else:
+        _link_claim(source, folder)
+    return folder
+
+
+def read_limits(folder: Path, source: str) -> ModelLimits:
+    """What the configuration in a model folder bounds.
+
+    Raises:
+        UserError: 'UnsupportedModel' where transformers does not know it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+        return ModelLimits(getattr(config, "max_position_embeddings", None), config.vocab_size)
+    except (ValueError, KeyError, OSError, AttributeError) as error:
+        raise UserError(
+            "UnsupportedModel",
+            f"{source}/{CONFIG}: not the configuration of a language model that transformers knows:"
+            f" {str(error).splitlines()[0]}",
+        ) from None
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Files of a fetched folder that the tokenizer depends on."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and _is_small(path.relative_to(folder).as_posix())
+        and path.name not in NOT_TOKENIZER
+    ]
+
+
+def _weights(folder: Path, names: Iterable[str]) -> list[str]:
+    """Names of the weight files; of parts, as the index in ``folder`` has them."""
+    if WEIGHTS_INDEX not in names:
+        return [WEIGHTS]
+    index = json.loads((folder / WEIGHTS_INDEX).read_text())
+    return sorted(set(index["weight_map"].values()))
+
+
+def _require(source: str, there: Iterable[str], *wanted: str) -> None:
+    names = set(there)
+    missing = [name for name in wanted if name not in names]
+    if not missing:
+        return
+    shown = ", ".join(sorted(names)[:8]) or "nothing"
+    raise UserError(
+        "ModelNotFound",
+        f"{source}: {', '.join(missing[:3])} is missing (there: {shown}). spec.model.source must"
+        f" name a folder in Hugging Face layout: {CONFIG}, {WEIGHTS} (or {WEIGHTS_INDEX} and its"
+        " parts), tokenizer.json and tokenizer_config.json",
+    )
+
+
+def _is_small(name: str) -> bool:
+    """Whether a file (its name below the folder) is configuration or tokenizer."""
+    folder, _, base = name.rpartition("/")
+    suffixes = tuple(pattern.removeprefix("*") for pattern in SMALL)
+    return base.endswith(suffixes) and folder in ("", "additional_chat_templates")
+
+
+def _list_folder(store: ObjectStore, source: str) -> dict[str, int]:
+    """Sizes of the files of a folder in object storage, by name."""
+    prefix = f"{source.rstrip('/')}/"
+    return {info.uri.removeprefix(prefix): info.size for info in store.list(prefix)}
+
+
+def _download(
+    store: ObjectStore, source: str, folder: Path, names: list[str], sizes: Mapping[str, int]
+) -> None:
+    def fetch(name: str) -> None:
+        path = folder / name
+        if not (path.exists() and path.stat().st_size == sizes[name]):
+            store.download(f"{source.rstrip('/')}/{name}", path)
+
+    with ThreadPoolExecutor(_PARALLEL_FILES) as pool:
+        list(pool.map(fetch, names))
+
+
+def _names(folder: Path) -> list[str]:
+    return [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+
+
+def _link_claim(source: str, folder: Path) -> None:
+    path = claim_path(source)
+    names = _names(path)
+    _require(source, names, CONFIG, *_weights(path, names))
+    _replace_link(folder, path)
+
+
+def _replace_link(folder: Path, target: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
+    folder.symlink_to(target.resolve(), target_is_directory=True)
+
+
+@dataclass(frozen=True)
+class _Hub:
+    """A model of the Hugging Face hub, read through its cache."""
+
+    source: str
+    repository: str
+    revision: str | None
+    token: str | None
+
+    @classmethod
+    def of(cls, order: RunOrder, environ: Mapping[str, str] = os.environ) -> _Hub:
+        source = order.spec.model.source
+        repository, _, revision = source.removeprefix("hf://").partition("@")
+        profile = order.profile_of(order.spec.model.storage)
+        token = environ.get(storage_env(profile, "HF_TOKEN")) or None
+        return cls(source, repository, revision or None, token)
+
+    def fetch(self, patterns: Iterable[str]) -> Path:
+        """Folder with the files that match, fetched where the cache lacks them."""
+        try:
+            return Path(
+                snapshot_download(
+                    self.repository,
+                    revision=self.revision,
+                    allow_patterns=list(patterns),
+                    token=self.token,
+                )
+            )
+        except Exception as error:
+            raise self._failure(error) from None
+
+    def names(self, folder: Path) -> list[str]:
+        """All files of the model; without a network, those of the cache."""
+        try:
+            info = HfApi(token=self.token).model_info(self.repository, revision=self.revision)
+        except OfflineModeIsEnabled:
+            return _names(folder)
+        except Exception as error:
+            raise self._failure(error) from None
+        return [entry.rfilename for entry in info.siblings or []]
+
+    def _failure(self, error: Exception) -> Exception:
+        if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError) or (
+            isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403)
+        ):
+            return UserError(
+                "ModelNotFound",
+                f"{self.source}: the hub has no such model or revision, or HF_TOKEN of the storage"
+                f" Secret may not read it: {str(error).splitlines()[0]}",
+            )
+        if isinstance(error, LocalEntryNotFoundError | HfHubHTTPError | ConnectionError):
+            return StorageUnavailable(
+                "HubUnreachable",
+                f"{self.source}: the Hugging Face hub does not answer"
+                f" ({str(error).splitlines()[0]}); check the network, or put the model into object"
+                " storage",
+            )
+        return error

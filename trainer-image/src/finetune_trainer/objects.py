@@ -1,0 +1,126 @@
+"""Object storage of a run: which server each source and the run itself are on.
+
+``Stores`` makes ``ObjectStore``s from a run's order and the environment; ``check_conditions``
+proves that a server is fit to hold a run's HEAD.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping
+
+from finetune_api.names import storage_env
+from finetune_api.order import RunOrder
+from finetune_api.spec import StorageAccess
+from finetune_trainer.failures import StorageDenied, UserError
+from finetune_trainer.objectstore import (
+    Credentials,
+    FileInfo,
+    ObjectInfo,
+    ObjectNotFound,
+    ObjectStore,
+    PreconditionFailed,
+    file_info,
+    split_uri,
+)
+
+__all__ = [
+    "Credentials",
+    "FileInfo",
+    "ObjectInfo",
+    "ObjectNotFound",
+    "ObjectStore",
+    "PreconditionFailed",
+    "Stores",
+    "check_conditions",
+    "file_info",
+    "split_uri",
+]
+
+
+class Stores:
+    """The object stores of a run, one per storage profile of its order.
+
+    Keys come from the environment (``names.storage_env``); a profile without them uses boto3's
+    own chain.
+
+    Raises (when a store is first asked for):
+        StorageDenied: 'IncompleteCredentials' where one half of a key pair is given.
+    """
+
+    def __init__(self, order: RunOrder, environ: Mapping[str, str] = os.environ) -> None:
+        self._order = order
+        self._environ = environ
+        self._made: dict[int, ObjectStore] = {}
+
+    def of(self, access: StorageAccess | None) -> ObjectStore:
+        """The store of a source's ``storage`` block; of ``spec.storage`` where it has none."""
+        profile = self._order.profile_of(access)
+        if profile not in self._made:
+            self._made[profile] = self._make(profile)
+        return self._made[profile]
+
+    @property
+    def default(self) -> ObjectStore:
+        """The store of ``spec.storage``."""
+        return self.of(None)
+
+    def _make(self, profile: int) -> ObjectStore:
+        access = self._order.storage_profiles[profile]
+        return ObjectStore(access.endpoint, access.region, self._credentials(profile, access))
+
+    def _credentials(self, profile: int, access: StorageAccess) -> Credentials | None:
+        def value(key: str) -> str | None:
+            return self._environ.get(storage_env(profile, key)) or None
+
+        source = f"Secret {access.secret_ref.name}" if access.secret_ref else "the environment"
+        access_key, secret_key = value("AWS_ACCESS_KEY_ID"), value("AWS_SECRET_ACCESS_KEY")
+        if access_key and secret_key:
+            return Credentials(access_key, secret_key, value("AWS_SESSION_TOKEN"), source)
+        if access_key or secret_key or access.secret_ref:
+            missing = "AWS_SECRET_ACCESS_KEY" if access_key else "AWS_ACCESS_KEY_ID"
+            raise StorageDenied(
+                "IncompleteCredentials",
+                f"{source} gives no {missing} (storage profile {profile}, endpoint"
+                f" {access.endpoint or 'Amazon S3'}); it must hold AWS_ACCESS_KEY_ID and"
+                " AWS_SECRET_ACCESS_KEY",
+            )
+        return None
+
+
+def check_conditions(store: ObjectStore, prefix_uri: str) -> None:
+    """Proves on a probe object that the server honours conditional writes.
+
+    Without them two gangs could both believe that they own a run.
+
+    Raises:
+        UserError: 'StoreIgnoresConditions'.
+    """
+    probe = f"{prefix_uri.rstrip('/')}/.conditions-{secrets.token_hex(8)}"
+    try:
+        etag = store.put(probe, b"1", if_absent=True)
+        honoured = _refused(store, probe, if_absent=True)
+        if honoured:
+            store.put(probe, b"2", if_match=etag)
+            honoured = _refused(store, probe, if_match=etag)
+    finally:
+        store.delete([probe])
+    if not honoured:
+        raise UserError(
+            "StoreIgnoresConditions",
+            f"{store.endpoint or 'Amazon S3'} ignores If-Match or If-None-Match when it writes"
+            f" {probe}: checkpoints would not be safe there. Put spec.storage.workspace on a server"
+            " that honours conditional writes (Amazon S3, SeaweedFS, MinIO, Ceph, versitygw, in"
+            " versions of 2025 or later)",
+        )
+
+
+def _refused(
+    store: ObjectStore, uri: str, *, if_match: str | None = None, if_absent: bool = False
+) -> bool:
+    try:
+        store.put(uri, b"x", if_match=if_match, if_absent=if_absent)
+    except PreconditionFailed:
+        return True
+    return False

@@ -1,0 +1,385 @@
+"""One server of object storage: the only module that knows boto3.
+
+An ``ObjectStore`` is one storage profile (endpoint, region, keys) and speaks in ``s3://bucket/key``
+addresses. What the server or the network answers becomes an exception of ``failures`` here and
+nowhere else, with the address that was tried and what to check. Import it from ``objects``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import boto3
+import botocore.exceptions as errors
+from boto3.exceptions import S3UploadFailedError
+from boto3.s3.transfer import TransferConfig
+from botocore import UNSIGNED
+from botocore.config import Config
+
+from finetune_trainer.failures import (
+    DataError,
+    StorageDenied,
+    StorageUnavailable,
+    TrainerError,
+    UserError,
+)
+from finetune_trainer.objectstream import Opened, open_stream
+
+# An endpoint that does not answer is told after 4 tries of 5 s and their pauses: under 30 s.
+CONNECT_SECONDS: Final = 5
+READ_SECONDS: Final = 60
+TRIES: Final = 4
+TRANSFER: Final = TransferConfig(
+    multipart_threshold=16 << 20, multipart_chunksize=16 << 20, max_concurrency=8
+)
+DELETE_BATCH: Final = 1000
+"""Most keys of one DeleteObjects request."""
+
+DENIED_CODES: Final = {
+    *("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"),
+    *("InvalidToken", "AllAccessDisabled", "AccountProblem", "RequestTimeTooSkewed", "401", "403"),
+}
+WRONG_REGION_CODES: Final = {"AuthorizationHeaderMalformed", "PermanentRedirect", "301"}
+OVERLOAD_CODES: Final = {
+    *("SlowDown", "RequestTimeout", "Throttling", "TooManyRequests", "429"),
+    *("InternalError", "ServiceUnavailable", "500", "502", "503", "504"),
+}
+CONFLICT_CODES: Final = {"PreconditionFailed", "ConditionalRequestConflict", "412"}
+
+
+class ObjectNotFound(UserError):
+    """No object of that key."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__("ObjectNotFound", f"{uri}: there is no such object; check the address")
+        self.uri = uri
+
+
+class PreconditionFailed(TrainerError):
+    """The object is not (or no longer) what the condition of a put asked for."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__("PreconditionFailed", f"{uri}: changed by another writer")
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """What a listing says of an object."""
+
+    uri: str
+    size: int
+    """In bytes."""
+    etag: str
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """What a reader checks a file by."""
+
+    bytes: int
+    sha256: str
+
+
+def file_info(path: Path) -> FileInfo:
+    """Size and sha256 (hexadecimal) of a local file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileInfo(path.stat().st_size, digest)
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """Bucket and key of an address.
+
+    Raises:
+        UserError: where it is not ``s3://bucket/…``.
+    """
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not uri.startswith("s3://") or not bucket:
+        raise UserError("InvalidAddress", f"{uri!r} is not an address of the form s3://bucket/key")
+    return bucket, key
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """Static keys of one storage profile."""
+
+    access_key: str
+    secret_key: str
+    session_token: str | None = None
+    source: str = "the environment"
+    """Where they came from, for messages: "Secret s3-credentials"."""
+
+
+class ObjectStore:
+    """One way to reach object storage. May be shared by threads.
+
+    Every method raises StorageDenied (credentials, permissions, missing bucket) and
+    StorageUnavailable (no answer, overload, after bounded retries) besides what it names.
+
+    Args:
+        endpoint: URL of an S3-compatible server; None: Amazon S3.
+        region: region that requests are signed for.
+        credentials: keys; None: boto3's own chain (web identity, instance role), and anonymous
+            access where that finds none.
+    """
+
+    def __init__(
+        self,
+        endpoint: str | None = None,
+        region: str = "us-east-1",
+        credentials: Credentials | None = None,
+    ) -> None:
+        self.endpoint = endpoint
+        self._keys_from = credentials.source if credentials else "the pod's identity"
+        session = boto3.Session(
+            aws_access_key_id=credentials and credentials.access_key,
+            aws_secret_access_key=credentials and credentials.secret_key,
+            aws_session_token=credentials and credentials.session_token,
+            region_name=region,
+        )
+        # Not every S3-compatible server takes checksums in trailers; our own sha256 is end to end.
+        checksums = "when_required" if endpoint else "when_supported"
+        config = Config(
+            connect_timeout=CONNECT_SECONDS,
+            read_timeout=READ_SECONDS,
+            retries={"mode": "standard", "total_max_attempts": TRIES},
+            max_pool_connections=32,
+            request_checksum_calculation=checksums,
+            response_checksum_validation=checksums,
+            s3={"addressing_style": "path"} if endpoint else {},
+        )
+        if session.get_credentials() is None:
+            self._keys_from = "anonymous access (no credentials were given)"
+            config = config.merge(Config(signature_version=UNSIGNED))
+        self._client = session.client("s3", endpoint_url=endpoint, config=config)
+
+    # --- whole objects -----------------------------------------------------------------------
+
+    def get(self, uri: str) -> bytes:
+        """The object's bytes.
+
+        Raises:
+            ObjectNotFound: where there is none.
+        """
+        return self.get_tagged(uri)[0]
+
+    def get_tagged(self, uri: str) -> tuple[bytes, str]:
+        """The object's bytes and its ETag; raises as ``get``."""
+        with self._asking("read", uri) as at:
+            answer = self._client.get_object(**at)
+            return answer["Body"].read(), answer["ETag"]
+
+    def put(
+        self, uri: str, data: bytes, *, if_match: str | None = None, if_absent: bool = False
+    ) -> str:
+        """Writes an object and returns its ETag.
+
+        Args:
+            if_match: ETag that the object must have now.
+            if_absent: there must be no object now.
+
+        Raises:
+            PreconditionFailed: where the condition does not hold. Retries are made here, so it may
+                be this very put that made it false: read back to tell.
+        """
+        condition = {"IfMatch": if_match} if if_match else {}
+        if if_absent:
+            condition["IfNoneMatch"] = "*"
+        try:
+            with self._asking("write", uri) as at:
+                return str(self._client.put_object(**at, Body=data, **condition)["ETag"])
+        except ObjectNotFound:  # If-Match on an object that is gone
+            raise PreconditionFailed(uri) from None
+
+    def head(self, uri: str) -> ObjectInfo | None:
+        """Size and ETag, or None where there is no object."""
+        try:
+            with self._asking("look up", uri) as at:
+                answer = self._client.head_object(**at)
+        except ObjectNotFound:
+            return None
+        return ObjectInfo(uri, answer["ContentLength"], answer["ETag"])
+
+    def list(self, prefix_uri: str) -> Iterator[ObjectInfo]:
+        """Every object whose address begins with ``prefix_uri``, by key. For a folder, end it
+        with '/'."""
+        bucket, prefix = split_uri(prefix_uri)
+        with self._asking("list", prefix_uri):
+            pages = self._client.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=bucket, Prefix=prefix):
+                for item in page.get("Contents", ()):
+                    yield ObjectInfo(f"s3://{bucket}/{item['Key']}", item["Size"], item["ETag"])
+
+    def delete(self, uris: Iterable[str]) -> None:
+        """Removes objects; those that are not there count as removed."""
+        keys: dict[str, list[str]] = {}
+        for bucket, key in map(split_uri, uris):
+            keys.setdefault(bucket, []).append(key)
+        for bucket, named in keys.items():
+            for start in range(0, len(named), DELETE_BATCH):
+                batch = [{"Key": key} for key in named[start : start + DELETE_BATCH]]
+                with self._asking("delete", f"s3://{bucket}/{batch[0]['Key']}"):
+                    answer = self._client.delete_objects(
+                        Bucket=bucket, Delete={"Objects": batch, "Quiet": True}
+                    )
+                for fault in answer.get("Errors", ()):
+                    uri = f"s3://{bucket}/{fault.get('Key')}"
+                    raise self._failure("delete", uri, str(fault.get("Code")), str(fault))
+
+    # --- large objects -----------------------------------------------------------------------
+
+    def read_stream(self, uri: str, *, etag: str | None = None) -> BinaryIO:
+        """The object as a seekable file, read as it is asked for; broken connections are mended.
+
+        Args:
+            etag: version that is wanted. Absent: the one that is found first, to the end.
+
+        Raises:
+            ObjectNotFound: where there is none.
+            DataError: 'ObjectChanged', here or from a later read, where it was replaced.
+        """
+
+        def opener(position: int, version: str | None) -> Opened:
+            part = {"Range": f"bytes={position}-"} if position else {}
+            if version:
+                part["IfMatch"] = version
+            try:
+                with self._asking("read", uri) as at:
+                    answer = self._client.get_object(**at, **part)
+            except PreconditionFailed:
+                raise DataError(
+                    "ObjectChanged",
+                    f"{uri}: the object was replaced while it was read; make sure that nothing"
+                    " writes to it, then set a new spec.rerunToken",
+                ) from None
+            body = _MappedBody(answer["Body"], self, uri)
+            return Opened(body, position + answer["ContentLength"], answer["ETag"])
+
+        return open_stream(opener, etag)
+
+    def download(self, uri: str, path: Path) -> None:
+        """Writes the object to a file (whole or not at all), in parallel parts.
+
+        Raises:
+            ObjectNotFound: where there is none.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._asking("read", uri) as at:
+            self._client.download_file(**at, Filename=str(path), Config=TRANSFER)
+
+    def upload(self, path: Path, uri: str) -> FileInfo:
+        """Writes a file to an object, in parallel parts; hashed meanwhile."""
+        with ThreadPoolExecutor(1) as hasher, self._asking("write", uri) as at:
+            info = hasher.submit(file_info, path)
+            self._client.upload_file(Filename=str(path), **at, Config=TRANSFER)
+            return info.result()
+
+    def create_bucket(self, bucket: str) -> None:
+        """Makes a bucket; no error where it is ours already."""
+        with (
+            self._asking("create", f"s3://{bucket}/"),
+            suppress(self._client.exceptions.BucketAlreadyOwnedByYou),
+        ):
+            self._client.create_bucket(Bucket=bucket)
+
+    # --- faults ------------------------------------------------------------------------------
+
+    @contextmanager
+    def _asking(self, verb: str, uri: str) -> Iterator[dict[str, str]]:
+        """Arguments Bucket and Key of a request; what it raises leaves as a known failure."""
+        bucket, key = split_uri(uri)
+        try:
+            yield {"Bucket": bucket, "Key": key}
+        except S3UploadFailedError as error:
+            cause = error.__context__
+            if not isinstance(cause, errors.ClientError):
+                raise self._unreachable(verb, uri, error) from error
+            raise self._failure(verb, uri, _code(cause), str(cause)) from error
+        except errors.ClientError as error:
+            raise self._failure(verb, uri, _code(error), str(error)) from error
+        except (errors.NoCredentialsError, errors.PartialCredentialsError) as error:
+            raise self._failure(verb, uri, "AccessDenied", str(error)) from error
+        except errors.SSLError as error:
+            raise StorageDenied(
+                "CertificateNotTrusted", f"cannot {verb} {uri} at {self._place}: {error}"
+            ) from error
+        except errors.ParamValidationError as error:
+            raise UserError("InvalidAddress", f"{uri!r}: {error}") from error
+        except (errors.BotoCoreError, ConnectionError) as error:
+            raise self._unreachable(verb, uri, error) from error
+
+    def _failure(self, verb: str, uri: str, code: str, text: str) -> TrainerError:
+        """The failure behind an error code of the server."""
+        bucket, _ = split_uri(uri)
+        tried = f"cannot {verb} {uri} at {self._place}: {text}"
+        if code in CONFLICT_CODES:
+            return PreconditionFailed(uri)
+        if code == "NoSuchBucket" or (code == "404" and self._bucket_is_missing(bucket)):
+            return StorageDenied(
+                "BucketNotFound",
+                f"bucket {bucket!r} does not exist at {self._place} (asked for {uri}); create it,"
+                " or correct the address or storage.endpoint",
+            )
+        if code in ("NoSuchKey", "404"):
+            return ObjectNotFound(uri)
+        if code in DENIED_CODES:
+            return StorageDenied(
+                "AccessDenied",
+                f"{tried}. The request was made with {self._keys_from}; check AWS_ACCESS_KEY_ID and"
+                " AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN, if they are temporary) there, and"
+                f" that they may {verb} under this address",
+            )
+        if code in WRONG_REGION_CODES:
+            return StorageDenied("WrongRegion", f"{tried}. Correct storage.region")
+        if code in OVERLOAD_CODES:
+            return StorageUnavailable("StorageOverloaded", tried)
+        return TrainerError("StorageRefused", tried)
+
+    def _bucket_is_missing(self, bucket: str) -> bool:
+        """HEAD answers alike for a missing key and a missing bucket: ask for the bucket alone."""
+        try:
+            self._client.head_bucket(Bucket=bucket)
+        except errors.ClientError as error:
+            return _code(error) == "404"
+        except errors.BotoCoreError:
+            return False
+        return False
+
+    def _unreachable(self, verb: str, uri: str, error: Exception) -> StorageUnavailable:
+        return StorageUnavailable(
+            "StorageUnreachable",
+            f"cannot {verb} {uri}: {self._place} does not answer ({error}); check storage.endpoint"
+            " and the network",
+        )
+
+    @property
+    def _place(self) -> str:
+        return self.endpoint or "Amazon S3"
+
+
+@dataclass(frozen=True)
+class _MappedBody:
+    """A body whose broken connection is a StorageUnavailable."""
+
+    body: Any
+    store: ObjectStore
+    uri: str
+
+    def read(self, amount: int) -> bytes:
+        with self.store._asking("read", self.uri):
+            return bytes(self.body.read(amount))
+
+    def close(self) -> None:
+        self.body.close()
+
+
+def _code(error: errors.ClientError) -> str:
+    answer = error.response
+    code = str(answer.get("Error", {}).get("Code", ""))
+    return code or str(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))

@@ -1,0 +1,115 @@
+"""Reading one object as a file: from any position, over broken connections, and never a mixture.
+
+Every (re)opened connection asks for the version of the first one (If-Match on its ETag), so an
+object that is replaced while it is read is an error and not a file of two halves.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import BinaryIO, Protocol, cast
+
+from finetune_trainer.failures import StorageUnavailable
+
+BUFFER_BYTES = 1 << 20
+MAX_REOPENS = 5
+"""Connections in a row that may break without having brought a byte."""
+
+
+class Body(Protocol):
+    """The body of an answer."""
+
+    def read(self, amount: int) -> bytes: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Opened:
+    """One connection: the bytes from the asked position on, and what object they are of."""
+
+    body: Body
+    size: int
+    """Of the whole object, in bytes."""
+    etag: str
+
+
+Opener = Callable[[int, str | None], Opened]
+"""``open(position, etag)``; raises DataError 'ObjectChanged' where the ETag no longer holds."""
+
+
+class ObjectStream(io.RawIOBase):
+    """A seekable raw stream over an ``Opener``; a reader wants ``open_stream``."""
+
+    def __init__(self, opener: Opener, etag: str | None) -> None:
+        self._opener = opener
+        self._etag = etag
+        self._position = 0
+        self._size: int | None = None
+        self._body: Body | None = None
+        self._open()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size or 0}[whence]
+        if base + offset != self._position:
+            self._drop()
+            self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        """Fills from the current position; 0 at the end.
+
+        Raises:
+            StorageUnavailable: after ``MAX_REOPENS`` broken connections in a row.
+        """
+        for reopened in range(MAX_REOPENS + 1):
+            if self._size is not None and self._position >= self._size:
+                return 0
+            body = self._body or self._open()
+            try:
+                data = body.read(len(buffer))
+            except StorageUnavailable:
+                self._drop()
+                if reopened == MAX_REOPENS:
+                    raise
+                continue
+            if data:
+                buffer[: len(data)] = data
+                self._position += len(data)
+                return len(data)
+            self._drop()  # ended before the object did: ask for the rest
+        raise StorageUnavailable(
+            "StorageUnreachable",
+            f"the connection ended {MAX_REOPENS} times at byte {self._position} of {self._size}",
+        )
+
+    def close(self) -> None:
+        self._drop()
+        super().close()
+
+    def _open(self) -> Body:
+        opened = self._opener(self._position, self._etag)
+        self._etag, self._size, self._body = opened.etag, opened.size, opened.body
+        return opened.body
+
+    def _drop(self) -> None:
+        if self._body is not None:
+            self._body.close()
+            self._body = None
+
+
+def open_stream(opener: Opener, etag: str | None) -> BinaryIO:
+    """A buffered, seekable file of the object."""
+    return cast(BinaryIO, io.BufferedReader(ObjectStream(opener, etag), BUFFER_BYTES))

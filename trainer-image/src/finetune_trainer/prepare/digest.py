@@ -1,0 +1,62 @@
+"""The content digest: equal digests mean equal prepared data, so that one job reuses another's.
+
+Everything that shapes the samples goes in; how the data is reached and what is trained on it do
+not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api.spec import Data, DataSource
+from finetune_trainer.prepare.manifest import FORMAT_VERSION
+from finetune_trainer.prepare.sources import DataObject
+from finetune_trainer.prepare.split import Side
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data source with the objects that were found for it."""
+
+    side: Side
+    """The list of the spec that it stands in."""
+    name: str
+    """Name of the set, unique in its list."""
+    spec: DataSource
+    objects: Sequence[DataObject]
+
+
+def content_digest(
+    data: Data, sources: Sequence[Source], tokenizer: Mapping[str, str], max_length: int
+) -> str:
+    """32 hexadecimal digits over all that prepared data depends on.
+
+    Args:
+        data: for split and quality.
+        sources: in the order of the spec.
+        tokenizer: sha256 of each tokenizer file, by name.
+        max_length: most tokens of a sample.
+    """
+    content: dict[str, Any] = {
+        "version": FORMAT_VERSION,
+        "sources": [
+            {
+                "side": source.side,
+                "name": source.name,
+                "objects": [[o.uri, o.etag, o.size] for o in source.objects],
+                "format": source.spec.format,
+                "template": source.spec.template and source.spec.template.to_json(),
+            }
+            for source in sources
+        ],
+        "tokenizer": dict(tokenizer),
+        "maxLength": max_length,
+        "split": data.split.to_json(),
+        "quality": data.quality.to_json(),
+    }
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

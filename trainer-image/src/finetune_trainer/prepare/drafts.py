@@ -1,0 +1,151 @@
+"""Drafts: what a record becomes before the tokenizer sees it.
+
+A draft is a row of text parts, each read or learned. Cutting the text there, and tokenizing every
+part by itself, makes two things exact that tokenizing the whole text would leave to chance: which
+tokens are learned (no token lies across a border), and that the tokens before a learned part are
+those that a prompt of that text has when text is generated.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from finetune_api.spec import DataSource, Format
+from finetune_trainer.failures import DataError
+from finetune_trainer.prepare.chat import ChatTemplate
+from finetune_trainer.prepare.formats import (
+    Content,
+    Conversation,
+    Document,
+    Pair,
+    content_of,
+    group_value,
+)
+from finetune_trainer.prepare.records import Record
+from finetune_trainer.prepare.templates import PairTemplate
+
+
+class Part(NamedTuple):
+    """A stretch of a draft's text."""
+
+    text: str
+    learned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """One sample as text."""
+
+    where: str
+    """Object and line that it came from."""
+    parts: tuple[Part, ...]
+    """The text; the last part is a learned one."""
+    prompt: str
+    """What is read before the last learned part."""
+    completion: str
+    """What an answer is compared with."""
+    label: str | None
+    """The right label, for Classification."""
+    group: str
+    """Drafts of equal groups stay on one side of the split."""
+    framed: bool
+    """Whether the tokenizer's beginning and end marks are to be added; a chat template has its
+    own."""
+
+
+Drafter = Callable[[Record], list[Draft]]
+
+
+def drafter(
+    source: DataSource, form: Format, group_by: str | None, chat: ChatTemplate | None
+) -> Drafter:
+    """The function that makes drafts of a source's records: one each, or one a turn for some
+    conversations (see ``chat``).
+
+    Raises (the function):
+        DataError: naming object, line and field, where a record cannot be used.
+    """
+    template = PairTemplate(source.template) if source.template else None
+
+    def draft(record: Record) -> list[Draft]:
+        content = template.render(record) if template else content_of(record, form)
+        group = group_value(record, group_by) if group_by else _group_of(content)
+        if isinstance(content, Conversation):
+            assert chat is not None, "a Messages source is read with a chat template"
+            return _chat_drafts(record, content, group, chat)
+        if isinstance(content, Document):
+            return [_document_draft(record, content, group)]
+        return [_pair_draft(record, content, group, form)]
+
+    return draft
+
+
+def nothing_learned(where: str, why: str) -> DataError:
+    """The error of a record that leaves nothing to learn."""
+    return DataError(
+        "NothingSupervised",
+        f"{where}: no token of this record would be learned: {why}. Correct the record or the"
+        " template",
+    )
+
+
+def _group_of(content: Content) -> str:
+    """Records with equal prompts stay together. Of a conversation it is what precedes the first
+    answer: conversations that begin alike share the prompts of their first turns."""
+    if isinstance(content, Pair):
+        return content.prompt
+    if isinstance(content, Document):
+        return content.text
+    roles = [message["role"] for message in content.messages]
+    opening = roles.index("assistant") if "assistant" in roles else len(roles)
+    return json.dumps(
+        [[m["role"], m["content"]] for m in content.messages[:opening]], ensure_ascii=False
+    )
+
+
+def _pair_draft(record: Record, pair: Pair, group: str, form: Format) -> Draft:
+    if not pair.completion:
+        raise nothing_learned(record.where, "its completion is empty")
+    label = pair.completion.strip() if form == "Classification" else None
+    return Draft(
+        where=record.where,
+        parts=(Part(pair.prompt, False), Part(pair.completion, True)),
+        prompt=pair.prompt,
+        completion=pair.completion,
+        label=label,
+        group=group,
+        framed=True,
+    )
+
+
+def _document_draft(record: Record, document: Document, group: str) -> Draft:
+    if not document.text:
+        raise nothing_learned(record.where, "its text is empty")
+    parts = (Part(document.text, True),)
+    return Draft(record.where, parts, "", document.text, None, group, framed=True)
+
+
+def _chat_drafts(
+    record: Record, conversation: Conversation, group: str, chat: ChatTemplate
+) -> list[Draft]:
+    drafts = []
+    for rendered in chat.render(record.where, conversation.messages):
+        parts: list[Part] = []
+        for turn in rendered:
+            parts += [Part(turn.before, False), Part(turn.answer + turn.stop, True)]
+        prompt = "".join(part.text for part in parts[:-1])
+        drafts.append(
+            Draft(
+                where=record.where,
+                parts=tuple(parts),
+                prompt=prompt,
+                completion=rendered[-1].answer,
+                label=None,
+                group=group,
+                framed=False,
+            )
+        )
+    return drafts

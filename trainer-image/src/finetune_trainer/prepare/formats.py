@@ -1,0 +1,164 @@
+"""What a record holds: prompt and completion, a conversation, or plain text.
+
+The format of a source is found out from its first record where the manifest names none. Nothing is
+guessed beyond that: a field that is missing or of another type is an error that names it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from finetune_api.spec import Format
+from finetune_trainer.failures import DataError
+from finetune_trainer.prepare.records import Record
+
+FORMAT_FIELDS: Final[dict[Format, tuple[str, ...]]] = {
+    "Messages": ("messages",),
+    "PromptCompletion": ("prompt", "completion"),
+    "Instruction": ("instruction", "output"),
+    "Classification": ("text", "label"),
+    "Text": ("text",),
+}
+"""Fields that a record of each format must have. The first format whose fields are all there is
+the one that is found out."""
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt that is read and a completion that is learned."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Turns, each with role and content."""
+
+    messages: list[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Text that is learned as a whole."""
+
+    text: str
+
+
+Content = Pair | Conversation | Document
+
+
+def detect_format(record: Record) -> Format:
+    """Format of a source without ``format`` and ``template``, from its first record.
+
+    Raises:
+        DataError: 'UnknownFormat' where no format's fields are there.
+    """
+    for name, fields in FORMAT_FIELDS.items():
+        if all(record.fields.get(field) is not None for field in fields):
+            return name
+    known = "; ".join(f"{name}: {', '.join(fields)}" for name, fields in FORMAT_FIELDS.items())
+    raise DataError(
+        "UnknownFormat",
+        f"{record.where}: its fields ({names_of(record)}) are those of no format ({known}); set"
+        " template on the data source to say how prompt and completion are made of them",
+    )
+
+
+def content_of(record: Record, form: Format) -> Content:
+    """The record's content, where its fields have the format's own names (no template).
+
+    Raises:
+        DataError: 'MissingField' or 'WrongType', naming object, line and field.
+    """
+    if form == "Messages":
+        return Conversation(_messages(record))
+    if form == "PromptCompletion":
+        return Pair(_text(record, "prompt"), _text(record, "completion"))
+    if form == "Instruction":
+        parts = [_text(record, "instruction")]
+        if record.fields.get("input"):
+            parts.append(_text(record, "input"))
+        return Pair("\n\n".join([*parts, ""]), _text(record, "output"))
+    if form == "Classification":
+        # The space belongs to the label: vocabularies hold words with the space before them.
+        return Pair(f"{_text(record, 'text')}\nLabel:", f" {_label(record)}")
+    return Document(_text(record, "text"))
+
+
+def group_value(record: Record, field: str) -> str:
+    """The value of the field that ``split.groupBy`` names, as text.
+
+    Raises:
+        DataError: 'MissingField'.
+    """
+    return json.dumps(_present(record, field), sort_keys=True, ensure_ascii=False, default=str)
+
+
+def names_of(record: Record) -> str:
+    """The record's field names, for messages."""
+    return ", ".join(str(name) for name in list(record.fields)[:20])
+
+
+def missing_field(record: Record, field: str, why: str = "is missing") -> DataError:
+    """The error of a record without a needed field."""
+    return DataError(
+        "MissingField",
+        f"{record.where}: field {field!r} {why}; the record has {names_of(record)}. Correct the"
+        " record, or set format or template on the data source",
+    )
+
+
+def _present(record: Record, field: str) -> Any:
+    value = record.fields.get(field)
+    if value is None:
+        raise missing_field(record, field, "is null" if field in record.fields else "is missing")
+    return value
+
+
+def _text(record: Record, field: str) -> str:
+    value = _present(record, field)
+    if not isinstance(value, str):
+        raise _wrong_type(record, field, "a string", value)
+    return value
+
+
+def _label(record: Record) -> str:
+    value = _present(record, "label")
+    if isinstance(value, bool):
+        return json.dumps(value)
+    if not isinstance(value, str | int):
+        raise _wrong_type(record, "label", "a string, a whole number or a boolean", value)
+    return str(value)
+
+
+def _messages(record: Record) -> list[Message]:
+    turns = _present(record, "messages")
+    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
+        raise _wrong_type(record, "messages", "a list of at least one message", turns)
+    messages = []
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, Mapping):
+            raise _wrong_type(record, f"messages[{i}]", "an object of role and content", turn)
+        for key in ("role", "content"):
+            if turn.get(key) is None:
+                raise missing_field(record, f"messages[{i}].{key}")
+            if not isinstance(turn[key], str):
+                raise _wrong_type(record, f"messages[{i}].{key}", "a string", turn[key])
+        messages.append({key: value for key, value in turn.items() if value is not None})
+    return messages
+
+
+def _wrong_type(record: Record, field: str, wanted: str, value: Any) -> DataError:
+    shown = json.dumps(value, ensure_ascii=False, default=str)
+    shown = shown if len(shown) <= 60 else f"{shown[:59]}…"
+    return DataError(
+        "WrongType",
+        f"{record.where}: field {field!r} must be {wanted}; got {shown}. Correct the record, or set"
+        " format or template on the data source",
+    )

@@ -1,0 +1,111 @@
+"""Where samples go: a writer for each side of the split, a report for each source, one manifest."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from finetune_api.spec import Format
+from finetune_trainer.objects import ObjectStore
+from finetune_trainer.prepare.digest import Source
+from finetune_trainer.prepare.manifest import (
+    FORMAT_VERSION,
+    DataFile,
+    DataManifest,
+    DataSet,
+    write_manifest,
+)
+from finetune_trainer.prepare.report import SideReport, SourceReport
+from finetune_trainer.prepare.split import SIDES, Side
+from finetune_trainer.prepare.tokens import Sample
+from finetune_trainer.prepare.writer import SplitWriter
+
+
+class Output:
+    """The prepared data that is being written.
+
+    Args:
+        store: where it goes.
+        uri: its prefix.
+        digest: its content digest.
+        scratch: folder for files on their way.
+    """
+
+    def __init__(self, store: ObjectStore, uri: str, digest: str, scratch: Path) -> None:
+        scratch.mkdir(parents=True, exist_ok=True)
+        self._store, self._uri, self._digest, self._scratch = store, uri, digest, scratch
+        self._writers = {side: SplitWriter(store, uri, scratch, side) for side in SIDES}
+        self._reports: list[SourceReport] = []
+        self._sets: list[tuple[Side, SourceReport]] = []
+        self._stops: set[int] = set()
+
+    def begin(self, source: Source, form: Format) -> SourceReport:
+        """The samples that follow are of this source; returns its report, for counts of what is
+        not added."""
+        size = sum(o.size for o in source.objects)
+        self._reports.append(SourceReport(source.name, form, len(source.objects), size))
+        return self._reports[-1]
+
+    def add(self, sample: Sample, side: Side, *, stops: bool) -> None:
+        """Count and write a sample; ``stops``: its last token ends an answer."""
+        report = self._reports[-1]
+        if side not in report.sides:
+            self._writers[side].begin_set(len(self._sets), report.name)
+            self._sets.append((side, report))
+            report.sides[side] = SideReport()
+        report.sides[side].add(sample)
+        self._writers[side].add(sample)
+        if stops:
+            self._stops.add(int(sample.ids[-1]))
+
+    def samples(self, side: Side) -> int:
+        """Samples added to a side."""
+        return sum(report.sides[s].samples for s, report in self._sets if s == side)
+
+    def dropped(self) -> dict[str, int]:
+        """Records left out so far, by cause."""
+        causes: Counter[str] = Counter()
+        for report in self._reports:
+            causes.update(report.dropped)
+        return {cause: count for cause, count in causes.items() if count}
+
+    def finish(self, max_length: int) -> DataManifest:
+        """Write what waits, the report and, last, the manifest."""
+        for writer in self._writers.values():
+            writer.close()
+        files = [file for writer in self._writers.values() for file in writer.files]
+        files.append(self._write_report())
+        train = [report.sides[side] for side, report in self._sets if side == "train"]
+        manifest = DataManifest(
+            version=FORMAT_VERSION,
+            digest=self._digest,
+            sets=[_entry(side, report) for side, report in self._sets],
+            shards={side: self._writers[side].shards for side in SIDES},
+            max_length=max_length,
+            max_completion_tokens=max(side.longest_completion for side in train),
+            stop_token_ids=sorted(self._stops),
+            dropped=self.dropped(),
+            files=files,
+        )
+        write_manifest(self._store, self._uri, manifest)
+        return manifest
+
+    def _write_report(self) -> DataFile:
+        path = self._scratch / "report.json"
+        report = {"digest": self._digest, "sources": [r.to_json() for r in self._reports]}
+        path.write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+        info = self._store.upload(path, f"{self._uri}/{path.name}")
+        return DataFile(name=path.name, bytes=info.bytes, sha256=info.sha256)
+
+
+def _entry(side: Side, report: SourceReport) -> DataSet:
+    found = report.sides[side]
+    return DataSet(
+        split=side,
+        name=report.name,
+        format=report.format,
+        samples=found.samples,
+        tokens=found.tokens,
+        supervised=found.supervised,
+    )

@@ -1,0 +1,165 @@
+"""The prepare stage, from top to bottom: everything that can be wrong is found here, without a GPU.
+
+access → tokenizer → sources → digest → (reused, or: samples → shards → report → manifest)
+       → prepared.json
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from finetune_api.identity import data_uri
+from finetune_api.order import RunOrder
+from finetune_api.results import PreparedSummary
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer import modelfiles, runfiles
+from finetune_trainer.failures import UserError
+from finetune_trainer.metricnames import check_metrics
+from finetune_trainer.objects import ObjectStore, Stores, check_conditions, file_info
+from finetune_trainer.prepare.digest import Source, content_digest
+from finetune_trainer.prepare.manifest import DataManifest, is_complete, read_manifest
+from finetune_trainer.prepare.output import Output
+from finetune_trainer.prepare.reader import Say
+from finetune_trainer.prepare.sampling import write_samples
+from finetune_trainer.prepare.sources import resolve
+from finetune_trainer.prepare.split import SIDES
+from finetune_trainer.prepare.tokens import Model, Tokens
+from finetune_trainer.schedule import steps_of
+
+DEFAULT_MAX_LENGTH = 2048
+"""Longest sample where neither the spec nor the model asks for less."""
+
+
+def prepare(
+    order: RunOrder, stores: Stores, scratch: Path, say: Say = lambda reading: None
+) -> PreparedSummary:
+    """Prepare the data of a run, or find it prepared, and say so in the run's ``prepared.json``.
+
+    Args:
+        scratch: folder for temporary files.
+        say: is told how far the reading is, about once a second of work.
+
+    Raises:
+        UserError, DataError, StorageDenied, StorageUnavailable: with the remedy.
+    """
+    spec = order.spec
+    check_access(spec, stores.default)
+    model = load_model(order, stores, scratch / "tokenizer")
+    sources = find_sources(spec, stores)
+    files = modelfiles.tokenizer_files(scratch / "tokenizer")
+    tokenizer = {file.name: file_info(file).sha256 for file in files}
+    digest = content_digest(spec.data, sources, tokenizer, model.max_length)
+    uri = data_uri(spec.effective_workspace, digest)
+
+    manifest = read_manifest(stores.default, uri)
+    reused = manifest is not None and is_complete(stores.default, uri, manifest)
+    if manifest is None or not reused:
+        output = Output(stores.default, uri, digest, scratch / "prepared")
+        manifest = write_samples(spec.data, sources, model, output, say)
+    check_metrics(
+        spec, {side: [s.format for s in manifest.sets if s.split == side] for side in SIDES}
+    )
+    summary = summarise(spec, manifest, uri, reused)
+    runfiles.write_prepared(stores.default, order.run_uri, summary)
+    return summary
+
+
+def check_access(spec: FineTuneJobSpec, store: ObjectStore) -> None:
+    """Prove that working files and result can be written, and safely.
+
+    Raises:
+        StorageDenied, StorageUnavailable: where they cannot.
+        UserError: 'StoreIgnoresConditions'.
+    """
+    check_conditions(store, spec.effective_workspace)
+    probe = f"{spec.output.destination.rstrip('/')}/.write-probe"
+    store.put(probe, b"")
+    store.delete([probe])
+
+
+def load_model(order: RunOrder, stores: Stores, folder: Path) -> Model:
+    """Tokenizer and bounds of the base model, whose weights are looked for but not fetched.
+
+    Raises:
+        UserError: where the model is not there or unknown, or maxLength is above its maximum.
+    """
+    spec = order.spec
+    source = spec.model.source
+    modelfiles.fetch_tokenizer(order, stores, folder)
+    limits = modelfiles.read_limits(folder, source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise UserError(
+            "UnsupportedTokenizer",
+            f"{source}: transformers cannot load its tokenizer: {str(error).splitlines()[0]}; a"
+            " model folder needs tokenizer.json and tokenizer_config.json",
+        ) from None
+    return Model(
+        source=source,
+        tokenizer=tokenizer,
+        tokens=Tokens(tokenizer, source, limits.vocabulary),
+        max_length=max_length_of(spec, limits.max_length),
+    )
+
+
+def max_length_of(spec: FineTuneJobSpec, model_maximum: int | None) -> int:
+    """Most tokens of a sample: the spec's, else the model's maximum but at most
+    ``DEFAULT_MAX_LENGTH``.
+
+    Raises:
+        UserError: 'MaxLengthTooLong' where the spec's is above the model's maximum.
+    """
+    wanted = spec.training.max_length
+    if wanted is None:
+        return min(model_maximum or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
+    if model_maximum is not None and wanted > model_maximum:
+        raise UserError(
+            "MaxLengthTooLong",
+            f"spec.training.maxLength: {wanted} is more than the {model_maximum} positions of the"
+            f" model ({spec.model.source}, max_position_embeddings); lower it",
+        )
+    return wanted
+
+
+def find_sources(spec: FineTuneJobSpec, stores: Stores) -> list[Source]:
+    """Every data source of the spec with its objects, in the order of the lists.
+
+    Raises:
+        UserError: 'NoObjects'; 'DuplicateName' where a given name is another's default.
+    """
+    data = spec.data
+    found = []
+    for side, listed in zip(SIDES, (data.train, data.validation, data.test), strict=True):
+        names = [source.name or f"{side}-{i}" for i, source in enumerate(listed or ())]
+        for name, source in zip(names, listed or (), strict=True):
+            if names.count(name) > 1:
+                raise UserError(
+                    "DuplicateName",
+                    f"spec.data.{side}: {name!r} is the name of one set and the default name of"
+                    " another; name both",
+                )
+            objects = resolve(source.source, stores.of(source.storage))
+            found.append(Source(side, name, source, objects))
+    return found
+
+
+def summarise(
+    spec: FineTuneJobSpec, manifest: DataManifest, uri: str, reused: bool
+) -> PreparedSummary:
+    """What prepare found, in numbers."""
+    train = [s for s in manifest.sets if s.split == "train"]
+    return PreparedSummary(
+        digest=manifest.digest,
+        uri=uri,
+        reused=reused,
+        train_samples=manifest.samples("train"),
+        validation_samples=manifest.samples("validation"),
+        test_samples=manifest.samples("test"),
+        train_tokens=sum(s.tokens for s in train),
+        supervised_tokens=sum(s.supervised for s in train),
+        dropped=manifest.dropped,
+        total_steps=steps_of(spec, manifest.samples("train")),
+    )

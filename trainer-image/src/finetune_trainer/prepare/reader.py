@@ -1,0 +1,104 @@
+"""Reads data sources as batches of drafts, and tells how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO, Final
+
+from finetune_api.spec import Data, Format
+from finetune_trainer.failures import DataError
+from finetune_trainer.prepare.chat import ChatTemplate
+from finetune_trainer.prepare.digest import Source
+from finetune_trainer.prepare.drafts import Draft, drafter
+from finetune_trainer.prepare.formats import detect_format
+from finetune_trainer.prepare.records import Record, read_records
+from finetune_trainer.prepare.tokens import Model
+
+BATCH: Final = 512
+"""Most records that are held as text at once."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How far the reading is."""
+
+    set: str
+    """Name of the set that is read."""
+    records: int
+    """Records read, of all sets."""
+    bytes: int
+    """Bytes read, of all objects, as they are stored."""
+    total_bytes: int
+    """Size of all objects."""
+
+
+Say = Callable[[Reading], None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some records of a source."""
+
+    records: int
+    drafts: list[Draft]
+
+
+class Reader:
+    """Reads the sources of a run, one after the other."""
+
+    def __init__(self, sources: Sequence[Source], say: Say) -> None:
+        self._say = say
+        self._total = sum(o.size for source in sources for o in source.objects)
+        self._records = 0
+        self._done = 0
+        self._stream: BinaryIO | None = None
+
+    def open(self, source: Source, data: Data, model: Model) -> tuple[Format, Iterator[Batch]]:
+        """Format of a source, found out from its first record where the spec names none, and its
+        batches.
+
+        Raises:
+            DataError: 'EmptyDataSet' where it has no record; what is wrong with a record, also
+                from the iterator.
+        """
+        records = self._read(source)
+        first = next(records, None)
+        if first is None:
+            raise DataError(
+                "EmptyDataSet",
+                f"data set {source.name!r} is empty: {source.spec.source} matches"
+                f" {len(source.objects)} objects, but they hold no record; correct the data source",
+            )
+        form = source.spec.format or (
+            "PromptCompletion" if source.spec.template else detect_format(first)
+        )
+        chat = ChatTemplate(model.tokenizer, model.source) if form == "Messages" else None
+        group_by = data.split.group_by if source.side == "train" else None
+        make = drafter(source.spec, form, group_by, chat)
+
+        def batches() -> Iterator[Batch]:
+            drafts, count = make(first), 1
+            for record in records:
+                if count == BATCH:
+                    yield Batch(count, drafts)
+                    self._tell(source, count)
+                    drafts, count = [], 0
+                drafts += make(record)
+                count += 1
+            yield Batch(count, drafts)
+            self._tell(source, count)
+
+        return form, batches()
+
+    def _read(self, source: Source) -> Iterator[Record]:
+        for item in source.objects:
+            with item.open() as self._stream:
+                yield from read_records(item.uri, self._stream)
+            self._stream = None
+            self._done += item.size
+
+    def _tell(self, source: Source, count: int) -> None:
+        self._records += count
+        at = self._stream.tell() if self._stream is not None else 0
+        self._say(Reading(source.name, self._records, self._done + at, self._total))

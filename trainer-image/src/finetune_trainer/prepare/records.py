@@ -1,0 +1,158 @@
+"""Records out of objects: JSON Lines (plain, gzip) and Parquet, one at a time.
+
+Memory is flat: an object is a stream, never a list. Every record knows the object and the line (or
+row) that it came from, and so does every complaint about one.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from finetune_trainer.failures import DataError, UserError
+
+Fields = dict[str, Any]
+
+SUFFIXES: Final = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+"""Endings of object names that are read."""
+
+PARQUET_ROWS: Final = 1024
+"""Rows that are decoded at once."""
+
+_SHOWN: Final = 60
+"""Characters of a faulty line that a message shows around the fault."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record and where it stands."""
+
+    fields: Fields
+    uri: str
+    place: str
+    """``line 3`` or ``row 3``, counted from 1."""
+
+    @property
+    def where(self) -> str:
+        """``s3://bucket/key, line 3``."""
+        return f"{self.uri}, {self.place}"
+
+
+def readable(uri: str) -> bool:
+    """Whether the object's name ends in one of ``SUFFIXES``."""
+    return uri.endswith(SUFFIXES)
+
+
+def read_records(uri: str, stream: BinaryIO) -> Iterator[Record]:
+    """All records of one object, in order; empty lines are passed over.
+
+    Args:
+        uri: the object's address; its ending tells how it is read.
+        stream: the object, from its beginning (seekable, for Parquet).
+
+    Raises:
+        UserError: 'UnknownObjectType' for another ending.
+        DataError: 'MalformedRecord' (uri, line, column, text) where a line is no JSON object, or
+            'MalformedObject' where the object as a whole cannot be read.
+    """
+    if not readable(uri):
+        raise UserError(
+            "UnknownObjectType",
+            f"{uri}: the name must end in one of {', '.join(SUFFIXES)}; rename the object, or give"
+            " a pattern that leaves it out",
+        )
+    if uri.endswith(".parquet"):
+        yield from _read_parquet(uri, stream)
+    elif uri.endswith(".gz"):
+        yield from _read_lines(uri, _decompressed(uri, stream))
+    else:
+        yield from _read_lines(uri, stream)
+
+
+def _decompressed(uri: str, stream: BinaryIO) -> Iterator[bytes]:
+    lines = 0
+    try:
+        with gzip.open(stream) as plain:
+            for line in plain:
+                yield line
+                lines += 1
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(
+            "MalformedObject",
+            f"{uri}: the gzip data is damaged after line {lines} ({error}); upload it again",
+        ) from None
+
+
+def _read_lines(uri: str, lines: Iterator[bytes] | BinaryIO) -> Iterator[Record]:
+    for number, line in enumerate(lines, start=1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if not line.isspace() and line:
+            yield Record(_parse(uri, number, line), uri, f"line {number}")
+
+
+def _parse(uri: str, number: int, line: bytes) -> Fields:
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            "MalformedRecord",
+            f"{uri}, line {number}, byte {error.start + 1}: not UTF-8 text"
+            f" ({line[error.start : error.start + 8]!r}); convert the file to UTF-8",
+        ) from None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            "MalformedRecord",
+            f"{uri}, line {number}, column {error.pos + 1}: not JSON: {error.msg} at"
+            f" {_excerpt(text, error.pos)}; each line must be one whole JSON object",
+        ) from None
+    except RecursionError:
+        raise DataError(
+            "MalformedRecord", f"{uri}, line {number}: nested too deeply; flatten the record"
+        ) from None
+    if not isinstance(value, dict) or not value:
+        kind = "an empty object" if value == {} else f"a JSON {_kind(value)}"
+        raise DataError(
+            "MalformedRecord",
+            f"{uri}, line {number}, column 1: {kind}: {_excerpt(text, 0)}; each line must be one"
+            " JSON object with fields",
+        )
+    return value
+
+
+def _excerpt(text: str, position: int) -> str:
+    """The text around a position, at most ``_SHOWN`` characters, quoted."""
+    start = max(0, min(position - _SHOWN // 3, len(text) - _SHOWN))
+    part = text[start : start + _SHOWN].rstrip("\n")
+    return repr(f"{'…' if start else ''}{part}{'…' if start + _SHOWN < len(text) else ''}")
+
+
+def _kind(value: Any) -> str:
+    """What JSON calls a value."""
+    names = {list: "array", str: "string", bool: "boolean", type(None): "null", dict: "object"}
+    return names.get(type(value), "number")
+
+
+def _read_parquet(uri: str, stream: BinaryIO) -> Iterator[Record]:
+    row = 0
+    try:
+        table = pq.ParquetFile(pa.PythonFile(stream, mode="r"))
+        for batch in table.iter_batches(batch_size=PARQUET_ROWS):
+            for fields in batch.to_pylist():
+                row += 1
+                yield Record(fields, uri, f"row {row}")
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise DataError(
+            "MalformedObject",
+            f"{uri}: cannot be read as Parquet after row {row}: {str(error).splitlines()[0]};"
+            " write the file again",
+        ) from None

@@ -1,0 +1,117 @@
+"""``report.json``: what was found in the data, for people who decide whether to trust it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from finetune_api.spec import Format
+from finetune_trainer.prepare.overlength import Cut
+from finetune_trainer.prepare.split import Side
+from finetune_trainer.prepare.tokens import Sample
+
+PREVIEWS: Final = 3
+"""Samples of each set and side that the report shows."""
+
+PREVIEW_CHARACTERS: Final = 2000
+LABELS_SHOWN: Final = 200
+_PERCENTILES: Final = (0, 10, 50, 90, 99, 100)
+
+
+@dataclass
+class SideReport:
+    """Samples of one source on one side. Lengths are counted, not listed, so that memory does not
+    grow with the data."""
+
+    samples: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    longest_completion: int = 0
+    lengths: Counter[int] = field(default_factory=Counter)
+    labels: Counter[str] = field(default_factory=Counter)
+    previews: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, sample: Sample) -> None:
+        """Count a sample."""
+        length = len(sample.ids)
+        self.samples += 1
+        self.tokens += length
+        self.supervised += sample.supervised
+        self.longest_completion = max(self.longest_completion, length - sample.prompt_length)
+        self.lengths[length] += 1
+        if sample.draft.label is not None:
+            self.labels[sample.draft.label] += 1
+        if len(self.previews) < PREVIEWS:
+            self.previews.append(_preview(sample))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "supervisedTokens": self.supervised,
+            "supervisedShare": round(self.supervised / max(1, self.tokens), 4),
+            "lengthPercentiles": percentiles(self.lengths),
+            "labels": dict(self.labels.most_common(LABELS_SHOWN)),
+            "distinctLabels": len(self.labels),
+            "previews": self.previews,
+        }
+
+
+@dataclass
+class SourceReport:
+    """One data source."""
+
+    name: str
+    format: Format
+    objects: int
+    bytes: int
+    records: int = 0
+    duplicates: int = 0
+    cuts: Counter[Cut] = field(default_factory=Counter)
+    sides: dict[Side, SideReport] = field(default_factory=dict)
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Records left out, by cause."""
+        return {"Duplicate": self.duplicates, "Overlength": self.cuts["Dropped"]}
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "format": self.format,
+            "objects": self.objects,
+            "bytes": self.bytes,
+            "records": self.records,
+            "dropped": self.dropped,
+            "truncated": {
+                "promptBeginning": self.cuts["Prompt"],
+                "completionEnd": self.cuts["Completion"],
+            },
+            "splits": {side: report.to_json() for side, report in self.sides.items()},
+        }
+
+
+def percentiles(counts: Counter[int]) -> dict[str, int]:
+    """Exact percentiles (nearest rank) of counted values: ``{"p50": 17, …}``."""
+    if not counts:
+        return {}
+    total, ordered = sum(counts.values()), sorted(counts)
+    found = {}
+    for percent in _PERCENTILES:
+        rank, passed = max(1, -(-percent * total // 100)), 0
+        for value in ordered:
+            passed += counts[value]
+            if passed >= rank:
+                found[f"p{percent}"] = value
+                break
+    return found
+
+
+def _preview(sample: Sample) -> dict[str, Any]:
+    parts: list[dict[str, Any]] = []
+    room = PREVIEW_CHARACTERS
+    for part in sample.draft.parts:
+        parts.append({"text": part.text[:room], "learned": part.learned})
+        room = max(0, room - len(part.text))
+    return {"where": sample.draft.where, "tokens": len(sample.ids), "parts": parts}

@@ -1,0 +1,84 @@
+"""From sources to shards in one pass, batch by batch: memory does not grow with the data.
+
+records → drafts ─(duplicates)→ split ─→ tokens ─(overlength)→ shards, counted on the way
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from finetune_api.spec import Data
+from finetune_trainer.failures import DataError
+from finetune_trainer.prepare.digest import Source
+from finetune_trainer.prepare.drafts import Draft
+from finetune_trainer.prepare.duplicates import Seen, digest_of
+from finetune_trainer.prepare.manifest import DataManifest
+from finetune_trainer.prepare.output import Output
+from finetune_trainer.prepare.overlength import fit
+from finetune_trainer.prepare.reader import Reader, Say
+from finetune_trainer.prepare.report import SourceReport
+from finetune_trainer.prepare.split import Shares, Side, side_of
+from finetune_trainer.prepare.tokens import Model
+
+
+def write_samples(
+    data: Data, sources: Sequence[Source], model: Model, output: Output, say: Say
+) -> DataManifest:
+    """Write the prepared data of all sources; the manifest last.
+
+    Raises:
+        DataError: naming the record that cannot be used; 'EmptyDataSet' naming the set.
+        UserError: where the model's tokenizer fits neither the model nor the data.
+    """
+    reader = Reader(sources, say)
+    seen = Seen() if data.quality.deduplicate else None
+    for source in sources:
+        form, batches = reader.open(source, data, model)
+        report = output.begin(source, form)
+        shares = _shares(data, source.side)
+        for batch in batches:
+            report.records += batch.records
+            drafts = batch.drafts
+            if seen is not None and source.side == "train":
+                drafts = _without_duplicates(drafts, seen, report)
+            for sample in model.tokens.samples(drafts):
+                fitted, cut = fit(
+                    sample, model.max_length, data.quality.overlength, model.tokens.bos_id
+                )
+                report.cuts[cut] += 1
+                if fitted is not None:
+                    side = side_of(sample.draft.group, shares) if shares else source.side
+                    output.add(fitted, side, stops=cut != "Completion")
+        if source.side != "train" and not report.sides:
+            raise _empty(source.name, f"all {report.records} records exceed training.maxLength")
+    if not output.samples("train"):
+        raise _empty("train", _where_training_went(output))
+    return output.finish(model.max_length)
+
+
+def _shares(data: Data, side: Side) -> Shares | None:
+    """What is held out of a source: nothing of a set for validation or test, and no share for
+    which a set is given."""
+    if side != "train":
+        return None
+    return Shares(
+        validation=0.0 if data.validation else float(data.split.validation),
+        test=0.0 if data.test else float(data.split.test),
+        seed=data.split.seed,
+    )
+
+
+def _without_duplicates(drafts: list[Draft], seen: Seen, report: SourceReport) -> list[Draft]:
+    known = seen.add([digest_of(part.text for part in draft.parts) for draft in drafts])
+    report.duplicates += sum(known)
+    return [draft for draft, old in zip(drafts, known, strict=True) if not old]
+
+
+def _empty(name: str, why: str) -> DataError:
+    return DataError("EmptyDataSet", f"data set {name!r} is empty: {why}; correct data or spec")
+
+
+def _where_training_went(output: Output) -> str:
+    held = output.samples("validation") + output.samples("test")
+    dropped = ", ".join(f"{cause} {n}" for cause, n in output.dropped().items() if n)
+    return f"no record is left to train on (held out: {held}; left out: {dropped or 'none'})"

@@ -1,0 +1,232 @@
+"""Prepared data as later stages read it: samples by position, from memory-mapped shards.
+
+A shard is an Arrow IPC file of one record batch; reading a sample is two look-ups in its offsets
+and a slice, without a copy. Shards are fetched when they are first asked for, checked against the
+manifest, and shared by the processes of a pod.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from finetune_trainer.failures import DataError
+from finetune_trainer.objects import ObjectStore, file_info
+from finetune_trainer.prepare.manifest import DataManifest, read_manifest
+from finetune_trainer.prepare.split import Side
+
+TOKEN_SCHEMA: Final = pa.schema(
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("spans", pa.list_(pa.int32())),
+        ("prompt_length", pa.int32()),
+    ]
+)
+"""Columns of a training shard. ``spans`` holds start, end, start, end … of the learned tokens;
+``prompt_length`` counts the tokens before the last of them."""
+
+REFERENCE_SCHEMA: Final = pa.schema(
+    [*TOKEN_SCHEMA, ("prompt", pa.string()), ("completion", pa.string()), ("label", pa.string())]
+)
+"""Columns of validation and test shards: besides, the text of prompt and right answer."""
+
+INDEX_SCHEMA: Final = pa.schema(
+    [
+        ("set", pa.uint16()),
+        ("length", pa.int32()),
+        ("supervised", pa.int32()),
+        ("shard", pa.uint32()),
+        ("row", pa.uint32()),
+    ]
+)
+"""Columns of an index; its rows stand in the order of the records."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """One row a sample, as arrays of shape [samples]."""
+
+    set: npt.NDArray[np.uint16]
+    """Position of its set in the manifest."""
+    length: npt.NDArray[np.int32]
+    """Tokens."""
+    supervised: npt.NDArray[np.int32]
+    """Tokens that are learned (the first token of a sample never is)."""
+    shard: npt.NDArray[np.uint32]
+    """Position of its shard in the manifest's list of the split."""
+    row: npt.NDArray[np.uint32]
+    """Row in the shard."""
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+
+@dataclass(frozen=True)
+class TokenSample:
+    """One sample."""
+
+    ids: npt.NDArray[np.int32]
+    """Token ids, shape [tokens]; read-only."""
+    supervised: npt.NDArray[np.bool_]
+    """Which of them are learned, shape [tokens]."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A prompt and its right answer."""
+
+    prompt_ids: npt.NDArray[np.int32]
+    """Tokens before the (last) answer, exactly as in training, shape [tokens]."""
+    prompt: str
+    """The prompt's text, uncut."""
+    completion: str
+    """The right answer, uncut."""
+    label: str | None
+    """The right label, for Classification."""
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One mapped shard; arrays are views of the file."""
+
+    batch: Any
+    ids: npt.NDArray[np.int32]
+    starts: npt.NDArray[np.int32]
+    spans: npt.NDArray[np.int32]
+    span_starts: npt.NDArray[np.int32]
+    prompt_length: npt.NDArray[np.int32]
+
+    def ids_of(self, row: int) -> npt.NDArray[np.int32]:
+        return self.ids[self.starts[row] : self.starts[row + 1]]
+
+    def sample(self, row: int) -> TokenSample:
+        ids = self.ids_of(row)
+        supervised = np.zeros(len(ids), np.bool_)
+        spans = self.spans[self.span_starts[row] : self.span_starts[row + 1]]
+        for start, end in spans.reshape(-1, 2).tolist():
+            supervised[start:end] = True
+        return TokenSample(ids, supervised)
+
+    def reference(self, row: int) -> Reference:
+        text = {name: self.batch.column(name)[row].as_py() for name in _TEXTS}
+        return Reference(self.ids_of(row)[: self.prompt_length[row]], **text)
+
+
+_TEXTS: Final = ("prompt", "completion", "label")
+
+
+class PreparedData:
+    """The prepared data of a run. ``open`` makes it; may be shared by threads.
+
+    Raises (every method that reads):
+        DataError: 'PreparedDataDamaged' where a file is not what the manifest says.
+    """
+
+    def __init__(self, store: ObjectStore, uri: str, cache: Path, manifest: DataManifest) -> None:
+        self.manifest = manifest
+        self._store = store
+        self._uri = uri
+        self._cache = cache
+        self._indexes: dict[Side, Index] = {}
+        self._shards: dict[str, _Shard] = {}
+
+    @classmethod
+    def open(cls, store: ObjectStore, uri: str, cache: Path) -> PreparedData:
+        """The prepared data at ``uri``; its files are kept in ``cache`` once they are read.
+
+        Raises:
+            DataError: 'PreparedDataMissing' where it is not complete.
+        """
+        manifest = read_manifest(store, uri)
+        if manifest is None:
+            raise DataError(
+                "PreparedDataMissing",
+                f"{uri}/manifest.json: the prepared data is not there any more; set a new"
+                " spec.rerunToken to prepare it again",
+            )
+        return cls(store, uri, cache, manifest)
+
+    def set_names(self, split: Side) -> list[tuple[int, str]]:
+        """Number (in the index' column ``set``) and name of every set of a split."""
+        return [(i, s.name) for i, s in enumerate(self.manifest.sets) if s.split == split]
+
+    def index(self, split: Side) -> Index:
+        """The index of a split."""
+        if split not in self._indexes:
+            table = pa.ipc.open_file(pa.memory_map(str(self._fetch(index_name(split))))).read_all()
+            columns = {name: table[name].to_numpy() for name in INDEX_SCHEMA.names}
+            self._indexes[split] = Index(**columns)
+        return self._indexes[split]
+
+    def samples(self, split: Side, positions: Sequence[int]) -> list[TokenSample]:
+        """Samples at positions of the split's index."""
+        return [shard.sample(row) for shard, row in self._rows(split, positions)]
+
+    def references(self, split: Side, positions: Sequence[int]) -> list[Reference]:
+        """Prompts and right answers at positions of the index of a held-out split (the shards of
+        the training split keep no text)."""
+        return [shard.reference(row) for shard, row in self._rows(split, positions)]
+
+    def _rows(self, split: Side, positions: Sequence[int]) -> list[tuple[_Shard, int]]:
+        index, names = self.index(split), self.manifest.shards[split]
+        return [(self._shard(names[index.shard[p]]), int(index.row[p])) for p in positions]
+
+    def _shard(self, name: str) -> _Shard:
+        shard = self._shards.get(name)
+        if shard is None:
+            shard = self._shards[name] = _map_shard(self._fetch(name))
+        return shard
+
+    def _fetch(self, name: str) -> Path:
+        """The file in the cache, fetched by the first process of the pod that needs it."""
+        entry = self.manifest.file(name)
+        path = self._cache / self.manifest.digest / name
+        if path.exists():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if path.exists():
+                return path
+            fresh = path.with_suffix(".part")
+            self._store.download(f"{self._uri}/{name}", fresh)
+            found = file_info(fresh)
+            if (found.bytes, found.sha256) != (entry.bytes, entry.sha256):
+                raise DataError(
+                    "PreparedDataDamaged",
+                    f"{self._uri}/{name}: {found.bytes} bytes with sha256 {found.sha256}, but the"
+                    f" manifest says {entry.bytes} and {entry.sha256}; delete {self._uri}/ and set"
+                    " a new spec.rerunToken to prepare the data again",
+                )
+            fresh.rename(path)
+        return path
+
+
+def index_name(split: Side) -> str:
+    """File of a split's index."""
+    return f"index-{split}.arrow"
+
+
+def shard_name(split: Side, name: str, number: int) -> str:
+    """File of a shard."""
+    return f"shards/{split}-{name}-{number:05d}.arrow"
+
+
+def _map_shard(path: Path) -> _Shard:
+    batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+    ids, spans = batch.column("input_ids"), batch.column("spans")
+    return _Shard(
+        batch=batch,
+        ids=ids.values.to_numpy(),
+        starts=ids.offsets.to_numpy(),
+        spans=spans.values.to_numpy(),
+        span_starts=spans.offsets.to_numpy(),
+        prompt_length=batch.column("prompt_length").to_numpy(),
+    )

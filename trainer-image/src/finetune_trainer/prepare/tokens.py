@@ -1,0 +1,158 @@
+"""From drafts to samples: token ids, and which of them are learned.
+
+Every part of a draft is tokenized by itself (``drafts`` says why). A later part is tokenized as
+text that goes on, not as text that begins: some tokenizers put a space before the beginning, which
+would stand in the middle of the sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune_trainer.failures import DataError, UserError
+from finetune_trainer.prepare.drafts import Draft, nothing_learned
+
+Ids = npt.NDArray[np.int32]
+Span = tuple[int, int]
+"""Start and end of learned tokens."""
+
+_PROBE: Final = "a b"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A tokenized draft."""
+
+    draft: Draft
+    ids: Ids
+    """Token ids, shape [tokens]."""
+    spans: tuple[Span, ...]
+    """Learned tokens, ascending. Position 0 is never among them: nothing precedes it that it could
+    be predicted from, so counts of learned tokens are the loss' exact denominators."""
+    prompt_length: int
+    """Tokens before the last learned span: the prompt when text is generated."""
+
+    @property
+    def supervised(self) -> int:
+        """Number of learned tokens."""
+        return sum(end - start for start, end in self.spans)
+
+
+class Tokens:
+    """A tokenizer, with its marks.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        model: the model's address, for messages.
+        vocabulary: rows of the model's embedding.
+
+    Raises:
+        UserError: 'NoEndToken' where the tokenizer has no end-of-sequence token.
+    """
+
+    def __init__(self, tokenizer: Any, model: str, vocabulary: int) -> None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                "NoEndToken",
+                f"{model}: its tokenizer names no eos_token, so the model could not learn to stop;"
+                " set eos_token in tokenizer_config.json",
+            )
+        self._tokenizer = tokenizer
+        self._model = model
+        self._vocabulary = vocabulary
+        self._fast = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
+        self.eos_id: Final[int] = tokenizer.eos_token_id
+        self.prefix: Final[tuple[int, ...]] = self._marks_at_start()
+        """What the tokenizer puts before a text (beginning-of-sequence), mostly one token or
+        none."""
+        self.bos_id: Final[int | None] = self.prefix[0] if self.prefix else tokenizer.bos_token_id
+        """The token that samples begin with, if any; a chat template writes it itself."""
+        self._lead = self._lead_of_continuation()
+
+    def samples(self, drafts: Sequence[Draft]) -> list[Sample]:
+        """Tokenize a batch of drafts.
+
+        Raises:
+            DataError: 'NothingSupervised' or 'EmptyPrompt', naming the record.
+            UserError: 'VocabularyMismatch' where a token is none of the model's.
+        """
+        texts = [
+            self._lead + part.text if i else part.text
+            for draft in drafts
+            for i, part in enumerate(draft.parts)
+        ]
+        ids = iter(self._encode(texts))
+        return [self._assemble(draft, ids) for draft in drafts]
+
+    def _assemble(self, draft: Draft, encoded: Iterable[list[int]]) -> Sample:
+        ids = list(self.prefix) if draft.framed else []
+        spans: list[Span] = []
+        source = iter(encoded)
+        for i, part in enumerate(draft.parts):
+            tokens = next(source)
+            start = len(ids)
+            ids += tokens[1:] if i and self._lead else tokens
+            if part.learned:
+                spans.append((start, len(ids)))
+        start, end = spans[-1]
+        if start == end:
+            raise nothing_learned(draft.where, "its completion has no token")
+        if draft.framed:
+            ids.append(self.eos_id)
+            spans[-1] = (start, end + 1)
+        if start == 0 and draft.prompt == "" and len(draft.parts) > 1:
+            raise DataError(
+                "EmptyPrompt",
+                f"{draft.where}: the prompt is empty, and the tokenizer has no token that begins a"
+                " text, so nothing could be generated from; give a prompt, or use format Text",
+            )
+        if max(ids) >= self._vocabulary:
+            raise self._mismatch(max(ids))
+        exact = tuple((max(1, start), end) for start, end in spans)
+        return Sample(draft, np.array(ids, np.int32), exact, start)
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        if self._fast is not None:
+            return [e.ids for e in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+        return list(self._tokenizer(texts, add_special_tokens=False)["input_ids"])
+
+    def _marks_at_start(self) -> tuple[int, ...]:
+        (plain,) = self._encode([_PROBE])
+        marked = list(self._tokenizer(_PROBE)["input_ids"])
+        for start in range(len(marked) - len(plain) + 1):
+            if marked[start : start + len(plain)] == plain:
+                return tuple(marked[:start])
+        return ()
+
+    def _lead_of_continuation(self) -> str:
+        """Text to put before a part so that it is tokenized as one that goes on; its single token
+        is taken off again. Empty where the tokenizer treats beginnings like the rest."""
+        eos = str(self._tokenizer.eos_token)
+        beginning, behind = self._encode([_PROBE, eos + _PROBE])
+        return eos if behind[:1] == [self.eos_id] and behind[1:] != beginning else ""
+
+    def _mismatch(self, token: int) -> UserError:
+        return UserError(
+            "VocabularyMismatch",
+            f"{self._model}: the tokenizer makes token {token}, but the model's vocabulary"
+            f" (vocab_size in config.json) has {self._vocabulary}; give model and tokenizer that"
+            " belong together",
+        )
+
+
+@dataclass(frozen=True)
+class Model:
+    """What prepare needs of the base model."""
+
+    source: str
+    """Its address, for messages."""
+    tokenizer: Any
+    """Its transformers tokenizer."""
+    tokens: Tokens
+    max_length: int
+    """Most tokens of a sample."""

@@ -1,0 +1,133 @@
+"""The small files of a run in object storage, between the stages: see docs/architecture.md.
+
+``prepared.json`` (prepare → train), ``baseline.json`` (train → train of a later attempt) and
+``result.json`` (train → publish).
+"""
+
+from __future__ import annotations
+
+import json
+
+from finetune_api.base import Model
+from finetune_api.results import Metrics, PreparedSummary, TrainSummary
+from finetune_trainer.objects import ObjectStore
+
+
+class CurvePoint(Model):
+    """One log point of the training."""
+
+    step: int
+    """Optimizer steps done."""
+    loss: float
+    """Training loss per supervised token since the point before, nats."""
+    learning_rate: float
+    """Learning rate of the last step."""
+    gradient_norm: float
+    """Norm of the last step's gradient before clipping."""
+
+
+class ValidationPoint(Model):
+    """One evaluation on the validation sets."""
+
+    step: int
+    """Optimizer steps done."""
+    sets: dict[str, Metrics]
+    """Metrics by set."""
+    overall: Metrics
+    """Metrics over all sets: losses by tokens, others by samples."""
+
+
+class Example(Model):
+    """One test sample with what the two models answer."""
+
+    prompt: str
+    """What both read."""
+    reference: str
+    """The right answer."""
+    untuned: str
+    """Answer of the model as it was."""
+    tuned: str
+    """Answer of the tuned model."""
+
+
+class SetBaseline(Model):
+    """Untuned scores of one test set, and its first answers."""
+
+    name: str
+    """Name of the set."""
+    samples: int
+    """Samples measured."""
+    metrics: Metrics
+    """Scores."""
+    answers: list[str]
+    """Answers to the first prompts, for the report."""
+
+
+class Baseline(Model):
+    """What the untuned model scores; measured once a run."""
+
+    sets: list[SetBaseline]
+    """By test set."""
+
+
+class RunResult(Model):
+    """What the gang leaves for publish."""
+
+    summary: TrainSummary
+    """As in the termination message."""
+    curve: list[CurvePoint]
+    """Training loss."""
+    validation: list[ValidationPoint]
+    """Validation on the way."""
+    examples: dict[str, list[Example]]
+    """Some answers by test set."""
+    trainable_parameters: int
+    """Parameters that were trained."""
+    total_parameters: int
+    """Parameters of the model, adapter included."""
+    versions: dict[str, str]
+    """Versions of the packages that matter."""
+    processes: int
+    """Processes of the attempt that finished."""
+    device: str
+    """What they ran on."""
+
+
+def read_prepared(store: ObjectStore, run_uri: str) -> PreparedSummary:
+    """Which data this run uses.
+
+    Raises:
+        ObjectNotFound: where prepare has not ended.
+    """
+    return PreparedSummary.model_validate_json(store.get(f"{run_uri}/prepared.json"))
+
+
+def write_prepared(store: ObjectStore, run_uri: str, summary: PreparedSummary) -> None:
+    store.put(f"{run_uri}/prepared.json", _text(summary))
+
+
+def read_baseline(store: ObjectStore, run_uri: str) -> Baseline | None:
+    """The untuned scores, or None where they were not measured yet."""
+    uri = f"{run_uri}/baseline.json"
+    return Baseline.model_validate_json(store.get(uri)) if store.head(uri) else None
+
+
+def write_baseline(store: ObjectStore, run_uri: str, baseline: Baseline) -> None:
+    store.put(f"{run_uri}/baseline.json", _text(baseline))
+
+
+def read_result(store: ObjectStore, run_uri: str) -> RunResult:
+    """What train left.
+
+    Raises:
+        ObjectNotFound: where train has not ended.
+    """
+    return RunResult.model_validate_json(store.get(f"{run_uri}/result.json"))
+
+
+def write_result(store: ObjectStore, run_uri: str, result: RunResult) -> None:
+    store.put(f"{run_uri}/result.json", _text(result))
+
+
+def _text(model: Model) -> bytes:
+    return (json.dumps(model.to_json(), ensure_ascii=False, indent=1) + "\n").encode()

@@ -1,0 +1,157 @@
+"""Everything a training process needs, built once, before the loop.
+
+    order ──► gang ──► data ──► model ──► plan, evaluator, checkpoints, telemetry
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from finetune_api.order import RunOrder
+from finetune_api.results import PreparedSummary
+from finetune_api.spec import FineTuneJobSpec, Metric
+from finetune_trainer import runfiles
+from finetune_trainer.checkpoint import Checkpoints
+from finetune_trainer.evaluate import Evaluator
+from finetune_trainer.gang import Gang, resolve_precision
+from finetune_trainer.loss import TokenLoss
+from finetune_trainer.metricnames import metrics_for
+from finetune_trainer.model import (
+    Parameters,
+    apply_method,
+    load_base,
+    load_tokenizer,
+    optimizer_groups,
+    parameter_counts,
+)
+from finetune_trainer.modelfiles import fetch_model
+from finetune_trainer.objects import Stores
+from finetune_trainer.packed import can_pack
+from finetune_trainer.plan import Plan
+from finetune_trainer.prepare.shards import PreparedData
+from finetune_trainer.scores import GENERATED
+from finetune_trainer.telemetry import Telemetry
+
+
+@dataclass
+class Session:
+    """One process of one attempt."""
+
+    order: RunOrder
+    gang: Gang
+    stores: Stores
+    prepared: PreparedSummary
+    data: PreparedData
+    plan: Plan
+    module: nn.Module
+    """TokenLoss, under DDP in a gang of several."""
+    loss: TokenLoss
+    """The same without DDP: for evaluation and generation."""
+    optimizer: torch.optim.Optimizer
+    evaluator: Evaluator
+    checkpoints: Checkpoints
+    telemetry: Telemetry
+    parameters: Parameters
+    trained: list[nn.Parameter]
+    """Parameters that the optimizer changes."""
+
+    @property
+    def spec(self) -> FineTuneJobSpec:
+        return self.order.spec
+
+    def metrics_of_sets(self, split: str, only: Sequence[Metric] = ()) -> dict[str, list[Metric]]:
+        """Metrics to measure for each set of a split; ``only`` keeps generated ones to these."""
+        wanted = {}
+        for entry in self.data.manifest.sets:
+            if entry.split != split:
+                continue
+            names = metrics_for(entry.format, self.spec.evaluation.metrics)
+            if only:
+                names = [m for m in names if m not in GENERATED]
+                names += [m for m in only if m in metrics_for(entry.format, list(only))]
+            wanted[entry.name] = list(dict.fromkeys(names))
+        return wanted
+
+
+def open_session(
+    order: RunOrder, stores: Stores, gang: Gang, checkpoints: Checkpoints, telemetry: Telemetry,
+    scratch: Path,
+) -> Session:  # fmt: skip
+    """Load data and model and put the plan together.
+
+    Raises:
+        TrainerError: of the kind that names what is missing.
+    """
+    spec = order.spec
+    prepared = gang.from_first(lambda: runfiles.read_prepared(stores.default, order.run_uri))
+    data = PreparedData.open(stores.default, prepared.uri, scratch / "data")
+    # One process of each pod fetches the model; the others find it in the shared folder.
+    paths = gang.together(
+        lambda: fetch_model(order, stores, scratch / "model") if gang.first_of_node else None
+    )
+    path = next(p for p in reversed(paths[: gang.rank + 1]) if p is not None)
+    tokenizer = load_tokenizer(path)
+    precision = resolve_precision(spec.training, gang.device.type == "cuda")
+    frozen = torch.bfloat16 if precision == "BF16" and spec.method.type != "Full" else torch.float32
+    base = load_base(path, frozen)
+    packed = can_pack(base)
+    model = apply_method(base, spec).to(gang.device)
+    loss = TokenLoss(model)
+    loss.train()
+    module: nn.Module = loss
+    if gang.size > 1:
+        module = DistributedDataParallel(loss, gradient_as_bucket_view=True)
+    index = data.index("train")
+    row_tokens = max(
+        spec.training.micro_batch_tokens or max(data.manifest.max_length, 2048),
+        int(index.length.max()),
+    )
+    plan = Plan(
+        index.length, index.supervised, batch_size=spec.training.batch_size,
+        seed=spec.training.seed, row_tokens=row_tokens, ranks=gang.size, packed=packed,
+    )  # fmt: skip
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return Session(
+        order=order,
+        gang=gang,
+        stores=stores,
+        prepared=prepared,
+        data=data,
+        plan=plan,
+        module=module,
+        loss=loss,
+        optimizer=torch.optim.AdamW(
+            optimizer_groups(model, float(spec.training.weight_decay)),
+            lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True,
+        ),
+        evaluator=Evaluator(
+            gang=gang, data=data, loss=loss, tokenizer=tokenizer,
+            row_tokens=_evaluation_row(row_tokens, data), packed=packed,
+            max_samples=spec.evaluation.max_samples,
+            max_new_tokens=spec.evaluation.max_new_tokens
+            or min(data.manifest.max_completion_tokens + 1, 512),
+        ),
+        checkpoints=checkpoints,
+        telemetry=telemetry,
+        parameters=parameter_counts(model),
+        trained=trained,
+    )  # fmt: skip
+
+
+def _evaluation_row(row_tokens: int, data: PreparedData) -> int:
+    """Row size that holds the longest held-out sample too."""
+    longest = [data.index(s).length.max(initial=1) for s in ("validation", "test")]
+    return int(max(row_tokens, *longest))
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that the result depends on."""
+    names = ("finetune-trainer", "torch", "transformers", "peft", "accelerate", "tokenizers")
+    return {name: version(name) for name in names}

@@ -1,0 +1,126 @@
+"""The shell of a container's first process: its order in, its last word and exit code out.
+
+``run_stage`` is all of it for prepare and publish; the supervisor of train shares the parts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Literal
+
+from finetune_api.names import (
+    ENV_ORDER,
+    ENV_SCRATCH,
+    ENV_TERMINATION,
+    ORDER_PATH,
+    SCRATCH,
+    TERMINATION_PATH,
+    ExitCode,
+    Role,
+)
+from finetune_api.order import RunOrder, parse_order
+from finetune_api.results import Failure, PreparedSummary, PublishSummary, Termination
+from finetune_trainer.failures import Interrupted, TrainerError, UserError, exit_code, verdict
+from finetune_trainer.workerfiles import write_whole
+
+if TYPE_CHECKING:
+    from finetune_trainer.objects import Stores
+
+log = logging.getLogger(__name__)
+
+Body = Callable[[RunOrder, "Stores"], PreparedSummary | PublishSummary]
+
+
+def run_stage(role: Literal["prepare", "publish"], body: Body) -> int:
+    """Runs a stage as the container's first process and returns its exit code.
+
+    SIGTERM ends it at once: prepare and publish begin again from nothing.
+    """
+    from finetune_trainer.objects import Stores  # a second of imports that the supervisor is spared
+
+    start_log()
+    run = ""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        # Threads may be busy in libraries: nothing is waited for.
+        word = Interrupted("Interrupted", f"{role} was stopped by {signal.Signals(number).name}")
+        os._exit(end_badly(run, role, word))
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        order = load_order()
+        run = order.run
+        log.info("%s of run %s of %s/%s", role, run, order.job.namespace, order.job.name)
+        summary = body(order, Stores(order))
+    except (Exception, KeyboardInterrupt) as error:
+        return end_badly(run, role, error)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    said = {"prepared" if role == "prepare" else "published": summary}
+    leave_termination(Termination.model_validate({"run": run, "role": role, **said}))
+    log.info("%s: done", role)
+    return int(ExitCode.OK)
+
+
+def load_order(environ: Mapping[str, str] = os.environ) -> RunOrder:
+    """The order of this container.
+
+    Raises:
+        UserError: 'OrderMissing'.
+        InvalidSpec: where it is no order, or one of another contract version.
+    """
+    path = Path(environ.get(ENV_ORDER) or ORDER_PATH)
+    try:
+        return parse_order(path.read_bytes())
+    except OSError as error:
+        raise UserError(
+            "OrderMissing",
+            f"cannot read the order {path}: {error.strerror}. Pods of the operator have it mounted;"
+            " on one machine use `finetune run job.yaml`",
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError("OrderMissing", f"{path} is not JSON: {error}") from None
+
+
+def scratch_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where this container may write."""
+    return Path(environ.get(ENV_SCRATCH) or SCRATCH)
+
+
+def leave_termination(said: Termination, environ: Mapping[str, str] = os.environ) -> None:
+    """Writes the container's last word. It is an answer to who started it, not the work itself:
+    where it cannot be written, that is logged."""
+    path = Path(environ.get(ENV_TERMINATION) or TERMINATION_PATH)
+    try:
+        write_whole(path, said.to_text())
+    except OSError as error:
+        log.error("cannot write the termination message %s: %s", path, error)
+
+
+def end_badly(run: str, role: Role, error: BaseException) -> int:
+    """Says why a stage failed, to people and to the operator; returns the exit code."""
+    failure = verdict(error)
+    if not isinstance(error, TrainerError):
+        log.error("%s failed", role, exc_info=error)
+    return end_with(run, role, failure)
+
+
+def end_with(run: str, role: Role, failure: Failure) -> int:
+    """As ``end_badly``, for a verdict that is known already."""
+    leave_termination(Termination(run=run, role=role, failure=failure))
+    log.error("%s: %s (%s): %s", role, failure.failure_class, failure.reason, failure.message)
+    return int(exit_code(failure))
+
+
+def start_log() -> None:
+    """Log lines of this process: time, level, words, to standard error."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+    )

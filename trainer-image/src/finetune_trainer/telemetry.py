@@ -1,0 +1,97 @@
+"""What the gang's first process says while it works: ``/metrics`` for Prometheus, ``/progress``.
+
+Both are read-only pages of one small server; nothing in the training waits for a reader.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from finetune_api.results import Progress
+
+
+class Telemetry:
+    """State that the loop writes and the pages show."""
+
+    def __init__(self, run: str, attempt: int, restarts: int) -> None:
+        self.registry = CollectorRegistry()
+        self._progress = Progress(run=run, attempt=attempt, restarts=restarts, stage="Loading")
+        self._lock = threading.Lock()
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"finetune_{name}", text, registry=self.registry)
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(f"finetune_{name}", text, registry=self.registry)
+
+        self.loss = gauge("train_loss", "Training loss per supervised token, nats")
+        self.validation_loss = Gauge(
+            "finetune_validation_loss", "Validation loss per supervised token, nats",
+            ["data_set"], registry=self.registry,
+        )  # fmt: skip
+        self.learning_rate = gauge("learning_rate", "Learning rate of the last step")
+        self.gradient_norm = gauge("gradient_norm", "Norm of the gradient before clipping")
+        self.step = gauge("step", "Optimizer steps done")
+        self.total_steps = gauge("total_steps", "Optimizer steps of the run")
+        self.tokens_per_second = gauge("tokens_per_second", "Real tokens trained per second")
+        self.gpu_memory = gauge("gpu_memory_peak_bytes", "Peak memory allocated on the first GPU")
+        self.tokens = counter("tokens", "Real tokens trained, whole gang")
+        self.samples = counter("samples", "Samples trained, whole gang")
+        self.seconds = Counter(
+            "finetune_step_seconds", "Time of the training loop by part",
+            ["part"], registry=self.registry,
+        )  # fmt: skip
+        self.step_time = Histogram(
+            "finetune_step_duration_seconds", "Time of one optimizer step", registry=self.registry,
+            buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120),
+        )  # fmt: skip
+        for part in ("data_wait", "compute", "checkpoint", "evaluation"):
+            self.seconds.labels(part)
+
+    @property
+    def progress(self) -> Progress:
+        with self._lock:
+            return self._progress
+
+    def say(self, **changes: Any) -> None:
+        """Change fields of the progress (by their Python names)."""
+        with self._lock:
+            self._progress = self._progress.model_copy(update={**changes, "updated": time.time()})
+
+    def serve(self, port: int) -> ThreadingHTTPServer:
+        """Serve the pages on all addresses; the caller shuts the server down.
+
+        Raises:
+            OSError: where the port is taken.
+        """
+        telemetry = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                if self.path == "/metrics":
+                    body, kind = generate_latest(telemetry.registry), CONTENT_TYPE_LATEST
+                elif self.path == "/progress":
+                    body = json.dumps(telemetry.progress.to_json()).encode()
+                    kind = "application/json"
+                else:
+                    self.send_error(404, "there are /metrics and /progress")
+                    return
+                self.send_response(200)
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Readers poll often; their requests are no news."""
+
+        server = ThreadingHTTPServer(("", port), Handler)
+        threading.Thread(target=server.serve_forever, name="telemetry", daemon=True).start()
+        return server

@@ -1,0 +1,57 @@
+"""One process of a training gang: what torchrun starts (``python -m finetune_trainer.train_worker``).
+
+It takes its place in the gang, takes the run, trains, and leaves its summary or its failure in a
+file for the supervisor.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from finetune_api.names import ENV_METRICS_PORT, METRICS_PORT
+from finetune_trainer import workerfiles
+from finetune_trainer.checkpoint import Checkpoints
+from finetune_trainer.failures import exit_code, verdict
+from finetune_trainer.gang import Gang, join
+from finetune_trainer.loop import train
+from finetune_trainer.objects import Stores
+from finetune_trainer.session import open_session
+from finetune_trainer.stage import load_order, scratch_folder
+from finetune_trainer.telemetry import Telemetry
+
+
+def main() -> int:
+    """Run this process's part; returns its exit code."""
+    try:
+        order = load_order()
+        work(join(order.spec.training))
+    except BaseException as error:
+        workerfiles.report_failure(error)
+        return int(exit_code(verdict(error)))
+    return 0
+
+
+def work(gang: Gang) -> None:
+    """Train as one of a gang."""
+    order = load_order()
+    stores = Stores(order)
+    scratch = scratch_folder()
+    checkpoints = Checkpoints.take(gang, stores.default, order, scratch)
+    telemetry = Telemetry(order.run, checkpoints.head.attempt, checkpoints.head.restarts)
+    if gang.first:
+        telemetry.serve(int(os.environ.get(ENV_METRICS_PORT, METRICS_PORT)))
+        telemetry.say(lost_seconds=checkpoints.head.lost_seconds)
+    session = open_session(order, stores, gang, checkpoints, telemetry, scratch)
+    summary = train(session, workerfiles.stop_requested)
+    if gang.first:
+        workerfiles.leave_result(summary)
+    gang.close()
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A gang that broke leaves threads that wait for peers; nothing is left to clean up.
+    os._exit(code)

@@ -1,0 +1,78 @@
+"""The few words between a training process and the supervisor: files in a folder that both know.
+
+    stop                the supervisor asks the workers to save and leave
+    failure-<rank>.json why a worker ended (``results.Failure``)
+    result.json         what the gang did (``results.TrainSummary``), from its first process
+
+A worker that runs without a supervisor (by hand) is never asked to stop, and leaves no words.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+from finetune_api.results import Failure, TrainSummary
+from finetune_trainer.failures import PEER_LOST, verdict
+
+ENV_FOLDER: Final = "FINETUNE_WORKER_FILES"
+STOP: Final = "stop"
+RESULT: Final = "result.json"
+
+
+def stop_requested() -> bool:
+    """Whether this pod was told to stop: cheap enough for every step."""
+    folder = _folder()
+    return folder is not None and (folder / STOP).exists()
+
+
+def report_failure(error: BaseException) -> None:
+    """Tells the supervisor why this process ends."""
+    if (folder := _folder()) is not None:
+        failure = verdict(error).model_dump_json(by_alias=True)
+        write_whole(folder / f"failure-{os.environ.get('RANK', '0')}.json", failure)
+
+
+def leave_result(summary: TrainSummary) -> None:
+    """Tells the supervisor what the gang did; from the gang's first process."""
+    if (folder := _folder()) is not None:
+        write_whole(folder / RESULT, summary.model_dump_json(by_alias=True))
+
+
+def ask_to_stop(folder: Path) -> None:
+    """Asks the workers of this node to save and leave."""
+    (folder / STOP).touch()
+
+
+def read_failure(folder: Path) -> Failure | None:
+    """Why the workers of this node ended: the first that failed of itself; else one that lost its
+    peers; else one that was interrupted."""
+    files = sorted(folder.glob("failure-*.json"), key=lambda path: path.stat().st_mtime_ns)
+    found = [Failure.model_validate_json(path.read_text()) for path in files]
+    return min(found, key=_follows_from_others, default=None)
+
+
+def read_result(folder: Path) -> TrainSummary | None:
+    """What the gang did, where its first process ran on this node."""
+    path = folder / RESULT
+    return TrainSummary.model_validate_json(path.read_text()) if path.exists() else None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is never seen half written; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text)
+    part.replace(path)
+
+
+def _follows_from_others(failure: Failure) -> int:
+    if failure.failure_class == "Preempted":
+        return 2
+    return int(failure.reason == PEER_LOST)
+
+
+def _folder() -> Path | None:
+    name = os.environ.get(ENV_FOLDER)
+    return Path(name) if name else None
