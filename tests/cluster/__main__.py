@@ -38,7 +38,7 @@ def down() -> int:
     if folder:
         state.release(folder)
     for left in state.sweep():
-        print(f"cleaned up what a killed run left in {left}", file=sys.stderr)
+        print(f"cleaned up what a killed run left: {left}", file=sys.stderr)
     return 0
 
 

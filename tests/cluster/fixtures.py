@@ -54,9 +54,13 @@ def cluster(cluster_images: list[str]) -> Iterator[RealCluster]:
     if os.geteuid() != 0:
         pytest.skip("nodes need root on Linux")
     kept = RealCluster.kept()
-    if kept:
-        kept.provide(*cluster_images)
+    if kept and kept.has(*cluster_images):
         yield kept
-        return
-    with RealCluster(state.claim(NAME)) as cluster:
-        yield cluster
+    elif kept:  # made anew with the images as they are now, which is a matter of seconds
+        kept.stop()
+        renewed = RealCluster(state.claim(NAME, keep=True))
+        renewed.start()
+        yield renewed
+    else:
+        with RealCluster(state.claim(NAME)) as own:
+            yield own

@@ -59,7 +59,7 @@ class Machine:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         apart = ["--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
         pause = binary("pause")
-        first = ["sh", "-c", _FIRST_PROCESS, "sh", self.folder, self.name, pause]
+        first: list[str | Path] = ["sh", "-c", _FIRST_PROCESS, "sh", self.folder, self.name, pause]
         self.processes.start(
             self.name, ["unshare", *apart, *(["--net"] if network else []), *first]
         )

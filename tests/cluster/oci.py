@@ -22,7 +22,7 @@ def write_archive(archive: Path, *, name: str, layer: Path, config: dict[str, An
         "rootfs": {"type": "layers", "diff_ids": [layer_digest]},
     }
     config_blob = json.dumps(image).encode()
-    manifest = {
+    manifest: dict[str, Any] = {
         "schemaVersion": 2,
         "mediaType": f"{_OCI}.manifest.v1+json",
         "config": _descriptor(f"{_OCI}.config.v1+json", config_blob),

@@ -91,7 +91,7 @@ class Authority:
         _openssl("req", *key, "-subj", subject, *files, *more)
 
 
-def _openssl(*arguments: str | Path) -> None:
-    done = subprocess.run(["openssl", *arguments], capture_output=True, text=True)
+def _openssl(*arguments: object) -> None:
+    done = subprocess.run(["openssl", *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"openssl {arguments[0]} failed: {done.stderr}")

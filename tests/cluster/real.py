@@ -68,18 +68,21 @@ class RealCluster(ControlPlane):
             if condition["type"] == "Ready" and condition["status"] == "True"
         }
 
-    def provide(self, *names: str) -> None:
-        """Bring images of the store to the nodes that do not have them as they are now."""
+    def has(self, *names: str) -> bool:
+        """Whether every node has these images of the store as they are now."""
         with store.opened() as images:
             wanted = {name: images.digest(name) for name in names}
-            for node in self.nodes.values():
-                machine = node.machine
-                stale = [name for name in names if store.digest(machine, name) != wanted[name]]
-                if stale:
-                    archive = self.folder / "images.tar"
-                    images.ctr("images", "export", archive, *stale)
-                    containerd.ctr(machine, "images", "import", archive)
-                    archive.unlink()
+        machines = [node.machine for node in self.nodes.values()]
+        return all(store.digest(each, name) == wanted[name] for each in machines for name in names)
+
+    def provide(self, name: str) -> None:
+        """Copy an image of the store to the running nodes: slow for big ones, a minute a GB."""
+        archive = self.folder / "image.tar"
+        with store.opened() as images:
+            images.ctr("images", "export", archive, name)
+        for node in self.nodes.values():
+            containerd.ctr(node.machine, "images", "import", archive)
+        archive.unlink()
 
 
 @contextmanager

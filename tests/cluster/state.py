@@ -1,15 +1,15 @@
 """Where the harness keeps things, and who they belong to.
 
 ``cache()`` is kept between runs: built binaries, images. Below it, ``run/`` has one folder for
-each running cluster, claimed by the process that started it. Whoever claims next first cleans up
-the folders whose owner was killed.
+each running cluster, and beside it a record of the process that claimed it. Whoever claims next
+first cleans up the folders whose owner was killed.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,15 +45,14 @@ def claim(name: str, *, keep: bool = False) -> Path:
 
     With ``keep`` the claim holds until ``release``, else for as long as this process lives.
     """
-    run = _run()
-    with locked(run / ".lock"):
-        _sweep(run)
-        folder = run / name
-        if folder.exists():
-            raise Busy(f"{folder} is in use by {_owner(folder)}; `python -m cluster down` ends it")
+    with locked(_run() / ".lock"):
+        _sweep()
+        owner = _owner(name)
+        if owner:
+            raise Busy(f"{name} is in use by {owner}; `python -m cluster down` ends a kept one")
+        _record(name).write_text(KEPT if keep else Path("/proc/self/stat").read_text())
+        folder = _run() / name
         folder.mkdir(mode=0o700)
-        owner = KEPT if keep else Path("/proc/self/stat").read_text()
-        (folder / "owner").write_text(owner)
         return folder
 
 
@@ -61,40 +60,51 @@ def release(folder: Path) -> None:
     """Stop what runs in the folder, and remove it and all that belongs to it."""
     Processes(folder / "processes").stop_all()
     host.undo(folder)
-    shutil.rmtree(folder)
-
-
-def kept(name: str) -> Path | None:
-    """The folder of a cluster that somebody keeps up, if there is one."""
-    folder = _run() / name
-    return folder if folder.exists() and _owner(folder) == KEPT else None
+    # Much faster than shutil.rmtree on the tens of thousands of files of an image.
+    subprocess.run(["rm", "-rf", str(folder)], check=True)
+    _record(folder.name).unlink(missing_ok=True)  # last: until then it is not anybody's to sweep
 
 
 def claimed() -> set[str]:
     """The names that are claimed now."""
-    return {entry.name for entry in _run().iterdir() if entry.is_dir()}
+    return {record.stem for record in _run().glob("*.owner")}
 
 
-def sweep() -> list[Path]:
-    """Release what killed runs have left; says which folders those were."""
+def kept(name: str) -> Path | None:
+    """The folder of a cluster that somebody keeps up, if there is one."""
+    return _run() / name if _owner(name) == KEPT else None
+
+
+def sweep() -> list[str]:
+    """Release what killed runs have left; says under which names."""
     with locked(_run() / ".lock"):
-        return _sweep(_run())
+        return _sweep()
 
 
-def _run() -> Path:
-    return cache() / "run"
-
-
-def _sweep(run: Path) -> list[Path]:
-    abandoned = [entry for entry in run.iterdir() if entry.is_dir() and _owner(entry) is None]
-    for folder in abandoned:
-        release(folder)
+def _sweep() -> list[str]:
+    abandoned = sorted(name for name in claimed() if _owner(name) is None)
+    for name in abandoned:
+        release(_run() / name)
     return abandoned
 
 
-def _owner(folder: Path) -> str | None:
-    record = folder / "owner"
-    if record.exists() and record.read_text() == KEPT:
-        return KEPT
+def _run() -> Path:
+    folder = cache() / "run"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _record(name: str) -> Path:
+    return _run() / f"{name}.owner"
+
+
+def _owner(name: str) -> str | None:
+    """Who has the name now: None if nobody has, or a process that is gone."""
+    record = _record(name)
+    try:
+        if record.read_text() == KEPT:
+            return KEPT
+    except FileNotFoundError:
+        return None
     process = Process.recorded(record)
     return f"process {process.pid}" if process and process.alive else None

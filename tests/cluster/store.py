@@ -72,7 +72,12 @@ class Store:
             ],
         )
         address = self._machine.folder / _BUILDKIT.lstrip("/")
-        workers = [binary("buildctl"), f"--addr=unix://{address}", "debug", "workers"]
+        workers: list[str | Path] = [
+            binary("buildctl"),
+            f"--addr=unix://{address}",
+            "debug",
+            "workers",
+        ]
         eventually(
             "buildkitd answers",
             lambda: subprocess.run(workers, capture_output=True).returncode == 0,

@@ -30,16 +30,20 @@ def installed(control_plane: Api) -> Api:
 def create(installed: Api) -> Create:
     """Posts a spec as kubectl does (strict field validation), for nothing but the answer: the
     stored spec. Raises ValueError with the API server's message."""
-    api = client.CustomObjectsApi(config.new_client_from_config(str(installed.kubeconfig)))
+    connection: client.ApiClient = config.new_client_from_config(  # type: ignore[no-untyped-call]
+        str(installed.kubeconfig)
+    )
+    api = client.CustomObjectsApi(connection)
 
     def post(spec: dict[str, Any]) -> dict[str, Any]:
         body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "job"}, "spec": spec}
         try:
-            answer = api.create_namespaced_custom_object(
+            answer: Any = api.create_namespaced_custom_object(
                 GROUP, VERSION, "default", PLURAL, body, dry_run="All", field_validation="Strict"
             )
         except client.ApiException as error:
-            raise ValueError(json.loads(error.body)["message"]) from None
-        return answer["spec"]
+            raise ValueError(json.loads(error.body or "{}")["message"]) from None
+        stored: dict[str, Any] = answer["spec"]
+        return stored
 
     return post

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import pytest
 from pydantic import Field
 
+import finetune_operator
 from cluster.api import Api, eventually
 from crds.spec_table import MINIMAL
 from finetune_api import meanings
@@ -111,6 +114,23 @@ def test_every_word_has_a_meaning() -> None:
     assert set(meanings.PHASES) == set(get_args(Phase))
     assert set(meanings.FAILURES) == set(get_args(FailureClass))
     assert set(meanings.EXIT_CODES) == set(ExitCode)
+
+
+def test_every_reason_of_the_operator_has_a_meaning() -> None:
+    """Reasons are API: what the operator's sources give as one stands in the reference."""
+    operator = Path(finetune_operator.__file__).parent
+    source = (operator / "status.py").read_text() + (operator / "waiting.py").read_text()
+    given = [
+        r'conditions\.set\([^,]+, [^,]+, "(\w+)"',
+        r'_once\([^,]+, "\w+", "(\w+)"',
+        r'_kstatus\([^,]+, "(\w+)"',
+        r'return [^,]+, "(\w+)", ',
+        r'Obstacle\(\s*"(\w+)"',
+        r'reason = "(\w+)" if .* else "(?:\w+)"',
+    ]
+    found = {reason for pattern in given for reason in re.findall(pattern, source)}
+    assert len(found) > 15, "the patterns find them"
+    assert found <= set(meanings.REASONS), sorted(found - set(meanings.REASONS))
 
 
 # --- on a real API server ------------------------------------------------------------------------

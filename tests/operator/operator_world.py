@@ -11,7 +11,7 @@ from finetune_api import names
 from finetune_api.results import Progress, Termination
 from finetune_operator.config import Config
 from finetune_operator.decide import decide
-from finetune_operator.observe import INDEX_ANNOTATION, format_time, observe
+from finetune_operator.observe import INDEX_ANNOTATION, Refusal, format_time, observe
 from finetune_operator.overlay import lay_over
 from finetune_operator.plan import Plan
 from finetune_operator.render import render
@@ -46,6 +46,7 @@ class World:
         self.progress: Progress | None = None
         self.gone: list[dict[str, Any]] = []
         self.pull_failing_since: dict[str, datetime] = {}
+        self.refused: dict[str, Refusal] = {}
         self.config = CONFIG
 
     # --- the operator ----------------------------------------------------------------------------
@@ -60,6 +61,7 @@ class World:
             pull_failing_since=self.pull_failing_since,
             progress=self.progress,
             progress_time=self.now if self.progress else None,
+            refused=self.refused,
         )
         return decide(self.job, found, self.now, self.config)
 

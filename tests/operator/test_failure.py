@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from operator_world import TRAINED, World, at_training
 
+from finetune_operator.observe import Refusal
+
 
 def preparing() -> World:
     world = World()
@@ -232,8 +234,12 @@ def test_the_start_deadline_is_live_and_counts_from_the_start_not_the_queue() ->
 def test_a_job_whose_pods_are_refused() -> None:
     world = World(scheduling={"startDeadlineSeconds": 60})
     world.settle()
+    assert world.held("Prepared") == "False/Preparing"
+    assert world.plan().look_again == timedelta(seconds=10)
+    world.wait(10)
+    world.settle()
     assert world.held("Prepared") == "False/PodsNotCreated"
-    world.wait(60)
+    world.wait(50)
     world.settle()
     assert world.status["failure"]["reason"] == "PodsNotCreated"
     assert "quota" in world.status["failure"]["message"]
@@ -275,3 +281,19 @@ def test_usage_of_an_interrupted_gang() -> None:
     world.settle()
     assert world.status["usage"]["gpuSeconds"] == 8000, "the trainer's own wall time at the end"
     assert world.status["usage"]["wastedGpuSeconds"] == 320
+
+
+def test_a_job_that_the_api_server_refuses() -> None:
+    world = World()
+    world.settle()
+    world.finish("prepare")
+    world.refused = {"bot-1-0f9c2-train-1": Refusal("exceeded quota: jobs", final=False)}
+    world.pass_()
+    assert world.status["phase"] == "Starting"
+    assert world.held("Running") == "False/ChildRefused"
+    assert "exceeded quota" in world.message("Ready")
+    world.objects.pop(("Job", "bot-1-0f9c2-train-1"))
+    world.refused = {"bot-1-0f9c2-train-1": Refusal("tolerations[2].operator: bad", final=True)}
+    world.settle()
+    assert world.held("Failed") == "True/ChildRefused"
+    assert "tolerations[2].operator" in world.status["failure"]["message"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,17 +38,26 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"), make_tokenizer(bos=True, chat=CHATML))
 
 
+@pytest.fixture(scope="module")
+def bucket(s3: EmbeddedS3, model_folder: Path) -> str:
+    """One bucket for all tests (a new one takes the server a while), with the model in it."""
+    s3.ensure_bucket("test-prepare")
+    for path in model_folder.iterdir():
+        s3.store().upload(path, f"s3://test-prepare/model/{path.name}")
+    return "test-prepare"
+
+
 @dataclass
 class Workplace:
-    """A bucket with a model, and prepare on orders of it."""
+    """A folder of the bucket, and prepare on orders of it."""
 
-    bucket: str
+    root: str
     store: ObjectStore
     order_for: Callable[..., RunOrder]
     scratch: Iterator[Path]
 
     def put(self, name: str, data: bytes) -> str:
-        uri = f"s3://{self.bucket}/{name}"
+        uri = f"{self.root}/{name}"
         self.store.put(uri, data)
         return uri
 
@@ -55,8 +65,9 @@ class Workplace:
         """An order over objects of JSON Lines."""
         for i, data in enumerate(train):
             self.put(f"data/{i}.jsonl", data)
-        data_block = {"train": [{"source": f"s3://{self.bucket}/data/"}], **spec.pop("data", {})}
-        return self.order_for(data=data_block, **spec)
+        data_block = {"train": [{"source": f"{self.root}/data/"}], **spec.pop("data", {})}
+        output = {"destination": f"{self.root}/out"}
+        return self.order_for(data=data_block, output=output, **spec)
 
     def prepare(self, order: RunOrder) -> tuple[PreparedSummary, PreparedData]:
         summary = prepare(order, Stores(order), next(self.scratch))
@@ -66,20 +77,17 @@ class Workplace:
         order = self.order(*train, **spec)
         with pytest.raises(TrainerError) as caught:
             prepare(order, Stores(order), next(self.scratch))
-        left = [o.uri for o in self.store.list(f"s3://{self.bucket}/out/")]
+        left = [o.uri for o in self.store.list(f"{self.root}/out/")]
         assert not [uri for uri in left if uri.endswith(("manifest.json", "prepared.json"))]
         return caught.value
 
 
 @pytest.fixture
 def at(
-    s3: EmbeddedS3, bucket: str, order_for: Callable[..., RunOrder], model_folder: Path,
-    tmp_path: Path,
-) -> Workplace:  # fmt: skip
-    store = s3.store()
-    for path in model_folder.iterdir():
-        store.put(f"s3://{bucket}/model/{path.name}", path.read_bytes())
-    return Workplace(bucket, store, order_for, (tmp_path / str(i) for i in range(99)))
+    s3: EmbeddedS3, bucket: str, order_for: Callable[..., RunOrder], tmp_path: Path
+) -> Workplace:
+    root = f"s3://{bucket}/{uuid.uuid4().hex[:8]}"
+    return Workplace(root, s3.store(), order_for, (tmp_path / str(i) for i in range(99)))
 
 
 def texts(data: PreparedData, split: Any) -> list[str]:
@@ -201,7 +209,7 @@ def test_records_keep_their_side_as_the_data_grows(at: Workplace) -> None:
 
 def test_duplicates_are_dropped_once_over_all_training_sources(at: Workplace) -> None:
     order = at.order(lines(*pairs(20), *pairs(5)), lines(*pairs(10)), data=ALL)
-    summary, data = at.prepare(order)
+    summary, _ = at.prepare(order)
     assert summary.train_samples == 20 and summary.dropped == {"Duplicate": 15}
     kept = {**ALL, "quality": {"deduplicate": False}}
     assert at.prepare(at.order(data=kept))[0].train_samples == 35
@@ -248,7 +256,7 @@ def test_overlength_fail_names_the_record(at: Workplace) -> None:
         training={"maxLength": 32},
     )
     assert isinstance(error, DataError) and error.reason == "Overlength"
-    assert f"s3://{at.bucket}/data/0.jsonl, line 4:" in error.message
+    assert f"{at.root}/data/0.jsonl, line 4:" in error.message
     assert "training.maxLength is 32" in error.message
 
 
@@ -287,9 +295,9 @@ def test_incomplete_data_is_prepared_again(at: Workplace, gone: str) -> None:
     assert len(texts(data, "train")) == first.train_samples
 
 
-def test_the_digest_changes_with_all_that_matters(at: Workplace) -> None:
+def test_the_digest_changes_with_all_that_matters(at: Workplace, model_folder: Path) -> None:
     base = lines(*pairs(30))
-    uri = f"s3://{at.bucket}/data/"
+    uri = f"{at.root}/data/"
     template = {"prompt": "{{ prompt }}", "completion": "{{ completion }}"}
     digests = [
         at.prepare(at.order(base, **spec))[0].digest
@@ -303,8 +311,12 @@ def test_the_digest_changes_with_all_that_matters(at: Workplace) -> None:
         )
     ]
     digests.append(at.prepare(at.order(lines(*pairs(31))))[0].digest)
-    at.put("model/chat_template.jinja", CHATML.replace("user", "person").encode())
-    digests.append(at.prepare(at.order())[0].digest)
+    for path in model_folder.iterdir():
+        at.put(f"model/{path.name}", path.read_bytes())
+    moved = at.prepare(at.order(model={"source": f"{at.root}/model"}))[0]
+    assert moved.digest == digests[-1]
+    at.put("model/chat_template.jinja", (CHATML + "{# other #}").encode())
+    digests.append(at.prepare(at.order(model={"source": f"{at.root}/model"}))[0].digest)
     assert len(set(digests)) == len(digests)
 
 
@@ -327,7 +339,7 @@ def test_damaged_data_is_noticed(at: Workplace) -> None:
 def test_an_empty_data_set_is_refused(at: Workplace, data: bytes) -> None:
     error = at.fault(data)
     assert isinstance(error, DataError) and error.reason == "EmptyDataSet"
-    assert "train-0" in error.message and f"s3://{at.bucket}/data/" in error.message
+    assert "train-0" in error.message and f"{at.root}/data/" in error.message
 
 
 def test_data_of_which_nothing_is_left_to_train_on_is_refused(at: Workplace) -> None:
@@ -342,14 +354,14 @@ def test_data_of_which_nothing_is_left_to_train_on_is_refused(at: Workplace) -> 
 def test_a_malformed_line_fails_the_job_with_file_line_and_text(at: Workplace) -> None:
     error = at.fault(lines(*pairs(700)), lines(*pairs(600, 700)) + b'{"prompt": "x" oops}\n')
     assert isinstance(error, DataError) and error.reason == "MalformedRecord"
-    assert f"s3://{at.bucket}/data/1.jsonl, line 601, column 16" in error.message
+    assert f"{at.root}/data/1.jsonl, line 601, column 16" in error.message
     assert "oops" in error.message
 
 
 def test_a_record_without_the_needed_field_fails_the_job(at: Workplace) -> None:
     error = at.fault(lines(*pairs(3), {"prompt": "x", "answer": "y"}))
     assert error.reason == "MissingField"
-    assert f"data/0.jsonl, line 4: field 'completion' is missing" in error.message
+    assert "data/0.jsonl, line 4: field 'completion' is missing" in error.message
     assert "prompt, answer" in error.message
 
 
@@ -360,7 +372,7 @@ def test_a_group_field_that_a_record_lacks_fails_the_job(at: Workplace) -> None:
 
 def test_a_template_that_leaves_nothing_to_learn_fails_the_job(at: Workplace) -> None:
     template = {"prompt": "{{ prompt }}", "completion": "{% if false %}x{% endif %}"}
-    source = {"source": f"s3://{at.bucket}/data/", "template": template}
+    source = {"source": f"{at.root}/data/", "template": template}
     error = at.fault(lines(*pairs(3)), data={"train": [source]})
     assert error.reason == "NothingSupervised" and "line 1" in error.message
 

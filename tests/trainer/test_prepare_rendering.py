@@ -112,9 +112,7 @@ def test_a_missing_field_is_named_with_those_there_are(
         ("Messages", {"messages": [{"role": "user", "content": [1]}]}, "messages[0].content"),
     ],
 )
-def test_a_field_of_another_type_is_named(
-    form: Format, fields: dict[str, Any], field: str
-) -> None:
+def test_a_field_of_another_type_is_named(form: Format, fields: dict[str, Any], field: str) -> None:
     error = fault(fields, form, chat=make_tokenizer(chat=CHATML))
     assert error.reason == "WrongType" and f"line 7: field '{field}' must be" in error.message
 
@@ -228,7 +226,9 @@ def test_an_empty_prompt_needs_a_token_to_begin_from() -> None:
 
 
 def test_a_batch_is_what_its_drafts_are_alone() -> None:
-    drafts = [draft({"prompt": f"{i} a", "completion": f" b{i}"}, "PromptCompletion") for i in "123"]
+    drafts = [
+        draft({"prompt": f"{i} a", "completion": f" b{i}"}, "PromptCompletion") for i in "123"
+    ]
     together = Tokens(BOS, "m", len(BOS)).samples(drafts)
     assert [s.ids.tolist() for s in together] == [sample(BOS, d).ids.tolist() for d in drafts]
 

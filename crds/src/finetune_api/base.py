@@ -153,6 +153,12 @@ class Model(BaseModel):
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
+class Record(Model):
+    """A model that programs write, not people: it may be built by its Python names too."""
+
+    model_config = ConfigDict(validate_by_name=True)
+
+
 # Numbers with a fraction are strings (Kubernetes API conventions forbid floats).
 DecimalString = Annotated[
     str,

@@ -15,12 +15,42 @@ CONDITIONS: Final[dict[Condition, str]] = {
     "Evaluated": "The test metrics of the untuned and the tuned model are known.",
     "Published": "The model is in object storage, complete.",
     "Suspended": "The job holds no nodes because spec.suspend is true.",
-    "Complete": "The current run has ended well. Final; True or absent.",
-    "Failed": "The current run has ended badly; status.failure says why. Final; True or absent.",
+    "Complete": "The current run has ended well.",
+    "Failed": "The current run has ended badly; status.failure says why. Final unless the spec is"
+    " changed.",
     "Ready": "For kstatus (Flux, Argo CD): as Complete.",
     "Reconciling": "For kstatus: the run is under way.",
-    "Stalled": "For kstatus: as Failed.",
+    "Stalled": "For kstatus: as Failed; also where the spec as it stands is refused.",
 }
+
+REASONS: Final[dict[str, str]] = {
+    "Progressing": "Nothing is wrong.",
+    "Pending": "The stage's Job is being made, or waits for pods of an earlier one to end.",
+    "Preparing": "The data is being prepared.",
+    "Queued": "The gang waits in spec.scheduling.queueName.",
+    "Starting": "Not all pods of the gang run yet.",
+    "GangRunning": "All pods of the gang run.",
+    "Publishing": "The model is being written.",
+    "NotTraining": "The run is at a stage on a CPU.",
+    "NotSuspended": "spec.suspend is false.",
+    "Suspended": "spec.suspend is true.",
+    "DataReady": "The prepared data is in storage.",
+    "Evaluated": "The gang has measured the test sets.",
+    "Published": "The model is at its address.",
+    "Finished": "The run has ended.",
+    "Complete": "The run has ended well.",
+    "Failed": "The run has ended badly.",
+    "Resumed": "The spec was changed after a failure, and the run goes on.",
+    "InvalidSpec": "The spec as it stands is refused; a run that has begun goes on without it.",
+    "ChildRefused": "The API server refuses an object of the run; the message is its own.",
+    "PodsNotCreated": "The Job has no pods: a quota or an admission policy refuses them.",
+    "Unschedulable": "The scheduler finds no node.",
+    "ImagePull": "The image cannot be pulled.",
+    "MissingSecret": "The Secret, or a key of it, does not exist.",
+    "ContainerConfig": "The container cannot be made.",
+}
+"""Reasons of conditions. Failed, and Ready and Stalled with it, have the reason of
+status.failure."""
 
 PHASES: Final[dict[Phase, str]] = {
     "Pending": "The operator has seen the job, and nothing has been made yet.",
@@ -53,18 +83,18 @@ FAILURES: Final[dict[FailureClass, tuple[str, str]]] = {
         "Lower training.learningRate, raise training.warmupRatio, or look at the data.",
     ),
     "NodeFailure": (
-        "A node, a device or a process of the gang was lost, more often than"
-        " failurePolicy.maxRestarts.",
-        "Look at the node that status names; a higher failurePolicy.maxRestarts goes on from the"
-        " last commit.",
+        "A node, a device or a process of the gang was lost more often than"
+        " failurePolicy.maxRestarts, or no node was found in scheduling.startDeadlineSeconds.",
+        "Look at the node that status names, or ask for less; a higher failurePolicy.maxRestarts"
+        " goes on from the last commit.",
     ),
     "Preempted": (
         "The gang was put off its nodes, more often than failurePolicy.maxRestarts.",
         "Use a higher priority class or a queue, or raise failurePolicy.maxRestarts.",
     ),
     "Stalled": (
-        "Nothing moved: no nodes before scheduling.startDeadlineSeconds, or no step in training.",
-        "See the scheduler's or the supervisor's reason in the message.",
+        "The gang ran and made no progress, more often than failurePolicy.maxRestarts.",
+        "See the supervisor's reason in the message, and the logs of the pods.",
     ),
     "ImagePull": (
         "The trainer image cannot be pulled.",

@@ -167,6 +167,11 @@ def _cell(text: str) -> str:
 def _words() -> Iterator[str]:
     yield "## Conditions"
     yield _rows(["Type", "True means"], ([f"`{k}`", v] for k, v in meanings.CONDITIONS.items()))
+    yield (
+        "Reasons that they carry. `Failed`, and `Ready` and `Stalled` with it, carry the reason of"
+        " `status.failure`."
+    )
+    yield _rows(["Reason", "Meaning"], ([f"`{k}`", v] for k, v in meanings.REASONS.items()))
     yield "## Phases"
     yield "For printing; scripts wait for conditions: `kubectl wait --for=condition=Complete`."
     yield _rows(["Phase", "Meaning"], ([f"`{k}`", v] for k, v in meanings.PHASES.items()))

@@ -10,14 +10,14 @@ from typing import Any, Final, Literal
 
 from pydantic import Field
 
-from finetune_api.base import Model
+from finetune_api.base import Record
 from finetune_api.names import FailureClass
 
 TERMINATION_LIMIT: Final = 4096
 """Bytes that Kubernetes keeps of a termination message."""
 
 
-class Progress(Model):
+class Progress(Record):
     """``GET /progress`` of the gang's first process."""
 
     run: str
@@ -55,7 +55,7 @@ class Progress(Model):
     """Unix time of this state."""
 
 
-class Failure(Model):
+class Failure(Record):
     """Why a container ended."""
 
     failure_class: FailureClass = Field(alias="class")
@@ -68,7 +68,7 @@ class Failure(Model):
     """Whether another try can mend it."""
 
 
-class PreparedSummary(Model):
+class PreparedSummary(Record):
     """What prepare found, in numbers."""
 
     digest: str
@@ -98,7 +98,7 @@ Metrics = dict[str, float]
 give them."""
 
 
-class DataSetScores(Model):
+class DataSetScores(Record):
     """Test metrics of one data set."""
 
     name: str
@@ -111,7 +111,7 @@ class DataSetScores(Model):
     """Of the tuned model."""
 
 
-class TrainSummary(Model):
+class TrainSummary(Record):
     """What the gang did."""
 
     attempt: int
@@ -136,7 +136,7 @@ class TrainSummary(Model):
     """Wall time of work that was lost with an attempt."""
 
 
-class PublishSummary(Model):
+class PublishSummary(Record):
     """What was published."""
 
     uri: str
@@ -149,7 +149,7 @@ class PublishSummary(Model):
     """Size of all published files."""
 
 
-class Termination(Model):
+class Termination(Record):
     """The last word of a container, at most 4 KiB of JSON."""
 
     run: str

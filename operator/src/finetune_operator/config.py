@@ -33,6 +33,8 @@ PULL_REFUSED: Final = timedelta(seconds=30)
 """How long a pull may fail that the registry refuses (no such image, no access)."""
 PULL_FAILING: Final = timedelta(minutes=10)
 """How long a pull may fail for other causes (registry down, rate limit)."""
+PODS_AWAITED: Final = timedelta(seconds=10)
+"""How long a Job may be without pods before that is worth telling."""
 USAGE_STEP_SECONDS: Final = 30
 """Running pods are charged in steps of this length, so that status is not written every second."""
 

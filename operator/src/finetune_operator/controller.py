@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,10 +16,14 @@ from finetune_operator.cluster import ApiError, Cluster, NotLeading
 from finetune_operator.config import Config
 from finetune_operator.decide import decide
 from finetune_operator.metrics import Metrics
-from finetune_operator.plan import Event, Plan
+from finetune_operator.observe import Refusal
+from finetune_operator.plan import Plan
 from finetune_operator.render import render
 from finetune_operator.store import Store
 from finetune_operator.workqueue import WorkQueue
+
+REFUSED_SECONDS = 15.0
+"""Time until a child that was refused is tried again."""
 
 log = logging.getLogger(__name__)
 
@@ -81,32 +84,43 @@ class Controller:
             self._queue.forget(uid)
             return
         plan = decide(job, self._store.observed(uid), datetime.now(UTC), self._config)
-        refused = await self._apply(plan)
-        if plan.status is not None and refused is None:
+        accepted = await self._apply(plan)
+        if plan.status is not None:
             await self._report(job, plan)
-        if refused is not None:
-            await self._cluster.event(plan.subject, refused, self._instance)
-            raise ApiError("PATCH", plan.subject.name, 422, refused.message)
-        if plan.look_again is not None:
+        if not accepted:
+            self._queue.put_after(uid, REFUSED_SECONDS)
+        elif plan.look_again is not None:
             self._queue.put_after(uid, plan.look_again.total_seconds())
 
-    async def _apply(self, plan: Plan) -> Event | None:
-        """Deletions, creations and changes. An object that the API server finds invalid (a
-        podTemplate may hold what only it can judge) is answered as an event for the user."""
+    async def _apply(self, plan: Plan) -> bool:
+        """Deletions, creations and changes. Where the API server refuses a child (a podTemplate
+        may hold what only it can judge, a quota may be full), that is observed, and False."""
         namespace = plan.subject.namespace
         for delete in plan.delete:
             await self._cluster.delete(delete.kind, namespace, delete.name)
         for obj in render(plan, self._config):
-            try:
-                self._store.put(obj["kind"], await self._cluster.apply(obj))
-            except ApiError as error:
-                if error.code in (400, 403, 422):
-                    return Event("Warning", "ChildRefused", str(error))
-                raise
+            if not await self._create(plan.subject.uid, obj):
+                return False
         for change in plan.change:
             answer = await self._cluster.patch(change.kind, namespace, change.name, change.patch)
             self._store.put(change.kind, answer)
-        return None
+        return True
+
+    async def _create(self, uid: str, obj: dict[str, Any]) -> bool:
+        name = obj["metadata"]["name"]
+        known = self._store.observed(uid).refused.get(name)
+        try:
+            self._store.put(obj["kind"], await self._cluster.apply(obj))
+        except ApiError as error:
+            if error.code not in (400, 403, 422):
+                raise
+            refusal = Refusal(str(error), final=error.code != 403)
+            self._store.put_refusal(uid, name, refusal)
+            if known != refusal:
+                self._queue.put(uid)  # told by the next pass
+            return False
+        self._store.put_refusal(uid, name, None)
+        return True
 
     async def _report(self, job: Mapping[str, Any], plan: Plan) -> None:
         """One status patch, and events once it has succeeded."""
@@ -115,4 +129,4 @@ class Controller:
         self._store.put(KIND, stored)
         self._metrics.note(job.get("status") or {}, plan.status)
         for event in plan.events:
-            await self._cluster.event(plan.subject, replace(event), self._instance)
+            await self._cluster.event(plan.subject, event, self._instance)

@@ -72,7 +72,8 @@ class JobView:
     """Failed, or about to be: the Job controller waits for pods that may never end."""
     failure_reason: str = ""
     failure_message: str = ""
-    failed_pods: int = 0
+    stopping: bool = False
+    """Told to end: its deadline was set to nothing."""
     deleting: bool = False
 
     @property
@@ -128,6 +129,15 @@ class ServiceView:
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """The API server's no to a child that was to be made."""
+
+    message: str
+    final: bool
+    """Invalid, and so for ever; otherwise forbidden just now (a quota)."""
+
+
+@dataclass(frozen=True)
 class Observed:
     """All that is known of one job's children."""
 
@@ -139,6 +149,8 @@ class Observed:
     """Pods of the gang that ran and no longer exist, as they were last seen."""
     progress: Progress | None = None
     progress_time: datetime | None = None
+    refused: Mapping[str, Refusal] = field(default_factory=dict)
+    """By name of the child, until it is accepted."""
 
     def job(self, role: Role, run: str, revision: int) -> JobView | None:
         """The Job of a role in a revision of a run."""
@@ -166,6 +178,7 @@ def observe(
     pull_failing_since: Mapping[str, datetime] | None = None,
     progress: Progress | None = None,
     progress_time: datetime | None = None,
+    refused: Mapping[str, Refusal] | None = None,
 ) -> Observed:
     """The views of a job's children; ``pull_failing_since`` is by pod uid."""
     since = pull_failing_since or {}
@@ -179,6 +192,7 @@ def observe(
         gone=tuple(filter(None, map(pod_view, gone))),
         progress=progress,
         progress_time=progress_time,
+        refused=dict(refused or {}),
     )
 
 
@@ -248,7 +262,7 @@ def job_view(obj: Object) -> JobView | None:
         failed=bool(bad),
         failure_reason=bad.get("reason", ""),
         failure_message=bad.get("message", ""),
-        failed_pods=status.get("failed") or 0,
+        stopping=obj.get("spec", {}).get("activeDeadlineSeconds") == 0,
         deleting="deletionTimestamp" in obj["metadata"],
     )
 

@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Any, Final
 
+from finetune_api.identity import child_name
 from finetune_api.names import ROLES, Role
 from finetune_api.order import RunOrder
 from finetune_api.results import PreparedSummary, PublishSummary, TrainSummary
@@ -19,7 +20,7 @@ from finetune_api.status import FailureStatus, FineTuneJobStatus
 from finetune_operator import status as status_of
 from finetune_operator.config import ANNOTATION_OUTCOME, OVERDUE, Config
 from finetune_operator.failure import failure, incidents, verdict
-from finetune_operator.observe import JobView, Observed, PodView
+from finetune_operator.observe import JobView, Observed, PodView, Refusal
 from finetune_operator.overlay import template_problems
 from finetune_operator.plan import Change, Create, CurrentRun, Delete, Draft, Subject
 from finetune_operator.report import STAGE_CONDITION
@@ -116,6 +117,15 @@ class Work:
         return obstacle(self.job, self.pods, deadline)
 
     @property
+    def refusal(self) -> Refusal | None:
+        """The API server's no to the stage's Job."""
+        if self.stage is None or self.job is not None:
+            return None
+        run = self.run
+        name = child_name(self.subject.name, run.id, self.stage, run.revision)
+        return self.observed.refused.get(name)
+
+    @property
     def queue(self) -> str | None:
         """Kueue's queue, where it decides about the stage's Job."""
         return self.order.spec.scheduling.queue_name if self.stage == "train" else None
@@ -162,6 +172,9 @@ def _failure(work: Work) -> FailureStatus | None:
     faults = template_problems(work.order.spec.compute.pod_template)
     if job is None and faults:
         return failure("UserError", "InvalidPodTemplate", "\n".join(faults))
+    refusal = work.refusal
+    if refusal is not None and refusal.final:
+        return failure("UserError", "ChildRefused", f"Kubernetes refuses it: {refusal.message}")
     if job is not None and job.failed:
         return verdict(job, work.pods, _attempt(work))
     if work.spec.suspend:
@@ -172,7 +185,8 @@ def _failure(work: Work) -> FailureStatus | None:
     if work.obstacle is not None:
         if work.obstacle.until <= work.now:
             return work.obstacle.failure
-        work.draft.look_at(work.obstacle.until)
+        shown = work.obstacle.shown_from
+        work.draft.look_at(shown if shown and shown > work.now else work.obstacle.until)
     return None
 
 
@@ -200,7 +214,7 @@ def _exhausted(work: Work, allowed: int) -> FailureStatus:
 def _end(work: Work, outcome: str) -> None:
     """Stops what still runs, notes the outcome on the order, and keeps to the children's TTL."""
     job = work.job
-    if job is not None and not job.finished:
+    if job is not None and not (job.finished or job.stopping):
         # Its pods end, those that failed stay for their logs: deleting it would lose them.
         work.draft.change.append(Change("Job", job.name, {"spec": {"activeDeadlineSeconds": 0}}))
     for order in work.observed.orders:

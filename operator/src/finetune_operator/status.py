@@ -89,10 +89,12 @@ def _where(work: Work) -> tuple[Phase, str, str]:
     first: Phase = "Pending" if stage == "prepare" else "Publishing"
     if stage == "train":
         first = "Starting"
+    if work.refusal is not None:
+        return first, "ChildRefused", f"tried again until it is allowed: {work.refusal.message}"
     made_now = any(c.kind == "Job" for c in work.draft.create)
     if job is None and not made_now:
         return first, "Pending", f"making the Job of {stage}, after pods of an earlier one ended"
-    if held is not None:
+    if held is not None and (held.shown_from is None or held.shown_from <= work.now):
         return first, held.reason, held.message
     if stage == "train":
         return _gang(work)

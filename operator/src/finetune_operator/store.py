@@ -12,7 +12,14 @@ from typing import Any, Final
 
 from finetune_api import names
 from finetune_api.results import Progress
-from finetune_operator.observe import Object, Observed, container_status, observe, pull_is_failing
+from finetune_operator.observe import (
+    Object,
+    Observed,
+    Refusal,
+    container_status,
+    observe,
+    pull_is_failing,
+)
 
 CHILD_KINDS: Final = ("ConfigMap", "Service", "Job", "Pod")
 REMEMBERED_REMOVALS: Final = 10_000
@@ -34,6 +41,7 @@ class Store:
         self._gone_pods: dict[str, dict[str, Object]] = {}
         self._pull_failing: dict[str, datetime] = {}
         self._progress: dict[str, tuple[Progress, datetime]] = {}
+        self._refused: dict[str, dict[str, Refusal]] = {}
 
     # --- changes ---------------------------------------------------------------------------------
 
@@ -83,7 +91,7 @@ class Store:
         return owner
 
     def _forget(self, uid: str) -> None:
-        for place in (self._jobs, self._gone_pods, self._progress):
+        for place in (self._jobs, self._gone_pods, self._progress, self._refused):
             place.pop(uid, None)
 
     def _note_pull(self, uid: str, pod: Object) -> None:
@@ -96,6 +104,13 @@ class Store:
         """Remember what a gang said last."""
         if uid in self._jobs:
             self._progress[uid] = (progress, time)
+
+    def put_refusal(self, uid: str, name: str, refusal: Refusal | None) -> None:
+        """Remember that a child was refused, or forget it."""
+        if refusal is not None:
+            self._refused.setdefault(uid, {})[name] = refusal
+        else:
+            self._refused.get(uid, {}).pop(name, None)
 
     # --- reading ---------------------------------------------------------------------------------
 
@@ -129,6 +144,7 @@ class Store:
             pull_failing_since=self._pull_failing,
             progress=progress,
             progress_time=time,
+            refused=self._refused.get(uid),
         )
 
 

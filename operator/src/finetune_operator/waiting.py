@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from finetune_api.status import FailureStatus
-from finetune_operator.config import PULL_FAILING, PULL_REFUSED
+from finetune_operator.config import PODS_AWAITED, PULL_FAILING, PULL_REFUSED
 from finetune_operator.failure import failure
 from finetune_operator.observe import PULL_REASONS, JobView, PodView
 
@@ -16,12 +16,14 @@ _REFUSED = ("not found", "unauthorized", "denied", "forbidden", "manifest unknow
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Something that keeps a pod from running. At ``until`` it becomes ``failure``."""
+    """Something that keeps a pod from running. It is shown from ``shown_from`` on, and at
+    ``until`` it becomes ``failure``."""
 
     reason: str
     message: str
     until: datetime
     failure: FailureStatus
+    shown_from: datetime | None = None
 
 
 def obstacle(job: JobView, pods: Iterable[PodView], start_deadline: timedelta) -> Obstacle | None:
@@ -97,5 +99,9 @@ def _no_pods(job: JobView, since: datetime, deadline: timedelta) -> Obstacle:
         f" them: see `kubectl describe job {job.name}`"
     )
     return Obstacle(
-        "PodsNotCreated", message, since + deadline, failure("UserError", "PodsNotCreated", message)
+        "PodsNotCreated",
+        message,
+        since + deadline,
+        failure("UserError", "PodsNotCreated", message),
+        shown_from=since + PODS_AWAITED,
     )

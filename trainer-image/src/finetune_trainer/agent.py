@@ -1,6 +1,6 @@
-"""torchrun, with a word for the supervisor about how it ended (``python -m finetune_trainer.agent``).
+"""torchrun, with a word for the supervisor about how it ended.
 
-torchrun turns every end of a worker into exit code 1. This runs it in the same process and writes
+torchrun turns every end of a worker into exit code 1. This runs it in its own process and writes
 what it knows of a failure to the file named by ``FINETUNE_AGENT_REPORT``: the exit codes of its
 workers, or that the gang did not form.
 """
@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.run import parse_args, run
 
     try:
-        run(parse_args(arguments))
+        run(parse_args(arguments))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         return _report({"kind": "workers", "codes": codes})

@@ -75,13 +75,13 @@ def judge_stopped(ended: Ended | None, grace: int) -> Failure:
         return said
     if ended is None or not ended.formed:
         return verdict(Interrupted("Interrupted", "stopped before the gang had formed"))
-    return verdict(
-        Interrupted(
-            "InterruptedUnsaved",
-            f"stopped, but the state was not saved within {grace} s; training goes on from the last"
-            " commit. Give the pod a longer terminationGracePeriodSeconds",
-        )
+    why = (
+        f"the workers ended before: {said.message if said else 'without a word'}"
+        if ended.code >= 0
+        else f"{grace} s were too short; give the pod a longer terminationGracePeriodSeconds"
     )
+    what = f"stopped with the state unsaved ({why}); training goes on from the last commit"
+    return verdict(Interrupted("InterruptedUnsaved", what))
 
 
 def _not_formed(why: str) -> Failure:

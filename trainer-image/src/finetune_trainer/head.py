@@ -17,21 +17,31 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Final
 
-from pydantic import ConfigDict
-
-from finetune_api.base import Model
-from finetune_trainer.failures import Fenced, StorageUnavailable, TrainerError
-from finetune_trainer.objects import (
-    FileInfo,
-    ObjectNotFound,
-    ObjectStore,
-    PreconditionFailed,
-    file_info,
+from finetune_trainer.commits import (
+    Commit,
+    CorruptCommit,
+    Head,
+    commit_uri,
+    download_commit,
+    read_head,
+    write_head,
 )
+from finetune_trainer.failures import Fenced, StorageUnavailable, TrainerError
+from finetune_trainer.objects import FileInfo, ObjectStore, PreconditionFailed
+
+__all__ = [
+    "Better",
+    "Claim",
+    "Commit",
+    "CorruptCommit",
+    "Head",
+    "claim",
+    "commit_uri",
+    "download_commit",
+    "read_head",
+]
 
 Better = Callable[[float, float], bool]
 """``better(new, old)``: whether a metric's value improves on another."""
@@ -39,72 +49,8 @@ Better = Callable[[float, float], bool]
 TRIES: Final = 20
 """Rounds of a compare-and-swap; each that fails means that another writer got on."""
 PAUSE_SECONDS: Final = 0.05
-DOWNLOADS: Final = 4
 log = logging.getLogger(__name__)
 _COMMIT_KEY: Final = re.compile(r"/attempt-(\d+)/step-(\d+)/")
-
-
-class Commit(Model):
-    """One checkpoint that is real."""
-
-    model_config = ConfigDict(validate_by_name=True)
-
-    attempt: int
-    """Attempt that wrote it."""
-    step: int
-    """Optimizer steps done."""
-    uri: str
-    """Prefix of its files, without a '/' at the end."""
-    files: dict[str, FileInfo]
-    """What a reader checks each file by; by name below ``uri``."""
-    metric: float | None = None
-    """Value of spec.checkpoint.metric; absent where it was not measured at this step."""
-    created: float
-    """Unix time."""
-
-
-class Head(Model):
-    """``HEAD.json``."""
-
-    model_config = ConfigDict(validate_by_name=True)
-
-    run: str
-    """Identity of the run."""
-    attempt: int
-    """Attempt that owns the run, from 1."""
-    owner: str
-    """Random word of the claim, by which a writer knows its own."""
-    restarts: int
-    """Attempts that took over from one that had not released."""
-    released: bool
-    """Whether the attempt has ended by itself."""
-    claimed: float
-    """Unix time at which the attempt took the run."""
-    training_seconds: float
-    """Wall time of the attempts that have ended."""
-    lost_seconds: float
-    """Of it, what was lost: from the last commit of an attempt that did not release to the claim
-    of the next (until then the gang's other nodes are held, and wait)."""
-    commits: list[Commit]
-    """Newest first."""
-    best: str | None = None
-    """``uri`` of the commit with the best metric."""
-
-
-class CorruptCommit(TrainerError):
-    """Files of a commit are missing or are not what was committed."""
-
-    def __init__(self, uri: str, what: str) -> None:
-        super().__init__("CorruptCommit", f"{uri}: {what}; this commit cannot be used")
-
-
-def read_head(store: ObjectStore, run_uri: str) -> tuple[Head, str] | None:
-    """HEAD and its ETag, or None where no attempt has begun."""
-    try:
-        text, etag = store.get_tagged(f"{run_uri}/HEAD.json")
-    except ObjectNotFound:
-        return None
-    return Head.model_validate_json(text), etag
 
 
 def claim(
@@ -135,7 +81,7 @@ def claim(
         before, etag = found or (None, None)
         head = _next_attempt(before, run, owner, clock())
         try:
-            etag = _write(store, run_uri, head, etag)
+            etag = write_head(store, run_uri, head, etag)
         except (PreconditionFailed, StorageUnavailable):
             time.sleep(random.uniform(0, PAUSE_SECONDS))
             continue  # read who won; after a lost answer it may be us
@@ -270,7 +216,7 @@ class Claim:
             if wanted == self.head:
                 return
             try:
-                self._etag = _write(self._store, self._run_uri, wanted, self._etag)
+                self._etag = write_head(self._store, self._run_uri, wanted, self._etag)
                 self.head = wanted
                 return
             except (PreconditionFailed, StorageUnavailable):
@@ -318,43 +264,6 @@ class Claim:
             )
         except TrainerError as error:
             log.warning("old checkpoints stay for now: %s", error)
-
-
-def commit_uri(run_uri: str, attempt: int, step: int) -> str:
-    """Prefix under which an attempt uploads the files of a commit."""
-    return f"{run_uri}/attempt-{attempt}/step-{step:08}"
-
-
-def download_commit(store: ObjectStore, commit: Commit, folder: Path) -> None:
-    """Writes all files of a commit into a folder and checks them.
-
-    Raises:
-        CorruptCommit: where one is missing, or is not what was committed.
-    """
-
-    def fetch(item: tuple[str, FileInfo]) -> None:
-        name, expected = item
-        path = folder / name
-        try:
-            store.download(f"{commit.uri}/{name}", path)
-        except ObjectNotFound:
-            raise CorruptCommit(commit.uri, f"{name} is missing") from None
-        got = file_info(path)
-        if got != expected:
-            raise CorruptCommit(
-                commit.uri,
-                f"{name} has {got.bytes} bytes with sha256 {got.sha256}, but"
-                f" {expected.bytes} with {expected.sha256} were committed",
-            )
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(DOWNLOADS) as pool:
-        list(pool.map(fetch, commit.files.items()))
-
-
-def _write(store: ObjectStore, run_uri: str, head: Head, etag: str | None) -> str:
-    text = head.model_dump_json(by_alias=True, exclude_none=True, indent=1)
-    return store.put(f"{run_uri}/HEAD.json", text.encode(), if_match=etag, if_absent=etag is None)
 
 
 def _without(head: Head, uri: str) -> list[Commit]:

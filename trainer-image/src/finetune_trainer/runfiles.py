@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 
-from finetune_api.base import Model
+from finetune_api.base import Record
 from finetune_api.results import Metrics, PreparedSummary, TrainSummary
 from finetune_trainer.objects import ObjectStore
 
 
-class CurvePoint(Model):
+class CurvePoint(Record):
     """One log point of the training."""
 
     step: int
@@ -26,7 +26,7 @@ class CurvePoint(Model):
     """Norm of the last step's gradient before clipping."""
 
 
-class ValidationPoint(Model):
+class ValidationPoint(Record):
     """One evaluation on the validation sets."""
 
     step: int
@@ -37,7 +37,7 @@ class ValidationPoint(Model):
     """Metrics over all sets: losses by tokens, others by samples."""
 
 
-class Example(Model):
+class Example(Record):
     """One test sample with what the two models answer."""
 
     prompt: str
@@ -50,7 +50,7 @@ class Example(Model):
     """Answer of the tuned model."""
 
 
-class SetBaseline(Model):
+class SetBaseline(Record):
     """Untuned scores of one test set, and its first answers."""
 
     name: str
@@ -63,14 +63,14 @@ class SetBaseline(Model):
     """Answers to the first prompts, for the report."""
 
 
-class Baseline(Model):
+class Baseline(Record):
     """What the untuned model scores; measured once a run."""
 
     sets: list[SetBaseline]
     """By test set."""
 
 
-class RunResult(Model):
+class RunResult(Record):
     """What the gang leaves for publish."""
 
     summary: TrainSummary
@@ -129,5 +129,5 @@ def write_result(store: ObjectStore, run_uri: str, result: RunResult) -> None:
     store.put(f"{run_uri}/result.json", _text(result))
 
 
-def _text(model: Model) -> bytes:
+def _text(model: Record) -> bytes:
     return (json.dumps(model.to_json(), ensure_ascii=False, indent=1) + "\n").encode()

@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
@@ -69,14 +69,14 @@ def run_stage(role: Literal["prepare", "publish"], body: Body) -> int:
     return int(ExitCode.OK)
 
 
-def load_order(environ: Mapping[str, str] = os.environ) -> RunOrder:
+def load_order() -> RunOrder:
     """The order of this container.
 
     Raises:
         UserError: 'OrderMissing'.
         InvalidSpec: where it is no order, or one of another contract version.
     """
-    path = Path(environ.get(ENV_ORDER) or ORDER_PATH)
+    path = Path(os.environ.get(ENV_ORDER) or ORDER_PATH)
     try:
         return parse_order(path.read_bytes())
     except OSError as error:
@@ -89,15 +89,15 @@ def load_order(environ: Mapping[str, str] = os.environ) -> RunOrder:
         raise UserError("OrderMissing", f"{path} is not JSON: {error}") from None
 
 
-def scratch_folder(environ: Mapping[str, str] = os.environ) -> Path:
+def scratch_folder() -> Path:
     """Where this container may write."""
-    return Path(environ.get(ENV_SCRATCH) or SCRATCH)
+    return Path(os.environ.get(ENV_SCRATCH) or SCRATCH)
 
 
-def leave_termination(said: Termination, environ: Mapping[str, str] = os.environ) -> None:
+def leave_termination(said: Termination) -> None:
     """Writes the container's last word. It is an answer to who started it, not the work itself:
     where it cannot be written, that is logged."""
-    path = Path(environ.get(ENV_TERMINATION) or TERMINATION_PATH)
+    path = Path(os.environ.get(ENV_TERMINATION) or TERMINATION_PATH)
     try:
         write_whole(path, said.to_text())
     except OSError as error:

@@ -21,7 +21,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -55,7 +54,7 @@ KILL_SECONDS: Final = 3
 """Of the grace period, kept for killing what is left and for the last word."""
 
 
-def supervise(environ: Mapping[str, str] = os.environ, worker: str = WORKER) -> int:
+def supervise(worker: str = WORKER) -> int:
     """Trains as one node of the gang and returns the container's exit code.
 
     Args:
@@ -64,9 +63,9 @@ def supervise(environ: Mapping[str, str] = os.environ, worker: str = WORKER) -> 
     start_log()
     run = ""
     try:
-        run = load_order(environ).run
-        place = read_place(environ)
-        return Supervisor(run, place, scratch_folder(environ), environ, worker).run_to_end()
+        run = load_order().run
+        place = read_place(os.environ)
+        return Supervisor(run, place, scratch_folder(), worker).run_to_end()
     except Exception as error:
         return end_badly(run, "train", error)
     finally:
@@ -76,13 +75,10 @@ def supervise(environ: Mapping[str, str] = os.environ, worker: str = WORKER) -> 
 class Supervisor:
     """One node's share of a gang, over all starts of its workers."""
 
-    def __init__(
-        self, run: str, place: Place, scratch: Path, environ: Mapping[str, str], worker: str
-    ) -> None:
+    def __init__(self, run: str, place: Place, scratch: Path, worker: str) -> None:
         self._run = run
         self._place = place
         self._folder = scratch / "supervisor"
-        self._environ = environ
         self._worker = worker
         self._starts = 0
         self._kill_at: float | None = None
@@ -120,7 +116,7 @@ class Supervisor:
 
     def _done(self) -> int:
         trained = workerfiles.read_result(self._start_folder)
-        leave_termination(Termination(run=self._run, role="train", trained=trained), self._environ)
+        leave_termination(Termination(run=self._run, role="train", trained=trained))
         log.info("train: done")
         return int(ExitCode.OK)
 
@@ -232,7 +228,7 @@ class Supervisor:
         }
         if self._place.loopback and sys.platform == "linux":
             own["GLOO_SOCKET_IFNAME"] = "lo"
-        return {**self._environ, **own}
+        return {**os.environ, **own}
 
 
 if __name__ == "__main__":

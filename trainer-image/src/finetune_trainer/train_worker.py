@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
+
+import transformers
 
 from finetune_api.names import ENV_METRICS_PORT, METRICS_PORT
 from finetune_trainer import workerfiles
 from finetune_trainer.checkpoint import Checkpoints
-from finetune_trainer.failures import exit_code, verdict
+from finetune_trainer.failures import TrainerError, exit_code, verdict
 from finetune_trainer.gang import Gang, join
 from finetune_trainer.loop import train
 from finetune_trainer.objects import Stores
@@ -23,10 +26,14 @@ from finetune_trainer.telemetry import Telemetry
 
 def main() -> int:
     """Run this process's part; returns its exit code."""
+    # Progress bars of libraries are noise in a log that nobody watches.
+    transformers.utils.logging.disable_progress_bar()
     try:
         order = load_order()
         work(join(order.spec.training))
     except BaseException as error:
+        if not isinstance(error, TrainerError):
+            traceback.print_exc()
         workerfiles.report_failure(error)
         return int(exit_code(verdict(error)))
     return 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 
-from finetune_api.base import Model
+from finetune_api.base import Record
 from finetune_api.spec import Format
 from finetune_trainer.objects import ObjectNotFound, ObjectStore
 from finetune_trainer.prepare.split import Side
@@ -16,7 +16,7 @@ FORMAT_VERSION = 1
 """Raised with every change of what prepare writes for the same data; part of the digest."""
 
 
-class DataFile(Model):
+class DataFile(Record):
     """One file of the prepared data."""
 
     name: str
@@ -27,7 +27,7 @@ class DataFile(Model):
     """Of its bytes, hexadecimal."""
 
 
-class DataSet(Model):
+class DataSet(Record):
     """The samples of one source on one side of the split."""
 
     split: Side
@@ -44,7 +44,7 @@ class DataSet(Model):
     """Tokens of them that are learned."""
 
 
-class DataManifest(Model):
+class DataManifest(Record):
     """What was prepared."""
 
     version: int

@@ -151,15 +151,16 @@ def summarise(
 ) -> PreparedSummary:
     """What prepare found, in numbers."""
     train = [s for s in manifest.sets if s.split == "train"]
-    return PreparedSummary(
-        digest=manifest.digest,
-        uri=uri,
-        reused=reused,
-        train_samples=manifest.samples("train"),
-        validation_samples=manifest.samples("validation"),
-        test_samples=manifest.samples("test"),
-        train_tokens=sum(s.tokens for s in train),
-        supervised_tokens=sum(s.supervised for s in train),
-        dropped=manifest.dropped,
-        total_steps=steps_of(spec, manifest.samples("train")),
-    )
+    fields = {
+        "digest": manifest.digest,
+        "uri": uri,
+        "reused": reused,
+        "train_samples": manifest.samples("train"),
+        "validation_samples": manifest.samples("validation"),
+        "test_samples": manifest.samples("test"),
+        "train_tokens": sum(s.tokens for s in train),
+        "supervised_tokens": sum(s.supervised for s in train),
+        "dropped": manifest.dropped,
+        "total_steps": steps_of(spec, manifest.samples("train")),
+    }
+    return PreparedSummary.model_validate(fields, by_alias=False, by_name=True)

@@ -1,0 +1,29 @@
+"""The Dockerfiles that users build: what they promise in their first lines."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from finetune_operator.config import USER_ID
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = [ROOT / "operator/Dockerfile", ROOT / "trainer-image/Dockerfile"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name)
+def test_runs_as_the_user_of_the_pods(path: Path) -> None:
+    text = path.read_text()
+    assert f"USER {USER_ID}:{USER_ID}\n" in text
+    (command,) = re.findall(r'ENTRYPOINT \["(.+)"\]', text)
+    project = tomllib.loads((path.parent / "pyproject.toml").read_text())["project"]
+    assert command in project["scripts"]
+
+
+def test_torch_is_the_one_of_the_project() -> None:
+    needs = tomllib.loads((ROOT / "trainer-image/pyproject.toml").read_text())["project"]
+    (torch,) = (need for need in needs["dependencies"] if need.startswith("torch>"))
+    assert f'ARG TORCH_REQUIREMENT="{torch}"\n' in FILES[1].read_text()

@@ -1,0 +1,104 @@
+"""The chart on a real API server: installed by helm, with the rights it asks for and no others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from chart.conftest import CHART, helm, one, render
+from cluster.api import Api
+
+NAMESPACE = "finetune-system"
+ACCOUNT = f"system:serviceaccount:{NAMESPACE}:rel-finetune-operator"
+NO_MONITORS = ("replicas=2", "watchNamespaces={team-a,team-b}")
+
+
+@pytest.fixture(scope="module")
+def namespaces(plane: Api) -> Api:
+    restricted = {"pod-security.kubernetes.io/enforce": "restricted"}
+    for name, labels in ((NAMESPACE, restricted), ("team-a", {}), ("team-b", {}), ("other", {})):
+        metadata = {"name": name, "labels": labels}
+        plane.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
+    return plane
+
+
+@pytest.fixture(scope="module", params=[(), NO_MONITORS], ids=["cluster-wide", "namespaced"])
+def release(request: pytest.FixtureRequest, namespaces: Api) -> Iterator[tuple[Api, bool]]:
+    """The chart installed by helm, and whether it watches the whole cluster."""
+    place = ["--kubeconfig", str(namespaces.kubeconfig), "--namespace", NAMESPACE]
+    values = [part for value in request.param for part in ("--set", value)]
+    told = helm("install", "rel", CHART, *place, *values)
+    assert "kubectl get finetunejobs --watch" in told
+    helm("upgrade", "rel", CHART, *place, *values)
+    yield namespaces, not request.param
+    helm("uninstall", "rel", *place)
+    assert namespaces.get("crd", "finetunejobs.finetune-operator.dev"), "crds.keep is the default"
+
+
+def may(plane: Api, verb: str, resource: str, namespace: str) -> bool:
+    try:
+        answer = plane.kubectl("auth", "can-i", verb, resource, "-n", namespace, "--as", ACCOUNT)
+    except RuntimeError:  # "no" is an exit code of 1
+        return False
+    return answer.strip() == "yes"
+
+
+def test_rights(release: tuple[Api, bool]) -> None:
+    plane, clusterwide = release
+    for verb, resource in (
+        ("watch", "finetunejobs.finetune-operator.dev"),
+        ("create", "jobs.batch"),
+        ("delete", "configmaps"),
+        ("create", "events.events.k8s.io"),
+    ):
+        assert may(plane, verb, resource, "team-a")
+        assert may(plane, verb, resource, "other") == clusterwide
+    assert may(plane, "update", "leases.coordination.k8s.io/rel-finetune-operator", NAMESPACE)
+    for verb, resource, namespace in (
+        ("get", "secrets", "team-a"),
+        ("list", "secrets", NAMESPACE),
+        ("create", "pods", "team-a"),
+        ("get", "pods/proxy", "team-a"),
+        ("create", "pods/exec", "team-a"),
+        ("update", "finetunejobs.finetune-operator.dev", "team-a"),
+        ("update", "leases.coordination.k8s.io/another", NAMESPACE),
+        ("get", "nodes", "team-a"),
+    ):
+        assert not may(plane, verb, resource, namespace), f"{verb} {resource}"
+
+
+def test_its_rights_suffice_for_server_side_apply(release: tuple[Api, bool]) -> None:
+    """Creating by apply needs two verbs; and the owner of a child may be blocked by it."""
+    plane, _ = release
+    config = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "order", "namespace": "team-a"},
+        "data": {"order.json": "{}"},
+    }
+    arguments = ("apply", "--server-side", "--dry-run=server", "--as", ACCOUNT, "-f", "-")
+    plane.kubectl(*arguments, stdin=json.dumps(config))
+
+
+def test_the_pod_is_admitted_where_restricted_is_enforced(release: tuple[Api, bool]) -> None:
+    plane, _ = release
+    template = one(render(namespace=NAMESPACE), "Deployment")["spec"]["template"]
+    metadata = {**template["metadata"], "name": "probe", "namespace": NAMESPACE}
+    made = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
+    plane.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(made))
+    made["spec"] = {**made["spec"], "hostNetwork": True}
+    with pytest.raises(RuntimeError, match="violates PodSecurity"):
+        plane.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(made))
+
+
+@pytest.mark.parametrize("sets", [(), NO_MONITORS], ids=["cluster-wide", "namespaced"])
+def test_every_object_is_valid(namespaces: Api, sets: tuple[str, ...]) -> None:
+    """Strict validation by the API server: no unknown field anywhere."""
+    manifest = {"apiVersion": "v1", "kind": "List", "items": render(*sets)}
+    namespaces.kubectl(
+        *("apply", "--server-side", "--dry-run=server", "--validate=strict", "--force-conflicts"),
+        *("--field-manager", "test", "-f", "-"),
+        stdin=json.dumps(manifest),
+    )

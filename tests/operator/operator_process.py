@@ -1,0 +1,104 @@
+"""A real operator process against a control plane, for the API tests."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from cluster.api import eventually
+
+IMAGE = "registry.example/trainer:1"
+
+
+class OperatorProcess:
+    """``python -m finetune_operator``; ends with the ``with`` block, or killed by ``kill``."""
+
+    def __init__(self, kubeconfig: Path, log: Path, *arguments: str) -> None:
+        self.port = free_port()
+        self._log = log
+        self._command = [sys.executable, "-m", "finetune_operator", "--kubeconfig", str(kubeconfig)]
+        self._command += ["--host", "127.0.0.1", "--port", str(self.port), *arguments]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, image: str = IMAGE) -> None:
+        """Start it, after ``kill`` again; returns when it is ready."""
+        command = [*self._command, "--image", image]
+        with self._log.open("ab") as output:
+            self._process = subprocess.Popen(command, stdout=output, stderr=output)
+        eventually("the operator is ready", lambda: self.get("readyz") == (200, "ok"), within=60)
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        assert self._process is not None
+        return self._process
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.kill()
+        if error is not None:
+            sys.stderr.write(self.log()[-20_000:])
+
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def get(self, path: str) -> tuple[int, str] | None:
+        """Status and text of one of its pages; None while it does not listen."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/{path}", timeout=5) as page:
+                return page.status, page.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+        except OSError:
+            if self.process.poll() is not None:
+                raise AssertionError(f"the operator has ended: {self.log()[-5000:]}") from None
+            return None
+
+    def metric(self, series: str) -> float | None:
+        """Value of one series of /metrics, by its whole name with labels."""
+        page = self.get("metrics")
+        for line in (page[1] if page else "").splitlines():
+            name, _, value = line.rpartition(" ")
+            if name == series:
+                return float(value)
+        return None
+
+    def kill(self) -> None:
+        """SIGKILL: nothing is said good-bye to."""
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> int:
+        """SIGTERM; answers the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=30)
+
+    def pause(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def wait(self, seconds: float) -> int:
+        """Exit code of a process that is expected to end."""
+        return self.process.wait(timeout=seconds)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port

@@ -1,0 +1,317 @@
+"""The operator as a process against a real API server, its Job controller and make-believe
+nodes: apply, walk the stages, kill, suspend, change, delete."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from operator_process import IMAGE, OperatorProcess
+from operator_world import PREPARED, PUBLISHED, TRAINED, spec
+
+from cluster.api import Api, eventually
+from cluster.control_plane import ControlPlane
+from cluster.kwok import EXIT_CODE, MESSAGE
+from finetune_api import names
+from finetune_api.results import Termination
+
+CRD = Path(__file__).parents[2] / "crds" / "finetunejob.crd.yaml"
+WITHIN = 40.0
+
+
+@pytest.fixture(scope="module")
+def plane() -> Iterator[ControlPlane]:
+    with ControlPlane(kwok_nodes=2) as plane:
+        plane.kubectl("apply", "--server-side", "-f", CRD)
+        yield plane
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("operator") / "log"
+
+
+@pytest.fixture(scope="module")
+def operator(plane: ControlPlane, log: Path) -> Iterator[OperatorProcess]:
+    with OperatorProcess(plane.kubeconfig, log, "--leader-election", "false") as process:
+        yield process
+
+
+class Job:
+    """One FineTuneJob of a test, in a namespace of its own."""
+
+    def __init__(self, api: Api, namespace: str) -> None:
+        self.api = api
+        self.namespace = namespace
+        api.kubectl("create", "namespace", namespace)
+
+    def apply(self, **more: Any) -> None:
+        more["compute"] = {"gpusPerNode": 0, **more.get("compute", {})}
+        self.api.apply(
+            {
+                "apiVersion": names.API_VERSION,
+                "kind": names.KIND,
+                "metadata": {"name": "bot", "namespace": self.namespace},
+                "spec": spec(**more),
+            }
+        )
+
+    def patch(self, **more: Any) -> None:
+        text = json.dumps({"spec": more})
+        self.api.kubectl("patch", "ftj", "bot", "-n", self.namespace, "--type=merge", "-p", text)
+
+    @property
+    def object(self) -> Any:
+        return self.api.get("ftj", "bot", "-n", self.namespace)
+
+    @property
+    def status(self) -> Any:
+        return self.object.get("status", {})
+
+    def held(self, type_: str) -> str | None:
+        found = [c for c in self.status.get("conditions", []) if c["type"] == type_]
+        return f"{found[0]['status']}/{found[0]['reason']}" if found else None
+
+    def reach(self, phase: str) -> None:
+        def look() -> bool:
+            seen = self.status.get("phase")
+            if seen != phase:
+                raise RuntimeError(f"phase {seen}, {self.status.get('failure')}")
+            return True
+
+        eventually(f"phase {phase}", look, within=WITHIN)
+
+    def all(self, kind: str) -> list[Any]:
+        selector = f"{names.LABEL_MANAGED_BY}={names.MANAGED_BY}"
+        found: list[Any] = self.api.get(kind, "-n", self.namespace, "-l", selector)["items"]
+        return found
+
+    def names(self, kind: str) -> list[str]:
+        return sorted(o["metadata"]["name"].split("-", 3)[-1] for o in self.all(kind))
+
+    def uids(self, kind: str) -> set[str]:
+        return {o["metadata"]["uid"] for o in self.all(kind)}
+
+    def running(self, role: str, count: int) -> list[Any]:
+        def look() -> list[Any]:
+            alive = [
+                p
+                for p in self.all("pods")
+                if p["metadata"]["labels"][names.LABEL_ROLE] == role
+                and p["status"].get("phase") == "Running"
+                and "deletionTimestamp" not in p["metadata"]
+            ]
+            return alive if len(alive) == count else []
+
+        return eventually(f"{count} {role} pods run", look, within=WITHIN)
+
+    def end(
+        self, role: str, code: int = 0, count: int = 1, ending: int | None = None, **said: Any
+    ) -> None:
+        """Let the ``count`` pods of a stage (or ``ending`` of them) end, with a last word."""
+        pods = self.running(role, count)
+        run = pods[0]["metadata"]["labels"][names.LABEL_RUN]
+        word = Termination.model_validate({"run": run, "role": role, **said}).to_text()
+        for pod in pods[:ending]:
+            name = pod["metadata"]["name"]
+            note = [f"{MESSAGE}={word}", f"{EXIT_CODE}={code}"]
+            self.api.kubectl("annotate", "pod", name, "-n", self.namespace, *note)
+
+
+@pytest.fixture
+def job(plane: ControlPlane, request: pytest.FixtureRequest) -> Iterator[Job]:
+    name = request.node.name.replace("_", "-")[:60].rstrip("-")
+    made = Job(plane, name)
+    yield made
+    plane.kubectl("delete", "ftj", "bot", "-n", name, "--ignore-not-found")
+
+
+def walk_to_training(job: Job, **more: Any) -> None:
+    job.apply(**more)
+    job.end("prepare", prepared=PREPARED)
+    job.running("train", 2)
+    job.reach("Training")
+
+
+def test_from_apply_to_complete(job: Job, operator: OperatorProcess) -> None:
+    walk_to_training(job)
+    assert job.status["prepared"]["trainSamples"] == 90
+    job.end("train", count=2, trained=TRAINED)
+    job.end("publish", published=PUBLISHED)
+    job.reach("Complete")
+    status = job.status
+    assert status["output"]["uri"] == PUBLISHED["uri"]
+    assert status["evaluation"][0]["gain"] == "-1.5"
+    for type_ in ("Prepared", "Evaluated", "Published", "Complete", "Ready"):
+        assert (job.held(type_) or "").startswith("True/"), type_
+    assert job.names("jobs") == ["prepare-1", "publish-1", "train-1"]
+    events = {e["reason"] for e in job.api.get("events", "-n", job.namespace)["items"]}
+    assert {"RunStarted", "DataReady", "GangRunning", "Evaluated", "Published"} <= events
+    owned_and_ours_alone(job)
+    who = f'name="bot",namespace="{job.namespace}"'
+    tuned = f'finetune_job_test_metric{{data_set="test",metric="Loss",model="tuned",{who}}}'
+    assert operator.metric(tuned) == 0.5
+    assert operator.metric(f"finetune_job_total_steps{{{who}}}") == 30
+    finished = 'finetune_operator_runs_finished_total{failure_class="",outcome="Complete"}'
+    assert (operator.metric(finished) or 0) >= 1
+
+
+def owned_and_ours_alone(job: Job) -> None:
+    """Owner references on all children; no writer but us, and the controllers of status; nothing
+    written on the user's object but its status."""
+    uid = job.object["metadata"]["uid"]
+    ours = ["-n", job.namespace, "-l", f"{names.LABEL_JOB_UID}={uid}"]
+    for kind in ("jobs", "services", "configmaps"):
+        text = job.api.kubectl("get", kind, *ours, "-o", "json", "--show-managed-fields")
+        items = json.loads(text)["items"]
+        assert items
+        for item in items:
+            owner = item["metadata"]["ownerReferences"][0]
+            assert (owner["uid"], owner["controller"]) == (uid, True)
+            writers = {
+                f["manager"] for f in item["metadata"]["managedFields"] if not f.get("subresource")
+            }
+            assert writers == {names.FIELD_OWNER}
+    meta = job.object["metadata"]
+    assert "finalizers" not in meta and "annotations" not in meta and "labels" not in meta
+
+
+def test_killed_and_started_again_nothing_restarts(job: Job, operator: OperatorProcess) -> None:
+    walk_to_training(job)
+    before = {kind: job.uids(kind) for kind in ("jobs", "pods", "services", "configmaps")}
+    operator.kill()
+    job.end("train", count=2, trained=TRAINED)  # while no operator runs
+    operator.start(image="registry.example/trainer:2")
+    job.end("publish", published=PUBLISHED)
+    job.reach("Complete")
+    for kind, uids in before.items():
+        assert uids <= job.uids(kind), f"{kind} were replaced"
+    assert job.status["run"]["number"] == 1 and job.status["restarts"] == 0
+    images = {j["spec"]["template"]["spec"]["containers"][0]["image"] for j in job.all("jobs")}
+    assert images == {IMAGE}, "an upgraded operator touches no run"
+
+
+def test_a_final_exit_code_fails_the_run_with_its_word(job: Job, operator: OperatorProcess) -> None:
+    job.apply()
+    said = {"class": "DataError", "reason": "MalformedRecord", "message": "train.jsonl line 3"}
+    job.end("prepare", code=11, failure=said)
+    job.reach("Failed")
+    failure = job.status["failure"]
+    assert {k: failure[k] for k in said} == said and failure["exitCode"] == 11
+    assert job.held("Stalled") == "True/MalformedRecord"
+    job.api.kubectl("delete", "jobs", "--all", "-n", job.namespace)
+    job.patch(failurePolicy={"maxRestarts": 1})
+    eventually("observed", lambda: job.status["observedGeneration"] == 2)
+    assert job.names("jobs") == [] and job.status["phase"] == "Failed"
+
+
+def test_restarts_exhausted_ends_the_gang_and_keeps_its_pods(
+    job: Job, operator: OperatorProcess
+) -> None:
+    walk_to_training(job, failurePolicy={"maxRestarts": 0})
+    lost = {"class": "NodeFailure", "reason": "DeviceLost", "message": "m", "retryable": True}
+    job.end("train", code=20, count=2, ending=1, failure=lost)
+    job.reach("Failed")
+    assert job.status["failure"]["reason"] == "DeviceLost"
+
+    def ended() -> bool:
+        train = next(j for j in job.all("jobs") if "train" in j["metadata"]["name"])
+        conditions = train["status"].get("conditions", [])
+        return any(c["type"] == "Failed" and c["status"] == "True" for c in conditions)
+
+    eventually("the Job has ended", ended, within=WITHIN)
+    assert job.status["restarts"] == 1
+    failed = [p["metadata"]["name"] for p in job.all("pods") if p["status"]["phase"] == "Failed"]
+    assert job.status["failure"]["pod"] in failed, "its logs can still be read"
+
+
+def test_suspend_stops_and_resume_goes_on_in_the_same_job(
+    job: Job, operator: OperatorProcess
+) -> None:
+    walk_to_training(job)
+    jobs = job.uids("jobs")
+    job.patch(suspend=True)
+    job.reach("Suspended")
+    eventually("no pod is left", lambda: not job.names("pods")[1:], within=WITHIN)
+    job.patch(suspend=False)
+    job.running("train", 2)
+    job.reach("Training")
+    assert job.uids("jobs") == jobs and job.status["run"]["revision"] == 1
+
+
+def test_resume_change_makes_a_new_gang_and_new_run_a_new_run(
+    job: Job, operator: OperatorProcess
+) -> None:
+    walk_to_training(job)
+    job.patch(compute={"nodes": 1})
+    eventually("gang 2", lambda: job.names("jobs") == ["prepare-1", "train-2"], within=WITHIN)
+    job.running("train", 1)
+    assert job.status["run"]["revision"] == 2
+    job.patch(training={"seed": 7})
+    eventually("run 2", lambda: job.status["run"]["number"] == 2, within=WITHIN)
+    eventually("only its Job", lambda: job.names("jobs") == ["prepare-1"], within=WITHIN)
+    assert job.status["history"][0]["outcome"] == "Superseded"
+    assert job.names("configmaps") == ["order-1", "order-1", "order-2"]
+
+
+def test_status_removed_by_hand_is_rebuilt(job: Job, operator: OperatorProcess) -> None:
+    walk_to_training(job)
+    jobs, run = job.uids("jobs"), job.status["run"]
+    removal = ["--type=json", "-p", '[{"op": "remove", "path": "/status"}]']
+    who = ["ftj", "bot", "-n", job.namespace, "--subresource=status"]
+    job.api.kubectl("patch", *who, *removal)
+    job.reach("Training")
+    assert job.status["run"] == run and job.uids("jobs") == jobs
+    assert job.held("Prepared") == "True/DataReady"
+
+
+def test_no_node_fits(job: Job, operator: OperatorProcess) -> None:
+    template = {"spec": {"nodeSelector": {"no": "such-node"}}}
+    job.apply(compute={"podTemplate": template}, scheduling={"startDeadlineSeconds": 3})
+    job.end("prepare", prepared=PREPARED)
+    job.reach("Failed")
+    failure = job.status["failure"]
+    assert failure["reason"] == "Unschedulable" and "0/2 nodes are available" in failure["message"]
+
+
+def test_a_template_that_kubernetes_refuses(job: Job, operator: OperatorProcess) -> None:
+    template = {"spec": {"tolerations": [{"operator": "Sometimes"}]}}
+    job.apply(compute={"podTemplate": template})
+    job.end("prepare", prepared=PREPARED)
+    job.reach("Failed")
+    assert job.held("Failed") == "True/ChildRefused"
+    assert "tolerations" in job.status["failure"]["message"]
+
+
+def test_suspended_queue_job_is_left_to_kueue(job: Job, operator: OperatorProcess) -> None:
+    job.apply(scheduling={"queueName": "gpus"})
+    job.end("prepare", prepared=PREPARED)
+    job.reach("Queued")
+    train = next(j for j in job.all("jobs") if "train" in j["metadata"]["name"])
+    assert train["metadata"]["labels"][names.LABEL_QUEUE] == "gpus"
+    assert train["spec"]["suspend"] is True
+    name = train["metadata"]["name"]
+    admit = '{"spec": {"suspend": false}}'
+    job.api.kubectl("patch", "job", name, "-n", job.namespace, "--type=merge", "-p", admit)
+    job.running("train", 2)
+    job.reach("Training")
+
+
+def test_ttl_and_deletion(job: Job, operator: OperatorProcess) -> None:
+    walk_to_training(job, childrenTTLSecondsAfterFinished=0)
+    job.end("train", count=2, trained=TRAINED)
+    job.end("publish", published=PUBLISHED)
+    job.reach("Complete")
+    eventually("children are gone", lambda: not job.names("jobs"), within=WITHIN)
+    assert job.names("configmaps") == ["order-1"] and job.names("services") == []
+    assert job.status["phase"] == "Complete"
+    job.api.kubectl("delete", "ftj", "bot", "-n", job.namespace)
+    eventually("the order is gone", lambda: not job.names("configmaps"), within=WITHIN)
+
+
+def test_sigterm_ends_cleanly(operator: OperatorProcess) -> None:
+    assert operator.stop() == 0
+    operator.start()

@@ -1,0 +1,112 @@
+"""Leader election: one works, the other stands by, and who may be overtaken does not write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from operator_process import OperatorProcess
+from operator_world import spec
+
+from cluster.api import eventually
+from cluster.control_plane import ControlPlane
+
+CRD = Path(__file__).parents[2] / "crds" / "finetunejob.crd.yaml"
+
+
+@pytest.fixture(scope="module")
+def plane() -> Iterator[ControlPlane]:
+    with ControlPlane() as plane:
+        plane.kubectl("apply", "--server-side", "-f", CRD)
+        yield plane
+
+
+def holder(plane: ControlPlane) -> str:
+    return str(plane.get("lease", "finetune-operator")["spec"]["holderIdentity"])
+
+
+def make(plane: ControlPlane, name: str) -> None:
+    plane.apply(
+        {
+            "apiVersion": "finetune-operator.dev/v1alpha1",
+            "kind": "FineTuneJob",
+            "metadata": {"name": name, "namespace": "default"},
+            "spec": spec(),
+        }
+    )
+
+
+def phase(plane: ControlPlane, name: str) -> str:
+    return str(plane.get("ftj", name).get("status", {}).get("phase", ""))
+
+
+def test_hand_over_and_fencing(plane: ControlPlane, tmp_path: Path) -> None:
+    with OperatorProcess(plane.kubeconfig, tmp_path / "first") as first:
+        one = eventually("the first leads", lambda: holder(plane))
+        make(plane, "a")
+        eventually("a is worked on", lambda: phase(plane, "a"))
+        with OperatorProcess(plane.kubeconfig, tmp_path / "second") as second:
+            assert holder(plane) == one
+            assert first.stop() == 0
+            two = eventually(
+                "handed over", lambda: holder(plane) not in ("", one) and holder(plane)
+            )
+            make(plane, "b")
+            eventually("b is worked on", lambda: phase(plane, "b"))
+            second.pause()
+            first.start()
+            eventually("overtaken", lambda: holder(plane) not in ("", two), within=60)
+            make(plane, "c")
+            eventually("c is worked on", lambda: phase(plane, "c"))
+            version = plane.get("ftj", "c")["metadata"]["resourceVersion"]
+            second.go_on()
+            assert second.wait(30) == 1, "who lost its lease ends"
+            assert "is lost: writing stops" in second.log()
+            assert plane.get("ftj", "c")["metadata"]["resourceVersion"] == version
+            second.start()
+
+
+def test_one_namespace_with_least_rights(plane: ControlPlane, tmp_path: Path) -> None:
+    """Without any right outside its namespace, and without reading Secrets, ConfigMaps of others
+    or nodes."""
+    plane.kubectl("create", "namespace", "team-a")
+    plane.kubectl("create", "namespace", "team-b")
+    rules = [
+        (["finetune-operator.dev"], ["finetunejobs"], ["get", "list", "watch"]),
+        (["finetune-operator.dev"], ["finetunejobs/status"], ["patch"]),
+        ([""], ["configmaps", "services"], ["get", "list", "watch", "create", "patch", "delete"]),
+        (["batch"], ["jobs"], ["get", "list", "watch", "create", "patch", "delete"]),
+        ([""], ["pods"], ["get", "list", "watch"]),
+        ([""], ["pods/proxy"], ["get"]),
+        (["events.k8s.io"], ["events"], ["create"]),
+        (["coordination.k8s.io"], ["leases"], ["get", "create", "update"]),
+    ]
+    plane.apply(
+        {
+            "apiVersion": "rbac.authorization.k8s.io/v1",
+            "kind": "Role",
+            "metadata": {"name": "finetune-operator", "namespace": "team-a"},
+            "rules": [{"apiGroups": g, "resources": r, "verbs": v} for g, r, v in rules],
+        }
+    )
+    subject = ["--user=limited", "--role=finetune-operator", "-n", "team-a"]
+    plane.kubectl("create", "rolebinding", "finetune-operator", *subject)
+    kubeconfig = plane.kubeconfig_of("limited", "limited")
+    options = ["--namespaces", "team-a", "--lease-namespace", "team-a"]
+    with OperatorProcess(kubeconfig, tmp_path / "log", *options) as process:
+        for namespace in ("team-b", "team-a"):
+            plane.apply(
+                {
+                    "apiVersion": "finetune-operator.dev/v1alpha1",
+                    "kind": "FineTuneJob",
+                    "metadata": {"name": "bot", "namespace": namespace},
+                    "spec": spec(),
+                }
+            )
+        eventually("pods are made", lambda: plane.get("pods", "-n", "team-a")["items"])
+        status = eventually("status", lambda: plane.get("ftj", "bot", "-n", "team-a")["status"])
+        assert status["run"]["number"] == 1
+        assert "status" not in plane.get("ftj", "bot", "-n", "team-b")
+        assert process.get("healthz") == (200, "ok")
+        assert "orbidden" not in process.log()

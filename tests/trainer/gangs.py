@@ -1,0 +1,91 @@
+"""Training gangs for tests: real processes over gloo, forked from a server that has imported torch.
+
+Importing takes ten times as long as training a tiny model; the fork server pays it once.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["finetune_trainer.train_worker", "gangs", "gradient_worker"])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def forked(target: Callable[..., None], *arguments: object) -> BaseProcess:
+    """A started process that runs a function of an importable module."""
+    process = _context.Process(target=target, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+def _work(environment: dict[str, str], log: str) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    with open(log, "ab", buffering=0) as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    import torch
+
+    torch.set_num_threads(1)
+    from finetune_trainer import train_worker
+
+    code = train_worker.main()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+@dataclass
+class RunningGang:
+    """Worker processes of one attempt."""
+
+    processes: list[BaseProcess]
+    folder: Path
+    """Files between worker and supervisor."""
+    log: Path
+
+    def wait(self, seconds: float = 120) -> list[int]:
+        """Exit codes, by rank."""
+        for process in self.processes:
+            process.join(seconds)
+        codes = [p.exitcode for p in self.processes]
+        if None in codes:
+            self.kill()
+            raise TimeoutError(f"workers still ran after {seconds} s: {self.log.read_text()}")
+        return [int(c) for c in codes if c is not None]
+
+    def kill(self) -> None:
+        """As a lost node: no word, no save."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def start_gang(environment: Mapping[str, str], size: int, folder: Path) -> RunningGang:
+    """Start the workers of an attempt; ``environment`` names the order and the credentials."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    metrics = free_port()
+    log = folder / "log"
+    processes: list[BaseProcess] = []
+    for rank in range(size):
+        variables = dict(environment) | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
+            "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "FINETUNE_WORKER_FILES": str(folder / "words"), "FINETUNE_METRICS_PORT": str(metrics),
+            "FINETUNE_SCRATCH": str(folder / "scratch"), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        processes.append(forked(_work, variables, str(log)))
+    return RunningGang(processes, folder, log)

@@ -1,0 +1,62 @@
+"""One optimizer step of a small gang, in processes of its own: what test_gradients compares."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from engine import CPU, samples, tiny_llama
+from torch.nn.parallel import DistributedDataParallel
+
+from finetune_api.spec import Training
+from finetune_trainer import gang as gangs
+from finetune_trainer.feed import Feed
+from finetune_trainer.loop import optimizer_step
+from finetune_trainer.loss import TokenLoss
+from finetune_trainer.plan import Plan
+
+LENGTHS = [60, 50, 55, 45, 30, 20, 64, 35]
+
+
+def gradient(
+    rank: int, size: int, port: int, row_tokens: int, count: int, folder: str
+) -> None:
+    """One optimizer step's gradient, as the loop computes it, to a file."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    gang = gangs.join(Training.model_validate({"precision": "FP32"}))
+    documents = samples(LENGTHS)[:count]
+    lengths = torch.tensor(LENGTHS[:count]).numpy()
+    supervised = torch.tensor([int(s.supervised.sum()) for s in documents]).numpy()
+    plan = Plan(
+        lengths, supervised, batch_size=count, seed=0, row_tokens=row_tokens, ranks=size
+    )
+    loss = TokenLoss(tiny_llama()).train()
+    module = DistributedDataParallel(loss) if size > 1 else loss
+    parameters = list(loss.parameters())
+    kept: list[torch.Tensor] = []
+
+    class Keep(torch.optim.SGD):
+        """An optimizer that keeps the gradient instead of using it."""
+
+        def step(self, closure=None):
+            kept.append(torch.cat([p.grad.flatten() for p in parameters]))
+
+    session = SimpleNamespace(
+        gang=gang, module=module, trained=parameters, optimizer=Keep(parameters, lr=0.0),
+        spec=SimpleNamespace(training=Training.model_validate({"maxGradNorm": "0"})),
+    )  # fmt: skip
+    read = lambda positions: [documents[p] for p in positions]  # noqa: E731
+    with Feed(plan, read, rank=rank, start=0, end=1, device=CPU) as feed:
+        for batch in feed:
+            local, _ = optimizer_step(session, batch, 0.0)
+    total = gang.sum(local.reshape(1).clone())
+    if rank == 0:
+        rows = len(batch.rows)
+        torch.save((kept[0], total.item(), rows), Path(folder) / "gradient.pt")
+    gang.close()

@@ -1,0 +1,115 @@
+"""What a node says and does after its workers have ended, and its place: tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from finetune_trainer.endings import Ended, judge, judge_stopped
+from finetune_trainer.failures import (
+    PEER_LOST,
+    Diverged,
+    Interrupted,
+    NodeFailure,
+    StorageUnavailable,
+    exit_code,
+    verdict,
+)
+from finetune_trainer.place import Place, read_place
+
+DIVERGED = verdict(Diverged("LossNotFinite", "the loss became nan"))
+LOST = verdict(NodeFailure(PEER_LOST, "another process of the gang is gone"))
+INTERRUPTED = verdict(Interrupted("Interrupted", "step 5 is saved"))
+UNREACHABLE = verdict(StorageUnavailable("StorageUnreachable", "no answer"))
+
+
+def workers(**codes: int) -> dict[str, Any]:
+    return {"kind": "workers", "codes": codes}
+
+
+RENDEZVOUS = {"kind": "rendezvous", "message": "RendezvousTimeoutError: nobody came"}
+
+# ended, nodes, killed for want of memory -> reason, exit code, again in place
+CASES = {
+    "own failure": (Ended(1, True, workers(a=13), DIVERGED), 2, None, "LossNotFinite", 13, False),
+    "own failure beside a kill": (
+        Ended(1, True, workers(a=13, b=-9), DIVERGED), 2, True, "LossNotFinite", 13, False,
+    ),
+    "own failure that may pass": (
+        Ended(1, True, workers(a=21), UNREACHABLE), 2, None, "StorageUnreachable", 21, False,
+    ),
+    "peers lost": (Ended(1, True, workers(a=20), LOST), 2, None, PEER_LOST, 20, True),
+    "a gang of one has no peers": (
+        Ended(1, True, workers(a=20), LOST), 1, None, PEER_LOST, 20, False,
+    ),
+    "a peer was told to stop": (
+        Ended(1, True, workers(a=23), INTERRUPTED), 2, None, "Interrupted", 23, True,
+    ),
+    "out of memory, its neighbour lost it": (
+        Ended(1, True, workers(a=20, b=-9), LOST), 2, True, "HostOutOfMemory", 14, False,
+    ),
+    "killed, cause unknown": (Ended(1, True, workers(a=-9)), 2, None, "HostOutOfMemory", 14, False),
+    "killed, not for memory": (Ended(1, True, workers(a=-9)), 2, False, "ProcessKilled", 20, False),
+    "agent killed for memory": (Ended(-9, True), 2, True, "HostOutOfMemory", 14, False),
+    "segmentation fault": (Ended(1, True, workers(a=-11)), 2, True, "ProcessKilled", 20, False),
+    "NCCL aborts": (Ended(1, True, workers(a=-6)), 2, None, PEER_LOST, 20, True),
+    "abort of a gang of one": (Ended(1, True, workers(a=-6)), 1, None, "ProcessKilled", 20, False),
+    "ended by the agent with its neighbour": (
+        Ended(1, True, workers(a=-15, b=20), LOST), 2, None, PEER_LOST, 20, True,
+    ),
+    "nobody came": (Ended(1, False, RENDEZVOUS), 2, None, PEER_LOST, 20, True),
+    "no rendezvous of one's own": (Ended(1, False, RENDEZVOUS), 1, None, PEER_LOST, 20, False),
+    "no word": (Ended(1, True, workers(a=1)), 2, None, "WorkerExited", 15, False),
+    "agent without a word": (Ended(1, False), 2, None, "WorkerExited", 15, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_judge(case: tuple[Ended, int, bool | None, str, int, bool]) -> None:
+    ended, nodes, oom_killed, reason, code, again = case
+    failure, goes_on = judge(ended, nodes, oom_killed)
+    assert (failure.reason, int(exit_code(failure)), goes_on) == (reason, code, again)
+    assert failure.message
+
+
+@pytest.mark.parametrize(
+    ("ended", "reason", "code"),
+    [
+        (None, "Interrupted", 23),
+        (Ended(-9, False), "Interrupted", 23),
+        (Ended(1, True, workers(a=23), INTERRUPTED), "Interrupted", 23),
+        (Ended(-9, True), "InterruptedUnsaved", 23),
+        (Ended(1, True, workers(a=20), LOST), "InterruptedUnsaved", 23),
+        (Ended(1, True, workers(a=1)), "InterruptedUnsaved", 23),
+        (Ended(1, True, workers(a=13), DIVERGED), "LossNotFinite", 13),
+    ],
+)
+def test_judge_stopped(ended: Ended | None, reason: str, code: int) -> None:
+    failure = judge_stopped(ended, 30)
+    assert (failure.reason, int(exit_code(failure))) == (reason, code)
+
+
+def test_place() -> None:
+    assert read_place({}) == Place(1, 1, 0, "127.0.0.1", 0, 30)
+    environ = {
+        "FINETUNE_NODES": "3",
+        "FINETUNE_PROCESSES_PER_NODE": "8",
+        "JOB_COMPLETION_INDEX": "2",
+        "FINETUNE_RENDEZVOUS": "job-0.job:29400",
+        "FINETUNE_GRACE_SECONDS": "120",
+    }
+    place = Place(3, 8, 2, "job-0.job", 29400, 120)
+    assert read_place(environ) == place and not place.loopback
+    assert read_place({**environ, "FINETUNE_NODE_RANK": "1"}).rank == 1
+    for name, value in [
+        ("FINETUNE_NODES", "0"),
+        ("FINETUNE_NODES", "2"),
+        ("FINETUNE_PROCESSES_PER_NODE", "many"),
+        ("FINETUNE_RENDEZVOUS", ""),
+        ("FINETUNE_RENDEZVOUS", "job-0.job"),
+        ("FINETUNE_GRACE_SECONDS", "-1"),
+    ]:
+        with pytest.raises(Exception, match=r"must be") as caught:
+            read_place({**environ, name: value})
+        assert "FINETUNE_" in str(caught.value)

@@ -1,0 +1,95 @@
+"""Which metrics a set can have, and what the manifest may ask for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from finetune_api.spec import Format, Metric, parse_spec
+from finetune_trainer.failures import UserError
+from finetune_trainer.metricnames import check_metrics, metrics_for
+
+LOSS: list[Metric] = ["Loss", "Perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("form", "requested", "found"),
+    [
+        ("Text", None, LOSS),
+        ("Classification", None, [*LOSS, "Accuracy", "Precision", "Recall", "F1"]),
+        ("PromptCompletion", None, [*LOSS, "ExactMatch", "Bleu", "Rouge"]),
+        ("Messages", ["F1", "Rouge", "Loss", "Rouge"], ["Rouge", "Loss"]),
+        ("Classification", ["F1", "ExactMatch"], ["F1", "ExactMatch"]),
+        ("Text", ["Bleu"], []),
+    ],
+)
+def test_metrics_of_a_format(
+    form: Format, requested: list[Metric] | None, found: list[Metric]
+) -> None:
+    assert metrics_for(form, requested) == found
+
+
+TEXT_ONLY: dict[str, list[Format]] = {"train": ["Text"], "validation": ["Text"], "test": ["Text"]}
+PAIRS: dict[str, list[Format]] = {
+    "train": ["PromptCompletion"], "validation": ["PromptCompletion"], "test": [],
+}  # fmt: skip
+LABELS: dict[str, list[Format]] = {
+    "train": ["Text", "Classification"], "validation": ["Classification"], "test": ["Text"],
+}  # fmt: skip
+NO_VALIDATION: dict[str, list[Format]] = {"train": ["Text"], "validation": [], "test": []}
+
+
+def check(formats: dict[str, list[Format]], **blocks: Any) -> None:
+    spec = parse_spec(
+        {
+            "model": {"source": "s3://bucket/model"},
+            "data": {"train": [{"source": "s3://bucket/train.jsonl"}]},
+            "output": {"destination": "s3://bucket/out"},
+            **blocks,
+        }
+    )
+    check_metrics(spec, formats)
+
+
+def stopping(metric: str) -> dict[str, Any]:
+    return {"training": {"earlyStopping": {"metric": metric}}}
+
+
+@pytest.mark.parametrize(
+    ("formats", "blocks"),
+    [
+        (TEXT_ONLY, {}),
+        (NO_VALIDATION, {}),
+        (TEXT_ONLY, {"evaluation": {"metrics": ["Loss"]}, **stopping("Perplexity")}),
+        (LABELS, {"evaluation": {"metrics": ["Accuracy"]}, "checkpoint": {"metric": "F1"}}),
+        (PAIRS, {"evaluation": {"metrics": ["Bleu"]}, **stopping("ExactMatch")}),
+    ],
+)
+def test_what_the_data_can_have_is_accepted(
+    formats: dict[str, list[Format]], blocks: dict[str, Any]
+) -> None:
+    check(formats, **blocks)
+
+
+@pytest.mark.parametrize(
+    ("formats", "blocks", "words"),
+    [
+        (PAIRS, {"evaluation": {"metrics": ["Loss", "F1"]}}, ["evaluation.metrics", "F1",
+         "Classification", "PromptCompletion"]),
+        (TEXT_ONLY, {"evaluation": {"metrics": ["Rouge"]}}, ["evaluation.metrics", "Rouge",
+         "any format but Text"]),
+        (PAIRS, {"checkpoint": {"metric": "Recall"}}, ["checkpoint.metric", "validation"]),
+        (NO_VALIDATION, {"checkpoint": {"metric": "Rouge"}}, ["there is none"]),
+        (NO_VALIDATION, stopping("Loss"), ["earlyStopping.metric", "data.split.validation"]),
+        (TEXT_ONLY, stopping("Accuracy"), ["earlyStopping.metric", "Classification"]),
+    ],
+)  # fmt: skip
+def test_what_no_set_can_have_is_refused_by_name(
+    formats: dict[str, list[Format]], blocks: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        check(formats, **blocks)
+    assert caught.value.reason == "MetricWithoutData"
+    for word in words:
+        assert word in caught.value.message

@@ -1,0 +1,210 @@
+"""Finding objects of a source and files of a model: in S3, on claims, and in the hub's cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from finetune_api.names import ENV_PVC_ROOT
+from finetune_api.order import RunOrder
+from finetune_trainer.failures import DataError, StorageDenied, UserError
+from finetune_trainer.modelfiles import fetch_model, fetch_tokenizer, read_limits
+from finetune_trainer.objects import ObjectStore, Stores
+from finetune_trainer.prepare.sources import resolve
+from finetune_trainer.s3server import EmbeddedS3
+from trainer.prepare_helpers import make_tokenizer, save_model
+
+NAMES = ["a.jsonl", "b.jsonl.gz", "notes.txt", "part/c.jsonl", "part/deep/d.parquet", "x.jsonl.old"]
+
+
+@pytest.fixture(scope="module")
+def bucket(s3: EmbeddedS3) -> str:
+    s3.ensure_bucket("test-sources")
+    for name in NAMES:
+        s3.store().put(f"s3://test-sources/data/{name}", name.encode())
+    return "test-sources"
+
+
+@pytest.fixture(scope="module")
+def claims(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("claims")
+    for name in NAMES:
+        path = root / "claim" / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    return {ENV_PVC_ROOT: str(root)}
+
+
+MATCHES = [
+    ("data/a.jsonl", ["a.jsonl"]),
+    ("data/*.jsonl", ["a.jsonl"]),
+    ("data/*", ["a.jsonl", "b.jsonl.gz", "notes.txt", "x.jsonl.old"]),
+    ("data/**/*.jsonl", ["a.jsonl", "part/c.jsonl"]),
+    ("data/**.parquet", ["part/deep/d.parquet"]),
+    ("data/p*/*", ["part/c.jsonl"]),
+    ("data/", ["a.jsonl", "b.jsonl.gz", "part/c.jsonl", "part/deep/d.parquet"]),
+]
+
+
+@pytest.mark.parametrize(("path", "found"), MATCHES)
+@pytest.mark.parametrize("root", ["s3://test-sources", "pvc://claim"])
+def test_objects_are_found_by_name_pattern_and_prefix(
+    s3: EmbeddedS3, bucket: str, claims: dict[str, str], root: str, path: str, found: list[str]
+) -> None:
+    objects = resolve(f"{root}/{path}", s3.store(), claims)
+    assert [o.uri.removeprefix(f"{root}/data/") for o in objects] == found
+    for item, name in zip(objects, found, strict=True):
+        with item.open() as stream:
+            assert stream.read() == name.encode()
+        assert item.size == len(name) and item.etag
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("data/*.csv", ["a.jsonl", "b.jsonl.gz", ".parquet"]),
+        ("data/part", ["folder", "/data/part/"]),
+        ("data/z.jsonl", ["a.jsonl", "and 1 more"]),
+        ("nowhere/*.jsonl", ["nothing below", "/nowhere/"]),
+    ],
+)
+@pytest.mark.parametrize("root", ["s3://test-sources", "pvc://claim"])
+def test_nothing_found_says_what_is_there(
+    s3: EmbeddedS3, bucket: str, claims: dict[str, str], root: str, path: str, words: list[str]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve(f"{root}/{path}", s3.store(), claims)
+    assert caught.value.reason == "NoObjects"
+    for word in [f"{root}/{path}", *words]:
+        assert word in caught.value.message
+
+
+def test_a_missing_bucket_is_told_from_missing_data(s3: EmbeddedS3) -> None:
+    with pytest.raises(StorageDenied, match="test-nowhere") as caught:
+        resolve("s3://test-nowhere/data/", s3.store())
+    assert caught.value.reason == "BucketNotFound"
+
+
+def test_a_path_may_not_leave_its_claim(s3: EmbeddedS3, claims: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"'\.\.'"):
+        resolve("pvc://claim/../secrets.jsonl", s3.store(), claims)
+
+
+def test_an_object_that_is_replaced_before_it_is_read_is_refused(
+    s3: EmbeddedS3, bucket: str
+) -> None:
+    uri = f"s3://{bucket}/changing/a.jsonl"
+    s3.store().put(uri, b'{"text": "a"}\n')
+    (item,) = resolve(uri, s3.store())
+    s3.store().put(uri, b'{"text": "b"}\n')
+    with pytest.raises(DataError) as caught, item.open() as stream:
+        stream.read()
+    assert caught.value.reason == "ObjectChanged"
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose weights are in parts."""
+    return save_model(
+        tmp_path_factory.mktemp("model"), make_tokenizer(bos=True), max_shard_size="5KB"
+    )
+
+
+def put_model(store: ObjectStore, folder: Path, uri: str, *leave_out: str) -> None:
+    for path in folder.iterdir():
+        if path.name not in leave_out:
+            store.put(f"{uri}/{path.name}", path.read_bytes())
+
+
+def same_files(one: Path, other: Path) -> bool:
+    return {p.name: p.read_bytes() for p in one.iterdir()} == {
+        p.name: p.read_bytes() for p in other.iterdir()
+    }
+
+
+def test_a_model_in_object_storage_is_fetched_whole_and_once(
+    s3: EmbeddedS3, bucket: str, order_for: Callable[..., RunOrder], model_folder: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    put_model(s3.store(), model_folder, f"s3://{bucket}/whole")
+    order = order_for(model={"source": f"s3://{bucket}/whole"})
+    stores = Stores(order)
+    folder = fetch_tokenizer(order, stores, tmp_path / "model")
+    assert not list(folder.glob("*.safetensors"))
+    assert read_limits(folder, "m").max_length == 256
+    assert fetch_model(order, stores, folder) == folder
+    assert len(list(folder.glob("*.safetensors"))) > 1 and same_files(folder, model_folder)
+    before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+    fetch_model(order, stores, folder)
+    assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before
+
+
+def test_a_model_without_all_its_parts_is_refused(
+    s3: EmbeddedS3, bucket: str, order_for: Callable[..., RunOrder], model_folder: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    part = next(p.name for p in model_folder.glob("*-00002-of-*"))
+    put_model(s3.store(), model_folder, f"s3://{bucket}/partly", part)
+    order = order_for(model={"source": f"s3://{bucket}/partly"})
+    with pytest.raises(UserError, match=part) as caught:
+        fetch_tokenizer(order, Stores(order), tmp_path / "model")
+    assert caught.value.reason == "ModelNotFound"
+
+
+@pytest.mark.parametrize("source", ["s3://test-sources/no/model", "pvc://claim/no/model"])
+def test_a_model_that_is_not_there_is_named_with_what_its_folder_must_hold(
+    bucket: str, order_for: Callable[..., RunOrder], claims: dict[str, str], source: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv(ENV_PVC_ROOT, claims[ENV_PVC_ROOT])
+    order = order_for(model={"source": source})
+    for fetch in (fetch_tokenizer, fetch_model):
+        with pytest.raises(UserError) as caught:
+            fetch(order, Stores(order), tmp_path / "model")
+        assert caught.value.reason == "ModelNotFound"
+        for word in (source, "config.json", "model.safetensors", "tokenizer.json"):
+            assert word in caught.value.message
+
+
+def test_a_model_on_a_claim_is_used_where_it_is(
+    bucket: str, order_for: Callable[..., RunOrder], model_folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv(ENV_PVC_ROOT, str(model_folder.parent))
+    order = order_for(model={"source": f"pvc://{model_folder.name}/"})
+    for fetch in (fetch_tokenizer, fetch_model):
+        folder = fetch(order, Stores(order), tmp_path / "model")
+        assert folder.resolve() == model_folder.resolve()
+
+
+def test_a_model_of_the_hub_is_read_from_its_cache(
+    bucket: str, order_for: Callable[..., RunOrder], model_folder: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    # The hub's own loader on its own cache layout; there is no network here.
+    cache = tmp_path / "hub"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = cache / "models--acme--tiny"
+    (repository / "snapshots").mkdir(parents=True)
+    (repository / "snapshots" / commit).symlink_to(model_folder)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "v1").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    order = order_for(model={"source": "hf://acme/tiny@v1"})
+    for fetch in (fetch_tokenizer, fetch_model):
+        folder = fetch(order, Stores(order), tmp_path / "model")
+        assert same_files(folder, model_folder)
+
+
+def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "abacus"}))
+    with pytest.raises(UserError, match=r"s3://b/m/config\.json") as caught:
+        read_limits(tmp_path, "s3://b/m")
+    assert caught.value.reason == "UnsupportedModel"

@@ -1,0 +1,84 @@
+"""Steps, evaluations and the learning rate: pure functions of the spec."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_api.spec import FineTuneJobSpec, parse_spec
+from finetune_trainer.schedule import evaluation_steps, learning_rate, log_interval, steps_of
+
+
+def spec(**blocks: Any) -> FineTuneJobSpec:
+    return parse_spec(
+        {
+            "model": {"source": "s3://bucket/model"},
+            "data": {"train": [{"source": "s3://bucket/train.jsonl"}]},
+            "output": {"destination": "s3://bucket/out"},
+            **blocks,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("training", "samples", "steps"),
+    [
+        ({}, 64, 6),  # three epochs of 32 samples a step
+        ({}, 65, 9),  # the last, short batch is trained
+        ({}, 1, 3),
+        ({"epochs": 1, "batchSize": 8}, 20, 3),
+        ({"maxSteps": 7}, 20, 7),
+    ],
+)
+def test_steps(training: dict[str, Any], samples: int, steps: int) -> None:
+    assert steps_of(spec(training=training), samples) == steps
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "total", "steps"),
+    [
+        ({}, 100, list(range(10, 101, 10))),
+        ({}, 25, [3, 6, 9, 12, 15, 18, 21, 24]),
+        ({}, 4, [1, 2, 3, 4]),
+        ({"everySteps": 40}, 100, [40, 80]),
+        ({"everySteps": 40}, 30, []),
+    ],
+)
+def test_evaluations(evaluation: dict[str, Any], total: int, steps: list[int]) -> None:
+    assert list(evaluation_steps(spec(evaluation=evaluation), total)) == steps
+
+
+@given(st.integers(1, 10**6))
+def test_the_curve_has_enough_points(total: int) -> None:
+    assert log_interval(total) <= 10
+    assert total // log_interval(total) >= min(total, 100)
+
+
+@given(
+    schedule=st.sampled_from(["Cosine", "Linear", "Constant"]),
+    warmup=st.sampled_from(["0", "0.03", "0.5", "1"]),
+    total=st.integers(1, 300),
+)
+def test_the_rate_rises_to_the_peak_and_then_never_rises(
+    schedule: str, warmup: str, total: int
+) -> None:
+    made = spec(training={"schedule": schedule, "warmupRatio": warmup, "learningRate": "0.1"})
+    rates = [learning_rate(made, total, t) for t in range(total)]
+    assert max(rates) == pytest.approx(0.1)
+    assert all(rate > 0 for rate in rates)
+    peak = rates.index(max(rates))
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+def test_the_rates_of_each_schedule_are_the_formulas() -> None:
+    def rates(schedule: str) -> list[float]:
+        made = spec(training={"schedule": schedule, "warmupRatio": "0.2", "learningRate": "1"})
+        return [learning_rate(made, 10, t) for t in (0, 1, 2, 6, 9)]
+
+    assert rates("Constant") == pytest.approx([0.5, 1, 1, 1, 1])
+    assert rates("Linear") == pytest.approx([0.5, 1, 1, 0.5, 0.125])
+    assert rates("Cosine") == pytest.approx([0.5, 1, 1, 0.5, 0.0380602])

@@ -1,0 +1,106 @@
+"""The shell of prepare and publish: order in, last word and exit code out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from finetune_api.order import RunOrder
+from finetune_api.results import PublishSummary, Termination
+from finetune_trainer.failures import DataError
+from finetune_trainer.objects import Stores
+from finetune_trainer.stage import run_stage
+
+PUBLISHED = PublishSummary(uri="s3://bucket/out/1-abcde", digest="0", formats=["adapter"], bytes=1)
+
+WAITS = """
+import sys, threading, time
+from finetune_trainer.stage import run_stage
+def body(order, stores):
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    print("works", flush=True)
+    time.sleep(600)
+sys.exit(run_stage("prepare", body))
+"""
+
+
+@pytest.fixture
+def last_word(
+    order_for: Callable[..., RunOrder], order_file: Callable[[RunOrder], Path]
+) -> Callable[[], Termination]:
+    """Prepares a stage's environment; call it for what the stage has left."""
+    folder = order_file(order_for()).parent
+
+    def read() -> Termination:
+        return Termination.model_validate(json.loads((folder / "termination/message").read_text()))
+
+    return read
+
+
+def test_success(last_word: Callable[[], Termination], bucket: str) -> None:
+    def body(order: RunOrder, stores: Stores) -> PublishSummary:
+        stores.default.put(f"{order.output_uri}/adapter", b"1")
+        return PUBLISHED
+
+    assert run_stage("publish", body) == 0
+    assert last_word() == Termination(run="1-abcde", role="publish", published=PUBLISHED)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "reason", "words"),
+    [
+        (DataError("MalformedRecord", "train.jsonl:7: no JSON"), 11, "MalformedRecord", "jsonl:7"),
+        (ZeroDivisionError("oops"), 15, "Unexpected", "ZeroDivisionError at test_stage.py"),
+    ],
+)
+def test_failure(
+    last_word: Callable[[], Termination], error: Exception, code: int, reason: str, words: str
+) -> None:
+    def body(order: RunOrder, stores: Stores) -> PublishSummary:
+        raise error
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_stage("prepare", body) == code
+    word = last_word()
+    assert (word.run, word.role) == ("1-abcde", "prepare")
+    assert word.failure is not None and word.failure.reason == reason
+    assert words in word.failure.message
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "No such file"),
+        ("{", "is not JSON"),
+        ('{"version": 99}', "contract version 1; got 99"),
+        ('{"version": 1, "job": {}}', "order.run: required"),
+    ],
+)
+def test_an_order_that_is_none(
+    last_word: Callable[[], Termination], text: str | None, words: str
+) -> None:
+    path = Path(os.environ["FINETUNE_ORDER"])
+    path.unlink() if text is None else path.write_text(text)
+    assert run_stage("publish", lambda order, stores: PUBLISHED) == 10
+    failure = last_word().failure
+    assert failure is not None and words in failure.message
+
+
+def test_sigterm_ends_it_at_once(last_word: Callable[[], Termination]) -> None:
+    process = subprocess.Popen([sys.executable, "-c", WAITS], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process, process.stdout:
+        assert process.stdout.readline() == "works\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 23
+    failure = last_word().failure
+    assert failure is not None
+    assert (failure.failure_class, failure.retryable) == ("Preempted", True)

@@ -1,0 +1,265 @@
+"""The supervisor, as it runs in pods: two of them on loopback are the two nodes of a gang."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
+from finetune_api.results import Termination
+from finetune_api.spec import parse_spec
+from finetune_trainer.processes import descendants
+from finetune_trainer.s3server import free_ports
+
+MAIN = (
+    "import sys; from finetune_trainer.supervisor import supervise; sys.exit(supervise('worker'))"
+)
+
+# Trains until the test says so, and saves when it is asked to stop: as the real worker does.
+GANG = """
+import os, sys, time
+from datetime import timedelta
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from finetune_api.results import TrainSummary
+from finetune_trainer import workerfiles
+from finetune_trainer.failures import Interrupted, exit_code, verdict
+
+shared = Path(os.environ["SHARED"])
+
+def work():
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank = dist.get_rank()
+    node = os.environ["FINETUNE_NODE_RANK"]
+    step = 0
+    while True:
+        wish = torch.tensor([float(workerfiles.stop_requested()), float((shared / "end").exists())])
+        dist.all_reduce(wish)
+        step += 1
+        if step == 3:
+            (shared / f"training-{node}-{rank}-{os.getpid()}").touch()
+        if wish[0] > 0:
+            (shared / f"saved-{node}").touch()
+            raise Interrupted("Interrupted", f"step {step} is saved")
+        if wish[1] > 0:
+            break
+        time.sleep(0.01)
+    if rank == 0:
+        workerfiles.leave_result(TrainSummary(attempt=1, restarts=0, steps=step))
+
+try:
+    work()
+except BaseException as error:
+    workerfiles.report_failure(error)
+    print("worker ends:", repr(error), flush=True)
+    os._exit(int(exit_code(verdict(error))))
+os._exit(0)
+"""
+
+USER_ERROR = """
+import os, sys, time
+from finetune_trainer import workerfiles
+from finetune_trainer.failures import UserError
+if os.environ["RANK"] == "1":
+    workerfiles.report_failure(UserError("ModelTooSmall", "model.source: too small; take another"))
+    sys.exit(1)
+time.sleep(60)
+"""
+
+KILLED = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+STUBBORN = """
+import os, signal, time
+from pathlib import Path
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+(Path(os.environ["SHARED"]) / f"training-0-0-{os.getpid()}").touch()
+time.sleep(600)
+"""
+
+
+class Nodes:
+    """Starts supervisors, each with folders of its own, and ends what is left of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shared = folder / "shared"
+        self.shared.mkdir()
+        self.port = free_ports(1)[0]
+        self.processes: list[subprocess.Popen[bytes]] = []
+        order = RunOrder(
+            version=CONTRACT_VERSION,
+            job=JobIdentity(namespace="default", name="job", uid="abcde"),
+            run="1-abcde",
+            spec=parse_spec(
+                {
+                    "model": {"source": "s3://bucket/model"},
+                    "data": {"train": [{"source": "s3://bucket/train.jsonl"}]},
+                    "output": {"destination": "s3://bucket/out"},
+                }
+            ),
+        )
+        (folder / "order.json").write_text(order.to_text())
+
+    def start(self, worker: str, rank: int = 0, **environment: Any) -> subprocess.Popen[bytes]:
+        place = self.folder / f"node-{rank}"
+        place.mkdir(exist_ok=True)
+        (place / "worker.py").write_text(worker)
+        own = {
+            "PYTHONPATH": place,
+            "OMP_NUM_THREADS": 1,
+            "SHARED": self.shared,
+            "FINETUNE_ORDER": self.folder / "order.json",
+            "FINETUNE_SCRATCH": place / "scratch",
+            "FINETUNE_TERMINATION": place / "termination" / "message",
+            "FINETUNE_NODE_RANK": rank,
+            "FINETUNE_RENDEZVOUS": f"127.0.0.1:{self.port}",
+            "FINETUNE_GRACE_SECONDS": 30,
+            **environment,
+        }
+        with (place / "log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-c", MAIN],
+                env={**os.environ, **{key: str(value) for key, value in own.items()}},
+                stdout=log,
+                stderr=log,
+            )
+        self.processes.append(process)
+        return process
+
+    def start_gang(self) -> list[subprocess.Popen[bytes]]:
+        return [self.start(GANG, rank, FINETUNE_NODES=2) for rank in (0, 1)]
+
+    def wait_for(self, pattern: str, count: int = 1) -> list[Path]:
+        """Files that the workers leave, once there are so many."""
+        deadline = time.monotonic() + 90
+        while len(found := sorted(self.shared.glob(pattern))) < count:
+            assert time.monotonic() < deadline, f"{pattern}: {found}\n{self.logs()}"
+            time.sleep(0.02)
+        return found
+
+    def wait_for_log(self, words: str, rank: int = 0) -> None:
+        deadline = time.monotonic() + 90
+        while words not in (self.folder / f"node-{rank}/log").read_text():
+            assert time.monotonic() < deadline, f"{words!r} is not in\n{self.logs()}"
+            time.sleep(0.02)
+
+    def logs(self) -> str:
+        return "\n".join(path.read_text()[-4000:] for path in self.folder.glob("node-*/log"))
+
+    def end(self, process: subprocess.Popen[bytes]) -> int:
+        try:
+            return process.wait(90)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(self.logs()) from None
+
+    def last_word(self, rank: int = 0) -> Termination:
+        text = (self.folder / f"node-{rank}/termination/message").read_text()
+        return Termination.model_validate(json.loads(text))
+
+    def kill_node(self, process: subprocess.Popen[bytes]) -> None:
+        """As when a node is gone: everything at once, no word."""
+        for pid in [process.pid, *descendants(process.pid)]:
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Nodes]:
+    made = Nodes(tmp_path)
+    yield made
+    for process in made.processes:
+        if process.poll() is None:
+            made.kill_node(process)
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+def test_a_gang_that_loses_a_node_forms_again_and_finishes(nodes: Nodes) -> None:
+    gang = nodes.start_gang()
+    first = nodes.wait_for("training-*", 2)
+    assert [path.name.split("-")[1:3] for path in first] == [["0", "0"], ["1", "1"]]
+    for lost in (1, 0):
+        before = len(list(nodes.shared.glob("training-*")))
+        nodes.kill_node(gang[lost])
+        began = time.monotonic()
+        gang[lost] = nodes.start(GANG, lost, FINETUNE_NODES=2)
+        nodes.wait_for("training-*", before + 2)
+        print(f"training again {time.monotonic() - began:.1f} s after node {lost} was lost")
+    assert not any(runs(int(path.name.split("-")[-1])) for path in first)
+    (nodes.shared / "end").touch()
+    assert [nodes.end(process) for process in gang] == [0, 0], nodes.logs()
+    trained = nodes.last_word(0).trained
+    assert trained is not None and trained.steps > 3
+    assert nodes.last_word(1).trained is None
+    assert nodes.last_word(1).failure is None
+
+
+@pytest.mark.slow
+def test_a_stop_saves_and_the_other_node_waits(nodes: Nodes) -> None:
+    gang = nodes.start_gang()
+    nodes.wait_for("training-*", 2)
+    gang[1].send_signal(signal.SIGTERM)
+    assert nodes.end(gang[1]) == 23, nodes.logs()
+    failure = nodes.last_word(1).failure
+    assert failure is not None
+    assert (failure.failure_class, failure.retryable) == ("Preempted", True)
+    assert "is saved" in failure.message
+    nodes.wait_for("saved-*", 2)
+    nodes.wait_for_log("starting the workers again in place")
+    assert gang[0].poll() is None
+    gang[0].send_signal(signal.SIGTERM)  # without a gang there is nothing to save
+    assert nodes.end(gang[0]) == 23, nodes.logs()
+    failure = nodes.last_word(0).failure
+    assert failure is not None and "before the gang had formed" in failure.message
+
+
+def test_a_failure_of_its_own_ends_the_pod_with_verdict_and_code(nodes: Nodes) -> None:
+    assert nodes.end(nodes.start(USER_ERROR, FINETUNE_PROCESSES_PER_NODE=2)) == 10, nodes.logs()
+    word = nodes.last_word()
+    assert (word.run, word.role) == ("1-abcde", "train")
+    assert word.failure is not None
+    assert (word.failure.failure_class, word.failure.reason) == ("UserError", "ModelTooSmall")
+
+
+def test_a_worker_that_is_killed_without_a_word(nodes: Nodes) -> None:
+    assert nodes.end(nodes.start(KILLED)) == 20, nodes.logs()
+    failure = nodes.last_word().failure
+    assert failure is not None
+    assert failure.reason == "ProcessKilled" and "killed by SIGSEGV" in failure.message
+
+
+def test_a_worker_that_does_not_save_in_time_is_killed(nodes: Nodes) -> None:
+    process = nodes.start(STUBBORN, FINETUNE_GRACE_SECONDS=2)
+    worker = int(nodes.wait_for("training-*")[0].name.split("-")[-1])
+    process.send_signal(signal.SIGTERM)
+    assert nodes.end(process) == 23
+    failure = nodes.last_word().failure
+    assert failure is not None and failure.reason == "InterruptedUnsaved"
+    assert not runs(worker)
+
+
+def test_an_environment_that_cannot_be(nodes: Nodes) -> None:
+    assert nodes.end(nodes.start(KILLED, FINETUNE_NODES=2, FINETUNE_RENDEZVOUS="nowhere")) == 10
+    failure = nodes.last_word().failure
+    assert failure is not None and "FINETUNE_RENDEZVOUS='nowhere'" in failure.message
+
+
+def test_the_supervisor_stays_small() -> None:
+    code = "import sys, finetune_trainer.supervisor; print([m for m in ('torch', 'transformers',"
+    code += " 'boto3') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -1,0 +1,225 @@
+"""Training as a gang does it, from prepared data to a result, on real storage."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine import tiny_llama
+from gangs import RunningGang, start_gang
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from finetune_api.order import RunOrder
+from finetune_trainer import runfiles
+from finetune_trainer.head import Head, read_head
+from finetune_trainer.objects import Stores
+from finetune_trainer.prepare.pipeline import prepare
+
+COLOURS = {"rose": "red", "grass": "green", "sky": "blue", "sun": "yellow"}
+
+
+def write_model(folder: Path, **changes: Any) -> None:
+    """A random tiny Llama with a tokenizer of single characters."""
+    model = tiny_llama(vocab_size=130, **changes)
+    model.save_pretrained(folder)
+    vocabulary = {chr(i): i for i in range(128)} | {"<eos>": 128, "<pad>": 129}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>"
+    ).save_pretrained(folder)
+
+
+def records(n: int) -> str:
+    things = list(COLOURS)
+    return "".join(
+        json.dumps({"text": f"{i % 17} the {things[i % 4]} is ", "label": COLOURS[things[i % 4]]})
+        + "\n"
+        for i in range(n)
+    )
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    write_model(folder)
+    return folder
+
+
+class Bench:
+    """One job on one bucket: prepared once, trained by any number of runs."""
+
+    def __init__(self, order_for: Any, s3: Any, bucket: str, model: Path, tmp_path: Path) -> None:
+        self.store = s3.store()
+        self.tmp_path = tmp_path
+        self._order_for = order_for
+        for path in model.iterdir():
+            self.store.upload(path, f"s3://{bucket}/model/{path.name}")
+        self.store.put(f"s3://{bucket}/train.jsonl", records(96).encode())
+
+    def order(self, run: str, **spec: Any) -> RunOrder:
+        training = {
+            "epochs": 2, "batchSize": 8, "learningRate": "5e-3", "precision": "FP32",
+            "dropout": "0.1", "weightDecay": "0.01", "microBatchTokens": 64, "maxLength": 64,
+        } | spec.pop("training", {})  # fmt: skip
+        spec = {
+            "method": {"type": "LoRA", "lora": {"rank": 4, "dropout": "0.1"}},
+            "checkpoint": {"everySteps": 3},
+            "data": {
+                "train": [{"source": f"{self.bucket}/train.jsonl"}],
+                "split": {"validation": "0.1", "test": "0.1"},
+                "quality": {"deduplicate": False},
+            },
+        } | spec
+        order: RunOrder = self._order_for(run=run, training=training, **spec)
+        prepare(order, Stores(order), self.tmp_path / f"prepare-{run}")
+        return order
+
+    @property
+    def bucket(self) -> str:
+        return str(self._order_for().spec.model.source.rsplit("/", 1)[0])
+
+    def start(self, order: RunOrder, size: int, name: str) -> RunningGang:
+        path = self.tmp_path / f"order-{name}.json"
+        path.write_text(order.to_text())
+        environment = dict(os.environ) | {"FINETUNE_ORDER": str(path)}
+        return start_gang(environment, size, self.tmp_path / name)
+
+    def finish(self, order: RunOrder, size: int, name: str) -> runfiles.RunResult:
+        gang = self.start(order, size, name)
+        assert gang.wait() == [0] * size, gang.log.read_text()
+        return runfiles.read_result(self.store, order.run_uri)
+
+    def head(self, order: RunOrder) -> Head | None:
+        found = read_head(self.store, order.run_uri)
+        return found[0] if found else None
+
+    def kill_after_commit(self, order: RunOrder, size: int, name: str, step: int) -> None:
+        """Train until a commit at or behind a step is real, then lose the node."""
+        gang = self.start(order, size, name)
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            head = self.head(order)
+            if head and head.commits and head.commits[0].step >= step:
+                gang.kill()
+                return
+            assert all(p.is_alive() for p in gang.processes), gang.log.read_text()
+            time.sleep(0.02)
+        gang.kill()
+        raise AssertionError(f"no commit at step {step}: {gang.log.read_text()}")
+
+
+@pytest.fixture
+def bench(order_for: Any, s3: Any, bucket: str, model_folder: Path, tmp_path: Path) -> Bench:
+    return Bench(order_for, s3, bucket, model_folder, tmp_path)
+
+
+def curve(result: runfiles.RunResult) -> dict[int, float]:
+    return {p.step: p.loss for p in result.curve}
+
+
+def test_an_interrupted_run_equals_an_uninterrupted_one_at_any_size(bench: Bench) -> None:
+    whole = bench.finish(bench.order("1-whole"), 1, "whole")
+    assert whole.curve[-1].loss < whole.curve[0].loss
+    for before, after in ((1, 1), (2, 1), (1, 2)):
+        order = bench.order(f"1-{before}to{after}")
+        bench.kill_after_commit(order, before, f"lost-{before}{after}", step=6)
+        resumed = bench.finish(order, after, f"resumed-{before}{after}")
+        assert (resumed.summary.attempt, resumed.summary.restarts) == (2, 1)
+        assert curve(resumed).keys() == curve(whole).keys()
+        for step, loss in curve(whole).items():
+            assert curve(resumed)[step] == pytest.approx(loss, rel=1e-4), (before, after, step)
+        for ours, theirs in zip(resumed.validation, whole.validation, strict=True):
+            assert ours.overall["Loss"] == pytest.approx(theirs.overall["Loss"], rel=1e-4)
+
+
+def test_the_same_manifest_and_seed_give_the_same_metrics(bench: Bench) -> None:
+    one = bench.finish(bench.order("1-first"), 1, "one")
+    two = bench.finish(bench.order("2-secnd"), 1, "two")
+    assert one.summary.scores == two.summary.scores
+    assert curve(one) == curve(two)
+
+
+def test_full_tuning_learns_and_reports_both_models(bench: Bench) -> None:
+    order = bench.order(
+        "1-fullx", method={"type": "Full"}, training={"epochs": 6, "learningRate": "1e-2"}
+    )
+    result = bench.finish(order, 2, "full")
+    (scores,) = result.summary.scores
+    assert scores.tuned["Loss"] < scores.untuned["Loss"]
+    assert scores.tuned["Accuracy"] > scores.untuned["Accuracy"]
+    assert set(scores.tuned) == {"Loss", "Perplexity", "Accuracy", "Precision", "Recall", "F1"}
+    assert scores.tuned["Perplexity"] == pytest.approx(math.exp(scores.tuned["Loss"]))
+    assert result.trainable_parameters == result.total_parameters
+    assert result.examples["train-0"][0].tuned.strip() in COLOURS.values()
+
+
+def test_a_stop_saves_releases_and_is_no_restart(bench: Bench) -> None:
+    order = bench.order("1-stops", checkpoint={"everySeconds": 3600}, training={"epochs": 40},
+                        evaluation={"everySteps": 100000})  # fmt: skip
+    gang = bench.start(order, 2, "stopped")
+    words = gang.folder / "words"
+    deadline = time.monotonic() + 90
+    while "step" not in (gang.log.read_text() if gang.log.exists() else ""):
+        assert time.monotonic() < deadline, "no step was logged"
+        time.sleep(0.02)
+    words.mkdir(exist_ok=True)
+    (words / "stop").touch()
+    assert gang.wait() == [23, 23], gang.log.read_text()
+    head = bench.head(order)
+    assert head is not None
+    assert head.released
+    assert len(head.commits) == 1
+    (words / "stop").unlink()
+    again = bench.start(order, 1, "again")
+    assert again.wait(240) == [0], again.log.read_text()
+    result = runfiles.read_result(bench.store, order.run_uri)
+    assert (result.summary.attempt, result.summary.restarts) == (2, 0)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_its_name(bench: Bench) -> None:
+    order = bench.order("1-naned", method={"type": "Full"},
+                        training={"learningRate": "1e25", "warmupRatio": "0", "maxGradNorm": "0"},
+                        checkpoint={"everySteps": 1})  # fmt: skip
+    gang = bench.start(order, 2, "nan")
+    assert gang.wait() == [13, 13], gang.log.read_text()
+    failure = json.loads((gang.folder / "words" / "failure-0.json").read_text())
+    assert failure["class"] == "Diverged"
+    assert "learningRate" in failure["message"]
+    for commit in bench.head(order).commits:  # type: ignore[union-attr]
+        state = json.loads(bench.store.get(f"{commit.uri}/state.json"))
+        assert math.isfinite(state["pending"])
+
+
+def test_early_stopping_ends_training(bench: Bench) -> None:
+    order = bench.order(
+        "1-early",
+        training={"epochs": 50, "learningRate": "0",
+                  "earlyStopping": {"metric": "Loss", "patience": 2}},
+        evaluation={"everySteps": 2},
+    )  # fmt: skip
+    result = bench.finish(order, 1, "early")
+    assert result.summary.stopped_early
+    assert result.summary.steps == 6  # one evaluation sets the mark, two do not improve on it
+
+
+def test_a_stale_gang_is_fenced(bench: Bench) -> None:
+    order = bench.order("1-stale", training={"epochs": 200}, checkpoint={"everySteps": 1})
+    stale = bench.start(order, 1, "stale")
+    deadline = time.monotonic() + 90
+    while not ((head := bench.head(order)) and head.commits):
+        assert time.monotonic() < deadline, stale.log.read_text()
+        time.sleep(0.02)
+    newer = bench.start(order, 1, "newer")
+    assert stale.wait() == [16], stale.log.read_text()
+    newer.kill()
+    head = bench.head(order)
+    assert head is not None
+    assert head.attempt == 2

@@ -1,0 +1,119 @@
+"""``HEAD.json`` and the commits that it names: their form, and how a reader checks them.
+
+Readers trust HEAD, and the sizes and checksums it leads to, and nothing else. ``head`` alone
+moves it.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+from finetune_api.base import Record
+from finetune_trainer.failures import TrainerError
+from finetune_trainer.objects import FileInfo, ObjectNotFound, ObjectStore, file_info
+
+DOWNLOADS: Final = 4
+"""Files that are fetched at a time; each comes in parallel parts."""
+
+
+class Commit(Record):
+    """One checkpoint that is real."""
+
+    attempt: int
+    """Attempt that wrote it."""
+    step: int
+    """Optimizer steps done."""
+    uri: str
+    """Prefix of its files, without a '/' at the end."""
+    files: dict[str, FileInfo]
+    """What a reader checks each file by; by name below ``uri``."""
+    metric: float | None = None
+    """Value of spec.checkpoint.metric; absent where it was not measured at this step."""
+    created: float
+    """Unix time."""
+
+
+class Head(Record):
+    """``HEAD.json``."""
+
+    run: str
+    """Identity of the run."""
+    attempt: int
+    """Attempt that owns the run, from 1."""
+    owner: str
+    """Random word of the claim, by which a writer knows its own."""
+    restarts: int
+    """Attempts that took over from one that had not released."""
+    released: bool
+    """Whether the attempt has ended by itself."""
+    claimed: float
+    """Unix time at which the attempt took the run."""
+    training_seconds: float
+    """Wall time of the attempts that have ended."""
+    lost_seconds: float
+    """Of it, what was lost: from the last commit of an attempt that did not release to the claim
+    of the next (until then the gang's other nodes are held, and wait)."""
+    commits: list[Commit]
+    """Newest first."""
+    best: str | None = None
+    """``uri`` of the commit with the best metric."""
+
+
+class CorruptCommit(TrainerError):
+    """Files of a commit are missing or are not what was committed."""
+
+    def __init__(self, uri: str, what: str) -> None:
+        super().__init__("CorruptCommit", f"{uri}: {what}; this commit cannot be used")
+
+
+def read_head(store: ObjectStore, run_uri: str) -> tuple[Head, str] | None:
+    """HEAD and its ETag, or None where no attempt has begun."""
+    try:
+        text, etag = store.get_tagged(f"{run_uri}/HEAD.json")
+    except ObjectNotFound:
+        return None
+    return Head.model_validate_json(text), etag
+
+
+def write_head(store: ObjectStore, run_uri: str, head: Head, etag: str | None) -> str:
+    """Writes HEAD where it still has that ETag (None: where there is none); its new ETag.
+
+    Raises:
+        PreconditionFailed: where it has been moved.
+    """
+    text = head.model_dump_json(by_alias=True, exclude_none=True, indent=1)
+    return store.put(f"{run_uri}/HEAD.json", text.encode(), if_match=etag, if_absent=etag is None)
+
+
+def commit_uri(run_uri: str, attempt: int, step: int) -> str:
+    """Prefix under which an attempt uploads the files of a commit."""
+    return f"{run_uri}/attempt-{attempt}/step-{step:08}"
+
+
+def download_commit(store: ObjectStore, commit: Commit, folder: Path) -> None:
+    """Writes all files of a commit into a folder and checks them.
+
+    Raises:
+        CorruptCommit: where one is missing, or is not what was committed.
+    """
+
+    def fetch(item: tuple[str, FileInfo]) -> None:
+        name, expected = item
+        path = folder / name
+        try:
+            store.download(f"{commit.uri}/{name}", path)
+        except ObjectNotFound:
+            raise CorruptCommit(commit.uri, f"{name} is missing") from None
+        got = file_info(path)
+        if got != expected:
+            raise CorruptCommit(
+                commit.uri,
+                f"{name} has {got.bytes} bytes with sha256 {got.sha256}, but"
+                f" {expected.bytes} with {expected.sha256} were committed",
+            )
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(DOWNLOADS) as pool:
+        list(pool.map(fetch, commit.files.items()))

@@ -1,0 +1,128 @@
+"""What makes published files a model: the manifest, written last, and ``latest.json``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+from finetune_api.base import Record
+from finetune_api.order import JobIdentity, RunOrder
+from finetune_api.results import PublishSummary
+from finetune_trainer.failures import StorageUnavailable
+from finetune_trainer.objects import FileInfo, ObjectNotFound, ObjectStore, PreconditionFailed
+
+MANIFEST: Final = "manifest.json"
+LATEST: Final = "latest.json"
+TRIES: Final = 20
+"""Rounds of the compare-and-swap of latest.json; each that fails means that another got on."""
+_PARALLEL_FILES: Final = 4
+
+
+class PublishedFile(Record):
+    """What a reader checks a file by."""
+
+    bytes: int
+    """Size."""
+    sha256: str
+    """Of its bytes, hexadecimal."""
+
+
+class Manifest(Record):
+    """``manifest.json`` of a published model."""
+
+    run: str
+    """Run that made it."""
+    job: JobIdentity
+    """Job of the run."""
+    base_model: str
+    """Address of the model that was tuned."""
+    checkpoint: str
+    """Commit that was published."""
+    formats: list[str]
+    """adapter, merged: folders beside this file."""
+    files: dict[str, PublishedFile]
+    """Every other file, by name below this folder."""
+
+    def to_text(self) -> bytes:
+        return (json.dumps(self.to_json(), sort_keys=True, indent=1) + "\n").encode()
+
+
+class Latest(Record):
+    """``latest.json``: the newest complete run."""
+
+    run: str
+    """Identity of the run."""
+    job: JobIdentity
+    """Job of the run."""
+    uri: str
+    """Address of its model."""
+    digest: str
+    """sha256 of its manifest."""
+
+    @property
+    def number(self) -> int:
+        return int(self.run.partition("-")[0])
+
+
+def upload_folder(store: ObjectStore, folder: Path, uri: str) -> dict[str, PublishedFile]:
+    """Write all files below a folder; what a reader checks each by."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+    def upload(name: str) -> FileInfo:
+        return store.upload(folder / name, f"{uri}/{name}")
+
+    with ThreadPoolExecutor(_PARALLEL_FILES) as pool:
+        infos = list(pool.map(upload, names))
+    return {
+        name: PublishedFile(bytes=info.bytes, sha256=info.sha256)
+        for name, info in zip(names, infos, strict=True)
+    }
+
+
+def read_published(store: ObjectStore, uri: str) -> tuple[Manifest, bytes] | None:
+    """The manifest of a published model and its text, or None where there is no whole one."""
+    try:
+        text = store.get(f"{uri}/{MANIFEST}")
+    except ObjectNotFound:
+        return None
+    return Manifest.model_validate_json(text), text
+
+
+def summarise(uri: str, manifest: Manifest, text: bytes) -> PublishSummary:
+    return PublishSummary(
+        uri=uri,
+        digest=hashlib.sha256(text).hexdigest(),
+        formats=manifest.formats,
+        bytes=len(text) + sum(file.bytes for file in manifest.files.values()),
+    )
+
+
+def move_latest(store: ObjectStore, order: RunOrder, summary: PublishSummary) -> None:
+    """Name this run the latest of its destination, unless a later run of the same job is.
+
+    Run numbers of a job that was deleted and made again start anew: such a job takes over.
+
+    Raises:
+        StorageUnavailable: where others move it all the time.
+    """
+    uri = f"{order.spec.output.destination.rstrip('/')}/{LATEST}"
+    new = Latest(run=order.run, job=order.job, uri=summary.uri, digest=summary.digest)
+    text = (json.dumps(new.to_json(), sort_keys=True, indent=1) + "\n").encode()
+    for _ in range(TRIES):
+        try:
+            before, etag = store.get_tagged(uri)
+        except ObjectNotFound:
+            etag = None
+        else:
+            old = Latest.model_validate_json(before)
+            if old == new or (old.job.uid == new.job.uid and old.number > new.number):
+                return
+        try:
+            store.put(uri, text, if_match=etag, if_absent=etag is None)
+            return
+        except PreconditionFailed:
+            continue  # another run got on, or an answer of ours was lost: read again
+    raise StorageUnavailable("LatestContended", f"{uri} could not be moved in {TRIES} tries")

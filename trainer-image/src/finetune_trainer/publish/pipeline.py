@@ -1,0 +1,100 @@
+"""The publish stage, from top to bottom.
+
+A folder is a model once its ``manifest.json`` is there, which is written last; ``latest.json``
+beside the folders moves after it. Publishing twice gives the same bytes, so a second try after an
+interruption finds or repeats the work of the first.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from finetune_api.order import RunOrder
+from finetune_api.results import PublishSummary
+from finetune_trainer import modelcard, runfiles
+from finetune_trainer.failures import UserError
+from finetune_trainer.objects import ObjectNotFound, ObjectStore, Stores
+from finetune_trainer.prepare.manifest import read_manifest
+from finetune_trainer.publish import facts, report, weights
+from finetune_trainer.publish.files import (
+    MANIFEST,
+    Manifest,
+    move_latest,
+    read_published,
+    summarise,
+    upload_folder,
+)
+
+
+def publish(order: RunOrder, stores: Stores, scratch: Path) -> PublishSummary:
+    """Write the tuned model of a run to its output address, and name it the latest.
+
+    Args:
+        scratch: folder for temporary files; it must hold the base model and the result.
+
+    Raises:
+        UserError: 'NotTrained' where the run has no result.
+        CorruptCommit: where the chosen commit's files are not what was committed.
+        StorageDenied, StorageUnavailable: where the output cannot be written.
+    """
+    store = stores.default
+    try:
+        result = runfiles.read_result(store, order.run_uri)
+    except ObjectNotFound:
+        raise UserError(
+            "NotTrained", f"{order.run_uri}/result.json does not exist: training has not ended"
+        ) from None
+    found = read_published(store, order.output_uri)
+    if found is None or found[0].checkpoint != result.summary.checkpoint:
+        folder = scratch / "publish"
+        shutil.rmtree(folder, ignore_errors=True)
+        formats = write_model(order, stores, result, folder, scratch)
+        write_papers(order, store, result, formats, folder)
+        manifest = Manifest(
+            run=order.run,
+            job=order.job,
+            base_model=order.spec.model.source,
+            checkpoint=result.summary.checkpoint or "",
+            formats=formats,
+            files=upload_folder(store, folder, order.output_uri),
+        )
+        text = manifest.to_text()
+        store.put(f"{order.output_uri}/{MANIFEST}", text)
+        found = manifest, text
+    summary = summarise(order.output_uri, *found)
+    move_latest(store, order, summary)
+    return summary
+
+
+def write_model(
+    order: RunOrder, stores: Stores, result: runfiles.RunResult, folder: Path, scratch: Path
+) -> list[str]:
+    """The tuned model in ``folder``; returns the names of the formats written."""
+    wanted = order.spec.effective_output_format
+    model, tokenizer = weights.load_tuned(order, stores, result.summary.checkpoint, scratch)
+    formats = []
+    if wanted in ("Adapter", "Both"):
+        weights.write_adapter(model, tokenizer, order, folder / "adapter")
+        formats.append("adapter")
+    if wanted in ("Merged", "Both"):
+        weights.write_merged(model, tokenizer, scratch / "model", folder / "merged")
+        formats.append("merged")
+    return formats
+
+
+def write_papers(
+    order: RunOrder,
+    store: ObjectStore,
+    result: runfiles.RunResult,
+    formats: list[str],
+    folder: Path,
+) -> None:
+    """What people and scripts read about the model: metrics.json, report.html, README.md."""
+    prepared = runfiles.read_prepared(store, order.run_uri)
+    manifest = read_manifest(store, prepared.uri)
+    about = facts.gather(order, result, prepared, manifest, formats)
+    (folder / "metrics.json").write_text(facts.metrics_text(about), encoding="utf-8")
+    data_report = store.get(f"{prepared.uri}/report.json")
+    (folder / "report.html").write_text(report.render(about, data_report), encoding="utf-8")
+    (folder / "README.md").write_text(modelcard.render(about), encoding="utf-8")

@@ -1,0 +1,97 @@
+"""From a commit to files that plain ``transformers`` and ``peft`` load."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Final
+
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from finetune_api.order import RunOrder
+from finetune_trainer.checkpoint import load_weights
+from finetune_trainer.commits import download_commit, read_head
+from finetune_trainer.failures import UserError
+from finetune_trainer.model import apply_method, load_base, load_tokenizer
+from finetune_trainer.modelfiles import fetch_model
+from finetune_trainer.objects import Stores
+
+MAX_SHARD: Final = "4GB"
+
+
+def load_tuned(
+    order: RunOrder, stores: Stores, checkpoint: str | None, scratch: Path
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """The base model with the weights of a commit, in float32 on the CPU, and its tokenizer.
+
+    Raises:
+        UserError: 'CheckpointGone' where HEAD no longer names the commit.
+        CorruptCommit: where its files are not what was committed.
+    """
+    found = read_head(stores.default, order.run_uri)
+    commit = next((c for c in found[0].commits if c.uri == checkpoint), None) if found else None
+    if commit is None:
+        raise UserError(
+            "CheckpointGone",
+            f"{checkpoint} is not among the commits of {order.run_uri}/HEAD.json; give"
+            " spec.rerunToken a new value to train again",
+        )
+    path = fetch_model(order, stores, scratch / "model")
+    folder = scratch / "commit"
+    shutil.rmtree(folder, ignore_errors=True)
+    download_commit(stores.default, commit, folder)
+    model = apply_method(load_base(path, torch.float32), order.spec)
+    load_weights(folder, model)
+    return model.eval(), load_tokenizer(path)
+
+
+def write_adapter(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    order: RunOrder,
+    folder: Path,
+) -> None:
+    """The LoRA adapter in peft's layout."""
+    assert isinstance(model, PeftModel), "the contract allows an adapter of LoRA only"
+    config = model.peft_config["default"]
+    name, _, revision = order.spec.model.source.removeprefix("hf://").partition("@")
+    config.base_model_name_or_path = name
+    config.revision = revision or None
+    # The vocabulary is the base's; peft would look for the base on the hub to find that out.
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's blank card; ours is one level up
+    tokenizer.save_pretrained(str(folder))
+
+
+def write_merged(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    base: Path,
+    folder: Path,
+) -> None:
+    """A whole model in Hugging Face layout, in the dtype of the base's weights.
+
+    Adapters are merged in float32 and rounded once. ``model`` is used up.
+    """
+    whole = model.merge_and_unload() if isinstance(model, PeftModel) else model
+    config = AutoConfig.from_pretrained(base)
+    whole = whole.to(config.dtype or torch.float32)
+    # Configuration of the base, without what this trainer changed for training.
+    whole.config = config
+    whole.generation_config = _generation_config(base, tokenizer, whole)
+    whole.save_pretrained(str(folder), max_shard_size=MAX_SHARD)
+    tokenizer.save_pretrained(str(folder))
+
+
+def _generation_config(
+    base: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> GenerationConfig:
+    if (base / "generation_config.json").exists():
+        found = GenerationConfig.from_pretrained(base)
+    else:
+        found = GenerationConfig.from_model_config(model.config)
+    if found.eos_token_id is None:
+        found.eos_token_id = tokenizer.eos_token_id
+    return found
