@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.api import Api
 from cluster.build import binary
 from cluster.control_plane import ControlPlane
 
@@ -51,6 +50,6 @@ def one(objects: list[Object], kind: str, suffix: str = "") -> Object:
 
 
 @pytest.fixture(scope="session")
-def plane() -> Iterator[Api]:
+def plane() -> Iterator[ControlPlane]:
     with ControlPlane() as started:
         yield started

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from chart.conftest import CHART, helm, one, render
-from cluster.api import Api
+from cluster.api import Api, eventually
+from cluster.control_plane import ControlPlane
+from finetune_api.names import API_VERSION, KIND
 
 NAMESPACE = "finetune-system"
 ACCOUNT = f"system:serviceaccount:{NAMESPACE}:rel-finetune-operator"
-NO_MONITORS = ("replicas=2", "watchNamespaces={team-a,team-b}")
+NAMESPACED = ("replicas=2", "watchNamespaces={team-a,team-b}")
+SUSPEND = json.dumps({"spec": {"suspend": True}})
+SPEC = {
+    "model": {"source": "s3://models/base"},
+    "data": {"train": [{"source": "s3://data/train.jsonl"}]},
+    "output": {"destination": "s3://models/tuned"},
+}
 
 
 @pytest.fixture(scope="module")
-def namespaces(plane: Api) -> Api:
+def namespaces(plane: ControlPlane) -> ControlPlane:
     restricted = {"pod-security.kubernetes.io/enforce": "restricted"}
     for name, labels in ((NAMESPACE, restricted), ("team-a", {}), ("team-b", {}), ("other", {})):
         metadata = {"name": name, "labels": labels}
@@ -24,8 +36,10 @@ def namespaces(plane: Api) -> Api:
     return plane
 
 
-@pytest.fixture(scope="module", params=[(), NO_MONITORS], ids=["cluster-wide", "namespaced"])
-def release(request: pytest.FixtureRequest, namespaces: Api) -> Iterator[tuple[Api, bool]]:
+@pytest.fixture(scope="module", params=[(), NAMESPACED], ids=["cluster-wide", "namespaced"])
+def release(
+    request: pytest.FixtureRequest, namespaces: ControlPlane
+) -> Iterator[tuple[ControlPlane, bool]]:
     """The chart installed by helm, and whether it watches the whole cluster."""
     place = ["--kubeconfig", str(namespaces.kubeconfig), "--namespace", NAMESPACE]
     values = [part for value in request.param for part in ("--set", value)]
@@ -37,6 +51,13 @@ def release(request: pytest.FixtureRequest, namespaces: Api) -> Iterator[tuple[A
     assert namespaces.get("crd", "finetunejobs.finetune-operator.dev"), "crds.keep is the default"
 
 
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
 def may(plane: Api, verb: str, resource: str, namespace: str) -> bool:
     try:
         answer = plane.kubectl("auth", "can-i", verb, resource, "-n", namespace, "--as", ACCOUNT)
@@ -45,7 +66,7 @@ def may(plane: Api, verb: str, resource: str, namespace: str) -> bool:
     return answer.strip() == "yes"
 
 
-def test_rights(release: tuple[Api, bool]) -> None:
+def test_rights(release: tuple[ControlPlane, bool]) -> None:
     plane, clusterwide = release
     for verb, resource in (
         ("watch", "finetunejobs.finetune-operator.dev"),
@@ -69,7 +90,7 @@ def test_rights(release: tuple[Api, bool]) -> None:
         assert not may(plane, verb, resource, namespace), f"{verb} {resource}"
 
 
-def test_its_rights_suffice_for_server_side_apply(release: tuple[Api, bool]) -> None:
+def test_its_rights_suffice_for_server_side_apply(release: tuple[ControlPlane, bool]) -> None:
     """Creating by apply needs two verbs; and the owner of a child may be blocked by it."""
     plane, _ = release
     config = {
@@ -82,7 +103,45 @@ def test_its_rights_suffice_for_server_side_apply(release: tuple[Api, bool]) -> 
     plane.kubectl(*arguments, stdin=json.dumps(config))
 
 
-def test_the_pod_is_admitted_where_restricted_is_enforced(release: tuple[Api, bool]) -> None:
+def test_the_operator_works_with_its_rights_alone(
+    release: tuple[ControlPlane, bool], tmp_path: Path
+) -> None:
+    """The real operator, as the chart's service account and with the chart's arguments, takes a
+    job as far as a cluster without nodes lets it."""
+    plane, clusterwide = release
+    sets = () if clusterwide else NAMESPACED
+    (container,) = one(render(*sets), "Deployment")["spec"]["template"]["spec"]["containers"]
+    arguments = [a for a in container["args"] if not a.startswith("--port")]
+    as_account = plane.kubeconfig_of("operator", ACCOUNT)
+    command = [sys.executable, "-m", "finetune_operator", *arguments, "--host=127.0.0.1"]
+    command += [f"--port={free_port()}", f"--kubeconfig={as_account}", "--progress=direct"]
+    job = {"apiVersion": API_VERSION, "kind": KIND, "spec": SPEC}
+    job["metadata"] = {"name": "bot", "namespace": "team-a"}
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        operator = subprocess.Popen(command, stdout=output, stderr=output)
+    try:
+        plane.apply(job)
+        eventually("prepare's pod", lambda: plane.get("pods", "-n", "team-a")["items"])
+        found = eventually("a status", lambda: plane.get("ftj", "bot", "-n", "team-a")["status"])
+        assert found["phase"] in ("Pending", "Preparing")
+        events = ("get", "events", "-n", "team-a", "-o", "name")
+        eventually("an event", lambda: "bot." in plane.kubectl(*events))
+        plane.kubectl("patch", "ftj", "bot", "-n", "team-a", "--type=merge", "-p", SUSPEND)
+        eventually(
+            "the Job is suspended",
+            lambda: plane.get("jobs", "-n", "team-a")["items"][0]["spec"]["suspend"],
+        )
+    finally:
+        operator.terminate()
+        assert operator.wait(timeout=30) == 0, log.read_text()
+        plane.kubectl("delete", "ftj", "bot", "-n", "team-a", "--cascade=foreground")
+    assert "forbidden" not in log.read_text().lower(), log.read_text()
+
+
+def test_the_pod_is_admitted_where_restricted_is_enforced(
+    release: tuple[ControlPlane, bool],
+) -> None:
     plane, _ = release
     template = one(render(namespace=NAMESPACE), "Deployment")["spec"]["template"]
     metadata = {**template["metadata"], "name": "probe", "namespace": NAMESPACE}
@@ -93,7 +152,7 @@ def test_the_pod_is_admitted_where_restricted_is_enforced(release: tuple[Api, bo
         plane.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(made))
 
 
-@pytest.mark.parametrize("sets", [(), NO_MONITORS], ids=["cluster-wide", "namespaced"])
+@pytest.mark.parametrize("sets", [(), NAMESPACED], ids=["cluster-wide", "namespaced"])
 def test_every_object_is_valid(namespaces: Api, sets: tuple[str, ...]) -> None:
     """Strict validation by the API server: no unknown field anywhere."""
     manifest = {"apiVersion": "v1", "kind": "List", "items": render(*sets)}

@@ -15,14 +15,18 @@ from cluster.real import NAME, NODES, RealCluster
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m cluster", description=__doc__)
     parser.add_argument("action", choices=("up", "down", "status"))
-    parser.add_argument("--nodes", type=int, default=len(NODES), help="how many, up to 3")
+    parser.add_argument("--nodes", type=int, choices=(1, 2, 3), default=len(NODES))
     arguments = parser.parse_args()
     actions = {"up": lambda: up(arguments.nodes), "down": down, "status": status}
     return actions[arguments.action]()
 
 
 def up(nodes: int) -> int:
-    folder = state.claim(NAME, keep=True)
+    try:
+        folder = state.claim(NAME, keep=True)
+    except state.Busy as busy:
+        print(busy, file=sys.stderr)
+        return 1
     cluster = RealCluster(folder, NODES[:nodes])
     try:
         cluster.start()

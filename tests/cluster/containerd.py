@@ -12,23 +12,28 @@ from cluster.machine import Machine
 NAMESPACE = "k8s.io"  # kubelet's
 SOCKET = "/run/containerd/containerd.sock"
 STORE = "containerd"  # its folder in the machine's /var/lib
-PAUSE_IMAGE = "docker.io/fto/pause:1"
+PAUSE_IMAGE = "localhost/fto/pause:1"
 
-# `restrict_oom_score_adj`: in a sandbox that may not lower it, no pod would start otherwise.
-_CONFIG = f"""
+_CONFIG = """
 version = 2
+[plugins."io.containerd.internal.v1.opt"]
+  path = "/var/lib/containerd-opt"
+"""
+# `restrict_oom_score_adj`: in a sandbox that may not lower it, no pod would start otherwise.
+FOR_NODES = f"""{_CONFIG}
 [plugins."io.containerd.grpc.v1.cri"]
   sandbox_image = "{PAUSE_IMAGE}"
   restrict_oom_score_adj = true
   [plugins."io.containerd.grpc.v1.cri".cni]
     bin_dir = "{system_packages.CNI_PLUGINS}"
     conf_dir = "/var/lib/cni-config"
-[plugins."io.containerd.internal.v1.opt"]
-  path = "/var/lib/containerd-opt"
 """
-
-
-_KEEP_GARBAGE = """
+# Kubelet's interface would name every image a second time, by its digest, and so keep it for ever.
+FOR_BUILDS = f"""
+disabled_plugins = ["io.containerd.grpc.v1.cri"]
+{_CONFIG}
+"""
+FOR_BUILDS_THAT_KEEP_ALL = f"""{FOR_BUILDS}
 [plugins."io.containerd.gc.v1.scheduler"]
   deletion_threshold = 0
   mutation_threshold = 0
@@ -36,11 +41,11 @@ _KEEP_GARBAGE = """
 """
 
 
-def start(machine: Machine, *, collect_garbage: bool = True) -> None:
+def start(machine: Machine, config: str) -> None:
     """Start it, and wait until it answers."""
-    config = machine.folder / "containerd.toml"
-    config.write_text(_CONFIG + ("" if collect_garbage else _KEEP_GARBAGE))
-    machine.start("containerd", ["containerd", "--config", config])
+    file = machine.folder / "containerd.toml"
+    file.write_text(config)
+    machine.start("containerd", ["containerd", "--config", file])
     eventually(f"containerd of {machine.name}", lambda: ctr(machine, "version"))
 
 

@@ -43,16 +43,21 @@ def control_plane() -> Iterator[Api]:
 
 
 @pytest.fixture(scope="session")
+def needs_root() -> None:
+    """Skips the tests that make nodes or images where that is not allowed."""
+    if os.geteuid() != 0:
+        pytest.skip("nodes and image builds need root on Linux")
+
+
+@pytest.fixture(scope="session")
 def cluster_images() -> list[str]:
     """The images that the pods of e2e tests run; override it to build more of them."""
     return [images.base()]
 
 
 @pytest.fixture(scope="session")
-def cluster(cluster_images: list[str]) -> Iterator[RealCluster]:
+def cluster(needs_root: None, cluster_images: list[str]) -> Iterator[RealCluster]:
     """A cluster with three nodes that have these images: the one kept up, or one of our own."""
-    if os.geteuid() != 0:
-        pytest.skip("nodes need root on Linux")
     kept = RealCluster.kept()
     if kept and kept.has(*cluster_images):
         yield kept

@@ -39,21 +39,27 @@ _LEAN_TORCH = Path(__file__).with_name("lean_torch")
 def base() -> str:
     """The name of an image with Debian's Python (3.11) and pip; makes it if need be (1 min)."""
     recipe = f"{_RELEASE} {_PACKAGES} {_BASE_CONFIG}"
-    name = f"docker.io/fto/base:{_RELEASE}-{_short_hash(recipe.encode())}"
+    name = f"localhost/fto/base:{_RELEASE}-{_short_hash(recipe.encode())}"
     system_packages.ensure()
     with store.opened() as images:
         _ensure_pause(images)
         if not images.has(name):
             with _scratch() as scratch:
                 _import(images, name, _debian(scratch), _BASE_CONFIG, scratch)
+            images.drop_others(name)
     return name
 
 
 def torch_base(version: str) -> str:
-    """The name of an image like ``base`` with PyTorch, less what only a GPU would use."""
+    """The name of an image like ``base`` with PyTorch, less what only a GPU would use (2 min)."""
     recipe = b"".join(path.read_bytes() for path in sorted(_LEAN_TORCH.glob("*")))
-    name = f"docker.io/fto/base-torch-cpu:{version}-{_short_hash(recipe)}"
-    build(_LEAN_TORCH, name, {"BASE": base(), "TORCH": version})
+    name = f"localhost/fto/base-torch-cpu:{version}-{_short_hash(recipe)}"
+    below = base()
+    with store.opened() as images:
+        if not images.has(name):
+            _build(images, name, _LEAN_TORCH, {"BASE": below, "TORCH": version})
+            images.drop_others(name)
+            images.buildctl("prune", "--all")  # a second copy of what is in the image
     return name
 
 
@@ -70,18 +76,30 @@ def build(
     which asks a registry, and its base has to come by a build argument, from ``base``.
     """
     name = full_name(tag)
-    dockerfile = dockerfile or context / "Dockerfile"
     with store.opened() as images:
-        images.solve(
-            "--frontend=dockerfile.v0",
-            f"--local=context={context}",
-            f"--local=dockerfile={dockerfile.parent}",
-            f"--opt=filename={dockerfile.name}",
-            "--opt=image-resolve-mode=local",
-            *(f"--opt=build-arg:{key}={value}" for key, value in (build_args or {}).items()),
-            f"--output=type=image,name={name},unpack=true,compression=uncompressed",
-        )
+        _build(images, name, context, build_args or {}, dockerfile)
     return name
+
+
+def _build(
+    images: store.Store,
+    name: str,
+    context: Path,
+    build_args: Mapping[str, str],
+    dockerfile: Path | None = None,
+) -> None:
+    dockerfile = dockerfile or context / "Dockerfile"
+    images.buildctl(
+        "build",
+        "--progress=plain",
+        "--frontend=dockerfile.v0",
+        f"--local=context={context}",
+        f"--local=dockerfile={dockerfile.parent}",
+        f"--opt=filename={dockerfile.name}",
+        "--opt=image-resolve-mode=local",
+        *(f"--opt=build-arg:{key}={value}" for key, value in build_args.items()),
+        f"--output=type=image,name={name},unpack=true,compression=uncompressed",
+    )
 
 
 def ensure_pause() -> None:
@@ -91,11 +109,13 @@ def ensure_pause() -> None:
 
 
 def full_name(tag: str) -> str:
-    """A tag as kubelet and containerd complete it."""
-    registry, _, rest = tag.partition("/")
-    if rest and ("." in registry or ":" in registry or registry == "localhost"):
-        return tag
-    return f"docker.io/{tag}" if rest else f"docker.io/library/{tag}"
+    """A tag as it is in the store: one that names no registry is of ``localhost``.
+
+    Kubelet would look for it in a public registry otherwise, by its complete name.
+    """
+    registry, slash, _ = tag.partition("/")
+    named = slash and ("." in registry or ":" in registry or registry == "localhost")
+    return tag if named else f"localhost/{tag}"
 
 
 def _ensure_pause(images: store.Store) -> None:

@@ -46,7 +46,7 @@ class Node:
         machine.power_on(network=True)
         self._network.connect(self.place, machine.first_process)
         machine.execute("sysctl", "-qw", "net.ipv4.ip_forward=1")
-        containerd.start(machine)
+        containerd.start(machine, containerd.FOR_NODES)
         machine.start(
             "kubelet",
             [

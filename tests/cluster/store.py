@@ -5,7 +5,8 @@ databases, and links to everything else. That is safe because containerd never w
 a layer once it is there; containers write to layers of their own. Importing an archive of a
 trainer image into each node would take half a minute and 2 GB a node instead.
 
-Layers that no image has any more are collected when the store is opened and no cluster is up.
+Only while no cluster is up may layers go: those of images that were built anew since, and the
+older part of the build cache.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ from cluster.machine import Machine
 from cluster.processes import Processes
 
 _BUILDKIT = "/run/buildkit.sock"
+_BUILD_CACHE = 6000  # MB
 _SNAPSHOTTER = "io.containerd.snapshotter.v1.overlayfs"
 
 
 class Store:
     """The store while its containerd runs: see ``opened``."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, *, collect_garbage: bool) -> None:
         self._machine = machine
+        self._collect = collect_garbage
 
     def has(self, image: str) -> bool:
         return bool(self.ctr("images", "ls", "-q", f"name=={image}").strip())
@@ -39,22 +42,33 @@ class Store:
         """What tells whether another store's image of this name is the same."""
         return digest(self._machine, image)
 
+    def drop_others(self, image: str) -> None:
+        """Forget images of the same name with other tags, which this one has replaced."""
+        repository = image.rpartition(":")[0]
+        for other in self.ctr("images", "ls", "-q").split():
+            if other.startswith(f"{repository}:") and other != image:
+                self.ctr("images", "rm", other)
+
     def ctr(self, *arguments: str | Path) -> str:
         return containerd.ctr(self._machine, *arguments)
 
-    def solve(self, *options: str) -> None:
-        """``buildctl build``; the first time, buildkitd is started for it."""
+    def buildctl(self, *arguments: str) -> str:
+        """Run buildctl; the first time, buildkitd is started for it."""
         if "builder.buildkitd" not in self._machine.processes.names():
             self._start_buildkit()
+        done = self._run_buildctl(*arguments)
+        if done.returncode:
+            raise RuntimeError(f"buildctl {arguments[0]} failed:\n{done.stdout[-6000:]}")
+        return done.stdout
+
+    def _run_buildctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         address = self._machine.folder / _BUILDKIT.lstrip("/")
-        done = subprocess.run(
-            [binary("buildctl"), f"--addr=unix://{address}", "build", "--progress=plain", *options],
+        return subprocess.run(
+            [binary("buildctl"), f"--addr=unix://{address}", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        if done.returncode:
-            raise RuntimeError(f"the image build failed:\n{done.stdout[-6000:]}")
 
     def _start_buildkit(self) -> None:
         self._machine.start(
@@ -68,19 +82,13 @@ class Store:
                 f"--containerd-worker-addr={containerd.SOCKET}",
                 f"--containerd-worker-namespace={containerd.NAMESPACE}",
                 "--containerd-worker-net=host",
-                "--containerd-worker-gc=false",
+                f"--containerd-worker-gc={str(self._collect).lower()}",
+                f"--containerd-worker-gc-keepstorage={_BUILD_CACHE},0,{_BUILD_CACHE}",
             ],
         )
-        address = self._machine.folder / _BUILDKIT.lstrip("/")
-        workers: list[str | Path] = [
-            binary("buildctl"),
-            f"--addr=unix://{address}",
-            "debug",
-            "workers",
-        ]
         eventually(
             "buildkitd answers",
-            lambda: subprocess.run(workers, capture_output=True).returncode == 0,
+            lambda: self._run_buildctl("debug", "workers").returncode == 0,
         )
 
 
@@ -94,9 +102,10 @@ def opened() -> Iterator[Store]:
         try:
             machine.power_on(network=False)
             collect = state.claimed() == {"builder"}
-            containerd.start(machine, collect_garbage=collect)
+            keep_all, keep_some = containerd.FOR_BUILDS_THAT_KEEP_ALL, containerd.FOR_BUILDS
+            containerd.start(machine, keep_some if collect else keep_all)
             try:
-                yield Store(machine)
+                yield Store(machine, collect_garbage=collect)
             finally:  # in good order, so that the databases on disk are whole
                 for program in ("buildkitd", "containerd"):
                     if machine.processes.find(f"builder.{program}"):

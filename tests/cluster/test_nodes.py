@@ -90,6 +90,17 @@ def test_a_pod_reaches_pods_and_services_by_name(servers: RealCluster, host: str
     eventually(f"an answer of {host}", status)
 
 
+def test_a_pod_reaches_the_api_and_trusts_it(servers: RealCluster) -> None:
+    account = "/var/run/secrets/kubernetes.io/serviceaccount"
+    fetch = f"""
+import ssl, urllib.request
+trust = ssl.create_default_context(cafile="{account}/ca.crt")
+print(urllib.request.urlopen("https://kubernetes.default.svc/version", context=trust).status)
+"""
+    command = ("python3", "-c", fetch)
+    assert servers.kubectl("exec", "-n", NAMESPACE, "server-node-a", "--", *command) == "200\n"
+
+
 def test_the_host_reaches_a_service(servers: RealCluster) -> None:
     address = servers.get("service", "one", "-n", NAMESPACE)["spec"]["clusterIP"]
     with urllib.request.urlopen(f"http://{address}:8000", timeout=5) as answer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import tracemalloc
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import pytest
 
 from finetune_api.order import RunOrder
 from finetune_api.results import PreparedSummary
+from finetune_api.spec import StorageAccess
 from finetune_trainer.failures import DataError, TrainerError, UserError
 from finetune_trainer.objects import ObjectStore, Stores
 from finetune_trainer.prepare import writer
@@ -39,12 +41,28 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bucket(s3: EmbeddedS3, model_folder: Path) -> str:
+def store(s3: EmbeddedS3) -> ObjectStore:
+    return s3.store()
+
+
+@pytest.fixture(scope="module")
+def bucket(s3: EmbeddedS3, store: ObjectStore, model_folder: Path) -> str:
     """One bucket for all tests (a new one takes the server a while), with the model in it."""
     s3.ensure_bucket("test-prepare")
     for path in model_folder.iterdir():
-        s3.store().upload(path, f"s3://test-prepare/model/{path.name}")
+        store.upload(path, f"s3://test-prepare/model/{path.name}")
     return "test-prepare"
+
+
+class OneStore(Stores):
+    """Stores that share a client: making one takes longer than a small job."""
+
+    def __init__(self, order: RunOrder, store: ObjectStore) -> None:
+        super().__init__(order)
+        self._store = store
+
+    def of(self, access: StorageAccess | None) -> ObjectStore:
+        return self._store
 
 
 @dataclass
@@ -70,13 +88,13 @@ class Workplace:
         return self.order_for(data=data_block, output=output, **spec)
 
     def prepare(self, order: RunOrder) -> tuple[PreparedSummary, PreparedData]:
-        summary = prepare(order, Stores(order), next(self.scratch))
+        summary = prepare(order, OneStore(order, self.store), next(self.scratch))
         return summary, PreparedData.open(self.store, summary.uri, next(self.scratch))
 
     def fault(self, *train: bytes, **spec: Any) -> TrainerError:
         order = self.order(*train, **spec)
         with pytest.raises(TrainerError) as caught:
-            prepare(order, Stores(order), next(self.scratch))
+            prepare(order, OneStore(order, self.store), next(self.scratch))
         left = [o.uri for o in self.store.list(f"{self.root}/out/")]
         assert not [uri for uri in left if uri.endswith(("manifest.json", "prepared.json"))]
         return caught.value
@@ -84,10 +102,10 @@ class Workplace:
 
 @pytest.fixture
 def at(
-    s3: EmbeddedS3, bucket: str, order_for: Callable[..., RunOrder], tmp_path: Path
+    store: ObjectStore, bucket: str, order_for: Callable[..., RunOrder], tmp_path: Path
 ) -> Workplace:
     root = f"s3://{bucket}/{uuid.uuid4().hex[:8]}"
-    return Workplace(root, s3.store(), order_for, (tmp_path / str(i) for i in range(99)))
+    return Workplace(root, store, order_for, (tmp_path / str(i) for i in range(99)))
 
 
 def texts(data: PreparedData, split: Any) -> list[str]:
@@ -105,7 +123,7 @@ def test_every_record_is_found_again_on_one_side_with_its_mask(at: Workplace) ->
     split = {"validation": "0.1", "test": "0.2"}
     order = at.order(lines(*records[:120]), lines(*records[120:]), data={"split": split})
     said: list[Reading] = []
-    summary = prepare(order, Stores(order), next(at.scratch), said.append)
+    summary = prepare(order, OneStore(order, at.store), next(at.scratch), said.append)
     data = PreparedData.open(at.store, summary.uri, next(at.scratch))
 
     found = [text for split in SIDES for text in texts(data, split)]
@@ -212,7 +230,9 @@ def test_duplicates_are_dropped_once_over_all_training_sources(at: Workplace) ->
     summary, _ = at.prepare(order)
     assert summary.train_samples == 20 and summary.dropped == {"Duplicate": 15}
     kept = {**ALL, "quality": {"deduplicate": False}}
-    assert at.prepare(at.order(data=kept))[0].train_samples == 35
+    summary, data = at.prepare(at.order(data=kept))
+    assert summary.train_samples == 35
+    assert len(data.index("test")) == 0 and data.index("test").length.max(initial=1) == 1
 
 
 def test_samples_are_found_over_many_shards(at: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +247,24 @@ def test_samples_are_found_over_many_shards(at: Workplace, monkeypatch: pytest.M
     assert [tokenizer.decode(s.ids, skip_special_tokens=True) for s in some] == [
         whole[i] for i in (99, 3, 50, 3)
     ]
+
+
+def test_memory_does_not_grow_with_the_data(at: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "SHARD_TOKENS", 4000)
+
+    def peak(order: RunOrder) -> int:
+        tracemalloc.start()
+        try:
+            at.prepare(order)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    at.prepare(at.order(lines(*pairs(600)), data=ALL))  # imports and caches
+    once = peak(at.order(lines(*pairs(1000)), data=ALL))
+    eightfold = peak(at.order(lines(*pairs(8000)), data=ALL))
+    # What stays of a sample: 16 bytes of its digest and a few of the length counts.
+    assert eightfold - once < 7000 * 64
 
 
 # --- overlength ----------------------------------------------------------------------------------
@@ -397,6 +435,6 @@ def test_a_metric_that_no_set_can_have_is_refused(
 ) -> None:
     order = at.order(lines(*pairs(30)), **spec)
     with pytest.raises(UserError, match=field) as caught:
-        prepare(order, Stores(order), next(at.scratch))
+        at.prepare(order)
     assert caught.value.reason == "MetricWithoutData"
     assert not at.store.head(f"{order.run_uri}/prepared.json")

@@ -21,10 +21,15 @@ NAMES = ["a.jsonl", "b.jsonl.gz", "notes.txt", "part/c.jsonl", "part/deep/d.parq
 
 
 @pytest.fixture(scope="module")
-def bucket(s3: EmbeddedS3) -> str:
+def store(s3: EmbeddedS3) -> ObjectStore:
+    return s3.store()
+
+
+@pytest.fixture(scope="module")
+def bucket(s3: EmbeddedS3, store: ObjectStore) -> str:
     s3.ensure_bucket("test-sources")
     for name in NAMES:
-        s3.store().put(f"s3://test-sources/data/{name}", name.encode())
+        store.put(f"s3://test-sources/data/{name}", name.encode())
     return "test-sources"
 
 
@@ -52,9 +57,9 @@ MATCHES = [
 @pytest.mark.parametrize(("path", "found"), MATCHES)
 @pytest.mark.parametrize("root", ["s3://test-sources", "pvc://claim"])
 def test_objects_are_found_by_name_pattern_and_prefix(
-    s3: EmbeddedS3, bucket: str, claims: dict[str, str], root: str, path: str, found: list[str]
+    store: ObjectStore, bucket: str, claims: dict[str, str], root: str, path: str, found: list[str]
 ) -> None:
-    objects = resolve(f"{root}/{path}", s3.store(), claims)
+    objects = resolve(f"{root}/{path}", store, claims)
     assert [o.uri.removeprefix(f"{root}/data/") for o in objects] == found
     for item, name in zip(objects, found, strict=True):
         with item.open() as stream:
@@ -73,33 +78,33 @@ def test_objects_are_found_by_name_pattern_and_prefix(
 )
 @pytest.mark.parametrize("root", ["s3://test-sources", "pvc://claim"])
 def test_nothing_found_says_what_is_there(
-    s3: EmbeddedS3, bucket: str, claims: dict[str, str], root: str, path: str, words: list[str]
+    store: ObjectStore, bucket: str, claims: dict[str, str], root: str, path: str, words: list[str]
 ) -> None:
     with pytest.raises(UserError) as caught:
-        resolve(f"{root}/{path}", s3.store(), claims)
+        resolve(f"{root}/{path}", store, claims)
     assert caught.value.reason == "NoObjects"
     for word in [f"{root}/{path}", *words]:
         assert word in caught.value.message
 
 
-def test_a_missing_bucket_is_told_from_missing_data(s3: EmbeddedS3) -> None:
+def test_a_missing_bucket_is_told_from_missing_data(store: ObjectStore) -> None:
     with pytest.raises(StorageDenied, match="test-nowhere") as caught:
-        resolve("s3://test-nowhere/data/", s3.store())
+        resolve("s3://test-nowhere/data/", store)
     assert caught.value.reason == "BucketNotFound"
 
 
-def test_a_path_may_not_leave_its_claim(s3: EmbeddedS3, claims: dict[str, str]) -> None:
+def test_a_path_may_not_leave_its_claim(store: ObjectStore, claims: dict[str, str]) -> None:
     with pytest.raises(UserError, match=r"'\.\.'"):
-        resolve("pvc://claim/../secrets.jsonl", s3.store(), claims)
+        resolve("pvc://claim/../secrets.jsonl", store, claims)
 
 
 def test_an_object_that_is_replaced_before_it_is_read_is_refused(
-    s3: EmbeddedS3, bucket: str
+    store: ObjectStore, bucket: str
 ) -> None:
     uri = f"s3://{bucket}/changing/a.jsonl"
-    s3.store().put(uri, b'{"text": "a"}\n')
-    (item,) = resolve(uri, s3.store())
-    s3.store().put(uri, b'{"text": "b"}\n')
+    store.put(uri, b'{"text": "a"}\n')
+    (item,) = resolve(uri, store)
+    store.put(uri, b'{"text": "b"}\n')
     with pytest.raises(DataError) as caught, item.open() as stream:
         stream.read()
     assert caught.value.reason == "ObjectChanged"
@@ -129,10 +134,10 @@ def same_files(one: Path, other: Path) -> bool:
 
 
 def test_a_model_in_object_storage_is_fetched_whole_and_once(
-    s3: EmbeddedS3, bucket: str, order_for: Callable[..., RunOrder], model_folder: Path,
+    store: ObjectStore, bucket: str, order_for: Callable[..., RunOrder], model_folder: Path,
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    put_model(s3.store(), model_folder, f"s3://{bucket}/whole")
+    put_model(store, model_folder, f"s3://{bucket}/whole")
     order = order_for(model={"source": f"s3://{bucket}/whole"})
     stores = Stores(order)
     folder = fetch_tokenizer(order, stores, tmp_path / "model")
@@ -146,11 +151,11 @@ def test_a_model_in_object_storage_is_fetched_whole_and_once(
 
 
 def test_a_model_without_all_its_parts_is_refused(
-    s3: EmbeddedS3, bucket: str, order_for: Callable[..., RunOrder], model_folder: Path,
+    store: ObjectStore, bucket: str, order_for: Callable[..., RunOrder], model_folder: Path,
     tmp_path: Path,
 ) -> None:  # fmt: skip
     part = next(p.name for p in model_folder.glob("*-00002-of-*"))
-    put_model(s3.store(), model_folder, f"s3://{bucket}/partly", part)
+    put_model(store, model_folder, f"s3://{bucket}/partly", part)
     order = order_for(model={"source": f"s3://{bucket}/partly"})
     with pytest.raises(UserError, match=part) as caught:
         fetch_tokenizer(order, Stores(order), tmp_path / "model")

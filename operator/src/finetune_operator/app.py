@@ -64,9 +64,7 @@ class Operator:
 
     async def run(self) -> int:
         """Run to the end; answers the process' exit code."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
+        self._take_signals()
         web = await serve(
             self._options.host,
             self._options.port,
@@ -78,6 +76,10 @@ class Operator:
             return await self._connected()
         finally:
             await web.cleanup()
+
+    def _take_signals(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
 
     async def _connected(self) -> int:
         configuration, in_cluster = load_credentials(
@@ -95,10 +97,7 @@ class Operator:
             if not await self._unless_stopped(lease.acquire()):
                 return 0
             cluster.guard = lease.held
-            try:
-                return await self._lead(cluster, configuration, in_cluster, lease)
-            finally:
-                await lease.release()
+            return await self._lead(cluster, configuration, in_cluster, lease)
 
     async def _unless_stopped(self, coroutine: Coroutine[Any, Any, None]) -> bool:
         """Wait for something, or for the signal to stop; whether the former came first."""
@@ -129,38 +128,34 @@ class Operator:
         tasks = {asyncio.create_task(queue.work(controller.handle)) for _ in range(WORKERS)}
         tasks.add(asyncio.create_task(poller.run()))
         tasks.add(asyncio.create_task(watch.sweep(cluster, store, queue.put, options.namespaces)))
-        stop_kopf = asyncio.Event()
         kept = asyncio.create_task(lease.keep() if lease else asyncio.Event().wait())
         stopped = asyncio.create_task(self._stop.wait())
         watching = asyncio.create_task(
-            watch.run(configuration, store, queue.put, options.namespaces, stop_kopf)
+            watch.run(configuration, store, queue.put, options.namespaces, self._take_signals)
         )
-        enders: set[asyncio.Task[Any]] = {kept, stopped, watching}
-        await asyncio.wait(tasks | enders, return_when=asyncio.FIRST_COMPLETED)
-        return await self._end(tasks, enders, stop_kopf, watching, stopped)
-
-    async def _end(
-        self,
-        tasks: set[asyncio.Task[None]],
-        enders: set[asyncio.Task[Any]],
-        stop_kopf: asyncio.Event,
-        watching: asyncio.Task[None],
-        stopped: asyncio.Task[Any],
-    ) -> int:
-        """Stop the workers first, so that nothing is written any more, then kopf."""
-        # kopf takes over SIGTERM while it runs, and ends by it without an error.
-        by_signal = stopped.done() or (watching.done() and watching.exception() is None)
-        self._ill = None if by_signal else "no longer working: see the log"
-        for task in tasks | enders:
-            if task.done() and not task.cancelled() and task.exception() is not None:
-                log.error("a part of the operator failed", exc_info=task.exception())
-        for task in tasks | (enders - {watching}):
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        stop_kopf.set()
-        await asyncio.wait({watching}, timeout=15)
+        parts: set[asyncio.Task[Any]] = {*tasks, kept, watching}
+        await asyncio.wait(parts | {stopped}, return_when=asyncio.FIRST_COMPLETED)
+        self._ill = None if stopped.done() else "no longer working: see the log"
+        _tell_failures(parts)
+        stopped.cancel()
+        await _end(parts - {watching})
+        if lease is not None:
+            await lease.release()  # nothing is written any more
+        await _end({watching})
         log.info("stopped")
-        return 0 if by_signal else 1
+        return 0 if self._ill is None else 1
+
+
+def _tell_failures(parts: set[asyncio.Task[Any]]) -> None:
+    for task in parts:
+        if task.done() and not task.cancelled() and task.exception() is not None:
+            log.error("a part of the operator failed", exc_info=task.exception())
+
+
+async def _end(tasks: set[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks, timeout=5)
 
 
 def own_namespace() -> str:

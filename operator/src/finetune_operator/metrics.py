@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -66,6 +66,7 @@ class Metrics:
             registry=self.registry,
         )
         self.registry.register(_Jobs(store, queue_depth))
+        ProcessCollector(registry=self.registry)
 
     def note(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
         """Count what a status write changed."""

@@ -1,5 +1,7 @@
 """kopf's part: watches feed the store and put keys on the queue; handlers of a line each.
 
+They are coroutines (kopf runs plain functions in threads), so that store and queue need no locks.
+
 ``on.event`` and ``index`` need no finalizer and write nothing. The index function runs before any
 event handler does, and kopf holds event handlers back until everything was listed once: so no
 reconcile sees half a world.
@@ -32,6 +34,39 @@ SWEEP_SECONDS: Final = 300.0
 log = logging.getLogger(__name__)
 
 
+class _NoDiffs(kopf.DiffBaseStorage):
+    """kopf compares every object with its last handled state, for handlers of a kind that we do
+    not have; that would copy each of them several times, and be most of our CPU time."""
+
+    def build(self, *, body: Any, extra_fields: Any = None) -> Any:
+        return {}
+
+    def fetch(self, *, body: Any) -> None:
+        return None
+
+    def store(self, *, body: Any, patch: Any, essence: Any) -> None:
+        raise AssertionError("kopf must write nothing")
+
+
+class _NoProgress(kopf.ProgressStorage):
+    """State of retried handlers, which ours are not."""
+
+    def fetch(self, *, key: Any, body: Any) -> None:
+        return None
+
+    def store(self, *, key: Any, record: Any, body: Any, patch: Any) -> None:
+        raise AssertionError("kopf must write nothing")
+
+    def purge(self, *, key: Any, body: Any, patch: Any) -> None:
+        return None
+
+    def touch(self, *, body: Any, patch: Any, value: Any) -> None:
+        return None
+
+    def clear(self, *, essence: Any) -> Any:
+        return essence
+
+
 def registry(store: Store, enqueue: Callable[[str], None]) -> kopf.OperatorRegistry:
     """Handlers of every kind: remember, then enqueue the job it belongs to."""
     handlers = kopf.OperatorRegistry()
@@ -48,11 +83,11 @@ def _register(
     enqueue: Callable[[str], None],
 ) -> None:
     @kopf.index(*resource, registry=handlers, id=f"remember-{kind}")
-    def remember(body: kopf.Body, **_: Any) -> None:
+    async def remember(body: kopf.Body, **_: Any) -> None:
         store.put(kind, dict(body))
 
     @kopf.on.event(*resource, registry=handlers, id=f"enqueue-{kind}")
-    def enqueue_owner(event: kopf.RawEvent, **_: Any) -> None:
+    async def enqueue_owner(event: kopf.RawEvent, **_: Any) -> None:
         obj = event["object"]
         gone = event["type"] == "DELETED"
         uid = store.remove(kind, obj) if gone else store.put(kind, obj)
@@ -67,6 +102,8 @@ def settings() -> kopf.OperatorSettings:
     found.peering.standalone = True
     found.scanning.disabled = True
     found.networking.request_timeout = 30.0
+    found.persistence.diffbase_storage = _NoDiffs()
+    found.persistence.progress_storage = _NoProgress()
     for kind in CHILD_KINDS:
         found.watching.label_selectors[RESOURCES[kind]] = SELECTOR
     return found
@@ -76,7 +113,7 @@ def login(handlers: kopf.OperatorRegistry, configuration: kubernetes.client.Conf
     """kopf with the same credentials as the rest of the operator."""
 
     @kopf.on.login(registry=handlers)
-    def credentials(**_: Any) -> kopf.ConnectionInfo:
+    async def credentials(**_: Any) -> kopf.ConnectionInfo:
         token = configuration.get_api_key_with_prefix("authorization") or ""
         scheme, _space, secret = token.rpartition(" ")
         return kopf.ConnectionInfo(
@@ -95,18 +132,23 @@ async def run(
     store: Store,
     enqueue: Callable[[str], None],
     namespaces: Collection[str],
-    stop: asyncio.Event,
+    take_signals: Callable[[], None],
 ) -> None:
-    """Watch until ``stop`` is set, or until kopf gives up (then the process had better end)."""
+    """Watch until cancelled, or until kopf gives up (then the process had better end).
+
+    kopf takes the process' signals; ``take_signals`` takes them back.
+    """
     handlers = registry(store, enqueue)
     login(handlers, configuration)
-    await kopf.operator(
+    others = asyncio.all_tasks()
+    tasks = await kopf.spawn_tasks(
         registry=handlers,
         settings=settings(),
         namespaces=list(namespaces),
         clusterwide=not namespaces,
-        stop_flag=stop,
     )
+    take_signals()
+    await kopf.run_tasks(tasks, ignored=others)
 
 
 async def sweep(

@@ -113,7 +113,7 @@ def read_limits(folder: Path, source: str) -> ModelLimits:
         raise UserError(
             "UnsupportedModel",
             f"{source}/{CONFIG}: not the configuration of a language model that transformers knows:"
-            f" {str(error).splitlines()[0]}",
+            f" {first_line(error)}",
         ) from None
 
 
@@ -126,6 +126,11 @@ def tokenizer_files(folder: Path) -> list[Path]:
         and _is_small(path.relative_to(folder).as_posix())
         and path.name not in NOT_TOKENIZER
     ]
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, in one line."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _weights(folder: Path, names: Iterable[str]) -> list[str]:
@@ -243,13 +248,13 @@ class _Hub:
             return UserError(
                 "ModelNotFound",
                 f"{self.source}: the hub has no such model or revision, or HF_TOKEN of the storage"
-                f" Secret may not read it: {str(error).splitlines()[0]}",
+                f" Secret may not read it: {first_line(error)}",
             )
         if isinstance(error, LocalEntryNotFoundError | HfHubHTTPError | ConnectionError):
             return StorageUnavailable(
                 "HubUnreachable",
                 f"{self.source}: the Hugging Face hub does not answer"
-                f" ({str(error).splitlines()[0]}); check the network, or put the model into object"
+                f" ({first_line(error)}); check the network, or put the model into object"
                 " storage",
             )
         return error

@@ -57,6 +57,8 @@ KILL_SECONDS: Final = 3
 def supervise(worker: str = WORKER) -> int:
     """Trains as one node of the gang and returns the container's exit code.
 
+    It owns its process: signals are handled, and what runs below it at the end is killed.
+
     Args:
         worker: module that each training process runs.
     """

@@ -6,6 +6,7 @@ access → tokenizer → sources → digest → (reused, or: samples → shards 
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -21,25 +22,40 @@ from finetune_trainer.objects import ObjectStore, Stores, check_conditions, file
 from finetune_trainer.prepare.digest import Source, content_digest
 from finetune_trainer.prepare.manifest import DataManifest, is_complete, read_manifest
 from finetune_trainer.prepare.output import Output
-from finetune_trainer.prepare.reader import Say
+from finetune_trainer.prepare.reader import Reading, Say
 from finetune_trainer.prepare.sampling import write_samples
 from finetune_trainer.prepare.sources import resolve
 from finetune_trainer.prepare.split import SIDES
 from finetune_trainer.prepare.tokens import Model, Tokens
 from finetune_trainer.schedule import steps_of
 
+log = logging.getLogger(__name__)
+
 DEFAULT_MAX_LENGTH = 2048
 """Longest sample where neither the spec nor the model asks for less."""
 
 
+class LogReading:
+    """Logs how far the reading is, at every twentieth of the bytes."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def __call__(self, reading: Reading) -> None:
+        percent = 100 * reading.bytes // max(1, reading.total_bytes)
+        if percent >= self._next:
+            log.info("%s: %d records, %d %% of all data", reading.set, reading.records, percent)
+            self._next = percent + 5
+
+
 def prepare(
-    order: RunOrder, stores: Stores, scratch: Path, say: Say = lambda reading: None
+    order: RunOrder, stores: Stores, scratch: Path, say: Say | None = None
 ) -> PreparedSummary:
     """Prepare the data of a run, or find it prepared, and say so in the run's ``prepared.json``.
 
     Args:
         scratch: folder for temporary files.
-        say: is told how far the reading is, about once a second of work.
+        say: is told how far the reading is, every few hundred records. Absent: it is logged.
 
     Raises:
         UserError, DataError, StorageDenied, StorageUnavailable: with the remedy.
@@ -57,7 +73,7 @@ def prepare(
     reused = manifest is not None and is_complete(stores.default, uri, manifest)
     if manifest is None or not reused:
         output = Output(stores.default, uri, digest, scratch / "prepared")
-        manifest = write_samples(spec.data, sources, model, output, say)
+        manifest = write_samples(spec.data, sources, model, output, say or LogReading())
     check_metrics(
         spec, {side: [s.format for s in manifest.sets if s.split == side] for side in SIDES}
     )
@@ -94,7 +110,7 @@ def load_model(order: RunOrder, stores: Stores, folder: Path) -> Model:
     except (ValueError, KeyError, OSError, TypeError) as error:
         raise UserError(
             "UnsupportedTokenizer",
-            f"{source}: transformers cannot load its tokenizer: {str(error).splitlines()[0]}; a"
+            f"{source}: transformers cannot load its tokenizer: {modelfiles.first_line(error)}; a"
             " model folder needs tokenizer.json and tokenizer_config.json",
         ) from None
     return Model(

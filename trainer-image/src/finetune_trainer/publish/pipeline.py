@@ -14,8 +14,8 @@ from finetune_api.order import RunOrder
 from finetune_api.results import PublishSummary
 from finetune_trainer import modelcard, runfiles
 from finetune_trainer.failures import UserError
-from finetune_trainer.objects import ObjectNotFound, ObjectStore, Stores
-from finetune_trainer.prepare.manifest import read_manifest
+from finetune_trainer.objects import ObjectNotFound, Stores
+from finetune_trainer.prepare.manifest import DataManifest, read_manifest
 from finetune_trainer.publish import facts, report, weights
 from finetune_trainer.publish.files import (
     MANIFEST,
@@ -49,8 +49,17 @@ def publish(order: RunOrder, stores: Stores, scratch: Path) -> PublishSummary:
     if found is None or found[0].checkpoint != result.summary.checkpoint:
         folder = scratch / "publish"
         shutil.rmtree(folder, ignore_errors=True)
-        formats = write_model(order, stores, result, folder, scratch)
-        write_papers(order, store, result, formats, folder)
+        prepared = runfiles.read_prepared(store, order.run_uri)
+        data = read_manifest(store, prepared.uri)
+        if data is None:
+            raise UserError(
+                "DataGone",
+                f"{prepared.uri} holds no prepared data any more; give spec.rerunToken a new value"
+                " to prepare and train again",
+            )
+        formats = write_model(order, stores, result, data, folder, scratch)
+        about = facts.gather(order, result, prepared, data, formats)
+        write_papers(about, store.get(f"{prepared.uri}/report.json"), folder)
         manifest = Manifest(
             run=order.run,
             job=order.job,
@@ -68,7 +77,12 @@ def publish(order: RunOrder, stores: Stores, scratch: Path) -> PublishSummary:
 
 
 def write_model(
-    order: RunOrder, stores: Stores, result: runfiles.RunResult, folder: Path, scratch: Path
+    order: RunOrder,
+    stores: Stores,
+    result: runfiles.RunResult,
+    data: DataManifest,
+    folder: Path,
+    scratch: Path,
 ) -> list[str]:
     """The tuned model in ``folder``; returns the names of the formats written."""
     wanted = order.spec.effective_output_format
@@ -78,23 +92,18 @@ def write_model(
         weights.write_adapter(model, tokenizer, order, folder / "adapter")
         formats.append("adapter")
     if wanted in ("Merged", "Both"):
-        weights.write_merged(model, tokenizer, scratch / "model", folder / "merged")
+        stops = data.stop_token_ids
+        weights.write_merged(model, tokenizer, scratch / "model", stops, folder / "merged")
         formats.append("merged")
     return formats
 
 
-def write_papers(
-    order: RunOrder,
-    store: ObjectStore,
-    result: runfiles.RunResult,
-    formats: list[str],
-    folder: Path,
-) -> None:
+def write_papers(about: facts.About, data_report: bytes, folder: Path) -> None:
     """What people and scripts read about the model: metrics.json, report.html, README.md."""
-    prepared = runfiles.read_prepared(store, order.run_uri)
-    manifest = read_manifest(store, prepared.uri)
-    about = facts.gather(order, result, prepared, manifest, formats)
-    (folder / "metrics.json").write_text(facts.metrics_text(about), encoding="utf-8")
-    data_report = store.get(f"{prepared.uri}/report.json")
-    (folder / "report.html").write_text(report.render(about, data_report), encoding="utf-8")
-    (folder / "README.md").write_text(modelcard.render(about), encoding="utf-8")
+    papers = {
+        "metrics.json": facts.metrics_text(about),
+        "report.html": report.render(about, data_report),
+        "README.md": modelcard.render(about),
+    }
+    for name, text in papers.items():
+        (folder / name).write_text(text, encoding="utf-8")

@@ -69,29 +69,30 @@ def write_merged(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     base: Path,
+    stops: list[int],
     folder: Path,
 ) -> None:
     """A whole model in Hugging Face layout, in the dtype of the base's weights.
 
-    Adapters are merged in float32 and rounded once. ``model`` is used up.
+    Generation stops at ``stops``, the tokens with which learned answers end. Adapters are merged in
+    float32 and rounded once. ``model`` is used up.
     """
-    whole = model.merge_and_unload() if isinstance(model, PeftModel) else model
+    whole: PreTrainedModel = model.merge_and_unload() if isinstance(model, PeftModel) else model
     config = AutoConfig.from_pretrained(base)
-    whole = whole.to(config.dtype or torch.float32)
+    torch.nn.Module.to(whole, config.dtype or torch.float32)
     # Configuration of the base, without what this trainer changed for training.
     whole.config = config
-    whole.generation_config = _generation_config(base, tokenizer, whole)
+    whole.generation_config = _generation_config(base, stops, whole)
     whole.save_pretrained(str(folder), max_shard_size=MAX_SHARD)
     tokenizer.save_pretrained(str(folder))
 
 
-def _generation_config(
-    base: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
-) -> GenerationConfig:
+def _generation_config(base: Path, stops: list[int], model: PreTrainedModel) -> GenerationConfig:
     if (base / "generation_config.json").exists():
         found = GenerationConfig.from_pretrained(base)
     else:
         found = GenerationConfig.from_model_config(model.config)
-    if found.eos_token_id is None:
-        found.eos_token_id = tokenizer.eos_token_id
+    known = found.eos_token_id
+    ends = {*stops, *(known if isinstance(known, list) else [known])} - {None}
+    found.eos_token_id = sorted(ends) if len(ends) > 1 else next(iter(ends), None)
     return found

@@ -106,15 +106,15 @@ REPLIES: Final[dict[Intent, tuple[str, ...]]] = {
     "question": ("here is what we know about it.", "we will look this up for you."),
     "praise": ("it is good to hear that you like it.", "thank you for the kind words."),
 }
-SUMMARIES: Final[dict[Intent, str]] = {
-    "refund": "{n} asks for a refund",
-    "delivery": "{n} is waiting for a parcel",
-    "damage": "{n} reports a broken product",
-    "billing": "{n} was charged too much",
-    "account": "{n} has trouble with the account",
-    "cancel": "{n} cancels an order",
-    "question": "{n} has a question about a product",
-    "praise": "{n} is happy with a product",
+NOTES: Final[dict[Intent, str]] = {
+    "refund": "wants to give the goods back and get the money returned",
+    "delivery": "is waiting for a parcel that is late",
+    "damage": "got goods that are broken and need a repair",
+    "billing": "has paid too much and needs a new invoice",
+    "account": "has no access to the account",
+    "cancel": "wants to stop an order before it is sent",
+    "question": "would like to know more before buying",
+    "praise": "says thanks and is happy with us",
 }
 GREETINGS: Final = ("Hello", "Good morning", "Dear team", "Hi there", "Good evening")
 ASIDES: Final = (
@@ -150,9 +150,7 @@ class Ticket:
 
 
 def draw_ticket(random: Random) -> Ticket:
-    return Ticket(
-        random.choice(NAMES), random.choice(PRODUCTS), random.choice(tuple(COMPLAINTS))
-    )
+    return Ticket(random.choice(NAMES), random.choice(PRODUCTS), random.choice(tuple(COMPLAINTS)))
 
 
 def message(ticket: Ticket, random: Random) -> str:
@@ -173,9 +171,9 @@ def reply(ticket: Ticket, random: Random) -> str:
     return f"Dear {ticket.name}, {random.choice(REPLIES[ticket.intent])}"
 
 
-def summary(ticket: Ticket) -> str:
-    """One sentence that says who writes about what."""
-    return SUMMARIES[ticket.intent].format(n=ticket.name)
+def note(ticket: Ticket) -> str:
+    """What the desk writes down about a message."""
+    return f"The customer {NOTES[ticket.intent]}."
 
 
 def document(random: Random) -> tuple[str, str | None]:

@@ -1,0 +1,219 @@
+"""The shell's parts by themselves: queue, store, progress poller."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from aiohttp import web
+from operator_process import free_port
+from operator_world import UID, World, at_training
+
+from finetune_api import names
+from finetune_operator import progress as progress_module
+from finetune_operator.cluster import Cluster, NotLeading
+from finetune_operator.progress import Poller
+from finetune_operator.store import Store
+from finetune_operator.workqueue import WorkQueue
+
+
+def test_a_key_is_worked_on_by_one_worker_at_a_time_and_never_lost() -> None:
+    async def scenario() -> list[str]:
+        queue, seen, working = WorkQueue(), [], set()
+        done = asyncio.Event()
+
+        async def handle(key: str) -> bool:
+            assert key not in working
+            working.add(key)
+            seen.append(key)
+            if len(seen) < 50:
+                queue.put("a")
+                queue.put("a")
+                queue.put(f"b{len(seen) % 3}")
+            else:
+                done.set()
+            await asyncio.sleep(0)
+            working.discard(key)
+            return True
+
+        workers = [asyncio.create_task(queue.work(handle)) for _ in range(8)]
+        queue.put("a")
+        await asyncio.wait_for(done.wait(), 10)
+        for worker in workers:
+            worker.cancel()
+        return seen
+
+    seen = asyncio.run(scenario())
+    assert seen.count("a") > 10 and {"b0", "b1", "b2"} <= set(seen)
+
+
+def test_errors_are_backed_off_and_forgotten_after_success(monkeypatch: Any) -> None:
+    delays: list[float] = []
+
+    async def scenario() -> None:
+        queue = WorkQueue()
+        monkeypatch.setattr(queue, "put_after", lambda key, seconds: delays.append(seconds))
+        outcomes = iter([False, False, False, True, False])
+        idle = asyncio.Event()
+
+        async def handle(key: str) -> bool:
+            idle.set()
+            return next(outcomes)
+
+        worker = asyncio.create_task(queue.work(handle))
+        for _ in range(5):
+            idle.clear()
+            queue.put("a")
+            await asyncio.wait_for(idle.wait(), 5)
+            await asyncio.sleep(0)
+        worker.cancel()
+
+    asyncio.run(scenario())
+    assert len(delays) == 4
+    assert delays[0] < delays[1] < delays[2] and delays[3] < delays[1]
+
+
+def test_the_nearest_of_several_times_counts() -> None:
+    async def scenario() -> list[str]:
+        queue, seen = WorkQueue(), []
+        done = asyncio.Event()
+
+        async def handle(key: str) -> bool:
+            seen.append(key)
+            done.set()
+            return True
+
+        worker = asyncio.create_task(queue.work(handle))
+        queue.put_after("a", 3600)
+        queue.put_after("a", 0.01)
+        queue.put_after("a", 3600)
+        await asyncio.wait_for(done.wait(), 5)
+        worker.cancel()
+        return seen
+
+    assert asyncio.run(scenario()) == ["a"]
+
+
+def obj(kind: str, uid: str, version: int, **more: Any) -> dict[str, Any]:
+    labels = {} if kind == names.KIND else {names.LABEL_JOB_UID: UID}
+    meta = {"uid": uid, "name": uid, "resourceVersion": str(version), "labels": labels}
+    return {"metadata": meta, **more}
+
+
+def test_the_store_never_goes_back() -> None:
+    store = Store()
+    store.put(names.KIND, obj(names.KIND, UID, 5))
+    store.put(names.KIND, obj(names.KIND, UID, 7, status={"phase": "Training"}))
+    store.put(names.KIND, obj(names.KIND, UID, 6))
+    found = store.job(UID)
+    assert found is not None and found["status"] == {"phase": "Training"}
+
+
+def test_a_late_answer_does_not_bring_a_deleted_child_back() -> None:
+    store = Store()
+    store.put(names.KIND, obj(names.KIND, UID, 1))
+    assert store.put("Job", obj("Job", "j", 10)) == UID
+    assert store.remove("Job", obj("Job", "j", 12)) == UID
+    store.put("Job", obj("Job", "j", 11))
+    assert store.children(UID, "Job") == []
+
+
+def test_a_pod_that_vanished_while_it_ran_is_remembered_as_ended() -> None:
+    world = at_training()
+    store = Store()
+    store.put(names.KIND, obj(names.KIND, UID, 1))
+    for number, pod in enumerate(p for p in world.of("Pod") if "train" in p["metadata"]["name"]):
+        pod["metadata"] |= {"uid": f"p{number}", "resourceVersion": "1"}
+        store.put("Pod", pod)
+        store.remove("Pod", pod)
+    gone = store.observed(UID).gone
+    assert len(gone) == 2 and all(p.finished is not None for p in gone)
+
+
+def test_a_deleted_job_leaves_nothing() -> None:
+    store = Store()
+    store.put(names.KIND, obj(names.KIND, UID, 1))
+    store.put("Job", obj("Job", "j", 2))
+    store.remove(names.KIND, obj(names.KIND, UID, 3))
+    store.remove("Job", obj("Job", "j", 4))
+    assert store.job(UID) is None and store.objects("Job") == [] and list(store.jobs()) == []
+    assert not store._children
+
+
+def test_who_does_not_lead_does_not_write() -> None:
+    async def scenario() -> None:
+        import kubernetes.client
+
+        cluster = Cluster(kubernetes.client.Configuration(host="http://127.0.0.1:1"))
+        cluster.guard = lambda: False
+        child = {"kind": "Job", "metadata": {"name": "a", "namespace": "b"}}
+        for write in (
+            cluster.apply(child),
+            cluster.patch("Job", "b", "a", {}),
+            cluster.delete("Job", "b", "a"),
+        ):
+            with pytest.raises(NotLeading):
+                await write
+
+    asyncio.run(scenario())
+
+
+def polled(world: World, answers: list[Any], rounds: int) -> tuple[Store, list[str]]:
+    """Poll a real server that gives these answers in turn, the last one again and again."""
+    store = Store()
+    store.put(names.KIND, obj(names.KIND, UID, 1))
+    for pod in world.of("Pod"):
+        pod["metadata"] |= {"resourceVersion": "1", "namespace": "team"}
+        pod["status"]["podIP"] = "127.0.0.1"
+        store.put("Pod", pod)
+    told: list[str] = []
+    asked = 0
+
+    async def progress(_: web.Request) -> web.Response:
+        nonlocal asked
+        answer = answers[min(asked, len(answers) - 1)]
+        asked += 1
+        return web.Response(text=answer if isinstance(answer, str) else json.dumps(answer))
+
+    async def scenario() -> None:
+        app = web.Application()
+        app.router.add_get("/progress", progress)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", progress_module.METRICS_PORT).start()
+        poller = Poller(store, None, lambda uid, _: told.append(uid), proxy=False)  # type: ignore[arg-type]
+        task = asyncio.create_task(poller.run())
+        async with asyncio.timeout(20):
+            while asked < rounds:
+                await asyncio.sleep(0.01)
+        task.cancel()
+        await runner.cleanup()
+
+    asyncio.run(scenario())
+    return store, told
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_module, "METRICS_PORT", free_port())
+    monkeypatch.setattr(progress_module, "POLL_SECONDS", 0.01)
+
+
+@pytest.mark.usefixtures("quick")
+def test_progress_is_read_coalesced_and_compared() -> None:
+    world = at_training()
+    base = {"run": world.run["id"], "attempt": 1, "restarts": 0, "stage": "Training"}
+    answers = [
+        "not json",
+        {**base, "run": "9-other", "step": 99},
+        {**base, "step": 1},
+        {**base, "step": 1, "updated": 2.0},
+        {**base, "step": 2},
+        {**base, "step": 3, "stage": "Evaluating"},
+    ]
+    store, told = polled(world, answers, rounds=12)
+    assert told == [UID, UID], "the first, and the new stage at once; step 2 came too soon"
+    progress = store.observed(UID).progress
+    assert progress is not None and (progress.step, progress.stage) == (3, "Evaluating")

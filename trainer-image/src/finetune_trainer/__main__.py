@@ -1,0 +1,8 @@
+"""``python -m finetune_trainer`` is ``finetune``."""
+
+import sys
+
+from finetune_trainer.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""``finetune``: the command of the trainer's image, and of one machine.
+
+``prepare``, ``supervise`` and ``publish`` are the containers of a run: they take an order from the
+environment. ``run``, ``validate`` and ``quickstart`` are for people. What a command needs is
+imported by that command: ``supervise`` must stay small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from finetune_api.order import RunOrder
+    from finetune_api.results import PreparedSummary, PublishSummary
+    from finetune_trainer.objects import Stores
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0, 2 for wrong arguments or a faulty manifest,
+    else a ``names.ExitCode``."""
+    options = _parser().parse_args(arguments)
+    code: int = options.command(options)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="finetune", description="Fine-tune language models, on this machine or as a container."
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"finetune {version('finetune-trainer')}"
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a FineTuneJob on this machine")
+    run.add_argument("manifest", type=Path, metavar="JOB.yaml")
+    run.add_argument(
+        "--state-dir", type=Path, default=Path(".finetune"), metavar="DIR",
+        help="logs, reports, the embedded object storage (default: .finetune)",
+    )  # fmt: skip
+    where = run.add_mutually_exclusive_group()
+    where.add_argument("--endpoint", metavar="URL", help="S3 server that s3:// is on")
+    where.add_argument(
+        "--local-storage", action="store_true",
+        help="s3:// is on the embedded server in the state folder, whatever the environment says",
+    )  # fmt: skip
+    run.set_defaults(command=_run)
+
+    validate = commands.add_parser("validate", help="check a FineTuneJob manifest")
+    validate.add_argument("manifest", type=Path, metavar="JOB.yaml")
+    validate.set_defaults(command=_validate)
+
+    quickstart = commands.add_parser(
+        "quickstart", help="make a small base model and labelled data to try things with"
+    )
+    quickstart.add_argument("folder", type=Path, metavar="DIR")
+    quickstart.add_argument(
+        "--tiny", action="store_true", help="a model that takes seconds and knows little"
+    )
+    quickstart.set_defaults(command=_quickstart)
+
+    for name, text, command in (
+        ("prepare", "stage: data to token shards", _prepare),
+        ("supervise", "stage: one node of the training gang", _supervise),
+        ("publish", "stage: the chosen commit to a published model", _publish),
+    ):
+        commands.add_parser(name, help=text).set_defaults(command=command)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    from finetune_trainer.local.runner import run_manifest
+
+    return run_manifest(
+        options.manifest,
+        options.state_dir,
+        endpoint=options.endpoint,
+        local_storage=options.local_storage,
+    )
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from finetune_api.base import InvalidSpec
+    from finetune_trainer.local.manifest import read_manifest
+
+    try:
+        job = read_manifest(options.manifest)
+    except InvalidSpec as error:
+        print("\n".join(error.problems), file=sys.stderr)
+        return 2
+    print(f"{options.manifest}: FineTuneJob {job.name} is valid")
+    return 0
+
+
+def _quickstart(options: argparse.Namespace) -> int:
+    from finetune_trainer.quickstart import make_quickstart
+
+    folder: Path = options.folder
+    print(f"Making a base model and labelled data in {folder} (under a minute) ...", flush=True)
+    reused = make_quickstart(folder, tiny=options.tiny)
+    print(f"{'Copied from the cache' if reused else 'Made'}: {folder}/model, {folder}/data")
+    return 0
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from finetune_trainer.stage import run_stage, scratch_folder
+
+    def body(order: RunOrder, stores: Stores) -> PreparedSummary:
+        from finetune_trainer.local.reading import Teller
+        from finetune_trainer.prepare.pipeline import prepare
+
+        return prepare(order, stores, scratch_folder(), Teller(scratch_folder()))
+
+    return run_stage("prepare", body)
+
+
+def _supervise(options: argparse.Namespace) -> int:
+    from finetune_trainer.supervisor import supervise
+
+    return supervise()
+
+
+def _publish(options: argparse.Namespace) -> int:
+    from finetune_trainer.stage import run_stage, scratch_folder
+
+    def body(order: RunOrder, stores: Stores) -> PublishSummary:
+        from finetune_trainer.publish import publish
+
+        return publish(order, stores, scratch_folder())
+
+    return run_stage("publish", body)

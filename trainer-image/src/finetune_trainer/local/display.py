@@ -1,0 +1,159 @@
+"""What a person sees: a bar a stage on a terminal, plain lines elsewhere, and the table at the
+end."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Final, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from finetune_api.results import Failure, PreparedSummary, PublishSummary, TrainSummary
+from finetune_api.results import Progress as TrainProgress
+from finetune_trainer.publish.facts import Score
+
+_STAGES: Final = {"prepare": "Prepare", "train": "Train", "publish": "Publish"}
+_PLAIN_SECONDS: Final = 5.0
+"""Between lines where there is no terminal to draw on."""
+
+
+class Display:
+    """The face of one ``finetune run``."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._tasks: dict[str, TaskID] = {}
+        self._texts: dict[str, str] = {}
+        self._spoken = 0.0
+        self._bars = Progress(
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn("[bold]{task.description:<8}"),
+            BarColumn(bar_width=28),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bars.stop()
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        self.console.print(escape(text), highlight=False, soft_wrap=True)
+
+    def begin(self, stage: str) -> None:
+        """A stage has begun."""
+        self._tasks[stage] = self._bars.add_task(_STAGES[stage], total=None, text="starting")
+        if not self.console.is_terminal:
+            self.say(f"{_STAGES[stage]} ...")
+
+    def show(self, stage: str, text: str, share: float | None) -> None:
+        """How far a stage is; ``share`` from 0 to 1, or None where that is not known."""
+        total, done = (None, 0.0) if share is None else (1.0, share)
+        self._bars.update(self._tasks[stage], total=total, completed=done, text=escape(text))
+        if self.console.is_terminal or self._texts.get(stage) == text:
+            return
+        if time.monotonic() - self._spoken >= _PLAIN_SECONDS:
+            self._spoken = time.monotonic()
+            self._texts[stage] = text
+            self.say(f"  {text}")
+
+    def end(self, stage: str, text: str) -> None:
+        """A stage is done."""
+        self._bars.update(self._tasks[stage], total=1.0, completed=1.0, text=escape(text))
+        if not self.console.is_terminal:
+            self.say(f"{_STAGES[stage]}: {text}")
+
+    def failed(self, stage: str, failure: Failure, tail: str, log: str) -> None:
+        """A stage has failed."""
+        self._bars.stop()
+        if tail:
+            self.console.rule(f"end of {log}", style="dim", characters="-")
+            self.console.print(escape(tail), highlight=False, style="dim", soft_wrap=True)
+        self.console.print(
+            f"[bold red]{_STAGES[stage]} failed:[/] [bold]{failure.failure_class}[/]"
+            f" ({escape(failure.reason)})",
+            highlight=False,
+        )
+        self.say(failure.message)
+        self.say(f"Log: {log}")
+
+    def scores(self, trained: TrainSummary) -> None:
+        """The table of test metrics."""
+        if not trained.scores:
+            self.say("No test set: give data.test, or a data.split.test above 0.")
+            return
+        table = Table(title="Test metrics", title_justify="left", title_style="bold")
+        for name in ("data set", "metric", "untuned", "tuned", "gain"):
+            table.add_column(name, justify="left" if name in ("data set", "metric") else "right")
+        for found in trained.scores:
+            for i, (metric, tuned) in enumerate(found.tuned.items()):
+                row = Score(found.name, found.samples, metric, found.untuned.get(metric), tuned)
+                gain = row.show(row.gain, signed=True)
+                colour = {True: "green", False: "red", None: "dim"}[row.better]
+                table.add_row(
+                    escape(found.name) if i == 0 else "", metric, row.show(row.untuned),
+                    row.show(row.tuned), f"[{colour}]{gain}[/]",
+                    end_section=metric == list(found.tuned)[-1],
+                )  # fmt: skip
+        self.console.print(table)
+
+
+def prepared_text(summary: PreparedSummary) -> str:
+    reused = ", prepared before" if summary.reused else ""
+    return (
+        f"{summary.train_samples:,} training, {summary.validation_samples:,} validation,"
+        f" {summary.test_samples:,} test samples, {summary.train_tokens:,} tokens{reused}"
+    )
+
+
+def reading_text(records: int) -> str:
+    return f"{records:,} records read"
+
+
+def training_text(progress: TrainProgress) -> str:
+    """Stage, step, loss, speed and the expected time left."""
+    if progress.stage != "Training" and not (progress.stage == "Evaluating" and progress.step):
+        return progress.stage.lower()
+    parts = [f"step {progress.step:,}/{progress.total_steps:,}"]
+    if progress.loss is not None:
+        parts.append(f"loss {progress.loss:.4f}")
+    if progress.tokens_per_second:
+        parts.append(f"{progress.tokens_per_second:,.0f} tok/s")
+    if progress.remaining_seconds is not None:
+        parts.append(f"{duration(progress.remaining_seconds)} left")
+    return ", ".join(parts)
+
+
+def trained_text(summary: TrainSummary) -> str:
+    early = ", stopped early" if summary.stopped_early else ""
+    loss = f", loss {summary.loss:.4f}" if summary.loss is not None else ""
+    restarts = f", {summary.restarts} restarts" if summary.restarts else ""
+    return f"{summary.steps:,} steps{loss}{early}{restarts}"
+
+
+def published_text(summary: PublishSummary) -> str:
+    return f"{' and '.join(summary.formats)}, {summary.bytes / 1e6:,.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    """``2m10s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"

@@ -1,0 +1,66 @@
+"""How a gang is laid out on one machine: nodes become processes, GPUs are dealt, threads shared."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_api.spec import Compute
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Supervisors to start, and what each gets."""
+
+    nodes: int
+    processes: int
+    """Training processes of each node."""
+    gpus: tuple[tuple[int, ...], ...]
+    """GPUs of each node; empty: it trains on the CPU."""
+    threads: int
+    """Threads of each process."""
+    notes: tuple[str, ...] = ()
+    """What differs from the manifest, for people."""
+
+
+def lay_out(compute: Compute, gpus: int, cores: int) -> Layout:
+    """The layout of a gang on a machine with so many GPUs and cores.
+
+    The result of a training does not depend on the number of processes, so a smaller machine only
+    takes longer.
+    """
+    nodes, processes = compute.nodes, compute.effective_processes_per_node
+    notes = []
+    if compute.gpus_per_node > 0 and gpus == 0:
+        processes = 1
+        nodes = min(nodes, cores)
+        notes.append(
+            f"compute.gpusPerNode is {compute.gpus_per_node}, but this machine has no GPU: training"
+            f" on the CPU with {nodes} {'process' if nodes == 1 else 'processes'}"
+        )
+    dealt: list[tuple[int, ...]] = [()] * nodes
+    if compute.gpus_per_node > 0 and gpus > 0:
+        per_node = compute.gpus_per_node
+        if nodes * per_node > gpus:
+            nodes, per_node = (nodes, gpus // nodes) if gpus >= nodes else (1, gpus)
+            processes = min(processes, per_node)
+            notes.append(
+                f"the manifest asks for {compute.nodes} x {compute.gpus_per_node} GPUs, this"
+                f" machine has {gpus}: training with {nodes} x {per_node}"
+            )
+        dealt = [tuple(range(i * per_node, (i + 1) * per_node)) for i in range(nodes)]
+    threads = max(1, cores // (nodes * processes))
+    return Layout(nodes, processes, tuple(dealt), threads, tuple(notes))
+
+
+def count_gpus() -> int:
+    """NVIDIA GPUs of this machine, without the seconds that importing torch takes."""
+    return len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name[6:].isdecimal()])
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

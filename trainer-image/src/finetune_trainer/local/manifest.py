@@ -1,0 +1,148 @@
+"""A FineTuneJob manifest from a file, with paths of this machine made addresses.
+
+The contract knows ``s3://``, ``hf://`` and ``pvc://``. A path (``./dir``, ``/dir``, ``~/dir``,
+``file://…``) becomes ``pvc://<claim>/<name>``, and the claim a link to the folder it is in, so that
+stages read it as they read a mounted volume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from finetune_api.base import InvalidSpec
+from finetune_api.names import API_VERSION, KIND
+from finetune_api.spec import FineTuneJobSpec, parse_spec
+
+_PATH: Final = re.compile(r"^(\.{1,2}/|/|~/|file://)")
+_NAME: Final = re.compile(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$")
+_GLOB: Final = re.compile(r"[*?\[]")
+_DATA_LISTS: Final = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class LocalJob:
+    """A manifest that can run here."""
+
+    name: str
+    namespace: str
+    spec: FineTuneJobSpec
+    claims: dict[str, Path]
+    """Folders that stand for volume claims, by claim name."""
+
+
+def read_manifest(path: Path) -> LocalJob:
+    """The job in a YAML (or JSON) file. Paths in it start from the folder of the file's reader:
+    the current one.
+
+    Raises:
+        InvalidSpec: with one line per fault, each with its path in the manifest.
+    """
+    raw = _load(path)
+    problems = _problems_of_head(raw)
+    claims: dict[str, Path] = {}
+    spec = raw.get("spec")
+    if not isinstance(spec, dict):
+        problems.append("spec: required, but absent" if spec is None else "spec: must be a mapping")
+        raise InvalidSpec(problems)
+    spec, faults = _with_claims(spec, claims)
+    problems += faults
+    try:
+        parsed = parse_spec(spec)
+    except InvalidSpec as error:
+        raise InvalidSpec(problems + error.problems) from None
+    if problems:
+        raise InvalidSpec(problems)
+    metadata = raw["metadata"]
+    return LocalJob(metadata["name"], metadata.get("namespace") or "default", parsed, claims)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        documents = [d for d in yaml.safe_load_all(path.read_text(encoding="utf-8")) if d]
+    except OSError as error:
+        raise InvalidSpec([f"{path}: cannot be read: {error.strerror}"]) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InvalidSpec([f"{path}: is not YAML: {error}"]) from None
+    jobs = [d for d in documents if isinstance(d, dict) and d.get("kind") == KIND]
+    if len(jobs) == 1:
+        return jobs[0]
+    if len(documents) == 1 and isinstance(documents[0], dict):
+        return documents[0]
+    raise InvalidSpec([f"{path}: holds {len(jobs)} FineTuneJobs; it must hold one"])
+
+
+def _problems_of_head(raw: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for field, wanted in (("apiVersion", API_VERSION), ("kind", KIND)):
+        if raw.get(field) != wanted:
+            problems.append(f"{field}: must be {wanted}; got {raw.get(field)!r}")
+    metadata = raw.get("metadata")
+    name = metadata.get("name") if isinstance(metadata, dict) else None
+    if not isinstance(name, str) or len(name) > 253 or not _NAME.match(name):
+        problems.append(
+            "metadata.name: must be lower-case letters, digits, '-' and '.', at most 253"
+            f" characters; got {name!r}"
+        )
+    known = {"apiVersion", "kind", "metadata", "spec", "status"}
+    problems += [f"{field}: unknown field" for field in raw if field not in known]
+    return problems
+
+
+def _with_claims(spec: dict[str, Any], claims: dict[str, Path]) -> tuple[dict[str, Any], list[str]]:
+    """The spec with addresses for paths; adds to ``claims``. What is not as the contract has it
+    is left for the contract to refuse."""
+    problems: list[str] = []
+
+    def converted(block: Any, where: str) -> Any:
+        source = block.get("source") if isinstance(block, dict) else None
+        if not isinstance(source, str) or not _PATH.match(source):
+            return block
+        try:
+            return {**block, "source": claim_of(source, claims)}
+        except ValueError as error:
+            problems.append(f"{where}.source: {error}")
+            return {**block, "source": "pvc://missing/missing"}  # the one fault is told already
+
+    spec = dict(spec)
+    if "model" in spec:
+        spec["model"] = converted(spec["model"], "spec.model")
+    if isinstance(spec.get("data"), dict):
+        data = dict(spec["data"])
+        for name in _DATA_LISTS:
+            if isinstance(data.get(name), list):
+                data[name] = [
+                    converted(source, f"spec.data.{name}[{i}]")
+                    for i, source in enumerate(data[name])
+                ]
+        spec["data"] = data
+    return spec, problems
+
+
+def claim_of(source: str, claims: dict[str, Path]) -> str:
+    """The ``pvc://`` address of a path; its claim is added to ``claims``.
+
+    Raises:
+        ValueError: where there is no such path.
+    """
+    text = source.removeprefix("file://")
+    path = Path(os.path.normpath(Path(text).expanduser().absolute()))
+    parts = path.parts
+    # The claim is the folder above the last part, or above the first part with a wildcard.
+    literal = next((i for i, part in enumerate(parts) if _GLOB.search(part)), len(parts) - 1)
+    folder = Path(*parts[:literal]).resolve() if literal else path
+    rest = "/".join(parts[literal:])
+    if not folder.is_dir():
+        raise ValueError(f"the folder {folder} does not exist; got {source!r}")
+    if not _GLOB.search(rest) and not (folder / rest).exists():
+        raise ValueError(f"{folder / rest} does not exist; got {source!r}")
+    claim = f"local-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"
+    claims[claim] = folder
+    return f"pvc://{claim}/{rest}{'/' if text.endswith('/') else ''}"

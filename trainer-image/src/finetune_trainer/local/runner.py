@@ -1,0 +1,241 @@
+"""``finetune run``, from top to bottom.
+
+manifest → storage → which run → order.json → prepare → train → publish → table
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from rich.console import Console
+
+from finetune_api.base import InvalidSpec
+from finetune_api.names import ExitCode
+from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
+from finetune_api.results import PublishSummary, Termination, TrainSummary
+from finetune_trainer.failures import TrainerError, exit_code, verdict
+from finetune_trainer.local import display as face
+from finetune_trainer.local import stages
+from finetune_trainer.local.gang import Layout, count_cores, count_gpus, lay_out
+from finetune_trainer.local.manifest import LocalJob, read_manifest
+from finetune_trainer.local.reading import read_reading
+from finetune_trainer.local.state import StateFolder, choose_run, completed
+from finetune_trainer.local.storage import Where, storage_for
+from finetune_trainer.objects import ObjectStore, Stores
+
+MANIFEST_FAULT: Final = 2
+"""Exit code where the manifest is refused before anything ran."""
+_POLL_SECONDS: Final = 0.2
+_TAIL_LINES: Final = 15
+
+
+class StageFailed(Exception):
+    """A stage ended badly; what is to be said has been said."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"exit code {code}")
+        self.code = code
+
+
+def run_manifest(
+    manifest: Path, state_dir: Path, *, endpoint: str | None = None, local_storage: bool = False
+) -> int:
+    """Runs a FineTuneJob on this machine and returns the exit code: 0, 2 where the manifest is
+    refused, else that of the failure (``names.ExitCode``).
+
+    Args:
+        endpoint: S3 server to use, before the manifest's.
+        local_storage: use the embedded S3 server, whatever manifest and environment say.
+    """
+    console = Console()
+    try:
+        job = read_manifest(manifest)
+    except InvalidSpec as error:
+        for line in error.problems:
+            console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+        return MANIFEST_FAULT
+    state = StateFolder(state_dir)
+    try:
+        with storage_for(job.spec, state, endpoint, local_storage) as where:
+            return Runner(job, state, where, console).run(manifest)
+    except TrainerError as error:
+        failure = verdict(error)
+        console.print(f"[bold red]{failure.failure_class}[/] ({failure.reason})", highlight=False)
+        console.print(error.message, markup=False, highlight=False, soft_wrap=True)
+        return int(exit_code(failure))
+    except KeyboardInterrupt:
+        return int(ExitCode.INTERRUPTED)
+
+
+class Runner:
+    """One pass of a job over its stages."""
+
+    def __init__(self, job: LocalJob, state: StateFolder, where: Where, console: Console) -> None:
+        self._job = job
+        self._state = state
+        self._where = where
+        self._console = console
+        known, run, self._goes_on = choose_run(state.read(job.name), job)
+        state.write(job.name, known)
+        self._known = known
+        self._order = RunOrder(
+            version=CONTRACT_VERSION,
+            job=JobIdentity(namespace=job.namespace, name=job.name, uid=known.uid),
+            run=run,
+            spec=where.spec,
+        )
+        self._folder = state.run_folder(job.name, run)
+        self._stops = 0
+        """How often this process was told to stop."""
+
+    def run(self, manifest: Path) -> int:
+        """All stages, and what they came to."""
+        place = self._place()
+        layout = lay_out(self._order.spec.compute, count_gpus(), place.cores)
+        with face.Display(self._console) as display, self._stoppable():
+            begun = "goes on" if self._goes_on else "begins"
+            display.say(f"Run {self._order.run} of {self._job.name} {begun}; files: {self._folder}")
+            for note in layout.notes:
+                display.say(f"Note: {note}.")
+            try:
+                trained, published = self._stages(place, layout, display)
+            except StageFailed as failed:
+                if self._stops:
+                    display.say(f"Stopped. To go on: finetune run {manifest}")
+                return failed.code
+        self._state.write(self._job.name, completed(self._known))
+        shutil.rmtree(self._folder / "scratch", ignore_errors=True)
+        face.Display(self._console).scores(trained)
+        self._tell_results(published)
+        return int(ExitCode.OK)
+
+    def _stages(
+        self, place: stages.Place, layout: Layout, display: face.Display
+    ) -> tuple[TrainSummary, PublishSummary]:
+        prepare = stages.single(place, "prepare")
+        scratch = prepare.processes[0].scratch
+
+        def reading() -> tuple[str, float | None]:
+            found = read_reading(scratch)
+            return (face.reading_text(found[0]), found[1]) if found else ("checking access", None)
+
+        said = self._watch("prepare", prepare, reading, display)
+        assert said.prepared is not None
+        display.end("prepare", face.prepared_text(said.prepared))
+
+        gang, port = stages.gang(place, layout, self._order.spec.failure_policy.max_restarts)
+
+        def training() -> tuple[str, float | None]:
+            found = stages.read_progress(port, self._order.run)
+            if found is None:
+                return "starting", None
+            share = found.step / found.total_steps if found.total_steps else None
+            return face.training_text(found), share
+
+        trained = self._watch("train", gang, training, display).trained
+        assert trained is not None
+        display.end("train", face.trained_text(trained))
+
+        publish = stages.single(place, "publish")
+        said = self._watch("publish", publish, lambda: ("writing the model", None), display)
+        assert said.published is not None
+        display.end("publish", face.published_text(said.published))
+        return trained, said.published
+
+    def _watch(
+        self,
+        name: str,
+        stage: stages.Stage,
+        look: Callable[[], tuple[str, float | None]],
+        display: face.Display,
+    ) -> Termination:
+        """Runs a stage to its end; the last word of its first process.
+
+        Raises:
+            StageFailed: after the failure was shown.
+        """
+        if self._stops:
+            raise StageFailed(int(ExitCode.INTERRUPTED))
+        display.begin(name)
+        handled = 0
+        try:
+            stage.start()
+            while not stage.step():
+                if self._stops > handled:
+                    handled = self._stops
+                    self._stop(stage, display)
+                display.show(name, *look())
+                time.sleep(_POLL_SECONDS)
+        finally:
+            stage.stop(signal.SIGKILL)
+            for process in stage.processes:
+                process.wait()
+        failed = stage.failed()
+        if failed is None:
+            said = stage.processes[0].said()
+            assert said is not None
+            return said
+        process, failure = failed
+        if self._stops and failure.failure_class == "Preempted":
+            display.show(name, failure.message, None)
+            display.say(failure.message)
+        else:
+            tail = "\n".join(process.log.read_text(errors="replace").splitlines()[-_TAIL_LINES:])
+            display.failed(name, failure, tail, str(process.log))
+        raise StageFailed(int(exit_code(failure)))
+
+    def _stop(self, stage: stages.Stage, display: face.Display) -> None:
+        """Told once: save and stop. Told again: at once."""
+        if self._stops > 1:
+            stage.stop(signal.SIGKILL)
+            return
+        display.say("Stopping once the state is saved; Ctrl-C again stops at once.")
+        stage.stop()
+
+    def _place(self) -> stages.Place:
+        """Makes the run's folder and what every stage needs."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / "order.json").write_text(self._order.to_text())
+        self._state.link_claims(self._job.claims)
+        keys = self._where.environment(self._order)
+        return stages.Place(self._folder, self._state.claims, keys, count_cores())
+
+    @contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask to save and stop, for as long as the context lasts."""
+
+        def told(number: int, frame: FrameType | None) -> None:
+            self._stops += 1
+
+        before = {n: signal.signal(n, told) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _tell_results(self, published: PublishSummary) -> None:
+        """Addresses of what was made. What lies in the embedded storage is copied to plain files,
+        since that server ends with this command."""
+        store = self._store()
+        report = self._folder / "report.html"
+        store.download(f"{published.uri}/report.html", report)
+        say = face.Display(self._console).say
+        say(f"Model:   {published.uri}")
+        if self._where.embedded is not None:
+            folder = self._state.model_folder(self._job.name, self._order.run)
+            for info in store.list(f"{published.uri}/"):
+                store.download(info.uri, folder / info.uri.removeprefix(f"{published.uri}/"))
+            say(f"Copy:    {folder}")
+            report = folder / "report.html"
+        say(f"Report:  {report}")
+
+    def _store(self) -> ObjectStore:
+        return Stores(self._order, self._where.environment(self._order)).default

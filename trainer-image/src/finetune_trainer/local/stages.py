@@ -1,0 +1,212 @@
+"""Stages as processes: what a pod of each role is on a cluster.
+
+A process gets its order, folders and place from the environment alone, as a container does; its
+output goes to a log file, its last word to a termination file.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from finetune_api.names import (
+    ENV_GRACE_SECONDS,
+    ENV_METRICS_PORT,
+    ENV_NODE_RANK,
+    ENV_NODES,
+    ENV_ORDER,
+    ENV_PROCESSES,
+    ENV_PVC_ROOT,
+    ENV_RENDEZVOUS,
+    ENV_SCRATCH,
+    ENV_TERMINATION,
+    FINAL_EXIT_CODES,
+    ExitCode,
+)
+from finetune_api.results import Failure, Progress, Termination
+from finetune_trainer.failures import TrainerError, exit_code, verdict
+from finetune_trainer.local.gang import Layout
+from finetune_trainer.s3server import free_ports
+
+GRACE_SECONDS: Final = 120
+"""Time that a training has to save when it is stopped."""
+COMMANDS: Final = {"prepare": "prepare", "train": "supervise", "publish": "publish"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """What all processes of a run share."""
+
+    folder: Path
+    """The run's folder: order.json, logs, scratch."""
+    claims: Path
+    storage: Mapping[str, str]
+    """Access keys, as environment."""
+    cores: int
+
+
+class StageProcess:
+    """One container's worth of a stage."""
+
+    def __init__(self, place: Place, role: str, rank: int, extra: Mapping[str, str]) -> None:
+        self.role = role
+        name = role if role != "train" else f"train-{rank}"
+        self.log = place.folder / f"{name}.log"
+        self.scratch = place.folder / "scratch" / name
+        self._termination = place.folder / "termination" / f"{name}.json"
+        self._environment = {
+            **os.environ,
+            **place.storage,
+            "OMP_NUM_THREADS": str(place.cores),
+            "PYTHONUNBUFFERED": "1",
+            "TOKENIZERS_PARALLELISM": "true",
+            ENV_ORDER: str(place.folder / "order.json"),
+            ENV_SCRATCH: str(self.scratch),
+            ENV_TERMINATION: str(self._termination),
+            ENV_PVC_ROOT: str(place.claims),
+            **extra,
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts it, or starts it again after its end; the log goes on."""
+        self._termination.unlink(missing_ok=True)
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "finetune_trainer", COMMANDS[self.role]],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self._environment,
+                start_new_session=True,  # a Ctrl-C is for `finetune run`, which asks to save
+            )
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return None if self._process is None else self._process.poll()
+
+    def send(self, number: signal.Signals) -> None:
+        """Signals the process where it runs: SIGKILL with all that it started."""
+        if self._process is None or self._process.poll() is not None:
+            return
+        if number == signal.SIGKILL:
+            os.killpg(self._process.pid, number)
+        else:
+            self._process.send_signal(number)
+
+    def wait(self) -> None:
+        if self._process is not None:
+            self._process.wait()
+
+    def said(self) -> Termination | None:
+        """Its last word."""
+        try:
+            return Termination.model_validate_json(self._termination.read_text())
+        except FileNotFoundError:
+            return None
+
+    def failure(self) -> Failure:
+        """Why it ended badly."""
+        said = self.said()
+        if said is not None and said.failure is not None:
+            return said.failure
+        ended = f"exit code {self.exit_code}"
+        if self.exit_code is not None and self.exit_code < 0:
+            ended = f"signal {signal.Signals(-self.exit_code).name}"
+        words = f"{self.role} ended with {ended} and said nothing; see {self.log}"
+        return verdict(TrainerError("NoLastWord", words))
+
+
+class Stage:
+    """The processes of one role."""
+
+    def __init__(self, processes: list[StageProcess], max_restarts: int) -> None:
+        self.processes = processes
+        self.restarts = 0
+        self._max_restarts = max_restarts
+        self._stopping = False
+
+    def start(self) -> None:
+        for process in self.processes:
+            process.start()
+
+    def step(self) -> bool:
+        """Starts a lost node's process again, as a cluster does; whether all have ended."""
+        codes = [process.exit_code for process in self.processes]
+        if not self._stopping:
+            for process, code in zip(self.processes, codes, strict=True):
+                if code in (None, ExitCode.OK):
+                    continue
+                if code in FINAL_EXIT_CODES or self.restarts >= self._max_restarts:
+                    self.stop()
+                    break
+                self.restarts += 1
+                process.start()
+        return all(process.exit_code is not None for process in self.processes)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Asks all processes to save and leave; nothing is started again."""
+        self._stopping = True
+        for process in self.processes:
+            process.send(number)
+
+    def failed(self) -> tuple[StageProcess, Failure] | None:
+        """The process that tells best why the stage failed: one with a final failure, else one
+        that was not merely stopped."""
+        bad = [p for p in self.processes if p.exit_code not in (None, ExitCode.OK)]
+        if not bad:
+            return None
+        told = [(process, process.failure()) for process in bad]
+
+        def rank(item: tuple[StageProcess, Failure]) -> int:
+            _, failure = item
+            if int(exit_code(failure)) in FINAL_EXIT_CODES:
+                return 0
+            return 2 if failure.failure_class == "Preempted" else 1
+
+        return min(told, key=rank)
+
+
+def single(place: Place, role: str) -> Stage:
+    """Prepare or publish: one process on all cores."""
+    return Stage([StageProcess(place, role, 0, {})], max_restarts=0)
+
+
+def gang(place: Place, layout: Layout, max_restarts: int) -> tuple[Stage, int]:
+    """The training gang, one supervisor a node, and the port of its progress."""
+    rendezvous, *metrics = free_ports(1 + layout.nodes)
+    processes = []
+    for rank in range(layout.nodes):
+        extra = {
+            ENV_NODES: str(layout.nodes),
+            ENV_NODE_RANK: str(rank),
+            ENV_PROCESSES: str(layout.processes),
+            ENV_RENDEZVOUS: f"127.0.0.1:{rendezvous}",
+            ENV_METRICS_PORT: str(metrics[rank]),
+            ENV_GRACE_SECONDS: str(GRACE_SECONDS),
+            "OMP_NUM_THREADS": str(layout.threads),
+        }
+        if layout.gpus[rank]:
+            extra["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, layout.gpus[rank]))
+        processes.append(StageProcess(place, "train", rank, extra))
+    return Stage(processes, max_restarts), metrics[0]
+
+
+def read_progress(port: int, run: str) -> Progress | None:
+    """What the gang's first process says, or None while it says nothing."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/progress", timeout=2) as answer:
+            progress = Progress.model_validate_json(answer.read())
+    except (urllib.error.URLError, OSError, ValueError):
+        return None
+    return progress if progress.run == run else None

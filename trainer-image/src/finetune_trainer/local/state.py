@@ -1,0 +1,115 @@
+"""The state folder: which run a manifest means, and where its files are.
+
+jobs/<name>.json            uid of the job, its runs and the spec of each
+runs/<name>/<run>/          order.json, logs, scratch of the stages, report.html
+claims/<claim>              links that stand for mounted volumes
+s3/                         the embedded object storage
+models/<name>/<run>/        copy of what was published there
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from finetune_api.base import Record
+from finetune_api.classes import changed_classes
+from finetune_api.identity import run_id
+from finetune_trainer.failures import UserError
+from finetune_trainer.local.manifest import LocalJob
+from finetune_trainer.workerfiles import write_whole
+
+
+class LocalRun(Record):
+    """One run of a job on this machine."""
+
+    number: int
+    """From 1."""
+    spec: dict[str, Any]
+    """The spec that it began with, every default filled in."""
+    complete: bool = False
+    """Whether its model was published."""
+
+
+class JobState(Record):
+    """What is kept of a job, by its name."""
+
+    uid: str
+    """Made when the name was first seen."""
+    runs: list[LocalRun] = Field(default=[])
+    """Oldest first."""
+
+
+class StateFolder:
+    """Files of ``finetune run``."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+
+    @property
+    def storage(self) -> Path:
+        return self.root / "s3"
+
+    @property
+    def claims(self) -> Path:
+        return self.root / "claims"
+
+    def run_folder(self, job: str, run: str) -> Path:
+        return self.root / "runs" / job / run
+
+    def model_folder(self, job: str, run: str) -> Path:
+        return self.root / "models" / job / run
+
+    def read(self, job: str) -> JobState:
+        """What is known of a job; a new identity where nothing is.
+
+        Raises:
+            UserError: 'StateUnreadable'.
+        """
+        path = self._job_file(job)
+        if not path.exists():
+            return JobState(uid=uuid.uuid4().hex)
+        try:
+            return JobState.model_validate_json(path.read_text())
+        except ValueError as error:
+            raise UserError(
+                "StateUnreadable", f"{path} is damaged ({error}); remove it to begin anew"
+            ) from None
+
+    def write(self, job: str, state: JobState) -> None:
+        write_whole(self._job_file(job), json.dumps(state.to_json(), indent=1) + "\n")
+
+    def link_claims(self, claims: dict[str, Path]) -> None:
+        """Make every claim lead to its folder."""
+        self.claims.mkdir(parents=True, exist_ok=True)
+        for name, folder in claims.items():
+            link = self.claims / name
+            link.unlink(missing_ok=True)
+            link.symlink_to(folder, target_is_directory=True)
+
+    def _job_file(self, job: str) -> Path:
+        return self.root / "jobs" / f"{job}.json"
+
+
+def choose_run(state: JobState, job: LocalJob) -> tuple[JobState, str, bool]:
+    """The state with the run that the manifest means, its identity, and whether it goes on from
+    before: by the same rule as on a cluster, a run that was not completed goes on unless a field
+    of class NewRun has changed."""
+    spec = job.spec.to_json()
+    last = state.runs[-1] if state.runs else None
+    if last is not None and not last.complete and "NewRun" not in changed_classes(last.spec, spec):
+        kept = [*state.runs[:-1], last.model_copy(update={"spec": spec})]
+        return state.model_copy(update={"runs": kept}), run_id(last.number, state.uid), True
+    number = last.number + 1 if last else 1
+    runs = [*state.runs, LocalRun(number=number, spec=spec)]
+    return state.model_copy(update={"runs": runs}), run_id(number, state.uid), False
+
+
+def completed(state: JobState) -> JobState:
+    """The state after the last run's model was published."""
+    last = state.runs[-1].model_copy(update={"complete": True})
+    return state.model_copy(update={"runs": [*state.runs[:-1], last]})

@@ -1,0 +1,84 @@
+"""Where ``s3://`` is on this machine: the user's server, Amazon S3, or the embedded one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+from finetune_api.names import SECRET_KEYS, storage_env
+from finetune_api.order import RunOrder
+from finetune_api.spec import FineTuneJobSpec, parse_spec
+from finetune_trainer.local.state import StateFolder
+from finetune_trainer.objects import split_uri
+from finetune_trainer.s3server import EmbeddedS3
+
+# Any of these says that the user has an account at an object storage.
+_ACCOUNT: Final = ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE")
+
+
+@dataclass(frozen=True)
+class Where:
+    """The storage of a run."""
+
+    spec: FineTuneJobSpec
+    """The spec with the endpoint that is used."""
+    keys: dict[str, str]
+    """Access keys of ``spec.storage``, by the name that a Secret has them under."""
+    embedded: EmbeddedS3 | None
+    """Our own server."""
+
+    def environment(self, order: RunOrder) -> dict[str, str]:
+        """Keys of every storage profile of the order, as the operator gives them to pods."""
+        own = {k: v for k in SECRET_KEYS if (v := os.environ.get(k))}
+        found = {storage_env(0, k): v for k, v in {**own, **self.keys}.items()}
+        for profile in range(1, len(order.storage_profiles)):
+            found |= {storage_env(profile, k): v for k, v in own.items()}
+        return found
+
+
+@contextmanager
+def storage_for(
+    spec: FineTuneJobSpec, state: StateFolder, endpoint: str | None, force_embedded: bool
+) -> Iterator[Where]:
+    """Storage of a run, for as long as the context lasts.
+
+    Args:
+        endpoint: of the command line; goes before ``spec.storage.endpoint``.
+        force_embedded: the embedded server, whatever spec and environment say.
+    """
+    if force_embedded or uses_embedded(spec, endpoint, os.environ):
+        with EmbeddedS3(state.storage) as server:
+            for address in (spec.output.destination, spec.effective_workspace):
+                server.ensure_bucket(split_uri(address)[0])
+            keys = {
+                "AWS_ACCESS_KEY_ID": server.access_key,
+                "AWS_SECRET_ACCESS_KEY": server.secret_key,
+            }
+            yield Where(_reached_at(spec, server.endpoint), keys, server)
+    else:
+        yield Where(_reached_at(spec, endpoint or spec.storage.endpoint), {}, None)
+
+
+def uses_embedded(spec: FineTuneJobSpec, endpoint: str | None, environ: Mapping[str, str]) -> bool:
+    """Whether nothing names another storage: no endpoint, and no account in the environment."""
+    named = endpoint or spec.storage.endpoint
+    return not named and not any(environ.get(name) for name in _ACCOUNT)
+
+
+def _reached_at(spec: FineTuneJobSpec, endpoint: str | None) -> FineTuneJobSpec:
+    """The spec with that endpoint. There are no Secrets here: the environment plays their part."""
+    raw: dict[str, Any] = spec.to_json()
+    blocks = [raw["storage"]]
+    sources = [raw["model"], *(s for part in ("train", "validation", "test")
+                               for s in raw["data"].get(part, ()))]  # fmt: skip
+    blocks += [source["storage"] for source in sources if "storage" in source]
+    for block in blocks:
+        block.pop("secretRef", None)
+        block.pop("serviceAccountName", None)
+    raw["storage"].pop("endpoint", None)
+    if endpoint is not None:
+        raw["storage"]["endpoint"] = endpoint
+    return parse_spec(raw)

@@ -1,0 +1,112 @@
+"""The model card: ``README.md`` of a published model, with the front matter that hubs read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from finetune_trainer.publish.facts import About
+
+_LOAD_MERGED = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("merged")
+tokenizer = AutoTokenizer.from_pretrained("merged")
+```"""
+_LOAD_ADAPTER = """\
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained({base!r})
+model = PeftModel.from_pretrained(base, "adapter")
+tokenizer = AutoTokenizer.from_pretrained("adapter")
+```"""
+
+
+def render(about: About) -> str:
+    """The card, in Markdown."""
+    # Imported here: facts needs no card, and the card only what facts has gathered.
+    from finetune_trainer.publish.facts import settings
+
+    order, result = about.order, about.result
+    front = yaml.safe_dump(front_matter(about), sort_keys=False, allow_unicode=True)
+    scores = [
+        (s.data_set, s.metric, s.show(s.untuned), s.show(s.tuned), s.show(s.gain, signed=True))
+        for s in about.scores
+    ]
+    parts = [
+        f"---\n{front}---",
+        f"# {order.job.name}",
+        f"`{about.spec.model.source}`, tuned with {about.spec.method.type} by finetune-operator"
+        f" (run `{order.run}`). `report.html` beside this file has the loss curve, the data and"
+        " examples; `metrics.json` has every figure.",
+        "## Test metrics",
+        _table(("Data set", "Metric", "Untuned", "Tuned", "Gain"), scores)
+        if scores
+        else "The run had no test set.",
+        "## How to load it",
+        *(_load(about, name) for name in about.formats),
+        "## Training",
+        _table(("Setting", "Value"), settings(about)),
+        "Versions: " + ", ".join(f"{k} {v}" for k, v in result.versions.items()) + ".",
+        "## Data",
+        _table(
+            ("Set", "Side", "Format", "Samples", "Tokens"),
+            [
+                (s.name, s.split, s.format, f"{s.samples:,}", f"{s.tokens:,}")
+                for s in about.data.sets
+            ],
+        ),
+        f"Content digest of the prepared data: `{about.prepared.digest}`.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def front_matter(about: About) -> dict[str, Any]:
+    """The card's metadata (Hugging Face model card specification)."""
+    source = about.spec.model.source
+    adapter_only = about.formats == ["adapter"]
+    front: dict[str, Any] = {
+        "library_name": "peft" if adapter_only else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["finetune-operator", about.spec.method.type.lower()],
+    }
+    if source.startswith("hf://"):
+        front["base_model"] = source.removeprefix("hf://").partition("@")[0]
+        front["base_model_relation"] = "adapter" if adapter_only else "finetune"
+    sets: dict[str, list[dict[str, Any]]] = {}
+    for score in about.scores:
+        entry = {"type": score.metric.lower(), "name": score.metric, "value": score.tuned}
+        sets.setdefault(score.data_set, []).append(entry)
+    if sets:
+        results = [
+            {
+                "task": {"type": "text-generation"},
+                "dataset": {"name": name, "type": name, "split": "test"},
+                "metrics": metrics,
+            }
+            for name, metrics in sets.items()
+        ]
+        front["model-index"] = [{"name": about.order.job.name, "results": results}]
+    return front
+
+
+def _load(about: About, name: str) -> str:
+    if name == "merged":
+        return _LOAD_MERGED
+    base = about.spec.model.source.removeprefix("hf://").partition("@")[0]
+    return _LOAD_ADAPTER.format(base=base)
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(_cell(c) for c in row)} |" for row in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

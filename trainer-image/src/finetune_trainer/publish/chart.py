@@ -1,0 +1,93 @@
+"""The loss curve as an inline SVG: no script, no other file; colours come from the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from typing import Final
+
+WIDTH: Final = 760
+HEIGHT: Final = 300
+LEFT: Final = 52
+RIGHT: Final = 16
+TOP: Final = 14
+BOTTOM: Final = 40
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve."""
+
+    name: str
+    css: str
+    """Class of its colour."""
+    points: Sequence[Point]
+    """(step, loss); values that are not finite are left out."""
+    dots: bool = False
+    """Whether its points are marked."""
+
+
+def loss_chart(lines: Sequence[Line], marked_step: int | None = None) -> str:
+    """The chart, or nothing where there is no point to draw.
+
+    Args:
+        marked_step: step of the commit that was published.
+    """
+    lines = [replace(line, points=_finite(line.points)) for line in lines]
+    lines = [line for line in lines if line.points]
+    if not lines:
+        return ""
+    xs = [x for line in lines for x, _ in line.points]
+    ys = [y for line in lines for _, y in line.points]
+    x_ticks, y_ticks = ticks(0, max(xs)), ticks(min(0.0, min(ys)), max(ys))
+    low, high, longest = y_ticks[0], y_ticks[-1], max(*xs, 1.0)
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+
+    def at(point: Point) -> Point:
+        x, y = point
+        share = (high - y) / (high - low)
+        return LEFT + (right - LEFT) * x / longest, TOP + (bottom - TOP) * share
+
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Loss by optimizer step">']
+    for y in y_ticks:
+        _, py = at((0, y))
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{py:.1f}" y2="{py:.1f}"/>')
+        parts.append(f'<text class="tick end" x="{LEFT - 8}" y="{py + 4:.1f}">{y:g}</text>')
+    for x in x_ticks:
+        if x <= longest:
+            px, _ = at((x, low))
+            parts.append(f'<text class="tick mid" x="{px:.1f}" y="{bottom + 18}">{x:g}</text>')
+    parts.append(f'<text class="tick mid" x="{(LEFT + right) / 2}" y="{HEIGHT - 4}">step</text>')
+    if marked_step is not None and 0 <= marked_step <= longest:
+        px, _ = at((marked_step, low))
+        parts.append(f'<line class="mark" x1="{px:.1f}" x2="{px:.1f}" y1="{TOP}" y2="{bottom}"/>')
+    for line in lines:
+        places = [at(point) for point in line.points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        parts.append(f'<polyline class="curve {line.css}" points="{path}"/>')
+        if line.dots:
+            for (x, y), (step, loss) in zip(places, line.points, strict=True):
+                title = escape(f"{line.name}, step {step:g}: {loss:.4g}")
+                parts.append(
+                    f'<circle class="dot {line.css}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">'
+                    f"<title>{title}</title></circle>"
+                )
+    parts.append("</svg>")
+    return "".join(parts)
+
+
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers from at most ``low`` to at least ``high``, evenly spaced."""
+    span = max(high - low, abs(high) * 1e-3, 1e-9)
+    magnitude = 10 ** math.floor(math.log10(span / most))
+    step = next(m * magnitude for m in (1, 2, 2.5, 5, 10, 20) if span / (m * magnitude) <= most)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+
+
+def _finite(points: Sequence[Point]) -> list[Point]:
+    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]

@@ -1,0 +1,156 @@
+"""What is told about a tuned model: gathered once, for metrics.json, the report and the card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Final
+
+from finetune_api.order import RunOrder
+from finetune_api.results import PreparedSummary
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.prepare.manifest import DataManifest
+from finetune_trainer.runfiles import RunResult
+from finetune_trainer.scores import HIGHER_IS_BETTER
+
+_PERCENT: Final = ("ExactMatch", "Accuracy", "Precision", "Recall", "F1", "Rouge")
+"""Metrics from 0 to 1 that people read as percentages."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one test set."""
+
+    data_set: str
+    samples: int
+    metric: str
+    untuned: float | None
+    """None where the untuned model has no such value."""
+    tuned: float
+
+    @property
+    def gain(self) -> float | None:
+        """tuned - untuned."""
+        return None if self.untuned is None else self.tuned - self.untuned
+
+    @property
+    def better(self) -> bool | None:
+        """Whether the tuned model is better; None where they are alike."""
+        if not self.gain:
+            return None
+        return (self.gain > 0) == (self.metric in HIGHER_IS_BETTER)
+
+    def show(self, value: float | None, signed: bool = False) -> str:
+        """A value of this metric, for people: ``97.5 %``, ``+0.123``."""
+        if value is None:
+            return "–"
+        sign = "+" if signed else ""
+        if self.metric in _PERCENT:
+            return f"{100 * value:{sign}.1f} %"
+        return f"{value:{sign}.4g}" if abs(value) >= 1000 else f"{value:{sign}.3f}"
+
+
+@dataclass(frozen=True)
+class About:
+    """A run and its result."""
+
+    order: RunOrder
+    result: RunResult
+    prepared: PreparedSummary
+    data: DataManifest
+    formats: list[str]
+    scores: list[Score]
+
+    @property
+    def spec(self) -> FineTuneJobSpec:
+        return self.order.spec
+
+
+def gather(
+    order: RunOrder,
+    result: RunResult,
+    prepared: PreparedSummary,
+    data: DataManifest,
+    formats: list[str],
+) -> About:
+    """All of it; scores in the order of the sets, then of the metrics."""
+    scores = [
+        Score(found.name, found.samples, metric, found.untuned.get(metric), tuned)
+        for found in result.summary.scores
+        for metric, tuned in found.tuned.items()
+    ]
+    return About(order, result, prepared, data, formats, scores)
+
+
+def metrics_text(about: About) -> str:
+    """``metrics.json``: every figure of the run, for scripts."""
+    summary, result = about.result.summary, about.result
+    raw = {
+        "run": about.order.run,
+        "job": about.order.job.to_json(),
+        "baseModel": about.spec.model.source,
+        "formats": about.formats,
+        "checkpoint": {"uri": summary.checkpoint, "step": summary.checkpoint_step},
+        "test": [
+            {
+                "dataSet": found.name,
+                "samples": found.samples,
+                "untuned": found.untuned,
+                "tuned": found.tuned,
+                "gain": {
+                    name: value - found.untuned[name]
+                    for name, value in found.tuned.items()
+                    if name in found.untuned
+                },
+            }
+            for found in summary.scores
+        ],
+        "validation": [point.to_json() for point in result.validation],
+        "training": {
+            "steps": summary.steps,
+            "stoppedEarly": summary.stopped_early,
+            "loss": summary.loss,
+            "curve": [point.to_json() for point in result.curve],
+            "restarts": summary.restarts,
+            "seconds": round(summary.training_seconds, 1),
+            "lostSeconds": round(summary.lost_seconds, 1),
+            "processes": result.processes,
+            "device": result.device,
+        },
+        "data": about.prepared.to_json(),
+        "parameters": {"trainable": result.trainable_parameters, "total": result.total_parameters},
+        "spec": about.spec.to_json(),
+        "versions": result.versions,
+    }
+    return json.dumps(raw, ensure_ascii=False, indent=1) + "\n"
+
+
+def settings(about: About) -> list[tuple[str, str]]:
+    """How the model was trained, as names and values for people."""
+    spec, result = about.spec, about.result
+    method: str = spec.method.type
+    if method == "LoRA":
+        lora = spec.method.effective_lora
+        method = f"LoRA, rank {lora.rank}, alpha {lora.effective_alpha}, dropout {lora.dropout}"
+    length = (
+        f"{spec.effective_epochs} epochs" if spec.effective_epochs else "given by training.maxSteps"
+    )
+    share = 100 * result.trainable_parameters / max(1, result.total_parameters)
+    return [
+        ("Base model", spec.model.source),
+        ("Method", method),
+        ("Trained parameters", f"{result.trainable_parameters:,} of {result.total_parameters:,}"
+                               f" ({share:.2g} %)"),
+        ("Steps", f"{result.summary.steps:,} ({length})"),
+        ("Batch", f"{spec.training.batch_size} samples a step"),
+        ("Learning rate", f"{spec.effective_learning_rate:g}, {spec.training.schedule.lower()},"
+                          f" warm-up {spec.training.warmup_ratio}"),
+        ("Weight decay", spec.training.weight_decay),
+        ("Longest sample", f"{about.data.max_length:,} tokens"),
+        ("Precision", spec.training.precision),
+        ("Seed", str(spec.training.seed)),
+        ("Processes", f"{result.processes} on {result.device}"),
+        ("Training time", f"{result.summary.training_seconds:.0f} s"),
+        ("Restarts", str(result.summary.restarts)),
+        ("Published commit", f"step {result.summary.checkpoint_step}"),
+    ]  # fmt: skip

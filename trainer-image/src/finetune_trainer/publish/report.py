@@ -1,0 +1,85 @@
+"""``report.html``: one self-contained page that a person judges a run by."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from finetune_trainer.publish.chart import Line, loss_chart
+from finetune_trainer.publish.facts import About, settings
+
+_PAGES = Environment(
+    loader=PackageLoader("finetune_trainer.publish", "."),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def render(about: About, data_report: bytes) -> str:
+    """The page.
+
+    Args:
+        data_report: ``report.json`` of the prepared data.
+    """
+    validation = about.result.validation
+    names = list(dict.fromkeys(name for point in validation for name in point.sets))
+    return _PAGES.get_template("report.html.j2").render(
+        about=about,
+        scores=_by_set(about),
+        chart=loss_chart(_lines(about), about.result.summary.checkpoint_step),
+        validation=validation,
+        validation_sets=names,
+        settings=settings(about),
+        data=_data_rows(json.loads(data_report)),
+        previews=_previews(json.loads(data_report)),
+    )
+
+
+def _by_set(about: About) -> list[tuple[str, int, list[Any]]]:
+    found: dict[str, list[Any]] = {}
+    for score in about.scores:
+        found.setdefault(score.data_set, []).append(score)
+    return [(name, rows[0].samples, rows) for name, rows in found.items()]
+
+
+def _lines(about: About) -> list[Line]:
+    training = [(float(p.step), p.loss) for p in about.result.curve]
+    checked = [
+        (float(p.step), p.overall["Loss"]) for p in about.result.validation if "Loss" in p.overall
+    ]
+    return [Line("Training", "training", training), Line("Validation", "validation", checked, True)]
+
+
+def _data_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a source and side of the split."""
+    return [
+        {
+            "name": source["name"],
+            "side": side,
+            "format": source["format"],
+            "samples": found["samples"],
+            "tokens": found["tokens"],
+            "learned": found["supervisedShare"],
+            "lengths": found["lengthPercentiles"],
+            "dropped": {k: v for k, v in source["dropped"].items() if v},
+            "truncated": sum(source["truncated"].values()),
+            "labels": found["labels"],
+        }
+        for source in report["sources"]
+        for side, found in source["splits"].items()
+        if found["samples"]
+    ]
+
+
+def _previews(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The first training sample of each source, with what is learned of it."""
+    return [
+        {"name": source["name"], **found["previews"][0]}
+        for source in report["sources"]
+        for side, found in source["splits"].items()
+        if side == "train" and found["previews"]
+    ]
