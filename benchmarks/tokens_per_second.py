@@ -97,9 +97,7 @@ class Ours:
         )
         supervised = np.array([int(s.supervised.sum()) for s in data])
         self._data = data
-        self._plan = Plan(
-            lengths, supervised, batch_size=batch, seed=0, row_tokens=ROW, ranks=1
-        )
+        self._plan = Plan(lengths, supervised, batch_size=batch, seed=0, row_tokens=ROW, ranks=1)
         self._next = 0
 
     def turn(self, steps: int) -> float:

@@ -11,9 +11,11 @@ from finetune_api import names
 from finetune_api.results import Progress, Termination
 from finetune_operator.config import Config
 from finetune_operator.decide import decide
-from finetune_operator.observe import INDEX_ANNOTATION, Refusal, format_time, observe
+from finetune_operator.objects import format_time
+from finetune_operator.observe import Refusal, observe
 from finetune_operator.overlay import lay_over
 from finetune_operator.plan import Plan
+from finetune_operator.pods import INDEX_ANNOTATION
 from finetune_operator.render import render
 
 UID = "0f9c2e4a-1111-2222-3333-444455556666"
@@ -196,7 +198,7 @@ class World:
         return f"{found[0]['status']}/{found[0]['reason']}" if found else None
 
     def message(self, type_: str) -> str:
-        return next(c["message"] for c in self.status["conditions"] if c["type"] == type_)
+        return str(next(c["message"] for c in self.status["conditions"] if c["type"] == type_))
 
 
 PREPARED = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def phase(plane: ControlPlane, name: str) -> str:
     return str(plane.get("ftj", name).get("status", {}).get("phase", ""))
 
 
+@pytest.mark.slow
 def test_hand_over_and_fencing(plane: ControlPlane, tmp_path: Path) -> None:
     with OperatorProcess(plane.kubeconfig, tmp_path / "first") as first:
         one = eventually("the first leads", lambda: holder(plane))
@@ -67,6 +69,16 @@ def test_hand_over_and_fencing(plane: ControlPlane, tmp_path: Path) -> None:
             second.start()
 
 
+def with_token(plane: ControlPlane, path: Path) -> Path:
+    """A kubeconfig of the service account, by token as in a pod."""
+    token = plane.kubectl("create", "token", "operator", "-n", "team-a").strip()
+    shutil.copy(plane.kubeconfig, path)
+    edit = ["config", f"--kubeconfig={path}"]
+    plane.kubectl(*edit, "set-credentials", "operator", f"--token={token}")
+    plane.kubectl(*edit, "set-context", "--current", "--user=operator")
+    return path
+
+
 def test_one_namespace_with_least_rights(plane: ControlPlane, tmp_path: Path) -> None:
     """Without any right outside its namespace, and without reading Secrets, ConfigMaps of others
     or nodes."""
@@ -90,9 +102,10 @@ def test_one_namespace_with_least_rights(plane: ControlPlane, tmp_path: Path) ->
             "rules": [{"apiGroups": g, "resources": r, "verbs": v} for g, r, v in rules],
         }
     )
-    subject = ["--user=limited", "--role=finetune-operator", "-n", "team-a"]
-    plane.kubectl("create", "rolebinding", "finetune-operator", *subject)
-    kubeconfig = plane.kubeconfig_of("limited", "limited")
+    account = ["--serviceaccount=team-a:operator", "--role=finetune-operator"]
+    plane.kubectl("create", "serviceaccount", "operator", "-n", "team-a")
+    plane.kubectl("create", "rolebinding", "finetune-operator", "-n", "team-a", *account)
+    kubeconfig = with_token(plane, tmp_path / "kubeconfig")
     options = ["--namespaces", "team-a", "--lease-namespace", "team-a"]
     with OperatorProcess(kubeconfig, tmp_path / "log", *options) as process:
         for namespace in ("team-b", "team-a"):

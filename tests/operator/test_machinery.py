@@ -13,7 +13,7 @@ from operator_world import UID, World, at_training
 
 from finetune_api import names
 from finetune_operator import progress as progress_module
-from finetune_operator.cluster import Cluster, NotLeading
+from finetune_operator.cluster import Cluster, Credentials, NotLeading
 from finetune_operator.progress import Poller
 from finetune_operator.store import Store
 from finetune_operator.workqueue import WorkQueue
@@ -144,9 +144,7 @@ def test_a_deleted_job_leaves_nothing() -> None:
 
 def test_who_does_not_lead_does_not_write() -> None:
     async def scenario() -> None:
-        import kubernetes.client
-
-        cluster = Cluster(kubernetes.client.Configuration(host="http://127.0.0.1:1"))
+        cluster = Cluster(Credentials(host="http://127.0.0.1:1"))
         cluster.guard = lambda: False
         child = {"kind": "Job", "metadata": {"name": "a", "namespace": "b"}}
         for write in (

@@ -20,9 +20,7 @@ from finetune_trainer.plan import Plan
 LENGTHS = [60, 50, 55, 45, 30, 20, 64, 35]
 
 
-def gradient(
-    rank: int, size: int, port: int, row_tokens: int, count: int, folder: str
-) -> None:
+def gradient(rank: int, size: int, port: int, row_tokens: int, count: int, folder: str) -> None:
     """One optimizer step's gradient, as the loop computes it, to a file."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
@@ -33,9 +31,7 @@ def gradient(
     documents = samples(LENGTHS)[:count]
     lengths = torch.tensor(LENGTHS[:count]).numpy()
     supervised = torch.tensor([int(s.supervised.sum()) for s in documents]).numpy()
-    plan = Plan(
-        lengths, supervised, batch_size=count, seed=0, row_tokens=row_tokens, ranks=size
-    )
+    plan = Plan(lengths, supervised, batch_size=count, seed=0, row_tokens=row_tokens, ranks=size)
     loss = TokenLoss(tiny_llama()).train()
     module = DistributedDataParallel(loss) if size > 1 else loss
     parameters = list(loss.parameters())

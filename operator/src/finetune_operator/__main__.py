@@ -12,9 +12,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-import kubernetes.config
-
 from finetune_operator.app import Operator, Options, own_namespace
+from finetune_operator.cluster import NoCluster
 from finetune_operator.config import Config
 
 
@@ -80,7 +79,7 @@ def main() -> None:
 
     try:
         sys.exit(asyncio.run(run()))
-    except kubernetes.config.ConfigException as error:
+    except NoCluster as error:
         sys.exit(f"finetune-operator: no access to a cluster: {error}")
 
 

@@ -13,10 +13,8 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, Final
 
-import kubernetes.client
-
 from finetune_operator import watch
-from finetune_operator.cluster import Cluster, load_credentials
+from finetune_operator.cluster import Cluster, Credentials, load_credentials
 from finetune_operator.config import Config
 from finetune_operator.controller import Controller
 from finetune_operator.lease import Lease
@@ -114,7 +112,7 @@ class Operator:
     async def _lead(
         self,
         cluster: Cluster,
-        configuration: kubernetes.client.Configuration,
+        configuration: Credentials,
         in_cluster: bool,
         lease: Lease | None,
     ) -> int:

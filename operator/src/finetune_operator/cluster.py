@@ -37,6 +37,14 @@ PATHS: Final[dict[str, tuple[str, str]]] = {
 }
 
 
+Credentials = kubernetes.client.Configuration
+"""Address of an API server, and how to be known to it."""
+
+
+class NoCluster(Exception):
+    """There are no credentials for any cluster."""
+
+
 class ApiError(Exception):
     """The API server refused a request; ``code`` is the HTTP status."""
 
@@ -49,29 +57,30 @@ class NotLeading(Exception):
     """A write was held back: the lease is lost or in doubt."""
 
 
-def load_credentials(
-    kubeconfig: str | None, context: str | None
-) -> tuple[kubernetes.client.Configuration, bool]:
+def load_credentials(kubeconfig: str | None, context: str | None) -> tuple[Credentials, bool]:
     """Credentials of a kubeconfig (given, or by ``KUBECONFIG``), else of the pod; and whether the
     latter.
 
     Raises:
-        kubernetes.config.ConfigException: where there are none.
+        NoCluster: where there are none.
     """
-    configuration = kubernetes.client.Configuration()
+    configuration = Credentials()
     if kubeconfig is None and context is None:
         try:
             kubernetes.config.load_incluster_config(configuration)  # type: ignore[no-untyped-call]
             return configuration, True
         except kubernetes.config.ConfigException:
             pass
-    kubernetes.config.load_kube_config(  # type: ignore[no-untyped-call]
-        config_file=kubeconfig, context=context, client_configuration=configuration
-    )
+    try:
+        kubernetes.config.load_kube_config(  # type: ignore[no-untyped-call]
+            config_file=kubeconfig, context=context, client_configuration=configuration
+        )
+    except kubernetes.config.ConfigException as error:
+        raise NoCluster(str(error)) from None
     return configuration, False
 
 
-def ssl_context(configuration: kubernetes.client.Configuration) -> ssl.SSLContext:
+def ssl_context(configuration: Credentials) -> ssl.SSLContext:
     """TLS of the API server, with the client certificate where there is one."""
     context = ssl.create_default_context(cafile=configuration.ssl_ca_cert)
     if configuration.cert_file:
@@ -82,10 +91,16 @@ def ssl_context(configuration: kubernetes.client.Configuration) -> ssl.SSLContex
     return context
 
 
+def bearer(configuration: Credentials) -> str | None:
+    """The bearer token as it is now: tokens of pods are renewed on disk."""
+    text = configuration.get_api_key_with_prefix("BearerToken", alias="authorization")
+    return text.strip().rpartition(" ")[2] if text else None
+
+
 class Cluster:
     """A connection to one API server. Use as an async context manager."""
 
-    def __init__(self, configuration: kubernetes.client.Configuration) -> None:
+    def __init__(self, configuration: Credentials) -> None:
         self._configuration = configuration
         self._session: aiohttp.ClientSession | None = None
         self.guard: Callable[[], bool] = lambda: True
@@ -229,9 +244,9 @@ class Cluster:
     ) -> bytes:
         assert self._session is not None
         headers = {"Content-Type": content_type, "Accept": accept, "User-Agent": FIELD_OWNER}
-        token = self._configuration.get_api_key_with_prefix("authorization")
-        if token:
-            headers["Authorization"] = token
+        token = bearer(self._configuration)
+        if token is not None:
+            headers["Authorization"] = f"Bearer {token}"
         data = json.dumps(body) if body is not None else None
         async with self._session.request(
             method, path.lstrip("/"), data=data, headers=headers, params=parameters

@@ -29,7 +29,7 @@ def decide(job: Mapping[str, Any], observed: Observed, now: datetime, config: Co
     if run is None:
         after = _no_run(before, subject, spec, problems, now)
         return _plan(job, Plan(subject), before, after)
-    work = Work(subject, spec or run.order.spec, problems, before, observed, run, config, now)
+    work = Work(subject, spec or run.order.spec, problems, before, observed, run, now)
     after = advance(work)
     draft = work.draft
     plan = Plan(

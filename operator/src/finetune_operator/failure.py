@@ -7,7 +7,8 @@ from typing import Any, Final
 
 from finetune_api.names import ExitCode, FailureClass
 from finetune_api.status import FailureStatus
-from finetune_operator.observe import JobView, PodView
+from finetune_operator.observe import JobView
+from finetune_operator.pods import PodView
 
 MESSAGE_MAX: Final = 4000
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from typing import Any
+from datetime import datetime
 
 from pydantic import ValidationError
 
@@ -18,25 +17,10 @@ from finetune_api import names
 from finetune_api.base import explain
 from finetune_api.names import Role
 from finetune_api.order import RunOrder
-from finetune_api.results import Progress, Termination
+from finetune_api.results import Progress
 from finetune_operator.config import ANNOTATION_IMAGE, ANNOTATION_OUTCOME, ANNOTATION_RESTARTS
-
-Object = Mapping[str, Any]
-
-INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
-
-
-def parse_time(text: str | None) -> datetime | None:
-    """An RFC 3339 time of the API, or None."""
-    try:
-        return datetime.fromisoformat(text) if text else None
-    except ValueError:
-        return None
-
-
-def format_time(time: datetime) -> str:
-    """RFC 3339 in UTC, to the second, as Kubernetes writes times."""
-    return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+from finetune_operator.objects import Object, parse_time, place_of
+from finetune_operator.pods import PodView, pod_view
 
 
 @dataclass(frozen=True)
@@ -79,44 +63,6 @@ class JobView:
     @property
     def finished(self) -> bool:
         return self.complete or self.failed
-
-
-@dataclass(frozen=True)
-class PodView:
-    """A pod of a child Job and its one container."""
-
-    name: str
-    role: Role
-    run: str
-    revision: int
-    index: int
-    created: datetime
-    phase: str = "Pending"
-    node: str | None = None
-    ip: str | None = None
-    scheduled: bool = False
-    unschedulable: str | None = None
-    """The scheduler's message while it finds no node."""
-    started: datetime | None = None
-    finished: datetime | None = None
-    running: bool = False
-    exit_code: int | None = None
-    exit_reason: str = ""
-    reason: str = ""
-    message: str = ""
-    disruption: str | None = None
-    termination: Termination | None = None
-    waiting: str | None = None
-    waiting_message: str = ""
-    image: str = ""
-    pull_failing_since: datetime | None = None
-    deleted_by: datetime | None = None
-    """End of the grace period of a pod that is being deleted."""
-    limits: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def ended(self) -> bool:
-        return self.phase in ("Succeeded", "Failed")
 
 
 @dataclass(frozen=True)
@@ -196,15 +142,6 @@ def observe(
     )
 
 
-def _place(obj: Object) -> tuple[Role, str, int] | None:
-    labels = obj["metadata"].get("labels") or {}
-    role, run = labels.get(names.LABEL_ROLE), labels.get(names.LABEL_RUN)
-    revision = labels.get(names.LABEL_REVISION, "")
-    if role not in names.ROLES or not run or not revision.isdigit():
-        return None
-    return role, run, int(revision)
-
-
 def order_view(obj: Object) -> OrderView | None:
     """The order in a ConfigMap, or None where it is none of ours."""
     labels = obj["metadata"].get("labels") or {}
@@ -242,7 +179,7 @@ def _read_order(text: str) -> tuple[RunOrder | None, tuple[str, ...]]:
 
 def job_view(obj: Object) -> JobView | None:
     """A child Job, or None where its labels are not ours."""
-    place = _place(obj)
+    place = place_of(obj)
     created = parse_time(obj["metadata"].get("creationTimestamp"))
     if place is None or created is None:
         return None
@@ -269,82 +206,5 @@ def job_view(obj: Object) -> JobView | None:
 
 def service_view(obj: Object) -> ServiceView | None:
     """A gang's Service, or None where its labels are not ours."""
-    place = _place(obj)
+    place = place_of(obj)
     return ServiceView(obj["metadata"]["name"], place[1], place[2]) if place else None
-
-
-def pod_view(obj: Object, pull_failing_since: datetime | None = None) -> PodView | None:
-    """A pod of a child Job, or None where its labels are not ours."""
-    place = _place(obj)
-    meta, spec, status = obj["metadata"], obj.get("spec") or {}, obj.get("status") or {}
-    created = parse_time(meta.get("creationTimestamp"))
-    if place is None or created is None:
-        return None
-    role, run, revision = place
-    index = (meta.get("annotations") or {}).get(INDEX_ANNOTATION, "0")
-    conditions = {c["type"]: c for c in status.get("conditions") or []}
-    scheduled = conditions.get("PodScheduled") or {}
-    unschedulable = scheduled.get("status") == "False"
-    disruption = conditions.get("DisruptionTarget") or {}
-    container = _container(spec)
-    state = container_status(obj).get("state") or {}
-    running, ended = state.get("running") or {}, state.get("terminated") or {}
-    waiting = state.get("waiting") or {}
-    return PodView(
-        name=meta["name"],
-        role=role,
-        run=run,
-        revision=revision,
-        index=int(index) if index.isdigit() else 0,
-        created=created,
-        phase=status.get("phase") or "Pending",
-        node=spec.get("nodeName"),
-        ip=status.get("podIP"),
-        scheduled=bool(spec.get("nodeName")),
-        unschedulable=scheduled.get("message") or "no node fits" if unschedulable else None,
-        started=parse_time(running.get("startedAt") or ended.get("startedAt")),
-        finished=parse_time(ended.get("finishedAt")),
-        running=bool(running),
-        exit_code=ended.get("exitCode"),
-        exit_reason=ended.get("reason") or "",
-        reason=status.get("reason") or "",
-        message=status.get("message") or "",
-        disruption=(disruption.get("reason") or "Disrupted")
-        if disruption.get("status") == "True"
-        else None,
-        termination=_termination(ended.get("message")),
-        waiting=waiting.get("reason"),
-        waiting_message=waiting.get("message") or "",
-        image=container.get("image") or "",
-        pull_failing_since=pull_failing_since,
-        deleted_by=parse_time(meta.get("deletionTimestamp")),
-        limits=(container.get("resources") or {}).get("limits") or {},
-    )
-
-
-def _container(spec: Object) -> Object:
-    found = [c for c in spec.get("containers") or [] if c.get("name") == names.CONTAINER]
-    return found[0] if found else {}
-
-
-def container_status(pod: Object) -> Object:
-    """Status of a pod's trainer container; empty before the kubelet wrote one."""
-    statuses = (pod.get("status") or {}).get("containerStatuses") or []
-    found = [c for c in statuses if c.get("name") == names.CONTAINER]
-    return found[0] if found else {}
-
-
-PULL_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
-
-
-def pull_is_failing(pod: Object) -> bool:
-    """Whether the kubelet cannot get the pod's image just now."""
-    waiting = (container_status(pod).get("state") or {}).get("waiting") or {}
-    return waiting.get("reason") in PULL_REASONS
-
-
-def _termination(text: str | None) -> Termination | None:
-    try:
-        return Termination.model_validate_json(text) if text else None
-    except ValidationError:
-        return None

@@ -34,8 +34,6 @@ class CurrentRun:
     """Complete or Failed once it has ended."""
     recorded: bool = False
     """Whether its order is in the cluster already."""
-    began: bool = False
-    """Whether this pass begins it."""
 
 
 Kind = Literal["ConfigMap", "Service", "Job", "Pod"]

@@ -13,9 +13,9 @@ from finetune_api.names import Role
 from finetune_api.order import RunOrder
 from finetune_api.spec import FineTuneJobSpec, Resources
 from finetune_operator.config import GRACE_SECONDS, NODE_LOST_SECONDS, USER_ID, Config
-from finetune_operator.observe import INDEX_ANNOTATION
 from finetune_operator.overlay import for_cpu_stage, lay_over
 from finetune_operator.plan import CurrentRun, Subject
+from finetune_operator.pods import INDEX_ANNOTATION
 
 Json = dict[str, Any]
 

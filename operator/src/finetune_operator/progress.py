@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from finetune_api.names import LABEL_JOB_UID, METRICS_PORT
 from finetune_api.results import Progress
 from finetune_operator.cluster import ApiError, Cluster
-from finetune_operator.observe import pod_view
+from finetune_operator.pods import pod_view
 from finetune_operator.store import Store
 
 POLL_SECONDS: Final = 2.0

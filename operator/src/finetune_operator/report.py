@@ -12,7 +12,7 @@ from finetune_api.names import Condition as ConditionType
 from finetune_api.names import Role
 from finetune_api.results import PreparedSummary, Progress, TrainSummary
 from finetune_api.status import Condition, FineTuneJobStatus, MetricValue, Prepared, ProgressStatus
-from finetune_operator.observe import format_time
+from finetune_operator.objects import format_time
 from finetune_operator.plan import Event
 
 STAGE_CONDITION: Final[dict[Role, ConditionType]] = {

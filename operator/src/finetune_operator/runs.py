@@ -87,7 +87,6 @@ def _begin(number: int, subject: Subject, spec: FineTuneJobSpec, config: Config)
         revision=1,
         order=_order(subject, run, spec),
         image=spec.compute.image or config.image,
-        began=True,
     )
 
 

@@ -18,11 +18,12 @@ from finetune_api.results import PreparedSummary, PublishSummary, TrainSummary
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FailureStatus, FineTuneJobStatus
 from finetune_operator import status as status_of
-from finetune_operator.config import ANNOTATION_OUTCOME, OVERDUE, Config
+from finetune_operator.config import ANNOTATION_OUTCOME, OVERDUE
 from finetune_operator.failure import failure, incidents, verdict
-from finetune_operator.observe import JobView, Observed, PodView, Refusal
+from finetune_operator.observe import JobView, Observed, Refusal
 from finetune_operator.overlay import template_problems
 from finetune_operator.plan import Change, Create, CurrentRun, Delete, Draft, Subject
+from finetune_operator.pods import PodView
 from finetune_operator.report import STAGE_CONDITION
 from finetune_operator.waiting import Obstacle, obstacle
 
@@ -40,7 +41,6 @@ class Work:
     before: FineTuneJobStatus
     observed: Observed
     run: CurrentRun
-    config: Config
     now: datetime
     draft: Draft = field(default_factory=Draft)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from finetune_api.names import Phase
 from finetune_api.status import Checkpoints, FailureStatus, FineTuneJobStatus, OutputStatus, Run
 from finetune_operator import report
-from finetune_operator.observe import format_time, parse_time
+from finetune_operator.objects import format_time, parse_time
 from finetune_operator.report import STAGE_CONDITION, Conditions
 from finetune_operator.usage import usage
 

@@ -12,14 +12,9 @@ from typing import Any, Final
 
 from finetune_api import names
 from finetune_api.results import Progress
-from finetune_operator.observe import (
-    Object,
-    Observed,
-    Refusal,
-    container_status,
-    observe,
-    pull_is_failing,
-)
+from finetune_operator.objects import Object
+from finetune_operator.observe import Observed, Refusal, observe
+from finetune_operator.pods import container_status, pull_is_failing
 
 CHILD_KINDS: Final = ("ConfigMap", "Service", "Job", "Pod")
 REMEMBERED_REMOVALS: Final = 10_000

@@ -9,7 +9,8 @@ from finetune_api.results import Progress, TrainSummary
 from finetune_api.spec import Compute
 from finetune_api.status import Usage
 from finetune_operator.config import USAGE_STEP_SECONDS
-from finetune_operator.observe import JobView, PodView
+from finetune_operator.observe import JobView
+from finetune_operator.pods import PodView
 from finetune_operator.report import make
 
 

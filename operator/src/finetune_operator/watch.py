@@ -15,10 +15,9 @@ from collections.abc import Callable, Collection
 from typing import Any, Final
 
 import kopf
-import kubernetes.client
 
 from finetune_api import names
-from finetune_operator.cluster import Cluster
+from finetune_operator.cluster import Cluster, Credentials, bearer
 from finetune_operator.store import CHILD_KINDS, Store, version_of
 
 SELECTOR: Final = f"{names.LABEL_MANAGED_BY}={names.MANAGED_BY}"
@@ -109,26 +108,23 @@ def settings() -> kopf.OperatorSettings:
     return found
 
 
-def login(handlers: kopf.OperatorRegistry, configuration: kubernetes.client.Configuration) -> None:
+def login(handlers: kopf.OperatorRegistry, configuration: Credentials) -> None:
     """kopf with the same credentials as the rest of the operator."""
 
     @kopf.on.login(registry=handlers)
     async def credentials(**_: Any) -> kopf.ConnectionInfo:
-        token = configuration.get_api_key_with_prefix("authorization") or ""
-        scheme, _space, secret = token.rpartition(" ")
         return kopf.ConnectionInfo(
             server=configuration.host,
             ca_path=configuration.ssl_ca_cert,
             insecure=not configuration.verify_ssl,
-            scheme=scheme or None,
-            token=secret or None,
+            token=bearer(configuration),
             certificate_path=configuration.cert_file,
             private_key_path=configuration.key_file,
         )
 
 
 async def run(
-    configuration: kubernetes.client.Configuration,
+    configuration: Credentials,
     store: Store,
     enqueue: Callable[[str], None],
     namespaces: Collection[str],

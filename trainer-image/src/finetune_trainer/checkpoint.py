@@ -18,8 +18,8 @@ from typing import Any, Final
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -143,7 +143,7 @@ def save_state(
     ranks (None: this process is alone)."""
     weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
     state = {"model": weights, "optimizer": moments}
-    dcp.save(state, checkpoint_id=folder, process_group=group, no_dist=group is None)
+    state_dict_saver.save(state, checkpoint_id=folder, process_group=group, no_dist=group is None)
 
 
 def load_state(
@@ -154,8 +154,8 @@ def load_state(
 ) -> None:
     """Read trained weights and optimizer state, written by any number of ranks."""
     weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
-    state = {"model": weights, "optimizer": moments}
-    dcp.load(state, checkpoint_id=folder, process_group=group, no_dist=group is None)
+    state: dict[str, Any] = {"model": weights, "optimizer": moments}
+    state_dict_loader.load(state, checkpoint_id=folder, process_group=group, no_dist=group is None)
     set_state_dict(
         model,
         optimizer,
@@ -168,7 +168,7 @@ def load_state(
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Read trained weights alone, in one process."""
     weights = get_model_state_dict(model, options=_TRAINED)
-    dcp.load({"model": weights}, checkpoint_id=folder, no_dist=True)
+    state_dict_loader.load({"model": weights}, checkpoint_id=folder, no_dist=True)
     set_model_state_dict(
         model, weights, options=StateDictOptions(ignore_frozen_params=True, strict=False)
     )
@@ -187,9 +187,7 @@ class Checkpoints:
     claim: Claim | None
 
     @classmethod
-    def take(
-        cls, gang: Gang, store: ObjectStore, order: RunOrder, scratch: Path
-    ) -> Checkpoints:
+    def take(cls, gang: Gang, store: ObjectStore, order: RunOrder, scratch: Path) -> Checkpoints:
         """Take the run for a new attempt of this gang.
 
         Raises:
@@ -234,9 +232,7 @@ class Checkpoints:
             return False
         return seconds >= (rule.every_seconds or _DEFAULT_SECONDS)
 
-    def commit(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, state: LoopState
-    ) -> None:
+    def commit(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: LoopState) -> None:
         """Write the state and move HEAD to it.
 
         Raises:
@@ -265,7 +261,7 @@ class Checkpoints:
             commit = self.head.commits[0]
             folder = self._fetch(commit)
             if folder is None:
-                self._move(lambda held, bad=commit: held.discard(bad))
+                self._move(partial(Claim.discard, corrupt=commit))
                 continue
             load_state(folder, model, optimizer, self.gang.control)
             self.gang.barrier()

@@ -8,7 +8,7 @@ Loss is a sum over supervised tokens divided by their number, so it depends on n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +23,10 @@ from finetune_api.spec import Metric
 from finetune_trainer.feed import build_row
 from finetune_trainer.gang import Gang
 from finetune_trainer.loss import TokenLoss, row_losses
+from finetune_trainer.metricnames import OF_LOSS
 from finetune_trainer.plan import pack_all
 from finetune_trainer.prepare.shards import PreparedData, Reference
+from finetune_trainer.prepare.split import Side
 from finetune_trainer.scores import GENERATED, Answers, loss_metrics, text_metrics
 
 # Prompt and answer tokens of one generation batch: bounds the key-value cache.
@@ -57,7 +59,7 @@ class Evaluator:
     max_samples: int
     max_new_tokens: int
 
-    def sets(self, split: str, wanted: dict[str, Sequence[Metric]]) -> list[SetResult]:
+    def sets(self, split: Side, wanted: Mapping[str, Sequence[Metric]]) -> list[SetResult]:
         """Results of every set of a split; ``wanted`` names the metrics of each set."""
         with evaluating(self.loss):
             return [
@@ -65,7 +67,7 @@ class Evaluator:
                 for number, name in self.data.set_names(split)
             ]
 
-    def _one(self, split: str, number: int, name: str, wanted: Sequence[Metric]) -> SetResult:
+    def _one(self, split: Side, number: int, name: str, wanted: Sequence[Metric]) -> SetResult:
         index = self.data.index(split)
         positions = np.flatnonzero(index.set == number)
         loss_sum, tokens = self._loss(split, positions, index.length[positions])
@@ -84,10 +86,10 @@ class Evaluator:
                 ),
                 wanted,
             )
-        shown = {m: metrics[m] for m in (*wanted, "Loss", "Perplexity") if m in metrics}
+        shown = {str(m): metrics[m] for m in (*wanted, *OF_LOSS) if m in metrics}
         return SetResult(name, len(positions), shown, loss_sum, tokens, answers)
 
-    def _loss(self, split: str, positions: np.ndarray, lengths: np.ndarray) -> tuple[float, float]:
+    def _loss(self, split: Side, positions: np.ndarray, lengths: np.ndarray) -> tuple[float, float]:
         """Summed loss and number of supervised tokens of some samples, over the gang."""
         rows = pack_all(lengths, self.row_tokens, self.gang.size, self.packed)[self.gang.rank]
         total = torch.zeros(2, dtype=torch.float64)
@@ -163,7 +165,7 @@ def greedy(
 ) -> GenerationConfig:
     """Greedy decoding that stops at the tokens with which learned answers end; nothing of the
     model's own generation settings is taken (no sampling, no penalties)."""
-    return GenerationConfig(
+    return GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         num_beams=1,
         repetition_penalty=1.0,

@@ -11,7 +11,7 @@ import datetime
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -38,11 +38,11 @@ class Gang:
 
     @property
     def rank(self) -> int:
-        return self.accelerator.process_index
+        return int(self.accelerator.process_index)
 
     @property
     def size(self) -> int:
-        return self.accelerator.num_processes
+        return int(self.accelerator.num_processes)
 
     @property
     def first(self) -> bool:
@@ -50,14 +50,16 @@ class Gang:
 
     @property
     def first_of_node(self) -> bool:
-        return self.accelerator.local_process_index == 0
+        return bool(self.accelerator.local_process_index == 0)
 
     @property
     def device(self) -> torch.device:
-        return self.accelerator.device
+        device: torch.device = self.accelerator.device
+        return device
 
     def autocast(self) -> AbstractContextManager[Any]:
-        return self.accelerator.autocast()
+        context: AbstractContextManager[Any] = self.accelerator.autocast()
+        return context
 
     def from_first(self, make: Callable[[], T]) -> T:
         """What ``make`` returns in the first process, in every process. Its failure is every
@@ -131,7 +133,9 @@ def join(training: Training) -> Gang:
         raise NodeFailure(PEER_LOST, f"the gang did not form: {error}") from error
     control = None
     if accelerator.num_processes > 1:
-        control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+        control = cast(
+            dist.ProcessGroup, dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+        )
     return Gang(accelerator, control)
 
 

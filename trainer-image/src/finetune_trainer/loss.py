@@ -9,6 +9,7 @@ import inspect
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -27,7 +28,7 @@ class TokenLoss(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
         self._selects = "logits_to_keep" in inspect.signature(inner.forward).parameters
 
     def forward(self, row: RowTensors) -> Tensor:
@@ -39,8 +40,10 @@ class TokenLoss(nn.Module):
         )
         logits = output.logits[0] if self._selects else output.logits[0].index_select(0, predict)
         if empty:
-            return logits.float().sum()[None] * 0.0
-        return cross_entropy(logits.float(), row.labels, reduction="none")
+            nothing: Tensor = logits.float().sum()[None] * 0.0
+            return nothing
+        losses: Tensor = cross_entropy(logits.float(), row.labels, reduction="none")
+        return losses
 
 
 def row_losses(module: nn.Module, row: RowTensors) -> Tensor:

@@ -11,6 +11,7 @@ attention is transformers' own ``sdpa``, so generation needs no switch.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -121,13 +122,15 @@ def _document_attention(
     """
     row = _current.get()
     if row is None:
-        window = {"sliding_window": sliding_window} if sliding_window is not None else {}
+        window: dict[str, Any] = {}
+        if sliding_window is not None:
+            window["sliding_window"] = sliding_window
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             **window, **kwargs,
         )  # fmt: skip
         return output
-    heads, tokens, width = query.shape[1:]
+    heads, tokens = query.shape[1:3]
     attended = query.new_empty(tokens, heads, value.shape[-1])
     single = len(row.groups) == 1 and row.groups[0].documents == 1
     for group in row.groups:
@@ -184,7 +187,4 @@ def can_pack(model: PreTrainedModel) -> bool:
     names = {type(module).__name__.lower() for module in model.modules()}
     if any(mark in name for name in names for mark in _STATEFUL):
         return False
-    # Models with learned or no position ids in forward cannot restart positions.
-    import inspect
-
     return "position_ids" in inspect.signature(model.forward).parameters

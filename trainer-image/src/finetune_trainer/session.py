@@ -1,6 +1,6 @@
 """Everything a training process needs, built once, before the loop.
 
-    order ──► gang ──► data ──► model ──► plan, evaluator, checkpoints, telemetry
+order ──► gang ──► data ──► model ──► plan, evaluator, checkpoints, telemetry
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from finetune_trainer.objects import Stores
 from finetune_trainer.packed import can_pack
 from finetune_trainer.plan import Plan
 from finetune_trainer.prepare.shards import PreparedData
+from finetune_trainer.prepare.split import Side
 from finetune_trainer.scores import GENERATED
 from finetune_trainer.telemetry import Telemetry
 
@@ -66,7 +67,7 @@ class Session:
     def spec(self) -> FineTuneJobSpec:
         return self.order.spec
 
-    def metrics_of_sets(self, split: str, only: Sequence[Metric] = ()) -> dict[str, list[Metric]]:
+    def metrics_of_sets(self, split: Side, only: Sequence[Metric] = ()) -> dict[str, list[Metric]]:
         """Metrics to measure for each set of a split; ``only`` keeps generated ones to these."""
         wanted = {}
         for entry in self.data.manifest.sets:
@@ -102,7 +103,8 @@ def open_session(
     frozen = torch.bfloat16 if precision == "BF16" and spec.method.type != "Full" else torch.float32
     base = load_base(path, frozen)
     packed = can_pack(base)
-    model = apply_method(base, spec).to(gang.device)
+    model = apply_method(base, spec)
+    nn.Module.to(model, gang.device)
     loss = TokenLoss(model)
     loss.train()
     module: nn.Module = loss

@@ -1,4 +1,4 @@
-"""One process of a training gang: what torchrun starts (``python -m finetune_trainer.train_worker``).
+"""One process of a training gang, as torchrun starts it.
 
 It takes its place in the gang, takes the run, trains, and leaves its summary or its failure in a
 file for the supervisor.
@@ -27,7 +27,7 @@ from finetune_trainer.telemetry import Telemetry
 def main() -> int:
     """Run this process's part; returns its exit code."""
     # Progress bars of libraries are noise in a log that nobody watches.
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         order = load_order()
         work(join(order.spec.training))

@@ -1,0 +1,152 @@
+"""From kubectl apply to an evaluated model, and what happens when things are lost on the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from e2e_outside import evaluate_outside
+
+from cluster.api import eventually
+
+pytestmark = pytest.mark.e2e
+
+GAIN = {"Accuracy": 0.3, "Rouge": 0.05}
+"""Least gain of the quickstart's two tasks."""
+
+
+def scores(status: dict[str, Any]) -> dict[tuple[str, str], tuple[float, float]]:
+    """(data set, metric) → (untuned, tuned)."""
+    return {
+        (m["dataSet"], m["metric"]): (float(m["untuned"]), float(m["tuned"]))
+        for m in status["evaluation"]
+    }
+
+
+def restarts_of_pods(pods: list[dict[str, Any]]) -> dict[str, int]:
+    return {
+        p["metadata"]["uid"]: sum(c["restartCount"] for c in p["status"]["containerStatuses"])
+        for p in pods
+    }
+
+
+def test_a_job_ends_in_an_evaluated_model(platform, manifest_of, tmp_path: Path) -> None:
+    name = platform.apply(manifest_of("support-bot"))
+    status = platform.wait(name, "Complete")
+    assert status["phase"] == "Complete"
+    assert status["restarts"] == 0
+    assert status["usage"]["gpuSeconds"] == 0
+    found = scores(status)
+    assert found["intent", "Accuracy"][1] > found["intent", "Accuracy"][0] + GAIN["Accuracy"]
+    assert found["note", "Rouge"][1] > found["note", "Rouge"][0] + GAIN["Rouge"]
+    assert found["intent", "Loss"][1] < found["intent", "Loss"][0]
+
+    uri = status["output"]["uri"]
+    assert uri.startswith(f"s3://output/{name}/1-")
+    published = {info.uri.removeprefix(f"{uri}/") for info in platform.store.list(f"{uri}/")}
+    assert {
+        "manifest.json", "metrics.json", "report.html", "README.md",
+        "merged/model.safetensors", "merged/config.json", "merged/tokenizer.json",
+        "adapter/adapter_model.safetensors", "adapter/adapter_config.json",
+    } <= published  # fmt: skip
+    for path in published:
+        platform.store.download(f"{uri}/{path}", tmp_path / path)
+    for entry in ("intent", "note"):
+        told = {metric: value[1] for (name_, metric), value in found.items() if name_ == entry}
+        again = evaluate_outside(
+            tmp_path / "merged", platform.inputs / f"data/{entry}-test.jsonl", entry
+        )
+        for metric, value in again.items():
+            assert value == pytest.approx(told[metric], abs=2e-3), (entry, metric)
+
+    # Nothing of ours on the user's object, and nothing of it that GitOps would call a drift.
+    job = platform.job(name)
+    assert not job["metadata"].get("finalizers")
+    assert set(job["metadata"].get("annotations", {})) <= {
+        "kubectl.kubernetes.io/last-applied-configuration"
+    }
+
+    # A finished run stays finished when its children are deleted.
+    platform.kubectl("delete", "jobs", "-l", f"finetune-operator.dev/job-name={name}")
+    platform.kubectl("annotate", "finetunejob", name, "touched=yes")
+    again = platform.wait(name, "Complete")
+    assert again["run"] == status["run"]
+    assert not platform.pods(name, "train")
+
+
+@pytest.mark.parametrize("index", [1, 0])
+def test_a_lost_pod_is_one_incident_and_the_run_goes_on(
+    platform, manifest_of, index: int
+) -> None:
+    name = platform.apply(manifest_of(f"lost-{index}", checkpoint={"everySteps": 5}))
+    platform.wait_for_step(name, 10)
+    (victim,) = [
+        p for p in platform.pods(name, "train")
+        if p["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"] == str(index)
+    ]  # fmt: skip
+    platform.kubectl("delete", "pod", victim["metadata"]["name"], "--grace-period=0", "--force")
+    status = platform.wait(name, "Complete")
+    assert status["restarts"] == 1
+    assert status["run"]["attempt"] == 2
+    assert status["run"]["number"] == 1
+    head = json.loads(platform.store.get(f"{run_uri(status, name)}/HEAD.json"))
+    assert head["attempt"] == 2
+    assert head["restarts"] == 1
+    assert head["released"] is True
+    assert head["lostSeconds"] > 0
+    result = json.loads(platform.store.get(f"{run_uri(status, name)}/result.json"))
+    steps = [p["step"] for p in result["curve"]]
+    assert steps == sorted(set(steps)), "the curve goes on where the last commit left it"
+    assert scores(status)["intent", "Accuracy"][1] > 0.6
+
+
+def run_uri(status: dict[str, Any], name: str) -> str:
+    return f"s3://output/{name}/.workspace/runs/{name}/{status['run']['id']}"
+
+
+def test_an_operator_that_is_killed_loses_and_restarts_nothing(platform, manifest_of) -> None:
+    name = platform.apply(manifest_of("unattended", checkpoint={"everySteps": 10}))
+    before = platform.wait_for_step(name, 5)
+    pods = restarts_of_pods(platform.pods(name, "train"))
+    for pod in platform.cluster.get("pods", "-n", "finetune-system")["items"]:
+        platform.cluster.kubectl(
+            "-n", "finetune-system", "delete", "pod", pod["metadata"]["name"],
+            "--grace-period=0", "--force",
+        )  # fmt: skip
+    eventually(
+        "the new operator reports",
+        lambda: platform.status(name)["progress"]["step"] > before["progress"]["step"],
+        within=120,
+    )
+    assert restarts_of_pods(platform.pods(name, "train")) == pods
+    status = platform.wait(name, "Complete")
+    assert status["restarts"] == 0
+    assert status["run"]["attempt"] == 1
+    assert status["run"]["startTime"] == before["run"]["startTime"]
+
+
+def test_suspend_saves_and_resume_goes_on(platform, manifest_of) -> None:
+    name = platform.apply(manifest_of("paused", checkpoint={"everySeconds": 3600}))
+    eventually(
+        "training",
+        lambda: platform.status(name).get("progress", {}).get("step", 0) >= 5,
+        within=240,
+    )
+    platform.kubectl("patch", "finetunejob", name, "--type=merge", "-p", '{"spec":{"suspend":true}}')
+    platform.wait(name, "Suspended")
+    eventually("no pod is left", lambda: not running(platform.pods(name, "train")), within=90)
+    head = json.loads(platform.store.get(f"{run_uri(platform.status(name), name)}/HEAD.json"))
+    assert head["released"] is True
+    assert head["commits"][0]["step"] >= 5
+    platform.kubectl(
+        "patch", "finetunejob", name, "--type=merge", "-p", '{"spec":{"suspend":false}}'
+    )
+    status = platform.wait(name, "Complete")
+    assert status["restarts"] == 0
+    assert status["run"]["attempt"] == 2
+
+
+def running(pods: list[dict[str, Any]]) -> list[str]:
+    return [p["metadata"]["name"] for p in pods if p["status"]["phase"] in ("Pending", "Running")]
