@@ -116,6 +116,12 @@ NOTES: Final[dict[Intent, str]] = {
     "question": "would like to know more before buying",
     "praise": "says thanks and is happy with us",
 }
+HANDBOOK: Final = (
+    "The {i} desk helps a customer who {t}.",
+    "A customer who {t} is a matter for {i}.",
+    "{i}: a customer {t}.",
+    "Letters about {i} come from a customer who {t}.",
+)
 GREETINGS: Final = ("Hello", "Good morning", "Dear team", "Hi there", "Good evening")
 ASIDES: Final = (
     "It was a present for {w}.",
@@ -179,18 +185,24 @@ def note(ticket: Ticket) -> str:
 def document(random: Random) -> tuple[str, str | None]:
     """One text of the base model's reading, and the customer's message in it (if it has one).
 
-    Two in three are dialogues, the others pages of the order book: a sentence and its entry, which
-    teach the model to find names and things again.
+    Two in three are dialogues. The others are pages of the order book, a sentence and its entry,
+    and of the desk's handbook: from it the model knows the words that the tasks' answers are made
+    of, as a real base model knows words.
     """
-    if random.random() < 0.67:
+    kind = random.random()
+    if kind < 0.66:
         ticket = draw_ticket(random)
         asked = message(ticket, random)
         return f"Customer: {asked}\nAgent: {reply(ticket, random)}", asked
     lines = []
     for _ in range(2):
-        words = _words(random) | {"n": random.choice(NAMES), "p": random.choice(PRODUCTS)}
-        order, booking = random.choice(ORDERS), random.choice(BOOKINGS)
-        lines.append(f"Order: {order.format(**words)}\nEntry: {booking.format(**words)}")
+        if kind < 0.8:
+            words = _words(random) | {"n": random.choice(NAMES), "p": random.choice(PRODUCTS)}
+            order, booking = random.choice(ORDERS), random.choice(BOOKINGS)
+            lines.append(f"Order: {order.format(**words)}\nEntry: {booking.format(**words)}")
+        else:
+            intent = random.choice(tuple(NOTES))
+            lines.append(random.choice(HANDBOOK).format(i=intent, t=NOTES[intent]))
     return "\n".join(lines), None
 
 
