@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fixtures_quickstart import tiny_base
 
 from finetune_api.names import storage_env
 from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
 from finetune_api.spec import parse_spec
 from finetune_trainer.s3server import EmbeddedS3
+
+__all__ = ["tiny_base"]
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ _LOAD_ADAPTER = """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained({base!r})
+base = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(base, "adapter")
 tokenizer = AutoTokenizer.from_pretrained("adapter")
 ```"""
@@ -99,8 +99,11 @@ def front_matter(about: About) -> dict[str, Any]:
 def _load(about: About, name: str) -> str:
     if name == "merged":
         return _LOAD_MERGED
-    base = about.spec.model.source.removeprefix("hf://").partition("@")[0]
-    return _LOAD_ADAPTER.format(base=base)
+    source = about.spec.model.source
+    if not source.startswith("hf://"):
+        return f"`base` is a copy of `{source}`.\n\n" + _LOAD_ADAPTER.format(base='"base"')
+    base, _, revision = source.removeprefix("hf://").partition("@")
+    return _LOAD_ADAPTER.format(base=f'"{base}", revision="{revision}"' if revision else f'"{base}"')
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

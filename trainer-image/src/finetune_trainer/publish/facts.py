@@ -47,7 +47,7 @@ class Score:
         sign = "+" if signed else ""
         if self.metric in _PERCENT:
             return f"{100 * value:{sign}.1f} %"
-        return f"{value:{sign}.4g}" if abs(value) >= 1000 else f"{value:{sign}.3f}"
+        return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.3f}"
 
 
 @dataclass(frozen=True)

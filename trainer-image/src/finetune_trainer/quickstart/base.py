@@ -51,7 +51,7 @@ class Size:
 
 
 SIZES: Final = {
-    "quickstart": Size(hidden=128, layers=4, heads=4, steps=240, rows=8),
+    "quickstart": Size(hidden=128, layers=4, heads=4, steps=200, rows=8),
     "tiny": Size(hidden=64, layers=2, heads=2, steps=40, rows=8),
 }
 

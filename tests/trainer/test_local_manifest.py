@@ -1,0 +1,159 @@
+"""Manifests of `finetune run`: paths become claims, and faults are told with their paths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finetune_api.base import InvalidSpec
+from finetune_trainer.cli import main
+from finetune_trainer.local.manifest import claim_of, read_manifest
+from finetune_trainer.local.state import StateFolder
+
+
+def manifest(folder: Path, **changes: Any) -> Path:
+    raw: dict[str, Any] = {
+        "apiVersion": "finetune-operator.dev/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {"name": "job"},
+        "spec": {
+            "model": {"source": "s3://bucket/model"},
+            "data": {"train": [{"source": "s3://bucket/train.jsonl"}]},
+            "output": {"destination": "s3://bucket/out"},
+        },
+    } | changes
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def problems(path: Path) -> list[str]:
+    with pytest.raises(InvalidSpec) as caught:
+        read_manifest(path)
+    return caught.value.problems
+
+
+def test_every_form_of_a_path_becomes_a_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "data" / "deep").mkdir(parents=True)
+    (tmp_path / "data" / "a.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    spec = {
+        "model": {"source": "./model"},
+        "data": {
+            "train": [
+                {"source": f"{tmp_path}/data/a.jsonl"},
+                {"source": f"file://{tmp_path}/data/*.jsonl"},
+                {"source": "~/data/**/*.jsonl"},
+                {"source": "./data/"},
+                {"source": "./model/../data/a.jsonl"},
+            ]
+        },
+        "output": {"destination": "s3://bucket/out"},
+    }
+    job = read_manifest(manifest(tmp_path, spec=spec))
+    where = {name: folder.name for name, folder in job.claims.items()}
+
+    def shown(address: str) -> str:
+        claim, _, rest = address.removeprefix("pvc://").partition("/")
+        return f"{where[claim]}:{rest}"
+
+    assert shown(job.spec.model.source) == f"{tmp_path.name}:model"
+    assert [shown(source.source) for source in job.spec.data.train] == [
+        "data:a.jsonl",
+        "data:*.jsonl",
+        "data:**/*.jsonl",
+        f"{tmp_path.name}:data/",
+        "data:a.jsonl",
+    ]
+
+
+def test_claims_lead_to_the_folders(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_text("here")
+    claims: dict[str, Path] = {}
+    address = claim_of(f"{tmp_path}/data/a.jsonl", claims)
+    state = StateFolder(tmp_path / "state")
+    for _ in range(2):  # the second run finds the links of the first
+        state.link_claims(claims)
+    assert (state.claims / address.removeprefix("pvc://")).read_text() == "here"
+
+
+def test_faults_are_told_once_with_their_paths(tmp_path: Path) -> None:
+    path = manifest(
+        tmp_path,
+        apiVersion="v1",
+        metadata={"name": "Not A Name"},
+        extra=1,
+        spec={
+            "model": {"source": f"{tmp_path}/nothing/model"},
+            "data": {"train": [{"source": f"{tmp_path}/none.jsonl"}]},
+            "output": {"destination": "here"},
+            "training": {"epochs": 0},
+        },
+    )
+    told = problems(path)
+    assert [line.split(":", 1)[0] for line in told[:5]] == [
+        "apiVersion",
+        "metadata.name",
+        "extra",
+        "spec.model.source",
+        "spec.data.train[0].source",
+    ]
+    assert {line.split(":", 1)[0] for line in told[5:]} == {
+        "spec.training.epochs",
+        "spec.output.destination",
+    }
+    assert len(told) == 7
+    assert "does not exist" in told[3]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [", "is not YAML"),
+        ("", "holds 0 FineTuneJobs"),
+        ("- 1\n", "holds 0 FineTuneJobs"),
+        ("kind: FineTuneJob\n---\nkind: FineTuneJob\n", "holds 2 FineTuneJobs"),
+        ("kind: FineTuneJob\n", "spec: required"),
+        ("kind: FineTuneJob\nspec: 3\n", "spec: must be a mapping"),
+        ("kind: FineTuneJob\nspec: {data: 3, model: 4}\n", "spec.model"),
+    ],
+)
+def test_files_that_hold_no_job(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    assert any(said in line for line in problems(path))
+
+
+def test_a_job_among_other_objects_is_found(tmp_path: Path) -> None:
+    path = manifest(tmp_path)
+    path.write_text(f"kind: Secret\nmetadata: {{name: s}}\n---\n{path.read_text()}")
+    assert read_manifest(path).name == "job"
+
+
+def test_validate_says_what_is_wrong_and_ends_with_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["validate", str(manifest(tmp_path))]) == 0
+    assert main(["validate", str(manifest(tmp_path, spec={}))]) == 2
+    assert "spec.model: required, but absent" in capsys.readouterr().err
+    assert main(["validate", str(tmp_path / "none.yaml")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart-full", "quickstart-cluster"])
+def test_the_examples_are_valid(
+    name: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = Path(__file__).parents[2] / "examples"
+    (tmp_path / ".finetune").mkdir()
+    (tmp_path / ".finetune" / "quickstart").symlink_to(tiny_base)
+    monkeypatch.chdir(tmp_path)
+    assert read_manifest(examples / f"{name}.yaml").name.startswith("quickstart")

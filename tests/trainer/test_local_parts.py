@@ -1,0 +1,206 @@
+"""The decisions of `finetune run`: layout of the gang, which run is meant, which storage is used."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_api.names import ExitCode, storage_env
+from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
+from finetune_api.results import Failure, Termination
+from finetune_api.spec import Compute, FineTuneJobSpec, parse_spec
+from finetune_trainer.local import stages
+from finetune_trainer.local.display import duration
+from finetune_trainer.local.gang import lay_out
+from finetune_trainer.local.manifest import LocalJob
+from finetune_trainer.local.state import JobState, StateFolder, choose_run, completed
+from finetune_trainer.local.storage import storage_for, uses_embedded
+
+
+@pytest.mark.parametrize(
+    ("compute", "gpus", "cores", "nodes", "processes", "dealt", "threads", "noted"),
+    [
+        ({"nodes": 2, "gpusPerNode": 0}, 0, 4, 2, 1, ((), ()), 2, False),
+        ({"nodes": 2, "gpusPerNode": 0, "processesPerNode": 2}, 8, 4, 2, 2, ((), ()), 1, False),
+        ({"nodes": 1, "gpusPerNode": 0}, 0, 1, 1, 1, ((),), 1, False),
+        ({"nodes": 4, "gpusPerNode": 8}, 0, 2, 2, 1, ((), ()), 1, True),
+        ({"nodes": 2, "gpusPerNode": 2}, 4, 16, 2, 2, ((0, 1), (2, 3)), 4, False),
+        ({"nodes": 2, "gpusPerNode": 8}, 4, 16, 2, 2, ((0, 1), (2, 3)), 4, True),
+        ({"nodes": 4, "gpusPerNode": 8}, 2, 16, 1, 2, ((0, 1),), 8, True),
+        ({"nodes": 1, "gpusPerNode": 2, "processesPerNode": 1}, 2, 4, 1, 1, ((0, 1),), 4, False),
+    ],
+)
+def test_layout(
+    compute: dict[str, Any], gpus: int, cores: int, nodes: int, processes: int,
+    dealt: tuple[tuple[int, ...], ...], threads: int, noted: bool,
+) -> None:  # fmt: skip
+    found = lay_out(Compute.model_validate(compute), gpus, cores)
+    assert (found.nodes, found.processes, found.gpus) == (nodes, processes, dealt)
+    assert found.threads == threads
+    assert bool(found.notes) == noted
+
+
+def job(**changes: Any) -> LocalJob:
+    return LocalJob("job", "default", spec(**changes), {})
+
+
+def spec(**changes: Any) -> FineTuneJobSpec:
+    return parse_spec(
+        {
+            "model": {"source": "s3://bucket/model"},
+            "data": {"train": [{"source": "s3://bucket/train.jsonl"}]},
+            "output": {"destination": "s3://bucket/out"},
+        }
+        | changes
+    )
+
+
+def test_an_interrupted_run_goes_on_and_a_complete_one_does_not() -> None:
+    state, first, goes_on = choose_run(JobState(uid="0f9c2e7a"), job())
+    assert (first, goes_on) == ("1-0f9c2", False)
+    state, again, goes_on = choose_run(state, job())
+    assert (again, goes_on) == (first, True)
+    state, resized, goes_on = choose_run(state, job(compute={"nodes": 4}))
+    assert (resized, goes_on) == (first, True)
+    state, second, goes_on = choose_run(completed(state), job(compute={"nodes": 4}))
+    assert (second, goes_on) == ("2-0f9c2", False)
+    state, third, goes_on = choose_run(state, job(training={"epochs": 7}))
+    assert (third, goes_on) == ("3-0f9c2", False)
+    state, fourth, goes_on = choose_run(state, job(training={"epochs": 7}, rerunToken="again"))
+    assert (fourth, goes_on) == ("4-0f9c2", False)
+
+
+def test_the_identity_of_a_job_is_kept_by_its_name(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path)
+    state, _, _ = choose_run(folder.read("job"), job())
+    folder.write("job", state)
+    assert folder.read("job") == state
+    assert folder.read("other").uid != state.uid
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "of_spec", "environ", "expected"),
+    [
+        (None, None, {}, True),
+        (None, None, {"AWS_ACCESS_KEY_ID": "a"}, False),
+        (None, None, {"AWS_PROFILE": "work"}, False),
+        ("http://s3:9000", None, {}, False),
+        (None, "http://s3:9000", {}, False),
+    ],
+)
+def test_which_storage(
+    endpoint: str | None, of_spec: str | None, environ: dict[str, str], expected: bool
+) -> None:
+    storage = {"endpoint": of_spec} if of_spec else {}
+    assert uses_embedded(spec(storage=storage), endpoint, environ) is expected
+
+
+def test_a_manifest_of_the_cluster_runs_on_the_embedded_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "mine")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "own")
+    cluster = spec(
+        storage={"endpoint": "http://s3:9000", "secretRef": {"name": "keys"}},
+        output={"destination": "s3://made-here/out"},
+        model={"source": "s3://far/model", "storage": {"region": "eu-west-1"}},
+    )
+    with storage_for(cluster, StateFolder(tmp_path), None, force_embedded=True) as where:
+        assert where.embedded is not None
+        assert where.spec.storage.endpoint == where.embedded.endpoint
+        assert where.spec.storage.secret_ref is None
+        where.embedded.store().put("s3://made-here/probe", b"1")
+        order = RunOrder(
+            version=CONTRACT_VERSION,
+            job=JobIdentity(namespace="default", name="job", uid="0f9c2"),
+            run="1-0f9c2",
+            spec=where.spec,
+        )
+        keys = where.environment(order)
+    assert keys[storage_env(0, "AWS_ACCESS_KEY_ID")] == where.embedded.access_key
+    assert keys[storage_env(1, "AWS_ACCESS_KEY_ID")] == "mine"
+
+
+class Scripted(stages.StageProcess):
+    """A process of a stage whose exits are given: the next one at each start."""
+
+    def __init__(self, place: stages.Place, rank: int, codes: list[int]) -> None:
+        super().__init__(place, "train", rank, {})
+        self.codes = codes
+        self.starts = 0
+
+    def start(self) -> None:
+        self._termination.parent.mkdir(parents=True, exist_ok=True)
+        code = self.codes[min(self.starts, len(self.codes) - 1)]
+        self.starts += 1
+        self._process = subprocess.Popen([sys.executable, "-S", "-c", f"raise SystemExit({code})"])
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> stages.Place:
+    return stages.Place(tmp_path, tmp_path / "claims", {}, 2)
+
+
+def to_end(stage: stages.Stage) -> None:
+    stage.start()
+    while not stage.step():
+        for process in stage.processes:
+            process.wait()
+
+
+def test_a_lost_node_is_started_again(place: stages.Place) -> None:
+    lost, other = Scripted(place, 0, [20, 20, 0]), Scripted(place, 1, [0])
+    stage = stages.Stage([lost, other], max_restarts=2)
+    to_end(stage)
+    assert stage.failed() is None
+    assert (lost.starts, other.starts, stage.restarts) == (3, 1, 2)
+
+
+def test_restarts_are_bounded_and_final_failures_are_not_tried_again(place: stages.Place) -> None:
+    lost = Scripted(place, 0, [20])
+    stage = stages.Stage([lost], max_restarts=1)
+    to_end(stage)
+    assert lost.starts == 2
+    assert stage.failed() is not None
+    final = Scripted(place, 0, [int(ExitCode.DIVERGED)])
+    to_end(stages.Stage([final], max_restarts=5))
+    assert final.starts == 1
+
+
+def test_the_failure_that_is_shown_is_the_cause(place: stages.Place) -> None:
+    cause, victim = Scripted(place, 1, [13]), Scripted(place, 0, [23])
+    stage = stages.Stage([victim, cause], max_restarts=0)
+    to_end(stage)
+    for process, kind in ((cause, "Diverged"), (victim, "Preempted")):
+        failure = Failure.model_validate(
+            {"class": kind, "reason": kind, "message": kind, "retryable": kind == "Preempted"}
+        )
+        process._termination.write_text(
+            Termination(run="1-0f9c2", role="train", failure=failure).to_text()
+        )
+    found = stage.failed()
+    assert found is not None
+    assert found[1].failure_class == "Diverged"
+
+
+def test_a_process_without_a_last_word_is_told_of(place: stages.Place) -> None:
+    silent = Scripted(place, 0, [0])
+    silent._process = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+    silent._process.send_signal(signal.SIGKILL)
+    silent.wait()
+    failure = silent.failure()
+    assert failure.reason == "NoLastWord"
+    assert "SIGKILL" in failure.message
+    assert str(silent.log) in failure.message
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0s"), (59.6, "1m00s"), (130, "2m10s"), (3725, "1h02m")]
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
