@@ -22,7 +22,6 @@ from finetune_api.schema import structural
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
 
-pytest_plugins = ["cluster.fixtures"]
 
 FORBIDDEN = {
     "$ref", "$defs", "title", "const", "anyOf", "allOf", "oneOf", "not", "exclusiveMinimum",

@@ -10,7 +10,6 @@ from crds.conftest import Create
 from crds.spec_table import BAD, GOOD, Row, changed
 from finetune_api.spec import parse_spec
 
-pytest_plugins = ["cluster.fixtures"]
 
 
 @pytest.mark.parametrize("row", GOOD, ids=lambda row: row.name)

@@ -272,7 +272,7 @@ ManifestOf = Callable[..., Manifest]
 @pytest.fixture(scope="session")
 def manifest_of(platform: Platform) -> ManifestOf:
     """``manifest_of(name, **spec)``: the cluster quickstart under another name and destination,
-    smaller, with blocks of the spec laid over it."""
+    with blocks of the spec laid over it."""
     import yaml
 
     text = (ROOT / "examples/quickstart-cluster.yaml").read_text()
@@ -289,7 +289,7 @@ def manifest_of(platform: Platform) -> ManifestOf:
         base["compute"]["resources"] = {"requests": {"cpu": "100m", "memory": "256Mi"}}
         for block, value in spec.items():
             if isinstance(value, dict) and isinstance(base.get(block), dict):
-                base[block] = base[block] | value
+                base[block] = {k: v for k, v in (base[block] | value).items() if v is not None}
             else:
                 base[block] = value
         return manifest

@@ -13,6 +13,9 @@ from cluster.api import eventually
 
 pytestmark = pytest.mark.e2e
 
+SHORT = {"training": {"epochs": None, "maxSteps": 40}, "evaluation": {"maxSamples": 20}}
+"""Where the result is beside the point."""
+
 GAIN = {"Accuracy": 0.3, "Rouge": 0.05}
 """Least gain of the quickstart's two tasks."""
 
@@ -39,6 +42,7 @@ def test_a_job_ends_in_an_evaluated_model(platform, manifest_of, tmp_path: Path)
     assert status["restarts"] == 0
     assert status["usage"]["gpuSeconds"] == 0
     found = scores(status)
+    assert ("intent", "Accuracy") in found, status["evaluation"]
     assert found["intent", "Accuracy"][1] > found["intent", "Accuracy"][0] + GAIN["Accuracy"]
     assert found["note", "Rouge"][1] > found["note", "Rouge"][0] + GAIN["Rouge"]
     assert found["intent", "Loss"][1] < found["intent", "Loss"][0]
@@ -80,7 +84,7 @@ def test_a_job_ends_in_an_evaluated_model(platform, manifest_of, tmp_path: Path)
 def test_a_lost_pod_is_one_incident_and_the_run_goes_on(
     platform, manifest_of, index: int
 ) -> None:
-    name = platform.apply(manifest_of(f"lost-{index}", checkpoint={"everySteps": 5}))
+    name = platform.apply(manifest_of(f"lost-{index}", checkpoint={"everySteps": 5}, **SHORT))
     platform.wait_for_step(name, 10)
     (victim,) = [
         p for p in platform.pods(name, "train")
@@ -99,7 +103,8 @@ def test_a_lost_pod_is_one_incident_and_the_run_goes_on(
     result = json.loads(platform.store.get(f"{run_uri(status, name)}/result.json"))
     steps = [p["step"] for p in result["curve"]]
     assert steps == sorted(set(steps)), "the curve goes on where the last commit left it"
-    assert scores(status)["intent", "Accuracy"][1] > 0.6
+    before, after = scores(status)["intent", "Loss"]
+    assert after < before
 
 
 def run_uri(status: dict[str, Any], name: str) -> str:
@@ -107,7 +112,7 @@ def run_uri(status: dict[str, Any], name: str) -> str:
 
 
 def test_an_operator_that_is_killed_loses_and_restarts_nothing(platform, manifest_of) -> None:
-    name = platform.apply(manifest_of("unattended", checkpoint={"everySteps": 10}))
+    name = platform.apply(manifest_of("unattended", checkpoint={"everySteps": 10}, **SHORT))
     before = platform.wait_for_step(name, 5)
     pods = restarts_of_pods(platform.pods(name, "train"))
     for pod in platform.cluster.get("pods", "-n", "finetune-system")["items"]:
@@ -128,7 +133,7 @@ def test_an_operator_that_is_killed_loses_and_restarts_nothing(platform, manifes
 
 
 def test_suspend_saves_and_resume_goes_on(platform, manifest_of) -> None:
-    name = platform.apply(manifest_of("paused", checkpoint={"everySeconds": 3600}))
+    name = platform.apply(manifest_of("paused", checkpoint={"everySeconds": 3600}, **SHORT))
     eventually(
         "training",
         lambda: platform.status(name).get("progress", {}).get("step", 0) >= 5,

@@ -1,4 +1,4 @@
-"""The decisions of `finetune run`: layout of the gang, which run is meant, which storage is used."""
+"""The decisions of `finetune run`: layout of the gang, which run is meant, which storage."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ imported by that command: ``supervise`` must stay small.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -98,8 +99,13 @@ def _validate(options: argparse.Namespace) -> int:
 
 
 def _quickstart(options: argparse.Namespace) -> int:
+    # Two threads that wait for each other on a busy machine burn what they wait for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from transformers.utils import logging
+
     from finetune_trainer.quickstart import make_quickstart
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     folder: Path = options.folder
     print(f"Making a base model and labelled data in {folder} (under a minute) ...", flush=True)
     reused = make_quickstart(folder, tiny=options.tiny)

@@ -103,7 +103,9 @@ def _load(about: About, name: str) -> str:
     if not source.startswith("hf://"):
         return f"`base` is a copy of `{source}`.\n\n" + _LOAD_ADAPTER.format(base='"base"')
     base, _, revision = source.removeprefix("hf://").partition("@")
-    return _LOAD_ADAPTER.format(base=f'"{base}", revision="{revision}"' if revision else f'"{base}"')
+    return _LOAD_ADAPTER.format(
+        base=f'"{base}", revision="{revision}"' if revision else f'"{base}"'
+    )
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

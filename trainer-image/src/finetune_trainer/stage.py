@@ -28,7 +28,6 @@ from finetune_api.names import (
 from finetune_api.order import RunOrder, parse_order
 from finetune_api.results import Failure, PreparedSummary, PublishSummary, Termination
 from finetune_trainer.failures import Interrupted, TrainerError, UserError, exit_code, verdict
-from finetune_trainer.workerfiles import write_whole
 
 if TYPE_CHECKING:
     from finetune_trainer.objects import Stores
@@ -99,7 +98,9 @@ def leave_termination(said: Termination) -> None:
     where it cannot be written, that is logged."""
     path = Path(os.environ.get(ENV_TERMINATION) or TERMINATION_PATH)
     try:
-        write_whole(path, said.to_text())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # In place: in a pod the file is a mount of the kubelet's, which nothing can be renamed to.
+        path.write_text(said.to_text(), encoding="utf-8")
     except OSError as error:
         log.error("cannot write the termination message %s: %s", path, error)
 

@@ -10,7 +10,7 @@ from typing import Final, Self
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from finetune_api.results import Failure, PreparedSummary, PublishSummary, TrainSummary
 from finetune_api.results import Progress as TrainProgress
@@ -31,11 +31,12 @@ class Display:
         self._spoken = 0.0
         self._bars = Progress(
             SpinnerColumn(finished_text="[green]✓"),
-            TextColumn("[bold]{task.description:<8}"),
-            BarColumn(bar_width=28),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("[bold]{task.description}", table_column=Column(min_width=7)),
+            BarColumn(bar_width=None, table_column=Column(min_width=12, max_width=28, ratio=1)),
+            TimeElapsedColumn(table_column=Column(min_width=7, no_wrap=True)),
+            TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, ratio=3)),
             console=console,
+            expand=True,
             disable=not console.is_terminal,
         )
 
@@ -114,11 +115,9 @@ class Display:
 
 
 def prepared_text(summary: PreparedSummary) -> str:
+    counts = f"{summary.train_samples:,}/{summary.validation_samples:,}/{summary.test_samples:,}"
     reused = ", prepared before" if summary.reused else ""
-    return (
-        f"{summary.train_samples:,} training, {summary.validation_samples:,} validation,"
-        f" {summary.test_samples:,} test samples, {summary.train_tokens:,} tokens{reused}"
-    )
+    return f"{counts} train/validation/test samples{reused}"
 
 
 def reading_text(records: int) -> str:

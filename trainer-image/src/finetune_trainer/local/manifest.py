@@ -143,6 +143,16 @@ def claim_of(source: str, claims: dict[str, Path]) -> str:
         raise ValueError(f"the folder {folder} does not exist; got {source!r}")
     if not _GLOB.search(rest) and not (folder / rest).exists():
         raise ValueError(f"{folder / rest} does not exist; got {source!r}")
-    claim = f"local-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"
+    slug = re.sub(r"[^a-z0-9]+", "-", folder.name.lower()).strip("-")[:40]
+    claim = f"local-{slug}-{hashlib.sha256(str(folder).encode()).hexdigest()[:6]}".replace(
+        "--", "-"
+    )
     claims[claim] = folder
     return f"pvc://{claim}/{rest}{'/' if text.endswith('/') else ''}"
+
+
+def with_paths(text: str, claims: Mapping[str, Path]) -> str:
+    """A message for people, with the paths that claims stand for."""
+    for claim, folder in claims.items():
+        text = text.replace(f"pvc://{claim}/", f"{folder}/")
+    return text

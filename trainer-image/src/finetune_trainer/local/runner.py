@@ -24,7 +24,7 @@ from finetune_trainer.failures import TrainerError, exit_code, verdict
 from finetune_trainer.local import display as face
 from finetune_trainer.local import stages
 from finetune_trainer.local.gang import Layout, count_cores, count_gpus, lay_out
-from finetune_trainer.local.manifest import LocalJob, read_manifest
+from finetune_trainer.local.manifest import LocalJob, read_manifest, with_paths
 from finetune_trainer.local.reading import read_reading
 from finetune_trainer.local.state import StateFolder, choose_run, completed
 from finetune_trainer.local.storage import Where, storage_for
@@ -183,6 +183,8 @@ class Runner:
             assert said is not None
             return said
         process, failure = failed
+        message = with_paths(failure.message, self._job.claims)
+        failure = failure.model_copy(update={"message": message})
         if self._stops and failure.failure_class == "Preempted":
             display.show(name, failure.message, None)
             display.say(failure.message)

@@ -1,0 +1,111 @@
+"""`finetune run`, as a person has it: stopped in the middle, gone on with, and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+
+from finetune_api.names import ExitCode
+
+
+def write_job(folder: Path, base: Path, **changes: Any) -> None:
+    spec: dict[str, Any] = {
+        "model": {"source": f"{base}/model"},
+        "data": {"train": [{"name": "intent", "source": f"{base}/data/intent-train.jsonl"}]},
+        "training": {"maxSteps": 150, "batchSize": 8, "precision": "FP32"},
+        "evaluation": {"everySteps": 1000, "maxNewTokens": 4, "metrics": ["Loss", "Accuracy"]},
+        "output": {"destination": "s3://models/tuned", "format": "Merged"},
+        "compute": {"nodes": 1, "gpusPerNode": 1},
+    } | changes
+    raw = {
+        "apiVersion": "finetune-operator.dev/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {"name": "tiny"},
+        "spec": spec,
+    }
+    (folder / "job.yaml").write_text(yaml.safe_dump(raw))
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "finetune_trainer", "run", "job.yaml"],
+        cwd=folder,
+        env=environment | {"COLUMNS": "120", "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(folder: Path) -> tuple[int, str]:
+    process = start(folder)
+    text, _ = process.communicate(timeout=300)
+    return process.returncode, text
+
+
+@pytest.mark.slow
+def test_a_run_is_stopped_and_goes_on_to_its_end(tiny_base: Path, tmp_path: Path) -> None:
+    write_job(tmp_path, tiny_base)
+    process = start(tmp_path)
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        if "step " in line:
+            process.send_signal(signal.SIGINT)
+            break
+    rest, _ = process.communicate(timeout=120)
+    said += rest
+    assert process.returncode == ExitCode.INTERRUPTED, said
+    assert "no GPU: training on the CPU" in said
+    assert "of 150 is saved" in said
+    assert "To go on: finetune run job.yaml" in said
+
+    code, text = run(tmp_path)
+    assert code == 0, text
+    assert "goes on" in text
+    assert "prepared before" in text
+    assert "150 steps" in text
+    assert "restarts" not in text, "a stop that was saved is no incident"
+    (folder,) = (tmp_path / ".finetune" / "models" / "tiny").iterdir()
+    assert str(folder) in text.replace("\n", "")
+    assert (folder / "report.html").exists()
+    model = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    assert model.num_parameters() > 0
+    state = json.loads((tmp_path / ".finetune" / "jobs" / "tiny.json").read_text())
+    assert [(r["number"], r["complete"]) for r in state["runs"]] == [(1, True)]
+
+
+def test_a_failure_ends_with_its_code_and_says_what_to_do(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "a", "label": "b"}\n{"text": \n')
+    write_job(tmp_path, tiny_base, data={"train": [{"source": f"{tmp_path}/bad.jsonl"}]})
+    code, text = run(tmp_path)
+    assert code == ExitCode.DATA_ERROR
+    assert "Prepare failed: DataError" in text
+    assert f"{tmp_path}/bad.jsonl, line 2" in text.replace("\n", "")
+    assert "prepare.log" in text
+
+
+def test_supervise_starts_without_torch(tmp_path: Path) -> None:
+    """Its imports are checked in a process of their own; the order is missing, so it ends."""
+    program = (
+        "import sys; from finetune_trainer.cli import main; code = main(['supervise']);"
+        "heavy = {'torch', 'transformers', 'boto3', 'numpy'} & set(sys.modules);"
+        "print(code, sorted(heavy))"
+    )
+    message = str(tmp_path / "message")
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True,
+        env=os.environ | {"FINETUNE_ORDER": "/nowhere", "FINETUNE_TERMINATION": message},
+    )  # fmt: skip
+    assert found.stdout.split(maxsplit=1) == [str(int(ExitCode.USER_ERROR)), "[]\n"]

@@ -1,0 +1,193 @@
+"""Publishing: what is written loads with plain transformers and peft, and is whole or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gangs import start_gang
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetune_api.order import RunOrder
+from finetune_api.results import PublishSummary
+from finetune_trainer import runfiles
+from finetune_trainer.commits import CorruptCommit
+from finetune_trainer.failures import UserError
+from finetune_trainer.objects import ObjectStore, Stores
+from finetune_trainer.prepare.pipeline import prepare
+from finetune_trainer.publish import publish
+from finetune_trainer.publish.files import move_latest
+
+
+class Trained:
+    """A run that has been trained on one process."""
+
+    def __init__(self, order: RunOrder, tmp_path: Path) -> None:
+        self.order = order
+        self.stores = Stores(order)
+        self.store: ObjectStore = self.stores.default
+        prepare(order, self.stores, tmp_path / "prepare")
+        path = tmp_path / "order.json"
+        path.write_text(order.to_text())
+        gang = start_gang(dict(os.environ) | {"FINETUNE_ORDER": str(path)}, 1, tmp_path / "gang")
+        assert gang.wait() == [0], gang.log.read_text()
+
+    def json(self, name: str) -> Any:
+        return json.loads(self.store.get(f"{self.order.output_uri}/{name}"))
+
+    def fetch(self, folder: Path) -> Path:
+        for info in self.store.list(f"{self.order.output_uri}/"):
+            self.store.download(info.uri, folder / info.uri.split(f"{self.order.run}/", 1)[1])
+        return folder
+
+
+SPEC: dict[str, Any] = {
+    "training": {"maxSteps": 6, "batchSize": 8, "learningRate": "1e-2", "precision": "FP32"},
+    "evaluation": {"maxNewTokens": 4, "maxSamples": 8},
+}
+
+
+@pytest.fixture
+def trained_for(order_for: Any, bucket: str, tiny_base: Path, tmp_path: Path) -> Any:
+    def make(base: Path = tiny_base / "model", **spec: Any) -> Trained:
+        order = order_for(
+            **SPEC,
+            model={"source": f"s3://{bucket}/model"},
+            data={"train": [{"name": "intent", "source": f"s3://{bucket}/train.jsonl"}]},
+            **spec,
+        )
+        store = Stores(order).default
+        for path in base.iterdir():
+            store.upload(path, f"s3://{bucket}/model/{path.name}")
+        store.upload(tiny_base / "data" / "intent-train.jsonl", f"s3://{bucket}/train.jsonl")
+        return Trained(order, tmp_path)
+
+    return make
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def logits(model: Any, tokenizer: Any) -> torch.Tensor:
+    batch = tokenizer("Hello, this is Anna. My lamp is broken.\nLabel:", return_tensors="pt")
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=batch["input_ids"]).logits
+    return found
+
+
+def configuration(model: Any) -> dict[str, Any]:
+    return {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
+
+
+def test_lora_is_published_as_adapter_and_merged(
+    trained_for: Any, bucket: str, tiny_base: Path, tmp_path: Path, one_thread: None
+) -> None:
+    run: Trained = trained_for(
+        method={"type": "LoRA", "lora": {"rank": 4, "dropout": "0.1"}},
+        output={"destination": f"s3://{bucket}/out", "format": "Both"},
+    )
+    summary = publish(run.order, run.stores, tmp_path / "scratch")
+    folder = run.fetch(tmp_path / "got")
+
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    base = AutoModelForCausalLM.from_pretrained(tiny_base / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
+    assert configuration(merged) == configuration(base)
+    assert merged.generation_config.eos_token_id == tokenizer.eos_token_id
+    untuned = logits(base, tokenizer)
+    adapted = logits(PeftModel.from_pretrained(base, str(folder / "adapter")), tokenizer)
+    assert torch.allclose(logits(merged, tokenizer), adapted, atol=1e-4)
+    assert not torch.allclose(untuned, adapted, atol=1e-1)
+
+    check_manifest(folder, summary)
+    latest = json.loads(run.store.get(f"s3://{bucket}/out/latest.json"))
+    assert (latest["run"], latest["digest"]) == (run.order.run, summary.digest)
+    told = run.json("metrics.json")["test"]
+    scores = runfiles.read_result(run.store, run.order.run_uri).summary.scores
+    assert [found["tuned"] for found in told] == [found.tuned for found in scores]
+    assert told[0]["gain"]["Loss"] == scores[0].tuned["Loss"] - scores[0].untuned["Loss"]
+
+    # A second try finds the work of the first, and does none.
+    before = {info.uri: info.etag for info in run.store.list(f"s3://{bucket}/out/")}
+    assert publish(run.order, run.stores, tmp_path / "again") == summary
+    assert before == {info.uri: info.etag for info in run.store.list(f"s3://{bucket}/out/")}
+    assert not (tmp_path / "again").exists()
+
+
+def check_manifest(folder: Path, summary: PublishSummary) -> None:
+    """The manifest names every file as it is, and the summary tells of both."""
+    text = (folder / "manifest.json").read_bytes()
+    files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    listed = json.loads(text)["files"]
+    assert {*listed, "manifest.json"} == set(files)
+    for name, expected in listed.items():
+        content = files[name].read_bytes()
+        assert len(content) == expected["bytes"]
+        assert hashlib.sha256(content).hexdigest() == expected["sha256"]
+    assert summary.digest == hashlib.sha256(text).hexdigest()
+    assert summary.bytes == sum(path.stat().st_size for path in files.values())
+    assert summary.formats == ["adapter", "merged"]
+
+
+def test_full_in_bfloat16_is_published_as_a_whole_model_of_that_dtype(
+    trained_for: Any, bucket: str, tiny_base: Path, tmp_path: Path, one_thread: None
+) -> None:
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(tiny_base / "model", dtype=torch.bfloat16).save_pretrained(
+        half
+    )
+    AutoTokenizer.from_pretrained(tiny_base / "model").save_pretrained(half)
+    run: Trained = trained_for(base=half, method={"type": "Full"})
+    publish(run.order, run.stores, tmp_path / "scratch")
+    folder = run.fetch(tmp_path / "got")
+    model = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    before = AutoModelForCausalLM.from_pretrained(half)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "merged")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not torch.allclose(logits(model, tokenizer), logits(before, tokenizer), atol=1e-1)
+    assert not (folder / "adapter").exists()
+
+    # Without its commit a model cannot be written, and nothing that looks finished is left.
+    run.store.delete([f"{run.order.output_uri}/manifest.json"])
+    result = runfiles.read_result(run.store, run.order.run_uri)
+    state = f"{result.summary.checkpoint}/state.json"
+    run.store.put(state, b"{}")
+    with pytest.raises(CorruptCommit):
+        publish(run.order, run.stores, tmp_path / "scratch")
+    assert run.store.head(f"{run.order.output_uri}/manifest.json") is None
+
+
+def test_a_run_without_a_result_is_refused(order_for: Any, tmp_path: Path) -> None:
+    order: RunOrder = order_for()
+    with pytest.raises(UserError) as caught:
+        publish(order, Stores(order), tmp_path)
+    assert caught.value.reason == "NotTrained"
+    assert f"{order.run_uri}/result.json" in caught.value.message
+
+
+def test_latest_never_goes_back(order_for: Any, bucket: str) -> None:
+    def publish_as(run: str, uid: str) -> str:
+        raw: RunOrder = order_for(run=run)
+        order = raw.model_copy(update={"job": raw.job.model_copy(update={"uid": uid})})
+        summary = PublishSummary(uri=order.output_uri, digest=run, formats=[], bytes=0)
+        store = Stores(order).default
+        move_latest(store, order, summary)
+        return str(json.loads(store.get(f"s3://{bucket}/out/latest.json"))["run"])
+
+    assert publish_as("2-aaaaa", "aaaaa") == "2-aaaaa"
+    assert publish_as("1-aaaaa", "aaaaa") == "2-aaaaa"
+    assert publish_as("10-aaaaa", "aaaaa") == "10-aaaaa"
+    assert publish_as("9-aaaaa", "aaaaa") == "10-aaaaa"
+    assert publish_as("1-bbbbb", "bbbbb") == "1-bbbbb", "a job made again begins anew"

@@ -1,0 +1,205 @@
+"""Report, card and metrics of a published model, from figures made up here."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
+from finetune_api.results import DataSetScores, PreparedSummary, TrainSummary
+from finetune_api.spec import parse_spec
+from finetune_trainer import modelcard
+from finetune_trainer.prepare.manifest import DataManifest, DataSet
+from finetune_trainer.publish import facts, report
+from finetune_trainer.publish.chart import Line, loss_chart, ticks
+from finetune_trainer.runfiles import CurvePoint, Example, RunResult, ValidationPoint
+
+DATA_REPORT = {
+    "digest": "d",
+    "sources": [
+        {
+            "name": "support", "format": "Classification", "objects": 1, "bytes": 10, "records": 9,
+            "dropped": {"Duplicate": 2, "Overlength": 0},
+            "truncated": {"promptBeginning": 1, "completionEnd": 0},
+            "splits": {
+                "train": {
+                    "samples": 7, "tokens": 70, "supervisedTokens": 7, "supervisedShare": 0.1,
+                    "lengthPercentiles": {"p50": 9, "p99": 12, "p100": 14},
+                    "labels": {"yes": 4, "no": 3}, "distinctLabels": 2,
+                    "previews": [
+                        {
+                            "where": "s3://bucket/t.jsonl:1", "tokens": 9,
+                            "parts": [{"text": "is it <b>?", "learned": False},
+                                      {"text": " yes", "learned": True}],
+                        }
+                    ],
+                },
+            },
+        }
+    ],
+}  # fmt: skip
+
+
+def about(source: str = "hf://org/name@rev", scores: bool = True, **spec: object) -> facts.About:
+    order = RunOrder(
+        version=CONTRACT_VERSION,
+        job=JobIdentity(namespace="default", name="support", uid="0f9c2"),
+        run="1-0f9c2",
+        spec=parse_spec(
+            {
+                "model": {"source": source},
+                "data": {"train": [{"source": "s3://bucket/t.jsonl"}]},
+                "output": {"destination": "s3://bucket/out"},
+            }
+            | spec
+        ),
+    )
+    found = DataSetScores(
+        name="support",
+        samples=9,
+        untuned={"Loss": 2.0, "Accuracy": 0.5, "Perplexity": 123456.7},
+        tuned={"Loss": 2.5, "Accuracy": 0.975, "Perplexity": 12.2},
+    )
+    result = RunResult(
+        summary=TrainSummary(
+            attempt=2, restarts=1, steps=20, checkpoint="s3://bucket/commit", checkpoint_step=10,
+            scores=[found] if scores else [],
+        ),
+        curve=[
+            CurvePoint(step=s, loss=3 / s, learning_rate=1e-4, gradient_norm=1.0)
+            for s in (1, 10, 20)
+        ],
+        validation=[
+            ValidationPoint(step=10, sets={"support": {"Loss": 1.5}}, overall={"Loss": 1.5})
+        ],
+        examples={
+            "support": [Example(prompt="<script>x</script>", reference="a", untuned="b", tuned="c")]
+        },
+        trainable_parameters=10,
+        total_parameters=1000,
+        versions={"torch": "1"},
+        processes=2,
+        device="cpu",
+    )  # fmt: skip
+    prepared = PreparedSummary(
+        digest="d", uri="s3://bucket/data/d", reused=False, train_samples=7, validation_samples=1,
+        test_samples=1, train_tokens=70, supervised_tokens=7, total_steps=20,
+    )  # fmt: skip
+    sets = [
+        DataSet(split="train", name="support", format="Classification", samples=7, tokens=70,
+                supervised=7)
+    ]  # fmt: skip
+    data = DataManifest(
+        version=1, digest="d", sets=sets, shards={"train": [], "validation": [], "test": []},
+        max_length=64, max_completion_tokens=4, stop_token_ids=[0], dropped={}, files=[],
+    )  # fmt: skip
+    return facts.gather(order, result, prepared, data, ["adapter", "merged"])
+
+
+class Page(HTMLParser):
+    """Tags that are open, and what leads out of the page."""
+
+    VOID = frozenset({"meta"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.seen: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+        self.links += [str(v) for k, v in attrs if k in ("src", "href", "xlink:href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)  # <line …/>
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("scores", [True, False])
+def test_the_report_stands_alone_and_is_well_formed(scores: bool) -> None:
+    text = report.render(about(scores=scores), json.dumps(DATA_REPORT).encode())
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert page.links == []
+    assert "script" not in page.seen, "text of samples is escaped"
+    assert {"svg", "polyline", "circle", "table"} <= page.seen
+    assert "url(" not in text
+    assert ("The run had no test set" in text) is not scores
+
+
+def test_the_report_shows_figures_data_and_examples() -> None:
+    text = re.sub(r"\s+", " ", report.render(about(), json.dumps(DATA_REPORT).encode()))
+    for shown in (
+        '<span class="pill good">+47.5 %</span>', '<span class="pill bad">+0.500</span>',
+        "123,457", "2 duplicate 1 truncated", "yes 4, no 3", "&lt;script&gt;x&lt;/script&gt;",
+        '<span class="learned"> yes</span>', "is it &lt;b&gt;?", "LoRA, rank 16",
+        "published commit, step 10", "Loss 1.5",
+    ):  # fmt: skip
+        assert shown in text, shown
+
+
+def test_the_card_has_front_matter_and_says_how_to_load() -> None:
+    _, front, body = modelcard.render(about()).split("---\n", 2)
+    matter = yaml.safe_load(front)
+    assert matter["base_model"] == "org/name"
+    assert matter["library_name"] == "transformers"
+    metrics = matter["model-index"][0]["results"][0]["metrics"]
+    assert {m["name"]: m["value"] for m in metrics}["Accuracy"] == 0.975
+    assert "| support | Accuracy | 50.0 % | 97.5 % | +47.5 % |" in body
+    assert 'from_pretrained("org/name", revision="rev")' in body
+    assert 'from_pretrained("merged")' in body
+    other = modelcard.render(about(source="s3://bucket/model"))
+    assert "`base` is a copy of `s3://bucket/model`" in other
+    assert "base_model" not in yaml.safe_load(other.split("---\n")[1])
+
+
+def test_metrics_json_is_complete() -> None:
+    raw = json.loads(facts.metrics_text(about()))
+    assert raw["test"][0]["gain"] == pytest.approx(
+        {"Loss": 0.5, "Accuracy": 0.475, "Perplexity": 12.2 - 123456.7}
+    )
+    assert [point["step"] for point in raw["training"]["curve"]] == [1, 10, 20]
+    assert raw["spec"]["model"]["source"] == "hf://org/name@rev"
+    assert raw["parameters"] == {"trainable": 10, "total": 1000}
+
+
+@given(
+    st.floats(-1e6, 1e6), st.floats(0, 1e6).filter(lambda x: x == 0 or x > 1e-6), st.integers(2, 9)
+)
+def test_ticks_cover_the_range_evenly(low: float, span: float, most: int) -> None:
+    high = low + span
+    found = ticks(low, high, most)
+    assert found[0] <= low + 1e-9 * abs(low)
+    assert found[-1] >= high - 1e-9 * abs(high)
+    assert 2 <= len(found) <= most + 3
+    steps = [b - a for a, b in pairwise(found)]
+    assert all(math.isclose(s, steps[0], rel_tol=1e-6) for s in steps)
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**6), st.floats(0, 1e3)), max_size=20))
+def test_every_point_of_a_curve_lies_on_the_chart(points: list[tuple[int, float]]) -> None:
+    chart = loss_chart([Line("Training", "training", points)], marked_step=3)
+    assert bool(chart) is bool(points)
+    for pair in re.findall(r'points="([^"]*)"', chart):
+        for x, y in (map(float, place.split(",")) for place in pair.split()):
+            assert 0 <= x <= 760
+            assert 0 <= y <= 300
+
+
+def test_values_that_are_no_numbers_are_left_out() -> None:
+    chart = loss_chart([Line("Training", "training", [(1, math.nan), (2, math.inf)])])
+    assert chart == ""
