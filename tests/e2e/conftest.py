@@ -164,6 +164,7 @@ def platform(
         store.create_bucket("output")
         for path in sorted(p for p in inputs.rglob("*") if p.is_file()):
             store.upload(path, f"s3://input/{path.relative_to(inputs)}")
+    start_empty_registry(cluster, cluster_images[0])
     with timed("helm install"):
         install(cluster)
     endpoint = f"http://s3.storage.svc.cluster.local:{S3_PORT}"
@@ -226,6 +227,33 @@ def start_s3(cluster: RealCluster, image: str) -> str:
 
     eventually("S3 answers", answers, within=60)
     return found
+
+
+def start_empty_registry(cluster: RealCluster, image: str) -> None:
+    """What answers on each node's localhost:5000 that it has no such image."""
+    labels = {"app": "registry"}
+    cluster.apply(
+        {
+            "apiVersion": "apps/v1", "kind": "DaemonSet",
+            "metadata": {"name": "registry", "namespace": "storage"},
+            "spec": {
+                "selector": {"matchLabels": labels},
+                "template": {
+                    "metadata": {"labels": labels},
+                    "spec": {
+                        "hostNetwork": True,
+                        "containers": [
+                            {
+                                "name": "registry", "image": image, "imagePullPolicy": "Never",
+                                "command": ["python3", "-m", "http.server", "5000",
+                                            "--bind", "127.0.0.1", "--directory", "/media"],
+                            }
+                        ],
+                    },
+                },
+            },
+        }
+    )  # fmt: skip
 
 
 def install(cluster: RealCluster) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation of a published model with nothing of this project: plain transformers, fp32, greedy."""
+"""Evaluation of a published model with nothing of this project: transformers, fp32, greedy."""
 
 from __future__ import annotations
 

@@ -56,8 +56,9 @@ CASES = [
     Case("too-long", "DataError", "Overlength", ("train.jsonl", "line 2", "maxLength"),
          {"quality": {"overlength": "Fail"}},
          records=lines(NOT_A_LABEL, {"text": "word " * 2000, "label": "delivery"})),
-    Case("no-image", "ImagePull", "ErrImagePull|ImagePullBackOff", ("example.invalid/trainer:1", "image"),
-         {"compute": {"image": "example.invalid/trainer:1"}}, has_exit_code=False),
+    Case("no-image", "ImagePull", "ErrImagePull|ImagePullBackOff",
+         ("localhost:5000/trainer:1", "spec.compute.image"),
+         {"compute": {"image": "localhost:5000/trainer:1"}}, has_exit_code=False),
     Case("too-few-nodes", "NodeFailure", "Unschedulable", ("nodes",),
          {"compute": {"resources": {"requests": {"cpu": "1000"}}},
           "scheduling": {"startDeadlineSeconds": 20}}, has_exit_code=False),
@@ -114,9 +115,7 @@ def test_a_failure_names_its_cause_and_remedy(platform, applied, case: Case) -> 
         assert not finished, "nothing that looks like a model"
     if case.failure_class != "Diverged":
         assert not platform.pods(case.name, "train") or not case.has_exit_code
-    eventually(
-        "no pod goes on", lambda: not active(platform, case.name), within=90
-    )
+    eventually("no pod goes on", lambda: not active(platform, case.name), within=90)
 
 
 def active(platform, name: str) -> list[str]:

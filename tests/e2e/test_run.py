@@ -81,9 +81,7 @@ def test_a_job_ends_in_an_evaluated_model(platform, manifest_of, tmp_path: Path)
 
 
 @pytest.mark.parametrize("index", [1, 0])
-def test_a_lost_pod_is_one_incident_and_the_run_goes_on(
-    platform, manifest_of, index: int
-) -> None:
+def test_a_lost_pod_is_one_incident_and_the_run_goes_on(platform, manifest_of, index: int) -> None:
     name = platform.apply(manifest_of(f"lost-{index}", checkpoint={"everySteps": 5}, **SHORT))
     platform.wait_for_step(name, 10)
     (victim,) = [
@@ -139,7 +137,9 @@ def test_suspend_saves_and_resume_goes_on(platform, manifest_of) -> None:
         lambda: platform.status(name).get("progress", {}).get("step", 0) >= 5,
         within=240,
     )
-    platform.kubectl("patch", "finetunejob", name, "--type=merge", "-p", '{"spec":{"suspend":true}}')
+    platform.kubectl(
+        "patch", "finetunejob", name, "--type=merge", "-p", '{"spec":{"suspend":true}}'
+    )
     platform.wait(name, "Suspended")
     eventually("no pod is left", lambda: not running(platform.pods(name, "train")), within=90)
     head = json.loads(platform.store.get(f"{run_uri(platform.status(name), name)}/HEAD.json"))

@@ -158,6 +158,23 @@ def test_status_and_jobs_lost_does_not_retrain_a_complete_run() -> None:
     assert world.names("Job") == []
 
 
+def test_a_pod_lost_in_the_last_moment_does_not_hold_the_result_back() -> None:
+    world = at_training()
+    world.finish("train", trained=TRAINED)
+    job = world.child("train")
+    job["status"]["conditions"] = []
+    lost = world.of("Pod")[-1]
+    lost["status"]["containerStatuses"][0]["state"] = {"running": {}}
+    lost["status"]["phase"] = "Running"
+    world.settle()
+    assert not any("publish" in name for name in world.names("Job")), "it may yet end by itself"
+    world.wait(61)
+    world.settle()
+    assert world.held("Evaluated") == "True/Evaluated"
+    assert world.child("train")["spec"]["activeDeadlineSeconds"] == 0
+    assert world.child("publish")
+
+
 def test_children_are_never_rendered_again() -> None:
     world = at_training()
     world.config = type(world.config)(image="registry.example/trainer:2")

@@ -22,8 +22,8 @@ from finetune_trainer.commits import CorruptCommit
 from finetune_trainer.failures import UserError
 from finetune_trainer.objects import ObjectStore, Stores
 from finetune_trainer.prepare.pipeline import prepare
-from finetune_trainer.publish import publish
 from finetune_trainer.publish.files import move_latest
+from finetune_trainer.publish.pipeline import publish
 
 
 class Trained:

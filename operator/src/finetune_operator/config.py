@@ -29,6 +29,8 @@ USER_ID: Final = 65532
 OVERDUE: Final = timedelta(seconds=30)
 """A terminating pod this long past its grace period is taken for one on a dead node: it blocks
 nothing any more (what it writes is fenced by the attempt in HEAD.json)."""
+TRAINED_ALONE: Final = timedelta(seconds=60)
+"""How long the other pods of a gang may live on after its first one has left the result."""
 PULL_REFUSED: Final = timedelta(seconds=30)
 """How long a pull may fail that the registry refuses (no such image, no access)."""
 PULL_FAILING: Final = timedelta(minutes=10)

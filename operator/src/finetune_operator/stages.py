@@ -18,7 +18,7 @@ from finetune_api.results import PreparedSummary, PublishSummary, TrainSummary
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FailureStatus, FineTuneJobStatus
 from finetune_operator import status as status_of
-from finetune_operator.config import ANNOTATION_OUTCOME, OVERDUE
+from finetune_operator.config import ANNOTATION_OUTCOME, OVERDUE, TRAINED_ALONE
 from finetune_operator.failure import failure, incidents, verdict
 from finetune_operator.observe import JobView, Observed, Refusal
 from finetune_operator.overlay import template_problems
@@ -76,7 +76,22 @@ class Work:
             c.type == STAGE_CONDITION[role] and c.status == "True" for c in self.before.conditions
         )
         jobs = (j for j in self.observed.jobs if j.role == role and j.run == self.run.id)
-        return kept or self.run.outcome == "Complete" or any(j.complete for j in jobs)
+        complete = any(j.complete for j in jobs) or (role == "train" and self._trained_alone)
+        return kept or self.run.outcome == "Complete" or complete
+
+    @cached_property
+    def _trained_alone(self) -> bool:
+        """Whether the gang's first pod has left the result and another pod, lost in that moment,
+        waits in vain for a gang to end with it."""
+        told = [
+            pod.finished + TRAINED_ALONE
+            for pod in self.observed.pods_of("train", self.run.id)
+            if pod.phase == "Succeeded" and pod.finished
+            if pod.termination and pod.termination.run == self.run.id and pod.termination.trained
+        ]
+        if told and min(told) > self.now:
+            self.draft.look_at(min(told))
+        return any(due <= self.now for due in told)
 
     @cached_property
     def prepared(self) -> PreparedSummary | None:
@@ -155,6 +170,8 @@ def _clean_up(work: Work) -> None:
         stale = job.run != run.id or (job.revision != run.revision and not job.finished)
         if stale and not job.deleting:
             delete.append(Delete("Job", job.name))
+        elif job.role == "train" and work.done("train") and not (job.finished or job.stopping):
+            work.draft.change.append(_stop(job))
     for service in work.observed.services:
         if (service.run, service.revision) != (run.id, run.revision):
             delete.append(Delete("Service", service.name))
@@ -215,8 +232,7 @@ def _end(work: Work, outcome: str) -> None:
     """Stops what still runs, notes the outcome on the order, and keeps to the children's TTL."""
     job = work.job
     if job is not None and not (job.finished or job.stopping):
-        # Its pods end, those that failed stay for their logs: deleting it would lose them.
-        work.draft.change.append(Change("Job", job.name, {"spec": {"activeDeadlineSeconds": 0}}))
+        work.draft.change.append(_stop(job))
     for order in work.observed.orders:
         newest = (order.run, order.revision) == (work.run.id, work.run.revision)
         if newest and order.outcome != outcome:
@@ -225,6 +241,11 @@ def _end(work: Work, outcome: str) -> None:
     if not work.run.recorded and work.run.outcome is None:
         work.draft.create.append(Create("ConfigMap"))
     _expire(work)
+
+
+def _stop(job: JobView) -> Change:
+    """Ends a Job's pods; those that failed stay for their logs: deleting it would lose them."""
+    return Change("Job", job.name, {"spec": {"activeDeadlineSeconds": 0}})
 
 
 def _expire(work: Work) -> None:

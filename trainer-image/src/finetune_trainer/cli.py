@@ -135,7 +135,7 @@ def _publish(options: argparse.Namespace) -> int:
     from finetune_trainer.stage import run_stage, scratch_folder
 
     def body(order: RunOrder, stores: Stores) -> PublishSummary:
-        from finetune_trainer.publish import publish
+        from finetune_trainer.publish.pipeline import publish
 
         return publish(order, stores, scratch_folder())
 
