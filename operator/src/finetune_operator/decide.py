@@ -14,7 +14,8 @@ from finetune_operator.observe import Observed
 from finetune_operator.plan import Plan, Subject
 from finetune_operator.report import Conditions, events, read_status
 from finetune_operator.runs import current_run
-from finetune_operator.stages import Work, advance
+from finetune_operator.stages import advance
+from finetune_operator.work import Work
 
 
 def decide(job: Mapping[str, Any], observed: Observed, now: datetime, config: Config) -> Plan:

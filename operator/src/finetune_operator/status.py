@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from finetune_api.names import Phase
 from finetune_api.status import Checkpoints, FailureStatus, FineTuneJobStatus, OutputStatus, Run
@@ -11,9 +11,7 @@ from finetune_operator import report
 from finetune_operator.objects import format_time, parse_time
 from finetune_operator.report import STAGE_CONDITION, Conditions
 from finetune_operator.usage import usage
-
-if TYPE_CHECKING:
-    from finetune_operator.stages import Work
+from finetune_operator.work import Work
 
 
 def complete(work: Work) -> FineTuneJobStatus:
