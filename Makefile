@@ -26,7 +26,7 @@ $(VENV)/.installed: tests/requirements.txt crds/pyproject.toml operator/pyprojec
 
 demo: install ## Fine-tune a small model on this machine, end to end, in about three minutes
 	@$(BIN)/finetune quickstart $(STATE)/quickstart
-	@$(BIN)/finetune run examples/quickstart.yaml --state-dir $(STATE)
+	@$(BIN)/finetune run examples/quickstart.yaml --state-dir $(STATE) --local-storage
 
 test: install lint verify ## Everything that needs no root: unit, real S3, real kube-apiserver
 	$(BIN)/python -m pytest tests -m "not e2e" --durations=15

@@ -22,7 +22,6 @@ from finetune_api.schema import structural
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
 
-
 FORBIDDEN = {
     "$ref", "$defs", "title", "const", "anyOf", "allOf", "oneOf", "not", "exclusiveMinimum",
     "exclusiveMaximum", "propertyNames", "additionalItems", "uniqueItems", "nullable",

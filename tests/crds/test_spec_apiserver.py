@@ -11,7 +11,6 @@ from crds.spec_table import BAD, GOOD, Row, changed
 from finetune_api.spec import parse_spec
 
 
-
 @pytest.mark.parametrize("row", GOOD, ids=lambda row: row.name)
 def test_good(row: Row, create: Create) -> None:
     """The stored spec, with the API server's defaults, is pydantic's of the same manifest."""

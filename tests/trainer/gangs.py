@@ -34,7 +34,7 @@ def forked(target: Callable[..., None], *arguments: object) -> BaseProcess:
 def _work(environment: dict[str, str], log: str) -> None:
     os.environ.clear()
     os.environ.update(environment)
-    with open(log, "ab", buffering=0) as out:
+    with Path(log).open("ab", buffering=0) as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     import torch

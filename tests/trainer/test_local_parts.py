@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from finetune_api.cluster import Compute
 from finetune_api.names import ExitCode, storage_env
 from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
 from finetune_api.results import Failure, Termination
-from finetune_api.spec import Compute, FineTuneJobSpec, parse_spec
+from finetune_api.spec import FineTuneJobSpec, parse_spec
 from finetune_trainer.local import stages
 from finetune_trainer.local.display import duration
 from finetune_trainer.local.gang import lay_out

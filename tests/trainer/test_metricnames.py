@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from finetune_api.spec import Format, Metric, parse_spec
+from finetune_api.sources import Format
+from finetune_api.spec import Metric, parse_spec
 from finetune_trainer.failures import UserError
 from finetune_trainer.metricnames import check_metrics, metrics_for
 

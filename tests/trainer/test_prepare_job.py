@@ -19,7 +19,7 @@ import pytest
 
 from finetune_api.order import RunOrder
 from finetune_api.results import PreparedSummary
-from finetune_api.spec import StorageAccess
+from finetune_api.sources import StorageAccess
 from finetune_trainer.failures import DataError, TrainerError, UserError
 from finetune_trainer.objects import ObjectStore, Stores
 from finetune_trainer.prepare import writer

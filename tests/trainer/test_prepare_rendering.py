@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_api.spec import DataSource, Format, Template
+from finetune_api.sources import DataSource, Format, Template
 from finetune_trainer.failures import DataError, TrainerError, UserError
 from finetune_trainer.prepare.chat import ChatTemplate
 from finetune_trainer.prepare.drafts import Draft, drafter

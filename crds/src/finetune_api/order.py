@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from finetune_api.base import InvalidSpec, Model, explain
 from finetune_api.identity import output_uri, run_uri
-from finetune_api.spec import BaseModelSource, DataSource, FineTuneJobSpec, StorageAccess
+from finetune_api.sources import BaseModelSource, DataSource, StorageAccess
+from finetune_api.spec import FineTuneJobSpec
 
 CONTRACT_VERSION: Final = 1
 """Raised with every change of order.json or of what the trainer says that an older trainer or

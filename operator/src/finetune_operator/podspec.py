@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from finetune_api import names
+from finetune_api.cluster import Resources
 from finetune_api.identity import child_name, order_name
 from finetune_api.names import Role
 from finetune_api.order import RunOrder
-from finetune_api.spec import FineTuneJobSpec, Resources
+from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.config import GRACE_SECONDS, NODE_LOST_SECONDS, USER_ID, Config
 from finetune_operator.overlay import for_cpu_stage, lay_over
 from finetune_operator.plan import CurrentRun, Subject

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
+from finetune_api.cluster import Compute
 from finetune_api.results import Progress, TrainSummary
-from finetune_api.spec import Compute
 from finetune_api.status import Usage
 from finetune_operator.config import USAGE_STEP_SECONDS
 from finetune_operator.observe import JobView

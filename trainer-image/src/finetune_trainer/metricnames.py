@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from finetune_api.spec import FineTuneJobSpec, Format, Metric
+from finetune_api.sources import Format
+from finetune_api.spec import FineTuneJobSpec, Metric
 from finetune_trainer.failures import UserError
 
 OF_LOSS: Final[tuple[Metric, ...]] = ("Loss", "Perplexity")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from finetune_api.names import storage_env
 from finetune_api.order import RunOrder
-from finetune_api.spec import StorageAccess
+from finetune_api.sources import StorageAccess
 from finetune_trainer.failures import StorageDenied, UserError
 from finetune_trainer.objectstore import (
     Credentials,

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_api.spec import Compute
+from finetune_api.cluster import Compute
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_api.spec import Data, DataSource
+from finetune_api.sources import Data, DataSource
 from finetune_trainer.prepare.manifest import FORMAT_VERSION
 from finetune_trainer.prepare.sources import DataObject
 from finetune_trainer.prepare.split import Side

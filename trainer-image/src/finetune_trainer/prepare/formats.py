@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from finetune_api.spec import Format
+from finetune_api.sources import Format
 from finetune_trainer.failures import DataError
 from finetune_trainer.prepare.records import Record
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 
 from finetune_api.base import Record
-from finetune_api.spec import Format
+from finetune_api.sources import Format
 from finetune_trainer.objects import ObjectNotFound, ObjectStore
 from finetune_trainer.prepare.split import Side
 

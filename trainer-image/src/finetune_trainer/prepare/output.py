@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from finetune_api.spec import Format
+from finetune_api.sources import Format
 from finetune_trainer.objects import ObjectStore
 from finetune_trainer.prepare.digest import Source
 from finetune_trainer.prepare.manifest import (

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, Final
 
-from finetune_api.spec import Data, Format
+from finetune_api.sources import Data, Format
 from finetune_trainer.failures import DataError
 from finetune_trainer.prepare.chat import ChatTemplate
 from finetune_trainer.prepare.digest import Source

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from finetune_api.spec import Format
+from finetune_api.sources import Format
 from finetune_trainer.prepare.overlength import Cut
 from finetune_trainer.prepare.split import Side
 from finetune_trainer.prepare.tokens import Sample

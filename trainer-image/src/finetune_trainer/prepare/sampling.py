@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from finetune_api.spec import Data
+from finetune_api.sources import Data
 from finetune_trainer.failures import DataError
 from finetune_trainer.prepare.digest import Source
 from finetune_trainer.prepare.drafts import Draft

@@ -9,7 +9,7 @@ import jinja2.meta
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from finetune_api.spec import Template
+from finetune_api.sources import Template
 from finetune_trainer.failures import DataError, UserError
 from finetune_trainer.prepare.formats import Pair, missing_field
 from finetune_trainer.prepare.records import Record

@@ -1,0 +1,134 @@
+"""Blocks of the spec that say what runs where: the gang, the CPU stages, scheduling, restarts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, StringConstraints
+
+from finetune_api.base import (
+    Count,
+    DnsLabel,
+    DnsName,
+    Model,
+    Rule,
+    Spelling,
+)
+
+Quantity = Annotated[
+    str,
+    Spelling(
+        r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi|E|Ei|e[0-9]+)?$",
+        'a quantity of Kubernetes: 4, "500m", 16Gi',
+        max_length=32,
+        or_integer=True,
+    ),
+]
+QualifiedName = Annotated[str, StringConstraints(min_length=1, max_length=317)]
+LabelValue = Annotated[str, StringConstraints(max_length=63)]
+
+
+class Resources(Model):
+    """Resource requests and limits of one pod, as in Kubernetes; GPUs are added by `compute`."""
+
+    requests: dict[QualifiedName, Quantity] | None = Field(default=None, max_length=16)
+    """What a pod is guaranteed, e.g. `{cpu: "4", memory: 16Gi}`."""
+    limits: dict[QualifiedName, Quantity] | None = Field(default=None, max_length=16)
+    """What a pod may use at most."""
+
+
+class Toleration(Model):
+    """A taint that pods may be scheduled onto, as in Kubernetes."""
+
+    key: QualifiedName | None = None
+    """Key of the taint. Absent: every key (with operator Exists)."""
+    operator: Literal["Exists", "Equal"] = "Equal"
+    """How the value is compared."""
+    value: LabelValue | None = None
+    """Value of the taint, for Equal."""
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    """Effect that is tolerated. Absent: every effect."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "has(self.key) || self.operator == 'Exists'",
+            "a toleration without key needs operator: Exists",
+            lambda t: t.key is not None or t.operator == "Exists",
+            ("operator",),
+        ),
+    )
+
+
+class Compute(Model):
+    """The gang that trains."""
+
+    nodes: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Pods of the gang, one per node."""
+    gpus_per_node: Annotated[int, Field(ge=0, le=64)] = 1
+    """GPUs of each pod; 0 trains on the CPU."""
+    gpu_resource_name: QualifiedName = "nvidia.com/gpu"
+    """Name of the GPU resource of the cluster."""
+    processes_per_node: Annotated[int, Field(ge=1, le=256)] | None = None
+    """Training processes of each pod. Absent: one per GPU, or one on the CPU."""
+    resources: Resources = Resources()
+    """CPU and memory of each pod."""
+    shared_memory: Quantity = "2Gi"
+    """Size of the memory-backed /dev/shm of each pod; it counts as memory of the pod."""
+    image: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = None
+    """Trainer image of every pod of the job. Absent: the one that the operator's release pins."""
+    pod_template: dict[str, Any] | None = None
+    """Parts of a pod template laid over what the operator makes for the gang (maps are merged,
+    named list items are merged by name): node selectors, tolerations, pull secrets, NCCL
+    environment, RDMA resources. It cannot change the command, the labels, the restart policy or
+    the volumes of the operator."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "!has(self.processesPerNode) || self.gpusPerNode == 0"
+            " || self.processesPerNode <= self.gpusPerNode",
+            "processesPerNode must not exceed gpusPerNode: each process has a GPU of its own",
+            lambda c: (
+                c.processes_per_node is None
+                or c.gpus_per_node == 0
+                or c.processes_per_node <= c.gpus_per_node
+            ),
+            ("processesPerNode", "gpusPerNode"),
+        ),
+    )
+
+    @property
+    def effective_processes_per_node(self) -> int:
+        return self.processes_per_node or max(1, self.gpus_per_node)
+
+
+class Prepare(Model):
+    """Pods of the CPU stages (prepare and publish)."""
+
+    resources: Resources = Resources()
+    """CPU and memory of each pod."""
+    node_selector: dict[QualifiedName, LabelValue] | None = Field(default=None, max_length=32)
+    """Labels that a node of these pods must have."""
+    tolerations: Annotated[list[Toleration], Field(max_length=32)] | None = None
+    """Taints that these pods tolerate."""
+
+
+class Scheduling(Model):
+    """How the gang gets its nodes."""
+
+    queue_name: DnsLabel | None = None
+    """Kueue LocalQueue of the gang's Job; Kueue then decides when it starts."""
+    priority_class_name: DnsName | None = None
+    """Priority class of the pods."""
+    scheduler_name: DnsName | None = None
+    """Scheduler of the gang's pods. Absent: the cluster's default."""
+    start_deadline_seconds: Count = 3600
+    """Seconds that a gang may wait for its nodes, from the time its Job may start (time in a queue
+    is not counted); the job fails after it, with the scheduler's reason."""
+
+
+class FailurePolicy(Model):
+    """What is done about failures that a new try can mend."""
+
+    max_restarts: Annotated[int, Field(ge=0, le=1000)] = 3
+    """Incidents of the gang (a lost node, a killed process), not pods, after which the job
+    fails."""

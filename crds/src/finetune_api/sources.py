@@ -1,0 +1,210 @@
+"""Blocks of the spec that say where things are: object storage, the model, the data."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from finetune_api.base import (
+    DnsLabel,
+    DnsName,
+    FieldName,
+    Fraction,
+    Model,
+    Rule,
+    S3Uri,
+    Spelling,
+    Text,
+)
+
+Format = Literal["Messages", "PromptCompletion", "Instruction", "Classification", "Text"]
+# On a cluster a source is remote or a mounted claim; `finetune run` also takes paths of its own
+# machine, which it turns into claims before the spec is validated (one schema for both).
+ModelUri = Annotated[
+    str,
+    Spelling(
+        r"^(s3|hf|pvc)://[a-zA-Z0-9][^?#\x00-\x20]*$",
+        "s3://bucket/prefix, hf://organisation/name@revision or pvc://claim/path",
+        max_length=1024,
+    ),
+]
+DataUri = Annotated[
+    str,
+    Spelling(
+        r"^(s3|pvc)://[a-z0-9][^?#\x00-\x20]*$",
+        "s3://bucket/prefix/*.jsonl or pvc://claim/path",
+        max_length=1024,
+    ),
+]
+
+
+class SecretReference(Model):
+    """A Secret of the job's namespace."""
+
+    name: DnsName
+    """Name of the Secret. Read keys: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, and, where they
+    exist, AWS_SESSION_TOKEN and HF_TOKEN. Pods get them by reference; the operator never reads
+    them."""
+
+
+class StorageAccess(Model):
+    """How one place of object storage is reached."""
+
+    endpoint: (
+        Annotated[
+            str,
+            Spelling(
+                r"^https?://[^/?#\x00-\x20]+/?$",
+                "the URL of a server, without a path: https://s3.example.com",
+                max_length=512,
+            ),
+        ]
+        | None
+    ) = None
+    """URL of an S3-compatible server. Absent: Amazon S3 of the region."""
+    region: Annotated[
+        str, Spelling(r"^[a-z0-9-]+$", "the name of a region: us-east-1", max_length=64)
+    ] = "us-east-1"
+    """Region that requests are signed for."""
+    secret_ref: SecretReference | None = None
+    """Secret that holds the access keys. Absent: the pod's own identity (a service account bound
+    to a role), or anonymous access."""
+
+
+class Storage(StorageAccess):
+    """Object storage of the job, and where its working files live."""
+
+    service_account_name: DnsName | None = None
+    """Service account of the job's pods, for storage access by workload identity."""
+    workspace: S3Uri | None = None
+    """Where prepared data and checkpoints are kept. Jobs that share a workspace share prepared
+    data. Absent: `.workspace` under the output's destination."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "!(has(self.secretRef) && has(self.serviceAccountName))",
+            "secretRef and serviceAccountName exclude each other: give one of them",
+            lambda s: not (s.secret_ref and s.service_account_name),
+            ("secretRef.name", "serviceAccountName"),
+        ),
+    )
+
+
+class BaseModelSource(Model):
+    """The model to start from."""
+
+    source: ModelUri
+    """`s3://bucket/prefix` of a model folder in Hugging Face layout (config.json, safetensors,
+    tokenizer), `hf://organisation/name@revision` of the Hugging Face hub, or `pvc://claim/path`
+    of a volume claim in the job's namespace."""
+    storage: StorageAccess | None = None
+    """Access to this source where it differs from `spec.storage`."""
+
+
+class Template(Model):
+    """How a record becomes a prompt and the completion that is learned (Jinja)."""
+
+    prompt: Text
+    """The part that is read, e.g. `"Review: {{ sentence }}\\nSentiment:"`. Fields of the record
+    are variables."""
+    completion: Text
+    """The part that is learned, e.g. `" {{ label }}"`. The end-of-sequence token follows it."""
+
+
+class DataSource(Model):
+    """One set of labelled records."""
+
+    name: DnsLabel | None = None
+    """Name in metrics and reports. Absent: the list's name and the position, e.g. `train-0`."""
+    source: DataUri
+    """`s3://bucket/prefix/*.jsonl` or `pvc://claim/path`: an object, a glob, or a prefix ending in
+    '/'. JSON Lines (`.jsonl`, `.json`, also `.gz`) and Parquet (`.parquet`)."""
+    format: Format | None = None
+    """What the records hold. Messages: `messages` of role and content. PromptCompletion: `prompt`,
+    `completion`. Instruction: `instruction`, `input` (optional), `output`. Classification: `text`,
+    `label`. Text: `text`, all of it learned. Absent: found out from the first record."""
+    template: Template | None = None
+    """Renders records whose fields have other names. Not for Messages and Text."""
+    storage: StorageAccess | None = None
+    """Access to this source where it differs from `spec.storage`."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "!has(self.template) || !has(self.format) || !(self.format in ['Messages', 'Text'])",
+            "template does not go with format Messages or Text: leave one of them out",
+            lambda s: s.template is None or s.format not in ("Messages", "Text"),
+            ("format",),
+        ),
+    )
+
+
+class Split(Model):
+    """Held-out shares, cut from the training records where no set of their own is given."""
+
+    validation: Fraction = "0.05"
+    """Share of the training records held out for validation. No effect where `data.validation` is
+    given."""
+    test: Fraction = "0.05"
+    """Share of the training records held out for the final test. No effect where `data.test` is
+    given."""
+    group_by: FieldName | None = None
+    """Field whose equal values stay on one side of the split. Absent: records with equal prompts
+    stay together, so that no test prompt was trained on."""
+    seed: Annotated[int, Field(ge=0, le=2_147_483_647)] = 0
+    """Seed of the split. A record's side depends on its group and this seed alone, so it keeps its
+    side as the data grows."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "[self.validation, self.test].exists(share, !share.matches('^[0-9.]+$'))"
+            " || double(self.validation) + double(self.test) < 1.0",
+            "validation and test together must be below 1: something must be left to train on",
+            lambda s: float(s.validation) + float(s.test) < 1.0,
+            ("validation", "test"),
+        ),
+    )
+
+
+class Quality(Model):
+    """What is done about faults of the data."""
+
+    deduplicate: bool = True
+    """Drop records of the training set whose prompt and completion occurred before."""
+    overlength: Literal["Truncate", "Drop", "Fail"] = "Truncate"
+    """What happens to a sample of more than `training.maxLength` tokens. Truncate cuts the
+    beginning of the prompt (the completion is kept), Drop leaves the sample out, Fail ends the job.
+    The data report counts them."""
+
+
+def _names_differ(field: str) -> Rule:
+    def holds(data: Data) -> bool:
+        names = [s.name for s in getattr(data, field) or [] if s.name is not None]
+        return len(names) == len(set(names))
+
+    return Rule(
+        f"!has(self.{field}) || self.{field}.all(a, !has(a.name) ||"
+        f" self.{field}.filter(b, has(b.name) && b.name == a.name).size() == 1)",
+        f"names in {field} must differ: each set has its own metrics",
+        holds,
+        (f"{field}[].name",),
+    )
+
+
+class Data(Model):
+    """What is learned from, and what is measured on."""
+
+    train: Annotated[list[DataSource], Field(min_length=1, max_length=64)]
+    """Training sets; several are mixed in proportion to their size."""
+    validation: Annotated[list[DataSource], Field(min_length=1, max_length=16)] | None = None
+    """Sets measured on the way: they choose the checkpoint and stop early."""
+    test: Annotated[list[DataSource], Field(min_length=1, max_length=16)] | None = None
+    """Sets measured at the end, for the untuned and the tuned model."""
+    split: Split = Split()
+    """Shares held out of the training records where validation or test sets are not given."""
+    quality: Quality = Quality()
+    """What is done about faults of the data."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = tuple(
+        _names_differ(field) for field in ("train", "validation", "test")
+    )
