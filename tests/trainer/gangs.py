@@ -53,8 +53,13 @@ class RunningGang:
 
     processes: list[BaseProcess]
     folder: Path
-    """Files between worker and supervisor."""
     log: Path
+
+    def tell_to_stop(self, *ranks: int) -> None:
+        """As the supervisors of these nodes do after SIGTERM."""
+        for rank in ranks:
+            words_of(self.folder, rank).mkdir(exist_ok=True)
+            (words_of(self.folder, rank) / "stop").touch()
 
     def wait(self, seconds: float = 120) -> list[int]:
         """Exit codes, by rank."""
@@ -73,6 +78,11 @@ class RunningGang:
             process.join()
 
 
+def words_of(folder: Path, rank: int) -> Path:
+    """Files between a worker and its supervisor: each rank stands for a node."""
+    return folder / f"words-{rank}"
+
+
 def start_gang(environment: Mapping[str, str], size: int, folder: Path) -> RunningGang:
     """Start the workers of an attempt; ``environment`` names the order and the credentials."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +94,8 @@ def start_gang(environment: Mapping[str, str], size: int, folder: Path) -> Runni
         variables = dict(environment) | {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
             "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            "FINETUNE_WORKER_FILES": str(folder / "words"), "FINETUNE_METRICS_PORT": str(metrics),
+            "FINETUNE_WORKER_FILES": str(words_of(folder, rank)),
+            "FINETUNE_METRICS_PORT": str(metrics),
             "FINETUNE_SCRATCH": str(folder / "scratch"), "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         processes.append(forked(_work, variables, str(log)))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from engine import tiny_llama
-from gangs import RunningGang, start_gang
+from gangs import RunningGang, start_gang, words_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -69,6 +69,7 @@ class Bench:
             "epochs": 2, "batchSize": 8, "learningRate": "5e-3", "precision": "FP32",
             "dropout": "0.1", "weightDecay": "0.01", "microBatchTokens": 64, "maxLength": 64,
         } | spec.pop("training", {})  # fmt: skip
+        training = {key: value for key, value in training.items() if value is not None}
         spec = {
             "method": {"type": "LoRA", "lora": {"rank": 4, "dropout": "0.1"}},
             "checkpoint": {"everySteps": 3},
@@ -161,27 +162,27 @@ def test_full_tuning_learns_and_reports_both_models(bench: Bench) -> None:
     assert result.examples["train-0"][0].tuned.strip() in COLOURS.values()
 
 
-def test_a_stop_saves_releases_and_is_no_restart(bench: Bench) -> None:
-    order = bench.order("1-stops", checkpoint={"everySeconds": 3600}, training={"epochs": 40},
+@pytest.mark.parametrize(("told", "restarts"), [((0, 1), 0), ((1,), 1)])
+def test_a_stop_saves_and_is_a_restart_where_it_came_to_a_part(
+    bench: Bench, told: tuple[int, ...], restarts: int
+) -> None:
+    order = bench.order(f"1-stop{len(told)}", checkpoint={"everySeconds": 3600},
+                        training={"maxSteps": 60, "epochs": None},
                         evaluation={"everySteps": 100000})  # fmt: skip
     gang = bench.start(order, 2, "stopped")
-    words = gang.folder / "words"
     deadline = time.monotonic() + 90
     while "step" not in (gang.log.read_text() if gang.log.exists() else ""):
         assert time.monotonic() < deadline, "no step was logged"
         time.sleep(0.02)
-    words.mkdir(exist_ok=True)
-    (words / "stop").touch()
+    gang.tell_to_stop(*told)
     assert gang.wait() == [23, 23], gang.log.read_text()
     head = bench.head(order)
     assert head is not None
-    assert head.released
+    assert head.released is (restarts == 0)
     assert len(head.commits) == 1
-    (words / "stop").unlink()
-    again = bench.start(order, 1, "again")
-    assert again.wait(240) == [0], again.log.read_text()
-    result = runfiles.read_result(bench.store, order.run_uri)
-    assert (result.summary.attempt, result.summary.restarts) == (2, 0)
+    result = bench.finish(order, 1, "again")
+    assert (result.summary.attempt, result.summary.restarts) == (2, restarts)
+    assert result.summary.steps == 60
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_its_name(bench: Bench) -> None:
@@ -190,7 +191,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_name(bench: Bench) -> No
                         checkpoint={"everySteps": 1})  # fmt: skip
     gang = bench.start(order, 2, "nan")
     assert gang.wait() == [13, 13], gang.log.read_text()
-    failure = json.loads((gang.folder / "words" / "failure-0.json").read_text())
+    failure = json.loads((words_of(gang.folder, 0) / "failure-0.json").read_text())
     assert failure["class"] == "Diverged"
     assert "learningRate" in failure["message"]
     for commit in bench.head(order).commits:  # type: ignore[union-attr]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ from finetune_trainer.runfiles import CurvePoint, ValidationPoint
 from finetune_trainer.schedule import evaluation_steps, learning_rate, log_interval, steps_of
 from finetune_trainer.scores import GENERATED, better
 from finetune_trainer.session import Session
+
+_TELLING_SECONDS: Final = 3.0
 
 
 def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
@@ -74,7 +77,7 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
                 commit(session, state, clock)
             if stop and state.step < total:
                 agreement.settle()
-                session.checkpoints.release()
+                end_attempt(session, stop_requested)
                 raise Interrupted(
                     "Interrupted", f"stopped as asked; step {state.step} of {total} is saved"
                 )
@@ -114,6 +117,20 @@ def _synchronised(session: Session, last: bool) -> AbstractContextManager[None]:
     if isinstance(session.module, DistributedDataParallel) and not last:
         return session.module.no_sync()
     return nullcontext()
+
+
+def end_attempt(session: Session, stop_requested: Callable[[], bool]) -> None:
+    """Release the run where the whole gang was told to stop (suspended, say).
+
+    Where only some of its pods were told, the gang has lost them to something else: the state is
+    saved, but the next attempt counts as a restart. Kubelets tell their pods within a second or
+    so of each other.
+    """
+    deadline = time.monotonic() + _TELLING_SECONDS
+    while not stop_requested() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if all(session.gang.together(stop_requested)):
+        session.checkpoints.release()
 
 
 def log(session: Session, state: LoopState, rate: float, norm: Tensor, clock: Clock) -> None:
