@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import subprocess
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from cluster.build import binary
 from cluster.real import RealCluster
 from finetune_trainer.objects import Credentials, ObjectStore
 from finetune_trainer.quickstart import make_quickstart
+from timings import timed
 
 ROOT = Path(__file__).resolve().parents[2]
 OPERATOR = "finetune-operator:e2e"
@@ -28,14 +27,6 @@ SYSTEM, TEAM = "finetune-system", "team-a"
 KEYS = ("e2e-access-key", "e2e-secret-key-of-the-tests")
 S3_PORT = 9000
 Manifest = dict[str, Any]
-
-
-@contextmanager
-def timed(what: str) -> Iterator[None]:
-    """Print how long a part took."""
-    began = time.monotonic()
-    yield
-    print(f"[e2e] {what}: {time.monotonic() - began:.0f} s", flush=True)
 
 
 @pytest.fixture(scope="session")
