@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV_VERSION := 0.13.8
 STATE ?= .finetune
+# TIMED "what" command…: run it and say how long it took.
+TIMED := bash -c 'began=$$SECONDS; "$${@:1}" || exit; echo "[$$0: $$((SECONDS - began)) s]"'
 # The quickstart's stages are small: more threads than cores only fight.
 export TOKENIZERS_PARALLELISM ?= true
 
@@ -16,15 +18,15 @@ help: ## List the targets
 install: $(VENV)/.installed ## Make .venv with the three parts and all tools
 
 $(VENV)/.installed: tests/requirements.txt crds/pyproject.toml operator/pyproject.toml trainer-image/pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 install" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 $@" >&2; exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	@echo "Installing (torch is large: a minute or two the first time)"
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r tests/requirements.txt
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e crds -e operator -e trainer-image
 	@touch $@
 
-demo: install ## Fine-tune a small model on this machine, end to end, in about three minutes
+demo: install ## Fine-tune a small model on this machine, end to end, in two or three minutes
 	@$(BIN)/finetune quickstart $(STATE)/quickstart
 	@$(BIN)/finetune run examples/quickstart.yaml --state-dir $(STATE) --local-storage
 
@@ -32,19 +34,20 @@ test: install lint verify ## Everything that needs no root: unit, real S3, real 
 	$(BIN)/python -m pytest tests -m "not e2e" --durations=15
 
 e2e: install ## The whole thing on a real cluster (root on Linux, or KUBECONFIG)
-	$(BIN)/python -m pytest tests -m e2e --durations=15
+	$(BIN)/python -m pytest tests/cluster -m e2e
+	$(BIN)/python -m pytest tests/e2e -m e2e --durations=15
 
 lint: install ## Style, types, layers
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy crds/src operator/src trainer-image/src
-	$(BIN)/lint-imports
+	@$(TIMED) "ruff" $(BIN)/ruff check .
+	@$(TIMED) "ruff format" $(BIN)/ruff format --check .
+	@$(TIMED) "mypy" $(BIN)/mypy crds/src operator/src trainer-image/src
+	@$(TIMED) "import-linter" $(BIN)/lint-imports
 
 generate: install ## Write the CRD, the chart's copy and docs/reference.md from the models
 	$(BIN)/python crds/generate.py
 
 verify: install ## Fail where a generated file is stale
-	$(BIN)/python crds/generate.py --check
+	@$(TIMED) "generated files" $(BIN)/python crds/generate.py --check
 
 bench: install ## Speed beside TRL, printed
 	$(BIN)/python benchmarks/tokens_per_second.py

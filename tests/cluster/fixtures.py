@@ -44,20 +44,37 @@ def control_plane() -> Iterator[Api]:
 
 @pytest.fixture(scope="session")
 def needs_root() -> None:
-    """Skips the tests that make nodes or images where that is not allowed."""
+    """Fails the tests that make nodes or images where that is not allowed: a run that skipped them
+    all would look like one that passed."""
     if os.geteuid() != 0:
-        pytest.skip("nodes and image builds need root on Linux")
+        pytest.fail(
+            "nodes and image builds need root on Linux; or give a cluster by KUBECONFIG and"
+            " FINETUNE_TEST_USE_KUBECONFIG=1 (see README, Development)"
+        )
 
 
 @pytest.fixture(scope="session")
-def cluster_images() -> list[str]:
+def own_cluster(cluster: Api) -> RealCluster:
+    """``cluster``, for tests that switch its nodes off; skipped on a given one."""
+    if not isinstance(cluster, RealCluster):
+        pytest.skip("the given cluster is not ours to break")
+    return cluster
+
+
+@pytest.fixture(scope="session")
+def cluster_images(needs_root: None) -> list[str]:
     """The images that the pods of e2e tests run; override it to build more of them."""
     return [images.base()]
 
 
 @pytest.fixture(scope="session")
-def cluster(needs_root: None, cluster_images: list[str]) -> Iterator[RealCluster]:
-    """A cluster with three nodes that have these images: the one kept up, or one of our own."""
+def cluster(cluster_images: list[str]) -> Iterator[Api]:
+    """A cluster with nodes that have these images: the given one, the one kept up, or three nodes
+    of our own."""
+    api = given()
+    if api:
+        yield api
+        return
     kept = RealCluster.kept()
     if kept and kept.has(*cluster_images):
         yield kept

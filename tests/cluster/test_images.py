@@ -46,17 +46,17 @@ CMD ["cat", "/told"]
 
 
 def test_a_dockerfile_becomes_an_image_on_running_nodes(
-    cluster: RealCluster, tmp_path: Path
+    own_cluster: RealCluster, tmp_path: Path
 ) -> None:
     (tmp_path / "Dockerfile").write_text(DOCKERFILE)
     told = os.urandom(4).hex()
     image = images.build(tmp_path, "fto/selftest:1", {"BASE": images.base(), "TOLD": told})
-    cluster.provide(image)
-    cluster.kubectl("run", "told", f"--image={image}", "--restart=Never")
+    own_cluster.provide(image)
+    own_cluster.kubectl("run", "told", f"--image={image}", "--restart=Never")
     try:
-        log = eventually("the log", lambda: cluster.kubectl("logs", "told"))
+        log = eventually("the log", lambda: own_cluster.kubectl("logs", "told"))
     finally:
-        cluster.kubectl("delete", "pod", "told", "--wait=false")
+        own_cluster.kubectl("delete", "pod", "told", "--wait=false")
     assert log == f"{told}\n"
 
 

@@ -44,27 +44,27 @@ def service(name: str, **spec: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def servers(cluster: RealCluster, cluster_images: list[str]) -> Iterator[RealCluster]:
+def servers(own_cluster: RealCluster, cluster_images: list[str]) -> Iterator[RealCluster]:
     """A web server in a pod on each node, behind two Services."""
     space = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}
     serve = ("python3", "-c", SERVE)
     names = {f"server-{node}": node for node in NODES}
-    cluster.apply(space)
+    own_cluster.apply(space)
     account = "serviceaccount/default"
-    eventually("the account", lambda: cluster.kubectl("get", account, "-n", NAMESPACE))
-    cluster.apply(
+    eventually("the account", lambda: own_cluster.kubectl("get", account, "-n", NAMESPACE))
+    own_cluster.apply(
         service("gang", clusterIP="None", selector={"gang": "yes"}),
         service("one", selector={"app": "server-node-b"}),
         *(pod(name, node, cluster_images[0], *serve) for name, node in names.items()),
     )
     pods = [f"pod/{name}" for name in names]
-    cluster.kubectl("wait", "-n", NAMESPACE, "--for=condition=Ready", "--timeout=60s", *pods)
-    yield cluster
-    cluster.kubectl("delete", "namespace", NAMESPACE, "--wait=false")
+    own_cluster.kubectl("wait", "-n", NAMESPACE, "--for=condition=Ready", "--timeout=60s", *pods)
+    yield own_cluster
+    own_cluster.kubectl("delete", "namespace", NAMESPACE, "--wait=false")
 
 
-def test_the_nodes_are_ready(cluster: RealCluster) -> None:
-    assert cluster.ready_nodes() == set(NODES)
+def test_the_nodes_are_ready(own_cluster: RealCluster) -> None:
+    assert own_cluster.ready_nodes() == set(NODES)
 
 
 def test_logs_and_exec(servers: RealCluster) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,11 @@ from typing import Any
 import pytest
 
 from cluster import images
-from cluster.api import eventually
+from cluster.api import Api, eventually
 from cluster.build import binary
+from cluster.fixtures import given
 from cluster.real import RealCluster
+from finetune_trainer.failures import TrainerError
 from finetune_trainer.objects import Credentials, ObjectStore
 from finetune_trainer.quickstart import make_quickstart
 from timings import timed
@@ -30,8 +35,16 @@ Manifest = dict[str, Any]
 
 
 @pytest.fixture(scope="session")
-def cluster_images(needs_root: None) -> list[str]:
-    """The project's images, from the Dockerfiles that users build, and their base."""
+def cluster_images(request: pytest.FixtureRequest) -> list[str]:
+    """Operator and trainer image: built from the Dockerfiles that users build, or, for a given
+    cluster, those that were pushed for it."""
+    if given():
+        names = ("FINETUNE_E2E_OPERATOR_IMAGE", "FINETUNE_E2E_TRAINER_IMAGE")
+        missing = [name for name in names if name not in os.environ]
+        if missing:
+            pytest.fail(f"a given cluster needs pushed images: set {' and '.join(missing)}")
+        return [os.environ[name] for name in names]
+    request.getfixturevalue("needs_root")
     torch = importlib.metadata.version("torch").split("+")[0]
     with timed("base images"):
         base, lean = images.base(), images.torch_base(torch)
@@ -44,14 +57,18 @@ def cluster_images(needs_root: None) -> list[str]:
             ROOT, TRAINER, {"BASE_IMAGE": lean, "TORCH_REQUIREMENT": ""},
             dockerfile=ROOT / "trainer-image/Dockerfile",
         )  # fmt: skip
-    return [base, operator, trainer]
+    return [operator, trainer]
 
 
 @dataclass
 class Platform:
     """What the tests act on."""
 
-    cluster: RealCluster
+    cluster: Api
+    operator: str
+    """Its image."""
+    trainer: str
+    """The trainer's."""
     store: ObjectStore
     endpoint: str
     """S3 as pods reach it."""
@@ -97,16 +114,65 @@ class Platform:
         except TimeoutError as error:
             pytest.fail(f"{error}\n{self.describe(name)}")
 
-    def wait_for_step(self, name: str, step: int, *, within: float = 240) -> Manifest:
-        """The status once training has done so many steps and a commit is there."""
+    def advertise_gpus(self) -> str:
+        """Name of an extended resource that every node now has: no device, but it is counted."""
+        patch = '{"status": {"capacity": {"example.com/gpu": "8"}}}'
+        for node in self.cluster.get("nodes")["items"]:
+            name = node["metadata"]["name"]
+            self.cluster.kubectl(
+                "patch", "node", name, "--subresource=status", "--type=merge", "-p", patch
+            )
+        return "example.com/gpu"
+
+    def operator_metrics(self) -> str:
+        """The operator's metrics page, through the API server."""
+        service = f"/api/v1/namespaces/{SYSTEM}/services/finetune-operator:8080"
+        return self.cluster.kubectl("get", "--raw", f"{service}/proxy/metrics")
+
+    def scale_operator(self, replicas: int) -> None:
+        """Stop or start the operator that the chart installed; returns when it is so."""
+        at = ("-n", SYSTEM)
+        deployment = "deployment/finetune-operator"
+        self.cluster.kubectl(*at, "scale", deployment, f"--replicas={replicas}")
+        if replicas:
+            self.cluster.kubectl(*at, "rollout", "status", deployment, "--timeout=120s")
+            return
+        selector = "app.kubernetes.io/name=finetune-operator"
+        eventually(
+            "the operator is gone",
+            lambda: not self.cluster.get("pods", *at, "-l", selector)["items"],
+            within=60,
+        )
+
+    @contextmanager
+    def operator_outside(self) -> Iterator[None]:
+        """``python -m finetune_operator`` on this machine, as a developer runs it."""
+        process = subprocess.Popen(
+            [
+                sys.executable, "-m", "finetune_operator",
+                "--kubeconfig", str(self.cluster.kubeconfig),
+                "--image", self.trainer, "--host", "127.0.0.1", "--port", "0",
+                "--lease-namespace", SYSTEM,
+            ]
+        )  # fmt: skip
+        try:
+            yield
+        finally:
+            process.terminate()
+            assert process.wait(30) == 0
+
+    def wait_for_step(
+        self, name: str, step: int, *, committed: bool = True, within: float = 240
+    ) -> Manifest:
+        """The status once training has done so many steps, and a commit is there."""
 
         def look() -> Manifest | None:
             status = self.status(name)
             if holds(status, "Failed"):
                 pytest.fail(f"{name} failed: {status['failure']}\n{self.describe(name)}")
             done = status.get("progress", {}).get("step", 0)
-            committed = status.get("checkpoints", {}).get("latest")
-            return status if done >= step and committed else None
+            saved = status.get("checkpoints", {}).get("latest")
+            return status if done >= step and (saved or not committed) else None
 
         try:
             return eventually(f"{name} reaches step {step}", look, within=within)
@@ -141,28 +207,45 @@ def holds(status: Manifest, condition: str) -> bool:
 
 @pytest.fixture(scope="session")
 def platform(
-    cluster: RealCluster, cluster_images: list[str], tmp_path_factory: pytest.TempPathFactory
+    cluster: Api, cluster_images: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Platform]:
     """Cluster, S3, operator; the namespace of a team with its Secret."""
     inputs = tmp_path_factory.mktemp("inputs")
     with timed("quickstart model and data"):
         make_quickstart(inputs)
-    with timed("S3 in the cluster"):
-        address = start_s3(cluster, images.full_name(TRAINER))
-        keys = Credentials(KEYS[0], KEYS[1], None, "the tests' keys")
-        store = ObjectStore(f"http://{address}:{S3_PORT}", credentials=keys)
-        store.create_bucket("input")
-        store.create_bucket("output")
-        for path in sorted(p for p in inputs.rglob("*") if p.is_file()):
-            store.upload(path, f"s3://input/{path.relative_to(inputs)}")
-    start_empty_registry(cluster, cluster_images[0])
-    with timed("helm install"):
-        install(cluster)
-    endpoint = f"http://s3.storage.svc.cluster.local:{S3_PORT}"
-    yield Platform(cluster, store, endpoint, inputs)
+    operator, trainer = cluster_images
+    with ExitStack() as stack:
+        with timed("S3 in the cluster"):
+            address = start_s3(cluster, trainer)
+            if not isinstance(cluster, RealCluster):
+                address = stack.enter_context(forwarded(cluster))
+            keys = Credentials(KEYS[0], KEYS[1], None, "the tests' keys")
+            store = ObjectStore(f"http://{address}:{S3_PORT}", credentials=keys)
+            wait_for_s3(store)
+            store.create_bucket("input")
+            store.create_bucket("output")
+            for path in sorted(p for p in inputs.rglob("*") if p.is_file()):
+                store.upload(path, f"s3://input/{path.relative_to(inputs)}")
+        start_empty_registry(cluster, trainer)
+        with timed("helm install"):
+            install(cluster, operator, trainer)
+        endpoint = f"http://s3.storage.svc.cluster.local:{S3_PORT}"
+        yield Platform(cluster, operator, trainer, store, endpoint, inputs)
 
 
-def start_s3(cluster: RealCluster, image: str) -> str:
+@contextmanager
+def forwarded(cluster: Api) -> Iterator[str]:
+    """S3 of a cluster whose pods cannot be reached from here, on loopback."""
+    command = [binary("kubectl"), "--kubeconfig", cluster.kubeconfig, "-n", "storage"]
+    process = subprocess.Popen([*command, "port-forward", "pod/s3", f"{S3_PORT}:{S3_PORT}"])
+    try:
+        yield "127.0.0.1"
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def start_s3(cluster: Api, image: str) -> str:
     """SeaweedFS, from the trainer's image, as a pod; returns the pod's address."""
     flags = "-dir=/data -ip.bind=0.0.0.0 -webdav=false -admin.ui=false -master.telemetry=false"
     cluster.apply(
@@ -173,7 +256,7 @@ def start_s3(cluster: RealCluster, image: str) -> str:
             "spec": {
                 "containers": [
                     {
-                        "name": "s3", "image": image, "imagePullPolicy": "Never",
+                        "name": "s3", "image": image, "imagePullPolicy": "IfNotPresent",
                         "command": ["sh", "-c",
                             f"exec weed mini {flags} -s3.port={S3_PORT} -ip=$(hostname -i)"
                             " -s3.port.iceberg=0 -s3.port.lance=0 -volume.max=1000"
@@ -206,21 +289,23 @@ def start_s3(cluster: RealCluster, image: str) -> str:
         )
         return str(pod["status"]["podIP"]) if ready else None
 
-    found = eventually("S3 runs", address, within=120)
+    return eventually("S3 runs", address, within=120)
+
+
+def wait_for_s3(store: ObjectStore) -> None:
+    """Until it answers that it has no such bucket."""
 
     def answers() -> bool:
-        keys = Credentials(KEYS[0], KEYS[1], None, "the tests' keys")
         try:
-            ObjectStore(f"http://{found}:{S3_PORT}", credentials=keys).head("s3://none/probe")
-        except Exception as error:
-            return getattr(error, "reason", "") == "BucketNotFound"
+            store.head("s3://none/probe")
+        except TrainerError as error:
+            return error.reason == "BucketNotFound"
         return True
 
     eventually("S3 answers", answers, within=60)
-    return found
 
 
-def start_empty_registry(cluster: RealCluster, image: str) -> None:
+def start_empty_registry(cluster: Api, image: str) -> None:
     """What answers on each node's localhost:5000 that it has no such image."""
     labels = {"app": "registry"}
     cluster.apply(
@@ -235,7 +320,8 @@ def start_empty_registry(cluster: RealCluster, image: str) -> None:
                         "hostNetwork": True,
                         "containers": [
                             {
-                                "name": "registry", "image": image, "imagePullPolicy": "Never",
+                                "name": "registry", "image": image,
+                                "imagePullPolicy": "IfNotPresent",
                                 "command": ["python3", "-m", "http.server", "5000",
                                             "--bind", "127.0.0.1", "--directory", "/media"],
                             }
@@ -247,7 +333,7 @@ def start_empty_registry(cluster: RealCluster, image: str) -> None:
     )  # fmt: skip
 
 
-def install(cluster: RealCluster) -> None:
+def install(cluster: Api, operator: str, trainer: str) -> None:
     """``helm install``, and the team's namespace, which enforces the restricted pod standard."""
     cluster.apply(
         {
@@ -273,16 +359,19 @@ def install(cluster: RealCluster) -> None:
             binary("helm"), "upgrade", "--install", "finetune-operator",
             ROOT / "charts/finetune-operator", "--kubeconfig", cluster.kubeconfig,
             "--namespace", SYSTEM, "--create-namespace", "--wait", "--timeout", "180s",
-            "--set", f"image.repository={images.full_name(OPERATOR).rsplit(':', 1)[0]}",
-            "--set", "image.tag=e2e",
-            "--set", f"trainer.image.repository={images.full_name(TRAINER).rsplit(':', 1)[0]}",
-            "--set", "trainer.image.tag=e2e",
+            *image_values("image", operator), *image_values("trainer.image", trainer),
         ],
         capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode:
         logs = cluster.kubectl("-n", SYSTEM, "get", "pods,events", "-o", "wide")
         raise RuntimeError(f"{done.stderr}\n{logs}")
+
+
+def image_values(where: str, image: str) -> list[str]:
+    """helm's options for an image by tag."""
+    repository, tag = image.rsplit(":", 1)
+    return ["--set", f"{where}.repository={repository}", "--set", f"{where}.tag={tag}"]
 
 
 ManifestOf = Callable[..., Manifest]

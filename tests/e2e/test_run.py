@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e_outside import evaluate_outside
+from e2e_outside import evaluate_outside, load_adapter, load_merged
 
 from cluster.api import eventually
 
@@ -18,6 +18,15 @@ SHORT = {"training": {"epochs": None, "maxSteps": 40}, "evaluation": {"maxSample
 
 GAIN = {"Accuracy": 0.3, "Rouge": 0.05}
 """Least gain of the quickstart's two tasks."""
+
+
+OPERATOR_SERIES = (
+    "finetune_jobs{", "finetune_job_step{", "finetune_job_loss{", "finetune_job_restarts{",
+    "finetune_operator_reconcile_seconds_bucket{", "finetune_operator_reconcile_errors_total",
+    "finetune_operator_queue_depth", "finetune_operator_runs_started_total",
+    "finetune_operator_runs_finished_total{", "finetune_operator_restarts_total",
+    "finetune_operator_gpu_seconds_total{",
+)  # fmt: skip
 
 
 def scores(status: dict[str, Any]) -> dict[tuple[str, str], tuple[float, float]]:
@@ -59,11 +68,22 @@ def test_a_job_ends_in_an_evaluated_model(platform, manifest_of, tmp_path: Path)
         platform.store.download(f"{uri}/{path}", tmp_path / path)
     for entry in ("intent", "note"):
         told = {metric: value[1] for (name_, metric), value in found.items() if name_ == entry}
-        again = evaluate_outside(
-            tmp_path / "merged", platform.inputs / f"data/{entry}-test.jsonl", entry
-        )
+        data = platform.inputs / f"data/{entry}-test.jsonl"
+        again = evaluate_outside(load_merged(tmp_path), tmp_path / "merged", data, entry)
         for metric, value in again.items():
-            assert value == pytest.approx(told[metric], abs=2e-3), (entry, metric)
+            assert value == pytest.approx(told[metric], rel=1e-3, abs=1e-3), (entry, metric)
+    adapter = load_adapter(tmp_path, platform.inputs / "model")
+    data = platform.inputs / "data/intent-test.jsonl"
+    again = evaluate_outside(adapter, tmp_path / "merged", data, "intent")
+    assert again["Loss"] == pytest.approx(found["intent", "Loss"][1], rel=1e-3, abs=1e-3)
+    assert again["Accuracy"] == found["intent", "Accuracy"][1]
+
+    # The gang was spread, and the operator tells the final figures of the finished run.
+    assert len({p["spec"]["nodeName"] for p in platform.pods(name, "train")}) == 2
+    page = platform.operator_metrics()
+    for series in OPERATOR_SERIES:
+        assert f"\n{series}" in page, series
+    assert 'finetune_job_test_metric{data_set="intent",metric="Accuracy",model="tuned"' in page
 
     # Nothing of ours on the user's object, and nothing of it that GitOps would call a drift.
     job = platform.job(name)
@@ -82,7 +102,9 @@ def test_a_job_ends_in_an_evaluated_model(platform, manifest_of, tmp_path: Path)
 
 @pytest.mark.parametrize("index", [1, 0])
 def test_a_lost_pod_is_one_incident_and_the_run_goes_on(platform, manifest_of, index: int) -> None:
-    name = platform.apply(manifest_of(f"lost-{index}", checkpoint={"everySteps": 5}, **SHORT))
+    gpus = {"gpusPerNode": 1, "gpuResourceName": platform.advertise_gpus()}
+    spec = {"checkpoint": {"everySteps": 5}, "compute": gpus, **SHORT}
+    name = platform.apply(manifest_of(f"lost-{index}", **spec))
     platform.wait_for_step(name, 10)
     (victim,) = [
         p for p in platform.pods(name, "train")
@@ -98,6 +120,9 @@ def test_a_lost_pod_is_one_incident_and_the_run_goes_on(platform, manifest_of, i
     assert head["restarts"] == 1
     assert head["released"] is True
     assert head["lostSeconds"] > 0
+    usage = status["usage"]
+    assert 0 < usage["wastedGpuSeconds"] < usage["gpuSeconds"]
+    assert usage["queuedSeconds"] >= 0
     result = json.loads(platform.store.get(f"{run_uri(status, name)}/result.json"))
     steps = [p["step"] for p in result["curve"]]
     assert steps == sorted(set(steps)), "the curve goes on where the last commit left it"
@@ -128,6 +153,18 @@ def test_an_operator_that_is_killed_loses_and_restarts_nothing(platform, manifes
     assert status["restarts"] == 0
     assert status["run"]["attempt"] == 1
     assert status["run"]["startTime"] == before["run"]["startTime"]
+
+
+def test_an_operator_outside_of_the_cluster_reads_progress_through_the_api(
+    platform, manifest_of
+) -> None:
+    platform.scale_operator(0)
+    with platform.operator_outside():
+        name = platform.apply(manifest_of("outside", **SHORT))
+        first = platform.wait_for_step(name, 1, committed=False)
+        assert first["progress"]["totalSteps"] == 40
+        platform.wait(name, "Complete")
+    platform.scale_operator(1)
 
 
 def test_suspend_saves_and_resume_goes_on(platform, manifest_of) -> None:

@@ -92,10 +92,6 @@ FAILURES: Final[dict[FailureClass, tuple[str, str]]] = {
         "The gang was put off its nodes, more often than failurePolicy.maxRestarts.",
         "Use a higher priority class or a queue, or raise failurePolicy.maxRestarts.",
     ),
-    "Stalled": (
-        "The gang ran and made no progress, more often than failurePolicy.maxRestarts.",
-        "See the supervisor's reason in the message, and the logs of the pods.",
-    ),
     "ImagePull": (
         "The trainer image cannot be pulled.",
         "Mend compute.image, or the pull secrets in compute.podTemplate.",
@@ -122,7 +118,6 @@ EXIT_CODES: Final[dict[ExitCode, str]] = {
     ExitCode.FENCED: "A newer attempt has taken the run; this one stopped.",
     ExitCode.NODE_FAILURE: "NodeFailure",
     ExitCode.STORAGE_UNAVAILABLE: "Storage: not reachable, or overloaded.",
-    ExitCode.STALLED: "Stalled: the supervisor saw no progress.",
     ExitCode.INTERRUPTED: "Stopped by SIGTERM after the state was saved.",
 }
 

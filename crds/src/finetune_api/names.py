@@ -85,7 +85,6 @@ FailureClass = Literal[
     "Diverged",
     "NodeFailure",
     "Preempted",
-    "Stalled",
     "ImagePull",
     "Storage",
     "Internal",
@@ -93,7 +92,8 @@ FailureClass = Literal[
 
 
 class ExitCode(IntEnum):
-    """Exit codes of the trainer's containers. 10 to 19 cannot be mended by another try."""
+    """Exit codes of the trainer's containers. 10 to 19 cannot be mended by another
+    try (16 ends its pod alone: the attempt that fenced it goes on)."""
 
     OK = 0
     USER_ERROR = 10
@@ -106,7 +106,6 @@ class ExitCode(IntEnum):
     """A newer attempt has taken the run; this one must not go on."""
     NODE_FAILURE = 20
     STORAGE_UNAVAILABLE = 21
-    STALLED = 22
     INTERRUPTED = 23
     """Stopped by SIGTERM after its state was saved."""
 

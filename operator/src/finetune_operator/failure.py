@@ -22,7 +22,6 @@ _BY_CODE: Final[dict[int, tuple[FailureClass, str]]] = {
     ExitCode.FENCED: ("Internal", "a newer attempt has taken the run"),
     ExitCode.NODE_FAILURE: ("NodeFailure", "another process of the gang, or a device, was lost"),
     ExitCode.STORAGE_UNAVAILABLE: ("Storage", "object storage could not be reached"),
-    ExitCode.STALLED: ("Stalled", "the training made no progress"),
     ExitCode.INTERRUPTED: ("Preempted", "stopped on request, with its state saved"),
 }
 

@@ -132,7 +132,11 @@ def _conditions(work: Work) -> Conditions:
             text = f"{work.prepared.train_samples} samples at {work.prepared.uri}"
         _once(conditions, "Prepared", "DataReady", text)
     if work.done("train"):
-        _once(conditions, "Evaluated", "Evaluated", "trained, and measured on the test sets")
+        tested = work.trained is None or work.trained.scores
+        text = (
+            "trained, and measured on the test sets" if tested else "trained; there is no test set"
+        )
+        _once(conditions, "Evaluated", "Evaluated", text)
     if work.done("publish"):
         _once(conditions, "Published", "Published", f"at {work.order.output_uri}")
     if work.problems:

@@ -71,8 +71,8 @@ class LoopState:
     """Evaluations since."""
     stopped_early: bool = False
     rng: str = ""
-    """State of torch's generator of the first rank, hexadecimal. What the loop draws is keyed by
-    seed, step and sample; this is for what a model draws by itself."""
+    """State of torch's CPU generator in the first rank, hexadecimal. What the loop draws is keyed
+    by seed, step and sample; this is for what a model draws by itself."""
     local: Tensor | None = None
     """This rank's losses since the last log point or commit, on the device; never saved."""
 
@@ -240,6 +240,7 @@ class Checkpoints:
             StorageUnavailable: where storage does not answer.
         """
         folder = self._fresh(f"commit-{self.gang.rank}")
+        state.rng = torch.get_rng_state().numpy().tobytes().hex()
         save_state(folder, model, optimizer, self.gang.control)
         if self.gang.first:
             (folder / _STATE_FILE).write_text(state.to_json())
@@ -265,7 +266,10 @@ class Checkpoints:
                 continue
             load_state(folder, model, optimizer, self.gang.control)
             self.gang.barrier()
-            return LoopState.from_json((folder / _STATE_FILE).read_text())
+            state = LoopState.from_json((folder / _STATE_FILE).read_text())
+            rng = torch.frombuffer(bytearray.fromhex(state.rng), dtype=torch.uint8)
+            torch.set_rng_state(rng)
+            return state
         return None
 
     def load_best(self, model: nn.Module, step: int) -> Commit:

@@ -152,7 +152,7 @@ def log(session: Session, state: LoopState, rate: float, norm: Tensor, clock: Cl
     telemetry.gradient_norm.set(point.gradient_norm)
     telemetry.tokens_per_second.set(clock.tokens_per_second())
     if session.gang.device.type == "cuda":
-        telemetry.gpu_memory.set(torch.cuda.max_memory_allocated())
+        telemetry.set_gpu_memory(torch.cuda.max_memory_allocated())
     telemetry.say(
         step=state.step, loss=loss, learning_rate=rate, remaining_seconds=remaining,
         epoch=state.step / session.plan.steps_per_epoch,

@@ -41,7 +41,8 @@ class Telemetry:
         self.step = gauge("step", "Optimizer steps done")
         self.total_steps = gauge("total_steps", "Optimizer steps of the run")
         self.tokens_per_second = gauge("tokens_per_second", "Real tokens trained per second")
-        self.gpu_memory = gauge("gpu_memory_peak_bytes", "Peak memory allocated on the first GPU")
+        self._gauge = gauge
+        self._gpu_memory: Gauge | None = None
         self.tokens = counter("tokens", "Real tokens trained, whole gang")
         self.samples = counter("samples", "Samples trained, whole gang")
         self.seconds = Counter(
@@ -54,6 +55,13 @@ class Telemetry:
         )  # fmt: skip
         for part in ("data_wait", "compute", "checkpoint", "evaluation"):
             self.seconds.labels(part)
+
+    def set_gpu_memory(self, peak_bytes: int) -> None:
+        """Peak memory allocated on the first process's GPU; the series is absent without one."""
+        if self._gpu_memory is None:
+            text = "Peak memory allocated on the GPU of the gang's first process"
+            self._gpu_memory = self._gauge("gpu_memory_peak_bytes", text)
+        self._gpu_memory.set(peak_bytes)
 
     @property
     def progress(self) -> Progress:
