@@ -54,6 +54,7 @@ class RunningGang:
     processes: list[BaseProcess]
     folder: Path
     log: Path
+    metrics_port: int
 
     def tell_to_stop(self, *ranks: int) -> None:
         """As the supervisors of these nodes do after SIGTERM."""
@@ -99,4 +100,4 @@ def start_gang(environment: Mapping[str, str], size: int, folder: Path) -> Runni
             "FINETUNE_SCRATCH": str(folder / "scratch"), "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         processes.append(forked(_work, variables, str(log)))
-    return RunningGang(processes, folder, log)
+    return RunningGang(processes, folder, log, metrics)

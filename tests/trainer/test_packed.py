@@ -1,13 +1,22 @@
 """Packed rows: each document is computed as if it were alone."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 from engine import CPU, samples, tiny_llama
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, MambaConfig, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Lfm2Config,
+    MambaConfig,
+    MistralConfig,
+)
 
 from finetune_trainer import packed
+from finetune_trainer.dropout import key_dropouts
 from finetune_trainer.feed import build_row
 from finetune_trainer.loss import TokenLoss, row_losses
 
@@ -106,7 +115,45 @@ def test_outside_of_a_row_the_attention_is_sdpa():
     assert torch.equal(ours, model(input_ids=ids, attention_mask=mask).logits)
 
 
-def test_recurrent_models_are_not_packed():
-    config = MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4)
+@pytest.mark.parametrize(
+    "config",
+    [
+        MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4),
+        Lfm2Config(
+            vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, layer_types=["conv", "full_attention"],
+        ),
+        Gemma2Config(
+            vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=1, head_dim=8,
+            num_attention_heads=4, num_key_value_heads=2,
+        ),
+    ],
+    ids=lambda c: c.model_type,
+)  # fmt: skip
+def test_models_that_would_leak_or_attend_otherwise_are_not_packed(config):
     assert not packed.can_pack(AutoModelForCausalLM.from_config(config))
+
+
+def test_llamas_are_packed():
     assert packed.can_pack(tiny_llama())
+
+
+def test_checkpointed_rows_have_the_same_gradient_though_backward_has_its_own_thread():
+    """As on a GPU, where autograd computes again what was not kept in a thread of its own."""
+    documents = samples(LENGTHS)
+
+    def gradients(checkpointed: bool) -> torch.Tensor:
+        model = tiny_llama()
+        key_dropouts(model, 0.1)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        loss = TokenLoss(model).train()
+        row = build_row(documents, range(len(documents)), seed=0, step=0, device=CPU)
+        with packed.row_context(row.layout):
+            total = loss(row).sum()
+            thread = threading.Thread(target=total.backward)
+            thread.start()
+            thread.join()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    torch.testing.assert_close(gradients(True), gradients(False), rtol=1e-5, atol=1e-6)

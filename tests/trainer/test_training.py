@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,43 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_at_any_size(bench: Bench
             assert curve(resumed)[step] == pytest.approx(loss, rel=1e-4), (before, after, step)
         for ours, theirs in zip(resumed.validation, whole.validation, strict=True):
             assert ours.overall["Loss"] == pytest.approx(theirs.overall["Loss"], rel=1e-4)
+
+
+SERIES = (
+    "finetune_train_loss", "finetune_learning_rate", "finetune_gradient_norm", "finetune_step",
+    "finetune_total_steps", "finetune_tokens_per_second", "finetune_tokens_total",
+    "finetune_samples_total", 'finetune_step_seconds_total{part="compute"}',
+    'finetune_step_seconds_total{part="data_wait"}', "finetune_step_duration_seconds_count",
+)  # fmt: skip
+
+
+def test_pages_tell_what_the_gang_does(bench: Bench) -> None:
+    order = bench.order("1-pages", training={"epochs": 200}, checkpoint={"everySteps": 2},
+                        evaluation={"everySteps": 3})  # fmt: skip
+    gang = bench.start(order, 1, "pages")
+    page = f"http://127.0.0.1:{gang.metrics_port}"
+    told: dict[str, Any] = {}
+    deadline = time.monotonic() + 90
+    while told.get("loss") is None or told.get("step", 0) < 25:
+        assert time.monotonic() < deadline, gang.log.read_text()
+        assert gang.processes[0].is_alive(), gang.log.read_text()
+        with contextlib.suppress(OSError):
+            told = json.loads(urllib.request.urlopen(f"{page}/progress").read())
+    values = dict(
+        line.rsplit(" ", 1)
+        for line in urllib.request.urlopen(f"{page}/metrics").read().decode().splitlines()
+        if not line.startswith("#")
+    )
+    gang.kill()
+    assert (told["run"], told["attempt"], told["restarts"]) == ("1-pages", 1, 0)
+    assert told["totalSteps"] == 200 * 10
+    assert told["latestCheckpoint"].startswith(order.run_uri)
+    for name in SERIES:
+        assert float(values[name]) > 0, name
+    for part in ("checkpoint", "evaluation"):
+        assert float(values[f'finetune_step_seconds_total{{part="{part}"}}']) > 0
+    assert float(values['finetune_validation_loss{data_set="train-0"}']) > 0
+    assert "finetune_gpu_memory_peak_bytes" not in values
 
 
 def test_the_same_manifest_and_seed_give_the_same_metrics(bench: Bench) -> None:

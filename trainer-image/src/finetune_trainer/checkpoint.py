@@ -265,10 +265,10 @@ class Checkpoints:
                 self._move(partial(Claim.discard, corrupt=commit))
                 continue
             load_state(folder, model, optimizer, self.gang.control)
-            self.gang.barrier()
             state = LoopState.from_json((folder / _STATE_FILE).read_text())
             rng = torch.frombuffer(bytearray.fromhex(state.rng), dtype=torch.uint8)
             torch.set_rng_state(rng)
+            self._drop(folder)
             return state
         return None
 
@@ -277,18 +277,20 @@ class Checkpoints:
         the newest where no metric was measured. Returns that commit.
 
         Raises:
-            CorruptCommit: where its files are damaged.
+            CorruptCommit: where the files of all commits are damaged.
         """
-        chosen = next(
-            (c for c in self.head.commits if c.uri == self.head.best), self.head.commits[0]
-        )
-        if chosen.step != step:
+        while self.head.commits:
+            best = [c for c in self.head.commits if c.uri == self.head.best]
+            chosen = (best or self.head.commits)[0]
+            if chosen.step == step:
+                return chosen
             folder = self._fetch(chosen)
-            if folder is None:
-                raise CorruptCommit(chosen.uri, "its files are not what was committed")
-            load_weights(folder, model)
-            self.gang.barrier()
-        return chosen
+            if folder is not None:
+                load_weights(folder, model)
+                self._drop(folder)
+                return chosen
+            self._move(partial(Claim.discard, corrupt=chosen))
+        raise CorruptCommit(self.order.run_uri, "no commit of the run has its files")
 
     def release(self) -> None:
         """End the attempt: what follows is no restart."""
@@ -322,6 +324,12 @@ class Checkpoints:
             return True
 
         return folder if all(self.gang.together(fetch)) else None
+
+    def _drop(self, folder: Path) -> None:
+        """Remove files that every rank of the pod has read."""
+        self.gang.barrier()
+        if self.gang.first_of_node:
+            shutil.rmtree(folder)
 
     def _fresh(self, name: str) -> Path:
         folder = self.scratch / name

@@ -64,7 +64,8 @@ class KeyedDropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         row = current_row()
-        if not self.training or self.p == 0.0 or row is None:
+        # Attention probabilities (four dimensions) are not dropped, in packed rows or others.
+        if not self.training or self.p == 0.0 or row is None or x.ndim != 3:
             return x
         keep = keep_mask(row.keys, x.shape[-1], self.layer, self.p)
         return x * keep.view(x.shape).to(x.dtype) / (1.0 - self.p)

@@ -8,7 +8,7 @@ Loss is a sum over supervised tokens divided by their number, so it depends on n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetune_api.results import Metrics
 from finetune_api.spec import Metric
+from finetune_trainer.failures import Interrupted
 from finetune_trainer.feed import build_row
 from finetune_trainer.gang import Gang
 from finetune_trainer.loss import TokenLoss, row_losses
@@ -58,14 +59,18 @@ class Evaluator:
     packed: bool
     max_samples: int
     max_new_tokens: int
+    stop_requested: Callable[[], bool] | None = None
+    """Asked before each set where the measuring may be interrupted."""
 
     def sets(self, split: Side, wanted: Mapping[str, Sequence[Metric]]) -> list[SetResult]:
         """Results of every set of a split; ``wanted`` names the metrics of each set."""
+        found = []
         with evaluating(self.loss):
-            return [
-                self._one(split, number, name, wanted[name])
-                for number, name in self.data.set_names(split)
-            ]
+            for number, name in self.data.set_names(split):
+                if self.stop_requested and any(self.gang.together(self.stop_requested)):
+                    raise Interrupted("Interrupted", f"stopped as asked, before set {name}")
+                found.append(self._one(split, number, name, wanted[name]))
+        return found
 
     def _one(self, split: Side, number: int, name: str, wanted: Sequence[Metric]) -> SetResult:
         index = self.data.index(split)
@@ -146,13 +151,13 @@ class Evaluator:
             ids[i, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
             mask[i, longest - len(prompt) :] = 1
         model: Any = self.loss.model
+        positions = getattr(model.config, "max_position_embeddings", None) or longest * 2**20
+        room = max(1, min(self.max_new_tokens, positions - longest))
         with torch.no_grad(), self.gang.autocast():
             out = model.generate(
                 input_ids=ids.to(self.gang.device),
                 attention_mask=mask.to(self.gang.device),
-                generation_config=greedy(
-                    self.tokenizer, self.data.manifest.stop_token_ids, self.max_new_tokens
-                ),
+                generation_config=greedy(self.tokenizer, self.data.manifest.stop_token_ids, room),
             )
         texts: list[str] = self.tokenizer.batch_decode(
             out[:, longest:].cpu(), skip_special_tokens=True

@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 # A collective that takes this long has lost a peer that did not close its connections.
 COLLECTIVE_TIMEOUT: Final = datetime.timedelta(minutes=10)
+# While words are awaited, one process may be fetching a model or writing a checkpoint.
+WORD_TIMEOUT: Final = datetime.timedelta(hours=6)
 
 
 @dataclass
@@ -133,9 +135,7 @@ def join(training: Training) -> Gang:
         raise NodeFailure(PEER_LOST, f"the gang did not form: {error}") from error
     control = None
     if accelerator.num_processes > 1:
-        control = cast(
-            dist.ProcessGroup, dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
-        )
+        control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=WORD_TIMEOUT))
     return Gang(accelerator, control)
 
 

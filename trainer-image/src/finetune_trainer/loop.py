@@ -9,8 +9,8 @@ each commit carries.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Final
 
 import torch
@@ -49,7 +49,8 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
     state = session.checkpoints.restore(session.loss.model, session.optimizer) or LoopState()
     telemetry.say(total_steps=total, step=state.step)
     telemetry.total_steps.set(total)
-    baseline = measure_untuned(session)
+    with releasing(session, stop_requested):
+        baseline = measure_untuned(session)
 
     clock = Clock()
     agreement = Agreement(gang)
@@ -68,12 +69,14 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
 
             if state.step % log_every == 0 or state.step == total:
                 log(session, state, rate, norm, clock)
+            by_step = session.checkpoints.due_by_step(state.step)
             stop, late = agreement.exchange(
                 stop_requested(), session.checkpoints.due_by_time(clock.since_commit())
             )
             if state.step in evaluate_at or state.step == total:
                 evaluate(session, state, clock)
-            elif stop or late or session.checkpoints.due_by_step(state.step):
+            # The answer to a wish comes a step later: one that was met since is old.
+            elif stop or (late and clock.steps_since_commit > 1) or by_step:
                 commit(session, state, clock)
             if stop and state.step < total:
                 agreement.settle()
@@ -82,7 +85,8 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
                     "Interrupted", f"stopped as asked; step {state.step} of {total} is saved"
                 )
     agreement.settle()
-    return test_and_write_result(session, state, baseline)
+    with releasing(session, stop_requested):
+        return test_and_write_result(session, state, baseline)
 
 
 def optimizer_step(session: Session, batch: StepTensors, rate: float) -> tuple[Tensor, Tensor]:
@@ -105,6 +109,9 @@ def optimizer_step(session: Session, batch: StepTensors, rate: float) -> tuple[T
         local += share.detach()
     limit = float(session.spec.training.max_grad_norm) or float("inf")
     norm = torch.nn.utils.clip_grad_norm_(session.trained, limit)
+    # A gradient that is no number makes the loss one that is none: it is noticed with the loss,
+    # before a commit, and costs no synchronisation.
+    local += norm * 0.0
     for group in session.optimizer.param_groups:
         group["lr"] = rate
     session.optimizer.step()
@@ -131,6 +138,19 @@ def end_attempt(session: Session, stop_requested: Callable[[], bool]) -> None:
         time.sleep(0.05)
     if all(session.gang.together(stop_requested)):
         session.checkpoints.release()
+
+
+@contextmanager
+def releasing(session: Session, stop_requested: Callable[[], bool]) -> Iterator[None]:
+    """End the attempt in good order where a measurement was interrupted (nothing is unsaved)."""
+    session.evaluator.stop_requested = stop_requested
+    try:
+        yield
+    except Interrupted:
+        end_attempt(session, stop_requested)
+        raise
+    finally:
+        session.evaluator.stop_requested = None
 
 
 def log(session: Session, state: LoopState, rate: float, norm: Tensor, clock: Clock) -> None:
@@ -172,7 +192,8 @@ def settle_loss(session: Session, state: LoopState) -> float:
     if loss != loss or loss in (float("inf"), float("-inf")):
         raise Diverged(
             "LossNotFinite",
-            f"the training loss became {loss} between steps {state.logged} and {state.step}."
+            f"the training loss or its gradient became {loss} between steps {state.logged} and"
+            f" {state.step}."
             " Lower training.learningRate, raise training.warmupRatio, or look for damaged"
             " records in the data report; the commits before are kept",
         )
@@ -242,6 +263,7 @@ class Clock:
     def __init__(self) -> None:
         self._began = self._mark = self._commit = time.perf_counter()
         self._steps = 0
+        self.steps_since_commit = 0
         self._tokens = 0
         self._busy = 0.0
 
@@ -250,6 +272,7 @@ class Clock:
         now = time.perf_counter()
         took, self._mark = now - self._mark, now
         self._steps += 1
+        self.steps_since_commit += 1
         self._tokens += batch.plan.tokens
         self._busy += took
         telemetry = session.telemetry
@@ -267,6 +290,7 @@ class Clock:
 
     def committed(self) -> None:
         self._commit = time.perf_counter()
+        self.steps_since_commit = 0
 
     def since_commit(self) -> float:
         return time.perf_counter() - self._commit

@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -44,7 +45,14 @@ def load_base(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     """
     packed.install()
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        config = AutoConfig.from_pretrained(path)
+        own = {k: v for k, v in vars(config).items() if _is_dropout(k) and isinstance(v, float)}
+        # training.dropout decides (see ``dropout``); what a model drops by itself follows no key.
+        for name in own:
+            setattr(config, name, 0.0)
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
+        for name, probability in own.items():
+            setattr(model.config, name, probability)
     except (ValueError, KeyError) as error:
         raise UserError(
             "UnsupportedModel",
@@ -54,6 +62,10 @@ def load_base(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         model.set_attn_implementation(packed.ATTENTION)
     model.config.use_cache = False
     return model
+
+
+def _is_dropout(name: str) -> bool:
+    return "dropout" in name or name.endswith("pdrop")
 
 
 @dataclass(frozen=True)

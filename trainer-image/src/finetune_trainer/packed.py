@@ -14,7 +14,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -56,22 +55,25 @@ class RowLayout:
     """Random key of each token, shape [tokens], values below 2**32; see ``dropout``."""
 
 
-_current: ContextVar[RowLayout | None] = ContextVar("row", default=None)
+# Of the process, not of the thread: autograd runs the backward pass of a GPU, and with it what
+# gradient checkpointing computes again, in a thread of its own.
+_current: RowLayout | None = None
 
 
 def current_row() -> RowLayout | None:
     """Layout of the row in work, or None outside of training and loss evaluation."""
-    return _current.get()
+    return _current
 
 
 @contextmanager
 def row_context(layout: RowLayout) -> Iterator[None]:
     """Make a row the one in work, for its forward and backward pass (recomputation included)."""
-    token = _current.set(layout)
+    global _current
+    before, _current = _current, layout
     try:
         yield
     finally:
-        _current.reset(token)
+        _current = before
 
 
 def group_documents(lengths: list[int], device: torch.device) -> tuple[Group, ...]:
@@ -120,7 +122,7 @@ def _document_attention(
     Returns:
         The attended values, shape [1, tokens, heads, width].
     """
-    row = _current.get()
+    row = _current
     if row is None:
         window: dict[str, Any] = {}
         if sliding_window is not None:
@@ -163,7 +165,7 @@ def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    if _current.get() is not None:
+    if _current is not None:
         return None
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
     return mask
@@ -177,14 +179,25 @@ def install() -> None:
 
 # Layers that carry state along the row (recurrent, convolutional) would leak from document to
 # document whatever the attention does.
-_STATEFUL: Final = ("mamba", "rwkv", "rglru", "linear_attn", "short_conv", "deltanet", "ssm")
+_STATEFUL: Final = ("mamba", "rwkv", "rglru", "lightning", "shortconv", "deltanet", "ssm")
+_LAYER_TYPES: Final = {"full_attention", "sliding_attention"}
 
 
 def can_pack(model: PreTrainedModel) -> bool:
-    """Whether documents in one row of this model are kept apart by positions and attention."""
+    """Whether documents in one row of this model are kept apart by positions and attention.
+
+    Models that transformers does not run by sdpa (soft-capped scores, sinks) are not packed: their
+    attention is more than what is registered here. A document of theirs has a row of its own.
+    """
     if not getattr(model, "_supports_attention_backend", False):
+        return False
+    if not getattr(model, "_supports_sdpa", False) or getattr(model, "_is_stateful", False):
+        return False
+    if set(getattr(model.config, "layer_types", None) or ()) - _LAYER_TYPES:
         return False
     names = {type(module).__name__.lower() for module in model.modules()}
     if any(mark in name for name in names for mark in _STATEFUL):
+        return False
+    if any(isinstance(module, torch.nn.Conv1d) for module in model.modules()):
         return False
     return "position_ids" in inspect.signature(model.forward).parameters

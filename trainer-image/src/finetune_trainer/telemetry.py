@@ -6,6 +6,7 @@ Both are read-only pages of one small server; nothing in the training waits for 
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +16,17 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from finetune_api.results import Progress
+
+
+class _Server(ThreadingHTTPServer):
+    """On every address of the pod, IPv6 included where the kernel has it."""
+
+    address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
 
 
 class Telemetry:
@@ -73,12 +85,9 @@ class Telemetry:
         with self._lock:
             self._progress = self._progress.model_copy(update={**changes, "updated": time.time()})
 
-    def serve(self, port: int) -> ThreadingHTTPServer:
-        """Serve the pages on all addresses; the caller shuts the server down.
-
-        Raises:
-            OSError: where the port is taken.
-        """
+    def serve(self, port: int) -> None:
+        """Serve the pages on all addresses. Where the port is taken the training goes on unseen:
+        a page to read is no reason to fail."""
         telemetry = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -100,6 +109,9 @@ class Telemetry:
             def log_message(self, format: str, *args: object) -> None:
                 """Readers poll often; their requests are no news."""
 
-        server = ThreadingHTTPServer(("", port), Handler)
+        try:
+            server = _Server(("", port), Handler)
+        except OSError as error:
+            print(f"no metrics page on port {port}: {error}", flush=True)
+            return
         threading.Thread(target=server.serve_forever, name="telemetry", daemon=True).start()
-        return server

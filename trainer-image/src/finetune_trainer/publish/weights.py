@@ -87,6 +87,10 @@ def write_merged(
     tokenizer.save_pretrained(str(folder))
 
 
+_SAMPLING: Final = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
+"""Settings of sampling and the values that ask for nothing."""
+
+
 def _generation_config(base: Path, stops: list[int], model: PreTrainedModel) -> GenerationConfig:
     if (base / "generation_config.json").exists():
         found = GenerationConfig.from_pretrained(base)
@@ -94,5 +98,10 @@ def _generation_config(base: Path, stops: list[int], model: PreTrainedModel) -> 
         found = GenerationConfig.from_model_config(model.config)
     known = found.eos_token_id
     ends = {*stops, *(known if isinstance(known, list) else [known])} - {None}
+    # Older models state sampling settings without saying that they sample; what is written must.
+    if not found.do_sample and any(
+        getattr(found, name) not in (None, neutral) for name, neutral in _SAMPLING.items()
+    ):
+        found.do_sample = True
     found.eos_token_id = sorted(ends) if len(ends) > 1 else next(iter(ends), None)
     return found
