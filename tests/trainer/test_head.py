@@ -34,7 +34,7 @@ class Storage:
 
     def __init__(self, store: ObjectStore, bucket: str, folder: Path) -> None:
         self.store = store
-        self.uri = f"s3://{bucket}/work/runs/job/{RUN}"
+        self.uri = f"s3://{bucket}/space/runs/job/{RUN}"
         self.folder = folder
         self.clock = Clock()
         self.folders = (folder / f"down-{n}" for n in itertools.count())

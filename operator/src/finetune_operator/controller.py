@@ -68,7 +68,7 @@ class Controller:
         gone = isinstance(error, ApiError) and error.code == 404
         if gone and self._store.job(uid) is None:
             return True
-        self._metrics.reconcile_errors.labels(type(error).__name__).inc()
+        self._metrics.reconcile_errors.inc()
         log.warning("reconcile of %s: %s", uid, error)
         return False
 

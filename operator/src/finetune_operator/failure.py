@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Final
 
-from finetune_api.names import ExitCode, FailureClass
+from finetune_api.names import FINAL_EXIT_CODES, ExitCode, FailureClass
 from finetune_api.status import FailureStatus
 from finetune_operator.observe import JobView
 from finetune_operator.pods import PodView
@@ -93,11 +93,12 @@ def incidents(pods: Iterable[PodView]) -> int:
     """Incidents of the gang that its pods show: the most failed pods of one rank.
 
     One incident fails every rank once, however many pods it costs. A pod that saved its state on
-    SIGTERM, that was fenced, or that is being deleted, is none.
+    SIGTERM, that was fenced, or that is being deleted, is none; neither is one whose failure is
+    final, after which there is no restart.
     """
     count: dict[int, int] = {}
     for pod in pods:
-        left = pod.exit_code in (ExitCode.INTERRUPTED, ExitCode.FENCED)
+        left = pod.exit_code in (ExitCode.INTERRUPTED, *FINAL_EXIT_CODES)
         asked = left or pod.deleted_by is not None
         if pod.phase == "Failed" and not asked:
             count[pod.index] = count.get(pod.index, 0) + 1

@@ -44,7 +44,6 @@ class Metrics:
         self.reconcile_errors = Counter(
             "finetune_operator_reconcile_errors",
             "Passes that failed and are tried again.",
-            ["error"],
             registry=self.registry,
         )
         self._started = Counter(
