@@ -44,7 +44,6 @@ def test_the_containers_word_is_the_verdict() -> None:
         ({"exitCode": 12}, {}, ("Storage", "StorageDenied")),
         ({"exitCode": 13}, {}, ("Diverged", "Diverged")),
         ({"exitCode": 14}, {}, ("OutOfMemory", "OutOfMemory")),
-        ({"exitCode": 22}, {}, ("Stalled", "Stalled")),
         ({"exitCode": 1, "message": "not json"}, {}, ("Internal", "ContainerFailed")),
         ({"exitCode": 137}, {"reason": "Evicted", "message": "disk"}, ("Preempted", "Evicted")),
         (
