@@ -267,6 +267,7 @@ def start_s3(cluster: Api, image: str) -> str:
                             {"name": "HOME", "value": "/data"},
                         ],
                         "workingDir": "/data",
+                        "readinessProbe": {"tcpSocket": {"port": S3_PORT}, "periodSeconds": 1},
                         "volumeMounts": [{"name": "data", "mountPath": "/data"}],
                     }
                 ],

@@ -58,10 +58,10 @@ def run(folder: Path) -> tuple[int, str]:
 def test_a_run_is_stopped_and_goes_on_to_its_end(tiny_base: Path, tmp_path: Path) -> None:
     write_job(tmp_path, tiny_base)
     process = start(tmp_path)
-    # torchrun makes a folder for each worker's words when it starts it.
-    begun = ".finetune/runs/tiny/*/scratch/train-0/supervisor/start-1/torchrun/*/attempt_*"
-    while process.poll() is None and not any(tmp_path.glob(begun)):
-        time.sleep(0.05)
+    while process.poll() is None and not any(
+        "step 1/150" in log.read_text() for log in tmp_path.glob(".finetune/runs/tiny/*/train*.log")
+    ):
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=300)
     assert process.returncode == ExitCode.INTERRUPTED, said
