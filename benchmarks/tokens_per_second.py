@@ -25,14 +25,14 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, TrainerCallback
 
 from finetune_api.spec import parse_spec
-from finetune_trainer import packed
-from finetune_trainer.feed import Feed
-from finetune_trainer.gang import join
-from finetune_trainer.loop import optimizer_step
-from finetune_trainer.loss import TokenLoss
-from finetune_trainer.model import apply_method, optimizer_groups
-from finetune_trainer.plan import Plan
-from finetune_trainer.prepare.shards import TokenSample
+from finetune_trainer.engine import packed
+from finetune_trainer.engine.feed import Feed
+from finetune_trainer.engine.gang import join
+from finetune_trainer.engine.loss import TokenLoss
+from finetune_trainer.engine.model import apply_method, optimizer_groups
+from finetune_trainer.engine.plan import Plan
+from finetune_trainer.prepared.shards import TokenSample
+from finetune_trainer.train.loop import optimizer_step
 
 ROW = 2048
 ROWS_PER_STEP = 4

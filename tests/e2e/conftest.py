@@ -21,8 +21,8 @@ from cluster.build import binary
 from cluster.fixtures import given
 from cluster.real import RealCluster
 from finetune_trainer.failures import TrainerError
-from finetune_trainer.objects import Credentials, ObjectStore
 from finetune_trainer.quickstart import make_quickstart
+from finetune_trainer.storage.objects import Credentials, ObjectStore
 from timings import timed
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ from fixtures_quickstart import tiny_base
 from finetune_api.names import storage_env
 from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
 from finetune_api.spec import parse_spec
-from finetune_trainer.s3server import EmbeddedS3
+from finetune_trainer.storage.s3server import EmbeddedS3
 
 __all__ = ["tiny_base"]
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from finetune_trainer import packed
-from finetune_trainer.prepare.shards import TokenSample
+from finetune_trainer.engine import packed
+from finetune_trainer.prepared.shards import TokenSample
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["finetune_trainer.train_worker", "gangs", "gradient_worker"])
+_context.set_forkserver_preload(["finetune_trainer.train.worker", "gangs", "gradient_worker"])
 
 
 def free_port() -> int:
@@ -40,7 +40,7 @@ def _work(environment: dict[str, str], log: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from finetune_trainer import train_worker
+    from finetune_trainer.train import worker as train_worker
 
     code = train_worker.main()
     sys.stdout.flush()

@@ -11,11 +11,11 @@ from engine import CPU, samples, tiny_llama
 from torch.nn.parallel import DistributedDataParallel
 
 from finetune_api.spec import Training
-from finetune_trainer import gang as gangs
-from finetune_trainer.feed import Feed
-from finetune_trainer.loop import optimizer_step
-from finetune_trainer.loss import TokenLoss
-from finetune_trainer.plan import Plan
+from finetune_trainer.engine import gang as gangs
+from finetune_trainer.engine.feed import Feed
+from finetune_trainer.engine.loss import TokenLoss
+from finetune_trainer.engine.plan import Plan
+from finetune_trainer.train.loop import optimizer_step
 
 LENGTHS = [60, 50, 55, 45, 30, 20, 64, 35]
 

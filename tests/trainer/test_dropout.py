@@ -5,10 +5,10 @@ import torch
 from engine import CPU, samples, tiny_llama
 from torch import nn
 
-from finetune_trainer import packed
-from finetune_trainer.dropout import KeyedDropout, keep_mask, key_dropouts, token_keys
-from finetune_trainer.feed import build_row
-from finetune_trainer.loss import TokenLoss
+from finetune_trainer.engine import packed
+from finetune_trainer.engine.dropout import KeyedDropout, keep_mask, key_dropouts, token_keys
+from finetune_trainer.engine.feed import build_row
+from finetune_trainer.engine.loss import TokenLoss
 
 
 def test_masks_keep_their_share_and_depend_on_every_part_of_the_key():

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from finetune_trainer.endings import Ended, judge, judge_stopped
 from finetune_trainer.failures import (
     PEER_LOST,
     Diverged,
@@ -16,7 +15,8 @@ from finetune_trainer.failures import (
     exit_code,
     verdict,
 )
-from finetune_trainer.place import Place, read_place
+from finetune_trainer.supervise.endings import Ended, judge, judge_stopped
+from finetune_trainer.supervise.place import Place, read_place
 
 DIVERGED = verdict(Diverged("LossNotFinite", "the loss became nan"))
 LOST = verdict(NodeFailure(PEER_LOST, "another process of the gang is gone"))

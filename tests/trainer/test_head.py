@@ -11,9 +11,16 @@ from typing import Any
 import pytest
 
 from finetune_trainer.failures import Fenced, StorageUnavailable, TrainerError, exit_code, verdict
-from finetune_trainer.head import Claim, Commit, CorruptCommit, claim, download_commit, read_head
-from finetune_trainer.objects import Credentials, ObjectStore
-from finetune_trainer.s3server import EmbeddedS3
+from finetune_trainer.storage.head import (
+    Claim,
+    Commit,
+    CorruptCommit,
+    claim,
+    download_commit,
+    read_head,
+)
+from finetune_trainer.storage.objects import Credentials, ObjectStore
+from finetune_trainer.storage.s3server import EmbeddedS3
 
 RUN = "1-abcde"
 

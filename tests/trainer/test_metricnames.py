@@ -8,8 +8,8 @@ import pytest
 
 from finetune_api.sources import Format
 from finetune_api.spec import Metric, parse_spec
+from finetune_trainer.evaluate.metricnames import check_metrics, metrics_for
 from finetune_trainer.failures import UserError
-from finetune_trainer.metricnames import check_metrics, metrics_for
 
 LOSS: list[Metric] = ["Loss", "Perplexity"]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from finetune_api.names import storage_env
-from finetune_trainer import objects
 from finetune_trainer.failures import DataError, StorageDenied, StorageUnavailable, UserError
-from finetune_trainer.objects import (
+from finetune_trainer.storage import objects
+from finetune_trainer.storage.objects import (
     Credentials,
     ObjectInfo,
     ObjectNotFound,
@@ -22,7 +22,7 @@ from finetune_trainer.objects import (
     Stores,
     check_conditions,
 )
-from finetune_trainer.s3server import EmbeddedS3, free_ports
+from finetune_trainer.storage.s3server import EmbeddedS3, free_ports
 
 
 @pytest.fixture(scope="module")

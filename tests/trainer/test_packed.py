@@ -15,10 +15,10 @@ from transformers import (
     MistralConfig,
 )
 
-from finetune_trainer import packed
-from finetune_trainer.dropout import key_dropouts
-from finetune_trainer.feed import build_row
-from finetune_trainer.loss import TokenLoss, row_losses
+from finetune_trainer.engine import packed
+from finetune_trainer.engine.dropout import key_dropouts
+from finetune_trainer.engine.feed import build_row
+from finetune_trainer.engine.loss import TokenLoss, row_losses
 
 LENGTHS = [37, 12, 5, 80, 40, 40, 3, 2, 21]
 

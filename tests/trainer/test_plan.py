@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_trainer.plan import Plan, cost, pack, pack_all, pack_singly
+from finetune_trainer.engine.plan import Plan, cost, pack, pack_all, pack_singly
 
 lengths_of = st.lists(st.integers(1, 300), min_size=0, max_size=60)
 

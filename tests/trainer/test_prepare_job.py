@@ -21,14 +21,14 @@ from finetune_api.order import RunOrder
 from finetune_api.results import PreparedSummary
 from finetune_api.sources import StorageAccess
 from finetune_trainer.failures import DataError, TrainerError, UserError
-from finetune_trainer.objects import ObjectStore, Stores
 from finetune_trainer.prepare import writer
 from finetune_trainer.prepare.pipeline import prepare
 from finetune_trainer.prepare.reader import Reading
-from finetune_trainer.prepare.shards import PreparedData
-from finetune_trainer.prepare.split import SIDES
-from finetune_trainer.runfiles import read_prepared
-from finetune_trainer.s3server import EmbeddedS3
+from finetune_trainer.prepared.shards import PreparedData
+from finetune_trainer.prepared.split import SIDES
+from finetune_trainer.storage.objects import ObjectStore, Stores
+from finetune_trainer.storage.runfiles import read_prepared
+from finetune_trainer.storage.s3server import EmbeddedS3
 from trainer.prepare_helpers import CHATML, lines, make_tokenizer, pairs, save_model
 
 ALL = {"split": {"validation": "0", "test": "0"}}

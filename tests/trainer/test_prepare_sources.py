@@ -11,10 +11,10 @@ import pytest
 from finetune_api.names import ENV_PVC_ROOT
 from finetune_api.order import RunOrder
 from finetune_trainer.failures import DataError, StorageDenied, UserError
-from finetune_trainer.modelfiles import fetch_model, fetch_tokenizer, read_limits
-from finetune_trainer.objects import ObjectStore, Stores
 from finetune_trainer.prepare.sources import resolve
-from finetune_trainer.s3server import EmbeddedS3
+from finetune_trainer.storage.modelfiles import fetch_model, fetch_tokenizer, read_limits
+from finetune_trainer.storage.objects import ObjectStore, Stores
+from finetune_trainer.storage.s3server import EmbeddedS3
 from trainer.prepare_helpers import make_tokenizer, save_model
 
 NAMES = ["a.jsonl", "b.jsonl.gz", "notes.txt", "part/c.jsonl", "part/deep/d.parquet", "x.jsonl.old"]

@@ -11,8 +11,8 @@ from finetune_trainer.failures import DataError
 from finetune_trainer.prepare.drafts import Draft, Part
 from finetune_trainer.prepare.duplicates import DIGEST_BYTES, Seen, digest_of
 from finetune_trainer.prepare.overlength import fit
-from finetune_trainer.prepare.split import Shares, position, side_of
 from finetune_trainer.prepare.tokens import Sample
+from finetune_trainer.prepared.split import Shares, position, side_of
 
 SHARES = st.builds(
     Shares,

@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_api.order import RunOrder
 from finetune_api.results import PublishSummary
-from finetune_trainer import runfiles
-from finetune_trainer.commits import CorruptCommit
 from finetune_trainer.failures import UserError
-from finetune_trainer.objects import ObjectStore, Stores
 from finetune_trainer.prepare.pipeline import prepare
 from finetune_trainer.publish.files import move_latest
 from finetune_trainer.publish.pipeline import publish
+from finetune_trainer.storage import runfiles
+from finetune_trainer.storage.commits import CorruptCommit
+from finetune_trainer.storage.objects import ObjectStore, Stores
 
 
 class Trained:

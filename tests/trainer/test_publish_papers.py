@@ -16,11 +16,10 @@ from hypothesis import strategies as st
 from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
 from finetune_api.results import DataSetScores, PreparedSummary, TrainSummary
 from finetune_api.spec import parse_spec
-from finetune_trainer import modelcard
-from finetune_trainer.prepare.manifest import DataManifest, DataSet
-from finetune_trainer.publish import facts, report
+from finetune_trainer.prepared.manifest import DataManifest, DataSet
+from finetune_trainer.publish import facts, modelcard, report
 from finetune_trainer.publish.chart import Line, loss_chart, ticks
-from finetune_trainer.runfiles import CurvePoint, Example, RunResult, ValidationPoint
+from finetune_trainer.storage.runfiles import CurvePoint, Example, RunResult, ValidationPoint
 
 DATA_REPORT = {
     "digest": "d",

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from finetune_trainer.failures import UserError
-from finetune_trainer.s3server import EmbeddedS3
+from finetune_trainer.storage.s3server import EmbeddedS3
 
 OWNER = """
 import sys
 from pathlib import Path
-from finetune_trainer.s3server import EmbeddedS3
+from finetune_trainer.storage.s3server import EmbeddedS3
 with EmbeddedS3(Path(sys.argv[1])) as server:
     server.ensure_bucket("kept")
     server.store().put("s3://kept/key", b"before the kill")

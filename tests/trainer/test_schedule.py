@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_api.spec import FineTuneJobSpec, parse_spec
-from finetune_trainer.schedule import evaluation_steps, learning_rate, log_interval, steps_of
+from finetune_trainer.engine.schedule import evaluation_steps, learning_rate, log_interval, steps_of
 
 
 def spec(**blocks: Any) -> FineTuneJobSpec:

@@ -15,8 +15,8 @@ import pytest
 from finetune_api.order import RunOrder
 from finetune_api.results import PublishSummary, Termination
 from finetune_trainer.failures import DataError
-from finetune_trainer.objects import Stores
 from finetune_trainer.stage import run_stage
+from finetune_trainer.storage.objects import Stores
 
 PUBLISHED = PublishSummary(uri="s3://bucket/out/1-abcde", digest="0", formats=["adapter"], bytes=1)
 

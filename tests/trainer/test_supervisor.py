@@ -17,11 +17,12 @@ import pytest
 from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
 from finetune_api.results import Termination
 from finetune_api.spec import parse_spec
-from finetune_trainer.processes import descendants
-from finetune_trainer.s3server import free_ports
+from finetune_trainer.storage.s3server import free_ports
+from finetune_trainer.supervise.processes import descendants
 
 MAIN = (
-    "import sys; from finetune_trainer.supervisor import supervise; sys.exit(supervise('worker'))"
+    "import sys; from finetune_trainer.supervise.supervisor import supervise;"
+    " sys.exit(supervise('worker'))"
 )
 
 # Trains until the test says so, and saves when it is asked to stop: as the real worker does.
@@ -32,7 +33,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from finetune_api.results import TrainSummary
-from finetune_trainer import workerfiles
+from finetune_trainer.supervise import workerfiles
 from finetune_trainer.failures import Interrupted, exit_code, verdict
 
 shared = Path(os.environ["SHARED"])
@@ -68,7 +69,7 @@ os._exit(0)
 
 USER_ERROR = """
 import os, sys, time
-from finetune_trainer import workerfiles
+from finetune_trainer.supervise import workerfiles
 from finetune_trainer.failures import UserError
 if os.environ["RANK"] == "1":
     workerfiles.report_failure(UserError("ModelTooSmall", "model.source: too small; take another"))
@@ -260,6 +261,6 @@ def test_an_environment_that_cannot_be(nodes: Nodes) -> None:
 
 
 def test_the_supervisor_stays_small() -> None:
-    code = "import sys, finetune_trainer.supervisor; print([m for m in ('torch', 'transformers',"
-    code += " 'boto3') if m in sys.modules])"
+    code = "import sys, finetune_trainer.supervise.supervisor;"
+    code += " print([m for m in ('torch', 'transformers', 'boto3') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -18,10 +18,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from finetune_api.order import RunOrder
-from finetune_trainer import runfiles
-from finetune_trainer.head import Head, read_head
-from finetune_trainer.objects import Stores
 from finetune_trainer.prepare.pipeline import prepare
+from finetune_trainer.storage import runfiles
+from finetune_trainer.storage.head import Head, read_head
+from finetune_trainer.storage.objects import Stores
 
 COLOURS = {"rose": "red", "grass": "green", "sky": "blue", "sun": "yellow"}
 

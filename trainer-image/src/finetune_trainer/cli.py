@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from finetune_api.order import RunOrder
     from finetune_api.results import PreparedSummary, PublishSummary
-    from finetune_trainer.objects import Stores
+    from finetune_trainer.storage.objects import Stores
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,7 +126,7 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _supervise(options: argparse.Namespace) -> int:
-    from finetune_trainer.supervisor import supervise
+    from finetune_trainer.supervise.supervisor import supervise
 
     return supervise()
 

@@ -30,7 +30,7 @@ from finetune_api.results import Failure, PreparedSummary, PublishSummary, Termi
 from finetune_trainer.failures import Interrupted, TrainerError, UserError, exit_code, verdict
 
 if TYPE_CHECKING:
-    from finetune_trainer.objects import Stores
+    from finetune_trainer.storage.objects import Stores
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,9 @@ def run_stage(role: Literal["prepare", "publish"], body: Body) -> int:
 
     SIGTERM ends it at once: prepare and publish begin again from nothing.
     """
-    from finetune_trainer.objects import Stores  # a second of imports that the supervisor is spared
+    from finetune_trainer.storage.objects import (
+        Stores,  # a second of imports that the supervisor is spared
+    )
 
     start_log()
     run = ""

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from finetune_trainer.workerfiles import write_whole
+from finetune_trainer.supervise.workerfiles import write_whole
 
 if TYPE_CHECKING:
     from finetune_trainer.prepare.reader import Reading

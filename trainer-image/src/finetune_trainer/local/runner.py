@@ -28,7 +28,7 @@ from finetune_trainer.local.manifest import LocalJob, read_manifest, with_paths
 from finetune_trainer.local.reading import read_reading
 from finetune_trainer.local.state import StateFolder, choose_run, completed
 from finetune_trainer.local.storage import Where, storage_for
-from finetune_trainer.objects import ObjectStore, Stores
+from finetune_trainer.storage.objects import ObjectStore, Stores
 
 MANIFEST_FAULT: Final = 2
 """Exit code where the manifest is refused before anything ran."""

@@ -34,7 +34,7 @@ from finetune_api.names import (
 from finetune_api.results import Failure, Progress, Termination
 from finetune_trainer.failures import TrainerError, exit_code, verdict
 from finetune_trainer.local.gang import Layout
-from finetune_trainer.s3server import free_ports
+from finetune_trainer.storage.s3server import free_ports
 
 GRACE_SECONDS: Final = 120
 """Time that a training has to save when it is stopped."""

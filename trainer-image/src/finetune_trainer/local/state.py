@@ -21,7 +21,7 @@ from finetune_api.classes import changed_classes
 from finetune_api.identity import run_id
 from finetune_trainer.failures import UserError
 from finetune_trainer.local.manifest import LocalJob
-from finetune_trainer.workerfiles import write_whole
+from finetune_trainer.supervise.workerfiles import write_whole
 
 
 class LocalRun(Record):

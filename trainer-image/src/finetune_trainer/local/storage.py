@@ -12,8 +12,8 @@ from finetune_api.names import SECRET_KEYS, storage_env
 from finetune_api.order import RunOrder
 from finetune_api.spec import FineTuneJobSpec, parse_spec
 from finetune_trainer.local.state import StateFolder
-from finetune_trainer.objects import split_uri
-from finetune_trainer.s3server import EmbeddedS3
+from finetune_trainer.storage.objects import split_uri
+from finetune_trainer.storage.s3server import EmbeddedS3
 
 # Any of these says that the user has an account at an object storage.
 _ACCOUNT: Final = ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE")

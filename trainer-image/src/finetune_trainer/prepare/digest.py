@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.sources import Data, DataSource
-from finetune_trainer.prepare.manifest import FORMAT_VERSION
 from finetune_trainer.prepare.sources import DataObject
-from finetune_trainer.prepare.split import Side
+from finetune_trainer.prepared.manifest import FORMAT_VERSION
+from finetune_trainer.prepared.split import Side
 
 
 @dataclass(frozen=True)

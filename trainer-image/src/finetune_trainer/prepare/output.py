@@ -7,19 +7,19 @@ from collections import Counter
 from pathlib import Path
 
 from finetune_api.sources import Format
-from finetune_trainer.objects import ObjectStore
 from finetune_trainer.prepare.digest import Source
-from finetune_trainer.prepare.manifest import (
+from finetune_trainer.prepare.report import SideReport, SourceReport
+from finetune_trainer.prepare.tokens import Sample
+from finetune_trainer.prepare.writer import SplitWriter
+from finetune_trainer.prepared.manifest import (
     FORMAT_VERSION,
     DataFile,
     DataManifest,
     DataSet,
     write_manifest,
 )
-from finetune_trainer.prepare.report import SideReport, SourceReport
-from finetune_trainer.prepare.split import SIDES, Side
-from finetune_trainer.prepare.tokens import Sample
-from finetune_trainer.prepare.writer import SplitWriter
+from finetune_trainer.prepared.split import SIDES, Side
+from finetune_trainer.storage.objects import ObjectStore
 
 
 class Output:

@@ -15,19 +15,19 @@ from finetune_api.identity import data_uri
 from finetune_api.order import RunOrder
 from finetune_api.results import PreparedSummary
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer import modelfiles, runfiles
+from finetune_trainer.engine.schedule import steps_of
+from finetune_trainer.evaluate.metricnames import check_metrics
 from finetune_trainer.failures import UserError
-from finetune_trainer.metricnames import check_metrics
-from finetune_trainer.objects import ObjectStore, Stores, check_conditions, file_info
 from finetune_trainer.prepare.digest import Source, content_digest
-from finetune_trainer.prepare.manifest import DataManifest, is_complete, read_manifest
 from finetune_trainer.prepare.output import Output
 from finetune_trainer.prepare.reader import Reading, Say
 from finetune_trainer.prepare.sampling import write_samples
 from finetune_trainer.prepare.sources import resolve
-from finetune_trainer.prepare.split import SIDES
 from finetune_trainer.prepare.tokens import Model, Tokens
-from finetune_trainer.schedule import steps_of
+from finetune_trainer.prepared.manifest import DataManifest, is_complete, read_manifest
+from finetune_trainer.prepared.split import SIDES
+from finetune_trainer.storage import modelfiles, runfiles
+from finetune_trainer.storage.objects import ObjectStore, Stores, check_conditions, file_info
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from finetune_api.sources import Format
 from finetune_trainer.prepare.overlength import Cut
-from finetune_trainer.prepare.split import Side
 from finetune_trainer.prepare.tokens import Sample
+from finetune_trainer.prepared.split import Side
 
 PREVIEWS: Final = 3
 """Samples of each set and side that the report shows."""

@@ -12,13 +12,13 @@ from finetune_trainer.failures import DataError
 from finetune_trainer.prepare.digest import Source
 from finetune_trainer.prepare.drafts import Draft
 from finetune_trainer.prepare.duplicates import Seen, digest_of
-from finetune_trainer.prepare.manifest import DataManifest
 from finetune_trainer.prepare.output import Output
 from finetune_trainer.prepare.overlength import fit
 from finetune_trainer.prepare.reader import Reader, Say
 from finetune_trainer.prepare.report import SourceReport
-from finetune_trainer.prepare.split import Shares, Side, side_of
 from finetune_trainer.prepare.tokens import Model
+from finetune_trainer.prepared.manifest import DataManifest
+from finetune_trainer.prepared.split import Shares, Side, side_of
 
 
 def write_samples(

@@ -14,10 +14,10 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from finetune_trainer.claims import claim_path
 from finetune_trainer.failures import UserError
-from finetune_trainer.objects import ObjectStore
 from finetune_trainer.prepare.records import SUFFIXES, readable
+from finetune_trainer.storage.claims import claim_path
+from finetune_trainer.storage.objects import ObjectStore
 
 _SHOWN: Final = 5
 """Names that a message shows of what is there."""

@@ -9,17 +9,17 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 
-from finetune_trainer.objects import ObjectStore
-from finetune_trainer.prepare.manifest import DataFile
-from finetune_trainer.prepare.shards import (
+from finetune_trainer.prepare.tokens import Sample
+from finetune_trainer.prepared.manifest import DataFile
+from finetune_trainer.prepared.shards import (
     INDEX_SCHEMA,
     REFERENCE_SCHEMA,
     TOKEN_SCHEMA,
     index_name,
     shard_name,
 )
-from finetune_trainer.prepare.split import Side
-from finetune_trainer.prepare.tokens import Sample
+from finetune_trainer.prepared.split import Side
+from finetune_trainer.storage.objects import ObjectStore
 
 SHARD_TOKENS: Final = 4 << 20
 """Tokens at which a shard is closed: 16 MiB, one multipart upload's part."""

@@ -9,9 +9,9 @@ from typing import Final
 from finetune_api.order import RunOrder
 from finetune_api.results import PreparedSummary
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.prepare.manifest import DataManifest
-from finetune_trainer.runfiles import RunResult
-from finetune_trainer.scores import HIGHER_IS_BETTER
+from finetune_trainer.evaluate.scores import HIGHER_IS_BETTER
+from finetune_trainer.prepared.manifest import DataManifest
+from finetune_trainer.storage.runfiles import RunResult
 
 _PERCENT: Final = ("ExactMatch", "Accuracy", "Precision", "Recall", "F1", "Rouge")
 """Metrics from 0 to 1 that people read as percentages."""

@@ -12,7 +12,12 @@ from finetune_api.base import Record
 from finetune_api.order import JobIdentity, RunOrder
 from finetune_api.results import PublishSummary
 from finetune_trainer.failures import StorageUnavailable
-from finetune_trainer.objects import FileInfo, ObjectNotFound, ObjectStore, PreconditionFailed
+from finetune_trainer.storage.objects import (
+    FileInfo,
+    ObjectNotFound,
+    ObjectStore,
+    PreconditionFailed,
+)
 
 MANIFEST: Final = "manifest.json"
 LATEST: Final = "latest.json"

@@ -12,11 +12,9 @@ from pathlib import Path
 
 from finetune_api.order import RunOrder
 from finetune_api.results import PublishSummary
-from finetune_trainer import modelcard, runfiles
 from finetune_trainer.failures import UserError
-from finetune_trainer.objects import ObjectNotFound, Stores
-from finetune_trainer.prepare.manifest import DataManifest, read_manifest
-from finetune_trainer.publish import facts, report, weights
+from finetune_trainer.prepared.manifest import DataManifest, read_manifest
+from finetune_trainer.publish import facts, modelcard, report, weights
 from finetune_trainer.publish.files import (
     MANIFEST,
     Manifest,
@@ -25,6 +23,8 @@ from finetune_trainer.publish.files import (
     summarise,
     upload_folder,
 )
+from finetune_trainer.storage import runfiles
+from finetune_trainer.storage.objects import ObjectNotFound, Stores
 
 
 def publish(order: RunOrder, stores: Stores, scratch: Path) -> PublishSummary:

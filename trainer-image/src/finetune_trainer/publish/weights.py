@@ -11,12 +11,12 @@ from peft import PeftModel
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune_api.order import RunOrder
-from finetune_trainer.checkpoint import load_weights
-from finetune_trainer.commits import download_commit, read_head
+from finetune_trainer.engine.dcp import load_weights
+from finetune_trainer.engine.model import apply_method, load_base, load_tokenizer
 from finetune_trainer.failures import UserError
-from finetune_trainer.model import apply_method, load_base, load_tokenizer
-from finetune_trainer.modelfiles import fetch_model
-from finetune_trainer.objects import Stores
+from finetune_trainer.storage.commits import download_commit, read_head
+from finetune_trainer.storage.modelfiles import fetch_model
+from finetune_trainer.storage.objects import Stores
 
 MAX_SHARD: Final = "4GB"
 

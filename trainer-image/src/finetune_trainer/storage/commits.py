@@ -12,7 +12,7 @@ from typing import Final
 
 from finetune_api.base import Record
 from finetune_trainer.failures import TrainerError
-from finetune_trainer.objects import FileInfo, ObjectNotFound, ObjectStore, file_info
+from finetune_trainer.storage.objects import FileInfo, ObjectNotFound, ObjectStore, file_info
 
 DOWNLOADS: Final = 4
 """Files that are fetched at a time; each comes in parallel parts."""

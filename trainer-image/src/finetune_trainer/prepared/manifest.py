@@ -9,8 +9,8 @@ import json
 
 from finetune_api.base import Record
 from finetune_api.sources import Format
-from finetune_trainer.objects import ObjectNotFound, ObjectStore
-from finetune_trainer.prepare.split import Side
+from finetune_trainer.prepared.split import Side
+from finetune_trainer.storage.objects import ObjectNotFound, ObjectStore
 
 FORMAT_VERSION = 1
 """Raised with every change of what prepare writes for the same data; part of the digest."""

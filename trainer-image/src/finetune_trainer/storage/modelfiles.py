@@ -27,9 +27,9 @@ from transformers import AutoConfig
 
 from finetune_api.names import storage_env
 from finetune_api.order import RunOrder
-from finetune_trainer.claims import claim_path
 from finetune_trainer.failures import StorageUnavailable, UserError
-from finetune_trainer.objects import ObjectStore, Stores
+from finetune_trainer.storage.claims import claim_path
+from finetune_trainer.storage.objects import ObjectStore, Stores
 
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"

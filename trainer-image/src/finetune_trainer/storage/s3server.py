@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import IO, Final, Self
 
 from finetune_trainer.failures import StorageUnavailable, TrainerError, UserError
-from finetune_trainer.objects import Credentials, ObjectStore
+from finetune_trainer.storage.objects import Credentials, ObjectStore
 
 HOST: Final = "127.0.0.1"
 # Below the range from which Linux takes the ports of outgoing connections.

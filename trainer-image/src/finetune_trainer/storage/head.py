@@ -19,7 +19,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from finetune_trainer.commits import (
+from finetune_trainer.failures import Fenced, StorageUnavailable, TrainerError
+from finetune_trainer.storage.commits import (
     Commit,
     CorruptCommit,
     Head,
@@ -28,8 +29,7 @@ from finetune_trainer.commits import (
     read_head,
     write_head,
 )
-from finetune_trainer.failures import Fenced, StorageUnavailable, TrainerError
-from finetune_trainer.objects import FileInfo, ObjectStore, PreconditionFailed
+from finetune_trainer.storage.objects import FileInfo, ObjectStore, PreconditionFailed
 
 __all__ = [
     "Better",

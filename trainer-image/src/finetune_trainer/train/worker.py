@@ -13,15 +13,15 @@ import traceback
 import transformers
 
 from finetune_api.names import ENV_METRICS_PORT, METRICS_PORT
-from finetune_trainer import workerfiles
-from finetune_trainer.checkpoint import Checkpoints
+from finetune_trainer.engine.gang import Gang, join
 from finetune_trainer.failures import TrainerError, exit_code, verdict
-from finetune_trainer.gang import Gang, join
-from finetune_trainer.loop import train
-from finetune_trainer.objects import Stores
-from finetune_trainer.session import open_session
 from finetune_trainer.stage import load_order, scratch_folder
-from finetune_trainer.telemetry import Telemetry
+from finetune_trainer.storage.objects import Stores
+from finetune_trainer.supervise import workerfiles
+from finetune_trainer.train.checkpoint import Checkpoints
+from finetune_trainer.train.loop import train
+from finetune_trainer.train.session import open_session
+from finetune_trainer.train.telemetry import Telemetry
 
 
 def main() -> int:

@@ -20,15 +20,15 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetune_api.results import Metrics
 from finetune_api.spec import Metric
+from finetune_trainer.engine.feed import build_row
+from finetune_trainer.engine.gang import Gang
+from finetune_trainer.engine.loss import TokenLoss, row_losses
+from finetune_trainer.engine.plan import pack_all
+from finetune_trainer.evaluate.metricnames import OF_LOSS
+from finetune_trainer.evaluate.scores import GENERATED, Answers, loss_metrics, text_metrics
 from finetune_trainer.failures import Interrupted
-from finetune_trainer.feed import build_row
-from finetune_trainer.gang import Gang
-from finetune_trainer.loss import TokenLoss, row_losses
-from finetune_trainer.metricnames import OF_LOSS
-from finetune_trainer.plan import pack_all
-from finetune_trainer.prepare.shards import PreparedData, Reference
-from finetune_trainer.prepare.split import Side
-from finetune_trainer.scores import GENERATED, Answers, loss_metrics, text_metrics
+from finetune_trainer.prepared.shards import PreparedData, Reference
+from finetune_trainer.prepared.split import Side
 
 # Prompt and answer tokens of one generation batch: bounds the key-value cache.
 _GENERATION_TOKENS = 16384

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune_trainer.dropout import token_keys
-from finetune_trainer.packed import RowLayout, group_documents
-from finetune_trainer.plan import Plan, Row, Step
-from finetune_trainer.prepare.shards import TokenSample
+from finetune_trainer.engine.dropout import token_keys
+from finetune_trainer.engine.packed import RowLayout, group_documents
+from finetune_trainer.engine.plan import Plan, Row, Step
+from finetune_trainer.prepared.shards import TokenSample
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from finetune_api.results import DataSetScores, TrainSummary
-from finetune_trainer import runfiles
-from finetune_trainer.checkpoint import LoopState
-from finetune_trainer.evaluate import SetResult
-from finetune_trainer.runfiles import Baseline, Example, RunResult, SetBaseline
-from finetune_trainer.session import Session, versions
+from finetune_trainer.evaluate.measure import SetResult
+from finetune_trainer.storage import runfiles
+from finetune_trainer.storage.runfiles import Baseline, Example, RunResult, SetBaseline
+from finetune_trainer.train.session import Session, versions
+from finetune_trainer.train.state import LoopState
 
 _EXAMPLES = 8
 """Answers kept per set for the report."""

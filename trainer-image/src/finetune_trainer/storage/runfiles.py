@@ -10,7 +10,7 @@ import json
 
 from finetune_api.base import Record
 from finetune_api.results import Metrics, PreparedSummary, TrainSummary
-from finetune_trainer.objects import ObjectStore
+from finetune_trainer.storage.objects import ObjectStore
 
 
 class CurvePoint(Record):

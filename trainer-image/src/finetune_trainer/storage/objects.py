@@ -14,7 +14,7 @@ from finetune_api.names import storage_env
 from finetune_api.order import RunOrder
 from finetune_api.sources import StorageAccess
 from finetune_trainer.failures import StorageDenied, UserError
-from finetune_trainer.objectstore import (
+from finetune_trainer.storage.objectstore import (
     Credentials,
     FileInfo,
     ObjectInfo,

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from finetune_trainer.packed import current_row
+from finetune_trainer.engine.packed import current_row
 
 _MASK32 = 0xFFFFFFFF
 

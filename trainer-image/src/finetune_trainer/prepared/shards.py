@@ -18,9 +18,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from finetune_trainer.failures import DataError
-from finetune_trainer.objects import ObjectStore, file_info
-from finetune_trainer.prepare.manifest import DataManifest, read_manifest
-from finetune_trainer.prepare.split import Side
+from finetune_trainer.prepared.manifest import DataManifest, read_manifest
+from finetune_trainer.prepared.split import Side
+from finetune_trainer.storage.objects import ObjectStore, file_info
 
 TOKEN_SCHEMA: Final = pa.schema(
     [

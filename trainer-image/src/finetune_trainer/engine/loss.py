@@ -13,8 +13,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from finetune_trainer.feed import RowTensors
-from finetune_trainer.packed import row_context
+from finetune_trainer.engine.feed import RowTensors
+from finetune_trainer.engine.packed import row_context
 
 
 class TokenLoss(nn.Module):

@@ -29,7 +29,7 @@ from finetune_trainer.failures import (
     TrainerError,
     UserError,
 )
-from finetune_trainer.objectstream import Opened, open_stream
+from finetune_trainer.storage.objectstream import Opened, open_stream
 
 # An endpoint that does not answer is told after 4 tries of 5 s and their pauses: under 30 s.
 CONNECT_SECONDS: Final = 5

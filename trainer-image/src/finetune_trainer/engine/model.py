@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer import packed
-from finetune_trainer.dropout import key_dropouts
+from finetune_trainer.engine import packed
+from finetune_trainer.engine.dropout import key_dropouts
 from finetune_trainer.failures import UserError
 
 

@@ -18,17 +18,17 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from finetune_api.results import TrainSummary
-from finetune_trainer.checkpoint import LoopState
-from finetune_trainer.evaluate import overall
+from finetune_trainer.engine.feed import Feed, StepTensors
+from finetune_trainer.engine.gang import Agreement
+from finetune_trainer.engine.packed import row_context
+from finetune_trainer.engine.schedule import evaluation_steps, learning_rate, log_interval, steps_of
+from finetune_trainer.evaluate.measure import overall
+from finetune_trainer.evaluate.scores import GENERATED, better
 from finetune_trainer.failures import Diverged, Interrupted
-from finetune_trainer.feed import Feed, StepTensors
-from finetune_trainer.final import measure_untuned, test_and_write_result
-from finetune_trainer.gang import Agreement
-from finetune_trainer.packed import row_context
-from finetune_trainer.runfiles import CurvePoint, ValidationPoint
-from finetune_trainer.schedule import evaluation_steps, learning_rate, log_interval, steps_of
-from finetune_trainer.scores import GENERATED, better
-from finetune_trainer.session import Session
+from finetune_trainer.storage.runfiles import CurvePoint, ValidationPoint
+from finetune_trainer.train.final import measure_untuned, test_and_write_result
+from finetune_trainer.train.session import Session
+from finetune_trainer.train.state import LoopState
 
 _TELLING_SECONDS: Final = 3.0
 

@@ -27,11 +27,7 @@ from typing import Final
 
 from finetune_api.names import ExitCode
 from finetune_api.results import Termination
-from finetune_trainer import agent, workerfiles
-from finetune_trainer.endings import Ended, judge, judge_stopped
 from finetune_trainer.failures import NodeFailure
-from finetune_trainer.place import Place, read_place
-from finetune_trainer.processes import adopt_orphans, kill_descendants, oom_kills
 from finetune_trainer.stage import (
     end_badly,
     end_with,
@@ -40,10 +36,14 @@ from finetune_trainer.stage import (
     scratch_folder,
     start_log,
 )
+from finetune_trainer.supervise import agent, workerfiles
+from finetune_trainer.supervise.endings import Ended, judge, judge_stopped
+from finetune_trainer.supervise.place import Place, read_place
+from finetune_trainer.supervise.processes import adopt_orphans, kill_descendants, oom_kills
 
 log = logging.getLogger(__name__)
 
-WORKER: Final = "finetune_trainer.train_worker"
+WORKER: Final = "finetune_trainer.train.worker"
 FORM_SECONDS: Final = 1800
 """Longest time without a gang; then the pod ends, and the next one may have better luck."""
 CONNECT_SECONDS: Final = 60

@@ -17,13 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from finetune_api.order import RunOrder
 from finetune_api.results import PreparedSummary
 from finetune_api.spec import FineTuneJobSpec, Metric
-from finetune_trainer import runfiles
-from finetune_trainer.checkpoint import Checkpoints
-from finetune_trainer.evaluate import Evaluator
-from finetune_trainer.gang import Gang, resolve_precision
-from finetune_trainer.loss import TokenLoss
-from finetune_trainer.metricnames import metrics_for
-from finetune_trainer.model import (
+from finetune_trainer.engine.gang import Gang, resolve_precision
+from finetune_trainer.engine.loss import TokenLoss
+from finetune_trainer.engine.model import (
     Parameters,
     apply_method,
     load_base,
@@ -31,14 +27,18 @@ from finetune_trainer.model import (
     optimizer_groups,
     parameter_counts,
 )
-from finetune_trainer.modelfiles import fetch_model
-from finetune_trainer.objects import Stores
-from finetune_trainer.packed import can_pack
-from finetune_trainer.plan import Plan
-from finetune_trainer.prepare.shards import PreparedData
-from finetune_trainer.prepare.split import Side
-from finetune_trainer.scores import GENERATED
-from finetune_trainer.telemetry import Telemetry
+from finetune_trainer.engine.packed import can_pack
+from finetune_trainer.engine.plan import Plan
+from finetune_trainer.evaluate.measure import Evaluator
+from finetune_trainer.evaluate.metricnames import metrics_for
+from finetune_trainer.evaluate.scores import GENERATED
+from finetune_trainer.prepared.shards import PreparedData
+from finetune_trainer.prepared.split import Side
+from finetune_trainer.storage import runfiles
+from finetune_trainer.storage.modelfiles import fetch_model
+from finetune_trainer.storage.objects import Stores
+from finetune_trainer.train.checkpoint import Checkpoints
+from finetune_trainer.train.telemetry import Telemetry
 
 
 @dataclass

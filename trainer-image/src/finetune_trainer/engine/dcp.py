@@ -1,0 +1,63 @@
+"""Trained weights and optimizer state on disk: torch's distributed checkpoint, read at any number
+of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+
+# Frozen weights are the base model's: a commit of an adapter holds the adapter.
+_TRAINED: Final = StateDictOptions(ignore_frozen_params=True)
+
+
+def save_state(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Write this rank's part of the trained weights and the optimizer's state; ``group`` holds all
+    ranks (None: this process is alone)."""
+    weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
+    state = {"model": weights, "optimizer": moments}
+    state_dict_saver.save(state, checkpoint_id=folder, process_group=group, no_dist=group is None)
+
+
+def load_state(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Read trained weights and optimizer state, written by any number of ranks."""
+    weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
+    state: dict[str, Any] = {"model": weights, "optimizer": moments}
+    state_dict_loader.load(state, checkpoint_id=folder, process_group=group, no_dist=group is None)
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=StateDictOptions(ignore_frozen_params=True, strict=False),
+    )
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Read trained weights alone, in one process."""
+    weights = get_model_state_dict(model, options=_TRAINED)
+    state_dict_loader.load({"model": weights}, checkpoint_id=folder, no_dist=True)
+    set_model_state_dict(
+        model, weights, options=StateDictOptions(ignore_frozen_params=True, strict=False)
+    )

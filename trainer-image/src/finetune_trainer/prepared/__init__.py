@@ -1,0 +1,1 @@
+"""Prepared data, as prepare writes it and the other stages read it."""
