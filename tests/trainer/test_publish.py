@@ -13,6 +13,7 @@ import pytest
 import torch
 from gangs import start_gang
 from peft import PeftModel
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_api.order import RunOrder
@@ -124,6 +125,20 @@ def test_lora_is_published_as_adapter_and_merged(
     assert publish(run.order, run.stores, tmp_path / "again") == summary
     assert before == {info.uri: info.etag for info in run.store.list(f"s3://{bucket}/out/")}
     assert not (tmp_path / "again").exists()
+
+    # Alone, the adapter is written without the base's weights, and is the same.
+    run.store.delete([f"{run.order.output_uri}/manifest.json"])
+    output = run.order.spec.output.model_copy(update={"format": "Adapter"})
+    spec = run.order.spec.model_copy(update={"output": output})
+    alone = run.order.model_copy(update={"spec": spec})
+    assert publish(alone, run.stores, tmp_path / "alone").formats == ["adapter"]
+    assert not list((tmp_path / "alone" / "model").glob("*.safetensors"))
+    saved = FileSystemReader(tmp_path / "alone" / "commit").read_metadata().state_dict_metadata
+    weights = [name for name in saved if name.startswith("model.")]
+    assert weights and all("lora_" in name for name in weights), "frozen weights in a commit"
+    for path in (folder / "adapter").iterdir():
+        name = f"{run.order.output_uri}/adapter/{path.name}"
+        assert run.store.get(name) == path.read_bytes(), path.name
 
 
 def check_manifest(folder: Path, summary: PublishSummary) -> None:

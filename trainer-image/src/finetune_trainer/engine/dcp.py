@@ -31,7 +31,7 @@ def save_state(
     """Write this rank's part of the trained weights and the optimizer's state; ``group`` holds all
     ranks (None: this process is alone)."""
     weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
-    state = {"model": weights, "optimizer": moments}
+    state = {"model": _trained(model, weights), "optimizer": moments}
     state_dict_saver.save(state, checkpoint_id=folder, process_group=group, no_dist=group is None)
 
 
@@ -43,7 +43,7 @@ def load_state(
 ) -> None:
     """Read trained weights and optimizer state, written by any number of ranks."""
     weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
-    state: dict[str, Any] = {"model": weights, "optimizer": moments}
+    state: dict[str, Any] = {"model": _trained(model, weights), "optimizer": moments}
     state_dict_loader.load(state, checkpoint_id=folder, process_group=group, no_dist=group is None)
     set_state_dict(
         model,
@@ -56,8 +56,15 @@ def load_state(
 
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Read trained weights alone, in one process."""
-    weights = get_model_state_dict(model, options=_TRAINED)
+    weights = _trained(model, get_model_state_dict(model, options=_TRAINED))
     state_dict_loader.load({"model": weights}, checkpoint_id=folder, no_dist=True)
     set_model_state_dict(
         model, weights, options=StateDictOptions(ignore_frozen_params=True, strict=False)
     )
+
+
+def _trained(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
+    """Trained weights by their first name: torch leaves the second name of a frozen weight in (an
+    output head that is the embedding), and of a trained one each name once."""
+    names = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    return {name: weight for name, weight in weights.items() if name in names}

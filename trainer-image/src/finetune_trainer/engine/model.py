@@ -1,8 +1,7 @@
 """The model: load it, choose what is trained, put tuned weights back into it.
 
-``load_base`` and ``apply_method`` are the two steps of every tuning; publish and evaluation
-outside of training use ``load_tuned``-like compositions of the same two, so there is one way in
-which a spec becomes a model.
+``load_base`` and ``apply_method`` are the two steps of every tuning, in training and in publish, so
+there is one way in which a spec becomes a model.
 """
 
 from __future__ import annotations
@@ -54,14 +53,43 @@ def load_base(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         for name, probability in own.items():
             setattr(model.config, name, probability)
     except (ValueError, KeyError) as error:
-        raise UserError(
-            "UnsupportedModel",
-            f"spec.model.source: the model cannot be loaded as a causal language model: {error}",
-        ) from error
+        raise _unsupported(error) from error
     if packed.can_pack(model):
         model.set_attn_implementation(packed.ATTENTION)
     model.config.use_cache = False
     return model
+
+
+def empty_base(path: Path) -> PreTrainedModel:
+    """The model of a folder without its weights: all parameters are on the meta device. Only its
+    configuration is read.
+
+    Raises:
+        UserError: as ``load_base``.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except (ValueError, KeyError) as error:
+        raise _unsupported(error) from error
+    return model
+
+
+def make_room(model: nn.Module) -> None:
+    """Give the trained parameters of an empty model (uninitialised) memory on the CPU."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                room = torch.empty_like(parameter, device="cpu")
+                setattr(module, name, nn.Parameter(room))
+
+
+def _unsupported(error: Exception) -> UserError:
+    return UserError(
+        "UnsupportedModel",
+        f"spec.model.source: the model cannot be loaded as a causal language model: {error}",
+    )
 
 
 def _is_dropout(name: str) -> bool:

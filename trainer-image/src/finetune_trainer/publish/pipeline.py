@@ -31,7 +31,8 @@ def publish(order: RunOrder, stores: Stores, scratch: Path) -> PublishSummary:
     """Write the tuned model of a run to its output address, and name it the latest.
 
     Args:
-        scratch: folder for temporary files; it must hold the base model and the result.
+        scratch: folder for temporary files; it must hold the result, and the base model where a
+            merged one is written.
 
     Raises:
         UserError: 'NotTrained' where the run has no result.
@@ -86,7 +87,9 @@ def write_model(
 ) -> list[str]:
     """The tuned model in ``folder``; returns the names of the formats written."""
     wanted = order.spec.effective_output_format
-    model, tokenizer = weights.load_tuned(order, stores, result.summary.checkpoint, scratch)
+    model, tokenizer = weights.load_tuned(
+        order, stores, result.summary.checkpoint, scratch, whole=wanted != "Adapter"
+    )
     formats = []
     if wanted in ("Adapter", "Both"):
         weights.write_adapter(model, tokenizer, order, folder / "adapter")

@@ -12,19 +12,29 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrain
 
 from finetune_api.order import RunOrder
 from finetune_trainer.engine.dcp import load_weights
-from finetune_trainer.engine.model import apply_method, load_base, load_tokenizer
+from finetune_trainer.engine.model import (
+    apply_method,
+    empty_base,
+    load_base,
+    load_tokenizer,
+    make_room,
+)
 from finetune_trainer.failures import UserError
 from finetune_trainer.storage.commits import download_commit, read_head
-from finetune_trainer.storage.modelfiles import fetch_model
+from finetune_trainer.storage.modelfiles import fetch_model, fetch_tokenizer
 from finetune_trainer.storage.objects import Stores
 
 MAX_SHARD: Final = "4GB"
 
 
 def load_tuned(
-    order: RunOrder, stores: Stores, checkpoint: str | None, scratch: Path
+    order: RunOrder, stores: Stores, checkpoint: str | None, scratch: Path, whole: bool
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """The base model with the weights of a commit, in float32 on the CPU, and its tokenizer.
+
+    Args:
+        whole: False leaves out what was not trained: an adapter is written without the base's
+            weights being fetched or held.
 
     Raises:
         UserError: 'CheckpointGone' where HEAD no longer names the commit.
@@ -38,11 +48,15 @@ def load_tuned(
             f"{checkpoint} is not among the commits of {order.run_uri}/HEAD.json; give"
             " spec.rerunToken a new value to train again",
         )
-    path = fetch_model(order, stores, scratch / "model")
+    fetch = fetch_model if whole else fetch_tokenizer
+    path = fetch(order, stores, scratch / "model")
     folder = scratch / "commit"
     shutil.rmtree(folder, ignore_errors=True)
     download_commit(stores.default, commit, folder)
-    model = apply_method(load_base(path, torch.float32), order.spec)
+    base = load_base(path, torch.float32) if whole else empty_base(path)
+    model = apply_method(base, order.spec)
+    if not whole:
+        make_room(model)
     load_weights(folder, model)
     return model.eval(), load_tokenizer(path)
 
