@@ -24,7 +24,8 @@ _NEEDED = {
 
 
 def ensure() -> None:
-    """Install what is missing, by apt-get; raises RuntimeError where that is impossible."""
+    """Install what is missing, by apt-get and without a word; RuntimeError where that is
+    impossible."""
     missing = [package for sign, package in _NEEDED.items() if not shutil.which(sign)]
     if not missing:
         return
@@ -39,7 +40,11 @@ def ensure() -> None:
         no_services.chmod(0o755)
     try:
         for arguments in (["update"], ["install", "-y", "--no-install-recommends", *missing]):
-            subprocess.run(["apt-get", "-qq", *arguments], env=environment, check=True)
+            done = subprocess.run(
+                ["apt-get", "-qq", *arguments], env=environment, capture_output=True, text=True
+            )
+            if done.returncode:
+                raise RuntimeError(f"apt-get {' '.join(arguments)}: {done.stderr}{done.stdout}")
     finally:
         if ours:
             no_services.unlink()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import state
+from cluster import images, state, system_packages
 from cluster.api import eventually
 from cluster.real import NAME
 
@@ -64,6 +64,8 @@ def test_nothing_is_left_of_a_killed_cluster(needs_root: None) -> None:
     state.sweep()
     if NAME in state.claimed():
         pytest.skip("a cluster is in use")
+    system_packages.ensure()  # what a machine lacks for good is nothing that a cluster leaves
+    images.ensure_pause()
     before = host()
     killed = subprocess.Popen(
         [sys.executable, "-c", START_AND_HANG],
