@@ -51,7 +51,7 @@ def gradient(rank: int, size: int, port: int, row_tokens: int, count: int, folde
     with Feed(plan, read, rank=rank, start=0, end=1, device=CPU) as feed:
         for batch in feed:
             local, _ = optimizer_step(session, batch, 0.0)
-    total = gang.sum(local.reshape(1).clone())
+    total = gang.sum(local[:1].clone())
     if rank == 0:
         rows = len(batch.rows)
         torch.save((kept[0], total.item(), rows), Path(folder) / "gradient.pt")

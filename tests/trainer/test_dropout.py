@@ -37,10 +37,12 @@ def losses(order: list[int], step: int = 7) -> torch.Tensor:
     model = tiny_llama()
     key_dropouts(model, 0.2)
     loss = TokenLoss(model).train()
-    row = build_row([documents[i] for i in order], order, seed=3, step=step, device=CPU)
+    row = build_row(
+        [documents[i] for i in order], order, sources=order, seed=3, step=step, device=CPU
+    )
     with torch.no_grad(), packed.row_context(row.layout):
         found = loss(row)
-    return torch.stack([found[row.documents == order.index(i)].sum() for i in sorted(order)])
+    return torch.stack([found[row.sources == i].sum() for i in sorted(order)])
 
 
 def test_a_sample_is_dropped_alike_wherever_it_stands():

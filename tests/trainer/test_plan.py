@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune_trainer.engine.mixture import Stage
 from finetune_trainer.engine.plan import Plan, cost, pack, pack_all, pack_singly
 
 lengths_of = st.lists(st.integers(1, 300), min_size=0, max_size=60)
@@ -46,11 +47,16 @@ def plan(n=37, batch=8, ranks=1, seed=5, **changes) -> Plan:
 
 @given(st.integers(1, 80), st.integers(1, 20), st.integers(0, 2**31 - 1), st.integers(1, 4))
 def test_an_epoch_trains_every_sample_once(n, batch, seed, ranks):
-    p = plan(n, batch, ranks, seed)
-    for epoch in (0, 1):
-        steps = range(epoch * p.steps_per_epoch, (epoch + 1) * p.steps_per_epoch)
-        rows = [row for s in steps for rank in p.step(s).rows for row in rank]
-        assert sorted(i for row in rows for i in row) == list(range(n))
+    p = plan(n, batch, ranks, seed, visits=3 * n)
+    trained = []
+    for step in range(-(-3 * n // min(batch, n))):
+        made = p.step(step)
+        rows = sorted(i for rank in made.rows for row in rank for i in row)
+        assert rows == sorted(made.samples)
+        assert len(made.samples) == p.visited(step + 1) - p.visited(step) > 0
+        trained += made.samples
+    for epoch in range(3):
+        assert sorted(trained[epoch * n : (epoch + 1) * n]) == list(range(n))
 
 
 @given(st.integers(0, 40), st.lists(st.integers(1, 4), min_size=2, max_size=2))
@@ -62,6 +68,27 @@ def test_a_step_has_the_same_samples_and_denominator_at_any_size(step, ranks):
 
     assert samples(one) == samples(other)
     assert (one.supervised, one.tokens) == (other.supervised, other.tokens)
+
+
+@given(st.integers(0, 2**31 - 1), st.lists(st.integers(1, 4), min_size=24, max_size=24), st.data())
+def test_an_interrupted_and_resized_run_trains_what_an_uninterrupted_one_does(seed, ranks, data):
+    """At every step a new process of a gang of another size, as after an interruption there."""
+    lengths = np.random.default_rng(0).integers(5, 200, 60)
+    sources = np.random.default_rng(1).integers(0, 3, 60)
+    shares = st.none() | st.lists(st.floats(0.1, 1), min_size=3, max_size=3)
+    stages = data.draw(st.lists(st.builds(Stage, st.integers(1, 12), shares), min_size=1))
+
+    def made(size: int) -> Plan:
+        return Plan(lengths, lengths // 2, batch_size=8, seed=seed, row_tokens=256, ranks=size,
+                    sources=sources, stages=stages, visits=180)  # fmt: skip
+
+    whole = made(1)
+    for number, size in enumerate(ranks[:23]):
+        expected, found = whole.step(number), made(size).step(number)
+        rows = sorted(p for rank in found.rows for row in rank for p in row)
+        assert rows == sorted(expected.samples)
+        assert found.samples == expected.samples
+        assert (found.supervised, found.by_source) == (expected.supervised, expected.by_source)
 
 
 def test_epochs_have_different_orders_and_seeds_too():

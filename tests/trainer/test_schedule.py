@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_api.spec import FineTuneJobSpec, parse_spec
-from finetune_trainer.engine.schedule import evaluation_steps, learning_rate, log_interval, steps_of
+from finetune_trainer.engine.mixture import Stage
+from finetune_trainer.engine.schedule import (
+    evaluation_steps,
+    learning_rate,
+    log_interval,
+    stages_of,
+    steps_of,
+)
+from finetune_trainer.failures import UserError
 
 
 def spec(**blocks: Any) -> FineTuneJobSpec:
@@ -27,7 +35,8 @@ def spec(**blocks: Any) -> FineTuneJobSpec:
     ("training", "samples", "steps"),
     [
         ({}, 64, 6),  # three epochs of 32 samples a step
-        ({}, 65, 9),  # the last, short batch is trained
+        ({}, 65, 7),  # batches go over the ends of epochs; the last, short one is trained
+        ({}, 20, 3),  # a batch has no sample twice
         ({}, 1, 3),
         ({"epochs": 1, "batchSize": 8}, 20, 3),
         ({"maxSteps": 7}, 20, 7),
@@ -35,6 +44,45 @@ def spec(**blocks: Any) -> FineTuneJobSpec:
 )
 def test_steps(training: dict[str, Any], samples: int, steps: int) -> None:
     assert steps_of(spec(training=training), samples) == steps
+
+
+SETS = {"small": 1_000, "large": 9_000}
+
+
+def source(name: str, **fields: Any) -> dict[str, Any]:
+    return {"name": name, "source": f"s3://bucket/{name}.jsonl", **fields}
+
+
+@pytest.mark.parametrize(
+    ("data", "stages"),
+    [
+        ({}, [Stage(10, None)]),
+        ({"mixingTemperature": "2"}, [Stage(10, [1_000**0.5, 9_000**0.5])]),
+        (
+            {"train": [source("large", weight="0.25"), source("small", weight="0.75")]},
+            [Stage(10, [0.75, 0.25])],
+        ),
+        (
+            {
+                "stages": [
+                    {"name": "a", "steps": "0.5", "weights": [{"name": "large", "weight": "1"}]},
+                    {"name": "b", "steps": "1.5"},
+                ]
+            },
+            [Stage(2, [0.0, 1.0]), Stage(8, None)],
+        ),
+    ],
+)
+def test_stages(data: dict[str, Any], stages: list[Stage]) -> None:
+    both = {"train": [source("small"), source("large")]}
+    assert stages_of(spec(data={**both, **data}), SETS, 10) == stages
+
+
+def test_a_stage_of_empty_sets_is_refused() -> None:
+    data = {"train": [source("empty", weight="1"), source("small", weight="0")]}
+    with pytest.raises(UserError, match=r"spec\.data\.train: .*empty.* have no sample") as caught:
+        stages_of(spec(data=data), SETS, 10)
+    assert caught.value.reason == "NothingToMix"
 
 
 @pytest.mark.parametrize(

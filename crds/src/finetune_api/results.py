@@ -36,6 +36,8 @@ class Progress(Record):
     """Passes over the training data done."""
     loss: float | None = None
     """Training loss per supervised token (nats), mean since the last log point."""
+    by_source: dict[str, float] = {}
+    """The same by training set, where there are several."""
     learning_rate: float | None = None
     """Learning rate of the last step."""
     tokens_per_second: float | None = None

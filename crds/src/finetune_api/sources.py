@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from finetune_api.base import (
+    DecimalString,
     DnsLabel,
     DnsName,
     FieldName,
@@ -126,6 +127,9 @@ class DataSource(Model):
     `label`. Text: `text`, all of it learned. Absent: found out from the first record."""
     template: Template | None = None
     """Renders records whose fields have other names. Not for Messages and Text."""
+    weight: DecimalString | None = None
+    """Share of the trained tokens, relative to the weights of the other training sets; "0" leaves
+    the set to the stages. Absent everywhere: in proportion to size, each record once an epoch."""
     storage: StorageAccess | None = None
     """Access to this source where it differs from `spec.storage`."""
 
@@ -177,6 +181,50 @@ class Quality(Model):
     The data report counts them."""
 
 
+class MixtureWeight(Model):
+    """A training set and its part of a stage."""
+
+    name: DnsLabel
+    """Name of a set in `data.train`."""
+    weight: DecimalString
+    """Share of the trained tokens, relative to the other weights of the stage."""
+
+
+class DataStage(Model):
+    """A part of the training with a mixture of its own."""
+
+    name: DnsLabel
+    """Name in reports."""
+    steps: Annotated[
+        str,
+        Spelling(
+            r"^(0?\.[0-9]*[1-9][0-9]*|[1-9][0-9]*(\.[0-9]+)?)$",
+            'a number above zero, written as a string: "0.3"',
+            max_length=32,
+        ),
+    ]
+    """Part of the training's steps, relative to the other stages: "0.3" and "0.7"."""
+    weights: Annotated[list[MixtureWeight], Field(min_length=1, max_length=64)] | None = None
+    """The mixture of the stage; sets that are not named take no part. Absent: as `data.train`
+    says."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "!has(self.weights) || self.weights.all(a,"
+            " self.weights.filter(b, b.name == a.name).size() == 1)",
+            "a stage names each training set once",
+            lambda s: s.weights is None or len({w.name for w in s.weights}) == len(s.weights),
+            ("weights[].name",),
+        ),
+        Rule(
+            "!has(self.weights) || self.weights.exists(w, !w.weight.matches('^[0.]+([eE].*)?$'))",
+            "a stage needs a weight above 0",
+            lambda s: s.weights is None or any(float(w.weight) > 0 for w in s.weights),
+            ("weights[].weight",),
+        ),
+    )
+
+
 def _names_differ(field: str) -> Rule:
     def holds(data: Data) -> bool:
         names = [s.name for s in getattr(data, field) or [] if s.name is not None]
@@ -191,11 +239,35 @@ def _names_differ(field: str) -> Rule:
     )
 
 
+def _no_weights(field: str) -> Rule:
+    return Rule(
+        f"!has(self.{field}) || self.{field}.all(s, !has(s.weight))",
+        f"weight is for training sets: those of {field} are measured whole",
+        lambda data: all(s.weight is None for s in getattr(data, field) or ()),
+        (f"{field}[].weight",),
+    )
+
+
 class Data(Model):
     """What is learned from, and what is measured on."""
 
     train: Annotated[list[DataSource], Field(min_length=1, max_length=64)]
-    """Training sets; several are mixed in proportion to their size."""
+    """Training sets. Several are a mixture: in proportion to their size, or to their weights."""
+    mixing_temperature: (
+        Annotated[
+            str,
+            Spelling(
+                r"^[1-9][0-9]*(\.[0-9]+)?$",
+                'a number of at least 1, written as a string: "2"',
+                max_length=32,
+            ),
+        ]
+        | None
+    ) = None
+    """Temperature T of the mixture: a set of n tokens has a share in proportion to n^(1/T). "1" is
+    in proportion to size; a higher one evens small and large sets out. Not with weights."""
+    stages: Annotated[list[DataStage], Field(min_length=1, max_length=16)] | None = None
+    """Stages of the training (a curriculum), in their order. Absent: one stage."""
     validation: Annotated[list[DataSource], Field(min_length=1, max_length=16)] | None = None
     """Sets measured on the way: they choose the checkpoint and stop early."""
     test: Annotated[list[DataSource], Field(min_length=1, max_length=16)] | None = None
@@ -205,6 +277,46 @@ class Data(Model):
     quality: Quality = Quality()
     """What is done about faults of the data."""
 
-    RULES: ClassVar[tuple[Rule, ...]] = tuple(
-        _names_differ(field) for field in ("train", "validation", "test")
+    def names(self, field: Literal["train", "validation", "test"]) -> list[str]:
+        """Names of the sets of a list, in their order."""
+        sources: list[DataSource] = getattr(self, field) or []
+        return [source.name or f"{field}-{i}" for i, source in enumerate(sources)]
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        *(_names_differ(field) for field in ("train", "validation", "test")),
+        Rule(
+            "self.train.all(s, has(s.weight)) || self.train.all(s, !has(s.weight))",
+            "give every training set a weight, or none",
+            lambda d: len({s.weight is None for s in d.train}) == 1,
+            ("train[].weight",),
+        ),
+        Rule(
+            "!has(self.train[0].weight) || has(self.stages)"
+            " || self.train.exists(s, has(s.weight) && !s.weight.matches('^[0.]+([eE].*)?$'))",
+            "a training set needs a weight above 0",
+            lambda d: (
+                d.stages is not None
+                or d.train[0].weight is None
+                or any(float(s.weight) > 0 for s in d.train)
+            ),
+            ("train[].weight",),
+        ),
+        Rule(
+            "!has(self.mixingTemperature) || self.train.all(s, !has(s.weight))",
+            "mixingTemperature and weights exclude each other: give one of them",
+            lambda d: d.mixing_temperature is None or all(s.weight is None for s in d.train),
+            ("mixingTemperature", "train[].weight"),
+        ),
+        *(_no_weights(field) for field in ("validation", "test")),
+        Rule(
+            "!has(self.stages) || self.stages.all(s, !has(s.weights) || s.weights.all(w,"
+            " self.train.exists(t, has(t.name) && t.name == w.name)))",
+            "weights of a stage must name sets of data.train (give those a name)",
+            lambda d: all(
+                w.name in {s.name for s in d.train}
+                for stage in d.stages or ()
+                for w in stage.weights or ()
+            ),
+            ("train[].name",),
+        ),
     )

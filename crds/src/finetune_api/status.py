@@ -77,6 +77,15 @@ class Prepared(Model):
     """Whether the data was prepared already."""
 
 
+class DataSetLoss(Model):
+    """Training loss of one training set."""
+
+    name: Word
+    """Name of the set."""
+    loss: Number
+    """Per supervised token, in nats."""
+
+
 class ProgressStatus(Model):
     """Where the training stands."""
 
@@ -92,6 +101,8 @@ class ProgressStatus(Model):
     """Passes over the data done."""
     loss: Number | None = None
     """Training loss per supervised token, in nats."""
+    data_set_losses: Annotated[list[DataSetLoss], Field(max_length=64)] = []
+    """The same by training set, where there are several."""
     learning_rate: Number | None = None
     """Learning rate of the last step."""
     tokens_per_second: Number | None = None

@@ -11,7 +11,14 @@ from finetune_api.base import Model
 from finetune_api.names import Condition as ConditionType
 from finetune_api.names import Role
 from finetune_api.results import PreparedSummary, Progress, TrainSummary
-from finetune_api.status import Condition, FineTuneJobStatus, MetricValue, Prepared, ProgressStatus
+from finetune_api.status import (
+    Condition,
+    DataSetLoss,
+    FineTuneJobStatus,
+    MetricValue,
+    Prepared,
+    ProgressStatus,
+)
 from finetune_operator.objects import format_time
 from finetune_operator.plan import Event
 
@@ -114,6 +121,10 @@ def progress_status(progress: Progress, read_at: datetime) -> ProgressStatus:
         percent=min(100, 100 * progress.step // total) if total else 0,
         epoch=f"{progress.epoch:.2f}",
         loss=number(progress.loss),
+        data_set_losses=[
+            make(DataSetLoss, name=name, loss=number(loss))
+            for name, loss in progress.by_source.items()
+        ],
         learning_rate=number(progress.learning_rate),
         tokens_per_second=number(progress.tokens_per_second),
         remaining=None if left is None else duration(left),
@@ -137,6 +148,7 @@ def final_progress(
         percent=100,
         epoch=before.epoch if before else "0",
         loss=number(trained.loss) or (before.loss if before else None),
+        data_set_losses=before.data_set_losses if before else [],
         learning_rate=before.learning_rate if before else None,
         tokens_per_second=before.tokens_per_second if before else None,
         last_update_time=format_time(now),

@@ -36,19 +36,24 @@ class RowTensors:
     """That next token, shape [supervised]."""
     layout: RowLayout
     """Where the documents lie."""
-    documents: Tensor
-    """Document (position in the row) of each supervised token, shape [supervised]."""
+    sources: Tensor
+    """Number of the source of each supervised token, shape [supervised]."""
 
 
 def build_row(
     samples: Sequence[TokenSample],
     positions: Sequence[int],
     *,
+    sources: Sequence[int] | None = None,
     seed: int,
     step: int,
     device: torch.device,
 ) -> RowTensors:
     """Concatenate documents to a row.
+
+    Args:
+        positions: of the samples in the index, by which dropout is keyed.
+        sources: number of the source of each; None: 0.
 
     Token j of a document is predicted from token j - 1 of the same document, so the first token
     of a document is never predicted, supervised or not.
@@ -56,13 +61,14 @@ def build_row(
     if not samples:
         samples = [TokenSample(np.zeros(1, np.int32), np.zeros(1, np.bool_))]
         positions = [0]
+        sources = None
     lengths = [len(s.ids) for s in samples]
     ids = np.concatenate([s.ids for s in samples]).astype(np.int64)
     supervised = np.concatenate([s.supervised for s in samples]).copy()
     starts = np.cumsum([0, *lengths[:-1]])
     supervised[starts] = False
     target = np.flatnonzero(supervised)
-    document = np.repeat(np.arange(len(samples)), lengths)
+    source = np.repeat(np.asarray(sources or [0] * len(samples), np.int64), lengths)
     keys = [token_keys(seed, step, p, n) for p, n in zip(positions, lengths, strict=True)]
     position = np.concatenate([np.arange(n) for n in lengths])
 
@@ -75,7 +81,7 @@ def build_row(
         predict=tensor(target - 1),
         labels=tensor(ids[target]),
         layout=RowLayout(group_documents(lengths, device), tensor(np.concatenate(keys))),
-        documents=tensor(document[target]),
+        sources=tensor(source[target]),
     )
 
 
@@ -155,8 +161,8 @@ class Feed:
         samples = dict(zip(wanted, self._read(wanted), strict=True))
         return [
             build_row(
-                [samples[p] for p in row], row, seed=self._plan.seed, step=step.number,
-                device=self._device,
+                [samples[p] for p in row], row, sources=self._plan.sources[list(row)].tolist(),
+                seed=self._plan.seed, step=step.number, device=self._device,
             )
             for row in mine
         ]  # fmt: skip

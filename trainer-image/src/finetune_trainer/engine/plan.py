@@ -12,12 +12,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-Ints = npt.NDArray[np.int64]
+from finetune_trainer.engine.mixture import Curriculum, Ints, Stage
+
 Row = tuple[int, ...]
 """Positions (in the index) of the samples that are concatenated into one row of tokens."""
 
@@ -86,10 +86,15 @@ class Step:
 
     number: int
     """Step, from 0."""
+    samples: tuple[int, ...]
+    """Positions (in the index) of its samples, in the order of the plan."""
     rows: tuple[tuple[Row, ...], ...]
-    """Rows by rank; all ranks have the same number, empty ones included."""
+    """The same samples in rows, by rank; all ranks have the same number of rows, empty ones
+    included."""
     supervised: int
     """Supervised tokens of the global batch: the denominator of the loss."""
+    by_source: tuple[float, ...]
+    """The same by source, shape [sources]."""
     tokens: int
     """Tokens of the global batch."""
 
@@ -100,7 +105,10 @@ class Plan:
     Args:
         lengths: tokens of each training sample, shape [n].
         supervised: supervised tokens of each, shape [n].
-        batch_size: samples per step, over all ranks.
+        sources: number of the source of each, shape [n]; None: all are of one.
+        stages: what is mixed when; None: everything, in proportion to its size.
+        batch_size: samples per step, over all ranks; at most as many as there are.
+        visits: samples after which the training ends, the last step cut short; None: no end.
         seed: of the order of the samples.
         row_tokens: most tokens of one row; at least the longest sample.
         ranks: processes of the gang.
@@ -117,28 +125,36 @@ class Plan:
         seed: int,
         row_tokens: int,
         ranks: int,
+        sources: npt.NDArray[np.integer] | None = None,
+        stages: Sequence[Stage] | None = None,
+        visits: int | None = None,
         packed: bool = True,
     ) -> None:
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.supervised = np.asarray(supervised, dtype=np.int64)
-        self.batch_size = batch_size
         self.seed = seed
         self.row_tokens = row_tokens
         self.ranks = ranks
         self.packed = packed
-        self.steps_per_epoch = -(-len(self.lengths) // batch_size)
-        self._order = lru_cache(maxsize=2)(self._order_of_epoch)
+        self._batch = min(batch_size, len(self.lengths))
+        self._visits = visits
+        self.sources = np.zeros(len(self.lengths), np.int64)
+        if sources is not None:
+            self.sources[:] = sources
+        self.source_count = int(self.sources.max()) + 1
+        self._curriculum = Curriculum(
+            self.sources, self.lengths, self.source_count, stages or [Stage(0)], self._batch, seed
+        )
 
-    def _order_of_epoch(self, epoch: int) -> Ints:
-        # Philox is counter-based: the order of an epoch needs no state of the epochs before.
-        key = np.array([self.seed, epoch], dtype=np.uint64)
-        return np.random.Generator(np.random.Philox(key=key)).permutation(len(self.lengths))
+    def visited(self, step: int) -> int:
+        """Samples trained before a step."""
+        visited = step * self._batch
+        return visited if self._visits is None else min(visited, self._visits)
 
     def samples(self, step: int) -> Ints:
-        """Positions of the samples of a step, in order; the last step of an epoch may be short."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        start = within * self.batch_size
-        return self._order(epoch)[start : start + self.batch_size]
+        """Positions of the samples of a step, in order."""
+        found = self._curriculum.samples(step)
+        return found[: self.visited(step + 1) - self.visited(step)]
 
     def step(self, number: int) -> Step:
         """Rows and denominator of a step."""
@@ -150,10 +166,16 @@ class Plan:
             dealt = pack_singly(lengths, self.ranks)
         return Step(
             number=number,
+            samples=tuple(positions.tolist()),
             rows=tuple(
                 tuple(tuple(int(positions[i]) for i in row) for row in rows) for rows in dealt
             ),
             supervised=int(self.supervised[positions].sum()),
+            by_source=tuple(
+                np.bincount(
+                    self.sources[positions], self.supervised[positions], self.source_count
+                ).tolist()
+            ),
             tokens=int(sum(lengths)),
         )
 

@@ -6,9 +6,13 @@ Steps are counted from 0: step *t* is the one that is taken when *t* optimizer s
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Final
 
+from finetune_api.sources import Data, DataStage
 from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.engine.mixture import Stage
+from finetune_trainer.failures import UserError
 
 _EVALUATIONS: Final = 10
 """Evaluations over a run whose spec names no cadence."""
@@ -18,13 +22,65 @@ _LOG_INTERVAL_MAX: Final = 10
 
 
 def steps_of(spec: FineTuneJobSpec, train_samples: int) -> int:
-    """Optimizer steps of a run. The last batch of an epoch is trained as it is, however short, so
-    an epoch has ceil(samples / batchSize) steps."""
-    epochs = spec.effective_epochs
-    if epochs is None:
+    """Optimizer steps of a run. Batches go on over the ends of epochs; the last one of the run is
+    trained as it is, however short. A batch never has more samples than there are."""
+    visits = visits_of(spec, train_samples)
+    if visits is None:
         assert spec.training.max_steps is not None, "maxSteps decides where epochs do not"
         return spec.training.max_steps
-    return epochs * -(-train_samples // spec.training.batch_size)
+    return -(-visits // min(spec.training.batch_size, train_samples))
+
+
+def visits_of(spec: FineTuneJobSpec, train_samples: int) -> int | None:
+    """Samples that a run trains, each visit counted; None where ``training.maxSteps`` decides."""
+    epochs = spec.effective_epochs
+    return None if epochs is None else epochs * train_samples
+
+
+def stages_of(spec: FineTuneJobSpec, sets: Mapping[str, int], total: int) -> list[Stage]:
+    """What is mixed when.
+
+    Args:
+        sets: tokens of each training set, by name, in the order of the plan's sources.
+        total: steps of the run.
+
+    Raises:
+        UserError: 'NothingToMix' where all sets that a stage would mix are empty.
+    """
+    if spec.data.stages is None:
+        return [Stage(total, _shares(spec.data, None, sets, "data.train"))]
+    parts = [float(stage.steps) for stage in spec.data.stages]
+    ends = [round(total * sum(parts[: i + 1]) / sum(parts)) for i in range(len(parts))]
+    return [
+        Stage(end - begin, _shares(spec.data, stage, sets, f"data.stages[{i}]"))
+        for i, (stage, begin, end) in enumerate(
+            zip(spec.data.stages, [0, *ends], ends, strict=False)
+        )
+    ]
+
+
+def _shares(
+    data: Data, stage: DataStage | None, sets: Mapping[str, int], path: str
+) -> list[float] | None:
+    """Shares of the tokens by set; None: in proportion to size."""
+    if stage is not None and stage.weights is not None:
+        weights = {w.name: float(w.weight) for w in stage.weights}
+    elif data.train[0].weight is not None:
+        given = [float(source.weight or 0) for source in data.train]
+        weights = dict(zip(data.names("train"), given, strict=True))
+    elif data.mixing_temperature is not None:
+        power = 1 / float(data.mixing_temperature)
+        weights = {name: tokens**power for name, tokens in sets.items()}
+    else:
+        return None
+    shares = [weights.get(name, 0.0) for name in sets]
+    if not any(shares):
+        raise UserError(
+            "NothingToMix",
+            f"spec.{path}: the sets with a weight above 0 ({', '.join(weights)}) have no sample to"
+            f" train on; those that have are {', '.join(sets)}. Correct the weights or the data",
+        )
+    return shares
 
 
 def evaluation_steps(spec: FineTuneJobSpec, total: int) -> range:

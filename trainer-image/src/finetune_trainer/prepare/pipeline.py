@@ -15,7 +15,7 @@ from finetune_api.identity import data_uri
 from finetune_api.order import RunOrder
 from finetune_api.results import PreparedSummary
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.engine.schedule import steps_of
+from finetune_trainer.engine.schedule import stages_of, steps_of
 from finetune_trainer.evaluate.metricnames import check_metrics
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepare.digest import Source, content_digest
@@ -149,7 +149,7 @@ def find_sources(spec: FineTuneJobSpec, stores: Stores) -> list[Source]:
     data = spec.data
     found = []
     for side, listed in zip(SIDES, (data.train, data.validation, data.test), strict=True):
-        names = [source.name or f"{side}-{i}" for i, source in enumerate(listed or ())]
+        names = data.names(side)
         for name, source in zip(names, listed or (), strict=True):
             if names.count(name) > 1:
                 raise UserError(
@@ -165,8 +165,14 @@ def find_sources(spec: FineTuneJobSpec, stores: Stores) -> list[Source]:
 def summarise(
     spec: FineTuneJobSpec, manifest: DataManifest, uri: str, reused: bool
 ) -> PreparedSummary:
-    """What prepare found, in numbers."""
+    """What prepare found, in numbers.
+
+    Raises:
+        UserError: 'NothingToMix'.
+    """
     train = [s for s in manifest.sets if s.split == "train"]
+    total = steps_of(spec, manifest.samples("train"))
+    stages_of(spec, {s.name: s.tokens for s in train}, total)
     fields = {
         "digest": manifest.digest,
         "uri": uri,
@@ -177,6 +183,6 @@ def summarise(
         "train_tokens": sum(s.tokens for s in train),
         "supervised_tokens": sum(s.supervised for s in train),
         "dropped": manifest.dropped,
-        "total_steps": steps_of(spec, manifest.samples("train")),
+        "total_steps": total,
     }
     return PreparedSummary.model_validate(fields, by_alias=False, by_name=True)

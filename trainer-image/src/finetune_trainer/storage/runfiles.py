@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 
+from pydantic import Field
+
 from finetune_api.base import Record
 from finetune_api.results import Metrics, PreparedSummary, TrainSummary
 from finetune_trainer.storage.objects import ObjectStore
@@ -24,6 +26,8 @@ class CurvePoint(Record):
     """Learning rate of the last step."""
     gradient_norm: float
     """Norm of the last step's gradient before clipping."""
+    by_source: dict[str, float] = Field(default={})
+    """Training loss by training set, where there are several."""
 
 
 class ValidationPoint(Record):

@@ -63,8 +63,8 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
             if state.stopped_early:
                 break
             rate = learning_rate(spec, total, state.step)
-            loss, norm = optimizer_step(session, batch, rate)
-            state.advance(loss, batch.plan.tokens)
+            losses, norm = optimizer_step(session, batch, rate)
+            state.advance(losses, batch.plan)
             clock.step(session, batch)
 
             if state.step % log_every == 0 or state.step == total:
@@ -93,11 +93,12 @@ def optimizer_step(session: Session, batch: StepTensors, rate: float) -> tuple[T
     """One step of the optimizer on a global batch.
 
     Returns:
-        This rank's part of the batch's loss per supervised token (float64, on the device), and
-        the norm of the gradient before clipping. Neither has been waited for.
+        This rank's part of the batch's loss per supervised token, then of the summed losses of
+        each source (float64, on the device, shape [1 + sources]), and the norm of the gradient
+        before clipping. Neither has been waited for.
     """
     gang = session.gang
-    local = torch.zeros((), dtype=torch.float64, device=gang.device)
+    local = torch.zeros(1 + len(batch.plan.by_source), dtype=torch.float64, device=gang.device)
     for i, row in enumerate(batch.rows):
         last = i == len(batch.rows) - 1
         with _synchronised(session, last), row_context(row.layout):
@@ -106,7 +107,9 @@ def optimizer_step(session: Session, batch: StepTensors, rate: float) -> tuple[T
             # DDP averages over ranks: the size of the gang makes the average a sum.
             share = losses.sum() / batch.plan.supervised
             (share * gang.size).backward()
-        local += share.detach()
+        local[0] += share.detach()
+        if row.labels.numel():
+            local[1:].index_add_(0, row.sources, losses.detach().double())
     limit = float(session.spec.training.max_grad_norm) or float("inf")
     norm = torch.nn.utils.clip_grad_norm_(session.trained, limit)
     # A gradient that is no number makes the loss one that is none: it is noticed with the loss,
@@ -159,36 +162,41 @@ def log(session: Session, state: LoopState, rate: float, norm: Tensor, clock: Cl
     Raises:
         Diverged: where the loss or the gradient is not a finite number, on all ranks together.
     """
-    loss = settle_loss(session, state)
+    loss, by_source = settle_losses(session, state)
     telemetry = session.telemetry
     point = CurvePoint(
-        step=state.step, loss=loss, learning_rate=rate, gradient_norm=float(norm.item())
-    )
+        step=state.step, loss=loss, learning_rate=rate, gradient_norm=float(norm.item()),
+        by_source=by_source,
+    )  # fmt: skip
     state.curve.append(point)
     total = telemetry.progress.total_steps
     remaining = clock.remaining(total - state.step)
     telemetry.loss.set(loss)
+    for name, value in by_source.items():
+        telemetry.source_loss.labels(name).set(value)
     telemetry.learning_rate.set(rate)
     telemetry.gradient_norm.set(point.gradient_norm)
     telemetry.tokens_per_second.set(clock.tokens_per_second())
     if session.gang.device.type == "cuda":
         telemetry.set_gpu_memory(torch.cuda.max_memory_allocated())
     telemetry.say(
-        step=state.step, loss=loss, learning_rate=rate, remaining_seconds=remaining,
-        epoch=state.step / session.plan.steps_per_epoch,
+        step=state.step, loss=loss, by_source=by_source, learning_rate=rate,
+        epoch=session.plan.visited(state.step) / len(session.plan.lengths),
+        remaining_seconds=remaining,
         tokens_per_second=clock.tokens_per_second(), training_seconds=clock.elapsed(),
     )  # fmt: skip
     if session.gang.first:
         print(f"step {state.step}/{total} loss {loss:.4f} lr {rate:.3g}", flush=True)
 
 
-def settle_loss(session: Session, state: LoopState) -> float:
-    """Mean loss over the steps since the last log point, summed over the gang.
+def settle_losses(session: Session, state: LoopState) -> tuple[float, dict[str, float]]:
+    """Mean loss over the steps since the last log point, over the gang, and that of each source
+    where there are several.
 
     Raises:
         Diverged: where it is not a finite number; every rank sees the same sum.
     """
-    loss = state.take_loss(session.gang.sum)
+    loss, parts = state.take_losses(session.gang.sum)
     if loss != loss or loss in (float("inf"), float("-inf")):
         raise Diverged(
             "LossNotFinite",
@@ -198,7 +206,10 @@ def settle_loss(session: Session, state: LoopState) -> float:
             " records in the data report; the commits before are kept",
         )
     state.logged = state.step
-    return loss
+    if len(session.sources) == 1:
+        return loss, {}
+    named = zip(session.sources, parts, strict=False)
+    return loss, {name: value for name, value in named if value is not None}
 
 
 def evaluate(session: Session, state: LoopState, clock: Clock) -> None:
@@ -278,7 +289,7 @@ class Clock:
         telemetry = session.telemetry
         telemetry.step.set(batch.plan.number + 1)
         telemetry.tokens.inc(batch.plan.tokens)
-        telemetry.samples.inc(len(session.plan.samples(batch.plan.number)))
+        telemetry.samples.inc(len(batch.plan.samples))
         telemetry.step_time.observe(took)
         telemetry.seconds.labels("data_wait").inc(batch.waited)
         telemetry.seconds.labels("compute").inc(max(0.0, took - batch.waited))

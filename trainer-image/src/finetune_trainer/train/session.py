@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -29,6 +30,7 @@ from finetune_trainer.engine.model import (
 )
 from finetune_trainer.engine.packed import can_pack
 from finetune_trainer.engine.plan import Plan
+from finetune_trainer.engine.schedule import stages_of, steps_of, visits_of
 from finetune_trainer.evaluate.measure import Evaluator
 from finetune_trainer.evaluate.metricnames import metrics_for
 from finetune_trainer.evaluate.scores import GENERATED
@@ -62,6 +64,8 @@ class Session:
     parameters: Parameters
     trained: list[nn.Parameter]
     """Parameters that the optimizer changes."""
+    sources: list[str]
+    """Names of the training sets that have samples, in the order of the plan's sources."""
 
     @property
     def spec(self) -> FineTuneJobSpec:
@@ -115,8 +119,13 @@ def open_session(
         spec.training.micro_batch_tokens or max(data.manifest.max_length, 2048),
         int(index.length.max()),
     )
+    sets = {number: data.manifest.sets[number] for number, _ in data.set_names("train")}
+    tokens = {entry.name: entry.tokens for entry in sets.values()}
     plan = Plan(
-        index.length, index.supervised, batch_size=spec.training.batch_size,
+        index.length, index.supervised,
+        sources=np.searchsorted(list(sets), index.set),
+        stages=stages_of(spec, tokens, steps_of(spec, len(index))),
+        batch_size=spec.training.batch_size, visits=visits_of(spec, len(index)),
         seed=spec.training.seed, row_tokens=row_tokens, ranks=gang.size, packed=packed,
     )  # fmt: skip
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -144,6 +153,7 @@ def open_session(
         telemetry=telemetry,
         parameters=parameter_counts(model),
         trained=trained,
+        sources=list(tokens),
     )  # fmt: skip
 
 

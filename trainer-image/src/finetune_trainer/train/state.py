@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from finetune_api.spec import Metric
+from finetune_trainer.engine.plan import Step
 from finetune_trainer.failures import Diverged
 from finetune_trainer.storage.runfiles import CurvePoint, ValidationPoint
 
@@ -24,8 +24,11 @@ class LoopState:
     """Steps done: the next step to do."""
     logged: int = 0
     """Step of the last log point."""
-    pending: float = 0.0
-    """Sum over the gang of the losses of the steps since, as committed."""
+    pending: list[float] = field(default_factory=list)
+    """Losses of the steps since, as committed, summed over the gang: of the batches (mean per
+    supervised token), then of the tokens of each source."""
+    supervised: list[float] = field(default_factory=list)
+    """Supervised tokens of the steps since, by source."""
     tokens: int = 0
     """Tokens trained."""
     curve: list[CurvePoint] = field(default_factory=list)
@@ -41,27 +44,35 @@ class LoopState:
     local: Tensor | None = None
     """This rank's losses since the last log point or commit, on the device; never saved."""
 
-    def advance(self, loss: Tensor, tokens: int) -> None:
-        """A step was done, with this part of its loss on this rank."""
+    def advance(self, losses: Tensor, step: Step) -> None:
+        """A step was done, with these parts of its losses on this rank (as ``pending``)."""
         self.step += 1
-        self.tokens += tokens
-        self.local = loss if self.local is None else self.local + loss
+        self.tokens += step.tokens
+        self.local = losses if self.local is None else self.local + losses
+        before = self.supervised or [0.0] * len(step.by_source)
+        self.supervised = [a + b for a, b in zip(before, step.by_source, strict=True)]
 
     def gather(self, total: Callable[[Tensor], Tensor]) -> None:
         """Sum the ranks' pending losses into ``pending``, alike on all of them."""
-        local = torch.zeros(1, dtype=torch.float64)
-        if self.local is not None:
-            local += self.local.cpu()
-        self.pending += float(total(local).item())
+        if self.local is None:  # on all ranks: they have done the same steps
+            return
+        sums = total(self.local.cpu()).tolist()
+        before = self.pending or [0.0] * len(sums)
+        self.pending = [a + b for a, b in zip(before, sums, strict=True)]
         self.local = None
 
-    def take_loss(self, total: Callable[[Tensor], Tensor]) -> float:
-        """Mean loss since the last log point; it begins anew."""
+    def take_losses(self, total: Callable[[Tensor], Tensor]) -> tuple[float, list[float | None]]:
+        """Mean loss since the last log point, and that of each source (None: it had no token);
+        they begin anew."""
         self.gather(total)
         steps = self.step - self.logged
-        loss = self.pending / steps if steps else (self.curve[-1].loss if self.curve else math.nan)
-        self.pending = 0.0
-        return loss
+        if not steps or not self.pending:
+            return (self.curve[-1].loss if self.curve else math.nan), []
+        batches, *sources = self.pending
+        counts = self.supervised
+        self.pending, self.supervised = [], []
+        by_source = [a / n if n else None for a, n in zip(sources, counts, strict=True)]
+        return batches / steps, by_source
 
     def check_finite(self, total: Callable[[Tensor], Tensor]) -> None:
         """Refuse to commit a state whose losses were no numbers.
@@ -70,10 +81,10 @@ class LoopState:
             Diverged: on all ranks together.
         """
         self.gather(total)
-        if not math.isfinite(self.pending):
+        if self.pending and not math.isfinite(self.pending[0]):
             raise Diverged(
                 "LossNotFinite",
-                f"the training loss became {self.pending} between steps {self.logged} and"
+                f"the training loss became {self.pending[0]} between steps {self.logged} and"
                 f" {self.step}. Lower training.learningRate or raise training.warmupRatio; the"
                 " commits before are kept",
             )

@@ -48,6 +48,10 @@ class Telemetry:
             "finetune_validation_loss", "Validation loss per supervised token, nats",
             ["data_set"], registry=self.registry,
         )  # fmt: skip
+        self.source_loss = Gauge(
+            "finetune_train_data_set_loss", "Training loss by training set, of several",
+            ["data_set"], registry=self.registry,
+        )  # fmt: skip
         self.learning_rate = gauge("learning_rate", "Learning rate of the last step")
         self.gradient_norm = gauge("gradient_norm", "Norm of the gradient before clipping")
         self.step = gauge("step", "Optimizer steps done")
