@@ -157,7 +157,9 @@ class Checkpoint(Model):
     every_seconds: Count | None = None
     """Seconds between commits. Absent, with everySteps absent too: 600."""
     keep_last: Annotated[int, Field(ge=1, le=100)] = 2
-    """Commits kept beside the best one; older ones are removed."""
+    """Newest commits that are kept; older ones are removed."""
+    keep_best: Annotated[int, Field(ge=1, le=100)] = 1
+    """Best commits that are kept besides, by metric."""
     metric: Metric = "Loss"
     """Validation metric by which the best commit is chosen; that one is published."""
 

@@ -22,16 +22,19 @@ from torch.distributed.checkpoint.state_dict import (
 _TRAINED: Final = StateDictOptions(ignore_frozen_params=True)
 
 
-def save_state(
-    folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    group: dist.ProcessGroup | None,
-) -> None:
-    """Write this rank's part of the trained weights and the optimizer's state; ``group`` holds all
-    ranks (None: this process is alone)."""
+State = dict[str, Any]
+"""Trained weights and the optimizer's state, by name; of a gang, this rank's part."""
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+    """The state as it is in memory: it changes with the next step."""
     weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
-    state = {"model": _trained(model, weights), "optimizer": moments}
+    return {"model": _trained(model, weights), "optimizer": moments}
+
+
+def save_state(folder: Path, state: State, group: dist.ProcessGroup | None) -> None:
+    """Write this rank's part of a state; ``group`` holds all ranks (None: this process is
+    alone)."""
     state_dict_saver.save(state, checkpoint_id=folder, process_group=group, no_dist=group is None)
 
 
@@ -42,8 +45,7 @@ def load_state(
     group: dist.ProcessGroup | None,
 ) -> None:
     """Read trained weights and optimizer state, written by any number of ranks."""
-    weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
-    state: dict[str, Any] = {"model": _trained(model, weights), "optimizer": moments}
+    state = state_of(model, optimizer)
     state_dict_loader.load(state, checkpoint_id=folder, process_group=group, no_dist=group is None)
     set_state_dict(
         model,

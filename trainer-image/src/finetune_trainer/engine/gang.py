@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar, cast
 
 import torch
@@ -112,6 +112,10 @@ class Gang:
         if self.control is not None:
             dist.barrier(group=self.control)
 
+    def on_a_channel_of_its_own(self) -> Gang:
+        """The same gang, for words of another thread; every process must ask for it."""
+        return replace(self, control=None if self.control is None else _word_channel())
+
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -135,8 +139,12 @@ def join(training: Training) -> Gang:
         raise NodeFailure(PEER_LOST, f"the gang did not form: {error}") from error
     control = None
     if accelerator.num_processes > 1:
-        control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=WORD_TIMEOUT))
+        control = _word_channel()
     return Gang(accelerator, control)
+
+
+def _word_channel() -> dist.ProcessGroup:
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=WORD_TIMEOUT))
 
 
 def resolve_precision(training: Training, cuda: bool) -> str:

@@ -17,6 +17,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from functools import cmp_to_key
 from typing import Final
 
 from finetune_trainer.failures import Fenced, StorageUnavailable, TrainerError
@@ -60,13 +61,15 @@ def claim(
     *,
     better: Better,
     keep_last: int,
+    keep_best: int = 1,
     clock: Callable[[], float] = time.time,
 ) -> Claim:
     """Takes the run for a new attempt; whoever owned it is fenced from here on.
 
     Args:
         better: order of the metric that chooses the best commit.
-        keep_last: commits that are kept besides the best one.
+        keep_last: newest commits that are kept.
+        keep_best: best commits that are kept besides.
         clock: Unix time in seconds.
 
     Raises:
@@ -77,7 +80,7 @@ def claim(
     for _ in range(TRIES):
         found = read_head(store, run_uri)
         if found is not None and found[0].owner == owner:
-            return Claim(store, run_uri, *found, better, keep_last, clock)
+            return Claim(store, run_uri, *found, better, (keep_last, keep_best), clock)
         before, etag = found or (None, None)
         head = _next_attempt(before, run, owner, clock())
         try:
@@ -85,7 +88,7 @@ def claim(
         except (PreconditionFailed, StorageUnavailable):
             time.sleep(random.uniform(0, PAUSE_SECONDS))
             continue  # read who won; after a lost answer it may be us
-        return Claim(store, run_uri, head, etag, better, keep_last, clock)
+        return Claim(store, run_uri, head, etag, better, (keep_last, keep_best), clock)
     raise _contended(run_uri)
 
 
@@ -127,7 +130,7 @@ class Claim:
         head: Head,
         etag: str,
         better: Better,
-        keep_last: int,
+        keep: tuple[int, int],
         clock: Callable[[], float],
     ) -> None:
         self.head = head
@@ -135,7 +138,7 @@ class Claim:
         self._run_uri = run_uri
         self._etag = etag
         self._better = better
-        self._keep_last = keep_last
+        self._keep_last, self._keep_best = keep
         self._clock = clock
 
     @property
@@ -237,14 +240,19 @@ class Claim:
 
     def _with_commits(self, head: Head, commits: list[Commit]) -> Head:
         """HEAD with the newest of these commits, and the best."""
-        best: Commit | None = None
-        for commit in reversed(commits):  # of equals the newer one
-            if commit.metric is not None and (
-                best is None or best.metric is None or not self._better(best.metric, commit.metric)
-            ):
-                best = commit
-        kept = [c for i, c in enumerate(commits) if i < self._keep_last or c is best]
-        return head.model_copy(update={"commits": kept, "best": best.uri if best else None})
+        ranked = sorted(
+            (c for c in commits if c.metric is not None),  # newest first: so are equals
+            key=cmp_to_key(self._compare),
+        )
+        best = [c.uri for c in ranked[: self._keep_best]]
+        kept = [c for i, c in enumerate(commits) if i < self._keep_last or c.uri in best]
+        return head.model_copy(update={"commits": kept, "best": best[0] if best else None})
+
+    def _compare(self, one: Commit, other: Commit) -> int:
+        """Below 0 where the metric of ``one`` is better."""
+        assert one.metric is not None and other.metric is not None
+        worse = self._better(other.metric, one.metric)
+        return worse - self._better(one.metric, other.metric)
 
     def _sweep(self) -> None:
         """Removes files of this and earlier attempts that HEAD does not name: of commits that were

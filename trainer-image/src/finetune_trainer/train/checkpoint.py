@@ -1,24 +1,29 @@
 """Commits of the training state: written by torch's distributed checkpoint, made real by HEAD.
 
-Each rank writes its shard to local disk and uploads it under the attempt's prefix; when all have,
-the first rank moves HEAD (``head``). Loading verifies sizes and checksums, takes the newest valid
-commit, and does not care how many ranks wrote it.
+    commit ──► copy in memory ──► (training goes on)
+                    └─ thread ──► shard on local disk ──► upload ──► all ranks have? ──► HEAD moves
+
+The training waits for the copy alone, and for the commit before where that is still on its way.
+Loading verifies sizes and checksums, takes the newest valid commit, and does not care how many
+ranks wrote it.
 """
 
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from finetune_api.order import RunOrder
-from finetune_trainer.engine.dcp import load_state, load_weights, save_state
+from finetune_trainer.engine.dcp import State, load_state, load_weights, save_state, state_of
 from finetune_trainer.engine.gang import Gang
 from finetune_trainer.evaluate.scores import better
 from finetune_trainer.storage.head import (
@@ -37,17 +42,56 @@ _DEFAULT_SECONDS: Final = 600
 _STATE_FILE: Final = "state.json"
 
 
+class Upload:
+    """A commit on its way, in a thread of its own."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="commit", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self._error = error
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended, well or badly."""
+        return not self._thread.is_alive()
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended badly."""
+        return self.over and self._error is not None
+
+    def wait(self) -> None:
+        """Until it has ended; raises what it raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
 @dataclass
 class Checkpoints:
     """The commits of a run as this attempt sees them, alike on all ranks; the claim that moves
     HEAD is held by the first rank alone."""
 
     gang: Gang
+    """For words of the thread that trains."""
+    channel: Gang
+    """For words of the thread that commits."""
     store: ObjectStore
     order: RunOrder
     scratch: Path
     head: Head
+    """As of the last commit that has settled."""
     claim: Claim | None
+    upload: Upload | None = None
+    """The commit on its way; at most one is."""
+    _stager: BlockingAsyncStager = field(default_factory=BlockingAsyncStager)
 
     @classmethod
     def take(cls, gang: Gang, store: ObjectStore, order: RunOrder, scratch: Path) -> Checkpoints:
@@ -64,12 +108,14 @@ class Checkpoints:
                 claim(
                     store, order.run_uri, order.run,
                     better=partial(better, metric), keep_last=order.spec.checkpoint.keep_last,
+                    keep_best=order.spec.checkpoint.keep_best,
                 )
             )  # fmt: skip
             return held[0].head
 
         head = gang.from_first(claim_run)
-        return cls(gang, store, order, scratch, head, held[0] if held else None)
+        channel = gang.on_a_channel_of_its_own()
+        return cls(gang, channel, store, order, scratch, head, held[0] if held else None)
 
     @property
     def latest_uri(self) -> str | None:
@@ -96,26 +142,53 @@ class Checkpoints:
         return seconds >= (rule.every_seconds or _DEFAULT_SECONDS)
 
     def commit(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: LoopState) -> None:
-        """Write the state and move HEAD to it.
+        """Copy the state, and have the copy written and HEAD moved to it while training goes on.
 
-        Raises:
+        Raises: as ``settle``, of the commit before.
+        """
+        self.settle()
+        state.rng = torch.get_rng_state().numpy().tobytes().hex()
+        copy = self._stager.stage(state_of(model, optimizer))
+        loop, step = state.to_json(), state.step
+        metric = state.metric_at(step, self.order.spec.checkpoint.metric)
+        self.upload = Upload(lambda: self._write(copy, loop, step, metric))
+
+    @property
+    def failed(self) -> bool:
+        """Whether the commit on its way has failed: ``settle`` raises why."""
+        return self.upload is not None and self.upload.failed
+
+    def settled(self) -> bool:
+        """Whether a commit has become real since the last time this was asked."""
+        over = self.upload is not None and self.upload.over and not self.upload.failed
+        if over:
+            self.upload = None
+        return over
+
+    def settle(self) -> None:
+        """Wait for the commit on its way.
+
+        Raises (on all ranks):
             Fenced: where a newer attempt has taken the run.
             StorageUnavailable: where storage does not answer.
         """
+        upload, self.upload = self.upload, None
+        if upload is not None:
+            upload.wait()
+
+    def _write(self, state: State, loop: str, step: int, metric: float | None) -> None:
         folder = self._fresh(f"commit-{self.gang.rank}")
-        state.rng = torch.get_rng_state().numpy().tobytes().hex()
-        save_state(folder, model, optimizer, self.gang.control)
+        save_state(folder, state, self.channel.control)
         if self.gang.first:
-            (folder / _STATE_FILE).write_text(state.to_json())
-        uri = commit_uri(self.order.run_uri, self.head.attempt, state.step)
+            (folder / _STATE_FILE).write_text(loop)
+        uri = commit_uri(self.order.run_uri, self.head.attempt, step)
 
         def upload() -> dict[str, FileInfo]:
             files = sorted(p for p in folder.iterdir() if p.is_file())
             return {p.name: self.store.upload(p, f"{uri}/{p.name}") for p in files}
 
-        files = {k: v for part in self.gang.together(upload) for k, v in part.items()}
-        metric = state.metric_at(state.step, self.order.spec.checkpoint.metric)
-        self._move(lambda held: held.commit(state.step, files, metric))
+        files = {k: v for part in self.channel.together(upload) for k, v in part.items()}
+        self._move(lambda held: held.commit(step, files, metric), self.channel)
         shutil.rmtree(folder)
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> LoopState | None:
@@ -142,6 +215,7 @@ class Checkpoints:
         Raises:
             CorruptCommit: where the files of all commits are damaged.
         """
+        self.settle()
         while self.head.commits:
             best = [c for c in self.head.commits if c.uri == self.head.best]
             chosen = (best or self.head.commits)[0]
@@ -157,6 +231,7 @@ class Checkpoints:
 
     def release(self) -> None:
         """End the attempt: what follows is no restart."""
+        self.settle()
         self._move(lambda held: held.release())
 
     @property
@@ -164,12 +239,12 @@ class Checkpoints:
         assert self.claim is not None, "only the first rank holds the claim"
         return self.claim
 
-    def _move(self, change: Callable[[Claim], object]) -> None:
+    def _move(self, change: Callable[[Claim], object], gang: Gang | None = None) -> None:
         def moved() -> Head:
             change(self._held)
             return self._held.head
 
-        self.head = self.gang.from_first(moved)
+        self.head = (gang or self.gang).from_first(moved)
 
     def _fetch(self, commit: Commit) -> Path | None:
         """The files of a commit in a folder of this pod, or None (on all ranks) where they are

@@ -70,9 +70,13 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
             if state.step % log_every == 0 or state.step == total:
                 log(session, state, rate, norm, clock)
             by_step = session.checkpoints.due_by_step(state.step)
-            stop, late = agreement.exchange(
-                stop_requested(), session.checkpoints.due_by_time(clock.since_commit())
-            )
+            stop, late, failed = agreement.exchange(
+                stop_requested(), session.checkpoints.due_by_time(clock.since_commit()),
+                session.checkpoints.failed,
+            )  # fmt: skip
+            if failed:
+                session.checkpoints.settle()
+            tell_commits(session)
             if state.step in evaluate_at or state.step == total:
                 evaluate(session, state, clock)
             # The answer to a wish comes a step later: one that was met since is old.
@@ -80,6 +84,7 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
                 commit(session, state, clock)
             if stop and state.step < total:
                 agreement.settle()
+                session.checkpoints.settle()
                 end_attempt(session, stop_requested)
                 raise Interrupted(
                     "Interrupted", f"stopped as asked; step {state.step} of {total} is saved"
@@ -253,7 +258,7 @@ def watch_early_stopping(session: Session, state: LoopState, metrics: dict[str, 
 
 
 def commit(session: Session, state: LoopState, clock: Clock) -> None:
-    """Make the state of this step the newest commit of the run."""
+    """Have the state of this step made the newest commit of the run."""
     began = time.perf_counter()
     telemetry = session.telemetry
     telemetry.say(stage="Saving", step=state.step)
@@ -261,11 +266,16 @@ def commit(session: Session, state: LoopState, clock: Clock) -> None:
     session.checkpoints.commit(session.loss.model, session.optimizer, state)
     clock.committed()
     clock.count(session, "checkpoint", time.perf_counter() - began)
-    telemetry.say(
-        stage="Training",
-        latest_checkpoint=session.checkpoints.latest_uri,
-        best_checkpoint=session.checkpoints.best_uri,
-    )
+    telemetry.say(stage="Training")
+
+
+def tell_commits(session: Session) -> None:
+    """Say which commits there are, when another has become real."""
+    if session.checkpoints.settled():
+        session.telemetry.say(
+            latest_checkpoint=session.checkpoints.latest_uri,
+            best_checkpoint=session.checkpoints.best_uri,
+        )
 
 
 class Clock:
