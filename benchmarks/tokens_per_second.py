@@ -29,11 +29,12 @@ from finetune_api.spec import parse_spec
 from finetune_trainer.engine import packed
 from finetune_trainer.engine.feed import Feed
 from finetune_trainer.engine.gang import join
+from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.model import apply_method, optimizer_groups
 from finetune_trainer.engine.plan import Plan
 from finetune_trainer.prepared.shards import TokenSample
-from finetune_trainer.train.loop import optimizer_step
+from finetune_trainer.train.step import optimizer_step
 
 ROW = 2048
 ROWS_PER_STEP = 4
@@ -94,7 +95,12 @@ class Ours:
         trained = [p for p in tuned.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(optimizer_groups(tuned, 0.0), lr=1e-4, fused=True)
         self._session: Any = SimpleNamespace(
-            gang=self._gang, module=loss, trained=trained, optimizer=optimizer, spec=spec
+            gang=self._gang,
+            module=loss,
+            trained=trained,
+            optimizer=optimizer,
+            spec=spec,
+            guard=Guard(spec.training.guard, self._gang.device),
         )
         supervised = np.array([int(s.supervised.sum()) for s in data])
         self._data = data

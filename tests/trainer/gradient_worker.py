@@ -10,12 +10,14 @@ import torch
 from engine import CPU, samples, tiny_llama
 from torch.nn.parallel import DistributedDataParallel
 
+from finetune_api.spec import Guard as GuardRule
 from finetune_api.spec import Training
 from finetune_trainer.engine import gang as gangs
 from finetune_trainer.engine.feed import Feed
+from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.plan import Plan
-from finetune_trainer.train.loop import optimizer_step
+from finetune_trainer.train.step import optimizer_step
 
 LENGTHS = [60, 50, 55, 45, 30, 20, 64, 35]
 
@@ -44,7 +46,8 @@ def gradient(rank: int, size: int, port: int, row_tokens: int, count: int, folde
             kept.append(torch.cat([p.grad.flatten() for p in parameters]))
 
     session = SimpleNamespace(
-        gang=gang, module=module, trained=parameters, optimizer=Keep(parameters, lr=0.0),
+        gang=gang, module=module, guard=Guard(GuardRule(), CPU), trained=parameters,
+        optimizer=Keep(parameters, lr=0.0),
         spec=SimpleNamespace(training=Training.model_validate({"maxGradNorm": "0"})),
     )  # fmt: skip
     read = lambda positions: [documents[p] for p in positions]  # noqa: E731

@@ -136,6 +136,10 @@ class TrainSummary(Record):
     """Wall time of all attempts."""
     lost_seconds: float = 0.0
     """Wall time of work that was lost with an attempt."""
+    skipped_steps: int = 0
+    """Steps whose update was not made (see training.guard)."""
+    rollbacks: int = 0
+    """Times that the run went back to an earlier commit."""
 
 
 class PublishSummary(Record):

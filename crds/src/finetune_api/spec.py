@@ -86,6 +86,24 @@ class EarlyStopping(Model):
     """Least change that counts as improvement, in units of the metric."""
 
 
+class Guard(Model):
+    """What is done about losses that are no numbers, and about sudden large ones."""
+
+    spike_deviations: DecimalString | None = None
+    """A step is skipped (its update is not made) where the logarithm of its loss exceeds its
+    running mean by this many standard deviations, and its loss by half; "6" is careful. Absent:
+    only losses and gradients that are no finite numbers skip a step, since a batch of rare, hard
+    records looks like a spike, and would never be learned."""
+    max_skipped_steps: Annotated[int, Field(ge=0, le=100)] = 5
+    """Steps that may be skipped in a row. Beyond, the run goes back to its newest commit from
+    before them, with a lower learning rate and without the samples of the skipped steps."""
+    max_rollbacks: Annotated[int, Field(ge=0, le=100)] = 2
+    """Times that a run goes back. Beyond, or where it has no commit to go back to, it fails with
+    class Diverged."""
+    rollback_factor: Fraction = "0.5"
+    """What the learning rate is multiplied by each time."""
+
+
 class Training(Model):
     """How the weights are trained."""
 
@@ -121,6 +139,8 @@ class Training(Model):
     more time."""
     seed: Annotated[int, Field(ge=0, le=2_147_483_647)] = 42
     """Seed of the order of the samples, of dropout and of new weights."""
+    guard: Guard = Guard()
+    """What is done about losses that are no numbers, and about sudden large ones."""
     early_stopping: EarlyStopping | None = None
     """Ends the training when validation no longer improves. Absent: trains to the end."""
 

@@ -108,6 +108,12 @@ class Gang:
             dist.all_reduce(values, group=self.control)
         return values
 
+    def sum_on_device(self, values: torch.Tensor) -> torch.Tensor:
+        """As ``sum``, of a small tensor on the device, without waiting for it there."""
+        if self.control is not None:
+            dist.all_reduce(values)
+        return values
+
     def barrier(self) -> None:
         if self.control is not None:
             dist.barrier(group=self.control)

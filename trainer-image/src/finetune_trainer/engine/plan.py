@@ -10,7 +10,7 @@ processes and under any packing.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -138,6 +138,7 @@ class Plan:
         self.packed = packed
         self._batch = min(batch_size, len(self.lengths))
         self._visits = visits
+        self._quarantined = np.empty(0, np.int64)
         self.sources = np.zeros(len(self.lengths), np.int64)
         if sources is not None:
             self.sources[:] = sources
@@ -145,6 +146,10 @@ class Plan:
         self._curriculum = Curriculum(
             self.sources, self.lengths, self.source_count, stages or [Stage(0)], self._batch, seed
         )
+
+    def quarantine(self, positions: Iterable[int]) -> None:
+        """Leave samples out of all steps; the other samples stay where they are."""
+        self._quarantined = np.array(sorted(positions), np.int64)
 
     def visited(self, step: int) -> int:
         """Samples trained before a step."""
@@ -154,7 +159,10 @@ class Plan:
     def samples(self, step: int) -> Ints:
         """Positions of the samples of a step, in order."""
         found = self._curriculum.samples(step)
-        return found[: self.visited(step + 1) - self.visited(step)]
+        found = found[: self.visited(step + 1) - self.visited(step)]
+        if len(self._quarantined):
+            found = found[~np.isin(found, self._quarantined)]
+        return found
 
     def step(self, number: int) -> Step:
         """Rows and denominator of a step."""

@@ -112,6 +112,8 @@ def metrics_text(about: About) -> str:
             "loss": summary.loss,
             "curve": [point.to_json() for point in result.curve],
             "restarts": summary.restarts,
+            "skippedSteps": summary.skipped_steps,
+            "rollbacks": summary.rollbacks,
             "seconds": round(summary.training_seconds, 1),
             "lostSeconds": round(summary.lost_seconds, 1),
             "processes": result.processes,
@@ -152,5 +154,6 @@ def settings(about: About) -> list[tuple[str, str]]:
         ("Processes", f"{result.processes} on {result.device}"),
         ("Training time", f"{result.summary.training_seconds:.0f} s"),
         ("Restarts", str(result.summary.restarts)),
+        ("Skipped steps", str(result.summary.skipped_steps)),
         ("Published commit", f"step {result.summary.checkpoint_step}"),
     ]  # fmt: skip

@@ -195,6 +195,17 @@ class Claim:
         """
         self._move(lambda head: self._with_commits(head, _without(head, corrupt.uri)))
 
+    def rewind(self, step: int) -> None:
+        """Takes the commits of more steps out of HEAD: they may be made anew.
+
+        Raises: as ``commit``.
+        """
+
+        def rewound(head: Head) -> Head:
+            return self._with_commits(head, [c for c in head.commits if c.step <= step])
+
+        self._move(rewound)
+
     def release(self) -> None:
         """Ends the attempt: the next one is no restart. Harmless when done twice.
 

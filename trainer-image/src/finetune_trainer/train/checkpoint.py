@@ -208,6 +208,20 @@ class Checkpoints:
             return state
         return None
 
+    def rewind(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int
+    ) -> LoopState | None:
+        """Load the newest valid commit of at most so many steps, and take those behind it out of
+        HEAD; None (and nothing has changed) where there is none.
+
+        Raises: as ``settle``.
+        """
+        self.settle()
+        if not any(commit.step <= step for commit in self.head.commits):
+            return None
+        self._move(partial(Claim.rewind, step=step))
+        return self.restore(model, optimizer)
+
     def load_best(self, model: nn.Module, step: int) -> Commit:
         """Put the weights that will be published into the model: those of the best commit, or of
         the newest where no metric was measured. Returns that commit.

@@ -10,25 +10,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Final
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from finetune_api.results import TrainSummary
-from finetune_trainer.engine.feed import Feed, StepTensors
+from finetune_trainer.engine.feed import Feed
 from finetune_trainer.engine.gang import Agreement
-from finetune_trainer.engine.packed import row_context
 from finetune_trainer.engine.schedule import evaluation_steps, learning_rate, log_interval, steps_of
 from finetune_trainer.evaluate.measure import overall
 from finetune_trainer.evaluate.scores import GENERATED, better
 from finetune_trainer.failures import Diverged, Interrupted
 from finetune_trainer.storage.runfiles import CurvePoint, ValidationPoint
+from finetune_trainer.train.clock import Clock
 from finetune_trainer.train.final import measure_untuned, test_and_write_result
 from finetune_trainer.train.session import Session
 from finetune_trainer.train.state import LoopState
+from finetune_trainer.train.step import optimizer_step
 
 _TELLING_SECONDS: Final = 3.0
 
@@ -41,20 +41,41 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
         Diverged: where the loss is no longer a number.
         Fenced: where a newer attempt has taken the run.
     """
-    spec, gang, telemetry = session.spec, session.gang, session.telemetry
-    total = steps_of(spec, len(session.plan.lengths))
-    evaluate_at = evaluation_steps(spec, total)
-    log_every = log_interval(total)
-
+    total = steps_of(session.spec, len(session.plan.lengths))
     state = session.checkpoints.restore(session.loss.model, session.optimizer) or LoopState()
-    telemetry.say(total_steps=total, step=state.step)
-    telemetry.total_steps.set(total)
+    session.telemetry.say(total_steps=total, step=state.step)
+    session.telemetry.total_steps.set(total)
     with releasing(session, stop_requested):
         baseline = measure_untuned(session)
 
     clock = Clock()
+    session.telemetry.say(stage="Training")
+    while True:
+        try:
+            take_steps(session, state, total, clock, stop_requested)
+            break
+        except TooManySkipped as skipped:
+            state = roll_back(session, state, skipped.steps)
+    with releasing(session, stop_requested):
+        return test_and_write_result(session, state, baseline)
+
+
+def take_steps(
+    session: Session, state: LoopState, total: int, clock: Clock,
+    stop_requested: Callable[[], bool],
+) -> None:  # fmt: skip
+    """Train from the state's step to the end, to where early stopping ends it, or to a stop.
+
+    Raises:
+        TooManySkipped: on all ranks together.
+        Interrupted: as ``train``.
+    """
+    spec, gang = session.spec, session.gang
+    evaluate_at = evaluation_steps(spec, total)
+    log_every = log_interval(total)
     agreement = Agreement(gang)
-    telemetry.say(stage="Training")
+    session.guard.resume(state.guard)
+    session.plan.quarantine(state.quarantined)
     with Feed(
         session.plan, lambda positions: session.data.samples("train", positions),
         rank=gang.rank, start=state.step, end=total, device=gang.device,
@@ -62,9 +83,10 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
         for batch in feed:
             if state.stopped_early:
                 break
-            rate = learning_rate(spec, total, state.step)
-            losses, norm = optimizer_step(session, batch, rate)
-            state.advance(losses, batch.plan)
+            factor = float(spec.training.guard.rollback_factor) ** state.rollbacks
+            rate = learning_rate(spec, total, state.step) * factor
+            sums, norm = optimizer_step(session, batch, rate)
+            state.advance(sums, batch.plan.tokens)
             clock.step(session, batch)
 
             if state.step % log_every == 0 or state.step == total:
@@ -81,7 +103,7 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
                 evaluate(session, state, clock)
             # The answer to a wish comes a step later: one that was met since is old.
             elif stop or (late and clock.steps_since_commit > 1) or by_step:
-                commit(session, state, clock)
+                commit(session, state, clock, whatever=stop)
             if stop and state.step < total:
                 agreement.settle()
                 session.checkpoints.settle()
@@ -90,48 +112,55 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
                     "Interrupted", f"stopped as asked; step {state.step} of {total} is saved"
                 )
     agreement.settle()
-    with releasing(session, stop_requested):
-        return test_and_write_result(session, state, baseline)
 
 
-def optimizer_step(session: Session, batch: StepTensors, rate: float) -> tuple[Tensor, Tensor]:
-    """One step of the optimizer on a global batch.
+def roll_back(session: Session, state: LoopState, skipped: list[int]) -> LoopState:
+    """The state of the newest commit from before the skipped steps, without their samples.
 
-    Returns:
-        This rank's part of the batch's loss per supervised token, then of the summed losses of
-        each source (float64, on the device, shape [1 + sources]), and the norm of the gradient
-        before clipping. Neither has been waited for.
+    Raises:
+        Diverged: where the run has gone back often enough, or has no such commit.
     """
-    gang = session.gang
-    local = torch.zeros(1 + len(batch.plan.by_source), dtype=torch.float64, device=gang.device)
-    for i, row in enumerate(batch.rows):
-        last = i == len(batch.rows) - 1
-        with _synchronised(session, last), row_context(row.layout):
-            with gang.autocast():
-                losses = session.module(row)
-            # DDP averages over ranks: the size of the gang makes the average a sum.
-            share = losses.sum() / batch.plan.supervised
-            (share * gang.size).backward()
-        local[0] += share.detach()
-        if row.labels.numel():
-            local[1:].index_add_(0, row.sources, losses.detach().double())
-    limit = float(session.spec.training.max_grad_norm) or float("inf")
-    norm = torch.nn.utils.clip_grad_norm_(session.trained, limit)
-    # A gradient that is no number makes the loss one that is none: it is noticed with the loss,
-    # before a commit, and costs no synchronisation.
-    local += norm * 0.0
-    for group in session.optimizer.param_groups:
-        group["lr"] = rate
-    session.optimizer.step()
-    session.optimizer.zero_grad(set_to_none=True)
-    return local, norm
+    rule = session.spec.training.guard
+    steps = f"{len(skipped)} steps in a row, from step {skipped[0]}"
+    why = f"{steps}, had a loss that was no finite number or a spike"
+    remedy = (
+        "Lower training.learningRate, raise training.warmupRatio, or look for damaged records in"
+        " the data report; the commits before are kept"
+    )
+    if state.rollbacks >= rule.max_rollbacks:
+        raise Diverged("LossNotFinite", f"{why}, after {state.rollbacks} rollbacks. {remedy}")
+    before = session.checkpoints.rewind(session.loss.model, session.optimizer, skipped[0])
+    if before is None:
+        raise Diverged("LossNotFinite", f"{why}, and there is no commit from before. {remedy}")
+    dropped = {p for step in skipped for p in session.plan.samples(step).tolist()}
+    before.quarantined = sorted(dropped.union(state.quarantined))
+    before.rollbacks, before.skipped_steps = state.rollbacks + 1, state.skipped_steps
+    session.telemetry.rollbacks.inc()
+    if session.gang.first:
+        print(f"{why}: back to step {before.step}, {len(dropped)} samples left out", flush=True)
+    return before
 
 
-def _synchronised(session: Session, last: bool) -> AbstractContextManager[None]:
-    """Gradients are exchanged once a step, with its last row."""
-    if isinstance(session.module, DistributedDataParallel) and not last:
-        return session.module.no_sync()
-    return nullcontext()
+def read_guard(session: Session, state: LoopState) -> None:
+    """Learn which steps were skipped; waits for the device.
+
+    Raises:
+        TooManySkipped: on all ranks together.
+    """
+    skipped = session.guard.skipped()
+    row = state.note_skipped(skipped)
+    state.guard = session.guard.statistics
+    session.telemetry.skipped_steps.inc(len(skipped))
+    if len(row) > session.spec.training.guard.max_skipped_steps:
+        raise TooManySkipped(row)
+
+
+class TooManySkipped(Exception):
+    """The guard has skipped more steps in a row than the manifest allows."""
+
+    def __init__(self, steps: list[int]) -> None:
+        super().__init__(steps)
+        self.steps = steps
 
 
 def end_attempt(session: Session, stop_requested: Callable[[], bool]) -> None:
@@ -165,9 +194,16 @@ def log(session: Session, state: LoopState, rate: float, norm: Tensor, clock: Cl
     """Add a point to the learning curve and tell it.
 
     Raises:
-        Diverged: where the loss or the gradient is not a finite number, on all ranks together.
+        TooManySkipped: on all ranks together.
     """
-    loss, by_source = settle_losses(session, state)
+    read_guard(session, state)
+    loss, parts = state.take_losses(session.gang.sum)
+    if loss is None:  # no step was taken: there is nothing to tell
+        return
+    by_source: dict[str, float] = {}
+    if len(session.sources) > 1:
+        named = zip(session.sources, parts, strict=True)
+        by_source = {name: value for name, value in named if value is not None}
     telemetry = session.telemetry
     point = CurvePoint(
         step=state.step, loss=loss, learning_rate=rate, gradient_norm=float(norm.item()),
@@ -194,29 +230,6 @@ def log(session: Session, state: LoopState, rate: float, norm: Tensor, clock: Cl
         print(f"step {state.step}/{total} loss {loss:.4f} lr {rate:.3g}", flush=True)
 
 
-def settle_losses(session: Session, state: LoopState) -> tuple[float, dict[str, float]]:
-    """Mean loss over the steps since the last log point, over the gang, and that of each source
-    where there are several.
-
-    Raises:
-        Diverged: where it is not a finite number; every rank sees the same sum.
-    """
-    loss, parts = state.take_losses(session.gang.sum)
-    if loss != loss or loss in (float("inf"), float("-inf")):
-        raise Diverged(
-            "LossNotFinite",
-            f"the training loss or its gradient became {loss} between steps {state.logged} and"
-            f" {state.step}."
-            " Lower training.learningRate, raise training.warmupRatio, or look for damaged"
-            " records in the data report; the commits before are kept",
-        )
-    state.logged = state.step
-    if len(session.sources) == 1:
-        return loss, {}
-    named = zip(session.sources, parts, strict=False)
-    return loss, {name: value for name, value in named if value is not None}
-
-
 def evaluate(session: Session, state: LoopState, clock: Clock) -> None:
     """Measure the validation sets, decide whether this is the best step, and commit it."""
     spec, telemetry = session.spec, session.telemetry
@@ -240,7 +253,7 @@ def evaluate(session: Session, state: LoopState, clock: Clock) -> None:
             telemetry.validation_loss.labels(result.name).set(result.metrics["Loss"])
         watch_early_stopping(session, state, metrics)
     clock.count(session, "evaluation", time.perf_counter() - began)
-    commit(session, state, clock)
+    commit(session, state, clock, whatever=state.step == session.telemetry.progress.total_steps)
 
 
 def watch_early_stopping(session: Session, state: LoopState, metrics: dict[str, float]) -> None:
@@ -257,12 +270,22 @@ def watch_early_stopping(session: Session, state: LoopState, metrics: dict[str, 
     state.stopped_early = state.without_improvement >= rule.patience
 
 
-def commit(session: Session, state: LoopState, clock: Clock) -> None:
-    """Have the state of this step made the newest commit of the run."""
+def commit(session: Session, state: LoopState, clock: Clock, *, whatever: bool) -> None:
+    """Have the state of this step made the newest commit of the run.
+
+    While steps are being skipped the weights are in doubt: the commit is left to a later step, so
+    that those from before are not pruned, unless it is the last chance (``whatever``).
+
+    Raises:
+        TooManySkipped: on all ranks together.
+    """
+    read_guard(session, state)
+    if state.skipped and not whatever and not state.stopped_early:
+        return
     began = time.perf_counter()
     telemetry = session.telemetry
     telemetry.say(stage="Saving", step=state.step)
-    state.check_finite(session.gang.sum)
+    state.gather(session.gang.sum)
     session.checkpoints.commit(session.loss.model, session.optimizer, state)
     clock.committed()
     clock.count(session, "checkpoint", time.perf_counter() - began)
@@ -276,52 +299,3 @@ def tell_commits(session: Session) -> None:
             latest_checkpoint=session.checkpoints.latest_uri,
             best_checkpoint=session.checkpoints.best_uri,
         )
-
-
-class Clock:
-    """Where the wall time of this attempt goes."""
-
-    def __init__(self) -> None:
-        self._began = self._mark = self._commit = time.perf_counter()
-        self._steps = 0
-        self.steps_since_commit = 0
-        self._tokens = 0
-        self._busy = 0.0
-
-    def step(self, session: Session, batch: StepTensors) -> None:
-        """A step has ended."""
-        now = time.perf_counter()
-        took, self._mark = now - self._mark, now
-        self._steps += 1
-        self.steps_since_commit += 1
-        self._tokens += batch.plan.tokens
-        self._busy += took
-        telemetry = session.telemetry
-        telemetry.step.set(batch.plan.number + 1)
-        telemetry.tokens.inc(batch.plan.tokens)
-        telemetry.samples.inc(len(batch.plan.samples))
-        telemetry.step_time.observe(took)
-        telemetry.seconds.labels("data_wait").inc(batch.waited)
-        telemetry.seconds.labels("compute").inc(max(0.0, took - batch.waited))
-
-    def count(self, session: Session, part: str, seconds: float) -> None:
-        """Time that is no step's."""
-        session.telemetry.seconds.labels(part).inc(seconds)
-        self._mark = time.perf_counter()
-
-    def committed(self) -> None:
-        self._commit = time.perf_counter()
-        self.steps_since_commit = 0
-
-    def since_commit(self) -> float:
-        return time.perf_counter() - self._commit
-
-    def elapsed(self) -> float:
-        return time.perf_counter() - self._began
-
-    def tokens_per_second(self) -> float:
-        return self._tokens / self._busy if self._busy else 0.0
-
-    def remaining(self, steps: int) -> float:
-        """Expected seconds for so many steps, evaluation and commits in proportion."""
-        return self.elapsed() / self._steps * steps if self._steps else 0.0

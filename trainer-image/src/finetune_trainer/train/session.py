@@ -19,6 +19,7 @@ from finetune_api.order import RunOrder
 from finetune_api.results import PreparedSummary
 from finetune_api.spec import FineTuneJobSpec, Metric
 from finetune_trainer.engine.gang import Gang, resolve_precision
+from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.model import (
     Parameters,
@@ -58,6 +59,7 @@ class Session:
     loss: TokenLoss
     """The same without DDP: for evaluation and generation."""
     optimizer: torch.optim.Optimizer
+    guard: Guard
     evaluator: Evaluator
     checkpoints: Checkpoints
     telemetry: Telemetry
@@ -142,6 +144,7 @@ def open_session(
             optimizer_groups(model, float(spec.training.weight_decay)),
             lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True,
         ),
+        guard=Guard(spec.training.guard, gang.device),
         evaluator=Evaluator(
             gang=gang, data=data, loss=loss, tokenizer=tokenizer,
             row_tokens=_evaluation_row(row_tokens, data), packed=packed,

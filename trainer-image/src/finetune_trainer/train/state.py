@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from finetune_api.spec import Metric
-from finetune_trainer.engine.plan import Step
-from finetune_trainer.failures import Diverged
 from finetune_trainer.storage.runfiles import CurvePoint, ValidationPoint
 
 
@@ -25,10 +22,18 @@ class LoopState:
     logged: int = 0
     """Step of the last log point."""
     pending: list[float] = field(default_factory=list)
-    """Losses of the steps since, as committed, summed over the gang: of the batches (mean per
-    supervised token), then of the tokens of each source."""
-    supervised: list[float] = field(default_factory=list)
-    """Supervised tokens of the steps since, by source."""
+    """Sums over the gang and over the steps since, as committed: losses of the batches (mean per
+    supervised token), steps taken, then by source summed losses and supervised tokens."""
+    guard: list[float] = field(default_factory=list)
+    """What the guard must not forget."""
+    skipped: list[int] = field(default_factory=list)
+    """Steps in a row whose update was not made, up to the last one."""
+    skipped_steps: int = 0
+    """All of them."""
+    rollbacks: int = 0
+    """Times that the run went back to an earlier commit."""
+    quarantined: list[int] = field(default_factory=list)
+    """Positions of the samples that are left out since."""
     tokens: int = 0
     """Tokens trained."""
     curve: list[CurvePoint] = field(default_factory=list)
@@ -42,18 +47,16 @@ class LoopState:
     """State of torch's CPU generator in the first rank, hexadecimal. What the loop draws is keyed
     by seed, step and sample; this is for what a model draws by itself."""
     local: Tensor | None = None
-    """This rank's losses since the last log point or commit, on the device; never saved."""
+    """This rank's sums since the last log point or commit, on the device; never saved."""
 
-    def advance(self, losses: Tensor, step: Step) -> None:
-        """A step was done, with these parts of its losses on this rank (as ``pending``)."""
+    def advance(self, sums: Tensor, tokens: int) -> None:
+        """A step was done, with these sums on this rank."""
         self.step += 1
-        self.tokens += step.tokens
-        self.local = losses if self.local is None else self.local + losses
-        before = self.supervised or [0.0] * len(step.by_source)
-        self.supervised = [a + b for a, b in zip(before, step.by_source, strict=True)]
+        self.tokens += tokens
+        self.local = sums if self.local is None else self.local + sums
 
     def gather(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Sum the ranks' pending losses into ``pending``, alike on all of them."""
+        """Add the ranks' sums to ``pending``, alike on all of them; waits for the device."""
         if self.local is None:  # on all ranks: they have done the same steps
             return
         sums = total(self.local.cpu()).tolist()
@@ -61,33 +64,30 @@ class LoopState:
         self.pending = [a + b for a, b in zip(before, sums, strict=True)]
         self.local = None
 
-    def take_losses(self, total: Callable[[Tensor], Tensor]) -> tuple[float, list[float | None]]:
-        """Mean loss since the last log point, and that of each source (None: it had no token);
-        they begin anew."""
+    def take_losses(
+        self, total: Callable[[Tensor], Tensor]
+    ) -> tuple[float | None, list[float | None]]:
+        """Mean loss of the steps that were taken since the last log point, and that of the tokens
+        of each source (None: there were none); they begin anew."""
         self.gather(total)
-        steps = self.step - self.logged
-        if not steps or not self.pending:
-            return (self.curve[-1].loss if self.curve else math.nan), []
-        batches, *sources = self.pending
-        counts = self.supervised
-        self.pending, self.supervised = [], []
-        by_source = [a / n if n else None for a, n in zip(sources, counts, strict=True)]
-        return batches / steps, by_source
+        sums, self.pending, self.logged = self.pending, [], self.step
+        if not sums or not sums[1]:
+            return None, []
+        loss, taken, *sources = sums
+        half = len(sources) // 2
+        counts = zip(sources[:half], sources[half:], strict=True)
+        return loss / taken, [a / n if n else None for a, n in counts]
 
-    def check_finite(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Refuse to commit a state whose losses were no numbers.
-
-        Raises:
-            Diverged: on all ranks together.
-        """
-        self.gather(total)
-        if self.pending and not math.isfinite(self.pending[0]):
-            raise Diverged(
-                "LossNotFinite",
-                f"the training loss became {self.pending[0]} between steps {self.logged} and"
-                f" {self.step}. Lower training.learningRate or raise training.warmupRatio; the"
-                " commits before are kept",
-            )
+    def note_skipped(self, steps: list[int]) -> list[int]:
+        """Some steps were not taken. Returns the longest row of such, up to now."""
+        self.skipped_steps += len(steps)
+        rows: list[list[int]] = [[]]
+        for step in (*self.skipped, *steps):
+            if rows[-1] and step != rows[-1][-1] + 1:
+                rows.append([])
+            rows[-1].append(step)
+        self.skipped = rows[-1] if rows[-1][-1:] == [self.step - 1] else []
+        return max(rows, key=len)
 
     def metric_at(self, step: int, metric: Metric) -> float | None:
         """Value of a validation metric at a step, where it was measured there."""

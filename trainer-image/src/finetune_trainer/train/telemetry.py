@@ -61,6 +61,8 @@ class Telemetry:
         self._gpu_memory: Gauge | None = None
         self.tokens = counter("tokens", "Real tokens trained, whole gang")
         self.samples = counter("samples", "Samples trained, whole gang")
+        self.skipped_steps = counter("skipped_steps", "Steps whose update was not made")
+        self.rollbacks = counter("rollbacks", "Times that the run went back to an earlier commit")
         self.seconds = Counter(
             "finetune_step_seconds", "Time of the training loop by part",
             ["part"], registry=self.registry,

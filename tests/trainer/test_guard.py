@@ -1,0 +1,99 @@
+"""The guard: which steps are taken, and that a skipped one changes nothing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from engine import CPU, tiny_llama
+
+from finetune_api.spec import Guard as Rule
+from finetune_trainer.engine.guard import WARM_UP, Guard
+from finetune_trainer.train.state import LoopState
+from finetune_trainer.train.step import step_if
+
+
+def losses_of(steps: int) -> list[float]:
+    """Falling, and a little noisy."""
+    return [2.0 * 0.99**step + 0.1 * math.sin(step) for step in range(steps)]
+
+
+SPIKES = Rule.model_validate({"spikeDeviations": "6"})
+
+
+def skipped(
+    losses: list[float], norms: dict[int, float] | None = None, rule: Rule = SPIKES
+) -> list[int]:
+    guard = Guard(rule, CPU)
+    for step, loss in enumerate(losses):
+        norm = (norms or {}).get(step, 1.0)
+        guard.judge(step, torch.tensor(loss, dtype=torch.float64), torch.tensor(norm))
+    return guard.skipped()
+
+
+def test_a_noisy_course_is_taken_whole() -> None:
+    assert skipped(losses_of(300)) == []
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_no_finite_number_is_skipped_from_the_first_step_on(bad: float) -> None:
+    assert skipped([bad, *losses_of(40), bad]) == [0, 41]
+    assert skipped(losses_of(5), norms={2: bad}) == [2]
+
+
+def test_a_spike_is_skipped_and_moves_no_bound() -> None:
+    course = losses_of(100)
+    for step in (60, 61, 62, 63, 64, 65):
+        course[step] = 6.0
+    assert skipped(course) == [60, 61, 62, 63, 64, 65]
+
+
+def test_no_spike_is_looked_for_while_warming_up_or_where_it_is_switched_off() -> None:
+    early, late = losses_of(100), losses_of(100)
+    early[WARM_UP - 1] = late[60] = 6.0
+    assert skipped(early) == []
+    assert skipped(late, rule=Rule()) == []
+
+
+def test_a_guard_goes_on_as_the_one_it_took_over_from() -> None:
+    whole, first, second = (Guard(SPIKES, CPU) for _ in range(3))
+    course = [torch.tensor(loss, dtype=torch.float64) for loss in losses_of(80)]
+    one = torch.tensor(1.0)
+    for step, loss in enumerate(course):
+        whole.judge(step, loss, one)
+        (first if step < 50 else second).judge(step, loss, one)
+        if step == 49:
+            second.resume(first.statistics)
+    assert second.statistics == whole.statistics
+    assert second.skipped() == [], "a verdict is told once"
+
+
+def test_rows_of_skipped_steps_are_told_whole() -> None:
+    state = LoopState(step=10)
+    assert state.note_skipped([3, 4, 8, 9]) == [3, 4]
+    assert state.skipped == [8, 9]
+    state.step = 13
+    assert state.note_skipped([10, 12]) == [8, 9, 10]
+    assert state.skipped == [12]
+    state.step = 20
+    assert state.note_skipped([]) == [12]
+    assert (state.skipped, state.skipped_steps) == ([], 6)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["in the kernel", "by waiting"])
+def test_a_step_that_is_not_taken_changes_neither_weights_nor_moments(fused: bool) -> None:
+    model = tiny_llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1, fused=fused)
+
+    def step(taken: bool, gradient: float) -> list[torch.Tensor]:
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        step_if(optimizer, torch.tensor(taken))
+        moments = [v.clone() for s in optimizer.state.values() for v in s.values()]
+        return [*(p.detach().clone() for p in model.parameters()), *moments]
+
+    before = step(True, 1.0)
+    after = step(False, math.nan)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not torch.equal(step(True, 1.0)[0], before[0])

@@ -1,0 +1,57 @@
+"""Where the wall time of an attempt goes."""
+
+from __future__ import annotations
+
+import time
+
+from finetune_trainer.engine.feed import StepTensors
+from finetune_trainer.train.session import Session
+
+
+class Clock:
+    """Where the wall time of this attempt goes."""
+
+    def __init__(self) -> None:
+        self._began = self._mark = self._commit = time.perf_counter()
+        self._steps = 0
+        self.steps_since_commit = 0
+        self._tokens = 0
+        self._busy = 0.0
+
+    def step(self, session: Session, batch: StepTensors) -> None:
+        """A step has ended."""
+        now = time.perf_counter()
+        took, self._mark = now - self._mark, now
+        self._steps += 1
+        self.steps_since_commit += 1
+        self._tokens += batch.plan.tokens
+        self._busy += took
+        telemetry = session.telemetry
+        telemetry.step.set(batch.plan.number + 1)
+        telemetry.tokens.inc(batch.plan.tokens)
+        telemetry.samples.inc(len(batch.plan.samples))
+        telemetry.step_time.observe(took)
+        telemetry.seconds.labels("data_wait").inc(batch.waited)
+        telemetry.seconds.labels("compute").inc(max(0.0, took - batch.waited))
+
+    def count(self, session: Session, part: str, seconds: float) -> None:
+        """Time that is no step's."""
+        session.telemetry.seconds.labels(part).inc(seconds)
+        self._mark = time.perf_counter()
+
+    def committed(self) -> None:
+        self._commit = time.perf_counter()
+        self.steps_since_commit = 0
+
+    def since_commit(self) -> float:
+        return time.perf_counter() - self._commit
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self._began
+
+    def tokens_per_second(self) -> float:
+        return self._tokens / self._busy if self._busy else 0.0
+
+    def remaining(self, steps: int) -> float:
+        """Expected seconds for so many steps, evaluation and commits in proportion."""
+        return self.elapsed() / self._steps * steps if self._steps else 0.0
