@@ -42,6 +42,8 @@ class Progress(Record):
     """Learning rate of the last step."""
     tokens_per_second: float | None = None
     """Real tokens trained per second, whole gang."""
+    mfu: float | None = None
+    """Share of the devices' peak that the arithmetic on real tokens makes, where it is known."""
     remaining_seconds: float | None = None
     """Expected time to the end of training."""
     latest_checkpoint: str | None = None
@@ -136,6 +138,8 @@ class TrainSummary(Record):
     """Wall time of all attempts."""
     lost_seconds: float = 0.0
     """Wall time of work that was lost with an attempt."""
+    tokens: int = 0
+    """Real tokens that the model has learned from; by training_seconds, that is the goodput."""
     skipped_steps: int = 0
     """Steps whose update was not made (see training.guard)."""
     rollbacks: int = 0

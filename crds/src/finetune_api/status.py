@@ -107,6 +107,8 @@ class ProgressStatus(Model):
     """Learning rate of the last step."""
     tokens_per_second: Number | None = None
     """Real tokens trained per second."""
+    mfu: Number | None = None
+    """Model FLOPs utilization: share of the GPUs' peak that the arithmetic on real tokens makes."""
     remaining: Word | None = None
     """Expected time to the end of training, e.g. `2m10s`."""
     estimated_completion_time: Time | None = None

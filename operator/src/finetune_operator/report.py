@@ -127,6 +127,7 @@ def progress_status(progress: Progress, read_at: datetime) -> ProgressStatus:
         ],
         learning_rate=number(progress.learning_rate),
         tokens_per_second=number(progress.tokens_per_second),
+        mfu=number(progress.mfu),
         remaining=None if left is None else duration(left),
         estimated_completion_time=None
         if left is None
@@ -151,6 +152,7 @@ def final_progress(
         data_set_losses=before.data_set_losses if before else [],
         learning_rate=before.learning_rate if before else None,
         tokens_per_second=before.tokens_per_second if before else None,
+        mfu=before.mfu if before else None,
         last_update_time=format_time(now),
     )
 

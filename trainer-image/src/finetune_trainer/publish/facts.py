@@ -115,6 +115,8 @@ def metrics_text(about: About) -> str:
             "skippedSteps": summary.skipped_steps,
             "rollbacks": summary.rollbacks,
             "seconds": round(summary.training_seconds, 1),
+            "tokens": summary.tokens,
+            "goodputTokensPerSecond": round(summary.tokens / max(1.0, summary.training_seconds), 1),
             "lostSeconds": round(summary.lost_seconds, 1),
             "processes": result.processes,
             "device": result.device,

@@ -5,13 +5,21 @@ from __future__ import annotations
 import time
 
 from finetune_trainer.engine.feed import StepTensors
+from finetune_trainer.engine.flops import Work
 from finetune_trainer.train.session import Session
 
 
 class Clock:
     """Where the wall time of this attempt goes."""
 
-    def __init__(self) -> None:
+    def __init__(self, work: Work, peak: float | None) -> None:
+        """
+        Args:
+            work: arithmetic of the model.
+            peak: operations per second of the whole gang; None: unknown.
+        """
+        self._work, self._peak = work, peak
+        self._operations = 0.0
         self._began = self._mark = self._commit = time.perf_counter()
         self._steps = 0
         self.steps_since_commit = 0
@@ -26,6 +34,8 @@ class Clock:
         self.steps_since_commit += 1
         self._tokens += batch.plan.tokens
         self._busy += took
+        lengths = session.plan.lengths[list(batch.plan.samples)]
+        self._operations += self._work.training(lengths, batch.plan.supervised)
         telemetry = session.telemetry
         telemetry.step.set(batch.plan.number + 1)
         telemetry.tokens.inc(batch.plan.tokens)
@@ -51,6 +61,13 @@ class Clock:
 
     def tokens_per_second(self) -> float:
         return self._tokens / self._busy if self._busy else 0.0
+
+    def utilization(self) -> float | None:
+        """Share of the peak that the model's arithmetic on real tokens makes (MFU); None where the
+        peak is not known."""
+        if not self._peak or not self._busy:
+            return None
+        return self._operations / self._busy / self._peak
 
     def remaining(self, steps: int) -> float:
         """Expected seconds for so many steps, evaluation and commits in proportion."""

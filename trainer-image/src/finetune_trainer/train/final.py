@@ -56,6 +56,7 @@ def test_and_write_result(session: Session, state: LoopState, baseline: Baseline
         ],
         training_seconds=checkpoints.training_seconds(),
         lost_seconds=checkpoints.head.lost_seconds,
+        tokens=state.tokens,
         skipped_steps=state.skipped_steps,
         rollbacks=state.rollbacks,
     )

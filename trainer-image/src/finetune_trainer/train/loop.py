@@ -48,7 +48,7 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
     with releasing(session, stop_requested):
         baseline = measure_untuned(session)
 
-    clock = Clock()
+    clock = Clock(session.work, session.peak)
     session.telemetry.say(stage="Training")
     while True:
         try:
@@ -218,13 +218,16 @@ def log(session: Session, state: LoopState, rate: float, norm: Tensor, clock: Cl
     telemetry.learning_rate.set(rate)
     telemetry.gradient_norm.set(point.gradient_norm)
     telemetry.tokens_per_second.set(clock.tokens_per_second())
+    if (utilization := clock.utilization()) is not None:
+        telemetry.set_utilization(utilization)
     if session.gang.device.type == "cuda":
         telemetry.set_gpu_memory(torch.cuda.max_memory_allocated())
     telemetry.say(
         step=state.step, loss=loss, by_source=by_source, learning_rate=rate,
         epoch=session.plan.visited(state.step) / len(session.plan.lengths),
         remaining_seconds=remaining,
-        tokens_per_second=clock.tokens_per_second(), training_seconds=clock.elapsed(),
+        tokens_per_second=clock.tokens_per_second(), mfu=clock.utilization(),
+        training_seconds=clock.elapsed(),
     )  # fmt: skip
     if session.gang.first:
         print(f"step {state.step}/{total} loss {loss:.4f} lr {rate:.3g}", flush=True)

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from finetune_api.order import RunOrder
 from finetune_api.results import PreparedSummary
 from finetune_api.spec import FineTuneJobSpec, Metric
+from finetune_trainer.engine.flops import Work, peak, work_of
 from finetune_trainer.engine.gang import Gang, resolve_precision
 from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.loss import TokenLoss
@@ -60,6 +61,10 @@ class Session:
     """The same without DDP: for evaluation and generation."""
     optimizer: torch.optim.Optimizer
     guard: Guard
+    work: Work
+    """Arithmetic of the model."""
+    peak: float | None
+    """Operations per second that the gang could do in the precision of the run, if known."""
     evaluator: Evaluator
     checkpoints: Checkpoints
     telemetry: Telemetry
@@ -130,6 +135,8 @@ def open_session(
         batch_size=spec.training.batch_size, visits=visits_of(spec, len(index)),
         seed=spec.training.seed, row_tokens=row_tokens, ranks=gang.size, packed=packed,
     )  # fmt: skip
+    device_peak = peak(gang.device)
+    gang_peak = device_peak and device_peak * gang.size
     trained = [p for p in model.parameters() if p.requires_grad]
     return Session(
         order=order,
@@ -145,6 +152,8 @@ def open_session(
             lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True,
         ),
         guard=Guard(spec.training.guard, gang.device),
+        work=work_of(model, base),
+        peak=gang_peak if precision == "BF16" else None,
         evaluator=Evaluator(
             gang=gang, data=data, loss=loss, tokenizer=tokenizer,
             row_tokens=_evaluation_row(row_tokens, data), packed=packed,

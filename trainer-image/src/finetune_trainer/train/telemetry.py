@@ -59,6 +59,7 @@ class Telemetry:
         self.tokens_per_second = gauge("tokens_per_second", "Real tokens trained per second")
         self._gauge = gauge
         self._gpu_memory: Gauge | None = None
+        self._utilization: Gauge | None = None
         self.tokens = counter("tokens", "Real tokens trained, whole gang")
         self.samples = counter("samples", "Samples trained, whole gang")
         self.skipped_steps = counter("skipped_steps", "Steps whose update was not made")
@@ -80,6 +81,13 @@ class Telemetry:
             text = "Peak memory allocated on the GPU of the gang's first process"
             self._gpu_memory = self._gauge("gpu_memory_peak_bytes", text)
         self._gpu_memory.set(peak_bytes)
+
+    def set_utilization(self, share: float) -> None:
+        """Model FLOPs utilization; the series is absent where the device's peak is not known."""
+        if self._utilization is None:
+            text = "Share of the device's peak that the arithmetic on real tokens makes"
+            self._utilization = self._gauge("model_flops_utilization", text)
+        self._utilization.set(share)
 
     @property
     def progress(self) -> Progress:

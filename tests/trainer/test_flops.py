@@ -1,0 +1,77 @@
+"""Counted arithmetic: what torch counts, where torch computes no more than is needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine import CPU, samples, tiny_llama
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from finetune_trainer.engine.feed import build_row
+from finetune_trainer.engine.flops import PEAKS, work_of
+from finetune_trainer.engine.loss import TokenLoss
+from finetune_trainer.engine.packed import row_context
+
+
+def counted(model: Any, length: int) -> tuple[float, int]:
+    """Operations of one document's forward and backward pass, as torch counts them."""
+    row = build_row(samples([length]), [0], seed=0, step=0, device=CPU)
+    loss = TokenLoss(model)
+    with FlopCounterMode(display=False) as counter, row_context(row.layout):
+        loss(row).sum().backward()
+    return counter.get_total_flops(), row.labels.numel()
+
+
+@pytest.mark.parametrize("method", ["Full", "LoRA"])
+def test_work_is_what_torch_counts(method: str) -> None:
+    base = tiny_llama(hidden_size=64, num_hidden_layers=4, tie_word_embeddings=False)
+    model: Any = base
+    if method == "LoRA":
+        model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+    length = 48
+    torch_count, supervised = counted(model, length)
+    work = work_of(model, base)
+    ours = work.training(np.array([length]), supervised)
+    # Torch counts the whole square of the attention, and that its scores are computed again on the
+    # way back: seven products. The inputs of the lowest layer need no gradient over a frozen base.
+    attention = 2 * work.attention * length**2
+    ours += (7 - 3) * attention
+    assert torch_count == pytest.approx(ours, rel=1e-9 if method == "Full" else 0.08)
+
+
+def test_tokens_of_several_documents_attend_apart() -> None:
+    work = work_of(*[tiny_llama()] * 2)
+    apart = work.training(np.array([50, 50]), 10)
+    whole = work.training(np.array([100]), 10)
+    assert whole - apart == 3 * 2 * work.attention * (100**2 - 2 * 50**2)
+
+
+def test_names_that_contain_others_stand_first() -> None:
+    names = list(PEAKS)
+    assert not any(early in late for i, early in enumerate(names) for late in names[i + 1 :])
+
+
+def test_experts_count_by_the_tokens_that_they_see() -> None:
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    def work(experts: int) -> float:
+        config = MixtralConfig(
+            vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, num_local_experts=experts,
+            num_experts_per_tok=2,
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_config(config)
+        return work_of(model, model).trained
+
+    routers = 2 * 32 * (8 - 4)
+    assert work(8) - work(4) == routers
+
+
+def test_a_cpu_has_no_peak() -> None:
+    from finetune_trainer.engine.flops import peak
+
+    assert peak(torch.device("cpu")) is None

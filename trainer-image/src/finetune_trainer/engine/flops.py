@@ -1,0 +1,96 @@
+"""How much arithmetic a step is, and what share of the device's peak that makes (MFU).
+
+Counted is what the model needs for the real tokens, whatever the implementation computes besides:
+padding, recomputation and masked attention count for nothing. With P weights in matrix products per
+token, V of them in the output head, a layers' width of attention of D and documents of n tokens, a
+forward pass takes
+
+    2 P Σn  +  2 V · supervised  +  2 D Σn²        (Chowdhery et al. 2022, appendix B; causal)
+
+floating-point operations: logits are needed at supervised positions only, and causal attention
+needs half of the square. The backward pass takes as much again for the gradients of the inputs, and
+once more for those of trained weights: a frozen weight costs two passes and a trained one three
+(so LoRA, whose base is frozen, is not credited with work that nobody does), attention three.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+PEAKS: Final = {
+    "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
+    "H100": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "A10G": 70e12,
+    "L4": 121e12, "A40": 150e12, "RTX 4090": 165e12,
+}  # fmt: skip
+"""Dense bfloat16 operations per second by their makers' data sheets; the first name that the
+device's name contains."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Matrix products of a model; weights that mixture-of-experts layers route around count by the
+    share of tokens that they see."""
+
+    frozen: float
+    """Weights per token that are not trained."""
+    trained: float
+    """Weights per token that are."""
+    head: int
+    """Weights of the output head."""
+    head_trained: bool
+    attention: int
+    """Sum of the attention widths of all layers."""
+
+    def training(self, lengths: npt.NDArray[np.integer], supervised: int) -> float:
+        """Floating-point operations of forward and backward pass over documents of these
+        lengths."""
+        tokens, squares = float(lengths.sum()), float((lengths.astype(np.float64) ** 2).sum())
+        body = 2 * tokens * (2 * self.frozen + 3 * self.trained)
+        head = 2 * supervised * self.head * (3 if self.head_trained else 2)
+        return body + head + 3 * 2 * self.attention * squares
+
+
+def work_of(model: nn.Module, base: PreTrainedModel) -> Work:
+    """The work of a model under tuning; ``base`` is the model within it."""
+    config = base.config.get_text_config()
+    table = base.get_input_embeddings().weight
+    output = base.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head = None if output is None else output.weight
+    frozen = trained = 0.0
+    for weight in model.parameters():
+        if weight.ndim < 2 or weight is table or weight is head:
+            continue
+        size = weight.numel() * (_routed_share(config) if weight.ndim == 3 else 1.0)
+        frozen, trained = (
+            (frozen, trained + size) if weight.requires_grad else (frozen + size, trained)
+        )
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Work(
+        frozen=frozen,
+        trained=trained,
+        head=0 if head is None else head.numel(),
+        head_trained=head is not None and head.requires_grad,
+        attention=config.num_hidden_layers * heads * width,
+    )
+
+
+def _routed_share(config: object) -> float:
+    """Share of the experts that a token goes through."""
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    return getattr(config, "num_experts_per_tok", 1) / experts if experts else 1.0
+
+
+def peak(device: torch.device) -> float | None:
+    """Dense bfloat16 operations per second of a GPU that is known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate for known, rate in PEAKS.items() if known in name), None)
