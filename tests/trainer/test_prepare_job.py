@@ -308,6 +308,33 @@ def test_without_a_length_the_models_maximum_is_used(at: Workplace) -> None:
     assert at.prepare(at.order(lines(*pairs(9))))[1].manifest.max_length == 256
 
 
+# --- personal data -------------------------------------------------------------------------------
+
+MAIL = {"prompt": "Who is it?", "completion": " It is a@example.org."}
+
+
+def test_personal_data_is_counted_and_shown_nowhere(at: Workplace) -> None:
+    summary, data = at.prepare(at.order(lines(*pairs(3), MAIL), data=ALL))
+    assert texts(data, "train")[-1] == "Who is it? It is a@example.org."
+    text = at.store.get(f"{summary.uri}/report.json").decode()
+    (side,) = json.loads(text)["sources"][0]["splits"].values()
+    place = f"{at.root}/data/0.jsonl, line 4"
+    assert side["personalData"] == {"EMAIL": {"samples": 1, "occurrences": 1, "places": [place]}}
+
+    shown, _ = at.prepare(at.order(lines(MAIL), data=ALL))
+    report = at.store.get(f"{shown.uri}/report.json").decode()
+    assert "It is [EMAIL]." in report and "example.org" not in text + report
+
+
+def test_personal_data_is_redacted_before_duplicates_are_looked_for(at: Workplace) -> None:
+    other = {**MAIL, "completion": " It is b@example.org."}
+    quality = {"personalData": "Redact"}
+    order = at.order(lines(*pairs(3), MAIL, other), data={**ALL, "quality": quality})
+    summary, data = at.prepare(order)
+    assert texts(data, "train")[-1] == "Who is it? It is [EMAIL]."
+    assert summary.dropped == {"Duplicate": 1}
+
+
 # --- reuse ---------------------------------------------------------------------------------------
 
 

@@ -179,6 +179,11 @@ class Quality(Model):
     """What happens to a sample of more than `training.maxLength` tokens. Truncate cuts the
     beginning of the prompt (the completion is kept), Drop leaves the sample out, Fail ends the job.
     The data report counts them."""
+    personal_data: Literal["Ignore", "Warn", "Redact", "Fail"] = "Warn"
+    """E-mail addresses, telephone and payment card numbers, keys and access tokens in prompts and
+    completions, found by their form. Warn counts them in the data report with the first places,
+    Redact also writes `[EMAIL]`, `[PHONE]`, `[CARD]` or `[SECRET]` in their place, Fail ends the
+    job and names the record. Names and street addresses are not found."""
 
 
 class MixtureWeight(Model):

@@ -9,8 +9,8 @@ those that a prompt of that text has when text is generated.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from finetune_api.sources import DataSource, Format
@@ -54,6 +54,8 @@ class Draft:
     framed: bool
     """Whether the tokenizer's beginning and end marks are to be added; a chat template has its
     own."""
+    personal: Mapping[str, int] = field(default_factory=dict)
+    """How often each kind of personal data was found in it (see ``personal``)."""
 
 
 Drafter = Callable[[Record], list[Draft]]

@@ -8,15 +8,42 @@ from typing import Any, Final
 
 from finetune_api.sources import Format
 from finetune_trainer.prepare.overlength import Cut
+from finetune_trainer.prepare.personal import scan
 from finetune_trainer.prepare.tokens import Sample
 from finetune_trainer.prepared.split import Side
 
 PREVIEWS: Final = 3
 """Samples of each set and side that the report shows."""
 
+PLACES: Final = 5
+"""Places that the report names of what was found."""
+
 PREVIEW_CHARACTERS: Final = 2000
 LABELS_SHOWN: Final = 200
 _PERCENTILES: Final = (0, 10, 50, 90, 99, 100)
+
+
+@dataclass
+class Found:
+    """How often something was found, and where at first; never the thing itself."""
+
+    samples: int = 0
+    occurrences: int = 0
+    places: list[str] = field(default_factory=list)
+
+    def add(self, where: str, occurrences: int) -> None:
+        """Count a sample."""
+        self.samples += 1
+        self.occurrences += occurrences
+        if len(self.places) < PLACES and where not in self.places:
+            self.places.append(where)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "samples": self.samples,
+            "occurrences": self.occurrences,
+            "places": self.places,
+        }
 
 
 @dataclass
@@ -30,6 +57,7 @@ class SideReport:
     longest_completion: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
     labels: Counter[str] = field(default_factory=Counter)
+    personal: dict[str, Found] = field(default_factory=dict)
     previews: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, sample: Sample) -> None:
@@ -42,6 +70,8 @@ class SideReport:
         self.lengths[length] += 1
         if sample.draft.label is not None:
             self.labels[sample.draft.label] += 1
+        for kind, count in sample.draft.personal.items():
+            self.personal.setdefault(kind, Found()).add(sample.draft.where, count)
         if len(self.previews) < PREVIEWS:
             self.previews.append(_preview(sample))
 
@@ -54,6 +84,7 @@ class SideReport:
             "lengthPercentiles": percentiles(self.lengths),
             "labels": dict(self.labels.most_common(LABELS_SHOWN)),
             "distinctLabels": len(self.labels),
+            "personalData": {kind: found.to_json() for kind, found in self.personal.items()},
             "previews": self.previews,
         }
 
@@ -109,9 +140,12 @@ def percentiles(counts: Counter[int]) -> dict[str, int]:
 
 
 def _preview(sample: Sample) -> dict[str, Any]:
+    """A sample to look at. More people read the report than the data: personal data is masked
+    whatever is done about it in the samples."""
     parts: list[dict[str, Any]] = []
     room = PREVIEW_CHARACTERS
     for part in sample.draft.parts:
-        parts.append({"text": part.text[:room], "learned": part.learned})
-        room = max(0, room - len(part.text))
+        text, _ = scan(part.text)
+        parts.append({"text": text[:room], "learned": part.learned})
+        room = max(0, room - len(text))
     return {"where": sample.draft.where, "tokens": len(sample.ids), "parts": parts}

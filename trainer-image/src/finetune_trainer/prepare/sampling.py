@@ -1,10 +1,13 @@
 """From sources to shards in one pass, batch by batch: memory does not grow with the data.
 
-records → drafts ─(duplicates)→ split ─→ tokens ─(overlength)→ shards, counted on the way
+records → drafts ─(personal data, duplicates)→ split ─→ tokens ─(overlength)→ shards
+
+Everything is counted on the way.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from finetune_api.sources import Data
@@ -14,11 +17,14 @@ from finetune_trainer.prepare.drafts import Draft
 from finetune_trainer.prepare.duplicates import Seen, digest_of
 from finetune_trainer.prepare.output import Output
 from finetune_trainer.prepare.overlength import fit
+from finetune_trainer.prepare.personal import inspect
 from finetune_trainer.prepare.reader import Reader, Say
 from finetune_trainer.prepare.report import SourceReport
 from finetune_trainer.prepare.tokens import Model
 from finetune_trainer.prepared.manifest import DataManifest
 from finetune_trainer.prepared.split import Shares, Side, side_of
+
+log = logging.getLogger(__name__)
 
 
 def write_samples(
@@ -38,7 +44,10 @@ def write_samples(
         shares = _shares(data, source.side)
         for batch in batches:
             report.records += batch.records
-            drafts = batch.drafts
+            drafts = [
+                inspect(draft, data.quality.personal_data, own_group=not data.split.group_by)
+                for draft in batch.drafts
+            ]
             if seen is not None and source.side == "train":
                 drafts = _without_duplicates(drafts, seen, report)
             for sample in model.tokens.samples(drafts):
@@ -49,6 +58,7 @@ def write_samples(
                 if fitted is not None:
                     side = side_of(sample.draft.group, shares) if shares else source.side
                     output.add(fitted, side, stops=cut != "Completion")
+        _tell_personal(report, data.quality.personal_data)
         if source.side != "train" and not report.sides:
             raise _empty(source.name, f"all {report.records} records exceed training.maxLength")
     if not output.samples("train"):
@@ -66,6 +76,16 @@ def _shares(data: Data, side: Side) -> Shares | None:
         test=0.0 if data.test else float(data.split.test),
         seed=data.split.seed,
     )
+
+
+def _tell_personal(report: SourceReport, policy: str) -> None:
+    for side, found in report.sides.items():
+        if found.personal and policy == "Warn":
+            counts = ", ".join(f"{kind} {n.occurrences}" for kind, n in found.personal.items())
+            log.warning(
+                "data set %s holds personal data (%s: %s; first at %s), see its report",
+                report.name, side, counts, next(iter(found.personal.values())).places[0],
+            )  # fmt: skip
 
 
 def _without_duplicates(drafts: list[Draft], seen: Seen, report: SourceReport) -> list[Draft]:

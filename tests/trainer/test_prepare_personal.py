@@ -1,0 +1,129 @@
+"""Personal data: what is found by its form, what is not, and what redacting leaves."""
+
+from __future__ import annotations
+
+import string
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_trainer.failures import DataError
+from finetune_trainer.prepare.drafts import Draft, Part
+from finetune_trainer.prepare.personal import inspect, scan
+
+KEY = "a9Zk3QpX7vLm2RtY8cBn"
+PEM = "-----BEGIN RSA PRIVATE KEY-----\nMIIEpAIBAAKCAQEA7\nq+/=\n-----END RSA PRIVATE KEY-----"
+
+FOUND = [
+    ("EMAIL", "write to jo+x@mail.example.co.uk."),
+    ("EMAIL", "<a_b@example.org>"),
+    ("EMAIL", "mailto:a@b-c.de, thanks"),
+    ("CARD", "card 4111 1111 1111 1111 exp"),
+    ("CARD", "5500-0000-0000-0004"),
+    ("CARD", "378282246310005"),
+    ("PHONE", "call +49 (0)30 1234567 today"),
+    ("PHONE", "+14155552671"),
+    ("PHONE", "(415) 555-2671"),
+    ("PHONE", "tel. 415-555-2671."),
+    ("PHONE", "030 / 1234567"),
+    ("PHONE", "020 7946 0958"),
+    ("SECRET", f"before {PEM} behind"),
+    ("SECRET", "AKIAIOSFODNN7EXAMPLE"),
+    ("SECRET", f"OPENAI_KEY=sk-proj-{KEY}"),
+    ("SECRET", f"'sk-{KEY}'"),
+    ("SECRET", f"ghp_{KEY}{KEY[:16]}"),
+    ("SECRET", f"hf_{KEY}{KEY[:14]}"),
+    ("SECRET", f"Bearer eyJ{KEY}.eyJ{KEY}.{KEY}"),
+]
+
+NOT_FOUND = [
+    "4111 1111 1111 1112",  # the check digit
+    "0000 0000 0000 0000",
+    "2024-05-01 12:30:45, 10:15-11:45",
+    "12.05.2024 and 05/01/2024",
+    "1,000,000.50 and 3.14159265358979",
+    "version 1.2.3.4567 at 192.168.100.200",
+    "ISBN 978-3-16-148410-0",
+    "order 12345678",
+    "user@localhost, @mention, a @ b.com",
+    "sk-xxxxxxxxxxxxxxxxxxxxxxxx",
+    "sk-learn and risk-assessment-of-the-whole-company",
+    "-----BEGIN PUBLIC KEY-----",
+    "3f2b8c1e-9a4d-4e6f-8b7a-123456789012",
+]
+
+
+@pytest.mark.parametrize(("kind", "text"), FOUND)
+def test_found(kind: str, text: str) -> None:
+    redacted, kinds = scan(text)
+    assert dict(kinds) == {kind: 1}
+    assert redacted.count(f"[{kind}]") == 1
+    assert not any(c.isdigit() for c in redacted) and "@" not in redacted
+
+
+@pytest.mark.parametrize("text", NOT_FOUND)
+def test_not_found(text: str) -> None:
+    assert scan(text) == (text, {})
+
+
+def test_what_stands_around_is_kept() -> None:
+    text = f"Mail a@b.org or b@c.org,\ncall +49 30 1234567! {PEM} Bye."
+    assert scan(text)[0] == "Mail [EMAIL] or [EMAIL],\ncall [PHONE]! [SECRET] Bye."
+
+
+@given(
+    st.text(st.sampled_from(string.ascii_letters + " .,\n"), max_size=40),
+    st.from_regex(r"[a-z]{1,8}\.[a-z]{1,8}@[a-z]{1,8}\.(com|org|de)", fullmatch=True),
+    st.text(st.sampled_from(string.ascii_letters + " .,\n"), max_size=40),
+)
+def test_an_address_never_survives(before: str, address: str, behind: str) -> None:
+    redacted, kinds = scan(f"{before} {address} {behind}")
+    assert redacted == f"{before} [EMAIL] {behind}" and kinds == {"EMAIL": 1}
+
+
+@pytest.mark.parametrize("text", ["a" * 200_000, "a." * 100_000 + "@", "1 " * 100_000,
+                                  "-----BEGIN " + "A " * 50_000, "sk-" + "a-" * 100_000,
+                                  "+1" + " 1" * 100_000, "a@" + "b." * 100_000])  # fmt: skip
+def test_hostile_text_takes_no_more_than_its_length(text: str) -> None:
+    begun = time.process_time()
+    scan(text)
+    assert time.process_time() - begun < 2
+
+
+def draft(prompt: str, completion: str, group: str | None = None) -> Draft:
+    parts = (Part(prompt, False), Part(completion, True))
+    group = prompt if group is None else group
+    return Draft("s3://b/x.jsonl, line 3", parts, prompt, completion, None, group, framed=True)
+
+
+def test_redacting_reaches_all_text_of_a_draft_and_its_group() -> None:
+    given = draft("Who is a@b.org?", " See a@b.org, b@c.org")
+    found = inspect(given, "Redact", own_group=True)
+    assert found.prompt == found.group == found.parts[0].text == "Who is [EMAIL]?"
+    assert found.completion == found.parts[1].text == " See [EMAIL], [EMAIL]"
+    assert found.personal == {"EMAIL": 3}
+    kept = inspect(draft("Who is a@b.org?", "x", "a@b.org"), "Redact", own_group=False)
+    assert kept.group == "a@b.org"
+
+
+def test_warn_counts_and_changes_nothing() -> None:
+    given = draft("Who is a@b.org?", " x")
+    warned = inspect(given, "Warn", own_group=True)
+    assert warned.parts == given.parts and warned.personal == {"EMAIL": 1}
+    assert inspect(given, "Ignore", own_group=True) is given
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "side"),
+    [("a@b.org", "x", "its prompt"), ("x", "a@b.org", "what is learned")],
+)
+def test_fail_names_record_side_and_kind_but_not_the_value(
+    prompt: str, completion: str, side: str
+) -> None:
+    with pytest.raises(DataError, match=side) as caught:
+        inspect(draft(prompt, completion), "Fail", own_group=True)
+    assert caught.value.reason == "PersonalData"
+    assert "s3://b/x.jsonl, line 3: " in caught.value.message
+    assert "an e-mail address" in caught.value.message and "a@b.org" not in caught.value.message
