@@ -131,7 +131,7 @@ GOOD = [
     good("workspace", {"storage": {"workspace": "s3://scratch", "region": "eu-central-1"}}),
     good("endpoint with a slash", {"storage.endpoint": "https://s3.example.com/"}),
     good("suspended", {"suspend": True, "rerunToken": "", "childrenTTLSecondsAfterFinished": 0}),
-    good("personal data", {"data.quality": {"personalData": "Redact"}}),
+    good("quality", {"data.quality": {"personalData": "Redact", "faultyRecords": "Drop"}}),
     good("null is absent", {"method": None, "training.epochs": None, "output.format": None}),
 ]  # fmt: skip
 
@@ -174,6 +174,8 @@ BAD = [
         "cosine"),
     bad("unknown overlength", {"data.quality": {"overlength": "Skip"}},
         "data.quality.overlength", "Truncate", "Skip"),
+    bad("unknown treatment of faults", {"data.quality": {"faultyRecords": "Skip"}},
+        "data.quality.faultyRecords", "Drop", "Skip"),
     bad("unknown treatment of personal data", {"data.quality": {"personalData": "Mask"}},
         "data.quality.personalData", "Redact", "Mask"),
     bad("unknown effect", {"prepare.tolerations": [{"key": "a", "effect": "Never"}]},

@@ -24,6 +24,7 @@ from finetune_trainer.failures import DataError, TrainerError, UserError
 from finetune_trainer.prepare import writer
 from finetune_trainer.prepare.pipeline import prepare
 from finetune_trainer.prepare.reader import Reading
+from finetune_trainer.prepare.tokens import Tokens
 from finetune_trainer.prepared.shards import PreparedData
 from finetune_trainer.prepared.split import SIDES
 from finetune_trainer.storage.objects import ObjectStore, Stores
@@ -428,6 +429,57 @@ def test_a_record_without_the_needed_field_fails_the_job(at: Workplace) -> None:
     assert error.reason == "MissingField"
     assert "data/0.jsonl, line 4: field 'completion' is missing" in error.message
     assert "prompt, answer" in error.message
+
+
+FAULTY = [
+    b"oops\n",
+    lines({"prompt": "x", "answer": "y"}, {"prompt": "x", "completion": 7}),
+    lines({"prompt": "x", "completion": ""}),
+]
+DROP = {**ALL, "quality": {"faultyRecords": "Drop"}}
+
+
+def test_faulty_records_are_dropped_and_counted_by_reason(at: Workplace) -> None:
+    data = FAULTY[0] + lines(*pairs(2)) + b"\n" + FAULTY[1] + lines(*pairs(3, 2)) + FAULTY[2]
+    summary, prepared = at.prepare(at.order(data, data=DROP))
+    assert texts(prepared, "train") == [r["prompt"] + r["completion"] for r in pairs(5)]
+    counts = {"MalformedRecord": 1, "MissingField": 1, "WrongType": 1, "NothingSupervised": 1}
+    assert summary.dropped == counts
+    (source,) = json.loads(at.store.get(f"{summary.uri}/report.json"))["sources"]
+    assert source["records"] == 9
+    assert [f["reason"] for f in source["faults"]] == list(counts)
+    assert "data/0.jsonl, line 5: field 'completion'" in source["faults"][1]["message"]
+
+
+def test_a_record_whose_answer_has_no_token_is_dropped_too(
+    at: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = Tokens._encode
+    monkeypatch.setattr(
+        Tokens,
+        "_encode",
+        lambda self, texts: [
+            [] if text == "\u200b" else ids
+            for text, ids in zip(texts, encode(self, texts), strict=True)
+        ],
+    )
+    faulty = {"prompt": "x", "completion": "\u200b"}
+    summary, prepared = at.prepare(at.order(lines(*pairs(2), faulty, *pairs(2, 2)), data=DROP))
+    assert texts(prepared, "train") == [r["prompt"] + r["completion"] for r in pairs(4)]
+    assert summary.dropped == {"NothingSupervised": 1}
+
+
+@pytest.mark.parametrize("data", [lines(*pairs(2)) + FAULTY[0] * 3, FAULTY[0]])
+def test_a_set_that_is_mostly_faulty_fails_the_job(at: Workplace, data: bytes) -> None:
+    error = at.fault(data, data=DROP)
+    assert isinstance(error, DataError) and error.reason == "MostRecordsFaulty"
+    assert "(60%)" in error.message or "1 of 1 records (100%)" in error.message
+    assert "data/0.jsonl, line " in error.message and "'oops'" in error.message
+
+
+def test_half_of_a_set_may_be_faulty(at: Workplace) -> None:
+    summary, _ = at.prepare(at.order(lines(*pairs(2)) + FAULTY[0] * 2, data=DROP))
+    assert summary.train_samples == 2 and summary.dropped == {"MalformedRecord": 2}
 
 
 def test_a_group_field_that_a_record_lacks_fails_the_job(at: Workplace) -> None:

@@ -179,6 +179,10 @@ class Quality(Model):
     """What happens to a sample of more than `training.maxLength` tokens. Truncate cuts the
     beginning of the prompt (the completion is kept), Drop leaves the sample out, Fail ends the job.
     The data report counts them."""
+    faulty_records: Literal["Fail", "Drop"] = "Fail"
+    """What happens to a record that cannot be used: a malformed line, a missing field, one of
+    another type, nothing to learn. Fail ends the job and names the first, Drop leaves them out and
+    counts them by reason; a set of which more than half is faulty ends the job all the same."""
     personal_data: Literal["Ignore", "Warn", "Redact", "Fail"] = "Warn"
     """E-mail addresses, telephone and payment card numbers, keys and access tokens in prompts and
     completions, found by their form. Warn counts them in the data report with the first places,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from finetune_api.sources import Format
 from finetune_trainer.prepare.digest import Source
+from finetune_trainer.prepare.faults import Faults
 from finetune_trainer.prepare.report import SideReport, SourceReport
 from finetune_trainer.prepare.tokens import Sample
 from finetune_trainer.prepare.writer import SplitWriter
@@ -40,11 +41,11 @@ class Output:
         self._sets: list[tuple[Side, SourceReport]] = []
         self._stops: set[int] = set()
 
-    def begin(self, source: Source, form: Format) -> SourceReport:
+    def begin(self, source: Source, form: Format, faults: Faults) -> SourceReport:
         """The samples that follow are of this source; returns its report, for counts of what is
         not added."""
         size = sum(o.size for o in source.objects)
-        self._reports.append(SourceReport(source.name, form, len(source.objects), size))
+        self._reports.append(SourceReport(source.name, form, len(source.objects), size, faults))
         return self._reports[-1]
 
     def add(self, sample: Sample, side: Side, *, stops: bool) -> None:

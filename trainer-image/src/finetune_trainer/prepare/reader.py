@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import BinaryIO, Final
 
 from finetune_api.sources import Data, Format
@@ -11,6 +12,7 @@ from finetune_trainer.failures import DataError
 from finetune_trainer.prepare.chat import ChatTemplate
 from finetune_trainer.prepare.digest import Source
 from finetune_trainer.prepare.drafts import Draft, drafter
+from finetune_trainer.prepare.faults import Faults
 from finetune_trainer.prepare.formats import detect_format
 from finetune_trainer.prepare.records import Record, read_records
 from finetune_trainer.prepare.tokens import Model
@@ -41,6 +43,7 @@ class Batch:
     """Some records of a source."""
 
     records: int
+    """Records read for it, with those that could not be used."""
     drafts: list[Draft]
 
 
@@ -54,51 +57,75 @@ class Reader:
         self._done = 0
         self._stream: BinaryIO | None = None
 
-    def open(self, source: Source, data: Data, model: Model) -> tuple[Format, Iterator[Batch]]:
+    def open(
+        self, source: Source, data: Data, model: Model, faults: Faults
+    ) -> tuple[Format, Iterator[Batch]]:
         """Format of a source, found out from its first record where the spec names none, and its
         batches.
 
         Raises:
-            DataError: 'EmptyDataSet' where it has no record; what is wrong with a record, also
-                from the iterator.
+            DataError: 'EmptyDataSet' where it has no record; 'MostRecordsFaulty'; what ``faults``
+                does not take, also from the iterator.
         """
-        records = self._read(source)
-        first = next(records, None)
-        if first is None:
+        before = self._records
+        records = self._read(source, faults)
+        first, form = self._first(source, records, faults)
+        if first is None or form is None:
+            faults.check(source.name, self._records - before)
             raise DataError(
                 "EmptyDataSet",
                 f"data set {source.name!r} is empty: {source.spec.source} matches"
                 f" {len(source.objects)} objects, but they hold no record; correct the data source",
             )
-        form = source.spec.format or (
-            "PromptCompletion" if source.spec.template else detect_format(first)
-        )
         chat = ChatTemplate(model.tokenizer, model.source) if form == "Messages" else None
         group_by = data.split.group_by if source.side == "train" else None
         make = drafter(source.spec, form, group_by, chat)
 
         def batches() -> Iterator[Batch]:
-            drafts, count = make(first), 1
-            for record in records:
-                if count == BATCH:
-                    yield Batch(count, drafts)
-                    self._tell(source, count)
-                    drafts, count = [], 0
-                drafts += make(record)
-                count += 1
-            yield Batch(count, drafts)
-            self._tell(source, count)
+            drafts: list[Draft] = []
+            told = before
+            for count, record in enumerate(chain([first], records), start=1):
+                try:
+                    drafts += make(record)
+                except DataError as error:
+                    faults.take(error)
+                if count % BATCH == 0:
+                    yield Batch(self._records - told, drafts)
+                    self._tell(source)
+                    drafts, told = [], self._records
+            yield Batch(self._records - told, drafts)
+            self._tell(source)
+            faults.check(source.name, self._records - before)
 
         return form, batches()
 
-    def _read(self, source: Source) -> Iterator[Record]:
+    def _first(
+        self, source: Source, records: Iterator[Record], faults: Faults
+    ) -> tuple[Record | None, Format | None]:
+        """The first record, and the format that it, or the spec, says."""
+        known: Format | None = source.spec.format or (
+            "PromptCompletion" if source.spec.template else None
+        )
+        for record in records:
+            try:
+                return record, known or detect_format(record)
+            except DataError as error:
+                faults.take(error)
+        return None, None
+
+    def _read(self, source: Source, faults: Faults) -> Iterator[Record]:
+        def malformed(error: DataError) -> None:
+            self._records += 1
+            faults.take(error)
+
         for item in source.objects:
             with item.open() as self._stream:
-                yield from read_records(item.uri, self._stream)
+                for record in read_records(item.uri, self._stream, malformed):
+                    self._records += 1
+                    yield record
             self._stream = None
             self._done += item.size
 
-    def _tell(self, source: Source, count: int) -> None:
-        self._records += count
+    def _tell(self, source: Source) -> None:
         at = self._stream.tell() if self._stream is not None else 0
         self._say(Reading(source.name, self._records, self._done + at, self._total))

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finetune_trainer.failures import DataError, UserError
+from finetune_trainer.prepare.faults import Complain, refuse
 
 Fields = dict[str, Any]
 
@@ -50,17 +51,19 @@ def readable(uri: str) -> bool:
     return uri.endswith(SUFFIXES)
 
 
-def read_records(uri: str, stream: BinaryIO) -> Iterator[Record]:
+def read_records(uri: str, stream: BinaryIO, complain: Complain = refuse) -> Iterator[Record]:
     """All records of one object, in order; empty lines are passed over.
 
     Args:
         uri: the object's address; its ending tells how it is read.
         stream: the object, from its beginning (seekable, for Parquet).
+        complain: is told 'MalformedRecord' (uri, line, column, text) where a line is no JSON
+            object.
 
     Raises:
         UserError: 'UnknownObjectType' for another ending.
-        DataError: 'MalformedRecord' (uri, line, column, text) where a line is no JSON object, or
-            'MalformedObject' where the object as a whole cannot be read.
+        DataError: 'MalformedObject' where the object as a whole cannot be read, and what
+            ``complain`` raises.
     """
     if not readable(uri):
         raise UserError(
@@ -71,9 +74,9 @@ def read_records(uri: str, stream: BinaryIO) -> Iterator[Record]:
     if uri.endswith(".parquet"):
         yield from _read_parquet(uri, stream)
     elif uri.endswith(".gz"):
-        yield from _read_lines(uri, _decompressed(uri, stream))
+        yield from _read_lines(uri, _decompressed(uri, stream), complain)
     else:
-        yield from _read_lines(uri, stream)
+        yield from _read_lines(uri, stream, complain)
 
 
 def _decompressed(uri: str, stream: BinaryIO) -> Iterator[bytes]:
@@ -90,12 +93,20 @@ def _decompressed(uri: str, stream: BinaryIO) -> Iterator[bytes]:
         ) from None
 
 
-def _read_lines(uri: str, lines: Iterator[bytes] | BinaryIO) -> Iterator[Record]:
+def _read_lines(
+    uri: str, lines: Iterator[bytes] | BinaryIO, complain: Complain
+) -> Iterator[Record]:
     for number, line in enumerate(lines, start=1):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
-        if not line.isspace() and line:
-            yield Record(_parse(uri, number, line), uri, f"line {number}")
+        if line.isspace() or not line:
+            continue
+        try:
+            fields = _parse(uri, number, line)
+        except DataError as error:
+            complain(error)
+        else:
+            yield Record(fields, uri, f"line {number}")
 
 
 def _parse(uri: str, number: int, line: bytes) -> Fields:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from finetune_api.sources import Format
+from finetune_trainer.prepare.faults import Faults
 from finetune_trainer.prepare.overlength import Cut
 from finetune_trainer.prepare.personal import scan
 from finetune_trainer.prepare.tokens import Sample
@@ -97,6 +98,7 @@ class SourceReport:
     format: Format
     objects: int
     bytes: int
+    faults: Faults
     records: int = 0
     duplicates: int = 0
     cuts: Counter[Cut] = field(default_factory=Counter)
@@ -105,7 +107,11 @@ class SourceReport:
     @property
     def dropped(self) -> dict[str, int]:
         """Records left out, by cause."""
-        return {"Duplicate": self.duplicates, "Overlength": self.cuts["Dropped"]}
+        return {
+            "Duplicate": self.duplicates,
+            "Overlength": self.cuts["Dropped"],
+            **self.faults.reasons,
+        }
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -115,6 +121,7 @@ class SourceReport:
             "bytes": self.bytes,
             "records": self.records,
             "dropped": self.dropped,
+            "faults": self.faults.to_json(),
             "truncated": {
                 "promptBeginning": self.cuts["Prompt"],
                 "completionEnd": self.cuts["Completion"],

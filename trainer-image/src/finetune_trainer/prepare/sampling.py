@@ -15,6 +15,7 @@ from finetune_trainer.failures import DataError
 from finetune_trainer.prepare.digest import Source
 from finetune_trainer.prepare.drafts import Draft
 from finetune_trainer.prepare.duplicates import Seen, digest_of
+from finetune_trainer.prepare.faults import Faults
 from finetune_trainer.prepare.output import Output
 from finetune_trainer.prepare.overlength import fit
 from finetune_trainer.prepare.personal import inspect
@@ -39,8 +40,9 @@ def write_samples(
     reader = Reader(sources, say)
     seen = Seen() if data.quality.deduplicate else None
     for source in sources:
-        form, batches = reader.open(source, data, model)
-        report = output.begin(source, form)
+        faults = Faults(data.quality.faulty_records)
+        form, batches = reader.open(source, data, model, faults)
+        report = output.begin(source, form, faults)
         shares = _shares(data, source.side)
         for batch in batches:
             report.records += batch.records
@@ -50,7 +52,7 @@ def write_samples(
             ]
             if seen is not None and source.side == "train":
                 drafts = _without_duplicates(drafts, seen, report)
-            for sample in model.tokens.samples(drafts):
+            for sample in model.tokens.samples(drafts, faults.take):
                 fitted, cut = fit(
                     sample, model.max_length, data.quality.overlength, model.tokens.bos_id
                 )

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from finetune_trainer.failures import DataError, UserError
 from finetune_trainer.prepare.drafts import Draft, nothing_learned
+from finetune_trainer.prepare.faults import Complain, refuse
 
 Ids = npt.NDArray[np.int32]
 Span = tuple[int, int]
@@ -74,11 +75,14 @@ class Tokens:
         """The token that samples begin with, if any; a chat template writes it itself."""
         self._lead = self._lead_of_continuation()
 
-    def samples(self, drafts: Sequence[Draft]) -> list[Sample]:
+    def samples(self, drafts: Sequence[Draft], complain: Complain = refuse) -> list[Sample]:
         """Tokenize a batch of drafts.
 
+        Args:
+            complain: is told 'NothingSupervised' or 'EmptyPrompt', naming the record.
+
         Raises:
-            DataError: 'NothingSupervised' or 'EmptyPrompt', naming the record.
+            DataError: what ``complain`` raises.
             UserError: 'VocabularyMismatch' where a token is none of the model's.
         """
         texts = [
@@ -87,7 +91,13 @@ class Tokens:
             for i, part in enumerate(draft.parts)
         ]
         ids = iter(self._encode(texts))
-        return [self._assemble(draft, ids) for draft in drafts]
+        samples = []
+        for draft in drafts:
+            try:
+                samples.append(self._assemble(draft, ids))
+            except DataError as error:
+                complain(error)
+        return samples
 
     def _assemble(self, draft: Draft, encoded: Iterable[list[int]]) -> Sample:
         ids = list(self.prefix) if draft.framed else []
