@@ -132,6 +132,8 @@ GOOD = [
     good("endpoint with a slash", {"storage.endpoint": "https://s3.example.com/"}),
     good("suspended", {"suspend": True, "rerunToken": "", "childrenTTLSecondsAfterFinished": 0}),
     good("quality", {"data.quality": {"personalData": "Redact", "faultyRecords": "Drop"}}),
+    good("duplicates", {"data.quality": {"nearDuplicates": "Drop",
+        "nearDuplicateSimilarity": "1.0", "maxDuplicateFraction": "0"}}),
     good("null is absent", {"method": None, "training.epochs": None, "output.format": None}),
 ]  # fmt: skip
 
@@ -176,6 +178,14 @@ BAD = [
         "data.quality.overlength", "Truncate", "Skip"),
     bad("unknown treatment of faults", {"data.quality": {"faultyRecords": "Skip"}},
         "data.quality.faultyRecords", "Drop", "Skip"),
+    bad("unknown treatment of near duplicates", {"data.quality": {"nearDuplicates": "Fail"}},
+        "data.quality.nearDuplicates", "Keep", "Fail"),
+    bad("similarity above one", {"data.quality": {"nearDuplicateSimilarity": "85"}},
+        "data.quality.nearDuplicateSimilarity", "a number from 0 to 1", "85"),
+    bad("most duplicates above one", {"data.quality": {"maxDuplicateFraction": "1.5"}},
+        "data.quality.maxDuplicateFraction", "a number from 0 to 1", "1.5"),
+    bad("little similarity", {"data.quality": {"nearDuplicateSimilarity": "0.49"}},
+        "data.quality", "nearDuplicateSimilarity must be at least 0.5", "0.49"),
     bad("unknown treatment of personal data", {"data.quality": {"personalData": "Mask"}},
         "data.quality.personalData", "Redact", "Mask"),
     bad("unknown effect", {"prepare.tolerations": [{"key": "a", "effect": "Never"}]},

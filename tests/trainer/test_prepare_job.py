@@ -309,6 +309,30 @@ def test_without_a_length_the_models_maximum_is_used(at: Workplace) -> None:
     assert at.prepare(at.order(lines(*pairs(9))))[1].manifest.max_length == 256
 
 
+# --- near duplicates -----------------------------------------------------------------------------
+
+STORY = " ".join(f"word{i}" for i in range(80))
+ALIKE = [{"prompt": STORY + end, "completion": " yes"} for end in ("!", " more", " else")]
+
+
+def test_near_duplicates_are_dropped_on_request(at: Workplace) -> None:
+    order = at.order(lines(*pairs(5), ALIKE[0], *pairs(3)), lines(*ALIKE[1:]), data=ALL)
+    assert at.prepare(order)[0].dropped == {"Duplicate": 3}
+    drop = {**ALL, "quality": {"nearDuplicates": "Drop"}}
+    summary, _ = at.prepare(at.order(data=drop))
+    assert summary.dropped == {"Duplicate": 3, "NearDuplicate": 2} and summary.train_samples == 6
+
+
+def test_more_duplicates_than_allowed_fail_the_job(at: Workplace) -> None:
+    quality = {"nearDuplicates": "Drop", "maxDuplicateFraction": "0.45"}
+    data = {**ALL, "quality": quality}
+    error = at.fault(lines(*pairs(4), *ALIKE, *pairs(3)), data=data)
+    assert isinstance(error, DataError) and error.reason == "TooManyDuplicates"
+    assert "5 of 10 training records (50.0%)" in error.message and "0.45" in error.message
+    quality["maxDuplicateFraction"] = "0.5"
+    assert at.prepare(at.order(data=data))[0].train_samples == 5
+
+
 # --- personal data -------------------------------------------------------------------------------
 
 MAIL = {"prompt": "Who is it?", "completion": " It is a@example.org."}

@@ -101,6 +101,7 @@ class SourceReport:
     faults: Faults
     records: int = 0
     duplicates: int = 0
+    near_duplicates: int = 0
     cuts: Counter[Cut] = field(default_factory=Counter)
     sides: dict[Side, SideReport] = field(default_factory=dict)
 
@@ -109,6 +110,7 @@ class SourceReport:
         """Records left out, by cause."""
         return {
             "Duplicate": self.duplicates,
+            "NearDuplicate": self.near_duplicates,
             "Overlength": self.cuts["Dropped"],
             **self.faults.reasons,
         }

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 
 from finetune_api.sources import Data
 from finetune_trainer.failures import DataError
+from finetune_trainer.prepare.deduplicate import Deduplicator
 from finetune_trainer.prepare.digest import Source
-from finetune_trainer.prepare.drafts import Draft
-from finetune_trainer.prepare.duplicates import Seen, digest_of
 from finetune_trainer.prepare.faults import Faults
 from finetune_trainer.prepare.output import Output
 from finetune_trainer.prepare.overlength import fit
@@ -34,11 +33,12 @@ def write_samples(
     """Write the prepared data of all sources; the manifest last.
 
     Raises:
-        DataError: naming the record that cannot be used; 'EmptyDataSet' naming the set.
+        DataError: naming the record that cannot be used; 'EmptyDataSet' naming the set;
+            'TooManyDuplicates'.
         UserError: where the model's tokenizer fits neither the model nor the data.
     """
     reader = Reader(sources, say)
-    seen = Seen() if data.quality.deduplicate else None
+    duplicates = Deduplicator(data.quality)
     for source in sources:
         faults = Faults(data.quality.faulty_records)
         form, batches = reader.open(source, data, model, faults)
@@ -50,8 +50,8 @@ def write_samples(
                 inspect(draft, data.quality.personal_data, own_group=not data.split.group_by)
                 for draft in batch.drafts
             ]
-            if seen is not None and source.side == "train":
-                drafts = _without_duplicates(drafts, seen, report)
+            if source.side == "train":
+                drafts = duplicates.fresh(drafts, report)
             for sample in model.tokens.samples(drafts, faults.take):
                 fitted, cut = fit(
                     sample, model.max_length, data.quality.overlength, model.tokens.bos_id
@@ -63,6 +63,7 @@ def write_samples(
         _tell_personal(report, data.quality.personal_data)
         if source.side != "train" and not report.sides:
             raise _empty(source.name, f"all {report.records} records exceed training.maxLength")
+    duplicates.check()
     if not output.samples("train"):
         raise _empty("train", _where_training_went(output))
     return output.finish(model.max_length)
@@ -88,12 +89,6 @@ def _tell_personal(report: SourceReport, policy: str) -> None:
                 "data set %s holds personal data (%s: %s; first at %s), see its report",
                 report.name, side, counts, next(iter(found.personal.values())).places[0],
             )  # fmt: skip
-
-
-def _without_duplicates(drafts: list[Draft], seen: Seen, report: SourceReport) -> list[Draft]:
-    known = seen.add([digest_of(part.text for part in draft.parts) for draft in drafts])
-    report.duplicates += sum(known)
-    return [draft for draft, old in zip(drafts, known, strict=True) if not old]
 
 
 def _empty(name: str, why: str) -> DataError:

@@ -1,0 +1,94 @@
+"""Near duplicates: the estimate against the exact similarity, and what is remembered."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_trainer.prepare.nearduplicates import (
+    BANDS,
+    MET,
+    SeenAlike,
+    _low_bits,
+    rows_for,
+    shingles,
+    signature,
+    similarity,
+)
+
+VOCABULARY = [f"w{i}" for i in range(5000)]
+
+
+def text(seed: int, words: int = 60) -> str:
+    return " ".join(random.Random(seed).choices(VOCABULARY, k=words))
+
+
+def changed(original: str, changes: int, seed: int = 0) -> str:
+    """The text with some of its words replaced."""
+    words = original.split()
+    for i in random.Random(seed).sample(range(len(words)), changes):
+        words[i] = f"new{seed}-{i}"
+    return " ".join(words)
+
+
+def jaccard(a: str, b: str) -> float:
+    return len(shingles(a) & shingles(b)) / len(shingles(a) | shingles(b))
+
+
+def estimate(a: str, b: str) -> float:
+    bits = _low_bits(np.stack([signature(a), signature(b)]))
+    return float(similarity(bits[0], bits[1:])[0])
+
+
+def test_shingles() -> None:
+    assert shingles("One, two three.  FOUR") == {"one two three", "two three four"}
+    assert shingles("one two") == {"one two"} and shingles("?!") == {"?!"}
+    assert shingles("猫は好き") == {"猫 は 好", "は 好 き"}
+
+
+def test_the_estimate_is_as_good_as_the_docstring_says() -> None:
+    errors = []
+    for seed in range(150):
+        a = text(seed)
+        b = changed(a, changes=seed % 12, seed=seed)
+        errors.append(estimate(a, b) - jaccard(a, b))
+    assert abs(np.mean(errors)) < 0.015 and np.std(errors) < 0.05
+
+
+@given(st.floats(0.5, 1.0))
+def test_bands_meet_at_the_threshold(threshold: float) -> None:
+    rows = rows_for(threshold)
+    assert 1 <= rows <= 16
+    assert 1 - (1 - threshold**rows) ** BANDS >= MET
+    assert rows == 16 or 1 - (1 - threshold ** (rows + 1)) ** BANDS < MET
+    assert rows_for(0.85) == 8
+
+
+@pytest.mark.parametrize("batch", [1, 50, 1000])
+def test_near_duplicates_are_found_within_and_across_batches(batch: int) -> None:
+    originals = [text(i, words=120) for i in range(200)]
+    stream = originals + [changed(o, 1, i) for i, o in enumerate(originals)]
+    stream += [changed(o, 30, i) for i, o in enumerate(originals)] + originals
+    seen = SeenAlike(0.85)
+    known = [k for i in range(0, len(stream), batch) for k in seen.add(stream[i : i + batch])]
+    first, near, far, same = (known[i : i + 200] for i in range(0, 800, 200))
+    assert not any(first) and not any(far) and all(same)
+    assert sum(near) >= 197
+
+
+def test_what_a_long_template_makes_alike_is_kept() -> None:
+    frame = text(7, words=40)
+    stream = [f"{frame} {text(i, words=20)}" for i in range(1000, 3000)]
+    assert 0.4 < jaccard(stream[0], stream[1]) < 0.6
+    assert sum(SeenAlike(0.85).add(stream)) == 0
+
+
+def test_memory_is_128_bytes_a_record() -> None:
+    seen = SeenAlike(0.85)
+    for start in range(0, 4096, 512):
+        seen.add([text(i, words=8) for i in range(start, start + 512)])
+    assert 4096 * 100 < seen.nbytes < 4096 * 170
