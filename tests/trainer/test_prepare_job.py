@@ -148,7 +148,7 @@ def test_every_record_is_found_again_on_one_side_with_its_mask(at: Workplace) ->
     train = data.index("train")
     assert summary.train_tokens == train.length.sum()
     assert summary.supervised_tokens == train.supervised.sum()
-    assert summary.total_steps == 3 * -(-counts[0] // 32)
+    assert summary.total_steps == -(-3 * counts[0] // 32)
     assert data.manifest.stop_token_ids == [tokenizer.eos_token_id]
     assert data.manifest.max_completion_tokens == train.supervised.max()
     assert read_prepared(at.store, order.run_uri) == summary
@@ -331,6 +331,71 @@ def test_more_duplicates_than_allowed_fail_the_job(at: Workplace) -> None:
     assert "5 of 10 training records (50.0%)" in error.message and "0.45" in error.message
     quality["maxDuplicateFraction"] = "0.5"
     assert at.prepare(at.order(data=data))[0].train_samples == 5
+
+
+# --- contamination -------------------------------------------------------------------------------
+
+PASSAGE = "The bird in the tree looked at the small town by the sea and sat on the mat."
+LEAKED = {"prompt": f"Once. {PASSAGE}", "completion": " a@example.org"}
+OTHERS = [{"prompt": f"{i} {i} {i}", "completion": f" {i}"} for i in range(6)]
+
+
+def contaminated(at: Workplace, policy: str, *train: Any) -> dict[str, Any]:
+    held = at.put("held.jsonl", lines({"prompt": PASSAGE, "completion": " no"}, *pairs(2)))
+    listed = [{"name": f"set-{i}", "source": at.put(f"t{i}.jsonl", lines(*records))}
+              for i, records in enumerate(train)]  # fmt: skip
+    data = {"train": listed, "test": [{"source": held}], "split": {"validation": "0"}}
+    return {"data": {**data, "quality": {"contamination": policy}}}
+
+
+def test_contamination_is_counted_with_places_and_text(at: Workplace) -> None:
+    order = at.order(**contaminated(at, "Warn", OTHERS, [*OTHERS[:3], LEAKED, *pairs(1)]))
+    summary, data = at.prepare(order)
+    assert summary.train_samples == 8 and len(data.index("train")) == 8
+    text = at.store.get(f"{summary.uri}/report.json").decode()
+    found = json.loads(text)["contamination"]
+    assert (found["heldOutSamples"], found["comparedSamples"]) == (3, 3)
+    assert list(found["sets"]) == ["set-1"]
+    first, second = found["sets"]["set-1"]["examples"]
+    assert first["where"] == f"{at.root}/t1.jsonl, line 4"
+    assert second["where"] == f"{at.root}/t1.jsonl, line 5"
+    assert first["shared"].strip() in PASSAGE and len(first["shared"]) > 10
+    assert "example.org" not in text
+
+
+def test_contaminated_samples_are_left_out_of_the_index(
+    at: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "SHARD_TOKENS", 60)
+    train = [[LEAKED, *OTHERS], [*pairs(2, 50), *pairs(1), OTHERS[0]]]
+    summary, data = at.prepare(at.order(**contaminated(at, "Drop", *train)))
+    kept = [*OTHERS, *pairs(2, 50)]
+    assert texts(data, "train") == [r["prompt"] + r["completion"] for r in kept]
+    assert summary.dropped == {"Contaminated": 2, "Duplicate": 1}
+    index = data.index("train")
+    assert summary.train_samples == len(index) == 8
+    assert summary.train_tokens == index.length.sum()
+    assert summary.supervised_tokens == index.supervised.sum()
+    assert np.bincount(index.set).tolist() == [6, 2]
+    assert [s.samples for s in data.manifest.sets if s.split == "train"] == [6, 2]
+    assert len(data.references("test", [0, 1, 2])) == 3
+
+
+def test_contamination_fails_the_job_on_request(at: Workplace) -> None:
+    error = at.fault(**contaminated(at, "Fail", [*OTHERS, LEAKED]))
+    assert isinstance(error, DataError) and error.reason == "Contaminated"
+    assert "1 of 7 samples of training set 'set-0'" in error.message
+    assert f"{at.root}/t0.jsonl, line 7" in error.message
+
+
+def test_a_set_of_which_nothing_would_be_left_fails_the_job(at: Workplace) -> None:
+    error = at.fault(**contaminated(at, "Drop", OTHERS, [LEAKED]))
+    assert error.reason == "Contaminated" and "nothing of the set" in error.message
+
+
+def test_contamination_may_be_ignored(at: Workplace) -> None:
+    summary, _ = at.prepare(at.order(**contaminated(at, "Ignore", [*OTHERS, LEAKED])))
+    assert json.loads(at.store.get(f"{summary.uri}/report.json"))["contamination"] is None
 
 
 # --- personal data -------------------------------------------------------------------------------

@@ -198,6 +198,11 @@ class Quality(Model):
     completions, found by their form. Warn counts them in the data report with the first places,
     Redact also writes `[EMAIL]`, `[PHONE]`, `[CARD]` or `[SECRET]` in their place, Fail ends the
     job and names the record. Names and street addresses are not found."""
+    contamination: Literal["Ignore", "Warn", "Drop", "Fail"] = "Warn"
+    """Training samples that share 13 tokens in a row with a validation or test sample (a sample
+    that is shorter: all of its tokens). Warn counts them in the data report with the first places,
+    Drop leaves them out of the training, Fail ends the job. Rows of tokens that more than 10
+    held-out samples have, or more than a tenth of them, are a template's and do not count."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(

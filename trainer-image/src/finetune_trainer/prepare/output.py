@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from finetune_api.sources import Format
 from finetune_trainer.prepare.digest import Source
 from finetune_trainer.prepare.faults import Faults
-from finetune_trainer.prepare.report import SideReport, SourceReport
+from finetune_trainer.prepare.report import Contamination, SideReport, SourceReport
 from finetune_trainer.prepare.tokens import Sample
-from finetune_trainer.prepare.writer import SplitWriter
+from finetune_trainer.prepare.writer import SplitWriter, WrittenShard
 from finetune_trainer.prepared.manifest import (
     FORMAT_VERSION,
     DataFile,
@@ -40,6 +41,8 @@ class Output:
         self._reports: list[SourceReport] = []
         self._sets: list[tuple[Side, SourceReport]] = []
         self._stops: set[int] = set()
+        self.contamination: Contamination | None = None
+        """What the comparison with the held-out samples found, if there was one."""
 
     def begin(self, source: Source, form: Format, faults: Faults) -> SourceReport:
         """The samples that follow are of this source; returns its report, for counts of what is
@@ -71,6 +74,27 @@ class Output:
             causes.update(report.dropped)
         return {cause: count for cause, count in causes.items() if count}
 
+    def shards(self, side: Side) -> Iterator[WrittenShard]:
+        """Tokens of all samples added to a side."""
+        return self._writers[side].written()
+
+    def places(self, positions: Collection[int]) -> dict[int, str]:
+        """Object and line of training samples, by position."""
+        return self._writers["train"].places(positions)
+
+    def report_of(self, number: int) -> SourceReport:
+        """The report of the source of a set."""
+        return self._sets[number][1]
+
+    def leave_out(self, found: Contamination) -> None:
+        """Take contaminated samples out of the training index and of the counts."""
+        for number, positions in found.sets.items():
+            self.report_of(number).contaminated = len(positions)
+        every = [(number, p) for number, positions in found.sets.items() for p in positions]
+        sizes = self._writers["train"].leave_out([p for _, p in every])
+        for (number, _), length, supervised in zip(every, *sizes, strict=True):
+            self.report_of(number).sides["train"].remove(length, supervised)
+
     def finish(self, max_length: int) -> DataManifest:
         """Write what waits, the report and, last, the manifest."""
         for writer in self._writers.values():
@@ -94,7 +118,12 @@ class Output:
 
     def _write_report(self) -> DataFile:
         path = self._scratch / "report.json"
-        report = {"digest": self._digest, "sources": [r.to_json() for r in self._reports]}
+        names = {number: report.name for number, (_, report) in enumerate(self._sets)}
+        report = {
+            "digest": self._digest,
+            "sources": [r.to_json() for r in self._reports],
+            "contamination": self.contamination and self.contamination.to_json(names),
+        }
         path.write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n")
         info = self._store.upload(path, f"{self._uri}/{path.name}")
         return DataFile(name=path.name, bytes=info.bytes, sha256=info.sha256)

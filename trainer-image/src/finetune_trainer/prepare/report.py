@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from finetune_api.sources import Format
+from finetune_trainer.prepare.contamination import NGRAM
 from finetune_trainer.prepare.faults import Faults
 from finetune_trainer.prepare.overlength import Cut
 from finetune_trainer.prepare.personal import scan
@@ -76,6 +78,14 @@ class SideReport:
         if len(self.previews) < PREVIEWS:
             self.previews.append(_preview(sample))
 
+    def remove(self, length: int, supervised: int) -> None:
+        """Count a sample no longer. Its label and its place among the longest stay counted: they
+        are known no more."""
+        self.samples -= 1
+        self.tokens -= length
+        self.supervised -= supervised
+        self.lengths[length] -= 1
+
     def to_json(self) -> dict[str, Any]:
         return {
             "samples": self.samples,
@@ -102,6 +112,7 @@ class SourceReport:
     records: int = 0
     duplicates: int = 0
     near_duplicates: int = 0
+    contaminated: int = 0
     cuts: Counter[Cut] = field(default_factory=Counter)
     sides: dict[Side, SideReport] = field(default_factory=dict)
 
@@ -112,6 +123,7 @@ class SourceReport:
             "Duplicate": self.duplicates,
             "NearDuplicate": self.near_duplicates,
             "Overlength": self.cuts["Dropped"],
+            "Contaminated": self.contaminated,
             **self.faults.reasons,
         }
 
@@ -129,6 +141,42 @@ class SourceReport:
                 "completionEnd": self.cuts["Completion"],
             },
             "splits": {side: report.to_json() for side, report in self.sides.items()},
+        }
+
+
+@dataclass
+class Contamination:
+    """Training samples that share text with held-out ones."""
+
+    held_out: int
+    """Held-out samples."""
+    compared: int
+    """Held-out samples that were compared."""
+    policy: str
+    sets: dict[int, list[int]] = field(default_factory=dict)
+    """Positions in the training index, by the number of the set."""
+    examples: dict[int, str] = field(default_factory=dict)
+    """Shared text of the first few of each set, by position."""
+    places: dict[int, str] = field(default_factory=dict)
+    """Object and line of these."""
+
+    def to_json(self, names: Mapping[int, str]) -> dict[str, Any]:
+        return {
+            "ngram": NGRAM,
+            "heldOutSamples": self.held_out,
+            "comparedSamples": self.compared,
+            "policy": self.policy,
+            "sets": {
+                names[number]: {
+                    "samples": len(positions),
+                    "examples": [
+                        {"where": self.places[p], "shared": self.examples[p]}
+                        for p in positions
+                        if p in self.examples
+                    ],
+                }
+                for number, positions in self.sets.items()
+            },
         }
 
 

@@ -1,6 +1,7 @@
 """From sources to shards in one pass, batch by batch: memory does not grow with the data.
 
 records → drafts ─(personal data, duplicates)→ split ─→ tokens ─(overlength)→ shards
+       → index, without what shares text with held-out samples
 
 Everything is counted on the way.
 """
@@ -15,6 +16,7 @@ from finetune_trainer.failures import DataError
 from finetune_trainer.prepare.deduplicate import Deduplicator
 from finetune_trainer.prepare.digest import Source
 from finetune_trainer.prepare.faults import Faults
+from finetune_trainer.prepare.heldout import compare
 from finetune_trainer.prepare.output import Output
 from finetune_trainer.prepare.overlength import fit
 from finetune_trainer.prepare.personal import inspect
@@ -34,7 +36,7 @@ def write_samples(
 
     Raises:
         DataError: naming the record that cannot be used; 'EmptyDataSet' naming the set;
-            'TooManyDuplicates'.
+            'TooManyDuplicates', 'Contaminated'.
         UserError: where the model's tokenizer fits neither the model nor the data.
     """
     reader = Reader(sources, say)
@@ -66,6 +68,7 @@ def write_samples(
     duplicates.check()
     if not output.samples("train"):
         raise _empty("train", _where_training_went(output))
+    compare(output, data.quality.contamination, model.tokenizer.decode)
     return output.finish(model.max_length)
 
 

@@ -219,6 +219,13 @@ def shard_name(split: Side, name: str, number: int) -> str:
     return f"shards/{split}-{name}-{number:05d}.arrow"
 
 
+def shard_ids(path: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Tokens of all samples of a shard's file, shape [tokens], and where each sample begins with
+    the end of the last, shape [samples + 1]; both views of the file."""
+    shard = _map_shard(path)
+    return shard.ids, shard.starts
+
+
 def _map_shard(path: Path) -> _Shard:
     batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
     ids, spans = batch.column("input_ids"), batch.column("spans")

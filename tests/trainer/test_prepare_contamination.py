@@ -1,0 +1,93 @@
+"""Contamination: n-grams of samples against what comparing token by token finds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_trainer.prepare import contamination
+from finetune_trainer.prepare.contamination import (
+    COMMON,
+    NGRAM,
+    HeldOut,
+    first_shared,
+    most_common,
+    ngrams,
+)
+
+SAMPLES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=40), min_size=1, max_size=6)
+
+
+def shard(samples: list[list[int]]) -> tuple[Any, Any]:
+    starts = np.concatenate([[0], np.cumsum([len(s) for s in samples])]).astype(np.int32)
+    return np.array([t for s in samples for t in s], np.int32), starts
+
+
+def grams(sample: list[int]) -> list[tuple[int, ...]]:
+    last = max(1, len(sample) - NGRAM + 1)
+    return [tuple(sample[i : i + NGRAM]) for i in range(last)]
+
+
+def known(*shards: list[list[int]]) -> Any:
+    held = HeldOut()
+    for samples in shards:
+        held.add(*shard(samples))
+    return held.known()
+
+
+@given(SAMPLES)
+def test_equal_hashes_are_equal_ngrams(samples: list[list[int]]) -> None:
+    hashes, rows = ngrams(*shard(samples))
+    expected = [(row, gram) for row, s in enumerate(samples) for gram in grams(s)]
+    assert rows.tolist() == [row for row, _ in expected]
+    by_gram = {gram: h for (_, gram), h in zip(expected, hashes.tolist(), strict=True)}
+    assert hashes.tolist() == [by_gram[gram] for _, gram in expected]
+    assert len(set(by_gram.values())) == len(by_gram)
+
+
+@given(SAMPLES, SAMPLES)
+def test_shared_ngrams_are_what_comparing_them_all_finds(
+    train: list[list[int]], held: list[list[int]]
+) -> None:
+    in_samples = [set(grams(s)) for s in held]
+    counted = {
+        gram
+        for s in in_samples
+        for gram in s
+        if sum(gram in other for other in in_samples) <= most_common(len(held))
+    }
+    expected = {}
+    for row, sample in enumerate(train):
+        shared = [gram for gram in grams(sample) if gram in counted]
+        if shared:
+            expected[row] = shared[0]
+    halves = (held[: len(held) // 2], held[len(held) // 2 :])
+    found = first_shared(*shard(train), known(*(half for half in halves if half)))
+    assert {row: tuple(ids.tolist()) for row, ids in found.items()} == expected
+
+
+def test_what_many_held_out_samples_have_is_a_template() -> None:
+    frame = list(range(100, 100 + NGRAM))
+    held = [[*frame, i] for i in range(200)]
+    few, many = held[:COMMON], held[: COMMON + 1]
+    others = [[1000 + i] * 20 for i in range(200)]
+    assert set(first_shared(*shard([frame]), known([*few, *others]))) == {0}
+    assert not first_shared(*shard([frame]), known([*many, *others]))
+    assert not first_shared(*shard([frame]), known(held[:2])), "one of ten, where there are few"
+
+
+def test_no_more_is_taken_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contamination, "HELD_OUT_NGRAMS", 30)
+    held = HeldOut()
+    held.add(*shard([list(range(32))]))
+    assert not held.full and held.samples == 1
+    held.add(*shard([list(range(50, 82))]))
+    assert held.full and len(held.known()) == 40
+
+
+def test_nothing_held_out_shares_nothing() -> None:
+    assert first_shared(*shard([[1, 2, 3]]), HeldOut().known()) == {}

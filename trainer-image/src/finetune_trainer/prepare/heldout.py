@@ -1,0 +1,84 @@
+"""Compares the training samples with the held-out ones, once all of them are written.
+
+A held-out share and the training records come out of one stream, so nothing can be compared before
+its end. The shards are then read back one at a time: memory holds the n-grams of the held-out
+samples and one shard. Leaving a sample out takes it out of the index; its tokens stay in the shard.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from finetune_trainer.failures import DataError
+from finetune_trainer.prepare.contamination import HeldOut, first_shared
+from finetune_trainer.prepare.output import Output
+from finetune_trainer.prepare.personal import scan
+from finetune_trainer.prepare.report import PLACES, Contamination
+from finetune_trainer.prepared.split import Side
+
+log = logging.getLogger(__name__)
+
+HELD_OUT: tuple[Side, ...] = ("validation", "test")
+
+
+def compare(output: Output, policy: str, decode: Callable[[Any], str]) -> None:
+    """Find the training samples that share an n-gram with a held-out one, and do what the policy
+    says.
+
+    Args:
+        output: all samples; gets the report, and what is to be left out.
+        policy: ``data.quality.contamination``.
+        decode: text of token ids.
+
+    Raises:
+        DataError: 'Contaminated' under policy Fail, or where nothing of a training set is left.
+    """
+    if policy == "Ignore" or not any(output.samples(side) for side in HELD_OUT):
+        return
+    known = HeldOut()
+    for side in HELD_OUT:
+        for shard in output.shards(side):
+            if not known.full:
+                known.add(shard.ids, shard.starts)
+    found = output.contamination = Contamination(
+        sum(output.samples(side) for side in HELD_OUT), known.samples, policy
+    )
+    hashes = known.known()
+    if not len(hashes):
+        return
+    for shard in output.shards("train"):
+        for row, tokens in first_shared(shard.ids, shard.starts, hashes).items():
+            shared = found.sets.setdefault(shard.set, [])
+            shared.append(shard.first + row)
+            if len(shared) <= PLACES:
+                found.examples[shard.first + row] = scan(decode(tokens))[0]
+    found.places = output.places(found.examples)
+    _act(output, found, policy)
+
+
+def _act(output: Output, found: Contamination, policy: str) -> None:
+    for number, positions in found.sets.items():
+        report = output.report_of(number)
+        count, samples = len(positions), report.sides["train"].samples
+        what = (
+            f"{count} of {samples} samples of training set {report.name!r} share text with a"
+            f" held-out sample; the first is {found.places[positions[0]]}:"
+            f" {found.examples[positions[0]]!r}"
+        )
+        if policy == "Fail":
+            raise DataError(
+                "Contaminated",
+                f"{what}. Take such records out, hold others out, or set"
+                " data.quality.contamination to Drop, Warn or Ignore",
+            )
+        if policy == "Drop" and count == samples:
+            raise DataError(
+                "Contaminated",
+                f"{what}; data.quality.contamination Drop would leave nothing of the set. Correct"
+                " the data, or take the set out",
+            )
+        log.warning("%s (data.quality.contamination: %s)", what, policy)
+    if policy == "Drop":
+        output.leave_out(found)
