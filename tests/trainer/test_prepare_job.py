@@ -186,6 +186,9 @@ def test_all_formats_and_containers_together(at: Workplace) -> None:
     report = json.loads(at.store.get(f"{summary.uri}/report.json"))
     labels = next(s for s in report["sources"] if s["name"] == "labels")
     assert labels["splits"]["train"]["labels"] == {"0": 2, "1": 1}
+    page = data.manifest.file("report.html")
+    written = at.store.get(f"{summary.uri}/report.html")
+    assert len(written) == page.bytes and all(name.encode() in written for name in sources)
     preview = report["sources"][0]["splits"]["train"]["previews"][0]
     assert preview["where"] == f"{sources['pairs']}, line 1"
     assert [p["learned"] for p in preview["parts"]] == [False, True]

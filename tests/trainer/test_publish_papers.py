@@ -144,7 +144,7 @@ def test_the_report_shows_figures_data_and_examples() -> None:
     text = re.sub(r"\s+", " ", report.render(about(), json.dumps(DATA_REPORT).encode()))
     for shown in (
         '<span class="pill good">+47.5 %</span>', '<span class="pill bad">+0.500</span>',
-        "123,457", "2 duplicate 1 truncated", "yes 4, no 3", "&lt;script&gt;x&lt;/script&gt;",
+        "123,457", "2 Duplicate 1 truncated", "yes 4, no 3", "&lt;script&gt;x&lt;/script&gt;",
         '<span class="learned"> yes</span>', "is it &lt;b&gt;?", "LoRA, rank 16",
         "published commit, step 10", "Loss 1.5",
     ):  # fmt: skip

@@ -6,10 +6,12 @@ import json
 from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
-from finetune_api.sources import Format
+from finetune_api.sources import Format, Quality
 from finetune_trainer.prepare.digest import Source
 from finetune_trainer.prepare.faults import Faults
+from finetune_trainer.prepare.page import render
 from finetune_trainer.prepare.report import Contamination, SideReport, SourceReport
 from finetune_trainer.prepare.tokens import Sample
 from finetune_trainer.prepare.writer import SplitWriter, WrittenShard
@@ -95,12 +97,18 @@ class Output:
         for (number, _), length, supervised in zip(every, *sizes, strict=True):
             self.report_of(number).sides["train"].remove(length, supervised)
 
-    def finish(self, max_length: int) -> DataManifest:
-        """Write what waits, the report and, last, the manifest."""
+    def finish(self, max_length: int, quality: Quality) -> DataManifest:
+        """Write what waits, the report and, last, the manifest.
+
+        Args:
+            quality: what was asked for, for the report.
+        """
         for writer in self._writers.values():
             writer.close()
         files = [file for writer in self._writers.values() for file in writer.files]
-        files.append(self._write_report())
+        report = self._report(max_length, quality)
+        text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
+        files += [self._write("report.json", text), self._write("report.html", render(report))]
         train = [report.sides[side] for side, report in self._sets if side == "train"]
         manifest = DataManifest(
             version=FORMAT_VERSION,
@@ -116,17 +124,21 @@ class Output:
         write_manifest(self._store, self._uri, manifest)
         return manifest
 
-    def _write_report(self) -> DataFile:
-        path = self._scratch / "report.json"
+    def _report(self, max_length: int, quality: Quality) -> dict[str, Any]:
         names = {number: report.name for number, (_, report) in enumerate(self._sets)}
-        report = {
+        return {
             "digest": self._digest,
+            "quality": quality.to_json(),
+            "maxLength": max_length,
             "sources": [r.to_json() for r in self._reports],
             "contamination": self.contamination and self.contamination.to_json(names),
         }
-        path.write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n")
-        info = self._store.upload(path, f"{self._uri}/{path.name}")
-        return DataFile(name=path.name, bytes=info.bytes, sha256=info.sha256)
+
+    def _write(self, name: str, text: str) -> DataFile:
+        path = self._scratch / name
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+        info = self._store.upload(path, f"{self._uri}/{name}")
+        return DataFile(name=name, bytes=info.bytes, sha256=info.sha256)
 
 
 def _entry(side: Side, report: SourceReport) -> DataSet:

@@ -10,6 +10,7 @@ from typing import Any, Final
 from finetune_api.sources import Format
 from finetune_trainer.prepare.contamination import NGRAM
 from finetune_trainer.prepare.faults import Faults
+from finetune_trainer.prepare.languages import Languages
 from finetune_trainer.prepare.overlength import Cut
 from finetune_trainer.prepare.personal import scan
 from finetune_trainer.prepare.tokens import Sample
@@ -23,6 +24,9 @@ PLACES: Final = 5
 
 PREVIEW_CHARACTERS: Final = 2000
 LABELS_SHOWN: Final = 200
+BINS: Final = 24
+"""Most bins of a histogram."""
+
 _PERCENTILES: Final = (0, 10, 50, 90, 99, 100)
 
 
@@ -93,6 +97,7 @@ class SideReport:
             "supervisedTokens": self.supervised,
             "supervisedShare": round(self.supervised / max(1, self.tokens), 4),
             "lengthPercentiles": percentiles(self.lengths),
+            "lengthHistogram": histogram(self.lengths),
             "labels": dict(self.labels.most_common(LABELS_SHOWN)),
             "distinctLabels": len(self.labels),
             "personalData": {kind: found.to_json() for kind, found in self.personal.items()},
@@ -113,6 +118,7 @@ class SourceReport:
     duplicates: int = 0
     near_duplicates: int = 0
     contaminated: int = 0
+    languages: Languages = field(default_factory=Languages)
     cuts: Counter[Cut] = field(default_factory=Counter)
     sides: dict[Side, SideReport] = field(default_factory=dict)
 
@@ -136,6 +142,7 @@ class SourceReport:
             "records": self.records,
             "dropped": self.dropped,
             "faults": self.faults.to_json(),
+            "languages": self.languages.to_json(),
             "truncated": {
                 "promptBeginning": self.cuts["Prompt"],
                 "completionEnd": self.cuts["Completion"],
@@ -180,11 +187,30 @@ class Contamination:
         }
 
 
+def histogram(counts: Counter[int]) -> list[dict[str, int]]:
+    """Counted values in at most ``BINS`` equal bins, whose width is a power of two:
+    ``[{"from": 1, "to": 16, "samples": 5}, …]``; both bounds belong to the bin."""
+    longest = max((value for value, count in counts.items() if count), default=0)
+    if not longest:
+        return []
+    width = 1
+    while width * BINS < longest:
+        width *= 2
+    bins = [0] * (-(-longest // width))
+    for value, count in counts.items():
+        if count:
+            bins[(value - 1) // width] += count
+    return [
+        {"from": i * width + 1, "to": (i + 1) * width, "samples": count}
+        for i, count in enumerate(bins)
+    ]
+
+
 def percentiles(counts: Counter[int]) -> dict[str, int]:
     """Exact percentiles (nearest rank) of counted values: ``{"p50": 17, …}``."""
-    if not counts:
+    total, ordered = counts.total(), sorted(value for value, count in counts.items() if count)
+    if not total:
         return {}
-    total, ordered = sum(counts.values()), sorted(counts)
     found = {}
     for percent in _PERCENTILES:
         rank, passed = max(1, -(-percent * total // 100)), 0

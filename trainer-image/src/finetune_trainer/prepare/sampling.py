@@ -48,6 +48,7 @@ def write_samples(
         shares = _shares(data, source.side)
         for batch in batches:
             report.records += batch.records
+            report.languages.look(batch.drafts)
             drafts = [
                 inspect(draft, data.quality.personal_data, own_group=not data.split.group_by)
                 for draft in batch.drafts
@@ -69,7 +70,7 @@ def write_samples(
     if not output.samples("train"):
         raise _empty("train", _where_training_went(output))
     compare(output, data.quality.contamination, model.tokenizer.decode)
-    return output.finish(model.max_length)
+    return output.finish(model.max_length, data.quality)
 
 
 def _shares(data: Data, side: Side) -> Shares | None:

@@ -64,7 +64,7 @@ class DataManifest(Record):
     dropped: dict[str, int]
     """Records left out, by cause."""
     files: list[DataFile]
-    """Shards, indexes and report."""
+    """Shards, indexes and reports."""
 
     def samples(self, split: Side) -> int:
         """Samples on a side."""
