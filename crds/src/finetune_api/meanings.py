@@ -127,7 +127,7 @@ STORAGE_LAYOUT: Final[tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = (
         (
             ("shards/", "samples: token ids and loss masks (Arrow IPC)"),
             ("index-<split>.arrow", "one row a sample: set, length, supervised, shard, row"),
-            ("report.json", "what was found in the data"),
+            ("report.json, report.html", "what was found in the data"),
             ("manifest.json", "written last: names, sizes and sha256 of the files above"),
         ),
     ),

@@ -62,6 +62,26 @@ def ngrams(ids: npt.NDArray[np.int32], starts: npt.NDArray[np.int32]) -> tuple[H
     return hashes[within], rows[:count][within]
 
 
+class Known:
+    """A sorted set of hashes. Most of what is looked up is not in it, so a table of their upper
+    bits (16 entries a hash, at most 64 MiB) is asked first, which is several times as fast."""
+
+    def __init__(self, hashes: Hashes) -> None:
+        self.hashes = hashes
+        bits = min(26, max(16, (16 * len(hashes)).bit_length()))
+        self._shift = np.uint64(64 - bits)
+        self._table = np.zeros(1 << bits, np.bool_)
+        self._table[hashes >> self._shift] = True
+
+    def among(self, hashes: Hashes) -> Rows:
+        """Which of some hashes are in the set, ascending."""
+        likely = np.flatnonzero(self._table[hashes >> self._shift])
+        if not len(likely):
+            return likely
+        at = np.minimum(np.searchsorted(self.hashes, hashes[likely]), len(self.hashes) - 1)
+        return np.asarray(likely[self.hashes[at] == hashes[likely]], np.int64)
+
+
 class HeldOut:
     """The n-grams of the held-out samples."""
 
@@ -87,14 +107,14 @@ class HeldOut:
         self._room -= int(fresh.sum())
         self.samples += len(starts) - 1
 
-    def known(self) -> Hashes:
-        """The n-grams that count, sorted. They are held no longer here."""
+    def known(self) -> Known:
+        """The n-grams that count. They are held no longer here."""
         every = np.concatenate([np.empty(0, np.uint64), *self._hashes])
         self._hashes = []
         every.sort()
         first = np.flatnonzero(np.concatenate([[True], every[1:] != every[:-1]]))[: len(every)]
         counts = np.diff(np.append(first, len(every)))
-        return every[first[counts <= most_common(self.samples)]]
+        return Known(every[first[counts <= most_common(self.samples)]])
 
 
 def most_common(samples: int) -> int:
@@ -103,14 +123,11 @@ def most_common(samples: int) -> int:
 
 
 def first_shared(
-    ids: npt.NDArray[np.int32], starts: npt.NDArray[np.int32], known: Hashes
+    ids: npt.NDArray[np.int32], starts: npt.NDArray[np.int32], known: Known
 ) -> dict[int, npt.NDArray[np.int32]]:
     """The samples of a shard that hold a known n-gram: row to the first one's tokens."""
     hashes, rows = ngrams(ids, starts)
-    if not len(known) or not len(hashes):
-        return {}
-    at = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
-    shared = np.flatnonzero(known[at] == hashes)
+    shared = known.among(hashes)
     found, where = np.unique(rows[shared], return_index=True)
     first = np.concatenate([[0], np.cumsum(np.maximum(np.diff(starts) - NGRAM + 1, 1))])
     places: Any = starts[found] + shared[where] - first[found]

@@ -37,19 +37,18 @@ def compare(output: Output, policy: str, decode: Callable[[Any], str]) -> None:
     """
     if policy == "Ignore" or not any(output.samples(side) for side in HELD_OUT):
         return
-    known = HeldOut()
+    held_out = HeldOut()
     for side in HELD_OUT:
         for shard in output.shards(side):
-            if not known.full:
-                known.add(shard.ids, shard.starts)
+            if held_out.full:
+                break
+            held_out.add(shard.ids, shard.starts)
     found = output.contamination = Contamination(
-        sum(output.samples(side) for side in HELD_OUT), known.samples, policy
+        sum(output.samples(side) for side in HELD_OUT), held_out.samples, policy
     )
-    hashes = known.known()
-    if not len(hashes):
-        return
+    known = held_out.known()
     for shard in output.shards("train"):
-        for row, tokens in first_shared(shard.ids, shard.starts, hashes).items():
+        for row, tokens in first_shared(shard.ids, shard.starts, known).items():
             shared = found.sets.setdefault(shard.set, [])
             shared.append(shard.first + row)
             if len(shared) <= PLACES:
