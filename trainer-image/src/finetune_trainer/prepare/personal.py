@@ -104,16 +104,25 @@ def _always(_: str) -> bool:
     return True
 
 
-def _luhn(text: str) -> bool:
-    """Check digit of ISO/IEC 7812-1; a row of one digit is no card."""
-    digits = [int(c) for c in text if c.isdigit()]
+def _card(text: str) -> bool:
+    """Length by issuer, and the check digit (Luhn; ISO/IEC 7812-1)."""
+    number = re.sub(r"\D", "", text)
+    digits = [int(c) for c in number]
     doubled = [sum(divmod(2 * d, 10)) for d in digits[-2::-2]]
-    return len(set(digits)) > 1 and (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0
+    return bool(_ISSUED.fullmatch(number)) and (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0
+
+
+_ISSUED: Final = re.compile(
+    r"4\d{15}(\d{3})?|5[1-5]\d{14}|2[2-7]\d{14}|3[47]\d{13}|3[0689]\d{12}|35\d{14}|6\d{15,18}"
+)
 
 
 def _dialled(text: str) -> bool:
-    """ITU-T E.164: at most 15 digits; with fewer than 8 it is more likely something else."""
-    return 8 <= sum(c.isdigit() for c in text) <= 15
+    """At most 15 digits (ITU-T E.164), and at least 8 behind a plus, 10 without: fewer are more
+    likely something else. One point among digits is that of a decimal number."""
+    least = 8 if text.startswith("+") else 10
+    decimal = re.fullmatch(r"\+\d+\.\d+", text)
+    return least <= sum(c.isdigit() for c in text) <= 15 and not decimal
 
 
 def _random(text: str) -> bool:
@@ -165,7 +174,7 @@ _FORMS: Final = (
         "CARD",
         re.compile(r"\d{4}[ -]?\d{4}"),
         re.compile(r"(?<![\w.,+-])[2-6]\d{3}(?:[ -]?\d){9,15}(?![\w-])"),
-        _luhn,
+        _card,
     ),
     _Form(
         "PHONE",
@@ -173,7 +182,7 @@ _FORMS: Final = (
         re.compile(
             r"(?<![\w.,+/-])(?:"
             r"\+[1-9]\d{0,2}(?:[ .()/-]{0,2}\d{1,12}){1,6}"
-            r"|\(?[2-9]\d{2}\)?[ .-]{1,2}\d{3}[ .-]\d{4}"
+            r"|\([2-9]\d{2}\)[ -]?\d{3}[ .-]\d{4}|[2-9]\d{2}(?P<gap>[ .-])\d{3}(?P=gap)\d{4}"
             r"|\(?0[1-9]\d{0,4}\)?[ /-]{1,3}\d{3,8}(?:[ -]\d{2,6}){0,3}"
             r")(?![\w-])"
         ),
