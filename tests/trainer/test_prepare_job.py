@@ -509,6 +509,14 @@ def test_data_of_which_nothing_is_left_to_train_on_is_refused(at: Workplace) -> 
     assert error.reason == "EmptyDataSet" and "Overlength 1" in error.message
 
 
+def test_a_test_set_of_which_nothing_is_left_is_refused(at: Workplace) -> None:
+    held = at.put("held.jsonl", lines(LONG))
+    data = {"test": [{"source": held}], "quality": {"overlength": "Drop"}}
+    error = at.fault(lines(*pairs(9)), data=data, training={"maxLength": 32})
+    assert error.reason == "EmptyDataSet" and "'test-0'" in error.message
+    assert "all 1 records were left out (Overlength 1)" in error.message
+
+
 def test_a_malformed_line_fails_the_job_with_file_line_and_text(at: Workplace) -> None:
     error = at.fault(lines(*pairs(700)), lines(*pairs(600, 700)) + b'{"prompt": "x" oops}\n')
     assert isinstance(error, DataError) and error.reason == "MalformedRecord"

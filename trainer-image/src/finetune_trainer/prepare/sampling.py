@@ -42,35 +42,45 @@ def write_samples(
     reader = Reader(sources, say)
     duplicates = Deduplicator(data.quality)
     for source in sources:
-        faults = Faults(data.quality.faulty_records)
-        form, batches = reader.open(source, data, model, faults)
-        report = output.begin(source, form, faults)
-        shares = _shares(data, source.side)
-        for batch in batches:
-            report.records += batch.records
-            report.languages.look(batch.drafts)
-            drafts = [
-                inspect(draft, data.quality.personal_data, own_group=not data.split.group_by)
-                for draft in batch.drafts
-            ]
-            if source.side == "train":
-                drafts = duplicates.fresh(drafts, report)
-            for sample in model.tokens.samples(drafts, faults.take):
-                fitted, cut = fit(
-                    sample, model.max_length, data.quality.overlength, model.tokens.bos_id
-                )
-                report.cuts[cut] += 1
-                if fitted is not None:
-                    side = side_of(sample.draft.group, shares) if shares else source.side
-                    output.add(fitted, side, stops=cut != "Completion")
-        _tell_personal(report, data.quality.personal_data)
-        if source.side != "train" and not report.sides:
-            raise _empty(source.name, f"all {report.records} records exceed training.maxLength")
+        _write_source(source, data, model, reader, duplicates, output)
     duplicates.check()
     if not output.samples("train"):
         raise _empty("train", _where_training_went(output))
     compare(output, data.quality.contamination, model.tokenizer.decode)
     return output.finish(model.max_length, data.quality)
+
+
+def _write_source(
+    source: Source,
+    data: Data,
+    model: Model,
+    reader: Reader,
+    duplicates: Deduplicator,
+    output: Output,
+) -> None:
+    quality, shares = data.quality, _shares(data, source.side)
+    faults = Faults(quality.faulty_records)
+    form, batches = reader.open(source, data, model, faults)
+    report = output.begin(source, form, faults)
+    for batch in batches:
+        report.records += batch.records
+        report.languages.look(batch.drafts)
+        drafts = [
+            inspect(draft, quality.personal_data, own_group=data.split.group_by is None)
+            for draft in batch.drafts
+        ]
+        if source.side == "train":
+            drafts = duplicates.fresh(drafts, report)
+        for sample in model.tokens.samples(drafts, faults.take):
+            fitted, cut = fit(sample, model.max_length, quality.overlength, model.tokens.bos_id)
+            report.cuts[cut] += 1
+            if fitted is not None:
+                side = side_of(sample.draft.group, shares) if shares else source.side
+                output.add(fitted, side, stops=cut != "Completion")
+    _tell_personal(report, quality.personal_data)
+    if source.side != "train" and not report.sides:
+        why = ", ".join(f"{cause} {n}" for cause, n in report.dropped.items() if n)
+        raise _empty(source.name, f"all {report.records} records were left out ({why})")
 
 
 def _shares(data: Data, side: Side) -> Shares | None:
