@@ -9,9 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune_api.sources import Data, DataSource
 from finetune_trainer.failures import DataError
-from finetune_trainer.prepare.drafts import Draft, Part
-from finetune_trainer.prepare.personal import inspect, scan
+from finetune_trainer.prepare.digest import Source
+from finetune_trainer.prepare.drafts import Draft, Part, drafter
+from finetune_trainer.prepare.personal import inspect, redacted, scan
+from finetune_trainer.prepare.records import Record
 
 KEY = "a9Zk3QpX7vLm2RtY8cBn"
 PEM = "-----BEGIN RSA PRIVATE KEY-----\nMIIEpAIBAAKCAQEA7\nq+/=\n-----END RSA PRIVATE KEY-----"
@@ -99,7 +102,9 @@ def test_hostile_text_takes_no_more_than_its_length(text: str) -> None:
 def draft(prompt: str, completion: str, group: str | None = None) -> Draft:
     parts = (Part(prompt, False), Part(completion, True))
     group = prompt if group is None else group
-    return Draft("s3://b/x.jsonl, line 3", parts, prompt, completion, None, group, framed=True)
+    return Draft(
+        "s3://b/x.jsonl, line 3", parts, prompt, completion, None, group, framed=True, side="train"
+    )
 
 
 def test_redacting_reaches_all_text_of_a_draft_and_its_group() -> None:
@@ -131,3 +136,14 @@ def test_fail_names_record_side_and_kind_but_not_the_value(
     assert caught.value.reason == "PersonalData"
     assert "s3://b/x.jsonl, line 3: " in caught.value.message
     assert "an e-mail address" in caught.value.message and "a@b.org" not in caught.value.message
+
+
+def test_prompts_that_become_equal_are_one_group_on_one_side() -> None:
+    spec = DataSource(source="s3://bucket/a.jsonl")
+    data = Data.model_validate(
+        {"train": [spec.to_json()], "split": {"validation": "0.3", "test": "0.3"}}
+    )
+    make = drafter(Source("train", "a", spec, []), "PromptCompletion", data, None, redacted)
+    records = [{"prompt": f"Who is a{i}@b.org?", "completion": "x"} for i in range(30)]
+    made = [make(Record(fields, "s3://b/x.jsonl", "line 1"))[0] for fields in records]
+    assert len({(draft.group, draft.side) for draft in made}) == 1

@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_api.sources import DataSource, Format, Template
+from finetune_api.sources import Data, DataSource, Format
+from finetune_api.templates import Template
 from finetune_trainer.failures import DataError, TrainerError, UserError
 from finetune_trainer.prepare.chat import ChatTemplate
-from finetune_trainer.prepare.drafts import Draft, drafter
+from finetune_trainer.prepare.digest import Source
+from finetune_trainer.prepare.drafts import Draft, Drafter, drafter
 from finetune_trainer.prepare.formats import detect_format
 from finetune_trainer.prepare.records import Record
 from finetune_trainer.prepare.tokens import Sample, Tokens
@@ -30,10 +32,15 @@ def record(**fields: Any) -> Record:
 def draft(
     fields: dict[str, Any], form: Format, template: Template | None = None, chat: Any = None
 ) -> Draft:
-    source = DataSource(source="s3://bucket/a.jsonl", template=template)
-    made = drafter(source, form, None, ChatTemplate(chat, "m") if chat else None)(record(**fields))
+    made = drafter_of(form, template, chat)(record(**fields))
     assert len(made) == 1
     return made[0]
+
+
+def drafter_of(form: Format, template: Template | None = None, chat: Any = None) -> Drafter:
+    spec = DataSource(source="s3://bucket/a.jsonl", template=template)
+    source = Source("train", "a", spec, [])
+    return drafter(source, form, Data(train=[spec]), ChatTemplate(chat, "m") if chat else None)
 
 
 def sample(tokenizer: Any, made: Draft) -> Sample:
@@ -302,9 +309,7 @@ def test_an_answer_that_opens_the_conversation_is_read_only() -> None:
 
 def test_turns_that_are_rendered_otherwise_later_become_samples_of_their_own() -> None:
     tokenizer = make_tokenizer(chat=THINKING)
-    source = DataSource(source="s3://bucket/a.jsonl")
-    make = drafter(source, "Messages", None, ChatTemplate(tokenizer, "m"))
-    drafts = make(record(messages=turns("a", "b", "c", "d")))
+    drafts = drafter_of("Messages", chat=tokenizer)(record(messages=turns("a", "b", "c", "d")))
     found = Tokens(tokenizer, "m", len(tokenizer)).samples(drafts)
     assert [learned(tokenizer, s) for s in found] == [
         ["<think></think>\nb<|im_end|>"],

@@ -54,7 +54,7 @@ def test_languages(text: str, language: str) -> None:
 
 def test_only_some_records_are_looked_at() -> None:
     parts = (Part("The bird looked at the cat and sang.", True),)
-    batch = [Draft("x", parts, "", "", None, "", framed=True)] * 512
+    batch = [Draft("x", parts, "", "", None, "", framed=True, side="train")] * 512
     languages = Languages()
     languages.look(batch)
     assert languages._counts.total() == OF_A_BATCH

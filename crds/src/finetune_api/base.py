@@ -33,7 +33,7 @@ class Rule:
 
     ``message`` names what is allowed; ``holds`` gets the validated model; ``got`` names the fields
     whose values are shown (``list[].field`` for those of a list's items). They must be there
-    whenever the rule does not hold.
+    whenever the rule does not hold; there are none where the fault is that fields are absent.
     """
 
     cel: str
@@ -45,11 +45,15 @@ class Rule:
         """CEL that spells the message and the values: the API server shows none of an object's."""
         # format() is the one conversion to text whose cost the API server can estimate.
         text = self.message.replace("%", "%%").replace("'", "\\'")
+        if not self.got:
+            return f"'{text}'.format([])"
         shown = ", ".join(f"{path} %s" for path in self.got)
         return f"'{text}; got {shown}'.format([{', '.join(map(_cel_value, self.got))}])"
 
     def text(self, model: Model) -> str:
         """The message and the values of a model that breaks the rule."""
+        if not self.got:
+            return self.message
         raw = model.to_json()
         shown = ", ".join(f"{path} {_json_value(raw, path)}" for path in self.got)
         return f"{self.message}; got {shown}"

@@ -16,8 +16,8 @@ from finetune_api.base import (
     Rule,
     S3Uri,
     Spelling,
-    Text,
 )
+from finetune_api.templates import Template
 
 Format = Literal["Messages", "PromptCompletion", "Instruction", "Classification", "Text"]
 # On a cluster a source is remote or a mounted claim; `finetune run` also takes paths of its own
@@ -103,16 +103,6 @@ class BaseModelSource(Model):
     """Access to this source where it differs from `spec.storage`."""
 
 
-class Template(Model):
-    """How a record becomes a prompt and the completion that is learned (Jinja)."""
-
-    prompt: Text
-    """The part that is read, e.g. `"Review: {{ sentence }}\\nSentiment:"`. Fields of the record
-    are variables."""
-    completion: Text
-    """The part that is learned, e.g. `" {{ label }}"`. The end-of-sequence token follows it."""
-
-
 class DataSource(Model):
     """One set of labelled records."""
 
@@ -126,7 +116,8 @@ class DataSource(Model):
     `completion`. Instruction: `instruction`, `input` (optional), `output`. Classification: `text`,
     `label`. Text: `text`, all of it learned. Absent: found out from the first record."""
     template: Template | None = None
-    """Renders records whose fields have other names. Not for Messages and Text."""
+    """Makes prompt and completion of records whose fields have other names. Not for Messages and
+    Text."""
     weight: DecimalString | None = None
     """Share of the trained tokens, relative to the weights of the other training sets; "0" leaves
     the set to the stages. Absent everywhere: in proportion to size, each record once an epoch."""
@@ -138,6 +129,12 @@ class DataSource(Model):
             "!has(self.template) || !has(self.format) || !(self.format in ['Messages', 'Text'])",
             "template does not go with format Messages or Text: leave one of them out",
             lambda s: s.template is None or s.format not in ("Messages", "Text"),
+            ("format",),
+        ),
+        Rule(
+            "!has(self.template) || !has(self.template.name) || !has(self.format)",
+            "a template with a name knows its format: leave format out",
+            lambda s: s.template is None or s.template.name is None or s.format is None,
             ("format",),
         ),
     )

@@ -1,8 +1,8 @@
 """``finetune``: the command of the trainer's image, and of one machine.
 
 ``prepare``, ``supervise`` and ``publish`` are the containers of a run: they take an order from the
-environment. ``run``, ``validate`` and ``quickstart`` are for people. What a command needs is
-imported by that command: ``supervise`` must stay small.
+environment. The others are for people. What a command needs is imported by that command:
+``supervise`` must stay small.
 """
 
 from __future__ import annotations
@@ -65,6 +65,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     quickstart.set_defaults(command=_quickstart)
 
+    templates = commands.add_parser("templates", help="list the library of templates, or show one")
+    templates.add_argument("name", nargs="?", metavar="NAME", help="the template to show")
+    templates.add_argument(
+        "--data", type=Path, metavar="FILE", help="show what it makes of the first records of FILE"
+    )
+    templates.add_argument(
+        "--field", action="append", default=[], metavar="document=article",
+        help="the template's field and the records' name for it; may be repeated",
+    )  # fmt: skip
+    templates.set_defaults(command=_templates)
+
     for name, text, command in (
         ("prepare", "stage: data to token shards", _prepare),
         ("supervise", "stage: one node of the training gang", _supervise),
@@ -111,6 +122,16 @@ def _quickstart(options: argparse.Namespace) -> int:
     reused = make_quickstart(folder, tiny=options.tiny)
     print(f"{'Copied from the cache' if reused else 'Made'}: {folder}/model, {folder}/data")
     return 0
+
+
+def _templates(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from finetune_trainer.local.templates import list_templates, show_template
+
+    if options.name is None:
+        return list_templates(Console())
+    return show_template(Console(), options.name, options.field, options.data)
 
 
 def _prepare(options: argparse.Namespace) -> int:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.sources import Data, DataSource
+from finetune_api.templates import Template
+from finetune_trainer.prepare.library import LIBRARY
 from finetune_trainer.prepare.sources import DataObject
 from finetune_trainer.prepared.manifest import FORMAT_VERSION
 from finetune_trainer.prepared.split import Side
@@ -49,7 +51,7 @@ def content_digest(
                 "name": source.name,
                 "objects": [[o.uri, o.etag, o.size] for o in source.objects],
                 "format": source.spec.format,
-                "template": source.spec.template and source.spec.template.to_json(),
+                "template": source.spec.template and _template(source.spec.template),
             }
             for source in sources
         ],
@@ -60,3 +62,9 @@ def content_digest(
     }
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _template(template: Template) -> dict[str, Any]:
+    """The template, with the library's texts where it has a name: releases may change them."""
+    entry = LIBRARY[template.name] if template.name else None
+    return {**template.to_json(), "library": entry and [entry.prompts, entry.completion]}

@@ -13,19 +13,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from finetune_api.sources import DataSource, Format
+from finetune_api.sources import Data, DataSource, Format
 from finetune_trainer.failures import DataError
 from finetune_trainer.prepare.chat import ChatTemplate
+from finetune_trainer.prepare.digest import Source
 from finetune_trainer.prepare.formats import (
     Content,
     Conversation,
     Document,
     Pair,
     content_of,
+    detect_format,
     group_value,
 )
+from finetune_trainer.prepare.library import LIBRARY
 from finetune_trainer.prepare.records import Record
-from finetune_trainer.prepare.templates import PairTemplate
+from finetune_trainer.prepare.templates import LibraryTemplate, PairTemplate
+from finetune_trainer.prepared.split import Side, shares_of, side_of
 
 
 class Part(NamedTuple):
@@ -54,35 +58,74 @@ class Draft:
     framed: bool
     """Whether the tokenizer's beginning and end marks are to be added; a chat template has its
     own."""
+    side: Side
+    """The side that the group is on."""
     personal: Mapping[str, int] = field(default_factory=dict)
     """How often each kind of personal data was found in it (see ``personal``)."""
 
 
 Drafter = Callable[[Record], list[Draft]]
+Render = Callable[[Record], Content]
+
+
+def format_of(spec: DataSource, first: Record) -> Format:
+    """Format of a source whose first record is given.
+
+    Raises:
+        DataError: 'UnknownFormat' where neither spec nor record tell.
+    """
+    if spec.format is not None:
+        return spec.format
+    if spec.template is None:
+        return detect_format(first)
+    return LIBRARY[spec.template.name].format if spec.template.name else "PromptCompletion"
 
 
 def drafter(
-    source: DataSource, form: Format, group_by: str | None, chat: ChatTemplate | None
+    source: Source,
+    form: Format,
+    data: Data,
+    chat: ChatTemplate | None,
+    redact: Callable[[str], str] = str,
 ) -> Drafter:
     """The function that makes drafts of a source's records: one each, or one a turn for some
     conversations (see ``chat``).
 
+    Args:
+        redact: takes out of a group what will be taken out of the drafts: prompts that differ in
+            nothing else stay together.
+
     Raises (the function):
         DataError: naming object, line and field, where a record cannot be used.
     """
-    template = PairTemplate(source.template) if source.template else None
+    held_out, training = _renders(source.spec, form, data.split.seed)
+    shares = shares_of(data, source.side)
+    group_by = data.split.group_by if source.side == "train" else None
 
     def draft(record: Record) -> list[Draft]:
-        content = template.render(record) if template else content_of(record, form)
-        group = group_value(record, group_by) if group_by else _group_of(content)
+        content = held_out(record)
+        group = group_value(record, group_by) if group_by else redact(_group_of(content))
+        side = side_of(group, shares) if shares else source.side
+        if side == "train" and training is not None:
+            content = training(record)
         if isinstance(content, Conversation):
             assert chat is not None, "a Messages source is read with a chat template"
-            return _chat_drafts(record, content, group, chat)
+            return _chat_drafts(record, content, group, side, chat)
         if isinstance(content, Document):
-            return [_document_draft(record, content, group)]
-        return [_pair_draft(record, content, group, form)]
+            return [_document_draft(record, content, group, side)]
+        return [_pair_draft(record, content, group, side, form)]
 
     return draft
+
+
+def _renders(spec: DataSource, form: Format, seed: int) -> tuple[Render, Render | None]:
+    """How held-out records are rendered, and how training records are where that differs."""
+    if spec.template is None:
+        return (lambda record: content_of(record, form)), None
+    if spec.template.name is None:
+        return PairTemplate(spec.template).render, None
+    template = LibraryTemplate(spec.template, seed)
+    return template.first, None if spec.template.phrasings == "First" else template.varied
 
 
 def nothing_learned(where: str, why: str) -> DataError:
@@ -98,7 +141,7 @@ def _group_of(content: Content) -> str:
     """Records with equal prompts stay together. Of a conversation it is what precedes the first
     answer: conversations that begin alike share the prompts of their first turns."""
     if isinstance(content, Pair):
-        return content.prompt
+        return content.prompt if content.subject is None else content.subject
     if isinstance(content, Document):
         return content.text
     roles = [message["role"] for message in content.messages]
@@ -108,7 +151,7 @@ def _group_of(content: Content) -> str:
     )
 
 
-def _pair_draft(record: Record, pair: Pair, group: str, form: Format) -> Draft:
+def _pair_draft(record: Record, pair: Pair, group: str, side: Side, form: Format) -> Draft:
     if not pair.completion:
         raise nothing_learned(record.where, "its completion is empty")
     label = pair.completion.strip() if form == "Classification" else None
@@ -120,18 +163,19 @@ def _pair_draft(record: Record, pair: Pair, group: str, form: Format) -> Draft:
         label=label,
         group=group,
         framed=True,
+        side=side,
     )
 
 
-def _document_draft(record: Record, document: Document, group: str) -> Draft:
+def _document_draft(record: Record, document: Document, group: str, side: Side) -> Draft:
     if not document.text:
         raise nothing_learned(record.where, "its text is empty")
     parts = (Part(document.text, True),)
-    return Draft(record.where, parts, "", document.text, None, group, framed=True)
+    return Draft(record.where, parts, "", document.text, None, group, framed=True, side=side)
 
 
 def _chat_drafts(
-    record: Record, conversation: Conversation, group: str, chat: ChatTemplate
+    record: Record, conversation: Conversation, group: str, side: Side, chat: ChatTemplate
 ) -> list[Draft]:
     drafts = []
     for rendered in chat.render(record.where, conversation.messages):
@@ -148,6 +192,7 @@ def _chat_drafts(
                 label=None,
                 group=group,
                 framed=False,
+                side=side,
             )
         )
     return drafts

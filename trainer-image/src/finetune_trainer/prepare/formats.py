@@ -34,6 +34,8 @@ class Pair:
 
     prompt: str
     completion: str
+    subject: str | None = None
+    """What is asked, however the prompt puts it. None: the prompt itself."""
 
 
 @dataclass(frozen=True, slots=True)

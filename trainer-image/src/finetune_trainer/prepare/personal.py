@@ -48,6 +48,11 @@ def scan(text: str) -> tuple[str, Counter[str]]:
     return text, found
 
 
+def redacted(text: str) -> str:
+    """The text with a bracketed word for everything that is found."""
+    return scan(text)[0]
+
+
 def _replace(form: _Form, found: Counter[str], match: re.Match[str]) -> str:
     if not form.holds(match[0]):
         return match[0]

@@ -11,9 +11,9 @@ from finetune_api.sources import Data, Format
 from finetune_trainer.failures import DataError
 from finetune_trainer.prepare.chat import ChatTemplate
 from finetune_trainer.prepare.digest import Source
-from finetune_trainer.prepare.drafts import Draft, drafter
+from finetune_trainer.prepare.drafts import Draft, drafter, format_of
 from finetune_trainer.prepare.faults import Faults
-from finetune_trainer.prepare.formats import detect_format
+from finetune_trainer.prepare.personal import redacted
 from finetune_trainer.prepare.records import Record, read_records
 from finetune_trainer.prepare.tokens import Model
 
@@ -78,8 +78,8 @@ class Reader:
                 f" {len(source.objects)} objects, but they hold no record; correct the data source",
             )
         chat = ChatTemplate(model.tokenizer, model.source) if form == "Messages" else None
-        group_by = data.split.group_by if source.side == "train" else None
-        make = drafter(source.spec, form, group_by, chat)
+        redact = redacted if data.quality.personal_data == "Redact" else str
+        make = drafter(source, form, data, chat, redact)
 
         def batches() -> Iterator[Batch]:
             drafts: list[Draft] = []
@@ -103,12 +103,9 @@ class Reader:
         self, source: Source, records: Iterator[Record], faults: Faults
     ) -> tuple[Record | None, Format | None]:
         """The first record, and the format that it, or the spec, says."""
-        known: Format | None = source.spec.format or (
-            "PromptCompletion" if source.spec.template else None
-        )
         for record in records:
             try:
-                return record, known or detect_format(record)
+                return record, format_of(source.spec, record)
             except DataError as error:
                 faults.take(error)
         return None, None

@@ -24,7 +24,6 @@ from finetune_trainer.prepare.reader import Reader, Say
 from finetune_trainer.prepare.report import SourceReport
 from finetune_trainer.prepare.tokens import Model
 from finetune_trainer.prepared.manifest import DataManifest
-from finetune_trainer.prepared.split import Shares, Side, side_of
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ def _write_source(
     duplicates: Deduplicator,
     output: Output,
 ) -> None:
-    quality, shares = data.quality, _shares(data, source.side)
+    quality = data.quality
     faults = Faults(quality.faulty_records)
     form, batches = reader.open(source, data, model, faults)
     report = output.begin(source, form, faults)
@@ -75,24 +74,11 @@ def _write_source(
             fitted, cut = fit(sample, model.max_length, quality.overlength, model.tokens.bos_id)
             report.cuts[cut] += 1
             if fitted is not None:
-                side = side_of(sample.draft.group, shares) if shares else source.side
-                output.add(fitted, side, stops=cut != "Completion")
+                output.add(fitted, sample.draft.side, stops=cut != "Completion")
     _tell_personal(report, quality.personal_data)
     if source.side != "train" and not report.sides:
         why = ", ".join(f"{cause} {n}" for cause, n in report.dropped.items() if n)
         raise _empty(source.name, f"all {report.records} records were left out ({why})")
-
-
-def _shares(data: Data, side: Side) -> Shares | None:
-    """What is held out of a source: nothing of a set for validation or test, and no share for
-    which a set is given."""
-    if side != "train":
-        return None
-    return Shares(
-        validation=0.0 if data.validation else float(data.split.validation),
-        test=0.0 if data.test else float(data.split.test),
-        seed=data.split.seed,
-    )
 
 
 def _tell_personal(report: SourceReport, policy: str) -> None:

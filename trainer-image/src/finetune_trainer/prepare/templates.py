@@ -1,7 +1,14 @@
-"""Users' templates: Jinja in a sandbox, where a field that a record lacks is an error by name."""
+"""Templates: Jinja in a sandbox, where a field that a record lacks is an error by name.
+
+A template of the library has several phrasings. Which one a training record gets is a pure function
+of the split's seed and the record's first phrasing: the same in any order, in any file, and the
+same for records that ask the same. Held-out records have the first phrasing, and the first phrasing
+is what keeps records together in the split: prompts of the final test never change with the draw.
+"""
 
 from __future__ import annotations
 
+import json
 from typing import Any, Final
 
 import jinja2
@@ -9,10 +16,12 @@ import jinja2.meta
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from finetune_api.sources import Template
+from finetune_api.templates import Template
 from finetune_trainer.failures import DataError, UserError
 from finetune_trainer.prepare.formats import Pair, missing_field
-from finetune_trainer.prepare.records import Record
+from finetune_trainer.prepare.library import LIBRARY
+from finetune_trainer.prepare.records import Fields, Record
+from finetune_trainer.prepared.split import position
 
 
 class _NullField(Exception):
@@ -33,14 +42,76 @@ _ENVIRONMENT: Final = ImmutableSandboxedEnvironment(
 )
 
 
+def _written(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+_LIBRARY_ENVIRONMENT: Final = _ENVIRONMENT.overlay(finalize=_written)
+
+
+class LibraryTemplate:
+    """Renders records by a template of the library.
+
+    Args:
+        template: one with a name.
+        seed: of the split; phrasings are drawn by it.
+    """
+
+    def __init__(self, template: Template, seed: int) -> None:
+        assert template.name is not None, "a template of one's own is a PairTemplate"
+        entry = LIBRARY[template.name]
+        renamed = template.fields or {}
+        self._name, self._seed = template.name, seed
+        self._theirs = {own: renamed.get(own, own) for own in entry.fields}
+        # Whoever says where an optional field is means that it is there.
+        self._spared = {f for f, field in entry.fields.items() if field.optional} - set(renamed)
+        self._prompts = [_LIBRARY_ENVIRONMENT.from_string(text) for text in entry.prompts]
+        self._completion = _LIBRARY_ENVIRONMENT.from_string(entry.completion)
+
+    def first(self, record: Record) -> Pair:
+        """The record in the first phrasing.
+
+        Raises:
+            DataError: 'MissingField', naming object, line and field.
+        """
+        return self._pair(self._values(record), drawn=False)
+
+    def varied(self, record: Record) -> Pair:
+        """The record in the phrasing that is drawn for it.
+
+        Raises:
+            DataError: as ``first``.
+        """
+        return self._pair(self._values(record), drawn=True)
+
+    def _pair(self, values: Fields, *, drawn: bool) -> Pair:
+        prompt = subject = self._prompts[0].render(values)
+        if drawn:
+            at = position(self._seed, f"phrasing\0{subject}")
+            prompt = self._prompts[int(at * len(self._prompts))].render(values)
+        return Pair(prompt, self._completion.render(values), subject)
+
+    def _values(self, record: Record) -> Fields:
+        values = {own: record.fields.get(theirs) for own, theirs in self._theirs.items()}
+        for own, value in values.items():
+            if value is None and own not in self._spared:
+                theirs = self._theirs[own]
+                state = "null" if theirs in record.fields else "missing"
+                named = "" if own == theirs else f" as {own}"
+                why = f"is {state} (template {self._name} needs it{named}; see template.fields)"
+                raise missing_field(record, theirs, why)
+        return {own: "" if value is None else value for own, value in values.items()}
+
+
 class PairTemplate:
-    """Renders a record to prompt and completion.
+    """Renders a record to prompt and completion by a template of the user's own.
 
     Raises:
         UserError: 'BadTemplate' where the template is no Jinja.
     """
 
     def __init__(self, template: Template) -> None:
+        assert template.prompt and template.completion, "one with a name is a LibraryTemplate"
         self._prompt = _Text("prompt", template.prompt)
         self._completion = _Text("completion", template.completion)
 

@@ -10,6 +10,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from finetune_api.sources import Data
+
 Side = Literal["train", "validation", "test"]
 SIDES: Final[tuple[Side, ...]] = ("train", "validation", "test")
 
@@ -37,3 +39,15 @@ def side_of(group: str, shares: Shares) -> Side:
     if at < shares.test:
         return "test"
     return "validation" if at < shares.test + shares.validation else "train"
+
+
+def shares_of(data: Data, side: Side) -> Shares | None:
+    """What is held out of a source: nothing of a set for validation or test, and no share for
+    which a set is given."""
+    if side != "train":
+        return None
+    return Shares(
+        validation=0.0 if data.validation else float(data.split.validation),
+        test=0.0 if data.test else float(data.split.test),
+        seed=data.split.seed,
+    )

@@ -1,0 +1,79 @@
+"""How a record whose fields have other names becomes a prompt and a completion."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, ClassVar, Final, Literal
+
+from pydantic import Field
+
+from finetune_api.base import FieldName, Model, Rule, Text
+
+TemplateName = Literal[
+    "Summarize", "Translate", "Classify", "Extract", "Question", "QuestionWithContext", "Rewrite"
+]
+
+TEMPLATE_FIELDS: Final[dict[TemplateName, tuple[str, ...]]] = {
+    "Summarize": ("document", "summary"),
+    "Translate": ("source", "target", "language"),
+    "Classify": ("text", "label"),
+    "Extract": ("document", "wanted", "extracted"),
+    "Question": ("question", "answer"),
+    "QuestionWithContext": ("context", "question", "answer"),
+    "Rewrite": ("text", "rewritten", "manner"),
+}
+"""Fields of each template of the trainer's library; `finetune templates` says what they hold."""
+
+_FIELDS_IN_WORDS: Final = "; ".join(
+    f"{name}: {', '.join(fields)}" for name, fields in TEMPLATE_FIELDS.items()
+)
+
+
+class Template(Model):
+    """How a record becomes a prompt and the completion that is learned: a template of the library
+    by its name, or one of your own (Jinja)."""
+
+    name: TemplateName | None = None
+    """A template of the library: `finetune templates` lists them, `finetune templates NAME` shows
+    what one makes of records."""
+    fields: Annotated[dict[FieldName, FieldName], Field(max_length=16)] | None = None
+    """Where the records have other names for the fields of a template of the library: its name,
+    then theirs, e.g. `{document: article}`. Absent: its own names."""
+    phrasings: Literal["Varied", "First"] | None = None
+    """Wordings that a template of the library gives the prompts of training records. Varied: drawn
+    by the record and the split's seed. First: one for all, as held-out records always have it.
+    Absent: Varied."""
+    prompt: Text | None = None
+    """The part that is read, e.g. `"Review: {{ sentence }}\\nSentiment:"`. Fields of the record
+    are variables."""
+    completion: Text | None = None
+    """The part that is learned, e.g. `" {{ label }}"`. The end-of-sequence token follows it."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "has(self.name) || (has(self.prompt) && has(self.completion))",
+            "a template needs a name, or prompt and completion",
+            lambda t: bool(t.name or (t.prompt and t.completion)),
+            (),
+        ),
+        Rule(
+            "!has(self.name) || !(has(self.prompt) || has(self.completion))",
+            "a template with a name has its prompt and completion from the library: leave name out,"
+            " or these",
+            lambda t: not (t.name and (t.prompt or t.completion)),
+            ("name",),
+        ),
+        Rule(
+            "has(self.name) || !(has(self.fields) || has(self.phrasings))",
+            "fields and phrasings are for a template with a name",
+            lambda t: bool(t.name or (t.fields is None and t.phrasings is None)),
+            (),
+        ),
+        Rule(
+            "!has(self.name) || !has(self.fields) || self.fields.all(field,"
+            f" field in {json.dumps(TEMPLATE_FIELDS)}[self.name])",
+            f"fields must name the template's own before ':' ({_FIELDS_IN_WORDS})",
+            lambda t: t.name is None or all(f in TEMPLATE_FIELDS[t.name] for f in t.fields or ()),
+            ("name",),
+        ),
+    )

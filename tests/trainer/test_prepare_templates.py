@@ -1,0 +1,216 @@
+"""The library of templates: its texts, the draw of a phrasing, and what people see of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, get_args
+
+import jinja2
+import jinja2.meta
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_api.sources import Data, DataSource
+from finetune_api.templates import TEMPLATE_FIELDS, Template, TemplateName
+from finetune_trainer.cli import main
+from finetune_trainer.failures import DataError
+from finetune_trainer.prepare import digest
+from finetune_trainer.prepare.digest import Source, content_digest
+from finetune_trainer.prepare.drafts import Draft, drafter, format_of
+from finetune_trainer.prepare.library import LIBRARY, Entry
+from finetune_trainer.prepare.records import Record
+from finetune_trainer.prepared.split import Side
+from trainer.prepare_helpers import lines
+
+ENTRIES = [pytest.param(entry, id=name) for name, entry in LIBRARY.items()]
+HALF = {"validation": "0.25", "test": "0.25"}
+
+
+def variables(text: str) -> set[str]:
+    return jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(text))
+
+
+def source(side: Side = "train", **template: Any) -> Source:
+    spec = DataSource(source="s3://bucket/a.jsonl", template=Template.model_validate(template))
+    return Source(side, "a", spec, [])
+
+
+def drafts(
+    records: list[dict[str, Any]], side: Side = "train", seed: int = 0, **template: Any
+) -> list[Draft]:
+    found = source(side, **template)
+    data = Data.model_validate({"train": [found.spec.to_json()], "split": {**HALF, "seed": seed}})
+    made = [Record(fields, "s3://b/a.jsonl", f"line {i}") for i, fields in enumerate(records)]
+    make = drafter(found, format_of(found.spec, made[0]), data, None)
+    return [draft for record in made for draft in make(record)]
+
+
+def fault(record: dict[str, Any], **template: Any) -> DataError:
+    with pytest.raises(DataError) as caught:
+        drafts([record], **template)
+    return caught.value
+
+
+# --- its texts -----------------------------------------------------------------------------------
+
+
+def test_the_contract_and_the_library_have_the_same_templates_and_fields() -> None:
+    assert get_args(TemplateName) == tuple(TEMPLATE_FIELDS)
+    assert {name: tuple(entry.fields) for name, entry in LIBRARY.items()} == TEMPLATE_FIELDS
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_an_entry_asks_for_what_it_learns_and_does_not_give_it_away(entry: Entry) -> None:
+    learned = variables(entry.completion)
+    needed = {name for name, field in entry.fields.items() if not field.optional}
+    assert learned and learned <= needed
+    assert len(set(entry.prompts)) == len(entry.prompts) > 1
+    for prompt in entry.prompts:
+        assert needed - learned <= variables(prompt) <= set(entry.fields) - learned
+        assert prompt.endswith(":") and entry.completion.startswith(" ")
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_every_phrasing_of_every_template_holds_the_records_values(name: TemplateName) -> None:
+    entry = LIBRARY[name]
+    shown = [f for f in entry.fields if f not in variables(entry.completion)]
+    records = [{field: f"<{field} {i}>" for field in entry.fields} for i in range(60)]
+    made = drafts(records, name=name)
+    for i, draft in enumerate(made):
+        assert all(draft.prompt.count(f"<{field} {i}>") == 1 for field in shown)
+        assert draft.completion.startswith(" <") and draft.completion.strip() not in draft.prompt
+    frames = {d.prompt.replace(f" {i}>", ">") for i, d in enumerate(made)}
+    assert len(frames) == len(entry.prompts)
+
+
+# --- the draw ------------------------------------------------------------------------------------
+
+QUESTIONS = [{"question": f"number {i}?", "answer": i} for i in range(200)]
+FIRST = "Question: number "
+
+
+@given(st.permutations(range(30)), st.integers(0, 2**31 - 1))
+def test_a_phrasing_does_not_depend_on_where_the_record_stands(order: list[int], seed: int) -> None:
+    straight = drafts(QUESTIONS[:30], seed=seed, name="Question")
+    mixed = drafts([QUESTIONS[i] for i in order], seed=seed, name="Question")
+    assert [d.parts for d in mixed] == [straight[i].parts for i in order]
+
+
+def test_held_out_records_have_the_first_phrasing_and_training_records_all() -> None:
+    made = drafts(QUESTIONS, name="Question")
+    assert {d.side for d in made} == {"train", "validation", "test"}
+    held_out = [d.prompt.startswith(FIRST) for d in made if d.side != "train"]
+    train = [d.prompt.startswith(FIRST) for d in made if d.side == "train"]
+    assert all(held_out) and 0 < sum(train) < len(train) / 2
+    given = drafts(QUESTIONS, "validation", name="Question")
+    assert all(d.prompt.startswith(FIRST) and d.side == "validation" for d in given)
+
+
+def test_phrasings_first_gives_every_record_the_first() -> None:
+    made = drafts(QUESTIONS, name="Question", phrasings="First")
+    assert all(d.prompt.startswith(FIRST) for d in made)
+
+
+def test_another_seed_draws_otherwise_and_groups_do_not_follow_the_draw() -> None:
+    one = drafts(QUESTIONS, name="Question")
+    other = drafts(QUESTIONS, seed=1, name="Question")
+    assert [d.prompt for d in one] != [d.prompt for d in other]
+    assert [d.group for d in one] == [d.group for d in other]
+    assert [d.group for d in one] == [d.prompt for d in drafts(QUESTIONS, "test", name="Question")]
+
+
+def test_records_that_ask_the_same_have_one_phrasing_and_one_group() -> None:
+    same = drafts([{"question": "why?", "answer": i} for i in range(40)], name="Question")
+    assert len({(d.prompt, d.group, d.side) for d in same}) == 1
+
+
+# --- fields --------------------------------------------------------------------------------------
+
+
+def test_fields_are_found_by_the_records_names() -> None:
+    record = {"article": "a text", "summary": "short", "document": "not this"}
+    (made,) = drafts([record], "test", name="Summarize", fields={"document": "article"})
+    assert made.prompt == "Summarize the document.\n\na text\n\nSummary:"
+    assert made.completion == " short"
+
+
+@pytest.mark.parametrize("fields", [{}, {"summary": None}])
+def test_a_field_that_is_not_there_is_named_as_the_records_would_name_it(
+    fields: dict[str, Any],
+) -> None:
+    error = fault({"document": "a", **fields}, name="Summarize")
+    assert error.reason == "MissingField" and "line 0: field 'summary' is" in error.message
+    error = fault({"document": "a"}, name="Summarize", fields={"summary": "gist"})
+    assert "field 'gist' is missing" in error.message and "as summary" in error.message
+
+
+def test_an_optional_field_may_be_absent_unless_the_spec_says_where_it_is() -> None:
+    record = {"source": "Haus", "target": "house"}
+    (bare,) = drafts([record], "test", name="Translate")
+    (named,) = drafts([{**record, "language": "English"}], "test", name="Translate")
+    assert bare.prompt.startswith("Translate the text.\n")
+    assert named.prompt.startswith("Translate the text into English.\n")
+    assert "'to'" in fault(record, name="Translate", fields={"language": "to"}).message
+
+
+def test_values_that_are_no_text_are_written_as_json() -> None:
+    record = {"document": "é <b>", "wanted": ["name", "age"], "extracted": {"name": "é", "age": 3}}
+    (made,) = drafts([record], "test", name="Extract")
+    assert made.prompt == 'é <b>\n\nExtract from the document: ["name", "age"]\n\nExtracted:'
+    assert made.completion == ' {"name": "é", "age": 3}'
+
+
+@pytest.mark.parametrize(("value", "label"), [("good", "good"), (0, "0"), (True, "true")])
+def test_classify_counts_as_classification(value: Any, label: str) -> None:
+    (made,) = drafts([{"text": "fine", "label": value}], name="Classify")
+    assert made.label == label and made.completion == f" {label}"
+
+
+def test_the_digest_knows_the_librarys_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = source(name="Question")
+
+    def made() -> str:
+        return content_digest(Data(train=[found.spec]), [found], {}, 128)
+
+    before = made()
+    changed = dataclasses.replace(LIBRARY["Question"], completion="\n{{ answer }}")
+    monkeypatch.setattr(digest, "LIBRARY", {**LIBRARY, "Question": changed})
+    assert made() != before
+
+
+# --- for people ----------------------------------------------------------------------------------
+
+
+def test_the_command_lists_shows_and_renders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["templates"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in LIBRARY)
+    assert main(["templates", "Rewrite"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("⟦ {{ rewritten }}⟧") == len(LIBRARY["Rewrite"].prompts)
+    data = tmp_path / "a.jsonl"
+    data.write_bytes(lines({"article": "a [b]", "summary": "short"}))
+    arguments = ["--data", str(data), "--field", "document=article"]
+    assert main(["templates", "Summarize", *arguments]) == 0
+    rendered = capsys.readouterr().out
+    assert "a [b]" in rendered and "⟦ short⟧" in rendered and "line 1" in rendered
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["Sing"], 2, "template.name"),
+        (["Summarize", "--field", "article=document"], 2, "Summarize: document, summary"),
+        (["Summarize", "--field", "document"], 2, "template.fields.document"),
+        (["Summarize", "--data", "nowhere.jsonl"], 2, "nowhere.jsonl"),
+    ],
+)
+def test_the_command_says_what_is_wrong(
+    arguments: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["templates", *arguments]) == code
+    assert said in capsys.readouterr().err

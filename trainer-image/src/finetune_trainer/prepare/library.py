@@ -1,0 +1,152 @@
+"""The library of templates: for each task, several phrasings of the prompt and one completion.
+
+A phrasing ends with a word and a colon, a completion begins with the space behind it: vocabularies
+hold words with the space before them. The first phrasing is the plainest: held-out records have it.
+A value that is no text is written as JSON; an optional field that a record lacks is empty. The
+texts are part of the content digest of prepared data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from finetune_api.sources import Format
+from finetune_api.templates import TemplateName
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field that a template renders."""
+
+    what: str
+    """What it holds, for people."""
+    optional: bool = False
+    """Whether records may lack it."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A template of the library."""
+
+    purpose: str
+    """What it is for."""
+    format: Format
+    """What its records count as: it decides which metrics they have."""
+    fields: Mapping[str, Field]
+    prompts: tuple[str, ...]
+    """Phrasings (Jinja)."""
+    completion: str
+    """What is learned (Jinja)."""
+
+
+LIBRARY: Final[Mapping[TemplateName, Entry]] = {
+    "Summarize": Entry(
+        purpose="a document and its summary",
+        format="PromptCompletion",
+        fields={"document": Field("the text"), "summary": Field("its summary")},
+        prompts=(
+            "Summarize the document.\n\n{{ document }}\n\nSummary:",
+            "{{ document }}\n\nWrite a short summary of the text above.\n\nSummary:",
+            "Read the following text and say in a few words what matters in it.\n\n"
+            "{{ document }}\n\nIn short:",
+            "Document:\n{{ document }}\n\nWhat does this document say, in brief?\n\nSummary:",
+        ),
+        completion=" {{ summary }}",
+    ),
+    "Translate": Entry(
+        purpose="a text and its translation",
+        format="PromptCompletion",
+        fields={
+            "source": Field("the text"),
+            "target": Field("its translation"),
+            "language": Field("the language of the translation, in words", optional=True),
+        },
+        prompts=(
+            "Translate the text{% if language %} into {{ language }}{% endif %}.\n\n"
+            "{{ source }}\n\nTranslation:",
+            "{{ source }}\n\nGive a translation of the text above"
+            "{% if language %} into {{ language }}{% endif %}.\n\nTranslation:",
+            "How is this said in {{ language or 'the other language' }}?\n\n"
+            "{{ source }}\n\nTranslation:",
+        ),
+        completion=" {{ target }}",
+    ),
+    "Classify": Entry(
+        purpose="a text and its class; measured with accuracy and F1",
+        format="Classification",
+        fields={
+            "text": Field("the text"),
+            "label": Field("its class: text, a whole number or a boolean"),
+        },
+        prompts=(
+            "{{ text }}\nLabel:",
+            "Classify the text.\n\n{{ text }}\n\nLabel:",
+            "Which label fits this text?\n\n{{ text }}\n\nLabel:",
+            "Text: {{ text }}\nIts label:",
+        ),
+        completion=" {{ label }}",
+    ),
+    "Extract": Entry(
+        purpose="a document, what is wanted of it, and what was found",
+        format="PromptCompletion",
+        fields={
+            "document": Field("the text"),
+            "wanted": Field("what to look for, in words or as a list of names"),
+            "extracted": Field("what was found: text, or an object or list, written as JSON"),
+        },
+        prompts=(
+            "{{ document }}\n\nExtract from the document: {{ wanted }}\n\nExtracted:",
+            "Find the following in the text below: {{ wanted }}\n\n{{ document }}\n\nFound:",
+            "Document:\n{{ document }}\n\nWanted: {{ wanted }}\nFound:",
+        ),
+        completion=" {{ extracted }}",
+    ),
+    "Question": Entry(
+        purpose="a question and its answer",
+        format="PromptCompletion",
+        fields={"question": Field("the question"), "answer": Field("its answer")},
+        prompts=(
+            "Question: {{ question }}\nAnswer:",
+            "{{ question }}\n\nAnswer:",
+            "Answer the question.\n\n{{ question }}\n\nAnswer:",
+            "Q: {{ question }}\nA:",
+        ),
+        completion=" {{ answer }}",
+    ),
+    "QuestionWithContext": Entry(
+        purpose="a question, a text that holds the answer, and the answer",
+        format="PromptCompletion",
+        fields={
+            "context": Field("the text that the answer follows from"),
+            "question": Field("the question"),
+            "answer": Field("its answer"),
+        },
+        prompts=(
+            "{{ context }}\n\nQuestion: {{ question }}\nAnswer:",
+            "Answer the question by the text.\n\nText: {{ context }}\n\n"
+            "Question: {{ question }}\nAnswer:",
+            "Question: {{ question }}\n\nThe answer is in this text:\n{{ context }}\n\nAnswer:",
+            "Read this:\n{{ context }}\n\nNow answer: {{ question }}\n\nAnswer:",
+        ),
+        completion=" {{ answer }}",
+    ),
+    "Rewrite": Entry(
+        purpose="a text and the same in other words",
+        format="PromptCompletion",
+        fields={
+            "text": Field("the text"),
+            "rewritten": Field("the text as it should be"),
+            "manner": Field("how to write it, e.g. 'in plain words'", optional=True),
+        },
+        prompts=(
+            "Rewrite the text{% if manner %} {{ manner }}{% endif %}.\n\n{{ text }}\n\nRewritten:",
+            "{{ text }}\n\nWrite the text above anew{% if manner %}, {{ manner }}{% endif %}."
+            "\n\nRewritten:",
+            "Here is a text:\n{{ text }}\n\nSay the same{{ ' ' ~ manner if manner else"
+            " ' in other words' }}.\n\nRewritten:",
+        ),
+        completion=" {{ rewritten }}",
+    ),
+}
