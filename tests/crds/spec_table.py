@@ -92,6 +92,9 @@ GOOD = [
         }}] * 64),
         "data.test": sources({"template": {"name": "Classify"}}),
     }),
+    good("retrieval", {"data.train": sources({
+        "format": "Retrieval", "retrieval": {"distractors": 4, "oracleShare": "0.6"}})}),
+    good("retrieval with its defaults", {"data.test": sources({"format": "Retrieval"})}),
     good("template of instructions", {
         "data.train": sources({"format": "Instruction", "template": TEMPLATE}),
     }),
@@ -285,7 +288,7 @@ BAD = [
         "compute", "processesPerNode must not exceed gpusPerNode", "3"),
     bad("template of messages",
         {"data.train": sources({"format": "Messages", "template": TEMPLATE})}, "data.train[0]",
-        "template does not go with format Messages or Text", "Messages"),
+        "template does not go with format Messages, Retrieval or Text", "Messages"),
     bad("template without completion", {"data.train": sources({"template": {"prompt": "x"}})},
         "data.train[0].template", "a template needs a name, or prompt and completion", None),
     bad("unknown template", {"data.train": sources({"template": {"name": "Sing"}})},
@@ -311,6 +314,20 @@ BAD = [
     bad("template of the library with a format", {"data.train": sources(
         {"format": "Classification", "template": {"name": "Classify"}})},
         "data.train[0]", "leave format out", "Classification"),
+    bad("template of retrieval",
+        {"data.train": sources({"format": "Retrieval", "template": TEMPLATE})}, "data.train[0]",
+        "template does not go with format Messages, Retrieval or Text", "Retrieval"),
+    bad("retrieval of another format",
+        {"data.train": sources({"format": "Instruction", "retrieval": {}})}, "data.train[0]",
+        "retrieval needs format: Retrieval", None),
+    bad("retrieval without format", {"data.train": sources({"retrieval": {"distractors": 1}})},
+        "data.train[0]", "retrieval needs format: Retrieval", None),
+    bad("too many distractors", {"data.train": sources(
+        {"format": "Retrieval", "retrieval": {"distractors": 65}})},
+        "data.train[0].retrieval.distractors", "64", "65"),
+    bad("more than every oracle", {"data.train": sources(
+        {"format": "Retrieval", "retrieval": {"oracleShare": "1.5"}})},
+        "data.train[0].retrieval.oracleShare", "from 0 to 1", "1.5"),
     bad("one name twice", {"data.train": sources({"name": "a-set"}, {}, {"name": "a-set"})},
         "data", "names in train must differ", "a-set"),
     bad("one name twice in test", {"data.test": sources({"name": "b-set"}, {"name": "b-set"})},

@@ -20,6 +20,7 @@ LOSS: list[Metric] = ["Loss", "Perplexity"]
         ("Text", None, LOSS),
         ("Classification", None, [*LOSS, "Accuracy", "Precision", "Recall", "F1"]),
         ("PromptCompletion", None, [*LOSS, "ExactMatch", "Bleu", "Rouge"]),
+        ("Retrieval", None, [*LOSS, "ExactMatch", "Bleu", "Rouge"]),
         ("Messages", ["F1", "Rouge", "Loss", "Rouge"], ["Rouge", "Loss"]),
         ("Classification", ["F1", "ExactMatch"], ["F1", "ExactMatch"]),
         ("Text", ["Bleu"], []),

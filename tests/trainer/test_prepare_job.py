@@ -194,6 +194,52 @@ def test_all_formats_and_containers_together(at: Workplace) -> None:
     assert [p["learned"] for p in preview["parts"]] == [False, True]
 
 
+def test_held_out_prompts_are_those_of_the_first_phrasing_and_show_the_oracle(
+    at: Workplace,
+) -> None:
+    asked = at.put("q.jsonl", lines(*({"ask": f"no {i}?", "answer": i} for i in range(120))))
+    found = at.put(
+        "r.jsonl",
+        lines(
+            *(
+                {
+                    "question": f"{i}?",
+                    "oracle": f"<{i}>",
+                    "distractors": ["a"],
+                    "answer": "[oracle]",
+                }
+                for i in range(120)
+            )
+        ),
+    )
+    template = {"name": "Question", "fields": {"question": "ask"}}
+    order = at.order(
+        data={
+            "train": [
+                {"name": "asked", "source": asked, "template": template},
+                {
+                    "name": "found", "source": found, "format": "Retrieval",
+                    "retrieval": {"oracleShare": "1"},
+                },
+            ],
+            "split": {"validation": "0", "test": "0.3"},
+        }
+    )  # fmt: skip
+    _, data = at.prepare(order)
+    formats = {(s.split, s.name): s.format for s in data.manifest.sets}
+    assert (
+        formats["test", "asked"] == "PromptCompletion" and formats["test", "found"] == "Retrieval"
+    )
+    tests = data.references("test", range(len(data.index("test"))))
+    asked_prompts = [t.prompt for t in tests if " no " in t.prompt]
+    assert asked_prompts and all(p.startswith("Question: no ") for p in asked_prompts)
+    for cited in (t for t in tests if " no " not in t.prompt):
+        number = cited.prompt.split("Question: ")[1].split("?")[0]
+        assert f"{cited.completion.strip()} <{number}>" in cited.prompt
+    train = [text for text in texts(data, "train") if "no " in text]
+    assert 0 < sum(not text.startswith("Question: no ") for text in train) < len(train)
+
+
 def test_given_validation_and_test_sets_take_the_place_of_the_split(at: Workplace) -> None:
     held = at.put("held.jsonl", lines(*({"text": "fine", "label": x} for x in ("good", "bad"))))
     order = at.order(

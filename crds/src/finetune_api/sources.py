@@ -17,9 +17,11 @@ from finetune_api.base import (
     S3Uri,
     Spelling,
 )
-from finetune_api.templates import Template
+from finetune_api.templates import Retrieval, Template
 
-Format = Literal["Messages", "PromptCompletion", "Instruction", "Classification", "Text"]
+Format = Literal[
+    "Messages", "PromptCompletion", "Instruction", "Classification", "Retrieval", "Text"
+]
 # On a cluster a source is remote or a mounted claim; `finetune run` also takes paths of its own
 # machine, which it turns into claims before the spec is validated (one schema for both).
 ModelUri = Annotated[
@@ -114,10 +116,16 @@ class DataSource(Model):
     format: Format | None = None
     """What the records hold. Messages: `messages` of role and content. PromptCompletion: `prompt`,
     `completion`. Instruction: `instruction`, `input` (optional), `output`. Classification: `text`,
-    `label`. Text: `text`, all of it learned. Absent: found out from the first record."""
+    `label`. Retrieval: `question`, `oracle` (the passage that holds the answer, or a list),
+    `distractors` (a list of other passages, optional), `answer`, which may cite `[oracle]` (of
+    several `[oracle 2]`). Text: `text`, all of it learned. Absent: found out from the first
+    record."""
     template: Template | None = None
-    """Makes prompt and completion of records whose fields have other names. Not for Messages and
-    Text."""
+    """Makes prompt and completion of records whose fields have other names. Not for Messages,
+    Retrieval and Text."""
+    retrieval: Retrieval | None = None
+    """Which passages the prompts show; only with `format: Retrieval`. Absent: the defaults of its
+    fields."""
     weight: DecimalString | None = None
     """Share of the trained tokens, relative to the weights of the other training sets; "0" leaves
     the set to the stages. Absent everywhere: in proportion to size, each record once an epoch."""
@@ -126,10 +134,17 @@ class DataSource(Model):
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            "!has(self.template) || !has(self.format) || !(self.format in ['Messages', 'Text'])",
-            "template does not go with format Messages or Text: leave one of them out",
-            lambda s: s.template is None or s.format not in ("Messages", "Text"),
+            "!has(self.template) || !has(self.format) || "
+            " !(self.format in ['Messages', 'Retrieval', 'Text'])",
+            "template does not go with format Messages, Retrieval or Text: leave one of them out",
+            lambda s: s.template is None or s.format not in ("Messages", "Retrieval", "Text"),
             ("format",),
+        ),
+        Rule(
+            "!has(self.retrieval) || (has(self.format) && self.format == 'Retrieval')",
+            "retrieval needs format: Retrieval",
+            lambda s: s.retrieval is None or s.format == "Retrieval",
+            (),
         ),
         Rule(
             "!has(self.template) || !has(self.template.name) || !has(self.format)",

@@ -1,4 +1,4 @@
-"""How a record whose fields have other names becomes a prompt and a completion."""
+"""How the records of a data source become prompts and completions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import Field
 
-from finetune_api.base import FieldName, Model, Rule, Text
+from finetune_api.base import FieldName, Fraction, Model, Rule, Text
 
 TemplateName = Literal[
     "Summarize", "Translate", "Classify", "Extract", "Question", "QuestionWithContext", "Rewrite"
@@ -77,3 +77,14 @@ class Template(Model):
             ("name",),
         ),
     )
+
+
+class Retrieval(Model):
+    """Passages in the prompts of format Retrieval (RAFT, arXiv:2403.10131). They are numbered in an
+    order drawn by the record and the split's seed; a citation of the answer becomes that number."""
+
+    distractors: Annotated[int, Field(ge=0, le=64)] | None = None
+    """Passages shown beside the oracle, drawn from the record's. Absent: all that it has."""
+    oracle_share: Fraction = "0.8"
+    """Share of the training records that show the oracle. The others learn the same answer without
+    it, and without its citations. Held-out records always show it."""

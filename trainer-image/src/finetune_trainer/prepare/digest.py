@@ -52,6 +52,7 @@ def content_digest(
                 "objects": [[o.uri, o.etag, o.size] for o in source.objects],
                 "format": source.spec.format,
                 "template": source.spec.template and _template(source.spec.template),
+                "retrieval": source.spec.retrieval and source.spec.retrieval.to_json(),
             }
             for source in sources
         ],

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from finetune_api.sources import Data, DataSource, Format
+from finetune_api.templates import Retrieval
 from finetune_trainer.failures import DataError
 from finetune_trainer.prepare.chat import ChatTemplate
 from finetune_trainer.prepare.digest import Source
@@ -28,6 +29,7 @@ from finetune_trainer.prepare.formats import (
 )
 from finetune_trainer.prepare.library import LIBRARY
 from finetune_trainer.prepare.records import Record
+from finetune_trainer.prepare.retrieval import RetrievalPrompts
 from finetune_trainer.prepare.templates import LibraryTemplate, PairTemplate
 from finetune_trainer.prepared.split import Side, shares_of, side_of
 
@@ -120,6 +122,9 @@ def drafter(
 
 def _renders(spec: DataSource, form: Format, seed: int) -> tuple[Render, Render | None]:
     """How held-out records are rendered, and how training records are where that differs."""
+    if form == "Retrieval":
+        prompts = RetrievalPrompts(spec.retrieval or Retrieval(), seed)
+        return prompts.with_oracle, prompts.drawn
     if spec.template is None:
         return (lambda record: content_of(record, form)), None
     if spec.template.name is None:

@@ -1,7 +1,8 @@
 """What a record holds: prompt and completion, a conversation, or plain text.
 
 The format of a source is found out from its first record where the manifest names none. Nothing is
-guessed beyond that: a field that is missing or of another type is an error that names it.
+guessed beyond that: a field that is missing or of another type is an error that names it. Format
+Retrieval is rendered in ``retrieval``, records of other fields in ``templates``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ FORMAT_FIELDS: Final[dict[Format, tuple[str, ...]]] = {
     "PromptCompletion": ("prompt", "completion"),
     "Instruction": ("instruction", "output"),
     "Classification": ("text", "label"),
+    "Retrieval": ("question", "oracle", "answer"),
     "Text": ("text",),
 }
 """Fields that a record of each format must have. The first format whose fields are all there is
@@ -81,16 +83,16 @@ def content_of(record: Record, form: Format) -> Content:
     if form == "Messages":
         return Conversation(_messages(record))
     if form == "PromptCompletion":
-        return Pair(_text(record, "prompt"), _text(record, "completion"))
+        return Pair(text_value(record, "prompt"), text_value(record, "completion"))
     if form == "Instruction":
-        parts = [_text(record, "instruction")]
+        parts = [text_value(record, "instruction")]
         if record.fields.get("input"):
-            parts.append(_text(record, "input"))
-        return Pair("\n\n".join([*parts, ""]), _text(record, "output"))
+            parts.append(text_value(record, "input"))
+        return Pair("\n\n".join([*parts, ""]), text_value(record, "output"))
     if form == "Classification":
         # The space belongs to the label: vocabularies hold words with the space before them.
-        return Pair(f"{_text(record, 'text')}\nLabel:", f" {_label(record)}")
-    return Document(_text(record, "text"))
+        return Pair(f"{text_value(record, 'text')}\nLabel:", f" {_label(record)}")
+    return Document(text_value(record, "text"))
 
 
 def group_value(record: Record, field: str) -> str:
@@ -99,7 +101,7 @@ def group_value(record: Record, field: str) -> str:
     Raises:
         DataError: 'MissingField'.
     """
-    return json.dumps(_present(record, field), sort_keys=True, ensure_ascii=False, default=str)
+    return json.dumps(field_value(record, field), sort_keys=True, ensure_ascii=False, default=str)
 
 
 def names_of(record: Record) -> str:
@@ -116,47 +118,58 @@ def missing_field(record: Record, field: str, why: str = "is missing") -> DataEr
     )
 
 
-def _present(record: Record, field: str) -> Any:
+def field_value(record: Record, field: str) -> Any:
+    """The value of a field that a record must have.
+
+    Raises:
+        DataError: 'MissingField'.
+    """
     value = record.fields.get(field)
     if value is None:
         raise missing_field(record, field, "is null" if field in record.fields else "is missing")
     return value
 
 
-def _text(record: Record, field: str) -> str:
-    value = _present(record, field)
+def text_value(record: Record, field: str) -> str:
+    """The text of a field that a record must have.
+
+    Raises:
+        DataError: 'MissingField' or 'WrongType'.
+    """
+    value = field_value(record, field)
     if not isinstance(value, str):
-        raise _wrong_type(record, field, "a string", value)
+        raise wrong_type(record, field, "a string", value)
     return value
 
 
 def _label(record: Record) -> str:
-    value = _present(record, "label")
+    value = field_value(record, "label")
     if isinstance(value, bool):
         return json.dumps(value)
     if not isinstance(value, str | int):
-        raise _wrong_type(record, "label", "a string, a whole number or a boolean", value)
+        raise wrong_type(record, "label", "a string, a whole number or a boolean", value)
     return str(value)
 
 
 def _messages(record: Record) -> list[Message]:
-    turns = _present(record, "messages")
+    turns = field_value(record, "messages")
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
-        raise _wrong_type(record, "messages", "a list of at least one message", turns)
+        raise wrong_type(record, "messages", "a list of at least one message", turns)
     messages = []
     for i, turn in enumerate(turns):
         if not isinstance(turn, Mapping):
-            raise _wrong_type(record, f"messages[{i}]", "an object of role and content", turn)
+            raise wrong_type(record, f"messages[{i}]", "an object of role and content", turn)
         for key in ("role", "content"):
             if turn.get(key) is None:
                 raise missing_field(record, f"messages[{i}].{key}")
             if not isinstance(turn[key], str):
-                raise _wrong_type(record, f"messages[{i}].{key}", "a string", turn[key])
+                raise wrong_type(record, f"messages[{i}].{key}", "a string", turn[key])
         messages.append({key: value for key, value in turn.items() if value is not None})
     return messages
 
 
-def _wrong_type(record: Record, field: str, wanted: str, value: Any) -> DataError:
+def wrong_type(record: Record, field: str, wanted: str, value: Any) -> DataError:
+    """The error of a field whose value is not what is ``wanted``."""
     shown = json.dumps(value, ensure_ascii=False, default=str)
     shown = shown if len(shown) <= 60 else f"{shown[:59]}…"
     return DataError(
