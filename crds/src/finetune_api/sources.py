@@ -114,7 +114,8 @@ class DataSource(Model):
     """`s3://bucket/prefix/*.jsonl` or `pvc://claim/path`: an object, a glob, or a prefix ending in
     '/'. JSON Lines (`.jsonl`, `.json`, also `.gz`) and Parquet (`.parquet`)."""
     format: Format | None = None
-    """What the records hold. Messages: `messages` of role and content. PromptCompletion: `prompt`,
+    """What the records hold. Messages: `messages` of role and content, or of calls of tools
+    (`tool_calls`); `tools` (optional). PromptCompletion: `prompt`,
     `completion`. Instruction: `instruction`, `input` (optional), `output`. Classification: `text`,
     `label`. Retrieval: `question`, `oracle` (the passage that holds the answer, or a list),
     `distractors` (a list of other passages, optional), `answer`, which may cite `[oracle]` (of

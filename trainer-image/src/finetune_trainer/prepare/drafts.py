@@ -17,6 +17,7 @@ from finetune_api.sources import Data, DataSource, Format
 from finetune_api.templates import Retrieval
 from finetune_trainer.failures import DataError
 from finetune_trainer.prepare.chat import ChatTemplate
+from finetune_trainer.prepare.conversations import conversation_of
 from finetune_trainer.prepare.digest import Source
 from finetune_trainer.prepare.formats import (
     Content,
@@ -122,6 +123,8 @@ def drafter(
 
 def _renders(spec: DataSource, form: Format, seed: int) -> tuple[Render, Render | None]:
     """How held-out records are rendered, and how training records are where that differs."""
+    if form == "Messages":
+        return conversation_of, None
     if form == "Retrieval":
         prompts = RetrievalPrompts(spec.retrieval or Retrieval(), seed)
         return prompts.with_oracle, prompts.drawn
@@ -152,7 +155,7 @@ def _group_of(content: Content) -> str:
     roles = [message["role"] for message in content.messages]
     opening = roles.index("assistant") if "assistant" in roles else len(roles)
     return json.dumps(
-        [[m["role"], m["content"]] for m in content.messages[:opening]], ensure_ascii=False
+        [[m["role"], m.get("content")] for m in content.messages[:opening]], ensure_ascii=False
     )
 
 
@@ -183,7 +186,7 @@ def _chat_drafts(
     record: Record, conversation: Conversation, group: str, side: Side, chat: ChatTemplate
 ) -> list[Draft]:
     drafts = []
-    for rendered in chat.render(record.where, conversation.messages):
+    for rendered in chat.render(record.where, conversation):
         parts: list[Part] = []
         for turn in rendered:
             parts += [Part(turn.before, False), Part(turn.answer + turn.stop, True)]

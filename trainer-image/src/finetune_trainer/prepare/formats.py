@@ -1,14 +1,14 @@
 """What a record holds: prompt and completion, a conversation, or plain text.
 
 The format of a source is found out from its first record where the manifest names none. Nothing is
-guessed beyond that: a field that is missing or of another type is an error that names it. Format
-Retrieval is rendered in ``retrieval``, records of other fields in ``templates``.
+guessed beyond that: a field that is missing or of another type is an error that names it. Formats
+with more to them are read in ``conversations`` and ``retrieval``, records of other fields in
+``templates``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -42,9 +42,11 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns, each with role and content."""
+    """Turns, each with a role, and content or calls of tools."""
 
     messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    """The tools that may be called, as JSON schemas."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +77,11 @@ def detect_format(record: Record) -> Format:
 
 
 def content_of(record: Record, form: Format) -> Content:
-    """The record's content, where its fields have the format's own names (no template).
+    """The content of a record of a plain format (not Messages, not Retrieval).
 
     Raises:
         DataError: 'MissingField' or 'WrongType', naming object, line and field.
     """
-    if form == "Messages":
-        return Conversation(_messages(record))
     if form == "PromptCompletion":
         return Pair(text_value(record, "prompt"), text_value(record, "completion"))
     if form == "Instruction":
@@ -149,23 +149,6 @@ def _label(record: Record) -> str:
     if not isinstance(value, str | int):
         raise wrong_type(record, "label", "a string, a whole number or a boolean", value)
     return str(value)
-
-
-def _messages(record: Record) -> list[Message]:
-    turns = field_value(record, "messages")
-    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
-        raise wrong_type(record, "messages", "a list of at least one message", turns)
-    messages = []
-    for i, turn in enumerate(turns):
-        if not isinstance(turn, Mapping):
-            raise wrong_type(record, f"messages[{i}]", "an object of role and content", turn)
-        for key in ("role", "content"):
-            if turn.get(key) is None:
-                raise missing_field(record, f"messages[{i}].{key}")
-            if not isinstance(turn[key], str):
-                raise wrong_type(record, f"messages[{i}].{key}", "a string", turn[key])
-        messages.append({key: value for key, value in turn.items() if value is not None})
-    return messages
 
 
 def wrong_type(record: Record, field: str, wanted: str, value: Any) -> DataError:

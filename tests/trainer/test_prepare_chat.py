@@ -1,0 +1,207 @@
+"""Conversations with tools: for chat templates of several shapes, what is learned is the answers
+and calls of the assistant with their stop tokens, token by token."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_api.sources import Data, DataSource
+from finetune_trainer.failures import DataError
+from finetune_trainer.prepare.chat import ChatTemplate
+from finetune_trainer.prepare.digest import Source
+from finetune_trainer.prepare.drafts import Draft, drafter
+from finetune_trainer.prepare.records import Record
+from finetune_trainer.prepare.tokens import Tokens
+from trainer.chat_templates import CHATML_TOOLS, MARKED, SHAPES
+from trainer.prepare_helpers import CHATML, make_tokenizer
+
+Messages = list[dict[str, Any]]
+
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
+    for name in ("look_up", "add_up")
+]
+WORDS = st.text(st.sampled_from("abc Td.\n▁é"), min_size=1, max_size=12).filter(str.strip)
+
+
+@st.composite
+def calls(draw: st.DrawFn, most: int) -> list[dict[str, Any]]:
+    names = draw(st.lists(st.sampled_from(["look_up", "add_up"]), min_size=1, max_size=most))
+    return [{"function": {"name": name, "arguments": {"q": draw(WORDS)}}} for name in names]
+
+
+@st.composite
+def conversations(draw: st.DrawFn, most_calls: int) -> Messages:
+    """Rounds of a question, calls of tools with their results, and an answer."""
+    messages: Messages = []
+    for _ in range(draw(st.integers(1, 3))):
+        messages.append({"role": "user", "content": draw(WORDS)})
+        for made in draw(st.lists(calls(most_calls), max_size=2)):
+            content = draw(st.none() | WORDS)
+            messages.append({"role": "assistant", "content": content, "tool_calls": made})
+            messages += [{"role": "tool", "content": draw(WORDS)} for _ in made]
+        messages.append({"role": "assistant", "content": draw(WORDS)})
+        if draw(st.booleans()):
+            messages[-1]["reasoning_content"] = draw(WORDS)
+    return messages
+
+
+def drafts(tokenizer: Any, messages: Any, **fields: Any) -> list[Draft]:
+    spec = DataSource(source="s3://bucket/a.jsonl", format="Messages")
+    source = Source("train", "a", spec, [])
+    make = drafter(source, "Messages", Data(train=[spec]), ChatTemplate(tokenizer, "m"))
+    return make(Record({"messages": messages, **fields}, "s3://b/a.jsonl", "line 7"))
+
+
+def fault(template: str, messages: Any, **fields: Any) -> DataError:
+    with pytest.raises(DataError) as caught:
+        drafts(make_tokenizer(chat=template), messages, **fields)
+    assert "s3://b/a.jsonl, line 7" in caught.value.message
+    return caught.value
+
+
+def learned(tokenizer: Any, draft: Draft) -> list[str]:
+    (found,) = Tokens(tokenizer, "m", len(tokenizer)).samples([draft])
+    return [tokenizer.decode(found.ids[start:end]) for start, end in found.spans]
+
+
+@cache
+def tokenizer_of(shape: str) -> Any:
+    return make_tokenizer(chat=SHAPES[shape].template)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@given(data=st.data())
+def test_the_assistants_turns_are_learned_to_the_token_and_nothing_else(
+    name: str, data: st.DataObject
+) -> None:
+    shape, tokenizer = SHAPES[name], tokenizer_of(name)
+    messages = data.draw(conversations(shape.calls))
+    tools = data.draw(st.sampled_from([None, TOOLS]))
+    made = drafts(tokenizer, messages, tools=tools)
+    ends = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    expected = [shape.learned(messages[i]) for i in ends]
+    rows = [expected] if len(made) == 1 else [[turn] for turn in expected]
+    assert [learned(tokenizer, draft) for draft in made] == rows
+
+    def rendered(until: int, generate: bool) -> str:
+        text = tokenizer.apply_chat_template(
+            messages[:until], tools=tools, tokenize=False, add_generation_prompt=generate
+        )
+        return str(text)
+
+    # Each sample is the conversation up to its last answer, and begins as generation would.
+    for draft, end in zip(made, ends[-1:] if len(made) == 1 else ends, strict=True):
+        assert "".join(part.text for part in draft.parts) == rendered(end + 1, False).rstrip()
+        assert draft.prompt.startswith(rendered(end, True))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_round_of_calls_is_one_sample(name: str) -> None:
+    made = {"function": {"name": "look_up", "arguments": {"q": "a"}}}
+    messages = [
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "tool_calls": [made]},
+        {"role": "tool", "content": "c"},
+        {"role": "assistant", "content": "d"},
+    ]
+    (draft,) = drafts(tokenizer_of(name), messages, tools=TOOLS)
+    assert [part.learned for part in draft.parts] == [False, True, False, True]
+
+
+QUESTION = {"role": "user", "content": "a"}
+CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "add_up", "arguments": {}}}]}
+ANSWER = {"role": "assistant", "content": "b"}
+
+
+def text(draft: Draft) -> str:
+    return "".join(part.text for part in draft.parts)
+
+
+@pytest.mark.parametrize("given", [TOOLS, json.dumps(TOOLS)], ids=["list", "text"])
+def test_tools_are_found_in_the_record_or_a_message_as_a_list_or_text(given: Any) -> None:
+    tokenizer = tokenizer_of("chatml")
+    (of_record,) = drafts(tokenizer, [QUESTION, ANSWER], tools=given)
+    (of_message,) = drafts(tokenizer, [{**QUESTION, "tools": given}, ANSWER])
+    assert text(of_record) == text(of_message)
+    assert text(of_record).startswith(f"<|im_start|>system\nTools: {json.dumps(TOOLS)}<|im_end|>")
+
+
+def test_arguments_in_text_are_written_as_the_object_that_they_are() -> None:
+    def made(arguments: Any) -> str:
+        function = {"name": "add_up", "arguments": arguments}
+        call = {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}
+        return text(*drafts(tokenizer_of("chatml"), [QUESTION, call]))
+
+    assert made('{"x": [1, 2]}') == made({"x": [1, 2]})
+    assert '"arguments": {"x": [1, 2]}' in made('{"x": [1, 2]}')
+    assert '"arguments": {}' in made(None)
+
+
+def test_content_in_parts_is_joined() -> None:
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    (draft,) = drafts(tokenizer_of("chatml"), [{"role": "user", "content": parts}, ANSWER])
+    assert "<|im_start|>user\na b<|im_end|>" in text(draft)
+
+
+def test_a_tokenizer_with_a_template_for_tools_uses_it_where_there_are_some() -> None:
+    tokenizer = make_tokenizer(chat=CHATML)
+    tokenizer.chat_template = {"default": CHATML, "tool_use": CHATML_TOOLS}
+    (with_tools,) = drafts(tokenizer, [QUESTION, ANSWER], tools=TOOLS)
+    (without,) = drafts(tokenizer, [QUESTION, ANSWER])
+    assert "Tools: " in text(with_tools) and "Tools: " not in text(without)
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools"), [([QUESTION, CALL], None), ([QUESTION, ANSWER], TOOLS)]
+)
+def test_a_template_that_knows_no_tools_is_refused(messages: Messages, tools: Any) -> None:
+    error = fault(CHATML, messages, tools=tools)
+    # A call of which nothing is written leaves no word to learn.
+    assert error.reason == ("ToolsNotWritten" if tools else "NothingSupervised")
+
+
+def test_a_call_beside_content_must_be_written_too() -> None:
+    error = fault(CHATML, [QUESTION, {**CALL, "content": "b"}])
+    assert error.reason == "ToolsNotWritten" and "'add_up'" in error.message
+
+
+def test_marks_that_are_not_one_stretch_an_answer_are_refused() -> None:
+    twice = MARKED.replace("{{ m.content }}", "b{% endgeneration %} and {% generation %}c", 1)
+    assert fault(twice, [QUESTION, ANSWER]).reason == "MarkMismatch"
+    none = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    none += "{% generation %}{% endgeneration %}"
+    assert fault(none, [QUESTION, ANSWER]).reason == "MarkMismatch"
+
+
+@pytest.mark.parametrize(
+    ("message", "reason", "field"),
+    [
+        ({"content": None}, "MissingField", "messages[1].content"),
+        ({"content": None, "tool_calls": []}, "MissingField", "messages[1].content"),
+        ({"content": [{"type": "image"}]}, "WrongType", "messages[1].content"),
+        ({"content": "b", "role": 3}, "WrongType", "messages[1].role"),
+        ({"tool_calls": "add_up"}, "WrongType", "messages[1].tool_calls"),
+        ({"tool_calls": [{"function": {}}]}, "WrongType", "messages[1].tool_calls"),
+        (
+            {"tool_calls": [{"function": {"name": "add_up", "arguments": "x=1"}}]},
+            "WrongType",
+            "messages[1].tool_calls[0].arguments",
+        ),
+        ({"content": "b", "tools": "add_up"}, "WrongType", "messages[1].tools"),
+    ],
+)
+def test_a_faulty_message_is_named(message: dict[str, Any], reason: str, field: str) -> None:
+    error = fault(CHATML_TOOLS, [QUESTION, {"role": "assistant", **message}])
+    assert error.reason == reason and f"field '{field}'" in error.message
+
+
+def test_faulty_tools_are_named() -> None:
+    error = fault(CHATML_TOOLS, [QUESTION, ANSWER], tools=[{"type": "function"}])
+    assert error.reason == "WrongType" and "field 'tools'" in error.message
