@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
+import json
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
@@ -13,11 +16,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_trainer.failures import DataError, TrainerError, UserError
-from finetune_trainer.prepare.records import PARQUET_ROWS, Record, read_records
+from finetune_trainer.prepare.csvrows import CELL_CHARACTERS
+from finetune_trainer.prepare.records import PARQUET_ROWS, SUFFIXES, Record, read_records
+from finetune_trainer.storage.objectstream import Opened, open_stream
 from trainer.prepare_helpers import lines
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 RECORDS = st.lists(st.dictionaries(TEXT, TEXT | st.integers() | st.none(), min_size=1), max_size=8)
+
+
+def zstd(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as packed:
+        packed.write(data)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def rows_of(*rows: list[str]) -> bytes:
+    """CSV as Python writes it."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue().encode("utf-8")
 
 
 def read(name: str, data: bytes) -> list[Record]:
@@ -35,6 +54,58 @@ def test_json_lines_are_read_plain_and_compressed(records: list[dict[str, Any]])
     data = lines(*records)
     assert [r.fields for r in read("a.jsonl", data)] == records
     assert [r.fields for r in read("a.json.gz", gzip.compress(data))] == records
+    assert [r.fields for r in read("a.jsonl.zst", zstd(data))] == records
+
+
+NAMES = st.lists(TEXT.filter(lambda t: t.strip("\ufeff")), min_size=1, max_size=4, unique=True)
+
+
+@given(NAMES.filter(lambda names: names[0][0] != "\ufeff"), st.data())
+def test_csv_is_read_as_it_was_written(names: list[str], data: st.DataObject) -> None:
+    cells = st.lists(TEXT, min_size=len(names), max_size=len(names))
+    rows = data.draw(st.lists(cells, max_size=6))
+    written = rows_of(names, *rows)
+    for name, held in {
+        "a.csv": written,
+        "b.csv": b"\xef\xbb\xbf" + written,
+        "c.csv.gz": gzip.compress(written),
+        "d.csv.zst": zstd(written),
+    }.items():
+        found = read(name, held)
+        assert [r.fields for r in found] == [dict(zip(names, row, strict=True)) for row in rows]
+        assert [r.place for r in found] == [f"row {i}" for i in range(1, len(rows) + 1)]
+
+
+def test_rows_of_csv_are_counted_and_not_lines() -> None:
+    found = read("a.csv", b'a,b\r\n"1\n2",3\r\n\r\n4,"5 ""six"""')
+    assert [(r.fields["a"], r.fields["b"], r.where) for r in found] == [
+        ("1\n2", "3", "s3://b/a.csv, row 1"),
+        ("4", '5 "six"', "s3://b/a.csv, row 2"),
+    ]
+
+
+def test_rows_that_are_left_out_do_not_end_the_reading() -> None:
+    faults: list[DataError] = []
+    data = b'a,b\n1,2\n3\n4,\xff\n5,"6"7\n8,9\n'
+    found = list(read_records("s3://b/a.csv", io.BytesIO(data), faults.append))
+    assert [(r.fields["a"], r.place) for r in found] == [("1", "row 1"), ("8", "row 5")]
+    assert [f.reason for f in faults] == ["MalformedRecord"] * 3
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (b"1\n", "1 fields, the header has 2"),
+        (b"1,2,3\n", "3 fields, the header has 2"),
+        (b'1,"2"3\n', "not CSV"),
+        (b'1,"2\n3,4\n', "unexpected end of data"),
+        (b"1," + b"x" * (CELL_CHARACTERS + 1) + b"\n", "field larger than field limit"),
+    ],
+)
+def test_a_malformed_row_is_named(row: bytes, words: str) -> None:
+    error = fault("a.csv", b"a,b\n1,2\n" + row)
+    assert isinstance(error, DataError) and error.reason == "MalformedRecord"
+    assert "s3://b/a.csv, row 2:" in error.message and words in error.message
 
 
 def test_empty_lines_a_byte_order_mark_and_a_missing_last_newline_do_no_harm() -> None:
@@ -91,6 +162,8 @@ def test_a_fault_in_a_compressed_object_has_the_line_of_its_text() -> None:
 def test_text_that_is_not_utf8_is_named_with_its_byte() -> None:
     error = fault("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n')
     assert error.reason == "MalformedRecord" and "line 2, byte 8" in error.message
+    error = fault("a.csv", b"a,b\n1,\xff\n")
+    assert error.reason == "MalformedRecord" and "line 2, byte 3" in error.message
 
 
 @pytest.mark.parametrize(
@@ -98,6 +171,11 @@ def test_text_that_is_not_utf8_is_named_with_its_byte() -> None:
     [
         ("a.jsonl.gz", gzip.compress(lines(*({"a": i} for i in range(99))))[:-20]),
         ("a.jsonl.gz", b'{"a": 1}\n'),
+        ("a.jsonl.zst", zstd(lines(*({"a": i} for i in range(99))))[:-20]),
+        ("a.jsonl.zst", b'{"a": 1}\n'),
+        ("a.csv.gz", b"a,b\n"),
+        ("a.csv", b"a,a\n1,2\n"),
+        ("a.csv", b"a,\n1,2\n"),
         ("a.parquet", b'{"a": 1}\n'),
     ],
 )
@@ -108,5 +186,55 @@ def test_a_damaged_object_is_named(name: str, data: bytes) -> None:
 
 
 def test_another_ending_is_refused_with_those_that_are_read() -> None:
-    error = fault("a.csv", b"")
+    error = fault("a.txt", b"")
     assert isinstance(error, UserError) and ".parquet" in error.message
+
+
+# --- objects that change -------------------------------------------------------------------------
+
+
+class Half:
+    """A body whose connection ends halfway through the object."""
+
+    def __init__(self, data: bytes) -> None:
+        self._rest = io.BytesIO(data[: len(data) // 2])
+
+    def read(self, amount: int) -> bytes:
+        return self._rest.read(amount)
+
+    def close(self) -> None:
+        pass
+
+
+def parquet(records: list[dict[str, Any]]) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(records), sink)
+    return sink.getvalue()
+
+
+KINDS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
+    ".jsonl": lambda records: lines(*records),
+    ".json": lambda records: lines(*records),
+    ".csv": lambda records: rows_of(["a"], *([r["a"]] for r in records)),
+    ".parquet": parquet,
+}
+PACKERS: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "zst": zstd}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_an_object_that_changes_while_it_is_read_is_refused(suffix: str) -> None:
+    records = [{"a": json.dumps(i)} for i in range(2000)]
+    _, kind, *packed = suffix.split(".")
+    data = KINDS[f".{kind}"](records)
+    data = PACKERS[packed[0]](data) if packed else data
+    assert [r.fields for r in read(f"a{suffix}", data)] == records
+
+    def opener(position: int, etag: str | None) -> Opened:
+        if position > 0:  # another object is there by now
+            raise DataError("ObjectChanged", "it was replaced")
+        return Opened(Half(data), len(data), "1")
+
+    stream = open_stream(opener, None)
+    with pytest.raises(DataError) as caught:
+        list(read_records(f"s3://b/a{suffix}", stream, lambda error: None))
+    assert caught.value.reason == "ObjectChanged"

@@ -11,6 +11,7 @@ import pytest
 from finetune_api.names import ENV_PVC_ROOT
 from finetune_api.order import RunOrder
 from finetune_trainer.failures import DataError, StorageDenied, UserError
+from finetune_trainer.prepare.records import SUFFIXES, read_records
 from finetune_trainer.prepare.sources import resolve
 from finetune_trainer.storage.modelfiles import fetch_model, fetch_tokenizer, read_limits
 from finetune_trainer.storage.objects import ObjectStore, Stores
@@ -98,15 +99,16 @@ def test_a_path_may_not_leave_its_claim(store: ObjectStore, claims: dict[str, st
         resolve("pvc://claim/../secrets.jsonl", store, claims)
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_an_object_that_is_replaced_before_it_is_read_is_refused(
-    store: ObjectStore, bucket: str
+    store: ObjectStore, bucket: str, suffix: str
 ) -> None:
-    uri = f"s3://{bucket}/changing/a.jsonl"
-    store.put(uri, b'{"text": "a"}\n')
+    uri = f"s3://{bucket}/changing/a{suffix}"
+    store.put(uri, b"one")
     (item,) = resolve(uri, store)
-    store.put(uri, b'{"text": "b"}\n')
+    store.put(uri, b"other")
     with pytest.raises(DataError) as caught, item.open() as stream:
-        stream.read()
+        list(read_records(uri, stream))
     assert caught.value.reason == "ObjectChanged"
 
 

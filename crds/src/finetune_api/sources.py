@@ -112,15 +112,15 @@ class DataSource(Model):
     """Name in metrics and reports. Absent: the list's name and the position, e.g. `train-0`."""
     source: DataUri
     """`s3://bucket/prefix/*.jsonl` or `pvc://claim/path`: an object, a glob, or a prefix ending in
-    '/'. JSON Lines (`.jsonl`, `.json`, also `.gz`) and Parquet (`.parquet`)."""
+    '/'. JSON Lines (`.jsonl`, `.json`), CSV with a header line (`.csv`), each also compressed
+    (`.gz`, `.zst`), and Parquet (`.parquet`)."""
     format: Format | None = None
     """What the records hold. Messages: `messages` of role and content, or of calls of tools
-    (`tool_calls`); `tools` (optional). PromptCompletion: `prompt`,
-    `completion`. Instruction: `instruction`, `input` (optional), `output`. Classification: `text`,
-    `label`. Retrieval: `question`, `oracle` (the passage that holds the answer, or a list),
-    `distractors` (a list of other passages, optional), `answer`, which may cite `[oracle]` (of
-    several `[oracle 2]`). Text: `text`, all of it learned. Absent: found out from the first
-    record."""
+    (`tool_calls`); `tools` (optional). PromptCompletion: `prompt`, `completion`. Instruction:
+    `instruction`, `input` (optional), `output`. Classification: `text`, `label`. Retrieval:
+    `question`, `oracle` (the passage that holds the answer, or a list), `distractors` (a list of
+    other passages, optional), `answer`, which may cite `[oracle]` (of several `[oracle 2]`). Text:
+    `text`, all of it learned. Absent: found out from the first record."""
     template: Template | None = None
     """Makes prompt and completion of records whose fields have other names. Not for Messages,
     Retrieval and Text."""

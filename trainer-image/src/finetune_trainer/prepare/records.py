@@ -1,4 +1,4 @@
-"""Records out of objects: JSON Lines (plain, gzip) and Parquet, one at a time.
+"""Records out of objects: JSON Lines and CSV (plain, gzip, zstd) and Parquet, one at a time.
 
 Memory is flat: an object is a stream, never a list. Every record knows the object and the line (or
 row) that it came from, and so does every complaint about one.
@@ -6,10 +6,8 @@ row) that it came from, and so does every complaint about one.
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final
 
@@ -17,11 +15,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finetune_trainer.failures import DataError, UserError
+from finetune_trainer.prepare.csvrows import csv_rows
 from finetune_trainer.prepare.faults import Complain, refuse
+from finetune_trainer.prepare.lines import PACKED, decoded, open_lines
 
 Fields = dict[str, Any]
 
-SUFFIXES: Final = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+SUFFIXES: Final = (
+    *(kind + ending for kind in (".jsonl", ".json", ".csv") for ending in ("", *PACKED)),
+    ".parquet",
+)
 """Endings of object names that are read."""
 
 PARQUET_ROWS: Final = 1024
@@ -58,7 +61,7 @@ def read_records(uri: str, stream: BinaryIO, complain: Complain = refuse) -> Ite
         uri: the object's address; its ending tells how it is read.
         stream: the object, from its beginning (seekable, for Parquet).
         complain: is told 'MalformedRecord' (uri, line, column, text) where a line is no JSON
-            object.
+            object, or (uri, row) where a row of CSV is none.
 
     Raises:
         UserError: 'UnknownObjectType' for another ending.
@@ -73,32 +76,17 @@ def read_records(uri: str, stream: BinaryIO, complain: Complain = refuse) -> Ite
         )
     if uri.endswith(".parquet"):
         yield from _read_parquet(uri, stream)
-    elif uri.endswith(".gz"):
-        yield from _read_lines(uri, _decompressed(uri, stream), complain)
+        return
+    name, lines = open_lines(uri, stream)
+    if name.endswith(".csv"):
+        for row, fields in csv_rows(uri, lines, complain):
+            yield Record(fields, uri, f"row {row}")
     else:
-        yield from _read_lines(uri, stream, complain)
+        yield from _read_lines(uri, lines, complain)
 
 
-def _decompressed(uri: str, stream: BinaryIO) -> Iterator[bytes]:
-    lines = 0
-    try:
-        with gzip.open(stream) as plain:
-            for line in plain:
-                yield line
-                lines += 1
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(
-            "MalformedObject",
-            f"{uri}: the gzip data is damaged after line {lines} ({error}); upload it again",
-        ) from None
-
-
-def _read_lines(
-    uri: str, lines: Iterator[bytes] | BinaryIO, complain: Complain
-) -> Iterator[Record]:
+def _read_lines(uri: str, lines: Iterable[bytes], complain: Complain) -> Iterator[Record]:
     for number, line in enumerate(lines, start=1):
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
         if line.isspace() or not line:
             continue
         try:
@@ -110,14 +98,7 @@ def _read_lines(
 
 
 def _parse(uri: str, number: int, line: bytes) -> Fields:
-    try:
-        text = line.decode()
-    except UnicodeDecodeError as error:
-        raise DataError(
-            "MalformedRecord",
-            f"{uri}, line {number}, byte {error.start + 1}: not UTF-8 text"
-            f" ({line[error.start : error.start + 8]!r}); convert the file to UTF-8",
-        ) from None
+    text = decoded(uri, number, line)
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
