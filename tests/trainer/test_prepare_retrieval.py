@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune_api.sources import Data
 from finetune_api.templates import Retrieval
 from finetune_trainer.failures import DataError
+from finetune_trainer.prepare.digest import Source, content_digest
 from finetune_trainer.prepare.formats import Pair, detect_format
 from finetune_trainer.prepare.records import Record
 from finetune_trainer.prepare.retrieval import RetrievalPrompts
@@ -126,6 +128,15 @@ def test_without_distractors_and_oracle_the_question_stands_alone() -> None:
 def test_a_faulty_record_is_named(fields: dict[str, Any], reason: str, words: str) -> None:
     error = fault(**fields)
     assert error.reason == reason and words in error.message
+
+
+def test_the_digest_knows_what_is_shown() -> None:
+    def made(**retrieval: Any) -> str:
+        block = {"source": "s3://bucket/a.jsonl", "format": "Retrieval", "retrieval": retrieval}
+        data = Data.model_validate({"train": [block]})
+        return content_digest(data, [Source("train", "a", data.train[0], [])], {}, 128)
+
+    assert len({made(), made(distractors=2), made(oracleShare="0.5")}) == 3
 
 
 def test_too_few_distractors_are_refused() -> None:

@@ -88,6 +88,6 @@ def _print_entry(console: Console, entry: Entry) -> None:
 
 def _marked(console: Console, read: str, learned: str) -> Text:
     """Text with its learned part in colour, or in brackets where there is none."""
-    if console.color_system is None:
+    if console.color_system is None or console.no_color:
         return Text(f"{read}⟦{learned}⟧")
     return Text.assemble((read, "dim"), (learned, "bold green"))

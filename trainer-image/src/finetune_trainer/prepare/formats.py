@@ -72,7 +72,8 @@ def detect_format(record: Record) -> Format:
     raise DataError(
         "UnknownFormat",
         f"{record.where}: its fields ({names_of(record)}) are those of no format ({known}); set"
-        " template on the data source to say how prompt and completion are made of them",
+        " template on the data source to say how prompt and completion are made of them (`finetune"
+        " templates` lists those that have a name)",
     )
 
 
