@@ -132,6 +132,16 @@ def test_parquet_lists_of_messages_are_plain_lists() -> None:
     assert read("a.parquet", sink.getvalue())[0].fields == {"messages": messages}
 
 
+def test_what_a_struct_of_parquet_lacks_is_no_null() -> None:
+    rows: list[dict[str, Any]] = [
+        {"calls": [{"arguments": {"x": 1}}, {"arguments": {"y": "b"}}], "label": "a"},
+        {"calls": [], "label": None},
+    ]
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    assert [r.fields for r in read("a.parquet", sink.getvalue())] == rows
+
+
 @pytest.mark.parametrize(
     ("line", "column", "shown"),
     [

@@ -141,10 +141,19 @@ def _read_parquet(uri: str, stream: BinaryIO) -> Iterator[Record]:
         for batch in table.iter_batches(batch_size=PARQUET_ROWS):
             for fields in batch.to_pylist():
                 row += 1
-                yield Record(fields, uri, f"row {row}")
+                whole = {name: _without_nulls(value) for name, value in fields.items()}
+                yield Record(whole, uri, f"row {row}")
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise DataError(
             "MalformedObject",
             f"{uri}: cannot be read as Parquet after row {row}: {str(error).splitlines()[0]};"
             " write the file again",
         ) from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """Structs of Parquet have every key that any row has: a null in one is a key that this row
+    lacks (the argument of another tool), and must not be learned as a null."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
