@@ -31,7 +31,8 @@ from finetune_trainer.engine.feed import Feed
 from finetune_trainer.engine.gang import join
 from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.loss import TokenLoss
-from finetune_trainer.engine.model import apply_method, optimizer_groups
+from finetune_trainer.engine.methods import apply_method
+from finetune_trainer.engine.parameters import optimizer_groups
 from finetune_trainer.engine.plan import Plan
 from finetune_trainer.prepared.shards import TokenSample
 from finetune_trainer.train.step import optimizer_step
@@ -93,7 +94,7 @@ class Ours:
         self._gang = join(spec.training)
         loss = TokenLoss(tuned.to(self._gang.device)).train()
         trained = [p for p in tuned.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(optimizer_groups(tuned, 0.0), lr=1e-4, fused=True)
+        optimizer = torch.optim.AdamW(optimizer_groups(tuned, spec), lr=1e-4, fused=True)
         self._session: Any = SimpleNamespace(
             gang=self._gang,
             module=loss,

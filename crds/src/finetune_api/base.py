@@ -72,7 +72,7 @@ def _json_value(raw: Any, path: str) -> str:
         return json.dumps([item.get(field, "(none)") for item in raw[items]])
     for part in path.split("."):
         raw = raw[part]
-    return str(raw)
+    return raw if isinstance(raw, str) else json.dumps(raw)
 
 
 @dataclass(frozen=True)

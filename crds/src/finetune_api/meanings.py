@@ -144,7 +144,7 @@ STORAGE_LAYOUT: Final[tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = (
     (
         "output",
         (
-            ("adapter/", "the LoRA adapter, for peft"),
+            ("adapter/", "the adapter, for peft"),
             ("merged/", "the whole model, for transformers"),
             ("metrics.json", "test metrics, untuned and tuned"),
             ("report.html", "the run for people: metrics and learning curve"),

@@ -7,6 +7,7 @@ of full tuning) the field is optional and ``effective_*`` on the block gives the
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StringConstraints, ValidationError
@@ -22,57 +23,12 @@ from finetune_api.base import (
     explain,
 )
 from finetune_api.cluster import Compute, FailurePolicy, Prepare, Scheduling
+from finetune_api.methods import Method, OutputFormat, methods_for
 from finetune_api.sources import BaseModelSource, Data, Storage
 
 Metric = Literal[
     "Loss", "Perplexity", "ExactMatch", "Accuracy", "Precision", "Recall", "F1", "Bleu", "Rouge"
 ]
-
-
-class Lora(Model):
-    """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685)."""
-
-    rank: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Rank of the update matrices."""
-    alpha: Annotated[int, Field(ge=1, le=8192)] | None = None
-    """Scale of the update: alpha / rank. Absent: twice the rank."""
-    dropout: Fraction = "0"
-    """Probability that an input of an adapter is dropped."""
-    target_modules: (
-        Annotated[
-            list[Annotated[str, StringConstraints(min_length=1, max_length=256)]],
-            Field(min_length=1, max_length=64),
-        ]
-        | None
-    ) = None
-    """Names (or name endings) of the modules that get an adapter. Absent: every linear layer but
-    the output head."""
-
-    @property
-    def effective_alpha(self) -> int:
-        return self.alpha if self.alpha is not None else 2 * self.rank
-
-
-class Method(Model):
-    """Which weights are trained."""
-
-    type: Literal["Full", "LoRA"] = "LoRA"
-    """Full: every weight. LoRA: small matrices beside the linear layers, the rest frozen."""
-    lora: Lora | None = None
-    """Settings of LoRA; absent, its defaults."""
-
-    RULES: ClassVar[tuple[Rule, ...]] = (
-        Rule(
-            "!has(self.lora) || self.type == 'LoRA'",
-            "lora goes with type LoRA only: remove it, or set type: LoRA",
-            lambda m: m.lora is None or m.type == "LoRA",
-            ("type",),
-        ),
-    )
-
-    @property
-    def effective_lora(self) -> Lora:
-        return self.lora or Lora()
 
 
 class EarlyStopping(Model):
@@ -119,7 +75,7 @@ class Training(Model):
     """Most tokens that one process runs through the model at once. Absent: maxLength, but at least
     2,048. Affects memory and speed, not the result."""
     learning_rate: DecimalString | None = None
-    """Peak learning rate. Absent: "2e-4" for LoRA, "2e-5" for Full."""
+    """Peak learning rate. Absent: "2e-4" for LoRA, "2e-5" for Full and Partial."""
     schedule: Literal["Cosine", "Linear", "Constant"] = "Cosine"
     """Course of the learning rate after the warm-up: to zero by a half cosine, to zero by a line,
     or constant."""
@@ -199,9 +155,21 @@ class Output(Model):
     destination: S3Uri
     """The model of run N is written to `<destination>/<run>/`; `latest.json` beside names the
     newest complete one."""
-    format: Literal["Adapter", "Merged", "Both"] | None = None
-    """Adapter: the LoRA adapter alone. Merged: a whole model. Absent: Adapter for LoRA, Merged
-    for Full."""
+    format: OutputFormat | None = None
+    """Adapter: what was added to the base model, alone. Merged: a whole model. Absent: Adapter
+    where the method makes one, else Merged (Full, Partial)."""
+
+
+def _format_rule(formats: tuple[OutputFormat, ...], why: str) -> Rule:
+    """Formats that some methods cannot be published in."""
+    types = methods_for(formats[0])
+    return Rule(
+        f"!has(self.output.format) || !(self.output.format in {json.dumps(formats)})"
+        f" || self.method.type in {json.dumps(types)}",
+        f"output.format {' and '.join(formats)} need method.type {' or '.join(types)}: {why}",
+        lambda s: s.output.format not in formats or s.method.type in types,
+        ("output.format", "method.type"),
+    )
 
 
 class FineTuneJobSpec(Model):
@@ -242,13 +210,7 @@ class FineTuneJobSpec(Model):
     and all that is in object storage stay. Absent: they stay until the FineTuneJob is deleted."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
-        Rule(
-            "!has(self.output.format) || self.output.format == 'Merged'"
-            " || self.method.type == 'LoRA'",
-            "output.format Adapter and Both need method.type LoRA: Full has no adapter",
-            lambda s: s.output.format in (None, "Merged") or s.method.type == "LoRA",
-            ("output.format", "method.type"),
-        ),
+        _format_rule(("Adapter", "Both"), "the others train the model's own weights"),
         Rule(
             "!has(self.training.earlyStopping) || has(self.data.validation)"
             " || !self.data.split.validation.matches('^[0.]+$')",
@@ -267,7 +229,7 @@ class FineTuneJobSpec(Model):
     def effective_learning_rate(self) -> float:
         if self.training.learning_rate is not None:
             return float(self.training.learning_rate)
-        return 2e-4 if self.method.type == "LoRA" else 2e-5
+        return self.method.kind.learning_rate
 
     @property
     def effective_epochs(self) -> int | None:
@@ -275,8 +237,8 @@ class FineTuneJobSpec(Model):
         return None if self.training.max_steps is not None else self.training.epochs or 3
 
     @property
-    def effective_output_format(self) -> Literal["Adapter", "Merged", "Both"]:
-        return self.output.format or ("Adapter" if self.method.type == "LoRA" else "Merged")
+    def effective_output_format(self) -> OutputFormat:
+        return self.output.format or self.method.kind.formats[0]
 
     @property
     def effective_workspace(self) -> str:

@@ -1,16 +1,14 @@
-"""The model: load it, choose what is trained, put tuned weights back into it.
+"""The model as it was before tuning: its weights or its shape alone, and its tokenizer.
 
-``load_base`` and ``apply_method`` are the two steps of every tuning, in training and in publish, so
-there is one way in which a spec becomes a model.
+``load_base`` and ``apply_method`` (``methods``) are the two steps of every tuning, in training and
+in publish, so there is one way in which a spec becomes a model.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -20,9 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine import packed
-from finetune_trainer.engine.dropout import key_dropouts
 from finetune_trainer.failures import UserError
 
 
@@ -94,68 +90,3 @@ def _unsupported(error: Exception) -> UserError:
 
 def _is_dropout(name: str) -> bool:
     return "dropout" in name or name.endswith("pdrop")
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Sizes of a model under tuning."""
-
-    trainable: int
-    total: int
-
-
-def apply_method(model: PreTrainedModel, spec: FineTuneJobSpec) -> PreTrainedModel | PeftModel:
-    """Make the spec's part of the model trainable, the rest frozen, and dropout keyed.
-
-    New weights are drawn by ``training.seed``, the same in every process. Trainable weights are
-    float32 whatever the dtype of the frozen ones: an optimizer step is often smaller than the
-    spacing of bfloat16.
-
-    Raises:
-        UserError: where ``lora.targetModules`` names no module of the model.
-    """
-    torch.manual_seed(spec.training.seed)
-    tuned: PreTrainedModel | PeftModel = model
-    if spec.method.type == "LoRA":
-        lora = spec.method.effective_lora
-        config = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=lora.rank,
-            lora_alpha=lora.effective_alpha,
-            lora_dropout=float(lora.dropout),
-            target_modules=list(lora.target_modules) if lora.target_modules else "all-linear",
-        )
-        try:
-            tuned = get_peft_model(model, config)
-        except ValueError as error:
-            linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules()
-                             if isinstance(m, nn.Linear)})  # fmt: skip
-            raise UserError(
-                "NoTargetModules",
-                f"spec.method.lora.targetModules: {lora.target_modules} fits no module of the"
-                f" model; its linear layers are called {', '.join(linear)}",
-            ) from error
-    key_dropouts(tuned, float(spec.training.dropout))
-    for parameter in tuned.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    if spec.training.gradient_checkpointing:
-        tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if isinstance(tuned, PeftModel):
-            tuned.enable_input_require_grads()
-    return tuned
-
-
-def parameter_counts(model: nn.Module) -> Parameters:
-    """Trainable and total parameters."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return Parameters(sum(n for n, train in sizes if train), sum(n for n, _ in sizes))
-
-
-def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Parameter groups of the optimizer: weight decay for matrices, none for norms and biases."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]

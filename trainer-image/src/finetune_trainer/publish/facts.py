@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Final
 
+from finetune_api.methods import Method
 from finetune_api.order import RunOrder
 from finetune_api.results import PreparedSummary
 from finetune_api.spec import FineTuneJobSpec
@@ -129,20 +130,27 @@ def metrics_text(about: About) -> str:
     return json.dumps(raw, ensure_ascii=False, indent=1) + "\n"
 
 
+def describe(method: Method) -> str:
+    """A method and its settings in a line."""
+    block = method.settings.to_json() if method.settings else {}
+    said = [f"{name} {_value(value)}" for name, value in block.items() if value is not False]
+    return ", ".join([method.type, *said])
+
+
+def _value(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def settings(about: About) -> list[tuple[str, str]]:
     """How the model was trained, as names and values for people."""
     spec, result = about.spec, about.result
-    method: str = spec.method.type
-    if method == "LoRA":
-        lora = spec.method.effective_lora
-        method = f"LoRA, rank {lora.rank}, alpha {lora.effective_alpha}, dropout {lora.dropout}"
     length = (
         f"{spec.effective_epochs} epochs" if spec.effective_epochs else "given by training.maxSteps"
     )
     share = 100 * result.trainable_parameters / max(1, result.total_parameters)
     return [
         ("Base model", spec.model.source),
-        ("Method", method),
+        ("Method", describe(spec.method)),
         ("Trained parameters", f"{result.trainable_parameters:,} of {result.total_parameters:,}"
                                f" ({share:.2g} %)"),
         ("Steps", f"{result.summary.steps:,} ({length})"),

@@ -11,14 +11,10 @@ from peft import PeftModel
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune_api.order import RunOrder
+from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.dcp import load_weights
-from finetune_trainer.engine.model import (
-    apply_method,
-    empty_base,
-    load_base,
-    load_tokenizer,
-    make_room,
-)
+from finetune_trainer.engine.methods import Tuned, apply_method
+from finetune_trainer.engine.model import empty_base, load_base, load_tokenizer, make_room
 from finetune_trainer.failures import UserError
 from finetune_trainer.storage.commits import download_commit, read_head
 from finetune_trainer.storage.modelfiles import fetch_model, fetch_tokenizer
@@ -29,7 +25,7 @@ MAX_SHARD: Final = "4GB"
 
 def load_tuned(
     order: RunOrder, stores: Stores, checkpoint: str | None, scratch: Path, whole: bool
-) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+) -> tuple[Tuned, PreTrainedTokenizerBase]:
     """The base model with the weights of a commit, in float32 on the CPU, and its tokenizer.
 
     Args:
@@ -53,22 +49,27 @@ def load_tuned(
     folder = scratch / "commit"
     shutil.rmtree(folder, ignore_errors=True)
     download_commit(stores.default, commit, folder)
-    base = load_base(path, torch.float32) if whole else empty_base(path)
-    model = apply_method(base, order.spec)
+    return tuned_model(path, folder, order.spec, whole), load_tokenizer(path)
+
+
+def tuned_model(base: Path, commit: Path, spec: FineTuneJobSpec, whole: bool) -> Tuned:
+    """The model of a folder with the weights of a downloaded commit, in float32 on the CPU;
+    ``whole`` as above."""
+    model = apply_method(load_base(base, torch.float32) if whole else empty_base(base), spec)
     if not whole:
         make_room(model)
-    load_weights(folder, model)
-    return model.eval(), load_tokenizer(path)
+    load_weights(commit, model)
+    return model.eval()
 
 
 def write_adapter(
-    model: PreTrainedModel | PeftModel,
+    model: Tuned,
     tokenizer: PreTrainedTokenizerBase,
     order: RunOrder,
     folder: Path,
 ) -> None:
-    """The LoRA adapter in peft's layout."""
-    assert isinstance(model, PeftModel), "the contract allows an adapter of LoRA only"
+    """The adapter in peft's layout."""
+    assert isinstance(model, PeftModel), "the contract allows adapters of methods that make one"
     config = model.peft_config["default"]
     name, _, revision = order.spec.model.source.removeprefix("hf://").partition("@")
     config.base_model_name_or_path = name
@@ -80,7 +81,7 @@ def write_adapter(
 
 
 def write_merged(
-    model: PreTrainedModel | PeftModel,
+    model: Tuned,
     tokenizer: PreTrainedTokenizerBase,
     base: Path,
     stops: list[int],

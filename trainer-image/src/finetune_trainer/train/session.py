@@ -22,15 +22,10 @@ from finetune_trainer.engine.flops import Work, peak, work_of
 from finetune_trainer.engine.gang import Gang, resolve_precision
 from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.loss import TokenLoss
-from finetune_trainer.engine.model import (
-    Parameters,
-    apply_method,
-    load_base,
-    load_tokenizer,
-    optimizer_groups,
-    parameter_counts,
-)
+from finetune_trainer.engine.methods import apply_method
+from finetune_trainer.engine.model import load_base, load_tokenizer
 from finetune_trainer.engine.packed import can_pack
+from finetune_trainer.engine.parameters import Parameters, optimizer_groups, parameter_counts
 from finetune_trainer.engine.plan import Plan
 from finetune_trainer.engine.schedule import stages_of, steps_of, visits_of
 from finetune_trainer.evaluate.measure import Evaluator
@@ -111,7 +106,8 @@ def open_session(
     path = next(p for p in reversed(paths[: gang.rank + 1]) if p is not None)
     tokenizer = load_tokenizer(path)
     precision = resolve_precision(spec.training, gang.device.type == "cuda")
-    frozen = torch.bfloat16 if precision == "BF16" and spec.method.type != "Full" else torch.float32
+    halved = precision == "BF16" and spec.method.kind.freezes
+    frozen = torch.bfloat16 if halved else torch.float32
     base = load_base(path, frozen)
     packed = can_pack(base)
     model = apply_method(base, spec)
@@ -148,7 +144,7 @@ def open_session(
         module=module,
         loss=loss,
         optimizer=torch.optim.AdamW(
-            optimizer_groups(model, float(spec.training.weight_decay)),
+            optimizer_groups(model, spec),
             lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True,
         ),
         guard=Guard(spec.training.guard, gang.device),

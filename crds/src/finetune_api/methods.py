@@ -1,0 +1,142 @@
+"""``spec.method``: which weights are trained, and what follows from it.
+
+``METHODS`` is the one table of the methods: whoever needs to know what a method can do asks its
+row, and nobody compares names.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Final, Literal
+
+from pydantic import Field, StringConstraints
+
+from finetune_api.base import Fraction, Model, Rule
+
+MethodName = Literal["Full", "Partial", "LoRA"]
+OutputFormat = Literal["Adapter", "Merged", "Both"]
+Names = Annotated[
+    list[Annotated[str, StringConstraints(min_length=1, max_length=256)]],
+    Field(min_length=1, max_length=64),
+]
+
+
+@dataclass(frozen=True)
+class MethodKind:
+    """What can be said of a method without a model."""
+
+    block: str
+    """Settings block of ``spec.method``; empty where the method has none."""
+    learning_rate: float
+    """Peak learning rate where the spec names none."""
+    formats: tuple[OutputFormat, ...]
+    """Formats that can be published; the first is the default."""
+    freezes: bool = True
+    """Whether weights of the base stay as they are, and so may be held in bfloat16."""
+
+
+METHODS: Final[dict[MethodName, MethodKind]] = {
+    "Full": MethodKind("", 2e-5, ("Merged",), freezes=False),
+    "Partial": MethodKind("partial", 2e-5, ("Merged",)),
+    "LoRA": MethodKind("lora", 2e-4, ("Adapter", "Merged", "Both")),
+}
+
+
+def methods_for(format: OutputFormat) -> list[MethodName]:
+    """Methods whose result can be published in a format."""
+    return [name for name, kind in METHODS.items() if format in kind.formats]
+
+
+class Partial(Model):
+    """Some of the model's own weights: the union of what the fields name."""
+
+    last_layers: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Decoder blocks that are trained, counted from the last one."""
+    parameters: Names | None = None
+    """Patterns of parameter names, e.g. `model.layers.*.mlp.*` or `lm_head.weight`; `*` stands for
+    any characters, `?` for one."""
+    biases: bool = False
+    """Train every bias (BitFit; Ben Zaken et al. 2022, arXiv:2106.10199)."""
+    norms: bool = False
+    """Train the weights of every normalisation."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "has(self.lastLayers) || has(self.parameters) || self.biases || self.norms",
+            "nothing would be trained: give lastLayers, parameters, biases or norms",
+            lambda p: bool(p.last_layers or p.parameters or p.biases or p.norms),
+            ("biases", "norms"),
+        ),
+    )
+
+
+class Lora(Model):
+    """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Rank of the update matrices."""
+    alpha: Annotated[int, Field(ge=1, le=8192)] | None = None
+    """Scale of the update: alpha / rank. Absent: twice the rank."""
+    dropout: Fraction = "0"
+    """Probability that an input of an adapter is dropped."""
+    target_modules: Names | None = None
+    """Names (or name endings) of the modules that get an adapter. Absent: every linear layer but
+    the output head."""
+
+    @property
+    def effective_alpha(self) -> int:
+        return self.alpha if self.alpha is not None else 2 * self.rank
+
+
+def _block_rule(block: str) -> Rule:
+    """A settings block stands with the methods that read it alone."""
+    types = [name for name, kind in METHODS.items() if kind.block == block]
+    return Rule(
+        f"!has(self.{block}) || self.type in {json.dumps(types)}",
+        f"{block} goes with type {' or '.join(types)} only: remove it, or set type: {types[0]}",
+        lambda m: getattr(m, block) is None or m.type in types,
+        ("type",),
+    )
+
+
+class Method(Model):
+    """Which weights are trained."""
+
+    type: MethodName = "LoRA"
+    """Full: every weight. Partial: chosen weights of the model, the rest frozen. LoRA: small
+    matrices beside the linear layers, the rest frozen."""
+    partial: Partial | None = None
+    """What Partial trains."""
+    lora: Lora | None = None
+    """Settings of LoRA; absent, its defaults."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        *(_block_rule(b) for b in dict.fromkeys(k.block for k in METHODS.values()) if b),
+        Rule(
+            "self.type != 'Partial' || has(self.partial)",
+            "type Partial needs method.partial, which says what is trained",
+            lambda m: m.type != "Partial" or m.partial is not None,
+            ("type",),
+        ),
+    )
+
+    @property
+    def kind(self) -> MethodKind:
+        """The method's row of the table."""
+        return METHODS[self.type]
+
+    @property
+    def effective_partial(self) -> Partial:
+        assert self.partial is not None, "a rule asks for it"
+        return self.partial
+
+    @property
+    def effective_lora(self) -> Lora:
+        lora = self.lora or Lora()
+        return lora.model_copy(update={"alpha": lora.effective_alpha})
+
+    @property
+    def settings(self) -> Model | None:
+        """Settings of the method, every default filled in; None where it has none."""
+        return getattr(self, f"effective_{self.kind.block}") if self.kind.block else None

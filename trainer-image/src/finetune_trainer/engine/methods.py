@@ -1,0 +1,89 @@
+"""Tuning methods: one function a method, that makes the spec's part of a model trainable.
+
+What can be said of a method without a model stands in the contract's table
+(``finetune_api.methods``); here is what it does to one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from finetune_api.methods import Method, MethodName
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.engine.dropout import key_dropouts
+from finetune_trainer.engine.partial import partial_parameters
+from finetune_trainer.failures import UserError
+
+Tuned = PreTrainedModel | PeftModel
+
+
+def apply_method(model: PreTrainedModel, spec: FineTuneJobSpec) -> Tuned:
+    """Make the spec's part of the model trainable, the rest frozen, and dropout keyed.
+
+    New weights are drawn by ``training.seed``, the same in every process. Trainable weights are
+    float32 whatever the dtype of the frozen ones: an optimizer step is often smaller than the
+    spacing of bfloat16.
+
+    Raises:
+        UserError: where the method's settings do not fit the model, naming what would.
+    """
+    torch.manual_seed(spec.training.seed)
+    tuned = _APPLY[spec.method.type](model, spec.method)
+    key_dropouts(tuned, float(spec.training.dropout))
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if spec.training.gradient_checkpointing:
+        tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if isinstance(tuned, PeftModel):
+            tuned.enable_input_require_grads()
+    return tuned
+
+
+def _full(model: PreTrainedModel, method: Method) -> Tuned:
+    return model
+
+
+def _partial(model: PreTrainedModel, method: Method) -> Tuned:
+    chosen = partial_parameters(model, method.effective_partial)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+    return model
+
+
+def _lora(model: PreTrainedModel, method: Method) -> Tuned:
+    lora = method.effective_lora
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.effective_alpha,
+        lora_dropout=float(lora.dropout),
+        target_modules=list(lora.target_modules) if lora.target_modules else "all-linear",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(
+            "NoTargetModules",
+            f"spec.method.lora.targetModules: {lora.target_modules} fits no module of the"
+            f" model; its linear layers are called {', '.join(_linear_layers(model))}",
+        ) from error
+
+
+def _linear_layers(model: nn.Module) -> list[str]:
+    return sorted(
+        {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    )
+
+
+_APPLY: Final[dict[MethodName, Callable[[PreTrainedModel, Method], Tuned]]] = {
+    "Full": _full,
+    "Partial": _partial,
+    "LoRA": _lora,
+}

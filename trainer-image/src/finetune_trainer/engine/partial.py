@@ -1,0 +1,76 @@
+"""Which of a model's own parameters a partial tuning trains."""
+
+from __future__ import annotations
+
+import re
+from fnmatch import fnmatchcase
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from finetune_api.methods import Partial
+from finetune_trainer.failures import UserError
+
+_NAMES_SHOWN = 24
+
+
+def partial_parameters(model: PreTrainedModel, partial: Partial) -> set[str]:
+    """Names of the parameters that ``partial`` chooses, as ``named_parameters`` has them: a weight
+    with two names (an output head that is the embedding) goes by the first.
+
+    Raises:
+        UserError: 'NoSuchParameters' where a part of the choice fits nothing, with the names there
+            are.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    choices: dict[str, set[str]] = {}
+    if partial.last_layers is not None:
+        prefixes = _last_layers(model, partial.last_layers)
+        choices["lastLayers"] = {n for n in names if n.startswith(prefixes)}
+    for pattern in partial.parameters or ():
+        choices[f"parameters: {pattern}"] = {n for n in names if fnmatchcase(n, pattern)}
+    if partial.biases:
+        choices["biases"] = {n for n in names if n.rsplit(".", 1)[-1].endswith("bias")}
+    if partial.norms:
+        choices["norms"] = set(_of_norms(model)).intersection(names)
+    for choice, chosen in choices.items():
+        if not chosen:
+            raise UserError(
+                "NoSuchParameters",
+                f"spec.method.partial.{choice} fits no parameter of the model, which has"
+                f" {_shown(names)}",
+            )
+    return set().union(*choices.values())
+
+
+def _last_layers(model: PreTrainedModel, count: int) -> tuple[str, ...]:
+    """Prefixes of the names in the last decoder blocks. These are the outermost list of modules
+    that is as long as the configuration says."""
+    layers = model.config.get_text_config().num_hidden_layers
+    if count > layers:
+        raise UserError(
+            "NoSuchParameters",
+            f"spec.method.partial.lastLayers: {count} is more than the {layers} decoder blocks of"
+            " the model; lower it, or set method.type: Full",
+        )
+    lists = (
+        n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers
+    )
+    blocks = next(lists, None)
+    return tuple(f"{blocks}.{i}." for i in range(layers - count, layers)) if blocks else ("\0",)
+
+
+def _of_norms(model: nn.Module) -> list[str]:
+    return [
+        f"{name}.{own}"
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower()
+        for own, _ in module.named_parameters(recurse=False)
+    ]
+
+
+def _shown(names: list[str]) -> str:
+    """Names with ``*`` for the number of a layer, the first of them."""
+    kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+    more = f" and {len(kinds) - _NAMES_SHOWN} more" if len(kinds) > _NAMES_SHOWN else ""
+    return ", ".join(kinds[:_NAMES_SHOWN]) + more
