@@ -112,6 +112,10 @@ GOOD = [
             "rank": 8, "alpha": 32, "dropout": "0.1", "targetModules": ["q_proj", "v_proj"],
         }},
     }),
+    good("variants of lora", {"method.lora": {
+        "useRslora": True, "useDora": True, "loraPlusRatio": "1.6e1",
+    }}),
+    good("small ratio", {"method.lora": {"loraPlusRatio": "0.05"}}),
     good("last layers", {"method": {"type": "Partial", "partial": {"lastLayers": 2}}}),
     good("chosen parameters", {"method": {"type": "Partial", "partial": {
         "parameters": ["lm_head.*"], "biases": True, "norms": True,
@@ -279,6 +283,8 @@ BAD = [
         "storage", "secretRef and serviceAccountName exclude each other", "s3-credentials"),
     bad("lora of full", {"method": {"type": "Full", "lora": {}}}, "method",
         "lora goes with type LoRA only", "Full"),
+    bad("B matrices that stay zero", {"method.lora": {"loraPlusRatio": "0.0e5"}}, "method.lora",
+        "loraPlusRatio must be above 0", "0.0e5"),
     bad("partial of lora", {"method": {"partial": {"biases": True}}}, "method",
         "partial goes with type Partial only", "LoRA"),
     bad("partial without its block", {"method.type": "Partial"}, "method",

@@ -47,7 +47,7 @@ def gradient(rank: int, size: int, port: int, row_tokens: int, count: int, folde
 
     session = SimpleNamespace(
         gang=gang, module=module, guard=Guard(GuardRule(), CPU), trained=parameters,
-        optimizer=Keep(parameters, lr=0.0),
+        optimizer=Keep([{"params": parameters, "rate_factor": 1.0}], lr=0.0),
         spec=SimpleNamespace(training=Training.model_validate({"maxGradNorm": "0"})),
     )  # fmt: skip
     read = lambda positions: [documents[p] for p in positions]  # noqa: E731

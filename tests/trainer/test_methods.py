@@ -46,7 +46,7 @@ class Tuning:
     def __init__(self, folder: Path, spec: FineTuneJobSpec) -> None:
         self.model: Any = apply_method(load_base(folder, torch.float32), spec)
         self.loss = TokenLoss(self.model).train()
-        self.optimizer = torch.optim.AdamW(optimizer_groups(self.model, spec), lr=1e-2)
+        self.optimizer = torch.optim.AdamW(optimizer_groups(self.model, spec))
 
     def step(self, number: int) -> float:
         row = build_row(samples([18], seed=number), [0], seed=0, step=number, device=CPU)
@@ -54,6 +54,8 @@ class Tuning:
         with row_context(row.layout):
             total = self.loss(row).sum()
             total.backward()
+        for group in self.optimizer.param_groups:
+            group["lr"] = 1e-2 * group["rate_factor"]
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(total.detach())
@@ -93,6 +95,14 @@ METHODS: dict[str, tuple[dict[str, Any], Any]] = {
     "lora": (
         {"type": "LoRA", "lora": {"rank": 4, "dropout": "0.1"}},
         lambda name: ".lora_A." in name or ".lora_B." in name,
+    ),
+    "rslora, lora+": (
+        {"type": "LoRA", "lora": {"rank": 4, "useRslora": True, "loraPlusRatio": "8"}},
+        lambda name: ".lora_A." in name or ".lora_B." in name,
+    ),
+    "dora": (
+        {"type": "LoRA", "lora": {"rank": 4, "useDora": True, "dropout": "0.1"}},
+        lambda name: ".lora_" in name,
     ),
 }
 
@@ -145,6 +155,18 @@ def check_published(
         write_merged(model, tokenizer, base, [128], folder / "merged")
         merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
         torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_groups_of_the_optimizer(base: Path) -> None:
+    lora = {"type": "LoRA", "lora": {"loraPlusRatio": "16", "useDora": True}}
+    tuning = Tuning(base, spec_of(lora))
+    names = {id(p): n for n, p in tuning.model.named_parameters()}
+    found = {
+        names[id(p)].split(".lora_")[1].split(".")[0]: (group["weight_decay"], group["rate_factor"])
+        for group in tuning.optimizer.param_groups
+        for p in group["params"]
+    }
+    assert found == {"A": (0.01, 1.0), "B": (0.01, 16.0), "magnitude_vector": (0.0, 1.0)}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import Field, StringConstraints
 
-from finetune_api.base import Fraction, Model, Rule
+from finetune_api.base import DecimalString, Fraction, Model, Rule
 
 MethodName = Literal["Full", "Partial", "LoRA"]
 OutputFormat = Literal["Adapter", "Merged", "Both"]
@@ -83,6 +83,24 @@ class Lora(Model):
     target_modules: Names | None = None
     """Names (or name endings) of the modules that get an adapter. Absent: every linear layer but
     the output head."""
+    use_rslora: bool = False
+    """Rank-stabilised scale: alpha over the root of the rank, for large ranks (Kalajdzievski 2023,
+    arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Train the magnitude of each output apart from its direction (DoRA; Liu et al. 2024,
+    arXiv:2402.09353). Slower."""
+    lora_plus_ratio: DecimalString = "1"
+    """Learning rate of the B matrices over that of the A matrices (LoRA+; Hayou et al. 2024,
+    arXiv:2402.12354, where 16 is advised)."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "self.loraPlusRatio.matches('^[0.]*[1-9]')",
+            "loraPlusRatio must be above 0: at 0 the B matrices would stay zero",
+            lambda lora: float(lora.lora_plus_ratio) > 0,
+            ("loraPlusRatio",),
+        ),
+    )
 
     @property
     def effective_alpha(self) -> int:

@@ -65,6 +65,8 @@ def _lora(model: PreTrainedModel, method: Method) -> Tuned:
         lora_alpha=lora.effective_alpha,
         lora_dropout=float(lora.dropout),
         target_modules=list(lora.target_modules) if lora.target_modules else "all-linear",
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
     )
     try:
         return get_peft_model(model, config)

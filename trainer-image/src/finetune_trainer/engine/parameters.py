@@ -24,12 +24,22 @@ def parameter_counts(model: nn.Module) -> Parameters:
 
 
 def optimizer_groups(model: nn.Module, spec: FineTuneJobSpec) -> list[dict[str, object]]:
-    """Parameter groups of the optimizer: weight decay for matrices, none for norms and biases.
-    None is empty: a checkpoint keeps no settings of a group without parameters."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    """Parameter groups of the optimizer: weight decay for matrices, none for norms and biases, and
+    ``rate_factor``, by which the schedule's rate is multiplied (above 1 for the B matrices of
+    LoRA+, Hayou et al. 2024). No group is empty: a checkpoint keeps no settings of such."""
     decay = float(spec.training.weight_decay)
-    groups: list[dict[str, object]] = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ratio = float(spec.method.effective_lora.lora_plus_ratio)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            factor = ratio if _is_lora_b(name) else 1.0
+            key = (decay if parameter.ndim >= 2 else 0.0, factor)
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "rate_factor": factor}
+        for (decay, factor), parameters in groups.items()
     ]
-    return [group for group in groups if group["params"]]
+
+
+def _is_lora_b(name: str) -> bool:
+    return ".lora_B." in name or ".lora_embedding_B." in name

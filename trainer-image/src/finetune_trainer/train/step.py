@@ -43,7 +43,7 @@ def optimizer_step(session: Session, batch: StepTensors, rate: float) -> tuple[T
     whole = gang.sum_on_device(torch.stack([loss[0], norm.double() / gang.size]))
     taken = session.guard.judge(batch.plan.number, whole[0], whole[1])
     for group in session.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate_factor"]
     step_if(session.optimizer, taken)
     session.optimizer.zero_grad(set_to_none=True)
     steps = torch.full_like(loss, 1 / gang.size)
