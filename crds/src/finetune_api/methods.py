@@ -14,7 +14,7 @@ from pydantic import Field, StringConstraints
 
 from finetune_api.base import DecimalString, Fraction, Model, Rule
 
-MethodName = Literal["Full", "Partial", "LoRA"]
+MethodName = Literal["Full", "Partial", "LoRA", "IA3", "PromptTuning", "PrefixTuning"]
 OutputFormat = Literal["Adapter", "Merged", "Both"]
 Names = Annotated[
     list[Annotated[str, StringConstraints(min_length=1, max_length=256)]],
@@ -34,12 +34,17 @@ class MethodKind:
     """Formats that can be published; the first is the default."""
     freezes: bool = True
     """Whether weights of the base stay as they are, and so may be held in bfloat16."""
+    packs: bool = True
+    """Whether documents can share a row: not where each needs virtual tokens before it."""
 
 
 METHODS: Final[dict[MethodName, MethodKind]] = {
     "Full": MethodKind("", 2e-5, ("Merged",), freezes=False),
     "Partial": MethodKind("partial", 2e-5, ("Merged",)),
     "LoRA": MethodKind("lora", 2e-4, ("Adapter", "Merged", "Both")),
+    "IA3": MethodKind("ia3", 3e-3, ("Adapter", "Merged", "Both")),
+    "PromptTuning": MethodKind("prompt", 1e-2, ("Adapter",), packs=False),
+    "PrefixTuning": MethodKind("prompt", 1e-2, ("Adapter",), packs=False),
 }
 
 
@@ -107,6 +112,35 @@ class Lora(Model):
         return self.alpha if self.alpha is not None else 2 * self.rank
 
 
+class Ia3(Model):
+    """Learned scales of activations (Liu et al. 2022, arXiv:2205.05638)."""
+
+    target_modules: Names | None = None
+    """Names (or name endings) of the modules whose activations are scaled. Absent: what is usual
+    for the architecture (keys, values and the last layer of the feed-forward block); other
+    architectures must name them."""
+    feedforward_modules: Names | None = None
+    """Those of targetModules whose input is scaled, not their output. Absent, with targetModules
+    given: none."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "!has(self.feedforwardModules) || (has(self.targetModules)"
+            " && self.feedforwardModules.all(name, name in self.targetModules))",
+            "feedforwardModules must be among targetModules",
+            lambda i: set(i.feedforward_modules or ()) <= set(i.target_modules or ()),
+            ("feedforwardModules",),
+        ),
+    )
+
+
+class Prompt(Model):
+    """Learned vectors before every sample. Its tokens are no part of `training.maxLength`."""
+
+    virtual_tokens: Annotated[int, Field(ge=1, le=4096)] = 20
+    """Number of vectors."""
+
+
 def _block_rule(block: str) -> Rule:
     """A settings block stands with the methods that read it alone."""
     types = [name for name, kind in METHODS.items() if kind.block == block]
@@ -123,11 +157,17 @@ class Method(Model):
 
     type: MethodName = "LoRA"
     """Full: every weight. Partial: chosen weights of the model, the rest frozen. LoRA: small
-    matrices beside the linear layers, the rest frozen."""
+    matrices beside the linear layers, the rest frozen. IA3: scales of activations. PromptTuning:
+    embeddings before the sample (Lester et al. 2021, arXiv:2104.08691). PrefixTuning: keys and
+    values before it in every layer (Li and Liang 2021, arXiv:2101.00190)."""
     partial: Partial | None = None
     """What Partial trains."""
     lora: Lora | None = None
     """Settings of LoRA; absent, its defaults."""
+    ia3: Ia3 | None = None
+    """Settings of IA3; absent, its defaults."""
+    prompt: Prompt | None = None
+    """Settings of PromptTuning and PrefixTuning; absent, their defaults."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         *(_block_rule(b) for b in dict.fromkeys(k.block for k in METHODS.values()) if b),
@@ -153,6 +193,19 @@ class Method(Model):
     def effective_lora(self) -> Lora:
         lora = self.lora or Lora()
         return lora.model_copy(update={"alpha": lora.effective_alpha})
+
+    @property
+    def effective_ia3(self) -> Ia3:
+        return self.ia3 or Ia3()
+
+    @property
+    def effective_prompt(self) -> Prompt:
+        return self.prompt or Prompt()
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions that the method takes before every sample."""
+        return self.effective_prompt.virtual_tokens if self.kind.block == "prompt" else 0
 
     @property
     def settings(self) -> Model | None:

@@ -75,7 +75,8 @@ class Training(Model):
     """Most tokens that one process runs through the model at once. Absent: maxLength, but at least
     2,048. Affects memory and speed, not the result."""
     learning_rate: DecimalString | None = None
-    """Peak learning rate. Absent: "2e-4" for LoRA, "2e-5" for Full and Partial."""
+    """Peak learning rate. Absent: "2e-4" for LoRA, "3e-3" for IA3, "1e-2" for
+    PromptTuning and PrefixTuning, "2e-5" for Full and Partial."""
     schedule: Literal["Cosine", "Linear", "Constant"] = "Cosine"
     """Course of the learning rate after the warm-up: to zero by a half cosine, to zero by a line,
     or constant."""
@@ -157,7 +158,8 @@ class Output(Model):
     newest complete one."""
     format: OutputFormat | None = None
     """Adapter: what was added to the base model, alone. Merged: a whole model. Absent: Adapter
-    where the method makes one, else Merged (Full, Partial)."""
+    where the method makes one, else Merged (Full, Partial). PromptTuning and PrefixTuning are an
+    Adapter only."""
 
 
 def _format_rule(formats: tuple[OutputFormat, ...], why: str) -> Rule:
@@ -166,7 +168,7 @@ def _format_rule(formats: tuple[OutputFormat, ...], why: str) -> Rule:
     return Rule(
         f"!has(self.output.format) || !(self.output.format in {json.dumps(formats)})"
         f" || self.method.type in {json.dumps(types)}",
-        f"output.format {' and '.join(formats)} need method.type {' or '.join(types)}: {why}",
+        f"output.format {' and '.join(formats)} need method.type {', '.join(types)}: {why}",
         lambda s: s.output.format not in formats or s.method.type in types,
         ("output.format", "method.type"),
     )
@@ -211,6 +213,14 @@ class FineTuneJobSpec(Model):
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         _format_rule(("Adapter", "Both"), "the others train the model's own weights"),
+        _format_rule(("Merged", "Both"), "no weights hold what the others train"),
+        Rule(
+            "self.method.type != 'PrefixTuning' || !self.training.gradientCheckpointing",
+            "training.gradientCheckpointing does not go with method.type PrefixTuning, whose keys"
+            " and values it would drop: set it to false",
+            lambda s: s.method.type != "PrefixTuning" or not s.training.gradient_checkpointing,
+            ("method.type",),
+        ),
         Rule(
             "!has(self.training.earlyStopping) || has(self.data.validation)"
             " || !self.data.split.validation.matches('^[0.]+$')",

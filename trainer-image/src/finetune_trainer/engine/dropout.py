@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from finetune_trainer.engine.packed import current_row
 
@@ -68,6 +69,8 @@ class KeyedDropout(nn.Module):
         if not self.training or self.p == 0.0 or row is None or x.ndim != 3:
             return x
         keep = keep_mask(row.keys, x.shape[-1], self.layer, self.p)
+        # Virtual tokens before the document (prompt tuning) have no keys, and are kept.
+        keep = pad(keep, (0, 0, x.shape[1] - len(keep), 0), value=True)
         return x * keep.view(x.shape).to(x.dtype) / (1.0 - self.p)
 
     def extra_repr(self) -> str:

@@ -9,7 +9,7 @@ import inspect
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -30,14 +30,23 @@ class TokenLoss(nn.Module):
         self.model = model
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
         self._selects = "logits_to_keep" in inspect.signature(inner.forward).parameters
+        config = model.active_peft_config if isinstance(model, PeftModel) else None
+        # Virtual tokens stand before a document that has its row to itself: positions are those of
+        # the row, and peft counts them. Those of prompt tuning have logits too, which come first.
+        self._virtual = config is not None and config.is_prompt_learning
+        self._shift = (
+            config.num_virtual_tokens
+            if config and config.peft_type == PeftType.PROMPT_TUNING
+            else 0
+        )
 
     def forward(self, row: RowTensors) -> Tensor:
         empty = row.labels.numel() == 0
-        predict = row.predict if not empty else row.predict.new_zeros(1)
+        predict = (row.predict if not empty else row.predict.new_zeros(1)) + self._shift
         extra: dict[str, Any] = {"logits_to_keep": predict} if self._selects else {}
-        output = self.model(
-            input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False, **extra
-        )
+        if not self._virtual:
+            extra["position_ids"] = row.position_ids
+        output = self.model(input_ids=row.input_ids, use_cache=False, **extra)
         logits = output.logits[0] if self._selects else output.logits[0].index_select(0, predict)
         if empty:
             nothing: Tensor = logits.float().sum()[None] * 0.0

@@ -10,7 +10,14 @@ from collections.abc import Callable
 from typing import Final
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -71,16 +78,48 @@ def _lora(model: PreTrainedModel, method: Method) -> Tuned:
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise UserError(
-            "NoTargetModules",
-            f"spec.method.lora.targetModules: {lora.target_modules} fits no module of the"
-            f" model; its linear layers are called {', '.join(_linear_layers(model))}",
-        ) from error
+        raise _no_target(model, "lora", lora.target_modules) from error
 
 
-def _linear_layers(model: nn.Module) -> list[str]:
-    return sorted(
-        {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+def _ia3(model: PreTrainedModel, method: Method) -> Tuned:
+    ia3 = method.effective_ia3
+    config = IA3Config(
+        task_type="CAUSAL_LM",
+        target_modules=ia3.target_modules,
+        feedforward_modules=(ia3.feedforward_modules or []) if ia3.target_modules else None,
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise _no_target(model, "ia3", ia3.target_modules) from error
+
+
+def _no_target(model: nn.Module, block: str, wanted: list[str] | None) -> UserError:
+    linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    said = f"{wanted} fits no module of the model" if wanted else "this model needs names"
+    return UserError(
+        "NoTargetModules",
+        f"spec.method.{block}.targetModules: {said}; its linear layers are called"
+        f" {', '.join(sorted(linear))}",
+    )
+
+
+def _prompt_tuning(model: PreTrainedModel, method: Method) -> Tuned:
+    # Vectors that begin as embeddings of real tokens learn faster (Lester et al. 2021).
+    return get_peft_model(
+        model,
+        PromptTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=method.virtual_tokens,
+            prompt_tuning_init="SAMPLE_VOCAB",
+        ),
+    )
+
+
+def _prefix_tuning(model: PreTrainedModel, method: Method) -> Tuned:
+    return get_peft_model(
+        model,
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=method.virtual_tokens),
     )
 
 
@@ -88,4 +127,7 @@ _APPLY: Final[dict[MethodName, Callable[[PreTrainedModel, Method], Tuned]]] = {
     "Full": _full,
     "Partial": _partial,
     "LoRA": _lora,
+    "IA3": _ia3,
+    "PromptTuning": _prompt_tuning,
+    "PrefixTuning": _prefix_tuning,
 }

@@ -31,9 +31,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The untuned model of a folder in Hugging Face layout, on the CPU, with ``dtype`` weights and
-    attention that keeps packed documents apart.
+def load_base(path: Path, dtype: torch.dtype, pack: bool = True) -> PreTrainedModel:
+    """The untuned model of a folder in Hugging Face layout, on the CPU, with ``dtype`` weights and,
+    where ``pack`` and the architecture allow it, attention that keeps packed documents apart.
 
     Raises:
         UserError: where the architecture is unknown or not a causal language model.
@@ -50,7 +50,7 @@ def load_base(path: Path, dtype: torch.dtype) -> PreTrainedModel:
             setattr(model.config, name, probability)
     except (ValueError, KeyError) as error:
         raise _unsupported(error) from error
-    if packed.can_pack(model):
+    if pack and packed.can_pack(model):
         model.set_attn_implementation(packed.ATTENTION)
     model.config.use_cache = False
     return model

@@ -24,8 +24,8 @@ def parameter_counts(model: nn.Module) -> Parameters:
 
 
 def optimizer_groups(model: nn.Module, spec: FineTuneJobSpec) -> list[dict[str, object]]:
-    """Parameter groups of the optimizer: weight decay for matrices, none for norms and biases, and
-    ``rate_factor``, by which the schedule's rate is multiplied (above 1 for the B matrices of
+    """Parameter groups of the optimizer: weight decay for matrices, none for norms, biases and
+    scales, and ``rate_factor``, by which the schedule's rate is multiplied (for the B matrices of
     LoRA+, Hayou et al. 2024). No group is empty: a checkpoint keeps no settings of such."""
     decay = float(spec.training.weight_decay)
     ratio = float(spec.method.effective_lora.lora_plus_ratio)
@@ -33,7 +33,8 @@ def optimizer_groups(model: nn.Module, spec: FineTuneJobSpec) -> list[dict[str, 
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             factor = ratio if _is_lora_b(name) else 1.0
-            key = (decay if parameter.ndim >= 2 else 0.0, factor)
+            matrix = parameter.ndim >= 2 and ".ia3_l." not in name
+            key = (decay if matrix else 0.0, factor)
             groups.setdefault(key, []).append(parameter)
     return [
         {"params": parameters, "weight_decay": decay, "rate_factor": factor}

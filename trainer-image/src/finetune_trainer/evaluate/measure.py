@@ -59,6 +59,8 @@ class Evaluator:
     packed: bool
     max_samples: int
     max_new_tokens: int
+    virtual_tokens: int = 0
+    """Positions that the method takes before every prompt."""
     stop_requested: Callable[[], bool] | None = None
     """Asked before each set where the measuring may be interrupted."""
 
@@ -136,12 +138,20 @@ class Evaluator:
         batch: list[int] = []
         for i in order:
             longest = len(references[batch[0] if batch else i].prompt_ids) + self.max_new_tokens
-            if batch and (len(batch) + 1) * longest > _GENERATION_TOKENS:
+            if batch and (
+                (len(batch) + 1) * longest > _GENERATION_TOKENS
+                or not self._fits(references[batch[0]], references[i])
+            ):
                 yield batch
                 batch = []
             batch.append(i)
         if batch:
             yield batch
+
+    def _fits(self, one: Reference, other: Reference) -> bool:
+        """Whether two prompts may be answered together. Padding would come between virtual tokens
+        and the prompt, so there all have one length."""
+        return not self.virtual_tokens or len(one.prompt_ids) == len(other.prompt_ids)
 
     def _answer(self, prompts: Sequence[np.ndarray]) -> list[str]:
         longest = max(len(p) for p in prompts)
@@ -152,7 +162,7 @@ class Evaluator:
             mask[i, longest - len(prompt) :] = 1
         model: Any = self.loss.model
         positions = getattr(model.config, "max_position_embeddings", None) or longest * 2**20
-        room = max(1, min(self.max_new_tokens, positions - longest))
+        room = max(1, min(self.max_new_tokens, positions - longest - self.virtual_tokens))
         with torch.no_grad(), self.gang.autocast():
             out = model.generate(
                 input_ids=ids.to(self.gang.device),

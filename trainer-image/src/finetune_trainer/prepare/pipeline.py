@@ -123,21 +123,24 @@ def load_model(order: RunOrder, stores: Stores, folder: Path) -> Model:
 
 def max_length_of(spec: FineTuneJobSpec, model_maximum: int | None) -> int:
     """Most tokens of a sample: the spec's, else the model's maximum but at most
-    ``DEFAULT_MAX_LENGTH``.
+    ``DEFAULT_MAX_LENGTH``. Virtual tokens take positions of the model too.
 
     Raises:
         UserError: 'MaxLengthTooLong' where the spec's is above the model's maximum.
     """
+    virtual = spec.method.virtual_tokens
     wanted = spec.training.max_length
-    if wanted is None:
-        return min(model_maximum or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
-    if model_maximum is not None and wanted > model_maximum:
+    if model_maximum is None:
+        return wanted or DEFAULT_MAX_LENGTH
+    room = model_maximum - virtual
+    if room < 1 or (wanted is not None and wanted > room):
+        taken = f", less {virtual} of spec.method.prompt.virtualTokens" if virtual else ""
         raise UserError(
             "MaxLengthTooLong",
-            f"spec.training.maxLength: {wanted} is more than the {model_maximum} positions of the"
-            f" model ({spec.model.source}, max_position_embeddings); lower it",
+            f"spec.training.maxLength: {wanted or 1} is more than the {model_maximum} positions of"
+            f" the model ({spec.model.source}, max_position_embeddings){taken}; lower it",
         )
-    return wanted
+    return wanted or min(room, DEFAULT_MAX_LENGTH)
 
 
 def find_sources(spec: FineTuneJobSpec, stores: Stores) -> list[Source]:

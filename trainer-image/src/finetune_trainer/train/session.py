@@ -108,8 +108,8 @@ def open_session(
     precision = resolve_precision(spec.training, gang.device.type == "cuda")
     halved = precision == "BF16" and spec.method.kind.freezes
     frozen = torch.bfloat16 if halved else torch.float32
-    base = load_base(path, frozen)
-    packed = can_pack(base)
+    base = load_base(path, frozen, spec.method.kind.packs)
+    packed = spec.method.kind.packs and can_pack(base)
     model = apply_method(base, spec)
     nn.Module.to(model, gang.device)
     loss = TokenLoss(model)
@@ -153,6 +153,7 @@ def open_session(
         evaluator=Evaluator(
             gang=gang, data=data, loss=loss, tokenizer=tokenizer,
             row_tokens=_evaluation_row(row_tokens, data), packed=packed,
+            virtual_tokens=spec.method.virtual_tokens,
             max_samples=spec.evaluation.max_samples,
             max_new_tokens=spec.evaluation.max_new_tokens
             or min(data.manifest.max_completion_tokens + 1, 512),
