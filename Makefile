@@ -55,7 +55,7 @@ bench: install ## Speed beside TRL, and of planning and resuming; printed
 
 lock: ## Pin the dependencies anew (writes the requirements.txt files)
 	$(BIN)/uv pip compile --quiet --universal --no-emit-index-url --python-version 3.11 --no-annotate --no-emit-package finetune-api operator/pyproject.toml -o operator/requirements.txt
-	$(BIN)/uv pip compile --quiet --universal --no-emit-index-url --python-version 3.11 --no-annotate --no-emit-package finetune-api trainer-image/pyproject.toml -o trainer-image/requirements.txt
+	$(BIN)/uv pip compile --quiet --universal --no-emit-index-url --python-version 3.11 --no-annotate --no-emit-package finetune-api trainer-image/pyproject.toml --extra gpu -o trainer-image/requirements.txt
 	$(BIN)/uv pip compile --quiet --universal --no-emit-index-url --python-version 3.11 --no-annotate --no-emit-package finetune-api tests/requirements.in crds/pyproject.toml operator/pyproject.toml trainer-image/pyproject.toml -o tests/requirements.txt
 
 clean: ## Remove the virtual environment and local state

@@ -17,13 +17,14 @@ from transformers import AutoModelForCausalLM, CohereConfig
 
 from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
 from finetune_api.spec import FineTuneJobSpec, parse_spec
-from finetune_trainer.engine.dcp import load_state, save_state
+from finetune_trainer.engine.dcp import load_state, load_weights, save_state
 from finetune_trainer.engine.feed import build_row
 from finetune_trainer.engine.loss import TokenLoss, row_losses
 from finetune_trainer.engine.methods import apply_method
 from finetune_trainer.engine.model import load_base, load_tokenizer
 from finetune_trainer.engine.packed import row_context
-from finetune_trainer.engine.parameters import optimizer_groups
+from finetune_trainer.engine.parameters import optimizer_groups, parameter_counts
+from finetune_trainer.engine.quantized import check_device, check_package
 from finetune_trainer.evaluate.measure import Evaluator
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepare.pipeline import max_length_of
@@ -49,9 +50,9 @@ class Tuning:
     """A model under tuning, as a training process has it."""
 
     def __init__(self, folder: Path, spec: FineTuneJobSpec) -> None:
-        self.model: Any = apply_method(
-            load_base(folder, torch.float32, spec.method.kind.packs), spec
-        )
+        kind = spec.method.kind
+        base = load_base(folder, torch.float32, kind.packs, CPU if kind.quantizes else None)
+        self.model: Any = apply_method(base, spec)
         self.loss = TokenLoss(self.model).train()
         self.optimizer = torch.optim.AdamW(optimizer_groups(self.model, spec))
 
@@ -175,6 +176,52 @@ def check_published(
         write_merged(model, tokenizer, base, [128], folder / "merged")
         merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
         torch.testing.assert_close(logits(merged), expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_qlora_trains_over_four_bits_and_is_published_on_the_stored_base(
+    base: Path, tmp_path: Path, dora: bool
+) -> None:
+    spec = spec_of({"type": "QLoRA", "lora": {"rank": 4, "useDora": dora}})
+    tuning = Tuning(base, spec)
+    weights = dict(tuning.model.named_parameters())
+    packed_weight = "base_model.model.model.layers.0.mlp.up_proj.base_layer.weight"
+    assert weights[packed_weight].dtype == torch.uint8
+    assert tuning.trained() == {n for n in weights if ".lora_" in n}
+    counts = parameter_counts(tuning.model)
+    assert counts == parameter_counts(apply_method(load_base(base, torch.float32), spec))
+
+    before = tuning.values()
+    for number in range(3):
+        tuning.step(number)
+    after = tuning.values()
+    assert {n for n in after if not torch.equal(before[n], after[n])} == tuning.trained()
+    save_state(tmp_path / "commit", tuning.model, tuning.optimizer, None)
+    resumed = Tuning(base, spec)
+    load_state(tmp_path / "commit", resumed.model, resumed.optimizer, None)
+    assert all(torch.equal(value, after[name]) for name, value in resumed.values().items())
+
+    whole = apply_method(load_base(base, torch.float32), spec)
+    load_weights(tmp_path / "commit", whole)
+    with torch.no_grad():  # not by eval(), after which a CPU rearranges the bits for inference
+        quantised = tuning.model(input_ids=IDS).logits
+    assert (logits(whole) - quantised).abs().max() > 1e-3, "the base was not quantised"
+    check_published(base, tmp_path, spec, logits(whole))
+    assert resumed.step(3) == tuning.step(3)
+
+
+def test_qlora_needs_its_package_and_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_of({"type": "QLoRA"})
+    check_package(spec)
+    with pytest.raises(UserError, match=r"compute\.gpusPerNode") as caught:
+        check_device(spec, CPU)
+    assert caught.value.reason == "GPUMissing"
+    monkeypatch.setattr("finetune_trainer.engine.quantized.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="EXTRA=gpu") as caught:
+        check_package(spec)
+    assert caught.value.reason == "PackageMissing"
+    check_package(spec_of({"type": "LoRA"}))
+    check_device(spec_of({"type": "LoRA"}), CPU)
 
 
 def test_groups_of_the_optimizer(base: Path) -> None:

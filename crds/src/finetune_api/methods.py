@@ -14,7 +14,7 @@ from pydantic import Field, StringConstraints
 
 from finetune_api.base import DecimalString, Fraction, Model, Rule
 
-MethodName = Literal["Full", "Partial", "LoRA", "IA3", "PromptTuning", "PrefixTuning"]
+MethodName = Literal["Full", "Partial", "LoRA", "QLoRA", "IA3", "PromptTuning", "PrefixTuning"]
 OutputFormat = Literal["Adapter", "Merged", "Both"]
 Names = Annotated[
     list[Annotated[str, StringConstraints(min_length=1, max_length=256)]],
@@ -34,6 +34,8 @@ class MethodKind:
     """Formats that can be published; the first is the default."""
     freezes: bool = True
     """Whether weights of the base stay as they are, and so may be held in bfloat16."""
+    quantizes: bool = False
+    """Whether the linear layers of the base are held in 4 bits, which needs a GPU."""
     packs: bool = True
     """Whether documents can share a row: not where each needs virtual tokens before it."""
 
@@ -42,6 +44,7 @@ METHODS: Final[dict[MethodName, MethodKind]] = {
     "Full": MethodKind("", 2e-5, ("Merged",), freezes=False),
     "Partial": MethodKind("partial", 2e-5, ("Merged",)),
     "LoRA": MethodKind("lora", 2e-4, ("Adapter", "Merged", "Both")),
+    "QLoRA": MethodKind("lora", 2e-4, ("Adapter", "Merged", "Both"), quantizes=True),
     "IA3": MethodKind("ia3", 3e-3, ("Adapter", "Merged", "Both")),
     "PromptTuning": MethodKind("prompt", 1e-2, ("Adapter",), packs=False),
     "PrefixTuning": MethodKind("prompt", 1e-2, ("Adapter",), packs=False),
@@ -157,13 +160,16 @@ class Method(Model):
 
     type: MethodName = "LoRA"
     """Full: every weight. Partial: chosen weights of the model, the rest frozen. LoRA: small
-    matrices beside the linear layers, the rest frozen. IA3: scales of activations. PromptTuning:
-    embeddings before the sample (Lester et al. 2021, arXiv:2104.08691). PrefixTuning: keys and
-    values before it in every layer (Li and Liang 2021, arXiv:2101.00190)."""
+    matrices beside the linear layers, the rest frozen. QLoRA: LoRA over a base in 4 bits, for
+    models that do not fit the GPU (Dettmers et al. 2023, arXiv:2305.14314); the test measures it
+    so, and Merged adds the adapter to the base as it is stored. IA3: scales of activations.
+    PromptTuning: embeddings before the sample (Lester et al. 2021, arXiv:2104.08691).
+    PrefixTuning: keys and values before it in every layer (Li and Liang 2021,
+    arXiv:2101.00190)."""
     partial: Partial | None = None
     """What Partial trains."""
     lora: Lora | None = None
-    """Settings of LoRA; absent, its defaults."""
+    """Settings of LoRA and QLoRA; absent, their defaults."""
     ia3: Ia3 | None = None
     """Settings of IA3; absent, its defaults."""
     prompt: Prompt | None = None

@@ -8,7 +8,7 @@ of full tuning) the field is optional and ``effective_*`` on the block gives the
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field, StringConstraints, ValidationError
 
@@ -23,7 +23,7 @@ from finetune_api.base import (
     explain,
 )
 from finetune_api.cluster import Compute, FailurePolicy, Prepare, Scheduling
-from finetune_api.methods import Method, OutputFormat, methods_for
+from finetune_api.methods import METHODS, Method, OutputFormat, methods_for
 from finetune_api.sources import BaseModelSource, Data, Storage
 
 Metric = Literal[
@@ -75,7 +75,7 @@ class Training(Model):
     """Most tokens that one process runs through the model at once. Absent: maxLength, but at least
     2,048. Affects memory and speed, not the result."""
     learning_rate: DecimalString | None = None
-    """Peak learning rate. Absent: "2e-4" for LoRA, "3e-3" for IA3, "1e-2" for
+    """Peak learning rate. Absent: "2e-4" for LoRA and QLoRA, "3e-3" for IA3, "1e-2" for
     PromptTuning and PrefixTuning, "2e-5" for Full and Partial."""
     schedule: Literal["Cosine", "Linear", "Constant"] = "Cosine"
     """Course of the learning rate after the warm-up: to zero by a half cosine, to zero by a line,
@@ -162,6 +162,9 @@ class Output(Model):
     Adapter only."""
 
 
+_QUANTIZING: Final = [name for name, kind in METHODS.items() if kind.quantizes]
+
+
 def _format_rule(formats: tuple[OutputFormat, ...], why: str) -> Rule:
     """Formats that some methods cannot be published in."""
     types = methods_for(formats[0])
@@ -220,6 +223,13 @@ class FineTuneJobSpec(Model):
             " and values it would drop: set it to false",
             lambda s: s.method.type != "PrefixTuning" or not s.training.gradient_checkpointing,
             ("method.type",),
+        ),
+        Rule(
+            f"!(self.method.type in {json.dumps(_QUANTIZING)}) || self.compute.gpusPerNode > 0",
+            f"method.type {', '.join(_QUANTIZING)} needs a GPU: set compute.gpusPerNode, or"
+            " method.type: LoRA",
+            lambda s: not s.method.kind.quantizes or s.compute.gpus_per_node > 0,
+            ("method.type", "compute.gpusPerNode"),
         ),
         Rule(
             "!has(self.training.earlyStopping) || has(self.data.validation)"

@@ -127,6 +127,7 @@ _APPLY: Final[dict[MethodName, Callable[[PreTrainedModel, Method], Tuned]]] = {
     "Full": _full,
     "Partial": _partial,
     "LoRA": _lora,
+    "QLoRA": _lora,
     "IA3": _ia3,
     "PromptTuning": _prompt_tuning,
     "PrefixTuning": _prefix_tuning,

@@ -7,6 +7,7 @@ in publish, so there is one way in which a spec becomes a model.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from finetune_trainer.engine import packed
+from finetune_trainer.engine.quantized import four_bits
 from finetune_trainer.failures import UserError
 
 
@@ -31,9 +33,12 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(path: Path, dtype: torch.dtype, pack: bool = True) -> PreTrainedModel:
-    """The untuned model of a folder in Hugging Face layout, on the CPU, with ``dtype`` weights and,
-    where ``pack`` and the architecture allow it, attention that keeps packed documents apart.
+def load_base(
+    path: Path, dtype: torch.dtype, pack: bool = True, quantize_on: torch.device | None = None
+) -> PreTrainedModel:
+    """The untuned model of a folder in Hugging Face layout, with ``dtype`` weights and, where
+    ``pack`` and the architecture allow it, attention that keeps packed documents apart. It is on
+    the CPU, or, with linear layers in 4 bits, on the device ``quantize_on``.
 
     Raises:
         UserError: where the architecture is unknown or not a causal language model.
@@ -45,7 +50,10 @@ def load_base(path: Path, dtype: torch.dtype, pack: bool = True) -> PreTrainedMo
         # training.dropout decides (see ``dropout``); what a model drops by itself follows no key.
         for name in own:
             setattr(config, name, 0.0)
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
+        bits: dict[str, Any] = {}
+        if quantize_on is not None:
+            bits = {"quantization_config": four_bits(dtype), "device_map": {"": quantize_on}}
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **bits)
         for name, probability in own.items():
             setattr(model.config, name, probability)
     except (ValueError, KeyError) as error:

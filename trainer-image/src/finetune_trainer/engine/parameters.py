@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
@@ -19,8 +20,14 @@ class Parameters:
 
 def parameter_counts(model: nn.Module) -> Parameters:
     """Trainable and total parameters."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    sizes = [(_size(p), p.requires_grad) for p in model.parameters()]
     return Parameters(sum(n for n, train in sizes if train), sum(n for n, _ in sizes))
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """Numbers in a parameter: one in 4 bits holds two a byte, and has its shape beside it."""
+    state = getattr(parameter, "quant_state", None)
+    return math.prod(state.shape) if state is not None else parameter.numel()
 
 
 def optimizer_groups(model: nn.Module, spec: FineTuneJobSpec) -> list[dict[str, object]]:

@@ -15,6 +15,7 @@ from finetune_api.identity import data_uri
 from finetune_api.order import RunOrder
 from finetune_api.results import PreparedSummary
 from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.engine.quantized import check_package
 from finetune_trainer.engine.schedule import stages_of, steps_of
 from finetune_trainer.evaluate.metricnames import check_metrics
 from finetune_trainer.failures import UserError
@@ -61,6 +62,7 @@ def prepare(
         UserError, DataError, StorageDenied, StorageUnavailable: with the remedy.
     """
     spec = order.spec
+    check_package(spec)
     check_access(spec, stores.default)
     model = load_model(order, stores, scratch / "tokenizer")
     sources = find_sources(spec, stores)

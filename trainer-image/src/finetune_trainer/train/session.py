@@ -27,6 +27,7 @@ from finetune_trainer.engine.model import load_base, load_tokenizer
 from finetune_trainer.engine.packed import can_pack
 from finetune_trainer.engine.parameters import Parameters, optimizer_groups, parameter_counts
 from finetune_trainer.engine.plan import Plan
+from finetune_trainer.engine.quantized import check_device
 from finetune_trainer.engine.schedule import stages_of, steps_of, visits_of
 from finetune_trainer.evaluate.measure import Evaluator
 from finetune_trainer.evaluate.metricnames import metrics_for
@@ -97,6 +98,7 @@ def open_session(
         TrainerError: of the kind that names what is missing.
     """
     spec = order.spec
+    check_device(spec, gang.device)
     prepared = gang.from_first(lambda: runfiles.read_prepared(stores.default, order.run_uri))
     data = PreparedData.open(stores.default, prepared.uri, scratch / "data")
     # One process of each pod fetches the model; the others find it in the shared folder.
@@ -108,8 +110,9 @@ def open_session(
     precision = resolve_precision(spec.training, gang.device.type == "cuda")
     halved = precision == "BF16" and spec.method.kind.freezes
     frozen = torch.bfloat16 if halved else torch.float32
-    base = load_base(path, frozen, spec.method.kind.packs)
-    packed = spec.method.kind.packs and can_pack(base)
+    kind = spec.method.kind
+    base = load_base(path, frozen, kind.packs, gang.device if kind.quantizes else None)
+    packed = kind.packs and can_pack(base)
     model = apply_method(base, spec)
     nn.Module.to(model, gang.device)
     loss = TokenLoss(model)
