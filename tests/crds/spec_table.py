@@ -116,6 +116,10 @@ GOOD = [
         "useRslora": True, "useDora": True, "loraPlusRatio": "1.6e1",
     }}),
     good("small ratio", {"method.lora": {"loraPlusRatio": "0.05"}}),
+    good("experts", {
+        "method.lora": {"dropout": "0.00", "targetParameters": ["mlp.experts.down_proj"]},
+        "training.routerAuxLossCoefficient": "0.001",
+    }),
     good("4 bits", {"method": {"type": "QLoRA", "lora": {"rank": 8}}, "output.format": "Both"}),
     good("scales", {"method.type": "IA3", "output.format": "Both"}),
     good("scales of chosen modules", {"method": {"type": "IA3", "ia3": {
@@ -297,6 +301,12 @@ BAD = [
         "feedforwardModules must be among targetModules", "down_proj"),
     bad("4 bits on the CPU", {"method.type": "QLoRA", "compute.gpusPerNode": 0}, "",
         "method.type QLoRA needs a GPU: set compute.gpusPerNode", "QLoRA"),
+    bad("dropout of parameters",
+        {"method.lora": {"targetParameters": ["experts.down_proj"], "dropout": "0.1"}},
+        "method.lora", "targetParameters go with neither dropout nor useDora", "0.1"),
+    bad("magnitudes of parameters",
+        {"method.lora": {"targetParameters": ["experts.down_proj"], "useDora": True}},
+        "method.lora", "targetParameters go with neither dropout nor useDora", "true"),
     bad("prompt of lora", {"method.prompt": {}}, "method",
         "prompt goes with type PromptTuning or PrefixTuning only", "LoRA"),
     bad("merged prompt", {"method.type": "PromptTuning", "output.format": "Merged"}, "",

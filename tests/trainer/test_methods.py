@@ -13,7 +13,7 @@ import torch
 from engine import CPU, samples, tiny_llama
 from peft import PeftModel
 from test_training import write_model
-from transformers import AutoModelForCausalLM, CohereConfig
+from transformers import AutoModelForCausalLM, CohereConfig, MixtralConfig, Qwen2MoeConfig
 
 from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
 from finetune_api.spec import FineTuneJobSpec, parse_spec
@@ -53,7 +53,8 @@ class Tuning:
         kind = spec.method.kind
         base = load_base(folder, torch.float32, kind.packs, CPU if kind.quantizes else None)
         self.model: Any = apply_method(base, spec)
-        self.loss = TokenLoss(self.model).train()
+        coefficient = float(spec.training.router_aux_loss_coefficient)
+        self.loss = TokenLoss(self.model, coefficient).train()
         self.optimizer = torch.optim.AdamW(optimizer_groups(self.model, spec))
 
     def step(self, number: int) -> float:
@@ -137,12 +138,17 @@ def test_a_method_trains_its_part_resumes_and_is_published(
     trained = tuning.trained()
     assert trained == {n for n, _ in tuning.model.named_parameters() if expected(n)}
     assert trained
+    check_round(base, tmp_path, spec, tuning)
 
+
+def check_round(base: Path, tmp_path: Path, spec: FineTuneJobSpec, tuning: Tuning) -> None:
+    """Steps change what is trained and no more, a resume goes on where it was, and what is
+    published is the tuned model."""
     before = tuning.values()
     for number in range(3):
         tuning.step(number)
     after = tuning.values()
-    assert {n for n in after if not torch.equal(before[n], after[n])} == trained
+    assert {n for n in after if not torch.equal(before[n], after[n])} == tuning.trained()
 
     save_state(tmp_path / "commit", tuning.model, tuning.optimizer, None)
     resumed = Tuning(base, spec)
@@ -222,6 +228,105 @@ def test_qlora_needs_its_package_and_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
     assert caught.value.reason == "PackageMissing"
     check_package(spec_of({"type": "LoRA"}))
     check_device(spec_of({"type": "LoRA"}), CPU)
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base whose feed-forward blocks are mixtures of four experts, held in two tensors."""
+    folder = tmp_path_factory.mktemp("experts")
+    write_model(folder)
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=130, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("lora", "adapters"),
+    [
+        ({}, {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ({"targetParameters": EXPERTS}, {"experts"}),
+        ({"targetModules": ["q_proj"], "targetParameters": EXPERTS[1:]}, {"q_proj", "experts"}),
+    ],
+    ids=["attention", "experts", "both"],
+)
+def test_adapters_of_mixtures_of_experts(
+    experts: Path, tmp_path: Path, lora: dict[str, Any], adapters: set[str]
+) -> None:
+    method = {"type": "LoRA", "lora": {"rank": 4, **lora}}
+    spec = spec_of(method, routerAuxLossCoefficient="0.01")
+    tuning = Tuning(experts, spec)
+    trained = {name.split(".lora_")[0] for name in tuning.trained()}
+    assert {part for n in trained for part in n.split(".") if part in adapters} == adapters
+    assert all(any(part in name.split(".") for part in adapters) for name in trained)
+    check_round(experts, tmp_path, spec, tuning)
+
+
+def test_the_router_loss_balances_training_and_leaves_measuring_alone(experts: Path) -> None:
+    spec = spec_of({"type": "Full"})
+    model: Any = apply_method(load_base(experts, torch.float32), spec)
+    row = build_row(samples([18, 9]), [0, 1], seed=0, step=0, device=CPU)
+    plain, balanced = TokenLoss(model), TokenLoss(model, 0.5)
+    with row_context(row.layout), torch.no_grad():
+        router = model(
+            input_ids=row.input_ids, position_ids=row.position_ids, output_router_logits=True
+        ).aux_loss
+        added = balanced.train()(row) - plain.train()(row)
+    assert router > 0
+    torch.testing.assert_close(added, (0.5 * router).expand_as(added), rtol=1e-4, atol=1e-4)
+    assert torch.equal(row_losses(balanced.eval(), row), row_losses(plain.eval(), row))
+    with row_context(row.layout):
+        (balanced.train()(row).sum() - plain.train()(row).sum()).backward()
+    assert model.model.layers[0].mlp.gate.weight.grad.abs().max() > 0
+    with pytest.raises(UserError, match="routerAuxLossCoefficient") as caught:
+        TokenLoss(tiny_llama(), 0.5)
+    assert caught.value.reason == "NoRouter"
+
+
+def test_what_peft_refuses_is_told_in_its_words() -> None:
+    with pytest.raises(
+        UserError, match=r"cannot adapt a LlamaForCausalLM.*not supported"
+    ) as caught:
+        apply_method(tiny_llama(), spec_of({"type": "LoRA", "lora": {"targetModules": ["norm"]}}))
+    assert caught.value.reason == "UnsuitableMethod"
+
+
+def test_experts_and_those_that_all_tokens_share_get_adapters_by_name_alone() -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        Qwen2MoeConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                       moe_intermediate_size=16, shared_expert_intermediate_size=16,
+                       num_attention_heads=4, num_key_value_heads=2, num_experts=4)
+    )  # fmt: skip
+    tuned = apply_method(model, spec_of({"type": "LoRA"}))
+    trained = [name for name, p in tuned.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 4 * 2
+    assert all(".self_attn." in name for name in trained)
+
+
+@pytest.mark.parametrize(
+    ("lora", "reason"),
+    [
+        ({"targetParameters": ["mlp.experts.down_proj", "experts.up"]}, "NoSuchParameters"),
+        ({"targetModules": ["q_proj", "w1"]}, "NoTargetModules"),
+        ({"targetModules": ["w1"]}, "NoTargetModules"),
+    ],
+)
+def test_a_target_that_fits_nothing_is_refused(
+    experts: Path, lora: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        Tuning(experts, spec_of({"type": "LoRA", "lora": lora}))
+    assert caught.value.reason == reason
+    known = "model.layers.*.mlp.experts.gate_up_proj" if reason == "NoSuchParameters" else "q_proj"
+    assert known in caught.value.message
 
 
 def test_groups_of_the_optimizer(base: Path) -> None:

@@ -90,7 +90,11 @@ class Lora(Model):
     """Probability that an input of an adapter is dropped."""
     target_modules: Names | None = None
     """Names (or name endings) of the modules that get an adapter. Absent: every linear layer but
-    the output head."""
+    the output head; of a mixture of experts those of its attention; with targetParameters given,
+    none."""
+    target_parameters: Names | None = None
+    """Names (or name endings) of parameters that get an adapter though they are of no linear layer:
+    experts that are held in one tensor, e.g. `mlp.experts.gate_up_proj`."""
     use_rslora: bool = False
     """Rank-stabilised scale: alpha over the root of the rank, for large ranks (Kalajdzievski 2023,
     arXiv:2312.03732)."""
@@ -107,6 +111,15 @@ class Lora(Model):
             "loraPlusRatio must be above 0: at 0 the B matrices would stay zero",
             lambda lora: float(lora.lora_plus_ratio) > 0,
             ("loraPlusRatio",),
+        ),
+        Rule(
+            "!has(self.targetParameters) || (self.dropout.matches('^0[.0]*$') && !self.useDora)",
+            "targetParameters go with neither dropout nor useDora: their adapters are added to the"
+            " weights",
+            lambda lora: (
+                lora.target_parameters is None or (float(lora.dropout) == 0 and not lora.use_dora)
+            ),
+            ("dropout", "useDora"),
         ),
     )
 

@@ -91,6 +91,10 @@ class Training(Model):
     precision: Literal["Auto", "BF16", "FP32"] = "Auto"
     """Arithmetic of the model: BF16 is bfloat16 autocast over 32-bit weights. Auto: BF16 on a GPU,
     FP32 on a CPU."""
+    router_aux_loss_coefficient: DecimalString = "0"
+    """Weight of the loss that spreads tokens over the experts of a mixture (Fedus et al. 2022,
+    arXiv:2101.03961), computed row by row and added to the training loss. Configurations of such
+    models name theirs as `router_aux_loss_coef`."""
     gradient_checkpointing: bool = False
     """Keep fewer activations and compute them again on the way back: less memory, about a third
     more time."""

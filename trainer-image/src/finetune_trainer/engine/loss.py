@@ -15,21 +15,31 @@ from torch.nn.functional import cross_entropy
 
 from finetune_trainer.engine.feed import RowTensors
 from finetune_trainer.engine.packed import row_context
+from finetune_trainer.failures import UserError
 
 
 class TokenLoss(nn.Module):
     """A causal language model as a module from a row to its losses (what DDP wraps).
 
     ``forward`` returns the negative log likelihood of each supervised token in nats, float32,
-    shape [supervised]; of a row without any, one zero that depends on the weights, so that
-    every rank takes part in the collectives of the backward pass.
+    shape [supervised]; while training, each with the row's router loss (the balance of a mixture
+    of experts) times ``router_coefficient`` added. Of a row without any, it is one zero that
+    depends on the weights, so that every rank takes part in the collectives of the backward pass.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, router_coefficient: float = 0.0) -> None:
         super().__init__()
         self.model = model
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
-        self._selects = "logits_to_keep" in inspect.signature(inner.forward).parameters
+        accepted = inspect.signature(inner.forward).parameters
+        self._selects = "logits_to_keep" in accepted
+        self._router_coefficient = router_coefficient
+        if router_coefficient and "output_router_logits" not in accepted:
+            raise UserError(
+                "NoRouter",
+                f"spec.training.routerAuxLossCoefficient: {router_coefficient:g}, but a"
+                f" {type(inner).__name__} gives no account of a router; remove the field",
+            )
         config = model.active_peft_config if isinstance(model, PeftModel) else None
         # Virtual tokens stand before a document that has its row to itself: positions are those of
         # the row, and peft counts them. Those of prompt tuning have logits too, which come first.
@@ -46,13 +56,17 @@ class TokenLoss(nn.Module):
         extra: dict[str, Any] = {"logits_to_keep": predict} if self._selects else {}
         if not self._virtual:
             extra["position_ids"] = row.position_ids
+        balanced = self.training and self._router_coefficient > 0
+        if balanced:
+            extra["output_router_logits"] = True
         output = self.model(input_ids=row.input_ids, use_cache=False, **extra)
         logits = output.logits[0] if self._selects else output.logits[0].index_select(0, predict)
         if empty:
             nothing: Tensor = logits.float().sum()[None] * 0.0
             return nothing
         losses: Tensor = cross_entropy(logits.float(), row.labels, reduction="none")
-        return losses
+        # With every token, so that the step's is the mean over its rows by their tokens.
+        return losses + self._router_coefficient * output.aux_loss if balanced else losses
 
 
 def row_losses(module: nn.Module, row: RowTensors) -> Tensor:

@@ -21,10 +21,10 @@ from peft import (
 from torch import nn
 from transformers import PreTrainedModel
 
-from finetune_api.methods import Method, MethodName
+from finetune_api.methods import Lora, Method, MethodName
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.dropout import key_dropouts
-from finetune_trainer.engine.partial import partial_parameters
+from finetune_trainer.engine.partial import partial_parameters, shown
 from finetune_trainer.failures import UserError
 
 Tuned = PreTrainedModel | PeftModel
@@ -66,19 +66,58 @@ def _partial(model: PreTrainedModel, method: Method) -> Tuned:
 
 def _lora(model: PreTrainedModel, method: Method) -> Tuned:
     lora = method.effective_lora
+    _check_targets(model, lora)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
         lora_alpha=lora.effective_alpha,
         lora_dropout=float(lora.dropout),
-        target_modules=list(lora.target_modules) if lora.target_modules else "all-linear",
+        target_modules=_target_modules(model, lora),
+        target_parameters=lora.target_parameters,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
     )
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise _no_target(model, "lora", lora.target_modules) from error
+        raise UserError(
+            "UnsuitableMethod",
+            f"spec.method.lora: peft cannot adapt a {type(model).__name__} so: {error}",
+        ) from error
+
+
+def _target_modules(model: nn.Module, lora: Lora) -> list[str] | str:
+    """What peft is told to adapt. Of models whose experts are held in one tensor, peft would take
+    names of other linear layers for those that the experts' had before."""
+    if lora.target_modules or lora.target_parameters:
+        return lora.target_modules or []
+    if not any("experts" in n and p.ndim == 3 for n, p in model.named_parameters()):
+        return "all-linear"
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    found = {n.rsplit(".", 1)[-1] for n in linear if "attn" in n or "attention" in n}
+    if not found:
+        raise _no_target(model, "lora", None)
+    return sorted(found)
+
+
+def _check_targets(model: nn.Module, lora: Lora) -> None:
+    """Refuse names that fit nothing beside others that do, which peft only warns of."""
+    modules = [name for name, _ in model.named_modules()]
+    parameters = [name for name, weight in model.named_parameters() if weight.ndim in (2, 3)]
+    for name in lora.target_modules or ():
+        if not any(_ends_with(there, name) for there in modules):
+            raise _no_target(model, "lora", [name])
+    for name in lora.target_parameters or ():
+        if not any(_ends_with(there, name) for there in parameters):
+            raise UserError(
+                "NoSuchParameters",
+                f"spec.method.lora.targetParameters: {name} fits no matrix of the model, which has"
+                f" {shown(parameters)}",
+            )
+
+
+def _ends_with(there: str, name: str) -> bool:
+    return there == name or there.endswith(f".{name}")
 
 
 def _ia3(model: PreTrainedModel, method: Method) -> Tuned:

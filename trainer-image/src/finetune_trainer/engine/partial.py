@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -38,7 +39,7 @@ def partial_parameters(model: PreTrainedModel, partial: Partial) -> set[str]:
             raise UserError(
                 "NoSuchParameters",
                 f"spec.method.partial.{choice} fits no parameter of the model, which has"
-                f" {_shown(names)}",
+                f" {shown(names)}",
             )
     return set().union(*choices.values())
 
@@ -69,8 +70,8 @@ def _of_norms(model: nn.Module) -> list[str]:
     ]
 
 
-def _shown(names: list[str]) -> str:
-    """Names with ``*`` for the number of a layer, the first of them."""
+def shown(names: Iterable[str]) -> str:
+    """Names of parameters with ``*`` for the number of a layer, the first of them."""
     kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
     more = f" and {len(kinds) - _NAMES_SHOWN} more" if len(kinds) > _NAMES_SHOWN else ""
     return ", ".join(kinds[:_NAMES_SHOWN]) + more

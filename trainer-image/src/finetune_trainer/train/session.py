@@ -115,7 +115,7 @@ def open_session(
     packed = kind.packs and can_pack(base)
     model = apply_method(base, spec)
     nn.Module.to(model, gang.device)
-    loss = TokenLoss(model)
+    loss = TokenLoss(model, float(spec.training.router_aux_loss_coefficient))
     loss.train()
     module: nn.Module = loss
     if gang.size > 1:
