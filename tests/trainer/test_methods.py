@@ -349,9 +349,18 @@ def test_losses_and_answers_behind_virtual_tokens(base: Path, name: str) -> None
     tuning.step(0)
     model = tuning.model.eval()
     (sample,) = samples([18], seed=9)
-    found = row_losses(tuning.loss, build_row([sample], [0], seed=0, step=0, device=CPU))
+    row = build_row([sample], [0], seed=0, step=0, device=CPU)
+    found = row_losses(tuning.loss, row)
     prompts = [torch.arange(3, 3 + n).numpy() for n in (4, 9, 4)]
-    answers = evaluator(tuning, base).generate([Reference(p, "", "", None) for p in prompts])
+    asked = [Reference(p, "", "", None) for p in prompts]
+    answers = evaluator(tuning.loss, base).generate(asked)
+
+    plain = TokenLoss(load_base(base, torch.float32, False)).eval()
+    with tuning.loss.untuned():
+        assert torch.equal(row_losses(tuning.loss, row), row_losses(plain, row))
+        before = evaluator(tuning.loss, base).generate(asked)
+        assert before == evaluator(plain, base).generate(asked)
+    assert torch.equal(row_losses(tuning.loss, row), found)
 
     model.set_attn_implementation("eager")
     ids = torch.from_numpy(sample.ids.astype("int64"))
@@ -370,13 +379,13 @@ def test_losses_and_answers_behind_virtual_tokens(base: Path, name: str) -> None
     assert len(set(answers)) > 1
 
 
-def evaluator(tuning: Tuning, base: Path) -> Evaluator:
+def evaluator(loss: TokenLoss, base: Path) -> Evaluator:
     gang: Any = SimpleNamespace(
         rank=0, size=1, device=CPU, autocast=nullcontext, together=lambda work: [work()]
     )
     data: Any = SimpleNamespace(manifest=SimpleNamespace(stop_token_ids=[128]))
     return Evaluator(
-        gang=gang, data=data, loss=tuning.loss, tokenizer=load_tokenizer(base), row_tokens=64,
+        gang=gang, data=data, loss=loss, tokenizer=load_tokenizer(base), row_tokens=64,
         packed=False, max_samples=8, max_new_tokens=6, virtual_tokens=5,
     )  # fmt: skip
 

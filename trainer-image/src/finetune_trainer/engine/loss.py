@@ -6,6 +6,8 @@ Logits are the biggest tensor of all; a prompt's logits are never needed.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ class TokenLoss(nn.Module):
 
     def __init__(self, model: nn.Module, router_coefficient: float = 0.0) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
         accepted = inspect.signature(inner.forward).parameters
         self._selects = "logits_to_keep" in accepted
@@ -49,6 +51,20 @@ class TokenLoss(nn.Module):
             if config and config.peft_type == PeftType.PROMPT_TUNING
             else 0
         )
+
+    @contextmanager
+    def untuned(self) -> Iterator[None]:
+        """The model as it was, of methods whose new weights change it before the first step."""
+        if not self._virtual:
+            yield
+            return
+        kept = self._virtual, self._shift
+        self._virtual, self._shift = False, 0
+        try:
+            with self.model.disable_adapter():
+                yield
+        finally:
+            self._virtual, self._shift = kept
 
     def forward(self, row: RowTensors) -> Tensor:
         empty = row.labels.numel() == 0

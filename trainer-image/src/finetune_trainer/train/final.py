@@ -20,7 +20,8 @@ def measure_untuned(session: Session) -> Baseline:
     if known is not None:
         return known
     session.telemetry.say(stage="Baseline")
-    results = session.evaluator.sets("test", session.metrics_of_sets("test"))
+    with session.loss.untuned():
+        results = session.evaluator.sets("test", session.metrics_of_sets("test"))
     baseline = Baseline(
         sets=[
             SetBaseline(
