@@ -222,8 +222,16 @@ TRAINED = {
         {"name": "test", "samples": 5, "untuned": {"Loss": 2.0}, "tuned": {"Loss": 0.5}},
     ],
     "trainingSeconds": 60.0,
+    "trainableParameters": 10,
+    "totalParameters": 1000,
 }
-PUBLISHED = {"uri": "s3://models/out/1-0f9c2", "digest": "sha", "formats": ["adapter"], "bytes": 7}
+PUBLISHED = {
+    "uri": "s3://models/out/1-0f9c2",
+    "digest": "sha",
+    "formats": ["adapter"],
+    "bytes": 7,
+    "fullCopyBytes": 1980,
+}
 
 
 def at_training(**more: Any) -> World:

@@ -66,7 +66,8 @@ def test_a_run_goes_through_its_stages_to_complete() -> None:
         "False/Complete",
     )
     assert world.status["phase"] == "Complete"
-    assert world.status["output"]["uri"] == PUBLISHED["uri"]
+    assert world.status["output"] == PUBLISHED
+    assert world.status["parameters"] == {"trainable": 10, "total": 1000}
     assert world.status["evaluation"] == [
         {"dataSet": "test", "metric": "Loss", "untuned": "2", "tuned": "0.5", "gain": "-1.5"}
     ]

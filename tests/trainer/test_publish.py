@@ -115,6 +115,15 @@ def test_lora_is_published_as_adapter_and_merged(
     check_manifest(folder, summary)
     latest = json.loads(run.store.get(f"s3://{bucket}/out/latest.json"))
     assert (latest["run"], latest["digest"]) == (run.order.run, summary.digest)
+    whole = (folder / "merged" / "model.safetensors").stat().st_size
+    assert whole == pytest.approx(summary.full_copy_bytes, rel=0.05)
+    sizes = run.json("metrics.json")["bytes"]
+    assert sizes["fullCopy"] == summary.full_copy_bytes
+    assert (
+        sizes["adapter"]
+        < sizes["merged"]
+        == sum(path.stat().st_size for path in (folder / "merged").iterdir())
+    )
     told = run.json("metrics.json")["test"]
     scores = runfiles.read_result(run.store, run.order.run_uri).summary.scores
     assert [found["tuned"] for found in told] == [found.tuned for found in scores]

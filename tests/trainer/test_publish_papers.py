@@ -70,7 +70,7 @@ def about(source: str = "hf://org/name@rev", scores: bool = True, **spec: object
     result = RunResult(
         summary=TrainSummary(
             attempt=2, restarts=1, steps=20, checkpoint="s3://bucket/commit", checkpoint_step=10,
-            scores=[found] if scores else [],
+            scores=[found] if scores else [], trainable_parameters=10, total_parameters=1000,
         ),
         curve=[
             CurvePoint(step=s, loss=3 / s, learning_rate=1e-4, gradient_norm=1.0)
@@ -82,8 +82,6 @@ def about(source: str = "hf://org/name@rev", scores: bool = True, **spec: object
         examples={
             "support": [Example(prompt="<script>x</script>", reference="a", untuned="b", tuned="c")]
         },
-        trainable_parameters=10,
-        total_parameters=1000,
         versions={"torch": "1"},
         processes=2,
         device="cpu",
@@ -100,7 +98,8 @@ def about(source: str = "hf://org/name@rev", scores: bool = True, **spec: object
         version=1, digest="d", sets=sets, shards={"train": [], "validation": [], "test": []},
         max_length=64, max_completion_tokens=4, stop_token_ids=[0], dropped={}, files=[],
     )  # fmt: skip
-    return facts.gather(order, result, prepared, data, ["adapter", "merged"])
+    sizes = facts.Sizes({"adapter": 1_234_567, "merged": 2_000_000_000}, full_copy=1980)
+    return facts.gather(order, result, prepared, data, sizes)
 
 
 class Page(HTMLParser):
@@ -146,7 +145,7 @@ def test_the_report_shows_figures_data_and_examples() -> None:
         '<span class="pill good">+47.5 %</span>', '<span class="pill bad">+0.500</span>',
         "123,457", "2 Duplicate 1 truncated", "yes 4, no 3", "&lt;script&gt;x&lt;/script&gt;",
         '<span class="learned"> yes</span>', "is it &lt;b&gt;?", "LoRA, rank 16",
-        "published commit, step 10", "Loss 1.5",
+        "adapter 1.2 MB, merged 2,000.0 MB", "published commit, step 10", "Loss 1.5",
     ):  # fmt: skip
         assert shown in text, shown
 

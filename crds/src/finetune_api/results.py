@@ -132,6 +132,10 @@ class TrainSummary(Record):
     """Address of the commit chosen for publishing."""
     checkpoint_step: int | None = None
     """Its step."""
+    trainable_parameters: int = 0
+    """Parameters that were trained."""
+    total_parameters: int = 0
+    """Parameters of the model, what the method added included."""
     scores: list[DataSetScores] = []
     """Test metrics by data set; cut from the termination message first if it grows too long."""
     training_seconds: float = 0.0
@@ -157,6 +161,8 @@ class PublishSummary(Record):
     """adapter, merged."""
     bytes: int
     """Size of all published files."""
+    full_copy_bytes: int = 0
+    """What the weights of a whole model take in the dtype of the base."""
 
 
 class Termination(Record):

@@ -126,6 +126,15 @@ class Checkpoints(Model):
     """Best commit by spec.checkpoint.metric."""
 
 
+class ParameterStatus(Model):
+    """Sizes of the model."""
+
+    trainable: int
+    """Parameters that were trained."""
+    total: int
+    """Parameters of the model, what the method added included."""
+
+
 class MetricValue(Model):
     """One metric of one data set."""
 
@@ -150,6 +159,10 @@ class OutputStatus(Model):
     """sha256 of its manifest.json."""
     formats: Annotated[list[Word], Field(max_length=8)] = []
     """adapter, merged."""
+    bytes: int = 0
+    """Size of all published files."""
+    full_copy_bytes: int = 0
+    """What the weights of a whole model take in the dtype of the base."""
 
 
 class Usage(Model):
@@ -213,6 +226,8 @@ class FineTuneJobStatus(Model):
     """Commits of the run."""
     evaluation: Annotated[list[MetricValue], Field(max_length=256)] = []
     """Test metrics, untuned and tuned."""
+    parameters: ParameterStatus | None = None
+    """How much of the model was trained."""
     output: OutputStatus | None = None
     """What was published."""
     restarts: int = 0

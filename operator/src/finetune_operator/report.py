@@ -10,12 +10,13 @@ from pydantic import ValidationError
 from finetune_api.base import Model
 from finetune_api.names import Condition as ConditionType
 from finetune_api.names import Role
-from finetune_api.results import PreparedSummary, Progress, TrainSummary
+from finetune_api.results import PreparedSummary, Progress, PublishSummary, TrainSummary
 from finetune_api.status import (
     Condition,
     DataSetLoss,
     FineTuneJobStatus,
     MetricValue,
+    OutputStatus,
     Prepared,
     ProgressStatus,
 )
@@ -165,6 +166,18 @@ def prepared_status(summary: PreparedSummary) -> Prepared:
 
 
 _NOT_SHOWN: Final = ("supervisedTokens", "dropped", "totalSteps")
+
+
+def output_status(published: PublishSummary) -> OutputStatus:
+    """What was published, as status shows it."""
+    return make(
+        OutputStatus,
+        uri=published.uri,
+        digest=published.digest,
+        formats=published.formats,
+        bytes=published.bytes,
+        full_copy_bytes=published.full_copy_bytes,
+    )
 
 
 def evaluation(trained: TrainSummary) -> list[MetricValue]:

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from finetune_api.names import Phase
-from finetune_api.status import Checkpoints, FailureStatus, FineTuneJobStatus, OutputStatus, Run
+from finetune_api.status import Checkpoints, FailureStatus, FineTuneJobStatus, ParameterStatus, Run
 from finetune_operator import report
 from finetune_operator.objects import format_time, parse_time
 from finetune_operator.report import STAGE_CONDITION, Conditions
@@ -247,15 +247,14 @@ def _results(work: Work, base: FineTuneJobStatus) -> dict[str, Any]:
         last = base.progress if done else report.final_progress(known, work.trained, work.now)
         found["progress"] = last
         found["evaluation"] = report.evaluation(work.trained) or base.evaluation
+        found["parameters"] = ParameterStatus(
+            trainable=work.trained.trainable_parameters, total=work.trained.total_parameters
+        )
         if work.trained.checkpoint:
             old = found.get("checkpoints") or base.checkpoints or Checkpoints()
             found["checkpoints"] = old.model_copy(update={"best": work.trained.checkpoint})
     if work.published is not None:
-        found["output"] = OutputStatus(
-            uri=work.published.uri,
-            digest=work.published.digest,
-            formats=work.published.formats,
-        )
+        found["output"] = report.output_status(work.published)
     return found
 
 

@@ -52,6 +52,16 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Bytes of what is published, beside what a copy of the whole model takes."""
+
+    stored: dict[str, int]
+    """By format, all files of its folder."""
+    full_copy: int
+    """Weights of a whole model in the dtype of the base."""
+
+
+@dataclass(frozen=True)
 class About:
     """A run and its result."""
 
@@ -59,12 +69,17 @@ class About:
     result: RunResult
     prepared: PreparedSummary
     data: DataManifest
-    formats: list[str]
+    sizes: Sizes
     scores: list[Score]
 
     @property
     def spec(self) -> FineTuneJobSpec:
         return self.order.spec
+
+    @property
+    def formats(self) -> list[str]:
+        """Names of the folders: adapter, merged."""
+        return list(self.sizes.stored)
 
 
 def gather(
@@ -72,7 +87,7 @@ def gather(
     result: RunResult,
     prepared: PreparedSummary,
     data: DataManifest,
-    formats: list[str],
+    sizes: Sizes,
 ) -> About:
     """All of it; scores in the order of the sets, then of the metrics."""
     scores = [
@@ -80,7 +95,7 @@ def gather(
         for found in result.summary.scores
         for metric, tuned in found.tuned.items()
     ]
-    return About(order, result, prepared, data, formats, scores)
+    return About(order, result, prepared, data, sizes, scores)
 
 
 def metrics_text(about: About) -> str:
@@ -123,7 +138,11 @@ def metrics_text(about: About) -> str:
             "device": result.device,
         },
         "data": about.prepared.to_json(),
-        "parameters": {"trainable": result.trainable_parameters, "total": result.total_parameters},
+        "parameters": {
+            "trainable": summary.trainable_parameters,
+            "total": summary.total_parameters,
+        },
+        "bytes": {**about.sizes.stored, "fullCopy": about.sizes.full_copy},
         "spec": about.spec.to_json(),
         "versions": result.versions,
     }
@@ -141,18 +160,25 @@ def _value(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def megabytes(count: int) -> str:
+    """Bytes for people: ``1,234.5 MB``."""
+    return f"{count / 1e6:,.1f} MB"
+
+
 def settings(about: About) -> list[tuple[str, str]]:
     """How the model was trained, as names and values for people."""
     spec, result = about.spec, about.result
     length = (
         f"{spec.effective_epochs} epochs" if spec.effective_epochs else "given by training.maxSteps"
     )
-    share = 100 * result.trainable_parameters / max(1, result.total_parameters)
+    trained, total = result.summary.trainable_parameters, result.summary.total_parameters
+    share = 100 * trained / max(1, total)
+    stored = ", ".join(f"{name} {megabytes(n)}" for name, n in about.sizes.stored.items())
     return [
         ("Base model", spec.model.source),
         ("Method", describe(spec.method)),
-        ("Trained parameters", f"{result.trainable_parameters:,} of {result.total_parameters:,}"
-                               f" ({share:.2g} %)"),
+        ("Trained parameters", f"{trained:,} of {total:,} ({share:.2g} %)"),
+        ("Stored size", f"{stored}; a whole copy has {megabytes(about.sizes.full_copy)}"),
         ("Steps", f"{result.summary.steps:,} ({length})"),
         ("Batch", f"{spec.training.batch_size} samples a step"),
         ("Learning rate", f"{spec.effective_learning_rate:g}, {spec.training.schedule.lower()},"

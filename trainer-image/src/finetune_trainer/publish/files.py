@@ -48,6 +48,8 @@ class Manifest(Record):
     """Commit that was published."""
     formats: list[str]
     """adapter, merged: folders beside this file."""
+    full_copy_bytes: int = 0
+    """What the weights of a whole model take in the dtype of the base."""
     files: dict[str, PublishedFile]
     """Every other file, by name below this folder."""
 
@@ -70,6 +72,11 @@ class Latest(Record):
     @property
     def number(self) -> int:
         return int(self.run.partition("-")[0])
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def upload_folder(store: ObjectStore, folder: Path, uri: str) -> dict[str, PublishedFile]:
@@ -102,6 +109,7 @@ def summarise(uri: str, manifest: Manifest, text: bytes) -> PublishSummary:
         digest=hashlib.sha256(text).hexdigest(),
         formats=manifest.formats,
         bytes=len(text) + sum(file.bytes for file in manifest.files.values()),
+        full_copy_bytes=manifest.full_copy_bytes,
     )
 
 

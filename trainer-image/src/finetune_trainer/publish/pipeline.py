@@ -18,6 +18,7 @@ from finetune_trainer.publish import facts, modelcard, report, weights
 from finetune_trainer.publish.files import (
     MANIFEST,
     Manifest,
+    folder_bytes,
     move_latest,
     read_published,
     summarise,
@@ -59,7 +60,11 @@ def publish(order: RunOrder, stores: Stores, scratch: Path) -> PublishSummary:
                 " to prepare and train again",
             )
         formats = write_model(order, stores, result, data, folder, scratch)
-        about = facts.gather(order, result, prepared, data, formats)
+        sizes = facts.Sizes(
+            {name: folder_bytes(folder / name) for name in formats},
+            weights.full_copy_bytes(scratch / "model", order.spec, result.summary),
+        )
+        about = facts.gather(order, result, prepared, data, sizes)
         write_papers(about, store.get(f"{prepared.uri}/report.json"), folder)
         manifest = Manifest(
             run=order.run,
@@ -67,6 +72,7 @@ def publish(order: RunOrder, stores: Stores, scratch: Path) -> PublishSummary:
             base_model=order.spec.model.source,
             checkpoint=result.summary.checkpoint or "",
             formats=formats,
+            full_copy_bytes=sizes.full_copy,
             files=upload_folder(store, folder, order.output_uri),
         )
         text = manifest.to_text()

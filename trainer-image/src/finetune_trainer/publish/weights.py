@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune_api.order import RunOrder
+from finetune_api.results import TrainSummary
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.dcp import load_weights
 from finetune_trainer.engine.methods import Tuned, apply_method
@@ -60,6 +61,14 @@ def tuned_model(base: Path, commit: Path, spec: FineTuneJobSpec, whole: bool) ->
         make_room(model)
     load_weights(commit, model)
     return model.eval()
+
+
+def full_copy_bytes(base: Path, spec: FineTuneJobSpec, trained: TrainSummary) -> int:
+    """Bytes of a whole model's weights in the dtype of the base. What an adapter trains, it
+    added."""
+    added = trained.trainable_parameters if "Adapter" in spec.method.kind.formats else 0
+    dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
+    return (trained.total_parameters - added) * int(dtype.itemsize)
 
 
 def write_adapter(

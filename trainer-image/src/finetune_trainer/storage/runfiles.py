@@ -85,10 +85,6 @@ class RunResult(Record):
     """Validation on the way."""
     examples: dict[str, list[Example]]
     """Some answers by test set."""
-    trainable_parameters: int
-    """Parameters that were trained."""
-    total_parameters: int
-    """Parameters of the model, adapter included."""
     versions: dict[str, str]
     """Versions of the packages that matter."""
     processes: int

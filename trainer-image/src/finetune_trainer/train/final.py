@@ -49,6 +49,8 @@ def test_and_write_result(session: Session, state: LoopState, baseline: Baseline
         loss=state.curve[-1].loss if state.curve else None,
         checkpoint=chosen.uri,
         checkpoint_step=chosen.step,
+        trainable_parameters=session.parameters.trainable,
+        total_parameters=session.parameters.total,
         scores=[
             DataSetScores(
                 name=r.name, samples=r.samples, untuned=untuned[r.name].metrics, tuned=r.metrics
@@ -66,8 +68,6 @@ def test_and_write_result(session: Session, state: LoopState, baseline: Baseline
         curve=state.curve,
         validation=state.validation,
         examples={r.name: _examples(session, i, r, untuned[r.name]) for i, r in enumerate(results)},
-        trainable_parameters=session.parameters.trainable,
-        total_parameters=session.parameters.total,
         versions=versions(),
         processes=gang.size,
         device=gang.device.type,
