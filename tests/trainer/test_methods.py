@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, MixtralConfig, Qwen
 
 from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
 from finetune_api.spec import FineTuneJobSpec, parse_spec
-from finetune_trainer.engine.dcp import load_state, load_weights, save_state
+from finetune_trainer.engine.dcp import load_state, load_weights, save_state, state_of
 from finetune_trainer.engine.feed import build_row
 from finetune_trainer.engine.loss import TokenLoss, row_losses
 from finetune_trainer.engine.methods import apply_method
@@ -150,7 +150,7 @@ def check_round(base: Path, tmp_path: Path, spec: FineTuneJobSpec, tuning: Tunin
     after = tuning.values()
     assert {n for n in after if not torch.equal(before[n], after[n])} == tuning.trained()
 
-    save_state(tmp_path / "commit", tuning.model, tuning.optimizer, None)
+    save_state(tmp_path / "commit", state_of(tuning.model, tuning.optimizer), None)
     resumed = Tuning(base, spec)
     load_state(tmp_path / "commit", resumed.model, resumed.optimizer, None)
     assert all(torch.equal(value, after[name]) for name, value in resumed.values().items())
@@ -202,7 +202,7 @@ def test_qlora_trains_over_four_bits_and_is_published_on_the_stored_base(
         tuning.step(number)
     after = tuning.values()
     assert {n for n in after if not torch.equal(before[n], after[n])} == tuning.trained()
-    save_state(tmp_path / "commit", tuning.model, tuning.optimizer, None)
+    save_state(tmp_path / "commit", state_of(tuning.model, tuning.optimizer), None)
     resumed = Tuning(base, spec)
     load_state(tmp_path / "commit", resumed.model, resumed.optimizer, None)
     assert all(torch.equal(value, after[name]) for name, value in resumed.values().items())
