@@ -24,6 +24,7 @@ from finetune_trainer.engine.methods import apply_method
 from finetune_trainer.engine.model import load_base, load_tokenizer
 from finetune_trainer.engine.packed import row_context
 from finetune_trainer.engine.parameters import optimizer_groups, parameter_counts
+from finetune_trainer.engine.pissa import initialise
 from finetune_trainer.engine.quantized import check_device, check_package
 from finetune_trainer.evaluate.measure import Evaluator
 from finetune_trainer.failures import UserError
@@ -53,6 +54,7 @@ class Tuning:
         kind = spec.method.kind
         base = load_base(folder, torch.float32, kind.packs, CPU if kind.quantizes else None)
         self.model: Any = apply_method(base, spec)
+        initialise(self.model, spec.method)
         coefficient = float(spec.training.router_aux_loss_coefficient)
         self.loss = TokenLoss(self.model, coefficient).train()
         self.optimizer = torch.optim.AdamW(optimizer_groups(self.model, spec))
@@ -112,6 +114,14 @@ METHODS: dict[str, tuple[dict[str, Any], Any]] = {
     "dora": (
         {"type": "LoRA", "lora": {"rank": 4, "useDora": True, "dropout": "0.1"}},
         lambda name: ".lora_" in name,
+    ),
+    "pissa": (
+        {"type": "LoRA", "lora": {"rank": 4, "initialization": "PiSSA", "dropout": "0.1"}},
+        lambda name: ".lora_" in name and ".default." in name,
+    ),
+    "pissa, rslora": (
+        {"type": "LoRA", "lora": {"rank": 4, "initialization": "PiSSA", "useRslora": True}},
+        lambda name: ".lora_" in name and ".default." in name,
     ),
     "ia3": ({"type": "IA3"}, lambda name: ".ia3_l." in name),
     "ia3 of chosen modules": (
@@ -174,7 +184,7 @@ def check_published(
     assert (logits(plain) - expected).abs().max() > 1e-3
     if "Adapter" in spec.method.kind.formats:
         model = tuned_model(base, folder / "commit", spec, whole=False)
-        write_adapter(model, tokenizer, order, folder / "adapter")
+        write_adapter(model, tokenizer, base, order, folder / "adapter")
         adapted = PeftModel.from_pretrained(plain, str(folder / "adapter"))
         torch.testing.assert_close(logits(adapted), expected, atol=2e-6, rtol=1e-5)
     if "Merged" in spec.method.kind.formats:
@@ -327,6 +337,20 @@ def test_a_target_that_fits_nothing_is_refused(
     assert caught.value.reason == reason
     known = "model.layers.*.mlp.experts.gate_up_proj" if reason == "NoSuchParameters" else "q_proj"
     assert known in caught.value.message
+
+
+def test_pissa_begins_as_the_base_with_the_principal_part_in_the_adapter(base: Path) -> None:
+    spec = spec_of({"type": "LoRA", "lora": {"rank": 8, "initialization": "PiSSA"}})
+    tuning = Tuning(base, spec)
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    torch.testing.assert_close(logits(tuning.model), logits(plain), atol=1e-6, rtol=1e-6)
+    layer = tuning.model.base_model.model.model.layers[0].self_attn.q_proj
+    adapter = layer.get_delta_weight("default")
+    # What is left is as small as a matrix of that rank can leave it (Eckart and Young 1936).
+    weight = layer.get_base_layer().weight.detach()
+    least = torch.linalg.svdvals(weight)[8:].norm()
+    torch.testing.assert_close((weight - adapter).norm(), least, rtol=1e-3, atol=0)
+    torch.testing.assert_close(layer.get_delta_weight("initial"), -adapter)
 
 
 def test_groups_of_the_optimizer(base: Path) -> None:

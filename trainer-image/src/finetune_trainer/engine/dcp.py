@@ -4,7 +4,7 @@ of ranks."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,9 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-# Frozen weights are the base model's: a commit of an adapter holds the adapter.
-_TRAINED: Final = StateDictOptions(ignore_frozen_params=True)
-
+from finetune_trainer.engine.pissa import is_kept
 
 State = dict[str, Any]
 """Trained weights and the optimizer's state, by name; of a gang, this rank's part."""
@@ -28,8 +26,8 @@ State = dict[str, Any]
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
     """The state as it is in memory: it changes with the next step."""
-    weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
-    return {"model": _trained(model, weights), "optimizer": moments}
+    weights, moments = get_state_dict(model, optimizer)
+    return {"model": _kept(model, weights), "optimizer": moments}
 
 
 def save_state(folder: Path, state: State, group: dist.ProcessGroup | None) -> None:
@@ -52,21 +50,19 @@ def load_state(
         optimizer,
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
-        options=StateDictOptions(ignore_frozen_params=True, strict=False),
+        options=StateDictOptions(strict=False),
     )
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
     """Read trained weights alone, in one process."""
-    weights = _trained(model, get_model_state_dict(model, options=_TRAINED))
+    weights = _kept(model, get_model_state_dict(model))
     state_dict_loader.load({"model": weights}, checkpoint_id=folder, no_dist=True)
-    set_model_state_dict(
-        model, weights, options=StateDictOptions(ignore_frozen_params=True, strict=False)
-    )
+    set_model_state_dict(model, weights, options=StateDictOptions(strict=False))
 
 
-def _trained(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
-    """Trained weights by their first name: torch leaves the second name of a frozen weight in (an
-    output head that is the embedding), and of a trained one each name once."""
-    names = {name for name, weight in model.named_parameters() if weight.requires_grad}
+def _kept(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
+    """What a commit holds, by its first name (an output head that is the embedding has two).
+    Frozen weights are the base model's: a commit of an adapter holds the adapter."""
+    names = {name for name, weight in model.named_parameters() if is_kept(name, weight)}
     return {name: weight for name, weight in weights.items() if name in names}

@@ -25,6 +25,7 @@ from finetune_api.methods import Lora, Method, MethodName
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.dropout import key_dropouts
 from finetune_trainer.engine.partial import partial_parameters, shown
+from finetune_trainer.engine.pissa import add_initial
 from finetune_trainer.failures import UserError
 
 Tuned = PreTrainedModel | PeftModel
@@ -78,7 +79,10 @@ def _lora(model: PreTrainedModel, method: Method) -> Tuned:
         use_dora=lora.use_dora,
     )
     try:
-        return get_peft_model(model, config)
+        tuned = get_peft_model(model, config)
+        if lora.initialization == "PiSSA":
+            add_initial(tuned, config)
+        return tuned
     except ValueError as error:
         raise UserError(
             "UnsuitableMethod",

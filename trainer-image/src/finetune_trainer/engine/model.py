@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from finetune_trainer.engine import packed
+from finetune_trainer.engine.pissa import is_kept
 from finetune_trainer.engine.quantized import four_bits
 from finetune_trainer.failures import UserError
 
@@ -81,12 +82,12 @@ def empty_base(path: Path) -> PreTrainedModel:
 
 
 def make_room(model: nn.Module) -> None:
-    """Give the trained parameters of an empty model (uninitialised) memory on the CPU."""
-    for module in model.modules():
+    """Give the parameters of an empty model that commits hold (uninitialised) memory on the CPU."""
+    for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad:
+            if is_kept(f"{path}.{name}", parameter):
                 room = torch.empty_like(parameter, device="cpu")
-                setattr(module, name, nn.Parameter(room))
+                setattr(module, name, nn.Parameter(room, parameter.requires_grad))
 
 
 def _unsupported(error: Exception) -> UserError:

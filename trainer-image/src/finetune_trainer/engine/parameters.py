@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.engine.pissa import INITIAL
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,12 @@ class Parameters:
 
 
 def parameter_counts(model: nn.Module) -> Parameters:
-    """Trainable and total parameters."""
-    sizes = [(_size(p), p.requires_grad) for p in model.parameters()]
+    """Trainable and total parameters, without those that only say where an adapter began."""
+    sizes = [
+        (_size(p), p.requires_grad)
+        for name, p in model.named_parameters()
+        if f".{INITIAL}." not in name
+    ]
     return Parameters(sum(n for n, train in sizes if train), sum(n for n, _ in sizes))
 
 

@@ -98,7 +98,7 @@ def write_model(
     )
     formats = []
     if wanted in ("Adapter", "Both"):
-        weights.write_adapter(model, tokenizer, order, folder / "adapter")
+        weights.write_adapter(model, tokenizer, scratch / "model", order, folder / "adapter")
         formats.append("adapter")
     if wanted in ("Merged", "Both"):
         stops = data.stop_token_ids

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from peft import PeftModel
@@ -16,6 +16,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.dcp import load_weights
 from finetune_trainer.engine.methods import Tuned, apply_method
 from finetune_trainer.engine.model import empty_base, load_base, load_tokenizer, make_room
+from finetune_trainer.engine.pissa import INITIAL, join
 from finetune_trainer.failures import UserError
 from finetune_trainer.storage.commits import download_commit, read_head
 from finetune_trainer.storage.modelfiles import fetch_model, fetch_tokenizer
@@ -74,11 +75,14 @@ def full_copy_bytes(base: Path, spec: FineTuneJobSpec, trained: TrainSummary) ->
 def write_adapter(
     model: Tuned,
     tokenizer: PreTrainedTokenizerBase,
+    base: Path,
     order: RunOrder,
     folder: Path,
 ) -> None:
     """The adapter in peft's layout."""
     assert isinstance(model, PeftModel), "the contract allows adapters of methods that make one"
+    if INITIAL in model.peft_config:
+        model = _plain_adapter(model, base, order.spec)
     config = model.peft_config["default"]
     name, _, revision = order.spec.model.source.removeprefix("hf://").partition("@")
     config.base_model_name_or_path = name
@@ -87,6 +91,20 @@ def write_adapter(
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's blank card; ours is one level up
     tokenizer.save_pretrained(str(folder))
+
+
+def _plain_adapter(model: PeftModel, base: Path, spec: FineTuneJobSpec) -> PeftModel:
+    """PiSSA's two adapters as one of twice the rank and the same scale."""
+    lora = spec.method.effective_lora
+    doubled = lora.model_copy(update={"rank": 2 * lora.rank, "initialization": "Default"})
+    method = spec.method.model_copy(update={"lora": doubled})
+    plain = apply_method(empty_base(base), spec.model_copy(update={"method": method}))
+    assert isinstance(plain, PeftModel), "as the model was"
+    config: Any = plain.peft_config["default"]
+    config.lora_alpha = lora.effective_alpha * (2**0.5 if lora.use_rslora else 2)
+    make_room(plain)
+    join(plain, model)
+    return plain.eval()
 
 
 def write_merged(

@@ -26,6 +26,7 @@ from finetune_trainer.engine.methods import apply_method
 from finetune_trainer.engine.model import load_base, load_tokenizer
 from finetune_trainer.engine.packed import can_pack
 from finetune_trainer.engine.parameters import Parameters, optimizer_groups, parameter_counts
+from finetune_trainer.engine.pissa import initialise
 from finetune_trainer.engine.plan import Plan
 from finetune_trainer.engine.quantized import check_device
 from finetune_trainer.engine.schedule import stages_of, steps_of, visits_of
@@ -115,6 +116,8 @@ def open_session(
     packed = kind.packs and can_pack(base)
     model = apply_method(base, spec)
     nn.Module.to(model, gang.device)
+    # The others get the first process's from DDP, or all of them what a commit holds.
+    gang.from_first(lambda: initialise(model, spec.method))
     loss = TokenLoss(model, float(spec.training.router_aux_loss_coefficient))
     loss.train()
     module: nn.Module = loss
