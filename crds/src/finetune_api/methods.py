@@ -106,10 +106,10 @@ class Lora(Model):
     arXiv:2402.12354, where 16 is advised)."""
 
     initialization: Literal["Default", "PiSSA"] = "Default"
-    """Default: the model begins as it was, A random and B zero. PiSSA: it begins so too, but the
-    adapter is the principal part of each weight (Meng et al. 2024, arXiv:2404.02948), which learns
-    faster and takes longer by the second adapter that is computed; published as a plain adapter of
-    twice the rank."""
+    """Default: A is random, B zero. PiSSA: A and B are the principal part of each weight, which is
+    taken from the base (Meng et al. 2024, arXiv:2404.02948): it learns in fewer steps, each of
+    which computes two adapters. Published as a plain adapter of twice the rank. Either way the
+    model begins as it was."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
