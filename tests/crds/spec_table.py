@@ -73,6 +73,7 @@ SECRET = {"name": "s3-credentials"}
 MEMORY = {"requests": {"cpu": "4", "memory": "16Gi"}, "limits": {"nvidia.com/mig-1g.5gb": "1"}}
 
 GOOD = [
+    good("sharding", {"compute.sharding": "HybridShard"}),
     good("minimal", {}),
     good("model on the hub", {"model.source": "hf://org/name@main"}),
     good("model on a claim", {"model.source": "pvc://claim/models/base"}),
@@ -418,6 +419,11 @@ BAD = [
     bad("stage without a weight", {"data.train": sources({"name": "known"}), "data.stages":
         [{"name": "a", "steps": "1", "weights": [{"name": "known", "weight": "0"}]}]},
         "data.stages[0]", "a stage needs a weight above 0", "0"),
+    bad("unknown sharding", {"compute.sharding": "Zero3"}, "compute.sharding", "FullShard",
+        "Zero3"),
+    bad("4 bits in shards",
+        {"method.type": "QLoRA", "compute.sharding": "FullShard"}, "",
+        "method.type QLoRA cannot be sharded", "FullShard"),
     bad("toleration of nothing", {"prepare.tolerations": [{"effect": "NoExecute"}]},
         "prepare.tolerations[0]", "a toleration without key needs operator: Exists", "Equal"),
 ]  # fmt: skip

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import torch
 from engine import CPU, samples, tiny_llama
-from torch.nn.parallel import DistributedDataParallel
 
 from finetune_api.spec import Guard as GuardRule
 from finetune_api.spec import Training
@@ -17,16 +16,21 @@ from finetune_trainer.engine.feed import Feed
 from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.plan import Plan
+from finetune_trainer.engine.sharding import Sharding, distribute, whole
 from finetune_trainer.train.step import optimizer_step
 
 LENGTHS = [60, 50, 55, 45, 30, 20, 64, 35]
 
 
-def gradient(rank: int, size: int, port: int, row_tokens: int, count: int, folder: str) -> None:
+def gradient(
+    rank: int, size: int, port: int, row_tokens: int, count: int, folder: str,
+    sharding: Sharding = "NoShard",
+) -> None:  # fmt: skip
     """One optimizer step's gradient, as the loop computes it, to a file."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "LOCAL_WORLD_SIZE": str(size // 2 if sharding == "HybridShard" else size),
     }  # fmt: skip
     torch.set_num_threads(1)
     gang = gangs.join(Training.model_validate({"precision": "FP32"}))
@@ -35,7 +39,7 @@ def gradient(rank: int, size: int, port: int, row_tokens: int, count: int, folde
     supervised = torch.tensor([int(s.supervised.sum()) for s in documents]).numpy()
     plan = Plan(lengths, supervised, batch_size=count, seed=0, row_tokens=row_tokens, ranks=size)
     loss = TokenLoss(tiny_llama()).train()
-    module = DistributedDataParallel(loss) if size > 1 else loss
+    module = distribute(loss, gang, sharding, halved=False)
     parameters = list(loss.parameters())
     kept: list[torch.Tensor] = []
 
@@ -43,7 +47,7 @@ def gradient(rank: int, size: int, port: int, row_tokens: int, count: int, folde
         """An optimizer that keeps the gradient instead of using it."""
 
         def step(self, closure=None):
-            kept.append(torch.cat([p.grad.flatten() for p in parameters]))
+            kept.append(torch.cat([whole(p.grad).flatten() for p in parameters]))
 
     session = SimpleNamespace(
         gang=gang, module=module, guard=Guard(GuardRule(), CPU), trained=parameters,

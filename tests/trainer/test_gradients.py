@@ -8,11 +8,14 @@ from gangs import forked, free_port
 from gradient_worker import gradient
 
 
-def run(size: int, row_tokens: int, count: int, folder: Path) -> tuple[torch.Tensor, float, int]:
+def run(
+    size: int, row_tokens: int, count: int, folder: Path, sharding: str = "NoShard"
+) -> tuple[torch.Tensor, float, int]:
     folder.mkdir()
     port = free_port()
     gang = [
-        forked(gradient, rank, size, port, row_tokens, count, str(folder)) for rank in range(size)
+        forked(gradient, rank, size, port, row_tokens, count, str(folder), sharding)
+        for rank in range(size)
     ]
     for process in gang:
         process.join(120)
@@ -25,18 +28,25 @@ def one_by_four(tmp_path_factory):
     return run(1, 100, 8, tmp_path_factory.mktemp("one") / "g")
 
 
-@pytest.mark.parametrize(("size", "row_tokens", "rows"), [(2, 100, 2), (3, 400, 1)])
-def test_gradients_agree(one_by_four, tmp_path, size, row_tokens, rows):
+@pytest.mark.parametrize(
+    ("size", "row_tokens", "rows", "sharding"),
+    [
+        (2, 100, 2, "NoShard"), (3, 400, 1, "NoShard"),
+        (2, 100, 2, "FullShard"), (3, 400, 1, "FullShard"), (4, 100, 1, "HybridShard"),
+    ],
+)  # fmt: skip
+def test_gradients_agree(one_by_four, tmp_path, size, row_tokens, rows, sharding):
     expected, loss, expected_rows = one_by_four
-    found, other_loss, found_rows = run(size, row_tokens, 8, tmp_path / "g")
+    found, other_loss, found_rows = run(size, row_tokens, 8, tmp_path / "g", sharding)
     assert (expected_rows, found_rows) == (4, rows)
     assert (found - expected).norm() / expected.norm() < 1e-6
     assert other_loss == pytest.approx(loss, rel=1e-6)
 
 
-def test_ranks_without_rows_take_part(tmp_path):
+@pytest.mark.parametrize("sharding", ["NoShard", "FullShard"])
+def test_ranks_without_rows_take_part(tmp_path, sharding):
     expected, expected_loss, _ = run(1, 400, 2, tmp_path / "one")
-    found, loss, rows = run(3, 400, 2, tmp_path / "three")
+    found, loss, rows = run(3, 400, 2, tmp_path / "three", sharding)
     assert rows == 1
     assert (found - expected).norm() / expected.norm() < 1e-6
     assert loss == pytest.approx(expected_loss, rel=1e-6)

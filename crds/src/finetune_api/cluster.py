@@ -70,6 +70,11 @@ class Compute(Model):
     """Name of the GPU resource of the cluster."""
     processes_per_node: Annotated[int, Field(ge=1, le=256)] | None = None
     """Training processes of each pod. Absent: one per GPU, or one on the CPU."""
+    sharding: Literal["Auto", "NoShard", "HybridShard", "FullShard"] = "Auto"
+    """How the model lies on the processes. NoShard: whole on each (DDP). HybridShard: the processes
+    of a node share one copy. FullShard: all share one (both FSDP). Auto: the first of them in which
+    weights, gradients and optimizer state take at most 70 % of a process's memory. The result is
+    the same."""
     resources: Resources = Resources()
     """CPU and memory of each pod."""
     shared_memory: Quantity = "2Gi"

@@ -36,6 +36,8 @@ class MethodKind:
     """Whether weights of the base stay as they are, and so may be held in bfloat16."""
     quantizes: bool = False
     """Whether the linear layers of the base are held in 4 bits, which needs a GPU."""
+    shards: bool = True
+    """Whether the model can lie in shards on the processes (`compute.sharding`)."""
     packs: bool = True
     """Whether documents can share a row: not where each needs virtual tokens before it."""
 
@@ -44,7 +46,7 @@ METHODS: Final[dict[MethodName, MethodKind]] = {
     "Full": MethodKind("", 2e-5, ("Merged",), freezes=False),
     "Partial": MethodKind("partial", 2e-5, ("Merged",)),
     "LoRA": MethodKind("lora", 2e-4, ("Adapter", "Merged", "Both")),
-    "QLoRA": MethodKind("lora", 2e-4, ("Adapter", "Merged", "Both"), quantizes=True),
+    "QLoRA": MethodKind("lora", 2e-4, ("Adapter", "Merged", "Both"), quantizes=True, shards=False),
     "IA3": MethodKind("ia3", 3e-3, ("Adapter", "Merged", "Both")),
     "PromptTuning": MethodKind("prompt", 1e-2, ("Adapter",), packs=False),
     "PrefixTuning": MethodKind("prompt", 1e-2, ("Adapter",), packs=False),

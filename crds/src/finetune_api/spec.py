@@ -166,6 +166,7 @@ class Output(Model):
     Adapter only."""
 
 
+_WHOLE: Final = [name for name, kind in METHODS.items() if not kind.shards]
 _QUANTIZING: Final = [name for name, kind in METHODS.items() if kind.quantizes]
 
 
@@ -234,6 +235,14 @@ class FineTuneJobSpec(Model):
             " method.type: LoRA",
             lambda s: not s.method.kind.quantizes or s.compute.gpus_per_node > 0,
             ("method.type", "compute.gpusPerNode"),
+        ),
+        Rule(
+            f"!(self.method.type in {json.dumps(_WHOLE)})"
+            " || self.compute.sharding in ['Auto', 'NoShard']",
+            f"method.type {', '.join(_WHOLE)} cannot be sharded: set compute.sharding: NoShard, or"
+            " method.type: LoRA",
+            lambda s: s.method.kind.shards or s.compute.sharding in ("Auto", "NoShard"),
+            ("method.type", "compute.sharding"),
         ),
         Rule(
             "!has(self.training.earlyStopping) || has(self.data.validation)"

@@ -54,10 +54,10 @@ def load_state(
     )
 
 
-def load_weights(folder: Path, model: nn.Module) -> None:
-    """Read trained weights alone, in one process."""
-    weights = _kept(model, get_model_state_dict(model))
-    state_dict_loader.load({"model": weights}, checkpoint_id=folder, no_dist=True)
+def load_weights(folder: Path, model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Read trained weights alone."""
+    state = {"model": (weights := _kept(model, get_model_state_dict(model)))}
+    state_dict_loader.load(state, checkpoint_id=folder, process_group=group, no_dist=group is None)
     set_model_state_dict(model, weights, options=StateDictOptions(strict=False))
 
 

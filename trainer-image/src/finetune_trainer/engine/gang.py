@@ -8,6 +8,7 @@ waits for a GPU.
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -53,6 +54,15 @@ class Gang:
     @property
     def first_of_node(self) -> bool:
         return bool(self.accelerator.local_process_index == 0)
+
+    @property
+    def per_node(self) -> int:
+        """Processes of a node."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+
+    @property
+    def nodes(self) -> int:
+        return self.size // self.per_node
 
     @property
     def device(self) -> torch.device:

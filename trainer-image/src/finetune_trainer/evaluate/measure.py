@@ -24,6 +24,7 @@ from finetune_trainer.engine.feed import build_row
 from finetune_trainer.engine.gang import Gang
 from finetune_trainer.engine.loss import TokenLoss, row_losses
 from finetune_trainer.engine.plan import pack_all
+from finetune_trainer.engine.sharding import is_sharded, root_gathered
 from finetune_trainer.evaluate.metricnames import OF_LOSS
 from finetune_trainer.evaluate.scores import GENERATED, Answers, loss_metrics, text_metrics
 from finetune_trainer.failures import Interrupted
@@ -101,14 +102,10 @@ class Evaluator:
         rows = pack_all(lengths, self.row_tokens, self.gang.size, self.packed)[self.gang.rank]
         total = torch.zeros(2, dtype=torch.float64)
         for row in rows:
-            if not row:
-                continue
             chosen = [int(positions[i]) for i in row]
             tensors = build_row(
                 self.data.samples(split, chosen), chosen, seed=0, step=0, device=self.gang.device
             )
-            if tensors.labels.numel() == 0:
-                continue
             with self.gang.autocast():
                 losses = row_losses(self.loss, tensors)
             total[0] += losses.double().sum().cpu()
@@ -121,11 +118,16 @@ class Evaluator:
         by_length = sorted(range(len(references)), key=lambda i: -len(references[i].prompt_ids))
         mine = by_length[self.gang.rank :: self.gang.size]
 
+        batches = list(self._batches(references, mine))
+        if is_sharded(self.loss):  # every rank takes part in every pass of every other
+            most = max(self.gang.together(lambda: len(batches)))
+            batches += [[]] * (most - len(batches))
+
         def work() -> list[tuple[int, str]]:
             said = []
-            for batch in self._batches(references, mine):
-                texts = self._answer([references[i].prompt_ids for i in batch])
-                said += list(zip(batch, texts, strict=True))
+            for batch in batches:
+                texts = self._answer([references[i].prompt_ids for i in batch or [0]])
+                said += list(zip(batch, texts, strict=False))
             return said
 
         answers = [""] * len(references)
@@ -163,11 +165,12 @@ class Evaluator:
         model: Any = self.loss.model
         positions = getattr(model.config, "max_position_embeddings", None) or longest * 2**20
         room = max(1, min(self.max_new_tokens, positions - longest - self.virtual_tokens))
-        with torch.no_grad(), self.gang.autocast():
+        with torch.no_grad(), self.gang.autocast(), root_gathered(self.loss):
             out = model.generate(
                 input_ids=ids.to(self.gang.device),
                 attention_mask=mask.to(self.gang.device),
                 generation_config=greedy(self.tokenizer, self.data.manifest.stop_token_ids, room),
+                synced_gpus=is_sharded(self.loss),
             )
         texts: list[str] = self.tokenizer.batch_decode(
             out[:, longest:].cpu(), skip_special_tokens=True

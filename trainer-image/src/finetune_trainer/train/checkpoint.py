@@ -237,7 +237,7 @@ class Checkpoints:
                 return chosen
             folder = self._fetch(chosen)
             if folder is not None:
-                load_weights(folder, model)
+                load_weights(folder, model, self.gang.control)
                 self._drop(folder)
                 return chosen
             self._move(partial(Claim.discard, corrupt=chosen))

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from finetune_api.order import RunOrder
 from finetune_api.results import PreparedSummary
@@ -26,10 +25,18 @@ from finetune_trainer.engine.methods import apply_method
 from finetune_trainer.engine.model import load_base, load_tokenizer
 from finetune_trainer.engine.packed import can_pack
 from finetune_trainer.engine.parameters import Parameters, optimizer_groups, parameter_counts
-from finetune_trainer.engine.pissa import initialise
+from finetune_trainer.engine.pissa import initialise, is_kept
 from finetune_trainer.engine.plan import Plan
 from finetune_trainer.engine.quantized import check_device
 from finetune_trainer.engine.schedule import stages_of, steps_of, visits_of
+from finetune_trainer.engine.sharding import (
+    Sharding,
+    broadcast_parameters,
+    capacity,
+    choose,
+    distribute,
+    training_state,
+)
 from finetune_trainer.evaluate.measure import Evaluator
 from finetune_trainer.evaluate.metricnames import metrics_for
 from finetune_trainer.evaluate.scores import GENERATED
@@ -115,14 +122,11 @@ def open_session(
     base = load_base(path, frozen, kind.packs, gang.device if kind.quantizes else None)
     packed = kind.packs and can_pack(base)
     model = apply_method(base, spec)
-    nn.Module.to(model, gang.device)
-    # The others get the first process's from DDP, or all of them what a commit holds.
-    gang.from_first(lambda: initialise(model, spec.method))
+    initialise_alike(model, spec, gang)
+    parameters, work = parameter_counts(model), work_of(model, base)
     loss = TokenLoss(model, float(spec.training.router_aux_loss_coefficient))
     loss.train()
-    module: nn.Module = loss
-    if gang.size > 1:
-        module = DistributedDataParallel(loss, gradient_as_bucket_view=True)
+    module = distribute(loss, gang, sharding_of(spec, model, gang), precision == "BF16")
     index = data.index("train")
     row_tokens = max(
         spec.training.micro_batch_tokens or max(data.manifest.max_length, 2048),
@@ -154,7 +158,7 @@ def open_session(
             lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True,
         ),
         guard=Guard(spec.training.guard, gang.device),
-        work=work_of(model, base),
+        work=work,
         peak=gang_peak if precision == "BF16" else None,
         evaluator=Evaluator(
             gang=gang, data=data, loss=loss, tokenizer=tokenizer,
@@ -166,10 +170,28 @@ def open_session(
         ),
         checkpoints=checkpoints,
         telemetry=telemetry,
-        parameters=parameter_counts(model),
+        parameters=parameters,
         trained=trained,
         sources=list(tokens),
     )  # fmt: skip
+
+
+def initialise_alike(model: nn.Module, spec: FineTuneJobSpec, gang: Gang) -> None:
+    """Draw what one process must draw for all."""
+    gang.from_first(lambda: initialise(model, spec.method))
+    if gang.control is not None and spec.method.effective_lora.initialization == "PiSSA":
+        kept = {name for name, parameter in model.named_parameters() if is_kept(name, parameter)}
+        broadcast_parameters(model, kept, gang.control)
+
+
+def sharding_of(spec: FineTuneJobSpec, model: nn.Module, gang: Gang) -> Sharding:
+    """How the model will lie on the gang, alike on all ranks."""
+    if spec.compute.sharding != "Auto":
+        return spec.compute.sharding
+    if not spec.method.kind.shards:
+        return "NoShard"
+    room = min(gang.together(lambda: capacity(gang.device, gang.per_node)))
+    return choose(training_state(model), room, gang.nodes, gang.per_node)
 
 
 def _evaluation_row(row_tokens: int, data: PreparedData) -> int:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from finetune_trainer.engine.feed import StepTensors
 from finetune_trainer.engine.packed import row_context
+from finetune_trainer.engine.sharding import synchronise, whole
 from finetune_trainer.train.session import Session
 
 
@@ -26,22 +24,23 @@ def optimizer_step(session: Session, batch: StepTensors, rate: float) -> tuple[T
     by_source = torch.zeros(2, sources, dtype=torch.float64, device=gang.device)
     for i, row in enumerate(batch.rows):
         last = i == len(batch.rows) - 1
-        with _synchronised(session, last), row_context(row.layout):
+        synchronise(session.module, last)
+        with row_context(row.layout):
             with gang.autocast():
                 losses = session.module(row)
-            # DDP averages over ranks: the size of the gang makes the average a sum.
+            # Gradients are averaged over ranks: the size of the gang makes the average a sum.
             share = losses.sum() / max(1, batch.plan.supervised)
             (share * gang.size).backward()
         loss += share.detach()
         if row.labels.numel():
-            found = losses.detach().double()
-            by_source[0].index_add_(0, row.sources, found)
-            by_source[1].index_add_(0, row.sources, torch.ones_like(found))
+            each = losses.detach().double()
+            by_source[0].index_add_(0, row.sources, each)
+            by_source[1].index_add_(0, row.sources, torch.ones_like(each))
     limit = float(session.spec.training.max_grad_norm) or float("inf")
-    norm = torch.nn.utils.clip_grad_norm_(session.trained, limit)
+    norm = whole(torch.nn.utils.clip_grad_norm_(session.trained, limit))
     # Summed with the loss, so that every rank judges by the same bits.
-    whole = gang.sum_on_device(torch.stack([loss[0], norm.double() / gang.size]))
-    taken = session.guard.judge(batch.plan.number, whole[0], whole[1])
+    found = gang.sum_on_device(torch.stack([loss[0], norm.double() / gang.size]))
+    taken = session.guard.judge(batch.plan.number, found[0], found[1])
     for group in session.optimizer.param_groups:
         group["lr"] = rate * group["rate_factor"]
     step_if(session.optimizer, taken)
@@ -59,10 +58,3 @@ def step_if(optimizer: torch.optim.Optimizer, taken: Tensor) -> None:
         optimizer.step()
     elif taken.item():
         optimizer.step()
-
-
-def _synchronised(session: Session, last: bool) -> AbstractContextManager[None]:
-    """Gradients are exchanged once a step, with its last row."""
-    if isinstance(session.module, DistributedDataParallel) and not last:
-        return session.module.no_sync()
-    return nullcontext()

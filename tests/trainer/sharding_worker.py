@@ -1,0 +1,79 @@
+"""Two optimizer steps of a small gang, by any method and sharding: what test_sharding compares."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from engine import CPU, samples, tiny_llama
+
+from finetune_api.spec import parse_spec
+from finetune_trainer.engine import gang as gangs
+from finetune_trainer.engine.feed import Feed
+from finetune_trainer.engine.guard import Guard
+from finetune_trainer.engine.loss import TokenLoss
+from finetune_trainer.engine.methods import apply_method
+from finetune_trainer.engine.parameters import optimizer_groups
+from finetune_trainer.engine.plan import Plan
+from finetune_trainer.engine.sharding import distribute, root_gathered, whole
+from finetune_trainer.train.session import initialise_alike
+from finetune_trainer.train.step import optimizer_step
+
+LENGTHS = [30, 24, 41, 18, 33, 27]
+
+
+def tune(
+    rank: int, size: int, port: int, method: dict[str, Any], sharding: Any, folder: str
+) -> None:
+    """Train two steps, and write the trained weights and one greedy answer to a file."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    spec = parse_spec(
+        {
+            "model": {"source": "s3://models/base"},
+            "data": {"train": [{"source": "s3://data/a.jsonl"}]},
+            "output": {"destination": "s3://models/tuned"},
+            "method": method,
+            "training": {"precision": "FP32"},
+        }
+    )
+    gang = gangs.join(spec.training)
+    model = apply_method(tiny_llama(), spec)
+    initialise_alike(model, spec, gang)
+    loss = TokenLoss(model).train()
+    module = distribute(loss, gang, sharding, halved=False)
+    documents = samples(LENGTHS)
+    lengths = np.array(LENGTHS)
+    supervised = np.array([int(s.supervised.sum()) for s in documents])
+    plan = Plan(
+        lengths, supervised, batch_size=3, seed=0, row_tokens=80, ranks=size,
+        packed=spec.method.kind.packs,
+    )  # fmt: skip
+    session: Any = SimpleNamespace(
+        gang=gang, module=module, spec=spec, guard=Guard(spec.training.guard, CPU),
+        trained=[p for p in loss.parameters() if p.requires_grad],
+        optimizer=torch.optim.AdamW(optimizer_groups(model, spec), fused=True),
+    )  # fmt: skip
+    read = lambda positions: [documents[p] for p in positions]  # noqa: E731
+    with Feed(plan, read, rank=rank, start=0, end=2, device=CPU) as feed:
+        for batch in feed:
+            optimizer_step(session, batch, 1e-2)
+    loss.eval()
+    with torch.no_grad(), root_gathered(loss):
+        answer = model.generate(
+            input_ids=torch.tensor([[3, 5, 7, 9]]), do_sample=False, max_new_tokens=4,
+            synced_gpus=size > 1,
+        )  # fmt: skip
+    weights = {
+        name: whole(p.detach()).clone() for name, p in model.named_parameters() if p.requires_grad
+    }
+    if rank == 0:
+        torch.save((weights, answer), Path(folder) / "tuned.pt")
+    gang.close()

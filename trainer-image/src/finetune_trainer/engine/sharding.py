@@ -1,0 +1,138 @@
+"""How a model lies on the processes of a gang: whole on each (DDP), or in shards (FSDP2).
+
+    NoShard       every process holds everything; gradients are averaged
+    HybridShard   the processes of a node share one copy; gradients are averaged over the nodes
+    FullShard     all processes share one copy
+
+The mathematics is the same, so a run may go on with another of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from finetune_trainer.engine.gang import Gang
+
+Sharding = Literal["NoShard", "HybridShard", "FullShard"]
+
+_ROOM: Final = 0.7
+"""Share of a process's memory that weights, gradients and moments may take; the rest is for
+activations."""
+
+
+def choose(state: int, capacity: int, nodes: int, per_node: int) -> Sharding:
+    """The least sharding in which the training state of a model fits.
+
+    Args:
+        state: bytes of weights, gradients and optimizer moments.
+        capacity: bytes of memory of one process.
+    """
+    if nodes * per_node == 1 or state <= _ROOM * capacity:
+        return "NoShard"
+    if nodes > 1 and state <= _ROOM * capacity * per_node:
+        return "HybridShard"
+    return "FullShard"
+
+
+def training_state(model: nn.Module) -> int:
+    """Bytes that a model under tuning takes with gradients and the two moments of AdamW, all of
+    them 32-bit."""
+    return sum(
+        p.numel() * (p.element_size() + (12 if p.requires_grad else 0)) for p in model.parameters()
+    )
+
+
+def capacity(device: torch.device, processes: int) -> int:
+    """Bytes of memory of one process: of its GPU, or its share of the container's."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        whole = min(whole, int(text))
+    return whole // processes
+
+
+def distribute(loss: nn.Module, gang: Gang, sharding: Sharding, halved: bool) -> nn.Module:
+    """The module to train: ``loss`` itself, sharded in place, or DDP around it.
+
+    Args:
+        halved: whether shards are gathered in bfloat16; gradients are reduced in 32 bits.
+    """
+    if gang.size == 1:
+        return loss.to(gang.device)
+    if sharding == "NoShard":
+        return DistributedDataParallel(loss.to(gang.device), gradient_as_bucket_view=True)
+    shape = (gang.size,) if sharding == "FullShard" else (gang.nodes, gang.per_node)
+    names = ("shard",) if sharding == "FullShard" else ("replicate", "shard")
+    mesh = init_device_mesh(gang.device.type, shape, mesh_dim_names=names)
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if halved else None, reduce_dtype=torch.float32
+    )
+    for block in decoder_blocks(loss):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(loss, mesh=mesh, mp_policy=policy)
+    return loss
+
+
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """The layers that are gathered one after the other: the items of the longest list of modules
+    of one class."""
+    lists = [
+        list(module)
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len({type(item) for item in module}) == 1
+    ]
+    return max(lists, key=lambda found: sum(p.numel() for b in found for p in b.parameters()),
+               default=[])  # fmt: skip
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether processes hold parts of it, so that all must take part in every forward pass."""
+    return isinstance(module, FSDPModule)
+
+
+def synchronise(module: nn.Module, now: bool) -> None:
+    """Whether the next backward pass exchanges gradients (the last of a step does)."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(now)
+    elif isinstance(module, DistributedDataParallel):
+        module.require_backward_grad_sync = now
+
+
+@contextmanager
+def root_gathered(module: nn.Module) -> Iterator[None]:
+    """What no block holds (embedding, head) whole in memory, for code that calls the model within
+    ``module``; blocks gather themselves."""
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor that may be in shards, gathered."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def broadcast_parameters(model: nn.Module, names: set[str], group: dist.ProcessGroup) -> None:
+    """Give every process the first one's values of some parameters on the CPU."""
+    for name, parameter in model.named_parameters():
+        if name in names:
+            dist.broadcast(parameter.data, src=0, group=group)
