@@ -73,6 +73,8 @@ SECRET = {"name": "s3-credentials"}
 MEMORY = {"requests": {"cpu": "4", "memory": "16Gi"}, "limits": {"nvidia.com/mig-1g.5gb": "1"}}
 
 GOOD = [
+    good("regularisation",
+         {"training": {"labelSmoothing": "0.1", "neftuneAlpha": "5", "layerDecay": "0.9"}}),
     good("sharding", {"compute.sharding": "HybridShard"}),
     good("minimal", {}),
     good("model on the hub", {"model.source": "hf://org/name@main"}),
@@ -424,6 +426,8 @@ BAD = [
     bad("4 bits in shards",
         {"method.type": "QLoRA", "compute.sharding": "FullShard"}, "",
         "method.type QLoRA cannot be sharded", "FullShard"),
+    bad("all of the label smoothed away", {"training.labelSmoothing": "1.5"},
+        "training.labelSmoothing", "a number from 0 to 1", "1.5"),
     bad("toleration of nothing", {"prepare.tolerations": [{"effect": "NoExecute"}]},
         "prepare.tolerations[0]", "a toleration without key needs operator: Exists", "Equal"),
 ]  # fmt: skip

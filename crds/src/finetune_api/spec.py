@@ -86,6 +86,16 @@ class Training(Model):
     """Decoupled weight decay of AdamW; not applied to norms and biases."""
     dropout: Fraction = "0"
     """Probability with which outputs of attention and feed-forward blocks are dropped."""
+    label_smoothing: Fraction = "0"
+    """Share of the target's probability that is spread over the vocabulary while training (Szegedy
+    et al. 2016, arXiv:1512.00567). Measured losses are without."""
+    neftune_alpha: DecimalString = "0"
+    """Size of uniform noise on the embeddings while training: each number is at most this over the
+    root of (tokens of the sample times embedding width) (NEFTune; Jain et al. 2024,
+    arXiv:2310.05914, where 5 is usual)."""
+    layer_decay: Fraction = "1"
+    """Learning rate of a decoder block over that of the block above it; embeddings lie below the
+    lowest, the head above the highest (Howard and Ruder 2018, arXiv:1801.06146). "1": all alike."""
     max_grad_norm: DecimalString = "1.0"
     """Largest norm of the gradient; a larger one is scaled down. "0" switches clipping off."""
     precision: Literal["Auto", "BF16", "FP32"] = "Auto"

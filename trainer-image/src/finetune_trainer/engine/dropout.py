@@ -16,6 +16,8 @@ from torch.nn.functional import pad
 from finetune_trainer.engine.packed import current_row
 
 _MASK32 = 0xFFFFFFFF
+_NOISE_LAYER = 0
+"""Dropouts count from 1."""
 
 
 def token_keys(seed: int, step: int, sample: int, length: int) -> npt.NDArray[np.int64]:
@@ -38,7 +40,12 @@ def _splitmix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def keep_mask(keys: Tensor, features: int, layer: int, probability: float) -> Tensor:
-    """Which elements are kept: bool, shape [tokens, features].
+    """Which elements are kept: bool, shape [tokens, features]."""
+    return draw(keys, features, layer) >= int(probability * 2**32)
+
+
+def draw(keys: Tensor, features: int, layer: int) -> Tensor:
+    """Random 32-bit numbers of the elements of a layer: int64, shape [tokens, features].
 
     The finalizer of MurmurHash3 (32 bit), in 64-bit integers whose low halves are exact.
     """
@@ -48,8 +55,7 @@ def keep_mask(keys: Tensor, features: int, layer: int, probability: float) -> Te
     h = h & _MASK32
     h = ((h ^ (h >> 16)) * 0x85EBCA6B) & _MASK32
     h = ((h ^ (h >> 13)) * 0xC2B2AE35) & _MASK32
-    h = h ^ (h >> 16)
-    return h >= int(probability * 2**32)
+    return h ^ (h >> 16)
 
 
 class KeyedDropout(nn.Module):
@@ -101,6 +107,22 @@ def key_dropouts(model: nn.Module, block_probability: float) -> int:
                 count += 1
                 _drop_output(module, KeyedDropout(block_probability, count))
     return count
+
+
+def add_noise(embedding: nn.Module, alpha: float) -> None:
+    """Noise on what an embedding gives, while training (NEFTune; see
+    ``spec.training.neftuneAlpha``): drawn as dropout is, by the keys of the row in work."""
+
+    def hook(module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        row = current_row()
+        if not module.training or row is None:
+            return output
+        width = output.shape[-1]
+        noise = draw(row.keys, width, _NOISE_LAYER).double() * 2.0**-31 - 1.0
+        size = alpha / (row.lengths * width).double().sqrt()
+        return output + (noise * size[:, None]).to(output.dtype).view(output.shape)
+
+    embedding.register_forward_hook(hook)
 
 
 def _drop_output(module: nn.Module, dropout: KeyedDropout) -> None:

@@ -80,7 +80,11 @@ def build_row(
         position_ids=tensor(position)[None],
         predict=tensor(target - 1),
         labels=tensor(ids[target]),
-        layout=RowLayout(group_documents(lengths, device), tensor(np.concatenate(keys))),
+        layout=RowLayout(
+            group_documents(lengths, device),
+            tensor(np.concatenate(keys)),
+            tensor(np.repeat(lengths, lengths)),
+        ),
         sources=tensor(source[target]),
     )
 

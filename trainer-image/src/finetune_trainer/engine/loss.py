@@ -29,13 +29,16 @@ class TokenLoss(nn.Module):
     depends on the weights, so that every rank takes part in the collectives of the backward pass.
     """
 
-    def __init__(self, model: nn.Module, router_coefficient: float = 0.0) -> None:
+    def __init__(
+        self, model: nn.Module, router_coefficient: float = 0.0, label_smoothing: float = 0.0
+    ) -> None:
         super().__init__()
         self.model: Any = model
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
         accepted = inspect.signature(inner.forward).parameters
         self._selects = "logits_to_keep" in accepted
         self._router_coefficient = router_coefficient
+        self._label_smoothing = label_smoothing
         if router_coefficient and "output_router_logits" not in accepted:
             raise UserError(
                 "NoRouter",
@@ -80,7 +83,10 @@ class TokenLoss(nn.Module):
         if empty:
             nothing: Tensor = logits.float().sum()[None] * 0.0
             return nothing
-        losses: Tensor = cross_entropy(logits.float(), row.labels, reduction="none")
+        smoothing = self._label_smoothing if self.training else 0.0
+        losses: Tensor = cross_entropy(
+            logits.float(), row.labels, reduction="none", label_smoothing=smoothing
+        )
         # With every token, so that the step's is the mean over its rows by their tokens.
         return losses + self._router_coefficient * output.aux_loss if balanced else losses
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from finetune_api.methods import Lora, Method, MethodName
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.engine.dropout import key_dropouts
+from finetune_trainer.engine.dropout import add_noise, key_dropouts
 from finetune_trainer.engine.partial import partial_parameters, shown
 from finetune_trainer.engine.pissa import add_initial
 from finetune_trainer.failures import UserError
@@ -44,6 +44,8 @@ def apply_method(model: PreTrainedModel, spec: FineTuneJobSpec) -> Tuned:
     torch.manual_seed(spec.training.seed)
     tuned = _APPLY[spec.method.type](model, spec.method)
     key_dropouts(tuned, float(spec.training.dropout))
+    if alpha := float(spec.training.neftune_alpha):
+        add_noise(model.get_input_embeddings(), alpha)
     for parameter in tuned.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -48,11 +48,13 @@ class Group:
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Where the documents of a row lie, and the dropout key of each token."""
+    """Where the documents of a row lie, and what is drawn for each token."""
 
     groups: tuple[Group, ...]
     keys: Tensor
     """Random key of each token, shape [tokens], values below 2**32; see ``dropout``."""
+    lengths: Tensor
+    """Tokens of each token's document, shape [tokens]."""
 
 
 # Of the process, not of the thread: autograd runs the backward pass of a GPU, and with it what

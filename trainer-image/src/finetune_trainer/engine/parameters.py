@@ -38,13 +38,17 @@ def _size(parameter: nn.Parameter) -> int:
 def optimizer_groups(model: nn.Module, spec: FineTuneJobSpec) -> list[dict[str, object]]:
     """Parameter groups of the optimizer: weight decay for matrices, none for norms, biases and
     scales, and ``rate_factor``, by which the schedule's rate is multiplied (for the B matrices of
-    LoRA+, Hayou et al. 2024). No group is empty: a checkpoint keeps no settings of such."""
+    LoRA+, Hayou et al. 2024, and by layer). No group is empty: a checkpoint keeps no settings of
+    such."""
     decay = float(spec.training.weight_decay)
     ratio = float(spec.method.effective_lora.lora_plus_ratio)
+    layer_decay = float(spec.training.layer_decay)
+    above = _blocks_above(model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             factor = ratio if _is_lora_b(name) else 1.0
+            factor *= layer_decay ** above.get(parameter, 0)
             matrix = parameter.ndim >= 2 and ".ia3_l." not in name
             key = (decay if matrix else 0.0, factor)
             groups.setdefault(key, []).append(parameter)
@@ -56,3 +60,27 @@ def optimizer_groups(model: nn.Module, spec: FineTuneJobSpec) -> list[dict[str, 
 
 def _is_lora_b(name: str) -> bool:
     return ".lora_B." in name or ".lora_embedding_B." in name
+
+
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """The decoder's layers, lowest first: the items of the largest list of modules of one class."""
+    lists = [
+        list(module)
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len({type(item) for item in module}) == 1
+    ]
+    return max(lists, key=_weight_of, default=[])
+
+
+def _weight_of(modules: list[nn.Module]) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def _blocks_above(model: nn.Module) -> dict[nn.Parameter, int]:
+    """Decoder blocks above each parameter, of those that have some."""
+    blocks = decoder_blocks(model)
+    found = {p: len(blocks) - i for i, block in enumerate(blocks) for p in block.parameters()}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            found |= {p: len(blocks) + 1 for p in module.parameters()}
+    return found

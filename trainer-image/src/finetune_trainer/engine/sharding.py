@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from finetune_trainer.engine.gang import Gang
+from finetune_trainer.engine.parameters import decoder_blocks
 
 Sharding = Literal["NoShard", "HybridShard", "FullShard"]
 
@@ -85,18 +86,6 @@ def distribute(loss: nn.Module, gang: Gang, sharding: Sharding, halved: bool) ->
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(loss, mesh=mesh, mp_policy=policy)
     return loss
-
-
-def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The layers that are gathered one after the other: the items of the longest list of modules
-    of one class."""
-    lists = [
-        list(module)
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList) and len({type(item) for item in module}) == 1
-    ]
-    return max(lists, key=lambda found: sum(p.numel() for b in found for p in b.parameters()),
-               default=[])  # fmt: skip
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -124,7 +124,11 @@ def open_session(
     model = apply_method(base, spec)
     initialise_alike(model, spec, gang)
     parameters, work = parameter_counts(model), work_of(model, base)
-    loss = TokenLoss(model, float(spec.training.router_aux_loss_coefficient))
+    loss = TokenLoss(
+        model,
+        float(spec.training.router_aux_loss_coefficient),
+        float(spec.training.label_smoothing),
+    )
     loss.train()
     module = distribute(loss, gang, sharding_of(spec, model, gang), precision == "BF16")
     index = data.index("train")

@@ -1,0 +1,96 @@
+"""Label smoothing, noise on embeddings, learning rates by layer."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from engine import CPU, samples, tiny_llama
+from test_methods import spec_of
+from torch import nn
+
+from finetune_trainer.engine.dropout import add_noise
+from finetune_trainer.engine.feed import RowTensors, build_row
+from finetune_trainer.engine.loss import TokenLoss
+from finetune_trainer.engine.methods import apply_method
+from finetune_trainer.engine.packed import row_context
+from finetune_trainer.engine.parameters import optimizer_groups
+
+
+def row_of(order: list[int], step: int = 7) -> RowTensors:
+    documents = samples([30, 8, 19])
+    return build_row(
+        [documents[i] for i in order], order, sources=order, seed=3, step=step, device=CPU
+    )
+
+
+def losses(loss: TokenLoss, row: RowTensors) -> torch.Tensor:
+    with torch.no_grad(), row_context(row.layout):
+        found: torch.Tensor = loss(row)
+    return found
+
+
+def test_labels_are_smoothed_while_training_alone() -> None:
+    model, row = tiny_llama(), row_of([0, 1])
+    plain, smooth = TokenLoss(model), TokenLoss(model, label_smoothing=0.2)
+    measured = losses(plain.eval(), row)
+    assert torch.equal(losses(smooth.eval(), row), measured)
+    with torch.no_grad(), row_context(row.layout):
+        logits = model(input_ids=row.input_ids, position_ids=row.position_ids).logits[0]
+    spread = -logits[row.predict].log_softmax(-1).mean(-1)
+    expected = 0.8 * measured + 0.2 * spread
+    torch.testing.assert_close(losses(smooth.train(), row), expected)
+
+
+def by_sample(found: torch.Tensor, row: RowTensors) -> torch.Tensor:
+    return torch.stack([found[row.sources == i].sum() for i in range(3)])
+
+
+def test_noise_is_alike_wherever_a_sample_stands_and_changes_with_the_step() -> None:
+    model = tiny_llama()
+    quiet = losses(TokenLoss(model).train(), row_of([0, 1, 2]))
+    add_noise(model.get_input_embeddings(), 5.0)
+    loss = TokenLoss(model).train()
+    here, there, later = row_of([0, 1, 2]), row_of([2, 0, 1]), row_of([0, 1, 2], step=8)
+    found = losses(loss, here)
+    assert not torch.allclose(found, quiet)
+    assert not torch.allclose(found, losses(loss, later))
+    torch.testing.assert_close(by_sample(found, here), by_sample(losses(loss, there), there))
+    assert torch.equal(losses(loss.eval(), here), quiet), "measured without"
+
+
+def test_noise_is_uniform_and_as_large_as_the_paper_says() -> None:
+    embedding = nn.Embedding(100, 256)
+    row = row_of([0])
+    before = embedding(row.input_ids)
+    add_noise(embedding, 5.0)
+    with row_context(row.layout):
+        noise = (embedding(row.input_ids) - before)[0]
+    bound = 5.0 / math.sqrt(30 * 256)
+    assert noise.abs().max() <= bound * 1.001
+    assert noise.abs().max() > bound * 0.99
+    assert noise.mean().item() == pytest.approx(0, abs=bound * 0.03)
+    assert noise.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+
+
+def test_a_spec_asks_for_noise() -> None:
+    model = apply_method(tiny_llama(), spec_of({"type": "Full"}, neftuneAlpha="5"))
+    quiet = apply_method(tiny_llama(), spec_of({"type": "Full"}))
+    row = row_of([0])
+    assert not torch.allclose(losses(TokenLoss(model), row), losses(TokenLoss(quiet), row))
+
+
+def test_lower_layers_learn_more_slowly() -> None:
+    spec = spec_of({"type": "Full"}, layerDecay="0.5")
+    model = apply_method(tiny_llama(tie_word_embeddings=False), spec)
+    factors = {
+        id(p): group["rate_factor"]
+        for group in optimizer_groups(model, spec)
+        for p in group["params"]  # type: ignore[attr-defined]
+    }
+    found = {name: factors[id(p)] for name, p in model.named_parameters()}
+    assert {f for name, f in found.items() if ".layers.1." in name} == {0.5}
+    assert {f for name, f in found.items() if ".layers.0." in name} == {0.25}
+    assert (found["model.embed_tokens.weight"], found["lm_head.weight"]) == (0.125, 1.0)
+    assert found["model.norm.weight"] == 1.0
