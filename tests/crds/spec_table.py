@@ -73,9 +73,6 @@ SECRET = {"name": "s3-credentials"}
 MEMORY = {"requests": {"cpu": "4", "memory": "16Gi"}, "limits": {"nvidia.com/mig-1g.5gb": "1"}}
 
 GOOD = [
-    good("regularisation",
-         {"training": {"labelSmoothing": "0.1", "neftuneAlpha": "5", "layerDecay": "0.9"}}),
-    good("sharding", {"compute.sharding": "HybridShard"}),
     good("minimal", {}),
     good("model on the hub", {"model.source": "hf://org/name@main"}),
     good("model on a claim", {"model.source": "pvc://claim/models/base"}),
@@ -168,6 +165,9 @@ GOOD = [
     good("duplicates", {"data.quality": {"nearDuplicates": "Drop",
         "nearDuplicateSimilarity": "1.0", "maxDuplicateFraction": "0"}}),
     good("null is absent", {"method": None, "training.epochs": None, "output.format": None}),
+    good("sharding", {"compute.sharding": "HybridShard"}),
+    good("regularisation",
+         {"training": {"labelSmoothing": "0.1", "neftuneAlpha": "5", "layerDecay": "0.9"}}),
 ]  # fmt: skip
 
 BAD = [
