@@ -95,6 +95,8 @@ class Ours:
         loss = TokenLoss(tuned.to(self._gang.device)).train()
         trained = [p for p in tuned.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(optimizer_groups(tuned, spec), lr=1e-4, fused=True)
+        supervised = np.array([int(s.supervised.sum()) for s in data])
+        self._plan = Plan(lengths, supervised, batch_size=batch, seed=0, row_tokens=ROW, ranks=1)
         self._session: Any = SimpleNamespace(
             gang=self._gang,
             module=loss,
@@ -103,9 +105,7 @@ class Ours:
             spec=spec,
             guard=Guard(spec.training.guard, self._gang.device),
         )
-        supervised = np.array([int(s.supervised.sum()) for s in data])
         self._data = data
-        self._plan = Plan(lengths, supervised, batch_size=batch, seed=0, row_tokens=ROW, ranks=1)
         self._next = 0
 
     def turn(self, steps: int) -> float:

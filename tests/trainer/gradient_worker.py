@@ -50,7 +50,7 @@ def gradient(
             kept.append(torch.cat([whole(p.grad).flatten() for p in parameters]))
 
     session = SimpleNamespace(
-        gang=gang, module=module, guard=Guard(GuardRule(), CPU), trained=parameters,
+        gang=gang, plan=plan, module=module, guard=Guard(GuardRule(), CPU), trained=parameters,
         optimizer=Keep([{"params": parameters, "rate_factor": 1.0}], lr=0.0),
         spec=SimpleNamespace(training=Training.model_validate({"maxGradNorm": "0"})),
     )  # fmt: skip

@@ -57,7 +57,7 @@ def tune(
         packed=spec.method.kind.packs,
     )  # fmt: skip
     session: Any = SimpleNamespace(
-        gang=gang, module=module, spec=spec, guard=Guard(spec.training.guard, CPU),
+        gang=gang, plan=plan, module=module, spec=spec, guard=Guard(spec.training.guard, CPU),
         trained=[p for p in loss.parameters() if p.requires_grad],
         optimizer=torch.optim.AdamW(optimizer_groups(model, spec), fused=True),
     )  # fmt: skip

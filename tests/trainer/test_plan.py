@@ -88,7 +88,7 @@ def test_an_interrupted_and_resized_run_trains_what_an_uninterrupted_one_does(se
         rows = sorted(p for rank in found.rows for row in rank for p in row)
         assert rows == sorted(expected.samples)
         assert found.samples == expected.samples
-        assert (found.supervised, found.by_source) == (expected.supervised, expected.by_source)
+        assert (found.supervised, found.tokens) == (expected.supervised, expected.tokens)
 
 
 def test_epochs_have_different_orders_and_seeds_too():

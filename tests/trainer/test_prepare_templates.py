@@ -17,14 +17,14 @@ from finetune_api.templates import TEMPLATE_FIELDS, Template, TemplateName
 from finetune_trainer.cli import main
 from finetune_trainer.failures import DataError
 from finetune_trainer.prepare import digest
+from finetune_trainer.prepare.catalogue import CATALOGUE, Entry
 from finetune_trainer.prepare.digest import Source, content_digest
 from finetune_trainer.prepare.drafts import Draft, drafter, format_of
-from finetune_trainer.prepare.library import LIBRARY, Entry
 from finetune_trainer.prepare.records import Record
 from finetune_trainer.prepared.split import Side
 from trainer.prepare_helpers import lines
 
-ENTRIES = [pytest.param(entry, id=name) for name, entry in LIBRARY.items()]
+ENTRIES = [pytest.param(entry, id=name) for name, entry in CATALOGUE.items()]
 HALF = {"validation": "0.25", "test": "0.25"}
 
 
@@ -58,7 +58,7 @@ def fault(record: dict[str, Any], **template: Any) -> DataError:
 
 def test_the_contract_and_the_library_have_the_same_templates_and_fields() -> None:
     assert get_args(TemplateName) == tuple(TEMPLATE_FIELDS)
-    assert {name: tuple(entry.fields) for name, entry in LIBRARY.items()} == TEMPLATE_FIELDS
+    assert {name: tuple(entry.fields) for name, entry in CATALOGUE.items()} == TEMPLATE_FIELDS
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -72,9 +72,9 @@ def test_an_entry_asks_for_what_it_learns_and_does_not_give_it_away(entry: Entry
         assert prompt.endswith(":") and entry.completion.startswith(" ")
 
 
-@pytest.mark.parametrize("name", LIBRARY)
+@pytest.mark.parametrize("name", CATALOGUE)
 def test_every_phrasing_of_every_template_holds_the_records_values(name: TemplateName) -> None:
-    entry = LIBRARY[name]
+    entry = CATALOGUE[name]
     shown = [f for f in entry.fields if f not in variables(entry.completion)]
     records = [{field: f"<{field} {i}>" for field in entry.fields} for i in range(60)]
     made = drafts(records, name=name)
@@ -175,8 +175,8 @@ def test_the_digest_knows_the_librarys_texts(monkeypatch: pytest.MonkeyPatch) ->
         return content_digest(Data(train=[found.spec]), [found], {}, 128)
 
     before = made()
-    changed = dataclasses.replace(LIBRARY["Question"], completion="\n{{ answer }}")
-    monkeypatch.setattr(digest, "LIBRARY", {**LIBRARY, "Question": changed})
+    changed = dataclasses.replace(CATALOGUE["Question"], completion="\n{{ answer }}")
+    monkeypatch.setattr(digest, "CATALOGUE", {**CATALOGUE, "Question": changed})
     assert made() != before
 
 
@@ -188,10 +188,10 @@ def test_the_command_lists_shows_and_renders(
 ) -> None:
     assert main(["templates"]) == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in LIBRARY)
+    assert all(name in listed for name in CATALOGUE)
     assert main(["templates", "Rewrite"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("⟦ {{ rewritten }}⟧") == len(LIBRARY["Rewrite"].prompts)
+    assert shown.count("⟦ {{ rewritten }}⟧") == len(CATALOGUE["Rewrite"].prompts)
     data = tmp_path / "a.jsonl"
     data.write_bytes(lines({"article": "a [b]", "summary": "short"}))
     arguments = ["--data", str(data), "--field", "document=article"]

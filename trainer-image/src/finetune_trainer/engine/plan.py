@@ -93,8 +93,6 @@ class Step:
     included."""
     supervised: int
     """Supervised tokens of the global batch: the denominator of the loss."""
-    by_source: tuple[float, ...]
-    """The same by source, shape [sources]."""
     tokens: int
     """Tokens of the global batch."""
 
@@ -143,6 +141,7 @@ class Plan:
         if sources is not None:
             self.sources[:] = sources
         self.source_count = int(self.sources.max()) + 1
+        """Sources there are."""
         self._curriculum = Curriculum(
             self.sources, self.lengths, self.source_count, stages or [Stage(0)], self._batch, seed
         )
@@ -179,11 +178,6 @@ class Plan:
                 tuple(tuple(int(positions[i]) for i in row) for row in rows) for rows in dealt
             ),
             supervised=int(self.supervised[positions].sum()),
-            by_source=tuple(
-                np.bincount(
-                    self.sources[positions], self.supervised[positions], self.source_count
-                ).tolist()
-            ),
             tokens=int(sum(lengths)),
         )
 

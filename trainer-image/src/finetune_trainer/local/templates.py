@@ -17,8 +17,8 @@ from rich.text import Text
 from finetune_api.base import explain
 from finetune_api.templates import Template
 from finetune_trainer.failures import TrainerError
+from finetune_trainer.prepare.catalogue import CATALOGUE, Entry
 from finetune_trainer.prepare.formats import Pair
-from finetune_trainer.prepare.library import LIBRARY, Entry
 from finetune_trainer.prepare.records import read_records
 from finetune_trainer.prepare.templates import LibraryTemplate
 
@@ -29,7 +29,7 @@ SHOWN: Final = 4
 def list_templates(console: Console) -> int:
     """Prints every template of the library; returns the exit code."""
     table = Table(Column("template", no_wrap=True), "fields", "purpose")
-    for name, entry in LIBRARY.items():
+    for name, entry in CATALOGUE.items():
         fields = ", ".join(f"{f} (optional)" if d.optional else f for f, d in entry.fields.items())
         table.add_row(name, fields, entry.purpose)
     console.print(table)
@@ -52,7 +52,7 @@ def show_template(console: Console, name: str, renamed: Sequence[str], data: Pat
         return 2
     assert template.name is not None, "the contract wants a name or texts"
     if data is None:
-        _print_entry(console, LIBRARY[template.name])
+        _print_entry(console, CATALOGUE[template.name])
         return 0
     try:
         for where, pair in islice(_rendered(template, data), SHOWN):

@@ -14,7 +14,7 @@ from typing import Any
 
 from finetune_api.sources import Data, DataSource
 from finetune_api.templates import Template
-from finetune_trainer.prepare.library import LIBRARY
+from finetune_trainer.prepare.catalogue import CATALOGUE
 from finetune_trainer.prepare.sources import DataObject
 from finetune_trainer.prepared.manifest import FORMAT_VERSION
 from finetune_trainer.prepared.split import Side
@@ -67,5 +67,5 @@ def content_digest(
 
 def _template(template: Template) -> dict[str, Any]:
     """The template, with the library's texts where it has a name: releases may change them."""
-    entry = LIBRARY[template.name] if template.name else None
+    entry = CATALOGUE[template.name] if template.name else None
     return {**template.to_json(), "library": entry and [entry.prompts, entry.completion]}

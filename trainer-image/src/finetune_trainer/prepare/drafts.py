@@ -16,6 +16,7 @@ from typing import NamedTuple
 from finetune_api.sources import Data, DataSource, Format
 from finetune_api.templates import Retrieval
 from finetune_trainer.failures import DataError
+from finetune_trainer.prepare.catalogue import CATALOGUE
 from finetune_trainer.prepare.chat import ChatTemplate
 from finetune_trainer.prepare.conversations import conversation_of
 from finetune_trainer.prepare.digest import Source
@@ -28,7 +29,6 @@ from finetune_trainer.prepare.formats import (
     detect_format,
     group_value,
 )
-from finetune_trainer.prepare.library import LIBRARY
 from finetune_trainer.prepare.records import Record
 from finetune_trainer.prepare.retrieval import RetrievalPrompts
 from finetune_trainer.prepare.templates import LibraryTemplate, PairTemplate
@@ -81,7 +81,7 @@ def format_of(spec: DataSource, first: Record) -> Format:
         return spec.format
     if spec.template is None:
         return detect_format(first)
-    return LIBRARY[spec.template.name].format if spec.template.name else "PromptCompletion"
+    return CATALOGUE[spec.template.name].format if spec.template.name else "PromptCompletion"
 
 
 def drafter(

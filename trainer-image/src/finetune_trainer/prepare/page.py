@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
+from finetune_trainer.pages import page
 from finetune_trainer.prepare.personal import IN_WORDS
 
 CAUSES: Final = {
@@ -22,19 +21,11 @@ CAUSES: Final = {
 }
 """Why records were left out, in words; a reason that is not here stands for itself."""
 
-_PAGES: Final = Environment(
-    loader=PackageLoader("finetune_trainer.prepare", "."),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
-
 
 def render(report: dict[str, Any]) -> str:
     """The page of a report, as ``report.json`` has it."""
     sources = report["sources"]
-    return _PAGES.get_template("report.html.j2").render(
+    return page(__package__, "report.html.j2").render(
         report=report,
         causes=CAUSES,
         kinds=IN_WORDS,

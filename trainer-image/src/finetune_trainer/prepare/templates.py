@@ -18,8 +18,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from finetune_api.templates import Template
 from finetune_trainer.failures import DataError, UserError
+from finetune_trainer.prepare.catalogue import CATALOGUE
 from finetune_trainer.prepare.formats import Pair, missing_field
-from finetune_trainer.prepare.library import LIBRARY
 from finetune_trainer.prepare.records import Fields, Record
 from finetune_trainer.prepared.split import position
 
@@ -59,7 +59,7 @@ class LibraryTemplate:
 
     def __init__(self, template: Template, seed: int) -> None:
         assert template.name is not None, "a template of one's own is a PairTemplate"
-        entry = LIBRARY[template.name]
+        entry = CATALOGUE[template.name]
         renamed = template.fields or {}
         self._name, self._seed = template.name, seed
         self._theirs = {own: renamed.get(own, own) for own in entry.fields}

@@ -5,18 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
+from finetune_trainer.pages import page
 from finetune_trainer.publish.chart import Line, loss_chart
 from finetune_trainer.publish.facts import About, settings
-
-_PAGES = Environment(
-    loader=PackageLoader("finetune_trainer.publish", "."),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
 
 
 def render(about: About, data_report: bytes) -> str:
@@ -27,7 +18,7 @@ def render(about: About, data_report: bytes) -> str:
     """
     validation = about.result.validation
     names = list(dict.fromkeys(name for point in validation for name in point.sets))
-    return _PAGES.get_template("report.html.j2").render(
+    return page(__package__, "report.html.j2").render(
         about=about,
         scores=_by_set(about),
         chart=loss_chart(_lines(about), about.result.summary.checkpoint_step),

@@ -100,7 +100,7 @@ def take_steps(
                 session.checkpoints.settle()
             tell_commits(session)
             if state.step in evaluate_at or state.step == total:
-                evaluate(session, state, clock)
+                evaluate(session, state, clock, last=state.step == total)
             # The answer to a wish comes a step later: one that was met since is old.
             elif stop or (late and clock.steps_since_commit > 1) or by_step:
                 commit(session, state, clock, whatever=stop)
@@ -233,8 +233,8 @@ def log(session: Session, state: LoopState, rate: float, norm: Tensor, clock: Cl
         print(f"step {state.step}/{total} loss {loss:.4f} lr {rate:.3g}", flush=True)
 
 
-def evaluate(session: Session, state: LoopState, clock: Clock) -> None:
-    """Measure the validation sets, decide whether this is the best step, and commit it."""
+def evaluate(session: Session, state: LoopState, clock: Clock, *, last: bool) -> None:
+    """Measure the validation sets, watch for early stopping, and commit the step."""
     spec, telemetry = session.spec, session.telemetry
     began = time.perf_counter()
     telemetry.say(stage="Evaluating", step=state.step)
@@ -256,7 +256,7 @@ def evaluate(session: Session, state: LoopState, clock: Clock) -> None:
             telemetry.validation_loss.labels(result.name).set(result.metrics["Loss"])
         watch_early_stopping(session, state, metrics)
     clock.count(session, "evaluation", time.perf_counter() - began)
-    commit(session, state, clock, whatever=state.step == session.telemetry.progress.total_steps)
+    commit(session, state, clock, whatever=last or state.stopped_early)
 
 
 def watch_early_stopping(session: Session, state: LoopState, metrics: dict[str, float]) -> None:
@@ -283,7 +283,7 @@ def commit(session: Session, state: LoopState, clock: Clock, *, whatever: bool) 
         TooManySkipped: on all ranks together.
     """
     read_guard(session, state)
-    if state.skipped and not whatever and not state.stopped_early:
+    if state.skipped and not whatever:
         return
     began = time.perf_counter()
     telemetry = session.telemetry

@@ -19,7 +19,7 @@ def optimizer_step(session: Session, batch: StepTensors, rate: float) -> tuple[T
         [2 + 2 * sources]), and the norm of the gradient before clipping. Neither has been waited
         for.
     """
-    gang, sources = session.gang, len(batch.plan.by_source)
+    gang, sources = session.gang, session.plan.source_count
     loss = torch.zeros(1, dtype=torch.float64, device=gang.device)
     by_source = torch.zeros(2, sources, dtype=torch.float64, device=gang.device)
     for i, row in enumerate(batch.rows):

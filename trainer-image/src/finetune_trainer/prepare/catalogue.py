@@ -1,4 +1,4 @@
-"""The library of templates: for each task, several phrasings of the prompt and one completion.
+"""The template library: for each task, several phrasings of the prompt and one completion.
 
 A phrasing ends with a word and a colon, a completion begins with the space behind it: vocabularies
 hold words with the space before them. The first phrasing is the plainest: held-out records have it.
@@ -41,7 +41,7 @@ class Entry:
     """What is learned (Jinja)."""
 
 
-LIBRARY: Final[Mapping[TemplateName, Entry]] = {
+CATALOGUE: Final[Mapping[TemplateName, Entry]] = {
     "Summarize": Entry(
         purpose="a document and its summary",
         format="PromptCompletion",
