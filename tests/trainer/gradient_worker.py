@@ -24,7 +24,7 @@ LENGTHS = [60, 50, 55, 45, 30, 20, 64, 35]
 
 def gradient(
     rank: int, size: int, port: int, row_tokens: int, count: int, folder: str,
-    sharding: Sharding = "NoShard",
+    sharding: Sharding = "NoShard", sharing: int = 1,
 ) -> None:  # fmt: skip
     """One optimizer step's gradient, as the loop computes it, to a file."""
     os.environ |= {
@@ -37,8 +37,16 @@ def gradient(
     documents = samples(LENGTHS)[:count]
     lengths = torch.tensor(LENGTHS[:count]).numpy()
     supervised = torch.tensor([int(s.supervised.sum()) for s in documents]).numpy()
-    plan = Plan(lengths, supervised, batch_size=count, seed=0, row_tokens=row_tokens, ranks=size)
+    plan = Plan(
+        lengths,
+        supervised,
+        batch_size=count,
+        seed=0,
+        row_tokens=row_tokens,
+        ranks=size // sharing,
+    )
     loss = TokenLoss(tiny_llama()).train()
+    context = gang.sharing_rows(sharing)
     module = distribute(loss, gang, sharding, halved=False)
     parameters = list(loss.parameters())
     kept: list[torch.Tensor] = []
@@ -55,7 +63,9 @@ def gradient(
         spec=SimpleNamespace(training=Training.model_validate({"maxGradNorm": "0"})),
     )  # fmt: skip
     read = lambda positions: [documents[p] for p in positions]  # noqa: E731
-    with Feed(plan, read, rank=rank, start=0, end=1, device=CPU) as feed:
+    with Feed(
+        plan, read, rank=rank // sharing, start=0, end=1, device=CPU, context=context
+    ) as feed:
         for batch in feed:
             local, _ = optimizer_step(session, batch, 0.0)
     total = gang.sum(local[:1].clone())

@@ -5,9 +5,9 @@ import torch
 from engine import CPU, samples, tiny_llama
 from torch import nn
 
-from finetune_trainer.engine import packed
 from finetune_trainer.engine.dropout import KeyedDropout, keep_mask, key_dropouts, token_keys
 from finetune_trainer.engine.feed import build_row
+from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import TokenLoss
 
 
@@ -40,7 +40,7 @@ def losses(order: list[int], step: int = 7) -> torch.Tensor:
     row = build_row(
         [documents[i] for i in order], order, sources=order, seed=3, step=step, device=CPU
     )
-    with torch.no_grad(), packed.row_context(row.layout):
+    with torch.no_grad(), row_context(row.layout):
         found = loss(row)
     return torch.stack([found[row.sources == i].sum() for i in sorted(order)])
 

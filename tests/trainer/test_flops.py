@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from finetune_trainer.engine.feed import build_row
 from finetune_trainer.engine.flops import PEAKS, work_of
+from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import TokenLoss
-from finetune_trainer.engine.packed import row_context
 
 
 def counted(model: Any, length: int) -> tuple[float, int]:

@@ -9,12 +9,17 @@ from gradient_worker import gradient
 
 
 def run(
-    size: int, row_tokens: int, count: int, folder: Path, sharding: str = "NoShard"
+    size: int,
+    row_tokens: int,
+    count: int,
+    folder: Path,
+    sharding: str = "NoShard",
+    sharing: int = 1,
 ) -> tuple[torch.Tensor, float, int]:
     folder.mkdir()
     port = free_port()
     gang = [
-        forked(gradient, rank, size, port, row_tokens, count, str(folder), sharding)
+        forked(gradient, rank, size, port, row_tokens, count, str(folder), sharding, sharing)
         for rank in range(size)
     ]
     for process in gang:

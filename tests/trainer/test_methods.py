@@ -19,10 +19,10 @@ from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
 from finetune_api.spec import FineTuneJobSpec, parse_spec
 from finetune_trainer.engine.dcp import load_state, load_weights, save_state, state_of
 from finetune_trainer.engine.feed import build_row
+from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import TokenLoss, row_losses
 from finetune_trainer.engine.methods import apply_method
 from finetune_trainer.engine.model import load_base, load_tokenizer
-from finetune_trainer.engine.packed import row_context
 from finetune_trainer.engine.parameters import optimizer_groups, parameter_counts
 from finetune_trainer.engine.pissa import initialise
 from finetune_trainer.engine.quantized import check_device, check_package

@@ -18,6 +18,7 @@ from transformers import (
 from finetune_trainer.engine import packed
 from finetune_trainer.engine.dropout import key_dropouts
 from finetune_trainer.engine.feed import build_row
+from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import TokenLoss, row_losses
 
 LENGTHS = [37, 12, 5, 80, 40, 40, 3, 2, 21]
@@ -77,7 +78,7 @@ def test_gradients_of_a_packed_row_are_those_of_the_documents():
             row = build_row(
                 [documents[p] for p in positions], positions, seed=0, step=0, device=CPU
             )
-            with packed.row_context(row.layout):
+            with row_context(row.layout):
                 loss(row).sum().backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -99,7 +100,7 @@ def test_documents_do_not_see_each_other():
 def test_a_row_without_documents_costs_nothing_and_reaches_every_weight():
     model = tiny_llama()
     row = build_row([], [], seed=0, step=0, device=CPU)
-    with packed.row_context(row.layout):
+    with row_context(row.layout):
         TokenLoss(model)(row).sum().backward()
     assert row.labels.numel() == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
@@ -149,7 +150,7 @@ def test_checkpointed_rows_have_the_same_gradient_though_backward_has_its_own_th
             model.gradient_checkpointing_enable({"use_reentrant": False})
         loss = TokenLoss(model).train()
         row = build_row(documents, range(len(documents)), seed=0, step=0, device=CPU)
-        with packed.row_context(row.layout):
+        with row_context(row.layout):
             total = loss(row).sum()
             thread = threading.Thread(target=total.backward)
             thread.start()

@@ -12,9 +12,9 @@ from torch import nn
 
 from finetune_trainer.engine.dropout import add_noise
 from finetune_trainer.engine.feed import RowTensors, build_row
+from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.methods import apply_method
-from finetune_trainer.engine.packed import row_context
 from finetune_trainer.engine.parameters import optimizer_groups
 
 

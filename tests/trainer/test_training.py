@@ -156,20 +156,23 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_at_any_size(bench: Bench
     assert whole.curve[-1].loss < whole.curve[0].loss
     assert whole.curve[0].by_source.keys() == {"colours"}
     assert {name for point in whole.curve for name in point.by_source} == {"colours", "loud"}
-    for before, after, sharding in (
-        (1, 1, "NoShard"), (2, 1, "NoShard"), (1, 2, "NoShard"),
-        (2, 1, "FullShard"), (1, 2, "FullShard"),
+    for before, after, sharding, sharing in (
+        (1, 1, "NoShard", 1), (2, 1, "NoShard", 1), (1, 2, "NoShard", 1),
+        (2, 1, "FullShard", 1), (1, 2, "FullShard", 1), (2, 2, "NoShard", 2),
     ):  # fmt: skip
-        order = bench.order(
-            f"1-{before}to{after}-{sharding.lower()}", data=data, compute={"sharding": sharding}
-        )
-        bench.kill_after_commit(order, before, f"lost-{before}{after}{sharding}", step=6)
-        resumed = bench.finish(order, after, f"resumed-{before}{after}{sharding}")
+        name = f"{before}to{after}-{sharding.lower()}-{sharing}"
+        compute = {
+            "sharding": sharding, "contextParallel": sharing,
+            "gpusPerNode": 0, "processesPerNode": after,
+        }  # fmt: skip
+        order = bench.order(f"1-{name}", data=data, compute=compute)
+        bench.kill_after_commit(order, before, f"lost-{name}", step=6)
+        resumed = bench.finish(order, after, f"resumed-{name}")
         assert (resumed.summary.attempt, resumed.summary.restarts) == (2, 1)
         assert curve(resumed).keys() == curve(whole).keys()
         for step, loss in curve(whole).items():
             found = curve(resumed)[step]
-            assert found == pytest.approx(loss, rel=1e-4), (before, after, sharding, step)
+            assert found == pytest.approx(loss, rel=1e-4), (name, step)
         for ours, theirs in zip(resumed.curve, whole.curve, strict=True):
             assert ours.by_source == pytest.approx(theirs.by_source, rel=1e-4)
         for ours, theirs in zip(resumed.validation, whole.validation, strict=True):

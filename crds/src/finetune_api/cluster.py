@@ -75,6 +75,10 @@ class Compute(Model):
     of a node share one copy. FullShard: all share one (both FSDP). Auto: the first of them in which
     weights, gradients and optimizer state take at most 70 % of a process's memory. The result is
     the same."""
+    context_parallel: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes of a node that share the tokens of each row, for samples that are too long for the
+    memory of one: each holds this fraction of the activations, and attention exchanges keys and
+    values. It must divide the processes of a node. The result is the same."""
     resources: Resources = Resources()
     """CPU and memory of each pod."""
     shared_memory: Quantity = "2Gi"
@@ -98,6 +102,13 @@ class Compute(Model):
                 or c.processes_per_node <= c.gpus_per_node
             ),
             ("processesPerNode", "gpusPerNode"),
+        ),
+        Rule(
+            "(has(self.processesPerNode) ? self.processesPerNode"
+            " : self.gpusPerNode > 0 ? self.gpusPerNode : 1) % self.contextParallel == 0",
+            "contextParallel must divide the processes of a node (one per GPU if not given)",
+            lambda c: c.effective_processes_per_node % c.context_parallel == 0,
+            ("contextParallel", "gpusPerNode"),
         ),
     )
 

@@ -177,6 +177,7 @@ class Output(Model):
 
 
 _WHOLE: Final = [name for name, kind in METHODS.items() if not kind.shards]
+_SINGLE: Final = [name for name, kind in METHODS.items() if not kind.packs]
 _QUANTIZING: Final = [name for name, kind in METHODS.items() if kind.quantizes]
 
 
@@ -253,6 +254,13 @@ class FineTuneJobSpec(Model):
             " method.type: LoRA",
             lambda s: s.method.kind.shards or s.compute.sharding in ("Auto", "NoShard"),
             ("method.type", "compute.sharding"),
+        ),
+        Rule(
+            f"!(self.method.type in {json.dumps(_SINGLE)}) || self.compute.contextParallel == 1",
+            f"method.type {', '.join(_SINGLE)} needs every sample whole: set"
+            " compute.contextParallel: 1",
+            lambda s: s.method.kind.packs or s.compute.context_parallel == 1,
+            ("method.type", "compute.contextParallel"),
         ),
         Rule(
             "!has(self.training.earlyStopping) || has(self.data.validation)"

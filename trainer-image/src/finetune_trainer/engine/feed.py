@@ -16,22 +16,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finetune_trainer.engine.context import ALONE, ContextGroup, share
 from finetune_trainer.engine.dropout import token_keys
-from finetune_trainer.engine.packed import RowLayout, group_documents
+from finetune_trainer.engine.layout import RowLayout, offsets_of
 from finetune_trainer.engine.plan import Plan, Row, Step
 from finetune_trainer.prepared.shards import TokenSample
 
 
 @dataclass(frozen=True)
 class RowTensors:
-    """One row on the device. A row without documents holds one token and predicts nothing."""
+    """One row on the device, or this process's share of one (see ``context``). A row without
+    documents holds padding alone and predicts nothing."""
 
     input_ids: Tensor
     """Token ids, shape [1, tokens]."""
     position_ids: Tensor
     """Positions that restart at each document, shape [1, tokens]."""
     predict: Tensor
-    """Row positions whose next token is supervised, shape [supervised]."""
+    """Positions in ``input_ids`` whose next token is supervised, shape [supervised]."""
     labels: Tensor
     """That next token, shape [supervised]."""
     layout: RowLayout
@@ -48,44 +50,64 @@ def build_row(
     seed: int,
     step: int,
     device: torch.device,
+    context: ContextGroup = ALONE,
+    row_tokens: int = 1,
 ) -> RowTensors:
     """Concatenate documents to a row.
 
     Args:
         positions: of the samples in the index, by which dropout is keyed.
         sources: number of the source of each; None: 0.
+        context: the processes that share the row.
+        row_tokens: the row is padded to at least so many, by a document that nothing is learned
+            from.
 
     Token j of a document is predicted from token j - 1 of the same document, so the first token
     of a document is never predicted, supervised or not.
     """
-    if not samples:
-        samples = [TokenSample(np.zeros(1, np.int32), np.zeros(1, np.bool_))]
-        positions = [0]
-        sources = None
+    samples, positions, sources = (
+        list(samples),
+        list(positions),
+        list(sources or [0] * len(samples)),
+    )
+    tokens = sum(len(s.ids) for s in samples)
+    padding = max(row_tokens - tokens, 0)
+    padding += context.padding(tokens + padding)
+    if padding:
+        samples.append(TokenSample(np.zeros(padding, np.int32), np.zeros(padding, np.bool_)))
+        positions.append(0)
+        sources.append(0)
     lengths = [len(s.ids) for s in samples]
     ids = np.concatenate([s.ids for s in samples]).astype(np.int64)
-    supervised = np.concatenate([s.supervised for s in samples]).copy()
-    starts = np.cumsum([0, *lengths[:-1]])
-    supervised[starts] = False
-    target = np.flatnonzero(supervised)
-    source = np.repeat(np.asarray(sources or [0] * len(samples), np.int64), lengths)
+    # What is predicted at each place: the supervised token behind it.
+    predicts = np.concatenate([np.append(s.supervised[1:], False) for s in samples])
+    following = np.append(ids[1:], 0)
+    source = np.repeat(np.asarray(sources, np.int64), lengths)
     keys = [token_keys(seed, step, p, n) for p, n in zip(positions, lengths, strict=True)]
     position = np.concatenate([np.arange(n) for n in lengths])
+    held = context.held(len(ids))
+    target = np.flatnonzero(predicts[held])
+    spans, wanted = share(lengths, context, device)
 
     def tensor(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)
+        made = torch.from_numpy(np.ascontiguousarray(values))
+        # Copies from pinned memory are made beside the computation.
+        return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
 
     return RowTensors(
-        input_ids=tensor(ids)[None],
-        position_ids=tensor(position)[None],
-        predict=tensor(target - 1),
-        labels=tensor(ids[target]),
+        input_ids=tensor(ids[held])[None],
+        position_ids=tensor(position[held])[None],
+        predict=tensor(target),
+        labels=tensor(following[held][target]),
         layout=RowLayout(
-            group_documents(lengths, device),
-            tensor(np.concatenate(keys)),
-            tensor(np.repeat(lengths, lengths)),
+            spans=spans,
+            offsets=offsets_of(spans, device),
+            longest=max(span.keys for span in spans),
+            keys=tensor(np.concatenate(keys)[held]),
+            lengths=tensor(np.repeat(lengths, lengths)[held]),
+            wanted=wanted,
         ),
-        sources=tensor(source[target]),
+        sources=tensor(source[held][target]),
     )
 
 
@@ -103,7 +125,8 @@ Reader = Callable[[Sequence[int]], list[TokenSample]]
 
 
 class Feed:
-    """Steps of a plan as tensors of one rank, from ``start`` to ``end``.
+    """Steps of a plan as tensors of one rank, from ``start`` to ``end``. Processes that share
+    rows (``context``) have one rank in the plan.
 
     Iterating yields ``StepTensors``; a fault of the reading thread is raised where the step that
     needs the data begins.
@@ -118,6 +141,7 @@ class Feed:
         start: int,
         end: int,
         device: torch.device,
+        context: ContextGroup = ALONE,
         ahead: int = 4,
     ) -> None:
         self._plan = plan
@@ -125,6 +149,7 @@ class Feed:
         self._rank = rank
         self._range = range(start, end)
         self._device = device
+        self._context = context
         self._queue: queue.Queue[tuple[Step, list[RowTensors]] | BaseException] = queue.Queue(ahead)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="feed", daemon=True)
@@ -166,7 +191,7 @@ class Feed:
         return [
             build_row(
                 [samples[p] for p in row], row, sources=self._plan.sources[list(row)].tolist(),
-                seed=self._plan.seed, step=step.number, device=self._device,
+                seed=self._plan.seed, step=step.number, device=self._device, context=self._context,
             )
             for row in mine
         ]  # fmt: skip

@@ -21,6 +21,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from finetune_api.results import Failure
 from finetune_api.spec import Training
+from finetune_trainer.engine.context import ALONE, ContextGroup
 from finetune_trainer.failures import PEER_LOST, NodeFailure, from_verdict, verdict
 
 T = TypeVar("T")
@@ -131,6 +132,13 @@ class Gang:
     def on_a_channel_of_its_own(self) -> Gang:
         """The same gang, for words of another thread; every process must ask for it."""
         return replace(self, control=None if self.control is None else _word_channel())
+
+    def sharing_rows(self, size: int) -> ContextGroup:
+        """This process's place in a group of so many neighbours; every process must ask for it."""
+        if size == 1:
+            return ALONE
+        group, _ = dist.new_subgroups(size)
+        return ContextGroup(self.rank % size, size, group)
 
     def close(self) -> None:
         if dist.is_initialized():

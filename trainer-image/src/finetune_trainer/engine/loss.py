@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from finetune_trainer.engine.feed import RowTensors
-from finetune_trainer.engine.packed import row_context
+from finetune_trainer.engine.layout import row_context
 from finetune_trainer.failures import UserError
 
 

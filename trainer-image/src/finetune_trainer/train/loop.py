@@ -78,7 +78,8 @@ def take_steps(
     session.plan.quarantine(state.quarantined)
     with Feed(
         session.plan, lambda positions: session.data.samples("train", positions),
-        rank=gang.rank, start=state.step, end=total, device=gang.device,
+        rank=gang.rank // session.context.size, start=state.step, end=total, device=gang.device,
+        context=session.context,
     ) as feed:  # fmt: skip
         for batch in feed:
             if state.stopped_early:

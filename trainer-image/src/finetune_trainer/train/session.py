@@ -17,6 +17,7 @@ from torch import nn
 from finetune_api.order import RunOrder
 from finetune_api.results import PreparedSummary
 from finetune_api.spec import FineTuneJobSpec, Metric
+from finetune_trainer.engine.context import ContextGroup
 from finetune_trainer.engine.flops import Work, peak, work_of
 from finetune_trainer.engine.gang import Gang, resolve_precision
 from finetune_trainer.engine.guard import Guard
@@ -40,6 +41,7 @@ from finetune_trainer.engine.sharding import (
 from finetune_trainer.evaluate.measure import Evaluator
 from finetune_trainer.evaluate.metricnames import metrics_for
 from finetune_trainer.evaluate.scores import GENERATED
+from finetune_trainer.failures import UserError
 from finetune_trainer.prepared.shards import PreparedData
 from finetune_trainer.prepared.split import Side
 from finetune_trainer.storage import runfiles
@@ -58,6 +60,8 @@ class Session:
     stores: Stores
     prepared: PreparedSummary
     data: PreparedData
+    context: ContextGroup
+    """The processes that share this one's rows."""
     plan: Plan
     module: nn.Module
     """TokenLoss, under DDP in a gang of several."""
@@ -121,6 +125,13 @@ def open_session(
     kind = spec.method.kind
     base = load_base(path, frozen, kind.packs, gang.device if kind.quantizes else None)
     packed = kind.packs and can_pack(base)
+    context = gang.sharing_rows(spec.compute.context_parallel)
+    if context.size > 1 and not packed:
+        raise UserError(
+            "UnsuitableModel",
+            f"spec.compute.contextParallel: {context.size}, but the rows of a"
+            f" {type(base).__name__} cannot be shared; set it to 1",
+        )
     model = apply_method(base, spec)
     initialise_alike(model, spec, gang)
     parameters, work = parameter_counts(model), work_of(model, base)
@@ -143,7 +154,8 @@ def open_session(
         sources=np.searchsorted(list(sets), index.set),
         stages=stages_of(spec, tokens, steps_of(spec, len(index))),
         batch_size=spec.training.batch_size, visits=visits_of(spec, len(index)),
-        seed=spec.training.seed, row_tokens=row_tokens, ranks=gang.size, packed=packed,
+        seed=spec.training.seed, row_tokens=row_tokens, ranks=gang.size // context.size,
+        packed=packed,
     )  # fmt: skip
     device_peak = peak(gang.device)
     gang_peak = device_peak and device_peak * gang.size
@@ -154,6 +166,7 @@ def open_session(
         stores=stores,
         prepared=prepared,
         data=data,
+        context=context,
         plan=plan,
         module=module,
         loss=loss,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from finetune_trainer.engine.feed import StepTensors
-from finetune_trainer.engine.packed import row_context
+from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.sharding import synchronise, whole
 from finetune_trainer.train.session import Session
 

@@ -1,0 +1,62 @@
+"""Rows that several processes share: every token is held once, and nothing changes."""
+
+import numpy as np
+import pytest
+import torch
+from engine import CPU
+from hypothesis import given
+from hypothesis import strategies as st
+from test_gradients import run
+
+from finetune_trainer.engine.context import ALONE, ContextGroup, share
+
+
+@given(size=st.integers(2, 5), chunk=st.integers(1, 40))
+def test_every_token_is_held_once_and_the_work_is_alike(size, chunk):
+    tokens = 2 * size * chunk
+    held = [ContextGroup(i, size, None).held(tokens) for i in range(size)]
+    assert sorted(np.concatenate(held).tolist()) == list(range(tokens))
+    seen = [int(h.sum()) for h in held]  # keys before each query of one long document
+    assert max(seen) == min(seen)
+
+
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12), size=st.integers(2, 4))
+def test_spans_cover_what_is_held_and_end_where_the_queries_do(lengths, size):
+    group = object()
+    padding = ContextGroup(0, size, None).padding(sum(lengths))
+    lengths = [*lengths, padding] if padding else lengths
+    position = np.concatenate([np.arange(n) for n in lengths])
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    order = np.concatenate([ContextGroup(i, size, None).held(len(position)) for i in range(size)])
+    for index in range(size):
+        context = ContextGroup(index, size, group)
+        held = context.held(len(position))
+        spans, wanted = share(lengths, context, CPU)
+        assert sum(s.queries for s in spans) == len(held)
+        query = key = 0
+        for span in spans:
+            mine = held[query : query + span.queries]
+            keys = order[wanted.take[key : key + span.keys].numpy()]
+            assert (np.diff(mine) == 1).all()
+            assert keys[-1] == mine[-1]
+            assert position[keys].tolist() == list(range(span.keys))
+            assert set(document[keys]) == {document[mine[0]]}
+            query, key = query + span.queries, key + span.keys
+        assert key == len(wanted.take)
+
+
+def test_alone_a_row_is_whole():
+    spans, wanted = share([3, 2], ALONE, CPU)
+    assert (spans, wanted) == (((3, 3), (2, 2)), None)
+
+
+@pytest.mark.parametrize(
+    ("size", "sharing", "sharding"),
+    [(2, 2, "NoShard"), (4, 2, "NoShard"), (2, 2, "FullShard"), (3, 3, "NoShard")],
+)
+def test_the_gradient_is_that_of_whole_rows(tmp_path, size, sharing, sharding):
+    expected, loss, _ = run(1, 100, 8, tmp_path / "one")
+    found, other_loss, _ = run(size, 100, 8, tmp_path / "shared", sharding, sharing)
+    assert (found - expected).norm() / expected.norm() < 1e-6
+    assert other_loss == pytest.approx(loss, rel=1e-6)
+    assert torch.isfinite(found).all()
