@@ -167,6 +167,7 @@ GOOD = [
     good("null is absent", {"method": None, "training.epochs": None, "output.format": None}),
     good("sharding", {"compute.sharding": "HybridShard"}),
     good("shared rows", {"compute": {"gpusPerNode": 8, "contextParallel": 4}}),
+    good("compiled", {"training.compile": True}),
     good("regularisation",
          {"training": {"labelSmoothing": "0.1", "neftuneAlpha": "5", "layerDecay": "0.9"}}),
 ]  # fmt: skip

@@ -1,7 +1,6 @@
 """The kernels of attention against each other: by group, by span, and by offsets."""
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -28,24 +27,26 @@ class Gathered(Wanted):
 
 
 def varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
-    """What the kernel for a GPU is documented to do; the diagonal ends at the last query and
-    key."""
-    parts = []
+    """What the kernel for a GPU is documented to do, by a mask; the diagonal ends at the last query
+    and key of each span."""
     assert window_size[1] == 0
-    bounds = list(zip(cu_seq_q.tolist(), cu_seq_k.tolist(), strict=True))
-    for (q0, k0), (q1, k1) in pairwise(bounds):
-        assert 0 < q1 - q0 <= max_q
-        assert k1 - k0 <= max_k
-        behind = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None] - torch.arange(k1 - k0)
-        seen = behind >= 0
-        if window_size[0] >= 0:
-            seen &= behind <= window_size[0]
-        q, k, v = (x.transpose(0, 1)[None] for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
-        out = scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, scale=scale, enable_gqa=enable_gqa
-        )
-        parts.append(out[0].transpose(0, 1))
-    return torch.cat(parts)
+    span, place = _places(cu_seq_q, len(query))
+    key_span, key_place = _places(cu_seq_k, len(key))
+    sizes, key_sizes = cu_seq_q.diff(), cu_seq_k.diff()
+    behind = (place + (key_sizes - sizes)[span])[:, None] - key_place[None, :]
+    seen = (span[:, None] == key_span[None, :]) & (behind >= 0)
+    if window_size[0] >= 0:
+        seen &= behind <= window_size[0]
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+    out = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)
+    return out[0].transpose(0, 1)
+
+
+def _places(bounds: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Number of each token's span, and its place there."""
+    token = torch.arange(tokens)
+    span = torch.searchsorted(bounds.long(), token, right=True) - 1
+    return span, token - bounds[span]
 
 
 @pytest.fixture

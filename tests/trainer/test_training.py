@@ -239,6 +239,18 @@ def test_full_tuning_learns_and_reports_both_models(bench: Bench) -> None:
     assert result.examples["train-0"][0].tuned.strip() in COLOURS.values()
 
 
+def test_compiled_training_is_the_same_and_compiles_once(bench: Bench) -> None:
+    """With the compiler that a GPU has too (inductor)."""
+    training = {"microBatchTokens": 256, "compile": False}
+    plain = bench.finish(bench.order("1-plain", training=training), 1, "plain")
+    order = bench.order("1-compiled", training=training | {"compile": True})
+    gang = bench.start(order, 2, "compiled")
+    assert gang.wait(300) == [0, 0], gang.log.read_text()
+    compiled = runfiles.read_result(bench.store, order.run_uri)
+    for step, loss in curve(plain).items():
+        assert curve(compiled)[step] == pytest.approx(loss, rel=1e-3)
+
+
 @pytest.mark.parametrize(("told", "restarts"), [((0, 1), 0), ((1,), 1)])
 def test_a_stop_saves_and_is_a_restart_where_it_came_to_a_part(
     bench: Bench, told: tuple[int, ...], restarts: int

@@ -30,6 +30,7 @@ FIELD_CLASSES: Final[dict[str, FieldClass]] = {
     "training": "NewRun",
     "training.microBatchTokens": "Resume",
     "training.gradientCheckpointing": "Resume",
+    "training.compile": "Resume",
     "training.guard": "Resume",
     "evaluation": "NewRun",
     "output": "NewRun",

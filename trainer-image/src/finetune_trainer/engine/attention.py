@@ -2,7 +2,8 @@
 
 On a GPU in half precision all spans go to one kernel for variable lengths (torch's own, which is
 FlashAttention or cuDNN). Elsewhere documents of like length are attended together in padded
-batches. No mask of the row is ever built, and no work is done across documents.
+batches, which torch.compile leaves alone: no two rows would be alike. No mask of the row is ever
+built, and no work is done across documents.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
-from finetune_trainer.engine.context import Span
 from finetune_trainer.engine.layout import Group, RowLayout
 
 _MOST_WIDTH: Final = 256
@@ -44,9 +44,9 @@ def attend(
         key, value = row.wanted.gather(key), row.wanted.gather(value)
     if has_kernel(query, value):
         return _by_offsets(row, query, key, value, scale, window)
-    if row.wanted is not None:
-        return _by_span(row.spans, query, key, value, scale, window)
-    return _by_group(row.groups, query, key, value, scale, window)
+    by = _by_group if row.wanted is None else _by_span
+    attended: Tensor = by(row, query, key, value, scale, window)
+    return attended
 
 
 def has_kernel(query: Tensor, value: Tensor) -> bool:
@@ -57,8 +57,13 @@ def has_kernel(query: Tensor, value: Tensor) -> bool:
         and query.shape[-1] == value.shape[-1]
         and query.shape[-1] % 8 == 0
         and query.shape[-1] <= _MOST_WIDTH
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and _is_new_enough(query.device.index)
     )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_new_enough(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _by_offsets(
@@ -75,13 +80,14 @@ def _by_offsets(
     return attended[None]
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _by_span(
-    spans: tuple[Span, ...], query: Tensor, key: Tensor, value: Tensor, scale: float | None,
+    row: RowLayout, query: Tensor, key: Tensor, value: Tensor, scale: float | None,
     window: int | None,
 ) -> Tensor:  # fmt: skip
     parts = []
-    queries = torch.split(query, [span.queries for span in spans], 2)
-    keys, values = (torch.split(x, [span.keys for span in spans], 2) for x in (key, value))
+    queries = torch.split(query, [span.queries for span in row.spans], 2)
+    keys, values = (torch.split(x, [span.keys for span in row.spans], 2) for x in (key, value))
     for q, k, v in zip(queries, keys, values, strict=True):
         mask = _mask(q.shape[2], k.shape[2], window, q.device)
         parts.append(
@@ -92,12 +98,14 @@ def _by_span(
     return torch.cat(parts, 2).transpose(1, 2)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _by_group(
-    groups: tuple[Group, ...], query: Tensor, key: Tensor, value: Tensor, scale: float | None,
+    row: RowLayout, query: Tensor, key: Tensor, value: Tensor, scale: float | None,
     window: int | None,
 ) -> Tensor:  # fmt: skip
     heads, tokens = query.shape[1:3]
     attended = query.new_empty(tokens, heads, value.shape[-1])
+    groups = row.groups
     single = len(groups) == 1 and groups[0].documents == 1
     for group in groups:
         q, k, v = (query, key, value) if single else (_take(x, group) for x in (query, key, value))

@@ -69,6 +69,7 @@ class Wanted:
     """Where they lie among the gathered tokens, span after span; shape [keys]."""
     group: dist.ProcessGroup
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def gather(self, x: Tensor) -> Tensor:
         """[1, heads, tokens here, width] → [1, heads, keys, width]."""
         whole = cast(Tensor, all_gather_tensor_autograd(x.contiguous(), 2, self.group))

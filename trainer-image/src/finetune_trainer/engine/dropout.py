@@ -39,18 +39,22 @@ def _splitmix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def keep_mask(keys: Tensor, features: int, layer: int, probability: float) -> Tensor:
+def salt_of(layer: int) -> int:
+    """What makes the numbers of a layer its own, below 2**32."""
+    return (layer * 0x9E3779B1) & _MASK32
+
+
+def keep_mask(keys: Tensor, features: int, salt: Tensor | int, probability: float) -> Tensor:
     """Which elements are kept: bool, shape [tokens, features]."""
-    return draw(keys, features, layer) >= int(probability * 2**32)
+    return draw(keys, features, salt) >= int(probability * 2**32)
 
 
-def draw(keys: Tensor, features: int, layer: int) -> Tensor:
+def draw(keys: Tensor, features: int, salt: Tensor | int) -> Tensor:
     """Random 32-bit numbers of the elements of a layer: int64, shape [tokens, features].
 
     The finalizer of MurmurHash3 (32 bit), in 64-bit integers whose low halves are exact.
     """
     feature = torch.arange(1, features + 1, device=keys.device, dtype=torch.int64)
-    salt = (layer * 0x9E3779B1) & _MASK32
     h = (keys[:, None] ^ salt) + feature[None, :] * 0x85EBCA77
     h = h & _MASK32
     h = ((h ^ (h >> 16)) * 0x85EBCA6B) & _MASK32
@@ -67,14 +71,17 @@ class KeyedDropout(nn.Module):
     def __init__(self, probability: float, layer: int) -> None:
         super().__init__()
         self.p = probability
+        self.salt: Tensor
         self.layer = layer
+        # A tensor, so that compiled code is the same for all layers.
+        self.register_buffer("salt", torch.tensor(salt_of(layer)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         row = current_row()
         # Attention probabilities (four dimensions) are not dropped, in packed rows or others.
         if not self.training or self.p == 0.0 or row is None or x.ndim != 3:
             return x
-        keep = keep_mask(row.keys, x.shape[-1], self.layer, self.p)
+        keep = keep_mask(row.keys, x.shape[-1], self.salt, self.p)
         # Virtual tokens before the document (prompt tuning) have no keys, and are kept.
         keep = pad(keep, (0, 0, x.shape[1] - len(keep), 0), value=True)
         return x * keep.view(x.shape).to(x.dtype) / (1.0 - self.p)
@@ -118,7 +125,7 @@ def add_noise(embedding: nn.Module, alpha: float) -> None:
         if not module.training or row is None:
             return output
         width = output.shape[-1]
-        noise = draw(row.keys, width, _NOISE_LAYER).double() * 2.0**-31 - 1.0
+        noise = draw(row.keys, width, salt_of(_NOISE_LAYER)).double() * 2.0**-31 - 1.0
         size = alpha / (row.lengths * width).double().sqrt()
         return output + (noise * size[:, None]).to(output.dtype).view(output.shape)
 

@@ -11,11 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from finetune_trainer.engine.compilation import varies
 from finetune_trainer.engine.context import ALONE, ContextGroup, share
 from finetune_trainer.engine.dropout import token_keys
 from finetune_trainer.engine.layout import RowLayout, offsets_of
@@ -42,6 +44,21 @@ class RowTensors:
     """Number of the source of each supervised token, shape [supervised]."""
 
 
+class StaticShape(NamedTuple):
+    """One shape for all rows, as torch.compile wants it."""
+
+    row_tokens: int
+    """Tokens of every row, padding included."""
+    longest: int
+    """Tokens of the longest document, padding included."""
+
+    def padding(self, tokens: int) -> list[int]:
+        """Sizes of the documents of padding that fill a row."""
+        missing = max(self.row_tokens - tokens, 0)
+        whole, rest = divmod(missing, self.longest)
+        return [self.longest] * whole + [rest] * bool(rest)
+
+
 def build_row(
     samples: Sequence[TokenSample],
     positions: Sequence[int],
@@ -51,7 +68,7 @@ def build_row(
     step: int,
     device: torch.device,
     context: ContextGroup = ALONE,
-    row_tokens: int = 1,
+    shape: StaticShape | None = None,
 ) -> RowTensors:
     """Concatenate documents to a row.
 
@@ -59,8 +76,7 @@ def build_row(
         positions: of the samples in the index, by which dropout is keyed.
         sources: number of the source of each; None: 0.
         context: the processes that share the row.
-        row_tokens: the row is padded to at least so many, by a document that nothing is learned
-            from.
+        shape: that the row is padded to, by documents that nothing is learned from.
 
     Token j of a document is predicted from token j - 1 of the same document, so the first token
     of a document is never predicted, supervised or not.
@@ -70,13 +86,13 @@ def build_row(
         list(positions),
         list(sources or [0] * len(samples)),
     )
+    fixed, shape = shape is not None, shape or StaticShape(1, 1)
     tokens = sum(len(s.ids) for s in samples)
-    padding = max(row_tokens - tokens, 0)
-    padding += context.padding(tokens + padding)
-    if padding:
-        samples.append(TokenSample(np.zeros(padding, np.int32), np.zeros(padding, np.bool_)))
-        positions.append(0)
-        sources.append(0)
+    for padding in (*shape.padding(tokens), context.padding(max(tokens, shape.row_tokens))):
+        if padding:
+            samples.append(TokenSample(np.zeros(padding, np.int32), np.zeros(padding, np.bool_)))
+            positions.append(0)
+            sources.append(0)
     lengths = [len(s.ids) for s in samples]
     ids = np.concatenate([s.ids for s in samples]).astype(np.int64)
     # What is predicted at each place: the supervised token behind it.
@@ -88,6 +104,10 @@ def build_row(
     held = context.held(len(ids))
     target = np.flatnonzero(predicts[held])
     spans, wanted = share(lengths, context, device)
+    offsets = offsets_of(spans, device)
+    if fixed:
+        varies(offsets.queries)
+        varies(offsets.keys)
 
     def tensor(values: np.ndarray) -> Tensor:
         made = torch.from_numpy(np.ascontiguousarray(values))
@@ -101,8 +121,8 @@ def build_row(
         labels=tensor(following[held][target]),
         layout=RowLayout(
             spans=spans,
-            offsets=offsets_of(spans, device),
-            longest=max(span.keys for span in spans),
+            offsets=offsets,
+            longest=max(shape.longest, *(span.keys for span in spans)),
             keys=tensor(np.concatenate(keys)[held]),
             lengths=tensor(np.repeat(lengths, lengths)[held]),
             wanted=wanted,
@@ -142,6 +162,7 @@ class Feed:
         end: int,
         device: torch.device,
         context: ContextGroup = ALONE,
+        shape: StaticShape | None = None,
         ahead: int = 4,
     ) -> None:
         self._plan = plan
@@ -150,6 +171,7 @@ class Feed:
         self._range = range(start, end)
         self._device = device
         self._context = context
+        self._shape = shape
         self._queue: queue.Queue[tuple[Step, list[RowTensors]] | BaseException] = queue.Queue(ahead)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="feed", daemon=True)
@@ -192,6 +214,7 @@ class Feed:
             build_row(
                 [samples[p] for p in row], row, sources=self._plan.sources[list(row)].tolist(),
                 seed=self._plan.seed, step=step.number, device=self._device, context=self._context,
+                shape=self._shape,
             )
             for row in mine
         ]  # fmt: skip

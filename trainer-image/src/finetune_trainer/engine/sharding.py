@@ -75,7 +75,9 @@ def distribute(loss: nn.Module, gang: Gang, sharding: Sharding, halved: bool) ->
     if gang.size == 1:
         return loss.to(gang.device)
     if sharding == "NoShard":
-        return DistributedDataParallel(loss.to(gang.device), gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            loss.to(gang.device), gradient_as_bucket_view=True, broadcast_buffers=False
+        )
     shape = (gang.size,) if sharding == "FullShard" else (gang.nodes, gang.per_node)
     names = ("shard",) if sharding == "FullShard" else ("replicate", "shard")
     mesh = init_device_mesh(gang.device.type, shape, mesh_dim_names=names)

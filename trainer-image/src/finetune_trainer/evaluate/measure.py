@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetune_api.results import Metrics
 from finetune_api.spec import Metric
+from finetune_trainer.engine.compilation import uncompiled
 from finetune_trainer.engine.feed import build_row
 from finetune_trainer.engine.gang import Gang
 from finetune_trainer.engine.loss import TokenLoss, row_losses
@@ -196,11 +197,12 @@ def greedy(
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in evaluation mode for a while."""
+    """The module in evaluation mode for a while, as it was written: shapes are seen once."""
     was = module.training
     module.eval()
     try:
-        yield
+        with uncompiled(module):
+            yield
     finally:
         module.train(was)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from finetune_api.results import TrainSummary
+from finetune_trainer.engine.compilation import compilations
 from finetune_trainer.engine.feed import Feed
 from finetune_trainer.engine.gang import Agreement
 from finetune_trainer.engine.schedule import evaluation_steps, learning_rate, log_interval, steps_of
@@ -79,7 +80,7 @@ def take_steps(
     with Feed(
         session.plan, lambda positions: session.data.samples("train", positions),
         rank=gang.rank // session.context.size, start=state.step, end=total, device=gang.device,
-        context=session.context,
+        context=session.context, shape=session.shape,
     ) as feed:  # fmt: skip
         for batch in feed:
             if state.stopped_early:
@@ -221,6 +222,8 @@ def log(session: Session, state: LoopState, rate: float, norm: Tensor, clock: Cl
     telemetry.tokens_per_second.set(clock.tokens_per_second())
     if (utilization := clock.utilization()) is not None:
         telemetry.set_utilization(utilization)
+    if session.spec.training.compile:
+        telemetry.set_compilations(compilations())
     if session.gang.device.type == "cuda":
         telemetry.set_gpu_memory(torch.cuda.max_memory_allocated())
     telemetry.say(

@@ -17,7 +17,9 @@ from torch import nn
 from finetune_api.order import RunOrder
 from finetune_api.results import PreparedSummary
 from finetune_api.spec import FineTuneJobSpec, Metric
+from finetune_trainer.engine.compilation import check_compiler, compile_blocks
 from finetune_trainer.engine.context import ContextGroup
+from finetune_trainer.engine.feed import StaticShape
 from finetune_trainer.engine.flops import Work, peak, work_of
 from finetune_trainer.engine.gang import Gang, resolve_precision
 from finetune_trainer.engine.guard import Guard
@@ -62,6 +64,8 @@ class Session:
     data: PreparedData
     context: ContextGroup
     """The processes that share this one's rows."""
+    shape: StaticShape | None
+    """What rows are padded to, where that matters."""
     plan: Plan
     module: nn.Module
     """TokenLoss, under DDP in a gang of several."""
@@ -141,11 +145,14 @@ def open_session(
         float(spec.training.label_smoothing),
     )
     loss.train()
+    if spec.training.compile:
+        check_compiler()
+        compile_blocks(model)
     module = distribute(loss, gang, sharding_of(spec, model, gang), precision == "BF16")
     index = data.index("train")
+    longest = int(index.length.max())
     row_tokens = max(
-        spec.training.micro_batch_tokens or max(data.manifest.max_length, 2048),
-        int(index.length.max()),
+        spec.training.micro_batch_tokens or max(data.manifest.max_length, 2048), longest
     )
     sets = {number: data.manifest.sets[number] for number, _ in data.set_names("train")}
     tokens = {entry.name: entry.tokens for entry in sets.values()}
@@ -167,6 +174,7 @@ def open_session(
         prepared=prepared,
         data=data,
         context=context,
+        shape=StaticShape(row_tokens, longest) if spec.training.compile and packed else None,
         plan=plan,
         module=module,
         loss=loss,

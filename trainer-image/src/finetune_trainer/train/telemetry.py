@@ -60,6 +60,7 @@ class Telemetry:
         self._gauge = gauge
         self._gpu_memory: Gauge | None = None
         self._utilization: Gauge | None = None
+        self._compilations: Gauge | None = None
         self.tokens = counter("tokens", "Real tokens trained, whole gang")
         self.samples = counter("samples", "Samples trained, whole gang")
         self.skipped_steps = counter("skipped_steps", "Steps whose update was not made")
@@ -81,6 +82,13 @@ class Telemetry:
             text = "Peak memory allocated on the GPU of the gang's first process"
             self._gpu_memory = self._gauge("gpu_memory_peak_bytes", text)
         self._gpu_memory.set(peak_bytes)
+
+    def set_compilations(self, graphs: int) -> None:
+        """Graphs that were compiled; the series is absent where nothing is."""
+        if self._compilations is None:
+            text = "Graphs that torch.compile made; they should be few, and made at the first step"
+            self._compilations = self._gauge("compiled_graphs", text)
+        self._compilations.set(graphs)
 
     def set_utilization(self, share: float) -> None:
         """Model FLOPs utilization; the series is absent where the device's peak is not known."""

@@ -1,0 +1,82 @@
+"""Compiled blocks: compiled once, whatever the rows, and to the same arithmetic."""
+
+import pytest
+import torch
+from engine import CPU, samples, tiny_llama
+from test_attention import kernel  # noqa: F401
+
+from finetune_trainer.engine import compilation
+from finetune_trainer.engine.compilation import compile_blocks, uncompiled
+from finetune_trainer.engine.dropout import key_dropouts
+from finetune_trainer.engine.feed import StaticShape, build_row
+from finetune_trainer.engine.layout import row_context
+from finetune_trainer.engine.loss import TokenLoss
+from finetune_trainer.failures import UserError
+
+SHAPE = StaticShape(100, 40)
+ROWS = [[37, 12, 5], [40, 40, 9, 2, 3], [8], [30, 30, 30]]
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def gradient(model, lengths: list[int], shape: StaticShape | None) -> torch.Tensor:
+    documents = samples(lengths)
+    row = build_row(
+        documents, range(len(lengths)), seed=0, step=len(lengths), device=CPU, shape=shape
+    )
+    model.zero_grad()
+    with row_context(row.layout):
+        TokenLoss(model)(row).sum().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def compiled_and_plain(rows: list[list[int]]) -> list[int]:
+    """Graphs that there are after each row, whose gradient is the plain model's."""
+    plain, model = tiny_llama(), tiny_llama()
+    for each in (plain, model):
+        key_dropouts(each, 0.1)
+    compile_blocks(model, "aot_eager")
+    counts = []
+    for lengths in rows:
+        found, expected = gradient(model, lengths, SHAPE), gradient(plain, lengths, None)
+        assert (found - expected).norm() / expected.norm() < 1e-5
+        counts.append(compilation.compilations())
+    return counts
+
+
+def test_a_run_compiles_at_its_first_row():
+    counts = compiled_and_plain(ROWS)
+    assert counts[0] > 0
+    assert set(counts) == {counts[0]}
+
+
+@pytest.mark.usefixtures("kernel")
+def test_with_the_kernel_for_a_gpu_a_block_is_one_graph():
+    assert compiled_and_plain(ROWS) == [1] * len(ROWS)
+
+
+def test_other_shapes_are_not_compiled():
+    model = tiny_llama()
+    compile_blocks(model, "aot_eager")
+    with uncompiled(model):
+        model(torch.zeros(1, 7, dtype=torch.long))
+    assert compilation.compilations() == 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "padding"), [(100, []), (99, [1]), (40, [40, 20]), (20, [40] * 2)]
+)
+def test_padding_is_no_longer_than_the_longest_document(tokens, padding):
+    assert SHAPE.padding(tokens) == padding
+
+
+def test_an_image_without_a_compiler_is_refused(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="needs a C compiler"):
+        compilation.check_compiler()

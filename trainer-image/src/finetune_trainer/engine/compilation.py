@@ -1,0 +1,58 @@
+"""torch.compile, one decoder block at a time.
+
+Blocks are alike, so one compilation serves all of them, and what stands around them (embedding,
+logits at supervised positions) may have any shape. Rows are padded to one size
+(``feed.StaticShape``) and only the number of documents varies, which is marked as dynamic: a run
+compiles at its first step and not again. How often it did is a metric.
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune_trainer.engine.parameters import decoder_blocks
+from finetune_trainer.failures import UserError
+
+
+def check_compiler() -> None:
+    """Raises:
+    UserError: 'NoCompiler' where torch.compile would find none.
+    """
+    if not any(shutil.which(name) for name in ("cc", "gcc", "g++", "clang")):
+        raise UserError(
+            "NoCompiler",
+            "spec.training.compile: torch.compile needs a C compiler, and this image has none; use"
+            " the trainer image built with EXTRA=gpu, or set it to false",
+        )
+
+
+def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
+    """Have the blocks of a model compiled when they are first run."""
+    for block in decoder_blocks(model):
+        block.compile(backend=backend)
+
+
+def varies(tensor: Tensor) -> None:
+    """Have the first dimension of a tensor compiled as one that varies."""
+    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
+    """The model as it was written, for shapes that are seen once (evaluation, generation)."""
+    blocks = decoder_blocks(model)
+    if not any(getattr(block, "_compiled_call_impl", None) for block in blocks):
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def compilations() -> int:
+    """Graphs that this process has compiled."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
