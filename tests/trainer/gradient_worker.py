@@ -16,6 +16,7 @@ from finetune_trainer.engine.feed import Feed
 from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.plan import Plan
+from finetune_trainer.engine.precision import PRECISIONS
 from finetune_trainer.engine.sharding import Sharding, distribute, whole
 from finetune_trainer.train.step import optimizer_step
 
@@ -47,7 +48,7 @@ def gradient(
     )
     loss = TokenLoss(tiny_llama()).train()
     context = gang.sharing_rows(sharing)
-    module = distribute(loss, gang, sharding, halved=False)
+    module = distribute(loss, gang, sharding, PRECISIONS["FP32"])
     parameters = list(loss.parameters())
     kept: list[torch.Tensor] = []
 

@@ -19,6 +19,7 @@ from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.methods import apply_method
 from finetune_trainer.engine.parameters import optimizer_groups
 from finetune_trainer.engine.plan import Plan
+from finetune_trainer.engine.precision import PRECISIONS
 from finetune_trainer.engine.sharding import distribute, root_gathered, whole
 from finetune_trainer.train.session import initialise_alike
 from finetune_trainer.train.step import optimizer_step
@@ -27,7 +28,13 @@ LENGTHS = [30, 24, 41, 18, 33, 27]
 
 
 def tune(
-    rank: int, size: int, port: int, method: dict[str, Any], sharding: Any, folder: str
+    rank: int,
+    size: int,
+    port: int,
+    method: dict[str, Any],
+    sharding: Any,
+    folder: str,
+    precision: str = "FP32",
 ) -> None:
     """Train two steps, and write the trained weights and one greedy answer to a file."""
     os.environ |= {
@@ -41,14 +48,14 @@ def tune(
             "data": {"train": [{"source": "s3://data/a.jsonl"}]},
             "output": {"destination": "s3://models/tuned"},
             "method": method,
-            "training": {"precision": "FP32"},
+            "training": {"precision": precision},
         }
     )
     gang = gangs.join(spec.training)
     model = apply_method(tiny_llama(), spec)
     initialise_alike(model, spec, gang)
     loss = TokenLoss(model).train()
-    module = distribute(loss, gang, sharding, halved=False)
+    module = distribute(loss, gang, sharding, PRECISIONS[precision])
     documents = samples(LENGTHS)
     lengths = np.array(LENGTHS)
     supervised = np.array([int(s.supervised.sum()) for s in documents])

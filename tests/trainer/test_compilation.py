@@ -78,5 +78,5 @@ def test_padding_is_no_longer_than_the_longest_document(tokens, padding):
 
 def test_an_image_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match="needs a C compiler"):
-        compilation.check_compiler()
+    with pytest.raises(UserError, match=r"needs a C\+\+ compiler on a cpu"):
+        compilation.check_compiler(CPU)

@@ -98,9 +98,11 @@ class Training(Model):
     lowest, the head above the highest (Howard and Ruder 2018, arXiv:1801.06146). "1": all alike."""
     max_grad_norm: DecimalString = "1.0"
     """Largest norm of the gradient; a larger one is scaled down. "0" switches clipping off."""
-    precision: Literal["Auto", "BF16", "FP32"] = "Auto"
-    """Arithmetic of the model: BF16 is bfloat16 autocast over 32-bit weights. Auto: BF16 on a GPU,
-    FP32 on a CPU."""
+    precision: Literal["Auto", "BF16", "PureBF16", "FP8", "FP32"] = "Auto"
+    """Arithmetic of the model. BF16: matrix products in bfloat16 (autocast) over 32-bit weights.
+    PureBF16: all in bfloat16, by copies of 32-bit weights: faster, and a little less exact. FP8: as
+    PureBF16, with linear layers in 8 bits (Ada, Hopper or newer; best with compile). What is
+    trained is kept in 32 bits with each. Auto: BF16 on a GPU, FP32 on a CPU."""
     router_aux_loss_coefficient: DecimalString = "0"
     """Weight of the loss that spreads tokens over the experts of a mixture (Fedus et al. 2022,
     arXiv:2101.03961), computed row by row and added to the training loss. Configurations of such
@@ -258,6 +260,13 @@ class FineTuneJobSpec(Model):
             " method.type: LoRA",
             lambda s: s.method.kind.shards or s.compute.sharding in ("Auto", "NoShard"),
             ("method.type", "compute.sharding"),
+        ),
+        Rule(
+            "self.training.precision != 'FP8' || self.method.type == 'Full'",
+            "training.precision FP8 goes with method.type Full, whose weights all change: set"
+            " PureBF16",
+            lambda s: s.training.precision != "FP8" or s.method.type == "Full",
+            ("method.type",),
         ),
         Rule(
             f"!(self.method.type in {json.dumps(_SINGLE)}) || self.compute.contextParallel == 1",

@@ -19,15 +19,22 @@ from finetune_trainer.engine.parameters import decoder_blocks
 from finetune_trainer.failures import UserError
 
 
-def check_compiler() -> None:
-    """Raises:
-    UserError: 'NoCompiler' where torch.compile would find none.
+def check_compiler(device: torch.device) -> None:
+    """Make sure that torch.compile will find what it needs: on a GPU a C compiler (for launchers of
+    kernels), on a CPU one for C++.
+
+    Raises:
+        UserError: 'NoCompiler'.
     """
-    if not any(shutil.which(name) for name in ("cc", "gcc", "g++", "clang")):
+    language, names = ("C", ("cc", "gcc", "clang"))
+    if device.type == "cpu":
+        language, names = ("C++", ("g++", "c++", "clang++"))
+    if not any(shutil.which(name) for name in names):
         raise UserError(
             "NoCompiler",
-            "spec.training.compile: torch.compile needs a C compiler, and this image has none; use"
-            " the trainer image built with EXTRA=gpu, or set it to false",
+            f"spec.training.compile: torch.compile needs a {language} compiler on a {device.type},"
+            f" and this image has none ({', '.join(names)}); add one (images built with EXTRA=gpu"
+            " have one for C), or set it to false",
         )
 
 

@@ -22,6 +22,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from finetune_api.results import Failure
 from finetune_api.spec import Training
 from finetune_trainer.engine.context import ALONE, ContextGroup
+from finetune_trainer.engine.precision import precision_of
 from finetune_trainer.failures import PEER_LOST, NodeFailure, from_verdict, verdict
 
 T = TypeVar("T")
@@ -152,15 +153,19 @@ def join(training: Training) -> Gang:
         NodeFailure: where the peers cannot be reached.
     """
     cuda = torch.cuda.is_available()
-    precision = resolve_precision(training, cuda)
+    precision = precision_of(training, cuda)
     try:
         accelerator = Accelerator(
             cpu=not cuda,
-            mixed_precision="bf16" if precision == "BF16" else "no",
+            mixed_precision="bf16" if precision.autocast else "no",
             kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
         )
     except (RuntimeError, ConnectionError, TimeoutError) as error:
         raise NodeFailure(PEER_LOST, f"the gang did not form: {error}") from error
+    if precision.copied and not dist.is_initialized():
+        # FSDP wants a group, though this process is alone.
+        backend = "nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     control = None
     if accelerator.num_processes > 1:
         control = _word_channel()
@@ -169,13 +174,6 @@ def join(training: Training) -> Gang:
 
 def _word_channel() -> dist.ProcessGroup:
     return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=WORD_TIMEOUT))
-
-
-def resolve_precision(training: Training, cuda: bool) -> str:
-    """BF16 or FP32: Auto takes BF16 on a GPU."""
-    if training.precision == "Auto":
-        return "BF16" if cuda else "FP32"
-    return training.precision
 
 
 class Agreement:

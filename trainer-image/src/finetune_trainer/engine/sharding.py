@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from finetune_trainer.engine.gang import Gang
 from finetune_trainer.engine.parameters import decoder_blocks
+from finetune_trainer.engine.precision import Precision
 
 Sharding = Literal["NoShard", "HybridShard", "FullShard"]
 
@@ -66,23 +67,25 @@ def capacity(device: torch.device, processes: int) -> int:
     return whole // processes
 
 
-def distribute(loss: nn.Module, gang: Gang, sharding: Sharding, halved: bool) -> nn.Module:
+def distribute(loss: nn.Module, gang: Gang, sharding: Sharding, precision: Precision) -> nn.Module:
     """The module to train: ``loss`` itself, sharded in place, or DDP around it.
 
-    Args:
-        halved: whether shards are gathered in bfloat16; gradients are reduced in 32 bits.
+    Where the precision has the model compute with copies of its weights in bfloat16, FSDP makes
+    them, in shards or not; gradients are reduced in 32 bits.
     """
-    if gang.size == 1:
+    if gang.size == 1 and not precision.copied:
         return loss.to(gang.device)
-    if sharding == "NoShard":
+    if sharding == "NoShard" and not precision.copied:
         return DistributedDataParallel(
             loss.to(gang.device), gradient_as_bucket_view=True, broadcast_buffers=False
         )
-    shape = (gang.size,) if sharding == "FullShard" else (gang.nodes, gang.per_node)
-    names = ("shard",) if sharding == "FullShard" else ("replicate", "shard")
-    mesh = init_device_mesh(gang.device.type, shape, mesh_dim_names=names)
+    shards = {"NoShard": 1, "HybridShard": gang.per_node, "FullShard": gang.size}[sharding]
+    dims = {"replicate": gang.size // shards, "shard": shards}
+    if shards == gang.size:
+        del dims["replicate"]
+    mesh = init_device_mesh(gang.device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if halved else None, reduce_dtype=torch.float32
+        param_dtype=torch.bfloat16 if precision.halved else None, reduce_dtype=torch.float32
     )
     for block in decoder_blocks(loss):
         fully_shard(block, mesh=mesh, mp_policy=policy)

@@ -21,8 +21,9 @@ from finetune_trainer.engine.compilation import check_compiler, compile_blocks
 from finetune_trainer.engine.context import ContextGroup
 from finetune_trainer.engine.feed import StaticShape
 from finetune_trainer.engine.flops import Work, peak, work_of
-from finetune_trainer.engine.gang import Gang, resolve_precision
+from finetune_trainer.engine.gang import Gang
 from finetune_trainer.engine.guard import Guard
+from finetune_trainer.engine.kernels import use_liger
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.methods import apply_method
 from finetune_trainer.engine.model import load_base, load_tokenizer
@@ -30,6 +31,7 @@ from finetune_trainer.engine.packed import can_pack
 from finetune_trainer.engine.parameters import Parameters, optimizer_groups, parameter_counts
 from finetune_trainer.engine.pissa import initialise, is_kept
 from finetune_trainer.engine.plan import Plan
+from finetune_trainer.engine.precision import check_fp8, precision_of, use_fp8
 from finetune_trainer.engine.quantized import check_device
 from finetune_trainer.engine.schedule import stages_of, steps_of, visits_of
 from finetune_trainer.engine.sharding import (
@@ -123,12 +125,13 @@ def open_session(
     )
     path = next(p for p in reversed(paths[: gang.rank + 1]) if p is not None)
     tokenizer = load_tokenizer(path)
-    precision = resolve_precision(spec.training, gang.device.type == "cuda")
-    halved = precision == "BF16" and spec.method.kind.freezes
-    frozen = torch.bfloat16 if halved else torch.float32
+    precision = precision_of(spec.training, gang.device.type == "cuda")
     kind = spec.method.kind
+    frozen = torch.bfloat16 if precision.halved and kind.freezes else torch.float32
     base = load_base(path, frozen, kind.packs, gang.device if kind.quantizes else None)
     packed = kind.packs and can_pack(base)
+    if precision.halved and not spec.training.compile:
+        use_liger(base, gang.device)
     context = gang.sharing_rows(spec.compute.context_parallel)
     if context.size > 1 and not packed:
         raise UserError(
@@ -145,10 +148,13 @@ def open_session(
         float(spec.training.label_smoothing),
     )
     loss.train()
+    if precision.fp8:
+        check_fp8(gang.device)
+        use_fp8(model)
     if spec.training.compile:
-        check_compiler()
+        check_compiler(gang.device)
         compile_blocks(model)
-    module = distribute(loss, gang, sharding_of(spec, model, gang), precision == "BF16")
+    module = distribute(loss, gang, sharding_of(spec, model, gang), precision)
     index = data.index("train")
     longest = int(index.length.max())
     row_tokens = max(
@@ -184,7 +190,7 @@ def open_session(
         ),
         guard=Guard(spec.training.guard, gang.device),
         work=work,
-        peak=gang_peak if precision == "BF16" else None,
+        peak=gang_peak if precision.halved else None,
         evaluator=Evaluator(
             gang=gang, data=data, loss=loss, tokenizer=tokenizer,
             row_tokens=_evaluation_row(row_tokens, data), packed=packed,

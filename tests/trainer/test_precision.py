@@ -1,0 +1,120 @@
+"""Ways of computing: near to each other, with the same weights kept, alone and in gangs."""
+
+import copy
+
+import pytest
+import torch
+from engine import CPU, samples, tiny_llama
+from gangs import forked, free_port
+from sharding_worker import tune
+from torch import nn
+from transformers import AutoModelForCausalLM, MambaConfig
+from transformers.models.llama import modeling_llama
+
+from finetune_trainer.engine import kernels
+from finetune_trainer.engine.feed import build_row
+from finetune_trainer.engine.layout import row_context
+from finetune_trainer.engine.loss import TokenLoss
+from finetune_trainer.engine.precision import PRECISIONS, check_fp8, use_fp8
+from finetune_trainer.failures import UserError
+
+LORA = {"type": "LoRA", "lora": {"rank": 4}}
+
+
+def tuned(folder, size, sharding, precision, method) -> dict[str, torch.Tensor]:
+    folder.mkdir()
+    port = free_port()
+    gang = [
+        forked(tune, rank, size, port, method, sharding, str(folder), precision)
+        for rank in range(size)
+    ]
+    for process in gang:
+        process.join(120)
+    assert [p.exitcode for p in gang] == [0] * size
+    weights, _ = torch.load(folder / "tuned.pt")
+    return weights
+
+
+def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Distance in units of the other's size; a first step of Adam is all sign."""
+    assert one.keys() == other.keys()
+    both = [torch.cat([w.flatten() for w in x.values()]) for x in (one, other)]
+    return float((both[0] - both[1]).norm() / both[1].norm())
+
+
+@pytest.mark.parametrize(
+    ("method", "sharding"), [({"type": "Full"}, "NoShard"), (LORA, "FullShard")]
+)
+def test_bfloat16_throughout_keeps_32_bit_weights_and_is_near(tmp_path, method, sharding):
+    exact = tuned(tmp_path / "exact", 1, "NoShard", "FP32", method)
+    alone = tuned(tmp_path / "alone", 1, "NoShard", "PureBF16", method)
+    for name, weight in alone.items():
+        assert weight.dtype == torch.float32
+        assert not torch.equal(weight, weight.bfloat16().float()), name
+    assert apart(alone, exact) < 0.2
+    found = tuned(tmp_path / "gang", 2, sharding, "PureBF16", method)
+    assert apart(found, alone) < 0.2
+
+
+def test_eight_bits_learn_as_more_do():
+    documents = samples([30, 24, 41, 18])
+
+    def losses(model: nn.Module) -> list[float]:
+        loss, said = TokenLoss(model), []
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for step in range(20):
+            row = build_row(documents, range(4), seed=0, step=step, device=CPU)
+            with row_context(row.layout):
+                mean = loss(row).mean()
+                mean.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            said.append(mean.item())
+        return said
+
+    model = tiny_llama()
+    coarse = copy.deepcopy(model)
+    assert use_fp8(coarse, emulate=True) == 14
+    exact, found = losses(model), losses(coarse)
+    assert found != exact
+    assert found[-1] < 0.5 * found[0]
+    assert found == pytest.approx(exact, rel=0.15)
+    assert coarse.state_dict().keys() == model.state_dict().keys()
+
+
+def test_layers_that_no_kernel_takes_stay():
+    assert use_fp8(tiny_llama(intermediate_size=72), emulate=True) == 8
+
+
+def test_eight_bits_are_refused_without_a_gpu():
+    with pytest.raises(UserError, match="FP8 needs a GPU"):
+        check_fp8(CPU)
+
+
+def test_precisions_say_what_is_kept():
+    assert [name for name, p in PRECISIONS.items() if p.autocast] == ["BF16"]
+    assert [name for name, p in PRECISIONS.items() if p.copied] == ["PureBF16", "FP8"]
+
+
+@pytest.fixture
+def _unfused():
+    """Liger changes functions of the architecture's module."""
+    before = dict(vars(modeling_llama))
+    yield
+    vars(modeling_llama).update(before)
+
+
+@pytest.mark.usefixtures("_unfused")
+def test_fused_kernels_are_for_a_gpu_and_known_models():
+    """They run on a GPU only; which modules they take is to be seen without."""
+    gpu = torch.device("cuda")
+    assert not kernels.use_liger(tiny_llama(), CPU)
+    mamba = AutoModelForCausalLM.from_config(
+        MambaConfig(vocab_size=31, hidden_size=8, num_hidden_layers=1)
+    )
+    assert not kernels.use_liger(mamba, gpu)
+    model = tiny_llama()
+    assert kernels.use_liger(model, gpu)
+    kinds = {type(m).__module__ + m.forward.__qualname__ for m in model.modules()}
+    assert any("LigerRMSNorm" in kind for kind in kinds)
+    assert "Liger" not in model.forward.__qualname__
