@@ -21,7 +21,7 @@ from finetune_api.order import RunOrder
 from finetune_api.results import PreparedSummary
 from finetune_api.sources import StorageAccess
 from finetune_trainer.failures import DataError, TrainerError, UserError
-from finetune_trainer.prepare import writer
+from finetune_trainer.prepare import facts, parts, writer
 from finetune_trainer.prepare.pipeline import prepare
 from finetune_trainer.prepare.reader import Reading
 from finetune_trainer.prepare.tokens import Tokens
@@ -90,6 +90,7 @@ class Workplace:
 
     def prepare(self, order: RunOrder) -> tuple[PreparedSummary, PreparedData]:
         summary = prepare(order, OneStore(order, self.store), next(self.scratch))
+        assert summary is not None
         return summary, PreparedData.open(self.store, summary.uri, next(self.scratch))
 
     def fault(self, *train: bytes, **spec: Any) -> TrainerError:
@@ -125,6 +126,7 @@ def test_every_record_is_found_again_on_one_side_with_its_mask(at: Workplace) ->
     order = at.order(lines(*records[:120]), lines(*records[120:]), data={"split": split})
     said: list[Reading] = []
     summary = prepare(order, OneStore(order, at.store), next(at.scratch), said.append)
+    assert summary is not None
     data = PreparedData.open(at.store, summary.uri, next(at.scratch))
 
     found = [text for split in SIDES for text in texts(data, split)]
@@ -289,7 +291,7 @@ def test_samples_are_found_over_many_shards(at: Workplace, monkeypatch: pytest.M
     monkeypatch.setattr(writer, "SHARD_TOKENS", 200)
     _, data = at.prepare(at.order(lines(*pairs(100)), data=ALL))
     names = data.manifest.shards["train"]
-    assert len(names) > 5 and names[1] == "shards/train-train-0-00001.arrow"
+    assert len(names) > 5 and names[1] == "shards/train-train-0-00000-01.arrow"
     whole = texts(data, "train")
     assert whole == [r["prompt"] + r["completion"] for r in pairs(100)]
     tokenizer = make_tokenizer(bos=True)
@@ -301,6 +303,8 @@ def test_samples_are_found_over_many_shards(at: Workplace, monkeypatch: pytest.M
 
 def test_memory_does_not_grow_with_the_data(at: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "SHARD_TOKENS", 4000)
+    monkeypatch.setattr(facts, "ROWS", 256)
+    monkeypatch.setattr(parts, "PART_BYTES", 20_000)
 
     def peak(order: RunOrder) -> int:
         tracemalloc.start()
@@ -526,7 +530,7 @@ def test_the_digest_changes_with_all_that_matters(at: Workplace, model_folder: P
 
 def test_damaged_data_is_noticed(at: Workplace) -> None:
     summary, _ = at.prepare(at.order(lines(*pairs(30))))
-    name = "shards/train-train-0-00000.arrow"
+    name = "shards/train-train-0-00000-00.arrow"
     shard = bytearray(at.store.get(f"{summary.uri}/{name}"))
     shard[len(shard) // 2] ^= 1
     at.store.put(f"{summary.uri}/{name}", bytes(shard))

@@ -14,6 +14,7 @@ from finetune_trainer.prepare.nearduplicates import (
     MET,
     SeenAlike,
     _low_bits,
+    fingerprints,
     rows_for,
     shingles,
     signature,
@@ -74,7 +75,11 @@ def test_near_duplicates_are_found_within_and_across_batches(batch: int) -> None
     stream = originals + [changed(o, 1, i) for i, o in enumerate(originals)]
     stream += [changed(o, 30, i) for i, o in enumerate(originals)] + originals
     seen = SeenAlike(0.85)
-    known = [k for i in range(0, len(stream), batch) for k in seen.add(stream[i : i + batch])]
+    known = [
+        k
+        for i in range(0, len(stream), batch)
+        for k in seen.add(fingerprints(stream[i : i + batch], 0.85))
+    ]
     first, near, far, same = (known[i : i + 200] for i in range(0, 800, 200))
     assert not any(first) and not any(far) and all(same)
     assert sum(near) >= 197
@@ -84,11 +89,11 @@ def test_what_a_long_template_makes_alike_is_kept() -> None:
     frame = text(7, words=40)
     stream = [f"{frame} {text(i, words=20)}" for i in range(1000, 3000)]
     assert 0.4 < jaccard(stream[0], stream[1]) < 0.6
-    assert sum(SeenAlike(0.85).add(stream)) == 0
+    assert sum(SeenAlike(0.85).add(fingerprints(stream, 0.85))) == 0
 
 
 def test_memory_is_128_bytes_a_record() -> None:
     seen = SeenAlike(0.85)
     for start in range(0, 4096, 512):
-        seen.add([text(i, words=8) for i in range(start, start + 512)])
+        seen.add(fingerprints([text(i, words=8) for i in range(start, start + 512)], 0.85))
     assert 4096 * 100 < seen.nbytes < 4096 * 170

@@ -57,10 +57,10 @@ def test_only_some_records_are_looked_at() -> None:
     batch = [Draft("x", parts, "", "", None, "", framed=True, side="train")] * 512
     languages = Languages()
     languages.look(batch)
-    assert languages._counts.total() == OF_A_BATCH
+    assert languages.counts.total() == OF_A_BATCH
     for _ in range(MOST):
         languages.look(batch)
-    assert languages._counts.total() == MOST and languages.to_json() == {"en": 1.0}
+    assert languages.counts.total() == MOST and languages.to_json() == {"en": 1.0}
 
 
 def report(**change: Any) -> dict[str, Any]:

@@ -59,6 +59,8 @@ ENV_PROCESSES: Final = "FINETUNE_PROCESSES_PER_NODE"
 ENV_RENDEZVOUS: Final = "FINETUNE_RENDEZVOUS"
 """host:port of the rendezvous store, in the pod of node rank 0."""
 ENV_GRACE_SECONDS: Final = "FINETUNE_GRACE_SECONDS"
+ENV_WORKER: Final = "JOB_COMPLETION_INDEX"
+"""Which of prepare's workers a pod is, from 0: Kubernetes sets it in pods of an Indexed Job."""
 ENV_POD: Final = "FINETUNE_POD"
 ENV_NODE: Final = "FINETUNE_NODE"
 

@@ -15,6 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune_api.names import ENV_WORKER
+
 if TYPE_CHECKING:
     from finetune_api.order import RunOrder
     from finetune_api.results import PreparedSummary, PublishSummary
@@ -137,11 +139,12 @@ def _templates(options: argparse.Namespace) -> int:
 def _prepare(options: argparse.Namespace) -> int:
     from finetune_trainer.stage import run_stage, scratch_folder
 
-    def body(order: RunOrder, stores: Stores) -> PreparedSummary:
+    def body(order: RunOrder, stores: Stores) -> PreparedSummary | None:
         from finetune_trainer.local.reading import Teller
         from finetune_trainer.prepare.pipeline import prepare
 
-        return prepare(order, stores, scratch_folder(), Teller(scratch_folder()))
+        worker = int(os.environ.get(ENV_WORKER, "0"))
+        return prepare(order, stores, scratch_folder(), Teller(scratch_folder()), worker)
 
     return run_stage("prepare", body)
 

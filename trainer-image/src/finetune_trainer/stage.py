@@ -34,13 +34,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Body = Callable[[RunOrder, "Stores"], PreparedSummary | PublishSummary]
+Body = Callable[[RunOrder, "Stores"], PreparedSummary | PublishSummary | None]
+"""Does the work of a stage; None: another pod of it says what came of it."""
 
 
 def run_stage(role: Literal["prepare", "publish"], body: Body) -> int:
     """Runs a stage as the container's first process and returns its exit code.
 
-    SIGTERM ends it at once: prepare and publish begin again from nothing.
+    SIGTERM ends it at once: publish begins again from nothing, prepare with what is not done.
     """
     from finetune_trainer.storage.objects import (
         Stores,  # a second of imports that the supervisor is spared

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from itertools import compress
+import numpy as np
+import numpy.typing as npt
 
 from finetune_api.sources import Quality
 from finetune_trainer.failures import DataError
-from finetune_trainer.prepare.drafts import Draft
-from finetune_trainer.prepare.duplicates import Seen, digest_of
+from finetune_trainer.prepare.duplicates import Seen
+from finetune_trainer.prepare.facts import Facts, PartSummary
 from finetune_trainer.prepare.nearduplicates import SeenAlike
 from finetune_trainer.prepare.report import SourceReport
 
+Rows = npt.NDArray[np.int64]
+
 
 class Deduplicator:
-    """The drafts of all training sources that came before."""
+    """The samples of all training sources that came before."""
 
     def __init__(self, quality: Quality) -> None:
         self._most = quality.max_duplicate_fraction
@@ -23,20 +26,24 @@ class Deduplicator:
         self._drafts = 0
         self._dropped = 0
 
-    def fresh(self, drafts: list[Draft], report: SourceReport) -> list[Draft]:
-        """The drafts that did not occur before; the others are counted in the report."""
-        count = len(drafts)
+    def begin_part(self, part: PartSummary) -> None:
+        """Count what the part's worker saw, and left out, already."""
+        self._drafts += part.training_drafts
+        self._dropped += part.duplicates
+
+    def fresh(self, facts: Facts, report: SourceReport) -> Rows:
+        """The rows that did not occur before; the others are counted in the report."""
+        kept = np.arange(len(facts))
         if self._exact is not None:
-            known = self._exact.add([digest_of(p.text for p in d.parts) for d in drafts])
-            report.duplicates += sum(known)
-            drafts = list(compress(drafts, (not old for old in known)))
+            known = np.array(self._exact.add(facts.digests()), np.bool_)
+            report.duplicates += int(known.sum())
+            kept = kept[~known]
         if self._near is not None:
-            known = self._near.add([" ".join(p.text for p in d.parts) for d in drafts])
-            report.near_duplicates += sum(known)
-            drafts = list(compress(drafts, (not old for old in known)))
-        self._drafts += count
-        self._dropped += count - len(drafts)
-        return drafts
+            known = np.array(self._near.add(facts.fingerprints()[kept]), np.bool_)
+            report.near_duplicates += int(known.sum())
+            kept = kept[~known]
+        self._dropped += len(facts) - len(kept)
+        return kept
 
     def check(self) -> None:
         """Whether the training set is what it seems.

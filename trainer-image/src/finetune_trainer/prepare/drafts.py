@@ -71,17 +71,20 @@ Drafter = Callable[[Record], list[Draft]]
 Render = Callable[[Record], Content]
 
 
+def stated_format(spec: DataSource) -> Format | None:
+    """Format of a source, where its records need not be asked."""
+    if spec.format is not None or spec.template is None:
+        return spec.format
+    return CATALOGUE[spec.template.name].format if spec.template.name else "PromptCompletion"
+
+
 def format_of(spec: DataSource, first: Record) -> Format:
     """Format of a source whose first record is given.
 
     Raises:
         DataError: 'UnknownFormat' where neither spec nor record tell.
     """
-    if spec.format is not None:
-        return spec.format
-    if spec.template is None:
-        return detect_format(first)
-    return CATALOGUE[spec.template.name].format if spec.template.name else "PromptCompletion"
+    return stated_format(spec) or detect_format(first)
 
 
 def drafter(

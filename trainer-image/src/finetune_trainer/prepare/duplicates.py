@@ -56,14 +56,15 @@ class Seen:
         """Memory held, in bytes."""
         return sum(level.first.nbytes + level.second.nbytes for level in self._levels)
 
+    def known(self, digests: Sequence[bytes]) -> list[bool]:
+        """True at those of some 16-byte digests that came before."""
+        return [bool(k) for k in self._holds(*_words(digests))]
+
     def add(self, digests: Sequence[bytes]) -> list[bool]:
         """Remember a batch of 16-byte digests; True at those that occurred before, in this batch
         or an earlier one."""
-        words = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2).astype(np.uint64)
-        first, second = words[:, 0], words[:, 1]
-        known = np.zeros(len(digests), np.bool_)
-        for level in self._levels:
-            known |= level.holds(first, second)
+        first, second = _words(digests)
+        known = self._holds(first, second)
         batch: set[bytes] = set()
         for i, digest in enumerate(digests):
             known[i] |= digest in batch
@@ -73,6 +74,12 @@ class Seen:
             self._push(first[fresh], second[fresh])
         return [bool(k) for k in known]
 
+    def _holds(self, first: Words, second: Words) -> npt.NDArray[np.bool_]:
+        known = np.zeros(len(first), np.bool_)
+        for level in self._levels:
+            known |= level.holds(first, second)
+        return known
+
     def _push(self, first: Words, second: Words) -> None:
         while self._levels and len(self._levels[-1].first) < 2 * len(first):
             last = self._levels.pop()
@@ -80,3 +87,8 @@ class Seen:
             second = np.concatenate([last.second, second])
         order = np.argsort(first, kind="stable")
         self._levels.append(_Level(first[order], second[order]))
+
+
+def _words(digests: Sequence[bytes]) -> tuple[Words, Words]:
+    words = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2).astype(np.uint64)
+    return words[:, 0], words[:, 1]

@@ -7,7 +7,8 @@ a whole object, the model or the manifest always ends the job.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from typing import Any, Final
 
 from finetune_trainer.failures import DataError
@@ -74,6 +75,11 @@ class Faults:
                 " be used, and data.quality.faultyRecords Drop leaves out at most half of a set."
                 f" The first: {self.first[0].message}",
             )
+
+    def merge(self, reasons: Mapping[str, int], first: Iterable[DataError]) -> None:
+        """Count the faults of a part."""
+        self.reasons.update(reasons)
+        self.first += islice(first, SHOWN - len(self.first))
 
     def to_json(self) -> list[dict[str, Any]]:
         return [{"reason": error.reason, "message": error.message} for error in self.first]

@@ -11,6 +11,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from finetune_trainer.failures import DataError
 from finetune_trainer.prepare.contamination import HeldOut, first_shared
 from finetune_trainer.prepare.output import Output
@@ -48,11 +50,14 @@ def compare(output: Output, policy: str, decode: Callable[[Any], str]) -> None:
     )
     known = held_out.known()
     for shard in output.shards("train"):
-        for row, tokens in first_shared(shard.ids, shard.starts, known).items():
-            shared = found.sets.setdefault(shard.set, [])
-            shared.append(shard.first + row)
-            if len(shared) <= PLACES:
-                found.examples[shard.first + row] = scan(decode(tokens))[0]
+        shared = first_shared(shard.ids, shard.starts, known)
+        if not shared:
+            continue
+        before = found.sets.get(shard.set, np.empty(0, np.int64))
+        positions = np.fromiter(shared, np.int64) + shard.first
+        found.sets[shard.set] = np.append(before, positions)
+        for row in list(shared)[: max(0, PLACES - len(before))]:
+            found.examples[shard.first + row] = scan(decode(shared[row]))[0]
     found.places = output.places(found.examples)
     _act(output, found, policy)
 
@@ -63,8 +68,8 @@ def _act(output: Output, found: Contamination, policy: str) -> None:
         count, samples = len(positions), report.sides["train"].samples
         what = (
             f"{count} of {samples} samples of training set {report.name!r} share text with a"
-            f" held-out sample; the first is {found.places[positions[0]]}:"
-            f" {found.examples[positions[0]]!r}"
+            f" held-out sample; the first is {found.places[int(positions[0])]}:"
+            f" {found.examples[int(positions[0])]!r}"
         )
         if policy == "Fail":
             raise DataError(

@@ -1,4 +1,4 @@
-"""Languages of a source, from some of its records: a help to see what it holds, not a filter."""
+"""Languages of a source, from some records of each part: a help to see what it holds, no filter."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from finetune_trainer.prepare.drafts import Draft
 
-MOST: Final = 1024
-"""Records of a source that are looked at."""
+MOST: Final = 512
+"""Records of a part that are looked at."""
 
 OF_A_BATCH: Final = 16
 """Records of a batch that are looked at, so that they do not all come from the beginning."""
@@ -33,21 +33,22 @@ _MARKS: Final = re.compile(r"<[^<>\s]{1,40}>")
 
 
 class Languages:
-    """Counts the languages of a source's drafts."""
+    """Counts the languages of drafts."""
 
     def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
+        """Records by language (ISO 639 code)."""
 
     def look(self, drafts: Sequence[Draft]) -> None:
         """Count some of a batch."""
-        room = min(OF_A_BATCH, MOST - self._counts.total())
+        room = min(OF_A_BATCH, MOST - self.counts.total())
         for draft in drafts[:: max(1, len(drafts) // OF_A_BATCH)][:room]:
-            self._counts[language_of(" ".join(part.text for part in draft.parts))] += 1
+            self.counts[language_of(" ".join(part.text for part in draft.parts))] += 1
 
     def to_json(self) -> dict[str, float]:
         """Share of each language (ISO 639 code), the largest first."""
-        total = max(1, self._counts.total())
-        return {name: round(n / total, 4) for name, n in self._counts.most_common()}
+        total = max(1, self.counts.total())
+        return {name: round(n / total, 4) for name, n in self.counts.most_common()}
 
 
 def language_of(text: str) -> str:

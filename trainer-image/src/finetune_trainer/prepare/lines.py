@@ -15,6 +15,9 @@ from finetune_trainer.failures import DataError
 PACKED: Final = (".gz", ".zst")
 """Endings of names of compressed objects."""
 
+_BLOCK: Final = 1 << 20
+_MARK: Final = b"\xef\xbb\xbf"
+
 
 def open_lines(uri: str, stream: BinaryIO) -> tuple[str, Iterator[bytes]]:
     """The object's address without the ending of its compression, and its lines.
@@ -49,7 +52,34 @@ def _unpacked(uri: str, plain: BinaryIO) -> Iterator[bytes]:
 def _without_mark(lines: Iterable[bytes]) -> Iterator[bytes]:
     """The lines without the byte order mark that some programs write before the first."""
     for number, line in enumerate(lines):
-        yield line if number else line.removeprefix(b"\xef\xbb\xbf")
+        yield line if number else line.removeprefix(_MARK)
+
+
+def is_plain(uri: str) -> bool:
+    """Whether an object is JSON Lines that can be read from any line on."""
+    return uri.endswith((".jsonl", ".json"))
+
+
+def lines_between(stream: BinaryIO, start: int, end: int) -> Iterator[bytes]:
+    """The lines that begin in a range of a plain object's bytes; the last may end behind it."""
+    at = start
+    if start:
+        stream.seek(start - 1)
+        at += len(stream.readline()) - 1
+    while at < end and (line := stream.readline()):
+        yield line if at else line.removeprefix(_MARK)
+        at += len(line)
+
+
+def count_lines(stream: BinaryIO, start: int, end: int) -> int:
+    """How many lines ``lines_between`` yields."""
+    at = max(0, start - 1)
+    lines = 1 if start == 0 < end else 0
+    stream.seek(at)
+    while at < end - 1 and (block := stream.read(min(_BLOCK, end - 1 - at))):
+        lines += block.count(b"\n")
+        at += len(block)
+    return lines
 
 
 def decoded(uri: str, number: int, line: bytes) -> str:

@@ -48,6 +48,9 @@ Words = npt.NDArray[np.uint64]
 _NIBBLES: Final = VALUES // 16
 """Words that hold the low bits of a signature, 16 values each."""
 
+FINGERPRINT: Final = BANDS + _NIBBLES
+"""Words that are remembered of a record."""
+
 # Scripts without spaces (Thai, Japanese, Chinese) are cut into characters.
 _UNSPACED: Final = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff"
 _WORD: Final = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
@@ -88,6 +91,18 @@ def similarity(low: Words, others: Words) -> npt.NDArray[np.float64]:
     return np.asarray((equal - 1 / 16) / (1 - 1 / 16), np.float64)
 
 
+def fingerprints(texts: Sequence[str], threshold: float) -> Words:
+    """All that is remembered of each text, shape [texts, FINGERPRINT].
+
+    Args:
+        threshold: as ``SeenAlike`` has it.
+    """
+    if not texts:
+        return np.empty((0, FINGERPRINT), np.uint64)
+    signatures = np.stack([signature(text) for text in texts])
+    return np.hstack([_band_keys(signatures, rows_for(threshold)), _low_bits(signatures)])
+
+
 class SeenAlike:
     """The records that came before, and whether a new one is like one of them.
 
@@ -97,10 +112,6 @@ class SeenAlike:
 
     def __init__(self, threshold: float) -> None:
         self._threshold = threshold
-        self._rows = rows_for(threshold)
-        self._salts = np.random.default_rng(0).integers(
-            0, 1 << 64, (BANDS, self._rows), np.uint64, endpoint=False
-        )
         self._low: Words = np.empty((1024, _NIBBLES), np.uint64)
         self._records = 0
         self._levels: list[Words] = []
@@ -110,13 +121,10 @@ class SeenAlike:
         """Memory held, in bytes."""
         return self._low.nbytes + sum(level.nbytes for level in self._levels)
 
-    def add(self, texts: Sequence[str]) -> list[bool]:
-        """Remember a batch of texts; True at those that are like an earlier one, of this batch or
-        another: they are not remembered themselves."""
-        if not texts:
-            return []
-        signatures = np.stack([signature(text) for text in texts])
-        keys, low = self._band_keys(signatures), _low_bits(signatures)
+    def add(self, prints: Words) -> list[bool]:
+        """Remember the ``fingerprints`` of a batch of texts; True at those that are like an
+        earlier one, of this batch or another: they are not remembered themselves."""
+        keys, low = prints[:, :BANDS], prints[:, BANDS:]
         earlier = self._candidates(keys)
         batch: dict[int, list[int]] = defaultdict(list)
         added: list[Words] = []
@@ -136,13 +144,6 @@ class SeenAlike:
         if added:
             self._push(np.concatenate(added))
         return known
-
-    def _band_keys(self, signatures: npt.NDArray[np.uint32]) -> Words:
-        """Band hashes in the upper 32 bits, shape [records, BANDS]; the number of a record goes
-        below. A hash that two bands have by chance costs a comparison, no more."""
-        bands = signatures[:, : BANDS * self._rows].reshape(-1, BANDS, self._rows)
-        mixed = (bands.astype(np.uint64) * self._salts).sum(axis=2, dtype=np.uint64)
-        return np.asarray(mixed >> np.uint64(32) << np.uint64(32), np.uint64)
 
     def _candidates(self, keys: Words) -> list[list[int]]:
         """Numbers of the records that share a band with each of a batch."""
@@ -169,6 +170,15 @@ class SeenAlike:
         while self._levels and len(self._levels[-1]) < 2 * len(keys):
             keys = np.concatenate([self._levels.pop(), keys])
         self._levels.append(np.sort(keys))
+
+
+def _band_keys(signatures: npt.NDArray[np.uint32], rows: int) -> Words:
+    """Band hashes in the upper 32 bits, shape [records, BANDS]; the number of a record goes
+    below. A hash that two bands have by chance costs a comparison, no more."""
+    salts = np.random.default_rng(0).integers(0, 1 << 64, (BANDS, rows), np.uint64, endpoint=False)
+    bands = signatures[:, : BANDS * rows].reshape(-1, BANDS, rows)
+    mixed = (bands.astype(np.uint64) * salts).sum(axis=2, dtype=np.uint64)
+    return np.asarray(mixed >> np.uint64(32) << np.uint64(32), np.uint64)
 
 
 def _low_bits(signatures: npt.NDArray[np.uint32]) -> Words:

@@ -1,4 +1,5 @@
-"""Where samples go: a writer for each side of the split, a report for each source, one manifest."""
+"""Where samples go once they are judged: an index for each side of the split, a report for each
+source, one manifest."""
 
 from __future__ import annotations
 
@@ -8,13 +9,14 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune_api.sources import Format, Quality
+from finetune_api.sources import Quality
 from finetune_trainer.prepare.digest import Source
+from finetune_trainer.prepare.facts import Facts, PartSummary
 from finetune_trainer.prepare.faults import Faults
+from finetune_trainer.prepare.indexes import IndexedShard, IndexWriter
+from finetune_trainer.prepare.overlength import CUTS
 from finetune_trainer.prepare.page import render
-from finetune_trainer.prepare.report import Contamination, SideReport, SourceReport
-from finetune_trainer.prepare.tokens import Sample
-from finetune_trainer.prepare.writer import SplitWriter, WrittenShard
+from finetune_trainer.prepare.report import Contamination, Rows, SideReport, SourceReport
 from finetune_trainer.prepared.manifest import (
     FORMAT_VERSION,
     DataFile,
@@ -37,33 +39,46 @@ class Output:
     """
 
     def __init__(self, store: ObjectStore, uri: str, digest: str, scratch: Path) -> None:
-        scratch.mkdir(parents=True, exist_ok=True)
         self._store, self._uri, self._digest, self._scratch = store, uri, digest, scratch
-        self._writers = {side: SplitWriter(store, uri, scratch, side) for side in SIDES}
+        self._indexes = {side: IndexWriter(store, uri, scratch, side) for side in SIDES}
         self._reports: list[SourceReport] = []
         self._sets: list[tuple[Side, SourceReport]] = []
         self._stops: set[int] = set()
         self.contamination: Contamination | None = None
         """What the comparison with the held-out samples found, if there was one."""
 
-    def begin(self, source: Source, form: Format, faults: Faults) -> SourceReport:
-        """The samples that follow are of this source; returns its report, for counts of what is
-        not added."""
-        size = sum(o.size for o in source.objects)
-        self._reports.append(SourceReport(source.name, form, len(source.objects), size, faults))
-        return self._reports[-1]
+    def begin(self, source: Source, policy: str) -> SourceReport:
+        """The parts that follow are of this source; returns its report.
 
-    def add(self, sample: Sample, side: Side, *, stops: bool) -> None:
-        """Count and write a sample; ``stops``: its last token ends an answer."""
+        Args:
+            policy: ``data.quality.faultyRecords``.
+        """
+        size = sum(o.size for o in source.objects)
+        report = SourceReport(source.name, len(source.objects), size, Faults(policy))
+        self._reports.append(report)
+        return report
+
+    def begin_part(self, part: PartSummary) -> None:
+        """The samples that follow are of this part."""
+        self._reports[-1].merge(part)
+        for side, index in self._indexes.items():
+            index.begin_part(part.shards[side])
+
+    def add(self, facts: Facts, kept: Rows, part: PartSummary) -> None:
+        """Count and index samples of a part: those rows of its facts."""
         report = self._reports[-1]
-        if side not in report.sides:
-            self._writers[side].begin_set(len(self._sets), report.name)
-            self._sets.append((side, report))
-            report.sides[side] = SideReport()
-        report.sides[side].add(sample)
-        self._writers[side].add(sample)
-        if stops:
-            self._stops.add(int(sample.ids[-1]))
+        sides = facts.numbers("side")[kept]
+        for number in dict.fromkeys(sides.tolist()):
+            side, rows = SIDES[number], kept[sides == number]
+            if side not in report.sides:
+                self._sets.append((side, report))
+                report.sides[side] = SideReport()
+                self._indexes[side].begin_set(len(self._sets) - 1)
+            report.sides[side].add(facts, rows)
+            report.sides[side].show(part.previews.get(side, ()), rows + facts.first)
+            self._indexes[side].add(facts, rows)
+        report.cuts.update(CUTS[i] for i in facts.numbers("cut")[kept].tolist())
+        self._stops.update(set(facts.numbers("stop")[kept].tolist()) - {-1})
 
     def samples(self, side: Side) -> int:
         """Samples added to a side."""
@@ -76,13 +91,13 @@ class Output:
             causes.update(report.dropped)
         return {cause: count for cause, count in causes.items() if count}
 
-    def shards(self, side: Side) -> Iterator[WrittenShard]:
+    def shards(self, side: Side) -> Iterator[IndexedShard]:
         """Tokens of all samples added to a side."""
-        return self._writers[side].written()
+        return self._indexes[side].samples()
 
     def places(self, positions: Collection[int]) -> dict[int, str]:
         """Object and line of training samples, by position."""
-        return self._writers["train"].places(positions)
+        return self._indexes["train"].places(positions)
 
     def report_of(self, number: int) -> SourceReport:
         """The report of the source of a set."""
@@ -91,21 +106,17 @@ class Output:
     def leave_out(self, found: Contamination) -> None:
         """Take contaminated samples out of the training index and of the counts."""
         for number, positions in found.sets.items():
-            self.report_of(number).contaminated = len(positions)
-        every = [(number, p) for number, positions in found.sets.items() for p in positions]
-        sizes = self._writers["train"].leave_out([p for _, p in every])
-        for (number, _), length, supervised in zip(every, *sizes, strict=True):
-            self.report_of(number).sides["train"].remove(length, supervised)
+            report = self.report_of(number)
+            report.contaminated = len(positions)
+            report.sides["train"].remove(*self._indexes["train"].leave_out(positions))
 
     def finish(self, max_length: int, quality: Quality) -> DataManifest:
-        """Write what waits, the report and, last, the manifest.
+        """Write the indexes, the report and, last, the manifest.
 
         Args:
             quality: what was asked for, for the report.
         """
-        for writer in self._writers.values():
-            writer.close()
-        files = [file for writer in self._writers.values() for file in writer.files]
+        files = [f for index in self._indexes.values() for f in (*index.shards, index.finish())]
         report = self._report(max_length, quality)
         text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
         files += [self._write("report.json", text), self._write("report.html", render(report))]
@@ -114,7 +125,7 @@ class Output:
             version=FORMAT_VERSION,
             digest=self._digest,
             sets=[_entry(side, report) for side, report in self._sets],
-            shards={side: self._writers[side].shards for side in SIDES},
+            shards={side: [f.name for f in self._indexes[side].shards] for side in SIDES},
             max_length=max_length,
             max_completion_tokens=max(side.longest_completion for side in train),
             stop_token_ids=sorted(self._stops),
@@ -143,6 +154,7 @@ class Output:
 
 def _entry(side: Side, report: SourceReport) -> DataSet:
     found = report.sides[side]
+    assert report.format is not None, "a source with samples has a format"
     return DataSet(
         split=side,
         name=report.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Final, Literal, get_args
 
 import numpy as np
 
@@ -12,6 +12,8 @@ from finetune_trainer.prepare.tokens import Sample
 
 Cut = Literal["None", "Prompt", "Completion", "Dropped"]
 """What was cut off: nothing, the beginning of the prompt, also the end of the completion, all."""
+
+CUTS: Final[tuple[Cut, ...]] = get_args(Cut)
 
 
 def fit(sample: Sample, limit: int, policy: str, bos: int | None) -> tuple[Sample | None, Cut]:

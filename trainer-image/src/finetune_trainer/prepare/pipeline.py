@@ -1,7 +1,9 @@
 """The prepare stage, from top to bottom: everything that can be wrong is found here, without a GPU.
 
-access → tokenizer → sources → digest → (reused, or: samples → shards → report → manifest)
+access → tokenizer → sources → digest → (reused, or: parts → shards → report → manifest)
        → prepared.json
+
+Each of ``prepare.workers`` processes runs all of it; ``workers`` shares the parts out.
 """
 
 from __future__ import annotations
@@ -18,13 +20,12 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.quantized import check_package
 from finetune_trainer.engine.schedule import stages_of, steps_of
 from finetune_trainer.evaluate.metricnames import check_metrics
-from finetune_trainer.failures import UserError
+from finetune_trainer.failures import DataError, UserError
 from finetune_trainer.prepare.digest import Source, content_digest
-from finetune_trainer.prepare.output import Output
 from finetune_trainer.prepare.reader import Reading, Say
-from finetune_trainer.prepare.sampling import write_samples
 from finetune_trainer.prepare.sources import resolve
 from finetune_trainer.prepare.tokens import Model, Tokens
+from finetune_trainer.prepare.workers import Place, write_data
 from finetune_trainer.prepared.manifest import DataManifest, is_complete, read_manifest
 from finetune_trainer.prepared.split import SIDES
 from finetune_trainer.storage import modelfiles, runfiles
@@ -50,13 +51,17 @@ class LogReading:
 
 
 def prepare(
-    order: RunOrder, stores: Stores, scratch: Path, say: Say | None = None
-) -> PreparedSummary:
+    order: RunOrder, stores: Stores, scratch: Path, say: Say | None = None, worker: int = 0
+) -> PreparedSummary | None:
     """Prepare the data of a run, or find it prepared, and say so in the run's ``prepared.json``.
 
     Args:
         scratch: folder for temporary files.
         say: is told how far the reading is, every few hundred records. Absent: it is logged.
+        worker: which of ``prepare.workers`` this is, from 0.
+
+    Returns:
+        What was found; None from all workers but the first, who says it.
 
     Raises:
         UserError, DataError, StorageDenied, StorageUnavailable: with the remedy.
@@ -68,14 +73,31 @@ def prepare(
     sources = find_sources(spec, stores)
     files = modelfiles.tokenizer_files(scratch / "tokenizer")
     tokenizer = {file.name: file_info(file).sha256 for file in files}
-    digest = content_digest(spec.data, sources, tokenizer, model.max_length)
-    uri = data_uri(spec.effective_workspace, digest)
 
+    def digest_of(found: list[Source]) -> str:
+        return content_digest(spec.data, found, tokenizer, model.max_length)
+
+    def check() -> None:
+        if digest_of(find_sources(spec, stores)) != digest:
+            raise DataError(
+                "ObjectChanged",
+                "objects of spec.data were added, removed or replaced while they were prepared;"
+                " make sure that nothing writes to them, then set a new spec.rerunToken",
+            )
+
+    digest = digest_of(sources)
+    uri = data_uri(spec.effective_workspace, digest)
     manifest = read_manifest(stores.default, uri)
     reused = manifest is not None and is_complete(stores.default, uri, manifest)
     if manifest is None or not reused:
-        output = Output(stores.default, uri, digest, scratch / "prepared")
-        manifest = write_samples(spec.data, sources, model, output, say or LogReading())
+        folder = f"{order.run_uri}/parts/{digest}"
+        place = Place(stores.default, uri, digest, folder, scratch / "prepared")
+        manifest = write_data(
+            spec.data, sources, model, place, worker, spec.prepare.workers,
+            check=check, say=say or LogReading(),
+        )  # fmt: skip
+    if worker or manifest is None:
+        return None
     check_metrics(
         spec, {side: [s.format for s in manifest.sets if s.split == side] for side in SIDES}
     )

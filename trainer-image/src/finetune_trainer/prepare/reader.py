@@ -1,20 +1,23 @@
-"""Reads data sources as batches of drafts, and tells how far it is."""
+"""Reads the parts of the data as batches of drafts, and tells how far it is."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
 from typing import BinaryIO, Final
 
 from finetune_api.sources import Data, Format
 from finetune_trainer.failures import DataError
 from finetune_trainer.prepare.chat import ChatTemplate
 from finetune_trainer.prepare.digest import Source
-from finetune_trainer.prepare.drafts import Draft, drafter, format_of
-from finetune_trainer.prepare.faults import Faults
+from finetune_trainer.prepare.drafts import Draft, drafter, format_of, stated_format
+from finetune_trainer.prepare.faults import Complain, Faults, refuse
+from finetune_trainer.prepare.lines import lines_between
+from finetune_trainer.prepare.parts import LineCounter, Part, Piece
 from finetune_trainer.prepare.personal import redacted
-from finetune_trainer.prepare.records import Record, read_records
+from finetune_trainer.prepare.records import Record, read_lines, read_records
 from finetune_trainer.prepare.tokens import Model
 
 BATCH: Final = 512
@@ -32,7 +35,7 @@ class Reading:
     bytes: int
     """Bytes read, of all objects, as they are stored."""
     total_bytes: int
-    """Size of all objects."""
+    """Size of all that this worker reads."""
 
 
 Say = Callable[[Reading], None]
@@ -40,89 +43,139 @@ Say = Callable[[Reading], None]
 
 @dataclass(frozen=True)
 class Batch:
-    """Some records of a source."""
+    """Some records of a part."""
 
     records: int
     """Records read for it, with those that could not be used."""
     drafts: list[Draft]
 
 
-class Reader:
-    """Reads the sources of a run, one after the other."""
+@dataclass(frozen=True)
+class Opening:
+    """What the first records of a source tell."""
 
-    def __init__(self, sources: Sequence[Source], say: Say) -> None:
-        self._say = say
-        self._total = sum(o.size for source in sources for o in source.objects)
+    format: Format | None
+    """Its format; None where no record tells."""
+    untold: int
+    """Records before the one that tells."""
+
+
+class Reader:
+    """Reads parts, one after the other.
+
+    Args:
+        sources: all sources of the run.
+        parts: what this worker reads.
+    """
+
+    def __init__(self, sources: Sequence[Source], parts: Sequence[Part], say: Say) -> None:
+        self._sources, self._say = sources, say
+        self._total = sum(part.bytes for part in parts)
         self._records = 0
         self._done = 0
         self._stream: BinaryIO | None = None
+        self._begun = 0
+        self._lines = LineCounter()
+        self._openings: dict[int, Opening] = {}
 
-    def open(
-        self, source: Source, data: Data, model: Model, faults: Faults
-    ) -> tuple[Format, Iterator[Batch]]:
-        """Format of a source, found out from its first record where the spec names none, and its
-        batches.
+    def pass_over(self, part: Part) -> None:
+        """The part is done already."""
+        self._done += part.bytes
 
-        Raises:
-            DataError: 'EmptyDataSet' where it has no record; 'MostRecordsFaulty'; what ``faults``
-                does not take, also from the iterator.
+    def read(
+        self, part: Part, data: Data, model: Model, faults: Faults
+    ) -> tuple[Format | None, Iterator[Batch]]:
+        """Format of the part's source, found out from its first record where the spec names none,
+        and the part's batches. Batches are those of the part, whoever reads it.
+
+        Raises (the iterator):
+            DataError: what ``faults`` does not take.
         """
-        before = self._records
-        records = self._read(source, faults)
-        first, form = self._first(source, records, faults)
-        if first is None or form is None:
-            faults.check(source.name, self._records - before)
-            raise DataError(
-                "EmptyDataSet",
-                f"data set {source.name!r} is empty: {source.spec.source} matches"
-                f" {len(source.objects)} objects, but they hold no record; correct the data source",
-            )
+        source = self._sources[part.source]
+        first = part.pieces[0]
+        opening = self._opening(part.source, data.quality.faulty_records)
+        begins = first.item is source.objects[0] and first.start == 0
+        untold = opening.untold if begins else 0
+        form = opening.format
+        if form is None:
+            return None, self._batches(part, faults, lambda record: [], sys.maxsize)
         chat = ChatTemplate(model.tokenizer, model.source) if form == "Messages" else None
         redact = redacted if data.quality.personal_data == "Redact" else str
         make = drafter(source, form, data, chat, redact)
+        return form, self._batches(part, faults, make, untold)
 
-        def batches() -> Iterator[Batch]:
-            drafts: list[Draft] = []
-            told = before
-            for count, record in enumerate(chain([first], records), start=1):
-                try:
-                    drafts += make(record)
-                except DataError as error:
-                    faults.take(error)
-                if count % BATCH == 0:
-                    yield Batch(self._records - told, drafts)
-                    self._tell(source)
-                    drafts, told = [], self._records
-            yield Batch(self._records - told, drafts)
-            self._tell(source)
-            faults.check(source.name, self._records - before)
-
-        return form, batches()
-
-    def _first(
-        self, source: Source, records: Iterator[Record], faults: Faults
-    ) -> tuple[Record | None, Format | None]:
-        """The first record, and the format that it, or the spec, says."""
-        for record in records:
+    def _batches(
+        self, part: Part, faults: Faults, make: Callable[[Record], list[Draft]], untold: int
+    ) -> Iterator[Batch]:
+        """Batches of a part whose first records tell no format."""
+        source = self._sources[part.source]
+        drafts: list[Draft] = []
+        told = self._records
+        for count, record in enumerate(self._records_of(part, faults), start=1):
             try:
-                return record, format_of(source.spec, record)
+                if count <= untold:
+                    format_of(source.spec, record)
+                drafts += make(record)
             except DataError as error:
                 faults.take(error)
-        return None, None
+            if count % BATCH == 0:
+                yield Batch(self._records - told, drafts)
+                self._tell(source)
+                drafts, told = [], self._records
+        yield Batch(self._records - told, drafts)
+        self._tell(source)
 
-    def _read(self, source: Source, faults: Faults) -> Iterator[Record]:
+    def _opening(self, number: int, policy: str) -> Opening:
+        """What a source's first records tell: every worker reads as far as it needs for this.
+        Their faults are for who reads the part that they are of."""
+        source = self._sources[number]
+        if number not in self._openings:
+            form, untold = stated_format(source.spec), 0
+            with suppress(DataError):
+                for record in () if form else _opening_records(source, policy):
+                    try:
+                        form = format_of(source.spec, record)
+                        break
+                    except DataError:
+                        untold += 1
+                        if policy == "Fail":
+                            break
+            self._openings[number] = Opening(form, untold)
+        return self._openings[number]
+
+    def _records_of(self, part: Part, faults: Faults) -> Iterator[Record]:
         def malformed(error: DataError) -> None:
             self._records += 1
             faults.take(error)
 
-        for item in source.objects:
-            with item.open() as self._stream:
-                for record in read_records(item.uri, self._stream, malformed):
+        for piece in part.pieces:
+            with piece.item.open() as self._stream:
+                self._begun = piece.start
+                for record in self._records_in(piece, self._stream, malformed):
                     self._records += 1
                     yield record
             self._stream = None
-            self._done += item.size
+            self._done += piece.end - piece.start
+
+    def _records_in(self, piece: Piece, stream: BinaryIO, complain: Complain) -> Iterator[Record]:
+        if piece.whole:
+            return read_records(piece.item.uri, stream, complain)
+        before = self._lines.before(piece, stream)
+        lines = self._lines.counted(piece, lines_between(stream, piece.start, piece.end))
+        return read_lines(piece.item.uri, lines, complain, before)
 
     def _tell(self, source: Source) -> None:
-        at = self._stream.tell() if self._stream is not None else 0
-        self._say(Reading(source.name, self._records, self._done + at, self._total))
+        at = max(0, self._stream.tell() - self._begun) if self._stream is not None else 0
+        read = min(self._total, self._done + at)
+        self._say(Reading(source.name, self._records, read, self._total))
+
+
+def _opening_records(source: Source, policy: str) -> Iterator[Record]:
+    complain = refuse if policy == "Fail" else _ignore
+    for item in source.objects:
+        with item.open() as stream:
+            yield from read_records(item.uri, stream, complain)
+
+
+def _ignore(error: DataError) -> None:
+    """The ``Complain`` of who only looks."""

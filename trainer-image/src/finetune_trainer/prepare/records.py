@@ -82,11 +82,19 @@ def read_records(uri: str, stream: BinaryIO, complain: Complain = refuse) -> Ite
         for row, fields in csv_rows(uri, lines, complain):
             yield Record(fields, uri, f"row {row}")
     else:
-        yield from _read_lines(uri, lines, complain)
+        yield from read_lines(uri, lines, complain)
 
 
-def _read_lines(uri: str, lines: Iterable[bytes], complain: Complain) -> Iterator[Record]:
-    for number, line in enumerate(lines, start=1):
+def read_lines(
+    uri: str, lines: Iterable[bytes], complain: Complain = refuse, before: int = 0
+) -> Iterator[Record]:
+    """The records of lines of JSON.
+
+    Args:
+        complain: as ``read_records`` says.
+        before: lines of the object before these.
+    """
+    for number, line in enumerate(lines, start=before + 1):
         if line.isspace() or not line:
             continue
         try:

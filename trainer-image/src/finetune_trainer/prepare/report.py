@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
+
 from finetune_api.sources import Format
+from finetune_trainer.failures import DataError
 from finetune_trainer.prepare.contamination import NGRAM
+from finetune_trainer.prepare.facts import Facts, PartSummary, Preview
 from finetune_trainer.prepare.faults import Faults
 from finetune_trainer.prepare.languages import Languages
 from finetune_trainer.prepare.overlength import Cut
@@ -26,6 +32,9 @@ PREVIEW_CHARACTERS: Final = 2000
 LABELS_SHOWN: Final = 200
 BINS: Final = 24
 """Most bins of a histogram."""
+
+Rows = npt.NDArray[Any]
+"""Rows of facts, positions in an index or values of them: whole numbers."""
 
 _PERCENTILES: Final = (0, 10, 50, 90, 99, 100)
 
@@ -67,28 +76,34 @@ class SideReport:
     personal: dict[str, Found] = field(default_factory=dict)
     previews: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, sample: Sample) -> None:
-        """Count a sample."""
-        length = len(sample.ids)
-        self.samples += 1
-        self.tokens += length
-        self.supervised += sample.supervised
-        self.longest_completion = max(self.longest_completion, length - sample.prompt_length)
-        self.lengths[length] += 1
-        if sample.draft.label is not None:
-            self.labels[sample.draft.label] += 1
-        for kind, count in sample.draft.personal.items():
-            self.personal.setdefault(kind, Found()).add(sample.draft.where, count)
-        if len(self.previews) < PREVIEWS:
-            self.previews.append(_preview(sample))
+    def add(self, facts: Facts, rows: Rows) -> None:
+        """Count samples."""
+        length = facts.numbers("length")[rows]
+        self.samples += len(rows)
+        self.tokens += int(length.sum())
+        self.supervised += int(facts.numbers("supervised")[rows].sum())
+        longest = int(facts.numbers("completion")[rows].max(initial=0))
+        self.longest_completion = max(self.longest_completion, longest)
+        self.lengths.update(_counted(length))
+        self.labels.update(facts.texts("label", facts.having("label", rows)))
+        personal = facts.having("personal", rows)
+        texts = (facts.texts(name, personal) for name in ("where", "personal"))
+        for where, found in zip(*texts, strict=True):
+            for kind, count in json.loads(found).items():
+                self.personal.setdefault(kind, Found()).add(where, count)
 
-    def remove(self, length: int, supervised: int) -> None:
-        """Count a sample no longer. Its label and its place among the longest stay counted: they
-        are known no more."""
-        self.samples -= 1
-        self.tokens -= length
-        self.supervised -= supervised
-        self.lengths[length] -= 1
+    def show(self, offered: Iterable[Preview], samples: Rows) -> None:
+        """Keep the first samples to look at, of those of a part that were added."""
+        shown = (p.shown for p in offered if len(self.previews) < PREVIEWS and p.sample in samples)
+        self.previews.extend(shown)
+
+    def remove(self, length: Rows, supervised: Rows) -> None:
+        """Count samples no longer. Their labels and their place among the longest stay counted:
+        they are known no more."""
+        self.samples -= len(length)
+        self.tokens -= int(length.sum())
+        self.supervised -= int(supervised.sum())
+        self.lengths.subtract(_counted(length))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -110,17 +125,27 @@ class SourceReport:
     """One data source."""
 
     name: str
-    format: Format
     objects: int
     bytes: int
     faults: Faults
+    format: Format | None = None
     records: int = 0
     duplicates: int = 0
     near_duplicates: int = 0
+    overlength: int = 0
     contaminated: int = 0
     languages: Languages = field(default_factory=Languages)
     cuts: Counter[Cut] = field(default_factory=Counter)
     sides: dict[Side, SideReport] = field(default_factory=dict)
+
+    def merge(self, part: PartSummary) -> None:
+        """Count what was read for a part, and what its worker left out."""
+        self.format = self.format or part.format
+        self.records += part.records
+        self.duplicates += part.duplicates
+        self.overlength += part.overlength
+        self.faults.merge(part.reasons, [DataError(f.reason, f.message) for f in part.faults])
+        self.languages.counts.update(part.languages)
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -128,7 +153,7 @@ class SourceReport:
         return {
             "Duplicate": self.duplicates,
             "NearDuplicate": self.near_duplicates,
-            "Overlength": self.cuts["Dropped"],
+            "Overlength": self.overlength,
             "Contaminated": self.contaminated,
             **self.faults.reasons,
         }
@@ -160,7 +185,7 @@ class Contamination:
     compared: int
     """Held-out samples that were compared."""
     policy: str
-    sets: dict[int, list[int]] = field(default_factory=dict)
+    sets: dict[int, Rows] = field(default_factory=dict)
     """Positions in the training index, by the number of the set."""
     examples: dict[int, str] = field(default_factory=dict)
     """Shared text of the first few of each set, by position."""
@@ -178,8 +203,7 @@ class Contamination:
                     "samples": len(positions),
                     "examples": [
                         {"where": self.places[p], "shared": self.examples[p]}
-                        for p in positions
-                        if p in self.examples
+                        for p in positions[:PLACES].tolist()
                     ],
                 }
                 for number, positions in self.sets.items()
@@ -222,7 +246,12 @@ def percentiles(counts: Counter[int]) -> dict[str, int]:
     return found
 
 
-def _preview(sample: Sample) -> dict[str, Any]:
+def _counted(values: Rows) -> dict[int, int]:
+    found, counts = np.unique(values, return_counts=True)
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))
+
+
+def preview(sample: Sample) -> dict[str, Any]:
     """A sample to look at. More people read the report than the data: personal data is masked
     whatever is done about it in the samples."""
     parts: list[dict[str, Any]] = []

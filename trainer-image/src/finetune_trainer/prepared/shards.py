@@ -214,9 +214,9 @@ def index_name(split: Side) -> str:
     return f"index-{split}.arrow"
 
 
-def shard_name(split: Side, name: str, number: int) -> str:
-    """File of a shard."""
-    return f"shards/{split}-{name}-{number:05d}.arrow"
+def shard_name(split: Side, name: str, part: int, number: int) -> str:
+    """File of a shard: the part of the data that it is of, and its number there."""
+    return f"shards/{split}-{name}-{part:05d}-{number:02d}.arrow"
 
 
 def shard_ids(path: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:

@@ -1,0 +1,363 @@
+"""Prepare with several workers: the same bytes at any number of them, the first fault of the data,
+and nothing done twice."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import itertools
+import json
+import random
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_api.order import RunOrder
+from finetune_api.results import PreparedSummary
+from finetune_api.sources import StorageAccess
+from finetune_trainer.failures import DataError, StorageUnavailable
+from finetune_trainer.prepare import facts, meeting, parts, writer
+from finetune_trainer.prepare.lines import count_lines, lines_between
+from finetune_trainer.prepare.mapping import Mapper
+from finetune_trainer.prepare.parts import Part, Piece, deal
+from finetune_trainer.prepare.pipeline import prepare
+from finetune_trainer.prepare.sources import DataObject
+from finetune_trainer.prepared.shards import PreparedData
+from finetune_trainer.prepared.split import SIDES
+from finetune_trainer.storage.objects import ObjectStore, Stores
+from finetune_trainer.storage.s3server import EmbeddedS3
+from trainer.prepare_helpers import CHATML, lines, make_tokenizer, pairs, save_model
+
+BUCKET = "test-prepare-workers"
+
+
+@pytest.fixture(scope="module")
+def store(s3: EmbeddedS3, tmp_path_factory: pytest.TempPathFactory) -> ObjectStore:
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder, make_tokenizer(bos=True, chat=CHATML))
+    s3.ensure_bucket(BUCKET)
+    store = s3.store()
+    for path in folder.iterdir():
+        store.upload(path, f"s3://{BUCKET}/model/{path.name}")
+    return store
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "PART_BYTES", 1500)
+    monkeypatch.setattr(writer, "SHARD_TOKENS", 300)
+    monkeypatch.setattr(facts, "ROWS", 7)
+    monkeypatch.setattr(meeting, "POLL_SECONDS", 0.02)
+
+
+class OneStore(Stores):
+    def __init__(self, order: RunOrder, store: ObjectStore) -> None:
+        super().__init__(order)
+        self._store = store
+
+    def of(self, access: StorageAccess | None) -> ObjectStore:
+        return self._store
+
+
+@dataclass
+class Workplace:
+    """Data at an address, and workers on it."""
+
+    store: ObjectStore
+    order_for: Callable[..., RunOrder]
+    scratch: Iterator[Path]
+    root: str = field(default_factory=lambda: f"s3://{BUCKET}/{uuid.uuid4().hex[:8]}")
+
+    def put(self, name: str, data: bytes) -> str:
+        self.store.put(f"{self.root}/{name}", data)
+        return f"{self.root}/{name}"
+
+    def order(self, data: dict[str, Any], workers: int, **spec: Any) -> RunOrder:
+        return self.order_for(
+            data=data, output={"destination": f"{self.root}/out"}, prepare={"workers": workers},
+            model={"source": f"s3://{BUCKET}/model"}, **spec,
+        )  # fmt: skip
+
+    def work(self, order: RunOrder, worker: int) -> PreparedSummary | None:
+        return prepare(order, OneStore(order, self.store), next(self.scratch), worker=worker)
+
+    def prepare(self, order: RunOrder) -> PreparedSummary:
+        """All workers, the first last."""
+        for worker in range(order.spec.prepare.workers - 1, 0, -1):
+            assert self.work(order, worker) is None
+        summary = self.work(order, 0)
+        assert summary is not None
+        return summary
+
+    def files(self, prefix: str) -> dict[str, bytes]:
+        return {o.uri: self.store.get(o.uri) for o in self.store.list(prefix)}
+
+    def clear(self) -> None:
+        self.store.delete([o.uri for o in self.store.list(f"{self.root}/out/")])
+
+    def parts_left(self, order: RunOrder) -> list[str]:
+        return [o.uri for o in self.store.list(f"{order.run_uri}/parts/")]
+
+    def samples(self, summary: PreparedSummary) -> dict[str, list[Any]]:
+        """Every sample by side, in order: set, tokens and what is learned."""
+        data = PreparedData.open(self.store, summary.uri, next(self.scratch))
+        found = {}
+        for side in SIDES:
+            index = data.index(side)
+            names = [data.manifest.sets[i].name for i in index.set]
+            samples = data.samples(side, range(len(index)))
+            found[side] = [
+                (name, s.ids.tolist(), s.supervised.tolist())
+                for name, s in zip(names, samples, strict=True)
+            ]
+        return found
+
+
+@pytest.fixture
+def at(store: ObjectStore, order_for: Callable[..., RunOrder], tmp_path: Path) -> Workplace:
+    return Workplace(store, order_for, (tmp_path / str(i) for i in range(999)))
+
+
+def records(seed: int, count: int) -> list[dict[str, str]]:
+    """Records of which some are the same, some alike, some too long, and some hold an address."""
+    draw = random.Random(seed)
+    words = [f"w{i}" for i in range(300)]
+    made: list[dict[str, str]] = []
+    for i in range(count):
+        kind = draw.random()
+        prompt = " ".join(draw.choices(words, k=draw.randint(3, 25)))
+        if made and kind < 0.2:
+            made.append(dict(draw.choice(made)))
+        elif made and kind < 0.4:
+            like = draw.choice(made)
+            made.append({**like, "prompt": like["prompt"] + " more"})
+        elif kind < 0.5:
+            made.append({"prompt": prompt * 4, "completion": f" {i} it is"})
+        elif kind < 0.6:
+            made.append({"prompt": f"{prompt} a{i}@example.org", "completion": " yes"})
+        else:
+            made.append({"prompt": prompt, "completion": f" {words[i]} {words[i + 1]}"})
+    return made
+
+
+def data_of(at: Workplace, seed: int, **quality: Any) -> dict[str, Any]:
+    """Two training sources in objects of all kinds and sizes, and a test set."""
+    made = records(seed, 120)
+    bad = b'{"prompt": "x"\n' if quality.get("faultyRecords") == "Drop" else b""
+    nothing = lines({"prompt": "x", "completion": ""}) if bad else b""
+    at.put("a/0.jsonl", b"\xef\xbb\xbf" + lines(*made[:50]) + bad)
+    for i in range(4):
+        at.put(f"a/{1 + i}.jsonl", lines(*made[50 + i : 54 + i]))
+    at.put("b/0.jsonl.gz", gzip.compress(lines(*made[60:75]) + nothing))
+    rows = "".join(f'"{r["prompt"]}","{r["completion"]}"\n' for r in made[75:90])
+    at.put("b/1.csv", f"prompt,completion\n{rows}".encode())
+    at.put("b/2.jsonl", bad + lines(*made[90:])[:-1])
+    held = at.put("held.jsonl", lines(*made[10:12], *pairs(9)))
+    return {
+        "train": [{"name": name, "source": f"{at.root}/{name}/"} for name in ("a", "b")],
+        "test": [{"name": "held", "source": held}],
+        "split": {"validation": "0.2"},
+        "quality": quality,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("seed", "quality"),
+    [
+        (1, {}),
+        (2, {"nearDuplicates": "Drop", "contamination": "Drop", "overlength": "Drop"}),
+        (3, {"faultyRecords": "Drop", "personalData": "Redact", "nearDuplicates": "Drop"}),
+        (4, {"faultyRecords": "Drop", "deduplicate": False, "contamination": "Drop"}),
+    ],
+)
+def test_any_number_of_workers_writes_the_same_bytes(
+    at: Workplace, seed: int, quality: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = data_of(at, seed, **quality)
+    short = {"training": {"maxLength": 128}}
+    written, summaries = [], []
+    for workers in (1, 2, 3, 4):
+        order = at.order(data, workers, **short)
+        summaries.append(at.prepare(order))
+        written.append(at.files(f"{summaries[-1].uri}/"))
+        assert at.parts_left(order) == []
+        last = at.samples(summaries[-1])
+        at.clear()
+    assert all(files == written[0] for files in written[1:])
+    assert all(summary == summaries[0] for summary in summaries[1:])
+    assert len(last["train"]) > 20 and last["validation"] and last["test"]
+    assert len(summaries[0].dropped) >= 1 + ("nearDuplicates" in quality)
+
+    monkeypatch.setattr(parts, "PART_BYTES", 1 << 30)
+    whole = at.prepare(at.order(data, 1, **short))
+    assert at.samples(whole) == last, "where the cuts fall changes no sample"
+    assert whole.dropped == summaries[0].dropped
+
+
+def test_workers_at_once(at: Workplace) -> None:
+    order = at.order(data_of(at, 5), 3)
+    said: list[PreparedSummary | None] = []
+    threads = [
+        threading.Thread(target=lambda w=w: said.append(at.work(order, w))) for w in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (summary,) = [s for s in said if s is not None]
+    assert len(said) == 3 and not summary.reused and at.samples(summary)["train"]
+    again = [at.work(order, worker) for worker in (1, 0)]
+    assert again[0] is None and again[1] is not None and again[1].reused
+
+
+# --- faults --------------------------------------------------------------------------------------
+
+
+def faulty(at: Workplace) -> dict[str, Any]:
+    """Parts 0 to 4 of one object, with faults in parts 1 and 3."""
+    rows = [json.dumps(r).encode() + b"\n" for r in pairs(115)]
+    assert 4 * 1500 < sum(map(len, rows)) < 5 * 1500
+    rows[40] = b'{"prompt": "first", oops}\n'
+    rows[90] = b'{"prompt": "second", oops}\n'
+    return {"train": [{"source": at.put("f/0.jsonl", b"".join(rows))}]}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_the_first_fault_of_the_data_wins_with_its_line(at: Workplace, workers: int) -> None:
+    order = at.order(faulty(at), workers)
+    with pytest.raises(DataError) as caught:
+        at.prepare(order)
+    assert caught.value.reason == "MalformedRecord"
+    assert f"{at.root}/f/0.jsonl, line 41, column 21" in caught.value.message
+    assert at.parts_left(order) == []
+
+
+def test_nobody_goes_on_behind_a_fault(at: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    mapped = watch(monkeypatch)
+    order = at.order(faulty(at), 2)
+    at.work(order, 1)
+    assert mapped == [1], "its parts are 1, with the fault, and 3"
+    with pytest.raises(DataError, match="line 41"):
+        at.work(order, 0)
+    assert mapped == [1, 0], "parts 2 and 4 cannot hold the first fault"
+
+
+def test_faulty_records_are_shown_with_their_lines(at: Workplace) -> None:
+    data = {**faulty(at), "quality": {"faultyRecords": "Drop"}}
+    summary = at.prepare(at.order(data, 3))
+    report = json.loads(at.store.get(f"{summary.uri}/report.json"))
+    (source,) = report["sources"]
+    assert source["records"] == 115 and summary.dropped == {"MalformedRecord": 2}
+    shown = [f["message"].split(", column")[0] for f in source["faults"]]
+    assert shown == [f"{at.root}/f/0.jsonl, line {number}" for number in (41, 91)]
+
+
+def test_data_that_changes_between_workers_is_refused(
+    at: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meeting, "CHECK_SECONDS", 0.0)
+    order = at.order({"train": [{"source": f"{at.root}/g/"}]}, 2)
+    at.put("g/0.jsonl", lines(*pairs(60)))
+    at.work(order, 1)
+    at.put("g/1.jsonl", lines(*pairs(60, 60)))
+    changed = at.order({"train": [{"source": f"{at.root}/g/"}]}, 2)
+    stop = threading.Timer(0.2, lambda: at.put("g/2.jsonl", lines(*pairs(3, 200))))
+    stop.start()
+    with pytest.raises(DataError) as caught:
+        at.work(changed, 0)
+    stop.join()
+    assert caught.value.reason == "ObjectChanged"
+
+
+# --- going on ------------------------------------------------------------------------------------
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> list[int]:
+    """Numbers of the parts that are mapped; one of them fails for its storage, once."""
+    mapped: list[int] = []
+    mapping = Mapper.map
+
+    def spied(self: Mapper, part: Part, source: Any) -> Any:
+        if part.number == fail_at and fail_at not in mapped:
+            mapped.append(part.number)
+            raise StorageUnavailable("StorageUnreachable", "gone")
+        mapped.append(part.number)
+        return mapping(self, part, source)
+
+    monkeypatch.setattr(Mapper, "map", spied)
+    return mapped
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_is_started_again_goes_on(
+    at: Workplace, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = {"train": [{"source": at.put("h/0.jsonl", lines(*pairs(115)))}]}
+    expected = at.files(f"{at.prepare(at.order(data, 3)).uri}/")
+    at.clear()
+    mapped = watch(monkeypatch, fail_at=3)
+    order = at.order(data, workers)
+    with pytest.raises(StorageUnavailable):
+        at.prepare(order)
+    summary = at.prepare(order)
+    assert sorted(mapped) == [0, 1, 2, 3, 3, 4], "part 3 twice, all others once"
+    assert at.files(f"{summary.uri}/") == expected
+
+
+def test_a_part_whose_shards_are_gone_is_mapped_again(
+    at: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = {"train": [{"source": at.put("i/0.jsonl", lines(*pairs(115)))}]}
+    order = at.order(data, 2)
+    at.work(order, 1)
+    gone = next(o.uri for o in at.store.list(f"{at.root}/out/") if "-00003-" in o.uri)
+    at.store.delete([gone])
+    mapped = watch(monkeypatch)
+    at.prepare(order)
+    assert mapped == [3, 0, 2, 4]
+
+
+# --- cutting and dealing -------------------------------------------------------------------------
+
+
+@given(st.lists(st.sampled_from([b"", b"a", b"abc", b"\xef\xbb\xbf"]), max_size=12), st.booleans(),
+       st.lists(st.integers(0, 60), max_size=4))  # fmt: skip
+def test_ranges_hold_every_line_once(body: list[bytes], ended: bool, cuts: list[int]) -> None:
+    data = b"\n".join(body) + (b"\n" if ended else b"")
+    edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
+    found: list[bytes] = []
+    for start, end in itertools.pairwise(edges):
+        part = list(lines_between(io.BytesIO(data), start, end))
+        assert count_lines(io.BytesIO(data), start, end) == len(part)
+        found += part
+    expected = data.splitlines(keepends=True) if data else []
+    if expected:
+        expected[0] = expected[0].removeprefix(b"\xef\xbb\xbf")
+    assert found == expected
+
+
+def part_of(number: int, size: int) -> Part:
+    return Part(number, 0, (Piece(DataObject("s3://b/x", size, "", Path()), 0, size),))
+
+
+@given(st.lists(st.integers(0, 2000), max_size=40), st.integers(1, 8))
+def test_parts_are_dealt_once_and_evenly(sizes: list[int], workers: int) -> None:
+    made = [part_of(i, size) for i, size in enumerate(sizes)]
+    hands = deal(made, workers)
+    assert len(hands) == workers
+    assert sorted(p.number for hand in hands for p in hand) == list(range(len(sizes)))
+    assert all(hand == sorted(hand, key=lambda p: p.number) for hand in hands)
+    loads = [sum(p.bytes for p in hand) for hand in hands]
+    assert max(loads) - min(loads) <= max(sizes, default=0)
+
+
+def test_equal_parts_are_dealt_in_turn() -> None:
+    hands = deal([part_of(i, 64) for i in range(7)], 3)
+    assert [[p.number for p in hand] for hand in hands] == [[0, 3, 6], [1, 4], [2, 5]]
