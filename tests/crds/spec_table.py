@@ -151,6 +151,7 @@ GOOD = [
     good("pod template", {
         "compute.podTemplate": {"spec": {"nodeSelector": {"a": "b"}, "x": [1, None, {"y": 0.5}]}},
     }),
+    good("workers of prepare", {"prepare.workers": 256}),
     good("toleration of everything", {"prepare.tolerations": [{"operator": "Exists"}]}),
     good("node selector", {"prepare.nodeSelector": {"example.com/pool": "cpu", "empty": ""}}),
     good("queue", {"scheduling": {"queueName": "team-a", "priorityClassName": "low.prio"}}),
@@ -237,6 +238,9 @@ BAD = [
     bad("no node", {"compute.nodes": 0}, "compute.nodes", "greater than or equal to 1", "0"),
     bad("too many nodes", {"compute.nodes": 1025}, "compute.nodes", "less than or equal to 1024",
         "1025"),
+    bad("no worker", {"prepare.workers": 0}, "prepare.workers", "greater than or equal to 1", "0"),
+    bad("too many workers", {"prepare.workers": 257}, "prepare.workers",
+        "less than or equal to 256", "257"),
     bad("rank", {"method.lora": {"rank": 2048}}, "method.lora.rank", "less than or equal to 1024",
         "2048"),
     bad("keep nothing", {"checkpoint.keepLast": 0}, "checkpoint.keepLast",

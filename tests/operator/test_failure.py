@@ -36,6 +36,22 @@ def test_the_containers_word_is_the_verdict() -> None:
     world.settle()
 
 
+def test_the_worker_that_failed_tells_and_not_those_that_were_stopped() -> None:
+    world = World(prepare={"workers": 3})
+    world.settle()
+    world.pods("prepare", 3, running={})
+    said = {"class": "Storage", "reason": "AccessDenied", "message": "may not read s3://data"}
+    world.fail("prepare", 12, index=1, **said)
+    world.wait(5)
+    stopped = {"class": "Preempted", "reason": "Interrupted", "message": "stopped by SIGTERM"}
+    for index in (0, 2):
+        world.fail("prepare", 23, index=index, **stopped)
+    world.condition("prepare", "Failed", "PodFailurePolicy")
+    world.pass_()
+    assert world.status["failure"]["reason"] == "AccessDenied"
+    assert world.status["failure"]["pod"] == "bot-1-0f9c2-prepare-1-1-x"
+
+
 @pytest.mark.parametrize(
     ("ended", "pod_status", "expected"),
     [

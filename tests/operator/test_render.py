@@ -13,7 +13,7 @@ from operator_world import CONFIG, World, at_training
 
 from finetune_api import names
 from finetune_api.order import parse_order
-from finetune_operator.config import GRACE_SECONDS
+from finetune_operator.config import GRACE_SECONDS, STAGE_BACKOFF_LIMIT
 from finetune_operator.overlay import lay_over, template_problems
 from finetune_operator.plan import Create, Plan
 from finetune_operator.render import render
@@ -133,6 +133,18 @@ def test_the_gang() -> None:
     assert env[names.ENV_GRACE_SECONDS] == str(pod["terminationGracePeriodSeconds"])
     assert int(env[names.ENV_GRACE_SECONDS]) == GRACE_SECONDS
     assert "job-completion-index" in env[names.ENV_NODE_RANK]["fieldRef"]["fieldPath"]
+
+
+def test_prepare_is_an_indexed_job_of_workers() -> None:
+    for workers in (1, 4):
+        world = World(prepare={"workers": workers})
+        job, publish = rendered(world, (Create("Job", "prepare"), Create("Job", "publish")))
+        body = job["spec"]
+        assert body["completionMode"] == "Indexed"
+        assert (body["completions"], body["parallelism"]) == (workers, workers)
+        assert body["backoffLimit"] == STAGE_BACKOFF_LIMIT * workers
+        assert names.ENV_WORKER not in env_of(world, "prepare"), "the Job controller sets it"
+        assert "completionMode" not in publish["spec"] and publish["spec"]["completions"] == 1
 
 
 def test_final_codes_fail_the_job_and_disruption_and_fencing_do_not() -> None:

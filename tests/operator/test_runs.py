@@ -49,15 +49,17 @@ def test_a_pod_on_a_dead_node_does_not_hold_the_new_gang_for_ever() -> None:
     assert "bot-1-0f9c2-train-2" in world.names("Job")
 
 
-def test_resume_change_while_preparing_prepares_again() -> None:
+@pytest.mark.parametrize("change", [{"resources": {"requests": {"cpu": "4"}}}, {"workers": 4}])
+def test_resume_change_while_preparing_prepares_again(change: dict[str, Any]) -> None:
     world = World()
     world.settle()
     world.pods("prepare", running={})
-    world.edit(prepare={"resources": {"requests": {"cpu": "4"}}})
+    world.edit(prepare=change)
     world.settle()
     world.remove_pods()
     world.settle()
     assert world.names("Job") == ["bot-1-0f9c2-prepare-2"]
+    assert world.child("prepare")["spec"]["completions"] == change.get("workers", 1)
 
 
 def test_new_run_replaces_the_current_one() -> None:

@@ -26,6 +26,7 @@ def write_job(folder: Path, base: Path, **changes: Any) -> None:
         "evaluation": {"everySteps": 1000, "maxNewTokens": 4, "metrics": ["Loss", "Accuracy"]},
         "output": {"destination": "s3://models/tuned", "format": "Merged"},
         "compute": {"nodes": 1, "gpusPerNode": 1},
+        "prepare": {"workers": 2},
     } | changes
     raw = {
         "apiVersion": "finetune-operator.dev/v1alpha1",

@@ -106,7 +106,7 @@ def gang_service(subject: Subject, run: CurrentRun) -> Json:
 
 
 def stage_job(subject: Subject, run: CurrentRun, role: Role, config: Config) -> Json:
-    """The Job of a stage: one pod, or the gang as an Indexed Job.
+    """The Job of a stage: one pod to publish, an Indexed Job of workers to prepare, or the gang.
 
     A queue's Job is made suspended, and from then on left to Kueue.
     """
@@ -120,17 +120,20 @@ def stage_job(subject: Subject, run: CurrentRun, role: Role, config: Config) -> 
         "podFailurePolicy": _pod_failure_policy(),
         "template": pod_template(subject, run, role, labels, config),
     }
+    if role == "prepare":
+        workers = spec.prepare.workers
+        # What fails all workers at once (storage that is down) is one try.
+        body |= _indexed(workers) | {"backoffLimit": STAGE_BACKOFF_LIMIT * workers}
     if role == "train":
-        body |= {
-            "completionMode": "Indexed",
-            "completions": spec.compute.nodes,
-            "parallelism": spec.compute.nodes,
-            "backoffLimit": GANG_BACKOFF_LIMIT,
-        }
+        body |= _indexed(spec.compute.nodes) | {"backoffLimit": GANG_BACKOFF_LIMIT}
         if spec.scheduling.queue_name is not None:
             meta["labels"] = labels | {names.LABEL_QUEUE: spec.scheduling.queue_name}
             body["suspend"] = True
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta, "spec": body}
+
+
+def _indexed(pods: int) -> Json:
+    return {"completionMode": "Indexed", "completions": pods, "parallelism": pods}
 
 
 def _pod_failure_policy() -> Json:

@@ -119,12 +119,15 @@ class Runner:
     def _stages(
         self, place: stages.Place, layout: Layout, display: face.Display
     ) -> tuple[TrainSummary, PublishSummary]:
-        prepare = stages.single(place, "prepare")
-        scratch = prepare.processes[0].scratch
+        prepare = stages.workers(place, self._order.spec.prepare.workers)
+        folders = [process.scratch for process in prepare.processes]
 
         def reading() -> tuple[str, float | None]:
-            found = read_reading(scratch)
-            return (face.reading_text(found[0]), found[1]) if found else ("checking access", None)
+            found = [read_reading(folder) for folder in folders]
+            if not any(found):
+                return "checking access", None
+            records, shares = zip(*(one or (0, 0.0) for one in found), strict=True)
+            return face.reading_text(sum(records)), sum(shares) / len(shares)
 
         said = self._watch("prepare", prepare, reading, display)
         assert said.prepared is not None

@@ -28,6 +28,7 @@ from finetune_api.names import (
     ENV_RENDEZVOUS,
     ENV_SCRATCH,
     ENV_TERMINATION,
+    ENV_WORKER,
     FINAL_EXIT_CODES,
     ExitCode,
 )
@@ -58,7 +59,7 @@ class StageProcess:
 
     def __init__(self, place: Place, role: str, rank: int, extra: Mapping[str, str]) -> None:
         self.role = role
-        name = role if role != "train" else f"train-{rank}"
+        name = role if role == "publish" or (role, rank) == ("prepare", 0) else f"{role}-{rank}"
         self.log = place.folder / f"{name}.log"
         self.scratch = place.folder / "scratch" / name
         self._termination = place.folder / "termination" / f"{name}.json"
@@ -177,8 +178,18 @@ class Stage:
         return min(told, key=rank)
 
 
+def workers(place: Place, count: int) -> Stage:
+    """Prepare: so many processes, which share the cores."""
+    cores = str(max(1, place.cores // count))
+    processes = []
+    for rank in range(count):
+        extra = {ENV_WORKER: str(rank), "OMP_NUM_THREADS": cores, "RAYON_NUM_THREADS": cores}
+        processes.append(StageProcess(place, "prepare", rank, extra))
+    return Stage(processes, max_restarts=0)
+
+
 def single(place: Place, role: str) -> Stage:
-    """Prepare or publish: one process on all cores."""
+    """Publish: one process on all cores."""
     return Stage([StageProcess(place, role, 0, {})], max_restarts=0)
 
 

@@ -119,8 +119,9 @@ class _Mapped:
         for i, (sample, cut) in enumerate(fitted):
             self._offer(sample)
             shard, row = self._writers[sample.draft.side].add(sample)
+            digest = None if digests is None else digests[i]
             fingerprint = None if prints is None else prints[i]
-            self._facts.add(sample, shard, row, cut, digests and digests[i], fingerprint)
+            self._facts.add(sample, shard, row, cut, digest, fingerprint)
 
     def finish(self, form: Format | None) -> PartSummary:
         """Write what waits."""

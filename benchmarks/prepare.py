@@ -1,0 +1,295 @@
+"""Prepare: speed beside datasets.map, memory by size of the data, and reading from S3.
+
+    python benchmarks/prepare.py [--megabytes 16] [--rounds 3]
+
+Everything reads the same JSON Lines of generated prompts and completions from an S3 server on this
+machine, or from its disk (datasets.map), with the same tokenizer. Each figure is a process of its
+own, in which a few records were prepared before. Speeds are MB of data per second of CPU that the process and its threads used, so a busy
+machine distorts them little; ours and datasets.map take turns. Memory is what the process held at
+most, above what it held before it began: at 1, 4 and 16 times the data, and at 4 times with near
+duplicates looked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
+from finetune_api.sources import StorageAccess
+from finetune_api.spec import parse_spec
+from finetune_trainer.storage.objects import Credentials, ObjectStore, Stores
+from finetune_trainer.storage.s3server import EmbeddedS3
+
+BUCKET = "bench"
+VOCABULARY = 16384
+WORDS = 20_000
+TIMES = (1, 4, 16)
+CHUNK = 1 << 20
+FEW = f"s3://{BUCKET}/few.jsonl"
+"""Some records, prepared before what is measured: imports and first calls cost seconds."""
+
+
+def words() -> list[str]:
+    """Made-up words, of 2 to 11 letters."""
+    draw = np.random.default_rng(0)
+    letters = np.array(list("etaoinshrdlucmfwypvbgkjqxz"))
+    weights = 1.0 / np.arange(1, len(letters) + 1)
+    weights /= weights.sum()
+    return ["".join(draw.choice(letters, n, p=weights)) for n in draw.integers(2, 12, WORDS)]
+
+
+def records(size: int, vocabulary: list[str]) -> Iterator[bytes]:
+    """Lines of so many bytes together: prompts and completions of log-normal lengths, their words
+    drawn by Zipf's law; one in 50 is a copy of an earlier one."""
+    draw = np.random.default_rng(1)
+    weights = 1.0 / np.arange(1, WORDS + 1)
+    cumulative = np.cumsum(weights / weights.sum())
+    written, line = 0, b""
+    while written < size:
+        if not line or draw.random() >= 0.02:
+            lengths = np.clip(draw.lognormal(4.3, 0.7, 2).astype(int), 4, 1000)
+            drawn = np.searchsorted(cumulative, draw.random(lengths.sum())).clip(max=WORDS - 1)
+            text = [vocabulary[i] for i in drawn]
+            record = {
+                "prompt": " ".join(text[: lengths[0]]),
+                "completion": " " + " ".join(text[lengths[0] :]),
+            }
+            line = json.dumps(record).encode() + b"\n"
+        yield line
+        written += len(line)
+
+
+def make_model(folder: Path, vocabulary: list[str]) -> None:
+    """A byte-level BPE tokenizer trained on such words, beside a configuration."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator((line.decode() for line in records(2 << 20, vocabulary)), trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=4096).save_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def order(name: str, data: str, quality: dict[str, Any]) -> RunOrder:
+    spec = {
+        "model": {"source": f"s3://{BUCKET}/model"},
+        "data": {"train": [{"source": data}], "quality": quality},
+        "output": {"destination": f"s3://{BUCKET}/out/{name}"},
+    }
+    job = JobIdentity(namespace="bench", name="bench", uid="0" * 36)
+    return RunOrder(version=CONTRACT_VERSION, job=job, run="1-00000", spec=parse_spec(spec))
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where the S3 server is, for other processes."""
+
+    endpoint: str
+    access_key: str
+    secret_key: str
+
+    def store(self) -> ObjectStore:
+        return ObjectStore(self.endpoint, credentials=Credentials(self.access_key, self.secret_key))
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a process needed for its work."""
+
+    cpu: float
+    """Seconds of CPU of all its threads."""
+    seconds: float
+    held: float
+    """MiB that it held at most, above what it held before."""
+    most: float
+    """MiB that it held at most."""
+
+
+def measured(work: Callable[[], object]) -> Figures:
+    """Runs some work in this process."""
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    used, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    work()
+    ended, seconds = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter() - began
+    cpu = ended.ru_utime + ended.ru_stime - used.ru_utime - used.ru_stime
+    return Figures(cpu, seconds, memory("VmHWM") - before, memory("VmHWM"))
+
+
+def memory(what: str) -> float:
+    """A figure of /proc/self/status, in MiB."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in status if line.startswith(f"{what}:"))
+
+
+def ours(server: Server, name: str, data: str, quality: dict[str, Any]) -> Figures:
+    """Prepare, from S3 to S3."""
+    from finetune_trainer.prepare.pipeline import prepare
+
+    asked, store = order(name, data, quality), server.store()
+
+    class Here(Stores):
+        def of(self, access: StorageAccess | None) -> ObjectStore:
+            return store
+
+    few = order(f"{name}-few", FEW, quality)
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(few, Here(few), Path(folder) / "few")
+        return measured(lambda: prepare(asked, Here(asked), Path(folder) / "all"))
+
+
+def theirs(model: Path, data: Path, few: Path) -> Figures:
+    """load_dataset and map, from disk to disk: prompt and completion tokenized and put together,
+    with the mask; nothing is looked for."""
+    from datasets import disable_progress_bars, load_dataset
+    from transformers import AutoTokenizer
+
+    disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def tokenize(batch: dict[str, list[str]]) -> dict[str, Any]:
+        prompts = tokenizer(batch["prompt"], add_special_tokens=False)["input_ids"]
+        answers = tokenizer(batch["completion"], add_special_tokens=False)["input_ids"]
+        made = zip(prompts, answers, strict=True)
+        both = [([1, *p, *a, 2], [0] * (len(p) + 1) + [1] * (len(a) + 1)) for p, a in made]
+        return {"input_ids": [ids for ids, _ in both], "completion_mask": [m for _, m in both]}
+
+    def work(path: Path) -> None:
+        with tempfile.TemporaryDirectory() as cache:
+            rows = load_dataset("json", data_files=str(path), split="train", cache_dir=cache)
+            rows.map(tokenize, batched=True, remove_columns=rows.column_names)
+
+    work(few)
+    return measured(lambda: work(data))
+
+
+def streamed(server: Server, uri: str) -> Figures:
+    """The object, read as prepare reads it."""
+    store = server.store()
+
+    def work() -> None:
+        with store.read_stream(uri) as stream:
+            while stream.read(CHUNK):
+                pass
+
+    return measured(work)
+
+
+def raw(server: Server, uri: str) -> Figures:
+    """The object by one plain HTTP request."""
+    import boto3
+
+    client = boto3.client(
+        "s3", endpoint_url=server.endpoint, region_name="us-east-1",
+        aws_access_key_id=server.access_key, aws_secret_access_key=server.secret_key,
+    )  # fmt: skip
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    signed = client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": key})
+
+    def work() -> None:
+        with urllib.request.urlopen(signed) as answer:
+            while answer.read(CHUNK):
+                pass
+
+    return measured(work)
+
+
+def alone(work: Callable[..., Figures], *arguments: Any) -> Figures:
+    """The figures of some work in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(work, *arguments).result()
+
+
+def speed(server: Server, model: Path, data: Path, few: Path, uri: str, rounds: int) -> None:
+    size = data.stat().st_size / 1e6
+    pairs = []
+    for i in range(rounds):
+        own = alone(ours, server, f"speed-{i}", uri, {})
+        pairs.append((size / own.cpu, size / alone(theirs, model, data, few).cpu))
+    a, b = (statistics.median(x) for x in zip(*pairs, strict=True))
+    ratios = " ".join(f"{x / y:.2f}" for x, y in pairs)
+    print(f"\n{size:.0f} MB, MB per CPU-second: prepare {a:.2f}, datasets.map {b:.2f}; ratio by"
+          f" round {ratios}", flush=True)  # fmt: skip
+
+
+def growth(server: Server, data: dict[int, Path], uris: dict[int, str]) -> None:
+    print(f"\n{'data, MB':>10}{'records':>10}  {'near duplicates':17}{'held, MiB':>10}"
+          f"{'most, MiB':>11}{'MB/CPU-s':>10}")  # fmt: skip
+    for times, near in [*((t, "Keep") for t in data), (4, "Drop")]:
+        size = data[times].stat().st_size / 1e6
+        with data[times].open("rb") as lines:
+            count = sum(1 for _ in lines)
+        found = alone(ours, server, f"{times}-{near}", uris[times], {"nearDuplicates": near})
+        print(f"{size:10.0f}{count:10,}  {near:17}{found.held:10.0f}{found.most:11.0f}"
+              f"{size / found.cpu:10.2f}", flush=True)  # fmt: skip
+
+
+def reading(server: Server, data: Path, uri: str, rounds: int) -> None:
+    size = data.stat().st_size / 1e6
+    pairs = [
+        (size / alone(streamed, server, uri).seconds, size / alone(raw, server, uri).seconds)
+        for _ in range(rounds)
+    ]
+    a, b = (statistics.median(x) for x in zip(*pairs, strict=True))
+    ratios = " ".join(f"{x / y:.2f}" for x, y in pairs)
+    print(f"\nreading {size:.0f} MB from S3, MB/s: ours {a:.0f}, one plain request {b:.0f}; ratio"
+          f" by round {ratios}", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--megabytes", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as in a pod
+    print(", ".join(f"{p} {version(p)}" for p in ("datasets", "tokenizers", "pyarrow")))
+    with tempfile.TemporaryDirectory() as folder, EmbeddedS3(Path(folder) / "s3") as s3:
+        server = Server(s3.endpoint, s3.access_key, s3.secret_key)
+        s3.ensure_bucket(BUCKET)
+        store, vocabulary = server.store(), words()
+        model = Path(folder) / "model"
+        make_model(model, vocabulary)
+        for path in model.iterdir():
+            store.upload(path, f"s3://{BUCKET}/model/{path.name}")
+        data = {times: Path(folder) / f"{times}.jsonl" for times in TIMES}
+        uris = {times: f"s3://{BUCKET}/data/{times}.jsonl" for times in TIMES}
+        for times, path in data.items():
+            with path.open("wb") as file:
+                file.writelines(records(times * options.megabytes * 1_000_000, vocabulary))
+            store.upload(path, uris[times])
+        few = Path(folder) / "few.jsonl"
+        few.write_bytes(b"".join(islice(records(1 << 20, vocabulary), 100)))
+        store.upload(few, FEW)
+        reading(server, data[16], uris[16], options.rounds)
+        speed(server, model, data[1], few, uris[1], options.rounds)
+        growth(server, data, uris)
+
+
+if __name__ == "__main__":
+    main()
