@@ -49,8 +49,9 @@ generate: install ## Write the CRD, the chart's copy and docs/reference.md from 
 verify: install ## Fail where a generated file is stale
 	@$(TIMED) "generated files" $(BIN)/python crds/generate.py --check
 
-bench: install ## Speed beside TRL, and of planning and resuming; printed
+bench: install ## Speed beside TRL, of preparing beside datasets.map, and of planning and resuming; printed
 	$(BIN)/python benchmarks/tokens_per_second.py
+	$(BIN)/python benchmarks/prepare.py
 	$(BIN)/python benchmarks/plan_and_resume.py
 
 lock: ## Pin the dependencies anew (writes the requirements.txt files)

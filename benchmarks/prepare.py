@@ -4,10 +4,10 @@
 
 Everything reads the same JSON Lines of generated prompts and completions from an S3 server on this
 machine, or from its disk (datasets.map), with the same tokenizer. Each figure is a process of its
-own, in which a few records were prepared before. Speeds are MB of data per second of CPU that the process and its threads used, so a busy
-machine distorts them little; ours and datasets.map take turns. Memory is what the process held at
-most, above what it held before it began: at 1, 4 and 16 times the data, and at 4 times with near
-duplicates looked for.
+own, in which a few records were prepared before. Speeds are MB of data per second of CPU that the
+process and its threads used, so a busy machine distorts them little; ours and datasets.map take
+turns. Memory is what the process held at most, above what it held before it began: at 1, 4 and 16
+times the data, and at 4 times with near duplicates looked for.
 """
 
 from __future__ import annotations

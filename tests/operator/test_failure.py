@@ -230,6 +230,18 @@ def test_too_few_nodes() -> None:
     assert "no nvidia.com/gpu" in failure["message"] and "compute.nodes" in failure["message"]
 
 
+def test_too_few_nodes_for_the_workers_of_prepare() -> None:
+    world = World(scheduling={"startDeadlineSeconds": 120}, prepare={"workers": 2})
+    world.settle()
+    world.pods("prepare", 2, running={})
+    world.settle()
+    assert "2 of 2 workers run" in world.message("Prepared")
+    unschedulable(world, "prepare", 2)
+    world.wait(120)
+    world.settle()
+    assert "fewer prepare.workers" in world.status["failure"]["message"]
+
+
 def test_the_start_deadline_is_live_and_counts_from_the_start_not_the_queue() -> None:
     world = World(scheduling={"startDeadlineSeconds": 120, "queueName": "q"})
     world.settle()

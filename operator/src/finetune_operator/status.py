@@ -96,9 +96,11 @@ def _where(work: Work) -> tuple[Phase, str, str]:
         return first, held.reason, held.message
     if stage == "train":
         return _gang(work)
-    running = any(p.running for p in work.pods)
+    running = len({p.index for p in work.pods if p.running})
     if stage == "prepare":
         text = "access check, split, rendering, tokenizing"
+        if work.order.spec.prepare.workers > 1:
+            text += f"; {running} of {work.order.spec.prepare.workers} workers run"
         return ("Preparing" if running else "Pending"), "Preparing", text
     return "Publishing", "Publishing", "writing the model, its metrics and its report"
 

@@ -84,10 +84,12 @@ def _config(pod: PodView, until: datetime) -> Obstacle:
 
 def _unschedulable(pod: PodView, until: datetime, deadline: timedelta) -> Obstacle:
     said = f"no node for pod {pod.name}: {pod.unschedulable}"
+    less = "fewer compute.nodes or gpusPerNode, smaller compute.resources"
+    if pod.role != "train":
+        less = "fewer prepare.workers, smaller prepare.resources"
     message = (
         f"{said}. Waited {int(deadline.total_seconds())} s"
-        " (scheduling.startDeadlineSeconds). Ask for fewer compute.nodes or gpusPerNode, smaller"
-        " compute.resources, or add nodes"
+        f" (scheduling.startDeadlineSeconds). Ask for {less}, or add nodes"
     )
     return Obstacle(
         "Unschedulable", said, until, failure("NodeFailure", "Unschedulable", message, pod)

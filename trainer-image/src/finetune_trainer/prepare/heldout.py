@@ -2,7 +2,8 @@
 
 A held-out share and the training records come out of one stream, so nothing can be compared before
 its end. The shards are then read back one at a time: memory holds the n-grams of the held-out
-samples and one shard. Leaving a sample out takes it out of the index; its tokens stay in the shard.
+samples and some tokens. Leaving a sample out takes it out of the index; its tokens stay in the
+shard.
 """
 
 from __future__ import annotations
@@ -41,23 +42,23 @@ def compare(output: Output, policy: str, decode: Callable[[Any], str]) -> None:
         return
     held_out = HeldOut()
     for side in HELD_OUT:
-        for shard in output.shards(side):
+        for some in output.tokens(side):
             if held_out.full:
                 break
-            held_out.add(shard.ids, shard.starts)
+            held_out.add(some.ids, some.starts)
     found = output.contamination = Contamination(
         sum(output.samples(side) for side in HELD_OUT), held_out.samples, policy
     )
     known = held_out.known()
-    for shard in output.shards("train"):
-        shared = first_shared(shard.ids, shard.starts, known)
+    for some in output.tokens("train"):
+        shared = first_shared(some.ids, some.starts, known)
         if not shared:
             continue
-        before = found.sets.get(shard.set, np.empty(0, np.int64))
-        positions = np.fromiter(shared, np.int64) + shard.first
-        found.sets[shard.set] = np.append(before, positions)
+        before = found.sets.get(some.set, np.empty(0, np.int64))
+        positions = np.fromiter(shared, np.int64) + some.first
+        found.sets[some.set] = np.append(before, positions)
         for row in list(shared)[: max(0, PLACES - len(before))]:
-            found.examples[shard.first + row] = scan(decode(shared[row]))[0]
+            found.examples[some.first + row] = scan(decode(shared[row]))[0]
     found.places = output.places(found.examples)
     _act(output, found, policy)
 

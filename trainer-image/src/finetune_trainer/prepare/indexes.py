@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -18,19 +19,22 @@ from finetune_trainer.prepared.shards import INDEX_SCHEMA, index_name, shard_ids
 from finetune_trainer.prepared.split import Side
 from finetune_trainer.storage.objects import ObjectStore
 
+TOKENS: Final = 1 << 19
+"""Tokens that are handed out at once: what is computed of them is several times their size."""
+
 
 @dataclass(frozen=True)
-class IndexedShard:
-    """The tokens of a shard that is in storage."""
+class IndexedSamples:
+    """The tokens of some indexed samples of a shard."""
 
     set: int
-    """Number of its set."""
+    """Number of their set."""
     first: int
-    """Position in the index of its first sample."""
+    """Position in the index of the first of them."""
     ids: npt.NDArray[np.int32]
-    """Tokens of its samples, one after the other, without those that are not indexed."""
+    """Tokens of the shard's samples, one after the other, without those that are not indexed."""
     starts: npt.NDArray[np.int32]
-    """Where each sample begins, and the end of the last."""
+    """Where each of these samples begins, and the end of the last."""
 
 
 class IndexWriter:
@@ -90,8 +94,8 @@ class IndexWriter:
         length, supervised = (rows[c].to_numpy()[positions] for c in ("length", "supervised"))
         return length, supervised
 
-    def samples(self) -> Iterator[IndexedShard]:
-        """All indexed samples, read back from storage shard by shard."""
+    def samples(self) -> Iterator[IndexedSamples]:
+        """All indexed samples, about ``TOKENS`` at a time, read back from storage by shard."""
         table = self._read()
         if not len(table):
             return
@@ -103,8 +107,11 @@ class IndexWriter:
             if first == end:
                 continue
             self._store.download(f"{self._uri}/{file.name}", path)
-            yield IndexedShard(int(number[first]), first, *_only(row[first:end], *shard_ids(path)))
+            ids, starts = _only(row[first:end], *shard_ids(path))
             path.unlink()
+            edges = np.searchsorted(starts, np.arange(0, starts[-1], TOKENS)).tolist()
+            for a, b in pairwise(dict.fromkeys([*edges, len(starts) - 1])):
+                yield IndexedSamples(int(number[first]), first + a, ids, starts[a : b + 1])
 
     def places(self, positions: Collection[int]) -> dict[int, str]:
         """Object and line of the samples at some positions."""

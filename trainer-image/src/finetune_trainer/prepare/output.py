@@ -13,7 +13,7 @@ from finetune_api.sources import Quality
 from finetune_trainer.prepare.digest import Source
 from finetune_trainer.prepare.facts import Facts, PartSummary
 from finetune_trainer.prepare.faults import Faults
-from finetune_trainer.prepare.indexes import IndexedShard, IndexWriter
+from finetune_trainer.prepare.indexes import IndexedSamples, IndexWriter
 from finetune_trainer.prepare.overlength import CUTS
 from finetune_trainer.prepare.page import render
 from finetune_trainer.prepare.report import Contamination, Rows, SideReport, SourceReport
@@ -91,7 +91,7 @@ class Output:
             causes.update(report.dropped)
         return {cause: count for cause, count in causes.items() if count}
 
-    def shards(self, side: Side) -> Iterator[IndexedShard]:
+    def tokens(self, side: Side) -> Iterator[IndexedSamples]:
         """Tokens of all samples added to a side."""
         return self._indexes[side].samples()
 

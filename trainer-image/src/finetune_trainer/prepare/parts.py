@@ -72,8 +72,8 @@ def deal(parts: Sequence[Part], workers: int) -> list[list[Part]]:
 class LineCounter:
     """Lines of an object before a position: every complaint names the line of the whole object.
 
-    A worker counts on from where it has come to, so it reads an object at most once for this; that
-    is a hundred times as fast as making samples.
+    A worker counts on from where it has come to, so it reads an object of a source at most once for
+    this, which is a hundred times as fast as making samples.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class LineCounter:
     def before(self, piece: Piece, stream: BinaryIO) -> int:
         """Lines that begin before the piece; the stream is left anywhere."""
         position, lines = self._known.get(piece.item.uri, (0, 0))
-        if position > piece.start:
+        if position > piece.start:  # the object of another source before
             position, lines = 0, 0
         lines += count_lines(stream, position, piece.start)
         self._known[piece.item.uri] = (piece.start, lines)

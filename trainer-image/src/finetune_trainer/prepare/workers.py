@@ -111,7 +111,7 @@ def _map(
         except DataError as error:
             if error.reason == "ObjectChanged":  # not of the data as it was: no order decides
                 raise
-            log.error("%s", error.message)
+            log.warning("part %d: %s", part.number, error.message)
             meeting.leave_failure(part, error)
             return
         meeting.leave(part, said, facts)
