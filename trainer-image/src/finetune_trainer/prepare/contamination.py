@@ -112,9 +112,12 @@ class HeldOut:
         every = np.concatenate([np.empty(0, np.uint64), *self._hashes])
         self._hashes = []
         every.sort()
-        first = np.flatnonzero(np.concatenate([[True], every[1:] != every[:-1]]))[: len(every)]
-        counts = np.diff(np.append(first, len(every)))
-        return Known(every[first[counts <= most_common(self.samples)]])
+        # The first of each run of equal hashes, if the run is not too long.
+        most = most_common(self.samples)
+        kept = np.ones(len(every), np.bool_)
+        kept[1:] = every[1:] != every[:-1]
+        kept[:-most] &= every[most:] != every[:-most]
+        return Known(every[kept])
 
 
 def most_common(samples: int) -> int:
