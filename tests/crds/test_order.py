@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from crds.spec_table import GOOD, changed
 from finetune_api.base import InvalidSpec
-from finetune_api.order import CONTRACT_VERSION, RunOrder, parse_order
+from finetune_api.order import CONTRACT_VERSION, RunOrder, TunedBase, parse_order, tuned_base
+from finetune_api.sources import ModelPlace, StorageAccess
+from finetune_api.spec import parse_spec
 
 
 def order(change: dict[str, Any] | None = None) -> RunOrder:
@@ -28,6 +30,8 @@ def order(change: dict[str, Any] | None = None) -> RunOrder:
 @given(st.sampled_from(GOOD))
 def test_text_reads_back(row: Any) -> None:
     first = order(row.change)
+    if first.spec.model.fine_tune_job_ref is not None:
+        first = first.model_copy(update={"base": TunedBase(job="a", run="1-a", uri="s3://m/1-a")})
     back = parse_order(first.to_text())
     assert back == first
     assert back.to_text() == first.to_text()
@@ -79,3 +83,57 @@ def test_addresses() -> None:
     run = order({"output.destination": "s3://models/tuned/"})
     assert run.run_uri == "s3://models/tuned/.workspace/runs/bot/1-0f9c2"
     assert run.output_uri == "s3://models/tuned/1-0f9c2"
+
+
+FOLLOWER = {"model": {"fineTuneJobRef": {"name": "bot"}}}
+BOTH = {"output.format": "Both"}
+
+
+def test_a_reference_without_what_it_stands_for_is_refused() -> None:
+    with pytest.raises(
+        InvalidSpec, match=r"order\.base: required with spec\.model\.fineTuneJobRef"
+    ):
+        parse_order(order(FOLLOWER).to_text())
+
+
+def after(before: RunOrder, change: dict[str, Any]) -> RunOrder:
+    """The order of a run that starts from what the run of ``before`` has published."""
+    spec = parse_spec(changed(change))
+    base = tuned_base(before, "sha", spec)
+    return before.model_copy(update={"spec": spec, "base": base})
+
+
+def test_a_whole_model_has_nothing_beneath() -> None:
+    run = after(order(BOTH), FOLLOWER)
+    assert run.base == TunedBase(
+        job="bot", run="1-0f9c2", uri="s3://models/tuned/1-0f9c2", digest="sha"
+    )
+    assert run.base_model == ModelPlace(source="s3://models/tuned/1-0f9c2")
+
+
+def test_an_adapter_is_read_from_where_it_was_published_and_its_base_from_where_that_is() -> None:
+    near = {"endpoint": "http://near:9000", "secretRef": {"name": "near"}}
+    far = {"endpoint": "http://far:9000", "secretRef": {"name": "far"}}
+    first = order({"storage": near, "model.storage": far})
+    run = after(first, FOLLOWER)
+    assert run.base is not None and run.base.beneath is not None
+    assert run.base.beneath.source == "s3://models/base"
+    places = [run.base.storage, run.base.beneath.storage]
+    assert [run.profile_of(place) for place in places] == [1, 2]
+    assert [p.endpoint for p in run.storage_profiles] == [
+        None, "http://near:9000", "http://far:9000"]  # fmt: skip
+
+    beside = after(first, {**FOLLOWER, "storage": near})
+    assert beside.base is not None and beside.base.storage is None, "its own storage"
+    own = StorageAccess.model_validate(far)
+    chosen = after(first, {"model": {**FOLLOWER["model"], "storage": far}})
+    assert chosen.base is not None and chosen.base.storage == own, "the spec decides"
+
+
+def test_what_lies_beneath_goes_down_to_a_whole_model() -> None:
+    second = after(order(), FOLLOWER)
+    third = after(second, FOLLOWER)
+    assert third.base is not None and third.base.beneath == ModelPlace(source="s3://models/base")
+    tuned = after(after(order(BOTH), FOLLOWER), FOLLOWER)
+    assert tuned.base is not None and tuned.base.beneath is not None
+    assert tuned.base.beneath.source == "s3://models/tuned/1-0f9c2/merged"

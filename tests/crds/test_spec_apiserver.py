@@ -8,7 +8,7 @@ import pytest
 
 from crds.conftest import Create
 from crds.spec_table import BAD, GOOD, Row, changed
-from finetune_api.spec import parse_spec
+from finetune_api.spec import SELF_REFERENCE, parse_spec, refers_to_itself
 
 
 @pytest.mark.parametrize("row", GOOD, ids=lambda row: row.name)
@@ -36,3 +36,13 @@ def test_bad(row: Row, create: Create) -> None:
     assert row.allowed.lower() in message.lower()
     if row.got is not None:
         assert row.got in message
+
+
+def test_a_job_that_names_itself(create: Create) -> None:
+    """Judged on the whole object, which is called job: a spec alone has no name."""
+    spec = changed({"model": {"fineTuneJobRef": {"name": "job"}}})
+    assert refers_to_itself("job", parse_spec(spec))
+    assert not refers_to_itself("other", parse_spec(spec))
+    with pytest.raises(ValueError) as refused:
+        create(spec)
+    assert SELF_REFERENCE in str(refused.value)

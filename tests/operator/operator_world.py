@@ -12,10 +12,11 @@ from finetune_api.results import Progress, Termination
 from finetune_operator.config import Config
 from finetune_operator.decide import decide
 from finetune_operator.objects import format_time
-from finetune_operator.observe import Refusal, observe
+from finetune_operator.observe import Refusal, model_view, observe
 from finetune_operator.overlay import lay_over
 from finetune_operator.plan import Plan
 from finetune_operator.pods import INDEX_ANNOTATION
+from finetune_operator.references import ModelJob, References
 from finetune_operator.render import render
 
 UID = "0f9c2e4a-1111-2222-3333-444455556666"
@@ -38,10 +39,10 @@ def spec(**more: Any) -> dict[str, Any]:
 class World:
     """One FineTuneJob and its children. ``pass_()`` is one pass of the operator."""
 
-    def __init__(self, **more: Any) -> None:
+    def __init__(self, name: str = "bot", uid: str = UID, **more: Any) -> None:
         self.now = T0
         self.job: dict[str, Any] = {
-            "metadata": {"name": "bot", "namespace": "team", "uid": UID, "generation": 1},
+            "metadata": {"name": name, "namespace": "team", "uid": uid, "generation": 1},
             "spec": spec(**more),
         }
         self.objects: dict[tuple[str, str], dict[str, Any]] = {}
@@ -50,6 +51,8 @@ class World:
         self.pull_failing_since: dict[str, datetime] = {}
         self.refused: dict[str, Refusal] = {}
         self.config = CONFIG
+        self.others: list[World] = []
+        """Other jobs of the namespace."""
 
     # --- the operator ----------------------------------------------------------------------------
 
@@ -64,8 +67,18 @@ class World:
             progress=self.progress,
             progress_time=self.now if self.progress else None,
             refused=self.refused,
+            models=self.models(),
         )
         return decide(self.job, found, self.now, self.config)
+
+    def models(self) -> list[ModelJob]:
+        """Views of the jobs that this one waits for."""
+        references = References()
+        for world in (self, *self.others):
+            references.put(world.job)
+        by_name = {world.job["metadata"]["name"]: world for world in self.others}
+        chain = [by_name[job["metadata"]["name"]] for job in references.chain(self.job)]
+        return [model_view(world.job, world.of("ConfigMap")) for world in chain]
 
     def pass_(self) -> Plan:
         plan = self.plan()
@@ -237,21 +250,31 @@ PUBLISHED = {
 def at_training(**more: Any) -> World:
     """A world whose gang runs."""
     world = World(**more)
+    train(world)
+    return world
+
+
+def train(world: World) -> None:
+    """Bring a world to where its gang runs."""
     world.settle()
     world.finish("prepare", prepared=PREPARED)
     world.settle()
     world.wait(5)
     world.pods("train", world.job["spec"]["compute"]["nodes"], running={})
     world.settle()
-    return world
 
 
 def completed(**more: Any) -> World:
     """A world whose run has ended well."""
     world = at_training(**more)
+    complete(world)
+    return world
+
+
+def complete(world: World) -> None:
+    """Bring a world whose gang runs to its end."""
     world.wait(60)
     world.finish("train", trained=TRAINED)
     world.settle()
     world.finish("publish", published=PUBLISHED)
     world.settle()
-    return world

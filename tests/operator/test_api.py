@@ -300,6 +300,35 @@ def test_suspended_queue_job_is_left_to_kueue(job: Job, operator: OperatorProces
     job.reach("Training")
 
 
+def test_a_job_waits_for_the_model_of_another(job: Job, operator: OperatorProcess) -> None:
+    model = {"fineTuneJobRef": {"name": "bot"}}
+    follower = {
+        "apiVersion": names.API_VERSION,
+        "kind": names.KIND,
+        "metadata": {"name": "next", "namespace": job.namespace},
+        "spec": spec(compute={"gpusPerNode": 0}) | {"model": model},
+    }
+    job.api.apply(follower)
+
+    def status() -> Any:
+        return job.api.get("ftj", "next", "-n", job.namespace).get("status", {})
+
+    def said() -> str:
+        return str(next((c["message"] for c in status().get("conditions", ())), ""))
+
+    eventually("it waits", lambda: "there is no FineTuneJob bot" in said(), within=WITHIN)
+    assert job.names("jobs") == job.names("configmaps") == []
+    walk_to_training(job)
+    eventually("it sees the other", lambda: "bot is Training" in said(), within=WITHIN)
+    job.end("train", count=2, trained=TRAINED)
+    job.end("publish", published=PUBLISHED)
+    job.reach("Complete")
+    eventually("it begins", lambda: status().get("phase") == "Preparing", within=WITHIN)
+    run = job.status["run"]
+    assert status()["run"]["base"]["run"] == run["id"]
+    assert status()["run"]["base"]["uri"] == run["output"]
+
+
 def test_ttl_and_deletion(job: Job, operator: OperatorProcess) -> None:
     walk_to_training(job, childrenTTLSecondsAfterFinished=0)
     job.end("train", count=2, trained=TRAINED)

@@ -98,7 +98,13 @@ def test_the_nearest_of_several_times_counts() -> None:
 
 def obj(kind: str, uid: str, version: int, **more: Any) -> dict[str, Any]:
     labels = {} if kind == names.KIND else {names.LABEL_JOB_UID: UID}
-    meta = {"uid": uid, "name": uid, "resourceVersion": str(version), "labels": labels}
+    meta = {
+        "uid": uid,
+        "name": uid,
+        "namespace": "team",
+        "resourceVersion": str(version),
+        "labels": labels,
+    }
     return {"metadata": meta, **more}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from finetune_api.names import GROUP, KIND, PLURAL, SHORT_NAMES, SINGULAR, VERSION
 from finetune_api.schema import structural
-from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec import SELF_REFERENCE, SELF_REFERENCE_CEL, FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
 
 DESCRIPTION = (
@@ -67,6 +67,7 @@ def _schema() -> dict[str, Any]:
         "description": DESCRIPTION,
         "type": "object",
         "required": ["spec"],
+        "x-kubernetes-validations": [{"rule": SELF_REFERENCE_CEL, "message": SELF_REFERENCE}],
         "properties": {
             "apiVersion": {"type": "string"},
             "kind": {"type": "string"},

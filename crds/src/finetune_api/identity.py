@@ -70,3 +70,13 @@ def data_uri(workspace: str, digest: str) -> str:
 def output_uri(destination: str, run: str) -> str:
     """Prefix of the published model of a run."""
     return f"{destination.rstrip('/')}/{run}"
+
+
+def merged_uri(published: str) -> str:
+    """Prefix of the whole model below a published one."""
+    return f"{published.rstrip('/')}/merged"
+
+
+def adapter_uri(published: str) -> str:
+    """Prefix of the adapter below a published model."""
+    return f"{published.rstrip('/')}/adapter"

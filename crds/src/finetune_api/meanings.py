@@ -20,12 +20,17 @@ CONDITIONS: Final[dict[Condition, str]] = {
     " changed.",
     "Ready": "For kstatus (Flux, Argo CD): as Complete.",
     "Reconciling": "For kstatus: the run is under way.",
-    "Stalled": "For kstatus: as Failed; also where the spec as it stands is refused.",
+    "Stalled": "For kstatus: as Failed; also where the spec as it stands is refused, or the model"
+    " that it refers to will not come by itself.",
 }
 
 REASONS: Final[dict[str, str]] = {
     "Progressing": "Nothing is wrong.",
     "Pending": "The stage's Job is being made, or waits for pods of an earlier one to end.",
+    "WaitingForModel": "The job that spec.model.fineTuneJobRef names is missing or under way.",
+    "ModelFailed": "The job that spec.model.fineTuneJobRef names has failed, or its spec is"
+    " refused: it must be mended.",
+    "ReferenceCycle": "The jobs wait for each other's models.",
     "Preparing": "The data is being prepared.",
     "Queued": "The gang waits in spec.scheduling.queueName.",
     "Starting": "Not all pods of the gang run yet.",
@@ -54,6 +59,7 @@ status.failure."""
 
 PHASES: Final[dict[Phase, str]] = {
     "Pending": "The operator has seen the job, and nothing has been made yet.",
+    "Waiting": "The model that spec.model.fineTuneJobRef names is not published yet.",
     "Preparing": "Data is checked, rendered and tokenized on a CPU.",
     "Queued": "The gang waits in its queue.",
     "Starting": "The gang waits for nodes, images or its peers.",

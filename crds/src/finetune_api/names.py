@@ -120,6 +120,6 @@ Condition = Literal[
     "Ready", "Reconciling", "Stalled",
 ]  # fmt: skip
 Phase = Literal[
-    "Pending", "Preparing", "Queued", "Starting", "Training", "Publishing", "Suspended",
+    "Pending", "Waiting", "Preparing", "Queued", "Starting", "Training", "Publishing", "Suspended",
     "Complete", "Failed",
 ]  # fmt: skip

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 from functools import cached_property
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 from pydantic import ValidationError
 
-from finetune_api.base import InvalidSpec, Model, explain
-from finetune_api.identity import output_uri, run_uri
-from finetune_api.sources import BaseModelSource, DataSource, StorageAccess
+from finetune_api.base import InvalidSpec, Model, Record, explain
+from finetune_api.identity import merged_uri, output_uri, run_uri
+from finetune_api.sources import ModelPlace, StorageAccess
 from finetune_api.spec import FineTuneJobSpec
 
 CONTRACT_VERSION: Final = 1
@@ -34,6 +34,24 @@ class JobIdentity(Model):
     """UID of the job's object."""
 
 
+class TunedBase(Record):
+    """The published model that `spec.model.fineTuneJobRef` stood for when the run began: what the
+    other job does later does not reach the run."""
+
+    job: str
+    """Name of the job that published it."""
+    run: str
+    """Its run."""
+    uri: str
+    """Address of what the run has published."""
+    digest: str | None = None
+    """sha256 of its manifest; None where it is not known any more."""
+    storage: StorageAccess | None = None
+    """Access to it where it differs from `spec.storage`."""
+    beneath: ModelPlace | None = None
+    """The model that a published adapter is loaded on; None where a whole model was published."""
+
+
 class RunOrder(Model):
     """What a run does, complete."""
 
@@ -45,23 +63,35 @@ class RunOrder(Model):
     """Identity of the run, ``<number>-<uid5>``."""
     spec: FineTuneJobSpec
     """The spec of the run, with every default filled in."""
+    base: TunedBase | None = None
+    """What `spec.model.fineTuneJobRef` stands for."""
 
-    CURRENT: ClassVar[int] = CONTRACT_VERSION
+    @property
+    def base_model(self) -> ModelPlace:
+        """Where the model is that the run starts from, given by address or by reference."""
+        if self.base is not None:
+            return ModelPlace(source=self.base.uri, storage=self.base.storage)
+        assert self.spec.model.source is not None, "a rule asks for it; a reference has a base"
+        return ModelPlace(source=self.spec.model.source, storage=self.spec.model.storage)
 
     @cached_property
     def storage_profiles(self) -> tuple[StorageAccess, ...]:
         """The different ways in which this run reaches object storage; 0 is ``spec.storage``."""
-        profiles = [_plain(self.spec.storage)]
-        sources: list[BaseModelSource | DataSource] = [self.spec.model, *self.spec.data.train]
-        sources += [*(self.spec.data.validation or []), *(self.spec.data.test or [])]
-        for source in sources:
-            if source.storage is not None and _plain(source.storage) not in profiles:
-                profiles.append(_plain(source.storage))
+        data = self.spec.data
+        given = [self.spec.model.storage]
+        if self.base is not None:
+            given.append(self.base.storage)
+            given.append(self.base.beneath.storage if self.base.beneath else None)
+        given += [s.storage for s in [*data.train, *(data.validation or []), *(data.test or [])]]
+        profiles = [plain_access(self.spec.storage)]
+        for access in given:
+            if access is not None and plain_access(access) not in profiles:
+                profiles.append(plain_access(access))
         return tuple(profiles)
 
     def profile_of(self, access: StorageAccess | None) -> int:
         """Number of the storage profile of a source (its ``storage`` block, or None)."""
-        return 0 if access is None else self.storage_profiles.index(_plain(access))
+        return 0 if access is None else self.storage_profiles.index(plain_access(access))
 
     @property
     def run_uri(self) -> str:
@@ -76,10 +106,44 @@ class RunOrder(Model):
         return json.dumps(self.to_json(), sort_keys=True, indent=1) + "\n"
 
 
-def _plain(access: StorageAccess) -> StorageAccess:
+def plain_access(access: StorageAccess) -> StorageAccess:
+    """What of a storage block says how the storage is reached."""
     return StorageAccess.model_validate(
         {k: v for k, v in access.to_json().items() if k in {"endpoint", "region", "secretRef"}}
     )
+
+
+def tuned_base(before: RunOrder, digest: str | None, spec: FineTuneJobSpec) -> TunedBase:
+    """The base of a run with ``spec`` that starts from what the run of ``before`` has published.
+
+    Args:
+        digest: of the published manifest.
+    """
+    home = before.spec.storage
+    uri = before.output_uri
+    beneath = None
+    if before.spec.effective_output_format == "Adapter":
+        beneath = before.base_model
+        if before.base is not None and before.base.beneath is not None:
+            beneath = before.base.beneath
+        elif before.base is not None:
+            beneath = beneath.model_copy(update={"source": merged_uri(beneath.source)})
+        beneath = ModelPlace(
+            source=beneath.source, storage=_as_seen(beneath.storage or home, spec.storage)
+        )
+    return TunedBase(
+        job=before.job.name,
+        run=before.run,
+        uri=uri,
+        digest=digest,
+        storage=spec.model.storage or _as_seen(home, spec.storage),
+        beneath=beneath,
+    )
+
+
+def _as_seen(access: StorageAccess, own: StorageAccess) -> StorageAccess | None:
+    """A storage as a run with storage of its ``own`` names it: not at all where it is that."""
+    return None if plain_access(access) == plain_access(own) else plain_access(access)
 
 
 def parse_order(text: str | bytes) -> RunOrder:
@@ -99,6 +163,9 @@ def parse_order(text: str | bytes) -> RunOrder:
             ]
         )
     try:
-        return RunOrder.model_validate(raw)
+        order = RunOrder.model_validate(raw)
     except ValidationError as error:
         raise InvalidSpec(explain(error, root="order")) from None
+    if order.spec.model.fine_tune_job_ref is not None and order.base is None:
+        raise InvalidSpec(["order.base: required with spec.model.fineTuneJobRef, but absent"])
+    return order

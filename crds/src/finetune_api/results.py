@@ -150,6 +150,24 @@ class TrainSummary(Record):
     """Times that the run went back to an earlier commit."""
 
 
+class Ancestor(Record):
+    """One model that a tuned model was made from. A lineage is a list of them, the first base
+    model first; that one has an address alone."""
+
+    uri: str
+    """Address: of a model folder, or of what a run has published."""
+    job: str | None = None
+    """Job that published it."""
+    run: str | None = None
+    """Its run."""
+    digest: str | None = None
+    """sha256 of its manifest."""
+    method: str | None = None
+    """Tuning method of that run (`spec.method.type`)."""
+    formats: list[str] = []
+    """What was published: adapter, merged."""
+
+
 class PublishSummary(Record):
     """What was published."""
 

@@ -94,15 +94,53 @@ class Storage(StorageAccess):
     )
 
 
+class FineTuneJobReference(Model):
+    """Another FineTuneJob of the same namespace."""
+
+    name: DnsName
+    """Name of the FineTuneJob."""
+
+
 class BaseModelSource(Model):
-    """The model to start from."""
+    """The model to start from: give one of source and fineTuneJobRef."""
+
+    source: ModelUri | None = None
+    """`s3://bucket/prefix` of a model folder in Hugging Face layout (config.json, safetensors,
+    tokenizer), or of what a run has published (`<destination>/<run>`, which holds manifest.json);
+    `hf://organisation/name@revision` of the Hugging Face hub, or `pvc://claim/path` of a volume
+    claim in the job's namespace."""
+    fine_tune_job_ref: FineTuneJobReference | None = None
+    """Start from the model that another FineTuneJob of the namespace publishes: the run waits until
+    that job is Complete, and keeps to the run that it finds then. A later run of that job starts
+    none of this one; a new rerunToken does."""
+    storage: StorageAccess | None = None
+    """Access to this model. Absent: `spec.storage`, or, with fineTuneJobRef, the storage that the
+    other job has published to."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "has(self.source) || has(self.fineTuneJobRef)",
+            "there is nothing to start from: give source (an address) or fineTuneJobRef (another"
+            " FineTuneJob)",
+            lambda m: m.source is not None or m.fine_tune_job_ref is not None,
+            (),
+        ),
+        Rule(
+            "!(has(self.source) && has(self.fineTuneJobRef))",
+            "source and fineTuneJobRef exclude each other: give one of them",
+            lambda m: m.source is None or m.fine_tune_job_ref is None,
+            ("source", "fineTuneJobRef.name"),
+        ),
+    )
+
+
+class ModelPlace(Model):
+    """Where a model is, and how it is reached."""
 
     source: ModelUri
-    """`s3://bucket/prefix` of a model folder in Hugging Face layout (config.json, safetensors,
-    tokenizer), `hf://organisation/name@revision` of the Hugging Face hub, or `pvc://claim/path`
-    of a volume claim in the job's namespace."""
+    """Its address."""
     storage: StorageAccess | None = None
-    """Access to this source where it differs from `spec.storage`."""
+    """Access to it where it differs from `spec.storage`."""
 
 
 class DataSource(Model):

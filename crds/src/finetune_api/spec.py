@@ -311,6 +311,22 @@ class FineTuneJobSpec(Model):
         ).rstrip("/")
 
 
+SELF_REFERENCE: Final = (
+    "spec.model.fineTuneJobRef must name another FineTuneJob: no run can start from its own model"
+)
+SELF_REFERENCE_CEL: Final = (
+    "!has(self.spec.model.fineTuneJobRef) || self.spec.model.fineTuneJobRef.name !="
+    " self.metadata.name"
+)
+"""The same for the API server, which checks it on the whole object: a spec has no name."""
+
+
+def refers_to_itself(name: str, spec: FineTuneJobSpec) -> bool:
+    """Whether the spec of the job of that name waits for its own model (SELF_REFERENCE)."""
+    reference = spec.model.fine_tune_job_ref
+    return reference is not None and reference.name == name
+
+
 def parse_spec(raw: Any) -> FineTuneJobSpec:
     """The validated spec of a manifest's ``spec`` mapping.
 

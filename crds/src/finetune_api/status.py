@@ -35,6 +35,19 @@ class Condition(Model):
     """For people."""
 
 
+class RunBase(Model):
+    """The model of another job that a run started from."""
+
+    job: Word
+    """Job that spec.model.fineTuneJobRef named."""
+    run: Word
+    """Its run."""
+    uri: Uri
+    """Address of what that run has published."""
+    digest: Word | None = None
+    """sha256 of its manifest.json."""
+
+
 class Run(Model):
     """One run of the job."""
 
@@ -47,11 +60,13 @@ class Run(Model):
     attempt: int = 0
     """Attempt of the gang, counted in storage."""
     start_time: Time | None = None
-    """When the run began."""
+    """When the run began. Absent: it waits for the model of another job."""
     completion_time: Time | None = None
     """When it ended."""
     rerun_token: Word | None = None
     """spec.rerunToken that it began with."""
+    base: RunBase | None = None
+    """What spec.model.fineTuneJobRef stood for when it began."""
     outcome: Literal["Complete", "Failed", "Superseded"] | None = None
     """How it ended."""
     output: Uri | None = None

@@ -21,6 +21,8 @@ from finetune_api.results import Progress
 from finetune_operator.config import ANNOTATION_IMAGE, ANNOTATION_OUTCOME, ANNOTATION_RESTARTS
 from finetune_operator.objects import Object, parse_time, place_of
 from finetune_operator.pods import PodView, pod_view
+from finetune_operator.references import ModelJob, model_job
+from finetune_operator.report import read_status
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ class Observed:
     progress_time: datetime | None = None
     refused: Mapping[str, Refusal] = field(default_factory=dict)
     """By name of the child, until it is accepted."""
+    models: tuple[ModelJob, ...] = ()
+    """The job whose model this one starts from, the one that this names, and so on."""
 
     def job(self, role: Role, run: str, revision: int) -> JobView | None:
         """The Job of a role in a revision of a run."""
@@ -125,6 +129,7 @@ def observe(
     progress: Progress | None = None,
     progress_time: datetime | None = None,
     refused: Mapping[str, Refusal] | None = None,
+    models: Iterable[ModelJob] = (),
 ) -> Observed:
     """The views of a job's children; ``pull_failing_since`` is by pod uid."""
     since = pull_failing_since or {}
@@ -139,7 +144,16 @@ def observe(
         progress=progress,
         progress_time=progress_time,
         refused=dict(refused or {}),
+        models=tuple(models),
     )
+
+
+def model_view(job: Object, config_maps: Iterable[Object]) -> ModelJob:
+    """Another job, as the one that starts from its model sees it."""
+    status = read_status(job.get("status"))
+    views = sorted(filter(None, map(order_view, config_maps)), key=lambda v: -v.revision)
+    run = status.run.id if status.run else None
+    return model_job(job, status, [v.order for v in views if v.order and v.run == run])
 
 
 def order_view(obj: Object) -> OrderView | None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from finetune_api.names import Role
 from finetune_api.order import RunOrder
+from finetune_operator.references import Wait
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class CurrentRun:
     """Complete or Failed once it has ended."""
     recorded: bool = False
     """Whether its order is in the cluster already."""
+    wait: Wait | None = None
+    """Why it cannot begin yet: its order is not complete, and nothing is made of it."""
 
 
 Kind = Literal["ConfigMap", "Service", "Job", "Pod"]

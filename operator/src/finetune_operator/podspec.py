@@ -207,10 +207,12 @@ def _storage_env(order: RunOrder) -> Iterator[Json]:
             }
 
 
-def claims(spec: FineTuneJobSpec) -> list[str]:
+def claims(order: RunOrder) -> list[str]:
     """Volume claims that ``pvc://claim/path`` sources name, sorted."""
-    data = spec.data
-    uris = [spec.model.source]
+    data = order.spec.data
+    uris = [order.base_model.source]
+    if order.base is not None and order.base.beneath is not None:
+        uris.append(order.base.beneath.source)
     uris += [s.source for s in [*data.train, *(data.validation or []), *(data.test or [])]]
     return sorted({m[1] for u in uris if (m := re.match(r"pvc://([^/]+)", u))})
 
@@ -224,7 +226,7 @@ def _mounts(order: RunOrder, role: Role) -> list[Json]:
     ]
     if role == "train":
         mounts.append({"name": "shm", "mountPath": "/dev/shm"})
-    for number, claim in enumerate(claims(order.spec)):
+    for number, claim in enumerate(claims(order)):
         path = f"{names.PVC_ROOT}/{claim}"
         mounts.append({"name": f"pvc-{number}", "mountPath": path, "readOnly": True})
     return mounts
@@ -243,7 +245,7 @@ def _volumes(subject: Subject, run: CurrentRun, role: Role) -> list[Json]:
     if role == "train":
         size = run.order.spec.compute.shared_memory
         volumes.append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": size}})
-    for number, claim in enumerate(claims(run.order.spec)):
+    for number, claim in enumerate(claims(run.order)):
         source = {"claimName": claim, "readOnly": True}
         volumes.append({"name": f"pvc-{number}", "persistentVolumeClaim": source})
     return volumes

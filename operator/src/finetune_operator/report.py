@@ -203,8 +203,10 @@ def evaluation(trained: TrainSummary) -> list[MetricValue]:
 def events(before: FineTuneJobStatus, after: FineTuneJobStatus) -> tuple[Event, ...]:
     """Events of what changed for a user: conditions that became true, incidents, new runs."""
     found = []
-    if after.run and (before.run is None or before.run.number != after.run.number):
-        found.append(Event("Normal", "RunStarted", f"run {after.run.id} begins"))
+    begun = before.run.number if before.run and before.run.start_time else None
+    if after.run and after.run.start_time and begun != after.run.number:
+        from_ = f", from run {after.run.base.run} of {after.run.base.job}" if after.run.base else ""
+        found.append(Event("Normal", "RunStarted", f"run {after.run.id} begins{from_}"))
     same_run = bool(before.run and after.run and before.run.id == after.run.id)
     if same_run and after.restarts > before.restarts:
         message = f"incident {after.restarts} of the gang; it goes on from its last commit"

@@ -12,12 +12,13 @@ from typing import Final
 
 from finetune_api.classes import FieldClass, changed_classes
 from finetune_api.identity import run_id
-from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
+from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder, TunedBase
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.config import Config
 from finetune_operator.observe import Observed, OrderView
 from finetune_operator.plan import CurrentRun, Subject
+from finetune_operator.references import Wait, find_base, from_status
 
 ENDED: Final = ("Complete", "Failed")
 
@@ -36,16 +37,16 @@ def current_run(
     latest = _newest_order(observed)
     number = max(before.run.number if before.run else 0, latest.number if latest else 0)
     if number == 0:
-        return _begin(1, subject, spec, config) if spec and not spec.suspend else None
+        return _begin(1, subject, spec, observed, config) if spec and not spec.suspend else None
     if latest is not None and latest.number < number:
         latest = None
     outcome = _outcome(number, before, latest)
     changed = _changed(subject, spec, before, latest)
     if spec is not None and "NewRun" in changed:
-        return _begin(number + 1, subject, spec, config)
+        return _begin(number + 1, subject, spec, observed, config)
     if spec is not None and "Resume" in changed and outcome != "Complete":
         return _revise(number, subject, spec, before, latest, outcome, config)
-    return _as_it_is(number, subject, spec, before, latest, outcome, config)
+    return _as_it_is(number, subject, spec, before, latest, outcome, observed, config)
 
 
 def _newest_order(observed: Observed) -> OrderView | None:
@@ -73,21 +74,50 @@ def _changed(
     if spec is None or before.observed_generation == subject.generation:
         return {}
     if latest is None or latest.order is None:
-        # Nothing to compare with: only an explicit wish starts a new run.
+        # Nothing to compare with: only an explicit wish starts a new run. One that still waits for
+        # its model begins with the spec as it stands.
+        if before.run is not None and before.run.start_time is None:
+            return {}
         token = before.run.rerun_token if before.run else None
         return {} if spec.rerun_token in (None, token) else {"NewRun": ["rerunToken"]}
     return changed_classes(latest.order.spec.to_json(), spec.to_json())
 
 
-def _begin(number: int, subject: Subject, spec: FineTuneJobSpec, config: Config) -> CurrentRun:
+def _begin(
+    number: int, subject: Subject, spec: FineTuneJobSpec, observed: Observed, config: Config
+) -> CurrentRun:
     run = run_id(number, subject.uid)
+    base, wait = _find_base(subject, spec, observed)
     return CurrentRun(
         number=number,
         id=run,
         revision=1,
-        order=_order(subject, run, spec),
+        order=_order(subject, run, spec, base),
         image=spec.compute.image or config.image,
+        wait=wait,
     )
+
+
+def _find_base(
+    subject: Subject, spec: FineTuneJobSpec, observed: Observed
+) -> tuple[TunedBase | None, Wait | None]:
+    """What a run that begins now starts from, or why it waits."""
+    found = find_base(subject.name, subject.namespace, spec, observed.models)
+    return (None, found) if isinstance(found, Wait) else (found, None)
+
+
+def _kept_base(
+    number: int, spec: FineTuneJobSpec, before: FineTuneJobStatus, latest: OrderView | None
+) -> TunedBase | None:
+    """What a run that has begun started from, whatever the other job did since."""
+    if spec.model.fine_tune_job_ref is None:
+        return None
+    if latest is not None and latest.order is not None:
+        return latest.order.base
+    run = before.run
+    if run is None or run.number != number or run.base is None:
+        return None
+    return from_status(run.base, spec.model.storage)
 
 
 def _revise(
@@ -107,7 +137,7 @@ def _revise(
         number=number,
         id=run,
         revision=revision + 1,
-        order=_order(subject, run, spec),
+        order=_order(subject, run, spec, _kept_base(number, spec, before, latest)),
         image=spec.compute.image or config.image,
         restarts_before=before.restarts if outcome == "Failed" else restarts_before,
     )
@@ -120,6 +150,7 @@ def _as_it_is(
     before: FineTuneJobStatus,
     latest: OrderView | None,
     outcome: str | None,
+    observed: Observed,
     config: Config,
 ) -> CurrentRun | None:
     run = run_id(number, subject.uid)
@@ -136,23 +167,29 @@ def _as_it_is(
         )
     if spec is None:
         return None
-    # The order was removed by hand, or today's models refuse it: the spec as it stands now.
+    # The order was removed by hand, or today's models refuse it, or none was made, since the run
+    # waits for its model: the spec as it stands now.
+    base, wait = _kept_base(number, spec, before, latest), None
+    if base is None and outcome is None:
+        base, wait = _find_base(subject, spec, observed)
     return CurrentRun(
         number=number,
         id=run,
         revision=latest.revision if latest else before.run.revision if before.run else 1,
-        order=_order(subject, run, spec),
+        order=_order(subject, run, spec, base),
         image=(latest.image if latest else "") or spec.compute.image or config.image,
         restarts_before=latest.restarts_before if latest else 0,
         outcome=outcome,
         recorded=latest is not None,
+        wait=wait,
     )
 
 
-def _order(subject: Subject, run: str, spec: FineTuneJobSpec) -> RunOrder:
+def _order(subject: Subject, run: str, spec: FineTuneJobSpec, base: TunedBase | None) -> RunOrder:
     return RunOrder(
         version=CONTRACT_VERSION,
         job=JobIdentity(namespace=subject.namespace, name=subject.name, uid=subject.uid),
         run=run,
         spec=spec,
+        base=base,
     )

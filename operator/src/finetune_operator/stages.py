@@ -24,6 +24,8 @@ HISTORY: Final = 10
 def advance(work: Work) -> FineTuneJobStatus:
     """One pass: fills ``work.draft`` and answers the new status."""
     _clean_up(work)
+    if work.run.wait is not None:
+        return status_of.suspended(work) if work.spec.suspend else status_of.waiting(work)
     if work.stage is None:
         _end(work, "Complete")
         return status_of.complete(work)

@@ -6,7 +6,14 @@ from datetime import datetime
 from typing import Any, Literal
 
 from finetune_api.names import Phase
-from finetune_api.status import Checkpoints, FailureStatus, FineTuneJobStatus, ParameterStatus, Run
+from finetune_api.status import (
+    Checkpoints,
+    FailureStatus,
+    FineTuneJobStatus,
+    ParameterStatus,
+    Run,
+    RunBase,
+)
 from finetune_operator import report
 from finetune_operator.objects import format_time, parse_time
 from finetune_operator.report import STAGE_CONDITION, Conditions
@@ -53,6 +60,23 @@ def suspended(work: Work) -> FineTuneJobStatus:
     conditions.set("Ready", "False", "Suspended", message)
     _kstatus(conditions, "Suspended", reconciling=False)
     return _assemble(work, "Suspended", conditions)
+
+
+def waiting(work: Work) -> FineTuneJobStatus:
+    """The model that the run starts from is not published yet."""
+    wait = work.run.wait
+    assert wait is not None
+    conditions = _conditions(work)
+    conditions.set("Prepared", "False", wait.reason, wait.message)
+    conditions.set("Running", "False", wait.reason)
+    conditions.set("Suspended", "False", "NotSuspended")
+    conditions.set("Ready", "False", wait.reason, wait.message)
+    if wait.stuck:
+        conditions.set("Reconciling", "False", wait.reason)
+        conditions.set("Stalled", "True", wait.reason, wait.message)
+    else:
+        _kstatus(conditions, wait.reason, reconciling=True, message=wait.message)
+    return _assemble(work, "Waiting", conditions)
 
 
 def underway(work: Work) -> FineTuneJobStatus:
@@ -217,18 +241,31 @@ def _run(work: Work, outcome: Literal["Complete", "Failed"] | None) -> Run:
         number=work.run.number,
         revision=work.run.revision,
         attempt=max(attempts),
-        start_time=(known.start_time if known else None) or format_time(_began(work)),
+        start_time=_start_time(work, known),
         completion_time=format_time(completion_time(work)) if outcome else None,
         rerun_token=work.order.spec.rerun_token,
+        base=_base(work),
         outcome=outcome,
         output=work.order.output_uri if outcome == "Complete" else None,
     )
 
 
-def _began(work: Work) -> datetime:
-    """When the run's first order was made, which is now where there is none yet."""
+def _start_time(work: Work, known: Run | None) -> str | None:
+    """When the run's first order was made, which is now where there is none yet; None while the
+    run waits for its model."""
+    if work.run.wait is not None:
+        return None
+    if known is not None and known.start_time is not None:
+        return known.start_time
     made = [o.created for o in work.observed.orders if o.run == work.run.id and o.created]
-    return min(made, default=work.now)
+    return format_time(min(made, default=work.now))
+
+
+def _base(work: Work) -> RunBase | None:
+    base = work.order.base
+    if base is None:
+        return None
+    return report.make(RunBase, job=base.job, run=base.run, uri=base.uri, digest=base.digest)
 
 
 def _results(work: Work, base: FineTuneJobStatus) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from typing import Any, Final
 from finetune_api import names
 from finetune_api.results import Progress
 from finetune_operator.objects import Object
-from finetune_operator.observe import Observed, Refusal, observe
+from finetune_operator.observe import Observed, Refusal, model_view, observe
 from finetune_operator.pods import container_status, pull_is_failing
+from finetune_operator.references import References
 
 CHILD_KINDS: Final = ("ConfigMap", "Service", "Job", "Pod")
 REMEMBERED_REMOVALS: Final = 10_000
@@ -31,6 +32,7 @@ class Store:
 
     def __init__(self) -> None:
         self._jobs: dict[str, Object] = {}
+        self._references = References()
         self._children: dict[str, dict[str, dict[str, Object]]] = {}
         self._removed: dict[str, int] = {}
         self._gone_pods: dict[str, dict[str, Object]] = {}
@@ -44,7 +46,9 @@ class Store:
         """Remember an object; answers the uid of the job it belongs to, or None."""
         uid = obj["metadata"]["uid"]
         if kind == names.KIND:
-            return self._put_in(self._jobs, uid, obj, uid)
+            self._put_in(self._jobs, uid, obj, uid)
+            self._references.put(self._jobs[uid])
+            return str(uid)
         owner: str | None = (obj["metadata"].get("labels") or {}).get(names.LABEL_JOB_UID)
         if owner is None:
             return None
@@ -66,6 +70,7 @@ class Store:
         """Forget an object that was deleted; answers the uid of its job."""
         uid = obj["metadata"]["uid"]
         if kind == names.KIND:
+            self._references.remove(obj)
             self._forget(uid)
             return str(uid)
         owner: str | None = (obj["metadata"].get("labels") or {}).get(names.LABEL_JOB_UID)
@@ -117,6 +122,11 @@ class Store:
         """All FineTuneJobs."""
         return iter(list(self._jobs.values()))
 
+    def affected(self, kind: str, obj: Object) -> list[str]:
+        """Uids of the jobs that a change of an object may matter to besides its own: those that
+        start from the model of a FineTuneJob."""
+        return self._references.dependents(obj) if kind == names.KIND else []
+
     def children(self, uid: str, kind: str) -> list[Object]:
         """A job's children of one kind."""
         return list(self._children.get(uid, {}).get(kind, {}).values())
@@ -130,6 +140,8 @@ class Store:
     def observed(self, uid: str) -> Observed:
         """What ``decide`` gets to see."""
         progress, time = self._progress.get(uid, (None, None))
+        job = self._jobs.get(uid)
+        named = self._references.chain(job) if job is not None else []
         return observe(
             config_maps=self.children(uid, "ConfigMap"),
             jobs=self.children(uid, "Job"),
@@ -140,6 +152,7 @@ class Store:
             progress=progress,
             progress_time=time,
             refused=self._refused.get(uid),
+            models=[model_view(o, self.children(o["metadata"]["uid"], "ConfigMap")) for o in named],
         )
 
 

@@ -90,8 +90,8 @@ def _register(
         obj = event["object"]
         gone = event["type"] == "DELETED"
         uid = store.remove(kind, obj) if gone else store.put(kind, obj)
-        if uid is not None:
-            enqueue(uid)
+        for key in [*filter(None, [uid]), *store.affected(kind, obj)]:
+            enqueue(key)
 
 
 def settings() -> kopf.OperatorSettings:
@@ -179,5 +179,5 @@ async def _sweep_kind(
         here = namespace is None or obj["metadata"].get("namespace") == namespace
         if here and obj["metadata"]["uid"] not in present and version_of(obj) <= version:
             uid = store.remove(kind, obj)
-            if uid is not None:
-                enqueue(uid)
+            for key in [*filter(None, [uid]), *store.affected(kind, obj)]:
+                enqueue(key)
