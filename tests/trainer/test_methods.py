@@ -15,8 +15,9 @@ from peft import PeftModel
 from test_training import write_model
 from transformers import AutoModelForCausalLM, CohereConfig, MixtralConfig, Qwen2MoeConfig
 
-from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
+from finetune_api.sources import ModelPlace
 from finetune_api.spec import FineTuneJobSpec, parse_spec
+from finetune_trainer.engine.base import BaseFiles
 from finetune_trainer.engine.dcp import load_state, load_weights, save_state, state_of
 from finetune_trainer.engine.feed import build_row
 from finetune_trainer.engine.layout import row_context
@@ -31,6 +32,7 @@ from finetune_trainer.failures import UserError
 from finetune_trainer.prepare.pipeline import max_length_of
 from finetune_trainer.prepared.shards import Reference
 from finetune_trainer.publish.weights import tuned_model, write_adapter, write_merged
+from finetune_trainer.storage.published import Base
 
 IDS = torch.arange(1, 25)[None]
 
@@ -175,16 +177,13 @@ def check_published(
     base: Path, folder: Path, spec: FineTuneJobSpec, expected: torch.Tensor
 ) -> None:
     """What is written of a commit has the tuned model's logits in plain transformers and peft."""
-    order = RunOrder(
-        version=CONTRACT_VERSION, job=JobIdentity(namespace="default", name="job", uid="abcde"),
-        run="1-abcde", spec=spec,
-    )  # fmt: skip
     tokenizer = load_tokenizer(base)
     plain = AutoModelForCausalLM.from_pretrained(base)
     assert (logits(plain) - expected).abs().max() > 1e-3
     if "Adapter" in spec.method.kind.formats:
         model = tuned_model(base, folder / "commit", spec, whole=False)
-        write_adapter(model, tokenizer, base, order, folder / "adapter")
+        files = BaseFiles(Base(ModelPlace(source="s3://models/base"), ()), base, None)
+        write_adapter(model, tokenizer, files, spec, folder / "adapter")
         adapted = PeftModel.from_pretrained(plain, str(folder / "adapter"))
         torch.testing.assert_close(logits(adapted), expected, atol=2e-6, rtol=1e-5)
     if "Merged" in spec.method.kind.formats:

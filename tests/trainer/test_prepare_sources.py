@@ -142,13 +142,13 @@ def test_a_model_in_object_storage_is_fetched_whole_and_once(
     put_model(store, model_folder, f"s3://{bucket}/whole")
     order = order_for(model={"source": f"s3://{bucket}/whole"})
     stores = Stores(order)
-    folder = fetch_tokenizer(order, stores, tmp_path / "model")
+    folder = fetch_tokenizer(order.base_model, stores, tmp_path / "model")
     assert not list(folder.glob("*.safetensors"))
     assert read_limits(folder, "m").max_length == 256
-    assert fetch_model(order, stores, folder) == folder
+    assert fetch_model(order.base_model, stores, folder) == folder
     assert len(list(folder.glob("*.safetensors"))) > 1 and same_files(folder, model_folder)
     before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
-    fetch_model(order, stores, folder)
+    fetch_model(order.base_model, stores, folder)
     assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before
 
 
@@ -160,7 +160,7 @@ def test_a_model_without_all_its_parts_is_refused(
     put_model(store, model_folder, f"s3://{bucket}/partly", part)
     order = order_for(model={"source": f"s3://{bucket}/partly"})
     with pytest.raises(UserError, match=part) as caught:
-        fetch_tokenizer(order, Stores(order), tmp_path / "model")
+        fetch_tokenizer(order.base_model, Stores(order), tmp_path / "model")
     assert caught.value.reason == "ModelNotFound"
 
 
@@ -173,7 +173,7 @@ def test_a_model_that_is_not_there_is_named_with_what_its_folder_must_hold(
     order = order_for(model={"source": source})
     for fetch in (fetch_tokenizer, fetch_model):
         with pytest.raises(UserError) as caught:
-            fetch(order, Stores(order), tmp_path / "model")
+            fetch(order.base_model, Stores(order), tmp_path / "model")
         assert caught.value.reason == "ModelNotFound"
         for word in (source, "config.json", "model.safetensors", "tokenizer.json"):
             assert word in caught.value.message
@@ -186,7 +186,7 @@ def test_a_model_on_a_claim_is_used_where_it_is(
     monkeypatch.setenv(ENV_PVC_ROOT, str(model_folder.parent))
     order = order_for(model={"source": f"pvc://{model_folder.name}/"})
     for fetch in (fetch_tokenizer, fetch_model):
-        folder = fetch(order, Stores(order), tmp_path / "model")
+        folder = fetch(order.base_model, Stores(order), tmp_path / "model")
         assert folder.resolve() == model_folder.resolve()
 
 
@@ -206,7 +206,7 @@ def test_a_model_of_the_hub_is_read_from_its_cache(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     order = order_for(model={"source": "hf://acme/tiny@v1"})
     for fetch in (fetch_tokenizer, fetch_model):
-        folder = fetch(order, Stores(order), tmp_path / "model")
+        folder = fetch(order.base_model, Stores(order), tmp_path / "model")
         assert same_files(folder, model_folder)
 
 

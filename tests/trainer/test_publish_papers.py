@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
-from finetune_api.results import DataSetScores, PreparedSummary, TrainSummary
+from finetune_api.results import Ancestor, DataSetScores, PreparedSummary, TrainSummary
+from finetune_api.sources import ModelPlace
 from finetune_api.spec import parse_spec
 from finetune_trainer.prepared.manifest import DataManifest, DataSet
 from finetune_trainer.publish import facts, modelcard, report
@@ -67,6 +68,7 @@ def about(source: str = "hf://org/name@rev", scores: bool = True, **spec: object
         untuned={"Loss": 2.0, "Accuracy": 0.5, "Perplexity": 123456.7},
         tuned={"Loss": 2.5, "Accuracy": 0.975, "Perplexity": 12.2},
     )
+    lineage = [Ancestor(uri=source)]
     result = RunResult(
         summary=TrainSummary(
             attempt=2, restarts=1, steps=20, checkpoint="s3://bucket/commit", checkpoint_step=10,
@@ -82,6 +84,7 @@ def about(source: str = "hf://org/name@rev", scores: bool = True, **spec: object
         examples={
             "support": [Example(prompt="<script>x</script>", reference="a", untuned="b", tuned="c")]
         },
+        lineage=lineage,
         versions={"torch": "1"},
         processes=2,
         device="cpu",
@@ -99,7 +102,7 @@ def about(source: str = "hf://org/name@rev", scores: bool = True, **spec: object
         max_length=64, max_completion_tokens=4, stop_token_ids=[0], dropped={}, files=[],
     )  # fmt: skip
     sizes = facts.Sizes({"adapter": 1_234_567, "merged": 2_000_000_000}, full_copy=1980)
-    return facts.gather(order, result, prepared, data, sizes)
+    return facts.gather(order, result, prepared, data, sizes, ModelPlace(source=lineage[-1].uri))
 
 
 class Page(HTMLParser):

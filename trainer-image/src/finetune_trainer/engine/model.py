@@ -93,7 +93,7 @@ def make_room(model: nn.Module) -> None:
 def _unsupported(error: Exception) -> UserError:
     return UserError(
         "UnsupportedModel",
-        f"spec.model.source: the model cannot be loaded as a causal language model: {error}",
+        f"spec.model: the model cannot be loaded as a causal language model: {error}",
     )
 
 

@@ -17,6 +17,8 @@ from finetune_api.identity import data_uri
 from finetune_api.order import RunOrder
 from finetune_api.results import PreparedSummary
 from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.engine.adaptersum import check_sum
+from finetune_trainer.engine.base import fetch_base
 from finetune_trainer.engine.quantized import check_package
 from finetune_trainer.engine.schedule import stages_of, steps_of
 from finetune_trainer.evaluate.metricnames import check_metrics
@@ -69,9 +71,11 @@ def prepare(
     spec = order.spec
     check_package(spec)
     check_access(spec, stores.default)
-    model = load_model(order, stores, scratch / "tokenizer")
+    base = fetch_base(order, stores, scratch, weights=False)
+    check_sum(order, base)
+    model = load_model(order, base.folder)
     sources = find_sources(spec, stores)
-    files = modelfiles.tokenizer_files(scratch / "tokenizer")
+    files = modelfiles.tokenizer_files(base.folder)
     tokenizer = {file.name: file_info(file).sha256 for file in files}
 
     def digest_of(found: list[Source]) -> str:
@@ -119,15 +123,13 @@ def check_access(spec: FineTuneJobSpec, store: ObjectStore) -> None:
     store.delete([probe])
 
 
-def load_model(order: RunOrder, stores: Stores, folder: Path) -> Model:
-    """Tokenizer and bounds of the base model, whose weights are looked for but not fetched.
+def load_model(order: RunOrder, folder: Path) -> Model:
+    """Tokenizer and bounds of the base model in a folder.
 
     Raises:
-        UserError: where the model is not there or unknown, or maxLength is above its maximum.
+        UserError: where the model is unknown, or maxLength is above its maximum.
     """
-    spec = order.spec
-    source = spec.model.source
-    modelfiles.fetch_tokenizer(order, stores, folder)
+    source = order.base_model.source
     limits = modelfiles.read_limits(folder, source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -141,7 +143,7 @@ def load_model(order: RunOrder, stores: Stores, folder: Path) -> Model:
         source=source,
         tokenizer=tokenizer,
         tokens=Tokens(tokenizer, source, limits.vocabulary),
-        max_length=max_length_of(spec, limits.max_length),
+        max_length=max_length_of(order.spec, limits.max_length),
     )
 
 
@@ -162,7 +164,7 @@ def max_length_of(spec: FineTuneJobSpec, model_maximum: int | None) -> int:
         raise UserError(
             "MaxLengthTooLong",
             f"spec.training.maxLength: {wanted or 1} is more than the {model_maximum} positions of"
-            f" the model ({spec.model.source}, max_position_embeddings){taken}; lower it",
+            f" the base model (max_position_embeddings){taken}; lower it",
         )
     return wanted or min(room, DEFAULT_MAX_LENGTH)
 

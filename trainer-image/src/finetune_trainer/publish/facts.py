@@ -9,6 +9,7 @@ from typing import Final
 from finetune_api.methods import Method
 from finetune_api.order import RunOrder
 from finetune_api.results import PreparedSummary
+from finetune_api.sources import ModelPlace
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.evaluate.scores import HIGHER_IS_BETTER
 from finetune_trainer.prepared.manifest import DataManifest
@@ -70,6 +71,8 @@ class About:
     prepared: PreparedSummary
     data: DataManifest
     sizes: Sizes
+    base: ModelPlace
+    """The whole model that an adapter is loaded on."""
     scores: list[Score]
 
     @property
@@ -88,6 +91,7 @@ def gather(
     prepared: PreparedSummary,
     data: DataManifest,
     sizes: Sizes,
+    base: ModelPlace,
 ) -> About:
     """All of it; scores in the order of the sets, then of the metrics."""
     scores = [
@@ -95,7 +99,7 @@ def gather(
         for found in result.summary.scores
         for metric, tuned in found.tuned.items()
     ]
-    return About(order, result, prepared, data, sizes, scores)
+    return About(order, result, prepared, data, sizes, base, scores)
 
 
 def metrics_text(about: About) -> str:
@@ -104,7 +108,8 @@ def metrics_text(about: About) -> str:
     raw = {
         "run": about.order.run,
         "job": about.order.job.to_json(),
-        "baseModel": about.spec.model.source,
+        "baseModel": about.order.base_model.source,
+        "lineage": [ancestor.to_json() for ancestor in result.lineage],
         "formats": about.formats,
         "checkpoint": {"uri": summary.checkpoint, "step": summary.checkpoint_step},
         "test": [
@@ -175,7 +180,7 @@ def settings(about: About) -> list[tuple[str, str]]:
     share = 100 * trained / max(1, total)
     stored = ", ".join(f"{name} {megabytes(n)}" for name, n in about.sizes.stored.items())
     return [
-        ("Base model", spec.model.source),
+        ("Base model", about.order.base_model.source),
         ("Method", describe(spec.method)),
         ("Trained parameters", f"{trained:,} of {total:,} ({share:.2g} %)"),
         ("Stored size", f"{stored}; a whole copy has {megabytes(about.sizes.full_copy)}"),

@@ -1,4 +1,4 @@
-"""What makes published files a model: the manifest, written last, and ``latest.json``."""
+"""Files of a published model in object storage, and ``latest.json`` beside them."""
 
 from __future__ import annotations
 
@@ -18,43 +18,12 @@ from finetune_trainer.storage.objects import (
     ObjectStore,
     PreconditionFailed,
 )
+from finetune_trainer.storage.published import Manifest, PublishedFile
 
-MANIFEST: Final = "manifest.json"
 LATEST: Final = "latest.json"
 TRIES: Final = 20
 """Rounds of the compare-and-swap of latest.json; each that fails means that another got on."""
 _PARALLEL_FILES: Final = 4
-
-
-class PublishedFile(Record):
-    """What a reader checks a file by."""
-
-    bytes: int
-    """Size."""
-    sha256: str
-    """Of its bytes, hexadecimal."""
-
-
-class Manifest(Record):
-    """``manifest.json`` of a published model."""
-
-    run: str
-    """Run that made it."""
-    job: JobIdentity
-    """Job of the run."""
-    base_model: str
-    """Address of the model that was tuned."""
-    checkpoint: str
-    """Commit that was published."""
-    formats: list[str]
-    """adapter, merged: folders beside this file."""
-    full_copy_bytes: int = 0
-    """What the weights of a whole model take in the dtype of the base."""
-    files: dict[str, PublishedFile]
-    """Every other file, by name below this folder."""
-
-    def to_text(self) -> bytes:
-        return (json.dumps(self.to_json(), sort_keys=True, indent=1) + "\n").encode()
 
 
 class Latest(Record):
@@ -92,15 +61,6 @@ def upload_folder(store: ObjectStore, folder: Path, uri: str) -> dict[str, Publi
         name: PublishedFile(bytes=info.bytes, sha256=info.sha256)
         for name, info in zip(names, infos, strict=True)
     }
-
-
-def read_published(store: ObjectStore, uri: str) -> tuple[Manifest, bytes] | None:
-    """The manifest of a published model and its text, or None where there is no whole one."""
-    try:
-        text = store.get(f"{uri}/{MANIFEST}")
-    except ObjectNotFound:
-        return None
-    return Manifest.model_validate_json(text), text
 
 
 def summarise(uri: str, manifest: Manifest, text: bytes) -> PublishSummary:

@@ -42,7 +42,7 @@ def render(about: About) -> str:
     parts = [
         f"---\n{front}---",
         f"# {order.job.name}",
-        f"`{about.spec.model.source}`, tuned with {about.spec.method.type} by finetune-operator"
+        f"`{order.base_model.source}`, tuned with {about.spec.method.type} by finetune-operator"
         f" (run `{order.run}`). `report.html` beside this file has the loss curve, the data and"
         " examples; `metrics.json` has every figure.",
         "## Test metrics",
@@ -51,6 +51,7 @@ def render(about: About) -> str:
         else "The run had no test set.",
         "## How to load it",
         *(_load(about, name) for name in about.formats),
+        *_lineage(about),
         "## Training",
         _table(("Setting", "Value"), settings(about)),
         "Versions: " + ", ".join(f"{k} {v}" for k, v in result.versions.items()) + ".",
@@ -69,7 +70,7 @@ def render(about: About) -> str:
 
 def front_matter(about: About) -> dict[str, Any]:
     """The card's metadata (Hugging Face model card specification)."""
-    source = about.spec.model.source
+    source = about.result.lineage[0].uri
     adapter_only = about.formats == ["adapter"]
     front: dict[str, Any] = {
         "library_name": "peft" if adapter_only else "transformers",
@@ -78,7 +79,8 @@ def front_matter(about: About) -> dict[str, Any]:
     }
     if source.startswith("hf://"):
         front["base_model"] = source.removeprefix("hf://").partition("@")[0]
-        front["base_model_relation"] = "adapter" if adapter_only else "finetune"
+        on_it = about.base.source == source
+        front["base_model_relation"] = "adapter" if adapter_only and on_it else "finetune"
     sets: dict[str, list[dict[str, Any]]] = {}
     for score in about.scores:
         entry = {"type": score.metric.lower(), "name": score.metric, "value": score.tuned}
@@ -99,13 +101,39 @@ def front_matter(about: About) -> dict[str, Any]:
 def _load(about: About, name: str) -> str:
     if name == "merged":
         return _LOAD_MERGED
-    source = about.spec.model.source
+    source = about.base.source
     if not source.startswith("hf://"):
         return f"`base` is a copy of `{source}`.\n\n" + _LOAD_ADAPTER.format(base='"base"')
     base, _, revision = source.removeprefix("hf://").partition("@")
     return _LOAD_ADAPTER.format(
         base=f'"{base}", revision="{revision}"' if revision else f'"{base}"'
     )
+
+
+def _lineage(about: About) -> list[str]:
+    """What the model was made from, where that is more than its base model."""
+    first, *tuned = about.result.lineage
+    if not tuned:
+        return []
+    rows = [("1", f"`{first.uri}`", "", "", "")]
+    rows += [
+        (str(number), f"`{a.uri}`", f"{a.job} {a.run}", a.method or "", " and ".join(a.formats))
+        for number, a in enumerate(tuned, 2)
+    ]
+    run, formats = about.order.run, " and ".join(about.formats)
+    here = (str(len(rows) + 1), "this model", f"{about.order.job.name} {run}",
+            about.spec.method.type, formats)  # fmt: skip
+    whole = "The untuned model of the test metrics is the one before this."
+    adds_up = (
+        " `adapter` holds the adapters of the runs before too: it is loaded on"
+        f" `{about.base.source}` alone."
+    )
+    carries = "adapter" in about.formats and tuned[-1].formats == ["adapter"]
+    return [
+        "## Lineage",
+        _table(("", "Model", "Run", "Method", "Published"), [*rows, here]),
+        whole + (adds_up if carries else ""),
+    ]
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

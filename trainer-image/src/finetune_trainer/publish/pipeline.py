@@ -12,20 +12,14 @@ from pathlib import Path
 
 from finetune_api.order import RunOrder
 from finetune_api.results import PublishSummary
+from finetune_trainer.engine.base import BaseFiles
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepared.manifest import DataManifest, read_manifest
 from finetune_trainer.publish import facts, modelcard, report, weights
-from finetune_trainer.publish.files import (
-    MANIFEST,
-    Manifest,
-    folder_bytes,
-    move_latest,
-    read_published,
-    summarise,
-    upload_folder,
-)
+from finetune_trainer.publish.files import folder_bytes, move_latest, summarise, upload_folder
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.objects import ObjectNotFound, Stores
+from finetune_trainer.storage.published import MANIFEST, Manifest, read_published
 
 
 def publish(order: RunOrder, stores: Stores, scratch: Path) -> PublishSummary:
@@ -59,17 +53,19 @@ def publish(order: RunOrder, stores: Stores, scratch: Path) -> PublishSummary:
                 f"{prepared.uri} holds no prepared data any more; give spec.rerunToken a new value"
                 " to prepare and train again",
             )
-        formats = write_model(order, stores, result, data, folder, scratch)
+        base, formats = write_model(order, stores, result, data, folder, scratch)
         sizes = facts.Sizes(
             {name: folder_bytes(folder / name) for name in formats},
-            weights.full_copy_bytes(scratch / "model", order.spec, result.summary),
+            weights.full_copy_bytes(base.folder, order.spec, result.summary),
         )
-        about = facts.gather(order, result, prepared, data, sizes)
+        about = facts.gather(order, result, prepared, data, sizes, base.base.model)
         write_papers(about, store.get(f"{prepared.uri}/report.json"), folder)
         manifest = Manifest(
             run=order.run,
             job=order.job,
-            base_model=order.spec.model.source,
+            base_model=base.base.model.source,
+            method=order.spec.method.type,
+            lineage=result.lineage,
             checkpoint=result.summary.checkpoint or "",
             formats=formats,
             full_copy_bytes=sizes.full_copy,
@@ -90,21 +86,21 @@ def write_model(
     data: DataManifest,
     folder: Path,
     scratch: Path,
-) -> list[str]:
-    """The tuned model in ``folder``; returns the names of the formats written."""
+) -> tuple[BaseFiles, list[str]]:
+    """The tuned model in ``folder``; returns its base, and the names of the formats written."""
     wanted = order.spec.effective_output_format
-    model, tokenizer = weights.load_tuned(
+    model, tokenizer, base = weights.load_tuned(
         order, stores, result.summary.checkpoint, scratch, whole=wanted != "Adapter"
     )
     formats = []
     if wanted in ("Adapter", "Both"):
-        weights.write_adapter(model, tokenizer, scratch / "model", order, folder / "adapter")
+        weights.write_adapter(model, tokenizer, base, order.spec, folder / "adapter")
         formats.append("adapter")
     if wanted in ("Merged", "Both"):
         stops = data.stop_token_ids
-        weights.write_merged(model, tokenizer, scratch / "model", stops, folder / "merged")
+        weights.write_merged(model, tokenizer, base.folder, stops, folder / "merged")
         formats.append("merged")
-    return formats
+    return base, formats
 
 
 def write_papers(about: facts.About, data_report: bytes, folder: Path) -> None:

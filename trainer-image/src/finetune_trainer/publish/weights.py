@@ -13,22 +13,22 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrain
 from finetune_api.order import RunOrder
 from finetune_api.results import TrainSummary
 from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.engine.adaptersum import add_adapters
+from finetune_trainer.engine.base import MAX_SHARD, BaseFiles, fetch_base
 from finetune_trainer.engine.dcp import load_weights
 from finetune_trainer.engine.methods import Tuned, apply_method
 from finetune_trainer.engine.model import empty_base, load_base, load_tokenizer, make_room
 from finetune_trainer.engine.pissa import INITIAL, join
 from finetune_trainer.failures import UserError
 from finetune_trainer.storage.commits import download_commit, read_head
-from finetune_trainer.storage.modelfiles import fetch_model, fetch_tokenizer
 from finetune_trainer.storage.objects import Stores
-
-MAX_SHARD: Final = "4GB"
 
 
 def load_tuned(
     order: RunOrder, stores: Stores, checkpoint: str | None, scratch: Path, whole: bool
-) -> tuple[Tuned, PreTrainedTokenizerBase]:
-    """The base model with the weights of a commit, in float32 on the CPU, and its tokenizer.
+) -> tuple[Tuned, PreTrainedTokenizerBase, BaseFiles]:
+    """The base model with the weights of a commit, in float32 on the CPU, its tokenizer, and the
+    base's files.
 
     Args:
         whole: False leaves out what was not trained: an adapter is written without the base's
@@ -46,12 +46,12 @@ def load_tuned(
             f"{checkpoint} is not among the commits of {order.run_uri}/HEAD.json; give"
             " spec.rerunToken a new value to train again",
         )
-    fetch = fetch_model if whole else fetch_tokenizer
-    path = fetch(order, stores, scratch / "model")
+    base = fetch_base(order, stores, scratch, weights=whole)
+    path = base.folder
     folder = scratch / "commit"
     shutil.rmtree(folder, ignore_errors=True)
     download_commit(stores.default, commit, folder)
-    return tuned_model(path, folder, order.spec, whole), load_tokenizer(path)
+    return tuned_model(path, folder, order.spec, whole), load_tokenizer(path), base
 
 
 def tuned_model(base: Path, commit: Path, spec: FineTuneJobSpec, whole: bool) -> Tuned:
@@ -75,21 +75,23 @@ def full_copy_bytes(base: Path, spec: FineTuneJobSpec, trained: TrainSummary) ->
 def write_adapter(
     model: Tuned,
     tokenizer: PreTrainedTokenizerBase,
-    base: Path,
-    order: RunOrder,
+    base: BaseFiles,
+    spec: FineTuneJobSpec,
     folder: Path,
 ) -> None:
-    """The adapter in peft's layout."""
+    """The adapter in peft's layout; together with the one that the base's weights hold already."""
     assert isinstance(model, PeftModel), "the contract allows adapters of methods that make one"
     if INITIAL in model.peft_config:
-        model = _plain_adapter(model, base, order.spec)
+        model = _plain_adapter(model, base.folder, spec)
     config = model.peft_config["default"]
-    name, _, revision = order.spec.model.source.removeprefix("hf://").partition("@")
+    name, _, revision = base.base.model.source.removeprefix("hf://").partition("@")
     config.base_model_name_or_path = name
     config.revision = revision or None
     # The vocabulary is the base's; peft would look for the base on the hub to find that out.
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's blank card; ours is one level up
+    if base.adapter is not None:
+        add_adapters(base.adapter, folder, folder)
     tokenizer.save_pretrained(str(folder))
 
 

@@ -1,4 +1,4 @@
-"""The base model's folder: where its files are, whether they are all there, and fetching them.
+"""A whole model's folder: where its files are, whether they are all there, and fetching them.
 
 A model folder is in Hugging Face layout: config.json, weights as safetensors (one file, or an
 index and its parts), and the tokenizer's files.
@@ -7,7 +7,6 @@ index and its parts), and the tokenizer's files.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +24,7 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoConfig
 
-from finetune_api.names import storage_env
-from finetune_api.order import RunOrder
+from finetune_api.sources import ModelPlace
 from finetune_trainer.failures import StorageUnavailable, UserError
 from finetune_trainer.storage.claims import claim_path
 from finetune_trainer.storage.objects import ObjectStore, Stores
@@ -51,23 +49,23 @@ class ModelLimits:
     """Rows of the embedding."""
 
 
-def fetch_tokenizer(order: RunOrder, stores: Stores, folder: Path) -> Path:
+def fetch_tokenizer(place: ModelPlace, stores: Stores, folder: Path) -> Path:
     """Makes ``folder`` hold configuration and tokenizer, and makes sure that the weights are where
     the model is, without fetching them.
 
     Raises:
         UserError: 'ModelNotFound', naming the address and what a model folder must hold.
     """
-    source = order.spec.model.source
+    source = place.source
     if source.startswith("s3://"):
-        store = stores.of(order.spec.model.storage)
+        store = stores.of(place.storage)
         sizes = _list_folder(store, source)
         small = [name for name in sizes if _is_small(name)]
         _require(source, sizes, CONFIG)
         _download(store, source, folder, small, sizes)
         _require(source, sizes, *_weights(folder, sizes))
     elif source.startswith("hf://"):
-        hub = _Hub.of(order)
+        hub = _Hub.of(place, stores)
         _replace_link(folder, hub.fetch(SMALL))
         names = hub.names(folder)
         _require(source, names, CONFIG, *_weights(folder, names))
@@ -76,21 +74,21 @@ def fetch_tokenizer(order: RunOrder, stores: Stores, folder: Path) -> Path:
     return folder
 
 
-def fetch_model(order: RunOrder, stores: Stores, folder: Path) -> Path:
+def fetch_model(place: ModelPlace, stores: Stores, folder: Path) -> Path:
     """Makes ``folder`` hold the whole model: files are fetched in parallel, those that are there
     in their size already are kept. A folder of a claim is linked.
 
     Raises:
         UserError: 'ModelNotFound', naming the address and what a model folder must hold.
     """
-    source = order.spec.model.source
+    source = place.source
     if source.startswith("s3://"):
-        fetch_tokenizer(order, stores, folder)
-        store = stores.of(order.spec.model.storage)
+        fetch_tokenizer(place, stores, folder)
+        store = stores.of(place.storage)
         sizes = _list_folder(store, source)
         _download(store, source, folder, _weights(folder, sizes), sizes)
     elif source.startswith("hf://"):
-        hub = _Hub.of(order)
+        hub = _Hub.of(place, stores)
         _replace_link(folder, hub.fetch(SMALL))
         weights = _weights(folder, hub.names(folder))
         _replace_link(folder, hub.fetch((*SMALL, *weights)))
@@ -119,12 +117,17 @@ def read_limits(folder: Path, source: str) -> ModelLimits:
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """Files of a fetched folder that the tokenizer depends on."""
+    return [path for path in small_files(folder) if path.name not in NOT_TOKENIZER]
+
+
+def small_files(folder: Path) -> list[Path]:
+    """Configuration and tokenizer of a fetched folder: all but the weights and their index."""
     return [
         path
         for path in sorted(folder.rglob("*"))
         if path.is_file()
         and _is_small(path.relative_to(folder).as_posix())
-        and path.name not in NOT_TOKENIZER
+        and path.name != WEIGHTS_INDEX
     ]
 
 
@@ -150,8 +153,9 @@ def _require(source: str, there: Iterable[str], *wanted: str) -> None:
     raise UserError(
         "ModelNotFound",
         f"{source}: {', '.join(missing[:3])} is missing (there: {shown}). spec.model.source must"
-        f" name a folder in Hugging Face layout: {CONFIG}, {WEIGHTS} (or {WEIGHTS_INDEX} and its"
-        " parts), tokenizer.json and tokenizer_config.json",
+        f" name a folder in Hugging Face layout ({CONFIG}, {WEIGHTS} or {WEIGHTS_INDEX} and its"
+        " parts, tokenizer.json and tokenizer_config.json), or what a run has published (the folder"
+        " that holds manifest.json)",
     )
 
 
@@ -210,12 +214,9 @@ class _Hub:
     token: str | None
 
     @classmethod
-    def of(cls, order: RunOrder, environ: Mapping[str, str] = os.environ) -> _Hub:
-        source = order.spec.model.source
-        repository, _, revision = source.removeprefix("hf://").partition("@")
-        profile = order.profile_of(order.spec.model.storage)
-        token = environ.get(storage_env(profile, "HF_TOKEN")) or None
-        return cls(source, repository, revision or None, token)
+    def of(cls, place: ModelPlace, stores: Stores) -> _Hub:
+        repository, _, revision = place.source.removeprefix("hf://").partition("@")
+        return cls(place.source, repository, revision or None, stores.hub_token(place.storage))
 
     def fetch(self, patterns: Iterable[str]) -> Path:
         """Folder with the files that match, fetched where the cache lacks them."""

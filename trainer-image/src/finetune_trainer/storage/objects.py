@@ -54,6 +54,11 @@ class Stores:
         self._environ = environ
         self._made: dict[int, ObjectStore] = {}
 
+    def hub_token(self, access: StorageAccess | None) -> str | None:
+        """The token for the Hugging Face hub that goes with a source's ``storage`` block."""
+        profile = self._order.profile_of(access)
+        return self._environ.get(storage_env(profile, "HF_TOKEN")) or None
+
     def of(self, access: StorageAccess | None) -> ObjectStore:
         """The store of a source's ``storage`` block; of ``spec.storage`` where it has none."""
         profile = self._order.profile_of(access)

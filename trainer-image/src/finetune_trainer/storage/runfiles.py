@@ -11,7 +11,7 @@ import json
 from pydantic import Field
 
 from finetune_api.base import Record
-from finetune_api.results import Metrics, PreparedSummary, TrainSummary
+from finetune_api.results import Ancestor, Metrics, PreparedSummary, TrainSummary
 from finetune_trainer.storage.objects import ObjectStore
 
 
@@ -79,6 +79,8 @@ class RunResult(Record):
 
     summary: TrainSummary
     """As in the termination message."""
+    lineage: list[Ancestor]
+    """What the model is made from, the first base model first."""
     curve: list[CurvePoint]
     """Training loss."""
     validation: list[ValidationPoint]

@@ -67,6 +67,7 @@ def test_and_write_result(session: Session, state: LoopState, baseline: Baseline
         summary=summary,
         curve=state.curve,
         validation=state.validation,
+        lineage=list(session.lineage),
         examples={r.name: _examples(session, i, r, untuned[r.name]) for i, r in enumerate(results)},
         versions=versions(),
         processes=gang.size,

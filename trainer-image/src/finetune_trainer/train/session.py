@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from finetune_api.order import RunOrder
-from finetune_api.results import PreparedSummary
+from finetune_api.results import Ancestor, PreparedSummary
 from finetune_api.spec import FineTuneJobSpec, Metric
+from finetune_trainer.engine.base import fetch_base
 from finetune_trainer.engine.compilation import check_compiler, compile_blocks
 from finetune_trainer.engine.context import ContextGroup
 from finetune_trainer.engine.feed import StaticShape
@@ -49,7 +50,6 @@ from finetune_trainer.failures import UserError
 from finetune_trainer.prepared.shards import PreparedData
 from finetune_trainer.prepared.split import Side
 from finetune_trainer.storage import runfiles
-from finetune_trainer.storage.modelfiles import fetch_model
 from finetune_trainer.storage.objects import Stores
 from finetune_trainer.train.checkpoint import Checkpoints
 from finetune_trainer.train.telemetry import Telemetry
@@ -87,6 +87,8 @@ class Session:
     """Parameters that the optimizer changes."""
     sources: list[str]
     """Names of the training sets that have samples, in the order of the plan's sources."""
+    lineage: Sequence[Ancestor]
+    """What the model is made from."""
 
     @property
     def spec(self) -> FineTuneJobSpec:
@@ -120,10 +122,11 @@ def open_session(
     prepared = gang.from_first(lambda: runfiles.read_prepared(stores.default, order.run_uri))
     data = PreparedData.open(stores.default, prepared.uri, scratch / "data")
     # One process of each pod fetches the model; the others find it in the shared folder.
-    paths = gang.together(
-        lambda: fetch_model(order, stores, scratch / "model") if gang.first_of_node else None
+    found = gang.together(
+        lambda: fetch_base(order, stores, scratch, weights=True) if gang.first_of_node else None
     )
-    path = next(p for p in reversed(paths[: gang.rank + 1]) if p is not None)
+    files = next(f for f in reversed(found[: gang.rank + 1]) if f is not None)
+    path = files.folder
     tokenizer = load_tokenizer(path)
     precision = precision_of(spec.training, gang.device.type == "cuda")
     kind = spec.method.kind
@@ -204,6 +207,7 @@ def open_session(
         parameters=parameters,
         trained=trained,
         sources=list(tokens),
+        lineage=files.base.lineage,
     )  # fmt: skip
 
 

@@ -1,0 +1,286 @@
+"""Runs that start from what other runs have published: merged beneath, added up above, and told."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine import tiny_llama
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from test_methods import logits, spec_of
+from test_publish import SPEC, Trained
+from transformers import AutoModelForCausalLM
+
+from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder, tuned_base
+from finetune_api.results import Ancestor
+from finetune_api.sources import ModelPlace
+from finetune_trainer.engine.adaptersum import add_adapters, check_sum
+from finetune_trainer.engine.base import BaseFiles, fetch_base, merge_adapter
+from finetune_trainer.failures import UserError
+from finetune_trainer.prepare.pipeline import prepare
+from finetune_trainer.publish.pipeline import publish
+from finetune_trainer.storage import runfiles
+from finetune_trainer.storage.objects import Stores
+from finetune_trainer.storage.published import Base, Manifest, find_base
+
+
+class Chain:
+    """Jobs of one namespace, each after the one before."""
+
+    def __init__(self, order_for: Any, bucket: str, tiny_base: Path, tmp_path: Path) -> None:
+        self._order_for, self._bucket, self._tmp_path = order_for, bucket, tmp_path
+        self.store = Stores(order_for()).default
+        for path in (tiny_base / "model").iterdir():
+            self.store.upload(path, f"s3://{bucket}/model/{path.name}")
+        self.store.upload(tiny_base / "data" / "intent-train.jsonl", f"s3://{bucket}/train.jsonl")
+
+    def order(self, name: str, before: Trained | None = None, **spec: Any) -> RunOrder:
+        """A job's order; ``before`` is the run whose model it refers to."""
+        if before is not None:
+            spec["model"] = {"fineTuneJobRef": {"name": before.order.job.name}}
+        order: RunOrder = self._order_for(
+            job=name,
+            **SPEC | {"training": SPEC["training"] | {"maxSteps": 3}},
+            data={"train": [{"name": "intent", "source": f"s3://{self._bucket}/train.jsonl"}]},
+            output={"destination": f"s3://{self._bucket}/{name}", **spec.pop("output", {})},
+            **spec,
+        )
+        if before is None:
+            return order
+        text = self.store.get(f"{before.order.output_uri}/manifest.json")
+        base = tuned_base(before.order, file_digest(text), order.spec)
+        return order.model_copy(update={"base": base})
+
+    def run(self, name: str, before: Trained | None = None, **spec: Any) -> Trained:
+        folder = self._tmp_path / name
+        folder.mkdir()
+        trained = Trained(self.order(name, before, **spec), folder)
+        publish(trained.order, trained.stores, folder / "scratch")
+        trained.fetch(folder / "got")
+        return trained
+
+    def got(self, name: str, kind: str) -> Path:
+        return self._tmp_path / name / "got" / kind
+
+    def loss(self, run: Trained, which: str) -> float:
+        return float(run.json("metrics.json")["test"][0][which]["Loss"])
+
+
+def file_digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.slow
+def test_four_runs_one_after_the_other(
+    order_for: Any, bucket: str, tiny_base: Path, tmp_path: Path
+) -> None:
+    chain = Chain(order_for, bucket, tiny_base, tmp_path)
+    base = tiny_base / "model"
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    untuned = logits(plain)
+
+    one = chain.run("one", method={"type": "LoRA", "lora": {"rank": 4}})
+    with pytest.raises(UserError) as caught:
+        prepare(
+            chain.order("dora", one, method={"type": "LoRA", "lora": {"useDora": True}}),
+            one.stores, tmp_path / "refused",
+        )  # fmt: skip
+    assert caught.value.reason == "NoSumOfAdapters"
+
+    # LoRA over an adapter alone: it began with the first model, and holds both adapters.
+    method = {"type": "LoRA", "lora": {"rank": 2, "useRslora": True, "targetModules": ["q_proj"]}}
+    two = chain.run("two", one, method=method, output={"format": "Both"})
+    assert chain.loss(two, "untuned") == pytest.approx(chain.loss(one, "tuned"), abs=1e-5)
+    summed = logits(PeftModel.from_pretrained(plain, str(chain.got("two", "adapter"))))
+    whole = logits(AutoModelForCausalLM.from_pretrained(chain.got("two", "merged")))
+    torch.testing.assert_close(summed, whole, atol=1e-4, rtol=1e-4)
+    first = AutoModelForCausalLM.from_pretrained(base)
+    first = logits(PeftModel.from_pretrained(first, str(chain.got("one", "adapter"))))
+    assert (summed - first).abs().max() > 1e-2 < (first - untuned).abs().max()
+    config = json.loads((chain.got("two", "adapter") / "adapter_config.json").read_text())
+    assert (config["r"], config["base_model_name_or_path"]) == (6, f"s3://{bucket}/model")
+
+    lineage = two.json("metrics.json")["lineage"]
+    ancestor = {
+        "uri": one.order.output_uri, "job": "one", "run": "1-abcde", "method": "LoRA",
+        "digest": file_digest(one.store.get(f"{one.order.output_uri}/manifest.json")),
+        "formats": ["adapter"],
+    }  # fmt: skip
+    assert lineage == [{"uri": f"s3://{bucket}/model", "formats": []}, ancestor]
+    assert [a.to_json() for a in runfiles.read_result(two.store, two.order.run_uri).lineage] == (
+        lineage
+    )
+    card = two.store.get(f"{two.order.output_uri}/README.md").decode()
+    assert f"| 2 | `{one.order.output_uri}` | one 1-abcde | LoRA | adapter |" in card
+    assert f"it is loaded on `s3://{bucket}/model` alone" in card
+
+    # Full over an adapter, by the address of what was published; LoRA over the whole model of it.
+    three = chain.run(
+        "three", model={"source": one.order.output_uri}, method={"type": "Full"}
+    )  # fmt: skip
+    assert chain.loss(three, "untuned") == pytest.approx(chain.loss(one, "tuned"), abs=1e-5)
+    assert three.json("manifest.json")["baseModel"] == f"s3://{bucket}/model"
+    four = chain.run("four", three, method={"type": "LoRA", "lora": {"rank": 2}})
+    assert chain.loss(four, "untuned") == pytest.approx(chain.loss(three, "tuned"), abs=1e-5)
+    config = json.loads((chain.got("four", "adapter") / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == f"{three.order.output_uri}/merged"
+    assert [a.get("job") for a in four.json("metrics.json")["lineage"]] == [None, "one", "three"]
+    assert (
+        "adapters of the runs before"
+        not in four.store.get(f"{four.order.output_uri}/README.md").decode()
+    )
+
+
+def save_adapter(base: Path, folder: Path, **config: Any) -> Path:
+    """A random adapter, as if trained."""
+    torch.manual_seed(config.pop("seed", 0))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **config),
+    )
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny_llama().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        ({"r": 4, "lora_alpha": 8}, {"r": 2, "lora_alpha": 3}),
+        ({"r": 4, "use_rslora": True}, {"r": 4, "lora_alpha": 6 * 2**0.5, "use_rslora": True}),
+        ({"r": 2, "target_modules": ["q_proj"]}, {"r": 3, "target_modules": ["down_proj"]}),
+        ({"r": 2, "target_modules": ["embed_tokens"]}, {"r": 3}),
+    ],
+)
+def test_a_sum_of_adapters_is_one_over_the_other(
+    base: Path, tmp_path: Path, one: dict[str, Any], two: dict[str, Any]
+) -> None:
+    every = {"target_modules": ["q_proj", "k_proj", "up_proj"]}
+    first = save_adapter(base, tmp_path / "one", seed=1, **every | one)
+    second = save_adapter(base, tmp_path / "two", seed=2, **every | two)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model = PeftModel.from_pretrained(model, str(first)).merge_and_unload()
+    before = logits(model)
+    expected = logits(PeftModel.from_pretrained(model, str(second)))
+    assert (expected - before).abs().max() > 1e-2
+
+    add_adapters(first, second, second)
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    found = logits(PeftModel.from_pretrained(plain, str(second)))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_merging_rounds_nothing_and_leaves_the_models_own_words(base: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(half)
+    (half / "generation_config.json").write_text('{"temperature": 0.5, "eos_token_id": 7}')
+    adapter = save_adapter(base, tmp_path / "adapter", r=4, target_modules=["q_proj"])
+    merge_adapter(half, adapter, tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(half, dtype=torch.float32)
+    expected = logits(PeftModel.from_pretrained(model, str(adapter)))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
+    for name in ("config.json", "generation_config.json"):
+        assert (tmp_path / "merged" / name).read_bytes() == (half / name).read_bytes()
+
+
+def order_of(spec: Any) -> RunOrder:
+    job = JobIdentity(namespace="default", name="job", uid="abcde")
+    return RunOrder(version=CONTRACT_VERSION, job=job, run="1-abcde", spec=spec)
+
+
+def over(adapter: Path) -> BaseFiles:
+    """A base with an adapter of job `before` in it."""
+    place = ModelPlace(source="s3://out/1-a/adapter")
+    lineage = (Ancestor(uri="s3://b"), Ancestor(uri="s3://out/1-a", job="before", method="LoRA"))
+    return BaseFiles(Base(ModelPlace(source="s3://b"), lineage, place), adapter, adapter)
+
+
+@pytest.mark.parametrize(
+    ("method", "remedies"),
+    [
+        ({"type": "LoRA", "lora": {"useDora": True}}, ["Set spec.output.format: Merged", "Both"]),
+        ({"type": "IA3"}, ["Set spec.output.format: Merged", "publish job before"]),
+        ({"type": "PromptTuning"}, ["Publish job before with output.format: Both"]),
+        ({"type": "LoRA"}, []),
+    ],
+)
+def test_what_cannot_be_added_up_is_refused(
+    base: Path, tmp_path: Path, method: dict[str, Any], remedies: list[str]
+) -> None:
+    lora = over(save_adapter(base, tmp_path / "a", r=2, target_modules=["q_proj"]))
+    order = order_of(spec_of(method))
+    if not remedies:
+        check_sum(order, lora)
+        dora = save_adapter(base, tmp_path / "d", r=2, target_modules=["q_proj"], use_dora=True)
+        with pytest.raises(UserError, match="only plain LoRA adapters"):
+            check_sum(order, over(dora))
+        scales = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(base),
+            IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]),
+        )
+        scales.save_pretrained(str(tmp_path / "i"))
+        with pytest.raises(UserError, match="only plain LoRA adapters"):
+            check_sum(order, over(tmp_path / "i"))
+        return
+    with pytest.raises(UserError) as caught:
+        check_sum(order, lora)
+    assert caught.value.reason == "NoSumOfAdapters"
+    assert all(remedy in caught.value.message for remedy in remedies)
+    assert ("Merged" in caught.value.message) is (method["type"] != "PromptTuning")
+    if method["type"] != "PromptTuning":
+        output = order.spec.output.model_copy(update={"format": "Merged"})
+        merged = order.spec.model_copy(update={"output": output})
+        check_sum(order.model_copy(update={"spec": merged}), lora)
+
+
+def put_manifest(order: RunOrder, **changes: Any) -> bytes:
+    """The manifest of what another job has published at the order's base model."""
+    raw: dict[str, Any] = {
+        "run": "1-a", "job": order.job, "base_model": "s3://b", "method": "LoRA", "files": {},
+        "lineage": [Ancestor(uri="s3://b")], "checkpoint": "s3://c", "formats": ["adapter"],
+    }  # fmt: skip
+    text = Manifest(**raw | changes).to_text()
+    Stores(order).default.put(f"{order.base_model.source}/manifest.json", text)
+    return text
+
+
+def test_a_model_that_is_not_what_the_run_began_with_is_refused(
+    order_for: Any, bucket: str
+) -> None:
+    before: RunOrder = order_for(job="before")
+    raw: RunOrder = order_for(model={"fineTuneJobRef": {"name": "before"}})
+    order = raw.model_copy(update={"base": tuned_base(before, "other", raw.spec)})
+    stores = Stores(order)
+    for reason, remedy in (("ModelNotFound", "Publish it again"), ("BaseChanged", "rerunToken")):
+        with pytest.raises(UserError, match=remedy) as caught:
+            find_base(order, stores)
+        assert caught.value.reason == reason
+        text = put_manifest(order)
+    known = tuned_base(before, file_digest(text), raw.spec)
+    found = find_base(order.model_copy(update={"base": known}), stores)
+    assert found.model.source == "s3://b" and found.adapter is not None
+
+
+def test_vectors_before_a_text_are_no_base(order_for: Any, bucket: str, tmp_path: Path) -> None:
+    order: RunOrder = order_for(model={"source": f"s3://{bucket}/out/1-a"})
+    put_manifest(order, method="PrefixTuning")
+    with pytest.raises(UserError, match="Tune the first model by LoRA") as caught:
+        fetch_base(order, Stores(order), tmp_path, weights=False)
+    assert caught.value.reason == "NotMergeable"
+
+
+def test_another_programs_manifest_is_none(order_for: Any, bucket: str) -> None:
+    order: RunOrder = order_for()
+    Stores(order).default.put(f"{order.base_model.source}/manifest.json", b'{"name": "app"}')
+    assert find_base(order, Stores(order)).lineage == (Ancestor(uri=order.base_model.source),)

@@ -1,0 +1,121 @@
+"""Two low-rank adapters as one: an adapter that was trained over another is published as the sum of
+both, on the model that the first was trained on.
+
+    s1 B1 A1  +  s2 B2 A2  =  [s1 B1 | s2 B2] [A1 ; A2]
+
+Ranks add up, scales go into B, and a layer that one of them does not adapt has zeros in its place,
+so what comes out is plain LoRA of one rank, for any program that loads such.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from finetune_api.order import RunOrder
+from finetune_trainer.engine.base import BaseFiles
+from finetune_trainer.failures import UserError
+
+CONFIG: Final = "adapter_config.json"
+WEIGHTS: Final = "adapter_model.safetensors"
+_MORE: Final = (
+    "use_dora", "modules_to_save", "target_parameters", "rank_pattern", "alpha_pattern",
+    "layer_replication", "lora_bias", "trainable_token_indices",
+)  # fmt: skip
+"""Settings with which an adapter is more than two matrices a layer, or not of one rank."""
+
+
+def check_sum(order: RunOrder, files: BaseFiles) -> None:
+    """Refuse a run that could not be published as an adapter of a whole model.
+
+    Raises:
+        UserError: 'NoSumOfAdapters', with what can be done instead.
+    """
+    spec = order.spec
+    if files.adapter is None or spec.effective_output_format == "Merged":
+        return
+    lora = spec.method.effective_lora
+    plain = spec.method.kind.block == "lora" and not (lora.use_dora or lora.target_parameters)
+    if plain and is_plain(files.adapter):
+        return
+    first = files.base.lineage[-1]
+    merged = "Merged" in spec.method.kind.formats
+    instead = "set spec.output.format: Merged, or " if merged else ""
+    raise UserError(
+        "NoSumOfAdapters",
+        f"spec.output.format: {spec.effective_output_format} would be an adapter over the adapter"
+        f" {files.base.adapter.source if files.base.adapter else ''} ({first.method}), and the two"
+        " are no one adapter: only plain LoRA adapters can be added up (no useDora, no"
+        f" targetParameters). {instead[:1].upper()}{instead[1:]}publish job {first.job} with"
+        " output.format: Both",
+    )
+
+
+def is_plain(adapter: Path) -> bool:
+    """Whether an adapter is a pair of matrices a layer, all of one rank, and nothing else."""
+    config = _config(adapter)
+    more = any(config.get(name) for name in _MORE) or config.get("bias", "none") != "none"
+    named = isinstance(config.get("target_modules"), list)
+    return config["peft_type"] == "LORA" and named and not more
+
+
+def add_adapters(first: Path, second: Path, folder: Path) -> None:
+    """Write the sum of two plain adapters (``is_plain``) in peft's layout; ``folder`` may be that
+    of either. Settings that do not matter to a trained adapter are those of the second."""
+    configs, parts = [], []
+    for adapter in (first, second):
+        config = _config(adapter)
+        configs.append(config)
+        parts.append(_scaled(load_file(adapter / WEIGHTS), _scale(config)))
+    ranks = [config["r"] for config in configs]
+    weights = {
+        name: _side_by_side(
+            name, [(part.get(name), r) for part, r in zip(parts, ranks, strict=True)]
+        )
+        for name in sorted(parts[0].keys() | parts[1].keys())
+    }
+    targets = sorted({name for config in configs for name in config["target_modules"]})
+    both = {
+        "r": sum(ranks),
+        "lora_alpha": sum(ranks),
+        "use_rslora": False,
+        "target_modules": targets,
+    }
+    save_file(weights, folder / WEIGHTS, {"format": "pt"})
+    text = json.dumps(configs[1] | both, indent=2, sort_keys=True)
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def _config(adapter: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+    return found
+
+
+def _scale(config: dict[str, Any]) -> float:
+    rank = config["r"]
+    return float(config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank))
+
+
+def _scaled(weights: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    return {name: w.float() * (1.0 if _is_a(name) else scale) for name, w in weights.items()}
+
+
+def _is_a(name: str) -> bool:
+    return ".lora_A" in name or ".lora_embedding_A" in name
+
+
+def _side_by_side(name: str, parts: list[tuple[Tensor | None, int]]) -> Tensor:
+    """The matrices of one layer along their ranks; zeros for one that is not there."""
+    axis = 0 if _is_a(name) else 1
+    there = next(part for part, _ in parts if part is not None)
+    full = []
+    for part, rank in parts:
+        shape = list(there.shape)
+        shape[axis] = rank
+        full.append(torch.zeros(shape) if part is None else part)
+    return torch.cat(full, dim=axis).contiguous()

@@ -1,0 +1,92 @@
+"""The model that a run starts from, as files of this machine: in prepare, training and publish.
+
+    find_base ──► a whole model                    ──► folder
+              └─► a whole model, a published adapter ──► both merged, in a folder
+
+What comes out is a folder in Hugging Face layout either way, so nothing above knows of adapters
+beneath it but publish, which adds the new one to the old.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig
+
+from finetune_api.order import RunOrder
+from finetune_trainer.engine.model import load_base
+from finetune_trainer.storage import modelfiles
+from finetune_trainer.storage.objects import Stores
+from finetune_trainer.storage.published import Base, fetch_adapter, find_base
+
+MAX_SHARD: Final = "4GB"
+_MERGED: Final = ".merged"
+"""Written last: a folder that has it was merged to the end, and a start in place keeps it."""
+
+
+@dataclass(frozen=True)
+class BaseFiles:
+    """The base model on this machine's disk."""
+
+    base: Base
+    """Where it comes from."""
+    folder: Path
+    """The whole model in Hugging Face layout; without weights where they were not asked for."""
+    adapter: Path | None
+    """Published adapter that the weights hold already."""
+
+
+def fetch_base(order: RunOrder, stores: Stores, scratch: Path, weights: bool) -> BaseFiles:
+    """Makes ``scratch / "model"`` hold the model that the run starts from.
+
+    Args:
+        scratch: must hold the model; where an adapter is merged into it, once as it is stored and
+            once in float32.
+        weights: False fetches configuration, tokenizer and adapter alone, and makes sure that the
+            weights are where the model is.
+
+    Raises:
+        UserError: as ``find_base`` and ``modelfiles.fetch_model``.
+    """
+    base = find_base(order, stores)
+    adapter = fetch_adapter(base, stores, scratch / "base-adapter")
+    folder = scratch / "model"
+    if not weights:
+        modelfiles.fetch_tokenizer(base.model, stores, folder)
+    elif adapter is None:
+        modelfiles.fetch_model(base.model, stores, folder)
+    elif not (folder / _MERGED).exists():
+        whole = modelfiles.fetch_model(base.model, stores, scratch / "model-beneath")
+        merge_adapter(whole, adapter, folder)
+        _remove(whole)
+    return BaseFiles(base, folder, adapter)
+
+
+def merge_adapter(whole: Path, adapter: Path, folder: Path) -> None:
+    """Write the model of a folder with an adapter in peft's layout merged into its weights, in
+    float32: they are rounded when they are loaded, once. All else is the model's own."""
+    _remove(folder)
+    folder.mkdir(parents=True)
+    model = load_base(whole, torch.float32, pack=False)
+    tuned = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")
+    merged = tuned.merge_and_unload()
+    # What the model's own says is copied; written from here, it would be judged first.
+    merged.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    merged.save_pretrained(str(folder), max_shard_size=MAX_SHARD)
+    for path in modelfiles.small_files(whole):
+        target = folder / path.relative_to(whole)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+    (folder / _MERGED).touch()
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
