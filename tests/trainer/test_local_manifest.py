@@ -157,3 +157,13 @@ def test_the_examples_are_valid(
     (tmp_path / ".finetune" / "quickstart").symlink_to(tiny_base)
     monkeypatch.chdir(tmp_path)
     assert read_manifest(examples / f"{name}.yaml").name.startswith("quickstart")
+
+
+def test_a_job_that_refers_to_itself_is_refused(tmp_path: Path) -> None:
+    spec = {
+        "model": {"fineTuneJobRef": {"name": "job"}},
+        "data": {"train": [{"source": "s3://bucket/train.jsonl"}]},
+        "output": {"destination": "s3://bucket/out"},
+    }
+    (problem,) = problems(manifest(tmp_path, spec=spec))
+    assert problem.startswith("spec.model.fineTuneJobRef must name another FineTuneJob")

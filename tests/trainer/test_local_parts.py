@@ -12,15 +12,18 @@ import pytest
 
 from finetune_api.cluster import Compute
 from finetune_api.names import ExitCode, storage_env
-from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
+from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder, TunedBase
 from finetune_api.results import Failure, Termination
+from finetune_api.sources import ModelPlace
 from finetune_api.spec import FineTuneJobSpec, parse_spec
+from finetune_trainer.failures import UserError
 from finetune_trainer.local import stages
 from finetune_trainer.local.display import duration
 from finetune_trainer.local.gang import lay_out
 from finetune_trainer.local.manifest import LocalJob
-from finetune_trainer.local.state import JobState, StateFolder, choose_run, completed
-from finetune_trainer.local.storage import storage_for, uses_embedded
+from finetune_trainer.local.reference import find_tuned
+from finetune_trainer.local.state import JobState, StateFolder, changed, choose_run
+from finetune_trainer.local.storage import Where, storage_for, uses_embedded
 
 
 @pytest.mark.parametrize(
@@ -68,7 +71,7 @@ def test_an_interrupted_run_goes_on_and_a_complete_one_does_not() -> None:
     assert (again, goes_on) == (first, True)
     state, resized, goes_on = choose_run(state, job(compute={"nodes": 4}))
     assert (resized, goes_on) == (first, True)
-    state, second, goes_on = choose_run(completed(state), job(compute={"nodes": 4}))
+    state, second, goes_on = choose_run(changed(state, complete=True), job(compute={"nodes": 4}))
     assert (second, goes_on) == ("2-0f9c2", False)
     state, third, goes_on = choose_run(state, job(training={"epochs": 7}))
     assert (third, goes_on) == ("3-0f9c2", False)
@@ -205,3 +208,47 @@ def test_a_process_without_a_last_word_is_told_of(place: stages.Place) -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def ended(folder: StateFolder, name: str, **changes: Any) -> JobState:
+    """A job's state after a run that published to the embedded storage."""
+    state, _, _ = choose_run(folder.read(name), LocalJob(name, "default", spec(), {}))
+    state = changed(state, **{"complete": True, "digest": "sha", "embedded": True} | changes)
+    folder.write(name, state)
+    return state
+
+
+def where(embedded: bool, endpoint: str, **changes: Any) -> Where:
+    server: Any = object() if embedded else None
+    model = {"fineTuneJobRef": {"name": "first"}}
+    return Where(spec(model=model, storage={"endpoint": endpoint}, **changes), {}, server)
+
+
+def test_a_reference_is_to_the_last_run_of_that_job_in_the_state_folder(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path)
+    here = where(True, "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"it never ran .*; first: finetune run MANIFEST of first"):
+        find_tuned(folder, "default", here)
+    assert not (tmp_path / "jobs").exists()
+    state = ended(folder, "first")
+    run = f"1-{state.uid[:5]}"
+    base = find_tuned(folder, "default", here)
+    beneath = ModelPlace(source="s3://bucket/model")
+    uri = f"s3://bucket/out/{run}"
+    assert base == TunedBase(job="first", run=run, uri=uri, digest="sha", beneath=beneath)
+    with pytest.raises(UserError, match="add --local-storage"):
+        find_tuned(folder, "default", where(False, "http://s3:9000"))
+    ended(folder, "first", complete=False)
+    with pytest.raises(UserError, match=r"its run 2-.* has not ended"):
+        find_tuned(folder, "default", here)
+
+
+def test_what_was_published_to_a_server_is_read_from_there(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path)
+    ended(folder, "first", embedded=False, endpoint="http://s3:9000")
+    near = find_tuned(folder, "default", where(False, "http://s3:9000"))
+    far = find_tuned(folder, "default", where(True, "http://127.0.0.1:9"))
+    assert near is not None and near.storage is None
+    assert far is not None and far.storage is not None and far.beneath is not None
+    assert far.storage.endpoint == "http://s3:9000"
+    assert far.beneath.storage == far.storage

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from finetune_api.names import ExitCode
 
 
-def write_job(folder: Path, base: Path, **changes: Any) -> None:
+def write_job(folder: Path, base: Path, name: str = "tiny", **changes: Any) -> None:
     spec: dict[str, Any] = {
         "model": {"source": f"{base}/model"},
         "data": {"train": [{"name": "intent", "source": f"{base}/data/intent-train.jsonl"}]},
@@ -31,7 +31,7 @@ def write_job(folder: Path, base: Path, **changes: Any) -> None:
     raw = {
         "apiVersion": "finetune-operator.dev/v1alpha1",
         "kind": "FineTuneJob",
-        "metadata": {"name": "tiny"},
+        "metadata": {"name": name},
         "spec": spec,
     }
     (folder / "job.yaml").write_text(yaml.safe_dump(raw))
@@ -83,6 +83,34 @@ def test_a_run_is_stopped_and_goes_on_to_its_end(tiny_base: Path, tmp_path: Path
     assert model.num_parameters() > 0
     state = json.loads((tmp_path / ".finetune" / "jobs" / "tiny.json").read_text())
     assert [(r["number"], r["complete"]) for r in state["runs"]] == [(1, True)]
+
+
+@pytest.mark.slow
+def test_a_job_starts_from_the_model_of_another(tiny_base: Path, tmp_path: Path) -> None:
+    quick = {
+        "training": {"maxSteps": 2, "batchSize": 8, "precision": "FP32"},
+        "evaluation": {"metrics": ["Loss"]},
+        "compute": {"nodes": 1, "gpusPerNode": 0},
+        "method": {"type": "LoRA", "lora": {"rank": 2}},
+    }
+    after = {"model": {"fineTuneJobRef": {"name": "tiny"}}, **quick}
+    after["output"] = {"destination": "s3://models/next"}
+    write_job(tmp_path, tiny_base, name="next", **after)
+    code, text = run(tmp_path)
+    assert code == ExitCode.USER_ERROR
+    assert "job tiny has published no model" in text and "finetune run MANIFEST of tiny" in text
+
+    write_job(tmp_path, tiny_base, **quick, output={"destination": "s3://models/tiny"})
+    code, text = run(tmp_path)
+    assert code == 0, text
+    write_job(tmp_path, tiny_base, name="next", **after)
+    code, text = run(tmp_path)
+    assert code == 0, text
+    (folder,) = (tmp_path / ".finetune" / "models" / "next").iterdir()
+    lineage = json.loads((folder / "metrics.json").read_text())["lineage"]
+    assert [a.get("job") for a in lineage] == [None, "tiny"]
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 4 and config["base_model_name_or_path"].endswith("/model")
 
 
 def test_a_failure_ends_with_its_code_and_says_what_to_do(tiny_base: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from itertools import pairwise
 
@@ -48,7 +49,13 @@ DATA_REPORT = {
 }  # fmt: skip
 
 
-def about(source: str = "hf://org/name@rev", scores: bool = True, **spec: object) -> facts.About:
+def about(
+    source: str = "hf://org/name@rev",
+    scores: bool = True,
+    before: Sequence[Ancestor] = (),
+    base: str = "",
+    **spec: object,
+) -> facts.About:
     order = RunOrder(
         version=CONTRACT_VERSION,
         job=JobIdentity(namespace="default", name="support", uid="0f9c2"),
@@ -68,7 +75,7 @@ def about(source: str = "hf://org/name@rev", scores: bool = True, **spec: object
         untuned={"Loss": 2.0, "Accuracy": 0.5, "Perplexity": 123456.7},
         tuned={"Loss": 2.5, "Accuracy": 0.975, "Perplexity": 12.2},
     )
-    lineage = [Ancestor(uri=source)]
+    lineage = [Ancestor(uri=source), *before]
     result = RunResult(
         summary=TrainSummary(
             attempt=2, restarts=1, steps=20, checkpoint="s3://bucket/commit", checkpoint_step=10,
@@ -102,7 +109,7 @@ def about(source: str = "hf://org/name@rev", scores: bool = True, **spec: object
         max_length=64, max_completion_tokens=4, stop_token_ids=[0], dropped={}, files=[],
     )  # fmt: skip
     sizes = facts.Sizes({"adapter": 1_234_567, "merged": 2_000_000_000}, full_copy=1980)
-    return facts.gather(order, result, prepared, data, sizes, ModelPlace(source=lineage[-1].uri))
+    return facts.gather(order, result, prepared, data, sizes, ModelPlace(source=base or source))
 
 
 class Page(HTMLParser):
@@ -166,6 +173,25 @@ def test_the_card_has_front_matter_and_says_how_to_load() -> None:
     other = modelcard.render(about(source="s3://bucket/model"))
     assert "`base` is a copy of `s3://bucket/model`" in other
     assert "base_model" not in yaml.safe_load(other.split("---\n")[1])
+
+
+def test_a_card_tells_what_the_model_was_made_from() -> None:
+    assert "## Lineage" not in modelcard.render(about())
+    one = Ancestor(uri="s3://one/1-a", job="one", run="1-a", method="LoRA", formats=["adapter"])
+    told = about(before=[one])
+    text = modelcard.render(told)
+    assert "| 1 | `hf://org/name@rev` |  |  |  |" in text
+    assert "| 2 | `s3://one/1-a` | one 1-a | LoRA | adapter |" in text
+    assert "| 3 | this model | support 1-0f9c2 | LoRA | adapter and merged |" in text
+    assert "it is loaded on `hf://org/name@rev` alone" in text
+    assert [a["uri"] for a in json.loads(facts.metrics_text(told))["lineage"]] == [
+        "hf://org/name@rev", "s3://one/1-a"]  # fmt: skip
+
+    whole = one.model_copy(update={"formats": ["merged"]})
+    over = about(before=[whole], base="s3://one/1-a/merged")
+    assert "`base` is a copy of `s3://one/1-a/merged`" in modelcard.render(over)
+    assert "it is loaded on" not in modelcard.render(over)
+    assert modelcard.front_matter(over)["base_model"] == "org/name", "of the first model"
 
 
 def test_metrics_json_is_complete() -> None:

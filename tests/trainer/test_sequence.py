@@ -19,7 +19,7 @@ from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder, tuned_ba
 from finetune_api.results import Ancestor
 from finetune_api.sources import ModelPlace
 from finetune_trainer.engine.adaptersum import add_adapters, check_sum
-from finetune_trainer.engine.base import BaseFiles, fetch_base, merge_adapter
+from finetune_trainer.engine.base import BaseFiles, check_ties, fetch_base, merge_adapter
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepare.pipeline import prepare
 from finetune_trainer.publish.pipeline import publish
@@ -149,7 +149,7 @@ def save_adapter(base: Path, folder: Path, **config: Any) -> Path:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    tiny_llama().save_pretrained(folder)
+    tiny_llama(tie_word_embeddings=False).save_pretrained(folder)
     return folder
 
 
@@ -159,18 +159,20 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"r": 4, "lora_alpha": 8}, {"r": 2, "lora_alpha": 3}),
         ({"r": 4, "use_rslora": True}, {"r": 4, "lora_alpha": 6 * 2**0.5, "use_rslora": True}),
         ({"r": 2, "target_modules": ["q_proj"]}, {"r": 3, "target_modules": ["down_proj"]}),
-        ({"r": 2, "target_modules": ["embed_tokens"]}, {"r": 3}),
+        ({"r": 2, "target_modules": ["embed_tokens"], "lora_alpha": 0.02}, {"r": 3}),
     ],
 )
 def test_a_sum_of_adapters_is_one_over_the_other(
     base: Path, tmp_path: Path, one: dict[str, Any], two: dict[str, Any]
 ) -> None:
-    every = {"target_modules": ["q_proj", "k_proj", "up_proj"]}
+    every = {"target_modules": ["q_proj", "k_proj", "up_proj"], "lora_alpha": 64}
     first = save_adapter(base, tmp_path / "one", seed=1, **every | one)
     second = save_adapter(base, tmp_path / "two", seed=2, **every | two)
     model = AutoModelForCausalLM.from_pretrained(base)
+    untuned = logits(model)
     model = PeftModel.from_pretrained(model, str(first)).merge_and_unload()
     before = logits(model)
+    assert (before - untuned).abs().max() > 1e-2
     expected = logits(PeftModel.from_pretrained(model, str(second)))
     assert (expected - before).abs().max() > 1e-2
 
@@ -178,6 +180,14 @@ def test_a_sum_of_adapters_is_one_over_the_other(
     plain = AutoModelForCausalLM.from_pretrained(base)
     found = logits(PeftModel.from_pretrained(plain, str(second)))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_embedding_that_is_the_output_head_too_is_refused(base: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(base, tmp_path / "a", r=2, target_modules=["embed_tokens"])
+    check_ties(base, adapter, "s3://out/1-a")
+    tiny_llama(tie_word_embeddings=True).config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"s3://out/1-a: .*tie_word_embeddings"):
+        check_ties(tmp_path, adapter, "s3://out/1-a")
 
 
 def test_merging_rounds_nothing_and_leaves_the_models_own_words(base: Path, tmp_path: Path) -> None:
@@ -209,9 +219,9 @@ def over(adapter: Path) -> BaseFiles:
 @pytest.mark.parametrize(
     ("method", "remedies"),
     [
-        ({"type": "LoRA", "lora": {"useDora": True}}, ["Set spec.output.format: Merged", "Both"]),
-        ({"type": "IA3"}, ["Set spec.output.format: Merged", "publish job before"]),
-        ({"type": "PromptTuning"}, ["Publish job before with output.format: Both"]),
+        ({"type": "LoRA", "lora": {"useDora": True}}, ["set spec.output.format: Merged", "Both"]),
+        ({"type": "IA3"}, ["set spec.output.format: Merged", "publish job before"]),
+        ({"type": "PromptTuning"}, ["; publish job before with output.format: Both"]),
         ({"type": "LoRA"}, []),
     ],
 )

@@ -44,15 +44,14 @@ def check_sum(order: RunOrder, files: BaseFiles) -> None:
     if plain and is_plain(files.adapter):
         return
     first = files.base.lineage[-1]
-    merged = "Merged" in spec.method.kind.formats
-    instead = "set spec.output.format: Merged, or " if merged else ""
+    remedy = f"publish job {first.job} with output.format: Both"
+    if "Merged" in spec.method.kind.formats:
+        remedy = f"set spec.output.format: Merged, or {remedy}"
     raise UserError(
         "NoSumOfAdapters",
-        f"spec.output.format: {spec.effective_output_format} would be an adapter over the adapter"
-        f" {files.base.adapter.source if files.base.adapter else ''} ({first.method}), and the two"
-        " are no one adapter: only plain LoRA adapters can be added up (no useDora, no"
-        f" targetParameters). {instead[:1].upper()}{instead[1:]}publish job {first.job} with"
-        " output.format: Both",
+        f"spec.output.format: {spec.effective_output_format} would be an adapter over that in"
+        f" {first.uri} ({first.method}), and the two are no one adapter: only plain LoRA adapters"
+        f" can be added up (no useDora, no targetParameters); {remedy}",
     )
 
 

@@ -16,10 +16,12 @@ from typing import Final
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig
+from safetensors import safe_open
+from transformers import AutoConfig, GenerationConfig
 
 from finetune_api.order import RunOrder
 from finetune_trainer.engine.model import load_base
+from finetune_trainer.failures import UserError
 from finetune_trainer.storage import modelfiles
 from finetune_trainer.storage.objects import Stores
 from finetune_trainer.storage.published import Base, fetch_adapter, find_base
@@ -51,13 +53,16 @@ def fetch_base(order: RunOrder, stores: Stores, scratch: Path, weights: bool) ->
             weights are where the model is.
 
     Raises:
-        UserError: as ``find_base`` and ``modelfiles.fetch_model``.
+        UserError: as ``find_base``, ``modelfiles.fetch_model`` and, without weights (in prepare),
+            ``check_ties``.
     """
     base = find_base(order, stores)
     adapter = fetch_adapter(base, stores, scratch / "base-adapter")
     folder = scratch / "model"
     if not weights:
         modelfiles.fetch_tokenizer(base.model, stores, folder)
+        if adapter is not None:
+            check_ties(folder, adapter, base.lineage[-1].uri)
     elif adapter is None:
         modelfiles.fetch_model(base.model, stores, folder)
     elif not (folder / _MERGED).exists():
@@ -65,6 +70,23 @@ def fetch_base(order: RunOrder, stores: Stores, scratch: Path, weights: bool) ->
         merge_adapter(whole, adapter, folder)
         _remove(whole)
     return BaseFiles(base, folder, adapter)
+
+
+def check_ties(whole: Path, adapter: Path, source: str) -> None:
+    """Refuse an adapter of an embedding that is the output head too: merged, it would change both.
+
+    Raises:
+        UserError: 'NotMergeable'.
+    """
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        embedding = any(".lora_embedding_A" in name for name in file.keys())  # noqa: SIM118
+    if embedding and AutoConfig.from_pretrained(whole).get_text_config().tie_word_embeddings:
+        raise UserError(
+            "NotMergeable",
+            f"{source}: its adapter changes the embedding, which in this model is the output head"
+            " too (tie_word_embeddings), and no weights can hold that: leave the embedding out of"
+            " the first job's lora.targetModules",
+        )
 
 
 def merge_adapter(whole: Path, adapter: Path, folder: Path) -> None:

@@ -19,7 +19,7 @@ import yaml
 
 from finetune_api.base import InvalidSpec
 from finetune_api.names import API_VERSION, KIND
-from finetune_api.spec import FineTuneJobSpec, parse_spec
+from finetune_api.spec import SELF_REFERENCE, FineTuneJobSpec, parse_spec, refers_to_itself
 
 _PATH: Final = re.compile(r"^(\.{1,2}/|/|~/|file://)")
 _NAME: Final = re.compile(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$")
@@ -61,6 +61,8 @@ def read_manifest(path: Path) -> LocalJob:
     if problems:
         raise InvalidSpec(problems)
     metadata = raw["metadata"]
+    if refers_to_itself(metadata["name"], parsed):
+        raise InvalidSpec([f"{SELF_REFERENCE}; got {metadata['name']}"])
     return LocalJob(metadata["name"], metadata.get("namespace") or "default", parsed, claims)
 
 

@@ -26,7 +26,8 @@ from finetune_trainer.local import stages
 from finetune_trainer.local.gang import Layout, count_cores, count_gpus, lay_out
 from finetune_trainer.local.manifest import LocalJob, read_manifest, with_paths
 from finetune_trainer.local.reading import read_reading
-from finetune_trainer.local.state import StateFolder, choose_run, completed
+from finetune_trainer.local.reference import find_tuned
+from finetune_trainer.local.state import StateFolder, changed, choose_run
 from finetune_trainer.local.storage import Where, storage_for
 from finetune_trainer.storage.objects import ObjectStore, Stores
 
@@ -83,6 +84,8 @@ class Runner:
         self._where = where
         self._console = console
         known, run, self._goes_on = choose_run(state.read(job.name), job)
+        base = known.runs[-1].base or find_tuned(state, job.namespace, where)
+        known = changed(known, base=base)
         state.write(job.name, known)
         self._known = known
         self._order = RunOrder(
@@ -90,6 +93,7 @@ class Runner:
             job=JobIdentity(namespace=job.namespace, name=job.name, uid=known.uid),
             run=run,
             spec=where.spec,
+            base=base,
         )
         self._folder = state.run_folder(job.name, run)
         self._stops = 0
@@ -110,7 +114,7 @@ class Runner:
                 if self._stops:
                     display.say(f"Stopped. To go on: finetune run {manifest}")
                 return failed.code
-        self._state.write(self._job.name, completed(self._known))
+        self._note_complete(published)
         shutil.rmtree(self._folder / "scratch", ignore_errors=True)
         face.Display(self._console).scores(trained)
         self._tell_results(published)
@@ -225,6 +229,16 @@ class Runner:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _note_complete(self, published: PublishSummary) -> None:
+        """Remember what jobs that refer to this one need to know."""
+        embedded = self._where.embedded is not None
+        endpoint = None if embedded else self._where.spec.storage.endpoint
+        done = changed(
+            self._known,
+            complete=True, digest=published.digest, embedded=embedded, endpoint=endpoint,
+        )  # fmt: skip
+        self._state.write(self._job.name, done)
 
     def _tell_results(self, published: PublishSummary) -> None:
         """Addresses of what was made. What lies in the embedded storage is copied to plain files,

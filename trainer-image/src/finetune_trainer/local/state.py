@@ -19,6 +19,7 @@ from pydantic import Field
 from finetune_api.base import Record
 from finetune_api.classes import changed_classes
 from finetune_api.identity import run_id
+from finetune_api.order import TunedBase
 from finetune_trainer.failures import UserError
 from finetune_trainer.local.manifest import LocalJob
 from finetune_trainer.supervise.workerfiles import write_whole
@@ -33,6 +34,14 @@ class LocalRun(Record):
     """The spec that it began with, every default filled in."""
     complete: bool = False
     """Whether its model was published."""
+    base: TunedBase | None = None
+    """Model of another job that it began with."""
+    digest: str | None = None
+    """sha256 of the manifest that it has published."""
+    embedded: bool = False
+    """Whether it was published to the embedded storage."""
+    endpoint: str | None = None
+    """Server that it was published to; None for Amazon S3."""
 
 
 class JobState(Record):
@@ -109,7 +118,7 @@ def choose_run(state: JobState, job: LocalJob) -> tuple[JobState, str, bool]:
     return state.model_copy(update={"runs": runs}), run_id(number, state.uid), False
 
 
-def completed(state: JobState) -> JobState:
-    """The state after the last run's model was published."""
-    last = state.runs[-1].model_copy(update={"complete": True})
+def changed(state: JobState, **fields: Any) -> JobState:
+    """The state with fields of the last run changed."""
+    last = state.runs[-1].model_copy(update=fields)
     return state.model_copy(update={"runs": [*state.runs[:-1], last]})

@@ -57,9 +57,9 @@ def storage_for(
                 "AWS_ACCESS_KEY_ID": server.access_key,
                 "AWS_SECRET_ACCESS_KEY": server.secret_key,
             }
-            yield Where(_reached_at(spec, server.endpoint), keys, server)
+            yield Where(reached_at(spec, server.endpoint), keys, server)
     else:
-        yield Where(_reached_at(spec, endpoint or spec.storage.endpoint), {}, None)
+        yield Where(reached_at(spec, endpoint or spec.storage.endpoint), {}, None)
 
 
 def uses_embedded(spec: FineTuneJobSpec, endpoint: str | None, environ: Mapping[str, str]) -> bool:
@@ -68,7 +68,7 @@ def uses_embedded(spec: FineTuneJobSpec, endpoint: str | None, environ: Mapping[
     return not named and not any(environ.get(name) for name in _ACCOUNT)
 
 
-def _reached_at(spec: FineTuneJobSpec, endpoint: str | None) -> FineTuneJobSpec:
+def reached_at(spec: FineTuneJobSpec, endpoint: str | None) -> FineTuneJobSpec:
     """The spec with that endpoint. There are no Secrets here: the environment plays their part."""
     raw: dict[str, Any] = spec.to_json()
     blocks = [raw["storage"]]

@@ -123,7 +123,7 @@ def _lineage(about: About) -> list[str]:
     run, formats = about.order.run, " and ".join(about.formats)
     here = (str(len(rows) + 1), "this model", f"{about.order.job.name} {run}",
             about.spec.method.type, formats)  # fmt: skip
-    whole = "The untuned model of the test metrics is the one before this."
+    untuned = "The untuned model of the test metrics is the one before this."
     adds_up = (
         " `adapter` holds the adapters of the runs before too: it is loaded on"
         f" `{about.base.source}` alone."
@@ -132,7 +132,7 @@ def _lineage(about: About) -> list[str]:
     return [
         "## Lineage",
         _table(("", "Model", "Run", "Method", "Published"), [*rows, here]),
-        whole + (adds_up if carries else ""),
+        untuned + (adds_up if carries else ""),
     ]
 
 

@@ -3,7 +3,7 @@ given such a folder.
 
     <destination>/<run>/  manifest.json, merged/ (a whole model) and/or adapter/
 
-A published adapter is always one plain adapter of a whole model (``publish.adaptersum`` sees to
+A published adapter is always one plain adapter of a whole model (``engine.adaptersum`` sees to
 that), so nothing has to be followed further than to that model.
 """
 
