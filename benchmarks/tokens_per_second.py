@@ -32,7 +32,7 @@ from finetune_trainer.engine.gang import join
 from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.methods import apply_method
-from finetune_trainer.engine.parameters import optimizer_groups
+from finetune_trainer.engine.optimizers import make_optimizers
 from finetune_trainer.engine.plan import Plan
 from finetune_trainer.prepared.shards import TokenSample
 from finetune_trainer.train.step import optimizer_step
@@ -94,14 +94,15 @@ class Ours:
         self._gang = join(spec.training)
         loss = TokenLoss(tuned.to(self._gang.device)).train()
         trained = [p for p in tuned.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(optimizer_groups(tuned, spec), lr=1e-4, fused=True)
         supervised = np.array([int(s.supervised.sum()) for s in data])
         self._plan = Plan(lengths, supervised, batch_size=batch, seed=0, row_tokens=ROW, ranks=1)
         self._session: Any = SimpleNamespace(
             gang=self._gang,
             module=loss,
             trained=trained,
-            optimizer=optimizer,
+            optimizers=make_optimizers(tuned, spec),
+            output_anchor=None,
+            weight_anchor=None,
             spec=spec,
             guard=Guard(spec.training.guard, self._gang.device),
         )

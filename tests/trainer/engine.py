@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from finetune_api.spec import FineTuneJobSpec, parse_spec
 from finetune_trainer.engine import packed
 from finetune_trainer.prepared.shards import TokenSample
 
@@ -36,3 +39,16 @@ def samples(lengths: list[int], seed: int = 0, vocabulary: int = 97) -> list[Tok
         supervised[0], supervised[-1] = False, True
         made.append(TokenSample(draw.integers(0, vocabulary, n).astype(np.int32), supervised))
     return made
+
+
+def spec_of(method: dict[str, Any], **training: Any) -> FineTuneJobSpec:
+    """The least spec with a method and some training settings; its one training set is replayed."""
+    return parse_spec(
+        {
+            "model": {"source": "s3://models/base"},
+            "data": {"train": [{"source": "s3://data/a.jsonl", "replay": True}]},
+            "output": {"destination": "s3://models/tuned"},
+            "method": method,
+            "training": {"weightDecay": "0.01"} | training,
+        }
+    )

@@ -6,15 +6,18 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
-from engine import CPU, samples, tiny_llama
+from engine import CPU, samples, spec_of, tiny_llama
 
 from finetune_api.spec import Guard as GuardRule
 from finetune_api.spec import Training
 from finetune_trainer.engine import gang as gangs
+from finetune_trainer.engine.anchors import OutputAnchor
 from finetune_trainer.engine.feed import Feed
 from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.loss import TokenLoss
+from finetune_trainer.engine.methods import apply_method
 from finetune_trainer.engine.plan import Plan
 from finetune_trainer.engine.precision import PRECISIONS
 from finetune_trainer.engine.sharding import Sharding, distribute, whole
@@ -23,11 +26,23 @@ from finetune_trainer.train.step import optimizer_step
 LENGTHS = [60, 50, 55, 45, 30, 20, 64, 35]
 
 
+def adapted() -> torch.nn.Module:
+    """A model whose adapter says something."""
+    spec = spec_of({"type": "LoRA", "lora": {"rank": 4}})
+    model = apply_method(tiny_llama(), spec)
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
 def gradient(
     rank: int, size: int, port: int, row_tokens: int, count: int, folder: str,
-    sharding: Sharding = "NoShard", sharing: int = 1,
+    sharding: Sharding = "NoShard", sharing: int = 1, anchor: str = "",
 ) -> None:  # fmt: skip
-    """One optimizer step's gradient, as the loop computes it, to a file."""
+    """One optimizer step's gradient, as the loop computes it, to a file; ``anchor``: every other
+    document is held to the outputs of a 'copy', or to those without the 'adapter'."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
@@ -39,17 +54,15 @@ def gradient(
     lengths = torch.tensor(LENGTHS[:count]).numpy()
     supervised = torch.tensor([int(s.supervised.sum()) for s in documents]).numpy()
     plan = Plan(
-        lengths,
-        supervised,
-        batch_size=count,
-        seed=0,
-        row_tokens=row_tokens,
-        ranks=size // sharing,
-    )
-    loss = TokenLoss(tiny_llama()).train()
+        lengths, supervised, batch_size=count, seed=0, row_tokens=row_tokens,
+        ranks=size // sharing, sources=np.arange(count) % 2,
+    )  # fmt: skip
+    loss = TokenLoss(adapted() if anchor == "adapter" else tiny_llama(), 0.0, 0.0, 2.0).train()
     context = gang.sharing_rows(sharing)
     module = distribute(loss, gang, sharding, PRECISIONS["FP32"])
-    parameters = list(loss.parameters())
+    copy = TokenLoss(tiny_llama(seed=1).requires_grad_(False)).eval()
+    distribute(copy, gang, sharding, PRECISIONS["FP32"])
+    parameters = [p for p in loss.parameters() if p.requires_grad]
     kept: list[torch.Tensor] = []
 
     class Keep(torch.optim.SGD):
@@ -60,17 +73,20 @@ def gradient(
 
     session = SimpleNamespace(
         gang=gang, plan=plan, module=module, guard=Guard(GuardRule(), CPU), trained=parameters,
-        optimizer=Keep([{"params": parameters, "rate_factor": 1.0}], lr=0.0),
+        optimizers=[Keep([{"params": parameters, "rate_factor": 1.0}], lr=0.0)],
+        output_anchor=OutputAnchor(loss, copy if anchor == "copy" else None) if anchor else None,
+        weight_anchor=None,
         spec=SimpleNamespace(training=Training.model_validate({"maxGradNorm": "0"})),
     )  # fmt: skip
     read = lambda positions: [documents[p] for p in positions]  # noqa: E731
     with Feed(
-        plan, read, rank=rank // sharing, start=0, end=1, device=CPU, context=context
-    ) as feed:
+        plan, read, rank=rank // sharing, start=0, end=1, device=CPU, context=context,
+        replay=[False, bool(anchor)],
+    ) as feed:  # fmt: skip
         for batch in feed:
             local, _ = optimizer_step(session, batch, 0.0)
-    total = gang.sum(local[:1].clone())
+    total = gang.sum(local[[0, 2]].clone())
     if rank == 0:
         rows = len(batch.rows)
-        torch.save((kept[0], total.item(), rows), Path(folder) / "gradient.pt")
+        torch.save((kept[0], total.tolist(), rows), Path(folder) / "gradient.pt")
     gang.close()

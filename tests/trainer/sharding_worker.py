@@ -1,10 +1,12 @@
-"""Two optimizer steps of a small gang, by any method and sharding: what test_sharding compares."""
+"""A few steps of a small gang, by any method, sharding and optimizer: what test_sharding and
+test_optimizers compare."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,11 +15,12 @@ from engine import CPU, samples, tiny_llama
 
 from finetune_api.spec import parse_spec
 from finetune_trainer.engine import gang as gangs
+from finetune_trainer.engine.dcp import load_state, save_state, state_of
 from finetune_trainer.engine.feed import Feed
 from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.methods import apply_method
-from finetune_trainer.engine.parameters import optimizer_groups
+from finetune_trainer.engine.optimizers import make_optimizers
 from finetune_trainer.engine.plan import Plan
 from finetune_trainer.engine.precision import PRECISIONS
 from finetune_trainer.engine.sharding import distribute, root_gathered, whole
@@ -28,15 +31,12 @@ LENGTHS = [30, 24, 41, 18, 33, 27]
 
 
 def tune(
-    rank: int,
-    size: int,
-    port: int,
-    method: dict[str, Any],
-    sharding: Any,
-    folder: str,
-    precision: str = "FP32",
-) -> None:
-    """Train two steps, and write the trained weights and one greedy answer to a file."""
+    rank: int, size: int, port: int, method: dict[str, Any], sharding: Any, folder: str,
+    training: Mapping[str, Any] = MappingProxyType({}), start: int = 0, end: int = 2,
+    commit: str | None = None,
+) -> None:  # fmt: skip
+    """Train some steps, from ``commit`` on where one is given, and write the trained weights and
+    one greedy answer to a file, and the state beside it."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
@@ -48,14 +48,14 @@ def tune(
             "data": {"train": [{"source": "s3://data/a.jsonl"}]},
             "output": {"destination": "s3://models/tuned"},
             "method": method,
-            "training": {"precision": precision},
+            "training": {"precision": "FP32", **training},
         }
     )
     gang = gangs.join(spec.training)
     model = apply_method(tiny_llama(), spec)
     initialise_alike(model, spec, gang)
     loss = TokenLoss(model).train()
-    module = distribute(loss, gang, sharding, PRECISIONS[precision])
+    module = distribute(loss, gang, sharding, PRECISIONS[spec.training.precision])
     documents = samples(LENGTHS)
     lengths = np.array(LENGTHS)
     supervised = np.array([int(s.supervised.sum()) for s in documents])
@@ -66,12 +66,15 @@ def tune(
     session: Any = SimpleNamespace(
         gang=gang, plan=plan, module=module, spec=spec, guard=Guard(spec.training.guard, CPU),
         trained=[p for p in loss.parameters() if p.requires_grad],
-        optimizer=torch.optim.AdamW(optimizer_groups(model, spec), fused=True),
+        optimizers=make_optimizers(model, spec), output_anchor=None, weight_anchor=None,
     )  # fmt: skip
     read = lambda positions: [documents[p] for p in positions]  # noqa: E731
-    with Feed(plan, read, rank=rank, start=0, end=2, device=CPU) as feed:
+    if commit is not None:
+        load_state(Path(commit), model, session.optimizers, gang.control)
+    with Feed(plan, read, rank=rank, start=start, end=end, device=CPU) as feed:
         for batch in feed:
             optimizer_step(session, batch, 1e-2)
+    save_state(Path(folder) / "commit", state_of(model, session.optimizers), gang.control)
     loss.eval()
     with torch.no_grad(), root_gathered(loss):
         answer = model.generate(

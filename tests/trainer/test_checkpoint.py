@@ -54,10 +54,10 @@ class Model:
 
     def __init__(self) -> None:
         self.model = tiny_llama()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)
+        self.optimizers = [torch.optim.AdamW(self.model.parameters(), lr=0.0)]
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()
+        self.optimizers[0].step()
 
     def set(self, step: int) -> LoopState:
         with torch.no_grad():
@@ -85,13 +85,13 @@ def test_a_death_at_any_write_leaves_a_whole_commit(
         store = Stores(order).default
         checkpoints = Checkpoints.take(gang, store, order, tmp_path / "before")
         for step in (1, 2, 3):  # as many as are kept, and one
-            checkpoints.commit(model.model, model.optimizer, model.set(step))
+            checkpoints.commit(model.model, model.optimizers, model.set(step))
         checkpoints.settle()
 
         mortal: Any = Mortal(store, life, made)
         checkpoints.store = mortal
         checkpoints._held._store = mortal
-        checkpoints.commit(model.model, model.optimizer, model.set(4))
+        checkpoints.commit(model.model, model.optimizers, model.set(4))
         died = False
         try:
             checkpoints.settle()
@@ -100,7 +100,7 @@ def test_a_death_at_any_write_leaves_a_whole_commit(
 
         after = Checkpoints.take(gang, store, order, tmp_path / "after")
         model.set(99)
-        state = after.restore(model.model, model.optimizer)
+        state = after.restore(model.model, model.optimizers)
         assert state is not None
         assert state.step in (3, 4)
         assert model.values == {float(state.step)}, "weights and state are of one step"
@@ -123,14 +123,14 @@ def test_training_goes_on_while_a_commit_is_uploaded(
         return upload(*arguments)
 
     checkpoints.store.upload = slow  # type: ignore[method-assign]
-    checkpoints.commit(model.model, model.optimizer, model.set(1))
+    checkpoints.commit(model.model, model.optimizers, model.set(1))
     model.set(2)
     assert not checkpoints.settled()
     assert checkpoints.latest_uri is None
     gate.set()
     checkpoints.settle()
     assert str(checkpoints.latest_uri).endswith("attempt-1/step-00000001")
-    state = checkpoints.restore(model.model, model.optimizer)
+    state = checkpoints.restore(model.model, model.optimizers)
     assert state is not None
     assert (state.step, model.values) == (1, {1.0})
 
@@ -142,7 +142,7 @@ def test_a_commit_that_was_fenced_is_told_by_the_next_word(
     store = Stores(order).default
     stale = Checkpoints.take(gang, store, order, tmp_path / "stale")
     Checkpoints.take(gang, store, order, tmp_path / "newer")
-    stale.commit(model.model, model.optimizer, model.set(1))
+    stale.commit(model.model, model.optimizers, model.set(1))
     with pytest.raises(Fenced):
         stale.settle()
 
@@ -156,7 +156,7 @@ def test_the_best_commits_are_kept_besides_the_newest(
     for step, loss in enumerate([3.0, 1.0, 2.0, 1.0, 5.0], start=1):
         state = model.set(step)
         state.validation = [ValidationPoint(step=step, sets={}, overall={"Loss": loss})]
-        checkpoints.commit(model.model, model.optimizer, state)
+        checkpoints.commit(model.model, model.optimizers, state)
     checkpoints.settle()
     assert [c.step for c in checkpoints.head.commits] == [5, 4, 2]
     assert str(checkpoints.best_uri).endswith("step-00000004"), "of equals the newer one"

@@ -32,7 +32,7 @@ def gradient(model, lengths: list[int], shape: StaticShape | None) -> torch.Tens
     )
     model.zero_grad()
     with row_context(row.layout):
-        TokenLoss(model)(row).sum().backward()
+        TokenLoss(model)(row).tokens.sum().backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 

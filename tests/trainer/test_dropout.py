@@ -41,7 +41,7 @@ def losses(order: list[int], step: int = 7) -> torch.Tensor:
         [documents[i] for i in order], order, sources=order, seed=3, step=step, device=CPU
     )
     with torch.no_grad(), row_context(row.layout):
-        found = loss(row)
+        found = loss(row).tokens
     return torch.stack([found[row.sources == i].sum() for i in sorted(order)])
 
 

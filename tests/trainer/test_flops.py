@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from finetune_trainer.engine.feed import build_row
 from finetune_trainer.engine.flops import PEAKS, work_of
 from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import TokenLoss
+from finetune_trainer.engine.model import load_base
 
 
 def counted(model: Any, length: int) -> tuple[float, int]:
@@ -22,7 +24,7 @@ def counted(model: Any, length: int) -> tuple[float, int]:
     row = build_row(samples([length]), [0], seed=0, step=0, device=CPU)
     loss = TokenLoss(model)
     with FlopCounterMode(display=False) as counter, row_context(row.layout):
-        loss(row).sum().backward()
+        loss(row).tokens.sum().backward()
     return counter.get_total_flops(), row.labels.numel()
 
 
@@ -69,6 +71,17 @@ def test_experts_count_by_the_tokens_that_they_see() -> None:
 
     routers = 2 * 32 * (8 - 4)
     assert work(8) - work(4) == routers
+
+
+def test_weights_in_4_bits_count_by_their_numbers(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    plain = load_base(tmp_path, torch.float32)
+    packed = load_base(tmp_path, torch.float32, quantize_on=CPU)
+    weight = packed.model.layers[0].self_attn.q_proj.weight
+    assert weight.numel() * 2 == 32 * 32, "two to a byte"
+    plain.requires_grad_(False)
+    packed.requires_grad_(False)
+    assert work_of(packed, packed) == work_of(plain, plain)
 
 
 def test_a_cpu_has_no_peak() -> None:

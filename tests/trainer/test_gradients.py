@@ -15,11 +15,14 @@ def run(
     folder: Path,
     sharding: str = "NoShard",
     sharing: int = 1,
-) -> tuple[torch.Tensor, float, int]:
+    anchor: str = "",
+) -> tuple[torch.Tensor, list[float], int]:
     folder.mkdir()
     port = free_port()
     gang = [
-        forked(gradient, rank, size, port, row_tokens, count, str(folder), sharding, sharing)
+        forked(
+            gradient, rank, size, port, row_tokens, count, str(folder), sharding, sharing, anchor
+        )
         for rank in range(size)
     ]
     for process in gang:
@@ -55,3 +58,28 @@ def test_ranks_without_rows_take_part(tmp_path, sharding):
     assert rows == 1
     assert (found - expected).norm() / expected.norm() < 1e-6
     assert loss == pytest.approx(expected_loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("anchor", ["copy", "adapter"])
+def test_gradients_agree_with_an_anchor(tmp_path, anchor):
+    """Also where no row of a rank has a replay document (3 ranks have 2 documents), and where
+    processes share rows."""
+    many, few = (2, 100, "NoShard", 1), (3, 64, "NoShard", 1)
+    gangs = {
+        8: [many, (2, 100, "FullShard", 1), (2, 100, "NoShard", 2)],
+        2: [few, (3, 64, "FullShard", 1)],
+    }
+    for count, places in gangs.items():
+        expected, (loss, drift), _ = run(1, 100, count, tmp_path / f"{count}", anchor=anchor)
+        assert drift > 0
+        if anchor == "copy":
+            plain, (alone, none), _ = run(1, 100, count, tmp_path / f"{count}-plain")
+            assert none == 0
+            assert alone == pytest.approx(loss, rel=1e-6), "the loss is told without"
+            assert (plain - expected).norm() / plain.norm() > 0.01
+        for place in places:
+            size, row_tokens, sharding, sharing = place
+            folder = tmp_path / f"{count}-{place}"
+            found, told, _ = run(size, row_tokens, count, folder, sharding, sharing, anchor)
+            assert (found - expected).norm() / expected.norm() < 1e-6, place
+            assert told == pytest.approx([loss, drift], rel=1e-6)

@@ -10,8 +10,8 @@ from engine import CPU, tiny_llama
 
 from finetune_api.spec import Guard as Rule
 from finetune_trainer.engine.guard import WARM_UP, Guard
+from finetune_trainer.engine.optimizers import step_if
 from finetune_trainer.train.state import LoopState
-from finetune_trainer.train.step import step_if
 
 
 def losses_of(steps: int) -> list[float]:
@@ -84,12 +84,13 @@ def test_rows_of_skipped_steps_are_told_whole() -> None:
 @pytest.mark.parametrize("fused", [True, False], ids=["in the kernel", "by waiting"])
 def test_a_step_that_is_not_taken_changes_neither_weights_nor_moments(fused: bool) -> None:
     model = tiny_llama()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1, fused=fused)
+    group = {"params": list(model.parameters()), "rate_factor": 1.0}
+    optimizer = torch.optim.AdamW([group], weight_decay=0.1, fused=fused)
 
     def step(taken: bool, gradient: float) -> list[torch.Tensor]:
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, gradient)
-        step_if(optimizer, torch.tensor(taken))
+        step_if([optimizer], 0.1, torch.tensor(taken))
         moments = [v.clone() for s in optimizer.state.values() for v in s.values()]
         return [*(p.detach().clone() for p in model.parameters()), *moments]
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from engine import CPU, samples, tiny_llama
+from engine import CPU, samples, spec_of, tiny_llama
 from peft import PeftModel
 from test_training import write_model
 from transformers import AutoModelForCausalLM, CohereConfig, MixtralConfig, Qwen2MoeConfig
 
 from finetune_api.sources import ModelPlace
-from finetune_api.spec import FineTuneJobSpec, parse_spec
+from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.base import BaseFiles
 from finetune_trainer.engine.dcp import load_state, load_weights, save_state, state_of
 from finetune_trainer.engine.feed import build_row
@@ -24,7 +24,8 @@ from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import TokenLoss, row_losses
 from finetune_trainer.engine.methods import apply_method
 from finetune_trainer.engine.model import load_base, load_tokenizer
-from finetune_trainer.engine.parameters import optimizer_groups, parameter_counts
+from finetune_trainer.engine.optimizers import make_optimizers, step_if
+from finetune_trainer.engine.parameters import parameter_counts
 from finetune_trainer.engine.pissa import initialise
 from finetune_trainer.engine.quantized import check_device, check_package
 from finetune_trainer.evaluate.measure import Evaluator
@@ -37,18 +38,6 @@ from finetune_trainer.storage.published import Base
 IDS = torch.arange(1, 25)[None]
 
 
-def spec_of(method: dict[str, Any], **training: Any) -> FineTuneJobSpec:
-    return parse_spec(
-        {
-            "model": {"source": "s3://models/base"},
-            "data": {"train": [{"source": "s3://data/a.jsonl"}]},
-            "output": {"destination": "s3://models/tuned"},
-            "method": method,
-            "training": {"weightDecay": "0.01"} | training,
-        }
-    )
-
-
 class Tuning:
     """A model under tuning, as a training process has it."""
 
@@ -59,19 +48,16 @@ class Tuning:
         initialise(self.model, spec.method)
         coefficient = float(spec.training.router_aux_loss_coefficient)
         self.loss = TokenLoss(self.model, coefficient).train()
-        self.optimizer = torch.optim.AdamW(optimizer_groups(self.model, spec))
+        self.optimizers = make_optimizers(self.model, spec)
 
     def step(self, number: int) -> float:
         row = build_row(samples([18], seed=number), [0], seed=0, step=number, device=CPU)
         self.model.train()
         with row_context(row.layout):
-            total = self.loss(row).sum()
-            total.backward()
-        for group in self.optimizer.param_groups:
-            group["lr"] = 3e-2 * group["rate_factor"]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(total.detach())
+            losses = self.loss(row)
+            (losses.tokens.sum() + losses.added).backward()
+        step_if(self.optimizers, 3e-2, torch.tensor(True))
+        return float(losses.tokens.detach().sum())
 
     def trained(self) -> set[str]:
         return {n for n, p in self.model.named_parameters() if p.requires_grad}
@@ -162,9 +148,9 @@ def check_round(base: Path, tmp_path: Path, spec: FineTuneJobSpec, tuning: Tunin
     after = tuning.values()
     assert {n for n in after if not torch.equal(before[n], after[n])} == tuning.trained()
 
-    save_state(tmp_path / "commit", state_of(tuning.model, tuning.optimizer), None)
+    save_state(tmp_path / "commit", state_of(tuning.model, tuning.optimizers), None)
     resumed = Tuning(base, spec)
-    load_state(tmp_path / "commit", resumed.model, resumed.optimizer, None)
+    load_state(tmp_path / "commit", resumed.model, resumed.optimizers, None)
     assert all(torch.equal(value, after[name]) for name, value in resumed.values().items())
     expected_logits = logits(tuning.model)
     check_published(base, tmp_path, spec, expected_logits)
@@ -211,9 +197,9 @@ def test_qlora_trains_over_four_bits_and_is_published_on_the_stored_base(
         tuning.step(number)
     after = tuning.values()
     assert {n for n in after if not torch.equal(before[n], after[n])} == tuning.trained()
-    save_state(tmp_path / "commit", state_of(tuning.model, tuning.optimizer), None)
+    save_state(tmp_path / "commit", state_of(tuning.model, tuning.optimizers), None)
     resumed = Tuning(base, spec)
-    load_state(tmp_path / "commit", resumed.model, resumed.optimizer, None)
+    load_state(tmp_path / "commit", resumed.model, resumed.optimizers, None)
     assert all(torch.equal(value, after[name]) for name, value in resumed.values().items())
 
     whole = apply_method(load_base(base, torch.float32), spec)
@@ -225,10 +211,18 @@ def test_qlora_trains_over_four_bits_and_is_published_on_the_stored_base(
     assert resumed.step(3) == tuning.step(3)
 
 
-def test_qlora_needs_its_package_and_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = spec_of({"type": "QLoRA"})
+@pytest.mark.parametrize(
+    ("spec", "instead"),
+    [
+        (spec_of({"type": "QLoRA"}), r"or method\.type: LoRA"),
+        (spec_of({"type": "Full"}, optimizer="AdamW8bit"), r"or training\.optimizer: AdamW$"),
+    ],
+)
+def test_few_bits_need_a_package_and_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, spec: FineTuneJobSpec, instead: str
+) -> None:
     check_package(spec)
-    with pytest.raises(UserError, match=r"compute\.gpusPerNode") as caught:
+    with pytest.raises(UserError, match=rf"compute\.gpusPerNode, {instead}") as caught:
         check_device(spec, CPU)
     assert caught.value.reason == "GPUMissing"
     monkeypatch.setattr("finetune_trainer.engine.quantized.find_spec", lambda name: None)
@@ -287,12 +281,14 @@ def test_the_router_loss_balances_training_and_leaves_measuring_alone(experts: P
         router = model(
             input_ids=row.input_ids, position_ids=row.position_ids, output_router_logits=True
         ).aux_loss
-        added = balanced.train()(row) - plain.train()(row)
+        found = balanced.train()(row)
+        assert torch.equal(found.tokens, plain.train()(row).tokens), "told apart"
     assert router > 0
-    torch.testing.assert_close(added, (0.5 * router).expand_as(added), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.router, router)
+    torch.testing.assert_close(found.added, 0.5 * router * len(found.tokens))
     assert torch.equal(row_losses(balanced.eval(), row), row_losses(plain.eval(), row))
     with row_context(row.layout):
-        (balanced.train()(row).sum() - plain.train()(row).sum()).backward()
+        balanced.train()(row).added.backward()
     assert model.model.layers[0].mlp.gate.weight.grad.abs().max() > 0
     with pytest.raises(UserError, match="routerAuxLossCoefficient") as caught:
         TokenLoss(tiny_llama(), 0.5)
@@ -358,7 +354,7 @@ def test_groups_of_the_optimizer(base: Path) -> None:
     names = {id(p): n for n, p in tuning.model.named_parameters()}
     found = {
         names[id(p)].split(".lora_")[1].split(".")[0]: (group["weight_decay"], group["rate_factor"])
-        for group in tuning.optimizer.param_groups
+        for group in tuning.optimizers[0].param_groups
         for p in group["params"]
     }
     assert found == {"A": (0.01, 1.0), "B": (0.01, 16.0), "magnitude_vector": (0.0, 1.0)}

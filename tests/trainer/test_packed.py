@@ -79,7 +79,7 @@ def test_gradients_of_a_packed_row_are_those_of_the_documents():
                 [documents[p] for p in positions], positions, seed=0, step=0, device=CPU
             )
             with row_context(row.layout):
-                loss(row).sum().backward()
+                loss(row).tokens.sum().backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     together = gradients([list(range(len(documents)))])
@@ -101,7 +101,7 @@ def test_a_row_without_documents_costs_nothing_and_reaches_every_weight():
     model = tiny_llama()
     row = build_row([], [], seed=0, step=0, device=CPU)
     with row_context(row.layout):
-        TokenLoss(model)(row).sum().backward()
+        TokenLoss(model)(row).tokens.sum().backward()
     assert row.labels.numel() == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
@@ -151,7 +151,7 @@ def test_checkpointed_rows_have_the_same_gradient_though_backward_has_its_own_th
         loss = TokenLoss(model).train()
         row = build_row(documents, range(len(documents)), seed=0, step=0, device=CPU)
         with row_context(row.layout):
-            total = loss(row).sum()
+            total = loss(row).tokens.sum()
             thread = threading.Thread(target=total.backward)
             thread.start()
             thread.join()

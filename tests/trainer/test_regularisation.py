@@ -6,14 +6,13 @@ import math
 
 import pytest
 import torch
-from engine import CPU, samples, tiny_llama
-from test_methods import spec_of
+from engine import CPU, samples, spec_of, tiny_llama
 from torch import nn
 
 from finetune_trainer.engine.dropout import add_noise
 from finetune_trainer.engine.feed import RowTensors, build_row
 from finetune_trainer.engine.layout import row_context
-from finetune_trainer.engine.loss import TokenLoss
+from finetune_trainer.engine.loss import RowLosses, TokenLoss
 from finetune_trainer.engine.methods import apply_method
 from finetune_trainer.engine.parameters import optimizer_groups
 
@@ -27,8 +26,8 @@ def row_of(order: list[int], step: int = 7) -> RowTensors:
 
 def losses(loss: TokenLoss, row: RowTensors) -> torch.Tensor:
     with torch.no_grad(), row_context(row.layout):
-        found: torch.Tensor = loss(row)
-    return found
+        found: RowLosses = loss(row)
+    return found.tokens
 
 
 def test_labels_are_smoothed_while_training_alone() -> None:

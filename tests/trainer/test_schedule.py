@@ -14,6 +14,7 @@ from finetune_trainer.engine.schedule import (
     evaluation_steps,
     learning_rate,
     log_interval,
+    replay_of,
     stages_of,
     steps_of,
 )
@@ -83,6 +84,16 @@ def test_a_stage_of_empty_sets_is_refused() -> None:
     with pytest.raises(UserError, match=r"spec\.data\.train: .*empty.* have no sample") as caught:
         stages_of(spec(data=data), SETS, 10)
     assert caught.value.reason == "NothingToMix"
+
+
+def test_replay_sets_are_those_that_are_marked_and_have_samples() -> None:
+    data = {"train": [source("a"), source("b", replay=True), source("c", replay=True)]}
+    held = spec(data=data, training={"anchor": {"klCoefficient": "0.1"}})
+    assert replay_of(held, ["a", "c"]) == [False, True]
+    assert replay_of(spec(data=data), ["a", "c"]) == [False, False]
+    with pytest.raises(UserError, match=r"klCoefficient: .*\(b, c\) have no sample") as caught:
+        replay_of(held, ["a"])
+    assert caught.value.reason == "NothingToReplay"
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from engine import tiny_llama
+from engine import spec_of, tiny_llama
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from test_methods import logits, spec_of
+from test_methods import logits
 from test_publish import SPEC, Trained
 from transformers import AutoModelForCausalLM
 

@@ -38,9 +38,12 @@ def test_the_least_sharding_that_fits_is_chosen(
 def test_training_state_counts_what_is_trained_and_what_is_not() -> None:
     model = tiny_llama()
     size = sum(p.numel() for p in model.parameters())
-    assert training_state(model) == 16 * size
+    assert training_state(model, "AdamW") == 16 * size
+    tables = model.model.embed_tokens.weight.numel()
+    vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    assert training_state(model, "Muon") == 12 * size + 4 * (tables + vectors)
     model.requires_grad_(False).to(torch.bfloat16)
-    assert training_state(model) == 2 * size
+    assert training_state(model, "AdamW") == 2 * size
 
 
 def test_the_memory_of_a_machine_is_shared_by_its_processes() -> None:

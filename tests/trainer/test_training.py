@@ -181,6 +181,42 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_at_any_size(bench: Bench
             assert ours.tuned == pytest.approx(theirs.tuned, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "method", "sharding", "anchor"),
+    [
+        ("Muon", "Full", "FullShard", {"klCoefficient": "0.5", "l2Coefficient": "5"}),
+        ("Adafactor", "LoRA", "NoShard", {"klCoefficient": "0.5"}),
+    ],
+)
+def test_an_interrupted_run_equals_an_uninterrupted_one_with_other_optimizers_and_anchors(
+    bench: Bench, optimizer: str, method: str, sharding: str, anchor: dict[str, str]
+) -> None:
+    """The untuned model is that of the first attempt, not of the commit that a later one reads."""
+    data = {
+        "train": [
+            {"name": "colours", "source": f"{bench.bucket}/train.jsonl"},
+            {"name": "loud", "source": f"{bench.bucket}/more.jsonl", "replay": True},
+        ],
+        "split": {"validation": "0.1", "test": "0.1"},
+        "quality": {"deduplicate": False},
+    }
+    spec = {
+        "data": data, "method": {"type": method}, "compute": {"sharding": sharding},
+        "training": {"optimizer": optimizer, "anchor": anchor},
+    }  # fmt: skip
+    whole = bench.finish(bench.order("1-whole", **spec), 2, "whole")
+    drifts = [point.anchor_kl for point in whole.curve]
+    assert drifts[0] == pytest.approx(0, abs=1e-3), "dropout alone"
+    assert max(drift or 0 for drift in drifts) > 10 * (drifts[0] or 0)
+    order = bench.order("1-again", **spec)
+    bench.kill_after_commit(order, 2, "lost", step=6)
+    again = bench.finish(order, 2, "resumed")
+    assert again.summary.restarts == 1
+    for ours, theirs in zip(again.curve, whole.curve, strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-4), ours.step
+        assert ours.anchor_kl == pytest.approx(theirs.anchor_kl, rel=1e-3, abs=1e-7), ours.step
+
+
 SERIES = (
     "finetune_train_loss", "finetune_learning_rate", "finetune_gradient_norm", "finetune_step",
     "finetune_total_steps", "finetune_tokens_per_second", "finetune_tokens_total",

@@ -40,6 +40,13 @@ class MethodKind:
     """Whether the model can lie in shards on the processes (`compute.sharding`)."""
     packs: bool = True
     """Whether documents can share a row: not where each needs virtual tokens before it."""
+    matrices: bool = True
+    """Whether it trains matrices of hidden layers, which some optimizers are for."""
+
+    @property
+    def adapts(self) -> bool:
+        """Whether it trains an adapter, and leaves the model's own weights as they are."""
+        return "Adapter" in self.formats
 
 
 METHODS: Final[dict[MethodName, MethodKind]] = {
@@ -47,9 +54,9 @@ METHODS: Final[dict[MethodName, MethodKind]] = {
     "Partial": MethodKind("partial", 2e-5, ("Merged",)),
     "LoRA": MethodKind("lora", 2e-4, ("Adapter", "Merged", "Both")),
     "QLoRA": MethodKind("lora", 2e-4, ("Adapter", "Merged", "Both"), quantizes=True, shards=False),
-    "IA3": MethodKind("ia3", 3e-3, ("Adapter", "Merged", "Both")),
-    "PromptTuning": MethodKind("prompt", 1e-2, ("Adapter",), packs=False),
-    "PrefixTuning": MethodKind("prompt", 1e-2, ("Adapter",), packs=False),
+    "IA3": MethodKind("ia3", 3e-3, ("Adapter", "Merged", "Both"), matrices=False),
+    "PromptTuning": MethodKind("prompt", 1e-2, ("Adapter",), packs=False, matrices=False),
+    "PrefixTuning": MethodKind("prompt", 1e-2, ("Adapter",), packs=False, matrices=False),
 }
 
 

@@ -38,6 +38,12 @@ class Progress(Record):
     """Training loss per supervised token (nats), mean since the last log point."""
     by_source: dict[str, float] = {}
     """The same by training set, where there are several."""
+    anchor_kl: float | None = None
+    """KL(untuned || tuned) per supervised token of replay sets (nats), mean since the last log
+    point, where training.anchor asks for it; no part of the loss above."""
+    router_loss: float | None = None
+    """Loss that spreads tokens over experts, before its coefficient, mean since the last log
+    point, where training.routerAuxLossCoefficient asks for it; no part of the loss above."""
     learning_rate: float | None = None
     """Learning rate of the last step."""
     tokens_per_second: float | None = None

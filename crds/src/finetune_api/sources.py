@@ -168,6 +168,9 @@ class DataSource(Model):
     weight: DecimalString | None = None
     """Share of the trained tokens, relative to the weights of the other training sets; "0" leaves
     the set to the stages. Absent everywhere: in proportion to size, each record once an epoch."""
+    replay: bool = False
+    """Marks a training set of general data, which is there lest the model forget: it is trained
+    like any other, and `training.anchor.klCoefficient` holds the model to its old answers on it."""
     storage: StorageAccess | None = None
     """Access to this source where it differs from `spec.storage`."""
 
@@ -333,6 +336,15 @@ def _no_weights(field: str) -> Rule:
     )
 
 
+def _no_replay(field: str) -> Rule:
+    return Rule(
+        f"!has(self.{field}) || self.{field}.all(s, !s.replay)",
+        f"replay is for training sets: those of {field} are measured, not trained",
+        lambda data: not any(s.replay for s in getattr(data, field) or ()),
+        (f"{field}[].source",),
+    )
+
+
 class Data(Model):
     """What is learned from, and what is measured on."""
 
@@ -393,6 +405,7 @@ class Data(Model):
             ("mixingTemperature", "train[].weight"),
         ),
         *(_no_weights(field) for field in ("validation", "test")),
+        *(_no_replay(field) for field in ("validation", "test")),
         Rule(
             "!has(self.stages) || self.stages.all(s, !has(s.weights) || s.weights.all(w,"
             " self.train.exists(t, has(t.name) && t.name == w.name)))",

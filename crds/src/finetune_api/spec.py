@@ -24,6 +24,14 @@ from finetune_api.base import (
 )
 from finetune_api.cluster import Compute, FailurePolicy, Prepare, Scheduling
 from finetune_api.methods import METHODS, Method, OutputFormat, methods_for
+from finetune_api.optimizers import (
+    OPTIMIZERS,
+    Anchor,
+    OptimizerKind,
+    OptimizerName,
+    anchor_rules,
+    optimizer_rules,
+)
 from finetune_api.sources import BaseModelSource, Data, Storage
 
 Metric = Literal[
@@ -82,8 +90,17 @@ class Training(Model):
     or constant."""
     warmup_ratio: Fraction = "0.03"
     """Share of the steps in which the learning rate rises linearly from zero."""
+    optimizer: OptimizerName = "AdamW"
+    """AdamW: two moments, 8 bytes a trained weight. AdamW8bit: the same in 2 bytes (Dettmers et al.
+    2022, arXiv:2110.02861), on GPUs alone. Adafactor: sums of rows and columns, next to nothing,
+    and no momentum (Shazeer and Stern 2018, arXiv:1804.04235). Muon: matrices of hidden layers
+    (those of LoRA too) get orthogonal updates, at 4 bytes a weight (Jordan et al. 2024; Liu et al.
+    2025, arXiv:2502.16982); embeddings, the head, experts in one tensor, norms and biases get
+    AdamW. A learning rate means about the same for all of them."""
     weight_decay: DecimalString = "0"
-    """Decoupled weight decay of AdamW; not applied to norms and biases."""
+    """Decoupled weight decay; not applied to norms and biases."""
+    anchor: Anchor = Anchor()
+    """What holds the tuned model near the untuned one, against forgetting."""
     dropout: Fraction = "0"
     """Probability with which outputs of attention and feed-forward blocks are dropped."""
     label_smoothing: Fraction = "0"
@@ -129,6 +146,11 @@ class Training(Model):
             ("epochs", "maxSteps"),
         ),
     )
+
+    @property
+    def optimizer_kind(self) -> OptimizerKind:
+        """The optimizer's row of the table."""
+        return OPTIMIZERS[self.optimizer]
 
 
 class Evaluation(Model):
@@ -261,6 +283,8 @@ class FineTuneJobSpec(Model):
             lambda s: s.method.kind.shards or s.compute.sharding in ("Auto", "NoShard"),
             ("method.type", "compute.sharding"),
         ),
+        *optimizer_rules(),
+        *anchor_rules(),
         Rule(
             "self.training.precision != 'FP8' || self.method.type == 'Full'",
             "training.precision FP8 goes with method.type Full, whose weights all change: set"

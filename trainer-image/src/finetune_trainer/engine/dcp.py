@@ -6,7 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
@@ -18,15 +17,16 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from finetune_trainer.engine.optimizers import Optimizers
 from finetune_trainer.engine.pissa import is_kept
 
 State = dict[str, Any]
-"""Trained weights and the optimizer's state, by name; of a gang, this rank's part."""
+"""Trained weights and the state of the optimizers, by name; of a gang, this rank's part."""
 
 
-def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+def state_of(model: nn.Module, optimizers: Optimizers) -> State:
     """The state as it is in memory: it changes with the next step."""
-    weights, moments = get_state_dict(model, optimizer)
+    weights, moments = get_state_dict(model, optimizers)
     return {"model": _kept(model, weights), "optimizer": moments}
 
 
@@ -39,15 +39,15 @@ def save_state(folder: Path, state: State, group: dist.ProcessGroup | None) -> N
 def load_state(
     folder: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Optimizers,
     group: dist.ProcessGroup | None,
 ) -> None:
     """Read trained weights and optimizer state, written by any number of ranks."""
-    state = state_of(model, optimizer)
+    state = state_of(model, optimizers)
     state_dict_loader.load(state, checkpoint_id=folder, process_group=group, no_dist=group is None)
     set_state_dict(
         model,
-        optimizer,
+        optimizers,
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
         options=StateDictOptions(strict=False),

@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +42,18 @@ class RowTensors:
     """Where the documents lie."""
     sources: Tensor
     """Number of the source of each supervised token, shape [supervised]."""
+    replay: Replay | None = None
+    """Its replay documents, where any rank's row of this turn has some and they are wanted."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The replay documents of a row, as the untuned model reads them."""
+
+    row: RowTensors
+    """They alone; where processes share rows, the whole row, with their labels alone."""
+    at: Tensor
+    """Their supervised tokens among those of the whole row, in the same order; shape [replayed]."""
 
 
 class StaticShape(NamedTuple):
@@ -146,7 +158,8 @@ Reader = Callable[[Sequence[int]], list[TokenSample]]
 
 class Feed:
     """Steps of a plan as tensors of one rank, from ``start`` to ``end``. Processes that share
-    rows (``context``) have one rank in the plan.
+    rows (``context``) have one rank in the plan; ``replay`` says by source whether its documents
+    are wanted apart too (empty: none).
 
     Iterating yields ``StepTensors``; a fault of the reading thread is raised where the step that
     needs the data begins.
@@ -163,6 +176,7 @@ class Feed:
         device: torch.device,
         context: ContextGroup = ALONE,
         shape: StaticShape | None = None,
+        replay: Sequence[bool] = (),
         ahead: int = 4,
     ) -> None:
         self._plan = plan
@@ -172,6 +186,7 @@ class Feed:
         self._device = device
         self._context = context
         self._shape = shape
+        self._replay = np.array(replay, np.bool_) if any(replay) else None
         self._queue: queue.Queue[tuple[Step, list[RowTensors]] | BaseException] = queue.Queue(ahead)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="feed", daemon=True)
@@ -210,11 +225,30 @@ class Feed:
         mine: tuple[Row, ...] = step.rows[self._rank]
         wanted = [position for row in mine for position in row]
         samples = dict(zip(wanted, self._read(wanted), strict=True))
-        return [
-            build_row(
+
+        def build(row: Row, shape: StaticShape | None) -> RowTensors:
+            return build_row(
                 [samples[p] for p in row], row, sources=self._plan.sources[list(row)].tolist(),
                 seed=self._plan.seed, step=step.number, device=self._device, context=self._context,
-                shape=self._shape,
-            )
-            for row in mine
-        ]  # fmt: skip
+                shape=shape,
+            )  # fmt: skip
+
+        def with_replay(turn: int, row: Row) -> RowTensors:
+            built = build(row, self._shape)
+            # By the plan, and so alike on all ranks: in shards all take part in every pass.
+            if self._replay is None or not any(self._of_replay(rows[turn]) for rows in step.rows):
+                return built
+            at = torch.from_numpy(self._replay).to(self._device)[built.sources].nonzero()[:, 0]
+            if self._context.size == 1:
+                return replace(built, replay=Replay(build(self._of_replay(row), None), at))
+            # Of a shorter row this process would hold other tokens: the whole one is read again.
+            again = replace(built, predict=built.predict[at], labels=built.labels[at])
+            return replace(built, replay=Replay(again, at))
+
+        return [with_replay(turn, row) for turn, row in enumerate(mine)]
+
+    def _of_replay(self, row: Row) -> Row:
+        """The documents of a row that are of replay sources."""
+        return tuple(
+            p for p in row if self._replay is not None and self._replay[self._plan.sources[p]]
+        )

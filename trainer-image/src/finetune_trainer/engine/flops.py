@@ -24,6 +24,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from finetune_trainer.engine.parameters import size_of
+
 PEAKS: Final = {
     "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
     "H100": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "A10G": 70e12,
@@ -67,7 +69,7 @@ def work_of(model: nn.Module, base: PreTrainedModel) -> Work:
     for weight in model.parameters():
         if weight.ndim < 2 or weight is table or weight is head:
             continue
-        size = weight.numel() * (_routed_share(config) if weight.ndim == 3 else 1.0)
+        size = size_of(weight) * (_routed_share(config) if weight.ndim == 3 else 1.0)
         frozen, trained = (
             (frozen, trained + size) if weight.requires_grad else (frozen + size, trained)
         )
@@ -76,7 +78,7 @@ def work_of(model: nn.Module, base: PreTrainedModel) -> Work:
     return Work(
         frozen=frozen,
         trained=trained,
-        head=0 if head is None else head.numel(),
+        head=0 if head is None else size_of(head),
         head_trained=head is not None and head.requires_grad,
         attention=config.num_hidden_layers * heads * width,
     )

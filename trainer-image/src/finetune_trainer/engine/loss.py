@@ -7,30 +7,59 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel, PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 
+from finetune_trainer.engine.compilation import uncompiled
 from finetune_trainer.engine.feed import RowTensors
 from finetune_trainer.engine.layout import row_context
 from finetune_trainer.failures import UserError
 
 
-class TokenLoss(nn.Module):
-    """A causal language model as a module from a row to its losses (what DDP wraps).
+class RowLosses(NamedTuple):
+    """What a row gives. (Of a plain tuple sharding finds the tensors.)"""
 
-    ``forward`` returns the negative log likelihood of each supervised token in nats, float32,
-    shape [supervised]; while training, each with the row's router loss (the balance of a mixture
-    of experts) times ``router_coefficient`` added. Of a row without any, it is one zero that
-    depends on the weights, so that every rank takes part in the collectives of the backward pass.
-    """
+    tokens: Tensor
+    """Negative log likelihood of each supervised token in nats, float32, shape [supervised]. Of a
+    row without any it is one zero that depends on the weights, so that every rank takes part in the
+    collectives of the backward pass."""
+    added: Tensor
+    """What training adds to their sum: router loss and divergence, times their coefficients."""
+    drift: Tensor
+    """KL(untuned || tuned) at each anchored token, nats, without gradient; shape [anchored]."""
+    router: Tensor
+    """The row's router loss (the balance of a mixture of experts), without gradient."""
+    logits: Tensor | None
+    """Of the supervised tokens, shape [supervised, vocabulary], where they were asked for."""
+
+
+@dataclass(frozen=True)
+class Untuned:
+    """Outputs of the untuned model for some of a row's supervised tokens. (Sharding lets tensors of
+    a dataclass be: it would round them.)"""
+
+    logits: Tensor
+    """Shape [anchored, vocabulary]."""
+    at: Tensor
+    """Which of the supervised tokens these are, shape [anchored]."""
+
+
+class TokenLoss(nn.Module):
+    """A causal language model as a module from a row to its losses (what DDP wraps)."""
 
     def __init__(
-        self, model: nn.Module, router_coefficient: float = 0.0, label_smoothing: float = 0.0
+        self,
+        model: nn.Module,
+        router_coefficient: float = 0.0,
+        label_smoothing: float = 0.0,
+        anchor_coefficient: float = 0.0,
     ) -> None:
         super().__init__()
         self.model: Any = model
@@ -39,6 +68,7 @@ class TokenLoss(nn.Module):
         self._selects = "logits_to_keep" in accepted
         self._router_coefficient = router_coefficient
         self._label_smoothing = label_smoothing
+        self._anchor_coefficient = anchor_coefficient
         if router_coefficient and "output_router_logits" not in accepted:
             raise UserError(
                 "NoRouter",
@@ -57,19 +87,26 @@ class TokenLoss(nn.Module):
 
     @contextmanager
     def untuned(self) -> Iterator[None]:
-        """The model as it was, of methods whose new weights change it before the first step."""
-        if not self._virtual:
-            yield
-            return
+        """The model as it was: without its adapter. Weights of its own that are trained stay as
+        they are, and are the untuned ones before the first step alone."""
         kept = self._virtual, self._shift
+        # Not by peft's own switch, which changes what is trained, and would train PiSSA's frozen
+        # adapter when it is switched on again.
+        layers = [m for m in self.modules() if isinstance(m, BaseTunerLayer)]
         self._virtual, self._shift = False, 0
+        for layer in layers:
+            layer._disable_adapters = True
         try:
-            with self.model.disable_adapter():
+            with self.model.disable_adapter() if kept[0] else nullcontext():
                 yield
         finally:
             self._virtual, self._shift = kept
+            for layer in layers:
+                layer._disable_adapters = False
 
-    def forward(self, row: RowTensors) -> Tensor:
+    def forward(
+        self, row: RowTensors, untuned: Untuned | None = None, with_logits: bool = False
+    ) -> RowLosses:
         empty = row.labels.numel() == 0
         predict = (row.predict if not empty else row.predict.new_zeros(1)) + self._shift
         extra: dict[str, Any] = {"logits_to_keep": predict} if self._selects else {}
@@ -80,19 +117,55 @@ class TokenLoss(nn.Module):
             extra["output_router_logits"] = True
         output = self.model(input_ids=row.input_ids, use_cache=False, **extra)
         logits = output.logits[0] if self._selects else output.logits[0].index_select(0, predict)
+        none = logits.new_zeros((), dtype=torch.float32)
         if empty:
-            nothing: Tensor = logits.float().sum()[None] * 0.0
-            return nothing
+            nothing = logits.float().sum()[None] * 0.0
+            return RowLosses(nothing, none, none.new_zeros(0), none, logits[:0])
         smoothing = self._label_smoothing if self.training else 0.0
-        losses: Tensor = cross_entropy(
+        tokens = cross_entropy(
             logits.float(), row.labels, reduction="none", label_smoothing=smoothing
         )
-        # With every token, so that the step's is the mean over its rows by their tokens.
-        return losses + self._router_coefficient * output.aux_loss if balanced else losses
+        added, drift, router = none, none.new_zeros(0), none
+        if balanced:
+            router = output.aux_loss
+            # With every token, so that the step's is the mean over its rows by their tokens.
+            added = added + self._router_coefficient * len(tokens) * router
+        if untuned is not None:
+            drift = divergence(untuned.logits, logits.index_select(0, untuned.at))
+            added = added + self._anchor_coefficient * drift.sum()
+        return RowLosses(
+            tokens, added, drift.detach(), router.detach(), logits if with_logits else None
+        )
+
+
+def divergence(untuned: Tensor, tuned: Tensor) -> Tensor:
+    """KL(untuned || tuned) of the probabilities that two models' logits mean, in nats, float32.
+
+    Args:
+        untuned: shape [tokens, vocabulary].
+        tuned: the same shape.
+    """
+    each = kl_div(
+        tuned.float().log_softmax(-1), untuned.float().log_softmax(-1),
+        reduction="none", log_target=True,
+    )  # fmt: skip
+    return each.sum(-1)
 
 
 def row_losses(module: nn.Module, row: RowTensors) -> Tensor:
     """Losses of a row's supervised tokens, without gradient, shape [supervised]."""
     with torch.no_grad(), row_context(row.layout):
-        losses: Tensor = module(row)
-    return losses[: row.labels.numel()]
+        losses: RowLosses = module(row)
+    return losses.tokens[: row.labels.numel()]
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in evaluation mode for a while, as it was written: shapes are seen once."""
+    was = module.training
+    module.eval()
+    try:
+        with uncompiled(module):
+            yield
+    finally:
+        module.train(was)

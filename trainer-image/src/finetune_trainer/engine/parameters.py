@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.pissa import INITIAL
+
+Group = dict[str, Any]
+"""A parameter group of an optimizer: ``params`` and settings."""
 
 
 @dataclass(frozen=True)
@@ -22,20 +26,20 @@ class Parameters:
 def parameter_counts(model: nn.Module) -> Parameters:
     """Trainable and total parameters, without those that only say where an adapter began."""
     sizes = [
-        (_size(p), p.requires_grad)
+        (size_of(p), p.requires_grad)
         for name, p in model.named_parameters()
         if f".{INITIAL}." not in name
     ]
     return Parameters(sum(n for n, train in sizes if train), sum(n for n, _ in sizes))
 
 
-def _size(parameter: nn.Parameter) -> int:
+def size_of(parameter: nn.Parameter) -> int:
     """Numbers in a parameter: one in 4 bits holds two a byte, and has its shape beside it."""
     state = getattr(parameter, "quant_state", None)
     return math.prod(state.shape) if state is not None else parameter.numel()
 
 
-def optimizer_groups(model: nn.Module, spec: FineTuneJobSpec) -> list[dict[str, object]]:
+def optimizer_groups(model: nn.Module, spec: FineTuneJobSpec) -> list[Group]:
     """Parameter groups of the optimizer: weight decay for matrices, none for norms, biases and
     scales, and ``rate_factor``, by which the schedule's rate is multiplied (for the B matrices of
     LoRA+, Hayou et al. 2024, and by layer). No group is empty: a checkpoint keeps no settings of

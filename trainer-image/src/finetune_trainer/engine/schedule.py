@@ -6,7 +6,7 @@ Steps are counted from 0: step *t* is the one that is taken when *t* optimizer s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from finetune_api.sources import Data, DataStage
@@ -81,6 +81,29 @@ def _shares(
             f" train on; those that have are {', '.join(sets)}. Correct the weights or the data",
         )
     return shares
+
+
+def replay_of(spec: FineTuneJobSpec, sets: Sequence[str]) -> list[bool]:
+    """Which training sets are held to the untuned model's outputs.
+
+    Args:
+        sets: names of those that have samples, in the order of the plan's sources.
+
+    Raises:
+        UserError: 'NothingToReplay' where none of those that should be has samples.
+    """
+    if float(spec.training.anchor.kl_coefficient) == 0:
+        return [False] * len(sets)
+    sources = zip(spec.data.names("train"), spec.data.train, strict=True)
+    marked = [name for name, source in sources if source.replay]
+    if not set(marked) & set(sets):
+        raise UserError(
+            "NothingToReplay",
+            "spec.training.anchor.klCoefficient: the sets with replay: true"
+            f" ({', '.join(marked)}) have no sample to train on; those that have are"
+            f" {', '.join(sets)}. Correct the marks or the data",
+        )
+    return [name in marked for name in sets]
 
 
 def evaluation_steps(spec: FineTuneJobSpec, total: int) -> range:

@@ -23,7 +23,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from finetune_api.optimizers import OptimizerName
 from finetune_trainer.engine.gang import Gang
+from finetune_trainer.engine.optimizers import state_bytes
 from finetune_trainer.engine.parameters import decoder_blocks
 from finetune_trainer.engine.precision import Precision
 
@@ -38,7 +40,7 @@ def choose(state: int, capacity: int, nodes: int, per_node: int) -> Sharding:
     """The least sharding in which the training state of a model fits.
 
     Args:
-        state: bytes of weights, gradients and optimizer moments.
+        state: bytes of weights, gradients, optimizer state and what anchors keep.
         capacity: bytes of memory of one process.
     """
     if nodes * per_node == 1 or state <= _ROOM * capacity:
@@ -48,12 +50,12 @@ def choose(state: int, capacity: int, nodes: int, per_node: int) -> Sharding:
     return "FullShard"
 
 
-def training_state(model: nn.Module) -> int:
-    """Bytes that a model under tuning takes with gradients and the two moments of AdamW, all of
-    them 32-bit."""
-    return sum(
-        p.numel() * (p.element_size() + (12 if p.requires_grad else 0)) for p in model.parameters()
+def training_state(model: nn.Module, optimizer: OptimizerName) -> int:
+    """Bytes that a model under tuning takes with 32-bit gradients and the optimizer's state."""
+    weights = sum(
+        p.numel() * (p.element_size() + (4 if p.requires_grad else 0)) for p in model.parameters()
     )
+    return weights + round(state_bytes(model, optimizer))
 
 
 def capacity(device: torch.device, processes: int) -> int:
@@ -68,11 +70,15 @@ def capacity(device: torch.device, processes: int) -> int:
 
 
 def distribute(loss: nn.Module, gang: Gang, sharding: Sharding, precision: Precision) -> nn.Module:
-    """The module to train: ``loss`` itself, sharded in place, or DDP around it.
+    """The module to run: ``loss`` itself, sharded in place, or DDP around it where it is whole and
+    something of it is trained.
 
     Where the precision has the model compute with copies of its weights in bfloat16, FSDP makes
     them, in shards or not; gradients are reduced in 32 bits.
     """
+    trained = any(p.requires_grad for p in loss.parameters())
+    if not trained and (gang.size == 1 or sharding == "NoShard"):
+        return loss.to(gang.device)
     if gang.size == 1 and not precision.copied:
         return loss.to(gang.device)
     if sharding == "NoShard" and not precision.copied:
@@ -118,6 +124,11 @@ def root_gathered(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.reshard()
+
+
+def held(value: Tensor) -> Tensor:
+    """What this process holds of a tensor that may be in shards: the same memory."""
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def whole(value: Tensor) -> Tensor:

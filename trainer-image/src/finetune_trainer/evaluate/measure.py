@@ -9,21 +9,18 @@ Loss is a sum over supervised tokens divided by their number, so it depends on n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetune_api.results import Metrics
 from finetune_api.spec import Metric
-from finetune_trainer.engine.compilation import uncompiled
 from finetune_trainer.engine.feed import build_row
 from finetune_trainer.engine.gang import Gang
-from finetune_trainer.engine.loss import TokenLoss, row_losses
+from finetune_trainer.engine.loss import TokenLoss, evaluating, row_losses
 from finetune_trainer.engine.plan import pack_all
 from finetune_trainer.engine.sharding import is_sharded, root_gathered
 from finetune_trainer.evaluate.metricnames import OF_LOSS
@@ -193,18 +190,6 @@ def greedy(
         eos_token_id=sorted({*stops, tokenizer.eos_token_id}),
         use_cache=True,
     )
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in evaluation mode for a while, as it was written: shapes are seen once."""
-    was = module.training
-    module.eval()
-    try:
-        with uncompiled(module):
-            yield
-    finally:
-        module.train(was)
 
 
 def overall(results: Sequence[SetResult]) -> Metrics:

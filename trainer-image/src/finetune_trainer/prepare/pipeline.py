@@ -20,7 +20,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.adaptersum import check_sum
 from finetune_trainer.engine.base import fetch_base
 from finetune_trainer.engine.quantized import check_package
-from finetune_trainer.engine.schedule import stages_of, steps_of
+from finetune_trainer.engine.schedule import replay_of, stages_of, steps_of
 from finetune_trainer.evaluate.metricnames import check_metrics
 from finetune_trainer.failures import DataError, UserError
 from finetune_trainer.prepare.digest import Source, content_digest
@@ -197,11 +197,12 @@ def summarise(
     """What prepare found, in numbers.
 
     Raises:
-        UserError: 'NothingToMix'.
+        UserError: 'NothingToMix', 'NothingToReplay'.
     """
     train = [s for s in manifest.sets if s.split == "train"]
     total = steps_of(spec, manifest.samples("train"))
     stages_of(spec, {s.name: s.tokens for s in train}, total)
+    replay_of(spec, [s.name for s in train])
     fields = {
         "digest": manifest.digest,
         "uri": uri,

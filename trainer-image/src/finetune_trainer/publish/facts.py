@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from finetune_api.methods import Method
+from finetune_api.optimizers import Anchor
 from finetune_api.order import RunOrder
 from finetune_api.results import PreparedSummary
 from finetune_api.sources import ModelPlace
@@ -170,6 +171,13 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
+def anchors(anchor: Anchor) -> list[tuple[str, str]]:
+    """What held the model near the untuned one, as names and values for people."""
+    parts = [("outputs (KL)", anchor.kl_coefficient), ("weights (L2)", anchor.l2_coefficient)]
+    told = [f"{what} {value}" for what, value in parts if float(value) > 0]
+    return [("Anchor to the untuned model", ", ".join(told))] if told else []
+
+
 def settings(about: About) -> list[tuple[str, str]]:
     """How the model was trained, as names and values for people."""
     spec, result = about.spec, about.result
@@ -188,7 +196,9 @@ def settings(about: About) -> list[tuple[str, str]]:
         ("Batch", f"{spec.training.batch_size} samples a step"),
         ("Learning rate", f"{spec.effective_learning_rate:g}, {spec.training.schedule.lower()},"
                           f" warm-up {spec.training.warmup_ratio}"),
+        ("Optimizer", spec.training.optimizer),
         ("Weight decay", spec.training.weight_decay),
+        *anchors(spec.training.anchor),
         ("Longest sample", f"{about.data.max_length:,} tokens"),
         ("Precision", spec.training.precision),
         ("Seed", str(spec.training.seed)),

@@ -28,6 +28,10 @@ class CurvePoint(Record):
     """Norm of the last step's gradient before clipping."""
     by_source: dict[str, float] = Field(default={})
     """Training loss by training set, where there are several."""
+    anchor_kl: float | None = None
+    """Divergence from the untuned model per supervised token of replay sets, where it is held."""
+    router_loss: float | None = None
+    """Router loss of a mixture of experts, where it is trained."""
 
 
 class ValidationPoint(Record):

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from finetune_api.order import RunOrder
 from finetune_trainer.engine.dcp import State, load_state, load_weights, save_state, state_of
 from finetune_trainer.engine.gang import Gang
+from finetune_trainer.engine.optimizers import Optimizers
 from finetune_trainer.evaluate.scores import better
 from finetune_trainer.storage.head import (
     Claim,
@@ -141,14 +142,14 @@ class Checkpoints:
             return False
         return seconds >= (rule.every_seconds or _DEFAULT_SECONDS)
 
-    def commit(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: LoopState) -> None:
+    def commit(self, model: nn.Module, optimizers: Optimizers, state: LoopState) -> None:
         """Copy the state, and have the copy written and HEAD moved to it while training goes on.
 
         Raises: as ``settle``, of the commit before.
         """
         self.settle()
         state.rng = torch.get_rng_state().numpy().tobytes().hex()
-        copy = self._stager.stage(state_of(model, optimizer))
+        copy = self._stager.stage(state_of(model, optimizers))
         loop, step = state.to_json(), state.step
         metric = state.metric_at(step, self.order.spec.checkpoint.metric)
         self.upload = Upload(lambda: self._write(copy, loop, step, metric))
@@ -191,7 +192,7 @@ class Checkpoints:
         self._move(lambda held: held.commit(step, files, metric), self.channel)
         shutil.rmtree(folder)
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> LoopState | None:
+    def restore(self, model: nn.Module, optimizers: Optimizers) -> LoopState | None:
         """Load the newest valid commit; None where there is none. Commits that prove damaged are
         taken out of HEAD."""
         while self.head.commits:
@@ -200,7 +201,7 @@ class Checkpoints:
             if folder is None:
                 self._move(partial(Claim.discard, corrupt=commit))
                 continue
-            load_state(folder, model, optimizer, self.gang.control)
+            load_state(folder, model, optimizers, self.gang.control)
             state = LoopState.from_json((folder / _STATE_FILE).read_text())
             rng = torch.frombuffer(bytearray.fromhex(state.rng), dtype=torch.uint8)
             torch.set_rng_state(rng)
@@ -208,9 +209,7 @@ class Checkpoints:
             return state
         return None
 
-    def rewind(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int
-    ) -> LoopState | None:
+    def rewind(self, model: nn.Module, optimizers: Optimizers, step: int) -> LoopState | None:
         """Load the newest valid commit of at most so many steps, and take those behind it out of
         HEAD; None (and nothing has changed) where there is none.
 
@@ -220,7 +219,7 @@ class Checkpoints:
         if not any(commit.step <= step for commit in self.head.commits):
             return None
         self._move(partial(Claim.rewind, step=step))
-        return self.restore(model, optimizer)
+        return self.restore(model, optimizers)
 
     def load_best(self, model: nn.Module, step: int) -> Commit:
         """Put the weights that will be published into the model: those of the best commit, or of

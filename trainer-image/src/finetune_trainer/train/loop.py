@@ -43,7 +43,7 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
         Fenced: where a newer attempt has taken the run.
     """
     total = steps_of(session.spec, len(session.plan.lengths))
-    state = session.checkpoints.restore(session.loss.model, session.optimizer) or LoopState()
+    state = session.checkpoints.restore(session.loss.model, session.optimizers) or LoopState()
     session.telemetry.say(total_steps=total, step=state.step)
     session.telemetry.total_steps.set(total)
     with releasing(session, stop_requested):
@@ -80,7 +80,7 @@ def take_steps(
     with Feed(
         session.plan, lambda positions: session.data.samples("train", positions),
         rank=gang.rank // session.context.size, start=state.step, end=total, device=gang.device,
-        context=session.context, shape=session.shape,
+        context=session.context, shape=session.shape, replay=session.replay,
     ) as feed:  # fmt: skip
         for batch in feed:
             if state.stopped_early:
@@ -131,7 +131,7 @@ def roll_back(session: Session, state: LoopState, skipped: list[int]) -> LoopSta
     )
     if state.rollbacks >= rule.max_rollbacks:
         raise Diverged("LossNotFinite", f"{why}, after {state.rollbacks} rollbacks. {remedy}")
-    before = session.checkpoints.rewind(session.loss.model, session.optimizer, skipped[0])
+    before = session.checkpoints.rewind(session.loss.model, session.optimizers, skipped[0])
     if before is None:
         raise Diverged("LossNotFinite", f"{why}, and there is no commit from before. {remedy}")
     dropped = {p for step in skipped for p in session.plan.samples(step).tolist()}
@@ -199,17 +199,20 @@ def log(session: Session, state: LoopState, rate: float, norm: Tensor, clock: Cl
         TooManySkipped: on all ranks together.
     """
     read_guard(session, state)
-    loss, parts = state.take_losses(session.gang.sum)
-    if loss is None:  # no step was taken: there is nothing to tell
+    figures = state.take_figures(session.gang.sum)
+    if figures is None:  # no step was taken: there is nothing to tell
         return
+    loss, anchor_kl = figures.loss, figures.anchor_kl
+    balanced = float(session.spec.training.router_aux_loss_coefficient) > 0
+    router_loss = figures.router if balanced else None
     by_source: dict[str, float] = {}
     if len(session.sources) > 1:
-        named = zip(session.sources, parts, strict=True)
+        named = zip(session.sources, figures.by_source, strict=True)
         by_source = {name: value for name, value in named if value is not None}
     telemetry = session.telemetry
     point = CurvePoint(
         step=state.step, loss=loss, learning_rate=rate, gradient_norm=float(norm.item()),
-        by_source=by_source,
+        by_source=by_source, anchor_kl=anchor_kl, router_loss=router_loss,
     )  # fmt: skip
     state.curve.append(point)
     total = telemetry.progress.total_steps
@@ -217,6 +220,10 @@ def log(session: Session, state: LoopState, rate: float, norm: Tensor, clock: Cl
     telemetry.loss.set(loss)
     for name, value in by_source.items():
         telemetry.source_loss.labels(name).set(value)
+    if anchor_kl is not None:
+        telemetry.set_anchor_kl(anchor_kl)
+    if router_loss is not None:
+        telemetry.set_router_loss(router_loss)
     telemetry.learning_rate.set(rate)
     telemetry.gradient_norm.set(point.gradient_norm)
     telemetry.tokens_per_second.set(clock.tokens_per_second())
@@ -228,6 +235,7 @@ def log(session: Session, state: LoopState, rate: float, norm: Tensor, clock: Cl
         telemetry.set_gpu_memory(torch.cuda.max_memory_allocated())
     telemetry.say(
         step=state.step, loss=loss, by_source=by_source, learning_rate=rate,
+        anchor_kl=anchor_kl, router_loss=router_loss,
         epoch=session.plan.visited(state.step) / len(session.plan.lengths),
         remaining_seconds=remaining,
         tokens_per_second=clock.tokens_per_second(), mfu=clock.utilization(),
@@ -293,7 +301,7 @@ def commit(session: Session, state: LoopState, clock: Clock, *, whatever: bool) 
     telemetry = session.telemetry
     telemetry.say(stage="Saving", step=state.step)
     state.gather(session.gang.sum)
-    session.checkpoints.commit(session.loss.model, session.optimizer, state)
+    session.checkpoints.commit(session.loss.model, session.optimizers, state)
     clock.committed()
     clock.count(session, "checkpoint", time.perf_counter() - began)
     telemetry.say(stage="Training")

@@ -17,6 +17,12 @@ from torch import nn
 from finetune_api.order import RunOrder
 from finetune_api.results import Ancestor, PreparedSummary
 from finetune_api.spec import FineTuneJobSpec, Metric
+from finetune_trainer.engine.anchors import (
+    OutputAnchor,
+    WeightAnchor,
+    anchor_bytes,
+    wants_copy,
+)
 from finetune_trainer.engine.base import fetch_base
 from finetune_trainer.engine.compilation import check_compiler, compile_blocks
 from finetune_trainer.engine.context import ContextGroup
@@ -28,13 +34,14 @@ from finetune_trainer.engine.kernels import use_liger
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.methods import apply_method
 from finetune_trainer.engine.model import load_base, load_tokenizer
+from finetune_trainer.engine.optimizers import Optimizers, make_optimizers
 from finetune_trainer.engine.packed import can_pack
-from finetune_trainer.engine.parameters import Parameters, optimizer_groups, parameter_counts
+from finetune_trainer.engine.parameters import Parameters, parameter_counts
 from finetune_trainer.engine.pissa import initialise, is_kept
 from finetune_trainer.engine.plan import Plan
-from finetune_trainer.engine.precision import check_fp8, precision_of, use_fp8
+from finetune_trainer.engine.precision import Precision, check_fp8, precision_of, use_fp8
 from finetune_trainer.engine.quantized import check_device
-from finetune_trainer.engine.schedule import stages_of, steps_of, visits_of
+from finetune_trainer.engine.schedule import replay_of, stages_of, steps_of, visits_of
 from finetune_trainer.engine.sharding import (
     Sharding,
     broadcast_parameters,
@@ -73,7 +80,7 @@ class Session:
     """TokenLoss, under DDP in a gang of several."""
     loss: TokenLoss
     """The same without DDP: for evaluation and generation."""
-    optimizer: torch.optim.Optimizer
+    optimizers: Optimizers
     guard: Guard
     work: Work
     """Arithmetic of the model."""
@@ -89,6 +96,10 @@ class Session:
     """Names of the training sets that have samples, in the order of the plan's sources."""
     lineage: Sequence[Ancestor]
     """What the model is made from."""
+    replay: list[bool]
+    """Whether each of them is held to the untuned model's outputs."""
+    output_anchor: OutputAnchor | None
+    weight_anchor: WeightAnchor | None
 
     @property
     def spec(self) -> FineTuneJobSpec:
@@ -149,6 +160,7 @@ def open_session(
         model,
         float(spec.training.router_aux_loss_coefficient),
         float(spec.training.label_smoothing),
+        float(spec.training.anchor.kl_coefficient),
     )
     loss.train()
     if precision.fp8:
@@ -157,7 +169,9 @@ def open_session(
     if spec.training.compile:
         check_compiler(gang.device)
         compile_blocks(model)
-    module = distribute(loss, gang, sharding_of(spec, model, gang), precision)
+    sharding = sharding_of(spec, model, gang, precision)
+    module = distribute(loss, gang, sharding, precision)
+    optimizers = make_optimizers(model, spec)
     index = data.index("train")
     longest = int(index.length.max())
     row_tokens = max(
@@ -187,10 +201,7 @@ def open_session(
         plan=plan,
         module=module,
         loss=loss,
-        optimizer=torch.optim.AdamW(
-            optimizer_groups(model, spec),
-            lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True,
-        ),
+        optimizers=optimizers,
         guard=Guard(spec.training.guard, gang.device),
         work=work,
         peak=gang_peak if precision.halved else None,
@@ -208,6 +219,9 @@ def open_session(
         trained=trained,
         sources=list(tokens),
         lineage=files.base.lineage,
+        replay=replay_of(spec, list(tokens)),
+        output_anchor=output_anchor(spec, path, loss, gang, sharding, precision),
+        weight_anchor=weight_anchor(spec, optimizers),
     )  # fmt: skip
 
 
@@ -219,14 +233,45 @@ def initialise_alike(model: nn.Module, spec: FineTuneJobSpec, gang: Gang) -> Non
         broadcast_parameters(model, kept, gang.control)
 
 
-def sharding_of(spec: FineTuneJobSpec, model: nn.Module, gang: Gang) -> Sharding:
+def output_anchor(
+    spec: FineTuneJobSpec,
+    path: Path,
+    loss: TokenLoss,
+    gang: Gang,
+    sharding: Sharding,
+    precision: Precision,
+) -> OutputAnchor | None:
+    """What the spec's anchor compares outputs with; a copy of the model lies as the model does."""
+    if float(spec.training.anchor.kl_coefficient) == 0:
+        return None
+    if not wants_copy(spec):
+        return OutputAnchor(loss)
+    base = load_base(path, torch.bfloat16 if precision.halved else torch.float32)
+    if precision.halved and not spec.training.compile:
+        use_liger(base, gang.device)
+    copy = TokenLoss(base.requires_grad_(False)).eval()
+    distribute(copy, gang, sharding, precision)
+    return OutputAnchor(loss, copy)
+
+
+def weight_anchor(spec: FineTuneJobSpec, optimizers: Optimizers) -> WeightAnchor | None:
+    """The untuned weights, where the spec pulls towards them; made before a commit is restored."""
+    coefficient = float(spec.training.anchor.l2_coefficient)
+    return WeightAnchor(optimizers, coefficient) if coefficient else None
+
+
+def sharding_of(
+    spec: FineTuneJobSpec, model: nn.Module, gang: Gang, precision: Precision
+) -> Sharding:
     """How the model will lie on the gang, alike on all ranks."""
     if spec.compute.sharding != "Auto":
         return spec.compute.sharding
-    if not spec.method.kind.shards:
+    if not (spec.method.kind.shards and spec.training.optimizer_kind.shards):
         return "NoShard"
     room = min(gang.together(lambda: capacity(gang.device, gang.per_node)))
-    return choose(training_state(model), room, gang.nodes, gang.per_node)
+    state = training_state(model, spec.training.optimizer)
+    state += anchor_bytes(model, spec, precision.halved)
+    return choose(state, room, gang.nodes, gang.per_node)
 
 
 def _evaluation_row(row_tokens: int, data: PreparedData) -> int:

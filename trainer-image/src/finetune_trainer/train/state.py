@@ -13,6 +13,20 @@ from finetune_api.spec import Metric
 from finetune_trainer.storage.runfiles import CurvePoint, ValidationPoint
 
 
+@dataclass(frozen=True)
+class Figures:
+    """Means over the steps that were taken since the last log point."""
+
+    loss: float
+    """Of the batches, per supervised token."""
+    by_source: list[float | None]
+    """Of the tokens of each source; None: there were none."""
+    anchor_kl: float | None
+    """Divergence per anchored token; None: there were none."""
+    router: float
+    """Router loss, by tokens; 0 where it is not asked for."""
+
+
 @dataclass
 class LoopState:
     """What the loop must not forget: a few integers, the curves, and the loss not yet logged."""
@@ -23,7 +37,8 @@ class LoopState:
     """Step of the last log point."""
     pending: list[float] = field(default_factory=list)
     """Sums over the gang and over the steps since, as committed: losses of the batches (mean per
-    supervised token), steps taken, then by source summed losses and supervised tokens."""
+    supervised token), steps taken, summed divergence and anchored tokens, router losses of the
+    batches, then by source summed losses and supervised tokens."""
     guard: list[float] = field(default_factory=list)
     """What the guard must not forget."""
     skipped: list[int] = field(default_factory=list)
@@ -64,19 +79,21 @@ class LoopState:
         self.pending = [a + b for a, b in zip(before, sums, strict=True)]
         self.local = None
 
-    def take_losses(
-        self, total: Callable[[Tensor], Tensor]
-    ) -> tuple[float | None, list[float | None]]:
-        """Mean loss of the steps that were taken since the last log point, and that of the tokens
-        of each source (None: there were none); they begin anew."""
+    def take_figures(self, total: Callable[[Tensor], Tensor]) -> Figures | None:
+        """What was gathered since the last log point (None: no step was taken); it begins anew."""
         self.gather(total)
         sums, self.pending, self.logged = self.pending, [], self.step
         if not sums or not sums[1]:
-            return None, []
-        loss, taken, *sources = sums
+            return None
+        loss, taken, drift, anchored, router, *sources = sums
         half = len(sources) // 2
         counts = zip(sources[:half], sources[half:], strict=True)
-        return loss / taken, [a / n if n else None for a, n in counts]
+        return Figures(
+            loss=loss / taken,
+            by_source=[a / n if n else None for a, n in counts],
+            anchor_kl=drift / anchored if anchored else None,
+            router=router / taken,
+        )
 
     def note_skipped(self, steps: list[int]) -> list[int]:
         """Some steps were not taken. Returns the longest row of such, up to now."""

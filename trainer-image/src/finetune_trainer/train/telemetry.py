@@ -58,9 +58,7 @@ class Telemetry:
         self.total_steps = gauge("total_steps", "Optimizer steps of the run")
         self.tokens_per_second = gauge("tokens_per_second", "Real tokens trained per second")
         self._gauge = gauge
-        self._gpu_memory: Gauge | None = None
-        self._utilization: Gauge | None = None
-        self._compilations: Gauge | None = None
+        self._late: dict[str, Gauge] = {}
         self.tokens = counter("tokens", "Real tokens trained, whole gang")
         self.samples = counter("samples", "Samples trained, whole gang")
         self.skipped_steps = counter("skipped_steps", "Steps whose update was not made")
@@ -78,24 +76,32 @@ class Telemetry:
 
     def set_gpu_memory(self, peak_bytes: int) -> None:
         """Peak memory allocated on the first process's GPU; the series is absent without one."""
-        if self._gpu_memory is None:
-            text = "Peak memory allocated on the GPU of the gang's first process"
-            self._gpu_memory = self._gauge("gpu_memory_peak_bytes", text)
-        self._gpu_memory.set(peak_bytes)
-
-    def set_compilations(self, graphs: int) -> None:
-        """Graphs that were compiled; the series is absent where nothing is."""
-        if self._compilations is None:
-            text = "Graphs that torch.compile made; they should be few, and made at the first step"
-            self._compilations = self._gauge("compiled_graphs", text)
-        self._compilations.set(graphs)
+        text = "Peak memory allocated on the GPU of the gang's first process"
+        self._set_late("gpu_memory_peak_bytes", text, peak_bytes)
 
     def set_utilization(self, share: float) -> None:
         """Model FLOPs utilization; the series is absent where the device's peak is not known."""
-        if self._utilization is None:
-            text = "Share of the device's peak that the arithmetic on real tokens makes"
-            self._utilization = self._gauge("model_flops_utilization", text)
-        self._utilization.set(share)
+        text = "Share of the device's peak that the arithmetic on real tokens makes"
+        self._set_late("model_flops_utilization", text, share)
+
+    def set_compilations(self, graphs: int) -> None:
+        """Graphs that were compiled; the series is absent where nothing is."""
+        text = "Graphs that torch.compile made; they should be few, and made at the first step"
+        self._set_late("compiled_graphs", text, graphs)
+
+    def set_anchor_kl(self, divergence: float) -> None:
+        """Divergence on replay sets; the series is absent without an anchor."""
+        text = "KL(untuned || tuned) per supervised token of replay sets, nats"
+        self._set_late("anchor_kl", text, divergence)
+
+    def set_router_loss(self, loss: float) -> None:
+        """Router loss of a mixture of experts; the series is absent where it is not trained."""
+        self._set_late("router_loss", "Router loss before its coefficient", loss)
+
+    def _set_late(self, name: str, text: str, value: float) -> None:
+        if name not in self._late:
+            self._late[name] = self._gauge(name, text)
+        self._late[name].set(value)
 
     @property
     def progress(self) -> Progress:

@@ -1,0 +1,243 @@
+"""Anchors against forgetting: by hand, and what they do to a training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine import CPU, samples, spec_of, tiny_llama
+
+from finetune_trainer.engine.anchors import OutputAnchor, WeightAnchor, anchor_bytes
+from finetune_trainer.engine.feed import Feed, StepTensors
+from finetune_trainer.engine.guard import Guard
+from finetune_trainer.engine.layout import row_context
+from finetune_trainer.engine.loss import RowLosses, TokenLoss, divergence
+from finetune_trainer.engine.methods import apply_method
+from finetune_trainer.engine.optimizers import make_optimizers, step_if
+from finetune_trainer.engine.pissa import initialise
+from finetune_trainer.engine.plan import Plan
+from finetune_trainer.train.step import optimizer_step
+
+LENGTHS = [30, 24, 41, 18, 33, 27, 22, 36]
+DOCUMENTS = samples(LENGTHS)
+SOURCES = [0, 1, 0, 1, 1, 0, 0, 1]
+FULL = {"type": "Full"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Products this small only wait for other threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def feed_of(steps: int, row_tokens: int = 90, packed: bool = True, replay: bool = True) -> Feed:
+    """Every document in every step; those of source 1 are replayed."""
+    supervised = np.array([int(s.supervised.sum()) for s in DOCUMENTS])
+    plan = Plan(
+        np.array(LENGTHS), supervised, batch_size=8, seed=0, row_tokens=row_tokens, ranks=1,
+        sources=np.array(SOURCES), packed=packed,
+    )  # fmt: skip
+    read = lambda positions: [DOCUMENTS[p] for p in positions]  # noqa: E731
+    return Feed(plan, read, rank=0, start=0, end=steps, device=CPU, replay=[False, replay])
+
+
+def batch_of(**options: Any) -> StepTensors:
+    with feed_of(1, **options) as feed:
+        (batch,) = feed
+    return batch
+
+
+def logits_alone(model: Any, document: int) -> torch.Tensor:
+    """Outputs of a model that had no adapter, at the supervised tokens of one document."""
+    sample = DOCUMENTS[document]
+    ids = torch.from_numpy(sample.ids.astype(np.int64))
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=ids[None]).logits[0]
+    return found[torch.from_numpy(sample.supervised).nonzero()[:, 0] - 1]
+
+
+def test_divergence_by_hand() -> None:
+    p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.1, 0.5, 0.4])
+    by_hand = sum(float(a * (a / b).log()) for a, b in zip(p, q, strict=True))
+    # Logits are probabilities up to a constant.
+    found = divergence((p.log() + 3)[None], (q.log() - 1)[None])
+    assert found.tolist() == pytest.approx([by_hand])
+    assert divergence(p.log()[None], p.log()[None]).item() == pytest.approx(0, abs=1e-7)
+
+
+def test_a_row_has_its_replay_documents_apart() -> None:
+    batch = batch_of()
+    assert len(batch.rows) > 1
+    for row, positions in zip(batch.rows, batch.plan.rows[0], strict=True):
+        replayed = [p for p in positions if SOURCES[p] == 1]
+        assert row.replay is not None
+        ids = np.concatenate([DOCUMENTS[p].ids for p in replayed] or [[0]])
+        assert row.replay.row.input_ids[0].tolist() == ids.tolist()
+        assert torch.equal(row.labels[row.replay.at], row.replay.row.labels)
+        assert set(row.sources[row.replay.at].tolist()) <= {1}
+    assert all(row.replay is None for row in batch_of(replay=False).rows)
+
+
+def test_loss_and_gradient_with_an_anchor_are_those_of_the_formula() -> None:
+    tuned, untuned = tiny_llama(), tiny_llama(seed=1).requires_grad_(False)
+    loss = TokenLoss(tuned, anchor_coefficient=0.7).train()
+    anchor = OutputAnchor(loss, TokenLoss(untuned).eval())
+    drift = 0.0
+    for row in batch_of().rows:
+        with row_context(row.layout):
+            found: RowLosses = loss(row, anchor.outputs(row))
+            (found.tokens.sum() + found.added).backward()
+        drift += found.drift.sum().item()
+    ours = [p.grad.clone() for p in tuned.parameters() if p.grad is not None]
+    tuned.zero_grad()
+
+    total, expected = torch.zeros(()), 0.0
+    for document, source in enumerate(SOURCES):
+        sample = DOCUMENTS[document]
+        ids = torch.from_numpy(sample.ids.astype(np.int64))
+        at = torch.from_numpy(sample.supervised).nonzero()[:, 0]
+        said = tuned(input_ids=ids[None]).logits[0][at - 1].log_softmax(-1)
+        total = total - said.gather(1, ids[at][:, None]).sum()
+        if source == 1:
+            before = logits_alone(untuned, document).log_softmax(-1)
+            kl = (before.exp() * (before - said)).sum()
+            total, expected = total + 0.7 * kl, expected + kl.item()
+    total.backward()
+    assert drift == pytest.approx(expected, rel=1e-5)
+    theirs = [p.grad for p in tuned.parameters() if p.grad is not None]
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "LoRA": {"type": "LoRA", "lora": {"rank": 4, "dropout": "0.2"}},
+    "DoRA": {"type": "LoRA", "lora": {"rank": 4, "useDora": True}},
+    "PiSSA": {"type": "LoRA", "lora": {"rank": 4, "initialization": "PiSSA"}},
+    "IA3": {"type": "IA3"},
+    "PromptTuning": {"type": "PromptTuning", "prompt": {"virtualTokens": 4}},
+    "PrefixTuning": {"type": "PrefixTuning", "prompt": {"virtualTokens": 4}},
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_without_its_adapter_a_model_is_the_untuned_one(name: str) -> None:
+    spec = spec_of(ADAPTERS[name], dropout="0.2", neftuneAlpha="5")
+    model = apply_method(tiny_llama(), spec)
+    initialise(model, spec.method)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():  # as if it had been trained
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    loss = TokenLoss(model).train()
+    batch = batch_of(packed=spec.method.kind.packs)
+    anchor, base, seen = OutputAnchor(loss), tiny_llama(), 0
+    for row, positions in zip(batch.rows, batch.plan.rows[0], strict=True):
+        with row_context(row.layout):
+            before = loss(row).tokens.detach()
+        found = anchor.outputs(row)
+        documents = [logits_alone(base, p) for p in positions if SOURCES[p] == 1]
+        seen += len(documents)
+        if documents:
+            assert found is not None
+            torch.testing.assert_close(found.logits, torch.cat(documents), rtol=1e-4, atol=1e-5)
+        with row_context(row.layout):
+            assert torch.equal(loss(row).tokens, before), "the adapter is back, and its dropout"
+    assert seen == sum(SOURCES)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
+    assert loss.training
+
+
+def test_weights_are_pulled_as_the_formula_says() -> None:
+    spec = spec_of(FULL, layerDecay="0.5", weightDecay="0", learningRate="1")
+    model = apply_method(tiny_llama(), spec)
+    optimizers = make_optimizers(model, spec)
+    anchor = WeightAnchor(optimizers, 0.3)
+    untuned = {name: p.detach().clone() for name, p in model.named_parameters()}
+    factors = {
+        id(p): g["rate_factor"] for o in optimizers for g in o.param_groups for p in g["params"]
+    }
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    step_if(optimizers, 0.1, torch.tensor(True))
+    moved = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    anchor.pull(0.1, torch.tensor(False))
+    assert all(torch.equal(p, moved[name]) for name, p in model.named_parameters())
+    anchor.pull(0.1, torch.tensor(True))
+    for name, parameter in model.named_parameters():
+        share = 0.1 * factors[id(parameter)] * 0.3
+        expected = moved[name] - share * (moved[name] - untuned[name])
+        torch.testing.assert_close(parameter.detach(), expected)
+    assert len(set(factors.values())) > 1
+
+
+def test_what_anchors_keep() -> None:
+    def kept(halved: bool = False, method: dict[str, Any] = FULL, **anchor: str) -> float:
+        return anchor_bytes(model, spec_of(method, anchor=anchor), halved) / size
+
+    model = tiny_llama()
+    size = sum(p.numel() for p in model.parameters())
+    assert kept() == 0
+    assert kept(klCoefficient="1") == 4
+    assert kept(klCoefficient="1", l2Coefficient="1", halved=True) == 2 + 4
+    assert kept(klCoefficient="1", method={"type": "LoRA"}) == 0
+
+
+def tuned(method: dict[str, Any], rate: float, **anchor: str) -> tuple[float, list[float]]:
+    """Divergence from the untuned model on the replay documents after a training, and what the
+    steps told of it."""
+    spec = spec_of(method, anchor=anchor)
+    model = apply_method(tiny_llama(), spec)
+    base = tiny_llama()
+    loss = TokenLoss(model, 0.0, 0.0, float(spec.training.anchor.kl_coefficient)).train()
+    copy = TokenLoss(tiny_llama().requires_grad_(False)).eval() if method is FULL else None
+    optimizers = make_optimizers(model, spec)
+    pull = float(spec.training.anchor.l2_coefficient)
+    gang: Any = SimpleNamespace(
+        device=CPU, size=1, autocast=nullcontext, sum_on_device=lambda values: values
+    )
+    told = []
+    with feed_of(8) as feed:
+        session: Any = SimpleNamespace(
+            gang=gang, plan=SimpleNamespace(source_count=2), module=loss, spec=spec,
+            guard=Guard(spec.training.guard, CPU), trained=[*model.parameters()],
+            optimizers=optimizers, weight_anchor=WeightAnchor(optimizers, pull) if pull else None,
+            output_anchor=OutputAnchor(loss, copy),
+        )  # fmt: skip
+        for batch in feed:
+            sums, _ = optimizer_step(session, batch, rate)
+            told.append((sums[2] / sums[3]).item())
+    after = loss.eval()
+    drift, tokens = 0.0, 0
+    for document, source in enumerate(SOURCES):
+        if source == 1:
+            found = divergence(logits_alone(base, document), logits_alone(after.model, document))
+            drift, tokens = drift + found.sum().item(), tokens + len(found)
+    return drift / tokens, told
+
+
+@pytest.mark.parametrize(
+    ("method", "rate", "anchor"),
+    [
+        (FULL, 1e-2, {"klCoefficient": "10"}),
+        (FULL, 1e-2, {"l2Coefficient": "20"}),
+        ({"type": "LoRA"}, 5e-2, {"klCoefficient": "30"}),
+    ],
+)
+def test_an_anchored_model_stays_nearer_to_what_it_said(
+    method: dict[str, Any], rate: float, anchor: dict[str, str]
+) -> None:
+    free, course = tuned(method, rate)
+    held, _ = tuned(method, rate, **anchor)
+    assert course[0] == pytest.approx(0, abs=1e-6), "told before the first step changes anything"
+    assert course[-1] > 0.01, "it forgets"
+    assert held < 0.7 * free

@@ -1,0 +1,168 @@
+"""Optimizers: what changes the weights, made from ``spec.training.optimizer``.
+
+Each is set so that a learning rate means what it does for AdamW, whose update of a number is about
+the rate or less: Adafactor's is scaled by the rate alone (not by the size of the weight too), and
+Muon's has the root mean square of AdamW's (Liu et al. 2025, arXiv:2502.16982). Where one is not for
+every weight, AdamW takes the rest: so there may be two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+from transformers import PreTrainedModel
+
+from finetune_api.optimizers import OPTIMIZERS, OptimizerName
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.engine.parameters import Group, optimizer_groups
+from finetune_trainer.failures import UserError
+
+Optimizers = Sequence[torch.optim.Optimizer]
+"""What changes the weights: each parameter is of one of them."""
+
+
+def make_optimizers(model: nn.Module, spec: FineTuneJobSpec) -> Optimizers:
+    """Optimizers of the trained parameters; their learning rate comes with each step.
+
+    Raises:
+        UserError: 'NoMatrices' where there is nothing that the optimizer is for.
+    """
+    name = spec.training.optimizer
+    own, rest = split(model, name)
+    if OPTIMIZERS[name].matrices and not own:
+        raise UserError(
+            "NoMatrices",
+            f"spec.training.optimizer: {name} is for matrices of hidden layers, and"
+            " spec.method.partial chooses none; set training.optimizer: AdamW",
+        )
+    groups = optimizer_groups(model, spec)
+    pairs: tuple[tuple[OptimizerName, dict[nn.Parameter, None]], ...]
+    pairs = ((name, own), ("AdamW", rest))
+    return [_MAKE[of](_of(groups, chosen)) for of, chosen in pairs if chosen]
+
+
+def split(
+    model: nn.Module, name: OptimizerName
+) -> tuple[dict[nn.Parameter, None], dict[nn.Parameter, None]]:
+    """Trained parameters that an optimizer takes, and those that AdamW takes for it."""
+    # Rare tokens have rare gradients, whose moments 8 bits lose; and a table is no map of vectors.
+    tables: set[Tensor] = set()
+    if name in ("AdamW8bit", "Muon"):
+        tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    own: dict[nn.Parameter, None] = {}
+    rest: dict[nn.Parameter, None] = {}
+    head = _head(model)
+    for path, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            takes = parameter not in tables
+            if OPTIMIZERS[name].matrices:
+                takes &= parameter.ndim == 2 and parameter is not head and ".ia3_l." not in path
+            (own if takes else rest)[parameter] = None
+    return own, rest
+
+
+def _head(model: nn.Module) -> nn.Parameter | None:
+    """Weights of the output head of the language model within a module."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            output = module.get_output_embeddings()  # type: ignore[no-untyped-call]
+            return None if output is None else output.weight
+    return None
+
+
+def _of(groups: Sequence[Group], chosen: dict[nn.Parameter, None]) -> list[Group]:
+    """The groups with the chosen parameters alone; none is empty."""
+    found = [{**g, "params": [p for p in g["params"] if p in chosen]} for g in groups]
+    return [g for g in found if g["params"]]
+
+
+def state_bytes(model: nn.Module, name: OptimizerName) -> float:
+    """Bytes of state that an optimizer will hold for a model under tuning; the model's parameters
+    may be empty (on the meta device)."""
+    own, rest = split(model, name)
+    large = OPTIMIZERS[name].state_bytes
+    return sum(
+        p.numel() * (large if p in own and p.ndim >= 2 else OPTIMIZERS["AdamW"].state_bytes)
+        for p in (*own, *rest)
+    )
+
+
+def step_if(optimizers: Optimizers, rate: float, taken: Tensor) -> None:
+    """Let each optimizer make its step where ``taken`` is true, at the learning rate ``rate``: in
+    its own kernel where that can be told so, else after waiting for the word."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["rate_factor"]
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.found_inf = (~taken).float()  # type: ignore[attr-defined]
+            optimizer.step()
+        elif taken.item():
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _adamw(groups: list[Group]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+def _adamw_8bit(groups: list[Group]) -> torch.optim.Optimizer:
+    from bitsandbytes.optim.adamw import AdamW8bit  # not in every image; see ``quantized``
+
+    made: torch.optim.Optimizer = AdamW8bit(  # type: ignore[no-untyped-call]
+        groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8
+    )
+    return made
+
+
+def _adafactor(groups: list[Group]) -> torch.optim.Optimizer:
+    # The least scale of a weight is 1, so that no smaller one scales its update.
+    return torch.optim.Adafactor(groups, lr=0.0, eps=(None, 1.0))
+
+
+class _Muon(torch.optim.Muon):
+    """Muon, also in shards. An update depends on its whole matrix: each is gathered for its turn.
+    (Left to themselves, sharded products are gathered in each of them, and rounded otherwise.)"""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        groups = self.param_groups
+        try:
+            for group in groups:
+                for parameter in group["params"]:
+                    self.param_groups = [{**group, "params": [parameter]}]
+                    with self._gathered(parameter):
+                        super().step()  # type: ignore[no-untyped-call]
+        finally:
+            self.param_groups = groups
+
+    @contextmanager
+    def _gathered(self, parameter: Tensor) -> Iterator[None]:
+        """Gradient and momentum of a matrix whole on every process, for its step."""
+        gradient, state = parameter.grad, self.state[parameter]
+        if not isinstance(parameter, DTensor) or not isinstance(gradient, DTensor):
+            yield
+            return
+        everywhere = [Replicate()] * parameter.device_mesh.ndim
+        parameter.grad = gradient.redistribute(placements=everywhere)
+        if state:
+            state["momentum_buffer"] = state["momentum_buffer"].redistribute(placements=everywhere)
+        yield
+        kept = state["momentum_buffer"].redistribute(placements=parameter.placements)
+        parameter.grad, state["momentum_buffer"] = gradient, kept
+
+
+def _muon(groups: list[Group]) -> torch.optim.Optimizer:
+    return _Muon(groups, lr=0.0, adjust_lr_fn="match_rms_adamw")
+
+
+_MAKE: Final[dict[OptimizerName, Callable[[list[Any]], torch.optim.Optimizer]]] = {
+    "AdamW": _adamw,
+    "AdamW8bit": _adamw_8bit,
+    "Adafactor": _adafactor,
+    "Muon": _muon,
+}
