@@ -98,6 +98,7 @@ class Ours:
         self._plan = Plan(lengths, supervised, batch_size=batch, seed=0, row_tokens=ROW, ranks=1)
         self._session: Any = SimpleNamespace(
             gang=self._gang,
+            plan=self._plan,
             module=loss,
             trained=trained,
             optimizers=make_optimizers(tuned, spec),
