@@ -184,6 +184,10 @@ GOOD = [
     good("replay without an anchor", {"data.train": sources({}, {"replay": True})}),
     good("regularisation",
          {"training": {"labelSmoothing": "0.1", "neftuneAlpha": "5", "layerDecay": "0.9"}}),
+    good("classes", {"task": "SequenceClassification", "method.type": "IA3",
+        "data.train": sources({"format": "Classification", "template": TEMPLATE}, {}),
+        "evaluation.metrics": ["Loss", "F1"], "checkpoint.metric": "Accuracy",
+        "training.earlyStopping": {"metric": "Recall"}, "training.routerAuxLossCoefficient": "0"}),
 ]  # fmt: skip
 
 BAD = [
@@ -489,6 +493,31 @@ BAD = [
         "training.labelSmoothing", "a number from 0 to 1", "1.5"),
     bad("toleration of nothing", {"prepare.tolerations": [{"effect": "NoExecute"}]},
         "prepare.tolerations[0]", "a toleration without key needs operator: Exists", "Equal"),
+    bad("unknown task", {"task": "TokenClassification"}, "task", "SequenceClassification",
+        "TokenClassification"),
+    bad("classes by a method for text",
+        {"task": "SequenceClassification", "method.type": "PromptTuning"}, "",
+        "task SequenceClassification needs method.type Full, Partial, LoRA, IA3", "PromptTuning"),
+    bad("classes of other data", {"task": "SequenceClassification",
+        "data.test": sources({"format": "Instruction"})}, "",
+        "task SequenceClassification needs data of format Classification", None),
+    bad("classes by a metric of text", {"task": "SequenceClassification",
+        "evaluation.metrics": ["F1", "Bleu"]}, "",
+        "measured by Loss, Accuracy, Precision, Recall, F1", "Bleu"),
+    bad("best commit of classes by a metric of text", {"task": "SequenceClassification",
+        "checkpoint.metric": "ExactMatch"}, "", "correct checkpoint.metric", "ExactMatch"),
+    bad("classes stopped by a metric of text", {"task": "SequenceClassification",
+        "training.earlyStopping": {"metric": "Perplexity"}}, "",
+        "correct training.earlyStopping.metric", "Perplexity"),
+    bad("classes with generated text",
+        {"task": "SequenceClassification", "evaluation.maxNewTokens": 17}, "",
+        "generates no text: remove evaluation.maxNewTokens", "17"),
+    bad("classes with a router loss",
+        {"task": "SequenceClassification", "training.routerAuxLossCoefficient": "0.02"}, "",
+        "remove training.routerAuxLossCoefficient", "0.02"),
+    bad("classes with PiSSA", {"task": "SequenceClassification",
+        "method.lora": {"initialization": "PiSSA"}}, "",
+        "needs method.lora.initialization Default", "PiSSA"),
 ]  # fmt: skip
 
 ROWS = [*GOOD, *BAD]

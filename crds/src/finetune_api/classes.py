@@ -24,6 +24,7 @@ FIELD_CLASSES: Final[dict[str, FieldClass]] = {
     "storage.workspace": "NewRun",
     "checkpoint": "Resume",
     "checkpoint.metric": "NewRun",
+    "task": "NewRun",
     "model": "NewRun",
     "data": "NewRun",
     "method": "NewRun",

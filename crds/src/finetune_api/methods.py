@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar, Final, Literal
 from pydantic import Field, StringConstraints
 
 from finetune_api.base import DecimalString, Fraction, Model, Rule
+from finetune_api.tasks import TASKS, TaskName
 
 MethodName = Literal["Full", "Partial", "LoRA", "QLoRA", "IA3", "PromptTuning", "PrefixTuning"]
 OutputFormat = Literal["Adapter", "Merged", "Both"]
@@ -42,6 +43,8 @@ class MethodKind:
     """Whether documents can share a row: not where each needs virtual tokens before it."""
     matrices: bool = True
     """Whether it trains matrices of hidden layers, which some optimizers are for."""
+    tasks: tuple[TaskName, ...] = tuple(TASKS)
+    """What it can be used for."""
 
     @property
     def adapts(self) -> bool:
@@ -49,14 +52,23 @@ class MethodKind:
         return "Adapter" in self.formats
 
 
+_LANGUAGE: Final[tuple[TaskName, ...]] = ("CausalLM",)
+
+
 METHODS: Final[dict[MethodName, MethodKind]] = {
     "Full": MethodKind("", 2e-5, ("Merged",), freezes=False),
     "Partial": MethodKind("partial", 2e-5, ("Merged",)),
     "LoRA": MethodKind("lora", 2e-4, ("Adapter", "Merged", "Both")),
-    "QLoRA": MethodKind("lora", 2e-4, ("Adapter", "Merged", "Both"), quantizes=True, shards=False),
+    "QLoRA": MethodKind(
+        "lora", 2e-4, ("Adapter", "Merged", "Both"), quantizes=True, shards=False, tasks=_LANGUAGE
+    ),
     "IA3": MethodKind("ia3", 3e-3, ("Adapter", "Merged", "Both"), matrices=False),
-    "PromptTuning": MethodKind("prompt", 1e-2, ("Adapter",), packs=False, matrices=False),
-    "PrefixTuning": MethodKind("prompt", 1e-2, ("Adapter",), packs=False, matrices=False),
+    "PromptTuning": MethodKind(
+        "prompt", 1e-2, ("Adapter",), packs=False, matrices=False, tasks=_LANGUAGE
+    ),
+    "PrefixTuning": MethodKind(
+        "prompt", 1e-2, ("Adapter",), packs=False, matrices=False, tasks=_LANGUAGE
+    ),
 }
 
 

@@ -33,10 +33,8 @@ from finetune_api.optimizers import (
     optimizer_rules,
 )
 from finetune_api.sources import BaseModelSource, Data, Storage
-
-Metric = Literal[
-    "Loss", "Perplexity", "ExactMatch", "Accuracy", "Precision", "Recall", "F1", "Bleu", "Rouge"
-]
+from finetune_api.taskrules import task_rules
+from finetune_api.tasks import TASKS, Metric, TaskKind, TaskName
 
 
 class EarlyStopping(Model):
@@ -104,8 +102,8 @@ class Training(Model):
     dropout: Fraction = "0"
     """Probability with which outputs of attention and feed-forward blocks are dropped."""
     label_smoothing: Fraction = "0"
-    """Share of the target's probability that is spread over the vocabulary while training (Szegedy
-    et al. 2016, arXiv:1512.00567). Measured losses are without."""
+    """Share of the target's probability that is spread over the vocabulary (or the classes) while
+    training (Szegedy et al. 2016, arXiv:1512.00567). Measured losses are without."""
     neftune_alpha: DecimalString = "0"
     """Size of uniform noise on the embeddings while training: each number is at most this over the
     root of (tokens of the sample times embedding width) (NEFTune; Jain et al. 2024,
@@ -160,7 +158,8 @@ class Evaluation(Model):
     """Steps between evaluations on the validation sets. Absent: ten times over the run."""
     metrics: Annotated[list[Metric], Field(min_length=1, max_length=16)] | None = None
     """What the final test reports. Absent: Loss and Perplexity, and Accuracy, Precision, Recall
-    and F1 for Classification, ExactMatch, Bleu and Rouge for other prompts with completions."""
+    and F1 for Classification, ExactMatch, Bleu and Rouge for other prompts with completions. A
+    SequenceClassification has Loss, Accuracy, Precision, Recall and F1."""
     max_samples: Count = 1000
     """Most samples of a set for which text is generated; loss is always over the whole set."""
     max_new_tokens: Annotated[int, Field(ge=1, le=65536)] | None = None
@@ -224,6 +223,13 @@ def _format_rule(formats: tuple[OutputFormat, ...], why: str) -> Rule:
 class FineTuneJobSpec(Model):
     """What a user asks for: a model, data, how to train, and where the result goes."""
 
+    task: TaskName = "CausalLM"
+    """What the model learns. CausalLM: to go on with a text (prompts with completions,
+    conversations, plain text). SequenceClassification: the class of a text; a model of either kind,
+    encoder (BERT-like) or decoder, gets a classification head, which is drawn by `training.seed`
+    (but where the model has one for the same classes) and trained with every method. It reads
+    records of format Classification, with the text as it is and the tokenizer's own marks; the
+    classes are the labels of the training records."""
     model: BaseModelSource
     """The model to start from."""
     data: Data
@@ -261,6 +267,7 @@ class FineTuneJobSpec(Model):
     RULES: ClassVar[tuple[Rule, ...]] = (
         _format_rule(("Adapter", "Both"), "the others train the model's own weights"),
         _format_rule(("Merged", "Both"), "no weights hold what the others train"),
+        *task_rules(),
         Rule(
             "self.method.type != 'PrefixTuning' || !self.training.gradientCheckpointing",
             "training.gradientCheckpointing does not go with method.type PrefixTuning, whose keys"
@@ -312,6 +319,11 @@ class FineTuneJobSpec(Model):
             ("data.split.validation",),
         ),
     )
+
+    @property
+    def kind(self) -> TaskKind:
+        """The task's row of the table."""
+        return TASKS[self.task]
 
     @property
     def effective_learning_rate(self) -> float:

@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetune_api.results import Metrics
-from finetune_api.spec import Metric
+from finetune_api.tasks import Metric
 from finetune_trainer.engine.feed import build_row
 from finetune_trainer.engine.gang import Gang
 from finetune_trainer.engine.loss import TokenLoss, evaluating, row_losses

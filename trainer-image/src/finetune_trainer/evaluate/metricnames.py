@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from finetune_api.sources import Format
-from finetune_api.spec import FineTuneJobSpec, Metric
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.tasks import Metric
 from finetune_trainer.failures import UserError
 
 OF_LOSS: Final[tuple[Metric, ...]] = ("Loss", "Perplexity")

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Final
 
 from finetune_api.results import Metrics
-from finetune_api.spec import Metric
+from finetune_api.tasks import Metric
 
 HIGHER_IS_BETTER: Final[frozenset[Metric]] = frozenset(
     ("ExactMatch", "Accuracy", "Precision", "Recall", "F1", "Bleu", "Rouge")

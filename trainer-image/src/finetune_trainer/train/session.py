@@ -16,7 +16,8 @@ from torch import nn
 
 from finetune_api.order import RunOrder
 from finetune_api.results import Ancestor, PreparedSummary
-from finetune_api.spec import FineTuneJobSpec, Metric
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.tasks import Metric
 from finetune_trainer.engine.anchors import (
     OutputAnchor,
     WeightAnchor,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finetune_api.spec import Metric
+from finetune_api.tasks import Metric
 from finetune_trainer.storage.runfiles import CurvePoint, ValidationPoint
 
 

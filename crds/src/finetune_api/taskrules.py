@@ -1,0 +1,94 @@
+"""Rules of the spec that follow from the table of tasks: what goes with which."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from finetune_api.base import Rule
+from finetune_api.methods import METHODS
+from finetune_api.tasks import TASKS, TaskName
+
+_LISTS: Final = ("train", "validation", "test")
+
+
+def task_rules() -> tuple[Rule, ...]:
+    """The rules of all tasks that do not go with everything."""
+    return tuple(r for name, kind in TASKS.items() if not kind.generates for r in _rules(name))
+
+
+def _rules(task: TaskName) -> list[Rule]:
+    kind = TASKS[task]
+
+    def rule(
+        cel: str, message: str, holds: Callable[[Any], bool], got: Sequence[str] = ("task",)
+    ) -> Rule:
+        return Rule(
+            f"self.task != '{task}' || ({cel})",
+            f"task {task} {message}",
+            lambda spec: spec.task != task or holds(spec),
+            tuple(got),
+        )
+
+    types = [name for name, method in METHODS.items() if task in method.tasks]
+    formats, metrics = json.dumps(kind.formats), json.dumps(kind.metrics)
+    fitting = f"all(s, !has(s.format) || s.format in {formats})"
+    measured = f"is measured by {', '.join(kind.metrics)}"
+    zero = "matches('^[0.]+([eE].*)?$')"
+    return [
+        rule(
+            f"self.method.type in {json.dumps(types)}",
+            f"needs method.type {', '.join(types)}",
+            lambda s: s.method.type in types,
+            ("method.type",),
+        ),
+        rule(
+            " && ".join(f"(!has(self.data.{x}) || self.data.{x}.{fitting})" for x in _LISTS),
+            f"needs data of format {', '.join(kind.formats)}",
+            lambda s: all(
+                source.format in (None, *kind.formats)
+                for field in _LISTS
+                for source in getattr(s.data, field) or ()
+            ),
+        ),
+        rule(
+            f"!has(self.evaluation.metrics) || self.evaluation.metrics.all(m, m in {metrics})",
+            f"{measured}: correct evaluation.metrics",
+            lambda s: set(s.evaluation.metrics or ()) <= set(kind.metrics),
+            ("evaluation.metrics",),
+        ),
+        rule(
+            f"self.checkpoint.metric in {metrics}",
+            f"{measured}: correct checkpoint.metric",
+            lambda s: s.checkpoint.metric in kind.metrics,
+            ("checkpoint.metric",),
+        ),
+        rule(
+            f"!has(self.training.earlyStopping) || self.training.earlyStopping.metric in {metrics}",
+            f"{measured}: correct training.earlyStopping.metric",
+            lambda s: (
+                s.training.early_stopping is None
+                or s.training.early_stopping.metric in kind.metrics
+            ),
+            ("training.earlyStopping.metric",),
+        ),
+        rule(
+            "!has(self.evaluation.maxNewTokens)",
+            "generates no text: remove evaluation.maxNewTokens",
+            lambda s: s.evaluation.max_new_tokens is None,
+            ("evaluation.maxNewTokens",),
+        ),
+        rule(
+            f"self.training.routerAuxLossCoefficient.{zero}",
+            "has no router loss: remove training.routerAuxLossCoefficient",
+            lambda s: float(s.training.router_aux_loss_coefficient) == 0,
+            ("training.routerAuxLossCoefficient",),
+        ),
+        rule(
+            "!has(self.method.lora) || self.method.lora.initialization != 'PiSSA'",
+            "needs method.lora.initialization Default",
+            lambda s: s.method.effective_lora.initialization == "Default",
+            ("method.lora.initialization",),
+        ),
+    ]
