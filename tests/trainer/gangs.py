@@ -15,7 +15,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["finetune_trainer.train.worker", "gangs", "gradient_worker"])
+_context.set_forkserver_preload(
+    ["finetune_trainer.train.worker", "gangs", "gradient_worker", "classify_worker"]
+)
 
 
 def free_port() -> int:

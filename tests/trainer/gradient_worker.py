@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from finetune_api.spec import Guard as GuardRule
 from finetune_api.spec import Training
 from finetune_trainer.engine import gang as gangs
 from finetune_trainer.engine.anchors import OutputAnchor
-from finetune_trainer.engine.feed import Feed
+from finetune_trainer.engine.feed import Feed, build_row
 from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.methods import apply_method
@@ -79,8 +80,9 @@ def gradient(
         spec=SimpleNamespace(training=Training.model_validate({"maxGradNorm": "0"})),
     )  # fmt: skip
     read = lambda positions: [documents[p] for p in positions]  # noqa: E731
+    build = partial(build_row, context=context)
     with Feed(
-        plan, read, rank=rank // sharing, start=0, end=1, device=CPU, context=context,
+        plan, read, rank=rank // sharing, start=0, end=1, device=CPU, build=build,
         replay=[False, bool(anchor)],
     ) as feed:  # fmt: skip
         for batch in feed:

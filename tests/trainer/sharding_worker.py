@@ -61,7 +61,7 @@ def tune(
     supervised = np.array([int(s.supervised.sum()) for s in documents])
     plan = Plan(
         lengths, supervised, batch_size=3, seed=0, row_tokens=80, ranks=size,
-        packed=spec.method.kind.packs,
+        packing="Concatenated" if spec.method.kind.packs else "Alone",
     )  # fmt: skip
     session: Any = SimpleNamespace(
         gang=gang, plan=plan, module=module, spec=spec, guard=Guard(spec.training.guard, CPU),

@@ -43,7 +43,7 @@ def feed_of(steps: int, row_tokens: int = 90, packed: bool = True, replay: bool 
     supervised = np.array([int(s.supervised.sum()) for s in DOCUMENTS])
     plan = Plan(
         np.array(LENGTHS), supervised, batch_size=8, seed=0, row_tokens=row_tokens, ranks=1,
-        sources=np.array(SOURCES), packed=packed,
+        sources=np.array(SOURCES), packing="Concatenated" if packed else "Alone",
     )  # fmt: skip
     read = lambda positions: [DOCUMENTS[p] for p in positions]  # noqa: E731
     return Feed(plan, read, rank=0, start=0, end=steps, device=CPU, replay=[False, replay])

@@ -62,5 +62,5 @@ def test_every_dropout_of_a_model_is_replaced():
     model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5), nn.Sequential(nn.Dropout(0.1)))
     key_dropouts(model, 0.25)
     found = [m for m in model.modules() if isinstance(m, KeyedDropout)]
-    assert [m.p for m in found] == [0.25, 0.25]
+    assert [m.probability for m in found] == [0.25, 0.25]
     assert not any(type(m) is nn.Dropout for m in model.modules())

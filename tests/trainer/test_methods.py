@@ -405,7 +405,7 @@ def evaluator(loss: TokenLoss, base: Path) -> Evaluator:
     data: Any = SimpleNamespace(manifest=SimpleNamespace(stop_token_ids=[128]))
     return Evaluator(
         gang=gang, data=data, loss=loss, tokenizer=load_tokenizer(base), row_tokens=64,
-        packed=False, max_samples=8, max_new_tokens=6, virtual_tokens=5,
+        packing="Alone", build=build_row, max_samples=8, max_new_tokens=6, virtual_tokens=5,
     )  # fmt: skip
 
 

@@ -1,12 +1,14 @@
 """The plan: a pure function, the same samples at any number of ranks, nothing lost or doubled."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_trainer.engine.mixture import Stage
-from finetune_trainer.engine.plan import Plan, cost, pack, pack_all, pack_singly
+from finetune_trainer.engine.plan import Plan, cost, pack, pack_all, pack_padded, pack_singly
 
 lengths_of = st.lists(st.integers(1, 300), min_size=0, max_size=60)
 
@@ -109,11 +111,35 @@ def test_more_ranks_than_documents_leaves_empty_rows():
 
 @given(lengths_of, st.integers(1, 4))
 def test_single_packing_gives_each_document_its_row(lengths, ranks):
-    dealt = pack_singly(lengths, ranks)
+    dealt = pack_singly(lengths, 0, ranks)
     rows = [row for rank in dealt for row in rank if row]
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(len(row) == 1 for row in rows)
     assert len({len(rank) for rank in dealt}) == 1
+
+
+def padded(lengths, row):
+    return len(row) * max((lengths[i] for i in row), default=0)
+
+
+@given(lengths_of, st.integers(300, 1000), st.integers(1, 5))
+def test_padded_rows_hold_every_document_once_within_the_capacity(lengths, capacity, ranks):
+    dealt = pack_padded(lengths, capacity, ranks)
+    rows = [row for rank in dealt for row in rank]
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert len({len(rank) for rank in dealt}) <= 1
+    assert all(padded(lengths, row) <= capacity for row in rows)
+    # Documents of like length: no row reaches into the lengths of another.
+    spans = sorted((min(x), max(x)) for x in ([lengths[i] for i in row] for row in rows if row))
+    assert all(one[1] <= two[0] for one, two in itertools.pairwise(spans))
+
+
+def test_padded_rows_are_even_over_the_ranks():
+    dealt = pack_padded([60] * 32, 2048, 4)
+    assert [[len(row) for row in rank] for rank in dealt] == [[8]] * 4
+    lengths = [200, 190, 180, 60, 60, 55, 50, 20, 10, 10]
+    (first,), (second,) = pack_padded(lengths, 2048, 2)
+    assert max(padded(lengths, first), padded(lengths, second)) <= 600
 
 
 @given(lengths_of, st.integers(1, 3))

@@ -334,7 +334,11 @@ def test_overlength_is_cut_or_dropped_and_counted(at: Workplace) -> None:
     assert len(sample.ids) == 32 and tokenizer.decode(sample.ids).endswith("End: yes</s>")
     assert sample.ids[0] == tokenizer.bos_token_id
     report = json.loads(at.store.get(f"{summary.uri}/report.json"))
-    assert report["sources"][0]["truncated"] == {"promptBeginning": 1, "completionEnd": 0}
+    assert report["sources"][0]["truncated"] == {
+        "promptBeginning": 1,
+        "completionEnd": 0,
+        "textEnd": 0,
+    }
 
     dropping = {**ALL, "quality": {"overlength": "Drop"}}
     summary, _ = at.prepare(at.order(data=dropping, **short))

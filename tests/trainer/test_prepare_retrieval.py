@@ -134,7 +134,7 @@ def test_the_digest_knows_what_is_shown() -> None:
     def made(**retrieval: Any) -> str:
         block = {"source": "s3://bucket/a.jsonl", "format": "Retrieval", "retrieval": retrieval}
         data = Data.model_validate({"train": [block]})
-        return content_digest(data, [Source("train", "a", data.train[0], [])], {}, 128)
+        return content_digest(data, [Source("train", "a", data.train[0], [])], {}, 128, "CausalLM")
 
     assert len({made(), made(distractors=2), made(oracleShare="0.5")}) == 3
 

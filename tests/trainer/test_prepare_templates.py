@@ -19,8 +19,9 @@ from finetune_trainer.failures import DataError
 from finetune_trainer.prepare import digest
 from finetune_trainer.prepare.catalogue import CATALOGUE, Entry
 from finetune_trainer.prepare.digest import Source, content_digest
-from finetune_trainer.prepare.drafts import Draft, drafter, format_of
+from finetune_trainer.prepare.drafts import Draft, drafter
 from finetune_trainer.prepare.records import Record
+from finetune_trainer.prepare.tasks import format_of
 from finetune_trainer.prepared.split import Side
 from trainer.prepare_helpers import lines
 
@@ -43,7 +44,7 @@ def drafts(
     found = source(side, **template)
     data = Data.model_validate({"train": [found.spec.to_json()], "split": {**HALF, "seed": seed}})
     made = [Record(fields, "s3://b/a.jsonl", f"line {i}") for i, fields in enumerate(records)]
-    make = drafter(found, format_of(found.spec, made[0]), data, None)
+    make = drafter(found, format_of(found.spec, made[0], "CausalLM"), data, None)
     return [draft for record in made for draft in make(record)]
 
 
@@ -172,7 +173,7 @@ def test_the_digest_knows_the_librarys_texts(monkeypatch: pytest.MonkeyPatch) ->
     found = source(name="Question")
 
     def made() -> str:
-        return content_digest(Data(train=[found.spec]), [found], {}, 128)
+        return content_digest(Data(train=[found.spec]), [found], {}, 128, "CausalLM")
 
     before = made()
     changed = dataclasses.replace(CATALOGUE["Question"], completion="\n{{ answer }}")

@@ -29,7 +29,7 @@ DATA_REPORT = {
         {
             "name": "support", "format": "Classification", "objects": 1, "bytes": 10, "records": 9,
             "dropped": {"Duplicate": 2, "Overlength": 0},
-            "truncated": {"promptBeginning": 1, "completionEnd": 0},
+            "truncated": {"promptBeginning": 1, "completionEnd": 0, "textEnd": 0},
             "splits": {
                 "train": {
                     "samples": 7, "tokens": 70, "supervisedTokens": 7, "supervisedShare": 0.1,
@@ -105,6 +105,7 @@ def about(
                 supervised=7)
     ]  # fmt: skip
     data = DataManifest(
+        classes=[],
         version=1, digest="d", sets=sets, shards={"train": [], "validation": [], "test": []},
         max_length=64, max_completion_tokens=4, stop_token_ids=[0], dropped={}, files=[],
     )  # fmt: skip

@@ -86,6 +86,23 @@ def _rules(task: TaskName) -> list[Rule]:
             ("training.routerAuxLossCoefficient",),
         ),
         rule(
+            f"self.training.anchor.klCoefficient.{zero}",
+            "begins with a head that knows nothing to keep: remove training.anchor.klCoefficient",
+            lambda s: float(s.training.anchor.kl_coefficient) == 0,
+            ("training.anchor.klCoefficient",),
+        ),
+        rule(
+            "self.compute.contextParallel == 1",
+            "needs every sample whole: set compute.contextParallel: 1",
+            lambda s: s.compute.context_parallel == 1,
+            ("compute.contextParallel",),
+        ),
+        rule(
+            "!self.training.compile",
+            "has rows of many shapes: set training.compile to false",
+            lambda s: not s.training.compile,
+        ),
+        rule(
             "!has(self.method.lora) || self.method.lora.initialization != 'PiSSA'",
             "needs method.lora.initialization Default",
             lambda s: s.method.effective_lora.initialization == "Default",

@@ -41,6 +41,7 @@ def check_sum(order: RunOrder, files: BaseFiles) -> None:
         return
     lora = spec.method.effective_lora
     plain = spec.method.kind.block == "lora" and not (lora.use_dora or lora.target_parameters)
+    plain = plain and spec.kind.generates  # an adapter of classes holds a head
     if plain and is_plain(files.adapter):
         return
     first = files.base.lineage[-1]
@@ -51,7 +52,7 @@ def check_sum(order: RunOrder, files: BaseFiles) -> None:
         "NoSumOfAdapters",
         f"spec.output.format: {spec.effective_output_format} would be an adapter over that in"
         f" {first.uri} ({first.method}), and the two are no one adapter: only plain LoRA adapters"
-        f" can be added up (no useDora, no targetParameters); {remedy}",
+        f" can be added up (no useDora, no targetParameters, no head); {remedy}",
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.engine.feed import RowTensors
+from finetune_trainer.engine.feed import RowTensors, TokenRow
 from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import RowLosses, TokenLoss, Untuned, evaluating
 from finetune_trainer.engine.optimizers import Optimizers
@@ -34,7 +34,7 @@ class OutputAnchor:
     def outputs(self, row: RowTensors) -> Untuned | None:
         """What the untuned model says of a row's replay documents; None where no rank has any. In
         shards every rank must ask for the same rows."""
-        if row.replay is None:
+        if not isinstance(row, TokenRow) or row.replay is None:
             return None
         documents = row.replay.row
         with torch.no_grad(), row_context(documents.layout):

@@ -9,6 +9,7 @@ beneath it but publish, which adds the new one to the old.
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ def fetch_base(order: RunOrder, stores: Stores, scratch: Path, weights: bool) ->
 
     Raises:
         UserError: as ``find_base``, ``modelfiles.fetch_model`` and, without weights (in prepare),
-            ``check_ties``.
+            ``check_headless`` and ``check_ties``.
     """
     base = find_base(order, stores)
     adapter = fetch_adapter(base, stores, scratch / "base-adapter")
@@ -62,6 +63,7 @@ def fetch_base(order: RunOrder, stores: Stores, scratch: Path, weights: bool) ->
     if not weights:
         modelfiles.fetch_tokenizer(base.model, stores, folder)
         if adapter is not None:
+            check_headless(adapter, base.lineage[-1].uri)
             check_ties(folder, adapter, base.lineage[-1].uri)
     elif adapter is None:
         modelfiles.fetch_model(base.model, stores, folder)
@@ -70,6 +72,21 @@ def fetch_base(order: RunOrder, stores: Stores, scratch: Path, weights: bool) ->
         merge_adapter(whole, adapter, folder)
         _remove(whole)
     return BaseFiles(base, folder, adapter)
+
+
+def check_headless(adapter: Path, source: str) -> None:
+    """Refuse an adapter that holds a classification head: the model beneath has no place for it.
+
+    Raises:
+        UserError: 'NotMergeable'.
+    """
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    if settings.get("modules_to_save"):
+        raise UserError(
+            "NotMergeable",
+            f"{source}: its adapter comes with a head ({', '.join(settings['modules_to_save'])}),"
+            " which no other model can begin from: publish the first job with output.format: Both",
+        )
 
 
 def check_ties(whole: Path, adapter: Path, source: str) -> None:

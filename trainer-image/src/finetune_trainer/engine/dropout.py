@@ -63,14 +63,18 @@ def draw(keys: Tensor, features: int, salt: Tensor | int) -> Tensor:
 
 
 class KeyedDropout(nn.Module):
-    """Drops elements of [1, tokens, features] by the keys of the row in work.
+    """Drops elements of [rows, tokens, features], and of what is pooled of the documents of a
+    padded row, [documents, features], by the keys of the row in work.
 
     Outside of a training row (evaluation, generation) it does nothing.
     """
 
+    p = 0.0
+    """What attention reads, to drop probabilities by itself: those are not dropped, by no key."""
+
     def __init__(self, probability: float, layer: int) -> None:
         super().__init__()
-        self.p = probability
+        self.probability = probability
         self.salt: Tensor
         self.layer = layer
         # A tensor, so that compiled code is the same for all layers.
@@ -78,16 +82,19 @@ class KeyedDropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         row = current_row()
-        # Attention probabilities (four dimensions) are not dropped, in packed rows or others.
-        if not self.training or self.p == 0.0 or row is None or x.ndim != 3:
+        if not self.training or self.probability == 0.0 or row is None:
             return x
-        keep = keep_mask(row.keys, x.shape[-1], self.salt, self.p)
+        # Attention probabilities (four dimensions) are not dropped, in packed rows or others.
+        keys = {2: row.document_keys, 3: row.keys}.get(x.ndim)
+        if keys is None:
+            return x
+        keep = keep_mask(keys, x.shape[-1], self.salt, self.probability)
         # Virtual tokens before the document (prompt tuning) have no keys, and are kept.
-        keep = pad(keep, (0, 0, x.shape[1] - len(keep), 0), value=True)
-        return x * keep.view(x.shape).to(x.dtype) / (1.0 - self.p)
+        keep = pad(keep, (0, 0, x[..., 0].numel() - len(keep), 0), value=True)
+        return x * keep.view(x.shape).to(x.dtype) / (1.0 - self.probability)
 
     def extra_repr(self) -> str:
-        return f"p={self.p}, layer={self.layer}"
+        return f"probability={self.probability}, layer={self.layer}"
 
 
 def key_dropouts(model: nn.Module, block_probability: float) -> int:

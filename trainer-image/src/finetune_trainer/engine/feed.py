@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -31,17 +31,23 @@ class RowTensors:
     documents holds padding alone and predicts nothing."""
 
     input_ids: Tensor
-    """Token ids, shape [1, tokens]."""
-    position_ids: Tensor
-    """Positions that restart at each document, shape [1, tokens]."""
-    predict: Tensor
-    """Positions in ``input_ids`` whose next token is supervised, shape [supervised]."""
+    """Token ids."""
     labels: Tensor
-    """That next token, shape [supervised]."""
+    """What is learned, shape [supervised]."""
     layout: RowLayout
     """Where the documents lie."""
     sources: Tensor
-    """Number of the source of each supervised token, shape [supervised]."""
+    """Number of the source of each label, shape [supervised]."""
+
+
+@dataclass(frozen=True)
+class TokenRow(RowTensors):
+    """Documents one after the other, shape [1, tokens]; ``labels`` are tokens."""
+
+    position_ids: Tensor
+    """Positions that restart at each document, shape [1, tokens]."""
+    predict: Tensor
+    """Positions in ``input_ids`` whose next token is a label, shape [supervised]."""
     replay: Replay | None = None
     """Its replay documents, where any rank's row of this turn has some and they are wanted."""
 
@@ -50,10 +56,25 @@ class RowTensors:
 class Replay:
     """The replay documents of a row, as the untuned model reads them."""
 
-    row: RowTensors
+    row: TokenRow
     """They alone; where processes share rows, the whole row, with their labels alone."""
     at: Tensor
     """Their supervised tokens among those of the whole row, in the same order; shape [replayed]."""
+
+
+class RowBuilder(Protocol):
+    """Makes a row of samples; of none, one that predicts nothing."""
+
+    def __call__(
+        self,
+        samples: Sequence[TokenSample],
+        positions: Sequence[int],
+        *,
+        sources: Sequence[int] | None = None,
+        seed: int,
+        step: int,
+        device: torch.device,
+    ) -> RowTensors: ...
 
 
 class StaticShape(NamedTuple):
@@ -81,7 +102,7 @@ def build_row(
     device: torch.device,
     context: ContextGroup = ALONE,
     shape: StaticShape | None = None,
-) -> RowTensors:
+) -> TokenRow:
     """Concatenate documents to a row.
 
     Args:
@@ -126,7 +147,7 @@ def build_row(
         # Copies from pinned memory are made beside the computation.
         return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
 
-    return RowTensors(
+    return TokenRow(
         input_ids=tensor(ids[held])[None],
         position_ids=tensor(position[held])[None],
         predict=tensor(target),
@@ -157,9 +178,9 @@ Reader = Callable[[Sequence[int]], list[TokenSample]]
 
 
 class Feed:
-    """Steps of a plan as tensors of one rank, from ``start`` to ``end``. Processes that share
-    rows (``context``) have one rank in the plan; ``replay`` says by source whether its documents
-    are wanted apart too (empty: none).
+    """Steps of a plan as tensors of one rank, from ``start`` to ``end``, in rows that ``build``
+    makes. Processes that share rows have one rank in the plan; ``replay`` says by source whether
+    its documents are wanted apart too (empty: none).
 
     Iterating yields ``StepTensors``; a fault of the reading thread is raised where the step that
     needs the data begins.
@@ -174,8 +195,7 @@ class Feed:
         start: int,
         end: int,
         device: torch.device,
-        context: ContextGroup = ALONE,
-        shape: StaticShape | None = None,
+        build: RowBuilder = build_row,
         replay: Sequence[bool] = (),
         ahead: int = 4,
     ) -> None:
@@ -184,8 +204,7 @@ class Feed:
         self._rank = rank
         self._range = range(start, end)
         self._device = device
-        self._context = context
-        self._shape = shape
+        self._build = build
         self._replay = np.array(replay, np.bool_) if any(replay) else None
         self._queue: queue.Queue[tuple[Step, list[RowTensors]] | BaseException] = queue.Queue(ahead)
         self._stop = threading.Event()
@@ -226,21 +245,23 @@ class Feed:
         wanted = [position for row in mine for position in row]
         samples = dict(zip(wanted, self._read(wanted), strict=True))
 
-        def build(row: Row, shape: StaticShape | None) -> RowTensors:
-            return build_row(
+        def build(by: RowBuilder, row: Row) -> RowTensors:
+            return by(
                 [samples[p] for p in row], row, sources=self._plan.sources[list(row)].tolist(),
-                seed=self._plan.seed, step=step.number, device=self._device, context=self._context,
-                shape=shape,
+                seed=self._plan.seed, step=step.number, device=self._device,
             )  # fmt: skip
 
         def with_replay(turn: int, row: Row) -> RowTensors:
-            built = build(row, self._shape)
+            built = build(self._build, row)
             # By the plan, and so alike on all ranks: in shards all take part in every pass.
             if self._replay is None or not any(self._of_replay(rows[turn]) for rows in step.rows):
                 return built
+            assert isinstance(built, TokenRow), "outputs of tokens are what is anchored"
             at = torch.from_numpy(self._replay).to(self._device)[built.sources].nonzero()[:, 0]
-            if self._context.size == 1:
-                return replace(built, replay=Replay(build(self._of_replay(row), None), at))
+            if built.layout.wanted is None:
+                apart = build(build_row, self._of_replay(row))
+                assert isinstance(apart, TokenRow)
+                return replace(built, replay=Replay(apart, at))
             # Of a shorter row this process would hold other tokens: the whole one is read again.
             again = replace(built, predict=built.predict[at], labels=built.labels[at])
             return replace(built, replay=Replay(again, at))

@@ -11,6 +11,9 @@ floating-point operations: logits are needed at supervised positions only, and c
 needs half of the square. The backward pass takes as much again for the gradients of the inputs, and
 once more for those of trained weights: a frozen weight costs two passes and a trained one three
 (so LoRA, whose base is frozen, is not credited with work that nobody does), attention three.
+
+A classification head is needed once a document, which has one label; where tokens attend in both
+directions, attention needs the whole square.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from finetune_trainer.engine.parameters import size_of
+from finetune_trainer.engine.classification import head_names
+from finetune_trainer.engine.parameters import ORIGINAL, size_of
 
 PEAKS: Final = {
     "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
@@ -45,10 +49,10 @@ class Work:
     trained: float
     """Weights per token that are."""
     head: int
-    """Weights of the output head."""
+    """Weights of the output head, or of the classification head."""
     head_trained: bool
     attention: int
-    """Sum of the attention widths of all layers."""
+    """Sum of the attention widths of all layers; twice where it is not causal."""
 
     def training(self, lengths: npt.NDArray[np.integer], supervised: int) -> float:
         """Floating-point operations of forward and backward pass over documents of these
@@ -62,12 +66,19 @@ class Work:
 def work_of(model: nn.Module, base: PreTrainedModel) -> Work:
     """The work of a model under tuning; ``base`` is the model within it."""
     config = base.config.get_text_config()
-    table = base.get_input_embeddings().weight
+    tables = {m.weight for m in base.modules() if isinstance(m, nn.Embedding)}
     output = base.get_output_embeddings()  # type: ignore[no-untyped-call]
-    head = None if output is None else output.weight
+    named = [] if output is not None else head_names(base)
+    head = {
+        weight
+        for module in (output, *map(base.get_submodule, named))
+        if module is not None
+        for name, weight in module.named_parameters()
+        if weight.ndim >= 2 and ORIGINAL not in f".{name}"
+    }
     frozen = trained = 0.0
-    for weight in model.parameters():
-        if weight.ndim < 2 or weight is table or weight is head:
+    for name, weight in model.named_parameters():
+        if weight.ndim < 2 or weight in tables or weight in head or ORIGINAL in name:
             continue
         size = size_of(weight) * (_routed_share(config) if weight.ndim == 3 else 1.0)
         frozen, trained = (
@@ -78,10 +89,15 @@ def work_of(model: nn.Module, base: PreTrainedModel) -> Work:
     return Work(
         frozen=frozen,
         trained=trained,
-        head=0 if head is None else size_of(head),
-        head_trained=head is not None and head.requires_grad,
-        attention=config.num_hidden_layers * heads * width,
+        head=sum(size_of(weight) for weight in head),
+        head_trained=any(weight.requires_grad for weight in head),
+        attention=config.num_hidden_layers * heads * width * (1 if _is_causal(base) else 2),
     )
+
+
+def _is_causal(base: PreTrainedModel) -> bool:
+    """Whether tokens attend to those before them alone."""
+    return all(getattr(module, "is_causal", True) for module in base.modules())
 
 
 def _routed_share(config: object) -> float:

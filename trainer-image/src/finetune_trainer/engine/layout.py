@@ -65,6 +65,9 @@ class RowLayout:
     ``dropout``."""
     lengths: Tensor
     """Tokens of each token's document, shape [tokens]."""
+    document_keys: Tensor | None = None
+    """Random key of each document of a padded row, shape [documents]. Such a row has no spans: it
+    is attended by the model's own kernels, and its tokens count padding."""
     wanted: Wanted | None = None
     """Keys of other processes that the spans see; None where the row is here whole."""
 

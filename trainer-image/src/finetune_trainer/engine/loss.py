@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
 from finetune_trainer.engine.compilation import uncompiled
-from finetune_trainer.engine.feed import RowTensors
+from finetune_trainer.engine.feed import RowTensors, TokenRow
 from finetune_trainer.engine.layout import row_context
 from finetune_trainer.failures import UserError
 
@@ -105,7 +105,7 @@ class TokenLoss(nn.Module):
                 layer._disable_adapters = False
 
     def forward(
-        self, row: RowTensors, untuned: Untuned | None = None, with_logits: bool = False
+        self, row: TokenRow, untuned: Untuned | None = None, with_logits: bool = False
     ) -> RowLosses:
         empty = row.labels.numel() == 0
         predict = (row.predict if not empty else row.predict.new_zeros(1)) + self._shift
@@ -153,7 +153,7 @@ def divergence(untuned: Tensor, tuned: Tensor) -> Tensor:
 
 
 def row_losses(module: nn.Module, row: RowTensors) -> Tensor:
-    """Losses of a row's supervised tokens, without gradient, shape [supervised]."""
+    """Losses of a row's labels, without gradient, shape [supervised]."""
     with torch.no_grad(), row_context(row.layout):
         losses: RowLosses = module(row)
     return losses.tokens[: row.labels.numel()]

@@ -7,6 +7,7 @@ What can be said of a method without a model stands in the contract's table
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -26,9 +27,20 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.dropout import add_noise, key_dropouts
 from finetune_trainer.engine.partial import partial_parameters, shown
 from finetune_trainer.engine.pissa import add_initial
+from finetune_trainer.engine.tasks import TASKS
 from finetune_trainer.failures import UserError
 
 Tuned = PreTrainedModel | PeftModel
+
+
+@dataclass(frozen=True)
+class New:
+    """What the task adds to what a method trains."""
+
+    peft_type: str
+    """What peft calls the task."""
+    modules: list[str]
+    """Names of modules that are trained whole, and kept with an adapter."""
 
 
 def apply_method(model: PreTrainedModel, spec: FineTuneJobSpec) -> Tuned:
@@ -42,7 +54,8 @@ def apply_method(model: PreTrainedModel, spec: FineTuneJobSpec) -> Tuned:
         UserError: where the method's settings do not fit the model, naming what would.
     """
     torch.manual_seed(spec.training.seed)
-    tuned = _APPLY[spec.method.type](model, spec.method)
+    task = TASKS[spec.task]
+    tuned = _APPLY[spec.method.type](model, spec.method, New(task.peft_type, task.head(model)))
     key_dropouts(tuned, float(spec.training.dropout))
     if alpha := float(spec.training.neftune_alpha):
         add_noise(model.get_input_embeddings(), alpha)
@@ -56,22 +69,24 @@ def apply_method(model: PreTrainedModel, spec: FineTuneJobSpec) -> Tuned:
     return tuned
 
 
-def _full(model: PreTrainedModel, method: Method) -> Tuned:
+def _full(model: PreTrainedModel, method: Method, new: New) -> Tuned:
     return model
 
 
-def _partial(model: PreTrainedModel, method: Method) -> Tuned:
+def _partial(model: PreTrainedModel, method: Method, new: New) -> Tuned:
     chosen = partial_parameters(model, method.effective_partial)
+    whole = tuple(f"{name}." for name in new.modules)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in chosen)
+        parameter.requires_grad_(name in chosen or name.startswith(whole))
     return model
 
 
-def _lora(model: PreTrainedModel, method: Method) -> Tuned:
+def _lora(model: PreTrainedModel, method: Method, new: New) -> Tuned:
     lora = method.effective_lora
     _check_targets(model, lora)
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=new.peft_type,
+        modules_to_save=new.modules or None,
         r=lora.rank,
         lora_alpha=lora.effective_alpha,
         lora_dropout=float(lora.dropout),
@@ -126,10 +141,11 @@ def _ends_with(there: str, name: str) -> bool:
     return there == name or there.endswith(f".{name}")
 
 
-def _ia3(model: PreTrainedModel, method: Method) -> Tuned:
+def _ia3(model: PreTrainedModel, method: Method, new: New) -> Tuned:
     ia3 = method.effective_ia3
     config = IA3Config(
-        task_type="CAUSAL_LM",
+        task_type=new.peft_type,
+        modules_to_save=new.modules or None,
         target_modules=ia3.target_modules,
         feedforward_modules=(ia3.feedforward_modules or []) if ia3.target_modules else None,
     )
@@ -149,26 +165,26 @@ def _no_target(model: nn.Module, block: str, wanted: list[str] | None) -> UserEr
     )
 
 
-def _prompt_tuning(model: PreTrainedModel, method: Method) -> Tuned:
+def _prompt_tuning(model: PreTrainedModel, method: Method, new: New) -> Tuned:
     # Vectors that begin as embeddings of real tokens learn faster (Lester et al. 2021).
     return get_peft_model(
         model,
         PromptTuningConfig(
-            task_type="CAUSAL_LM",
+            task_type=new.peft_type,
             num_virtual_tokens=method.virtual_tokens,
             prompt_tuning_init="SAMPLE_VOCAB",
         ),
     )
 
 
-def _prefix_tuning(model: PreTrainedModel, method: Method) -> Tuned:
+def _prefix_tuning(model: PreTrainedModel, method: Method, new: New) -> Tuned:
     return get_peft_model(
         model,
-        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=method.virtual_tokens),
+        PrefixTuningConfig(task_type=new.peft_type, num_virtual_tokens=method.virtual_tokens),
     )
 
 
-_APPLY: Final[dict[MethodName, Callable[[PreTrainedModel, Method], Tuned]]] = {
+_APPLY: Final[dict[MethodName, Callable[[PreTrainedModel, Method, New], Tuned]]] = {
     "Full": _full,
     "Partial": _partial,
     "LoRA": _lora,

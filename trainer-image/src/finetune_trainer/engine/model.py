@@ -6,22 +6,28 @@ in publish, so there is one way in which a spec becomes a model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.tasks import TaskName
 from finetune_trainer.engine import packed
+from finetune_trainer.engine.classification import has_head, name_classes, settle_head
 from finetune_trainer.engine.pissa import is_kept
 from finetune_trainer.engine.quantized import four_bits
+from finetune_trainer.engine.tasks import TASKS
 from finetune_trainer.failures import UserError
 
 
@@ -34,19 +40,57 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+@dataclass(frozen=True)
+class Purpose:
+    """What a model is loaded for."""
+
+    task: TaskName = "CausalLM"
+    classes: tuple[str, ...] = ()
+    """Names of the classes by number, of a task that has some."""
+    seed: int = 0
+    """By which weights that the checkpoint lacks are drawn."""
+
+
+TEXT: Final = Purpose()
+
+
+def purpose_of(spec: FineTuneJobSpec, classes: Sequence[str]) -> Purpose:
+    """What a run loads its model for; ``classes`` are those of its prepared data."""
+    return Purpose(spec.task, tuple(classes), spec.training.seed)
+
+
+def configuration(path: Path, purpose: Purpose = TEXT) -> PreTrainedConfig:
+    """The configuration of the model of a folder, for a purpose."""
+    config: PreTrainedConfig = AutoConfig.from_pretrained(path)
+    if purpose.classes:
+        name_classes(config, purpose.classes, load_tokenizer(path).pad_token_id)
+    return config
+
+
+def is_drawn(path: Path, purpose: Purpose) -> bool:
+    """Whether a model begins with a head of which nothing is learned."""
+    return bool(purpose.classes) and not has_head(AutoConfig.from_pretrained(path), purpose.classes)
+
+
 def load_base(
-    path: Path, dtype: torch.dtype, pack: bool = True, quantize_on: torch.device | None = None
+    path: Path,
+    dtype: torch.dtype,
+    pack: bool = True,
+    quantize_on: torch.device | None = None,
+    purpose: Purpose = TEXT,
 ) -> PreTrainedModel:
     """The untuned model of a folder in Hugging Face layout, with ``dtype`` weights and, where
     ``pack`` and the architecture allow it, attention that keeps packed documents apart. It is on
     the CPU, or, with linear layers in 4 bits, on the device ``quantize_on``.
 
     Raises:
-        UserError: where the architecture is unknown or not a causal language model.
+        UserError: where the architecture is unknown or not one for the purpose.
     """
     packed.install()
+    task = TASKS[purpose.task]
+    torch.manual_seed(purpose.seed)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = configuration(path, purpose)
         own = {k: v for k, v in vars(config).items() if _is_dropout(k) and isinstance(v, float)}
         # training.dropout decides (see ``dropout``); what a model drops by itself follows no key.
         for name in own:
@@ -54,18 +98,23 @@ def load_base(
         bits: dict[str, Any] = {}
         if quantize_on is not None:
             bits = {"quantization_config": four_bits(dtype), "device_map": {"": quantize_on}}
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **bits)
+        model, loading = task.auto.from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True,
+            ignore_mismatched_sizes=bool(purpose.classes), **bits,
+        )  # fmt: skip
         for name, probability in own.items():
             setattr(model.config, name, probability)
     except (ValueError, KeyError) as error:
-        raise _unsupported(error) from error
-    if pack and packed.can_pack(model):
+        raise _unsupported(error, purpose) from error
+    if purpose.classes:
+        settle_head(model, loading, keep=not is_drawn(path, purpose))
+    if task.packing(model, pack) == "Concatenated":
         model.set_attn_implementation(packed.ATTENTION)
     model.config.use_cache = False
-    return model
+    return model  # type: ignore[no-any-return]
 
 
-def empty_base(path: Path) -> PreTrainedModel:
+def empty_base(path: Path, purpose: Purpose = TEXT) -> PreTrainedModel:
     """The model of a folder without its weights: all parameters are on the meta device. Only its
     configuration is read.
 
@@ -73,11 +122,11 @@ def empty_base(path: Path) -> PreTrainedModel:
         UserError: as ``load_base``.
     """
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = configuration(path, purpose)
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            model: PreTrainedModel = TASKS[purpose.task].auto.from_config(config)
     except (ValueError, KeyError) as error:
-        raise _unsupported(error) from error
+        raise _unsupported(error, purpose) from error
     return model
 
 
@@ -90,10 +139,10 @@ def make_room(model: nn.Module) -> None:
                 setattr(module, name, nn.Parameter(room, parameter.requires_grad))
 
 
-def _unsupported(error: Exception) -> UserError:
+def _unsupported(error: Exception, purpose: Purpose) -> UserError:
     return UserError(
         "UnsupportedModel",
-        f"spec.model: the model cannot be loaded as a causal language model: {error}",
+        f"spec.model: the model cannot be loaded as {TASKS[purpose.task].called}: {error}",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
@@ -13,6 +13,8 @@ from finetune_trainer.engine.pissa import INITIAL
 
 Group = dict[str, Any]
 """A parameter group of an optimizer: ``params`` and settings."""
+ORIGINAL: Final = ".original_module."
+"""In the names of parameters that peft keeps as they were beside those that are trained whole."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,12 @@ class Parameters:
 
 
 def parameter_counts(model: nn.Module) -> Parameters:
-    """Trainable and total parameters, without those that only say where an adapter began."""
+    """Trainable and total parameters, without those that only say where an adapter or a head that
+    is kept with it began."""
     sizes = [
         (size_of(p), p.requires_grad)
         for name, p in model.named_parameters()
-        if f".{INITIAL}." not in name
+        if f".{INITIAL}." not in name and ORIGINAL not in name
     ]
     return Parameters(sum(n for n, train in sizes if train), sum(n for n, _ in sizes))
 

@@ -10,8 +10,9 @@ processes and under any packing.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,10 @@ import numpy.typing as npt
 from finetune_trainer.engine.mixture import Curriculum, Ints, Stage
 
 Row = tuple[int, ...]
-"""Positions (in the index) of the samples that are concatenated into one row of tokens."""
+"""Positions (in the index) of the samples that are run through the model together."""
+Packing = Literal["Concatenated", "Padded", "Alone"]
+"""How documents share a row: one after the other; one below the other, padded to the longest; or
+not at all."""
 
 # Length at which attention costs as much as all that is linear in the length. It only steers the
 # balance between ranks; measured on Llama shapes it lies between 4k (small) and 30k (7B).
@@ -46,7 +50,7 @@ def pack(lengths: Sequence[int], capacity: int, ranks: int) -> list[list[list[in
     longest = max(lengths, default=0)
     if longest > capacity:
         raise ValueError(f"a document of {longest} tokens does not fit a row of {capacity}")
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    order = _by_length(lengths)
     rows_per_rank = max(1, -(-sum(lengths) // (capacity * ranks)))
     while True:
         rows = _partition(order, lengths, capacity, rows_per_rank * ranks)
@@ -110,8 +114,7 @@ class Plan:
         seed: of the order of the samples.
         row_tokens: most tokens of one row; at least the longest sample.
         ranks: processes of the gang.
-        packed: False gives every sample a row of its own (models that cannot keep documents
-            apart within a row).
+        packing: how samples share a row (not at all, where models cannot keep them apart).
     """
 
     def __init__(
@@ -126,14 +129,14 @@ class Plan:
         sources: npt.NDArray[np.integer] | None = None,
         stages: Sequence[Stage] | None = None,
         visits: int | None = None,
-        packed: bool = True,
+        packing: Packing = "Concatenated",
     ) -> None:
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.supervised = np.asarray(supervised, dtype=np.int64)
         self.seed = seed
         self.row_tokens = row_tokens
         self.ranks = ranks
-        self.packed = packed
+        self.packing: Packing = packing
         self._batch = min(batch_size, len(self.lengths))
         self._visits = visits
         self._quarantined = np.empty(0, np.int64)
@@ -167,10 +170,7 @@ class Plan:
         """Rows and denominator of a step."""
         positions = self.samples(number)
         lengths = self.lengths[positions].tolist()
-        if self.packed:
-            dealt = pack(lengths, self.row_tokens, self.ranks)
-        else:
-            dealt = pack_singly(lengths, self.ranks)
+        dealt = _PACK[self.packing](lengths, self.row_tokens, self.ranks)
         return Step(
             number=number,
             samples=tuple(positions.tolist()),
@@ -182,15 +182,58 @@ class Plan:
         )
 
 
-def pack_singly(lengths: Sequence[int], ranks: int) -> list[list[list[int]]]:
+def pack_singly(lengths: Sequence[int], capacity: int, ranks: int) -> list[list[list[int]]]:
     """As ``pack``, with one document a row."""
-    rows = [[i] for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))]
+    return _deal([[i] for i in _by_length(lengths)], ranks)
+
+
+def pack_padded(lengths: Sequence[int], capacity: int, ranks: int) -> list[list[list[int]]]:
+    """As ``pack``, of rows that are padded to their longest document and hold at most ``capacity``
+    tokens with the padding: documents of like length together, in the fewest rows for which every
+    rank has as many, and these as even as can be."""
+    order = _by_length(lengths)
+
+    def rows_of(size: int) -> list[list[int]]:
+        rows: list[list[int]] = []
+        for i in order:
+            if rows and (len(rows[-1]) + 1) * lengths[rows[-1][0]] <= size:
+                rows[-1].append(i)
+            else:
+                rows.append([i])
+        return rows
+
+    most = ranks * -(-len(rows_of(capacity)) // ranks)
+    low, high = max(lengths, default=0), capacity
+    while low < high:  # the least size that takes no more rows
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(rows_of(middle)) <= most else (middle + 1, high)
+    rows = rows_of(low)
+    rows.sort(key=lambda row: -len(row) * cost(lengths[row[0]]))
+    return _deal(rows, ranks)
+
+
+_PACK: Final[dict[Packing, Callable[[Sequence[int], int, int], list[list[list[int]]]]]] = {
+    "Concatenated": pack,
+    "Padded": pack_padded,
+    "Alone": pack_singly,
+}
+
+
+def _by_length(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+
+
+def _deal(rows: list[list[int]], ranks: int) -> list[list[list[int]]]:
+    """Rows by rank, as many to each; those that are lacking are empty."""
     rows += [[] for _ in range(-len(rows) % ranks)]
     return [rows[rank::ranks] for rank in range(ranks)]
 
 
 def pack_all(
-    lengths: npt.NDArray[np.integer], capacity: int, ranks: int, packed: bool = True
+    lengths: npt.NDArray[np.integer],
+    capacity: int,
+    ranks: int,
+    packing: Packing = "Concatenated",
 ) -> list[list[Row]]:
     """Rows by rank for one pass over a whole set (evaluation), neighbours in length together.
 
@@ -203,7 +246,7 @@ def pack_all(
     for start in range(0, len(order), window):
         positions = order[start : start + window]
         sizes = lengths[positions].tolist()
-        rows = pack(sizes, capacity, ranks) if packed else pack_singly(sizes, ranks)
+        rows = _PACK[packing](sizes, capacity, ranks)
         for rank in range(ranks):
             dealt[rank].extend(tuple(int(positions[i]) for i in row) for row in rows[rank])
     return dealt

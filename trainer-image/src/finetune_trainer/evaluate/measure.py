@@ -18,11 +18,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetune_api.results import Metrics
 from finetune_api.tasks import Metric
-from finetune_trainer.engine.feed import build_row
+from finetune_trainer.engine.feed import RowBuilder, RowTensors
 from finetune_trainer.engine.gang import Gang
-from finetune_trainer.engine.loss import TokenLoss, evaluating, row_losses
-from finetune_trainer.engine.plan import pack_all
+from finetune_trainer.engine.loss import evaluating, row_losses
+from finetune_trainer.engine.plan import Packing, pack_all
 from finetune_trainer.engine.sharding import is_sharded, root_gathered
+from finetune_trainer.engine.tasks import RowLoss
 from finetune_trainer.evaluate.metricnames import OF_LOSS
 from finetune_trainer.evaluate.scores import GENERATED, Answers, loss_metrics, text_metrics
 from finetune_trainer.failures import Interrupted
@@ -46,18 +47,33 @@ class SetResult:
     """Generated text of the first samples; empty where no metric needs text."""
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What was found over a set."""
+
+    loss_sum: float
+    tokens: float
+    """Labels that it is the sum of: tokens, or classes."""
+    asked: list[int]
+    """Positions of the samples that were answered."""
+    answers: list[str]
+
+
 @dataclass
 class Evaluator:
-    """Measures the model of a gang on the sets of the prepared data."""
+    """Measures the model of a gang on the sets of the prepared data. Answers are generated text."""
 
     gang: Gang
     data: PreparedData
-    loss: TokenLoss
+    loss: RowLoss
+    build: RowBuilder
     tokenizer: PreTrainedTokenizerBase
     row_tokens: int
-    packed: bool
+    packing: Packing
     max_samples: int
     max_new_tokens: int
+    possible: Sequence[Metric] = OF_LOSS
+    """Metrics that the task has."""
     virtual_tokens: int = 0
     """Positions that the method takes before every prompt."""
     stop_requested: Callable[[], bool] | None = None
@@ -76,40 +92,45 @@ class Evaluator:
     def _one(self, split: Side, number: int, name: str, wanted: Sequence[Metric]) -> SetResult:
         index = self.data.index(split)
         positions = np.flatnonzero(index.set == number)
-        loss_sum, tokens = self._loss(split, positions, index.length[positions])
-        metrics = loss_metrics(loss_sum, tokens)
-        answers: list[str] = []
-        asked = positions[: self.max_samples]
-        if any(m in GENERATED for m in wanted):
-            references = self.data.references(split, asked.tolist())
-            answers = self.generate(references)
+        found = self._measure(split, positions, wanted)
+        metrics = loss_metrics(found.loss_sum, found.tokens)
+        if found.asked:
+            references = self.data.references(split, found.asked)
             labels = [r.label for r in references]
             metrics |= text_metrics(
                 Answers(
-                    answers,
+                    found.answers,
                     [r.completion for r in references],
                     [x or "" for x in labels] if all(x is not None for x in labels) else None,
                 ),
                 wanted,
             )
-        shown = {str(m): metrics[m] for m in (*wanted, *OF_LOSS) if m in metrics}
-        return SetResult(name, len(positions), shown, loss_sum, tokens, answers)
+        always = [m for m in OF_LOSS if m in self.possible]
+        shown = {str(m): metrics[m] for m in (*wanted, *always) if m in metrics}
+        return SetResult(name, len(positions), shown, found.loss_sum, found.tokens, found.answers)
 
-    def _loss(self, split: Side, positions: np.ndarray, lengths: np.ndarray) -> tuple[float, float]:
-        """Summed loss and number of supervised tokens of some samples, over the gang."""
-        rows = pack_all(lengths, self.row_tokens, self.gang.size, self.packed)[self.gang.rank]
+    def _measure(self, split: Side, positions: np.ndarray, wanted: Sequence[Metric]) -> Measured:
+        """Loss and answers over some samples, alike on all ranks."""
         total = torch.zeros(2, dtype=torch.float64)
-        for row in rows:
-            chosen = [int(positions[i]) for i in row]
-            tensors = build_row(
-                self.data.samples(split, chosen), chosen, seed=0, step=0, device=self.gang.device
-            )
+        for _, row in self._rows(split, positions):
             with self.gang.autocast():
-                losses = row_losses(self.loss, tensors)
+                losses = row_losses(self.loss, row)
             total[0] += losses.double().sum().cpu()
             total[1] += losses.numel()
         loss_sum, tokens = self.gang.sum(total).tolist()
-        return loss_sum, tokens
+        if not any(m in GENERATED for m in wanted):
+            return Measured(loss_sum, tokens, [], [])
+        asked = positions[: self.max_samples].tolist()
+        return Measured(loss_sum, tokens, asked, self.generate(self.data.references(split, asked)))
+
+    def _rows(self, split: Side, positions: np.ndarray) -> Iterator[tuple[list[int], RowTensors]]:
+        """This rank's rows of some samples, with the positions of each."""
+        lengths = self.data.index(split).length[positions]
+        dealt = pack_all(lengths, self.row_tokens, self.gang.size, self.packing)
+        for row in dealt[self.gang.rank]:
+            chosen = [int(positions[i]) for i in row]
+            samples = self.data.samples(split, chosen)
+            yield chosen, self.build(samples, chosen, seed=0, step=0, device=self.gang.device)
 
     def generate(self, references: Sequence[Reference]) -> list[str]:
         """Greedy answers to prompts, in their order; dealt to the ranks by length."""
@@ -194,9 +215,10 @@ def greedy(
 
 def overall(results: Sequence[SetResult]) -> Metrics:
     """Metrics over several sets: loss weighed by tokens, the others by samples."""
-    metrics = loss_metrics(sum(r.loss_sum for r in results), sum(r.tokens for r in results))
-    names = {name for r in results for name in r.metrics} - metrics.keys()
-    for name in sorted(names):
+    names = {name for r in results for name in r.metrics}
+    of_loss = loss_metrics(sum(r.loss_sum for r in results), sum(r.tokens for r in results))
+    metrics = {name: value for name, value in of_loss.items() if name in names}
+    for name in sorted(names - metrics.keys()):
         having = [r for r in results if name in r.metrics]
         samples = sum(r.samples for r in having)
         metrics[name] = sum(r.metrics[name] * r.samples for r in having) / samples

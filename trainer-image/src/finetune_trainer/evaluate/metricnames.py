@@ -7,7 +7,7 @@ from typing import Final
 
 from finetune_api.sources import Format
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.tasks import Metric
+from finetune_api.tasks import TASKS, Metric, TaskName
 from finetune_trainer.failures import UserError
 
 OF_LOSS: Final[tuple[Metric, ...]] = ("Loss", "Perplexity")
@@ -15,9 +15,12 @@ OF_LABELS: Final[tuple[Metric, ...]] = ("Accuracy", "Precision", "Recall", "F1")
 OF_TEXT: Final[tuple[Metric, ...]] = ("ExactMatch", "Bleu", "Rouge")
 
 
-def metrics_for(form: Format, requested: Sequence[Metric] | None) -> list[Metric]:
-    """Metrics of a set of that format: those of ``requested`` that fit it, in that order; without
-    ``requested``, the ones that are usual for it."""
+def metrics_for(
+    form: Format, requested: Sequence[Metric] | None, task: TaskName = "CausalLM"
+) -> list[Metric]:
+    """Metrics of a set of that format: those of ``requested`` that fit it and the task, in that
+    order; without ``requested``, the ones that are usual for it."""
+    known = TASKS[task].metrics
     if form == "Text":
         possible, usual = OF_LOSS, OF_LOSS
     elif form == "Classification":
@@ -25,8 +28,8 @@ def metrics_for(form: Format, requested: Sequence[Metric] | None) -> list[Metric
     else:
         possible, usual = OF_LOSS + OF_TEXT, OF_LOSS + OF_TEXT
     if requested is None:
-        return list(usual)
-    return [metric for metric in dict.fromkeys(requested) if metric in possible]
+        return [metric for metric in usual if metric in known]
+    return [m for m in dict.fromkeys(requested) if m in possible and m in known]
 
 
 def check_metrics(spec: FineTuneJobSpec, formats: Mapping[str, Sequence[Format]]) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.sources import Data, DataSource
+from finetune_api.tasks import TaskName
 from finetune_api.templates import Template
 from finetune_trainer.prepare.catalogue import CATALOGUE
 from finetune_trainer.prepare.sources import DataObject
@@ -33,7 +34,11 @@ class Source:
 
 
 def content_digest(
-    data: Data, sources: Sequence[Source], tokenizer: Mapping[str, str], max_length: int
+    data: Data,
+    sources: Sequence[Source],
+    tokenizer: Mapping[str, str],
+    max_length: int,
+    task: TaskName,
 ) -> str:
     """32 hexadecimal digits over all that prepared data depends on.
 
@@ -42,6 +47,7 @@ def content_digest(
         sources: in the order of the spec.
         tokenizer: sha256 of each tokenizer file, by name.
         max_length: most tokens of a sample.
+        task: what the samples are for.
     """
     content: dict[str, Any] = {
         "version": FORMAT_VERSION,
@@ -58,6 +64,7 @@ def content_digest(
         ],
         "tokenizer": dict(tokenizer),
         "maxLength": max_length,
+        "task": task,
         "split": data.split.to_json(),
         "quality": data.quality.to_json(),
     }

@@ -16,7 +16,6 @@ from typing import NamedTuple
 from finetune_api.sources import Data, DataSource, Format
 from finetune_api.templates import Retrieval
 from finetune_trainer.failures import DataError
-from finetune_trainer.prepare.catalogue import CATALOGUE
 from finetune_trainer.prepare.chat import ChatTemplate
 from finetune_trainer.prepare.conversations import conversation_of
 from finetune_trainer.prepare.digest import Source
@@ -26,7 +25,6 @@ from finetune_trainer.prepare.formats import (
     Document,
     Pair,
     content_of,
-    detect_format,
     group_value,
 )
 from finetune_trainer.prepare.records import Record
@@ -71,28 +69,13 @@ Drafter = Callable[[Record], list[Draft]]
 Render = Callable[[Record], Content]
 
 
-def stated_format(spec: DataSource) -> Format | None:
-    """Format of a source, where its records need not be asked."""
-    if spec.format is not None or spec.template is None:
-        return spec.format
-    return CATALOGUE[spec.template.name].format if spec.template.name else "PromptCompletion"
-
-
-def format_of(spec: DataSource, first: Record) -> Format:
-    """Format of a source whose first record is given.
-
-    Raises:
-        DataError: 'UnknownFormat' where neither spec nor record tell.
-    """
-    return stated_format(spec) or detect_format(first)
-
-
 def drafter(
     source: Source,
     form: Format,
     data: Data,
     chat: ChatTemplate | None,
     redact: Callable[[str], str] = str,
+    content: Callable[[Record, Format], Content] = content_of,
 ) -> Drafter:
     """The function that makes drafts of a source's records: one each, or one a turn for some
     conversations (see ``chat``).
@@ -100,11 +83,12 @@ def drafter(
     Args:
         redact: takes out of a group what will be taken out of the drafts: prompts that differ in
             nothing else stay together.
+        content: content of a record of a plain format that has no template.
 
     Raises (the function):
         DataError: naming object, line and field, where a record cannot be used.
     """
-    held_out, training = _renders(source.spec, form, data.split.seed)
+    held_out, training = _renders(source.spec, form, data.split.seed, content)
     shares = shares_of(data, source.side)
     group_by = data.split.group_by if source.side == "train" else None
 
@@ -124,7 +108,9 @@ def drafter(
     return draft
 
 
-def _renders(spec: DataSource, form: Format, seed: int) -> tuple[Render, Render | None]:
+def _renders(
+    spec: DataSource, form: Format, seed: int, content: Callable[[Record, Format], Content]
+) -> tuple[Render, Render | None]:
     """How held-out records are rendered, and how training records are where that differs."""
     if form == "Messages":
         return conversation_of, None
@@ -132,7 +118,7 @@ def _renders(spec: DataSource, form: Format, seed: int) -> tuple[Render, Render 
         prompts = RetrievalPrompts(spec.retrieval or Retrieval(), seed)
         return prompts.with_oracle, prompts.drawn
     if spec.template is None:
-        return (lambda record: content_of(record, form)), None
+        return (lambda record: content(record, form)), None
     if spec.template.name is None:
         return PairTemplate(spec.template).render, None
     template = LibraryTemplate(spec.template, seed)

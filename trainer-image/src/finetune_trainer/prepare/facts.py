@@ -20,8 +20,8 @@ from finetune_api.base import Record
 from finetune_api.sources import Format
 from finetune_trainer.prepare.duplicates import DIGEST_BYTES
 from finetune_trainer.prepare.nearduplicates import FINGERPRINT, Words
-from finetune_trainer.prepare.overlength import CUTS, Cut
-from finetune_trainer.prepare.tokens import Sample
+from finetune_trainer.prepare.overlength import CUTS
+from finetune_trainer.prepare.tokens import Cut, Sample
 from finetune_trainer.prepared.manifest import DataFile
 from finetune_trainer.prepared.split import SIDES, Side
 
@@ -44,8 +44,8 @@ SCHEMA: Final = pa.schema(
 )
 """Columns of a row. ``side`` and ``cut`` are positions in SIDES and CUTS; ``shard`` counts those of
 the part and side; ``completion`` is the length of the last answer and ``stop`` its last token (-1:
-cut off); ``personal`` counts kinds, as JSON; ``digest`` and ``fingerprint`` are null where
-duplicates are not looked for."""
+cut off, or no answer); ``personal`` counts kinds, as JSON; ``digest`` and ``fingerprint`` are null
+where duplicates are not looked for."""
 
 ROWS: Final = 1 << 13
 """Rows that are held, and judged, at once."""
@@ -118,7 +118,7 @@ class FactsWriter:
         values = (
             SIDES.index(draft.side), shard, row, len(sample.ids), sample.supervised,
             len(sample.ids) - sample.prompt_length,
-            -1 if cut == "Completion" else int(sample.ids[-1]),
+            int(sample.ids[-1]) if sample.spans and cut != "Completion" else -1,
             CUTS.index(cut), draft.where, draft.label,
             json.dumps(dict(draft.personal)) if draft.personal else None,
             digest, None if fingerprint is None else fingerprint.tobytes(),

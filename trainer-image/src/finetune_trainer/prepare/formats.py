@@ -96,6 +96,15 @@ def content_of(record: Record, form: Format) -> Content:
     return Document(text_value(record, "text"))
 
 
+def labelled_text(record: Record, form: Format) -> Pair:
+    """Text and label of a record as they are, for a model that gives classes.
+
+    Raises:
+        DataError: as ``content_of``.
+    """
+    return Pair(text_value(record, "text"), _label(record))
+
+
 def group_value(record: Record, field: str) -> str:
     """The value of the field that ``split.groupBy`` names, as text.
 

@@ -20,12 +20,12 @@ from finetune_trainer.prepare.facts import FactsWriter, Fault, PartSummary, Prev
 from finetune_trainer.prepare.faults import Faults
 from finetune_trainer.prepare.languages import Languages
 from finetune_trainer.prepare.nearduplicates import Words, fingerprints
-from finetune_trainer.prepare.overlength import Cut, fit
+from finetune_trainer.prepare.overlength import fit
 from finetune_trainer.prepare.parts import Part
 from finetune_trainer.prepare.personal import inspect
 from finetune_trainer.prepare.reader import Batch, Reader
 from finetune_trainer.prepare.report import preview
-from finetune_trainer.prepare.tokens import Model, Sample
+from finetune_trainer.prepare.tokens import Cut, Model, Sample
 from finetune_trainer.prepare.writer import ShardWriter
 from finetune_trainer.prepared.split import SIDES, Side
 from finetune_trainer.storage.objects import ObjectStore

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +110,19 @@ class Output:
             report.contaminated = len(positions)
             report.sides["train"].remove(*self._indexes["train"].leave_out(positions))
 
-    def finish(self, max_length: int, quality: Quality) -> DataManifest:
+    def finish(
+        self,
+        max_length: int,
+        quality: Quality,
+        classes_of: Callable[[Iterable[tuple[Side, SideReport]]], list[str]],
+    ) -> DataManifest:
         """Write the indexes, the report and, last, the manifest.
 
         Args:
             quality: what was asked for, for the report.
+            classes_of: names of the classes, from what was found in each set.
         """
+        classes = classes_of((side, report.sides[side]) for side, report in self._sets)
         files = [f for index in self._indexes.values() for f in (*index.shards, index.finish())]
         report = self._report(max_length, quality)
         text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
@@ -129,6 +136,7 @@ class Output:
             max_length=max_length,
             max_completion_tokens=max(side.longest_completion for side in train),
             stop_token_ids=sorted(self._stops),
+            classes=classes,
             dropped=self.dropped(),
             files=files,
         )

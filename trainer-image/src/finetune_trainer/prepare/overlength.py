@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Final, Literal, get_args
-
-import numpy as np
+from typing import Final, get_args
 
 from finetune_trainer.failures import DataError
-from finetune_trainer.prepare.tokens import Sample
-
-Cut = Literal["None", "Prompt", "Completion", "Dropped"]
-"""What was cut off: nothing, the beginning of the prompt, also the end of the completion, all."""
+from finetune_trainer.prepare.tokens import Cut, Sample
 
 CUTS: Final[tuple[Cut, ...]] = get_args(Cut)
 
 
 def fit(sample: Sample, limit: int, policy: str, bos: int | None) -> tuple[Sample | None, Cut]:
     """The sample in at most ``limit`` tokens (None: left out), and what that took.
-
-    Truncate cuts behind the beginning-of-sequence token, so that the model still sees one, and up
-    to the last learned stretch. Where that is too long by itself, one token of the prompt stays (an
-    answer needs something to begin from) and the end of the stretch goes.
 
     Raises:
         DataError: 'Overlength' under policy Fail, naming record, length and limit.
@@ -37,16 +27,4 @@ def fit(sample: Sample, limit: int, policy: str, bos: int | None) -> tuple[Sampl
         )
     if policy == "Drop":
         return None, "Dropped"
-    keep = 1 if bos is not None and sample.prompt_length and sample.ids[0] == bos else 0
-    least = min(sample.prompt_length, keep + 1)
-    answer = length - sample.prompt_length
-    prompt = max(least, limit - answer)
-    dropped = sample.prompt_length - prompt
-    ids = np.concatenate([sample.ids[:keep], sample.ids[keep + dropped :]])[:limit]
-    spans = tuple(
-        (max(keep, 1, start - dropped), min(end - dropped, limit))
-        for start, end in sample.spans
-        if end - dropped > max(keep, 1)
-    )
-    cut: Cut = "Prompt" if prompt + answer <= limit else "Completion"
-    return replace(sample, ids=ids, spans=spans, prompt_length=prompt), cut
+    return sample.shortened(limit, bos)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from finetune_api.identity import data_uri
 from finetune_api.order import RunOrder
@@ -21,12 +21,14 @@ from finetune_trainer.engine.adaptersum import check_sum
 from finetune_trainer.engine.base import fetch_base
 from finetune_trainer.engine.quantized import check_package
 from finetune_trainer.engine.schedule import replay_of, stages_of, steps_of
+from finetune_trainer.engine.tasks import TASKS
 from finetune_trainer.evaluate.metricnames import check_metrics
 from finetune_trainer.failures import DataError, UserError
 from finetune_trainer.prepare.digest import Source, content_digest
 from finetune_trainer.prepare.reader import Reading, Say
 from finetune_trainer.prepare.sources import resolve
-from finetune_trainer.prepare.tokens import Model, Tokens
+from finetune_trainer.prepare.tasks import RENDERINGS
+from finetune_trainer.prepare.tokens import Model
 from finetune_trainer.prepare.workers import Place, write_data
 from finetune_trainer.prepared.manifest import DataManifest, is_complete, read_manifest
 from finetune_trainer.prepared.split import SIDES
@@ -79,7 +81,7 @@ def prepare(
     tokenizer = {file.name: file_info(file).sha256 for file in files}
 
     def digest_of(found: list[Source]) -> str:
-        return content_digest(spec.data, found, tokenizer, model.max_length)
+        return content_digest(spec.data, found, tokenizer, model.max_length, spec.task)
 
     def check() -> None:
         if digest_of(find_sources(spec, stores)) != digest:
@@ -129,8 +131,15 @@ def load_model(order: RunOrder, folder: Path) -> Model:
     Raises:
         UserError: where the model is unknown, or maxLength is above its maximum.
     """
-    source = order.base_model.source
+    spec, source = order.spec, order.base_model.source
     limits = modelfiles.read_limits(folder, source)
+    task = TASKS[spec.task]
+    if not task.fits(config := AutoConfig.from_pretrained(folder)):
+        raise UserError(
+            "UnsupportedModel",
+            f"spec.model: {source} is of type {config.model_type}, which cannot be"
+            f" {task.called}, as spec.task {spec.task} needs; choose another model",
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (ValueError, KeyError, OSError, TypeError) as error:
@@ -139,11 +148,14 @@ def load_model(order: RunOrder, folder: Path) -> Model:
             f"{source}: transformers cannot load its tokenizer: {modelfiles.first_line(error)}; a"
             " model folder needs tokenizer.json and tokenizer_config.json",
         ) from None
+    tokens = RENDERINGS[spec.task].tokens(tokenizer, source, limits.vocabulary)
+    bounds = [bound for bound in (limits.max_length, tokens.longest) if bound is not None]
     return Model(
         source=source,
         tokenizer=tokenizer,
-        tokens=Tokens(tokenizer, source, limits.vocabulary),
-        max_length=max_length_of(order.spec, limits.max_length),
+        tokens=tokens,
+        task=spec.task,
+        max_length=max_length_of(spec, min(bounds, default=None)),
     )
 
 

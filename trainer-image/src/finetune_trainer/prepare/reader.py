@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from typing import BinaryIO, Final
 
 from finetune_api.sources import Data, Format
+from finetune_api.tasks import TaskName
 from finetune_trainer.failures import DataError
 from finetune_trainer.prepare.chat import ChatTemplate
 from finetune_trainer.prepare.digest import Source
-from finetune_trainer.prepare.drafts import Draft, drafter, format_of, stated_format
+from finetune_trainer.prepare.drafts import Draft, drafter
 from finetune_trainer.prepare.faults import Complain, Faults, refuse
 from finetune_trainer.prepare.lines import lines_between
 from finetune_trainer.prepare.parts import LineCounter, Part, Piece
 from finetune_trainer.prepare.personal import redacted
 from finetune_trainer.prepare.records import Record, read_lines, read_records
+from finetune_trainer.prepare.tasks import RENDERINGS, format_of, stated_format
 from finetune_trainer.prepare.tokens import Model
 
 BATCH: Final = 512
@@ -93,19 +95,25 @@ class Reader:
         """
         source = self._sources[part.source]
         first = part.pieces[0]
-        opening = self._opening(part.source, data.quality.faulty_records)
+        opening = self._opening(part.source, data.quality.faulty_records, model.task)
         begins = first.item is source.objects[0] and first.start == 0
         untold = opening.untold if begins else 0
         form = opening.format
         if form is None:
-            return None, self._batches(part, faults, lambda record: [], sys.maxsize)
+            nothing: Callable[[Record], list[Draft]] = lambda record: []  # noqa: E731
+            return None, self._batches(part, faults, nothing, sys.maxsize, model.task)
         chat = ChatTemplate(model.tokenizer, model.source) if form == "Messages" else None
         redact = redacted if data.quality.personal_data == "Redact" else str
-        make = drafter(source, form, data, chat, redact)
-        return form, self._batches(part, faults, make, untold)
+        make = drafter(source, form, data, chat, redact, RENDERINGS[model.task].content)
+        return form, self._batches(part, faults, make, untold, model.task)
 
     def _batches(
-        self, part: Part, faults: Faults, make: Callable[[Record], list[Draft]], untold: int
+        self,
+        part: Part,
+        faults: Faults,
+        make: Callable[[Record], list[Draft]],
+        untold: int,
+        task: TaskName,
     ) -> Iterator[Batch]:
         """Batches of a part whose first records tell no format."""
         source = self._sources[part.source]
@@ -114,7 +122,7 @@ class Reader:
         for count, record in enumerate(self._records_of(part, faults), start=1):
             try:
                 if count <= untold:
-                    format_of(source.spec, record)
+                    format_of(source.spec, record, task)
                 drafts += make(record)
             except DataError as error:
                 faults.take(error)
@@ -125,16 +133,16 @@ class Reader:
         yield Batch(self._records - told, drafts)
         self._tell(source)
 
-    def _opening(self, number: int, policy: str) -> Opening:
+    def _opening(self, number: int, policy: str, task: TaskName) -> Opening:
         """What a source's first records tell: every worker reads as far as it needs for this.
         Their faults are for who reads the part that they are of."""
         source = self._sources[number]
         if number not in self._openings:
-            form, untold = stated_format(source.spec), 0
+            form, untold = stated_format(source.spec, task), 0
             with suppress(DataError):
                 for record in () if form else _opening_records(source, policy):
                     try:
-                        form = format_of(source.spec, record)
+                        form = format_of(source.spec, record, task)
                         break
                     except DataError:
                         untold += 1

@@ -17,9 +17,8 @@ from finetune_trainer.prepare.contamination import NGRAM
 from finetune_trainer.prepare.facts import Facts, PartSummary, Preview
 from finetune_trainer.prepare.faults import Faults
 from finetune_trainer.prepare.languages import Languages
-from finetune_trainer.prepare.overlength import Cut
 from finetune_trainer.prepare.personal import scan
-from finetune_trainer.prepare.tokens import Sample
+from finetune_trainer.prepare.tokens import Cut, Sample
 from finetune_trainer.prepared.split import Side
 
 PREVIEWS: Final = 3
@@ -73,6 +72,8 @@ class SideReport:
     longest_completion: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
     labels: Counter[str] = field(default_factory=Counter)
+    label_places: dict[str, str] = field(default_factory=dict)
+    """Where each label occurred first."""
     personal: dict[str, Found] = field(default_factory=dict)
     previews: list[dict[str, Any]] = field(default_factory=list)
 
@@ -85,12 +86,19 @@ class SideReport:
         longest = int(facts.numbers("completion")[rows].max(initial=0))
         self.longest_completion = max(self.longest_completion, longest)
         self.lengths.update(_counted(length))
-        self.labels.update(facts.texts("label", facts.having("label", rows)))
+        self._add_labels(facts, facts.having("label", rows))
         personal = facts.having("personal", rows)
         texts = (facts.texts(name, personal) for name in ("where", "personal"))
         for where, found in zip(*texts, strict=True):
             for kind, count in json.loads(found).items():
                 self.personal.setdefault(kind, Found()).add(where, count)
+
+    def _add_labels(self, facts: Facts, rows: Rows) -> None:
+        labels = facts.texts("label", rows)
+        self.labels.update(labels)
+        fresh = {label: labels.index(label) for label in set(labels) - self.label_places.keys()}
+        places = facts.texts("where", rows[list(fresh.values())]) if fresh else []
+        self.label_places.update(zip(fresh, places, strict=True))
 
     def show(self, offered: Iterable[Preview], samples: Rows) -> None:
         """Keep the first samples to look at, of those of a part that were added."""
@@ -171,6 +179,7 @@ class SourceReport:
             "truncated": {
                 "promptBeginning": self.cuts["Prompt"],
                 "completionEnd": self.cuts["Completion"],
+                "textEnd": self.cuts["Text"],
             },
             "splits": {side: report.to_json() for side, report in self.sides.items()},
         }

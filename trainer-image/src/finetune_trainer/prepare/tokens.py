@@ -8,12 +8,13 @@ would stand in the middle of the sample.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from finetune_api.tasks import TaskName
 from finetune_trainer.failures import DataError, UserError
 from finetune_trainer.prepare.drafts import Draft, nothing_learned
 from finetune_trainer.prepare.faults import Complain, refuse
@@ -21,6 +22,10 @@ from finetune_trainer.prepare.faults import Complain, refuse
 Ids = npt.NDArray[np.int32]
 Span = tuple[int, int]
 """Start and end of learned tokens."""
+
+Cut = Literal["None", "Prompt", "Completion", "Text", "Dropped"]
+"""What was cut off: nothing, the beginning of the prompt, also the end of the completion, the end
+of a text to classify, all."""
 
 _PROBE: Final = "a b"
 
@@ -42,6 +47,40 @@ class Sample:
     def supervised(self) -> int:
         """Number of learned tokens."""
         return sum(end - start for start, end in self.spans)
+
+    def shortened(self, limit: int, bos: int | None) -> tuple[Sample, Cut]:
+        """In at most ``limit`` tokens, of which it has more.
+
+        Cut is behind the beginning-of-sequence token, so that the model still sees one, and up to
+        the last learned stretch. Where that is too long by itself, one token of the prompt stays
+        (an answer needs something to begin from) and the end of the stretch goes.
+        """
+        length = len(self.ids)
+        keep = 1 if bos is not None and self.prompt_length and self.ids[0] == bos else 0
+        least = min(self.prompt_length, keep + 1)
+        answer = length - self.prompt_length
+        prompt = max(least, limit - answer)
+        dropped = self.prompt_length - prompt
+        ids = np.concatenate([self.ids[:keep], self.ids[keep + dropped :]])[:limit]
+        spans = tuple(
+            (max(keep, 1, start - dropped), min(end - dropped, limit))
+            for start, end in self.spans
+            if end - dropped > max(keep, 1)
+        )
+        cut: Cut = "Prompt" if prompt + answer <= limit else "Completion"
+        return replace(self, ids=ids, spans=spans, prompt_length=prompt), cut
+
+
+class Tokenizing(Protocol):
+    """From drafts to samples, with a tokenizer."""
+
+    bos_id: int | None
+    """The token that samples begin with, if any."""
+    longest: int | None
+    """Most tokens of a sample by the tokenizer's own settings; None: no bound."""
+
+    def samples(self, drafts: Sequence[Draft], complain: Complain = refuse) -> list[Sample]:
+        """Tokenize a batch of drafts; faults of records are told to ``complain``."""
 
 
 class Tokens:
@@ -71,8 +110,9 @@ class Tokens:
         self.prefix: Final[tuple[int, ...]] = self._marks_at_start()
         """What the tokenizer puts before a text (beginning-of-sequence), mostly one token or
         none."""
-        self.bos_id: Final[int | None] = self.prefix[0] if self.prefix else tokenizer.bos_token_id
+        self.bos_id: int | None = self.prefix[0] if self.prefix else tokenizer.bos_token_id
         """The token that samples begin with, if any; a chat template writes it itself."""
+        self.longest: int | None = None
         self._lead = self._lead_of_continuation()
 
     def samples(self, drafts: Sequence[Draft], complain: Complain = refuse) -> list[Sample]:
@@ -121,8 +161,7 @@ class Tokens:
                 f"{draft.where}: the prompt is empty, and the tokenizer has no token that begins a"
                 " text, so nothing could be generated from; give a prompt, or use format Text",
             )
-        if max(ids) >= self._vocabulary:
-            raise self._mismatch(max(ids))
+        check_vocabulary(ids, self._vocabulary, self._model)
         exact = tuple((max(1, start), end) for start, end in spans)
         return Sample(draft, np.array(ids, np.int32), exact, start)
 
@@ -146,12 +185,18 @@ class Tokens:
         beginning, behind = self._encode([_PROBE, eos + _PROBE])
         return eos if behind[:1] == [self.eos_id] and behind[1:] != beginning else ""
 
-    def _mismatch(self, token: int) -> UserError:
-        return UserError(
+
+def check_vocabulary(ids: Sequence[int], vocabulary: int, model: str) -> None:
+    """Refuse tokens that the model has no embedding for.
+
+    Raises:
+        UserError: 'VocabularyMismatch'.
+    """
+    if max(ids) >= vocabulary:
+        raise UserError(
             "VocabularyMismatch",
-            f"{self._model}: the tokenizer makes token {token}, but the model's vocabulary"
-            f" (vocab_size in config.json) has {self._vocabulary}; give model and tokenizer that"
-            " belong together",
+            f"{model}: the tokenizer makes token {max(ids)}, but the model's vocabulary (vocab_size"
+            f" in config.json) has {vocabulary}; give model and tokenizer that belong together",
         )
 
 
@@ -163,6 +208,8 @@ class Model:
     """Its address, for messages."""
     tokenizer: Any
     """Its transformers tokenizer."""
-    tokens: Tokens
+    tokens: Tokenizing
+    task: TaskName
+    """What it is to learn."""
     max_length: int
     """Most tokens of a sample."""

@@ -21,6 +21,7 @@ from finetune_trainer.prepare.meeting import Meeting
 from finetune_trainer.prepare.output import Output
 from finetune_trainer.prepare.parts import Part, deal, divide
 from finetune_trainer.prepare.reader import Reader, Say
+from finetune_trainer.prepare.tasks import RENDERINGS
 from finetune_trainer.prepare.tokens import Model
 from finetune_trainer.prepared.manifest import DataManifest
 from finetune_trainer.storage.objects import ObjectStore
@@ -64,7 +65,8 @@ def write_data(
 
     Raises:
         DataError: naming the record that cannot be used; 'EmptyDataSet', 'TooManyDuplicates',
-            'Contaminated'. A later worker leaves what is wrong with a record to the first.
+            'Contaminated', 'UnknownLabel', 'TooFewClasses'. A later worker leaves what is wrong
+            with a record to the first.
         UserError: where the model's tokenizer fits neither the model nor the data.
     """
     place.scratch.mkdir(parents=True, exist_ok=True)
@@ -82,10 +84,11 @@ def write_data(
     decode = model.tokenizer.decode
     try:
         gather(data, sources, parts, meeting, output, place.scratch, meanwhile=check, decode=decode)
+        classes_of = RENDERINGS[model.task].classes
+        manifest = output.finish(model.max_length, data.quality, classes_of)
     except DataError:
         meeting.end()
         raise
-    manifest = output.finish(model.max_length, data.quality)
     meeting.end()
     return manifest
 

@@ -12,7 +12,7 @@ from finetune_api.sources import Format
 from finetune_trainer.prepared.split import Side
 from finetune_trainer.storage.objects import ObjectNotFound, ObjectStore
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Raised with every change of what prepare writes for the same data; part of the digest."""
 
 
@@ -61,6 +61,8 @@ class DataManifest(Record):
     """Longest last answer of a training sample, end token included."""
     stop_token_ids: list[int]
     """Tokens with which learned answers end: generation stops at each of them."""
+    classes: list[str]
+    """Names of the classes by their number; none where the task has no classes."""
     dropped: dict[str, int]
     """Records left out, by cause."""
     files: list[DataFile]

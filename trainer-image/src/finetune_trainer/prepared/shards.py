@@ -8,7 +8,7 @@ manifest, and shared by the processes of a pod.
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,13 +27,15 @@ TOKEN_SCHEMA: Final = pa.schema(
         ("input_ids", pa.list_(pa.int32())),
         ("spans", pa.list_(pa.int32())),
         ("prompt_length", pa.int32()),
+        ("label", pa.string()),
     ]
 )
 """Columns of a training shard. ``spans`` holds start, end, start, end … of the learned tokens;
-``prompt_length`` counts the tokens before the last of them."""
+``prompt_length`` counts the tokens before the last of them; ``label`` is there for
+Classification."""
 
 REFERENCE_SCHEMA: Final = pa.schema(
-    [*TOKEN_SCHEMA, ("prompt", pa.string()), ("completion", pa.string()), ("label", pa.string())]
+    [*TOKEN_SCHEMA, ("prompt", pa.string()), ("completion", pa.string())]
 )
 """Columns of validation and test shards: besides, the text of prompt and right answer."""
 
@@ -76,6 +78,8 @@ class TokenSample:
     """Token ids, shape [tokens]; read-only."""
     supervised: npt.NDArray[np.bool_]
     """Which of them are learned, shape [tokens]."""
+    label: int = -1
+    """Number of its class; -1 where the task has no classes."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +110,14 @@ class _Shard:
     def ids_of(self, row: int) -> npt.NDArray[np.int32]:
         return self.ids[self.starts[row] : self.starts[row + 1]]
 
-    def sample(self, row: int) -> TokenSample:
+    def sample(self, row: int, classes: Mapping[str, int]) -> TokenSample:
         ids = self.ids_of(row)
         supervised = np.zeros(len(ids), np.bool_)
         spans = self.spans[self.span_starts[row] : self.span_starts[row + 1]]
         for start, end in spans.reshape(-1, 2).tolist():
             supervised[start:end] = True
-        return TokenSample(ids, supervised)
+        label = classes[self.batch.column("label")[row].as_py()] if classes else -1
+        return TokenSample(ids, supervised, label)
 
     def reference(self, row: int) -> Reference:
         text = {name: self.batch.column(name)[row].as_py() for name in _TEXTS}
@@ -136,6 +141,7 @@ class PreparedData:
         self._cache = cache
         self._indexes: dict[Side, Index] = {}
         self._shards: dict[str, _Shard] = {}
+        self._classes = {name: number for number, name in enumerate(manifest.classes)}
 
     @classmethod
     def open(cls, store: ObjectStore, uri: str, cache: Path) -> PreparedData:
@@ -167,7 +173,7 @@ class PreparedData:
 
     def samples(self, split: Side, positions: Sequence[int]) -> list[TokenSample]:
         """Samples at positions of the split's index."""
-        return [shard.sample(row) for shard, row in self._rows(split, positions)]
+        return [shard.sample(row, self._classes) for shard, row in self._rows(split, positions)]
 
     def references(self, split: Side, positions: Sequence[int]) -> list[Reference]:
         """Prompts and right answers at positions of the index of a held-out split (the shards of

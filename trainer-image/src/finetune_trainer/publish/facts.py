@@ -18,6 +18,11 @@ from finetune_trainer.storage.runfiles import RunResult
 
 _PERCENT: Final = ("ExactMatch", "Accuracy", "Precision", "Recall", "F1", "Rouge")
 """Metrics from 0 to 1 that people read as percentages."""
+_CLASSES_SHOWN: Final = 20
+DRAWN_HEAD: Final = (
+    "The untuned model has a classification head of random weights: it knows nothing of the classes"
+    " yet, and its scores are those of chance."
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ class About:
     base: ModelPlace
     """The whole model that an adapter is loaded on."""
     scores: list[Score]
+    drawn_head: bool = False
+    """Whether the untuned model's classes come of a head of which nothing was learned yet."""
 
     @property
     def spec(self) -> FineTuneJobSpec:
@@ -93,6 +100,7 @@ def gather(
     data: DataManifest,
     sizes: Sizes,
     base: ModelPlace,
+    drawn_head: bool = False,
 ) -> About:
     """All of it; scores in the order of the sets, then of the metrics."""
     scores = [
@@ -100,7 +108,7 @@ def gather(
         for found in result.summary.scores
         for metric, tuned in found.tuned.items()
     ]
-    return About(order, result, prepared, data, sizes, base, scores)
+    return About(order, result, prepared, data, sizes, base, scores, drawn_head)
 
 
 def metrics_text(about: About) -> str:
@@ -112,6 +120,8 @@ def metrics_text(about: About) -> str:
         "baseModel": about.order.base_model.source,
         "lineage": [ancestor.to_json() for ancestor in result.lineage],
         "formats": about.formats,
+        "classes": about.data.classes,
+        "drawnHead": about.drawn_head,
         "checkpoint": {"uri": summary.checkpoint, "step": summary.checkpoint_step},
         "test": [
             {
@@ -162,6 +172,16 @@ def describe(method: Method) -> str:
     return ", ".join([method.type, *said])
 
 
+def describe_task(about: About) -> str:
+    """The task and its classes, the first of them."""
+    classes = about.data.classes
+    if not classes:
+        return about.spec.task
+    more = ", …" if len(classes) > _CLASSES_SHOWN else ""
+    shown = ", ".join(classes[:_CLASSES_SHOWN])
+    return f"{about.spec.task}, {len(classes)} classes: {shown}{more}"
+
+
 def _value(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
@@ -188,6 +208,7 @@ def settings(about: About) -> list[tuple[str, str]]:
     share = 100 * trained / max(1, total)
     stored = ", ".join(f"{name} {megabytes(n)}" for name, n in about.sizes.stored.items())
     return [
+        ("Task", describe_task(about)),
         ("Base model", about.order.base_model.source),
         ("Method", describe(spec.method)),
         ("Trained parameters", f"{trained:,} of {total:,} ({share:.2g} %)"),

@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 import yaml
+
+from finetune_api.tasks import TaskName
 
 if TYPE_CHECKING:
     from finetune_trainer.publish.facts import About
 
-_LOAD_MERGED = """\
+
+@dataclass(frozen=True)
+class Loading:
+    """How models of a task are found and used."""
+
+    pipeline: str
+    """Task in the words of the hub."""
+    merged: str
+    """Code that loads a whole model."""
+    adapter: str
+    """Code that loads the adapter, with a place for the base."""
+
+
+LOADING: Final[dict[TaskName, Loading]] = {
+    "CausalLM": Loading(
+        "text-generation",
+        """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("merged")
 tokenizer = AutoTokenizer.from_pretrained("merged")
-```"""
-_LOAD_ADAPTER = """\
+```""",
+        """\
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,13 +44,45 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 base = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(base, "adapter")
 tokenizer = AutoTokenizer.from_pretrained("adapter")
-```"""
+```""",
+    ),
+    "SequenceClassification": Loading(
+        "text-classification",
+        """\
+```python
+from transformers import pipeline
+
+classify = pipeline("text-classification", model="merged")
+classify("…")
+```""",
+        """\
+```python
+from peft import PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    pipeline,
+)
+
+# The configuration beside the adapter names the classes; the adapter holds the head.
+config = AutoConfig.from_pretrained("adapter/config.json")
+base = AutoModelForSequenceClassification.from_pretrained(
+    {base}, config=config, ignore_mismatched_sizes=True
+)
+model = PeftModel.from_pretrained(base, "adapter")
+tokenizer = AutoTokenizer.from_pretrained("adapter")
+classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
+classify("…")
+```""",
+    ),
+}
 
 
 def render(about: About) -> str:
     """The card, in Markdown."""
     # Imported here: facts needs no card, and the card only what facts has gathered.
-    from finetune_trainer.publish.facts import settings
+    from finetune_trainer.publish.facts import DRAWN_HEAD, settings
 
     order, result = about.order, about.result
     front = yaml.safe_dump(front_matter(about), sort_keys=False, allow_unicode=True)
@@ -49,6 +100,7 @@ def render(about: About) -> str:
         _table(("Data set", "Metric", "Untuned", "Tuned", "Gain"), scores)
         if scores
         else "The run had no test set.",
+        *([DRAWN_HEAD] if about.drawn_head else []),
         "## How to load it",
         *(_load(about, name) for name in about.formats),
         *_lineage(about),
@@ -74,7 +126,7 @@ def front_matter(about: About) -> dict[str, Any]:
     adapter_only = about.formats == ["adapter"]
     front: dict[str, Any] = {
         "library_name": "peft" if adapter_only else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": LOADING[about.spec.task].pipeline,
         "tags": ["finetune-operator", about.spec.method.type.lower()],
     }
     if source.startswith("hf://"):
@@ -88,7 +140,7 @@ def front_matter(about: About) -> dict[str, Any]:
     if sets:
         results = [
             {
-                "task": {"type": "text-generation"},
+                "task": {"type": LOADING[about.spec.task].pipeline},
                 "dataset": {"name": name, "type": name, "split": "test"},
                 "metrics": metrics,
             }
@@ -99,13 +151,14 @@ def front_matter(about: About) -> dict[str, Any]:
 
 
 def _load(about: About, name: str) -> str:
+    loading = LOADING[about.spec.task]
     if name == "merged":
-        return _LOAD_MERGED
+        return loading.merged
     source = about.base.source
     if not source.startswith("hf://"):
-        return f"`base` is a copy of `{source}`.\n\n" + _LOAD_ADAPTER.format(base='"base"')
+        return f"`base` is a copy of `{source}`.\n\n" + loading.adapter.format(base='"base"')
     base, _, revision = source.removeprefix("hf://").partition("@")
-    return _LOAD_ADAPTER.format(
+    return loading.adapter.format(
         base=f'"{base}", revision="{revision}"' if revision else f'"{base}"'
     )
 

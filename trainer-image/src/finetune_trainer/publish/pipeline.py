@@ -13,6 +13,7 @@ from pathlib import Path
 from finetune_api.order import RunOrder
 from finetune_api.results import PublishSummary
 from finetune_trainer.engine.base import BaseFiles
+from finetune_trainer.engine.model import is_drawn, purpose_of
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepared.manifest import DataManifest, read_manifest
 from finetune_trainer.publish import facts, modelcard, report, weights
@@ -54,11 +55,13 @@ def publish(order: RunOrder, stores: Stores, scratch: Path) -> PublishSummary:
                 " to prepare and train again",
             )
         base, formats = write_model(order, stores, result, data, folder, scratch)
+        purpose = purpose_of(order.spec, data.classes)
         sizes = facts.Sizes(
             {name: folder_bytes(folder / name) for name in formats},
-            weights.full_copy_bytes(base.folder, order.spec, result.summary),
+            weights.full_copy_bytes(base.folder, purpose),
         )
-        about = facts.gather(order, result, prepared, data, sizes, base.base.model)
+        drawn = is_drawn(base.folder, purpose)
+        about = facts.gather(order, result, prepared, data, sizes, base.base.model, drawn)
         write_papers(about, store.get(f"{prepared.uri}/report.json"), folder)
         manifest = Manifest(
             run=order.run,
@@ -90,15 +93,15 @@ def write_model(
     """The tuned model in ``folder``; returns its base, and the names of the formats written."""
     wanted = order.spec.effective_output_format
     model, tokenizer, base = weights.load_tuned(
-        order, stores, result.summary.checkpoint, scratch, whole=wanted != "Adapter"
+        order, stores, result.summary.checkpoint, data.classes, scratch, whole=wanted != "Adapter"
     )
     formats = []
     if wanted in ("Adapter", "Both"):
-        weights.write_adapter(model, tokenizer, base, order.spec, folder / "adapter")
+        weights.write_adapter(model, tokenizer, base, order.spec, folder / "adapter", data.classes)
         formats.append("adapter")
     if wanted in ("Merged", "Both"):
-        stops = data.stop_token_ids
-        weights.write_merged(model, tokenizer, base.folder, stops, folder / "merged")
+        stops, purpose = data.stop_token_ids, purpose_of(order.spec, data.classes)
+        weights.write_merged(model, tokenizer, base.folder, stops, folder / "merged", purpose)
         formats.append("merged")
     return base, formats
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune_trainer.pages import page
 from finetune_trainer.publish.chart import Line, loss_chart
-from finetune_trainer.publish.facts import About, settings
+from finetune_trainer.publish.facts import DRAWN_HEAD, About, settings
 
 
 def render(about: About, data_report: bytes) -> str:
@@ -25,6 +25,7 @@ def render(about: About, data_report: bytes) -> str:
         validation=validation,
         validation_sets=names,
         settings=settings(about),
+        drawn_head=DRAWN_HEAD,
         data=_data_rows(json.loads(data_report)),
         previews=_previews(json.loads(data_report)),
     )

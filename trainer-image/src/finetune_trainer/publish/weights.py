@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from peft.utils import ModulesToSaveWrapper
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune_api.order import RunOrder
-from finetune_api.results import TrainSummary
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.adaptersum import add_adapters
 from finetune_trainer.engine.base import MAX_SHARD, BaseFiles, fetch_base
 from finetune_trainer.engine.dcp import load_weights
 from finetune_trainer.engine.methods import Tuned, apply_method
-from finetune_trainer.engine.model import empty_base, load_base, load_tokenizer, make_room
+from finetune_trainer.engine.model import (
+    TEXT,
+    Purpose,
+    configuration,
+    empty_base,
+    load_base,
+    load_tokenizer,
+    make_room,
+    purpose_of,
+)
 from finetune_trainer.engine.pissa import INITIAL, join
 from finetune_trainer.failures import UserError
 from finetune_trainer.storage.commits import download_commit, read_head
@@ -25,12 +35,18 @@ from finetune_trainer.storage.objects import Stores
 
 
 def load_tuned(
-    order: RunOrder, stores: Stores, checkpoint: str | None, scratch: Path, whole: bool
+    order: RunOrder,
+    stores: Stores,
+    checkpoint: str | None,
+    classes: Sequence[str],
+    scratch: Path,
+    whole: bool,
 ) -> tuple[Tuned, PreTrainedTokenizerBase, BaseFiles]:
     """The base model with the weights of a commit, in float32 on the CPU, its tokenizer, and the
     base's files.
 
     Args:
+        classes: names of the classes, of a task that has some.
         whole: False leaves out what was not trained: an adapter is written without the base's
             weights being fetched or held.
 
@@ -51,25 +67,30 @@ def load_tuned(
     folder = scratch / "commit"
     shutil.rmtree(folder, ignore_errors=True)
     download_commit(stores.default, commit, folder)
-    return tuned_model(path, folder, order.spec, whole), load_tokenizer(path), base
+    return tuned_model(path, folder, order.spec, whole, classes), load_tokenizer(path), base
 
 
-def tuned_model(base: Path, commit: Path, spec: FineTuneJobSpec, whole: bool) -> Tuned:
+def tuned_model(
+    base: Path, commit: Path, spec: FineTuneJobSpec, whole: bool, classes: Sequence[str] = ()
+) -> Tuned:
     """The model of a folder with the weights of a downloaded commit, in float32 on the CPU;
-    ``whole`` as above."""
-    model = apply_method(load_base(base, torch.float32) if whole else empty_base(base), spec)
+    ``whole`` and ``classes`` as above."""
+    purpose = purpose_of(spec, classes)
+    model = apply_method(
+        load_base(base, torch.float32, purpose=purpose) if whole else empty_base(base, purpose),
+        spec,
+    )
     if not whole:
         make_room(model)
     load_weights(commit, model)
     return model.eval()
 
 
-def full_copy_bytes(base: Path, spec: FineTuneJobSpec, trained: TrainSummary) -> int:
-    """Bytes of a whole model's weights in the dtype of the base. What an adapter trains, it
-    added."""
-    added = trained.trainable_parameters if "Adapter" in spec.method.kind.formats else 0
-    dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
-    return (trained.total_parameters - added) * int(dtype.itemsize)
+def full_copy_bytes(base: Path, purpose: Purpose) -> int:
+    """Bytes of a whole model's weights in the dtype of the base."""
+    model = empty_base(base, purpose)
+    dtype: Any = model.config.dtype or torch.float32
+    return sum(p.numel() for p in model.parameters()) * int(dtype.itemsize)
 
 
 def write_adapter(
@@ -78,8 +99,10 @@ def write_adapter(
     base: BaseFiles,
     spec: FineTuneJobSpec,
     folder: Path,
+    classes: Sequence[str] = (),
 ) -> None:
-    """The adapter in peft's layout; together with the one that the base's weights hold already."""
+    """The adapter in peft's layout, together with the one that the base's weights hold already;
+    with classes, beside the configuration that names them."""
     assert isinstance(model, PeftModel), "the contract allows adapters of methods that make one"
     if INITIAL in model.peft_config:
         model = _plain_adapter(model, base.folder, spec)
@@ -93,6 +116,8 @@ def write_adapter(
     if base.adapter is not None:
         add_adapters(base.adapter, folder, folder)
     tokenizer.save_pretrained(str(folder))
+    if classes:
+        configuration(base.folder, purpose_of(spec, classes)).save_pretrained(str(folder))
 
 
 def _plain_adapter(model: PeftModel, base: Path, spec: FineTuneJobSpec) -> PeftModel:
@@ -115,20 +140,33 @@ def write_merged(
     base: Path,
     stops: list[int],
     folder: Path,
+    purpose: Purpose = TEXT,
 ) -> None:
     """A whole model in Hugging Face layout, in the dtype of the base's weights.
 
-    Generation stops at ``stops``, the tokens with which learned answers end. Adapters are merged in
-    float32 and rounded once. ``model`` is used up.
+    Generation, where the model can, stops at ``stops``, the tokens with which learned answers end.
+    Adapters are merged in float32 and rounded once. ``model`` is used up.
     """
-    whole: PreTrainedModel = model.merge_and_unload() if isinstance(model, PeftModel) else model
-    config = AutoConfig.from_pretrained(base)
+    whole = _merged(model) if isinstance(model, PeftModel) else model
+    config = configuration(base, purpose)
     torch.nn.Module.to(whole, config.dtype or torch.float32)
     # Configuration of the base, without what this trainer changed for training.
     whole.config = config
-    whole.generation_config = _generation_config(base, stops, whole)
+    if whole.can_generate():
+        whole.generation_config = _generation_config(base, stops, whole)
     whole.save_pretrained(str(folder), max_shard_size=MAX_SHARD)
     tokenizer.save_pretrained(str(folder))
+
+
+def _merged(model: PeftModel) -> PreTrainedModel:
+    """The model with its adapter added to its weights, and its head in place: peft puts modules of
+    one weight back, but not those of several layers."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, module.modules_to_save["default"])
+    merged: Any = model
+    return merged.merge_and_unload()  # type: ignore[no-any-return]
 
 
 _SAMPLING: Final = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}

@@ -80,7 +80,7 @@ def take_steps(
     with Feed(
         session.plan, lambda positions: session.data.samples("train", positions),
         rank=gang.rank // session.context.size, start=state.step, end=total, device=gang.device,
-        context=session.context, shape=session.shape, replay=session.replay,
+        build=session.build, replay=session.replay,
     ) as feed:  # fmt: skip
         for batch in feed:
             if state.stopped_early:

@@ -26,17 +26,16 @@ from finetune_trainer.engine.anchors import (
 )
 from finetune_trainer.engine.base import fetch_base
 from finetune_trainer.engine.compilation import check_compiler, compile_blocks
-from finetune_trainer.engine.context import ContextGroup
-from finetune_trainer.engine.feed import StaticShape
+from finetune_trainer.engine.context import ALONE, ContextGroup
+from finetune_trainer.engine.feed import RowBuilder, StaticShape
 from finetune_trainer.engine.flops import Work, peak, work_of
 from finetune_trainer.engine.gang import Gang
 from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.kernels import use_liger
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.methods import apply_method
-from finetune_trainer.engine.model import load_base, load_tokenizer
+from finetune_trainer.engine.model import load_base, load_tokenizer, purpose_of
 from finetune_trainer.engine.optimizers import Optimizers, make_optimizers
-from finetune_trainer.engine.packed import can_pack
 from finetune_trainer.engine.parameters import Parameters, parameter_counts
 from finetune_trainer.engine.pissa import initialise, is_kept
 from finetune_trainer.engine.plan import Plan
@@ -51,6 +50,8 @@ from finetune_trainer.engine.sharding import (
     distribute,
     training_state,
 )
+from finetune_trainer.engine.tasks import TASKS, RowLoss
+from finetune_trainer.evaluate.classify import EVALUATORS
 from finetune_trainer.evaluate.measure import Evaluator
 from finetune_trainer.evaluate.metricnames import metrics_for
 from finetune_trainer.evaluate.scores import GENERATED
@@ -74,12 +75,12 @@ class Session:
     data: PreparedData
     context: ContextGroup
     """The processes that share this one's rows."""
-    shape: StaticShape | None
-    """What rows are padded to, where that matters."""
+    build: RowBuilder
+    """Makes the rows that are trained."""
     plan: Plan
     module: nn.Module
-    """TokenLoss, under DDP in a gang of several."""
-    loss: TokenLoss
+    """The loss of the task, under DDP in a gang of several."""
+    loss: RowLoss
     """The same without DDP: for evaluation and generation."""
     optimizers: Optimizers
     guard: Guard
@@ -112,10 +113,12 @@ class Session:
         for entry in self.data.manifest.sets:
             if entry.split != split:
                 continue
-            names = metrics_for(entry.format, self.spec.evaluation.metrics)
+            task = self.spec.task
+            names = metrics_for(entry.format, self.spec.evaluation.metrics, task)
             if only:
-                names = [m for m in names if m not in GENERATED]
-                names += [m for m in only if m in metrics_for(entry.format, list(only))]
+                costly = GENERATED if self.spec.kind.generates else ()
+                names = [m for m in names if m not in costly]
+                names += metrics_for(entry.format, only, task)
             wanted[entry.name] = list(dict.fromkeys(names))
         return wanted
 
@@ -143,12 +146,14 @@ def open_session(
     precision = precision_of(spec.training, gang.device.type == "cuda")
     kind = spec.method.kind
     frozen = torch.bfloat16 if precision.halved and kind.freezes else torch.float32
-    base = load_base(path, frozen, kind.packs, gang.device if kind.quantizes else None)
-    packed = kind.packs and can_pack(base)
+    purpose = purpose_of(spec, data.manifest.classes)
+    base = load_base(path, frozen, kind.packs, gang.device if kind.quantizes else None, purpose)
+    task = TASKS[spec.task]
+    packing = task.packing(base, kind.packs)
     if precision.halved and not spec.training.compile:
         use_liger(base, gang.device)
     context = gang.sharing_rows(spec.compute.context_parallel)
-    if context.size > 1 and not packed:
+    if context.size > 1 and packing != "Concatenated":
         raise UserError(
             "UnsuitableModel",
             f"spec.compute.contextParallel: {context.size}, but the rows of a"
@@ -157,12 +162,7 @@ def open_session(
     model = apply_method(base, spec)
     initialise_alike(model, spec, gang)
     parameters, work = parameter_counts(model), work_of(model, base)
-    loss = TokenLoss(
-        model,
-        float(spec.training.router_aux_loss_coefficient),
-        float(spec.training.label_smoothing),
-        float(spec.training.anchor.kl_coefficient),
-    )
+    loss = task.loss(model, spec.training)
     loss.train()
     if precision.fp8:
         check_fp8(gang.device)
@@ -186,8 +186,10 @@ def open_session(
         stages=stages_of(spec, tokens, steps_of(spec, len(index))),
         batch_size=spec.training.batch_size, visits=visits_of(spec, len(index)),
         seed=spec.training.seed, row_tokens=row_tokens, ranks=gang.size // context.size,
-        packed=packed,
+        packing=packing,
     )  # fmt: skip
+    static = spec.training.compile and packing == "Concatenated"
+    shape = StaticShape(row_tokens, longest) if static else None
     device_peak = peak(gang.device)
     gang_peak = device_peak and device_peak * gang.size
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -198,7 +200,7 @@ def open_session(
         prepared=prepared,
         data=data,
         context=context,
-        shape=StaticShape(row_tokens, longest) if spec.training.compile and packed else None,
+        build=task.row(context, shape),
         plan=plan,
         module=module,
         loss=loss,
@@ -206,9 +208,10 @@ def open_session(
         guard=Guard(spec.training.guard, gang.device),
         work=work,
         peak=gang_peak if precision.halved else None,
-        evaluator=Evaluator(
-            gang=gang, data=data, loss=loss, tokenizer=tokenizer,
-            row_tokens=_evaluation_row(row_tokens, data), packed=packed,
+        evaluator=EVALUATORS[spec.task](
+            gang=gang, data=data, loss=loss, build=task.row(ALONE, None), tokenizer=tokenizer,
+            row_tokens=_evaluation_row(row_tokens, data), packing=packing,
+            possible=spec.kind.metrics,
             virtual_tokens=spec.method.virtual_tokens,
             max_samples=spec.evaluation.max_samples,
             max_new_tokens=spec.evaluation.max_new_tokens
@@ -237,7 +240,7 @@ def initialise_alike(model: nn.Module, spec: FineTuneJobSpec, gang: Gang) -> Non
 def output_anchor(
     spec: FineTuneJobSpec,
     path: Path,
-    loss: TokenLoss,
+    loss: RowLoss,
     gang: Gang,
     sharding: Sharding,
     precision: Precision,
@@ -245,6 +248,7 @@ def output_anchor(
     """What the spec's anchor compares outputs with; a copy of the model lies as the model does."""
     if float(spec.training.anchor.kl_coefficient) == 0:
         return None
+    assert isinstance(loss, TokenLoss), "a rule says that it is for language models"
     if not wants_copy(spec):
         return OutputAnchor(loss)
     base = load_base(path, torch.bfloat16 if precision.halved else torch.float32)

@@ -1,0 +1,84 @@
+"""Two optimizer steps of a small gang on classes: what test_classification_gang compares."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from classifiers import documents
+from engine import CPU
+
+from finetune_api.spec import parse_spec
+from finetune_trainer.engine import gang as gangs
+from finetune_trainer.engine.context import ALONE
+from finetune_trainer.engine.feed import Feed
+from finetune_trainer.engine.guard import Guard
+from finetune_trainer.engine.methods import apply_method
+from finetune_trainer.engine.model import load_base, purpose_of
+from finetune_trainer.engine.parameters import optimizer_groups
+from finetune_trainer.engine.plan import Plan
+from finetune_trainer.engine.precision import PRECISIONS
+from finetune_trainer.engine.sharding import distribute, whole
+from finetune_trainer.engine.tasks import TASKS
+from finetune_trainer.train.step import optimizer_step
+
+LENGTHS = [30, 24, 41, 18, 33, 27, 12, 9]
+
+
+def classify(
+    rank: int, size: int, port: int, base: str, method: dict[str, Any], sharding: Any,
+    row_tokens: int, folder: str,
+) -> None:  # fmt: skip
+    """Train two steps, with dropout and noise, and write losses and trained weights to a file."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    spec = parse_spec(
+        {
+            "task": "SequenceClassification",
+            "model": {"source": "s3://models/base"},
+            "data": {"train": [{"source": "s3://data/a.jsonl"}]},
+            "output": {"destination": "s3://models/tuned"},
+            "method": method,
+            "training": {"precision": "FP32", "dropout": "0.1", "neftuneAlpha": "5"},
+        }
+    )
+    gang = gangs.join(spec.training)
+    task = TASKS[spec.task]
+    torch.rand(rank)  # the head is not drawn by what was drawn before
+    purpose = purpose_of(spec, ["a", "b", "c"])
+    base_model = load_base(Path(base), torch.float32, purpose=purpose)
+    model = apply_method(base_model, spec)
+    loss = task.loss(model, spec.training).train()
+    module = distribute(loss, gang, sharding, PRECISIONS["FP32"])
+    made = documents(LENGTHS)
+    plan = Plan(
+        np.array(LENGTHS), np.ones(len(LENGTHS), np.int64), batch_size=4, seed=0,
+        row_tokens=row_tokens, ranks=size, packing=task.packing(base_model, True),
+    )  # fmt: skip
+    session: Any = SimpleNamespace(
+        gang=gang, plan=plan, module=module, spec=spec, guard=Guard(spec.training.guard, CPU),
+        trained=[p for p in loss.parameters() if p.requires_grad],
+        optimizers=[torch.optim.AdamW(optimizer_groups(model, spec), eps=1e-3, fused=True)],
+        output_anchor=None, weight_anchor=None,
+    )  # fmt: skip
+    read = lambda positions: [made[p] for p in positions]  # noqa: E731
+    sums, rows = [], []
+    build = task.row(ALONE, None)
+    with Feed(plan, read, rank=rank, start=0, end=2, device=CPU, build=build) as feed:
+        for batch in feed:
+            local, _ = optimizer_step(session, batch, 1e-2)
+            sums.append(gang.sum(local.clone())[0].item())
+            rows.append([tuple(row.input_ids.shape) for row in batch.rows])
+    weights = {
+        name: whole(p.detach()).clone() for name, p in model.named_parameters() if p.requires_grad
+    }
+    if rank == 0:
+        torch.save((weights, sums, rows), Path(folder) / "tuned.pt")
+    gang.close()

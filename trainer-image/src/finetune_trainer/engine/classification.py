@@ -1,0 +1,183 @@
+"""Classes of texts: a head on an encoder or a decoder, and the loss of a padded row.
+
+A row is a batch: its documents one below the other, as long as the longest. So each architecture
+pools in its own way (the first token, the last, a pooler), and an encoder attends in both
+directions without reaching another document. The plan puts documents of like length together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from finetune_trainer.engine.dropout import token_keys
+from finetune_trainer.engine.feed import RowTensors
+from finetune_trainer.engine.layout import RowLayout, offsets_of
+from finetune_trainer.engine.loss import RowLosses
+from finetune_trainer.failures import UserError
+from finetune_trainer.prepared.shards import TokenSample
+
+
+@dataclass(frozen=True)
+class PaddedRow(RowTensors):
+    """Documents of shape [documents, longest]; ``labels`` are the numbers of their classes."""
+
+    attention_mask: Tensor
+    """1 where there is a token, 0 where there is padding, shape [documents, longest]."""
+
+
+def build_padded_row(
+    samples: Sequence[TokenSample],
+    positions: Sequence[int],
+    *,
+    sources: Sequence[int] | None = None,
+    seed: int,
+    step: int,
+    device: torch.device,
+) -> PaddedRow:
+    """Documents one below the other, padded at their ends; arguments as of ``build_row``."""
+    labels, origin = [s.label for s in samples], sources or [0] * len(samples)
+    if not samples:
+        samples, positions = [TokenSample(np.zeros(1, np.int32), np.zeros(1, np.bool_))], [0]
+    lengths = [len(s.ids) for s in samples]
+    shape = len(samples), max(lengths)
+    ids, mask, keys = (np.zeros(shape, np.int64) for _ in range(3))
+    for i, (sample, position, length) in enumerate(zip(samples, positions, lengths, strict=True)):
+        ids[i, :length] = sample.ids
+        mask[i, :length] = 1
+        keys[i, :length] = token_keys(seed, step, position, length)
+
+    def tensor(values: Any) -> Tensor:
+        made = torch.from_numpy(np.ascontiguousarray(values, np.int64))
+        return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
+
+    return PaddedRow(
+        input_ids=tensor(ids),
+        attention_mask=tensor(mask),
+        labels=tensor(labels),
+        layout=RowLayout(
+            spans=(),
+            offsets=offsets_of((), device),
+            longest=shape[1],
+            keys=tensor(keys.reshape(-1)),
+            lengths=tensor(np.repeat(lengths, shape[1])),
+            document_keys=tensor(keys[:, 0]),
+        ),
+        sources=tensor(origin[: len(labels)]),
+    )
+
+
+class ClassLoss(nn.Module):
+    """A classifier as a module from a row to its losses, with the interface of ``TokenLoss``: one
+    loss a document, in nats."""
+
+    def __init__(self, model: nn.Module, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.model: Any = model
+        config: Any = self.model.config
+        self._padding: int = config.get_text_config().pad_token_id
+        self._label_smoothing = label_smoothing
+
+    @contextmanager
+    def untuned(self) -> Iterator[None]:
+        """The model as it was: as it is, before the first step."""
+        yield
+
+    def forward(self, row: PaddedRow, untuned: None = None, with_logits: bool = False) -> RowLosses:
+        """One loss a document, and with ``with_logits`` what they are computed of, shape
+        [documents, classes]."""
+        # Decoders find the end of a document, and some encoders its positions, by this token.
+        ids = row.input_ids.masked_fill(row.attention_mask == 0, self._padding)
+        found: Tensor = self.model(input_ids=ids, attention_mask=row.attention_mask).logits.float()
+        if row.labels.numel() == 0:
+            losses = found.sum()[None] * 0.0
+        else:
+            smoothing = self._label_smoothing if self.training else 0.0
+            losses = class_losses(found, row.labels, smoothing)
+        none = found.new_zeros(())
+        logits = found[: len(row.labels)] if with_logits else None
+        return RowLosses(losses, none, found.new_zeros(0), none, logits)
+
+
+def class_losses(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Negative log likelihood of each label, shape [documents]."""
+    return cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """Names of the modules that make classes of what the encoder or decoder gives: all beside it,
+    and its pooler, which many checkpoints lack."""
+    classifier: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    prefix = classifier.base_model_prefix
+    body: nn.Module = getattr(classifier, prefix)
+    beside = [name for name, module in classifier.named_children() if module is not body]
+    within = [f"{prefix}.{name}" for name, _ in body.named_children() if name == "pooler"]
+    named = [(name, classifier.get_submodule(name)) for name in (*beside, *within)]
+    return [name for name, module in named if list(module.parameters())]
+
+
+def name_classes(config: PreTrainedConfig, classes: Sequence[str], padding: int) -> None:
+    """Give a configuration the classes, and the token that texts are made equally long with."""
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {name: number for number, name in enumerate(classes)}
+    config.problem_type = "single_label_classification"
+    config.get_text_config().pad_token_id = padding
+
+
+def has_classes(config: PreTrainedConfig) -> bool:
+    """Whether transformers knows a classifier of a model's architecture that this trainer can
+    train: an encoder or a decoder, not both."""
+    known = type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    return known and not config.is_encoder_decoder
+
+
+def has_head(config: PreTrainedConfig, classes: Sequence[str]) -> bool:
+    """Whether a model comes with a head for the very same classes, in their order."""
+    made_for = config.architectures or []
+    names: dict[Any, str] = dict(config.id2label or {})
+    has_one = any(name.endswith("ForSequenceClassification") for name in made_for)
+    return has_one and [names.get(i) for i in range(len(names))] == list(classes)
+
+
+def settle_head(model: PreTrainedModel, loading: dict[str, Any], keep: bool) -> None:
+    """Check that all but the head was loaded, and draw what gives the classes anew unless it is
+    to be kept.
+
+    Args:
+        loading: what transformers says of the loading.
+
+    Raises:
+        UserError: 'IncompleteModel' where the checkpoint lacks other weights.
+    """
+    head = tuple(f"{name}." for name in head_names(model))
+    mismatched = [key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]]
+    absent = sorted({*loading["missing_keys"], *mismatched})
+    lacking = [name for name in absent if not name.startswith(head)]
+    if lacking:
+        raise UserError(
+            "IncompleteModel",
+            f"spec.model: the weights do not hold {', '.join(lacking[:5])} of a"
+            f" {type(model).__name__}; give a model of the architecture that config.json names",
+        )
+    if keep:
+        return
+    for name in head:
+        for module in model.get_submodule(name[:-1]).modules():
+            weights = list(module.parameters(recurse=False))
+            if weights and all(len(w) == model.config.num_labels for w in weights):
+                for weight in weights:
+                    weight.__dict__.pop("_is_hf_initialized", None)
+                model._init_weights(module)  # type: ignore[no-untyped-call]

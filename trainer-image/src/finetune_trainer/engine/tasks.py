@@ -1,0 +1,92 @@
+"""What the engine does otherwise for each task: a row a task, as the contract's table has one for
+what can be said without a model (``finetune_api.tasks``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from finetune_api.spec import Training
+from finetune_api.tasks import TaskName
+from finetune_trainer.engine.classification import (
+    ClassLoss,
+    build_padded_row,
+    has_classes,
+    head_names,
+)
+from finetune_trainer.engine.context import ContextGroup
+from finetune_trainer.engine.feed import RowBuilder, StaticShape, build_row
+from finetune_trainer.engine.loss import TokenLoss
+from finetune_trainer.engine.packed import can_pack
+from finetune_trainer.engine.plan import Packing
+
+RowLoss = TokenLoss | ClassLoss
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task."""
+
+    auto: Any
+    """The class of transformers that loads its models."""
+    called: str
+    """What such a model is called, for messages."""
+    fits: Callable[[PreTrainedConfig], bool]
+    """Whether a model of a configuration can be one, as far as that can be told beforehand."""
+    peft_type: str
+    """What peft calls the task."""
+    head: Callable[[nn.Module], list[str]]
+    """Names of the modules of a model that every method trains."""
+    loss: Callable[[nn.Module, Training], RowLoss]
+    """The module that is trained, of a model under tuning."""
+    row: Callable[[ContextGroup, StaticShape | None], RowBuilder]
+    """What makes rows, of the processes that share them and of the shape that they must have."""
+    packing: Callable[[PreTrainedModel, bool], Packing]
+    """How samples share a row, of a model and of whether the method lets them."""
+
+
+def _token_loss(model: nn.Module, training: Training) -> TokenLoss:
+    return TokenLoss(
+        model,
+        float(training.router_aux_loss_coefficient),
+        float(training.label_smoothing),
+        float(training.anchor.kl_coefficient),
+    )
+
+
+def _class_loss(model: nn.Module, training: Training) -> ClassLoss:
+    return ClassLoss(model, float(training.label_smoothing))
+
+
+TASKS: Final[dict[TaskName, Task]] = {
+    "CausalLM": Task(
+        auto=AutoModelForCausalLM,
+        called="a causal language model",
+        fits=lambda config: True,
+        peft_type="CAUSAL_LM",
+        head=lambda model: [],
+        loss=_token_loss,
+        row=lambda context, shape: partial(build_row, context=context, shape=shape),
+        packing=lambda model, packs: "Concatenated" if packs and can_pack(model) else "Alone",
+    ),
+    "SequenceClassification": Task(
+        auto=AutoModelForSequenceClassification,
+        called="a classifier of texts (an encoder or a decoder with a head)",
+        fits=has_classes,
+        peft_type="SEQ_CLS",
+        head=head_names,
+        loss=_class_loss,
+        row=lambda context, shape: build_padded_row,
+        packing=lambda model, packs: "Padded",
+    ),
+}

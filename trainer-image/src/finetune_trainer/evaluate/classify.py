@@ -1,0 +1,41 @@
+"""Evaluation of classes: one pass over a set gives its loss and the likeliest class of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import torch
+
+from finetune_api.tasks import Metric, TaskName
+from finetune_trainer.engine.layout import row_context
+from finetune_trainer.engine.loss import RowLosses
+from finetune_trainer.evaluate.measure import Evaluator, Measured
+from finetune_trainer.prepared.split import Side
+
+
+class ClassEvaluator(Evaluator):
+    """Measures a classifier; an answer is the name of a class."""
+
+    def _measure(self, split: Side, positions: np.ndarray, wanted: Sequence[Metric]) -> Measured:
+        names = self.data.manifest.classes
+        total, said = 0.0, list[tuple[int, str]]()
+        for chosen, row in self._rows(split, positions):
+            with torch.no_grad(), self.gang.autocast(), row_context(row.layout):
+                found: RowLosses = self.loss(row, with_logits=True)
+            assert found.logits is not None, "they were asked for"
+            total += float(found.tokens.double().sum())
+            likeliest = found.logits.argmax(-1).tolist()
+            said += [(at, names[number]) for at, number in zip(chosen, likeliest, strict=False)]
+        answers = dict(pair for part in self.gang.together(lambda: said) for pair in part)
+        loss_sum = self.gang.sum(torch.tensor([total], dtype=torch.float64)).item()
+        asked = positions.tolist()
+        return Measured(loss_sum, len(asked), asked, [answers[at] for at in asked])
+
+
+EVALUATORS: Final[dict[TaskName, type[Evaluator]]] = {
+    "CausalLM": Evaluator,
+    "SequenceClassification": ClassEvaluator,
+}
+"""What measures the models of a task."""
