@@ -17,6 +17,7 @@ from finetune_trainer.engine import gang as gangs
 from finetune_trainer.engine.anchors import OutputAnchor
 from finetune_trainer.engine.feed import Feed, build_row
 from finetune_trainer.engine.guard import Guard
+from finetune_trainer.engine.head import ChunkedHead
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.methods import apply_method
 from finetune_trainer.engine.plan import Plan
@@ -41,9 +42,11 @@ def adapted() -> torch.nn.Module:
 def gradient(
     rank: int, size: int, port: int, row_tokens: int, count: int, folder: str,
     sharding: Sharding = "NoShard", sharing: int = 1, anchor: str = "",
+    chunk: int = 0,
 ) -> None:  # fmt: skip
     """One optimizer step's gradient, as the loop computes it, to a file; ``anchor``: every other
-    document is held to the outputs of a 'copy', or to those without the 'adapter'."""
+    document is held to the outputs of a 'copy', or to those without the 'adapter'; ``chunk``: so
+    many tokens' logits at once (0: all)."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
@@ -59,6 +62,8 @@ def gradient(
         ranks=size // sharing, sources=np.arange(count) % 2,
     )  # fmt: skip
     loss = TokenLoss(adapted() if anchor == "adapter" else tiny_llama(), 0.0, 0.0, 2.0).train()
+    if chunk:
+        loss._chunks = ChunkedHead(loss.model, limit=4 * 97 * chunk)
     context = gang.sharing_rows(sharing)
     module = distribute(loss, gang, sharding, PRECISIONS["FP32"])
     copy = TokenLoss(tiny_llama(seed=1).requires_grad_(False)).eval()

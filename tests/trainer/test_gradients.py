@@ -1,6 +1,7 @@
 """The same gradient at any number of processes: 1 × 4 rows, 2 × 2, and more ranks than rows."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,20 +10,12 @@ from gradient_worker import gradient
 
 
 def run(
-    size: int,
-    row_tokens: int,
-    count: int,
-    folder: Path,
-    sharding: str = "NoShard",
-    sharing: int = 1,
-    anchor: str = "",
+    size: int, row_tokens: int, count: int, folder: Path, sharding: str = "NoShard", *how: Any
 ) -> tuple[torch.Tensor, list[float], int]:
     folder.mkdir()
     port = free_port()
     gang = [
-        forked(
-            gradient, rank, size, port, row_tokens, count, str(folder), sharding, sharing, anchor
-        )
+        forked(gradient, rank, size, port, row_tokens, count, str(folder), sharding, *how)
         for rank in range(size)
     ]
     for process in gang:
@@ -70,7 +63,7 @@ def test_gradients_agree_with_an_anchor(tmp_path, anchor):
         2: [few, (3, 64, "FullShard", 1)],
     }
     for count, places in gangs.items():
-        expected, (loss, drift), _ = run(1, 100, count, tmp_path / f"{count}", anchor=anchor)
+        expected, (loss, drift), _ = run(1, 100, count, tmp_path / f"{count}", "NoShard", 1, anchor)
         assert drift > 0
         if anchor == "copy":
             plain, (alone, none), _ = run(1, 100, count, tmp_path / f"{count}-plain")
@@ -83,3 +76,11 @@ def test_gradients_agree_with_an_anchor(tmp_path, anchor):
             found, told, _ = run(size, row_tokens, count, folder, sharding, sharing, anchor)
             assert (found - expected).norm() / expected.norm() < 1e-6, place
             assert told == pytest.approx([loss, drift], rel=1e-6)
+
+
+@pytest.mark.parametrize("sharding", ["NoShard", "FullShard"])
+def test_logits_in_chunks_change_nothing(one_by_four, tmp_path, sharding):
+    expected, loss, _ = one_by_four
+    found, other_loss, _ = run(2, 100, 8, tmp_path / "g", sharding, 1, "", 5)
+    assert (found - expected).norm() / expected.norm() < 1e-6
+    assert other_loss == pytest.approx(loss, rel=1e-6)

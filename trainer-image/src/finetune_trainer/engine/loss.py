@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from finetune_trainer.engine.compilation import uncompiled
 from finetune_trainer.engine.feed import RowTensors, TokenRow
+from finetune_trainer.engine.head import ChunkedHead
 from finetune_trainer.engine.layout import row_context
 from finetune_trainer.failures import UserError
 
@@ -63,9 +64,10 @@ class TokenLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.model: Any = model
-        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         accepted = inspect.signature(inner.forward).parameters
         self._selects = "logits_to_keep" in accepted
+        self._chunks = ChunkedHead(inner) if self._selects else None
         self._router_coefficient = router_coefficient
         self._label_smoothing = label_smoothing
         self._anchor_coefficient = anchor_coefficient
@@ -115,6 +117,13 @@ class TokenLoss(nn.Module):
         balanced = self.training and self._router_coefficient > 0
         if balanced:
             extra["output_router_logits"] = True
+        elif (
+            untuned is None
+            and not (self._virtual or with_logits)
+            and self._chunks is not None
+            and self._chunks.wanted(len(row.labels))
+        ):
+            return self._in_chunks(row, self._chunks)
         output = self.model(input_ids=row.input_ids, use_cache=False, **extra)
         logits = output.logits[0] if self._selects else output.logits[0].index_select(0, predict)
         none = logits.new_zeros((), dtype=torch.float32)
@@ -136,6 +145,15 @@ class TokenLoss(nn.Module):
         return RowLosses(
             tokens, added, drift.detach(), router.detach(), logits if with_logits else None
         )
+
+    def _in_chunks(self, row: TokenRow, chunks: ChunkedHead) -> RowLosses:
+        """The losses of a row with too many logits for once."""
+        tokens = chunks.losses(
+            {"input_ids": row.input_ids, "position_ids": row.position_ids},
+            row.predict, row.labels, self._label_smoothing if self.training else 0.0,
+        )  # fmt: skip
+        none = tokens.new_zeros(())
+        return RowLosses(tokens, none, tokens.new_zeros(0), none, None)
 
 
 def divergence(untuned: Tensor, tuned: Tensor) -> Tensor:

@@ -1,0 +1,84 @@
+"""The output head in chunks: losses without all logits at once.
+
+Logits of a row are the biggest tensor of all: 4,096 supervised tokens of a vocabulary of 150,000
+are 2.5 GB in 32 bits, and as much again for their gradient. In chunks, each of which is computed
+again on the way back, they are bounded; that costs one more product with the head.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+CHUNK_BYTES: Final = 512 << 20
+"""Logits of a chunk in 32 bits; fewer are not worth the second product."""
+
+
+class ChunkedHead:
+    """The losses of a language model's tokens, some at a time.
+
+    Args:
+        model: the language model, within whatever adapts it.
+        limit: bytes of the logits of a chunk.
+    """
+
+    def __init__(self, model: PreTrainedModel, limit: int = CHUNK_BYTES) -> None:
+        self._model: Any = model
+        self._at_once = max(1, limit // (4 * model.config.get_text_config().vocab_size))
+        self._is_plain: bool | None = None
+
+    def wanted(self, tokens: int) -> bool:
+        """Whether so many tokens' logits are too many for once, and can be had in chunks."""
+        if tokens <= self._at_once:
+            return False
+        if self._is_plain is None:
+            self._is_plain = has_plain_head(self._model)
+        return self._is_plain
+
+    def losses(
+        self, inputs: dict[str, Tensor], predict: Tensor, labels: Tensor, smoothing: float
+    ) -> Tensor:
+        """Negative log likelihood of each label in nats, float32, shape [supervised].
+
+        Args:
+            inputs: of the model.
+            predict: positions whose next token is a label, shape [supervised].
+            smoothing: see ``training.labelSmoothing``.
+        """
+        hidden = self._model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+        head = self._model.get_output_embeddings()
+
+        def part(hidden: Tensor, labels: Tensor) -> Tensor:
+            return cross_entropy(
+                head(hidden).float(), labels, reduction="none", label_smoothing=smoothing
+            )
+
+        supervised = hidden.index_select(0, predict)
+        each = (torch.split(x, self._at_once) for x in (supervised, labels))
+        found: list[Any] = [
+            checkpoint(part, h, ids, use_reentrant=False) for h, ids in zip(*each, strict=True)
+        ]
+        return torch.cat(found)
+
+
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether a model's logits are what its head makes of what its body gives, and no more: some
+    architectures scale either, or cap the logits. Seen on an empty copy."""
+    with torch.device("meta"):
+        empty: Any = type(model)._from_config(model.config)  # type: ignore[no-untyped-call]
+        ids = torch.zeros(1, 4, dtype=torch.long)
+        mask = torch.zeros(1, 1, 4, 4)  # a whole one: transformers would look at values for it
+    head, seen = empty.get_output_embeddings(), list[tuple[Tensor, Tensor]]()
+    if head is None:
+        return False
+    head.register_forward_hook(lambda _, given, made: seen.append((given[0], made)))
+    empty.base_model.register_forward_hook(lambda _, __, made: seen.append((made[0], made[0])))
+    logits = empty(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    (hidden, _), (given, made) = seen
+    same = given.untyped_storage()._cdata == hidden.untyped_storage()._cdata
+    return same and logits is made
