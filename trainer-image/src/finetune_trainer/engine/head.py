@@ -7,6 +7,7 @@ again on the way back, they are bounded; that costs one more product with the he
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Final
 
 import torch
@@ -70,7 +71,11 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     """Whether a model's logits are what its head makes of what its body gives, and no more: some
     architectures scale either, or cap the logits. Seen on an empty copy."""
     with torch.device("meta"):
-        empty: Any = type(model)._from_config(model.config)  # type: ignore[no-untyped-call]
+        config = copy.deepcopy(model.config)
+        # Not by the attention of rows: one may be in work.
+        empty: Any = type(model)._from_config(  # type: ignore[no-untyped-call]
+            config, attn_implementation="eager"
+        )
         ids = torch.zeros(1, 4, dtype=torch.long)
         mask = torch.zeros(1, 1, 4, 4)  # a whole one: transformers would look at values for it
     head, seen = empty.get_output_embeddings(), list[tuple[Tensor, Tensor]]()
