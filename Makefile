@@ -53,6 +53,8 @@ bench: install ## Speed beside TRL, of preparing beside datasets.map, and of pla
 	$(BIN)/python benchmarks/tokens_per_second.py
 	$(BIN)/python benchmarks/prepare.py
 	$(BIN)/python benchmarks/plan_and_resume.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/gpu/training.py
 
 lock: ## Pin the dependencies anew (writes the requirements.txt files)
 	$(BIN)/uv pip compile --quiet --universal --no-emit-index-url --python-version 3.11 --no-annotate --no-emit-package finetune-api operator/pyproject.toml -o operator/requirements.txt

@@ -1,239 +1,97 @@
 """Training speed beside TRL's SFTTrainer: same model, data, tokens a step and precision.
 
-    python benchmarks/tokens_per_second.py [--rounds 3] [--steps 6] [--precision bf16 fp32]
+    python benchmarks/tokens_per_second.py [--rounds 3] [--steps 6] [--precision BF16 FP32]
 
-The two train in turn, in one process, so that a machine that is slow for a while is slow for both;
-the figure to quote is the ratio (median over the rounds). TRL packs (its default strategy) with
-completion-only loss; tokens are counted without padding on both sides. The first step of each
-turn warms up and is not counted.
+Ours, TRL with packing, and TRL as it comes (padded) take turns in one process; the figure to quote
+is the ratio (median over the rounds). Beside it: the share that our arithmetic on real tokens has
+of the rate at which the machine multiplies matrices, and the memory that each took at most, above
+what its process held before (each in a process of its own).
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import resource
 import statistics
-import tempfile
-import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, TrainerCallback
+from trainers import SHAPES, Ours, Trl, documents, matmul_rate
 
-from finetune_api.spec import parse_spec
-from finetune_trainer.engine import packed
-from finetune_trainer.engine.feed import Feed
-from finetune_trainer.engine.gang import join
-from finetune_trainer.engine.guard import Guard
-from finetune_trainer.engine.loss import TokenLoss
-from finetune_trainer.engine.methods import apply_method
-from finetune_trainer.engine.optimizers import make_optimizers
-from finetune_trainer.engine.plan import Plan
-from finetune_trainer.prepared.shards import TokenSample
-from finetune_trainer.train.step import optimizer_step
-
-ROW = 2048
-ROWS_PER_STEP = 4
-VOCABULARY = 16384
+SHAPE = SHAPES["8M"]
+CPU = torch.device("cpu")
+NAMES = ("ours", "packing", "padded")
 
 
-def model(method: str, precision: str) -> PreTrainedModel:
-    """An 8.5 M parameter Llama with random weights; the base of LoRA in bf16 where bf16 is run."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=704, num_hidden_layers=6,
-        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=ROW,
-        tie_word_embeddings=True, use_cache=False, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    made = AutoModelForCausalLM.from_config(config)
-    return made.to(torch.bfloat16) if method == "LoRA" and precision == "bf16" else made
+def trainer(name: str, method: str, precision: str) -> Any:
+    data = documents(2000, SHAPE)
+    if name == "ours":
+        return Ours(method, data, SHAPE, precision=precision)
+    return Trl(method, precision, data, SHAPE, packing=name == "packing")
 
 
-def documents(count: int) -> list[TokenSample]:
-    """Instruction-like samples: log-normal lengths (median about 150 tokens), the second half
-    supervised."""
-    draw = np.random.default_rng(0)
-    made = []
-    for n in np.clip(draw.lognormal(5.0, 0.8, count).astype(int), 16, ROW):
-        supervised = np.zeros(n, np.bool_)
-        supervised[n // 2 :] = True
-        made.append(TokenSample(draw.integers(3, VOCABULARY, n).astype(np.int32), supervised))
-    return made
+@dataclass(frozen=True)
+class Turns:
+    """What the three did in one process."""
+
+    speeds: list[tuple[float, ...]]
+    """Tokens per second by round, in the order of ``NAMES``."""
+    share: float
+    """Share of the machine's matrix-multiply rate, of ours."""
 
 
-def specification(method: str, precision: str, batch: int) -> Any:
-    return parse_spec(
-        {
-            "model": {"source": "s3://bucket/model"},
-            "data": {"train": [{"source": "s3://bucket/data"}]},
-            "output": {"destination": "s3://bucket/out"},
-            "method": {"type": method},
-            "training": {"precision": precision.upper(), "batchSize": batch},
-        }
-    )
+def take_turns(method: str, precision: str, rounds: int, steps: int) -> Turns:
+    three = [trainer(name, method, precision) for name in NAMES]
+    speeds = [tuple(one.turn(steps) for one in three) for _ in range(rounds)]
+    rate = matmul_rate(torch.bfloat16 if precision == "BF16" else torch.float32, CPU)
+    ours = statistics.median(speed[0] for speed in speeds)
+    return Turns(speeds, ours * three[0].operations() / rate)
 
 
-class Ours:
-    """The project's feed and step."""
-
-    name = "finetune-operator"
-
-    def __init__(self, method: str, precision: str, data: list[TokenSample]) -> None:
-        lengths = np.array([len(s.ids) for s in data])
-        batch = round(ROW * ROWS_PER_STEP / lengths.mean())
-        spec = specification(method, precision, batch)
-        packed.install()
-        base = model(method, precision)
-        base.set_attn_implementation(packed.ATTENTION)
-        tuned = apply_method(base, spec)
-        self._gang = join(spec.training)
-        loss = TokenLoss(tuned.to(self._gang.device)).train()
-        trained = [p for p in tuned.parameters() if p.requires_grad]
-        supervised = np.array([int(s.supervised.sum()) for s in data])
-        self._plan = Plan(lengths, supervised, batch_size=batch, seed=0, row_tokens=ROW, ranks=1)
-        self._session: Any = SimpleNamespace(
-            gang=self._gang,
-            plan=self._plan,
-            module=loss,
-            trained=trained,
-            optimizers=make_optimizers(tuned, spec),
-            output_anchor=None,
-            weight_anchor=None,
-            spec=spec,
-            guard=Guard(spec.training.guard, self._gang.device),
-        )
-        self._data = data
-        self._next = 0
-
-    def turn(self, steps: int) -> float:
-        """Tokens per second over so many steps behind a first one."""
-        read = lambda positions: [self._data[p] for p in positions]  # noqa: E731
-        end = self._next + steps + 1
-        tokens, began = 0, 0.0
-        with Feed(
-            self._plan, read, rank=0, start=self._next, end=end, device=self._gang.device
-        ) as feed:
-            for i, batch in enumerate(feed):
-                optimizer_step(self._session, batch, 1e-4)
-                if i == 0:
-                    _wait()
-                    began = time.perf_counter()
-                else:
-                    tokens += batch.plan.tokens
-        _wait()
-        self._next = end
-        return tokens / (time.perf_counter() - began)
+def memory(name: str, method: str, precision: str) -> float:
+    """MiB at most while two steps are made, above what was held before."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    trainer(name, method, precision).turn(1)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
-@dataclass
-class StepTimes(TrainerCallback):
-    """When each step of TRL ended."""
-
-    ends: list[float] = field(default_factory=list)
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        _wait()
-        self.ends.append(time.perf_counter())
-
-
-class Trl:
-    """SFTTrainer with packing."""
-
-    name = "TRL"
-
-    def __init__(self, method: str, precision: str, data: list[TokenSample]) -> None:
-        from datasets import Dataset
-        from peft import LoraConfig
-        from trl import SFTConfig, SFTTrainer
-
-        rows = Dataset.from_list(
-            [
-                {"input_ids": s.ids.tolist(), "completion_mask": s.supervised.astype(int).tolist()}
-                for s in data
-            ]
-        )
-        self._folder = tempfile.TemporaryDirectory()
-        self._config = SFTConfig(
-            output_dir=self._folder.name, max_length=ROW, packing=True, completion_only_loss=True,
-            per_device_train_batch_size=1, gradient_accumulation_steps=ROWS_PER_STEP, max_steps=1,
-            learning_rate=1e-4, lr_scheduler_type="constant", logging_strategy="no",
-            save_strategy="no", report_to=[], bf16=precision == "bf16", seed=0,
-            gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(),
-            disable_tqdm=True, optim="adamw_torch_fused",
-        )  # fmt: skip
-        peft = None
-        if method == "LoRA":
-            peft = LoraConfig(
-                task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear"
-            )
-        self._times = StepTimes()
-        self._trainer = SFTTrainer(
-            model=model(method, precision), args=self._config, train_dataset=rows,
-            processing_class=_tokenizer(), peft_config=peft, callbacks=[self._times],
-        )  # fmt: skip
-        lengths = [len(x) for x in self._trainer.train_dataset["input_ids"]]
-        self._tokens_per_step = statistics.mean(lengths) * ROWS_PER_STEP
-
-    def turn(self, steps: int) -> float:
-        """As ``Ours.turn``; tokens by the mean size of its packed rows."""
-        self._times.ends.clear()
-        self._trainer.args.max_steps = steps + 1
-        self._trainer.train()
-        ends = self._times.ends
-        return steps * self._tokens_per_step / (ends[-1] - ends[0])
-
-
-def _tokenizer() -> Any:
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {f"t{i}": i for i in range(VOCABULARY)}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="t0")),
-        eos_token="t2", pad_token="t0",
-    )  # fmt: skip
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def rounds(method: str, precision: str, count: int, steps: int) -> list[tuple[float, float]]:
-    """Tokens per second of the two, by round."""
-    data = documents(2000)
-    ours, trl = Ours(method, precision, data), Trl(method, precision, data)
-    return [(ours.turn(steps), trl.turn(steps)) for _ in range(count)]
+def alone(work: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a function in a process of its own: precision is a state of the process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--precision", nargs="+", default=["bf16", "fp32"])
+    parser.add_argument("--precision", nargs="+", default=["BF16", "FP32"])
     parser.add_argument("--method", nargs="+", default=["Full", "LoRA"])
     options = parser.parse_args()
     packages = ("torch", "transformers", "trl", "peft")
     print(", ".join(f"{p} {version(p)}" for p in packages), f"; {torch.get_num_threads()} threads")
-    print(f"{'method':8}{'precision':11}{'ours tok/s':>12}{'TRL tok/s':>12}{'ratio':>8}   by round")
+    print("tokens/s: ours, TRL packing, TRL padded; ratios to ours; memory in MiB, same order")
     for precision in options.precision:
         for method in options.method:
-            # A process of its own: precision is a state of the process, in accelerate.
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
-                pairs = alone.submit(rounds, method, precision, options.rounds, options.steps)
-            show(method, precision, pairs.result())
+            turns = alone(take_turns, method, precision, options.rounds, options.steps)
+            peaks = [alone(memory, name, method, precision) for name in NAMES]
+            show(method, precision, turns, peaks)
 
 
-def show(method: str, precision: str, pairs: list[tuple[float, float]]) -> None:
-    ratios = [a / b for a, b in pairs]
-    ours, trl = (statistics.median(x) for x in zip(*pairs, strict=True))
-    line = f"{method:8}{precision:11}{ours:12.0f}{trl:12.0f}{statistics.median(ratios):8.2f}   "
-    print(line + " ".join(f"{r:.2f}" for r in ratios), flush=True)
+def show(method: str, precision: str, turns: Turns, peaks: list[float]) -> None:
+    speeds = [statistics.median(x) for x in zip(*turns.speeds, strict=True)]
+    line = f"{method:6}{precision:6}" + "".join(f"{s:8.0f}" for s in speeds)
+    for i in (1, 2):
+        ratios = [speed[0] / speed[i] for speed in turns.speeds]
+        shown = " ".join(f"{r:.2f}" for r in ratios)
+        line += f"   {NAMES[i]} {statistics.median(ratios):.2f} ({shown})"
+    line += f"   matmul share {turns.share:.0%}   memory " + " ".join(f"{p:.0f}" for p in peaks)
+    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,122 @@
+"""Training on a GPU beside TRL: tokens per second, MFU on real tokens, peak memory.
+
+    python benchmarks/gpu/training.py [--shapes 1B 3B] [--rounds 3] [--steps 8]
+
+Random models of the dimensions of Llama 3.2 1B and 3B, documents of log-normal lengths up to 4,096
+tokens, bfloat16. Every configuration has a process of its own, since memory is measured; ours and
+TRL's take turns, round by round. TRL's best is the fastest of its configurations in that round.
+Without a GPU nothing is measured, and that is said; `--shapes 8M` shows that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from trainers import SHAPES, Ours, Trl, documents
+
+from finetune_trainer.engine.flops import peak
+
+OURS: dict[str, dict[str, Any]] = {
+    "BF16": {"precision": "BF16"},
+    "PureBF16": {"precision": "PureBF16"},
+    "PureBF16, compiled": {"precision": "PureBF16", "compile": True},
+}
+TRLS: dict[str, dict[str, Any]] = {
+    "TRL packing": {"packing": True},
+    "TRL packing, flash": {"packing": True, "attention": "flash_attention_2"},
+    "TRL packing, Liger": {"packing": True, "use_liger_kernel": True},
+    "TRL all of it": {
+        "packing": True,
+        "attention": "flash_attention_2",
+        "use_liger_kernel": True,
+    },
+    "TRL padded": {"packing": False},
+}
+
+
+class Turn(NamedTuple):
+    """What one configuration did in one round."""
+
+    speed: float
+    """Real tokens per second."""
+    memory: float
+    """GiB of the GPU at most."""
+    operations: float
+    """Floating-point operations a real token needs; 0 of TRL's."""
+
+
+def turn(name: str, method: str, shape_name: str, steps: int) -> Turn:
+    shape = SHAPES[shape_name]
+    data = documents(2000, shape)
+    gpu = torch.cuda.is_available()
+    trainer: Ours | Trl
+    if name in OURS:
+        trainer = Ours(method, data, shape, **OURS[name])
+    else:
+        trainer = Trl(method, "BF16", data, shape, **TRLS[name])
+    speed = trainer.turn(steps)
+    memory = torch.cuda.max_memory_allocated() / 2**30 if gpu else 0.0
+    return Turn(speed, memory, trainer.operations() if isinstance(trainer, Ours) else 0.0)
+
+
+def alone(*arguments: Any) -> Turn | str:
+    """A round in a process of its own, or what went wrong."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(turn, *arguments).result()
+        except Exception as error:
+            return f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=["1B", "3B"], choices=list(SHAPES))
+    parser.add_argument("--methods", nargs="+", default=["Full", "LoRA"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8)
+    options = parser.parse_args()
+    if not torch.cuda.is_available() and options.shapes == ["1B", "3B"]:
+        print("not measured: there is no GPU here")
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    known = peak(device)
+    print(torch.cuda.get_device_name() if known else device,
+          *(f"{p} {version(p)}" for p in ("torch", "transformers", "trl")))  # fmt: skip
+    for shape in options.shapes:
+        for method in options.methods:
+            measure(shape, method, options.rounds, options.steps, known)
+
+
+def measure(shape: str, method: str, rounds: int, steps: int, known: float | None) -> None:
+    found: dict[str, list[Turn]] = {name: [] for name in (*OURS, *TRLS)}
+    for _ in range(rounds):
+        for name, turns in found.items():
+            said = alone(name, method, shape, steps)
+            if isinstance(said, str):
+                print(f"{shape} {method} {name}: {said}", flush=True)
+            else:
+                turns.append(said)
+    speeds = {n: statistics.median(t.speed for t in turns) for n, turns in found.items() if turns}
+    best = max((s for n, s in speeds.items() if n in TRLS), default=0.0)
+    needed = next((t.operations for n in OURS for t in found[n]), 0.0)
+    for name, speed in speeds.items():
+        memory = max(t.memory for t in found[name])
+        share = f"{speed * needed / known:.0%}" if known else "unknown"
+        ratio = f"{speed / best:.2f}" if best else "-"
+        print(f"{shape} {method:5} {name:20}{speed:10.0f} tok/s   MFU {share}"
+              f"   {memory:.1f} GiB   to TRL's best {ratio}", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

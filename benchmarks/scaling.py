@@ -1,0 +1,66 @@
+"""One process and two: tokens per second of a gang on this machine, a core each.
+
+    python benchmarks/scaling.py [--rounds 3] [--steps 4]
+
+The global batch is the same, so the two train the same steps; the figure is the speed of two over
+that of one (2 is all there is to win). Gangs take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import socket
+import statistics
+from multiprocessing.queues import Queue
+
+import torch
+from trainers import SHAPES, Ours, documents
+
+
+def work(rank: int, size: int, port: int, steps: int, said: Queue[float]) -> None:
+    """A process of a gang; the first says how fast the gang was."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    shape = SHAPES["8M"]
+    speed = Ours("Full", documents(2000, shape), shape, precision="BF16").turn(steps)
+    if rank == 0:
+        said.put(speed)
+
+
+def gang(size: int, steps: int) -> float:
+    context = multiprocessing.get_context("spawn")
+    said: Queue[float] = context.Queue()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        context.Process(target=work, args=(rank, size, port, steps, said)) for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    speed = said.get(timeout=600)
+    for process in processes:
+        process.join()
+    return speed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4)
+    options = parser.parse_args()
+    pairs = [(gang(1, options.steps), gang(2, options.steps)) for _ in range(options.rounds)]
+    one, two = (statistics.median(x) for x in zip(*pairs, strict=True))
+    ratios = [b / a for a, b in pairs]
+    shown = " ".join(f"{r:.2f}" for r in ratios)
+    print(f"1 process {one:.0f} tok/s, 2 processes {two:.0f} tok/s,"
+          f" ratio {statistics.median(ratios):.2f} ({shown})")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

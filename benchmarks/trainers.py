@@ -1,0 +1,255 @@
+"""This project's trainer and TRL's SFTTrainer on the same model and data, for benchmarks.
+
+Both are built once and take turns of some steps in one process, so that a machine that is slow for
+a while is slow for both. Tokens are real ones, without padding, on both sides; the first step of a
+turn warms up and is not counted.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, Final
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, TrainerCallback
+
+from finetune_api.spec import parse_spec
+from finetune_trainer.engine import packed
+from finetune_trainer.engine.compilation import compile_blocks
+from finetune_trainer.engine.feed import Feed, StaticShape, build_row
+from finetune_trainer.engine.flops import Work, work_of
+from finetune_trainer.engine.gang import join
+from finetune_trainer.engine.guard import Guard
+from finetune_trainer.engine.kernels import use_liger
+from finetune_trainer.engine.loss import TokenLoss
+from finetune_trainer.engine.methods import apply_method
+from finetune_trainer.engine.optimizers import make_optimizers
+from finetune_trainer.engine.plan import Plan
+from finetune_trainer.engine.precision import precision_of
+from finetune_trainer.engine.sharding import distribute
+from finetune_trainer.prepared.shards import TokenSample
+from finetune_trainer.train.step import optimizer_step
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama with random weights, and the rows it is trained on."""
+
+    layers: int
+    hidden: int
+    feedforward: int
+    heads: int
+    key_heads: int
+    vocabulary: int
+    row: int
+    """Tokens of a row, and of the longest document."""
+    rows: int = 4
+    """Rows of a step."""
+
+    def model(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=self.vocabulary, hidden_size=self.hidden, use_cache=False,
+            intermediate_size=self.feedforward, num_hidden_layers=self.layers,
+            num_attention_heads=self.heads, num_key_value_heads=self.key_heads,
+            max_position_embeddings=self.row, tie_word_embeddings=True,
+            bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        with device:
+            return AutoModelForCausalLM.from_config(config).to(dtype)
+
+
+SHAPES: Final[Mapping[str, Shape]] = {
+    "8M": Shape(6, 256, 704, 8, 4, 16384, 2048),
+    "50M": Shape(8, 640, 1728, 10, 5, 32768, 2048),
+    "1B": Shape(16, 2048, 8192, 32, 8, 128256, 4096),
+    "3B": Shape(28, 3072, 8192, 24, 8, 128256, 4096),
+}
+"""By parameters; the two large ones have the dimensions of Llama 3.2."""
+
+
+def documents(count: int, shape: Shape) -> list[TokenSample]:
+    """Instruction-like samples: log-normal lengths (median about 150 tokens, or 300 in rows of
+    4,096), the second half supervised."""
+    draw = np.random.default_rng(0)
+    mean = 5.0 + np.log(shape.row / 2048)
+    made = []
+    for n in np.clip(draw.lognormal(mean, 0.8, count).astype(int), 16, shape.row):
+        supervised = np.zeros(n, np.bool_)
+        supervised[n // 2 :] = True
+        made.append(TokenSample(draw.integers(3, shape.vocabulary, n).astype(np.int32), supervised))
+    return made
+
+
+class Ours:
+    """The project's feed and step, of one process or of one in a gang."""
+
+    def __init__(self, method: str, data: list[TokenSample], shape: Shape, **training: Any) -> None:
+        lengths = np.array([len(s.ids) for s in data])
+        supervised = np.array([int(s.supervised.sum()) for s in data])
+        batch = round(shape.row * shape.rows / lengths.mean())
+        spec = parse_spec(
+            {
+                "model": {"source": "s3://bucket/model"},
+                "data": {"train": [{"source": "s3://bucket/data"}]},
+                "output": {"destination": "s3://bucket/out"},
+                "method": {"type": method},
+                "training": {"batchSize": batch, **training},
+            }
+        )
+        packed.install()
+        self._gang = gang = join(spec.training)
+        precision = precision_of(spec.training, gang.device.type == "cuda")
+        halved = precision.halved and spec.method.kind.freezes
+        base = shape.model(torch.bfloat16 if halved else torch.float32, gang.device)
+        base.set_attn_implementation(packed.ATTENTION)
+        if precision.halved and not spec.training.compile:
+            use_liger(base, gang.device)
+        tuned = apply_method(base, spec)
+        self.work: Work = work_of(tuned, base)
+        loss = TokenLoss(tuned).train()
+        if spec.training.compile:
+            compile_blocks(tuned)
+        self._shape = StaticShape(shape.row, int(lengths.max())) if spec.training.compile else None
+        self.plan = Plan(
+            lengths, supervised, batch_size=batch, seed=0, row_tokens=shape.row, ranks=gang.size
+        )
+        self._session: Any = SimpleNamespace(
+            gang=gang, plan=self.plan, spec=spec,
+            module=distribute(loss, gang, "NoShard", precision),
+            trained=[p for p in tuned.parameters() if p.requires_grad],
+            optimizers=make_optimizers(tuned, spec),
+            output_anchor=None, weight_anchor=None,
+            guard=Guard(spec.training.guard, gang.device),
+        )  # fmt: skip
+        self._data = data
+        self._next = 0
+
+    def turn(self, steps: int) -> float:
+        """Tokens of the gang per second over so many steps behind a first one."""
+        read = lambda positions: [self._data[p] for p in positions]  # noqa: E731
+        end = self._next + steps + 1
+        tokens, began = 0, 0.0
+        with Feed(
+            self.plan, read, rank=self._gang.rank, start=self._next, end=end,
+            device=self._gang.device, build=partial(build_row, shape=self._shape),
+        ) as feed:  # fmt: skip
+            for i, batch in enumerate(feed):
+                optimizer_step(self._session, batch, 1e-4)
+                if i == 0:
+                    wait()
+                    began = time.perf_counter()
+                else:
+                    tokens += batch.plan.tokens
+        wait()
+        self._next = end
+        return tokens / (time.perf_counter() - began)
+
+    def operations(self) -> float:
+        """Floating-point operations a token, of an average step."""
+        positions = self.plan.step(0).samples
+        lengths = self.plan.lengths[list(positions)]
+        supervised = int(self.plan.supervised[list(positions)].sum())
+        return self.work.training(lengths, supervised) / float(lengths.sum())
+
+
+@dataclass
+class StepTimes(TrainerCallback):
+    """When each step of TRL ended."""
+
+    ends: list[float] = field(default_factory=list)
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        wait()
+        self.ends.append(time.perf_counter())
+
+
+class Trl:
+    """SFTTrainer with completion-only loss: packing by its default strategy, or, as it comes, a
+    padded batch."""
+
+    def __init__(
+        self, method: str, precision: str, data: list[TokenSample], shape: Shape, *,
+        packing: bool, attention: str | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        from datasets import Dataset
+        from peft import LoraConfig
+        from trl import SFTConfig, SFTTrainer
+
+        rows = Dataset.from_list(
+            [
+                {"input_ids": s.ids.tolist(), "completion_mask": s.supervised.astype(int).tolist()}
+                for s in data
+            ]
+        )
+        mean = statistics.mean(len(s.ids) for s in data)
+        each, parts = 1, shape.rows
+        if not packing:  # 8 documents a pass, which is its default
+            each, parts = 8, max(1, round(shape.row * shape.rows / mean / 8))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._folder = tempfile.TemporaryDirectory()
+        config = SFTConfig(
+            output_dir=self._folder.name, max_length=shape.row, packing=packing,
+            completion_only_loss=True, per_device_train_batch_size=each,
+            gradient_accumulation_steps=parts, max_steps=1, learning_rate=1e-4,
+            lr_scheduler_type="constant", logging_strategy="no", save_strategy="no", report_to=[],
+            bf16=precision == "BF16", seed=0, use_cpu=device.type == "cpu", disable_tqdm=True,
+            optim="adamw_torch_fused", **{"gradient_checkpointing": False, **options},
+        )  # fmt: skip
+        lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
+        frozen = torch.bfloat16 if method == "LoRA" and precision == "BF16" else torch.float32
+        self._times = StepTimes()
+        model = shape.model(frozen, device)
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        self._trainer = SFTTrainer(
+            model=model, args=config, train_dataset=rows,
+            processing_class=_tokenizer(shape.vocabulary), callbacks=[self._times],
+            peft_config=lora if method == "LoRA" else None,
+        )  # fmt: skip
+        lengths = [len(x) for x in self._trainer.train_dataset["input_ids"]]
+        self._tokens_per_step = statistics.mean(lengths) * each * parts
+
+    def turn(self, steps: int) -> float:
+        """As ``Ours.turn``; tokens by the mean size of its rows."""
+        self._times.ends.clear()
+        self._trainer.args.max_steps = steps + 1
+        self._trainer.train()
+        ends = self._times.ends
+        return steps * self._tokens_per_step / (ends[-1] - ends[0])
+
+
+def _tokenizer(size: int) -> Any:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {f"t{i}": i for i in range(size)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="t0")),
+        eos_token="t2", pad_token="t0",
+    )  # fmt: skip
+
+
+def wait() -> None:
+    """Until the device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device, side: int = 2048) -> float:
+    """Floating-point operations per second of a product of square matrices, the best of five."""
+    a = torch.randn(side, side, device=device).to(dtype)
+    times = []
+    for _ in range(6):
+        began = time.perf_counter()
+        _ = a @ a
+        wait()
+        times.append(time.perf_counter() - began)
+    return 2 * side**3 / min(times[1:])
