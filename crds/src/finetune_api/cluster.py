@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from fractions import Fraction
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field, StringConstraints
 
@@ -24,6 +25,20 @@ Quantity = Annotated[
         or_integer=True,
     ),
 ]
+_SUFFIXES: Final = {
+    "": 1, "m": Fraction(1, 1000), **{unit: 1000**i for i, unit in enumerate("kMGTPE", start=1)},
+    **{f"{unit}i": 1024**i for i, unit in enumerate("KMGTPE", start=1)},
+}  # fmt: skip
+
+
+def bytes_of(quantity: str) -> int:
+    """The number that a quantity of Kubernetes means, rounded down: ``16Gi`` is 17179869184."""
+    if "e" in quantity:
+        return int(Fraction(quantity))
+    number = quantity.rstrip("".join(_SUFFIXES))
+    return int(Fraction(number) * _SUFFIXES[quantity[len(number) :]])
+
+
 QualifiedName = Annotated[str, StringConstraints(min_length=1, max_length=317)]
 LabelValue = Annotated[str, StringConstraints(max_length=63)]
 
@@ -73,8 +88,12 @@ class Compute(Model):
     sharding: Literal["Auto", "NoShard", "HybridShard", "FullShard"] = "Auto"
     """How the model lies on the processes. NoShard: whole on each (DDP). HybridShard: the processes
     of a node share one copy. FullShard: all share one (both FSDP). Auto: the first of them in which
-    weights, gradients and optimizer state take at most 70 % of a process's memory. The result is
-    the same."""
+    the training fits the memory of a process, by the estimate that prepare prints, each without
+    gradient checkpointing and then with it. The result is the same."""
+    gpu_memory: Quantity | None = None
+    """Memory of each GPU, e.g. 80Gi: prepare then refuses a training that cannot fit, and says what
+    would, before a GPU is held. Absent: known when the training begins, which refuses it then. On
+    the CPU, prepare goes by `resources.limits.memory`."""
     context_parallel: Annotated[int, Field(ge=1, le=64)] = 1
     """Processes of a node that share the tokens of each row, for samples that are too long for the
     memory of one: each holds this fraction of the activations, and attention exchanges keys and
@@ -92,6 +111,12 @@ class Compute(Model):
     the volumes of the operator."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "!has(self.gpuMemory) || self.gpusPerNode > 0",
+            "gpuMemory is for gpusPerNode above 0; on the CPU give resources.limits.memory",
+            lambda c: c.gpu_memory is None or c.gpus_per_node > 0,
+            ("gpuMemory", "gpusPerNode"),
+        ),
         Rule(
             "!has(self.processesPerNode) || self.gpusPerNode == 0"
             " || self.processesPerNode <= self.gpusPerNode",
@@ -115,6 +140,15 @@ class Compute(Model):
     @property
     def effective_processes_per_node(self) -> int:
         return self.processes_per_node or max(1, self.gpus_per_node)
+
+    @property
+    def process_memory(self) -> int | None:
+        """Bytes of memory of a process, of its GPU or of its share of the pod, where they are
+        given."""
+        if self.gpus_per_node > 0:
+            return None if self.gpu_memory is None else bytes_of(self.gpu_memory)
+        given = (self.resources.limits or {}).get("memory")
+        return None if given is None else bytes_of(given) // self.effective_processes_per_node
 
 
 class Prepare(Model):

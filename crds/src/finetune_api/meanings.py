@@ -82,7 +82,8 @@ FAILURES: Final[dict[FailureClass, tuple[str, str]]] = {
     "OutOfMemory": (
         "A GPU's or a pod's memory does not suffice.",
         "Lower training.microBatchTokens or training.maxLength, set"
-        " training.gradientCheckpointing, or raise compute.resources.",
+        " training.gradientCheckpointing: Always, or raise compute.resources; with"
+        " compute.gpuMemory given, prepare says what fits.",
     ),
     "Diverged": (
         "The loss is no longer a number.",

@@ -41,6 +41,9 @@ class MethodKind:
     """Whether the model can lie in shards on the processes (`compute.sharding`)."""
     packs: bool = True
     """Whether documents can share a row: not where each needs virtual tokens before it."""
+    recomputes: bool = True
+    """Whether activations can be computed again (`training.gradientCheckpointing`): not where that
+    drops keys and values that are learned."""
     matrices: bool = True
     """Whether it trains matrices of hidden layers, which some optimizers are for."""
     tasks: tuple[TaskName, ...] = tuple(TASKS)
@@ -67,8 +70,14 @@ METHODS: Final[dict[MethodName, MethodKind]] = {
         "prompt", 1e-2, ("Adapter",), packs=False, matrices=False, tasks=_LANGUAGE
     ),
     "PrefixTuning": MethodKind(
-        "prompt", 1e-2, ("Adapter",), packs=False, matrices=False, tasks=_LANGUAGE
-    ),
+        "prompt",
+        1e-2,
+        ("Adapter",),
+        packs=False,
+        recomputes=False,
+        matrices=False,
+        tasks=_LANGUAGE,
+    ),  # fmt: skip
 }
 
 

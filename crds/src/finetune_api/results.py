@@ -78,6 +78,21 @@ class Failure(Record):
     """Whether another try can mend it."""
 
 
+class MemoryEstimate(Record):
+    """What a training process will take of its memory."""
+
+    needed: int
+    """Bytes, all parts together."""
+    available: int | None = None
+    """Bytes that a process has, where the manifest says."""
+    sharding: Literal["NoShard", "HybridShard", "FullShard"]
+    """How the model is to lie on the processes."""
+    gradient_checkpointing: bool
+    """Whether activations are to be computed again."""
+    parts: dict[str, int]
+    """Bytes by part."""
+
+
 class PreparedSummary(Record):
     """What prepare found, in numbers."""
 
@@ -101,6 +116,8 @@ class PreparedSummary(Record):
     """Records left out, by cause."""
     total_steps: int
     """Optimizer steps that the training will take."""
+    memory: MemoryEstimate | None = None
+    """What the training will take of memory."""
 
 
 Metrics = dict[str, float]

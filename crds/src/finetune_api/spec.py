@@ -122,9 +122,10 @@ class Training(Model):
     """Weight of the loss that spreads tokens over the experts of a mixture (Fedus et al. 2022,
     arXiv:2101.03961), computed row by row and added to the training loss. Configurations of such
     models name theirs as `router_aux_loss_coef`."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Literal["Auto", "Always", "Never"] = "Auto"
     """Keep fewer activations and compute them again on the way back: less memory, about a third
-    more time."""
+    more time. Auto: where the memory of a process does not suffice without (see
+    `compute.sharding`)."""
     compile: bool = False
     """Compile the decoder blocks by torch.compile: faster steps for about a minute at the start.
     Rows are padded to microBatchTokens, so that it happens once. Needs a C compiler in the image
@@ -204,6 +205,7 @@ class Output(Model):
 
 
 _WHOLE: Final = [name for name, kind in METHODS.items() if not kind.shards]
+_KEEPING: Final = [name for name, kind in METHODS.items() if not kind.recomputes]
 _SINGLE: Final = [name for name, kind in METHODS.items() if not kind.packs]
 _QUANTIZING: Final = [name for name, kind in METHODS.items() if kind.quantizes]
 
@@ -269,11 +271,12 @@ class FineTuneJobSpec(Model):
         _format_rule(("Merged", "Both"), "no weights hold what the others train"),
         *task_rules(),
         Rule(
-            "self.method.type != 'PrefixTuning' || !self.training.gradientCheckpointing",
-            "training.gradientCheckpointing does not go with method.type PrefixTuning, whose keys"
-            " and values it would drop: set it to false",
-            lambda s: s.method.type != "PrefixTuning" or not s.training.gradient_checkpointing,
-            ("method.type",),
+            f"!(self.method.type in {json.dumps(_KEEPING)})"
+            " || self.training.gradientCheckpointing != 'Always'",
+            f"training.gradientCheckpointing does not go with method.type {', '.join(_KEEPING)},"
+            " whose keys and values it would drop: set it to Never",
+            lambda s: s.method.kind.recomputes or s.training.gradient_checkpointing != "Always",
+            ("method.type", "training.gradientCheckpointing"),
         ),
         Rule(
             f"!(self.method.type in {json.dumps(_QUANTIZING)}) || self.compute.gpusPerNode > 0",

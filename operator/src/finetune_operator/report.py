@@ -165,7 +165,7 @@ def prepared_status(summary: PreparedSummary) -> Prepared:
     )
 
 
-_NOT_SHOWN: Final = ("supervisedTokens", "dropped", "totalSteps")
+_NOT_SHOWN: Final = ("supervisedTokens", "dropped", "totalSteps", "memory")
 
 
 def output_status(published: PublishSummary) -> OutputStatus:

@@ -125,8 +125,8 @@ def recognise(error: BaseException) -> TrainerError:
         return OutOfMemory(
             "DeviceOutOfMemory",
             f"the GPU's memory does not suffice: {text.splitlines()[0]}. Lower"
-            " training.microBatchTokens or maxLength, set training.gradientCheckpointing, or use"
-            " more GPUs",
+            " training.microBatchTokens or maxLength, set training.gradientCheckpointing: Always,"
+            " or use more GPUs",
         )
     lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "timed out",
             "Connection refused", "recvValue failed", "Timed out waiting")  # fmt: skip

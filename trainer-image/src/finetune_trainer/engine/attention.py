@@ -37,9 +37,7 @@ def attend(
     Returns:
         The attended values, shape [1, tokens, heads, width].
     """
-    if torch.is_autocast_enabled(query.device.type):  # as sdpa does: norms of queries give float32
-        half = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(half), key.to(half), value.to(half)
+    query, key, value = as_computed(query, key, value)
     if row.wanted is not None:
         key, value = row.wanted.gather(key), row.wanted.gather(value)
     if has_kernel(query, value):
@@ -47,6 +45,15 @@ def attend(
     by = _by_group if row.wanted is None else _by_span
     attended: Tensor = by(row, query, key, value, scale, window)
     return attended
+
+
+def as_computed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In the numbers that autocast has attention computed in, as sdpa does: norms of queries give
+    float32."""
+    if not torch.is_autocast_enabled(query.device.type):
+        return query, key, value
+    half = torch.get_autocast_dtype(query.device.type)
+    return query.to(half), key.to(half), value.to(half)
 
 
 def has_kernel(query: Tensor, value: Tensor) -> bool:

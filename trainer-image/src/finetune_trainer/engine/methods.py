@@ -62,11 +62,15 @@ def apply_method(model: PreTrainedModel, spec: FineTuneJobSpec) -> Tuned:
     for parameter in tuned.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if spec.training.gradient_checkpointing:
-        tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if isinstance(tuned, PeftModel):
-            tuned.enable_input_require_grads()
     return tuned
+
+
+def checkpoint_activations(tuned: Tuned) -> None:
+    """Have the decoder blocks of a model under tuning keep their inputs alone, and compute the rest
+    again on the way back."""
+    tuned.activation_checkpointing_enable({"use_reentrant": False})
+    if isinstance(tuned, PeftModel):
+        tuned.enable_input_require_grads()
 
 
 def _full(model: PreTrainedModel, method: Method, new: New) -> Tuned:

@@ -91,10 +91,7 @@ def load_base(
     torch.manual_seed(purpose.seed)
     try:
         config = configuration(path, purpose)
-        own = {k: v for k, v in vars(config).items() if _is_dropout(k) and isinstance(v, float)}
-        # training.dropout decides (see ``dropout``); what a model drops by itself follows no key.
-        for name in own:
-            setattr(config, name, 0.0)
+        own = _silence(config)
         bits: dict[str, Any] = {}
         if quantize_on is not None:
             bits = {"quantization_config": four_bits(dtype), "device_map": {"": quantize_on}}
@@ -114,19 +111,25 @@ def load_base(
     return model  # type: ignore[no-any-return]
 
 
-def empty_base(path: Path, purpose: Purpose = TEXT) -> PreTrainedModel:
-    """The model of a folder without its weights: all parameters are on the meta device. Only its
-    configuration is read.
+def empty_base(
+    path: Path, purpose: Purpose = TEXT, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The model of a folder without its weights: all parameters are on the meta device, in
+    ``dtype`` or that of the folder. Only its configuration is read.
 
     Raises:
         UserError: as ``load_base``.
     """
     try:
         config = configuration(path, purpose)
+        _silence(config)
         with torch.device("meta"):
-            model: PreTrainedModel = TASKS[purpose.task].auto.from_config(config)
+            model: PreTrainedModel = TASKS[purpose.task].auto.from_config(
+                config, dtype=dtype or config.dtype
+            )
     except (ValueError, KeyError) as error:
         raise _unsupported(error, purpose) from error
+    model.config.use_cache = False
     return model
 
 
@@ -144,6 +147,15 @@ def _unsupported(error: Exception, purpose: Purpose) -> UserError:
         "UnsupportedModel",
         f"spec.model: the model cannot be loaded as {TASKS[purpose.task].called}: {error}",
     )
+
+
+def _silence(config: Any) -> dict[str, float]:
+    """Have a model drop nothing by itself, which would follow no key: ``training.dropout`` decides
+    (see ``dropout``). Returns its own probabilities."""
+    own = {k: v for k, v in vars(config).items() if _is_dropout(k) and isinstance(v, float)}
+    for name in own:
+        setattr(config, name, 0.0)
+    return own
 
 
 def _is_dropout(name: str) -> bool:

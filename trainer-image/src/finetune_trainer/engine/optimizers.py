@@ -32,18 +32,28 @@ def make_optimizers(model: nn.Module, spec: FineTuneJobSpec) -> Optimizers:
     Raises:
         UserError: 'NoMatrices' where there is nothing that the optimizer is for.
     """
+    check_optimizer(model, spec)
     name = spec.training.optimizer
     own, rest = split(model, name)
-    if OPTIMIZERS[name].matrices and not own:
+    groups = optimizer_groups(model, spec)
+    pairs: tuple[tuple[OptimizerName, dict[nn.Parameter, None]], ...]
+    pairs = ((name, own), ("AdamW", rest))
+    return [_MAKE[of](_of(groups, chosen)) for of, chosen in pairs if chosen]
+
+
+def check_optimizer(model: nn.Module, spec: FineTuneJobSpec) -> None:
+    """Make sure that a model under tuning, which may be empty, has what the optimizer is for.
+
+    Raises:
+        UserError: 'NoMatrices'.
+    """
+    name = spec.training.optimizer
+    if OPTIMIZERS[name].matrices and not split(model, name)[0]:
         raise UserError(
             "NoMatrices",
             f"spec.training.optimizer: {name} is for matrices of hidden layers, and"
             " spec.method.partial chooses none; set training.optimizer: AdamW",
         )
-    groups = optimizer_groups(model, spec)
-    pairs: tuple[tuple[OptimizerName, dict[nn.Parameter, None]], ...]
-    pairs = ((name, own), ("AdamW", rest))
-    return [_MAKE[of](_of(groups, chosen)) for of, chosen in pairs if chosen]
 
 
 def split(

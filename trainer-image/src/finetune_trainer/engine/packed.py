@@ -8,6 +8,7 @@ generation needs no switch.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -58,8 +59,13 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
 
 def install() -> None:
     """Register the attention with transformers, under the name ``ATTENTION``."""
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _document_attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, _mask)
+    register(ATTENTION, _document_attention)
+
+
+def register(name: str, attention: Callable[..., tuple[Tensor, None]]) -> None:
+    """Register an attention with transformers that needs no mask of a row."""
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, _mask)
 
 
 # Layers that carry state along the row (recurrent, convolutional) would leak from document to

@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, Literal
 
 import torch
 import torch.distributed as dist
@@ -23,39 +22,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from finetune_api.optimizers import OptimizerName
 from finetune_trainer.engine.gang import Gang
-from finetune_trainer.engine.optimizers import state_bytes
+from finetune_trainer.engine.memory import Sharding, shards_of
 from finetune_trainer.engine.parameters import decoder_blocks
 from finetune_trainer.engine.precision import Precision
-
-Sharding = Literal["NoShard", "HybridShard", "FullShard"]
-
-_ROOM: Final = 0.7
-"""Share of a process's memory that weights, gradients and moments may take; the rest is for
-activations."""
-
-
-def choose(state: int, capacity: int, nodes: int, per_node: int) -> Sharding:
-    """The least sharding in which the training state of a model fits.
-
-    Args:
-        state: bytes of weights, gradients, optimizer state and what anchors keep.
-        capacity: bytes of memory of one process.
-    """
-    if nodes * per_node == 1 or state <= _ROOM * capacity:
-        return "NoShard"
-    if nodes > 1 and state <= _ROOM * capacity * per_node:
-        return "HybridShard"
-    return "FullShard"
-
-
-def training_state(model: nn.Module, optimizer: OptimizerName) -> int:
-    """Bytes that a model under tuning takes with 32-bit gradients and the optimizer's state."""
-    weights = sum(
-        p.numel() * (p.element_size() + (4 if p.requires_grad else 0)) for p in model.parameters()
-    )
-    return weights + round(state_bytes(model, optimizer))
 
 
 def capacity(device: torch.device, processes: int) -> int:
@@ -85,7 +55,7 @@ def distribute(loss: nn.Module, gang: Gang, sharding: Sharding, precision: Preci
         return DistributedDataParallel(
             loss.to(gang.device), gradient_as_bucket_view=True, broadcast_buffers=False
         )
-    shards = {"NoShard": 1, "HybridShard": gang.per_node, "FullShard": gang.size}[sharding]
+    shards = shards_of(sharding, gang.nodes, gang.per_node)
     dims = {"replicate": gang.size // shards, "shard": shards}
     if shards == gang.size:
         del dims["replicate"]
@@ -105,11 +75,19 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def synchronise(module: nn.Module, now: bool) -> None:
-    """Whether the next backward pass exchanges gradients (the last of a step does)."""
+    """Whether the next backward pass exchanges gradients (the last of a step does). In shards they
+    are added up over the shards after each: whole ones, kept over the rows of a step, would take
+    the memory that sharding saves."""
     if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(now)
+        module.set_requires_gradient_sync(now or _in_shards(module))
+        module.set_requires_all_reduce(now)
     elif isinstance(module, DistributedDataParallel):
         module.require_backward_grad_sync = now
+
+
+def _in_shards(module: nn.Module) -> bool:
+    found = next(module.parameters())
+    return isinstance(found, DTensor) and found.device_mesh.size(found.device_mesh.ndim - 1) > 1
 
 
 @contextmanager

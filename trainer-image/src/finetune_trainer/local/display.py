@@ -117,7 +117,10 @@ class Display:
 def prepared_text(summary: PreparedSummary) -> str:
     counts = f"{summary.train_samples:,}/{summary.validation_samples:,}/{summary.test_samples:,}"
     reused = ", prepared before" if summary.reused else ""
-    return f"{counts} train/validation/test samples{reused}"
+    memory = ""
+    if summary.memory is not None:
+        memory = f", training takes about {summary.memory.needed / (1 << 30):,.1f} GiB a process"
+    return f"{counts} train/validation/test samples{reused}{memory}"
 
 
 def reading_text(records: int) -> str:

@@ -1,7 +1,7 @@
 """The prepare stage, from top to bottom: everything that can be wrong is found here, without a GPU.
 
-access → tokenizer → sources → digest → (reused, or: parts → shards → report → manifest)
-       → prepared.json
+access → tokenizer → method on the empty model → sources → digest
+       → (reused, or: parts → shards → report → manifest) → memory → prepared.json
 
 Each of ``prepare.workers`` processes runs all of it; ``workers`` shares the parts out.
 """
@@ -15,11 +15,14 @@ from transformers import AutoConfig, AutoTokenizer
 
 from finetune_api.identity import data_uri
 from finetune_api.order import RunOrder
-from finetune_api.results import PreparedSummary
+from finetune_api.results import MemoryEstimate, PreparedSummary
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.adaptersum import check_sum
 from finetune_trainer.engine.base import fetch_base
+from finetune_trainer.engine.fitting import fit, measuring, told, tried
+from finetune_trainer.engine.memory import Facts, Samples, table
 from finetune_trainer.engine.quantized import check_package
+from finetune_trainer.engine.rehearsal import rehearse
 from finetune_trainer.engine.schedule import replay_of, stages_of, steps_of
 from finetune_trainer.engine.tasks import TASKS
 from finetune_trainer.evaluate.metricnames import check_metrics
@@ -31,6 +34,7 @@ from finetune_trainer.prepare.tasks import RENDERINGS
 from finetune_trainer.prepare.tokens import Model
 from finetune_trainer.prepare.workers import Place, write_data
 from finetune_trainer.prepared.manifest import DataManifest, is_complete, read_manifest
+from finetune_trainer.prepared.shards import PreparedData
 from finetune_trainer.prepared.split import SIDES
 from finetune_trainer.storage import modelfiles, runfiles
 from finetune_trainer.storage.objects import ObjectStore, Stores, check_conditions, file_info
@@ -76,6 +80,7 @@ def prepare(
     base = fetch_base(order, stores, scratch, weights=False)
     check_sum(order, base)
     model = load_model(order, base.folder)
+    facts = rehearse(base.folder, spec, model.max_length)
     sources = find_sources(spec, stores)
     files = modelfiles.tokenizer_files(base.folder)
     tokenizer = {file.name: file_info(file).sha256 for file in files}
@@ -107,7 +112,9 @@ def prepare(
     check_metrics(
         spec, {side: [s.format for s in manifest.sets if s.split == side] for side in SIDES}
     )
-    summary = summarise(spec, manifest, uri, reused)
+    data = PreparedData(stores.default, uri, scratch / "data", manifest)
+    memory = estimate_memory(spec, base.folder, facts, data)
+    summary = summarise(spec, manifest, uri, reused).model_copy(update={"memory": memory})
     runfiles.write_prepared(stores.default, order.run_uri, summary)
     return summary
 
@@ -201,6 +208,22 @@ def find_sources(spec: FineTuneJobSpec, stores: Stores) -> list[Source]:
             objects = resolve(source.source, stores.of(source.storage))
             found.append(Source(side, name, source, objects))
     return found
+
+
+def estimate_memory(
+    spec: FineTuneJobSpec, folder: Path, facts: Facts, data: PreparedData
+) -> MemoryEstimate:
+    """Print what the training will take of the memory of a process.
+
+    Raises:
+        UserError: 'DoesNotFit' where the manifest says that there is less.
+    """
+    longest, index = data.manifest.max_length, data.index("train")
+    samples = Samples(index.length, index.supervised, longest)
+    room = spec.compute.process_memory
+    found = fit(spec, facts, samples, room, measuring(folder, longest))
+    log.info("%s", table(found, tried(facts, spec, samples, found)))
+    return told(found)
 
 
 def summarise(

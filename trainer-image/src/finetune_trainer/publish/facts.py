@@ -198,6 +198,14 @@ def anchors(anchor: Anchor) -> list[tuple[str, str]]:
     return [("Anchor to the untuned model", ", ".join(told))] if told else []
 
 
+def _memory(prepared: PreparedSummary) -> list[tuple[str, str]]:
+    found = prepared.memory
+    if found is None:
+        return []
+    again = ", gradient checkpointing" if found.gradient_checkpointing else ""
+    return [("Memory", f"{megabytes(found.needed)} a process ({found.sharding}{again}), estimated")]
+
+
 def settings(about: About) -> list[tuple[str, str]]:
     """How the model was trained, as names and values for people."""
     spec, result = about.spec, about.result
@@ -224,6 +232,7 @@ def settings(about: About) -> list[tuple[str, str]]:
         ("Precision", spec.training.precision),
         ("Seed", str(spec.training.seed)),
         ("Processes", f"{result.processes} on {result.device}"),
+        *_memory(about.prepared),
         ("Training time", f"{result.summary.training_seconds:.0f} s"),
         ("Restarts", str(result.summary.restarts)),
         ("Skipped steps", str(result.summary.skipped_steps)),

@@ -18,22 +18,19 @@ from finetune_api.order import RunOrder
 from finetune_api.results import Ancestor, PreparedSummary
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.tasks import Metric
-from finetune_trainer.engine.anchors import (
-    OutputAnchor,
-    WeightAnchor,
-    anchor_bytes,
-    wants_copy,
-)
+from finetune_trainer.engine.anchors import OutputAnchor, WeightAnchor, wants_copy
 from finetune_trainer.engine.base import fetch_base
 from finetune_trainer.engine.compilation import check_compiler, compile_blocks
 from finetune_trainer.engine.context import ALONE, ContextGroup
 from finetune_trainer.engine.feed import RowBuilder, StaticShape
+from finetune_trainer.engine.fitting import fit, measuring, tried
 from finetune_trainer.engine.flops import Work, peak, work_of
 from finetune_trainer.engine.gang import Gang
 from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.kernels import use_liger
 from finetune_trainer.engine.loss import TokenLoss
-from finetune_trainer.engine.methods import apply_method
+from finetune_trainer.engine.memory import Samples, Sharding, Verdict, row_tokens_of, table
+from finetune_trainer.engine.methods import apply_method, checkpoint_activations
 from finetune_trainer.engine.model import load_base, load_tokenizer, purpose_of
 from finetune_trainer.engine.optimizers import Optimizers, make_optimizers
 from finetune_trainer.engine.parameters import Parameters, parameter_counts
@@ -41,21 +38,18 @@ from finetune_trainer.engine.pissa import initialise, is_kept
 from finetune_trainer.engine.plan import Plan
 from finetune_trainer.engine.precision import Precision, check_fp8, precision_of, use_fp8
 from finetune_trainer.engine.quantized import check_device
+from finetune_trainer.engine.rehearsal import frozen_dtype, packing_of, rehearse
 from finetune_trainer.engine.schedule import replay_of, stages_of, steps_of, visits_of
 from finetune_trainer.engine.sharding import (
-    Sharding,
     broadcast_parameters,
     capacity,
-    choose,
     distribute,
-    training_state,
 )
 from finetune_trainer.engine.tasks import TASKS, RowLoss
 from finetune_trainer.evaluate.classify import EVALUATORS
 from finetune_trainer.evaluate.measure import Evaluator
 from finetune_trainer.evaluate.metricnames import metrics_for
 from finetune_trainer.evaluate.scores import GENERATED
-from finetune_trainer.failures import UserError
 from finetune_trainer.prepared.shards import PreparedData
 from finetune_trainer.prepared.split import Side
 from finetune_trainer.storage import runfiles
@@ -96,6 +90,8 @@ class Session:
     """Parameters that the optimizer changes."""
     sources: list[str]
     """Names of the training sets that have samples, in the order of the plan's sources."""
+    memory: Verdict
+    """What a process was to take, by the estimate."""
     lineage: Sequence[Ancestor]
     """What the model is made from."""
     replay: list[bool]
@@ -145,21 +141,18 @@ def open_session(
     tokenizer = load_tokenizer(path)
     precision = precision_of(spec.training, gang.device.type == "cuda")
     kind = spec.method.kind
-    frozen = torch.bfloat16 if precision.halved and kind.freezes else torch.float32
+    memory = fitted(spec, path, data, gang)
+    frozen = frozen_dtype(spec, precision)
     purpose = purpose_of(spec, data.manifest.classes)
     base = load_base(path, frozen, kind.packs, gang.device if kind.quantizes else None, purpose)
     task = TASKS[spec.task]
-    packing = task.packing(base, kind.packs)
+    packing = packing_of(base, spec)
     if precision.halved and not spec.training.compile:
         use_liger(base, gang.device)
     context = gang.sharing_rows(spec.compute.context_parallel)
-    if context.size > 1 and packing != "Concatenated":
-        raise UserError(
-            "UnsuitableModel",
-            f"spec.compute.contextParallel: {context.size}, but the rows of a"
-            f" {type(base).__name__} cannot be shared; set it to 1",
-        )
     model = apply_method(base, spec)
+    if memory.placement.checkpointing:
+        checkpoint_activations(model)
     initialise_alike(model, spec, gang)
     parameters, work = parameter_counts(model), work_of(model, base)
     loss = task.loss(model, spec.training)
@@ -170,14 +163,12 @@ def open_session(
     if spec.training.compile:
         check_compiler(gang.device)
         compile_blocks(model)
-    sharding = sharding_of(spec, model, gang, precision)
+    sharding = memory.placement.sharding
     module = distribute(loss, gang, sharding, precision)
     optimizers = make_optimizers(model, spec)
     index = data.index("train")
     longest = int(index.length.max())
-    row_tokens = max(
-        spec.training.micro_batch_tokens or max(data.manifest.max_length, 2048), longest
-    )
+    row_tokens = row_tokens_of(spec, data.manifest.max_length, longest)
     sets = {number: data.manifest.sets[number] for number, _ in data.set_names("train")}
     tokens = {entry.name: entry.tokens for entry in sets.values()}
     plan = Plan(
@@ -222,6 +213,7 @@ def open_session(
         parameters=parameters,
         trained=trained,
         sources=list(tokens),
+        memory=memory,
         lineage=files.base.lineage,
         replay=replay_of(spec, list(tokens)),
         output_anchor=output_anchor(spec, path, loss, gang, sharding, precision),
@@ -265,18 +257,27 @@ def weight_anchor(spec: FineTuneJobSpec, optimizers: Optimizers) -> WeightAnchor
     return WeightAnchor(optimizers, coefficient) if coefficient else None
 
 
-def sharding_of(
-    spec: FineTuneJobSpec, model: nn.Module, gang: Gang, precision: Precision
-) -> Sharding:
-    """How the model will lie on the gang, alike on all ranks."""
-    if spec.compute.sharding != "Auto":
-        return spec.compute.sharding
-    if not (spec.method.kind.shards and spec.training.optimizer_kind.shards):
-        return "NoShard"
+def fitted(spec: FineTuneJobSpec, path: Path, data: PreparedData, gang: Gang) -> Verdict:
+    """How the model will lie on the gang, alike on all ranks, by the memory that there is.
+
+    Raises:
+        UserError: 'DoesNotFit', and where the spec does not suit the model, before it is loaded.
+    """
     room = min(gang.together(lambda: capacity(gang.device, gang.per_node)))
-    state = training_state(model, spec.training.optimizer)
-    state += anchor_bytes(model, spec, precision.halved)
-    return choose(state, room, gang.nodes, gang.per_node)
+    there = {"nodes": gang.nodes, "processes_per_node": gang.per_node}
+    there["gpus_per_node"] = gang.per_node if gang.device.type == "cuda" else 0
+    spec = spec.model_copy(update={"compute": spec.compute.model_copy(update=there)})
+
+    def decide() -> Verdict:
+        longest = data.manifest.max_length
+        facts = rehearse(path, spec, longest)
+        index = data.index("train")
+        samples = Samples(index.length, index.supervised, longest)
+        found = fit(spec, facts, samples, room, measuring(path, longest))
+        print(table(found, tried(facts, spec, samples, found)), flush=True)
+        return found
+
+    return gang.from_first(decide)
 
 
 def _evaluation_row(row_tokens: int, data: PreparedData) -> int:

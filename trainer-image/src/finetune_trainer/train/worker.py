@@ -10,17 +10,19 @@ import os
 import sys
 import traceback
 
+import torch
 import transformers
 
 from finetune_api.names import ENV_METRICS_PORT, METRICS_PORT
 from finetune_trainer.engine.gang import Gang, join
-from finetune_trainer.failures import TrainerError, exit_code, verdict
+from finetune_trainer.engine.memory import gibibytes
+from finetune_trainer.failures import OutOfMemory, TrainerError, exit_code, recognise, verdict
 from finetune_trainer.stage import load_order, scratch_folder
 from finetune_trainer.storage.objects import Stores
 from finetune_trainer.supervise import workerfiles
 from finetune_trainer.train.checkpoint import Checkpoints
 from finetune_trainer.train.loop import train
-from finetune_trainer.train.session import open_session
+from finetune_trainer.train.session import Session, open_session
 from finetune_trainer.train.telemetry import Telemetry
 
 
@@ -50,10 +52,22 @@ def work(gang: Gang) -> None:
         telemetry.serve(int(os.environ.get(ENV_METRICS_PORT, METRICS_PORT)))
         telemetry.say(lost_seconds=checkpoints.head.lost_seconds)
     session = open_session(order, stores, gang, checkpoints, telemetry, scratch)
-    summary = train(session, workerfiles.stop_requested)
+    try:
+        summary = train(session, workerfiles.stop_requested)
+    except torch.OutOfMemoryError as error:
+        raise beside_estimate(error, session) from error
     if gang.first:
         workerfiles.leave_result(summary)
     gang.close()
+
+
+def beside_estimate(error: torch.OutOfMemoryError, session: Session) -> TrainerError:
+    """The verdict on memory that did not suffice, with what was expected."""
+    known, memory = recognise(error), session.memory
+    expected = f"{gibibytes(memory.needed)} of {gibibytes(memory.room or 0)}"
+    return OutOfMemory(
+        known.reason, f"{known.message}. Estimated were {expected} ({memory.placement})"
+    )
 
 
 if __name__ == "__main__":

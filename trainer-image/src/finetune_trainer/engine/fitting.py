@@ -1,0 +1,246 @@
+"""Whether a training fits the memory of its processes, and what would where it does not.
+
+Used alike by prepare, which knows the memory from the manifest, and by the gang, which knows its
+devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+from finetune_api.base import InvalidSpec
+from finetune_api.optimizers import OPTIMIZERS
+from finetune_api.results import MemoryEstimate
+from finetune_api.spec import FineTuneJobSpec, parse_spec
+from finetune_trainer.engine.memory import (
+    Facts,
+    Samples,
+    Verdict,
+    decide,
+    gibibytes,
+    may_shard,
+    placements,
+    row_tokens_of,
+    verdict,
+)
+from finetune_trainer.engine.quantized import check_package
+from finetune_trainer.engine.rehearsal import rehearse
+from finetune_trainer.failures import UserError
+
+Change = dict[str, Any]
+"""Values at dotted paths of a spec."""
+
+Measure = Callable[[FineTuneJobSpec], Facts]
+
+_SUGGESTED: Final = 3
+"""Alternatives that a refusal names."""
+_MOST_TIMES: Final = 64
+"""Times the nodes that are tried."""
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A changed spec that fits."""
+
+    change: Change
+    spec: FineTuneJobSpec
+    found: Verdict
+
+    def __str__(self) -> str:
+        shown = [
+            f"{path}.type: {value['type']}" if isinstance(value, dict) else f"{path}: {value}"
+            for path, value in self.change.items()
+        ]
+        return f"{' with '.join(shown)} ({gibibytes(self.found.needed)})"
+
+
+def fit(
+    spec: FineTuneJobSpec, facts: Facts, samples: Samples, room: int | None, measure: Measure
+) -> Verdict:
+    """How the model will lie on the gang.
+
+    Args:
+        spec: with the gang as it is.
+        facts: of the spec.
+        room: bytes of memory of a process; None: not known.
+        measure: facts of another spec.
+
+    Raises:
+        UserError: 'DoesNotFit', naming what would.
+    """
+    found = decide(facts, spec, samples.largest_row(spec, facts.packing), room)
+    if found.fits or room is None:
+        return found
+    largest = sorted(found.parts.items(), key=lambda item: -item[1])[:3]
+    parts = ", ".join(f"{part} {gibibytes(count)}" for part, count in largest)
+    fitting = alternatives(spec, facts, samples, room, measure)
+    remedy = (
+        f"What fits: {'; or '.join(map(str, fitting))}"
+        if fitting
+        else "Nothing that was tried fits (more GPUs, shorter rows, other methods): take a smaller"
+        " model"
+    )
+    where = "its GPU" if spec.compute.gpus_per_node else "its share of the node's or the pod's"
+    raise UserError(
+        "DoesNotFit",
+        f"the training takes {gibibytes(found.needed)} of memory in each process"
+        f" ({found.placement}: {parts}), and it has {gibibytes(room)} ({where}). {remedy}",
+    )
+
+
+def alternatives(
+    spec: FineTuneJobSpec, facts: Facts, samples: Samples, room: int, measure: Measure
+) -> list[Alternative]:
+    """Up to three changes of a spec with which it fits, of which none needs another; where no
+    single one does, several together.
+
+    Each kind of change is a ladder from the least to the most of it; its first rung that fits is
+    taken.
+    """
+    known: dict[str, Facts | None] = {_key(spec): facts}
+
+    def facts_of(other: FineTuneJobSpec) -> Facts | None:
+        key = _key(other)
+        if key not in known:
+            try:
+                check_package(other)
+                known[key] = measure(other)
+            except UserError:
+                known[key] = None
+        return known[key]
+
+    def tried(change: Change) -> Alternative | None:
+        other = _changed(spec, change)
+        others = facts_of(other) if other is not None else None
+        if other is None or others is None:
+            return None
+        found = decide(others, other, samples.largest_row(other, others.packing), room)
+        return Alternative(change, other, found) if found.fits else None
+
+    for base in _bases(spec, samples):
+        if base and (one := tried(base)):
+            return [one]
+        found = (
+            next((one for rung in ladder if (one := tried(base | rung))), None)
+            for ladder in _ladders(spec, samples)
+        )
+        if fitting := list(islice(filter(None, found), _SUGGESTED)):
+            return fitting
+    return []
+
+
+def _bases(spec: FineTuneJobSpec, samples: Samples) -> Iterator[Change]:
+    """What to begin with: nothing; else what costs time alone; else other methods besides."""
+    yield {}
+    saving = {path: value for ladder in _cheap(spec, samples) for path, value in ladder[-1].items()}
+    yield saving
+    for method in _methods(spec):
+        yield saving | method
+
+
+def _ladders(spec: FineTuneJobSpec, samples: Samples) -> list[list[Change]]:
+    compute = spec.compute
+    processes = compute.effective_processes_per_node
+    sharing = [n for n in range(2 * compute.context_parallel, processes + 1) if processes % n == 0]
+    ladders = [*_cheap(spec, samples)]
+    ladders.append([{"compute.contextParallel": n} for n in sharing])
+    if 0 < compute.gpus_per_node < 8 and compute.processes_per_node is None:
+        ladders.append([{"compute.gpusPerNode": n} for n in (2, 4, 8) if n > compute.gpus_per_node])
+    ladders += [[method] for method in _methods(spec)]
+    ladders.append(_optimizers(spec))
+    times = [2**i for i in range(1, _MOST_TIMES.bit_length())]
+    ladders.append([{"compute.nodes": compute.nodes * n} for n in times])
+    return [ladder for ladder in ladders if ladder]
+
+
+def _cheap(spec: FineTuneJobSpec, samples: Samples) -> list[list[Change]]:
+    """What changes neither the result nor the hardware."""
+    ladders: list[list[Change]] = []
+    if spec.training.gradient_checkpointing == "Never":
+        ladders.append([{"training.gradientCheckpointing": "Auto"}])
+    if spec.compute.sharding != "Auto":
+        ladders.append([{"compute.sharding": "Auto"}])
+    rows = []
+    tokens = row_tokens_of(spec, samples.max_length, samples.longest)
+    while tokens > samples.longest:
+        tokens = max(tokens // 2, samples.longest, 8)
+        rows.append({"training.microBatchTokens": tokens})
+        if tokens == 8:
+            break
+    return [*ladders, *([rows] if rows else [])]
+
+
+def _methods(spec: FineTuneJobSpec) -> list[Change]:
+    """Methods that train fewer weights, or hold them in fewer bits."""
+    found: list[Change] = []
+    if not spec.method.kind.adapts:
+        found.append({"method": {"type": "LoRA"}})
+    if not spec.method.kind.quantizes and spec.compute.gpus_per_node > 0:
+        lora = spec.method.lora.to_json() if spec.method.lora else None
+        found.append({"method": {"type": "QLoRA", **({"lora": lora} if lora else {})}})
+    return found
+
+
+def _optimizers(spec: FineTuneJobSpec) -> list[Change]:
+    """Optimizers with less state, the next smaller one first."""
+    own = spec.training.optimizer_kind.state_bytes
+    smaller = [(kind.state_bytes, name) for name, kind in OPTIMIZERS.items()]
+    return [
+        {"training.optimizer": name} for size, name in sorted(smaller, reverse=True) if size < own
+    ]
+
+
+def _changed(spec: FineTuneJobSpec, change: Change) -> FineTuneJobSpec | None:
+    """A spec with values set at dotted paths; None where the contract does not allow it."""
+    raw = spec.to_json()
+    for path, value in change.items():
+        *parents, last = path.split(".")
+        block = raw
+        for parent in parents:
+            block = block[parent]
+        block[last] = value
+    try:
+        return parse_spec(raw)
+    except InvalidSpec:
+        return None
+
+
+def _key(spec: FineTuneJobSpec) -> str:
+    """What the facts of a model depend on, of a spec."""
+    training = spec.training
+    parts = (
+        spec.task, spec.method, training.precision, training.gradient_checkpointing,
+        training.optimizer, training.anchor,
+    )  # fmt: skip
+    shared = spec.compute.context_parallel > 1
+    return repr((*parts, shared, may_shard(spec), spec.compute.gpus_per_node > 0))
+
+
+def measuring(path: Path, max_length: int) -> Measure:
+    """Facts of any spec on the model of a folder."""
+    return lambda spec: rehearse(path, spec, max_length)
+
+
+def tried(facts: Facts, spec: FineTuneJobSpec, samples: Samples, found: Verdict) -> list[Verdict]:
+    """The other placements that a spec allows, with what a process takes in them."""
+    row = samples.largest_row(spec, facts.packing)
+    return [
+        verdict(facts, spec, row, placement, found.room)
+        for placement in placements(facts, spec)
+        if placement != found.placement
+    ]
+
+
+def told(found: Verdict) -> MemoryEstimate:
+    """A verdict as the summary of prepare has it."""
+    return MemoryEstimate(
+        needed=found.needed,
+        available=found.room,
+        sharding=found.placement.sharding,
+        gradient_checkpointing=found.placement.checkpointing,
+        parts={str(part): count for part, count in found.parts.items()},
+    )

@@ -1,0 +1,348 @@
+"""How much memory a training process takes, and how a model is laid out so that it fits.
+
+    rehearsal ──► Facts ─┐
+    index ──► RowSize ───┼─► estimate ──► parts in bytes ──► decide ──► Placement
+    spec ────────────────┘
+
+Facts are measured on the real implementation without its weights (``rehearsal``); the rest is
+arithmetic. Not counted are measurements on held-out data, which keep nothing for a backward pass,
+what Liger's kernels and torch.compile save, and the model's way through the memory of the CPU to
+that of a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.engine.plan import Packing
+
+Sharding = Literal["NoShard", "HybridShard", "FullShard"]
+
+Part = Literal[
+    "parameters", "gradients", "optimizer", "anchors", "copies", "activations", "logits", "working",
+    "commit", "reserve",
+]  # fmt: skip
+
+PARTS: Final[dict[Part, str]] = {
+    "parameters": "weights, trained ones in 32 bits",
+    "gradients": "of trained weights, in 32 bits",
+    "optimizer": "its state",
+    "anchors": "untuned weights that the model is held to",
+    "copies": "weights in the precision of the matrix products, and what sharding gathers",
+    "activations": "what the forward pass of a row keeps for the backward pass",
+    "logits": "probabilities of the learned tokens and their gradients",
+    "working": "what a decoder block takes on the way back, beyond the room of the logits",
+    "commit": "copy of what is trained, while it is saved",
+    "reserve": "runtime and libraries, communication buffers, fragmentation",
+}
+
+_LOGIT_BYTES: Final = 12
+"""A number of the logits at the peak, which is in the backward pass: its logarithm of the
+probability, the gradient of that, and that of the logit, each in 32 bits. The model's own logits
+are gone by then."""
+
+_ANCHORED_BYTES: Final = 20
+"""What an anchor to the untuned outputs adds to each: the untuned logit, both logarithms of the
+probability, and the divergence with its gradient."""
+
+_GRADIENTS: Final = 0.5
+"""Gradients of its activations that a block holds at a time on the way back, over what it keeps:
+0.2 to 0.5 of Llama-like blocks, counted on a CPU (see ``tests/trainer/test_memory.py``)."""
+
+_RUNTIME: Final = {"gpu": 3 << 29, "cpu": 5 << 28}
+"""What a process takes before it trains: on a GPU its context, the libraries' workspaces and the
+buffers of the collectives (1.5 GiB); on a CPU Python and the libraries (0.9 GiB, as measured) and
+the threads' pools (together 1.25 GiB)."""
+
+_FRAGMENTATION: Final = 0.05
+"""Share of everything else that allocators lose between blocks."""
+
+_UNMEASURED: Final = 0.3
+"""Share of the memory that is left to activations where they could not be measured."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What the forward pass of a row keeps for the backward pass: bytes per token, but for
+    ``constant``."""
+
+    saved: float
+    """Everything."""
+    outside: float
+    """Of that, what no decoder block keeps."""
+    block: float
+    """Of that, what the largest block keeps."""
+    inputs: float
+    """Inputs of all blocks: what is kept of them where they are computed again."""
+    keys: float
+    """Keys and values of all blocks, which processes that share a row gather."""
+    constant: int
+    """Bytes at any number of tokens: copies of weights that autocast makes."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Sizes of a model under tuning."""
+
+    held: int
+    """Bytes of all weights, as a process holds them that holds all."""
+    numbers: int
+    trained: int
+    """Numbers that are trained."""
+    optimizer: int
+    """Bytes of the optimizer's state."""
+    anchors: int
+    """Bytes of what anchors keep."""
+    block: int
+    """Numbers of the largest decoder block."""
+    block_trained: int
+    blocks: int
+    """Numbers of all decoder blocks."""
+    blocks_trained: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a model under tuning without its weights and its data."""
+
+    weights: Weights
+    whole: Activations | None
+    """Where a process holds the model whole; None: not measured."""
+    gathered: Activations | None
+    """Where sharding gathers copies of the weights."""
+    layers: int
+    vocabulary: int
+    """Numbers of a token's logits; 0 without an output head."""
+    packing: Packing
+    """How samples share rows."""
+    recomputes: bool
+    """Whether blocks can compute their activations again."""
+    halved: bool
+    """Whether copies of weights are in bfloat16."""
+    copied: bool
+    """Whether weights are copied as wholes, in shards or not."""
+
+
+@dataclass(frozen=True)
+class RowSize:
+    """The largest row that a plan can make."""
+
+    tokens: int
+    supervised: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a model lies on the processes, and whether blocks compute their activations again."""
+
+    sharding: Sharding
+    checkpointing: bool
+
+    def __str__(self) -> str:
+        return f"{self.sharding}{', gradient checkpointing' if self.checkpointing else ''}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A placement with what a process takes in it."""
+
+    placement: Placement
+    parts: Mapping[Part, int]
+    room: int | None
+    """Bytes of memory of a process; None: not known."""
+    measured: bool
+    """Whether activations could be measured."""
+
+    @property
+    def needed(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.room is None or self.needed <= self.room
+
+
+def shards_of(sharding: Sharding, nodes: int, per_node: int) -> int:
+    """Processes that share one copy of the model."""
+    return {"NoShard": 1, "HybridShard": per_node, "FullShard": nodes * per_node}[sharding]
+
+
+def may_shard(spec: FineTuneJobSpec) -> bool:
+    """Whether a spec allows that processes hold parts of the model."""
+    several = spec.compute.nodes * spec.compute.effective_processes_per_node > 1
+    kinds = spec.method.kind.shards and spec.training.optimizer_kind.shards
+    return several and kinds and spec.compute.sharding != "NoShard"
+
+
+def placements(facts: Facts, spec: FineTuneJobSpec) -> list[Placement]:
+    """What a spec allows, the preferred first: computing again costs a third of the time at most,
+    what sharding costs depends on the network, most of all between nodes."""
+    compute = spec.compute
+    shardings: list[Sharding] = ["NoShard"]
+    if compute.sharding != "Auto":
+        shardings = [compute.sharding]
+    elif may_shard(spec):
+        inner = compute.nodes > 1 and compute.effective_processes_per_node > 1
+        shardings = ["NoShard", "HybridShard", "FullShard"] if inner else ["NoShard", "FullShard"]
+    wanted = spec.training.gradient_checkpointing if facts.recomputes else "Never"
+    again = {"Auto": (False, True), "Always": (True,), "Never": (False,)}[wanted]
+    return [Placement(sharding, on) for sharding in shardings for on in again]
+
+
+def estimate(
+    facts: Facts, spec: FineTuneJobSpec, row: RowSize, placement: Placement
+) -> dict[Part, int]:
+    """Bytes that a process takes at most while it trains."""
+    compute, weights = spec.compute, facts.weights
+    per_node = compute.effective_processes_per_node
+    shards = shards_of(placement.sharding, compute.nodes, per_node)
+    gathers = facts.copied or placement.sharding != "NoShard"
+    found = facts.gathered if gathers else facts.whole
+    parts: dict[Part, float] = {
+        "parameters": weights.held / shards,
+        "gradients": 4 * weights.trained / shards,
+        "optimizer": weights.optimizer / shards,
+        "anchors": weights.anchors / shards,
+        "copies": _gathered(facts) if gathers else found.constant if found else 0,
+    }
+    if found is not None:
+        parts |= _activations(facts, found, spec, row, placement)
+    if compute.gpus_per_node == 0:
+        parts["commit"] = (4 * weights.trained + weights.optimizer) / shards
+    total = sum(parts.values())
+    runtime = _RUNTIME["gpu" if compute.gpus_per_node else "cpu"]
+    share = _FRAGMENTATION if found is not None else _UNMEASURED / (1 - _UNMEASURED)
+    parts["reserve"] = runtime + share * total
+    return {part: round(parts[part]) for part in PARTS if parts.get(part)}
+
+
+def _activations(
+    facts: Facts, found: Activations, spec: FineTuneJobSpec, row: RowSize, placement: Placement
+) -> dict[Part, float]:
+    """Logits and what a block computes on the way back are there at different times."""
+    tokens = -(-row.tokens // spec.compute.context_parallel)
+    others = row.tokens - tokens
+    block = found.block * tokens + found.keys / max(1, facts.layers) * others
+    anchored = float(spec.training.anchor.kl_coefficient) > 0
+    number = _LOGIT_BYTES + (_ANCHORED_BYTES if anchored else 0)
+    logits = float(number * facts.vocabulary * min(row.supervised, tokens))
+    if placement.checkpointing:
+        kept, working = (found.inputs + found.outside) * tokens, (1 + _GRADIENTS) * block
+    else:
+        kept, working = found.saved * tokens + found.keys * others, _GRADIENTS * block
+    return {"activations": kept, "logits": logits, "working": max(0.0, working - logits)}
+
+
+def _gathered(facts: Facts) -> float:
+    """What FSDP holds beside the shards: outside of blocks everything, of blocks the one at work,
+    the next, and the buffer that it comes in; and of gradients, in 32 bits, what is being added up
+    over the processes: the last block's and the one before it, or what lies outside of blocks."""
+    weights, width = facts.weights, 2 if facts.halved else 4
+    outside = weights.numbers - weights.blocks
+    copies = width * (outside + 3 * weights.block)
+    outside_trained = weights.trained - weights.blocks_trained
+    reduced = max(2 * weights.block_trained, outside_trained)
+    return copies + 4 * reduced + width * max(weights.block_trained, outside_trained)
+
+
+def verdict(
+    facts: Facts, spec: FineTuneJobSpec, row: RowSize, placement: Placement, room: int | None
+) -> Verdict:
+    """What a process takes in a placement."""
+    measured = facts.gathered if facts.copied or placement.sharding != "NoShard" else facts.whole
+    parts = estimate(facts, spec, row, placement)
+    return Verdict(placement, parts, room, measured is not None)
+
+
+def decide(facts: Facts, spec: FineTuneJobSpec, row: RowSize, room: int | None) -> Verdict:
+    """The first placement that fits; where none does, the one that takes least."""
+    found = [verdict(facts, spec, row, placement, room) for placement in placements(facts, spec)]
+    return next((one for one in found if one.fits), min(found, key=lambda one: one.needed))
+
+
+def row_tokens_of(spec: FineTuneJobSpec, max_length: int, longest: int) -> int:
+    """Most tokens of a row: the spec's, but at least the longest sample."""
+    return max(spec.training.micro_batch_tokens or max(max_length, 2048), longest)
+
+
+Ints = npt.NDArray[np.integer]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What the size of rows depends on."""
+
+    lengths: Ints
+    """Tokens of each training sample."""
+    supervised: Ints
+    """Of them, those that are learned."""
+    max_length: int
+    """Most tokens that a sample may have."""
+
+    @property
+    def longest(self) -> int:
+        return int(self.lengths.max(initial=1))
+
+    def largest_row(self, spec: FineTuneJobSpec, packing: Packing) -> RowSize:
+        """Bounds of the sizes of any row: of as many samples as a step has, as long as they come,
+        and of those with the largest share of learned tokens."""
+        if packing == "Alone":
+            return RowSize(
+                self.longest + spec.method.virtual_tokens, int(self.supervised.max(initial=1))
+            )
+        room = row_tokens_of(spec, self.max_length, self.longest)
+        batch = min(spec.training.batch_size, len(self.lengths))
+        if packing == "Padded":
+            tokens = min(room, batch * self.longest)
+            return RowSize(tokens, min(tokens, batch))
+        tokens = room
+        if not spec.training.compile:
+            tokens = min(room, int(_largest(self.lengths, batch).sum()))
+        learned = int(_largest(self.supervised, batch).sum())
+        return RowSize(tokens, min(tokens, learned, self._densest(tokens)))
+
+    def _densest(self, room: int) -> int:
+        """Learned tokens of a row filled with the samples in which their share is largest, the last
+        of them in part."""
+        lengths = np.maximum(self.lengths.astype(np.int64), 1)
+        order = np.argsort(-(self.supervised / lengths), kind="stable")
+        filled = np.cumsum(lengths[order])
+        learned = np.cumsum(self.supervised[order].astype(np.int64))
+        whole = int(np.searchsorted(filled, room, side="right"))
+        if whole == len(order):
+            return int(learned[-1])
+        before = (int(filled[whole - 1]), int(learned[whole - 1])) if whole else (0, 0)
+        next_one = order[whole]
+        share = self.supervised[next_one] / lengths[next_one]
+        return before[1] + int(np.ceil((room - before[0]) * share))
+
+
+def _largest(values: Ints, count: int) -> Ints:
+    """The ``count`` largest of some values."""
+    return np.partition(values.astype(np.int64), len(values) - count)[len(values) - count :]
+
+
+def gibibytes(count: float) -> str:
+    """Bytes for people: ``12.3 GiB``, ``45 MiB``."""
+    if count >= 1 << 30:
+        return f"{count / (1 << 30):,.1f} GiB"
+    return f"{count / (1 << 20):,.0f} MiB"
+
+
+def table(found: Verdict, others: Sequence[Verdict] = ()) -> str:
+    """A verdict for people, a line a part; ``others``: placements that were tried, with their
+    sums."""
+    room = "not known before training" if found.room is None else gibibytes(found.room)
+    lines = [f"memory of a training process, estimated ({found.placement}):"]
+    lines += [f"  {gibibytes(n):>12}  {part:<12} {PARTS[part]}" for part, n in found.parts.items()]
+    lines += [f"  {gibibytes(found.needed):>12}  of {room}"]
+    if not found.measured:
+        lines.append("  activations could not be measured for this architecture: in the reserve")
+    lines += [f"  {gibibytes(other.needed):>12}  with {other.placement}" for other in others]
+    return "\n".join(lines)

@@ -1,0 +1,365 @@
+"""A model under tuning without its weights: made, tuned and run forward on tensors that hold
+nothing, as training will do it.
+
+So that a method does not suit a model is found before a GPU is held, and what a forward pass keeps
+for the backward pass is counted on the implementation itself, whatever the architecture. It takes
+seconds and next to no memory. Attention keeps what kernels for variable lengths keep: queries,
+keys, values and the result.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import PreTrainedModel
+
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.engine import packed
+from finetune_trainer.engine.anchors import anchor_bytes
+from finetune_trainer.engine.attention import as_computed
+from finetune_trainer.engine.context import ALONE
+from finetune_trainer.engine.layout import row_context
+from finetune_trainer.engine.memory import Activations, Facts, Weights, may_shard
+from finetune_trainer.engine.methods import apply_method
+from finetune_trainer.engine.model import empty_base, purpose_of
+from finetune_trainer.engine.optimizers import check_optimizer, state_bytes
+from finetune_trainer.engine.parameters import decoder_blocks
+from finetune_trainer.engine.plan import Packing
+from finetune_trainer.engine.precision import Precision, precision_of
+from finetune_trainer.engine.tasks import TASKS
+from finetune_trainer.failures import UserError
+from finetune_trainer.prepared.shards import TokenSample
+
+log = logging.getLogger(__name__)
+
+_FOUR_BITS: Final = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a weight in 4 bits, with its share of the constants (Dettmers et al. 2023)."""
+
+
+def rehearse(path: Path, spec: FineTuneJobSpec, max_length: int) -> Facts:
+    """What is known of the model of a folder under the spec's tuning.
+
+    Args:
+        path: of the folder; only its configuration is read.
+        max_length: most tokens of a sample.
+
+    Raises:
+        UserError: where the spec's method, losses or parallelism do not fit the model, naming what
+            would.
+    """
+    precision = precision_of(spec.training, spec.compute.gpus_per_node > 0)
+    model = _Model(path, spec, precision)
+    weights = model.weights()
+    whole = None if precision.copied else model.forward(max_length, precision.halved)
+    gathered = whole
+    if precision.copied or (precision.halved and may_shard(spec)):
+        # What FSDP gathers is in bfloat16 alike, and so is what it computes with.
+        model.halve()
+        gathered = model.forward(max_length, precision.autocast)
+    return Facts(
+        weights=weights,
+        whole=whole,
+        gathered=gathered,
+        layers=len(model.blocks),
+        vocabulary=model.vocabulary,
+        packing=model.packing,
+        recomputes=model.recomputes,
+        halved=precision.halved,
+        copied=precision.copied,
+    )
+
+
+def frozen_dtype(spec: FineTuneJobSpec, precision: Precision) -> torch.dtype:
+    """In which numbers a base is loaded: what is trained becomes 32-bit later."""
+    return torch.bfloat16 if precision.halved and spec.method.kind.freezes else torch.float32
+
+
+def packing_of(base: PreTrainedModel, spec: FineTuneJobSpec) -> Packing:
+    """How samples share rows.
+
+    Raises:
+        UserError: 'UnsuitableModel' where processes were to share rows of which they cannot.
+    """
+    packing = TASKS[spec.task].packing(base, spec.method.kind.packs)
+    if spec.compute.context_parallel > 1 and packing != "Concatenated":
+        raise UserError(
+            "UnsuitableModel",
+            f"spec.compute.contextParallel: {spec.compute.context_parallel}, but the rows of a"
+            f" {type(base).__name__} cannot be shared; set it to 1",
+        )
+    return packing
+
+
+def recomputes(base: PreTrainedModel, spec: FineTuneJobSpec) -> bool:
+    """Whether activations can be computed again.
+
+    Raises:
+        UserError: 'UnsuitableModel' where the spec asks for it and they cannot.
+    """
+    if base.supports_gradient_checkpointing:
+        return spec.method.kind.recomputes
+    if spec.training.gradient_checkpointing == "Always":
+        raise UserError(
+            "UnsuitableModel",
+            f"spec.training.gradientCheckpointing: Always, but a {type(base).__name__} cannot"
+            " compute its activations again; set it to Never",
+        )
+    return False
+
+
+class _Model:
+    """The model and its loss, of tensors that hold nothing."""
+
+    def __init__(self, path: Path, spec: FineTuneJobSpec, precision: Precision) -> None:
+        self._halved = precision.halved
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._spec = spec
+        packed.register(_ATTENTION, _rehearsed_attention)
+        task = TASKS[spec.task]
+        # How many classes there are is known with the data, and makes no difference.
+        classes = () if spec.kind.generates else ("0", "1")
+        base = empty_base(path, purpose_of(spec, classes), frozen_dtype(spec, precision))
+        self.packing = packing_of(base, spec)
+        self.recomputes = recomputes(base, spec)
+        if self.packing == "Concatenated":
+            base.set_attn_implementation(_ATTENTION)
+        self._tuned = apply_method(base, spec)
+        check_optimizer(self._tuned, spec)
+        self.loss = task.loss(self._tuned, spec.training).train()
+        self._build = task.row(ALONE, None)
+        _hold_nothing(self.loss, self._fake)
+        head = base.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self._head = None if head is None else head.weight
+        self.blocks = decoder_blocks(self._tuned)
+
+    @property
+    def vocabulary(self) -> int:
+        return 0 if self._head is None else int(self._head.shape[0])
+
+    def halve(self) -> None:
+        """Compute with weights in bfloat16."""
+        _hold_nothing(self.loss, self._fake, torch.bfloat16)
+
+    def weights(self) -> Weights:
+        """Sizes, before anything is copied."""
+        numbers = sum(p.numel() for p in self.loss.parameters())
+        held = sum(p.numel() * p.element_size() for p in self.loss.parameters())
+        held += sum(b.numel() * b.element_size() for b in self.loss.buffers())
+        if self._spec.method.kind.quantizes:
+            held -= round(self._quantized() * (2 - _FOUR_BITS))
+        sizes = [_numbers(block) for block in self.blocks]
+        largest = max(sizes, default=(0, 0))
+        trained = _numbers(self.loss)[1]
+        return Weights(
+            held=held,
+            numbers=numbers,
+            trained=trained,
+            optimizer=round(state_bytes(self._tuned, self._spec.training.optimizer)),
+            anchors=anchor_bytes(self._tuned, self._spec, self._halved),
+            block=largest[0],
+            block_trained=largest[1],
+            blocks=sum(size for size, _ in sizes),
+            blocks_trained=sum(size for _, size in sizes),
+        )
+
+    def _quantized(self) -> int:
+        """Numbers that are held in 4 bits: of the base's linear layers, but for the head."""
+        return sum(
+            module.weight.numel()
+            for name, module in self._tuned.named_modules()
+            if isinstance(module, nn.Linear)
+            and not module.weight.requires_grad
+            and module.weight is not self._head
+            and ".lora_" not in name
+        )
+
+    def forward(self, max_length: int, autocast: bool) -> Activations | None:
+        """What forward passes of two sizes keep: what differs grows with the tokens. None where the
+        architecture cannot be run so."""
+        sizes = max(max_length // 2, 1), max(max_length, 2)
+        try:
+            less, more = (self._run(tokens, autocast) for tokens in sizes)
+        except Exception as error:
+            log.warning(
+                "activations of a %s could not be measured: %s: %s",
+                type(self._tuned).__name__, type(error).__name__, error,
+            )  # fmt: skip
+            return None
+        step = sizes[1] - sizes[0]
+        rest = less.saved - (more.saved - less.saved) / step * sizes[0]
+        if rest < 0:  # attention that keeps its square: measured at the longest sample
+            less, step, rest = _Kept(), sizes[1], 0.0
+
+        def slope(name: str) -> float:
+            return float((getattr(more, name) - getattr(less, name)) / step)
+
+        return Activations(
+            saved=slope("saved"), outside=slope("outside"), block=slope("block"),
+            inputs=slope("inputs"), keys=slope("keys"), constant=round(rest),
+        )  # fmt: skip
+
+    def _run(self, tokens: int, autocast: bool) -> _Kept:
+        # One document, of which one token is learned: logits are counted apart.
+        learned = np.zeros(tokens, np.bool_)
+        learned[-1] = True
+        sample = TokenSample(np.zeros(tokens, np.int32), learned)
+        row = self._build([sample], [0], seed=0, step=0, device=torch.device("cpu"))
+        precision = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
+        ledger = _Ledger(self.loss, self.blocks)
+        with self._fake, precision, row_context(row.layout), ledger.watching():
+            self.loss(row)
+        return ledger.kept()
+
+
+def _hold_nothing(model: nn.Module, fake: FakeTensorMode, dtype: torch.dtype | None = None) -> None:
+    """Give a model fake parameters and buffers, as if they were on the CPU; floating ones in
+    ``dtype``, if it is given."""
+    made: dict[Tensor, Tensor] = {}
+
+    def as_fake(old: Tensor) -> Tensor:
+        if old not in made:
+            kind = dtype if dtype is not None and old.is_floating_point() else old.dtype
+            new = torch.empty(old.shape, dtype=kind)
+            trained = old.requires_grad
+            made[old] = nn.Parameter(new, trained) if isinstance(old, nn.Parameter) else new
+        return made[old]
+
+    with fake:
+        for module in model.modules():
+            for held in (module._parameters, module._buffers):
+                tensors: dict[str, Any] = held
+                tensors.update({n: as_fake(old) for n, old in held.items() if old is not None})
+
+
+def _numbers(module: nn.Module) -> tuple[int, int]:
+    """Numbers of all parameters, and of the trained ones."""
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
+
+
+@dataclass
+class _Kept:
+    """Bytes that a forward pass keeps."""
+
+    saved: int = 0
+    outside: int = 0
+    block: int = 0
+    inputs: int = 0
+    keys: int = 0
+
+
+@dataclass
+class _Memory:
+    """Storages by identity, each once; they are held, so that no identity is used again."""
+
+    storages: dict[int, torch.UntypedStorage] = field(default_factory=dict)
+
+    def add(self, tensor: Tensor) -> bool:
+        """Whether it is a new one."""
+        storage = tensor.untyped_storage()
+        new = storage._cdata not in self.storages
+        self.storages.setdefault(storage._cdata, storage)
+        return new
+
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self.storages.values())
+
+
+class _Ledger:
+    """Counts the storages that a forward pass saves, by the decoder block that saves them first."""
+
+    def __init__(self, model: nn.Module, blocks: list[nn.Module]) -> None:
+        self._blocks = blocks
+        self._parameters = _Memory()
+        for parameter in model.parameters():
+            self._parameters.add(parameter)
+        self._place = 0
+        self._all = _Memory()
+        self._places = [_Memory() for _ in range(len(blocks) + 1)]
+        """Outside of blocks, then block by block."""
+        self._inputs, self._keys = _Memory(), _Memory()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        global _keys
+        handles = []
+        for number, block in enumerate(self._blocks, start=1):
+            handles += [
+                block.register_forward_pre_hook(self._enter(number, block), with_kwargs=True),
+                block.register_forward_hook(self._leave),
+            ]
+        _keys = self._keys
+        try:
+            with saved_tensors_hooks(self._save, lambda saved: saved):
+                yield
+        finally:
+            _keys = None
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, number: int, block: nn.Module) -> Any:
+        trains = any(p.requires_grad for p in block.parameters())
+
+        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._place = number
+            for value in (*args, *kwargs.values()):
+                if not isinstance(value, Tensor) or not value.is_floating_point():
+                    continue
+                if trains or value.requires_grad:
+                    self._inputs.add(value)
+
+        return hook
+
+    def _leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        self._place = 0
+
+    def _save(self, tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in self._parameters.storages and self._all.add(
+            tensor
+        ):
+            self._places[self._place].add(tensor)
+        return tensor
+
+    def kept(self) -> _Kept:
+        outside, *blocks = (place.bytes() for place in self._places)
+        return _Kept(
+            self._all.bytes(), outside, max(blocks, default=0), self._inputs.bytes(),
+            self._keys.bytes(),
+        )  # fmt: skip
+
+
+_ATTENTION: Final = "finetune_rehearsed"
+_keys: _Memory | None = None
+"""Where keys and values of the pass at work are counted."""
+
+
+class _Attended(torch.autograd.Function):
+    """What attention keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        attended = value.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, attended)
+        return attended
+
+
+def _rehearsed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it, without its arithmetic."""
+    query, key, value = as_computed(query, key, value)
+    if _keys is not None:
+        _keys.add(key)
+        _keys.add(value)
+    attended: Tensor = _Attended.apply(query, key, value)
+    return attended, None
