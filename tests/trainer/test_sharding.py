@@ -1,4 +1,4 @@
-"""How a model lies on a gang: what is chosen, and that every method gives the same result."""
+"""How a model lies on a gang: every method gives the same result."""
 
 from __future__ import annotations
 
@@ -12,38 +12,9 @@ from gangs import forked, free_port
 from sharding_worker import tune
 
 from finetune_api.methods import METHODS
-from finetune_trainer.engine.sharding import capacity, choose, decoder_blocks, training_state
+from finetune_trainer.engine.sharding import capacity, decoder_blocks
 
 GB = 10**9
-
-
-@pytest.mark.parametrize(
-    ("state", "nodes", "per_node", "sharding"),
-    [
-        (50 * GB, 1, 1, "NoShard"),
-        (500 * GB, 1, 1, "NoShard"),  # nothing to share with: it fails where it does
-        (50 * GB, 4, 8, "NoShard"),
-        (60 * GB, 4, 8, "HybridShard"),
-        (440 * GB, 4, 8, "HybridShard"),
-        (460 * GB, 4, 8, "FullShard"),
-        (60 * GB, 1, 8, "FullShard"),
-    ],
-)
-def test_the_least_sharding_that_fits_is_chosen(
-    state: int, nodes: int, per_node: int, sharding: str
-) -> None:
-    assert choose(state, 80 * GB, nodes, per_node) == sharding
-
-
-def test_training_state_counts_what_is_trained_and_what_is_not() -> None:
-    model = tiny_llama()
-    size = sum(p.numel() for p in model.parameters())
-    assert training_state(model, "AdamW") == 16 * size
-    tables = model.model.embed_tokens.weight.numel()
-    vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
-    assert training_state(model, "Muon") == 12 * size + 4 * (tables + vectors)
-    model.requires_grad_(False).to(torch.bfloat16)
-    assert training_state(model, "AdamW") == 2 * size
 
 
 def test_the_memory_of_a_machine_is_shared_by_its_processes() -> None:

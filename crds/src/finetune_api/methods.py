@@ -77,7 +77,7 @@ METHODS: Final[dict[MethodName, MethodKind]] = {
         recomputes=False,
         matrices=False,
         tasks=_LANGUAGE,
-    ),  # fmt: skip
+    ),
 }
 
 
