@@ -60,7 +60,7 @@ def tune(
     lengths = np.array(LENGTHS)
     supervised = np.array([int(s.supervised.sum()) for s in documents])
     plan = Plan(
-        lengths, supervised, batch_size=3, seed=0, row_tokens=80, ranks=size,
+        lengths, supervised, batch_size=3, seed=0, row_tokens=45, ranks=size,
         packing="Concatenated" if spec.method.kind.packs else "Alone",
     )  # fmt: skip
     session: Any = SimpleNamespace(

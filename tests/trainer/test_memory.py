@@ -1,4 +1,4 @@
-"""The memory estimate: against what real tensors take, what is chosen by it, and what is refused."""
+"""The memory estimate: beside what real tensors take, what is chosen by it, what is refused."""
 
 from __future__ import annotations
 

@@ -671,3 +671,49 @@ def test_a_metric_that_no_set_can_have_is_refused(
         at.prepare(order)
     assert caught.value.reason == "MetricWithoutData"
     assert not at.store.head(f"{order.run_uri}/prepared.json")
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def test_the_summary_says_what_the_training_takes(at: Workplace) -> None:
+    order = at.order(lines(*pairs(30)), compute={"gpuMemory": "16Gi"}, data=ALL)
+    summary, _ = at.prepare(order)
+    found = summary.memory
+    assert found is not None and found == read_prepared(at.store, order.run_uri).memory
+    assert found.available == 16 << 30 > found.needed == sum(found.parts.values())
+    assert (found.sharding, found.gradient_checkpointing) == ("NoShard", False)
+    assert found.parts["parameters"] < found.parts["reserve"]
+
+
+def test_a_training_that_cannot_fit_is_refused_with_what_would(at: Workplace) -> None:
+    never = {"gradientCheckpointing": "Never", "batchSize": 1024}
+    data = lines(*pairs(2000))
+    summary, _ = at.prepare(at.order(data, training=never, data=ALL))
+    assert summary.memory is not None
+    less = {"gpuMemory": str(summary.memory.needed - 1)}
+    order = at.order(data, training=never, compute=less, data=ALL, run="2-abcde")
+    with pytest.raises(UserError, match="What fits: training.gradientCheckpointing: Auto") as error:
+        at.prepare(order)
+    assert error.value.reason == "DoesNotFit"
+    assert not at.store.head(f"{order.run_uri}/prepared.json")
+    auto = {**never, "gradientCheckpointing": "Auto"}
+    summary, _ = at.prepare(at.order(data, training=auto, compute=less, data=ALL))
+    assert summary.memory is not None and summary.memory.gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ({"method": {"type": "LoRA", "lora": {"targetModules": ["nope"]}}}, "NoTargetModules"),
+        ({"method": {"type": "Partial", "partial": {"parameters": ["nope"]}}}, "NoSuchParameters"),
+        ({"training": {"routerAuxLossCoefficient": "0.1"}}, "NoRouter"),
+        ({"method": {"type": "Partial", "partial": {"norms": True}},
+          "training": {"optimizer": "Muon"}}, "NoMatrices"),
+    ],
+)  # fmt: skip
+def test_what_does_not_suit_the_model_is_refused_before_the_data_is_read(
+    at: Workplace, spec: dict[str, Any], reason: str
+) -> None:
+    error = at.fault(b"no record\n", **spec)
+    assert isinstance(error, UserError) and error.reason == reason
