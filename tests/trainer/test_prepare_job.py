@@ -693,7 +693,9 @@ def test_a_training_that_cannot_fit_is_refused_with_what_would(at: Workplace) ->
     assert summary.memory is not None
     less = {"gpuMemory": str(summary.memory.needed - 1)}
     order = at.order(data, training=never, compute=less, data=ALL, run="2-abcde")
-    with pytest.raises(UserError, match="What fits: training.gradientCheckpointing: Auto") as error:
+    with pytest.raises(
+        UserError, match=r"What fits: training\.gradientCheckpointing: Auto"
+    ) as error:
         at.prepare(order)
     assert error.value.reason == "DoesNotFit"
     assert not at.store.head(f"{order.run_uri}/prepared.json")
