@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from kubernetes import client, config
 
-from cluster.api import Api
+from cluster.api import Api, eventually
 from finetune_api.crd import crd
 from finetune_api.names import API_VERSION, GROUP, KIND, PLURAL, VERSION
 
@@ -22,7 +22,13 @@ def installed(control_plane: Api) -> Api:
     definition = crd()
     control_plane.apply(definition)
     name = definition["metadata"]["name"]
-    control_plane.kubectl("wait", "--for=condition=Established", f"crd/{name}", "--timeout=30s")
+
+    def established() -> bool:
+        # kubectl wait fails where there are no conditions yet.
+        conditions = control_plane.get("crd", name).get("status", {}).get("conditions") or []
+        return any(c["type"] == "Established" and c["status"] == "True" for c in conditions)
+
+    eventually("the CRD is established", established)
     return control_plane
 
 
