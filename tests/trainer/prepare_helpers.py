@@ -1,13 +1,24 @@
-"""Tiny tokenizers and a tiny model for the tests of the prepare stage, made on the spot."""
+"""For the tests of the prepare stage: tiny tokenizers, a tiny model, a place in object storage."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from finetune_api.order import RunOrder
+from finetune_api.results import PreparedSummary
+from finetune_api.sources import StorageAccess
+from finetune_trainer.failures import TrainerError
+from finetune_trainer.prepare.pipeline import prepare
+from finetune_trainer.prepared.shards import PreparedData
+from finetune_trainer.storage.objects import ObjectStore, Stores
 
 CORPUS = [
     "The cat sat on the mat and looked at the bird in the tree.",
@@ -105,3 +116,63 @@ def pairs(count: int, start: int = 0) -> list[dict[str, str]]:
         {"prompt": f"What is number {i}?", "completion": f" It is {i}."}
         for i in range(start, start + count)
     ]
+
+
+ALL: Any = {"split": {"validation": "0", "test": "0"}}
+"""A data block's part that holds nothing out."""
+
+LONG = {"prompt": "The cat sat. " * 30 + "End:", "completion": " yes"}
+
+
+class OneStore(Stores):
+    """Stores that share a client: making one takes longer than a small job."""
+
+    def __init__(self, order: RunOrder, store: ObjectStore) -> None:
+        super().__init__(order)
+        self._store = store
+
+    def of(self, access: StorageAccess | None) -> ObjectStore:
+        return self._store
+
+
+@dataclass
+class Workplace:
+    """A folder of the bucket, and prepare on orders of it."""
+
+    root: str
+    store: ObjectStore
+    order_for: Callable[..., RunOrder]
+    scratch: Iterator[Path]
+
+    def put(self, name: str, data: bytes) -> str:
+        uri = f"{self.root}/{name}"
+        self.store.put(uri, data)
+        return uri
+
+    def order(self, *train: bytes, **spec: Any) -> RunOrder:
+        """An order over objects of JSON Lines."""
+        for i, data in enumerate(train):
+            self.put(f"data/{i}.jsonl", data)
+        data_block = {"train": [{"source": f"{self.root}/data/"}], **spec.pop("data", {})}
+        output = {"destination": f"{self.root}/out"}
+        return self.order_for(data=data_block, output=output, **spec)
+
+    def prepare(self, order: RunOrder) -> tuple[PreparedSummary, PreparedData]:
+        summary = prepare(order, OneStore(order, self.store), next(self.scratch))
+        assert summary is not None
+        return summary, PreparedData.open(self.store, summary.uri, next(self.scratch))
+
+    def fault(self, *train: bytes, **spec: Any) -> TrainerError:
+        order = self.order(*train, **spec)
+        with pytest.raises(TrainerError) as caught:
+            prepare(order, OneStore(order, self.store), next(self.scratch))
+        left = [o.uri for o in self.store.list(f"{self.root}/out/")]
+        assert not [uri for uri in left if uri.endswith(("manifest.json", "prepared.json"))]
+        return caught.value
+
+
+def texts(data: PreparedData, split: Any) -> list[str]:
+    """Decoded samples of a split."""
+    tokenizer = make_tokenizer(bos=True)
+    found = data.samples(split, range(len(data.index(split))))
+    return [tokenizer.decode(s.ids, skip_special_tokens=True) for s in found]

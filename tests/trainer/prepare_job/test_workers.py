@@ -11,7 +11,7 @@ import random
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 
 from finetune_api.order import RunOrder
 from finetune_api.results import PreparedSummary
-from finetune_api.sources import StorageAccess
 from finetune_trainer.failures import DataError, StorageUnavailable
 from finetune_trainer.prepare import facts, indexes, meeting, parts, writer
 from finetune_trainer.prepare.lines import count_lines, lines_between
@@ -31,22 +30,8 @@ from finetune_trainer.prepare.pipeline import prepare
 from finetune_trainer.prepare.sources import DataObject
 from finetune_trainer.prepared.shards import PreparedData
 from finetune_trainer.prepared.split import SIDES
-from finetune_trainer.storage.objects import ObjectStore, Stores
-from finetune_trainer.storage.s3server import EmbeddedS3
-from trainer.prepare_helpers import CHATML, lines, make_tokenizer, pairs, save_model
-
-BUCKET = "test-prepare-workers"
-
-
-@pytest.fixture(scope="module")
-def store(s3: EmbeddedS3, tmp_path_factory: pytest.TempPathFactory) -> ObjectStore:
-    folder = tmp_path_factory.mktemp("model")
-    save_model(folder, make_tokenizer(bos=True, chat=CHATML))
-    s3.ensure_bucket(BUCKET)
-    store = s3.store()
-    for path in folder.iterdir():
-        store.upload(path, f"s3://{BUCKET}/model/{path.name}")
-    return store
+from finetune_trainer.storage.objects import ObjectStore
+from trainer.prepare_helpers import OneStore, lines, pairs
 
 
 @pytest.fixture(autouse=True)
@@ -58,23 +43,14 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "POLL_SECONDS", 0.02)
 
 
-class OneStore(Stores):
-    def __init__(self, order: RunOrder, store: ObjectStore) -> None:
-        super().__init__(order)
-        self._store = store
-
-    def of(self, access: StorageAccess | None) -> ObjectStore:
-        return self._store
-
-
 @dataclass
-class Workplace:
+class Workshop:
     """Data at an address, and workers on it."""
 
     store: ObjectStore
     order_for: Callable[..., RunOrder]
     scratch: Iterator[Path]
-    root: str = field(default_factory=lambda: f"s3://{BUCKET}/{uuid.uuid4().hex[:8]}")
+    root: str
 
     def put(self, name: str, data: bytes) -> str:
         self.store.put(f"{self.root}/{name}", data)
@@ -83,7 +59,7 @@ class Workplace:
     def order(self, data: dict[str, Any], workers: int, **spec: Any) -> RunOrder:
         return self.order_for(
             data=data, output={"destination": f"{self.root}/out"}, prepare={"workers": workers},
-            model={"source": f"s3://{BUCKET}/model"}, **spec,
+            **spec,
         )  # fmt: skip
 
     def work(self, order: RunOrder, worker: int) -> PreparedSummary | None:
@@ -122,8 +98,11 @@ class Workplace:
 
 
 @pytest.fixture
-def at(store: ObjectStore, order_for: Callable[..., RunOrder], tmp_path: Path) -> Workplace:
-    return Workplace(store, order_for, (tmp_path / str(i) for i in range(999)))
+def at(
+    store: ObjectStore, bucket: str, order_for: Callable[..., RunOrder], tmp_path: Path
+) -> Workshop:
+    root = f"s3://{bucket}/{uuid.uuid4().hex[:8]}"
+    return Workshop(store, order_for, (tmp_path / str(i) for i in range(999)), root)
 
 
 def records(seed: int, count: int) -> list[dict[str, str]]:
@@ -148,7 +127,7 @@ def records(seed: int, count: int) -> list[dict[str, str]]:
     return made
 
 
-def data_of(at: Workplace, seed: int, **quality: Any) -> dict[str, Any]:
+def data_of(at: Workshop, seed: int, **quality: Any) -> dict[str, Any]:
     """Two training sources in objects of all kinds and sizes, and a test set."""
     made = records(seed, 120)
     bad = b'{"prompt": "x"\n' if quality.get("faultyRecords") == "Drop" else b""
@@ -182,7 +161,7 @@ ALL_DROP = {"faultyRecords": "Drop", "contamination": "Drop", "overlength": "Dro
     ],
 )
 def test_any_number_of_workers_writes_the_same_bytes(
-    at: Workplace, numbers: tuple[int, ...], seed: int, quality: dict[str, Any],
+    at: Workshop, numbers: tuple[int, ...], seed: int, quality: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     data = data_of(at, seed, **quality)
@@ -206,7 +185,7 @@ def test_any_number_of_workers_writes_the_same_bytes(
     assert whole.dropped == summaries[0].dropped
 
 
-def test_workers_at_once(at: Workplace) -> None:
+def test_workers_at_once(at: Workshop) -> None:
     order = at.order(data_of(at, 5), 3)
     said: list[PreparedSummary | None] = []
     threads = [
@@ -225,7 +204,7 @@ def test_workers_at_once(at: Workplace) -> None:
 # --- faults --------------------------------------------------------------------------------------
 
 
-def faulty(at: Workplace) -> dict[str, Any]:
+def faulty(at: Workshop) -> dict[str, Any]:
     """Parts 0 to 4 of one object, with faults in parts 1 and 3."""
     rows = [json.dumps(r).encode() + b"\n" for r in pairs(115)]
     assert 4 * 1500 < sum(map(len, rows)) < 5 * 1500
@@ -235,7 +214,7 @@ def faulty(at: Workplace) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_the_first_fault_of_the_data_wins_with_its_line(at: Workplace, workers: int) -> None:
+def test_the_first_fault_of_the_data_wins_with_its_line(at: Workshop, workers: int) -> None:
     order = at.order(faulty(at), workers)
     with pytest.raises(DataError) as caught:
         at.prepare(order)
@@ -244,7 +223,7 @@ def test_the_first_fault_of_the_data_wins_with_its_line(at: Workplace, workers: 
     assert at.parts_left(order) == []
 
 
-def test_nobody_goes_on_behind_a_fault(at: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_goes_on_behind_a_fault(at: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     mapped = watch(monkeypatch)
     order = at.order(faulty(at), 2)
     at.work(order, 1)
@@ -254,7 +233,7 @@ def test_nobody_goes_on_behind_a_fault(at: Workplace, monkeypatch: pytest.Monkey
     assert mapped == [1, 0], "parts 2 and 4 cannot hold the first fault"
 
 
-def test_faulty_records_are_shown_with_their_lines(at: Workplace) -> None:
+def test_faulty_records_are_shown_with_their_lines(at: Workshop) -> None:
     data = {**faulty(at), "quality": {"faultyRecords": "Drop"}}
     summary = at.prepare(at.order(data, 3))
     report = json.loads(at.store.get(f"{summary.uri}/report.json"))
@@ -265,7 +244,7 @@ def test_faulty_records_are_shown_with_their_lines(at: Workplace) -> None:
 
 
 def test_data_that_changes_between_workers_is_refused(
-    at: Workplace, monkeypatch: pytest.MonkeyPatch
+    at: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(meeting, "CHECK_SECONDS", 0.0)
     order = at.order({"train": [{"source": f"{at.root}/g/"}]}, 2)
@@ -302,7 +281,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> list[i
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_worker_that_is_started_again_goes_on(
-    at: Workplace, workers: int, monkeypatch: pytest.MonkeyPatch
+    at: Workshop, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = {"train": [{"source": at.put("h/0.jsonl", lines(*pairs(115)))}]}
     expected = at.files(f"{at.prepare(at.order(data, 3)).uri}/")
@@ -317,7 +296,7 @@ def test_a_worker_that_is_started_again_goes_on(
 
 
 def test_a_part_whose_shards_are_gone_is_mapped_again(
-    at: Workplace, monkeypatch: pytest.MonkeyPatch
+    at: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = {"train": [{"source": at.put("i/0.jsonl", lines(*pairs(115)))}]}
     order = at.order(data, 2)

@@ -1,0 +1,41 @@
+"""A bucket with a model in it, and a place of its own for each test."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from finetune_api.order import RunOrder
+from finetune_trainer.storage.objects import ObjectStore
+from finetune_trainer.storage.s3server import EmbeddedS3
+from trainer.prepare_helpers import CHATML, Workplace, make_tokenizer, save_model
+
+
+@pytest.fixture(scope="package")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"), make_tokenizer(bos=True, chat=CHATML))
+
+
+@pytest.fixture(scope="package")
+def store(s3: EmbeddedS3) -> ObjectStore:
+    return s3.store()
+
+
+@pytest.fixture(scope="package")
+def bucket(s3: EmbeddedS3, store: ObjectStore, model_folder: Path) -> str:
+    """One bucket for all tests (a new one takes the server a while), with the model in it."""
+    s3.ensure_bucket("test-prepare")
+    for path in model_folder.iterdir():
+        store.upload(path, f"s3://test-prepare/model/{path.name}")
+    return "test-prepare"
+
+
+@pytest.fixture
+def at(
+    store: ObjectStore, bucket: str, order_for: Callable[..., RunOrder], tmp_path: Path
+) -> Workplace:
+    root = f"s3://{bucket}/{uuid.uuid4().hex[:8]}"
+    return Workplace(root, store, order_for, (tmp_path / str(i) for i in range(99)))

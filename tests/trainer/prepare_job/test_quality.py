@@ -1,0 +1,179 @@
+"""What the prepare stage makes of samples that are too long, alike, contaminated or personal."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from finetune_trainer.failures import DataError, UserError
+from finetune_trainer.prepare import writer
+from trainer.prepare_helpers import (
+    ALL,
+    LONG,
+    Workplace,
+    lines,
+    make_tokenizer,
+    pairs,
+    texts,
+)
+
+# --- overlength ----------------------------------------------------------------------------------
+
+
+def test_overlength_is_cut_or_dropped_and_counted(at: Workplace) -> None:
+    short = {"training": {"maxLength": 32}}
+    summary, data = at.prepare(at.order(lines(LONG, *pairs(3)), data=ALL, **short))
+    sample = data.samples("train", [0])[0]
+    tokenizer = make_tokenizer(bos=True)
+    assert len(sample.ids) == 32 and tokenizer.decode(sample.ids).endswith("End: yes</s>")
+    assert sample.ids[0] == tokenizer.bos_token_id
+    report = json.loads(at.store.get(f"{summary.uri}/report.json"))
+    assert report["sources"][0]["truncated"] == {
+        "promptBeginning": 1,
+        "completionEnd": 0,
+        "textEnd": 0,
+    }
+
+    dropping = {**ALL, "quality": {"overlength": "Drop"}}
+    summary, _ = at.prepare(at.order(data=dropping, **short))
+    assert (summary.train_samples, summary.dropped) == (3, {"Overlength": 1})
+
+
+def test_overlength_fail_names_the_record(at: Workplace) -> None:
+    error = at.fault(
+        lines(*pairs(3), LONG),
+        data={"quality": {"overlength": "Fail"}},
+        training={"maxLength": 32},
+    )
+    assert isinstance(error, DataError) and error.reason == "Overlength"
+    assert f"{at.root}/data/0.jsonl, line 4:" in error.message
+    assert "training.maxLength is 32" in error.message
+
+
+def test_a_length_above_the_models_maximum_is_refused(at: Workplace) -> None:
+    error = at.fault(lines(*pairs(3)), training={"maxLength": 257})
+    assert isinstance(error, UserError) and error.reason == "MaxLengthTooLong"
+    assert "257" in error.message and "256" in error.message
+
+
+def test_without_a_length_the_models_maximum_is_used(at: Workplace) -> None:
+    assert at.prepare(at.order(lines(*pairs(9))))[1].manifest.max_length == 256
+
+
+# --- near duplicates -----------------------------------------------------------------------------
+
+STORY = " ".join(f"word{i}" for i in range(80))
+ALIKE = [{"prompt": STORY + end, "completion": " yes"} for end in ("!", " more", " else")]
+
+
+def test_near_duplicates_are_dropped_on_request(at: Workplace) -> None:
+    order = at.order(lines(*pairs(5), ALIKE[0], *pairs(3)), lines(*ALIKE[1:]), data=ALL)
+    assert at.prepare(order)[0].dropped == {"Duplicate": 3}
+    drop = {**ALL, "quality": {"nearDuplicates": "Drop"}}
+    summary, _ = at.prepare(at.order(data=drop))
+    assert summary.dropped == {"Duplicate": 3, "NearDuplicate": 2} and summary.train_samples == 6
+
+
+def test_more_duplicates_than_allowed_fail_the_job(at: Workplace) -> None:
+    quality = {"nearDuplicates": "Drop", "maxDuplicateFraction": "0.45"}
+    data = {**ALL, "quality": quality}
+    error = at.fault(lines(*pairs(4), *ALIKE, *pairs(3)), data=data)
+    assert isinstance(error, DataError) and error.reason == "TooManyDuplicates"
+    assert "5 of 10 training records (50.0%)" in error.message and "0.45" in error.message
+    quality["maxDuplicateFraction"] = "0.5"
+    assert at.prepare(at.order(data=data))[0].train_samples == 5
+
+
+# --- contamination -------------------------------------------------------------------------------
+
+PASSAGE = "The bird in the tree looked at the small town by the sea and sat on the mat."
+LEAKED = {"prompt": f"Once. {PASSAGE}", "completion": " a@example.org"}
+OTHERS = [{"prompt": f"{i} {i} {i}", "completion": f" {i}"} for i in range(6)]
+
+
+def contaminated(at: Workplace, policy: str, *train: Any) -> dict[str, Any]:
+    held = at.put("held.jsonl", lines({"prompt": PASSAGE, "completion": " no"}, *pairs(2)))
+    listed = [{"name": f"set-{i}", "source": at.put(f"t{i}.jsonl", lines(*records))}
+              for i, records in enumerate(train)]  # fmt: skip
+    data = {"train": listed, "test": [{"source": held}], "split": {"validation": "0"}}
+    return {"data": {**data, "quality": {"contamination": policy}}}
+
+
+def test_contamination_is_counted_with_places_and_text(at: Workplace) -> None:
+    order = at.order(**contaminated(at, "Warn", OTHERS, [*OTHERS[:3], LEAKED, *pairs(1)]))
+    summary, data = at.prepare(order)
+    assert summary.train_samples == 8 and len(data.index("train")) == 8
+    text = at.store.get(f"{summary.uri}/report.json").decode()
+    found = json.loads(text)["contamination"]
+    assert (found["heldOutSamples"], found["comparedSamples"]) == (3, 3)
+    assert list(found["sets"]) == ["set-1"]
+    first, second = found["sets"]["set-1"]["examples"]
+    assert first["where"] == f"{at.root}/t1.jsonl, line 4"
+    assert second["where"] == f"{at.root}/t1.jsonl, line 5"
+    assert first["shared"].strip() in PASSAGE and len(first["shared"]) > 10
+    assert "example.org" not in text
+
+
+def test_contaminated_samples_are_left_out_of_the_index(
+    at: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "SHARD_TOKENS", 60)
+    train = [[LEAKED, *OTHERS], [*pairs(2, 50), *pairs(1), OTHERS[0]]]
+    summary, data = at.prepare(at.order(**contaminated(at, "Drop", *train)))
+    kept = [*OTHERS, *pairs(2, 50)]
+    assert texts(data, "train") == [r["prompt"] + r["completion"] for r in kept]
+    assert summary.dropped == {"Contaminated": 2, "Duplicate": 1}
+    index = data.index("train")
+    assert summary.train_samples == len(index) == 8
+    assert summary.train_tokens == index.length.sum()
+    assert summary.supervised_tokens == index.supervised.sum()
+    assert np.bincount(index.set).tolist() == [6, 2]
+    assert [s.samples for s in data.manifest.sets if s.split == "train"] == [6, 2]
+    assert len(data.references("test", [0, 1, 2])) == 3
+
+
+def test_contamination_fails_the_job_on_request(at: Workplace) -> None:
+    error = at.fault(**contaminated(at, "Fail", [*OTHERS, LEAKED]))
+    assert isinstance(error, DataError) and error.reason == "Contaminated"
+    assert "1 of 7 samples of training set 'set-0'" in error.message
+    assert f"{at.root}/t0.jsonl, line 7" in error.message
+
+
+def test_a_set_of_which_nothing_would_be_left_fails_the_job(at: Workplace) -> None:
+    error = at.fault(**contaminated(at, "Drop", OTHERS, [LEAKED]))
+    assert error.reason == "Contaminated" and "nothing of the set" in error.message
+
+
+def test_contamination_may_be_ignored(at: Workplace) -> None:
+    summary, _ = at.prepare(at.order(**contaminated(at, "Ignore", [*OTHERS, LEAKED])))
+    assert json.loads(at.store.get(f"{summary.uri}/report.json"))["contamination"] is None
+
+
+# --- personal data -------------------------------------------------------------------------------
+
+MAIL = {"prompt": "Who is it?", "completion": " It is a@example.org."}
+
+
+def test_personal_data_is_counted_and_shown_nowhere(at: Workplace) -> None:
+    summary, data = at.prepare(at.order(lines(*pairs(3), MAIL), data=ALL))
+    assert texts(data, "train")[-1] == "Who is it? It is a@example.org."
+    text = at.store.get(f"{summary.uri}/report.json").decode()
+    (side,) = json.loads(text)["sources"][0]["splits"].values()
+    place = f"{at.root}/data/0.jsonl, line 4"
+    assert side["personalData"] == {"EMAIL": {"samples": 1, "occurrences": 1, "places": [place]}}
+
+    shown, _ = at.prepare(at.order(lines(MAIL), data=ALL))
+    report = at.store.get(f"{shown.uri}/report.json").decode()
+    assert "It is [EMAIL]." in report and "example.org" not in text + report
+
+
+def test_personal_data_is_redacted_before_duplicates_are_looked_for(at: Workplace) -> None:
+    other = {**MAIL, "completion": " It is b@example.org."}
+    quality = {"personalData": "Redact"}
+    order = at.order(lines(*pairs(3), MAIL, other), data={**ALL, "quality": quality})
+    summary, data = at.prepare(order)
+    assert texts(data, "train")[-1] == "Who is it? It is [EMAIL]."
+    assert summary.dropped == {"Duplicate": 1}
