@@ -49,10 +49,11 @@ generate: install ## Write the CRD, the chart's copy and docs/reference.md from 
 verify: install ## Fail where a generated file is stale
 	@$(TIMED) "generated files" $(BIN)/python crds/generate.py --check
 
-bench: install ## Speed beside TRL, of preparing beside datasets.map, and of planning and resuming; printed
+bench: install ## Speed beside TRL, of preparing beside datasets.map, of planning and resuming, of commits; printed
 	$(BIN)/python benchmarks/tokens_per_second.py
 	$(BIN)/python benchmarks/prepare.py
 	$(BIN)/python benchmarks/plan_and_resume.py
+	$(BIN)/python benchmarks/checkpoint_stall.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/gpu/training.py
 

@@ -143,6 +143,7 @@ GOOD = [
     good("metrics", {"evaluation.metrics": ["Loss", "F1", "Bleu"]}),
     good("commits by steps", {"checkpoint": {"everySteps": 5, "keepLast": 1}}),
     good("commits by seconds", {"checkpoint": {"everySeconds": 60}}),
+    good("commits staged on disk", {"checkpoint": {"staging": "Disk"}}),
     good("on the CPU", {"compute": {"gpusPerNode": 0, "processesPerNode": 4}}),
     good("fewer processes than GPUs", {"compute": {"gpusPerNode": 8, "processesPerNode": 4}}),
     good("resources", {"compute.resources": MEMORY}),
@@ -254,6 +255,7 @@ BAD = [
         "data.quality.personalData", "Redact", "Mask"),
     bad("unknown effect", {"prepare.tolerations": [{"key": "a", "effect": "Never"}]},
         "prepare.tolerations[0].effect", "NoSchedule", "Never"),
+    bad("unknown staging", {"checkpoint.staging": "GPU"}, "checkpoint.staging", "Disk", "GPU"),
     # --- bounds
     bad("no epoch", {"training.epochs": 0}, "training.epochs", "greater than or equal to 1", "0"),
     bad("negative seed", {"training.seed": -1}, "training.seed", "greater than or equal to 0",

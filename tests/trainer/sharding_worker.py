@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from engine import CPU, samples, tiny_llama
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from finetune_api.spec import parse_spec
 from finetune_trainer.engine import gang as gangs
@@ -70,11 +71,12 @@ def tune(
     )  # fmt: skip
     read = lambda positions: [documents[p] for p in positions]  # noqa: E731
     if commit is not None:
-        load_state(Path(commit), model, session.optimizers, gang.control)
+        load_state(FileSystemReader(commit), model, session.optimizers, gang.control)
     with Feed(plan, read, rank=rank, start=start, end=end, device=CPU) as feed:
         for batch in feed:
             optimizer_step(session, batch, 1e-2)
-    save_state(Path(folder) / "commit", state_of(model, session.optimizers), gang.control)
+    state = state_of(model, session.optimizers)
+    save_state(FileSystemWriter(Path(folder) / "commit"), state, gang.control)
     loss.eval()
     with torch.no_grad(), root_gathered(loss):
         answer = model.generate(

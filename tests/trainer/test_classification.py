@@ -12,6 +12,7 @@ from classifiers import SHAPE, documents, write_decoder, write_encoder
 from engine import CPU
 from peft import PeftModel
 from torch import nn
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from finetune_api.methods import METHODS
@@ -266,9 +267,11 @@ def test_a_method_trains_its_part_and_the_head_resumes_and_is_published(
     assert {n for n, p in named.items() if not torch.equal(p, before[n])} <= trained
     assert all(not torch.equal(named[n], before[n]) for n in trained if is_head(kind, n))
 
-    save_state(tmp_path / "commit", state_of(tuning.model, tuning.optimizer), None)
+    save_state(
+        FileSystemWriter(tmp_path / "commit"), state_of(tuning.model, tuning.optimizer), None
+    )
     resumed = Tuning()
-    load_state(tmp_path / "commit", resumed.model, resumed.optimizer, None)
+    load_state(FileSystemReader(tmp_path / "commit"), resumed.model, resumed.optimizer, None)
     row = row_of([0, 1, 2, 3, 4])
     with torch.no_grad():
         logits = tuning.loss.eval()(row, with_logits=True).logits
@@ -288,7 +291,7 @@ def check_published(folder: Path, to: Path, spec: FineTuneJobSpec, expected: tor
             found = model.eval()(input_ids=ids, attention_mask=row.attention_mask).logits
         torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
 
-    commit, purpose = to / "commit", purpose_of(spec, CLASSES)
+    commit, purpose = FileSystemReader(to / "commit"), purpose_of(spec, CLASSES)
     if "Adapter" in spec.method.kind.formats:
         model = tuned_model(folder, commit, spec, whole=False, classes=CLASSES)
         write_adapter(model, tokenizer, files, spec, to / "adapter", CLASSES)
@@ -327,7 +330,7 @@ def test_heads_of_several_layers_are_kept_with_the_adapter(
                 parameter.add_(0.1 * torch.randn_like(parameter))
         logits = ClassLoss(model).eval()(row_of([0, 1, 2, 3, 4]), with_logits=True).logits
     optimizer = torch.optim.AdamW(optimizer_groups(model, spec))
-    save_state(tmp_path / "commit", state_of(model, optimizer), None)
+    save_state(FileSystemWriter(tmp_path / "commit"), state_of(model, optimizer), None)
     check_published(folders[kind], tmp_path, spec, logits)
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from finetune_trainer.failures import Fenced, StorageUnavailable, TrainerError, exit_code, verdict
+from finetune_trainer.storage.commitfiles import read_file
 from finetune_trainer.storage.head import (
     Claim,
     Commit,
     CorruptCommit,
     claim,
-    download_commit,
     read_head,
 )
 from finetune_trainer.storage.objects import Credentials, ObjectStore
@@ -44,7 +44,6 @@ class Storage:
         self.uri = f"s3://{bucket}/space/runs/job/{RUN}"
         self.folder = folder
         self.clock = Clock()
-        self.folders = (folder / f"down-{n}" for n in itertools.count())
 
     def claim(self, store: ObjectStore | None = None, keep_last: int = 2) -> Claim:
         return claim(
@@ -63,9 +62,8 @@ class Storage:
         return owner.commit(step, self.upload(owner, step), metric)
 
     def contents(self, commit: Commit) -> str:
-        folder = next(self.folders)
-        download_commit(self.store, commit, folder)
-        return (folder / "deep/state.json").read_text()
+        found = {name: read_file(self.store, commit, name) for name in commit.files}
+        return found["deep/state.json"].decode()
 
     def steps_in_storage(self) -> set[str]:
         prefix = f"{self.uri}/"
@@ -262,6 +260,19 @@ def test_a_crash_between_upload_and_swap_leaves_the_former_commit(storage: Stora
     assert storage.contents(kept)
     storage.commit(second, 7)
     assert storage.steps_in_storage() == {"attempt-1/step-00000005", "attempt-2/step-00000007"}
+
+
+def test_parts_of_uploads_that_died_are_removed_with_the_next_commit(storage: Storage) -> None:
+    first = storage.claim()
+    storage.commit(first, 5)
+    dead = f"{first.commit_uri(10)}/shard-0"
+    storage.store.put_part(dead, storage.store.begin_parts(dead), 1, b"half")
+    second = storage.claim()
+    going_on = f"{second.commit_uri(12)}/shard-0"
+    upload = storage.store.begin_parts(going_on)
+    assert {uri for uri, _ in storage.store.open_parts(f"{storage.uri}/")} == {dead, going_on}
+    storage.commit(second, 7)
+    assert list(storage.store.open_parts(f"{storage.uri}/")) == [(going_on, upload)]
 
 
 def test_newest_and_best_are_kept_and_the_rest_removed(storage: Storage) -> None:

@@ -13,6 +13,7 @@ import torch
 from engine import CPU, samples, spec_of, tiny_llama
 from peft import PeftModel
 from test_training import write_model
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from transformers import AutoModelForCausalLM, CohereConfig, MixtralConfig, Qwen2MoeConfig
 
 from finetune_api.sources import ModelPlace
@@ -148,9 +149,10 @@ def check_round(base: Path, tmp_path: Path, spec: FineTuneJobSpec, tuning: Tunin
     after = tuning.values()
     assert {n for n in after if not torch.equal(before[n], after[n])} == tuning.trained()
 
-    save_state(tmp_path / "commit", state_of(tuning.model, tuning.optimizers), None)
+    commit = tmp_path / "commit"
+    save_state(FileSystemWriter(commit), state_of(tuning.model, tuning.optimizers), None)
     resumed = Tuning(base, spec)
-    load_state(tmp_path / "commit", resumed.model, resumed.optimizers, None)
+    load_state(FileSystemReader(commit), resumed.model, resumed.optimizers, None)
     assert all(torch.equal(value, after[name]) for name, value in resumed.values().items())
     expected_logits = logits(tuning.model)
     check_published(base, tmp_path, spec, expected_logits)
@@ -163,17 +165,17 @@ def check_published(
     base: Path, folder: Path, spec: FineTuneJobSpec, expected: torch.Tensor
 ) -> None:
     """What is written of a commit has the tuned model's logits in plain transformers and peft."""
-    tokenizer = load_tokenizer(base)
+    tokenizer, commit = load_tokenizer(base), FileSystemReader(folder / "commit")
     plain = AutoModelForCausalLM.from_pretrained(base)
     assert (logits(plain) - expected).abs().max() > 1e-3
     if "Adapter" in spec.method.kind.formats:
-        model = tuned_model(base, folder / "commit", spec, whole=False)
+        model = tuned_model(base, commit, spec, whole=False)
         files = BaseFiles(Base(ModelPlace(source="s3://models/base"), ()), base, None)
         write_adapter(model, tokenizer, files, spec, folder / "adapter")
         adapted = PeftModel.from_pretrained(plain, str(folder / "adapter"))
         torch.testing.assert_close(logits(adapted), expected, atol=2e-6, rtol=1e-5)
     if "Merged" in spec.method.kind.formats:
-        model = tuned_model(base, folder / "commit", spec, whole=True)
+        model = tuned_model(base, commit, spec, whole=True)
         write_merged(model, tokenizer, base, [128], folder / "merged")
         merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
         torch.testing.assert_close(logits(merged), expected, atol=2e-6, rtol=1e-5)
@@ -197,13 +199,14 @@ def test_qlora_trains_over_four_bits_and_is_published_on_the_stored_base(
         tuning.step(number)
     after = tuning.values()
     assert {n for n in after if not torch.equal(before[n], after[n])} == tuning.trained()
-    save_state(tmp_path / "commit", state_of(tuning.model, tuning.optimizers), None)
+    commit = tmp_path / "commit"
+    save_state(FileSystemWriter(commit), state_of(tuning.model, tuning.optimizers), None)
     resumed = Tuning(base, spec)
-    load_state(tmp_path / "commit", resumed.model, resumed.optimizers, None)
+    load_state(FileSystemReader(commit), resumed.model, resumed.optimizers, None)
     assert all(torch.equal(value, after[name]) for name, value in resumed.values().items())
 
     whole = apply_method(load_base(base, torch.float32), spec)
-    load_weights(tmp_path / "commit", whole)
+    load_weights(FileSystemReader(commit), whole)
     with torch.no_grad():  # not by eval(), after which a CPU rearranges the bits for inference
         quantised = tuning.model(input_ids=IDS).logits
     assert (logits(whole) - quantised).abs().max() > 1e-3, "the base was not quantised"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import socket
 import threading
@@ -131,11 +132,12 @@ def test_an_object_replaced_while_it_is_read(store: ObjectStore, bucket: str) ->
 
 
 class Cutter:
-    """A proxy that lets each connection carry a bounded number of bytes, then resets it."""
+    """A proxy that lets each connection (or so many of them) carry a bounded number of bytes, then
+    resets it. A connection is of one request."""
 
-    def __init__(self, endpoint: str, limit: int) -> None:
+    def __init__(self, endpoint: str, limit: int, times: float = math.inf) -> None:
         host, port = endpoint.removeprefix("http://").split(":")
-        self.upstream, self.limit, self.cuts = (host, int(port)), limit, 0
+        self.upstream, self.limit, self.times, self.cuts = (host, int(port)), limit, times, 0
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.endpoint = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         threading.Thread(target=self._serve, daemon=True).start()
@@ -153,7 +155,7 @@ class Cutter:
             # The signature covers Host: it must be the upstream's.
             request = client.recv(1 << 16)
             server.sendall(request)
-            left = self.limit
+            left = self.limit if self.cuts < self.times else 1 << 40
             while left > 0 and (data := server.recv(min(left, 1 << 16))):
                 client.sendall(data)
                 left -= len(data)
@@ -171,6 +173,27 @@ def test_a_broken_connection_goes_on_where_it_broke(s3: EmbeddedS3, bucket: str)
     ):
         assert stream.read() == data
     assert cutter.cuts >= 2
+
+
+def test_a_range_is_asked_for_again_where_the_connection_broke(s3: EmbeddedS3, bucket: str) -> None:
+    data, uri = os.urandom(3 << 20), f"s3://{bucket}/long"
+    s3.store().put(uri, data)
+    cutter = Cutter(s3.endpoint, 1 << 20, times=2)
+    keys = Credentials(s3.access_key, s3.secret_key)
+    with cutter.listener:
+        assert (
+            ObjectStore(cutter.endpoint, credentials=keys).get_range(uri, 5, 2 << 20)
+            == (data[5 : 2 << 20])
+        )
+    assert cutter.cuts == 2
+
+
+def test_a_range_ends_where_the_object_does(s3: EmbeddedS3, bucket: str) -> None:
+    store, uri = s3.store(), f"s3://{bucket}/short"
+    store.put(uri, b"0123456789")
+    assert store.get_range(uri, 8, 20) == b"89"
+    assert store.get_range(uri, 10, 20) == b""
+    assert store.get_range(uri, 3, 3) == b""
 
 
 def test_denied(s3: EmbeddedS3, bucket: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ import pytest
 import torch
 from gangs import start_gang
 from peft import PeftModel
-from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_api.order import RunOrder
 from finetune_api.results import PublishSummary
+from finetune_trainer.engine.commitstore import METADATA
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepare.pipeline import prepare
 from finetune_trainer.publish.files import move_latest
@@ -142,7 +143,9 @@ def test_lora_is_published_as_adapter_and_merged(
     alone = run.order.model_copy(update={"spec": spec})
     assert publish(alone, run.stores, tmp_path / "alone").formats == ["adapter"]
     assert not list((tmp_path / "alone" / "model").glob("*.safetensors"))
-    saved = FileSystemReader(tmp_path / "alone" / "commit").read_metadata().state_dict_metadata
+    result = runfiles.read_result(run.store, run.order.run_uri)
+    metadata = pickle.loads(run.store.get(f"{result.summary.checkpoint}/{METADATA}"))
+    saved = metadata.state_dict_metadata
     weights = [name for name in saved if name.startswith("model.")]
     assert weights and all("lora_" in name for name in weights), "frozen weights in a commit"
     for path in (folder / "adapter").iterdir():
@@ -186,8 +189,8 @@ def test_full_in_bfloat16_is_published_as_a_whole_model_of_that_dtype(
     # Without its commit a model cannot be written, and nothing that looks finished is left.
     run.store.delete([f"{run.order.output_uri}/manifest.json"])
     result = runfiles.read_result(run.store, run.order.run_uri)
-    state = f"{result.summary.checkpoint}/state.json"
-    run.store.put(state, b"{}")
+    weights = f"{result.summary.checkpoint}/shard-00000"
+    run.store.put(weights, b"others")
     with pytest.raises(CorruptCommit):
         publish(run.order, run.stores, tmp_path / "scratch")
     assert run.store.head(f"{run.order.output_uri}/manifest.json") is None

@@ -181,6 +181,11 @@ class Checkpoint(Model):
     """Best commits that are kept besides, by metric."""
     metric: Metric = "Loss"
     """Validation metric by which the best commit is chosen; that one is published."""
+    staging: Literal["Memory", "Disk"] = "Memory"
+    """Where the state is copied to, for training to go on while the copy is uploaded. The copy is
+    of the trained weights and the optimizer's state: with AdamW 12 bytes a trained parameter.
+    Memory: the pods' memory. Disk: the disk of the nodes, for those with little memory; training
+    stands still for longer."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(

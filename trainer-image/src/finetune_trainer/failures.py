@@ -28,6 +28,16 @@ class TrainerError(Exception):
         self.reason = reason
         self.message = message
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Other processes are told of it: subclasses have arguments of their own."""
+        return _revive, (type(self), self.reason, self.message)
+
+
+def _revive(kind: type[TrainerError], reason: str, message: str) -> TrainerError:
+    error = kind.__new__(kind)
+    TrainerError.__init__(error, reason, message)
+    return error
+
 
 class UserError(TrainerError):
     """The manifest asks for what cannot be: mended by changing the manifest."""
@@ -146,17 +156,6 @@ EXIT_CODES: Final[dict[tuple[FailureClass, bool], ExitCode]] = {
         OutOfMemory, NodeFailure, Interrupted,
     )
 }  # fmt: skip
-
-
-def from_verdict(failure: Failure) -> TrainerError:
-    """The exception behind a verdict that another process gave."""
-    kinds: tuple[type[TrainerError], ...] = (
-        Fenced, UserError, DataError, StorageDenied, StorageUnavailable, Diverged, OutOfMemory,
-        NodeFailure, Interrupted,
-    )  # fmt: skip
-    code = exit_code(failure)
-    kind = next((k for k in kinds if k.exit_code == code), TrainerError)
-    return kind(failure.reason, failure.message)
 
 
 def exit_code(failure: Failure) -> ExitCode:

@@ -19,11 +19,10 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from finetune_api.results import Failure
 from finetune_api.spec import Training
 from finetune_trainer.engine.context import ALONE, ContextGroup
 from finetune_trainer.engine.precision import precision_of
-from finetune_trainer.failures import PEER_LOST, NodeFailure, from_verdict, verdict
+from finetune_trainer.failures import PEER_LOST, NodeFailure, TrainerError, recognise
 
 T = TypeVar("T")
 
@@ -87,13 +86,13 @@ class Gang:
         if self.control is not None:
             dist.broadcast_object_list(word, src=0, group=self.control)
         if word[1] is not None:
-            raise from_verdict(word[1])
+            raise word[1]
         result: T = word[0]
         return result
 
     def together(self, work: Callable[[], T]) -> list[T]:
         """Results of ``work`` from all processes, by rank; the first failure is everyone's."""
-        mine: tuple[T | None, Failure | None]
+        mine: tuple[T | None, TrainerError | None]
         try:
             mine = (work(), None)
         except Exception as error:
@@ -104,15 +103,15 @@ class Gang:
             dist.all_gather_object(everyone, mine, group=self.control)
         for _, failure in everyone:
             if failure is not None:
-                raise from_verdict(failure)
+                raise failure
         return [result for result, _ in everyone]
 
-    def _tell(self, error: Exception) -> Failure:
-        """An exception as words that travel (library exceptions often cannot be pickled); alone,
+    def _tell(self, error: Exception) -> TrainerError:
+        """An exception as one that travels (library exceptions often cannot be pickled); alone,
         the exception itself is raised."""
         if self.control is None:
             raise error
-        return verdict(error)
+        return recognise(error)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over all processes of a small CPU tensor."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -10,12 +9,14 @@ from typing import Any, Final
 import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
+from torch.distributed.checkpoint.storage import StorageReader
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune_api.order import RunOrder
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.adaptersum import add_adapters
 from finetune_trainer.engine.base import MAX_SHARD, BaseFiles, fetch_base
+from finetune_trainer.engine.commitstore import METADATA, CommitReader
 from finetune_trainer.engine.dcp import load_weights
 from finetune_trainer.engine.methods import Tuned, apply_method
 from finetune_trainer.engine.model import (
@@ -30,7 +31,8 @@ from finetune_trainer.engine.model import (
 )
 from finetune_trainer.engine.pissa import INITIAL, join
 from finetune_trainer.failures import UserError
-from finetune_trainer.storage.commits import download_commit, read_head
+from finetune_trainer.storage.commitfiles import read_file
+from finetune_trainer.storage.commits import read_head
 from finetune_trainer.storage.objects import Stores
 
 
@@ -64,17 +66,19 @@ def load_tuned(
         )
     base = fetch_base(order, stores, scratch, weights=whole)
     path = base.folder
-    folder = scratch / "commit"
-    shutil.rmtree(folder, ignore_errors=True)
-    download_commit(stores.default, commit, folder)
-    return tuned_model(path, folder, order.spec, whole, classes), load_tokenizer(path), base
+    reader = CommitReader(stores.default, commit, read_file(stores.default, commit, METADATA))
+    return tuned_model(path, reader, order.spec, whole, classes), load_tokenizer(path), base
 
 
 def tuned_model(
-    base: Path, commit: Path, spec: FineTuneJobSpec, whole: bool, classes: Sequence[str] = ()
+    base: Path,
+    commit: StorageReader,
+    spec: FineTuneJobSpec,
+    whole: bool,
+    classes: Sequence[str] = (),
 ) -> Tuned:
-    """The model of a folder with the weights of a downloaded commit, in float32 on the CPU;
-    ``whole`` and ``classes`` as above."""
+    """The model of a folder with the weights of a commit, in float32 on the CPU; ``whole`` and
+    ``classes`` as above. Of the commit nothing but the weights is read."""
     purpose = purpose_of(spec, classes)
     model = apply_method(
         load_base(base, torch.float32, purpose=purpose) if whole else empty_base(base, purpose),

@@ -1,4 +1,4 @@
-"""``HEAD.json`` and the commits that it names: their form, and how a reader checks them.
+"""``HEAD.json`` and the commits that it names: their form.
 
 Readers trust HEAD, and the sizes and checksums it leads to, and nothing else. ``head`` alone
 moves it.
@@ -6,16 +6,9 @@ moves it.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Final
-
 from finetune_api.base import Record
 from finetune_trainer.failures import TrainerError
-from finetune_trainer.storage.objects import FileInfo, ObjectNotFound, ObjectStore, file_info
-
-DOWNLOADS: Final = 4
-"""Files that are fetched at a time; each comes in parallel parts."""
+from finetune_trainer.storage.objects import FileInfo, ObjectNotFound, ObjectStore
 
 
 class Commit(Record):
@@ -28,7 +21,7 @@ class Commit(Record):
     uri: str
     """Prefix of its files, without a '/' at the end."""
     files: dict[str, FileInfo]
-    """What a reader checks each file by; by name below ``uri``."""
+    """What a reader checks each file by (``commitfiles``); by name below ``uri``."""
     metric: float | None = None
     """Value of spec.checkpoint.metric; absent where it was not measured at this step."""
     created: float
@@ -90,30 +83,3 @@ def write_head(store: ObjectStore, run_uri: str, head: Head, etag: str | None) -
 def commit_uri(run_uri: str, attempt: int, step: int) -> str:
     """Prefix under which an attempt uploads the files of a commit."""
     return f"{run_uri}/attempt-{attempt}/step-{step:08}"
-
-
-def download_commit(store: ObjectStore, commit: Commit, folder: Path) -> None:
-    """Writes all files of a commit into a folder and checks them.
-
-    Raises:
-        CorruptCommit: where one is missing, or is not what was committed.
-    """
-
-    def fetch(item: tuple[str, FileInfo]) -> None:
-        name, expected = item
-        path = folder / name
-        try:
-            store.download(f"{commit.uri}/{name}", path)
-        except ObjectNotFound:
-            raise CorruptCommit(commit.uri, f"{name} is missing") from None
-        got = file_info(path)
-        if got != expected:
-            raise CorruptCommit(
-                commit.uri,
-                f"{name} has {got.bytes} bytes with sha256 {got.sha256}, but"
-                f" {expected.bytes} with {expected.sha256} were committed",
-            )
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(DOWNLOADS) as pool:
-        list(pool.map(fetch, commit.files.items()))

@@ -26,7 +26,6 @@ from finetune_trainer.storage.commits import (
     CorruptCommit,
     Head,
     commit_uri,
-    download_commit,
     read_head,
     write_head,
 )
@@ -40,7 +39,6 @@ __all__ = [
     "Head",
     "claim",
     "commit_uri",
-    "download_commit",
     "read_head",
 ]
 
@@ -143,7 +141,7 @@ class Claim:
 
     @property
     def commits(self) -> list[Commit]:
-        """Newest first. Their files are checked by ``download_commit``."""
+        """Newest first. Their files are checked as they are read."""
         return self.head.commits
 
     @property
@@ -267,20 +265,24 @@ class Claim:
 
     def _sweep(self) -> None:
         """Removes files of this and earlier attempts that HEAD does not name: of commits that were
-        pruned, and of such as never were real. Only storage that is kept for longer is lost when
-        it fails, so failures wait for the next commit."""
+        pruned, and of such as never were real, down to parts of an upload that was never ended.
+        Only storage that is kept for longer is lost when it fails, so failures wait for the next
+        commit."""
         named = {f"{c.uri}/{name}" for c in self.head.commits for name in c.files}
         ours = [c.step for c in self.head.commits if c.attempt == self.head.attempt]
         newest = (self.head.attempt, max(ours))
+
+        def is_old(uri: str) -> bool:
+            key = _COMMIT_KEY.search(uri.removeprefix(self._run_uri))
+            return key is not None and (int(key[1]), int(key[2])) <= newest
+
+        attempts = f"{self._run_uri}/attempt-"
         try:
-            present = [info.uri for info in self._store.list(f"{self._run_uri}/attempt-")]
-            self._store.delete(
-                uri
-                for uri in present
-                if uri not in named
-                and (key := _COMMIT_KEY.search(uri.removeprefix(self._run_uri)))
-                and (int(key[1]), int(key[2])) <= newest
-            )
+            present = [info.uri for info in self._store.list(attempts)]
+            self._store.delete(uri for uri in present if uri not in named and is_old(uri))
+            for uri, upload in self._store.open_parts(attempts):
+                if is_old(uri):
+                    self._store.drop_parts(uri, upload)
         except TrainerError as error:
             log.warning("old checkpoints stay for now: %s", error)
 

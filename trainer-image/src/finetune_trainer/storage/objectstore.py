@@ -50,6 +50,7 @@ OVERLOAD_CODES: Final = {
     *("SlowDown", "RequestTimeout", "Throttling", "TooManyRequests", "429"),
     *("InternalError", "ServiceUnavailable", "500", "502", "503", "504"),
 }
+RANGE_CODES: Final = {"InvalidRange", "416"}
 CONFLICT_CODES: Final = {"PreconditionFailed", "ConditionalRequestConflict", "412"}
 
 
@@ -66,6 +67,13 @@ class PreconditionFailed(TrainerError):
 
     def __init__(self, uri: str) -> None:
         super().__init__("PreconditionFailed", f"{uri}: changed by another writer")
+
+
+class BeyondTheEnd(TrainerError):
+    """A range that begins where the object has ended."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__("BeyondTheEnd", f"{uri}: the object is shorter than was asked for")
 
 
 @dataclass(frozen=True)
@@ -280,6 +288,66 @@ class ObjectStore:
             self._client.upload_file(Filename=str(path), **at, Config=TRANSFER)
             return info.result()
 
+    def get_range(self, uri: str, start: int, stop: int) -> bytes:
+        """Bytes ``start`` to ``stop`` (not included) of an object; fewer where it ends before.
+
+        Raises:
+            ObjectNotFound: where there is none.
+        """
+        if start >= stop:
+            return b""
+        for left in reversed(range(TRIES)):
+            try:
+                with self._asking("read", uri) as at:
+                    wanted = f"bytes={start}-{stop - 1}"
+                    body = self._client.get_object(**at, Range=wanted)["Body"]
+            except BeyondTheEnd:
+                return b""
+            try:
+                with self._asking("read", uri):
+                    return bytes(body.read())
+            except StorageUnavailable:  # the connection broke on the way
+                if not left:
+                    raise
+        raise AssertionError("the last try returns or raises")
+
+    def begin_parts(self, uri: str) -> str:
+        """Opens an upload in parts and returns its name. There is no object before
+        ``join_parts``."""
+        with self._asking("write", uri) as at:
+            return str(self._client.create_multipart_upload(**at)["UploadId"])
+
+    def put_part(self, uri: str, upload: str, number: int, data: bytes) -> str:
+        """Writes a part (from 1; of 5 MiB or more, but for the last) and returns its ETag."""
+        with self._asking("write", uri) as at:
+            return str(
+                self._client.upload_part(**at, UploadId=upload, PartNumber=number, Body=data)[
+                    "ETag"
+                ]
+            )
+
+    def join_parts(self, uri: str, upload: str, etags: Iterable[str]) -> None:
+        """Makes the parts, by number, the object."""
+        parts = [{"PartNumber": n, "ETag": etag} for n, etag in enumerate(etags, start=1)]
+        with self._asking("write", uri) as at:
+            self._client.complete_multipart_upload(
+                **at, UploadId=upload, MultipartUpload={"Parts": parts}
+            )
+
+    def drop_parts(self, uri: str, upload: str) -> None:
+        """Removes an upload's parts; its object is never there."""
+        with self._asking("write", uri) as at:
+            self._client.abort_multipart_upload(**at, UploadId=upload)
+
+    def open_parts(self, prefix_uri: str) -> Iterator[tuple[str, str]]:
+        """Uploads in parts under ``prefix_uri`` (address, name) that were neither joined nor
+        dropped."""
+        with self._asking("list", prefix_uri) as at:
+            pages = self._client.get_paginator("list_multipart_uploads")
+            for page in pages.paginate(Bucket=at["Bucket"], Prefix=at["Key"]):
+                for item in page.get("Uploads", ()):
+                    yield f"s3://{at['Bucket']}/{item['Key']}", item["UploadId"]
+
     def create_bucket(self, bucket: str) -> None:
         """Makes a bucket; no error where it is ours already."""
         with (
@@ -320,6 +388,8 @@ class ObjectStore:
         tried = f"cannot {verb} {uri} at {self._place}: {text}"
         if code in CONFLICT_CODES:
             return PreconditionFailed(uri)
+        if code in RANGE_CODES:
+            return BeyondTheEnd(uri)
         if code == "NoSuchBucket" or (code == "404" and self._bucket_is_missing(bucket)):
             return StorageDenied(
                 "BucketNotFound",

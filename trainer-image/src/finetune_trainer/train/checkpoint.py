@@ -1,32 +1,36 @@
 """Commits of the training state: written by torch's distributed checkpoint, made real by HEAD.
 
-    commit ──► copy in memory ──► (training goes on)
-                    └─ thread ──► shard on local disk ──► upload ──► all ranks have? ──► HEAD moves
+    commit ──► copy on the host ──► (training goes on)
+                    └─ thread ──► parts, several at a time ──► all ranks have? ──► HEAD moves
 
 The training waits for the copy alone, and for the commit before where that is still on its way.
-Loading verifies sizes and checksums, takes the newest valid commit, and does not care how many
-ranks wrote it.
+Loading reads what this rank needs, verifies it, takes the newest valid commit, and does not care
+how many ranks wrote it.
 """
 
 from __future__ import annotations
 
-import shutil
+import os
+import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from finetune_api.order import RunOrder
+from finetune_trainer.engine.commitstore import METADATA, CommitReader, CommitWriter
 from finetune_trainer.engine.dcp import State, load_state, load_weights, save_state, state_of
 from finetune_trainer.engine.gang import Gang
 from finetune_trainer.engine.optimizers import Optimizers
+from finetune_trainer.engine.staging import Staging
 from finetune_trainer.evaluate.scores import better
+from finetune_trainer.failures import StorageUnavailable
+from finetune_trainer.storage.commitfiles import read_file
 from finetune_trainer.storage.head import (
     Claim,
     Commit,
@@ -34,17 +38,17 @@ from finetune_trainer.storage.head import (
     Head,
     claim,
     commit_uri,
-    download_commit,
 )
-from finetune_trainer.storage.objects import FileInfo, ObjectStore
+from finetune_trainer.storage.objects import ObjectStore
 from finetune_trainer.train.state import LoopState
 
 _DEFAULT_SECONDS: Final = 600
 _STATE_FILE: Final = "state.json"
+_NICE: Final = 10
 
 
 class Upload:
-    """A commit on its way, in a thread of its own."""
+    """A commit on its way, in a thread of its own, which leaves the processor to the training."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         self._work = work
@@ -53,6 +57,8 @@ class Upload:
         self._thread.start()
 
     def _run(self) -> None:
+        if sys.platform == "linux":  # where this is the thread's alone, and those that it starts
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         try:
             self._work()
         except BaseException as error:
@@ -86,17 +92,19 @@ class Checkpoints:
     """For words of the thread that commits."""
     store: ObjectStore
     order: RunOrder
-    scratch: Path
+    staging: Staging
     head: Head
     """As of the last commit that has settled."""
     claim: Claim | None
     upload: Upload | None = None
     """The commit on its way; at most one is."""
-    _stager: BlockingAsyncStager = field(default_factory=BlockingAsyncStager)
 
     @classmethod
     def take(cls, gang: Gang, store: ObjectStore, order: RunOrder, scratch: Path) -> Checkpoints:
         """Take the run for a new attempt of this gang.
+
+        Args:
+            scratch: folder on the local disk, for the copies of spec.checkpoint.staging: Disk.
 
         Raises:
             StorageUnavailable: where storage does not answer.
@@ -116,7 +124,8 @@ class Checkpoints:
 
         head = gang.from_first(claim_run)
         channel = gang.on_a_channel_of_its_own()
-        return cls(gang, channel, store, order, scratch, head, held[0] if held else None)
+        staging = Staging(scratch if order.spec.checkpoint.staging == "Disk" else None)
+        return cls(gang, channel, store, order, staging, head, held[0] if held else None)
 
     @property
     def latest_uri(self) -> str | None:
@@ -149,7 +158,7 @@ class Checkpoints:
         """
         self.settle()
         state.rng = torch.get_rng_state().numpy().tobytes().hex()
-        copy = self._stager.stage(state_of(model, optimizers))
+        copy = self.staging.copy(state_of(model, optimizers))
         loop, step = state.to_json(), state.step
         metric = state.metric_at(step, self.order.spec.checkpoint.metric)
         self.upload = Upload(lambda: self._write(copy, loop, step, metric))
@@ -178,35 +187,43 @@ class Checkpoints:
             upload.wait()
 
     def _write(self, state: State, loop: str, step: int, metric: float | None) -> None:
-        folder = self._fresh(f"commit-{self.gang.rank}")
-        save_state(folder, state, self.channel.control)
-        if self.gang.first:
-            (folder / _STATE_FILE).write_text(loop)
         uri = commit_uri(self.order.run_uri, self.head.attempt, step)
-
-        def upload() -> dict[str, FileInfo]:
-            files = sorted(p for p in folder.iterdir() if p.is_file())
-            return {p.name: self.store.upload(p, f"{uri}/{p.name}") for p in files}
-
-        files = {k: v for part in self.channel.together(upload) for k, v in part.items()}
+        writer = CommitWriter(self.store, uri)
+        save_state(writer, state, self.channel.control)
+        if self.gang.first:
+            writer.write(_STATE_FILE, loop.encode())
+        parts = self.channel.together(lambda: writer.files)
+        files = {name: info for part in parts for name, info in part.items()}
         self._move(lambda held: held.commit(step, files, metric), self.channel)
-        shutil.rmtree(folder)
 
     def restore(self, model: nn.Module, optimizers: Optimizers) -> LoopState | None:
         """Load the newest valid commit; None where there is none. Commits that prove damaged are
-        taken out of HEAD."""
+        taken out of HEAD.
+
+        Raises:
+            StorageUnavailable: 'CommitsDamaged' where none of them was valid; another attempt may
+                begin from the base model.
+        """
+        damaged = False
         while self.head.commits:
             commit = self.head.commits[0]
-            folder = self._fetch(commit)
-            if folder is None:
-                self._move(partial(Claim.discard, corrupt=commit))
+            try:
+                text = self._read(commit, _STATE_FILE)
+                load_state(self._reader(commit), model, optimizers, self.gang.control)
+            except CorruptCommit as error:
+                self._discard(commit, error)
+                damaged = True
                 continue
-            load_state(folder, model, optimizers, self.gang.control)
-            state = LoopState.from_json((folder / _STATE_FILE).read_text())
+            state = LoopState.from_json(text.decode())
             rng = torch.frombuffer(bytearray.fromhex(state.rng), dtype=torch.uint8)
             torch.set_rng_state(rng)
-            self._drop(folder)
             return state
+        if damaged:
+            raise StorageUnavailable(
+                "CommitsDamaged",
+                f"{self.order.run_uri}: no commit has all of its files as they were written; the"
+                " next attempt begins from the base model",
+            )
         return None
 
     def rewind(self, model: nn.Module, optimizers: Optimizers, step: int) -> LoopState | None:
@@ -229,17 +246,18 @@ class Checkpoints:
             CorruptCommit: where the files of all commits are damaged.
         """
         self.settle()
+        whole = True  # what is in the model: damage may come to light halfway
         while self.head.commits:
             best = [c for c in self.head.commits if c.uri == self.head.best]
             chosen = (best or self.head.commits)[0]
-            if chosen.step == step:
+            if whole and chosen.step == step:
                 return chosen
-            folder = self._fetch(chosen)
-            if folder is not None:
-                load_weights(folder, model, self.gang.control)
-                self._drop(folder)
+            try:
+                load_weights(self._reader(chosen), model, self.gang.control)
                 return chosen
-            self._move(partial(Claim.discard, corrupt=chosen))
+            except CorruptCommit as error:
+                self._discard(chosen, error)
+                whole = False
         raise CorruptCommit(self.order.run_uri, "no commit of the run has its files")
 
     def release(self) -> None:
@@ -259,31 +277,14 @@ class Checkpoints:
 
         self.head = (gang or self.gang).from_first(moved)
 
-    def _fetch(self, commit: Commit) -> Path | None:
-        """The files of a commit in a folder of this pod, or None (on all ranks) where they are
-        damaged anywhere."""
-        folder = self.scratch / f"restore-{commit.attempt}-{commit.step}"
+    def _reader(self, commit: Commit) -> CommitReader:
+        return CommitReader(self.store, commit, self._read(commit, METADATA))
 
-        def fetch() -> bool:
-            if not self.gang.first_of_node:
-                return True
-            try:
-                download_commit(self.store, commit, folder)
-            except CorruptCommit as error:
-                print(f"{error.message}; the one before is tried", flush=True)
-                return False
-            return True
+    def _read(self, commit: Commit, name: str) -> bytes:
+        """A small file of a commit; read once, and alike on all ranks."""
+        return self.gang.from_first(partial(read_file, self.store, commit, name))
 
-        return folder if all(self.gang.together(fetch)) else None
-
-    def _drop(self, folder: Path) -> None:
-        """Remove files that every rank of the pod has read."""
-        self.gang.barrier()
-        if self.gang.first_of_node:
-            shutil.rmtree(folder)
-
-    def _fresh(self, name: str) -> Path:
-        folder = self.scratch / name
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        return folder
+    def _discard(self, commit: Commit, error: CorruptCommit) -> None:
+        if self.gang.first:
+            print(f"{error.message}; the one before is tried", flush=True)
+        self._move(partial(Claim.discard, corrupt=commit))

@@ -1,0 +1,176 @@
+"""How long training stands still for a commit, and what the upload costs the steps beside it.
+
+    python benchmarks/checkpoint_stall.py [--millions 50] [--steps 20] [--commits 3]
+
+A model of so many million parameters is trained by AdamW on this machine, and commits its state
+(12 bytes a parameter) to an S3 server beside it every so many steps: waiting for each commit, and
+going on while it is written, from a copy in memory or on disk. The server's own rate is that of
+as many plain puts, and gets, of parts of the same size at a time. The server, the upload and the
+training share the machine's cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
+from finetune_api.spec import Training, parse_spec
+from finetune_trainer.engine.gang import Gang, join
+from finetune_trainer.storage.commitfiles import PARALLEL, PART_BYTES
+from finetune_trainer.storage.objects import ObjectStore
+from finetune_trainer.storage.s3server import EmbeddedS3
+from finetune_trainer.train.checkpoint import Checkpoints
+from finetune_trainer.train.state import LoopState
+
+BUCKET = "bench"
+VOCABULARY, HIDDEN, TOKENS = 16_384, 512, 128
+MB = 1_000_000
+
+
+@dataclass
+class Seconds:
+    """What one way of committing took."""
+
+    stalls: list[float] = field(default_factory=list)
+    intervals: list[float] = field(default_factory=list)
+    beside: list[float] = field(default_factory=list)
+    """Of steps while a commit was written."""
+    alone: list[float] = field(default_factory=list)
+    """Of the other steps."""
+
+    def row(self, name: str) -> str:
+        share = sum(self.stalls) / sum(self.intervals)
+        quiet = statistics.median(self.alone)
+        slowed = f"{statistics.median(self.beside) / quiet:8.2f}" if self.beside else f"{'–':>8}"
+        return (
+            f"{name:24}{statistics.median(self.stalls):10.2f}{max(self.stalls):10.2f}"
+            f"{statistics.median(self.intervals):12.1f}{share:9.1%}{quiet:10.2f}{slowed}"
+            f"{len(self.beside):10}"
+        )
+
+
+class Trainee:
+    """A model under training."""
+
+    def __init__(self, millions: int) -> None:
+        torch.manual_seed(0)
+        layer = 4 * HIDDEN * HIDDEN + 9 * HIDDEN * HIDDEN
+        config = LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=3 * HIDDEN,
+            num_hidden_layers=max(1, round((millions * MB - VOCABULARY * HIDDEN) / layer)),
+            num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=True,
+        )  # fmt: skip
+        self.model: nn.Module = AutoModelForCausalLM.from_config(config)
+        self.optimizers = [torch.optim.AdamW(self.model.parameters(), fused=True)]
+        self.bytes = 12 * sum(p.numel() for p in self.model.parameters())
+        self._ids = torch.randint(0, VOCABULARY, (1, TOKENS))
+
+    def step(self) -> float:
+        began = time.perf_counter()
+        self.model(input_ids=self._ids, labels=self._ids).loss.backward()
+        self.optimizers[0].step()
+        self.optimizers[0].zero_grad()
+        return time.perf_counter() - began
+
+
+def commits_of(
+    gang: Gang, store: ObjectStore, name: str, scratch: Path, staging: str
+) -> Checkpoints:
+    """The commits of a new run."""
+    order = RunOrder(
+        version=CONTRACT_VERSION, job=JobIdentity(namespace="bench", name=name, uid="bench-0000"),
+        run="1-bench",
+        spec=parse_spec({
+            "model": {"source": f"s3://{BUCKET}/model"},
+            "data": {"train": [{"source": f"s3://{BUCKET}/train.jsonl"}]},
+            "output": {"destination": f"s3://{BUCKET}/{name}"},
+            "checkpoint": {"staging": staging, "keepLast": 1},
+        }),
+    )  # fmt: skip
+    return Checkpoints.take(gang, store, order, scratch)
+
+
+def train(
+    trainee: Trainee, checkpoints: Checkpoints, steps: int, commits: int, wait: bool
+) -> Seconds:
+    """Train, and commit every so many steps; the last commit is waited for."""
+    found = Seconds()
+    for number in range(1, commits + 1):
+        began = time.perf_counter()
+        for _ in range(steps):
+            busy = checkpoints.upload is not None and not checkpoints.upload.over
+            (found.beside if busy else found.alone).append(trainee.step())
+        stood = time.perf_counter()
+        checkpoints.commit(trainee.model, trainee.optimizers, LoopState(step=number * steps))
+        if wait:
+            checkpoints.settle()
+        found.stalls.append(time.perf_counter() - stood)
+        found.intervals.append(time.perf_counter() - began)
+    checkpoints.settle()
+    return found
+
+
+def rate(size: int, work: Callable[[], object]) -> float:
+    """MB/s."""
+    began = time.perf_counter()
+    work()
+    return size / MB / (time.perf_counter() - began)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--millions", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--commits", type=int, default=3)
+    options = parser.parse_args()
+    trainee = Trainee(options.millions)
+    gang = join(Training.model_validate({"precision": "FP32"}))
+    with tempfile.TemporaryDirectory() as folder, EmbeddedS3(Path(folder) / "s3") as s3:
+        s3.ensure_bucket(BUCKET)
+        store, scratch = s3.store(), Path(folder) / "scratch"
+        trainee.step()
+        print(f"{trainee.bytes / MB:,.0f} MB of state, {torch.get_num_threads()} threads")
+        print(
+            f"{'commit':24}{'stall, s':>10}{'most':>10}{'interval, s':>12}{'share':>9}"
+            f"{'step, s':>10}{'beside':>8}{'of steps':>10}"
+        )
+        for name, staging, wait in (
+            ("waited for", "Memory", True), ("meanwhile", "Memory", False),
+            ("meanwhile, from disk", "Disk", False),
+        ):  # fmt: skip
+            checkpoints = commits_of(gang, store, f"{staging}-{wait}".lower(), scratch, staging)
+            found = train(trainee, checkpoints, options.steps, options.commits, wait)
+            print(found.row(name), flush=True)
+
+        def write() -> None:
+            checkpoints.commit(trainee.model, trainee.optimizers, LoopState(step=1_000_000))
+            checkpoints.settle()
+
+        parts = [f"s3://{BUCKET}/raw/{n}" for n in range(max(1, trainee.bytes // PART_BYTES))]
+        data, size = bytes(PART_BYTES), len(parts) * PART_BYTES
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            print(f"\n{'MB/s':24}{'write':>10}{'read':>10}")
+            put = rate(size, lambda: list(pool.map(lambda uri: store.put(uri, data), parts)))
+            get = rate(size, lambda: list(pool.map(lambda uri: len(store.get(uri)), parts)))
+            print(f"{'plain requests':24}{put:10.0f}{get:10.0f}", flush=True)
+        wrote = rate(trainee.bytes, write)
+        began = time.perf_counter()
+        checkpoints.restore(trainee.model, trainee.optimizers)
+        took = time.perf_counter() - began
+        print(f"{'commit and restore':24}{wrote:10.0f}{trainee.bytes / MB / took:10.0f}")
+        print(f"restored in {took:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

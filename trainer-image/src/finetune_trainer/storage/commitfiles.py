@@ -1,0 +1,177 @@
+"""The files of a commit in object storage: written while they are made, read by parts, checked.
+
+A large file goes up in parts, several at a time, as its bytes come. Each part has a checksum of its
+own, so a reader fetches the parts that it needs and believes none of the others. What HEAD keeps of
+such a file is the checksum of its parts' checksums, as S3 does for composite ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain
+from typing import Final, TypeVar
+
+from finetune_trainer.failures import TrainerError
+from finetune_trainer.storage.commits import Commit, CorruptCommit
+from finetune_trainer.storage.objects import FileInfo, ObjectNotFound, ObjectStore
+
+PART_BYTES: Final = 16 << 20
+"""Of a part, at least. A writer and a reader hold some ``PARALLEL`` of them."""
+MOST_PARTS: Final = 10_000
+"""Of an object: S3's limit."""
+PARALLEL: Final = 8
+"""Parts on their way at a time."""
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class PartSums:
+    """What a reader checks a file by that went up in parts."""
+
+    size: int
+    part_bytes: int
+    """Of every part but the last."""
+    sha256s: tuple[bytes, ...]
+    """Of each part."""
+
+    @property
+    def info(self) -> FileInfo:
+        """What HEAD keeps: the checksum is that of the parts' checksums, one after another."""
+        return FileInfo(self.size, hashlib.sha256(b"".join(self.sha256s)).hexdigest())
+
+    def parts(self, start: int, stop: int) -> range:
+        """Numbers (from 0) of the parts that hold these bytes."""
+        return range(start // self.part_bytes, -(-stop // self.part_bytes))
+
+
+def write_file(store: ObjectStore, uri: str, data: bytes) -> FileInfo:
+    """Write a small file; what HEAD keeps of it."""
+    store.put(uri, data)
+    return FileInfo(len(data), hashlib.sha256(data).hexdigest())
+
+
+def stream_file(
+    store: ObjectStore, uri: str, pieces: Iterable[bytes | memoryview], size: int
+) -> PartSums:
+    """Write a file from its bytes in order, as they come, holding ``PARALLEL`` parts and one.
+
+    Where this fails there is no object, and no parts are left behind; a process that dies leaves
+    its parts to the bucket's lifecycle rule for incomplete multipart uploads.
+
+    Args:
+        size: bytes that are about to come; it sets the size of the parts.
+    """
+    part_bytes = max(PART_BYTES, -(-size // MOST_PARTS))
+    parts = _cut(pieces, part_bytes)
+    first, second = next(parts, b""), next(parts, None)
+    if second is None:
+        store.put(uri, first)
+        return PartSums(len(first), part_bytes, (hashlib.sha256(first).digest(),))
+    upload = store.begin_parts(uri)
+
+    def send(numbered: tuple[int, bytes]) -> tuple[str, int, bytes]:
+        number, data = numbered
+        tag = store.put_part(uri, upload, number, data)
+        return tag, len(data), hashlib.sha256(data).digest()
+
+    try:
+        sent = list(_in_parallel(send, enumerate(chain((first, second), parts), start=1)))
+        store.join_parts(uri, upload, [tag for tag, _, _ in sent])
+    except BaseException:
+        with suppress(TrainerError):
+            store.drop_parts(uri, upload)
+        raise
+    return PartSums(sum(n for _, n, _ in sent), part_bytes, tuple(digest for _, _, digest in sent))
+
+
+def read_file(store: ObjectStore, commit: Commit, name: str) -> bytes:
+    """A file that ``write_file`` wrote.
+
+    Raises:
+        CorruptCommit: where it is missing, or is not what was committed.
+    """
+    expected = commit.files.get(name)
+    if expected is None:
+        raise CorruptCommit(commit.uri, f"it has no {name}")
+    try:
+        data = store.get(f"{commit.uri}/{name}")
+    except ObjectNotFound:
+        raise CorruptCommit(commit.uri, f"{name} is missing") from None
+    got = FileInfo(len(data), hashlib.sha256(data).hexdigest())
+    if got != expected:
+        raise CorruptCommit(
+            commit.uri,
+            f"{name} has {got.bytes} bytes with sha256 {got.sha256}, but {expected.bytes} with"
+            f" {expected.sha256} were committed",
+        )
+    return data
+
+
+def read_parts(
+    store: ObjectStore,
+    commit: Commit,
+    sums: Mapping[str, PartSums],
+    wanted: Iterable[tuple[str, int]],
+) -> Iterator[tuple[str, int, bytes]]:
+    """Parts of files that ``stream_file`` wrote (name, number from 0), in that order; several are
+    fetched at a time.
+
+    Raises:
+        CorruptCommit: where one is missing, or is not what was committed.
+    """
+
+    for name, of in sums.items():
+        if of.info != commit.files.get(name):
+            raise CorruptCommit(commit.uri, f"{name} is not the file that HEAD names")
+
+    def fetch(part: tuple[str, int]) -> tuple[str, int, bytes]:
+        name, number = part
+        of = sums[name]
+        start = number * of.part_bytes
+        stop = min(start + of.part_bytes, of.size)
+        try:
+            data = store.get_range(f"{commit.uri}/{name}", start, stop)
+        except ObjectNotFound:
+            raise CorruptCommit(commit.uri, f"{name} is missing") from None
+        if hashlib.sha256(data).digest() != of.sha256s[number]:
+            raise CorruptCommit(
+                commit.uri, f"bytes {start} to {stop} of {name} are not what was committed"
+            )
+        return name, number, data
+
+    return _in_parallel(fetch, wanted)
+
+
+def _cut(pieces: Iterable[bytes | memoryview], size: int) -> Iterator[bytes]:
+    """The same bytes in parts of ``size``; the last is what remains."""
+    part = bytearray()
+    for piece in pieces:
+        rest = memoryview(piece)
+        while len(rest):
+            room = size - len(part)
+            part += rest[:room]
+            rest = rest[room:]
+            if len(part) == size:
+                yield bytes(part)
+                part.clear()
+    if part:
+        yield bytes(part)
+
+
+def _in_parallel(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Results in the order of the items, which are drawn no sooner than there is room."""
+    under_way: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        for item in items:
+            under_way.append(pool.submit(work, item))
+            if len(under_way) == PARALLEL:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
