@@ -252,7 +252,10 @@ def facts_of(state: int, activations: int = 0) -> Facts:
         held=4 * numbers, numbers=numbers, trained=numbers, optimizer=8 * numbers, anchors=0,
         block=block, block_trained=block, blocks=100 * block, blocks_trained=100 * block,
     )  # fmt: skip
-    return Facts(weights, kept, kept, 100, 0, "Concatenated", True, False, False)
+    return Facts(
+        weights=weights, whole=kept, gathered=kept, layers=100, vocabulary=0, logits_at_once=None,
+        packing="Concatenated", recomputes=True, halved=False, copied=False,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -301,6 +304,23 @@ def test_shards_and_shared_rows_divide_what_they_divide() -> None:
     assert parts["activations"] == whole["activations"] == 32 * GIB
     shared = spec_of(compute={"gpusPerNode": 8, "contextParallel": 4})
     assert estimate(facts, shared, row, Placement("NoShard", False))["activations"] == 8 * GIB
+
+
+def test_logits_are_counted_by_the_chunk(llama: Path) -> None:
+    row = RowSize(1 << 20, 1 << 19)
+    at_once = (512 << 20) // (4 * 600)
+
+    def logits(**training: Any) -> int:
+        spec = spec_of(training=training)
+        facts = rehearse(llama, spec, 64)
+        return estimate(facts, spec, row, Placement("NoShard", False))["logits"]
+
+    assert logits() == 12 * 600 * at_once
+    assert logits(labelSmoothing="0.1") == logits()
+    replay = {"train": [{"source": "s3://data/a.jsonl", "replay": True}]}
+    spec = spec_of(data=replay, training={"anchor": {"klCoefficient": "1"}})
+    anchored = rehearse(llama, spec, 64)
+    assert estimate(anchored, spec, row, Placement("NoShard", False))["logits"] == 32 * 600 * 2**19
 
 
 def test_the_largest_row_bounds_every_row() -> None:

@@ -35,11 +35,13 @@ class ChunkedHead:
 
     def wanted(self, tokens: int) -> bool:
         """Whether so many tokens' logits are too many for once, and can be had in chunks."""
-        if tokens <= self._at_once:
-            return False
+        return tokens > self._at_once and self.most() is not None
+
+    def most(self) -> int | None:
+        """Tokens whose logits are there at a time; None: they cannot be had in chunks."""
         if self._is_plain is None:
             self._is_plain = has_plain_head(self._model)
-        return self._is_plain
+        return self._at_once if self._is_plain else None
 
     def losses(
         self, inputs: dict[str, Tensor], predict: Tensor, labels: Tensor, smoothing: float

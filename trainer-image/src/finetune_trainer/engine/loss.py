@@ -106,6 +106,13 @@ class TokenLoss(nn.Module):
             for layer in layers:
                 layer._disable_adapters = False
 
+    def logits_at_once(self) -> int | None:
+        """Tokens whose logits are there at a time while training; None: all of a row's."""
+        added = self._router_coefficient or self._anchor_coefficient
+        if self._chunks is None or self._virtual or added:
+            return None
+        return self._chunks.most()
+
     def forward(
         self, row: TokenRow, untuned: Untuned | None = None, with_logits: bool = False
     ) -> RowLosses:

@@ -119,6 +119,8 @@ class Facts:
     layers: int
     vocabulary: int
     """Numbers of a token's logits; 0 without an output head."""
+    logits_at_once: int | None
+    """Tokens whose logits are there at a time; None: all of a row's."""
     packing: Packing
     """How samples share rows."""
     recomputes: bool
@@ -231,7 +233,8 @@ def _activations(
     block = found.block * tokens + found.keys / max(1, facts.layers) * others
     anchored = float(spec.training.anchor.kl_coefficient) > 0
     number = _LOGIT_BYTES + (_ANCHORED_BYTES if anchored else 0)
-    logits = float(number * facts.vocabulary * min(row.supervised, tokens))
+    learned = min(row.supervised, tokens, facts.logits_at_once or tokens)
+    logits = float(number * facts.vocabulary * learned)
     if placement.checkpointing:
         kept, working = (found.inputs + found.outside) * tokens, (1 + _GRADIENTS) * block
     else:

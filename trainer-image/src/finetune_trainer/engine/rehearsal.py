@@ -29,6 +29,7 @@ from finetune_trainer.engine.anchors import anchor_bytes
 from finetune_trainer.engine.attention import as_computed
 from finetune_trainer.engine.context import ALONE
 from finetune_trainer.engine.layout import row_context
+from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.memory import Activations, Facts, Weights, may_shard
 from finetune_trainer.engine.methods import apply_method
 from finetune_trainer.engine.model import empty_base, purpose_of
@@ -72,6 +73,7 @@ def rehearse(path: Path, spec: FineTuneJobSpec, max_length: int) -> Facts:
         gathered=gathered,
         layers=len(model.blocks),
         vocabulary=model.vocabulary,
+        logits_at_once=model.logits_at_once,
         packing=model.packing,
         recomputes=model.recomputes,
         halved=precision.halved,
@@ -136,6 +138,9 @@ class _Model:
         self._tuned = apply_method(base, spec)
         check_optimizer(self._tuned, spec)
         self.loss = task.loss(self._tuned, spec.training).train()
+        self.logits_at_once: int | None = None
+        if isinstance(self.loss, TokenLoss):
+            self.logits_at_once = self.loss.logits_at_once()
         self._build = task.row(ALONE, None)
         _hold_nothing(self.loss, self._fake)
         head = base.get_output_embeddings()  # type: ignore[no-untyped-call]
