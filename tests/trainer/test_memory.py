@@ -7,6 +7,7 @@ import gc
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,8 @@ from finetune_trainer.engine.rehearsal import frozen_dtype, rehearse
 from finetune_trainer.engine.tasks import TASKS
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepared.shards import TokenSample
+from finetune_trainer.train import session
+from finetune_trainer.train.worker import beside_estimate
 
 GIB = 1 << 30
 TOKENS = 512
@@ -421,3 +424,40 @@ def test_the_memory_of_a_process_is_read_from_the_manifest() -> None:
     assert memory(gpusPerNode=0, resources={"limits": {"memory": "1e9"}}) == 10**9
     assert memory(gpusPerNode=0, resources={"requests": {"memory": "1Gi"}}) is None
     assert memory(gpusPerNode=1, resources=limits) is None
+
+
+# --- in the gang ---------------------------------------------------------------------------------
+
+
+def gang_of(*rooms: int) -> Any:
+    """A gang of one node whose processes have so much memory."""
+    return SimpleNamespace(
+        device=CPU, nodes=1, per_node=len(rooms), size=len(rooms),
+        together=lambda work: list(rooms), from_first=lambda make: make(),
+    )  # fmt: skip
+
+
+def test_a_gang_goes_by_the_least_memory_of_its_devices(
+    llama: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr("finetune_trainer.engine.memory._RUNTIME", {"gpu": 0, "cpu": 0})
+    index = SimpleNamespace(length=SAMPLES.lengths, supervised=SAMPLES.supervised)
+    data: Any = SimpleNamespace(
+        manifest=SimpleNamespace(max_length=512), index=lambda split: index
+    )  # fmt: skip
+    spec = spec_of(method={"type": "Full"}, compute={"gpusPerNode": 8, "nodes": 4})
+    plenty = session.fitted(spec, llama, data, gang_of(8 * GIB, 8 * GIB))
+    assert str(plenty.placement) == "NoShard"
+    assert "gradients" in capsys.readouterr().out
+    less = session.fitted(spec, llama, data, gang_of(8 * GIB, plenty.needed - 1))
+    assert str(less.placement) == "NoShard, gradient checkpointing"
+    with pytest.raises(UserError, match="What fits") as refused:
+        session.fitted(spec, llama, data, gang_of(8 * GIB, less.needed // 3))
+    assert refused.value.reason == "DoesNotFit"
+
+
+def test_a_lack_of_memory_is_told_beside_the_estimate() -> None:
+    found = decide(facts_of(40 * GIB), spec_of(), RowSize(8, 8), 80 * GIB)
+    said = beside_estimate(torch.OutOfMemoryError("no room"), SimpleNamespace(memory=found))  # type: ignore[arg-type]
+    assert said.failure_class == "OutOfMemory"
+    assert "no room" in said.message and "of 80.0 GiB (NoShard)" in said.message

@@ -358,6 +358,18 @@ def test_a_spike_is_skipped_the_run_goes_back_and_leaves_its_samples_out(bench: 
     assert rates[result.summary.steps] < rates[result.summary.steps - 30] / 2
 
 
+def test_activations_computed_again_give_the_same_training(bench: Bench) -> None:
+    results = {}
+    for again in ("Never", "Always"):
+        training = {"epochs": 1, "gradientCheckpointing": again}
+        order = bench.order(f"1-{again.lower()}", training=training)
+        results[again] = bench.finish(order, 1, again)
+        said = "NoShard, gradient checkpointing" if again == "Always" else "NoShard)"
+        assert said in (bench.tmp_path / again / "log").read_text()
+    never, always = (results[again].curve for again in ("Never", "Always"))
+    assert [p.loss for p in always] == pytest.approx([p.loss for p in never], rel=1e-5)
+
+
 def test_early_stopping_ends_training(bench: Bench) -> None:
     order = bench.order(
         "1-early",
