@@ -27,6 +27,7 @@ from finetune_trainer.engine.dropout import token_keys
 from finetune_trainer.engine.feed import RowTensors
 from finetune_trainer.engine.layout import RowLayout, offsets_of
 from finetune_trainer.engine.loss import RowLosses
+from finetune_trainer.engine.transfer import on_device
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepared.shards import TokenSample
 
@@ -61,8 +62,7 @@ def build_padded_row(
         keys[i, :length] = token_keys(seed, step, position, length)
 
     def tensor(values: Any) -> Tensor:
-        made = torch.from_numpy(np.ascontiguousarray(values, np.int64))
-        return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
+        return on_device(np.asarray(values, np.int64), device)
 
     return PaddedRow(
         input_ids=tensor(ids),

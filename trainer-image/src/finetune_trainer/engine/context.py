@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import all_gather_tensor_autograd
 
+from finetune_trainer.engine.transfer import on_device
+
 Ints = npt.NDArray[np.int64]
 
 
@@ -98,4 +100,4 @@ def share(
             if first < last:
                 spans.append(Span(last - first, last - start))
                 take.append(place[start:last])
-    return tuple(spans), Wanted(torch.from_numpy(np.concatenate(take)).to(device), group.group)
+    return tuple(spans), Wanted(on_device(np.concatenate(take), device), group.group)

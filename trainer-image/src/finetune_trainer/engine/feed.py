@@ -22,6 +22,7 @@ from finetune_trainer.engine.context import ALONE, ContextGroup, share
 from finetune_trainer.engine.dropout import token_keys
 from finetune_trainer.engine.layout import RowLayout, offsets_of
 from finetune_trainer.engine.plan import Plan, Row, Step
+from finetune_trainer.engine.transfer import on_device
 from finetune_trainer.prepared.shards import TokenSample
 
 
@@ -143,9 +144,7 @@ def build_row(
         varies(offsets.keys)
 
     def tensor(values: np.ndarray) -> Tensor:
-        made = torch.from_numpy(np.ascontiguousarray(values))
-        # Copies from pinned memory are made beside the computation.
-        return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
+        return on_device(values, device)
 
     return TokenRow(
         input_ids=tensor(ids[held])[None],
