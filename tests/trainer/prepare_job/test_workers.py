@@ -23,8 +23,10 @@ from finetune_api.order import RunOrder
 from finetune_api.results import PreparedSummary
 from finetune_trainer.failures import DataError, StorageUnavailable
 from finetune_trainer.prepare import facts, indexes, meeting, parts, writer
+from finetune_trainer.prepare.facts import PartSummary
 from finetune_trainer.prepare.lines import count_lines, lines_between
 from finetune_trainer.prepare.mapping import Mapper
+from finetune_trainer.prepare.meeting import Meeting
 from finetune_trainer.prepare.parts import Part, Piece, deal
 from finetune_trainer.prepare.pipeline import prepare
 from finetune_trainer.prepare.sources import DataObject
@@ -252,11 +254,15 @@ def test_data_that_changes_between_workers_is_refused(
     at.work(order, 1)
     at.put("g/1.jsonl", lines(*pairs(60, 60)))
     changed = at.order({"train": [{"source": f"{at.root}/g/"}]}, 2)
-    stop = threading.Timer(0.2, lambda: at.put("g/2.jsonl", lines(*pairs(3, 200))))
-    stop.start()
+    waiting = Meeting.wait
+
+    def put_and_wait(self: Meeting, part: Part, meanwhile: Callable[[], None]) -> PartSummary:
+        at.put("g/2.jsonl", lines(*pairs(3, 200)))
+        return waiting(self, part, meanwhile)
+
+    monkeypatch.setattr(Meeting, "wait", put_and_wait)
     with pytest.raises(DataError) as caught:
         at.work(changed, 0)
-    stop.join()
     assert caught.value.reason == "ObjectChanged"
 
 
