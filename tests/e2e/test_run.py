@@ -25,7 +25,7 @@ OPERATOR_SERIES = (
     "finetune_operator_reconcile_seconds_bucket{", "finetune_operator_reconcile_errors_total",
     "finetune_operator_queue_depth", "finetune_operator_runs_started_total",
     "finetune_operator_runs_finished_total{", "finetune_operator_restarts_total",
-    "finetune_operator_gpu_seconds_total{",
+    "finetune_operator_gpu_seconds_total{", "finetune_operator_startup_seconds_bucket{",
 )  # fmt: skip
 
 
@@ -50,6 +50,10 @@ def test_a_job_ends_in_an_evaluated_model(platform, manifest_of, tmp_path: Path)
     assert status["phase"] == "Complete"
     assert status["restarts"] == 0
     assert status["usage"]["gpuSeconds"] == 0
+    parts = dict(status["startup"])
+    total = parts.pop("totalSeconds")
+    assert {"prepareSeconds", "scheduleSeconds", "pullSeconds", "modelSeconds"} <= parts.keys()
+    assert 0 < sum(parts.values()) <= total + len(parts), "each is rounded"
     found = scores(status)
     assert ("intent", "Accuracy") in found, status["evaluation"]
     assert found["intent", "Accuracy"][1] > found["intent", "Accuracy"][0] + GAIN["Accuracy"]

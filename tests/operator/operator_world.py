@@ -146,6 +146,12 @@ class World:
             },
             "spec": {**template["spec"], "nodeName": f"node-{index}"},
         }
+        scheduled = {
+            "type": "PodScheduled",
+            "status": "True",
+            "lastTransitionTime": format_time(self.now),
+        }
+        conditions = made.get("status", {}).get("conditions", [scheduled])
         phase = "Pending"
         if "running" in state:
             phase = "Running"
@@ -157,7 +163,10 @@ class World:
             ended.setdefault("startedAt", old.get("running", {}).get("startedAt"))
             ended.setdefault("finishedAt", format_time(self.now))
         container = {"name": names.CONTAINER, "state": state}
-        made["status"] = {"phase": phase, "podIP": "10.0.0.1", "containerStatuses": [container]}
+        made["status"] = {
+            "phase": phase, "podIP": "10.0.0.1", "containerStatuses": [container],
+            "conditions": conditions,
+        }  # fmt: skip
         self.objects["Pod", name] = made
         return made
 

@@ -4,6 +4,7 @@ nodes: apply, walk the stages, kill, suspend, change, delete."""
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,10 +140,15 @@ def walk_to_training(job: Job, **more: Any) -> None:
 def test_from_apply_to_complete(job: Job, operator: OperatorProcess) -> None:
     walk_to_training(job)
     assert job.status["prepared"]["trainSamples"] == 90
-    job.end("train", count=2, trained=TRAINED)
+    start = {"seconds": {"import": 2.0, "step": 1.0}, "fromStep": 0, "firstStep": time.time()}
+    job.end("train", count=2, trained=TRAINED | {"startup": start})
     job.end("publish", published=PUBLISHED)
     job.reach("Complete")
     status = job.status
+    found = status["startup"]
+    assert (found["importSeconds"], found["stepSeconds"]) == (2, 1)
+    parts = ("prepareSeconds", "queueSeconds", "scheduleSeconds", "pullSeconds")
+    assert sum(found[part] for part in parts) <= found["totalSeconds"]
     assert status["output"]["uri"] == PUBLISHED["uri"]
     assert status["evaluation"][0]["gain"] == "-1.5"
     for type_ in ("Prepared", "Evaluated", "Published", "Complete", "Ready"):

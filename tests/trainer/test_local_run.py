@@ -76,9 +76,15 @@ def test_a_run_is_stopped_and_goes_on_to_its_end(tiny_base: Path, tmp_path: Path
     assert "prepared before" in text
     assert "150 steps" in text
     assert "restarts" not in text, "a stop that was saved is no incident"
+    assert "150 steps, first after" in text
     (folder,) = (tmp_path / ".finetune" / "models" / "tiny").iterdir()
     assert str(folder) in text.replace("\n", "")
-    assert (folder / "report.html").exists()
+    assert "First step after" in (folder / "report.html").read_text()
+    parts = json.loads((folder / "metrics.json").read_text())["training"]["startupSeconds"]
+    total = parts.pop("total")
+    assert list(parts) == [
+        "launch", "import", "gang", "data", "model", "restore", "baseline", "step"]  # fmt: skip
+    assert sum(parts.values()) == pytest.approx(total, abs=0.01 * len(parts)), "rounded each"
     model = AutoModelForCausalLM.from_pretrained(folder / "merged")
     assert model.num_parameters() > 0
     state = json.loads((tmp_path / ".finetune" / "jobs" / "tiny.json").read_text())

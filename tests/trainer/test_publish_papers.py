@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
-from finetune_api.results import Ancestor, DataSetScores, PreparedSummary, TrainSummary
+from finetune_api.results import Ancestor, DataSetScores, PreparedSummary, Startup, TrainSummary
 from finetune_api.sources import ModelPlace
 from finetune_api.spec import parse_spec
 from finetune_trainer.prepared.manifest import DataManifest, DataSet
@@ -80,6 +80,7 @@ def about(
         summary=TrainSummary(
             attempt=2, restarts=1, steps=20, checkpoint="s3://bucket/commit", checkpoint_step=10,
             scores=[found] if scores else [], trainable_parameters=10, total_parameters=1000,
+            startup=Startup(seconds={"model": 1.25, "step": 2.0}, from_step=0, first_step=1.0),
         ),
         curve=[
             CurvePoint(step=s, loss=3 / s, learning_rate=1e-4, gradient_norm=1.0)
@@ -157,6 +158,7 @@ def test_the_report_shows_figures_data_and_examples() -> None:
         "123,457", "2 Duplicate 1 truncated", "yes 4, no 3", "&lt;script&gt;x&lt;/script&gt;",
         '<span class="learned"> yes</span>', "is it &lt;b&gt;?", "LoRA, rank 16",
         "adapter 1.2 MB, merged 2,000.0 MB", "published commit, step 10", "Loss 1.5",
+        "First step after</th><td>3.2 s (model 1.2, step 2.0)",
     ):  # fmt: skip
         assert shown in text, shown
 
@@ -203,6 +205,7 @@ def test_metrics_json_is_complete() -> None:
     assert [point["step"] for point in raw["training"]["curve"]] == [1, 10, 20]
     assert raw["spec"]["model"]["source"] == "hf://org/name@rev"
     assert raw["parameters"] == {"trainable": 10, "total": 1000}
+    assert raw["training"]["startupSeconds"] == {"model": 1.25, "step": 2.0, "total": 3.25}
 
 
 @given(

@@ -35,7 +35,9 @@ import torch.distributed as dist
 from finetune_api.results import TrainSummary
 from finetune_trainer.supervise import workerfiles
 from finetune_trainer.failures import Interrupted, exit_code, verdict
+from finetune_trainer.train.startup import StartupClock
 
+startup = StartupClock.of_this_process()
 shared = Path(os.environ["SHARED"])
 
 def work():
@@ -56,7 +58,8 @@ def work():
             break
         time.sleep(0.01)
     if rank == 0:
-        workerfiles.leave_result(TrainSummary(attempt=1, restarts=0, steps=step))
+        told = startup.first_step(from_step=0, compiling=None)
+        workerfiles.leave_result(TrainSummary(attempt=1, restarts=0, steps=step, startup=told))
 
 try:
     work()
@@ -206,6 +209,9 @@ def test_a_gang_that_loses_a_node_forms_again_and_finishes(nodes: Nodes) -> None
     assert [nodes.end(process) for process in gang] == [0, 0], nodes.logs()
     trained = nodes.last_word(0).trained
     assert trained is not None and trained.steps > 3
+    assert trained.startup is not None
+    assert list(trained.startup.seconds) == ["launch", "import", "step"]
+    assert trained.startup.seconds["launch"] > 0, "torchrun was started, and the nodes met"
     assert nodes.last_word(1).trained is None
     assert nodes.last_word(1).failure is None
 

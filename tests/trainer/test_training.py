@@ -169,6 +169,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_at_any_size(bench: Bench
         bench.kill_after_commit(order, before, f"lost-{name}", step=6)
         resumed = bench.finish(order, after, f"resumed-{name}")
         assert (resumed.summary.attempt, resumed.summary.restarts) == (2, 1)
+        assert resumed.summary.startup is not None and resumed.summary.startup.from_step >= 6
         assert curve(resumed).keys() == curve(whole).keys()
         for step, loss in curve(whole).items():
             found = curve(resumed)[step]
@@ -250,6 +251,9 @@ def test_pages_tell_what_the_gang_does(bench: Bench) -> None:
         assert float(values[name]) > 0, name
     for part in ("checkpoint", "evaluation"):
         assert float(values[f'finetune_step_seconds_total{{part="{part}"}}']) > 0
+    for part, seconds in told["startup"]["seconds"].items():
+        assert float(values[f'finetune_startup_seconds{{part="{part}"}}']) == seconds, part
+    assert told["startup"]["seconds"]["step"] > 0
     assert float(values['finetune_validation_loss{data_set="train-0"}']) > 0
     assert "finetune_gpu_memory_peak_bytes" not in values
 
@@ -265,6 +269,7 @@ def test_full_tuning_learns_and_reports_both_models(bench: Bench) -> None:
     order = bench.order(
         "1-fullx", method={"type": "Full"}, training={"epochs": 6, "learningRate": "1e-2"}
     )
+    began = time.time()
     result = bench.finish(order, 2, "full")
     (scores,) = result.summary.scores
     assert scores.tuned["Loss"] < scores.untuned["Loss"]
@@ -272,6 +277,14 @@ def test_full_tuning_learns_and_reports_both_models(bench: Bench) -> None:
     assert set(scores.tuned) == {"Loss", "Perplexity", "Accuracy", "Precision", "Recall", "F1"}
     assert scores.tuned["Perplexity"] == pytest.approx(math.exp(scores.tuned["Loss"]))
     assert result.summary.trainable_parameters == result.summary.total_parameters > 0
+    startup = result.summary.startup
+    assert startup is not None and startup.from_step == 0
+    assert list(startup.seconds) == [
+        "import", "gang", "data", "model", "restore", "baseline", "step"]  # fmt: skip
+    slack = 1.0  # of the two clocks
+    assert began - slack < startup.first_step - startup.total, "from the start of the process"
+    assert startup.first_step < time.time() + slack
+    assert f"first step after {startup.text}" in (bench.tmp_path / "full" / "log").read_text()
     assert result.examples["train-0"][0].tuned.strip() in COLOURS.values()
 
 
@@ -283,6 +296,8 @@ def test_compiled_training_is_the_same_and_compiles_once(bench: Bench) -> None:
     gang = bench.start(order, 2, "compiled")
     assert gang.wait(300) == [0, 0], gang.log.read_text()
     compiled = runfiles.read_result(bench.store, order.run_uri)
+    assert compiled.summary.startup is not None
+    assert compiled.summary.startup.seconds["compile"] > 0
     for step, loss in curve(plain).items():
         assert curve(compiled)[step] == pytest.approx(loss, rel=1e-3)
 

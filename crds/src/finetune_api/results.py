@@ -17,6 +17,39 @@ TERMINATION_LIMIT: Final = 4096
 """Bytes that Kubernetes keeps of a termination message."""
 
 
+StartupPart = Literal[
+    "launch", "import", "gang", "data", "model", "restore", "baseline", "compile", "step"
+]
+"""What an attempt does before its first optimizer step is done, in order: torchrun starts and the
+nodes find each other; a worker imports its libraries; the processes form a gang and take the run;
+they open the data, and plan; fetch the model, estimate its memory, load and shard it; read the
+newest commit; measure the untuned model; compile blocks (with training.compile); take the step."""
+
+
+class Startup(Record):
+    """The start of an attempt, as the gang's first process saw it: a wait for another process
+    counts for the part in which it was waited."""
+
+    seconds: dict[StartupPart, float]
+    """Seconds by part. Parts follow one another without gaps: their sum is the time from the start
+    of the node's training processes to the end of the first step."""
+    from_step: int
+    """Steps done before: above 0 where the attempt went on from a commit."""
+    first_step: float
+    """Unix time at the end of the first step."""
+
+    @property
+    def total(self) -> float:
+        """Seconds of all parts."""
+        return sum(self.seconds.values())
+
+    @property
+    def text(self) -> str:
+        """For people: ``21.4 s (launch 3.1, import 9.0, …)``."""
+        parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.seconds.items())
+        return f"{self.total:.1f} s ({parts})"
+
+
 class Progress(Record):
     """``GET /progress`` of the gang's first process."""
 
@@ -61,6 +94,8 @@ class Progress(Record):
     lost_seconds: float = 0.0
     """Wall time of work that earlier attempts did and lost: from their last commit to their
     end."""
+    startup: Startup | None = None
+    """How long the attempt took to start, once its first step is done."""
     updated: float = 0.0
     """Unix time of this state."""
 
@@ -171,6 +206,8 @@ class TrainSummary(Record):
     """Steps whose update was not made (see training.guard)."""
     rollbacks: int = 0
     """Times that the run went back to an earlier commit."""
+    startup: Startup | None = None
+    """How long the attempt that finished took to start; absent where it had no step left to do."""
 
 
 class Ancestor(Record):

@@ -191,6 +191,42 @@ class Usage(Model):
     """Seconds between the gang's Job and the first second in which all its pods ran."""
 
 
+class StartupStatus(Model):
+    """How long the run took to its first optimizer step, in seconds, and what with. Of a gang the
+    last pod counts. A part is absent where it is not known, or there is none."""
+
+    total_seconds: int
+    """From the run's start (startTime) to the end of the first step, by the clocks of cluster and
+    node."""
+    prepare_seconds: int | None = None
+    """From the run's start to the gang's Job: prepare, and what it waited for."""
+    queue_seconds: int | None = None
+    """From the Job to its last pod: the queue, and pods that had to be replaced."""
+    schedule_seconds: int | None = None
+    """Until that pod had a node."""
+    pull_seconds: int | None = None
+    """Until its container started: volumes, network and the image."""
+    launch_seconds: int | None = None
+    """Until the training processes were started: torchrun, and nodes that find each other. From
+    here on, as the first process of the attempt that took the step saw it."""
+    import_seconds: int | None = None
+    """Libraries."""
+    gang_seconds: int | None = None
+    """Processes form a gang, and take the run."""
+    data_seconds: int | None = None
+    """Prepared data is opened, and the steps are planned."""
+    model_seconds: int | None = None
+    """The model is fetched, estimated, loaded, tuned by the method and sharded."""
+    restore_seconds: int | None = None
+    """Looking for a commit to go on from."""
+    baseline_seconds: int | None = None
+    """The untuned model is measured."""
+    compile_seconds: int | None = None
+    """Blocks are compiled, with spec.training.compile."""
+    step_seconds: int | None = None
+    """The rest of the first step, the wait for its data included."""
+
+
 class FailureStatus(Model):
     """Why the run failed, and what to do."""
 
@@ -249,5 +285,7 @@ class FineTuneJobStatus(Model):
     """Incidents of the gang in this run."""
     usage: Usage | None = None
     """What the run cost."""
+    startup: StartupStatus | None = None
+    """How long the run took to its first optimizer step; told once it is done."""
     failure: FailureStatus | None = None
     """Why the run failed, and what to do."""

@@ -30,6 +30,9 @@ _USAGE: Final = {
 }
 
 
+_STARTUP_SECONDS: Final = (1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600, 7200)
+
+
 class Metrics:
     """The operator's own counters, and its registry."""
 
@@ -64,6 +67,13 @@ class Metrics:
             ["use"],
             registry=self.registry,
         )
+        self._startup = Histogram(
+            "finetune_operator_startup_seconds",
+            "Time of runs from their start to their first optimizer step, by part and in all.",
+            ["part"],
+            buckets=_STARTUP_SECONDS,
+            registry=self.registry,
+        )
         self.registry.register(_Jobs(store, queue_depth))
         ProcessCollector(registry=self.registry)
 
@@ -83,6 +93,9 @@ class Metrics:
         old, new = base.get("usage") or {}, after.get("usage") or {}
         for use, key in (("held", "gpuSeconds"), ("wasted", "wastedGpuSeconds")):
             self._gpu_seconds.labels(use).inc(max(0, new.get(key, 0) - old.get(key, 0)))
+        if "startup" not in base:
+            for key, seconds in (after.get("startup") or {}).items():
+                self._startup.labels(key.removesuffix("Seconds")).observe(seconds)
 
 
 class _Jobs(Collector):

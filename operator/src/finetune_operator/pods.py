@@ -32,6 +32,7 @@ class PodView:
     node: str | None = None
     ip: str | None = None
     scheduled: bool = False
+    scheduled_at: datetime | None = None
     unschedulable: str | None = None
     """The scheduler's message while it finds no node."""
     started: datetime | None = None
@@ -84,6 +85,9 @@ def pod_view(obj: Object, pull_failing_since: datetime | None = None) -> PodView
         node=spec.get("nodeName"),
         ip=status.get("podIP"),
         scheduled=bool(spec.get("nodeName")),
+        scheduled_at=parse_time(scheduled.get("lastTransitionTime"))
+        if scheduled.get("status") == "True"
+        else None,
         unschedulable=scheduled.get("message") or "no node fits" if unschedulable else None,
         started=parse_time(running.get("startedAt") or ended.get("startedAt")),
         finished=parse_time(ended.get("finishedAt")),

@@ -13,10 +13,12 @@ from finetune_api.status import (
     ParameterStatus,
     Run,
     RunBase,
+    StartupStatus,
 )
 from finetune_operator import report
 from finetune_operator.objects import format_time, parse_time
 from finetune_operator.report import STAGE_CONDITION, Conditions
+from finetune_operator.startup import startup
 from finetune_operator.usage import usage
 from finetune_operator.work import Work
 
@@ -270,7 +272,7 @@ def _base(work: Work) -> RunBase | None:
 
 def _results(work: Work, base: FineTuneJobStatus) -> dict[str, Any]:
     """What the stages said so far; what status knows stays where the pods are gone."""
-    found: dict[str, Any] = {"usage": _usage(work, base)}
+    found: dict[str, Any] = {"usage": _usage(work, base), "startup": _startup(work, base)}
     if work.prepared is not None:
         found["prepared"] = report.prepared_status(work.prepared)
     progress, read_at = work.observed.progress, work.observed.progress_time
@@ -295,6 +297,21 @@ def _results(work: Work, base: FineTuneJobStatus) -> dict[str, Any]:
     if work.published is not None:
         found["output"] = report.output_status(work.published)
     return found
+
+
+def _startup(work: Work, base: FineTuneJobStatus) -> StartupStatus | None:
+    """As it was told first."""
+    if base.startup is not None:
+        return base.startup
+    run, progress, trained = work.run, work.observed.progress, work.trained
+    told = progress.startup if progress and progress.run == run.id else None
+    return startup(
+        parse_time(base.run.start_time) if base.run else None,
+        work.order.spec.compute.nodes,
+        work.observed.job("train", run.id, run.revision),
+        work.observed.pods_of("train", run.id, run.revision),
+        told or (trained.startup if trained else None),
+    )
 
 
 def _usage(work: Work, base: FineTuneJobStatus) -> Any:

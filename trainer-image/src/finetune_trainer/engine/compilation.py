@@ -58,6 +58,13 @@ def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
     return stance
 
 
+def compilation_seconds() -> float:
+    """Seconds that compiling has taken in this process."""
+    from torch._dynamo.utils import calculate_time_spent
+
+    return float(calculate_time_spent()["total_wall_time"])
+
+
 def compilations() -> int:
     """Graphs that this process has compiled."""
     from torch._dynamo.utils import counters

@@ -145,7 +145,8 @@ def trained_text(summary: TrainSummary) -> str:
     early = ", stopped early" if summary.stopped_early else ""
     loss = f", loss {summary.loss:.4f}" if summary.loss is not None else ""
     restarts = f", {summary.restarts} restarts" if summary.restarts else ""
-    return f"{summary.steps:,} steps{loss}{early}{restarts}"
+    start = f", first after {duration(summary.startup.total)}" if summary.startup else ""
+    return f"{summary.steps:,} steps{start}{loss}{early}{restarts}"
 
 
 def published_text(summary: PublishSummary) -> str:

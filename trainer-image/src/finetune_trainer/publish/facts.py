@@ -9,7 +9,7 @@ from typing import Final
 from finetune_api.methods import Method
 from finetune_api.optimizers import Anchor
 from finetune_api.order import RunOrder
-from finetune_api.results import PreparedSummary
+from finetune_api.results import PreparedSummary, TrainSummary
 from finetune_api.sources import ModelPlace
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.evaluate.scores import HIGHER_IS_BETTER
@@ -150,6 +150,7 @@ def metrics_text(about: About) -> str:
             "tokens": summary.tokens,
             "goodputTokensPerSecond": round(summary.tokens / max(1.0, summary.training_seconds), 1),
             "lostSeconds": round(summary.lost_seconds, 1),
+            "startupSeconds": _startup_seconds(summary),
             "processes": result.processes,
             "device": result.device,
         },
@@ -163,6 +164,15 @@ def metrics_text(about: About) -> str:
         "versions": result.versions,
     }
     return json.dumps(raw, ensure_ascii=False, indent=1) + "\n"
+
+
+def _startup_seconds(summary: TrainSummary) -> dict[str, float] | None:
+    """Seconds to the first step of the attempt that finished, by part and in all; None: it had no
+    step left to do."""
+    if summary.startup is None:
+        return None
+    parts = [*summary.startup.seconds.items(), ("total", summary.startup.total)]
+    return {part: round(seconds, 2) for part, seconds in parts}
 
 
 def describe(method: Method) -> str:
@@ -209,10 +219,11 @@ def _memory(prepared: PreparedSummary) -> list[tuple[str, str]]:
 def settings(about: About) -> list[tuple[str, str]]:
     """How the model was trained, as names and values for people."""
     spec, result = about.spec, about.result
+    summary = result.summary
     length = (
         f"{spec.effective_epochs} epochs" if spec.effective_epochs else "given by training.maxSteps"
     )
-    trained, total = result.summary.trainable_parameters, result.summary.total_parameters
+    trained, total = summary.trainable_parameters, summary.total_parameters
     share = 100 * trained / max(1, total)
     stored = ", ".join(f"{name} {megabytes(n)}" for name, n in about.sizes.stored.items())
     return [
@@ -221,7 +232,7 @@ def settings(about: About) -> list[tuple[str, str]]:
         ("Method", describe(spec.method)),
         ("Trained parameters", f"{trained:,} of {total:,} ({share:.2g} %)"),
         ("Stored size", f"{stored}; a whole copy has {megabytes(about.sizes.full_copy)}"),
-        ("Steps", f"{result.summary.steps:,} ({length})"),
+        ("Steps", f"{summary.steps:,} ({length})"),
         ("Batch", f"{spec.training.batch_size} samples a step"),
         ("Learning rate", f"{spec.effective_learning_rate:g}, {spec.training.schedule.lower()},"
                           f" warm-up {spec.training.warmup_ratio}"),
@@ -233,8 +244,9 @@ def settings(about: About) -> list[tuple[str, str]]:
         ("Seed", str(spec.training.seed)),
         ("Processes", f"{result.processes} on {result.device}"),
         *_memory(about.prepared),
-        ("Training time", f"{result.summary.training_seconds:.0f} s"),
-        ("Restarts", str(result.summary.restarts)),
-        ("Skipped steps", str(result.summary.skipped_steps)),
-        ("Published commit", f"step {result.summary.checkpoint_step}"),
+        ("Training time", f"{summary.training_seconds:.0f} s"),
+        *([("First step after", summary.startup.text)] if summary.startup else []),
+        ("Restarts", str(summary.restarts)),
+        ("Skipped steps", str(summary.skipped_steps)),
+        ("Published commit", f"step {summary.checkpoint_step}"),
     ]  # fmt: skip

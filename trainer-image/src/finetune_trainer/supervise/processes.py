@@ -13,6 +13,8 @@ from typing import Final
 
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _LINUX: Final = sys.platform == "linux"
+_START_TIME: Final = 19
+"""Field of /proc/self/stat, counted from behind the name: clock ticks since the machine's boot."""
 
 
 def adopt_orphans() -> None:
@@ -51,6 +53,20 @@ def kill_descendants(seconds: float = 10.0) -> None:
         _reap()
         time.sleep(0.01)
     _reap()
+
+
+def machine_time() -> float:
+    """Seconds on a clock that all processes of this machine read alike, and nobody sets."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if _LINUX else time.monotonic()
+
+
+def started_at() -> float | None:
+    """When this process was started, in ``machine_time``; None where the kernel won't say."""
+    try:
+        ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[_START_TIME]
+        return int(ticks) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def oom_kills() -> int | None:

@@ -39,7 +39,12 @@ from finetune_trainer.stage import (
 from finetune_trainer.supervise import agent, workerfiles
 from finetune_trainer.supervise.endings import Ended, judge, judge_stopped
 from finetune_trainer.supervise.place import Place, read_place
-from finetune_trainer.supervise.processes import adopt_orphans, kill_descendants, oom_kills
+from finetune_trainer.supervise.processes import (
+    adopt_orphans,
+    kill_descendants,
+    machine_time,
+    oom_kills,
+)
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +141,7 @@ class Supervisor:
 
     def _start_and_wait(self, deadline: float) -> Ended | None:
         """Starts the workers once and waits for their end; None where a stop came before."""
+        launched = machine_time()
         unresolved = self._wait_for_name(deadline)
         if self._kill_at is not None:
             return None
@@ -145,7 +151,7 @@ class Supervisor:
         self._start_folder.mkdir(parents=True)
         process = subprocess.Popen(
             [sys.executable, "-m", agent.__name__, *self._torchrun_arguments(deadline)],
-            env=self._worker_environment(),
+            env=self._worker_environment(launched),
             start_new_session=True,
         )
         try:
@@ -221,11 +227,12 @@ class Supervisor:
             arguments["local-addr"] = f"127.0.0.{place.rank + 1}"
         return [*(f"--{key}={value}" for key, value in arguments.items()), "-m", self._worker]
 
-    def _worker_environment(self) -> dict[str, str]:
+    def _worker_environment(self, launched: float) -> dict[str, str]:
         own = {
             # Else a survivor of a lost node keeps the old store's address, and the gang hangs.
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             workerfiles.ENV_FOLDER: str(self._start_folder),
+            workerfiles.ENV_LAUNCHED: str(launched),
             agent.ENV_REPORT: str(self._report_file),
         }
         if self._place.loopback and sys.platform == "linux":

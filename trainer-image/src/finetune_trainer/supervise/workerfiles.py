@@ -4,7 +4,8 @@
     failure-<rank>.json why a worker ended (``results.Failure``)
     result.json         what the gang did (``results.TrainSummary``), from its first process
 
-A worker that runs without a supervisor (by hand) is never asked to stop, and leaves no words.
+A worker that runs without a supervisor (by hand) is never asked to stop, and leaves no words. When
+the supervisor began to start the workers, it tells by an environment variable.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from finetune_api.results import Failure, TrainSummary
 from finetune_trainer.failures import PEER_LOST, verdict
 
 ENV_FOLDER: Final = "FINETUNE_WORKER_FILES"
+ENV_LAUNCHED: Final = "FINETUNE_LAUNCHED"
 STOP: Final = "stop"
 RESULT: Final = "result.json"
 
@@ -25,6 +27,12 @@ def stop_requested() -> bool:
     """Whether this pod was told to stop: cheap enough for every step."""
     folder = _folder()
     return folder is not None and (folder / STOP).exists()
+
+
+def launched_at() -> float | None:
+    """When the supervisor began to start the workers, in ``processes.machine_time``."""
+    told = os.environ.get(ENV_LAUNCHED)
+    return float(told) if told else None
 
 
 def report_failure(error: BaseException) -> None:

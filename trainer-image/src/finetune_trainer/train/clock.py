@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import time
 
+import torch
+
+from finetune_trainer.engine.compilation import compilation_seconds
 from finetune_trainer.engine.feed import StepTensors
 from finetune_trainer.engine.flops import Work
 from finetune_trainer.train.session import Session
+
+
+def end_startup(session: Session, from_step: int) -> None:
+    """The attempt's first step was taken: tell how long it took to get there. The device is waited
+    for, this once."""
+    if session.gang.device.type == "cuda":
+        torch.cuda.synchronize(session.gang.device)
+    compiling = compilation_seconds() if session.spec.training.compile else None
+    startup = session.telemetry.first_step(from_step, compiling)
+    if session.gang.first:
+        print(f"first step after {startup.text}", flush=True)
 
 
 class Clock:
@@ -28,6 +42,8 @@ class Clock:
 
     def step(self, session: Session, batch: StepTensors) -> None:
         """A step has ended."""
+        if not self._steps:
+            end_startup(session, batch.plan.number)
         now = time.perf_counter()
         took, self._mark = now - self._mark, now
         self._steps += 1

@@ -62,6 +62,7 @@ def test_and_write_result(session: Session, state: LoopState, baseline: Baseline
         tokens=state.tokens,
         skipped_steps=state.skipped_steps,
         rollbacks=state.rollbacks,
+        startup=session.telemetry.progress.startup,
     )
     result = RunResult(
         summary=summary,

@@ -43,11 +43,14 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
         Fenced: where a newer attempt has taken the run.
     """
     total = steps_of(session.spec, len(session.plan.lengths))
+    session.telemetry.reached("model")
     state = session.checkpoints.restore(session.loss.model, session.optimizers) or LoopState()
+    session.telemetry.reached("restore")
     session.telemetry.say(total_steps=total, step=state.step)
     session.telemetry.total_steps.set(total)
     with releasing(session, stop_requested):
         baseline = measure_untuned(session)
+    session.telemetry.reached("baseline")
 
     clock = Clock(session.work, session.peak)
     session.telemetry.say(stage="Training")

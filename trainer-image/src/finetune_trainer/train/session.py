@@ -132,6 +132,7 @@ def open_session(
     check_device(spec, gang.device)
     prepared = gang.from_first(lambda: runfiles.read_prepared(stores.default, order.run_uri))
     data = PreparedData.open(stores.default, prepared.uri, scratch / "data")
+    telemetry.reached("data")
     # One process of each pod fetches the model; the others find it in the shared folder.
     found = gang.together(
         lambda: fetch_base(order, stores, scratch, weights=True) if gang.first_of_node else None
@@ -166,6 +167,7 @@ def open_session(
     sharding = memory.placement.sharding
     module = distribute(loss, gang, sharding, precision)
     optimizers = make_optimizers(model, spec)
+    telemetry.reached("model")
     index = data.index("train")
     longest = int(index.length.max())
     row_tokens = row_tokens_of(spec, data.manifest.max_length, longest)
@@ -179,6 +181,7 @@ def open_session(
         seed=spec.training.seed, row_tokens=row_tokens, ranks=gang.size // context.size,
         packing=packing,
     )  # fmt: skip
+    telemetry.reached("data")
     static = spec.training.compile and packing == "Concatenated"
     shape = StaticShape(row_tokens, longest) if static else None
     device_peak = peak(gang.device)

@@ -15,7 +15,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from finetune_api.results import Progress
+from finetune_api.results import Progress, Startup, StartupPart
+from finetune_trainer.train.startup import StartupClock
 
 
 class _Server(ThreadingHTTPServer):
@@ -32,8 +33,9 @@ class _Server(ThreadingHTTPServer):
 class Telemetry:
     """State that the loop writes and the pages show."""
 
-    def __init__(self, run: str, attempt: int, restarts: int) -> None:
+    def __init__(self, run: str, attempt: int, restarts: int, startup: StartupClock) -> None:
         self.registry = CollectorRegistry()
+        self._startup = startup
         self._progress = Progress(run=run, attempt=attempt, restarts=restarts, stage="Loading")
         self._lock = threading.Lock()
 
@@ -73,6 +75,27 @@ class Telemetry:
         )  # fmt: skip
         for part in ("data_wait", "compute", "checkpoint", "evaluation"):
             self.seconds.labels(part)
+        self._startup_seconds = Gauge(
+            "finetune_startup_seconds", "Time to the first step of this attempt by part",
+            ["part"], registry=self.registry,
+        )  # fmt: skip
+        self._show_startup()
+
+    def reached(self, part: StartupPart) -> None:
+        """The end of a part of the attempt's start, or of a piece of it."""
+        self._startup.reached(part)
+        self._show_startup()
+
+    def first_step(self, from_step: int, compiling: float | None) -> Startup:
+        """The end of the attempt's first step; arguments as of ``StartupClock.first_step``."""
+        startup = self._startup.first_step(from_step, compiling)
+        self._show_startup()
+        self.say(startup=startup)
+        return startup
+
+    def _show_startup(self) -> None:
+        for part, seconds in self._startup.seconds.items():
+            self._startup_seconds.labels(part).set(seconds)
 
     def set_gpu_memory(self, peak_bytes: int) -> None:
         """Peak memory allocated on the first process's GPU; the series is absent without one."""

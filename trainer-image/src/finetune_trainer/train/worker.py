@@ -23,16 +23,18 @@ from finetune_trainer.supervise import workerfiles
 from finetune_trainer.train.checkpoint import Checkpoints
 from finetune_trainer.train.loop import train
 from finetune_trainer.train.session import Session, open_session
+from finetune_trainer.train.startup import StartupClock
 from finetune_trainer.train.telemetry import Telemetry
 
 
 def main() -> int:
     """Run this process's part; returns its exit code."""
+    startup = StartupClock.of_this_process()
     # Progress bars of libraries are noise in a log that nobody watches.
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         order = load_order()
-        work(join(order.spec.training))
+        work(join(order.spec.training), startup)
     except BaseException as error:
         if not isinstance(error, TrainerError):
             traceback.print_exc()
@@ -41,13 +43,14 @@ def main() -> int:
     return 0
 
 
-def work(gang: Gang) -> None:
+def work(gang: Gang, startup: StartupClock) -> None:
     """Train as one of a gang."""
     order = load_order()
     stores = Stores(order)
     scratch = scratch_folder()
     checkpoints = Checkpoints.take(gang, stores.default, order, scratch)
-    telemetry = Telemetry(order.run, checkpoints.head.attempt, checkpoints.head.restarts)
+    startup.reached("gang")
+    telemetry = Telemetry(order.run, checkpoints.head.attempt, checkpoints.head.restarts, startup)
     if gang.first:
         telemetry.serve(int(os.environ.get(ENV_METRICS_PORT, METRICS_PORT)))
         telemetry.say(lost_seconds=checkpoints.head.lost_seconds)

@@ -1,0 +1,63 @@
+"""How long a run took from its start to its first optimizer step, and what with.
+
+    run starts → gang's Job made → its last pod made → scheduled → started → (the trainer's parts)
+          prepare             queue             schedule     pull
+
+Known once the trainer tells of its first step; written once a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from itertools import pairwise
+
+from finetune_api.results import Startup
+from finetune_api.status import StartupStatus
+from finetune_operator.observe import JobView
+from finetune_operator.pods import PodView
+from finetune_operator.report import make
+
+
+def startup(
+    began: datetime | None,
+    nodes: int,
+    job: JobView | None,
+    pods: Iterable[PodView],
+    told: Startup | None,
+) -> StartupStatus | None:
+    """The start of a run, or None while it is not known.
+
+    ``began`` is when the run did, ``pods`` are those of its gang, of which the last one counts:
+    nothing happens without it. ``told`` is the trainer's word; that of an attempt that went on from
+    a commit says nothing of the run, whose first step was an earlier attempt's.
+    """
+    if began is None or told is None or told.from_step > 0:
+        return None
+    moments = [began, job.created if job else None, *_last(nodes, pods)]
+    names = ("prepare", "queue", "schedule", "pull")
+    parts = {
+        name: int((end - start).total_seconds())
+        for name, (start, end) in zip(names, pairwise(moments), strict=True)
+        if start is not None and end is not None
+    }
+    parts["total"] = int(told.first_step - began.timestamp())
+    parts |= {name: round(seconds) for name, seconds in told.seconds.items()}
+    # Clocks of nodes may differ by moments.
+    return make(StartupStatus, **{f"{name}_seconds": max(0, n) for name, n in parts.items()})
+
+
+def _last(nodes: int, pods: Iterable[PodView]) -> tuple[datetime | None, ...]:
+    """When the last pod was made, scheduled and started, of the newest pod of each rank."""
+    newest: dict[int, PodView] = {}
+    for pod in sorted((p for p in pods if p.started is not None), key=lambda p: p.created):
+        newest[pod.index] = pod
+    if len(newest) < nodes:
+        return None, None, None
+    gang = newest.values()
+    scheduled = [p.scheduled_at for p in gang if p.scheduled_at is not None]
+    return (
+        max(p.created for p in gang),
+        max(scheduled) if len(scheduled) == len(newest) else None,
+        max(p.started for p in gang if p.started is not None),
+    )
