@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_api.names import FailureClass
-from finetune_api.results import TERMINATION_LIMIT, Failure, Termination
+from finetune_api.results import TERMINATION_LIMIT, Failure, StartupPart, Termination
 
 anything = st.text(max_size=6000)  # surrogates too: names of files may hold them
 addresses = st.from_regex(r"s3://[a-z]{3,20}/[a-zé/]{0,1000}", fullmatch=True)
@@ -26,6 +26,10 @@ failures = st.builds(
 summaries = st.builds(
     lambda checkpoint, scores: {
         "attempt": 3, "restarts": 1, "steps": 100, "checkpoint": checkpoint, "scores": scores,
+        "startup": {
+            "seconds": dict.fromkeys(get_args(StartupPart), 1 / 3), "fromStep": 7,
+            "firstStep": 1.7e9 + 1 / 3,
+        },
     },
     st.none() | addresses,
     st.lists(st.fixed_dictionaries({
