@@ -13,6 +13,7 @@ from fixtures_quickstart import tiny_base
 from finetune_api.names import storage_env
 from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
 from finetune_api.spec import parse_spec
+from finetune_trainer.storage.objects import ObjectStore
 from finetune_trainer.storage.s3server import EmbeddedS3
 
 __all__ = ["tiny_base"]
@@ -23,6 +24,12 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedS3]:
     """A running S3 server: ``.endpoint``, ``.access_key``, ``.secret_key``, ``.store()``."""
     with EmbeddedS3(tmp_path_factory.mktemp("s3")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def store(s3: EmbeddedS3) -> ObjectStore:
+    """That server as the trainer speaks to it."""
+    return s3.store()
 
 
 @pytest.fixture

@@ -16,17 +16,20 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from finetune_api.spec import parse_spec
 from finetune_trainer.engine import gang as gangs
+from finetune_trainer.engine.base import BaseFiles
 from finetune_trainer.engine.dcp import load_state, save_state, state_of
 from finetune_trainer.engine.feed import Feed
 from finetune_trainer.engine.guard import Guard
-from finetune_trainer.engine.loss import TokenLoss
-from finetune_trainer.engine.methods import apply_method
+from finetune_trainer.engine.memory import Placement
+from finetune_trainer.engine.model import TEXT
 from finetune_trainer.engine.optimizers import make_optimizers
 from finetune_trainer.engine.plan import Plan
 from finetune_trainer.engine.precision import PRECISIONS
-from finetune_trainer.engine.sharding import distribute, root_gathered, whole
-from finetune_trainer.train.session import initialise_alike
+from finetune_trainer.engine.sharding import root_gathered, whole
+from finetune_trainer.storage.published import Base
+from finetune_trainer.storage.weights import Weights
 from finetune_trainer.train.step import optimizer_step
+from finetune_trainer.train.tuned import open_model
 
 LENGTHS = [30, 24, 41, 18, 33, 27]
 
@@ -53,10 +56,13 @@ def tune(
         }
     )
     gang = gangs.join(spec.training)
-    model = apply_method(tiny_llama(), spec)
-    initialise_alike(model, spec, gang)
-    loss = TokenLoss(model).train()
-    module = distribute(loss, gang, sharding, PRECISIONS[spec.training.precision])
+    base = BaseFiles(Base(spec.model, ()), Path(folder) / "base", None)
+    gang.from_first(lambda: tiny_llama().save_pretrained(base.folder))
+    opened = open_model(
+        spec, base, Weights.of_folder(base.folder), gang, Placement(sharding, False),
+        PRECISIONS[spec.training.precision], TEXT,
+    )  # fmt: skip
+    model, loss, module = opened.model, opened.loss, opened.module
     documents = samples(LENGTHS)
     lengths = np.array(LENGTHS)
     supervised = np.array([int(s.supervised.sum()) for s in documents])

@@ -36,6 +36,7 @@ from finetune_trainer.engine.parameters import optimizer_groups, parameter_count
 from finetune_trainer.failures import UserError
 from finetune_trainer.publish.weights import tuned_model, write_adapter, write_merged
 from finetune_trainer.storage.published import Base
+from finetune_trainer.storage.weights import Weights
 
 CLASSES = ["bad", "good", "so-so"]
 LENGTHS = [9, 30, 4, 17, 22]
@@ -293,13 +294,13 @@ def check_published(folder: Path, to: Path, spec: FineTuneJobSpec, expected: tor
 
     commit, purpose = FileSystemReader(to / "commit"), purpose_of(spec, CLASSES)
     if "Adapter" in spec.method.kind.formats:
-        model = tuned_model(folder, commit, spec, whole=False, classes=CLASSES)
+        model = tuned_model(folder, None, commit, spec, CLASSES)
         write_adapter(model, tokenizer, files, spec, to / "adapter", CLASSES)
         config = AutoConfig.from_pretrained(to / "adapter" / "config.json")
         assert config.id2label == dict(enumerate(CLASSES))
         base = AutoModelForSequenceClassification.from_pretrained(folder, config=config)
         check(PeftModel.from_pretrained(base, str(to / "adapter")), to / "adapter")
-    model = tuned_model(folder, commit, spec, whole=True, classes=CLASSES)
+    model = tuned_model(folder, Weights.of_folder(folder), commit, spec, CLASSES)
     write_merged(model, tokenizer, folder, [], to / "merged", purpose)
     merged = AutoModelForSequenceClassification.from_pretrained(to / "merged")
     assert merged.config.label2id == {name: i for i, name in enumerate(CLASSES)}

@@ -35,6 +35,7 @@ from finetune_trainer.prepare.pipeline import max_length_of
 from finetune_trainer.prepared.shards import Reference
 from finetune_trainer.publish.weights import tuned_model, write_adapter, write_merged
 from finetune_trainer.storage.published import Base
+from finetune_trainer.storage.weights import Weights
 
 IDS = torch.arange(1, 25)[None]
 
@@ -169,13 +170,13 @@ def check_published(
     plain = AutoModelForCausalLM.from_pretrained(base)
     assert (logits(plain) - expected).abs().max() > 1e-3
     if "Adapter" in spec.method.kind.formats:
-        model = tuned_model(base, commit, spec, whole=False)
+        model = tuned_model(base, None, commit, spec)
         files = BaseFiles(Base(ModelPlace(source="s3://models/base"), ()), base, None)
         write_adapter(model, tokenizer, files, spec, folder / "adapter")
         adapted = PeftModel.from_pretrained(plain, str(folder / "adapter"))
         torch.testing.assert_close(logits(adapted), expected, atol=2e-6, rtol=1e-5)
     if "Merged" in spec.method.kind.formats:
-        model = tuned_model(base, commit, spec, whole=True)
+        model = tuned_model(base, Weights.of_folder(base), commit, spec)
         write_merged(model, tokenizer, base, [128], folder / "merged")
         merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
         torch.testing.assert_close(logits(merged), expected, atol=2e-6, rtol=1e-5)

@@ -26,11 +26,6 @@ from finetune_trainer.storage.objects import (
 from finetune_trainer.storage.s3server import EmbeddedS3, free_ports
 
 
-@pytest.fixture(scope="module")
-def store(s3: EmbeddedS3) -> ObjectStore:
-    return s3.store()
-
-
 def test_bytes_come_back_with_their_tag(store: ObjectStore, bucket: str) -> None:
     uri = f"s3://{bucket}/a/b.json"
     tag = store.put(uri, b"one")

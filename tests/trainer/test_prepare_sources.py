@@ -22,11 +22,6 @@ NAMES = ["a.jsonl", "b.jsonl.gz", "notes.txt", "part/c.jsonl", "part/deep/d.parq
 
 
 @pytest.fixture(scope="module")
-def store(s3: EmbeddedS3) -> ObjectStore:
-    return s3.store()
-
-
-@pytest.fixture(scope="module")
 def bucket(s3: EmbeddedS3, store: ObjectStore) -> str:
     s3.ensure_bucket("test-sources")
     for name in NAMES:
@@ -145,8 +140,11 @@ def test_a_model_in_object_storage_is_fetched_whole_and_once(
     folder = fetch_tokenizer(order.base_model, stores, tmp_path / "model")
     assert not list(folder.glob("*.safetensors"))
     assert read_limits(folder, "m").max_length == 256
-    assert fetch_model(order.base_model, stores, folder) == folder
-    assert len(list(folder.glob("*.safetensors"))) > 1 and same_files(folder, model_folder)
+    weights = fetch_model(order.base_model, stores, folder)
+    found = sorted(model_folder.glob("*.safetensors"))
+    assert [info.uri.rpartition("/")[2] for info in weights] == [path.name for path in found]
+    assert [info.size for info in weights] == [path.stat().st_size for path in found]
+    assert len(weights) > 1 and not list(folder.glob("*.safetensors"))
     before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
     fetch_model(order.base_model, stores, folder)
     assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before
@@ -185,8 +183,9 @@ def test_a_model_on_a_claim_is_used_where_it_is(
 ) -> None:  # fmt: skip
     monkeypatch.setenv(ENV_PVC_ROOT, str(model_folder.parent))
     order = order_for(model={"source": f"pvc://{model_folder.name}/"})
+    folder = tmp_path / "model"
     for fetch in (fetch_tokenizer, fetch_model):
-        folder = fetch(order.base_model, Stores(order), tmp_path / "model")
+        fetch(order.base_model, Stores(order), folder)
         assert folder.resolve() == model_folder.resolve()
 
 
@@ -205,8 +204,9 @@ def test_a_model_of_the_hub_is_read_from_its_cache(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     order = order_for(model={"source": "hf://acme/tiny@v1"})
+    folder = tmp_path / "model"
     for fetch in (fetch_tokenizer, fetch_model):
-        folder = fetch(order.base_model, Stores(order), tmp_path / "model")
+        fetch(order.base_model, Stores(order), folder)
         assert same_files(folder, model_folder)
 
 

@@ -26,6 +26,7 @@ from finetune_trainer.publish.pipeline import publish
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.objects import Stores
 from finetune_trainer.storage.published import Base, Manifest, find_base
+from finetune_trainer.storage.weights import Weights
 
 
 class Chain:
@@ -195,7 +196,7 @@ def test_merging_rounds_nothing_and_leaves_the_models_own_words(base: Path, tmp_
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(half)
     (half / "generation_config.json").write_text('{"temperature": 0.5, "eos_token_id": 7}')
     adapter = save_adapter(base, tmp_path / "adapter", r=4, target_modules=["q_proj"])
-    merge_adapter(half, adapter, tmp_path / "merged")
+    merge_adapter(half, Weights.of_folder(half), adapter, tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(half, dtype=torch.float32)
     expected = logits(PeftModel.from_pretrained(model, str(adapter)))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)

@@ -20,11 +20,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="package")
-def store(s3: EmbeddedS3) -> ObjectStore:
-    return s3.store()
-
-
-@pytest.fixture(scope="package")
 def bucket(s3: EmbeddedS3, store: ObjectStore, model_folder: Path) -> str:
     """One bucket for all tests (a new one takes the server a while), with the model in it."""
     s3.ensure_bucket("test-prepare")

@@ -1,10 +1,10 @@
 """The model that a run starts from, as files of this machine: in prepare, training and publish.
 
-    find_base ──► a whole model                    ──► folder
+    find_base ──► a whole model                      ──► folder, and weights where they are
               └─► a whole model, a published adapter ──► both merged, in a folder
 
-What comes out is a folder in Hugging Face layout either way, so nothing above knows of adapters
-beneath it but publish, which adds the new one to the old.
+What comes out is a folder in Hugging Face layout, whose weights may be in object storage still, so
+nothing above knows of adapters beneath it but publish, which adds the new one to the old.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from finetune_api.order import RunOrder
 from finetune_trainer.engine.model import load_base
 from finetune_trainer.failures import UserError
 from finetune_trainer.storage import modelfiles
-from finetune_trainer.storage.objects import Stores
+from finetune_trainer.storage.objects import ObjectInfo, Stores
 from finetune_trainer.storage.published import Base, fetch_adapter, find_base
+from finetune_trainer.storage.weights import Weights
 
 MAX_SHARD: Final = "4GB"
 _MERGED: Final = ".merged"
@@ -39,17 +40,25 @@ class BaseFiles:
     base: Base
     """Where it comes from."""
     folder: Path
-    """The whole model in Hugging Face layout; without weights where they were not asked for."""
+    """The whole model in Hugging Face layout, but for weights that are elsewhere or were not asked
+    for."""
     adapter: Path | None
     """Published adapter that the weights hold already."""
+    objects: tuple[ObjectInfo, ...] = ()
+    """What holds the weights, where they are not in the folder."""
+
+    def weights(self, stores: Stores) -> Weights:
+        """The weights, to be read."""
+        if self.objects:
+            return Weights.of_objects(stores.of(self.base.model.storage), self.objects)
+        return Weights.of_folder(self.folder)
 
 
 def fetch_base(order: RunOrder, stores: Stores, scratch: Path, weights: bool) -> BaseFiles:
     """Makes ``scratch / "model"`` hold the model that the run starts from.
 
     Args:
-        scratch: must hold the model; where an adapter is merged into it, once as it is stored and
-            once in float32.
+        scratch: must hold the model in float32 where an adapter is merged into it.
         weights: False fetches configuration, tokenizer and adapter alone, and makes sure that the
             weights are where the model is.
 
@@ -66,11 +75,13 @@ def fetch_base(order: RunOrder, stores: Stores, scratch: Path, weights: bool) ->
             check_headless(adapter, base.lineage[-1].uri)
             check_ties(folder, adapter, base.lineage[-1].uri)
     elif adapter is None:
-        modelfiles.fetch_model(base.model, stores, folder)
+        return BaseFiles(base, folder, None, modelfiles.fetch_model(base.model, stores, folder))
     elif not (folder / _MERGED).exists():
-        whole = modelfiles.fetch_model(base.model, stores, scratch / "model-beneath")
-        merge_adapter(whole, adapter, folder)
-        _remove(whole)
+        beneath = scratch / "model-beneath"
+        objects = modelfiles.fetch_model(base.model, stores, beneath)
+        whole = BaseFiles(base, beneath, None, objects)
+        merge_adapter(beneath, whole.weights(stores), adapter, folder)
+        _remove(beneath)
     return BaseFiles(base, folder, adapter)
 
 
@@ -106,12 +117,12 @@ def check_ties(whole: Path, adapter: Path, source: str) -> None:
         )
 
 
-def merge_adapter(whole: Path, adapter: Path, folder: Path) -> None:
+def merge_adapter(whole: Path, weights: Weights, adapter: Path, folder: Path) -> None:
     """Write the model of a folder with an adapter in peft's layout merged into its weights, in
     float32: they are rounded when they are loaded, once. All else is the model's own."""
     _remove(folder)
     folder.mkdir(parents=True)
-    model = load_base(whole, torch.float32, pack=False)
+    model = load_base(whole, torch.float32, pack=False, weights=weights)
     tuned = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")
     merged = tuned.merge_and_unload()
     # What the model's own says is copied; written from here, it would be judged first.

@@ -7,7 +7,7 @@ directions without reaching another document. The plan puts documents of like le
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -166,12 +166,7 @@ def settle_head(model: PreTrainedModel, loading: dict[str, Any], keep: bool) -> 
     mismatched = [key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]]
     absent = sorted({*loading["missing_keys"], *mismatched})
     lacking = [name for name in absent if not name.startswith(head)]
-    if lacking:
-        raise UserError(
-            "IncompleteModel",
-            f"spec.model: the weights do not hold {', '.join(lacking[:5])} of a"
-            f" {type(model).__name__}; give a model of the architecture that config.json names",
-        )
+    check_complete(model, lacking)
     if keep:
         return
     for name in head:
@@ -181,3 +176,17 @@ def settle_head(model: PreTrainedModel, loading: dict[str, Any], keep: bool) -> 
                 for weight in weights:
                     weight.__dict__.pop("_is_hf_initialized", None)
                 model._init_weights(module)  # type: ignore[no-untyped-call]
+
+
+def check_complete(model: PreTrainedModel, lacking: Collection[str]) -> None:
+    """Refuse weights that lack some of the model.
+
+    Raises:
+        UserError: 'IncompleteModel'.
+    """
+    if lacking:
+        raise UserError(
+            "IncompleteModel",
+            f"spec.model: the weights do not hold {', '.join(sorted(lacking)[:5])} of a"
+            f" {type(model).__name__}; give a model of the architecture that config.json names",
+        )

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from finetune_api.methods import Lora, Method, MethodName
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.dropout import add_noise, key_dropouts
+from finetune_trainer.engine.hollow import widened
 from finetune_trainer.engine.partial import partial_parameters, shown
 from finetune_trainer.engine.pissa import add_initial
 from finetune_trainer.engine.tasks import TASKS
@@ -61,7 +62,7 @@ def apply_method(model: PreTrainedModel, spec: FineTuneJobSpec) -> Tuned:
         add_noise(model.get_input_embeddings(), alpha)
     for parameter in tuned.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = widened(parameter.data)
     return tuned
 
 

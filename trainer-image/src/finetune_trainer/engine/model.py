@@ -6,16 +6,19 @@ in publish, so there is one way in which a spec becomes a model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,11 +27,21 @@ from transformers import (
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.tasks import TaskName
 from finetune_trainer.engine import packed
-from finetune_trainer.engine.classification import has_head, name_classes, settle_head
+from finetune_trainer.engine.classification import (
+    check_complete,
+    has_head,
+    name_classes,
+    settle_head,
+)
+from finetune_trainer.engine.hollow import hollow
 from finetune_trainer.engine.pissa import is_kept
 from finetune_trainer.engine.quantized import four_bits
 from finetune_trainer.engine.tasks import TASKS
 from finetune_trainer.failures import UserError
+from finetune_trainer.storage.weights import Weights
+
+CPU: Final = torch.device("cpu")
+GENERATION: Final = "generation_config.json"
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -78,37 +91,66 @@ def load_base(
     pack: bool = True,
     quantize_on: torch.device | None = None,
     purpose: Purpose = TEXT,
+    weights: Weights | None = None,
+    device: torch.device = CPU,
 ) -> PreTrainedModel:
     """The untuned model of a folder in Hugging Face layout, with ``dtype`` weights and, where
-    ``pack`` and the architecture allow it, attention that keeps packed documents apart. It is on
-    the CPU, or, with linear layers in 4 bits, on the device ``quantize_on``.
+    ``pack`` and the architecture allow it, attention that keeps packed documents apart.
+
+    Args:
+        quantize_on: device on which it is to lie with its linear layers in 4 bits.
+        weights: absent: those of the folder.
+        device: where it is to lie; weights go there one by one.
 
     Raises:
-        UserError: where the architecture is unknown or not one for the purpose.
+        UserError: where the architecture is unknown or not one for the purpose; 'IncompleteModel'
+            where weights are lacking.
     """
     packed.install()
-    task = TASKS[purpose.task]
     torch.manual_seed(purpose.seed)
-    try:
+    weights = weights or Weights.of_folder(path)
+    place: dict[str, Any] = {}
+    if device != CPU:
+        place = {"device_map": {"": device}}
+    if quantize_on is not None:
+        place = {"device_map": {"": quantize_on}, "quantization_config": four_bits(dtype)}
+    with _known(purpose):
         config = configuration(path, purpose)
         own = _silence(config)
-        bits: dict[str, Any] = {}
-        if quantize_on is not None:
-            bits = {"quantization_config": four_bits(dtype), "device_map": {"": quantize_on}}
-        model, loading = task.auto.from_pretrained(
-            path, config=config, dtype=dtype, output_loading_info=True,
-            ignore_mismatched_sizes=bool(purpose.classes), **bits,
+        model, loading = _class_of(config, purpose).from_pretrained(
+            None, config=config, state_dict=dict(weights), dtype=dtype, output_loading_info=True,
+            ignore_mismatched_sizes=bool(purpose.classes), **place,
         )  # fmt: skip
-        for name, probability in own.items():
-            setattr(model.config, name, probability)
-    except (ValueError, KeyError) as error:
-        raise _unsupported(error, purpose) from error
+    if weights.failure is not None:
+        raise weights.failure
     if purpose.classes:
         settle_head(model, loading, keep=not is_drawn(path, purpose))
-    if task.packing(model, pack) == "Concatenated":
-        model.set_attn_implementation(packed.ATTENTION)
-    model.config.use_cache = False
-    return model  # type: ignore[no-any-return]
+    else:
+        check_complete(model, loading["missing_keys"])
+    return _settled(model, path, own, purpose, pack)
+
+
+def hollow_base(
+    path: Path, dtype: torch.dtype, pack: bool = True, purpose: Purpose = TEXT
+) -> PreTrainedModel:
+    """As ``load_base``, with parameters that are all zero and take no memory until they are written
+    or cut into shards. What is not a parameter is as ``load_base`` makes it.
+
+    Raises:
+        UserError: as ``load_base``.
+    """
+    packed.install()
+    torch.manual_seed(purpose.seed)
+    with _known(purpose):
+        config = configuration(path, purpose)
+        own = _silence(config)
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = TASKS[purpose.task].auto.from_config(config, dtype=dtype)
+        model.tie_weights()  # what is tied was made anew when it was put in place
+    replace_parameters(
+        model, lambda _, p: nn.Parameter(hollow(p.shape, p.dtype), p.is_floating_point())
+    )
+    return _settled(model, path, own, purpose, pack)
 
 
 def empty_base(
@@ -120,17 +162,40 @@ def empty_base(
     Raises:
         UserError: as ``load_base``.
     """
-    try:
+    with _known(purpose):
         config = configuration(path, purpose)
         _silence(config)
         with torch.device("meta"):
             model: PreTrainedModel = TASKS[purpose.task].auto.from_config(
                 config, dtype=dtype or config.dtype
             )
-    except (ValueError, KeyError) as error:
-        raise _unsupported(error, purpose) from error
     model.config.use_cache = False
     return model
+
+
+def replace_parameters(model: nn.Module, make: Callable[[str, nn.Parameter], nn.Parameter]) -> None:
+    """Put what ``make`` gives in the place of each parameter, by its first name; parameters that
+    are shared stay so."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter not in made:
+                made[parameter] = make(f"{path}.{name}".removeprefix("."), parameter)
+            setattr(module, name, made[parameter])
+
+
+def make_solid(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Give the parameters of a hollow model memory on a device."""
+    replace_parameters(
+        model, lambda _, p: nn.Parameter(torch.zeros_like(p, device=device), p.requires_grad)
+    )
+    return model
+
+
+def put_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter in the place of the one of a name."""
+    path, _, own = name.rpartition(".")
+    setattr(model.get_submodule(path), own, parameter)
 
 
 def make_room(model: nn.Module) -> None:
@@ -142,11 +207,42 @@ def make_room(model: nn.Module) -> None:
                 setattr(module, name, nn.Parameter(room, parameter.requires_grad))
 
 
-def _unsupported(error: Exception, purpose: Purpose) -> UserError:
-    return UserError(
-        "UnsupportedModel",
-        f"spec.model: the model cannot be loaded as {TASKS[purpose.task].called}: {error}",
-    )
+def _settled(
+    model: PreTrainedModel, path: Path, own: dict[str, float], purpose: Purpose, pack: bool
+) -> PreTrainedModel:
+    """A model as it was made, with what its folder says beside the weights."""
+    for name, probability in own.items():
+        setattr(model.config, name, probability)
+    model.config.name_or_path = str(path)
+    if model.can_generate() and (path / GENERATION).exists():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    if TASKS[purpose.task].packing(model, pack) == "Concatenated":
+        model.set_attn_implementation(packed.ATTENTION)
+    model.config.use_cache = False
+    return model
+
+
+@contextmanager
+def _known(purpose: Purpose) -> Iterator[None]:
+    """What transformers says of an architecture that it does not know, for the user."""
+    try:
+        yield
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            "UnsupportedModel",
+            f"spec.model: the model cannot be loaded as {TASKS[purpose.task].called}: {error}",
+        ) from error
+
+
+def _class_of(config: PreTrainedConfig, purpose: Purpose) -> Any:
+    """The class of transformers that makes the model of a configuration."""
+    known = TASKS[purpose.task].classes
+    if type(config) not in known:
+        raise ValueError(f"transformers has none for model_type {config.model_type!r}")
+    found = known[type(config)]
+    if not isinstance(found, tuple):
+        return found
+    return next((c for c in found if c.__name__ in (config.architectures or ())), found[0])
 
 
 def _silence(config: Any) -> dict[str, float]:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -39,19 +40,31 @@ def capacity(device: torch.device, processes: int) -> int:
     return whole // processes
 
 
+Laying = Literal["Alone", "Replicas", "Shards"]
+"""Whether a process has a module to itself, under DDP, or by FSDP."""
+
+
+def laying_of(gang: Gang, sharding: Sharding, precision: Precision, trained: bool = True) -> Laying:
+    """What ``distribute`` makes of a module of which something is ``trained``, or nothing."""
+    if not trained and (gang.size == 1 or sharding == "NoShard"):
+        return "Alone"
+    if precision.copied or (gang.size > 1 and sharding != "NoShard"):
+        return "Shards"
+    return "Alone" if gang.size == 1 else "Replicas"
+
+
 def distribute(loss: nn.Module, gang: Gang, sharding: Sharding, precision: Precision) -> nn.Module:
     """The module to run: ``loss`` itself, sharded in place, or DDP around it where it is whole and
-    something of it is trained.
+    something of it is trained; DDP gives every process what the first one has.
 
     Where the precision has the model compute with copies of its weights in bfloat16, FSDP makes
     them, in shards or not; gradients are reduced in 32 bits.
     """
     trained = any(p.requires_grad for p in loss.parameters())
-    if not trained and (gang.size == 1 or sharding == "NoShard"):
+    laying = laying_of(gang, sharding, precision, trained)
+    if laying == "Alone":
         return loss.to(gang.device)
-    if gang.size == 1 and not precision.copied:
-        return loss.to(gang.device)
-    if sharding == "NoShard" and not precision.copied:
+    if laying == "Replicas":
         return DistributedDataParallel(
             loss.to(gang.device), gradient_as_bucket_view=True, broadcast_buffers=False
         )

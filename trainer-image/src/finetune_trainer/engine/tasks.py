@@ -10,6 +10,8 @@ from typing import Any, Final
 
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
@@ -38,7 +40,9 @@ class Task:
     """One task."""
 
     auto: Any
-    """The class of transformers that loads its models."""
+    """What of transformers makes an empty model of a configuration."""
+    classes: Any
+    """The classes of its models, by that of their configuration."""
     called: str
     """What such a model is called, for messages."""
     fits: Callable[[PreTrainedConfig], bool]
@@ -71,6 +75,7 @@ def _class_loss(model: nn.Module, training: Training) -> ClassLoss:
 TASKS: Final[dict[TaskName, Task]] = {
     "CausalLM": Task(
         auto=AutoModelForCausalLM,
+        classes=MODEL_FOR_CAUSAL_LM_MAPPING,
         called="a causal language model",
         fits=lambda config: True,
         peft_type="CAUSAL_LM",
@@ -81,6 +86,7 @@ TASKS: Final[dict[TaskName, Task]] = {
     ),
     "SequenceClassification": Task(
         auto=AutoModelForSequenceClassification,
+        classes=MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
         called="a classifier of texts (an encoder or a decoder with a head)",
         fits=has_classes,
         peft_type="SEQ_CLS",

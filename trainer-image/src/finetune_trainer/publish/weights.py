@@ -34,6 +34,7 @@ from finetune_trainer.failures import UserError
 from finetune_trainer.storage.commitfiles import read_file
 from finetune_trainer.storage.commits import read_head
 from finetune_trainer.storage.objects import Stores
+from finetune_trainer.storage.weights import Weights
 
 
 def load_tuned(
@@ -65,27 +66,32 @@ def load_tuned(
             " spec.rerunToken a new value to train again",
         )
     base = fetch_base(order, stores, scratch, weights=whole)
-    path = base.folder
     reader = CommitReader(stores.default, commit, read_file(stores.default, commit, METADATA))
-    return tuned_model(path, reader, order.spec, whole, classes), load_tokenizer(path), base
+    weights = base.weights(stores) if whole else None
+    model = tuned_model(base.folder, weights, reader, order.spec, classes)
+    return model, load_tokenizer(base.folder), base
 
 
 def tuned_model(
     base: Path,
+    weights: Weights | None,
     commit: StorageReader,
     spec: FineTuneJobSpec,
-    whole: bool,
     classes: Sequence[str] = (),
 ) -> Tuned:
-    """The model of a folder with the weights of a commit, in float32 on the CPU; ``whole`` and
-    ``classes`` as above. Of the commit nothing but the weights is read."""
+    """The model of a folder with the weights of a commit, in float32 on the CPU; ``classes`` as
+    above. Of the commit nothing but the weights is read.
+
+    Args:
+        weights: the base's; None leaves out what was not trained.
+    """
     purpose = purpose_of(spec, classes)
-    model = apply_method(
-        load_base(base, torch.float32, purpose=purpose) if whole else empty_base(base, purpose),
-        spec,
-    )
-    if not whole:
+    if weights is None:
+        model = apply_method(empty_base(base, purpose), spec)
         make_room(model)
+    else:
+        untuned = load_base(base, torch.float32, purpose=purpose, weights=weights)
+        model = apply_method(untuned, spec)
     load_weights(commit, model)
     return model.eval()
 

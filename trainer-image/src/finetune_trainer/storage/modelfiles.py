@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from transformers import AutoConfig
 from finetune_api.sources import ModelPlace
 from finetune_trainer.failures import StorageUnavailable, UserError
 from finetune_trainer.storage.claims import claim_path
-from finetune_trainer.storage.objects import ObjectStore, Stores
+from finetune_trainer.storage.objects import ObjectInfo, Stores
 
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
@@ -58,12 +58,7 @@ def fetch_tokenizer(place: ModelPlace, stores: Stores, folder: Path) -> Path:
     """
     source = place.source
     if source.startswith("s3://"):
-        store = stores.of(place.storage)
-        sizes = _list_folder(store, source)
-        small = [name for name in sizes if _is_small(name)]
-        _require(source, sizes, CONFIG)
-        _download(store, source, folder, small, sizes)
-        _require(source, sizes, *_weights(folder, sizes))
+        _fetch_small(place, stores, folder)
     elif source.startswith("hf://"):
         hub = _Hub.of(place, stores)
         _replace_link(folder, hub.fetch(SMALL))
@@ -74,20 +69,20 @@ def fetch_tokenizer(place: ModelPlace, stores: Stores, folder: Path) -> Path:
     return folder
 
 
-def fetch_model(place: ModelPlace, stores: Stores, folder: Path) -> Path:
-    """Makes ``folder`` hold the whole model: files are fetched in parallel, those that are there
-    in their size already are kept. A folder of a claim is linked.
+def fetch_model(place: ModelPlace, stores: Stores, folder: Path) -> tuple[ObjectInfo, ...]:
+    """Makes ``folder`` hold the model but for weights in object storage, which are read from there.
+
+    Returns:
+        The objects that hold the weights; none where they are in the folder, fetched from the hub
+        or linked from a claim.
 
     Raises:
         UserError: 'ModelNotFound', naming the address and what a model folder must hold.
     """
     source = place.source
     if source.startswith("s3://"):
-        fetch_tokenizer(place, stores, folder)
-        store = stores.of(place.storage)
-        sizes = _list_folder(store, source)
-        _download(store, source, folder, _weights(folder, sizes), sizes)
-    elif source.startswith("hf://"):
+        return _fetch_small(place, stores, folder)
+    if source.startswith("hf://"):
         hub = _Hub.of(place, stores)
         _replace_link(folder, hub.fetch(SMALL))
         weights = _weights(folder, hub.names(folder))
@@ -95,7 +90,7 @@ def fetch_model(place: ModelPlace, stores: Stores, folder: Path) -> Path:
         _require(source, _names(folder), CONFIG, *weights)
     else:
         _link_claim(source, folder)
-    return folder
+    return ()
 
 
 def read_limits(folder: Path, source: str) -> ModelLimits:
@@ -166,22 +161,23 @@ def _is_small(name: str) -> bool:
     return base.endswith(suffixes) and folder in ("", "additional_chat_templates")
 
 
-def _list_folder(store: ObjectStore, source: str) -> dict[str, int]:
-    """Sizes of the files of a folder in object storage, by name."""
-    prefix = f"{source.rstrip('/')}/"
-    return {info.uri.removeprefix(prefix): info.size for info in store.list(prefix)}
+def _fetch_small(place: ModelPlace, stores: Stores, folder: Path) -> tuple[ObjectInfo, ...]:
+    """Fetch configuration and tokenizer of a model in object storage, but for files that are there
+    in their size already; the objects that hold its weights."""
+    store, source = stores.of(place.storage), f"{place.source.rstrip('/')}/"
+    found = {info.uri.removeprefix(source): info for info in store.list(source)}
+    _require(place.source, found, CONFIG)
 
-
-def _download(
-    store: ObjectStore, source: str, folder: Path, names: list[str], sizes: Mapping[str, int]
-) -> None:
     def fetch(name: str) -> None:
         path = folder / name
-        if not (path.exists() and path.stat().st_size == sizes[name]):
-            store.download(f"{source.rstrip('/')}/{name}", path)
+        if not (path.exists() and path.stat().st_size == found[name].size):
+            store.download(found[name].uri, path)
 
     with ThreadPoolExecutor(_PARALLEL_FILES) as pool:
-        list(pool.map(fetch, names))
+        list(pool.map(fetch, filter(_is_small, found)))
+    weights = _weights(folder, found)
+    _require(place.source, found, *weights)
+    return tuple(found[name] for name in weights)
 
 
 def _names(folder: Path) -> list[str]:

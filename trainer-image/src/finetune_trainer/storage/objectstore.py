@@ -288,19 +288,24 @@ class ObjectStore:
             self._client.upload_file(Filename=str(path), **at, Config=TRANSFER)
             return info.result()
 
-    def get_range(self, uri: str, start: int, stop: int) -> bytes:
+    def get_range(self, uri: str, start: int, stop: int, *, etag: str | None = None) -> bytes:
         """Bytes ``start`` to ``stop`` (not included) of an object; fewer where it ends before.
+
+        Args:
+            etag: version that is wanted.
 
         Raises:
             ObjectNotFound: where there is none.
+            PreconditionFailed: where it is another version.
         """
         if start >= stop:
             return b""
+        version = {"IfMatch": etag} if etag else {}
         for left in reversed(range(TRIES)):
             try:
                 with self._asking("read", uri) as at:
                     wanted = f"bytes={start}-{stop - 1}"
-                    body = self._client.get_object(**at, Range=wanted)["Body"]
+                    body = self._client.get_object(**at, Range=wanted, **version)["Body"]
             except BeyondTheEnd:
                 return b""
             try:

@@ -6,44 +6,36 @@ order ──► gang ──► data ──► model ──► plan, evaluator, c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
 
 from finetune_api.order import RunOrder
 from finetune_api.results import Ancestor, PreparedSummary
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.tasks import Metric
-from finetune_trainer.engine.anchors import OutputAnchor, WeightAnchor, wants_copy
+from finetune_trainer.engine.anchors import OutputAnchor, WeightAnchor
 from finetune_trainer.engine.base import fetch_base
-from finetune_trainer.engine.compilation import check_compiler, compile_blocks
 from finetune_trainer.engine.context import ALONE, ContextGroup
 from finetune_trainer.engine.feed import RowBuilder, StaticShape
 from finetune_trainer.engine.fitting import fit, measuring, tried
-from finetune_trainer.engine.flops import Work, peak, work_of
+from finetune_trainer.engine.flops import Work, peak
 from finetune_trainer.engine.gang import Gang
 from finetune_trainer.engine.guard import Guard
-from finetune_trainer.engine.kernels import use_liger
-from finetune_trainer.engine.loss import TokenLoss
-from finetune_trainer.engine.memory import Samples, Sharding, Verdict, row_tokens_of, table
-from finetune_trainer.engine.methods import apply_method, checkpoint_activations
-from finetune_trainer.engine.model import load_base, load_tokenizer, purpose_of
+from finetune_trainer.engine.memory import Samples, Verdict, row_tokens_of, table
+from finetune_trainer.engine.model import load_tokenizer, purpose_of
 from finetune_trainer.engine.optimizers import Optimizers, make_optimizers
-from finetune_trainer.engine.parameters import Parameters, parameter_counts
-from finetune_trainer.engine.pissa import initialise, is_kept
+from finetune_trainer.engine.parameters import Parameters
 from finetune_trainer.engine.plan import Plan
-from finetune_trainer.engine.precision import Precision, check_fp8, precision_of, use_fp8
+from finetune_trainer.engine.precision import precision_of
 from finetune_trainer.engine.quantized import check_device
-from finetune_trainer.engine.rehearsal import frozen_dtype, packing_of, rehearse
+from finetune_trainer.engine.rehearsal import rehearse
 from finetune_trainer.engine.schedule import replay_of, stages_of, steps_of, visits_of
 from finetune_trainer.engine.sharding import (
-    broadcast_parameters,
     capacity,
-    distribute,
 )
 from finetune_trainer.engine.tasks import TASKS, RowLoss
 from finetune_trainer.evaluate.classify import EVALUATORS
@@ -56,6 +48,7 @@ from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.objects import Stores
 from finetune_trainer.train.checkpoint import Checkpoints
 from finetune_trainer.train.telemetry import Telemetry
+from finetune_trainer.train.tuned import open_model
 
 
 @dataclass
@@ -137,37 +130,20 @@ def open_session(
     found = gang.together(
         lambda: fetch_base(order, stores, scratch, weights=True) if gang.first_of_node else None
     )
-    files = next(f for f in reversed(found[: gang.rank + 1]) if f is not None)
-    path = files.folder
-    tokenizer = load_tokenizer(path)
+    own, first = next(f for f in reversed(found[: gang.rank + 1]) if f is not None), found[0]
+    assert first is not None, "the first process is the first of its node"
+    files = replace(own, objects=first.objects)  # all read the weights in one version
+    tokenizer = load_tokenizer(files.folder)
     precision = precision_of(spec.training, gang.device.type == "cuda")
-    kind = spec.method.kind
-    memory = fitted(spec, path, data, gang)
-    frozen = frozen_dtype(spec, precision)
-    purpose = purpose_of(spec, data.manifest.classes)
-    base = load_base(path, frozen, kind.packs, gang.device if kind.quantizes else None, purpose)
-    task = TASKS[spec.task]
-    packing = packing_of(base, spec)
-    if precision.halved and not spec.training.compile:
-        use_liger(base, gang.device)
+    memory = fitted(spec, files.folder, data, gang)
     context = gang.sharing_rows(spec.compute.context_parallel)
-    model = apply_method(base, spec)
-    if memory.placement.checkpointing:
-        checkpoint_activations(model)
-    initialise_alike(model, spec, gang)
-    parameters, work = parameter_counts(model), work_of(model, base)
-    loss = task.loss(model, spec.training)
-    loss.train()
-    if precision.fp8:
-        check_fp8(gang.device)
-        use_fp8(model)
-    if spec.training.compile:
-        check_compiler(gang.device)
-        compile_blocks(model)
-    sharding = memory.placement.sharding
-    module = distribute(loss, gang, sharding, precision)
-    optimizers = make_optimizers(model, spec)
+    tuned = open_model(
+        spec, files, files.weights(stores), gang, memory.placement, precision,
+        purpose_of(spec, data.manifest.classes),
+    )  # fmt: skip
+    optimizers = make_optimizers(tuned.model, spec)
     telemetry.reached("model")
+    task = TASKS[spec.task]
     index = data.index("train")
     longest = int(index.length.max())
     row_tokens = row_tokens_of(spec, data.manifest.max_length, longest)
@@ -179,14 +155,14 @@ def open_session(
         stages=stages_of(spec, tokens, steps_of(spec, len(index))),
         batch_size=spec.training.batch_size, visits=visits_of(spec, len(index)),
         seed=spec.training.seed, row_tokens=row_tokens, ranks=gang.size // context.size,
-        packing=packing,
+        packing=tuned.packing,
     )  # fmt: skip
     telemetry.reached("data")
-    static = spec.training.compile and packing == "Concatenated"
+    static = spec.training.compile and tuned.packing == "Concatenated"
     shape = StaticShape(row_tokens, longest) if static else None
     device_peak = peak(gang.device)
     gang_peak = device_peak and device_peak * gang.size
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in tuned.model.parameters() if p.requires_grad]
     return Session(
         order=order,
         gang=gang,
@@ -196,15 +172,15 @@ def open_session(
         context=context,
         build=task.row(context, shape),
         plan=plan,
-        module=module,
-        loss=loss,
+        module=tuned.module,
+        loss=tuned.loss,
         optimizers=optimizers,
         guard=Guard(spec.training.guard, gang.device),
-        work=work,
+        work=tuned.work,
         peak=gang_peak if precision.halved else None,
         evaluator=EVALUATORS[spec.task](
-            gang=gang, data=data, loss=loss, build=task.row(ALONE, None), tokenizer=tokenizer,
-            row_tokens=_evaluation_row(row_tokens, data), packing=packing,
+            gang=gang, data=data, loss=tuned.loss, build=task.row(ALONE, None), tokenizer=tokenizer,
+            row_tokens=_evaluation_row(row_tokens, data), packing=tuned.packing,
             possible=spec.kind.metrics,
             virtual_tokens=spec.method.virtual_tokens,
             max_samples=spec.evaluation.max_samples,
@@ -213,45 +189,15 @@ def open_session(
         ),
         checkpoints=checkpoints,
         telemetry=telemetry,
-        parameters=parameters,
+        parameters=tuned.parameters,
         trained=trained,
         sources=list(tokens),
         memory=memory,
         lineage=files.base.lineage,
         replay=replay_of(spec, list(tokens)),
-        output_anchor=output_anchor(spec, path, loss, gang, sharding, precision),
+        output_anchor=tuned.output_anchor,
         weight_anchor=weight_anchor(spec, optimizers),
     )  # fmt: skip
-
-
-def initialise_alike(model: nn.Module, spec: FineTuneJobSpec, gang: Gang) -> None:
-    """Draw what one process must draw for all."""
-    gang.from_first(lambda: initialise(model, spec.method))
-    if gang.control is not None and spec.method.effective_lora.initialization == "PiSSA":
-        kept = {name for name, parameter in model.named_parameters() if is_kept(name, parameter)}
-        broadcast_parameters(model, kept, gang.control)
-
-
-def output_anchor(
-    spec: FineTuneJobSpec,
-    path: Path,
-    loss: RowLoss,
-    gang: Gang,
-    sharding: Sharding,
-    precision: Precision,
-) -> OutputAnchor | None:
-    """What the spec's anchor compares outputs with; a copy of the model lies as the model does."""
-    if float(spec.training.anchor.kl_coefficient) == 0:
-        return None
-    assert isinstance(loss, TokenLoss), "a rule says that it is for language models"
-    if not wants_copy(spec):
-        return OutputAnchor(loss)
-    base = load_base(path, torch.bfloat16 if precision.halved else torch.float32)
-    if precision.halved and not spec.training.compile:
-        use_liger(base, gang.device)
-    copy = TokenLoss(base.requires_grad_(False)).eval()
-    distribute(copy, gang, sharding, precision)
-    return OutputAnchor(loss, copy)
 
 
 def weight_anchor(spec: FineTuneJobSpec, optimizers: Optimizers) -> WeightAnchor | None:

@@ -1,0 +1,244 @@
+"""Weights read by ranges: the same model, and no more read or held than is needed."""
+
+from __future__ import annotations
+
+import json
+import struct
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gangs import forked, free_port
+from hypothesis import given
+from hypothesis import strategies as st
+from loading_worker import fill
+from safetensors.torch import save_file
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+)
+
+from finetune_trainer.engine.hollow import is_hollow
+from finetune_trainer.engine.model import hollow_base, load_base
+from finetune_trainer.failures import UserError
+from finetune_trainer.storage import weights as weights_module
+from finetune_trainer.storage.objects import Credentials, ObjectInfo, ObjectStore
+from finetune_trainer.storage.s3server import EmbeddedS3
+from finetune_trainer.storage.weights import Weights
+
+SMALL = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = {**SMALL, "intermediate_size": 72, "num_key_value_heads": 2}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "tied": LlamaConfig(**LLAMA, tie_word_embeddings=True),
+    "untied": LlamaConfig(**LLAMA, tie_word_embeddings=False),
+    # Experts that a checkpoint has one by one, and the model in one tensor.
+    "experts": MixtralConfig(**LLAMA, num_local_experts=5),
+    # Matrices of inputs by outputs, names without the body's, one tensor for three projections.
+    "gpt2": GPT2Config(vocab_size=101, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+}
+
+
+CUT = json.dumps({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}).encode()
+
+
+@pytest.fixture(scope="module")
+def bucket(s3: EmbeddedS3) -> str:
+    """One for all tests: a new one takes the server a while."""
+    s3.ensure_bucket("test-loading")
+    return "test-loading"
+
+
+@pytest.fixture
+def root(bucket: str) -> str:
+    return f"s3://{bucket}/{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def model_of(tmp_path: Path) -> Callable[[str], Path]:
+    def make(name: str) -> Path:
+        folder = tmp_path / name
+        torch.manual_seed(3)
+        AutoModelForCausalLM.from_config(CONFIGS[name]).save_pretrained(
+            str(folder), max_shard_size="60KB"
+        )
+        return folder
+
+    return make
+
+
+def put(store: ObjectStore, root: str, folder: Path) -> list[ObjectInfo]:
+    for path in sorted(folder.glob("*.safetensors")):
+        store.upload(path, f"{root}/{path.name}")
+    return list(store.list(f"{root}/"))
+
+
+# --- tensors -------------------------------------------------------------------------------------
+
+
+def test_tensors_are_read_as_they_are_indexed(
+    store: ObjectStore, root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights_module, "PART_BYTES", 100)
+    monkeypatch.setattr(weights_module, "HEAD_BYTES", 16)
+    there = {
+        "matrix": torch.randn(17, 5), "half": torch.randn(9, 3).bfloat16(),
+        "numbers": torch.arange(40).reshape(2, 4, 5), "scalar": torch.tensor(3.5),
+        "nothing": torch.zeros(0, 4), "mask": torch.tensor([True, False]),
+    }  # fmt: skip
+    save_file(there, tmp_path / "a.safetensors")
+    store.upload(tmp_path / "a.safetensors", f"{root}/a.safetensors")
+    remote = Weights.of_objects(store, list(store.list(f"{root}/")))
+    local = Weights.of_folder(tmp_path)
+    assert remote.keys() == local.keys() == there.keys()
+    for name, tensor in there.items():
+        for found in (remote[name], local[name]):
+            assert list(found.get_shape()) == list(tensor.shape)
+            got = found[...]
+            assert got.dtype == tensor.dtype and torch.equal(got, tensor)
+        assert remote[name].get_dtype() == local[name].get_dtype()
+
+    @given(st.integers(0, 18), st.integers(0, 18), st.integers(0, 5), st.integers(0, 5))
+    def cut(a: int, b: int, c: int, d: int) -> None:
+        index = slice(a, b), slice(c, d)
+        assert torch.equal(remote["matrix"][index], there["matrix"][index])
+
+    cut()
+    assert torch.equal(remote["matrix"][3:9], there["matrix"][3:9])
+    assert torch.equal(remote["numbers"][:, 1:3, :], there["numbers"][:, 1:3, :])
+
+
+def test_no_more_than_the_rows_are_read(
+    store: ObjectStore, root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({"a": torch.zeros(1000, 10), "b": torch.ones(1000, 10)}, tmp_path / "a.safetensors")
+    store.upload(tmp_path / "a.safetensors", f"{root}/a.safetensors")
+    monkeypatch.setattr(weights_module, "HEAD_BYTES", 1000)
+    remote = Weights.of_objects(store, list(store.list(f"{root}/")))
+    asked: list[int] = []
+    get = ObjectStore.get_range
+
+    def counting(self: ObjectStore, uri: str, start: int, stop: int, **more: Any) -> bytes:
+        asked.append(stop - start)
+        return get(self, uri, start, stop, **more)
+
+    monkeypatch.setattr(ObjectStore, "get_range", counting)
+    assert torch.equal(remote["b"][10:20], torch.ones(10, 10))
+    assert asked == [400]
+
+
+def test_a_model_that_is_replaced_is_not_read_on(
+    store: ObjectStore, root: str, model_of: Callable[[str], Path]
+) -> None:
+    folder = model_of("tied")
+    objects = put(store, root, folder)
+    weights = Weights.of_objects(store, objects)
+    uri = objects[0].uri
+    store.put(uri, store.get(uri)[:-4] + b"\x00\x00\x80\x3f")
+    with pytest.raises(UserError) as caught:
+        load_base(folder, torch.float32, weights=weights)
+    assert caught.value.reason == "ModelChanged" and uri in caught.value.message
+    with pytest.raises(UserError) as caught:
+        Weights.of_objects(store, objects)
+    assert caught.value.reason == "ModelChanged"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"", b"\x01", b"not safetensors at all, but long enough",
+        struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 9) + b'{"a": {}}',
+        struct.pack("<Q", len(CUT)) + CUT + bytes(8),
+    ],
+)  # fmt: skip
+def test_what_is_no_safetensors_file_is_named(store: ObjectStore, root: str, data: bytes) -> None:
+    uri = f"{root}/model.safetensors"
+    store.put(uri, data)
+    with pytest.raises(UserError, match=uri) as caught:
+        Weights.of_objects(store, list(store.list(uri)))
+    assert caught.value.reason == "UnreadableModel"
+
+
+# --- whole models --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_is_the_same_by_ranges(
+    name: str, store: ObjectStore, root: str, model_of: Callable[[str], Path]
+) -> None:
+    folder = model_of(name)
+    expected = AutoModelForCausalLM.from_pretrained(folder)
+    found = load_base(
+        folder, torch.float32, weights=Weights.of_objects(store, put(store, root, folder))
+    )
+    same(dict(found.named_parameters()), dict(expected.named_parameters()))
+    assert type(found) is type(expected)
+    assert found.generation_config.to_dict() == expected.generation_config.to_dict()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_hollow_model_takes_no_memory(name: str, model_of: Callable[[str], Path]) -> None:
+    folder = model_of(name)
+    found, expected = hollow_base(folder, torch.bfloat16), load_base(folder, torch.bfloat16)
+    for (one, p), (other, q) in zip(
+        found.named_parameters(), expected.named_parameters(), strict=True
+    ):
+        assert (one, p.shape, p.dtype) == (other, q.shape, q.dtype)
+        assert is_hollow(p) and p.is_contiguous() and p.device.type == "cpu"
+    same(dict(found.named_buffers()), dict(expected.named_buffers()))
+    assert found.config.to_dict() == expected.config.to_dict()
+
+
+def test_weights_that_are_lacking_are_named(model_of: Callable[[str], Path]) -> None:
+    folder = model_of("untied")
+    weights = Weights.of_folder(folder)
+    del weights._slices["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight") as caught:
+        load_base(folder, torch.float32, weights=weights)
+    assert caught.value.reason == "IncompleteModel"
+
+
+def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert torch.equal(found[name], values), name
+
+
+# --- shards --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "sharding", "size"),
+    [(name, "FullShard", 3) for name in CONFIGS] + [("untied", "HybridShard", 4)],
+)
+def test_each_process_reads_its_own_shards(
+    name: str, sharding: str, size: int, s3: EmbeddedS3, store: ObjectStore, root: str,
+    model_of: Callable[[str], Path], tmp_path: Path,
+) -> None:  # fmt: skip
+    folder = model_of(name)
+    objects, port = put(store, root, folder), free_port()
+    keys = Credentials(s3.access_key, s3.secret_key)
+    gang = [
+        forked(
+            fill, rank, size, port, sharding, str(folder), s3.endpoint, keys, objects, str(tmp_path)
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+    for process in gang:
+        process.join(120)
+    assert [p.exitcode for p in gang] == [0] * size
+    expected = load_base(folder, torch.float32)
+    found, buffers = torch.load(tmp_path / "whole.pt")
+    same(found, dict(expected.named_parameters()))
+    same(buffers, dict(expected.named_buffers()))
+    sizes = [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]
+    copies = size // 2 if sharding == "HybridShard" else 1
+    whole = sum(p.nbytes for p in expected.parameters())
+    assert sum(held for _, held in sizes) == copies * whole, "each holds a part"
+    headers = size * sum(min(o.size, weights_module.HEAD_BYTES) for o in objects)
+    assert sum(read for read, _ in sizes) - headers == copies * whole, "each reads it, once"

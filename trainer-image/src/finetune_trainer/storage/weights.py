@@ -1,0 +1,208 @@
+"""The weights of a model, tensor by tensor: of files on this machine, or of objects that are read
+by ranges.
+
+    safetensors file    length of its header, header (name → type, shape, bytes), bytes
+
+Nothing is read but the headers before a tensor is asked for, and of a tensor only the rows that are
+asked for, in parallel. So a process of a gang reads its own shards, and nothing lies on a disk.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers.modeling_utils import str_to_torch_dtype
+
+from finetune_trainer.failures import TrainerError, UserError
+from finetune_trainer.storage.objects import (
+    ObjectInfo,
+    ObjectNotFound,
+    ObjectStore,
+    PreconditionFailed,
+)
+
+SUFFIX: Final = ".safetensors"
+PART_BYTES: Final = 16 << 20
+"""Of one request, at most."""
+PARALLEL: Final = 16
+"""Requests at a time."""
+HEAD_BYTES: Final = 256 << 10
+"""Read at once of the beginning of an object: most headers are shorter."""
+
+
+class Slice(Protocol):
+    """A tensor that is read as it is indexed, as safetensors' own and transformers expect it."""
+
+    def get_shape(self) -> list[int]: ...
+
+    def get_dtype(self) -> str: ...
+
+    def __getitem__(self, index: Any) -> Tensor: ...
+
+
+class Weights(Mapping[str, Slice]):
+    """Tensors by name. May be read by threads.
+
+    Libraries that read tensors in threads of theirs may swallow what these raise: ``failure`` has
+    it.
+    """
+
+    def __init__(self, slices: Mapping[str, Slice], keep: Any = None) -> None:
+        """
+        Args:
+            keep: what the slices read from, to be held as long as these.
+        """
+        self._slices = dict(slices)
+        self._keep = keep
+        self.failure: TrainerError | None = None
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Weights:
+        """Of the files in a folder, mapped into memory."""
+        files: list[Any] = [safe_open(path, "pt") for path in sorted(folder.glob(f"*{SUFFIX}"))]
+        return cls({name: file.get_slice(name) for file in files for name in file.keys()}, files)  # noqa: SIM118
+
+    @classmethod
+    def of_objects(cls, store: ObjectStore, objects: Iterable[ObjectInfo]) -> Weights:
+        """Of objects in a version; the headers are read here.
+
+        Raises:
+            UserError: 'ModelChanged' where one was replaced (later reads raise it too),
+                'UnreadableModel' where one is no safetensors file.
+        """
+        pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="weights")
+        made = cls({}, pool)
+
+        def open_object(info: ObjectInfo) -> dict[str, Slice]:
+            return dict(_Object(store, info, pool).tensors(made))
+
+        for found in list(pool.map(open_object, objects)):
+            made._slices |= found
+        return made
+
+    def __getitem__(self, name: str) -> Slice:
+        return self._slices[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slices)
+
+    def __len__(self) -> int:
+        return len(self._slices)
+
+
+@dataclass(frozen=True)
+class _Object:
+    """A safetensors file in object storage."""
+
+    store: ObjectStore
+    info: ObjectInfo
+    pool: ThreadPoolExecutor
+
+    def tensors(self, of: Weights) -> Iterator[tuple[str, Slice]]:
+        """What its header names."""
+        uri, size = self.info.uri, self.info.size
+        head = self.request(0, min(HEAD_BYTES, size))
+        try:
+            (length,) = struct.unpack("<Q", head[:8])
+            if length > size - 8:
+                raise ValueError(f"its header would have {length} bytes, the object has {size}")
+            if length > len(head) - 8:
+                head += self.request(len(head), 8 + length)
+            header: dict[str, Any] = json.loads(head[8 : 8 + length])
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                start, stop = (8 + length + offset for offset in entry["data_offsets"])
+                tensor = _Tensor(self, of, start, tuple(entry["shape"]), entry["dtype"])
+                if stop > size or stop - start != tensor.bytes:
+                    raise ValueError(f"{name} lies at bytes {start} to {stop} of {size}")
+                yield name, tensor
+        except (ValueError, KeyError, TypeError, struct.error) as error:
+            raise UserError(
+                "UnreadableModel",
+                f"{uri}: not a whole safetensors file ({error}); write the model again",
+            ) from error
+
+    def request(self, start: int, stop: int) -> bytes:
+        """Bytes of the object, by one request."""
+        try:
+            data = self.store.get_range(self.info.uri, start, stop, etag=self.info.etag)
+        except (PreconditionFailed, ObjectNotFound):
+            data = b""
+        if len(data) != stop - start:
+            raise UserError(
+                "ModelChanged",
+                f"{self.info.uri}: the object was replaced or removed while the model was read;"
+                " make sure that nothing writes there, then set a new spec.rerunToken",
+            )
+        return data
+
+    def read(self, start: int, stop: int) -> bytearray:
+        """Bytes of the object, by several requests at a time where they are many."""
+        room = bytearray(stop - start)
+
+        def fill(low: int) -> None:
+            high = min(low + PART_BYTES, stop)
+            room[low - start : high - start] = self.request(low, high)
+
+        parts = range(start, stop, PART_BYTES)
+        if len(parts) == 1:
+            fill(start)
+        else:
+            list(self.pool.map(fill, parts))
+        return room
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of an object."""
+
+    file: _Object
+    of: Weights
+    start: int
+    """Its first byte."""
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * str_to_torch_dtype[self.dtype].itemsize
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        return self.dtype
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """What is indexed; of the outermost dimension only the rows that a slice of it names are
+        read."""
+        first, *rest = index if isinstance(index, tuple) else (index,)
+        if not self.shape or not isinstance(first, slice):
+            return self._rows(0, math.prod(self.shape[:1]))[index]
+        low, high, step = first.indices(self.shape[0])
+        rows = self._rows(low, max(low, high))
+        return rows[(slice(None, None, step), *rest)]
+
+    def _rows(self, low: int, high: int) -> Tensor:
+        """Rows of the outermost dimension; of a tensor without one, itself."""
+        kind = str_to_torch_dtype[self.dtype]
+        shape = (high - low, *self.shape[1:]) if self.shape else ()
+        row = math.prod(self.shape[1:]) * kind.itemsize
+        if not math.prod(shape):
+            return torch.empty(shape, dtype=kind)
+        try:
+            data = self.file.read(self.start + low * row, self.start + high * row)
+        except TrainerError as error:
+            self.of.failure = error
+            raise
+        return torch.frombuffer(data, dtype=kind).reshape(shape)

@@ -1,0 +1,142 @@
+"""The model under tuning, as it lies on the gang.
+
+    weights ──► base ──► method ──► loss ──► on the device, whole or in shards
+
+Who reads what depends on how it will lie. In shards, each process reads its own. In replicas, the
+first process reads, and DDP gives the others what it has. Where a method makes something of the
+base's weights, or a process is alone, it reads them all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.engine.anchors import OutputAnchor, wants_copy
+from finetune_trainer.engine.base import BaseFiles
+from finetune_trainer.engine.compilation import check_compiler, compile_blocks
+from finetune_trainer.engine.flops import Work, work_of
+from finetune_trainer.engine.gang import Gang
+from finetune_trainer.engine.kernels import use_liger
+from finetune_trainer.engine.loading import fill_shards, named_in, names_of, reads_base
+from finetune_trainer.engine.loss import TokenLoss
+from finetune_trainer.engine.memory import Placement
+from finetune_trainer.engine.methods import Tuned, apply_method, checkpoint_activations
+from finetune_trainer.engine.model import CPU, Purpose, hollow_base, load_base, make_solid
+from finetune_trainer.engine.parameters import Parameters, parameter_counts
+from finetune_trainer.engine.pissa import initialise, is_kept
+from finetune_trainer.engine.plan import Packing
+from finetune_trainer.engine.precision import Precision, check_fp8, use_fp8
+from finetune_trainer.engine.rehearsal import frozen_dtype, packing_of
+from finetune_trainer.engine.sharding import broadcast_parameters, distribute, laying_of
+from finetune_trainer.engine.tasks import TASKS, RowLoss
+from finetune_trainer.storage.weights import Weights
+
+
+@dataclass(frozen=True)
+class TunedModel:
+    """The model of a run, and what is known of it."""
+
+    model: Tuned
+    loss: RowLoss
+    """The loss of the task, over the model: for evaluation and generation."""
+    module: nn.Module
+    """The same as it is trained: in shards, or under DDP in a gang of several."""
+    parameters: Parameters
+    work: Work
+    """Arithmetic of the model."""
+    packing: Packing
+    output_anchor: OutputAnchor | None
+
+
+def open_model(
+    spec: FineTuneJobSpec,
+    files: BaseFiles,
+    weights: Weights,
+    gang: Gang,
+    placement: Placement,
+    precision: Precision,
+    purpose: Purpose,
+) -> TunedModel:
+    """The model that the spec tunes, with its weights, on the device.
+
+    Raises:
+        UserError: as ``load_base``, ``apply_method`` and ``fill_shards``.
+    """
+    kind, path = spec.method.kind, files.folder
+    dtype = frozen_dtype(spec, precision)
+    laying = laying_of(gang, placement.sharding, precision)
+    filled = laying == "Shards" and gang.size > 1 and not reads_base(spec)
+    if filled:
+        base = hollow_base(path, dtype, kind.packs)
+    elif laying == "Replicas" and not gang.first and not kind.quantizes:
+        base = make_solid(hollow_base(path, dtype, kind.packs, purpose), gang.device)
+    else:
+        there = CPU if laying == "Shards" and gang.size > 1 else gang.device
+        bits = gang.device if kind.quantizes else None
+        base = load_base(path, dtype, kind.packs, bits, purpose, weights, there)
+    names = names_of(base)
+    packing = packing_of(base, spec)
+    if precision.halved and not spec.training.compile:
+        use_liger(base, gang.device)
+    model = apply_method(base, spec)
+    if placement.checkpointing:
+        checkpoint_activations(model)
+    initialise_alike(model, spec, gang)
+    parameters, work = parameter_counts(model), work_of(model, base)
+    loss = TASKS[spec.task].loss(model, spec.training)
+    loss.train()
+    if precision.fp8:
+        check_fp8(gang.device)
+        use_fp8(model)
+    if spec.training.compile:
+        check_compiler(gang.device)
+        compile_blocks(model)
+    named = named_in(loss, names)
+    module = distribute(loss, gang, placement.sharding, precision)
+    if filled:
+        fill_shards(loss, named, path, weights)
+    anchor = output_anchor(spec, files, weights, loss, gang, placement, precision)
+    return TunedModel(model, loss, module, parameters, work, packing, anchor)
+
+
+def initialise_alike(model: nn.Module, spec: FineTuneJobSpec, gang: Gang) -> None:
+    """Draw what one process must draw for all."""
+    gang.from_first(lambda: initialise(model, spec.method))
+    if gang.control is not None and spec.method.effective_lora.initialization == "PiSSA":
+        kept = {name for name, parameter in model.named_parameters() if is_kept(name, parameter)}
+        broadcast_parameters(model, kept, gang.control)
+
+
+def output_anchor(
+    spec: FineTuneJobSpec,
+    files: BaseFiles,
+    weights: Weights,
+    loss: RowLoss,
+    gang: Gang,
+    placement: Placement,
+    precision: Precision,
+) -> OutputAnchor | None:
+    """What the spec's anchor compares outputs with; a copy of the model lies as the model does."""
+    if float(spec.training.anchor.kl_coefficient) == 0:
+        return None
+    assert isinstance(loss, TokenLoss), "a rule says that it is for language models"
+    if not wants_copy(spec):
+        return OutputAnchor(loss)
+    dtype = torch.bfloat16 if precision.halved else torch.float32
+    filled = laying_of(gang, placement.sharding, precision, trained=False) == "Shards"
+    if filled:
+        base = hollow_base(files.folder, dtype)
+    else:
+        base = load_base(files.folder, dtype, weights=weights, device=gang.device)
+    if precision.halved and not spec.training.compile:
+        use_liger(base, gang.device)
+    copy = TokenLoss(base.requires_grad_(False)).eval()
+    named = named_in(copy, names_of(base))
+    distribute(copy, gang, placement.sharding, precision)
+    if filled:
+        fill_shards(copy, named, files.folder, weights)
+    return OutputAnchor(loss, copy)
