@@ -79,9 +79,8 @@ def fill_shards(module: nn.Module, names: Mapping[str, str], path: Path, weights
     lacking = set(targets)
     for block in _by_block(weights):
         wanted = LoadStateDictConfig(device_map={"": device}, weight_mapping=conversions)
-        said, _ = convert_and_load_state_dict_in_model(stand_in, block, wanted)
-        if weights.failure is not None:
-            raise weights.failure
+        with weights.reading():
+            said, _ = convert_and_load_state_dict_in_model(stand_in, block, wanted)
         wrong = [name for name, *_ in said.mismatched_keys] + list(said.conversion_errors)
         if wrong:
             raise UserError(

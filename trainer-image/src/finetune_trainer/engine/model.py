@@ -114,15 +114,13 @@ def load_base(
         place = {"device_map": {"": device}}
     if quantize_on is not None:
         place = {"device_map": {"": quantize_on}, "quantization_config": four_bits(dtype)}
-    with _known(purpose):
+    with _known(purpose), weights.reading():
         config = configuration(path, purpose)
         own = _silence(config)
         model, loading = _class_of(config, purpose).from_pretrained(
             None, config=config, state_dict=dict(weights), dtype=dtype, output_loading_info=True,
             ignore_mismatched_sizes=bool(purpose.classes), **place,
         )  # fmt: skip
-    if weights.failure is not None:
-        raise weights.failure
     if purpose.classes:
         settle_head(model, loading, keep=not is_drawn(path, purpose))
     else:

@@ -14,6 +14,7 @@ import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -53,8 +54,8 @@ class Slice(Protocol):
 class Weights(Mapping[str, Slice]):
     """Tensors by name. May be read by threads.
 
-    Libraries that read tensors in threads of theirs may swallow what these raise: ``failure`` has
-    it.
+    Libraries read tensors in threads of theirs, and may make something else of what these raise:
+    ``reading`` raises it after all.
     """
 
     def __init__(self, slices: Mapping[str, Slice], keep: Any = None) -> None:
@@ -64,7 +65,7 @@ class Weights(Mapping[str, Slice]):
         """
         self._slices = dict(slices)
         self._keep = keep
-        self.failure: TrainerError | None = None
+        self._failure: TrainerError | None = None
 
     @classmethod
     def of_folder(cls, folder: Path) -> Weights:
@@ -89,6 +90,23 @@ class Weights(Mapping[str, Slice]):
         for found in list(pool.map(open_object, objects)):
             made._slices |= found
         return made
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Raises at the end the first failure of a reading within.
+
+        Raises:
+            TrainerError: of the storage; 'ModelChanged'.
+        """
+        try:
+            yield
+        finally:
+            if self._failure is not None:
+                raise self._failure
+
+    def failed(self, error: TrainerError) -> None:
+        """Keep a failure for ``reading``."""
+        self._failure = self._failure or error
 
     def __getitem__(self, name: str) -> Slice:
         return self._slices[name]
@@ -203,6 +221,6 @@ class _Tensor:
         try:
             data = self.file.read(self.start + low * row, self.start + high * row)
         except TrainerError as error:
-            self.of.failure = error
+            self.of.failed(error)
             raise
         return torch.frombuffer(data, dtype=kind).reshape(shape)
