@@ -184,6 +184,13 @@ Fraction = Annotated[
 ]
 """A number from 0 to 1, written as a string: "0.05"."""
 
+
+def is_zero(path: str) -> str:
+    """CEL that says whether the DecimalString or Fraction at a path is 0: before an exponent it has
+    no other digit."""
+    return f"{path}.matches('^[0.]+([eE].*)?$')"
+
+
 S3Uri = Annotated[
     str,
     Spelling(

@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import Field, StringConstraints
 
-from finetune_api.base import DecimalString, Fraction, Model, Rule
+from finetune_api.base import DecimalString, Fraction, Model, Rule, is_zero
 from finetune_api.tasks import TASKS, TaskName
 
 MethodName = Literal["Full", "Partial", "LoRA", "QLoRA", "IA3", "PromptTuning", "PrefixTuning"]
@@ -151,13 +151,13 @@ class Lora(Model):
             ("initialization", "useDora"),
         ),
         Rule(
-            "self.loraPlusRatio.matches('^[0.]*[1-9]')",
+            f"!{is_zero('self.loraPlusRatio')}",
             "loraPlusRatio must be above 0: at 0 the B matrices would stay zero",
             lambda lora: float(lora.lora_plus_ratio) > 0,
             ("loraPlusRatio",),
         ),
         Rule(
-            "!has(self.targetParameters) || (self.dropout.matches('^0[.0]*$') && !self.useDora)",
+            f"!has(self.targetParameters) || ({is_zero('self.dropout')} && !self.useDora)",
             "targetParameters go with neither dropout nor useDora: their adapters are added to the"
             " weights",
             lambda lora: (

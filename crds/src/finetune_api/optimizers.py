@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from finetune_api.base import DecimalString, Model, Rule
+from finetune_api.base import DecimalString, Model, Rule, is_zero
 from finetune_api.methods import METHODS
 
 OptimizerName = Literal["AdamW", "AdamW8bit", "Adafactor", "Muon"]
@@ -107,10 +107,11 @@ def optimizer_rules() -> tuple[Rule, ...]:
 def anchor_rules() -> tuple[Rule, ...]:
     """What an anchor needs of a spec."""
     types = [name for name, kind in METHODS.items() if not kind.adapts]
-    off = "matches('^[0.]+([eE].*)?$')"
+    kl = is_zero("self.training.anchor.klCoefficient")
+    l2 = is_zero("self.training.anchor.l2Coefficient")
     return (
         Rule(
-            f"self.training.anchor.klCoefficient.{off} || self.data.train.exists(t, t.replay)",
+            f"{kl} || self.data.train.exists(t, t.replay)",
             "training.anchor.klCoefficient needs general data to hold the model to: mark a set of"
             ' data.train with replay: true, or set klCoefficient: "0"',
             lambda s: (
@@ -119,7 +120,7 @@ def anchor_rules() -> tuple[Rule, ...]:
             ("training.anchor.klCoefficient",),
         ),
         Rule(
-            f"self.training.anchor.l2Coefficient.{off} || self.method.type in {json.dumps(types)}",
+            f"{l2} || self.method.type in {json.dumps(types)}",
             f"training.anchor.l2Coefficient is for method.type {', '.join(types)}: of an adapter,"
             " which is the difference to the untuned weights, set training.weightDecay",
             lambda s: float(s.training.anchor.l2_coefficient) == 0 or s.method.type in types,

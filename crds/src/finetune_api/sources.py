@@ -16,6 +16,7 @@ from finetune_api.base import (
     Rule,
     S3Uri,
     Spelling,
+    is_zero,
 )
 from finetune_api.templates import Retrieval, Template
 
@@ -305,7 +306,7 @@ class DataStage(Model):
             ("weights[].name",),
         ),
         Rule(
-            "!has(self.weights) || self.weights.exists(w, !w.weight.matches('^[0.]+([eE].*)?$'))",
+            f"!has(self.weights) || self.weights.exists(w, !{is_zero('w.weight')})",
             "a stage needs a weight above 0",
             lambda s: s.weights is None or any(float(w.weight) > 0 for w in s.weights),
             ("weights[].weight",),
@@ -389,7 +390,7 @@ class Data(Model):
         ),
         Rule(
             "!has(self.train[0].weight) || has(self.stages)"
-            " || self.train.exists(s, has(s.weight) && !s.weight.matches('^[0.]+([eE].*)?$'))",
+            f" || self.train.exists(s, has(s.weight) && !{is_zero('s.weight')})",
             "a training set needs a weight above 0",
             lambda d: (
                 d.stages is not None

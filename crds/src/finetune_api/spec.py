@@ -21,6 +21,7 @@ from finetune_api.base import (
     Rule,
     S3Uri,
     explain,
+    is_zero,
 )
 from finetune_api.cluster import Compute, FailurePolicy, Prepare, Scheduling
 from finetune_api.methods import METHODS, Method, OutputFormat, methods_for
@@ -316,7 +317,7 @@ class FineTuneJobSpec(Model):
         ),
         Rule(
             "!has(self.training.earlyStopping) || has(self.data.validation)"
-            " || !self.data.split.validation.matches('^[0.]+$')",
+            f" || !{is_zero('self.data.split.validation')}",
             "training.earlyStopping needs a validation set: give data.validation or a"
             " data.split.validation above 0",
             lambda s: (

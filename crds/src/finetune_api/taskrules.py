@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from finetune_api.base import Rule
+from finetune_api.base import Rule, is_zero
 from finetune_api.methods import METHODS
 from finetune_api.tasks import TASKS, TaskName
 
@@ -35,7 +35,6 @@ def _rules(task: TaskName) -> list[Rule]:
     formats, metrics = json.dumps(kind.formats), json.dumps(kind.metrics)
     fitting = f"all(s, !has(s.format) || s.format in {formats})"
     measured = f"is measured by {', '.join(kind.metrics)}"
-    zero = "matches('^[0.]+([eE].*)?$')"
     return [
         rule(
             f"self.method.type in {json.dumps(types)}",
@@ -80,13 +79,13 @@ def _rules(task: TaskName) -> list[Rule]:
             ("evaluation.maxNewTokens",),
         ),
         rule(
-            f"self.training.routerAuxLossCoefficient.{zero}",
+            is_zero("self.training.routerAuxLossCoefficient"),
             "has no router loss: remove training.routerAuxLossCoefficient",
             lambda s: float(s.training.router_aux_loss_coefficient) == 0,
             ("training.routerAuxLossCoefficient",),
         ),
         rule(
-            f"self.training.anchor.klCoefficient.{zero}",
+            is_zero("self.training.anchor.klCoefficient"),
             "begins with a head that knows nothing to keep: remove training.anchor.klCoefficient",
             lambda s: float(s.training.anchor.kl_coefficient) == 0,
             ("training.anchor.klCoefficient",),
