@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,8 +22,6 @@ from finetune_api.order import RunOrder
 from finetune_trainer.engine.base import BaseFiles
 from finetune_trainer.failures import UserError
 
-CONFIG: Final = "adapter_config.json"
-WEIGHTS: Final = "adapter_model.safetensors"
 _MORE: Final = (
     "use_dora", "modules_to_save", "target_parameters", "rank_pattern", "alpha_pattern",
     "layer_replication", "lora_bias", "trainable_token_indices",
@@ -71,7 +70,7 @@ def add_adapters(first: Path, second: Path, folder: Path) -> None:
     for adapter in (first, second):
         config = _config(adapter)
         configs.append(config)
-        parts.append(_scaled(load_file(adapter / WEIGHTS), _scale(config)))
+        parts.append(_scaled(load_file(adapter / SAFETENSORS_WEIGHTS_NAME), _scale(config)))
     ranks = [config["r"] for config in configs]
     weights = {
         name: _side_by_side(
@@ -86,13 +85,13 @@ def add_adapters(first: Path, second: Path, folder: Path) -> None:
         "use_rslora": False,
         "target_modules": targets,
     }
-    save_file(weights, folder / WEIGHTS, {"format": "pt"})
+    save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
     text = json.dumps(configs[1] | both, indent=2, sort_keys=True)
-    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
 
 def _config(adapter: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads((adapter / CONFIG_NAME).read_text(encoding="utf-8"))
     return found
 
 

@@ -17,6 +17,7 @@ from typing import Final
 
 import torch
 from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from transformers import AutoConfig, GenerationConfig
 
@@ -91,7 +92,7 @@ def check_headless(adapter: Path, source: str) -> None:
     Raises:
         UserError: 'NotMergeable'.
     """
-    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = json.loads((adapter / CONFIG_NAME).read_text(encoding="utf-8"))
     if settings.get("modules_to_save"):
         raise UserError(
             "NotMergeable",
@@ -106,7 +107,7 @@ def check_ties(whole: Path, adapter: Path, source: str) -> None:
     Raises:
         UserError: 'NotMergeable'.
     """
-    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+    with safe_open(adapter / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
         embedding = any(".lora_embedding_A" in name for name in file.keys())  # noqa: SIM118
     if embedding and AutoConfig.from_pretrained(whole).get_text_config().tie_word_embeddings:
         raise UserError(
