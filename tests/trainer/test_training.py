@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import time
 import urllib.request
 from collections.abc import Callable
@@ -300,6 +301,9 @@ def test_compiled_training_is_the_same_and_compiles_once(bench: Bench) -> None:
     assert compiled.summary.startup.seconds["compile"] > 0
     for step, loss in curve(plain).items():
         assert curve(compiled)[step] == pytest.approx(loss, rel=1e-3)
+    counts = re.findall(r"^step .* (\d+) graphs compiled$", gang.log.read_text(), re.MULTILINE)
+    assert len(counts) == len(compiled.curve) > 2
+    assert len(set(counts)) == 1 and int(counts[0]) > 0, counts
 
 
 @pytest.mark.parametrize(("told", "restarts"), [((0, 1), 0), ((1,), 1)])

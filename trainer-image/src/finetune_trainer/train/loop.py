@@ -232,8 +232,10 @@ def log(session: Session, state: LoopState, rate: float, norm: Tensor, clock: Cl
     telemetry.tokens_per_second.set(clock.tokens_per_second())
     if (utilization := clock.utilization()) is not None:
         telemetry.set_utilization(utilization)
+    compiled = ""
     if session.spec.training.compile:
-        telemetry.set_compilations(compilations())
+        telemetry.set_compilations(graphs := compilations())
+        compiled = f", {graphs} graphs compiled"
     if session.gang.device.type == "cuda":
         telemetry.set_gpu_memory(torch.cuda.max_memory_allocated())
     telemetry.say(
@@ -245,7 +247,7 @@ def log(session: Session, state: LoopState, rate: float, norm: Tensor, clock: Cl
         training_seconds=clock.elapsed(),
     )  # fmt: skip
     if session.gang.first:
-        print(f"step {state.step}/{total} loss {loss:.4f} lr {rate:.3g}", flush=True)
+        print(f"step {state.step}/{total} loss {loss:.4f} lr {rate:.3g}{compiled}", flush=True)
 
 
 def evaluate(session: Session, state: LoopState, clock: Clock, *, last: bool) -> None:
