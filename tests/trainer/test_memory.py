@@ -28,19 +28,18 @@ from finetune_trainer.engine.memory import (
     Activations,
     Facts,
     Placement,
-    RowSize,
-    Samples,
     Weights,
     decide,
     estimate,
     placements,
-    table,
 )
+from finetune_trainer.engine.memorywords import table
 from finetune_trainer.engine.methods import apply_method, checkpoint_activations
 from finetune_trainer.engine.model import load_base
 from finetune_trainer.engine.optimizers import make_optimizers
 from finetune_trainer.engine.precision import precision_of
 from finetune_trainer.engine.rehearsal import frozen_dtype, rehearse
+from finetune_trainer.engine.rowsize import RowSize, Samples
 from finetune_trainer.engine.tasks import TASKS
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepared.shards import TokenSample

@@ -18,17 +18,16 @@ from finetune_api.results import MemoryEstimate
 from finetune_api.spec import FineTuneJobSpec, parse_spec
 from finetune_trainer.engine.memory import (
     Facts,
-    Samples,
     Verdict,
     decide,
-    gibibytes,
     may_shard,
     placements,
-    row_tokens_of,
     verdict,
 )
+from finetune_trainer.engine.memorywords import gibibytes
 from finetune_trainer.engine.quantized import check_package
 from finetune_trainer.engine.rehearsal import rehearse
+from finetune_trainer.engine.rowsize import Samples, row_tokens_of
 from finetune_trainer.failures import UserError
 
 Change = dict[str, Any]

@@ -12,15 +12,13 @@ that of a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-import numpy as np
-import numpy.typing as npt
-
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.plan import Packing
+from finetune_trainer.engine.rowsize import RowSize
 
 Sharding = Literal["NoShard", "HybridShard", "FullShard"]
 
@@ -129,14 +127,6 @@ class Facts:
     """Whether copies of weights are in bfloat16."""
     copied: bool
     """Whether weights are copied as wholes, in shards or not."""
-
-
-@dataclass(frozen=True)
-class RowSize:
-    """The largest row that a plan can make."""
-
-    tokens: int
-    supervised: int
 
 
 @dataclass(frozen=True)
@@ -267,85 +257,3 @@ def decide(facts: Facts, spec: FineTuneJobSpec, row: RowSize, room: int | None) 
     """The first placement that fits; where none does, the one that takes least."""
     found = [verdict(facts, spec, row, placement, room) for placement in placements(facts, spec)]
     return next((one for one in found if one.fits), min(found, key=lambda one: one.needed))
-
-
-def row_tokens_of(spec: FineTuneJobSpec, max_length: int, longest: int) -> int:
-    """Most tokens of a row: the spec's, but at least the longest sample."""
-    return max(spec.training.micro_batch_tokens or max(max_length, 2048), longest)
-
-
-Ints = npt.NDArray[np.integer]
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What the size of rows depends on."""
-
-    lengths: Ints
-    """Tokens of each training sample."""
-    supervised: Ints
-    """Of them, those that are learned."""
-    max_length: int
-    """Most tokens that a sample may have."""
-
-    @property
-    def longest(self) -> int:
-        return int(self.lengths.max(initial=1))
-
-    def largest_row(self, spec: FineTuneJobSpec, packing: Packing) -> RowSize:
-        """Bounds of the sizes of any row: of as many samples as a step has, as long as they come,
-        and of those with the largest share of learned tokens."""
-        if packing == "Alone":
-            return RowSize(
-                self.longest + spec.method.virtual_tokens, int(self.supervised.max(initial=1))
-            )
-        room = row_tokens_of(spec, self.max_length, self.longest)
-        batch = min(spec.training.batch_size, len(self.lengths))
-        if packing == "Padded":
-            tokens = min(room, batch * self.longest)
-            return RowSize(tokens, min(tokens, batch))
-        tokens = room
-        if not spec.training.compile:
-            tokens = min(room, int(_largest(self.lengths, batch).sum()))
-        learned = int(_largest(self.supervised, batch).sum())
-        return RowSize(tokens, min(tokens, learned, self._densest(tokens)))
-
-    def _densest(self, room: int) -> int:
-        """Learned tokens of a row filled with the samples in which their share is largest, the last
-        of them in part."""
-        lengths = np.maximum(self.lengths.astype(np.int64), 1)
-        order = np.argsort(-(self.supervised / lengths), kind="stable")
-        filled = np.cumsum(lengths[order])
-        learned = np.cumsum(self.supervised[order].astype(np.int64))
-        whole = int(np.searchsorted(filled, room, side="right"))
-        if whole == len(order):
-            return int(learned[-1])
-        before = (int(filled[whole - 1]), int(learned[whole - 1])) if whole else (0, 0)
-        next_one = order[whole]
-        share = self.supervised[next_one] / lengths[next_one]
-        return before[1] + int(np.ceil((room - before[0]) * share))
-
-
-def _largest(values: Ints, count: int) -> Ints:
-    """The ``count`` largest of some values."""
-    return np.partition(values.astype(np.int64), len(values) - count)[len(values) - count :]
-
-
-def gibibytes(count: float) -> str:
-    """Bytes for people: ``12.3 GiB``, ``45 MiB``."""
-    if count >= 1 << 30:
-        return f"{count / (1 << 30):,.1f} GiB"
-    return f"{count / (1 << 20):,.0f} MiB"
-
-
-def table(found: Verdict, others: Sequence[Verdict] = ()) -> str:
-    """A verdict for people, a line a part; ``others``: placements that were tried, with their
-    sums."""
-    room = "not known before training" if found.room is None else gibibytes(found.room)
-    lines = [f"memory of a training process, estimated ({found.placement}):"]
-    lines += [f"  {gibibytes(n):>12}  {part:<12} {PARTS[part]}" for part, n in found.parts.items()]
-    lines += [f"  {gibibytes(found.needed):>12}  of {room}"]
-    if not found.measured:
-        lines.append("  activations could not be measured for this architecture: in the reserve")
-    lines += [f"  {gibibytes(other.needed):>12}  with {other.placement}" for other in others]
-    return "\n".join(lines)

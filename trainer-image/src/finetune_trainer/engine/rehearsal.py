@@ -3,16 +3,13 @@ nothing, as training will do it.
 
 So that a method does not suit a model is found before a GPU is held, and what a forward pass keeps
 for the backward pass is counted on the implementation itself, whatever the architecture. It takes
-seconds and next to no memory. Attention keeps what kernels for variable lengths keep: queries,
-keys, values and the result.
+seconds and next to no memory.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,15 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine import packed
 from finetune_trainer.engine.anchors import anchor_bytes
-from finetune_trainer.engine.attention import as_computed
 from finetune_trainer.engine.context import ALONE
 from finetune_trainer.engine.layout import row_context
+from finetune_trainer.engine.ledger import ATTENTION, Kept, Ledger, rehearsed_attention
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.memory import Activations, Facts, Weights, may_shard
 from finetune_trainer.engine.methods import apply_method
@@ -126,7 +122,7 @@ class _Model:
         self._halved = precision.halved
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._spec = spec
-        packed.register(_ATTENTION, _rehearsed_attention)
+        packed.register(ATTENTION, rehearsed_attention)
         task = TASKS[spec.task]
         # How many classes there are is known with the data, and makes no difference.
         classes = () if spec.kind.generates else ("0", "1")
@@ -134,7 +130,7 @@ class _Model:
         self.packing = packing_of(base, spec)
         self.recomputes = recomputes(base, spec)
         if self.packing == "Concatenated":
-            base.set_attn_implementation(_ATTENTION)
+            base.set_attn_implementation(ATTENTION)
         self._tuned = apply_method(base, spec)
         check_optimizer(self._tuned, spec)
         self.loss = task.loss(self._tuned, spec.training).train()
@@ -203,7 +199,7 @@ class _Model:
         step = sizes[1] - sizes[0]
         rest = less.saved - (more.saved - less.saved) / step * sizes[0]
         if rest < 0:  # attention that keeps its square: measured at the longest sample
-            less, step, rest = _Kept(), sizes[1], 0.0
+            less, step, rest = Kept(), sizes[1], 0.0
 
         def slope(name: str) -> float:
             return float((getattr(more, name) - getattr(less, name)) / step)
@@ -213,14 +209,14 @@ class _Model:
             inputs=slope("inputs"), keys=slope("keys"), constant=round(rest),
         )  # fmt: skip
 
-    def _run(self, tokens: int, autocast: bool) -> _Kept:
+    def _run(self, tokens: int, autocast: bool) -> Kept:
         # One document, of which one token is learned: logits are counted apart.
         learned = np.zeros(tokens, np.bool_)
         learned[-1] = True
         sample = TokenSample(np.zeros(tokens, np.int32), learned)
         row = self._build([sample], [0], seed=0, step=0, device=torch.device("cpu"))
         precision = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
-        ledger = _Ledger(self.loss, self.blocks)
+        ledger = Ledger(self.loss, self.blocks)
         with self._fake, precision, row_context(row.layout), ledger.watching():
             self.loss(row)
         return ledger.kept()
@@ -250,121 +246,3 @@ def _numbers(module: nn.Module) -> tuple[int, int]:
     """Numbers of all parameters, and of the trained ones."""
     sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
     return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
-
-
-@dataclass
-class _Kept:
-    """Bytes that a forward pass keeps."""
-
-    saved: int = 0
-    outside: int = 0
-    block: int = 0
-    inputs: int = 0
-    keys: int = 0
-
-
-@dataclass
-class _Memory:
-    """Storages by identity, each once; they are held, so that no identity is used again."""
-
-    storages: dict[int, torch.UntypedStorage] = field(default_factory=dict)
-
-    def add(self, tensor: Tensor) -> bool:
-        """Whether it is a new one."""
-        storage = tensor.untyped_storage()
-        new = storage._cdata not in self.storages
-        self.storages.setdefault(storage._cdata, storage)
-        return new
-
-    def bytes(self) -> int:
-        return sum(storage.nbytes() for storage in self.storages.values())
-
-
-class _Ledger:
-    """Counts the storages that a forward pass saves, by the decoder block that saves them first."""
-
-    def __init__(self, model: nn.Module, blocks: list[nn.Module]) -> None:
-        self._blocks = blocks
-        self._parameters = _Memory()
-        for parameter in model.parameters():
-            self._parameters.add(parameter)
-        self._place = 0
-        self._all = _Memory()
-        self._places = [_Memory() for _ in range(len(blocks) + 1)]
-        """Outside of blocks, then block by block."""
-        self._inputs, self._keys = _Memory(), _Memory()
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        global _keys
-        handles = []
-        for number, block in enumerate(self._blocks, start=1):
-            handles += [
-                block.register_forward_pre_hook(self._enter(number, block), with_kwargs=True),
-                block.register_forward_hook(self._leave),
-            ]
-        _keys = self._keys
-        try:
-            with saved_tensors_hooks(self._save, lambda saved: saved):
-                yield
-        finally:
-            _keys = None
-            for handle in handles:
-                handle.remove()
-
-    def _enter(self, number: int, block: nn.Module) -> Any:
-        trains = any(p.requires_grad for p in block.parameters())
-
-        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._place = number
-            for value in (*args, *kwargs.values()):
-                if not isinstance(value, Tensor) or not value.is_floating_point():
-                    continue
-                if trains or value.requires_grad:
-                    self._inputs.add(value)
-
-        return hook
-
-    def _leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        self._place = 0
-
-    def _save(self, tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage()._cdata not in self._parameters.storages and self._all.add(
-            tensor
-        ):
-            self._places[self._place].add(tensor)
-        return tensor
-
-    def kept(self) -> _Kept:
-        outside, *blocks = (place.bytes() for place in self._places)
-        return _Kept(
-            self._all.bytes(), outside, max(blocks, default=0), self._inputs.bytes(),
-            self._keys.bytes(),
-        )  # fmt: skip
-
-
-_ATTENTION: Final = "finetune_rehearsed"
-_keys: _Memory | None = None
-"""Where keys and values of the pass at work are counted."""
-
-
-class _Attended(torch.autograd.Function):
-    """What attention keeps."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        attended = value.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
-        ctx.save_for_backward(query, key, value, attended)
-        return attended
-
-
-def _rehearsed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any
-) -> tuple[Tensor, None]:
-    """Attention as transformers calls it, without its arithmetic."""
-    query, key, value = as_computed(query, key, value)
-    if _keys is not None:
-        _keys.add(key)
-        _keys.add(value)
-    attended: Tensor = _Attended.apply(query, key, value)
-    return attended, None

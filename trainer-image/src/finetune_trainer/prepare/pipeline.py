@@ -20,9 +20,11 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.adaptersum import check_sum
 from finetune_trainer.engine.base import fetch_base
 from finetune_trainer.engine.fitting import fit, measuring, told, tried
-from finetune_trainer.engine.memory import Facts, Samples, table
+from finetune_trainer.engine.memory import Facts
+from finetune_trainer.engine.memorywords import table
 from finetune_trainer.engine.quantized import check_package
 from finetune_trainer.engine.rehearsal import rehearse
+from finetune_trainer.engine.rowsize import Samples
 from finetune_trainer.engine.schedule import replay_of, stages_of, steps_of
 from finetune_trainer.engine.tasks import TASKS
 from finetune_trainer.evaluate.metricnames import check_metrics

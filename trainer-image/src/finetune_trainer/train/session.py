@@ -25,7 +25,8 @@ from finetune_trainer.engine.fitting import fit, measuring, tried
 from finetune_trainer.engine.flops import Work, peak
 from finetune_trainer.engine.gang import Gang
 from finetune_trainer.engine.guard import Guard
-from finetune_trainer.engine.memory import Samples, Verdict, row_tokens_of, table
+from finetune_trainer.engine.memory import Verdict
+from finetune_trainer.engine.memorywords import table
 from finetune_trainer.engine.model import load_tokenizer, purpose_of
 from finetune_trainer.engine.optimizers import Optimizers, make_optimizers
 from finetune_trainer.engine.parameters import Parameters
@@ -33,6 +34,7 @@ from finetune_trainer.engine.plan import Plan
 from finetune_trainer.engine.precision import precision_of
 from finetune_trainer.engine.quantized import check_device
 from finetune_trainer.engine.rehearsal import rehearse
+from finetune_trainer.engine.rowsize import Samples, row_tokens_of
 from finetune_trainer.engine.schedule import replay_of, stages_of, steps_of, visits_of
 from finetune_trainer.engine.sharding import (
     capacity,
