@@ -22,7 +22,7 @@ from transformers import Gemma2Config, GPT2Config, MixtralConfig, PreTrainedConf
 
 from finetune_api.spec import FineTuneJobSpec, parse_spec
 from finetune_trainer.engine.feed import RowTensors, build_row
-from finetune_trainer.engine.fitting import alternatives, fit, measuring
+from finetune_trainer.engine.fitting import alternatives, fit
 from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.memory import (
     Activations,
@@ -39,6 +39,7 @@ from finetune_trainer.engine.model import load_base
 from finetune_trainer.engine.optimizers import make_optimizers
 from finetune_trainer.engine.precision import precision_of
 from finetune_trainer.engine.rehearsal import frozen_dtype, rehearse
+from finetune_trainer.engine.rehearsals import Rehearsals
 from finetune_trainer.engine.rowsize import RowSize, Samples
 from finetune_trainer.engine.tasks import TASKS
 from finetune_trainer.failures import UserError
@@ -361,31 +362,31 @@ def test_a_refusal_names_what_does_fit(
 ) -> None:
     # So that what differs between small models counts.
     monkeypatch.setattr("finetune_trainer.engine.memory._RUNTIME", {"gpu": 0, "cpu": 0})
-    spec, measure = spec_of(**blocks), measuring(llama, 512)
+    spec, measure = spec_of(**blocks), Rehearsals(llama, 512)
     facts = measure(spec)
     row = SAMPLES.largest_row(spec, facts.packing)
     least = min(sum(estimate(facts, spec, row, p).values()) for p in placements(facts, spec))
     memory = round(room * least)
     with pytest.raises(UserError, match="What fits") as refused:
-        fit(spec, facts, SAMPLES, memory, measure)
+        fit(spec, SAMPLES, memory, measure)
     assert refused.value.reason == "DoesNotFit"
-    found = alternatives(spec, facts, SAMPLES, memory, measure)
+    found = alternatives(spec, SAMPLES, memory, measure)
     assert 1 <= len(found) <= 3
     for one in found:
         assert str(one) in refused.value.message
-        assert fit(one.spec, measure(one.spec), SAMPLES, memory, measure).needed <= memory
+        assert fit(one.spec, SAMPLES, memory, measure).needed <= memory
     assert any(name in path for one in found for path in one.change for name in named)
 
 
 def test_what_nothing_makes_fit_is_refused_so(llama: Path) -> None:
-    spec, measure = spec_of(), measuring(llama, 512)
+    spec, measure = spec_of(), Rehearsals(llama, 512)
     with pytest.raises(UserError, match="take a smaller model"):
-        fit(spec, measure(spec), SAMPLES, GIB, measure)
+        fit(spec, SAMPLES, GIB, measure)
 
 
 def test_without_known_memory_nothing_is_refused(llama: Path) -> None:
-    spec, measure = spec_of(), measuring(llama, 512)
-    found = fit(spec, measure(spec), SAMPLES, None, measure)
+    spec, measure = spec_of(), Rehearsals(llama, 512)
+    found = fit(spec, SAMPLES, None, measure)
     assert found.placement == Placement("NoShard", False)
     assert "not known before training" in table(found)
 
@@ -445,13 +446,14 @@ def test_a_gang_goes_by_the_least_memory_of_its_devices(
         manifest=SimpleNamespace(max_length=512), index=lambda split: index
     )  # fmt: skip
     spec = spec_of(method={"type": "Full"}, compute={"gpusPerNode": 8, "nodes": 4})
-    plenty = session.fitted(spec, llama, data, gang_of(8 * GIB, 8 * GIB))
+    measure = Rehearsals(llama, 512)
+    plenty = session.fitted(spec, data, gang_of(8 * GIB, 8 * GIB), measure)
     assert str(plenty.placement) == "NoShard"
     assert "gradients" in capsys.readouterr().out
-    less = session.fitted(spec, llama, data, gang_of(8 * GIB, plenty.needed - 1))
+    less = session.fitted(spec, data, gang_of(8 * GIB, plenty.needed - 1), measure)
     assert str(less.placement) == "NoShard, gradient checkpointing"
     with pytest.raises(UserError, match="What fits") as refused:
-        session.fitted(spec, llama, data, gang_of(8 * GIB, less.needed // 3))
+        session.fitted(spec, data, gang_of(8 * GIB, less.needed // 3), measure)
     assert refused.value.reason == "DoesNotFit"
 
 

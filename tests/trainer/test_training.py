@@ -266,6 +266,19 @@ def test_the_same_manifest_and_seed_give_the_same_metrics(bench: Bench) -> None:
     assert curve(one) == curve(two)
 
 
+def test_the_gang_goes_by_what_prepare_has_measured(bench: Bench) -> None:
+    """Weights of a size that no rehearsal of this model finds are in the gang's table."""
+    training = {"maxSteps": 1, "epochs": None}
+    order = bench.order("1-known", training=training, compute={"gpusPerNode": 0})
+    kept = json.loads(runfiles.read_rehearsals(bench.store, order.run_uri) or b"{}")
+    (facts,) = kept.values()
+    facts["weights"]["held"] = 77 << 20
+    runfiles.write_rehearsals(bench.store, order.run_uri, json.dumps(kept).encode())
+    gang = bench.start(order, 1, "known")
+    assert gang.wait() == [0], gang.log.read_text()
+    assert re.search(r"\b77 MiB  parameters", gang.log.read_text())
+
+
 def test_full_tuning_learns_and_reports_both_models(bench: Bench) -> None:
     order = bench.order(
         "1-fullx", method={"type": "Full"}, training={"epochs": 6, "learningRate": "1e-2"}

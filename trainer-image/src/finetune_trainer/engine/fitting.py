@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, Final
 
 from finetune_api.base import InvalidSpec
@@ -20,13 +19,11 @@ from finetune_trainer.engine.memory import (
     Facts,
     Verdict,
     decide,
-    may_shard,
     placements,
     verdict,
 )
 from finetune_trainer.engine.memorywords import gibibytes
 from finetune_trainer.engine.quantized import check_package
-from finetune_trainer.engine.rehearsal import rehearse
 from finetune_trainer.engine.rowsize import Samples, row_tokens_of
 from finetune_trainer.failures import UserError
 
@@ -34,6 +31,7 @@ Change = dict[str, Any]
 """Values at dotted paths of a spec."""
 
 Measure = Callable[[FineTuneJobSpec], Facts]
+"""Facts of a model under any spec (``Rehearsals``)."""
 
 _SUGGESTED: Final = 3
 """Alternatives that a refusal names."""
@@ -57,26 +55,23 @@ class Alternative:
         return f"{' with '.join(shown)} ({gibibytes(self.found.needed)})"
 
 
-def fit(
-    spec: FineTuneJobSpec, facts: Facts, samples: Samples, room: int | None, measure: Measure
-) -> Verdict:
+def fit(spec: FineTuneJobSpec, samples: Samples, room: int | None, measure: Measure) -> Verdict:
     """How the model will lie on the gang.
 
     Args:
         spec: with the gang as it is.
-        facts: of the spec.
         room: bytes of memory of a process; None: not known.
-        measure: facts of another spec.
 
     Raises:
         UserError: 'DoesNotFit', naming what would.
     """
+    facts = measure(spec)
     found = decide(facts, spec, samples.largest_row(spec, facts.packing), room)
     if found.fits or room is None:
         return found
     largest = sorted(found.parts.items(), key=lambda item: -item[1])[:3]
     parts = ", ".join(f"{part} {gibibytes(count)}" for part, count in largest)
-    fitting = alternatives(spec, facts, samples, room, measure)
+    fitting = alternatives(spec, samples, room, measure)
     remedy = (
         f"What fits: {'; or '.join(map(str, fitting))}"
         if fitting
@@ -92,7 +87,7 @@ def fit(
 
 
 def alternatives(
-    spec: FineTuneJobSpec, facts: Facts, samples: Samples, room: int, measure: Measure
+    spec: FineTuneJobSpec, samples: Samples, room: int, measure: Measure
 ) -> list[Alternative]:
     """Up to three changes of a spec with which it fits, of which none needs another; where no
     single one does, several together.
@@ -100,24 +95,20 @@ def alternatives(
     Each kind of change is a ladder from the least to the most of it; its first rung that fits is
     taken.
     """
-    known: dict[str, Facts | None] = {_key(spec): facts}
 
     def facts_of(other: FineTuneJobSpec) -> Facts | None:
-        key = _key(other)
-        if key not in known:
-            try:
-                check_package(other)
-                known[key] = measure(other)
-            except UserError:
-                known[key] = None
-        return known[key]
+        try:
+            check_package(other)
+            return measure(other)
+        except UserError:
+            return None
 
     def tried(change: Change) -> Alternative | None:
         other = _changed(spec, change)
-        others = facts_of(other) if other is not None else None
-        if other is None or others is None:
+        facts = facts_of(other) if other is not None else None
+        if other is None or facts is None:
             return None
-        found = decide(others, other, samples.largest_row(other, others.packing), room)
+        found = decide(facts, other, samples.largest_row(other, facts.packing), room)
         return Alternative(change, other, found) if found.fits else None
 
     for base in _bases(spec, samples):
@@ -208,24 +199,11 @@ def _changed(spec: FineTuneJobSpec, change: Change) -> FineTuneJobSpec | None:
         return None
 
 
-def _key(spec: FineTuneJobSpec) -> str:
-    """What the facts of a model depend on, of a spec."""
-    training = spec.training
-    parts = (
-        spec.task, spec.method, training.precision, training.gradient_checkpointing,
-        training.optimizer, training.anchor,
-    )  # fmt: skip
-    shared = spec.compute.context_parallel > 1
-    return repr((*parts, shared, may_shard(spec), spec.compute.gpus_per_node > 0))
-
-
-def measuring(path: Path, max_length: int) -> Measure:
-    """Facts of any spec on the model of a folder."""
-    return lambda spec: rehearse(path, spec, max_length)
-
-
-def tried(facts: Facts, spec: FineTuneJobSpec, samples: Samples, found: Verdict) -> list[Verdict]:
+def others(
+    spec: FineTuneJobSpec, samples: Samples, found: Verdict, measure: Measure
+) -> list[Verdict]:
     """The other placements that a spec allows, with what a process takes in them."""
+    facts = measure(spec)
     row = samples.largest_row(spec, facts.packing)
     return [
         verdict(facts, spec, row, placement, found.room)

@@ -19,11 +19,10 @@ from finetune_api.results import MemoryEstimate, PreparedSummary
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.adaptersum import check_sum
 from finetune_trainer.engine.base import fetch_base
-from finetune_trainer.engine.fitting import fit, measuring, told, tried
-from finetune_trainer.engine.memory import Facts
+from finetune_trainer.engine.fitting import Measure, fit, others, told
 from finetune_trainer.engine.memorywords import table
 from finetune_trainer.engine.quantized import check_package
-from finetune_trainer.engine.rehearsal import rehearse
+from finetune_trainer.engine.rehearsals import Rehearsals
 from finetune_trainer.engine.rowsize import Samples
 from finetune_trainer.engine.schedule import replay_of, stages_of, steps_of
 from finetune_trainer.engine.tasks import TASKS
@@ -82,7 +81,8 @@ def prepare(
     base = fetch_base(order, stores, scratch, weights=False)
     check_sum(order, base)
     model = load_model(order, base.folder)
-    facts = rehearse(base.folder, spec, model.max_length)
+    rehearsals = Rehearsals(base.folder, model.max_length)
+    rehearsals(spec)
     sources = find_sources(spec, stores)
     files = modelfiles.tokenizer_files(base.folder)
     tokenizer = {file.name: file_info(file).sha256 for file in files}
@@ -115,7 +115,8 @@ def prepare(
         spec, {side: [s.format for s in manifest.sets if s.split == side] for side in SIDES}
     )
     data = PreparedData(stores.default, uri, scratch / "data", manifest)
-    memory = estimate_memory(spec, base.folder, facts, data)
+    memory = estimate_memory(spec, data, rehearsals)
+    runfiles.write_rehearsals(stores.default, order.run_uri, rehearsals.to_json())
     summary = summarise(spec, manifest, uri, reused).model_copy(update={"memory": memory})
     runfiles.write_prepared(stores.default, order.run_uri, summary)
     return summary
@@ -212,19 +213,16 @@ def find_sources(spec: FineTuneJobSpec, stores: Stores) -> list[Source]:
     return found
 
 
-def estimate_memory(
-    spec: FineTuneJobSpec, folder: Path, facts: Facts, data: PreparedData
-) -> MemoryEstimate:
+def estimate_memory(spec: FineTuneJobSpec, data: PreparedData, measure: Measure) -> MemoryEstimate:
     """Print what the training will take of the memory of a process.
 
     Raises:
         UserError: 'DoesNotFit' where the manifest says that there is less.
     """
-    longest, index = data.manifest.max_length, data.index("train")
-    samples = Samples(index.length, index.supervised, longest)
-    room = spec.compute.process_memory
-    found = fit(spec, facts, samples, room, measuring(folder, longest))
-    log.info("%s", table(found, tried(facts, spec, samples, found)))
+    index = data.index("train")
+    samples = Samples(index.length, index.supervised, data.manifest.max_length)
+    found = fit(spec, samples, spec.compute.process_memory, measure)
+    log.info("%s", table(found, others(spec, samples, found, measure)))
     return told(found)
 
 

@@ -1,7 +1,7 @@
 """The small files of a run in object storage, between the stages: see docs/architecture.md.
 
-``prepared.json`` (prepare → train), ``baseline.json`` (train → train of a later attempt) and
-``result.json`` (train → publish).
+``prepared.json`` and ``rehearsals.json`` (prepare → train), ``baseline.json`` (train → train of a
+later attempt) and ``result.json`` (train → publish).
 """
 
 from __future__ import annotations
@@ -110,6 +110,17 @@ def read_prepared(store: ObjectStore, run_uri: str) -> PreparedSummary:
 
 def write_prepared(store: ObjectStore, run_uri: str, summary: PreparedSummary) -> None:
     store.put(f"{run_uri}/prepared.json", _text(summary))
+
+
+def read_rehearsals(store: ObjectStore, run_uri: str) -> bytes | None:
+    """What was measured of the model, as ``engine.rehearsals`` writes it; None where it is not
+    there."""
+    uri = f"{run_uri}/rehearsals.json"
+    return store.get(uri) if store.head(uri) else None
+
+
+def write_rehearsals(store: ObjectStore, run_uri: str, text: bytes) -> None:
+    store.put(f"{run_uri}/rehearsals.json", text)
 
 
 def read_baseline(store: ObjectStore, run_uri: str) -> Baseline | None:

@@ -21,7 +21,7 @@ from finetune_trainer.engine.anchors import OutputAnchor, WeightAnchor
 from finetune_trainer.engine.base import fetch_base
 from finetune_trainer.engine.context import ALONE, ContextGroup
 from finetune_trainer.engine.feed import RowBuilder, StaticShape
-from finetune_trainer.engine.fitting import fit, measuring, tried
+from finetune_trainer.engine.fitting import Measure, fit, others
 from finetune_trainer.engine.flops import Work, peak
 from finetune_trainer.engine.gang import Gang
 from finetune_trainer.engine.guard import Guard
@@ -33,7 +33,7 @@ from finetune_trainer.engine.parameters import Parameters
 from finetune_trainer.engine.plan import Plan
 from finetune_trainer.engine.precision import precision_of
 from finetune_trainer.engine.quantized import check_device
-from finetune_trainer.engine.rehearsal import rehearse
+from finetune_trainer.engine.rehearsals import Rehearsals
 from finetune_trainer.engine.rowsize import Samples, row_tokens_of
 from finetune_trainer.engine.schedule import replay_of, stages_of, steps_of, visits_of
 from finetune_trainer.engine.sharding import (
@@ -137,7 +137,9 @@ def open_session(
     files = replace(own, objects=first.objects)  # all read the weights in one version
     tokenizer = load_tokenizer(files.folder)
     precision = precision_of(spec.training, gang.device.type == "cuda")
-    memory = fitted(spec, files.folder, data, gang)
+    kept = gang.from_first(lambda: runfiles.read_rehearsals(stores.default, order.run_uri))
+    measure = Rehearsals(files.folder, data.manifest.max_length, kept)
+    memory = fitted(spec, data, gang, measure)
     context = gang.sharing_rows(spec.compute.context_parallel)
     tuned = open_model(
         spec, files, files.weights(stores), gang, memory.placement, precision,
@@ -208,7 +210,7 @@ def weight_anchor(spec: FineTuneJobSpec, optimizers: Optimizers) -> WeightAnchor
     return WeightAnchor(optimizers, coefficient) if coefficient else None
 
 
-def fitted(spec: FineTuneJobSpec, path: Path, data: PreparedData, gang: Gang) -> Verdict:
+def fitted(spec: FineTuneJobSpec, data: PreparedData, gang: Gang, measure: Measure) -> Verdict:
     """How the model will lie on the gang, alike on all ranks, by the memory that there is.
 
     Raises:
@@ -220,12 +222,10 @@ def fitted(spec: FineTuneJobSpec, path: Path, data: PreparedData, gang: Gang) ->
     spec = spec.model_copy(update={"compute": spec.compute.model_copy(update=there)})
 
     def decide() -> Verdict:
-        longest = data.manifest.max_length
-        facts = rehearse(path, spec, longest)
         index = data.index("train")
-        samples = Samples(index.length, index.supervised, longest)
-        found = fit(spec, facts, samples, room, measuring(path, longest))
-        print(table(found, tried(facts, spec, samples, found)), flush=True)
+        samples = Samples(index.length, index.supervised, data.manifest.max_length)
+        found = fit(spec, samples, room, measure)
+        print(table(found, others(spec, samples, found, measure)), flush=True)
         return found
 
     return gang.from_first(decide)

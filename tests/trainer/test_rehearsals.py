@@ -1,0 +1,96 @@
+"""A model is rehearsed once a run: what prepare has measured serves the gang, where it holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine import tiny_llama
+from test_memory import spec_of
+
+from finetune_trainer.engine import rehearsals
+from finetune_trainer.engine.rehearsals import Rehearsals
+from finetune_trainer.failures import UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_llama().save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Specs for which the model was really rehearsed."""
+    done: list[Any] = []
+    real = rehearsals.rehearse
+
+    def counted(path: Path, spec: Any, longest: int) -> Any:
+        done.append(spec)
+        return real(path, spec, longest)
+
+    monkeypatch.setattr(rehearsals, "rehearse", counted)
+    return done
+
+
+SPEC = spec_of(compute={"gpusPerNode": 2})
+
+
+def test_what_was_kept_is_used_as_it_was(folder: Path, made: list[Any]) -> None:
+    first = Rehearsals(folder, 64)
+    facts = first(SPEC)
+    assert first(SPEC) is facts and len(made) == 1
+    later = Rehearsals(folder, 64, first.to_json())
+    assert later(SPEC) == facts and len(made) == 1
+    assert Rehearsals(folder, 64, later.to_json())(SPEC) == facts and len(made) == 1
+    rows = spec_of(compute={"gpusPerNode": 2}, training={"microBatchTokens": 100})
+    assert later(rows) == facts and len(made) == 1
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        {"compute": {"gpusPerNode": 1}},
+        {"compute": {"gpusPerNode": 0, "processesPerNode": 2}},
+        {"compute": {"gpusPerNode": 2, "contextParallel": 2}},
+        {"compute": {"gpusPerNode": 2}, "method": {"type": "Full"}},
+        {"compute": {"gpusPerNode": 2}, "method": {"lora": {"rank": 4}}},
+        {"compute": {"gpusPerNode": 2}, "training": {"precision": "FP32"}},
+        {"compute": {"gpusPerNode": 2}, "training": {"optimizer": "Muon"}},
+    ],
+    ids=str,
+)
+def test_another_spec_is_rehearsed(folder: Path, made: list[Any], blocks: dict[str, Any]) -> None:
+    kept = Rehearsals(folder, 64)
+    kept(SPEC)
+    other = spec_of(**blocks)
+    found = Rehearsals(folder, 64, kept.to_json())(other)
+    assert made == [SPEC, other]
+    assert found == rehearsals.rehearse(folder, other, 64)
+
+
+def test_another_model_package_or_length_is_rehearsed(
+    folder: Path, made: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Rehearsals(folder, 64)
+    before = first(SPEC)
+    assert Rehearsals(folder, 65, first.to_json())(SPEC) is not None and len(made) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(rehearsals, "version", lambda name: "0.0")
+        assert Rehearsals(folder, 64, first.to_json())(SPEC) == before and len(made) == 3
+    tiny_llama(hidden_size=64).save_pretrained(folder)
+    after = Rehearsals(folder, 64, first.to_json())(SPEC)
+    assert after.weights.numbers > before.weights.numbers and len(made) == 4
+
+
+def test_what_is_refused_is_refused_again_and_not_kept(folder: Path, made: list[Any]) -> None:
+    wrong = spec_of(method={"lora": {"targetModules": ["nope"]}})
+    measure = Rehearsals(folder, 64)
+    for _ in range(2):
+        with pytest.raises(UserError, match="nope"):
+            measure(wrong)
+    assert len(made) == 1
+    with pytest.raises(UserError, match="nope"):
+        Rehearsals(folder, 64, measure.to_json())(wrong)
+    assert len(made) == 2
