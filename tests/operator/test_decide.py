@@ -33,6 +33,20 @@ def test_first_pass_makes_order_and_prepare_and_says_so() -> None:
     assert [e.reason for e in plan.events] == ["RunStarted"]
 
 
+def test_a_training_that_may_not_fit_is_warned_of() -> None:
+    world = World()
+    world.settle()
+    memory = {
+        "needed": 9, "available": 8, "sharding": "NoShard", "gradientCheckpointing": True,
+        "parts": {"parameters": 9}, "warning": "It may not fit. What fits: nothing",
+    }  # fmt: skip
+    world.finish("prepare", prepared={**PREPARED, "memory": memory})
+    found = [event for _ in range(3) for event in world.pass_().events]
+    assert world.held("Prepared") == "True/MayNotFit"
+    (warned,) = [event for event in found if event.reason == "MayNotFit"]
+    assert warned.type == "Warning" and warned.message.endswith("What fits: nothing")
+
+
 def test_a_run_goes_through_its_stages_to_complete() -> None:
     world = World()
     world.settle()

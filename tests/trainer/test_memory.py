@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import re
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import Gemma2Config, GPT2Config, MixtralConfig, PreTrainedConf
 
 from finetune_api.spec import FineTuneJobSpec, parse_spec
 from finetune_trainer.engine.feed import RowTensors, build_row
-from finetune_trainer.engine.fitting import alternatives, fit
+from finetune_trainer.engine.fitting import alternatives, fit, told
 from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.memory import (
     Activations,
@@ -340,7 +341,7 @@ def test_the_largest_row_bounds_every_row() -> None:
         assert supervised[row].sum() <= bound.supervised <= bound.tokens
 
 
-# --- what is refused -----------------------------------------------------------------------------
+# --- what is refused, and what is tried with a warning -------------------------------------------
 
 SAMPLES = Samples(np.full(200, 300), np.full(200, 100), 512)
 
@@ -357,7 +358,7 @@ SAMPLES = Samples(np.full(200, 300), np.full(200, 100), 512)
           "microBatchTokens": 4096}}, 0.6, {"gradientCheckpointing", "microBatchTokens"}),
     ],
 )  # fmt: skip
-def test_a_refusal_names_what_does_fit(
+def test_what_may_not_fit_is_tried_with_a_warning_that_names_what_does(
     llama: Path, blocks: dict[str, Any], room: float, named: set[str], monkeypatch: Any
 ) -> None:
     # So that what differs between small models counts.
@@ -367,21 +368,70 @@ def test_a_refusal_names_what_does_fit(
     row = SAMPLES.largest_row(spec, facts.packing)
     least = min(sum(estimate(facts, spec, row, p).values()) for p in placements(facts, spec))
     memory = round(room * least)
-    with pytest.raises(UserError, match="What fits") as refused:
-        fit(spec, SAMPLES, memory, measure)
-    assert refused.value.reason == "DoesNotFit"
+    tried = fit(spec, SAMPLES, memory, measure)
+    assert tried.needed == least > memory > tried.certain
+    assert "it may not fit. What fits: " in tried.warning
+    assert tried.warning in table(tried) and told(tried).warning == tried.warning
     found = alternatives(spec, SAMPLES, memory, measure)
     assert 1 <= len(found) <= 3
     for one in found:
-        assert str(one) in refused.value.message
-        assert fit(one.spec, SAMPLES, memory, measure).needed <= memory
+        assert str(one) in tried.warning
+        fitting = fit(one.spec, SAMPLES, memory, measure)
+        assert fitting.needed <= memory and not fitting.warning
     assert any(name in path for one in found for path in one.change for name in named)
 
 
-def test_what_nothing_makes_fit_is_refused_so(llama: Path) -> None:
+@pytest.mark.parametrize(
+    ("state", "activations", "room", "nodes", "outcome"),
+    [
+        # In GiB; on 8 GPUs a node.
+        (40, 10, 80, 1, "fits: NoShard"),
+        (40, 10, 40, 1, "fits: FullShard"),
+        (400, 10, 55, 1, "tried: FullShard, gradient checkpointing"),
+        (400, 10, 50, 1, "tried: FullShard, gradient checkpointing"),
+        (400, 10, 49, 1, "refused"),
+        (400, 10, 49, 2, "fits: FullShard, gradient checkpointing"),
+        (80, 0, 10, 1, "tried: FullShard"),
+        (80, 0, 9.9, 1, "refused"),
+    ],
+)
+def test_only_what_is_certain_refuses(
+    state: int, activations: int, room: float, nodes: int, outcome: str
+) -> None:
+    facts = facts_of(state * GIB, activations * GIB)
+    spec = spec_of(method={"type": "Full"}, compute={"gpusPerNode": 8, "nodes": nodes})
+    rows = Samples(np.full(4, 1024), np.full(4, 10), 1024)
+    try:
+        found = fit(spec, rows, round(room * GIB), lambda other: facts)
+    except UserError as error:
+        assert error.reason == "DoesNotFit"
+        assert re.search(r"alone take [\d.]+ GiB .*: optimizer .*What fits", error.message)
+        assert outcome == "refused"
+    else:
+        said = "tried" if found.warning else "fits"
+        assert f"{said}: {found.placement}" == outcome
+        assert found.certain == state * GIB // (8 * nodes if "Full" in outcome else 1)
+
+
+def test_what_takes_least_is_not_tried_where_it_certainly_does_not_fit() -> None:
+    """Sharding gathers whole what lies outside of blocks, and can take more than it saves."""
+    facts = facts_of(GIB)
+    none = {"block": 0, "block_trained": 0, "blocks": 0, "blocks_trained": 0}
+    facts = dataclasses.replace(facts, weights=dataclasses.replace(facts.weights, **none))
+    spec = spec_of(method={"type": "Full"}, compute={"gpusPerNode": 2})
+    row = RowSize(8, 8)
+    needed = {str(p): sum(estimate(facts, spec, row, p).values()) for p in placements(facts, spec)}
+    assert needed["NoShard"] < needed["FullShard"]
+    assert str(decide(facts, spec, row, needed["NoShard"] - 1).placement) == "NoShard"
+    assert str(decide(facts, spec, row, GIB - 1).placement) == "FullShard"
+
+
+def test_what_nothing_makes_fit_is_told_so(llama: Path) -> None:
     spec, measure = spec_of(), Rehearsals(llama, 512)
-    with pytest.raises(UserError, match="take a smaller model"):
-        fit(spec, SAMPLES, GIB, measure)
+    assert "take a smaller model" in fit(spec, SAMPLES, GIB, measure).warning
+    with pytest.raises(UserError, match="take a smaller model") as refused:
+        fit(spec, SAMPLES, 1 << 10, measure)
+    assert refused.value.reason == "DoesNotFit"
 
 
 def test_without_known_memory_nothing_is_refused(llama: Path) -> None:
@@ -452,8 +502,11 @@ def test_a_gang_goes_by_the_least_memory_of_its_devices(
     assert "gradients" in capsys.readouterr().out
     less = session.fitted(spec, data, gang_of(8 * GIB, plenty.needed - 1), measure)
     assert str(less.placement) == "NoShard, gradient checkpointing"
-    with pytest.raises(UserError, match="What fits") as refused:
-        session.fitted(spec, data, gang_of(8 * GIB, less.needed // 3), measure)
+    capsys.readouterr()
+    tried = session.fitted(spec, data, gang_of(8 * GIB, less.needed // 3), measure)
+    assert "it may not fit. What fits" in capsys.readouterr().out
+    with pytest.raises(UserError, match="alone take") as refused:
+        session.fitted(spec, data, gang_of(8 * GIB, tried.certain - 1), measure)
     assert refused.value.reason == "DoesNotFit"
 
 
@@ -462,3 +515,6 @@ def test_a_lack_of_memory_is_told_beside_the_estimate() -> None:
     said = beside_estimate(torch.OutOfMemoryError("no room"), SimpleNamespace(memory=found))  # type: ignore[arg-type]
     assert said.failure_class == "OutOfMemory"
     assert "no room" in said.message and "of 80.0 GiB (NoShard)" in said.message
+    warned = dataclasses.replace(found, warning="By the estimate it may not fit.")
+    said = beside_estimate(torch.OutOfMemoryError("no room"), SimpleNamespace(memory=warned))  # type: ignore[arg-type]
+    assert "no room" in said.message and "it may not fit" in said.message

@@ -89,11 +89,13 @@ class Compute(Model):
     """How the model lies on the processes. NoShard: whole on each (DDP). HybridShard: the processes
     of a node share one copy. FullShard: all share one (both FSDP). Auto: the first of them in which
     the training fits the memory of a process, by the estimate that prepare prints, each without
-    gradient checkpointing and then with it. The result is the same."""
+    gradient checkpointing and then with it; where it fits in none, what takes least. The result is
+    the same."""
     gpu_memory: Quantity | None = None
-    """Memory of each GPU, e.g. 80Gi: prepare then refuses a training that cannot fit, and says what
-    would, before a GPU is held. Absent: known when the training begins, which refuses it then. On
-    the CPU, prepare goes by `resources.limits.memory`."""
+    """Memory of each GPU, e.g. 80Gi: before a GPU is held, prepare then says what would fit where
+    the training may not, and refuses it where weights, gradients, optimizer and anchors alone take
+    more. Absent: known when the training begins, which does the same then. On the CPU, prepare goes
+    by `resources.limits.memory`."""
     context_parallel: Annotated[int, Field(ge=1, le=64)] = 1
     """Processes of a node that share the tokens of each row, for samples that are too long for the
     memory of one: each holds this fraction of the activations, and attention exchanges keys and

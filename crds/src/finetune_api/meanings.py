@@ -40,6 +40,8 @@ REASONS: Final[dict[str, str]] = {
     "NotSuspended": "spec.suspend is false.",
     "Suspended": "spec.suspend is true.",
     "DataReady": "The prepared data is in storage.",
+    "MayNotFit": "The prepared data is in storage; by the estimate, the training takes more memory"
+    " than a process has. It is tried all the same.",
     "Evaluated": "The gang has measured the test sets.",
     "Published": "The model is at its address.",
     "Finished": "The run has ended.",

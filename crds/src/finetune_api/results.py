@@ -126,6 +126,8 @@ class MemoryEstimate(Record):
     """Whether activations are to be computed again."""
     parts: dict[str, int]
     """Bytes by part."""
+    warning: str | None = None
+    """Where the training may not fit: figures, and what would fit."""
 
 
 class PreparedSummary(Record):

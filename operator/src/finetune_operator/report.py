@@ -217,7 +217,7 @@ def events(before: FineTuneJobStatus, after: FineTuneJobStatus) -> tuple[Event, 
             continue
         if condition.type == "Stalled" and after.failure is not None:
             continue  # told by Failed
-        bad = condition.type in ("Failed", "Stalled")
+        bad = condition.type in ("Failed", "Stalled") or condition.reason == "MayNotFit"
         found.append(
             Event("Warning" if bad else "Normal", condition.reason, condition.message or "")
         )

@@ -155,10 +155,13 @@ def _conditions(work: Work) -> Conditions:
         work.before.conditions, work.subject.generation, work.now, keep=work.same_run
     )
     if work.done("prepare"):
-        text = "the prepared data is in storage"
+        reason, text = "DataReady", "the prepared data is in storage"
         if work.prepared is not None:
             text = f"{work.prepared.train_samples} samples at {work.prepared.uri}"
-        _once(conditions, "Prepared", "DataReady", text)
+            memory = work.prepared.memory
+            if memory is not None and memory.warning:
+                reason, text = "MayNotFit", f"{text}. {memory.warning}"
+        _once(conditions, "Prepared", reason, text)
     if work.done("train"):
         tested = work.trained is None or work.trained.scores
         text = (

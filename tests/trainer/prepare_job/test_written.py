@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -312,16 +313,24 @@ def test_the_summary_says_what_the_training_takes(at: Workplace) -> None:
     assert found.parts["parameters"] < found.parts["reserve"]
 
 
-def test_a_training_that_cannot_fit_is_refused_with_what_would(at: Workplace) -> None:
+def test_a_training_that_may_not_fit_is_warned_of_and_one_that_cannot_is_refused(
+    at: Workplace, caplog: pytest.LogCaptureFixture
+) -> None:
     never = {"gradientCheckpointing": "Never", "batchSize": 1024}
     data = lines(*pairs(2000))
     summary, _ = at.prepare(at.order(data, training=never, data=ALL))
     assert summary.memory is not None
     less = {"gpuMemory": str(summary.memory.needed - 1)}
     order = at.order(data, training=never, compute=less, data=ALL, run="2-abcde")
-    with pytest.raises(
-        UserError, match=r"What fits: training\.gradientCheckpointing: Auto"
-    ) as error:
+    found = at.prepare(order)[0].memory
+    what_fits = r"What fits: training\.gradientCheckpointing: Auto"
+    assert found is not None and re.search(what_fits, found.warning or "")
+    (told,) = [r.getMessage() for r in caplog.records if "memory of a" in r.getMessage()
+               and r.levelname == "WARNING"]  # fmt: skip
+    assert re.search(what_fits, told)
+    least = {"gpuMemory": str(found.parts["parameters"])}
+    order = at.order(data, training=never, compute=least, data=ALL, run="3-abcde")
+    with pytest.raises(UserError, match="alone take") as error:
         at.prepare(order)
     assert error.value.reason == "DoesNotFit"
     assert not at.store.head(f"{order.run_uri}/prepared.json")

@@ -6,8 +6,8 @@ devices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Final
 
@@ -16,7 +16,10 @@ from finetune_api.optimizers import OPTIMIZERS
 from finetune_api.results import MemoryEstimate
 from finetune_api.spec import FineTuneJobSpec, parse_spec
 from finetune_trainer.engine.memory import (
+    CERTAIN,
+    PARTS,
     Facts,
+    Part,
     Verdict,
     decide,
     placements,
@@ -56,7 +59,8 @@ class Alternative:
 
 
 def fit(spec: FineTuneJobSpec, samples: Samples, room: int | None, measure: Measure) -> Verdict:
-    """How the model will lie on the gang.
+    """How the model will lie on the gang. The estimate may be wrong: where nothing fits by it, but
+    what is certain fits, the least is tried, with a warning that names what would fit.
 
     Args:
         spec: with the gang as it is.
@@ -69,21 +73,33 @@ def fit(spec: FineTuneJobSpec, samples: Samples, room: int | None, measure: Meas
     found = decide(facts, spec, samples.largest_row(spec, facts.packing), room)
     if found.fits or room is None:
         return found
-    largest = sorted(found.parts.items(), key=lambda item: -item[1])[:3]
-    parts = ", ".join(f"{part} {gibibytes(count)}" for part, count in largest)
     fitting = alternatives(spec, samples, room, measure)
     remedy = (
         f"What fits: {'; or '.join(map(str, fitting))}"
         if fitting
-        else "Nothing that was tried fits (more GPUs, shorter rows, other methods): take a smaller"
-        " model"
+        else "Nothing that was tried fits by the estimate (more GPUs, shorter rows, other methods):"
+        " take a smaller model"
     )
     where = "its GPU" if spec.compute.gpus_per_node else "its share of the node's or the pod's"
-    raise UserError(
-        "DoesNotFit",
-        f"the training takes {gibibytes(found.needed)} of memory in each process"
-        f" ({found.placement}: {parts}), and it has {gibibytes(room)} ({where}). {remedy}",
+    there = f"and it has {gibibytes(room)} ({where})"
+    if found.impossible:
+        raise UserError(
+            "DoesNotFit",
+            f"weights and what training holds of each alone take {gibibytes(found.certain)} of"
+            f" memory in each process ({found.placement}: {_largest(found, CERTAIN)}), {there}."
+            f" {remedy}",
+        )
+    warning = (
+        f"By the estimate the training takes {gibibytes(found.needed)} of memory in each process"
+        f" ({found.placement}: {_largest(found, PARTS)}), {there}: it may not fit. {remedy}"
     )
+    return replace(found, warning=warning)
+
+
+def _largest(found: Verdict, parts: Iterable[Part]) -> str:
+    """The three largest of some parts."""
+    sizes = sorted(((found.parts.get(part, 0), part) for part in parts), reverse=True)
+    return ", ".join(f"{part} {gibibytes(size)}" for size, part in sizes[:3] if size)
 
 
 def alternatives(
@@ -220,4 +236,5 @@ def told(found: Verdict) -> MemoryEstimate:
         sharding=found.placement.sharding,
         gradient_checkpointing=found.placement.checkpointing,
         parts={str(part): count for part, count in found.parts.items()},
+        warning=found.warning or None,
     )

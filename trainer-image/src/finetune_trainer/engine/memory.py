@@ -40,6 +40,11 @@ PARTS: Final[dict[Part, str]] = {
     "reserve": "runtime and libraries, communication buffers, fragmentation",
 }
 
+CERTAIN: Final[tuple[Part, ...]] = ("parameters", "gradients", "optimizer", "anchors")
+"""Parts that are numbers of parameters by their widths, and are all there when the optimizer steps:
+no error of the estimate can make them smaller. All others depend on what kernels, libraries and
+allocators do."""
+
 _LOGIT_BYTES: Final = 12
 """A number of the logits at the peak, which is in the backward pass: its logarithm of the
 probability, the gradient of that, and that of the logit, each in 32 bits. The model's own logits
@@ -150,14 +155,26 @@ class Verdict:
     """Bytes of memory of a process; None: not known."""
     measured: bool
     """Whether activations could be measured."""
+    warning: str = ""
+    """Where it is taken though it does not fit by the estimate: what would fit."""
 
     @property
     def needed(self) -> int:
         return sum(self.parts.values())
 
     @property
+    def certain(self) -> int:
+        """Of it, what no error of the estimate makes smaller."""
+        return sum(self.parts.get(part, 0) for part in CERTAIN)
+
+    @property
     def fits(self) -> bool:
         return self.room is None or self.needed <= self.room
+
+    @property
+    def impossible(self) -> bool:
+        """Whether it does not fit, however wrong the estimate may be."""
+        return self.room is not None and self.certain > self.room
 
 
 def shards_of(sharding: Sharding, nodes: int, per_node: int) -> int:
@@ -254,6 +271,8 @@ def verdict(
 
 
 def decide(facts: Facts, spec: FineTuneJobSpec, row: RowSize, room: int | None) -> Verdict:
-    """The first placement that fits; where none does, the one that takes least."""
+    """The first placement that fits; where none does, of those that are possible the one that takes
+    least."""
     found = [verdict(facts, spec, row, placement, room) for placement in placements(facts, spec)]
-    return next((one for one in found if one.fits), min(found, key=lambda one: one.needed))
+    least = min(found, key=lambda one: (one.impossible, one.needed))
+    return next((one for one in found if one.fits), least)

@@ -24,4 +24,6 @@ def table(found: Verdict, others: Sequence[Verdict] = ()) -> str:
     if not found.measured:
         lines.append("  activations could not be measured for this architecture: in the reserve")
     lines += [f"  {gibibytes(other.needed):>12}  with {other.placement}" for other in others]
+    if found.warning:
+        lines.append(f"  {found.warning}")
     return "\n".join(lines)

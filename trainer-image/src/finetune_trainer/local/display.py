@@ -120,6 +120,8 @@ def prepared_text(summary: PreparedSummary) -> str:
     memory = ""
     if summary.memory is not None:
         memory = f", training takes about {summary.memory.needed / (1 << 30):,.1f} GiB a process"
+        if summary.memory.warning:
+            memory += f". {summary.memory.warning}"
     return f"{counts} train/validation/test samples{reused}{memory}"
 
 

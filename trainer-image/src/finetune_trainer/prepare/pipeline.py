@@ -217,12 +217,13 @@ def estimate_memory(spec: FineTuneJobSpec, data: PreparedData, measure: Measure)
     """Print what the training will take of the memory of a process.
 
     Raises:
-        UserError: 'DoesNotFit' where the manifest says that there is less.
+        UserError: 'DoesNotFit' where the manifest says that there is certainly less.
     """
     index = data.index("train")
     samples = Samples(index.length, index.supervised, data.manifest.max_length)
     found = fit(spec, samples, spec.compute.process_memory, measure)
-    log.info("%s", table(found, others(spec, samples, found, measure)))
+    level = logging.WARNING if found.warning else logging.INFO
+    log.log(level, "%s", table(found, others(spec, samples, found, measure)))
     return told(found)
 
 

@@ -213,7 +213,10 @@ def _memory(prepared: PreparedSummary) -> list[tuple[str, str]]:
     if found is None:
         return []
     again = ", gradient checkpointing" if found.gradient_checkpointing else ""
-    return [("Memory", f"{megabytes(found.needed)} a process ({found.sharding}{again}), estimated")]
+    more = found.available is not None and found.needed > found.available
+    there = f"; there were {megabytes(found.available or 0)}" if more else ""
+    text = f"{megabytes(found.needed)} a process ({found.sharding}{again}), estimated{there}"
+    return [("Memory", text)]
 
 
 def settings(about: About) -> list[tuple[str, str]]:

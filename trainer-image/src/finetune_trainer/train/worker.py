@@ -67,10 +67,9 @@ def work(gang: Gang, startup: StartupClock) -> None:
 def beside_estimate(error: torch.OutOfMemoryError, session: Session) -> TrainerError:
     """The verdict on memory that did not suffice, with what was expected."""
     known, memory = recognise(error), session.memory
-    expected = f"{gibibytes(memory.needed)} of {gibibytes(memory.room or 0)}"
-    return OutOfMemory(
-        known.reason, f"{known.message}. Estimated were {expected} ({memory.placement})"
-    )
+    sizes = f"{gibibytes(memory.needed)} of {gibibytes(memory.room or 0)}"
+    expected = memory.warning or f"Estimated were {sizes} ({memory.placement})"
+    return OutOfMemory(known.reason, f"{known.message}. {expected}")
 
 
 if __name__ == "__main__":
