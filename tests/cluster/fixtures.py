@@ -21,6 +21,16 @@ from cluster.api import Api
 from cluster.control_plane import ControlPlane
 from cluster.real import NAME, RealCluster
 
+TIMEOUT = 3600
+"""Seconds for a test on a cluster: the first one waits until its binaries and images are built."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        on_cluster = "control_plane" in getattr(item, "fixturenames", ())
+        if on_cluster or item.get_closest_marker("e2e"):
+            item.add_marker(pytest.mark.timeout(TIMEOUT))
+
 
 def given() -> Api | None:
     """The cluster that the environment gives the tests to use."""
