@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crds.spec_table import GOOD
+from crds.spec_good import GOOD
 from finetune_api.classes import FIELD_CLASSES, changed_classes, field_class
 from finetune_api.reference import leaves
 from finetune_api.schema import structural

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crds.spec_table import GOOD, changed
+from crds.spec_good import GOOD
+from crds.spec_rows import changed
 from finetune_api.base import InvalidSpec
 from finetune_api.order import CONTRACT_VERSION, RunOrder, TunedBase, parse_order, tuned_base
 from finetune_api.sources import ModelPlace, StorageAccess

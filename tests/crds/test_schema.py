@@ -13,7 +13,7 @@ from pydantic import Field
 
 import finetune_operator
 from cluster.api import Api, eventually
-from crds.spec_table import MINIMAL
+from crds.spec_rows import MINIMAL
 from finetune_api import meanings
 from finetune_api.base import Model
 from finetune_api.crd import columns, crd

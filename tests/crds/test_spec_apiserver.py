@@ -7,7 +7,8 @@ import re
 import pytest
 
 from crds.conftest import Create
-from crds.spec_table import BAD, GOOD, Row, changed
+from crds.spec_rows import Row, changed
+from crds.spec_table import BAD, GOOD
 from finetune_api.spec import SELF_REFERENCE, parse_spec, refers_to_itself
 
 

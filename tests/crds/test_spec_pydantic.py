@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from crds.spec_table import BAD, GOOD, ROWS, Row
+from crds.spec_rows import Row
+from crds.spec_table import BAD, GOOD, ROWS
 from finetune_api.base import InvalidSpec
 from finetune_api.spec import parse_spec
 
