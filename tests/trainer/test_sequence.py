@@ -11,9 +11,9 @@ import pytest
 import torch
 from engine import spec_of, tiny_llama
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from test_methods import logits
 from test_publish import SPEC, Trained
 from transformers import AutoModelForCausalLM
+from tuning import logits
 
 from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder, tuned_base
 from finetune_api.results import Ancestor

@@ -1,0 +1,113 @@
+"""Mixtures of experts: adapters on experts or attention, and the router loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine import CPU, samples, spec_of, tiny_llama
+from test_training import write_model
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig
+from tuning import Tuning, check_round
+
+from finetune_trainer.engine.feed import build_row
+from finetune_trainer.engine.layout import row_context
+from finetune_trainer.engine.loss import TokenLoss, row_losses
+from finetune_trainer.engine.methods import apply_method
+from finetune_trainer.engine.model import load_base
+from finetune_trainer.failures import UserError
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base whose feed-forward blocks are mixtures of four experts, held in two tensors."""
+    folder = tmp_path_factory.mktemp("experts")
+    write_model(folder)
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=130, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("lora", "adapters"),
+    [
+        ({}, {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ({"targetParameters": EXPERTS}, {"experts"}),
+        ({"targetModules": ["q_proj"], "targetParameters": EXPERTS[1:]}, {"q_proj", "experts"}),
+    ],
+    ids=["attention", "experts", "both"],
+)
+def test_adapters_of_mixtures_of_experts(
+    experts: Path, tmp_path: Path, lora: dict[str, Any], adapters: set[str]
+) -> None:
+    method = {"type": "LoRA", "lora": {"rank": 4, **lora}}
+    spec = spec_of(method, routerAuxLossCoefficient="0.01")
+    tuning = Tuning(experts, spec)
+    trained = {name.split(".lora_")[0] for name in tuning.trained()}
+    assert {part for n in trained for part in n.split(".") if part in adapters} == adapters
+    assert all(any(part in name.split(".") for part in adapters) for name in trained)
+    check_round(experts, tmp_path, spec, tuning)
+
+
+def test_the_router_loss_balances_training_and_leaves_measuring_alone(experts: Path) -> None:
+    spec = spec_of({"type": "Full"})
+    model: Any = apply_method(load_base(experts, torch.float32), spec)
+    row = build_row(samples([18, 9]), [0, 1], seed=0, step=0, device=CPU)
+    plain, balanced = TokenLoss(model), TokenLoss(model, 0.5)
+    with row_context(row.layout), torch.no_grad():
+        router = model(
+            input_ids=row.input_ids, position_ids=row.position_ids, output_router_logits=True
+        ).aux_loss
+        found = balanced.train()(row)
+        assert torch.equal(found.tokens, plain.train()(row).tokens), "told apart"
+    assert router > 0
+    torch.testing.assert_close(found.router, router)
+    torch.testing.assert_close(found.added, 0.5 * router * len(found.tokens))
+    assert torch.equal(row_losses(balanced.eval(), row), row_losses(plain.eval(), row))
+    with row_context(row.layout):
+        balanced.train()(row).added.backward()
+    assert model.model.layers[0].mlp.gate.weight.grad.abs().max() > 0
+    with pytest.raises(UserError, match="routerAuxLossCoefficient") as caught:
+        TokenLoss(tiny_llama(), 0.5)
+    assert caught.value.reason == "NoRouter"
+
+
+def test_experts_and_those_that_all_tokens_share_get_adapters_by_name_alone() -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        Qwen2MoeConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                       moe_intermediate_size=16, shared_expert_intermediate_size=16,
+                       num_attention_heads=4, num_key_value_heads=2, num_experts=4)
+    )  # fmt: skip
+    tuned = apply_method(model, spec_of({"type": "LoRA"}))
+    trained = [name for name, p in tuned.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 4 * 2
+    assert all(".self_attn." in name for name in trained)
+
+
+@pytest.mark.parametrize(
+    ("lora", "reason"),
+    [
+        ({"targetParameters": ["mlp.experts.down_proj", "experts.up"]}, "NoSuchParameters"),
+        ({"targetModules": ["q_proj", "w1"]}, "NoTargetModules"),
+        ({"targetModules": ["w1"]}, "NoTargetModules"),
+    ],
+)
+def test_a_target_that_fits_nothing_is_refused(
+    experts: Path, lora: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        Tuning(experts, spec_of({"type": "LoRA", "lora": lora}))
+    assert caught.value.reason == reason
+    known = "model.layers.*.mlp.experts.gate_up_proj" if reason == "NoSuchParameters" else "q_proj"
+    assert known in caught.value.message

@@ -1,0 +1,82 @@
+"""Tuning over a base in 4 bits, and what few bits need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from engine import CPU, spec_of
+from test_training import write_model
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from tuning import IDS, Tuning, check_published, logits
+
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.engine.dcp import load_state, load_weights, save_state, state_of
+from finetune_trainer.engine.methods import apply_method
+from finetune_trainer.engine.model import load_base
+from finetune_trainer.engine.parameters import parameter_counts
+from finetune_trainer.engine.quantized import check_device, check_package
+from finetune_trainer.failures import UserError
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    write_model(folder, attention_bias=True)
+    return folder
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_qlora_trains_over_four_bits_and_is_published_on_the_stored_base(
+    base: Path, tmp_path: Path, dora: bool
+) -> None:
+    spec = spec_of({"type": "QLoRA", "lora": {"rank": 4, "useDora": dora}})
+    tuning = Tuning(base, spec)
+    weights = dict(tuning.model.named_parameters())
+    packed_weight = "base_model.model.model.layers.0.mlp.up_proj.base_layer.weight"
+    assert weights[packed_weight].dtype == torch.uint8
+    assert tuning.trained() == {n for n in weights if ".lora_" in n}
+    counts = parameter_counts(tuning.model)
+    assert counts == parameter_counts(apply_method(load_base(base, torch.float32), spec))
+
+    before = tuning.values()
+    for number in range(3):
+        tuning.step(number)
+    after = tuning.values()
+    assert {n for n in after if not torch.equal(before[n], after[n])} == tuning.trained()
+    commit = tmp_path / "commit"
+    save_state(FileSystemWriter(commit), state_of(tuning.model, tuning.optimizers), None)
+    resumed = Tuning(base, spec)
+    load_state(FileSystemReader(commit), resumed.model, resumed.optimizers, None)
+    assert all(torch.equal(value, after[name]) for name, value in resumed.values().items())
+
+    whole = apply_method(load_base(base, torch.float32), spec)
+    load_weights(FileSystemReader(commit), whole)
+    with torch.no_grad():  # not by eval(), after which a CPU rearranges the bits for inference
+        quantised = tuning.model(input_ids=IDS).logits
+    assert (logits(whole) - quantised).abs().max() > 1e-3, "the base was not quantised"
+    check_published(base, tmp_path, spec, logits(whole))
+    assert resumed.step(3) == tuning.step(3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "instead"),
+    [
+        (spec_of({"type": "QLoRA"}), r"or method\.type: LoRA"),
+        (spec_of({"type": "Full"}, optimizer="AdamW8bit"), r"or training\.optimizer: AdamW$"),
+    ],
+)
+def test_few_bits_need_a_package_and_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, spec: FineTuneJobSpec, instead: str
+) -> None:
+    check_package(spec)
+    with pytest.raises(UserError, match=rf"compute\.gpusPerNode, {instead}") as caught:
+        check_device(spec, CPU)
+    assert caught.value.reason == "GPUMissing"
+    monkeypatch.setattr("finetune_trainer.engine.quantized.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="EXTRA=gpu") as caught:
+        check_package(spec)
+    assert caught.value.reason == "PackageMissing"
+    check_package(spec_of({"type": "LoRA"}))
+    check_device(spec_of({"type": "LoRA"}), CPU)

@@ -1,0 +1,90 @@
+"""Prompt and prefix tuning: losses and answers behind virtual tokens, and the room they take."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from engine import CPU, samples, spec_of
+from test_training import write_model
+from tuning import Tuning
+
+from finetune_trainer.engine.feed import build_row
+from finetune_trainer.engine.loss import TokenLoss, row_losses
+from finetune_trainer.engine.model import load_base, load_tokenizer
+from finetune_trainer.evaluate.measure import Evaluator
+from finetune_trainer.failures import UserError
+from finetune_trainer.prepare.pipeline import max_length_of
+from finetune_trainer.prepared.shards import Reference
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    write_model(folder, attention_bias=True)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["PromptTuning", "PrefixTuning"])
+def test_losses_and_answers_behind_virtual_tokens(base: Path, name: str) -> None:
+    """As peft's own forward pass has them, by an attention without kernels."""
+    spec = spec_of({"type": name, "prompt": {"virtualTokens": 5}}, dropout="0.2")
+    tuning = Tuning(base, spec)
+    tuning.step(0)
+    model = tuning.model.eval()
+    (sample,) = samples([18], seed=9)
+    row = build_row([sample], [0], seed=0, step=0, device=CPU)
+    found = row_losses(tuning.loss, row)
+    prompts = [torch.arange(3, 3 + n).numpy() for n in (4, 9, 4)]
+    asked = [Reference(p, "", "", None) for p in prompts]
+    answers = evaluator(tuning.loss, base).generate(asked)
+
+    plain = TokenLoss(load_base(base, torch.float32, False)).eval()
+    with tuning.loss.untuned():
+        assert torch.equal(row_losses(tuning.loss, row), row_losses(plain, row))
+        before = evaluator(tuning.loss, base).generate(asked)
+        assert before == evaluator(plain, base).generate(asked)
+    assert torch.equal(row_losses(tuning.loss, row), found)
+
+    model.set_attn_implementation("eager")
+    ids = torch.from_numpy(sample.ids.astype("int64"))
+    target = sample.supervised.nonzero()[0]
+    with torch.no_grad():
+        scores = model(input_ids=ids[None]).logits[0, -len(ids) :].log_softmax(-1)
+    torch.testing.assert_close(found, -scores[target - 1, ids[target]], atol=1e-5, rtol=1e-5)
+    tokenizer = load_tokenizer(base)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        said = torch.from_numpy(prompt)
+        for _ in range(6):
+            with torch.no_grad():
+                best = model(input_ids=said[None]).logits[0, -1].argmax()
+            said = torch.cat([said, best[None]])
+        assert answer == tokenizer.decode(said[len(prompt) :], skip_special_tokens=True)
+    assert len(set(answers)) > 1
+
+
+def evaluator(loss: TokenLoss, base: Path) -> Evaluator:
+    gang: Any = SimpleNamespace(
+        rank=0, size=1, device=CPU, autocast=nullcontext, together=lambda work: [work()]
+    )
+    data: Any = SimpleNamespace(manifest=SimpleNamespace(stop_token_ids=[128]))
+    return Evaluator(
+        gang=gang, data=data, loss=loss, tokenizer=load_tokenizer(base), row_tokens=64,
+        packing="Alone", build=build_row, max_samples=8, max_new_tokens=6, virtual_tokens=5,
+    )  # fmt: skip
+
+
+def test_virtual_tokens_take_positions_of_the_model() -> None:
+    prompt = {"type": "PromptTuning", "prompt": {"virtualTokens": 20}}
+    assert max_length_of(spec_of(prompt), 512) == 492
+    assert max_length_of(spec_of(prompt, maxLength=492), 512) == 492
+    with pytest.raises(UserError, match=r"493 is more than the 512 positions .*, less 20 of"):
+        max_length_of(spec_of(prompt, maxLength=493), 512)
+    with pytest.raises(UserError, match="virtualTokens"):
+        max_length_of(spec_of(prompt), 20)
+    assert max_length_of(spec_of({"type": "LoRA"}, maxLength=512), 512) == 512
+    assert max_length_of(spec_of(prompt), None) == 2048

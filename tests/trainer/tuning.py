@@ -1,0 +1,106 @@
+"""A model under tuning as a training process has it, and what holds of every method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from engine import CPU, samples
+from peft import PeftModel
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from transformers import AutoModelForCausalLM
+
+from finetune_api.sources import ModelPlace
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.engine.base import BaseFiles
+from finetune_trainer.engine.dcp import load_state, save_state, state_of
+from finetune_trainer.engine.feed import build_row
+from finetune_trainer.engine.layout import row_context
+from finetune_trainer.engine.loss import TokenLoss
+from finetune_trainer.engine.methods import apply_method
+from finetune_trainer.engine.model import load_base, load_tokenizer
+from finetune_trainer.engine.optimizers import make_optimizers, step_if
+from finetune_trainer.engine.pissa import initialise
+from finetune_trainer.publish.weights import tuned_model, write_adapter, write_merged
+from finetune_trainer.storage.published import Base
+from finetune_trainer.storage.weights import Weights
+
+IDS = torch.arange(1, 25)[None]
+
+
+class Tuning:
+    """A model under tuning, as a training process has it."""
+
+    def __init__(self, folder: Path, spec: FineTuneJobSpec) -> None:
+        kind = spec.method.kind
+        base = load_base(folder, torch.float32, kind.packs, CPU if kind.quantizes else None)
+        self.model: Any = apply_method(base, spec)
+        initialise(self.model, spec.method)
+        coefficient = float(spec.training.router_aux_loss_coefficient)
+        self.loss = TokenLoss(self.model, coefficient).train()
+        self.optimizers = make_optimizers(self.model, spec)
+
+    def step(self, number: int) -> float:
+        row = build_row(samples([18], seed=number), [0], seed=0, step=number, device=CPU)
+        self.model.train()
+        with row_context(row.layout):
+            losses = self.loss(row)
+            (losses.tokens.sum() + losses.added).backward()
+        step_if(self.optimizers, 3e-2, torch.tensor(True))
+        return float(losses.tokens.detach().sum())
+
+    def trained(self) -> set[str]:
+        return {n for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def values(self) -> dict[str, torch.Tensor]:
+        named = [*self.model.named_parameters(), *self.model.named_buffers()]
+        return {name: value.detach().clone() for name, value in named}
+
+
+def logits(model: Any) -> torch.Tensor:
+    """Logits of the real tokens: virtual ones stand before them."""
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=IDS).logits
+    return found[:, -IDS.shape[1] :]
+
+
+def check_round(base: Path, tmp_path: Path, spec: FineTuneJobSpec, tuning: Tuning) -> None:
+    """Steps change what is trained and no more, a resume goes on where it was, and what is
+    published is the tuned model."""
+    before = tuning.values()
+    for number in range(3):
+        tuning.step(number)
+    after = tuning.values()
+    assert {n for n in after if not torch.equal(before[n], after[n])} == tuning.trained()
+
+    commit = tmp_path / "commit"
+    save_state(FileSystemWriter(commit), state_of(tuning.model, tuning.optimizers), None)
+    resumed = Tuning(base, spec)
+    load_state(FileSystemReader(commit), resumed.model, resumed.optimizers, None)
+    assert all(torch.equal(value, after[name]) for name, value in resumed.values().items())
+    expected_logits = logits(tuning.model)
+    check_published(base, tmp_path, spec, expected_logits)
+    assert resumed.step(3) == tuning.step(3)
+    ours, theirs = resumed.values(), tuning.values()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def check_published(
+    base: Path, folder: Path, spec: FineTuneJobSpec, expected: torch.Tensor
+) -> None:
+    """What is written of a commit has the tuned model's logits in plain transformers and peft."""
+    tokenizer, commit = load_tokenizer(base), FileSystemReader(folder / "commit")
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    assert (logits(plain) - expected).abs().max() > 1e-3
+    if "Adapter" in spec.method.kind.formats:
+        model = tuned_model(base, None, commit, spec)
+        files = BaseFiles(Base(ModelPlace(source="s3://models/base"), ()), base, None)
+        write_adapter(model, tokenizer, files, spec, folder / "adapter")
+        adapted = PeftModel.from_pretrained(plain, str(folder / "adapter"))
+        torch.testing.assert_close(logits(adapted), expected, atol=2e-6, rtol=1e-5)
+    if "Merged" in spec.method.kind.formats:
+        model = tuned_model(base, Weights.of_folder(base), commit, spec)
+        write_merged(model, tokenizer, base, [128], folder / "merged")
+        merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
+        torch.testing.assert_close(logits(merged), expected, atol=2e-6, rtol=1e-5)
