@@ -26,6 +26,7 @@ ALL_ON = (
     "watchNamespaces={team-a,team-b}",
     "imagePullSecrets[0].name=pull",
     "trainer.image.pullPolicy=Always",
+    "trainer.modelCache.path=/mnt/nvme/finetune",
     "priorityClassName=high",
     "nodeSelector.pool=cpu",
     "tolerations[0].operator=Exists",
@@ -198,12 +199,14 @@ def test_the_operator_takes_its_arguments() -> None:
     read = options(pod()["containers"][0]["args"])
     assert read.config.image == "finetune-trainer:0.1.0"
     assert read.config.image_pull_policy is None
+    assert read.config.model_cache is None
     assert (read.namespaces, read.port, read.leader_election) == ((), 8080, True)
     assert (read.lease_namespace, read.lease_name) == ("finetune-system", "rel-finetune-operator")
 
     more = options(pod(*ALL_ON, "service.port=9000")["containers"][0]["args"])
     assert more.namespaces == ("team-a", "team-b")
     assert more.config.image_pull_policy == "Always"
+    assert more.config.model_cache == "/mnt/nvme/finetune"
     assert more.port == 9000
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -191,6 +192,23 @@ def test_claims_are_mounted_read_only_for_every_stage() -> None:
         assert found == {"weights", "records"}
         mounts = {m["mountPath"]: m for m in pod["containers"][0]["volumeMounts"]}
         assert mounts[f"{names.PVC_ROOT}/weights"]["readOnly"] is True
+
+
+def test_the_nodes_folder_of_models_is_for_the_gang_alone() -> None:
+    keeps = replace(CONFIG, model_cache="/mnt/nvme/finetune")
+    plan = World().plan()
+    for role in names.ROLES:
+        (job,) = render(Plan(plan.subject, plan.run, create=(Create("Job", role),)), keeps)
+        pod = job["spec"]["template"]["spec"]
+        paths = [v["hostPath"] for v in pod["volumes"] if "hostPath" in v]
+        variables = {e["name"]: e.get("value") for e in pod["containers"][0]["env"]}
+        found = variables.get(names.ENV_MODEL_CACHE)
+        mounts = {m["mountPath"]: m["name"] for m in pod["containers"][0]["volumeMounts"]}
+        if role == "train":
+            assert paths == [{"path": "/mnt/nvme/finetune", "type": "DirectoryOrCreate"}]
+            assert mounts[found] == "model-cache"
+        else:
+            assert not paths and found is None
 
 
 def test_cpu_stages_have_their_own_place() -> None:

@@ -27,6 +27,10 @@ def parser() -> argparse.ArgumentParser:
 
     option("--image", "FINETUNE_IMAGE", None, "trainer image of this release (required)")
     option("--image-pull-policy", "FINETUNE_IMAGE_PULL_POLICY", None, "of the trainer's pods")
+    option(
+        "--model-cache", "FINETUNE_MODEL_CACHE", None,
+        "folder on every node where gangs keep base models; user 65532 must be able to write",
+    )  # fmt: skip
     option("--kubeconfig", "KUBECONFIG", None, "kubeconfig; absent: the pod's service account")
     option("--context", "KUBE_CONTEXT", None, "context of the kubeconfig")
     option("--namespaces", "FINETUNE_NAMESPACES", "", "comma-separated; empty: the whole cluster")
@@ -52,12 +56,18 @@ def options(arguments: Sequence[str] | None = None) -> Options:
         made.error(f"--progress: auto, direct or proxy; got {given.progress!r}")
     if not str(given.port).isdigit():
         made.error(f"--port: a port number; got {given.port!r}")
+    if given.model_cache and not given.model_cache.startswith("/"):
+        made.error(f"--model-cache: an absolute path; got {given.model_cache!r}")
     logging.basicConfig(
         level=given.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
     logging.getLogger("kopf").setLevel(max(logging.WARNING, logging.root.level))
     return Options(
-        config=Config(image=given.image, image_pull_policy=given.image_pull_policy or None),
+        config=Config(
+            image=given.image,
+            image_pull_policy=given.image_pull_policy or None,
+            model_cache=given.model_cache or None,
+        ),
         kubeconfig=given.kubeconfig or None,
         context=given.context or None,
         namespaces=tuple(n for n in given.namespaces.split(",") if n),

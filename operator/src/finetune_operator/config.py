@@ -49,3 +49,5 @@ class Config:
     """Trainer image of the operator's release, for jobs without ``compute.image``."""
     image_pull_policy: str | None = None
     """imagePullPolicy of every pod; None leaves it to Kubernetes."""
+    model_cache: str | None = None
+    """Folder of every node in which gangs keep the weights of base models."""

@@ -40,8 +40,10 @@ _CAPABILITIES: Final = frozenset({"IPC_LOCK"})
 _VOLUME_TYPES: Final = frozenset(
     {"configMap", "emptyDir", "ephemeral", "name", "persistentVolumeClaim", "secret"}
 )
-_OUR_VOLUMES: Final = frozenset({"order", "scratch", "tmp", "termination", "shm"})
-_OUR_PATHS: Final = ("/etc/finetune", "/var/run/finetune", "/dev/shm", "/tmp")
+_OUR_VOLUMES: Final = frozenset({"order", "scratch", "tmp", "termination", "shm", "model-cache"})
+_OUR_PATHS: Final = (
+    "/etc/finetune", "/var/run/finetune", names.MODEL_CACHE, "/dev/shm", "/tmp",
+)  # fmt: skip
 _OUR_ENV: Final = ("FINETUNE_", "JOB_COMPLETION_INDEX", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
 _ROOT: Final = "spec.compute.podTemplate"
 

@@ -72,7 +72,7 @@ def _pod_spec(
             for state in ("not-ready", "unreachable")
         ],
         "containers": [_container(subject, run, role, config)],
-        "volumes": _volumes(subject, run, role),
+        "volumes": _volumes(subject, run, role, config),
     }
     if spec.storage.service_account_name is not None:
         pod["serviceAccountName"] = spec.storage.service_account_name
@@ -121,7 +121,7 @@ def _container(subject: Subject, run: CurrentRun, role: Role, config: Config) ->
         "name": names.CONTAINER,
         "image": run.image,
         "args": [COMMANDS[role]],
-        "env": list(_env(subject, run, role)),
+        "env": list(_env(subject, run, role, config)),
         "resources": _resources(spec, role),
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -130,7 +130,7 @@ def _container(subject: Subject, run: CurrentRun, role: Role, config: Config) ->
         },
         "terminationMessagePath": names.TERMINATION_PATH,
         "terminationMessagePolicy": "File",
-        "volumeMounts": _mounts(run.order, role),
+        "volumeMounts": _mounts(run.order, role, config),
     }
     if config.image_pull_policy is not None:
         container["imagePullPolicy"] = config.image_pull_policy
@@ -153,7 +153,7 @@ def _resources(spec: FineTuneJobSpec, role: Role) -> Json:
     return {k: v for k, v in found.items() if v}
 
 
-def _env(subject: Subject, run: CurrentRun, role: Role) -> Iterator[Json]:
+def _env(subject: Subject, run: CurrentRun, role: Role, config: Config) -> Iterator[Json]:
     spec = run.order.spec
     plain = {
         names.ENV_ORDER: names.ORDER_PATH,
@@ -179,6 +179,8 @@ def _env(subject: Subject, run: CurrentRun, role: Role) -> Iterator[Json]:
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             "NCCL_DEBUG": "WARN",
         }
+    if _keeps_models(role, config):
+        plain[names.ENV_MODEL_CACHE] = names.MODEL_CACHE
     for key in sorted(plain):
         yield {"name": key, "value": plain[key]}
     yield _field(names.ENV_POD, "metadata.name")
@@ -217,7 +219,12 @@ def claims(order: RunOrder) -> list[str]:
     return sorted({m[1] for u in uris if (m := re.match(r"pvc://([^/]+)", u))})
 
 
-def _mounts(order: RunOrder, role: Role) -> list[Json]:
+def _keeps_models(role: Role, config: Config) -> bool:
+    """Whether a pod has the node's folder of models: the gang's, which is worth the wait."""
+    return role == "train" and config.model_cache is not None
+
+
+def _mounts(order: RunOrder, role: Role, config: Config) -> list[Json]:
     mounts: list[Json] = [
         {"name": "order", "mountPath": names.ORDER_PATH.rpartition("/")[0], "readOnly": True},
         {"name": "scratch", "mountPath": names.SCRATCH},
@@ -226,13 +233,15 @@ def _mounts(order: RunOrder, role: Role) -> list[Json]:
     ]
     if role == "train":
         mounts.append({"name": "shm", "mountPath": "/dev/shm"})
+    if _keeps_models(role, config):
+        mounts.append({"name": "model-cache", "mountPath": names.MODEL_CACHE})
     for number, claim in enumerate(claims(order)):
         path = f"{names.PVC_ROOT}/{claim}"
         mounts.append({"name": f"pvc-{number}", "mountPath": path, "readOnly": True})
     return mounts
 
 
-def _volumes(subject: Subject, run: CurrentRun, role: Role) -> list[Json]:
+def _volumes(subject: Subject, run: CurrentRun, role: Role, config: Config) -> list[Json]:
     volumes: list[Json] = [
         {
             "name": "order",
@@ -245,6 +254,9 @@ def _volumes(subject: Subject, run: CurrentRun, role: Role) -> list[Json]:
     if role == "train":
         size = run.order.spec.compute.shared_memory
         volumes.append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": size}})
+    if _keeps_models(role, config):
+        path = {"path": config.model_cache, "type": "DirectoryOrCreate"}
+        volumes.append({"name": "model-cache", "hostPath": path})
     for number, claim in enumerate(claims(run.order)):
         source = {"claimName": claim, "readOnly": True}
         volumes.append({"name": f"pvc-{number}", "persistentVolumeClaim": source})

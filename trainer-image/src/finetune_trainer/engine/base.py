@@ -10,10 +10,11 @@ nothing above knows of adapters beneath it but publish, which adds the new one t
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import IO, Any, Final
 
 import torch
 from peft import PeftModel
@@ -21,15 +22,19 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from transformers import AutoConfig, GenerationConfig
 
+from finetune_api.names import ENV_MODEL_CACHE
 from finetune_api.order import RunOrder
 from finetune_trainer.engine.model import load_base
 from finetune_trainer.failures import UserError
 from finetune_trainer.storage import modelfiles
+from finetune_trainer.storage.modelcache import cached
 from finetune_trainer.storage.objects import ObjectInfo, Stores
 from finetune_trainer.storage.published import Base, fetch_adapter, find_base
 from finetune_trainer.storage.weights import Weights
 
 MAX_SHARD: Final = "4GB"
+_held: Final[list[IO[Any]]] = []
+"""What keeps folders of the cache while this process lives."""
 _MERGED: Final = ".merged"
 """Written last: a folder that has it was merged to the end, and a start in place keeps it."""
 
@@ -47,9 +52,13 @@ class BaseFiles:
     """Published adapter that the weights hold already."""
     objects: tuple[ObjectInfo, ...] = ()
     """What holds the weights, where they are not in the folder."""
+    cached: Path | None = None
+    """Folder of this node that holds the same."""
 
     def weights(self, stores: Stores) -> Weights:
         """The weights, to be read."""
+        if self.cached is not None:
+            return Weights.of_folder(self.cached)
         if self.objects:
             return Weights.of_objects(stores.of(self.base.model.storage), self.objects)
         return Weights.of_folder(self.folder)
@@ -76,7 +85,8 @@ def fetch_base(order: RunOrder, stores: Stores, scratch: Path, weights: bool) ->
             check_headless(adapter, base.lineage[-1].uri)
             check_ties(folder, adapter, base.lineage[-1].uri)
     elif adapter is None:
-        return BaseFiles(base, folder, None, modelfiles.fetch_model(base.model, stores, folder))
+        objects = modelfiles.fetch_model(base.model, stores, folder)
+        return BaseFiles(base, folder, None, objects, _cached(base, stores, objects))
     elif not (folder / _MERGED).exists():
         beneath = scratch / "model-beneath"
         objects = modelfiles.fetch_model(base.model, stores, beneath)
@@ -84,6 +94,18 @@ def fetch_base(order: RunOrder, stores: Stores, scratch: Path, weights: bool) ->
         merge_adapter(beneath, whole.weights(stores), adapter, folder)
         _remove(beneath)
     return BaseFiles(base, folder, adapter)
+
+
+def _cached(base: Base, stores: Stores, objects: tuple[ObjectInfo, ...]) -> Path | None:
+    """Folder of the node's cache that holds the objects, until this process ends."""
+    cache = os.environ.get(ENV_MODEL_CACHE)
+    found = (
+        cached(Path(cache), stores.of(base.model.storage), objects) if cache and objects else None
+    )
+    if found is None:
+        return None
+    _held.append(found[1])
+    return found[0]
 
 
 def check_headless(adapter: Path, source: str) -> None:

@@ -118,6 +118,15 @@ class Weights(Mapping[str, Slice]):
         return len(self._slices)
 
 
+def model_changed(info: ObjectInfo) -> UserError:
+    """An object is no longer what was listed."""
+    return UserError(
+        "ModelChanged",
+        f"{info.uri}: the object was replaced or removed while the model was read; make sure that"
+        " nothing writes there, then set a new spec.rerunToken",
+    )
+
+
 @dataclass(frozen=True)
 class _Object:
     """A safetensors file in object storage."""
@@ -157,11 +166,7 @@ class _Object:
         except (PreconditionFailed, ObjectNotFound):
             data = b""
         if len(data) != stop - start:
-            raise UserError(
-                "ModelChanged",
-                f"{self.info.uri}: the object was replaced or removed while the model was read;"
-                " make sure that nothing writes there, then set a new spec.rerunToken",
-            )
+            raise model_changed(self.info)
         return data
 
     def read(self, start: int, stop: int) -> bytearray:

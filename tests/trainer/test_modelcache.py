@@ -1,0 +1,176 @@
+"""Weights kept on a node: fetched once, by one process, whole or not at all; and room made."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import threading
+import uuid
+from collections import Counter, namedtuple
+from pathlib import Path
+
+import pytest
+
+from finetune_trainer.failures import StorageUnavailable, UserError
+from finetune_trainer.storage import modelcache
+from finetune_trainer.storage.modelcache import cached
+from finetune_trainer.storage.objects import ObjectInfo, ObjectStore
+from finetune_trainer.storage.s3server import EmbeddedS3
+
+Usage = namedtuple("Usage", "total used free")
+MODEL = {"model-1.safetensors": b"a" * 700, "model-2.safetensors": b"b" * 300}
+
+
+@pytest.fixture(scope="module")
+def bucket(s3: EmbeddedS3) -> str:
+    s3.ensure_bucket("test-cache")
+    return "test-cache"
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each object was downloaded."""
+    seen: Counter[str] = Counter()
+    download = ObjectStore.download
+
+    def counting(self: ObjectStore, uri: str, path: Path) -> None:
+        seen[uri] += 1
+        download(self, uri, path)
+
+    monkeypatch.setattr(ObjectStore, "download", counting)
+    return seen
+
+
+@pytest.fixture(autouse=True)
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk of 5,000 bytes: four models of 1,000 and the fifth that stays free."""
+
+    def usage(folder: Path) -> Usage:
+        used = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+        return Usage(5000, used, 5000 - used)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+
+
+def put(store: ObjectStore, bucket: str, files: dict[str, bytes] = MODEL) -> list[ObjectInfo]:
+    root = f"s3://{bucket}/{uuid.uuid4().hex[:8]}/"
+    for name, data in files.items():
+        store.put(root + name, data)
+    return list(store.list(root))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_model_is_fetched_once(
+    store: ObjectStore, bucket: str, tmp_path: Path, fetched: Counter[str]
+) -> None:
+    objects = put(store, bucket)
+    found = [cached(tmp_path / "cache", store, objects) for _ in range(3)]
+    folders = {one[0] for one in found if one}
+    assert len(folders) == 1 and files_of(folders.pop()) == MODEL
+    assert set(fetched.values()) == {1} and len(fetched) == 2
+
+
+def test_processes_of_a_node_wait_for_the_one_that_fetches(
+    store: ObjectStore, bucket: str, tmp_path: Path, fetched: Counter[str]
+) -> None:
+    objects, found = put(store, bucket), []
+    threads = [
+        threading.Thread(target=lambda: found.append(cached(tmp_path, store, objects)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len({one[0] for one in found}) == 1 and set(fetched.values()) == {1}
+
+
+def test_another_content_is_another_folder(store: ObjectStore, bucket: str, tmp_path: Path) -> None:
+    objects = put(store, bucket)
+    before = cached(tmp_path, store, objects)
+    store.put(objects[0].uri, b"c" * 700)
+    after = cached(tmp_path, store, list(store.list(objects[0].uri.rpartition("/")[0] + "/")))
+    assert before and after and before[0] != after[0]
+    assert files_of(after[0])["model-1.safetensors"] == b"c" * 700
+
+
+def test_what_was_replaced_since_it_was_listed_is_not_kept(
+    store: ObjectStore, bucket: str, tmp_path: Path
+) -> None:
+    objects = put(store, bucket)
+    store.put(objects[1].uri, b"c" * 300)
+    with pytest.raises(UserError) as caught:
+        cached(tmp_path, store, objects)
+    assert caught.value.reason == "ModelChanged" and objects[1].uri in caught.value.message
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_a_fetch_that_ends_half_way_leaves_nothing_behind(
+    store: ObjectStore, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    fetched: Counter[str],
+) -> None:  # fmt: skip
+    objects = put(store, bucket)
+    head = ObjectStore.head
+
+    def broken(self: ObjectStore, uri: str) -> ObjectInfo | None:
+        if uri == objects[1].uri:
+            raise StorageUnavailable("StorageUnreachable", "gone")
+        return head(self, uri)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectStore, "head", broken)
+        with pytest.raises(StorageUnavailable):
+            cached(tmp_path, store, objects)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    found = cached(tmp_path, store, objects)
+    assert found and files_of(found[0]) == MODEL
+
+    # One that was killed has left its files: they are not taken for the model.
+    found[1].close()
+    found[0].rename(found[0].with_suffix(".partial"))
+    (found[0].with_suffix(".partial") / "model-1.safetensors").write_bytes(b"half")
+    again = cached(tmp_path, store, objects)
+    assert again and files_of(again[0]) == MODEL
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [again[0].name]
+
+
+def test_room_is_made_by_what_was_wanted_least_lately(
+    store: ObjectStore, bucket: str, tmp_path: Path
+) -> None:
+    models = [put(store, bucket) for _ in range(6)]
+    folders = []
+    for number, objects in enumerate(models[:4]):
+        found = cached(tmp_path, store, objects)
+        assert found
+        found[1].close()
+        os.utime(found[0], (number, number))
+        folders.append(found[0])
+    again = cached(tmp_path, store, models[0])  # wanted once more, and in use
+    assert again
+    os.utime(again[0], (0, 0))
+    assert cached(tmp_path, store, models[4])
+    assert [folder.exists() for folder in folders] == [True, False, True, True]
+    assert not modelcache.cached(tmp_path, store, put(store, bucket, {"m": b"x" * 4100}))
+    assert folders[0].exists(), "what is in use stays"
+
+
+def test_a_cache_that_cannot_be_used_is_done_without(
+    store: ObjectStore, bucket: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cache").write_text("no folder")
+    assert cached(tmp_path / "cache", store, put(store, bucket)) is None
+    assert "without the cache" in caplog.text
+
+
+def test_what_is_in_use_is_locked(store: ObjectStore, bucket: str, tmp_path: Path) -> None:
+    found = cached(tmp_path, store, put(store, bucket))
+    assert found
+    with found[0].with_suffix(".lock").open("ab") as lock:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found[1].close()
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
