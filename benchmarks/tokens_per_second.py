@@ -1,6 +1,7 @@
 """Training speed beside TRL's SFTTrainer: same model, data, tokens a step and precision.
 
-    python benchmarks/tokens_per_second.py [--rounds 3] [--steps 6] [--precision BF16 FP32]
+    python benchmarks/tokens_per_second.py [--rounds 2] [--steps 4] [--precision BF16 FP32]
+                                           [--method Full LoRA] [--beside packing padded]
 
 Ours, TRL with packing, and TRL as it comes (padded) take turns in one process; the figure to quote
 is the ratio (median over the rounds). Beside it: the share that our arithmetic on real tokens has
@@ -25,7 +26,6 @@ from trainers import SHAPES, Ours, Trl, documents, matmul_rate
 
 SHAPE = SHAPES["8M"]
 CPU = torch.device("cpu")
-NAMES = ("ours", "packing", "padded")
 
 
 def trainer(name: str, method: str, precision: str) -> Any:
@@ -37,20 +37,20 @@ def trainer(name: str, method: str, precision: str) -> Any:
 
 @dataclass(frozen=True)
 class Turns:
-    """What the three did in one process."""
+    """What they did in one process."""
 
     speeds: list[tuple[float, ...]]
-    """Tokens per second by round, in the order of ``NAMES``."""
+    """Tokens per second by round, ours first."""
     share: float
     """Share of the machine's matrix-multiply rate, of ours."""
 
 
-def take_turns(method: str, precision: str, rounds: int, steps: int) -> Turns:
-    three = [trainer(name, method, precision) for name in NAMES]
-    speeds = [tuple(one.turn(steps) for one in three) for _ in range(rounds)]
+def take_turns(names: list[str], method: str, precision: str, rounds: int, steps: int) -> Turns:
+    all_ = [trainer(name, method, precision) for name in names]
+    speeds = [tuple(one.turn(steps) for one in all_) for _ in range(rounds)]
     rate = matmul_rate(torch.bfloat16 if precision == "BF16" else torch.float32, CPU)
     ours = statistics.median(speed[0] for speed in speeds)
-    return Turns(speeds, ours * three[0].operations() / rate)
+    return Turns(speeds, ours * all_[0].operations() / rate)
 
 
 def memory(name: str, method: str, precision: str) -> float:
@@ -68,28 +68,30 @@ def alone(work: Callable[..., Any], *arguments: Any) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--precision", nargs="+", default=["BF16", "FP32"])
     parser.add_argument("--method", nargs="+", default=["Full", "LoRA"])
+    parser.add_argument("--beside", nargs="+", default=["packing", "padded"])
     options = parser.parse_args()
+    names = ["ours", *options.beside]
     packages = ("torch", "transformers", "trl", "peft")
     print(", ".join(f"{p} {version(p)}" for p in packages), f"; {torch.get_num_threads()} threads")
-    print("tokens/s: ours, TRL packing, TRL padded; ratios to ours; memory in MiB, same order")
+    print("tokens/s of", ", TRL ".join(names) + "; ours to theirs; memory in MiB, same order")
     for precision in options.precision:
         for method in options.method:
-            turns = alone(take_turns, method, precision, options.rounds, options.steps)
-            peaks = [alone(memory, name, method, precision) for name in NAMES]
-            show(method, precision, turns, peaks)
+            turns = alone(take_turns, names, method, precision, options.rounds, options.steps)
+            peaks = [alone(memory, name, method, precision) for name in names]
+            show(names, method, precision, turns, peaks)
 
 
-def show(method: str, precision: str, turns: Turns, peaks: list[float]) -> None:
+def show(names: list[str], method: str, precision: str, turns: Turns, peaks: list[float]) -> None:
     speeds = [statistics.median(x) for x in zip(*turns.speeds, strict=True)]
     line = f"{method:6}{precision:6}" + "".join(f"{s:8.0f}" for s in speeds)
-    for i in (1, 2):
+    for i, name in enumerate(names[1:], start=1):
         ratios = [speed[0] / speed[i] for speed in turns.speeds]
         shown = " ".join(f"{r:.2f}" for r in ratios)
-        line += f"   {NAMES[i]} {statistics.median(ratios):.2f} ({shown})"
+        line += f"   {name} {statistics.median(ratios):.2f} ({shown})"
     line += f"   matmul share {turns.share:.0%}   memory " + " ".join(f"{p:.0f}" for p in peaks)
     print(line, flush=True)
 
