@@ -6,8 +6,9 @@ import errno
 import itertools
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from finetune_trainer.storage.runfiles import ValidationPoint
 from finetune_trainer.train.checkpoint import Checkpoints
 from finetune_trainer.train.state import LoopState
 
+T = TypeVar("T")
 WRITES = ("put", "begin_parts", "put_part", "join_parts", "drop_parts", "delete")
 
 
@@ -242,6 +244,38 @@ def test_damage_that_is_found_before_publishing_leaves_no_half_loaded_model(
     checkpoints._reader = halfway  # type: ignore[method-assign]
     assert checkpoints.load_best(model.model, 2).step == 2
     assert model.values == {2.0}
+
+
+def test_the_gang_learns_of_whatever_file_could_not_be_written(
+    gang: Gang, order_for: Any, tmp_path: Path
+) -> None:
+    """What the first process writes alone too: the others await its word."""
+
+    class Telling(Gang):
+        told: ClassVar[list[Exception]] = []
+
+        def together(self, work: Callable[[], T]) -> list[T]:
+            try:
+                return super().together(work)
+            except Exception as error:
+                self.told.append(error)
+                raise
+
+    model, order = Model(), order_for(run="1-told")
+    checkpoints = Checkpoints.take(gang, Stores(order).default, order, tmp_path)
+    checkpoints.channel = Telling(gang.accelerator, gang.control)
+    put, failure = checkpoints.store.put, StorageUnavailable("StorageUnreachable", "gone")
+
+    def failing(uri: str, *arguments: Any, **options: Any) -> Any:
+        if uri.endswith("/state.json"):
+            raise failure
+        return put(uri, *arguments, **options)
+
+    checkpoints.store.put = failing  # type: ignore[method-assign]
+    checkpoints.commit(model.model, model.optimizers, model.set(1))
+    with pytest.raises(StorageUnavailable):
+        checkpoints.settle()
+    assert Telling.told == [failure]
 
 
 def test_a_commit_that_was_fenced_is_told_by_the_next_word(

@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 
 from finetune_api.names import storage_env
-from finetune_trainer.failures import DataError, StorageDenied, StorageUnavailable, UserError
+from finetune_trainer.failures import (
+    DataError,
+    StorageDenied,
+    StorageUnavailable,
+    TrainerError,
+    UserError,
+)
 from finetune_trainer.storage import objects
 from finetune_trainer.storage.objects import (
     Credentials,
@@ -181,6 +187,27 @@ def test_a_range_is_asked_for_again_where_the_connection_broke(s3: EmbeddedS3, b
             == (data[5 : 2 << 20])
         )
     assert cutter.cuts == 2
+
+
+def test_parts_are_joined_though_the_answer_was_lost(s3: EmbeddedS3, bucket: str) -> None:
+    """The request is made again, as by the SDK when the connection broke."""
+    store, uri, data = s3.store(), f"s3://{bucket}/parts", os.urandom(5 << 20)
+    upload = store.begin_parts(uri)
+    tags = [store.put_part(uri, upload, 1, data)]
+    cutter = Cutter(s3.endpoint, 1, times=1)
+    losing = ObjectStore(cutter.endpoint, credentials=Credentials(s3.access_key, s3.secret_key))
+    with cutter.listener:
+        losing.join_parts(uri, upload, tags, len(data))
+    assert cutter.cuts == 1 and store.get(uri) == data
+
+    # This server knows the upload by its object; to others it is gone once it is joined.
+    store.put(uri, data)
+    store.join_parts(uri, upload, tags, len(data))
+    with pytest.raises(TrainerError, match="NoSuchUpload"):
+        store.join_parts(uri, upload, tags, len(data) + 1)
+    store.delete([uri])
+    with pytest.raises(TrainerError, match="NoSuchUpload"):
+        store.join_parts(uri, upload, tags, len(data))
 
 
 def test_a_range_ends_where_the_object_does(s3: EmbeddedS3, bucket: str) -> None:

@@ -83,12 +83,13 @@ def stream_file(
 
     try:
         sent = list(_in_parallel(send, enumerate(chain((first, second), parts), start=1)))
-        store.join_parts(uri, upload, [tag for tag, _, _ in sent])
+        total = sum(length for _, length, _ in sent)
+        store.join_parts(uri, upload, [tag for tag, _, _ in sent], total)
     except BaseException:
         with suppress(TrainerError):
             store.drop_parts(uri, upload)
         raise
-    return PartSums(sum(n for _, n, _ in sent), part_bytes, tuple(digest for _, _, digest in sent))
+    return PartSums(total, part_bytes, tuple(digest for _, _, digest in sent))
 
 
 def read_file(store: ObjectStore, commit: Commit, name: str) -> bytes:

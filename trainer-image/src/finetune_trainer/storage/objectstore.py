@@ -331,13 +331,19 @@ class ObjectStore:
                 ]
             )
 
-    def join_parts(self, uri: str, upload: str, etags: Iterable[str]) -> None:
-        """Makes the parts, by number, the object."""
+    def join_parts(self, uri: str, upload: str, etags: Iterable[str], size: int) -> None:
+        """Makes the parts, by number, the object, of so many bytes. Where the answer is lost, the
+        request is made again, and the upload is no longer known: then the object tells."""
         parts = [{"PartNumber": n, "ETag": etag} for n, etag in enumerate(etags, start=1)]
         with self._asking("write", uri) as at:
-            self._client.complete_multipart_upload(
-                **at, UploadId=upload, MultipartUpload={"Parts": parts}
-            )
+            try:
+                self._client.complete_multipart_upload(
+                    **at, UploadId=upload, MultipartUpload={"Parts": parts}
+                )
+            except self._client.exceptions.NoSuchUpload:
+                found = self.head(uri)
+                if found is None or found.size != size:
+                    raise
 
     def drop_parts(self, uri: str, upload: str) -> None:
         """Removes an upload's parts; its object is never there."""

@@ -39,7 +39,7 @@ from finetune_trainer.storage.head import (
     claim,
     commit_uri,
 )
-from finetune_trainer.storage.objects import ObjectStore
+from finetune_trainer.storage.objects import FileInfo, ObjectStore
 from finetune_trainer.train.state import LoopState
 
 _DEFAULT_SECONDS: Final = 600
@@ -190,9 +190,13 @@ class Checkpoints:
         uri = commit_uri(self.order.run_uri, self.head.attempt, step)
         writer = CommitWriter(self.store, uri)
         save_state(writer, state, self.channel.control)
-        if self.gang.first:
-            writer.write(_STATE_FILE, loop.encode())
-        parts = self.channel.together(lambda: writer.files)
+
+        def finished() -> dict[str, FileInfo]:
+            if self.gang.first:
+                writer.write(_STATE_FILE, loop.encode())
+            return writer.files
+
+        parts = self.channel.together(finished)
         files = {name: info for part in parts for name, info in part.items()}
         self._move(lambda held: held.commit(step, files, metric), self.channel)
 
