@@ -94,7 +94,7 @@ def test_tensors_are_read_as_they_are_indexed(
     save_file(there, tmp_path / "a.safetensors")
     store.upload(tmp_path / "a.safetensors", f"{root}/a.safetensors")
     remote = Weights.of_objects(store, list(store.list(f"{root}/")))
-    local = Weights.of_folder(tmp_path)
+    local = Weights.of_files([tmp_path / "a.safetensors"])
     assert remote.keys() == local.keys() == there.keys()
     for name, tensor in there.items():
         for found in (remote[name], local[name]):
@@ -130,6 +130,22 @@ def test_no_more_than_the_rows_are_read(
     monkeypatch.setattr(ObjectStore, "get_range", counting)
     assert torch.equal(remote["b"][10:20], torch.ones(10, 10))
     assert asked == [400]
+
+
+def test_other_files_of_a_folder_are_no_weights(model_of: Callable[[str], Path]) -> None:
+    """Parts with an index beside an older whole file, and a whole file in another cut."""
+    folder = model_of("tied")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    there = Weights.of_folder(folder)
+    stale = {name: torch.zeros(1) for name in (*there, "old.weight")}
+    for name in ("model.safetensors", "consolidated.safetensors"):
+        save_file(stale, folder / name)
+    found = Weights.of_folder(folder)
+    assert found.keys() == there.keys()
+    assert all(found[name].get_shape() == there[name].get_shape() for name in there)
+
+    (folder / "model.safetensors.index.json").unlink()
+    assert Weights.of_folder(folder).keys() == stale.keys()
 
 
 def test_a_model_that_is_replaced_is_not_read_on(

@@ -9,11 +9,11 @@ import threading
 import uuid
 from collections import Counter, namedtuple
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 
 from finetune_trainer.failures import StorageUnavailable, UserError
-from finetune_trainer.storage import modelcache
 from finetune_trainer.storage.modelcache import cached
 from finetune_trainer.storage.objects import ObjectInfo, ObjectStore
 from finetune_trainer.storage.s3server import EmbeddedS3
@@ -32,13 +32,13 @@ def bucket(s3: EmbeddedS3) -> str:
 def fetched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each object was downloaded."""
     seen: Counter[str] = Counter()
-    download = ObjectStore.download
+    download = ObjectStore.download_into
 
-    def counting(self: ObjectStore, uri: str, path: Path) -> None:
+    def counting(self: ObjectStore, uri: str, file: BinaryIO) -> None:
         seen[uri] += 1
-        download(self, uri, path)
+        download(self, uri, file)
 
-    monkeypatch.setattr(ObjectStore, "download", counting)
+    monkeypatch.setattr(ObjectStore, "download_into", counting)
     return seen
 
 
@@ -58,6 +58,18 @@ def put(store: ObjectStore, bucket: str, files: dict[str, bytes] = MODEL) -> lis
     for name, data in files.items():
         store.put(root + name, data)
     return list(store.list(root))
+
+
+def keep(cache: Path, store: ObjectStore, models: list[list[ObjectInfo]]) -> list[Path]:
+    """Their folders, in use by nobody; the first was wanted least lately."""
+    folders = []
+    for number, objects in enumerate(models, start=1):
+        found = cached(cache, store, objects)
+        assert found
+        found[1].close()
+        os.utime(found[0], (number, number))
+        folders.append(found[0])
+    return folders
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -89,7 +101,7 @@ def test_processes_of_a_node_wait_for_the_one_that_fetches(
     assert len({one[0] for one in found}) == 1 and set(fetched.values()) == {1}
 
 
-def test_another_content_is_another_folder(store: ObjectStore, bucket: str, tmp_path: Path) -> None:
+def test_another_version_is_another_folder(store: ObjectStore, bucket: str, tmp_path: Path) -> None:
     objects = put(store, bucket)
     before = cached(tmp_path, store, objects)
     store.put(objects[0].uri, b"c" * 700)
@@ -142,20 +154,162 @@ def test_room_is_made_by_what_was_wanted_least_lately(
     store: ObjectStore, bucket: str, tmp_path: Path
 ) -> None:
     models = [put(store, bucket) for _ in range(6)]
-    folders = []
-    for number, objects in enumerate(models[:4]):
-        found = cached(tmp_path, store, objects)
-        assert found
-        found[1].close()
-        os.utime(found[0], (number, number))
-        folders.append(found[0])
+    folders = keep(tmp_path, store, models[:4])
     again = cached(tmp_path, store, models[0])  # wanted once more, and in use
     assert again
     os.utime(again[0], (0, 0))
     assert cached(tmp_path, store, models[4])
     assert [folder.exists() for folder in folders] == [True, False, True, True]
-    assert not modelcache.cached(tmp_path, store, put(store, bucket, {"m": b"x" * 4100}))
-    assert folders[0].exists(), "what is in use stays"
+
+
+def test_nothing_is_removed_for_what_would_not_fit_even_then(
+    store: ObjectStore, bucket: str, tmp_path: Path
+) -> None:
+    models = [put(store, bucket) for _ in range(4)]
+    folders = keep(tmp_path, store, models)
+    held = cached(tmp_path, store, models[3])
+    assert cached(tmp_path, store, put(store, bucket, {"m": b"x" * 3100})) is None
+    assert all(folder.exists() for folder in folders)
+    found = cached(tmp_path, store, put(store, bucket, {"m": b"x" * 3000}))
+    assert held and found and [folder.exists() for folder in folders] == [False] * 3 + [True]
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+def test_a_removal_that_ends_half_way_leaves_nothing_that_is_taken_for_whole(
+    store: ObjectStore, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [put(store, bucket) for _ in range(5)]
+    keep(tmp_path, store, models[:4])
+    remove = shutil.rmtree
+
+    def killed(path: Path, ignore_errors: bool = False) -> None:
+        if ignore_errors:
+            return remove(path, ignore_errors=True)
+        (path / "model-1.safetensors").unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            cached(tmp_path, store, models[4])
+    folders = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert sorted(len(files_of(path)) for path in folders) == [1, 2, 2, 2]
+    assert [path.suffix for path in folders if len(files_of(path)) == 1] == [".partial"]
+    for objects in (models[4], models[0]):  # what was left goes first, or is filled again
+        found = cached(tmp_path, store, objects)
+        assert found and files_of(found[0]) == MODEL
+
+
+@pytest.mark.parametrize("damage", ["short", "missing", "more"])
+def test_a_folder_that_is_not_what_was_listed_is_filled_again(
+    store: ObjectStore, bucket: str, tmp_path: Path, damage: str
+) -> None:
+    objects = put(store, bucket)
+    (folder,) = keep(tmp_path, store, [objects])
+    path = folder / "model-2.safetensors"
+    if damage == "short":
+        path.write_bytes(b"")
+    elif damage == "missing":
+        path.unlink()
+    else:
+        (folder / "model-3.safetensors").write_bytes(b"stale")
+    found = cached(tmp_path, store, objects)
+    assert found and found[0] == folder and files_of(folder) == MODEL
+
+
+def test_files_are_on_the_disk_before_they_are_in_place(
+    store: ObjectStore, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: dict[int, int] = {}
+    before: list[dict[int, int]] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def syncing(descriptor: int) -> None:
+        there = os.fstat(descriptor)
+        synced[there.st_ino] = there.st_size
+        fsync(descriptor)
+
+    def renaming(self: Path, target: Path) -> Path:
+        before.append(dict(synced))
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(Path, "rename", renaming)
+    found = cached(tmp_path, store, put(store, bucket))
+    assert found and len(before) == 1
+    for path in (found[0], *found[0].iterdir()):
+        assert before[0][path.stat().st_ino] == path.stat().st_size
+
+
+def test_room_that_another_is_about_to_fill_is_not_free(
+    store: ObjectStore, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = (put(store, bucket, {"m": bytes([n]) * 2500}) for n in (1, 2))
+    meanwhile: list[Any] = []
+    download = ObjectStore.download_into
+
+    def before(self: ObjectStore, uri: str, file: BinaryIO) -> None:
+        if uri == one[0].uri:
+            meanwhile.append(cached(tmp_path, store, other))
+        download(self, uri, file)
+
+    monkeypatch.setattr(ObjectStore, "download_into", before)
+    assert cached(tmp_path, store, one) and meanwhile == [None]
+
+
+def test_one_process_at_a_time_makes_room(
+    store: ObjectStore, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage, locked = shutil.disk_usage, []
+
+    def looking(folder: Path) -> Any:
+        with (tmp_path / "room.lock").open("ab") as room:
+            try:
+                fcntl.flock(room, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked.append(False)
+            except BlockingIOError:
+                locked.append(True)
+        return usage(folder)
+
+    monkeypatch.setattr(shutil, "disk_usage", looking)
+    keep(tmp_path, store, [put(store, bucket) for _ in range(5)])
+    assert set(locked) == {True}
+
+
+def test_what_is_another_users_stays_and_the_cache_with_it(
+    store: ObjectStore, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [put(store, bucket) for _ in range(5)]
+    folders = keep(tmp_path, store, models[:4])
+    rename, utime = Path.rename, os.utime
+
+    def renaming(self: Path, target: Path) -> Path:
+        if self == folders[0]:
+            raise PermissionError("sticky")
+        return rename(self, target)
+
+    def touching(path: Path) -> None:
+        if path == folders[0]:
+            raise PermissionError("not the owner")
+        utime(path)
+
+    monkeypatch.setattr(Path, "rename", renaming)
+    monkeypatch.setattr(os, "utime", touching)
+    assert cached(tmp_path, store, models[4])
+    assert [folder.exists() for folder in folders] == [True, False, True, True]
+    found = cached(tmp_path, store, models[0])
+    assert found and files_of(found[0]) == MODEL
+
+
+def test_what_is_not_of_the_cache_stays(store: ObjectStore, bucket: str, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat").write_bytes(bytes(1000))
+    os.utime(tmp_path / "photos", (0, 0))
+    keep(tmp_path, store, [put(store, bucket) for _ in range(4)])
+    assert (tmp_path / "photos" / "cat").exists()
 
 
 def test_a_cache_that_cannot_be_used_is_done_without(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -58,10 +58,16 @@ class BaseFiles:
     def weights(self, stores: Stores) -> Weights:
         """The weights, to be read."""
         if self.cached is not None:
-            return Weights.of_folder(self.cached)
+            return Weights.of_files(sorted(self.cached.iterdir()))
         if self.objects:
             return Weights.of_objects(stores.of(self.base.model.storage), self.objects)
         return Weights.of_folder(self.folder)
+
+    def in_version_of(self, first: BaseFiles) -> BaseFiles:
+        """The same with the weights that another process has listed: all of a gang read one
+        version, and what this node keeps of another is not read."""
+        same = self.objects == first.objects
+        return replace(self, objects=first.objects, cached=self.cached if same else None)
 
 
 def fetch_base(order: RunOrder, stores: Stores, scratch: Path, weights: bool) -> BaseFiles:

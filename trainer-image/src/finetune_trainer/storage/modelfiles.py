@@ -126,6 +126,12 @@ def small_files(folder: Path) -> list[Path]:
     ]
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Files of a whole model's folder that hold its weights; others of their kind may lie beside
+    them, of an earlier writing or in another cut."""
+    return [folder / name for name in _weights(folder, (path.name for path in folder.iterdir()))]
+
+
 def first_line(error: Exception) -> str:
     """What a library's error says, in one line."""
     return (str(error) or type(error).__name__).splitlines()[0]

@@ -281,6 +281,16 @@ class ObjectStore:
         with self._asking("read", uri) as at:
             self._client.download_file(**at, Filename=str(path), Config=TRANSFER)
 
+    def download_into(self, uri: str, file: BinaryIO) -> None:
+        """Writes the object over the beginning of an open file, in parallel parts; where this
+        fails, some of it.
+
+        Raises:
+            ObjectNotFound: where there is none.
+        """
+        with self._asking("read", uri) as at:
+            self._client.download_fileobj(**at, Fileobj=file, Config=TRANSFER)
+
     def upload(self, path: Path, uri: str) -> FileInfo:
         """Writes a file to an object, in parallel parts; hashed meanwhile."""
         with ThreadPoolExecutor(1) as hasher, self._asking("write", uri) as at:

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers.modeling_utils import str_to_torch_dtype
 
 from finetune_trainer.failures import TrainerError, UserError
+from finetune_trainer.storage.modelfiles import weight_files
 from finetune_trainer.storage.objects import (
     ObjectInfo,
     ObjectNotFound,
@@ -32,7 +33,6 @@ from finetune_trainer.storage.objects import (
     PreconditionFailed,
 )
 
-SUFFIX: Final = ".safetensors"
 PART_BYTES: Final = 16 << 20
 """Of one request, at most."""
 PARALLEL: Final = 16
@@ -69,8 +69,13 @@ class Weights(Mapping[str, Slice]):
 
     @classmethod
     def of_folder(cls, folder: Path) -> Weights:
-        """Of the files in a folder, mapped into memory."""
-        files: list[Any] = [safe_open(path, "pt") for path in sorted(folder.glob(f"*{SUFFIX}"))]
+        """Of a whole model's folder, mapped into memory."""
+        return cls.of_files(weight_files(folder))
+
+    @classmethod
+    def of_files(cls, paths: Iterable[Path]) -> Weights:
+        """Of safetensors files, mapped into memory."""
+        files: list[Any] = [safe_open(path, "pt") for path in paths]
         return cls({name: file.get_slice(name) for file in files for name in file.keys()}, files)  # noqa: SIM118
 
     @classmethod

@@ -6,7 +6,7 @@ order ──► gang ──► data ──► model ──► plan, evaluator, c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -134,7 +134,7 @@ def open_session(
     )
     own, first = next(f for f in reversed(found[: gang.rank + 1]) if f is not None), found[0]
     assert first is not None, "the first process is the first of its node"
-    files = replace(own, objects=first.objects)  # all read the weights in one version
+    files = own.in_version_of(first)
     tokenizer = load_tokenizer(files.folder)
     precision = precision_of(spec.training, gang.device.type == "cuda")
     kept = gang.from_first(lambda: runfiles.read_rehearsals(stores.default, order.run_uri))
