@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
-from finetune_api.spec import Training
+from finetune_api.spec import parse_spec
 from finetune_trainer.engine import gang as gangs
-from finetune_trainer.engine.loading import fill_shards, named_in, names_of
-from finetune_trainer.engine.loss import TokenLoss
-from finetune_trainer.engine.memory import Sharding
-from finetune_trainer.engine.model import hollow_base
+from finetune_trainer.engine.base import BaseFiles
+from finetune_trainer.engine.hollow import is_hollow
+from finetune_trainer.engine.memory import Placement, Sharding
+from finetune_trainer.engine.model import TEXT
 from finetune_trainer.engine.precision import PRECISIONS
-from finetune_trainer.engine.sharding import distribute, whole
+from finetune_trainer.engine.sharding import whole
 from finetune_trainer.storage.objects import Credentials, ObjectInfo, ObjectStore
+from finetune_trainer.storage.published import Base
 from finetune_trainer.storage.weights import Weights
-
-Read = list[tuple[int, int]]
+from finetune_trainer.train.tuned import open_model
 
 
 class Counting(ObjectStore):
@@ -38,7 +40,7 @@ def fill(
     keys: Credentials, objects: list[ObjectInfo], out: str,
 ) -> None:  # fmt: skip
     """Fill shards from object storage; the first process writes what all have together, and each
-    how many bytes it read and holds."""
+    how many bytes it read and holds, and how many hollow tensors are left."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": "2" if sharding == "HybridShard" else str(size),
@@ -46,18 +48,30 @@ def fill(
     }  # fmt: skip
     torch.set_num_threads(1)
     store = Counting(endpoint, credentials=keys)
-    gang = gangs.join(Training(precision="FP32"))
-    base = hollow_base(Path(folder), torch.float32)
-    loss = TokenLoss(base)
-    named = named_in(loss, names_of(base))
-    distribute(loss, gang, sharding, PRECISIONS["FP32"])
-    fill_shards(loss, named, Path(folder), Weights.of_objects(store, objects))
-    found = {named[name]: whole(p.detach()).clone() for name, p in loss.named_parameters()}
-    buffers = dict(base.named_buffers())
-    held = sum(
-        p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in loss.parameters()
+    spec = parse_spec(
+        {
+            "model": {"source": "s3://models/base"},
+            "data": {"train": [{"source": "s3://data/a.jsonl"}]},
+            "output": {"destination": "s3://models/tuned"},
+            "method": {"type": "Full"},
+            "training": {"precision": "FP32"},
+        }
     )
+    gang = gangs.join(spec.training)
+    opened = open_model(
+        spec, BaseFiles(Base(spec.model, ()), Path(folder), None),
+        Weights.of_objects(store, objects), gang, Placement(sharding, False), PRECISIONS["FP32"],
+        TEXT,
+    )  # fmt: skip
+    model = opened.model
+    found = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
+    buffers = {name: b for name, b in model.named_buffers() if not name.endswith(".salt")}
+    held = sum(
+        p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in model.parameters()
+    )
+    gc.collect()
+    left = sum(type(o) is nn.Parameter and is_hollow(o) for o in gc.get_objects())
     if rank == 0:
         torch.save((found, buffers), f"{out}/whole.pt")
-    torch.save((store.read, held), f"{out}/{rank}.pt")
+    torch.save((store.read, held, left), f"{out}/{rank}.pt")
     gang.close()

@@ -16,12 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loading_worker import fill
 from safetensors.torch import save_file
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
+    Ernie4_5_MoeConfig,
     GPT2Config,
+    HrmTextConfig,
     LlamaConfig,
     MixtralConfig,
     PreTrainedConfig,
+    Qwen3_5Config,
 )
 
 from finetune_trainer.engine.hollow import is_hollow
@@ -39,6 +44,46 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "untied": LlamaConfig(**LLAMA, tie_word_embeddings=False),
     # Experts that a checkpoint has one by one, and the model in one tensor.
     "experts": MixtralConfig(**LLAMA, num_local_experts=5),
+    # Of three processes, one has no part of these.
+    "four experts": MixtralConfig(**LLAMA, num_local_experts=4),
+    # A buffer that checkpoints hold, and weights that are kept in 32 bits.
+    "buffers": DeepseekV3Config(
+        **SMALL,
+        num_key_value_heads=4,
+        intermediate_size=64,
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        q_lora_rank=16,
+        first_k_dense_replace=1,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        qk_nope_head_dim=8,
+    ),
+    "in 32 bits": Ernie4_5_MoeConfig(
+        **LLAMA,
+        moe_intermediate_size=16,
+        moe_num_experts=4,
+        moe_k=2,
+        moe_num_shared_experts=1,
+        moe_layer_start_index=0,
+    ),
+    # Rows of one tensor become several.
+    "split": HrmTextConfig(
+        vocab_size=101,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=72,
+        head_dim=8,
+    ),
+    # Of texts and images; the model is of texts.
+    "composite": Qwen3_5Config(
+        text_config={**LLAMA, "head_dim": 8, "layer_types": ["full_attention"] * 2},
+    ),
     # Matrices of inputs by outputs, names without the body's, one tensor for three projections.
     "gpt2": GPT2Config(vocab_size=101, n_embd=32, n_layer=2, n_head=4, n_positions=64),
 }
@@ -64,9 +109,12 @@ def model_of(tmp_path: Path) -> Callable[[str], Path]:
     def make(name: str) -> Path:
         folder = tmp_path / name
         torch.manual_seed(3)
-        AutoModelForCausalLM.from_config(CONFIGS[name]).save_pretrained(
-            str(folder), max_shard_size="60KB"
-        )
+        model = AutoModelForCausalLM.from_config(CONFIGS[name])
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.uniform_()
+        model.save_pretrained(str(folder), max_shard_size="60KB")
+        CONFIGS[name].save_pretrained(str(folder))
         return folder
 
     return make
@@ -206,8 +254,14 @@ def test_a_hollow_model_takes_no_memory(name: str, model_of: Callable[[str], Pat
     ):
         assert (one, p.shape, p.dtype) == (other, q.shape, q.dtype)
         assert is_hollow(p) and p.is_contiguous() and p.device.type == "cpu"
-    same(dict(found.named_buffers()), dict(expected.named_buffers()))
+    same(computed(found), computed(expected))
     assert found.config.to_dict() == expected.config.to_dict()
+
+
+def computed(model: nn.Module) -> dict[str, Any]:
+    """Buffers that no checkpoint holds."""
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name not in kept}
 
 
 def test_weights_that_are_lacking_are_named(model_of: Callable[[str], Path]) -> None:
@@ -253,8 +307,37 @@ def test_each_process_reads_its_own_shards(
     same(found, dict(expected.named_parameters()))
     same(buffers, dict(expected.named_buffers()))
     sizes = [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]
+    sizes, left = [size[:2] for size in sizes], [size[2] for size in sizes]
+    assert left == [0] * size, "on a GPU, each would take the memory of a whole tensor"
     copies = size // 2 if sharding == "HybridShard" else 1
     whole = sum(p.nbytes for p in expected.parameters())
     assert sum(held for _, held in sizes) == copies * whole, "each holds a part"
     headers = size * sum(min(o.size, weights_module.HEAD_BYTES) for o in objects)
-    assert sum(read for read, _ in sizes) - headers == copies * whole, "each reads it, once"
+    read = sum(read for read, _ in sizes) - headers
+    if name == "split":  # what has no rows in the checkpoint that are its own
+        assert read <= size * whole
+    else:
+        kept = sum(b.nbytes for n, b in buffers.items() if n not in computed(expected))
+        assert read == copies * whole + size * kept, "each reads its own, once"
+
+
+def test_weights_in_few_bits_are_refused(model_of: Callable[[str], Path]) -> None:
+    folder = model_of("tied")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config))
+    for make in (load_base, hollow_base):
+        with pytest.raises(UserError, match="fp8") as caught:
+            make(folder, torch.float32)
+        assert caught.value.reason == "UnsupportedModel"
+
+
+def test_a_head_that_is_not_the_embedding_it_should_be_is_refused(
+    model_of: Callable[[str], Path],
+) -> None:
+    folder = model_of("untied")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(UserError, match="tie_word_embeddings") as caught:
+        load_base(folder, torch.float32)
+    assert caught.value.reason == "IncompleteModel"

@@ -17,21 +17,37 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
 from transformers.modeling_utils import LoadStateDictConfig
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.classification import check_complete
-from finetune_trainer.engine.model import empty_base, put_parameter, replace_parameters
+from finetune_trainer.engine.model import (
+    CPU,
+    empty_base,
+    not_tied,
+    put_parameter,
+    replace_parameters,
+)
 from finetune_trainer.engine.sharding import held
 from finetune_trainer.failures import UserError
 from finetune_trainer.storage.weights import Slice, Weights
 
-Names = dict[nn.Parameter, str]
-"""Parameters of a base model by the names that they have in it."""
+Names = dict[int, str]
+"""Tensors of a base model, by identity, and the names that they have in it. It holds none of them:
+each must go when its shards are made."""
 
 _BLOCK: Final = re.compile(r"(.*?\.\d+)\.")
 
@@ -46,13 +62,13 @@ def reads_base(spec: FineTuneJobSpec) -> bool:
 
 def names_of(base: PreTrainedModel) -> Names:
     """What ``fill_shards`` must know of a base, taken before a method is applied to it."""
-    return {parameter: name for name, parameter in base.named_parameters()}
+    return {id(value): name for name, value in _tensors(base).items()}
 
 
 def named_in(module: nn.Module, names: Names) -> dict[str, str]:
-    """Names in a module of the parameters that are the base's, with their names there; taken
-    before it lies in shards."""
-    return {new: names[p] for new, p in module.named_parameters() if p in names}
+    """Names in a module of the tensors that are the base's, with their names there; taken before
+    it lies in shards."""
+    return {new: names[id(v)] for new, v in _tensors(module).items() if id(v) in names}
 
 
 @torch.no_grad()
@@ -67,34 +83,112 @@ def fill_shards(module: nn.Module, names: Mapping[str, str], path: Path, weights
     Raises:
         UserError: 'IncompleteModel' where weights are lacking, or are of another shape.
     """
-    there = dict(module.named_parameters())
-    targets = {base: there[name] for name, base in names.items()}
-    # What transformers fills: the base as a checkpoint knows it, with the shards as its parameters.
-    stand_in = empty_base(path)
-    replace_parameters(stand_in, lambda name, _: targets[name])
-    first = {parameter: name for name, parameter in targets.items()}
-    own_name = {n: first[p] for n, p in stand_in.named_parameters(remove_duplicate=False)}
-    conversions: list[Any] = get_model_conversion_mapping(stand_in)
-    device = next(iter(targets.values())).device
-    lacking = set(targets)
-    for block in _by_block(weights):
-        wanted = LoadStateDictConfig(device_map={"": device}, weight_mapping=conversions)
-        with weights.reading():
+    there = _tensors(module)
+    _Filling({base: there[name] for name, base in names.items()}, path, weights).run()
+
+
+class _Filling:
+    """The filling of a model's shards.
+
+    What transformers fills is a base as a checkpoint knows it, with the shards as its parameters.
+    """
+
+    def __init__(self, targets: Mapping[str, Tensor], path: Path, weights: Weights) -> None:
+        self._targets, self._path, self._weights = targets, path, weights
+        self._sharded = self._stand_in(targets)
+        first = {id(value): name for name, value in targets.items()}
+        own = dict(self._sharded.named_parameters(remove_duplicate=False))
+        self._own = {name: first[id(value)] for name, value in own.items()}
+        """Of each name, the first of the same tensor."""
+        self._own |= {name: name for name in targets if name not in own}  # buffers
+        self._conversions: list[Any] = get_model_conversion_mapping(self._sharded)
+        self._device = next(iter(targets.values())).device
+        self._filled: set[str] = set()
+
+    def run(self) -> None:
+        """Fill all of it, block by block."""
+        for block in _by_block(self._weights):
+            self._fill(block)
+        needed = {n for n, value in self._targets.items() if isinstance(value, nn.Parameter)}
+        check_complete(self._sharded, needed - self._filled)
+
+    def _fill(self, block: dict[str, Slice]) -> None:
+        cut = self._is_cut_rightly(block)
+        stand_in = self._sharded if cut else self._stand_in({})
+        wanted = LoadStateDictConfig(
+            device_map={"": self._device if cut else CPU}, weight_mapping=self._conversions
+        )
+        with self._weights.reading():
             said, _ = convert_and_load_state_dict_in_model(stand_in, block, wanted)
-        wrong = [name for name, *_ in said.mismatched_keys] + list(said.conversion_errors)
-        if wrong:
+        wrong = {name for name, *_ in said.mismatched_keys} | set(said.conversion_errors)
+        # Who has no part of a tensor has nothing to join either.
+        nothing = {n for n in wrong & self._own.keys() if not self._held(n).numel()}
+        if wrong - nothing:
             raise UserError(
                 "IncompleteModel",
                 f"spec.model: the weights of {', '.join(sorted(wrong)[:5])} do not fit a"
                 f" {type(stand_in).__name__} as config.json describes it; write the model again",
             )
-        for name in own_name.keys() - said.missing_keys:
-            own = own_name[name]
-            if name == own or own in lacking:  # of two names for one weight, the first counts
-                held(targets[own]).copy_(held(stand_in.get_parameter(name)))
-                lacking.discard(own)
-            put_parameter(stand_in, name, targets[own])
-    check_complete(stand_in, lacking)
+        for name in self._own.keys() - said.missing_keys:
+            self._put(name, stand_in)
+        self._filled |= {self._own[name] for name in nothing}
+
+    def _held(self, name: str) -> Tensor:
+        return held(self._targets[self._own[name]])
+
+    def _put(self, name: str, stand_in: PreTrainedModel) -> None:
+        """Copy what was read for a name into its shards, and let go of it."""
+        own = self._own[name]
+        target, found = self._targets[own], stand_in.get_parameter_or_buffer(name)
+        if found is target or found.is_meta:  # not of this block
+            return
+        rows = held(found) if isinstance(found, DTensor) else _rows_of(target, found)
+        mine = held(target)
+        if own in self._filled and not torch.equal(mine, rows.to(mine)):
+            raise not_tied(stand_in)
+        mine.copy_(rows)
+        self._filled.add(own)
+        if isinstance(target, nn.Parameter):
+            put_parameter(stand_in, name, target)
+
+    def _stand_in(self, parameters: Mapping[str, Any]) -> PreTrainedModel:
+        made = empty_base(self._path)
+        replace_parameters(made, lambda name, p: parameters.get(name, p))
+        return made
+
+    def _is_cut_rightly(self, block: Mapping[str, Slice]) -> bool:
+        """Whether transformers cuts shards of a block as FSDP does. It cuts the tensors of a
+        checkpoint before it joins or splits them: experts that are joined to one tensor are dealt
+        whole, but rows of what else changes its first dimension would be others'."""
+        renamings = [c for c in self._conversions if isinstance(c, WeightRenaming)]
+        converters = [c for c in self._conversions if isinstance(c, WeightConverter)]
+        operations = {pattern: c.operations for c in converters for pattern in c.source_patterns}
+        there, prefix = self._sharded.state_dict(), self._sharded.base_model_prefix
+        found = {rename_source_key(n, renamings, converters, prefix, there)[1] for n in block}
+        return all(_joins_experts(operations[pattern]) for pattern in found if pattern)
+
+
+def _joins_experts(operations: list[Any]) -> bool:
+    first, *later = operations
+    dealt = isinstance(first, MergeModulelist) and first.dim == 0
+    return dealt and all(isinstance(op, Concatenate) and op.dim > 0 for op in later)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; of those with several, the first."""
+    kept = module.state_dict(keep_vars=True).keys()
+    buffers = {name: buffer for name, buffer in module.named_buffers() if name in kept}
+    return {**dict(module.named_parameters()), **buffers}
+
+
+def _rows_of(target: Tensor, whole: Tensor) -> Tensor:
+    """What of a whole tensor lies in this process's shard of ``target``."""
+    if not isinstance(target, DTensor):
+        return whole
+    shape, offsets = compute_local_shape_and_global_offset(
+        target.shape, target.device_mesh, target.placements
+    )
+    return whole[tuple(slice(o, o + n) for o, n in zip(offsets, shape, strict=True))]
 
 
 def _by_block(weights: Weights) -> Iterator[dict[str, Slice]]:

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.core_model_loading import build_glob_alternation
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.tasks import TaskName
@@ -73,8 +74,25 @@ def purpose_of(spec: FineTuneJobSpec, classes: Sequence[str]) -> Purpose:
 
 
 def configuration(path: Path, purpose: Purpose = TEXT) -> PreTrainedConfig:
-    """The configuration of the model of a folder, for a purpose."""
+    """The configuration of the model of a folder, for a purpose: of one of texts and images, that
+    of the texts, where the purpose's class is of these alone.
+
+    Raises:
+        UserError: 'UnsupportedModel' for weights in fewer bits, which nothing here can train on.
+    """
     config: PreTrainedConfig = AutoConfig.from_pretrained(path)
+    quantized = getattr(config, "quantization_config", None)
+    inner = config.sub_configs.get("text_config")
+    if inner is not None and getattr(_class_of(config, purpose), "config_class", None) is inner:
+        config = config.get_text_config()
+        quantized = quantized or getattr(config, "quantization_config", None)
+    if quantized:
+        kind = dict(quantized).get("quant_method", "unknown")
+        raise UserError(
+            "UnsupportedModel",
+            f"spec.model: its weights are quantised ({kind}), which cannot be trained on; give the"
+            " model in 16 or 32 bits (method.type: QLoRA quantises it itself)",
+        )
     if purpose.classes:
         name_classes(config, purpose.classes, load_tokenizer(path).pad_token_id)
     return config
@@ -124,7 +142,8 @@ def load_base(
     if purpose.classes:
         settle_head(model, loading, keep=not is_drawn(path, purpose))
     else:
-        check_complete(model, loading["missing_keys"])
+        check_complete(model, set(loading["missing_keys"]) & dict(model.named_parameters()).keys())
+    _check_ties(model)
     return _settled(model, path, own, purpose, pack)
 
 
@@ -145,8 +164,12 @@ def hollow_base(
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = TASKS[purpose.task].auto.from_config(config, dtype=dtype)
         model.tie_weights()  # what is tied was made anew when it was put in place
+    in_32_bits = _in_32_bits(model, dtype)
     replace_parameters(
-        model, lambda _, p: nn.Parameter(hollow(p.shape, p.dtype), p.is_floating_point())
+        model,
+        lambda name, p: nn.Parameter(
+            hollow(p.shape, torch.float32 if in_32_bits(name) else p.dtype), p.is_floating_point()
+        ),
     )
     return _settled(model, path, own, purpose, pack)
 
@@ -218,6 +241,35 @@ def _settled(
         model.set_attn_implementation(packed.ATTENTION)
     model.config.use_cache = False
     return model
+
+
+def _in_32_bits(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Which weights transformers keeps in 32 bits whatever the dtype of the model."""
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    if not plan:
+        return lambda name: False
+    pattern, *_ = build_glob_alternation(list(plan))
+    return lambda name: pattern.search(name) is not None
+
+
+def _check_ties(model: PreTrainedModel) -> None:
+    """Refuse weights whose head is not the embedding that the configuration says it is."""
+    if not model.config.get_text_config().tie_word_embeddings:
+        return
+    known: Any = model
+    there = [known.get_input_embeddings(), known.get_output_embeddings()]
+    if None not in there and there[0].weight is not there[1].weight:
+        raise not_tied(model)
+
+
+def not_tied(model: PreTrainedModel) -> UserError:
+    """The weights have a head of their own, and the configuration none."""
+    return UserError(
+        "IncompleteModel",
+        f"spec.model: config.json says that the head of this {type(model).__name__} is its"
+        " embedding (tie_word_embeddings), but the weights hold two that differ; set"
+        " tie_word_embeddings to false there",
+    )
 
 
 @contextmanager

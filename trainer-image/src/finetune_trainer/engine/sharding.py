@@ -66,7 +66,7 @@ def distribute(loss: nn.Module, gang: Gang, sharding: Sharding, precision: Preci
         return loss.to(gang.device)
     if laying == "Replicas":
         return DistributedDataParallel(
-            loss.to(gang.device), gradient_as_bucket_view=True, broadcast_buffers=False
+            loss.to(gang.device), gradient_as_bucket_view=True, forward_sync_buffers=False
         )
     shards = shards_of(sharding, gang.nodes, gang.per_node)
     dims = {"replicate": gang.size // shards, "shard": shards}
