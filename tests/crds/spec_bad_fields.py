@@ -92,6 +92,9 @@ BAD_FIELDS = [
     bad("long token", {"rerunToken": "x" * 129}, "rerunToken", "128", None),
     bad("long name", {"data.train": sources({"name": "x" * 64})}, "data.train[0].name", "63",
         None),
+    bad("role that is none", {"data.train": sources(
+        {"template": {"name": "Chat", "roles": {"bot": "robot"}}})},
+        "data.train[0].template.roles.bot", "assistant", "robot"),
     bad("empty prompt", {"data.train": sources({"template": {"prompt": "", "completion": "x"}})},
         "data.train[0].template.prompt", "at least 1 char", None),
     bad("empty key", {"prepare.nodeSelector": {"": "x"}}, "prepare.nodeSelector", "1", None),

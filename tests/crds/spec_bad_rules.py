@@ -90,6 +90,12 @@ BAD_TOGETHER = [
     bad("phrasings of a template of one's own",
         {"data.train": sources({"template": {**TEMPLATE, "phrasings": "First"}})},
         "data.train[0].template", "fields and phrasings are for a template with a name", None),
+    bad("roles of another template", {"data.train": sources({"template": {
+        "name": "Rewrite", "roles": {"bot": "assistant"}}})},
+        "data.train[0].template", "roles are for the template Chat", "Rewrite"),
+    bad("phrasings of conversations",
+        {"data.train": sources({"template": {"name": "Chat", "phrasings": "First"}})},
+        "data.train[0].template", "the template Chat has no phrasings", "Chat"),
     bad("field of another template",
         {"data.train": sources({"template": {"name": "Rewrite", "fields": {"label": "a"}}})},
         "data.train[0].template", "Rewrite: text, rewritten, manner", "name Rewrite"),

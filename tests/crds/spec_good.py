@@ -27,6 +27,10 @@ GOOD = [
         }}] * 64),
         "data.test": sources({"template": {"name": "Classify"}}),
     }),
+    good("template of conversations", {"data.train": sources({"template": {
+        "name": "Chat", "fields": {"messages": "conversations", "role": "from", "content": "value"},
+        "roles": {"bot": "assistant", "observation": "tool"},
+    }}, {"template": {"name": "Chat"}})}),
     good("retrieval", {"data.train": sources({
         "format": "Retrieval", "retrieval": {"distractors": 4, "oracleShare": "0.6"}})}),
     good("retrieval with its defaults", {"data.test": sources({"format": "Retrieval"})}),

@@ -162,7 +162,7 @@ class DataSource(Model):
     `text`, all of it learned. Absent: found out from the first record."""
     template: Template | None = None
     """Makes prompt and completion of records whose fields have other names. Not for Messages,
-    Retrieval and Text."""
+    Retrieval and Text; conversations of other fields have the template Chat."""
     retrieval: Retrieval | None = None
     """Which passages the prompts show; only with `format: Retrieval`. Absent: the defaults of its
     fields."""

@@ -10,8 +10,10 @@ from pydantic import Field
 from finetune_api.base import FieldName, Fraction, Model, Rule, Text
 
 TemplateName = Literal[
-    "Summarize", "Translate", "Classify", "Extract", "Question", "QuestionWithContext", "Rewrite"
-]
+    "Summarize", "Translate", "Classify", "Extract", "Question", "QuestionWithContext", "Rewrite",
+    "Chat",
+]  # fmt: skip
+Role = Literal["system", "user", "assistant", "tool"]
 
 TEMPLATE_FIELDS: Final[dict[TemplateName, tuple[str, ...]]] = {
     "Summarize": ("document", "summary"),
@@ -21,6 +23,7 @@ TEMPLATE_FIELDS: Final[dict[TemplateName, tuple[str, ...]]] = {
     "Question": ("question", "answer"),
     "QuestionWithContext": ("context", "question", "answer"),
     "Rewrite": ("text", "rewritten", "manner"),
+    "Chat": ("messages", "role", "content", "prompt", "response", "system", "tools"),
 }
 """Fields of each template of the trainer's library; `finetune templates` says what they hold."""
 
@@ -38,11 +41,16 @@ class Template(Model):
     what one makes of records."""
     fields: Annotated[dict[FieldName, FieldName], Field(max_length=16)] | None = None
     """Where the records have other names for the fields of a template of the library: its name,
-    then theirs, e.g. `{document: article}`. Absent: its own names."""
+    then theirs, e.g. `{document: article}`, or of Chat `{messages: conversations, role: from,
+    content: value}`. Absent: its own names."""
+    roles: Annotated[dict[FieldName, Role], Field(max_length=16)] | None = None
+    """Of Chat: names that the records have for roles and what they mean, e.g. `{bot: assistant}`,
+    beside system, user, human, assistant, gpt and tool, which are known. Any other is a fault of
+    its record."""
     phrasings: Literal["Varied", "First"] | None = None
     """Wordings that a template of the library gives the prompts of training records. Varied: drawn
     by the record and the split's seed. First: one for all, as held-out records always have it.
-    Absent: Varied."""
+    Absent: Varied. Not of Chat, whose prompts the model's chat template writes."""
     prompt: Text | None = None
     """The part that is read, e.g. `"Review: {{ sentence }}\\nSentiment:"`. Fields of the record
     are variables."""
@@ -68,6 +76,18 @@ class Template(Model):
             "fields and phrasings are for a template with a name",
             lambda t: bool(t.name or (t.fields is None and t.phrasings is None)),
             (),
+        ),
+        Rule(
+            "!has(self.roles) || (has(self.name) && self.name == 'Chat')",
+            "roles are for the template Chat",
+            lambda t: t.roles is None or t.name == "Chat",
+            ("name",),
+        ),
+        Rule(
+            "!has(self.phrasings) || !has(self.name) || self.name != 'Chat'",
+            "the template Chat has no phrasings: the model's chat template writes its prompts",
+            lambda t: t.phrasings is None or t.name != "Chat",
+            ("name",),
         ),
         Rule(
             "!has(self.name) || !has(self.fields) || self.fields.all(field,"

@@ -76,6 +76,10 @@ def _parser() -> argparse.ArgumentParser:
         "--field", action="append", default=[], metavar="document=article",
         help="the template's field and the records' name for it; may be repeated",
     )  # fmt: skip
+    templates.add_argument(
+        "--role", action="append", default=[], metavar="bot=assistant",
+        help="the records' name for a role of a conversation and what it means; may be repeated",
+    )  # fmt: skip
     templates.set_defaults(command=_templates)
 
     for name, text, command in (
@@ -133,7 +137,7 @@ def _templates(options: argparse.Namespace) -> int:
 
     if options.name is None:
         return list_templates(Console())
-    return show_template(Console(), options.name, options.field, options.data)
+    return show_template(Console(), options.name, options.field, options.data, options.role)
 
 
 def _prepare(options: argparse.Namespace) -> int:

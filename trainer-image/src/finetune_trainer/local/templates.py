@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -18,9 +19,11 @@ from finetune_api.base import explain
 from finetune_api.templates import Template
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.prepare.catalogue import CATALOGUE, Entry
-from finetune_trainer.prepare.formats import Pair
-from finetune_trainer.prepare.records import read_records
+from finetune_trainer.prepare.drafts import Part
+from finetune_trainer.prepare.formats import Content, Conversation, Pair
+from finetune_trainer.prepare.records import Record, read_records
 from finetune_trainer.prepare.templates import LibraryTemplate
+from finetune_trainer.prepare.turns import ChatTurns
 
 SHOWN: Final = 4
 """Records that are shown of a file."""
@@ -36,17 +39,24 @@ def list_templates(console: Console) -> int:
     return 0
 
 
-def show_template(console: Console, name: str, renamed: Sequence[str], data: Path | None) -> int:
+def show_template(
+    console: Console,
+    name: str,
+    renamed: Sequence[str],
+    data: Path | None,
+    roles: Sequence[str] = (),
+) -> int:
     """Prints a template, or what it makes of the first records of a file, with what is learned
     marked; returns the exit code: 2 where an argument is faulty.
 
     Args:
         renamed: ``own=theirs`` for fields that the records have other names for.
+        roles: ``theirs=role`` for roles of conversations that are not known.
     """
     try:
-        pairs = (field.partition("=") for field in renamed)
-        fields = {own: theirs for own, _, theirs in pairs} or None
-        template = Template.model_validate({"name": name, "fields": fields})
+        template = Template.model_validate(
+            {"name": name, "fields": _pairs(renamed), "roles": _pairs(roles)}
+        )
     except ValidationError as error:
         print("\n".join(explain(error, root="template")), file=sys.stderr)
         return 2
@@ -55,9 +65,9 @@ def show_template(console: Console, name: str, renamed: Sequence[str], data: Pat
         _print_entry(console, CATALOGUE[template.name])
         return 0
     try:
-        for where, pair in islice(_rendered(template, data), SHOWN):
+        for where, parts in islice(_rendered(template, data), SHOWN):
             console.rule(escape(where), align="left", style="dim", characters="─")
-            console.print(_marked(console, pair.prompt, pair.completion), soft_wrap=True)
+            console.print(_marked(console, parts), soft_wrap=True)
     except OSError as error:
         print(f"{data}: {error.strerror}; check the path", file=sys.stderr)
         return 2
@@ -67,12 +77,40 @@ def show_template(console: Console, name: str, renamed: Sequence[str], data: Pat
     return 0
 
 
-def _rendered(template: Template, data: Path) -> Iterator[tuple[str, Pair]]:
+def _pairs(given: Sequence[str]) -> dict[str, str] | None:
+    parts = (text.partition("=") for text in given)
+    return {name: value for name, _, value in parts} or None
+
+
+def _rendered(template: Template, data: Path) -> Iterator[tuple[str, list[Part]]]:
     """Records as training records of a split with the default seed have them."""
-    renderer = LibraryTemplate(template, seed=0)
+    read: Callable[[Record], Content] = (
+        ChatTurns(template).read
+        if template.name == "Chat"
+        else LibraryTemplate(template, seed=0).varied
+    )
     with data.open("rb") as stream:
         for record in read_records(str(data), stream):
-            yield record.where, renderer.varied(record)
+            yield record.where, _parts(read(record))
+
+
+def _parts(content: Content) -> list[Part]:
+    """What is read and what is learned. Of a conversation it is the turns: how a model's chat
+    template writes them, the data report shows."""
+    if isinstance(content, Pair):
+        return [Part(content.prompt, False), Part(content.completion, True)]
+    assert isinstance(content, Conversation), "a template makes pairs or conversations"
+    parts = [Part(f"tools: {_json(content.tools)}\n", False)] if content.tools else []
+    for message in content.messages:
+        said = [message.get("content") or "", *map(_json, message.get("tool_calls", ()))]
+        learned = message["role"] == "assistant"
+        parts += [Part(f"{message['role']}: ", False), Part("\n".join(filter(None, said)), learned)]
+        parts.append(Part("\n", False))
+    return parts
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _print_entry(console: Console, entry: Entry) -> None:
@@ -80,14 +118,17 @@ def _print_entry(console: Console, entry: Entry) -> None:
     for name, field in entry.fields.items():
         table.add_row(name, f"{field.what} (optional)" if field.optional else field.what)
     console.print(table)
+    if not entry.prompts:
+        console.print("The model's chat template writes it: the data report shows how.")
     for i, prompt in enumerate(entry.prompts):
         held_out = " (the one of held-out records)" if i == 0 else ""
         console.rule(f"phrasing {i + 1}{held_out}", align="left", style="dim", characters="─")
-        console.print(_marked(console, prompt, entry.completion), soft_wrap=True)
+        parts = [Part(prompt, False), Part(entry.completion, True)]
+        console.print(_marked(console, parts), soft_wrap=True)
 
 
-def _marked(console: Console, read: str, learned: str) -> Text:
-    """Text with its learned part in colour, or in brackets where there is none."""
+def _marked(console: Console, parts: Sequence[Part]) -> Text:
+    """Text with its learned parts in colour, or in brackets where there is none."""
     if console.color_system is None or console.no_color:
-        return Text(f"{read}⟦{learned}⟧")
-    return Text.assemble((read, "dim"), (learned, "bold green"))
+        return Text("".join(f"⟦{p.text}⟧" if p.learned else p.text for p in parts))
+    return Text.assemble(*((p.text, "bold green" if p.learned else "dim") for p in parts))

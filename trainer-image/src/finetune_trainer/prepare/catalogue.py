@@ -1,4 +1,5 @@
-"""The template library: for each task, several phrasings of the prompt and one completion.
+"""The template library: for each task, several phrasings of the prompt and one completion; and for
+conversations the names that roles have.
 
 A phrasing ends with a word and a colon, a completion begins with the space behind it: vocabularies
 hold words with the space before them. The first phrasing is the plainest: held-out records have it.
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from finetune_api.sources import Format
-from finetune_api.templates import TemplateName
+from finetune_api.templates import Role, TemplateName
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,21 @@ class Entry:
     format: Format
     """What its records count as: it decides which metrics they have."""
     fields: Mapping[str, Field]
-    prompts: tuple[str, ...]
-    """Phrasings (Jinja)."""
-    completion: str
+    prompts: tuple[str, ...] = ()
+    """Phrasings (Jinja); none where the model's chat template writes the prompt."""
+    completion: str = ""
     """What is learned (Jinja)."""
+
+
+CHAT_ROLES: Final[Mapping[str, Role]] = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "tool": "tool",
+}
+"""What the usual names of roles mean; `template.roles` adds others."""
 
 
 CATALOGUE: Final[Mapping[TemplateName, Entry]] = {
@@ -148,5 +160,19 @@ CATALOGUE: Final[Mapping[TemplateName, Entry]] = {
             " ' in other words' }}.\n\nRewritten:",
         ),
         completion=" {{ rewritten }}",
+    ),
+    "Chat": Entry(
+        purpose="a conversation, written by the model's chat template; every turn of the"
+        " assistant is learned",
+        format="Messages",
+        fields={
+            "messages": Field("the list of turns"),
+            "role": Field(f"whose turn it is ({', '.join(CHAT_ROLES)})"),
+            "content": Field("what is said in it"),
+            "prompt": Field("of turns that are pairs: what the user says", optional=True),
+            "response": Field("of turns that are pairs: what is answered", optional=True),
+            "system": Field("text of a system turn before the others", optional=True),
+            "tools": Field("the tools that may be called, as JSON schemas", optional=True),
+        },
     ),
 }

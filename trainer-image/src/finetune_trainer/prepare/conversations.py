@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune_trainer.prepare.formats import (
     Conversation,
@@ -21,21 +21,41 @@ from finetune_trainer.prepare.formats import (
 from finetune_trainer.prepare.records import Record
 
 
+class Turn(NamedTuple):
+    """One turn of a record, with the names that its fields have there, for complaints."""
+
+    name: str
+    message: Any
+    """An object of role, and content or calls of tools, if the record is right."""
+    content: str
+    """Name of its content."""
+
+
 def conversation_of(record: Record) -> Conversation:
-    """The turns of a record of format Messages, and its tools: those of the record's field
-    ``tools``, else of the first message that has such a field.
+    """The turns of a record of format Messages.
 
     Raises:
         DataError: 'MissingField' or 'WrongType', naming object, line and field.
     """
     turns = field_value(record, "messages")
-    if not _is_list(turns) or not turns:
+    if not is_list(turns) or not turns:
         raise wrong_type(record, "messages", "a list of at least one message", turns)
-    messages = [_message(record, f"messages[{i}]", turn) for i, turn in enumerate(turns)]
-    given = {"tools": record.fields.get("tools")}
-    given |= {f"messages[{i}].tools": m.get("tools") for i, m in enumerate(messages)}
-    field, tools = next(((f, t) for f, t in given.items() if t), ("tools", None))
-    return Conversation(messages, _tools(record, field, tools) if tools else None)
+    named = ((f"messages[{i}]", turn) for i, turn in enumerate(turns))
+    return conversation(record, [Turn(name, turn, f"{name}.content") for name, turn in named])
+
+
+def conversation(record: Record, turns: Sequence[Turn], tools: str = "tools") -> Conversation:
+    """Turns evened out, with their tools: those of the record's field ``tools``, else of the first
+    turn that has a field of that name.
+
+    Raises:
+        DataError: as ``conversation_of``.
+    """
+    messages = [_message(record, *turn) for turn in turns]
+    given = {tools: record.fields.get(tools)}
+    given |= {f"{turn.name}.tools": m.get("tools") for turn, m in zip(turns, messages, strict=True)}
+    field, found = next(((f, t) for f, t in given.items() if t), (tools, None))
+    return Conversation(messages, _tools(record, field, found) if found else None)
 
 
 def function_of(call: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -44,18 +64,18 @@ def function_of(call: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, Mapping) else call
 
 
-def _message(record: Record, name: str, turn: Any) -> Message:
+def _message(record: Record, name: str, turn: Any, content: str) -> Message:
     if not isinstance(turn, Mapping):
         raise wrong_type(record, name, "an object of role and content", turn)
     message = {key: value for key, value in turn.items() if value is not None}
     calls = message.pop("tool_calls", None)
-    for key in ("role",) if calls else ("role", "content"):
-        if key not in message:
-            raise missing_field(record, f"{name}.{key}")
+    for key, named in (("role", f"{name}.role"), ("content", content)):
+        if key not in message and not (calls and key == "content"):
+            raise missing_field(record, named)
     if not isinstance(message["role"], str):
         raise wrong_type(record, f"{name}.role", "a string", message["role"])
     if "content" in message:
-        message["content"] = _content(record, f"{name}.content", message["content"])
+        message["content"] = _content(record, content, message["content"])
     if calls:
         message["tool_calls"] = _calls(record, f"{name}.tool_calls", calls)
     return message
@@ -64,7 +84,7 @@ def _message(record: Record, name: str, turn: Any) -> Message:
 def _content(record: Record, name: str, content: Any) -> str:
     if isinstance(content, str):
         return content
-    parts = content if _is_list(content) else [None]
+    parts = content if is_list(content) else [None]
     found = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
     texts = [text for text in found if isinstance(text, str)]
     if len(texts) < len(parts):
@@ -73,7 +93,7 @@ def _content(record: Record, name: str, content: Any) -> str:
 
 
 def _calls(record: Record, name: str, calls: Any) -> list[Any]:
-    if not _is_list(calls) or not all(map(_is_named, calls)):
+    if not is_list(calls) or not all(map(_is_named, calls)):
         raise wrong_type(record, name, "a list of calls, each with the function's name", calls)
     return [_call(record, f"{name}[{i}]", call) for i, call in enumerate(calls)]
 
@@ -89,7 +109,7 @@ def _call(record: Record, name: str, call: Mapping[str, Any]) -> Mapping[str, An
 
 def _tools(record: Record, name: str, given: Any) -> list[dict[str, Any]]:
     tools = _parsed(given)
-    if not _is_list(tools) or not tools or not all(map(_is_named, tools)):
+    if not is_list(tools) or not tools or not all(map(_is_named, tools)):
         raise wrong_type(record, name, "a list of tools, each with the function's name", given)
     return list(tools)
 
@@ -98,7 +118,8 @@ def _is_named(tool: Any) -> bool:
     return isinstance(tool, dict) and isinstance(function_of(tool).get("name"), str)
 
 
-def _is_list(value: Any) -> bool:
+def is_list(value: Any) -> bool:
+    """Whether a value is a list of some kind (Parquet has its own), and no text."""
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 

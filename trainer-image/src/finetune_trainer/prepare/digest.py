@@ -15,7 +15,7 @@ from typing import Any
 from finetune_api.sources import Data, DataSource
 from finetune_api.tasks import TaskName
 from finetune_api.templates import Template
-from finetune_trainer.prepare.catalogue import CATALOGUE
+from finetune_trainer.prepare.catalogue import CATALOGUE, CHAT_ROLES
 from finetune_trainer.prepare.sources import DataObject
 from finetune_trainer.prepared.manifest import FORMAT_VERSION
 from finetune_trainer.prepared.split import Side
@@ -74,5 +74,7 @@ def content_digest(
 
 def _template(template: Template) -> dict[str, Any]:
     """The template, with the library's texts where it has a name: releases may change them."""
+    if template.name == "Chat":
+        return {**template.to_json(), "library": CHAT_ROLES}
     entry = CATALOGUE[template.name] if template.name else None
     return {**template.to_json(), "library": entry and [entry.prompts, entry.completion]}

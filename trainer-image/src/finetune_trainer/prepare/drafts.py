@@ -30,6 +30,7 @@ from finetune_trainer.prepare.formats import (
 from finetune_trainer.prepare.records import Record
 from finetune_trainer.prepare.retrieval import RetrievalPrompts
 from finetune_trainer.prepare.templates import LibraryTemplate, PairTemplate
+from finetune_trainer.prepare.turns import ChatTurns
 from finetune_trainer.prepared.split import Side, shares_of, side_of
 
 
@@ -113,7 +114,7 @@ def _renders(
 ) -> tuple[Render, Render | None]:
     """How held-out records are rendered, and how training records are where that differs."""
     if form == "Messages":
-        return conversation_of, None
+        return ChatTurns(spec.template).read if spec.template else conversation_of, None
     if form == "Retrieval":
         prompts = RetrievalPrompts(spec.retrieval or Retrieval(), seed)
         return prompts.with_oracle, prompts.drawn

@@ -9,6 +9,7 @@ with more to them are read in ``conversations`` and ``retrieval``, records of ot
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -161,12 +162,24 @@ def _label(record: Record) -> str:
     return str(value)
 
 
+def unknown_role(record: Record, field: str, role: Any, known: Iterable[str]) -> DataError:
+    """The error of a turn whose role is none that is ``known``."""
+    return DataError(
+        "UnknownRole",
+        f"{record.where}: field {field!r} must be one of {', '.join(known)}; got {_shown(role)}."
+        " Correct the record, or say which role it is in template.roles, e.g. {bot: assistant}",
+    )
+
+
 def wrong_type(record: Record, field: str, wanted: str, value: Any) -> DataError:
     """The error of a field whose value is not what is ``wanted``."""
-    shown = json.dumps(value, ensure_ascii=False, default=str)
-    shown = shown if len(shown) <= 60 else f"{shown[:59]}…"
     return DataError(
         "WrongType",
-        f"{record.where}: field {field!r} must be {wanted}; got {shown}. Correct the record, or set"
-        " format or template on the data source",
+        f"{record.where}: field {field!r} must be {wanted}; got {_shown(value)}. Correct the"
+        " record, or set format or template on the data source",
     )
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:59]}…"

@@ -15,6 +15,7 @@ CAUSES: Final = {
     "MalformedRecord": "not a JSON object",
     "MissingField": "lacks a field",
     "WrongType": "a field of another type",
+    "UnknownRole": "a role that is not known",
     "NothingSupervised": "nothing to learn",
     "EmptyPrompt": "empty prompt",
     "TemplateFailed": "the template fails on it",
