@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -14,7 +15,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
+from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder, TunedBase
 from finetune_api.results import Ancestor, DataSetScores, PreparedSummary, Startup, TrainSummary
 from finetune_api.sources import ModelPlace
 from finetune_api.spec import parse_spec
@@ -110,7 +111,7 @@ def about(
         version=1, digest="d", sets=sets, shards={"train": [], "validation": [], "test": []},
         max_length=64, max_completion_tokens=4, stop_token_ids=[0], dropped={}, files=[],
     )  # fmt: skip
-    sizes = facts.Sizes({"adapter": 1_234_567, "merged": 2_000_000_000}, full_copy=1980)
+    sizes = facts.Sizes({"adapter": 1_234_567, "merged": 2_000_000_000}, full_copy=1_980_000_000)
     return facts.gather(order, result, prepared, data, sizes, ModelPlace(source=base or source))
 
 
@@ -158,9 +159,25 @@ def test_the_report_shows_figures_data_and_examples() -> None:
         "123,457", "2 Duplicate 1 truncated", "yes 4, no 3", "&lt;script&gt;x&lt;/script&gt;",
         '<span class="learned"> yes</span>', "is it &lt;b&gt;?", "LoRA, rank 16",
         "adapter 1.2 MB, merged 2,000.0 MB", "published commit, step 10", "Loss 1.5",
-        "First step after</th><td>3.2 s (model 1.2, step 2.0)",
+        "First step after</th><td>3.2 s (model 1.2, step 2.0)", "LoRA on <code>hf://org/name@rev<",
+        "Trained parameters</th><td>10 of 1,000 (1 %)", "; a whole copy has 1,980.0 MB",
     ):  # fmt: skip
         assert shown in text, shown
+
+
+def test_the_report_names_the_model_that_another_job_has_published() -> None:
+    told = about()
+    reference = {"model": {"fineTuneJobRef": {"name": "one"}}}
+    order = told.order.model_copy(
+        update={
+            "spec": parse_spec({**told.spec.to_json(), **reference}),
+            "base": TunedBase(job="one", run="1-a", uri="s3://one/1-a"),
+        }
+    )
+    told = dataclasses.replace(told, order=order)
+    text = report.render(told, json.dumps(DATA_REPORT).encode())
+    assert "LoRA on <code>s3://one/1-a</code>" in text
+    assert "<th>Base model</th><td>s3://one/1-a</td>" in text
 
 
 def test_the_card_has_front_matter_and_says_how_to_load() -> None:
