@@ -90,9 +90,14 @@ def test_a_run_goes_through_its_stages_to_complete() -> None:
 
 def test_progress_is_shown_and_of_another_run_ignored() -> None:
     world = at_training()
-    world.report(step=10, totalSteps=40, loss=1.23456, remainingSeconds=130.0, epoch=0.25)
+    world.report(
+        step=10, totalSteps=40, loss=1.23456, remainingSeconds=130.0, epoch=0.25,
+        bySource={"notes": 1.5, "code": 0.98765},
+    )  # fmt: skip
     world.settle()
     shown = world.status["progress"]
+    assert shown["dataSetLosses"] == [
+        {"name": "notes", "loss": "1.5"}, {"name": "code", "loss": "0.9877"}]  # fmt: skip
     assert (shown["percent"], shown["loss"], shown["remaining"]) == (25, "1.235", "2m10s")
     assert world.progress is not None
     world.progress = world.progress.model_copy(update={"run": "9-other", "step": 39})
