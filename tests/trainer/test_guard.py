@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
-from engine import CPU, tiny_llama
+from engine import CPU, spec_of, tiny_llama
 
 from finetune_api.spec import Guard as Rule
 from finetune_trainer.engine.guard import WARM_UP, Guard
 from finetune_trainer.engine.optimizers import step_if
+from finetune_trainer.train.loop import read_guard
+from finetune_trainer.train.session import Session
+from finetune_trainer.train.startup import StartupClock
 from finetune_trainer.train.state import LoopState
+from finetune_trainer.train.telemetry import Telemetry
 
 
 def losses_of(steps: int) -> list[float]:
@@ -79,6 +85,22 @@ def test_rows_of_skipped_steps_are_told_whole() -> None:
     state.step = 20
     assert state.note_skipped([]) == [12]
     assert (state.skipped, state.skipped_steps) == ([], 6)
+
+
+def test_tokens_of_skipped_steps_are_not_learned_from_and_a_resume_keeps_to_that() -> None:
+    state = LoopState()
+    for tokens in (100, 20, 3):
+        state.advance(torch.zeros(7, dtype=torch.float64), tokens)
+    guard = Guard(Rule(), CPU)
+    for step, loss in enumerate((2.0, math.nan, 1.9)):
+        guard.judge(step, torch.tensor(loss), torch.tensor(1.0))
+    telemetry = Telemetry("1-a", 1, 0, StartupClock(None, None))
+    session = SimpleNamespace(guard=guard, telemetry=telemetry, spec=spec_of({"type": "Full"}))
+    read_guard(cast(Session, session), state)
+    assert state.tokens == 103
+    resumed = LoopState.from_json(state.to_json())
+    resumed.advance(torch.zeros(7, dtype=torch.float64), 1000)
+    assert (resumed.tokens, resumed.skipped_steps) == (1103, 1)
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["in the kernel", "by waiting"])

@@ -81,6 +81,7 @@ def about(
         summary=TrainSummary(
             attempt=2, restarts=1, steps=20, checkpoint="s3://bucket/commit", checkpoint_step=10,
             scores=[found] if scores else [], trainable_parameters=10, total_parameters=1000,
+            tokens=9000, training_seconds=60.0,
             startup=Startup(seconds={"model": 1.25, "step": 2.0}, from_step=0, first_step=1.0),
         ),
         curve=[
@@ -221,6 +222,7 @@ def test_metrics_json_is_complete() -> None:
     )
     assert [point["step"] for point in raw["training"]["curve"]] == [1, 10, 20]
     assert raw["spec"]["model"]["source"] == "hf://org/name@rev"
+    assert (raw["training"]["tokens"], raw["training"]["goodputTokensPerSecond"]) == (9000, 150.0)
     assert raw["parameters"] == {"trainable": 10, "total": 1000}
     assert raw["training"]["startupSeconds"] == {"model": 1.25, "step": 2.0, "total": 3.25}
 

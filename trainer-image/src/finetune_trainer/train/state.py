@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 
@@ -25,6 +25,9 @@ class Figures:
     """Divergence per anchored token; None: there were none."""
     router: float
     """Router loss, by tokens; 0 where it is not asked for."""
+
+
+_UNSAVED: Final = ("local", "unjudged")
 
 
 @dataclass
@@ -50,7 +53,7 @@ class LoopState:
     quarantined: list[int] = field(default_factory=list)
     """Positions of the samples that are left out since."""
     tokens: int = 0
-    """Tokens trained."""
+    """Tokens of the steps that were done, less those of the steps that are known to be skipped."""
     curve: list[CurvePoint] = field(default_factory=list)
     validation: list[ValidationPoint] = field(default_factory=list)
     watched_best: float | None = None
@@ -63,9 +66,12 @@ class LoopState:
     by seed, step and sample; this is for what a model draws by itself."""
     local: Tensor | None = None
     """This rank's sums since the last log point or commit, on the device; never saved."""
+    unjudged: dict[int, int] = field(default_factory=dict)
+    """Tokens of the steps whose verdict was not asked for yet; never saved: commits ask."""
 
     def advance(self, sums: Tensor, tokens: int) -> None:
         """A step was done, with these sums on this rank."""
+        self.unjudged[self.step] = tokens
         self.step += 1
         self.tokens += tokens
         self.local = sums if self.local is None else self.local + sums
@@ -96,8 +102,11 @@ class LoopState:
         )
 
     def note_skipped(self, steps: list[int]) -> list[int]:
-        """Some steps were not taken. Returns the longest row of such, up to now."""
+        """Of the steps done since this was called last, these were not taken: nothing was learned
+        of their tokens. Returns the longest row of such, up to now."""
         self.skipped_steps += len(steps)
+        self.tokens -= sum(self.unjudged.get(step, 0) for step in steps)
+        self.unjudged = {}
         rows: list[list[int]] = [[]]
         for step in (*self.skipped, *steps):
             if rows[-1] and step != rows[-1][-1] + 1:
@@ -113,7 +122,7 @@ class LoopState:
         return self.validation[-1].overall.get(metric)
 
     def to_json(self) -> str:
-        raw: dict[str, Any] = {k: v for k, v in self.__dict__.items() if k != "local"}
+        raw: dict[str, Any] = {k: v for k, v in self.__dict__.items() if k not in _UNSAVED}
         raw["curve"] = [p.to_json() for p in self.curve]
         raw["validation"] = [p.to_json() for p in self.validation]
         return json.dumps(raw)
