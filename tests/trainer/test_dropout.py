@@ -1,14 +1,20 @@
 """Dropout keyed by seed, step, sample, position and layer."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from engine import CPU, samples, tiny_llama
+from engine import CPU, samples, spec_of, tiny_llama
 from torch import nn
+from transformers import AutoModelForCausalLM, MambaConfig, PreTrainedModel
 
 from finetune_trainer.engine.dropout import KeyedDropout, keep_mask, key_dropouts, token_keys
 from finetune_trainer.engine.feed import build_row
 from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import TokenLoss
+from finetune_trainer.engine.methods import apply_method
+from finetune_trainer.engine.rehearsal import rehearse
+from finetune_trainer.failures import UserError
 
 
 def test_masks_keep_their_share_and_depend_on_every_part_of_the_key():
@@ -58,9 +64,39 @@ def test_models_without_dropout_of_their_own_get_it_behind_their_blocks():
     assert key_dropouts(tiny_llama(), 0.0) == 0
 
 
+def tiny_mamba() -> PreTrainedModel:
+    """A model without dropout, attention or feed-forward blocks."""
+    config = MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4)
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("lora", [None, "0.1"], ids=["Full", "LoRA with a dropout of its own"])
+def test_dropout_that_would_drop_nothing_is_refused(lora: str | None) -> None:
+    method = (
+        {"type": "Full"}
+        if lora is None
+        else {
+            "type": "LoRA",
+            "lora": {"dropout": lora, "targetModules": ["in_proj", "x_proj"]},
+        }
+    )
+    with pytest.raises(UserError, match=r"training\.dropout: 0\.2 would drop nothing") as refused:
+        apply_method(tiny_mamba(), spec_of(method, dropout="0.2"))
+    assert refused.value.reason == "UnsuitableModel"
+    tuned = apply_method(tiny_mamba(), spec_of(method))
+    keyed = [m for m in tuned.modules() if isinstance(m, KeyedDropout)]
+    assert bool(keyed) is (lora is not None)
+
+
+def test_prepare_finds_dropout_that_would_drop_nothing(tmp_path: Path) -> None:
+    tiny_mamba().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="would drop nothing"):
+        rehearse(tmp_path, spec_of({"type": "Full"}, dropout="0.2"), 64)
+
+
 def test_every_dropout_of_a_model_is_replaced():
     model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5), nn.Sequential(nn.Dropout(0.1)))
-    key_dropouts(model, 0.25)
+    assert key_dropouts(model, 0.25) == 2
     found = [m for m in model.modules() if isinstance(m, KeyedDropout)]
     assert [m.probability for m in found] == [0.25, 0.25]
     assert not any(type(m) is nn.Dropout for m in model.modules())

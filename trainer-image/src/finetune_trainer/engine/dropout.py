@@ -102,25 +102,24 @@ def key_dropouts(model: nn.Module, block_probability: float) -> int:
     blocks where the model has none of its own there (as Llama-like models do not).
 
     ``nn.Dropout`` modules keep their probability if it is the adapter's, else they get
-    ``block_probability``. Returns the number of keyed dropouts.
+    ``block_probability``. Returns the number of those that got it, or were added with it.
     """
-    count = 0
-    own_blocks = False
+    count = blocks = 0
     for name, module in list(model.named_modules()):
         for child_name, child in list(module.named_children()):
             if type(child) is not nn.Dropout:
                 continue
             adapter = "lora_dropout" in f"{name}.{child_name}"
-            own_blocks = own_blocks or not adapter
+            blocks += not adapter
             probability = child.p if adapter else block_probability
             count += 1
             setattr(module, child_name, KeyedDropout(probability, count))
-    if block_probability > 0 and not own_blocks:
+    if block_probability > 0 and not blocks:
         for name, module in list(model.named_modules()):
             if name.rsplit(".", 1)[-1] in {"self_attn", "attention", "mlp", "feed_forward"}:
-                count += 1
+                count, blocks = count + 1, blocks + 1
                 _drop_output(module, KeyedDropout(block_probability, count))
-    return count
+    return blocks
 
 
 def add_noise(embedding: nn.Module, alpha: float) -> None:

@@ -52,12 +52,20 @@ def apply_method(model: PreTrainedModel, spec: FineTuneJobSpec) -> Tuned:
     spacing of bfloat16.
 
     Raises:
-        UserError: where the method's settings do not fit the model, naming what would.
+        UserError: where the method's settings do not fit the model, naming what would;
+            'UnsuitableModel' where the model has nothing that dropout could drop.
     """
     torch.manual_seed(spec.training.seed)
     task = TASKS[spec.task]
     tuned = _APPLY[spec.method.type](model, spec.method, New(task.peft_type, task.head(model)))
-    key_dropouts(tuned, float(spec.training.dropout))
+    dropout = float(spec.training.dropout)
+    if not key_dropouts(tuned, dropout) and dropout > 0:
+        raise UserError(
+            "UnsuitableModel",
+            f"spec.training.dropout: {spec.training.dropout} would drop nothing: a"
+            f" {type(model).__name__} has no dropout of its own and no blocks that are known as"
+            " attention or feed-forward; set it to 0 (of an adapter, method.lora.dropout works)",
+        )
     if alpha := float(spec.training.neftune_alpha):
         add_noise(model.get_input_embeddings(), alpha)
     for parameter in tuned.parameters():
