@@ -1,9 +1,13 @@
 """Time to the first step of a plan, from the beginning and from the middle of a run.
 
     python benchmarks/plan_and_resume.py [--samples 10000 1000000 10000000]
+                                         [--stored 10000 1000000]
 
-Each figure is a process of its own: the plan is made from the index and gives its step, as every
-process of a gang does when it starts. A resumed run must not wait longer the further it had come.
+Each figure is a process of its own. "plan": the plan is made from lengths and gives its step, as
+every process of a gang does when it starts. "from S3": manifest, index and shards are read from an
+S3 server on this machine into an empty folder, and the first batch is on the device (the CPU), as
+in a pod on a new node; samples of 16 to 256 tokens in shards of the usual size. A resumed run must
+not wait longer the further it had come.
 """
 
 from __future__ import annotations
@@ -11,51 +15,136 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import resource
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from finetune_trainer.engine.mixture import Stage
 from finetune_trainer.engine.plan import Plan
 
+# What reads storage and makes tensors is imported where it is needed: the memory of a plan is
+# measured without it.
+
 BATCH = 256
 EPOCHS = 3
+ROW_TOKENS = 2048
+LONGEST_STORED = 256
+BUCKET = "bench"
 MIXTURES = {"one set": None, "three sets, weighted": [0.6, 0.3, 0.1]}
 
 
 def first_step(samples: int, mixture: str, done: float) -> tuple[float, float]:
     """Seconds until a plan has given its step at a part of the run, and the most memory that the
     process held, in MiB."""
-    lengths = np.random.default_rng(0).integers(16, 2048, samples).astype(np.int32)
+    lengths = np.random.default_rng(0).integers(16, ROW_TOKENS, samples).astype(np.int32)
     shares = MIXTURES[mixture]
     sources = np.arange(samples) % len(shares or [1])
     began = time.perf_counter()
-    plan = Plan(
-        lengths, lengths // 2, batch_size=BATCH, seed=0, row_tokens=2048, ranks=8,
-        sources=sources, stages=[Stage(0, shares)], visits=EPOCHS * samples,
-    )  # fmt: skip
-    plan.step(int(done * EPOCHS * samples / BATCH))
+    plan = plan_of(lengths, lengths // 2, 8, sources, [Stage(0, shares)])
+    plan.step(step_at(samples, done))
     took = time.perf_counter() - began
     return took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def plan_of(lengths: Any, supervised: Any, ranks: int, sources: Any, stages: list[Stage]) -> Plan:
+    return Plan(
+        lengths, supervised, batch_size=BATCH, seed=0, row_tokens=ROW_TOKENS, ranks=ranks,
+        sources=sources, stages=stages, visits=EPOCHS * len(lengths),
+    )  # fmt: skip
+
+
+def step_at(samples: int, done: float) -> int:
+    return int(done * EPOCHS * samples / BATCH)
+
+
+def first_batch(endpoint: str, keys: Any, uri: str, done: float) -> tuple[float, int]:
+    """Seconds from an empty folder until the one process of a gang has its first batch, at a part
+    of the run, and how many shards had been fetched by then."""
+    import torch
+
+    from finetune_trainer.engine.feed import Feed
+    from finetune_trainer.prepared.shards import PreparedData
+    from finetune_trainer.storage.objects import ObjectStore
+
+    store = ObjectStore(endpoint, credentials=keys)
+    store.head(f"{uri}/nothing.json")  # the first request of a client costs seconds
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        data = PreparedData.open(store, uri, Path(folder))
+        index = data.index("train")
+        plan = plan_of(index.length, index.supervised, 1, index.set, [Stage(0)])
+        start = step_at(len(index), done)
+        feed = Feed(
+            plan, lambda positions: data.samples("train", positions), rank=0, start=start,
+            end=start + 1, device=torch.device("cpu"),
+        )  # fmt: skip
+        with feed:
+            next(iter(feed))
+        took = time.perf_counter() - began
+        return took, len(list(Path(folder).glob("*/shards/*.arrow")))
+
+
+def made_up(samples: int) -> Iterator[tuple[Any, Any]]:
+    """Random samples whose second half is learned."""
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(0, 32_000, LONGEST_STORED + 4096).astype(np.int32)
+    for length, at in zip(
+        draw.integers(16, LONGEST_STORED, samples).tolist(),
+        draw.integers(0, 4096, samples).tolist(),
+        strict=True,
+    ):
+        yield tokens[at : at + length], ((length // 2, length),)
+
+
+def measure_stored(counts: list[int], positions: tuple[float, ...]) -> None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "trainer"))
+    from prepared_data import write_prepared
+
+    from finetune_trainer.storage.objects import Credentials
+    from finetune_trainer.storage.s3server import EmbeddedS3
+
+    heads = "".join(f"{f'at {p:.0%}, s':>12}" for p in positions)
+    print(f"\nfrom S3 to the first batch\n{'samples':>12}  {'shards (first batch)':22}{heads}")
+    with tempfile.TemporaryDirectory() as folder, EmbeddedS3(Path(folder) / "s3") as server:
+        server.ensure_bucket(BUCKET)
+        keys = Credentials(server.access_key, server.secret_key, source="the benchmark")
+        for samples in counts:
+            uri = f"s3://{BUCKET}/{samples}"
+            scratch = Path(folder) / "scratch"
+            manifest = write_prepared(server.store(), uri, scratch, made_up(samples))
+            figures = [alone(first_batch, server.endpoint, keys, uri, p) for p in positions]
+            shards = f"{len(manifest.shards['train'])} ({max(n for _, n in figures)})"
+            times = "".join(f"{took:12.3f}" for took, _ in figures)
+            print(f"{samples:12,}  {shards:22}{times}", flush=True)
+
+
+def alone(work: Any, *arguments: Any) -> Any:
+    """The result of a function in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(work, *arguments).result()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, nargs="+", default=[10_000, 1_000_000, 10_000_000])
+    parser.add_argument("--stored", type=int, nargs="*", default=[10_000, 1_000_000])
     options = parser.parse_args()
     positions = (0.0, 0.5, 0.99)
     heads = "".join(f"{f'at {p:.0%}, s':>12}" for p in positions)
     print(f"{'samples':>12}  {'mixture':22}{heads}{'most MiB':>12}")
     for samples in options.samples:
         for mixture in MIXTURES:
-            figures = []
-            for done in positions:
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
-                    figures.append(alone.submit(first_step, samples, mixture, done).result())
+            figures = [alone(first_step, samples, mixture, done) for done in positions]
             times = "".join(f"{took:12.3f}" for took, _ in figures)
             memory = max(held for _, held in figures)
             print(f"{samples:12,}  {mixture:22}{times}{memory:12.0f}", flush=True)
+    measure_stored(options.stored, positions)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The feed: from a plan's rows to tensors, ahead of the step that needs them.
 
 A background thread reads samples and builds rows for the coming steps, so that the device does not
-wait for data; how long it did wait is counted.
+wait for data; how long it did wait is counted. What still later steps will read is said in advance,
+so that it is fetched meanwhile.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -174,12 +176,17 @@ class StepTensors:
 
 
 Reader = Callable[[Sequence[int]], list[TokenSample]]
+Expect = Callable[[Sequence[int]], object]
+
+EXPECTED: Final = 2
+"""Steps behind the one that is read whose samples are said in advance."""
 
 
 class Feed:
     """Steps of a plan as tensors of one rank, from ``start`` to ``end``, in rows that ``build``
     makes. Processes that share rows have one rank in the plan; ``replay`` says by source whether
-    its documents are wanted apart too (empty: none).
+    its documents are wanted apart too (empty: none). ``expect`` is told early of the positions that
+    will be read, and must not wait.
 
     Iterating yields ``StepTensors``; a fault of the reading thread is raised where the step that
     needs the data begins.
@@ -196,10 +203,11 @@ class Feed:
         device: torch.device,
         build: RowBuilder = build_row,
         replay: Sequence[bool] = (),
+        expect: Expect | None = None,
         ahead: int = 4,
     ) -> None:
         self._plan = plan
-        self._read = read
+        self._read, self._expect = read, expect
         self._rank = rank
         self._range = range(start, end)
         self._device = device
@@ -231,17 +239,30 @@ class Feed:
 
     def _work(self) -> None:
         try:
-            for number in self._range:
+            for step in self._planned():
                 if self._stop.is_set():
                     return
-                step = self._plan.step(number)
                 self._queue.put((step, self._rows(step)))
         except BaseException as error:
             self._queue.put(error)
 
+    def _planned(self) -> Iterator[Step]:
+        """The steps; of each, and of those behind it, the samples have been said in advance."""
+        coming: deque[Step] = deque()
+        for number in self._range:
+            coming.append(self._plan.step(number))
+            if self._expect is not None:
+                self._expect(self._wanted(coming[-1]))
+            if len(coming) > EXPECTED:
+                yield coming.popleft()
+        yield from coming
+
+    def _wanted(self, step: Step) -> list[int]:
+        return [position for row in step.rows[self._rank] for position in row]
+
     def _rows(self, step: Step) -> list[RowTensors]:
         mine: tuple[Row, ...] = step.rows[self._rank]
-        wanted = [position for row in mine for position in row]
+        wanted = self._wanted(step)
         samples = dict(zip(wanted, self._read(wanted), strict=True))
 
         def build(by: RowBuilder, row: Row) -> RowTensors:

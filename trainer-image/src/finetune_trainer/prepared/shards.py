@@ -1,14 +1,15 @@
 """Prepared data as later stages read it: samples by position, from memory-mapped shards.
 
 A shard is an Arrow IPC file of one record batch; reading a sample is two look-ups in its offsets
-and a slice, without a copy. Shards are fetched when they are first asked for, checked against the
-manifest, and shared by the processes of a pod.
+and a slice, without a copy. Shards are fetched when they are first asked for, those of a batch
+several at a time, checked against the manifest, and shared by the processes of a pod.
 """
 
 from __future__ import annotations
 
 import fcntl
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from finetune_trainer.failures import DataError
+from finetune_trainer.prepared.fetches import Fetches
 from finetune_trainer.prepared.manifest import DataManifest, read_manifest
 from finetune_trainer.prepared.split import Side
 from finetune_trainer.storage.objects import ObjectStore, file_info
@@ -140,7 +142,7 @@ class PreparedData:
         self._uri = uri
         self._cache = cache
         self._indexes: dict[Side, Index] = {}
-        self._shards: dict[str, _Shard] = {}
+        self._shards = Fetches(lambda name: _map_shard(self._fetch(name)))
         self._classes = {name: number for number, name in enumerate(manifest.classes)}
 
     @classmethod
@@ -180,15 +182,14 @@ class PreparedData:
         the training split keep no text)."""
         return [shard.reference(row) for shard, row in self._rows(split, positions)]
 
-    def _rows(self, split: Side, positions: Sequence[int]) -> list[tuple[_Shard, int]]:
+    def expect(self, split: Side, positions: Sequence[int]) -> list[Future[_Shard]]:
+        """Begin to fetch the shards of samples that will be read; does not wait for them."""
         index, names = self.index(split), self.manifest.shards[split]
-        return [(self._shard(names[index.shard[p]]), int(index.row[p])) for p in positions]
+        return [self._shards.ask(names[index.shard[p]]) for p in positions]
 
-    def _shard(self, name: str) -> _Shard:
-        shard = self._shards.get(name)
-        if shard is None:
-            shard = self._shards[name] = _map_shard(self._fetch(name))
-        return shard
+    def _rows(self, split: Side, positions: Sequence[int]) -> list[tuple[_Shard, int]]:
+        shards, row = self.expect(split, positions), self.index(split).row
+        return [(s.result(), int(row[p])) for s, p in zip(shards, positions, strict=True)]
 
     def _fetch(self, name: str) -> Path:
         """The file in the cache, fetched by the first process of the pod that needs it."""

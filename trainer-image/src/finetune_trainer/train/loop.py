@@ -84,6 +84,7 @@ def take_steps(
         session.plan, lambda positions: session.data.samples("train", positions),
         rank=gang.rank // session.context.size, start=state.step, end=total, device=gang.device,
         build=session.build, replay=session.replay,
+        expect=lambda positions: session.data.expect("train", positions),
     ) as feed:  # fmt: skip
         for batch in feed:
             if state.stopped_early:
