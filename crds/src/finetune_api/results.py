@@ -83,6 +83,9 @@ class Progress(Record):
     """Real tokens trained per second, whole gang."""
     mfu: float | None = None
     """Share of the devices' peak that the arithmetic on real tokens makes, where it is known."""
+    data_wait_share: float | None = None
+    """Share of the steps' time since the last log point for which the first process waited for its
+    data."""
     remaining_seconds: float | None = None
     """Expected time to the end of training."""
     latest_checkpoint: str | None = None

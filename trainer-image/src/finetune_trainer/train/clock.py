@@ -39,6 +39,7 @@ class Clock:
         self.steps_since_commit = 0
         self._tokens = 0
         self._busy = 0.0
+        self._recent = self._recently_waited = 0.0
 
     def step(self, session: Session, batch: StepTensors) -> None:
         """A step has ended."""
@@ -50,6 +51,8 @@ class Clock:
         self.steps_since_commit += 1
         self._tokens += batch.plan.tokens
         self._busy += took
+        self._recent += took
+        self._recently_waited += batch.waited
         lengths = session.plan.lengths[list(batch.plan.samples)]
         self._operations += self._work.training(lengths, batch.plan.supervised)
         telemetry = session.telemetry
@@ -77,6 +80,13 @@ class Clock:
 
     def tokens_per_second(self) -> float:
         return self._tokens / self._busy if self._busy else 0.0
+
+    def take_wait_share(self) -> float:
+        """Share of the time of the steps since this was asked last that was spent waiting for data;
+        it begins anew."""
+        share = min(1.0, self._recently_waited / self._recent) if self._recent else 0.0
+        self._recent = self._recently_waited = 0.0
+        return share
 
     def utilization(self) -> float | None:
         """Share of the peak that the model's arithmetic on real tokens makes (MFU); None where the

@@ -231,6 +231,8 @@ def log(session: Session, state: LoopState, rate: float, norm: Tensor, clock: Cl
     telemetry.learning_rate.set(rate)
     telemetry.gradient_norm.set(point.gradient_norm)
     telemetry.tokens_per_second.set(clock.tokens_per_second())
+    waiting = clock.take_wait_share()
+    telemetry.data_wait.set(waiting)
     if (utilization := clock.utilization()) is not None:
         telemetry.set_utilization(utilization)
     compiled = ""
@@ -245,6 +247,7 @@ def log(session: Session, state: LoopState, rate: float, norm: Tensor, clock: Cl
         epoch=session.plan.visited(state.step) / len(session.plan.lengths),
         remaining_seconds=remaining,
         tokens_per_second=clock.tokens_per_second(), mfu=clock.utilization(),
+        data_wait_share=waiting,
         training_seconds=clock.elapsed(),
     )  # fmt: skip
     if session.gang.first:

@@ -59,6 +59,10 @@ class Telemetry:
         self.step = gauge("step", "Optimizer steps done")
         self.total_steps = gauge("total_steps", "Optimizer steps of the run")
         self.tokens_per_second = gauge("tokens_per_second", "Real tokens trained per second")
+        self.data_wait = gauge(
+            "data_wait_share",
+            "Share of the steps' time since the last log point that was spent waiting for data",
+        )
         self._gauge = gauge
         self._late: dict[str, Gauge] = {}
         self.tokens = counter("tokens", "Real tokens trained, whole gang")

@@ -1,0 +1,99 @@
+"""Where the time of the steps goes, by a clock that the test turns."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from engine import CPU, samples, spec_of
+
+from finetune_trainer.engine import feed as feed_module
+from finetune_trainer.engine.feed import Feed
+from finetune_trainer.engine.flops import Work
+from finetune_trainer.engine.guard import Guard
+from finetune_trainer.engine.plan import Plan
+from finetune_trainer.prepared.shards import TokenSample
+from finetune_trainer.train import clock as clock_module
+from finetune_trainer.train.clock import Clock
+from finetune_trainer.train.loop import log
+from finetune_trainer.train.session import Session
+from finetune_trainer.train.startup import StartupClock
+from finetune_trainer.train.state import LoopState
+from finetune_trainer.train.telemetry import Telemetry
+
+STEPS = 4
+PATIENCE = 60
+"""Seconds after which the test has failed that waits for what will never come."""
+
+
+class Time:
+    """A clock that stands still unless it is turned."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class FeedTime:
+    """The same clock as the feed asks it: before it waits for a step's data, and after."""
+
+    def __init__(self, time: Time) -> None:
+        self._time = time
+        self._asked = 0
+        self.waits = threading.Semaphore(0)
+
+    def perf_counter(self) -> float:
+        now = self._time.now
+        self._asked += 1
+        if self._asked % 2:
+            self.waits.release()
+        return now
+
+
+@pytest.mark.parametrize(("fetching", "share"), [(3.0, 0.75), (0.0, 0.0)], ids=["slow", "there"])
+def test_the_share_of_waiting_for_data_is_told_since_the_last_log_point(
+    monkeypatch: pytest.MonkeyPatch, fetching: float, share: float
+) -> None:
+    """A step computes for a second. A slow store takes three more, all of them waited for; data
+    that is there takes none."""
+    time = Time()
+    asked = FeedTime(time)
+    monkeypatch.setattr(clock_module, "time", time)
+    monkeypatch.setattr(feed_module, "time", asked)
+    made = samples([8] * 16)
+    lengths = np.array([8] * 16)
+    plan = Plan(lengths, lengths // 2, batch_size=4, seed=0, row_tokens=16, ranks=1)
+
+    def read(positions: Sequence[int]) -> list[TokenSample]:
+        if fetching:  # the loop has come to wait for it
+            assert asked.waits.acquire(timeout=PATIENCE)
+            time.now += fetching
+        return [made[p] for p in positions]
+
+    telemetry = Telemetry("1-a", 1, 0, StartupClock(None, None))
+    telemetry.say(total_steps=STEPS)
+    gang = SimpleNamespace(device=CPU, first=False, sum=lambda values: values)
+    session: Any = SimpleNamespace(
+        plan=plan, telemetry=telemetry, gang=gang, spec=spec_of({"type": "Full"}),
+        sources=["a"], guard=Guard(spec_of({"type": "Full"}).training.guard, CPU),
+    )  # fmt: skip
+    clock, state = Clock(Work(0, 0, 0, False, 0), None), LoopState()
+    told = []
+    with Feed(plan, read, rank=0, start=0, end=STEPS, device=CPU) as feed:
+        for batch in feed:
+            time.now += 1.0
+            state.advance(torch.ones(7, dtype=torch.float64), batch.plan.tokens)
+            clock.step(cast(Session, session), batch)
+            if state.step % 2 == 0:
+                log(session, state, 0.1, torch.tensor(1.0), clock)
+                told.append(telemetry.progress.data_wait_share)
+                assert telemetry.registry.get_sample_value("finetune_data_wait_share") == told[-1]
+    assert told == [share, share]
+    assert clock.take_wait_share() == 0.0, "nothing since"
