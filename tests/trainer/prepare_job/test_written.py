@@ -238,6 +238,30 @@ def test_memory_does_not_grow_with_the_data(at: Workplace, monkeypatch: pytest.M
     assert eightfold - once < 7000 * 64
 
 
+def test_conversations_of_other_fields_are_prepared_and_shown(at: Workplace) -> None:
+    def shared(*turns: tuple[str, str]) -> dict[str, Any]:
+        return {"conversations": [{"from": who, "value": text} for who, text in turns]}
+
+    records = [shared(("human", f"What is {i}?"), ("bot", f"It is {i}.")) for i in range(6)]
+    path = at.put("shared.jsonl", lines(*records, shared(("human", "x"), ("robot", "y"))))
+    template = {
+        "name": "Chat",
+        "fields": {"messages": "conversations", "role": "from", "content": "value"},
+        "roles": {"bot": "assistant"},
+    }
+    data = {**ALL, "train": [{"source": path, "template": template}]}
+    order = at.order(data={**data, "quality": {"faultyRecords": "Drop"}})
+    summary, prepared = at.prepare(order)
+    assert summary.train_samples == 6 and summary.dropped == {"UnknownRole": 1}
+    assert prepared.manifest.sets[0].format == "Messages"
+    report = json.loads(at.store.get(f"{summary.uri}/report.json"))
+    (source,) = report["sources"]
+    assert "'conversations[1].from' must be one of" in source["faults"][0]["message"]
+    parts = source["splits"]["train"]["previews"][0]["parts"]
+    learned = [part["text"] for part in parts if part["learned"]]
+    assert len(learned) == 1 and learned[0].startswith("It is ") and "<|im_end|>" in learned[0]
+
+
 # --- reuse ---------------------------------------------------------------------------------------
 
 
