@@ -426,6 +426,15 @@ def test_what_takes_least_is_not_tried_where_it_certainly_does_not_fit() -> None
     assert str(decide(facts, spec, row, GIB - 1).placement) == "FullShard"
 
 
+@pytest.mark.parametrize(("precision", "named"), [("BF16", True), ("PureBF16", False)])
+def test_four_bits_are_not_named_where_weights_are_copied(precision: str, named: bool) -> None:
+    def measure(other: FineTuneJobSpec) -> Facts:
+        return facts_of((1 if other.method.kind.quantizes else 900) * GIB)
+
+    found = alternatives(spec_of(training={"precision": precision}), SAMPLES, 8 * GIB, measure)
+    assert any(one.spec.method.type == "QLoRA" for one in found) == named
+
+
 def test_what_nothing_makes_fit_is_told_so(llama: Path) -> None:
     spec, measure = spec_of(), Rehearsals(llama, 512)
     assert "take a smaller model" in fit(spec, SAMPLES, GIB, measure).warning

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MambaConfig
 from transformers.models.llama import modeling_llama
 
+from finetune_api.optimizers import COPYING
 from finetune_trainer.engine import kernels
 from finetune_trainer.engine.feed import build_row
 from finetune_trainer.engine.layout import row_context
@@ -54,6 +55,10 @@ def test_bfloat16_throughout_keeps_32_bit_weights_and_is_near(tmp_path, method, 
     assert apart(alone, exact) < 0.2
     found = tuned(tmp_path / "gang", 2, sharding, "PureBF16", method)
     assert apart(found, alone) < 0.2
+
+
+def test_the_contract_knows_which_precisions_copy_weights():
+    assert set(COPYING) == {name for name, precision in PRECISIONS.items() if precision.copied}
 
 
 def test_eight_bits_learn_as_more_do():

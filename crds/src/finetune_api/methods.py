@@ -38,7 +38,8 @@ class MethodKind:
     quantizes: bool = False
     """Whether the linear layers of the base are held in 4 bits, which needs a GPU."""
     shards: bool = True
-    """Whether the model can lie in shards on the processes (`compute.sharding`)."""
+    """Whether the model can lie in shards on the processes (`compute.sharding`), and so whether it
+    goes with precisions that copy weights."""
     packs: bool = True
     """Whether documents can share a row: not where each needs virtual tokens before it."""
     recomputes: bool = True

@@ -14,6 +14,9 @@ from finetune_api.base import DecimalString, Model, Rule, is_zero
 from finetune_api.methods import METHODS
 
 OptimizerName = Literal["AdamW", "AdamW8bit", "Adafactor", "Muon"]
+COPYING: Final = ("PureBF16", "FP8")
+"""Values of `training.precision` that compute with copies of weights. Sharding makes the copies,
+also where nothing is sharded: what does not go with shards does not go with these."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,7 @@ class OptimizerKind:
     needs_gpu: bool = False
     """Whether it runs on GPUs alone, by a package that not every trainer image has."""
     shards: bool = True
-    """Whether it goes with a model in shards (`compute.sharding`), and so with precisions that copy
-    weights, which sharding does."""
+    """Whether it goes with a model in shards (`compute.sharding`), and so with COPYING."""
     matrices: bool = False
     """Whether it is for matrices of hidden layers, and useless to methods that train none."""
 
@@ -89,9 +91,9 @@ def optimizer_rules() -> tuple[Rule, ...]:
         ),
         rule(
             [name for name, kind in kinds if not kind.shards],
-            "!(self.training.precision in ['PureBF16', 'FP8'])",
+            f"!(self.training.precision in {json.dumps(COPYING)})",
             "does not go with copies of weights: set training.precision: BF16",
-            lambda spec: spec.training.precision not in ("PureBF16", "FP8"),
+            lambda spec: spec.training.precision not in COPYING,
             "training.precision",
         ),
         rule(

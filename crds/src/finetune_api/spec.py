@@ -26,6 +26,7 @@ from finetune_api.base import (
 from finetune_api.cluster import Compute, FailurePolicy, Prepare, Scheduling
 from finetune_api.methods import METHODS, Method, OutputFormat, methods_for
 from finetune_api.optimizers import (
+    COPYING,
     OPTIMIZERS,
     Anchor,
     OptimizerKind,
@@ -122,7 +123,8 @@ class Training(Model):
     router_aux_loss_coefficient: DecimalString = "0"
     """Weight of the loss that spreads tokens over the experts of a mixture (Fedus et al. 2022,
     arXiv:2101.03961), computed row by row and added to the training loss. Configurations of such
-    models name theirs as `router_aux_loss_coef`."""
+    models name theirs as `router_aux_loss_coef`. It needs rows whole and without padding: not with
+    `compute.contextParallel` above 1 or `compile`."""
     gradient_checkpointing: Literal["Auto", "Always", "Never"] = "Auto"
     """Keep fewer activations and compute them again on the way back: less memory, about a third
     more time. Auto: where the memory of a process does not suffice without (see
@@ -144,6 +146,13 @@ class Training(Model):
             "epochs and maxSteps exclude each other: give one of them",
             lambda t: t.epochs is None or t.max_steps is None,
             ("epochs", "maxSteps"),
+        ),
+        Rule(
+            f"{is_zero('self.routerAuxLossCoefficient')} || !self.compile",
+            "routerAuxLossCoefficient would count the padding that compile adds to rows: set"
+            ' compile to false, or the coefficient to "0"',
+            lambda t: float(t.router_aux_loss_coefficient) == 0 or not t.compile,
+            ("routerAuxLossCoefficient", "compile"),
         ),
     )
 
@@ -299,6 +308,14 @@ class FineTuneJobSpec(Model):
             lambda s: s.method.kind.shards or s.compute.sharding in ("Auto", "NoShard"),
             ("method.type", "compute.sharding"),
         ),
+        Rule(
+            f"!(self.method.type in {json.dumps(_WHOLE)})"
+            f" || !(self.training.precision in {json.dumps(COPYING)})",
+            f"method.type {', '.join(_WHOLE)} does not go with copies of weights: set"
+            " training.precision: BF16, or method.type: LoRA",
+            lambda s: s.method.kind.shards or s.training.precision not in COPYING,
+            ("method.type", "training.precision"),
+        ),
         *optimizer_rules(),
         *anchor_rules(),
         Rule(
@@ -314,6 +331,17 @@ class FineTuneJobSpec(Model):
             " compute.contextParallel: 1",
             lambda s: s.method.kind.packs or s.compute.context_parallel == 1,
             ("method.type", "compute.contextParallel"),
+        ),
+        Rule(
+            f"{is_zero('self.training.routerAuxLossCoefficient')}"
+            " || self.compute.contextParallel == 1",
+            "training.routerAuxLossCoefficient is for the balance of whole rows: set"
+            ' compute.contextParallel: 1, or the coefficient to "0"',
+            lambda s: (
+                float(s.training.router_aux_loss_coefficient) == 0
+                or s.compute.context_parallel == 1
+            ),
+            ("training.routerAuxLossCoefficient", "compute.contextParallel"),
         ),
         Rule(
             "!has(self.training.earlyStopping) || has(self.data.validation)"

@@ -7,6 +7,7 @@ Attention gathers the keys and values of the whole row (with grouped queries the
 of its tensors), takes those that its own queries may see, and gives their gradients back.
 
 The loss is a sum over tokens and the gradient a sum over processes, so nothing else knows of it.
+(The router loss of a mixture of experts is no such sum: the contract keeps it from shared rows.)
 """
 
 from __future__ import annotations
