@@ -1,0 +1,110 @@
+"""The feed of a run that is interrupted and resized: the rows that are really built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import islice
+
+import numpy as np
+from engine import CPU
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune_trainer.engine.feed import Feed, RowTensors, StepTensors, TokenRow
+from finetune_trainer.engine.mixture import Stage
+from finetune_trainer.engine.plan import Plan
+from finetune_trainer.prepared.shards import TokenSample
+
+SAMPLES, BATCH, VISITS = 60, 8, 180
+STEPS = -(-VISITS // BATCH)
+LENGTHS = np.random.default_rng(0).integers(5, 200, SAMPLES)
+SOURCES = np.random.default_rng(1).integers(0, 3, SAMPLES)
+# A token says of which sample it is, and where in it; 0 is padding.
+DOCUMENTS = [
+    TokenSample(np.arange(n, dtype=np.int32) + 256 * (i + 1), np.arange(n) > n // 2)
+    for i, n in enumerate(LENGTHS)
+]
+SUPERVISED = np.array([int(d.supervised.sum()) for d in DOCUMENTS])
+
+Trained = tuple[int, list[int]]
+"""A step, and its samples as their rows have them, in the order of the index."""
+
+
+def read(positions: Sequence[int]) -> list[TokenSample]:
+    return [DOCUMENTS[p] for p in positions]
+
+
+def samples_of(row: RowTensors) -> list[int]:
+    """Samples of a row, after a look at whether each is whole, at its place and rightly learned."""
+    assert isinstance(row, TokenRow)
+    found, start = [], 0
+    ids, places = row.input_ids[0].numpy(), row.position_ids[0].numpy()
+    for span in row.layout.spans:
+        tokens = ids[start : start + span.queries]
+        if tokens[0]:
+            found.append(int(tokens[0]) // 256 - 1)
+            np.testing.assert_array_equal(tokens, DOCUMENTS[found[-1]].ids)
+        np.testing.assert_array_equal(places[start : start + span.queries], np.arange(len(tokens)))
+        start += span.queries
+    learned = [DOCUMENTS[p].ids[DOCUMENTS[p].supervised] for p in found]
+    np.testing.assert_array_equal(row.labels.numpy(), np.concatenate([[], *learned]))
+    np.testing.assert_array_equal(row.sources.numpy(), SOURCES[row.labels.numpy() // 256 - 1])
+    return found
+
+
+def trained(ranks: Sequence[StepTensors]) -> Trained:
+    """What the processes of a gang train in one step."""
+    numbers = {step.plan.number for step in ranks}
+    assert len(numbers) == 1
+    assert len({len(step.rows) for step in ranks}) == 1, "all exchange after each row"
+    return numbers.pop(), sorted(p for step in ranks for row in step.rows for p in samples_of(row))
+
+
+def gang(plan: Plan, start: int, steps: int) -> list[Trained]:
+    """Steps of a gang that dies after them, with others built ahead."""
+    with ExitStack() as stack:
+        feeds = [
+            stack.enter_context(
+                Feed(plan, read, rank=rank, start=start, end=STEPS, device=CPU, ahead=2)
+            )
+            for rank in range(plan.ranks)
+        ]
+        return [trained(ranks) for ranks in islice(zip(*feeds, strict=True), steps)]
+
+
+STAGES = st.lists(
+    st.builds(
+        Stage, st.integers(1, 12),
+        st.none() | st.lists(st.floats(0.1, 1), min_size=3, max_size=3),
+    ),
+    min_size=1,
+    max_size=3,
+)  # fmt: skip
+ATTEMPTS = st.lists(
+    st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(0, 3)), min_size=1, max_size=6
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**31 - 1), stages=STAGES, attempts=ATTEMPTS)
+def test_rows_of_an_interrupted_and_resized_run_are_those_of_an_uninterrupted_one(
+    seed: int, stages: list[Stage], attempts: list[tuple[int, int, int]]
+) -> None:
+    """Each attempt has a size, makes some steps, and loses the last ones that it had not kept."""
+
+    def plan(ranks: int) -> Plan:
+        return Plan(
+            LENGTHS, SUPERVISED, batch_size=BATCH, seed=seed, row_tokens=256, ranks=ranks,
+            sources=SOURCES, stages=stages, visits=VISITS,
+        )  # fmt: skip
+
+    whole = plan(1)
+    expected = gang(whole, 0, STEPS)
+    assert expected == [(n, sorted(whole.samples(n).tolist())) for n in range(STEPS)]
+    kept: list[Trained] = []
+    for size, steps, lost in attempts:
+        kept += gang(plan(size), len(kept), steps)
+        del kept[max(len(kept) - lost, 0) :]
+    kept += gang(plan(attempts[0][0]), len(kept), STEPS)
+    assert kept == expected
