@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedModel
 
 from finetune_api.spec import FineTuneJobSpec, parse_spec
 from finetune_trainer.engine import packed
@@ -27,6 +27,18 @@ def tiny_llama(seed: int = 0, **changes: object) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(LlamaConfig(**options))
     model.config.use_cache = False
     model.set_attn_implementation(packed.ATTENTION)
+    return model
+
+
+def tiny_mixtral() -> PreTrainedModel:
+    """A two-layer mixture of four experts, held in two tensors, with random weights."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
 
 

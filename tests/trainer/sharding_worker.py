@@ -1,25 +1,27 @@
-"""A few steps of a small gang, by any method, sharding and optimizer: what test_sharding and
-test_optimizers compare."""
+"""A few steps of a small gang, by any method, sharding, precision and optimizer: what
+test_sharding, test_precision and test_optimizers compare."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from engine import CPU, samples, tiny_llama
+from engine import CPU, samples, tiny_llama, tiny_mixtral
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from finetune_api.spec import parse_spec
 from finetune_trainer.engine import gang as gangs
 from finetune_trainer.engine.base import BaseFiles
 from finetune_trainer.engine.dcp import load_state, save_state, state_of
-from finetune_trainer.engine.feed import Feed
+from finetune_trainer.engine.feed import Feed, StaticShape, build_row
 from finetune_trainer.engine.guard import Guard
+from finetune_trainer.engine.loss import evaluating
 from finetune_trainer.engine.memory import Placement
 from finetune_trainer.engine.model import TEXT
 from finetune_trainer.engine.optimizers import make_optimizers
@@ -32,18 +34,23 @@ from finetune_trainer.train.step import optimizer_step
 from finetune_trainer.train.tuned import open_model
 
 LENGTHS = [30, 24, 41, 18, 33, 27]
+ROW = 45
 
 
 def tune(
     rank: int, size: int, port: int, method: dict[str, Any], sharding: Any, folder: str,
     training: Mapping[str, Any] = MappingProxyType({}), start: int = 0, end: int = 2,
-    commit: str | None = None,
+    commit: str | None = None, checkpointing: bool = False, experts: bool = False,
+    apart: bool = False,
 ) -> None:  # fmt: skip
     """Train some steps, from ``commit`` on where one is given, and write the trained weights and
-    one greedy answer to a file, and the state beside it."""
+    one greedy answer to a file, and the state beside it. ``experts``: of a mixture of them;
+    ``apart``: with a row for each document, so that rows are the same in gangs of any size.
+    Of a HybridShard, half the processes are a node."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "LOCAL_WORLD_SIZE": str(size // 2 if sharding == "HybridShard" else size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
     spec = parse_spec(
@@ -57,9 +64,10 @@ def tune(
     )
     gang = gangs.join(spec.training)
     base = BaseFiles(Base(spec.model, ()), Path(folder) / "base", None)
-    gang.from_first(lambda: tiny_llama().save_pretrained(base.folder))
+    untuned = tiny_mixtral if experts else tiny_llama
+    gang.from_first(lambda: untuned().save_pretrained(base.folder))
     opened = open_model(
-        spec, base, Weights.of_folder(base.folder), gang, Placement(sharding, False),
+        spec, base, Weights.of_folder(base.folder), gang, Placement(sharding, checkpointing),
         PRECISIONS[spec.training.precision], TEXT,
     )  # fmt: skip
     model, loss, module = opened.model, opened.loss, opened.module
@@ -67,8 +75,8 @@ def tune(
     lengths = np.array(LENGTHS)
     supervised = np.array([int(s.supervised.sum()) for s in documents])
     plan = Plan(
-        lengths, supervised, batch_size=3, seed=0, row_tokens=45, ranks=size,
-        packing="Concatenated" if spec.method.kind.packs else "Alone",
+        lengths, supervised, batch_size=3, seed=0, row_tokens=ROW, ranks=size,
+        packing="Alone" if apart else opened.packing,
     )  # fmt: skip
     session: Any = SimpleNamespace(
         gang=gang, plan=plan, module=module, spec=spec, guard=Guard(spec.training.guard, CPU),
@@ -78,13 +86,14 @@ def tune(
     read = lambda positions: [documents[p] for p in positions]  # noqa: E731
     if commit is not None:
         load_state(FileSystemReader(commit), model, session.optimizers, gang.control)
-    with Feed(plan, read, rank=rank, start=start, end=end, device=CPU) as feed:
+    shape = StaticShape(ROW, max(LENGTHS)) if spec.training.compile else None
+    build = partial(build_row, shape=shape)
+    with Feed(plan, read, rank=rank, start=start, end=end, device=CPU, build=build) as feed:
         for batch in feed:
             optimizer_step(session, batch, 1e-2)
     state = state_of(model, session.optimizers)
     save_state(FileSystemWriter(Path(folder) / "commit"), state, gang.control)
-    loss.eval()
-    with torch.no_grad(), root_gathered(loss):
+    with evaluating(loss), torch.no_grad(), root_gathered(loss):
         answer = model.generate(
             input_ids=torch.tensor([[3, 5, 7, 9]]), do_sample=False, max_new_tokens=4,
             synced_gpus=size > 1,

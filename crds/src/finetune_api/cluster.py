@@ -90,7 +90,7 @@ class Compute(Model):
     of a node share one copy. FullShard: all share one (both FSDP). Auto: the first of them in which
     the training fits the memory of a process, by the estimate that prepare prints, each without
     gradient checkpointing and then with it; where it fits in none, what takes least. The result is
-    the same."""
+    the same, but for what `training.precision: BF16` rounds."""
     gpu_memory: Quantity | None = None
     """Memory of each GPU, e.g. 80Gi: before a GPU is held, prepare then says what would fit where
     the training may not, and refuses it where weights, gradients, optimizer and anchors alone take

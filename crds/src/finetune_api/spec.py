@@ -116,7 +116,8 @@ class Training(Model):
     max_grad_norm: DecimalString = "1.0"
     """Largest norm of the gradient; a larger one is scaled down. "0" switches clipping off."""
     precision: Literal["Auto", "BF16", "PureBF16", "FP8", "FP32"] = "Auto"
-    """Arithmetic of the model. BF16: matrix products in bfloat16 (autocast) over 32-bit weights.
+    """Arithmetic of the model. BF16: matrix products in bfloat16 (autocast) over 32-bit weights; in
+    shards (`compute.sharding`), where weights are gathered in bfloat16, the same as PureBF16.
     PureBF16: all in bfloat16, by copies of 32-bit weights: faster, and a little less exact. FP8: as
     PureBF16, with linear layers in 8 bits (Ada, Hopper or newer; best with compile). What is
     trained is kept in 32 bits with each. Auto: BF16 on a GPU, FP32 on a CPU."""

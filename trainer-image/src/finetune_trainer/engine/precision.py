@@ -1,7 +1,7 @@
 """Arithmetic of the model: in which numbers it computes, and in which its weights are kept.
 
     FP32      32 bits throughout
-    BF16      weights in 32 bits, matrix products in bfloat16 (autocast)
+    BF16      weights in 32 bits, matrix products in bfloat16 (autocast); in shards as PureBF16
     PureBF16  all in bfloat16, with copies of weights that are kept, and changed, in 32 bits
     FP8       as PureBF16, linear layers of the blocks in 8 bits with a scale for each tensor
 
