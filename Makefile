@@ -52,6 +52,7 @@ verify: install ## Fail where a generated file is stale
 bench: install ## Speed beside TRL, of preparing beside datasets.map, of planning and resuming, of commits; printed
 	$(BIN)/python benchmarks/tokens_per_second.py
 	$(BIN)/python benchmarks/prepare.py
+	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/plan_and_resume.py
 	$(BIN)/python benchmarks/checkpoint_stall.py
 	$(BIN)/python benchmarks/scaling.py

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_trainer.engine.mixture import Stage
-from finetune_trainer.engine.plan import Plan, cost, pack, pack_all, pack_padded, pack_singly
+from finetune_trainer.engine.plan import (
+    Plan,
+    cost,
+    pack,
+    pack_all,
+    pack_padded,
+    pack_singly,
+    uniform_row,
+)  # fmt: skip
 
 lengths_of = st.lists(st.integers(1, 300), min_size=0, max_size=60)
 
@@ -146,3 +154,26 @@ def test_padded_rows_are_even_over_the_ranks():
 def test_one_pass_over_a_set_covers_it(lengths, ranks):
     dealt = pack_all(np.array(lengths, dtype=np.int64), 300, ranks)
     assert sorted(i for rank in dealt for row in rank for i in row) == list(range(len(lengths)))
+
+
+@pytest.mark.parametrize(
+    ("batch", "ranks", "least"), [(32, 1, 0.85), (32, 8, 0.5), (128, 2, 0.85), (512, 8, 0.9)]
+)
+def test_rows_of_one_size_are_mostly_full(batch, ranks, least):
+    draw = np.random.default_rng(1)
+    lengths = np.clip(draw.lognormal(4.0, 0.6, 4000).astype(int), 8, 500)
+    options = {"batch_size": batch, "seed": 0, "row_tokens": 2048, "ranks": ranks}
+    p = Plan(lengths, lengths // 2, **options)
+    steps = 4000 // batch
+
+    def share(row: int) -> float:
+        p.row_tokens = row
+        made = [p.step(step) for step in range(steps)]
+        rows = sum(len(rows) for step in made for rows in step.rows)
+        return sum(step.tokens for step in made) / (row * rows)
+
+    whole = share(2048)
+    p.row_tokens = 2048
+    row = uniform_row(p, steps)
+    assert lengths.max() <= row <= 2048 and row == uniform_row(p, steps)
+    assert share(row) > max(whole, least), whole

@@ -28,6 +28,12 @@ not at all."""
 # Length at which attention costs as much as all that is linear in the length. It only steers the
 # balance between ranks; measured on Llama shapes it lies between 4k (small) and 30k (7B).
 _QUADRATIC_LENGTH = 8192
+_TRIED_STEPS: Final = 16
+_TRIED_ROWS: Final = 8
+_WORTH_IT: Final = 0.995
+"""Short rows multiply smaller matrices: they must save that much to be better."""
+_MULTIPLE: Final = 16
+"""Sizes of rows are multiples of this, for kernels and for processes that share them."""
 
 
 def cost(length: int) -> float:
@@ -180,6 +186,32 @@ class Plan:
             supervised=int(self.supervised[positions].sum()),
             tokens=int(sum(lengths)),
         )
+
+
+def uniform_row(plan: Plan, steps: int) -> int:
+    """The size, in tokens, that rows should have if all must have one (for a compiler): that of
+    which least is padding, of rows no longer than the plan's and some times shorter.
+
+    Tried on some steps of the run, so alike wherever the run is gone on with by as many ranks.
+    """
+    some = np.unique(np.linspace(0, steps - 1, _TRIED_STEPS).astype(np.int64)).tolist()
+    sizes = [plan.lengths[plan.samples(step)].tolist() for step in some]
+    totals = [sum(step) / plan.ranks for step in sizes]
+    longest = int(plan.lengths.max())
+
+    def padded(row: int) -> int:
+        return row * sum(len(pack(step, row, plan.ranks)[0]) for step in sizes)
+
+    best, least = plan.row_tokens, padded(plan.row_tokens) * _WORTH_IT
+    fewest = -(-int(max(totals)) // plan.row_tokens)
+    for rows in range(fewest, fewest + _TRIED_ROWS):
+        for share in (0.75, 0.9, 1.0):
+            for slack in (1.0, 1.02):
+                wanted = float(np.quantile(totals, share)) * slack / rows
+                row = max(longest, -(-int(wanted + 1) // _MULTIPLE) * _MULTIPLE)
+                if row < plan.row_tokens and (found := padded(row)) < least:
+                    best, least = row, found * _WORTH_IT
+    return best
 
 
 def pack_singly(lengths: Sequence[int], capacity: int, ranks: int) -> list[list[list[int]]]:

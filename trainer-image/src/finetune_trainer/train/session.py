@@ -30,7 +30,7 @@ from finetune_trainer.engine.memorywords import table
 from finetune_trainer.engine.model import load_tokenizer, purpose_of
 from finetune_trainer.engine.optimizers import Optimizers, make_optimizers
 from finetune_trainer.engine.parameters import Parameters
-from finetune_trainer.engine.plan import Plan
+from finetune_trainer.engine.plan import Plan, uniform_row
 from finetune_trainer.engine.precision import precision_of
 from finetune_trainer.engine.quantized import check_device
 from finetune_trainer.engine.rehearsals import Rehearsals
@@ -161,9 +161,11 @@ def open_session(
         seed=spec.training.seed, row_tokens=row_tokens, ranks=gang.size // context.size,
         packing=tuned.packing,
     )  # fmt: skip
+    shape = None
+    if spec.training.compile and tuned.packing == "Concatenated":
+        plan.row_tokens = uniform_row(plan, steps_of(spec, len(index)))
+        shape = StaticShape(plan.row_tokens, longest)
     telemetry.reached("data")
-    static = spec.training.compile and tuned.packing == "Concatenated"
-    shape = StaticShape(row_tokens, longest) if static else None
     device_peak = peak(gang.device)
     gang_peak = device_peak and device_peak * gang.size
     trained = [p for p in tuned.model.parameters() if p.requires_grad]

@@ -1,0 +1,83 @@
+"""How full rows are, and how evenly ranks are loaded, over an epoch of real data.
+
+    python benchmarks/packing.py [data.jsonl …] [--row 2048] [--vocabulary 8192]
+
+The texts of a record's fields, one after another, are a document; a byte-level BPE is learned of
+the data itself. Without data, lengths are drawn as for the other benchmarks. "compiled" is the
+share of real tokens in what is computed where rows have one size (training.compile); else rows are
+as long as their documents, and nothing but real tokens is computed. "even" is what the ranks' rows
+cost on average beside the dearest rank's, which the others wait for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.trainers import BpeTrainer
+from trainers import SHAPES, documents
+
+from finetune_trainer.engine.mixture import Ints
+from finetune_trainer.engine.plan import Plan, cost, uniform_row
+
+
+def texts(path: Path) -> Iterator[str]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        yield "\n".join(str(value) for value in json.loads(line).values())
+
+
+def lengths_of(path: Path, vocabulary: int) -> Ints:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    trainer = BpeTrainer(vocab_size=vocabulary, show_progress=False)
+    documents = list(texts(path))
+    tokenizer.train_from_iterator(documents, trainer)
+    return np.array([len(e.ids) + 1 for e in tokenizer.encode_batch(documents)])
+
+
+def figures(lengths: Ints, batch: int, row: int, ranks: int) -> tuple[float, float]:
+    """Fill of compiled rows, and evenness of the ranks, means over the tokens of an epoch."""
+    real = computed = worked = waited = 0.0
+    plan = Plan(
+        lengths,
+        lengths // 2,
+        batch_size=batch,
+        seed=0,
+        row_tokens=row,
+        ranks=ranks,
+        visits=len(lengths),
+    )
+    steps = -(-len(lengths) // batch)
+    plan.row_tokens = row = uniform_row(plan, steps)
+    for step in map(plan.step, range(steps)):
+        real += step.tokens
+        computed += row * sum(len(rows) for rows in step.rows)
+        costs = [sum(cost(int(lengths[i])) for r in rows for i in r) for rows in step.rows]
+        worked += sum(costs)
+        waited += max(costs) * ranks
+    return real / computed, worked / waited
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", nargs="*", type=Path)
+    parser.add_argument("--row", type=int, default=2048)
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    options = parser.parse_args()
+    drawn = np.array([len(sample.ids) for sample in documents(4000, SHAPES["8M"])])
+    sets = {str(path): lengths_of(path, options.vocabulary) for path in options.data}
+    for name, lengths in (sets or {"drawn": drawn}).items():
+        median, longest = int(np.median(lengths)), lengths.max()
+        print(f"{name}: {len(lengths)} documents, median {median} tokens, longest {longest}")
+        for ranks in (1, 8):
+            for batch in (32, 128, 512):
+                compiled, even = figures(lengths, batch, options.row, ranks)
+                print(f"  {ranks} ranks, {batch} a step: compiled {compiled:.1%}, even {even:.2%}")
+
+
+if __name__ == "__main__":
+    main()
