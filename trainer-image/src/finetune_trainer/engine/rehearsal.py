@@ -9,6 +9,7 @@ seconds and next to no memory.
 from __future__ import annotations
 
 import logging
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final
@@ -39,6 +40,8 @@ from finetune_trainer.prepared.shards import TokenSample
 
 log = logging.getLogger(__name__)
 
+_ALONE: Final = threading.Lock()
+"""Making a model changes torch's default dtype for a moment, in all threads."""
 _FOUR_BITS: Final = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight in 4 bits, with its share of the constants (Dettmers et al. 2023)."""
 
@@ -54,6 +57,11 @@ def rehearse(path: Path, spec: FineTuneJobSpec, max_length: int) -> Facts:
         UserError: where the spec's method, losses or parallelism do not fit the model, naming what
             would.
     """
+    with _ALONE:
+        return _facts(path, spec, max_length)
+
+
+def _facts(path: Path, spec: FineTuneJobSpec, max_length: int) -> Facts:
     precision = precision_of(spec.training, spec.compute.gpus_per_node > 0)
     model = _Model(path, spec, precision)
     weights = model.weights()
