@@ -5,7 +5,8 @@
 What a method adds is drawn on the hollow model as on a whole one, so a run begins alike however it
 lies. Which bytes of which tensor become a shard is transformers' business: it renames, joins and
 cuts what checkpoints hold as it does for whole models. It is asked for one block after another, so
-that a process has no more in memory than its shards and those of one block a second time.
+that a process has no more in memory than its shards and those of one block a second time. A block
+that it would cut otherwise than FSDP does is read whole, and cut here.
 """
 
 from __future__ import annotations

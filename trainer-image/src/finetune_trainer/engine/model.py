@@ -254,7 +254,7 @@ def _in_32_bits(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], b
 
 def _check_ties(model: PreTrainedModel) -> None:
     """Refuse weights whose head is not the embedding that the configuration says it is."""
-    if not model.config.get_text_config().tie_word_embeddings:
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         return
     known: Any = model
     there = [known.get_input_embeddings(), known.get_output_embeddings()]
