@@ -125,13 +125,20 @@ class _Attended(torch.autograd.Function):
         return attended
 
 
-def rehearsed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any
-) -> tuple[Tensor, None]:
-    """Attention as transformers calls it, without its arithmetic."""
-    query, key, value = as_computed(query, key, value)
-    if _keys is not None:
-        _keys.add(key)
-        _keys.add(value)
-    attended: Tensor = _Attended.apply(query, key, value)
-    return attended, None
+def rehearsed_attention(on_gpu: bool) -> Any:
+    """Attention as transformers calls it, without its arithmetic; on a CPU it is in 32 bits."""
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[Tensor, None]:
+        query, key, value = as_computed(query, key, value)
+        if _keys is not None:
+            _keys.add(key)
+            _keys.add(value)
+        kind = query.dtype
+        if not on_gpu:
+            query, key, value = query.float(), key.float(), value.float()
+        attended: Tensor = _Attended.apply(query, key, value)
+        return attended.to(kind), None
+
+    return attention

@@ -130,7 +130,7 @@ class _Model:
         self._halved = precision.halved
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._spec = spec
-        packed.register(ATTENTION, rehearsed_attention)
+        packed.register(ATTENTION, rehearsed_attention(spec.compute.gpus_per_node > 0))
         task = TASKS[spec.task]
         # How many classes there are is known with the data, and makes no difference.
         classes = () if spec.kind.generates else ("0", "1")
