@@ -4,8 +4,9 @@
 
 The texts of a record's fields, one after another, are a document; a byte-level BPE is learned of
 the data itself. Without data, lengths are drawn as for the other benchmarks. "compiled" is the
-share of real tokens in what is computed where rows have one size (training.compile); else rows are
-as long as their documents, and nothing but real tokens is computed. "even" is what the ranks' rows
+share of real tokens in what is computed where rows have one size (training.compile), and behind it
+what it would be in rows of the most tokens; else rows are as long as their documents, and nothing
+but real tokens is computed. "even" is what the ranks' rows
 cost on average beside the dearest rank's, which the others wait for.
 """
 
@@ -39,27 +40,29 @@ def lengths_of(path: Path, vocabulary: int) -> Ints:
     return np.array([len(e.ids) + 1 for e in tokenizer.encode_batch(documents)])
 
 
-def figures(lengths: Ints, batch: int, row: int, ranks: int) -> tuple[float, float]:
-    """Fill of compiled rows, and evenness of the ranks, means over the tokens of an epoch."""
-    real = computed = worked = waited = 0.0
+def figures(lengths: Ints, batch: int, row: int, ranks: int) -> tuple[float, float, float]:
+    """Fill of compiled rows as they are chosen, and of rows of the most tokens; evenness of the
+    ranks: means over the tokens of an epoch."""
     plan = Plan(
-        lengths,
-        lengths // 2,
-        batch_size=batch,
-        seed=0,
-        row_tokens=row,
-        ranks=ranks,
+        lengths, lengths // 2, batch_size=batch, seed=0, row_tokens=row, ranks=ranks,
         visits=len(lengths),
-    )
+    )  # fmt: skip
     steps = -(-len(lengths) // batch)
-    plan.row_tokens = row = uniform_row(plan, steps)
+    widest = fill(plan, steps)
+    plan.row_tokens = uniform_row(plan, steps)
+    worked = waited = 0.0
     for step in map(plan.step, range(steps)):
-        real += step.tokens
-        computed += row * sum(len(rows) for rows in step.rows)
         costs = [sum(cost(int(lengths[i])) for r in rows for i in r) for rows in step.rows]
         worked += sum(costs)
         waited += max(costs) * ranks
-    return real / computed, worked / waited
+    return fill(plan, steps), widest, worked / waited
+
+
+def fill(plan: Plan, steps: int) -> float:
+    """Share of real tokens in an epoch's rows, each as long as a row may be."""
+    done = [plan.step(i) for i in range(steps)]
+    rows = sum(len(rows) for step in done for rows in step.rows)
+    return sum(step.tokens for step in done) / (rows * plan.row_tokens)
 
 
 def main() -> None:
@@ -75,8 +78,11 @@ def main() -> None:
         print(f"{name}: {len(lengths)} documents, median {median} tokens, longest {longest}")
         for ranks in (1, 8):
             for batch in (32, 128, 512):
-                compiled, even = figures(lengths, batch, options.row, ranks)
-                print(f"  {ranks} ranks, {batch} a step: compiled {compiled:.1%}, even {even:.2%}")
+                compiled, widest, even = figures(lengths, batch, options.row, ranks)
+                print(
+                    f"  {ranks} ranks, {batch} a step: compiled {compiled:.1%}"
+                    f" (in rows of {options.row}: {widest:.1%}), even {even:.2%}"
+                )
 
 
 if __name__ == "__main__":

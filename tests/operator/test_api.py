@@ -140,7 +140,8 @@ def walk_to_training(job: Job, **more: Any) -> None:
 def test_from_apply_to_complete(job: Job, operator: OperatorProcess) -> None:
     walk_to_training(job)
     assert job.status["prepared"]["trainSamples"] == 90
-    start = {"seconds": {"import": 2.0, "step": 1.0}, "fromStep": 0, "firstStep": time.time()}
+    later = time.time() + 60  # its pods are started when they are ended, below
+    start = {"seconds": {"import": 2.0, "step": 1.0}, "fromStep": 0, "firstStep": later}
     job.end("train", count=2, trained=TRAINED | {"startup": start})
     job.end("publish", published=PUBLISHED)
     job.reach("Complete")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +22,6 @@ from finetune_trainer.engine.precision import PRECISIONS
 from finetune_trainer.engine.sharding import whole
 from finetune_trainer.storage.objects import Credentials, ObjectInfo, ObjectStore
 from finetune_trainer.storage.published import Base
-from finetune_trainer.storage.weights import Weights
 from finetune_trainer.train.tuned import open_model
 
 
@@ -58,10 +59,10 @@ def fill(
         }
     )
     gang = gangs.join(spec.training)
+    stores: Any = SimpleNamespace(of=lambda access: store)
     opened = open_model(
-        spec, BaseFiles(Base(spec.model, ()), Path(folder), None),
-        Weights.of_objects(store, objects), gang, Placement(sharding, False), PRECISIONS["FP32"],
-        TEXT,
+        spec, BaseFiles(Base(spec.model, ()), Path(folder), None, tuple(objects)), stores, gang,
+        Placement(sharding, False), PRECISIONS["FP32"], TEXT,
     )  # fmt: skip
     model = opened.model
     found = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}

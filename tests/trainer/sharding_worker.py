@@ -29,10 +29,11 @@ from finetune_trainer.engine.plan import Plan
 from finetune_trainer.engine.precision import PRECISIONS
 from finetune_trainer.engine.sharding import root_gathered, whole
 from finetune_trainer.storage.published import Base
-from finetune_trainer.storage.weights import Weights
 from finetune_trainer.train.step import optimizer_step
 from finetune_trainer.train.tuned import open_model
 
+NO_STORES: Any = None
+"""The model lies in a folder."""
 LENGTHS = [30, 24, 41, 18, 33, 27]
 ROW = 45
 
@@ -67,7 +68,7 @@ def tune(
     untuned = tiny_mixtral if experts else tiny_llama
     gang.from_first(lambda: untuned().save_pretrained(base.folder))
     opened = open_model(
-        spec, base, Weights.of_folder(base.folder), gang, Placement(sharding, checkpointing),
+        spec, base, NO_STORES, gang, Placement(sharding, checkpointing),
         PRECISIONS[spec.training.precision], TEXT,
     )  # fmt: skip
     model, loss, module = opened.model, opened.loss, opened.module

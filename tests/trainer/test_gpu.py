@@ -31,7 +31,6 @@ from finetune_trainer.engine.optimizers import make_optimizers
 from finetune_trainer.engine.plan import Plan
 from finetune_trainer.engine.precision import check_fp8, precision_of, use_fp8
 from finetune_trainer.storage.published import Base
-from finetune_trainer.storage.weights import Weights
 from finetune_trainer.train.step import optimizer_step
 from finetune_trainer.train.tuned import TunedModel, open_model
 
@@ -127,6 +126,10 @@ def test_eight_bits_are_near() -> None:
     torch.testing.assert_close(losses(model), plain, rtol=0.1, atol=0.1)
 
 
+NO_STORES: Any = None
+"""The model lies in a folder."""
+
+
 class Course:
     """A few steps of a model that is opened as the gang does."""
 
@@ -135,7 +138,7 @@ class Course:
         files = BaseFiles(Base(spec.model, ()), folder, None)
         self.spec, self.gang = spec, join(spec.training)
         self.opened: TunedModel = open_model(
-            spec, files, Weights.of_folder(folder), self.gang, Placement("NoShard", False),
+            spec, files, NO_STORES, self.gang, Placement("NoShard", False),
             precision_of(spec.training, True), TEXT,
         )  # fmt: skip
         self.optimizers = make_optimizers(self.opened.model, spec)

@@ -7,7 +7,7 @@ directions without reaching another document. The plan puts documents of like le
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,6 @@ from finetune_trainer.engine.feed import RowTensors
 from finetune_trainer.engine.layout import RowLayout, offsets_of
 from finetune_trainer.engine.loss import RowLosses
 from finetune_trainer.engine.transfer import on_device
-from finetune_trainer.failures import UserError
 from finetune_trainer.prepared.shards import TokenSample
 
 
@@ -152,41 +151,12 @@ def has_head(config: PreTrainedConfig, classes: Sequence[str]) -> bool:
     return has_one and [names.get(i) for i in range(len(names))] == list(classes)
 
 
-def settle_head(model: PreTrainedModel, loading: dict[str, Any], keep: bool) -> None:
-    """Check that all but the head was loaded, and draw what gives the classes anew unless it is
-    to be kept.
-
-    Args:
-        loading: what transformers says of the loading.
-
-    Raises:
-        UserError: 'IncompleteModel' where the checkpoint lacks other weights.
-    """
-    head = tuple(f"{name}." for name in head_names(model))
-    mismatched = [key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]]
-    absent = sorted({*loading["missing_keys"], *mismatched})
-    lacking = [name for name in absent if not name.startswith(head)]
-    check_complete(model, lacking)
-    if keep:
-        return
-    for name in head:
-        for module in model.get_submodule(name[:-1]).modules():
+def draw_head(model: PreTrainedModel) -> None:
+    """Draw what gives the classes anew."""
+    for name in head_names(model):
+        for module in model.get_submodule(name).modules():
             weights = list(module.parameters(recurse=False))
             if weights and all(len(w) == model.config.num_labels for w in weights):
                 for weight in weights:
                     weight.__dict__.pop("_is_hf_initialized", None)
                 model._init_weights(module)  # type: ignore[no-untyped-call]
-
-
-def check_complete(model: PreTrainedModel, lacking: Collection[str]) -> None:
-    """Refuse weights that lack some of the model.
-
-    Raises:
-        UserError: 'IncompleteModel'.
-    """
-    if lacking:
-        raise UserError(
-            "IncompleteModel",
-            f"spec.model: the weights do not hold {', '.join(sorted(lacking)[:5])} of a"
-            f" {type(model).__name__}; give a model of the architecture that config.json names",
-        )

@@ -1,18 +1,19 @@
 """Tensors of zeros that take no memory: what stands for weights that are read later, or elsewhere.
 
 Unlike those of the meta device they are real ones, so what is made beside them is made on the CPU,
-and FSDP cuts shards from them. They lie in pages that nobody writes to, and all in the same.
+and FSDP cuts shards from them. They lie in pages that nobody writes to, and all in the same. What
+takes their place in a model later is put there by name.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _rooms: Final[list[Tensor]] = []
 """Bytes of zero, the most last. Private pages take no memory while they are only read."""
@@ -36,3 +37,27 @@ def is_hollow(values: Tensor) -> bool:
 def widened(values: Tensor) -> Tensor:
     """The same in float32."""
     return hollow(values.shape, torch.float32) if is_hollow(values) else values.float()
+
+
+def replace_parameters(model: nn.Module, make: Callable[[str, nn.Parameter], nn.Parameter]) -> None:
+    """Put what ``make`` gives in the place of each parameter, by its first name; parameters that
+    are shared stay so."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter not in made:
+                made[parameter] = make(f"{path}.{name}".removeprefix("."), parameter)
+            setattr(module, name, made[parameter])
+
+
+def make_solid(model: nn.Module, device: torch.device) -> None:
+    """Give the parameters of a hollow model memory on a device."""
+    replace_parameters(
+        model, lambda _, p: nn.Parameter(torch.zeros_like(p, device=device), p.requires_grad)
+    )
+
+
+def put_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter in the place of the one of a name."""
+    path, _, own = name.rpartition(".")
+    setattr(model.get_submodule(path), own, parameter)

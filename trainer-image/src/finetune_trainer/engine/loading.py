@@ -34,14 +34,8 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.engine.classification import check_complete
-from finetune_trainer.engine.model import (
-    CPU,
-    empty_base,
-    not_tied,
-    put_parameter,
-    replace_parameters,
-)
+from finetune_trainer.engine.hollow import put_parameter, replace_parameters
+from finetune_trainer.engine.model import CPU, check_complete, empty_base, not_tied
 from finetune_trainer.engine.sharding import held
 from finetune_trainer.failures import UserError
 from finetune_trainer.storage.weights import Slice, Weights
@@ -161,9 +155,11 @@ class _Filling:
         """Whether transformers cuts shards of a block as FSDP does. It cuts the tensors of a
         checkpoint before it joins or splits them: experts that are joined to one tensor are dealt
         whole, but rows of what else changes its first dimension would be others'."""
-        renamings = [c for c in self._conversions if isinstance(c, WeightRenaming)]
         converters = [c for c in self._conversions if isinstance(c, WeightConverter)]
         operations = {pattern: c.operations for c in converters for pattern in c.source_patterns}
+        if all(map(_joins_experts, operations.values())):
+            return True
+        renamings = [c for c in self._conversions if isinstance(c, WeightRenaming)]
         there, prefix = self._sharded.state_dict(), self._sharded.base_model_prefix
         found = {rename_source_key(n, renamings, converters, prefix, there)[1] for n in block}
         return all(_joins_experts(operations[pattern]) for pattern in found if pattern)

@@ -6,7 +6,7 @@ in publish, so there is one way in which a spec becomes a model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +28,8 @@ from transformers.core_model_loading import build_glob_alternation
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.tasks import TaskName
 from finetune_trainer.engine import packed
-from finetune_trainer.engine.classification import (
-    check_complete,
-    has_head,
-    name_classes,
-    settle_head,
-)
-from finetune_trainer.engine.hollow import hollow
+from finetune_trainer.engine.classification import draw_head, has_head, name_classes
+from finetune_trainer.engine.hollow import hollow, replace_parameters
 from finetune_trainer.engine.pissa import is_kept
 from finetune_trainer.engine.quantized import four_bits
 from finetune_trainer.engine.tasks import TASKS
@@ -139,10 +134,13 @@ def load_base(
             None, config=config, state_dict=dict(weights), dtype=dtype, output_loading_info=True,
             ignore_mismatched_sizes=bool(purpose.classes), **place,
         )  # fmt: skip
-    if purpose.classes:
-        settle_head(model, loading, keep=not is_drawn(path, purpose))
-    else:
-        check_complete(model, set(loading["missing_keys"]) & dict(model.named_parameters()).keys())
+    absent = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
+    head = tuple(f"{name}." for name in TASKS[purpose.task].head(model))
+    check_complete(
+        model, [n for n, _ in model.named_parameters() if n in absent and not n.startswith(head)]
+    )
+    if is_drawn(path, purpose):
+        draw_head(model)
     _check_ties(model)
     return _settled(model, path, own, purpose, pack)
 
@@ -194,38 +192,15 @@ def empty_base(
     return model
 
 
-def replace_parameters(model: nn.Module, make: Callable[[str, nn.Parameter], nn.Parameter]) -> None:
-    """Put what ``make`` gives in the place of each parameter, by its first name; parameters that
-    are shared stay so."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if parameter not in made:
-                made[parameter] = make(f"{path}.{name}".removeprefix("."), parameter)
-            setattr(module, name, made[parameter])
-
-
-def make_solid(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """Give the parameters of a hollow model memory on a device."""
-    replace_parameters(
-        model, lambda _, p: nn.Parameter(torch.zeros_like(p, device=device), p.requires_grad)
-    )
-    return model
-
-
-def put_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Put a parameter in the place of the one of a name."""
-    path, _, own = name.rpartition(".")
-    setattr(model.get_submodule(path), own, parameter)
-
-
 def make_room(model: nn.Module) -> None:
     """Give the parameters of an empty model that commits hold (uninitialised) memory on the CPU."""
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if is_kept(f"{path}.{name}", parameter):
-                room = torch.empty_like(parameter, device="cpu")
-                setattr(module, name, nn.Parameter(room, parameter.requires_grad))
+
+    def room(name: str, parameter: nn.Parameter) -> nn.Parameter:
+        if not is_kept(name, parameter):
+            return parameter
+        return nn.Parameter(torch.empty_like(parameter, device=CPU), parameter.requires_grad)
+
+    replace_parameters(model, room)
 
 
 def _settled(
@@ -260,6 +235,20 @@ def _check_ties(model: PreTrainedModel) -> None:
     there = [known.get_input_embeddings(), known.get_output_embeddings()]
     if None not in there and there[0].weight is not there[1].weight:
         raise not_tied(model)
+
+
+def check_complete(model: PreTrainedModel, lacking: Collection[str]) -> None:
+    """Refuse weights that lack some of the model.
+
+    Raises:
+        UserError: 'IncompleteModel'.
+    """
+    if lacking:
+        raise UserError(
+            "IncompleteModel",
+            f"spec.model: the weights do not hold {', '.join(sorted(lacking)[:5])} of a"
+            f" {type(model).__name__}; give a model of the architecture that config.json names",
+        )
 
 
 def not_tied(model: PreTrainedModel) -> UserError:

@@ -128,7 +128,7 @@ def whole(value: Tensor) -> Tensor:
 
 
 def broadcast_parameters(model: nn.Module, names: set[str], group: dist.ProcessGroup) -> None:
-    """Give every process the first one's values of some parameters on the CPU."""
+    """Give every process the first one's values of some parameters, by a group for words."""
     for name, parameter in model.named_parameters():
         if name in names:
             dist.broadcast(parameter.data, src=0, group=group)

@@ -62,8 +62,8 @@ def stream_file(
 ) -> PartSums:
     """Write a file from its bytes in order, as they come, holding ``PARALLEL`` parts and one.
 
-    Where this fails there is no object, and no parts are left behind; a process that dies leaves
-    its parts to the bucket's lifecycle rule for incomplete multipart uploads.
+    Where this fails there is no object, and no parts are left behind; those of a process that died
+    are removed with the next commit of its run (``head``).
 
     Args:
         size: bytes that are about to come; it sets the size of the parts.

@@ -36,9 +36,7 @@ from finetune_trainer.engine.quantized import check_device
 from finetune_trainer.engine.rehearsals import Rehearsals
 from finetune_trainer.engine.rowsize import Samples, row_tokens_of
 from finetune_trainer.engine.schedule import replay_of, stages_of, steps_of, visits_of
-from finetune_trainer.engine.sharding import (
-    capacity,
-)
+from finetune_trainer.engine.sharding import capacity
 from finetune_trainer.engine.tasks import TASKS, RowLoss
 from finetune_trainer.evaluate.classify import EVALUATORS
 from finetune_trainer.evaluate.measure import Evaluator
@@ -142,7 +140,7 @@ def open_session(
     memory = fitted(spec, data, gang, measure)
     context = gang.sharing_rows(spec.compute.context_parallel)
     tuned = open_model(
-        spec, files, files.weights(stores), gang, memory.placement, precision,
+        spec, files, stores, gang, memory.placement, precision,
         purpose_of(spec, data.manifest.classes),
     )  # fmt: skip
     optimizers = make_optimizers(tuned.model, spec)

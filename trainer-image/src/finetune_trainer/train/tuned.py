@@ -20,12 +20,13 @@ from finetune_trainer.engine.base import BaseFiles
 from finetune_trainer.engine.compilation import check_compiler, compile_blocks
 from finetune_trainer.engine.flops import Work, work_of
 from finetune_trainer.engine.gang import Gang
+from finetune_trainer.engine.hollow import make_solid
 from finetune_trainer.engine.kernels import use_liger
 from finetune_trainer.engine.loading import fill_shards, named_in, names_of, reads_base
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.memory import Placement
 from finetune_trainer.engine.methods import Tuned, apply_method, checkpoint_activations
-from finetune_trainer.engine.model import CPU, Purpose, hollow_base, load_base, make_solid
+from finetune_trainer.engine.model import CPU, Purpose, hollow_base, load_base
 from finetune_trainer.engine.parameters import Parameters, parameter_counts
 from finetune_trainer.engine.pissa import initialise, is_kept
 from finetune_trainer.engine.plan import Packing
@@ -33,7 +34,7 @@ from finetune_trainer.engine.precision import Precision, check_fp8, use_fp8
 from finetune_trainer.engine.rehearsal import frozen_dtype, packing_of
 from finetune_trainer.engine.sharding import broadcast_parameters, distribute, laying_of
 from finetune_trainer.engine.tasks import TASKS, RowLoss
-from finetune_trainer.storage.weights import Weights
+from finetune_trainer.storage.objects import Stores
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class TunedModel:
 def open_model(
     spec: FineTuneJobSpec,
     files: BaseFiles,
-    weights: Weights,
+    stores: Stores,
     gang: Gang,
     placement: Placement,
     precision: Precision,
@@ -73,11 +74,12 @@ def open_model(
     if filled:
         base = hollow_base(path, dtype, kind.packs)
     elif laying == "Replicas" and not gang.first and not kind.quantizes:
-        base = make_solid(hollow_base(path, dtype, kind.packs, purpose), gang.device)
+        base = hollow_base(path, dtype, kind.packs, purpose)
+        make_solid(base, gang.device)
     else:
         there = CPU if laying == "Shards" and gang.size > 1 else gang.device
         bits = gang.device if kind.quantizes else None
-        base = load_base(path, dtype, kind.packs, bits, purpose, weights, there)
+        base = load_base(path, dtype, kind.packs, bits, purpose, files.weights(stores), there)
     names = names_of(base)
     packing = packing_of(base, spec)
     if precision.halved and not spec.training.compile:
@@ -85,7 +87,9 @@ def open_model(
     model = apply_method(base, spec)
     if placement.checkpointing:
         checkpoint_activations(model)
-    initialise_alike(model, spec, gang)
+    gang.from_first(lambda: initialise(model, spec.method))
+    if laying == "Shards":  # DDP gives the others what the first one has
+        share_initial(model, spec, gang)
     parameters, work = parameter_counts(model), work_of(model, base)
     loss = TASKS[spec.task].loss(model, spec.training)
     loss.train()
@@ -98,14 +102,13 @@ def open_model(
     named = named_in(loss, names)
     module = distribute(loss, gang, placement.sharding, precision)
     if filled:
-        fill_shards(loss, named, path, weights)
-    anchor = output_anchor(spec, files, weights, loss, gang, placement, precision)
+        fill_shards(loss, named, path, files.weights(stores))
+    anchor = output_anchor(spec, files, stores, loss, gang, placement, precision)
     return TunedModel(model, loss, module, parameters, work, packing, anchor)
 
 
-def initialise_alike(model: nn.Module, spec: FineTuneJobSpec, gang: Gang) -> None:
-    """Draw what one process must draw for all."""
-    gang.from_first(lambda: initialise(model, spec.method))
+def share_initial(model: nn.Module, spec: FineTuneJobSpec, gang: Gang) -> None:
+    """Give all processes what the first one has drawn for them."""
     if gang.control is not None and spec.method.effective_lora.initialization == "PiSSA":
         kept = {name for name, parameter in model.named_parameters() if is_kept(name, parameter)}
         broadcast_parameters(model, kept, gang.control)
@@ -114,7 +117,7 @@ def initialise_alike(model: nn.Module, spec: FineTuneJobSpec, gang: Gang) -> Non
 def output_anchor(
     spec: FineTuneJobSpec,
     files: BaseFiles,
-    weights: Weights,
+    stores: Stores,
     loss: RowLoss,
     gang: Gang,
     placement: Placement,
@@ -131,12 +134,12 @@ def output_anchor(
     if filled:
         base = hollow_base(files.folder, dtype)
     else:
-        base = load_base(files.folder, dtype, weights=weights, device=gang.device)
+        base = load_base(files.folder, dtype, weights=files.weights(stores), device=gang.device)
     if precision.halved and not spec.training.compile:
         use_liger(base, gang.device)
     copy = TokenLoss(base.requires_grad_(False)).eval()
     named = named_in(copy, names_of(base))
     distribute(copy, gang, placement.sharding, precision)
     if filled:
-        fill_shards(copy, named, files.folder, weights)
+        fill_shards(copy, named, files.folder, files.weights(stores))
     return OutputAnchor(loss, copy)
