@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fixtures_memory import llama
 from fixtures_quickstart import tiny_base
 
 from finetune_api.names import storage_env
@@ -16,7 +17,7 @@ from finetune_api.spec import parse_spec
 from finetune_trainer.storage.objects import ObjectStore
 from finetune_trainer.storage.s3server import EmbeddedS3
 
-__all__ = ["tiny_base"]
+__all__ = ["llama", "tiny_base"]
 
 
 @pytest.fixture(scope="session")

@@ -30,11 +30,11 @@ def tiny_llama(seed: int = 0, **changes: object) -> PreTrainedModel:
     return model
 
 
-def tiny_mixtral() -> PreTrainedModel:
+def tiny_mixtral(vocabulary: int = 97) -> PreTrainedModel:
     """A two-layer mixture of four experts, held in two tensors, with random weights."""
     torch.manual_seed(0)
     config = MixtralConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
         num_local_experts=4, num_experts_per_tok=2,
     )  # fmt: skip

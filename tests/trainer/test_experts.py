@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from engine import CPU, samples, spec_of, tiny_llama
+from engine import CPU, samples, spec_of, tiny_llama, tiny_mixtral
 from test_training import write_model
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 from tuning import Tuning, check_round
 
 from finetune_trainer.engine.feed import build_row
@@ -25,13 +25,7 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base whose feed-forward blocks are mixtures of four experts, held in two tensors."""
     folder = tmp_path_factory.mktemp("experts")
     write_model(folder)
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=130, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-        num_local_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny_mixtral(130).save_pretrained(folder)
     return folder
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from engine import CPU, spec_of
 from test_training import write_model
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from tuning import IDS, Tuning, check_published, logits
+from torch.distributed.checkpoint import FileSystemReader
+from tuning import IDS, Tuning, check_published, logits, step_and_resume
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.engine.dcp import load_state, load_weights, save_state, state_of
+from finetune_trainer.engine.dcp import load_weights
 from finetune_trainer.engine.methods import apply_method
 from finetune_trainer.engine.model import load_base
 from finetune_trainer.engine.parameters import parameter_counts
@@ -40,19 +40,9 @@ def test_qlora_trains_over_four_bits_and_is_published_on_the_stored_base(
     counts = parameter_counts(tuning.model)
     assert counts == parameter_counts(apply_method(load_base(base, torch.float32), spec))
 
-    before = tuning.values()
-    for number in range(3):
-        tuning.step(number)
-    after = tuning.values()
-    assert {n for n in after if not torch.equal(before[n], after[n])} == tuning.trained()
-    commit = tmp_path / "commit"
-    save_state(FileSystemWriter(commit), state_of(tuning.model, tuning.optimizers), None)
-    resumed = Tuning(base, spec)
-    load_state(FileSystemReader(commit), resumed.model, resumed.optimizers, None)
-    assert all(torch.equal(value, after[name]) for name, value in resumed.values().items())
-
+    resumed = step_and_resume(base, tmp_path, spec, tuning)
     whole = apply_method(load_base(base, torch.float32), spec)
-    load_weights(FileSystemReader(commit), whole)
+    load_weights(FileSystemReader(tmp_path / "commit"), whole)
     with torch.no_grad():  # not by eval(), after which a CPU rearranges the bits for inference
         quantised = tuning.model(input_ids=IDS).logits
     assert (logits(whole) - quantised).abs().max() > 1e-3, "the base was not quantised"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engine import tiny_llama
-from test_memory import spec_of
+from fixtures_memory import spec_of
 
 from finetune_trainer.engine import rehearsals
 from finetune_trainer.engine.rehearsals import Rehearsals
@@ -82,6 +83,15 @@ def test_another_model_package_or_length_is_rehearsed(
     tiny_llama(hidden_size=64).save_pretrained(folder)
     after = Rehearsals(folder, 64, first.to_json())(SPEC)
     assert after.weights.numbers > before.weights.numbers and len(made) == 4
+
+
+def test_facts_of_another_form_are_not_taken(folder: Path, made: list[Any]) -> None:
+    first = Rehearsals(folder, 64)
+    before = first(SPEC)
+    kept = json.loads(first.to_json())
+    for facts in kept.values():
+        del facts["weights"]
+    assert Rehearsals(folder, 64, json.dumps(kept).encode())(SPEC) == before and len(made) == 2
 
 
 def test_what_is_refused_is_refused_again_and_not_kept(folder: Path, made: list[Any]) -> None:

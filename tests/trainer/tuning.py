@@ -65,22 +65,27 @@ def logits(model: Any) -> torch.Tensor:
     return found[:, -IDS.shape[1] :]
 
 
-def check_round(base: Path, tmp_path: Path, spec: FineTuneJobSpec, tuning: Tuning) -> None:
-    """Steps change what is trained and no more, a resume goes on where it was, and what is
-    published is the tuned model."""
+def step_and_resume(base: Path, folder: Path, spec: FineTuneJobSpec, tuning: Tuning) -> Tuning:
+    """What resumes of a commit (``folder/commit``) made after three steps. Steps change what is
+    trained and no more, and a resume begins with all of it."""
     before = tuning.values()
     for number in range(3):
         tuning.step(number)
     after = tuning.values()
     assert {n for n in after if not torch.equal(before[n], after[n])} == tuning.trained()
-
-    commit = tmp_path / "commit"
+    commit = folder / "commit"
     save_state(FileSystemWriter(commit), state_of(tuning.model, tuning.optimizers), None)
     resumed = Tuning(base, spec)
     load_state(FileSystemReader(commit), resumed.model, resumed.optimizers, None)
     assert all(torch.equal(value, after[name]) for name, value in resumed.values().items())
-    expected_logits = logits(tuning.model)
-    check_published(base, tmp_path, spec, expected_logits)
+    return resumed
+
+
+def check_round(base: Path, folder: Path, spec: FineTuneJobSpec, tuning: Tuning) -> None:
+    """Steps change what is trained and no more, a resume goes on where it was, and what is
+    published is the tuned model."""
+    resumed = step_and_resume(base, folder, spec, tuning)
+    check_published(base, folder, spec, logits(tuning.model))
     assert resumed.step(3) == tuning.step(3)
     ours, theirs = resumed.values(), tuning.values()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())

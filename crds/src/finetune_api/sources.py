@@ -242,8 +242,9 @@ class Quality(Model):
     with more the job fails. Absent: any."""
     overlength: Literal["Truncate", "Drop", "Fail"] = "Truncate"
     """What happens to a sample of more than `training.maxLength` tokens. Truncate cuts the
-    beginning of the prompt (the completion is kept), of a text to classify the end; Drop leaves the
-    sample out, Fail ends the job. The data report counts them."""
+    beginning of the prompt, and the end of a completion that is too long by itself (its stop token
+    is not learned then) or of a text to classify; Drop leaves the sample out, Fail ends the job.
+    The data report counts each of them."""
     faulty_records: Literal["Fail", "Drop"] = "Fail"
     """What happens to a record that cannot be used: a malformed line, a missing field, one of
     another type, nothing to learn. Fail ends the job and names the first, Drop leaves them out and

@@ -56,7 +56,7 @@ probability, and the divergence with its gradient."""
 
 _GRADIENTS: Final = 0.5
 """Gradients of its activations that a block holds at a time on the way back, over what it keeps:
-0.2 to 0.5 of Llama-like blocks, counted on a CPU (see ``tests/trainer/test_memory.py``)."""
+0.2 to 0.5 of Llama-like blocks, counted on a CPU (see ``tests/trainer/test_rehearsal.py``)."""
 
 _RUNTIME: Final = {"gpu": 3 << 29, "cpu": 5 << 28}
 """What a process takes before it trains: on a GPU its context, the libraries' workspaces and the

@@ -2,19 +2,20 @@
 would hold its GPUs while it measures.
 
 They are kept as JSON in the run's folder, by a key of all that facts depend on. Where a key is not
-there (another image, a model that has changed, a gang that is not as the spec says), the model is
-rehearsed.
+there (another image, a model that has changed, a gang that is not as the spec says), or what is
+there cannot be read, the model is rehearsed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.memory import Facts, may_shard
@@ -59,7 +60,8 @@ class Rehearsals:
 
     def _find(self, key: str, spec: FineTuneJobSpec) -> Facts | UserError:
         if key in self._kept:
-            return TypeAdapter(Facts).validate_python(self._kept[key])
+            with suppress(ValidationError):  # another build of this version wrote it
+                return TypeAdapter(Facts).validate_python(self._kept[key])
         try:
             return rehearse(self._folder, spec, self._max_length)
         except UserError as error:

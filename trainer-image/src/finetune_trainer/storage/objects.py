@@ -14,16 +14,16 @@ from finetune_api.names import storage_env
 from finetune_api.order import RunOrder
 from finetune_api.sources import StorageAccess
 from finetune_trainer.failures import StorageDenied, UserError
-from finetune_trainer.storage.objectstore import (
+from finetune_trainer.storage.objectinfo import (
     Credentials,
     FileInfo,
     ObjectInfo,
     ObjectNotFound,
-    ObjectStore,
     PreconditionFailed,
     file_info,
     split_uri,
 )
+from finetune_trainer.storage.objectstore import ObjectStore
 
 __all__ = [
     "Credentials",

@@ -1,0 +1,157 @@
+"""What is refused for its memory, and what is tried with a warning; in prepare and in a gang."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine import CPU
+from fixtures_memory import GIB, SAMPLES, facts_of, spec_of
+
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.engine.fitting import alternatives, fit, told
+from finetune_trainer.engine.memory import Facts, Placement, decide, estimate, placements
+from finetune_trainer.engine.memorywords import table
+from finetune_trainer.engine.rehearsals import Rehearsals
+from finetune_trainer.engine.rowsize import RowSize, Samples
+from finetune_trainer.failures import UserError
+from finetune_trainer.train import session
+from finetune_trainer.train.worker import beside_estimate
+
+
+@pytest.mark.parametrize(
+    ("blocks", "room", "named"),
+    [
+        ({"method": {"type": "Full"}}, 0.95, {"gpusPerNode", "method"}),
+        ({"training": {"gradientCheckpointing": "Never"}}, 0.9, {"gradientCheckpointing"}),
+        ({"training": {"microBatchTokens": 4096}}, 0.97, {"microBatchTokens"}),
+        ({"method": {"type": "Full"}, "compute": {"gpusPerNode": 8, "sharding": "NoShard"}}, 0.95,
+         {"sharding"}),
+        ({"method": {"type": "Full"}, "training": {"gradientCheckpointing": "Never",
+          "microBatchTokens": 4096}}, 0.6, {"gradientCheckpointing", "microBatchTokens"}),
+    ],
+)  # fmt: skip
+def test_what_may_not_fit_is_tried_with_a_warning_that_names_what_does(
+    llama: Path, blocks: dict[str, Any], room: float, named: set[str], monkeypatch: Any
+) -> None:
+    # So that what differs between small models counts.
+    monkeypatch.setattr("finetune_trainer.engine.memory._RUNTIME", {"gpu": 0, "cpu": 0})
+    spec, measure = spec_of(**blocks), Rehearsals(llama, 512)
+    facts = measure(spec)
+    row = SAMPLES.largest_row(spec, facts.packing)
+    least = min(sum(estimate(facts, spec, row, p).values()) for p in placements(facts, spec))
+    memory = round(room * least)
+    tried = fit(spec, SAMPLES, memory, measure)
+    assert tried.needed == least > memory > tried.certain
+    assert "it may not fit. What fits: " in tried.warning
+    assert tried.warning in table(tried) and told(tried).warning == tried.warning
+    found = alternatives(spec, SAMPLES, memory, measure)
+    assert 1 <= len(found) <= 3
+    for one in found:
+        assert str(one) in tried.warning
+        fitting = fit(one.spec, SAMPLES, memory, measure)
+        assert fitting.needed <= memory and not fitting.warning
+    assert any(name in path for one in found for path in one.change for name in named)
+
+
+@pytest.mark.parametrize(
+    ("state", "activations", "room", "nodes", "outcome"),
+    [
+        # In GiB; on 8 GPUs a node.
+        (40, 10, 80, 1, "fits: NoShard"),
+        (40, 10, 40, 1, "fits: FullShard"),
+        (400, 10, 55, 1, "tried: FullShard, gradient checkpointing"),
+        (400, 10, 50, 1, "tried: FullShard, gradient checkpointing"),
+        (400, 10, 49, 1, "refused"),
+        (400, 10, 49, 2, "fits: FullShard, gradient checkpointing"),
+        (80, 0, 10, 1, "tried: FullShard"),
+        (80, 0, 9.9, 1, "refused"),
+    ],
+)
+def test_only_what_is_certain_refuses(
+    state: int, activations: int, room: float, nodes: int, outcome: str
+) -> None:
+    facts = facts_of(state * GIB, activations * GIB)
+    spec = spec_of(method={"type": "Full"}, compute={"gpusPerNode": 8, "nodes": nodes})
+    rows = Samples(np.full(4, 1024), np.full(4, 10), 1024)
+    try:
+        found = fit(spec, rows, round(room * GIB), lambda other: facts)
+    except UserError as error:
+        assert error.reason == "DoesNotFit"
+        assert re.search(r"alone take [\d.]+ GiB .*: optimizer .*What fits", error.message)
+        assert outcome == "refused"
+    else:
+        said = "tried" if found.warning else "fits"
+        assert f"{said}: {found.placement}" == outcome
+        assert found.certain == state * GIB // (8 * nodes if "Full" in outcome else 1)
+
+
+@pytest.mark.parametrize(("precision", "named"), [("BF16", True), ("PureBF16", False)])
+def test_four_bits_are_not_named_where_weights_are_copied(precision: str, named: bool) -> None:
+    def measure(other: FineTuneJobSpec) -> Facts:
+        return facts_of((1 if other.method.kind.quantizes else 900) * GIB)
+
+    found = alternatives(spec_of(training={"precision": precision}), SAMPLES, 8 * GIB, measure)
+    assert any(one.spec.method.type == "QLoRA" for one in found) == named
+
+
+def test_what_nothing_makes_fit_is_told_so(llama: Path) -> None:
+    spec, measure = spec_of(), Rehearsals(llama, 512)
+    assert "take a smaller model" in fit(spec, SAMPLES, GIB, measure).warning
+    with pytest.raises(UserError, match="take a smaller model") as refused:
+        fit(spec, SAMPLES, 1 << 10, measure)
+    assert refused.value.reason == "DoesNotFit"
+
+
+def test_without_known_memory_nothing_is_refused(llama: Path) -> None:
+    spec, measure = spec_of(), Rehearsals(llama, 512)
+    found = fit(spec, SAMPLES, None, measure)
+    assert found.placement == Placement("NoShard", False)
+    assert "not known before training" in table(found)
+
+
+def gang_of(*rooms: int) -> Any:
+    """A gang of one node whose processes have so much memory."""
+    return SimpleNamespace(
+        device=CPU, nodes=1, per_node=len(rooms), size=len(rooms),
+        together=lambda work: list(rooms), from_first=lambda make: make(),
+    )  # fmt: skip
+
+
+def test_a_gang_goes_by_the_least_memory_of_its_devices(
+    llama: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr("finetune_trainer.engine.memory._RUNTIME", {"gpu": 0, "cpu": 0})
+    index = SimpleNamespace(length=SAMPLES.lengths, supervised=SAMPLES.supervised)
+    data: Any = SimpleNamespace(
+        manifest=SimpleNamespace(max_length=512), index=lambda split: index
+    )  # fmt: skip
+    spec = spec_of(method={"type": "Full"}, compute={"gpusPerNode": 8, "nodes": 4})
+    measure = Rehearsals(llama, 512)
+    plenty = session.fitted(spec, data, gang_of(8 * GIB, 8 * GIB), measure)
+    assert str(plenty.placement) == "NoShard"
+    assert "gradients" in capsys.readouterr().out
+    less = session.fitted(spec, data, gang_of(8 * GIB, plenty.needed - 1), measure)
+    assert str(less.placement) == "NoShard, gradient checkpointing"
+    capsys.readouterr()
+    tried = session.fitted(spec, data, gang_of(8 * GIB, less.needed // 3), measure)
+    assert "it may not fit. What fits" in capsys.readouterr().out
+    with pytest.raises(UserError, match="alone take") as refused:
+        session.fitted(spec, data, gang_of(8 * GIB, tried.certain - 1), measure)
+    assert refused.value.reason == "DoesNotFit"
+
+
+def test_a_lack_of_memory_is_told_beside_the_estimate() -> None:
+    found = decide(facts_of(40 * GIB), spec_of(), RowSize(8, 8), 80 * GIB)
+    said = beside_estimate(torch.OutOfMemoryError("no room"), SimpleNamespace(memory=found))  # type: ignore[arg-type]
+    assert said.failure_class == "OutOfMemory"
+    assert "no room" in said.message and "of 80.0 GiB (NoShard)" in said.message
+    warned = dataclasses.replace(found, warning="By the estimate it may not fit.")
+    said = beside_estimate(torch.OutOfMemoryError("no room"), SimpleNamespace(memory=warned))  # type: ignore[arg-type]
+    assert "no room" in said.message and "it may not fit" in said.message
