@@ -31,7 +31,7 @@ from finetune_trainer.engine.kernels import use_liger
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.methods import apply_method
 from finetune_trainer.engine.optimizers import make_optimizers
-from finetune_trainer.engine.plan import Plan
+from finetune_trainer.engine.plan import Plan, uniform_row
 from finetune_trainer.engine.precision import precision_of
 from finetune_trainer.engine.sharding import distribute
 from finetune_trainer.prepared.shards import TokenSample
@@ -117,10 +117,13 @@ class Ours:
         loss = TokenLoss(tuned).train()
         if spec.training.compile:
             compile_blocks(tuned)
-        self._shape = StaticShape(shape.row, int(lengths.max())) if spec.training.compile else None
         self.plan = Plan(
             lengths, supervised, batch_size=batch, seed=0, row_tokens=shape.row, ranks=gang.size
         )
+        self._shape: StaticShape | None = None
+        if spec.training.compile:
+            self.plan.row_tokens = uniform_row(self.plan, -(-len(lengths) // batch))
+            self._shape = StaticShape(self.plan.row_tokens, int(lengths.max()))
         self._session: Any = SimpleNamespace(
             gang=gang, plan=self.plan, spec=spec,
             module=distribute(loss, gang, "NoShard", precision),

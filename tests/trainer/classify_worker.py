@@ -14,18 +14,23 @@ from engine import CPU
 
 from finetune_api.spec import parse_spec
 from finetune_trainer.engine import gang as gangs
+from finetune_trainer.engine.base import BaseFiles
 from finetune_trainer.engine.context import ALONE
 from finetune_trainer.engine.feed import Feed
 from finetune_trainer.engine.guard import Guard
-from finetune_trainer.engine.methods import apply_method
-from finetune_trainer.engine.model import load_base, purpose_of
+from finetune_trainer.engine.memory import Placement
+from finetune_trainer.engine.model import purpose_of
 from finetune_trainer.engine.parameters import optimizer_groups
 from finetune_trainer.engine.plan import Plan
 from finetune_trainer.engine.precision import PRECISIONS
-from finetune_trainer.engine.sharding import distribute, whole
+from finetune_trainer.engine.shards import whole
 from finetune_trainer.engine.tasks import TASKS
+from finetune_trainer.storage.published import Base
 from finetune_trainer.train.step import optimizer_step
+from finetune_trainer.train.tuned import open_model
 
+NO_STORES: Any = None
+"""The model lies in a folder."""
 LENGTHS = [30, 24, 41, 18, 33, 27, 12, 9]
 
 
@@ -36,7 +41,8 @@ def classify(
     """Train two steps, with dropout and noise, and write losses and trained weights to a file."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "LOCAL_WORLD_SIZE": str(size // 2 if sharding == "HybridShard" else size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
     spec = parse_spec(
@@ -53,18 +59,20 @@ def classify(
     task = TASKS[spec.task]
     torch.rand(rank)  # the head is not drawn by what was drawn before
     purpose = purpose_of(spec, ["a", "b", "c"])
-    base_model = load_base(Path(base), torch.float32, purpose=purpose)
-    model = apply_method(base_model, spec)
-    loss = task.loss(model, spec.training).train()
-    module = distribute(loss, gang, sharding, PRECISIONS["FP32"])
+    opened = open_model(
+        spec, BaseFiles(Base(spec.model, ()), Path(base), None), NO_STORES, gang,
+        Placement(sharding, False), PRECISIONS["FP32"], purpose,
+    )  # fmt: skip
+    model = opened.model
     made = documents(LENGTHS)
     plan = Plan(
         np.array(LENGTHS), np.ones(len(LENGTHS), np.int64), batch_size=4, seed=0,
-        row_tokens=row_tokens, ranks=size, packing=task.packing(base_model, True),
+        row_tokens=row_tokens, ranks=size, packing=opened.packing,
     )  # fmt: skip
     session: Any = SimpleNamespace(
-        gang=gang, plan=plan, module=module, spec=spec, guard=Guard(spec.training.guard, CPU),
-        trained=[p for p in loss.parameters() if p.requires_grad],
+        gang=gang, plan=plan, spec=spec, guard=Guard(spec.training.guard, CPU),
+        module=opened.module,
+        trained=[p for p in opened.loss.parameters() if p.requires_grad],
         optimizers=[torch.optim.AdamW(optimizer_groups(model, spec), eps=1e-3, fused=True)],
         output_anchor=None, weight_anchor=None,
     )  # fmt: skip

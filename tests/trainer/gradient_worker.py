@@ -22,7 +22,8 @@ from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.methods import apply_method
 from finetune_trainer.engine.plan import Plan
 from finetune_trainer.engine.precision import PRECISIONS
-from finetune_trainer.engine.sharding import Sharding, distribute, whole
+from finetune_trainer.engine.sharding import Sharding, distribute
+from finetune_trainer.engine.shards import whole
 from finetune_trainer.train.step import optimizer_step
 
 LENGTHS = [60, 50, 55, 45, 30, 20, 64, 35]

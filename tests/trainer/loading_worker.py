@@ -17,9 +17,9 @@ from finetune_trainer.engine import gang as gangs
 from finetune_trainer.engine.base import BaseFiles
 from finetune_trainer.engine.hollow import is_hollow
 from finetune_trainer.engine.memory import Placement, Sharding
-from finetune_trainer.engine.model import TEXT
+from finetune_trainer.engine.model import TEXT, Purpose
 from finetune_trainer.engine.precision import PRECISIONS
-from finetune_trainer.engine.sharding import whole
+from finetune_trainer.engine.shards import whole
 from finetune_trainer.storage.objects import Credentials, ObjectInfo, ObjectStore
 from finetune_trainer.storage.published import Base
 from finetune_trainer.train.tuned import open_model
@@ -38,9 +38,10 @@ class Counting(ObjectStore):
 
 def fill(
     rank: int, size: int, port: int, sharding: Sharding, folder: str, endpoint: str,
-    keys: Credentials, objects: list[ObjectInfo], out: str,
+    keys: Credentials, objects: list[ObjectInfo], out: str, purpose: Purpose = TEXT,
+    method: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Fill shards from object storage; the first process writes what all have together, and each
+    """Open a model from object storage; the first process writes what all have together, and each
     how many bytes it read and holds, and how many hollow tensors are left."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
@@ -54,7 +55,8 @@ def fill(
             "model": {"source": "s3://models/base"},
             "data": {"train": [{"source": "s3://data/a.jsonl"}]},
             "output": {"destination": "s3://models/tuned"},
-            "method": {"type": "Full"},
+            "task": purpose.task,
+            "method": method or {"type": "Full"},
             "training": {"precision": "FP32"},
         }
     )
@@ -62,7 +64,7 @@ def fill(
     stores: Any = SimpleNamespace(of=lambda access: store)
     opened = open_model(
         spec, BaseFiles(Base(spec.model, ()), Path(folder), None, tuple(objects)), stores, gang,
-        Placement(sharding, False), PRECISIONS["FP32"], TEXT,
+        Placement(sharding, False), PRECISIONS["FP32"], purpose,
     )  # fmt: skip
     model = opened.model
     found = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}

@@ -27,7 +27,8 @@ from finetune_trainer.engine.model import TEXT
 from finetune_trainer.engine.optimizers import make_optimizers
 from finetune_trainer.engine.plan import Plan
 from finetune_trainer.engine.precision import PRECISIONS
-from finetune_trainer.engine.sharding import root_gathered, whole
+from finetune_trainer.engine.sharding import root_gathered
+from finetune_trainer.engine.shards import whole
 from finetune_trainer.storage.published import Base
 from finetune_trainer.train.step import optimizer_step
 from finetune_trainer.train.tuned import open_model

@@ -13,13 +13,13 @@ import torch
 from engine import CPU, samples, spec_of, tiny_llama
 
 from finetune_trainer.engine.anchors import OutputAnchor, WeightAnchor, anchor_bytes
+from finetune_trainer.engine.derived import derive
 from finetune_trainer.engine.feed import Feed, StepTensors
 from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import RowLosses, TokenLoss, divergence
 from finetune_trainer.engine.methods import apply_method
 from finetune_trainer.engine.optimizers import make_optimizers, step_if
-from finetune_trainer.engine.pissa import initialise
 from finetune_trainer.engine.plan import Plan
 from finetune_trainer.train.step import optimizer_step
 
@@ -131,7 +131,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 def test_without_its_adapter_a_model_is_the_untuned_one(name: str) -> None:
     spec = spec_of(ADAPTERS[name], dropout="0.2", neftuneAlpha="5")
     model = apply_method(tiny_llama(), spec)
-    initialise(model, spec.method)
+    derive(model, spec)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():  # as if it had been trained
         if parameter.requires_grad:

@@ -62,6 +62,6 @@ def test_a_method_gives_the_same_weights_in_shards(
     method = METHODS_HERE[name][0]
     alone = train(encoder, tmp_path / "alone", 1, method=method)
     # Five ranks would have a row each of two: some take part with an empty one.
-    for size, sharding in ((2, "FullShard"), (5, "FullShard"), (2, "NoShard")):
+    for size, sharding in ((2, "FullShard"), (5, "FullShard"), (4, "HybridShard"), (2, "NoShard")):
         found = train(encoder, tmp_path / f"{sharding}-{size}", size, sharding, method=method)
         check_alike(found, alone)

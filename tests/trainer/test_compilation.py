@@ -11,7 +11,6 @@ from finetune_trainer.engine.dropout import key_dropouts
 from finetune_trainer.engine.feed import StaticShape, build_row
 from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import TokenLoss
-from finetune_trainer.failures import UserError
 
 SHAPE = StaticShape(100, 40)
 ROWS = [[37, 12, 5], [40, 40, 9, 2, 3], [8], [30, 30, 30]]
@@ -74,9 +73,3 @@ def test_other_shapes_are_not_compiled():
 )
 def test_padding_is_no_longer_than_the_longest_document(tokens, padding):
     assert SHAPE.padding(tokens) == padding
-
-
-def test_an_image_without_a_compiler_is_refused(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match=r"needs a C\+\+ compiler on a cpu"):
-        compilation.check_compiler(CPU)

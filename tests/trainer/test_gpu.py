@@ -29,7 +29,8 @@ from finetune_trainer.engine.methods import apply_method
 from finetune_trainer.engine.model import TEXT
 from finetune_trainer.engine.optimizers import make_optimizers
 from finetune_trainer.engine.plan import Plan
-from finetune_trainer.engine.precision import check_fp8, precision_of, use_fp8
+from finetune_trainer.engine.precision import precision_of, use_fp8
+from finetune_trainer.engine.requirements import check_device
 from finetune_trainer.storage.published import Base
 from finetune_trainer.train.step import optimizer_step
 from finetune_trainer.train.tuned import TunedModel, open_model
@@ -119,7 +120,7 @@ def test_fused_kernels_give_the_same_losses() -> None:
 
 
 def test_eight_bits_are_near() -> None:
-    check_fp8(GPU)
+    check_device(spec_of({"type": "Full"}, precision="FP8"), GPU)
     model = tiny_llama().to(GPU, torch.bfloat16)
     plain = losses(model)
     assert use_fp8(model) > 0

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from classifiers import write_decoder, write_encoder
 from gangs import forked, free_port
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +19,10 @@ from loading_worker import fill
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     DeepseekV3Config,
     Ernie4_5_MoeConfig,
     GPT2Config,
@@ -30,7 +34,7 @@ from transformers import (
 )
 
 from finetune_trainer.engine.hollow import is_hollow
-from finetune_trainer.engine.model import hollow_base, load_base
+from finetune_trainer.engine.model import TEXT, Purpose, hollow_base, load_base
 from finetune_trainer.failures import UserError
 from finetune_trainer.storage import weights as weights_module
 from finetune_trainer.storage.objects import Credentials, ObjectInfo, ObjectStore
@@ -291,17 +295,8 @@ def test_each_process_reads_its_own_shards(
     model_of: Callable[[str], Path], tmp_path: Path,
 ) -> None:  # fmt: skip
     folder = model_of(name)
-    objects, port = put(store, root, folder), free_port()
-    keys = Credentials(s3.access_key, s3.secret_key)
-    gang = [
-        forked(
-            fill, rank, size, port, sharding, str(folder), s3.endpoint, keys, objects, str(tmp_path)
-        )
-        for rank in range(size)
-    ]  # fmt: skip
-    for process in gang:
-        process.join(120)
-    assert [p.exitcode for p in gang] == [0] * size
+    objects = put(store, root, folder)
+    open_in_gang(size, sharding, folder, s3, objects, tmp_path)
     expected = load_base(folder, torch.float32)
     found, buffers = torch.load(tmp_path / "whole.pt")
     same(found, dict(expected.named_parameters()))
@@ -319,6 +314,117 @@ def test_each_process_reads_its_own_shards(
     else:
         kept = sum(b.nbytes for n, b in buffers.items() if n not in computed(expected))
         assert read == copies * whole + size * kept, "each reads its own, once"
+
+
+def open_in_gang(
+    size: int, sharding: str, folder: Path, s3: EmbeddedS3, objects: list[ObjectInfo], out: Path,
+    *more: Any,
+) -> None:  # fmt: skip
+    """Have a gang open a model (``fill``), to the end."""
+    port, keys = free_port(), Credentials(s3.access_key, s3.secret_key)
+    out.mkdir(exist_ok=True)
+    gang = [
+        forked(
+            fill, rank, size, port, sharding, str(folder), s3.endpoint, keys, objects, str(out),
+            *more,
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+    for process in gang:
+        process.join(120)
+    assert [p.exitcode for p in gang] == [0] * size
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "LoRA": {"type": "LoRA"},
+    "DoRA": {"type": "LoRA", "lora": {"useDora": True}},
+    "PiSSA": {"type": "LoRA", "lora": {"rank": 4, "initialization": "PiSSA"}},
+    "PrefixTuning": {"type": "PrefixTuning"},
+    "PromptTuning": {"type": "PromptTuning"},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_method_makes_of_the_weights_is_made_of_shards(
+    method: str, s3: EmbeddedS3, store: ObjectStore, root: str,
+    model_of: Callable[[str], Path], tmp_path: Path,
+) -> None:  # fmt: skip
+    folder = model_of("gpt2" if method == "DoRA" else "untied")
+    check_alike(folder, s3, put(store, root, folder), tmp_path, TEXT, METHODS[method])
+
+
+def encoder(folder: Path) -> Path:
+    return write_encoder(folder)
+
+
+def with_pooler(folder: Path) -> Path:
+    """An encoder alone, whose names have no prefix."""
+    torch.manual_seed(1)
+    AutoModel.from_config(AutoConfig.from_pretrained(write_encoder(folder))).save_pretrained(folder)
+    return folder
+
+
+def classifier(folder: Path, classes: int) -> Path:
+    config = AutoConfig.from_pretrained(write_encoder(folder, "roberta"), num_labels=classes)
+    torch.manual_seed(2)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def of_others(folder: Path) -> Path:
+    return classifier(folder, 5)
+
+
+def of_the_same(folder: Path) -> Path:
+    config = AutoConfig.from_pretrained(classifier(folder, len(CLASSES)))
+    config.id2label = dict(enumerate(CLASSES))
+    config.save_pretrained(folder)
+    return folder
+
+
+CLASSES = ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("make", "method"),
+    [
+        (encoder, "Full"), (with_pooler, "LoRA"), (of_others, "LoRA"), (of_the_same, "LoRA"),
+        (write_decoder, "Full"),
+    ],
+)  # fmt: skip
+def test_a_classifier_is_the_same_in_shards(
+    make: Callable[[Path], Path], method: str, s3: EmbeddedS3, store: ObjectStore, root: str,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    folder = make(tmp_path / "model")
+    purpose = Purpose("SequenceClassification", CLASSES, 7)
+    found = check_alike(folder, s3, put(store, root, folder), tmp_path, purpose, {"type": method})
+    there = Weights.of_folder(folder)
+    for name, values in found.items():
+        own = name.replace("base_model.model.", "").replace("modules_to_save.default.", "")
+        kept = own if make is not with_pooler else own.removeprefix("bert.")
+        if kept in there and (make is not of_others or "out_proj" not in own):
+            assert torch.equal(values, there[kept][...]), name
+
+
+def check_alike(
+    folder: Path, s3: EmbeddedS3, objects: list[ObjectInfo], tmp_path: Path, *how: Any
+) -> dict[str, Any]:
+    """Opened in shards, a model is as one process has it, and no tensor is read twice."""
+    whole: dict[str, Any]
+    open_in_gang(1, "NoShard", folder, s3, objects, tmp_path / "alone", *how)
+    open_in_gang(3, "FullShard", folder, s3, objects, tmp_path / "shards", *how)
+    whole, buffers = torch.load(tmp_path / "alone" / "whole.pt")
+    found, others = torch.load(tmp_path / "shards" / "whole.pt")
+    same(found, whole)
+    same(others, buffers)
+    sizes = [torch.load(tmp_path / "shards" / f"{rank}.pt") for rank in range(3)]
+    assert [size[2] for size in sizes] == [0] * 3
+    headers = 3 * sum(min(o.size, weights_module.HEAD_BYTES) for o in objects)
+    weights = Weights.of_folder(folder)
+    stored = sum(weights[name][...].nbytes for name in weights)
+    assert sum(size[0] for size in sizes) - headers <= stored, "each reads its own"
+    return found
 
 
 def test_weights_in_few_bits_are_refused(model_of: Callable[[str], Path]) -> None:

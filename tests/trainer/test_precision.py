@@ -16,8 +16,7 @@ from finetune_trainer.engine import kernels
 from finetune_trainer.engine.feed import build_row
 from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import TokenLoss
-from finetune_trainer.engine.precision import PRECISIONS, check_fp8, use_fp8
-from finetune_trainer.failures import UserError
+from finetune_trainer.engine.precision import PRECISIONS, use_fp8
 
 LORA = {"type": "LoRA", "lora": {"rank": 4}}
 
@@ -89,11 +88,6 @@ def test_eight_bits_learn_as_more_do():
 
 def test_layers_that_no_kernel_takes_stay():
     assert use_fp8(tiny_llama(intermediate_size=72), emulate=True) == 8
-
-
-def test_eight_bits_are_refused_without_a_gpu():
-    with pytest.raises(UserError, match="FP8 needs a GPU"):
-        check_fp8(CPU)
 
 
 def test_precisions_say_what_is_kept():

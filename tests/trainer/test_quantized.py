@@ -1,4 +1,4 @@
-"""Tuning over a base in 4 bits, and what few bits need."""
+"""Tuning over a base in 4 bits."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine import CPU, spec_of
+from engine import spec_of
 from test_training import write_model
 from torch.distributed.checkpoint import FileSystemReader
 from tuning import IDS, Tuning, check_published, logits, step_and_resume
 
-from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.dcp import load_weights
 from finetune_trainer.engine.methods import apply_method
 from finetune_trainer.engine.model import load_base
 from finetune_trainer.engine.parameters import parameter_counts
-from finetune_trainer.engine.quantized import check_device, check_package
-from finetune_trainer.failures import UserError
 
 
 @pytest.fixture(scope="module")
@@ -48,25 +45,3 @@ def test_qlora_trains_over_four_bits_and_is_published_on_the_stored_base(
     assert (logits(whole) - quantised).abs().max() > 1e-3, "the base was not quantised"
     check_published(base, tmp_path, spec, logits(whole))
     assert resumed.step(3) == tuning.step(3)
-
-
-@pytest.mark.parametrize(
-    ("spec", "instead"),
-    [
-        (spec_of({"type": "QLoRA"}), r"or method\.type: LoRA"),
-        (spec_of({"type": "Full"}, optimizer="AdamW8bit"), r"or training\.optimizer: AdamW$"),
-    ],
-)
-def test_few_bits_need_a_package_and_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, spec: FineTuneJobSpec, instead: str
-) -> None:
-    check_package(spec)
-    with pytest.raises(UserError, match=rf"compute\.gpusPerNode, {instead}") as caught:
-        check_device(spec, CPU)
-    assert caught.value.reason == "GPUMissing"
-    monkeypatch.setattr("finetune_trainer.engine.quantized.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="EXTRA=gpu") as caught:
-        check_package(spec)
-    assert caught.value.reason == "PackageMissing"
-    check_package(spec_of({"type": "LoRA"}))
-    check_device(spec_of({"type": "LoRA"}), CPU)

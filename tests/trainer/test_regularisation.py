@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from classifiers import write_encoder
 from engine import CPU, samples, spec_of, tiny_llama
 from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.dropout import add_noise
 from finetune_trainer.engine.feed import RowTensors, build_row
 from finetune_trainer.engine.layout import row_context
@@ -80,16 +84,29 @@ def test_a_spec_asks_for_noise() -> None:
     assert not torch.allclose(losses(TokenLoss(model), row), losses(TokenLoss(quiet), row))
 
 
-def test_lower_layers_learn_more_slowly() -> None:
-    spec = spec_of({"type": "Full"}, layerDecay="0.5")
-    model = apply_method(tiny_llama(tie_word_embeddings=False), spec)
+def rate_factors(model: nn.Module, spec: FineTuneJobSpec) -> dict[str, float]:
     factors = {
         id(p): group["rate_factor"]
         for group in optimizer_groups(model, spec)
         for p in group["params"]  # type: ignore[attr-defined]
     }
-    found = {name: factors[id(p)] for name, p in model.named_parameters()}
+    return {name: factors[id(p)] for name, p in model.named_parameters()}
+
+
+def test_lower_layers_learn_more_slowly() -> None:
+    spec = spec_of({"type": "Full"}, layerDecay="0.5")
+    model = apply_method(tiny_llama(tie_word_embeddings=False), spec)
+    found = rate_factors(model, spec)
     assert {f for name, f in found.items() if ".layers.1." in name} == {0.5}
     assert {f for name, f in found.items() if ".layers.0." in name} == {0.25}
     assert (found["model.embed_tokens.weight"], found["lm_head.weight"]) == (0.125, 1.0)
     assert found["model.norm.weight"] == 1.0
+
+
+def test_all_of_an_encoder_s_embeddings_lie_below_its_blocks(tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(write_encoder(tmp_path), num_labels=2)
+    model = AutoModelForSequenceClassification.from_config(config)
+    found = rate_factors(model, spec_of({"type": "Full"}, layerDecay="0.5"))
+    assert {f for name, f in found.items() if ".embeddings." in name} == {0.125}
+    assert {f for name, f in found.items() if ".layer.0." in name} == {0.25}
+    assert found["bert.pooler.dense.weight"] == found["classifier.weight"] == 1.0

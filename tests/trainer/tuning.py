@@ -15,13 +15,13 @@ from finetune_api.sources import ModelPlace
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.base import BaseFiles
 from finetune_trainer.engine.dcp import load_state, save_state, state_of
+from finetune_trainer.engine.derived import derive
 from finetune_trainer.engine.feed import build_row
 from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.methods import apply_method
 from finetune_trainer.engine.model import load_base, load_tokenizer
 from finetune_trainer.engine.optimizers import make_optimizers, step_if
-from finetune_trainer.engine.pissa import initialise
 from finetune_trainer.publish.weights import tuned_model, write_adapter, write_merged
 from finetune_trainer.storage.published import Base
 from finetune_trainer.storage.weights import Weights
@@ -36,7 +36,7 @@ class Tuning:
         kind = spec.method.kind
         base = load_base(folder, torch.float32, kind.packs, CPU if kind.quantizes else None)
         self.model: Any = apply_method(base, spec)
-        initialise(self.model, spec.method)
+        derive(self.model, spec)
         coefficient = float(spec.training.router_aux_loss_coefficient)
         self.loss = TokenLoss(self.model, coefficient).train()
         self.optimizers = make_optimizers(self.model, spec)

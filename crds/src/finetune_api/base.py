@@ -191,6 +191,11 @@ def is_zero(path: str) -> str:
     return f"{path}.matches('^[0.]+([eE].*)?$')"
 
 
+def is_one(path: str) -> str:
+    """CEL that says whether the Fraction at a path is 1."""
+    return f"{path}.startsWith('1')"
+
+
 S3Uri = Annotated[
     str,
     Spelling(

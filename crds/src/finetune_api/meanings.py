@@ -143,7 +143,9 @@ STORAGE_LAYOUT: Final[tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = (
     (
         "run",
         (
+            ("parts/", "what the workers of prepare hand over; removed when all is prepared"),
             ("prepared.json", "which prepared data the run uses"),
+            ("rehearsals.json", "what memory the model takes, as prepare counted it"),
             ("HEAD.json", "the attempt that owns the run, and its commits"),
             ("attempt-<n>/step-<8 digits>/", "a commit: the training state"),
             ("baseline.json", "test metrics of the untuned model"),

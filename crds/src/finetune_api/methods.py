@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import Field, StringConstraints
 
-from finetune_api.base import DecimalString, Fraction, Model, Rule, is_zero
+from finetune_api.base import DecimalString, Fraction, Model, Rule, is_one, is_zero
 from finetune_api.tasks import TASKS, TaskName
 
 MethodName = Literal["Full", "Partial", "LoRA", "QLoRA", "IA3", "PromptTuning", "PrefixTuning"]
@@ -150,6 +150,12 @@ class Lora(Model):
                 lora.initialization != "PiSSA" or not (lora.use_dora or lora.target_parameters)
             ),
             ("initialization", "useDora"),
+        ),
+        Rule(
+            f"!{is_one('self.dropout')}",
+            "dropout must be below 1: at 1 the adapters would have no inputs",
+            lambda lora: float(lora.dropout) < 1,
+            ("dropout",),
         ),
         Rule(
             f"!{is_zero('self.loraPlusRatio')}",

@@ -21,6 +21,7 @@ from finetune_api.base import (
     Rule,
     S3Uri,
     explain,
+    is_one,
     is_zero,
 )
 from finetune_api.cluster import Compute, FailurePolicy, Prepare, Scheduling
@@ -66,6 +67,15 @@ class Guard(Model):
     class Diverged."""
     rollback_factor: Fraction = "0.5"
     """What the learning rate is multiplied by each time."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            f"!{is_zero('self.rollbackFactor')}",
+            "rollbackFactor must be above 0: at 0 the run would go on without learning",
+            lambda guard: float(guard.rollback_factor) > 0,
+            ("rollbackFactor",),
+        ),
+    )
 
 
 class Training(Model):
@@ -132,7 +142,8 @@ class Training(Model):
     `compute.sharding`)."""
     compile: bool = False
     """Compile the decoder blocks by torch.compile: faster steps for about a minute at the start.
-    Rows are padded to microBatchTokens, so that it happens once. Needs a C compiler in the image
+    Rows are padded to one size, chosen for the data (at most microBatchTokens), so that it happens
+    once. Needs a C compiler in the image
     (there is one in those built with EXTRA=gpu)."""
     seed: Annotated[int, Field(ge=0, le=2_147_483_647)] = 42
     """Seed of the order of the samples, of dropout and of new weights."""
@@ -154,6 +165,24 @@ class Training(Model):
             ' compile to false, or the coefficient to "0"',
             lambda t: float(t.router_aux_loss_coefficient) == 0 or not t.compile,
             ("routerAuxLossCoefficient", "compile"),
+        ),
+        Rule(
+            f"!{is_one('self.dropout')}",
+            "dropout must be below 1: at 1 nothing would be left to learn from",
+            lambda t: float(t.dropout) < 1,
+            ("dropout",),
+        ),
+        Rule(
+            f"!{is_one('self.labelSmoothing')}",
+            "labelSmoothing must be below 1: at 1 the targets would not count",
+            lambda t: float(t.label_smoothing) < 1,
+            ("labelSmoothing",),
+        ),
+        Rule(
+            f"!{is_zero('self.layerDecay')}",
+            "layerDecay must be above 0: at 0 no block below the highest would learn",
+            lambda t: float(t.layer_decay) > 0,
+            ("layerDecay",),
         ),
     )
 

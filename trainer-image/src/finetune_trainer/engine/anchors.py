@@ -16,7 +16,7 @@ from finetune_trainer.engine.feed import RowTensors, TokenRow
 from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import RowLosses, TokenLoss, Untuned, evaluating
 from finetune_trainer.engine.optimizers import Optimizers
-from finetune_trainer.engine.sharding import held
+from finetune_trainer.engine.shards import held
 
 
 class OutputAnchor:

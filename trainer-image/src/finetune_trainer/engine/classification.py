@@ -7,7 +7,7 @@ directions without reaching another document. The plan puts documents of like le
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -151,12 +151,30 @@ def has_head(config: PreTrainedConfig, classes: Sequence[str]) -> bool:
     return has_one and [names.get(i) for i in range(len(names))] == list(classes)
 
 
-def draw_head(model: PreTrainedModel) -> None:
-    """Draw what gives the classes anew."""
-    for name in head_names(model):
-        for module in model.get_submodule(name).modules():
-            weights = list(module.parameters(recurse=False))
-            if weights and all(len(w) == model.config.num_labels for w in weights):
-                for weight in weights:
-                    weight.__dict__.pop("_is_hf_initialized", None)
-                model._init_weights(module)  # type: ignore[no-untyped-call]
+def head_parts(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Modules of the head that hold weights, by name."""
+    return {
+        path: module
+        for name in head_names(model)
+        for path, module in model.get_submodule(name).named_modules(prefix=name)
+        if list(module.parameters(recurse=False))
+    }
+
+
+def gives_classes(model: PreTrainedModel, part: nn.Module) -> bool:
+    """Whether a part of the head has a row for each class."""
+    return all(len(w) == model.config.num_labels for w in part.parameters(recurse=False))
+
+
+def draw_head(model: PreTrainedModel, names: Collection[str], seed: int) -> None:
+    """Draw some parts of the head by the seed: on the CPU, so that they are the same anywhere."""
+    for number, (path, part) in enumerate(head_parts(model).items()):
+        if path not in names:
+            continue
+        there = dict(part.named_parameters(recurse=False))
+        for name, old in there.items():
+            setattr(part, name, nn.Parameter(torch.zeros_like(old, device="cpu")))
+        torch.manual_seed(seed + number)
+        model._init_weights(part)  # type: ignore[no-untyped-call]
+        for name, old in there.items():
+            setattr(part, name, nn.Parameter(getattr(part, name).to(old.device)))

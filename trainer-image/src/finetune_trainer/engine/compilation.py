@@ -8,7 +8,6 @@ compiles at its first step and not again. How often it did is a metric.
 
 from __future__ import annotations
 
-import shutil
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,26 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from finetune_trainer.engine.parameters import decoder_blocks
-from finetune_trainer.failures import UserError
-
-
-def check_compiler(device: torch.device) -> None:
-    """Make sure that torch.compile will find what it needs: on a GPU a C compiler (for launchers of
-    kernels), on a CPU one for C++.
-
-    Raises:
-        UserError: 'NoCompiler'.
-    """
-    language, names = ("C", ("cc", "gcc", "clang"))
-    if device.type == "cpu":
-        language, names = ("C++", ("g++", "c++", "clang++"))
-    if not any(shutil.which(name) for name in names):
-        raise UserError(
-            "NoCompiler",
-            f"spec.training.compile: torch.compile needs a {language} compiler on a {device.type},"
-            f" and this image has none ({', '.join(names)}); add one (images built with EXTRA=gpu"
-            " have one for C), or set it to false",
-        )
 
 
 def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:

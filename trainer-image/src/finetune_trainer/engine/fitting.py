@@ -26,7 +26,7 @@ from finetune_trainer.engine.memory import (
     verdict,
 )
 from finetune_trainer.engine.memorywords import gibibytes
-from finetune_trainer.engine.quantized import check_package
+from finetune_trainer.engine.requirements import check_image
 from finetune_trainer.engine.rowsize import Samples, row_tokens_of
 from finetune_trainer.failures import UserError
 
@@ -114,7 +114,7 @@ def alternatives(
 
     def facts_of(other: FineTuneJobSpec) -> Facts | None:
         try:
-            check_package(other)
+            check_image(other)
             return measure(other)
         except UserError:
             return None

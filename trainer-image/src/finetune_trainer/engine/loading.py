@@ -20,7 +20,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -33,10 +32,18 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.hollow import put_parameter, replace_parameters
-from finetune_trainer.engine.model import CPU, check_complete, empty_base, not_tied
-from finetune_trainer.engine.sharding import held
+from finetune_trainer.engine.model import (
+    CPU,
+    TEXT,
+    Purpose,
+    check_complete,
+    drawn_names,
+    empty_base,
+    not_tied,
+)
+from finetune_trainer.engine.shards import held, share_of
+from finetune_trainer.engine.tasks import TASKS
 from finetune_trainer.failures import UserError
 from finetune_trainer.storage.weights import Slice, Weights
 
@@ -45,14 +52,6 @@ Names = dict[int, str]
 each must go when its shards are made."""
 
 _BLOCK: Final = re.compile(r"(.*?\.\d+)\.")
-
-
-def reads_base(spec: FineTuneJobSpec) -> bool:
-    """Whether the model must be whole in the memory of each process before it can be tuned: where
-    what is new is made of the base's weights, or by what the checkpoint lacks."""
-    lora, method = spec.method.effective_lora, spec.method.type
-    decomposed = method in ("LoRA", "QLoRA") and (lora.use_dora or lora.initialization == "PiSSA")
-    return decomposed or method == "PromptTuning" or not spec.kind.generates
 
 
 def names_of(base: PreTrainedModel) -> Names:
@@ -67,19 +66,27 @@ def named_in(module: nn.Module, names: Names) -> dict[str, str]:
 
 
 @torch.no_grad()
-def fill_shards(module: nn.Module, names: Mapping[str, str], path: Path, weights: Weights) -> None:
-    """Give the shards of a module, in place, the rows of the weights that belong to them.
+def fill_shards(
+    module: nn.Module,
+    names: Mapping[str, str],
+    path: Path,
+    weights: Weights,
+    purpose: Purpose = TEXT,
+) -> None:
+    """Give the shards of a module, in place, the rows of the weights that belong to them. A head
+    that the checkpoint lacks, or has for other classes, stays as ``hollow_base`` has drawn it.
 
     Args:
         module: it lies in shards on the gang.
         names: as ``named_in`` gives them.
         path: folder of the base.
+        purpose: as of ``hollow_base``.
 
     Raises:
         UserError: 'IncompleteModel' where weights are lacking, or are of another shape.
     """
     there = _tensors(module)
-    _Filling({base: there[name] for name, base in names.items()}, path, weights).run()
+    _Filling({base: there[name] for name, base in names.items()}, path, weights, purpose).run()
 
 
 class _Filling:
@@ -88,34 +95,49 @@ class _Filling:
     What transformers fills is a base as a checkpoint knows it, with the shards as its parameters.
     """
 
-    def __init__(self, targets: Mapping[str, Tensor], path: Path, weights: Weights) -> None:
-        self._targets, self._path, self._weights = targets, path, weights
-        self._sharded = self._stand_in(targets)
+    def __init__(
+        self, targets: Mapping[str, Tensor], path: Path, weights: Weights, purpose: Purpose
+    ) -> None:
+        self._path, self._weights, self._purpose = path, weights, purpose
+        self._targets = targets
+        self._sharded = self._stand_in()
+        self._head = tuple(f"{name}." for name in TASKS[purpose.task].head(self._sharded))
+        self._drawn = drawn_names(self._sharded, path, purpose)
+        parameters: Mapping[str, Any] = targets
+        replace_parameters(self._sharded, lambda name, p: parameters[name])
         first = {id(value): name for name, value in targets.items()}
         own = dict(self._sharded.named_parameters(remove_duplicate=False))
         self._own = {name: first[id(value)] for name, value in own.items()}
         """Of each name, the first of the same tensor."""
         self._own |= {name: name for name in targets if name not in own}  # buffers
         self._conversions: list[Any] = get_model_conversion_mapping(self._sharded)
+        self._converters = [c for c in self._conversions if isinstance(c, WeightConverter)]
+        self._renamings = [c for c in self._conversions if isinstance(c, WeightRenaming)]
+        self._there = dict.fromkeys(self._sharded.state_dict(), True)
         self._device = next(iter(targets.values())).device
         self._filled: set[str] = set()
 
     def run(self) -> None:
         """Fill all of it, block by block."""
         for block in _by_block(self._weights):
-            self._fill(block)
-        needed = {n for n, value in self._targets.items() if isinstance(value, nn.Parameter)}
+            self._fill(self._without_drawn(block) if self._drawn else block)
+        needed = {
+            name
+            for name, value in self._targets.items()
+            if isinstance(value, nn.Parameter) and not name.startswith(self._head)
+        }
         check_complete(self._sharded, needed - self._filled)
 
     def _fill(self, block: dict[str, Slice]) -> None:
         cut = self._is_cut_rightly(block)
-        stand_in = self._sharded if cut else self._stand_in({})
+        stand_in = self._sharded if cut else self._stand_in()
         wanted = LoadStateDictConfig(
             device_map={"": self._device if cut else CPU}, weight_mapping=self._conversions
         )
         with self._weights.reading():
             said, _ = convert_and_load_state_dict_in_model(stand_in, block, wanted)
         wrong = {name for name, *_ in said.mismatched_keys} | set(said.conversion_errors)
+        wrong = {name for name in wrong if not name.startswith(self._head)}  # it stays as drawn
         # Who has no part of a tensor has nothing to join either.
         nothing = {n for n in wrong & self._own.keys() if not self._held(n).numel()}
         if wrong - nothing:
@@ -137,7 +159,7 @@ class _Filling:
         target, found = self._targets[own], stand_in.get_parameter_or_buffer(name)
         if found is target or found.is_meta:  # not of this block
             return
-        rows = held(found) if isinstance(found, DTensor) else _rows_of(target, found)
+        rows = held(found) if isinstance(found, DTensor) else share_of(target, found)
         mine = held(target)
         if own in self._filled and not torch.equal(mine, rows.to(mine)):
             raise not_tied(stand_in)
@@ -146,23 +168,26 @@ class _Filling:
         if isinstance(target, nn.Parameter):
             put_parameter(stand_in, name, target)
 
-    def _stand_in(self, parameters: Mapping[str, Any]) -> PreTrainedModel:
-        made = empty_base(self._path)
-        replace_parameters(made, lambda name, p: parameters.get(name, p))
-        return made
+    def _stand_in(self) -> PreTrainedModel:
+        return empty_base(self._path, self._purpose)
 
     def _is_cut_rightly(self, block: Mapping[str, Slice]) -> bool:
         """Whether transformers cuts shards of a block as FSDP does. It cuts the tensors of a
         checkpoint before it joins or splits them: experts that are joined to one tensor are dealt
         whole, but rows of what else changes its first dimension would be others'."""
-        converters = [c for c in self._conversions if isinstance(c, WeightConverter)]
-        operations = {pattern: c.operations for c in converters for pattern in c.source_patterns}
+        operations = {p: c.operations for c in self._converters for p in c.source_patterns}
         if all(map(_joins_experts, operations.values())):
             return True
-        renamings = [c for c in self._conversions if isinstance(c, WeightRenaming)]
-        there, prefix = self._sharded.state_dict(), self._sharded.base_model_prefix
-        found = {rename_source_key(n, renamings, converters, prefix, there)[1] for n in block}
+        found = {self._renamed(name)[1] for name in block}
         return all(_joins_experts(operations[pattern]) for pattern in found if pattern)
+
+    def _without_drawn(self, block: Mapping[str, Slice]) -> dict[str, Slice]:
+        return {n: value for n, value in block.items() if self._renamed(n)[0] not in self._drawn}
+
+    def _renamed(self, name: str) -> tuple[str, str | None]:
+        """The name in the model of a checkpoint's tensor, and the pattern of what converts it."""
+        prefix = self._sharded.base_model_prefix
+        return rename_source_key(name, self._renamings, self._converters, prefix, self._there)
 
 
 def _joins_experts(operations: list[Any]) -> bool:
@@ -176,16 +201,6 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     kept = module.state_dict(keep_vars=True).keys()
     buffers = {name: buffer for name, buffer in module.named_buffers() if name in kept}
     return {**dict(module.named_parameters()), **buffers}
-
-
-def _rows_of(target: Tensor, whole: Tensor) -> Tensor:
-    """What of a whole tensor lies in this process's shard of ``target``."""
-    if not isinstance(target, DTensor):
-        return whole
-    shape, offsets = compute_local_shape_and_global_offset(
-        target.shape, target.device_mesh, target.placements
-    )
-    return whole[tuple(slice(o, o + n) for o, n in zip(offsets, shape, strict=True))]
 
 
 def _by_block(weights: Weights) -> Iterator[dict[str, Slice]]:

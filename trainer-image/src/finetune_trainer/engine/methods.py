@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from peft import (
@@ -47,9 +47,9 @@ class New:
 def apply_method(model: PreTrainedModel, spec: FineTuneJobSpec) -> Tuned:
     """Make the spec's part of the model trainable, the rest frozen, and dropout keyed.
 
-    New weights are drawn by ``training.seed``, the same in every process. Trainable weights are
-    float32 whatever the dtype of the frozen ones: an optimizer step is often smaller than the
-    spacing of bfloat16.
+    New weights are drawn by ``training.seed``, the same in every process; some take their values
+    from the base's later (``derive``). Trainable weights are float32 whatever the dtype of the
+    frozen ones: an optimizer step is often smaller than the spacing of bfloat16.
 
     Raises:
         UserError: where the method's settings do not fit the model, naming what would;
@@ -179,13 +179,13 @@ def _no_target(model: nn.Module, block: str, wanted: list[str] | None) -> UserEr
 
 
 def _prompt_tuning(model: PreTrainedModel, method: Method, new: New) -> Tuned:
-    # Vectors that begin as embeddings of real tokens learn faster (Lester et al. 2021).
+    embeddings: Any = model.get_input_embeddings()
     return get_peft_model(
         model,
         PromptTuningConfig(
             task_type=new.peft_type,
             num_virtual_tokens=method.virtual_tokens,
-            prompt_tuning_init="SAMPLE_VOCAB",
+            token_dim=embeddings.weight.shape[1],
         ),
     )
 

@@ -28,7 +28,13 @@ from transformers.core_model_loading import build_glob_alternation
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.tasks import TaskName
 from finetune_trainer.engine import packed
-from finetune_trainer.engine.classification import draw_head, has_head, name_classes
+from finetune_trainer.engine.classification import (
+    draw_head,
+    gives_classes,
+    has_head,
+    head_parts,
+    name_classes,
+)
 from finetune_trainer.engine.hollow import hollow, replace_parameters
 from finetune_trainer.engine.pissa import is_kept
 from finetune_trainer.engine.quantized import four_bits
@@ -98,6 +104,18 @@ def is_drawn(path: Path, purpose: Purpose) -> bool:
     return bool(purpose.classes) and not has_head(AutoConfig.from_pretrained(path), purpose.classes)
 
 
+def drawn_names(model: PreTrainedModel, path: Path, purpose: Purpose) -> set[str]:
+    """Weights of a head that are drawn, whatever the checkpoint has: it has other classes."""
+    if not is_drawn(path, purpose):
+        return set()
+    parts = head_parts(model).items()
+    return set().union(*(_names(n, part) for n, part in parts if gives_classes(model, part)))
+
+
+def _names(path: str, part: nn.Module) -> set[str]:
+    return {f"{path}.{name}" for name, _ in part.named_parameters(recurse=False)}
+
+
 def load_base(
     path: Path,
     dtype: torch.dtype,
@@ -139,8 +157,13 @@ def load_base(
     check_complete(
         model, [n for n, _ in model.named_parameters() if n in absent and not n.startswith(head)]
     )
-    if is_drawn(path, purpose):
-        draw_head(model)
+    if purpose.classes:
+        absent |= drawn_names(model, path, purpose)
+        draw_head(
+            model,
+            [n for n, part in head_parts(model).items() if absent >= _names(n, part)],
+            purpose.seed,
+        )
     _check_ties(model)
     return _settled(model, path, own, purpose, pack)
 
@@ -149,7 +172,8 @@ def hollow_base(
     path: Path, dtype: torch.dtype, pack: bool = True, purpose: Purpose = TEXT
 ) -> PreTrainedModel:
     """As ``load_base``, with parameters that are all zero and take no memory until they are written
-    or cut into shards. What is not a parameter is as ``load_base`` makes it.
+    or cut into shards. What is not a parameter is as ``load_base`` makes it, and a head is drawn as
+    if the checkpoint lacked it.
 
     Raises:
         UserError: as ``load_base``.
@@ -169,6 +193,8 @@ def hollow_base(
             hollow(p.shape, torch.float32 if in_32_bits(name) else p.dtype), p.is_floating_point()
         ),
     )
+    if purpose.classes:
+        draw_head(model, head_parts(model), purpose.seed)
     return _settled(model, path, own, purpose, pack)
 
 

@@ -88,6 +88,12 @@ def _blocks_above(model: nn.Module) -> dict[nn.Parameter, int]:
     blocks = decoder_blocks(model)
     found = {p: len(blocks) - i for i, block in enumerate(blocks) for p in block.parameters()}
     for module in model.modules():
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding) or _embeds(module, blocks):
             found |= {p: len(blocks) + 1 for p in module.parameters()}
     return found
+
+
+def _embeds(module: nn.Module, blocks: list[nn.Module]) -> bool:
+    """Whether a module is all embeddings, and what norms them: nothing of it lies above."""
+    has_some = any(isinstance(child, nn.Embedding) for child in module.children())
+    return has_some and not any(inner in blocks for inner in module.modules())

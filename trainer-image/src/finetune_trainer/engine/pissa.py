@@ -13,11 +13,13 @@ from __future__ import annotations
 from typing import Any, Final
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from finetune_api.methods import Method
+from finetune_trainer.engine.shards import put, whole
 
 INITIAL: Final = "initial"
 """Name of the frozen adapter."""
@@ -47,32 +49,46 @@ def add_initial(model: PeftModel, config: LoraConfig) -> None:
             parameter.requires_grad_(False)
 
 
-def initialise(model: nn.Module, method: Method) -> None:
-    """Give both adapters the principal part of each weight, where the method asks for it. The
-    decomposition is random: one process does it for all."""
-    if method.effective_lora.initialization != "PiSSA":
-        return
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer) and "default" in layer.lora_A:
-            _split(layer)
-
-
 @torch.no_grad()
-def _split(layer: LoraLayer) -> None:
-    part: Any = layer  # its attributes are set by peft, not declared
-    weight: Tensor = part.get_base_layer().weight.detach().float()
+def initialise(model: nn.Module, seed: int, place: int = 0, size: int = 1) -> None:
+    """Give both adapters the principal part of each weight; weights and adapters may be in shards.
+
+    A decomposition is dear, and random. So each process of a gang, by its ``place`` of ``size``,
+    makes those of some weights, and tells the others what it found.
+    """
+    layers: list[Any] = [  # their attributes are set by peft, not declared
+        m for m in model.modules() if isinstance(m, LoraLayer) and "default" in m.lora_A
+    ]
+    for first in range(0, len(layers), size):
+        turn = layers[first : first + size]
+        for at, layer in enumerate(turn):
+            weight = whole(layer.get_base_layer().weight)  # all take part
+            if at == place:
+                own = weight
+        if place < len(turn):
+            torch.manual_seed(seed + first + place)
+            mine = _principal(turn[place], own.float())
+        for at, layer in enumerate(turn):
+            shapes = [side["default"].weight.shape for side in (layer.lora_A, layer.lora_B)]
+            found = mine if at == place else [torch.empty(s, device=weight.device) for s in shapes]
+            for half in found if size > 1 else ():
+                dist.broadcast(half, src=at)
+            for adapter, sign in (("default", 1), (INITIAL, -1)):
+                put(layer.lora_A[adapter].weight, found[0])
+                put(layer.lora_B[adapter].weight, sign * found[1])
+
+
+def _principal(layer: Any, weight: Tensor) -> list[Tensor]:
+    """A and B of the principal part of a weight; zero beyond its rank."""
     weight = weight.T if getattr(layer, "fan_in_fan_out", False) else weight
-    rank = min(part.r["default"], *weight.shape)
+    rank: int = min(layer.r["default"], *weight.shape)
     # Twice the rank is sought, for where singular values lie close together.
     found = torch.svd_lowrank(weight, q=min(2 * rank, *weight.shape), niter=_ITERATIONS)
     u, s, v = (x[..., :rank] for x in found)
-    root = (s / part.scaling["default"]).sqrt()
-    for adapter, sign in (("default", 1.0), (INITIAL, -1.0)):
-        a, b = part.lora_A[adapter].weight, part.lora_B[adapter].weight
-        a.zero_()
-        b.zero_()
-        a[:rank] = root[:, None] * v.T
-        b[:, :rank] = sign * u * root
+    root = (s / layer.scaling["default"]).sqrt()
+    lacking = layer.r["default"] - rank
+    halves = pad(root[:, None] * v.T, (0, 0, 0, lacking)), pad(u * root, (0, lacking))
+    return [half.contiguous() for half in halves]  # as they are sent
 
 
 def join(plain: nn.Module, tuned: nn.Module) -> None:

@@ -28,7 +28,9 @@ not at all."""
 # Length at which attention costs as much as all that is linear in the length. It only steers the
 # balance between ranks; measured on Llama shapes it lies between 4k (small) and 30k (7B).
 _QUADRATIC_LENGTH = 8192
-_TRIED_STEPS: Final = 16
+_TRIED_PARTS: Final = 4
+_TRIED_TOGETHER: Final = 4
+"""Steps of a run that are looked at, some together: a pass over the data costs an order of all."""
 _TRIED_ROWS: Final = 8
 _WORTH_IT: Final = 0.995
 """Short rows multiply smaller matrices: they must save that much to be better."""
@@ -192,9 +194,12 @@ def uniform_row(plan: Plan, steps: int) -> int:
     """The size, in tokens, that rows should have if all must have one (for a compiler): that of
     which least is padding, of rows no longer than the plan's and some times shorter.
 
-    Tried on some steps of the run, so alike wherever the run is gone on with by as many ranks.
+    Tried on some steps of a few parts of the run, so alike wherever the run is gone on with by as
+    many ranks.
     """
-    some = np.unique(np.linspace(0, steps - 1, _TRIED_STEPS).astype(np.int64)).tolist()
+    starts = np.linspace(0, steps - _TRIED_TOGETHER, _TRIED_PARTS).astype(np.int64)
+    tried = (starts[:, None] + np.arange(_TRIED_TOGETHER)).clip(0, steps - 1)
+    some: list[int] = np.unique(tried).tolist()
     sizes = [plan.lengths[plan.samples(step)].tolist() for step in some]
     totals = [sum(step) / plan.ranks for step in sizes]
     longest = int(plan.lengths.max())

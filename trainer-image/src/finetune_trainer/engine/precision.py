@@ -14,12 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-import torch
 from torch import nn
 
 from finetune_api.spec import Training
 from finetune_trainer.engine.parameters import decoder_blocks
-from finetune_trainer.failures import UserError
 
 
 @dataclass(frozen=True)
@@ -51,18 +49,6 @@ def precision_of(training: Training, cuda: bool) -> Precision:
     if training.precision == "Auto":
         return PRECISIONS["BF16" if cuda else "FP32"]
     return PRECISIONS[training.precision]
-
-
-def check_fp8(device: torch.device) -> None:
-    """Raises:
-    UserError: 'NoFP8' where the device cannot compute in 8 bits, 'PackageMissing' without torchao.
-    """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
-        raise UserError(
-            "NoFP8",
-            "spec.training.precision: FP8 needs a GPU that computes in 8 bits (Ada, Hopper or"
-            f" newer), and this is a {device.type}; set PureBF16",
-        )
 
 
 def use_fp8(model: nn.Module, emulate: bool = False) -> int:

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -115,20 +114,3 @@ def root_gathered(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.reshard()
-
-
-def held(value: Tensor) -> Tensor:
-    """What this process holds of a tensor that may be in shards: the same memory."""
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
-def whole(value: Tensor) -> Tensor:
-    """A tensor that may be in shards, gathered."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def broadcast_parameters(model: nn.Module, names: set[str], group: dist.ProcessGroup) -> None:
-    """Give every process the first one's values of some parameters, by a group for words."""
-    for name, parameter in model.named_parameters():
-        if name in names:
-            dist.broadcast(parameter.data, src=0, group=group)

@@ -21,8 +21,8 @@ from finetune_trainer.engine.adaptersum import check_sum
 from finetune_trainer.engine.base import fetch_base
 from finetune_trainer.engine.fitting import Measure, fit, others, told
 from finetune_trainer.engine.memorywords import table
-from finetune_trainer.engine.quantized import check_package
 from finetune_trainer.engine.rehearsals import Rehearsals
+from finetune_trainer.engine.requirements import check_image
 from finetune_trainer.engine.rowsize import Samples
 from finetune_trainer.engine.schedule import replay_of, stages_of, steps_of
 from finetune_trainer.engine.tasks import TASKS
@@ -76,7 +76,7 @@ def prepare(
         UserError, DataError, StorageDenied, StorageUnavailable: with the remedy.
     """
     spec = order.spec
-    check_package(spec)
+    check_image(spec)
     check_access(spec, stores.default)
     base = fetch_base(order, stores, scratch, weights=False)
     check_sum(order, base)

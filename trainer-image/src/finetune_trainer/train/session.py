@@ -32,8 +32,8 @@ from finetune_trainer.engine.optimizers import Optimizers, make_optimizers
 from finetune_trainer.engine.parameters import Parameters
 from finetune_trainer.engine.plan import Plan, uniform_row
 from finetune_trainer.engine.precision import precision_of
-from finetune_trainer.engine.quantized import check_device
 from finetune_trainer.engine.rehearsals import Rehearsals
+from finetune_trainer.engine.requirements import check_device
 from finetune_trainer.engine.rowsize import Samples, row_tokens_of
 from finetune_trainer.engine.schedule import replay_of, stages_of, steps_of, visits_of
 from finetune_trainer.engine.sharding import capacity

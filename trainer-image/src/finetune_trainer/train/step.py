@@ -9,7 +9,8 @@ from finetune_trainer.engine.feed import StepTensors
 from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import RowLosses
 from finetune_trainer.engine.optimizers import step_if
-from finetune_trainer.engine.sharding import synchronise, whole
+from finetune_trainer.engine.sharding import synchronise
+from finetune_trainer.engine.shards import whole
 from finetune_trainer.train.session import Session
 
 

@@ -3,8 +3,8 @@
     weights ──► base ──► method ──► loss ──► on the device, whole or in shards
 
 Who reads what depends on how it will lie. In shards, each process reads its own. In replicas, the
-first process reads, and DDP gives the others what it has. Where a method makes something of the
-base's weights, or a process is alone, it reads them all.
+first process reads, and DDP gives the others what it has. What a method makes of the base's weights
+is made when they are there.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch import nn
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.anchors import OutputAnchor, wants_copy
 from finetune_trainer.engine.base import BaseFiles
-from finetune_trainer.engine.compilation import check_compiler, compile_blocks
+from finetune_trainer.engine.compilation import compile_blocks
+from finetune_trainer.engine.derived import derive
 from finetune_trainer.engine.flops import Work, work_of
 from finetune_trainer.engine.gang import Gang
 from finetune_trainer.engine.hollow import make_solid
 from finetune_trainer.engine.kernels import use_liger
-from finetune_trainer.engine.loading import fill_shards, named_in, names_of, reads_base
+from finetune_trainer.engine.loading import fill_shards, named_in, names_of
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.memory import Placement
 from finetune_trainer.engine.methods import Tuned, apply_method, checkpoint_activations
-from finetune_trainer.engine.model import CPU, Purpose, hollow_base, load_base
+from finetune_trainer.engine.model import Purpose, hollow_base, load_base
 from finetune_trainer.engine.parameters import Parameters, parameter_counts
-from finetune_trainer.engine.pissa import initialise, is_kept
 from finetune_trainer.engine.plan import Packing
-from finetune_trainer.engine.precision import Precision, check_fp8, use_fp8
+from finetune_trainer.engine.precision import Precision, use_fp8
 from finetune_trainer.engine.rehearsal import frozen_dtype, packing_of
-from finetune_trainer.engine.sharding import broadcast_parameters, distribute, laying_of
+from finetune_trainer.engine.sharding import distribute, laying_of
 from finetune_trainer.engine.tasks import TASKS, RowLoss
 from finetune_trainer.storage.objects import Stores
 
@@ -70,16 +70,15 @@ def open_model(
     kind, path = spec.method.kind, files.folder
     dtype = frozen_dtype(spec, precision)
     laying = laying_of(gang, placement.sharding, precision)
-    filled = laying == "Shards" and gang.size > 1 and not reads_base(spec)
+    filled = laying == "Shards" and gang.size > 1
     if filled:
-        base = hollow_base(path, dtype, kind.packs)
+        base = hollow_base(path, dtype, kind.packs, purpose)
     elif laying == "Replicas" and not gang.first and not kind.quantizes:
         base = hollow_base(path, dtype, kind.packs, purpose)
         make_solid(base, gang.device)
     else:
-        there = CPU if laying == "Shards" and gang.size > 1 else gang.device
-        bits = gang.device if kind.quantizes else None
-        base = load_base(path, dtype, kind.packs, bits, purpose, files.weights(stores), there)
+        bits, weights = gang.device if kind.quantizes else None, files.weights(stores)
+        base = load_base(path, dtype, kind.packs, bits, purpose, weights, gang.device)
     names = names_of(base)
     packing = packing_of(base, spec)
     if precision.halved and not spec.training.compile:
@@ -87,31 +86,20 @@ def open_model(
     model = apply_method(base, spec)
     if placement.checkpointing:
         checkpoint_activations(model)
-    gang.from_first(lambda: initialise(model, spec.method))
-    if laying == "Shards":  # DDP gives the others what the first one has
-        share_initial(model, spec, gang)
     parameters, work = parameter_counts(model), work_of(model, base)
     loss = TASKS[spec.task].loss(model, spec.training)
     loss.train()
     if precision.fp8:
-        check_fp8(gang.device)
         use_fp8(model)
     if spec.training.compile:
-        check_compiler(gang.device)
         compile_blocks(model)
     named = named_in(loss, names)
     module = distribute(loss, gang, placement.sharding, precision)
     if filled:
-        fill_shards(loss, named, path, files.weights(stores))
+        fill_shards(loss, named, path, files.weights(stores), purpose)
+    derive(model, spec, gang.rank, gang.size)
     anchor = output_anchor(spec, files, stores, loss, gang, placement, precision)
     return TunedModel(model, loss, module, parameters, work, packing, anchor)
-
-
-def share_initial(model: nn.Module, spec: FineTuneJobSpec, gang: Gang) -> None:
-    """Give all processes what the first one has drawn for them."""
-    if gang.control is not None and spec.method.effective_lora.initialization == "PiSSA":
-        kept = {name for name, parameter in model.named_parameters() if is_kept(name, parameter)}
-        broadcast_parameters(model, kept, gang.control)
 
 
 def output_anchor(

@@ -1,0 +1,70 @@
+"""What a method adds that is made of the base's weights, once these are there: whole or in shards.
+
+DoRA            the length of each row of a weight
+PiSSA           its principal part
+PromptTuning    embeddings of some tokens
+a task's head   the copy that is trained
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.func import functional_call
+
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.engine import pissa
+from finetune_trainer.engine.shards import held, put, whole
+
+
+@torch.no_grad()
+def derive(model: nn.Module, spec: FineTuneJobSpec, place: int = 0, size: int = 1) -> None:
+    """Give what ``apply_method`` has added to a model the values that are made of its weights.
+
+    Args:
+        place: this process's in the gang of ``size``, all of which must ask for it.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            _measure(module)
+        elif isinstance(module, ModulesToSaveWrapper):
+            _copy(module)
+    if spec.method.type == "PromptTuning":
+        _take_embeddings(model, spec.training.seed)
+    if spec.method.effective_lora.initialization == "PiSSA":
+        pissa.initialise(model, spec.training.seed, place, size)
+
+
+def _measure(layer: Any) -> None:
+    """DoRA (Liu et al. 2024, arXiv:2402.09353). Whole weights peft has measured itself, in 4 bits
+    too; where they are in shards, it saw zeros."""
+    for magnitude in layer.lora_magnitude_vector.values():
+        weight = layer.get_base_layer().weight
+        if isinstance(weight, DTensor):
+            norms = magnitude.get_weight_norm(whole(weight), lora_weight=0.0, scaling=1.0)
+            put(magnitude.weight, norms)
+
+
+def _copy(wrapper: ModulesToSaveWrapper) -> None:
+    """The part of a head that is trained; of whole weights peft's copy is right."""
+    there = dict(wrapper.original_module.named_parameters())
+    for copy in wrapper.modules_to_save.values():
+        for name, parameter in copy.named_parameters():
+            if isinstance(parameter, DTensor):
+                held(parameter).copy_(held(there[name]))
+
+
+def _take_embeddings(model: Any, seed: int) -> None:
+    """Vectors that begin as embeddings of real tokens learn faster (Lester et al. 2021)."""
+    embedding = model.get_input_embeddings()
+    weight = whole(embedding.weight)
+    prompt = model.prompt_encoder["default"].embedding.weight
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(len(weight), (prompt.shape[0],), generator=generator)
+    # By the module: some scale what they look up.
+    put(prompt, functional_call(embedding, {"weight": weight}, ids.to(weight.device)))
