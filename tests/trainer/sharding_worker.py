@@ -66,7 +66,8 @@ def tune(
     )
     gang = gangs.join(spec.training)
     base = BaseFiles(Base(spec.model, ()), Path(folder) / "base", None)
-    untuned = tiny_mixtral if experts else tiny_llama
+    width = 64 if spec.method.kind.quantizes else 32  # rows of whole blocks, for a CPU
+    untuned = tiny_mixtral if experts else partial(tiny_llama, hidden_size=width)
     gang.from_first(lambda: untuned().save_pretrained(base.folder))
     opened = open_model(
         spec, base, NO_STORES, gang, Placement(sharding, checkpointing),
