@@ -39,7 +39,8 @@ DATA_REPORT = {
                     "previews": [
                         {
                             "where": "s3://bucket/t.jsonl:1", "tokens": 9,
-                            "parts": [{"text": "is it <b>?", "learned": False},
+                            "parts": [{"text": "", "learned": False, "cut": 1200},
+                                      {"text": "is it <b>?", "learned": False},
                                       {"text": " yes", "learned": True}],
                         }
                     ],
@@ -158,7 +159,8 @@ def test_the_report_shows_figures_data_and_examples() -> None:
     for shown in (
         '<span class="pill good">+47.5 %</span>', '<span class="pill bad">+0.500</span>',
         "123,457", "2 Duplicate 1 truncated", "yes 4, no 3", "&lt;script&gt;x&lt;/script&gt;",
-        '<span class="learned"> yes</span>', "is it &lt;b&gt;?", "LoRA, rank 16",
+        "[1,200 tokens cut off]", '<mark class="learned"> yes</mark>',
+        "is it &lt;b&gt;?", "LoRA, rank 16",
         "adapter 1.2 MB, merged 2,000.0 MB", "published commit, step 10", "Loss 1.5",
         "First step after</th><td>3.2 s (model 1.2, step 2.0)", "LoRA on <code>hf://org/name@rev<",
         "Trained parameters</th><td>10 of 1,000 (1 %)", "; a whole copy has 1,980.0 MB",
