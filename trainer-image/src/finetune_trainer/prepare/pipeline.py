@@ -25,7 +25,7 @@ from finetune_trainer.engine.memorywords import table
 from finetune_trainer.engine.quantized import check_package
 from finetune_trainer.engine.rehearsals import Rehearsals
 from finetune_trainer.engine.rowsize import Samples
-from finetune_trainer.engine.schedule import replay_of, stages_of, steps_of
+from finetune_trainer.engine.schedule import replay_of, stage_plans, stages_of, steps_of
 from finetune_trainer.engine.tasks import TASKS
 from finetune_trainer.evaluate.metricnames import check_metrics
 from finetune_trainer.failures import UserError, object_changed
@@ -238,11 +238,14 @@ def summarise(
     """What prepare found, in numbers.
 
     Raises:
-        UserError: 'NothingToMix', 'NothingToReplay'.
+        UserError: 'NothingToMix', 'StageTooShort', 'NothingToReplay'.
     """
     train = [s for s in manifest.sets if s.split == "train"]
     total = steps_of(spec, manifest.samples("train"))
-    stages_of(spec, {s.name: s.tokens for s in train}, total)
+    sets = {s.name: s.tokens for s in train}
+    stages = stage_plans(stages_of(spec, sets, total), sets)
+    for stage in stages:
+        log.info("stage %s: %d steps, %s", stage.name, stage.steps, stage.mixture_text)
     replay_of(spec, [s.name for s in train])
     fields = {
         "digest": manifest.digest,
@@ -255,5 +258,6 @@ def summarise(
         "supervised_tokens": sum(s.supervised for s in train),
         "dropped": manifest.dropped,
         "total_steps": total,
+        "stages": stages,
     }
     return PreparedSummary.model_validate(fields, by_alias=False, by_name=True)
