@@ -38,12 +38,18 @@ summaries = st.builds(
     }), max_size=60),
 )  # fmt: skip
 prepared = st.builds(
-    lambda uri, dropped: {
+    lambda uri, dropped, stages: {
         "digest": "d" * 64, "uri": uri, "reused": False, "trainSamples": 1, "validationSamples": 1,
         "testSamples": 1, "trainTokens": 1, "supervisedTokens": 1, "dropped": dropped,
-        "totalSteps": 1,
+        "totalSteps": 1, "stages": stages,
     },
     addresses, st.dictionaries(st.text(max_size=200), st.integers(0), max_size=40),
+    st.lists(st.fixed_dictionaries({
+        "name": st.from_regex(r"[a-z]{1,63}", fullmatch=True), "steps": st.integers(1),
+        "mixture": st.dictionaries(
+            st.from_regex(r"[a-z]{1,63}", fullmatch=True), figures, max_size=64
+        ),
+    }), max_size=16),
 )  # fmt: skip
 
 
@@ -96,3 +102,20 @@ def test_scores_go_before_the_message() -> None:
     assert back.failure == word.failure
     assert back.trained is not None
     assert (back.trained.steps, back.trained.scores) == (9, [])
+
+
+def test_stages_go_before_the_message() -> None:
+    mixture = {f"set-{n}": 0.0125 for n in range(64)}
+    stages = [{"name": f"stage-{n}", "steps": 9, "mixture": mixture} for n in range(16)]
+    figures = dict.fromkeys(
+        ("trainSamples", "validationSamples", "testSamples", "trainTokens", "supervisedTokens"), 1
+    )
+    summary = {"digest": "d", "uri": "s3://b/d", "reused": False, "totalSteps": 144, **figures}
+    word = said(
+        failure={"class": "Internal", "reason": "Late", "message": "x" * 1000},
+        prepared={**summary, "stages": stages},
+    )
+    back = Termination.model_validate(json.loads(word.to_text()))
+    assert back.failure == word.failure
+    assert back.prepared is not None
+    assert (back.prepared.total_steps, back.prepared.stages) == (144, [])

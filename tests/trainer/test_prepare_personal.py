@@ -13,7 +13,7 @@ from finetune_api.sources import Data, DataSource
 from finetune_trainer.failures import DataError
 from finetune_trainer.prepare.digest import Source
 from finetune_trainer.prepare.drafts import Draft, Part, drafter
-from finetune_trainer.prepare.personal import inspect, redacted, scan
+from finetune_trainer.prepare.personal import covered, inspect, redacted, scan, uncovered
 from finetune_trainer.prepare.records import Record
 
 KEY = "a9Zk3QpX7vLm2RtY8cBn"
@@ -60,6 +60,14 @@ NOT_FOUND = [
     "-----BEGIN PUBLIC KEY-----",
     "3f2b8c1e-9a4d-4e6f-8b7a-123456789012",
 ]
+
+
+@given(st.lists(st.sampled_from([text for _, text in FOUND] + NOT_FOUND)).map(" | ".join))
+def test_what_is_covered_stays_in_its_place(text: str) -> None:
+    hidden = covered(text)
+    assert uncovered(hidden) == redacted(text)
+    for was, shown in zip(text, hidden, strict=True):
+        assert shown in (was, *"\ufdd0\ufdd1\ufdd2\ufdd3")
 
 
 @pytest.mark.parametrize(("kind", "text"), FOUND)

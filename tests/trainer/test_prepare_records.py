@@ -6,7 +6,10 @@ import csv
 import gzip
 import io
 import json
+import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -15,9 +18,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune_api.names import ENV_PVC_ROOT
 from finetune_trainer.failures import DataError, TrainerError, UserError
 from finetune_trainer.prepare.csvrows import CELL_CHARACTERS
 from finetune_trainer.prepare.records import PARQUET_ROWS, SUFFIXES, Record, read_records
+from finetune_trainer.prepare.sources import DataObject, resolve
+from finetune_trainer.storage import claims
 from finetune_trainer.storage.objectstream import Opened, open_stream
 from trainer.prepare_helpers import lines
 
@@ -231,12 +237,17 @@ KINDS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
 PACKERS: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "zst": zstd}
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_an_object_that_changes_while_it_is_read_is_refused(suffix: str) -> None:
+def object_of(suffix: str) -> tuple[list[dict[str, Any]], bytes]:
+    """Records, and an object of them."""
     records = [{"a": json.dumps(i)} for i in range(2000)]
     _, kind, *packed = suffix.split(".")
     data = KINDS[f".{kind}"](records)
-    data = PACKERS[packed[0]](data) if packed else data
+    return records, PACKERS[packed[0]](data) if packed else data
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_an_object_that_changes_while_it_is_read_is_refused(suffix: str) -> None:
+    records, data = object_of(suffix)
     assert [r.fields for r in read(f"a{suffix}", data)] == records
 
     def opener(position: int, etag: str | None) -> Opened:
@@ -248,3 +259,83 @@ def test_an_object_that_changes_while_it_is_read_is_refused(suffix: str) -> None
     with pytest.raises(DataError) as caught:
         list(read_records(f"s3://b/a{suffix}", stream, lambda error: None))
     assert caught.value.reason == "ObjectChanged"
+
+
+@pytest.fixture
+def listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, bytes], tuple[Path, DataObject]]:
+    """``listed(name, data)``: a file of a claim and how it is listed; reads of it are short."""
+    monkeypatch.setattr(claims, "BUFFER_BYTES", 64)
+
+    def write(name: str, data: bytes) -> tuple[Path, DataObject]:
+        path = tmp_path / "claim" / name
+        path.parent.mkdir()
+        path.write_bytes(data)
+        os.utime(path, (10**9, 10**9))  # a clock that stands still for a moment shows no change
+        found = resolve(f"pvc://claim/{name}", NO_STORE, {ENV_PVC_ROOT: str(tmp_path)})
+        return path, found[0]
+
+    return write
+
+
+NO_STORE: Any = None
+Listed = Callable[[str, bytes], tuple[Path, DataObject]]
+
+
+def in_place(path: Path) -> None:
+    """Other bytes, as many."""
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+
+
+def by_rename(path: Path) -> None:
+    other = path.with_name("new")
+    other.write_bytes(bytes(path.stat().st_size))
+    other.replace(path)
+
+
+@pytest.mark.parametrize("change", [in_place, by_rename, Path.unlink])
+def test_a_file_that_is_replaced_before_it_is_read_is_refused(
+    listed: Listed, change: Callable[[Path], None]
+) -> None:
+    path, item = listed("a.jsonl", b"{}")
+    change(path)
+    with pytest.raises(DataError, match=r"pvc://claim/a\.jsonl: .*spec\.rerunToken") as caught:
+        item.open()
+    assert caught.value.reason == "ObjectChanged"
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_that_is_rewritten_while_it_is_read_is_refused(listed: Listed, suffix: str) -> None:
+    records, data = object_of(suffix)
+    path, item = listed(f"a{suffix}", data)
+    with item.open() as stream:
+        assert [r.fields for r in read_records(item.uri, stream)] == records
+    with item.open() as stream:
+        assert stream.read(2) == data[:2]
+        in_place(path)
+        stream.seek(0)
+        with pytest.raises(DataError, match=re.escape(item.uri)) as caught:
+            list(read_records(item.uri, stream, lambda error: None))
+    assert caught.value.reason == "ObjectChanged"
+
+
+def test_a_file_that_is_read_as_a_whole_is_refused_too(listed: Listed) -> None:
+    path, item = listed("a.jsonl", bytes(1000))
+    with item.open() as stream:
+        in_place(path)
+        with pytest.raises(DataError, match="replaced"):
+            stream.read()
+
+
+def test_a_file_that_is_replaced_by_renaming_is_read_to_its_end_as_it_was(listed: Listed) -> None:
+    records, data = object_of(".jsonl")
+    path, item = listed("a.jsonl", data)
+    with item.open() as stream:
+        assert stream.read(2) == data[:2]
+        by_rename(path)
+        stream.seek(0)
+        assert [r.fields for r in read_records(item.uri, stream)] == records
+    with pytest.raises(DataError, match="replaced"):
+        item.open()

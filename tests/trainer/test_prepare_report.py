@@ -73,6 +73,7 @@ def report(**change: Any) -> dict[str, Any]:
         "personalData": {"EMAIL": {"samples": 2, "occurrences": 3, "places": ["a, line 9"]}},
         "previews": [{"where": "a, line 1", "tokens": 3, "parts": [
             {"text": "<script>alert(1)</script>", "learned": False},
+            {"text": "", "learned": False, "cut": 1},
             {"text": " learned & marked", "learned": True}]}],
     }  # fmt: skip
     source = {
@@ -121,7 +122,7 @@ def test_the_page_shows_all_that_was_found() -> None:
         "3 × an e-mail address (kept)", "a, line 9", "1 training samples share text",
         "10 held-out samples were not compared", "lacks a field", "Unheard", "the same words",
         "field &#39;x&#39; is missing", "en 75 %, unclear 25 %", "&lt;script&gt;", "good 4, bad 3",
-        "without the end of the text",
+        "without the end of the text", "[1 token cut off]",
     ):  # fmt: skip
         assert shown in page, shown
     assert "<script" not in page and "http" not in page

@@ -16,7 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder, TunedBase
-from finetune_api.results import Ancestor, DataSetScores, PreparedSummary, Startup, TrainSummary
+from finetune_api.results import (
+    Ancestor,
+    DataSetScores,
+    PreparedSummary,
+    StagePlan,
+    Startup,
+    TrainSummary,
+)
 from finetune_api.sources import ModelPlace
 from finetune_api.spec import parse_spec
 from finetune_trainer.prepared.manifest import DataManifest, DataSet
@@ -39,7 +46,8 @@ DATA_REPORT = {
                     "previews": [
                         {
                             "where": "s3://bucket/t.jsonl:1", "tokens": 9,
-                            "parts": [{"text": "is it <b>?", "learned": False},
+                            "parts": [{"text": "", "learned": False, "cut": 1200},
+                                      {"text": "is it <b>?", "learned": False},
                                       {"text": " yes", "learned": True}],
                         }
                     ],
@@ -85,7 +93,9 @@ def about(
             startup=Startup(seconds={"model": 1.25, "step": 2.0}, from_step=0, first_step=1.0),
         ),
         curve=[
-            CurvePoint(step=s, loss=3 / s, learning_rate=1e-4, gradient_norm=1.0)
+            CurvePoint(
+                step=s, data_stage="warm", loss=3 / s, learning_rate=1e-4, gradient_norm=1.0
+            )
             for s in (1, 10, 20)
         ],
         validation=[
@@ -102,6 +112,7 @@ def about(
     prepared = PreparedSummary(
         digest="d", uri="s3://bucket/data/d", reused=False, train_samples=7, validation_samples=1,
         test_samples=1, train_tokens=70, supervised_tokens=7, total_steps=20,
+        stages=[StagePlan(name="warm", steps=15, mixture={"support": 1.0})],
     )  # fmt: skip
     sets = [
         DataSet(split="train", name="support", format="Classification", samples=7, tokens=70,
@@ -158,9 +169,11 @@ def test_the_report_shows_figures_data_and_examples() -> None:
     for shown in (
         '<span class="pill good">+47.5 %</span>', '<span class="pill bad">+0.500</span>',
         "123,457", "2 Duplicate 1 truncated", "yes 4, no 3", "&lt;script&gt;x&lt;/script&gt;",
-        '<span class="learned"> yes</span>', "is it &lt;b&gt;?", "LoRA, rank 16",
+        "[1,200 tokens cut off]", '<mark class="learned"> yes</mark>',
+        "is it &lt;b&gt;?", "LoRA, rank 16",
         "adapter 1.2 MB, merged 2,000.0 MB", "published commit, step 10", "Loss 1.5",
         "First step after</th><td>3.2 s (model 1.2, step 2.0)", "LoRA on <code>hf://org/name@rev<",
+        '<td>warm</td><td class="num">15</td><td>support 100 %</td>',
         "Trained parameters</th><td>10 of 1,000 (1 %)", "; a whole copy has 1,980.0 MB",
     ):  # fmt: skip
         assert shown in text, shown
@@ -221,6 +234,8 @@ def test_metrics_json_is_complete() -> None:
         {"Loss": 0.5, "Accuracy": 0.475, "Perplexity": 12.2 - 123456.7}
     )
     assert [point["step"] for point in raw["training"]["curve"]] == [1, 10, 20]
+    assert {point["dataStage"] for point in raw["training"]["curve"]} == {"warm"}
+    assert raw["data"]["stages"] == [{"name": "warm", "steps": 15, "mixture": {"support": 1.0}}]
     assert raw["spec"]["model"]["source"] == "hf://org/name@rev"
     assert (raw["training"]["tokens"], raw["training"]["goodputTokensPerSecond"]) == (9000, 150.0)
     assert raw["parameters"] == {"trainable": 10, "total": 1000}

@@ -15,6 +15,7 @@ from finetune_trainer.engine.schedule import (
     learning_rate,
     log_interval,
     replay_of,
+    stage_plans,
     stages_of,
     steps_of,
 )
@@ -70,7 +71,7 @@ def source(name: str, **fields: Any) -> dict[str, Any]:
                     {"name": "b", "steps": "1.5"},
                 ]
             },
-            [Stage(2, [0.0, 1.0]), Stage(8, None)],
+            [Stage(2, [0.0, 1.0], "a"), Stage(8, None, "b")],
         ),
     ],
 )
@@ -84,6 +85,47 @@ def test_a_stage_of_empty_sets_is_refused() -> None:
     with pytest.raises(UserError, match=r"spec\.data\.train: .*empty.* have no sample") as caught:
         stages_of(spec(data=data), SETS, 10)
     assert caught.value.reason == "NothingToMix"
+
+
+def in_stages(*steps: str) -> FineTuneJobSpec:
+    """Over both sets: stages s0, s1, … of these parts of the steps."""
+    stages = [{"name": f"s{i}", "steps": part} for i, part in enumerate(steps)]
+    return spec(data={"train": [source("small"), source("large")], "stages": stages})
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=16), st.integers(1, 300))
+def test_every_stage_has_a_step_or_is_refused(parts: list[int], total: int) -> None:
+    made = in_stages(*map(str, parts))
+    try:
+        stages = stages_of(made, SETS, total)
+    except UserError as error:
+        assert error.reason == "StageTooShort"
+        assert min(parts) * total < sum(parts), "a whole step is never rounded away"
+    else:
+        assert [stage.name for stage in stages] == [f"s{i}" for i in range(len(parts))]
+        assert min(stage.steps for stage in stages) >= 1
+        assert sum(stage.steps for stage in stages) == total
+
+
+def test_a_stage_without_a_step_is_refused_with_what_to_do() -> None:
+    with pytest.raises(UserError) as caught:
+        stages_of(in_stages("0.98", "0.02"), SETS, 12)
+    assert caught.value.reason == "StageTooShort"
+    for word in ("spec.data.stages[1]", "'s1'", "2.00%", "12 steps", "maxSteps", "epochs"):
+        assert word in caught.value.message
+
+
+def test_the_plan_of_the_stages_names_steps_and_shares() -> None:
+    only_large = {"name": "a", "steps": "1", "weights": [{"name": "large", "weight": "3"}]}
+    data = {
+        "train": [source("small"), source("large")],
+        "stages": [only_large, {"name": "b", "steps": "4"}],
+    }
+    first, then = stage_plans(stages_of(spec(data=data), SETS, 10), SETS)
+    assert (first.name, first.steps, first.mixture) == ("a", 2, {"large": 1.0})
+    assert (then.name, then.steps, then.mixture) == ("b", 8, {"small": 0.1, "large": 0.9})
+    assert then.mixture_text == "small 10 %, large 90 %"
+    assert stage_plans(stages_of(spec(), SETS, 10), SETS) == []
 
 
 def test_replay_sets_are_those_that_are_marked_and_have_samples() -> None:

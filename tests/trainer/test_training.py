@@ -153,10 +153,17 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_at_any_size(bench: Bench
         "split": {"validation": "0.1", "test": "0.1"},
         "quality": {"deduplicate": False},
     }
-    whole = bench.finish(bench.order("1-whole", data=data), 1, "whole")
+    order = bench.order("1-whole", data=data)
+    whole = bench.finish(order, 1, "whole")
     assert whole.curve[-1].loss < whole.curve[0].loss
     assert whole.curve[0].by_source.keys() == {"colours"}
     assert {name for point in whole.curve for name in point.by_source} == {"colours", "loud"}
+    planned = runfiles.read_prepared(bench.store, order.run_uri).stages
+    assert [stage.mixture for stage in planned] == [{"colours": 1}, {"colours": 0.75, "loud": 0.25}]
+    named = [name for stage in planned for name in [stage.name] * stage.steps]
+    assert [point.data_stage for point in whole.curve] == named
+    said = (bench.tmp_path / "whole" / "log").read_text()
+    assert f"step 1/{len(named)} (first) loss" in said and f"/{len(named)} (then) loss" in said
     for before, after, sharding, sharing in (
         (1, 1, "NoShard", 1), (2, 1, "NoShard", 1), (1, 2, "NoShard", 1),
         (2, 1, "FullShard", 1), (1, 2, "FullShard", 1), (2, 2, "NoShard", 2),
@@ -176,6 +183,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_at_any_size(bench: Bench
             found = curve(resumed)[step]
             assert found == pytest.approx(loss, rel=1e-4), (name, step)
         for ours, theirs in zip(resumed.curve, whole.curve, strict=True):
+            assert ours.data_stage == theirs.data_stage
             assert ours.by_source == pytest.approx(theirs.by_source, rel=1e-4)
         for ours, theirs in zip(resumed.validation, whole.validation, strict=True):
             assert ours.overall["Loss"] == pytest.approx(theirs.overall["Loss"], rel=1e-4)
@@ -228,8 +236,14 @@ SERIES = (
 
 
 def test_pages_tell_what_the_gang_does(bench: Bench) -> None:
+    data = {
+        "train": [{"source": f"{bench.bucket}/train.jsonl"}],
+        "split": {"validation": "0.1", "test": "0.1"},
+        "quality": {"deduplicate": False},
+        "stages": [{"name": "only", "steps": "1"}],
+    }
     order = bench.order("1-pages", training={"epochs": 200}, checkpoint={"everySteps": 2},
-                        evaluation={"everySteps": 3})  # fmt: skip
+                        evaluation={"everySteps": 3}, data=data)  # fmt: skip
     gang = bench.start(order, 1, "pages")
     page = f"http://127.0.0.1:{gang.metrics_port}"
     told: dict[str, Any] = {}
@@ -246,7 +260,7 @@ def test_pages_tell_what_the_gang_does(bench: Bench) -> None:
     )
     gang.kill()
     assert (told["run"], told["attempt"], told["restarts"]) == ("1-pages", 1, 0)
-    assert told["totalSteps"] == bench.total_steps(order)
+    assert (told["totalSteps"], told["dataStage"]) == (bench.total_steps(order), "only")
     assert told["latestCheckpoint"].startswith(order.run_uri)
     for name in SERIES:
         assert float(values[name]) > 0, name

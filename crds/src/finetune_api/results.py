@@ -67,6 +67,8 @@ class Progress(Record):
     """Optimizer steps of the run."""
     epoch: float = 0.0
     """Passes over the training data done."""
+    data_stage: str | None = None
+    """Name of the stage of data.stages that the last step belongs to, where there are some."""
     loss: float | None = None
     """Training loss per supervised token (nats), mean since the last log point."""
     by_source: dict[str, float] = {}
@@ -133,6 +135,22 @@ class MemoryEstimate(Record):
     """Where the training may not fit: figures, and what would fit."""
 
 
+class StagePlan(Record):
+    """A stage of the training, as prepare has worked it out."""
+
+    name: str
+    """As data.stages has it."""
+    steps: int
+    """Optimizer steps of it."""
+    mixture: dict[str, float]
+    """Share of the trained tokens by training set, of those that take part."""
+
+    @property
+    def mixture_text(self) -> str:
+        """For people: ``notes 75 %, code 25 %``."""
+        return ", ".join(f"{name} {100 * share:.3g} %" for name, share in self.mixture.items())
+
+
 class PreparedSummary(Record):
     """What prepare found, in numbers."""
 
@@ -156,6 +174,8 @@ class PreparedSummary(Record):
     """Records left out, by cause."""
     total_steps: int
     """Optimizer steps that the training will take."""
+    stages: list[StagePlan] = []
+    """What is mixed when, where data.stages says."""
     memory: MemoryEstimate | None = None
     """What the training will take of memory."""
 
@@ -267,13 +287,15 @@ class Termination(Record):
     def to_text(self) -> str:
         """JSON of at most TERMINATION_LIMIT bytes. What is too long is left out in this order:
         scores (metrics.json in storage has them), causes of dropped records (the data report has
-        them), the middle of the failure's message."""
+        them), stages (prepared.json has them), the middle of the failure's message."""
         raw = self.to_json()
         if _fits(raw):
             return _compact(raw)
         raw.get("trained", {}).pop("scores", None)
         if not _fits(raw):
             raw.get("prepared", {}).pop("dropped", None)
+        if not _fits(raw):
+            raw.get("prepared", {}).pop("stages", None)
         message = raw.get("failure", {}).get("message", "")
         keep = len(message) // 2
         while not _fits(raw) and keep > 0:

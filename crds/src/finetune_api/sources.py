@@ -284,7 +284,7 @@ class DataStage(Model):
     """A part of the training with a mixture of its own."""
 
     name: DnsLabel
-    """Name in reports."""
+    """Name in prepare's plan, the training's log, metrics.json and the report."""
     steps: Annotated[
         str,
         Spelling(
@@ -293,7 +293,8 @@ class DataStage(Model):
             max_length=32,
         ),
     ]
-    """Part of the training's steps, relative to the other stages: "0.3" and "0.7"."""
+    """Part of the training's steps, relative to the other stages: "0.3" and "0.7". It must come to
+    one step at least."""
     weights: Annotated[list[MixtureWeight], Field(min_length=1, max_length=64)] | None = None
     """The mixture of the stage; sets that are not named take no part. Absent: as `data.train`
     says."""

@@ -145,3 +145,12 @@ def test_a_metric_that_no_set_can_have_is_refused(
         at.prepare(order)
     assert caught.value.reason == "MetricWithoutData"
     assert not at.store.head(f"{order.run_uri}/prepared.json")
+
+
+def test_a_stage_that_the_steps_do_not_suffice_for_is_refused(at: Workplace) -> None:
+    stages = [{"name": "warm", "steps": "0.01"}, {"name": "rest", "steps": "0.99"}]
+    order = at.order(lines(*pairs(30)), data={**ALL, "stages": stages}, training={"maxSteps": 40})
+    with pytest.raises(UserError, match=r"'warm' would have no step: .*40 steps") as caught:
+        at.prepare(order)
+    assert caught.value.reason == "StageTooShort"
+    assert not at.store.head(f"{order.run_uri}/prepared.json")

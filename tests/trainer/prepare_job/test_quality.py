@@ -36,6 +36,17 @@ def test_overlength_is_cut_or_dropped_and_counted(at: Workplace) -> None:
         "completionEnd": 0,
         "textEnd": 0,
     }
+    first, second, *_ = report["sources"][0]["splits"]["train"]["previews"]
+    whole = tokenizer(LONG["prompt"])["input_ids"]
+    shown = tokenizer.decode(sample.ids[~sample.supervised], skip_special_tokens=True)
+    assert first["parts"] == [
+        {"text": "", "learned": False, "cut": len(whole) - sum(~sample.supervised)},
+        {"text": shown, "learned": False},
+        {"text": " yes", "learned": True},
+    ]
+    assert [part["text"] for part in second["parts"]] == list(pairs(1)[0].values())
+    page = at.store.get(f"{summary.uri}/report.html").decode()
+    assert f"[{first['parts'][0]['cut']} tokens cut off]</span>{shown}<mark" in page
 
     dropping = {**ALL, "quality": {"overlength": "Drop"}}
     summary, _ = at.prepare(at.order(data=dropping, **short))

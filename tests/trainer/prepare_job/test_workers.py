@@ -7,6 +7,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 import random
 import threading
 import uuid
@@ -19,6 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune_api.names import ENV_PVC_ROOT
 from finetune_api.order import RunOrder
 from finetune_api.results import PreparedSummary
 from finetune_trainer.failures import DataError, StorageUnavailable
@@ -29,6 +31,7 @@ from finetune_trainer.prepare.mapping import Mapper
 from finetune_trainer.prepare.meeting import Meeting
 from finetune_trainer.prepare.parts import Part, Piece, deal
 from finetune_trainer.prepare.pipeline import prepare
+from finetune_trainer.prepare.reader import Reading, Say
 from finetune_trainer.prepare.sources import DataObject
 from finetune_trainer.prepared.shards import PreparedData
 from finetune_trainer.prepared.split import SIDES
@@ -64,8 +67,8 @@ class Workshop:
             **spec,
         )  # fmt: skip
 
-    def work(self, order: RunOrder, worker: int) -> PreparedSummary | None:
-        return prepare(order, OneStore(order, self.store), next(self.scratch), worker=worker)
+    def work(self, order: RunOrder, worker: int, say: Say | None = None) -> PreparedSummary | None:
+        return prepare(order, OneStore(order, self.store), next(self.scratch), say, worker)
 
     def prepare(self, order: RunOrder) -> PreparedSummary:
         """All workers, the first last."""
@@ -263,6 +266,59 @@ def test_data_that_changes_between_workers_is_refused(
     monkeypatch.setattr(Meeting, "wait", put_and_wait)
     with pytest.raises(DataError) as caught:
         at.work(changed, 0)
+    assert caught.value.reason == "ObjectChanged"
+
+
+def behind_all(change: Callable[[], object]) -> Say:
+    """Lets all be read, then makes the change."""
+
+    def say(reading: Reading) -> None:
+        if reading.bytes == reading.total_bytes:
+            change()
+
+    return say
+
+
+def rewrite(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(lines(*pairs(60, 20)))
+
+
+def rename(path: Path) -> None:
+    other = path.with_name("other")
+    other.write_bytes(lines(*pairs(60, 20)))
+    other.replace(path)
+
+
+def add(path: Path) -> None:
+    path.with_name("1.jsonl").write_bytes(lines(*pairs(3, 200)))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("change", [rewrite, rename, add, Path.unlink])
+def test_files_that_change_behind_their_last_record_are_refused(
+    at: Workshop, workers: int, change: Callable[[Path], None], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv(ENV_PVC_ROOT, str(tmp_path / "claims"))
+    path = tmp_path / "claims" / "notes" / "data" / "0.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(lines(*pairs(60, 10)))
+    os.utime(path, (10**9, 10**9))
+    order = at.order({"train": [{"source": "pvc://notes/data/"}]}, workers)
+    for worker in range(1, workers):
+        at.work(order, worker)
+    with pytest.raises(DataError, match=r"pvc://notes/data/[01]\.jsonl: .*rerunToken") as caught:
+        at.work(order, 0, behind_all(lambda: change(path)))
+    assert caught.value.reason == "ObjectChanged"
+    assert not [o.uri for o in at.store.list(f"{at.root}/out/") if o.uri.endswith("manifest.json")]
+    assert at.parts_left(order) == []
+
+
+def test_an_object_that_is_replaced_behind_its_last_record_is_refused(at: Workshop) -> None:
+    order = at.order({"train": [{"source": at.put("k/0.jsonl", lines(*pairs(60)))}]}, 1)
+    with pytest.raises(DataError, match=r"k/0\.jsonl: .*rerunToken") as caught:
+        at.work(order, 0, behind_all(lambda: at.put("k/0.jsonl", lines(*pairs(60, 1)))))
     assert caught.value.reason == "ObjectChanged"
 
 

@@ -275,6 +275,25 @@ def test_conversations_of_other_fields_are_prepared_and_shown(at: Workplace) -> 
     assert len(learned) == 1 and learned[0].startswith("It is ") and "<|im_end|>" in learned[0]
 
 
+def test_the_plan_of_the_stages_is_told(at: Workplace, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    listed = [{"name": n, "source": at.put(f"{n}.jsonl", lines(*pairs(30, i)))}
+              for i, n in ((0, "notes"), (90, "code"))]  # fmt: skip
+    weights = [{"name": "notes", "weight": "3"}, {"name": "code", "weight": "1"}]
+    stages = [{"name": "both", "steps": "3", "weights": weights},
+              {"name": "end", "steps": "1", "weights": weights[1:]}]  # fmt: skip
+    data = {**ALL, "train": listed, "stages": stages}
+    order = at.order(data=data, training={"maxSteps": 12})
+    summary, _ = at.prepare(order)
+    assert [(s.name, s.steps, s.mixture) for s in summary.stages] == [
+        ("both", 9, {"notes": 0.75, "code": 0.25}), ("end", 3, {"code": 1.0}),
+    ]  # fmt: skip
+    assert read_prepared(at.store, order.run_uri).stages == summary.stages
+    said = [record.getMessage() for record in caplog.records]
+    assert "stage both: 9 steps, notes 75 %, code 25 %" in said
+    assert "stage end: 3 steps, code 100 %" in said
+
+
 # --- reuse ---------------------------------------------------------------------------------------
 
 

@@ -109,6 +109,16 @@ PEER_LOST: Final = "PeerLost"
 """Reason of a NodeFailure whose cause is another pod: this pod may go on in place."""
 
 
+def object_changed(uri: str) -> DataError:
+    """The error of an object that changes under a job: what it was and what it is now would be
+    trained as one."""
+    return DataError(
+        "ObjectChanged",
+        f"{uri}: the object was added, replaced or removed while the job read its inputs; make sure"
+        " that nothing writes there, then set a new spec.rerunToken",
+    )
+
+
 def verdict(error: BaseException) -> Failure:
     """What status says of an exception."""
     known = recognise(error)

@@ -190,6 +190,8 @@ class Stage:
     """Steps of it."""
     shares: Sequence[float] | None = None
     """Of the tokens, by source; None: in proportion to size."""
+    name: str | None = None
+    """As ``data.stages`` has it; None: the training has no stages."""
 
 
 class Curriculum:
@@ -231,6 +233,10 @@ class Curriculum:
     def stage_of(self, step: int) -> int:
         """Number of the stage that a step belongs to."""
         return int(np.searchsorted(self._begins, step, side="right")) - 1
+
+    def name_of(self, step: int) -> str | None:
+        """Name of the stage that a step belongs to, where stages have names."""
+        return self._stages[self.stage_of(step)].name
 
     def _make_mixture(self, stage: int) -> Mixture:
         shares, first = self._stages[stage].shares, self._first(stage)

@@ -166,6 +166,10 @@ class Plan:
         visited = step * self._batch
         return visited if self._visits is None else min(visited, self._visits)
 
+    def stage(self, step: int) -> str | None:
+        """Name of the stage of ``data.stages`` that a step belongs to; None: there are none."""
+        return self._curriculum.name_of(step)
+
     def samples(self, step: int) -> Ints:
         """Positions of the samples of a step, in order."""
         found = self._curriculum.samples(step)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from finetune_api.results import StagePlan
 from finetune_api.sources import Data, DataStage
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.mixture import Stage
@@ -45,18 +46,48 @@ def stages_of(spec: FineTuneJobSpec, sets: Mapping[str, int], total: int) -> lis
         total: steps of the run.
 
     Raises:
-        UserError: 'NothingToMix' where all sets that a stage would mix are empty.
+        UserError: 'NothingToMix' where all sets that a stage would mix are empty; 'StageTooShort'
+            where a stage has no step.
     """
     if spec.data.stages is None:
         return [Stage(total, _shares(spec.data, None, sets, "data.train"))]
     parts = [float(stage.steps) for stage in spec.data.stages]
     ends = [round(total * sum(parts[: i + 1]) / sum(parts)) for i in range(len(parts))]
-    return [
-        Stage(end - begin, _shares(spec.data, stage, sets, f"data.stages[{i}]"))
-        for i, (stage, begin, end) in enumerate(
-            zip(spec.data.stages, [0, *ends], ends, strict=False)
-        )
-    ]
+    found = []
+    for i, (stage, begin, end) in enumerate(zip(spec.data.stages, [0, *ends], ends, strict=False)):
+        if begin == end:
+            raise UserError(
+                "StageTooShort",
+                f"spec.data.stages[{i}]: stage {stage.name!r} would have no step: its share is"
+                f" {parts[i] / sum(parts):.2%} of the training's {total} steps. Raise its steps,"
+                " take it out, or train for more steps (training.epochs, training.maxSteps, or a"
+                " lower training.batchSize)",
+            )
+        shares = _shares(spec.data, stage, sets, f"data.stages[{i}]")
+        found.append(Stage(end - begin, shares, stage.name))
+    return found
+
+
+def stage_plans(stages: Sequence[Stage], sets: Mapping[str, int]) -> list[StagePlan]:
+    """The stages in words and numbers; none where the spec names none.
+
+    Args:
+        sets: as of ``stages_of``, which made the stages.
+    """
+    plans = []
+    for stage in stages:
+        if stage.name is None:
+            continue
+        weights = [float(tokens) for tokens in sets.values()]
+        if stage.shares is not None:
+            weights = list(stage.shares)
+        mixture = {
+            name: round(weight / sum(weights), 4)
+            for name, weight in zip(sets, weights, strict=True)
+            if weight
+        }
+        plans.append(StagePlan(name=stage.name, steps=stage.steps, mixture=mixture))
+    return plans
 
 
 def _shares(

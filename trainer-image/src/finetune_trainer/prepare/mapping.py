@@ -23,8 +23,8 @@ from finetune_trainer.prepare.nearduplicates import Words, fingerprints
 from finetune_trainer.prepare.overlength import fit
 from finetune_trainer.prepare.parts import Part
 from finetune_trainer.prepare.personal import inspect
+from finetune_trainer.prepare.previews import preview
 from finetune_trainer.prepare.reader import Batch, Reader
-from finetune_trainer.prepare.report import preview
 from finetune_trainer.prepare.tokens import Cut, Model, Sample
 from finetune_trainer.prepare.writer import ShardWriter
 from finetune_trainer.prepared.split import SIDES, Side
@@ -162,7 +162,8 @@ class _Mapped:
     def _offer(self, sample: Sample) -> None:
         offered = self._previews.setdefault(sample.draft.side, [])
         if len(offered) < OFFERED:
-            offered.append(Preview(sample=self._facts.rows, shown=preview(sample)))
+            shown = preview(sample, self._model.tokens)
+            offered.append(Preview(sample=self._facts.rows, shown=shown))
 
 
 def _digests(drafts: Iterable[Draft]) -> list[bytes]:

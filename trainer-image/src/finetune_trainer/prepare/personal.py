@@ -42,10 +42,12 @@ class _Form(NamedTuple):
 def scan(text: str) -> tuple[str, Counter[str]]:
     """The text with a bracketed word for everything that is found, and how often each kind was."""
     found: Counter[str] = Counter()
-    for form in _FORMS:
-        if form.hint.search(text):
-            text = form.pattern.sub(partial(_replace, form, found), text)
-    return text, found
+
+    def write(kind: str, _: str) -> str:
+        found[kind] += 1
+        return f"[{kind}]"
+
+    return _with_each(text, write), found
 
 
 def redacted(text: str) -> str:
@@ -53,11 +55,33 @@ def redacted(text: str) -> str:
     return scan(text)[0]
 
 
-def _replace(form: _Form, found: Counter[str], match: re.Match[str]) -> str:
-    if not form.holds(match[0]):
-        return match[0]
-    found[form.kind] += 1
-    return f"[{form.kind}]"
+def covered(text: str) -> str:
+    """The text in as many characters, each of what is found replaced by one that stands for its
+    kind: stretches of it are still where they were."""
+    return _with_each(text, lambda kind, what: _COVERS[kind] * len(what))
+
+
+def uncovered(text: str) -> str:
+    """A stretch of a covered text with the bracketed words."""
+    return _COVERED.sub(lambda match: f"[{_KINDS[match[0][0]]}]", text)
+
+
+_COVERS: Final = {kind: chr(0xFDD0 + i) for i, kind in enumerate(IN_WORDS)}
+"""Unicode's noncharacters, which no text holds."""
+_KINDS: Final = {cover: kind for kind, cover in _COVERS.items()}
+_COVERED: Final = re.compile("|".join(f"{cover}+" for cover in _KINDS))
+
+
+def _with_each(text: str, write: Callable[[str, str], str]) -> str:
+    """The text with something else written for everything that is found, by its kind."""
+
+    def replaced(form: _Form, match: re.Match[str]) -> str:
+        return write(form.kind, match[0]) if form.holds(match[0]) else match[0]
+
+    for form in _FORMS:
+        if form.hint.search(text):
+            text = form.pattern.sub(partial(replaced, form), text)
+    return text
 
 
 def inspect(draft: Draft, policy: str, *, own_group: bool) -> Draft:

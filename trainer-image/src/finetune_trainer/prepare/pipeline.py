@@ -9,6 +9,7 @@ Each of ``prepare.workers`` processes runs all of it; ``workers`` shares the par
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer
@@ -24,13 +25,13 @@ from finetune_trainer.engine.memorywords import table
 from finetune_trainer.engine.rehearsals import Rehearsals
 from finetune_trainer.engine.requirements import check_image
 from finetune_trainer.engine.rowsize import Samples
-from finetune_trainer.engine.schedule import replay_of, stages_of, steps_of
+from finetune_trainer.engine.schedule import replay_of, stage_plans, stages_of, steps_of
 from finetune_trainer.engine.tasks import TASKS
 from finetune_trainer.evaluate.metricnames import check_metrics
-from finetune_trainer.failures import DataError, UserError
+from finetune_trainer.failures import UserError, object_changed
 from finetune_trainer.prepare.digest import Source, content_digest
 from finetune_trainer.prepare.reader import Reading, Say
-from finetune_trainer.prepare.sources import resolve
+from finetune_trainer.prepare.sources import changed, resolve
 from finetune_trainer.prepare.tasks import RENDERINGS
 from finetune_trainer.prepare.tokens import Model
 from finetune_trainer.prepare.workers import Place, write_data
@@ -87,18 +88,7 @@ def prepare(
     files = modelfiles.tokenizer_files(base.folder)
     tokenizer = {file.name: file_info(file).sha256 for file in files}
 
-    def digest_of(found: list[Source]) -> str:
-        return content_digest(spec.data, found, tokenizer, model.max_length, spec.task)
-
-    def check() -> None:
-        if digest_of(find_sources(spec, stores)) != digest:
-            raise DataError(
-                "ObjectChanged",
-                "objects of spec.data were added, removed or replaced while they were prepared;"
-                " make sure that nothing writes to them, then set a new spec.rerunToken",
-            )
-
-    digest = digest_of(sources)
+    digest = content_digest(spec.data, sources, tokenizer, model.max_length, spec.task)
     uri = data_uri(spec.effective_workspace, digest)
     manifest = read_manifest(stores.default, uri)
     reused = manifest is not None and is_complete(stores.default, uri, manifest)
@@ -107,7 +97,7 @@ def prepare(
         place = Place(stores.default, uri, digest, folder, scratch / "prepared")
         manifest = write_data(
             spec.data, sources, model, place, worker, spec.prepare.workers,
-            check=check, say=say or LogReading(),
+            check=lambda: check_unchanged(sources, stores), say=say or LogReading(),
         )  # fmt: skip
     if worker or manifest is None:
         return None
@@ -213,6 +203,21 @@ def find_sources(spec: FineTuneJobSpec, stores: Stores) -> list[Source]:
     return found
 
 
+def check_unchanged(sources: Sequence[Source], stores: Stores) -> None:
+    """Prove that the sources still have the objects that were found for them.
+
+    Raises:
+        DataError: 'ObjectChanged', naming the first that is not what it was.
+    """
+    for source in sources:
+        try:
+            now = resolve(source.spec.source, stores.of(source.spec.storage))
+        except UserError:  # nothing is left
+            now = []
+        if (uri := changed(source.objects, now)) is not None:
+            raise object_changed(uri)
+
+
 def estimate_memory(spec: FineTuneJobSpec, data: PreparedData, measure: Measure) -> MemoryEstimate:
     """Print what the training will take of the memory of a process.
 
@@ -233,11 +238,14 @@ def summarise(
     """What prepare found, in numbers.
 
     Raises:
-        UserError: 'NothingToMix', 'NothingToReplay'.
+        UserError: 'NothingToMix', 'StageTooShort', 'NothingToReplay'.
     """
     train = [s for s in manifest.sets if s.split == "train"]
     total = steps_of(spec, manifest.samples("train"))
-    stages_of(spec, {s.name: s.tokens for s in train}, total)
+    sets = {s.name: s.tokens for s in train}
+    stages = stage_plans(stages_of(spec, sets, total), sets)
+    for stage in stages:
+        log.info("stage %s: %d steps, %s", stage.name, stage.steps, stage.mixture_text)
     replay_of(spec, [s.name for s in train])
     fields = {
         "digest": manifest.digest,
@@ -250,5 +258,6 @@ def summarise(
         "supervised_tokens": sum(s.supervised for s in train),
         "dropped": manifest.dropped,
         "total_steps": total,
+        "stages": stages,
     }
     return PreparedSummary.model_validate(fields, by_alias=False, by_name=True)

@@ -17,8 +17,7 @@ from finetune_trainer.prepare.contamination import NGRAM
 from finetune_trainer.prepare.facts import Facts, PartSummary, Preview
 from finetune_trainer.prepare.faults import Faults
 from finetune_trainer.prepare.languages import Languages
-from finetune_trainer.prepare.personal import scan
-from finetune_trainer.prepare.tokens import Cut, Sample
+from finetune_trainer.prepare.tokens import Cut
 from finetune_trainer.prepared.split import Side
 
 PREVIEWS: Final = 3
@@ -27,7 +26,6 @@ PREVIEWS: Final = 3
 PLACES: Final = 5
 """Places that the report names of what was found."""
 
-PREVIEW_CHARACTERS: Final = 2000
 LABELS_SHOWN: Final = 200
 BINS: Final = 24
 """Most bins of a histogram."""
@@ -258,15 +256,3 @@ def percentiles(counts: Counter[int]) -> dict[str, int]:
 def _counted(values: Rows) -> dict[int, int]:
     found, counts = np.unique(values, return_counts=True)
     return dict(zip(found.tolist(), counts.tolist(), strict=True))
-
-
-def preview(sample: Sample) -> dict[str, Any]:
-    """A sample to look at. More people read the report than the data: personal data is masked
-    whatever is done about it in the samples."""
-    parts: list[dict[str, Any]] = []
-    room = PREVIEW_CHARACTERS
-    for part in sample.draft.parts:
-        text, _ = scan(part.text)
-        parts.append({"text": text[:room], "learned": part.learned})
-        room = max(0, room - len(text))
-    return {"where": sample.draft.where, "tokens": len(sample.ids), "parts": parts}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import BinaryIO, Final
 
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepare.records import SUFFIXES, readable
-from finetune_trainer.storage.claims import claim_path
+from finetune_trainer.storage.claims import claim_path, etag_of, open_listed
 from finetune_trainer.storage.objects import ObjectStore
 
 _SHOWN: Final = 5
@@ -39,10 +39,10 @@ class DataObject:
         """The object as a binary stream.
 
         Raises:
-            DataError: 'ObjectChanged', also from later reads, where it was replaced since.
+            DataError: 'ObjectChanged', also from later reads, where it is not what was listed.
         """
         if isinstance(self.place, Path):
-            return self.place.open("rb")
+            return open_listed(self.place, self.uri, self.etag)
         return self.place.read_stream(self.uri, etag=self.etag)
 
 
@@ -64,6 +64,12 @@ def resolve(
     if not found:
         raise _nothing(uri, folder, list(islice(_below(folder, store, environ), 1000)))
     return found
+
+
+def changed(before: Iterable[DataObject], now: Iterable[DataObject]) -> str | None:
+    """Address of the first object that only one of two listings of a source has as it is."""
+    was, is_now = ({(o.uri, o.etag, o.size) for o in found} for found in (before, now))
+    return min((uri for uri, *_ in was ^ is_now), default=None)
 
 
 def _candidates(
@@ -92,8 +98,7 @@ def _below(folder: str, store: ObjectStore, environ: Mapping[str, str]) -> Itera
         if path.is_file():
             stat = path.stat()
             name = path.relative_to(root).as_posix()
-            etag = f"{stat.st_size:x}-{stat.st_mtime_ns:x}"
-            yield DataObject(folder + name, stat.st_size, etag, path)
+            yield DataObject(folder + name, stat.st_size, etag_of(stat), path)
 
 
 def _literal_length(uri: str) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from finetune_trainer.failures import DataError, UserError
 from finetune_trainer.prepare.drafts import Draft, nothing_learned
 from finetune_trainer.prepare.faults import Complain, refuse
-from finetune_trainer.prepare.tokens import Cut, Sample, check_vocabulary
+from finetune_trainer.prepare.tokens import Cut, Placed, Sample, begins_of, check_vocabulary
 
 _PROBE: Final = "a b"
 _NO_BOUND: Final = 1 << 30
@@ -35,9 +35,9 @@ class LabelledText(Sample):
 
     def shortened(self, limit: int, bos: int | None) -> tuple[Sample, Cut]:
         """Without the end of the text, before the marks."""
-        kept = limit - self.marks
-        ids = np.concatenate([self.ids[:kept], self.ids[len(self.ids) - self.marks :]])
-        return replace(self, ids=ids, prompt_length=len(ids)), "Text"
+        kept, end = limit - self.marks, len(self.ids) - self.marks
+        ids = np.concatenate([self.ids[:kept], self.ids[end:]])
+        return replace(self, ids=ids, prompt_length=len(ids), gaps=((kept, end),)), "Text"
 
 
 class Texts:
@@ -104,6 +104,11 @@ class Texts:
                     LabelledText(draft, np.array(ids, np.int32), (), len(ids), self._marks_at_end)
                 )
         return samples
+
+    def placed(self, draft: Draft) -> list[Placed]:
+        """Where the tokens of the text stand; its label has none."""
+        begins = begins_of(self._tokenizer, draft.prompt)
+        return [Placed(self._marks - self._marks_at_end, begins)]
 
     def _encode(self, texts: list[str], *, marks: bool = True) -> list[list[int]]:
         # Not by the tokenizer's backend: files of encoders often ask it to pad and to truncate.

@@ -8,8 +8,8 @@ would stand in the middle of the sample.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,8 @@ class Sample:
     be predicted from, so counts of learned tokens are the loss' exact denominators."""
     prompt_length: int
     """Tokens before the last learned span: the prompt when text is generated."""
+    gaps: tuple[Span, ...] = field(default=(), kw_only=True)
+    """What was cut off, as stretches of the tokens that there were; ascending."""
 
     @property
     def supervised(self) -> int:
@@ -68,7 +70,21 @@ class Sample:
             if end - dropped > max(keep, 1)
         )
         cut: Cut = "Prompt" if prompt + answer <= limit else "Completion"
-        return replace(self, ids=ids, spans=spans, prompt_length=prompt), cut
+        gaps = _filled((keep, keep + dropped), (dropped + len(ids), length))
+        return replace(self, ids=ids, spans=spans, prompt_length=prompt, gaps=gaps), cut
+
+
+def _filled(*spans: Span) -> tuple[Span, ...]:
+    return tuple((start, end) for start, end in spans if start < end)
+
+
+class Placed(NamedTuple):
+    """The tokens of a part of a draft."""
+
+    first: int
+    """Position of the first of them among all tokens of the draft."""
+    begins: list[int]
+    """Character of the part's text at which each begins."""
 
 
 class Tokenizing(Protocol):
@@ -81,6 +97,10 @@ class Tokenizing(Protocol):
 
     def samples(self, drafts: Sequence[Draft], complain: Complain = refuse) -> list[Sample]:
         """Tokenize a batch of drafts; faults of records are told to ``complain``."""
+
+    def placed(self, draft: Draft) -> list[Placed]:
+        """Where the tokens of a draft's parts stand; parts at its end that have none (a label) are
+        left out."""
 
 
 class Tokens:
@@ -139,6 +159,17 @@ class Tokens:
                 complain(error)
         return samples
 
+    def placed(self, draft: Draft) -> list[Placed]:
+        """Where the tokens of a draft's parts stand."""
+        first = len(self.prefix) if draft.framed else 0
+        found = []
+        for i, part in enumerate(draft.parts):
+            lead = self._lead if i else ""
+            begins = begins_of(self._tokenizer, lead + part.text)[1 if lead else 0 :]
+            found.append(Placed(first, [max(0, begin - len(lead)) for begin in begins]))
+            first += len(begins)
+        return found
+
     def _assemble(self, draft: Draft, encoded: Iterable[list[int]]) -> Sample:
         ids = list(self.prefix) if draft.framed else []
         spans: list[Span] = []
@@ -184,6 +215,19 @@ class Tokens:
         eos = str(self._tokenizer.eos_token)
         beginning, behind = self._encode([_PROBE, eos + _PROBE])
         return eos if behind[:1] == [self.eos_id] and behind[1:] != beginning else ""
+
+
+def begins_of(tokenizer: Any, text: str) -> list[int]:
+    """The character at which each token of a text begins, without marks. Of a tokenizer that does
+    not know (one that is not fast) they are about right: as if all were equally long."""
+    encoded = tokenizer(
+        text, add_special_tokens=False, padding=False, truncation=False, verbose=False,
+        return_offsets_mapping=tokenizer.is_fast,
+    )  # fmt: skip
+    if tokenizer.is_fast:
+        return [begin for begin, _ in encoded["offset_mapping"]]
+    count = len(encoded["input_ids"])
+    return [len(text) * i // count for i in range(count)]
 
 
 def check_vocabulary(ids: Sequence[int], vocabulary: int, model: str) -> None:

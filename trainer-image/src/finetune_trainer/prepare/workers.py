@@ -58,7 +58,7 @@ def write_data(
     """Do the work of one of the workers.
 
     Args:
-        check: raises where the sources are not what they were.
+        check: raises where the sources are not what they were; asked last of all, by every worker.
 
     Returns:
         The manifest, written last, where the worker is the first; else None.
@@ -84,6 +84,7 @@ def write_data(
     decode = model.tokenizer.decode
     try:
         gather(data, sources, parts, meeting, output, place.scratch, meanwhile=check, decode=decode)
+        check()
         classes_of = RENDERINGS[model.task].classes
         manifest = output.finish(model.max_length, data.quality, classes_of)
     except DataError:

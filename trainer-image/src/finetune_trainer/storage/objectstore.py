@@ -22,11 +22,11 @@ from botocore import UNSIGNED
 from botocore.config import Config
 
 from finetune_trainer.failures import (
-    DataError,
     StorageDenied,
     StorageUnavailable,
     TrainerError,
     UserError,
+    object_changed,
 )
 from finetune_trainer.storage.objectinfo import (
     BeyondTheEnd,
@@ -200,11 +200,7 @@ class ObjectStore:
                 with self._asking("read", uri) as at:
                     answer = self._client.get_object(**at, **part)
             except PreconditionFailed:
-                raise DataError(
-                    "ObjectChanged",
-                    f"{uri}: the object was replaced while it was read; make sure that nothing"
-                    " writes to it, then set a new spec.rerunToken",
-                ) from None
+                raise object_changed(uri) from None
             body = _MappedBody(answer["Body"], self, uri)
             return Opened(body, position + answer["ContentLength"], answer["ETag"])
 

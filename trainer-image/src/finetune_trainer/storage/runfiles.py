@@ -20,6 +20,8 @@ class CurvePoint(Record):
 
     step: int
     """Optimizer steps done."""
+    data_stage: str | None = None
+    """Name of the stage of ``data.stages`` that the last step belongs to, where there are some."""
     loss: float
     """Training loss per supervised token since the point before, nats."""
     learning_rate: float

@@ -214,9 +214,11 @@ def log(session: Session, state: LoopState, rate: float, norm: Tensor, clock: Cl
         named = zip(session.sources, figures.by_source, strict=True)
         by_source = {name: value for name, value in named if value is not None}
     telemetry = session.telemetry
+    stage = session.plan.stage(state.step - 1)
     point = CurvePoint(
-        step=state.step, loss=loss, learning_rate=rate, gradient_norm=float(norm.item()),
-        by_source=by_source, anchor_kl=anchor_kl, router_loss=router_loss,
+        step=state.step, data_stage=stage, loss=loss, learning_rate=rate,
+        gradient_norm=float(norm.item()), by_source=by_source, anchor_kl=anchor_kl,
+        router_loss=router_loss,
     )  # fmt: skip
     state.curve.append(point)
     total = telemetry.progress.total_steps
@@ -242,7 +244,7 @@ def log(session: Session, state: LoopState, rate: float, norm: Tensor, clock: Cl
     if session.gang.device.type == "cuda":
         telemetry.set_gpu_memory(torch.cuda.max_memory_allocated())
     telemetry.say(
-        step=state.step, loss=loss, by_source=by_source, learning_rate=rate,
+        step=state.step, data_stage=stage, loss=loss, by_source=by_source, learning_rate=rate,
         anchor_kl=anchor_kl, router_loss=router_loss,
         epoch=session.plan.visited(state.step) / len(session.plan.lengths),
         remaining_seconds=remaining,
@@ -251,7 +253,8 @@ def log(session: Session, state: LoopState, rate: float, norm: Tensor, clock: Cl
         training_seconds=clock.elapsed(),
     )  # fmt: skip
     if session.gang.first:
-        print(f"step {state.step}/{total} loss {loss:.4f} lr {rate:.3g}{compiled}", flush=True)
+        where = f"step {state.step}/{total}" + (f" ({stage})" if stage else "")
+        print(f"{where} loss {loss:.4f} lr {rate:.3g}{compiled}", flush=True)
 
 
 def evaluate(session: Session, state: LoopState, clock: Clock, *, last: bool) -> None:
