@@ -139,6 +139,8 @@ BAD_TOGETHER = [
         "weight is for training sets", "7"),
     bad("stage without steps", {"data.stages": [{"name": "a-stage", "steps": "0.0"}]},
         "data.stages[0].steps", "a number above zero", "0.0"),
+    bad("two stages of a name", {"data.stages": [{"name": "one", "steps": "1"}] * 2}, "data",
+        "names in stages must differ: figures are named by them", "one"),
     bad("stage of an unknown set", {"data.train": sources({"name": "known"}), "data.stages":
         [{"name": "a", "steps": "1", "weights": [{"name": "unknown", "weight": "1"}]}]}, "data",
         "weights of a stage must name sets of data.train", "known"),

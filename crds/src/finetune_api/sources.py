@@ -316,7 +316,7 @@ class DataStage(Model):
     )
 
 
-def _names_differ(field: str) -> Rule:
+def _names_differ(field: str, why: str = "each set has its own metrics") -> Rule:
     def holds(data: Data) -> bool:
         names = [s.name for s in getattr(data, field) or [] if s.name is not None]
         return len(names) == len(set(names))
@@ -324,7 +324,7 @@ def _names_differ(field: str) -> Rule:
     return Rule(
         f"!has(self.{field}) || self.{field}.all(a, !has(a.name) ||"
         f" self.{field}.filter(b, has(b.name) && b.name == a.name).size() == 1)",
-        f"names in {field} must differ: each set has its own metrics",
+        f"names in {field} must differ: {why}",
         holds,
         (f"{field}[].name",),
     )
@@ -384,6 +384,7 @@ class Data(Model):
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         *(_names_differ(field) for field in ("train", "validation", "test")),
+        _names_differ("stages", "figures are named by them"),
         Rule(
             "self.train.all(s, has(s.weight)) || self.train.all(s, !has(s.weight))",
             "give every training set a weight, or none",
