@@ -294,8 +294,10 @@ def add(path: Path) -> None:
     path.with_name("1.jsonl").write_bytes(lines(*pairs(3, 200)))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("change", [rewrite, rename, add, Path.unlink])
+@pytest.mark.parametrize(
+    ("change", "workers"),
+    [(add, 2), *itertools.product((rewrite, rename, Path.unlink), (1, 2))],
+)
 def test_files_that_change_behind_their_last_record_are_refused(
     at: Workshop, workers: int, change: Callable[[Path], None], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -312,6 +314,13 @@ def test_files_that_change_behind_their_last_record_are_refused(
         at.work(order, 0, behind_all(lambda: change(path)))
     assert caught.value.reason == "ObjectChanged"
     assert not [o.uri for o in at.store.list(f"{at.root}/out/") if o.uri.endswith("manifest.json")]
+    assert at.parts_left(order) == []
+
+
+def test_what_one_worker_did_not_list_takes_no_part(at: Workshop) -> None:
+    uri = at.put("g/0.jsonl", lines(*pairs(60)))
+    order = at.order({"train": [{"source": uri.removesuffix("0.jsonl")}]}, 1)
+    at.work(order, 0, behind_all(lambda: at.put("g/1.jsonl", lines(*pairs(3, 200)))))
     assert at.parts_left(order) == []
 
 

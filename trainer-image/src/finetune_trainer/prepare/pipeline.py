@@ -97,7 +97,8 @@ def prepare(
         place = Place(stores.default, uri, digest, folder, scratch / "prepared")
         manifest = write_data(
             spec.data, sources, model, place, worker, spec.prepare.workers,
-            check=lambda: check_unchanged(sources, stores), say=say or LogReading(),
+            check=lambda: check_unchanged(sources, stores, may_grow=spec.prepare.workers == 1),
+            say=say or LogReading(),
         )  # fmt: skip
     if worker or manifest is None:
         return None
@@ -203,8 +204,12 @@ def find_sources(spec: FineTuneJobSpec, stores: Stores) -> list[Source]:
     return found
 
 
-def check_unchanged(sources: Sequence[Source], stores: Stores) -> None:
+def check_unchanged(sources: Sequence[Source], stores: Stores, may_grow: bool) -> None:
     """Prove that the sources still have the objects that were found for them.
+
+    Args:
+        may_grow: whether there may be others by now, which take no part. Several workers must all
+            find the same.
 
     Raises:
         DataError: 'ObjectChanged', naming the first that is not what it was.
@@ -214,7 +219,7 @@ def check_unchanged(sources: Sequence[Source], stores: Stores) -> None:
             now = resolve(source.spec.source, stores.of(source.spec.storage))
         except UserError:  # nothing is left
             now = []
-        if (uri := changed(source.objects, now)) is not None:
+        if (uri := changed(source.objects, now, may_grow)) is not None:
             raise object_changed(uri)
 
 

@@ -66,10 +66,13 @@ def resolve(
     return found
 
 
-def changed(before: Iterable[DataObject], now: Iterable[DataObject]) -> str | None:
-    """Address of the first object that only one of two listings of a source has as it is."""
+def changed(
+    before: Iterable[DataObject], now: Iterable[DataObject], may_grow: bool = False
+) -> str | None:
+    """Address of the first object that only one of two listings of a source has as it is; with
+    ``may_grow``, new ones are left aside."""
     was, is_now = ({(o.uri, o.etag, o.size) for o in found} for found in (before, now))
-    return min((uri for uri, *_ in was ^ is_now), default=None)
+    return min((uri for uri, *_ in (was - is_now if may_grow else was ^ is_now)), default=None)
 
 
 def _candidates(
