@@ -73,6 +73,10 @@ TOGETHER = {
         layer_types=["sliding_attention", "full_attention"],
     ),
 }  # fmt: skip
+LONG: Any = {
+    "rope_type": "longrope", "rope_theta": 10_000.0, "factor": 16.0,
+    "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 32,
+}  # fmt: skip
 APART = {
     "Mamba": MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4),
     "LFM2": Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]),
@@ -83,6 +87,12 @@ APART = {
     "Doge": DogeConfig(**SMALL),
     "Gemma 3, both ways": Gemma3TextConfig(
         **SMALL, head_dim=8, sliding_window=WINDOW, use_bidirectional_attention=True
+    ),
+    "Phi-3, longrope": Phi3Config(
+        **SMALL, original_max_position_embeddings=32, rope_parameters=LONG
+    ),
+    "Llama, dynamic": LlamaConfig(
+        **SMALL, rope_parameters={"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
     ),
     "RoBERTa": RobertaConfig(**SMALL, is_decoder=True),
     "Llama, both ways": LlamaConfig(**SMALL, is_causal=False),

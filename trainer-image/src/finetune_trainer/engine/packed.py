@@ -98,6 +98,15 @@ def _check(module: torch.nn.Module, mask: Tensor | None, keywords: dict[str, Any
 _STATEFUL: Final = ("mamba", "rwkv", "rglru", "lightning", "shortconv", "deltanet", "ssm")
 _LAYER_TYPES: Final = {"full_attention", "sliding_attention"}
 
+# Rotary frequencies that are chosen by the longest of a row would be so for its other documents.
+_LENGTHENED: Final = {"dynamic", "longrope"}
+
+
+def _rope_types(module: torch.nn.Module) -> set[str]:
+    """Kinds of the rotary positions that a module makes, of all its kinds of layers."""
+    found = getattr(module, "rope_type", None)
+    return set(found.values()) if isinstance(found, dict) else {found} if found else set()
+
 
 def can_pack(model: PreTrainedModel) -> bool:
     """Whether documents in one row of this model are kept apart by positions and attention, and
@@ -113,6 +122,8 @@ def can_pack(model: PreTrainedModel) -> bool:
     if any(mark in name for name in names for mark in _STATEFUL):
         return False
     if any(isinstance(module, torch.nn.Conv1d) for module in model.modules()):
+        return False
+    if any(_LENGTHENED & _rope_types(module) for module in model.modules()):
         return False
     # Positions of a row begin at 0; such models count theirs from behind the padding token's.
     if any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
