@@ -7,13 +7,6 @@ import pytest
 import torch
 from engine import CPU, samples, tiny_llama
 from torch.nn.functional import cross_entropy
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Lfm2Config,
-    MambaConfig,
-    MistralConfig,
-)
 
 from finetune_trainer.engine import packed
 from finetune_trainer.engine.dropout import key_dropouts
@@ -47,22 +40,6 @@ def test_a_packed_document_has_the_loss_of_the_document_alone(config):
     model = tiny_llama(**config).eval()
     documents = samples(LENGTHS)
     row = build_row(documents, range(len(documents)), seed=0, step=0, device=CPU)
-    together = row_losses(TokenLoss(model), row)
-    apart = torch.cat([alone(model, s) for s in documents])
-    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
-
-
-def test_sliding_windows_are_kept_within_documents():
-    packed.install()
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, sliding_window=16,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config).eval()
-    model.set_attn_implementation(packed.ATTENTION)
-    documents = samples([60, 9, 33])
-    row = build_row(documents, range(3), seed=0, step=0, device=CPU)
     together = row_losses(TokenLoss(model), row)
     apart = torch.cat([alone(model, s) for s in documents])
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
@@ -114,29 +91,6 @@ def test_outside_of_a_row_the_attention_is_sdpa():
     ours = model(input_ids=ids, attention_mask=mask).logits
     model.set_attn_implementation("sdpa")
     assert torch.equal(ours, model(input_ids=ids, attention_mask=mask).logits)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4),
-        Lfm2Config(
-            vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, layer_types=["conv", "full_attention"],
-        ),
-        Gemma2Config(
-            vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=1, head_dim=8,
-            num_attention_heads=4, num_key_value_heads=2,
-        ),
-    ],
-    ids=lambda c: c.model_type,
-)  # fmt: skip
-def test_models_that_would_leak_or_attend_otherwise_are_not_packed(config):
-    assert not packed.can_pack(AutoModelForCausalLM.from_config(config))
-
-
-def test_llamas_are_packed():
-    assert packed.can_pack(tiny_llama())
 
 
 def test_checkpointed_rows_have_the_same_gradient_though_backward_has_its_own_thread():

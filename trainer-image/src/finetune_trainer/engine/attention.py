@@ -143,7 +143,12 @@ def _take(x: Tensor, group: Group) -> Tensor:
 
 def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
     """Which keys the last queries of a document see: bool, shape [queries, keys]."""
-    position = torch.arange(keys - queries, keys, device=device)
-    distance = position[:, None] - torch.arange(keys, device=device)[None, :]
+    last = torch.arange(keys - queries, keys, device=device)
+    return sees(last, torch.arange(keys, device=device), window)
+
+
+def sees(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Which keys queries see, by their positions in a document: bool, shape [queries, keys]."""
+    distance = queries[:, None] - keys[None, :]
     seen = distance >= 0
     return seen if window is None else seen & (distance < window)

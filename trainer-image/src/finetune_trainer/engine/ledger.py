@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from finetune_trainer.engine.attention import as_computed
+from finetune_trainer.engine.layout import RowLayout
+from finetune_trainer.engine.packed import Attend
 
 ATTENTION: Final = "finetune_rehearsed"
 """Name under which ``rehearsed_attention`` is registered."""
@@ -125,12 +127,17 @@ class _Attended(torch.autograd.Function):
         return attended
 
 
-def rehearsed_attention(on_gpu: bool) -> Any:
-    """Attention as transformers calls it, without its arithmetic; on a CPU it is in 32 bits."""
+def rehearsed_attention(on_gpu: bool) -> Attend:
+    """Attention of a row without its arithmetic; on a CPU it is in 32 bits."""
 
     def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any
-    ) -> tuple[Tensor, None]:
+        row: RowLayout,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        window: int | None,
+    ) -> Tensor:
         query, key, value = as_computed(query, key, value)
         if _keys is not None:
             _keys.add(key)
@@ -139,6 +146,6 @@ def rehearsed_attention(on_gpu: bool) -> Any:
         if not on_gpu:
             query, key, value = query.float(), key.float(), value.float()
         attended: Tensor = _Attended.apply(query, key, value)
-        return attended.to(kind), None
+        return attended.to(kind)
 
     return attention

@@ -8,6 +8,7 @@ generation needs no switch.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -19,35 +20,52 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetune_trainer.engine.attention import attend
-from finetune_trainer.engine.layout import current_row
+from finetune_trainer.engine.layout import RowLayout, current_row
+from finetune_trainer.engine.probe import obstacle, unknown
+from finetune_trainer.failures import UserError
+
+log = logging.getLogger(__name__)
 
 ATTENTION: Final = "finetune_documents"
 
+Attend = Callable[[RowLayout, Tensor, Tensor, Tensor, float | None, int | None], Tensor]
+"""Attention of a row, as ``attention.attend``."""
 
-def _document_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: within the documents of the row in work (``attend``),
-    or, outside of one, as ``sdpa``."""
-    row = current_row()
-    if row is not None:
-        return attend(row, query, key, value, scaling, sliding_window), None
-    window: dict[str, Any] = {}
-    if sliding_window is not None:
-        window["sliding_window"] = sliding_window
-    output: tuple[Tensor, None] = sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
-        **window, **kwargs,
-    )  # fmt: skip
-    return output
+
+def install() -> None:
+    """Register the attention with transformers, under the name ``ATTENTION``."""
+    register(ATTENTION, attend)
+
+
+def register(name: str, within: Attend) -> None:
+    """Register an attention with transformers: ``within`` in a row, ``sdpa`` outside of one."""
+
+    def attention(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        row = current_row()
+        if row is not None:
+            _check(module, attention_mask, kwargs)
+            return within(row, query, key, value, scaling, sliding_window), None
+        window: dict[str, Any] = {}
+        if sliding_window is not None:
+            window["sliding_window"] = sliding_window
+        output: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+            **window, **kwargs,
+        )  # fmt: skip
+        return output
+
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, _mask)
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -57,15 +75,22 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     return mask
 
 
-def install() -> None:
-    """Register the attention with transformers, under the name ``ATTENTION``."""
-    register(ATTENTION, _document_attention)
+def _check(module: torch.nn.Module, mask: Tensor | None, keywords: dict[str, Any]) -> None:
+    """Refuse what the attention of a row would leave out.
 
-
-def register(name: str, attention: Callable[..., tuple[Tensor, None]]) -> None:
-    """Register an attention with transformers that needs no mask of a row."""
-    ALL_ATTENTION_FUNCTIONS.register(name, attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(name, _mask)
+    Raises:
+        UserError: 'UnsuitableModel'.
+    """
+    strange = unknown(keywords)
+    if mask is not None:
+        strange.append("attention_mask")
+    if strange:
+        raise UserError(
+            "UnsuitableModel",
+            f"spec.model: a {type(module).__name__} asks its attention for {', '.join(strange)},"
+            " which it cannot have in a row of several samples; give another model, or set"
+            " method.type to PromptTuning or PrefixTuning, whose samples have rows of their own",
+        )
 
 
 # Layers that carry state along the row (recurrent, convolutional) would leak from document to
@@ -73,13 +98,20 @@ def register(name: str, attention: Callable[..., tuple[Tensor, None]]) -> None:
 _STATEFUL: Final = ("mamba", "rwkv", "rglru", "lightning", "shortconv", "deltanet", "ssm")
 _LAYER_TYPES: Final = {"full_attention", "sliding_attention"}
 
+# Rotary frequencies that are chosen by the longest of a row would be so for its other documents.
+_LENGTHENED: Final = {"dynamic", "longrope"}
+
+
+def _rope_types(module: torch.nn.Module) -> set[str]:
+    """Kinds of the rotary positions that a module makes, of all its kinds of layers."""
+    found = getattr(module, "rope_type", None)
+    return set(found.values()) if isinstance(found, dict) else {found} if found else set()
+
 
 def can_pack(model: PreTrainedModel) -> bool:
-    """Whether documents in one row of this model are kept apart by positions and attention.
-
-    Models that transformers does not run by sdpa (soft-capped scores, sinks) are not packed: their
-    attention is more than what is registered here. A document of theirs has a row of its own.
-    """
+    """Whether documents in one row of this model are kept apart by positions and attention, and
+    each is attended as the model's own attention would (``probe``). A document of others has a row
+    of its own, and the model's own kernels."""
     if not getattr(model, "_supports_attention_backend", False):
         return False
     if not getattr(model, "_supports_sdpa", False) or getattr(model, "_is_stateful", False):
@@ -91,4 +123,14 @@ def can_pack(model: PreTrainedModel) -> bool:
         return False
     if any(isinstance(module, torch.nn.Conv1d) for module in model.modules()):
         return False
-    return "position_ids" in inspect.signature(model.forward).parameters
+    if any(_LENGTHENED & _rope_types(module) for module in model.modules()):
+        return False
+    # Positions of a row begin at 0; such models count theirs from behind the padding token's.
+    if any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
+        return False
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    found = obstacle(model)
+    if found is not None:
+        log.info("samples of a %s have rows of their own: %s", type(model).__name__, found)
+    return found is None

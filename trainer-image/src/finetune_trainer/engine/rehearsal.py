@@ -194,10 +194,16 @@ class _Model:
 
     def forward(self, max_length: int, autocast: bool) -> Activations | None:
         """What forward passes of two sizes keep: what differs grows with the tokens. None where the
-        architecture cannot be run so."""
+        architecture cannot be run so.
+
+        Raises:
+            UserError: where training would raise it.
+        """
         sizes = max(max_length // 2, 1), max(max_length, 2)
         try:
             less, more = (self._run(tokens, autocast) for tokens in sizes)
+        except UserError:
+            raise
         except Exception as error:
             log.warning(
                 "activations of a %s could not be measured: %s: %s",

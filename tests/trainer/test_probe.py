@@ -1,0 +1,190 @@
+"""Which models are packed, decided by what they hand to their attention, and that it is right."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine import CPU, samples
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForCausalLM,
+    DogeConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GptOssConfig,
+    Lfm2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Phi3Config,
+    PhimoeConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    RobertaConfig,
+)
+
+from finetune_trainer.engine import ledger, packed
+from finetune_trainer.engine.feed import build_row
+from finetune_trainer.engine.layout import row_context
+from finetune_trainer.engine.ledger import rehearsed_attention
+from finetune_trainer.engine.loss import TokenLoss, row_losses
+from finetune_trainer.engine.probe import obstacle
+from finetune_trainer.engine.tasks import TASKS
+from finetune_trainer.failures import UserError
+
+SMALL: Any = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+    "pad_token_id": 0,
+}  # fmt: skip
+WINDOW = 16
+LENGTHS = [60, 9, 33, 17, 16]
+"""Longer than the window, as long, and shorter."""
+SLIDING: Any = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
+EXPERTS: Any = {"num_local_experts": 4, "num_experts_per_tok": 2}
+MANY: Any = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}  # fmt: skip
+
+TOGETHER = {
+    "Llama": LlamaConfig(**SMALL),
+    "GPT-2": GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=128),
+    "Mistral": MistralConfig(**SMALL, sliding_window=None),
+    "Mistral, window": MistralConfig(**SMALL, sliding_window=WINDOW),
+    "Mixtral, window": MixtralConfig(**SMALL, **EXPERTS, sliding_window=WINDOW),
+    "Phi-3, window": Phi3Config(**SMALL, sliding_window=WINDOW),
+    "Qwen2": Qwen2Config(**SMALL),
+    "Qwen2, window": Qwen2Config(**SMALL, **SLIDING),
+    "Qwen3, window": Qwen3Config(**SMALL, **SLIDING, head_dim=8),
+    "Qwen2-MoE": Qwen2MoeConfig(**SMALL, **MANY),
+    "PhiMoE": PhimoeConfig(**SMALL, **EXPERTS),
+    "Gemma 3": Gemma3TextConfig(
+        **SMALL, head_dim=8, sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+}  # fmt: skip
+LONG: Any = {
+    "rope_type": "longrope", "rope_theta": 10_000.0, "factor": 16.0,
+    "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 32,
+}  # fmt: skip
+APART = {
+    "Mamba": MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4),
+    "LFM2": Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]),
+    "Gemma 2": Gemma2Config(**SMALL, head_dim=8),
+    "gpt-oss": GptOssConfig(**SMALL, **EXPERTS, head_dim=8, sliding_window=WINDOW),
+    "Qwen2-MoE, window": Qwen2MoeConfig(**SMALL, **MANY, **SLIDING),
+    "PhiMoE, window": PhimoeConfig(**SMALL, **EXPERTS, sliding_window=WINDOW),
+    "Doge": DogeConfig(**SMALL),
+    "Gemma 3, both ways": Gemma3TextConfig(
+        **SMALL, head_dim=8, sliding_window=WINDOW, use_bidirectional_attention=True
+    ),
+    "Phi-3, longrope": Phi3Config(
+        **SMALL, original_max_position_embeddings=32, rope_parameters=LONG
+    ),
+    "Llama, dynamic": LlamaConfig(
+        **SMALL, rope_parameters={"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    ),
+    "RoBERTa": RobertaConfig(**SMALL, is_decoder=True),
+    "Llama, both ways": LlamaConfig(**SMALL, is_causal=False),
+}
+
+
+def made(config: PreTrainedConfig) -> PreTrainedModel:
+    torch.manual_seed(0)
+    packed.install()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model.config.use_cache = False
+    return model.eval()
+
+
+def packing_of(model: PreTrainedModel) -> str:
+    return TASKS["CausalLM"].packing(model, True)
+
+
+@pytest.mark.parametrize("name", [*TOGETHER, *APART])
+def test_a_model_is_packed_where_its_attention_is_that_of_rows(name: str) -> None:
+    model = made((TOGETHER | APART)[name])
+    assert packing_of(model) == ("Concatenated" if name in TOGETHER else "Alone")
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_what_is_packed_has_the_losses_of_the_models_own_attention_and_mask(name: str) -> None:
+    model = made(TOGETHER[name])
+    documents = samples(LENGTHS)
+    model.set_attn_implementation("eager")
+    apart = []
+    for document in documents:
+        ids = torch.from_numpy(document.ids.astype(np.int64))
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0]
+        target = np.flatnonzero(document.supervised)
+        apart.append(cross_entropy(logits[target - 1], ids[target], reduction="none"))
+    model.set_attn_implementation(packed.ATTENTION)
+    row = build_row(documents, range(len(documents)), seed=0, step=0, device=CPU)
+    together = row_losses(TokenLoss(model), row)
+    torch.testing.assert_close(together, torch.cat(apart), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Doge", "given a mask of its own"),
+        ("Gemma 2", "given softcap"),
+        ("gpt-oss", "given s_aux"),
+        ("PhiMoE, window", "window"),
+        ("Qwen2-MoE, window", "window"),
+        ("Llama, both ways", "given is_causal"),
+        ("Gemma 3, both ways", "window"),
+        ("Mamba", "1 layers call attention 0 times"),
+    ],
+)
+def test_what_the_attention_of_rows_would_not_do_is_said(name: str, said: str) -> None:
+    found = obstacle(made(APART[name]))
+    assert found is not None and re.search(said, found), found
+
+
+def test_neither_weights_nor_memory_are_needed() -> None:
+    """A model of 70 billion parameters, with a window that no pass could hold a mask of."""
+    config = MistralConfig(
+        vocab_size=128_256, hidden_size=8192, intermediate_size=28_672, num_hidden_layers=80,
+        num_attention_heads=64, num_key_value_heads=8, max_position_embeddings=131_072,
+        sliding_window=65_536,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    before = model.config._attn_implementation
+    assert packing_of(model) == "Concatenated"
+    assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("name", [packed.ATTENTION, ledger.ATTENTION], ids=["train", "rehearsal"])
+@pytest.mark.parametrize(
+    ("config", "given", "said"),
+    [
+        (APART["Doge"], {}, "a DogeAttention .* attention_mask"),
+        (APART["Gemma 2"], {}, "a Gemma2Attention .* softcap"),
+        (TOGETHER["Llama"], {"s_aux": torch.zeros(4)}, "a LlamaAttention .* s_aux"),
+        (TOGETHER["Llama"], {"is_causal": False}, "a LlamaAttention .* is_causal"),
+    ],
+)
+def test_what_a_row_cannot_do_is_refused(
+    name: str, config: PreTrainedConfig, given: dict[str, Any], said: str
+) -> None:
+    model: Any = made(config)
+    packed.register(ledger.ATTENTION, rehearsed_attention(on_gpu=False))
+    model.set_attn_implementation(name)
+    row = build_row(samples([20, 9]), [0, 1], seed=0, step=0, device=CPU)
+    inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "use_cache": False}
+    with row_context(row.layout), pytest.raises(UserError, match=said) as caught:
+        model(**inputs, **given)
+    assert caught.value.reason == "UnsuitableModel"
