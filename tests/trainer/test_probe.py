@@ -40,6 +40,7 @@ from finetune_trainer.engine.loss import TokenLoss, row_losses
 from finetune_trainer.engine.probe import obstacle
 from finetune_trainer.engine.tasks import TASKS
 from finetune_trainer.failures import UserError
+from finetune_trainer.prepared.shards import TokenSample
 
 SMALL: Any = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -117,18 +118,30 @@ def test_a_model_is_packed_where_its_attention_is_that_of_rows(name: str) -> Non
     assert packing_of(model) == ("Concatenated" if name in TOGETHER else "Alone")
 
 
+def own_losses(model: PreTrainedModel, document: TokenSample) -> torch.Tensor:
+    """Losses of a document as the model is called by people."""
+    ids = torch.from_numpy(document.ids.astype(np.int64))
+    with torch.no_grad():
+        logits = model(input_ids=ids[None]).logits[0]
+    target = np.flatnonzero(document.supervised)
+    return cross_entropy(logits[target - 1], ids[target], reduction="none")
+
+
+@pytest.mark.parametrize("name", APART)
+def test_what_is_apart_is_run_as_it_is(name: str) -> None:
+    model = made(APART[name])
+    for document in samples(LENGTHS):
+        row = build_row([document], [0], seed=0, step=0, device=CPU)
+        found = row_losses(TokenLoss(model), row)
+        torch.testing.assert_close(found, own_losses(model, document), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", TOGETHER)
 def test_what_is_packed_has_the_losses_of_the_models_own_attention_and_mask(name: str) -> None:
     model = made(TOGETHER[name])
     documents = samples(LENGTHS)
     model.set_attn_implementation("eager")
-    apart = []
-    for document in documents:
-        ids = torch.from_numpy(document.ids.astype(np.int64))
-        with torch.no_grad():
-            logits = model(input_ids=ids[None]).logits[0]
-        target = np.flatnonzero(document.supervised)
-        apart.append(cross_entropy(logits[target - 1], ids[target], reduction="none"))
+    apart = [own_losses(model, document) for document in documents]
     model.set_attn_implementation(packed.ATTENTION)
     row = build_row(documents, range(len(documents)), seed=0, step=0, device=CPU)
     together = row_losses(TokenLoss(model), row)

@@ -21,6 +21,7 @@ from finetune_trainer.engine.compilation import uncompiled
 from finetune_trainer.engine.feed import RowTensors, TokenRow
 from finetune_trainer.engine.head import ChunkedHead
 from finetune_trainer.engine.layout import row_context
+from finetune_trainer.engine.packed import counts_positions
 from finetune_trainer.failures import UserError
 
 
@@ -81,6 +82,7 @@ class TokenLoss(nn.Module):
         # Virtual tokens stand before a document that has its row to itself: positions are those of
         # the row, and peft counts them. Those of prompt tuning have logits too, which come first.
         self._virtual = config is not None and config.is_prompt_learning
+        self._counts = counts_positions(inner)
         self._shift = (
             config.num_virtual_tokens
             if config and config.peft_type == PeftType.PROMPT_TUNING
@@ -120,7 +122,7 @@ class TokenLoss(nn.Module):
         predict = (row.predict if not empty else row.predict.new_zeros(1)) + self._shift
         extra: dict[str, Any] = {"logits_to_keep": predict} if self._selects else {}
         if not self._virtual:
-            extra["position_ids"] = row.position_ids
+            extra |= self._positions(row)
         balanced = self.training and self._router_coefficient > 0
         if balanced:
             extra["output_router_logits"] = True
@@ -153,10 +155,13 @@ class TokenLoss(nn.Module):
             tokens, added, drift.detach(), router.detach(), logits if with_logits else None
         )
 
+    def _positions(self, row: TokenRow) -> dict[str, Tensor]:
+        return {} if self._counts else {"position_ids": row.position_ids}
+
     def _in_chunks(self, row: TokenRow, chunks: ChunkedHead) -> RowLosses:
         """The losses of a row with too many logits for once."""
         tokens = chunks.losses(
-            {"input_ids": row.input_ids, "position_ids": row.position_ids},
+            {"input_ids": row.input_ids, **self._positions(row)},
             row.predict, row.labels, self._label_smoothing if self.training else 0.0,
         )  # fmt: skip
         none = tokens.new_zeros(())

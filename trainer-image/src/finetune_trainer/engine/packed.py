@@ -108,6 +108,12 @@ def _rope_types(module: torch.nn.Module) -> set[str]:
     return set(found.values()) if isinstance(found, dict) else {found} if found else set()
 
 
+def counts_positions(model: torch.nn.Module) -> bool:
+    """Whether a model's positions are not those of a row, which begin at 0: some count theirs from
+    behind the padding token's, and must be let."""
+    return any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())
+
+
 def can_pack(model: PreTrainedModel) -> bool:
     """Whether documents in one row of this model are kept apart by positions and attention, and
     each is attended as the model's own attention would (``probe``). A document of others has a row
@@ -125,10 +131,7 @@ def can_pack(model: PreTrainedModel) -> bool:
         return False
     if any(_LENGTHENED & _rope_types(module) for module in model.modules()):
         return False
-    # Positions of a row begin at 0; such models count theirs from behind the padding token's.
-    if any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
-        return False
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if counts_positions(model) or "position_ids" not in inspect.signature(model.forward).parameters:
         return False
     found = obstacle(model)
     if found is not None:
