@@ -14,7 +14,8 @@ from finetune_trainer.train.session import Session
 
 
 def optimizer_step(session: Session, batch: StepTensors, rate: float) -> tuple[Tensor, Tensor]:
-    """One step of the optimizer on a global batch, if the guard lets it.
+    """One step of the optimizer on a global batch, if the guard lets it; of a batch whose samples
+    are all left out nothing is learned, and the guard does not see it.
 
     Returns:
         What this rank adds to ``LoopState.pending`` (float64, on the device, shape
@@ -25,6 +26,8 @@ def optimizer_step(session: Session, batch: StepTensors, rate: float) -> tuple[T
     loss = torch.zeros(1, dtype=torch.float64, device=gang.device)
     beside = torch.zeros(3, dtype=torch.float64, device=gang.device)
     by_source = torch.zeros(2, sources, dtype=torch.float64, device=gang.device)
+    if not batch.plan.samples:  # on all ranks; a loss of zero would be a mean of nothing
+        return torch.cat([loss, loss, beside, by_source.flatten()]), loss[0]
     supervised = max(1, batch.plan.supervised)
     for i, row in enumerate(batch.rows):
         last = i == len(batch.rows) - 1
