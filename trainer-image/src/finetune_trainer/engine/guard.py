@@ -45,15 +45,16 @@ class Guard:
         # Of each step, whether it is taken, and whether loss and gradient are finite.
         self._verdicts: list[tuple[int, Tensor, Tensor]] = []
 
-    def judge(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
+    def judge(self, step: int, loss: Tensor, norm: Tensor, *, learns: bool = True) -> Tensor:
         """Whether a step is taken: a boolean on the device that nobody has waited for.
 
         Args:
             loss: of the global batch, the same on all ranks.
             norm: of its gradient before clipping, the same on all ranks.
+            learns: whether the batch has samples; without, its loss of zero is in no statistics.
         """
         taken = finite = torch.isfinite(loss) & torch.isfinite(norm)
-        if self._deviations:
+        if self._deviations and learns:
             taken = finite & ~self._spikes(loss.clamp(min=1e-12).log(), finite)
         self._verdicts.append((step, taken, finite))
         return taken

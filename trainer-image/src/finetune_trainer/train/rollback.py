@@ -44,7 +44,8 @@ def roll_back(session: Session, state: LoopState, row: list[Skipped]) -> LoopSta
     their samples.
 
     Raises:
-        Diverged: where the run has gone back often enough, or has no such commit.
+        Diverged: where the run has gone back often enough, has no such commit, or would have no
+            samples left.
     """
     checkpoints, steps = session.checkpoints, [skipped.step for skipped in row]
     before, most = len(checkpoints.head.rollbacks), session.spec.training.guard.max_rollbacks
@@ -53,6 +54,9 @@ def roll_back(session: Session, state: LoopState, row: list[Skipped]) -> LoopSta
     if before >= most:
         often = f"rollbacks before: {before}; training.guard.maxRollbacks: {most}"
         raise Diverged(reason, f"{why} ({often}). {remedy}")
+    gone = session.plan.drawn([*checkpoints.head.left_out, *steps])
+    if len(gone) == len(session.plan.lengths):
+        raise Diverged(reason, f"{why}, and without their samples none would be left. {remedy}")
     rollback = Rollback(
         attempt=checkpoints.head.attempt, skipped=steps, skipped_steps=state.skipped_steps
     )
