@@ -38,7 +38,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def feed_of(steps: int, row_tokens: int = 90, packed: bool = True, replay: bool = True) -> Feed:
+def feed_of(
+    steps: int, row_tokens: int = 90, packed: bool = True, replay: bool = True,
+    device: torch.device = CPU,
+) -> Feed:  # fmt: skip
     """Every document in every step; those of source 1 are replayed."""
     supervised = np.array([int(s.supervised.sum()) for s in DOCUMENTS])
     plan = Plan(
@@ -46,7 +49,7 @@ def feed_of(steps: int, row_tokens: int = 90, packed: bool = True, replay: bool 
         sources=np.array(SOURCES), packing="Concatenated" if packed else "Alone",
     )  # fmt: skip
     read = lambda positions: [DOCUMENTS[p] for p in positions]  # noqa: E731
-    return Feed(plan, read, rank=0, start=0, end=steps, device=CPU, replay=[False, replay])
+    return Feed(plan, read, rank=0, start=0, end=steps, device=device, replay=[False, replay])
 
 
 def batch_of(**options: Any) -> StepTensors:
@@ -84,6 +87,15 @@ def test_a_row_has_its_replay_documents_apart() -> None:
         assert torch.equal(row.labels[row.replay.at], row.replay.row.labels)
         assert set(row.sources[row.replay.at].tolist()) <= {1}
     assert all(row.replay is None for row in batch_of(replay=False).rows)
+
+
+def test_which_tokens_are_replayed_is_known_without_the_device() -> None:
+    """Tensors of this device hold nothing: whatever would read them back fails."""
+    there = batch_of(device=torch.device("meta"))
+    for far, row in zip(there.rows, batch_of().rows, strict=True):
+        assert far.replay.at.device.type == "meta"
+        assert far.replay.at.shape == row.replay.at.shape
+        assert far.replay.row.labels.shape == row.replay.row.labels.shape
 
 
 def test_loss_and_gradient_with_an_anchor_are_those_of_the_formula() -> None:

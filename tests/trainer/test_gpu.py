@@ -16,8 +16,9 @@ from accelerate.state import AcceleratorState
 from engine import samples, spec_of, tiny_llama
 from torch.distributed.fsdp import FSDPModule
 
-from finetune_api.spec import FineTuneJobSpec, parse_spec
+from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine import attention, compilation, kernels
+from finetune_trainer.engine.anchors import OutputAnchor
 from finetune_trainer.engine.base import BaseFiles
 from finetune_trainer.engine.feed import Feed, StaticShape, build_row
 from finetune_trainer.engine.gang import join
@@ -32,6 +33,7 @@ from finetune_trainer.engine.plan import Plan
 from finetune_trainer.engine.precision import precision_of, use_fp8
 from finetune_trainer.engine.requirements import check_device
 from finetune_trainer.storage.published import Base
+from finetune_trainer.train.session import weight_anchor
 from finetune_trainer.train.step import optimizer_step
 from finetune_trainer.train.tuned import TunedModel, open_model
 
@@ -61,30 +63,44 @@ def _strict() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_strict")
-@pytest.mark.parametrize("method", [{"type": "Full"}, {"type": "LoRA"}])
-def test_no_step_waits_for_the_device(method: dict[str, Any]) -> None:
-    spec = parse_spec(
-        {
-            "model": {"source": "s3://models/base"},
-            "data": {"train": [{"source": "s3://data/a.jsonl"}]},
-            "output": {"destination": "s3://models/tuned"},
-            "method": method,
-            "training": {"precision": "BF16", "dropout": "0.1"},
-        }
-    )
+@pytest.mark.parametrize(
+    ("method", "anchor"),
+    [
+        ("Full", {}),
+        ("LoRA", {}),
+        ("Full", {"klCoefficient": "0.5", "l2Coefficient": "5"}),
+        ("LoRA", {"klCoefficient": "0.5"}),
+    ],
+)
+def test_no_step_waits_for_the_device(method: str, anchor: dict[str, str]) -> None:
+    """Nor does the thread that feeds it, which is still at work when it becomes an error."""
+    spec = spec_of(
+        {"type": method}, precision="BF16", dropout="0.1", anchor=anchor,
+        guard={"spikeDeviations": "6"},
+    )  # fmt: skip
     gang = join(spec.training)
     model = apply_method(tiny_llama(), spec).to(gang.device)
+    kl = float(spec.training.anchor.kl_coefficient)
+    loss = TokenLoss(model, anchor_coefficient=kl).train()
+    untuned = TokenLoss(tiny_llama().requires_grad_(False).to(gang.device)).eval()
+    optimizers = make_optimizers(model, spec)
     documents = samples(LENGTHS)
     supervised = np.array([int(s.supervised.sum()) for s in documents])
-    plan = Plan(np.array(LENGTHS), supervised, batch_size=4, seed=0, row_tokens=ROW, ranks=1)
+    plan = Plan(
+        np.array(LENGTHS), supervised, batch_size=4, seed=0, row_tokens=ROW, ranks=1,
+        sources=np.arange(len(LENGTHS)) % 2,
+    )  # fmt: skip
     session: Any = SimpleNamespace(
-        gang=gang, plan=plan, spec=spec, module=TokenLoss(model).train(),
-        trained=[p for p in model.parameters() if p.requires_grad],
-        optimizers=make_optimizers(model, spec), output_anchor=None, weight_anchor=None,
+        gang=gang, plan=plan, spec=spec, module=loss,
+        trained=[p for p in model.parameters() if p.requires_grad], optimizers=optimizers,
+        output_anchor=OutputAnchor(loss, untuned if method == "Full" else None) if kl else None,
+        weight_anchor=weight_anchor(spec, optimizers),
         guard=Guard(spec.training.guard, gang.device),
     )  # fmt: skip
     read = lambda positions: [documents[p] for p in positions]  # noqa: E731
-    with Feed(plan, read, rank=0, start=0, end=6, device=gang.device) as feed:
+    with Feed(
+        plan, read, rank=0, start=0, end=12, device=gang.device, replay=[False, kl > 0]
+    ) as feed:  # fmt: skip
         for batch in feed:
             if batch.plan.number == 2:  # the first ones make kernels and state
                 torch.cuda.set_sync_debug_mode("error")

@@ -11,9 +11,9 @@ import torch
 from engine import CPU, spec_of, tiny_llama
 
 from finetune_api.spec import Guard as Rule
-from finetune_trainer.engine.guard import WARM_UP, Guard
+from finetune_trainer.engine.guard import WARM_UP, Guard, Skipped
 from finetune_trainer.engine.optimizers import step_if
-from finetune_trainer.train.loop import read_guard
+from finetune_trainer.train.rollback import read_guard, verdict_on
 from finetune_trainer.train.session import Session
 from finetune_trainer.train.startup import StartupClock
 from finetune_trainer.train.state import LoopState
@@ -28,14 +28,20 @@ def losses_of(steps: int) -> list[float]:
 SPIKES = Rule.model_validate({"spikeDeviations": "6"})
 
 
-def skipped(
+def judged(
     losses: list[float], norms: dict[int, float] | None = None, rule: Rule = SPIKES
-) -> list[int]:
+) -> list[Skipped]:
     guard = Guard(rule, CPU)
     for step, loss in enumerate(losses):
         norm = (norms or {}).get(step, 1.0)
         guard.judge(step, torch.tensor(loss, dtype=torch.float64), torch.tensor(norm))
     return guard.skipped()
+
+
+def skipped(
+    losses: list[float], norms: dict[int, float] | None = None, rule: Rule = SPIKES
+) -> list[int]:
+    return [found.step for found in judged(losses, norms, rule)]
 
 
 def test_a_noisy_course_is_taken_whole() -> None:
@@ -62,6 +68,32 @@ def test_no_spike_is_looked_for_while_warming_up_or_where_it_is_switched_off() -
     assert skipped(late, rule=Rule()) == []
 
 
+def test_a_spike_is_told_from_what_is_no_finite_number() -> None:
+    course = losses_of(100)
+    course[60], course[61], course[62] = 6.0, math.inf, 6.0
+    found = judged(course, norms={62: math.nan})
+    assert found == [Skipped(60, True), Skipped(61, False), Skipped(62, False)]
+
+
+@pytest.mark.parametrize(
+    ("spikes", "reason", "words"),
+    [
+        ([False], "LossNotFinite", ["step 7 had a loss or gradient that was no finite number"]),
+        ([False, True, True], "LossNotFinite", ["steps 7 to 9", "(2 of them a spike instead)"]),
+        ([True, True], "LossSpike", ["steps 7 to 8", "training.guard.spikeDeviations"]),
+    ],
+)
+def test_a_row_of_skipped_steps_has_a_reason_of_its_kind(
+    spikes: list[bool], reason: str, words: list[str]
+) -> None:
+    row = [Skipped(7 + i, spike) for i, spike in enumerate(spikes)]
+    found, why, remedy = verdict_on(row, "sample 3 of 'support'")
+    assert found == reason
+    assert all(word in why for word in words), why
+    assert "sample 3 of 'support'" in remedy and "training.learningRate" in remedy
+    assert ("training.guard.spikeDeviations" in remedy) is (reason == "LossSpike")
+
+
 def test_a_guard_goes_on_as_the_one_it_took_over_from() -> None:
     whole, first, second = (Guard(SPIKES, CPU) for _ in range(3))
     course = [torch.tensor(loss, dtype=torch.float64) for loss in losses_of(80)]
@@ -76,14 +108,18 @@ def test_a_guard_goes_on_as_the_one_it_took_over_from() -> None:
 
 
 def test_rows_of_skipped_steps_are_told_whole() -> None:
+    def steps(*numbers: int) -> list[Skipped]:
+        return [Skipped(number, number % 2 == 0) for number in numbers]
+
     state = LoopState(step=10)
-    assert state.note_skipped([3, 4, 8, 9]) == [3, 4]
-    assert state.skipped == [8, 9]
+    assert state.note_skipped(steps(3, 4, 8, 9)) == steps(3, 4)
+    assert state.skipped == steps(8, 9)
+    state = LoopState.from_json(state.to_json())
     state.step = 13
-    assert state.note_skipped([10, 12]) == [8, 9, 10]
-    assert state.skipped == [12]
+    assert state.note_skipped(steps(10, 12)) == steps(8, 9, 10)
+    assert state.skipped == steps(12)
     state.step = 20
-    assert state.note_skipped([]) == [12]
+    assert state.note_skipped([]) == steps(12)
     assert (state.skipped, state.skipped_steps) == ([], 6)
 
 

@@ -16,6 +16,7 @@ from finetune_trainer.storage.head import (
     Claim,
     Commit,
     CorruptCommit,
+    Rollback,
     claim,
     read_head,
 )
@@ -197,6 +198,32 @@ def test_a_lost_answer_is_settled(storage: Storage, s3: EmbeddedS3, faults: list
     assert found is not None
     assert found[0].commits == [made] and found[0].released
     assert found[0] == owner.head
+
+
+@pytest.mark.parametrize("faults", [[], ["done"], ["not done"], ["not done", "done"]], ids=str)
+def test_a_rollback_is_noted_once_with_the_commits_behind_it_gone(
+    storage: Storage, s3: EmbeddedS3, faults: list[str]
+) -> None:
+    flaky = Flaky(s3)
+    owner = storage.claim(flaky, keep_last=3)
+    kept = [storage.commit(owner, step, metric) for step, metric in ((3, 0.5), (6, 0.4))]
+    storage.commit(owner, 9, 0.1)
+    back = Rollback(attempt=1, skipped=[6, 7], skipped_steps=3)
+    flaky.faults = iter(faults)
+    owner.rewind(back)
+    found = read_head(storage.store, storage.uri)
+    assert found is not None and found[0] == owner.head
+    assert (found[0].rollbacks, found[0].left_out) == ([back], [6, 7])
+    assert found[0].commits == kept[::-1] and owner.best == kept[1]
+
+    again = storage.commit(owner, 9, 0.2)  # the same step, made anew
+    second = storage.claim(keep_last=3)
+    other = Rollback(attempt=2, skipped=[4], skipped_steps=4)
+    second.rewind(other)
+    assert second.head.rollbacks == [back, other], "of all attempts, oldest first"
+    assert again not in second.commits and second.commits == kept[:1]
+    with pytest.raises(Fenced):
+        owner.rewind(back)
 
 
 def test_a_writer_fenced_behind_a_lost_answer(storage: Storage, s3: EmbeddedS3) -> None:

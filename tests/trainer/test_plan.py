@@ -177,3 +177,17 @@ def test_rows_of_one_size_are_mostly_full(batch, ranks, least):
     row = uniform_row(p, steps)
     assert lengths.max() <= row <= 2048 and row == uniform_row(p, steps)
     assert share(row) > max(whole, least), whole
+
+
+@given(st.integers(10, 60), st.integers(1, 8), st.sets(st.integers(0, 20), max_size=6))
+def test_samples_of_skipped_steps_are_left_out_and_the_others_stay(n, batch, skipped):
+    whole, short = plan(n, batch), plan(n, batch)
+    short.leave_out([99])  # what was left out before is forgotten
+    short.leave_out(skipped)
+    gone = {i for step in skipped for i in whole.step(step).samples}
+    assert short.left_out.tolist() == sorted(gone)
+    assert short.drawn(skipped).tolist() == sorted(gone), "also of what is left out by now"
+    for step in range(25):
+        made = short.step(step)
+        assert list(made.samples) == [i for i in whole.step(step).samples if i not in gone]
+        assert made.supervised == sum(short.supervised[i] for i in made.samples)

@@ -29,7 +29,13 @@ from finetune_api.spec import parse_spec
 from finetune_trainer.prepared.manifest import DataManifest, DataSet
 from finetune_trainer.publish import facts, modelcard, report
 from finetune_trainer.publish.chart import Line, loss_chart, ticks
-from finetune_trainer.storage.runfiles import CurvePoint, Example, RunResult, ValidationPoint
+from finetune_trainer.storage.runfiles import (
+    CurvePoint,
+    Example,
+    RunResult,
+    SamplePlace,
+    ValidationPoint,
+)
 
 DATA_REPORT = {
     "digest": "d",
@@ -240,6 +246,27 @@ def test_metrics_json_is_complete() -> None:
     assert (raw["training"]["tokens"], raw["training"]["goodputTokensPerSecond"]) == (9000, 150.0)
     assert raw["parameters"] == {"trainable": 10, "total": 1000}
     assert raw["training"]["startupSeconds"] == {"model": 1.25, "step": 2.0, "total": 3.25}
+
+
+def test_samples_that_the_guard_left_out_are_named() -> None:
+    assert "Samples left out" not in modelcard.render(about())
+    places = [
+        SamplePlace(data_set=name, number=n, shard=f"shards/train-{name}-00000-00.arrow", row=n - 1)
+        for name, n in [("support", 3), *(("notes", n) for n in range(1, 8))]
+    ]
+    told = about()
+    summary = told.result.summary.model_copy(update={"rollbacks": 1, "quarantined_samples": 108})
+    result = told.result.model_copy(update={"summary": summary, "quarantined": places})
+    told = dataclasses.replace(told, result=result)
+    training = json.loads(facts.metrics_text(told))["training"]
+    assert (training["rollbacks"], training["quarantinedSamples"]) == (1, 108)
+    assert len(training["quarantined"]) == 8
+    assert training["quarantined"][0] == {
+        "dataSet": "support", "number": 3, "shard": "shards/train-support-00000-00.arrow", "row": 2,
+    }  # fmt: skip
+    named = "108: sample 3 of 'support'; samples 1, 2, 3, 4, 5, … of 'notes'"
+    assert f"| Samples left out of the training | {named}" in modelcard.render(told)
+    assert "Samples left out" in report.render(told, json.dumps(DATA_REPORT).encode())
 
 
 @given(

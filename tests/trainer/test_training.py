@@ -364,44 +364,11 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_name(bench: Bench) -> No
     assert gang.wait() == [13, 13], gang.log.read_text()
     failure = json.loads((words_of(gang.folder, 0) / "failure-0.json").read_text())
     assert failure["class"] == "Diverged"
-    assert "learningRate" in failure["message"]
+    assert failure["reason"] == "LossNotFinite"
+    assert "learningRate" in failure["message"] and "of 'train-0'" in failure["message"]
     for commit in bench.head(order).commits:  # type: ignore[union-attr]
         state = json.loads(bench.store.get(f"{commit.uri}/state.json"))
         assert all(math.isfinite(loss) for loss in state["pending"])
-
-
-def test_a_spike_is_skipped_the_run_goes_back_and_leaves_its_samples_out(bench: Bench) -> None:
-    """One record that is nothing like the others, met when the others are learned."""
-    poison = json.dumps({"text": "the the the the ", "label": "~}|{`^]\\[@?>=<;:"}) + "\n"
-    bench.store.put(f"{bench.bucket}/poison.jsonl", poison.encode())
-    good = {"name": "good", "source": f"{bench.bucket}/train.jsonl"}
-    bad = {"name": "bad", "source": f"{bench.bucket}/poison.jsonl"}
-    data = {
-        "train": [good, bad],
-        "test": [{"source": f"{bench.bucket}/train.jsonl"}],
-        "split": {"validation": "0"},
-        "stages": [
-            {"name": "calm", "steps": "3", "weights": [{"name": "good", "weight": "1"}]},
-            {"name": "mixed", "steps": "1"},
-        ],
-        "quality": {"deduplicate": False},
-    }
-    order = bench.order(
-        "1-spike", data=data, method={"type": "Full"},
-        training={"epochs": 12, "learningRate": "1e-2",
-                  "guard": {"maxSkippedSteps": 0, "spikeDeviations": "6"}},
-    )  # fmt: skip
-    result = bench.finish(order, 2, "spike")
-    assert (result.summary.skipped_steps, result.summary.rollbacks) == (1, 1)
-    assert result.summary.steps == bench.total_steps(order)
-    assert all("bad" not in point.by_source for point in result.curve)
-    (state,) = [
-        json.loads(bench.store.get(f"{commit.uri}/state.json"))
-        for commit in bench.head(order).commits[:1]  # type: ignore[union-attr]
-    ]
-    assert len(state["quarantined"]) == 8, "the batch with the spike"
-    rates = {point.step: point.learning_rate for point in result.curve}
-    assert rates[result.summary.steps] < rates[result.summary.steps - 30] / 2
 
 
 def test_activations_computed_again_give_the_same_training(bench: Bench) -> None:

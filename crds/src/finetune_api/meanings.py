@@ -88,8 +88,11 @@ FAILURES: Final[dict[FailureClass, tuple[str, str]]] = {
         " compute.gpuMemory given, prepare says what fits.",
     ),
     "Diverged": (
-        "The loss is no longer a number.",
-        "Lower training.learningRate, raise training.warmupRatio, or look at the data.",
+        "More steps in a row than training.guard allows had a loss or gradient that was no finite"
+        " number (reason LossNotFinite), or, where training.guard.spikeDeviations is set, a loss"
+        " that leapt (LossSpike), and going back to an earlier commit did not help.",
+        "Lower training.learningRate, raise training.warmupRatio, or look at the samples that the"
+        " message names; after LossSpike, a higher training.guard.spikeDeviations lets more pass.",
     ),
     "NodeFailure": (
         "A node, a device or a process of the gang was lost more often than"
@@ -146,7 +149,7 @@ STORAGE_LAYOUT: Final[tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = (
             ("parts/", "what the workers of prepare hand over; removed when all is prepared"),
             ("prepared.json", "which prepared data the run uses"),
             ("rehearsals.json", "what memory the model takes, as prepare counted it"),
-            ("HEAD.json", "the attempt that owns the run, and its commits"),
+            ("HEAD.json", "the attempt that owns the run, its commits, and when it went back"),
             ("attempt-<n>/step-<8 digits>/", "a commit: the training state"),
             ("baseline.json", "test metrics of the untuned model"),
             ("result.json", "what publish reads: summary and learning curve"),

@@ -231,6 +231,8 @@ class TrainSummary(Record):
     """Steps whose update was not made (see training.guard)."""
     rollbacks: int = 0
     """Times that the run went back to an earlier commit."""
+    quarantined_samples: int = 0
+    """Training samples that were left out then."""
     startup: Startup | None = None
     """How long the attempt that finished took to start; absent where it had no step left to do."""
 

@@ -61,10 +61,12 @@ class Guard(Model):
     records looks like a spike, and would never be learned."""
     max_skipped_steps: Annotated[int, Field(ge=0, le=100)] = 5
     """Steps that may be skipped in a row. Beyond, the run goes back to its newest commit from
-    before them, with a lower learning rate and without the samples of the skipped steps."""
+    before them, with a lower learning rate and without the samples of the skipped steps, which
+    metrics.json names (set, number in it, shard and row; the first 100)."""
     max_rollbacks: Annotated[int, Field(ge=0, le=100)] = 2
-    """Times that a run goes back. Beyond, or where it has no commit to go back to, it fails with
-    class Diverged."""
+    """Times that a run goes back, over all of its attempts. Beyond, or where it has no commit to go
+    back to, it fails with class Diverged and reason LossNotFinite or, after spikes alone,
+    LossSpike."""
     rollback_factor: Fraction = "0.5"
     """What the learning rate is multiplied by each time."""
 

@@ -16,7 +16,7 @@ _BY_CODE: Final[dict[int, tuple[FailureClass, str]]] = {
     ExitCode.USER_ERROR: ("UserError", "the manifest asks for what cannot be"),
     ExitCode.DATA_ERROR: ("DataError", "a record of the data cannot be used"),
     ExitCode.STORAGE_DENIED: ("Storage", "object storage refuses access"),
-    ExitCode.DIVERGED: ("Diverged", "the loss is no longer a number"),
+    ExitCode.DIVERGED: ("Diverged", "the loss is no finite number, or leaps"),
     ExitCode.OUT_OF_MEMORY: ("OutOfMemory", "the device's memory does not suffice"),
     ExitCode.INTERNAL: ("Internal", "the trainer met an error it does not know"),
     ExitCode.FENCED: ("Internal", "a newer attempt has taken the run"),

@@ -69,7 +69,7 @@ class StorageUnavailable(TrainerError):
 
 
 class Diverged(TrainerError):
-    """The loss is no longer a number."""
+    """The loss is no longer a finite number, or leaps, and going back does not help."""
 
     failure_class = "Diverged"
     exit_code = ExitCode.DIVERGED

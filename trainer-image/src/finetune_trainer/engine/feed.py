@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Final, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -51,6 +52,8 @@ class TokenRow(RowTensors):
     """Positions that restart at each document, shape [1, tokens]."""
     predict: Tensor
     """Positions in ``input_ids`` whose next token is a label, shape [supervised]."""
+    sources_here: npt.NDArray[np.int64]
+    """As ``sources``, on the host: what depends on them waits for no device."""
     replay: Replay | None = None
     """Its replay documents, where any rank's row of this turn has some and they are wanted."""
 
@@ -162,6 +165,7 @@ def build_row(
             wanted=wanted,
         ),
         sources=tensor(source[held][target]),
+        sources_here=source[held][target],
     )
 
 
@@ -277,7 +281,7 @@ class Feed:
             if self._replay is None or not any(self._of_replay(rows[turn]) for rows in step.rows):
                 return built
             assert isinstance(built, TokenRow), "outputs of tokens are what is anchored"
-            at = torch.from_numpy(self._replay).to(self._device)[built.sources].nonzero()[:, 0]
+            at = on_device(np.flatnonzero(self._replay[built.sources_here]), self._device)
             if built.layout.wanted is None:
                 apart = build(build_row, self._of_replay(row))
                 assert isinstance(apart, TokenRow)

@@ -9,7 +9,7 @@ point. What follows from too many skipped steps is the loop's to decide.
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,14 @@ _LEAST: Final = math.log(1.5)
 """A spike exceeds the mean by half, however steady the losses were."""
 
 
+class Skipped(NamedTuple):
+    """A step whose update was not made."""
+
+    step: int
+    spike: bool
+    """Whether loss and gradient were finite numbers: the loss was a spike, then."""
+
+
 class Guard:
     """Judges the steps of one attempt."""
 
@@ -34,19 +42,21 @@ class Guard:
         # Steps, mean and variance of the logarithm of the losses that were no spikes: a loss may
         # fall by orders of magnitude, and its noise with it.
         self._statistics = torch.zeros(3, dtype=torch.float64, device=device)
-        self._verdicts: list[tuple[int, Tensor]] = []
+        # Of each step, whether it is taken, and whether loss and gradient are finite.
+        self._verdicts: list[tuple[int, Tensor, Tensor]] = []
 
-    def judge(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
+    def judge(self, step: int, loss: Tensor, norm: Tensor, *, learns: bool = True) -> Tensor:
         """Whether a step is taken: a boolean on the device that nobody has waited for.
 
         Args:
             loss: of the global batch, the same on all ranks.
             norm: of its gradient before clipping, the same on all ranks.
+            learns: whether the batch has samples; without, its loss of zero is in no statistics.
         """
-        taken = torch.isfinite(loss) & torch.isfinite(norm)
-        if self._deviations:
-            taken = taken & ~self._spikes(loss.clamp(min=1e-12).log(), taken)
-        self._verdicts.append((step, taken))
+        taken = finite = torch.isfinite(loss) & torch.isfinite(norm)
+        if self._deviations and learns:
+            taken = finite & ~self._spikes(loss.clamp(min=1e-12).log(), finite)
+        self._verdicts.append((step, taken, finite))
         return taken
 
     def _spikes(self, height: Tensor, finite: Tensor) -> Tensor:
@@ -62,13 +72,17 @@ class Guard:
         self._statistics = torch.where(finite & ~spike, torch.stack(after), self._statistics)
         return spike
 
-    def skipped(self) -> list[int]:
+    def skipped(self) -> list[Skipped]:
         """Steps that were skipped since this was asked last; waits for the device."""
         asked, self._verdicts = self._verdicts, []
         if not asked:
             return []
-        taken = torch.stack([verdict for _, verdict in asked]).tolist()
-        return [step for (step, _), ok in zip(asked, taken, strict=True) if not ok]
+        found = torch.stack([torch.stack([taken, finite]) for _, taken, finite in asked]).tolist()
+        return [
+            Skipped(step, spike=finite)
+            for (step, *_), (taken, finite) in zip(asked, found, strict=True)
+            if not taken
+        ]
 
     @property
     def statistics(self) -> list[float]:

@@ -147,7 +147,8 @@ class Plan:
         self.packing: Packing = packing
         self._batch = min(batch_size, len(self.lengths))
         self._visits = visits
-        self._quarantined = np.empty(0, np.int64)
+        self.left_out: Ints = np.empty(0, np.int64)
+        """Positions of the samples that are in no step, in order."""
         self.sources = np.zeros(len(self.lengths), np.int64)
         if sources is not None:
             self.sources[:] = sources
@@ -157,9 +158,16 @@ class Plan:
             self.sources, self.lengths, self.source_count, stages or [Stage(0)], self._batch, seed
         )
 
-    def quarantine(self, positions: Iterable[int]) -> None:
-        """Leave samples out of all steps; the other samples stay where they are."""
-        self._quarantined = np.array(sorted(positions), np.int64)
+    def leave_out(self, steps: Iterable[int]) -> None:
+        """Leave the samples of these steps, and no others, out of all steps; the others stay where
+        they are."""
+        self.left_out = self.drawn(steps)
+
+    def drawn(self, steps: Iterable[int]) -> Ints:
+        """Positions of the samples of some steps, those that are left out too; each once, in the
+        order of the index."""
+        found = [np.empty(0, np.int64), *(self._drawn(step) for step in steps)]
+        return np.unique(np.concatenate(found))
 
     def visited(self, step: int) -> int:
         """Samples trained before a step."""
@@ -172,11 +180,12 @@ class Plan:
 
     def samples(self, step: int) -> Ints:
         """Positions of the samples of a step, in order."""
+        found = self._drawn(step)
+        return found[~np.isin(found, self.left_out)] if len(self.left_out) else found
+
+    def _drawn(self, step: int) -> Ints:
         found = self._curriculum.samples(step)
-        found = found[: self.visited(step + 1) - self.visited(step)]
-        if len(self._quarantined):
-            found = found[~np.isin(found, self._quarantined)]
-        return found
+        return found[: self.visited(step + 1) - self.visited(step)]
 
     def step(self, number: int) -> Step:
         """Rows and denominator of a step."""

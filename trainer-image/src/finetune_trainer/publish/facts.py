@@ -14,6 +14,7 @@ from finetune_api.sources import ModelPlace
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.evaluate.scores import HIGHER_IS_BETTER
 from finetune_trainer.prepared.manifest import DataManifest
+from finetune_trainer.prepared.places import MOST, in_words
 from finetune_trainer.storage.runfiles import RunResult
 
 _PERCENT: Final = ("ExactMatch", "Accuracy", "Precision", "Recall", "F1", "Rouge")
@@ -146,6 +147,8 @@ def metrics_text(about: About) -> str:
             "restarts": summary.restarts,
             "skippedSteps": summary.skipped_steps,
             "rollbacks": summary.rollbacks,
+            "quarantinedSamples": summary.quarantined_samples,
+            "quarantined": [place.to_json() for place in result.quarantined],
             "seconds": round(summary.training_seconds, 1),
             "tokens": summary.tokens,
             "goodputTokensPerSecond": round(summary.tokens / max(1.0, summary.training_seconds), 1),
@@ -219,6 +222,14 @@ def _memory(prepared: PreparedSummary) -> list[tuple[str, str]]:
     return [("Memory", text)]
 
 
+def _quarantine(result: RunResult) -> list[tuple[str, str]]:
+    if not result.quarantined:
+        return []
+    named = in_words(result.quarantined)
+    text = f"{result.summary.quarantined_samples:,}: {named} (metrics.json names the first {MOST})"
+    return [("Samples left out of the training", text)]
+
+
 def settings(about: About) -> list[tuple[str, str]]:
     """How the model was trained, as names and values for people."""
     spec, result = about.spec, about.result
@@ -251,5 +262,6 @@ def settings(about: About) -> list[tuple[str, str]]:
         *([("First step after", summary.startup.text)] if summary.startup else []),
         ("Restarts", str(summary.restarts)),
         ("Skipped steps", str(summary.skipped_steps)),
+        *_quarantine(result),
         ("Published commit", f"step {summary.checkpoint_step}"),
     ]  # fmt: skip

@@ -6,6 +6,8 @@ moves it.
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from finetune_api.base import Record
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.storage.objects import FileInfo, ObjectNotFound, ObjectStore
@@ -26,6 +28,17 @@ class Commit(Record):
     """Value of spec.checkpoint.metric; absent where it was not measured at this step."""
     created: float
     """Unix time."""
+
+
+class Rollback(Record):
+    """One time that the run went back to an earlier commit (``spec.training.guard``)."""
+
+    attempt: int
+    """Attempt that went back."""
+    skipped: list[int]
+    """The steps in a row whose updates were not made; their samples are left out since."""
+    skipped_steps: int
+    """All steps of the run whose updates were not made, up to then."""
 
 
 class Head(Record):
@@ -52,6 +65,13 @@ class Head(Record):
     """Newest first."""
     best: str | None = None
     """``uri`` of the commit with the best metric."""
+    rollbacks: list[Rollback] = Field(default=[])
+    """Each time that the run went back, oldest first; the commits are those that are left of it."""
+
+    @property
+    def left_out(self) -> list[int]:
+        """Steps whose samples are left out of all steps."""
+        return [step for rollback in self.rollbacks for step in rollback.skipped]
 
 
 class CorruptCommit(TrainerError):

@@ -25,6 +25,7 @@ from finetune_trainer.storage.commits import (
     Commit,
     CorruptCommit,
     Head,
+    Rollback,
     commit_uri,
     read_head,
     write_head,
@@ -37,6 +38,7 @@ __all__ = [
     "Commit",
     "CorruptCommit",
     "Head",
+    "Rollback",
     "claim",
     "commit_uri",
     "read_head",
@@ -193,14 +195,18 @@ class Claim:
         """
         self._move(lambda head: self._with_commits(head, _without(head, corrupt.uri)))
 
-    def rewind(self, step: int) -> None:
-        """Takes the commits of more steps out of HEAD: they may be made anew.
+    def rewind(self, rollback: Rollback) -> None:
+        """Takes the commits from behind the first skipped step out of HEAD (they may be made anew)
+        and notes why, in one write: no attempt finds the one without the other.
 
         Raises: as ``commit``.
         """
+        before = self.head.rollbacks
 
         def rewound(head: Head) -> Head:
-            return self._with_commits(head, [c for c in head.commits if c.step <= step])
+            left = [c for c in head.commits if c.step <= rollback.skipped[0]]
+            noted = {"rollbacks": [*before, rollback]}
+            return self._with_commits(head, left).model_copy(update=noted)
 
         self._move(rewound)
 

@@ -60,6 +60,20 @@ class Example(Record):
     """Answer of the tuned model."""
 
 
+class SamplePlace(Record):
+    """Where a training sample is found."""
+
+    data_set: str
+    """Name of its set."""
+    number: int
+    """Its number in the set, from 1: prepared samples are counted in the order of the data, without
+    records that were held out or left out."""
+    shard: str
+    """File below the address of the prepared data that has its tokens."""
+    row: int
+    """Row in that file, from 0."""
+
+
 class SetBaseline(Record):
     """Untuned scores of one test set, and its first answers."""
 
@@ -93,6 +107,8 @@ class RunResult(Record):
     """Validation on the way."""
     examples: dict[str, list[Example]]
     """Some answers by test set."""
+    quarantined: list[SamplePlace] = Field(default=[])
+    """The first of the samples that were left out when the run went back."""
     versions: dict[str, str]
     """Versions of the packages that matter."""
     processes: int

@@ -36,6 +36,7 @@ from finetune_trainer.storage.head import (
     Commit,
     CorruptCommit,
     Head,
+    Rollback,
     claim,
     commit_uri,
 )
@@ -230,16 +231,19 @@ class Checkpoints:
             )
         return None
 
-    def rewind(self, model: nn.Module, optimizers: Optimizers, step: int) -> LoopState | None:
-        """Load the newest valid commit of at most so many steps, and take those behind it out of
-        HEAD; None (and nothing has changed) where there is none.
+    def rewind(
+        self, model: nn.Module, optimizers: Optimizers, rollback: Rollback
+    ) -> LoopState | None:
+        """Note a rollback in HEAD, with the commits from behind its first skipped step out of it,
+        and load the newest valid one that is left; None (and nothing has changed) where there is
+        none.
 
-        Raises: as ``settle``.
+        Raises: as ``settle`` and ``restore``.
         """
         self.settle()
-        if not any(commit.step <= step for commit in self.head.commits):
+        if not any(commit.step <= rollback.skipped[0] for commit in self.head.commits):
             return None
-        self._move(partial(Claim.rewind, step=step))
+        self._move(partial(Claim.rewind, rollback=rollback))
         return self.restore(model, optimizers)
 
     def load_best(self, model: nn.Module, step: int) -> Commit:

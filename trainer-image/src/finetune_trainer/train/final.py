@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from finetune_api.results import DataSetScores, TrainSummary
 from finetune_trainer.evaluate.measure import SetResult
+from finetune_trainer.prepared.places import places_of
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.runfiles import Baseline, Example, RunResult, SetBaseline
 from finetune_trainer.train.session import Session, versions
@@ -61,7 +62,8 @@ def test_and_write_result(session: Session, state: LoopState, baseline: Baseline
         lost_seconds=checkpoints.head.lost_seconds,
         tokens=state.tokens,
         skipped_steps=state.skipped_steps,
-        rollbacks=state.rollbacks,
+        rollbacks=len(checkpoints.head.rollbacks),
+        quarantined_samples=len(session.plan.left_out),
         startup=session.telemetry.progress.startup,
     )
     result = RunResult(
@@ -70,6 +72,7 @@ def test_and_write_result(session: Session, state: LoopState, baseline: Baseline
         validation=state.validation,
         lineage=list(session.lineage),
         examples={r.name: _examples(session, i, r, untuned[r.name]) for i, r in enumerate(results)},
+        quarantined=places_of(session.data, "train", session.plan.left_out.tolist()),
         versions=versions(),
         processes=gang.size,
         device=gang.device.type,

@@ -23,10 +23,11 @@ from finetune_trainer.engine.gang import Agreement
 from finetune_trainer.engine.schedule import evaluation_steps, learning_rate, log_interval, steps_of
 from finetune_trainer.evaluate.measure import overall
 from finetune_trainer.evaluate.scores import GENERATED, better
-from finetune_trainer.failures import Diverged, Interrupted
+from finetune_trainer.failures import Interrupted
 from finetune_trainer.storage.runfiles import CurvePoint, ValidationPoint
 from finetune_trainer.train.clock import Clock
 from finetune_trainer.train.final import measure_untuned, test_and_write_result
+from finetune_trainer.train.rollback import TooManySkipped, read_guard, roll_back, with_rollbacks
 from finetune_trainer.train.session import Session
 from finetune_trainer.train.state import LoopState
 from finetune_trainer.train.step import optimizer_step
@@ -44,7 +45,8 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
     """
     total = steps_of(session.spec, len(session.plan.lengths))
     session.telemetry.reached("model")
-    state = session.checkpoints.restore(session.loss.model, session.optimizers) or LoopState()
+    found = session.checkpoints.restore(session.loss.model, session.optimizers)
+    state = with_rollbacks(session, found or LoopState())
     session.telemetry.reached("restore")
     session.telemetry.say(total_steps=total, step=state.step)
     session.telemetry.total_steps.set(total)
@@ -59,7 +61,7 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
             take_steps(session, state, total, clock, stop_requested)
             break
         except TooManySkipped as skipped:
-            state = roll_back(session, state, skipped.steps)
+            state = roll_back(session, state, skipped.row)
     with releasing(session, stop_requested):
         return test_and_write_result(session, state, baseline)
 
@@ -79,7 +81,8 @@ def take_steps(
     log_every = log_interval(total)
     agreement = Agreement(gang)
     session.guard.resume(state.guard)
-    session.plan.quarantine(state.quarantined)
+    rollbacks = len(session.checkpoints.head.rollbacks)
+    factor = float(spec.training.guard.rollback_factor) ** rollbacks
     with Feed(
         session.plan, lambda positions: session.data.samples("train", positions),
         rank=gang.rank // session.context.size, start=state.step, end=total, device=gang.device,
@@ -89,7 +92,6 @@ def take_steps(
         for batch in feed:
             if state.stopped_early:
                 break
-            factor = float(spec.training.guard.rollback_factor) ** state.rollbacks
             rate = learning_rate(spec, total, state.step) * factor
             sums, norm = optimizer_step(session, batch, rate)
             state.advance(sums, batch.plan.tokens)
@@ -118,55 +120,6 @@ def take_steps(
                     "Interrupted", f"stopped as asked; step {state.step} of {total} is saved"
                 )
     agreement.settle()
-
-
-def roll_back(session: Session, state: LoopState, skipped: list[int]) -> LoopState:
-    """The state of the newest commit from before the skipped steps, without their samples.
-
-    Raises:
-        Diverged: where the run has gone back often enough, or has no such commit.
-    """
-    rule = session.spec.training.guard
-    steps = f"{len(skipped)} steps in a row, from step {skipped[0]}"
-    why = f"{steps}, had a loss that was no finite number or a spike"
-    remedy = (
-        "Lower training.learningRate, raise training.warmupRatio, or look for damaged records in"
-        " the data report; the commits before are kept"
-    )
-    if state.rollbacks >= rule.max_rollbacks:
-        raise Diverged("LossNotFinite", f"{why}, after {state.rollbacks} rollbacks. {remedy}")
-    before = session.checkpoints.rewind(session.loss.model, session.optimizers, skipped[0])
-    if before is None:
-        raise Diverged("LossNotFinite", f"{why}, and there is no commit from before. {remedy}")
-    dropped = {p for step in skipped for p in session.plan.samples(step).tolist()}
-    before.quarantined = sorted(dropped.union(state.quarantined))
-    before.rollbacks, before.skipped_steps = state.rollbacks + 1, state.skipped_steps
-    session.telemetry.rollbacks.inc()
-    if session.gang.first:
-        print(f"{why}: back to step {before.step}, {len(dropped)} samples left out", flush=True)
-    return before
-
-
-def read_guard(session: Session, state: LoopState) -> None:
-    """Learn which steps were skipped; waits for the device.
-
-    Raises:
-        TooManySkipped: on all ranks together.
-    """
-    skipped = session.guard.skipped()
-    row = state.note_skipped(skipped)
-    state.guard = session.guard.statistics
-    session.telemetry.skipped_steps.inc(len(skipped))
-    if len(row) > session.spec.training.guard.max_skipped_steps:
-        raise TooManySkipped(row)
-
-
-class TooManySkipped(Exception):
-    """The guard has skipped more steps in a row than the manifest allows."""
-
-    def __init__(self, steps: list[int]) -> None:
-        super().__init__(steps)
-        self.steps = steps
 
 
 def end_attempt(session: Session, stop_requested: Callable[[], bool]) -> None:

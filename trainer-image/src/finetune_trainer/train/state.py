@@ -10,6 +10,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from finetune_api.tasks import Metric
+from finetune_trainer.engine.guard import Skipped
 from finetune_trainer.storage.runfiles import CurvePoint, ValidationPoint
 
 
@@ -44,14 +45,10 @@ class LoopState:
     batches, then by source summed losses and supervised tokens."""
     guard: list[float] = field(default_factory=list)
     """What the guard must not forget."""
-    skipped: list[int] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
     """Steps in a row whose update was not made, up to the last one."""
     skipped_steps: int = 0
     """All of them."""
-    rollbacks: int = 0
-    """Times that the run went back to an earlier commit."""
-    quarantined: list[int] = field(default_factory=list)
-    """Positions of the samples that are left out since."""
     tokens: int = 0
     """Tokens of the steps that were done, less those of the steps that are known to be skipped."""
     curve: list[CurvePoint] = field(default_factory=list)
@@ -101,18 +98,19 @@ class LoopState:
             router=router / taken,
         )
 
-    def note_skipped(self, steps: list[int]) -> list[int]:
+    def note_skipped(self, found: list[Skipped]) -> list[Skipped]:
         """Of the steps done since this was called last, these were not taken: nothing was learned
         of their tokens. Returns the longest row of such, up to now."""
-        self.skipped_steps += len(steps)
-        self.tokens -= sum(self.unjudged.get(step, 0) for step in steps)
+        self.skipped_steps += len(found)
+        self.tokens -= sum(self.unjudged.get(skipped.step, 0) for skipped in found)
         self.unjudged = {}
-        rows: list[list[int]] = [[]]
-        for step in (*self.skipped, *steps):
-            if rows[-1] and step != rows[-1][-1] + 1:
+        rows: list[list[Skipped]] = [[]]
+        for skipped in (*self.skipped, *found):
+            if rows[-1] and skipped.step != rows[-1][-1].step + 1:
                 rows.append([])
-            rows[-1].append(step)
-        self.skipped = rows[-1] if rows[-1][-1:] == [self.step - 1] else []
+            rows[-1].append(skipped)
+        last = rows[-1]
+        self.skipped = last if last and last[-1].step == self.step - 1 else []
         return max(rows, key=len)
 
     def metric_at(self, step: int, metric: Metric) -> float | None:
@@ -130,6 +128,7 @@ class LoopState:
     @classmethod
     def from_json(cls, text: str) -> LoopState:
         raw = json.loads(text)
+        raw["skipped"] = [Skipped(*skipped) for skipped in raw["skipped"]]
         raw["curve"] = [CurvePoint.model_validate(p) for p in raw["curve"]]
         raw["validation"] = [ValidationPoint.model_validate(p) for p in raw["validation"]]
         return cls(**raw)

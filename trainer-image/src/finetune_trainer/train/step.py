@@ -15,7 +15,8 @@ from finetune_trainer.train.session import Session
 
 
 def optimizer_step(session: Session, batch: StepTensors, rate: float) -> tuple[Tensor, Tensor]:
-    """One step of the optimizer on a global batch, if the guard lets it.
+    """One step of the optimizer on a global batch, if the guard lets it. A batch whose samples are
+    all left out has no loss: its zero is in no mean.
 
     Returns:
         What this rank adds to ``LoopState.pending`` (float64, on the device, shape
@@ -50,10 +51,11 @@ def optimizer_step(session: Session, batch: StepTensors, rate: float) -> tuple[T
     norm = whole(torch.nn.utils.clip_grad_norm_(session.trained, limit))
     # Summed with the loss, so that every rank judges by the same bits.
     found = gang.sum_on_device(torch.stack([loss[0], norm.double() / gang.size]))
-    taken = session.guard.judge(batch.plan.number, found[0], found[1])
+    learns = bool(batch.plan.samples)
+    taken = session.guard.judge(batch.plan.number, found[0], found[1], learns=learns)
     if session.weight_anchor is not None:
         session.weight_anchor.pull(rate, taken)
     step_if(session.optimizers, rate, taken)
-    steps = torch.full_like(loss, 1 / gang.size)
+    steps = torch.full_like(loss, learns / gang.size)
     sums = torch.cat([loss, steps, beside, by_source.flatten()])
     return torch.where(taken, sums, torch.zeros_like(sums)), norm

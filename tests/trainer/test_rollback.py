@@ -1,0 +1,321 @@
+"""A run that goes back to an earlier commit: what it leaves out, and that no death undoes it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from engine import CPU, samples, spec_of, tiny_llama
+from test_checkpoint import Died, Model, Mortal
+from test_training import Bench, curve, write_model
+from torch import Tensor
+
+from finetune_api.order import RunOrder
+from finetune_api.results import TrainSummary
+from finetune_trainer.engine.feed import Feed
+from finetune_trainer.engine.gang import join
+from finetune_trainer.engine.guard import Guard
+from finetune_trainer.engine.loss import TokenLoss
+from finetune_trainer.engine.optimizers import make_optimizers
+from finetune_trainer.engine.plan import Plan
+from finetune_trainer.failures import Diverged
+from finetune_trainer.prepared import places
+from finetune_trainer.prepared.places import places_of
+from finetune_trainer.prepared.shards import PreparedData
+from finetune_trainer.storage import runfiles
+from finetune_trainer.storage.commits import Head, Rollback
+from finetune_trainer.storage.objects import Stores
+from finetune_trainer.train.checkpoint import Checkpoints
+from finetune_trainer.train.loop import train
+from finetune_trainer.train.session import open_session
+from finetune_trainer.train.startup import StartupClock
+from finetune_trainer.train.step import optimizer_step
+from finetune_trainer.train.telemetry import Telemetry
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    write_model(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Products this small only wait for other threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def bench(order_for: Any, s3: Any, bucket: str, model_folder: Path, tmp_path: Path) -> Bench:
+    return Bench(order_for, s3, bucket, model_folder, tmp_path)
+
+
+def poisoned(bench: Bench) -> dict[str, Any]:
+    """Data of two sets, one of them a record that is nothing like the others, met when the others
+    are learned."""
+    poison = json.dumps({"text": "the the the the ", "label": "~}|{`^]\\[@?>=<;:"}) + "\n"
+    bench.store.put(f"{bench.bucket}/poison.jsonl", poison.encode())
+    return {
+        "train": [
+            {"name": "good", "source": f"{bench.bucket}/train.jsonl"},
+            {"name": "bad", "source": f"{bench.bucket}/poison.jsonl"},
+        ],
+        "test": [{"source": f"{bench.bucket}/train.jsonl"}],
+        "split": {"validation": "0"},
+        "stages": [
+            {"name": "calm", "steps": "3", "weights": [{"name": "good", "weight": "1"}]},
+            {"name": "mixed", "steps": "1"},
+        ],
+        "quality": {"deduplicate": False},
+    }
+
+
+def test_a_spike_is_skipped_the_run_goes_back_and_leaves_its_samples_out(bench: Bench) -> None:
+    order = bench.order(
+        "1-spike", data=poisoned(bench), method={"type": "Full"},
+        training={"epochs": 12, "learningRate": "1e-2",
+                  "guard": {"maxSkippedSteps": 0, "spikeDeviations": "6"}},
+    )  # fmt: skip
+    result = bench.finish(order, 2, "spike")
+    assert (result.summary.skipped_steps, result.summary.rollbacks) == (1, 1)
+    assert result.summary.steps == bench.total_steps(order)
+    assert all("bad" not in point.by_source for point in result.curve)
+    assert result.summary.quarantined_samples == 8, "the batch with the spike"
+    named = [(place.data_set, place.number) for place in result.quarantined]
+    assert len(named) == 8 and ("bad", 1) in named
+    rates = {point.step: point.learning_rate for point in result.curve}
+    assert rates[result.summary.steps] < rates[result.summary.steps - 30] / 2
+
+
+def test_too_many_spikes_fail_with_a_reason_of_their_own(bench: Bench, tmp_path: Path) -> None:
+    order = bench.order(
+        "1-spikes", data=poisoned(bench), method={"type": "Full"},
+        training={"epochs": 12, "learningRate": "1e-2",
+                  "guard": {"maxSkippedSteps": 0, "maxRollbacks": 0, "spikeDeviations": "6"}},
+    )  # fmt: skip
+    with pytest.raises(Diverged, match="sample 1 of 'bad'") as caught:
+        Attempt(order, tmp_path).train()
+    assert caught.value.reason == "LossSpike"
+    assert "training.guard.maxRollbacks: 0" in caught.value.message
+
+
+class Faulty(Guard):
+    """A guard that is told of losses that are no numbers at some steps that have samples."""
+
+    bad: frozenset[int] = frozenset()
+
+    def judge(self, step: int, loss: Tensor, norm: Tensor, *, learns: bool = True) -> Tensor:
+        loss = loss * math.nan if learns and step in self.bad else loss
+        return super().judge(step, loss, norm, learns=learns)
+
+
+class MortalOnceBack(Mortal):
+    """A store that counts the writes from that of the rollback on."""
+
+    def __init__(self, store: Any, life: int, made: bool) -> None:
+        super().__init__(store, 10**9, made)
+        self._left, self._back = life, False
+
+    def __getattr__(self, name: str) -> Any:
+        method = super().__getattr__(name)
+
+        def put(uri: str, data: bytes, **condition: Any) -> Any:
+            if not self._back and uri.endswith("/HEAD.json"):
+                self._back = bool(Head.model_validate_json(data).rollbacks)
+                self.life = self._left if self._back else self.life
+            return method(uri, data, **condition)
+
+        return put if name == "put" else method
+
+
+class Attempt:
+    """One attempt of a run, in this process."""
+
+    def __init__(self, order: RunOrder, folder: Path, bad: frozenset[int] = frozenset()) -> None:
+        gang, stores = join(order.spec.training), Stores(order)
+        self.checkpoints = Checkpoints.take(gang, stores.default, order, folder)
+        head = self.checkpoints.head
+        telemetry = Telemetry(order.run, head.attempt, head.restarts, StartupClock(None, None))
+        self.session = open_session(order, stores, gang, self.checkpoints, telemetry, folder)
+        guard = Faulty(order.spec.training.guard, gang.device)
+        guard.bad = bad
+        self.session.guard = guard
+
+    def mortal(self, life: int, made: bool) -> None:
+        """It dies at a write, the rollback's being 0: before it is made, or when it has been."""
+        mortal: Any = MortalOnceBack(self.checkpoints.store, life, made)
+        self.checkpoints.store = self.checkpoints._held._store = mortal
+
+    def train(self) -> TrainSummary:
+        return train(self.session, lambda: False)
+
+
+def short(bench: Bench, run: str, **guard: int) -> RunOrder:
+    """A run of 20 steps with a commit after every third."""
+    return bench.order(
+        run, training={"maxSteps": 20, "epochs": None, "guard": {"maxSkippedSteps": 0} | guard},
+        evaluation={"everySteps": 10, "maxSamples": 1},
+    )  # fmt: skip
+
+
+BAD = frozenset({7})
+DEATHS = [(0, False), (0, True), (1, False), (4, True)]
+"""At the rollback's own write, and at the first and the last of the commit that follows."""
+
+
+def test_whenever_an_attempt_dies_the_next_one_knows_that_the_run_went_back(
+    bench: Bench, tmp_path: Path
+) -> None:
+    """And what comes of it is what comes of a run that did not die."""
+    order = short(bench, "1-whole")
+    attempt = Attempt(order, tmp_path / "whole", BAD)
+    whole = attempt.train()
+    assert (whole.steps, whole.skipped_steps, whole.rollbacks) == (20, 1, 1)
+    left_out = attempt.session.plan.drawn(BAD).tolist()
+    assert attempt.session.plan.left_out.tolist() == left_out and len(left_out) == 8
+    expected = runfiles.read_result(bench.store, order.run_uri)
+    assert 8 not in curve(expected), "a step without samples is in no mean"
+
+    for life, made in DEATHS:
+        name = f"1-died{life}{'after' if made else 'before'}"
+        order = short(bench, name)
+        lost = Attempt(order, tmp_path / name, BAD)
+        lost.mortal(life, made)
+        with pytest.raises(Died):
+            lost.train()
+        head = bench.head(order)
+        assert head is not None
+        noted = life > 0 or made
+        assert head.left_out == ([7] if noted else []), name
+        assert (max(commit.step for commit in head.commits) <= 7) is (life < 4), name
+
+        # Where it is noted, a resumed run meets no loss that is no number.
+        resumed = Attempt(order, tmp_path / f"{name}-again", BAD if not noted else frozenset())
+        found = resumed.train()
+        assert resumed.session.plan.left_out.tolist() == left_out
+        assert (found.attempt, found.skipped_steps, found.rollbacks) == (2, 1, 1), name
+        assert found.tokens == whole.tokens
+        result = runfiles.read_result(bench.store, order.run_uri)
+        assert result.quarantined == expected.quarantined
+        assert curve(result) == pytest.approx(curve(expected), rel=1e-5)
+
+
+def test_rollbacks_are_counted_over_attempts(bench: Bench, tmp_path: Path) -> None:
+    order = short(bench, "1-counted", maxRollbacks=1)
+    lost = Attempt(order, tmp_path / "lost", BAD)
+    lost.mortal(0, made=True)
+    with pytest.raises(Died):
+        lost.train()
+    with pytest.raises(Diverged, match="rollbacks before: 1") as caught:
+        Attempt(order, tmp_path / "again", frozenset({8})).train()
+    assert caught.value.reason == "LossNotFinite"
+    assert bench.head(order).left_out == [7]  # type: ignore[union-attr]
+
+
+def test_a_run_that_would_leave_all_samples_out_has_diverged(bench: Bench, tmp_path: Path) -> None:
+    """It would end well, having learned nothing."""
+    order = short(bench, "1-nothing", maxRollbacks=100)
+    with pytest.raises(Diverged, match="without their samples none would be left"):
+        Attempt(order, tmp_path / "nothing", frozenset(range(3, 20))).train()
+    left = bench.head(order).left_out  # type: ignore[union-attr]
+    assert left[:5] == [3, 4, 5, 6, 7] and left == sorted({*left})
+
+
+@pytest.mark.parametrize("made", [False, True], ids=["before", "after"])
+def test_a_death_at_the_write_of_a_rollback_leaves_all_of_it_or_nothing(
+    order_for: Any, tmp_path: Path, made: bool
+) -> None:
+    model, order = (
+        Model(),
+        order_for(run="1-rewind", training={"precision": "FP32"}, checkpoint={"keepLast": 3}),
+    )
+    gang, store = join(order.spec.training), Stores(order).default
+    checkpoints = Checkpoints.take(gang, store, order, tmp_path)
+    for step in (3, 6, 9):
+        checkpoints.commit(model.model, model.optimizers, model.set(step))
+    checkpoints.settle()
+    mortal: Any = Mortal(store, 0, made)
+    checkpoints._held._store = mortal
+    back = Rollback(attempt=1, skipped=[7, 8], skipped_steps=2)
+    with pytest.raises(Died):
+        checkpoints.rewind(model.model, model.optimizers, back)
+
+    after = Checkpoints.take(gang, store, order, tmp_path)
+    assert after.head.rollbacks == ([back] if made else [])
+    assert [c.step for c in after.head.commits] == ([6, 3] if made else [9, 6, 3])
+    state = after.restore(model.model, model.optimizers)
+    assert state is not None
+    assert model.values == {float(state.step)} == {6.0 if made else 9.0}
+    early = Rollback(attempt=2, skipped=[2], skipped_steps=3)
+    assert after.rewind(model.model, model.optimizers, early) is None
+    assert after.head.rollbacks == ([back] if made else []), "there is no commit from before"
+
+
+def test_samples_are_named_by_set_number_and_place(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing is held out or left out, the number is the line."""
+    sources = {"quiet": f"{bench.bucket}/train.jsonl", "loud": f"{bench.bucket}/more.jsonl"}
+    train_sets = [{"name": name, "source": uri} for name, uri in sources.items()]
+    order = bench.order("1-named", data={
+        "train": train_sets, "split": {"validation": "0", "test": "0"},
+        "quality": {"deduplicate": False}})  # fmt: skip
+    uri = runfiles.read_prepared(bench.store, order.run_uri).uri
+    data = PreparedData.open(bench.store, uri, tmp_path / "data")
+    lines = {name: bench.store.get(at).decode().splitlines() for name, at in sources.items()}
+    positions = [0, 17, 95, 96, 135]
+    found = places_of(data, "train", positions)
+    assert [(p.data_set, p.number) for p in found] == [
+        ("quiet", 1), ("quiet", 18), ("quiet", 96), ("loud", 1), ("loud", 40)]  # fmt: skip
+    for place, position in zip(found, positions, strict=True):
+        (sample,) = data.samples("train", [position])
+        record = json.loads(lines[place.data_set][place.number - 1])
+        said = "".join(map(chr, sample.ids[sample.ids < 128]))
+        assert said.startswith(record["text"]) and said.endswith(record["label"]), place
+        path = tmp_path / "shard"
+        bench.store.download(f"{uri}/{place.shard}", path)
+        batch = pa.ipc.open_file(str(path)).get_batch(0)
+        assert batch.column("input_ids")[place.row].as_py() == sample.ids.tolist()
+    monkeypatch.setattr(places, "MOST", 3)
+    assert places_of(data, "train", positions) == found[:3]
+
+
+def test_a_step_whose_samples_are_left_out_is_in_no_mean() -> None:
+    spec = spec_of({"type": "Full"}, guard={"spikeDeviations": "6"})
+    model = tiny_llama()
+    optimizers, guard = make_optimizers(model, spec), Guard(spec.training.guard, CPU)
+    documents = samples([20, 30, 25, 15])
+    lengths = torch.tensor([len(d.ids) for d in documents]).numpy()
+    plan = Plan(lengths, lengths // 2, batch_size=2, seed=0, row_tokens=64, ranks=1)
+    plan.leave_out([1])
+    gang: Any = SimpleNamespace(
+        device=CPU, size=1, autocast=nullcontext, sum_on_device=lambda values: values
+    )
+    session: Any = SimpleNamespace(
+        gang=gang, plan=plan, module=TokenLoss(model).train(), spec=spec, guard=guard,
+        trained=[*model.parameters()], optimizers=optimizers, weight_anchor=None,
+        output_anchor=None,
+    )  # fmt: skip
+    seen = []
+    with Feed(plan, lambda ps: [documents[p] for p in ps], rank=0, start=0, end=2,
+              device=CPU) as feed:  # fmt: skip
+        for batch in feed:
+            sums, norm = optimizer_step(session, batch, 1e-2)
+            seen.append((guard.statistics, sums, float(norm)))
+    (statistics, sums, norm), (kept, nothing, none) = seen
+    assert statistics[0] == 1 and kept == statistics
+    assert sums[1] == 1 and norm > 0
+    assert nothing.shape == sums.shape and not nothing.any() and none == 0
+    assert guard.skipped() == [], "it is no step that was refused"
