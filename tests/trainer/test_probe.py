@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine import CPU, samples
+from engine import CPU, samples, spec_of
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
@@ -32,7 +32,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from finetune_trainer.engine import ledger, packed
+from finetune_trainer.engine import ledger, packed, rehearsal
 from finetune_trainer.engine.feed import build_row
 from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.ledger import rehearsed_attention
@@ -89,9 +89,6 @@ APART = {
     "Gemma 3, both ways": Gemma3TextConfig(
         **SMALL, head_dim=8, sliding_window=WINDOW, use_bidirectional_attention=True
     ),
-    "Phi-3, longrope": Phi3Config(
-        **SMALL, original_max_position_embeddings=32, rope_parameters=LONG
-    ),
     "Llama, dynamic": LlamaConfig(
         **SMALL, rope_parameters={"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
     ),
@@ -146,6 +143,20 @@ def test_what_is_packed_has_the_losses_of_the_models_own_attention_and_mask(name
     row = build_row(documents, range(len(documents)), seed=0, step=0, device=CPU)
     together = row_losses(TokenLoss(model), row)
     torch.testing.assert_close(together, torch.cat(apart), rtol=1e-5, atol=1e-5)
+
+
+def test_documents_with_rotary_frequencies_of_their_own_are_apart() -> None:
+    """Those of longrope are others above 32 tokens here."""
+    model = made(Phi3Config(**SMALL, original_max_position_embeddings=32, rope_parameters=LONG))
+    model.set_attn_implementation(packed.ATTENTION)
+    kinds = [rehearsal.packing_of(model, spec_of({"type": "Full"}, maxLength=n)) for n in (32, 33)]
+    assert kinds == ["Concatenated", "Alone"]
+    for lengths in ([32, 9, 20], [60]):
+        documents = samples(lengths)
+        row = build_row(documents, range(len(documents)), seed=0, step=0, device=CPU)
+        apart = [own_losses(model, document) for document in documents]
+        found = row_losses(TokenLoss(model), row)
+        torch.testing.assert_close(found, torch.cat(apart), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

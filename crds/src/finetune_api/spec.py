@@ -39,6 +39,8 @@ from finetune_api.sources import BaseModelSource, Data, Storage
 from finetune_api.taskrules import task_rules
 from finetune_api.tasks import TASKS, Metric, TaskKind, TaskName
 
+DEFAULT_MAX_LENGTH: Final = 2048
+
 
 class EarlyStopping(Model):
     """Ends the training when validation no longer improves."""
@@ -187,6 +189,11 @@ class Training(Model):
             ("layerDecay",),
         ),
     )
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a sample; of a model with a smaller maximum, that many."""
+        return self.max_length or DEFAULT_MAX_LENGTH
 
     @property
     def optimizer_kind(self) -> OptimizerKind:

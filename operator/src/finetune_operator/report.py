@@ -159,13 +159,8 @@ def final_progress(
 
 
 def prepared_status(summary: PreparedSummary) -> Prepared:
-    """What prepare found."""
-    return Prepared.model_validate(
-        {k: v for k, v in summary.to_json().items() if k not in _NOT_SHOWN}
-    )
-
-
-_NOT_SHOWN: Final = ("supervisedTokens", "dropped", "totalSteps", "memory")
+    """What prepare found, as far as status shows it."""
+    return make(Prepared, **{name: getattr(summary, name) for name in Prepared.model_fields})
 
 
 def output_status(published: PublishSummary) -> OutputStatus:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -98,14 +99,29 @@ def _check(module: torch.nn.Module, mask: Tensor | None, keywords: dict[str, Any
 _STATEFUL: Final = ("mamba", "rwkv", "rglru", "lightning", "shortconv", "deltanet", "ssm")
 _LAYER_TYPES: Final = {"full_attention", "sliding_attention"}
 
-# Rotary frequencies that are chosen by the longest of a row would be so for its other documents.
-_LENGTHENED: Final = {"dynamic", "longrope"}
+
+def _rotary(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Settings of the rotary positions of a model, of all its kinds of layers."""
+    found: list[dict[str, Any]] = []
+    module: Any
+    for module in model.modules():
+        if getattr(module, "rope_type", None):
+            settings = module.config.rope_parameters
+            found += [settings] if "rope_type" in settings else settings.values()
+    return found
 
 
-def _rope_types(module: torch.nn.Module) -> set[str]:
-    """Kinds of the rotary positions that a module makes, of all its kinds of layers."""
-    found = getattr(module, "rope_type", None)
-    return set(found.values()) if isinstance(found, dict) else {found} if found else set()
+def reach(model: PreTrainedModel) -> float:
+    """Most tokens of documents that may share a row. Some models have other rotary frequencies for
+    longer ones, and the longest of a row would choose them for all."""
+    return min(
+        (
+            kind["original_max_position_embeddings"]
+            for kind in _rotary(model)
+            if kind["rope_type"] == "longrope"
+        ),
+        default=math.inf,
+    )
 
 
 def counts_positions(model: torch.nn.Module) -> bool:
@@ -129,7 +145,7 @@ def can_pack(model: PreTrainedModel) -> bool:
         return False
     if any(isinstance(module, torch.nn.Conv1d) for module in model.modules()):
         return False
-    if any(_LENGTHENED & _rope_types(module) for module in model.modules()):
+    if any(kind["rope_type"] == "dynamic" for kind in _rotary(model)):  # new ones for any length
         return False
     if counts_positions(model) or "position_ids" not in inspect.signature(model.forward).parameters:
         return False

@@ -97,6 +97,8 @@ def packing_of(base: PreTrainedModel, spec: FineTuneJobSpec) -> Packing:
         UserError: 'UnsuitableModel' where processes were to share rows of which they cannot.
     """
     packing = TASKS[spec.task].packing(base, spec.method.kind.packs)
+    if packing == "Concatenated" and spec.training.longest > packed.reach(base):
+        packing = "Alone"
     if spec.compute.context_parallel > 1 and packing != "Concatenated":
         raise UserError(
             "UnsuitableModel",

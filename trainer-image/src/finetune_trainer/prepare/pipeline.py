@@ -43,9 +43,6 @@ from finetune_trainer.storage.objects import ObjectStore, Stores, check_conditio
 
 log = logging.getLogger(__name__)
 
-DEFAULT_MAX_LENGTH = 2048
-"""Longest sample where neither the spec nor the model asks for less."""
-
 
 class LogReading:
     """Logs how far the reading is, at every twentieth of the bytes."""
@@ -161,8 +158,8 @@ def load_model(order: RunOrder, folder: Path) -> Model:
 
 
 def max_length_of(spec: FineTuneJobSpec, model_maximum: int | None) -> int:
-    """Most tokens of a sample: the spec's, else the model's maximum but at most
-    ``DEFAULT_MAX_LENGTH``. Virtual tokens take positions of the model too.
+    """Most tokens of a sample: the spec's, or those of the model where it says none and they are
+    fewer. Virtual tokens take positions of the model too.
 
     Raises:
         UserError: 'MaxLengthTooLong' where the spec's is above the model's maximum.
@@ -170,7 +167,7 @@ def max_length_of(spec: FineTuneJobSpec, model_maximum: int | None) -> int:
     virtual = spec.method.virtual_tokens
     wanted = spec.training.max_length
     if model_maximum is None:
-        return wanted or DEFAULT_MAX_LENGTH
+        return spec.training.longest
     room = model_maximum - virtual
     if room < 1 or (wanted is not None and wanted > room):
         taken = f", less {virtual} of spec.method.prompt.virtualTokens" if virtual else ""
@@ -179,7 +176,7 @@ def max_length_of(spec: FineTuneJobSpec, model_maximum: int | None) -> int:
             f"spec.training.maxLength: {wanted or 1} is more than the {model_maximum} positions of"
             f" the base model (max_position_embeddings){taken}; lower it",
         )
-    return wanted or min(room, DEFAULT_MAX_LENGTH)
+    return min(room, spec.training.longest)
 
 
 def find_sources(spec: FineTuneJobSpec, stores: Stores) -> list[Source]:
