@@ -25,7 +25,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
-from finetune_api.spec import Training, parse_spec
+from finetune_api.spec import parse_spec
+from finetune_api.training import Training
 from finetune_trainer.engine.gang import Gang, join
 from finetune_trainer.storage.commitfiles import PARALLEL, PART_BYTES
 from finetune_trainer.storage.objects import ObjectStore

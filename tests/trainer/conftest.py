@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fixtures_memory import llama
 from fixtures_quickstart import tiny_base
 
@@ -39,6 +40,15 @@ def bucket(s3: EmbeddedS3) -> str:
     name = f"test-{uuid.uuid4().hex[:12]}"
     s3.ensure_bucket(name)
     return name
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch in one thread: the products of small models only wait for others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 OrderFor = Callable[..., RunOrder]

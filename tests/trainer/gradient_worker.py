@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from engine import CPU, samples, spec_of, tiny_llama
 
-from finetune_api.spec import Guard as GuardRule
-from finetune_api.spec import Training
+from finetune_api.training import Guard as GuardRule
+from finetune_api.training import Training
 from finetune_trainer.engine import gang as gangs
 from finetune_trainer.engine.anchors import OutputAnchor
 from finetune_trainer.engine.feed import Feed, build_row

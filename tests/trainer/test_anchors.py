@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -23,19 +22,12 @@ from finetune_trainer.engine.optimizers import make_optimizers, step_if
 from finetune_trainer.engine.plan import Plan
 from finetune_trainer.train.step import optimizer_step
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LENGTHS = [30, 24, 41, 18, 33, 27, 22, 36]
 DOCUMENTS = samples(LENGTHS)
 SOURCES = [0, 1, 0, 1, 1, 0, 0, 1]
 FULL = {"type": "Full"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Products this small only wait for other threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def feed_of(

@@ -14,7 +14,7 @@ import pytest
 import torch
 from engine import tiny_llama
 
-from finetune_api.spec import Training
+from finetune_api.training import Training
 from finetune_trainer.engine.gang import Gang, join
 from finetune_trainer.failures import Fenced, StorageUnavailable, UserError
 from finetune_trainer.storage import commitfiles

@@ -10,7 +10,7 @@ import pytest
 import torch
 from engine import CPU, spec_of, tiny_llama
 
-from finetune_api.spec import Guard as Rule
+from finetune_api.training import Guard as Rule
 from finetune_trainer.engine.guard import WARM_UP, Guard, Skipped
 from finetune_trainer.engine.optimizers import step_if
 from finetune_trainer.train.rollback import read_guard, verdict_on

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +71,6 @@ def trained_for(order_for: Any, bucket: str, tiny_base: Path, tmp_path: Path) ->
         return Trained(order, tmp_path)
 
     return make
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def logits(model: Any, tokenizer: Any) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from finetune_api.spec import Guard as Rule
+from finetune_api.training import Guard as Rule
 
 WARM_UP: Final = 20
 """Steps before a loss can be a spike: the losses of the first steps fall fast."""

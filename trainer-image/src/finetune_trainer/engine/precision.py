@@ -16,7 +16,7 @@ from typing import Final
 
 from torch import nn
 
-from finetune_api.spec import Training
+from finetune_api.training import Training
 from finetune_trainer.engine.parameters import decoder_blocks
 
 

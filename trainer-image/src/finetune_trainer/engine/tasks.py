@@ -18,8 +18,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from finetune_api.spec import Training
 from finetune_api.tasks import TaskName
+from finetune_api.training import Training
 from finetune_trainer.engine.classification import (
     ClassLoss,
     build_padded_row,
