@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -32,11 +34,13 @@ def grams(sample: list[int]) -> list[tuple[int, ...]]:
     return [tuple(sample[i : i + NGRAM]) for i in range(last)]
 
 
-def known(*shards: list[list[int]]) -> Any:
-    held = HeldOut()
-    for samples in shards:
-        held.add(*shard(samples))
-    return held.known()
+def shared(train: list[list[int]], *held_out: list[list[int]]) -> dict[int, Any]:
+    """What a shard of training samples shares with shards of held-out ones."""
+    with TemporaryDirectory() as folder:
+        held = HeldOut(Path(folder))
+        for samples in held_out:
+            held.add(*shard(samples))
+        return first_shared(*shard(train), held.known())
 
 
 @given(SAMPLES)
@@ -62,11 +66,11 @@ def test_shared_ngrams_are_what_comparing_them_all_finds(
     }
     expected = {}
     for row, sample in enumerate(train):
-        shared = [gram for gram in grams(sample) if gram in counted]
-        if shared:
-            expected[row] = shared[0]
+        both = [gram for gram in grams(sample) if gram in counted]
+        if both:
+            expected[row] = both[0]
     halves = (held[: len(held) // 2], held[len(held) // 2 :])
-    found = first_shared(*shard(train), known(*(half for half in halves if half)))
+    found = shared(train, *(half for half in halves if half))
     assert {row: tuple(ids.tolist()) for row, ids in found.items()} == expected
 
 
@@ -75,19 +79,21 @@ def test_what_many_held_out_samples_have_is_a_template() -> None:
     held = [[*frame, i] for i in range(200)]
     few, many = held[:COMMON], held[: COMMON + 1]
     others = [[1000 + i] * 20 for i in range(200)]
-    assert set(first_shared(*shard([frame]), known([*few, *others]))) == {0}
-    assert not first_shared(*shard([frame]), known([*many, *others]))
-    assert not first_shared(*shard([frame]), known(held[:2])), "one of ten, where there are few"
+    assert set(shared([frame], [*few, *others])) == {0}
+    assert not shared([frame], [*many, *others])
+    assert not shared([frame], held[:2]), "one of ten, where there are few"
 
 
-def test_no_more_is_taken_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_is_taken_than_there_is_room_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(contamination, "HELD_OUT_NGRAMS", 30)
-    held = HeldOut()
+    held = HeldOut(tmp_path)
     held.add(*shard([list(range(32))]))
     assert not held.full and held.samples == 1
     held.add(*shard([list(range(50, 82))]))
-    assert held.full and len(held.known().hashes) == 40
+    assert held.full and len(held.known()) == 40
 
 
 def test_nothing_held_out_shares_nothing() -> None:
-    assert first_shared(*shard([[1, 2, 3]]), HeldOut().known()) == {}
+    assert shared([[1, 2, 3]]) == {}

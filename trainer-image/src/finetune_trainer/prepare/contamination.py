@@ -9,10 +9,13 @@ n-grams is taken for another.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+
+from finetune_trainer.prepare.hashsets import HashCounter, Hashes, HashSet, Rows
 
 NGRAM: Final = 13
 """Tokens of an n-gram."""
@@ -23,12 +26,9 @@ COMMON: Final = 10
 COMMON_SHARE: Final = 0.1
 """The same, as a share of few held-out samples."""
 
-HELD_OUT_NGRAMS: Final = 1 << 25
-"""N-grams of held-out samples that are looked for: 256 MiB of hashes, twice that while they are
-sorted. Held-out samples beyond are not compared."""
-
-Hashes = npt.NDArray[np.uint64]
-Rows = npt.NDArray[np.int64]
+HELD_OUT_NGRAMS: Final = 1 << 26
+"""N-grams of held-out samples that are looked for: 0.5 GiB on disk. Held-out samples beyond are not
+compared."""
 
 _PAD: Final = 0xFFFF_FFFF
 """Fills up samples of fewer than ``NGRAM`` tokens; no token has this number."""
@@ -62,39 +62,22 @@ def ngrams(ids: npt.NDArray[np.int32], starts: npt.NDArray[np.int32]) -> tuple[H
     return hashes[within], rows[:count][within]
 
 
-class Known:
-    """A sorted set of hashes. Most of what is looked up is not in it, so a table of their upper
-    bits (16 entries a hash, at most 64 MiB) is asked first, which is several times as fast."""
-
-    def __init__(self, hashes: Hashes) -> None:
-        self.hashes = hashes
-        bits = min(26, max(16, (16 * len(hashes)).bit_length()))
-        self._shift = np.uint64(64 - bits)
-        self._table = np.zeros(1 << bits, np.bool_)
-        self._table[hashes >> self._shift] = True
-
-    def among(self, hashes: Hashes) -> Rows:
-        """Which of some hashes are in the set, ascending."""
-        likely = np.flatnonzero(self._table[hashes >> self._shift])
-        if not len(likely):
-            return likely
-        at = np.minimum(np.searchsorted(self.hashes, hashes[likely]), len(self.hashes) - 1)
-        return np.asarray(likely[self.hashes[at] == hashes[likely]], np.int64)
-
-
 class HeldOut:
-    """The n-grams of the held-out samples."""
+    """The n-grams of the held-out samples.
 
-    def __init__(self) -> None:
-        self._hashes: list[Hashes] = []
-        self._room = HELD_OUT_NGRAMS
+    Args:
+        folder: an empty one, for their hashes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._counted = HashCounter(folder)
         self.samples = 0
         """Held-out samples that were added."""
 
     @property
     def full(self) -> bool:
         """Whether no more samples are taken."""
-        return self._room <= 0
+        return self._counted.added >= HELD_OUT_NGRAMS
 
     def add(self, ids: npt.NDArray[np.int32], starts: npt.NDArray[np.int32]) -> None:
         """Take the samples of a shard, each n-gram of a sample once."""
@@ -103,21 +86,12 @@ class HeldOut:
         hashes, rows = hashes[order], rows[order]
         fresh = np.ones(len(hashes), np.bool_)
         fresh[1:] = (hashes[1:] != hashes[:-1]) | (rows[1:] != rows[:-1])
-        self._hashes.append(hashes[fresh])
-        self._room -= int(fresh.sum())
+        self._counted.add(hashes[fresh])
         self.samples += len(starts) - 1
 
-    def known(self) -> Known:
-        """The n-grams that count. They are held no longer here."""
-        every = np.concatenate([np.empty(0, np.uint64), *self._hashes])
-        self._hashes = []
-        every.sort()
-        # The first of each run of equal hashes, if the run is not too long.
-        most = most_common(self.samples)
-        kept = np.ones(len(every), np.bool_)
-        kept[1:] = every[1:] != every[:-1]
-        kept[:-most] &= every[most:] != every[:-most]
-        return Known(every[kept])
+    def known(self) -> HashSet:
+        """The n-grams that count. No more samples are taken."""
+        return self._counted.seldom(most_common(self.samples))
 
 
 def most_common(samples: int) -> int:
@@ -126,7 +100,7 @@ def most_common(samples: int) -> int:
 
 
 def first_shared(
-    ids: npt.NDArray[np.int32], starts: npt.NDArray[np.int32], known: Known
+    ids: npt.NDArray[np.int32], starts: npt.NDArray[np.int32], known: HashSet
 ) -> dict[int, npt.NDArray[np.int32]]:
     """The samples of a shard that hold a known n-gram: row to the first one's tokens."""
     hashes, rows = ngrams(ids, starts)

@@ -65,7 +65,7 @@ def gather(
     duplicates.check()
     if not output.samples("train"):
         raise _empty("train", _where_training_went(output))
-    compare(output, data.quality.contamination, decode)
+    compare(output, data.quality.contamination, decode, scratch)
 
 
 def _check_source(source: Source, report: SourceReport, data: Data) -> None:

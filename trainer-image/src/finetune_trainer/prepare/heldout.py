@@ -1,21 +1,24 @@
 """Compares the training samples with the held-out ones, once all of them are written.
 
 A held-out share and the training records come out of one stream, so nothing can be compared before
-its end. The shards are then read back one at a time: memory holds the n-grams of the held-out
-samples and some tokens. Leaving a sample out takes it out of the index; its tokens stay in the
-shard.
+its end. The shards are then read back one at a time: memory holds some tokens, and the disk the
+n-grams of the held-out samples. Leaving a sample out takes it out of the index; its tokens stay in
+the shard.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from finetune_trainer.failures import DataError
 from finetune_trainer.prepare.contamination import HeldOut, first_shared
+from finetune_trainer.prepare.hashsets import HashSet
 from finetune_trainer.prepare.output import Output
 from finetune_trainer.prepare.personal import scan
 from finetune_trainer.prepare.report import PLACES, Contamination
@@ -26,7 +29,7 @@ log = logging.getLogger(__name__)
 HELD_OUT: tuple[Side, ...] = ("validation", "test")
 
 
-def compare(output: Output, policy: str, decode: Callable[[Any], str]) -> None:
+def compare(output: Output, policy: str, decode: Callable[[Any], str], scratch: Path) -> None:
     """Find the training samples that share an n-gram with a held-out one, and do what the policy
     says.
 
@@ -34,22 +37,30 @@ def compare(output: Output, policy: str, decode: Callable[[Any], str]) -> None:
         output: all samples; gets the report, and what is to be left out.
         policy: ``data.quality.contamination``.
         decode: text of token ids.
+        scratch: folder for temporary files.
 
     Raises:
         DataError: 'Contaminated' under policy Fail, or where nothing of a training set is left.
     """
     if policy == "Ignore" or not any(output.samples(side) for side in HELD_OUT):
         return
-    held_out = HeldOut()
-    for side in HELD_OUT:
-        for some in output.tokens(side):
-            if held_out.full:
-                break
-            held_out.add(some.ids, some.starts)
-    found = output.contamination = Contamination(
-        sum(output.samples(side) for side in HELD_OUT), held_out.samples, policy
-    )
-    known = held_out.known()
+    with TemporaryDirectory(dir=scratch) as folder:
+        held_out = HeldOut(Path(folder))
+        for side in HELD_OUT:
+            for some in output.tokens(side):
+                if held_out.full:
+                    break
+                held_out.add(some.ids, some.starts)
+        found = output.contamination = Contamination(
+            sum(output.samples(side) for side in HELD_OUT), held_out.samples, policy
+        )
+        _find(output, held_out.known(), found, decode)
+    _act(output, found, policy)
+
+
+def _find(
+    output: Output, known: HashSet, found: Contamination, decode: Callable[[Any], str]
+) -> None:
     for some in output.tokens("train"):
         shared = first_shared(some.ids, some.starts, known)
         if not shared:
@@ -60,7 +71,6 @@ def compare(output: Output, policy: str, decode: Callable[[Any], str]) -> None:
         for row in list(shared)[: max(0, PLACES - len(before))]:
             found.examples[some.first + row] = scan(decode(shared[row]))[0]
     found.places = output.places(found.examples)
-    _act(output, found, policy)
 
 
 def _act(output: Output, found: Contamination, policy: str) -> None:

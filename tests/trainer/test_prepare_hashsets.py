@@ -1,0 +1,61 @@
+"""Sets of hashes on disk, beside sets in memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_trainer.prepare import hashsets
+from finetune_trainer.prepare.hashsets import HashCounter
+
+EDGES = [0, 1, (1 << 58) - 1, 1 << 58, (1 << 64) - 1]
+HASHES = st.lists(st.sampled_from(EDGES) | st.integers(0, (1 << 64) - 1), max_size=30)
+
+
+def array(hashes: list[int]) -> np.ndarray:
+    return np.array(hashes, np.uint64)
+
+
+@given(st.lists(HASHES, max_size=4), HASHES, st.integers(1, 3))
+def test_what_is_in_it_is_what_was_added_seldom(
+    batches: list[list[int]], others: list[int], most: int
+) -> None:
+    counts = Counter(h for batch in batches for h in batch)
+    asked = [*others, *counts, *others]
+    with TemporaryDirectory() as folder:
+        counter = HashCounter(Path(folder))
+        for batch in batches:
+            counter.add(array(batch))
+        made = counter.seldom(most)
+        found = made.among(array(asked))
+    assert found.tolist() == [i for i, h in enumerate(asked) if 0 < counts[h] <= most]
+    assert len(made) == sum(n <= most for n in counts.values())
+
+
+def test_blocks_are_found_wherever_files_meet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hashsets, "_BLOCK", 7)
+    draw = np.random.default_rng(0)
+    held = draw.integers(0, 1 << 64, 5000, np.uint64)
+    counter = HashCounter(tmp_path)
+    for some in np.array_split(held, 3):
+        counter.add(some)
+    made = counter.seldom(1)
+    asked = np.concatenate([draw.integers(0, 1 << 64, 5000, np.uint64), held])
+    assert made.among(asked).tolist() == list(range(5000, 10000))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hashes"]
+
+
+def test_few_others_pass_the_filter(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    counter = HashCounter(tmp_path)
+    counter.add(draw.integers(0, 1 << 64, 100_000, np.uint64))
+    passed = counter.seldom(1)._filter.passed(draw.integers(0, 1 << 64, 200_000, np.uint64))
+    assert len(passed) < 2000

@@ -1,0 +1,143 @@
+"""A set of 64-bit hashes that lies on disk: memory neither to make it nor to ask it grows with it.
+
+    add ─(upper bits)→ 64 files ─(each sorted)→ one sorted file, its fences, a filter
+
+Most of what is asked for is not in the set, so a Bloom filter is asked first. What passes it is
+looked up in the one block of the file that can hold it; the first hash of each block, a fence, says
+which.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+Hashes = npt.NDArray[np.uint64]
+Rows = npt.NDArray[np.int64]
+
+_BLOCK: Final = 512
+"""Hashes of a block: a page of memory."""
+
+_PART_BITS: Final = 6
+_FIRSTS: Final = np.arange(1 << _PART_BITS, dtype=np.uint64) << np.uint64(64 - _PART_BITS)
+"""The least hash of each file while they are added."""
+
+
+class HashCounter:
+    """Notes hashes on disk, to find those that occur seldom.
+
+    Args:
+        folder: an empty one, for its files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.added = 0
+        """Hashes that were added, equal ones too."""
+
+    def add(self, hashes: Hashes) -> None:
+        """Count each of some hashes once more."""
+        ordered = np.sort(hashes)
+        cuts = [*np.searchsorted(ordered, _FIRSTS).tolist(), len(ordered)]
+        for number, (first, end) in enumerate(pairwise(cuts)):
+            with self._part(number).open("ab") as file:
+                ordered[first:end].tofile(file)
+        self.added += len(hashes)
+
+    def seldom(self, most: int) -> HashSet:
+        """The hashes that were added at most so many times. Nothing is added any more."""
+        made = HashSet(self._folder / "hashes", self.added)
+        for part in filter(Path.exists, map(self._part, range(len(_FIRSTS)))):
+            hashes = np.fromfile(part, np.uint64)
+            part.unlink()
+            hashes.sort()
+            # The first of each run of equal hashes, if the run is not too long.
+            kept = np.ones(len(hashes), np.bool_)
+            kept[1:] = hashes[1:] != hashes[:-1]
+            kept[:-most] &= hashes[most:] != hashes[:-most]
+            made.append(hashes[kept])
+        return made
+
+    def _part(self, number: int) -> Path:
+        return self._folder / f"part-{number:02d}"
+
+
+class HashSet:
+    """A sorted file of hashes.
+
+    Args:
+        path: the file.
+        room: about how many hashes there will be.
+    """
+
+    def __init__(self, path: Path, room: int) -> None:
+        self._path = path
+        self._filter = _Filter(room)
+        self._fences: Hashes = np.empty(0, np.uint64)
+        self._count = 0
+        path.write_bytes(b"")
+
+    def __len__(self) -> int:
+        return self._count
+
+    def append(self, hashes: Hashes) -> None:
+        """Add hashes that ascend, and are above all that are there."""
+        with self._path.open("ab") as file:
+            hashes.tofile(file)
+        self._fences = np.append(self._fences, hashes[-self._count % _BLOCK :: _BLOCK])
+        self._count += len(hashes)
+        self._filter.add(hashes)
+
+    def among(self, hashes: Hashes) -> Rows:
+        """Which of some hashes are in the set, ascending."""
+        likely = self._filter.passed(hashes)
+        block = np.searchsorted(self._fences, hashes[likely], side="right") - 1
+        likely, block = likely[block >= 0], block[block >= 0]
+        order = np.argsort(block, kind="stable")
+        found = np.zeros(len(likely), np.bool_)
+        with self._path.open("rb", buffering=0) as file:
+            for rows in np.split(order, np.flatnonzero(np.diff(block[order])) + 1):
+                if len(rows):
+                    file.seek(int(block[rows[0]]) * _BLOCK * 8)
+                    held, wanted = np.fromfile(file, np.uint64, _BLOCK), hashes[likely[rows]]
+                    at = np.minimum(np.searchsorted(held, wanted), len(held) - 1)
+                    found[rows] = held[at] == wanted
+        return likely[found]
+
+
+class _Filter:
+    """A Bloom filter of 16 bits a hash, at most 64 MiB: 1 of 200 hashes that were not added passes
+    it, 1 of 30 at 8 bits a hash. The hashes' own bits are the hash functions, by double hashing
+    (Kirsch and Mitzenmacher, "Less hashing, same performance: building a better Bloom filter",
+    2006)."""
+
+    def __init__(self, room: int) -> None:
+        bits = min(29, max(19, (16 * room).bit_length()))
+        self._mask = np.uint64((1 << bits) - 1)
+        self._first, self._second = np.uint64(64 - bits), np.uint64(64 - 2 * bits)
+        self._bytes = np.zeros(1 << (bits - 3), np.uint8)
+
+    def add(self, hashes: Hashes) -> None:
+        for turn in range(3):
+            at, bit = self._place(hashes, turn)
+            np.bitwise_or.at(self._bytes, at, bit)
+
+    def passed(self, hashes: Hashes) -> Rows:
+        """Those of some hashes that may have been added, ascending."""
+        rows: Any = np.arange(len(hashes))
+        for turn in range(3):
+            at, bit = self._place(hashes[rows], turn)
+            rows = rows[(self._bytes[at] & bit) != 0]
+        return np.asarray(rows, np.int64)
+
+    def _place(self, hashes: Hashes, turn: int) -> tuple[Hashes, npt.NDArray[np.uint8]]:
+        """Byte and bit of each hash."""
+        place = hashes >> self._first
+        if turn:
+            step = (hashes >> self._second) | np.uint64(1)
+            place = (place + np.uint64(turn) * step) & self._mask
+        return place >> np.uint64(3), np.left_shift(1, place & np.uint64(7)).astype(np.uint8)
