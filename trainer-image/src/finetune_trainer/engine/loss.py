@@ -21,7 +21,7 @@ from finetune_trainer.engine.compilation import uncompiled
 from finetune_trainer.engine.feed import RowTensors, TokenRow
 from finetune_trainer.engine.head import ChunkedHead
 from finetune_trainer.engine.layout import row_context
-from finetune_trainer.engine.packed import counts_positions
+from finetune_trainer.engine.packed import attends_rows, counts_positions
 from finetune_trainer.failures import UserError
 
 
@@ -83,6 +83,7 @@ class TokenLoss(nn.Module):
         # the row, and peft counts them. Those of prompt tuning have logits too, which come first.
         self._virtual = config is not None and config.is_prompt_learning
         self._counts = counts_positions(inner)
+        self._attends_rows = attends_rows(inner)
         self._shift = (
             config.num_virtual_tokens
             if config and config.peft_type == PeftType.PROMPT_TUNING
@@ -156,7 +157,14 @@ class TokenLoss(nn.Module):
         )
 
     def _positions(self, row: TokenRow) -> dict[str, Tensor]:
-        return {} if self._counts else {"position_ids": row.position_ids}
+        if self._counts:
+            return {}
+        known = {"position_ids": row.position_ids}
+        if self._attends_rows:
+            # Without a mask of tokens transformers looks among the positions for documents, which
+            # waits for the device; the attention of rows asks for no mask of it.
+            known["attention_mask"] = torch.ones_like(row.input_ids, dtype=torch.bool)
+        return known
 
     def _in_chunks(self, row: TokenRow, chunks: ChunkedHead) -> RowLosses:
         """The losses of a row with too many logits for once."""
