@@ -8,7 +8,11 @@ from engine import CPU, samples, tiny_llama
 from gangs import forked, free_port
 from sharding_worker import tune
 from torch import nn
-from transformers import AutoModelForCausalLM, MambaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    MambaConfig,
+)
 from transformers.models.llama import modeling_llama
 
 from finetune_api.optimizers import COPYING
@@ -86,6 +90,16 @@ def test_eight_bits_learn_as_more_do():
     assert coarse.state_dict().keys() == model.state_dict().keys()
 
 
+def test_rows_of_any_size_go_back_through_the_kernel_of_eight_bits():
+    """Shapes are checked without a GPU: of tensors that hold nothing."""
+    linear = nn.Sequential(nn.Linear(64, 32, dtype=torch.bfloat16, device="meta"))
+    model = nn.Module()
+    model.layers = nn.ModuleList([linear])
+    assert use_fp8(model) == 1
+    model.layers[0](torch.empty(359, 64, dtype=torch.bfloat16, device="meta")).sum().backward()
+    assert model.layers[0][0].weight.grad.shape == (32, 64)
+
+
 def test_layers_that_no_kernel_takes_stay():
     assert use_fp8(tiny_llama(intermediate_size=72), emulate=True) == 8
 
@@ -112,6 +126,8 @@ def test_fused_kernels_are_for_a_gpu_and_known_models():
         MambaConfig(vocab_size=31, hidden_size=8, num_hidden_layers=1)
     )
     assert not kernels.use_liger(mamba, gpu)
+    classifier = AutoModelForSequenceClassification.from_config(tiny_llama().config)
+    assert not kernels.use_liger(classifier, gpu)
     model = tiny_llama()
     assert kernels.use_liger(model, gpu)
     kinds = {type(m).__module__ + m.forward.__qualname__ for m in model.modules()}

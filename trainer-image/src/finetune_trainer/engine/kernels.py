@@ -1,5 +1,5 @@
 """Fused kernels of Liger (Hsu et al. 2024, arXiv:2410.10989) for norms, feed-forward blocks and
-rotary positions: on a GPU, for architectures that it knows, where it is installed."""
+rotary positions: on a GPU, for language models that it knows, where it is installed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def use_liger(model: PreTrainedModel, device: torch.device) -> bool:
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model.config.model_type)
-    if apply is None:
+    # Some refuse classes that they do not know, and language models are what all of them know.
+    if apply is None or not model.can_generate():
         return False
     accepted = inspect.signature(apply).parameters
     apply(model=model, **{name: False for name in _OURS if name in accepted})

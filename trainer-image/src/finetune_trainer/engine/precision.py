@@ -54,7 +54,8 @@ def precision_of(training: Training, cuda: bool) -> Precision:
 def use_fp8(model: nn.Module, emulate: bool = False) -> int:
     """Have the linear layers of the blocks compute in 8 bits (Micikevicius et al. 2022,
     arXiv:2209.05433), with scales found for each tensor as it comes; those whose sides are no
-    multiples of 16 stay as they are. Returns how many do.
+    multiples of 16 stay as they are. Returns how many do. Rows may have any number of tokens: a
+    weight's gradient is a sum over them, and is filled up to what the kernel takes.
 
     Args:
         emulate: whether to compute what a GPU would, by other means.
@@ -67,7 +68,7 @@ def use_fp8(model: nn.Module, emulate: bool = False) -> int:
             module.in_features % 16 or module.out_features % 16
         )
 
-    config = Float8LinearConfig(emulate=emulate)
+    config = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
     for block in decoder_blocks(model):
         convert_to_float8_training(block, module_filter_fn=fits, config=config)
     return sum(isinstance(module, Float8Linear) for module in model.modules())
