@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from finetune_trainer.engine.mixture import Stage
 from finetune_trainer.engine.plan import (
+    _PACK,
     Plan,
     cost,
     pack,
@@ -109,6 +110,11 @@ def test_epochs_have_different_orders_and_seeds_too():
 
 def test_a_plan_is_the_same_when_made_again():
     assert plan().step(17) == plan().step(17)
+
+
+@pytest.mark.parametrize("packing", _PACK)
+def test_a_step_without_samples_has_an_empty_row_for_each_rank(packing):
+    assert _PACK[packing]([], 8, 3) == [[[]]] * 3
 
 
 def test_more_ranks_than_documents_leaves_empty_rows():

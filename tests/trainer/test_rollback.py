@@ -24,7 +24,7 @@ from finetune_trainer.engine.gang import join
 from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.optimizers import make_optimizers
-from finetune_trainer.engine.plan import Plan
+from finetune_trainer.engine.plan import Packing, Plan
 from finetune_trainer.failures import Diverged
 from finetune_trainer.prepared import places
 from finetune_trainer.prepared.places import places_of
@@ -284,13 +284,17 @@ def test_samples_are_named_by_set_number_and_place(
     assert places_of(data, "train", positions) == found[:3]
 
 
-def test_a_step_whose_samples_are_left_out_is_in_no_mean() -> None:
+@pytest.mark.parametrize("packing", ["Concatenated", "Alone"])
+def test_a_step_whose_samples_are_left_out_changes_nothing(packing: Packing) -> None:
     spec = spec_of({"type": "Full"}, guard={"spikeDeviations": "6"})
     model = tiny_llama()
+    before: dict[str, Any] = {}
     optimizers, guard = make_optimizers(model, spec), Guard(spec.training.guard, CPU)
     documents = samples([20, 30, 25, 15])
     lengths = torch.tensor([len(d.ids) for d in documents]).numpy()
-    plan = Plan(lengths, lengths // 2, batch_size=2, seed=0, row_tokens=64, ranks=1)
+    plan = Plan(
+        lengths, lengths // 2, batch_size=2, seed=0, row_tokens=64, ranks=1, packing=packing
+    )
     plan.leave_out([1])
     gang: Any = SimpleNamespace(
         device=CPU, size=1, autocast=nullcontext, sum_on_device=lambda values: values
@@ -304,6 +308,7 @@ def test_a_step_whose_samples_are_left_out_is_in_no_mean() -> None:
     with Feed(plan, lambda ps: [documents[p] for p in ps], rank=0, start=0, end=2,
               device=CPU) as feed:  # fmt: skip
         for batch in feed:
+            before = {name: w.clone() for name, w in model.named_parameters()}
             sums, norm = optimizer_step(session, batch, 1e-2)
             seen.append((guard.statistics, sums, float(norm)))
     (statistics, sums, norm), (kept, nothing, none) = seen
@@ -311,3 +316,4 @@ def test_a_step_whose_samples_are_left_out_is_in_no_mean() -> None:
     assert sums[1] == 1 and norm > 0
     assert nothing.shape == sums.shape and not nothing.any() and none == 0
     assert guard.skipped() == [], "it is no step that was refused"
+    assert all(torch.equal(w, before[name]) for name, w in model.named_parameters())

@@ -274,8 +274,8 @@ def _by_length(lengths: Sequence[int]) -> list[int]:
 
 
 def _deal(rows: list[list[int]], ranks: int) -> list[list[list[int]]]:
-    """Rows by rank, as many to each; those that are lacking are empty."""
-    rows += [[] for _ in range(-len(rows) % ranks)]
+    """Rows by rank, as many to each and at least one; those that are lacking are empty."""
+    rows += [[] for _ in range(-len(rows) % ranks if rows else ranks)]
     return [rows[rank::ranks] for rank in range(ranks)]
 
 

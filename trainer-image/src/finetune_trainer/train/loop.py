@@ -108,7 +108,7 @@ def take_steps(
                 session.checkpoints.settle()
             tell_commits(session)
             if state.step in evaluate_at or state.step == total:
-                evaluate(session, state, clock, last=state.step == total)
+                evaluate(session, state, clock, last=stop or state.step == total)
             # The answer to a wish comes a step later: one that was met since is old.
             elif stop or (late and clock.steps_since_commit > 1) or by_step:
                 commit(session, state, clock, whatever=stop)
