@@ -8,8 +8,10 @@ import os
 import socket
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 
 from finetune_api.names import storage_env
 from finetune_trainer.failures import (
@@ -240,6 +242,25 @@ def test_denied(s3: EmbeddedS3, bucket: str, tmp_path: Path) -> None:
             assert caught.value.reason == "AccessDenied"
             for part in (uri, s3.endpoint, "Secret s3-keys", "AWS_SECRET_ACCESS_KEY"):
                 assert part in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "retryable"),
+    [
+        ("XServerNotInitialized", 503, True),
+        ("SlowDown", 200, True),
+        ("NoSuchUpload", 404, True),
+        ("NotImplemented", 501, False),
+        ("MalformedXML", 400, False),
+    ],
+)
+def test_a_server_in_trouble_is_told_by_its_status(
+    store: ObjectStore, bucket: str, code: str, status: int, retryable: bool
+) -> None:
+    answer: Any = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    with pytest.raises(TrainerError) as caught, store._asking("put", f"s3://{bucket}/x"):
+        raise ClientError(answer, "PutObject")
+    assert caught.value.retryable == retryable
 
 
 def test_missing_bucket(s3: EmbeddedS3, store: ObjectStore, tmp_path: Path) -> None:

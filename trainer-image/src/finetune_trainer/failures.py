@@ -132,6 +132,16 @@ def verdict(error: BaseException) -> Failure:
     )
 
 
+_NO_MEMORY: Final = (
+    *("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
+    "'out of memory'",
+)
+"""Marks of a GPU without memory where the type of the error says something else: of libraries that
+take their own, of NCCL too."""
+_FAULT_OF_CODE: Final = "device-side assert"
+"""Mark of a GPU's error that is no fault of the device."""
+
+
 def recognise(error: BaseException) -> TrainerError:
     """The known failure behind an exception, told by type first and by text where libraries
     raise nothing better."""
@@ -141,12 +151,18 @@ def recognise(error: BaseException) -> TrainerError:
         return UserError("InvalidSpec", str(error))
     name = type(error).__name__
     text = str(error)
-    if name == "OutOfMemoryError":
+    if name == "OutOfMemoryError" or any(mark in text for mark in _NO_MEMORY):
         return OutOfMemory(
             "DeviceOutOfMemory",
             f"the GPU's memory does not suffice: {text.splitlines()[0]}. Lower"
             " training.microBatchTokens or maxLength, set training.gradientCheckpointing: Always,"
             " or use more GPUs",
+        )
+    if name == "AcceleratorError" and _FAULT_OF_CODE not in text:
+        return NodeFailure(
+            "DeviceFault",
+            f"the GPU failed: {text.splitlines()[0]}. The run goes on elsewhere; have the node"
+            " looked at if it comes again",
         )
     lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "timed out",
             "Connection refused", "recvValue failed", "Timed out waiting")  # fmt: skip

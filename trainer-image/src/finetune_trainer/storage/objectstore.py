@@ -365,6 +365,8 @@ class ObjectStore:
             return StorageDenied("WrongRegion", f"{tried}. Correct storage.region")
         if code in OVERLOAD_CODES:
             return StorageUnavailable("StorageOverloaded", tried)
+        if code == "NoSuchUpload":  # ended by the sweep of a newer attempt, say
+            return StorageUnavailable("UploadGone", f"{tried}. Somebody else has ended the upload")
         return TrainerError("StorageRefused", tried)
 
     def _bucket_is_missing(self, bucket: str) -> bool:
@@ -406,6 +408,9 @@ class _MappedBody:
 
 
 def _code(error: errors.ClientError) -> str:
+    """The error code of an answer; of a server in trouble its status, since vendors have codes of
+    their own for that."""
     answer = error.response
     code = str(answer.get("Error", {}).get("Code", ""))
-    return code or str(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
+    status = str(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
+    return status if not code or status in OVERLOAD_CODES else code
