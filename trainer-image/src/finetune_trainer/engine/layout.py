@@ -127,9 +127,13 @@ def group_documents(lengths: list[int], device: torch.device) -> tuple[Group, ..
 
 def _group(starts: list[int], lengths: list[int], device: torch.device) -> Group:
     longest = max(lengths)
-    offsets = torch.arange(longest)
-    size = torch.tensor(lengths)[:, None]
-    position = torch.tensor(starts)[:, None] + torch.minimum(offsets[None, :], size - 1)
-    keep = (offsets[None, :] < size).flatten().nonzero().squeeze(1)
-    gather = position.flatten()
-    return Group(gather.to(device), keep.to(device), gather[keep].to(device), len(lengths), longest)
+    offsets, size = np.arange(longest)[None, :], np.array(lengths)[:, None]
+    gather = (np.array(starts)[:, None] + np.minimum(offsets, size - 1)).ravel()
+    keep = np.flatnonzero(offsets < size)
+    return Group(
+        gather=on_device(gather, device),
+        keep=on_device(keep, device),
+        back=on_device(gather[keep], device),
+        documents=len(lengths),
+        longest=longest,
+    )

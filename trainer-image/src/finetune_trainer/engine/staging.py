@@ -46,7 +46,11 @@ class Staging:
         """
         if self._copy is None:
             self._copy = self._make_room(state)
-        return _copy_state_dict(state, self._copy, type_check=False)
+        # All at once from a GPU; what leaves the device is whole when the device has come so far.
+        copied = _copy_state_dict(state, self._copy, non_blocking=True, type_check=False)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copied
 
     def _make_room(self, state: State) -> State:
         """A state of the same form, whose tensors lie side by side in the room."""
@@ -62,7 +66,7 @@ class Staging:
 
     def _room(self, size: int) -> Tensor:
         if self._disk is None:
-            return torch.empty(size, dtype=torch.uint8)
+            return torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
         self._disk.mkdir(parents=True, exist_ok=True)
         # Without a name: the disk has the room back when the process ends, however it ends.
         with tempfile.TemporaryFile(dir=self._disk) as file:

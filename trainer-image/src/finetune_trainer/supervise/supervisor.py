@@ -231,6 +231,9 @@ class Supervisor:
         own = {
             # Else a survivor of a lost node keeps the old store's address, and the gang hangs.
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            # No two steps have rows of the same lengths: fixed blocks of a GPU's memory would be
+            # left with holes.
+            "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True"),
             workerfiles.ENV_FOLDER: str(self._start_folder),
             workerfiles.ENV_LAUNCHED: str(launched),
             agent.ENV_REPORT: str(self._report_file),

@@ -94,6 +94,7 @@ def open_model(
     if spec.training.compile:
         compile_blocks(model)
     named = named_in(loss, names)
+    gang.barrier()  # one may have read for long: the collectives of what follows do not wait so
     module = distribute(loss, gang, placement.sharding, precision)
     if filled:
         fill_shards(loss, named, path, files.weights(stores), purpose)
