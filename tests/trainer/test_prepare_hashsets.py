@@ -51,11 +51,3 @@ def test_blocks_are_found_wherever_files_meet(
     asked = np.concatenate([draw.integers(0, 1 << 64, 5000, np.uint64), held])
     assert made.among(asked).tolist() == list(range(5000, 10000))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hashes"]
-
-
-def test_few_others_pass_the_filter(tmp_path: Path) -> None:
-    draw = np.random.default_rng(0)
-    counter = HashCounter(tmp_path)
-    counter.add(draw.integers(0, 1 << 64, 100_000, np.uint64))
-    passed = counter.seldom(1)._filter.passed(draw.integers(0, 1 << 64, 200_000, np.uint64))
-    assert len(passed) < 2000

@@ -19,7 +19,7 @@ from finetune_trainer.prepared.shards import INDEX_SCHEMA, index_name, shard_ids
 from finetune_trainer.prepared.split import Side
 from finetune_trainer.storage.objects import ObjectStore
 
-TOKENS: Final = 1 << 19
+TOKENS: Final = 1 << 18
 """Tokens that are handed out at once: what is computed of them is several times their size."""
 
 
