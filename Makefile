@@ -7,6 +7,7 @@ UV_VERSION := 0.13.8
 STATE ?= .finetune
 # TIMED "what" command…: run it and say how long it took.
 TIMED := bash -c 'began=$$SECONDS; "$${@:1}" || exit; echo "[$$0: $$((SECONDS - began)) s]"'
+BENCHMARKS := tokens_per_second prepare packing plan_and_resume checkpoint_stall scaling gpu/training
 # The quickstart's stages are small: more threads than cores only fight.
 export TOKENIZERS_PARALLELISM ?= true
 
@@ -49,14 +50,11 @@ generate: install ## Write the CRD, the chart's copy and docs/reference.md from 
 verify: install ## Fail where a generated file is stale
 	@$(TIMED) "generated files" $(BIN)/python crds/generate.py --check
 
-bench: install ## Speed beside TRL, of preparing beside datasets.map, of planning and resuming, of commits; printed
-	$(BIN)/python benchmarks/tokens_per_second.py
-	$(BIN)/python benchmarks/prepare.py
-	$(BIN)/python benchmarks/packing.py
-	$(BIN)/python benchmarks/plan_and_resume.py
-	$(BIN)/python benchmarks/checkpoint_stall.py
-	$(BIN)/python benchmarks/scaling.py
-	$(BIN)/python benchmarks/gpu/training.py
+bench: install ## Speed beside TRL, of preparing beside datasets.map, of planning and resuming, of commits; an hour
+	@mkdir -p $(STATE); for one in $(BENCHMARKS); do \
+	  printf '\n== %s\n' $$one; \
+	  $(BIN)/python benchmarks/$$one.py 2> $(STATE)/bench.log || { cat $(STATE)/bench.log >&2; exit 1; }; \
+	done
 
 lock: ## Pin the dependencies anew (writes the requirements.txt files)
 	$(BIN)/uv pip compile --quiet --universal --no-emit-index-url --python-version 3.11 --no-annotate --no-emit-package finetune-api operator/pyproject.toml -o operator/requirements.txt

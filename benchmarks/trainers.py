@@ -18,7 +18,13 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+)
 
 from finetune_api.spec import parse_spec
 from finetune_trainer.engine import packed
@@ -217,6 +223,7 @@ class Trl:
             processing_class=_tokenizer(shape.vocabulary), callbacks=[self._times],
             peft_config=lora if method == "LoRA" else None,
         )  # fmt: skip
+        self._trainer.remove_callback(PrinterCallback)
         lengths = [len(x) for x in self._trainer.train_dataset["input_ids"]]
         self._tokens_per_step = statistics.mean(lengths) * each * parts
 

@@ -84,6 +84,15 @@ def test_what_many_held_out_samples_have_is_a_template() -> None:
     assert not shared([frame], held[:2]), "one of ten, where there are few"
 
 
+def test_a_small_set_has_a_template_of_its_own_beside_a_large_one(tmp_path: Path) -> None:
+    frame = list(range(100, 100 + NGRAM))
+    held = HeldOut(tmp_path)
+    held.add(*shard([[1000 + i] * 20 for i in range(200)]))
+    held.end_set()
+    held.add(*shard([[*frame, i] for i in range(6)]))
+    assert set(first_shared(*shard([frame, [1003] * 20]), held.known())) == {1}
+
+
 def test_no_more_is_taken_than_there_is_room_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_trainer.prepare import hashsets
-from finetune_trainer.prepare.hashsets import HashCounter
+from finetune_trainer.prepare.hashsets import HashCounter, HashSet
 
 EDGES = [0, 1, (1 << 58) - 1, 1 << 58, (1 << 64) - 1]
 HASHES = st.lists(st.sampled_from(EDGES) | st.integers(0, (1 << 64) - 1), max_size=30)
@@ -32,7 +32,7 @@ def test_what_is_in_it_is_what_was_added_seldom(
         counter = HashCounter(Path(folder))
         for batch in batches:
             counter.add(array(batch))
-        made = counter.seldom(most)
+        made = HashSet(Path(folder) / "hashes", counter.seldom(most))
         found = made.among(array(asked))
     assert found.tolist() == [i for i, h in enumerate(asked) if 0 < counts[h] <= most]
     assert len(made) == sum(n <= most for n in counts.values())
@@ -47,7 +47,7 @@ def test_blocks_are_found_wherever_files_meet(
     counter = HashCounter(tmp_path)
     for some in np.array_split(held, 3):
         counter.add(some)
-    made = counter.seldom(1)
+    made = HashSet(tmp_path / "hashes", counter.seldom(1))
     asked = np.concatenate([draw.integers(0, 1 << 64, 5000, np.uint64), held])
     assert made.among(asked).tolist() == list(range(5000, 10000))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hashes"]

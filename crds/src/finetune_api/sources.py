@@ -258,7 +258,8 @@ class Quality(Model):
     """Training samples that share 13 tokens in a row with a validation or test sample (a sample
     that is shorter: all of its tokens). Warn counts them in the data report with the first places,
     Drop leaves them out of the training, Fail ends the job. Rows of tokens that more than 10
-    held-out samples have, or more than a tenth of them, are a template's and do not count."""
+    samples of a held-out set have, or more than a tenth of them, are a template's and do not
+    count."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(

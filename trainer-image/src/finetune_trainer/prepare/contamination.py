@@ -2,9 +2,9 @@
 trained on measures memory.
 
 n = 13 as in Brown et al., "Language Models are Few-Shot Learners", 2020, appendix C; of tokens, not
-words. A shorter sample is compared as a whole. N-grams of many held-out samples are a template's,
-and do not count. Hashes of 64 bits stand for n-grams: in about one run of 100, one of 10^9
-n-grams is taken for another.
+words. A shorter sample is compared as a whole. N-grams of many held-out samples of a set are a
+template's, and do not count. Hashes of 64 bits stand for n-grams: in about one run of 100, one of
+10^9 n-grams is taken for another.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NGRAM: Final = 13
 """Tokens of an n-gram."""
 
 COMMON: Final = 10
-"""Held-out samples above which an n-gram is a template's."""
+"""Held-out samples of a set above which an n-gram is a template's."""
 
 COMMON_SHARE: Final = 0.1
 """The same, as a share of few held-out samples."""
@@ -70,14 +70,23 @@ class HeldOut:
     """
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._counted = HashCounter(folder)
+        self._kept = HashCounter(folder / "kept")
+        self._set_samples = 0
         self.samples = 0
         """Held-out samples that were added."""
 
     @property
     def full(self) -> bool:
         """Whether no more samples are taken."""
-        return self._counted.added >= HELD_OUT_NGRAMS
+        return self._kept.added + self._counted.added >= HELD_OUT_NGRAMS
+
+    def end_set(self) -> None:
+        """The samples that follow are of another set: a template is that of a set."""
+        for hashes in self._counted.seldom(most_common(self._set_samples)):
+            self._kept.add(hashes)
+        self._set_samples = 0
 
     def add(self, ids: npt.NDArray[np.int32], starts: npt.NDArray[np.int32]) -> None:
         """Take the samples of a shard, each n-gram of a sample once."""
@@ -87,15 +96,17 @@ class HeldOut:
         fresh = np.ones(len(hashes), np.bool_)
         fresh[1:] = (hashes[1:] != hashes[:-1]) | (rows[1:] != rows[:-1])
         self._counted.add(hashes[fresh])
+        self._set_samples += len(starts) - 1
         self.samples += len(starts) - 1
 
     def known(self) -> HashSet:
         """The n-grams that count. No more samples are taken."""
-        return self._counted.seldom(most_common(self.samples))
+        self.end_set()
+        return HashSet(self._folder / "known", self._kept.seldom(self.samples))
 
 
 def most_common(samples: int) -> int:
-    """Most held-out samples that an n-gram may occur in and still count."""
+    """Most of so many held-out samples of a set that an n-gram may occur in and still count."""
     return max(1, min(COMMON, int(COMMON_SHARE * samples)))
 
 

@@ -9,6 +9,7 @@ says which. However much passes, a question costs no more than reading the file 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
@@ -35,10 +36,11 @@ class HashCounter:
     """Notes hashes on disk, to find those that occur seldom.
 
     Args:
-        folder: an empty one, for its files.
+        folder: for its files; it is made where it is absent.
     """
 
     def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
         self._folder = folder
         self.added = 0
         """Hashes that were added, equal ones too."""
@@ -52,9 +54,9 @@ class HashCounter:
                 ordered[first:end].tofile(file)
         self.added += len(hashes)
 
-    def seldom(self, most: int) -> HashSet:
-        """The hashes that were added at most so many times. Nothing is added any more."""
-        made = HashSet(self._folder / "hashes")
+    def seldom(self, most: int) -> Iterator[Hashes]:
+        """The hashes that were added at most so many times, each once, ascending, some at a time.
+        Then it is empty."""
         for part in filter(Path.exists, map(self._part, range(len(_FIRSTS)))):
             hashes = np.fromfile(part, np.uint64)
             part.unlink()
@@ -63,33 +65,35 @@ class HashCounter:
             kept = np.ones(len(hashes), np.bool_)
             kept[1:] = hashes[1:] != hashes[:-1]
             kept[:-most] &= hashes[most:] != hashes[:-most]
-            made.append(hashes[kept])
-        return made
+            yield hashes[kept]
+        self.added = 0
 
     def _part(self, number: int) -> Path:
         return self._folder / f"part-{number:02d}"
 
 
 class HashSet:
-    """A sorted file of hashes, which is made."""
+    """A sorted file of hashes.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file, which is made.
+        ascending: the hashes, some at a time.
+    """
+
+    def __init__(self, path: Path, ascending: Iterable[Hashes]) -> None:
         self._path = path
         self._table = np.zeros(1 << (_TABLE_BITS - 3), np.uint8)
         self._fences: Hashes = np.empty(0, np.uint64)
         self._count = 0
-        path.write_bytes(b"")
+        with path.open("wb") as file:
+            for hashes in ascending:
+                hashes.tofile(file)
+                self._fences = np.append(self._fences, hashes[-self._count % _BLOCK :: _BLOCK])
+                self._count += len(hashes)
+                np.bitwise_or.at(self._table, *_in_table(hashes))
 
     def __len__(self) -> int:
         return self._count
-
-    def append(self, hashes: Hashes) -> None:
-        """Add hashes that ascend, and are above all that are there."""
-        with self._path.open("ab") as file:
-            hashes.tofile(file)
-        self._fences = np.append(self._fences, hashes[-self._count % _BLOCK :: _BLOCK])
-        self._count += len(hashes)
-        np.bitwise_or.at(self._table, *_in_table(hashes))
 
     def among(self, hashes: Hashes) -> Rows:
         """Which of some hashes are in the set, ascending."""

@@ -9,7 +9,8 @@ the shard.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import groupby, takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 from finetune_trainer.failures import DataError
 from finetune_trainer.prepare.contamination import HeldOut, first_shared
 from finetune_trainer.prepare.hashsets import HashSet
+from finetune_trainer.prepare.indexes import IndexedSamples
 from finetune_trainer.prepare.output import Output
 from finetune_trainer.prepare.personal import scan
 from finetune_trainer.prepare.report import PLACES, Contamination
@@ -46,16 +48,21 @@ def compare(output: Output, policy: str, decode: Callable[[Any], str], scratch: 
         return
     with TemporaryDirectory(dir=scratch) as folder:
         held_out = HeldOut(Path(folder))
-        for side in HELD_OUT:
-            for some in output.tokens(side):
-                if held_out.full:
-                    break
+        taken = takewhile(lambda _: not held_out.full, _held_out(output))
+        for _, some_of_set in groupby(taken, key=lambda some: some.set):
+            for some in some_of_set:
                 held_out.add(some.ids, some.starts)
+            held_out.end_set()
         found = output.contamination = Contamination(
             sum(output.samples(side) for side in HELD_OUT), held_out.samples, policy
         )
         _find(output, held_out.known(), found, decode)
     _act(output, found, policy)
+
+
+def _held_out(output: Output) -> Iterator[IndexedSamples]:
+    for side in HELD_OUT:
+        yield from output.tokens(side)
 
 
 def _find(
