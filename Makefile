@@ -27,7 +27,7 @@ $(VENV)/.installed: tests/requirements.txt crds/pyproject.toml operator/pyprojec
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e crds -e operator -e trainer-image
 	@touch $@
 
-demo: install ## Fine-tune a small model on this machine, end to end, in two or three minutes
+demo: install ## Fine-tune a small model on this machine, end to end, in a minute or two
 	@$(BIN)/finetune quickstart $(STATE)/quickstart
 	@$(BIN)/finetune run examples/quickstart.yaml --state-dir $(STATE) --local-storage
 

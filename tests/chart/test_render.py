@@ -279,6 +279,7 @@ def test_the_pod_monitor_finds_gangs() -> None:
     assert spec["selector"]["matchLabels"] == {
         names.LABEL_NAME: names.APP_NAME,
         names.LABEL_ROLE: "train",
+        "batch.kubernetes.io/job-completion-index": "0",
     }
     assert spec["podMetricsEndpoints"][0]["port"] == names.METRICS_PORT_NAME
     assert spec["podTargetLabels"] == [names.LABEL_JOB_NAME, names.LABEL_RUN]

@@ -18,6 +18,8 @@ from cluster.control_plane import ControlPlane
 from cluster.kwok import EXIT_CODE, MESSAGE
 from finetune_api import names
 from finetune_api.results import Termination
+from finetune_operator.config import STAGE_BACKOFF_LIMIT
+from finetune_operator.pods import INDEX_ANNOTATION
 
 CRD = Path(__file__).parents[2] / "crds" / "finetunejob.crd.yaml"
 WITHIN = 40.0
@@ -96,7 +98,7 @@ class Job:
     def uids(self, kind: str) -> set[str]:
         return {o["metadata"]["uid"] for o in self.all(kind)}
 
-    def running(self, role: str, count: int) -> list[Any]:
+    def running(self, role: str, count: int, within: float = WITHIN) -> list[Any]:
         def look() -> list[Any]:
             alive = [
                 p
@@ -107,16 +109,18 @@ class Job:
             ]
             return alive if len(alive) == count else []
 
-        return eventually(f"{count} {role} pods run", look, within=WITHIN)
+        return eventually(f"{count} {role} pods run", look, within=within)
 
     def end(
         self, role: str, code: int = 0, count: int = 1, ending: int | None = None, **said: Any
     ) -> None:
         """Let the ``count`` pods of a stage (or ``ending`` of them) end, with a last word."""
-        pods = self.running(role, count)
+        self.end_pods(self.running(role, count)[:ending], role, code, **said)
+
+    def end_pods(self, pods: list[Any], role: str, code: int, **said: Any) -> None:
         run = pods[0]["metadata"]["labels"][names.LABEL_RUN]
         word = Termination.model_validate({"run": run, "role": role, **said}).to_text()
-        for pod in pods[:ending]:
+        for pod in pods:
             name = pod["metadata"]["name"]
             note = [f"{MESSAGE}={word}", f"{EXIT_CODE}={code}"]
             self.api.kubectl("annotate", "pod", name, "-n", self.namespace, *note)
@@ -213,6 +217,21 @@ def test_a_final_exit_code_fails_the_run_with_its_word(job: Job, operator: Opera
     job.patch(failurePolicy={"maxRestarts": 1})
     eventually("observed", lambda: job.status["observedGeneration"] == 2)
     assert job.names("jobs") == [] and job.status["phase"] == "Failed"
+
+
+@pytest.mark.slow
+def test_a_worker_of_prepare_that_always_dies_ends_it(job: Job, operator: OperatorProcess) -> None:
+    job.apply(prepare={"workers": 2})
+    said = {"class": "Storage", "reason": "Unreachable", "message": "timed out", "retryable": True}
+    for _ in range(1 + STAGE_BACKOFF_LIMIT):
+        pods = job.running("prepare", 2, within=90)  # Kubernetes waits longer before each try
+        first = [p for p in pods if p["metadata"]["labels"][INDEX_ANNOTATION] == "0"]
+        job.end_pods(first, "prepare", 21, failure=said)
+    job.reach("Failed")
+    assert job.status["failure"]["reason"] == "Unreachable"
+    (made,) = job.all("jobs")
+    ended = {c["type"]: c["reason"] for c in made["status"]["conditions"]}
+    assert ended["FailureTarget"] == "MaxFailedIndexesExceeded"
 
 
 def test_restarts_exhausted_ends_the_gang_and_keeps_its_pods(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
 from operator_world import PREPARED, PUBLISHED, TRAINED, World, at_training, completed
 
 from finetune_api import names
+from finetune_operator.decide import defect
 
 
 def timeless(status: dict[str, Any]) -> dict[str, Any]:
@@ -206,11 +208,49 @@ def test_children_are_never_rendered_again() -> None:
     assert image == "registry.example/trainer:1", "a run keeps its image over an upgrade"
 
 
+def test_large_figures_are_shown_in_short() -> None:
+    world = at_training()
+    scores = {"Perplexity": math.exp(80), "Loss": math.nan}
+    test = {"name": "test", "samples": 5, "untuned": scores, "tuned": {"Perplexity": 123456.0}}
+    world.finish("train", trained={**TRAINED, "scores": [test]})
+    world.settle()
+    assert world.status["phase"] == "Publishing"
+    shown = {row["metric"]: row for row in world.status["evaluation"]}
+    assert (shown["Perplexity"]["untuned"], shown["Perplexity"]["tuned"]) == ("5.541e+34", "123456")
+    assert shown["Loss"]["untuned"] == "nan"
+
+
+def test_a_pass_that_meets_a_defect_says_so_and_the_next_takes_it_back() -> None:
+    world = at_training()
+    before = copy.deepcopy(world.status)
+    plan = defect(world.job, TypeError("no such thing"), world.now)
+    assert plan.status is not None and not (plan.delete or plan.create or plan.change)
+    assert [(e.type, e.reason) for e in plan.events] == [("Warning", "OperatorDefect")]
+    world.job["status"] = plan.status
+    assert world.held("Stalled") == "True/OperatorDefect"
+    assert "TypeError: no such thing" in world.message("Stalled")
+    assert world.status["phase"] == "Training" and world.status["run"] == before["run"]
+    assert defect(world.job, TypeError("no such thing"), world.now).status is None, "said once"
+    world.settle()
+    assert timeless(world.status) == timeless(before)
+
+
 def test_a_job_being_deleted_is_left_alone() -> None:
     world = World()
     world.job["metadata"]["deletionTimestamp"] = "2026-01-01T12:00:00Z"
     plan = world.plan()
     assert plan.create == () and plan.status is None
+
+
+def test_children_stay_until_status_has_what_they_said() -> None:
+    world = at_training(childrenTTLSecondsAfterFinished=0)
+    world.fail("train", 14, **{"class": "OutOfMemory", "reason": "Oom", "message": "m"})
+    world.condition("train", "Failed", "PodFailurePolicy")
+    plan = world.plan()
+    assert plan.status is not None and plan.status["phase"] == "Failed"
+    assert not plan.delete, "the operator may die before it writes status"
+    world.settle()
+    assert world.names("Job") == [] and world.status["failure"]["reason"] == "Oom"
 
 
 def test_ttl_removes_jobs_and_services_and_keeps_the_order() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from datetime import timedelta
 from typing import Any
 
 import pytest
 from operator_world import TRAINED, World, at_training
 
+from finetune_operator.objects import format_time
 from finetune_operator.observe import Refusal
 
 
@@ -101,6 +103,39 @@ def test_verdict_without_a_word(
     failure = world.status["failure"]
     assert (failure["class"], failure["reason"]) == expected
     assert failure["message"]
+
+
+def test_tries_before_are_told() -> None:
+    world = preparing()
+    said = {"class": "Storage", "reason": "Unreachable", "message": "s3://data: timed out"}
+    world.fail("prepare", 21, suffix="a", **said)
+    world.pods("prepare", running={})
+    world.settle()
+    assert world.status["phase"] == "Preparing"
+    assert "prepare-1-0-a failed (Unreachable): s3://data: timed out" in world.message("Prepared")
+
+
+def test_a_jobs_failure_that_comes_before_its_pods_waits_for_their_word() -> None:
+    world = preparing()
+    world.pods("prepare", running={})
+    world.condition("prepare", "Failed", "PodFailurePolicy")
+    failed = world.child("prepare")["status"]["conditions"][0]
+    failed["lastTransitionTime"] = format_time(world.now)
+    world.settle()
+    assert world.status["phase"] != "Failed"
+    assert world.plan().look_again == timedelta(seconds=10)
+    said = {"class": "DataError", "reason": "MalformedRecord", "message": "line 3"}
+    pods = copy.deepcopy(world.of("Pod"))
+    world.fail("prepare", 11, **said)
+    world.pass_()
+    assert world.status["failure"]["reason"] == "MalformedRecord"
+
+    world = preparing()
+    world.objects |= {("Pod", pod["metadata"]["name"]): pod for pod in pods}
+    world.child("prepare")["status"] = {"conditions": [failed]}
+    world.wait(10)
+    world.settle()
+    assert world.status["failure"]["reason"] == "PodFailurePolicy", "no word came"
 
 
 def test_no_pod_left_to_tell() -> None:
@@ -310,6 +345,14 @@ def test_usage_of_an_interrupted_gang() -> None:
     assert world.status["usage"]["wastedGpuSeconds"] == 320
 
 
+def test_no_more_is_wasted_than_was_held() -> None:
+    world = at_training()
+    world.report(attempt=2, restarts=1, lostSeconds=5000.0)  # while no operator ran
+    world.settle()
+    usage = world.status["usage"]
+    assert usage["wastedGpuSeconds"] == usage["gpuSeconds"] == 10_000
+
+
 def test_a_job_that_the_api_server_refuses() -> None:
     world = World()
     world.settle()
@@ -324,3 +367,12 @@ def test_a_job_that_the_api_server_refuses() -> None:
     world.settle()
     assert world.held("Failed") == "True/ChildRefused"
     assert "tolerations[2].operator" in world.status["failure"]["message"]
+
+
+def test_an_order_that_the_api_server_refuses() -> None:
+    world = World()
+    no = Refusal("exceeded quota: count/configmaps", final=False)
+    world.refused = {"bot-1-0f9c2-order-1": no}
+    world.pass_()
+    assert world.held("Prepared") == "False/ChildRefused"
+    assert "count/configmaps" in world.message("Ready")

@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 from aiohttp import web
 from operator_process import free_port
-from operator_world import UID, World, at_training
+from operator_world import CONFIG, UID, World, at_training
 
 from finetune_api import names
+from finetune_operator import controller as controller_module
 from finetune_operator import progress as progress_module
 from finetune_operator.cluster import Cluster, Credentials, NotLeading
+from finetune_operator.controller import Controller
+from finetune_operator.metrics import Metrics
+from finetune_operator.plan import Event, Plan, Subject
 from finetune_operator.progress import Poller
 from finetune_operator.store import Store
 from finetune_operator.workqueue import WorkQueue
@@ -164,7 +168,9 @@ def test_who_does_not_lead_does_not_write() -> None:
     asyncio.run(scenario())
 
 
-def polled(world: World, answers: list[Any], rounds: int) -> tuple[Store, list[str]]:
+def polled(
+    world: World, answers: list[Any], rounds: int, pieces: bool = False
+) -> tuple[Store, list[str]]:
     """Poll a real server that gives these answers in turn, the last one again and again."""
     store = Store()
     store.put(names.KIND, obj(names.KIND, UID, 1))
@@ -175,11 +181,19 @@ def polled(world: World, answers: list[Any], rounds: int) -> tuple[Store, list[s
     told: list[str] = []
     asked = 0
 
-    async def progress(_: web.Request) -> web.Response:
+    async def progress(request: web.Request) -> web.StreamResponse:
         nonlocal asked
         answer = answers[min(asked, len(answers) - 1)]
         asked += 1
-        return web.Response(text=answer if isinstance(answer, str) else json.dumps(answer))
+        text = answer if isinstance(answer, str) else json.dumps(answer)
+        if not pieces:
+            return web.Response(text=text)
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for start in range(0, len(text), 40):
+            await response.write(text[start : start + 40].encode())
+            await asyncio.sleep(0.005)
+        return response
 
     async def scenario() -> None:
         app = web.Application()
@@ -221,3 +235,74 @@ def test_progress_is_read_coalesced_and_compared() -> None:
     assert told == [UID, UID], "the first, and the new stage at once; step 2 came too soon"
     progress = store.observed(UID).progress
     assert progress is not None and (progress.step, progress.stage) == (3, "Evaluating")
+
+
+@pytest.mark.usefixtures("quick")
+def test_progress_that_comes_in_pieces_is_read_whole() -> None:
+    world = at_training()
+    answer = {"run": world.run["id"], "attempt": 1, "restarts": 0, "stage": "Training", "step": 7}
+    store, _ = polled(world, [answer], rounds=3, pieces=True)
+    progress = store.observed(UID).progress
+    assert progress is not None and progress.step == 7
+
+
+class Recorder:
+    """A cluster that takes what is written."""
+
+    def __init__(self) -> None:
+        self.statuses: list[dict[str, Any]] = []
+        self.events: list[str] = []
+
+    async def apply_status(self, subject: Subject, status: dict[str, Any]) -> dict[str, Any]:
+        self.statuses.append(status)
+        return obj(names.KIND, UID, 1 + len(self.statuses), spec={}, status=status)
+
+    async def event(self, subject: Subject, event: Event, instance: str) -> None:
+        self.events.append(event.reason)
+
+
+def test_a_defect_in_one_jobs_pass_is_told_and_tried_again(
+    monkeypatch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def decide(*_: Any) -> Plan:
+        raise TypeError("what was that")
+
+    async def scenario() -> Recorder:
+        monkeypatch.setattr(controller_module, "decide", decide)
+        store, cluster = Store(), Recorder()
+        store.put(names.KIND, at_training().job | obj(names.KIND, UID, 1))
+        metrics = Metrics(store, lambda: 0)
+        controller = Controller(store, cluster, WorkQueue(), CONFIG, metrics, "here")  # type: ignore[arg-type]
+        assert not await controller.handle(UID) and not await controller.handle(UID)
+        return cluster
+
+    cluster = asyncio.run(scenario())
+    assert cluster.events == ["OperatorDefect"] and len(cluster.statuses) == 1
+    assert "what was that" in caplog.text and "Traceback" in caplog.text
+
+
+def test_what_is_waited_for_at_the_start_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    answers = [
+        web.Response(status=404, text="{}"),
+        web.Response(status=403, text='{"message": "user x may not"}'),
+        web.json_response({"resources": []}),
+        web.json_response({"resources": [{"name": names.PLURAL}]}),
+    ]
+
+    async def scenario() -> None:
+        async def group(_: web.Request) -> web.Response:
+            return answers.pop(0)
+
+        app, port = web.Application(), free_port()
+        app.router.add_get(f"/apis/{names.API_VERSION}", group)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", port).start()
+        async with Cluster(Credentials(host=f"http://127.0.0.1:{port}")) as cluster:
+            await asyncio.wait_for(cluster.wait_until_served(), 20)
+        await runner.cleanup()
+
+    asyncio.run(scenario())
+    missing, denied, without = [r.getMessage() for r in caplog.records if "waiting" in r.msg]
+    assert "does not know it" in missing and "finetunejob.crd.yaml" in missing
+    assert "user x may not" in denied and f"no {names.PLURAL}" in without

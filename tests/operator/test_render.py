@@ -14,8 +14,9 @@ from operator_world import CONFIG, World, at_training
 
 from finetune_api import names
 from finetune_api.order import parse_order
+from finetune_api.podtemplate import template_problems
 from finetune_operator.config import GRACE_SECONDS, STAGE_BACKOFF_LIMIT
-from finetune_operator.overlay import lay_over, template_problems
+from finetune_operator.overlay import lay_over
 from finetune_operator.plan import Create, Plan
 from finetune_operator.render import render
 
@@ -143,7 +144,8 @@ def test_prepare_is_an_indexed_job_of_workers() -> None:
         body = job["spec"]
         assert body["completionMode"] == "Indexed"
         assert (body["completions"], body["parallelism"]) == (workers, workers)
-        assert body["backoffLimit"] == STAGE_BACKOFF_LIMIT * workers
+        assert (body["backoffLimitPerIndex"], body["maxFailedIndexes"]) == (STAGE_BACKOFF_LIMIT, 0)
+        assert "backoffLimit" not in body, "one that fails ends the stage, whatever the others do"
         assert names.ENV_WORKER not in env_of(world, "prepare"), "the Job controller sets it"
         assert "completionMode" not in publish["spec"] and publish["spec"]["completions"] == 1
 
@@ -278,6 +280,10 @@ def container(**more: Any) -> dict[str, Any]:
         ({"metadata": {"labels": {names.LABEL_JOB_UID: "x"}}}, ".metadata.labels["),
         ({"metadata": {"name": "x"}}, ".metadata.name"),
         ({"spec": 7}, ".spec"),
+        ({"spec": {"containers": None}}, ".spec.containers"),
+        (container(env=None), ".env"),
+        (container(securityContext={"capabilities": {"add": 5}}), ".capabilities.add"),
+        (container(securityContext={"capabilities": {"add": [{}]}}), ".capabilities.add"),
     ],
 )
 def test_a_forbidden_part_is_named_by_its_path(template: dict[str, Any], path: str) -> None:

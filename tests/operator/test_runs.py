@@ -127,6 +127,43 @@ def test_a_failed_run_goes_on_when_its_gang_is_changed() -> None:
     assert "bot-1-0f9c2-train-2" in world.names("Job")
 
 
+def test_a_run_that_failed_for_good_goes_on_without_an_incident() -> None:
+    world = at_training(failurePolicy={"maxRestarts": 0})
+    world.report(attempt=1, restarts=0)
+    world.fail("train", 14, **{"class": "OutOfMemory", "reason": "CudaOutOfMemory", "message": "m"})
+    world.condition("train", "Failed", "PodFailurePolicy")
+    world.settle()
+    assert world.status["phase"] == "Failed" and world.status["restarts"] == 0
+    world.remove_pods()
+    world.edit(training={"microBatchTokens": 1024})
+    world.settle()
+    order = told(world, "bot-1-0f9c2-order-2")
+    assert (order["revision"], order["restarts"]) == (2, 0), "HEAD.json counts from there"
+    world.objects.pop(("Job", "bot-1-0f9c2-train-1"))
+    world.pods("train", 2, running={})
+    world.report(attempt=2, restarts=0)
+    world.settle()
+    assert world.status["phase"] == "Training" and world.status["restarts"] == 0
+    world.report(attempt=3, restarts=1)
+    world.settle()
+    assert world.status["phase"] == "Failed", "its own incidents count"
+
+
+def test_a_gang_is_told_the_incidents_before_it() -> None:
+    world = at_training()
+    world.fail("train", 20, **{"class": "NodeFailure", "reason": "Gone", "message": "m"})
+    world.settle()
+    world.edit(compute={"nodes": 1})
+    world.pass_()
+    assert told(world, "bot-1-0f9c2-order-2")["restarts"] == 1
+
+
+def told(world: World, order: str) -> dict[str, Any]:
+    text = world.objects["ConfigMap", order]["data"][names.ORDER_KEY]
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
 def test_a_change_without_a_new_generation_changes_nothing() -> None:
     """A changed default of the CRD shows in the object at once, with no new generation."""
     world = at_training()
@@ -198,6 +235,34 @@ def test_suspend_and_resume_in_the_same_job() -> None:
     assert world.child("train")["spec"]["suspend"] is False
     assert world.held("Suspended") == "False/NotSuspended"
     assert world.run["revision"] == 1
+
+
+def test_a_job_that_another_suspends_is_left_to_it() -> None:
+    world = at_training()
+    world.child("train")["spec"]["suspend"] = True  # Kueue, of all Jobs of the namespace
+    world.remove_pods()
+    plan = world.settle()
+    assert plan.change == () and world.child("train")["spec"]["suspend"] is True
+    assert world.status["phase"] == "Queued"
+    world.edit(suspend=True)
+    world.settle()
+    world.edit(suspend=False)
+    world.settle()
+    assert world.child("train")["spec"]["suspend"] is True
+
+
+def test_a_refused_edit_does_not_wake_a_suspended_run() -> None:
+    world = at_training()
+    world.edit(suspend=True)
+    world.settle()
+    world.edit(training={"epochs": 1, "maxSteps": 1})
+    world.settle()
+    assert world.held("Stalled") == "True/InvalidSpec"
+    assert world.status["phase"] == "Suspended"
+    assert world.child("train")["spec"]["suspend"] is True
+    world.edit(suspend=False)
+    world.settle()
+    assert world.child("train")["spec"]["suspend"] is False, "it is refused still, but says that"
 
 
 def test_suspended_from_the_start_makes_nothing() -> None:

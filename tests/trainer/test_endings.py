@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finetune_api.results import DataSetScores, TrainSummary
 from finetune_trainer.failures import (
     PEER_LOST,
     Diverged,
@@ -15,6 +18,7 @@ from finetune_trainer.failures import (
     exit_code,
     verdict,
 )
+from finetune_trainer.supervise import workerfiles
 from finetune_trainer.supervise.endings import Ended, judge, judge_stopped
 from finetune_trainer.supervise.place import Place, read_place
 
@@ -88,6 +92,19 @@ def test_judge(case: tuple[Ended, int, bool | None, str, int, bool]) -> None:
 def test_judge_stopped(ended: Ended | None, reason: str, code: int) -> None:
     failure = judge_stopped(ended, 30)
     assert (failure.reason, int(exit_code(failure))) == (reason, code)
+
+
+def test_a_metric_that_is_no_number_reaches_the_supervisor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(workerfiles.ENV_FOLDER, str(tmp_path))
+    odd = {"Loss": math.nan, "Perplexity": math.inf}
+    scores = [DataSetScores(name="test", samples=1, untuned=odd, tuned={"Loss": 1.0})]
+    workerfiles.leave_result(TrainSummary(attempt=1, restarts=0, steps=3, scores=scores))
+    found = workerfiles.read_result(tmp_path)
+    assert found is not None
+    assert math.isnan(found.scores[0].untuned["Loss"])
+    assert found.scores[0].untuned["Perplexity"] == math.inf
 
 
 def test_place() -> None:

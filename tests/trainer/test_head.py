@@ -22,6 +22,7 @@ from finetune_trainer.storage.head import (
 )
 from finetune_trainer.storage.objects import Credentials, ObjectStore
 from finetune_trainer.storage.s3server import EmbeddedS3
+from finetune_trainer.storage.seen import BEAT_SECONDS, Heartbeat
 
 RUN = "1-abcde"
 
@@ -46,10 +47,11 @@ class Storage:
         self.folder = folder
         self.clock = Clock()
 
-    def claim(self, store: ObjectStore | None = None, keep_last: int = 2) -> Claim:
+    def claim(self, store: ObjectStore | None = None, keep_last: int = 2, **more: int) -> Claim:
         return claim(
-            store or self.store, self.uri, RUN, better=lower, keep_last=keep_last, clock=self.clock
-        )
+            store or self.store, self.uri, RUN, better=lower, keep_last=keep_last,
+            clock=self.clock, **more,
+        )  # fmt: skip
 
     def upload(self, owner: Claim, step: int) -> dict[str, Any]:
         files = {}
@@ -112,6 +114,36 @@ def test_restarts_and_seconds(storage: Storage) -> None:
     fourth = storage.claim()
     assert (fourth.head.attempt, fourth.head.restarts) == (4, 2)
     assert (fourth.head.lost_seconds, fourth.training_seconds()) == (37, 140)
+
+
+def test_time_between_attempts_is_not_the_runs(storage: Storage) -> None:
+    clock = storage.clock
+    first = storage.claim()
+    clock.now += 100
+    storage.commit(first, 5)
+    clock.now += 500
+    Heartbeat(storage.store, storage.uri, 1, clock).beat()
+    clock.now += 200_000  # killed; the run goes on after the weekend
+    second = storage.claim()
+    assert second.head.lost_seconds == 500 + BEAT_SECONDS
+    assert second.head.training_seconds == 100 + 500 + BEAT_SECONDS
+    clock.now += 200_000  # killed at once: what the first has said says nothing of it
+    third = storage.claim()
+    assert third.head.lost_seconds == 500 + 2 * BEAT_SECONDS
+    storage.store.put(f"{storage.uri}/seen.json", b"?")
+    assert storage.claim().head.attempt == 4
+
+
+def test_a_gang_that_replaces_another_is_no_restart(storage: Storage) -> None:
+    first = storage.claim()
+    assert (first.head.revision, first.head.restarts) == (1, 0)
+    # It runs out of memory, for good; the spec is changed, and the run goes on.
+    second = storage.claim(revision=2, restarts=0)
+    assert (second.head.attempt, second.head.revision, second.head.restarts) == (2, 2, 0)
+    assert storage.claim(revision=2, restarts=0).head.restarts == 1, "its own incidents count"
+    # One that the operator alone has seen: the gang was given up with it.
+    assert storage.claim(revision=3, restarts=2).head.restarts == 2
+    assert storage.claim(revision=4, restarts=1).head.restarts == 2, "counts never fall"
 
 
 def test_eight_claims_at_once_have_eight_numbers(storage: Storage) -> None:

@@ -159,6 +159,17 @@ def test_the_examples_are_valid(
     assert read_manifest(examples / f"{name}.yaml").name.startswith("quickstart")
 
 
+def test_a_pod_template_is_judged_as_on_a_cluster(tmp_path: Path) -> None:
+    spec = {
+        "model": {"source": "s3://bucket/model"},
+        "data": {"train": [{"source": "s3://bucket/train.jsonl"}]},
+        "output": {"destination": "s3://bucket/out"},
+        "compute": {"podTemplate": {"spec": {"hostNetwork": True}}},
+    }
+    (told,) = problems(manifest(tmp_path, spec=spec))
+    assert told.startswith("spec.compute.podTemplate.spec.hostNetwork: not allowed")
+
+
 def test_a_job_that_refers_to_itself_is_refused(tmp_path: Path) -> None:
     spec = {
         "model": {"fineTuneJobRef": {"name": "job"}},

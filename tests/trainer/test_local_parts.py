@@ -49,6 +49,15 @@ def test_layout(
     assert bool(found.notes) == noted
 
 
+def test_rows_are_shared_by_the_processes_that_there_are() -> None:
+    compute = Compute.model_validate({"nodes": 1, "gpusPerNode": 4, "contextParallel": 4})
+    assert lay_out(compute, 4, 8).context_parallel == 4
+    smaller, none = lay_out(compute, 2, 8), lay_out(compute, 0, 8)
+    assert (smaller.processes, smaller.context_parallel) == (2, 2)
+    assert (none.processes, none.context_parallel) == (1, 1)
+    assert "compute.contextParallel is 4" in none.notes[-1]
+
+
 def job(**changes: Any) -> LocalJob:
     return LocalJob("job", "default", spec(**changes), {})
 

@@ -209,3 +209,5 @@ def test_latest_never_goes_back(order_for: Any, bucket: str) -> None:
     assert publish_as("10-aaaaa", "aaaaa") == "10-aaaaa"
     assert publish_as("9-aaaaa", "aaaaa") == "10-aaaaa"
     assert publish_as("1-bbbbb", "bbbbb") == "1-bbbbb", "a job made again begins anew"
+    Stores(order_for()).default.put(f"s3://{bucket}/out/latest.json", b'{"mine": true}')
+    assert publish_as("2-bbbbb", "bbbbb") == "2-bbbbb", "what no run has written gives way"

@@ -99,6 +99,9 @@ class Nodes:
         self.shared.mkdir()
         self.port = free_ports(1)[0]
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.write_order()
+
+    def write_order(self, **spec: Any) -> None:
         order = RunOrder(
             version=CONTRACT_VERSION,
             job=JobIdentity(namespace="default", name="job", uid="abcde"),
@@ -108,17 +111,20 @@ class Nodes:
                     "model": {"source": "s3://bucket/model"},
                     "data": {"train": [{"source": "s3://bucket/train.jsonl"}]},
                     "output": {"destination": "s3://bucket/out"},
+                    **spec,
                 }
             ),
         )
-        (folder / "order.json").write_text(order.to_text())
+        (self.folder / "order.json").write_text(order.to_text())
 
-    def start(self, worker: str, rank: int = 0, **environment: Any) -> subprocess.Popen[bytes]:
+    def start(
+        self, worker: str, rank: int = 0, main: str = MAIN, **environment: Any
+    ) -> subprocess.Popen[bytes]:
         place = self.folder / f"node-{rank}"
         place.mkdir(exist_ok=True)
         (place / "worker.py").write_text(worker)
         own = {
-            "PYTHONPATH": place,
+            "PYTHONPATH": os.pathsep.join([str(place), os.environ.get("PYTHONPATH", "")]),
             "OMP_NUM_THREADS": 1,
             "SHARED": self.shared,
             "FINETUNE_ORDER": self.folder / "order.json",
@@ -131,7 +137,7 @@ class Nodes:
         }
         with (place / "log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-c", MAIN],
+                [sys.executable, "-c", main],
                 env={**os.environ, **{key: str(value) for key, value in own.items()}},
                 stdout=log,
                 stderr=log,
@@ -258,6 +264,22 @@ def test_a_worker_that_does_not_save_in_time_is_killed(nodes: Nodes) -> None:
     failure = nodes.last_word().failure
     assert failure is not None and failure.reason == "InterruptedUnsaved"
     assert not runs(worker)
+
+
+@pytest.mark.parametrize(("deadline", "ends"), [(1, True), (3600, False)])
+def test_nodes_are_waited_for_as_long_as_the_order_says(
+    nodes: Nodes, deadline: int, ends: bool
+) -> None:
+    nodes.write_order(scheduling={"startDeadlineSeconds": deadline})
+    main = f"from finetune_trainer.supervise import supervisor; supervisor.FORM_SECONDS = 1; {MAIN}"
+    alone = nodes.start(GANG, main=main, FINETUNE_NODES=2)
+    if ends:
+        assert nodes.end(alone) == 20, nodes.logs()
+        failure = nodes.last_word().failure
+        assert failure is not None and failure.reason == "GangNotFormed"
+    else:
+        with pytest.raises(subprocess.TimeoutExpired):
+            alone.wait(15)
 
 
 def test_an_environment_that_cannot_be(nodes: Nodes) -> None:

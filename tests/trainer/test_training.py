@@ -20,10 +20,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from finetune_api.order import RunOrder
+from finetune_trainer.engine.gang import join
+from finetune_trainer.failures import Interrupted
 from finetune_trainer.prepare.pipeline import prepare
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.head import Head, read_head
 from finetune_trainer.storage.objects import Stores
+from finetune_trainer.train.checkpoint import Checkpoints
+from finetune_trainer.train.loop import train
+from finetune_trainer.train.session import open_session
+from finetune_trainer.train.startup import StartupClock
+from finetune_trainer.train.stopping import releasing
+from finetune_trainer.train.telemetry import Telemetry
 
 COLOURS = {"rose": "red", "grass": "green", "sky": "blue", "sun": "yellow"}
 
@@ -354,6 +362,54 @@ def test_a_stop_saves_and_is_a_restart_where_it_came_to_a_part(
     result = bench.finish(order, 1, "again")
     assert (result.summary.attempt, result.summary.restarts) == (2, restarts)
     assert result.summary.steps == 60
+
+
+def test_a_stop_is_heard_while_the_attempt_starts(bench: Bench) -> None:
+    order = bench.order("1-early")
+    folder = bench.tmp_path / "early"
+    for rank in (0, 1):
+        words_of(folder, rank).mkdir(parents=True)
+        (words_of(folder, rank) / "stop").touch()
+    gang = bench.start(order, 2, "early")
+    assert gang.wait() == [23, 23], gang.log.read_text()
+    told = (words_of(folder, 0) / "failure-0.json").read_text()
+    assert "before the model was fetched" in told
+    head = bench.head(order)
+    assert head is not None and head.released and not head.commits
+
+
+def attempt(order: RunOrder, folder: Path, stop_in: str | None = None) -> None:
+    """An attempt in this process, told to stop at the beginning of a stage."""
+    gang, stores = join(order.spec.training), Stores(order)
+    checkpoints = Checkpoints.take(gang, stores.default, order, folder)
+    head = checkpoints.head
+    telemetry = Telemetry(order.run, head.attempt, head.restarts, StartupClock(None, None))
+
+    def told() -> bool:
+        return telemetry.progress.stage == stop_in
+
+    with releasing(gang, checkpoints, lambda: stop_in is not None):
+        train(open_session(order, stores, gang, checkpoints, telemetry, folder), told)
+
+
+@pytest.mark.parametrize("every", [4, 12])  # on the way, and at the last step
+def test_a_stop_in_a_validation_saves_and_what_goes_on_measures_it(
+    bench: Bench, every: int
+) -> None:
+    steps = {"training": {"maxSteps": 12, "epochs": None}, "evaluation": {"everySteps": every}}
+    whole, cut = bench.order("1-whole", **steps), bench.order("1-cut", **steps)
+    attempt(whole, bench.tmp_path / "a")
+    with pytest.raises(Interrupted, match="before set"):
+        attempt(cut, bench.tmp_path / "b", stop_in="Evaluating")
+    head = bench.head(cut)
+    assert head is not None and head.released
+    assert head.commits[0].step == every and head.commits[0].metric is None
+    attempt(cut, bench.tmp_path / "c")
+    results = [runfiles.read_result(bench.store, order.run_uri) for order in (whole, cut)]
+    assert results[0].validation == results[1].validation
+    assert results[0].curve == results[1].curve
+    assert results[0].summary.checkpoint_step == results[1].summary.checkpoint_step
+    assert results[1].summary.restarts == 0
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_its_name(bench: Bench) -> None:

@@ -186,4 +186,4 @@ class FailurePolicy(Model):
 
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = 3
     """Incidents of the gang (a lost node, a killed process), not pods, after which the job
-    fails."""
+    fails. A higher number does not wake a run that has failed."""

@@ -32,7 +32,8 @@ REASONS: Final[dict[str, str]] = {
     " refused: it must be mended.",
     "ReferenceCycle": "The jobs wait for each other's models.",
     "Preparing": "The data is being prepared.",
-    "Queued": "The gang waits in spec.scheduling.queueName.",
+    "Queued": "The gang waits in spec.scheduling.queueName, or another than the operator has"
+    " suspended its Job.",
     "Starting": "Not all pods of the gang run yet.",
     "GangRunning": "All pods of the gang run.",
     "Publishing": "The model is being written.",
@@ -49,6 +50,7 @@ REASONS: Final[dict[str, str]] = {
     "Failed": "The run has ended badly.",
     "Resumed": "The spec was changed after a failure, and the run goes on.",
     "InvalidSpec": "The spec as it stands is refused; a run that has begun goes on without it.",
+    "OperatorDefect": "The operator has met a defect of its own, and tries again; see its log.",
     "ChildRefused": "The API server refuses an object of the run; the message is its own.",
     "PodsNotCreated": "The Job has no pods: a quota or an admission policy refuses them.",
     "Unschedulable": "The scheduler finds no node.",
@@ -97,12 +99,14 @@ FAILURES: Final[dict[FailureClass, tuple[str, str]]] = {
     "NodeFailure": (
         "A node, a device or a process of the gang was lost more often than"
         " failurePolicy.maxRestarts, or no node was found in scheduling.startDeadlineSeconds.",
-        "Look at the node that status names, or ask for less; a higher failurePolicy.maxRestarts"
-        " goes on from the last commit.",
+        "Look at the node that status names, or ask for less; the run goes on from its"
+        " last commit when a field of class Resume is changed (of compute, scheduling or"
+        " checkpoint, say), and begins anew with another rerunToken.",
     ),
     "Preempted": (
         "The gang was put off its nodes, more often than failurePolicy.maxRestarts.",
-        "Use a higher priority class or a queue, or raise failurePolicy.maxRestarts.",
+        "Use a higher priority class or a queue in spec.scheduling: the run goes on from its last"
+        " commit.",
     ),
     "ImagePull": (
         "The trainer image cannot be pulled.",
@@ -150,6 +154,7 @@ STORAGE_LAYOUT: Final[tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = (
             ("prepared.json", "which prepared data the run uses"),
             ("rehearsals.json", "what memory the model takes, as prepare counted it"),
             ("HEAD.json", "the attempt that owns the run, its commits, and when it went back"),
+            ("seen.json", "when the attempt last showed that it lives: what it cost, if it dies"),
             ("attempt-<n>/step-<8 digits>/", "a commit: the training state"),
             ("baseline.json", "test metrics of the untuned model"),
             ("result.json", "what publish reads: summary and learning curve"),

@@ -65,6 +65,10 @@ class RunOrder(Model):
     """The spec of the run, with every default filled in."""
     base: TunedBase | None = None
     """What `spec.model.fineTuneJobRef` stands for."""
+    revision: int = 1
+    """Gang of the run: another one follows where a field of class Resume was changed."""
+    restarts: int = 0
+    """Incidents of the gangs before this one: from here on HEAD.json counts."""
 
     @property
     def base_model(self) -> ModelPlace:

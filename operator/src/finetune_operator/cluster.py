@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import ssl
 import uuid
 from collections.abc import Callable
@@ -36,6 +37,9 @@ PATHS: Final[dict[str, tuple[str, str]]] = {
     "Event": ("/apis/events.k8s.io/v1", "events"),
 }
 
+
+_INSTALL: Final = "install crds/finetunejob.crd.yaml, or the chart with crds.enabled"
+log = logging.getLogger(__name__)
 
 Credentials = kubernetes.client.Configuration
 """Address of an API server, and how to be known to it."""
@@ -258,15 +262,25 @@ class Cluster:
             return raw
 
     async def wait_until_served(self) -> None:
-        """Wait until the API server knows FineTuneJobs."""
-        while True:
-            try:
-                found = await self.request("GET", f"/apis/{API_VERSION}")
-                if any(r["name"] == PLURAL for r in found.get("resources", [])):
-                    return
-            except (ApiError, aiohttp.ClientError, TimeoutError):
-                pass
+        """Wait until the API server knows FineTuneJobs. Why it does not is logged, once a cause."""
+        told = None
+        while (why := await self._not_served()) is not None:
+            if why != told:
+                log.warning("waiting for %s: %s", API_VERSION, why)
+            told = why
             await asyncio.sleep(1)
+
+    async def _not_served(self) -> str | None:
+        try:
+            found = await self.request("GET", f"/apis/{API_VERSION}")
+        except ApiError as error:
+            if error.code == 404:
+                return f"the API server does not know it; {_INSTALL}"
+            return f"the API server refuses to tell: {error}"
+        except (aiohttp.ClientError, TimeoutError) as error:
+            return f"the API server cannot be reached: {type(error).__name__}: {error}"
+        served = any(r["name"] == PLURAL for r in found.get("resources", []))
+        return None if served else f"it has no {PLURAL}; {_INSTALL}"
 
 
 def collection_path(kind: str, namespace: str | None) -> str:

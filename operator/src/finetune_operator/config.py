@@ -15,6 +15,9 @@ ANNOTATION_OUTCOME: Final = f"{GROUP}/outcome"
 ANNOTATION_RESTARTS: Final = f"{GROUP}/restarts-before"
 """On an order: incidents before this revision, which do not count against it."""
 
+ANNOTATION_SUSPENDED: Final = f"{GROUP}/suspended"
+"""On a Job: it was suspended for spec.suspend; by others (a queue) it stays as they have it."""
+
 GRACE_SECONDS: Final = 120
 """terminationGracePeriodSeconds of every pod; the trainer is told it and saves within it."""
 NODE_LOST_SECONDS: Final = 30
@@ -31,6 +34,8 @@ OVERDUE: Final = timedelta(seconds=30)
 nothing any more (what it writes is fenced by the attempt in HEAD.json)."""
 TRAINED_ALONE: Final = timedelta(seconds=60)
 """How long the other pods of a gang may live on after its first one has left the result."""
+WORD_AWAITED: Final = timedelta(seconds=10)
+"""How long the pods of a Job that has failed may go unseen: watches tell in no common order."""
 PULL_REFUSED: Final = timedelta(seconds=30)
 """How long a pull may fail that the registry refuses (no such image, no access)."""
 PULL_FAILING: Final = timedelta(minutes=10)

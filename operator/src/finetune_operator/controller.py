@@ -14,7 +14,7 @@ import aiohttp
 from finetune_api.names import KIND
 from finetune_operator.cluster import ApiError, Cluster, NotLeading
 from finetune_operator.config import Config
-from finetune_operator.decide import decide
+from finetune_operator.decide import decide, defect
 from finetune_operator.metrics import Metrics
 from finetune_operator.observe import Refusal
 from finetune_operator.plan import Plan
@@ -75,6 +75,8 @@ class Controller:
     async def reconcile(self, uid: str) -> None:
         """Bring one job closer to its spec.
 
+        A defect of ours is told in status, and raised.
+
         Raises:
             ApiError, aiohttp.ClientError, TimeoutError: where the API server refuses or is away;
                 what was done stays, the next pass goes on from there.
@@ -83,22 +85,27 @@ class Controller:
         if job is None:
             self._queue.forget(uid)
             return
-        plan = decide(job, self._store.observed(uid), datetime.now(UTC), self._config)
-        accepted = await self._apply(plan)
-        if plan.status is not None:
-            await self._report(job, plan)
+        now = datetime.now(UTC)
+        try:
+            plan = decide(job, self._store.observed(uid), now, self._config)
+            children = render(plan, self._config)
+        except Exception as error:
+            await self._report(job, defect(job, error, now))
+            raise
+        accepted = await self._apply(plan, children)
+        await self._report(job, plan)
         if not accepted:
             self._queue.put_after(uid, REFUSED_SECONDS)
         elif plan.look_again is not None:
             self._queue.put_after(uid, plan.look_again.total_seconds())
 
-    async def _apply(self, plan: Plan) -> bool:
+    async def _apply(self, plan: Plan, children: list[dict[str, Any]]) -> bool:
         """Deletions, creations and changes. Where the API server refuses a child (a podTemplate
         may hold what only it can judge, a quota may be full), that is observed, and False."""
         namespace = plan.subject.namespace
         for delete in plan.delete:
             await self._cluster.delete(delete.kind, namespace, delete.name)
-        for obj in render(plan, self._config):
+        for obj in children:
             if not await self._create(plan.subject.uid, obj):
                 return False
         for change in plan.change:
@@ -123,8 +130,9 @@ class Controller:
         return True
 
     async def _report(self, job: Mapping[str, Any], plan: Plan) -> None:
-        """One status patch, and events once it has succeeded."""
-        assert plan.status is not None
+        """One status patch where it has changed, and events once it has succeeded."""
+        if plan.status is None:
+            return
         stored = await self._cluster.apply_status(plan.subject, plan.status)
         self._store.put(KIND, stored)
         self._metrics.note(job.get("status") or {}, plan.status)

@@ -30,7 +30,8 @@ def decide(job: Mapping[str, Any], observed: Observed, now: datetime, config: Co
     if run is None:
         after = _no_run(before, subject, spec, problems, now)
         return _plan(job, Plan(subject), before, after)
-    work = Work(subject, spec or run.order.spec, problems, before, observed, run, now)
+    live = spec or _with_live(run.order.spec, job.get("spec"))
+    work = Work(subject, live, problems, before, observed, run, now)
     after = advance(work)
     draft = work.draft
     plan = Plan(
@@ -42,6 +43,19 @@ def decide(job: Mapping[str, Any], observed: Observed, now: datetime, config: Co
         look_again=draft.look_again(now),
     )
     return _plan(job, plan, before, after)
+
+
+def defect(job: Mapping[str, Any], error: Exception, now: datetime) -> Plan:
+    """The plan of a pass that has met a defect of ours: status as it was, and what is wrong."""
+    subject, before = subject_of(job), read_status(job.get("status"))
+    conditions = Conditions(before.conditions, subject.generation, now, keep=True)
+    text = (
+        f"the operator has met a defect of its own ({type(error).__name__}: {error}); what runs is"
+        " left alone, and it is tried again. Please report it with the operator's log"
+    )
+    conditions.set("Stalled", "True", "OperatorDefect", text)
+    after = before.model_copy(update={"conditions": conditions.to_list()})
+    return _plan(job, Plan(subject), before, after)
 
 
 def subject_of(job: Mapping[str, Any]) -> Subject:
@@ -56,6 +70,12 @@ def _read_spec(raw: Any) -> tuple[FineTuneJobSpec | None, list[str]]:
         return parse_spec(raw), []
     except InvalidSpec as error:
         return None, error.problems
+
+
+def _with_live(spec: FineTuneJobSpec, raw: Any) -> FineTuneJobSpec:
+    """A run's own spec, with what a refused one says plainly: whether to hold nodes."""
+    suspend = raw.get("suspend", False) if isinstance(raw, Mapping) else None
+    return spec.model_copy(update={"suspend": suspend}) if isinstance(suspend, bool) else spec
 
 
 def _plan(

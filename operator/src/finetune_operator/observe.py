@@ -18,7 +18,12 @@ from finetune_api.base import explain
 from finetune_api.names import Role
 from finetune_api.order import RunOrder
 from finetune_api.results import Progress
-from finetune_operator.config import ANNOTATION_IMAGE, ANNOTATION_OUTCOME, ANNOTATION_RESTARTS
+from finetune_operator.config import (
+    ANNOTATION_IMAGE,
+    ANNOTATION_OUTCOME,
+    ANNOTATION_RESTARTS,
+    ANNOTATION_SUSPENDED,
+)
 from finetune_operator.objects import Object, parse_time, place_of
 from finetune_operator.pods import PodView, pod_view
 from finetune_operator.references import ModelJob, model_job
@@ -53,9 +58,12 @@ class JobView:
     created: datetime
     started: datetime | None = None
     suspended: bool = False
+    held: bool = False
+    """Suspended by us, for spec.suspend."""
     complete: bool = False
     failed: bool = False
     """Failed, or about to be: the Job controller waits for pods that may never end."""
+    failed_at: datetime | None = None
     failure_reason: str = ""
     failure_message: str = ""
     stopping: bool = False
@@ -209,8 +217,10 @@ def job_view(obj: Object) -> JobView | None:
         created=created,
         started=parse_time(status.get("startTime")),
         suspended=bool(obj.get("spec", {}).get("suspend")),
+        held=(obj["metadata"].get("annotations") or {}).get(ANNOTATION_SUSPENDED) == "true",
         complete="Complete" in true or "SuccessCriteriaMet" in true,
         failed=bool(bad),
+        failed_at=parse_time(bad.get("lastTransitionTime")),
         failure_reason=bad.get("reason", ""),
         failure_message=bad.get("message", ""),
         stopping=obj.get("spec", {}).get("activeDeadlineSeconds") == 0,

@@ -87,7 +87,7 @@ class Poller:
         host = f"[{gang.ip}]" if ":" in gang.ip else gang.ip
         async with session.get(f"http://{host}:{METRICS_PORT}/progress") as response:
             response.raise_for_status()
-            return await response.content.read(LARGEST_ANSWER)
+            return await _whole(response.content)
 
     def _tell(self, uid: str, progress: Progress) -> None:
         """Coalesce: what moved is shown at most every WRITE_SECONDS, a new stage at once."""
@@ -102,6 +102,16 @@ class Poller:
         self._told[uid] = (progress, now)
         self._store.put_progress(uid, progress, datetime.now(UTC))
         self._enqueue(uid, 0.0)
+
+
+async def _whole(answer: aiohttp.StreamReader) -> bytes:
+    """All of an answer that is no longer than it may be, in however many pieces it comes."""
+    pieces = bytearray()
+    async for piece in answer.iter_any():
+        pieces += piece
+        if len(pieces) > LARGEST_ANSWER:
+            break  # what is cut is not JSON
+    return bytes(pieces)
 
 
 def _shown(progress: Progress) -> Progress:

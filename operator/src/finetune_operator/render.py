@@ -121,9 +121,11 @@ def stage_job(subject: Subject, run: CurrentRun, role: Role, config: Config) -> 
         "template": pod_template(subject, run, role, labels, config),
     }
     if role == "prepare":
-        workers = spec.prepare.workers
-        # What fails all workers at once (storage that is down) is one try.
-        body |= _indexed(workers) | {"backoffLimit": STAGE_BACKOFF_LIMIT * workers}
+        # Each worker has its tries: what fails all at once (storage that is down) is one of each,
+        # and one that always dies ends the stage soon.
+        del body["backoffLimit"]
+        body |= _indexed(spec.prepare.workers)
+        body |= {"backoffLimitPerIndex": STAGE_BACKOFF_LIMIT, "maxFailedIndexes": 0}
     if role == "train":
         body |= _indexed(spec.compute.nodes) | {"backoffLimit": GANG_BACKOFF_LIMIT}
         if spec.scheduling.queue_name is not None:

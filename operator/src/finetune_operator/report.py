@@ -94,10 +94,11 @@ class Conditions:
 
 
 def number(value: float | None, digits: int = 4) -> str | None:
-    """A figure as a string of so many significant digits."""
-    return (
-        None if value is None else f"{value:.{digits}g}" if abs(value) < 10_000 else f"{value:.0f}"
-    )
+    """A figure as a string of so many significant digits; of large ones all before the point, as
+    long as people read them."""
+    if value is None:
+        return None
+    return f"{value:.0f}" if 10_000 <= abs(value) < 1e15 else f"{value:.{digits}g}"
 
 
 def duration(seconds: float) -> str:

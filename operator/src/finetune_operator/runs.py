@@ -131,16 +131,22 @@ def _revise(
 ) -> CurrentRun:
     """The same run in a new gang. A run that had failed gets its restarts back."""
     run = run_id(number, subject.uid)
-    revision = latest.revision if latest else before.run.revision if before.run else 1
+    revision = 1 + (latest.revision if latest else before.run.revision if before.run else 1)
     restarts_before = latest.restarts_before if latest else 0
+    base, restarts = _kept_base(number, spec, before, latest), _restarts(number, before)
     return CurrentRun(
         number=number,
         id=run,
-        revision=revision + 1,
-        order=_order(subject, run, spec, _kept_base(number, spec, before, latest)),
+        revision=revision,
+        order=_order(subject, run, spec, base, revision, restarts),
         image=spec.compute.image or config.image,
-        restarts_before=before.restarts if outcome == "Failed" else restarts_before,
+        restarts_before=restarts if outcome == "Failed" else restarts_before,
     )
+
+
+def _restarts(number: int, before: FineTuneJobStatus) -> int:
+    """Incidents of the run so far."""
+    return before.restarts if before.run is not None and before.run.number == number else 0
 
 
 def _as_it_is(
@@ -172,11 +178,12 @@ def _as_it_is(
     base, wait = _kept_base(number, spec, before, latest), None
     if base is None and outcome is None:
         base, wait = _find_base(subject, spec, observed)
+    revision = latest.revision if latest else before.run.revision if before.run else 1
     return CurrentRun(
         number=number,
         id=run,
-        revision=latest.revision if latest else before.run.revision if before.run else 1,
-        order=_order(subject, run, spec, base),
+        revision=revision,
+        order=_order(subject, run, spec, base, revision, _restarts(number, before)),
         image=(latest.image if latest else "") or spec.compute.image or config.image,
         restarts_before=latest.restarts_before if latest else 0,
         outcome=outcome,
@@ -185,11 +192,20 @@ def _as_it_is(
     )
 
 
-def _order(subject: Subject, run: str, spec: FineTuneJobSpec, base: TunedBase | None) -> RunOrder:
+def _order(
+    subject: Subject,
+    run: str,
+    spec: FineTuneJobSpec,
+    base: TunedBase | None,
+    revision: int = 1,
+    restarts: int = 0,
+) -> RunOrder:
     return RunOrder(
         version=CONTRACT_VERSION,
         job=JobIdentity(namespace=subject.namespace, name=subject.name, uid=subject.uid),
         run=run,
         spec=spec,
         base=base,
+        revision=revision,
+        restarts=restarts,
     )

@@ -9,12 +9,17 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Final
 
+from finetune_api.podtemplate import template_problems
 from finetune_api.status import FailureStatus, FineTuneJobStatus
 from finetune_operator import status as status_of
-from finetune_operator.config import ANNOTATION_OUTCOME, OVERDUE
+from finetune_operator.config import (
+    ANNOTATION_OUTCOME,
+    ANNOTATION_SUSPENDED,
+    OVERDUE,
+    WORD_AWAITED,
+)
 from finetune_operator.failure import failure, verdict
 from finetune_operator.observe import JobView
-from finetune_operator.overlay import template_problems
 from finetune_operator.plan import Change, Create, Delete
 from finetune_operator.work import Work
 
@@ -70,7 +75,7 @@ def _failure(work: Work) -> FailureStatus | None:
     if refusal is not None and refusal.final:
         return failure("UserError", "ChildRefused", f"Kubernetes refuses it: {refusal.message}")
     if job is not None and job.failed:
-        return verdict(job, work.pods, _attempt(work))
+        return None if _pods_unseen(work, job) else verdict(job, work.pods, _attempt(work))
     if work.spec.suspend:
         return None
     allowed = work.spec.failure_policy.max_restarts
@@ -82,6 +87,16 @@ def _failure(work: Work) -> FailureStatus | None:
         shown = work.obstacle.shown_from
         work.draft.look_at(shown if shown and shown > work.now else work.obstacle.until)
     return None
+
+
+def _pods_unseen(work: Work, job: JobView) -> bool:
+    """Whether a Job's failure came before the news of its pods, which may tell why."""
+    if job.failed_at is None or any(p.phase == "Failed" for p in work.pods):
+        return False
+    due = job.failed_at + WORD_AWAITED
+    if due > work.now:
+        work.draft.look_at(due)
+    return due > work.now
 
 
 def _attempt(work: Work) -> int | None:
@@ -126,9 +141,14 @@ def _stop(job: JobView) -> Change:
 
 
 def _expire(work: Work) -> None:
+    """Removes Jobs and Services once their time is up, but not before status has what they said:
+    without either, their stage would begin again."""
     ttl = work.spec.children_ttl_seconds_after_finished
     if ttl is None or not (work.observed.jobs or work.observed.services):
         return
+    kept = work.before.run if work.same_run else None
+    if kept is None or kept.outcome is None or kept.revision != work.run.revision:
+        return  # the pass that follows this status sees to it
     due = status_of.completion_time(work) + timedelta(seconds=ttl)
     if due > work.now:
         work.draft.look_at(due)
@@ -149,16 +169,22 @@ def _suspend(work: Work) -> None:
     if work.queue is not None:
         work.draft.delete.append(Delete("Job", job.name))
     elif not job.suspended:
-        work.draft.change.append(Change("Job", job.name, {"spec": {"suspend": True}}))
+        work.draft.change.append(_hold(job, True))
+
+
+def _hold(job: JobView, suspend: bool) -> Change:
+    """Suspends a Job, noting that it was us; or lets it go on."""
+    note = {"annotations": {ANNOTATION_SUSPENDED: "true" if suspend else None}}
+    return Change("Job", job.name, {"metadata": note, "spec": {"suspend": suspend}})
 
 
 def _make(work: Work) -> None:
-    """Makes what the stage lacks; resumes what was suspended."""
+    """Makes what the stage lacks; resumes what we have suspended."""
     _record(work)
     job = work.job
     if job is not None:
-        if job.suspended and work.queue is None and not job.deleting:
-            work.draft.change.append(Change("Job", job.name, {"spec": {"suspend": False}}))
+        if job.suspended and job.held and not job.deleting:
+            work.draft.change.append(_hold(job, False))
         _make_service(work)
         return
     if _leftovers(work):

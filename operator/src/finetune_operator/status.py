@@ -16,6 +16,7 @@ from finetune_api.status import (
     StartupStatus,
 )
 from finetune_operator import report
+from finetune_operator.failure import verdict
 from finetune_operator.objects import format_time, parse_time
 from finetune_operator.report import STAGE_CONDITION, Conditions
 from finetune_operator.startup import startup
@@ -127,14 +128,27 @@ def _where(work: Work) -> tuple[Phase, str, str]:
         text = "access check, split, rendering, tokenizing"
         if work.order.spec.prepare.workers > 1:
             text += f"; {running} of {work.order.spec.prepare.workers} workers run"
+        text += _tried(work)
         return ("Preparing" if running else "Pending"), "Preparing", text
-    return "Publishing", "Publishing", "writing the model, its metrics and its report"
+    text = "writing the model, its metrics and its report"
+    return "Publishing", "Publishing", text + _tried(work)
+
+
+def _tried(work: Work) -> str:
+    """Why pods of the stage have failed that others replace."""
+    failed = [p for p in work.pods if p.phase == "Failed"]
+    if not failed:
+        return ""
+    last = verdict(work.job, failed, None)
+    return f". Tried again: pod {last.pod} failed ({last.reason}): {last.message}"
 
 
 def _gang(work: Work) -> tuple[Phase, str, str]:
     job, nodes = work.job, work.order.spec.compute.nodes
     if work.queue is not None and (job is None or job.suspended):
         return "Queued", "Queued", f"waiting in queue {work.queue}"
+    if job is not None and job.suspended and not job.held:
+        return "Queued", "Queued", "the Job was suspended by another than this operator"
     alive = sum(1 for p in work.pods if p.running)
     text = f"{alive} of {nodes} pods run"
     if not _all_run(work):

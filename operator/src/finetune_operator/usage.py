@@ -27,14 +27,14 @@ def usage(
     """Usage of a run so far. It never falls: pods that are gone were counted before.
 
     ``pods`` are all pods of the gang, also those that are gone; ``started`` says whether the gang
-    ran as a whole before, which ends the count of queued seconds. At the end the trainer's own
-    wall time is the lower bound, for pods that went while no operator ran.
+    ran as a whole before, which ends the count of queued seconds. The trainer's own wall time (what
+    was lost of it, while it trains) is the lower bound, for pods that went while no operator ran.
     """
     pods = list(pods)
     gpus = compute.nodes * compute.gpus_per_node
     seconds = sum(_gpus(p, compute.gpu_resource_name) * _held(p, now) for p in pods)
     lost = trained.lost_seconds if trained else progress.lost_seconds if progress else 0.0
-    wall = trained.training_seconds if trained else 0.0
+    wall = trained.training_seconds if trained else lost
     old = before or Usage()
     return make(
         Usage,

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Any
 
-from finetune_api.identity import child_name
+from finetune_api.identity import child_name, order_name
 from finetune_api.names import ROLES, Role
 from finetune_api.order import RunOrder
 from finetune_api.results import PreparedSummary, PublishSummary, TrainSummary
@@ -126,12 +126,16 @@ class Work:
 
     @property
     def refusal(self) -> Refusal | None:
-        """The API server's no to the stage's Job."""
+        """The API server's no to the stage's Job, or to what is made before it: the order, and the
+        Service, which has the Job's name."""
         if self.stage is None or self.job is not None:
             return None
-        run = self.run
-        name = child_name(self.subject.name, run.id, self.stage, run.revision)
-        return self.observed.refused.get(name)
+        who, run = self.subject.name, self.run
+        made = (
+            order_name(who, run.id, run.revision),
+            child_name(who, run.id, self.stage, run.revision),
+        )
+        return next((r for r in map(self.observed.refused.get, made) if r is not None), None)
 
     @property
     def queue(self) -> str | None:

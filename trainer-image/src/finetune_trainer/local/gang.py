@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ class Layout:
     """GPUs of each node; empty: it trains on the CPU."""
     threads: int
     """Threads of each process."""
+    context_parallel: int
+    """Processes that share a row."""
     notes: tuple[str, ...] = ()
     """What differs from the manifest, for people."""
 
@@ -50,8 +53,14 @@ def lay_out(compute: Compute, gpus: int, cores: int) -> Layout:
                 f" machine has {gpus}: training with {nodes} x {per_node}"
             )
         dealt = [tuple(range(i * per_node, (i + 1) * per_node)) for i in range(nodes)]
+    shared = math.gcd(compute.context_parallel, processes)
+    if shared != compute.context_parallel:
+        notes.append(
+            f"compute.contextParallel is {compute.context_parallel}, but a node has {processes}"
+            f" {'process' if processes == 1 else 'processes'} here: {shared} of them share a row"
+        )
     threads = max(1, cores // (nodes * processes))
-    return Layout(nodes, processes, tuple(dealt), threads, tuple(notes))
+    return Layout(nodes, processes, tuple(dealt), threads, shared, tuple(notes))
 
 
 def count_gpus() -> int:

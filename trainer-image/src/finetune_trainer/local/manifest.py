@@ -19,6 +19,7 @@ import yaml
 
 from finetune_api.base import InvalidSpec
 from finetune_api.names import API_VERSION, KIND
+from finetune_api.podtemplate import template_problems
 from finetune_api.spec import SELF_REFERENCE, FineTuneJobSpec, parse_spec, refers_to_itself
 
 _PATH: Final = re.compile(r"^(\.{1,2}/|/|~/|file://)")
@@ -58,6 +59,7 @@ def read_manifest(path: Path) -> LocalJob:
         parsed = parse_spec(spec)
     except InvalidSpec as error:
         raise InvalidSpec(problems + error.problems) from None
+    problems += template_problems(parsed.compute.pod_template)
     if problems:
         raise InvalidSpec(problems)
     metadata = raw["metadata"]

@@ -23,7 +23,7 @@ from finetune_api.results import PublishSummary, Termination, TrainSummary
 from finetune_trainer.failures import TrainerError, exit_code, verdict
 from finetune_trainer.local import display as face
 from finetune_trainer.local import stages
-from finetune_trainer.local.gang import Layout, count_cores, count_gpus, lay_out
+from finetune_trainer.local.gang import count_cores, count_gpus, lay_out
 from finetune_trainer.local.manifest import LocalJob, read_manifest, with_paths
 from finetune_trainer.local.reading import read_reading
 from finetune_trainer.local.reference import find_tuned
@@ -88,11 +88,14 @@ class Runner:
         known = changed(known, base=base)
         state.write(job.name, known)
         self._known = known
+        compute = where.spec.compute
+        self._layout = lay_out(compute, count_gpus(), count_cores())
+        here = compute.model_copy(update={"context_parallel": self._layout.context_parallel})
         self._order = RunOrder(
             version=CONTRACT_VERSION,
             job=JobIdentity(namespace=job.namespace, name=job.name, uid=known.uid),
             run=run,
-            spec=where.spec,
+            spec=where.spec.model_copy(update={"compute": here}),
             base=base,
         )
         self._folder = state.run_folder(job.name, run)
@@ -102,14 +105,13 @@ class Runner:
     def run(self, manifest: Path) -> int:
         """All stages, and what they came to."""
         place = self._place()
-        layout = lay_out(self._order.spec.compute, count_gpus(), place.cores)
         with face.Display(self._console) as display, self._stoppable():
             begun = "goes on" if self._goes_on else "begins"
             display.say(f"Run {self._order.run} of {self._job.name} {begun}; files: {self._folder}")
-            for note in layout.notes:
+            for note in self._layout.notes:
                 display.say(f"Note: {note}.")
             try:
-                trained, published = self._stages(place, layout, display)
+                trained, published = self._stages(place, display)
             except StageFailed as failed:
                 if self._stops:
                     display.say(f"Stopped. To go on: finetune run {manifest}")
@@ -121,7 +123,7 @@ class Runner:
         return int(ExitCode.OK)
 
     def _stages(
-        self, place: stages.Place, layout: Layout, display: face.Display
+        self, place: stages.Place, display: face.Display
     ) -> tuple[TrainSummary, PublishSummary]:
         prepare = stages.workers(place, self._order.spec.prepare.workers)
         folders = [process.scratch for process in prepare.processes]
@@ -137,7 +139,7 @@ class Runner:
         assert said.prepared is not None
         display.end("prepare", face.prepared_text(said.prepared))
 
-        gang, port = stages.gang(place, layout, self._order.spec.failure_policy.max_restarts)
+        gang, port = stages.gang(place, self._layout, self._order.spec.failure_policy.max_restarts)
 
         def training() -> tuple[str, float | None]:
             found = stages.read_progress(port, self._order.run)

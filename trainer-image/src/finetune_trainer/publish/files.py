@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -21,6 +22,7 @@ from finetune_trainer.storage.objects import (
 from finetune_trainer.storage.published import Manifest, PublishedFile
 
 LATEST: Final = "latest.json"
+log = logging.getLogger(__name__)
 TRIES: Final = 20
 """Rounds of the compare-and-swap of latest.json; each that fails means that another got on."""
 _PARALLEL_FILES: Final = 4
@@ -74,7 +76,8 @@ def summarise(uri: str, manifest: Manifest, text: bytes) -> PublishSummary:
 
 
 def move_latest(store: ObjectStore, order: RunOrder, summary: PublishSummary) -> None:
-    """Name this run the latest of its destination, unless a later run of the same job is.
+    """Name this run the latest of its destination, unless a later run of the same job is. A file of
+    another kind under that name is replaced.
 
     Run numbers of a job that was deleted and made again start anew: such a job takes over.
 
@@ -90,8 +93,7 @@ def move_latest(store: ObjectStore, order: RunOrder, summary: PublishSummary) ->
         except ObjectNotFound:
             etag = None
         else:
-            old = Latest.model_validate_json(before)
-            if old == new or (old.job.uid == new.job.uid and old.number > new.number):
+            if _stays(before, new, uri):
                 return
         try:
             store.put(uri, text, if_match=etag, if_absent=etag is None)
@@ -99,3 +101,14 @@ def move_latest(store: ObjectStore, order: RunOrder, summary: PublishSummary) ->
         except PreconditionFailed:
             continue  # another run got on, or an answer of ours was lost: read again
     raise StorageUnavailable("LatestContended", f"{uri} could not be moved in {TRIES} tries")
+
+
+def _stays(text: bytes, new: Latest, uri: str) -> bool:
+    """Whether what is there is as new; what is none of ours gives way, with a word in the log."""
+    try:
+        old = Latest.model_validate_json(text)
+        later = old.job.uid == new.job.uid and old.number > new.number
+    except ValueError:
+        log.warning("%s was not written by a run; it is replaced", uri)
+        return False
+    return old == new or later

@@ -50,8 +50,11 @@ class Head(Record):
     """Attempt that owns the run, from 1."""
     owner: str
     """Random word of the claim, by which a writer knows its own."""
+    revision: int = 1
+    """Gang that the attempt is of (``RunOrder.revision``)."""
     restarts: int
-    """Attempts that took over from one that had not released."""
+    """Attempts that took over from one of their own gang that had not released. A gang that
+    replaces another begins with the operator's count: how that one ended is known there."""
     released: bool
     """Whether the attempt has ended by itself."""
     claimed: float
@@ -59,8 +62,8 @@ class Head(Record):
     training_seconds: float
     """Wall time of the attempts that have ended."""
     lost_seconds: float
-    """Of it, what was lost: from the last commit of an attempt that did not release to the claim
-    of the next (until then the gang's other nodes are held, and wait)."""
+    """Of it, what was lost: from the last commit of an attempt that did not release to its end, as
+    far as that is known (``seen``)."""
     commits: list[Commit]
     """Newest first."""
     best: str | None = None

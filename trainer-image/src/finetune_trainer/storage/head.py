@@ -31,6 +31,7 @@ from finetune_trainer.storage.commits import (
     write_head,
 )
 from finetune_trainer.storage.objects import FileInfo, ObjectStore, PreconditionFailed
+from finetune_trainer.storage.seen import seen_until
 
 __all__ = [
     "Better",
@@ -62,6 +63,8 @@ def claim(
     better: Better,
     keep_last: int,
     keep_best: int = 1,
+    revision: int = 1,
+    restarts: int = 0,
     clock: Callable[[], float] = time.time,
 ) -> Claim:
     """Takes the run for a new attempt; whoever owned it is fenced from here on.
@@ -70,6 +73,8 @@ def claim(
         better: order of the metric that chooses the best commit.
         keep_last: newest commits that are kept.
         keep_best: best commits that are kept besides.
+        revision: gang of the run that the attempt is of.
+        restarts: incidents of the gangs before it.
         clock: Unix time in seconds.
 
     Raises:
@@ -82,7 +87,13 @@ def claim(
         if found is not None and found[0].owner == owner:
             return Claim(store, run_uri, *found, better, (keep_last, keep_best), clock)
         before, etag = found or (None, None)
-        head = _next_attempt(before, run, owner, clock())
+        head = Head(
+            run=run, revision=revision, attempt=1, owner=owner, restarts=restarts, released=False,
+            claimed=clock(), training_seconds=0.0, lost_seconds=0.0, commits=[],
+        )  # fmt: skip
+        if before is not None:
+            ended = seen_until(store, run_uri, before.attempt, _last_kept(before), head.claimed)
+            head = _next_attempt(before, head, ended)
         try:
             etag = write_head(store, run_uri, head, etag)
         except (PreconditionFailed, StorageUnavailable):
@@ -92,32 +103,35 @@ def claim(
     raise _contended(run_uri)
 
 
-def _next_attempt(before: Head | None, run: str, owner: str, now: float) -> Head:
-    if before is None:
-        return Head(
-            run=run, attempt=1, owner=owner, restarts=0, released=False, claimed=now,
-            training_seconds=0.0, lost_seconds=0.0, commits=[],
-        )  # fmt: skip
-    if before.run != run:
+def _next_attempt(before: Head, first: Head, ended: float) -> Head:
+    """HEAD of the attempt that follows one which ``ended`` then, if it did not release; ``first``
+    is what it would be as the first of its run."""
+    if before.run != first.run:
         raise TrainerError(
             "HeadOfAnotherRun",
-            f"HEAD.json is of run {before.run}, not of {run}; nothing was changed",
+            f"HEAD.json is of run {before.run}, not of {first.run}; nothing was changed",
         )
     lost = not before.released
-    kept = max(
-        [before.claimed, *(c.created for c in before.commits if c.attempt == before.attempt)]
-    )
+    # How an earlier gang ended is for the operator to say: a failure that was final, or a change
+    # of the spec, is no incident.
+    known = max(before.restarts, first.restarts)
     return before.model_copy(
         update={
+            "revision": first.revision,
             "attempt": before.attempt + 1,
-            "owner": owner,
-            "restarts": before.restarts + lost,
+            "owner": first.owner,
+            "restarts": before.restarts + lost if before.revision == first.revision else known,
             "released": False,
-            "claimed": now,
-            "training_seconds": before.training_seconds + lost * max(0.0, now - before.claimed),
-            "lost_seconds": before.lost_seconds + lost * max(0.0, now - kept),
+            "claimed": first.claimed,
+            "training_seconds": before.training_seconds + lost * (ended - before.claimed),
+            "lost_seconds": before.lost_seconds + lost * (ended - _last_kept(before)),
         }
     )
+
+
+def _last_kept(head: Head) -> float:
+    """Until when the work of HEAD's attempt is kept."""
+    return max([head.claimed, *(c.created for c in head.commits if c.attempt == head.attempt)])
 
 
 class Claim:

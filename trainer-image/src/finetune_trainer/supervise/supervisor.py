@@ -50,7 +50,9 @@ log = logging.getLogger(__name__)
 
 WORKER: Final = "finetune_trainer.train.worker"
 FORM_SECONDS: Final = 1800
-"""Longest time without a gang; then the pod ends, and the next one may have better luck."""
+"""Least of the longest time without a gang; then the pod ends, and the next one may have better
+luck. Where nodes may be waited for longer (scheduling.startDeadlineSeconds), so do those that have
+theirs: the pod's end would count as an incident."""
 CONNECT_SECONDS: Final = 60
 """One try to reach the rendezvous; then its name is looked up again."""
 PAUSE_SECONDS: Final = 0.5
@@ -70,9 +72,11 @@ def supervise(worker: str = WORKER) -> int:
     start_log()
     run = ""
     try:
-        run = load_order().run
+        order = load_order()
+        run = order.run
         place = read_place(os.environ)
-        return Supervisor(run, place, scratch_folder(), worker).run_to_end()
+        patience = max(FORM_SECONDS, order.spec.scheduling.start_deadline_seconds)
+        return Supervisor(run, place, scratch_folder(), worker, patience).run_to_end()
     except Exception as error:
         return end_badly(run, "train", error)
     finally:
@@ -82,8 +86,13 @@ def supervise(worker: str = WORKER) -> int:
 class Supervisor:
     """One node's share of a gang, over all starts of its workers."""
 
-    def __init__(self, run: str, place: Place, scratch: Path, worker: str) -> None:
+    def __init__(self, run: str, place: Place, scratch: Path, worker: str, patience: float) -> None:
+        """
+        Args:
+            patience: seconds that the gang's other nodes are waited for.
+        """
         self._run = run
+        self._patience = patience
         self._place = place
         self._folder = scratch / "supervisor"
         self._worker = worker
@@ -98,7 +107,7 @@ class Supervisor:
             signal.signal(number, self._told_to_stop)
         shutil.rmtree(self._folder, ignore_errors=True)  # an emptyDir outlives a container
         oom_before = oom_kills()
-        deadline = time.monotonic() + FORM_SECONDS
+        deadline = time.monotonic() + self._patience
         while True:
             ended = self._start_and_wait(deadline)
             if ended is not None and ended.code == 0:
@@ -111,12 +120,12 @@ class Supervisor:
             if not again:
                 return end_with(self._run, "train", failure)
             if ended.formed:
-                deadline = time.monotonic() + FORM_SECONDS
+                deadline = time.monotonic() + self._patience
             if time.monotonic() >= deadline:
                 raise NodeFailure(
                     "GangNotFormed",
                     f"no gang of {self._place.nodes} nodes has formed at {self._place.host}:"
-                    f"{self._place.port} for {FORM_SECONDS} s: {failure.message}",
+                    f"{self._place.port} for {self._patience:.0f} s: {failure.message}",
                 )
             log.warning("starting the workers again in place: %s", failure.message)
             time.sleep(PAUSE_SECONDS)

@@ -10,10 +10,12 @@ the supervisor began to start the workers, it tells by an environment variable.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Final
 
+from finetune_api.base import Record
 from finetune_api.results import Failure, TrainSummary
 from finetune_trainer.failures import PEER_LOST, verdict
 
@@ -38,14 +40,14 @@ def launched_at() -> float | None:
 def report_failure(error: BaseException) -> None:
     """Tells the supervisor why this process ends."""
     if (folder := _folder()) is not None:
-        failure = verdict(error).model_dump_json(by_alias=True)
-        write_whole(folder / f"failure-{os.environ.get('RANK', '0')}.json", failure)
+        name = f"failure-{os.environ.get('RANK', '0')}.json"
+        write_whole(folder / name, _text(verdict(error)))
 
 
 def leave_result(summary: TrainSummary) -> None:
     """Tells the supervisor what the gang did; from the gang's first process."""
     if (folder := _folder()) is not None:
-        write_whole(folder / RESULT, summary.model_dump_json(by_alias=True))
+        write_whole(folder / RESULT, _text(summary))
 
 
 def ask_to_stop(folder: Path) -> None:
@@ -73,6 +75,11 @@ def write_whole(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(text)
     part.replace(path)
+
+
+def _text(words: Record) -> str:
+    """JSON that has NaN and infinity too: a metric may be one."""
+    return json.dumps(words.to_json())
 
 
 def _follows_from_others(failure: Failure) -> int:

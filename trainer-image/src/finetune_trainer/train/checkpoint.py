@@ -119,6 +119,7 @@ class Checkpoints:
                     store, order.run_uri, order.run,
                     better=partial(better, metric), keep_last=order.spec.checkpoint.keep_last,
                     keep_best=order.spec.checkpoint.keep_best,
+                    revision=order.revision, restarts=order.restarts,
                 )
             )  # fmt: skip
             return held[0].head

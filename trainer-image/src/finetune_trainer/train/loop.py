@@ -9,9 +9,7 @@ each commit carries.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Final
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -31,8 +29,7 @@ from finetune_trainer.train.rollback import TooManySkipped, read_guard, roll_bac
 from finetune_trainer.train.session import Session
 from finetune_trainer.train.state import LoopState
 from finetune_trainer.train.step import optimizer_step
-
-_TELLING_SECONDS: Final = 3.0
+from finetune_trainer.train.stopping import heed
 
 
 def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
@@ -44,14 +41,15 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
         Fenced: where a newer attempt has taken the run.
     """
     total = steps_of(session.spec, len(session.plan.lengths))
+    session.evaluator.stop_requested = stop_requested
     session.telemetry.reached("model")
     found = session.checkpoints.restore(session.loss.model, session.optimizers)
     state = with_rollbacks(session, found or LoopState())
     session.telemetry.reached("restore")
     session.telemetry.say(total_steps=total, step=state.step)
     session.telemetry.total_steps.set(total)
-    with releasing(session, stop_requested):
-        baseline = measure_untuned(session)
+    heed(session.gang, stop_requested, "before the first step")
+    baseline = measure_untuned(session)
     session.telemetry.reached("baseline")
 
     clock = Clock(session.work, session.peak)
@@ -62,8 +60,7 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
             break
         except TooManySkipped as skipped:
             state = roll_back(session, state, skipped.row)
-    with releasing(session, stop_requested):
-        return test_and_write_result(session, state, baseline)
+    return test_and_write_result(session, state, baseline)
 
 
 def take_steps(
@@ -83,6 +80,8 @@ def take_steps(
     session.guard.resume(state.guard)
     rollbacks = len(session.checkpoints.head.rollbacks)
     factor = float(spec.training.guard.rollback_factor) ** rollbacks
+    if (state.step in evaluate_at or state.step == total) and not was_measured(session, state):
+        evaluate(session, state, clock, last=state.step == total)
     with Feed(
         session.plan, lambda positions: session.data.samples("train", positions),
         rank=gang.rank // session.context.size, start=state.step, end=total, device=gang.device,
@@ -115,38 +114,10 @@ def take_steps(
             if stop and state.step < total:
                 agreement.settle()
                 session.checkpoints.settle()
-                end_attempt(session, stop_requested)
                 raise Interrupted(
                     "Interrupted", f"stopped as asked; step {state.step} of {total} is saved"
                 )
     agreement.settle()
-
-
-def end_attempt(session: Session, stop_requested: Callable[[], bool]) -> None:
-    """Release the run where the whole gang was told to stop (suspended, say).
-
-    Where only some of its pods were told, the gang has lost them to something else: the state is
-    saved, but the next attempt counts as a restart. Kubelets tell their pods within a second or
-    so of each other.
-    """
-    deadline = time.monotonic() + _TELLING_SECONDS
-    while not stop_requested() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    if all(session.gang.together(stop_requested)):
-        session.checkpoints.release()
-
-
-@contextmanager
-def releasing(session: Session, stop_requested: Callable[[], bool]) -> Iterator[None]:
-    """End the attempt in good order where a measurement was interrupted (nothing is unsaved)."""
-    session.evaluator.stop_requested = stop_requested
-    try:
-        yield
-    except Interrupted:
-        end_attempt(session, stop_requested)
-        raise
-    finally:
-        session.evaluator.stop_requested = None
 
 
 def log(session: Session, state: LoopState, rate: float, norm: Tensor, clock: Clock) -> None:
@@ -219,9 +190,14 @@ def evaluate(session: Session, state: LoopState, clock: Clock, *, last: bool) ->
     if spec.training.early_stopping is not None:
         watched.append(spec.training.early_stopping.metric)
     only = [m for m in watched if m in GENERATED]
-    results = session.evaluator.sets(
-        "validation", session.metrics_of_sets("validation", only or ["Loss"])
-    )
+    try:
+        results = session.evaluator.sets(
+            "validation", session.metrics_of_sets("validation", only or ["Loss"])
+        )
+    except Interrupted:  # who goes on from this commit measures it
+        commit(session, state, clock, whatever=True)
+        session.checkpoints.settle()
+        raise
     if results:
         metrics = overall(results)
         state.validation.append(
@@ -234,6 +210,13 @@ def evaluate(session: Session, state: LoopState, clock: Clock, *, last: bool) ->
         watch_early_stopping(session, state, metrics)
     clock.count(session, "evaluation", time.perf_counter() - began)
     commit(session, state, clock, whatever=last or state.stopped_early)
+
+
+def was_measured(session: Session, state: LoopState) -> bool:
+    """Whether nothing is left to measure of the step that a run goes on from: it may have been
+    stopped in the middle of it."""
+    there_are = session.data.set_names("validation")
+    return not there_are or any(point.step == state.step for point in state.validation)
 
 
 def watch_early_stopping(session: Session, state: LoopState, metrics: dict[str, float]) -> None:

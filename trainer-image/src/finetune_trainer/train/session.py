@@ -5,7 +5,7 @@ order ──► gang ──► data ──► model ──► plan, evaluator, c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -114,9 +114,12 @@ class Session:
 
 def open_session(
     order: RunOrder, stores: Stores, gang: Gang, checkpoints: Checkpoints, telemetry: Telemetry,
-    scratch: Path,
+    scratch: Path, go_on: Callable[[str], None] = lambda where: None,
 ) -> Session:  # fmt: skip
     """Load data and model and put the plan together.
+
+    Args:
+        go_on: called between the parts on all ranks together; it may raise.
 
     Raises:
         TrainerError: of the kind that names what is missing.
@@ -126,6 +129,7 @@ def open_session(
     prepared = gang.from_first(lambda: runfiles.read_prepared(stores.default, order.run_uri))
     data = PreparedData.open(stores.default, prepared.uri, scratch / "data")
     telemetry.reached("data")
+    go_on("before the model was fetched")
     # One process of each pod fetches the model; the others find it in the shared folder.
     found = gang.together(
         lambda: fetch_base(order, stores, scratch, weights=True) if gang.first_of_node else None
@@ -138,11 +142,13 @@ def open_session(
     kept = gang.from_first(lambda: runfiles.read_rehearsals(stores.default, order.run_uri))
     measure = Rehearsals(files.folder, data.manifest.max_length, kept)
     memory = fitted(spec, data, gang, measure)
+    go_on("before the model was loaded")
     context = gang.sharing_rows(spec.compute.context_parallel)
     tuned = open_model(
         spec, files, stores, gang, memory.placement, precision,
         purpose_of(spec, data.manifest.classes),
     )  # fmt: skip
+    go_on("once the model was loaded")
     optimizers = make_optimizers(tuned.model, spec)
     telemetry.reached("model")
     task = TASKS[spec.task]

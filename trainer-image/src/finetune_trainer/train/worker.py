@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 import transformers
@@ -18,12 +20,14 @@ from finetune_trainer.engine.gang import Gang, join
 from finetune_trainer.engine.memorywords import gibibytes
 from finetune_trainer.failures import OutOfMemory, TrainerError, exit_code, recognise, verdict
 from finetune_trainer.stage import load_order, scratch_folder
-from finetune_trainer.storage.objects import Stores
+from finetune_trainer.storage.objects import ObjectStore, Stores
+from finetune_trainer.storage.seen import Heartbeat
 from finetune_trainer.supervise import workerfiles
 from finetune_trainer.train.checkpoint import Checkpoints
 from finetune_trainer.train.loop import train
 from finetune_trainer.train.session import Session, open_session
 from finetune_trainer.train.startup import StartupClock
+from finetune_trainer.train.stopping import heed, releasing
 from finetune_trainer.train.telemetry import Telemetry
 
 
@@ -54,14 +58,28 @@ def work(gang: Gang, startup: StartupClock) -> None:
     if gang.first:
         telemetry.serve(int(os.environ.get(ENV_METRICS_PORT, METRICS_PORT)))
         telemetry.say(lost_seconds=checkpoints.head.lost_seconds)
-    session = open_session(order, stores, gang, checkpoints, telemetry, scratch)
-    try:
-        summary = train(session, workerfiles.stop_requested)
-    except torch.OutOfMemoryError as error:
-        raise beside_estimate(error, session) from error
+    told = workerfiles.stop_requested
+    with (
+        living(gang, stores.default, order.run_uri, checkpoints.head.attempt),
+        releasing(gang, checkpoints, told),
+    ):
+        session = open_session(
+            order, stores, gang, checkpoints, telemetry, scratch, partial(heed, gang, told)
+        )
+        try:
+            summary = train(session, told)
+        except torch.OutOfMemoryError as error:
+            raise beside_estimate(error, session) from error
     if gang.first:
         workerfiles.leave_result(summary)
     gang.close()
+
+
+def living(
+    gang: Gang, store: ObjectStore, run_uri: str, attempt: int
+) -> AbstractContextManager[object]:
+    """While it lasts, the attempt is seen to live."""
+    return Heartbeat(store, run_uri, attempt) if gang.first else nullcontext()
 
 
 def beside_estimate(error: torch.OutOfMemoryError, session: Session) -> TrainerError:
