@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine import spec_of, tiny_llama
+from engine import spec_of, tiny_jamba, tiny_llama
 from test_training import write_model
 from transformers import AutoModelForCausalLM, CohereConfig
 from tuning import Tuning, check_round, logits
@@ -88,6 +88,31 @@ def test_what_peft_refuses_is_told_in_its_words() -> None:
     ) as caught:
         apply_method(tiny_llama(), spec_of({"type": "LoRA", "lora": {"targetModules": ["norm"]}}))
     assert caught.value.reason == "UnsuitableMethod"
+
+
+@pytest.mark.parametrize(
+    ("lora", "scale"),
+    [
+        ({"rank": 16}, 2.0),
+        ({"rank": 64}, 2.0),
+        ({"rank": 16, "useRslora": True}, 2.0),
+        ({"rank": 64, "useRslora": True}, 1.0),
+        ({"rank": 64, "useRslora": True, "alpha": 16}, 2.0),
+    ],
+)
+def test_the_scale_of_an_adapter_does_not_grow_with_its_rank(
+    lora: dict[str, Any], scale: float
+) -> None:
+    tuned: Any = apply_method(tiny_llama(), spec_of({"type": "LoRA", "lora": lora}))
+    layer = tuned.base_model.model.model.layers[0].self_attn.q_proj
+    assert layer.scaling == {"default": scale}
+
+
+def test_the_last_of_blocks_of_two_classes() -> None:
+    spec = spec_of({"type": "Partial", "partial": {"lastLayers": 1}})
+    model = apply_method(tiny_jamba(), spec)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {n for n, _ in model.named_parameters() if ".layers.3." in n}
 
 
 def test_pissa_begins_as_the_base_with_the_principal_part_in_the_adapter(base: Path) -> None:
