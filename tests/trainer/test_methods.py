@@ -13,7 +13,10 @@ from test_training import write_model
 from transformers import AutoModelForCausalLM, CohereConfig
 from tuning import Tuning, check_round, logits
 
+from finetune_api.methods import OutputFormat
+from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.methods import apply_method
+from finetune_trainer.engine.rehearsal import rehearse
 from finetune_trainer.failures import UserError
 
 
@@ -87,6 +90,51 @@ def test_what_peft_refuses_is_told_in_its_words() -> None:
         UserError, match=r"cannot adapt a LlamaForCausalLM.*not supported"
     ) as caught:
         apply_method(tiny_llama(), spec_of({"type": "LoRA", "lora": {"targetModules": ["norm"]}}))
+    assert caught.value.reason == "UnsuitableMethod"
+
+
+def published_as(spec: FineTuneJobSpec, format: OutputFormat) -> FineTuneJobSpec:
+    output = spec.output.model_copy(update={"format": format})
+    return spec.model_copy(update={"output": output})
+
+
+@pytest.mark.parametrize("format", ["Merged", "Both"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"type": "LoRA", "lora": {"targetModules": ["q_proj", "embed_tokens"]}},
+        {"type": "LoRA", "lora": {"targetModules": ["lm_head"]}},
+        {"type": "LoRA", "lora": {"targetParameters": ["embed_tokens.weight"]}},
+        {"type": "IA3", "ia3": {"targetModules": ["lm_head"]}},
+    ],
+    ids=["embedding", "head", "embedding as a parameter", "scales of the head"],
+)
+def test_an_adapter_of_one_end_of_a_tie_is_not_merged_into_both(
+    method: dict[str, Any], format: OutputFormat, tmp_path: Path
+) -> None:
+    adapter = spec_of(method)
+    apply_method(tiny_llama(), adapter)
+    whole = published_as(adapter, format)
+    apply_method(tiny_llama(tie_word_embeddings=False), whole)
+    tiny_llama().config.save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=r"model\.embed_tokens\.weight and lm_head\.weight are one .*: Adapter"
+    ) as caught:
+        rehearse(tmp_path, whole, 64)
+    assert caught.value.reason == "NotMergeable"
+
+
+def test_other_adapters_of_a_model_with_a_tie_are_merged() -> None:
+    apply_method(tiny_llama(), published_as(spec_of({"type": "LoRA"}), "Both"))
+    apply_method(tiny_llama(), spec_of({"type": "Full"}))
+
+
+def test_pissa_is_for_linear_layers_alone() -> None:
+    lora = {"targetModules": ["q_proj", "embed_tokens"], "initialization": "PiSSA"}
+    with pytest.raises(
+        UserError, match=r"linear layers, and model\.embed_tokens is none"
+    ) as caught:
+        apply_method(tiny_llama(), spec_of({"type": "LoRA", "lora": lora}))
     assert caught.value.reason == "UnsuitableMethod"
 
 
