@@ -6,7 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    JambaConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedModel,
+)
 
 from finetune_api.spec import FineTuneJobSpec, parse_spec
 from finetune_trainer.engine import packed
@@ -37,6 +43,17 @@ def tiny_mixtral(vocabulary: int = 97) -> PreTrainedModel:
         vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
         num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def tiny_jamba() -> PreTrainedModel:
+    """A model of four blocks, of two classes by turns, with random weights."""
+    config = JambaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1,
+        num_experts=1, mamba_d_state=4, mamba_dt_rank=4,
     )  # fmt: skip
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model

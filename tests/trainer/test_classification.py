@@ -32,6 +32,7 @@ from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import row_losses
 from finetune_trainer.engine.methods import apply_method
 from finetune_trainer.engine.model import load_base, load_tokenizer, purpose_of
+from finetune_trainer.engine.optimizers import split
 from finetune_trainer.engine.parameters import optimizer_groups, parameter_counts
 from finetune_trainer.failures import UserError
 from finetune_trainer.publish.weights import tuned_model, write_adapter, write_merged
@@ -208,6 +209,20 @@ def test_weights_that_lack_more_than_a_head_are_refused(
     with pytest.raises(UserError, match=r"do not hold bert\.encoder\.layer\.2\.") as refused:
         model_of(tmp_path, spec_of({"type": "Full"}))
     assert refused.value.reason == "IncompleteModel"
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("method", [{"type": "Full"}, {"type": "LoRA"}], ids=["Full", "LoRA"])
+def test_muon_leaves_the_head_to_adamw(
+    folders: dict[str, Path], kind: str, method: dict[str, Any]
+) -> None:
+    model = model_of(folders[kind], spec_of(method))
+    own, rest = split(model, "Muon")
+    names = {p: n for n, p in model.named_parameters()}
+    heads = {n for p, n in names.items() if p.requires_grad and is_head(kind, n)}
+    assert heads
+    assert heads <= {names[p] for p in rest}
+    assert own
 
 
 def is_head(kind: str, name: str) -> bool:

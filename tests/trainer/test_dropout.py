@@ -6,7 +6,15 @@ import pytest
 import torch
 from engine import CPU, samples, spec_of, tiny_llama
 from torch import nn
-from transformers import AutoModelForCausalLM, MambaConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    MambaConfig,
+    ModernBertConfig,
+    OPTConfig,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+)
 
 from finetune_trainer.engine.dropout import KeyedDropout, keep_mask, key_dropouts, token_keys
 from finetune_trainer.engine.feed import build_row
@@ -92,6 +100,63 @@ def test_prepare_finds_dropout_that_would_drop_nothing(tmp_path: Path) -> None:
     tiny_mamba().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="would drop nothing"):
         rehearse(tmp_path, spec_of({"type": "Full"}, dropout="0.2"), 64)
+
+
+def test_tokens_are_dropped_alike_in_two_dimensions_and_in_three():
+    dropout = KeyedDropout(0.5, layer=1).train()
+    row = build_row(samples([30, 8]), [0, 1], seed=3, step=7, device=CPU)
+    x = torch.ones(1, 38, 64)
+    with row_context(row.layout):
+        dropped = dropout(x)
+        assert torch.equal(dropout(x[0]), dropped[0])
+        assert torch.equal(dropout(x[0, :7]), x[0, :7]), "some of the tokens, of an expert"
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_an_adapter_of_a_shared_expert_drops_its_inputs():
+    """Qwen2-MoE hands it tokens without the dimension of rows."""
+    config = Qwen2MoeConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, moe_intermediate_size=16,
+        shared_expert_intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    lora = {"dropout": "0.5", "targetModules": ["shared_expert.up_proj"]}
+    tuned = apply_method(
+        AutoModelForCausalLM.from_config(config), spec_of({"type": "LoRA", "lora": lora})
+    )
+    changed = []
+    for module in tuned.modules():
+        if isinstance(module, KeyedDropout):
+            module.register_forward_hook(
+                lambda _, given, out: changed.append(not torch.equal(given[0], out))
+            )
+    row = build_row(samples([30]), [0], seed=3, step=7, device=CPU)
+    with torch.no_grad(), row_context(row.layout):
+        TokenLoss(tuned).train()(row)
+    assert changed == [True]
+
+
+def test_a_feed_forward_without_a_module_of_its_own_is_dropped_behind_its_last_layer():
+    config = OPTConfig(
+        vocab_size=97, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+        word_embed_proj_dim=32,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    assert key_dropouts(model, 0.1) == 4
+    found = {n.split(".layers.0.")[1] for n, m in model.named_modules()
+             if ".layers.0." in n and isinstance(m, KeyedDropout)}  # fmt: skip
+    assert found == {"self_attn.output_dropout", "fc2.output_dropout"}
+
+
+def test_a_place_that_is_empty_without_dropout_is_filled() -> None:
+    """As ModernBERT's behind its attention."""
+    config = ModernBertConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, pad_token_id=0, attention_dropout=0.0,
+    )  # fmt: skip
+    model = AutoModelForSequenceClassification.from_config(config)
+    key_dropouts(model, 0.1)
+    assert all(isinstance(layer.attn.out_drop, KeyedDropout) for layer in model.model.layers)
 
 
 def test_every_dropout_of_a_model_is_replaced():

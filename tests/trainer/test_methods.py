@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from engine import spec_of, tiny_llama
+from engine import spec_of, tiny_jamba, tiny_llama
 from test_training import write_model
 from transformers import AutoModelForCausalLM, CohereConfig
 from tuning import Tuning, check_round, logits
 
+from finetune_api.methods import OutputFormat
+from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.methods import apply_method
+from finetune_trainer.engine.rehearsal import rehearse
 from finetune_trainer.failures import UserError
 
 
@@ -88,6 +91,76 @@ def test_what_peft_refuses_is_told_in_its_words() -> None:
     ) as caught:
         apply_method(tiny_llama(), spec_of({"type": "LoRA", "lora": {"targetModules": ["norm"]}}))
     assert caught.value.reason == "UnsuitableMethod"
+
+
+def published_as(spec: FineTuneJobSpec, format: OutputFormat) -> FineTuneJobSpec:
+    output = spec.output.model_copy(update={"format": format})
+    return spec.model_copy(update={"output": output})
+
+
+@pytest.mark.parametrize("format", ["Merged", "Both"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"type": "LoRA", "lora": {"targetModules": ["q_proj", "embed_tokens"]}},
+        {"type": "LoRA", "lora": {"targetModules": ["lm_head"]}},
+        {"type": "LoRA", "lora": {"targetParameters": ["embed_tokens.weight"]}},
+        {"type": "IA3", "ia3": {"targetModules": ["lm_head"]}},
+    ],
+    ids=["embedding", "head", "embedding as a parameter", "scales of the head"],
+)
+def test_an_adapter_of_one_end_of_a_tie_is_not_merged_into_both(
+    method: dict[str, Any], format: OutputFormat, tmp_path: Path
+) -> None:
+    adapter = spec_of(method)
+    apply_method(tiny_llama(), adapter)
+    whole = published_as(adapter, format)
+    apply_method(tiny_llama(tie_word_embeddings=False), whole)
+    tiny_llama().config.save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=r"model\.embed_tokens\.weight and lm_head\.weight are one .*: Adapter"
+    ) as caught:
+        rehearse(tmp_path, whole, 64)
+    assert caught.value.reason == "NotMergeable"
+
+
+def test_other_adapters_of_a_model_with_a_tie_are_merged() -> None:
+    apply_method(tiny_llama(), published_as(spec_of({"type": "LoRA"}), "Both"))
+    apply_method(tiny_llama(), spec_of({"type": "Full"}))
+
+
+def test_pissa_is_for_linear_layers_alone() -> None:
+    lora = {"targetModules": ["q_proj", "embed_tokens"], "initialization": "PiSSA"}
+    with pytest.raises(
+        UserError, match=r"linear layers, and model\.embed_tokens is none"
+    ) as caught:
+        apply_method(tiny_llama(), spec_of({"type": "LoRA", "lora": lora}))
+    assert caught.value.reason == "UnsuitableMethod"
+
+
+@pytest.mark.parametrize(
+    ("lora", "scale"),
+    [
+        ({"rank": 16}, 2.0),
+        ({"rank": 64}, 2.0),
+        ({"rank": 16, "useRslora": True}, 2.0),
+        ({"rank": 64, "useRslora": True}, 1.0),
+        ({"rank": 64, "useRslora": True, "alpha": 16}, 2.0),
+    ],
+)
+def test_the_scale_of_an_adapter_does_not_grow_with_its_rank(
+    lora: dict[str, Any], scale: float
+) -> None:
+    tuned: Any = apply_method(tiny_llama(), spec_of({"type": "LoRA", "lora": lora}))
+    layer = tuned.base_model.model.model.layers[0].self_attn.q_proj
+    assert layer.scaling == {"default": scale}
+
+
+def test_the_last_of_blocks_of_two_classes() -> None:
+    spec = spec_of({"type": "Partial", "partial": {"lastLayers": 1}})
+    model = apply_method(tiny_jamba(), spec)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {n for n, _ in model.named_parameters() if ".layers.3." in n}
 
 
 def test_pissa_begins_as_the_base_with_the_principal_part_in_the_adapter(base: Path) -> None:

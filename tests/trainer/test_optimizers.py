@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from engine import spec_of, tiny_llama
+from engine import spec_of, tiny_llama, tiny_mixtral
 from gangs import forked, free_port
 from sharding_worker import tune
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig
 
 from finetune_api.optimizers import OPTIMIZERS, OptimizerName
 from finetune_trainer.engine.methods import apply_method
@@ -49,6 +49,42 @@ def test_muon_takes_the_matrices_of_adapters_and_neither_scales_nor_experts() ->
     )  # fmt: skip
     experts = apply_method(AutoModelForCausalLM.from_config(config), spec_of(FULL))
     assert not any(".experts." in name for name in of_their_own(experts, "Muon"))
+
+
+def test_muon_leaves_the_table_of_an_embedding_s_adapter() -> None:
+    lora = {"type": "LoRA", "lora": {"targetModules": ["embed_tokens"]}}
+    model = apply_method(tiny_llama(), spec_of(lora))
+    assert {n.split(".lora_")[1] for n in of_their_own(model, "Muon")} == {"embedding_B.default"}
+
+
+def test_muon_leaves_the_adapters_of_experts_that_lie_in_one_matrix() -> None:
+    lora = {"rank": 4, "targetParameters": ["mlp.experts.down_proj"]}
+    both = {"type": "LoRA", "lora": lora | {"targetModules": ["q_proj"]}}
+    own = of_their_own(apply_method(tiny_mixtral(), spec_of(both)), "Muon")
+    assert {".q_proj." in name for name in own} == {True}
+    spec = spec_of({"type": "LoRA", "lora": lora}, optimizer="Muon")
+    with pytest.raises(UserError, match=r"not of experts in one tensor"):
+        make_optimizers(apply_method(tiny_mixtral(), spec), spec)
+
+
+def test_biases_of_experts_are_no_matrices() -> None:
+    config = GptOssConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    spec = spec_of(FULL, optimizer="Muon", weightDecay="0.1")
+    model = apply_method(AutoModelForCausalLM.from_config(config), spec)
+    names = {id(p): n for n, p in model.named_parameters()}
+    groups = [(o, g) for o in make_optimizers(model, spec) for g in o.param_groups]
+    found = {
+        names[id(p)].rsplit(".", 1)[-1]: (isinstance(o, torch.optim.Muon), g["weight_decay"])
+        for o, g in groups
+        for p in g["params"]
+        if ".experts." in names[id(p)]
+    }
+    one, bias = (False, 0.1), (False, 0.0)
+    assert found == {"gate_up_proj": one, "down_proj": one,
+                     "gate_up_proj_bias": bias, "down_proj_bias": bias}  # fmt: skip
 
 
 def test_moments_of_embeddings_keep_their_bits() -> None:

@@ -234,6 +234,42 @@ def test_a_card_tells_what_the_model_was_made_from() -> None:
     assert modelcard.front_matter(over)["base_model"] == "org/name", "of the first model"
 
 
+def test_a_report_tells_what_the_model_was_made_from() -> None:
+    data = json.dumps(DATA_REPORT).encode()
+    assert "Made from" not in report.render(about(), data)
+    one = Ancestor(uri="s3://one/1-a", job="one", run="1-a", method="LoRA", formats=["adapter"])
+    assert (
+        "Made from <code>hf://org/name@rev</code>, then <code>s3://one/1-a</code> (LoRA, job one),"
+        " then this run"
+    ) in report.render(about(before=[one]), data)
+
+
+@pytest.mark.parametrize("loss", [math.inf, math.nan])
+def test_figures_without_a_number_are_told(loss: float) -> None:
+    told = about()
+    scores = [
+        dataclasses.replace(told.scores[0], tuned=loss),
+        dataclasses.replace(told.scores[2], tuned=math.exp(700)),
+    ]
+    found = told.result.summary.scores[0]
+    summary = told.result.summary.model_copy(
+        update={"scores": [found.model_copy(update={"tuned": {"Loss": loss}})]}
+    )
+    result = told.result.model_copy(update={"summary": summary})
+    told = dataclasses.replace(told, scores=scores, result=result)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    raw = json.loads(facts.metrics_text(told), parse_constant=refuse)
+    assert raw["test"][0]["tuned"] == {"Loss": None}
+    assert scores[0].better is (None if math.isnan(loss) else False)
+    assert scores[1].show(scores[1].tuned) == "1.014e+304"
+    assert "1.014e+304" in report.render(told, json.dumps(DATA_REPORT).encode())
+    metrics = modelcard.front_matter(told)["model-index"][0]["results"][0]["metrics"]
+    assert [m["name"] for m in metrics] == ["Perplexity"]
+
+
 def test_metrics_json_is_complete() -> None:
     raw = json.loads(facts.metrics_text(about()))
     assert raw["test"][0]["gain"] == pytest.approx(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from classifiers import write_encoder
-from engine import CPU, samples, spec_of, tiny_llama
+from engine import CPU, samples, spec_of, tiny_jamba, tiny_llama
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -18,7 +18,9 @@ from finetune_trainer.engine.feed import RowTensors, build_row
 from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import RowLosses, TokenLoss
 from finetune_trainer.engine.methods import apply_method
+from finetune_trainer.engine.optimizers import check_optimizer
 from finetune_trainer.engine.parameters import optimizer_groups
+from finetune_trainer.failures import UserError
 
 
 def row_of(order: list[int], step: int = 7) -> RowTensors:
@@ -101,6 +103,21 @@ def test_lower_layers_learn_more_slowly() -> None:
     assert {f for name, f in found.items() if ".layers.0." in name} == {0.25}
     assert (found["model.embed_tokens.weight"], found["lm_head.weight"]) == (0.125, 1.0)
     assert found["model.norm.weight"] == 1.0
+
+
+def test_blocks_of_two_classes_are_layers_all_the_same() -> None:
+    spec = spec_of({"type": "Full"}, layerDecay="0.5")
+    found = rate_factors(tiny_jamba(), spec)
+    for block in range(4):
+        assert {f for n, f in found.items() if f".layers.{block}." in n} == {0.5 ** (4 - block)}
+
+
+def test_rates_by_layer_need_layers() -> None:
+    spec = spec_of({"type": "Full"}, layerDecay="0.5")
+    check_optimizer(tiny_llama(), spec)
+    with pytest.raises(UserError, match=r"layerDecay: 0\.5, but no list of blocks") as caught:
+        check_optimizer(torch.nn.Linear(2, 2), spec)
+    assert caught.value.reason == "UnsuitableModel"
 
 
 def test_all_of_an_encoder_s_embeddings_lie_below_its_blocks(tmp_path: Path) -> None:

@@ -183,12 +183,15 @@ def test_a_sum_of_adapters_is_one_over_the_other(
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_an_embedding_that_is_the_output_head_too_is_refused(base: Path, tmp_path: Path) -> None:
-    adapter = save_adapter(base, tmp_path / "a", r=2, target_modules=["embed_tokens"])
+@pytest.mark.parametrize("end", ["embed_tokens", "lm_head"])
+def test_an_adapter_of_one_end_of_a_tie_is_refused(base: Path, tmp_path: Path, end: str) -> None:
+    adapter = save_adapter(base, tmp_path / "a", r=2, target_modules=[end])
     check_ties(base, adapter, "s3://out/1-a")
     tiny_llama(tie_word_embeddings=True).config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"s3://out/1-a: .*tie_word_embeddings"):
         check_ties(tmp_path, adapter, "s3://out/1-a")
+    other = save_adapter(base, tmp_path / "b", r=2, target_modules=["q_proj"])
+    check_ties(tmp_path, other, "s3://out/1-a")
 
 
 def test_merging_rounds_nothing_and_leaves_the_models_own_words(base: Path, tmp_path: Path) -> None:

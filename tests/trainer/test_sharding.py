@@ -9,7 +9,7 @@ from typing import Any, Final, get_args
 
 import pytest
 import torch
-from engine import CPU, tiny_llama
+from engine import CPU, tiny_jamba, tiny_llama
 from gangs import forked, free_port
 from sharding_worker import tune
 
@@ -29,6 +29,9 @@ def test_the_memory_of_a_machine_is_shared_by_its_processes() -> None:
 def test_blocks_are_the_decoder_layers() -> None:
     model = tiny_llama(num_hidden_layers=3)
     assert decoder_blocks(model) == list(model.model.layers)
+    mixed = tiny_jamba()
+    assert len({type(block) for block in mixed.model.layers}) == 2
+    assert decoder_blocks(mixed) == list(mixed.model.layers)
 
 
 @dataclass(frozen=True)

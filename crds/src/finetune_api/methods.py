@@ -17,6 +17,8 @@ from finetune_api.tasks import TASKS, TaskName
 
 MethodName = Literal["Full", "Partial", "LoRA", "QLoRA", "IA3", "PromptTuning", "PrefixTuning"]
 OutputFormat = Literal["Adapter", "Merged", "Both"]
+_RSLORA_ALPHA: Final = 8
+"""Alpha of useRslora where the spec names none: its scale at rank 16 is plain LoRA's 2."""
 Names = Annotated[
     list[Annotated[str, StringConstraints(min_length=1, max_length=256)]],
     Field(min_length=1, max_length=64),
@@ -116,7 +118,10 @@ class Lora(Model):
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
     """Rank of the update matrices."""
     alpha: Annotated[int, Field(ge=1, le=8192)] | None = None
-    """Scale of the update: alpha / rank. Absent: twice the rank."""
+    """Scale of the update: alpha / rank, or with useRslora alpha / root of the rank. Absent: twice
+    the rank, which is a scale of 2 at any rank; with useRslora 8, which is one of 2 at rank 16 and
+    falls with the root of a larger rank (Kalajdzievski 2023, arXiv:2312.03732: alpha is the same
+    for all ranks)."""
     dropout: Fraction = "0"
     """Probability that an input of an adapter is dropped."""
     target_modules: Names | None = None
@@ -176,7 +181,11 @@ class Lora(Model):
 
     @property
     def effective_alpha(self) -> int:
-        return self.alpha if self.alpha is not None else 2 * self.rank
+        """Alpha, or its default. Over the root of the rank it must not grow with the rank, or the
+        scale would."""
+        if self.alpha is not None:
+            return self.alpha
+        return _RSLORA_ALPHA if self.use_rslora else 2 * self.rank
 
 
 class Ia3(Model):

@@ -80,8 +80,8 @@ class Training(Model):
     2022, arXiv:2110.02861), on GPUs alone. Adafactor: sums of rows and columns, next to nothing,
     and no momentum (Shazeer and Stern 2018, arXiv:1804.04235). Muon: matrices of hidden layers
     (those of LoRA too) get orthogonal updates, at 4 bytes a weight (Jordan et al. 2024; Liu et al.
-    2025, arXiv:2502.16982); embeddings, the head, experts in one tensor, norms and biases get
-    AdamW. A learning rate means about the same for all of them."""
+    2025, arXiv:2502.16982); embeddings, the head, experts in one tensor and their adapters, norms
+    and biases get AdamW. A learning rate means about the same for all of them."""
     weight_decay: DecimalString = "0"
     """Decoupled weight decay; not applied to norms and biases."""
     anchor: Anchor = Anchor()

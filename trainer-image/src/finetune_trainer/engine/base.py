@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 import torch
-from peft import PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
-from transformers import AutoConfig, GenerationConfig
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils import CONFIG_NAME
+from transformers import GenerationConfig
 
 from finetune_api.names import ENV_MODEL_CACHE
 from finetune_api.order import RunOrder
-from finetune_trainer.engine.model import load_base
+from finetune_trainer.engine.model import empty_base, load_base
+from finetune_trainer.engine.ties import adapted_ties
 from finetune_trainer.failures import UserError
 from finetune_trainer.storage import modelfiles
 from finetune_trainer.storage.modelcache import cached
@@ -130,19 +130,20 @@ def check_headless(adapter: Path, source: str) -> None:
 
 
 def check_ties(whole: Path, adapter: Path, source: str) -> None:
-    """Refuse an adapter of an embedding that is the output head too: merged, it would change both.
+    """Refuse an adapter of an embedding that is the output head too, or of that head: merged, it
+    would change both. Of the model only its configuration is read.
 
     Raises:
         UserError: 'NotMergeable'.
     """
-    with safe_open(adapter / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
-        embedding = any(".lora_embedding_A" in name for name in file.keys())  # noqa: SIM118
-    if embedding and AutoConfig.from_pretrained(whole).get_text_config().tie_word_embeddings:
+    model = empty_base(whole)
+    get_peft_model(model, PeftConfig.from_pretrained(str(adapter)))
+    if ends := adapted_ties(model):
         raise UserError(
             "NotMergeable",
-            f"{source}: its adapter changes the embedding, which in this model is the output head"
-            " too (tie_word_embeddings), and no weights can hold that: leave the embedding out of"
-            " the first job's lora.targetModules",
+            f"{source}: its adapter changes one of {' and '.join(ends)}, which are one weight of"
+            " this model (tie_word_embeddings), and no weights can hold that: leave them out of the"
+            " first job's targetModules",
         )
 
 

@@ -13,11 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from finetune_trainer.engine.layout import current_row
+from finetune_trainer.engine.layout import RowLayout, current_row
 
 _MASK32 = 0xFFFFFFFF
 _NOISE_LAYER = 0
 """Dropouts count from 1."""
+_BLOCKS = frozenset(("self_attn", "attention", "mlp", "feed_forward", "fc2"))
+"""Names of attention and feed-forward blocks, or of the last layer of one that has no module of its
+own (OPT)."""
 
 
 def token_keys(seed: int, step: int, sample: int, length: int) -> npt.NDArray[np.int64]:
@@ -63,8 +66,8 @@ def draw(keys: Tensor, features: int, salt: Tensor | int) -> Tensor:
 
 
 class KeyedDropout(nn.Module):
-    """Drops elements of [rows, tokens, features], and of what is pooled of the documents of a
-    padded row, [documents, features], by the keys of the row in work.
+    """Drops elements of [rows, tokens, features] or [tokens, features], and of what is pooled of
+    the documents of a padded row, [documents, features], by the keys of the row in work.
 
     Outside of a training row (evaluation, generation) it does nothing.
     """
@@ -84,8 +87,7 @@ class KeyedDropout(nn.Module):
         row = current_row()
         if not self.training or self.probability == 0.0 or row is None:
             return x
-        # Attention probabilities (four dimensions) are not dropped, in packed rows or others.
-        keys = {2: row.document_keys, 3: row.keys}.get(x.ndim)
+        keys = _keys_of(x, row)
         if keys is None:
             return x
         keep = keep_mask(keys, x.shape[-1], self.salt, self.probability)
@@ -95,6 +97,15 @@ class KeyedDropout(nn.Module):
 
     def extra_repr(self) -> str:
         return f"probability={self.probability}, layer={self.layer}"
+
+
+def _keys_of(x: Tensor, row: RowLayout) -> Tensor | None:
+    """Keys of the vectors of ``x``; None where it is of neither tokens nor documents. (Attention
+    probabilities, four dimensions, are not dropped, in packed rows or others.)"""
+    if x.ndim == 3:
+        return row.keys
+    known = (row.keys, row.document_keys) if x.ndim == 2 else ()
+    return next((keys for keys in known if keys is not None and len(keys) == len(x)), None)
 
 
 def key_dropouts(model: nn.Module, block_probability: float) -> int:
@@ -107,7 +118,9 @@ def key_dropouts(model: nn.Module, block_probability: float) -> int:
     count = blocks = 0
     for name, module in list(model.named_modules()):
         for child_name, child in list(module.named_children()):
-            if type(child) is not nn.Dropout:
+            # Some models leave a place for a dropout empty where its probability is 0.
+            empty = type(child) is nn.Identity and child_name.endswith(("drop", "dropout"))
+            if type(child) is not nn.Dropout and not empty:
                 continue
             adapter = "lora_dropout" in f"{name}.{child_name}"
             blocks += not adapter
@@ -116,7 +129,8 @@ def key_dropouts(model: nn.Module, block_probability: float) -> int:
             setattr(module, child_name, KeyedDropout(probability, count))
     if block_probability > 0 and not blocks:
         for name, module in list(model.named_modules()):
-            if name.rsplit(".", 1)[-1] in {"self_attn", "attention", "mlp", "feed_forward"}:
+            *above, own = name.split(".")
+            if own in _BLOCKS and not _BLOCKS.intersection(above):
                 count, blocks = count + 1, blocks + 1
                 _drop_output(module, KeyedDropout(block_probability, count))
     return blocks

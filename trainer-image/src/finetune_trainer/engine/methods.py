@@ -29,6 +29,7 @@ from finetune_trainer.engine.hollow import widened
 from finetune_trainer.engine.partial import partial_parameters, shown
 from finetune_trainer.engine.pissa import add_initial
 from finetune_trainer.engine.tasks import TASKS
+from finetune_trainer.engine.ties import adapted_ties
 from finetune_trainer.failures import UserError
 
 Tuned = PreTrainedModel | PeftModel
@@ -53,11 +54,14 @@ def apply_method(model: PreTrainedModel, spec: FineTuneJobSpec) -> Tuned:
 
     Raises:
         UserError: where the method's settings do not fit the model, naming what would;
-            'UnsuitableModel' where the model has nothing that dropout could drop.
+            'UnsuitableModel' where the model has nothing that dropout could drop; 'NotMergeable'
+            where the wanted output could not hold what is trained.
     """
     torch.manual_seed(spec.training.seed)
     task = TASKS[spec.task]
     tuned = _APPLY[spec.method.type](model, spec.method, New(task.peft_type, task.head(model)))
+    if spec.effective_output_format != "Adapter":
+        _check_mergeable(model, spec)
     dropout = float(spec.training.dropout)
     if not key_dropouts(tuned, dropout) and dropout > 0:
         raise UserError(
@@ -72,6 +76,18 @@ def apply_method(model: PreTrainedModel, spec: FineTuneJobSpec) -> Tuned:
         if parameter.requires_grad:
             parameter.data = widened(parameter.data)
     return tuned
+
+
+def _check_mergeable(model: PreTrainedModel, spec: FineTuneJobSpec) -> None:
+    """Refuse to publish whole what whole weights cannot hold."""
+    if ends := adapted_ties(model):
+        raise UserError(
+            "NotMergeable",
+            f"spec.output.format: {spec.effective_output_format}, but {' and '.join(ends)} are one"
+            " weight of this model (tie_word_embeddings): merged, an adapter of one would change"
+            " both; set output.format: Adapter, or leave them out of"
+            f" method.{spec.method.kind.block}.targetModules",
+        )
 
 
 def checkpoint_activations(tuned: Tuned) -> None:

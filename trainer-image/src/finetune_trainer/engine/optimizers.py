@@ -1,9 +1,9 @@
 """Optimizers: what changes the weights, made from ``spec.training.optimizer``.
 
 Each is set so that a learning rate means what it does for AdamW, whose update of a number is about
-the rate or less: Adafactor's is scaled by the rate alone (not by the size of the weight too), and
-Muon's has the root mean square of AdamW's (Liu et al. 2025, arXiv:2502.16982). Where one is not for
-every weight, AdamW takes the rest: so there may be two.
+the rate or less: Adafactor's is scaled by the rate alone (by the size of the weight too only where
+that is above 1, as of some norms), and Muon's has the root mean square of AdamW's (Liu et al. 2025,
+arXiv:2502.16982). Where one is not for every weight, AdamW takes the rest: so there may be two.
 """
 
 from __future__ import annotations
@@ -13,13 +13,20 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
-from transformers import PreTrainedModel
 
 from finetune_api.optimizers import OPTIMIZERS, OptimizerName
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.engine.parameters import Group, optimizer_groups
+from finetune_trainer.engine.classification import head_names
+from finetune_trainer.engine.parameters import (
+    Group,
+    decoder_blocks,
+    is_matrix,
+    optimizer_groups,
+    pretrained,
+)
 from finetune_trainer.failures import UserError
 
 Optimizers = Sequence[torch.optim.Optimizer]
@@ -30,7 +37,7 @@ def make_optimizers(model: nn.Module, spec: FineTuneJobSpec) -> Optimizers:
     """Optimizers of the trained parameters; their learning rate comes with each step.
 
     Raises:
-        UserError: 'NoMatrices' where there is nothing that the optimizer is for.
+        UserError: as ``check_optimizer``.
     """
     check_optimizer(model, spec)
     name = spec.training.optimizer
@@ -42,17 +49,24 @@ def make_optimizers(model: nn.Module, spec: FineTuneJobSpec) -> Optimizers:
 
 
 def check_optimizer(model: nn.Module, spec: FineTuneJobSpec) -> None:
-    """Make sure that a model under tuning, which may be empty, has what the optimizer is for.
+    """Make sure that a model under tuning, which may be empty, has what the optimizer is for, and
+    the blocks that rates by layer are of.
 
     Raises:
-        UserError: 'NoMatrices'.
+        UserError: 'NoMatrices', 'UnsuitableModel'.
     """
     name = spec.training.optimizer
     if OPTIMIZERS[name].matrices and not split(model, name)[0]:
         raise UserError(
             "NoMatrices",
-            f"spec.training.optimizer: {name} is for matrices of hidden layers, and"
-            " spec.method.partial chooses none; set training.optimizer: AdamW",
+            f"spec.training.optimizer: {name} is for matrices of hidden layers (one by one, not of"
+            " experts in one tensor), and spec.method trains none; set training.optimizer: AdamW",
+        )
+    if float(spec.training.layer_decay) != 1 and not decoder_blocks(model):
+        raise UserError(
+            "UnsuitableModel",
+            f"spec.training.layerDecay: {spec.training.layer_decay}, but no list of blocks is found"
+            " in the model; set it to 1",
         )
 
 
@@ -61,28 +75,44 @@ def split(
 ) -> tuple[dict[nn.Parameter, None], dict[nn.Parameter, None]]:
     """Trained parameters that an optimizer takes, and those that AdamW takes for it."""
     # Rare tokens have rare gradients, whose moments 8 bits lose; and a table is no map of vectors.
-    tables: set[Tensor] = set()
-    if name in ("AdamW8bit", "Muon"):
-        tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    left = _tables(model) if name in ("AdamW8bit", "Muon") else set()
+    matrices = OPTIMIZERS[name].matrices
+    if matrices:
+        left |= _head(model) | _stacked(model)
     own: dict[nn.Parameter, None] = {}
     rest: dict[nn.Parameter, None] = {}
-    head = _head(model)
     for path, parameter in model.named_parameters():
         if parameter.requires_grad:
-            takes = parameter not in tables
-            if OPTIMIZERS[name].matrices:
-                takes &= parameter.ndim == 2 and parameter is not head and ".ia3_l." not in path
+            one = parameter.ndim == 2 and is_matrix(path, parameter)
+            takes = parameter not in left and (one or not matrices)
             (own if takes else rest)[parameter] = None
     return own, rest
 
 
-def _head(model: nn.Module) -> nn.Parameter | None:
-    """Weights of the output head of the language model within a module."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            output = module.get_output_embeddings()  # type: ignore[no-untyped-call]
-            return None if output is None else output.weight
-    return None
+def _tables(model: nn.Module) -> set[Tensor]:
+    """Embeddings, and what their adapters look up."""
+    found: set[Tensor] = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
+    return found.union(p for layer in layers for p in layer.lora_embedding_A.parameters())
+
+
+def _head(model: nn.Module) -> set[Tensor]:
+    """Weights of what makes tokens or classes of the vectors of a model."""
+    found = pretrained(model)
+    if found is None:
+        return set()
+    output = found.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if output is not None:
+        return set(output.parameters())
+    if found.base_model is found:
+        return set()
+    return {p for name in head_names(found) for p in found.get_submodule(name).parameters()}
+
+
+def _stacked(model: nn.Module) -> set[Tensor]:
+    """Adapters of experts in one tensor: theirs lie side by side in one matrix."""
+    wrappers = (module for module in model.modules() if isinstance(module, ParamWrapper))
+    return {p for m in wrappers for side in (m.lora_A, m.lora_B) for p in side.parameters()}
 
 
 def _of(groups: Sequence[Group], chosen: dict[nn.Parameter, None]) -> list[Group]:

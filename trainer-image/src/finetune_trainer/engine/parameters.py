@@ -1,4 +1,5 @@
-"""Parameters of a model under tuning: how many there are, and how the optimizer groups them."""
+"""Parameters of a model under tuning: how many there are, what they are, and how the optimizer
+groups them."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.pissa import INITIAL
@@ -56,8 +58,7 @@ def optimizer_groups(model: nn.Module, spec: FineTuneJobSpec) -> list[Group]:
         if parameter.requires_grad:
             factor = ratio if _is_lora_b(name) else 1.0
             factor *= layer_decay ** above.get(parameter, 0)
-            matrix = parameter.ndim >= 2 and ".ia3_l." not in name
-            key = (decay if matrix else 0.0, factor)
+            key = (decay if is_matrix(name, parameter) else 0.0, factor)
             groups.setdefault(key, []).append(parameter)
     return [
         {"params": parameters, "weight_decay": decay, "rate_factor": factor}
@@ -65,18 +66,38 @@ def optimizer_groups(model: nn.Module, spec: FineTuneJobSpec) -> list[Group]:
     ]
 
 
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a matrix, or several of experts in one tensor: no norm, bias or scale.
+    (Biases of experts and learned scales have two dimensions too.)"""
+    own = name.rsplit(".", 1)[-1]
+    return parameter.ndim >= 2 and ".ia3_l." not in name and not own.endswith("bias")
+
+
 def _is_lora_b(name: str) -> bool:
     return ".lora_B." in name or ".lora_embedding_B." in name
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder's layers, lowest first: the items of the largest list of modules of one class."""
-    lists = [
-        list(module)
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList) and len({type(item) for item in module}) == 1
-    ]
-    return max(lists, key=_weight_of, default=[])
+    """The decoder's layers, lowest first: the largest list of modules that is as long as the
+    configuration says, whatever their classes; or else the largest of one class."""
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    layers = _layers(model)
+    known = [found for found in lists if found and len(found) == layers]
+    alike = [found for found in lists if len({type(item) for item in found}) == 1]
+    return max(known or alike, key=_weight_of, default=[])
+
+
+def _layers(model: nn.Module) -> int | None:
+    """How many decoder layers the configuration tells of."""
+    found = pretrained(model)
+    config = found.config.get_text_config() if found is not None else None
+    layers: int | None = getattr(config, "num_hidden_layers", None)
+    return layers
+
+
+def pretrained(model: nn.Module) -> PreTrainedModel | None:
+    """The whole model of transformers in a module."""
+    return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
 
 
 def _weight_of(modules: list[nn.Module]) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from finetune_api.methods import Partial
+from finetune_trainer.engine.parameters import decoder_blocks
 from finetune_trainer.failures import UserError
 
 _NAMES_SHOWN = 24
@@ -26,8 +27,8 @@ def partial_parameters(model: PreTrainedModel, partial: Partial) -> set[str]:
     names = [name for name, _ in model.named_parameters()]
     choices: dict[str, set[str]] = {}
     if partial.last_layers is not None:
-        prefixes = _last_layers(model, partial.last_layers)
-        choices["lastLayers"] = {n for n in names if n.startswith(prefixes)}
+        last = _last_layers(model, partial.last_layers)
+        choices["lastLayers"] = {n for n, p in model.named_parameters() if p in last}
     for pattern in partial.parameters or ():
         choices[f"parameters: {pattern}"] = {n for n in names if fnmatchcase(n, pattern)}
     if partial.biases:
@@ -44,21 +45,16 @@ def partial_parameters(model: PreTrainedModel, partial: Partial) -> set[str]:
     return set().union(*choices.values())
 
 
-def _last_layers(model: PreTrainedModel, count: int) -> tuple[str, ...]:
-    """Prefixes of the names in the last decoder blocks. These are the outermost list of modules
-    that is as long as the configuration says."""
-    layers = model.config.get_text_config().num_hidden_layers
-    if count > layers:
+def _last_layers(model: PreTrainedModel, count: int) -> set[nn.Parameter]:
+    """Parameters of the last decoder blocks."""
+    blocks = decoder_blocks(model)
+    if count > len(blocks):
         raise UserError(
             "NoSuchParameters",
-            f"spec.method.partial.lastLayers: {count} is more than the {layers} decoder blocks of"
-            " the model; lower it, or set method.type: Full",
+            f"spec.method.partial.lastLayers: {count} is more than the {len(blocks)} decoder blocks"
+            " of the model; lower it, or set method.type: Full",
         )
-    lists = (
-        n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers
-    )
-    blocks = next(lists, None)
-    return tuple(f"{blocks}.{i}." for i in range(layers - count, layers)) if blocks else ("\0",)
+    return {parameter for block in blocks[-count:] for parameter in block.parameters()}
 
 
 def _of_norms(model: nn.Module) -> list[str]:

@@ -15,11 +15,12 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from finetune_trainer.engine.shards import put, whole
+from finetune_trainer.failures import UserError
 
 INITIAL: Final = "initial"
 """Name of the frozen adapter."""
@@ -33,7 +34,19 @@ def is_kept(name: str, parameter: nn.Parameter) -> bool:
 
 
 def add_initial(model: PeftModel, config: LoraConfig) -> None:
-    """Put the frozen adapter beside that of ``config``, from whose inputs it drops nothing."""
+    """Put the frozen adapter beside that of ``config``, from whose inputs it drops nothing.
+
+    Raises:
+        UserError: 'UnsuitableMethod' where not all that is adapted is a linear layer.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and not isinstance(layer, Linear):
+            raise UserError(
+                "UnsuitableMethod",
+                "spec.method.lora.initialization: PiSSA splits the weights of linear layers, and"
+                f" {name.removeprefix('base_model.model.')} is none; leave it out of"
+                " lora.targetModules, or set lora.initialization: Default",
+            )
     frozen = LoraConfig(
         task_type=config.task_type,
         r=config.r,
@@ -95,6 +108,7 @@ def join(plain: nn.Module, tuned: nn.Module) -> None:
     """Give the one adapter of ``plain``, of twice the rank, the two of ``tuned``."""
     values = dict(tuned.named_parameters())
     for name, parameter in plain.named_parameters():
-        if ".default." in name:
+        if parameter.requires_grad:
+            assert ".default." in name, "of linear layers, whose adapters are named so"
             halves: list[Tensor] = [values[name], values[name.replace(".default.", f".{INITIAL}.")]]
             parameter.data = torch.cat(halves, dim=0 if ".lora_A." in name else 1).detach()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from finetune_api.methods import Method
 from finetune_api.optimizers import Anchor
@@ -19,6 +20,8 @@ from finetune_trainer.storage.runfiles import RunResult
 
 _PERCENT: Final = ("ExactMatch", "Accuracy", "Precision", "Recall", "F1", "Rouge")
 """Metrics from 0 to 1 that people read as percentages."""
+_HUGE: Final = 1e9
+"""From here on figures are shown by their exponent: a perplexity may have 300 digits."""
 _CLASSES_SHOWN: Final = 20
 DRAWN_HEAD: Final = (
     "The untuned model has a classification head of random weights: it knows nothing of the classes"
@@ -44,18 +47,20 @@ class Score:
 
     @property
     def better(self) -> bool | None:
-        """Whether the tuned model is better; None where they are alike."""
-        if not self.gain:
+        """Whether the tuned model is better; None where they are alike, or one is no number."""
+        if not self.gain or math.isnan(self.gain):
             return None
         return (self.gain > 0) == (self.metric in HIGHER_IS_BETTER)
 
     def show(self, value: float | None, signed: bool = False) -> str:
-        """A value of this metric, for people: ``97.5 %``, ``+0.123``."""
+        """A value of this metric, for people: ``97.5 %``, ``+0.123``, ``1.014e+304``."""
         if value is None:
             return "–"
         sign = "+" if signed else ""
         if self.metric in _PERCENT:
             return f"{100 * value:{sign}.1f} %"
+        if abs(value) >= _HUGE:
+            return f"{value:{sign}.3e}"
         return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.3f}"
 
 
@@ -113,7 +118,8 @@ def gather(
 
 
 def metrics_text(about: About) -> str:
-    """``metrics.json``: every figure of the run, for scripts."""
+    """``metrics.json``: every figure of the run, for scripts; null for one that is no number, for
+    which JSON has no word."""
     summary, result = about.result.summary, about.result
     raw = {
         "run": about.order.run,
@@ -166,7 +172,16 @@ def metrics_text(about: About) -> str:
         "spec": about.spec.to_json(),
         "versions": result.versions,
     }
-    return json.dumps(raw, ensure_ascii=False, indent=1) + "\n"
+    return json.dumps(_finite(raw), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+
+
+def _finite(raw: Any) -> Any:
+    """JSON without NaN and infinity."""
+    if isinstance(raw, dict):
+        return {key: _finite(value) for key, value in raw.items()}
+    if isinstance(raw, list | tuple):
+        return [_finite(value) for value in raw]
+    return None if isinstance(raw, float) and not math.isfinite(raw) else raw
 
 
 def _startup_seconds(summary: TrainSummary) -> dict[str, float] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -135,6 +136,8 @@ def front_matter(about: About) -> dict[str, Any]:
         front["base_model_relation"] = "adapter" if adapter_only and on_it else "finetune"
     sets: dict[str, list[dict[str, Any]]] = {}
     for score in about.scores:
+        if not math.isfinite(score.tuned):
+            continue
         entry = {"type": score.metric.lower(), "name": score.metric, "value": score.tuned}
         sets.setdefault(score.data_set, []).append(entry)
     if sets:
