@@ -111,8 +111,9 @@ def draft(prompt: str, completion: str, group: str | None = None) -> Draft:
     parts = (Part(prompt, False), Part(completion, True))
     group = prompt if group is None else group
     return Draft(
-        "s3://b/x.jsonl, line 3", parts, prompt, completion, None, group, framed=True, side="train"
-    )
+        "s3://b/x.jsonl, line 3", parts, prompt, completion, None, group,
+        framed=True, side="train", own=prompt + completion,
+    )  # fmt: skip
 
 
 def test_redacting_reaches_all_text_of_a_draft_and_its_group() -> None:
@@ -120,6 +121,7 @@ def test_redacting_reaches_all_text_of_a_draft_and_its_group() -> None:
     found = inspect(given, "Redact", own_group=True)
     assert found.prompt == found.group == found.parts[0].text == "Who is [EMAIL]?"
     assert found.completion == found.parts[1].text == " See [EMAIL], [EMAIL]"
+    assert found.own == found.prompt + found.completion
     assert found.personal == {"EMAIL": 3}
     kept = inspect(draft("Who is a@b.org?", "x", "a@b.org"), "Redact", own_group=False)
     assert kept.group == "a@b.org"

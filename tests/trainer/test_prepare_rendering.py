@@ -17,6 +17,7 @@ from finetune_trainer.prepare.drafts import Draft, Drafter, drafter
 from finetune_trainer.prepare.formats import detect_format
 from finetune_trainer.prepare.records import Record
 from finetune_trainer.prepare.tokens import Sample, Tokens
+from trainer.chat_templates import CHATML_TOOLS
 from trainer.prepare_helpers import CHATML, GEMMA, LLAMA3, THINKING, make_tokenizer
 
 PLAIN = make_tokenizer()
@@ -254,6 +255,35 @@ def test_a_tokenizer_without_an_end_token_is_refused() -> None:
         Tokens(tokenizer, "m", 400)
 
 
+# --- own words -----------------------------------------------------------------------------------
+
+
+def test_a_records_own_words_are_without_what_many_records_share() -> None:
+    question = {"question": "why?", "answer": ["so", 1]}
+    (library,) = drafter_of("PromptCompletion", Template(name="Question"))(record(**question))
+    assert library.own == 'why?\n["so", 1]'
+    mine = Template(prompt="Long. {% if question %}Asked: {{ question }}{% endif %}\nA:",
+                    completion=" {{ answer[0] }}\n")  # fmt: skip
+    assert draft(question, "PromptCompletion", mine).own.split() == ["why?", "so"]
+    assert draft({"prompt": "a", "completion": "b"}, "PromptCompletion").own == "a\nb"
+    assert draft({"text": "a b"}, "Text").own == "a b"
+
+
+def test_system_turns_and_tools_are_not_among_a_conversations_own_words() -> None:
+    tokenizer = make_tokenizer(chat=CHATML_TOOLS)
+    call = {"function": {"name": "find", "arguments": '{"q": "é"}'}}
+    messages = [
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "two"},
+        {"role": "assistant", "content": "three"},
+    ]
+    fields = {"messages": messages, "tools": [{"function": {"name": "find"}}]}
+    own = draft(fields, "Messages", chat=tokenizer).own
+    assert own.split("\n") == ["one", "", 'find {"q": "é"}', "two", "three"]
+
+
 # --- conversations -------------------------------------------------------------------------------
 
 CHATS = [
@@ -317,6 +347,7 @@ def test_turns_that_are_rendered_otherwise_later_become_samples_of_their_own() -
     ]
     assert "assistant\nb<|im_end|>" in drafts[1].prompt
     assert len({d.group for d in drafts}) == 1
+    assert {d.own for d in drafts} == {"a\nb\nc\nd"}
 
 
 def test_conversations_that_begin_alike_are_one_group() -> None:

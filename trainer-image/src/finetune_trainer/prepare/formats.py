@@ -39,6 +39,8 @@ class Pair:
     completion: str
     subject: str | None = None
     """What is asked, however the prompt puts it. None: the prompt itself."""
+    own: str | None = None
+    """The record's own words in both, without a template's. None: subject and completion."""
 
 
 @dataclass(frozen=True, slots=True)

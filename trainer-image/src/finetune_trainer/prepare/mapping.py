@@ -114,8 +114,7 @@ class _Mapped:
             digests = _digests(sample.draft for sample, _ in fitted)
         prints: Words | None = None
         if self._similarity is not None:
-            texts = [" ".join(p.text for p in sample.draft.parts) for sample, _ in fitted]
-            prints = fingerprints(texts, self._similarity)
+            prints = fingerprints([s.draft.own for s, _ in fitted], self._similarity)
         for i, (sample, cut) in enumerate(fitted):
             self._offer(sample)
             shard, row = self._writers[sample.draft.side].add(sample)

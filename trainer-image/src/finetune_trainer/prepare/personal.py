@@ -114,6 +114,7 @@ def inspect(draft: Draft, policy: str, *, own_group: bool) -> Draft:
         completion=scan(draft.completion)[0],
         label=None if draft.label is None else scan(draft.label)[0],
         group=scan(draft.group)[0] if own_group else draft.group,
+        own=scan(draft.own)[0],
         personal=found,
     )
 

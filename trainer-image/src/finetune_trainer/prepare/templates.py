@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import jinja2
 import jinja2.meta
+import jinja2.nodes
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -89,7 +90,8 @@ class LibraryTemplate:
         if drawn:
             at = position(self._seed, f"phrasing\0{subject}")
             prompt = self._prompts[int(at * len(self._prompts))].render(values)
-        return Pair(prompt, self._completion.render(values), subject)
+        own = "\n".join(map(_written, values.values()))
+        return Pair(prompt, self._completion.render(values), subject, own)
 
     def _values(self, record: Record) -> Fields:
         values = {own: record.fields.get(theirs) for own, theirs in self._theirs.items()}
@@ -122,7 +124,9 @@ class PairTemplate:
             DataError: 'MissingField' or 'TemplateFailed', naming object, line and field.
             UserError: 'BadTemplate' where the template does what the sandbox forbids.
         """
-        return Pair(self._prompt.render(record), self._completion.render(record))
+        prompt, asked = self._prompt.render(record)
+        completion, answered = self._completion.render(record)
+        return Pair(prompt, completion, own=f"{asked}\n{answered}")
 
 
 class _Text:
@@ -131,18 +135,23 @@ class _Text:
     def __init__(self, name: str, source: str) -> None:
         self._name = name
         try:
-            self._needed = sorted(jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(source)))
+            tree = _ENVIRONMENT.parse(source)
+            self._needed = sorted(jinja2.meta.find_undeclared_variables(tree))
             self._compiled = _ENVIRONMENT.from_string(source)
+            for literal in tree.find_all(jinja2.nodes.TemplateData):
+                literal.data = " "
+            self._values = _ENVIRONMENT.from_string(tree)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(
                 "BadTemplate",
                 f"template.{name}, line {error.lineno}: {error.message}; got {source!r}",
             ) from None
 
-    def render(self, record: Record) -> str:
+    def render(self, record: Record) -> tuple[str, str]:
+        """The text for a record, and what of it are the record's values."""
         fields = record.fields
         try:
-            return self._compiled.render(fields)
+            return self._compiled.render(fields), self._values.render(fields)
         except jinja2.UndefinedError as error:
             missing = [name for name in self._needed if name not in fields]
             if missing:
