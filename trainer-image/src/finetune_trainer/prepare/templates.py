@@ -21,6 +21,7 @@ from finetune_api.templates import Template
 from finetune_trainer.failures import DataError, UserError
 from finetune_trainer.prepare.catalogue import CATALOGUE
 from finetune_trainer.prepare.formats import Pair, missing_field
+from finetune_trainer.prepare.personal import redacted
 from finetune_trainer.prepare.records import Fields, Record
 from finetune_trainer.prepared.split import position
 
@@ -29,25 +30,21 @@ class _NullField(Exception):
     """A template wrote a field whose value is null."""
 
 
-def _refuse_null(value: Any) -> Any:
+def _written(value: Any) -> Any:
+    """What a template writes for a value."""
     if value is None:  # would be written as the word None, and learned
         raise _NullField
+    if isinstance(value, bool | list | dict):
+        return json.dumps(value, ensure_ascii=False, default=str)
     return value
 
 
 _ENVIRONMENT: Final = ImmutableSandboxedEnvironment(
     undefined=jinja2.StrictUndefined,
-    finalize=_refuse_null,
+    finalize=_written,
     keep_trailing_newline=True,
     autoescape=False,
 )
-
-
-def _written(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-_LIBRARY_ENVIRONMENT: Final = _ENVIRONMENT.overlay(finalize=_written)
 
 
 class LibraryTemplate:
@@ -66,8 +63,8 @@ class LibraryTemplate:
         self._theirs = {own: renamed.get(own, own) for own in entry.fields}
         # Whoever says where an optional field is means that it is there.
         self._spared = {f for f, field in entry.fields.items() if field.optional} - set(renamed)
-        self._prompts = [_LIBRARY_ENVIRONMENT.from_string(text) for text in entry.prompts]
-        self._completion = _LIBRARY_ENVIRONMENT.from_string(entry.completion)
+        self._prompts = [_ENVIRONMENT.from_string(text) for text in entry.prompts]
+        self._completion = _ENVIRONMENT.from_string(entry.completion)
 
     def first(self, record: Record) -> Pair:
         """The record in the first phrasing.
@@ -90,7 +87,7 @@ class LibraryTemplate:
         if drawn:
             at = position(self._seed, f"phrasing\0{subject}")
             prompt = self._prompts[int(at * len(self._prompts))].render(values)
-        own = "\n".join(map(_written, values.values()))
+        own = "\n".join(str(_written(value)) for value in values.values())
         return Pair(prompt, self._completion.render(values), subject, own)
 
     def _values(self, record: Record) -> Fields:
@@ -149,7 +146,7 @@ class _Text:
 
     def render(self, record: Record) -> tuple[str, str]:
         """The text for a record, and what of it are the record's values."""
-        fields = record.fields
+        fields = {"record": record.fields, **record.fields}
         try:
             return self._compiled.render(fields), self._values.render(fields)
         except jinja2.UndefinedError as error:
@@ -161,7 +158,8 @@ class _Text:
                 "MissingField", f"{record.where}: template.{self._name}: {error.message}"
             ) from None
         except _NullField:
-            null = [name for name in self._needed if name in fields and fields[name] is None]
+            null = [name for name, value in record.fields.items() if value is None]
+            null = [name for name in null if name in self._needed] or null
             why = f"is null (template.{self._name} writes it)"
             raise missing_field(record, null[0] if null else "?", why) from None
         except SecurityError as error:
@@ -169,6 +167,6 @@ class _Text:
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise DataError(
                 "TemplateFailed",
-                f"{record.where}: template.{self._name} fails on this record: {error}. Correct the"
-                " record or the template",
+                f"{record.where}: template.{self._name} fails on this record:"
+                f" {redacted(str(error))}. Correct the record or the template",
             ) from None
