@@ -136,6 +136,23 @@ def test_a_template_renders_fields_and_keeps_white_space() -> None:
     assert (made.completion, made.label) == (" good\n", "good")
 
 
+def test_a_template_writes_json_and_reaches_fields_of_any_name() -> None:
+    template = Template(prompt="{{ record['Review Text'] }} {{ names }}", completion=" {{ good }}")
+    fields = {"Review Text": "fine", "names": ["é", 1], "good": True}
+    made = draft(fields, "PromptCompletion", template)
+    assert (made.prompt, made.completion) == ('fine ["é", 1]', " true")
+    error = fault({**fields, "Review Text": None}, "PromptCompletion", template)
+    assert error.reason == "MissingField" and "field 'Review Text' is null" in error.message
+    del fields["Review Text"]
+    error = fault(fields, "PromptCompletion", template)
+    assert error.reason == "MissingField" and "'Review Text'" in error.message
+
+
+def test_a_wrong_value_is_shown_masked() -> None:
+    error = fault({"prompt": ["jo@b.org"], "completion": "b"}, "PromptCompletion")
+    assert "[EMAIL]" in error.message and "jo@" not in error.message
+
+
 @pytest.mark.parametrize("fields", [{"sentence": "a"}, {"sentence": "a", "mood": None}])
 def test_a_field_that_the_template_needs_is_named(fields: dict[str, Any]) -> None:
     error = fault(fields, "PromptCompletion", REVIEW)
@@ -168,7 +185,11 @@ def test_a_template_that_fails_on_a_record_names_it() -> None:
     [
         ("PromptCompletion", {"a": "b"}, Template(prompt="{{ a }}", completion="{{ '' }}")),
         ("PromptCompletion", {"prompt": "a", "completion": ""}, None),
+        ("PromptCompletion", {"prompt": "a", "completion": " \n"}, None),
+        ("PromptCompletion", {"document": "a", "summary": ""}, Template(name="Summarize")),
+        ("Classification", {"text": "a", "label": ""}, None),
         ("Text", {"text": ""}, None),
+        ("Text", {"text": " \n"}, None),
         ("Messages", {"messages": [{"role": "user", "content": "a"}]}, None),
         (
             "Messages",
@@ -189,7 +210,7 @@ def test_a_record_without_a_learned_token_is_refused(
 
 
 @pytest.mark.parametrize("tokenizer", [PLAIN, BOS, SPACED], ids=["plain", "bos", "spaced"])
-@given(prompt=WORDS, completion=WORDS)
+@given(prompt=WORDS, completion=WORDS.filter(str.strip))
 def test_the_completion_and_the_end_token_are_learned_and_nothing_else(
     tokenizer: Any, prompt: str, completion: str
 ) -> None:

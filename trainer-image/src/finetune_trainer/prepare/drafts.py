@@ -171,8 +171,8 @@ def _own_words(content: Content) -> str:
 
 
 def _pair_draft(record: Record, pair: Pair, group: str, side: Side, form: Format) -> Draft:
-    if not pair.completion:
-        raise nothing_learned(record.where, "its completion is empty")
+    if not pair.completion.strip():
+        raise nothing_learned(record.where, "its completion is empty, or white space")
     label = pair.completion.strip() if form == "Classification" else None
     return Draft(
         where=record.where,
@@ -188,8 +188,8 @@ def _pair_draft(record: Record, pair: Pair, group: str, side: Side, form: Format
 
 
 def _document_draft(record: Record, document: Document, group: str, side: Side) -> Draft:
-    if not document.text:
-        raise nothing_learned(record.where, "its text is empty")
+    if not document.text.strip():
+        raise nothing_learned(record.where, "its text is empty, or white space")
     return Draft(
         where=record.where,
         parts=(Part(document.text, True),),
