@@ -172,7 +172,8 @@ def _own_words(content: Content) -> str:
 
 def _pair_draft(record: Record, pair: Pair, group: str, side: Side, form: Format) -> Draft:
     if not pair.completion.strip():
-        raise nothing_learned(record.where, "its completion is empty, or white space")
+        learned = "label" if form == "Classification" else "completion"
+        raise nothing_learned(record.where, f"its {learned} is empty, or white space")
     label = pair.completion.strip() if form == "Classification" else None
     return Draft(
         where=record.where,
