@@ -85,6 +85,28 @@ MARKED = (
 {% endif %}"""
 )
 
+# Ends a conversation that nobody is to answer with a token that ends no turn of it.
+CLOSED = (
+    """{% if tools %}<|im_start|>system
+{{ tools | tojson }}<|im_end|>
+{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}"""
+    + CALLS
+    + """<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% else %}{{ eos_token }}{% endif %}"""
+)
+
+# The same without line breaks, and with calls that end in a special token as well.
+TIGHT = (
+    """{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\
+<|start_header_id|>{{ m.content }}"""
+    + CALLS
+    + """{% if m.tool_calls %}<|end_header_id|>{% endif %}\
+<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant<|start_header_id|>\
+{% else %}{{ eos_token }}{% endif %}"""
+)
+
 
 def _plain_calls(message: dict[str, Any]) -> str:
     calls = [call["function"] for call in message.get("tool_calls") or ()]
@@ -119,6 +141,12 @@ def _marked(message: dict[str, Any]) -> str:
     return _chatml(message).removesuffix("<|im_end|>") + "\n<|im_end|>"
 
 
+def _tight(message: dict[str, Any]) -> str:
+    if message.get("tool_calls"):
+        return _chatml(message).replace("<|im_end|>", "<|end_header_id|><|im_end|>")
+    return _chatml(message)
+
+
 @dataclass(frozen=True)
 class Shape:
     """A chat template, and what is learned of an assistant's message by it."""
@@ -135,4 +163,6 @@ SHAPES = {
     "brackets": Shape(BRACKETS, _brackets),
     "reasoning": Shape(REASONING, _reasoning),
     "marked": Shape(MARKED, _marked),
+    "closed": Shape(CLOSED, _chatml),
+    "tight": Shape(TIGHT, _tight),
 }

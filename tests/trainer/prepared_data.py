@@ -27,7 +27,7 @@ Learned = tuple[tuple[int, int], ...]
 
 _DRAFT = Draft(
     where="made up", parts=(Part("a", True),), prompt="", completion="a", label=None, group="a",
-    framed=True, side="train",
+    framed=True, side="train", own="a",
 )  # fmt: skip
 
 

@@ -76,6 +76,10 @@ def tokenizer_of(shape: str) -> Any:
     return make_tokenizer(chat=SHAPES[shape].template)
 
 
+CLOSING = ("closed", "tight")
+"""Shapes that end a conversation with a token of its own."""
+
+
 @pytest.mark.parametrize("name", SHAPES)
 @given(data=st.data())
 def test_the_assistants_turns_are_learned_to_the_token_and_nothing_else(
@@ -98,8 +102,21 @@ def test_the_assistants_turns_are_learned_to_the_token_and_nothing_else(
 
     # Each sample is the conversation up to its last answer, and begins as generation would.
     for draft, end in zip(made, ends[-1:] if len(made) == 1 else ends, strict=True):
-        assert "".join(part.text for part in draft.parts) == rendered(end + 1, False).rstrip()
+        whole = rendered(end + 1, False).rstrip()
+        if name in CLOSING:
+            assert draft.parts[-1].text.endswith("<|im_end|>") and len(made) == 1
+            whole = whole.removesuffix("</s>").rstrip()
+        assert "".join(part.text for part in draft.parts) == whole
         assert draft.prompt.startswith(rendered(end, True))
+
+
+def test_answers_of_weight_0_are_read() -> None:
+    said = [QUESTION, {**ANSWER, "weight": 0}, QUESTION, {**ANSWER, "content": "c", "weight": 1}]
+    tokenizer = tokenizer_of("chatml")
+    (draft,) = drafts(tokenizer, [*said, {"role": "user", "content": "d", "weight": 0}, said[1]])
+    assert learned(tokenizer, draft) == ["c<|im_end|>"] and "assistant\nb<" in draft.prompt
+    error = fault(CHATML_TOOLS, said[:2])
+    assert error.reason == "NothingSupervised" and "weight other than 0" in error.message
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -187,6 +204,7 @@ def test_marks_that_are_not_one_stretch_an_answer_are_refused() -> None:
         ({"content": None, "tool_calls": []}, "MissingField", "messages[1].content"),
         ({"content": [{"type": "image"}]}, "WrongType", "messages[1].content"),
         ({"content": "b", "role": 3}, "WrongType", "messages[1].role"),
+        ({"content": "b", "weight": 0.5}, "WrongType", "messages[1].weight"),
         ({"tool_calls": "add_up"}, "WrongType", "messages[1].tool_calls"),
         ({"tool_calls": [{"function": {}}]}, "WrongType", "messages[1].tool_calls"),
         (

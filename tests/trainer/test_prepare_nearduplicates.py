@@ -5,10 +5,15 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune_api.sources import Quality
+from finetune_trainer.prepare.deduplicate import Deduplicator
+from finetune_trainer.prepare.facts import Facts
+from finetune_trainer.prepare.faults import Faults
 from finetune_trainer.prepare.nearduplicates import (
     BANDS,
     MET,
@@ -20,6 +25,7 @@ from finetune_trainer.prepare.nearduplicates import (
     signature,
     similarity,
 )
+from finetune_trainer.prepare.report import SourceReport
 
 VOCABULARY = [f"w{i}" for i in range(5000)]
 
@@ -48,6 +54,8 @@ def estimate(a: str, b: str) -> float:
 def test_shingles() -> None:
     assert shingles("One, two three.  FOUR") == {"one two three", "two three four"}
     assert shingles("one two") == {"one two"} and shingles("?!") == {"?!"}
+    for unspaced in ("ສະບາຍດີ", "သတင်း", "ភាសាខ្មែរ"):
+        assert len(shingles(unspaced)) == len(unspaced) - 2
     assert shingles("猫は好き") == {"猫 は 好", "は 好 き"}
 
 
@@ -90,6 +98,22 @@ def test_what_a_long_template_makes_alike_is_kept() -> None:
     stream = [f"{frame} {text(i, words=20)}" for i in range(1000, 3000)]
     assert 0.4 < jaccard(stream[0], stream[1]) < 0.6
     assert sum(SeenAlike(0.85).add(fingerprints(stream, 0.85))) == 0
+
+
+def test_the_samples_of_a_conversation_stay_or_go_together() -> None:
+    stream = [("a", 1), ("b", 2), ("b", 2), ("b", 2), ("c", 1), ("c", 1), ("d", 3)]
+    prints = fingerprints([text(seed) for _, seed in stream], 0.85)
+    table = pa.table({"where": [place for place, _ in stream],
+                      "fingerprint": [p.tobytes() for p in prints]})  # fmt: skip
+    quality = Quality.model_validate({"nearDuplicates": "Drop", "deduplicate": False})
+    for size in range(1, len(stream) + 1):
+        deduplicator, report = Deduplicator(quality), SourceReport("a", 1, 1, Faults("Fail"))
+        kept = [
+            batch.column("where")[int(row)].as_py()
+            for batch in table.to_batches(max_chunksize=size)
+            for row in deduplicator.fresh(Facts(batch, 0), report)
+        ]
+        assert kept == ["a", "b", "b", "b", "d"] and report.near_duplicates == 2
 
 
 def test_memory_is_128_bytes_a_record() -> None:

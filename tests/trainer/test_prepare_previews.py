@@ -24,7 +24,7 @@ from trainer.prepare_helpers import CHATML, LLAMA3, make_tokenizer
 PLAIN, BOS = make_tokenizer(), make_tokenizer(bos=True)
 SPACED = make_tokenizer(bos=True, metaspace=True)
 CHATS = [make_tokenizer(chat=template) for template in (LLAMA3, CHATML)]
-WORDS = st.text(st.sampled_from("abc Td.\n"), min_size=1, max_size=40)
+WORDS = st.text(st.sampled_from("abc Td.\n"), min_size=1, max_size=40).filter(str.strip)
 
 
 def draft(form: Format, chat: Any = None, **fields: Any) -> Draft:

@@ -182,6 +182,48 @@ def test_text_that_is_not_utf8_is_named_with_its_byte() -> None:
     assert error.reason == "MalformedRecord" and "line 2, byte 3" in error.message
 
 
+def test_half_of_a_character_is_named_with_its_field_and_a_whole_one_is_read() -> None:
+    whole = b'{"a": "\\ud83d\\ude00", "b": "\\\\ud83d"}\n'
+    assert read("a.jsonl", whole)[0].fields == {"a": "😀", "b": "\\ud83d"}
+    for broken in (b'{"t": ["a\\ud800b"]}', b'{"a": "x", "t": {"\\uDFFF": 1}}'):
+        error = fault("a.jsonl", whole + broken)
+        assert isinstance(error, DataError) and error.reason == "MalformedRecord"
+        assert "line 2: field 't' holds half of a character" in error.message
+
+
+def test_a_number_of_too_many_digits_is_named_with_its_column() -> None:
+    error = fault("a.jsonl", b'{"a": ' + b"7" * 5000 + b"}")
+    assert isinstance(error, DataError) and error.reason == "MalformedRecord"
+    assert "line 1, column 7: " in error.message and len(error.message) < 200
+
+
+def test_text_of_parquet_that_is_not_utf8_is_named_and_may_be_left_out() -> None:
+    texts = pa.array([b"a", b"\xff", b"b"]).view(pa.string())
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"id": [1, 2, 3], "text": texts}), sink)
+    error = fault("a.parquet", sink.getvalue())
+    assert isinstance(error, DataError) and error.reason == "MalformedRecord"
+    assert "row 2: field 'text' is not UTF-8" in error.message
+    faults: list[DataError] = []
+    sink.seek(0)
+    found = list(read_records("s3://b/a.parquet", sink, faults.append))
+    assert [r.place for r in found] == ["row 1", "row 3"] and len(faults) == 1
+
+
+def test_what_a_message_shows_of_a_record_is_masked() -> None:
+    for name, data in (
+        ("a.jsonl", b'{"a": "jo.doe@example.org" oops}'),
+        ("a.csv", b"jo.doe@example.org,a,a\n"),
+    ):
+        message = fault(name, data).message
+        assert "[EMAIL]" in message and "doe" not in message
+
+
+def test_the_index_of_a_table_in_csv_is_named() -> None:
+    error = fault("a.csv", b",text,label\n0,a,b\n")
+    assert error.reason == "MalformedObject" and "index=False" in error.message
+
+
 @pytest.mark.parametrize(
     ("name", "data"),
     [

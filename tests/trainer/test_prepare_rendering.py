@@ -17,6 +17,7 @@ from finetune_trainer.prepare.drafts import Draft, Drafter, drafter
 from finetune_trainer.prepare.formats import detect_format
 from finetune_trainer.prepare.records import Record
 from finetune_trainer.prepare.tokens import Sample, Tokens
+from trainer.chat_templates import CHATML_TOOLS
 from trainer.prepare_helpers import CHATML, GEMMA, LLAMA3, THINKING, make_tokenizer
 
 PLAIN = make_tokenizer()
@@ -135,6 +136,23 @@ def test_a_template_renders_fields_and_keeps_white_space() -> None:
     assert (made.completion, made.label) == (" good\n", "good")
 
 
+def test_a_template_writes_json_and_reaches_fields_of_any_name() -> None:
+    template = Template(prompt="{{ record['Review Text'] }} {{ names }}", completion=" {{ good }}")
+    fields = {"Review Text": "fine", "names": ["é", 1], "good": True}
+    made = draft(fields, "PromptCompletion", template)
+    assert (made.prompt, made.completion) == ('fine ["é", 1]', " true")
+    error = fault({**fields, "Review Text": None}, "PromptCompletion", template)
+    assert error.reason == "MissingField" and "field 'Review Text' is null" in error.message
+    del fields["Review Text"]
+    error = fault(fields, "PromptCompletion", template)
+    assert error.reason == "MissingField" and "'Review Text'" in error.message
+
+
+def test_a_wrong_value_is_shown_masked() -> None:
+    error = fault({"prompt": ["jo@b.org"], "completion": "b"}, "PromptCompletion")
+    assert "[EMAIL]" in error.message and "jo@" not in error.message
+
+
 @pytest.mark.parametrize("fields", [{"sentence": "a"}, {"sentence": "a", "mood": None}])
 def test_a_field_that_the_template_needs_is_named(fields: dict[str, Any]) -> None:
     error = fault(fields, "PromptCompletion", REVIEW)
@@ -167,7 +185,11 @@ def test_a_template_that_fails_on_a_record_names_it() -> None:
     [
         ("PromptCompletion", {"a": "b"}, Template(prompt="{{ a }}", completion="{{ '' }}")),
         ("PromptCompletion", {"prompt": "a", "completion": ""}, None),
+        ("PromptCompletion", {"prompt": "a", "completion": " \n"}, None),
+        ("PromptCompletion", {"document": "a", "summary": ""}, Template(name="Summarize")),
+        ("Classification", {"text": "a", "label": ""}, None),
         ("Text", {"text": ""}, None),
+        ("Text", {"text": " \n"}, None),
         ("Messages", {"messages": [{"role": "user", "content": "a"}]}, None),
         (
             "Messages",
@@ -188,7 +210,7 @@ def test_a_record_without_a_learned_token_is_refused(
 
 
 @pytest.mark.parametrize("tokenizer", [PLAIN, BOS, SPACED], ids=["plain", "bos", "spaced"])
-@given(prompt=WORDS, completion=WORDS)
+@given(prompt=WORDS, completion=WORDS.filter(str.strip))
 def test_the_completion_and_the_end_token_are_learned_and_nothing_else(
     tokenizer: Any, prompt: str, completion: str
 ) -> None:
@@ -254,6 +276,35 @@ def test_a_tokenizer_without_an_end_token_is_refused() -> None:
         Tokens(tokenizer, "m", 400)
 
 
+# --- own words -----------------------------------------------------------------------------------
+
+
+def test_a_records_own_words_are_without_what_many_records_share() -> None:
+    question = {"question": "why?", "answer": ["so", 1]}
+    (library,) = drafter_of("PromptCompletion", Template(name="Question"))(record(**question))
+    assert library.own == 'why?\n["so", 1]'
+    mine = Template(prompt="Long. {% if question %}Asked: {{ question }}{% endif %}\nA:",
+                    completion=" {{ answer[0] }}\n")  # fmt: skip
+    assert draft(question, "PromptCompletion", mine).own.split() == ["why?", "so"]
+    assert draft({"prompt": "a", "completion": "b"}, "PromptCompletion").own == "a\nb"
+    assert draft({"text": "a b"}, "Text").own == "a b"
+
+
+def test_system_turns_and_tools_are_not_among_a_conversations_own_words() -> None:
+    tokenizer = make_tokenizer(chat=CHATML_TOOLS)
+    call = {"function": {"name": "find", "arguments": '{"q": "é"}'}}
+    messages = [
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "two"},
+        {"role": "assistant", "content": "three"},
+    ]
+    fields = {"messages": messages, "tools": [{"function": {"name": "find"}}]}
+    own = draft(fields, "Messages", chat=tokenizer).own
+    assert own.split("\n") == ["one", "", 'find {"q": "é"}', "two", "three"]
+
+
 # --- conversations -------------------------------------------------------------------------------
 
 CHATS = [
@@ -317,6 +368,7 @@ def test_turns_that_are_rendered_otherwise_later_become_samples_of_their_own() -
     ]
     assert "assistant\nb<|im_end|>" in drafts[1].prompt
     assert len({d.group for d in drafts}) == 1
+    assert {d.own for d in drafts} == {"a\nb\nc\nd"}
 
 
 def test_conversations_that_begin_alike_are_one_group() -> None:

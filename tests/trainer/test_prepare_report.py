@@ -53,8 +53,9 @@ def test_languages(text: str, language: str) -> None:
 
 
 def test_only_some_records_are_looked_at() -> None:
-    parts = (Part("The bird looked at the cat and sang.", True),)
-    batch = [Draft("x", parts, "", "", None, "", framed=True, side="train")] * 512
+    text = "The bird looked at the cat and sang."
+    parts = (Part(f"Das ist für alle gleich. {text}", True),)
+    batch = [Draft("x", parts, "", "", None, "", framed=True, side="train", own=text)] * 512
     languages = Languages()
     languages.look(batch)
     assert languages.counts.total() == OF_A_BATCH

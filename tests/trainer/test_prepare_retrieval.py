@@ -113,11 +113,21 @@ def test_without_distractors_and_oracle_the_question_stands_alone() -> None:
     assert made.prompt == "Question: Where?\nAnswer:"
 
 
+def test_a_list_of_passages_in_text_is_a_list() -> None:
+    cells = {"oracle": '["It is here."]', "distractors": '["x", "y"]'}
+    made = prompts().with_oracle(record(**cells))
+    assert sorted(shown(made)) == ["It is here.", "x", "y"]
+    assert len(shown(prompts().with_oracle(record(distractors="[]")))) == 1
+    for passage in ('["x" is text]', "[1]", "17"):
+        assert passage in shown(prompts().with_oracle(record(distractors=passage)))
+
+
 @pytest.mark.parametrize(
     ("fields", "reason", "words"),
     [
         ({"oracle": None}, "MissingField", "field 'oracle' is null"),
         ({"oracle": []}, "WrongType", "at least one passage"),
+        ({"oracle": "[]"}, "WrongType", "at least one passage"),
         ({"oracle": 3}, "WrongType", "a passage or a list"),
         ({"distractors": ["a", 3]}, "WrongType", "field 'distractors'"),
         ({"answer": ["a"]}, "WrongType", "field 'answer'"),

@@ -96,7 +96,7 @@ def sample(prompt: int, answers: list[tuple[int, int]], bos: bool) -> Sample:
         ids += range(3000 + len(ids), 3000 + len(ids) + learned)
     if bos:
         ids[0] = BOS
-    draft = Draft("s3://b/a.jsonl, line 3", (Part("", True),), "", "", None, "", True, "train")
+    draft = Draft("s3://b/a.jsonl, line 3", (Part("", True),), "", "", None, "", True, "train", "")
     return Sample(draft, np.array(ids, np.int32), tuple(spans), spans[-1][0])
 
 

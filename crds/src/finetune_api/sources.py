@@ -231,8 +231,8 @@ class Quality(Model):
     deduplicate: bool = True
     """Drop records of the training set whose prompt and completion occurred before."""
     near_duplicates: Literal["Keep", "Drop"] = "Keep"
-    """Drop leaves out records of the training set whose text is like an earlier one's. It holds
-    128 bytes of memory a record."""
+    """Drop leaves out records of the training set whose own words are like an earlier one's: system
+    turns, tools and the texts of templates do not count. It holds 128 bytes of memory a record."""
     near_duplicate_similarity: Fraction = "0.85"
     """Least similarity of near duplicates, from 0.5: the share of rows of three words that two
     texts have in common, of all that they have (Jaccard; estimated by MinHash, with a standard

@@ -53,7 +53,8 @@ class Template(Model):
     Absent: Varied. Not of Chat, whose prompts the model's chat template writes."""
     prompt: Text | None = None
     """The part that is read, e.g. `"Review: {{ sentence }}\\nSentiment:"`. Fields of the record
-    are variables."""
+    are variables, and `{{ record["Review Text"] }}` is one whose name is no word. Lists, objects
+    and booleans are written as JSON."""
     completion: Text | None = None
     """The part that is learned, e.g. `" {{ label }}"`. The end-of-sequence token follows it."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -86,6 +88,40 @@ def test_near_duplicates_are_dropped_on_request(at: Workplace) -> None:
     drop = {**ALL, "quality": {"nearDuplicates": "Drop"}}
     summary, _ = at.prepare(at.order(data=drop))
     assert summary.dropped == {"Duplicate": 3, "NearDuplicate": 2} and summary.train_samples == 6
+
+
+def varied(seed: int) -> str:
+    return " ".join(random.Random(seed).choices([f"w{i}" for i in range(999)], k=40))
+
+
+SHARED = STORY * 5
+"""Many words that all records of a set have."""
+
+
+def conversation(seed: int) -> dict[str, Any]:
+    said = (("system", SHARED), ("user", varied(seed)), ("assistant", "yes"))
+    return {"messages": [{"role": role, "content": content} for role, content in said]}
+
+
+@pytest.mark.parametrize(
+    ("record", "template"),
+    [
+        (conversation, None),
+        (
+            lambda seed: {"text": varied(seed), "label": "yes"},
+            {"prompt": SHARED + "{{ text }}", "completion": " {{ label }}"},
+        ),
+    ],
+)
+def test_what_all_records_share_makes_them_no_near_duplicates(
+    at: Workplace, record: Callable[[int], dict[str, Any]], template: dict[str, str] | None
+) -> None:
+    records = [record(seed) for seed in range(20)]
+    alike = json.loads(json.dumps(records[3]).replace("yes", "no"))
+    source = {"source": at.put("a.jsonl", lines(*records, alike)), "template": template}
+    data = {**ALL, "train": [source], "quality": {"nearDuplicates": "Drop"}}
+    summary, _ = at.prepare(at.order(data=data))
+    assert summary.dropped == {"NearDuplicate": 1} and summary.train_samples == 20
 
 
 def test_more_duplicates_than_allowed_fail_the_job(at: Workplace) -> None:

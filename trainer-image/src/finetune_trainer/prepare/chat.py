@@ -7,10 +7,12 @@ The borders are found by rendering prefixes of the conversation:
 
 Few chat templates mark the assistant's words ({% generation %}); where one does, its marks narrow
 the answer further. The answer is learned together with its end-of-turn token (else the model never
-learns to stop) and without the white space behind it (which no generation reaches). Calls of tools
-are answers like others; tools and their results are read. Some templates render a turn in another
-way once others follow it (they drop its reasoning): such a conversation becomes one sample a turn,
-each exactly as it stands when that turn is generated. Whatever does not fit is refused.
+learns to stop) and without what stands behind it, which no generation reaches: white space, and
+what some templates write at the end of a whole conversation. Calls of tools are answers like
+others; tools and their results are read, and so are answers of weight 0. Some templates render a
+turn in another way once others follow it (they drop its reasoning): such a conversation becomes one
+sample a turn, each exactly as it stands when that turn is generated. Whatever does not fit is
+refused.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from finetune_trainer.failures import DataError, UserError
 from finetune_trainer.prepare.conversations import function_of
 from finetune_trainer.prepare.formats import Conversation, Message
+from finetune_trainer.prepare.personal import redacted
 
 Mark = tuple[int, int]
 """Start and end of a stretch of text."""
@@ -74,12 +77,13 @@ class ChatTemplate:
         """
         messages = conversation.messages
         # An answer that opens the conversation has no prompt: it is read, not learned.
-        ends = [i for i, m in enumerate(messages) if i and m["role"] == "assistant"]
+        ends = [i for i, m in enumerate(messages) if i and _is_learned(m)]
         if not ends:
             raise DataError(
                 "NothingSupervised",
                 f"{where}: no token of this record would be learned: no message after the first has"
-                f" the role 'assistant' (roles: {', '.join(m['role'] for m in messages[:8])})",
+                " the role 'assistant' and a weight other than 0 (roles:"
+                f" {', '.join(m['role'] for m in messages[:8])})",
             )
         spans = [self._turn(where, conversation, i) for i in ends]
         _must_write(where, conversation.tools or (), spans[0].before, "the field 'tools'")
@@ -110,15 +114,22 @@ class ChatTemplate:
         if marks is not None:
             start, end = self._marked(where, through, start, marks, i)
         learned = through[start:end]
-        stop = next((text for text in self._stops if learned.endswith(text)), None)
-        if stop is None:
+        ends = self._ends(learned)
+        if len(ends) > 1:  # some may be there for the end of the conversation, not of the turn
+            more, _ = self._text(where, messages[: i + 1], tools, generate=True)
+            on = [end for end in ends if more.startswith(text[: start + end[0]])]
+            ends = on or ends
+        if not ends:
+            last = redacted(learned)[-20:]
             raise DataError(
                 "NoEndOfTurn",
-                f"{where}: the chat template ends message {i} with {learned[-20:]!r}, which is no"
+                f"{where}: the chat template ends message {i} with {last!r}, which is no"
                 " special token of the tokenizer: the model would never learn to stop. Give a"
                 " model folder with another chat_template.jinja",
             )
-        if learned == stop:
+        end, stop = ends[0]
+        learned = learned[:end]
+        if not learned[: -len(stop)].strip():
             raise DataError(
                 "NothingSupervised",
                 f"{where}: no word of message {i} would be learned: it is empty, or the chat"
@@ -126,6 +137,15 @@ class ChatTemplate:
             )
         _must_write(where, messages[i].get("tool_calls", ()), learned, f"calls of message {i}")
         return Turn(through[:start], learned[: -len(stop)], stop)
+
+    def _ends(self, text: str) -> list[tuple[int, str]]:
+        """Where the special tokens that a text ends with end, and their texts, the last first."""
+        ends: list[tuple[int, str]] = []
+        text = text.rstrip()
+        while stop := next((stop for stop in self._stops if text.endswith(stop)), None):
+            ends.append((len(text), stop))
+            text = text.removesuffix(stop).rstrip()
+        return ends
 
     def _marked(self, where: str, text: str, prompt: int, marks: list[Mark], i: int) -> Mark:
         """Where the learned text of message i stands by the template's own marks, which may leave
@@ -165,10 +185,15 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise DataError(
                 "TemplateFailed",
-                f"{where}: the tokenizer's chat template refuses the conversation: {error}",
+                f"{where}: the tokenizer's chat template refuses the conversation:"
+                f" {redacted(str(error))}",
             ) from None
         texts, marks = rendered
         return texts[0], marks[0] if marked else None
+
+
+def _is_learned(message: Message) -> bool:
+    return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def _must_write(where: str, calls: Sequence[Any], text: str, what: str) -> None:

@@ -7,7 +7,6 @@ a call) is parsed. Templates would otherwise write lists and quoted JSON, and th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from finetune_trainer.prepare.formats import (
     Conversation,
     Message,
     field_value,
+    from_json,
     missing_field,
     wrong_type,
 )
@@ -74,6 +74,9 @@ def _message(record: Record, name: str, turn: Any, content: str) -> Message:
             raise missing_field(record, named)
     if not isinstance(message["role"], str):
         raise wrong_type(record, f"{name}.role", "a string", message["role"])
+    weight = message.get("weight", 1)
+    if message["role"] == "assistant" and weight not in (0, 1):
+        raise wrong_type(record, f"{name}.weight", "0 (read) or 1 (learned)", weight)
     if "content" in message:
         message["content"] = _content(record, content, message["content"])
     if calls:
@@ -125,9 +128,4 @@ def is_list(value: Any) -> bool:
 
 def _parsed(value: Any) -> Any:
     """The value, or what its text says as JSON (None where it is none)."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return None
+    return from_json(value) if isinstance(value, str) else value

@@ -11,13 +11,11 @@ from typing import Final
 from finetune_trainer.failures import DataError
 from finetune_trainer.prepare.faults import Complain, refuse
 from finetune_trainer.prepare.lines import decoded
+from finetune_trainer.prepare.personal import excerpt
 
 CELL_CHARACTERS: Final = 1 << 24
 """Most characters of a field of CSV: a quote that is never closed must not read on to the end."""
 csv.field_size_limit(CELL_CHARACTERS)  # of the process: the module has no other way
-
-_SHOWN: Final = 60
-"""Characters of a header that a message shows."""
 
 
 def csv_rows(
@@ -66,11 +64,14 @@ def _header(uri: str, rows: Iterator[list[str]]) -> list[str]:
     except csv.Error as error:
         names, shown = [""], str(error)
     else:
-        shown = ",".join(names)[:_SHOWN]
+        shown = excerpt(",".join(names))
+    remedy = "correct the header"
+    if names[:1] == [""] and names[1:]:
+        remedy += ", or write the table without its index (pandas: to_csv(..., index=False))"
     if "" in names or len(set(names)) < len(names):
         raise DataError(
             "MalformedObject",
-            f"{uri}: the first line must name every field once; got {shown!r}; correct the header",
+            f"{uri}: the first line must name every field once; got {shown!r}; {remedy}",
         )
     return names
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import numpy.typing as npt
 
@@ -23,11 +25,13 @@ class Deduplicator:
         self._exact = Seen() if quality.deduplicate else None
         drop_near = quality.near_duplicates == "Drop"
         self._near = SeenAlike(float(quality.near_duplicate_similarity)) if drop_near else None
+        self._last = ("", False)
         self._drafts = 0
         self._dropped = 0
 
     def begin_part(self, part: PartSummary) -> None:
         """Count what the part's worker saw, and left out, already."""
+        self._last = ("", False)
         self._drafts += part.training_drafts
         self._dropped += part.duplicates
 
@@ -39,11 +43,21 @@ class Deduplicator:
             report.duplicates += int(known.sum())
             kept = kept[~known]
         if self._near is not None:
-            known = np.array(self._near.add(facts.fingerprints()[kept]), np.bool_)
-            report.near_duplicates += int(known.sum())
-            kept = kept[~known]
+            alike = self._alike(self._near, facts, kept)
+            report.near_duplicates += int(alike.sum())
+            kept = kept[~alike]
         self._dropped += len(facts) - len(kept)
         return kept
+
+    def _alike(self, near: SeenAlike, facts: Facts, rows: Rows) -> npt.NDArray[np.bool_]:
+        """True at those of some rows whose record is like an earlier one. The samples of one record
+        follow one another and share its words, so they are judged by the first of them, which
+        earlier rows may hold."""
+        places = [self._last[0], *facts.texts("where", rows)]
+        begins = np.array([place != before for before, place in pairwise(places)], np.bool_)
+        verdicts = [self._last[1], *near.add(facts.fingerprints()[rows[begins]])]
+        self._last = (places[-1], verdicts[-1])
+        return np.array(verdicts, np.bool_)[np.cumsum(begins)]
 
     def check(self) -> None:
         """Whether the training set is what it seems.

@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from finetune_api.sources import Data, DataSource, Format
 from finetune_api.templates import Retrieval
 from finetune_trainer.failures import DataError
 from finetune_trainer.prepare.chat import ChatTemplate
-from finetune_trainer.prepare.conversations import conversation_of
+from finetune_trainer.prepare.conversations import conversation_of, function_of
 from finetune_trainer.prepare.digest import Source
 from finetune_trainer.prepare.formats import (
     Content,
@@ -32,6 +32,9 @@ from finetune_trainer.prepare.retrieval import RetrievalPrompts
 from finetune_trainer.prepare.templates import LibraryTemplate, PairTemplate
 from finetune_trainer.prepare.turns import ChatTurns
 from finetune_trainer.prepared.split import Side, shares_of, side_of
+
+_INSTRUCTING: Final = ("system", "developer")
+"""Roles of turns that say how to answer, in many conversations alike."""
 
 
 class Part(NamedTuple):
@@ -62,6 +65,9 @@ class Draft:
     own."""
     side: Side
     """The side that the group is on."""
+    own: str
+    """The record's own words, by which it is compared with others: without what many records share
+    (system turns, tools, the texts of templates). Of all samples of a conversation the same."""
     personal: Mapping[str, int] = field(default_factory=dict)
     """How often each kind of personal data was found in it (see ``personal``)."""
 
@@ -149,9 +155,25 @@ def _group_of(content: Content) -> str:
     )
 
 
+def _own_words(content: Content) -> str:
+    if isinstance(content, Pair):
+        asked = content.prompt if content.subject is None else content.subject
+        return f"{asked}\n{content.completion}" if content.own is None else content.own
+    if isinstance(content, Document):
+        return content.text
+    said: list[str] = []
+    for message in content.messages:
+        if message["role"] not in _INSTRUCTING:
+            said.append(message.get("content") or "")
+            calls = map(function_of, message.get("tool_calls", ()))
+            said += (f"{c['name']} {json.dumps(c['arguments'], ensure_ascii=False)}" for c in calls)
+    return "\n".join(said)
+
+
 def _pair_draft(record: Record, pair: Pair, group: str, side: Side, form: Format) -> Draft:
-    if not pair.completion:
-        raise nothing_learned(record.where, "its completion is empty")
+    if not pair.completion.strip():
+        learned = "label" if form == "Classification" else "completion"
+        raise nothing_learned(record.where, f"its {learned} is empty, or white space")
     label = pair.completion.strip() if form == "Classification" else None
     return Draft(
         where=record.where,
@@ -162,19 +184,30 @@ def _pair_draft(record: Record, pair: Pair, group: str, side: Side, form: Format
         group=group,
         framed=True,
         side=side,
+        own=_own_words(pair),
     )
 
 
 def _document_draft(record: Record, document: Document, group: str, side: Side) -> Draft:
-    if not document.text:
-        raise nothing_learned(record.where, "its text is empty")
-    parts = (Part(document.text, True),)
-    return Draft(record.where, parts, "", document.text, None, group, framed=True, side=side)
+    if not document.text.strip():
+        raise nothing_learned(record.where, "its text is empty, or white space")
+    return Draft(
+        where=record.where,
+        parts=(Part(document.text, True),),
+        prompt="",
+        completion=document.text,
+        label=None,
+        group=group,
+        framed=True,
+        side=side,
+        own=_own_words(document),
+    )
 
 
 def _chat_drafts(
     record: Record, conversation: Conversation, group: str, side: Side, chat: ChatTemplate
 ) -> list[Draft]:
+    own = _own_words(conversation)
     drafts = []
     for rendered in chat.render(record.where, conversation):
         parts: list[Part] = []
@@ -191,6 +224,7 @@ def _chat_drafts(
                 group=group,
                 framed=False,
                 side=side,
+                own=own,
             )
         )
     return drafts

@@ -15,7 +15,8 @@ from typing import Any, Final
 
 from finetune_api.sources import Format
 from finetune_trainer.failures import DataError
-from finetune_trainer.prepare.records import Record
+from finetune_trainer.prepare.personal import excerpt, redacted
+from finetune_trainer.prepare.records import Record, is_broken
 
 FORMAT_FIELDS: Final[dict[Format, tuple[str, ...]]] = {
     "Messages": ("messages",),
@@ -39,6 +40,8 @@ class Pair:
     completion: str
     subject: str | None = None
     """What is asked, however the prompt puts it. None: the prompt itself."""
+    own: str | None = None
+    """The record's own words in both, without a template's. None: subject and completion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +120,7 @@ def group_value(record: Record, field: str) -> str:
 
 def names_of(record: Record) -> str:
     """The record's field names, for messages."""
-    return ", ".join(str(name) for name in list(record.fields)[:20])
+    return redacted(", ".join(str(name) for name in list(record.fields)[:20]))
 
 
 def missing_field(record: Record, field: str, why: str = "is missing") -> DataError:
@@ -181,5 +184,13 @@ def wrong_type(record: Record, field: str, wanted: str, value: Any) -> DataError
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else f"{text[:59]}…"
+    return excerpt(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def from_json(text: str) -> Any:
+    """What a text says as JSON; None where it is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return None if is_broken(value) else value

@@ -29,7 +29,7 @@ UNKNOWN: Final = "und"
 """ISO 639's code for text whose language is not known."""
 
 _MARKS: Final = re.compile(r"<[^<>\s]{1,40}>")
-"""Marks of chat templates (and of HTML): they are of no language."""
+"""Marks of HTML, and of chat templates in a text: they are of no language."""
 
 
 class Languages:
@@ -43,7 +43,7 @@ class Languages:
         """Count some of a batch."""
         room = min(OF_A_BATCH, MOST - self.counts.total())
         for draft in drafts[:: max(1, len(drafts) // OF_A_BATCH)][:room]:
-            self.counts[language_of(" ".join(part.text for part in draft.parts))] += 1
+            self.counts[language_of(draft.own)] += 1
 
     def to_json(self) -> dict[str, float]:
         """Share of each language (ISO 639 code), the largest first."""

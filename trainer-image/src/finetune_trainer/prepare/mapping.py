@@ -18,11 +18,11 @@ from finetune_trainer.prepare.drafts import Draft
 from finetune_trainer.prepare.duplicates import Seen, digest_of
 from finetune_trainer.prepare.facts import FactsWriter, Fault, PartSummary, Preview
 from finetune_trainer.prepare.faults import Faults
+from finetune_trainer.prepare.inspection import inspect
 from finetune_trainer.prepare.languages import Languages
 from finetune_trainer.prepare.nearduplicates import Words, fingerprints
 from finetune_trainer.prepare.overlength import fit
 from finetune_trainer.prepare.parts import Part
-from finetune_trainer.prepare.personal import inspect
 from finetune_trainer.prepare.previews import preview
 from finetune_trainer.prepare.reader import Batch, Reader
 from finetune_trainer.prepare.tokens import Cut, Model, Sample
@@ -114,8 +114,7 @@ class _Mapped:
             digests = _digests(sample.draft for sample, _ in fitted)
         prints: Words | None = None
         if self._similarity is not None:
-            texts = [" ".join(p.text for p in sample.draft.parts) for sample, _ in fitted]
-            prints = fingerprints(texts, self._similarity)
+            prints = fingerprints([s.draft.own for s, _ in fitted], self._similarity)
         for i, (sample, cut) in enumerate(fitted):
             self._offer(sample)
             shard, row = self._writers[sample.draft.side].add(sample)

@@ -1,8 +1,8 @@
 """Near duplicates, remembered in 128 bytes a record (128 MB a million).
 
-Records are sets of shingles (three words in a row). A MinHash signature (Broder, "On the
-resemblance and containment of documents", 1997) of 128 values estimates the Jaccard similarity of
-two sets: the share of equal values. Two things are kept of a record:
+Records are sets of shingles: three of their own words (``Draft.own``) in a row. A MinHash signature
+(Broder, "On the resemblance and containment of documents", 1997) of 128 values estimates the
+Jaccard similarity of two sets: the share of equal values. Two things are kept of a record:
 
 - 8 words of 8 bytes: band hashes, for locality-sensitive hashing (Leskovec, Rajaraman, Ullman,
   "Mining of Massive Datasets", section 3.4). A band is a row of signature values, and records of
@@ -51,8 +51,8 @@ _NIBBLES: Final = VALUES // 16
 FINGERPRINT: Final = BANDS + _NIBBLES
 """Words that are remembered of a record."""
 
-# Scripts without spaces (Thai, Japanese, Chinese) are cut into characters.
-_UNSPACED: Final = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff"
+# Scripts without spaces (Thai, Lao, Burmese, Khmer, Japanese, Chinese) are cut into characters.
+_UNSPACED: Final = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 _WORD: Final = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 
 
@@ -99,7 +99,8 @@ def fingerprints(texts: Sequence[str], threshold: float) -> Words:
     """
     if not texts:
         return np.empty((0, FINGERPRINT), np.uint64)
-    signatures = np.stack([signature(text) for text in texts])
+    different = {text: signature(text) for text in dict.fromkeys(texts)}
+    signatures = np.stack([different[text] for text in texts])
     return np.hstack([_band_keys(signatures, rows_for(threshold)), _low_bits(signatures)])
 
 

@@ -11,12 +11,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Final, NamedTuple
-
-from finetune_trainer.failures import DataError
-from finetune_trainer.prepare.drafts import Draft
 
 IN_WORDS: Final = {
     "SECRET": "a key or access token",
@@ -31,12 +27,22 @@ KEY_BITS: Final = 3.0
 placeholder such as sk-xxxxxxxx has fewer."""
 
 
+EXCERPT: Final = 60
+"""Characters that a message shows of a text."""
+
+_AROUND: Final = 1 << 16
+"""Characters before and behind a position among which an excerpt's personal data is looked for."""
+
+_ESCAPED: Final = re.compile(r"\\[nrt]")
+
+
 class _Form(NamedTuple):
     kind: str
     hint: re.Pattern[str]
     """What a text must hold to be searched at all: cheap."""
     pattern: re.Pattern[str]
-    holds: Callable[[str], bool]
+    held: Callable[[str], str]
+    """The beginning of a match that is of this form; empty: none of it."""
 
 
 def scan(text: str) -> tuple[str, Counter[str]]:
@@ -72,11 +78,24 @@ _KINDS: Final = {cover: kind for kind, cover in _COVERS.items()}
 _COVERED: Final = re.compile("|".join(f"{cover}+" for cover in _KINDS))
 
 
+def excerpt(text: str, position: int = 0) -> str:
+    """The text around a position, at most ``EXCERPT`` characters, for messages: more people read
+    them than the data. Personal data is looked for before it is cut."""
+    begin = max(0, position - _AROUND)
+    # An escaped line break would be taken for the letter before a number.
+    near = covered(_ESCAPED.sub("  ", text[begin : position + _AROUND]))
+    start = max(0, min(position - begin - EXCERPT // 3, len(near) - EXCERPT))
+    part = near[start : start + EXCERPT].rstrip("\n")
+    more = begin + start + EXCERPT < len(text)
+    return f"{'…' if begin + start else ''}{uncovered(part)}{'…' if more else ''}"
+
+
 def _with_each(text: str, write: Callable[[str, str], str]) -> str:
     """The text with something else written for everything that is found, by its kind."""
 
     def replaced(form: _Form, match: re.Match[str]) -> str:
-        return write(form.kind, match[0]) if form.holds(match[0]) else match[0]
+        held = form.held(match[0])
+        return write(form.kind, held) + match[0].removeprefix(held) if held else match[0]
 
     for form in _FORMS:
         if form.hint.search(text):
@@ -84,56 +103,13 @@ def _with_each(text: str, write: Callable[[str, str], str]) -> str:
     return text
 
 
-def inspect(draft: Draft, policy: str, *, own_group: bool) -> Draft:
-    """The draft with the kinds that its parts hold; under Redact, without their values.
-
-    Args:
-        own_group: whether the group is the draft's own prompt, which is redacted with it: prompts
-            that have become equal stay on one side of the split.
-
-    Raises:
-        DataError: 'PersonalData' under policy Fail, naming record and kind.
-    """
-    if policy == "Ignore":
-        return draft
-    scanned = [scan(part.text) for part in draft.parts]
-    found: Counter[str] = sum((kinds for _, kinds in scanned), Counter())
-    if not found:
-        return draft
-    if policy == "Fail":
-        raise _refusal(draft, [kinds for _, kinds in scanned])
-    if policy == "Warn":
-        return replace(draft, personal=found)
-    parts = tuple(
-        part._replace(text=text) for part, (text, _) in zip(draft.parts, scanned, strict=True)
-    )
-    return replace(
-        draft,
-        parts=parts,
-        prompt="".join(part.text for part in parts[:-1]),
-        completion=scan(draft.completion)[0],
-        label=None if draft.label is None else scan(draft.label)[0],
-        group=scan(draft.group)[0] if own_group else draft.group,
-        personal=found,
-    )
+def _card(text: str) -> str:
+    """The number that a text begins with: groups behind it are an expiry date or a check value."""
+    ends = [len(text), *(gap.start() for gap in reversed([*re.finditer("[ -]", text)]))]
+    return next((text[:end] for end in ends if _is_card(text[:end])), "")
 
 
-def _refusal(draft: Draft, by_part: list[Counter[str]]) -> DataError:
-    part, kinds = next((part, k) for part, k in zip(draft.parts, by_part, strict=True) if k)
-    side = "what is learned of it" if part.learned else "its prompt"
-    named = " and ".join(IN_WORDS[kind] for kind in kinds)
-    return DataError(
-        "PersonalData",
-        f"{draft.where}: {side} holds {named}; take it out of the record, or set"
-        " data.quality.personalData to Redact, Warn or Ignore",
-    )
-
-
-def _always(_: str) -> bool:
-    return True
-
-
-def _card(text: str) -> bool:
+def _is_card(text: str) -> bool:
     """Length by issuer, and the check digit (Luhn; ISO/IEC 7812-1)."""
     number = re.sub(r"\D", "", text)
     digits = [int(c) for c in number]
@@ -146,18 +122,22 @@ _ISSUED: Final = re.compile(
 )
 
 
-def _dialled(text: str) -> bool:
+def _dialled(text: str) -> str:
     """At most 15 digits (ITU-T E.164), and at least 8 behind a plus, 10 without: fewer are more
     likely something else. One point among digits is that of a decimal number."""
     least = 8 if text.startswith("+") else 10
     decimal = re.fullmatch(r"\+\d+\.\d+", text)
-    return least <= sum(c.isdigit() for c in text) <= 15 and not decimal
+    return text if least <= sum(c.isdigit() for c in text) <= 15 and not decimal else ""
 
 
-def _random(text: str) -> bool:
-    """Whether a key's characters are spread as random ones are (Shannon entropy)."""
+def _random(text: str) -> str:
+    """A key whose characters are spread as random ones are (Shannon entropy)."""
     shares = [count / len(text) for count in Counter(text).values()]
-    return -sum(share * math.log2(share) for share in shares) >= KEY_BITS
+    return text if -sum(share * math.log2(share) for share in shares) >= KEY_BITS else ""
+
+
+_LETTER: Final = r"A-Za-z\u00c0-\u052f"
+"""Of scripts that put spaces between words: an address in others' texts ends where they go on."""
 
 
 _FORMS: Final = (
@@ -166,10 +146,11 @@ _FORMS: Final = (
         re.compile(r"-----BEGIN "),
         re.compile(
             r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
-            r"(?:[^-]*-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
+            # Headers have dashes; five of them end the body.
+            r"(?:(?:[^-]|-(?!----))*+-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
             r"|(?:\s*[A-Za-z0-9+/=]{16,})*)"
         ),
-        _always,
+        str,
     ),
     _Form(
         "SECRET",
@@ -194,10 +175,11 @@ _FORMS: Final = (
         "EMAIL",
         re.compile("@"),
         re.compile(
-            r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9_%+-][A-Za-z0-9._%+-]{0,63}"
-            r"@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9-])"
+            rf"(?<![{_LETTER}0-9._%+-])[{_LETTER}0-9_%+-][{_LETTER}0-9._%+-]{{0,63}}"
+            r"@(?!\dx\.(?:png|jpe?g|gif|webp|svg)\b)"  # images for screens of twice the density
+            rf"(?:[{_LETTER}0-9-]{{1,63}}\.){{1,8}}[{_LETTER}]{{2,24}}(?![{_LETTER}0-9-])"
         ),
-        _always,
+        str,
     ),
     _Form(
         "CARD",
@@ -207,11 +189,13 @@ _FORMS: Final = (
     ),
     _Form(
         "PHONE",
-        re.compile(r"\d{3}"),
+        re.compile(r"\+[1-9]|\d\d[ .()/-]{0,3}\d\d"),
         re.compile(
             r"(?<![\w.,+/-])(?:"
-            r"\+[1-9]\d{0,2}(?:[ .()/-]{0,2}\d{1,12}){1,6}"
-            r"|\([2-9]\d{2}\)[ -]?\d{3}[ .-]\d{4}|[2-9]\d{2}(?P<gap>[ .-])\d{3}(?P=gap)\d{4}"
+            r"(?:\+[1-9]|00[1-9]\d{1,2} )\d{0,14}(?:[ .()/-]{1,2}\d{1,12}){0,6}"
+            r"|(?:1[ .-])?(?:\([2-9]\d{2}\)[ -]?\d{3}[ .-]\d{4}"
+            r"|[2-9]\d{2}(?P<gap>[ .-])\d{3}(?P=gap)\d{4})"
+            r"|0[1-9](?P<pair>[ .-])\d{2}(?:(?P=pair)\d{2}){3}"
             r"|\(?0[1-9]\d{0,4}\)?[ /-]{1,3}\d{3,8}(?:[ -]\d{2,6}){0,3}"
             r")(?![\w-])"
         ),

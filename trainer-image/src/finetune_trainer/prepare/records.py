@@ -7,6 +7,7 @@ row) that it came from, and so does every complaint about one.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final
@@ -18,6 +19,7 @@ from finetune_trainer.failures import DataError, UserError
 from finetune_trainer.prepare.csvrows import csv_rows
 from finetune_trainer.prepare.faults import Complain, refuse
 from finetune_trainer.prepare.lines import PACKED, decoded, open_lines
+from finetune_trainer.prepare.personal import excerpt
 
 Fields = dict[str, Any]
 
@@ -30,8 +32,11 @@ SUFFIXES: Final = (
 PARQUET_ROWS: Final = 1024
 """Rows that are decoded at once."""
 
-_SHOWN: Final = 60
-"""Characters of a faulty line that a message shows around the fault."""
+_HALF: Final = re.compile(r"\\u[dD][89a-fA-F]")
+"""Half of a character, as JSON escapes it; two of them make one."""
+
+_LONG: Final = re.compile(r"\d{4301}")
+"""More digits than Python makes a number of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +66,7 @@ def read_records(uri: str, stream: BinaryIO, complain: Complain = refuse) -> Ite
         uri: the object's address; its ending tells how it is read.
         stream: the object, from its beginning (seekable, for Parquet).
         complain: is told 'MalformedRecord' (uri, line, column, text) where a line is no JSON
-            object, or (uri, row) where a row of CSV is none.
+            object, or (uri, row) where a row of CSV or Parquet is none.
 
     Raises:
         UserError: 'UnknownObjectType' for another ending.
@@ -75,7 +80,7 @@ def read_records(uri: str, stream: BinaryIO, complain: Complain = refuse) -> Ite
             " a pattern that leaves it out",
         )
     if uri.endswith(".parquet"):
-        yield from _read_parquet(uri, stream)
+        yield from _read_parquet(uri, stream, complain)
         return
     name, lines = open_lines(uri, stream)
     if name.endswith(".csv"):
@@ -113,7 +118,14 @@ def _parse(uri: str, number: int, line: bytes) -> Fields:
         raise DataError(
             "MalformedRecord",
             f"{uri}, line {number}, column {error.pos + 1}: not JSON: {error.msg} at"
-            f" {_excerpt(text, error.pos)}; each line must be one whole JSON object",
+            f" {excerpt(text, error.pos)!r}; each line must be one whole JSON object",
+        ) from None
+    except ValueError:
+        long = _LONG.search(text)
+        raise DataError(
+            "MalformedRecord",
+            f"{uri}, line {number}, column {long.start() + 1 if long else 1}: a whole number of"
+            " more than 4,300 digits; write it as a string",
         ) from None
     except RecursionError:
         raise DataError(
@@ -123,17 +135,26 @@ def _parse(uri: str, number: int, line: bytes) -> Fields:
         kind = "an empty object" if value == {} else f"a JSON {_kind(value)}"
         raise DataError(
             "MalformedRecord",
-            f"{uri}, line {number}, column 1: {kind}: {_excerpt(text, 0)}; each line must be one"
+            f"{uri}, line {number}, column 1: {kind}: {excerpt(text)!r}; each line must be one"
             " JSON object with fields",
         )
+    for name in value if _HALF.search(text) else ():
+        if is_broken([name, value[name]]):
+            raise DataError(
+                "MalformedRecord",
+                f"{uri}, line {number}: field {name!r} holds half of a character (an escape from"
+                " \\ud800 to \\udfff without its other half), which is no text; correct the record",
+            )
     return value
 
 
-def _excerpt(text: str, position: int) -> str:
-    """The text around a position, at most ``_SHOWN`` characters, quoted."""
-    start = max(0, min(position - _SHOWN // 3, len(text) - _SHOWN))
-    part = text[start : start + _SHOWN].rstrip("\n")
-    return repr(f"{'…' if start else ''}{part}{'…' if start + _SHOWN < len(text) else ''}")
+def is_broken(value: Any) -> bool:
+    """Whether there is half of a character in a value out of JSON: no tokenizer takes it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _kind(value: Any) -> str:
@@ -142,21 +163,38 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "number")
 
 
-def _read_parquet(uri: str, stream: BinaryIO) -> Iterator[Record]:
+def _read_parquet(uri: str, stream: BinaryIO, complain: Complain) -> Iterator[Record]:
     row = 0
     try:
         table = pq.ParquetFile(pa.PythonFile(stream, mode="r"))
         for batch in table.iter_batches(batch_size=PARQUET_ROWS):
-            for fields in batch.to_pylist():
+            for i in range(len(batch)):
                 row += 1
-                whole = {name: _without_nulls(value) for name, value in fields.items()}
-                yield Record(whole, uri, f"row {row}")
+                try:
+                    fields = _row(uri, row, batch, i)
+                except DataError as error:
+                    complain(error)
+                else:
+                    yield Record(fields, uri, f"row {row}")
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise DataError(
             "MalformedObject",
             f"{uri}: cannot be read as Parquet after row {row}: {str(error).splitlines()[0]};"
             " write the file again",
         ) from None
+
+
+def _row(uri: str, row: int, batch: Any, i: int) -> Fields:
+    fields = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            fields[name] = _without_nulls(column[i].as_py())
+        except UnicodeDecodeError:
+            raise DataError(
+                "MalformedRecord",
+                f"{uri}, row {row}: field {name!r} is not UTF-8 text; write the file from UTF-8",
+            ) from None
+    return fields
 
 
 def _without_nulls(value: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from finetune_api.templates import Retrieval
 from finetune_trainer.failures import DataError
-from finetune_trainer.prepare.formats import Pair, field_value, text_value, wrong_type
+from finetune_trainer.prepare.formats import Pair, field_value, from_json, text_value, wrong_type
 from finetune_trainer.prepare.records import Record
 from finetune_trainer.prepared.split import position
 
@@ -60,6 +60,8 @@ class RetrievalPrompts:
     def _pair(self, record: Record, *, shown: bool) -> Pair:
         question, answer = text_value(record, "question"), text_value(record, "answer")
         oracles = _passages(record, "oracle")
+        if not oracles:
+            raise wrong_type(record, "oracle", "at least one passage", record.fields["oracle"])
         distractors = self._distractors(record, question, oracles)
         passages = [*(oracles if shown else ()), *distractors]
         passages = self._shuffled("order", question, passages)
@@ -90,13 +92,15 @@ class RetrievalPrompts:
 
 
 def _passages(record: Record, field: str) -> list[str]:
+    """The passages of a field: a list, also as JSON in text (a cell of CSV has no other way), or
+    the one that its text is."""
     value: Any = field_value(record, field)
-    passages = [value] if isinstance(value, str) else value
-    if not isinstance(passages, list) or not all(isinstance(p, str) and p for p in passages):
+    listed = from_json(value) if isinstance(value, str) else value
+    if isinstance(listed, list) and all(isinstance(p, str) and p for p in listed):
+        return listed
+    if not isinstance(value, str) or not value:
         raise wrong_type(record, field, "a passage or a list of passages (strings)", value)
-    if not passages:
-        raise wrong_type(record, field, "at least one passage", value)
-    return passages
+    return [value]
 
 
 def _cited(record: Record, answer: str, oracles: int, numbers: Sequence[int] | None) -> str:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import jinja2
 import jinja2.meta
+import jinja2.nodes
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -20,6 +21,7 @@ from finetune_api.templates import Template
 from finetune_trainer.failures import DataError, UserError
 from finetune_trainer.prepare.catalogue import CATALOGUE
 from finetune_trainer.prepare.formats import Pair, missing_field
+from finetune_trainer.prepare.personal import redacted
 from finetune_trainer.prepare.records import Fields, Record
 from finetune_trainer.prepared.split import position
 
@@ -28,25 +30,21 @@ class _NullField(Exception):
     """A template wrote a field whose value is null."""
 
 
-def _refuse_null(value: Any) -> Any:
+def _written(value: Any) -> Any:
+    """What a template writes for a value."""
     if value is None:  # would be written as the word None, and learned
         raise _NullField
+    if isinstance(value, bool | list | dict):
+        return json.dumps(value, ensure_ascii=False, default=str)
     return value
 
 
 _ENVIRONMENT: Final = ImmutableSandboxedEnvironment(
     undefined=jinja2.StrictUndefined,
-    finalize=_refuse_null,
+    finalize=_written,
     keep_trailing_newline=True,
     autoescape=False,
 )
-
-
-def _written(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-_LIBRARY_ENVIRONMENT: Final = _ENVIRONMENT.overlay(finalize=_written)
 
 
 class LibraryTemplate:
@@ -65,8 +63,8 @@ class LibraryTemplate:
         self._theirs = {own: renamed.get(own, own) for own in entry.fields}
         # Whoever says where an optional field is means that it is there.
         self._spared = {f for f, field in entry.fields.items() if field.optional} - set(renamed)
-        self._prompts = [_LIBRARY_ENVIRONMENT.from_string(text) for text in entry.prompts]
-        self._completion = _LIBRARY_ENVIRONMENT.from_string(entry.completion)
+        self._prompts = [_ENVIRONMENT.from_string(text) for text in entry.prompts]
+        self._completion = _ENVIRONMENT.from_string(entry.completion)
 
     def first(self, record: Record) -> Pair:
         """The record in the first phrasing.
@@ -89,7 +87,8 @@ class LibraryTemplate:
         if drawn:
             at = position(self._seed, f"phrasing\0{subject}")
             prompt = self._prompts[int(at * len(self._prompts))].render(values)
-        return Pair(prompt, self._completion.render(values), subject)
+        own = "\n".join(str(_written(value)) for value in values.values())
+        return Pair(prompt, self._completion.render(values), subject, own)
 
     def _values(self, record: Record) -> Fields:
         values = {own: record.fields.get(theirs) for own, theirs in self._theirs.items()}
@@ -122,7 +121,9 @@ class PairTemplate:
             DataError: 'MissingField' or 'TemplateFailed', naming object, line and field.
             UserError: 'BadTemplate' where the template does what the sandbox forbids.
         """
-        return Pair(self._prompt.render(record), self._completion.render(record))
+        prompt, asked = self._prompt.render(record)
+        completion, answered = self._completion.render(record)
+        return Pair(prompt, completion, own=f"{asked}\n{answered}")
 
 
 class _Text:
@@ -131,18 +132,23 @@ class _Text:
     def __init__(self, name: str, source: str) -> None:
         self._name = name
         try:
-            self._needed = sorted(jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(source)))
+            tree = _ENVIRONMENT.parse(source)
+            self._needed = sorted(jinja2.meta.find_undeclared_variables(tree))
             self._compiled = _ENVIRONMENT.from_string(source)
+            for literal in tree.find_all(jinja2.nodes.TemplateData):
+                literal.data = " "
+            self._values = _ENVIRONMENT.from_string(tree)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(
                 "BadTemplate",
                 f"template.{name}, line {error.lineno}: {error.message}; got {source!r}",
             ) from None
 
-    def render(self, record: Record) -> str:
-        fields = record.fields
+    def render(self, record: Record) -> tuple[str, str]:
+        """The text for a record, and what of it are the record's values."""
+        fields = {"record": record.fields, **record.fields}
         try:
-            return self._compiled.render(fields)
+            return self._compiled.render(fields), self._values.render(fields)
         except jinja2.UndefinedError as error:
             missing = [name for name in self._needed if name not in fields]
             if missing:
@@ -152,7 +158,8 @@ class _Text:
                 "MissingField", f"{record.where}: template.{self._name}: {error.message}"
             ) from None
         except _NullField:
-            null = [name for name in self._needed if name in fields and fields[name] is None]
+            null = [name for name, value in record.fields.items() if value is None]
+            null = [name for name in null if name in self._needed] or null
             why = f"is null (template.{self._name} writes it)"
             raise missing_field(record, null[0] if null else "?", why) from None
         except SecurityError as error:
@@ -160,6 +167,6 @@ class _Text:
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise DataError(
                 "TemplateFailed",
-                f"{record.where}: template.{self._name} fails on this record: {error}. Correct the"
-                " record or the template",
+                f"{record.where}: template.{self._name} fails on this record:"
+                f" {redacted(str(error))}. Correct the record or the template",
             ) from None

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from finetune_trainer.failures import DataError, UserError
-from finetune_trainer.prepare.drafts import Draft, nothing_learned
+from finetune_trainer.prepare.drafts import Draft
 from finetune_trainer.prepare.faults import Complain, refuse
 from finetune_trainer.prepare.tokens import Cut, Placed, Sample, begins_of, check_vocabulary
 
@@ -82,7 +82,7 @@ class Texts:
         """Tokenize a batch of drafts.
 
         Args:
-            complain: is told 'NothingSupervised' or 'EmptyPrompt', naming the record.
+            complain: is told 'EmptyPrompt', naming the record.
 
         Raises:
             DataError: what ``complain`` raises.
@@ -90,9 +90,7 @@ class Texts:
         """
         samples: list[Sample] = []
         for draft, ids in zip(drafts, self._encode([d.prompt for d in drafts]), strict=True):
-            if not draft.label:
-                complain(nothing_learned(draft.where, "its label is empty"))
-            elif len(ids) <= self._marks:
+            if len(ids) <= self._marks:
                 complain(
                     DataError(
                         "EmptyPrompt", f"{draft.where}: its text has no token; correct the record"
