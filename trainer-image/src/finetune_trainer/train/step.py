@@ -53,10 +53,9 @@ def optimizer_step(session: Session, batch: StepTensors, rate: float) -> tuple[T
     found = gang.sum_on_device(torch.stack([loss[0], norm.double() / gang.size]))
     learns = bool(batch.plan.samples)
     taken = session.guard.judge(batch.plan.number, found[0], found[1], learns=learns)
-    changes = taken & learns  # of no samples, momentum and decay would change the weights alone
     if session.weight_anchor is not None:
-        session.weight_anchor.pull(rate, changes)
-    step_if(session.optimizers, rate, changes)
+        session.weight_anchor.pull(rate, taken)
+    step_if(session.optimizers, rate, taken)
     steps = torch.full_like(loss, learns / gang.size)
     sums = torch.cat([loss, steps, beside, by_source.flatten()])
     return torch.where(taken, sums, torch.zeros_like(sums)), norm
