@@ -56,6 +56,8 @@ theirs: the pod's end would count as an incident."""
 CONNECT_SECONDS: Final = 60
 """One try to reach the rendezvous; then its name is looked up again."""
 PAUSE_SECONDS: Final = 0.5
+_ALLOCATION: Final = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+"""What torch reads its settings of GPU memory from, its newer and its older name."""
 POLL_SECONDS: Final = 0.05
 KILL_SECONDS: Final = 3
 """Of the grace period, kept for killing what is left and for the last word."""
@@ -240,13 +242,14 @@ class Supervisor:
         own = {
             # Else a survivor of a lost node keeps the old store's address, and the gang hangs.
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-            # No two steps have rows of the same lengths: fixed blocks of a GPU's memory would be
-            # left with holes.
-            "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True"),
             workerfiles.ENV_FOLDER: str(self._start_folder),
             workerfiles.ENV_LAUNCHED: str(launched),
             agent.ENV_REPORT: str(self._report_file),
         }
+        if not _ALLOCATION & os.environ.keys():
+            # No two steps have rows of the same lengths: blocks of a GPU's memory that cannot grow
+            # would be left with holes.
+            own["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
         if self._place.loopback and sys.platform == "linux":
             own["GLOO_SOCKET_IFNAME"] = "lo"
         return {**os.environ, **own}
