@@ -69,8 +69,9 @@ def _of_pod(pod: PodView, attempt: int | None) -> FailureStatus:
         memory = pod.limits.get("memory", "none set")
         message = (
             f"the kernel killed the container for its memory (limit: {memory}). Raise"
-            " compute.resources.limits.memory (prepare.resources for prepare and publish), or"
-            " lower training.microBatchTokens"
+            " compute.resources.limits.memory (prepare.resources for prepare and publish), lower"
+            " training.microBatchTokens or, if it died while it was saving, set"
+            " checkpoint.staging: Disk"
         )
         return failure("OutOfMemory", "HostOutOfMemory", message, pod, attempt=attempt)
     if pod.disruption or pod.reason:

@@ -101,8 +101,9 @@ def _killed(number: int, nodes: int, oom_killed: bool | None) -> TrainerError:
         return OutOfMemory(
             "HostOutOfMemory",
             f"{what}, as the kernel does when the memory limit is reached. Raise"
-            " compute.resources.limits.memory (compute.sharedMemory counts too), or lower"
-            " training.microBatchTokens",
+            " compute.resources.limits.memory (compute.sharedMemory counts too), lower"
+            " training.microBatchTokens or, if it died while it was saving, set"
+            " checkpoint.staging: Disk",
         )
     # NCCL's watchdog aborts a process whose peers are gone before Python can say so.
     if number == signal.SIGABRT and nodes > 1:
