@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,14 @@ from transformers import (
 
 from finetune_api.spec import FineTuneJobSpec, parse_spec
 from finetune_trainer.engine import packed
+from finetune_trainer.engine.anchors import OutputAnchor
+from finetune_trainer.engine.gang import join
+from finetune_trainer.engine.guard import Guard
+from finetune_trainer.engine.loss import TokenLoss
+from finetune_trainer.engine.optimizers import make_optimizers
+from finetune_trainer.engine.plan import Plan
 from finetune_trainer.prepared.shards import TokenSample
+from finetune_trainer.train.session import weight_anchor
 
 CPU = torch.device("cpu")
 
@@ -68,6 +76,26 @@ def samples(lengths: list[int], seed: int = 0, vocabulary: int = 97) -> list[Tok
         supervised[0], supervised[-1] = False, True
         made.append(TokenSample(draw.integers(0, vocabulary, n).astype(np.int32), supervised))
     return made
+
+
+def session_of(model: Any, spec: FineTuneJobSpec, plan: Plan, untuned: Any = None) -> Any:
+    """What a step of a language model under tuning needs, in a gang of one.
+
+    Args:
+        untuned: a copy of the model as it was; an output anchor without an adapter wants one.
+    """
+    gang = join(spec.training)
+    kl = float(spec.training.anchor.kl_coefficient)
+    loss = TokenLoss(model.to(gang.device), anchor_coefficient=kl).train()
+    copy = untuned and TokenLoss(untuned.requires_grad_(False).to(gang.device)).eval()
+    optimizers = make_optimizers(model, spec)
+    return SimpleNamespace(
+        gang=gang, plan=plan, spec=spec, module=loss, optimizers=optimizers,
+        trained=[p for p in model.parameters() if p.requires_grad],
+        output_anchor=OutputAnchor(loss, copy) if kl else None,
+        weight_anchor=weight_anchor(spec, optimizers),
+        guard=Guard(spec.training.guard, gang.device),
+    )  # fmt: skip
 
 
 def spec_of(method: dict[str, Any], **training: Any) -> FineTuneJobSpec:

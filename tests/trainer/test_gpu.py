@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from engine import samples, spec_of, tiny_llama
+from engine import samples, session_of, spec_of, tiny_llama
 from torch.distributed.fsdp import FSDPModule
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine import attention, compilation, kernels
-from finetune_trainer.engine.anchors import OutputAnchor
 from finetune_trainer.engine.base import BaseFiles
 from finetune_trainer.engine.feed import Feed, StaticShape, build_row
 from finetune_trainer.engine.gang import join
@@ -33,7 +32,6 @@ from finetune_trainer.engine.plan import Plan
 from finetune_trainer.engine.precision import precision_of, use_fp8
 from finetune_trainer.engine.requirements import check_device
 from finetune_trainer.storage.published import Base
-from finetune_trainer.train.session import weight_anchor
 from finetune_trainer.train.step import optimizer_step
 from finetune_trainer.train.tuned import TunedModel, open_model
 
@@ -78,28 +76,18 @@ def test_no_step_waits_for_the_device(method: str, anchor: dict[str, str]) -> No
         {"type": method}, precision="BF16", dropout="0.1", anchor=anchor,
         guard={"spikeDeviations": "6"},
     )  # fmt: skip
-    gang = join(spec.training)
-    model = apply_method(tiny_llama(), spec).to(gang.device)
-    kl = float(spec.training.anchor.kl_coefficient)
-    loss = TokenLoss(model, anchor_coefficient=kl).train()
-    untuned = TokenLoss(tiny_llama().requires_grad_(False).to(gang.device)).eval()
-    optimizers = make_optimizers(model, spec)
+    model = apply_method(tiny_llama(), spec)
+    kl = bool(anchor)
     documents = samples(LENGTHS)
     supervised = np.array([int(s.supervised.sum()) for s in documents])
     plan = Plan(
         np.array(LENGTHS), supervised, batch_size=4, seed=0, row_tokens=ROW, ranks=1,
         sources=np.arange(len(LENGTHS)) % 2,
     )  # fmt: skip
-    session: Any = SimpleNamespace(
-        gang=gang, plan=plan, spec=spec, module=loss,
-        trained=[p for p in model.parameters() if p.requires_grad], optimizers=optimizers,
-        output_anchor=OutputAnchor(loss, untuned if method == "Full" else None) if kl else None,
-        weight_anchor=weight_anchor(spec, optimizers),
-        guard=Guard(spec.training.guard, gang.device),
-    )  # fmt: skip
+    session = session_of(model, spec, plan, tiny_llama() if kl and method == "Full" else None)
     read = lambda positions: [documents[p] for p in positions]  # noqa: E731
     with Feed(
-        plan, read, rank=0, start=0, end=12, device=gang.device, replay=[False, kl > 0]
+        plan, read, rank=0, start=0, end=12, device=session.gang.device, replay=[False, kl]
     ) as feed:  # fmt: skip
         for batch in feed:
             if batch.plan.number == 2:  # the first ones make kernels and state

@@ -7,13 +7,12 @@ torch itself complain.
 from __future__ import annotations
 
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from engine import CPU, samples, spec_of, tiny_llama
+from engine import CPU, samples, session_of, spec_of, tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
@@ -24,15 +23,9 @@ from transformers import (
 )
 
 from finetune_trainer.engine import packed
-from finetune_trainer.engine.anchors import OutputAnchor
 from finetune_trainer.engine.feed import Feed, StaticShape, build_row
-from finetune_trainer.engine.gang import join
-from finetune_trainer.engine.guard import Guard
-from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.methods import apply_method
-from finetune_trainer.engine.optimizers import make_optimizers
 from finetune_trainer.engine.plan import Plan
-from finetune_trainer.train.session import weight_anchor
 from finetune_trainer.train.step import optimizer_step
 
 LENGTHS = [60, 50, 55, 45, 30, 20, 64, 35]
@@ -96,28 +89,19 @@ def test_no_step_reads_from_the_device(
         {"type": method}, precision="FP32", dropout="0.1", anchor=anchor,
         guard={"spikeDeviations": "6"},
     )  # fmt: skip
-    gang = join(spec.training)
     model = apply_method(MODELS[architecture](), spec)
-    kl = float(spec.training.anchor.kl_coefficient)
-    loss = TokenLoss(model, anchor_coefficient=kl).train()
-    untuned = TokenLoss(MODELS[architecture]().requires_grad_(False)).eval()
-    optimizers = make_optimizers(model, spec)
+    kl = bool(anchor)
     documents = samples(LENGTHS)
     plan = Plan(
         np.array(LENGTHS), np.array([int(s.supervised.sum()) for s in documents]), batch_size=4,
         seed=0, row_tokens=128, ranks=1, sources=np.arange(len(LENGTHS)) % 2,
     )  # fmt: skip
-    session: Any = SimpleNamespace(
-        gang=gang, plan=plan, spec=spec, module=loss,
-        trained=[p for p in model.parameters() if p.requires_grad], optimizers=optimizers,
-        output_anchor=OutputAnchor(loss, untuned if method == "Full" else None) if kl else None,
-        weight_anchor=weight_anchor(spec, optimizers),
-        guard=Guard(spec.training.guard, gang.device),
-    )  # fmt: skip
+    untuned = MODELS[architecture]() if kl and method == "Full" else None
+    session = session_of(model, spec, plan, untuned)
     shape = StaticShape(128, 64) if compiled else None
     with Feed(
         plan, lambda positions: [documents[p] for p in positions], rank=0, start=0, end=2,
-        device=CPU, replay=[False, kl > 0], build=partial(build_row, shape=shape),
+        device=CPU, replay=[False, kl], build=partial(build_row, shape=shape),
     ) as feed:  # fmt: skip
         for batch in feed:
             for row in batch.rows:

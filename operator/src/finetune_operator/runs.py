@@ -131,7 +131,7 @@ def _revise(
 ) -> CurrentRun:
     """The same run in a new gang. A run that had failed gets its restarts back."""
     run = run_id(number, subject.uid)
-    revision = 1 + (latest.revision if latest else before.run.revision if before.run else 1)
+    revision = _revision(before, latest) + 1
     restarts_before = latest.restarts_before if latest else 0
     base, restarts = _kept_base(number, spec, before, latest), _restarts(number, before)
     return CurrentRun(
@@ -142,6 +142,11 @@ def _revise(
         image=spec.compute.image or config.image,
         restarts_before=restarts if outcome == "Failed" else restarts_before,
     )
+
+
+def _revision(before: FineTuneJobStatus, latest: OrderView | None) -> int:
+    """The newest gang of the run."""
+    return latest.revision if latest else before.run.revision if before.run else 1
 
 
 def _restarts(number: int, before: FineTuneJobStatus) -> int:
@@ -178,7 +183,7 @@ def _as_it_is(
     base, wait = _kept_base(number, spec, before, latest), None
     if base is None and outcome is None:
         base, wait = _find_base(subject, spec, observed)
-    revision = latest.revision if latest else before.run.revision if before.run else 1
+    revision = _revision(before, latest)
     return CurrentRun(
         number=number,
         id=run,

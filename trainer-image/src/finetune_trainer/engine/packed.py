@@ -32,8 +32,6 @@ ATTENTION: Final = "finetune_documents"
 Attend = Callable[[RowLayout, Tensor, Tensor, Tensor, float | None, int | None], Tensor]
 """Attention of a row, as ``attention.attend``."""
 
-_registered: Final[set[str]] = set()
-
 
 def install() -> None:
     """Register the attention with transformers, under the name ``ATTENTION``."""
@@ -69,12 +67,11 @@ def register(name: str, within: Attend) -> None:
 
     ALL_ATTENTION_FUNCTIONS.register(name, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, _mask)
-    _registered.add(name)
 
 
 def attends_rows(model: PreTrainedModel) -> bool:
     """Whether a model's attention is one that was registered here."""
-    return model.config._attn_implementation in _registered
+    return ALL_MASK_ATTENTION_FUNCTIONS.get(model.config._attn_implementation) is _mask
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:

@@ -81,7 +81,7 @@ def take_steps(
     rollbacks = len(session.checkpoints.head.rollbacks)
     factor = float(spec.training.guard.rollback_factor) ** rollbacks
     if (state.step in evaluate_at or state.step == total) and not was_measured(session, state):
-        evaluate(session, state, clock, last=state.step == total)
+        evaluate(session, state, clock, whatever=state.step == total)
     with Feed(
         session.plan, lambda positions: session.data.samples("train", positions),
         rank=gang.rank // session.context.size, start=state.step, end=total, device=gang.device,
@@ -107,7 +107,7 @@ def take_steps(
                 session.checkpoints.settle()
             tell_commits(session)
             if state.step in evaluate_at or state.step == total:
-                evaluate(session, state, clock, last=stop or state.step == total)
+                evaluate(session, state, clock, whatever=stop or state.step == total)
             # The answer to a wish comes a step later: one that was met since is old.
             elif stop or (late and clock.steps_since_commit > 1) or by_step:
                 commit(session, state, clock, whatever=stop)
@@ -181,8 +181,9 @@ def log(session: Session, state: LoopState, rate: float, norm: Tensor, clock: Cl
         print(f"{where} loss {loss:.4f} lr {rate:.3g}{compiled}", flush=True)
 
 
-def evaluate(session: Session, state: LoopState, clock: Clock, *, last: bool) -> None:
-    """Measure the validation sets, watch for early stopping, and commit the step."""
+def evaluate(session: Session, state: LoopState, clock: Clock, *, whatever: bool) -> None:
+    """Measure the validation sets, watch for early stopping, and commit the step (``whatever``: as
+    ``commit`` has it)."""
     spec, telemetry = session.spec, session.telemetry
     began = time.perf_counter()
     telemetry.say(stage="Evaluating", step=state.step)
@@ -209,7 +210,7 @@ def evaluate(session: Session, state: LoopState, clock: Clock, *, last: bool) ->
             telemetry.validation_loss.labels(result.name).set(result.metrics["Loss"])
         watch_early_stopping(session, state, metrics)
     clock.count(session, "evaluation", time.perf_counter() - began)
-    commit(session, state, clock, whatever=last or state.stopped_early)
+    commit(session, state, clock, whatever=whatever or state.stopped_early)
 
 
 def was_measured(session: Session, state: LoopState) -> bool:
