@@ -14,14 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import all_gather_tensor_autograd
 
 from finetune_trainer.engine.transfer import on_device
 
@@ -75,8 +74,32 @@ class Wanted:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def gather(self, x: Tensor) -> Tensor:
         """[1, heads, tokens here, width] → [1, heads, keys, width]."""
-        whole = cast(Tensor, all_gather_tensor_autograd(x.contiguous(), 2, self.group))
-        return whole.index_select(2, self.take)
+        return cast(Tensor, _Gathered.apply(x, self.group)).index_select(2, self.take)
+
+
+class _Gathered(torch.autograd.Function):
+    """Tokens of all processes of a group, process after process; each gets the gradients of its own
+    from all of them.
+
+    torch's own of this kind hand on tensors that wait when they are first used. Attention uses
+    these at once, so it waits here, with the plain collectives.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """[1, heads, tokens here, width] → [1, heads, tokens of the group, width]."""
+        ctx.group, ctx.size = group, dist.get_world_size(group)
+        tokens = x.transpose(0, 2).contiguous()  # what is gathered lies one behind the other
+        whole = tokens.new_empty(ctx.size * len(tokens), *tokens.shape[1:])
+        dist.all_gather_into_tensor(whole, tokens, group=group)
+        return whole.transpose(0, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        whole = grads[0].transpose(0, 2).contiguous()
+        mine = whole.new_empty(len(whole) // ctx.size, *whole.shape[1:])
+        dist.reduce_scatter_tensor(mine, whole, group=ctx.group)
+        return mine.transpose(0, 2), None
 
 
 def share(

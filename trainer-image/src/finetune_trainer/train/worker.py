@@ -6,6 +6,7 @@ file for the supervisor.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 import traceback
@@ -34,6 +35,8 @@ from finetune_trainer.train.telemetry import Telemetry
 def main() -> int:
     """Run this process's part; returns its exit code."""
     startup = StartupClock.of_this_process()
+    # A crash in native code (a driver, a communication library) says where it was, or nothing does.
+    faulthandler.enable()
     # Progress bars of libraries are noise in a log that nobody watches.
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
