@@ -82,6 +82,7 @@ def report(**change: Any) -> dict[str, Any]:
         "dropped": {"Duplicate": 2, "MissingField": 1, "Overlength": 0, "Unheard": 1},
         "faults": [{"reason": "MissingField", "message": "a, line 4: field 'x' is missing"}],
         "languages": {"en": 0.75, "und": 0.25},
+        "documentsSplit": 4,
         "truncated": {"promptBeginning": 1, "completionEnd": 2, "textEnd": 3},
         "splits": {"train": side},
     }  # fmt: skip
@@ -123,7 +124,7 @@ def test_the_page_shows_all_that_was_found() -> None:
         "3 × an e-mail address (kept)", "a, line 9", "1 training samples share text",
         "10 held-out samples were not compared", "lacks a field", "Unheard", "the same words",
         "field &#39;x&#39; is missing", "en 75 %, unclear 25 %", "&lt;script&gt;", "good 4, bad 3",
-        "without the end of the text", "[1 token cut off]",
+        "without the end of the text", "[1 token cut off]", "documents split",
     ):  # fmt: skip
         assert shown in page, shown
     assert "<script" not in page and "http" not in page
@@ -133,9 +134,10 @@ def test_the_page_of_data_without_findings_has_no_notes() -> None:
     clean = report(contamination=None)
     source = clean["sources"][0]
     source["dropped"] = {"Duplicate": 0}
+    source["documentsSplit"] = 0
     source["truncated"] = {"promptBeginning": 0, "completionEnd": 0, "textEnd": 0}
     source["faults"] = []
     source["splits"]["train"]["personalData"] = {}
     page = render(clean)
-    assert "Worth a look" not in page and "Left out and cut" not in page
+    assert "Worth a look" not in page and "Left out, cut" not in page
     assert _Tags(page).open == []

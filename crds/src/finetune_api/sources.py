@@ -240,11 +240,13 @@ class Quality(Model):
     max_duplicate_fraction: Fraction | None = None
     """Largest share of the training records that may be dropped as duplicates or near duplicates:
     with more the job fails. Absent: any."""
-    overlength: Literal["Truncate", "Drop", "Fail"] = "Truncate"
-    """What happens to a sample of more than `training.maxLength` tokens. Truncate cuts the
-    beginning of the prompt, and the end of a completion that is too long by itself (its stop token
-    is not learned then) or of a text to classify; Drop leaves the sample out, Fail ends the job.
-    The data report counts each of them."""
+    overlength: Literal["Split", "Truncate", "Drop", "Fail"] = "Split"
+    """What happens to a sample of more than `training.maxLength` tokens. Split makes several
+    samples of a document (format Text), parted behind a paragraph, a line, a sentence or a word,
+    and cuts others as Truncate does. Truncate cuts the beginning of the prompt, and the end of a
+    document, of a completion that is too long by itself (its stop token is not learned then) or of
+    a text to classify; Drop leaves the sample out, Fail ends the job. The data report counts each
+    of them."""
     faulty_records: Literal["Fail", "Drop"] = "Fail"
     """What happens to a record that cannot be used: a malformed line, a missing field, one of
     another type, nothing to learn. Fail ends the job and names the first, Drop leaves them out and

@@ -103,7 +103,7 @@ class Template(Model):
 class Retrieval(Model):
     """Passages in the prompts of format Retrieval (RAFT, arXiv:2403.10131). They are numbered in an
     order drawn by the record and the split's seed; a citation of the answer becomes that number. A
-    prompt that is cut (`quality.overlength: Truncate`) loses its first passages: Drop is safer."""
+    prompt that is cut (see `quality.overlength`) loses its first passages: Drop is safer."""
 
     distractors: Annotated[int, Field(ge=0, le=64)] | None = None
     """Passages shown beside the oracle, drawn from the record's. Absent: all that it has."""

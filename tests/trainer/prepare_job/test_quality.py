@@ -55,6 +55,34 @@ def test_overlength_is_cut_or_dropped_and_counted(at: Workplace) -> None:
     assert (summary.train_samples, summary.dropped) == (3, {"Overlength": 1})
 
 
+def test_long_documents_are_split_and_nothing_of_them_is_lost(at: Workplace) -> None:
+    """Twice in the data, a document is there once; it ends where it ended."""
+    text = "\n".join(f"{i}. The cat sat on mat {i * i}." for i in range(40))
+    records = lines({"text": text}, {"text": "A short one."}, {"text": text})
+    spec: dict[str, Any] = {"training": {"maxLength": 48}}
+    order = at.order(records, data={**ALL, "quality": {"maxDuplicateFraction": "0.6"}}, **spec)
+    summary, data = at.prepare(order)
+    samples = data.samples("train", range(summary.train_samples))
+    tokenizer = make_tokenizer(bos=True)
+    read = [tokenizer.decode(sample.ids, skip_special_tokens=True) for sample in samples]
+    assert len(read) > 5 and "".join(read[:-1]) == text and read[-1] == "A short one."
+    assert max(len(sample.ids) for sample in samples) <= 48
+    ends = [sample.ids[-1] == tokenizer.eos_token_id for sample in samples]
+    assert ends == [False] * (len(samples) - 2) + [True, True]
+    assert data.manifest.stop_token_ids == [tokenizer.eos_token_id]
+    assert summary.dropped == {"Duplicate": len(samples) - 1}
+    report = json.loads(at.store.get(f"{summary.uri}/report.json"))["sources"][0]
+    assert report["documentsSplit"] == 2 and not sum(report["truncated"].values())
+    shown = report["splits"]["train"]["previews"][1]
+    assert shown["where"].endswith(f"line 1, piece 2 of {len(samples) - 1}")
+    assert "".join(part["text"] for part in shown["parts"]) == read[1]
+
+    cut = {**ALL, "quality": {"overlength": "Truncate"}}
+    summary, data = at.prepare(at.order(data=cut, **spec))
+    assert (summary.train_samples, summary.dropped) == (2, {"Duplicate": 1})
+    assert len(data.samples("train", [0])[0].ids) == 48
+
+
 def test_overlength_fail_names_the_record(at: Workplace) -> None:
     error = at.fault(
         lines(*pairs(3), LONG),

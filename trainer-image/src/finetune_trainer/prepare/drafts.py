@@ -68,6 +68,8 @@ class Draft:
     own: str
     """The record's own words, by which it is compared with others: without what many records share
     (system turns, tools, the texts of templates). Of all samples of a conversation the same."""
+    goes_on: bool = False
+    """Whether its text goes on in another draft: it has no end mark then."""
     personal: Mapping[str, int] = field(default_factory=dict)
     """How often each kind of personal data was found in it (see ``personal``)."""
 

@@ -44,8 +44,8 @@ SCHEMA: Final = pa.schema(
 )
 """Columns of a row. ``side`` and ``cut`` are positions in SIDES and CUTS; ``shard`` counts those of
 the part and side; ``completion`` is the length of the last answer and ``stop`` its last token (-1:
-cut off, or no answer); ``personal`` counts kinds, as JSON; ``digest`` and ``fingerprint`` are null
-where duplicates are not looked for."""
+cut off, elsewhere, or no answer); ``personal`` counts kinds, as JSON; ``digest`` and
+``fingerprint`` are null where duplicates are not looked for."""
 
 ROWS: Final = 1 << 13
 """Rows that are held, and judged, at once."""
@@ -82,6 +82,8 @@ class PartSummary(Record):
     """Drafts left out since the part had them before."""
     overlength: int
     """Samples left out for their length."""
+    split: int
+    """Documents that became several samples."""
     reasons: dict[str, int]
     """Records that cannot be used, by reason."""
     faults: list[Fault]
@@ -115,10 +117,11 @@ class FactsWriter:
     ) -> None:
         """Note a sample, which stands in that row of a shard."""
         draft = sample.draft
+        stops = sample.spans and cut != "Completion" and not draft.goes_on
         values = (
             SIDES.index(draft.side), shard, row, len(sample.ids), sample.supervised,
             len(sample.ids) - sample.prompt_length,
-            int(sample.ids[-1]) if sample.spans and cut != "Completion" else -1,
+            int(sample.ids[-1]) if stops else -1,
             CUTS.index(cut), draft.where, draft.label,
             json.dumps(dict(draft.personal)) if draft.personal else None,
             digest, None if fingerprint is None else fingerprint.tobytes(),

@@ -2,18 +2,21 @@
 part.
 
 records → drafts ─(personal data, duplicates within the part)→ tokens ─(overlength)→ shards, facts
+
+A document that is too long goes twice from drafts to tokens: the second time in pieces.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import compress
 from pathlib import Path
 from typing import Final, TypeVar
 
 from finetune_api.sources import Data, Format
 from finetune_trainer.prepare.digest import Source
+from finetune_trainer.prepare.documents import is_document, pieces
 from finetune_trainer.prepare.drafts import Draft
 from finetune_trainer.prepare.duplicates import Seen, digest_of
 from finetune_trainer.prepare.facts import FactsWriter, Fault, PartSummary, Preview
@@ -134,6 +137,7 @@ class _Mapped:
             training_drafts=self._counts["training_drafts"],
             duplicates=self._counts["duplicates"],
             overlength=self._counts["overlength"],
+            split=self._counts["split"],
             reasons=dict(self._faults.reasons),
             faults=first,
             languages=dict(self._languages.counts),
@@ -148,15 +152,29 @@ class _Mapped:
 
     def _fitted(self, drafts: list[Draft]) -> list[tuple[Sample, Cut]]:
         """The samples of drafts, in at most as many tokens as they may have."""
-        tokens, limit = self._model.tokens, self._model.max_length
+        limit, bos = self._model.max_length, self._model.tokens.bos_id
         found: list[tuple[Sample, Cut]] = []
-        for sample in tokens.samples(drafts, self._faults.take):
-            fitted, cut = fit(sample, limit, self._quality.overlength, tokens.bos_id)
+        for sample in self._sampled(drafts):
+            fitted, cut = fit(sample, limit, self._quality.overlength, bos)
             if fitted is None:
                 self._counts["overlength"] += 1
             else:
                 found.append((fitted, cut))
         return found
+
+    def _sampled(self, drafts: list[Draft]) -> Iterator[Sample]:
+        """A sample of each draft; several of a document that is to be split."""
+        tokens, limit = self._model.tokens, self._model.max_length
+        splits = self._quality.overlength == "Split"
+        for sample in tokens.samples(drafts, self._faults.take):
+            if not splits or len(sample.ids) <= limit or not is_document(sample.draft):
+                yield sample
+                continue
+            found = pieces(sample.draft, tokens, limit)
+            self._counts["split"] += 1
+            if self._training:
+                self._counts["training_drafts"] += len(found) - 1
+            yield from tokens.samples(found, self._faults.take)
 
     def _offer(self, sample: Sample) -> None:
         offered = self._previews.setdefault(sample.draft.side, [])

@@ -1,4 +1,5 @@
-"""What happens to a sample of more tokens than ``training.maxLength``: a pure function."""
+"""What happens to a sample of more tokens than ``training.maxLength``: a pure function. Documents
+that are split (``documents``) have been before."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def fit(sample: Sample, limit: int, policy: str, bos: int | None) -> tuple[Sampl
         raise DataError(
             "Overlength",
             f"{sample.draft.where}: {length} tokens, but training.maxLength is {limit}; shorten the"
-            " record, raise training.maxLength, or set data.quality.overlength to Truncate or Drop",
+            " record, raise training.maxLength, or set data.quality.overlength to Split, Truncate or"
+            " Drop",
         )
     if policy == "Drop":
         return None, "Dropped"

@@ -139,6 +139,7 @@ class SourceReport:
     duplicates: int = 0
     near_duplicates: int = 0
     overlength: int = 0
+    split: int = 0
     contaminated: int = 0
     languages: Languages = field(default_factory=Languages)
     cuts: Counter[Cut] = field(default_factory=Counter)
@@ -150,6 +151,7 @@ class SourceReport:
         self.records += part.records
         self.duplicates += part.duplicates
         self.overlength += part.overlength
+        self.split += part.split
         self.faults.merge(part.reasons, [DataError(f.reason, f.message) for f in part.faults])
         self.languages.counts.update(part.languages)
 
@@ -174,6 +176,7 @@ class SourceReport:
             "dropped": self.dropped,
             "faults": self.faults.to_json(),
             "languages": self.languages.to_json(),
+            "documentsSplit": self.split,
             "truncated": {
                 "promptBeginning": self.cuts["Prompt"],
                 "completionEnd": self.cuts["Completion"],

@@ -183,7 +183,7 @@ class Tokens:
         start, end = spans[-1]
         if start == end:
             raise nothing_learned(draft.where, "its completion has no token")
-        if draft.framed:
+        if draft.framed and not draft.goes_on:
             ids.append(self.eos_id)
             spans[-1] = (start, end + 1)
         if start == 0 and draft.prompt == "" and len(draft.parts) > 1:

@@ -1,0 +1,98 @@
+"""Long documents as several samples: nothing of the text is lost, and none is too long."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune_trainer.prepare.documents import is_document, parted, pieces
+from finetune_trainer.prepare.drafts import Draft, Part
+from finetune_trainer.prepare.tokens import Tokens, begins_of
+from trainer.prepare_helpers import make_tokenizer
+
+TOKENIZERS = {
+    "plain": make_tokenizer(),
+    "bos": make_tokenizer(bos=True),
+    "spaced": make_tokenizer(bos=True, metaspace=True),
+}
+PROSE = st.text(st.sampled_from("abc Td.\né"), min_size=1, max_size=400).filter(str.strip)
+
+
+def document(text: str) -> Draft:
+    return Draft(
+        where="s3://b/a.jsonl, line 3",
+        parts=(Part(text, True),),
+        prompt="",
+        completion=text,
+        label=None,
+        group=text,
+        framed=True,
+        side="train",
+        own=text,
+        personal={"EMAIL": 2},
+    )
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
+@given(text=PROSE, room=st.integers(1, 40))
+def test_pieces_are_the_text_in_order_and_have_room(tokenizer: Any, text: str, room: int) -> None:
+    begins = begins_of(tokenizer, text)
+    found = parted(text, begins, room)
+    assert "".join(found) == text and all(found)
+    ends = np.cumsum([len(piece) for piece in found])
+    for piece, end in zip(found, ends, strict=True):
+        inside = [b for b in set(begins) if end - len(piece) < b < end]
+        assert len(inside) < room  # and the token that the piece begins in
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("one two three. four five", ["one two three. ", "four five"]),
+        ("one two. three\nfour five", ["one two. three\n", "four five"]),
+        ("one two.\n\nthree\nfour five", ["one two.\n\n", "three\nfour five"]),
+        ("one two three four five", ["one two three ", "four five"]),
+        ("abcdefghijklmnopqrstuvw", ["abcdefghijkl", "mnopqrstuvw"]),
+    ],
+)
+def test_a_text_is_parted_where_it_allows_it_best(text: str, expected: list[str]) -> None:
+    letters = range(len(text))
+    assert parted(text, letters, 15) == expected
+
+
+def test_what_fits_is_one_piece() -> None:
+    assert parted("a b c", range(5), 5) == ["a b c"]
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
+def test_each_piece_begins_as_a_text_and_the_last_ends_as_one(tokenizer: Any) -> None:
+    tokens = Tokens(tokenizer, "m", len(tokenizer))
+    text = " ".join(f"The cat sat on mat {i}." for i in range(60))
+    (whole,) = tokens.samples([document(text)])
+    drafts = pieces(document(text), tokens, 64)
+    samples = tokens.samples(drafts)
+    assert len(samples) > 3 and max(len(s.ids) for s in samples) <= 64
+    assert min(len(s.ids) for s in samples[:-1]) > 32
+    for i, sample in enumerate(samples, start=1):
+        assert tuple(sample.ids[: len(tokens.prefix)]) == tokens.prefix
+        assert (sample.ids[-1] == tokens.eos_id) == (i == len(samples))
+        assert sample.supervised == len(sample.ids) - max(1, len(tokens.prefix))
+        assert sample.draft.where == f"s3://b/a.jsonl, line 3, piece {i} of {len(samples)}"
+    read = "".join(tokenizer.decode(s.ids, skip_special_tokens=True) for s in samples)
+    assert read.replace(" ", "") == text.replace(" ", "")
+    # Where words are parted, tokens are: none is lost or made.
+    marks = len(tokens.prefix) * (len(samples) - 1)
+    assert sum(len(s.ids) for s in samples) - marks <= len(whole.ids) + len(samples)
+    assert [d.personal for d in drafts] == [{"EMAIL": 2}] + [{}] * (len(drafts) - 1)
+    assert {d.group for d in drafts} == {text}
+
+
+def test_only_a_text_that_is_learned_as_a_whole_is_a_document() -> None:
+    made = document("a")
+    assert is_document(made)
+    assert not is_document(replace(made, parts=(Part("q", False), Part("a", True))))
