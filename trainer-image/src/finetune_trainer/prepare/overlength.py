@@ -24,8 +24,8 @@ def fit(sample: Sample, limit: int, policy: str, bos: int | None) -> tuple[Sampl
         raise DataError(
             "Overlength",
             f"{sample.draft.where}: {length} tokens, but training.maxLength is {limit}; shorten the"
-            " record, raise training.maxLength, or set data.quality.overlength to Split, Truncate or"
-            " Drop",
+            " record, raise training.maxLength, or set data.quality.overlength to Split, Truncate"
+            " or Drop",
         )
     if policy == "Drop":
         return None, "Dropped"
