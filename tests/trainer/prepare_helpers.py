@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -17,6 +19,7 @@ from finetune_api.results import PreparedSummary
 from finetune_api.sources import StorageAccess
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.prepare.pipeline import prepare
+from finetune_trainer.prepare.records import Record, read_records
 from finetune_trainer.prepared.shards import PreparedData
 from finetune_trainer.storage.objects import ObjectStore, Stores
 
@@ -108,6 +111,25 @@ def save_model(
 def lines(*records: Any) -> bytes:
     """JSON Lines of records."""
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+def zstd(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as packed:
+        packed.write(data)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def read(name: str, data: bytes) -> list[Record]:
+    """The records of an object."""
+    return list(read_records(f"s3://b/{name}", io.BytesIO(data)))
+
+
+def fault(name: str, data: bytes) -> TrainerError:
+    """Why an object cannot be read."""
+    with pytest.raises(TrainerError) as caught:
+        read(name, data)
+    return caught.value
 
 
 def pairs(count: int, start: int = 0) -> list[dict[str, str]]:

@@ -19,23 +19,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_api.names import ENV_PVC_ROOT
-from finetune_trainer.failures import DataError, TrainerError, UserError
+from finetune_trainer.failures import DataError, UserError
 from finetune_trainer.prepare.csvrows import CELL_CHARACTERS
-from finetune_trainer.prepare.records import PARQUET_ROWS, SUFFIXES, Record, read_records
+from finetune_trainer.prepare.records import PARQUET_ROWS, SUFFIXES, read_records
 from finetune_trainer.prepare.sources import DataObject, resolve
 from finetune_trainer.storage import claims
 from finetune_trainer.storage.objectstream import Opened, open_stream
-from trainer.prepare_helpers import lines
+from trainer.prepare_helpers import fault, lines, read, zstd
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 RECORDS = st.lists(st.dictionaries(TEXT, TEXT | st.integers() | st.none(), min_size=1), max_size=8)
-
-
-def zstd(data: bytes) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.CompressedOutputStream(sink, "zstd") as packed:
-        packed.write(data)
-    return bytes(sink.getvalue().to_pybytes())
 
 
 def rows_of(*rows: list[str]) -> bytes:
@@ -43,16 +36,6 @@ def rows_of(*rows: list[str]) -> bytes:
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
     return text.getvalue().encode("utf-8")
-
-
-def read(name: str, data: bytes) -> list[Record]:
-    return list(read_records(f"s3://b/{name}", io.BytesIO(data)))
-
-
-def fault(name: str, data: bytes) -> TrainerError:
-    with pytest.raises(TrainerError) as caught:
-        read(name, data)
-    return caught.value
 
 
 @given(RECORDS)
@@ -156,6 +139,7 @@ def test_what_a_struct_of_parquet_lacks_is_no_null() -> None:
         (b'{"a": "' + b"x" * 5000 + b'" "b": 1}', 5010, "…"),
         (b"not json", 1, "not json"),
         (b'[{"a": 1}]', 1, "JSON array"),
+        (b'[{"a": 1},', 12, "an object that is one array must be named .json"),
         (b"17", 1, "JSON number"),
         (b"{}", 1, "an empty object"),
     ],
@@ -229,6 +213,8 @@ def test_the_index_of_a_table_in_csv_is_named() -> None:
     [
         ("a.jsonl.gz", gzip.compress(lines(*({"a": i} for i in range(99))))[:-20]),
         ("a.jsonl.gz", b'{"a": 1}\n'),
+        ("a.json.gz", gzip.compress(b"[" + b'{"a": 1},' * 99)[:-20]),
+        ("a.json.zst", zstd(b"[" + b'{"a": 1},' * 99)[:-20]),
         ("a.jsonl.zst", zstd(lines(*({"a": i} for i in range(99))))[:-20]),
         ("a.jsonl.zst", b'{"a": 1}\n'),
         ("a.csv.gz", b"a,b\n"),
@@ -272,7 +258,7 @@ def parquet(records: list[dict[str, Any]]) -> bytes:
 
 KINDS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
     ".jsonl": lambda records: lines(*records),
-    ".json": lambda records: lines(*records),
+    ".json": lambda records: json.dumps(records, indent=4).encode(),
     ".csv": lambda records: rows_of(["a"], *([r["a"]] for r in records)),
     ".parquet": parquet,
 }

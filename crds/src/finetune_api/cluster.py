@@ -157,8 +157,8 @@ class Prepare(Model):
     """Pods of the CPU stages (prepare and publish)."""
 
     workers: Annotated[int, Field(ge=1, le=256)] = 1
-    """Pods among which prepare shares the data out, by objects and by ranges of large plain JSON
-    Lines. What they write is the same at any number of them."""
+    """Pods among which prepare shares the data out, by objects and by ranges of large plain
+    `.jsonl` objects. What they write is the same at any number of them."""
     resources: Resources = Resources()
     """CPU and memory of each pod."""
     node_selector: dict[QualifiedName, LabelValue] | None = Field(default=None, max_length=32)

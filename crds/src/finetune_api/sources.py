@@ -151,8 +151,8 @@ class DataSource(Model):
     """Name in metrics and reports. Absent: the list's name and the position, e.g. `train-0`."""
     source: DataUri
     """`s3://bucket/prefix/*.jsonl` or `pvc://claim/path`: an object, a glob, or a prefix ending in
-    '/'. JSON Lines (`.jsonl`, `.json`), CSV with a header line (`.csv`), each also compressed
-    (`.gz`, `.zst`), and Parquet (`.parquet`)."""
+    '/'. JSON Lines (`.jsonl`, `.json`), one JSON array of records (`.json`), CSV with a header line
+    (`.csv`), each also compressed (`.gz`, `.zst`), and Parquet (`.parquet`)."""
     format: Format | None = None
     """What the records hold. Messages: `messages` of role and content, or of calls of tools
     (`tool_calls`); `tools` (optional). PromptCompletion: `prompt`, `completion`. Instruction:

@@ -143,7 +143,8 @@ def data_of(at: Workshop, seed: int, **quality: Any) -> dict[str, Any]:
     at.put("b/0.jsonl.gz", gzip.compress(lines(*made[60:75]) + nothing))
     rows = "".join(f'"{r["prompt"]}","{r["completion"]}"\n' for r in made[75:90])
     at.put("b/1.csv", f"prompt,completion\n{rows}".encode())
-    at.put("b/2.jsonl", bad + lines(*made[90:])[:-1])
+    at.put("b/2.jsonl", bad + lines(*made[90:105])[:-1])
+    at.put("b/3.json", json.dumps([*made[105:], *([[]] if bad else [])], indent=2).encode())
     held = at.put("held.jsonl", lines(*made[10:12], *pairs(9)))
     return {
         "train": [{"name": name, "source": f"{at.root}/{name}/"} for name in ("a", "b")],
@@ -364,6 +365,13 @@ def test_a_worker_that_is_started_again_goes_on(
     summary = at.prepare(order)
     assert sorted(mapped) == [0, 1, 2, 3, 3, 4], "part 3 twice, all others once"
     assert at.files(f"{summary.uri}/") == expected
+
+
+def test_an_array_is_one_part(at: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = at.put("l/0.json", json.dumps(pairs(115)).encode())
+    mapped = watch(monkeypatch)
+    summary = at.prepare(at.order({"train": [{"source": uri}]}, 2))
+    assert mapped == [0] and summary.train_samples > 100
 
 
 def test_a_part_whose_shards_are_gone_is_mapped_again(

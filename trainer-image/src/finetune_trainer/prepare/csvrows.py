@@ -32,7 +32,8 @@ def csv_rows(
             ``complain`` raises.
     """
     # A map, since a generator would end at the first line that is no text.
-    rows = csv.reader(map(partial(decoded, uri), count(1), lines), strict=True)
+    places = map("line {}".format, count(1))
+    rows = csv.reader(map(partial(decoded, uri), places, lines), strict=True)
     filled = filter(None, rows)
     names = _header(uri, filled)
     for row in count(1):

@@ -1,4 +1,4 @@
-"""Lines of text objects, plain or compressed, as they stream: memory holds one line."""
+"""Text of objects, plain or compressed, and its lines, as they stream: memory holds one line."""
 
 from __future__ import annotations
 
@@ -19,45 +19,66 @@ _BLOCK: Final = 1 << 20
 _MARK: Final = b"\xef\xbb\xbf"
 
 
-def open_lines(uri: str, stream: BinaryIO) -> tuple[str, Iterator[bytes]]:
-    """The object's address without the ending of its compression, and its lines.
+def unpack(uri: str, stream: BinaryIO) -> tuple[str, BinaryIO]:
+    """The object's address without the ending of its compression, and its text as a stream.
 
-    Raises (the iterator):
+    Raises (the stream):
         DataError: 'MalformedObject' where the compressed data is damaged.
     """
     if uri.endswith(".gz"):
-        unpacked = cast(BinaryIO, gzip.GzipFile(fileobj=stream))
+        packed: BinaryIO = cast(BinaryIO, gzip.GzipFile(fileobj=stream))
     elif uri.endswith(".zst"):
-        packed = pa.PythonFile(stream, mode="r")
-        unpacked = io.BufferedReader(pa.CompressedInputStream(packed, "zstd"))
+        packed = pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), "zstd")
     else:
-        return uri, _without_mark(stream)
-    return uri.rpartition(".")[0], _without_mark(_unpacked(uri, unpacked))
+        return uri, stream
+    return uri.rpartition(".")[0], io.BufferedReader(_Unpacked(uri, packed), _BLOCK)
 
 
-def _unpacked(uri: str, plain: BinaryIO) -> Iterator[bytes]:
-    lines = 0
-    try:
-        with plain:
-            for line in plain:
-                yield line
-                lines += 1
-    except (EOFError, zlib.error, OSError) as error:
-        raise DataError(
-            "MalformedObject",
-            f"{uri}: the compressed data is damaged after line {lines} ({error}); upload it again",
-        ) from None
+class _Unpacked(io.RawIOBase):
+    """What compressed data holds."""
+
+    def __init__(self, uri: str, packed: BinaryIO) -> None:
+        self._uri, self._packed = uri, packed
+        self._read = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        try:
+            data = self._packed.read(len(buffer))
+        except (EOFError, zlib.error, OSError) as error:
+            raise DataError(
+                "MalformedObject",
+                f"{self._uri}: the compressed data is damaged behind byte {self._read} of its text"
+                f" ({error}); upload it again",
+            ) from None
+        buffer[: len(data)] = data
+        self._read += len(data)
+        return len(data)
 
 
-def _without_mark(lines: Iterable[bytes]) -> Iterator[bytes]:
+def without_mark(lines: Iterable[bytes]) -> Iterator[bytes]:
     """The lines without the byte order mark that some programs write before the first."""
     for number, line in enumerate(lines):
         yield line if number else line.removeprefix(_MARK)
 
 
+def beginning(stream: BinaryIO) -> tuple[int, bytes]:
+    """How many empty lines a stream begins with, and the first line that is none, without a byte
+    order mark; of a long line the first ``_BLOCK`` bytes."""
+    empty = 0
+    line = stream.readline(_BLOCK).removeprefix(_MARK)
+    while line.isspace():
+        empty += line.endswith(b"\n")
+        line = stream.readline(_BLOCK)
+    return empty, line
+
+
 def is_plain(uri: str) -> bool:
-    """Whether an object is JSON Lines that can be read from any line on."""
-    return uri.endswith((".jsonl", ".json"))
+    """Whether an object is JSON Lines that can be read from any line on: the name alone tells, and
+    one that ends in .json may be an array."""
+    return uri.endswith(".jsonl")
 
 
 def lines_between(stream: BinaryIO, start: int, end: int) -> Iterator[bytes]:
@@ -82,17 +103,20 @@ def count_lines(stream: BinaryIO, start: int, end: int) -> int:
     return lines
 
 
-def decoded(uri: str, number: int, line: bytes) -> str:
-    """The text of a line.
+def decoded(uri: str, place: str, data: bytes) -> str:
+    """The text of a line or an item.
+
+    Args:
+        place: ``line 3``.
 
     Raises:
-        DataError: 'MalformedRecord', naming line and byte.
+        DataError: 'MalformedRecord', naming place and byte.
     """
     try:
-        return line.decode()
+        return data.decode()
     except UnicodeDecodeError as error:
         raise DataError(
             "MalformedRecord",
-            f"{uri}, line {number}, byte {error.start + 1}: not UTF-8 text"
-            f" ({line[error.start : error.start + 8]!r}); convert the file to UTF-8",
+            f"{uri}, {place}, byte {error.start + 1}: not UTF-8 text"
+            f" ({data[error.start : error.start + 8]!r}); convert the file to UTF-8",
         ) from None

@@ -1,7 +1,7 @@
-"""Records out of objects: JSON Lines and CSV (plain, gzip, zstd) and Parquet, one at a time.
+"""Records out of objects: JSON and CSV (plain, gzip, zstd) and Parquet, one at a time.
 
 Memory is flat: an object is a stream, never a list. Every record knows the object and the line (or
-row) that it came from, and so does every complaint about one.
+row, or number in an array) that it came from, and so does every complaint about one.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Final
+from itertools import chain
+from typing import Any, BinaryIO, Final, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finetune_trainer.failures import DataError, UserError
+from finetune_trainer.prepare.arrays import array_items
 from finetune_trainer.prepare.csvrows import csv_rows
 from finetune_trainer.prepare.faults import Complain, refuse
-from finetune_trainer.prepare.lines import PACKED, decoded, open_lines
+from finetune_trainer.prepare.lines import PACKED, beginning, decoded, unpack, without_mark
 from finetune_trainer.prepare.personal import excerpt
 
 Fields = dict[str, Any]
@@ -46,7 +48,7 @@ class Record:
     fields: Fields
     uri: str
     place: str
-    """``line 3`` or ``row 3``, counted from 1."""
+    """``line 3``, ``row 3``, or ``record 3`` of an array, counted from 1."""
 
     @property
     def where(self) -> str:
@@ -63,10 +65,12 @@ def read_records(uri: str, stream: BinaryIO, complain: Complain = refuse) -> Ite
     """All records of one object, in order; empty lines are passed over.
 
     Args:
-        uri: the object's address; its ending tells how it is read.
+        uri: the object's address; its ending tells how it is read, and of .json the first
+            character whether it is one array.
         stream: the object, from its beginning (seekable, for Parquet).
         complain: is told 'MalformedRecord' (uri, line, column, text) where a line is no JSON
-            object, or (uri, row) where a row of CSV or Parquet is none.
+            object, (uri, record, character, text) where an item of an array is none, or (uri, row)
+            where a row of CSV or Parquet is none.
 
     Raises:
         UserError: 'UnknownObjectType' for another ending.
@@ -82,12 +86,14 @@ def read_records(uri: str, stream: BinaryIO, complain: Complain = refuse) -> Ite
     if uri.endswith(".parquet"):
         yield from _read_parquet(uri, stream, complain)
         return
-    name, lines = open_lines(uri, stream)
+    name, text = unpack(uri, stream)
     if name.endswith(".csv"):
-        for row, fields in csv_rows(uri, lines, complain):
+        for row, fields in csv_rows(uri, without_mark(text), complain):
             yield Record(fields, uri, f"row {row}")
+    elif name.endswith(".json"):
+        yield from _read_json(uri, text, complain)
     else:
-        yield from read_lines(uri, lines, complain)
+        yield from read_lines(uri, without_mark(text), complain)
 
 
 def read_lines(
@@ -99,50 +105,84 @@ def read_lines(
         complain: as ``read_records`` says.
         before: lines of the object before these.
     """
-    for number, line in enumerate(lines, start=before + 1):
-        if line.isspace() or not line:
-            continue
+    filled = ((n, line) for n, line in enumerate(lines, before + 1) if line and not line.isspace())
+    return _parsed(uri, _LINE, filled, complain)
+
+
+def _read_json(uri: str, text: BinaryIO, complain: Complain) -> Iterator[Record]:
+    """The records of one array or of JSON Lines, as the first character tells."""
+    empty, line = beginning(text)
+    opening, bracket, behind = line.partition(b"[")
+    if bracket and not opening.strip():
+        return _parsed(uri, _ITEM, enumerate(array_items(uri, text, behind), 1), complain)
+    rest = b"" if line.endswith(b"\n") else text.readline()
+    return read_lines(uri, chain([line + rest], text), complain, empty)
+
+
+class _Unit(NamedTuple):
+    """What holds one record of JSON, in the words of messages."""
+
+    name: str
+    offset: str
+    """What its characters are counted as."""
+
+    def rule(self, text: str) -> str:
+        """What to do about a text that is no record."""
+        rule = f"each {self.name} must be one JSON object with fields"
+        array = self == _LINE and text.lstrip().startswith("[")
+        return f"{rule}; an object that is one array must be named .json" if array else rule
+
+
+_LINE: Final = _Unit("line", "column")
+_ITEM: Final = _Unit("record", "character")
+
+
+def _parsed(
+    uri: str, unit: _Unit, texts: Iterable[tuple[int, bytes]], complain: Complain
+) -> Iterator[Record]:
+    """The records of numbered texts."""
+    for number, text in texts:
+        place = f"{unit.name} {number}"
         try:
-            fields = _parse(uri, number, line)
+            fields = _parse(uri, place, unit, text)
         except DataError as error:
             complain(error)
         else:
-            yield Record(fields, uri, f"line {number}")
+            yield Record(fields, uri, place)
 
 
-def _parse(uri: str, number: int, line: bytes) -> Fields:
-    text = decoded(uri, number, line)
+def _parse(uri: str, place: str, unit: _Unit, data: bytes) -> Fields:
+    text = decoded(uri, place, data)
+    where = f"{uri}, {place}, {unit.offset}"
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(
             "MalformedRecord",
-            f"{uri}, line {number}, column {error.pos + 1}: not JSON: {error.msg} at"
-            f" {excerpt(text, error.pos)!r}; each line must be one whole JSON object",
+            f"{where} {error.pos + 1}: not JSON: {error.msg} at"
+            f" {excerpt(text, error.pos)!r}; {unit.rule(text)}",
         ) from None
     except ValueError:
         long = _LONG.search(text)
         raise DataError(
             "MalformedRecord",
-            f"{uri}, line {number}, column {long.start() + 1 if long else 1}: a whole number of"
-            " more than 4,300 digits; write it as a string",
+            f"{where} {long.start() + 1 if long else 1}: a whole number of more than 4,300 digits;"
+            " write it as a string",
         ) from None
     except RecursionError:
         raise DataError(
-            "MalformedRecord", f"{uri}, line {number}: nested too deeply; flatten the record"
+            "MalformedRecord", f"{uri}, {place}: nested too deeply; flatten the record"
         ) from None
     if not isinstance(value, dict) or not value:
         kind = "an empty object" if value == {} else f"a JSON {_kind(value)}"
         raise DataError(
-            "MalformedRecord",
-            f"{uri}, line {number}, column 1: {kind}: {excerpt(text)!r}; each line must be one"
-            " JSON object with fields",
+            "MalformedRecord", f"{where} 1: {kind}: {excerpt(text)!r}; {unit.rule(text)}"
         )
     for name in value if _HALF.search(text) else ():
         if is_broken([name, value[name]]):
             raise DataError(
                 "MalformedRecord",
-                f"{uri}, line {number}: field {name!r} holds half of a character (an escape from"
+                f"{uri}, {place}: field {name!r} holds half of a character (an escape from"
                 " \\ud800 to \\udfff without its other half), which is no text; correct the record",
             )
     return value
