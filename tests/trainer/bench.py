@@ -93,11 +93,13 @@ class Bench:
     def bucket(self) -> str:
         return str(self._order_for().spec.model.source.rsplit("/", 1)[0])
 
-    def start(self, order: RunOrder, size: int, name: str) -> RunningGang:
+    def start(
+        self, order: RunOrder, size: int, name: str, before: Callable[[], None] | None = None
+    ) -> RunningGang:
         path = self.tmp_path / f"order-{name}.json"
         path.write_text(order.to_text())
         environment = dict(os.environ) | {"FINETUNE_ORDER": str(path)}
-        return start_gang(environment, size, self.tmp_path / name)
+        return start_gang(environment, size, self.tmp_path / name, before)
 
     def finish(self, order: RunOrder, size: int, name: str) -> runfiles.RunResult:
         gang = self.start(order, size, name)
