@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from bench import Bench, write_model
 from fixtures_memory import llama
 from fixtures_quickstart import tiny_base
 
@@ -102,3 +103,19 @@ def order_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Run
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random tiny Llama."""
+    folder = tmp_path_factory.mktemp("tiny-model")
+    write_model(folder)
+    return folder
+
+
+@pytest.fixture
+def bench(
+    order_for: OrderFor, s3: EmbeddedS3, bucket: str, tiny_model: Path, tmp_path: Path
+) -> Bench:
+    """A job on the test's bucket, of that model."""
+    return Bench(order_for, s3, bucket, tiny_model, tmp_path)

@@ -33,7 +33,7 @@ def forked(target: Callable[..., None], *arguments: object) -> BaseProcess:
     return process
 
 
-def _work(environment: dict[str, str], log: str) -> None:
+def _work(environment: dict[str, str], log: str, before: Callable[[], None] | None) -> None:
     os.environ.clear()
     os.environ.update(environment)
     with Path(log).open("ab", buffering=0) as out:
@@ -44,6 +44,8 @@ def _work(environment: dict[str, str], log: str) -> None:
     torch.set_num_threads(1)
     from finetune_trainer.train import worker as train_worker
 
+    if before is not None:
+        before()
     code = train_worker.main()
     sys.stdout.flush()
     os._exit(code)
@@ -86,8 +88,12 @@ def words_of(folder: Path, rank: int) -> Path:
     return folder / f"words-{rank}"
 
 
-def start_gang(environment: Mapping[str, str], size: int, folder: Path) -> RunningGang:
-    """Start the workers of an attempt; ``environment`` names the order and the credentials."""
+def start_gang(
+    environment: Mapping[str, str], size: int, folder: Path,
+    before: Callable[[], None] | None = None,
+) -> RunningGang:  # fmt: skip
+    """Start the workers of an attempt; ``environment`` names the order and the credentials.
+    ``before`` (of an importable module) is called in each, to change what it will meet."""
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     metrics = free_port()
@@ -101,5 +107,5 @@ def start_gang(environment: Mapping[str, str], size: int, folder: Path) -> Runni
             "FINETUNE_METRICS_PORT": str(metrics),
             "FINETUNE_SCRATCH": str(folder / "scratch"), "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        processes.append(forked(_work, variables, str(log)))
+        processes.append(forked(_work, variables, str(log), before))
     return RunningGang(processes, folder, log, metrics)

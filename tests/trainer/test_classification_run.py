@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench import Bench
 from classifiers import LABELS, lines, records, write_decoder, write_encoder
 from peft import PeftModel
 from sklearn.metrics import accuracy_score, f1_score
-from test_training import Bench
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,

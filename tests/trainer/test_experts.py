@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from bench import write_model
 from engine import CPU, samples, spec_of, tiny_llama, tiny_mixtral
-from test_training import write_model
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 from tuning import Tuning, check_round
 

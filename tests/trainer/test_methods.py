@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from bench import write_model
 from engine import spec_of, tiny_jamba, tiny_llama
-from test_training import write_model
 from transformers import AutoModelForCausalLM, CohereConfig
 from tuning import Tuning, check_round, logits
 

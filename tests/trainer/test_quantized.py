@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench import write_model
 from engine import spec_of
-from test_training import write_model
 from torch.distributed.checkpoint import FileSystemReader
 from tuning import IDS, Tuning, check_published, logits, step_and_resume
 

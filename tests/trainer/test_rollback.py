@@ -12,13 +12,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
+from bench import Attempt, Bench, curve
 from engine import CPU, samples, spec_of, tiny_llama
 from test_checkpoint import Died, Model, Mortal
-from test_training import Bench, curve, write_model
 from torch import Tensor
 
 from finetune_api.order import RunOrder
-from finetune_api.results import TrainSummary
 from finetune_trainer.engine.feed import Feed
 from finetune_trainer.engine.gang import join
 from finetune_trainer.engine.guard import Guard
@@ -33,25 +32,9 @@ from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.commits import Head, Rollback
 from finetune_trainer.storage.objects import Stores
 from finetune_trainer.train.checkpoint import Checkpoints
-from finetune_trainer.train.loop import train
-from finetune_trainer.train.session import open_session
-from finetune_trainer.train.startup import StartupClock
 from finetune_trainer.train.step import optimizer_step
-from finetune_trainer.train.telemetry import Telemetry
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    write_model(folder)
-    return folder
-
-
-@pytest.fixture
-def bench(order_for: Any, s3: Any, bucket: str, model_folder: Path, tmp_path: Path) -> Bench:
-    return Bench(order_for, s3, bucket, model_folder, tmp_path)
 
 
 def poisoned(bench: Bench) -> dict[str, Any]:
@@ -98,7 +81,7 @@ def test_too_many_spikes_fail_with_a_reason_of_their_own(bench: Bench, tmp_path:
                   "guard": {"maxSkippedSteps": 0, "maxRollbacks": 0, "spikeDeviations": "6"}},
     )  # fmt: skip
     with pytest.raises(Diverged, match="sample 1 of 'bad'") as caught:
-        Attempt(order, tmp_path).train()
+        FaultyAttempt(order, tmp_path).train()
     assert caught.value.reason == "LossSpike"
     assert "training.guard.maxRollbacks: 0" in caught.value.message
 
@@ -132,16 +115,12 @@ class MortalOnceBack(Mortal):
         return put if name == "put" else method
 
 
-class Attempt:
-    """One attempt of a run, in this process."""
+class FaultyAttempt(Attempt):
+    """An attempt with losses that are no numbers, and whose process may die."""
 
     def __init__(self, order: RunOrder, folder: Path, bad: frozenset[int] = frozenset()) -> None:
-        gang, stores = join(order.spec.training), Stores(order)
-        self.checkpoints = Checkpoints.take(gang, stores.default, order, folder)
-        head = self.checkpoints.head
-        telemetry = Telemetry(order.run, head.attempt, head.restarts, StartupClock(None, None))
-        self.session = open_session(order, stores, gang, self.checkpoints, telemetry, folder)
-        guard = Faulty(order.spec.training.guard, gang.device)
+        super().__init__(order, folder)
+        guard = Faulty(order.spec.training.guard, self.session.gang.device)
         guard.bad = bad
         self.session.guard = guard
 
@@ -149,9 +128,6 @@ class Attempt:
         """It dies at a write, the rollback's being 0: before it is made, or when it has been."""
         mortal: Any = MortalOnceBack(self.checkpoints.store, life, made)
         self.checkpoints.store = self.checkpoints._held._store = mortal
-
-    def train(self) -> TrainSummary:
-        return train(self.session, lambda: False)
 
 
 def short(bench: Bench, run: str, **guard: int) -> RunOrder:
@@ -172,7 +148,7 @@ def test_whenever_an_attempt_dies_the_next_one_knows_that_the_run_went_back(
 ) -> None:
     """And what comes of it is what comes of a run that did not die."""
     order = short(bench, "1-whole")
-    attempt = Attempt(order, tmp_path / "whole", BAD)
+    attempt = FaultyAttempt(order, tmp_path / "whole", BAD)
     whole = attempt.train()
     assert (whole.steps, whole.skipped_steps, whole.rollbacks) == (20, 1, 1)
     left_out = attempt.session.plan.drawn(BAD).tolist()
@@ -183,7 +159,7 @@ def test_whenever_an_attempt_dies_the_next_one_knows_that_the_run_went_back(
     for life, made in DEATHS:
         name = f"1-died{life}{'after' if made else 'before'}"
         order = short(bench, name)
-        lost = Attempt(order, tmp_path / name, BAD)
+        lost = FaultyAttempt(order, tmp_path / name, BAD)
         lost.mortal(life, made)
         with pytest.raises(Died):
             lost.train()
@@ -194,7 +170,9 @@ def test_whenever_an_attempt_dies_the_next_one_knows_that_the_run_went_back(
         assert (max(commit.step for commit in head.commits) <= 7) is (life < 4), name
 
         # Where it is noted, a resumed run meets no loss that is no number.
-        resumed = Attempt(order, tmp_path / f"{name}-again", BAD if not noted else frozenset())
+        resumed = FaultyAttempt(
+            order, tmp_path / f"{name}-again", BAD if not noted else frozenset()
+        )
         found = resumed.train()
         assert resumed.session.plan.left_out.tolist() == left_out
         assert (found.attempt, found.skipped_steps, found.rollbacks) == (2, 1, 1), name
@@ -206,12 +184,12 @@ def test_whenever_an_attempt_dies_the_next_one_knows_that_the_run_went_back(
 
 def test_rollbacks_are_counted_over_attempts(bench: Bench, tmp_path: Path) -> None:
     order = short(bench, "1-counted", maxRollbacks=1)
-    lost = Attempt(order, tmp_path / "lost", BAD)
+    lost = FaultyAttempt(order, tmp_path / "lost", BAD)
     lost.mortal(0, made=True)
     with pytest.raises(Died):
         lost.train()
     with pytest.raises(Diverged, match="rollbacks before: 1") as caught:
-        Attempt(order, tmp_path / "again", frozenset({8})).train()
+        FaultyAttempt(order, tmp_path / "again", frozenset({8})).train()
     assert caught.value.reason == "LossNotFinite"
     assert bench.head(order).left_out == [7]  # type: ignore[union-attr]
 
@@ -220,7 +198,7 @@ def test_a_run_that_would_leave_all_samples_out_has_diverged(bench: Bench, tmp_p
     """It would end well, having learned nothing."""
     order = short(bench, "1-nothing", maxRollbacks=100)
     with pytest.raises(Diverged, match="without their samples none would be left"):
-        Attempt(order, tmp_path / "nothing", frozenset(range(3, 20))).train()
+        FaultyAttempt(order, tmp_path / "nothing", frozenset(range(3, 20))).train()
     left = bench.head(order).left_out  # type: ignore[union-attr]
     assert left[:5] == [3, 4, 5, 6, 7] and left == sorted({*left})
 

@@ -5,146 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import re
 import time
 import urllib.request
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-from engine import tiny_llama
-from gangs import RunningGang, start_gang, words_of
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from bench import COLOURS, Bench, curve
+from gangs import words_of
 
-from finetune_api.order import RunOrder
-from finetune_trainer.engine.gang import join
-from finetune_trainer.failures import Interrupted
-from finetune_trainer.prepare.pipeline import prepare
 from finetune_trainer.storage import runfiles
-from finetune_trainer.storage.head import Head, read_head
-from finetune_trainer.storage.objects import Stores
-from finetune_trainer.train.checkpoint import Checkpoints
-from finetune_trainer.train.loop import train
-from finetune_trainer.train.session import open_session
-from finetune_trainer.train.startup import StartupClock
-from finetune_trainer.train.stopping import releasing
-from finetune_trainer.train.telemetry import Telemetry
-
-COLOURS = {"rose": "red", "grass": "green", "sky": "blue", "sun": "yellow"}
-
-
-def write_model(folder: Path, **changes: Any) -> None:
-    """A random tiny Llama with a tokenizer of single characters."""
-    model = tiny_llama(vocab_size=130, **changes)
-    model.save_pretrained(folder)
-    vocabulary = {chr(i): i for i in range(128)} | {"<eos>": 128, "<pad>": 129}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>"
-    ).save_pretrained(folder)
-
-
-def records(n: int, spell: Callable[[str], str] = str) -> str:
-    things = list(COLOURS)
-    return "".join(
-        json.dumps(
-            {
-                "text": spell(f"{i % 17} the {things[i % 4]} is "),
-                "label": spell(COLOURS[things[i % 4]]),
-            }
-        )
-        + "\n"
-        for i in range(n)
-    )
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    write_model(folder)
-    return folder
-
-
-class Bench:
-    """One job on one bucket: prepared once, trained by any number of runs."""
-
-    def __init__(self, order_for: Any, s3: Any, bucket: str, model: Path, tmp_path: Path) -> None:
-        self.store = s3.store()
-        self.tmp_path = tmp_path
-        self._order_for = order_for
-        for path in model.iterdir():
-            self.store.upload(path, f"s3://{bucket}/model/{path.name}")
-        self.store.put(f"s3://{bucket}/train.jsonl", records(96).encode())
-        self.store.put(f"s3://{bucket}/more.jsonl", records(40, str.upper).encode())
-
-    def order(self, run: str, **spec: Any) -> RunOrder:
-        training = {
-            "epochs": 2, "batchSize": 8, "learningRate": "5e-3", "precision": "FP32",
-            "dropout": "0.1", "weightDecay": "0.01", "microBatchTokens": 64, "maxLength": 64,
-        } | spec.pop("training", {})  # fmt: skip
-        training = {key: value for key, value in training.items() if value is not None}
-        spec = {
-            "method": {"type": "LoRA", "lora": {"rank": 4, "dropout": "0.1"}},
-            "checkpoint": {"everySteps": 3},
-            "data": {
-                "train": [{"source": f"{self.bucket}/train.jsonl"}],
-                "split": {"validation": "0.1", "test": "0.1"},
-                "quality": {"deduplicate": False},
-            },
-        } | spec
-        order: RunOrder = self._order_for(run=run, training=training, **spec)
-        prepare(order, Stores(order), self.tmp_path / f"prepare-{run}")
-        return order
-
-    @property
-    def bucket(self) -> str:
-        return str(self._order_for().spec.model.source.rsplit("/", 1)[0])
-
-    def start(self, order: RunOrder, size: int, name: str) -> RunningGang:
-        path = self.tmp_path / f"order-{name}.json"
-        path.write_text(order.to_text())
-        environment = dict(os.environ) | {"FINETUNE_ORDER": str(path)}
-        return start_gang(environment, size, self.tmp_path / name)
-
-    def finish(self, order: RunOrder, size: int, name: str) -> runfiles.RunResult:
-        gang = self.start(order, size, name)
-        assert gang.wait() == [0] * size, gang.log.read_text()
-        return runfiles.read_result(self.store, order.run_uri)
-
-    def total_steps(self, order: RunOrder) -> int:
-        return runfiles.read_prepared(self.store, order.run_uri).total_steps
-
-    def head(self, order: RunOrder) -> Head | None:
-        found = read_head(self.store, order.run_uri)
-        return found[0] if found else None
-
-    def kill_after_commit(self, order: RunOrder, size: int, name: str, step: int) -> None:
-        """Train until a commit at or behind a step is real, then lose the node."""
-        gang = self.start(order, size, name)
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline:
-            head = self.head(order)
-            if head and head.commits and head.commits[0].step >= step:
-                gang.kill()
-                return
-            assert all(p.is_alive() for p in gang.processes), gang.log.read_text()
-            time.sleep(0.02)
-        gang.kill()
-        raise AssertionError(f"no commit at step {step}: {gang.log.read_text()}")
-
-
-@pytest.fixture
-def bench(order_for: Any, s3: Any, bucket: str, model_folder: Path, tmp_path: Path) -> Bench:
-    return Bench(order_for, s3, bucket, model_folder, tmp_path)
-
-
-def curve(result: runfiles.RunResult) -> dict[int, float]:
-    return {p.step: p.loss for p in result.curve}
 
 
 def test_an_interrupted_run_equals_an_uninterrupted_one_at_any_size(bench: Bench) -> None:
@@ -339,77 +209,6 @@ def test_compiled_training_is_the_same_and_compiles_once(bench: Bench) -> None:
     counts = re.findall(r"^step .* (\d+) graphs compiled$", gang.log.read_text(), re.MULTILINE)
     assert len(counts) == len(compiled.curve) > 2
     assert len(set(counts)) == 1 and int(counts[0]) > 0, counts
-
-
-@pytest.mark.parametrize(("told", "restarts"), [((0, 1), 0), ((1,), 1)])
-def test_a_stop_saves_and_is_a_restart_where_it_came_to_a_part(
-    bench: Bench, told: tuple[int, ...], restarts: int
-) -> None:
-    order = bench.order(f"1-stop{len(told)}", checkpoint={"everySeconds": 3600},
-                        training={"maxSteps": 60, "epochs": None},
-                        evaluation={"everySteps": 100000})  # fmt: skip
-    gang = bench.start(order, 2, "stopped")
-    deadline = time.monotonic() + 90
-    while "step" not in (gang.log.read_text() if gang.log.exists() else ""):
-        assert time.monotonic() < deadline, "no step was logged"
-        time.sleep(0.02)
-    gang.tell_to_stop(*told)
-    assert gang.wait() == [23, 23], gang.log.read_text()
-    head = bench.head(order)
-    assert head is not None
-    assert head.released is (restarts == 0)
-    assert len(head.commits) == 1
-    result = bench.finish(order, 1, "again")
-    assert (result.summary.attempt, result.summary.restarts) == (2, restarts)
-    assert result.summary.steps == 60
-
-
-def test_a_stop_is_heard_while_the_attempt_starts(bench: Bench) -> None:
-    order = bench.order("1-early")
-    folder = bench.tmp_path / "early"
-    for rank in (0, 1):
-        words_of(folder, rank).mkdir(parents=True)
-        (words_of(folder, rank) / "stop").touch()
-    gang = bench.start(order, 2, "early")
-    assert gang.wait() == [23, 23], gang.log.read_text()
-    told = (words_of(folder, 0) / "failure-0.json").read_text()
-    assert "before the model was fetched" in told
-    head = bench.head(order)
-    assert head is not None and head.released and not head.commits
-
-
-def attempt(order: RunOrder, folder: Path, stop_in: str | None = None) -> None:
-    """An attempt in this process, told to stop at the beginning of a stage."""
-    gang, stores = join(order.spec.training), Stores(order)
-    checkpoints = Checkpoints.take(gang, stores.default, order, folder)
-    head = checkpoints.head
-    telemetry = Telemetry(order.run, head.attempt, head.restarts, StartupClock(None, None))
-
-    def told() -> bool:
-        return telemetry.progress.stage == stop_in
-
-    with releasing(gang, checkpoints, lambda: stop_in is not None):
-        train(open_session(order, stores, gang, checkpoints, telemetry, folder), told)
-
-
-@pytest.mark.parametrize("every", [4, 12])  # on the way, and at the last step
-def test_a_stop_in_a_validation_saves_and_what_goes_on_measures_it(
-    bench: Bench, every: int
-) -> None:
-    steps = {"training": {"maxSteps": 12, "epochs": None}, "evaluation": {"everySteps": every}}
-    whole, cut = bench.order("1-whole", **steps), bench.order("1-cut", **steps)
-    attempt(whole, bench.tmp_path / "a")
-    with pytest.raises(Interrupted, match="before set"):
-        attempt(cut, bench.tmp_path / "b", stop_in="Evaluating")
-    head = bench.head(cut)
-    assert head is not None and head.released
-    assert head.commits[0].step == every and head.commits[0].metric is None
-    attempt(cut, bench.tmp_path / "c")
-    results = [runfiles.read_result(bench.store, order.run_uri) for order in (whole, cut)]
-    assert results[0].validation == results[1].validation
-    assert results[0].curve == results[1].curve
-    assert results[0].summary.checkpoint_step == results[1].summary.checkpoint_step
-    assert results[1].summary.restarts == 0
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_its_name(bench: Bench) -> None:

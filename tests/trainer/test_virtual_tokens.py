@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from bench import write_model
 from engine import CPU, samples, spec_of
-from test_training import write_model
 from tuning import Tuning
 
 from finetune_trainer.engine.feed import build_row

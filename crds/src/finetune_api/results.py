@@ -94,6 +94,8 @@ class Progress(Record):
     """Address of the newest commit."""
     best_checkpoint: str | None = None
     """Address of the best commit."""
+    commits_given_up: int = 0
+    """Commits of this attempt that storage did not take and the training went on without."""
     training_seconds: float = 0.0
     """Wall time since this attempt began."""
     lost_seconds: float = 0.0

@@ -4,6 +4,9 @@
                     └─ thread ──► parts, several at a time ──► all ranks have? ──► HEAD moves
 
 The training waits for the copy alone, and for the commit before where that is still on its way.
+A commit that storage does not take is given up, and the next one tries again: storage that is away
+for some minutes costs the run no steps.
+
 Loading reads what this rank needs, verifies it, takes the newest valid commit, and does not care
 how many ranks wrote it.
 """
@@ -14,7 +17,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -46,12 +49,16 @@ from finetune_trainer.train.state import LoopState
 _DEFAULT_SECONDS: Final = 600
 _STATE_FILE: Final = "state.json"
 _NICE: Final = 10
+MOST_FAILURES: Final = 3
+"""The attempt ends with the last of so many commits in a row that storage did not take; of what
+is trained without one, all is lost with the node."""
 
 
 class Upload:
     """A commit on its way, in a thread of its own, which leaves the processor to the training."""
 
-    def __init__(self, work: Callable[[], None]) -> None:
+    def __init__(self, step: int, work: Callable[[], None]) -> None:
+        self.step = step
         self._work = work
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="commit", daemon=True)
@@ -99,6 +106,10 @@ class Checkpoints:
     claim: Claim | None
     upload: Upload | None = None
     """The commit on its way; at most one is."""
+    given_up: int = 0
+    """Commits that this attempt went on without."""
+    failures: list[StorageUnavailable] = field(default_factory=list)
+    """Why those were given up that no commit has followed since."""
 
     @classmethod
     def take(cls, gang: Gang, store: ObjectStore, order: RunOrder, scratch: Path) -> Checkpoints:
@@ -153,28 +164,34 @@ class Checkpoints:
             return False
         return seconds >= (rule.every_seconds or _DEFAULT_SECONDS)
 
-    def commit(self, model: nn.Module, optimizers: Optimizers, state: LoopState) -> None:
+    def commit(
+        self, model: nn.Module, optimizers: Optimizers, state: LoopState, *, last: bool = False
+    ) -> None:
         """Copy the state, and have the copy written and HEAD moved to it while training goes on.
 
-        Raises: as ``settle``, of the commit before.
+        Args:
+            last: nothing is trained behind it: it is tried whatever became of those before.
+
+        Raises: as ``let_go``, of the commit before.
         """
-        self.settle()
+        self.let_go(whatever=last)
         state.rng = torch.get_rng_state().numpy().tobytes().hex()
         copy = self.staging.copy(state_of(model, optimizers))
         loop, step = state.to_json(), state.step
         metric = state.metric_at(step, self.order.spec.checkpoint.metric)
-        self.upload = Upload(lambda: self._write(copy, loop, step, metric))
+        self.upload = Upload(step, lambda: self._write(copy, loop, step, metric))
 
     @property
     def failed(self) -> bool:
-        """Whether the commit on its way has failed: ``settle`` raises why."""
+        """Whether the commit on its way has failed: ``settle`` raises why. One rank may know it
+        before another."""
         return self.upload is not None and self.upload.failed
 
     def settled(self) -> bool:
         """Whether a commit has become real since the last time this was asked."""
         over = self.upload is not None and self.upload.over and not self.upload.failed
         if over:
-            self.upload = None
+            self.settle()
         return over
 
     def settle(self) -> None:
@@ -187,6 +204,39 @@ class Checkpoints:
         upload, self.upload = self.upload, None
         if upload is not None:
             upload.wait()
+            self.failures.clear()
+
+    def let_go(self, *, whatever: bool = False) -> None:
+        """Wait for the commit on its way, and go on without it where storage did not take it: the
+        one before stands, and what was written of this one is removed with the next.
+
+        Where only the answer was lost, HEAD names it all the same. Its files are whole then, and
+        the next move of HEAD finds it there and keeps it.
+
+        Args:
+            whatever: however many have failed before.
+
+        Raises (on all ranks, as all share what becomes of a commit):
+            StorageUnavailable: where it is the last of ``MOST_FAILURES`` in a row.
+            Fenced, and all that is no matter of storage that is away: as ``settle``.
+        """
+        upload = self.upload
+        if upload is None:
+            return
+        try:
+            self.settle()
+        except StorageUnavailable as error:
+            self.failures.append(error)
+            if len(self.failures) >= MOST_FAILURES and not whatever:
+                raise
+            self.given_up += 1
+            if self.gang.first:
+                newest = f"of step {self.head.commits[0].step}" if self.head.commits else "none yet"
+                print(
+                    f"the commit of step {upload.step} is given up, and the next one tries again"
+                    f" (the newest is {newest}). {error.reason}: {error.message}",
+                    flush=True,
+                )
 
     def _write(self, state: State, loop: str, step: int, metric: float | None) -> None:
         uri = commit_uri(self.order.run_uri, self.head.attempt, step)
@@ -239,10 +289,13 @@ class Checkpoints:
         and load the newest valid one that is left; None (and nothing has changed) where there is
         none.
 
-        Raises: as ``settle`` and ``restore``.
+        Raises: as ``let_go`` and ``restore``; StorageUnavailable too where there is none because
+            storage did not take it, so that another attempt may go on.
         """
-        self.settle()
+        self.let_go()
         if not any(commit.step <= rollback.skipped[0] for commit in self.head.commits):
+            if self.failures:
+                raise self.failures[-1]
             return None
         self._move(partial(Claim.rewind, rollback=rollback))
         return self.restore(model, optimizers)

@@ -39,6 +39,7 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
         Interrupted: after a stop was asked for and the state was committed.
         Diverged: where the loss is no longer a number.
         Fenced: where a newer attempt has taken the run.
+        StorageUnavailable: where storage took none of several commits in a row, or not the last.
     """
     total = steps_of(session.spec, len(session.plan.lengths))
     session.evaluator.stop_requested = stop_requested
@@ -103,13 +104,15 @@ def take_steps(
                 stop_requested(), session.checkpoints.due_by_time(clock.since_commit()),
                 session.checkpoints.failed,
             )  # fmt: skip
-            if failed:
-                session.checkpoints.settle()
+            # The answer to a wish comes a step later: one that was met since is old, and what has
+            # failed may be another commit than the one on its way.
+            fresh, last = clock.steps_since_commit > 1, stop or state.step == total
+            if failed and fresh and not last:
+                session.checkpoints.let_go()
             tell_commits(session)
             if state.step in evaluate_at or state.step == total:
-                evaluate(session, state, clock, whatever=stop or state.step == total)
-            # The answer to a wish comes a step later: one that was met since is old.
-            elif stop or (late and clock.steps_since_commit > 1) or by_step:
+                evaluate(session, state, clock, whatever=last)
+            elif stop or (late and fresh) or by_step:
                 commit(session, state, clock, whatever=stop)
             if stop and state.step < total:
                 agreement.settle()
@@ -238,10 +241,12 @@ def commit(session: Session, state: LoopState, clock: Clock, *, whatever: bool) 
     """Have the state of this step made the newest commit of the run.
 
     While steps are being skipped the weights are in doubt: the commit is left to a later step, so
-    that those from before are not pruned, unless it is the last chance (``whatever``).
+    that those from before are not pruned, unless it is the last chance (``whatever``). That one is
+    tried too where storage took none of several before it.
 
     Raises:
         TooManySkipped: on all ranks together.
+        StorageUnavailable, Fenced: as ``Checkpoints.commit``, of the commit before.
     """
     read_guard(session, state)
     if state.skipped and not whatever:
@@ -250,16 +255,20 @@ def commit(session: Session, state: LoopState, clock: Clock, *, whatever: bool) 
     telemetry = session.telemetry
     telemetry.say(stage="Saving", step=state.step)
     state.gather(session.gang.sum)
-    session.checkpoints.commit(session.loss.model, session.optimizers, state)
+    session.checkpoints.commit(session.loss.model, session.optimizers, state, last=whatever)
+    tell_commits(session)
     clock.committed()
     clock.count(session, "checkpoint", time.perf_counter() - began)
     telemetry.say(stage="Training")
 
 
 def tell_commits(session: Session) -> None:
-    """Say which commits there are, when another has become real."""
-    if session.checkpoints.settled():
-        session.telemetry.say(
-            latest_checkpoint=session.checkpoints.latest_uri,
-            best_checkpoint=session.checkpoints.best_uri,
+    """Say which commits there are, when another has become real, and how many were given up."""
+    checkpoints, telemetry = session.checkpoints, session.telemetry
+    if checkpoints.settled():
+        telemetry.say(
+            latest_checkpoint=checkpoints.latest_uri, best_checkpoint=checkpoints.best_uri
         )
+    if more := checkpoints.given_up - telemetry.progress.commits_given_up:
+        telemetry.commits_given_up.inc(more)
+        telemetry.say(commits_given_up=checkpoints.given_up)
