@@ -19,7 +19,7 @@ from finetune_api.results import PreparedSummary
 from finetune_api.sources import StorageAccess
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.prepare.pipeline import prepare
-from finetune_trainer.prepare.records import Record, read_records
+from finetune_trainer.prepare.reading.records import Record, read_records
 from finetune_trainer.prepared.shards import PreparedData
 from finetune_trainer.storage.objects import ObjectStore, Stores
 

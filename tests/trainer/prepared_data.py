@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from finetune_trainer.prepare.drafts import Draft, Part
-from finetune_trainer.prepare.tokens import Sample
-from finetune_trainer.prepare.writer import ShardWriter
+from finetune_trainer.prepare.mapping.writer import ShardWriter
+from finetune_trainer.prepare.rendering.drafts import Draft, Part
+from finetune_trainer.prepare.tokenizing.tokens import Sample
 from finetune_trainer.prepared.manifest import (
     FORMAT_VERSION,
     DataFile,

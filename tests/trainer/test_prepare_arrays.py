@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_trainer.failures import DataError
-from finetune_trainer.prepare import arrays
-from finetune_trainer.prepare.records import read_records
+from finetune_trainer.prepare.reading import arrays
+from finetune_trainer.prepare.reading.records import read_records
 from trainer.prepare_helpers import fault, lines, read, zstd
 
 MARK = b"\xef\xbb\xbf"

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from finetune_api.sources import Data, DataSource
 from finetune_trainer.failures import DataError
-from finetune_trainer.prepare.chat import ChatTemplate
-from finetune_trainer.prepare.digest import Source
-from finetune_trainer.prepare.drafts import Draft, drafter
-from finetune_trainer.prepare.records import Record
-from finetune_trainer.prepare.tokens import Tokens
+from finetune_trainer.prepare.reading.records import Record
+from finetune_trainer.prepare.reading.sources import Source
+from finetune_trainer.prepare.rendering.chat import ChatTemplate
+from finetune_trainer.prepare.rendering.drafts import Draft, drafter
+from finetune_trainer.prepare.tokenizing.tokens import Tokens
 from trainer.chat_templates import CHATML_TOOLS, MARKED, SHAPES
 from trainer.prepare_helpers import CHATML, make_tokenizer
 

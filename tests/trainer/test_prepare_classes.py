@@ -11,7 +11,7 @@ from classifiers import LABELS, lines, records, tokenizer_of, write_decoder, wri
 
 from finetune_trainer.failures import DataError, UserError
 from finetune_trainer.prepare.pipeline import prepare
-from finetune_trainer.prepare.texts import Texts
+from finetune_trainer.prepare.tokenizing.texts import Texts
 from finetune_trainer.prepared.manifest import read_manifest
 from finetune_trainer.prepared.shards import PreparedData
 from finetune_trainer.storage.objects import Stores

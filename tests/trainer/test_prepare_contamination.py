@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_trainer.prepare import contamination
-from finetune_trainer.prepare.contamination import (
+from finetune_trainer.prepare.quality import contamination
+from finetune_trainer.prepare.quality.contamination import (
     COMMON,
     NGRAM,
     HeldOut,

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_trainer.prepare.documents import is_document, parted, pieces
-from finetune_trainer.prepare.drafts import Draft, Part
-from finetune_trainer.prepare.tokens import Tokens, begins_of
+from finetune_trainer.prepare.rendering.drafts import Draft, Part
+from finetune_trainer.prepare.tokenizing.documents import is_document, parted, pieces
+from finetune_trainer.prepare.tokenizing.tokens import Tokens, begins_of
 from trainer.prepare_helpers import make_tokenizer
 
 TOKENIZERS = {

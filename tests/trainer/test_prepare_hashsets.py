@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_trainer.prepare import hashsets
-from finetune_trainer.prepare.hashsets import HashCounter, HashSet
+from finetune_trainer.prepare.quality import hashsets
+from finetune_trainer.prepare.quality.hashsets import HashCounter, HashSet
 
 EDGES = [0, 1, (1 << 58) - 1, 1 << 58, (1 << 64) - 1]
 HASHES = st.lists(st.sampled_from(EDGES) | st.integers(0, (1 << 64) - 1), max_size=30)

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_api.sources import Quality
-from finetune_trainer.prepare.deduplicate import Deduplicator
-from finetune_trainer.prepare.facts import Facts
-from finetune_trainer.prepare.faults import Faults
-from finetune_trainer.prepare.nearduplicates import (
+from finetune_trainer.prepare.gathering.deduplicate import Deduplicator
+from finetune_trainer.prepare.gathering.report import SourceReport
+from finetune_trainer.prepare.mapping.facts import Facts
+from finetune_trainer.prepare.quality.nearduplicates import (
     BANDS,
     MET,
     SeenAlike,
@@ -25,7 +25,7 @@ from finetune_trainer.prepare.nearduplicates import (
     signature,
     similarity,
 )
-from finetune_trainer.prepare.report import SourceReport
+from finetune_trainer.prepare.reading.faults import Faults
 
 VOCABULARY = [f"w{i}" for i in range(5000)]
 

@@ -11,11 +11,18 @@ from hypothesis import strategies as st
 
 from finetune_api.sources import Data, DataSource
 from finetune_trainer.failures import DataError
-from finetune_trainer.prepare.digest import Source
-from finetune_trainer.prepare.drafts import Draft, Part, drafter
-from finetune_trainer.prepare.inspection import inspect
-from finetune_trainer.prepare.personal import EXCERPT, covered, excerpt, redacted, scan, uncovered
-from finetune_trainer.prepare.records import Record
+from finetune_trainer.prepare.mapping.inspection import inspect
+from finetune_trainer.prepare.quality.personal import (
+    EXCERPT,
+    covered,
+    excerpt,
+    redacted,
+    scan,
+    uncovered,
+)
+from finetune_trainer.prepare.reading.records import Record
+from finetune_trainer.prepare.reading.sources import Source
+from finetune_trainer.prepare.rendering.drafts import Draft, Part, drafter
 
 KEY = "a9Zk3QpX7vLm2RtY8cBn"
 PEM = "-----BEGIN RSA PRIVATE KEY-----\nMIIEpAIBAAKCAQEA7\nq+/=\n-----END RSA PRIVATE KEY-----"

@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_api.sources import Data, DataSource, Format
-from finetune_trainer.prepare.chat import ChatTemplate
-from finetune_trainer.prepare.digest import Source
-from finetune_trainer.prepare.drafts import Draft, drafter
-from finetune_trainer.prepare.formats import labelled_text
-from finetune_trainer.prepare.overlength import fit
-from finetune_trainer.prepare.previews import PREVIEW_CHARACTERS, preview
-from finetune_trainer.prepare.records import Record
-from finetune_trainer.prepare.texts import Texts
-from finetune_trainer.prepare.tokens import Sample, Tokenizing, Tokens
+from finetune_trainer.prepare.mapping.previews import PREVIEW_CHARACTERS, preview
+from finetune_trainer.prepare.reading.records import Record
+from finetune_trainer.prepare.reading.sources import Source
+from finetune_trainer.prepare.rendering.chat import ChatTemplate
+from finetune_trainer.prepare.rendering.drafts import Draft, drafter
+from finetune_trainer.prepare.rendering.formats import labelled_text
+from finetune_trainer.prepare.tokenizing.overlength import fit
+from finetune_trainer.prepare.tokenizing.texts import Texts
+from finetune_trainer.prepare.tokenizing.tokens import Sample, Tokenizing, Tokens
 from trainer.prepare_helpers import CHATML, LLAMA3, make_tokenizer
 
 PLAIN, BOS = make_tokenizer(), make_tokenizer(bos=True)

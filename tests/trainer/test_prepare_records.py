@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from finetune_api.names import ENV_PVC_ROOT
 from finetune_trainer.failures import DataError, UserError
-from finetune_trainer.prepare.csvrows import CELL_CHARACTERS
-from finetune_trainer.prepare.records import PARQUET_ROWS, SUFFIXES, read_records
-from finetune_trainer.prepare.sources import DataObject, resolve
+from finetune_trainer.prepare.reading.csvrows import CELL_CHARACTERS
+from finetune_trainer.prepare.reading.records import PARQUET_ROWS, SUFFIXES, read_records
+from finetune_trainer.prepare.reading.sources import DataObject, resolve
 from finetune_trainer.storage import claims
 from finetune_trainer.storage.objectstream import Opened, open_stream
 from trainer.prepare_helpers import fault, lines, read, zstd

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from finetune_api.sources import Data, DataSource, Format
 from finetune_api.templates import Template
 from finetune_trainer.failures import DataError, TrainerError, UserError
-from finetune_trainer.prepare.chat import ChatTemplate
-from finetune_trainer.prepare.digest import Source
-from finetune_trainer.prepare.drafts import Draft, Drafter, drafter
-from finetune_trainer.prepare.formats import detect_format
-from finetune_trainer.prepare.records import Record
-from finetune_trainer.prepare.tokens import Sample, Tokens
+from finetune_trainer.prepare.reading.records import Record
+from finetune_trainer.prepare.reading.sources import Source
+from finetune_trainer.prepare.rendering.chat import ChatTemplate
+from finetune_trainer.prepare.rendering.drafts import Draft, Drafter, drafter
+from finetune_trainer.prepare.rendering.formats import detect_format
+from finetune_trainer.prepare.tokenizing.tokens import Sample, Tokens
 from trainer.chat_templates import CHATML_TOOLS
 from trainer.prepare_helpers import CHATML, GEMMA, LLAMA3, THINKING, make_tokenizer
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_trainer.prepare.drafts import Draft, Part
-from finetune_trainer.prepare.languages import MOST, OF_A_BATCH, Languages, language_of
-from finetune_trainer.prepare.page import render
-from finetune_trainer.prepare.report import BINS, histogram, percentiles
+from finetune_trainer.prepare.gathering.page import render
+from finetune_trainer.prepare.gathering.report import BINS, histogram, percentiles
+from finetune_trainer.prepare.mapping.languages import MOST, OF_A_BATCH, Languages, language_of
+from finetune_trainer.prepare.rendering.drafts import Draft, Part
 
 COUNTS = st.dictionaries(st.integers(1, 10_000), st.integers(0, 50), min_size=1).map(Counter)
 

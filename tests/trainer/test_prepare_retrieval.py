@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from finetune_api.sources import Data
 from finetune_api.templates import Retrieval
 from finetune_trainer.failures import DataError
-from finetune_trainer.prepare.digest import Source, content_digest
-from finetune_trainer.prepare.formats import Pair, detect_format
-from finetune_trainer.prepare.records import Record
-from finetune_trainer.prepare.retrieval import RetrievalPrompts
+from finetune_trainer.prepare.digest import content_digest
+from finetune_trainer.prepare.reading.records import Record
+from finetune_trainer.prepare.reading.sources import Source
+from finetune_trainer.prepare.rendering.formats import Pair, detect_format
+from finetune_trainer.prepare.rendering.retrieval import RetrievalPrompts
 
 PASSAGES = st.lists(
     st.text("abcdefgh", min_size=3, max_size=6), min_size=1, max_size=8, unique=True

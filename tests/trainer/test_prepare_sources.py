@@ -11,8 +11,8 @@ import pytest
 from finetune_api.names import ENV_PVC_ROOT
 from finetune_api.order import RunOrder
 from finetune_trainer.failures import DataError, StorageDenied, UserError
-from finetune_trainer.prepare.records import SUFFIXES, read_records
-from finetune_trainer.prepare.sources import resolve
+from finetune_trainer.prepare.reading.records import SUFFIXES, read_records
+from finetune_trainer.prepare.reading.sources import resolve
 from finetune_trainer.storage.modelfiles import fetch_model, fetch_tokenizer, read_limits
 from finetune_trainer.storage.objects import ObjectStore, Stores
 from finetune_trainer.storage.s3server import EmbeddedS3

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_trainer.failures import DataError
-from finetune_trainer.prepare.drafts import Draft, Part
-from finetune_trainer.prepare.duplicates import DIGEST_BYTES, Seen, digest_of
-from finetune_trainer.prepare.overlength import fit
-from finetune_trainer.prepare.tokens import Sample
+from finetune_trainer.prepare.quality.duplicates import DIGEST_BYTES, Seen, digest_of
+from finetune_trainer.prepare.rendering.drafts import Draft, Part
+from finetune_trainer.prepare.tokenizing.overlength import fit
+from finetune_trainer.prepare.tokenizing.tokens import Sample
 from finetune_trainer.prepared.split import Shares, position, side_of
 
 SHARES = st.builds(

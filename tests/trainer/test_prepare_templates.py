@@ -17,10 +17,11 @@ from finetune_api.templates import TEMPLATE_FIELDS, Template, TemplateName
 from finetune_trainer.cli import main
 from finetune_trainer.failures import DataError
 from finetune_trainer.prepare import digest
-from finetune_trainer.prepare.catalogue import CATALOGUE, Entry
-from finetune_trainer.prepare.digest import Source, content_digest
-from finetune_trainer.prepare.drafts import Draft, drafter
-from finetune_trainer.prepare.records import Record
+from finetune_trainer.prepare.digest import content_digest
+from finetune_trainer.prepare.reading.records import Record
+from finetune_trainer.prepare.reading.sources import Source
+from finetune_trainer.prepare.rendering.catalogue import CATALOGUE, Entry
+from finetune_trainer.prepare.rendering.drafts import Draft, drafter
 from finetune_trainer.prepare.tasks import format_of
 from finetune_trainer.prepared.split import Side
 from trainer.prepare_helpers import lines

@@ -13,13 +13,14 @@ from finetune_api.templates import Template
 from finetune_trainer.cli import main
 from finetune_trainer.failures import DataError, UserError
 from finetune_trainer.prepare import digest
-from finetune_trainer.prepare.catalogue import CATALOGUE, CHAT_ROLES
-from finetune_trainer.prepare.chat import ChatTemplate
-from finetune_trainer.prepare.digest import Source, content_digest
-from finetune_trainer.prepare.drafts import Draft, drafter
-from finetune_trainer.prepare.records import Record
+from finetune_trainer.prepare.digest import content_digest
+from finetune_trainer.prepare.reading.records import Record
+from finetune_trainer.prepare.reading.sources import Source
+from finetune_trainer.prepare.rendering.catalogue import CATALOGUE, CHAT_ROLES
+from finetune_trainer.prepare.rendering.chat import ChatTemplate
+from finetune_trainer.prepare.rendering.drafts import Draft, drafter
 from finetune_trainer.prepare.tasks import format_of
-from finetune_trainer.prepare.tokens import Tokens
+from finetune_trainer.prepare.tokenizing.tokens import Tokens
 from trainer.chat_templates import CHATML_TOOLS
 from trainer.prepare_helpers import CHATML, lines, make_tokenizer
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from finetune_trainer.failures import DataError, UserError
-from finetune_trainer.prepare.tokens import Tokens
+from finetune_trainer.prepare.tokenizing.tokens import Tokens
 from trainer.prepare_helpers import (
     ALL,
     LONG,

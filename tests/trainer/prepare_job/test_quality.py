@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from finetune_trainer.failures import DataError, UserError
-from finetune_trainer.prepare import writer
+from finetune_trainer.prepare.mapping import writer
 from trainer.prepare_helpers import (
     ALL,
     LONG,

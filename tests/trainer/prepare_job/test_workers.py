@@ -24,15 +24,18 @@ from finetune_api.names import ENV_PVC_ROOT
 from finetune_api.order import RunOrder
 from finetune_api.results import PreparedSummary
 from finetune_trainer.failures import DataError, StorageUnavailable
-from finetune_trainer.prepare import facts, indexes, meeting, parts, writer
-from finetune_trainer.prepare.facts import PartSummary
-from finetune_trainer.prepare.lines import count_lines, lines_between
-from finetune_trainer.prepare.mapping import Mapper
+from finetune_trainer.prepare import meeting
+from finetune_trainer.prepare.gathering import indexes
+from finetune_trainer.prepare.mapping import facts, writer
+from finetune_trainer.prepare.mapping.facts import PartSummary
+from finetune_trainer.prepare.mapping.mapper import Mapper
+from finetune_trainer.prepare.mapping.reader import Reading, Say
 from finetune_trainer.prepare.meeting import Meeting
-from finetune_trainer.prepare.parts import Part, Piece, deal
 from finetune_trainer.prepare.pipeline import prepare
-from finetune_trainer.prepare.reader import Reading, Say
-from finetune_trainer.prepare.sources import DataObject
+from finetune_trainer.prepare.reading import parts
+from finetune_trainer.prepare.reading.lines import count_lines, lines_between
+from finetune_trainer.prepare.reading.parts import Part, Piece, deal
+from finetune_trainer.prepare.reading.sources import DataObject
 from finetune_trainer.prepared.shards import PreparedData
 from finetune_trainer.prepared.split import SIDES
 from finetune_trainer.storage.objects import ObjectStore

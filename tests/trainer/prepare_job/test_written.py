@@ -18,9 +18,11 @@ import pytest
 
 from finetune_api.order import RunOrder
 from finetune_trainer.failures import DataError, UserError
-from finetune_trainer.prepare import facts, parts, pipeline, writer
+from finetune_trainer.prepare import pipeline
+from finetune_trainer.prepare.mapping import facts, writer
+from finetune_trainer.prepare.mapping.reader import Reading
 from finetune_trainer.prepare.pipeline import prepare
-from finetune_trainer.prepare.reader import Reading
+from finetune_trainer.prepare.reading import parts
 from finetune_trainer.prepared.shards import PreparedData
 from finetune_trainer.prepared.split import SIDES
 from finetune_trainer.storage.runfiles import read_prepared

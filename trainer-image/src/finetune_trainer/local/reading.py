@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from finetune_trainer.supervise.workerfiles import write_whole
 
 if TYPE_CHECKING:
-    from finetune_trainer.prepare.reader import Reading
+    from finetune_trainer.prepare.mapping.reader import Reading
 
 log = logging.getLogger(__name__)
 

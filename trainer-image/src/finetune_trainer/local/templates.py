@@ -18,12 +18,12 @@ from rich.text import Text
 from finetune_api.base import explain
 from finetune_api.templates import Template
 from finetune_trainer.failures import TrainerError
-from finetune_trainer.prepare.catalogue import CATALOGUE, Entry
-from finetune_trainer.prepare.drafts import Part
-from finetune_trainer.prepare.formats import Content, Conversation, Pair
-from finetune_trainer.prepare.records import Record, read_records
-from finetune_trainer.prepare.templates import LibraryTemplate
-from finetune_trainer.prepare.turns import ChatTurns
+from finetune_trainer.prepare.reading.records import Record, read_records
+from finetune_trainer.prepare.rendering.catalogue import CATALOGUE, Entry
+from finetune_trainer.prepare.rendering.drafts import Part
+from finetune_trainer.prepare.rendering.formats import Content, Conversation, Pair
+from finetune_trainer.prepare.rendering.templates import LibraryTemplate
+from finetune_trainer.prepare.rendering.turns import ChatTurns
 
 SHOWN: Final = 4
 """Records that are shown of a file."""

@@ -9,28 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from finetune_api.sources import Data, DataSource
+from finetune_api.sources import Data
 from finetune_api.tasks import TaskName
 from finetune_api.templates import Template
-from finetune_trainer.prepare.catalogue import CATALOGUE, CHAT_ROLES
-from finetune_trainer.prepare.sources import DataObject
+from finetune_trainer.prepare.reading.sources import Source
+from finetune_trainer.prepare.rendering.catalogue import CATALOGUE, CHAT_ROLES
 from finetune_trainer.prepared.manifest import FORMAT_VERSION
-from finetune_trainer.prepared.split import Side
-
-
-@dataclass(frozen=True)
-class Source:
-    """A data source with the objects that were found for it."""
-
-    side: Side
-    """The list of the spec that it stands in."""
-    name: str
-    """Name of the set, unique in its list."""
-    spec: DataSource
-    objects: Sequence[DataObject]
 
 
 def content_digest(

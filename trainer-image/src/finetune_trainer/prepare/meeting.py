@@ -21,8 +21,8 @@ from typing import Final
 
 from finetune_api.results import Failure
 from finetune_trainer.failures import DataError, verdict
-from finetune_trainer.prepare.facts import Facts, PartSummary, read_facts
-from finetune_trainer.prepare.parts import Part
+from finetune_trainer.prepare.mapping.facts import Facts, PartSummary, read_facts
+from finetune_trainer.prepare.reading.parts import Part
 from finetune_trainer.storage.objects import ObjectStore
 
 log = logging.getLogger(__name__)

@@ -29,11 +29,11 @@ from finetune_trainer.engine.schedule import replay_of, stage_plans, stages_of, 
 from finetune_trainer.engine.tasks import TASKS
 from finetune_trainer.evaluate.metricnames import check_metrics
 from finetune_trainer.failures import UserError, object_changed
-from finetune_trainer.prepare.digest import Source, content_digest
-from finetune_trainer.prepare.reader import Reading, Say
-from finetune_trainer.prepare.sources import changed, resolve
+from finetune_trainer.prepare.digest import content_digest
+from finetune_trainer.prepare.mapping.reader import Reading, Say
+from finetune_trainer.prepare.reading.sources import Source, changed, resolve
 from finetune_trainer.prepare.tasks import RENDERINGS
-from finetune_trainer.prepare.tokens import Model
+from finetune_trainer.prepare.tokenizing.tokens import Model
 from finetune_trainer.prepare.workers import Place, write_data
 from finetune_trainer.prepared.manifest import DataManifest, is_complete, read_manifest
 from finetune_trainer.prepared.shards import PreparedData

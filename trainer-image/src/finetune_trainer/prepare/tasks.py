@@ -3,28 +3,44 @@ there are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from finetune_api.sources import DataSource, Format
 from finetune_api.tasks import TASKS, TaskName
 from finetune_trainer.failures import DataError, UserError
-from finetune_trainer.prepare.catalogue import CATALOGUE
-from finetune_trainer.prepare.formats import Content, content_of, detect_format, labelled_text
-from finetune_trainer.prepare.records import Record
-from finetune_trainer.prepare.report import SideReport
-from finetune_trainer.prepare.texts import Texts
-from finetune_trainer.prepare.tokens import Tokenizing, Tokens
+from finetune_trainer.prepare.reading.records import Record
+from finetune_trainer.prepare.rendering.catalogue import CATALOGUE
+from finetune_trainer.prepare.rendering.formats import (
+    Content,
+    content_of,
+    detect_format,
+    labelled_text,
+)
+from finetune_trainer.prepare.tokenizing.texts import Texts
+from finetune_trainer.prepare.tokenizing.tokens import Tokenizing, Tokens
 from finetune_trainer.prepared.split import Side
 
 
-def no_classes(reports: Iterable[tuple[Side, SideReport]]) -> list[str]:
+class Labels(Protocol):
+    """The labels of the samples of a set."""
+
+    @property
+    def labels(self) -> Mapping[str, int]:
+        """How many samples have each."""
+
+    @property
+    def label_places(self) -> Mapping[str, str]:
+        """Object and line of the first of them."""
+
+
+def no_classes(found: Iterable[tuple[Side, Labels]]) -> list[str]:
     """Of a task whose labels are text like any other."""
     return []
 
 
-def classes_of(reports: Iterable[tuple[Side, SideReport]]) -> list[str]:
+def classes_of(found: Iterable[tuple[Side, Labels]]) -> list[str]:
     """The classes: the labels of the training samples, in order (numbers by their size).
 
     Raises:
@@ -33,11 +49,11 @@ def classes_of(reports: Iterable[tuple[Side, SideReport]]) -> list[str]:
     """
     known: set[str] = set()
     held_out: list[tuple[str, str]] = []
-    for side, report in reports:
+    for side, there in found:
         if side == "train":
-            known.update(report.labels)
+            known.update(there.labels)
         else:
-            held_out += report.label_places.items()
+            held_out += there.label_places.items()
     if len(known) < 2:
         raise DataError(
             "TooFewClasses",
@@ -63,7 +79,7 @@ class Rendering:
     """Content of a record of a plain format that has no template."""
     tokens: Callable[[Any, str, int], Tokenizing]
     """Tokenizer, the model's address, rows of its embedding → what makes samples of drafts."""
-    classes: Callable[[Iterable[tuple[Side, SideReport]]], list[str]]
+    classes: Callable[[Iterable[tuple[Side, Labels]]], list[str]]
     """Names of the classes, from what was found in each set."""
 
 

@@ -14,15 +14,15 @@ from pathlib import Path
 
 from finetune_api.sources import Data
 from finetune_trainer.failures import DataError
-from finetune_trainer.prepare.digest import Source
-from finetune_trainer.prepare.gather import gather
-from finetune_trainer.prepare.mapping import Mapper
+from finetune_trainer.prepare.gathering.gather import gather
+from finetune_trainer.prepare.gathering.output import Output
+from finetune_trainer.prepare.mapping.mapper import Mapper
+from finetune_trainer.prepare.mapping.reader import Reader, Say
 from finetune_trainer.prepare.meeting import Meeting
-from finetune_trainer.prepare.output import Output
-from finetune_trainer.prepare.parts import Part, deal, divide
-from finetune_trainer.prepare.reader import Reader, Say
+from finetune_trainer.prepare.reading.parts import Part, deal, divide
+from finetune_trainer.prepare.reading.sources import Source
 from finetune_trainer.prepare.tasks import RENDERINGS
-from finetune_trainer.prepare.tokens import Model
+from finetune_trainer.prepare.tokenizing.tokens import Model
 from finetune_trainer.prepared.manifest import DataManifest
 from finetune_trainer.storage.objects import ObjectStore
 

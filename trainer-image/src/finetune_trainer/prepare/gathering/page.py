@@ -1,0 +1,79 @@
+"""``report.html``: ``report.json`` for the eye, one self-contained page."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from finetune_trainer.pages import page
+from finetune_trainer.prepare.quality.personal import IN_WORDS
+
+CAUSES: Final = {
+    "Duplicate": "equal to an earlier record",
+    "NearDuplicate": "like an earlier record",
+    "Overlength": "longer than training.maxLength",
+    "Contaminated": "shares text with a held-out sample",
+    "MalformedRecord": "not a JSON object",
+    "MissingField": "lacks a field",
+    "WrongType": "a field of another type",
+    "UnknownRole": "a role that is not known",
+    "NothingSupervised": "nothing to learn",
+    "EmptyPrompt": "empty prompt",
+    "TemplateFailed": "the template fails on it",
+}
+"""Why records were left out, in words; a reason that is not here stands for itself."""
+
+
+def render(report: dict[str, Any]) -> str:
+    """The page of a report, as ``report.json`` has it."""
+    sources = report["sources"]
+    return page(__package__, "report.html.j2").render(
+        report=report,
+        causes=CAUSES,
+        kinds=IN_WORDS,
+        records=sum(s["records"] for s in sources),
+        left_out=sum(sum(s["dropped"].values()) for s in sources),
+        train=_samples(sources, "train"),
+        held_out=_samples(sources, "validation") + _samples(sources, "test"),
+        notes=_notes(report),
+    )
+
+
+def _samples(sources: list[dict[str, Any]], side: str) -> int:
+    return sum(s["splits"][side]["samples"] for s in sources if side in s["splits"])
+
+
+def _notes(report: dict[str, Any]) -> list[str]:
+    """What deserves a look before anything is trained, a sentence each."""
+    notes = []
+    quality, contamination = report["quality"], report["contamination"]
+    for source in report["sources"]:
+        name = source["name"]
+        faulty = sum(n for cause, n in source["dropped"].items() if cause not in _ASKED_FOR)
+        if faulty:
+            notes.append(f"{name}: {faulty:,} of {source['records']:,} records cannot be used.")
+        cut = source["truncated"]["completionEnd"]
+        if cut:
+            notes.append(f"{name}: the end of {cut:,} completions is cut off (too long).")
+        for side, found in source["splits"].items():
+            if found["personalData"]:
+                counts = ", ".join(
+                    f"{found['occurrences']:,} × {IN_WORDS[kind]}"
+                    for kind, found in found["personalData"].items()
+                )
+                done = "redacted" if quality["personalData"] == "Redact" else "kept"
+                notes.append(f"{name}, {side}: {counts} ({done}).")
+    if contamination:
+        for name, found in contamination["sets"].items():
+            done = "left out" if contamination["policy"] == "Drop" else "kept"
+            notes.append(
+                f"{name}: {found['samples']:,} training samples share text with a held-out one"
+                f" ({done})."
+            )
+        missed = contamination["heldOutSamples"] - contamination["comparedSamples"]
+        if missed:
+            notes.append(f"{missed:,} held-out samples were not compared with the training set.")
+    return notes
+
+
+_ASKED_FOR: Final = ("Duplicate", "NearDuplicate", "Overlength", "Contaminated")
+"""Causes of what is left out that are no faults of a record."""

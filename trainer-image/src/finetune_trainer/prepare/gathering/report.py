@@ -1,0 +1,261 @@
+"""``report.json``: what was found in the data, for people who decide whether to trust it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune_api.sources import Format
+from finetune_trainer.failures import DataError
+from finetune_trainer.prepare.mapping.facts import Facts, PartSummary, Preview
+from finetune_trainer.prepare.mapping.languages import Languages
+from finetune_trainer.prepare.quality.contamination import NGRAM
+from finetune_trainer.prepare.reading.faults import Faults
+from finetune_trainer.prepare.tokenizing.tokens import Cut
+from finetune_trainer.prepared.split import Side
+
+PREVIEWS: Final = 3
+"""Samples of each set and side that the report shows."""
+
+PLACES: Final = 5
+"""Places that the report names of what was found."""
+
+LABELS_SHOWN: Final = 200
+BINS: Final = 24
+"""Most bins of a histogram."""
+
+Rows = npt.NDArray[Any]
+"""Rows of facts, positions in an index or values of them: whole numbers."""
+
+_PERCENTILES: Final = (0, 10, 50, 90, 99, 100)
+
+
+@dataclass
+class Found:
+    """How often something was found, and where at first; never the thing itself."""
+
+    samples: int = 0
+    occurrences: int = 0
+    places: list[str] = field(default_factory=list)
+
+    def add(self, where: str, occurrences: int) -> None:
+        """Count a sample."""
+        self.samples += 1
+        self.occurrences += occurrences
+        if len(self.places) < PLACES and where not in self.places:
+            self.places.append(where)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "samples": self.samples,
+            "occurrences": self.occurrences,
+            "places": self.places,
+        }
+
+
+@dataclass
+class SideReport:
+    """Samples of one source on one side. Lengths are counted, not listed, so that memory does not
+    grow with the data."""
+
+    samples: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    longest_completion: int = 0
+    lengths: Counter[int] = field(default_factory=Counter)
+    labels: Counter[str] = field(default_factory=Counter)
+    label_places: dict[str, str] = field(default_factory=dict)
+    """Where each label occurred first."""
+    personal: dict[str, Found] = field(default_factory=dict)
+    previews: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, facts: Facts, rows: Rows) -> None:
+        """Count samples."""
+        length = facts.numbers("length")[rows]
+        self.samples += len(rows)
+        self.tokens += int(length.sum())
+        self.supervised += int(facts.numbers("supervised")[rows].sum())
+        longest = int(facts.numbers("completion")[rows].max(initial=0))
+        self.longest_completion = max(self.longest_completion, longest)
+        self.lengths.update(_counted(length))
+        self._add_labels(facts, facts.having("label", rows))
+        personal = facts.having("personal", rows)
+        texts = (facts.texts(name, personal) for name in ("where", "personal"))
+        for where, found in zip(*texts, strict=True):
+            for kind, count in json.loads(found).items():
+                self.personal.setdefault(kind, Found()).add(where, count)
+
+    def _add_labels(self, facts: Facts, rows: Rows) -> None:
+        labels = facts.texts("label", rows)
+        self.labels.update(labels)
+        fresh = {label: labels.index(label) for label in set(labels) - self.label_places.keys()}
+        places = facts.texts("where", rows[list(fresh.values())]) if fresh else []
+        self.label_places.update(zip(fresh, places, strict=True))
+
+    def show(self, offered: Iterable[Preview], samples: Rows) -> None:
+        """Keep the first samples to look at, of those of a part that were added."""
+        shown = (p.shown for p in offered if len(self.previews) < PREVIEWS and p.sample in samples)
+        self.previews.extend(shown)
+
+    def remove(self, length: Rows, supervised: Rows) -> None:
+        """Count samples no longer. Their labels and their place among the longest stay counted:
+        they are known no more."""
+        self.samples -= len(length)
+        self.tokens -= int(length.sum())
+        self.supervised -= int(supervised.sum())
+        self.lengths.subtract(_counted(length))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "supervisedTokens": self.supervised,
+            "supervisedShare": round(self.supervised / max(1, self.tokens), 4),
+            "lengthPercentiles": percentiles(self.lengths),
+            "lengthHistogram": histogram(self.lengths),
+            "labels": dict(self.labels.most_common(LABELS_SHOWN)),
+            "distinctLabels": len(self.labels),
+            "personalData": {kind: found.to_json() for kind, found in self.personal.items()},
+            "previews": self.previews,
+        }
+
+
+@dataclass
+class SourceReport:
+    """One data source."""
+
+    name: str
+    objects: int
+    bytes: int
+    faults: Faults
+    format: Format | None = None
+    records: int = 0
+    duplicates: int = 0
+    near_duplicates: int = 0
+    overlength: int = 0
+    split: int = 0
+    contaminated: int = 0
+    languages: Languages = field(default_factory=Languages)
+    cuts: Counter[Cut] = field(default_factory=Counter)
+    sides: dict[Side, SideReport] = field(default_factory=dict)
+
+    def merge(self, part: PartSummary) -> None:
+        """Count what was read for a part, and what its worker left out."""
+        self.format = self.format or part.format
+        self.records += part.records
+        self.duplicates += part.duplicates
+        self.overlength += part.overlength
+        self.split += part.split
+        self.faults.merge(part.reasons, [DataError(f.reason, f.message) for f in part.faults])
+        self.languages.counts.update(part.languages)
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Records left out, by cause."""
+        return {
+            "Duplicate": self.duplicates,
+            "NearDuplicate": self.near_duplicates,
+            "Overlength": self.overlength,
+            "Contaminated": self.contaminated,
+            **self.faults.reasons,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "format": self.format,
+            "objects": self.objects,
+            "bytes": self.bytes,
+            "records": self.records,
+            "dropped": self.dropped,
+            "faults": self.faults.to_json(),
+            "languages": self.languages.to_json(),
+            "documentsSplit": self.split,
+            "truncated": {
+                "promptBeginning": self.cuts["Prompt"],
+                "completionEnd": self.cuts["Completion"],
+                "textEnd": self.cuts["Text"],
+            },
+            "splits": {side: report.to_json() for side, report in self.sides.items()},
+        }
+
+
+@dataclass
+class Contamination:
+    """Training samples that share text with held-out ones."""
+
+    held_out: int
+    """Held-out samples."""
+    compared: int
+    """Held-out samples that were compared."""
+    policy: str
+    sets: dict[int, Rows] = field(default_factory=dict)
+    """Positions in the training index, by the number of the set."""
+    examples: dict[int, str] = field(default_factory=dict)
+    """Shared text of the first few of each set, by position."""
+    places: dict[int, str] = field(default_factory=dict)
+    """Object and line of these."""
+
+    def to_json(self, names: Mapping[int, str]) -> dict[str, Any]:
+        return {
+            "ngram": NGRAM,
+            "heldOutSamples": self.held_out,
+            "comparedSamples": self.compared,
+            "policy": self.policy,
+            "sets": {
+                names[number]: {
+                    "samples": len(positions),
+                    "examples": [
+                        {"where": self.places[p], "shared": self.examples[p]}
+                        for p in positions[:PLACES].tolist()
+                    ],
+                }
+                for number, positions in self.sets.items()
+            },
+        }
+
+
+def histogram(counts: Counter[int]) -> list[dict[str, int]]:
+    """Counted values in at most ``BINS`` equal bins, whose width is a power of two:
+    ``[{"from": 1, "to": 16, "samples": 5}, …]``; both bounds belong to the bin."""
+    longest = max((value for value, count in counts.items() if count), default=0)
+    if not longest:
+        return []
+    width = 1
+    while width * BINS < longest:
+        width *= 2
+    bins = [0] * (-(-longest // width))
+    for value, count in counts.items():
+        if count:
+            bins[(value - 1) // width] += count
+    return [
+        {"from": i * width + 1, "to": (i + 1) * width, "samples": count}
+        for i, count in enumerate(bins)
+    ]
+
+
+def percentiles(counts: Counter[int]) -> dict[str, int]:
+    """Exact percentiles (nearest rank) of counted values: ``{"p50": 17, …}``."""
+    total, ordered = counts.total(), sorted(value for value, count in counts.items() if count)
+    if not total:
+        return {}
+    found = {}
+    for percent in _PERCENTILES:
+        rank, passed = max(1, -(-percent * total // 100)), 0
+        for value in ordered:
+            passed += counts[value]
+            if passed >= rank:
+                found[f"p{percent}"] = value
+                break
+    return found
+
+
+def _counted(values: Rows) -> dict[int, int]:
+    found, counts = np.unique(values, return_counts=True)
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))

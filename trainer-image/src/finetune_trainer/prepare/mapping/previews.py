@@ -1,0 +1,79 @@
+"""Samples to look at, as they are trained: which of their text is read, which is learned, and what
+was cut off. The marks are those of the tokens, whatever the text suggests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any, Final, Literal
+
+import numpy as np
+
+from finetune_trainer.prepare.quality.personal import covered, uncovered
+from finetune_trainer.prepare.tokenizing.tokens import Sample, Tokenizing
+
+PREVIEW_CHARACTERS: Final = 2000
+"""Most characters of a sample that are shown."""
+
+_MORE: Final = " …"
+
+State = Literal["Read", "Learned", "Cut"]
+
+
+def preview(sample: Sample, tokens: Tokenizing) -> dict[str, Any]:
+    """A sample for ``report.json``: its parts in order, each a text that is ``learned`` or read, or
+    a number of tokens that are ``cut`` off there and are in no sample. Marks that the tokenizer
+    itself puts around a text are not shown, but counted where they are cut off.
+
+    More people read the report than the data: personal data is masked whatever is done about it in
+    the samples. It is looked for in the uncut text, so that no half of it is left.
+    """
+    states = _states(sample)
+    texts = [""] * len(states)
+    placed = tokens.placed(sample.draft)
+    for part, (first, begins) in zip(sample.draft.parts, placed, strict=False):
+        text = covered(part.text)
+        edges = [0, *begins[1:], len(text)]  # what a tokenizer passes over goes with its neighbour
+        for i in range(len(begins)):
+            texts[first + i] = text[edges[i] : edges[i + 1]]
+    parts: list[dict[str, Any]] = []
+    for state, group in groupby(range(len(states)), key=states.__getitem__):
+        stretch = list(group)
+        if state == "Cut":
+            parts.append({"text": "", "learned": False, "cut": len(stretch)})
+        elif text := uncovered("".join(texts[i] for i in stretch)):
+            parts.append({"text": text, "learned": state == "Learned"})
+    for part in sample.draft.parts[len(placed) :]:
+        parts.append({"text": uncovered(covered(part.text)), "learned": part.learned})
+    most = _most(len(part["text"]) for part in parts)
+    for shown in parts:
+        if len(shown["text"]) > most:
+            shown["text"] = shown["text"][:most] + _MORE
+    return {"where": sample.draft.where, "tokens": len(sample.ids), "parts": parts}
+
+
+def _states(sample: Sample) -> list[State]:
+    """What became of each token that the draft had."""
+    gaps = sum(end - start for start, end in sample.gaps)
+    kept = np.ones(len(sample.ids) + gaps, np.bool_)
+    for start, end in sample.gaps:
+        kept[start:end] = False
+    learned = np.zeros(len(sample.ids), np.bool_)
+    for start, end in sample.spans:
+        learned[start:end] = True
+    states: list[State] = ["Cut"] * len(kept)
+    for position, is_learned in zip(np.flatnonzero(kept), learned, strict=True):
+        states[position] = "Learned" if is_learned else "Read"
+    return states
+
+
+def _most(lengths: Iterable[int]) -> int:
+    """Characters up to which each text is shown so that all take ``PREVIEW_CHARACTERS``: what short
+    ones leave is for the long, and a long prompt hides no answer."""
+    room, ordered = PREVIEW_CHARACTERS, sorted(lengths)
+    for i, length in enumerate(ordered):
+        share = room // (len(ordered) - i)
+        if length > share:
+            return share
+        room -= length
+    return PREVIEW_CHARACTERS

@@ -1,0 +1,146 @@
+"""Which objects a data source names, in object storage or on a mounted claim.
+
+A source is one object, a pattern (``*`` matches within a folder, ``**`` across folders), or a
+prefix that ends in '/', which takes every object below it whose name ends as data does.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from finetune_api.sources import DataSource
+from finetune_trainer.failures import UserError
+from finetune_trainer.prepare.reading.records import SUFFIXES, readable
+from finetune_trainer.prepared.split import Side
+from finetune_trainer.storage.claims import claim_path, etag_of, open_listed
+from finetune_trainer.storage.objects import ObjectStore
+
+_SHOWN: Final = 5
+"""Names that a message shows of what is there."""
+
+
+@dataclass(frozen=True)
+class DataObject:
+    """One object of a source."""
+
+    uri: str
+    size: int
+    """In bytes."""
+    etag: str
+    """Changes with the content."""
+    place: ObjectStore | Path
+    """The store that it is read from, or its file on a claim."""
+
+    def open(self) -> BinaryIO:
+        """The object as a binary stream.
+
+        Raises:
+            DataError: 'ObjectChanged', also from later reads, where it is not what was listed.
+        """
+        if isinstance(self.place, Path):
+            return open_listed(self.place, self.uri, self.etag)
+        return self.place.read_stream(self.uri, etag=self.etag)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data source with the objects that were found for it."""
+
+    side: Side
+    """The list of the spec that it stands in."""
+    name: str
+    """Name of the set, unique in its list."""
+    spec: DataSource
+    objects: Sequence[DataObject]
+
+
+def resolve(
+    uri: str, store: ObjectStore, environ: Mapping[str, str] = os.environ
+) -> list[DataObject]:
+    """The objects of a source, ordered by address; at least one.
+
+    Raises:
+        UserError: 'NoObjects', naming the address and what is there; 'InvalidAddress' for a path
+            that leaves its claim.
+    """
+    folder = uri[: _literal_length(uri)].rpartition("/")[0] + "/"
+    wanted = _matcher(uri)
+    near = _candidates(uri, folder, store, environ)
+    found = sorted((o for o in near if wanted.fullmatch(o.uri)), key=lambda o: o.uri)
+    if uri.endswith("/"):
+        found = [o for o in found if readable(o.uri)]
+    if not found:
+        raise _nothing(uri, folder, list(islice(_below(folder, store, environ), 1000)))
+    return found
+
+
+def changed(
+    before: Iterable[DataObject], now: Iterable[DataObject], may_grow: bool = False
+) -> str | None:
+    """Address of the first object that only one of two listings of a source has as it is; with
+    ``may_grow``, new ones are left aside."""
+    was, is_now = ({(o.uri, o.etag, o.size) for o in found} for found in (before, now))
+    return min((uri for uri, *_ in (was - is_now if may_grow else was ^ is_now)), default=None)
+
+
+def _candidates(
+    uri: str, folder: str, store: ObjectStore, environ: Mapping[str, str]
+) -> Iterator[DataObject]:
+    """Objects that may match; as few as the store can tell apart."""
+    literal = uri[: _literal_length(uri)]
+    if uri.startswith("pvc://"):
+        yield from _below(folder, store, environ)
+    elif literal == uri and not uri.endswith("/"):
+        info = store.head(uri)
+        if info is not None:
+            yield DataObject(info.uri, info.size, info.etag, store)
+    else:
+        yield from _below(literal, store, environ)
+
+
+def _below(folder: str, store: ObjectStore, environ: Mapping[str, str]) -> Iterator[DataObject]:
+    """Every object whose address begins so (on a claim: a folder, ending in '/')."""
+    if not folder.startswith("pvc://"):
+        for info in store.list(folder):
+            yield DataObject(info.uri, info.size, info.etag, store)
+        return
+    root = claim_path(folder, environ)
+    for path in sorted(root.rglob("*")):
+        if path.is_file():
+            stat = path.stat()
+            name = path.relative_to(root).as_posix()
+            yield DataObject(folder + name, stat.st_size, etag_of(stat), path)
+
+
+def _literal_length(uri: str) -> int:
+    """Characters before the first wildcard."""
+    return (uri + "*").index("*")
+
+
+def _matcher(uri: str) -> re.Pattern[str]:
+    if uri.endswith("/"):
+        return re.compile(re.escape(uri) + ".*", re.DOTALL)
+    parts = re.split(r"(\*\*/|\*\*|\*)", uri)
+    wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*"}
+    return re.compile("".join(wild.get(part) or re.escape(part) for part in parts), re.DOTALL)
+
+
+def _nothing(uri: str, folder: str, there: list[DataObject]) -> UserError:
+    if any(o.uri.startswith(f"{uri}/") for o in there):
+        remedy = f"it is a folder: end the address with '/' ({uri}/)"
+    elif there:
+        names = ", ".join(o.uri.removeprefix(folder) for o in there[:_SHOWN])
+        more = f" and {len(there) - _SHOWN} more" if len(there) > _SHOWN else ""
+        remedy = f"below {folder} there are: {names}{more}"
+    else:
+        remedy = f"there is nothing below {folder}; check the address"
+    return UserError(
+        "NoObjects",
+        f"{uri}: no object matches; {remedy}. Data objects end in {', '.join(SUFFIXES)}",
+    )

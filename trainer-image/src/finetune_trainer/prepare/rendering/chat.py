@@ -1,0 +1,208 @@
+"""Conversations through the tokenizer's chat template, with exact borders of what is learned.
+
+The borders are found by rendering prefixes of the conversation:
+
+    render(messages[:i], add_generation_prompt=True)  ends where turn i's answer begins
+    render(messages[:i+1])                            ends behind turn i's answer
+
+Few chat templates mark the assistant's words ({% generation %}); where one does, its marks narrow
+the answer further. The answer is learned together with its end-of-turn token (else the model never
+learns to stop) and without what stands behind it, which no generation reaches: white space, and
+what some templates write at the end of a whole conversation. Calls of tools are answers like
+others; tools and their results are read, and so are answers of weight 0. Some templates render a
+turn in another way once others follow it (they drop its reasoning): such a conversation becomes one
+sample a turn, each exactly as it stands when that turn is generated. Whatever does not fit is
+refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import jinja2
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from finetune_trainer.failures import DataError, UserError
+from finetune_trainer.prepare.quality.personal import redacted
+from finetune_trainer.prepare.rendering.conversations import function_of
+from finetune_trainer.prepare.rendering.formats import Conversation, Message
+
+Mark = tuple[int, int]
+"""Start and end of a stretch of text."""
+
+Tools = list[dict[str, Any]] | None
+
+_GENERATION: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Turn(NamedTuple):
+    """An answer of the assistant in the rendered text."""
+
+    before: str
+    """Text between the answer before and this one."""
+    answer: str
+    stop: str
+    """Text of the end-of-turn token."""
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer.
+
+    Raises:
+        UserError: 'NoChatTemplate' where the tokenizer has none.
+    """
+
+    def __init__(self, tokenizer: Any, model: str) -> None:
+        if not tokenizer.chat_template:
+            raise UserError(
+                "NoChatTemplate",
+                f"{model}: its tokenizer has no chat template, which format Messages needs; use an"
+                " instruction-tuned model, add chat_template.jinja to the model's folder, or give"
+                " prompt and completion",
+            )
+        self._tokenizer = tokenizer
+        special = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+        self._stops = tuple(sorted(special, key=len, reverse=True))
+
+    def render(self, where: str, conversation: Conversation) -> list[list[Turn]]:
+        """The conversation as one row of turns, or as several (one a turn, each with its prefix)
+        where the template renders earlier turns in another way. What follows the last answer is
+        left out: nothing is learned from it.
+
+        Raises:
+            DataError: 'NothingSupervised', 'TemplateFailed', 'ToolsNotWritten', 'PrefixMismatch',
+                'MarkMismatch' or 'NoEndOfTurn', naming the record.
+        """
+        messages = conversation.messages
+        # An answer that opens the conversation has no prompt: it is read, not learned.
+        ends = [i for i, m in enumerate(messages) if i and _is_learned(m)]
+        if not ends:
+            raise DataError(
+                "NothingSupervised",
+                f"{where}: no token of this record would be learned: no message after the first has"
+                " the role 'assistant' and a weight other than 0 (roles:"
+                f" {', '.join(m['role'] for m in messages[:8])})",
+            )
+        spans = [self._turn(where, conversation, i) for i in ends]
+        _must_write(where, conversation.tools or (), spans[0].before, "the field 'tools'")
+        whole = "".join(spans[-1])
+        row: list[Turn] = []
+        position = 0
+        for before, answer, stop in spans:
+            if len(before) < position or not whole.startswith(before + answer + stop):
+                return [[turn] for turn in spans]
+            row.append(Turn(before[position:], answer, stop))
+            position = len(before) + len(answer) + len(stop)
+        return [row]
+
+    def _turn(self, where: str, conversation: Conversation, i: int) -> Turn:
+        """Turn i with all that precedes it as ``before``."""
+        messages, tools = conversation.messages, conversation.tools
+        prompt, _ = self._text(where, messages[:i], tools, generate=True)
+        text, marks = self._text(where, messages[: i + 1], tools, generate=False)
+        through = text.rstrip()
+        if not through.startswith(prompt):
+            raise DataError(
+                "PrefixMismatch",
+                f"{where}: the chat template does not continue its own generation prompt at"
+                f" message {i}, so what the assistant says cannot be told apart. Give prompt and"
+                " completion, or a model folder with another chat_template.jinja",
+            )
+        start, end = len(prompt), len(through)
+        if marks is not None:
+            start, end = self._marked(where, through, start, marks, i)
+        learned = through[start:end]
+        ends = self._ends(learned)
+        if len(ends) > 1:  # some may be there for the end of the conversation, not of the turn
+            more, _ = self._text(where, messages[: i + 1], tools, generate=True)
+            on = [end for end in ends if more.startswith(text[: start + end[0]])]
+            ends = on or ends
+        if not ends:
+            last = redacted(learned)[-20:]
+            raise DataError(
+                "NoEndOfTurn",
+                f"{where}: the chat template ends message {i} with {last!r}, which is no"
+                " special token of the tokenizer: the model would never learn to stop. Give a"
+                " model folder with another chat_template.jinja",
+            )
+        end, stop = ends[0]
+        learned = learned[:end]
+        if not learned[: -len(stop)].strip():
+            raise DataError(
+                "NothingSupervised",
+                f"{where}: no word of message {i} would be learned: it is empty, or the chat"
+                " template writes nothing for it",
+            )
+        _must_write(where, messages[i].get("tool_calls", ()), learned, f"calls of message {i}")
+        return Turn(through[:start], learned[: -len(stop)], stop)
+
+    def _ends(self, text: str) -> list[tuple[int, str]]:
+        """Where the special tokens that a text ends with end, and their texts, the last first."""
+        ends: list[tuple[int, str]] = []
+        text = text.rstrip()
+        while stop := next((stop for stop in self._stops if text.endswith(stop)), None):
+            ends.append((len(text), stop))
+            text = text.removesuffix(stop).rstrip()
+        return ends
+
+    def _marked(self, where: str, text: str, prompt: int, marks: list[Mark], i: int) -> Mark:
+        """Where the learned text of message i stands by the template's own marks, which may leave
+        out what comes after the generation prompt (an empty thought) or the stop token: the model
+        writes the latter, so it is learned too."""
+        own = [(start, end) for start, end in marks if end > max(start, prompt)]
+        if len(own) != 1:
+            raise DataError(
+                "MarkMismatch",
+                f"{where}: the chat template marks {len(own)} stretches of message {i} by"
+                " {% generation %}, where one is wanted. Give a model folder with another"
+                " chat_template.jinja",
+            )
+        start, end = max(own[0][0], prompt), len(text[: own[0][1]].rstrip())
+        if not text[start:end].endswith(self._stops):
+            behind = text[end:].lstrip()
+            stop = next((stop for stop in self._stops if behind.startswith(stop)), "")
+            end = len(text) - len(behind) + len(stop) if stop else end
+        return start, end
+
+    def _text(
+        self, where: str, messages: Sequence[Message], tools: Tools, *, generate: bool
+    ) -> tuple[str, list[Mark] | None]:
+        """Messages as text, and the stretches that the template marks (None where it has no
+        marks)."""
+        try:
+            template = self._tokenizer.get_chat_template(None, tools)
+            marked = _GENERATION.search(template) is not None
+            rendered: Any = render_jinja_template(
+                [list(messages)],
+                tools=[*tools] if tools else None,
+                chat_template=template,
+                add_generation_prompt=generate,
+                return_assistant_tokens_mask=marked,
+                **self._tokenizer.special_tokens_map,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise DataError(
+                "TemplateFailed",
+                f"{where}: the tokenizer's chat template refuses the conversation:"
+                f" {redacted(str(error))}",
+            ) from None
+        texts, marks = rendered
+        return texts[0], marks[0] if marked else None
+
+
+def _is_learned(message: Message) -> bool:
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def _must_write(where: str, calls: Sequence[Any], text: str, what: str) -> None:
+    """Refuse a template that passes over tools, or calls of them: many know none."""
+    for name in (function_of(call)["name"] for call in calls):
+        if name not in text:
+            raise DataError(
+                "ToolsNotWritten",
+                f"{where}: {what}: the tokenizer's chat template does not write {name!r}, so it"
+                " does not know tools, and the model would learn without them. Give a model folder"
+                " with another chat_template.jinja",
+            )

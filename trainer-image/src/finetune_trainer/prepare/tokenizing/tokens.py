@@ -1,0 +1,259 @@
+"""From drafts to samples: token ids, and which of them are learned.
+
+Every part of a draft is tokenized by itself (``drafts`` says why). A later part is tokenized as
+text that goes on, not as text that begins: some tokenizers put a space before the beginning, which
+would stand in the middle of the sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune_api.tasks import TaskName
+from finetune_trainer.failures import DataError, UserError
+from finetune_trainer.prepare.reading.faults import Complain, refuse
+from finetune_trainer.prepare.rendering.drafts import Draft, nothing_learned
+
+Ids = npt.NDArray[np.int32]
+Span = tuple[int, int]
+"""Start and end of learned tokens."""
+
+Cut = Literal["None", "Prompt", "Completion", "Text", "Dropped"]
+"""What was cut off: nothing, the beginning of the prompt, also the end of the completion, the end
+of a text to classify, all."""
+
+_PROBE: Final = "a b"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A tokenized draft."""
+
+    draft: Draft
+    ids: Ids
+    """Token ids, shape [tokens]."""
+    spans: tuple[Span, ...]
+    """Learned tokens, ascending. Position 0 is never among them: nothing precedes it that it could
+    be predicted from, so counts of learned tokens are the loss' exact denominators."""
+    prompt_length: int
+    """Tokens before the last learned span: the prompt when text is generated."""
+    gaps: tuple[Span, ...] = field(default=(), kw_only=True)
+    """What was cut off, as stretches of the tokens that there were; ascending."""
+
+    @property
+    def supervised(self) -> int:
+        """Number of learned tokens."""
+        return sum(end - start for start, end in self.spans)
+
+    def shortened(self, limit: int, bos: int | None) -> tuple[Sample, Cut]:
+        """In at most ``limit`` tokens, of which it has more.
+
+        Cut is behind the beginning-of-sequence token, so that the model still sees one, and up to
+        the last learned stretch. Where that is too long by itself, one token of the prompt stays
+        (an answer needs something to begin from) and the end of the stretch goes.
+        """
+        length = len(self.ids)
+        keep = 1 if bos is not None and self.prompt_length and self.ids[0] == bos else 0
+        least = min(self.prompt_length, keep + 1)
+        answer = length - self.prompt_length
+        prompt = max(least, limit - answer)
+        dropped = self.prompt_length - prompt
+        ids = np.concatenate([self.ids[:keep], self.ids[keep + dropped :]])[:limit]
+        spans = tuple(
+            (max(keep, 1, start - dropped), min(end - dropped, limit))
+            for start, end in self.spans
+            if end - dropped > max(keep, 1)
+        )
+        cut: Cut = "Prompt" if prompt + answer <= limit else "Completion"
+        gaps = _filled((keep, keep + dropped), (dropped + len(ids), length))
+        return replace(self, ids=ids, spans=spans, prompt_length=prompt, gaps=gaps), cut
+
+
+def _filled(*spans: Span) -> tuple[Span, ...]:
+    return tuple((start, end) for start, end in spans if start < end)
+
+
+class Placed(NamedTuple):
+    """The tokens of a part of a draft."""
+
+    first: int
+    """Position of the first of them among all tokens of the draft."""
+    begins: list[int]
+    """Character of the part's text at which each begins."""
+
+
+class Tokenizing(Protocol):
+    """From drafts to samples, with a tokenizer."""
+
+    bos_id: int | None
+    """The token that samples begin with, if any."""
+    longest: int | None
+    """Most tokens of a sample by the tokenizer's own settings; None: no bound."""
+
+    def samples(self, drafts: Sequence[Draft], complain: Complain = refuse) -> list[Sample]:
+        """Tokenize a batch of drafts; faults of records are told to ``complain``."""
+
+    def placed(self, draft: Draft) -> list[Placed]:
+        """Where the tokens of a draft's parts stand; parts at its end that have none (a label) are
+        left out."""
+
+
+class Tokens:
+    """A tokenizer, with its marks.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        model: the model's address, for messages.
+        vocabulary: rows of the model's embedding.
+
+    Raises:
+        UserError: 'NoEndToken' where the tokenizer has no end-of-sequence token.
+    """
+
+    def __init__(self, tokenizer: Any, model: str, vocabulary: int) -> None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                "NoEndToken",
+                f"{model}: its tokenizer names no eos_token, so the model could not learn to stop;"
+                " set eos_token in tokenizer_config.json",
+            )
+        self._tokenizer = tokenizer
+        self._model = model
+        self._vocabulary = vocabulary
+        self._fast = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
+        self.eos_id: Final[int] = tokenizer.eos_token_id
+        self.prefix: Final[tuple[int, ...]] = self._marks_at_start()
+        """What the tokenizer puts before a text (beginning-of-sequence), mostly one token or
+        none."""
+        self.bos_id: int | None = self.prefix[0] if self.prefix else tokenizer.bos_token_id
+        """The token that samples begin with, if any; a chat template writes it itself."""
+        self.longest: int | None = None
+        self._lead = self._lead_of_continuation()
+
+    def samples(self, drafts: Sequence[Draft], complain: Complain = refuse) -> list[Sample]:
+        """Tokenize a batch of drafts.
+
+        Args:
+            complain: is told 'NothingSupervised' or 'EmptyPrompt', naming the record.
+
+        Raises:
+            DataError: what ``complain`` raises.
+            UserError: 'VocabularyMismatch' where a token is none of the model's.
+        """
+        texts = [
+            self._lead + part.text if i else part.text
+            for draft in drafts
+            for i, part in enumerate(draft.parts)
+        ]
+        ids = iter(self._encode(texts))
+        samples = []
+        for draft in drafts:
+            try:
+                samples.append(self._assemble(draft, ids))
+            except DataError as error:
+                complain(error)
+        return samples
+
+    def placed(self, draft: Draft) -> list[Placed]:
+        """Where the tokens of a draft's parts stand."""
+        first = len(self.prefix) if draft.framed else 0
+        found = []
+        for i, part in enumerate(draft.parts):
+            lead = self._lead if i else ""
+            begins = begins_of(self._tokenizer, lead + part.text)[1 if lead else 0 :]
+            found.append(Placed(first, [max(0, begin - len(lead)) for begin in begins]))
+            first += len(begins)
+        return found
+
+    def _assemble(self, draft: Draft, encoded: Iterable[list[int]]) -> Sample:
+        ids = list(self.prefix) if draft.framed else []
+        spans: list[Span] = []
+        source = iter(encoded)
+        for i, part in enumerate(draft.parts):
+            tokens = next(source)
+            start = len(ids)
+            ids += tokens[1:] if i and self._lead else tokens
+            if part.learned:
+                spans.append((start, len(ids)))
+        start, end = spans[-1]
+        if start == end:
+            raise nothing_learned(draft.where, "its completion has no token")
+        if draft.framed and not draft.goes_on:
+            ids.append(self.eos_id)
+            spans[-1] = (start, end + 1)
+        if start == 0 and draft.prompt == "" and len(draft.parts) > 1:
+            raise DataError(
+                "EmptyPrompt",
+                f"{draft.where}: the prompt is empty, and the tokenizer has no token that begins a"
+                " text, so nothing could be generated from; give a prompt, or use format Text",
+            )
+        check_vocabulary(ids, self._vocabulary, self._model)
+        exact = tuple((max(1, start), end) for start, end in spans)
+        return Sample(draft, np.array(ids, np.int32), exact, start)
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        if self._fast is not None:
+            return [e.ids for e in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+        return list(self._tokenizer(texts, add_special_tokens=False)["input_ids"])
+
+    def _marks_at_start(self) -> tuple[int, ...]:
+        (plain,) = self._encode([_PROBE])
+        marked = list(self._tokenizer(_PROBE)["input_ids"])
+        for start in range(len(marked) - len(plain) + 1):
+            if marked[start : start + len(plain)] == plain:
+                return tuple(marked[:start])
+        return ()
+
+    def _lead_of_continuation(self) -> str:
+        """Text to put before a part so that it is tokenized as one that goes on; its single token
+        is taken off again. Empty where the tokenizer treats beginnings like the rest."""
+        eos = str(self._tokenizer.eos_token)
+        beginning, behind = self._encode([_PROBE, eos + _PROBE])
+        return eos if behind[:1] == [self.eos_id] and behind[1:] != beginning else ""
+
+
+def begins_of(tokenizer: Any, text: str) -> list[int]:
+    """The character at which each token of a text begins, without marks. Of a tokenizer that does
+    not know (one that is not fast) they are about right: as if all were equally long."""
+    encoded = tokenizer(
+        text, add_special_tokens=False, padding=False, truncation=False, verbose=False,
+        return_offsets_mapping=tokenizer.is_fast,
+    )  # fmt: skip
+    if tokenizer.is_fast:
+        return [begin for begin, _ in encoded["offset_mapping"]]
+    count = len(encoded["input_ids"])
+    return [len(text) * i // count for i in range(count)]
+
+
+def check_vocabulary(ids: Sequence[int], vocabulary: int, model: str) -> None:
+    """Refuse tokens that the model has no embedding for.
+
+    Raises:
+        UserError: 'VocabularyMismatch'.
+    """
+    if max(ids) >= vocabulary:
+        raise UserError(
+            "VocabularyMismatch",
+            f"{model}: the tokenizer makes token {max(ids)}, but the model's vocabulary (vocab_size"
+            f" in config.json) has {vocabulary}; give model and tokenizer that belong together",
+        )
+
+
+@dataclass(frozen=True)
+class Model:
+    """What prepare needs of the base model."""
+
+    source: str
+    """Its address, for messages."""
+    tokenizer: Any
+    """Its transformers tokenizer."""
+    tokens: Tokenizing
+    task: TaskName
+    """What it is to learn."""
+    max_length: int
+    """Most tokens of a sample."""
