@@ -92,6 +92,14 @@ def test_each_piece_begins_as_a_text_and_the_last_ends_as_one(tokenizer: Any) ->
     assert {d.group for d in drafts} == {text}
 
 
+def test_white_space_alone_is_no_piece() -> None:
+    tokens = Tokens(TOKENIZERS["plain"], "m", 300)
+    text = "The cat sat.\n\n" + " " * 3000 + "\n\nThe bird sat."
+    found = pieces(document(text), tokens, 16)
+    assert found[0].completion == "The cat sat.\n\n" and found[-1].completion.endswith("bird sat.")
+    assert all(draft.completion.strip() for draft in found)
+
+
 def test_only_a_text_that_is_learned_as_a_whole_is_a_document() -> None:
     made = document("a")
     assert is_document(made)

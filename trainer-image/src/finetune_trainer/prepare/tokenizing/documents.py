@@ -28,10 +28,12 @@ def pieces(draft: Draft, tokens: Tokenizing, limit: int) -> list[Draft]:
     """A document as drafts of about ``limit`` tokens at most; one piece tokenized by itself may
     have a token more where there was no word to part it behind.
 
-    What is counted of the document's personal data stays with the first piece.
+    What is counted of the document's personal data stays with the first piece. Of white space
+    alone, which some tokenizers have no token for, no piece is made.
     """
     (placed,) = tokens.placed(draft)
-    texts = parted(draft.parts[0].text, placed.begins, max(1, limit - placed.first - 1))
+    found = parted(draft.parts[0].text, placed.begins, max(1, limit - placed.first - 1))
+    texts = [text for text in found if text.strip()]
     return [
         replace(
             draft,
