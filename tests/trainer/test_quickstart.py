@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from random import Random
 
+import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_trainer.quickstart import make_quickstart
@@ -94,3 +97,10 @@ def test_what_was_made_is_kept(tiny_base: Path, tmp_path: Path) -> None:
             (kept / part / path.name).write_bytes(path.read_bytes())
     assert make_quickstart(tmp_path / "out", tiny=True, cache=tmp_path / "cache")
     assert digests(tmp_path / "out") == digests(tiny_base)
+
+
+def test_libraries_print_nothing_of_their_own_affairs() -> None:
+    pytest.importorskip("torchao")
+    code = "import finetune_trainer, torchao.quantization"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "_pytree" not in said.stderr
