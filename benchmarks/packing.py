@@ -22,8 +22,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 from trainers import SHAPES, documents
 
-from finetune_trainer.engine.mixture import Ints
-from finetune_trainer.engine.plan import Plan, cost, uniform_row
+from finetune_trainer.engine.planning.mixture import Ints
+from finetune_trainer.engine.planning.plan import Plan, cost, uniform_row
 
 
 def texts(path: Path) -> Iterator[str]:

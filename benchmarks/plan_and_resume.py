@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from finetune_trainer.engine.mixture import Stage
-from finetune_trainer.engine.plan import Plan
+from finetune_trainer.engine.planning.mixture import Stage
+from finetune_trainer.engine.planning.plan import Plan
 
 # What reads storage and makes tensors is imported where it is needed: the memory of a plan is
 # measured without it.
@@ -68,7 +68,7 @@ def first_batch(endpoint: str, keys: Any, uri: str, done: float) -> tuple[float,
     of the run, and how many shards had been fetched by then."""
     import torch
 
-    from finetune_trainer.engine.feed import Feed
+    from finetune_trainer.engine.rows.feed import Feed
     from finetune_trainer.prepared.shards import PreparedData
     from finetune_trainer.storage.objects import ObjectStore
 

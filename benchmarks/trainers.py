@@ -27,19 +27,19 @@ from transformers import (
 )
 
 from finetune_api.spec import parse_spec
-from finetune_trainer.engine import packed
 from finetune_trainer.engine.compilation import compile_blocks
-from finetune_trainer.engine.feed import Feed, StaticShape, build_row
 from finetune_trainer.engine.flops import Work, work_of
 from finetune_trainer.engine.gang import join
 from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.kernels import use_liger
 from finetune_trainer.engine.loss import TokenLoss
-from finetune_trainer.engine.methods import apply_method
 from finetune_trainer.engine.optimizers import make_optimizers
-from finetune_trainer.engine.plan import Plan, uniform_row
+from finetune_trainer.engine.planning.plan import Plan, uniform_row
 from finetune_trainer.engine.precision import precision_of
+from finetune_trainer.engine.rows import packed
+from finetune_trainer.engine.rows.feed import Feed, StaticShape, build_row
 from finetune_trainer.engine.sharding import distribute
+from finetune_trainer.engine.tuning.methods import apply_method
 from finetune_trainer.prepared.shards import TokenSample
 from finetune_trainer.train.step import optimizer_step
 

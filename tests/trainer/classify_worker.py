@@ -15,14 +15,14 @@ from engine import CPU
 from finetune_api.spec import parse_spec
 from finetune_trainer.engine import gang as gangs
 from finetune_trainer.engine.base import BaseFiles
-from finetune_trainer.engine.context import ALONE
-from finetune_trainer.engine.feed import Feed
 from finetune_trainer.engine.guard import Guard
-from finetune_trainer.engine.memory import Placement
+from finetune_trainer.engine.memory.estimate import Placement
 from finetune_trainer.engine.model import purpose_of
 from finetune_trainer.engine.parameters import optimizer_groups
-from finetune_trainer.engine.plan import Plan
+from finetune_trainer.engine.planning.plan import Plan
 from finetune_trainer.engine.precision import PRECISIONS
+from finetune_trainer.engine.rows.context import ALONE
+from finetune_trainer.engine.rows.feed import Feed
 from finetune_trainer.engine.shards import whole
 from finetune_trainer.engine.tasks import TASKS
 from finetune_trainer.storage.published import Base

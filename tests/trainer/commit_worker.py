@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from finetune_trainer.engine.commitstore import METADATA, CommitReader, CommitWriter
-from finetune_trainer.engine.dcp import load, save_state
+from finetune_trainer.engine.commits.commitstore import METADATA, CommitReader, CommitWriter
+from finetune_trainer.engine.commits.dcp import load, save_state
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.storage import commitfiles
 from finetune_trainer.storage.commitfiles import read_file

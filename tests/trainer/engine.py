@@ -16,13 +16,13 @@ from transformers import (
 )
 
 from finetune_api.spec import FineTuneJobSpec, parse_spec
-from finetune_trainer.engine import packed
-from finetune_trainer.engine.anchors import OutputAnchor
 from finetune_trainer.engine.gang import join
 from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.optimizers import make_optimizers
-from finetune_trainer.engine.plan import Plan
+from finetune_trainer.engine.planning.plan import Plan
+from finetune_trainer.engine.rows import packed
+from finetune_trainer.engine.tuning.anchors import OutputAnchor
 from finetune_trainer.prepared.shards import TokenSample
 from finetune_trainer.train.session import weight_anchor
 

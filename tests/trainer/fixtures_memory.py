@@ -10,8 +10,8 @@ import pytest
 from engine import tiny_llama
 
 from finetune_api.spec import FineTuneJobSpec, parse_spec
-from finetune_trainer.engine.memory import Activations, Facts, Weights
-from finetune_trainer.engine.rowsize import Samples
+from finetune_trainer.engine.memory.estimate import Activations, Facts, Weights
+from finetune_trainer.engine.planning.rowsize import Samples
 
 GIB = 1 << 30
 SAMPLES = Samples(np.full(200, 300), np.full(200, 100), 512)

@@ -14,16 +14,16 @@ from engine import CPU, samples, spec_of, tiny_llama
 from finetune_api.training import Guard as GuardRule
 from finetune_api.training import Training
 from finetune_trainer.engine import gang as gangs
-from finetune_trainer.engine.anchors import OutputAnchor
-from finetune_trainer.engine.feed import Feed, build_row
 from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.head import ChunkedHead
 from finetune_trainer.engine.loss import TokenLoss
-from finetune_trainer.engine.methods import apply_method
-from finetune_trainer.engine.plan import Plan
+from finetune_trainer.engine.planning.plan import Plan
 from finetune_trainer.engine.precision import PRECISIONS
+from finetune_trainer.engine.rows.feed import Feed, build_row
 from finetune_trainer.engine.sharding import Sharding, distribute
 from finetune_trainer.engine.shards import whole
+from finetune_trainer.engine.tuning.anchors import OutputAnchor
+from finetune_trainer.engine.tuning.methods import apply_method
 from finetune_trainer.train.step import optimizer_step
 
 LENGTHS = [60, 50, 55, 45, 30, 20, 64, 35]

@@ -16,7 +16,7 @@ from finetune_api.spec import parse_spec
 from finetune_trainer.engine import gang as gangs
 from finetune_trainer.engine.base import BaseFiles
 from finetune_trainer.engine.hollow import is_hollow
-from finetune_trainer.engine.memory import Placement, Sharding
+from finetune_trainer.engine.memory.estimate import Placement, Sharding
 from finetune_trainer.engine.model import TEXT, Purpose
 from finetune_trainer.engine.precision import PRECISIONS
 from finetune_trainer.engine.shards import whole

@@ -18,15 +18,15 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from finetune_api.spec import parse_spec
 from finetune_trainer.engine import gang as gangs
 from finetune_trainer.engine.base import BaseFiles
-from finetune_trainer.engine.dcp import load_state, save_state, state_of
-from finetune_trainer.engine.feed import Feed, StaticShape, build_row
+from finetune_trainer.engine.commits.dcp import load_state, save_state, state_of
 from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.loss import evaluating
-from finetune_trainer.engine.memory import Placement
+from finetune_trainer.engine.memory.estimate import Placement
 from finetune_trainer.engine.model import TEXT
 from finetune_trainer.engine.optimizers import make_optimizers
-from finetune_trainer.engine.plan import Plan
+from finetune_trainer.engine.planning.plan import Plan
 from finetune_trainer.engine.precision import PRECISIONS
+from finetune_trainer.engine.rows.feed import Feed, StaticShape, build_row
 from finetune_trainer.engine.sharding import root_gathered
 from finetune_trainer.engine.shards import whole
 from finetune_trainer.storage.published import Base

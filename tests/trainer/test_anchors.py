@@ -11,15 +11,15 @@ import pytest
 import torch
 from engine import CPU, samples, spec_of, tiny_llama
 
-from finetune_trainer.engine.anchors import OutputAnchor, WeightAnchor, anchor_bytes
-from finetune_trainer.engine.derived import derive
-from finetune_trainer.engine.feed import Feed, StepTensors
 from finetune_trainer.engine.guard import Guard
-from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import RowLosses, TokenLoss, divergence
-from finetune_trainer.engine.methods import apply_method
 from finetune_trainer.engine.optimizers import make_optimizers, step_if
-from finetune_trainer.engine.plan import Plan
+from finetune_trainer.engine.planning.plan import Plan
+from finetune_trainer.engine.rows.feed import Feed, StepTensors
+from finetune_trainer.engine.rows.layout import row_context
+from finetune_trainer.engine.tuning.anchors import OutputAnchor, WeightAnchor, anchor_bytes
+from finetune_trainer.engine.tuning.derived import derive
+from finetune_trainer.engine.tuning.methods import apply_method
 from finetune_trainer.train.step import optimizer_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,9 +9,9 @@ from engine import CPU, samples
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from finetune_trainer.engine import attention
-from finetune_trainer.engine.context import ALONE, ContextGroup, Wanted
-from finetune_trainer.engine.feed import build_row
+from finetune_trainer.engine.rows import attention
+from finetune_trainer.engine.rows.context import ALONE, ContextGroup, Wanted
+from finetune_trainer.engine.rows.feed import build_row
 
 LENGTHS = [37, 12, 5, 40, 2]
 

@@ -14,10 +14,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from finetune_trainer.engine.feed import build_row
 from finetune_trainer.engine.head import ChunkedHead, has_plain_head
-from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import TokenLoss
+from finetune_trainer.engine.rows.feed import build_row
+from finetune_trainer.engine.rows.layout import row_context
 
 SMALL: Any = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,

@@ -25,15 +25,15 @@ from finetune_trainer.engine.classification import (
     class_losses,
     head_names,
 )
-from finetune_trainer.engine.dcp import load_state, save_state, state_of
-from finetune_trainer.engine.dropout import KeyedDropout
+from finetune_trainer.engine.commits.dcp import load_state, save_state, state_of
 from finetune_trainer.engine.flops import work_of
-from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import row_losses
-from finetune_trainer.engine.methods import apply_method
 from finetune_trainer.engine.model import load_base, load_tokenizer, purpose_of
 from finetune_trainer.engine.optimizers import split
 from finetune_trainer.engine.parameters import optimizer_groups, parameter_counts
+from finetune_trainer.engine.rows.dropout import KeyedDropout
+from finetune_trainer.engine.rows.layout import row_context
+from finetune_trainer.engine.tuning.methods import apply_method
 from finetune_trainer.failures import UserError
 from finetune_trainer.publish.weights import tuned_model, write_adapter, write_merged
 from finetune_trainer.storage.published import Base

@@ -12,11 +12,11 @@ import pytest
 import torch
 from engine import CPU, samples, spec_of
 
-from finetune_trainer.engine import feed as feed_module
-from finetune_trainer.engine.feed import Feed
 from finetune_trainer.engine.flops import Work
 from finetune_trainer.engine.guard import Guard
-from finetune_trainer.engine.plan import Plan
+from finetune_trainer.engine.planning.plan import Plan
+from finetune_trainer.engine.rows import feed as feed_module
+from finetune_trainer.engine.rows.feed import Feed
 from finetune_trainer.prepared.shards import TokenSample
 from finetune_trainer.train import clock as clock_module
 from finetune_trainer.train.clock import Clock

@@ -11,8 +11,8 @@ from commit_worker import SHAPES, Counting, work
 from engine import tiny_llama
 from gangs import forked, free_port
 
-from finetune_trainer.engine.commitstore import METADATA, CommitReader, CommitWriter
-from finetune_trainer.engine.dcp import load, load_weights, save_state, state_of
+from finetune_trainer.engine.commits.commitstore import METADATA, CommitReader, CommitWriter
+from finetune_trainer.engine.commits.dcp import load, load_weights, save_state, state_of
 from finetune_trainer.storage import commitfiles
 from finetune_trainer.storage.commitfiles import read_file
 from finetune_trainer.storage.commits import Commit

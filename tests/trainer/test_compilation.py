@@ -7,10 +7,10 @@ from test_attention import kernel  # noqa: F401
 
 from finetune_trainer.engine import compilation
 from finetune_trainer.engine.compilation import compile_blocks, uncompiled
-from finetune_trainer.engine.dropout import key_dropouts
-from finetune_trainer.engine.feed import StaticShape, build_row
-from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import TokenLoss
+from finetune_trainer.engine.rows.dropout import key_dropouts
+from finetune_trainer.engine.rows.feed import StaticShape, build_row
+from finetune_trainer.engine.rows.layout import row_context
 
 SHAPE = StaticShape(100, 40)
 ROWS = [[37, 12, 5], [40, 40, 9, 2, 3], [8], [30, 30, 30]]

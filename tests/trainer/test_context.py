@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_gradients import run
 
-from finetune_trainer.engine.context import ALONE, ContextGroup, share
+from finetune_trainer.engine.rows.context import ALONE, ContextGroup, share
 
 
 @given(size=st.integers(2, 5), chunk=st.integers(1, 40))

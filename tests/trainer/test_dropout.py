@@ -16,12 +16,12 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
-from finetune_trainer.engine.dropout import KeyedDropout, keep_mask, key_dropouts, token_keys
-from finetune_trainer.engine.feed import build_row
-from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import TokenLoss
-from finetune_trainer.engine.methods import apply_method
-from finetune_trainer.engine.rehearsal import rehearse
+from finetune_trainer.engine.memory.rehearsal import rehearse
+from finetune_trainer.engine.rows.dropout import KeyedDropout, keep_mask, key_dropouts, token_keys
+from finetune_trainer.engine.rows.feed import build_row
+from finetune_trainer.engine.rows.layout import row_context
+from finetune_trainer.engine.tuning.methods import apply_method
 from finetune_trainer.failures import UserError
 
 

@@ -12,11 +12,11 @@ from engine import CPU, samples, spec_of, tiny_llama, tiny_mixtral
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 from tuning import Tuning, check_round
 
-from finetune_trainer.engine.feed import build_row
-from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import TokenLoss, row_losses
-from finetune_trainer.engine.methods import apply_method
 from finetune_trainer.engine.model import load_base
+from finetune_trainer.engine.rows.feed import build_row
+from finetune_trainer.engine.rows.layout import row_context
+from finetune_trainer.engine.tuning.methods import apply_method
 from finetune_trainer.failures import UserError
 
 

@@ -11,9 +11,9 @@ from engine import CPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_trainer.engine.feed import Feed, RowTensors, StepTensors, TokenRow
-from finetune_trainer.engine.mixture import Stage
-from finetune_trainer.engine.plan import Plan
+from finetune_trainer.engine.planning.mixture import Stage
+from finetune_trainer.engine.planning.plan import Plan
+from finetune_trainer.engine.rows.feed import Feed, RowTensors, StepTensors, TokenRow
 from finetune_trainer.prepared.shards import TokenSample
 
 SAMPLES, BATCH, VISITS = 60, 8, 180

@@ -13,8 +13,8 @@ import pytest
 from engine import CPU, samples
 from prepared_data import learned_of, write_prepared
 
-from finetune_trainer.engine.feed import EXPECTED, Feed
-from finetune_trainer.engine.plan import Plan
+from finetune_trainer.engine.planning.plan import Plan
+from finetune_trainer.engine.rows.feed import EXPECTED, Feed
 from finetune_trainer.prepared.fetches import Fetches
 from finetune_trainer.prepared.shards import PreparedData, TokenSample
 from finetune_trainer.storage.objects import ObjectStore

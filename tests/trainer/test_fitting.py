@@ -15,11 +15,11 @@ from engine import CPU
 from fixtures_memory import GIB, SAMPLES, facts_of, spec_of
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.engine.fitting import alternatives, fit, told
-from finetune_trainer.engine.memory import Facts, Placement, decide, estimate, placements
-from finetune_trainer.engine.memorywords import table
-from finetune_trainer.engine.rehearsals import Rehearsals
-from finetune_trainer.engine.rowsize import RowSize, Samples
+from finetune_trainer.engine.memory.estimate import Facts, Placement, decide, estimate, placements
+from finetune_trainer.engine.memory.fitting import alternatives, fit, told
+from finetune_trainer.engine.memory.rehearsals import Rehearsals
+from finetune_trainer.engine.memory.words import table
+from finetune_trainer.engine.planning.rowsize import RowSize, Samples
 from finetune_trainer.failures import UserError
 from finetune_trainer.train import session
 from finetune_trainer.train.worker import beside_estimate

@@ -12,11 +12,11 @@ from engine import CPU, samples, tiny_llama
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from finetune_trainer.engine.feed import build_row
 from finetune_trainer.engine.flops import PEAKS, work_of
-from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.model import load_base
+from finetune_trainer.engine.rows.feed import build_row
+from finetune_trainer.engine.rows.layout import row_context
 
 
 def counted(model: Any, length: int) -> tuple[float, int]:

@@ -17,20 +17,21 @@ from engine import samples, session_of, spec_of, tiny_llama
 from torch.distributed.fsdp import FSDPModule
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.engine import attention, compilation, kernels
+from finetune_trainer.engine import compilation, kernels
 from finetune_trainer.engine.base import BaseFiles
-from finetune_trainer.engine.feed import Feed, StaticShape, build_row
 from finetune_trainer.engine.gang import join
 from finetune_trainer.engine.guard import Guard
-from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import TokenLoss
-from finetune_trainer.engine.memory import Placement
-from finetune_trainer.engine.methods import apply_method
+from finetune_trainer.engine.memory.estimate import Placement
+from finetune_trainer.engine.memory.requirements import check_device
 from finetune_trainer.engine.model import TEXT
 from finetune_trainer.engine.optimizers import make_optimizers
-from finetune_trainer.engine.plan import Plan
+from finetune_trainer.engine.planning.plan import Plan
 from finetune_trainer.engine.precision import precision_of, use_fp8
-from finetune_trainer.engine.requirements import check_device
+from finetune_trainer.engine.rows import attention
+from finetune_trainer.engine.rows.feed import Feed, StaticShape, build_row
+from finetune_trainer.engine.rows.layout import row_context
+from finetune_trainer.engine.tuning.methods import apply_method
 from finetune_trainer.storage.published import Base
 from finetune_trainer.train.step import optimizer_step
 from finetune_trainer.train.tuned import TunedModel, open_model

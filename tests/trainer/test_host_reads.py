@@ -22,10 +22,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from finetune_trainer.engine import packed
-from finetune_trainer.engine.feed import Feed, StaticShape, build_row
-from finetune_trainer.engine.methods import apply_method
-from finetune_trainer.engine.plan import Plan
+from finetune_trainer.engine.planning.plan import Plan
+from finetune_trainer.engine.rows import packed
+from finetune_trainer.engine.rows.feed import Feed, StaticShape, build_row
+from finetune_trainer.engine.tuning.methods import apply_method
 from finetune_trainer.train.step import optimizer_step
 
 LENGTHS = [60, 50, 55, 45, 30, 20, 64, 35]

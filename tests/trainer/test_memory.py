@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from fixtures_memory import GIB, facts_of, spec_of
 
-from finetune_trainer.engine.memory import Placement, decide, estimate, placements
-from finetune_trainer.engine.memorywords import table
-from finetune_trainer.engine.rowsize import RowSize, Samples
+from finetune_trainer.engine.memory.estimate import Placement, decide, estimate, placements
+from finetune_trainer.engine.memory.words import table
+from finetune_trainer.engine.planning.rowsize import RowSize, Samples
 
 
 @pytest.mark.parametrize(

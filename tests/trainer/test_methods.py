@@ -15,8 +15,8 @@ from tuning import Tuning, check_round, logits
 
 from finetune_api.methods import OutputFormat
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.engine.methods import apply_method
-from finetune_trainer.engine.rehearsal import rehearse
+from finetune_trainer.engine.memory.rehearsal import rehearse
+from finetune_trainer.engine.tuning.methods import apply_method
 from finetune_trainer.failures import UserError
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune_trainer.engine.mixture import Curriculum, Line, Mixture, Stage
+from finetune_trainer.engine.planning.mixture import Curriculum, Line, Mixture, Stage
 
 seeds = st.integers(0, 2**31 - 1)
 sizes = st.lists(st.integers(1, 40), min_size=1, max_size=4)

@@ -13,8 +13,8 @@ from sharding_worker import tune
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig
 
 from finetune_api.optimizers import OPTIMIZERS, OptimizerName
-from finetune_trainer.engine.methods import apply_method
 from finetune_trainer.engine.optimizers import make_optimizers, split, state_bytes, step_if
+from finetune_trainer.engine.tuning.methods import apply_method
 from finetune_trainer.failures import UserError
 
 FULL = {"type": "Full"}

@@ -8,11 +8,11 @@ import torch
 from engine import CPU, samples, tiny_llama
 from torch.nn.functional import cross_entropy
 
-from finetune_trainer.engine import packed
-from finetune_trainer.engine.dropout import key_dropouts
-from finetune_trainer.engine.feed import build_row
-from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import TokenLoss, row_losses
+from finetune_trainer.engine.rows import packed
+from finetune_trainer.engine.rows.dropout import key_dropouts
+from finetune_trainer.engine.rows.feed import build_row
+from finetune_trainer.engine.rows.layout import row_context
 
 LENGTHS = [37, 12, 5, 80, 40, 40, 3, 2, 21]
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_trainer.engine.mixture import Stage
-from finetune_trainer.engine.plan import (
+from finetune_trainer.engine.planning.mixture import Stage
+from finetune_trainer.engine.planning.plan import (
     _PACK,
     Plan,
     cost,

@@ -17,10 +17,10 @@ from transformers.models.llama import modeling_llama
 
 from finetune_api.optimizers import COPYING
 from finetune_trainer.engine import kernels
-from finetune_trainer.engine.feed import build_row
-from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.precision import PRECISIONS, use_fp8
+from finetune_trainer.engine.rows.feed import build_row
+from finetune_trainer.engine.rows.layout import row_context
 
 LORA = {"type": "LoRA", "lora": {"rank": 4}}
 

@@ -32,12 +32,13 @@ from transformers import (
     RobertaConfig,
 )
 
-from finetune_trainer.engine import ledger, packed, rehearsal
-from finetune_trainer.engine.feed import build_row
-from finetune_trainer.engine.layout import row_context
-from finetune_trainer.engine.ledger import rehearsed_attention
 from finetune_trainer.engine.loss import TokenLoss, row_losses
-from finetune_trainer.engine.probe import obstacle
+from finetune_trainer.engine.memory import ledger, rehearsal
+from finetune_trainer.engine.memory.ledger import rehearsed_attention
+from finetune_trainer.engine.rows import packed
+from finetune_trainer.engine.rows.feed import build_row
+from finetune_trainer.engine.rows.layout import row_context
+from finetune_trainer.engine.rows.probe import obstacle
 from finetune_trainer.engine.tasks import TASKS
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepared.shards import TokenSample

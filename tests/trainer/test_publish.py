@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_api.order import RunOrder
 from finetune_api.results import PublishSummary
-from finetune_trainer.engine.commitstore import METADATA
+from finetune_trainer.engine.commits.commitstore import METADATA
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepare.pipeline import prepare
 from finetune_trainer.publish.files import move_latest

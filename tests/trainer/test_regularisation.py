@@ -13,13 +13,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.engine.dropout import add_noise
-from finetune_trainer.engine.feed import RowTensors, build_row
-from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import RowLosses, TokenLoss
-from finetune_trainer.engine.methods import apply_method
 from finetune_trainer.engine.optimizers import check_optimizer
 from finetune_trainer.engine.parameters import optimizer_groups
+from finetune_trainer.engine.rows.dropout import add_noise
+from finetune_trainer.engine.rows.feed import RowTensors, build_row
+from finetune_trainer.engine.rows.layout import row_context
+from finetune_trainer.engine.tuning.methods import apply_method
 from finetune_trainer.failures import UserError
 
 

@@ -20,16 +20,16 @@ from torch.utils._pytree import tree_leaves
 from transformers import Gemma2Config, GPT2Config, MixtralConfig, PreTrainedConfig
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.engine.feed import RowTensors, build_row
-from finetune_trainer.engine.layout import row_context
-from finetune_trainer.engine.memory import Placement, estimate
-from finetune_trainer.engine.methods import apply_method, checkpoint_activations
+from finetune_trainer.engine.memory.estimate import Placement, estimate
+from finetune_trainer.engine.memory.rehearsal import frozen_dtype, rehearse
 from finetune_trainer.engine.model import load_base
 from finetune_trainer.engine.optimizers import make_optimizers
+from finetune_trainer.engine.planning.rowsize import RowSize
 from finetune_trainer.engine.precision import precision_of
-from finetune_trainer.engine.rehearsal import frozen_dtype, rehearse
-from finetune_trainer.engine.rowsize import RowSize
+from finetune_trainer.engine.rows.feed import RowTensors, build_row
+from finetune_trainer.engine.rows.layout import row_context
 from finetune_trainer.engine.tasks import TASKS
+from finetune_trainer.engine.tuning.methods import apply_method, checkpoint_activations
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepared.shards import TokenSample
 

@@ -10,8 +10,8 @@ import pytest
 from engine import tiny_llama
 from fixtures_memory import spec_of
 
-from finetune_trainer.engine import rehearsals
-from finetune_trainer.engine.rehearsals import Rehearsals
+from finetune_trainer.engine.memory import rehearsals
+from finetune_trainer.engine.memory.rehearsals import Rehearsals
 from finetune_trainer.failures import UserError
 
 

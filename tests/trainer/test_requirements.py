@@ -10,8 +10,8 @@ import torch
 from engine import CPU
 from fixtures_memory import spec_of
 
-from finetune_trainer.engine import requirements
-from finetune_trainer.engine.requirements import check_device, check_image
+from finetune_trainer.engine.memory import requirements
+from finetune_trainer.engine.memory.requirements import check_device, check_image
 from finetune_trainer.failures import UserError
 
 GPU = torch.device("cuda")

@@ -18,12 +18,12 @@ from test_checkpoint import Died, Model, Mortal
 from torch import Tensor
 
 from finetune_api.order import RunOrder
-from finetune_trainer.engine.feed import Feed
 from finetune_trainer.engine.gang import join
 from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.optimizers import make_optimizers
-from finetune_trainer.engine.plan import Packing, Plan
+from finetune_trainer.engine.planning.plan import Packing, Plan
+from finetune_trainer.engine.rows.feed import Feed
 from finetune_trainer.failures import Diverged
 from finetune_trainer.prepared import places
 from finetune_trainer.prepared.places import places_of

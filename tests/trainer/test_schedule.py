@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_api.spec import FineTuneJobSpec, parse_spec
-from finetune_trainer.engine.mixture import Stage
-from finetune_trainer.engine.schedule import (
+from finetune_trainer.engine.planning.mixture import Stage
+from finetune_trainer.engine.planning.schedule import (
     evaluation_steps,
     learning_rate,
     log_interval,

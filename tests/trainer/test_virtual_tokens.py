@@ -13,9 +13,9 @@ from bench import write_model
 from engine import CPU, samples, spec_of
 from tuning import Tuning
 
-from finetune_trainer.engine.feed import build_row
 from finetune_trainer.engine.loss import TokenLoss, row_losses
 from finetune_trainer.engine.model import load_base, load_tokenizer
+from finetune_trainer.engine.rows.feed import build_row
 from finetune_trainer.evaluate.measure import Evaluator
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepare.pipeline import max_length_of

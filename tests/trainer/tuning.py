@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM
 from finetune_api.sources import ModelPlace
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.base import BaseFiles
-from finetune_trainer.engine.dcp import load_state, save_state, state_of
-from finetune_trainer.engine.derived import derive
-from finetune_trainer.engine.feed import build_row
-from finetune_trainer.engine.layout import row_context
+from finetune_trainer.engine.commits.dcp import load_state, save_state, state_of
 from finetune_trainer.engine.loss import TokenLoss
-from finetune_trainer.engine.methods import apply_method
 from finetune_trainer.engine.model import load_base, load_tokenizer
 from finetune_trainer.engine.optimizers import make_optimizers, step_if
+from finetune_trainer.engine.rows.feed import build_row
+from finetune_trainer.engine.rows.layout import row_context
+from finetune_trainer.engine.tuning.derived import derive
+from finetune_trainer.engine.tuning.methods import apply_method
 from finetune_trainer.publish.weights import tuned_model, write_adapter, write_merged
 from finetune_trainer.storage.published import Base
 from finetune_trainer.storage.weights import Weights

@@ -23,11 +23,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from finetune_trainer.engine.dropout import token_keys
-from finetune_trainer.engine.feed import RowTensors
-from finetune_trainer.engine.layout import RowLayout, offsets_of
 from finetune_trainer.engine.loss import RowLosses
-from finetune_trainer.engine.transfer import on_device
+from finetune_trainer.engine.rows.dropout import token_keys
+from finetune_trainer.engine.rows.feed import RowTensors
+from finetune_trainer.engine.rows.layout import RowLayout, offsets_of
+from finetune_trainer.engine.rows.transfer import on_device
 from finetune_trainer.prepared.shards import TokenSample
 
 

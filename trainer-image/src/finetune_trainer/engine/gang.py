@@ -20,8 +20,8 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from finetune_api.training import Training
-from finetune_trainer.engine.context import ALONE, ContextGroup
 from finetune_trainer.engine.precision import precision_of
+from finetune_trainer.engine.rows.context import ALONE, ContextGroup
 from finetune_trainer.failures import PEER_LOST, NodeFailure, TrainerError, recognise
 
 T = TypeVar("T")

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
 from finetune_trainer.engine.compilation import uncompiled
-from finetune_trainer.engine.feed import RowTensors, TokenRow
 from finetune_trainer.engine.head import ChunkedHead
-from finetune_trainer.engine.layout import row_context
-from finetune_trainer.engine.packed import attends_rows, counts_positions
+from finetune_trainer.engine.rows.feed import RowTensors, TokenRow
+from finetune_trainer.engine.rows.layout import row_context
+from finetune_trainer.engine.rows.packed import attends_rows, counts_positions
 from finetune_trainer.failures import UserError
 
 

@@ -27,7 +27,6 @@ from transformers.core_model_loading import build_glob_alternation
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.tasks import TaskName
-from finetune_trainer.engine import packed
 from finetune_trainer.engine.classification import (
     draw_head,
     gives_classes,
@@ -38,6 +37,7 @@ from finetune_trainer.engine.classification import (
 from finetune_trainer.engine.hollow import hollow, replace_parameters
 from finetune_trainer.engine.pissa import is_kept
 from finetune_trainer.engine.quantized import four_bits
+from finetune_trainer.engine.rows import packed
 from finetune_trainer.engine.tasks import TASKS
 from finetune_trainer.failures import UserError
 from finetune_trainer.storage.weights import Weights

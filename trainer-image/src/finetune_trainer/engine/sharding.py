@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from finetune_trainer.engine.gang import Gang
-from finetune_trainer.engine.memory import Sharding, shards_of
+from finetune_trainer.engine.memory.estimate import Sharding, shards_of
 from finetune_trainer.engine.parameters import decoder_blocks
 from finetune_trainer.engine.precision import Precision
 

@@ -26,11 +26,11 @@ from finetune_trainer.engine.classification import (
     has_classes,
     head_names,
 )
-from finetune_trainer.engine.context import ContextGroup
-from finetune_trainer.engine.feed import RowBuilder, StaticShape, build_row
 from finetune_trainer.engine.loss import TokenLoss
-from finetune_trainer.engine.packed import can_pack
-from finetune_trainer.engine.plan import Packing
+from finetune_trainer.engine.planning.plan import Packing
+from finetune_trainer.engine.rows.context import ContextGroup
+from finetune_trainer.engine.rows.feed import RowBuilder, StaticShape, build_row
+from finetune_trainer.engine.rows.packed import can_pack
 
 RowLoss = TokenLoss | ClassLoss
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from finetune_api.tasks import Metric, TaskName
-from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import RowLosses
+from finetune_trainer.engine.rows.layout import row_context
 from finetune_trainer.evaluate.measure import Evaluator, Measured
 from finetune_trainer.prepared.split import Side
 

@@ -18,10 +18,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetune_api.results import Metrics
 from finetune_api.tasks import Metric
-from finetune_trainer.engine.feed import RowBuilder, RowTensors
 from finetune_trainer.engine.gang import Gang
 from finetune_trainer.engine.loss import evaluating, row_losses
-from finetune_trainer.engine.plan import Packing, pack_all
+from finetune_trainer.engine.planning.plan import Packing, pack_all
+from finetune_trainer.engine.rows.feed import RowBuilder, RowTensors
 from finetune_trainer.engine.sharding import is_sharded, root_gathered
 from finetune_trainer.engine.tasks import RowLoss
 from finetune_trainer.evaluate.metricnames import OF_LOSS

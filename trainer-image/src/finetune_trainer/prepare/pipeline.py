@@ -20,12 +20,12 @@ from finetune_api.results import MemoryEstimate, PreparedSummary
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.adaptersum import check_sum
 from finetune_trainer.engine.base import fetch_base
-from finetune_trainer.engine.fitting import Measure, fit, others, told
-from finetune_trainer.engine.memorywords import table
-from finetune_trainer.engine.rehearsals import Rehearsals
-from finetune_trainer.engine.requirements import check_image
-from finetune_trainer.engine.rowsize import Samples
-from finetune_trainer.engine.schedule import replay_of, stage_plans, stages_of, steps_of
+from finetune_trainer.engine.memory.fitting import Measure, fit, others, told
+from finetune_trainer.engine.memory.rehearsals import Rehearsals
+from finetune_trainer.engine.memory.requirements import check_image
+from finetune_trainer.engine.memory.words import table
+from finetune_trainer.engine.planning.rowsize import Samples
+from finetune_trainer.engine.planning.schedule import replay_of, stage_plans, stages_of, steps_of
 from finetune_trainer.engine.tasks import TASKS
 from finetune_trainer.evaluate.metricnames import check_metrics
 from finetune_trainer.failures import UserError, object_changed

@@ -16,9 +16,8 @@ from finetune_api.order import RunOrder
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.adaptersum import add_adapters
 from finetune_trainer.engine.base import MAX_SHARD, BaseFiles, fetch_base
-from finetune_trainer.engine.commitstore import METADATA, CommitReader
-from finetune_trainer.engine.dcp import load_weights
-from finetune_trainer.engine.methods import Tuned, apply_method
+from finetune_trainer.engine.commits.commitstore import METADATA, CommitReader
+from finetune_trainer.engine.commits.dcp import load_weights
 from finetune_trainer.engine.model import (
     TEXT,
     Purpose,
@@ -30,6 +29,7 @@ from finetune_trainer.engine.model import (
     purpose_of,
 )
 from finetune_trainer.engine.pissa import INITIAL, join
+from finetune_trainer.engine.tuning.methods import Tuned, apply_method
 from finetune_trainer.failures import UserError
 from finetune_trainer.storage.commitfiles import read_file
 from finetune_trainer.storage.commits import read_head

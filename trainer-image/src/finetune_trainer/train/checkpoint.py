@@ -26,11 +26,17 @@ import torch
 from torch import nn
 
 from finetune_api.order import RunOrder
-from finetune_trainer.engine.commitstore import METADATA, CommitReader, CommitWriter
-from finetune_trainer.engine.dcp import State, load_state, load_weights, save_state, state_of
+from finetune_trainer.engine.commits.commitstore import METADATA, CommitReader, CommitWriter
+from finetune_trainer.engine.commits.dcp import (
+    State,
+    load_state,
+    load_weights,
+    save_state,
+    state_of,
+)
+from finetune_trainer.engine.commits.staging import Staging
 from finetune_trainer.engine.gang import Gang
 from finetune_trainer.engine.optimizers import Optimizers
-from finetune_trainer.engine.staging import Staging
 from finetune_trainer.evaluate.scores import better
 from finetune_trainer.failures import StorageUnavailable
 from finetune_trainer.storage.commitfiles import read_file

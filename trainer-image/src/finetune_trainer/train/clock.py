@@ -7,8 +7,8 @@ import time
 import torch
 
 from finetune_trainer.engine.compilation import compilation_seconds
-from finetune_trainer.engine.feed import StepTensors
 from finetune_trainer.engine.flops import Work
+from finetune_trainer.engine.rows.feed import StepTensors
 from finetune_trainer.train.session import Session
 
 

@@ -16,9 +16,14 @@ from torch import Tensor
 
 from finetune_api.results import TrainSummary
 from finetune_trainer.engine.compilation import compilations
-from finetune_trainer.engine.feed import Feed
 from finetune_trainer.engine.gang import Agreement
-from finetune_trainer.engine.schedule import evaluation_steps, learning_rate, log_interval, steps_of
+from finetune_trainer.engine.planning.schedule import (
+    evaluation_steps,
+    learning_rate,
+    log_interval,
+    steps_of,
+)
+from finetune_trainer.engine.rows.feed import Feed
 from finetune_trainer.evaluate.measure import overall
 from finetune_trainer.evaluate.scores import GENERATED, better
 from finetune_trainer.failures import Interrupted

@@ -17,27 +17,27 @@ from finetune_api.order import RunOrder
 from finetune_api.results import Ancestor, PreparedSummary
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.tasks import Metric
-from finetune_trainer.engine.anchors import OutputAnchor, WeightAnchor
 from finetune_trainer.engine.base import fetch_base
-from finetune_trainer.engine.context import ALONE, ContextGroup
-from finetune_trainer.engine.feed import RowBuilder, StaticShape
-from finetune_trainer.engine.fitting import Measure, fit, others
 from finetune_trainer.engine.flops import Work, peak
 from finetune_trainer.engine.gang import Gang
 from finetune_trainer.engine.guard import Guard
-from finetune_trainer.engine.memory import Verdict
-from finetune_trainer.engine.memorywords import table
+from finetune_trainer.engine.memory.estimate import Verdict
+from finetune_trainer.engine.memory.fitting import Measure, fit, others
+from finetune_trainer.engine.memory.rehearsals import Rehearsals
+from finetune_trainer.engine.memory.requirements import check_device
+from finetune_trainer.engine.memory.words import table
 from finetune_trainer.engine.model import load_tokenizer, purpose_of
 from finetune_trainer.engine.optimizers import Optimizers, make_optimizers
 from finetune_trainer.engine.parameters import Parameters
-from finetune_trainer.engine.plan import Plan, uniform_row
+from finetune_trainer.engine.planning.plan import Plan, uniform_row
+from finetune_trainer.engine.planning.rowsize import Samples, row_tokens_of
+from finetune_trainer.engine.planning.schedule import replay_of, stages_of, steps_of, visits_of
 from finetune_trainer.engine.precision import precision_of
-from finetune_trainer.engine.rehearsals import Rehearsals
-from finetune_trainer.engine.requirements import check_device
-from finetune_trainer.engine.rowsize import Samples, row_tokens_of
-from finetune_trainer.engine.schedule import replay_of, stages_of, steps_of, visits_of
+from finetune_trainer.engine.rows.context import ALONE, ContextGroup
+from finetune_trainer.engine.rows.feed import RowBuilder, StaticShape
 from finetune_trainer.engine.sharding import capacity
 from finetune_trainer.engine.tasks import TASKS, RowLoss
+from finetune_trainer.engine.tuning.anchors import OutputAnchor, WeightAnchor
 from finetune_trainer.evaluate.classify import EVALUATORS
 from finetune_trainer.evaluate.measure import Evaluator
 from finetune_trainer.evaluate.metricnames import metrics_for

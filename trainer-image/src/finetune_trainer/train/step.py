@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from finetune_trainer.engine.feed import StepTensors
-from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import RowLosses
 from finetune_trainer.engine.optimizers import step_if
+from finetune_trainer.engine.rows.feed import StepTensors
+from finetune_trainer.engine.rows.layout import row_context
 from finetune_trainer.engine.sharding import synchronise
 from finetune_trainer.engine.shards import whole
 from finetune_trainer.train.session import Session

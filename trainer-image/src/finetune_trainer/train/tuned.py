@@ -15,25 +15,25 @@ import torch
 from torch import nn
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.engine.anchors import OutputAnchor, wants_copy
 from finetune_trainer.engine.base import BaseFiles
 from finetune_trainer.engine.compilation import compile_blocks
-from finetune_trainer.engine.derived import derive
 from finetune_trainer.engine.flops import Work, work_of
 from finetune_trainer.engine.gang import Gang
 from finetune_trainer.engine.hollow import make_solid
 from finetune_trainer.engine.kernels import use_liger
 from finetune_trainer.engine.loading import fill_shards, named_in, names_of
 from finetune_trainer.engine.loss import TokenLoss
-from finetune_trainer.engine.memory import Placement
-from finetune_trainer.engine.methods import Tuned, apply_method, checkpoint_activations
+from finetune_trainer.engine.memory.estimate import Placement
+from finetune_trainer.engine.memory.rehearsal import frozen_dtype, packing_of
 from finetune_trainer.engine.model import Purpose, hollow_base, load_base
 from finetune_trainer.engine.parameters import Parameters, parameter_counts
-from finetune_trainer.engine.plan import Packing
+from finetune_trainer.engine.planning.plan import Packing
 from finetune_trainer.engine.precision import Precision, use_fp8
-from finetune_trainer.engine.rehearsal import frozen_dtype, packing_of
 from finetune_trainer.engine.sharding import distribute, laying_of
 from finetune_trainer.engine.tasks import TASKS, RowLoss
+from finetune_trainer.engine.tuning.anchors import OutputAnchor, wants_copy
+from finetune_trainer.engine.tuning.derived import derive
+from finetune_trainer.engine.tuning.methods import Tuned, apply_method, checkpoint_activations
 from finetune_trainer.storage.objects import Stores
 
 

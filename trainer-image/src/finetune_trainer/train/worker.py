@@ -18,7 +18,7 @@ import transformers
 
 from finetune_api.names import ENV_METRICS_PORT, METRICS_PORT
 from finetune_trainer.engine.gang import Gang, join
-from finetune_trainer.engine.memorywords import gibibytes
+from finetune_trainer.engine.memory.words import gibibytes
 from finetune_trainer.failures import OutOfMemory, TrainerError, exit_code, recognise, verdict
 from finetune_trainer.stage import load_order, scratch_folder
 from finetune_trainer.storage.objects import ObjectStore, Stores

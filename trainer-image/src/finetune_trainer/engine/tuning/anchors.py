@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.engine.feed import RowTensors, TokenRow
-from finetune_trainer.engine.layout import row_context
 from finetune_trainer.engine.loss import RowLosses, TokenLoss, Untuned, evaluating
 from finetune_trainer.engine.optimizers import Optimizers
+from finetune_trainer.engine.rows.feed import RowTensors, TokenRow
+from finetune_trainer.engine.rows.layout import row_context
 from finetune_trainer.engine.shards import held
 
 

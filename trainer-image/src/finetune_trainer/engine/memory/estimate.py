@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.engine.plan import Packing
-from finetune_trainer.engine.rowsize import RowSize
+from finetune_trainer.engine.planning.plan import Packing
+from finetune_trainer.engine.planning.rowsize import RowSize
 
 Sharding = Literal["NoShard", "HybridShard", "FullShard"]
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from finetune_trainer.engine.attention import as_computed
-from finetune_trainer.engine.layout import RowLayout
-from finetune_trainer.engine.packed import Attend
+from finetune_trainer.engine.rows.attention import as_computed
+from finetune_trainer.engine.rows.layout import RowLayout
+from finetune_trainer.engine.rows.packed import Attend
 
 ATTENTION: Final = "finetune_rehearsed"
 """Name under which ``rehearsed_attention`` is registered."""

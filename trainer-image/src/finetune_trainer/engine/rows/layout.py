@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune_trainer.engine.context import Span, Wanted
-from finetune_trainer.engine.transfer import on_device
+from finetune_trainer.engine.rows.context import Span, Wanted
+from finetune_trainer.engine.rows.transfer import on_device
 
 # Documents whose length is within this factor of the longest of their group share a call: more
 # calls cost overhead, fewer cost work on padding. Measured on 2 cores with rows of 2,048 tokens.

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from finetune_trainer.engine.transfer import on_device
+from finetune_trainer.engine.rows.transfer import on_device
 
 Ints = npt.NDArray[np.int64]
 

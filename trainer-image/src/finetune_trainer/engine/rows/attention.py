@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
-from finetune_trainer.engine.layout import Group, RowLayout
+from finetune_trainer.engine.rows.layout import Group, RowLayout
 
 _MOST_WIDTH: Final = 256
 """Head width up to which FlashAttention works."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from finetune_trainer.engine.memory import PARTS, Verdict
+from finetune_trainer.engine.memory.estimate import PARTS, Verdict
 
 
 def gibibytes(count: float) -> str:

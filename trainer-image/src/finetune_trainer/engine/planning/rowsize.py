@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.engine.plan import Packing
+from finetune_trainer.engine.planning.plan import Packing
 
 
 @dataclass(frozen=True)

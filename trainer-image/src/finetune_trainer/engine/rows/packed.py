@@ -20,9 +20,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from finetune_trainer.engine.attention import attend
-from finetune_trainer.engine.layout import RowLayout, current_row
-from finetune_trainer.engine.probe import obstacle, unknown
+from finetune_trainer.engine.rows.attention import attend
+from finetune_trainer.engine.rows.layout import RowLayout, current_row
+from finetune_trainer.engine.rows.probe import obstacle, unknown
 from finetune_trainer.failures import UserError
 
 log = logging.getLogger(__name__)

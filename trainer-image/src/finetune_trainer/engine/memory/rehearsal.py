@@ -21,20 +21,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.engine import packed
-from finetune_trainer.engine.anchors import anchor_bytes
-from finetune_trainer.engine.context import ALONE
-from finetune_trainer.engine.layout import row_context
-from finetune_trainer.engine.ledger import ATTENTION, Kept, Ledger, rehearsed_attention
 from finetune_trainer.engine.loss import TokenLoss
-from finetune_trainer.engine.memory import Activations, Facts, Weights, may_shard
-from finetune_trainer.engine.methods import apply_method
+from finetune_trainer.engine.memory.estimate import Activations, Facts, Weights, may_shard
+from finetune_trainer.engine.memory.ledger import ATTENTION, Kept, Ledger, rehearsed_attention
 from finetune_trainer.engine.model import empty_base, purpose_of
 from finetune_trainer.engine.optimizers import check_optimizer, state_bytes
 from finetune_trainer.engine.parameters import decoder_blocks
-from finetune_trainer.engine.plan import Packing
+from finetune_trainer.engine.planning.plan import Packing
 from finetune_trainer.engine.precision import Precision, precision_of
+from finetune_trainer.engine.rows import packed
+from finetune_trainer.engine.rows.context import ALONE
+from finetune_trainer.engine.rows.layout import row_context
 from finetune_trainer.engine.tasks import TASKS
+from finetune_trainer.engine.tuning.anchors import anchor_bytes
+from finetune_trainer.engine.tuning.methods import apply_method
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepared.shards import TokenSample
 

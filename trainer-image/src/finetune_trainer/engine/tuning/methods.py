@@ -24,12 +24,12 @@ from transformers import PreTrainedModel
 
 from finetune_api.methods import Lora, Method, MethodName
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.engine.dropout import add_noise, key_dropouts
 from finetune_trainer.engine.hollow import widened
-from finetune_trainer.engine.partial import partial_parameters, shown
 from finetune_trainer.engine.pissa import add_initial
+from finetune_trainer.engine.rows.dropout import add_noise, key_dropouts
 from finetune_trainer.engine.tasks import TASKS
 from finetune_trainer.engine.ties import adapted_ties
+from finetune_trainer.engine.tuning.partial import partial_parameters, shown
 from finetune_trainer.failures import UserError
 
 Tuned = PreTrainedModel | PeftModel

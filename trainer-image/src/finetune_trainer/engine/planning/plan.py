@@ -17,7 +17,7 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from finetune_trainer.engine.mixture import Curriculum, Ints, Stage
+from finetune_trainer.engine.planning.mixture import Curriculum, Ints, Stage
 
 Row = tuple[int, ...]
 """Positions (in the index) of the samples that are run through the model together."""

@@ -12,7 +12,7 @@ from typing import Final
 from finetune_api.results import StagePlan
 from finetune_api.sources import Data, DataStage
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.engine.mixture import Stage
+from finetune_trainer.engine.planning.mixture import Stage
 from finetune_trainer.failures import UserError
 
 _EVALUATIONS: Final = 10

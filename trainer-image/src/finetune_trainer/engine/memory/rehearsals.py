@@ -18,8 +18,8 @@ from typing import Any, Final
 from pydantic import TypeAdapter, ValidationError
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.engine.memory import Facts, may_shard
-from finetune_trainer.engine.rehearsal import rehearse
+from finetune_trainer.engine.memory.estimate import Facts, may_shard
+from finetune_trainer.engine.memory.rehearsal import rehearse
 from finetune_trainer.failures import UserError
 
 _PACKAGES: Final = ("finetune-trainer", "torch", "transformers", "peft")

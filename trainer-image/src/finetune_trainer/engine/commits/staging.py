@@ -19,7 +19,7 @@ from torch.distributed._state_dict_utils import _copy_state_dict, _create_cpu_st
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from finetune_trainer.engine.dcp import State
+from finetune_trainer.engine.commits.dcp import State
 from finetune_trainer.failures import UserError
 
 ALIGNMENT: Final = 64

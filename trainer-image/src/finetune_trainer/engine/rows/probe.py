@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from finetune_trainer.engine.attention import sees
+from finetune_trainer.engine.rows.attention import sees
 
 _PROBE: Final = "finetune_probe"
 _TOKENS: Final = 4096

@@ -15,7 +15,7 @@ from finetune_api.base import InvalidSpec
 from finetune_api.optimizers import OPTIMIZERS
 from finetune_api.results import MemoryEstimate
 from finetune_api.spec import FineTuneJobSpec, parse_spec
-from finetune_trainer.engine.memory import (
+from finetune_trainer.engine.memory.estimate import (
     CERTAIN,
     PARTS,
     Facts,
@@ -25,9 +25,9 @@ from finetune_trainer.engine.memory import (
     placements,
     verdict,
 )
-from finetune_trainer.engine.memorywords import gibibytes
-from finetune_trainer.engine.requirements import check_image
-from finetune_trainer.engine.rowsize import Samples, row_tokens_of
+from finetune_trainer.engine.memory.requirements import check_image
+from finetune_trainer.engine.memory.words import gibibytes
+from finetune_trainer.engine.planning.rowsize import Samples, row_tokens_of
 from finetune_trainer.failures import UserError
 
 Change = dict[str, Any]

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from finetune_trainer.engine.compilation import varies
-from finetune_trainer.engine.context import ALONE, ContextGroup, share
-from finetune_trainer.engine.dropout import token_keys
-from finetune_trainer.engine.layout import RowLayout, offsets_of
-from finetune_trainer.engine.plan import Plan, Row, Step
-from finetune_trainer.engine.transfer import on_device
+from finetune_trainer.engine.planning.plan import Plan, Row, Step
+from finetune_trainer.engine.rows.context import ALONE, ContextGroup, share
+from finetune_trainer.engine.rows.dropout import token_keys
+from finetune_trainer.engine.rows.layout import RowLayout, offsets_of
+from finetune_trainer.engine.rows.transfer import on_device
 from finetune_trainer.prepared.shards import TokenSample
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from finetune_trainer.engine.layout import RowLayout, current_row
+from finetune_trainer.engine.rows.layout import RowLayout, current_row
 
 _MASK32 = 0xFFFFFFFF
 _NOISE_LAYER = 0

@@ -1,0 +1,1 @@
+"""What a training takes of the memory and needs of the image, found before either is there."""
