@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_trainer.prepare.rendering.drafts import Draft, Part
-from finetune_trainer.prepare.tokenizing.documents import is_document, parted, pieces
-from finetune_trainer.prepare.tokenizing.tokens import Tokens, begins_of
+from finetune_trainer.prepare.tokenizing.documents import borders, is_document, split
+from finetune_trainer.prepare.tokenizing.tokens import Placed, Tokens, begins_of
 from trainer.prepare_helpers import make_tokenizer
 
 TOKENIZERS = {
@@ -36,6 +38,10 @@ def document(text: str) -> Draft:
         own=text,
         personal={"EMAIL": 2},
     )
+
+
+def parted(text: str, begins: Sequence[int], room: int) -> list[str]:
+    return [text[a:b] for a, b in pairwise([0, *borders(text, begins, room)])]
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
@@ -70,34 +76,67 @@ def test_what_fits_is_one_piece() -> None:
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
+@given(text=PROSE, limit=st.integers(8, 60))
+def test_no_sample_is_too_long_and_all_words_are_learned(
+    tokenizer: Any, text: str, limit: int
+) -> None:
+    tokens = Tokens(tokenizer, "m", len(tokenizer))
+    samples = split(document(text), tokens, limit)
+    assert max(len(sample.ids) for sample in samples) <= limit
+    learned = "".join(tokenizer.decode(s.ids, skip_special_tokens=True) for s in samples)
+    assert "".join(learned.split()) == "".join(text.split())
+    assert [s.ids[-1] == tokens.eos_id for s in samples] == [False] * (len(samples) - 1) + [True]
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
 def test_each_piece_begins_as_a_text_and_the_last_ends_as_one(tokenizer: Any) -> None:
     tokens = Tokens(tokenizer, "m", len(tokenizer))
     text = " ".join(f"The cat sat on mat {i}." for i in range(60))
-    (whole,) = tokens.samples([document(text)])
-    drafts = pieces(document(text), tokens, 64)
-    samples = tokens.samples(drafts)
+    samples = split(document(text), tokens, 64)
     assert len(samples) > 3 and max(len(s.ids) for s in samples) <= 64
     assert min(len(s.ids) for s in samples[:-1]) > 32
     for i, sample in enumerate(samples, start=1):
         assert tuple(sample.ids[: len(tokens.prefix)]) == tokens.prefix
-        assert (sample.ids[-1] == tokens.eos_id) == (i == len(samples))
         assert sample.supervised == len(sample.ids) - max(1, len(tokens.prefix))
         assert sample.draft.where == f"s3://b/a.jsonl, line 3, piece {i} of {len(samples)}"
-    read = "".join(tokenizer.decode(s.ids, skip_special_tokens=True) for s in samples)
-    assert read.replace(" ", "") == text.replace(" ", "")
-    # Where words are parted, tokens are: none is lost or made.
-    marks = len(tokens.prefix) * (len(samples) - 1)
-    assert sum(len(s.ids) for s in samples) - marks <= len(whole.ids) + len(samples)
-    assert [d.personal for d in drafts] == [{"EMAIL": 2}] + [{}] * (len(drafts) - 1)
-    assert {d.group for d in drafts} == {text}
+        assert sample.draft.completion.endswith(".")  # no space is learned by itself
+    assert [s.draft.personal for s in samples] == [{"EMAIL": 2}] + [{}] * (len(samples) - 1)
+    assert {s.draft.group for s in samples} == {text}
+
+
+class Guessing(Tokens):
+    """A tokenizer that does not know where its tokens are (one that is not fast)."""
+
+    def placed(self, draft: Draft) -> list[Placed]:
+        text, ((first, begins),) = draft.parts[0].text, super().placed(draft)
+        return [Placed(first, [len(text) * i // len(begins) for i in range(len(begins))])]
+
+
+def test_where_tokens_are_guessed_no_sample_is_too_long_either() -> None:
+    tokenizer = TOKENIZERS["plain"]
+    text = "The cat sat on the mat. " * 40 + "\u732b" * 300  # much denser at the end
+    samples = split(document(text), Guessing(tokenizer, "m", len(tokenizer)), 64)
+    assert max(len(sample.ids) for sample in samples) <= 64
+    learned = "".join(tokenizer.decode(s.ids, skip_special_tokens=True) for s in samples)
+    assert learned.replace(" ", "") == text.replace(" ", "")
+
+
+def test_personal_data_is_not_parted() -> None:
+    tokens = Tokens(TOKENIZERS["plain"], "m", len(TOKENIZERS["plain"]))
+    card = "4111 1111 1111 1111"
+    for before in range(30):
+        text = "a " * before + card + " b" * 60
+        samples = split(document(text), tokens, 40)
+        assert len(samples) > 1
+        assert sum(card in sample.draft.completion for sample in samples) == 1
 
 
 def test_white_space_alone_is_no_piece() -> None:
-    tokens = Tokens(TOKENIZERS["plain"], "m", 300)
+    tokens = Tokens(TOKENIZERS["plain"], "m", len(TOKENIZERS["plain"]))
     text = "The cat sat.\n\n" + " " * 3000 + "\n\nThe bird sat."
-    found = pieces(document(text), tokens, 16)
-    assert found[0].completion == "The cat sat.\n\n" and found[-1].completion.endswith("bird sat.")
-    assert all(draft.completion.strip() for draft in found)
+    found = [sample.draft.completion for sample in split(document(text), tokens, 16)]
+    assert found[0] == "The cat sat.\n\n" and found[-1].endswith("bird sat.")
+    assert all(piece.strip() for piece in found)
 
 
 def test_only_a_text_that_is_learned_as_a_whole_is_a_document() -> None:

@@ -27,7 +27,7 @@ from finetune_trainer.prepare.reading.faults import Faults
 from finetune_trainer.prepare.reading.parts import Part
 from finetune_trainer.prepare.reading.sources import Source
 from finetune_trainer.prepare.rendering.drafts import Draft
-from finetune_trainer.prepare.tokenizing.documents import is_document, pieces
+from finetune_trainer.prepare.tokenizing.documents import is_document, split
 from finetune_trainer.prepare.tokenizing.overlength import fit
 from finetune_trainer.prepare.tokenizing.tokens import Cut, Model, Sample
 from finetune_trainer.prepared.split import SIDES, Side
@@ -170,11 +170,11 @@ class _Mapped:
             if not splits or len(sample.ids) <= limit or not is_document(sample.draft):
                 yield sample
                 continue
-            found = pieces(sample.draft, tokens, limit)
-            self._counts["split"] += 1
+            found = split(sample.draft, tokens, limit)
+            self._counts["split"] += len(found) > 1
             if self._training:
                 self._counts["training_drafts"] += len(found) - 1
-            yield from tokens.samples(found, self._faults.take)
+            yield from found
 
     def _offer(self, sample: Sample) -> None:
         offered = self._previews.setdefault(sample.draft.side, [])

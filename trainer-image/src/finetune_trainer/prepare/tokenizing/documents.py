@@ -10,10 +10,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Final
 
+from finetune_trainer.failures import DataError
+from finetune_trainer.prepare.quality.personal import covered
 from finetune_trainer.prepare.rendering.drafts import Draft, Part
-from finetune_trainer.prepare.tokenizing.tokens import Tokenizing
+from finetune_trainer.prepare.tokenizing.tokens import Sample, Tokenizing
 
 _BREAKS: Final = ("\n\n", "\n", ". ", "。", " ")
 """Behind which of them a text is parted: the first that is there."""
@@ -24,49 +27,45 @@ def is_document(draft: Draft) -> bool:
     return len(draft.parts) == 1
 
 
-def pieces(draft: Draft, tokens: Tokenizing, limit: int) -> list[Draft]:
-    """A document as drafts of about ``limit`` tokens at most; one piece tokenized by itself may
-    have a token more where there was no word to part it behind.
+def split(draft: Draft, tokens: Tokenizing, limit: int) -> list[Sample]:
+    """A document as samples of at most ``limit`` tokens.
 
-    What is counted of the document's personal data stays with the first piece. Of white space
-    alone, which some tokenizers have no token for, no piece is made.
+    What is counted of its personal data stays with the first. None is parted: of a piece no report
+    could tell that half of something is in it.
     """
     (placed,) = tokens.placed(draft)
-    found = parted(draft.parts[0].text, placed.begins, max(1, limit - placed.first - 1))
-    texts = [text for text in found if text.strip()]
-    return [
-        replace(
-            draft,
-            where=f"{draft.where}, piece {number} of {len(texts)}",
-            parts=(Part(text, True),),
-            completion=text,
-            own=text,
-            goes_on=number < len(texts),
-            personal=draft.personal if number == 1 else {},
-        )
-        for number, text in enumerate(texts, start=1)
-    ]
+    text = draft.parts[0].text
+    shown = covered(text)
+    room = max(1, limit - placed.first - 1)
+    while True:
+        ends = borders(shown, placed.begins, room)
+        samples = tokens.samples(_drafts(draft, text, ends), _pass_over)
+        longest = max((len(sample.ids) for sample in samples), default=0)
+        if longest <= limit or room == 1:
+            return samples
+        # By itself a piece may have more tokens than it had in the document: one more at a border,
+        # and more by far where the tokenizer could only guess where its tokens are.
+        room = max(1, room * limit // longest)
 
 
-def parted(text: str, begins: Sequence[int], room: int) -> list[str]:
-    """A text in consecutive pieces of at most ``room`` tokens, of like lengths where there is
-    nothing to part it behind.
+def borders(text: str, begins: Sequence[int], room: int) -> list[int]:
+    """Where consecutive pieces of a text end, each of at most ``room`` tokens, and of like lengths
+    where there is nothing to part it behind.
 
     Args:
         begins: character at which each token begins, ascending.
     """
-    found: list[str] = []
+    found: list[int] = []
     start = first = 0  # character and token that the next piece begins with
     while (left := len(begins) - first) > room:
         wanted = -(-left // room)
         aim, most = begins[first + -(-left // wanted)], begins[first + room]
-        end = max(start + 1, _break(text, (start + aim) // 2, most) or aim)
-        found.append(text[start:end])
-        start = end
-        first = bisect_left(begins, end)
-        if first == len(begins) or begins[first] != end:
+        start = max(start + 1, _break(text, (start + aim) // 2, most) or aim)
+        found.append(start)
+        first = bisect_left(begins, start)
+        if first == len(begins) or begins[first] != start:
             first -= 1  # this token lies on both sides
-    return [*found, text[start:]] if start < len(text) else found
+    return [*found, len(text)] if start < len(text) else found
 
 
 def _break(text: str, low: int, high: int) -> int | None:
@@ -77,3 +76,27 @@ def _break(text: str, low: int, high: int) -> int | None:
         if at >= 0:
             return at + len(mark)
     return None
+
+
+def _drafts(draft: Draft, text: str, ends: Sequence[int]) -> list[Draft]:
+    """A draft of each piece, but of white space alone. Spaces that a piece ends with belong to the
+    word behind them in most vocabularies, and would be learned as a token of their own."""
+    texts = [text[a:b] for a, b in pairwise([0, *ends])]
+    texts = [*(piece.rstrip(" ") for piece in texts[:-1]), texts[-1]]
+    texts = [piece for piece in texts if piece.strip()]
+    return [
+        replace(
+            draft,
+            where=f"{draft.where}, piece {number} of {len(texts)}",
+            parts=(Part(piece, True),),
+            completion=piece,
+            own=piece,
+            goes_on=number < len(texts),
+            personal=draft.personal if number == 1 else {},
+        )
+        for number, piece in enumerate(texts, start=1)
+    ]
+
+
+def _pass_over(error: DataError) -> None:
+    """A piece without a token: the others have the document's."""
