@@ -41,7 +41,7 @@ def test_what_may_not_fit_is_tried_with_a_warning_that_names_what_does(
     llama: Path, blocks: dict[str, Any], room: float, named: set[str], monkeypatch: Any
 ) -> None:
     # So that what differs between small models counts.
-    monkeypatch.setattr("finetune_trainer.engine.memory._RUNTIME", {"gpu": 0, "cpu": 0})
+    monkeypatch.setattr("finetune_trainer.engine.memory.estimate._RUNTIME", {"gpu": 0, "cpu": 0})
     spec, measure = spec_of(**blocks), Rehearsals(llama, 512)
     facts = measure(spec)
     row = SAMPLES.largest_row(spec, facts.packing)
@@ -127,7 +127,7 @@ def gang_of(*rooms: int) -> Any:
 def test_a_gang_goes_by_the_least_memory_of_its_devices(
     llama: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    monkeypatch.setattr("finetune_trainer.engine.memory._RUNTIME", {"gpu": 0, "cpu": 0})
+    monkeypatch.setattr("finetune_trainer.engine.memory.estimate._RUNTIME", {"gpu": 0, "cpu": 0})
     index = SimpleNamespace(length=SAMPLES.lengths, supervised=SAMPLES.supervised)
     data: Any = SimpleNamespace(
         manifest=SimpleNamespace(max_length=512), index=lambda split: index
