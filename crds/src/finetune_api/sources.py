@@ -238,7 +238,7 @@ class Quality(Model):
     texts have in common, of all that they have (Jaccard; estimated by MinHash, with a standard
     error of 0.03). At 0.85, texts of 40 words that differ in one."""
     max_duplicate_fraction: Fraction | None = None
-    """Largest share of the training records that may be dropped as duplicates or near duplicates:
+    """Largest share of the training samples that may be dropped as duplicates or near duplicates:
     with more the job fails. Absent: any."""
     overlength: Literal["Split", "Truncate", "Drop", "Fail"] = "Split"
     """What happens to a sample of more than `training.maxLength` tokens. Split makes several

@@ -157,7 +157,7 @@ def test_more_duplicates_than_allowed_fail_the_job(at: Workplace) -> None:
     data = {**ALL, "quality": quality}
     error = at.fault(lines(*pairs(4), *ALIKE, *pairs(3)), data=data)
     assert isinstance(error, DataError) and error.reason == "TooManyDuplicates"
-    assert "5 of 10 training records (50.0%)" in error.message and "0.45" in error.message
+    assert "5 of 10 training samples (50.0%)" in error.message and "0.45" in error.message
     quality["maxDuplicateFraction"] = "0.5"
     assert at.prepare(at.order(data=data))[0].train_samples == 5
 

@@ -3,5 +3,5 @@
     sources → objects → records → drafts (text, what is learned) → samples (token ids, mask)
             → split → shards + index → report → manifest
 
-``pipeline.prepare`` is the stage; ``shards.PreparedData`` is what later stages read.
+``pipeline.prepare`` is the stage; ``prepared.shards.PreparedData`` is what later stages read.
 """

@@ -69,7 +69,7 @@ class Deduplicator:
         if self._most is not None and self._dropped > float(self._most) * self._drafts:
             raise DataError(
                 "TooManyDuplicates",
-                f"{self._dropped} of {self._drafts} training records"
+                f"{self._dropped} of {self._drafts} training samples"
                 f" ({self._dropped / self._drafts:.1%}) are duplicates of others, more than"
                 f" data.quality.maxDuplicateFraction {self._most}; correct the data, or raise it",
             )

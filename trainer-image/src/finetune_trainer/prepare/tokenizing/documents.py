@@ -30,8 +30,8 @@ def is_document(draft: Draft) -> bool:
 def split(draft: Draft, tokens: Tokenizing, limit: int) -> list[Sample]:
     """A document as samples of at most ``limit`` tokens.
 
-    What is counted of its personal data stays with the first. None is parted: of a piece no report
-    could tell that half of something is in it.
+    What is counted of its personal data stays with the first. No such datum is parted where the
+    text can be parted beside it: no report could tell that half of one is in a piece.
     """
     (placed,) = tokens.placed(draft)
     text = draft.parts[0].text
