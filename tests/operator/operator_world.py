@@ -9,15 +9,15 @@ from typing import Any
 
 from finetune_api import names
 from finetune_api.results import Progress, Termination
+from finetune_operator.children.overlay import lay_over
+from finetune_operator.children.render import render
 from finetune_operator.config import Config
 from finetune_operator.decide import decide
-from finetune_operator.objects import format_time
-from finetune_operator.observe import Refusal, model_view, observe
-from finetune_operator.overlay import lay_over
-from finetune_operator.plan import Plan
-from finetune_operator.pods import INDEX_ANNOTATION
-from finetune_operator.references import ModelJob, References
-from finetune_operator.render import render
+from finetune_operator.decision.plan import Plan
+from finetune_operator.world.objects import format_time
+from finetune_operator.world.observe import Refusal, model_view, observe
+from finetune_operator.world.pods import INDEX_ANNOTATION
+from finetune_operator.world.references import ModelJob, References
 
 UID = "0f9c2e4a-1111-2222-3333-444455556666"
 T0 = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)

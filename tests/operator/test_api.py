@@ -19,7 +19,7 @@ from cluster.kwok import EXIT_CODE, MESSAGE
 from finetune_api import names
 from finetune_api.results import Termination
 from finetune_operator.config import STAGE_BACKOFF_LIMIT
-from finetune_operator.pods import INDEX_ANNOTATION
+from finetune_operator.world.pods import INDEX_ANNOTATION
 
 CRD = Path(__file__).parents[2] / "crds" / "finetunejob.crd.yaml"
 WITHIN = 40.0

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from operator_world import TRAINED, World, at_training
 
-from finetune_operator.objects import format_time
-from finetune_operator.observe import Refusal
+from finetune_operator.world.objects import format_time
+from finetune_operator.world.observe import Refusal
 
 
 def preparing() -> World:

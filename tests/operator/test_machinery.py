@@ -16,8 +16,8 @@ from finetune_operator import controller as controller_module
 from finetune_operator import progress as progress_module
 from finetune_operator.cluster import Cluster, Credentials, NotLeading
 from finetune_operator.controller import Controller
+from finetune_operator.decision.plan import Event, Plan, Subject
 from finetune_operator.metrics import Metrics
-from finetune_operator.plan import Event, Plan, Subject
 from finetune_operator.progress import Poller
 from finetune_operator.store import Store
 from finetune_operator.workqueue import WorkQueue

@@ -15,10 +15,10 @@ from operator_world import CONFIG, World, at_training
 from finetune_api import names
 from finetune_api.order import parse_order
 from finetune_api.podtemplate import template_problems
+from finetune_operator.children.overlay import lay_over
+from finetune_operator.children.render import render
 from finetune_operator.config import GRACE_SECONDS, STAGE_BACKOFF_LIMIT
-from finetune_operator.overlay import lay_over
-from finetune_operator.plan import Create, Plan
-from finetune_operator.render import render
+from finetune_operator.decision.plan import Create, Plan
 
 LABEL = re.compile(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
 VALUE = re.compile(r"^[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$")

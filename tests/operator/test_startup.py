@@ -11,10 +11,10 @@ from prometheus_client import generate_latest
 
 from finetune_api.results import Startup
 from finetune_operator.metrics import Metrics
-from finetune_operator.observe import JobView
-from finetune_operator.pods import PodView
-from finetune_operator.startup import startup
+from finetune_operator.status.startup import startup
 from finetune_operator.store import Store
+from finetune_operator.world.observe import JobView
+from finetune_operator.world.pods import PodView
 
 
 def after(seconds: float) -> Any:

@@ -1,6 +1,6 @@
 """The operator: observe → decide → render → apply → report, level-triggered.
 
-``observe``, ``decide`` (with ``runs``, ``stages``, ``failure``, ``waiting``, ``usage``, ``status``,
-``report``) and ``render`` (with ``podspec``, ``overlay``) are pure. ``cluster`` is the only module
-that talks to the API server; ``watch`` is the only one that knows kopf.
+The rooms ``world`` (what is there), ``decision`` (what comes next), ``children`` (the objects of a
+plan) and ``status`` (what a user reads back) are pure. Of the modules beside them, ``cluster`` is
+the only one that talks to the API server, and ``watch`` the only one that knows kopf.
 """

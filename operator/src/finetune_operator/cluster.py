@@ -20,7 +20,7 @@ import kubernetes.client
 import kubernetes.config
 
 from finetune_api.names import API_VERSION, FIELD_OWNER, KIND, PLURAL
-from finetune_operator.plan import Event, Subject
+from finetune_operator.decision.plan import Event, Subject
 
 Json = dict[str, Any]
 REQUEST_SECONDS: Final = 5.0

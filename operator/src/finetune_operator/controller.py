@@ -12,15 +12,15 @@ from typing import Any
 import aiohttp
 
 from finetune_api.names import KIND
+from finetune_operator.children.render import render
 from finetune_operator.cluster import ApiError, Cluster, NotLeading
 from finetune_operator.config import Config
 from finetune_operator.decide import decide, defect
+from finetune_operator.decision.plan import Plan
 from finetune_operator.metrics import Metrics
-from finetune_operator.observe import Refusal
-from finetune_operator.plan import Plan
-from finetune_operator.render import render
 from finetune_operator.store import Store
 from finetune_operator.workqueue import WorkQueue
+from finetune_operator.world.observe import Refusal
 
 REFUSED_SECONDS = 15.0
 """Time until a child that was refused is tried again."""

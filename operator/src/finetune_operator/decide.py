@@ -10,12 +10,14 @@ from finetune_api.base import InvalidSpec
 from finetune_api.spec import FineTuneJobSpec, parse_spec
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.config import Config
-from finetune_operator.observe import Observed
-from finetune_operator.plan import Plan, Subject
-from finetune_operator.report import Conditions, events, read_status
-from finetune_operator.runs import current_run
-from finetune_operator.stages import advance
-from finetune_operator.work import Work
+from finetune_operator.decision.advance import advance
+from finetune_operator.decision.plan import Plan, Subject
+from finetune_operator.decision.runs import current_run
+from finetune_operator.decision.work import Work
+from finetune_operator.status.conditions import Conditions
+from finetune_operator.status.events import events
+from finetune_operator.world.observe import Observed
+from finetune_operator.world.stored import read_status
 
 
 def decide(job: Mapping[str, Any], observed: Observed, now: datetime, config: Config) -> Plan:

@@ -19,8 +19,8 @@ from pydantic import ValidationError
 from finetune_api.names import LABEL_JOB_UID, METRICS_PORT
 from finetune_api.results import Progress
 from finetune_operator.cluster import ApiError, Cluster
-from finetune_operator.pods import pod_view
 from finetune_operator.store import Store
+from finetune_operator.world.pods import pod_view
 
 POLL_SECONDS: Final = 2.0
 WRITE_SECONDS: Final = 3.0

@@ -12,10 +12,10 @@ from typing import Any, Final
 
 from finetune_api import names
 from finetune_api.results import Progress
-from finetune_operator.objects import Object
-from finetune_operator.observe import Observed, Refusal, model_view, observe
-from finetune_operator.pods import container_status, pull_is_failing
-from finetune_operator.references import References
+from finetune_operator.world.objects import Object
+from finetune_operator.world.observe import Observed, Refusal, model_view, observe
+from finetune_operator.world.pods import container_status, pull_is_failing
+from finetune_operator.world.references import References
 
 CHILD_KINDS: Final = ("ConfigMap", "Service", "Job", "Pod")
 REMEMBERED_REMOVALS: Final = 10_000

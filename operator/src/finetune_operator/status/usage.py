@@ -9,9 +9,9 @@ from finetune_api.cluster import Compute
 from finetune_api.results import Progress, TrainSummary
 from finetune_api.status import Usage
 from finetune_operator.config import USAGE_STEP_SECONDS
-from finetune_operator.observe import JobView
-from finetune_operator.pods import PodView
-from finetune_operator.report import make
+from finetune_operator.status.models import make
+from finetune_operator.world.observe import JobView
+from finetune_operator.world.pods import PodView
 
 
 def usage(

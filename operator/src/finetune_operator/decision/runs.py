@@ -16,9 +16,9 @@ from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder, TunedBas
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.config import Config
-from finetune_operator.observe import Observed, OrderView
-from finetune_operator.plan import CurrentRun, Subject
-from finetune_operator.references import Wait, find_base, from_status
+from finetune_operator.decision.plan import CurrentRun, Subject
+from finetune_operator.world.observe import Observed, OrderView
+from finetune_operator.world.references import Wait, find_base, from_status
 
 ENDED: Final = ("Complete", "Failed")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from finetune_api import names
 from finetune_api.identity import child_name, label_value, order_name
 from finetune_api.names import FINAL_EXIT_CODES, ExitCode, Role
+from finetune_operator.children.podspec import Json, pod_template
 from finetune_operator.config import (
     ANNOTATION_IMAGE,
     ANNOTATION_RESTARTS,
@@ -12,8 +13,7 @@ from finetune_operator.config import (
     STAGE_BACKOFF_LIMIT,
     Config,
 )
-from finetune_operator.plan import Create, CurrentRun, Plan, Subject
-from finetune_operator.podspec import Json, pod_template
+from finetune_operator.decision.plan import Create, CurrentRun, Plan, Subject
 
 
 def render(plan: Plan, config: Config) -> list[Json]:

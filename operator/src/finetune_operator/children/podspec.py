@@ -13,10 +13,10 @@ from finetune_api.identity import child_name, order_name
 from finetune_api.names import Role
 from finetune_api.order import RunOrder
 from finetune_api.spec import FineTuneJobSpec
+from finetune_operator.children.overlay import for_cpu_stage, lay_over
 from finetune_operator.config import GRACE_SECONDS, NODE_LOST_SECONDS, USER_ID, Config
-from finetune_operator.overlay import for_cpu_stage, lay_over
-from finetune_operator.plan import CurrentRun, Subject
-from finetune_operator.pods import INDEX_ANNOTATION
+from finetune_operator.decision.plan import CurrentRun, Subject
+from finetune_operator.world.pods import INDEX_ANNOTATION
 
 Json = dict[str, Any]
 

@@ -8,9 +8,9 @@ from datetime import datetime, timedelta
 
 from finetune_api.status import FailureStatus
 from finetune_operator.config import PODS_AWAITED, PULL_FAILING, PULL_REFUSED
-from finetune_operator.failure import failure
-from finetune_operator.observe import JobView
-from finetune_operator.pods import PULL_REASONS, PodView
+from finetune_operator.decision.failure import failure
+from finetune_operator.world.observe import JobView
+from finetune_operator.world.pods import PULL_REASONS, PodView
 
 _REFUSED = ("not found", "unauthorized", "denied", "forbidden", "manifest unknown", "not exist")
 

@@ -11,17 +11,17 @@ from typing import Final
 
 from finetune_api.podtemplate import template_problems
 from finetune_api.status import FailureStatus, FineTuneJobStatus
-from finetune_operator import status as status_of
 from finetune_operator.config import (
     ANNOTATION_OUTCOME,
     ANNOTATION_SUSPENDED,
     OVERDUE,
     WORD_AWAITED,
 )
-from finetune_operator.failure import failure, verdict
-from finetune_operator.observe import JobView
-from finetune_operator.plan import Change, Create, Delete
-from finetune_operator.work import Work
+from finetune_operator.decision.failure import failure, verdict
+from finetune_operator.decision.plan import Change, Create, Delete
+from finetune_operator.decision.work import Work
+from finetune_operator.status import status as status_of
+from finetune_operator.world.observe import JobView
 
 HISTORY: Final = 10
 

@@ -7,8 +7,8 @@ from typing import Any, Final
 
 from finetune_api.names import FINAL_EXIT_CODES, ExitCode, FailureClass
 from finetune_api.status import FailureStatus
-from finetune_operator.observe import JobView
-from finetune_operator.pods import PodView
+from finetune_operator.world.observe import JobView
+from finetune_operator.world.pods import PodView
 
 MESSAGE_MAX: Final = 4000
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from finetune_api import names
 from finetune_api.names import Role
 from finetune_api.results import Termination
-from finetune_operator.objects import Object, parse_time, place_of
+from finetune_operator.world.objects import Object, parse_time, place_of
 
 INDEX_ANNOTATION: Final = "batch.kubernetes.io/job-completion-index"
 PULL_REASONS: Final = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")

@@ -24,10 +24,10 @@ from finetune_operator.config import (
     ANNOTATION_RESTARTS,
     ANNOTATION_SUSPENDED,
 )
-from finetune_operator.objects import Object, parse_time, place_of
-from finetune_operator.pods import PodView, pod_view
-from finetune_operator.references import ModelJob, model_job
-from finetune_operator.report import read_status
+from finetune_operator.world.objects import Object, parse_time, place_of
+from finetune_operator.world.pods import PodView, pod_view
+from finetune_operator.world.references import ModelJob, model_job
+from finetune_operator.world.stored import read_status
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder, TunedBas
 from finetune_api.sources import StorageAccess
 from finetune_api.spec import FineTuneJobSpec, parse_spec
 from finetune_api.status import FineTuneJobStatus, RunBase
-from finetune_operator.objects import Object
+from finetune_operator.world.objects import Object
 
 MESSAGE_MAX: Final = 500
 """Characters shown of why another job has failed."""

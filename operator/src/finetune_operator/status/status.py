@@ -15,13 +15,15 @@ from finetune_api.status import (
     RunBase,
     StartupStatus,
 )
-from finetune_operator import report
-from finetune_operator.failure import verdict
-from finetune_operator.objects import format_time, parse_time
-from finetune_operator.report import STAGE_CONDITION, Conditions
-from finetune_operator.startup import startup
-from finetune_operator.usage import usage
-from finetune_operator.work import Work
+from finetune_operator.decision.failure import verdict
+from finetune_operator.decision.stages import STAGE_CONDITION
+from finetune_operator.decision.work import Work
+from finetune_operator.status import figures
+from finetune_operator.status.conditions import Conditions
+from finetune_operator.status.models import make
+from finetune_operator.status.startup import startup
+from finetune_operator.status.usage import usage
+from finetune_operator.world.objects import format_time, parse_time
 
 
 def complete(work: Work) -> FineTuneJobStatus:
@@ -254,7 +256,7 @@ def _run(work: Work, outcome: Literal["Complete", "Failed"] | None) -> Run:
         attempts.append(progress.attempt)
     if work.trained is not None:
         attempts.append(work.trained.attempt)
-    return report.make(
+    return make(
         Run,
         id=work.run.id,
         number=work.run.number,
@@ -284,17 +286,17 @@ def _base(work: Work) -> RunBase | None:
     base = work.order.base
     if base is None:
         return None
-    return report.make(RunBase, job=base.job, run=base.run, uri=base.uri, digest=base.digest)
+    return make(RunBase, job=base.job, run=base.run, uri=base.uri, digest=base.digest)
 
 
 def _results(work: Work, base: FineTuneJobStatus) -> dict[str, Any]:
     """What the stages said so far; what status knows stays where the pods are gone."""
     found: dict[str, Any] = {"usage": _usage(work, base), "startup": _startup(work, base)}
     if work.prepared is not None:
-        found["prepared"] = report.prepared_status(work.prepared)
+        found["prepared"] = figures.prepared_status(work.prepared)
     progress, read_at = work.observed.progress, work.observed.progress_time
     if progress is not None and read_at is not None and progress.run == work.run.id:
-        found["progress"] = report.progress_status(progress, read_at)
+        found["progress"] = figures.progress_status(progress, read_at)
         if progress.latest_checkpoint or progress.best_checkpoint:
             found["checkpoints"] = Checkpoints(
                 latest=progress.latest_checkpoint, best=progress.best_checkpoint
@@ -302,9 +304,9 @@ def _results(work: Work, base: FineTuneJobStatus) -> dict[str, Any]:
     if work.trained is not None:
         known = found.get("progress") or base.progress
         done = base.progress is not None and base.progress.stage == "Done"
-        last = base.progress if done else report.final_progress(known, work.trained, work.now)
+        last = base.progress if done else figures.final_progress(known, work.trained, work.now)
         found["progress"] = last
-        found["evaluation"] = report.evaluation(work.trained) or base.evaluation
+        found["evaluation"] = figures.evaluation(work.trained) or base.evaluation
         found["parameters"] = ParameterStatus(
             trainable=work.trained.trainable_parameters, total=work.trained.total_parameters
         )
@@ -312,7 +314,7 @@ def _results(work: Work, base: FineTuneJobStatus) -> dict[str, Any]:
             old = found.get("checkpoints") or base.checkpoints or Checkpoints()
             found["checkpoints"] = old.model_copy(update={"best": work.trained.checkpoint})
     if work.published is not None:
-        found["output"] = report.output_status(work.published)
+        found["output"] = figures.output_status(work.published)
     return found
 
 

@@ -15,12 +15,12 @@ from finetune_api.results import PreparedSummary, PublishSummary, TrainSummary
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.config import TRAINED_ALONE
-from finetune_operator.failure import incidents
-from finetune_operator.observe import JobView, Observed, Refusal
-from finetune_operator.plan import CurrentRun, Draft, Subject
-from finetune_operator.pods import PodView
-from finetune_operator.report import STAGE_CONDITION
-from finetune_operator.waiting import Obstacle, obstacle
+from finetune_operator.decision.failure import incidents
+from finetune_operator.decision.obstacles import Obstacle, obstacle
+from finetune_operator.decision.plan import CurrentRun, Draft, Subject
+from finetune_operator.decision.stages import STAGE_CONDITION
+from finetune_operator.world.observe import JobView, Observed, Refusal
+from finetune_operator.world.pods import PodView
 
 
 @dataclass

@@ -14,9 +14,9 @@ from itertools import pairwise
 
 from finetune_api.results import Startup
 from finetune_api.status import StartupStatus
-from finetune_operator.observe import JobView
-from finetune_operator.pods import PodView
-from finetune_operator.report import make
+from finetune_operator.status.models import make
+from finetune_operator.world.observe import JobView
+from finetune_operator.world.pods import PodView
 
 
 def startup(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from finetune_api.names import Role
 from finetune_api.order import RunOrder
-from finetune_operator.references import Wait
+from finetune_operator.world.references import Wait
 
 
 @dataclass(frozen=True)

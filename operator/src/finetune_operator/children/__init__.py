@@ -1,0 +1,1 @@
+"""A plan as Kubernetes objects: ConfigMap, Service, Jobs and their pods. Pure."""

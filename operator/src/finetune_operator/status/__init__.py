@@ -1,0 +1,1 @@
+"""What a user reads back: status, conditions and events. Pure."""

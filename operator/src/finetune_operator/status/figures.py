@@ -1,0 +1,119 @@
+"""What the stages have told, as status shows it: figures as strings."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from finetune_api.results import PreparedSummary, Progress, PublishSummary, TrainSummary
+from finetune_api.status import (
+    DataSetLoss,
+    MetricValue,
+    OutputStatus,
+    Prepared,
+    ProgressStatus,
+)
+from finetune_operator.status.models import make
+from finetune_operator.world.objects import format_time
+
+
+def number(value: float | None, digits: int = 4) -> str | None:
+    """A figure as a string of so many significant digits; of large ones all before the point, as
+    long as people read them."""
+    if value is None:
+        return None
+    return f"{value:.0f}" if 10_000 <= abs(value) < 1e15 else f"{value:.{digits}g}"
+
+
+def duration(seconds: float) -> str:
+    """``2m10s``, ``3h04m``, ``45s``."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def progress_status(progress: Progress, read_at: datetime) -> ProgressStatus:
+    """Progress as status shows it."""
+    left = progress.remaining_seconds
+    total = progress.total_steps
+    return make(
+        ProgressStatus,
+        stage=progress.stage,
+        step=progress.step,
+        total_steps=total,
+        percent=min(100, 100 * progress.step // total) if total else 0,
+        epoch=f"{progress.epoch:.2f}",
+        loss=number(progress.loss),
+        data_set_losses=[
+            make(DataSetLoss, name=name, loss=number(loss))
+            for name, loss in progress.by_source.items()
+        ],
+        learning_rate=number(progress.learning_rate),
+        tokens_per_second=number(progress.tokens_per_second),
+        mfu=number(progress.mfu),
+        remaining=None if left is None else duration(left),
+        estimated_completion_time=None
+        if left is None
+        else format_time(read_at + timedelta(seconds=min(left, 10**9))),
+        last_update_time=format_time(read_at),
+    )
+
+
+def final_progress(
+    before: ProgressStatus | None, trained: TrainSummary, now: datetime
+) -> ProgressStatus:
+    """Progress of a gang that is done: the poller may have missed its last steps."""
+    total = before.total_steps if before else trained.steps
+    return make(
+        ProgressStatus,
+        stage="Done",
+        step=trained.steps,
+        total_steps=trained.steps if trained.stopped_early else max(total, trained.steps),
+        percent=100,
+        epoch=before.epoch if before else "0",
+        loss=number(trained.loss) or (before.loss if before else None),
+        data_set_losses=before.data_set_losses if before else [],
+        learning_rate=before.learning_rate if before else None,
+        tokens_per_second=before.tokens_per_second if before else None,
+        mfu=before.mfu if before else None,
+        last_update_time=format_time(now),
+    )
+
+
+def prepared_status(summary: PreparedSummary) -> Prepared:
+    """What prepare found, as far as status shows it."""
+    return make(Prepared, **{name: getattr(summary, name) for name in Prepared.model_fields})
+
+
+def output_status(published: PublishSummary) -> OutputStatus:
+    """What was published, as status shows it."""
+    return make(
+        OutputStatus,
+        uri=published.uri,
+        digest=published.digest,
+        formats=published.formats,
+        bytes=published.bytes,
+        full_copy_bytes=published.full_copy_bytes,
+    )
+
+
+def evaluation(trained: TrainSummary) -> list[MetricValue]:
+    """Test metrics side by side."""
+    rows = []
+    for scores in trained.scores:
+        for metric in sorted(scores.untuned.keys() | scores.tuned.keys()):
+            untuned, tuned = scores.untuned.get(metric), scores.tuned.get(metric)
+            gain = tuned - untuned if tuned is not None and untuned is not None else None
+            rows.append(
+                make(
+                    MetricValue,
+                    data_set=scores.name,
+                    metric=metric,
+                    untuned=number(untuned),
+                    tuned=number(tuned),
+                    gain=number(gain),
+                )
+            )
+    return rows[:256]
