@@ -117,13 +117,13 @@ def test_every_word_has_a_meaning() -> None:
 def test_every_reason_of_the_operator_has_a_meaning() -> None:
     """Reasons are API: what the operator's sources give as one stands in the reference."""
     operator = Path(finetune_operator.__file__).parent
-    modules = ("status/status", "decision/obstacles", "world/references")
-    source = "".join((operator / f"{name}.py").read_text() for name in modules)
+    rooms = [operator / room for room in ("decision", "status")]
+    source = "".join(file.read_text() for room in rooms for file in room.glob("*.py"))
     given = [
         r'conditions\.set\([^,]+, [^,]+, "(\w+)"',
-        r'_once\([^,]+, "\w+", "(\w+)"',
-        r'_kstatus\([^,]+, "(\w+)"',
-        r'return (?!_assemble)[^,]+, "(\w+)", ',
+        r'_reconciling\([^,]+, "(\w+)"',
+        r'Activity\([^,]+, "(\w+)"',
+        r'return "(\w+)", ',
         r'Wait\("(\w+)"',
         r'Obstacle\(\s*"(\w+)"',
         r'reason = "(\w+)" if .* else "(?:\w+)"',

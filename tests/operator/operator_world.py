@@ -14,10 +14,11 @@ from finetune_operator.children.render import render
 from finetune_operator.config import Config
 from finetune_operator.decide import decide
 from finetune_operator.decision.plan import Plan
+from finetune_operator.world.models import ModelJob, model_view
 from finetune_operator.world.objects import format_time
-from finetune_operator.world.observe import Refusal, model_view, observe
+from finetune_operator.world.observe import Refusal, observe
 from finetune_operator.world.pods import INDEX_ANNOTATION
-from finetune_operator.world.references import ModelJob, References
+from finetune_operator.world.references import References
 
 UID = "0f9c2e4a-1111-2222-3333-444455556666"
 T0 = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)

@@ -256,7 +256,7 @@ def test_children_stay_until_status_has_what_they_said() -> None:
 def test_ttl_removes_jobs_and_services_and_keeps_the_order() -> None:
     world = completed(childrenTTLSecondsAfterFinished=60)
     assert len(world.names("Job")) == 3
-    again = world.plan().look_again
+    again = world.plan().requeue_after
     assert again is not None and again.total_seconds() == 60
     world.wait(60)
     world.settle()

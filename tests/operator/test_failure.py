@@ -123,7 +123,7 @@ def test_a_jobs_failure_that_comes_before_its_pods_waits_for_their_word() -> Non
     failed["lastTransitionTime"] = format_time(world.now)
     world.settle()
     assert world.status["phase"] != "Failed"
-    assert world.plan().look_again == timedelta(seconds=10)
+    assert world.plan().requeue_after == timedelta(seconds=10)
     said = {"class": "DataError", "reason": "MalformedRecord", "message": "line 3"}
     pods = copy.deepcopy(world.of("Pod"))
     world.fail("prepare", 11, **said)
@@ -218,7 +218,7 @@ def test_an_image_that_cannot_be_pulled(reason: str, message: str, seconds: int)
         world.settle()
         assert world.status["phase"] == "Pending"
         assert world.held("Prepared") == "False/ImagePull"
-        assert world.plan().look_again == timedelta(seconds=seconds)
+        assert world.plan().requeue_after == timedelta(seconds=seconds)
         world.wait(seconds)
     world.settle()
     failure = world.status["failure"]
@@ -257,7 +257,7 @@ def test_too_few_nodes() -> None:
     assert world.status["phase"] == "Starting"
     assert world.held("Running") == "False/Unschedulable"
     assert "no nvidia.com/gpu" in world.message("Running")
-    assert world.plan().look_again == timedelta(seconds=120)
+    assert world.plan().requeue_after == timedelta(seconds=120)
     world.wait(120)
     world.settle()
     failure = world.status["failure"]
@@ -290,14 +290,14 @@ def test_the_start_deadline_is_live_and_counts_from_the_start_not_the_queue() ->
     world.wait(100)
     world.edit(scheduling={"startDeadlineSeconds": 500})
     world.settle()
-    assert world.plan().look_again == timedelta(seconds=400)
+    assert world.plan().requeue_after == timedelta(seconds=400)
 
 
 def test_a_job_whose_pods_are_refused() -> None:
     world = World(scheduling={"startDeadlineSeconds": 60})
     world.settle()
     assert world.held("Prepared") == "False/Preparing"
-    assert world.plan().look_again == timedelta(seconds=10)
+    assert world.plan().requeue_after == timedelta(seconds=10)
     world.wait(10)
     world.settle()
     assert world.held("Prepared") == "False/PodsNotCreated"

@@ -86,7 +86,7 @@ def test_a_run_waits_in_words_and_makes_nothing(
     assert (world.held("Stalled") == f"True/{reason}") is stuck
     assert "startTime" not in world.run and "base" not in world.run
     assert world.status["observedGeneration"] == 1
-    assert world.plan().look_again is None, "the other job's change wakes it"
+    assert world.plan().requeue_after is None, "the other job's change wakes it"
 
 
 def circle(*wishes: tuple[str, str]) -> list[World]:

@@ -42,7 +42,7 @@ def test_a_pod_on_a_dead_node_does_not_hold_the_new_gang_for_ever() -> None:
     world.edit(compute={"nodes": 1})
     world.settle()
     assert "bot-1-0f9c2-train-2" not in world.names("Job")
-    again = world.plan().look_again
+    again = world.plan().requeue_after
     assert again is not None
     world.wait(again.total_seconds())
     world.settle()

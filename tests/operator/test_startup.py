@@ -13,7 +13,7 @@ from finetune_api.results import Startup
 from finetune_operator.metrics import Metrics
 from finetune_operator.status.startup import startup
 from finetune_operator.store import Store
-from finetune_operator.world.observe import JobView
+from finetune_operator.world.children import JobView
 from finetune_operator.world.pods import PodView
 
 

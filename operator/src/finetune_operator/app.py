@@ -1,5 +1,5 @@
-"""One operator process: probes first, then the lease, then watching and reconciling until the
-lease, kopf or a signal ends it. A process that lost its lease ends; its successor starts clean."""
+"""One operator process: probes first, then the Lease, then watching and reconciling until a lost
+Lease, kopf or a signal ends it. A process that lost its Lease ends; its successor starts clean."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Options:
     kubeconfig: str | None
     context: str | None
     namespaces: tuple[str, ...]
-    """Namespaces that are watched; empty: all."""
+    """Namespaces to watch; empty: all."""
     host: str
     port: int
     leader_election: bool
     lease_namespace: str
     lease_name: str
     proxy: bool | None
-    """Progress through the API server's pod proxy; None: where the process is no pod."""
+    """Whether to read progress through the API server's pod proxy; None: outside a pod."""
 
 
 class Operator:
@@ -57,17 +57,17 @@ class Operator:
         self._metrics = Metrics(self._store, lambda: len(self._queue))
         self._instance = f"{socket.gethostname()}-{uuid.uuid4().hex[:6]}"
         self._not_ready: str | None = "not connected to the API server"
-        self._ill: str | None = None
+        self._unhealthy: str | None = None
         self._stop = asyncio.Event()
 
     async def run(self) -> int:
-        """Run to the end; answers the process' exit code."""
-        self._take_signals()
+        """Run to the end; returns the exit code of the process."""
+        self._handle_signals()
         web = await serve(
             self._options.host,
             self._options.port,
             self._metrics.registry,
-            lambda: self._ill,
+            lambda: self._unhealthy,
             lambda: self._not_ready,
         )
         try:
@@ -75,7 +75,7 @@ class Operator:
         finally:
             await web.cleanup()
 
-    def _take_signals(self) -> None:
+    def _handle_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._stop.set)
 
@@ -86,7 +86,7 @@ class Operator:
         async with Cluster(configuration) as cluster:
             if not await self._unless_stopped(cluster.wait_until_served()):
                 return 0
-            self._not_ready = None  # a stand-by is ready, too: it takes over at any time
+            self._not_ready = None  # a stand-by is ready, too: it may take over at any time
             if not self._options.leader_election:
                 return await self._lead(cluster, configuration, in_cluster, None)
             lease = Lease(
@@ -94,11 +94,11 @@ class Operator:
             )
             if not await self._unless_stopped(lease.acquire()):
                 return 0
-            cluster.guard = lease.held
+            cluster.guard = lease.may_write
             return await self._lead(cluster, configuration, in_cluster, lease)
 
     async def _unless_stopped(self, coroutine: Coroutine[Any, Any, None]) -> bool:
-        """Wait for something, or for the signal to stop; whether the former came first."""
+        """Wait for a coroutine, or for a signal to stop; whether the coroutine ended first."""
         task = asyncio.create_task(coroutine)
         stop = asyncio.create_task(self._stop.wait())
         await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -122,29 +122,29 @@ class Operator:
             store, cluster, queue, options.config, self._metrics, self._instance
         )
         poller = Poller(store, cluster, queue.put_after, proxy)
-        # kopf ends, when it ends, every task that was made after it was: so they are made before.
+        # kopf cancels, when it ends, all tasks that were made after it: so these are made before.
         tasks = {asyncio.create_task(queue.work(controller.handle)) for _ in range(WORKERS)}
         tasks.add(asyncio.create_task(poller.run()))
         tasks.add(asyncio.create_task(watch.sweep(cluster, store, queue.put, options.namespaces)))
-        kept = asyncio.create_task(lease.keep() if lease else asyncio.Event().wait())
+        renewing = asyncio.create_task(lease.keep() if lease else asyncio.Event().wait())
         stopped = asyncio.create_task(self._stop.wait())
         watching = asyncio.create_task(
-            watch.run(configuration, store, queue.put, options.namespaces, self._take_signals)
+            watch.run(configuration, store, queue.put, options.namespaces, self._handle_signals)
         )
-        parts: set[asyncio.Task[Any]] = {*tasks, kept, watching}
+        parts: set[asyncio.Task[Any]] = {*tasks, renewing, watching}
         await asyncio.wait(parts | {stopped}, return_when=asyncio.FIRST_COMPLETED)
-        self._ill = None if stopped.done() else "no longer working: see the log"
-        _tell_failures(parts)
+        self._unhealthy = None if stopped.done() else "no longer working: see the log"
+        _log_failures(parts)
         stopped.cancel()
         await _end(parts - {watching})
         if lease is not None:
-            await lease.release()  # nothing is written any more
+            await lease.release()  # workers have ended: nothing is written any more
         await _end({watching})
         log.info("stopped")
-        return 0 if self._ill is None else 1
+        return 0 if self._unhealthy is None else 1
 
 
-def _tell_failures(parts: set[asyncio.Task[Any]]) -> None:
+def _log_failures(parts: set[asyncio.Task[Any]]) -> None:
     for task in parts:
         if task.done() and not task.cancelled() and task.exception() is not None:
             log.error("a part of the operator failed", exc_info=task.exception())

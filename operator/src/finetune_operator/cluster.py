@@ -1,7 +1,7 @@
 """The only module that talks to the API server: server-side apply, patches, deletes, events, lists,
 and the pod proxy, over one aiohttp session.
 
-Every write passes ``guard`` first: the lease-holder's right to write, checked at the last moment.
+Every write asks ``guard`` at the last moment: whether this process is the leader.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from finetune_operator.decision.plan import Event, Subject
 
 Json = dict[str, Any]
 REQUEST_SECONDS: Final = 5.0
-"""Longest request. Lease duration minus renewal deadline is longer, so that no write of a former
-leader is under way when the next one begins."""
+"""Timeout of a request, no longer than the Lease's duration minus the deadline of its renewal: no
+write of a former leader is under way when the next leader begins."""
 
 PATHS: Final[dict[str, tuple[str, str]]] = {
     "ConfigMap": ("/api/v1", "configmaps"),
@@ -42,7 +42,7 @@ _INSTALL: Final = "install crds/finetunejob.crd.yaml, or the chart with crds.ena
 log = logging.getLogger(__name__)
 
 Credentials = kubernetes.client.Configuration
-"""Address of an API server, and how to be known to it."""
+"""Address of an API server, and what proves who we are."""
 
 
 class NoCluster(Exception):
@@ -58,12 +58,12 @@ class ApiError(Exception):
 
 
 class NotLeading(Exception):
-    """A write was held back: the lease is lost or in doubt."""
+    """A write was not sent: the Lease is lost or in doubt."""
 
 
 def load_credentials(kubeconfig: str | None, context: str | None) -> tuple[Credentials, bool]:
-    """Credentials of a kubeconfig (given, or by ``KUBECONFIG``), else of the pod; and whether the
-    latter.
+    """Credentials of the pod where no kubeconfig is given, else of the kubeconfig (given, or by
+    ``KUBECONFIG``); and whether they are the pod's.
 
     Raises:
         NoCluster: where there are none.
@@ -123,7 +123,7 @@ class Cluster:
         if self._session is not None:
             await self._session.close()
 
-    # --- writes ----------------------------------------------------------------------------------
+    # --- writes ---------------------------------------------------------------------------------
 
     async def apply(self, obj: Json) -> Json:
         """Server-side apply of a child."""
@@ -132,7 +132,7 @@ class Cluster:
         return await self._write("PATCH", path, obj, "application/apply-patch+yaml", force="true")
 
     async def apply_status(self, subject: Subject, status: Json) -> Json:
-        """Server-side apply of a job's whole status. Its uid guards against a namesake."""
+        """Server-side apply of a job's whole status, unless another job has its name by now."""
         body = {
             "apiVersion": API_VERSION,
             "kind": KIND,
@@ -152,7 +152,7 @@ class Cluster:
         return await self._write("PATCH", path, patch, "application/merge-patch+json")
 
     async def delete(self, kind: str, namespace: str, name: str) -> None:
-        """Delete a child; its pods follow with their grace period. One that is gone is fine."""
+        """Delete a child, if it is still there; its pods follow with their grace period."""
         body = {"propagationPolicy": "Background"}
         try:
             await self._write("DELETE", object_path(kind, namespace, name), body)
@@ -201,7 +201,7 @@ class Cluster:
             parameters["fieldManager"] = FIELD_OWNER
         return await self.request(method, path, body, content_type, **parameters)
 
-    # --- reads, and what the lease needs ---------------------------------------------------------
+    # --- reads, and requests of the Lease --------------------------------------------------------
 
     async def versions(
         self, kind: str, namespace: str | None, selector: str
@@ -231,11 +231,11 @@ class Cluster:
 
         Raises:
             ApiError: where the server refuses.
-            aiohttp.ClientError, TimeoutError: where it cannot be reached in time.
+            aiohttp.ClientError, TimeoutError: where the server cannot be reached in time.
         """
         raw = await self._request_bytes(method, path, body, content_type, accept, parameters)
-        answer: Json = json.loads(raw)
-        return answer
+        response: Json = json.loads(raw)
+        return response
 
     async def _request_bytes(
         self,
@@ -262,12 +262,12 @@ class Cluster:
             return raw
 
     async def wait_until_served(self) -> None:
-        """Wait until the API server knows FineTuneJobs. Why it does not is logged, once a cause."""
-        told = None
+        """Wait until the API server serves FineTuneJobs; each cause why not is logged once."""
+        logged = None
         while (why := await self._not_served()) is not None:
-            if why != told:
+            if why != logged:
                 log.warning("waiting for %s: %s", API_VERSION, why)
-            told = why
+            logged = why
             await asyncio.sleep(1)
 
     async def _not_served(self) -> str | None:

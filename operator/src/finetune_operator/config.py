@@ -11,37 +11,42 @@ from finetune_api.names import GROUP
 ANNOTATION_IMAGE: Final = f"{GROUP}/image"
 """On an order: the trainer image of the run, which a newer operator must not change."""
 ANNOTATION_OUTCOME: Final = f"{GROUP}/outcome"
-"""On an order: how the run ended, so that it stays ended where status is lost."""
+"""On an order: the run's outcome, so that the run stays ended where status is lost."""
 ANNOTATION_RESTARTS: Final = f"{GROUP}/restarts-before"
-"""On an order: incidents before this revision, which do not count against it."""
+"""On an order: incidents of earlier revisions that do not count against this one."""
 
 ANNOTATION_SUSPENDED: Final = f"{GROUP}/suspended"
-"""On a Job: it was suspended for spec.suspend; by others (a queue) it stays as they have it."""
+"""On a Job: the operator suspended it for spec.suspend. A Job that another (a queue) has suspended
+is left alone."""
 
 GRACE_SECONDS: Final = 120
 """terminationGracePeriodSeconds of every pod; the trainer is told it and saves within it."""
 NODE_LOST_SECONDS: Final = 30
 """How long pods stay bound to a node that is not ready or cannot be reached."""
 STAGE_BACKOFF_LIMIT: Final = 3
-"""Tries of prepare and publish after the first."""
+"""Tries of a CPU stage's pod after the first."""
 GANG_BACKOFF_LIMIT: Final = 2_147_483_647
 """Out of reach: the Job controller counts pods, failurePolicy.maxRestarts counts incidents."""
 USER_ID: Final = 65532
 """User and group of every pod."""
 
+HISTORY: Final = 10
+"""Earlier runs that status.history and their orders keep."""
+
 OVERDUE: Final = timedelta(seconds=30)
-"""A terminating pod this long past its grace period is taken for one on a dead node: it blocks
-nothing any more (what it writes is fenced by the attempt in HEAD.json)."""
-TRAINED_ALONE: Final = timedelta(seconds=60)
-"""How long the other pods of a gang may live on after its first one has left the result."""
-WORD_AWAITED: Final = timedelta(seconds=10)
-"""How long the pods of a Job that has failed may go unseen: watches tell in no common order."""
+"""A terminating pod this long past its grace period counts as one on a dead node: the next gang
+does not wait for it (what it writes is fenced by the attempt in HEAD.json)."""
+GANG_LINGERS: Final = timedelta(seconds=60)
+"""How long other pods of a gang may live on after its first one has left the result."""
+POD_FAILURE_AWAITED: Final = timedelta(seconds=10)
+"""How long the failed pods of a failed Job may be unseen: watches of Jobs and pods are in no common
+order."""
 PULL_REFUSED: Final = timedelta(seconds=30)
 """How long a pull may fail that the registry refuses (no such image, no access)."""
 PULL_FAILING: Final = timedelta(minutes=10)
 """How long a pull may fail for other causes (registry down, rate limit)."""
 PODS_AWAITED: Final = timedelta(seconds=10)
-"""How long a Job may be without pods before that is worth telling."""
+"""How long a Job may be without pods before status shows it."""
 USAGE_STEP_SECONDS: Final = 30
 """Running pods are charged in steps of this length, so that status is not written every second."""
 

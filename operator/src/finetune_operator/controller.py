@@ -1,4 +1,4 @@
-"""``reconcile(key)``: observe → decide → render → apply → report, once. It may be called at any
+"""``reconcile(uid)``: one pass, observe → decide → render → apply → report. It may be called at any
 time, any number of times."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from finetune_operator.workqueue import WorkQueue
 from finetune_operator.world.observe import Refusal
 
 REFUSED_SECONDS = 15.0
-"""Time until a child that was refused is tried again."""
+"""Time until a child that was refused is applied again."""
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Controller:
         self._instance = instance
 
     async def handle(self, uid: str) -> bool:
-        """``reconcile`` as a worker runs it: False where it must be tried again after a while."""
+        """``reconcile`` as a worker runs it: False where the pass must be retried after a while."""
         began = time.monotonic()
         try:
             await self.reconcile(uid)
@@ -57,7 +57,7 @@ class Controller:
             return True
         except (ApiError, aiohttp.ClientError, TimeoutError) as error:
             return self._failed(uid, error)
-        except Exception as error:  # a worker must survive a defect in one job's pass
+        except Exception as error:  # a worker must survive a defect in the pass of one job
             log.exception("reconcile of %s", uid)
             return self._failed(uid, error)
         finally:
@@ -75,11 +75,11 @@ class Controller:
     async def reconcile(self, uid: str) -> None:
         """Bring one job closer to its spec.
 
-        A defect of ours is told in status, and raised.
+        Where ``decide`` or ``render`` raises, status shows the defect, and it is raised.
 
         Raises:
-            ApiError, aiohttp.ClientError, TimeoutError: where the API server refuses or is away;
-                what was done stays, the next pass goes on from there.
+            ApiError, aiohttp.ClientError, TimeoutError: where the API server refuses or cannot be
+                reached; writes before that stay, and the next pass goes on from there.
         """
         job = self._store.job(uid)
         if job is None:
@@ -96,12 +96,12 @@ class Controller:
         await self._report(job, plan)
         if not accepted:
             self._queue.put_after(uid, REFUSED_SECONDS)
-        elif plan.look_again is not None:
-            self._queue.put_after(uid, plan.look_again.total_seconds())
+        elif plan.requeue_after is not None:
+            self._queue.put_after(uid, plan.requeue_after.total_seconds())
 
     async def _apply(self, plan: Plan, children: list[dict[str, Any]]) -> bool:
-        """Deletions, creations and changes. Where the API server refuses a child (a podTemplate
-        may hold what only it can judge, a quota may be full), that is observed, and False."""
+        """Deletions, creations and changes; False where the API server refused a child (a
+        podTemplate may hold fields that only it can judge, a quota may be full)."""
         namespace = plan.subject.namespace
         for delete in plan.delete:
             await self._cluster.delete(delete.kind, namespace, delete.name)
@@ -109,13 +109,14 @@ class Controller:
             if not await self._create(plan.subject.uid, obj):
                 return False
         for change in plan.change:
-            answer = await self._cluster.patch(change.kind, namespace, change.name, change.patch)
-            self._store.put(change.kind, answer)
+            stored = await self._cluster.patch(change.kind, namespace, change.name, change.patch)
+            self._store.put(change.kind, stored)
         return True
 
     async def _create(self, uid: str, obj: dict[str, Any]) -> bool:
+        """Apply a child; False where the API server refused it, which the store then knows."""
         name = obj["metadata"]["name"]
-        known = self._store.observed(uid).refused.get(name)
+        known = self._store.refusal(uid, name)
         try:
             self._store.put(obj["kind"], await self._cluster.apply(obj))
         except ApiError as error:
@@ -124,13 +125,13 @@ class Controller:
             refusal = Refusal(str(error), final=error.code != 403)
             self._store.put_refusal(uid, name, refusal)
             if known != refusal:
-                self._queue.put(uid)  # told by the next pass
+                self._queue.put(uid)  # the next pass shows it in status
             return False
         self._store.put_refusal(uid, name, None)
         return True
 
     async def _report(self, job: Mapping[str, Any], plan: Plan) -> None:
-        """One status patch where it has changed, and events once it has succeeded."""
+        """One patch of status where it has changed, and its events after that has succeeded."""
         if plan.status is None:
             return
         stored = await self._cluster.apply_status(plan.subject, plan.status)

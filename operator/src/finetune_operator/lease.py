@@ -1,9 +1,9 @@
-"""Leader election on a Lease, with a hard deadline: who may be overtaken does not write.
+"""Leader election on a Lease, with a hard deadline: a leader that may be replaced writes nothing.
 
 The holder renews every ``RENEW_SECONDS``. It counts as leader only until ``DEADLINE_SECONDS`` after
 the *start* of its last successful renewal, by its own monotonic clock; others wait
-``DURATION_SECONDS`` from the time they saw the Lease change, by theirs. Requests end within
-``cluster.REQUEST_SECONDS`` <= DURATION - DEADLINE, so no write outlives the right to it.
+``DURATION_SECONDS`` from the time at which they saw the Lease change, by theirs. Requests end
+within ``cluster.REQUEST_SECONDS`` <= DURATION - DEADLINE: no write ends after another leader began.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Lease:
         self._namespace = namespace
         self._name = name
         self._identity = identity
-        self._good_until = 0.0
+        self._leader_until = 0.0
         self._seen: tuple[str, float] | None = None
 
-    def held(self) -> bool:
-        """Whether this process may write now."""
-        return time.monotonic() < self._good_until
+    def may_write(self) -> bool:
+        """Whether this process is the leader for certain."""
+        return time.monotonic() < self._leader_until
 
     async def acquire(self) -> None:
         """Return once this process leads."""
@@ -47,17 +47,17 @@ class Lease:
         log.info("leading: lease %s/%s", self._namespace, self._name)
 
     async def keep(self) -> None:
-        """Renew until the lease is lost or in doubt; then return."""
-        while self.held():
-            await asyncio.sleep(min(RENEW_SECONDS, max(0.0, self._good_until - time.monotonic())))
+        """Renew until the Lease is lost or in doubt; then return."""
+        while self.may_write():
+            await asyncio.sleep(min(RENEW_SECONDS, max(0.0, self._leader_until - time.monotonic())))
             await self._try()
         log.error("lease %s/%s is lost: writing stops", self._namespace, self._name)
 
     async def release(self) -> None:
-        """Give the lease up, so that the next leader need not wait."""
-        if not self.held():
+        """Give the Lease up, so that the next leader need not wait."""
+        if not self.may_write():
             return
-        self._good_until = 0.0
+        self._leader_until = 0.0
         try:
             lease = await self._get()
             if lease is not None and lease["spec"].get("holderIdentity") == self._identity:
@@ -67,17 +67,17 @@ class Lease:
             log.warning("lease was not released: %s", error)
 
     async def _try(self) -> bool:
-        """One attempt to take or renew; False where another holds it or the server fails."""
+        """Take or renew the Lease once; False where another holds it or the server fails."""
         began = time.monotonic()
         try:
             if not await self._write():
-                self._good_until = 0.0
+                self._leader_until = 0.0
                 return False
         except (ApiError, aiohttp.ClientError, TimeoutError) as error:
             log.warning("lease: %s", error)
             return False
-        self._good_until = began + DEADLINE_SECONDS
-        return self.held()
+        self._leader_until = began + DEADLINE_SECONDS
+        return self.may_write()
 
     async def _write(self) -> bool:
         lease = await self._get()
@@ -99,7 +99,7 @@ class Lease:
         return await self._put(lease)
 
     def _expired(self, lease: dict[str, Any]) -> bool:
-        """Whether the holder has been silent for its lease's duration, by our own clock."""
+        """Whether the holder has not renewed for the Lease's duration, by our own clock."""
         version = lease["metadata"]["resourceVersion"]
         if self._seen is None or self._seen[0] != version:
             self._seen = (version, time.monotonic())
@@ -131,7 +131,7 @@ class Lease:
         return await self._conditional("POST", collection_path("Lease", self._namespace), body)
 
     async def _put(self, lease: dict[str, Any]) -> bool:
-        """Write only over what was read: its resourceVersion goes along."""
+        """Replace the Lease that was read and no newer one: its resourceVersion goes along."""
         path = object_path("Lease", self._namespace, self._name)
         return await self._conditional("PUT", path, lease)
 

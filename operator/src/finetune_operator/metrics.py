@@ -46,7 +46,7 @@ class Metrics:
         )
         self.reconcile_errors = Counter(
             "finetune_operator_reconcile_errors",
-            "Passes that failed and are tried again.",
+            "Passes that failed and are retried.",
             registry=self.registry,
         )
         self._started = Counter(
@@ -78,7 +78,7 @@ class Metrics:
         ProcessCollector(registry=self.registry)
 
     def note(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-        """Count what a status write changed."""
+        """Count what a status write has changed."""
         old_run, new_run = before.get("run") or {}, after.get("run") or {}
         same = old_run.get("id") == new_run.get("id")
         if new_run and not same:

@@ -1,6 +1,7 @@
 """Progress of running gangs: polled from the first pod, at its address or through the API server.
 
-A gang that cannot be read still runs and still ends right: nothing is concluded from silence.
+A gang whose progress cannot be read still runs and still ends right: nothing is concluded from
+silence.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ POLL_SECONDS: Final = 2.0
 WRITE_SECONDS: Final = 3.0
 """Least time between two status writes of a job that only its progress causes."""
 TIMEOUT_SECONDS: Final = 2.0
-AT_ONCE: Final = 32
-LARGEST_ANSWER: Final = 65536
+CONCURRENT_POLLS: Final = 32
+LARGEST_RESPONSE: Final = 65536
+"""Bytes."""
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ class Gang:
 
 
 class Poller:
-    """Reads ``/progress`` of every running gang and enqueues jobs whose progress moved."""
+    """Reads ``/progress`` of every running gang and enqueues jobs whose progress changed."""
 
     def __init__(
         self, store: Store, cluster: Cluster, enqueue: Callable[[str, float], None], proxy: bool
@@ -55,11 +57,11 @@ class Poller:
         self._cluster = cluster
         self._enqueue = enqueue
         self._proxy = proxy
-        self._told: dict[str, tuple[Progress, float]] = {}
-        self._slots = asyncio.Semaphore(AT_ONCE)
+        self._published: dict[str, tuple[Progress, float]] = {}
+        self._slots = asyncio.Semaphore(CONCURRENT_POLLS)
 
     async def run(self) -> None:
-        """Poll for ever."""
+        """Poll until cancelled."""
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_SECONDS)
         async with aiohttp.ClientSession(timeout=timeout) as session:
             while True:
@@ -67,7 +69,7 @@ class Poller:
                 gangs = list(running_gangs(self._store))
                 await asyncio.gather(*(self._poll(session, gang) for gang in gangs))
                 uids = {g.uid for g in gangs}
-                self._told = {u: t for u, t in self._told.items() if u in uids}
+                self._published = {u: t for u, t in self._published.items() if u in uids}
                 await asyncio.sleep(max(0.1, began + POLL_SECONDS - time.monotonic()))
 
     async def _poll(self, session: aiohttp.ClientSession, gang: Gang) -> None:
@@ -78,7 +80,7 @@ class Poller:
                 log.debug("progress of %s/%s: %s", gang.namespace, gang.pod, error)
                 return
         if progress.run == gang.run:
-            self._tell(gang.uid, progress)
+            self._publish(gang.uid, progress)
 
     async def _read(self, session: aiohttp.ClientSession, gang: Gang) -> bytes:
         if self._proxy:
@@ -87,35 +89,35 @@ class Poller:
         host = f"[{gang.ip}]" if ":" in gang.ip else gang.ip
         async with session.get(f"http://{host}:{METRICS_PORT}/progress") as response:
             response.raise_for_status()
-            return await _whole(response.content)
+            return await _read_all(response.content)
 
-    def _tell(self, uid: str, progress: Progress) -> None:
-        """Coalesce: what moved is shown at most every WRITE_SECONDS, a new stage at once."""
-        known, when = self._told.get(uid, (None, 0.0))
-        if known is not None and _shown(known) == _shown(progress):
+    def _publish(self, uid: str, progress: Progress) -> None:
+        """Put progress into the store at most every WRITE_SECONDS, a new stage at once."""
+        known, when = self._published.get(uid, (None, 0.0))
+        if known is not None and _comparable(known) == _comparable(progress):
             return
         now = time.monotonic()
         at_once = known is None or known.stage != progress.stage
         wait = 0.0 if at_once else when + WRITE_SECONDS - now
         if wait > 0:
-            return  # the next poll after that time tells
-        self._told[uid] = (progress, now)
+            return  # a later poll publishes
+        self._published[uid] = (progress, now)
         self._store.put_progress(uid, progress, datetime.now(UTC))
         self._enqueue(uid, 0.0)
 
 
-async def _whole(answer: aiohttp.StreamReader) -> bytes:
-    """All of an answer that is no longer than it may be, in however many pieces it comes."""
+async def _read_all(body: aiohttp.StreamReader) -> bytes:
+    """The body of a response, in however many pieces it comes, up to LARGEST_RESPONSE."""
     pieces = bytearray()
-    async for piece in answer.iter_any():
+    async for piece in body.iter_any():
         pieces += piece
-        if len(pieces) > LARGEST_ANSWER:
-            break  # what is cut is not JSON
+        if len(pieces) > LARGEST_RESPONSE:
+            break  # a body that is cut is not JSON
     return bytes(pieces)
 
 
-def _shown(progress: Progress) -> Progress:
-    """Progress without what moves by itself."""
+def _comparable(progress: Progress) -> Progress:
+    """Progress without the figures that change by time alone."""
     return progress.model_copy(
         update={"updated": 0.0, "training_seconds": 0.0, "remaining_seconds": None}
     )

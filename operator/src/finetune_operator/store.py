@@ -1,7 +1,8 @@
-"""The world in memory: every object of ours as last seen, by watch or by our own writes.
+"""The FineTuneJobs and their children in memory, as last seen: by a watch, or in the API server's
+response to a write of ours.
 
-Writes go in with the API server's answer, so that a pass sees what the one before it wrote though
-the watch lags behind; an older resourceVersion never replaces a newer one.
+So a pass sees what the pass before it wrote though the watch lags behind. An older resourceVersion
+never replaces a newer one.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import Any, Final
 
 from finetune_api import names
 from finetune_api.results import Progress
+from finetune_operator.world.models import model_view
 from finetune_operator.world.objects import Object
-from finetune_operator.world.observe import Observed, Refusal, model_view, observe
+from finetune_operator.world.observe import Observed, Refusal, observe
 from finetune_operator.world.pods import container_status, pull_is_failing
 from finetune_operator.world.references import References
 
@@ -40,10 +42,11 @@ class Store:
         self._progress: dict[str, tuple[Progress, datetime]] = {}
         self._refused: dict[str, dict[str, Refusal]] = {}
 
-    # --- changes ---------------------------------------------------------------------------------
+    # --- changes --------------------------------------------------------------------------------
 
     def put(self, kind: str, obj: Object) -> str | None:
-        """Remember an object; answers the uid of the job it belongs to, or None."""
+        """Add an object, or replace an older version of it. Returns the uid of its FineTuneJob;
+        None for an object that belongs to none."""
         uid = obj["metadata"]["uid"]
         if kind == names.KIND:
             self._put_in(self._jobs, uid, obj, uid)
@@ -67,16 +70,16 @@ class Store:
         return owner
 
     def remove(self, kind: str, obj: Object) -> str | None:
-        """Forget an object that was deleted; answers the uid of its job."""
+        """Remove an object that was deleted. Returns the uid of its FineTuneJob, or None."""
         uid = obj["metadata"]["uid"]
         if kind == names.KIND:
             self._references.remove(obj)
-            self._forget(uid)
+            self._remove_job(uid)
             return str(uid)
         owner: str | None = (obj["metadata"].get("labels") or {}).get(names.LABEL_JOB_UID)
         if owner is None:
             return None
-        # The answer to a write of ours may come after the event of the deletion.
+        # The response to a write of ours may come after the event of the deletion.
         self._removed[uid] = version_of(obj)
         while len(self._removed) > REMEMBERED_REMOVALS:
             self._removed.pop(next(iter(self._removed)))
@@ -90,7 +93,7 @@ class Store:
             self._children.pop(owner, None)
         return owner
 
-    def _forget(self, uid: str) -> None:
+    def _remove_job(self, uid: str) -> None:
         for place in (self._jobs, self._gone_pods, self._progress, self._refused):
             place.pop(uid, None)
 
@@ -101,18 +104,18 @@ class Store:
             self._pull_failing.pop(uid, None)
 
     def put_progress(self, uid: str, progress: Progress, time: datetime) -> None:
-        """Remember what a gang said last."""
+        """Keep the newest progress of a job's gang."""
         if uid in self._jobs:
             self._progress[uid] = (progress, time)
 
     def put_refusal(self, uid: str, name: str, refusal: Refusal | None) -> None:
-        """Remember that a child was refused, or forget it."""
+        """Note that the API server refused a child; None: that it accepted the child."""
         if refusal is not None:
             self._refused.setdefault(uid, {})[name] = refusal
         else:
             self._refused.get(uid, {}).pop(name, None)
 
-    # --- reading ---------------------------------------------------------------------------------
+    # --- reads --------------------------------------------------------------------------------
 
     def job(self, uid: str) -> Object | None:
         """The FineTuneJob of that uid."""
@@ -123,9 +126,13 @@ class Store:
         return iter(list(self._jobs.values()))
 
     def affected(self, kind: str, obj: Object) -> list[str]:
-        """Uids of the jobs that a change of an object may matter to besides its own: those that
+        """Uids of the jobs, other than its own, that a change of an object may matter to: jobs that
         start from the model of a FineTuneJob."""
         return self._references.dependents(obj) if kind == names.KIND else []
+
+    def refusal(self, uid: str, name: str) -> Refusal | None:
+        """The API server's refusal of a job's child."""
+        return self._refused.get(uid, {}).get(name)
 
     def children(self, uid: str, kind: str) -> list[Object]:
         """A job's children of one kind."""
@@ -138,7 +145,7 @@ class Store:
         return [o for kinds in self._children.values() for o in kinds[kind].values()]
 
     def observed(self, uid: str) -> Observed:
-        """What ``decide`` gets to see."""
+        """All that ``decide`` sees of a job's children."""
         progress, time = self._progress.get(uid, (None, None))
         job = self._jobs.get(uid)
         named = self._references.chain(job) if job is not None else []
@@ -157,7 +164,7 @@ class Store:
 
 
 def _ended(pod: Object) -> dict[str, Any]:
-    """A pod that vanished while it ran ended when it was seen to vanish."""
+    """A pod that was deleted, as an ended one: a container that was last seen running ended now."""
     copy: dict[str, Any] = {**pod, "status": {**(pod.get("status") or {})}}
     statuses = []
     for status in copy["status"].get("containerStatuses") or []:

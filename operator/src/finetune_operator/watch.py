@@ -1,10 +1,10 @@
-"""kopf's part: watches feed the store and put keys on the queue; handlers of a line each.
+"""kopf: watches feed the store and put keys on the queue, by handlers of a few lines.
 
 They are coroutines (kopf runs plain functions in threads), so that store and queue need no locks.
 
 ``on.event`` and ``index`` need no finalizer and write nothing. The index function runs before any
-event handler does, and kopf holds event handlers back until everything was listed once: so no
-reconcile sees half a world.
+event handler does, and kopf holds event handlers back until all objects were listed once: so no
+pass sees a part of a job's children.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 class _NoDiffs(kopf.DiffBaseStorage):
     """kopf compares every object with its last handled state, for handlers of a kind that we do
-    not have; that would copy each of them several times, and be most of our CPU time."""
+    not have. The comparison would copy each object several times, and take most of our CPU time."""
 
     def build(self, *, body: Any, extra_fields: Any = None) -> Any:
         return {}
@@ -48,7 +48,7 @@ class _NoDiffs(kopf.DiffBaseStorage):
 
 
 class _NoProgress(kopf.ProgressStorage):
-    """State of retried handlers, which ours are not."""
+    """State of handlers that kopf retries. It retries none of ours."""
 
     def fetch(self, *, key: Any, body: Any) -> None:
         return None
@@ -67,7 +67,7 @@ class _NoProgress(kopf.ProgressStorage):
 
 
 def registry(store: Store, enqueue: Callable[[str], None]) -> kopf.OperatorRegistry:
-    """Handlers of every kind: remember, then enqueue the job it belongs to."""
+    """Handlers of every kind: put the object into the store, then its job on the queue."""
     handlers = kopf.OperatorRegistry()
     for kind, resource in RESOURCES.items():
         _register(handlers, kind, resource, store, enqueue)
@@ -81,8 +81,8 @@ def _register(
     store: Store,
     enqueue: Callable[[str], None],
 ) -> None:
-    @kopf.index(*resource, registry=handlers, id=f"remember-{kind}")
-    async def remember(body: kopf.Body, **_: Any) -> None:
+    @kopf.index(*resource, registry=handlers, id=f"store-{kind}")
+    async def put_in_store(body: kopf.Body, **_: Any) -> None:
         store.put(kind, dict(body))
 
     @kopf.on.event(*resource, registry=handlers, id=f"enqueue-{kind}")
@@ -95,7 +95,7 @@ def _register(
 
 
 def settings() -> kopf.OperatorSettings:
-    """kopf without anything it would write, and watching our own children only."""
+    """kopf without all that it would write, and with watches of our own children only."""
     found = kopf.OperatorSettings()
     found.posting.enabled = False
     found.peering.standalone = True
@@ -128,11 +128,11 @@ async def run(
     store: Store,
     enqueue: Callable[[str], None],
     namespaces: Collection[str],
-    take_signals: Callable[[], None],
+    handle_signals: Callable[[], None],
 ) -> None:
-    """Watch until cancelled, or until kopf gives up (then the process had better end).
+    """Watch until cancelled, or until kopf gives up, after which the process should end.
 
-    kopf takes the process' signals; ``take_signals`` takes them back.
+    kopf takes over the signals of the process; ``handle_signals`` takes them back.
     """
     handlers = registry(store, enqueue)
     login(handlers, configuration)
@@ -143,17 +143,18 @@ async def run(
         namespaces=list(namespaces),
         clusterwide=not namespaces,
     )
-    take_signals()
+    handle_signals()
     await kopf.run_tasks(tasks, ignored=others)
 
 
 async def sweep(
     cluster: Cluster, store: Store, enqueue: Callable[[str], None], namespaces: Collection[str]
 ) -> None:
-    """Forget what was deleted unseen.
+    """Remove objects from the store whose deletion no watch has told.
 
-    After a watch expired (410 Gone) kopf lists again, but tells nothing of what is no longer
-    there. So, once in a while, everything of ours is listed by name and the missing is dropped.
+    After a watch expired (410 Gone) kopf lists again, but sends no event for objects that are no
+    longer there. So all our objects are listed (metadata alone) every SWEEP_SECONDS, and those that
+    are missing from the list are removed.
     """
     while True:
         await asyncio.sleep(SWEEP_SECONDS)
@@ -172,7 +173,7 @@ async def _sweep_kind(
     selector = "" if kind == names.KIND else SELECTOR
     try:
         version, present = await cluster.versions(kind, namespace, selector)
-    except Exception as error:  # the next sweep will do
+    except Exception as error:  # the next sweep lists again
         log.warning("sweep of %s: %s", kind, error)
         return
     for obj in store.objects(kind):

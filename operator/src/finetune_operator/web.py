@@ -1,4 +1,4 @@
-"""``/healthz``, ``/readyz`` and ``/metrics``, up before and independent of everything else."""
+"""``/healthz``, ``/readyz`` and ``/metrics``, served before and independent of all other parts."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 Check = Callable[[], str | None]
-"""Answers what is wrong, or None."""
+"""Returns what is wrong, or None."""
 
 
 async def serve(
     host: str, port: int, registry: CollectorRegistry, healthy: Check, ready: Check
 ) -> web.AppRunner:
-    """Start the server; ``cleanup()`` of the answer ends it.
+    """Start the server; ``cleanup()`` of the returned runner ends it.
 
     Raises:
         OSError: where the port is taken.

@@ -48,27 +48,27 @@ class WorkQueue:
         self.put(key)
 
     def forget(self, key: str) -> None:
-        """Drop what is remembered of a key that is gone."""
+        """Drop timer and failures of a key that is gone."""
         self._failures.pop(key, None)
         timer = self._timers.pop(key, None)
         if timer is not None:
             timer.cancel()
 
     async def work(self, handle: Callable[[str], Awaitable[bool]]) -> None:
-        """One worker, for ever. ``handle`` answers whether it went well; otherwise the key comes
-        back after a time that doubles with each failure in a row."""
+        """One worker, until cancelled. ``handle`` returns whether it succeeded; a key for which it
+        did not comes back after a time that doubles with each failure in a row."""
         while True:
             key = await self._ready.get()
             self._waiting.discard(key)
             self._working.add(key)
             try:
-                well = await handle(key)
+                succeeded = await handle(key)
             finally:
                 self._working.discard(key)
                 if key in self._again:
                     self._again.discard(key)
                     self.put(key)
-            if well:
+            if succeeded:
                 self._failures.pop(key, None)
             else:
                 count = self._failures[key] = self._failures.get(key, 0) + 1

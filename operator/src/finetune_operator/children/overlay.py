@@ -1,5 +1,5 @@
-"""``compute.podTemplate``: how it is laid over the pods. What it may hold is the contract's
-(``finetune_api.podtemplate``)."""
+"""``compute.podTemplate``, laid over the pods that the operator renders. Which fields a template
+may hold is in the contract (``finetune_api.podtemplate``)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any, Final
 CPU_STAGE_FIELDS: Final = frozenset(
     {"containers", "dnsConfig", "dnsPolicy", "hostAliases", "imagePullSecrets", "volumes"}
 )
-"""What prepare and publish take of it: pull secrets, DNS, environment and volumes (proxies, CA
-bundles), but not the gang's nodes and resources."""
+"""Fields of the template that stages on a CPU take: pull secrets, DNS, environment and volumes
+(proxies, CA bundles), but not the gang's nodes and resources."""
 
 
 def for_cpu_stage(template: dict[str, Any]) -> dict[str, Any]:
-    """The part of a template that prepare and publish take."""
+    """The part of a template that stages on a CPU take."""
     spec = {k: v for k, v in (template.get("spec") or {}).items() if k in CPU_STAGE_FIELDS}
     if "containers" in spec:
         kept = ("name", "env", "volumeMounts", "imagePullPolicy")
@@ -22,8 +22,8 @@ def for_cpu_stage(template: dict[str, Any]) -> dict[str, Any]:
 
 
 def lay_over(base: Any, top: Any) -> Any:
-    """``top`` over ``base``: maps are merged, list items merged by ``name`` (mounts by their
-    path), other items appended, all else replaced."""
+    """``top`` over ``base``: maps are merged; items of lists are merged by ``name`` (mounts by
+    their path) or else appended; all other values are replaced."""
     if isinstance(base, dict) and isinstance(top, dict):
         merged = dict(base)
         for key, value in top.items():

@@ -1,11 +1,12 @@
 """The pod of each stage: one container that runs under the restricted pod security standard on a
-read-only root, with everything it writes on emptyDir volumes."""
+read-only root; all folders that it writes to are emptyDir volumes."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
 
 from finetune_api import names
 from finetune_api.cluster import Resources
@@ -13,18 +14,13 @@ from finetune_api.identity import child_name, order_name
 from finetune_api.names import Role
 from finetune_api.order import RunOrder
 from finetune_api.spec import FineTuneJobSpec
+from finetune_operator.children.metadata import Json
 from finetune_operator.children.overlay import for_cpu_stage, lay_over
 from finetune_operator.config import GRACE_SECONDS, NODE_LOST_SECONDS, USER_ID, Config
 from finetune_operator.decision.plan import CurrentRun, Subject
+from finetune_operator.decision.stages import GANG
 from finetune_operator.world.pods import INDEX_ANNOTATION
 
-Json = dict[str, Any]
-
-COMMANDS: Final[dict[Role, str]] = {
-    "prepare": "prepare",
-    "train": "supervise",
-    "publish": "publish",
-}
 _CACHES: Final = {
     "HF_HOME": "huggingface",
     "XDG_CACHE_HOME": "cache",
@@ -32,24 +28,55 @@ _CACHES: Final = {
     "TRITON_CACHE_DIR": "triton",
     "CUDA_CACHE_PATH": "cuda",
 }
+"""Folders of libraries' caches below SCRATCH, by environment variable."""
 
 
-def pod_template(
-    subject: Subject, run: CurrentRun, role: Role, labels: dict[str, str], config: Config
-) -> Json:
+@dataclass(frozen=True)
+class StagePod:
+    """The pod that is rendered."""
+
+    subject: Subject
+    run: CurrentRun
+    role: Role
+    command: str
+    labels: dict[str, str]
+    config: Config
+
+    @property
+    def order(self) -> RunOrder:
+        return self.run.order
+
+    @property
+    def spec(self) -> FineTuneJobSpec:
+        return self.run.order.spec
+
+    @property
+    def in_gang(self) -> bool:
+        return self.role == GANG
+
+    @property
+    def gang_name(self) -> str:
+        """Name of the gang's Job and Service."""
+        return child_name(self.subject.name, self.run.id, GANG, self.run.revision)
+
+    @property
+    def caches_models(self) -> bool:
+        """Whether the pod mounts the node's folder of base models: a gang waits for weights with
+        its GPUs, other stages do not."""
+        return self.in_gang and self.config.model_cache is not None
+
+
+def pod_template(pod: StagePod) -> Json:
     """Pod template of a stage, with ``compute.podTemplate`` laid over it."""
-    spec = run.order.spec
-    base = {"metadata": {"labels": labels}, "spec": _pod_spec(subject, run, role, labels, config)}
-    top = spec.compute.pod_template or {}
-    laid: Json = lay_over(base, top if role == "train" else for_cpu_stage(top))
+    base = {"metadata": {"labels": pod.labels}, "spec": _pod_spec(pod)}
+    overlay = pod.spec.compute.pod_template or {}
+    laid: Json = lay_over(base, overlay if pod.in_gang else for_cpu_stage(overlay))
     return laid
 
 
-def _pod_spec(
-    subject: Subject, run: CurrentRun, role: Role, labels: dict[str, str], config: Config
-) -> Json:
-    spec = run.order.spec
-    pod: Json = {
+def _pod_spec(pod: StagePod) -> Json:
+    spec = pod.spec
+    rendered: Json = {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
@@ -71,24 +98,25 @@ def _pod_spec(
             }
             for state in ("not-ready", "unreachable")
         ],
-        "containers": [_container(subject, run, role, config)],
-        "volumes": _volumes(subject, run, role, config),
+        "containers": [_container(pod)],
+        "volumes": _volumes(pod),
     }
     if spec.storage.service_account_name is not None:
-        pod["serviceAccountName"] = spec.storage.service_account_name
+        rendered["serviceAccountName"] = spec.storage.service_account_name
     if spec.scheduling.priority_class_name is not None:
-        pod["priorityClassName"] = spec.scheduling.priority_class_name
-    pod |= _gang_placement(subject, run, labels, spec) if role == "train" else {}
-    if role != "train":
-        _place_cpu_stage(pod, spec)
-    return pod
+        rendered["priorityClassName"] = spec.scheduling.priority_class_name
+    if pod.in_gang:
+        rendered |= _gang_placement(pod)
+    else:
+        rendered["tolerations"] += [t.to_json() for t in spec.prepare.tolerations or []]
+        if spec.prepare.node_selector:
+            rendered["nodeSelector"] = dict(spec.prepare.node_selector)
+    return rendered
 
 
-def _gang_placement(
-    subject: Subject, run: CurrentRun, labels: dict[str, str], spec: FineTuneJobSpec
-) -> Json:
-    placed: Json = {
-        "subdomain": child_name(subject.name, run.id, "train", run.revision),
+def _gang_placement(pod: StagePod) -> Json:
+    placement: Json = {
+        "subdomain": pod.gang_name,
         # One pod a node where there are nodes enough.
         "topologySpreadConstraints": [
             {
@@ -97,32 +125,25 @@ def _gang_placement(
                 "whenUnsatisfiable": "ScheduleAnyway",
                 "labelSelector": {
                     "matchLabels": {
-                        k: labels[k]
+                        k: pod.labels[k]
                         for k in (names.LABEL_JOB_UID, names.LABEL_RUN, names.LABEL_ROLE)
                     }
                 },
             }
         ],
     }
-    if spec.scheduling.scheduler_name is not None:
-        placed["schedulerName"] = spec.scheduling.scheduler_name
-    return placed
+    if pod.spec.scheduling.scheduler_name is not None:
+        placement["schedulerName"] = pod.spec.scheduling.scheduler_name
+    return placement
 
 
-def _place_cpu_stage(pod: Json, spec: FineTuneJobSpec) -> None:
-    if spec.prepare.node_selector:
-        pod["nodeSelector"] = dict(spec.prepare.node_selector)
-    pod["tolerations"] += [t.to_json() for t in spec.prepare.tolerations or []]
-
-
-def _container(subject: Subject, run: CurrentRun, role: Role, config: Config) -> Json:
-    spec = run.order.spec
+def _container(pod: StagePod) -> Json:
     container: Json = {
         "name": names.CONTAINER,
-        "image": run.image,
-        "args": [COMMANDS[role]],
-        "env": list(_env(subject, run, role, config)),
-        "resources": _resources(spec, role),
+        "image": pod.run.image,
+        "args": [pod.command],
+        "env": list(_env(pod)),
+        "resources": _resources(pod),
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
@@ -130,11 +151,11 @@ def _container(subject: Subject, run: CurrentRun, role: Role, config: Config) ->
         },
         "terminationMessagePath": names.TERMINATION_PATH,
         "terminationMessagePolicy": "File",
-        "volumeMounts": _mounts(run.order, role, config),
+        "volumeMounts": _mounts(pod),
     }
-    if config.image_pull_policy is not None:
-        container["imagePullPolicy"] = config.image_pull_policy
-    if role == "train":
+    if pod.config.image_pull_policy is not None:
+        container["imagePullPolicy"] = pod.config.image_pull_policy
+    if pod.in_gang:
         container["ports"] = [
             {"name": names.METRICS_PORT_NAME, "containerPort": names.METRICS_PORT},
             {"name": names.RENDEZVOUS_PORT_NAME, "containerPort": names.RENDEZVOUS_PORT},
@@ -142,19 +163,22 @@ def _container(subject: Subject, run: CurrentRun, role: Role, config: Config) ->
     return container
 
 
-def _resources(spec: FineTuneJobSpec, role: Role) -> Json:
-    asked: Resources = spec.compute.resources if role == "train" else spec.prepare.resources
+def _resources(pod: StagePod) -> Json:
+    compute = pod.spec.compute
+    asked: Resources = compute.resources if pod.in_gang else pod.spec.prepare.resources
     found: Json = {
         "requests": dict(asked.requests or {}),
         "limits": dict(asked.limits or {}),
     }
-    if role == "train" and spec.compute.gpus_per_node:
-        found["limits"][spec.compute.gpu_resource_name] = str(spec.compute.gpus_per_node)
+    if pod.in_gang and compute.gpus_per_node:
+        found["limits"][compute.gpu_resource_name] = str(compute.gpus_per_node)
     return {k: v for k, v in found.items() if v}
 
 
-def _env(subject: Subject, run: CurrentRun, role: Role, config: Config) -> Iterator[Json]:
-    spec = run.order.spec
+# --- environment -------------------------------------------------------------------------------
+
+
+def _env(pod: StagePod) -> Iterator[Json]:
     plain = {
         names.ENV_ORDER: names.ORDER_PATH,
         names.ENV_PVC_ROOT: names.PVC_ROOT,
@@ -168,26 +192,30 @@ def _env(subject: Subject, run: CurrentRun, role: Role, config: Config) -> Itera
         "TOKENIZERS_PARALLELISM": "false",
         **{key: f"{names.SCRATCH}/{folder}" for key, folder in _CACHES.items()},
     }
-    if role == "train":
-        gang = child_name(subject.name, run.id, "train", run.revision)
-        plain |= {
-            names.ENV_NODES: str(spec.compute.nodes),
-            names.ENV_PROCESSES: str(spec.compute.effective_processes_per_node),
-            names.ENV_RENDEZVOUS: f"{gang}-0.{gang}:{names.RENDEZVOUS_PORT}",
-            names.ENV_METRICS_PORT: str(names.METRICS_PORT),
-            # torch 2.15: without it a replaced agent deadlocks the re-formed gang.
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-            "NCCL_DEBUG": "WARN",
-        }
-    if _keeps_models(role, config):
+    if pod.in_gang:
+        plain |= _gang_env(pod)
+    if pod.caches_models:
         plain[names.ENV_MODEL_CACHE] = names.MODEL_CACHE
     for key in sorted(plain):
         yield {"name": key, "value": plain[key]}
     yield _field(names.ENV_POD, "metadata.name")
     yield _field(names.ENV_NODE, "spec.nodeName")
-    if role == "train":
+    if pod.in_gang:
         yield _field(names.ENV_NODE_RANK, f"metadata.annotations['{INDEX_ANNOTATION}']")
-    yield from _storage_env(run.order)
+    yield from _storage_env(pod.order)
+
+
+def _gang_env(pod: StagePod) -> dict[str, str]:
+    compute, gang = pod.spec.compute, pod.gang_name
+    return {
+        names.ENV_NODES: str(compute.nodes),
+        names.ENV_PROCESSES: str(compute.effective_processes_per_node),
+        names.ENV_RENDEZVOUS: f"{gang}-0.{gang}:{names.RENDEZVOUS_PORT}",
+        names.ENV_METRICS_PORT: str(names.METRICS_PORT),
+        # torch 2.15: without it a replaced agent deadlocks the re-formed gang.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "NCCL_DEBUG": "WARN",
+    }
 
 
 def _field(name: str, path: str) -> Json:
@@ -209,6 +237,9 @@ def _storage_env(order: RunOrder) -> Iterator[Json]:
             }
 
 
+# --- volumes -----------------------------------------------------------------------------------
+
+
 def claims(order: RunOrder) -> list[str]:
     """Volume claims that ``pvc://claim/path`` sources name, sorted."""
     data = order.spec.data
@@ -219,45 +250,41 @@ def claims(order: RunOrder) -> list[str]:
     return sorted({m[1] for u in uris if (m := re.match(r"pvc://([^/]+)", u))})
 
 
-def _keeps_models(role: Role, config: Config) -> bool:
-    """Whether a pod has the node's folder of models: the gang's, which is worth the wait."""
-    return role == "train" and config.model_cache is not None
-
-
-def _mounts(order: RunOrder, role: Role, config: Config) -> list[Json]:
+def _mounts(pod: StagePod) -> list[Json]:
     mounts: list[Json] = [
         {"name": "order", "mountPath": names.ORDER_PATH.rpartition("/")[0], "readOnly": True},
         {"name": "scratch", "mountPath": names.SCRATCH},
         {"name": "termination", "mountPath": names.TERMINATION_PATH.rpartition("/")[0]},
         {"name": "tmp", "mountPath": "/tmp"},
     ]
-    if role == "train":
+    if pod.in_gang:
         mounts.append({"name": "shm", "mountPath": "/dev/shm"})
-    if _keeps_models(role, config):
+    if pod.caches_models:
         mounts.append({"name": "model-cache", "mountPath": names.MODEL_CACHE})
-    for number, claim in enumerate(claims(order)):
+    for number, claim in enumerate(claims(pod.order)):
         path = f"{names.PVC_ROOT}/{claim}"
         mounts.append({"name": f"pvc-{number}", "mountPath": path, "readOnly": True})
     return mounts
 
 
-def _volumes(subject: Subject, run: CurrentRun, role: Role, config: Config) -> list[Json]:
+def _volumes(pod: StagePod) -> list[Json]:
+    run = pod.run
     volumes: list[Json] = [
         {
             "name": "order",
-            "configMap": {"name": order_name(subject.name, run.id, run.revision)},
+            "configMap": {"name": order_name(pod.subject.name, run.id, run.revision)},
         },
         {"name": "scratch", "emptyDir": {}},
         {"name": "termination", "emptyDir": {}},
         {"name": "tmp", "emptyDir": {}},
     ]
-    if role == "train":
-        size = run.order.spec.compute.shared_memory
+    if pod.in_gang:
+        size = pod.spec.compute.shared_memory
         volumes.append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": size}})
-    if _keeps_models(role, config):
-        path = {"path": config.model_cache, "type": "DirectoryOrCreate"}
+    if pod.caches_models:
+        path = {"path": pod.config.model_cache, "type": "DirectoryOrCreate"}
         volumes.append({"name": "model-cache", "hostPath": path})
-    for number, claim in enumerate(claims(run.order)):
+    for number, claim in enumerate(claims(pod.order)):
         source = {"claimName": claim, "readOnly": True}
         volumes.append({"name": f"pvc-{number}", "persistentVolumeClaim": source})
     return volumes

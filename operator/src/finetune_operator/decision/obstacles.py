@@ -1,4 +1,5 @@
-"""What keeps a stage's pods from running, how long that may last, and what comes of it then."""
+"""Obstacles: what keeps a stage's pods from running, for how long it may, and the failure that
+follows."""
 
 from __future__ import annotations
 
@@ -8,17 +9,19 @@ from datetime import datetime, timedelta
 
 from finetune_api.status import FailureStatus
 from finetune_operator.config import PODS_AWAITED, PULL_FAILING, PULL_REFUSED
-from finetune_operator.decision.failure import failure
-from finetune_operator.world.observe import JobView
+from finetune_operator.decision.failures import failure
+from finetune_operator.decision.stages import GANG
+from finetune_operator.world.children import JobView
 from finetune_operator.world.pods import PULL_REASONS, PodView
 
 _REFUSED = ("not found", "unauthorized", "denied", "forbidden", "manifest unknown", "not exist")
+"""Marks in the kubelet's message of a pull that the registry refuses."""
 
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Something that keeps a pod from running. It is shown from ``shown_from`` on, and at
-    ``until`` it becomes ``failure``."""
+    """Something that keeps a pod from running. Status shows it from ``shown_from`` on (None: at
+    once), and at ``until`` the run fails with ``failure``."""
 
     reason: str
     message: str
@@ -28,10 +31,13 @@ class Obstacle:
 
 
 def obstacle(job: JobView, pods: Iterable[PodView], start_deadline: timedelta) -> Obstacle | None:
-    """The obstacle that ends a stage first, or None.
+    """The obstacle of a stage that ends first, or None.
 
-    ``start_deadline`` runs from the time the Job may start (or from the pod's creation, for
-    replacements): time in a queue is not counted.
+    Args:
+        job: the stage's Job.
+        pods: its pods.
+        start_deadline: counted from the time at which the Job may start, or from the creation of a
+            pod that replaces another: time in a queue is not counted.
     """
     since = job.started or job.created
     pods = list(pods)
@@ -45,9 +51,9 @@ def _of_pod(pod: PodView, since: datetime, deadline: timedelta) -> Obstacle | No
     if pod.ended or pod.running or pod.deleted_by is not None:
         return None
     until = max(since, pod.created) + deadline
-    if pod.waiting in PULL_REASONS:
+    if pod.waiting_reason in PULL_REASONS:
         return _image(pod)
-    if pod.waiting == "CreateContainerConfigError":
+    if pod.waiting_reason == "CreateContainerConfigError":
         return _config(pod, until)
     if not pod.scheduled and pod.unschedulable is not None:
         return _unschedulable(pod, until, deadline)
@@ -56,19 +62,19 @@ def _of_pod(pod: PodView, since: datetime, deadline: timedelta) -> Obstacle | No
 
 def _image(pod: PodView) -> Obstacle:
     text = pod.waiting_message
-    final = pod.waiting in ("InvalidImageName", "ErrImageNeverPull")
+    final = pod.waiting_reason in ("InvalidImageName", "ErrImageNeverPull")
     refused = any(mark in text.lower() for mark in _REFUSED)
     allowed = timedelta(0) if final else PULL_REFUSED if refused else PULL_FAILING
     message = (
-        f"image {pod.image!r} cannot be pulled ({pod.waiting}): {text or 'no message'}. Correct"
-        " spec.compute.image, or name a pull secret in spec.compute.podTemplate.spec"
+        f"image {pod.image!r} cannot be pulled ({pod.waiting_reason}): {text or 'no message'}."
+        " Correct spec.compute.image, or name a pull secret in spec.compute.podTemplate.spec"
         ".imagePullSecrets"
     )
     return Obstacle(
         "ImagePull",
         message,
         (pod.pull_failing_since or pod.created) + allowed,
-        failure("ImagePull", pod.waiting or "ErrImagePull", message, pod),
+        failure("ImagePull", pod.waiting_reason or "ErrImagePull", message, pod),
     )
 
 
@@ -83,16 +89,16 @@ def _config(pod: PodView, until: datetime) -> Obstacle:
 
 
 def _unschedulable(pod: PodView, until: datetime, deadline: timedelta) -> Obstacle:
-    said = f"no node for pod {pod.name}: {pod.unschedulable}"
+    shown = f"no node for pod {pod.name}: {pod.unschedulable}"
     less = "fewer compute.nodes or gpusPerNode, smaller compute.resources"
-    if pod.role != "train":
+    if pod.role != GANG:
         less = "fewer prepare.workers, smaller prepare.resources"
     message = (
-        f"{said}. Waited {int(deadline.total_seconds())} s"
+        f"{shown}. Waited {int(deadline.total_seconds())} s"
         f" (scheduling.startDeadlineSeconds). Ask for {less}, or add nodes"
     )
     return Obstacle(
-        "Unschedulable", said, until, failure("NodeFailure", "Unschedulable", message, pod)
+        "Unschedulable", shown, until, failure("NodeFailure", "Unschedulable", message, pod)
     )
 
 

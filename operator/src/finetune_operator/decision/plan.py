@@ -1,4 +1,4 @@
-"""What ``decide`` answers: everything one pass will do, as data."""
+"""What ``decide`` returns: everything that one pass does, as data."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 from finetune_api.names import Role
 from finetune_api.order import RunOrder
-from finetune_operator.world.references import Wait
+from finetune_api.status import FailureStatus
+from finetune_operator.decision.base_model import Wait
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The FineTuneJob a plan is for."""
+    """The FineTuneJob that a plan is for."""
 
     namespace: str
     name: str
@@ -31,12 +32,14 @@ class CurrentRun:
     order: RunOrder
     image: str
     restarts_before: int = 0
+    """Incidents of earlier revisions that do not count against failurePolicy.maxRestarts."""
     outcome: str | None = None
-    """Complete or Failed once it has ended."""
+    """Complete or Failed once the run has ended."""
     recorded: bool = False
-    """Whether its order is in the cluster already."""
+    """Whether the order is in the cluster already."""
     wait: Wait | None = None
-    """Why it cannot begin yet: its order is not complete, and nothing is made of it."""
+    """Why the run cannot begin yet: the order lacks the model to start from, so no child is
+    made."""
 
 
 Kind = Literal["ConfigMap", "Service", "Job", "Pod"]
@@ -44,7 +47,8 @@ Kind = Literal["ConfigMap", "Service", "Job", "Pod"]
 
 @dataclass(frozen=True)
 class Create:
-    """A child to make: the order, the Service or Job of a role. Existing ones are never touched."""
+    """A child to make: the order, or the Service or Job of a stage. One that exists is never
+    changed by it."""
 
     kind: Kind
     role: Role | None = None
@@ -52,7 +56,7 @@ class Create:
 
 @dataclass(frozen=True)
 class Change:
-    """A change of a child that exists: suspend, stop, or note how the run ended."""
+    """A change of a child that exists: suspend, stop, or note the outcome of the run."""
 
     kind: Kind
     name: str
@@ -61,7 +65,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Delete:
-    """A child to delete, its pods after it with their grace period."""
+    """A child to delete; its pods follow with their grace period."""
 
     kind: Kind
     name: str
@@ -78,7 +82,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Plan:
-    """One pass: deletions, then creations and changes, then the status, then events."""
+    """One pass: deletions, then creations and changes, then status, then events."""
 
     subject: Subject
     run: CurrentRun | None = None
@@ -86,27 +90,42 @@ class Plan:
     create: tuple[Create, ...] = ()
     change: tuple[Change, ...] = ()
     status: dict[str, Any] | None = None
-    """The whole new status, or None where it stays."""
+    """The whole new status, or None where the stored one stays."""
     events: tuple[Event, ...] = ()
-    look_again: timedelta | None = None
-    """When to decide again though nothing was observed."""
+    requeue_after: timedelta | None = None
+    """Time to the next pass where no event causes one before."""
 
 
 @dataclass
-class Draft:
-    """A plan in the making."""
+class Actions:
+    """The actions of a pass, while they are collected."""
 
     delete: list[Delete] = field(default_factory=list)
     create: list[Create] = field(default_factory=list)
     change: list[Change] = field(default_factory=list)
-    deadlines: list[datetime] = field(default_factory=list)
+    wake_ups: list[datetime] = field(default_factory=list)
 
-    def look_at(self, time: datetime) -> None:
-        """Decide again at that time."""
-        self.deadlines.append(time)
+    def wake_at(self, time: datetime) -> None:
+        """Make another pass at that time, whatever is observed until then."""
+        self.wake_ups.append(time)
 
-    def look_again(self, now: datetime) -> timedelta | None:
-        """Time to the nearest deadline, at least one second."""
-        if not self.deadlines:
+    def requeue_after(self, now: datetime) -> timedelta | None:
+        """Time to the nearest wake-up, at least one second; None where there is none."""
+        if not self.wake_ups:
             return None
-        return max(min(self.deadlines) - now, timedelta(seconds=1))
+        return max(min(self.wake_ups) - now, timedelta(seconds=1))
+
+
+State = Literal["Waiting", "Suspended", "Active", "Failed", "Complete"]
+"""Where a run stands after a pass: it waits for its model, is suspended, has a stage at work, or
+has ended."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a pass has decided about a run."""
+
+    state: State
+    actions: Actions
+    failure: FailureStatus | None = None
+    """Why the run has failed, in state Failed."""

@@ -1,13 +1,15 @@
 """Which run a job is at: run identity, and what a changed spec does to it.
 
-The orders in the cluster are the truth about runs: status may be lost, a process may die between
-two writes. Specs are compared only when ``metadata.generation`` has moved on since status was
-written, and against the newest order re-defaulted by today's models, so that a new default (of a
+The orders in the cluster are the truth about runs: status may be lost, and a process may die
+between two writes. Specs are compared only when ``metadata.generation`` has moved on since status
+was written, and with the newest order re-defaulted by today's models, so that a new default (of a
 newer CRD, or of a newer operator) touches no run.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 from finetune_api.classes import FieldClass, changed_classes
@@ -16,11 +18,13 @@ from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder, TunedBas
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.config import Config
+from finetune_operator.decision.base_model import Wait, find_base
 from finetune_operator.decision.plan import CurrentRun, Subject
-from finetune_operator.world.observe import Observed, OrderView
-from finetune_operator.world.references import Wait, find_base, from_status
+from finetune_operator.world.children import OrderView
+from finetune_operator.world.models import base_from_status
+from finetune_operator.world.observe import Observed
 
-ENDED: Final = ("Complete", "Failed")
+FINAL_OUTCOMES: Final = ("Complete", "Failed")
 
 
 def current_run(
@@ -34,183 +38,186 @@ def current_run(
 
     ``spec`` is None where today's models refuse it: then nothing begins and nothing changes.
     """
-    latest = _newest_order(observed)
-    number = max(before.run.number if before.run else 0, latest.number if latest else 0)
-    if number == 0:
-        return _begin(1, subject, spec, observed, config) if spec and not spec.suspend else None
-    if latest is not None and latest.number < number:
-        latest = None
-    outcome = _outcome(number, before, latest)
-    changed = _changed(subject, spec, before, latest)
+    known = _Known(subject, before, observed, config)
+    if known.number == 0:
+        return _begin(known, 1, spec) if spec and not spec.suspend else None
+    changed = _changed_classes(known, spec) if spec else {}
     if spec is not None and "NewRun" in changed:
-        return _begin(number + 1, subject, spec, observed, config)
-    if spec is not None and "Resume" in changed and outcome != "Complete":
-        return _revise(number, subject, spec, before, latest, outcome, config)
-    return _as_it_is(number, subject, spec, before, latest, outcome, observed, config)
+        return _begin(known, known.number + 1, spec)
+    if spec is not None and "Resume" in changed and known.outcome != "Complete":
+        return _next_revision(known, spec)
+    return _unchanged(known, spec)
 
 
-def _newest_order(observed: Observed) -> OrderView | None:
-    return max(observed.orders, key=lambda o: (o.number, o.revision), default=None)
+@dataclass(frozen=True)
+class _Known:
+    """What is known of a job's runs, from status and from the orders in the cluster."""
+
+    subject: Subject
+    before: FineTuneJobStatus
+    observed: Observed
+    config: Config
+
+    @cached_property
+    def number(self) -> int:
+        """Number of the newest run; 0 before the first."""
+        numbers = [o.number for o in self.observed.orders]
+        return max([self.before.run.number if self.before.run else 0, *numbers])
+
+    @cached_property
+    def order(self) -> OrderView | None:
+        """The newest revision's order, of the newest run; None where it was removed, or where the
+        run waits for its model."""
+        orders = (o for o in self.observed.orders if o.number == self.number)
+        return max(orders, key=lambda o: o.revision, default=None)
+
+    @property
+    def id(self) -> str:
+        return run_id(self.number, self.subject.uid)
+
+    @property
+    def revision(self) -> int:
+        """Number of the newest revision."""
+        if self.order is not None:
+            return self.order.revision
+        return self.before.run.revision if self.before.run else 1
+
+    @property
+    def same_run(self) -> bool:
+        """Whether status speaks of the newest run."""
+        return self.before.run is not None and self.before.run.number == self.number
+
+    @property
+    def restarts(self) -> int:
+        """Incidents of the run so far."""
+        return self.before.restarts if self.same_run else 0
+
+    @property
+    def restarts_before(self) -> int:
+        return self.order.restarts_before if self.order else 0
+
+    @cached_property
+    def outcome(self) -> str | None:
+        """How the newest revision of the run ended; status of an older revision says nothing."""
+        if self.order is not None and self.order.outcome in FINAL_OUTCOMES:
+            return self.order.outcome
+        run = self.before.run
+        if run is None or not self.same_run:
+            return None
+        if self.order is not None and run.revision != self.order.revision:
+            return None
+        return run.outcome if run.outcome in FINAL_OUTCOMES else None
+
+    def make_order(
+        self, run: str, spec: FineTuneJobSpec, base: TunedBase | None, revision: int, restarts: int
+    ) -> RunOrder:
+        """The order of a revision of a run; ``restarts`` are incidents of the run before it."""
+        who = self.subject
+        return RunOrder(
+            version=CONTRACT_VERSION,
+            job=JobIdentity(namespace=who.namespace, name=who.name, uid=who.uid),
+            run=run,
+            spec=spec,
+            base=base,
+            revision=revision,
+            restarts=restarts,
+        )
 
 
-def _outcome(number: int, before: FineTuneJobStatus, latest: OrderView | None) -> str | None:
-    """How the newest revision of the run ended; status of an older revision says nothing."""
-    if latest is not None and latest.outcome in ENDED:
-        return latest.outcome
-    run = before.run
-    if run is None or run.number != number:
-        return None
-    if latest is not None and run.revision != latest.revision:
-        return None
-    return run.outcome if run.outcome in ENDED else None
-
-
-def _changed(
-    subject: Subject,
-    spec: FineTuneJobSpec | None,
-    before: FineTuneJobStatus,
-    latest: OrderView | None,
-) -> dict[FieldClass, list[str]]:
-    if spec is None or before.observed_generation == subject.generation:
+def _changed_classes(known: _Known, spec: FineTuneJobSpec) -> dict[FieldClass, list[str]]:
+    """Fields of the spec that differ from the run's, by class."""
+    before = known.before
+    if before.observed_generation == known.subject.generation:
         return {}
-    if latest is None or latest.order is None:
-        # Nothing to compare with: only an explicit wish starts a new run. One that still waits for
-        # its model begins with the spec as it stands.
+    if known.order is None or known.order.order is None:
+        # There is no spec to compare with: only a new rerunToken starts a new run. A run that still
+        # waits for its model begins with the spec as it stands.
         if before.run is not None and before.run.start_time is None:
             return {}
         token = before.run.rerun_token if before.run else None
         return {} if spec.rerun_token in (None, token) else {"NewRun": ["rerunToken"]}
-    return changed_classes(latest.order.spec.to_json(), spec.to_json())
+    return changed_classes(known.order.order.spec.to_json(), spec.to_json())
 
 
-def _begin(
-    number: int, subject: Subject, spec: FineTuneJobSpec, observed: Observed, config: Config
-) -> CurrentRun:
-    run = run_id(number, subject.uid)
-    base, wait = _find_base(subject, spec, observed)
+def _begin(known: _Known, number: int, spec: FineTuneJobSpec) -> CurrentRun:
+    """A new run."""
+    run = run_id(number, known.subject.uid)
+    base, wait = _find_base(known, spec)
     return CurrentRun(
         number=number,
         id=run,
         revision=1,
-        order=_order(subject, run, spec, base),
-        image=spec.compute.image or config.image,
+        order=known.make_order(run, spec, base, revision=1, restarts=0),
+        image=spec.compute.image or known.config.image,
         wait=wait,
     )
 
 
-def _find_base(
-    subject: Subject, spec: FineTuneJobSpec, observed: Observed
-) -> tuple[TunedBase | None, Wait | None]:
-    """What a run that begins now starts from, or why it waits."""
-    found = find_base(subject.name, subject.namespace, spec, observed.models)
+def _next_revision(known: _Known, spec: FineTuneJobSpec) -> CurrentRun:
+    """The same run in a new gang. Incidents so far do not count against a run that had failed."""
+    revision, base = known.revision + 1, _kept_base(known, spec)
+    failed = known.outcome == "Failed"
+    return CurrentRun(
+        number=known.number,
+        id=known.id,
+        revision=revision,
+        order=known.make_order(known.id, spec, base, revision, known.restarts),
+        image=spec.compute.image or known.config.image,
+        restarts_before=known.restarts if failed else known.restarts_before,
+    )
+
+
+def _unchanged(known: _Known, spec: FineTuneJobSpec | None) -> CurrentRun | None:
+    """The run as its order has it."""
+    order = known.order
+    if order is None or order.order is None:
+        return _without_order(known, spec) if spec is not None else None
+    return CurrentRun(
+        number=known.number,
+        id=known.id,
+        revision=known.revision,
+        order=order.order,
+        image=order.image or order.order.spec.compute.image or known.config.image,
+        restarts_before=known.restarts_before,
+        outcome=known.outcome,
+        recorded=True,
+    )
+
+
+def _without_order(known: _Known, spec: FineTuneJobSpec) -> CurrentRun:
+    """A run whose order was removed by hand, is refused by today's models, or was not made yet,
+    since the run waits for its model: the spec as it stands counts."""
+    base, wait = _kept_base(known, spec), None
+    if base is None and known.outcome is None:
+        base, wait = _find_base(known, spec)
+    image = known.order.image if known.order else ""
+    return CurrentRun(
+        number=known.number,
+        id=known.id,
+        revision=known.revision,
+        order=known.make_order(known.id, spec, base, known.revision, known.restarts),
+        image=image or spec.compute.image or known.config.image,
+        restarts_before=known.restarts_before,
+        outcome=known.outcome,
+        recorded=known.order is not None,
+        wait=wait,
+    )
+
+
+def _find_base(known: _Known, spec: FineTuneJobSpec) -> tuple[TunedBase | None, Wait | None]:
+    """The model that a run starts from if it begins now, or why it waits."""
+    subject = known.subject
+    found = find_base(subject.name, subject.namespace, spec, known.observed.models)
     return (None, found) if isinstance(found, Wait) else (found, None)
 
 
-def _kept_base(
-    number: int, spec: FineTuneJobSpec, before: FineTuneJobStatus, latest: OrderView | None
-) -> TunedBase | None:
-    """What a run that has begun started from, whatever the other job did since."""
+def _kept_base(known: _Known, spec: FineTuneJobSpec) -> TunedBase | None:
+    """The model that a run has started from, whatever the other job has published since."""
     if spec.model.fine_tune_job_ref is None:
         return None
-    if latest is not None and latest.order is not None:
-        return latest.order.base
-    run = before.run
-    if run is None or run.number != number or run.base is None:
+    if known.order is not None and known.order.order is not None:
+        return known.order.order.base
+    run = known.before.run
+    if run is None or not known.same_run or run.base is None:
         return None
-    return from_status(run.base, spec.model.storage)
-
-
-def _revise(
-    number: int,
-    subject: Subject,
-    spec: FineTuneJobSpec,
-    before: FineTuneJobStatus,
-    latest: OrderView | None,
-    outcome: str | None,
-    config: Config,
-) -> CurrentRun:
-    """The same run in a new gang. A run that had failed gets its restarts back."""
-    run = run_id(number, subject.uid)
-    revision = _revision(before, latest) + 1
-    restarts_before = latest.restarts_before if latest else 0
-    base, restarts = _kept_base(number, spec, before, latest), _restarts(number, before)
-    return CurrentRun(
-        number=number,
-        id=run,
-        revision=revision,
-        order=_order(subject, run, spec, base, revision, restarts),
-        image=spec.compute.image or config.image,
-        restarts_before=restarts if outcome == "Failed" else restarts_before,
-    )
-
-
-def _revision(before: FineTuneJobStatus, latest: OrderView | None) -> int:
-    """The newest gang of the run."""
-    return latest.revision if latest else before.run.revision if before.run else 1
-
-
-def _restarts(number: int, before: FineTuneJobStatus) -> int:
-    """Incidents of the run so far."""
-    return before.restarts if before.run is not None and before.run.number == number else 0
-
-
-def _as_it_is(
-    number: int,
-    subject: Subject,
-    spec: FineTuneJobSpec | None,
-    before: FineTuneJobStatus,
-    latest: OrderView | None,
-    outcome: str | None,
-    observed: Observed,
-    config: Config,
-) -> CurrentRun | None:
-    run = run_id(number, subject.uid)
-    if latest is not None and latest.order is not None:
-        return CurrentRun(
-            number=number,
-            id=run,
-            revision=latest.revision,
-            order=latest.order,
-            image=latest.image or latest.order.spec.compute.image or config.image,
-            restarts_before=latest.restarts_before,
-            outcome=outcome,
-            recorded=True,
-        )
-    if spec is None:
-        return None
-    # The order was removed by hand, or today's models refuse it, or none was made, since the run
-    # waits for its model: the spec as it stands now.
-    base, wait = _kept_base(number, spec, before, latest), None
-    if base is None and outcome is None:
-        base, wait = _find_base(subject, spec, observed)
-    revision = _revision(before, latest)
-    return CurrentRun(
-        number=number,
-        id=run,
-        revision=revision,
-        order=_order(subject, run, spec, base, revision, _restarts(number, before)),
-        image=(latest.image if latest else "") or spec.compute.image or config.image,
-        restarts_before=latest.restarts_before if latest else 0,
-        outcome=outcome,
-        recorded=latest is not None,
-        wait=wait,
-    )
-
-
-def _order(
-    subject: Subject,
-    run: str,
-    spec: FineTuneJobSpec,
-    base: TunedBase | None,
-    revision: int = 1,
-    restarts: int = 0,
-) -> RunOrder:
-    return RunOrder(
-        version=CONTRACT_VERSION,
-        job=JobIdentity(namespace=subject.namespace, name=subject.name, uid=subject.uid),
-        run=run,
-        spec=spec,
-        base=base,
-        revision=revision,
-        restarts=restarts,
-    )
+    return base_from_status(run.base, spec.model.storage)

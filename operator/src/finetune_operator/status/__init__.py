@@ -1,1 +1,4 @@
-"""What a user reads back: status, conditions and events. Pure."""
+"""What a user reads back: status, its conditions, and events. Pure.
+
+``status`` has one function for each state of a run; the other modules fill parts of its result.
+"""

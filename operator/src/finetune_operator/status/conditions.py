@@ -1,4 +1,5 @@
-"""Conditions that keep their transition times."""
+"""The conditions of a status in the making. A condition keeps its transition time while its status
+stays."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ class Conditions:
     def __init__(
         self, before: list[Condition], generation: int | None, now: datetime, keep: bool
     ) -> None:
-        """``keep`` carries the old ones over: false where a new run begins."""
+        """``keep`` carries the old ones over: false where a new run begins, which keeps transition
+        times alone."""
         self._before = {c.type: c for c in before}
         self._now = {c.type: c for c in before} if keep else {}
         self._generation = generation
@@ -32,7 +34,7 @@ class Conditions:
         reason: str,
         message: str = "",
     ) -> None:
-        """Observe a condition; its transition time stays where its status does."""
+        """Set a condition; its transition time stays where its status does."""
         old = self._before.get(type_)
         same = old is not None and old.status == status
         self._now[type_] = make(
@@ -45,13 +47,13 @@ class Conditions:
             message=message[:MESSAGE_MAX],
         )
 
-    def holds(self, type_: ConditionType) -> bool:
+    def is_true(self, type_: ConditionType) -> bool:
         """Whether a condition is True so far."""
         found = self._now.get(type_)
         return found is not None and found.status == "True"
 
     def has(self, type_: ConditionType) -> bool:
-        """Whether a condition was observed at all."""
+        """Whether a condition is there, with any status."""
         return type_ in self._now
 
     def to_list(self) -> list[Condition]:

@@ -1,4 +1,4 @@
-"""What the stages have told, as status shows it: figures as strings."""
+"""What the stages have reported, as status shows it: figures as strings."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from finetune_operator.world.objects import format_time
 
 
 def number(value: float | None, digits: int = 4) -> str | None:
-    """A figure as a string of so many significant digits; of large ones all before the point, as
-    long as people read them."""
+    """A figure as a string of so many significant digits. Large figures keep all digits before the
+    point, below 1e15."""
     if value is None:
         return None
     return f"{value:.0f}" if 10_000 <= abs(value) < 1e15 else f"{value:.{digits}g}"

@@ -1,9 +1,9 @@
-"""How long a run took from its start to its first optimizer step, and what with.
+"""Time from a run's start to its first optimizer step, by part.
 
     run starts → gang's Job made → its last pod made → scheduled → started → (the trainer's parts)
           prepare             queue             schedule     pull
 
-Known once the trainer tells of its first step; written once a run.
+Known once the trainer reports its first step; written once a run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from itertools import pairwise
 from finetune_api.results import Startup
 from finetune_api.status import StartupStatus
 from finetune_operator.status.models import make
-from finetune_operator.world.observe import JobView
+from finetune_operator.world.children import JobView
 from finetune_operator.world.pods import PodView
 
 
@@ -24,15 +24,19 @@ def startup(
     nodes: int,
     job: JobView | None,
     pods: Iterable[PodView],
-    told: Startup | None,
+    reported: Startup | None,
 ) -> StartupStatus | None:
     """The start of a run, or None while it is not known.
 
-    ``began`` is when the run did, ``pods`` are those of its gang, of which the last one counts:
-    nothing happens without it. ``told`` is the trainer's word; that of an attempt that went on from
-    a commit says nothing of the run, whose first step was an earlier attempt's.
+    Args:
+        began: when the run began.
+        nodes: pods of its gang.
+        job: the gang's Job.
+        pods: the gang's pods, of which the last one counts: nothing happens without it.
+        reported: the trainer's own parts. Those of an attempt that went on from a commit say
+            nothing of the run, whose first step was an earlier attempt's.
     """
-    if began is None or told is None or told.from_step > 0:
+    if began is None or reported is None or reported.from_step > 0:
         return None
     moments = [began, job.created if job else None, *_last(nodes, pods)]
     names = ("prepare", "queue", "schedule", "pull")
@@ -41,8 +45,8 @@ def startup(
         for name, (start, end) in zip(names, pairwise(moments), strict=True)
         if start is not None and end is not None
     }
-    parts["total"] = int(told.first_step - began.timestamp())
-    parts |= {name: round(seconds) for name, seconds in told.seconds.items()}
+    parts["total"] = int(reported.first_step - began.timestamp())
+    parts |= {name: round(seconds) for name, seconds in reported.seconds.items()}
     # Clocks of nodes may differ by moments.
     return make(StartupStatus, **{f"{name}_seconds": max(0, n) for name, n in parts.items()})
 

@@ -1,4 +1,4 @@
-"""What a run cost: GPUs times the seconds that its gang's pods held them."""
+"""What a run costs: GPUs times the seconds for which its gang's pods hold them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from finetune_api.results import Progress, TrainSummary
 from finetune_api.status import Usage
 from finetune_operator.config import USAGE_STEP_SECONDS
 from finetune_operator.status.models import make
-from finetune_operator.world.observe import JobView
+from finetune_operator.world.children import JobView
 from finetune_operator.world.pods import PodView
 
 
@@ -19,20 +19,26 @@ def usage(
     compute: Compute,
     pods: Iterable[PodView],
     job: JobView | None,
-    started: bool,
+    ran_before: bool,
     progress: Progress | None,
     trained: TrainSummary | None,
     now: datetime,
 ) -> Usage:
     """Usage of a run so far. It never falls: pods that are gone were counted before.
 
-    ``pods`` are all pods of the gang, also those that are gone; ``started`` says whether the gang
-    ran as a whole before, which ends the count of queued seconds. The trainer's own wall time (what
-    was lost of it, while it trains) is the lower bound, for pods that went while no operator ran.
+    Args:
+        before: usage as stored.
+        compute: nodes and GPUs of the run.
+        pods: all pods of the gang, those that are gone included.
+        job: the gang's Job.
+        ran_before: whether the gang has run as a whole already, which ends the queued seconds.
+        progress, trained: the trainer's own figures: wall time (while it trains, what was lost of
+            it) is the lower bound, for pods that went while no operator ran.
+        now: charges pods that run.
     """
     pods = list(pods)
     gpus = compute.nodes * compute.gpus_per_node
-    seconds = sum(_gpus(p, compute.gpu_resource_name) * _held(p, now) for p in pods)
+    seconds = sum(_gpus_of(p, compute.gpu_resource_name) * _held_seconds(p, now) for p in pods)
     lost = trained.lost_seconds if trained else progress.lost_seconds if progress else 0.0
     wall = trained.training_seconds if trained else lost
     old = before or Usage()
@@ -41,25 +47,25 @@ def usage(
         gpu_seconds=max(old.gpu_seconds, int(seconds), int(wall * gpus)),
         wasted_gpu_seconds=max(old.wasted_gpu_seconds, int(lost * gpus)),
         queued_seconds=old.queued_seconds
-        if started and before is not None
+        if ran_before and before is not None
         else _queued(old, compute, pods, job, now),
     )
 
 
-def _gpus(pod: PodView, resource: str) -> int:
+def _gpus_of(pod: PodView, resource: str) -> int:
     text = str(pod.limits.get(resource, "0"))
     return int(text) if text.isdigit() else 0
 
 
-def _step(now: datetime) -> datetime:
+def _charged_until(now: datetime) -> datetime:
     stamp = int(now.timestamp())
     return datetime.fromtimestamp(stamp - stamp % USAGE_STEP_SECONDS, UTC)
 
 
-def _held(pod: PodView, now: datetime) -> float:
+def _held_seconds(pod: PodView, now: datetime) -> float:
     if pod.started is None:
         return 0.0
-    end = pod.finished or _step(now)
+    end = pod.finished or _charged_until(now)
     return max(0.0, (end - pod.started).total_seconds())
 
 
@@ -73,5 +79,5 @@ def _queued(
     for pod in pods:
         if pod.started is not None:
             first[pod.index] = min(pod.started, first.get(pod.index, pod.started))
-    end = max(first.values()) if len(first) >= compute.nodes else _step(now)
+    end = max(first.values()) if len(first) >= compute.nodes else _charged_until(now)
     return max(old.queued_seconds, int((end - job.created).total_seconds()))

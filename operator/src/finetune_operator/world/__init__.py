@@ -1,2 +1,2 @@
-"""What is there: the objects of a job in the cluster, and what other jobs have published, as
-data that decisions read."""
+"""What is there: the children of a job, and the jobs whose models it starts from, as data for
+decisions. Pure, and total: odd objects are passed over, never raised on."""

@@ -1,15 +1,33 @@
-"""Reading plain API objects: times, and whose child something is."""
+"""Plain API objects: times, and the labels of children."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune_api import names
 from finetune_api.names import Role
 
 Object = Mapping[str, Any]
+
+
+class ChildLabels(NamedTuple):
+    """What the labels of a child say: the stage, run and revision that it serves."""
+
+    role: Role
+    run: str
+    revision: int
+
+
+def child_labels(obj: Object) -> ChildLabels | None:
+    """Labels of a stage's child; None for an object that the operator did not make for a stage."""
+    labels = obj["metadata"].get("labels") or {}
+    role, run = labels.get(names.LABEL_ROLE), labels.get(names.LABEL_RUN)
+    revision = labels.get(names.LABEL_REVISION, "")
+    if role not in names.ROLES or not run or not revision.isdigit():
+        return None
+    return ChildLabels(role, run, int(revision))
 
 
 def parse_time(text: str | None) -> datetime | None:
@@ -23,13 +41,3 @@ def parse_time(text: str | None) -> datetime | None:
 def format_time(time: datetime) -> str:
     """RFC 3339 in UTC, to the second, as Kubernetes writes times."""
     return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def place_of(obj: Object) -> tuple[Role, str, int] | None:
-    """Role, run and revision of a child by its labels, or None where it is none of ours."""
-    labels = obj["metadata"].get("labels") or {}
-    role, run = labels.get(names.LABEL_ROLE), labels.get(names.LABEL_RUN)
-    revision = labels.get(names.LABEL_REVISION, "")
-    if role not in names.ROLES or not run or not revision.isdigit():
-        return None
-    return role, run, int(revision)

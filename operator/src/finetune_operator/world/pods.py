@@ -1,18 +1,18 @@
-"""A pod as decisions see it: where it is, what its one container did, and its last word."""
+"""A pod as decisions see it: where it is, and what its one container did and reported."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Final
+from typing import Any, Final
 
 from pydantic import ValidationError
 
 from finetune_api import names
 from finetune_api.names import Role
 from finetune_api.results import Termination
-from finetune_operator.world.objects import Object, parse_time, place_of
+from finetune_operator.world.objects import Object, child_labels, parse_time
 
 INDEX_ANNOTATION: Final = "batch.kubernetes.io/job-completion-index"
 PULL_REASONS: Final = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
@@ -27,6 +27,7 @@ class PodView:
     run: str
     revision: int
     index: int
+    """Completion index: the node rank of a gang's pod, the number of a worker."""
     created: datetime
     phase: str = "Pending"
     node: str | None = None
@@ -36,15 +37,23 @@ class PodView:
     unschedulable: str | None = None
     """The scheduler's message while it finds no node."""
     started: datetime | None = None
+    """When the container started."""
     finished: datetime | None = None
+    """When the container ended."""
     running: bool = False
     exit_code: int | None = None
     exit_reason: str = ""
+    """The kubelet's reason for the container's end, e.g. OOMKilled."""
     reason: str = ""
+    """Reason in the pod's own status, e.g. Evicted."""
     message: str = ""
+    """Message in the pod's own status."""
     disruption: str | None = None
+    """Reason of condition DisruptionTarget: Kubernetes took the pod away."""
     termination: Termination | None = None
-    waiting: str | None = None
+    """The container's termination message; None where it left none that can be read."""
+    waiting_reason: str | None = None
+    """The kubelet's reason why the container does not start yet."""
     waiting_message: str = ""
     image: str = ""
     pull_failing_since: datetime | None = None
@@ -58,55 +67,66 @@ class PodView:
 
 
 def pod_view(obj: Object, pull_failing_since: datetime | None = None) -> PodView | None:
-    """A pod of a child Job, or None where its labels are not ours."""
-    place = place_of(obj)
-    meta, spec, status = obj["metadata"], obj.get("spec") or {}, obj.get("status") or {}
+    """A pod of a child Job, or None for any other pod."""
+    labels = child_labels(obj)
+    meta, status = obj["metadata"], obj.get("status") or {}
     created = parse_time(meta.get("creationTimestamp"))
-    if place is None or created is None:
+    if labels is None or created is None:
         return None
-    role, run, revision = place
     index = (meta.get("annotations") or {}).get(INDEX_ANNOTATION, "0")
-    conditions = {c["type"]: c for c in status.get("conditions") or []}
-    scheduled = conditions.get("PodScheduled") or {}
-    unschedulable = scheduled.get("status") == "False"
-    disruption = conditions.get("DisruptionTarget") or {}
+    spec = obj.get("spec") or {}
     container = _container(spec)
-    state = container_status(obj).get("state") or {}
-    running, ended = state.get("running") or {}, state.get("terminated") or {}
-    waiting = state.get("waiting") or {}
     return PodView(
         name=meta["name"],
-        role=role,
-        run=run,
-        revision=revision,
+        role=labels.role,
+        run=labels.run,
+        revision=labels.revision,
         index=int(index) if index.isdigit() else 0,
         created=created,
         phase=status.get("phase") or "Pending",
         node=spec.get("nodeName"),
         ip=status.get("podIP"),
         scheduled=bool(spec.get("nodeName")),
-        scheduled_at=parse_time(scheduled.get("lastTransitionTime"))
-        if scheduled.get("status") == "True"
-        else None,
-        unschedulable=scheduled.get("message") or "no node fits" if unschedulable else None,
-        started=parse_time(running.get("startedAt") or ended.get("startedAt")),
-        finished=parse_time(ended.get("finishedAt")),
-        running=bool(running),
-        exit_code=ended.get("exitCode"),
-        exit_reason=ended.get("reason") or "",
         reason=status.get("reason") or "",
         message=status.get("message") or "",
-        disruption=(disruption.get("reason") or "Disrupted")
-        if disruption.get("status") == "True"
-        else None,
-        termination=_termination(ended.get("message")),
-        waiting=waiting.get("reason"),
-        waiting_message=waiting.get("message") or "",
         image=container.get("image") or "",
         pull_failing_since=pull_failing_since,
         deleted_by=parse_time(meta.get("deletionTimestamp")),
         limits=(container.get("resources") or {}).get("limits") or {},
+        **_of_conditions(status),
+        **_of_container_state(container_status(obj).get("state") or {}),
     )
+
+
+def _of_conditions(status: Object) -> dict[str, Any]:
+    """Fields of a PodView that its conditions tell."""
+    conditions = {c["type"]: c for c in status.get("conditions") or []}
+    scheduled = conditions.get("PodScheduled") or {}
+    disruption = conditions.get("DisruptionTarget") or {}
+    found: dict[str, Any] = {}
+    if scheduled.get("status") == "True":
+        found["scheduled_at"] = parse_time(scheduled.get("lastTransitionTime"))
+    elif scheduled.get("status") == "False":
+        found["unschedulable"] = scheduled.get("message") or "no node fits"
+    if disruption.get("status") == "True":
+        found["disruption"] = disruption.get("reason") or "Disrupted"
+    return found
+
+
+def _of_container_state(state: Object) -> dict[str, Any]:
+    """Fields of a PodView that the state of its container tells."""
+    running, ended = state.get("running") or {}, state.get("terminated") or {}
+    waiting = state.get("waiting") or {}
+    return {
+        "started": parse_time(running.get("startedAt") or ended.get("startedAt")),
+        "finished": parse_time(ended.get("finishedAt")),
+        "running": bool(running),
+        "exit_code": ended.get("exitCode"),
+        "exit_reason": ended.get("reason") or "",
+        "termination": _termination(ended.get("message")),
+        "waiting_reason": waiting.get("reason"),
+        "waiting_message": waiting.get("message") or "",
+    }
 
 
 def _container(spec: Object) -> Object:
@@ -122,7 +142,7 @@ def container_status(pod: Object) -> Object:
 
 
 def pull_is_failing(pod: Object) -> bool:
-    """Whether the kubelet cannot get the pod's image just now."""
+    """Whether the kubelet cannot get the pod's image at present."""
     waiting = (container_status(pod).get("state") or {}).get("waiting") or {}
     return waiting.get("reason") in PULL_REASONS
 

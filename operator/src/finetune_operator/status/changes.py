@@ -1,13 +1,34 @@
-"""Events of what a pass has changed for a user."""
+"""What a pass changes in status: whether anything, and the events that tell a user."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.decision.plan import Event
 
 
+def differs(stored: Mapping[str, Any] | None, status: Mapping[str, Any]) -> bool:
+    """Whether a status says anything else than the stored one."""
+    return _comparable(status) != _comparable(stored or {})
+
+
+def _comparable(status: Mapping[str, Any]) -> dict[str, Any]:
+    """A status without what the API server may store in another form: order of conditions, empty
+    lists."""
+    plain = {k: v for k, v in status.items() if v not in ([], None)}
+    if "conditions" in plain:
+        plain["conditions"] = sorted(plain["conditions"], key=_type_of)
+    return plain
+
+
+def _type_of(condition: Any) -> str:
+    return str(condition.get("type")) if isinstance(condition, dict) else ""
+
+
 def events(before: FineTuneJobStatus, after: FineTuneJobStatus) -> tuple[Event, ...]:
-    """Events of what changed for a user: conditions that became true, incidents, new runs."""
+    """Events of what changed for a user: new runs, incidents, and conditions that became true."""
     found = []
     begun = before.run.number if before.run and before.run.start_time else None
     if after.run and after.run.start_time and begun != after.run.number:
@@ -17,12 +38,12 @@ def events(before: FineTuneJobStatus, after: FineTuneJobStatus) -> tuple[Event, 
     if same_run and after.restarts > before.restarts:
         message = f"incident {after.restarts} of the gang; it goes on from its last commit"
         found.append(Event("Warning", "Restarted", message))
-    held = {c.type for c in before.conditions if c.status == "True"} if same_run else set()
+    true_before = {c.type for c in before.conditions if c.status == "True"} if same_run else set()
     for condition in after.conditions:
-        if condition.status != "True" or condition.type in held | {"Ready", "Reconciling"}:
+        if condition.status != "True" or condition.type in true_before | {"Ready", "Reconciling"}:
             continue
         if condition.type == "Stalled" and after.failure is not None:
-            continue  # told by Failed
+            continue  # the event of Failed says the same
         bad = condition.type in ("Failed", "Stalled") or condition.reason == "MayNotFit"
         found.append(
             Event("Warning" if bad else "Normal", condition.reason, condition.message or "")

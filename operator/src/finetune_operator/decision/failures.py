@@ -1,4 +1,5 @@
-"""Why a stage failed, read from its pods: the container's own word first, Kubernetes' after it."""
+"""Why a stage failed, read from its pods: a container's termination message first, what Kubernetes
+says of the pod after it, the exit code last."""
 
 from __future__ import annotations
 
@@ -7,12 +8,12 @@ from typing import Any, Final
 
 from finetune_api.names import FINAL_EXIT_CODES, ExitCode, FailureClass
 from finetune_api.status import FailureStatus
-from finetune_operator.world.observe import JobView
+from finetune_operator.world.children import JobView
 from finetune_operator.world.pods import PodView
 
 MESSAGE_MAX: Final = 4000
 
-_BY_CODE: Final[dict[int, tuple[FailureClass, str]]] = {
+BY_EXIT_CODE: Final[dict[int, tuple[FailureClass, str]]] = {
     ExitCode.USER_ERROR: ("UserError", "the manifest asks for what cannot be"),
     ExitCode.DATA_ERROR: ("DataError", "a record of the data cannot be used"),
     ExitCode.STORAGE_DENIED: ("Storage", "object storage refuses access"),
@@ -24,6 +25,7 @@ _BY_CODE: Final[dict[int, tuple[FailureClass, str]]] = {
     ExitCode.STORAGE_UNAVAILABLE: ("Storage", "object storage could not be reached"),
     ExitCode.INTERRUPTED: ("Preempted", "stopped on request, with its state saved"),
 }
+"""Class and message of a container that left an exit code alone."""
 
 
 def failure(
@@ -36,20 +38,23 @@ def failure(
     return FailureStatus.model_validate({k: v for k, v in raw.items() if v is not None})
 
 
-def verdict(job: JobView | None, pods: Iterable[PodView], attempt: int | None) -> FailureStatus:
-    """The most telling failure among a stage's pods: own causes before lost peers, the latest
-    first; what the Job controller says where no pod is left to tell."""
+def stage_failure(
+    job: JobView | None, pods: Iterable[PodView], attempt: int | None
+) -> FailureStatus:
+    """Why a stage failed: the failure of the pod that knows most of the cause, and of several such
+    pods of the one that failed last; what the Job controller says where no pod is left."""
     failed = [p for p in pods if p.phase == "Failed" or p.exit_code not in (None, 0)]
     if not failed:
         reason = (job.failure_reason if job else "") or "PodsGone"
         message = (job.failure_message if job else "") or "its pods are gone and left no word"
         return failure("Internal", reason, f"{message}. Logs of the pods may tell more")
-    told = max(failed, key=lambda p: (_weight(p), p.finished or p.created))
-    return _of_pod(told, attempt)
+    telling = max(failed, key=lambda p: (_evidence(p), p.finished or p.created))
+    return _pod_failure(telling, attempt)
 
 
-def _weight(pod: PodView) -> int:
-    """How much a failed pod knows about the cause."""
+def _evidence(pod: PodView) -> int:
+    """How much a failed pod knows of the cause, from 1 to 5: a cause of its own says more than lost
+    peers, and an order to stop says least."""
     code = pod.exit_code
     if code is not None and 10 <= code < 20:
         return 1 if code == ExitCode.FENCED else 5
@@ -61,26 +66,21 @@ def _weight(pod: PodView) -> int:
     return 1 if code == ExitCode.INTERRUPTED else 2
 
 
-def _of_pod(pod: PodView, attempt: int | None) -> FailureStatus:
-    said = pod.termination.failure if pod.termination else None
-    if said is not None:
-        return failure(said.failure_class, said.reason, said.message, pod, attempt=attempt)
+def _pod_failure(pod: PodView, attempt: int | None) -> FailureStatus:
+    reported = pod.termination.failure if pod.termination else None
+    if reported is not None:
+        kind, reason, message = reported.failure_class, reported.reason, reported.message
+        return failure(kind, reason, message, pod, attempt=attempt)
     if pod.exit_reason == "OOMKilled":
-        memory = pod.limits.get("memory", "none set")
-        message = (
-            f"the kernel killed the container for its memory (limit: {memory}). Raise"
-            " compute.resources.limits.memory (prepare.resources for prepare and publish), lower"
-            " training.microBatchTokens or, if it died while it was saving, set"
-            " checkpoint.staging: Disk"
-        )
+        message = _out_of_memory(pod)
         return failure("OutOfMemory", "HostOutOfMemory", message, pod, attempt=attempt)
     if pod.disruption or pod.reason:
         reason = pod.disruption or pod.reason
-        kind: FailureClass = "NodeFailure" if "Taint" in reason or "Node" in reason else "Preempted"
+        kind = "NodeFailure" if "Taint" in reason or "Node" in reason else "Preempted"
         message = f"Kubernetes took the pod away ({reason}): {pod.message or 'no message'}"
         return failure(kind, reason, message, pod, attempt=attempt)
-    if pod.exit_code in _BY_CODE:
-        kind, text = _BY_CODE[pod.exit_code]
+    if pod.exit_code in BY_EXIT_CODE:
+        kind, text = BY_EXIT_CODE[pod.exit_code]
         message = f"{text}; the container left no message: see `kubectl logs {pod.name}`"
         return failure(kind, ExitCode(pod.exit_code).name.title().replace("_", ""), message, pod)
     message = (
@@ -90,17 +90,25 @@ def _of_pod(pod: PodView, attempt: int | None) -> FailureStatus:
     return failure("Internal", "ContainerFailed", message, pod, attempt=attempt)
 
 
+def _out_of_memory(pod: PodView) -> str:
+    return (
+        "the kernel killed the container for its memory (limit:"
+        f" {pod.limits.get('memory', 'none set')}). Raise compute.resources.limits.memory"
+        " (prepare.resources for prepare and publish), lower training.microBatchTokens or, if it"
+        " died while it was saving, set checkpoint.staging: Disk"
+    )
+
+
 def incidents(pods: Iterable[PodView]) -> int:
     """Incidents of the gang that its pods show: the most failed pods of one rank.
 
-    One incident fails every rank once, however many pods it costs. A pod that saved its state on
-    SIGTERM, that was fenced, or that is being deleted, is none; neither is one whose failure is
-    final, after which there is no restart.
+    One incident fails every rank once, however many pods it costs. None are: a pod that saved its
+    state on SIGTERM, one that was fenced or is being deleted, and one whose failure is final, after
+    which nothing is restarted.
     """
     count: dict[int, int] = {}
     for pod in pods:
-        left = pod.exit_code in (ExitCode.INTERRUPTED, *FINAL_EXIT_CODES)
-        asked = left or pod.deleted_by is not None
-        if pod.phase == "Failed" and not asked:
+        no_incident = pod.exit_code in (ExitCode.INTERRUPTED, *FINAL_EXIT_CODES)
+        if pod.phase == "Failed" and not no_incident and pod.deleted_by is None:
             count[pod.index] = count.get(pod.index, 0) + 1
     return max(count.values(), default=0)

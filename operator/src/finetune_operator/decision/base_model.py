@@ -1,0 +1,90 @@
+"""What a run starts from where ``spec.model.fineTuneJobRef`` names another job, and why it waits
+while that job has no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from finetune_api.order import TunedBase, tuned_base
+from finetune_api.spec import FineTuneJobSpec
+from finetune_operator.world.models import ModelJob
+
+MESSAGE_MAX: Final = 500
+"""Characters shown of why another job has failed."""
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Why a run cannot begin yet."""
+
+    reason: str
+    message: str
+    stuck: bool = False
+    """Whether the wait cannot end by itself: somebody must change a job."""
+
+
+def find_base(
+    name: str, namespace: str, spec: FineTuneJobSpec, chain: tuple[ModelJob, ...]
+) -> TunedBase | Wait | None:
+    """The model that a job starts from; None where its spec gives an address.
+
+    Args:
+        name: of the job, in ``namespace``.
+        chain: the job that it refers to, the job that this one refers to, and so on: to one that is
+            missing, gives an address, or is in the chain already.
+    """
+    if spec.model.fine_tune_job_ref is None:
+        return None
+    referred = spec.model.fine_tune_job_ref.name
+    if chain and chain[0].complete and chain[0].order is not None:
+        output = chain[0].status.output
+        return tuned_base(chain[0].order, output.digest if output else None, spec)
+    cycle = _cycle(name, referred, chain)
+    if cycle:
+        text = (
+            f"spec.model.fineTuneJobRef: the jobs wait for each other's models"
+            f" ({' → '.join(cycle)}); one of them must start from spec.model.source"
+        )
+        return Wait("ReferenceCycle", text, stuck=True)
+    if not chain:
+        text = (
+            f"spec.model.fineTuneJobRef: there is no FineTuneJob {referred} in namespace"
+            f" {namespace}; the run begins once it is there and Complete"
+        )
+        return Wait("WaitingForModel", text)
+    return _wait_for(chain[0])
+
+
+def _cycle(name: str, referred: str, chain: tuple[ModelJob, ...]) -> list[str]:
+    """Names along a cycle of references, in which no job has a model that another could start from;
+    empty where there is no cycle."""
+    if any(job.complete for job in chain):
+        return []
+    path = [name, *(job.name for job in chain)]
+    back = chain[-1].refers_to if chain else referred
+    return [*path[path.index(back) :], back] if back in path else []
+
+
+def _wait_for(job: ModelJob) -> Wait:
+    """Why a job has no model yet, from its status."""
+    status = job.status
+    begins = "; the run begins once it is Complete"
+    true = {c.type: c for c in status.conditions if c.status == "True"}
+    if "Stalled" in true and status.failure is None:
+        text = f"{true['Stalled'].reason}: {true['Stalled'].message[:MESSAGE_MAX]}"
+        return _stuck(job.name, f"is stalled ({text})")
+    if not job.settled or status.run is None or status.phase is None:
+        suspended = status.phase == "Suspended" and job.settled
+        what = "is suspended" if suspended else "has not begun with its spec as it stands"
+        return Wait("WaitingForModel", f"FineTuneJob {job.name} {what}{begins}")
+    if status.failure is not None:
+        cause = f"{status.failure.reason}: {status.failure.message[:MESSAGE_MAX]}"
+        return _stuck(job.name, f"has failed ({cause})")
+    text = f"FineTuneJob {job.name} is {status.phase} (run {status.run.id}){begins}"
+    return Wait("WaitingForModel", text)
+
+
+def _stuck(name: str, what: str) -> Wait:
+    text = f"FineTuneJob {name} {what}; mend that job: the run begins once it is Complete"
+    return Wait("ModelFailed", text, stuck=True)

@@ -1,0 +1,70 @@
+"""Whether a run has failed, and why."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from finetune_api.podtemplate import template_problems
+from finetune_api.status import FailureStatus
+from finetune_operator.config import POD_FAILURE_AWAITED
+from finetune_operator.decision.failures import failure, stage_failure
+from finetune_operator.decision.run_view import RunView
+from finetune_operator.decision.stages import GANG
+
+
+def run_failure(view: RunView) -> FailureStatus | None:
+    """Why the run has failed, or None while it goes on."""
+    if view.run.outcome == "Failed":
+        kept = view.before.failure if view.same_run else None
+        return kept or _of_stage(view)
+    problems = template_problems(view.order.spec.compute.pod_template)
+    if view.job is None and problems:
+        return failure("UserError", "InvalidPodTemplate", "\n".join(problems))
+    refusal = view.refusal
+    if refusal is not None and refusal.final:
+        return failure("UserError", "ChildRefused", f"Kubernetes refuses it: {refusal.message}")
+    if view.job is not None and view.job.failed:
+        return _of_stage(view) if pod_failure_due(view) is None else None
+    if view.spec.suspend:
+        return None
+    if view.stage == GANG and _incidents(view) > view.spec.failure_policy.max_restarts:
+        return _restarts_exhausted(view)
+    if view.obstacle is not None and view.obstacle.until <= view.now:
+        return view.obstacle.failure
+    return None
+
+
+def pod_failure_due(view: RunView) -> datetime | None:
+    """Until when the failed pods of a failed Job are waited for, since they may tell why: watches
+    of Jobs and pods are in no common order. None where there is nothing to wait for."""
+    job = view.job
+    if job is None or job.failed_at is None or any(p.phase == "Failed" for p in view.pods):
+        return None
+    due = job.failed_at + POD_FAILURE_AWAITED
+    return due if due > view.now else None
+
+
+def _of_stage(view: RunView) -> FailureStatus:
+    return stage_failure(view.job, view.pods, _attempt(view))
+
+
+def _attempt(view: RunView) -> int | None:
+    return view.progress.attempt if view.stage == GANG and view.progress is not None else None
+
+
+def _incidents(view: RunView) -> int:
+    """Incidents that count against failurePolicy.maxRestarts."""
+    return view.restarts - view.run.restarts_before
+
+
+def _restarts_exhausted(view: RunView) -> FailureStatus:
+    last = stage_failure(None, view.pods, _attempt(view))
+    end = (
+        f" This was incident {_incidents(view)}; failurePolicy.maxRestarts allows"
+        f" {view.spec.failure_policy.max_restarts}. The run goes on from its last commit when"
+        " compute, scheduling or checkpoint is changed, or begins anew with another rerunToken"
+    )
+    if last.reason == "PodsGone":
+        return failure("NodeFailure", "RestartsExhausted", f"the gang lost pods.{end}")
+    message = f"{last.message[:3000]}.{end}"
+    return last.model_copy(update={"message": message})

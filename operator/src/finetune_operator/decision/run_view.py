@@ -1,0 +1,181 @@
+"""``RunView``: a run as one pass sees it, and what follows from that. Reading changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import cached_property
+
+from finetune_api.identity import child_name, order_name
+from finetune_api.names import Role
+from finetune_api.order import RunOrder
+from finetune_api.results import (
+    PreparedSummary,
+    Progress,
+    PublishSummary,
+    Termination,
+    TrainSummary,
+)
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import FineTuneJobStatus
+from finetune_operator.config import GANG_LINGERS
+from finetune_operator.decision.failures import incidents
+from finetune_operator.decision.obstacles import Obstacle, obstacle
+from finetune_operator.decision.plan import CurrentRun, Subject
+from finetune_operator.decision.stages import CONDITION, GANG, STAGES
+from finetune_operator.world.children import JobView
+from finetune_operator.world.objects import parse_time
+from finetune_operator.world.observe import Observed, Refusal
+from finetune_operator.world.pods import PodView
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A run as one pass sees it."""
+
+    subject: Subject
+    spec: FineTuneJobSpec
+    """The spec as it stands, for fields of class Live; all others come from the run's order."""
+    problems: list[str]
+    """Why today's models refuse the spec as it stands; ``spec`` is then the run's own."""
+    before: FineTuneJobStatus
+    """Status as stored."""
+    observed: Observed
+    run: CurrentRun
+    now: datetime
+
+    @property
+    def order(self) -> RunOrder:
+        return self.run.order
+
+    @property
+    def same_run(self) -> bool:
+        """Whether the stored status speaks of this run."""
+        return self.before.run is not None and self.before.run.id == self.run.id
+
+    # --- stages ---------------------------------------------------------------------------------
+
+    @cached_property
+    def stage(self) -> Role | None:
+        """The first stage that is not done; None when all are."""
+        return next((role for role in STAGES if not self.done(role)), None)
+
+    @cached_property
+    def job(self) -> JobView | None:
+        """Job of the stage, in the run's present revision."""
+        stage = self.stage
+        return self.observed.job(stage, self.run.id, self.run.revision) if stage else None
+
+    @cached_property
+    def pods(self) -> list[PodView]:
+        """Pods of the stage, in the run's present revision."""
+        stage = self.stage
+        return self.observed.pods_of(stage, self.run.id, self.run.revision) if stage else []
+
+    def done(self, role: Role) -> bool:
+        """Whether a stage is done: status says so, or its Job of any revision has completed."""
+        if self.run.outcome == "Complete" or self._job_complete(role):
+            return True
+        if role == GANG and self.gang_released_at is not None and self.gang_released_at <= self.now:
+            return True
+        return self.same_run and any(
+            c.type == CONDITION[role] and c.status == "True" for c in self.before.conditions
+        )
+
+    def _job_complete(self, role: Role) -> bool:
+        jobs = (j for j in self.observed.jobs if j.role == role and j.run == self.run.id)
+        return any(j.complete for j in jobs)
+
+    @cached_property
+    def gang_released_at(self) -> datetime | None:
+        """When training counts as done although a pod of the gang lives on: the first pod has left
+        the result, and a pod that was lost at that moment is replaced and waits for peers in vain.
+        None without such a result, or where the Job has completed."""
+        if self._job_complete(GANG):
+            return None
+        ends = [
+            pod.finished
+            for pod in self.observed.pods_of(GANG, self.run.id)
+            if pod.phase == "Succeeded" and pod.finished
+            if pod.termination and pod.termination.run == self.run.id and pod.termination.trained
+        ]
+        return min(ends) + GANG_LINGERS if ends else None
+
+    # --- what the trainer has reported ----------------------------------------------------------
+
+    @cached_property
+    def progress(self) -> Progress | None:
+        """The newest progress of this run's gang."""
+        return self.observed.progress_of(self.run.id)
+
+    @cached_property
+    def prepared(self) -> PreparedSummary | None:
+        return next((t.prepared for t in self._terminations if t.prepared), None)
+
+    @cached_property
+    def trained(self) -> TrainSummary | None:
+        return next((t.trained for t in self._terminations if t.trained), None)
+
+    @cached_property
+    def published(self) -> PublishSummary | None:
+        return next((t.published for t in self._terminations if t.published), None)
+
+    @cached_property
+    def _terminations(self) -> list[Termination]:
+        """Termination messages of the run's pods, by pod index."""
+        pods = sorted((p for p in self.observed.pods if p.run == self.run.id), key=_index)
+        messages = (p.termination for p in pods)
+        return [m for m in messages if m is not None and m.run == self.run.id]
+
+    # --- what goes wrong ------------------------------------------------------------------------
+
+    @cached_property
+    def restarts(self) -> int:
+        """Incidents of the run so far: the most of what storage has counted and the pods show."""
+        counts = [self.before.restarts if self.same_run else 0]
+        if self.progress is not None:
+            counts.append(self.progress.restarts)
+        if self.trained is not None:
+            counts.append(self.trained.restarts)
+        if self.stage == GANG and not (self.job and self.job.failed):
+            counts.append(self.run.restarts_before + incidents(self.pods))
+        return max(counts)
+
+    @cached_property
+    def obstacle(self) -> Obstacle | None:
+        """What keeps the stage's pods from running."""
+        if self.job is None or self.job.finished:
+            return None
+        deadline = timedelta(seconds=self.spec.scheduling.start_deadline_seconds)
+        return obstacle(self.job, self.pods, deadline)
+
+    @property
+    def refusal(self) -> Refusal | None:
+        """The API server's refusal of the stage's Job, or of a child that is made before it: the
+        order, and the Service, which has the Job's name."""
+        if self.stage is None or self.job is not None:
+            return None
+        who, run = self.subject.name, self.run
+        children = (
+            order_name(who, run.id, run.revision),
+            child_name(who, run.id, self.stage, run.revision),
+        )
+        return next((r for r in map(self.observed.refused.get, children) if r is not None), None)
+
+    # --- the rest -------------------------------------------------------------------------------
+
+    @property
+    def queue(self) -> str | None:
+        """Kueue's queue, where it decides about the stage's Job."""
+        return self.order.spec.scheduling.queue_name if self.stage == GANG else None
+
+    @property
+    def completion_time(self) -> datetime:
+        """When the run ended, as recorded in status; now where it ends with this pass."""
+        run = self.before.run
+        known = parse_time(run.completion_time) if run and self.same_run else None
+        return known if known and self.run.outcome else self.now
+
+
+def _index(pod: PodView) -> int:
+    return pod.index

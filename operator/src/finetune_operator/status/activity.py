@@ -1,0 +1,99 @@
+"""What a run with a stage at work is doing: phase, reason and message.
+
+Each stage has its row in ``_BEGINS`` and ``_WORKS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from finetune_api.names import Phase, Role
+from finetune_operator.decision.failures import stage_failure
+from finetune_operator.decision.plan import Decision
+from finetune_operator.decision.run_view import RunView
+
+
+class Activity(NamedTuple):
+    """What a stage is doing, as phase and conditions show it."""
+
+    phase: Phase
+    reason: str
+    message: str
+
+
+def activity(view: RunView, decision: Decision) -> Activity:
+    """What the stage at work is doing, or what keeps it from that."""
+    stage, obstacle = view.stage, view.obstacle
+    assert stage is not None
+    begins = _BEGINS[stage]
+    if view.refusal is not None:
+        text = f"tried again until it is allowed: {view.refusal.message}"
+        return Activity(begins, "ChildRefused", text)
+    if view.job is None and not any(c.kind == "Job" for c in decision.actions.create):
+        text = f"making the Job of {stage}, after pods of an earlier one ended"
+        return Activity(begins, "Pending", text)
+    if obstacle is not None and (obstacle.shown_from is None or obstacle.shown_from <= view.now):
+        return Activity(begins, obstacle.reason, obstacle.message)
+    return _WORKS[stage](view)
+
+
+def _prepare(view: RunView) -> Activity:
+    running, workers = len(_running_indices(view)), view.order.spec.prepare.workers
+    text = "access check, split, rendering, tokenizing"
+    if workers > 1:
+        text += f"; {running} of {workers} workers run"
+    phase: Phase = "Preparing" if running else "Pending"
+    return Activity(phase, "Preparing", text + _earlier_tries(view))
+
+
+def _train(view: RunView) -> Activity:
+    job, nodes = view.job, view.order.spec.compute.nodes
+    if view.queue is not None and (job is None or job.suspended):
+        return Activity("Queued", "Queued", f"waiting in queue {view.queue}")
+    if job is not None and job.suspended and not job.suspended_by_operator:
+        return Activity("Queued", "Queued", "the Job was suspended by another than this operator")
+    alive = sum(1 for p in view.pods if p.running)
+    text = f"{alive} of {nodes} pods run"
+    if not gang_runs(view):
+        return Activity("Starting", "Starting", text)
+    loading = view.progress is not None and view.progress.stage == "Loading"
+    return Activity("Starting" if loading else "Training", "GangRunning", text)
+
+
+def _publish(view: RunView) -> Activity:
+    text = "writing the model, its metrics and its report"
+    return Activity("Publishing", "Publishing", text + _earlier_tries(view))
+
+
+_BEGINS: Final[dict[Role, Phase]] = {
+    "prepare": "Pending",
+    "train": "Starting",
+    "publish": "Publishing",
+}
+"""Phase of a stage that has no Job, or whose pods cannot run."""
+
+_WORKS: Final[dict[Role, Callable[[RunView], Activity]]] = {
+    "prepare": _prepare,
+    "train": _train,
+    "publish": _publish,
+}
+"""What a stage is doing that has a Job and no obstacle."""
+
+
+def gang_runs(view: RunView) -> bool:
+    """Whether all pods of the gang run."""
+    return len(_running_indices(view)) >= view.order.spec.compute.nodes
+
+
+def _running_indices(view: RunView) -> set[int]:
+    return {p.index for p in view.pods if p.running}
+
+
+def _earlier_tries(view: RunView) -> str:
+    """Why pods of the stage have failed that others replace."""
+    failed = [p for p in view.pods if p.phase == "Failed"]
+    if not failed:
+        return ""
+    last = stage_failure(view.job, failed, None)
+    return f". Tried again: pod {last.pod} failed ({last.reason}): {last.message}"

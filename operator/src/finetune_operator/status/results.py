@@ -1,0 +1,100 @@
+"""What the stages of a run have reported so far. What stored status knows stays where the pods that
+reported it are gone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune_api.status import (
+    Checkpoints,
+    FineTuneJobStatus,
+    ParameterStatus,
+    StartupStatus,
+    Usage,
+)
+from finetune_operator.decision.run_view import RunView
+from finetune_operator.decision.stages import GANG
+from finetune_operator.status import figures
+from finetune_operator.status.startup import startup
+from finetune_operator.status.usage import usage
+from finetune_operator.world.objects import parse_time
+
+
+def results(view: RunView, stored: FineTuneJobStatus) -> dict[str, Any]:
+    """Fields of status that the stages fill, by Python name. ``stored`` is what status says of this
+    run, empty where it begins."""
+    found: dict[str, Any] = {"usage": _usage(view, stored), "startup": _startup(view, stored)}
+    if view.prepared is not None:
+        found["prepared"] = figures.prepared_status(view.prepared)
+    found |= _from_progress(view)
+    found |= _from_training(view, stored, found)
+    if view.published is not None:
+        found["output"] = figures.output_status(view.published)
+    return found
+
+
+def _from_progress(view: RunView) -> dict[str, Any]:
+    progress, read_at = view.progress, view.observed.progress_time
+    if progress is None or read_at is None:
+        return {}
+    found: dict[str, Any] = {"progress": figures.progress_status(progress, read_at)}
+    if progress.latest_checkpoint or progress.best_checkpoint:
+        found["checkpoints"] = Checkpoints(
+            latest=progress.latest_checkpoint, best=progress.best_checkpoint
+        )
+    return found
+
+
+def _from_training(
+    view: RunView, stored: FineTuneJobStatus, polled: dict[str, Any]
+) -> dict[str, Any]:
+    """What the gang reported at its end. ``polled`` is from its ``/progress``, which may lack the
+    last steps."""
+    trained = view.trained
+    if trained is None:
+        return {}
+    newest = polled.get("progress") or stored.progress
+    done = stored.progress is not None and stored.progress.stage == "Done"
+    found: dict[str, Any] = {
+        "progress": stored.progress if done else figures.final_progress(newest, trained, view.now),
+        "evaluation": figures.evaluation(trained) or stored.evaluation,
+        "parameters": ParameterStatus(
+            trainable=trained.trainable_parameters, total=trained.total_parameters
+        ),
+    }
+    if trained.checkpoint:
+        checkpoints = polled.get("checkpoints") or stored.checkpoints or Checkpoints()
+        found["checkpoints"] = checkpoints.model_copy(update={"best": trained.checkpoint})
+    return found
+
+
+def _startup(view: RunView, stored: FineTuneJobStatus) -> StartupStatus | None:
+    """As status has it, once it is known."""
+    if stored.startup is not None:
+        return stored.startup
+    run, progress, trained = view.run, view.progress, view.trained
+    reported = progress.startup if progress else None
+    return startup(
+        parse_time(stored.run.start_time) if stored.run else None,
+        view.order.spec.compute.nodes,
+        view.observed.job(GANG, run.id, run.revision),
+        view.observed.pods_of(GANG, run.id, run.revision),
+        reported or (trained.startup if trained else None),
+    )
+
+
+def _usage(view: RunView, stored: FineTuneJobStatus) -> Usage:
+    run = view.run
+    ran = stored.progress is not None or stored.restarts > 0 or view.done(GANG)
+    ran = ran or any(c.type == "Running" and c.status == "True" for c in stored.conditions)
+    gone = [p for p in view.observed.gone if p.role == GANG and p.run == run.id]
+    return usage(
+        stored.usage,
+        view.order.spec.compute,
+        [*view.observed.pods_of(GANG, run.id), *gone],
+        view.observed.job(GANG, run.id, run.revision),
+        ran_before=ran,
+        progress=view.progress,
+        trained=view.trained,
+        now=view.now,
+    )

@@ -1,0 +1,66 @@
+"""The record of the current run in status, and the history of earlier ones."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from finetune_api.status import Run, RunBase
+from finetune_operator.config import HISTORY
+from finetune_operator.decision.run_view import RunView
+from finetune_operator.status.models import make
+from finetune_operator.world.objects import format_time
+
+
+def run_record(view: RunView, outcome: Literal["Complete", "Failed"] | None) -> Run:
+    """``status.run``; ``outcome`` is None while the run goes on."""
+    stored = view.before.run if view.same_run else None
+    attempts = [stored.attempt if stored else 0]
+    if view.progress is not None:
+        attempts.append(view.progress.attempt)
+    if view.trained is not None:
+        attempts.append(view.trained.attempt)
+    return make(
+        Run,
+        id=view.run.id,
+        number=view.run.number,
+        revision=view.run.revision,
+        attempt=max(attempts),
+        start_time=_start_time(view, stored),
+        completion_time=format_time(view.completion_time) if outcome else None,
+        rerun_token=view.order.spec.rerun_token,
+        base=_base(view),
+        outcome=outcome,
+        output=view.order.output_uri if outcome == "Complete" else None,
+    )
+
+
+def _start_time(view: RunView, stored: Run | None) -> str | None:
+    """When the run's first order was made, which is now where there is none yet; None while the
+    run waits for its model."""
+    if view.run.wait is not None:
+        return None
+    if stored is not None and stored.start_time is not None:
+        return stored.start_time
+    made = [o.created for o in view.observed.orders if o.run == view.run.id and o.created]
+    return format_time(min(made, default=view.now))
+
+
+def _base(view: RunView) -> RunBase | None:
+    base = view.order.base
+    if base is None:
+        return None
+    return make(RunBase, job=base.job, run=base.run, uri=base.uri, digest=base.digest)
+
+
+def history(view: RunView) -> list[Run]:
+    """Earlier runs, newest first, where the stored status speaks of the run before this one."""
+    earlier, last = view.before.history, view.before.run
+    if last is None:
+        return earlier
+    ended = last.model_copy(
+        update={
+            "outcome": last.outcome or "Superseded",
+            "completion_time": last.completion_time or format_time(view.now),
+        }
+    )
+    return [ended, *earlier][:HISTORY]

@@ -1,0 +1,133 @@
+"""The objects that the operator has made for a job: orders, Jobs and Services."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from finetune_api import names
+from finetune_api.names import Role
+from finetune_api.order import RunOrder
+from finetune_operator.config import (
+    ANNOTATION_IMAGE,
+    ANNOTATION_OUTCOME,
+    ANNOTATION_RESTARTS,
+    ANNOTATION_SUSPENDED,
+)
+from finetune_operator.world.objects import Object, child_labels, parse_time
+from finetune_operator.world.stored import read_order
+
+
+@dataclass(frozen=True)
+class OrderView:
+    """The ConfigMap with the order of one revision of a run."""
+
+    name: str
+    run: str
+    number: int
+    revision: int
+    image: str
+    created: datetime | None = None
+    restarts_before: int = 0
+    """Incidents of earlier revisions that do not count against failurePolicy.maxRestarts."""
+    outcome: str | None = None
+    order: RunOrder | None = None
+    """None where today's models refuse it; ``problems`` says why."""
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class JobView:
+    """The Job of a stage."""
+
+    name: str
+    role: Role
+    run: str
+    revision: int
+    created: datetime
+    started: datetime | None = None
+    suspended: bool = False
+    suspended_by_operator: bool = False
+    """Suspended for spec.suspend, and so the operator's to resume."""
+    complete: bool = False
+    failed: bool = False
+    """Failed, or about to be: the Job controller waits for pods that may never end."""
+    failed_at: datetime | None = None
+    failure_reason: str = ""
+    failure_message: str = ""
+    stopping: bool = False
+    """The operator has set its deadline to 0 seconds, which ends its pods."""
+    deleting: bool = False
+
+    @property
+    def finished(self) -> bool:
+        return self.complete or self.failed
+
+
+@dataclass(frozen=True)
+class ServiceView:
+    """The headless Service of a gang."""
+
+    name: str
+    run: str
+    revision: int
+
+
+def order_view(obj: Object) -> OrderView | None:
+    """The order in a ConfigMap, or None for a ConfigMap without one."""
+    labels = obj["metadata"].get("labels") or {}
+    annotations = obj["metadata"].get("annotations") or {}
+    run, revision = labels.get(names.LABEL_RUN, ""), labels.get(names.LABEL_REVISION, "")
+    text = (obj.get("data") or {}).get(names.ORDER_KEY)
+    number = run.partition("-")[0]
+    if text is None or not number.isdigit() or not revision.isdigit():
+        return None
+    order, problems = read_order(text)
+    restarts = annotations.get(ANNOTATION_RESTARTS, "0")
+    return OrderView(
+        name=obj["metadata"]["name"],
+        run=run,
+        number=int(number),
+        revision=int(revision),
+        image=annotations.get(ANNOTATION_IMAGE, ""),
+        created=parse_time(obj["metadata"].get("creationTimestamp")),
+        restarts_before=int(restarts) if restarts.isdigit() else 0,
+        outcome=annotations.get(ANNOTATION_OUTCOME),
+        order=order,
+        problems=tuple(problems),
+    )
+
+
+def job_view(obj: Object) -> JobView | None:
+    """The Job of a stage, or None for any other Job."""
+    labels = child_labels(obj)
+    created = parse_time(obj["metadata"].get("creationTimestamp"))
+    if labels is None or created is None:
+        return None
+    annotations = obj["metadata"].get("annotations") or {}
+    status = obj.get("status") or {}
+    true = {c["type"]: c for c in status.get("conditions") or [] if c.get("status") == "True"}
+    bad = true.get("Failed") or true.get("FailureTarget") or {}
+    return JobView(
+        name=obj["metadata"]["name"],
+        role=labels.role,
+        run=labels.run,
+        revision=labels.revision,
+        created=created,
+        started=parse_time(status.get("startTime")),
+        suspended=bool(obj.get("spec", {}).get("suspend")),
+        suspended_by_operator=annotations.get(ANNOTATION_SUSPENDED) == "true",
+        complete="Complete" in true or "SuccessCriteriaMet" in true,
+        failed=bool(bad),
+        failed_at=parse_time(bad.get("lastTransitionTime")),
+        failure_reason=bad.get("reason", ""),
+        failure_message=bad.get("message", ""),
+        stopping=obj.get("spec", {}).get("activeDeadlineSeconds") == 0,
+        deleting="deletionTimestamp" in obj["metadata"],
+    )
+
+
+def service_view(obj: Object) -> ServiceView | None:
+    """The Service of a gang, or None for any other Service."""
+    labels = child_labels(obj)
+    return ServiceView(obj["metadata"]["name"], labels.run, labels.revision) if labels else None

@@ -1,0 +1,72 @@
+"""FineTuneJobs as sources of models: what a job has published for those that start from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder, TunedBase
+from finetune_api.sources import StorageAccess
+from finetune_api.status import FineTuneJobStatus, RunBase
+from finetune_operator.world.children import order_view
+from finetune_operator.world.objects import Object
+from finetune_operator.world.references import reference_of
+from finetune_operator.world.stored import read_spec, read_status
+
+
+@dataclass(frozen=True)
+class ModelJob:
+    """A job whose model another job starts from."""
+
+    name: str
+    refers_to: str | None
+    """Name of the job that it starts from itself."""
+    settled: bool
+    """Whether its status speaks of its spec as it stands."""
+    status: FineTuneJobStatus
+    order: RunOrder | None
+    """Order of its current run; made from its spec where the ConfigMap was removed."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether its current run has published a model."""
+        run = self.status.run
+        return self.settled and run is not None and run.outcome == "Complete"
+
+
+def model_view(job: Object, config_maps: Iterable[Object]) -> ModelJob:
+    """A job as the jobs that start from its model see it; ``config_maps`` are its children."""
+    meta, status = job["metadata"], read_status(job.get("status"))
+    run = status.run.id if status.run else None
+    orders = [v for v in map(order_view, config_maps) if v is not None and v.run == run and v.order]
+    newest = max(orders, key=lambda v: v.revision, default=None)
+    return ModelJob(
+        name=meta["name"],
+        refers_to=reference_of(job),
+        settled=status.observed_generation == meta.get("generation", 1),
+        status=status,
+        order=newest.order if newest else _order_from_spec(job, status),
+    )
+
+
+def _order_from_spec(job: Object, status: FineTuneJobStatus) -> RunOrder | None:
+    """An order made from the spec as it stands, for a run whose ConfigMap was removed."""
+    spec, _ = read_spec(job.get("spec"))
+    if spec is None:
+        return None
+    base = status.run and status.run.base
+    meta = job["metadata"]
+    return RunOrder(
+        version=CONTRACT_VERSION,
+        job=JobIdentity(namespace=meta["namespace"], name=meta["name"], uid=meta["uid"]),
+        run=status.run.id if status.run else "",
+        spec=spec,
+        base=base_from_status(base, spec.model.storage) if base else None,
+    )
+
+
+def base_from_status(base: RunBase, storage: StorageAccess | None) -> TunedBase:
+    """The model that a run started from, out of status, which does not record storage access."""
+    return TunedBase(
+        job=base.job, run=base.run, uri=base.uri, digest=base.digest, storage=storage
+    )  # fmt: skip
