@@ -186,20 +186,20 @@ class World:
     # --- the trainer -----------------------------------------------------------------------------
 
     def finish(self, role: str, **said: Any) -> None:
-        word = Termination.model_validate({"run": self.run["id"], "role": role, **said})
+        message = Termination.model_validate({"run": self.run["id"], "role": role, **said})
         nodes = self.child(role)["spec"]["completions"]
         for pod in self.pods(role, nodes, terminated={"exitCode": 0}):
             state = pod["status"]["containerStatuses"][0]["state"]
-            state["terminated"]["message"] = word.to_text()
+            state["terminated"]["message"] = message.to_text()
         self.condition(role, "Complete")
 
     def fail(self, role: str, code: int, index: int = 0, suffix: str = "x", **failure: Any) -> Any:
         ended: dict[str, Any] = {"exitCode": code}
         if failure:
-            word = Termination.model_validate(
+            message = Termination.model_validate(
                 {"run": self.run["id"], "role": role, "failure": failure}
             )
-            ended["message"] = word.to_text()
+            ended["message"] = message.to_text()
         return self.pod(self.child(role), index, suffix, terminated=ended)
 
     def report(self, stage: str = "Training", **more: Any) -> None:
@@ -216,7 +216,7 @@ class World:
     def run(self) -> dict[str, Any]:
         return self.status["run"]  # type: ignore[no-any-return]
 
-    def held(self, type_: str) -> str | None:
+    def condition_of(self, type_: str) -> str | None:
         found = [c for c in self.status["conditions"] if c["type"] == type_]
         return f"{found[0]['status']}/{found[0]['reason']}" if found else None
 

@@ -74,7 +74,7 @@ class Job:
     def status(self) -> Any:
         return self.object.get("status", {})
 
-    def held(self, type_: str) -> str | None:
+    def condition_of(self, type_: str) -> str | None:
         found = [c for c in self.status.get("conditions", []) if c["type"] == type_]
         return f"{found[0]['status']}/{found[0]['reason']}" if found else None
 
@@ -114,15 +114,15 @@ class Job:
     def end(
         self, role: str, code: int = 0, count: int = 1, ending: int | None = None, **said: Any
     ) -> None:
-        """Let the ``count`` pods of a stage (or ``ending`` of them) end, with a last word."""
+        """Let the ``count`` pods of a stage (or ``ending`` of them) end, with a message."""
         self.end_pods(self.running(role, count)[:ending], role, code, **said)
 
     def end_pods(self, pods: list[Any], role: str, code: int, **said: Any) -> None:
         run = pods[0]["metadata"]["labels"][names.LABEL_RUN]
-        word = Termination.model_validate({"run": run, "role": role, **said}).to_text()
+        message = Termination.model_validate({"run": run, "role": role, **said}).to_text()
         for pod in pods:
             name = pod["metadata"]["name"]
-            note = [f"{MESSAGE}={word}", f"{EXIT_CODE}={code}"]
+            note = [f"{MESSAGE}={message}", f"{EXIT_CODE}={code}"]
             self.api.kubectl("annotate", "pod", name, "-n", self.namespace, *note)
 
 
@@ -157,7 +157,7 @@ def test_from_apply_to_complete(job: Job, operator: OperatorProcess) -> None:
     assert status["output"]["uri"] == PUBLISHED["uri"]
     assert status["evaluation"][0]["gain"] == "-1.5"
     for type_ in ("Prepared", "Evaluated", "Published", "Complete", "Ready"):
-        assert (job.held(type_) or "").startswith("True/"), type_
+        assert (job.condition_of(type_) or "").startswith("True/"), type_
     assert job.names("jobs") == ["prepare-1", "publish-1", "train-1"]
     events = {e["reason"] for e in job.api.get("events", "-n", job.namespace)["items"]}
     assert {"RunStarted", "DataReady", "GangRunning", "Evaluated", "Published"} <= events
@@ -205,14 +205,14 @@ def test_killed_and_started_again_nothing_restarts(job: Job, operator: OperatorP
     assert images == {IMAGE}, "an upgraded operator touches no run"
 
 
-def test_a_final_exit_code_fails_the_run_with_its_word(job: Job, operator: OperatorProcess) -> None:
+def test_a_final_exit_code_fails_the_run(job: Job, operator: OperatorProcess) -> None:
     job.apply()
     said = {"class": "DataError", "reason": "MalformedRecord", "message": "train.jsonl line 3"}
     job.end("prepare", code=11, failure=said)
     job.reach("Failed")
     failure = job.status["failure"]
     assert {k: failure[k] for k in said} == said and failure["exitCode"] == 11
-    assert job.held("Stalled") == "True/MalformedRecord"
+    assert job.condition_of("Stalled") == "True/MalformedRecord"
     job.api.kubectl("delete", "jobs", "--all", "-n", job.namespace)
     job.patch(failurePolicy={"maxRestarts": 1})
     eventually("observed", lambda: job.status["observedGeneration"] == 2)
@@ -291,7 +291,7 @@ def test_status_removed_by_hand_is_rebuilt(job: Job, operator: OperatorProcess) 
     job.api.kubectl("patch", *who, *removal)
     job.reach("Training")
     assert job.status["run"] == run and job.uids("jobs") == jobs
-    assert job.held("Prepared") == "True/DataReady"
+    assert job.condition_of("Prepared") == "True/DataReady"
 
 
 def test_no_node_fits(job: Job, operator: OperatorProcess) -> None:
@@ -308,7 +308,7 @@ def test_a_template_that_kubernetes_refuses(job: Job, operator: OperatorProcess)
     job.apply(compute={"podTemplate": template})
     job.end("prepare", prepared=PREPARED)
     job.reach("Failed")
-    assert job.held("Failed") == "True/ChildRefused"
+    assert job.condition_of("Failed") == "True/ChildRefused"
     assert "tolerations" in job.status["failure"]["message"]
 
 

@@ -10,7 +10,11 @@ import pytest
 from operator_world import PREPARED, PUBLISHED, TRAINED, World, at_training, completed
 
 from finetune_api import names
+from finetune_operator.children.jobs import STAGE_JOBS
 from finetune_operator.decide import defect
+from finetune_operator.decision.stages import CONDITION
+from finetune_operator.status.activity import BEGINS, WORKS
+from finetune_operator.status.status import REACHED
 
 
 def timeless(status: dict[str, Any]) -> dict[str, Any]:
@@ -31,8 +35,14 @@ def test_first_pass_makes_order_and_prepare_and_says_so() -> None:
     assert world.status["phase"] == "Pending"
     assert world.status["observedGeneration"] == 1
     assert world.run["id"] == "1-0f9c2"
-    assert world.held("Reconciling") == "True/Preparing"
+    assert world.condition_of("Reconciling") == "True/Preparing"
     assert [e.reason for e in plan.events] == ["RunStarted"]
+
+
+def test_every_stage_has_its_rows() -> None:
+    for table in (CONDITION, STAGE_JOBS, BEGINS, WORKS):
+        assert list(table) == list(names.ROLES)
+    assert set(REACHED) == set(CONDITION.values())
 
 
 def test_a_training_that_may_not_fit_is_warned_of() -> None:
@@ -44,7 +54,7 @@ def test_a_training_that_may_not_fit_is_warned_of() -> None:
     }  # fmt: skip
     world.finish("prepare", prepared={**PREPARED, "memory": memory})
     found = [event for _ in range(3) for event in world.pass_().events]
-    assert world.held("Prepared") == "True/MayNotFit"
+    assert world.condition_of("Prepared") == "True/MayNotFit"
     (warned,) = [event for event in found if event.reason == "MayNotFit"]
     assert warned.type == "Warning" and warned.message.endswith("What fits: nothing")
 
@@ -57,27 +67,27 @@ def test_a_run_goes_through_its_stages_to_complete() -> None:
     assert world.status["phase"] == "Preparing"
     world.finish("prepare", prepared=PREPARED)
     world.settle()
-    assert world.held("Prepared") == "True/DataReady"
+    assert world.condition_of("Prepared") == "True/DataReady"
     assert world.status["prepared"]["trainSamples"] == 90
     assert world.names("Service") == ["bot-1-0f9c2-train-1"]
     assert world.status["phase"] == "Starting"
     world.pods("train", 1, running={})
     world.settle()
-    assert world.held("Running") == "False/Starting"
+    assert world.condition_of("Running") == "False/Starting"
     world.pods("train", 2, running={})
     world.settle()
-    assert world.held("Running") == "True/GangRunning"
+    assert world.condition_of("Running") == "True/GangRunning"
     assert world.status["phase"] == "Training"
     world.finish("train", trained=TRAINED)
     world.settle()
-    assert world.held("Evaluated") == "True/Evaluated"
-    assert world.held("Running") == "False/NotTraining"
+    assert world.condition_of("Evaluated") == "True/Evaluated"
+    assert world.condition_of("Running") == "False/NotTraining"
     assert world.status["phase"] == "Publishing"
     world.finish("publish", published=PUBLISHED)
     world.settle()
-    assert world.held("Published") == "True/Published"
-    assert world.held("Complete") == "True/Published"
-    assert (world.held("Ready"), world.held("Reconciling")) == (
+    assert world.condition_of("Published") == "True/Published"
+    assert world.condition_of("Complete") == "True/Published"
+    assert (world.condition_of("Ready"), world.condition_of("Reconciling")) == (
         "True/Complete",
         "False/Complete",
     )
@@ -147,7 +157,7 @@ def test_a_failed_run_stays_failed_when_its_children_are_deleted() -> None:
     world.objects.clear()
     world.settle()
     assert world.status["failure"]["reason"] == "Bad"
-    assert world.held("Stalled") == "True/Bad"
+    assert world.condition_of("Stalled") == "True/Bad"
     assert not world.objects
 
 
@@ -176,7 +186,7 @@ def test_status_and_jobs_lost_does_not_retrain_a_complete_run() -> None:
     del world.job["status"]
     world.objects = {k: o for k, o in world.objects.items() if k[0] == "ConfigMap"}
     world.settle()
-    assert world.held("Complete") == "True/Published"
+    assert world.condition_of("Complete") == "True/Published"
     assert world.names("Job") == []
 
 
@@ -192,7 +202,7 @@ def test_a_pod_lost_in_the_last_moment_does_not_hold_the_result_back() -> None:
     assert not any("publish" in name for name in world.names("Job")), "it may yet end by itself"
     world.wait(61)
     world.settle()
-    assert world.held("Evaluated") == "True/Evaluated"
+    assert world.condition_of("Evaluated") == "True/Evaluated"
     assert world.child("train")["spec"]["activeDeadlineSeconds"] == 0
     assert world.child("publish")
 
@@ -227,7 +237,7 @@ def test_a_pass_that_meets_a_defect_says_so_and_the_next_takes_it_back() -> None
     assert plan.status is not None and not (plan.delete or plan.create or plan.change)
     assert [(e.type, e.reason) for e in plan.events] == [("Warning", "OperatorDefect")]
     world.job["status"] = plan.status
-    assert world.held("Stalled") == "True/OperatorDefect"
+    assert world.condition_of("Stalled") == "True/OperatorDefect"
     assert "TypeError: no such thing" in world.message("Stalled")
     assert world.status["phase"] == "Training" and world.status["run"] == before["run"]
     assert defect(world.job, TypeError("no such thing"), world.now).status is None, "said once"
@@ -271,7 +281,7 @@ def test_a_stored_spec_that_todays_models_refuse_is_a_condition(running: bool) -
     world.job["spec"]["training"] = {"epochs": 1, "maxSteps": 1}
     world.job["metadata"]["generation"] += 1
     world.settle()
-    assert world.held("Stalled") == "True/InvalidSpec"
+    assert world.condition_of("Stalled") == "True/InvalidSpec"
     assert "epochs and maxSteps exclude each other" in world.message("Stalled")
     if running:
         assert world.status["phase"] == "Training"

@@ -1,14 +1,18 @@
-"""Verdicts: from the container's word, from Kubernetes', and from what keeps pods from running."""
+"""Why a run fails: by termination messages, by what Kubernetes reports of pods, by obstacles."""
 
 from __future__ import annotations
 
 import copy
+import re
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 from operator_world import TRAINED, World, at_training
 
+from finetune_api.names import ExitCode, FailureClass
+from finetune_operator.decision.failures import BY_EXIT_CODE
 from finetune_operator.world.objects import format_time
 from finetune_operator.world.observe import Refusal
 
@@ -19,7 +23,7 @@ def preparing() -> World:
     return world
 
 
-def test_the_containers_word_is_the_verdict() -> None:
+def test_the_termination_message_says_why() -> None:
     world = preparing()
     said = {"class": "DataError", "reason": "MalformedRecord", "message": "train.jsonl line 3"}
     world.fail("prepare", 11, **said)
@@ -31,8 +35,8 @@ def test_the_containers_word_is_the_verdict() -> None:
         "node": "node-0",
         "exitCode": 11,
     }
-    assert world.held("Failed") == "True/MalformedRecord"
-    assert world.held("Prepared") == "False/MalformedRecord"
+    assert world.condition_of("Failed") == "True/MalformedRecord"
+    assert world.condition_of("Prepared") == "False/MalformedRecord"
     assert world.run["outcome"] == "Failed"
     assert [(e.type, e.reason) for e in plan.events] == [("Warning", "MalformedRecord")]
     world.settle()
@@ -92,7 +96,7 @@ def test_the_worker_that_failed_tells_and_not_those_that_were_stopped() -> None:
         ),
     ],
 )
-def test_verdict_without_a_word(
+def test_without_a_termination_message(
     ended: dict[str, Any], pod_status: dict[str, Any], expected: tuple[str, str]
 ) -> None:
     world = preparing()
@@ -105,6 +109,14 @@ def test_verdict_without_a_word(
     assert failure["message"]
 
 
+def test_every_exit_code_and_every_class_is_known() -> None:
+    assert set(BY_EXIT_CODE) == set(ExitCode) - {ExitCode.OK}
+    page = (Path(__file__).parents[2] / "docs/operations.md").read_text()
+    section = page.partition("## When something fails")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (\w+) \|", section, flags=re.M)
+    assert set(rows) - {"class"} == set(get_args(FailureClass))
+
+
 def test_tries_before_are_told() -> None:
     world = preparing()
     said = {"class": "Storage", "reason": "Unreachable", "message": "s3://data: timed out"}
@@ -115,7 +127,7 @@ def test_tries_before_are_told() -> None:
     assert "prepare-1-0-a failed (Unreachable): s3://data: timed out" in world.message("Prepared")
 
 
-def test_a_jobs_failure_that_comes_before_its_pods_waits_for_their_word() -> None:
+def test_a_jobs_failure_that_comes_before_its_pods_waits_for_them() -> None:
     world = preparing()
     world.pods("prepare", running={})
     world.condition("prepare", "Failed", "PodFailurePolicy")
@@ -135,7 +147,7 @@ def test_a_jobs_failure_that_comes_before_its_pods_waits_for_their_word() -> Non
     world.child("prepare")["status"] = {"conditions": [failed]}
     world.wait(10)
     world.settle()
-    assert world.status["failure"]["reason"] == "PodFailurePolicy", "no word came"
+    assert world.status["failure"]["reason"] == "PodFailurePolicy", "no pod came"
 
 
 def test_no_pod_left_to_tell() -> None:
@@ -217,7 +229,7 @@ def test_an_image_that_cannot_be_pulled(reason: str, message: str, seconds: int)
     if seconds:
         world.settle()
         assert world.status["phase"] == "Pending"
-        assert world.held("Prepared") == "False/ImagePull"
+        assert world.condition_of("Prepared") == "False/ImagePull"
         assert world.plan().requeue_after == timedelta(seconds=seconds)
         world.wait(seconds)
     world.settle()
@@ -231,11 +243,11 @@ def test_a_missing_secret_is_said_and_heals() -> None:
     world = preparing()
     waiting(world, "prepare", "CreateContainerConfigError", 'secret "s3" not found')
     world.settle()
-    assert world.held("Prepared") == "False/MissingSecret"
+    assert world.condition_of("Prepared") == "False/MissingSecret"
     assert 'secret "s3" not found' in world.message("Ready")
     world.pods("prepare", running={})
     world.settle()
-    assert world.held("Prepared") == "False/Preparing"
+    assert world.condition_of("Prepared") == "False/Preparing"
     assert world.status["phase"] == "Preparing"
 
 
@@ -255,7 +267,7 @@ def test_too_few_nodes() -> None:
     unschedulable(world, "train", 2)
     world.settle()
     assert world.status["phase"] == "Starting"
-    assert world.held("Running") == "False/Unschedulable"
+    assert world.condition_of("Running") == "False/Unschedulable"
     assert "no nvidia.com/gpu" in world.message("Running")
     assert world.plan().requeue_after == timedelta(seconds=120)
     world.wait(120)
@@ -296,11 +308,11 @@ def test_the_start_deadline_is_live_and_counts_from_the_start_not_the_queue() ->
 def test_a_job_whose_pods_are_refused() -> None:
     world = World(scheduling={"startDeadlineSeconds": 60})
     world.settle()
-    assert world.held("Prepared") == "False/Preparing"
+    assert world.condition_of("Prepared") == "False/Preparing"
     assert world.plan().requeue_after == timedelta(seconds=10)
     world.wait(10)
     world.settle()
-    assert world.held("Prepared") == "False/PodsNotCreated"
+    assert world.condition_of("Prepared") == "False/PodsNotCreated"
     world.wait(50)
     world.settle()
     assert world.status["failure"]["reason"] == "PodsNotCreated"
@@ -311,7 +323,7 @@ def test_a_forbidden_pod_template_fails_before_anything_runs() -> None:
     world = World(compute={"podTemplate": {"spec": {"hostNetwork": True}}})
     world.settle()
     assert world.names("Job") == []
-    assert world.held("Failed") == "True/InvalidPodTemplate"
+    assert world.condition_of("Failed") == "True/InvalidPodTemplate"
     assert "spec.compute.podTemplate.spec.hostNetwork" in world.message("Stalled")
     world.edit(compute={"podTemplate": {"spec": {"nodeSelector": {"a": "b"}}}})
     world.job["spec"]["compute"]["podTemplate"]["spec"].pop("hostNetwork")
@@ -360,12 +372,12 @@ def test_a_job_that_the_api_server_refuses() -> None:
     world.refused = {"bot-1-0f9c2-train-1": Refusal("exceeded quota: jobs", final=False)}
     world.pass_()
     assert world.status["phase"] == "Starting"
-    assert world.held("Running") == "False/ChildRefused"
+    assert world.condition_of("Running") == "False/ChildRefused"
     assert "exceeded quota" in world.message("Ready")
     world.objects.pop(("Job", "bot-1-0f9c2-train-1"))
     world.refused = {"bot-1-0f9c2-train-1": Refusal("tolerations[2].operator: bad", final=True)}
     world.settle()
-    assert world.held("Failed") == "True/ChildRefused"
+    assert world.condition_of("Failed") == "True/ChildRefused"
     assert "tolerations[2].operator" in world.status["failure"]["message"]
 
 
@@ -374,5 +386,5 @@ def test_an_order_that_the_api_server_refuses() -> None:
     no = Refusal("exceeded quota: count/configmaps", final=False)
     world.refused = {"bot-1-0f9c2-order-1": no}
     world.pass_()
-    assert world.held("Prepared") == "False/ChildRefused"
+    assert world.condition_of("Prepared") == "False/ChildRefused"
     assert "count/configmaps" in world.message("Ready")

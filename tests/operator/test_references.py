@@ -1,4 +1,4 @@
-"""A run that starts from another job's model: it waits in words, begins with what that job has
+"""A run that starts from another job's model: it waits and says why, begins with what that job has
 published, and keeps to it."""
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ def test_a_run_waits_in_words_and_makes_nothing(
     world.settle()
     assert not world.objects
     assert world.status["phase"] == "Waiting"
-    assert world.held("Prepared") == world.held("Ready") == f"False/{reason}"
+    assert world.condition_of("Prepared") == world.condition_of("Ready") == f"False/{reason}"
     assert said in world.message("Prepared")
     stuck = reason == "ModelFailed"
-    assert world.held("Reconciling") == f"{not stuck}/{reason}"
-    assert (world.held("Stalled") == f"True/{reason}") is stuck
+    assert world.condition_of("Reconciling") == f"{not stuck}/{reason}"
+    assert (world.condition_of("Stalled") == f"True/{reason}") is stuck
     assert "startTime" not in world.run and "base" not in world.run
     assert world.status["observedGeneration"] == 1
     assert world.plan().requeue_after is None, "the other job's change wakes it"
@@ -111,7 +111,7 @@ def circle(*wishes: tuple[str, str]) -> list[World]:
 def test_a_circle_is_named(wishes: list[tuple[str, str]], told: str) -> None:
     world = circle(*wishes)[0]
     plan = world.pass_()
-    assert world.held("Stalled") == "True/ReferenceCycle"
+    assert world.condition_of("Stalled") == "True/ReferenceCycle"
     assert told in world.message("Stalled")
     assert [event.reason for event in plan.events] == ["ReferenceCycle"]
     assert not world.objects
@@ -124,7 +124,7 @@ def test_a_circle_in_which_one_has_a_model_is_none() -> None:
     other.job["spec"]["model"] = {"fineTuneJobRef": {"name": "middle"}}
     world.others.append(middle)
     world.settle()
-    assert world.held("Prepared") == "False/WaitingForModel"
+    assert world.condition_of("Prepared") == "False/WaitingForModel"
 
 
 def test_once_the_model_is_there_the_run_begins_with_it_frozen() -> None:
@@ -147,7 +147,7 @@ def test_once_the_model_is_there_the_run_begins_with_it_frozen() -> None:
     base = order_of(world)["base"]
     assert base["storage"]["endpoint"] == "http://near:9000"
     assert base["beneath"]["source"] == "s3://models/base"
-    assert world.held("Prepared") == "False/Preparing"
+    assert world.condition_of("Prepared") == "False/Preparing"
 
     # A later run of the other job, or its end, touches nothing.
     before = copy.deepcopy(world.objects)

@@ -75,7 +75,7 @@ def test_new_run_replaces_the_current_one() -> None:
     assert world.names("ConfigMap") == ["bot-1-0f9c2-order-1", "bot-2-0f9c2-order-1"]
     assert world.run["number"] == 2
     assert [(r["number"], r["outcome"]) for r in world.status["history"]] == [(1, "Superseded")]
-    assert "prepared" not in world.status and world.held("Prepared") == "False/Preparing"
+    assert "prepared" not in world.status and world.condition_of("Prepared") == "False/Preparing"
 
 
 def test_a_b_a_is_three_runs() -> None:
@@ -120,7 +120,7 @@ def test_a_failed_run_goes_on_when_its_gang_is_changed() -> None:
     world.edit(compute={"nodes": 1})
     world.settle()
     assert world.run["revision"] == 2 and "outcome" not in world.run
-    assert world.held("Failed") == "False/Resumed" and "failure" not in world.status
+    assert world.condition_of("Failed") == "False/Resumed" and "failure" not in world.status
     world.progress = None
     world.settle()
     assert world.status["restarts"] == 1, "counted on, but not against the new gang"
@@ -228,12 +228,14 @@ def test_suspend_and_resume_in_the_same_job() -> None:
     world.edit(suspend=True)
     world.settle()
     assert world.child("train")["spec"]["suspend"] is True
-    assert world.held("Suspended") == "True/Suspended" and world.status["phase"] == "Suspended"
+    assert (
+        world.condition_of("Suspended") == "True/Suspended" and world.status["phase"] == "Suspended"
+    )
     world.remove_pods()
     world.edit(suspend=False)
     world.settle()
     assert world.child("train")["spec"]["suspend"] is False
-    assert world.held("Suspended") == "False/NotSuspended"
+    assert world.condition_of("Suspended") == "False/NotSuspended"
     assert world.run["revision"] == 1
 
 
@@ -257,7 +259,7 @@ def test_a_refused_edit_does_not_wake_a_suspended_run() -> None:
     world.settle()
     world.edit(training={"epochs": 1, "maxSteps": 1})
     world.settle()
-    assert world.held("Stalled") == "True/InvalidSpec"
+    assert world.condition_of("Stalled") == "True/InvalidSpec"
     assert world.status["phase"] == "Suspended"
     assert world.child("train")["spec"]["suspend"] is True
     world.edit(suspend=False)

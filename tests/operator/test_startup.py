@@ -1,4 +1,4 @@
-"""Time from a run's start to its first step: whose word counts, and what each part is."""
+"""Time from a run's start to its first step: whose report counts, and what each part is."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def pod(index: int, created: float, scheduled: float | None, started: float | No
     )  # fmt: skip
 
 
-def told(first_step: float, from_step: int = 0, **seconds: float) -> Startup:
+def reported(first_step: float, from_step: int = 0, **seconds: float) -> Startup:
     return Startup.model_validate(
         {"seconds": seconds, "fromStep": from_step, "firstStep": after(first_step).timestamp()}
     )
 
 
-WORD = told(100.7, model=9.6, step=3.2)
+REPORT = reported(100.7, model=9.6, step=3.2)
 MODEL = {"totalSeconds": 100, "modelSeconds": 10, "stepSeconds": 3}
 MADE = {"prepareSeconds": 40}
 
@@ -66,7 +66,7 @@ MADE = {"prepareSeconds": 40}
 def test_parts_are_those_of_the_gang_s_last_pod(
     pods: list[PodView], expected: dict[str, int]
 ) -> None:
-    found = startup(T0, 2, JOB, pods, WORD)
+    found = startup(T0, 2, JOB, pods, REPORT)
     assert found is not None and found.to_json() == MODEL | MADE | expected
     if "pullSeconds" in expected:
         before = sum(expected.values()) + MADE["prepareSeconds"]
@@ -74,16 +74,16 @@ def test_parts_are_those_of_the_gang_s_last_pod(
 
 
 @pytest.mark.parametrize(
-    ("began", "word"),
-    [(None, WORD), (T0, None), (T0, told(100, from_step=7, step=1.0))],
+    ("began", "report"),
+    [(None, REPORT), (T0, None), (T0, reported(100, from_step=7, step=1.0))],
     ids=["waits for its model", "no step yet", "went on from a commit"],
 )
-def test_what_says_nothing_of_the_run(began: Any, word: Startup | None) -> None:
-    assert startup(began, 1, JOB, [pod(0, 41, 43, 60)], word) is None
+def test_what_says_nothing_of_the_run(began: Any, report: Startup | None) -> None:
+    assert startup(began, 1, JOB, [pod(0, 41, 43, 60)], report) is None
 
 
 def test_clocks_that_differ_make_no_negative_times() -> None:
-    found = startup(after(200), 1, JOB, [], WORD)
+    found = startup(after(200), 1, JOB, [], REPORT)
     assert found is not None and (found.total_seconds, found.prepare_seconds) == (0, 0)
 
 
@@ -93,7 +93,7 @@ def test_status_tells_it_once_a_run() -> None:
     world.settle()
     assert "startup" not in world.status
     world.wait(20)
-    raw = told(30, launch=2.0, model=12.0, step=1.0).to_json()
+    raw = reported(30, launch=2.0, model=12.0, step=1.0).to_json()
     world.report(startup=raw)
     world.settle()
     expected = {
@@ -101,7 +101,7 @@ def test_status_tells_it_once_a_run() -> None:
         "pullSeconds": 0, "launchSeconds": 2, "modelSeconds": 12, "stepSeconds": 1,
     }  # fmt: skip
     assert world.status["startup"] == expected
-    world.report(attempt=2, restarts=1, startup=told(900, step=1.0).to_json())
+    world.report(attempt=2, restarts=1, startup=reported(900, step=1.0).to_json())
     world.settle()
     assert world.status["startup"] == expected
     world.edit(rerunToken="again")
@@ -112,7 +112,7 @@ def test_status_tells_it_once_a_run() -> None:
 def test_the_last_word_tells_it_where_the_gang_was_too_quick_to_be_asked() -> None:
     world = at_training()
     world.wait(60)
-    world.finish("train", trained=TRAINED | {"startup": told(33, step=1.0).to_json()})
+    world.finish("train", trained=TRAINED | {"startup": reported(33, step=1.0).to_json()})
     world.settle()
     assert world.status["startup"]["totalSeconds"] == 33
     assert world.status["startup"]["queueSeconds"] == 5
@@ -127,7 +127,7 @@ def test_a_run_that_waited_in_a_queue() -> None:
     world.wait(600)
     world.child("train")["spec"]["suspend"] = False
     train(world)
-    world.report(startup=told(640, step=1.0).to_json())
+    world.report(startup=reported(640, step=1.0).to_json())
     world.settle()
     found = world.status["startup"]
     assert (found["prepareSeconds"], found["queueSeconds"], found["totalSeconds"]) == (10, 605, 640)

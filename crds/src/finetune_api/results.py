@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 from pydantic import Field
 
 from finetune_api.base import Record
-from finetune_api.names import FailureClass
+from finetune_api.names import FailureClass, Role
 
 TERMINATION_LIMIT: Final = 4096
 """Bytes that Kubernetes keeps of a termination message."""
@@ -277,7 +277,7 @@ class Termination(Record):
 
     run: str
     """Identity of the run."""
-    role: Literal["prepare", "train", "publish"]
+    role: Role
     """Stage."""
     failure: Failure | None = None
     """Why it failed; absent after success."""

@@ -276,7 +276,7 @@ class Cluster:
         except ApiError as error:
             if error.code == 404:
                 return f"the API server does not know it; {_INSTALL}"
-            return f"the API server refuses to tell: {error}"
+            return f"the API server refuses the request: {error}"
         except (aiohttp.ClientError, TimeoutError) as error:
             return f"the API server cannot be reached: {type(error).__name__}: {error}"
         served = any(r["name"] == PLURAL for r in found.get("resources", []))

@@ -1,4 +1,4 @@
-"""What the operator is told when it starts, and the constants of its policy."""
+"""Settings of the operator process, and the constants of its policy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ANNOTATION_SUSPENDED: Final = f"{GROUP}/suspended"
 is left alone."""
 
 GRACE_SECONDS: Final = 120
-"""terminationGracePeriodSeconds of every pod; the trainer is told it and saves within it."""
+"""terminationGracePeriodSeconds of every pod, and the trainer's time to save its state."""
 NODE_LOST_SECONDS: Final = 30
 """How long pods stay bound to a node that is not ready or cannot be reached."""
 STAGE_BACKOFF_LIMIT: Final = 3

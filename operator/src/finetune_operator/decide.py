@@ -76,7 +76,7 @@ def _with_suspend(spec: FineTuneJobSpec, raw: Any) -> FineTuneJobSpec:
 def _with_status(
     plan: Plan, job: Mapping[str, Any], before: FineTuneJobStatus, after: FineTuneJobStatus
 ) -> Plan:
-    """A plan with the new status and its events, where the stored one says anything else."""
+    """A plan with the new status and its events, where it differs from the stored one."""
     status = after.to_json()
     if not differs(job.get("status"), status):
         return plan

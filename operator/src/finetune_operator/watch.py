@@ -150,7 +150,7 @@ async def run(
 async def sweep(
     cluster: Cluster, store: Store, enqueue: Callable[[str], None], namespaces: Collection[str]
 ) -> None:
-    """Remove objects from the store whose deletion no watch has told.
+    """Remove objects from the store whose deletion no watch has reported.
 
     After a watch expired (410 Gone) kopf lists again, but sends no event for objects that are no
     longer there. So all our objects are listed (metadata alone) every SWEEP_SECONDS, and those that

@@ -36,8 +36,8 @@ async def serve(
 
 
 def _probe(check: Check) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-    async def answer(_: web.Request) -> web.StreamResponse:
+    async def probe(_: web.Request) -> web.StreamResponse:
         wrong = check()
         return web.Response(text=wrong or "ok", status=503 if wrong else 200)
 
-    return answer
+    return probe

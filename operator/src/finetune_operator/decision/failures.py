@@ -1,5 +1,5 @@
-"""Why a stage failed, read from its pods: a container's termination message first, what Kubernetes
-says of the pod after it, the exit code last."""
+"""Why a stage failed, read from its pods: from a container's termination message, else from what
+Kubernetes reports of the pod, else from the exit code."""
 
 from __future__ import annotations
 
@@ -41,22 +41,24 @@ def failure(
 def stage_failure(
     job: JobView | None, pods: Iterable[PodView], attempt: int | None
 ) -> FailureStatus:
-    """Why a stage failed: the failure of the pod that knows most of the cause, and of several such
-    pods of the one that failed last; what the Job controller says where no pod is left."""
+    """Why a stage failed: the failure of the pod with the best evidence, among equals of the one
+    that failed last; the Job controller's reason where no pod is left."""
     failed = [p for p in pods if p.phase == "Failed" or p.exit_code not in (None, 0)]
     if not failed:
         reason = (job.failure_reason if job else "") or "PodsGone"
-        message = (job.failure_message if job else "") or "its pods are gone and left no word"
+        message = (
+            job.failure_message if job else ""
+        ) or "its pods are gone and left no termination message"
         return failure("Internal", reason, f"{message}. Logs of the pods may tell more")
-    telling = max(failed, key=lambda p: (_evidence(p), p.finished or p.created))
-    return _pod_failure(telling, attempt)
+    best = max(failed, key=lambda p: (_evidence(p), p.finished or p.created))
+    return _pod_failure(best, attempt)
 
 
 def _evidence(pod: PodView) -> int:
-    """How much a failed pod knows of the cause, from 1 to 5: a cause of its own says more than lost
-    peers, and an order to stop says least."""
+    """How good the evidence of a failed pod is, from 1 to 5: a cause of its own counts more than
+    lost peers, and a pod that was stopped counts least."""
     code = pod.exit_code
-    if code is not None and 10 <= code < 20:
+    if code in FINAL_EXIT_CODES:
         return 1 if code == ExitCode.FENCED else 5
     if pod.exit_reason == "OOMKilled":
         return 4

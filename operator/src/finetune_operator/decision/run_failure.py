@@ -35,8 +35,8 @@ def run_failure(view: RunView) -> FailureStatus | None:
 
 
 def pod_failure_due(view: RunView) -> datetime | None:
-    """Until when the failed pods of a failed Job are waited for, since they may tell why: watches
-    of Jobs and pods are in no common order. None where there is nothing to wait for."""
+    """Until when the pods of a failed Job are waited for, which may name the cause: watches of Jobs
+    and pods are in no common order. None where there is nothing to wait for."""
     job = view.job
     if job is None or job.failed_at is None or any(p.phase == "Failed" for p in view.pods):
         return None

@@ -1,7 +1,7 @@
 """The stages of a run, in order, and what each leads to.
 
 How a stage looks elsewhere is a row in that room: ``children.jobs`` (its Job and command) and
-``status.activity`` (what status says while it works).
+``status.activity`` (phase, reason and message while the stage works).
 """
 
 from __future__ import annotations
@@ -21,4 +21,4 @@ CONDITION: Final[dict[Role, ConditionType]] = {
     "publish": "Published",
 }
 """Condition that a stage leads to. Stages may share one: it is True once all of them are done, and
-says until then what the present one does."""
+until then its reason and message are those of the present stage."""

@@ -1,6 +1,6 @@
 """What a run with a stage at work is doing: phase, reason and message.
 
-Each stage has its row in ``_BEGINS`` and ``_WORKS``.
+Each stage has its row in ``BEGINS`` and ``WORKS``.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ def activity(view: RunView, decision: Decision) -> Activity:
     """What the stage at work is doing, or what keeps it from that."""
     stage, obstacle = view.stage, view.obstacle
     assert stage is not None
-    begins = _BEGINS[stage]
+    begins = BEGINS[stage]
     if view.refusal is not None:
-        text = f"tried again until it is allowed: {view.refusal.message}"
+        text = f"applied again until the API server accepts it: {view.refusal.message}"
         return Activity(begins, "ChildRefused", text)
     if view.job is None and not any(c.kind == "Job" for c in decision.actions.create):
         text = f"making the Job of {stage}, after pods of an earlier one ended"
         return Activity(begins, "Pending", text)
     if obstacle is not None and (obstacle.shown_from is None or obstacle.shown_from <= view.now):
         return Activity(begins, obstacle.reason, obstacle.message)
-    return _WORKS[stage](view)
+    return WORKS[stage](view)
 
 
 def _prepare(view: RunView) -> Activity:
@@ -66,14 +66,14 @@ def _publish(view: RunView) -> Activity:
     return Activity("Publishing", "Publishing", text + _earlier_tries(view))
 
 
-_BEGINS: Final[dict[Role, Phase]] = {
+BEGINS: Final[dict[Role, Phase]] = {
     "prepare": "Pending",
     "train": "Starting",
     "publish": "Publishing",
 }
 """Phase of a stage that has no Job, or whose pods cannot run."""
 
-_WORKS: Final[dict[Role, Callable[[RunView], Activity]]] = {
+WORKS: Final[dict[Role, Callable[[RunView], Activity]]] = {
     "prepare": _prepare,
     "train": _train,
     "publish": _publish,

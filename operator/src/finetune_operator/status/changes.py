@@ -1,4 +1,4 @@
-"""What a pass changes in status: whether anything, and the events that tell a user."""
+"""What a pass changes in status, and the events of that."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from finetune_operator.decision.plan import Event
 
 
 def differs(stored: Mapping[str, Any] | None, status: Mapping[str, Any]) -> bool:
-    """Whether a status says anything else than the stored one."""
+    """Whether a status differs from the stored one."""
     return _comparable(status) != _comparable(stored or {})
 
 
@@ -43,7 +43,7 @@ def events(before: FineTuneJobStatus, after: FineTuneJobStatus) -> tuple[Event, 
         if condition.status != "True" or condition.type in true_before | {"Ready", "Reconciling"}:
             continue
         if condition.type == "Stalled" and after.failure is not None:
-            continue  # the event of Failed says the same
+            continue  # the event of condition Failed has the same message
         bad = condition.type in ("Failed", "Stalled") or condition.reason == "MayNotFit"
         found.append(
             Event("Warning" if bad else "Normal", condition.reason, condition.message or "")

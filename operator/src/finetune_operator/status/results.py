@@ -21,8 +21,8 @@ from finetune_operator.world.objects import parse_time
 
 
 def results(view: RunView, stored: FineTuneJobStatus) -> dict[str, Any]:
-    """Fields of status that the stages fill, by Python name. ``stored`` is what status says of this
-    run, empty where it begins."""
+    """Fields of status that the stages fill, by Python name. ``stored`` is status as it is
+    stored of this run, empty where the run begins."""
     found: dict[str, Any] = {"usage": _usage(view, stored), "startup": _startup(view, stored)}
     if view.prepared is not None:
         found["prepared"] = figures.prepared_status(view.prepared)

@@ -47,7 +47,7 @@ def _conditions(view: RunView) -> Conditions:
     conditions = Conditions(
         view.before.conditions, view.subject.generation, view.now, keep=view.same_run
     )
-    for type_, describe in _REACHED.items():
+    for type_, describe in REACHED.items():
         done = all(view.done(role) for role in STAGES if CONDITION[role] == type_)
         # A condition that is True stays as it is: the pods that reported may be gone.
         if done and not conditions.is_true(type_):
@@ -81,7 +81,7 @@ def _published(view: RunView) -> tuple[str, str]:
     return "Published", f"at {view.order.output_uri}"
 
 
-_REACHED: Final[dict[ConditionType, Callable[[RunView], tuple[str, str]]]] = {
+REACHED: Final[dict[ConditionType, Callable[[RunView], tuple[str, str]]]] = {
     "Prepared": _prepared,
     "Evaluated": _evaluated,
     "Published": _published,
@@ -231,7 +231,7 @@ def operator_defect(
     conditions = Conditions(before.conditions, subject.generation, now, keep=True)
     text = (
         f"the operator has met a defect of its own ({type(error).__name__}: {error}); what runs is"
-        " left alone, and it is tried again. Please report it with the operator's log"
+        " left alone, and the pass is retried. Please report it with the operator's log"
     )
     conditions.set("Stalled", "True", "OperatorDefect", text)
     return before.model_copy(update={"conditions": conditions.to_list()})

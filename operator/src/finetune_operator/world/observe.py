@@ -42,7 +42,7 @@ class Observed:
     gone: tuple[PodView, ...] = ()
     """Pods that ran and no longer exist, as they were last seen."""
     progress: Progress | None = None
-    """Newest answer of a gang's ``/progress``, of whichever run."""
+    """Newest ``/progress`` of a gang of the job, perhaps of an earlier run."""
     progress_time: datetime | None = None
     """When it was read."""
     refused: Mapping[str, Refusal] = field(default_factory=dict)

@@ -99,7 +99,7 @@ def pod_view(obj: Object, pull_failing_since: datetime | None = None) -> PodView
 
 
 def _of_conditions(status: Object) -> dict[str, Any]:
-    """Fields of a PodView that its conditions tell."""
+    """Fields of a PodView that come from the pod's conditions."""
     conditions = {c["type"]: c for c in status.get("conditions") or []}
     scheduled = conditions.get("PodScheduled") or {}
     disruption = conditions.get("DisruptionTarget") or {}
@@ -114,7 +114,7 @@ def _of_conditions(status: Object) -> dict[str, Any]:
 
 
 def _of_container_state(state: Object) -> dict[str, Any]:
-    """Fields of a PodView that the state of its container tells."""
+    """Fields of a PodView that come from the state of its container."""
     running, ended = state.get("running") or {}, state.get("terminated") or {}
     waiting = state.get("waiting") or {}
     return {
