@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from finetune_api.names import LABEL_JOB_UID, METRICS_PORT
 from finetune_api.results import Progress
 from finetune_operator.cluster import ApiError, Cluster
+from finetune_operator.decision.stages import GANG
 from finetune_operator.store import Store
 from finetune_operator.world.pods import pod_view
 
@@ -57,7 +58,7 @@ class Poller:
         self._cluster = cluster
         self._enqueue = enqueue
         self._proxy = proxy
-        self._published: dict[str, tuple[Progress, float]] = {}
+        self._stored: dict[str, tuple[Progress, float]] = {}
         self._slots = asyncio.Semaphore(CONCURRENT_POLLS)
 
     async def run(self) -> None:
@@ -69,7 +70,7 @@ class Poller:
                 gangs = list(running_gangs(self._store))
                 await asyncio.gather(*(self._poll(session, gang) for gang in gangs))
                 uids = {g.uid for g in gangs}
-                self._published = {u: t for u, t in self._published.items() if u in uids}
+                self._stored = {u: t for u, t in self._stored.items() if u in uids}
                 await asyncio.sleep(max(0.1, began + POLL_SECONDS - time.monotonic()))
 
     async def _poll(self, session: aiohttp.ClientSession, gang: Gang) -> None:
@@ -80,7 +81,7 @@ class Poller:
                 log.debug("progress of %s/%s: %s", gang.namespace, gang.pod, error)
                 return
         if progress.run == gang.run:
-            self._publish(gang.uid, progress)
+            self._keep(gang.uid, progress)
 
     async def _read(self, session: aiohttp.ClientSession, gang: Gang) -> bytes:
         if self._proxy:
@@ -91,17 +92,17 @@ class Poller:
             response.raise_for_status()
             return await _read_all(response.content)
 
-    def _publish(self, uid: str, progress: Progress) -> None:
+    def _keep(self, uid: str, progress: Progress) -> None:
         """Put progress into the store at most every WRITE_SECONDS, a new stage at once."""
-        known, when = self._published.get(uid, (None, 0.0))
+        known, when = self._stored.get(uid, (None, 0.0))
         if known is not None and _comparable(known) == _comparable(progress):
             return
         now = time.monotonic()
         at_once = known is None or known.stage != progress.stage
         wait = 0.0 if at_once else when + WRITE_SECONDS - now
         if wait > 0:
-            return  # a later poll publishes
-        self._published[uid] = (progress, now)
+            return  # a later poll stores it
+        self._stored[uid] = (progress, now)
         self._store.put_progress(uid, progress, datetime.now(UTC))
         self._enqueue(uid, 0.0)
 
@@ -128,7 +129,7 @@ def running_gangs(store: Store) -> Iterator[Gang]:
     for pod in store.objects("Pod"):
         meta = pod["metadata"]
         view = pod_view(pod)
-        if view is None or view.role != "train" or view.index != 0:
+        if view is None or view.role != GANG or view.index != 0:
             continue
         if view.running and view.ip and view.deleted_by is None:
             uid = meta["labels"][LABEL_JOB_UID]
