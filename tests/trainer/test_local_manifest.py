@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +45,6 @@ def test_every_form_of_a_path_becomes_a_claim(
     (tmp_path / "model").mkdir()
     (tmp_path / "data" / "deep").mkdir(parents=True)
     (tmp_path / "data" / "a.jsonl").touch()
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     spec = {
         "model": {"source": "./model"},
@@ -53,6 +55,7 @@ def test_every_form_of_a_path_becomes_a_claim(
                 {"source": "~/data/**/*.jsonl"},
                 {"source": "./data/"},
                 {"source": "./model/../data/a.jsonl"},
+                {"source": f"../{tmp_path.name}/data/a.jsonl"},
             ]
         },
         "output": {"destination": "s3://bucket/out"},
@@ -71,14 +74,55 @@ def test_every_form_of_a_path_becomes_a_claim(
         "data:**/*.jsonl",
         f"{tmp_path.name}:data/",
         "data:a.jsonl",
+        "data:a.jsonl",
     ]
+
+
+RELATIVE = {
+    "model": {"source": "s3://bucket/model"},
+    "data": {"train": [{"source": "./here.jsonl"}]},
+    "output": {"destination": "s3://bucket/out"},
+}
+
+
+def test_relative_paths_start_from_the_manifests_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs, elsewhere = tmp_path / "jobs", tmp_path / "elsewhere"
+    jobs.mkdir()
+    elsewhere.mkdir()
+    (jobs / "here.jsonl").touch()
+    path = manifest(jobs, spec=RELATIVE)
+    monkeypatch.chdir(elsewhere)
+    for spelled in (path, Path("../jobs/job.yaml")):
+        assert list(read_manifest(spelled).claims.values()) == [jobs]
+    (jobs / "here.jsonl").unlink()
+    (elsewhere / "here.jsonl").touch()
+    assert problems(path) == [
+        f"spec.data.train[0].source: {jobs}/here.jsonl does not exist; got './here.jsonl'"
+    ]
+
+
+def test_relative_paths_of_standard_input_start_from_the_working_directory(
+    tmp_path: Path,
+) -> None:
+    text = manifest(tmp_path, spec=RELATIVE).read_text()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "here.jsonl").touch()
+    for spelled in ("-", "/dev/stdin"):
+        validated = subprocess.run(
+            [sys.executable, "-m", "finetune_trainer", "validate", spelled],
+            input=text, cwd=elsewhere, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert validated.returncode == 0, validated.stderr
 
 
 def test_claims_lead_to_the_folders(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.jsonl").write_text("here")
     claims: dict[str, Path] = {}
-    address = claim_of(f"{tmp_path}/data/a.jsonl", claims)
+    address = claim_of(f"{tmp_path}/data/a.jsonl", tmp_path, claims)
     state = StateFolder(tmp_path / "state")
     for _ in range(2):  # the second run finds the links of the first
         state.link_claims(claims)
@@ -111,7 +155,7 @@ def test_faults_are_told_once_with_their_paths(tmp_path: Path) -> None:
         "spec.output.destination",
     }
     assert len(told) == 7
-    assert "does not exist" in told[3]
+    assert "there is no folder" in told[3]
 
 
 @pytest.mark.parametrize(
@@ -148,15 +192,14 @@ def test_validate_says_what_is_wrong_and_ends_with_2(
     assert "cannot be read" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["quickstart", "quickstart-full", "quickstart-cluster"])
-def test_the_examples_are_valid(
-    name: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    examples = Path(__file__).parents[2] / "examples"
+@pytest.mark.parametrize(
+    "name", ["quickstart", "quickstart-full", "quickstart-cluster", "sequence-1", "sequence-2"]
+)
+def test_the_examples_are_valid(name: str, tiny_base: Path, tmp_path: Path) -> None:
+    examples = shutil.copytree(Path(__file__).parents[2] / "examples", tmp_path / "examples")
     (tmp_path / ".finetune").mkdir()
     (tmp_path / ".finetune" / "quickstart").symlink_to(tiny_base)
-    monkeypatch.chdir(tmp_path)
-    assert read_manifest(examples / f"{name}.yaml").name.startswith("quickstart")
+    assert read_manifest(examples / f"{name}.yaml").name == name.removesuffix("-cluster")
 
 
 def test_a_pod_template_is_judged_as_on_a_cluster(tmp_path: Path) -> None:

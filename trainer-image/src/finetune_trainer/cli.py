@@ -13,9 +13,11 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from finetune_api.names import ENV_WORKER
+
+_MANIFEST_HELP: Final = "a FineTuneJob; its relative paths start from its folder; -: standard input"
 
 if TYPE_CHECKING:
     from finetune_api.order import RunOrder
@@ -41,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run a FineTuneJob on this machine")
-    run.add_argument("manifest", type=Path, metavar="JOB.yaml")
+    run.add_argument("manifest", type=Path, metavar="JOB.yaml", help=_MANIFEST_HELP)
     run.add_argument(
         "--state-dir", type=Path, default=Path(".finetune"), metavar="DIR",
         help="logs, reports, the embedded object storage (default: .finetune)",
@@ -55,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run)
 
     validate = commands.add_parser("validate", help="check a FineTuneJob manifest")
-    validate.add_argument("manifest", type=Path, metavar="JOB.yaml")
+    validate.add_argument("manifest", type=Path, metavar="JOB.yaml", help=_MANIFEST_HELP)
     validate.set_defaults(command=_validate)
 
     quickstart = commands.add_parser(

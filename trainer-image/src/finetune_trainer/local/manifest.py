@@ -2,7 +2,7 @@
 
 The contract knows ``s3://``, ``hf://`` and ``pvc://``. A path (``./dir``, ``/dir``, ``~/dir``,
 ``file://…``) becomes ``pvc://<claim>/<name>``, and the claim a link to the folder it is in, so that
-stages read it as they read a mounted volume.
+stages read it as they read a mounted volume. Relative paths start from the manifest's folder.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ _PATH: Final = re.compile(r"^(\.{1,2}/|/|~/|file://)")
 _NAME: Final = re.compile(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$")
 _GLOB: Final = re.compile(r"[*?\[]")
 _DATA_LISTS: Final = ("train", "validation", "test")
+STDIN: Final = Path("-")
+"""The manifest is read from standard input."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,10 @@ class LocalJob:
 
 
 def read_manifest(path: Path) -> LocalJob:
-    """The job in a YAML (or JSON) file. Paths in it start from the folder of the file's reader:
-    the current one.
+    """The job in a YAML (or JSON) file, or in standard input (``-``).
+
+    Relative paths in it start from its folder; of a manifest that is no regular file, from the
+    working directory.
 
     Raises:
         InvalidSpec: with one line per fault, each with its path in the manifest.
@@ -53,7 +58,7 @@ def read_manifest(path: Path) -> LocalJob:
     if not isinstance(spec, dict):
         problems.append("spec: required, but absent" if spec is None else "spec: must be a mapping")
         raise InvalidSpec(problems)
-    spec, faults = _with_claims(spec, claims)
+    spec, faults = _with_claims(spec, _folder_of(path), claims)
     problems += faults
     try:
         parsed = parse_spec(spec)
@@ -70,7 +75,8 @@ def read_manifest(path: Path) -> LocalJob:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        documents = [d for d in yaml.safe_load_all(path.read_text(encoding="utf-8")) if d]
+        text = sys.stdin.read() if path == STDIN else path.read_text(encoding="utf-8")
+        documents = [d for d in yaml.safe_load_all(text) if d]
     except OSError as error:
         raise InvalidSpec([f"{path}: cannot be read: {error.strerror}"]) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -81,6 +87,12 @@ def _load(path: Path) -> dict[str, Any]:
     if len(documents) == 1 and isinstance(documents[0], dict):
         return documents[0]
     raise InvalidSpec([f"{path}: holds {len(jobs)} FineTuneJobs; it must hold one"])
+
+
+def _folder_of(manifest: Path) -> Path:
+    """The absolute folder that the manifest's relative paths start from."""
+    piped = manifest == STDIN or manifest.is_relative_to("/dev") or not manifest.is_file()
+    return Path.cwd() if piped else manifest.absolute().parent
 
 
 def _problems_of_head(raw: Mapping[str, Any]) -> list[str]:
@@ -100,9 +112,11 @@ def _problems_of_head(raw: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _with_claims(spec: dict[str, Any], claims: dict[str, Path]) -> tuple[dict[str, Any], list[str]]:
-    """The spec with addresses for paths; adds to ``claims``. What is not as the contract has it
-    is left for the contract to refuse."""
+def _with_claims(
+    spec: dict[str, Any], start: Path, claims: dict[str, Path]
+) -> tuple[dict[str, Any], list[str]]:
+    """The spec with addresses for paths, the relative ones from ``start``; adds to ``claims``. What
+    is not as the contract has it is left for the contract to refuse."""
     problems: list[str] = []
 
     def converted(block: Any, where: str) -> Any:
@@ -110,7 +124,7 @@ def _with_claims(spec: dict[str, Any], claims: dict[str, Path]) -> tuple[dict[st
         if not isinstance(source, str) or not _PATH.match(source):
             return block
         try:
-            return {**block, "source": claim_of(source, claims)}
+            return {**block, "source": claim_of(source, start, claims)}
         except ValueError as error:
             problems.append(f"{where}.source: {error}")
             return {**block, "source": "pvc://missing/missing"}  # the one fault is told already
@@ -130,21 +144,22 @@ def _with_claims(spec: dict[str, Any], claims: dict[str, Path]) -> tuple[dict[st
     return spec, problems
 
 
-def claim_of(source: str, claims: dict[str, Path]) -> str:
-    """The ``pvc://`` address of a path; its claim is added to ``claims``.
+def claim_of(source: str, start: Path, claims: dict[str, Path]) -> str:
+    """The ``pvc://`` address of a path, which is relative to ``start`` where it is not absolute;
+    its claim is added to ``claims``.
 
     Raises:
-        ValueError: where there is no such path.
+        ValueError: where there is no such path, with the path as looked up and as written.
     """
     text = source.removeprefix("file://")
-    path = Path(os.path.normpath(Path(text).expanduser().absolute()))
+    path = Path(os.path.normpath(start / Path(text).expanduser()))
     parts = path.parts
     # The claim is the folder above the last part, or above the first part with a wildcard.
     literal = next((i for i, part in enumerate(parts) if _GLOB.search(part)), len(parts) - 1)
     folder = Path(*parts[:literal]).resolve() if literal else path
     rest = "/".join(parts[literal:])
     if not folder.is_dir():
-        raise ValueError(f"the folder {folder} does not exist; got {source!r}")
+        raise ValueError(f"there is no folder {folder}; got {source!r}")
     if not _GLOB.search(rest) and not (folder / rest).exists():
         raise ValueError(f"{folder / rest} does not exist; got {source!r}")
     slug = re.sub(r"[^a-z0-9]+", "-", folder.name.lower()).strip("-")[:40]
