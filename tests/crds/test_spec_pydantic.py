@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from crds.spec_rows import Row
+from crds.spec_rows import Row, changed, sources
 from crds.spec_table import BAD, GOOD, ROWS
 from finetune_api.base import InvalidSpec
 from finetune_api.spec import parse_spec
@@ -47,3 +49,45 @@ def test_every_problem_has_a_line() -> None:
 def test_a_number_that_must_be_text_is_shown_in_quotes() -> None:
     with pytest.raises(InvalidSpec, match=r'write it in quotes: "0\.1"'):
         parse_spec({**GOOD[0].spec, "training": {"dropout": 0.1}})
+
+
+UNKNOWN = "spec.{}: unknown field; did you mean {}?"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"metod": {}}, UNKNOWN.format("metod", "method")),
+        ({"training.epoch": 3}, UNKNOWN.format("training.epoch", "epochs")),
+        ({"training.max_steps": 3}, UNKNOWN.format("training.max_steps", "maxSteps")),
+        ({"method.lora.useDORA": True}, UNKNOWN.format("method.lora.useDORA", "useDora")),
+        (
+            {"data.train": sources({"templates": {}})},
+            UNKNOWN.format("data.train[0].templates", "template"),
+        ),
+        (
+            {"data.train": sources({"storage": {"secretref": {}}})},
+            UNKNOWN.format("data.train[0].storage.secretref", "secretRef"),
+        ),
+        (
+            {"data.stages": [{"name": "a", "share": "1", "weights": [{"nam": "a"}]}]},
+            UNKNOWN.format("data.stages[0].weights[0].nam", "name"),
+        ),
+        (
+            {"prepare.tolerations": [{"efect": "NoSchedule"}]},
+            UNKNOWN.format("prepare.tolerations[0].efect", "effect"),
+        ),
+        (
+            {"zebra": 1},
+            "spec.zebra: unknown field; see docs/reference.md for the fields there are",
+        ),
+        ({"method.type": "lora"}, "got 'lora'; did you mean LoRA?"),
+        ({"evaluation.metrics": ["Loss", "BLEU"]}, "got 'BLEU'; did you mean Bleu?"),
+        ({"training.precision": "bf_16"}, "got 'bf_16'; did you mean BF16?"),
+        ({"output.format": "Zebra"}, "got 'Zebra'"),
+    ],
+)
+def test_a_name_that_is_close_to_a_known_one(change: dict[str, Any], told: str) -> None:
+    with pytest.raises(InvalidSpec) as refused:
+        parse_spec(changed(change))
+    assert [line for line in refused.value.problems if line.endswith(told)]

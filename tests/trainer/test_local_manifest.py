@@ -182,6 +182,23 @@ def test_a_job_among_other_objects_is_found(tmp_path: Path) -> None:
     assert read_manifest(path).name == "job"
 
 
+def test_a_misspelled_field_is_told_with_the_one_that_is_meant(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = {
+        "model": {"source": "s3://bucket/model"},
+        "data": {"train": [{"source": "s3://bucket/train.jsonl"}]},
+        "output": {"destination": "s3://bucket/out"},
+        "metod": {"type": "LoRA"},
+    }
+    path = str(manifest(tmp_path, spec=spec, sepc={}))
+    for command in (["validate", path], ["run", path, "--state-dir", str(tmp_path / "state")]):
+        assert main(command) == 2
+        told = "".join(capsys.readouterr())
+        assert "sepc: unknown field; did you mean spec?" in told
+        assert "spec.metod: unknown field; did you mean method?" in told
+
+
 def test_validate_says_what_is_wrong_and_ends_with_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,9 +8,11 @@ words what is allowed. Tests run both sides over one table of specs.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from difflib import get_close_matches
+from typing import Annotated, Any, ClassVar, Final, get_args
 
 from pydantic import (
     BaseModel,
@@ -23,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.alias_generators import to_camel
+from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
 
@@ -244,6 +247,9 @@ class InvalidSpec(ValueError):
         self.problems = problems
 
 
+_CLOSE: Final = 0.7
+"""Least likeness (difflib's ratio, at most 1) of a name that is suggested."""
+
 API_TYPES = {
     "int_type": "integer",
     "int_from_float": "integer",
@@ -256,12 +262,25 @@ API_TYPES = {
 """Pydantic's errors of type in the API server's words."""
 
 
-def explain(error: ValidationError, root: str = "spec") -> list[str]:
-    """One line per fault of a pydantic error: the field's path, what is allowed, the value."""
-    return [_explain(item, root) for item in error.errors(include_url=False)]
+def explain(error: ValidationError, model: type[Model], root: str = "spec") -> list[str]:
+    """One line per fault of a pydantic error of ``model``: the field's path, what is allowed, the
+    value, and the known name that an unknown one is close to."""
+    return [_explain(item, model, root) for item in error.errors(include_url=False)]
 
 
-def _explain(item: ErrorDetails, root: str) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean x?"`` for the known word that is closest, or nothing where none is close.
+    Case, dashes and underscores do not count."""
+    plain = {_plain(name): name for name in known}
+    close = get_close_matches(_plain(word), plain, n=1, cutoff=_CLOSE)
+    return f"; did you mean {plain[close[0]]}?" if close else ""
+
+
+def _plain(word: str) -> str:
+    return word.replace("_", "").replace("-", "").lower()
+
+
+def _explain(item: ErrorDetails, model: type[Model], root: str) -> str:
     path, message = root, item["msg"].removeprefix("Value error, ")
     location = item["loc"]
     if location[-1:] == ("[key]",):
@@ -272,11 +291,38 @@ def _explain(item: ErrorDetails, root: str) -> str:
     if item["type"] == "missing":
         return f"{path}: required, but absent"
     if item["type"] == "extra_forbidden":
-        return f"{path}: unknown field; see docs/reference.md for the fields there are"
+        meant = did_you_mean(str(location[-1]), _fields_at(model, location[:-1]))
+        return f"{path}: unknown field{meant or '; see docs/reference.md for the fields there are'}"
     if item["type"] == "rule":
         return f"{path}: {message}"
     if item["type"] in API_TYPES:
         message = f"must be of type {API_TYPES[item['type']]}"
     if item["type"] == "string_type" and isinstance(item["input"], int | float):
         message += f' (write it in quotes: "{value}")'
-    return f"{path}: {message}; got {value if len(value) <= 80 else value[:77] + '...'}"
+    meant = ""
+    if item["type"] == "literal_error" and isinstance(item["input"], str):
+        meant = did_you_mean(item["input"], re.findall(r"'([^']*)'", item["ctx"]["expected"]))
+    return f"{path}: {message}; got {value if len(value) <= 80 else value[:77] + '...'}{meant}"
+
+
+def _fields_at(model: type[Model], location: Sequence[int | str]) -> list[str]:
+    """The fields, as manifests spell them, of the block at a location in a model."""
+    annotation: Any = model
+    for part in location:
+        block = _block_in(annotation)
+        if block is not None and isinstance(part, str):
+            fields = {_spelled(name, info): info for name, info in block.model_fields.items()}
+            annotation = fields[part].annotation if part in fields else None
+    block = _block_in(annotation)
+    return [_spelled(*field) for field in block.model_fields.items()] if block else []
+
+
+def _spelled(name: str, info: FieldInfo) -> str:
+    return info.alias or name
+
+
+def _block_in(annotation: Any) -> type[Model] | None:
+    """The model that an annotation is of: itself, optional, or the items of a list or mapping."""
+    if isinstance(annotation, type) and issubclass(annotation, Model):
+        return annotation
+    return next(filter(None, map(_block_in, get_args(annotation))), None)

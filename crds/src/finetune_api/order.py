@@ -169,7 +169,7 @@ def parse_order(text: str | bytes) -> RunOrder:
     try:
         order = RunOrder.model_validate(raw)
     except ValidationError as error:
-        raise InvalidSpec(explain(error, root="order")) from None
+        raise InvalidSpec(explain(error, RunOrder, "order")) from None
     if order.spec.model.fine_tune_job_ref is not None and order.base is None:
         raise InvalidSpec(["order.base: required with spec.model.fineTuneJobRef, but absent"])
     return order

@@ -281,4 +281,4 @@ def parse_spec(raw: Any) -> FineTuneJobSpec:
     try:
         return FineTuneJobSpec.model_validate(raw)
     except ValidationError as error:
-        raise InvalidSpec(explain(error)) from None
+        raise InvalidSpec(explain(error, FineTuneJobSpec)) from None

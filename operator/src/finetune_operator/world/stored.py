@@ -28,7 +28,7 @@ def read_order(text: str) -> tuple[RunOrder | None, list[str]]:
     try:
         return RunOrder.model_validate(json.loads(text)), []
     except ValidationError as error:
-        return None, explain(error, root="order")
+        return None, explain(error, RunOrder, "order")
     except ValueError as error:
         return None, [f"order: not JSON ({error})"]
 

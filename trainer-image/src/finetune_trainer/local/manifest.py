@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import yaml
 
-from finetune_api.base import InvalidSpec
+from finetune_api.base import InvalidSpec, did_you_mean
 from finetune_api.names import API_VERSION, KIND
 from finetune_api.podtemplate import template_problems
 from finetune_api.spec import SELF_REFERENCE, FineTuneJobSpec, parse_spec, refers_to_itself
@@ -108,7 +108,11 @@ def _problems_of_head(raw: Mapping[str, Any]) -> list[str]:
             f" characters; got {name!r}"
         )
     known = {"apiVersion", "kind", "metadata", "spec", "status"}
-    problems += [f"{field}: unknown field" for field in raw if field not in known]
+    problems += [
+        f"{field}: unknown field{did_you_mean(str(field), known)}"
+        for field in raw
+        if field not in known
+    ]
     return problems
 
 

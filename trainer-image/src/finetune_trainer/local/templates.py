@@ -58,7 +58,7 @@ def show_template(
             {"name": name, "fields": _pairs(renamed), "roles": _pairs(roles)}
         )
     except ValidationError as error:
-        print("\n".join(explain(error, root="template")), file=sys.stderr)
+        print("\n".join(explain(error, Template, "template")), file=sys.stderr)
         return 2
     assert template.name is not None, "the contract wants a name or texts"
     if data is None:
