@@ -24,6 +24,7 @@ from finetune_trainer.local.manifest import LocalJob
 from finetune_trainer.local.reference import find_tuned
 from finetune_trainer.local.state import JobState, StateFolder, changed, choose_run
 from finetune_trainer.local.storage import Where, storage_for, uses_embedded
+from finetune_trainer.threads import thread_environment
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,8 @@ def test_layout(
 ) -> None:  # fmt: skip
     found = lay_out(Compute.model_validate(compute), gpus, cores)
     assert (found.nodes, found.processes, found.gpus) == (nodes, processes, dealt)
-    assert found.threads == threads
+    share = found.nodes * found.processes
+    assert thread_environment({}, share, cores)["OMP_NUM_THREADS"] == str(threads)
     assert bool(found.notes) == noted
 
 

@@ -70,6 +70,13 @@ except BaseException as error:
 os._exit(0)
 """
 
+THREADS = """
+import os
+from pathlib import Path
+names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+Path(os.environ["SHARED"], "threads-" + "-".join(map(os.environ.get, names))).touch()
+"""
+
 USER_ERROR = """
 import os, sys, time
 from finetune_trainer.supervise import workerfiles
@@ -292,3 +299,8 @@ def test_the_supervisor_stays_small() -> None:
     code = "import sys, finetune_trainer.supervise.supervisor;"
     code += " print([m for m in ('torch', 'transformers', 'boto3') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_workers_wait_passively_with_the_threads_that_the_user_has_set(nodes: Nodes) -> None:
+    nodes.end(nodes.start(THREADS, OMP_NUM_THREADS=3))
+    assert [path.name for path in nodes.wait_for("threads-*")] == ["threads-3-PASSIVE"]

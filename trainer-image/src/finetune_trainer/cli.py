@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from finetune_api.names import ENV_WORKER
+from finetune_trainer.threads import thread_environment
 
 _MANIFEST_HELP: Final = "a FineTuneJob; its relative paths start from its folder; -: standard input"
 
@@ -118,8 +119,7 @@ def _validate(options: argparse.Namespace) -> int:
 
 
 def _quickstart(options: argparse.Namespace) -> int:
-    # Two threads that wait for each other on a busy machine burn what they wait for.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.update(thread_environment(os.environ))  # before torch is imported
     from transformers.utils import logging
 
     from finetune_trainer.quickstart import make_quickstart
@@ -145,6 +145,8 @@ def _templates(options: argparse.Namespace) -> int:
 def _prepare(options: argparse.Namespace) -> int:
     from finetune_trainer.stage import run_stage, scratch_folder
 
+    os.environ.update(thread_environment(os.environ))  # before torch is imported
+
     def body(order: RunOrder, stores: Stores) -> PreparedSummary | None:
         from finetune_trainer.local.reading import Teller
         from finetune_trainer.prepare.pipeline import prepare
@@ -163,6 +165,8 @@ def _supervise(options: argparse.Namespace) -> int:
 
 def _publish(options: argparse.Namespace) -> int:
     from finetune_trainer.stage import run_stage, scratch_folder
+
+    os.environ.update(thread_environment(os.environ))  # before torch is imported
 
     def body(order: RunOrder, stores: Stores) -> PublishSummary:
         from finetune_trainer.publish.pipeline import publish

@@ -1,9 +1,8 @@
-"""How a gang is laid out on one machine: nodes become processes, GPUs are dealt, threads shared."""
+"""How a gang is laid out on one machine: nodes become processes, GPUs are dealt."""
 
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +18,6 @@ class Layout:
     """Training processes of each node."""
     gpus: tuple[tuple[int, ...], ...]
     """GPUs of each node; empty: it trains on the CPU."""
-    threads: int
-    """Threads of each process."""
     context_parallel: int
     """Processes that share a row."""
     notes: tuple[str, ...] = ()
@@ -59,17 +56,9 @@ def lay_out(compute: Compute, gpus: int, cores: int) -> Layout:
             f"compute.contextParallel is {compute.context_parallel}, but a node has {processes}"
             f" {'process' if processes == 1 else 'processes'} here: {shared} of them share a row"
         )
-    threads = max(1, cores // (nodes * processes))
-    return Layout(nodes, processes, tuple(dealt), threads, shared, tuple(notes))
+    return Layout(nodes, processes, tuple(dealt), shared, tuple(notes))
 
 
 def count_gpus() -> int:
     """NVIDIA GPUs of this machine, without the seconds that importing torch takes."""
     return len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name[6:].isdecimal()])
-
-
-def count_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -23,13 +23,14 @@ from finetune_api.results import PublishSummary, Termination, TrainSummary
 from finetune_trainer.failures import TrainerError, exit_code, verdict
 from finetune_trainer.local import display as face
 from finetune_trainer.local import stages
-from finetune_trainer.local.gang import count_cores, count_gpus, lay_out
+from finetune_trainer.local.gang import count_gpus, lay_out
 from finetune_trainer.local.manifest import LocalJob, read_manifest, with_paths
 from finetune_trainer.local.reading import read_reading
 from finetune_trainer.local.reference import find_tuned
 from finetune_trainer.local.state import StateFolder, changed, choose_run
 from finetune_trainer.local.storage import Where, storage_for
 from finetune_trainer.storage.objects import ObjectStore, Stores
+from finetune_trainer.threads import count_cores
 
 MANIFEST_FAULT: Final = 2
 """Exit code where the manifest is refused before anything ran."""

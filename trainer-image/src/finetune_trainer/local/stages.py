@@ -36,6 +36,7 @@ from finetune_api.results import Failure, Progress, Termination
 from finetune_trainer.failures import TrainerError, exit_code, verdict
 from finetune_trainer.local.gang import Layout
 from finetune_trainer.storage.s3server import free_ports
+from finetune_trainer.threads import thread_environment
 
 GRACE_SECONDS: Final = 120
 """Time that a training has to save when it is stopped."""
@@ -57,7 +58,13 @@ class Place:
 class StageProcess:
     """One container's worth of a stage."""
 
-    def __init__(self, place: Place, role: str, rank: int, extra: Mapping[str, str]) -> None:
+    def __init__(
+        self, place: Place, role: str, rank: int, extra: Mapping[str, str], processes: int = 1
+    ) -> None:
+        """
+        Args:
+            processes: of the whole stage, which share the cores.
+        """
         self.role = role
         name = role if role == "publish" or (role, rank) == ("prepare", 0) else f"{role}-{rank}"
         self.log = place.folder / f"{name}.log"
@@ -65,8 +72,8 @@ class StageProcess:
         self._termination = place.folder / "termination" / f"{name}.json"
         self._environment = {
             **os.environ,
+            **thread_environment(os.environ, processes, place.cores),
             **place.storage,
-            "OMP_NUM_THREADS": str(place.cores),
             "PYTHONUNBUFFERED": "1",
             "TOKENIZERS_PARALLELISM": "true",
             ENV_ORDER: str(place.folder / "order.json"),
@@ -183,8 +190,8 @@ def workers(place: Place, count: int) -> Stage:
     cores = str(max(1, place.cores // count))
     processes = []
     for rank in range(count):
-        extra = {ENV_WORKER: str(rank), "OMP_NUM_THREADS": cores, "RAYON_NUM_THREADS": cores}
-        processes.append(StageProcess(place, "prepare", rank, extra))
+        extra = {ENV_WORKER: str(rank), "RAYON_NUM_THREADS": cores}
+        processes.append(StageProcess(place, "prepare", rank, extra, count))
     return Stage(processes, max_restarts=0)
 
 
@@ -205,11 +212,11 @@ def gang(place: Place, layout: Layout, max_restarts: int) -> tuple[Stage, int]:
             ENV_RENDEZVOUS: f"127.0.0.1:{rendezvous}",
             ENV_METRICS_PORT: str(metrics[rank]),
             ENV_GRACE_SECONDS: str(GRACE_SECONDS),
-            "OMP_NUM_THREADS": str(layout.threads),
         }
         if layout.gpus[rank]:
             extra["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, layout.gpus[rank]))
-        processes.append(StageProcess(place, "train", rank, extra))
+        share = layout.nodes * layout.processes
+        processes.append(StageProcess(place, "train", rank, extra, share))
     return Stage(processes, max_restarts), metrics[0]
 
 

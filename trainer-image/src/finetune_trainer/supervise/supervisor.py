@@ -45,6 +45,7 @@ from finetune_trainer.supervise.processes import (
     machine_time,
     oom_kills,
 )
+from finetune_trainer.threads import thread_environment
 
 log = logging.getLogger(__name__)
 
@@ -252,7 +253,7 @@ class Supervisor:
             own["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
         if self._place.loopback and sys.platform == "linux":
             own["GLOO_SOCKET_IFNAME"] = "lo"
-        return {**os.environ, **own}
+        return {**os.environ, **thread_environment(os.environ, self._place.processes), **own}
 
 
 if __name__ == "__main__":

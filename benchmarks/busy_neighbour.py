@@ -1,0 +1,99 @@
+"""A training of as many threads as there are cores, alone and beside a process that keeps one core
+busy: tokens per second by how the threads wait for each other.
+
+    python benchmarks/busy_neighbour.py [--rounds 5] [--steps 4] [--row 1024]
+
+Each setting has a process of its own, since OpenMP reads it once. All are built first, then they
+take turns, alone and beside the busy one; the figures are medians, the ratios those of each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Final
+
+from finetune_trainer.threads import count_cores, thread_environment
+
+CORES: Final = count_cores()
+SPINNING: Final = "spinning"
+SETTINGS: Final[Mapping[str, Mapping[str, str]]] = {
+    SPINNING: {"OMP_NUM_THREADS": str(CORES)},
+    "passive (ours)": thread_environment({}, cores=CORES),
+    "GOMP_SPINCOUNT=1000": {"OMP_NUM_THREADS": str(CORES), "GOMP_SPINCOUNT": "1000"},
+    "GOMP_SPINCOUNT=20000": {"OMP_NUM_THREADS": str(CORES), "GOMP_SPINCOUNT": "20000"},
+    "a thread fewer": thread_environment({}, cores=max(1, CORES - 1)),
+}
+
+
+def work(row: int, orders: Connection) -> None:
+    """Trains so many steps whenever told to, and answers with the tokens a second."""
+    from trainers import SHAPES, Ours, documents
+
+    shape = replace(SHAPES["8M"], row=row, rows=1)
+    training = Ours("Full", documents(500, shape), shape, precision="BF16")
+    while steps := orders.recv():
+        orders.send(training.turn(steps))
+
+
+def started(setting: Mapping[str, str], row: int) -> tuple[BaseProcess, Connection]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=work, args=(row, theirs))
+    before = dict(os.environ)
+    os.environ.update(setting)
+    process.start()
+    os.environ.clear()
+    os.environ.update(before)
+    return process, ours
+
+
+def turn(orders: Connection, steps: int, busy: bool) -> float:
+    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
+    try:
+        orders.send(steps)
+        speed: float = orders.recv()
+    finally:
+        if neighbour is not None:
+            neighbour.kill()
+            neighbour.wait()
+    return speed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--row", type=int, default=1024, help="tokens of a step")
+    options = parser.parse_args()
+    trainings = {name: started(setting, options.row) for name, setting in SETTINGS.items()}
+    alone: dict[str, list[float]] = {name: [] for name in SETTINGS}
+    beside: dict[str, list[float]] = {name: [] for name in SETTINGS}
+    for _, orders in trainings.values():
+        turn(orders, 1, busy=False)
+    for _ in range(options.rounds):
+        for busy, speeds in ((False, alone), (True, beside)):
+            for name, (_, orders) in trainings.items():
+                speeds[name].append(turn(orders, options.steps, busy))
+    for process, orders in trainings.values():
+        orders.send(0)
+        process.join()
+    print(f"{CORES} cores; other load of the machine: {os.getloadavg()[0]:.1f}")
+    print(f"{'':22} {'alone':>7} {'beside':>7} {'beside/alone':>13} {'alone/spinning':>15}")
+    for name in SETTINGS:
+        kept = statistics.median(b / a for a, b in zip(alone[name], beside[name], strict=True))
+        cost = statistics.median(a / s for a, s in zip(alone[name], alone[SPINNING], strict=True))
+        one, two = statistics.median(alone[name]), statistics.median(beside[name])
+        print(f"{name:22} {one:7.0f} {two:7.0f} {kept:13.2f} {cost:15.3f}")
+
+
+if __name__ == "__main__":
+    main()
