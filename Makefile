@@ -8,6 +8,7 @@ STATE ?= .finetune
 # TIMED "what" command…: run it and say how long it took.
 TIMED := bash -c 'began=$$SECONDS; "$${@:1}" || exit; echo "[$$0: $$((SECONDS - began)) s]"'
 BENCHMARKS := tokens_per_second prepare packing plan_and_resume checkpoint_stall scaling gpu/training
+STAGES := finetune_trainer.prepare.pipeline, finetune_trainer.train.worker, finetune_trainer.publish.pipeline
 # The quickstart's stages are small: more threads than cores only fight.
 export TOKENIZERS_PARALLELISM ?= true
 
@@ -25,6 +26,7 @@ $(VENV)/.installed: tests/requirements.txt crds/pyproject.toml operator/pyprojec
 	@echo "Installing (torch is large: a minute or two the first time)"
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r tests/requirements.txt
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e crds -e operator -e trainer-image
+	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c "import $(STAGES)" # compiles what runs import, once
 	@touch $@
 
 demo: install ## Fine-tune a small model on this machine, end to end, in a minute or two
