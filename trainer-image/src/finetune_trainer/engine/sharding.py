@@ -117,14 +117,6 @@ def _in_shards(module: nn.Module) -> bool:
     return isinstance(found, DTensor) and found.device_mesh.size(found.device_mesh.ndim - 1) > 1
 
 
-def reshard(module: nn.Module) -> None:
-    """Let go of what forward passes without a backward pass have gathered: it would be taken for
-    the weights even after these were changed, by a restored checkpoint for one."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
-
-
 @contextmanager
 def root_gathered(module: nn.Module) -> Iterator[None]:
     """What no block holds (embedding, head) whole in memory, for code that calls the model within

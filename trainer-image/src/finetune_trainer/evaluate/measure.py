@@ -22,7 +22,7 @@ from finetune_trainer.engine.gang import Gang
 from finetune_trainer.engine.loss import evaluating, row_losses
 from finetune_trainer.engine.planning.plan import Packing, pack_all
 from finetune_trainer.engine.rows.feed import RowBuilder, RowTensors
-from finetune_trainer.engine.sharding import is_sharded, reshard, root_gathered
+from finetune_trainer.engine.sharding import is_sharded, root_gathered
 from finetune_trainer.engine.tasks import RowLoss
 from finetune_trainer.evaluate.metricnames import OF_LOSS
 from finetune_trainer.evaluate.scores import GENERATED, Answers, loss_metrics, text_metrics
@@ -87,7 +87,6 @@ class Evaluator:
                 if self.stop_requested and any(self.gang.together(self.stop_requested)):
                     raise Interrupted("Interrupted", f"stopped as asked, before set {name}")
                 found.append(self._one(split, number, name, wanted[name]))
-        reshard(self.loss)
         return found
 
     def _one(self, split: Side, number: int, name: str, wanted: Sequence[Metric]) -> SetResult:

@@ -49,16 +49,18 @@ class DeviceWait:
     ended: torch.cuda.Event
 
     def seconds(self) -> float | None:
-        if not self.ended.query():
+        if not self.ended.query():  # type: ignore[no-untyped-call]
             return None
-        return self.began.elapsed_time(self.ended) / 1e3
+        return float(self.began.elapsed_time(self.ended)) / 1e3  # type: ignore[no-untyped-call]
 
 
 class CopyStream:
     """A stream of a GPU for copies alone; on a CPU there is none."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: Any = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def copying(self) -> AbstractContextManager[Any]:
         """While the calling thread makes tensors, they are copied on this stream."""
@@ -97,7 +99,7 @@ class CopyStream:
     def _timed(self) -> torch.cuda.Event | None:
         if self._stream is None:
             return None
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device()))
         return event
 
