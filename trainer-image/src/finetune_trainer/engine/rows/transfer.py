@@ -51,7 +51,7 @@ class DeviceWait:
     def seconds(self) -> float | None:
         if not self.ended.query():  # type: ignore[no-untyped-call]
             return None
-        return float(self.began.elapsed_time(self.ended)) / 1e3  # type: ignore[no-untyped-call]
+        return float(self.began.elapsed_time(self.ended)) / 1e3
 
 
 class CopyStream:
@@ -105,7 +105,7 @@ class CopyStream:
 
     def _device(self) -> torch.device:
         assert self._stream is not None, "there is a stream"
-        return self._stream.device
+        return torch.device(self._stream.device)
 
 
 def tensors_of(value: object) -> Iterator[Tensor]:
