@@ -111,7 +111,7 @@ GOOD = [
     good("prefixes kept", {"method.type": "PrefixTuning",
         "training.gradientCheckpointing": "Never"}),
     good("shared rows", {"compute": {"gpusPerNode": 8, "contextParallel": 4}}),
-    good("8 bits", {"training.precision": "FP8", "method.type": "Full"}),
+    good("8 bits", {"training.precision": "FP8", "training.compile": True, "method.type": "Full"}),
     good("compiled", {"training.compile": True}),
     good("8-bit optimizer", {"method.type": "Full", "training.optimizer": "AdamW8bit"}),
     good("optimizer of matrices in shards",

@@ -78,7 +78,7 @@ def classify(
     )  # fmt: skip
     read = lambda positions: [made[p] for p in positions]  # noqa: E731
     sums, rows = [], []
-    build = task.row(ALONE, None)
+    build = task.row(opened.packing, ALONE, None, True)
     with Feed(plan, read, rank=rank, start=0, end=2, device=CPU, build=build) as feed:
         for batch in feed:
             local, _ = optimizer_step(session, batch, 1e-2)

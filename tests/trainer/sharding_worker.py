@@ -26,9 +26,11 @@ from finetune_trainer.engine.model import TEXT
 from finetune_trainer.engine.optimizers import make_optimizers
 from finetune_trainer.engine.planning.plan import Plan
 from finetune_trainer.engine.precision import PRECISIONS
-from finetune_trainer.engine.rows.feed import Feed, StaticShape, build_row
+from finetune_trainer.engine.rows.context import ALONE
+from finetune_trainer.engine.rows.feed import Feed, StaticShape
 from finetune_trainer.engine.sharding import root_gathered
 from finetune_trainer.engine.shards import whole
+from finetune_trainer.engine.tasks import TASKS
 from finetune_trainer.storage.published import Base
 from finetune_trainer.train.step import optimizer_step
 from finetune_trainer.train.tuned import open_model
@@ -90,7 +92,7 @@ def tune(
     if commit is not None:
         load_state(FileSystemReader(commit), model, session.optimizers, gang.control)
     shape = StaticShape(ROW, max(LENGTHS)) if spec.training.compile else None
-    build = partial(build_row, shape=shape)
+    build = TASKS["CausalLM"].row(plan.packing, ALONE, shape, True)
     with Feed(plan, read, rank=rank, start=start, end=end, device=CPU, build=build) as feed:
         for batch in feed:
             optimizer_step(session, batch, 1e-2)

@@ -1,5 +1,7 @@
 """The kernels of attention against each other: by group, by span, and by offsets."""
 
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -99,3 +101,74 @@ def test_shares_make_the_whole(monkeypatch, size, window):
             patch.setattr(attention, "varlen_attn", varlen)
             offsets = attention.attend(layout, q[:, :, held], k, v, None, window)
         torch.testing.assert_close(offsets, spans)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize(("width", "value_width"), [(12, 6), (6, 12), (8, 8)])
+def test_heads_of_other_widths_are_padded_for_the_kernels(kernel, monkeypatch, window, width,
+                                                         value_width):  # fmt: skip
+    """As in latent attention, whose values are narrower than its keys."""
+    layout = row_of(ALONE)
+    torch.manual_seed(1)
+    tokens = sum(LENGTHS)
+    q, k = torch.randn(1, 4, tokens, width), torch.randn(1, 2, tokens, width)
+    v = torch.randn(1, 2, tokens, value_width)
+    taken = []
+    monkeypatch.setattr(
+        attention, "varlen_attn", lambda *given, **named: taken.append(given[:3])
+        or varlen(*given, **named),
+    )  # fmt: skip
+    flash = attention.attend(layout, q, k, v, None, window)
+    assert {x.shape[-1] for x in taken[0]} == {max(width, value_width) + 7 & ~7}
+    efficient = attention._by_group(
+        layout, *attention.for_efficient(q, k, v), width**-0.5, window
+    )[..., :value_width]  # fmt: skip
+    monkeypatch.undo()
+    plain = attention.attend(layout, q, k, v, None, window)
+    assert plain.shape == flash.shape == (1, tokens, 4, value_width)
+    torch.testing.assert_close(flash, plain)
+    torch.testing.assert_close(efficient, plain)
+
+
+def test_what_the_kernels_take():
+    def widths(fitted, query, value, keys=2):
+        q, k, v = torch.empty(1, 4, 3, query), torch.empty(1, keys, 3, query), torch.empty(
+            1, keys, 3, value)  # fmt: skip
+        return [x.shape[1:] for x in fitted(q, k, v)]
+
+    assert widths(attention.for_flash, 192, 128) == [(4, 3, 192), (2, 3, 192), (2, 3, 192)]
+    assert {w[-1] for w in widths(attention.for_flash, 200, 200)} == {256}
+    assert widths(attention.for_efficient, 300, 512) == [(4, 3, 304), (4, 3, 304), (4, 3, 512)]
+    half = torch.empty(1, 4, 3, 256, dtype=torch.bfloat16)
+    assert attention.is_flash(half, half)
+    assert not attention.is_flash(half.float(), half.float())
+    assert not attention.is_flash(half, torch.empty(1, 4, 3, 320, dtype=torch.bfloat16))
+
+
+def test_an_older_kernel_is_called_without_what_it_does_not_know():
+    assert attention._grouped(varlen) == {"enable_gqa": True}
+    assert attention._grouped(lambda query, key, value, *, scale, window_size: None) == {}
+
+
+@pytest.mark.parametrize("at_once", [1, 5, 16, 40, 64])
+def test_a_window_is_the_same_some_queries_at_a_time(at_once):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 40, 8, requires_grad=True) for _ in range(3))
+    whole = attention._windowed(q, k, v, 7, None, 40)
+    parts = attention._windowed(q, k, v, 7, None, at_once)
+    torch.testing.assert_close(parts, whole)
+    grads = [torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (parts, whole)]
+    torch.testing.assert_close(*grads)
+
+
+def test_attention_of_a_gpu_is_never_of_cudnn():
+    """Nor are products of 32-bit numbers rounded before they are made."""
+    script = (
+        "import torch; from finetune_trainer.engine.backends import choose_backends as choose;"
+        "choose(); print(torch.backends.cuda.cudnn_sdp_enabled(),"
+        " torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert said.stdout.split() == ["False"] * 3

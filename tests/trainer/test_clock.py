@@ -96,4 +96,4 @@ def test_the_share_of_waiting_for_data_is_told_since_the_last_log_point(
                 told.append(telemetry.progress.data_wait_share)
                 assert telemetry.registry.get_sample_value("finetune_data_wait_share") == told[-1]
     assert told == [share, share]
-    assert clock.take_wait_share() == 0.0, "nothing since"
+    assert clock.take_wait_share(session) == 0.0, "nothing since"

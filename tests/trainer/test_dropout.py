@@ -1,5 +1,8 @@
 """Dropout keyed by seed, step, sample, position and layer."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,15 @@ from transformers import (
 
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.memory.rehearsal import rehearse
-from finetune_trainer.engine.rows.dropout import KeyedDropout, keep_mask, key_dropouts, token_keys
+from finetune_trainer.engine.rows.dropout import (
+    KeyedDropout,
+    draw,
+    draws,
+    keep_mask,
+    key_dropouts,
+    salt_of,
+    token_keys,
+)
 from finetune_trainer.engine.rows.feed import build_row
 from finetune_trainer.engine.rows.layout import row_context
 from finetune_trainer.engine.tuning.methods import apply_method
@@ -165,3 +176,55 @@ def test_every_dropout_of_a_model_is_replaced():
     found = [m for m in model.modules() if isinstance(m, KeyedDropout)]
     assert [m.probability for m in found] == [0.25, 0.25]
     assert not any(type(m) is nn.Dropout for m in model.modules())
+
+
+KEYS = [1167386645, 2517116316, 113363207, 3067155773, 1826888571]
+DRAWN = [
+    [2645277314, 332066249, 3032221240],
+    [3266836177, 3481258902, 676502390],
+    [3076819573, 1209888023, 2462296195],
+    [2263962507, 2411988005, 1621641051],
+    [3469077774, 1437325457, 802302145],
+]
+
+
+def test_masks_are_those_of_the_first_version():
+    """Pinned: a run that goes on under a newer trainer drops what it would have dropped."""
+    keys = torch.from_numpy(token_keys(seed=42, step=3, sample=7, length=5))
+    assert (keys.long() & 0xFFFFFFFF).tolist() == KEYS
+    drawn = draw(keys, 3, salt_of(2)).long() + 2**31
+    assert drawn.tolist() == DRAWN
+
+
+def test_the_kernel_drops_the_same_elements():
+    """By Triton's interpreter, in a process of its own: Triton reads the variable on import."""
+    pytest.importorskip("triton")
+    said = subprocess.run(
+        [sys.executable, Path(__file__).with_name("dropout_worker.py")],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr[-3000:]
+    assert said.stdout.strip() == "the same"
+
+
+@pytest.mark.parametrize(
+    ("method", "training", "wanted"),
+    [
+        ({"type": "Full"}, {}, False),
+        ({"type": "Full"}, {"dropout": "0.1"}, True),
+        ({"type": "Full"}, {"neftuneAlpha": "5"}, True),
+        ({"type": "LoRA"}, {}, False),
+        ({"type": "LoRA", "lora": {"dropout": "0.1"}}, {}, True),
+    ],
+)
+def test_keys_are_made_where_something_is_drawn(method, training, wanted):
+    assert draws(spec_of(method, **training)) is wanted
+    row = build_row(samples([30]), [0], seed=0, step=0, device=CPU, keyed=wanted)
+    assert (row.layout.keys is not None) is wanted
+
+
+def test_dropout_from_a_row_without_keys_is_an_error():
+    row = build_row(samples([30]), [0], seed=0, step=0, device=CPU, keyed=False)
+    with row_context(row.layout), pytest.raises(RuntimeError, match="keyed=True"):
+        KeyedDropout(0.1, layer=1).train()(torch.ones(1, 30, 4))

@@ -65,7 +65,7 @@ def test_what_may_not_fit_is_tried_with_a_warning_that_names_what_does(
     [
         # In GiB; on 8 GPUs a node.
         (40, 10, 80, 1, "fits: NoShard"),
-        (40, 10, 40, 1, "fits: FullShard"),
+        (40, 10, 40, 1, "fits: FullShard, weights kept gathered"),
         (400, 10, 55, 1, "tried: FullShard, gradient checkpointing"),
         (400, 10, 50, 1, "tried: FullShard, gradient checkpointing"),
         (400, 10, 49, 1, "refused"),

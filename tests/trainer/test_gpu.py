@@ -125,7 +125,7 @@ def test_fused_kernels_give_the_same_losses() -> None:
 
 
 def test_eight_bits_are_near() -> None:
-    check_device(spec_of({"type": "Full"}, precision="FP8"), GPU)
+    check_device(spec_of({"type": "Full"}, precision="FP8", compile=True), GPU)
     model = tiny_llama().to(GPU, torch.bfloat16)
     plain = losses(model)
     assert use_fp8(model) > 0

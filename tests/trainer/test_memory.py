@@ -19,12 +19,12 @@ from finetune_trainer.engine.planning.rowsize import RowSize, Samples
     [
         (40, 10, 4, 8, "NoShard"),
         (40, 60, 4, 8, "NoShard, gradient checkpointing"),
-        (100, 10, 4, 8, "HybridShard"),
-        (100, 80, 4, 8, "HybridShard, gradient checkpointing"),
+        (100, 10, 4, 8, "HybridShard, weights kept gathered"),
+        (100, 80, 4, 8, "HybridShard, weights kept gathered, gradient checkpointing"),
         (900, 10, 4, 8, "FullShard"),
         (900, 80, 4, 8, "FullShard, gradient checkpointing"),
-        (100, 10, 1, 8, "FullShard"),
-        (100, 10, 8, 1, "FullShard"),
+        (100, 10, 1, 8, "FullShard, weights kept gathered"),
+        (100, 10, 8, 1, "FullShard, weights kept gathered"),
         (40, 60, 1, 1, "NoShard, gradient checkpointing"),
     ],
 )
@@ -42,7 +42,9 @@ def test_what_the_spec_says_is_kept_to() -> None:
     facts = facts_of(GIB)
     training = {"gradientCheckpointing": "Always"}
     spec = spec_of(compute={"gpusPerNode": 8, "sharding": "FullShard"}, training=training)
-    assert placements(facts, spec) == [Placement("FullShard", True)]
+    assert placements(facts, spec) == [
+        Placement("FullShard", True, gathered=True), Placement("FullShard", True)
+    ]  # fmt: skip
     whole = dataclasses.replace(facts, recomputes=False)
     assert placements(whole, spec_of()) == [Placement("NoShard", False)]
     several = spec_of(compute={"gpusPerNode": 8}, training={"optimizer": "Adafactor"})
@@ -72,7 +74,7 @@ def test_what_takes_least_is_not_tried_where_it_certainly_does_not_fit() -> None
     needed = {str(p): sum(estimate(facts, spec, row, p).values()) for p in placements(facts, spec)}
     assert needed["NoShard"] < needed["FullShard"]
     assert str(decide(facts, spec, row, needed["NoShard"] - 1).placement) == "NoShard"
-    assert str(decide(facts, spec, row, GIB - 1).placement) == "FullShard"
+    assert decide(facts, spec, row, GIB - 1).placement.sharding == "FullShard"
 
 
 def test_the_largest_row_bounds_every_row() -> None:
@@ -110,3 +112,15 @@ def test_the_memory_of_a_process_is_read_from_the_manifest() -> None:
     assert memory(gpusPerNode=0, resources={"limits": {"memory": "1e9"}}) == 10**9
     assert memory(gpusPerNode=0, resources={"requests": {"memory": "1Gi"}}) is None
     assert memory(gpusPerNode=1, resources=limits) is None
+
+
+def test_weights_that_stay_gathered_take_what_all_of_them_take() -> None:
+    facts = facts_of(64 * GIB, GIB)
+    spec = spec_of(method={"type": "Full"}, compute={"gpusPerNode": 8})
+    row = RowSize(1024, 0)
+    kept, again = (
+        estimate(facts, spec, row, Placement("FullShard", False, gathered))["copies"]
+        for gathered in (True, False)
+    )
+    width = 2 if facts.halved else 4
+    assert kept - again == width * (facts.weights.blocks - 2 * facts.weights.block)

@@ -18,7 +18,7 @@ GPU = torch.device("cuda")
 QLORA: dict[str, Any] = {"method": {"type": "QLoRA"}}
 FULL: dict[str, Any] = {"method": {"type": "Full"}}
 SMALL: dict[str, Any] = {**FULL, "training": {"optimizer": "AdamW8bit"}}
-FP8: dict[str, Any] = {**FULL, "training": {"precision": "FP8"}}
+FP8: dict[str, Any] = {**FULL, "training": {"precision": "FP8", "compile": True}}
 
 
 @pytest.mark.parametrize(

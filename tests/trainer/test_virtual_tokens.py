@@ -15,7 +15,7 @@ from tuning import Tuning
 
 from finetune_trainer.engine.loss import TokenLoss, row_losses
 from finetune_trainer.engine.model import load_base, load_tokenizer
-from finetune_trainer.engine.rows.feed import build_row
+from finetune_trainer.engine.rows.padded import build_padded_tokens
 from finetune_trainer.evaluate.measure import Evaluator
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepare.pipeline import max_length_of
@@ -37,7 +37,7 @@ def test_losses_and_answers_behind_virtual_tokens(base: Path, name: str) -> None
     tuning.step(0)
     model = tuning.model.eval()
     (sample,) = samples([18], seed=9)
-    row = build_row([sample], [0], seed=0, step=0, device=CPU)
+    row = build_padded_tokens([sample], [0], seed=0, step=0, device=CPU)
     found = row_losses(tuning.loss, row)
     prompts = [torch.arange(3, 3 + n).numpy() for n in (4, 9, 4)]
     asked = [Reference(p, "", "", None) for p in prompts]
@@ -74,7 +74,8 @@ def evaluator(loss: TokenLoss, base: Path) -> Evaluator:
     data: Any = SimpleNamespace(manifest=SimpleNamespace(stop_token_ids=[128]))
     return Evaluator(
         gang=gang, data=data, loss=loss, tokenizer=load_tokenizer(base), row_tokens=64,
-        packing="Alone", build=build_row, max_samples=8, max_new_tokens=6, virtual_tokens=5,
+        packing="Padded", build=build_padded_tokens, max_samples=8, max_new_tokens=6,
+        virtual_tokens=5,
     )  # fmt: skip
 
 

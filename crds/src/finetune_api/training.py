@@ -104,8 +104,9 @@ class Training(Model):
     """Arithmetic of the model. BF16: matrix products in bfloat16 (autocast) over 32-bit weights; in
     shards (`compute.sharding`), where weights are gathered in bfloat16, the same as PureBF16.
     PureBF16: all in bfloat16, by copies of 32-bit weights: faster, and a little less exact. FP8: as
-    PureBF16, with linear layers in 8 bits (Ada, Hopper or newer; best with compile). What is
-    trained is kept in 32 bits with each. Auto: BF16 on a GPU, FP32 on a CPU."""
+    PureBF16, with linear layers in 8 bits (Ada, Hopper or newer; needs compile, without which
+    scaling takes longer than the products save). FP32: products in 32 bits throughout, never in
+    TF32. What is trained is kept in 32 bits with each. Auto: BF16 on a GPU, FP32 on a CPU."""
     router_aux_loss_coefficient: DecimalString = "0"
     """Weight of the loss that spreads tokens over the experts of a mixture (Fedus et al. 2022,
     arXiv:2101.03961), computed row by row and added to the training loss. Configurations of such
@@ -140,6 +141,13 @@ class Training(Model):
             ' compile to false, or the coefficient to "0"',
             lambda t: float(t.router_aux_loss_coefficient) == 0 or not t.compile,
             ("routerAuxLossCoefficient", "compile"),
+        ),
+        Rule(
+            "self.precision != 'FP8' || self.compile",
+            "precision FP8 is slower than PureBF16 without compile, which makes one kernel of"
+            " scaling and rounding: set compile to true, or precision to PureBF16",
+            lambda t: t.precision != "FP8" or t.compile,
+            ("precision", "compile"),
         ),
         Rule(
             f"!{is_one('self.dropout')}",

@@ -24,9 +24,8 @@ from transformers import (
 )
 
 from finetune_trainer.engine.loss import RowLosses
-from finetune_trainer.engine.rows.dropout import token_keys
 from finetune_trainer.engine.rows.feed import RowTensors
-from finetune_trainer.engine.rows.layout import RowLayout, offsets_of
+from finetune_trainer.engine.rows.padded import pad_documents
 from finetune_trainer.engine.rows.transfer import on_device
 from finetune_trainer.prepared.shards import TokenSample
 
@@ -47,34 +46,20 @@ def build_padded_row(
     seed: int,
     step: int,
     device: torch.device,
+    keyed: bool = True,
 ) -> PaddedRow:
     """Documents one below the other, padded at their ends; arguments as of ``build_row``."""
     labels, origin = [s.label for s in samples], sources or [0] * len(samples)
-    if not samples:
-        samples, positions = [TokenSample(np.zeros(1, np.int32), np.zeros(1, np.bool_))], [0]
-    lengths = [len(s.ids) for s in samples]
-    shape = len(samples), max(lengths)
-    ids, mask, keys = (np.zeros(shape, np.int64) for _ in range(3))
-    for i, (sample, position, length) in enumerate(zip(samples, positions, lengths, strict=True)):
-        ids[i, :length] = sample.ids
-        mask[i, :length] = 1
-        keys[i, :length] = token_keys(seed, step, position, length)
+    padded = pad_documents(samples, positions, seed, step, device, keyed)
 
     def tensor(values: Any) -> Tensor:
         return on_device(np.asarray(values, np.int64), device)
 
     return PaddedRow(
-        input_ids=tensor(ids),
-        attention_mask=tensor(mask),
+        input_ids=tensor(padded.ids),
+        attention_mask=tensor(padded.mask),
         labels=tensor(labels),
-        layout=RowLayout(
-            spans=(),
-            offsets=offsets_of((), device),
-            longest=shape[1],
-            keys=tensor(keys.reshape(-1)),
-            lengths=tensor(np.repeat(lengths, shape[1])),
-            document_keys=tensor(keys[:, 0]),
-        ),
+        layout=padded.layout,
         sources=tensor(origin[: len(labels)]),
     )
 

@@ -8,6 +8,7 @@ compiles at its first step and not again. How often it did is a metric.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -28,9 +29,8 @@ def varies(tensor: Tensor) -> None:
     torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
-def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
-    """The model as it was written, for shapes that are seen once (evaluation, generation)."""
-    blocks = decoder_blocks(model)
+def uncompiled(blocks: Sequence[nn.Module]) -> AbstractContextManager[Any]:
+    """Decoder blocks as they were written, for shapes that are seen once (in evaluation)."""
     if not any(getattr(block, "_compiled_call_impl", None) for block in blocks):
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")

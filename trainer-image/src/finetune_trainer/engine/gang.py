@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from finetune_api.training import Training
+from finetune_trainer.engine.backends import choose_backends
 from finetune_trainer.engine.precision import precision_of
 from finetune_trainer.engine.rows.context import ALONE, ContextGroup
 from finetune_trainer.failures import PEER_LOST, NodeFailure, TrainerError, recognise
@@ -153,6 +154,8 @@ def join(training: Training) -> Gang:
     """
     cuda = torch.cuda.is_available()
     precision = precision_of(training, cuda)
+    if cuda:
+        choose_backends()
     try:
         accelerator = Accelerator(
             cpu=not cuda,

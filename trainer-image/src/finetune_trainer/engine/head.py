@@ -56,7 +56,7 @@ class ChunkedHead:
             predict: positions whose next token is a label, shape [supervised].
             smoothing: see ``training.labelSmoothing``.
         """
-        hidden = self._model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+        hidden = self._model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
         head = self._model.get_output_embeddings()
 
         def part(hidden: Tensor, labels: Tensor) -> Tensor:

@@ -50,11 +50,16 @@ def replace_parameters(model: nn.Module, make: Callable[[str, nn.Parameter], nn.
             setattr(module, name, made[parameter])
 
 
-def make_solid(model: nn.Module, device: torch.device) -> None:
-    """Give the parameters of a hollow model memory on a device."""
-    replace_parameters(
-        model, lambda _, p: nn.Parameter(torch.zeros_like(p, device=device), p.requires_grad)
-    )
+def make_solid(
+    model: nn.Module, device: torch.device, only: Callable[[Tensor], bool] = lambda parameter: True
+) -> None:
+    """Give the parameters of a hollow model memory on a device; with ``only``, those that it picks,
+    and leave the others."""
+
+    def made(_name: str, p: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(torch.zeros_like(p, device=device), p.requires_grad) if only(p) else p
+
+    replace_parameters(model, made)
 
 
 def put_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

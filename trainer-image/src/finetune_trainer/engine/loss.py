@@ -6,8 +6,8 @@ Logits are the biggest tensor of all; a prompt's logits are never needed.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from finetune_trainer.engine.compilation import uncompiled
 from finetune_trainer.engine.head import ChunkedHead
+from finetune_trainer.engine.parameters import decoder_blocks
 from finetune_trainer.engine.rows.feed import RowTensors, TokenRow
 from finetune_trainer.engine.rows.layout import row_context
 from finetune_trainer.engine.rows.packed import attends_rows, counts_positions
@@ -68,6 +69,10 @@ class TokenLoss(nn.Module):
         inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         accepted = inspect.signature(inner.forward).parameters
         self._selects = "logits_to_keep" in accepted
+        # Found once: an anchor switches them off and on again for every row.
+        self._adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+        self._masks = _takes(accepted, "attention_mask")
+        self._selected = SelectingHead(inner)
         self._chunks = ChunkedHead(inner) if self._selects else None
         self._router_coefficient = router_coefficient
         self._label_smoothing = label_smoothing
@@ -79,8 +84,8 @@ class TokenLoss(nn.Module):
                 f" {type(inner).__name__} gives no account of a router; remove the field",
             )
         config = model.active_peft_config if isinstance(model, PeftModel) else None
-        # Virtual tokens stand before a document that has its row to itself: positions are those of
-        # the row, and peft counts them. Those of prompt tuning have logits too, which come first.
+        # Virtual tokens stand before each document of a padded row: peft counts their positions.
+        # Those of prompt tuning have logits too, which come first.
         self._virtual = config is not None and config.is_prompt_learning
         self._counts = counts_positions(inner)
         self._attends_rows = attends_rows(inner)
@@ -97,16 +102,15 @@ class TokenLoss(nn.Module):
         kept = self._virtual, self._shift
         # Not by peft's own switch, which changes what is trained, and would train PiSSA's frozen
         # adapter when it is switched on again.
-        layers = [m for m in self.modules() if isinstance(m, BaseTunerLayer)]
         self._virtual, self._shift = False, 0
-        for layer in layers:
+        for layer in self._adapted:
             layer._disable_adapters = True
         try:
             with self.model.disable_adapter() if kept[0] else nullcontext():
                 yield
         finally:
             self._virtual, self._shift = kept
-            for layer in layers:
+            for layer in self._adapted:
                 layer._disable_adapters = False
 
     def logits_at_once(self) -> int | None:
@@ -120,10 +124,13 @@ class TokenLoss(nn.Module):
         self, row: TokenRow, untuned: Untuned | None = None, with_logits: bool = False
     ) -> RowLosses:
         empty = row.labels.numel() == 0
-        predict = (row.predict if not empty else row.predict.new_zeros(1)) + self._shift
-        extra: dict[str, Any] = {"logits_to_keep": predict} if self._selects else {}
+        predict = row.predict if not empty else row.predict.new_zeros(1)
+        extra: dict[str, Any] = {}
+        if self._selects and not row.is_padded:
+            extra["logits_to_keep"] = predict + self._shift
         if not self._virtual:
             extra |= self._positions(row)
+        extra |= self._mask(row)
         balanced = self.training and self._router_coefficient > 0
         if balanced:
             extra["output_router_logits"] = True
@@ -134,8 +141,15 @@ class TokenLoss(nn.Module):
             and self._chunks.wanted(len(row.labels))
         ):
             return self._in_chunks(row, self._chunks)
-        output = self.model(input_ids=row.input_ids, use_cache=False, **extra)
-        logits = output.logits[0] if self._selects else output.logits[0].index_select(0, predict)
+        if row.is_padded:
+            with self._selected.only(predict, row.input_ids.shape[1]) as selected:
+                output = self.model(input_ids=row.input_ids, use_cache=False, **extra)
+            logits = selected(output.logits)
+        else:
+            output = self.model(input_ids=row.input_ids, use_cache=False, **extra)
+            logits = output.logits[0]
+            if not self._selects:
+                logits = logits.index_select(0, predict + self._shift)
         none = logits.new_zeros((), dtype=torch.float32)
         if empty:
             nothing = logits.float().sum()[None] * 0.0
@@ -166,14 +180,78 @@ class TokenLoss(nn.Module):
             known["attention_mask"] = torch.ones_like(row.input_ids, dtype=torch.bool)
         return known
 
+    def _mask(self, row: TokenRow) -> dict[str, Tensor]:
+        """The mask of a row with padding, of a model that takes one. Others look back alone."""
+        if row.attention_mask is None or not self._masks:
+            return {}
+        return {"attention_mask": row.attention_mask}
+
     def _in_chunks(self, row: TokenRow, chunks: ChunkedHead) -> RowLosses:
         """The losses of a row with too many logits for once."""
         tokens = chunks.losses(
-            {"input_ids": row.input_ids, **self._positions(row)},
+            {"input_ids": row.input_ids, **self._positions(row), **self._mask(row)},
             row.predict, row.labels, self._label_smoothing if self.training else 0.0,
         )  # fmt: skip
         none = tokens.new_zeros(())
         return RowLosses(tokens, none, tokens.new_zeros(0), none, None)
+
+
+class SelectingHead:
+    """The output head of a language model, for some tokens of padded documents alone:
+    ``logits_to_keep`` of transformers takes the same positions of each document.
+
+    Args:
+        model: the language model, within whatever adapts it.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._wanted: Tensor | None = None
+        self._longest = 0
+        self._done = False
+        head = model.get_output_embeddings()
+        if head is not None:
+            head.register_forward_pre_hook(self._select)
+
+    def _select(self, _head: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._wanted is None or given[0].ndim != 3:
+            return None
+        self._done = True
+        return (self._of(given[0], self._wanted)[None], *given[1:])
+
+    def _of(self, tokens: Tensor, wanted: Tensor) -> Tensor:
+        """[documents, virtual and own tokens, width] → [wanted, width]."""
+        each = tokens.shape[1]
+        document, position = wanted // self._longest, wanted % self._longest
+        # Virtual tokens come first.
+        return tokens.flatten(0, 1).index_select(
+            0, document * each + (each - self._longest) + position
+        )
+
+    @contextmanager
+    def only(self, wanted: Tensor, longest: int) -> Iterator[Callable[[Tensor], Tensor]]:
+        """While the model runs, have the head compute the logits of some tokens alone.
+
+        Args:
+            wanted: positions in the flattened documents, shape [wanted].
+            longest: tokens of each document, padding included.
+
+        Yields:
+            What makes [wanted, vocabulary] of the model's logits.
+        """
+        self._wanted, self._longest, self._done = wanted, longest, False
+
+        def selected(logits: Tensor) -> Tensor:
+            return logits[0] if self._done else self._of(logits, wanted)
+
+        try:
+            yield selected
+        finally:
+            self._wanted = None
+
+
+def _takes(parameters: Mapping[str, inspect.Parameter], name: str) -> bool:
+    kinds = {p.kind for p in parameters.values()}
+    return name in parameters or inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def divergence(untuned: Tensor, tuned: Tensor) -> Tensor:
@@ -197,13 +275,31 @@ def row_losses(module: nn.Module, row: RowTensors) -> Tensor:
     return losses.tokens[: row.labels.numel()]
 
 
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
+class EvaluationMode:
+    """Evaluation mode of a module, for what enters and leaves it often: its parts are looked up
+    once."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._parts = list(module.modules())
+        self._blocks = decoder_blocks(module)
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """The module in evaluation mode, as it was written: shapes are seen once."""
+        was = self._module.training
+        self._set(False)
+        try:
+            with uncompiled(self._blocks):
+                yield
+        finally:
+            self._set(was)
+
+    def _set(self, training: bool) -> None:
+        for part in self._parts:
+            part.training = training
+
+
+def evaluating(module: nn.Module) -> AbstractContextManager[None]:
     """The module in evaluation mode for a while, as it was written: shapes are seen once."""
-    was = module.training
-    module.eval()
-    try:
-        with uncompiled(module):
-            yield
-    finally:
-        module.train(was)
+    return EvaluationMode(module).on()

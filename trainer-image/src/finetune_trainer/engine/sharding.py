@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from finetune_trainer.engine.gang import Gang
+from finetune_trainer.engine.hollow import is_hollow, make_solid
 from finetune_trainer.engine.memory.estimate import Sharding, shards_of
 from finetune_trainer.engine.parameters import decoder_blocks
 from finetune_trainer.engine.precision import Precision
@@ -52,12 +53,17 @@ def laying_of(gang: Gang, sharding: Sharding, precision: Precision, trained: boo
     return "Alone" if gang.size == 1 else "Replicas"
 
 
-def distribute(loss: nn.Module, gang: Gang, sharding: Sharding, precision: Precision) -> nn.Module:
+def distribute(
+    loss: nn.Module, gang: Gang, sharding: Sharding, precision: Precision, gathered: bool = False
+) -> nn.Module:
     """The module to run: ``loss`` itself, sharded in place, or DDP around it where it is whole and
     something of it is trained; DDP gives every process what the first one has.
 
     Where the precision has the model compute with copies of its weights in bfloat16, FSDP makes
     them, in shards or not; gradients are reduced in 32 bits.
+
+    Args:
+        gathered: whether blocks stay gathered from the forward pass to the backward pass.
     """
     trained = any(p.requires_grad for p in loss.parameters())
     laying = laying_of(gang, sharding, precision, trained)
@@ -76,9 +82,18 @@ def distribute(loss: nn.Module, gang: Gang, sharding: Sharding, precision: Preci
         param_dtype=torch.bfloat16 if precision.halved else None, reduce_dtype=torch.float32
     )
     for block in decoder_blocks(loss):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        _leave_host(block, gang.device)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not gathered)
+    _leave_host(loss, gang.device)
     fully_shard(loss, mesh=mesh, mp_policy=policy)
     return loss
+
+
+def _leave_host(module: nn.Module, device: torch.device) -> None:
+    """Make placeholders of a module anew on a GPU: FSDP would send their zeros there, 280 GB to
+    each process for a model of 70 billion parameters in 32 bits."""
+    if device.type != "cpu":
+        make_solid(module, device, only=is_hollow)
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -30,7 +30,8 @@ from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.planning.plan import Packing
 from finetune_trainer.engine.rows.context import ContextGroup
 from finetune_trainer.engine.rows.feed import RowBuilder, StaticShape, build_row
-from finetune_trainer.engine.rows.packed import can_pack
+from finetune_trainer.engine.rows.packed import can_pack, can_pad
+from finetune_trainer.engine.rows.padded import build_padded_tokens
 
 RowLoss = TokenLoss | ClassLoss
 
@@ -53,8 +54,9 @@ class Task:
     """Names of the modules of a model that every method trains."""
     loss: Callable[[nn.Module, Training], RowLoss]
     """The module that is trained, of a model under tuning."""
-    row: Callable[[ContextGroup, StaticShape | None], RowBuilder]
-    """What makes rows, of the processes that share them and of the shape that they must have."""
+    row: Callable[[Packing, ContextGroup, StaticShape | None, bool], RowBuilder]
+    """What makes rows, of how samples share them, the processes that share them, the shape that
+    they must have, and whether something is drawn by keys (dropout, noise)."""
     packing: Callable[[PreTrainedModel, bool], Packing]
     """How samples share a row, of a model and of whether the method lets them."""
 
@@ -66,6 +68,20 @@ def _token_loss(model: nn.Module, training: Training) -> TokenLoss:
         float(training.label_smoothing),
         float(training.anchor.kl_coefficient),
     )
+
+
+def _token_row(
+    packing: Packing, context: ContextGroup, shape: StaticShape | None, keyed: bool
+) -> RowBuilder:
+    if packing == "Padded":
+        return partial(build_padded_tokens, keyed=keyed)
+    return partial(build_row, context=context, shape=shape, keyed=keyed)
+
+
+def _token_packing(model: PreTrainedModel, packs: bool) -> Packing:
+    if packs and can_pack(model):
+        return "Concatenated"
+    return "Padded" if can_pad(model) else "Alone"
 
 
 def _class_loss(model: nn.Module, training: Training) -> ClassLoss:
@@ -81,8 +97,8 @@ TASKS: Final[dict[TaskName, Task]] = {
         peft_type="CAUSAL_LM",
         head=lambda model: [],
         loss=_token_loss,
-        row=lambda context, shape: partial(build_row, context=context, shape=shape),
-        packing=lambda model, packs: "Concatenated" if packs and can_pack(model) else "Alone",
+        row=_token_row,
+        packing=_token_packing,
     ),
     "SequenceClassification": Task(
         auto=AutoModelForSequenceClassification,
@@ -92,7 +108,7 @@ TASKS: Final[dict[TaskName, Task]] = {
         peft_type="SEQ_CLS",
         head=head_names,
         loss=_class_loss,
-        row=lambda context, shape: build_padded_row,
+        row=lambda packing, context, shape, keyed: partial(build_padded_row, keyed=keyed),
         packing=lambda model, packs: "Padded",
     ),
 }

@@ -126,7 +126,9 @@ class Evaluator:
     def _rows(self, split: Side, positions: np.ndarray) -> Iterator[tuple[list[int], RowTensors]]:
         """This rank's rows of some samples, with the positions of each."""
         lengths = self.data.index(split).length[positions]
-        dealt = pack_all(lengths, self.row_tokens, self.gang.size, self.packing)
+        dealt = pack_all(
+            lengths, self.row_tokens, self.gang.size, self.packing, self.virtual_tokens
+        )
         for row in dealt[self.gang.rank]:
             chosen = [int(positions[i]) for i in row]
             samples = self.data.samples(split, chosen)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 
 import torch
 
 from finetune_trainer.engine.compilation import compilation_seconds
 from finetune_trainer.engine.flops import Work
 from finetune_trainer.engine.rows.feed import StepTensors
+from finetune_trainer.engine.rows.transfer import Wait
 from finetune_trainer.train.session import Session
 
 
@@ -38,7 +40,9 @@ class Clock:
         self._steps = 0
         self.steps_since_commit = 0
         self._tokens = 0
-        self._busy = 0.0
+        self._busy = self._computed = self._waited = 0.0
+        self._waits: deque[Wait] = deque()
+        """Of steps that the device may not have begun."""
         self._recent = self._recently_waited = 0.0
 
     def step(self, session: Session, batch: StepTensors) -> None:
@@ -52,7 +56,7 @@ class Clock:
         self._tokens += batch.plan.tokens
         self._busy += took
         self._recent += took
-        self._recently_waited += batch.waited
+        self._waits.append(batch.wait)
         lengths = session.plan.lengths[list(batch.plan.samples)]
         self._operations += self._work.training(lengths, batch.plan.supervised)
         telemetry = session.telemetry
@@ -60,8 +64,18 @@ class Clock:
         telemetry.tokens.inc(batch.plan.tokens)
         telemetry.samples.inc(len(batch.plan.samples))
         telemetry.step_time.observe(took)
-        telemetry.seconds.labels("data_wait").inc(batch.waited)
-        telemetry.seconds.labels("compute").inc(max(0.0, took - batch.waited))
+        self._tell_waits(session)
+
+    def _tell_waits(self, session: Session) -> None:
+        """Count the waits that are known by now; no device is waited for."""
+        while self._waits and (seconds := self._waits[0].seconds()) is not None:
+            self._waits.popleft()
+            self._waited += seconds
+            self._recently_waited += seconds
+            session.telemetry.seconds.labels("data_wait").inc(seconds)
+        more = max(0.0, self._busy - self._waited - self._computed)
+        self._computed += more
+        session.telemetry.seconds.labels("compute").inc(more)
 
     def count(self, session: Session, part: str, seconds: float) -> None:
         """Time that is no step's."""
@@ -81,9 +95,10 @@ class Clock:
     def tokens_per_second(self) -> float:
         return self._tokens / self._busy if self._busy else 0.0
 
-    def take_wait_share(self) -> float:
+    def take_wait_share(self, session: Session) -> float:
         """Share of the time of the steps since this was asked last that was spent waiting for data;
         it begins anew."""
+        self._tell_waits(session)
         share = min(1.0, self._recently_waited / self._recent) if self._recent else 0.0
         self._recent = self._recently_waited = 0.0
         return share

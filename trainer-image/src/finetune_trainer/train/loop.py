@@ -30,6 +30,7 @@ from finetune_trainer.failures import Interrupted
 from finetune_trainer.storage.runfiles import CurvePoint, ValidationPoint
 from finetune_trainer.train.clock import Clock
 from finetune_trainer.train.final import measure_untuned, test_and_write_result
+from finetune_trainer.train.garbage import collected_between_steps
 from finetune_trainer.train.rollback import TooManySkipped, read_guard, roll_back, with_rollbacks
 from finetune_trainer.train.session import Session
 from finetune_trainer.train.state import LoopState
@@ -62,7 +63,8 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
     session.telemetry.say(stage="Training")
     while True:
         try:
-            take_steps(session, state, total, clock, stop_requested)
+            with collected_between_steps() as after_step:
+                take_steps(session, state, total, clock, stop_requested, after_step)
             break
         except TooManySkipped as skipped:
             state = roll_back(session, state, skipped.row)
@@ -71,7 +73,7 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
 
 def take_steps(
     session: Session, state: LoopState, total: int, clock: Clock,
-    stop_requested: Callable[[], bool],
+    stop_requested: Callable[[], bool], after_step: Callable[[int], None],
 ) -> None:  # fmt: skip
     """Train from the state's step to the end, to where early stopping ends it, or to a stop.
 
@@ -101,6 +103,7 @@ def take_steps(
             sums, norm = optimizer_step(session, batch, rate)
             state.advance(sums, batch.plan.tokens)
             clock.step(session, batch)
+            after_step(state.step)
 
             if state.step % log_every == 0 or state.step == total:
                 log(session, state, rate, norm, clock)
@@ -165,7 +168,7 @@ def log(session: Session, state: LoopState, rate: float, norm: Tensor, clock: Cl
     telemetry.learning_rate.set(rate)
     telemetry.gradient_norm.set(point.gradient_norm)
     telemetry.tokens_per_second.set(clock.tokens_per_second())
-    waiting = clock.take_wait_share()
+    waiting = clock.take_wait_share(session)
     telemetry.data_wait.set(waiting)
     if (utilization := clock.utilization()) is not None:
         telemetry.set_utilization(utilization)

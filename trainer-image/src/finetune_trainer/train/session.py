@@ -34,6 +34,7 @@ from finetune_trainer.engine.planning.rowsize import Samples, row_tokens_of
 from finetune_trainer.engine.planning.schedule import replay_of, stages_of, steps_of, visits_of
 from finetune_trainer.engine.precision import precision_of
 from finetune_trainer.engine.rows.context import ALONE, ContextGroup
+from finetune_trainer.engine.rows.dropout import draws
 from finetune_trainer.engine.rows.feed import RowBuilder, StaticShape
 from finetune_trainer.engine.sharding import capacity
 from finetune_trainer.engine.tasks import TASKS, RowLoss
@@ -163,7 +164,7 @@ def open_session(
         stages=stages_of(spec, tokens, steps_of(spec, len(index))),
         batch_size=spec.training.batch_size, visits=visits_of(spec, len(index)),
         seed=spec.training.seed, row_tokens=row_tokens, ranks=gang.size // context.size,
-        packing=tuned.packing,
+        packing=tuned.packing, virtual_tokens=spec.method.virtual_tokens,
     )  # fmt: skip
     shape = None
     if spec.training.compile and tuned.packing == "Concatenated":
@@ -180,7 +181,7 @@ def open_session(
         prepared=prepared,
         data=data,
         context=context,
-        build=task.row(context, shape),
+        build=task.row(tuned.packing, context, shape, draws(spec)),
         plan=plan,
         module=tuned.module,
         loss=tuned.loss,
@@ -189,8 +190,10 @@ def open_session(
         work=tuned.work,
         peak=gang_peak if precision.halved else None,
         evaluator=EVALUATORS[spec.task](
-            gang=gang, data=data, loss=tuned.loss, build=task.row(ALONE, None), tokenizer=tokenizer,
-            row_tokens=_evaluation_row(row_tokens, data), packing=tuned.packing,
+            gang=gang, data=data, loss=tuned.loss,
+            build=task.row(tuned.packing, ALONE, None, False), tokenizer=tokenizer,
+            row_tokens=_evaluation_row(row_tokens, data, spec.method.virtual_tokens),
+            packing=tuned.packing,
             possible=spec.kind.metrics,
             virtual_tokens=spec.method.virtual_tokens,
             max_samples=spec.evaluation.max_samples,
@@ -237,10 +240,10 @@ def fitted(spec: FineTuneJobSpec, data: PreparedData, gang: Gang, measure: Measu
     return gang.from_first(decide)
 
 
-def _evaluation_row(row_tokens: int, data: PreparedData) -> int:
+def _evaluation_row(row_tokens: int, data: PreparedData, virtual_tokens: int) -> int:
     """Row size that holds the longest held-out sample too."""
     longest = [data.index(s).length.max(initial=1) for s in ("validation", "test")]
-    return int(max(row_tokens, *longest))
+    return int(max(row_tokens, *(n + virtual_tokens for n in longest)))
 
 
 def versions() -> dict[str, str]:

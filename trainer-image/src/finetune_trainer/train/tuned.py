@@ -95,7 +95,7 @@ def open_model(
         compile_blocks(model)
     named = named_in(loss, names)
     gang.barrier()  # one may have read for long: the collectives of what follows do not wait so
-    module = distribute(loss, gang, placement.sharding, precision)
+    module = distribute(loss, gang, placement.sharding, precision, placement.gathered)
     if filled:
         fill_shards(loss, named, path, files.weights(stores), purpose)
     derive(model, spec, gang.rank, gang.size)

@@ -132,6 +132,8 @@ class Facts:
     """Whether copies of weights are in bfloat16."""
     copied: bool
     """Whether weights are copied as wholes, in shards or not."""
+    masks: bool = False
+    """Whether each layer keeps the mask of a padded row, which the measured one had none of."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +142,13 @@ class Placement:
 
     sharding: Sharding
     checkpointing: bool
+    gathered: bool = False
+    """Whether weights that sharding gathers (or copies) for the forward pass are kept for the
+    backward pass, not gathered a second time."""
 
     def __str__(self) -> str:
-        return f"{self.sharding}{', gradient checkpointing' if self.checkpointing else ''}"
+        kept = ", weights kept gathered" if self.gathered else ""
+        return f"{self.sharding}{kept}{', gradient checkpointing' if self.checkpointing else ''}"
 
 
 @dataclass(frozen=True)
@@ -190,8 +196,9 @@ def may_shard(spec: FineTuneJobSpec) -> bool:
 
 
 def placements(facts: Facts, spec: FineTuneJobSpec) -> list[Placement]:
-    """What a spec allows, the preferred first: computing again costs a third of the time at most,
-    what sharding costs depends on the network, most of all between nodes."""
+    """What a spec allows, the preferred first: gathering weights a second time costs less than
+    computing activations again, which costs a third of the time at most; what sharding costs
+    depends on the network, most of all between nodes."""
     compute = spec.compute
     shardings: list[Sharding] = ["NoShard"]
     if compute.sharding != "Auto":
@@ -201,7 +208,17 @@ def placements(facts: Facts, spec: FineTuneJobSpec) -> list[Placement]:
         shardings = ["NoShard", "HybridShard", "FullShard"] if inner else ["NoShard", "FullShard"]
     wanted = spec.training.gradient_checkpointing if facts.recomputes else "Never"
     again = {"Auto": (False, True), "Always": (True,), "Never": (False,)}[wanted]
-    return [Placement(sharding, on) for sharding in shardings for on in again]
+    return [
+        Placement(sharding, on, gathered)
+        for sharding in shardings
+        for on in again
+        for gathered in ((True, False) if _gathers(facts, sharding) else (False,))
+    ]
+
+
+def _gathers(facts: Facts, sharding: Sharding) -> bool:
+    """Whether FSDP gathers or copies the weights of a block before it is run."""
+    return facts.copied or sharding != "NoShard"
 
 
 def estimate(
@@ -211,14 +228,18 @@ def estimate(
     compute, weights = spec.compute, facts.weights
     per_node = compute.effective_processes_per_node
     shards = shards_of(placement.sharding, compute.nodes, per_node)
-    gathers = facts.copied or placement.sharding != "NoShard"
+    gathers = _gathers(facts, placement.sharding)
     found = facts.gathered if gathers else facts.whole
     parts: dict[Part, float] = {
         "parameters": weights.held / shards,
         "gradients": 4 * weights.trained / shards,
         "optimizer": weights.optimizer / shards,
         "anchors": weights.anchors / shards,
-        "copies": _gathered(facts) if gathers else found.constant if found else 0,
+        "copies": _gathered(facts, placement.gathered)
+        if gathers
+        else found.constant
+        if found
+        else 0,
     }
     if found is not None:
         parts |= _activations(facts, found, spec, row, placement)
@@ -242,20 +263,30 @@ def _activations(
     number = _LOGIT_BYTES + (_ANCHORED_BYTES if anchored else 0)
     learned = min(row.supervised, tokens, facts.logits_at_once or tokens)
     logits = float(number * facts.vocabulary * learned)
+    mask = 0.0
+    if facts.masks:
+        mask = (2 if facts.halved else 4) * tokens * row.masked
+        block += mask
     if placement.checkpointing:
         kept, working = (found.inputs + found.outside) * tokens, (1 + _GRADIENTS) * block
     else:
         kept, working = found.saved * tokens + found.keys * others, _GRADIENTS * block
+        kept += facts.layers * mask
     return {"activations": kept, "logits": logits, "working": max(0.0, working - logits)}
 
 
-def _gathered(facts: Facts) -> float:
-    """What FSDP holds beside the shards: outside of blocks everything, of blocks the one at work,
-    the next, and the buffer that it comes in; and of gradients, in 32 bits, what is being added up
-    over the processes: the last block's and the one before it, or what lies outside of blocks."""
+def _gathered(facts: Facts, all_blocks: bool) -> float:
+    """What FSDP holds beside the shards.
+
+    Of weights: outside of blocks all, of blocks the one at work, the next, and the buffer that it
+    comes in (with ``all_blocks`` all of them, and the buffer). Of gradients, in 32 bits, what is
+    being added up over the processes: the last block's and the one before it, or what lies outside
+    of blocks.
+    """
     weights, width = facts.weights, 2 if facts.halved else 4
     outside = weights.numbers - weights.blocks
-    copies = width * (outside + 3 * weights.block)
+    blocks = weights.blocks + weights.block if all_blocks else 3 * weights.block
+    copies = width * (outside + max(blocks, 3 * weights.block))
     outside_trained = weights.trained - weights.blocks_trained
     reduced = max(2 * weights.block_trained, outside_trained)
     return copies + 4 * reduced + width * max(weights.block_trained, outside_trained)
@@ -265,7 +296,7 @@ def verdict(
     facts: Facts, spec: FineTuneJobSpec, row: RowSize, placement: Placement, room: int | None
 ) -> Verdict:
     """What a process takes in a placement."""
-    measured = facts.gathered if facts.copied or placement.sharding != "NoShard" else facts.whole
+    measured = facts.gathered if _gathers(facts, placement.sharding) else facts.whole
     parts = estimate(facts, spec, row, placement)
     return Verdict(placement, parts, room, measured is not None)
 

@@ -16,7 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from finetune_trainer.engine.rows.attention import as_computed
+from finetune_trainer.engine.rows.attention import (
+    as_computed,
+    for_efficient,
+    for_flash,
+    is_flash,
+)
 from finetune_trainer.engine.rows.layout import RowLayout
 from finetune_trainer.engine.rows.packed import Attend
 
@@ -128,7 +133,8 @@ class _Attended(torch.autograd.Function):
 
 
 def rehearsed_attention(on_gpu: bool) -> Attend:
-    """Attention of a row without its arithmetic; on a CPU it is in 32 bits."""
+    """Attention of a row without its arithmetic; on a CPU it is in 32 bits, on a GPU it keeps what
+    its kernel takes."""
 
     def attention(
         row: RowLayout,
@@ -142,10 +148,13 @@ def rehearsed_attention(on_gpu: bool) -> Attend:
         if _keys is not None:
             _keys.add(key)
             _keys.add(value)
-        kind = query.dtype
+        kind, width = query.dtype, value.shape[-1]
         if not on_gpu:
             query, key, value = query.float(), key.float(), value.float()
+        else:
+            fitted = for_flash if is_flash(query, value) else for_efficient
+            query, key, value = fitted(query, key, value)
         attended: Tensor = _Attended.apply(query, key, value)
-        return attended.to(kind)
+        return attended[..., :width].to(kind)
 
     return attention

@@ -31,6 +31,7 @@ from finetune_trainer.engine.planning.plan import Packing
 from finetune_trainer.engine.precision import Precision, precision_of
 from finetune_trainer.engine.rows import packed
 from finetune_trainer.engine.rows.context import ALONE
+from finetune_trainer.engine.rows.dropout import draws
 from finetune_trainer.engine.rows.layout import row_context
 from finetune_trainer.engine.tasks import TASKS
 from finetune_trainer.engine.tuning.anchors import anchor_bytes
@@ -82,6 +83,7 @@ def _facts(path: Path, spec: FineTuneJobSpec, max_length: int) -> Facts:
         recomputes=model.recomputes,
         halved=precision.halved,
         copied=precision.copied,
+        masks=model.masks,
     )
 
 
@@ -97,8 +99,10 @@ def packing_of(base: PreTrainedModel, spec: FineTuneJobSpec) -> Packing:
         UserError: 'UnsuitableModel' where processes were to share rows of which they cannot.
     """
     packing = TASKS[spec.task].packing(base, spec.method.kind.packs)
-    if packing == "Concatenated" and spec.training.longest > packed.reach(base):
+    if packing != "Alone" and spec.training.longest > packed.reach(base):
         packing = "Alone"
+    if packing == "Padded" and spec.kind.generates and balances(spec):
+        packing = "Alone"  # not every model keeps padding out of its router loss
     if spec.compute.context_parallel > 1 and packing != "Concatenated":
         raise UserError(
             "UnsuitableModel",
@@ -106,6 +110,11 @@ def packing_of(base: PreTrainedModel, spec: FineTuneJobSpec) -> Packing:
             f" {type(base).__name__} cannot be shared; set it to 1",
         )
     return packing
+
+
+def balances(spec: FineTuneJobSpec) -> bool:
+    """Whether the loss has a part for the balance of experts."""
+    return float(spec.training.router_aux_loss_coefficient) > 0
 
 
 def recomputes(base: PreTrainedModel, spec: FineTuneJobSpec) -> bool:
@@ -141,13 +150,16 @@ class _Model:
         self.recomputes = recomputes(base, spec)
         if self.packing == "Concatenated":
             base.set_attn_implementation(ATTENTION)
+        # A classifier is given a mask in any row. Of other attention than PyTorch's own the square
+        # of the longest document is measured.
+        self.masks = self.packing == "Padded" and spec.kind.generates and base._supports_sdpa
         self._tuned = apply_method(base, spec)
         check_optimizer(self._tuned, spec)
         self.loss = task.loss(self._tuned, spec.training).train()
         self.logits_at_once: int | None = None
         if isinstance(self.loss, TokenLoss):
             self.logits_at_once = self.loss.logits_at_once()
-        self._build = task.row(ALONE, None)
+        self._build = task.row(self.packing, ALONE, None, draws(spec))
         _hold_nothing(self.loss, self._fake)
         head = base.get_output_embeddings()  # type: ignore[no-untyped-call]
         self._head = None if head is None else head.weight

@@ -123,6 +123,7 @@ class Plan:
         row_tokens: most tokens of one row; at least the longest sample.
         ranks: processes of the gang.
         packing: how samples share a row (not at all, where models cannot keep them apart).
+        virtual_tokens: that the method puts before each sample; ``row_tokens`` counts them.
     """
 
     def __init__(
@@ -138,6 +139,7 @@ class Plan:
         stages: Sequence[Stage] | None = None,
         visits: int | None = None,
         packing: Packing = "Concatenated",
+        virtual_tokens: int = 0,
     ) -> None:
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.supervised = np.asarray(supervised, dtype=np.int64)
@@ -145,6 +147,7 @@ class Plan:
         self.row_tokens = row_tokens
         self.ranks = ranks
         self.packing: Packing = packing
+        self._virtual_tokens = virtual_tokens
         self._batch = min(batch_size, len(self.lengths))
         self._visits = visits
         self.left_out: Ints = np.empty(0, np.int64)
@@ -191,7 +194,8 @@ class Plan:
         """Rows and denominator of a step."""
         positions = self.samples(number)
         lengths = self.lengths[positions].tolist()
-        dealt = _PACK[self.packing](lengths, self.row_tokens, self.ranks)
+        taken = [n + self._virtual_tokens for n in lengths]
+        dealt = _PACK[self.packing](taken, self.row_tokens, self.ranks)
         return Step(
             number=number,
             samples=tuple(positions.tolist()),
@@ -284,6 +288,7 @@ def pack_all(
     capacity: int,
     ranks: int,
     packing: Packing = "Concatenated",
+    virtual_tokens: int = 0,
 ) -> list[list[Row]]:
     """Rows by rank for one pass over a whole set (evaluation), neighbours in length together.
 
@@ -295,7 +300,7 @@ def pack_all(
     dealt: list[list[Row]] = [[] for _ in range(ranks)]
     for start in range(0, len(order), window):
         positions = order[start : start + window]
-        sizes = lengths[positions].tolist()
+        sizes = (lengths[positions] + virtual_tokens).tolist()
         rows = _PACK[packing](sizes, capacity, ranks)
         for rank in range(ranks):
             dealt[rank].extend(tuple(int(positions[i]) for i in row) for row in rows[rank])

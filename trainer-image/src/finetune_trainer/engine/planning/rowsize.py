@@ -17,11 +17,15 @@ class RowSize:
 
     tokens: int
     supervised: int
+    masked: int = 0
+    """Tokens of the longest document in a row with padding; 0: no row has any."""
 
 
 def row_tokens_of(spec: FineTuneJobSpec, max_length: int, longest: int) -> int:
-    """Most tokens of a row: the spec's, but at least the longest sample."""
-    return max(spec.training.micro_batch_tokens or max(max_length, 2048), longest)
+    """Most tokens of a row: the spec's, but at least the longest sample, with the virtual tokens
+    before it."""
+    wanted = spec.training.micro_batch_tokens or max(max_length, 2048)
+    return max(wanted, longest + spec.method.virtual_tokens)
 
 
 Ints = npt.NDArray[np.integer]
@@ -52,8 +56,10 @@ class Samples:
         room = row_tokens_of(spec, self.max_length, self.longest)
         batch = min(spec.training.batch_size, len(self.lengths))
         if packing == "Padded":
-            tokens = min(room, batch * self.longest)
-            return RowSize(tokens, min(tokens, batch))
+            tokens = min(room, batch * (self.longest + spec.method.virtual_tokens))
+            learned = int(_largest(self.supervised, batch).sum())
+            masked = min(tokens // 2, self.longest + spec.method.virtual_tokens)
+            return RowSize(tokens, min(tokens, learned), masked if batch > 1 else 0)
         tokens = room
         if not spec.training.compile:
             tokens = min(room, int(_largest(self.lengths, batch).sum()))

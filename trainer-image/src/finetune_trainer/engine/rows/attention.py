@@ -1,24 +1,46 @@
 """Causal attention within the documents of the row in work, by the best kernel that there is.
 
-On a GPU in half precision all spans go to one kernel for variable lengths (torch's own, which is
-FlashAttention or cuDNN). Elsewhere documents of like length are attended together in padded
-batches, which torch.compile leaves alone: no two rows would be alike. No mask of the row is ever
-built, and no work is done across documents.
+On a GPU in half precision all spans go to FlashAttention for variable lengths. There, other numbers
+(32 bits) and wider heads go to the memory-efficient kernel, documents of like length together in
+padded batches. So do they on a CPU. No kernel keeps the square of a length, no mask of the row is
+ever built, and no work is done across documents. Batches of documents are left alone by
+torch.compile: no two rows would be alike.
 """
 
 from __future__ import annotations
 
-from typing import Final
+import inspect
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from finetune_trainer.engine.rows.layout import Group, RowLayout
 
 _MOST_WIDTH: Final = 256
 """Head width up to which FlashAttention works."""
+_LARGEST_PADDED: Final = 192
+"""FlashAttention takes more as ``_MOST_WIDTH``; consumer GPUs have no backward pass in between."""
+_MULTIPLE: Final = 8
+"""Head widths are padded to a multiple of this, as the kernels' loads want."""
+_WINDOW_QUERIES: Final = 1024
+"""Queries of a document that are attended at a time where a window hides earlier keys from the
+memory-efficient kernel, which wants a mask for one."""
+_EFFICIENT: Final = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def _grouped(kernel: Callable[..., Any]) -> dict[str, Any]:
+    """What tells the kernel for variable lengths that keys have fewer heads; that of PyTorch 2.11
+    takes them as they come, and knows no such argument."""
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(kernel).parameters else {}
+
+
+_GROUPED: Final = _grouped(varlen_attn)
 
 
 def attend(
@@ -30,18 +52,18 @@ def attend(
     Args:
         query: shape [1, heads, tokens, width].
         key: shape [1, key heads, tokens, width]; fewer heads than query for grouped queries.
-        value: as key.
+        value: as key; its width may be another (latent attention).
         scale: of the scores; None: 1 / √width.
         window: keys that a query sees, itself included; None: all before it.
 
     Returns:
-        The attended values, shape [1, tokens, heads, width].
+        The attended values, shape [1, tokens, heads, width of a value].
     """
     query, key, value = as_computed(query, key, value)
     if row.wanted is not None:
         key, value = row.wanted.gather(key), row.wanted.gather(value)
-    if has_kernel(query, value):
-        return _by_offsets(row, query, key, value, scale, window)
+    if query.is_cuda or has_kernel(query, value):
+        return _on_gpu(row, query, key, value, scale, window)
     by = _by_group if row.wanted is None else _by_span
     if query.device.type != "cpu":
         return by(row, query, key, value, scale, window)  # type: ignore[no-any-return]
@@ -49,6 +71,42 @@ def attend(
     with torch.autocast("cpu", enabled=False):
         attended: Tensor = by(row, query.float(), key.float(), value.float(), scale, window)
     return attended.to(query.dtype)
+
+
+def _on_gpu(
+    row: RowLayout, query: Tensor, key: Tensor, value: Tensor, scale: float | None,
+    window: int | None,
+) -> Tensor:  # fmt: skip
+    width = value.shape[-1]
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if has_kernel(query, value):
+        attended = _by_offsets(row, *for_flash(query, key, value), scale, window)
+    else:
+        by = _by_group if row.wanted is None else _by_span
+        attended = by(row, *for_efficient(query, key, value), scale, window)
+    return attended[..., :width]
+
+
+def for_flash(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As FlashAttention takes (and keeps) them: all of one width."""
+    width = max(query.shape[-1], value.shape[-1])
+    width = _MOST_WIDTH if width > _LARGEST_PADDED else width + -width % _MULTIPLE
+    return _widened(query, width), _widened(key, width), _widened(value, width)
+
+
+def for_efficient(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As the memory-efficient kernel takes (and keeps) them: keys for every head of queries, which
+    not every version shares among heads."""
+    width, value_width = (w + -w % _MULTIPLE for w in (query.shape[-1], value.shape[-1]))
+    shared = query.shape[1] // key.shape[1]
+    key, value = _widened(key, width), _widened(value, value_width)
+    if shared > 1:
+        key, value = (x.repeat_interleave(shared, 1) for x in (key, value))
+    return _widened(query, width), key, value
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1]))
 
 
 def as_computed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,14 +120,13 @@ def as_computed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tens
 
 def has_kernel(query: Tensor, value: Tensor) -> bool:
     """Whether the kernel for variable lengths takes these tensors."""
-    return (
-        query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and query.shape[-1] == value.shape[-1]
-        and query.shape[-1] % 8 == 0
-        and query.shape[-1] <= _MOST_WIDTH
-        and _is_new_enough(query.device.index)
-    )
+    return query.is_cuda and is_flash(query, value) and _is_new_enough(query.device.index)
+
+
+def is_flash(query: Tensor, value: Tensor) -> bool:
+    """Whether FlashAttention takes numbers and heads as these, on a GPU that has it."""
+    halved = query.dtype in (torch.bfloat16, torch.float16)
+    return halved and max(query.shape[-1], value.shape[-1]) <= _MOST_WIDTH
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -84,8 +141,7 @@ def _by_offsets(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     attended = varlen_attn(
         q, k, v, row.offsets.queries, row.offsets.keys, row.longest, row.longest, scale=scale,
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=key.shape[1] != query.shape[1],
+        window_size=(-1 if window is None else window - 1, 0), **_GROUPED,
     )  # fmt: skip
     assert isinstance(attended, Tensor)
     return attended[None]
@@ -101,11 +157,7 @@ def _by_span(
     keys, values = (torch.split(x, [span.keys for span in row.spans], 2) for x in (key, value))
     for q, k, v in zip(queries, keys, values, strict=True):
         mask = _mask(q.shape[2], k.shape[2], window, q.device)
-        parts.append(
-            scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
-            )
-        )
+        parts.append(_sdpa(q, k, v, mask, scale))
     return torch.cat(parts, 2).transpose(1, 2)
 
 
@@ -120,18 +172,39 @@ def _by_group(
     single = len(groups) == 1 and groups[0].documents == 1
     for group in groups:
         q, k, v = (query, key, value) if single else (_take(x, group) for x in (query, key, value))
-        mask = None
-        if window is not None and group.longest > window:
-            mask = _mask(group.longest, group.longest, window, query.device)
-        part = scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale,
-            enable_gqa=key.shape[1] != heads,
-        ).transpose(1, 2)  # fmt: skip
+        part = (
+            _sdpa(q, k, v, None, scale)
+            if window is None or group.longest <= window
+            else _windowed(q, k, v, window, scale, _WINDOW_QUERIES if q.is_cuda else q.shape[2])
+        ).transpose(1, 2)
         if single:
             return part
         flat = part.reshape(group.documents * group.longest, heads, -1)
         attended = attended.index_copy(0, group.back, flat.index_select(0, group.keep))
     return attended[None]
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """Attention under a mask; None: causal."""
+    with sdpa_kernel(_EFFICIENT) if q.is_cuda else nullcontext():
+        return scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale,
+            enable_gqa=k.shape[1] != q.shape[1],
+        )  # fmt: skip
+
+
+def _windowed(
+    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None, at_once: int
+) -> Tensor:
+    """Causal attention of whole documents that sees the last keys, ``at_once`` queries at a time: a
+    mask of them all is the square of the length."""
+    length = q.shape[2]
+    parts = []
+    for begin in range(0, length, at_once):
+        end, first = min(begin + at_once, length), max(0, begin - window + 1)
+        mask = _mask(end - begin, end - first, window, q.device)
+        parts.append(_sdpa(q[:, :, begin:end], k[:, :, first:end], v[:, :, first:end], mask, scale))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 def _take(x: Tensor, group: Group) -> Tensor:

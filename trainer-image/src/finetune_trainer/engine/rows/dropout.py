@@ -2,7 +2,8 @@
 
 The mask of an element is a hash of (seed, step, sample, position in the document, layer, feature).
 So it is the same at any number of processes, under any packing, in a recomputation and after a
-resume, and no generator state has to be kept.
+resume, and no generator state has to be kept. On a GPU one kernel computes and applies the mask
+(``fuseddropout``); elsewhere PyTorch's operators do, with the same masks.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.engine.rows.fuseddropout import has_kernel, keyed_dropout
 from finetune_trainer.engine.rows.layout import RowLayout, current_row
 
 _MASK32 = 0xFFFFFFFF
@@ -23,8 +26,18 @@ _BLOCKS = frozenset(("self_attn", "attention", "mlp", "feed_forward", "fc2"))
 own (OPT)."""
 
 
-def token_keys(seed: int, step: int, sample: int, length: int) -> npt.NDArray[np.int64]:
-    """Random 32-bit key of each token of a document in a step, shape [length].
+def draws(spec: FineTuneJobSpec) -> bool:
+    """Whether training under a spec draws dropout or noise: its rows then need keys."""
+    lora = spec.method.lora
+    return (
+        float(spec.training.dropout) > 0
+        or float(spec.training.neftune_alpha) > 0
+        or (lora is not None and float(lora.dropout) > 0)
+    )
+
+
+def token_keys(seed: int, step: int, sample: int, length: int) -> npt.NDArray[np.int32]:
+    """Key of each token of a document in a step: 32 random bits, shape [length].
 
     SplitMix64 finalizer (Steele et al. 2014) over the mixed integers.
     """
@@ -33,7 +46,7 @@ def token_keys(seed: int, step: int, sample: int, length: int) -> npt.NDArray[np
         for part in (step, sample):
             x = _splitmix(x + np.uint64(part + 1) * np.uint64(0x9E3779B97F4A7C15))
         x = _splitmix(x + np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03))
-    return (x >> np.uint64(32)).astype(np.int64)
+    return (x >> np.uint64(32)).astype(np.uint32).view(np.int32)
 
 
 def _splitmix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -42,27 +55,41 @@ def _splitmix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
+def _signed(bits: int) -> int:
+    """The int32 with the same 32 bits."""
+    return (bits & _MASK32) - ((bits & 0x80000000) << 1)
+
+
 def salt_of(layer: int) -> int:
-    """What makes the numbers of a layer its own, below 2**32."""
-    return (layer * 0x9E3779B1) & _MASK32
+    """32 bits, as an int32, that make the numbers of a layer its own."""
+    return _signed(layer * 0x9E3779B1)
 
 
 def keep_mask(keys: Tensor, features: int, salt: Tensor | int, probability: float) -> Tensor:
-    """Which elements are kept: bool, shape [tokens, features]."""
-    return draw(keys, features, salt) >= int(probability * 2**32)
+    """Which elements are kept: bool, shape [*keys.shape, features]."""
+    return draw(keys, features, salt) >= int(probability * 2**32) - 2**31
 
 
 def draw(keys: Tensor, features: int, salt: Tensor | int) -> Tensor:
-    """Random 32-bit numbers of the elements of a layer: int64, shape [tokens, features].
+    """Random numbers of the elements of a layer, uniform over all of int32; shape
+    [*keys.shape, features].
 
-    The finalizer of MurmurHash3 (32 bit), in 64-bit integers whose low halves are exact.
+    The finalizer of MurmurHash3 (32 bit) in int32, whose products wrap around as those of unsigned
+    integers do; the last operation shifts the range from [0, 2**32) to [-2**31, 2**31).
     """
-    feature = torch.arange(1, features + 1, device=keys.device, dtype=torch.int64)
-    h = (keys[:, None] ^ salt) + feature[None, :] * 0x85EBCA77
-    h = h & _MASK32
-    h = ((h ^ (h >> 16)) * 0x85EBCA6B) & _MASK32
-    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & _MASK32
-    return h ^ (h >> 16)
+    feature = torch.arange(1, features + 1, device=keys.device, dtype=torch.int32)
+    h = (keys[..., None] ^ salt) + feature * _signed(0x85EBCA77)
+    for bits, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        h ^= _shifted(h, bits)
+        h *= _signed(factor)
+    h ^= _shifted(h, 16)
+    h ^= -(2**31)
+    return h
+
+
+def _shifted(h: Tensor, bits: int) -> Tensor:
+    """Shifted right as an unsigned integer: int32 would repeat the sign."""
+    return (h >> bits) & ((1 << (32 - bits)) - 1)
 
 
 class KeyedDropout(nn.Module):
@@ -81,7 +108,8 @@ class KeyedDropout(nn.Module):
         self.salt: Tensor
         self.layer = layer
         # A tensor, so that compiled code is the same for all layers.
-        self.register_buffer("salt", torch.tensor(salt_of(layer)), persistent=False)
+        salt = torch.tensor(salt_of(layer), dtype=torch.int32)
+        self.register_buffer("salt", salt, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         row = current_row()
@@ -90,20 +118,32 @@ class KeyedDropout(nn.Module):
         keys = _keys_of(x, row)
         if keys is None:
             return x
+        if has_kernel(x):
+            dropped: Tensor = keyed_dropout(x, keys, self.salt, self.probability)
+            return dropped
         keep = keep_mask(keys, x.shape[-1], self.salt, self.probability)
-        # Virtual tokens before the document (prompt tuning) have no keys, and are kept.
-        keep = pad(keep, (0, 0, x[..., 0].numel() - len(keep), 0), value=True)
-        return x * keep.view(x.shape).to(x.dtype) / (1.0 - self.probability)
+        # Virtual tokens before a document (prompt tuning) have no keys, and are kept.
+        scaled = x / (1.0 - self.probability)
+        if missing := x.shape[-2] - keep.shape[-2]:
+            keep = pad(keep, (0, 0, missing, 0), value=True)
+            scaled = torch.cat([x[..., :missing, :], scaled[..., missing:, :]], -2)
+        return torch.where(keep, scaled, 0.0)
 
     def extra_repr(self) -> str:
         return f"probability={self.probability}, layer={self.layer}"
 
 
 def _keys_of(x: Tensor, row: RowLayout) -> Tensor | None:
-    """Keys of the vectors of ``x``; None where it is of neither tokens nor documents. (Attention
-    probabilities, four dimensions, are not dropped, in packed rows or others.)"""
+    """Keys of the vectors of ``x``, shape [documents, tokens] or [vectors]; None where the vectors
+    are neither tokens nor documents. (Attention probabilities, four dimensions, are not dropped.)
+
+    Raises:
+        RuntimeError: where the row was built without keys.
+    """
+    if row.keys is None:
+        raise RuntimeError("a row without keys cannot be dropped from: build it with keyed=True")
     if x.ndim == 3:
-        return row.keys
+        return row.keys.view(len(x), -1)
     known = (row.keys, row.document_keys) if x.ndim == 2 else ()
     return next((keys for keys in known if keys is not None and len(keys) == len(x)), None)
 
@@ -144,8 +184,10 @@ def add_noise(embedding: nn.Module, alpha: float) -> None:
         row = current_row()
         if not module.training or row is None:
             return output
+        if row.keys is None or row.lengths is None:
+            raise RuntimeError("a row without keys has no noise: build it with keyed=True")
         width = output.shape[-1]
-        noise = draw(row.keys, width, salt_of(_NOISE_LAYER)).double() * 2.0**-31 - 1.0
+        noise = draw(row.keys, width, salt_of(_NOISE_LAYER)).double() * 2.0**-31
         size = alpha / (row.lengths * width).double().sqrt()
         return output + (noise * size[:, None]).to(output.dtype).view(output.shape)
 

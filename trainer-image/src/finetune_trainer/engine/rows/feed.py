@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final, NamedTuple, Protocol
 
 import numpy as np
@@ -25,7 +26,7 @@ from finetune_trainer.engine.planning.plan import Plan, Row, Step
 from finetune_trainer.engine.rows.context import ALONE, ContextGroup, share
 from finetune_trainer.engine.rows.dropout import token_keys
 from finetune_trainer.engine.rows.layout import RowLayout, offsets_of
-from finetune_trainer.engine.rows.transfer import on_device
+from finetune_trainer.engine.rows.transfer import CopyStream, Wait, on_device
 from finetune_trainer.prepared.shards import TokenSample
 
 
@@ -46,16 +47,24 @@ class RowTensors:
 
 @dataclass(frozen=True)
 class TokenRow(RowTensors):
-    """Documents one after the other, shape [1, tokens]; ``labels`` are tokens."""
+    """Documents one after the other, shape [1, tokens], or one below the other, padded to the
+    longest, shape [documents, longest]; ``labels`` are tokens."""
 
     position_ids: Tensor
-    """Positions that restart at each document, shape [1, tokens]."""
+    """Positions that restart at each document; as ``input_ids``."""
     predict: Tensor
-    """Positions in ``input_ids`` whose next token is a label, shape [supervised]."""
+    """Positions in the flattened ``input_ids`` whose next token is a label, shape [supervised]."""
     sources_here: npt.NDArray[np.int64]
     """As ``sources``, on the host: what depends on them waits for no device."""
     replay: Replay | None = None
     """Its replay documents, where any rank's row of this turn has some and they are wanted."""
+    attention_mask: Tensor | None = None
+    """1 where there is a token, 0 where there is padding, as ``input_ids``; None: no padding."""
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether documents stand one below the other: the model's own attention takes them."""
+        return not self.layout.spans
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,7 @@ class RowBuilder(Protocol):
         seed: int,
         step: int,
         device: torch.device,
+        keyed: bool = True,
     ) -> RowTensors: ...
 
 
@@ -106,6 +116,7 @@ def build_row(
     seed: int,
     step: int,
     device: torch.device,
+    keyed: bool = True,
     context: ContextGroup = ALONE,
     shape: StaticShape | None = None,
 ) -> TokenRow:
@@ -114,6 +125,7 @@ def build_row(
     Args:
         positions: of the samples in the index, by which dropout is keyed.
         sources: number of the source of each; None: 0.
+        keyed: whether dropout or noise is drawn in this row, and so wants keys.
         context: the processes that share the row.
         shape: that the row is padded to, by documents that nothing is learned from.
 
@@ -138,7 +150,6 @@ def build_row(
     predicts = np.concatenate([np.append(s.supervised[1:], False) for s in samples])
     following = np.append(ids[1:], 0)
     source = np.repeat(np.asarray(sources, np.int64), lengths)
-    keys = [token_keys(seed, step, p, n) for p, n in zip(positions, lengths, strict=True)]
     position = np.concatenate([np.arange(n) for n in lengths])
     held = context.held(len(ids))
     target = np.flatnonzero(predicts[held])
@@ -151,6 +162,10 @@ def build_row(
     def tensor(values: np.ndarray) -> Tensor:
         return on_device(values, device)
 
+    keys: Tensor | None = None
+    if keyed:
+        drawn = [token_keys(seed, step, p, n) for p, n in zip(positions, lengths, strict=True)]
+        keys = tensor(np.concatenate(drawn)[held])
     return TokenRow(
         input_ids=tensor(ids[held])[None],
         position_ids=tensor(position[held])[None],
@@ -160,8 +175,8 @@ def build_row(
             spans=spans,
             offsets=offsets,
             longest=max(shape.longest, *(span.keys for span in spans)),
-            keys=tensor(np.concatenate(keys)[held]),
-            lengths=tensor(np.repeat(lengths, lengths)[held]),
+            keys=keys,
+            lengths=tensor(np.repeat(lengths, lengths)[held]) if keyed else None,
             wanted=wanted,
         ),
         sources=tensor(source[held][target]),
@@ -175,8 +190,18 @@ class StepTensors:
 
     plan: Step
     rows: list[RowTensors]
-    waited: float
-    """Seconds that the step waited for its data."""
+    wait: Wait
+    """How long the step waited for its data."""
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A step whose tensors are on their way to the device."""
+
+    plan: Step
+    rows: list[RowTensors]
+    copied: torch.cuda.Event | None
+    """When they are there; None: they are."""
 
 
 Reader = Callable[[Sequence[int]], list[TokenSample]]
@@ -217,7 +242,8 @@ class Feed:
         self._device = device
         self._build = build
         self._replay = np.array(replay, np.bool_) if any(replay) else None
-        self._queue: queue.Queue[tuple[Step, list[RowTensors]] | BaseException] = queue.Queue(ahead)
+        self._copies = CopyStream(device)
+        self._queue: queue.Queue[_Ready | BaseException] = queue.Queue(ahead)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="feed", daemon=True)
 
@@ -235,18 +261,23 @@ class Feed:
 
     def __iter__(self) -> Iterator[StepTensors]:
         for _ in self._range:
+            marked = self._copies.mark()
             began = time.perf_counter()
             item = self._queue.get()
+            waited = time.perf_counter() - began
             if isinstance(item, BaseException):
                 raise item
-            yield StepTensors(*item, waited=time.perf_counter() - began)
+            wait = self._copies.hand_over(item.rows, item.copied, marked, waited)
+            yield StepTensors(item.plan, item.rows, wait)
 
     def _work(self) -> None:
         try:
-            for step in self._planned():
-                if self._stop.is_set():
-                    return
-                self._queue.put((step, self._rows(step)))
+            with self._copies.copying():
+                for step in self._planned():
+                    if self._stop.is_set():
+                        return
+                    rows = self._rows(step)
+                    self._queue.put(_Ready(step, rows, self._copies.copied()))
         except BaseException as error:
             self._queue.put(error)
 
@@ -283,7 +314,8 @@ class Feed:
             assert isinstance(built, TokenRow), "outputs of tokens are what is anchored"
             at = on_device(np.flatnonzero(self._replay[built.sources_here]), self._device)
             if built.layout.wanted is None:
-                apart = build(build_row, self._of_replay(row))
+                alone = self._build if built.is_padded else partial(build_row, keyed=False)
+                apart = build(alone, self._of_replay(row))
                 assert isinstance(apart, TokenRow)
                 return replace(built, replay=Replay(apart, at))
             # Of a shorter row this process would hold other tokens: the whole one is read again.

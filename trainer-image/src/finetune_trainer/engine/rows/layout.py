@@ -62,11 +62,11 @@ class RowLayout:
     offsets: Offsets
     longest: int
     """No span has more keys."""
-    keys: Tensor
-    """Random key of each token that is here, shape [tokens], values below 2**32; see
-    ``dropout``."""
-    lengths: Tensor
-    """Tokens of each token's document, shape [tokens]."""
+    keys: Tensor | None = None
+    """Random key of each token that is here, int32, shape [tokens]; see ``dropout``. None where
+    nothing is drawn."""
+    lengths: Tensor | None = None
+    """Tokens of each token's document, shape [tokens]; None where nothing is drawn."""
     document_keys: Tensor | None = None
     """Random key of each document of a padded row, shape [documents]. Such a row has no spans: it
     is attended by the model's own kernels, and its tokens count padding."""
@@ -76,7 +76,7 @@ class RowLayout:
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         """The documents of a row that is here whole, by length."""
-        return group_documents([span.queries for span in self.spans], self.keys.device)
+        return group_documents([s.queries for s in self.spans], self.offsets.queries.device)
 
 
 def offsets_of(spans: Sequence[Span], device: torch.device) -> Offsets:

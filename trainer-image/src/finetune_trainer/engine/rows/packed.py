@@ -94,8 +94,8 @@ def _check(module: torch.nn.Module, mask: Tensor | None, keywords: dict[str, Any
         raise UserError(
             "UnsuitableModel",
             f"spec.model: a {type(module).__name__} asks its attention for {', '.join(strange)},"
-            " which it cannot have in a row of several samples; give another model, or set"
-            " method.type to PromptTuning or PrefixTuning, whose samples have rows of their own",
+            " which it cannot have in a packed sequence; give another model, or set method.type to"
+            " PromptTuning or PrefixTuning, whose samples are not packed but padded",
         )
 
 
@@ -135,10 +135,17 @@ def counts_positions(model: torch.nn.Module) -> bool:
     return any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())
 
 
+def can_pad(model: PreTrainedModel) -> bool:
+    """Whether a document of this model, padded at its end to the length of another, is computed as
+    it is alone. Language models look back only, and where there is padding they are given a mask;
+    but some choose rotary frequencies by the longest document of a batch."""
+    return not any(kind["rope_type"] == "dynamic" for kind in _rotary(model))
+
+
 def can_pack(model: PreTrainedModel) -> bool:
     """Whether documents in one row of this model are kept apart by positions and attention, and
-    each is attended as the model's own attention would (``probe``). A document of others has a row
-    of its own, and the model's own kernels."""
+    each is attended as the model's own attention would (``probe``). A document of others is
+    padded, or has a row of its own, and the model's own kernels."""
     if not getattr(model, "_supports_attention_backend", False):
         return False
     if not getattr(model, "_supports_sdpa", False) or getattr(model, "_is_stateful", False):
@@ -156,5 +163,5 @@ def can_pack(model: PreTrainedModel) -> bool:
         return False
     found = obstacle(model)
     if found is not None:
-        log.info("samples of a %s have rows of their own: %s", type(model).__name__, found)
+        log.info("samples of a %s are not packed: %s", type(model).__name__, found)
     return found is None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.engine.loss import RowLosses, TokenLoss, Untuned, evaluating
+from finetune_trainer.engine.loss import EvaluationMode, RowLosses, TokenLoss, Untuned
 from finetune_trainer.engine.optimizers import Optimizers
 from finetune_trainer.engine.rows.feed import RowTensors, TokenRow
 from finetune_trainer.engine.rows.layout import row_context
@@ -30,6 +30,7 @@ class OutputAnchor:
         """
         self._loss = loss
         self._copy = copy
+        self._evaluation = EvaluationMode(loss)
 
     def outputs(self, row: RowTensors) -> Untuned | None:
         """What the untuned model says of a row's replay documents; None where no rank has any. In
@@ -41,7 +42,7 @@ class OutputAnchor:
             if self._copy is not None:
                 found: RowLosses = self._copy(documents, with_logits=True)
             else:
-                with evaluating(self._loss), self._loss.untuned():
+                with self._evaluation.on(), self._loss.untuned():
                     found = self._loss(documents, with_logits=True)
         assert found.logits is not None, "they were asked for"
         return Untuned(found.logits, row.replay.at)

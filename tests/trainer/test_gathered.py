@@ -1,0 +1,100 @@
+"""Weights that FSDP gathers: kept until the backward pass where there is room, never longer than
+they are true; and placeholders that leave the host."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from engine import CPU, samples, spec_of, tiny_llama
+from gangs import forked, free_port
+from torch import nn
+
+from finetune_trainer.engine.gang import Gang, join
+from finetune_trainer.engine.hollow import hollow, is_hollow, make_solid, replace_parameters
+from finetune_trainer.engine.loss import TokenLoss, evaluating, row_losses
+from finetune_trainer.engine.precision import PRECISIONS
+from finetune_trainer.engine.rows.feed import build_row
+from finetune_trainer.engine.rows.layout import row_context
+from finetune_trainer.engine.sharding import distribute
+from finetune_trainer.engine.shards import held
+
+ROW = build_row(samples([30, 24]), range(2), seed=0, step=0, device=CPU)
+
+
+@pytest.fixture
+def gang() -> Iterator[Gang]:
+    yield join(spec_of({"type": "Full"}, precision="PureBF16").training)
+    torch.distributed.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def sharded(gang: Gang, gathered: bool) -> nn.Module:
+    return distribute(
+        TokenLoss(tiny_llama()), gang, "NoShard", PRECISIONS["PureBF16"], gathered=gathered
+    )
+
+
+def test_losses_and_gradients_are_the_same_gathered_or_not(gang: Gang) -> None:
+    found = []
+    for gathered in (False, True):
+        module = sharded(gang, gathered)
+        with row_context(ROW.layout):
+            losses = module(ROW).tokens
+            losses.sum().backward()
+        found.append((losses.detach(), [held(p.grad) for p in module.parameters()]))  # type: ignore[arg-type]
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+def test_weights_that_change_after_an_evaluation_are_used(tmp_path: Path, gathered: bool) -> None:
+    """A run that is taken back to an earlier checkpoint may have been measured just before."""
+    port = free_port()
+    processes = [forked(halve_after_evaluation, i, port, str(tmp_path), gathered) for i in range(2)]
+    for process in processes:
+        process.join(120)
+    assert [p.exitcode for p in processes] == [0, 0]
+    before, after, expected = torch.load(tmp_path / "losses.pt")
+    assert (after - before).abs().max() > 1e-2
+    torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5)
+
+
+def halve_after_evaluation(rank: int, port: int, folder: str, gathered: bool) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    gang = join(spec_of({"type": "Full"}, precision="FP32").training)
+    module = distribute(TokenLoss(tiny_llama()), gang, "FullShard", PRECISIONS["FP32"], gathered)
+    with evaluating(module):
+        before = row_losses(module, ROW)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            held(parameter).mul_(0.5)
+    after = row_losses(module, ROW)
+    plain = TokenLoss(tiny_llama())
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.mul_(0.5)
+    if rank == 0:
+        torch.save((before, after, row_losses(plain, ROW)), Path(folder) / "losses.pt")
+    gang.close()
+
+
+def test_placeholders_alone_are_made_anew() -> None:
+    """What a method has drawn stays, and what is tied stays so."""
+    model = tiny_llama()
+    drawn = nn.Parameter(torch.ones(3))
+    replace_parameters(
+        model, lambda _, p: nn.Parameter(hollow(p.shape, p.dtype), requires_grad=False)
+    )
+    model.register_parameter("drawn", drawn)
+    make_solid(model, torch.device("meta"), only=is_hollow)
+    assert model.drawn is drawn and drawn.device.type == "cpu"
+    others = [p for n, p in model.named_parameters() if n != "drawn"]
+    assert all(p.device.type == "meta" and not p.requires_grad for p in others)
+    assert model.lm_head.weight is model.model.embed_tokens.weight

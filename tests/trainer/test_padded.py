@@ -1,0 +1,222 @@
+"""Padded rows of language models: the losses that each document has alone, whatever the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bench import write_model
+from engine import CPU, samples, spec_of
+from hypothesis import given
+from hypothesis import strategies as st
+from test_probe import APART, LENGTHS, LONG, SMALL, TOGETHER, made, own_losses
+from transformers import (
+    BloomConfig,
+    FalconConfig,
+    GPTJConfig,
+    GPTNeoXConfig,
+    JambaConfig,
+    Mamba2Config,
+    MptConfig,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedConfig,
+)
+from tuning import Tuning
+
+from finetune_trainer.engine.head import ChunkedHead
+from finetune_trainer.engine.loss import TokenLoss, row_losses
+from finetune_trainer.engine.memory import rehearsal
+from finetune_trainer.engine.planning.plan import Plan, pack_padded
+from finetune_trainer.engine.planning.rowsize import Samples, row_tokens_of
+from finetune_trainer.engine.rows.dropout import draws
+from finetune_trainer.engine.rows.feed import TokenRow, build_row
+from finetune_trainer.engine.rows.layout import row_context
+from finetune_trainer.engine.rows.padded import build_padded_tokens
+from finetune_trainer.engine.tasks import TASKS
+
+MORE: dict[str, PreTrainedConfig] = {
+    "OPT": OPTConfig(
+        vocab_size=97, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+        word_embed_proj_dim=32, max_position_embeddings=128, pad_token_id=0,
+    ),
+    "BLOOM": BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4),
+    "Falcon, ALiBi": FalconConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
+    ),
+    "MPT": MptConfig(vocab_size=97, d_model=32, n_layers=2, n_heads=4, max_seq_len=128),
+    "GPT-J": GPTJConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
+    "GPT-NeoX": GPTNeoXConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4,
+    ),
+    "Jamba": JambaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1,
+        num_experts=1, mamba_d_state=4, mamba_dt_rank=4,
+    ),
+    "Mamba 2": Mamba2Config(
+        vocab_size=97, hidden_size=32, num_hidden_layers=1, state_size=8, num_heads=4, head_dim=16,
+        n_groups=1, chunk_size=16,
+    ),
+}  # fmt: skip
+ALONE = {"Llama, dynamic"}
+"""Whose frequencies follow the longest document of a batch."""
+
+
+def padded(positions: list[int], **changes: Any) -> TokenRow:
+    documents = samples(LENGTHS)
+    options: dict[str, Any] = {"seed": 3, "step": 7, "device": CPU} | changes
+    return build_padded_tokens(
+        [documents[p] for p in positions], positions, sources=positions, **options
+    )
+
+
+@pytest.mark.parametrize("name", [*APART, *MORE])
+def test_padded_documents_have_the_losses_that_they_have_alone(name: str) -> None:
+    model = made((APART | MORE)[name])
+    packing = TASKS["CausalLM"].packing(model, False)
+    assert packing == ("Alone" if name in ALONE else "Padded")
+    found = row_losses(TokenLoss(model), padded([0, 1, 2, 3, 4]))
+    apart = torch.cat([own_losses(model, document) for document in samples(LENGTHS)])
+    if name not in ALONE:
+        torch.testing.assert_close(found, apart, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mamba", "gpt-oss", "OPT"])
+def test_rows_without_padding_have_no_mask(name: str) -> None:
+    """Kernels that look back only are faster without one."""
+    model = made((TOGETHER | APART | MORE)[name])
+    document = samples([20])[0]
+    row = build_padded_tokens([document] * 2, [0, 0], seed=0, step=0, device=CPU)
+    assert row.attention_mask is None
+    apart = torch.cat([own_losses(model, document)] * 2)
+    torch.testing.assert_close(row_losses(TokenLoss(model), row), apart, rtol=1e-5, atol=1e-5)
+
+
+def test_an_empty_row_has_a_loss_of_zero() -> None:
+    loss = TokenLoss(made(APART["gpt-oss"]))
+    row = build_padded_tokens([], [], seed=0, step=0, device=CPU)
+    losses = loss(row)
+    assert losses.tokens.tolist() == [0.0] and losses.tokens.requires_grad
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "Mamba"])
+def test_dropout_and_gradients_do_not_depend_on_the_row(name: str) -> None:
+    """The same up to rounding: matrices of other shapes are multiplied."""
+    lora = {"dropout": "0.2", "targetModules": ["q_proj"] if name == "gpt-oss" else ["in_proj"]}
+    spec = spec_of({"type": "LoRA", "lora": lora}, neftuneAlpha="5")
+    assert draws(spec)
+    found = []
+    for rows in ([[0, 1, 2, 3, 4]], [[4, 2], [1], [3, 0]], [[0], [1], [2], [3], [4]]):
+        model: Any = made(APART[name])
+        tuned = rehearsal.apply_method(model, spec)
+        loss = TokenLoss(tuned).train()
+        total = torch.zeros(())
+        for positions in rows:
+            row = padded(positions)
+            with row_context(row.layout):
+                total = total + loss(row).tokens.sum()
+        total.backward()
+        grads = {n: p.grad for n, p in tuned.named_parameters() if p.requires_grad}
+        assert any(g is not None and g.abs().max() > 0 for g in grads.values())
+        found.append({"loss": total.detach()} | grads)
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["PromptTuning", "PrefixTuning"])
+@pytest.mark.parametrize("dropout", ["0", "0.2"])
+def test_virtual_tokens_stand_before_each_padded_document(
+    tmp_path: Path, name: str, dropout: str
+) -> None:
+    write_model(tmp_path, attention_bias=True)
+    spec = spec_of({"type": name, "prompt": {"virtualTokens": 5}}, dropout=dropout)
+    tuning = Tuning(tmp_path, spec)
+    tuning.step(0)
+    loss = tuning.loss.train()
+    together = row_losses(loss, padded([0, 1, 2, 3, 4]))
+    apart = torch.cat([row_losses(loss, padded([p])) for p in range(5)])
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+    before = torch.cat([
+        row_losses(loss, build_row([d], [i], seed=3, step=7, device=CPU))
+        for i, d in enumerate(samples(LENGTHS))
+    ])  # fmt: skip
+    torch.testing.assert_close(together, before, rtol=1e-5, atol=1e-5)
+
+
+def test_the_head_computes_supervised_tokens_alone() -> None:
+    model = made(APART["gpt-oss"])
+    seen = []
+    model.get_output_embeddings().register_forward_hook(
+        lambda _, given, out: seen.append(out.shape)
+    )
+    row = padded([0, 1, 2, 3, 4])
+    losses = TokenLoss(model)(row, with_logits=True)
+    assert seen == [torch.Size([1, len(row.labels), 97])]
+    assert losses.logits is not None and losses.logits.shape == (len(row.labels), 97)
+
+
+def test_logits_in_chunks_are_those_of_all_at_once() -> None:
+    model = made(APART["Doge"])
+    loss = TokenLoss(model).eval()
+    row = padded([0, 1, 2, 3, 4])
+    whole = row_losses(loss, row)
+    loss._chunks = ChunkedHead(model, limit=4 * 97 * 7)
+    assert loss._chunks.wanted(len(row.labels))
+    torch.testing.assert_close(row_losses(loss, row), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_frequencies_of_longer_documents_keep_documents_alone() -> None:
+    model = made(Phi3Config(**SMALL, original_max_position_embeddings=32, rope_parameters=LONG))
+    prompt = {"type": "PromptTuning", "prompt": {"virtualTokens": 4}}
+    kinds = [rehearsal.packing_of(model, spec_of(prompt, maxLength=n)) for n in (32, 33)]
+    assert kinds == ["Padded", "Alone"]
+
+
+lengths_of = st.lists(st.integers(1, 300), min_size=1, max_size=60)
+
+
+@given(lengths_of, st.integers(1, 40), st.integers(1, 4), st.integers(0, 3))
+def test_padded_rows_hold_virtual_tokens_too(
+    lengths: list[int], virtual: int, ranks: int, step: int
+) -> None:
+    capacity = max(lengths) + virtual + 200
+    plan = Plan(
+        np.array(lengths), np.ones(len(lengths), np.int64), batch_size=8, seed=0,
+        row_tokens=capacity, ranks=ranks, packing="Padded", virtual_tokens=virtual,
+    )  # fmt: skip
+    found = plan.step(step)
+    assert sorted(p for rows in found.rows for row in rows for p in row) == sorted(found.samples)
+    assert len({len(rows) for rows in found.rows}) == 1
+    for row in (row for rows in found.rows for row in rows if row):
+        assert len(row) * (max(lengths[p] for p in row) + virtual) <= capacity
+    assert found.tokens == sum(lengths[p] for p in found.samples)
+    bare = Plan(
+        np.array(lengths), np.ones(len(lengths), np.int64), batch_size=8, seed=0,
+        row_tokens=capacity, ranks=1, packing="Padded", virtual_tokens=virtual,
+    )  # fmt: skip
+    assert bare.step(step).samples == found.samples, "the same at any number of ranks"
+
+
+def test_the_largest_padded_row_bounds_those_of_a_plan() -> None:
+    lengths = np.random.default_rng(0).integers(5, 200, 64)
+    supervised = lengths // 3
+    spec = spec_of(
+        {"type": "PromptTuning", "prompt": {"virtualTokens": 20}}, batchSize=16,
+        microBatchTokens=1024,
+    )  # fmt: skip
+    largest = Samples(lengths, supervised, 256).largest_row(spec, "Padded")
+    plan = Plan(
+        lengths, supervised, batch_size=16, seed=0, ranks=1, packing="Padded", virtual_tokens=20,
+        row_tokens=row_tokens_of(spec, 256, int(lengths.max())),
+    )  # fmt: skip
+    rows = [row for step in range(4) for row in plan.step(step).rows[0]]
+    assert max(len(rows[i]) for i in range(len(rows))) > 4, "several share a row"
+    for row in rows:
+        assert len(row) * (max(lengths[list(row)]) + 20) <= largest.tokens <= 1024
+        assert supervised[list(row)].sum() <= largest.supervised
+    assert len(pack_padded(lengths.tolist(), 1024, 1)[0]) < len(lengths)
