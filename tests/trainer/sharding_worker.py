@@ -71,7 +71,7 @@ def tune(
     gang.from_first(lambda: untuned().save_pretrained(base.folder))
     opened = open_model(
         spec, base, NO_STORES, gang, Placement(sharding, checkpointing),
-        PRECISIONS[spec.training.precision], TEXT,
+        PRECISIONS[spec.training.precision], TEXT, True,
     )  # fmt: skip
     model, loss, module = opened.model, opened.loss, opened.module
     documents = samples(LENGTHS)

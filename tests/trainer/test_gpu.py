@@ -145,7 +145,7 @@ class Course:
         self.spec, self.gang = spec, join(spec.training)
         self.opened: TunedModel = open_model(
             spec, files, NO_STORES, self.gang, Placement("NoShard", False),
-            precision_of(spec.training, True), TEXT,
+            precision_of(spec.training, True), TEXT, True,
         )  # fmt: skip
         self.optimizers = make_optimizers(self.opened.model, spec)
 
