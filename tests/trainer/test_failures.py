@@ -90,7 +90,7 @@ CASES: list[tuple[Exception, str, str]] = [
         "NodeFailure", "DeviceFault",
     ),
     (
-        nccl(UNHANDLED, "unhandled cuda error", "Cuda failure 'uncorrectable ECC error encountered'"),
+        nccl(UNHANDLED, "unhandled cuda error", "Cuda failure 'uncorrectable ECC error'"),
         "NodeFailure", "DeviceFault",
     ),
     (
@@ -158,7 +158,7 @@ CASES: list[tuple[Exception, str, str]] = [
         "NodeFailure", PEER_LOST,
     ),
     (
-        nccl(INTERNAL, "internal error", "NET/IB : Got completion from peer 10.0.0.7 with error 12"),
+        nccl(INTERNAL, "internal error", "NET/IB : Got completion from peer 10.0.0.7"),
         "NodeFailure", PEER_LOST,
     ),
     (nccl(INTERNAL, "internal error", ""), "Internal", "NCCLFailed"),

@@ -85,8 +85,9 @@ DEVICE_FAULTS: Final[tuple[DeviceFault, ...]] = (
     DeviceFault(
         (
             "no kernel image is available", "driver version is insufficient",
-            "provided ptx was compiled with an unsupported toolchain", "cublas_status_arch_mismatch",
-            "cudnn_status_arch_mismatch", "not supported in the installed cuda driver",
+            "provided ptx was compiled with an unsupported toolchain",
+            "cublas_status_arch_mismatch", "cudnn_status_arch_mismatch",
+            "not supported in the installed cuda driver",
         ),
         "UserError", "ImageUnsuitable", "the image does not suit the GPU or its driver", _IMAGE,
     ),
@@ -100,7 +101,7 @@ DEVICE_FAULTS: Final[tuple[DeviceFault, ...]] = (
         (
             # What a kernel did with the memory or instructions that it was given.
             "illegal memory access", "misaligned address",
-            # In full: every CUDA error of torch ends with advice on "device-side assertions".
+            # In full: CUDA errors of torch end with advice on "device-side assertions".
             "device-side assert triggered",
             "unspecified launch failure", "illegal instruction", "invalid program counter",
             "hardware stack error", "operation not supported on global/shared address space",
