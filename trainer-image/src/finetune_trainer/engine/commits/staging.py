@@ -24,7 +24,7 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
@@ -69,7 +69,8 @@ class StagedState(DefaultSavePlanner):
     @property
     def pieces(self) -> tuple[memoryview, bytes]:
         """All bytes, in order."""
-        return memoryview(self._buffer.numpy()), self._tail
+        raw: Any = self._buffer.numpy()
+        return memoryview(raw), self._tail
 
     @property
     def size(self) -> int:
