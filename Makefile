@@ -7,12 +7,14 @@ UV_VERSION := 0.13.8
 STATE ?= .finetune
 # TIMED "what" command…: run it and say how long it took.
 TIMED := bash -c 'began=$$SECONDS; "$${@:1}" || exit; echo "[$$0: $$((SECONDS - began)) s]"'
+# make gpu runs what is installed there: PYTHON=python3 make gpu, or the virtual environment.
+GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON))
 BENCHMARKS := tokens_per_second prepare packing plan_and_resume checkpoint_stall scaling gpu/training
 STAGES := finetune_trainer.prepare.pipeline, finetune_trainer.train.worker, finetune_trainer.publish.pipeline
 # The quickstart's stages are small: more threads than cores only fight.
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: help install demo test e2e lint generate verify bench lock clean
+.PHONY: help install demo test e2e lint generate verify bench gpu lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s $$'\t'
@@ -57,6 +59,9 @@ bench: install ## Speed beside TRL, of preparing beside datasets.map, of plannin
 	  printf '\n== %s\n' $$one; \
 	  $(BIN)/python benchmarks/$$one.py 2> $(STATE)/bench.log || { cat $(STATE)/bench.log >&2; exit 1; }; \
 	done
+
+gpu: ## On a GPU, in 8 minutes: its tests and benchmarks, as JSON and a table (PYTHON=python3 make gpu: with what is there)
+	@$(GPU_PYTHON) benchmarks/gpu/run.py --out $(or $(OUT),$(STATE))/gpu
 
 lock: ## Pin the dependencies anew (writes the requirements.txt files)
 	$(BIN)/uv pip compile --quiet --universal --no-emit-index-url --python-version 3.11 --no-annotate --no-emit-package finetune-api operator/pyproject.toml -o operator/requirements.txt

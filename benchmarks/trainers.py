@@ -31,6 +31,7 @@ from finetune_trainer.engine.compilation import compile_blocks
 from finetune_trainer.engine.flops import Work, work_of
 from finetune_trainer.engine.gang import join
 from finetune_trainer.engine.guard import Guard
+from finetune_trainer.engine.head import has_plain_head
 from finetune_trainer.engine.kernels import use_liger
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.optimizers import make_optimizers
@@ -116,11 +117,12 @@ class Ours:
         halved = precision.halved and spec.method.kind.freezes
         base = shape.model(torch.bfloat16 if halved else torch.float32, gang.device)
         base.set_attn_implementation(packed.ATTENTION)
+        plain_head = has_plain_head(base)
         if precision.halved and not spec.training.compile:
             use_liger(base, gang.device)
         tuned = apply_method(base, spec)
         self.work: Work = work_of(tuned, base)
-        loss = TokenLoss(tuned).train()
+        loss = TokenLoss(tuned, plain_head=plain_head).train()
         if spec.training.compile:
             compile_blocks(tuned)
         self.plan = Plan(

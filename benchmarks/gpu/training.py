@@ -5,17 +5,22 @@
 Random models of the dimensions of Llama 3.2 1B and 3B, documents of log-normal lengths up to 4,096
 tokens, bfloat16. Every configuration has a process of its own, since memory is measured; ours and
 TRL's take turns, round by round. TRL's best is the fastest of its configurations in that round.
-Without a GPU nothing is measured, and that is said; `--shapes 8M` shows that it runs.
+Without a GPU nothing is measured, and that is said; `--shapes 8M` shows that it runs. What is not
+installed (TRL, flash-attn, Liger) is said and left out. Each turn is a line of JSON in the file
+that GPU_RESULTS names, as soon as the turn was made (``run.py``).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
+import os
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +37,14 @@ OURS: dict[str, dict[str, Any]] = {
     "PureBF16": {"precision": "PureBF16"},
     "PureBF16, compiled": {"precision": "PureBF16", "compile": True},
 }
+NEEDS: dict[str, tuple[str, ...]] = {
+    "TRL packing": ("trl", "datasets"),
+    "TRL packing, flash": ("trl", "datasets", "flash_attn"),
+    "TRL packing, Liger": ("trl", "datasets", "liger_kernel"),
+    "TRL all of it": ("trl", "datasets", "flash_attn", "liger_kernel"),
+    "TRL padded": ("trl", "datasets"),
+}
+"""Modules that a configuration imports."""
 TRLS: dict[str, dict[str, Any]] = {
     "TRL packing": {"packing": True},
     "TRL packing, flash": {"packing": True, "attention": "flash_attention_2"},
@@ -91,22 +104,53 @@ def main() -> None:
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     known = peak(device)
-    print(torch.cuda.get_device_name() if known else device,
-          *(f"{p} {version(p)}" for p in ("torch", "transformers", "trl")))  # fmt: skip
+    print(torch.cuda.get_device_name() if device.type == "cuda" else device, versions())
     for shape in options.shapes:
         for method in options.methods:
             measure(shape, method, options.rounds, options.steps, known)
 
 
+def versions() -> str:
+    found = []
+    for package in ("torch", "transformers", "trl"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            found.append(f"no {package}")
+    return ", ".join(found)
+
+
+def lacking(name: str) -> list[str]:
+    """Modules that a configuration needs and this Python does not have."""
+    return [module for module in NEEDS.get(name, ()) if find_spec(module) is None]
+
+
+def tell(**row: Any) -> None:
+    """A row for ``run.py``."""
+    if path := os.environ.get("GPU_RESULTS"):
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
 def measure(shape: str, method: str, rounds: int, steps: int, known: float | None) -> None:
     found: dict[str, list[Turn]] = {name: [] for name in (*OURS, *TRLS)}
-    for _ in range(rounds):
+    for name in list(found):
+        if absent := lacking(name):
+            print(f"{shape} {method} {name}: skipped, no {', '.join(absent)}", flush=True)
+            tell(model=shape, method=method, name=name, said=f"skipped: no {', '.join(absent)}")
+            del found[name]
+    for number in range(rounds):
         for name, turns in found.items():
             said = alone(name, method, shape, steps)
+            row: dict[str, Any] = {"model": shape, "method": method, "name": name, "round": number}
             if isinstance(said, str):
                 print(f"{shape} {method} {name}: {said}", flush=True)
-            else:
-                turns.append(said)
+                tell(**row, said=said, outcome="failed")
+                continue
+            turns.append(said)
+            needed = next((t.operations for n in OURS for t in found[n]), 0.0)
+            share = f"{said.speed * needed / known:.1%}" if known else "unknown"
+            tell(**row, tokens_per_second=round(said.speed), mfu=share, gib=round(said.memory, 2))
     speeds = {n: statistics.median(t.speed for t in turns) for n, turns in found.items() if turns}
     best = max((s for n, s in speeds.items() if n in TRLS), default=0.0)
     needed = next((t.operations for n in OURS for t in found[n]), 0.0)

@@ -61,7 +61,7 @@ def classify(
     purpose = purpose_of(spec, ["a", "b", "c"])
     opened = open_model(
         spec, BaseFiles(Base(spec.model, ()), Path(base), None), NO_STORES, gang,
-        Placement(sharding, False), PRECISIONS["FP32"], purpose,
+        Placement(sharding, False), PRECISIONS["FP32"], purpose, True,
     )  # fmt: skip
     model = opened.model
     made = documents(LENGTHS)

@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from finetune_trainer.engine.commits.commitstore import METADATA, CommitReader, CommitWriter
 from finetune_trainer.engine.commits.dcp import load, save_state
+from finetune_trainer.engine.commits.staging import Staging, stage
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.storage import commitfiles
 from finetune_trainer.storage.commitfiles import read_file
@@ -70,8 +71,9 @@ def work(
     state = state_of_rank(size, files is None, shards)
     if files is None:
         writer = CommitWriter(store, uri)
-        save_state(writer, state, dist.group.WORLD)
-        told.put(writer.files)
+        staged = stage(state, dist.group.WORLD)
+        save_state(writer, staged, dist.group.WORLD)
+        told.put((writer.files, staged.size))
     else:
         commit = Commit(attempt=1, step=1, uri=uri, files=files, created=0.0)
         reader = CommitReader(store, commit, read_file(store, commit, METADATA))
@@ -80,6 +82,37 @@ def work(
             told.put((same(state, shards), store.read))
         except TrainerError as error:
             told.put((error.reason, store.read))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def stage_share(rank: int, size: int, replicas: int, port: int, told: Any) -> None:
+    """Stage a state that so many ranks have alike, in shards over the others; tell the bytes, after
+    looking at them and at a second copy in the same room."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size,
+        timeout=datetime.timedelta(seconds=60),
+    )  # fmt: skip
+    mesh = init_device_mesh("cpu", (replicas, size // replicas))
+    whole: dict[str, Any] = {name: values(name) for name in SHAPES} | {"all": torch.arange(5.0)}
+    state = whole
+    if replicas < size:
+        cut = {name: [Replicate(), Shard(CUT[name])] for name in SHAPES}
+        state = whole | {n: distribute_tensor(whole[n], mesh, cut[n]) for n in SHAPES}
+    staging = Staging(None, dist.group.WORLD)
+    staged = staging.copy(state | {"words": {"rate": 0.5}})
+    sizes = [staged.size]
+    for value in state.values():
+        local(value).add_(1.0)
+    again = staging.copy(state | {"words": {"rate": 0.25}})
+    sizes.append(again.size)
+    assert sizes[0] == sizes[1]
+    for item in again.create_local_plan().items:
+        found = again.resolve_data(item)
+        if isinstance(found, Tensor):
+            assert torch.equal(found, local(state[item.index.fqn])), item.index
+    told.put(staged.size)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -51,5 +51,5 @@ def facts_of(state: int, activations: int = 0) -> Facts:
     )  # fmt: skip
     return Facts(
         weights=weights, whole=kept, gathered=kept, layers=100, vocabulary=0, logits_at_once=None,
-        packing="Concatenated", recomputes=True, halved=False, copied=False,
+        plain_head=False, packing="Concatenated", recomputes=True, halved=False, copied=False,
     )  # fmt: skip

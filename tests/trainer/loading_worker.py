@@ -64,7 +64,7 @@ def fill(
     stores: Any = SimpleNamespace(of=lambda access: store)
     opened = open_model(
         spec, BaseFiles(Base(spec.model, ()), Path(folder), None, tuple(objects)), stores, gang,
-        Placement(sharding, False), PRECISIONS["FP32"], purpose,
+        Placement(sharding, False), PRECISIONS["FP32"], purpose, True,
     )  # fmt: skip
     model = opened.model
     found = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}

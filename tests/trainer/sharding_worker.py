@@ -19,6 +19,7 @@ from finetune_api.spec import parse_spec
 from finetune_trainer.engine import gang as gangs
 from finetune_trainer.engine.base import BaseFiles
 from finetune_trainer.engine.commits.dcp import load_state, save_state, state_of
+from finetune_trainer.engine.commits.staging import stage
 from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.loss import evaluating
 from finetune_trainer.engine.memory.estimate import Placement
@@ -73,7 +74,7 @@ def tune(
     gang.from_first(lambda: untuned().save_pretrained(base.folder))
     opened = open_model(
         spec, base, NO_STORES, gang, Placement(sharding, checkpointing),
-        PRECISIONS[spec.training.precision], TEXT,
+        PRECISIONS[spec.training.precision], TEXT, True,
     )  # fmt: skip
     model, loss, module = opened.model, opened.loss, opened.module
     documents = samples(LENGTHS)
@@ -96,8 +97,8 @@ def tune(
     with Feed(plan, read, rank=rank, start=start, end=end, device=CPU, build=build) as feed:
         for batch in feed:
             optimizer_step(session, batch, 1e-2)
-    state = state_of(model, session.optimizers)
-    save_state(FileSystemWriter(Path(folder) / "commit"), state, gang.control)
+    staged = stage(state_of(model, session.optimizers), gang.control)
+    save_state(FileSystemWriter(Path(folder) / "commit"), staged, gang.control)
     with evaluating(loss), torch.no_grad(), root_gathered(loss):
         answer = model.generate(
             input_ids=torch.tensor([[3, 5, 7, 9]]), do_sample=False, max_new_tokens=4,

@@ -14,10 +14,13 @@ from transformers import (
     Qwen3Config,
 )
 
+from finetune_api.training import Training
+from finetune_trainer.engine import head
 from finetune_trainer.engine.head import ChunkedHead, has_plain_head
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.rows.feed import build_row
 from finetune_trainer.engine.rows.layout import row_context
+from finetune_trainer.engine.tasks import TASKS
 
 SMALL: Any = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
@@ -53,6 +56,20 @@ def test_chunks_give_what_all_at_once_do(make: Any, chunk: int) -> None:
     found, other = losses_and_gradient(make(), chunk)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     assert (other - gradient).norm() / gradient.norm() < 1e-6
+
+
+def test_what_a_profile_says_of_a_head_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once kernels are fused, the model cannot be asked any more."""
+
+    def asked(_model: Any) -> bool:
+        raise AssertionError("the model is asked")
+
+    monkeypatch.setattr(head, "has_plain_head", asked)
+    for plain in (True, False):
+        loss = TASKS["CausalLM"].loss(tiny_llama(), Training(), plain)
+        assert isinstance(loss, TokenLoss)
+        assert loss.plain_head == plain
+        assert (loss.logits_at_once() is not None) == plain
 
 
 def test_few_logits_are_computed_at_once() -> None:

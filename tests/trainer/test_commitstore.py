@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from commit_worker import SHAPES, Counting, work
+from commit_worker import SHAPES, Counting, stage_share, work
 from engine import tiny_llama
 from gangs import forked, free_port
 
 from finetune_trainer.engine.commits.commitstore import METADATA, CommitReader, CommitWriter
 from finetune_trainer.engine.commits.dcp import load, load_weights, save_state, state_of
+from finetune_trainer.engine.commits.staging import stage
 from finetune_trainer.storage import commitfiles
 from finetune_trainer.storage.commitfiles import read_file
 from finetune_trainer.storage.commits import Commit
@@ -34,7 +35,7 @@ def store(s3: EmbeddedS3) -> Counting:
 
 def written(store: Counting, uri: str, state: dict[str, Any]) -> CommitReader:
     writer = CommitWriter(store, uri)
-    save_state(writer, state, None)
+    save_state(writer, stage(state, None), None)
     commit = Commit(attempt=1, step=1, uri=uri, files=writer.files, created=0.0)
     return CommitReader(store, commit, read_file(store, commit, METADATA))
 
@@ -81,6 +82,25 @@ def test_publish_reads_the_weights_and_not_the_optimizer(
     assert weights <= store.read < weights + PART
 
 
+@pytest.mark.parametrize(("size", "replicas"), [(1, 1), (2, 2), (2, 1), (4, 2)])
+def test_a_rank_stages_what_it_writes(size: int, replicas: int) -> None:
+    """Alone, under DDP, in shards of all ranks, and in shards of half of them: what several ranks
+    have is staged once, and about as much by each."""
+    told = multiprocessing.get_context("forkserver").Manager().Queue()
+    port = free_port()
+    processes = [forked(stage_share, rank, size, replicas, port, told) for rank in range(size)]
+    for process in processes:
+        process.join(90)
+    assert [p.exitcode for p in processes] == [0] * size
+    bytes_staged = [told.get() for _ in range(size)]
+    total = 4 * (sum(torch.Size(shape).numel() for shape in SHAPES.values()) + 5)
+    assert total <= sum(bytes_staged) < total + 10_000, "once, but for what lies between"
+    # A shard is not cut again, and one of seven rows has a row more than half.
+    largest = 4 * torch.Size(SHAPES["rows"]).numel() / (size / replicas)
+    row = 4 * SHAPES["rows"][1]
+    assert max(bytes_staged) < max(largest, total / size) + row + 10_000
+
+
 Told = list[Any]
 
 
@@ -101,7 +121,7 @@ def gang(
 
 
 def written_by_two(s3: EmbeddedS3, uri: str) -> dict[str, FileInfo]:
-    files = {name: info for part in gang(2, s3, uri, None) for name, info in part.items()}
+    files = {name: info for part, _ in gang(2, s3, uri, None) for name, info in part.items()}
     assert {"shard-00000", "shard-00001", METADATA} == files.keys()
     return files
 

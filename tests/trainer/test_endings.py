@@ -58,6 +58,24 @@ CASES = {
     "agent killed for memory": (Ended(-9, True), 2, True, "HostOutOfMemory", 14, False),
     "segmentation fault": (Ended(1, True, workers(a=-11)), 2, True, "ProcessKilled", 20, False),
     "NCCL aborts": (Ended(1, True, workers(a=-6)), 2, None, PEER_LOST, 20, True),
+    "NCCL aborts for a kernel of its own": (
+        Ended(
+            1, True, workers(a=-6),
+            aborted="CUDA error: device-side assert triggered\nSearch for `cudaErrorAssert'",
+        ),
+        2, None, "KernelFailed", 15, False,
+    ),
+    "NCCL aborts for a device": (
+        Ended(1, True, workers(a=-6), aborted="CUDA error: uncorrectable ECC error encountered"),
+        2, None, "DeviceFault", 20, False,
+    ),
+    "NCCL aborts for a peer": (
+        Ended(
+            1, True, workers(a=-6),
+            aborted="[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(...)",
+        ),
+        2, None, PEER_LOST, 20, True,
+    ),
     "abort of a gang of one": (Ended(1, True, workers(a=-6)), 1, None, "ProcessKilled", 20, False),
     "ended by the agent with its neighbour": (
         Ended(1, True, workers(a=-15, b=20), LOST), 2, None, PEER_LOST, 20, True,

@@ -1,10 +1,15 @@
-"""What only a GPU can show; skipped without one."""
+"""What only a GPU can show. The bodies run on a CPU too, so that the first minutes of a GPU are not
+spent on a slip of the pen; what means nothing there is skipped.
+
+They are part of ``make gpu``, which has neither the other tests' fixtures nor a network.
+"""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,19 +17,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from engine import samples, session_of, spec_of, tiny_llama
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.fsdp import FSDPModule
+from torch.optim._muon import _zeropower_via_newtonschulz
+from torch.utils._pytree import tree_leaves
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine import compilation, kernels
 from finetune_trainer.engine.base import BaseFiles
+from finetune_trainer.engine.commits.dcp import load_state, save_state, state_of
+from finetune_trainer.engine.commits.staging import stage
 from finetune_trainer.engine.gang import join
 from finetune_trainer.engine.guard import Guard
+from finetune_trainer.engine.head import ChunkedHead, has_plain_head
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.memory.estimate import Placement
 from finetune_trainer.engine.memory.requirements import check_device
 from finetune_trainer.engine.model import TEXT
+from finetune_trainer.engine.muon import orthogonalise
 from finetune_trainer.engine.optimizers import make_optimizers
 from finetune_trainer.engine.planning.plan import Plan
 from finetune_trainer.engine.precision import precision_of, use_fp8
@@ -32,33 +45,41 @@ from finetune_trainer.engine.rows import attention
 from finetune_trainer.engine.rows.feed import Feed, StaticShape, build_row
 from finetune_trainer.engine.rows.layout import row_context
 from finetune_trainer.engine.tuning.methods import apply_method
+from finetune_trainer.failures import verdict
 from finetune_trainer.storage.published import Base
-from finetune_trainer.train.step import optimizer_step
+from finetune_trainer.train.step import generator_seed, optimizer_step
 from finetune_trainer.train.tuned import TunedModel, open_model
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-GPU = torch.device("cuda")
+GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = [60, 50, 55, 45, 30, 20, 64, 35]
 ROW = 128
 # Matrices that bitsandbytes finds worth 8 bits.
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "tie_word_embeddings": False}
+
+on_gpu = pytest.mark.skipif(GPU.type != "cuda", reason="only a GPU shows it")
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(find_spec(package) is None, reason=f"{package} is not installed")
 
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
     """A gang of one for each test: of another precision, accelerate would refuse it."""
     yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    leave()
 
 
 @pytest.fixture
 def _strict() -> Iterator[None]:
-    """Waiting for the device is an error."""
+    """Waiting for the device is an error, once the test has said so."""
     yield
-    torch.cuda.set_sync_debug_mode("default")
+    watch_waits("default")
+
+
+def watch_waits(mode: str) -> None:
+    if GPU.type == "cuda":
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 @pytest.mark.usefixtures("_strict")
@@ -92,11 +113,12 @@ def test_no_step_waits_for_the_device(method: str, anchor: dict[str, str]) -> No
     ) as feed:  # fmt: skip
         for batch in feed:
             if batch.plan.number == 2:  # the first ones make kernels and state
-                torch.cuda.set_sync_debug_mode("error")
+                watch_waits("error")
             optimizer_step(session, batch, 1e-3)
-        torch.cuda.set_sync_debug_mode("default")
+        watch_waits("default")
 
 
+@on_gpu
 @pytest.mark.parametrize("window", [None, 16])
 def test_the_kernel_agrees_with_groups(window: int | None) -> None:
     layout = build_row(samples(LENGTHS), range(8), seed=0, step=0, device=GPU).layout
@@ -113,10 +135,12 @@ def test_the_kernel_agrees_with_groups(window: int | None) -> None:
 
 def losses(model: Any) -> torch.Tensor:
     row = build_row(samples(LENGTHS), range(8), seed=0, step=0, device=GPU)
-    with torch.no_grad(), row_context(row.layout), torch.autocast("cuda", torch.bfloat16):
+    with torch.no_grad(), row_context(row.layout), torch.autocast(GPU.type, torch.bfloat16):
         return TokenLoss(model).eval()(row).tokens
 
 
+@on_gpu
+@needs("liger_kernel")
 def test_fused_kernels_give_the_same_losses() -> None:
     plain = losses(tiny_llama().to(GPU))
     model = tiny_llama().to(GPU)
@@ -124,6 +148,8 @@ def test_fused_kernels_give_the_same_losses() -> None:
     torch.testing.assert_close(losses(model), plain, rtol=2e-2, atol=2e-2)
 
 
+@on_gpu
+@needs("torchao")
 def test_eight_bits_are_near() -> None:
     check_device(spec_of({"type": "Full"}, precision="FP8", compile=True), GPU)
     model = tiny_llama().to(GPU, torch.bfloat16)
@@ -140,16 +166,17 @@ class Course:
     """A few steps of a model that is opened as the gang does."""
 
     def __init__(self, folder: Path, spec: FineTuneJobSpec, **changes: object) -> None:
-        tiny_llama(**changes).save_pretrained(folder)
+        if not folder.exists():
+            tiny_llama(**changes).save_pretrained(folder)
         files = BaseFiles(Base(spec.model, ()), folder, None)
         self.spec, self.gang = spec, join(spec.training)
         self.opened: TunedModel = open_model(
             spec, files, NO_STORES, self.gang, Placement("NoShard", False),
-            precision_of(spec.training, True), TEXT,
+            precision_of(spec.training, GPU.type == "cuda"), TEXT, True,
         )  # fmt: skip
         self.optimizers = make_optimizers(self.opened.model, spec)
 
-    def losses(self, steps: int) -> list[float]:
+    def losses(self, steps: int, start: int = 0) -> list[float]:
         """The training loss at each step; every one has all samples."""
         documents = samples(LENGTHS)
         supervised = np.array([int(s.supervised.sum()) for s in documents])
@@ -163,21 +190,161 @@ class Course:
         shape = StaticShape(ROW, max(LENGTHS)) if self.spec.training.compile else None
         found = []
         with Feed(
-            plan, lambda positions: [documents[p] for p in positions], rank=0, start=0, end=steps,
-            device=self.gang.device, build=partial(build_row, shape=shape),
+            plan, lambda positions: [documents[p] for p in positions], rank=0, start=start,
+            end=start + steps, device=self.gang.device, build=partial(build_row, shape=shape),
         ) as feed:  # fmt: skip
             for batch in feed:
                 sums, _ = optimizer_step(session, batch, 1e-2)
                 found.append(float(sums[0]))
+                self.seed = generator_seed(session, batch, len(batch.rows) - 1)
         return found
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {n: p.detach().clone() for n, p in self.opened.model.named_parameters()}
 
+    def state(self) -> list[Any]:
+        """Everything that a checkpoint holds, as it is now."""
+        leaves = tree_leaves(state_of(self.opened.model, self.optimizers))
+        return [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in leaves]
 
+
+def leave() -> None:
+    """Nothing of a course is left for the next."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+COURSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "Full": ({"type": "Full"}, {"precision": "BF16"}),
+    "LoRA": ({"type": "LoRA", "lora": {"rank": 4}}, {"precision": "BF16", "dropout": "0.1"}),
+    "PureBF16": ({"type": "Full"}, {"precision": "PureBF16"}),
+    "Muon": ({"type": "Full"}, {"precision": "PureBF16", "optimizer": "Muon"}),
+    "AdamW8bit": ({"type": "Full"}, {"precision": "BF16", "optimizer": "AdamW8bit"}),
+    "QLoRA": ({"type": "QLoRA", "lora": {"rank": 4}}, {"precision": "BF16"}),
+}
+PACKAGES = {"AdamW8bit": "bitsandbytes", "QLoRA": "bitsandbytes"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[needs(PACKAGES[n])] if n in PACKAGES else []) for n in COURSES],
+)
+def test_a_course_that_is_resumed_goes_on_as_it_was(name: str, tmp_path: Path) -> None:
+    """Its state is the same to the bit, and so its losses are, but for the order of atomic sums."""
+    method, training = COURSES[name]
+    spec, base = spec_of(method, **training), tmp_path / "base"
+    course = Course(base, spec, **WIDE)
+    course.losses(3)
+    control = course.gang.control
+    save_state(
+        FileSystemWriter(tmp_path / "saved"),
+        stage(state_of(course.opened.model, course.optimizers), control), control,
+    )  # fmt: skip
+    expected, whole = course.state(), course.losses(3, start=3)
+    del course
+    leave()
+    other = Course(base, spec)
+    reader = FileSystemReader(tmp_path / "saved")
+    load_state(reader, other.opened.model, other.optimizers, other.gang.control)
+    for found, was in zip(other.state(), expected, strict=True):
+        assert torch.equal(found, was) if isinstance(was, torch.Tensor) else found == was
+    assert other.losses(3, start=3) == pytest.approx(whole, rel=2e-2)
+
+
+def test_the_device_is_drawn_from_by_key_alone(tmp_path: Path) -> None:
+    method, training = COURSES["LoRA"]
+    course = Course(tmp_path / "base", spec_of(method, **training, neftuneAlpha="5"), **WIDE)
+    course.losses(2)
+    expected = torch.Generator(GPU).manual_seed(course.seed).get_state()
+    state = torch.cuda.get_rng_state() if GPU.type == "cuda" else torch.get_rng_state()
+    assert torch.equal(state, expected)
+
+
+def test_a_checkpoint_is_copied_to_pinned_memory(tmp_path: Path) -> None:
+    course = Course(tmp_path / "base", spec_of({"type": "Full"}, precision="BF16"), **WIDE)
+    course.losses(1)
+    state = state_of(course.opened.model, course.optimizers)
+    staged = stage(state, course.gang.control)
+    items = staged.create_local_plan().items
+    held = [staged.resolve_data(i) for i in items if i.tensor_data is not None]
+    leaves = [x for x in tree_leaves(state) if isinstance(x, torch.Tensor)]
+    assert sum(x.nbytes for x in leaves) == sum(x.nbytes for x in held if torch.is_tensor(x))
+    name = next(n for n in state["model"] if n.endswith("q_proj.weight"))
+    item = next(i for i in items if i.index.fqn == f"model.{name}")
+    copy = staged.resolve_data(item)
+    assert isinstance(copy, torch.Tensor) and torch.equal(copy, state["model"][name].cpu())
+    assert copy.is_pinned() == (GPU.type == "cuda")
+
+
+def test_collectives_of_a_gang_of_one() -> None:
+    """NCCL takes a GPU for a process: more processes of one GPU it refuses."""
+    backend, store = ("nccl" if GPU.type == "cuda" else "gloo"), dist.HashStore()
+    dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    values = torch.arange(6, device=GPU, dtype=torch.bfloat16)
+    dist.all_reduce(values)
+    dist.broadcast(values, src=0)
+    raw, into = values.view(torch.uint8), torch.empty(12, device=GPU, dtype=torch.uint8)
+    dist.all_to_all_single(into, raw, [12], [12])
+    gathered = torch.empty(6, device=GPU, dtype=torch.bfloat16)
+    dist.all_gather_into_tensor(gathered, into.view(torch.bfloat16))
+    assert gathered.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def chunked(loss: TokenLoss, model: Any, tokens: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses of a row and their gradient, with the logits of so many tokens at a time."""
+    row = build_row(samples(LENGTHS), range(8), seed=0, step=0, device=GPU)
+    if tokens is not None:
+        loss._chunks = ChunkedHead(model, limit=4 * 97 * tokens, plain=loss.plain_head)
+        assert loss._chunks.wanted(len(row.labels))
+    loss.zero_grad()
+    with row_context(row.layout):
+        with torch.autocast(GPU.type, torch.bfloat16):
+            found = loss(row).tokens
+        found.mean().backward()
+    grown = [p.grad.flatten().float() for p in loss.parameters() if p.grad is not None]
+    return found.detach(), torch.cat(grown)
+
+
+@pytest.mark.parametrize(
+    "fused", [False, pytest.param(True, marks=[on_gpu, needs("liger_kernel")])]
+)
+def test_logits_in_chunks_give_what_all_at_once_do(fused: bool) -> None:
+    """Also where Liger has changed the classes of which the model would be asked."""
+    model = tiny_llama().to(GPU)
+    plain = has_plain_head(model)
+    assert plain
+    if fused:
+        assert kernels.use_liger(model, GPU)
+    loss = TokenLoss(model, plain_head=plain).train()
+    expected, gradient = chunked(loss, model, None)
+    found, other = chunked(loss, model, 7)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    assert (other - gradient).norm() / gradient.norm() < 2e-2
+
+
+def test_matrices_are_orthogonalised_as_torch_does() -> None:
+    torch.manual_seed(0)
+    shapes = [(64, 256), (256, 64), (64, 256), (128, 128)]
+    matrices = [torch.randn(shape, device=GPU).bfloat16() for shape in shapes]
+    coefficients = (3.4445, -4.7750, 2.0315)
+    for matrix, found in zip(matrices, orthogonalise(matrices, coefficients, 5, 1e-7), strict=True):
+        expected = _zeropower_via_newtonschulz(matrix, coefficients, 5, 1e-7).float()
+        assert (found.float() - expected).norm() / expected.norm() < 3e-2
+
+
+@on_gpu
+def test_memory_that_does_not_suffice_is_told_as_such() -> None:
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        torch.empty(1 << 50, dtype=torch.uint8, device=GPU)
+    assert verdict(caught.value).reason == "DeviceOutOfMemory"
+
+
+@on_gpu
+@needs("bitsandbytes")
 def test_qlora_trains_over_four_bits(tmp_path: Path) -> None:
     spec = spec_of({"type": "QLoRA", "lora": {"rank": 4}}, precision="BF16")
-    course = Course(tmp_path, spec, **WIDE)
+    course = Course(tmp_path / "base", spec, **WIDE)
     before = course.weights()
     packed = [n for n, w in before.items() if w.dtype == torch.uint8]
     assert len(packed) == 2 * 7 and all(before[n].device.type == GPU.type for n in packed)
@@ -189,9 +356,11 @@ def test_qlora_trains_over_four_bits(tmp_path: Path) -> None:
     }
 
 
+@on_gpu
+@needs("bitsandbytes")
 def test_moments_in_eight_bits_learn(tmp_path: Path) -> None:
     spec = spec_of({"type": "Full"}, precision="BF16", optimizer="AdamW8bit")
-    course = Course(tmp_path, spec, **WIDE)
+    course = Course(tmp_path / "base", spec, **WIDE)
     losses = course.losses(12)
     assert losses[-1] < 0.5 * losses[0]
     own, rest = course.optimizers
@@ -202,7 +371,7 @@ def test_moments_in_eight_bits_learn(tmp_path: Path) -> None:
 
 
 def test_copies_in_bfloat16_train_weights_of_32_bits(tmp_path: Path) -> None:
-    course = Course(tmp_path, spec_of({"type": "Full"}, precision="PureBF16"))
+    course = Course(tmp_path / "base", spec_of({"type": "Full"}, precision="PureBF16"))
     assert isinstance(course.opened.module, FSDPModule)
     losses = course.losses(12)
     assert losses[-1] < 0.5 * losses[0]
@@ -210,6 +379,7 @@ def test_copies_in_bfloat16_train_weights_of_32_bits(tmp_path: Path) -> None:
         assert weight.dtype == torch.float32, name
 
 
+@on_gpu
 @pytest.mark.parametrize("precision", ["FP32", "BF16", "PureBF16"])
 @pytest.mark.parametrize("method", [{"type": "Full"}, {"type": "LoRA"}])
 def test_an_opened_model_takes_the_memory_of_its_parameters(
@@ -219,8 +389,8 @@ def test_an_opened_model_takes_the_memory_of_its_parameters(
     gc.collect()
     before = torch.cuda.memory_allocated()
     course = Course(
-        tmp_path, spec_of(method, precision=precision), hidden_size=512, intermediate_size=2048,
-        num_hidden_layers=4,
+        tmp_path / "base", spec_of(method, precision=precision), hidden_size=512,
+        intermediate_size=2048, num_hidden_layers=4,
     )  # fmt: skip
     gc.collect()
     taken = torch.cuda.memory_allocated() - before
@@ -229,10 +399,11 @@ def test_an_opened_model_takes_the_memory_of_its_parameters(
     assert size <= taken < 1.05 * size
 
 
+@on_gpu
 def test_a_run_compiles_once_for_the_device(tmp_path: Path) -> None:
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    course = Course(tmp_path, spec_of({"type": "Full"}, precision="BF16", compile=True))
+    course = Course(tmp_path / "base", spec_of({"type": "Full"}, precision="BF16", compile=True))
     course.losses(1)
     first = compilation.compilations()
     assert first > 0

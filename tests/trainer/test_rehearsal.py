@@ -82,7 +82,7 @@ def steps_of_training(folder: Path, spec: FineTuneJobSpec) -> int:
         model = apply_method(load_base(folder, frozen_dtype(spec, precision)), spec)
         if spec.training.gradient_checkpointing == "Always":
             checkpoint_activations(model)
-        loss = TASKS[spec.task].loss(model, spec.training).train()
+        loss = TASKS[spec.task].loss(model, spec.training, None).train()
         for tensor in (*loss.parameters(), *loss.buffers()):
             live.add(tensor)
         optimizers = make_optimizers(model, spec)

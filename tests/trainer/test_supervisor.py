@@ -88,6 +88,14 @@ time.sleep(60)
 """
 
 KILLED = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+ABORTED = """
+import os, sys
+print("terminate called after throwing an instance of 'c10::DistBackendError'", file=sys.stderr)
+print("  what():  [PG ID 0 PG GUID 0(default_pg) Rank 0] Process group watchdog thread terminated"
+      " with exception: CUDA error: an illegal memory access was encountered", file=sys.stderr)
+sys.stderr.flush()
+os.abort()
+"""
 STUBBORN = """
 import os, signal, time
 from pathlib import Path
@@ -261,6 +269,15 @@ def test_a_worker_that_is_killed_without_a_word(nodes: Nodes) -> None:
     failure = nodes.last_word().failure
     assert failure is not None
     assert failure.reason == "ProcessKilled" and "killed by SIGSEGV" in failure.message
+
+
+def test_a_worker_that_nccl_aborts_for_a_kernel_of_its_own(nodes: Nodes) -> None:
+    """Not a lost peer, for which the workers would be started again and again."""
+    assert nodes.end(nodes.start(ABORTED)) == 15, nodes.logs()
+    failure = nodes.last_word().failure
+    assert failure is not None
+    assert failure.reason == "KernelFailed" and "illegal memory access" in failure.message
+    assert "watchdog thread" in nodes.logs(), "the log has it too"
 
 
 def test_a_worker_that_does_not_save_in_time_is_killed(nodes: Nodes) -> None:

@@ -13,6 +13,7 @@ from typing import ClassVar, Final
 from finetune_api.base import InvalidSpec
 from finetune_api.names import ExitCode, FailureClass
 from finetune_api.results import Failure
+from finetune_trainer.devicefaults import Kind, device_fault, shown
 
 
 class TrainerError(Exception):
@@ -132,14 +133,22 @@ def verdict(error: BaseException) -> Failure:
     )
 
 
-_NO_MEMORY: Final = (
-    *("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
-    "'out of memory'",
-)
-"""Marks of a GPU without memory where the type of the error says something else: of libraries that
-take their own, of NCCL too."""
-_FAULT_OF_CODE: Final = "device-side assert"
-"""Mark of a GPU's error that is no fault of the device."""
+_KINDS: Final[dict[Kind, type[TrainerError]]] = {
+    "OutOfMemory": OutOfMemory,
+    "NodeFailure": NodeFailure,
+    "PeerLost": NodeFailure,
+    "UserError": UserError,
+    "Internal": TrainerError,
+}
+
+
+def recognise_text(text: str) -> TrainerError | None:
+    """The known failure behind what CUDA, a library over it, or NCCL says; None: not known."""
+    row = device_fault(text)
+    if row is None:
+        return None
+    remedy = f". {row.remedy}" if row.remedy else ""
+    return _KINDS[row.kind](row.reason, f"{row.what}: {shown(text)}{remedy}")
 
 
 def recognise(error: BaseException) -> TrainerError:
@@ -151,19 +160,8 @@ def recognise(error: BaseException) -> TrainerError:
         return UserError("InvalidSpec", str(error))
     name = type(error).__name__
     text = str(error)
-    if name == "OutOfMemoryError" or any(mark in text for mark in _NO_MEMORY):
-        return OutOfMemory(
-            "DeviceOutOfMemory",
-            f"the GPU's memory does not suffice: {text.splitlines()[0]}. Lower"
-            " training.microBatchTokens or maxLength, set training.gradientCheckpointing: Always,"
-            " or use more GPUs",
-        )
-    if name == "AcceleratorError" and _FAULT_OF_CODE not in text:
-        return NodeFailure(
-            "DeviceFault",
-            f"the GPU failed: {text.splitlines()[0]}. The run goes on elsewhere; have the node"
-            " looked at if it comes again",
-        )
+    if (known := recognise_text(text)) is not None:
+        return known
     lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "timed out",
             "Connection refused", "recvValue failed", "Timed out waiting")  # fmt: skip
     distributed = name.startswith("Dist") or "gloo" in text.lower() or "nccl" in text.lower()

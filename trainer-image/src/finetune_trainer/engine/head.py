@@ -29,12 +29,16 @@ class ChunkedHead:
     Args:
         model: the language model, within whatever adapts it.
         limit: bytes of the logits of a chunk.
+        plain: what ``has_plain_head`` said of the model before its kernels were fused; None: asked
+            when a row first has too many logits.
     """
 
-    def __init__(self, model: PreTrainedModel, limit: int = CHUNK_BYTES) -> None:
+    def __init__(
+        self, model: PreTrainedModel, limit: int = CHUNK_BYTES, plain: bool | None = None
+    ) -> None:
         self._model: Any = model
         self._at_once = max(1, limit // (4 * model.config.get_text_config().vocab_size))
-        self._is_plain: bool | None = None
+        self._is_plain = plain
 
     def wanted(self, tokens: int) -> bool:
         """Whether so many tokens' logits are too many for once, and can be had in chunks."""
@@ -74,7 +78,11 @@ class ChunkedHead:
 
 def has_plain_head(model: PreTrainedModel) -> bool:
     """Whether a model's logits are what its head makes of what its body gives, and no more: some
-    architectures scale either, or cap the logits. Seen on an empty copy."""
+    architectures scale either, or cap the logits. Seen on an empty copy.
+
+    Ask before ``kernels.use_liger``: Liger changes the classes that the copy is made of, and its
+    kernels (Triton) take no tensors of the meta device.
+    """
     with torch.device("meta"):
         config = copy.deepcopy(model.config)
         # Not by the attention of rows: one may be in work.

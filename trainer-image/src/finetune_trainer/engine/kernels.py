@@ -14,7 +14,11 @@ _OURS = ("cross_entropy", "fused_linear_cross_entropy")
 
 
 def use_liger(model: PreTrainedModel, device: torch.device) -> bool:
-    """Have a model compute by Liger's kernels, if it can; says whether."""
+    """Have a model compute by Liger's kernels, if it can; says whether.
+
+    They are those of its classes from then on, and take no tensors of the meta device: what is
+    asked of an empty copy of the model (``has_plain_head``, ``can_pack``) is asked before.
+    """
     if device.type != "cuda" or find_spec("liger_kernel") is None:
         return False
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN

@@ -63,7 +63,12 @@ class TokenLoss(nn.Module):
         router_coefficient: float = 0.0,
         label_smoothing: float = 0.0,
         anchor_coefficient: float = 0.0,
+        plain_head: bool | None = None,
     ) -> None:
+        """
+        Args:
+            plain_head: see ``ChunkedHead``.
+        """
         super().__init__()
         self.model: Any = model
         inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -73,7 +78,7 @@ class TokenLoss(nn.Module):
         self._adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
         self._masks = _takes(accepted, "attention_mask")
         self._selected = SelectingHead(inner)
-        self._chunks = ChunkedHead(inner) if self._selects else None
+        self._chunks = ChunkedHead(inner, plain=plain_head) if self._selects else None
         self._router_coefficient = router_coefficient
         self._label_smoothing = label_smoothing
         self._anchor_coefficient = anchor_coefficient
@@ -119,6 +124,11 @@ class TokenLoss(nn.Module):
         if self._chunks is None or self._virtual or added:
             return None
         return self._chunks.most()
+
+    @property
+    def plain_head(self) -> bool:
+        """Whether logits can be had in chunks."""
+        return self._chunks is not None and self._chunks.most() is not None
 
     def forward(
         self, row: TokenRow, untuned: Untuned | None = None, with_logits: bool = False

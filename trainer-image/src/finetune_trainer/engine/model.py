@@ -311,8 +311,8 @@ def _class_of(config: PreTrainedConfig, purpose: Purpose) -> Any:
 
 
 def _silence(config: Any) -> dict[str, float]:
-    """Have a model draw nothing by itself, neither dropout nor a router's noise, which would follow
-    no key: ``training.dropout`` decides (see ``dropout``). Returns its own settings."""
+    """Have a model draw neither dropout nor a router's jitter by itself, which would follow no key:
+    ``training.dropout`` decides (see ``dropout``). Returns its own settings."""
     own = {k: v for k, v in vars(config).items() if _is_drawn(k) and isinstance(v, float)}
     for name in own:
         setattr(config, name, 0.0)
@@ -320,4 +320,4 @@ def _silence(config: Any) -> dict[str, float]:
 
 
 def _is_drawn(name: str) -> bool:
-    return "dropout" in name or name.endswith("pdrop") or name == "router_jitter_noise"
+    return "dropout" in name or name.endswith(("pdrop", "jitter_noise"))

@@ -8,18 +8,17 @@ arXiv:2502.16982). Where one is not for every weight, AdamW takes the rest: so t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
 
 from finetune_api.optimizers import OPTIMIZERS, OptimizerName
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.classification import head_names
+from finetune_trainer.engine.muon import Muon
 from finetune_trainer.engine.parameters import (
     Group,
     decoder_blocks,
@@ -164,40 +163,8 @@ def _adafactor(groups: list[Group]) -> torch.optim.Optimizer:
     return torch.optim.Adafactor(groups, lr=0.0, eps=(None, 1.0))
 
 
-class _Muon(torch.optim.Muon):
-    """Muon, also in shards. An update depends on its whole matrix: each is gathered for its turn.
-    (Left to themselves, sharded products are gathered in each of them, and rounded otherwise.)"""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        groups = self.param_groups
-        try:
-            for group in groups:
-                for parameter in group["params"]:
-                    self.param_groups = [{**group, "params": [parameter]}]
-                    with self._gathered(parameter):
-                        super().step()  # type: ignore[no-untyped-call]
-        finally:
-            self.param_groups = groups
-
-    @contextmanager
-    def _gathered(self, parameter: Tensor) -> Iterator[None]:
-        """Gradient and momentum of a matrix whole on every process, for its step."""
-        gradient, state = parameter.grad, self.state[parameter]
-        if not isinstance(parameter, DTensor) or not isinstance(gradient, DTensor):
-            yield
-            return
-        everywhere = [Replicate()] * parameter.device_mesh.ndim
-        parameter.grad = gradient.redistribute(placements=everywhere)
-        if state:
-            state["momentum_buffer"] = state["momentum_buffer"].redistribute(placements=everywhere)
-        yield
-        kept = state["momentum_buffer"].redistribute(placements=parameter.placements)
-        parameter.grad, state["momentum_buffer"] = gradient, kept
-
-
 def _muon(groups: list[Group]) -> torch.optim.Optimizer:
-    return _Muon(groups, lr=0.0, adjust_lr_fn="match_rms_adamw")
+    return Muon(groups, lr=0.0)
 
 
 _MAKE: Final[dict[OptimizerName, Callable[[list[Any]], torch.optim.Optimizer]]] = {

@@ -52,8 +52,9 @@ class Task:
     """What peft calls the task."""
     head: Callable[[nn.Module], list[str]]
     """Names of the modules of a model that every method trains."""
-    loss: Callable[[nn.Module, Training], RowLoss]
-    """The module that is trained, of a model under tuning."""
+    loss: Callable[[nn.Module, Training, bool | None], RowLoss]
+    """The module that is trained, of a model under tuning and of what its profile says of its head
+    (``head.has_plain_head``; None: there is no profile)."""
     row: Callable[[Packing, ContextGroup, StaticShape | None, bool], RowBuilder]
     """What makes rows, of how samples share them, the processes that share them, the shape that
     they must have, and whether something is drawn by keys (dropout, noise)."""
@@ -61,12 +62,13 @@ class Task:
     """How samples share a row, of a model and of whether the method lets them."""
 
 
-def _token_loss(model: nn.Module, training: Training) -> TokenLoss:
+def _token_loss(model: nn.Module, training: Training, plain_head: bool | None) -> TokenLoss:
     return TokenLoss(
         model,
         float(training.router_aux_loss_coefficient),
         float(training.label_smoothing),
         float(training.anchor.kl_coefficient),
+        plain_head,
     )
 
 
@@ -84,7 +86,7 @@ def _token_packing(model: PreTrainedModel, packs: bool) -> Packing:
     return "Padded" if can_pad(model) else "Alone"
 
 
-def _class_loss(model: nn.Module, training: Training) -> ClassLoss:
+def _class_loss(model: nn.Module, training: Training, _plain_head: bool | None) -> ClassLoss:
     return ClassLoss(model, float(training.label_smoothing))
 
 

@@ -1,8 +1,9 @@
 """The files of a commit in object storage: written while they are made, read by parts, checked.
 
-A large file goes up in parts, several at a time, as its bytes come. Each part has a checksum of its
-own, so a reader fetches the parts that it needs and believes none of the others. What HEAD keeps of
-such a file is the checksum of its parts' checksums, as S3 does for composite ones.
+A large file goes up in parts, several at a time, as its bytes come, from the memory they are in.
+Each part has a checksum of its own, so a reader fetches the parts that it needs and believes none
+of the others. What HEAD keeps of such a file is the checksum of its parts' checksums, as S3 does
+for composite ones.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def write_file(store: ObjectStore, uri: str, data: bytes) -> FileInfo:
 def stream_file(
     store: ObjectStore, uri: str, pieces: Iterable[bytes | memoryview], size: int
 ) -> PartSums:
-    """Write a file from its bytes in order, as they come, holding ``PARALLEL`` parts and one.
+    """Write a file from its bytes in order, as they come. Pieces that are larger than a part are
+    sent from the memory they are in; of smaller ones, ``PARALLEL`` parts and one are held.
 
     Where this fails there is no object, and no parts are left behind; those of a process that died
     are removed with the next commit of its run (``head``).
@@ -76,7 +78,7 @@ def stream_file(
         return PartSums(len(first), part_bytes, (hashlib.sha256(first).digest(),))
     upload = store.begin_parts(uri)
 
-    def send(numbered: tuple[int, bytes]) -> tuple[str, int, bytes]:
+    def send(numbered: tuple[int, bytes | memoryview]) -> tuple[str, int, bytes]:
         number, data = numbered
         tag = store.put_part(uri, upload, number, data)
         return tag, len(data), hashlib.sha256(data).digest()
@@ -150,20 +152,26 @@ def read_parts(
     return _in_parallel(fetch, wanted)
 
 
-def _cut(pieces: Iterable[bytes | memoryview], size: int) -> Iterator[bytes]:
-    """The same bytes in parts of ``size``; the last is what remains."""
-    part = bytearray()
+def _cut(pieces: Iterable[bytes | memoryview], size: int) -> Iterator[bytes | memoryview]:
+    """The same bytes in parts of ``size``; the last is what remains. A part that lies within one
+    piece is a view of it, and only what lies across pieces is copied."""
+    across = bytearray()
     for piece in pieces:
         rest = memoryview(piece)
-        while len(rest):
-            room = size - len(part)
-            part += rest[:room]
-            rest = rest[room:]
-            if len(part) == size:
-                yield bytes(part)
-                part.clear()
-    if part:
-        yield bytes(part)
+        if across:
+            taken = size - len(across)
+            across += rest[:taken]
+            rest = rest[taken:]
+            if len(across) < size:
+                continue
+            yield bytes(across)
+            across.clear()
+        while len(rest) >= size:
+            yield rest[:size]
+            rest = rest[size:]
+        across += rest
+    if across:
+        yield bytes(across)
 
 
 def _in_parallel(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

@@ -38,7 +38,7 @@ from finetune_trainer.storage.objectinfo import (
     file_info,
     split_uri,
 )
-from finetune_trainer.storage.objectstream import Opened, open_stream
+from finetune_trainer.storage.objectstream import MemoryFile, Opened, open_stream
 
 # An endpoint that does not answer is told after 4 tries of 5 s and their pauses: under 30 s.
 CONNECT_SECONDS: Final = 5
@@ -123,7 +123,12 @@ class ObjectStore:
             return answer["Body"].read(), answer["ETag"]
 
     def put(
-        self, uri: str, data: bytes, *, if_match: str | None = None, if_absent: bool = False
+        self,
+        uri: str,
+        data: bytes | memoryview,
+        *,
+        if_match: str | None = None,
+        if_absent: bool = False,
     ) -> str:
         """Writes an object and returns its ETag.
 
@@ -140,7 +145,7 @@ class ObjectStore:
             condition["IfNoneMatch"] = "*"
         try:
             with self._asking("write", uri) as at:
-                return str(self._client.put_object(**at, Body=data, **condition)["ETag"])
+                return str(self._client.put_object(**at, Body=_body(data), **condition)["ETag"])
         except ObjectNotFound:  # If-Match on an object that is gone
             raise PreconditionFailed(uri) from None
 
@@ -267,13 +272,13 @@ class ObjectStore:
         with self._asking("write", uri) as at:
             return str(self._client.create_multipart_upload(**at)["UploadId"])
 
-    def put_part(self, uri: str, upload: str, number: int, data: bytes) -> str:
+    def put_part(self, uri: str, upload: str, number: int, data: bytes | memoryview) -> str:
         """Writes a part (from 1; of 5 MiB or more, but for the last) and returns its ETag."""
         with self._asking("write", uri) as at:
             return str(
-                self._client.upload_part(**at, UploadId=upload, PartNumber=number, Body=data)[
-                    "ETag"
-                ]
+                self._client.upload_part(
+                    **at, UploadId=upload, PartNumber=number, Body=_body(data)
+                )["ETag"]
             )
 
     def join_parts(self, uri: str, upload: str, etags: Iterable[str], size: int) -> None:
@@ -389,6 +394,11 @@ class ObjectStore:
     @property
     def _place(self) -> str:
         return self.endpoint or "Amazon S3"
+
+
+def _body(data: bytes | memoryview) -> Any:
+    """What boto3 takes for a body; memory that is not bytes is read where it lies."""
+    return data if isinstance(data, bytes) else MemoryFile(data)
 
 
 @dataclass(frozen=True)

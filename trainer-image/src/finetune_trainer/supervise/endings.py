@@ -17,6 +17,7 @@ from finetune_trainer.failures import (
     NodeFailure,
     OutOfMemory,
     TrainerError,
+    recognise_text,
     verdict,
 )
 
@@ -33,6 +34,8 @@ class Ended:
     """What the agent says (``agent``)."""
     failure: Failure | None = None
     """What the workers say (``workerfiles.read_failure``)."""
+    aborted: str = ""
+    """Why NCCL's watchdog ended a worker, where it did (``workerfiles.read_abort``)."""
 
 
 def judge(ended: Ended, nodes: int, oom_killed: bool | None) -> tuple[Failure, bool]:
@@ -47,7 +50,7 @@ def judge(ended: Ended, nodes: int, oom_killed: bool | None) -> tuple[Failure, b
     if said is not None and not follows:
         return said, False
     if (number := _killer(ended)) is not None:
-        killed = verdict(_killed(number, nodes, oom_killed))
+        killed = verdict(_killed(number, nodes, oom_killed, ended.aborted))
         return killed, killed.reason == PEER_LOST
     if said is not None:
         return said, nodes > 1
@@ -94,7 +97,7 @@ def _killer(ended: Ended) -> int | None:
     return next((-code for code in codes if code < 0 and -code != signal.SIGTERM), None)
 
 
-def _killed(number: int, nodes: int, oom_killed: bool | None) -> TrainerError:
+def _killed(number: int, nodes: int, oom_killed: bool | None, aborted: str) -> TrainerError:
     name = signal.Signals(number).name
     what = f"a training process was killed by {name}"
     if number == signal.SIGKILL and oom_killed is not False:
@@ -105,7 +108,10 @@ def _killed(number: int, nodes: int, oom_killed: bool | None) -> TrainerError:
             " training.microBatchTokens or, if it died while it was saving, set"
             " checkpoint.staging: Disk",
         )
-    # NCCL's watchdog aborts a process whose peers are gone before Python can say so.
+    # NCCL's watchdog aborts a process before Python can say why: whose peers are gone, or whose own
+    # kernel failed.
+    if number == signal.SIGABRT and (known := recognise_text(aborted)) is not None:
+        return known
     if number == signal.SIGABRT and nodes > 1:
         return NodeFailure(PEER_LOST, f"{what}, as NCCL does when a peer is gone; see the log")
     return NodeFailure("ProcessKilled", f"{what}; see its log, and the node's for hardware faults")

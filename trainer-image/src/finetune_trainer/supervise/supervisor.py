@@ -178,6 +178,7 @@ class Supervisor:
             formed=self._formed(),
             report=json.loads(report.read_text()) if report.exists() else None,
             failure=workerfiles.read_failure(self._start_folder),
+            aborted=workerfiles.read_abort(self._logs),
         )
 
     def _wait(self, process: subprocess.Popen[bytes]) -> None:
@@ -233,6 +234,7 @@ class Supervisor:
             "rdzv-conf": ",".join(f"{key}={value}" for key, value in rendezvous.items()),
             "max-restarts": 0,
             "log-dir": self._logs,
+            "tee": 2,  # to the log, and to files that tell why NCCL aborted a worker
         }
         if place.loopback and sys.platform == "linux":
             # Ranks follow the order of addresses: the node of rank 0 has the first process.

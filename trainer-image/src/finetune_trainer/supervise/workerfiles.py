@@ -23,6 +23,10 @@ ENV_FOLDER: Final = "FINETUNE_WORKER_FILES"
 ENV_LAUNCHED: Final = "FINETUNE_LAUNCHED"
 STOP: Final = "stop"
 RESULT: Final = "result.json"
+_ABORT: Final = "watchdog thread terminated with exception: "
+"""What torch prints, with the error, before NCCL's watchdog aborts a process."""
+_TAIL: Final = 1 << 16
+"""Bytes of a worker's stderr in which it is looked for: the process ends with it."""
 
 
 def stop_requested() -> bool:
@@ -67,6 +71,21 @@ def read_result(folder: Path) -> TrainSummary | None:
     """What the gang did, where its first process ran on this node."""
     path = folder / RESULT
     return TrainSummary.model_validate_json(path.read_text()) if path.exists() else None
+
+
+def read_abort(logs: Path) -> str:
+    """Why NCCL's watchdog ended a worker of this node, as it printed it; empty: it did not.
+
+    Args:
+        logs: torchrun's folder of the workers' stderr.
+    """
+    for path in sorted(logs.glob("*/attempt_*/*/stderr.log")):
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL))
+            text = file.read().decode(errors="replace")
+        if (at := text.find(_ABORT)) >= 0:
+            return text[at + len(_ABORT) :]
+    return ""
 
 
 def write_whole(path: Path, text: str) -> None:

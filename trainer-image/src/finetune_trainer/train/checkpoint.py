@@ -22,19 +22,17 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-import torch
 from torch import nn
 
 from finetune_api.order import RunOrder
 from finetune_trainer.engine.commits.commitstore import METADATA, CommitReader, CommitWriter
 from finetune_trainer.engine.commits.dcp import (
-    State,
     load_state,
     load_weights,
     save_state,
     state_of,
 )
-from finetune_trainer.engine.commits.staging import Staging
+from finetune_trainer.engine.commits.staging import StagedState, Staging
 from finetune_trainer.engine.gang import Gang
 from finetune_trainer.engine.optimizers import Optimizers
 from finetune_trainer.evaluate.scores import better
@@ -143,7 +141,9 @@ class Checkpoints:
 
         head = gang.from_first(claim_run)
         channel = gang.on_a_channel_of_its_own()
-        staging = Staging(scratch if order.spec.checkpoint.staging == "Disk" else None)
+        staging = Staging(
+            scratch if order.spec.checkpoint.staging == "Disk" else None, gang.control
+        )
         return cls(gang, channel, store, order, staging, head, held[0] if held else None)
 
     @property
@@ -181,7 +181,6 @@ class Checkpoints:
         Raises: as ``let_go``, of the commit before.
         """
         self.let_go(whatever=last)
-        state.rng = torch.get_rng_state().numpy().tobytes().hex()
         copy = self.staging.copy(state_of(model, optimizers))
         loop, step = state.to_json(), state.step
         metric = state.metric_at(step, self.order.spec.checkpoint.metric)
@@ -244,10 +243,10 @@ class Checkpoints:
                     flush=True,
                 )
 
-    def _write(self, state: State, loop: str, step: int, metric: float | None) -> None:
+    def _write(self, staged: StagedState, loop: str, step: int, metric: float | None) -> None:
         uri = commit_uri(self.order.run_uri, self.head.attempt, step)
         writer = CommitWriter(self.store, uri)
-        save_state(writer, state, self.channel.control)
+        save_state(writer, staged, self.channel.control)
 
         def finished() -> dict[str, FileInfo]:
             if self.gang.first:
@@ -276,10 +275,7 @@ class Checkpoints:
                 self._discard(commit, error)
                 damaged = True
                 continue
-            state = LoopState.from_json(text.decode())
-            rng = torch.frombuffer(bytearray.fromhex(state.rng), dtype=torch.uint8)
-            torch.set_rng_state(rng)
-            return state
+            return LoopState.from_json(text.decode())
         if damaged:
             raise StorageUnavailable(
                 "CommitsDamaged",

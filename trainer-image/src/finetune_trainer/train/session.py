@@ -147,7 +147,7 @@ def open_session(
     context = gang.sharing_rows(spec.compute.context_parallel)
     tuned = open_model(
         spec, files, stores, gang, memory.placement, precision,
-        purpose_of(spec, data.manifest.classes),
+        purpose_of(spec, data.manifest.classes), memory.plain_head,
     )  # fmt: skip
     go_on("once the model was loaded")
     optimizers = make_optimizers(tuned.model, spec)

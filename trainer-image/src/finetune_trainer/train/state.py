@@ -58,9 +58,6 @@ class LoopState:
     without_improvement: int = 0
     """Evaluations since."""
     stopped_early: bool = False
-    rng: str = ""
-    """State of torch's CPU generator in the first rank, hexadecimal. What the loop draws is keyed
-    by seed, step and sample; this is for what a model draws by itself."""
     local: Tensor | None = None
     """This rank's sums since the last log point or commit, on the device; never saved."""
     unjudged: dict[int, int] = field(default_factory=dict)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,7 @@ def optimizer_step(session: Session, batch: StepTensors, rate: float) -> tuple[T
     for i, row in enumerate(batch.rows):
         last = i == len(batch.rows) - 1
         synchronise(session.module, last)
+        torch.manual_seed(generator_seed(session, batch, i))
         with gang.autocast():
             untuned = session.output_anchor.outputs(row) if session.output_anchor else None
         with row_context(row.layout):
@@ -59,3 +62,16 @@ def optimizer_step(session: Session, batch: StepTensors, rate: float) -> tuple[T
     steps = torch.full_like(loss, learns / gang.size)
     sums = torch.cat([loss, steps, beside, by_source.flatten()])
     return torch.where(taken, sums, torch.zeros_like(sums)), norm
+
+
+def generator_seed(session: Session, batch: StepTensors, turn: int) -> int:
+    """Seed of torch's generators, on every device, for a rank's row of a step.
+
+    Dropout and noise are keyed (``dropout``) and draw from no generator. A model may draw by itself
+    (the router of PhiMoE samples experts): by seed, step and sample, so that checkpoints keep no
+    generator, and a run that goes on, at any number of ranks, draws what it would have drawn.
+    """
+    ranks, gang = batch.plan.rows, session.gang  # processes that share rows are one rank
+    row = ranks[gang.rank * len(ranks) // gang.size][turn]
+    key = f"{session.plan.seed} {batch.plan.number} {row[0] if row else -1}"
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big")

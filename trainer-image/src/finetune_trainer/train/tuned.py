@@ -61,8 +61,13 @@ def open_model(
     placement: Placement,
     precision: Precision,
     purpose: Purpose,
+    plain_head: bool,
 ) -> TunedModel:
     """The model that the spec tunes, with its weights, on the device.
+
+    Args:
+        plain_head: whether logits can be had in chunks, as the model's profile has it: the model
+            cannot be asked any more once its kernels are fused.
 
     Raises:
         UserError: as ``load_base``, ``apply_method`` and ``fill_shards``.
@@ -87,7 +92,7 @@ def open_model(
     if placement.checkpointing:
         checkpoint_activations(model)
     parameters, work = parameter_counts(model), work_of(model, base)
-    loss = TASKS[spec.task].loss(model, spec.training)
+    loss = TASKS[spec.task].loss(model, spec.training, plain_head)
     loss.train()
     if precision.fp8:
         use_fp8(model)

@@ -1,11 +1,11 @@
 """torch's distributed checkpoint over object storage: each process streams its tensors into one
 object, and reads what it needs of any.
 
-    shard-00000    bytes of tensors, one after another, as they lie in memory
+    shard-00000    bytes of tensors, one after another, as they lie in memory (``staging``)
     .metadata      torch's Metadata, and of each tensor in which object it is and where
 
-Nothing is on a disk on the way. A process holds a few parts of an object in memory, and when it
-reads, the tensor that they are of.
+Nothing is on a disk on the way, and what is written is sent from where it was staged. A process
+that reads holds a few parts of an object in memory, and the tensor that they are of.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import io
 import math
 import pickle
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final, TypeVar
@@ -28,11 +27,11 @@ from torch.distributed.checkpoint.planner import (
     ReadItem,
     SavePlan,
     SavePlanner,
-    WriteItem,
 )
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from finetune_trainer.engine.commits.staging import StagedState
 from finetune_trainer.storage.commitfiles import (
     PartSums,
     read_parts,
@@ -87,21 +86,17 @@ class CommitWriter(StorageWriter):
         return [replace(plan, storage_data=f"shard-{i:05}") for i, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        assert isinstance(planner, StagedState), "the state is staged as its file is laid out"
         name: str = plan.storage_data
         results: list[WriteResult] = []
-
-        def pieces() -> Iterator[memoryview]:
-            start = 0
-            for item in plan.items:
-                values = _values(item, planner)
-                place = Place(name, start, tuple(values.shape), values.dtype)
-                results.append(WriteResult(item.index, values.nbytes, place))
-                start += values.nbytes
-                yield _bytes_of(values)
-
+        for item in plan.items:
+            staged = planner.items[item.index]
+            place = Place(name, staged.start, staged.shape, staged.dtype)
+            start, stop = place.span(0, None)
+            results.append(WriteResult(item.index, stop - start, place))
         if plan.items:
-            size = sum(_size(item) for item in plan.items)
-            sums = stream_file(self._store, f"{self._uri}/{name}", pieces(), size)
+            uri = f"{self._uri}/{name}"
+            sums = stream_file(self._store, uri, planner.pieces, planner.size)
             self.files[name] = sums.info
             results.append(WriteResult(MetadataIndex(name), sums.size, sums))
         return _done(results)
@@ -210,20 +205,6 @@ class _Wanted:
         target = planner.resolve_tensor(item).detach()
         target.copy_(values)
         planner.commit_tensor(item, target)
-
-
-def _values(item: WriteItem, planner: SavePlanner) -> Tensor:
-    """What is written of an item, in order, on the CPU."""
-    data = planner.resolve_data(item)
-    if isinstance(data, io.BytesIO):
-        return torch.frombuffer(bytearray(data.getbuffer()), dtype=torch.uint8)
-    return data.detach().cpu().contiguous()
-
-
-def _size(item: WriteItem) -> int:
-    """Bytes of an item as planned; of other objects than tensors, which are small, none."""
-    tensor = item.tensor_data
-    return math.prod(tensor.chunk.sizes) * tensor.properties.dtype.itemsize if tensor else 0
 
 
 def _bytes_of(values: Tensor) -> memoryview:

@@ -22,12 +22,10 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from finetune_trainer.engine.commits.staging import StagedState, State
 from finetune_trainer.engine.optimizers import Optimizers
 from finetune_trainer.engine.pissa import is_kept
 from finetune_trainer.failures import recognise
-
-State = dict[str, Any]
-"""Trained weights and the state of the optimizers, by name; of a gang, this rank's part."""
 
 
 def state_of(model: nn.Module, optimizers: Optimizers) -> State:
@@ -36,12 +34,12 @@ def state_of(model: nn.Module, optimizers: Optimizers) -> State:
     return {"model": _kept(model, weights), "optimizer": moments}
 
 
-def save_state(writer: StorageWriter, state: State, group: dist.ProcessGroup | None) -> None:
+def save_state(writer: StorageWriter, staged: StagedState, group: dist.ProcessGroup | None) -> None:
     """Write this rank's part of a state; ``group`` holds all ranks (None: this process is
     alone). What one rank raises, all raise."""
     with _first_cause():
         state_dict_saver.save(
-            state, storage_writer=writer, process_group=group, no_dist=group is None
+            {}, storage_writer=writer, planner=staged, process_group=group, no_dist=group is None
         )
 
 

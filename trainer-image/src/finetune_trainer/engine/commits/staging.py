@@ -1,72 +1,181 @@
-"""The copy of the training state from which a commit is written while training goes on.
+"""The copy of the training state from which a checkpoint is written while training goes on.
 
-Room for it is made at the first commit and used again: in this host's memory, or in a file of a
-local disk that memory is mapped to, where the system writes it out as it needs the memory.
+    state ──► save plan of all ranks ──► this rank's items ──► staging buffer ──► (a thread writes)
+
+Which rank writes what is decided first (torch's planner: what several ranks hold is dealt out, by
+size), and each stages what it writes: under DDP a share of the state, not all of it. The buffer is
+allocated at the first checkpoint and used again: in this host's memory, or in a file of a local
+disk that memory is mapped to, where the system writes it out as it needs the memory. It is laid out
+as the object that is written, so no byte is copied again on the way.
 """
 
 from __future__ import annotations
 
+import io
+import math
 import mmap
 import os
 import tempfile
-from itertools import accumulate
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._state_dict_utils import _copy_state_dict, _create_cpu_state_dict
-from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
-from finetune_trainer.engine.commits.dcp import State
 from finetune_trainer.failures import UserError
 
 ALIGNMENT: Final = 64
-"""Of tensors in the room, in bytes."""
+"""Of tensors in the buffer, in bytes."""
+
+State = dict[str, Any]
+"""Trained weights and the state of the optimizers, by name; of a gang, this rank's part."""
+
+
+@dataclass(frozen=True)
+class Staged:
+    """An item in the buffer, or behind it."""
+
+    start: int
+    """First byte."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class StagedState(DefaultSavePlanner):
+    """What this rank writes of a state, as a copy that lasts until the next is made; torch's saver
+    takes it as its planner.
+
+    Args:
+        plan: what this rank writes.
+        items: where each of these is.
+        buffer: bytes of the tensors.
+        tail: bytes of all else, behind them.
+    """
+
+    def __init__(
+        self, plan: SavePlan, items: Mapping[MetadataIndex, Staged], buffer: Tensor, tail: bytes
+    ) -> None:
+        super().__init__()
+        self._plan = plan
+        self.items = items
+        self._buffer, self._tail = buffer, tail
+
+    @property
+    def pieces(self) -> tuple[memoryview, bytes]:
+        """All bytes, in order."""
+        raw: Any = self._buffer.numpy()
+        return memoryview(raw), self._tail
+
+    @property
+    def size(self) -> int:
+        """Number of all bytes."""
+        return self._buffer.numel() + len(self._tail)
+
+    def set_up_planner(
+        self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False
+    ) -> None: ...
+
+    def create_local_plan(self) -> SavePlan:
+        return self._plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        item = self.items[write_item.index]
+        count = math.prod(item.shape) * item.dtype.itemsize
+        if write_item.tensor_data is None:
+            start = item.start - self._buffer.numel()
+            return io.BytesIO(self._tail[start : start + count])
+        return self._buffer[item.start : item.start + count].view(item.dtype).view(item.shape)
 
 
 class Staging:
-    """Copies of a training state, one at a time: a copy lasts until the next is made.
+    """Copies of a training state, one at a time.
 
     Args:
         disk: folder on the local disk that holds the copy; None: memory does.
+        group: holds all ranks, on the CPU; None: this process is alone.
     """
 
-    def __init__(self, disk: Path | None) -> None:
-        self._disk = disk
-        self._copy: State | None = None
+    def __init__(self, disk: Path | None, group: dist.ProcessGroup | None) -> None:
+        self._disk, self._group = disk, group
+        self._known: list[Any] = []
+        self._plan = SavePlan([])
+        self._items: dict[MetadataIndex, Staged] = {}
+        self._buffer = torch.empty(0, dtype=torch.uint8)
 
     @torch.no_grad()
-    def copy(self, state: State) -> State:
-        """A copy of the state on the CPU; of a gang, of this rank's part.
+    def copy(self, state: State) -> StagedState:
+        """A copy on the CPU of what this rank writes of the state; all ranks must ask for it.
 
         Raises:
             UserError: 'ScratchFull' where the disk has no room for it.
         """
-        if self._copy is None:
-            self._copy = self._make_room(state)
+        planner = DefaultSavePlanner()
+        planner.set_up_planner(state)
+        local = planner.create_local_plan()
+        if self._is_new(local):
+            self._plan = self._share(planner, local)
+            self._lay_out()
+        items, tail = dict(self._items), bytearray()
+        for item in self._plan.items:
+            data = planner.resolve_data(item)
+            if isinstance(data, io.BytesIO):
+                found = data.getvalue()
+                start = self._buffer.numel() + len(tail)
+                items[item.index] = Staged(start, (len(found),), torch.uint8)
+                tail += found
+            else:
+                self._view(items[item.index]).copy_(data.detach(), non_blocking=True)
         # All at once from a GPU; what leaves the device is whole when the device has come so far.
-        copied = _copy_state_dict(state, self._copy, non_blocking=True, type_check=False)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return copied
+        return StagedState(self._plan, items, self._buffer, bytes(tail))
 
-    def _make_room(self, state: State) -> State:
-        """A state of the same form, whose tensors lie side by side in the room."""
-        empty: State = _create_cpu_state_dict(state)
-        tensors = [_local(leaf) for leaf in tree_leaves(empty) if isinstance(leaf, Tensor)]
-        tensors = [tensor for tensor in tensors if tensor.dim() and tensor.numel()]
-        ends = list(accumulate(-(-t.nbytes // ALIGNMENT) * ALIGNMENT for t in tensors))
-        room = self._room(ends[-1]) if ends else torch.empty(0, dtype=torch.uint8)
-        for tensor, start in zip(tensors, [0, *ends], strict=False):
-            part = room[start : start + tensor.nbytes]
-            tensor.data = part.view(tensor.dtype).view(tensor.shape)
-        return empty
+    def _is_new(self, local: SavePlan) -> bool:
+        """Whether any rank has a state of another form than before."""
+        form = [(i.index, i.tensor_data and (i.tensor_data.chunk, i.tensor_data.properties.dtype))
+                for i in local.items]  # fmt: skip
+        new = torch.tensor(int(form != self._known))
+        self._known = form
+        if self._group is not None:
+            dist.all_reduce(new, group=self._group)
+        return bool(new)
 
-    def _room(self, size: int) -> Tensor:
-        if self._disk is None:
-            return torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    def _share(self, planner: DefaultSavePlanner, local: SavePlan) -> SavePlan:
+        """What of its plan this rank writes."""
+        if self._group is None:
+            return local
+        plans: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(plans, local, group=self._group)
+        shared, _ = planner.create_global_plan(plans)
+        mine = {item.index for item in shared[dist.get_rank(self._group)].items}
+        return replace(local, items=[item for item in local.items if item.index in mine])
+
+    def _lay_out(self) -> None:
+        """Lay the tensors of the plan side by side."""
+        self._items, end = {}, 0
+        for item in self._plan.items:
+            if item.tensor_data is not None:
+                chunk, dtype = item.tensor_data.chunk, item.tensor_data.properties.dtype
+                self._items[item.index] = staged = Staged(end, tuple(chunk.sizes), dtype)
+                size = math.prod(staged.shape) * dtype.itemsize
+                end += -(-size // ALIGNMENT) * ALIGNMENT
+        if end != self._buffer.numel():
+            self._buffer = self._allocate(end)
+
+    def _view(self, item: Staged) -> Tensor:
+        size = math.prod(item.shape) * item.dtype.itemsize
+        return self._buffer[item.start : item.start + size].view(item.dtype).view(item.shape)
+
+    def _allocate(self, size: int) -> Tensor:
+        if self._disk is None or size == 0:
+            # Zeros: what lies between tensors is written too.
+            return torch.zeros(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
         self._disk.mkdir(parents=True, exist_ok=True)
         # Without a name: the disk has the room back when the process ends, however it ends.
         with tempfile.TemporaryFile(dir=self._disk) as file:
@@ -82,6 +191,6 @@ class Staging:
             return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """The tensor itself, or this rank's shard of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def stage(state: State, group: dist.ProcessGroup | None) -> StagedState:
+    """A copy in memory of a state that is written once."""
+    return Staging(None, group).copy(state)

@@ -124,6 +124,8 @@ class Facts:
     """Numbers of a token's logits; 0 without an output head."""
     logits_at_once: int | None
     """Tokens whose logits are there at a time; None: all of a row's."""
+    plain_head: bool
+    """Whether logits can be had in chunks (``head.has_plain_head``)."""
     packing: Packing
     """How samples share rows."""
     recomputes: bool
@@ -161,6 +163,8 @@ class Verdict:
     """Bytes of memory of a process; None: not known."""
     measured: bool
     """Whether activations could be measured."""
+    plain_head: bool = False
+    """As ``Facts`` has it."""
     warning: str = ""
     """Where it is taken though it does not fit by the estimate: what would fit."""
 
@@ -298,7 +302,7 @@ def verdict(
     """What a process takes in a placement."""
     measured = facts.gathered if _gathers(facts, placement.sharding) else facts.whole
     parts = estimate(facts, spec, row, placement)
-    return Verdict(placement, parts, room, measured is not None)
+    return Verdict(placement, parts, room, measured is not None, facts.plain_head)
 
 
 def decide(facts: Facts, spec: FineTuneJobSpec, row: RowSize, room: int | None) -> Verdict:

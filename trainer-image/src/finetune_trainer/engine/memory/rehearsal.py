@@ -79,6 +79,7 @@ def _facts(path: Path, spec: FineTuneJobSpec, max_length: int) -> Facts:
         layers=len(model.blocks),
         vocabulary=model.vocabulary,
         logits_at_once=model.logits_at_once,
+        plain_head=model.plain_head,
         packing=model.packing,
         recomputes=model.recomputes,
         halved=precision.halved,
@@ -155,10 +156,12 @@ class _Model:
         self.masks = self.packing == "Padded" and spec.kind.generates and base._supports_sdpa
         self._tuned = apply_method(base, spec)
         check_optimizer(self._tuned, spec)
-        self.loss = task.loss(self._tuned, spec.training).train()
+        self.loss = task.loss(self._tuned, spec.training, None).train()
         self.logits_at_once: int | None = None
+        self.plain_head = False
         if isinstance(self.loss, TokenLoss):
             self.logits_at_once = self.loss.logits_at_once()
+            self.plain_head = self.loss.plain_head
         self._build = task.row(self.packing, ALONE, None, draws(spec))
         _hold_nothing(self.loss, self._fake)
         head = base.get_output_embeddings()  # type: ignore[no-untyped-call]

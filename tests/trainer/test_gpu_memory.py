@@ -1,0 +1,134 @@
+"""The memory estimate beside what a GPU's allocator had at most: six settings. On a CPU, which
+counts no peak, the bodies run and are skipped at their end."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from engine import samples, tiny_llama
+
+from finetune_api.spec import parse_spec
+from finetune_trainer.engine.base import BaseFiles
+from finetune_trainer.engine.gang import join
+from finetune_trainer.engine.guard import Guard
+from finetune_trainer.engine.memory.estimate import Placement, estimate
+from finetune_trainer.engine.memory.rehearsal import rehearse
+from finetune_trainer.engine.model import TEXT
+from finetune_trainer.engine.optimizers import make_optimizers
+from finetune_trainer.engine.planning.plan import Plan
+from finetune_trainer.engine.planning.rowsize import RowSize
+from finetune_trainer.engine.precision import precision_of
+from finetune_trainer.engine.rows.feed import Feed, build_row
+from finetune_trainer.storage.published import Base
+from finetune_trainer.train.step import optimizer_step
+from finetune_trainer.train.tuned import open_model
+
+CUDA = torch.cuda.is_available()
+MIB = 1 << 20
+# On a GPU large enough that workspaces of libraries are small beside it.
+SHAPE: dict[str, Any] = (
+    {
+        "vocab_size": 32_000, "hidden_size": 1024, "intermediate_size": 4096,
+        "num_hidden_layers": 12, "num_attention_heads": 16, "num_key_value_heads": 4,
+        "max_position_embeddings": 4096,
+    }
+    if CUDA
+    else {}
+)  # fmt: skip
+LENGTHS = [512, 1024, 256, 256, 1024, 512, 384, 128] if CUDA else [30, 24, 41, 18]
+ROW = sum(LENGTHS)
+NO_STORES: Any = None
+"""The model lies in a folder."""
+SETTINGS = [
+    ("Full", "BF16", "Never"),
+    ("Full", "BF16", "Always"),
+    ("Full", "PureBF16", "Never"),
+    ("Full", "FP32", "Never"),
+    ("LoRA", "BF16", "Never"),
+    ("LoRA", "BF16", "Always"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny_llama(**SHAPE).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("method", "precision", "again"), SETTINGS)
+def test_the_estimate_is_within_a_tenth_of_the_peak(
+    method: str, precision: str, again: str, base: Path, record_property: Callable[..., None]
+) -> None:
+    spec = parse_spec(
+        {
+            "model": {"source": "s3://models/base"},
+            "data": {"train": [{"source": "s3://data/a.jsonl"}]},
+            "output": {"destination": "s3://models/tuned"},
+            "compute": {"gpusPerNode": 1},
+            "method": {"type": method},
+            "training": {
+                "precision": precision, "gradientCheckpointing": again, "batchSize": len(LENGTHS),
+            },
+        }
+    )  # fmt: skip
+    placement = Placement("NoShard", again == "Always")
+    documents = samples(LENGTHS)
+    supervised = np.array([int(s.supervised.sum()) for s in documents])
+    profile = rehearse(base, spec, max(LENGTHS))
+    parts = estimate(profile, spec, RowSize(ROW, int(supervised.sum())), placement)
+    expected = sum(n for part, n in parts.items() if part not in ("reserve", "commit"))
+
+    gc.collect()
+    before = 0
+    if CUDA:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    gang = join(spec.training)
+    opened = open_model(
+        spec, BaseFiles(Base(spec.model, ()), base, None), NO_STORES, gang, placement,
+        precision_of(spec.training, CUDA), TEXT, profile.plain_head,
+    )  # fmt: skip
+    plan = Plan(
+        np.array(LENGTHS), supervised, batch_size=len(LENGTHS), seed=0, row_tokens=ROW, ranks=1
+    )
+    session: Any = SimpleNamespace(
+        gang=gang, plan=plan, spec=spec, module=opened.module,
+        trained=[p for p in opened.model.parameters() if p.requires_grad],
+        optimizers=make_optimizers(opened.model, spec), output_anchor=None, weight_anchor=None,
+        guard=Guard(spec.training.guard, gang.device),
+    )  # fmt: skip
+    with Feed(
+        plan, lambda positions: [documents[p] for p in positions], rank=0, start=0, end=3,
+        device=gang.device, build=partial(build_row, shape=None),
+    ) as feed:  # fmt: skip
+        for batch in feed:
+            sums, _ = optimizer_step(session, batch, 1e-3)
+    assert torch.isfinite(sums).all()
+    assert expected > sum(p.nbytes for p in opened.model.parameters())
+    record_property("estimated MiB", round(expected / MIB))
+    if not CUDA:
+        pytest.skip("a CPU counts no peak")
+    peak = torch.cuda.max_memory_allocated() - before
+    record_property("peak MiB", round(peak / MIB))
+    record_property("ratio", round(expected / peak, 3))
+    assert 0.9 < expected / peak < 1.1
