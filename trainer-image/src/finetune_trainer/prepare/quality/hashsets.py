@@ -108,7 +108,8 @@ class HashSet:
             return likely[:0]
         wanted = hashes[likely]
         at = np.minimum(np.searchsorted(self._hashes, wanted), len(self._hashes) - 1)
-        return likely[self._hashes[at] == wanted]
+        found: Rows = likely[self._hashes[at] == wanted]
+        return found
 
 
 def _in_table(hashes: Hashes) -> tuple[Hashes, npt.NDArray[np.uint8]]:
