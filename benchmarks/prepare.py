@@ -5,9 +5,11 @@
 Everything reads the same JSON Lines of generated prompts and completions from an S3 server on this
 machine, or from its disk (datasets.map), with the same tokenizer. Each figure is a process of its
 own, in which a few records were prepared before. Speeds are MB of data per second of CPU that the
-process and its threads used, so a busy machine distorts them little; ours and datasets.map take
-turns. Memory is what the process held at most, above what it held before it began: at 1, 4 and 16
-times the data as prepare is by default, and once each with less and with more looked for.
+process and its threads used, so a busy machine distorts them little; ours (in one process, without
+the memory estimate) and datasets.map take turns. Then seconds of one process and of a pool of two,
+taking turns; and what each check costs, as CPU-seconds a MB above those without any. Memory is what
+the process held at most, above what it held before it began: at 1, 4 and 16 times the data as
+prepare is by default, and once each with less and with more looked for.
 """
 
 from __future__ import annotations
@@ -146,9 +148,11 @@ def memory(what: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in status if line.startswith(f"{what}:"))
 
 
-def ours(server: Server, name: str, data: str, quality: dict[str, Any]) -> Figures:
-    """Prepare, from S3 to S3."""
-    from finetune_trainer.prepare.pipeline import prepare
+def ours(
+    server: Server, name: str, data: str, quality: dict[str, Any], processes: int = 1
+) -> Figures:
+    """Map and reduce, from S3 to S3."""
+    from finetune_trainer.prepare import pipeline
 
     asked, store = order(name, data, quality), server.store()
 
@@ -157,9 +161,19 @@ def ours(server: Server, name: str, data: str, quality: dict[str, Any]) -> Figur
             return store
 
     few = order(f"{name}-few", FEW, quality)
+    figures: list[Figures] = []
+    write_data = pipeline.write_data
+
+    def measuring(*arguments: Any) -> Any:
+        found: list[Any] = []
+        figures.append(measured(lambda: found.append(write_data(*arguments))))
+        return found[0]
+
+    pipeline.write_data = measuring
     with tempfile.TemporaryDirectory() as folder:
-        prepare(few, Here(few), Path(folder) / "few")
-        return measured(lambda: prepare(asked, Here(asked), Path(folder) / "all"))
+        pipeline.prepare(few, Here(few), Path(folder) / "few", processes=processes)
+        pipeline.prepare(asked, Here(asked), Path(folder) / "all", processes=processes)
+    return figures[1]
 
 
 def theirs(model: Path, data: Path, few: Path) -> Figures:
@@ -236,6 +250,46 @@ def speed(server: Server, model: Path, data: Path, few: Path, uri: str, rounds: 
           f" round {ratios}", flush=True)  # fmt: skip
 
 
+def scaling(server: Server, data: Path, uri: str, rounds: int) -> None:
+    size = data.stat().st_size / 1e6
+    pairs = []
+    for i in range(rounds):
+        one, two = (alone(ours, server, f"scaling-{i}-{n}", uri, {}, n).seconds for n in (1, 2))
+        pairs.append((one, two))
+    a, b = (statistics.median(x) for x in zip(*pairs, strict=True))
+    ratios = " ".join(f"{x / y:.2f}" for x, y in pairs)
+    print(f"\n{size:.0f} MB, seconds: one process {a:.1f}, two {b:.1f}; ratio by round {ratios}",
+          flush=True)  # fmt: skip
+
+
+NOTHING: Final[dict[str, Any]] = {
+    "deduplicate": False, "contamination": "Ignore", "personalData": "Ignore",
+}  # fmt: skip
+CHECKS: Final[dict[str, dict[str, Any]]] = {
+    "none": {},
+    "exact duplicates": {"deduplicate": True},
+    "contamination": {"contamination": "Warn"},
+    "personal data": {"personalData": "Warn"},
+    "near duplicates": {"nearDuplicates": "Drop"},
+}
+
+
+def checks(server: Server, data: Path, uri: str, rounds: int) -> None:
+    size = data.stat().st_size / 1e6
+    found: dict[str, list[float]] = {name: [] for name in CHECKS}
+    for i in range(rounds):
+        for name, quality in CHECKS.items():
+            figures = alone(ours, server, f"checks-{i}-{name[:4]}", uri, {**NOTHING, **quality})
+            found[name].append(figures.cpu / size)
+    plain = found.pop("none")
+    print(f"\n{size:.0f} MB, CPU-seconds a MB: {statistics.median(plain):.3f} without any check;"
+          " beyond it, by round:", flush=True)  # fmt: skip
+    for name, seconds in found.items():
+        more = [s - p for s, p in zip(seconds, plain, strict=True)]
+        told = " ".join(f"{s:.3f}" for s in more)
+        print(f"{name:>18}{statistics.median(more):8.3f}   ({told})", flush=True)
+
+
 SOUGHT: Final[dict[str, tuple[str, dict[str, str]]]] = {
     "default": ("duplicates, contamination (default)", {}),
     "duplicates": ("duplicates", {"contamination": "Ignore"}),
@@ -293,8 +347,9 @@ def main() -> None:
         store.upload(few, FEW)
         if options.rounds:
             reading(server, data[16], uris[16], options.rounds)
-            # Of some size: the memory estimate, which datasets.map does not make, takes seconds.
             speed(server, model, data[4], few, uris[4], options.rounds)
+            scaling(server, data[4], uris[4], options.rounds)
+            checks(server, data[1], uris[1], options.rounds)
         growth(server, data, uris)
 
 

@@ -184,7 +184,7 @@ class Platform:
         parts = [json.dumps(self.status(name), indent=1)]
         parts.append(self.kubectl("get", "pods,jobs", "-o", "wide"))
         parts.append(self.kubectl("get", "events", "--sort-by=.lastTimestamp")[-3000:])
-        for role in ("prepare", "train", "publish"):
+        for role in ("map", "prepare", "train", "publish"):
             for pod in self.pods(name, role):
                 pod_name = pod["metadata"]["name"]
                 try:

@@ -121,7 +121,7 @@ def test_a_failure_names_its_cause_and_remedy(platform, applied, case: Case) -> 
 def active(platform, name: str) -> list[str]:
     return [
         p["metadata"]["name"]
-        for role in ("prepare", "train", "publish")
+        for role in ("map", "prepare", "train", "publish")
         for p in platform.pods(name, role)
         if p["status"]["phase"] in ("Pending", "Running")
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,38 @@ def test_an_operator_that_is_killed_loses_and_restarts_nothing(platform, manifes
     assert status["restarts"] == 0
     assert status["run"]["attempt"] == 1
     assert status["run"]["startTime"] == before["run"]["startTime"]
+
+
+def a_running_pod(platform, name: str, role: str) -> str | None:
+    """Name of a pod of a role that runs."""
+    pods = platform.pods(name, role)
+    names = [p["metadata"]["name"] for p in pods if p["status"]["phase"] == "Running"]
+    return names[-1] if names else None
+
+
+def test_pods_of_map_and_reduce_that_are_killed_leave_what_one_worker_writes(
+    platform, manifest_of
+) -> None:
+    """Prepare with 3 workers, of which one is killed, and so is the pod that reduces: the same
+    digest and the same bytes as with one worker."""
+    written = []
+    for workers in (1, 3):
+        name = platform.apply(manifest_of(f"prepare-{workers}", prepare={"workers": workers}))
+        for role in ("map", "prepare") if workers > 1 else ():
+            pod = eventually(f"a pod of {role} runs", partial(a_running_pod, platform, name, role))
+            platform.kubectl("delete", "pod", pod, "--grace-period=0", "--force")
+        status = platform.wait(name, "Prepared")
+        assert not status["prepared"]["reused"]
+        uri = status["prepared"]["uri"]
+        assert uri.startswith(f"s3://output/prepare-{workers}/"), "a workspace of its own"
+        files = {info.uri.removeprefix(uri): info for info in platform.store.list(f"{uri}/")}
+        written.append(
+            (status["prepared"]["digest"],
+             {path: platform.store.get(info.uri) for path, info in files.items()})
+        )  # fmt: skip
+        assert bool(platform.pods(name, "map")) == (workers > 1)
+        platform.delete(name)
+    assert written[0] == written[1]
 
 
 def test_an_operator_outside_of_the_cluster_reads_progress_through_the_api(

@@ -224,9 +224,9 @@ def test_a_worker_of_prepare_that_always_dies_ends_it(job: Job, operator: Operat
     job.apply(prepare={"workers": 2})
     said = {"class": "Storage", "reason": "Unreachable", "message": "timed out", "retryable": True}
     for _ in range(1 + STAGE_BACKOFF_LIMIT):
-        pods = job.running("prepare", 2, within=90)  # Kubernetes waits longer before each try
+        pods = job.running("map", 2, within=90)  # Kubernetes waits longer before each try
         first = [p for p in pods if p["metadata"]["labels"][INDEX_ANNOTATION] == "0"]
-        job.end_pods(first, "prepare", 21, failure=said)
+        job.end_pods(first, "map", 21, failure=said)
     job.reach("Failed")
     assert job.status["failure"]["reason"] == "Unreachable"
     (made,) = job.all("jobs")

@@ -59,6 +59,57 @@ def test_a_training_that_may_not_fit_is_warned_of() -> None:
     assert warned.type == "Warning" and warned.message.endswith("What fits: nothing")
 
 
+def test_several_pods_map_before_one_reduces() -> None:
+    world = World(prepare={"workers": 3})
+    world.settle()
+    assert world.names("Job") == ["bot-1-0f9c2-map-1"] and world.status["phase"] == "Pending"
+    world.pods("map", 2, running={})
+    world.settle()
+    assert (
+        world.condition_of("Prepared") == "False/Preparing" and world.status["phase"] == "Preparing"
+    )
+    assert "2 of 3 workers run" in world.message("Prepared")
+    world.finish("map")
+    world.settle()
+    assert world.names("Job") == ["bot-1-0f9c2-map-1", "bot-1-0f9c2-prepare-1"]
+    assert (
+        world.condition_of("Prepared") == "False/Preparing" and world.status["phase"] == "Preparing"
+    )
+    assert "all workers have mapped" in world.message("Prepared")
+    world.finish("prepare", prepared=PREPARED)
+    world.settle()
+    assert world.condition_of("Prepared") == "True/DataReady"
+    assert world.status["prepared"]["trainSamples"] == 90
+    assert world.names("Service") == ["bot-1-0f9c2-train-1"]
+
+
+@pytest.mark.parametrize("role", ["map", "prepare"])
+def test_a_run_that_maps_is_suspended_and_goes_on_in_either_half(role: str) -> None:
+    world = World(prepare={"workers": 2})
+    world.settle()
+    if role == "prepare":
+        world.finish("map")
+        world.settle()
+    world.edit(suspend=True)
+    world.settle()
+    assert world.child(role)["spec"]["suspend"] is True and world.status["phase"] == "Suspended"
+    world.edit(suspend=False)
+    world.settle()
+    assert world.child(role)["spec"]["suspend"] is False
+
+
+def test_a_failure_of_the_reduce_is_that_of_the_run() -> None:
+    world = World(prepare={"workers": 2})
+    world.settle()
+    world.finish("map")
+    world.settle()
+    world.fail("prepare", 11, **{"class": "DataError", "reason": "Bad", "message": "line 3"})
+    world.condition("prepare", "Failed", "PodFailurePolicy")
+    world.settle()
+    assert world.status["failure"]["reason"] == "Bad" and world.run["outcome"] == "Failed"
+    assert world.condition_of("Prepared") == "False/Bad"
+
+
 def test_a_run_goes_through_its_stages_to_complete() -> None:
     world = World()
     world.settle()

@@ -45,17 +45,17 @@ def test_the_termination_message_says_why() -> None:
 def test_the_worker_that_failed_tells_and_not_those_that_were_stopped() -> None:
     world = World(prepare={"workers": 3})
     world.settle()
-    world.pods("prepare", 3, running={})
+    world.pods("map", 3, running={})
     said = {"class": "Storage", "reason": "AccessDenied", "message": "may not read s3://data"}
-    world.fail("prepare", 12, index=1, **said)
+    world.fail("map", 12, index=1, **said)
     world.wait(5)
     stopped = {"class": "Preempted", "reason": "Interrupted", "message": "stopped by SIGTERM"}
     for index in (0, 2):
-        world.fail("prepare", 23, index=index, **stopped)
-    world.condition("prepare", "Failed", "PodFailurePolicy")
+        world.fail("map", 23, index=index, **stopped)
+    world.condition("map", "Failed", "PodFailurePolicy")
     world.pass_()
     assert world.status["failure"]["reason"] == "AccessDenied"
-    assert world.status["failure"]["pod"] == "bot-1-0f9c2-prepare-1-1-x"
+    assert world.status["failure"]["pod"] == "bot-1-0f9c2-map-1-1-x"
 
 
 @pytest.mark.parametrize(
@@ -280,10 +280,10 @@ def test_too_few_nodes() -> None:
 def test_too_few_nodes_for_the_workers_of_prepare() -> None:
     world = World(scheduling={"startDeadlineSeconds": 120}, prepare={"workers": 2})
     world.settle()
-    world.pods("prepare", 2, running={})
+    world.pods("map", 2, running={})
     world.settle()
     assert "2 of 2 workers run" in world.message("Prepared")
-    unschedulable(world, "prepare", 2)
+    unschedulable(world, "map", 2)
     world.wait(120)
     world.settle()
     assert "fewer prepare.workers" in world.status["failure"]["message"]

@@ -42,6 +42,11 @@ def pod_of(world: World, role: str) -> dict[str, Any]:
     return found
 
 
+def args_of(world: World, role: str) -> list[str]:
+    found: list[str] = pod_of(world, role)["containers"][0]["args"]
+    return found
+
+
 def env_of(world: World, role: str) -> dict[str, Any]:
     env = pod_of(world, role)["containers"][0]["env"]
     names_ = [e["name"] for e in env]
@@ -107,7 +112,8 @@ def test_pods_are_restricted_and_write_to_empty_dirs_only(role: str) -> None:
     assert all("emptyDir" in volumes[m["name"]] for m in writable)
     assert {m["mountPath"] for m in writable} >= {names.SCRATCH, "/tmp"}
     assert container["terminationMessagePath"] == names.TERMINATION_PATH
-    assert container["args"] == [{"train": "supervise"}.get(role, role)]
+    commands = {"train": ["supervise"], "map": ["prepare", "--map"]}
+    assert container["args"] == commands.get(role, [role])
     for toleration in pod["tolerations"]:
         assert toleration["tolerationSeconds"] <= 60
 
@@ -137,17 +143,25 @@ def test_the_gang() -> None:
     assert "job-completion-index" in env[names.ENV_NODE_RANK]["fieldRef"]["fieldPath"]
 
 
-def test_prepare_is_an_indexed_job_of_workers() -> None:
-    for workers in (1, 4):
-        world = World(prepare={"workers": workers})
-        job, publish = rendered(world, (Create("Job", "prepare"), Create("Job", "publish")))
-        body = job["spec"]
-        assert body["completionMode"] == "Indexed"
-        assert (body["completions"], body["parallelism"]) == (workers, workers)
-        assert (body["backoffLimitPerIndex"], body["maxFailedIndexes"]) == (STAGE_BACKOFF_LIMIT, 0)
-        assert "backoffLimit" not in body, "one that fails ends the stage, whatever the others do"
-        assert names.ENV_WORKER not in env_of(world, "prepare"), "the Job controller sets it"
-        assert "completionMode" not in publish["spec"] and publish["spec"]["completions"] == 1
+def test_map_is_an_indexed_job_of_workers() -> None:
+    world = World(prepare={"workers": 4})
+    (job,) = rendered(world, (Create("Job", "map"),))
+    body = job["spec"]
+    assert body["completionMode"] == "Indexed"
+    assert (body["completions"], body["parallelism"]) == (4, 4)
+    assert (body["backoffLimitPerIndex"], body["maxFailedIndexes"]) == (STAGE_BACKOFF_LIMIT, 0)
+    assert "backoffLimit" not in body, "one that fails ends the stage, whatever the others do"
+    assert names.ENV_WORKER not in env_of(world, "map"), "the Job controller sets it"
+    assert args_of(world, "map") == ["prepare", "--map"]
+
+
+@pytest.mark.parametrize(("workers", "args"), [(1, ["prepare"]), (4, ["prepare", "--reduce"])])
+def test_prepare_is_one_pod_that_does_all_or_reduces(workers: int, args: list[str]) -> None:
+    world = World(prepare={"workers": workers})
+    for job in rendered(world, (Create("Job", "prepare"), Create("Job", "publish"))):
+        assert "completionMode" not in job["spec"] and job["spec"]["completions"] == 1
+        assert job["spec"]["backoffLimit"] == STAGE_BACKOFF_LIMIT
+    assert args_of(world, "prepare") == args and args_of(world, "publish") == ["publish"]
 
 
 def test_final_codes_fail_the_job_and_disruption_and_fencing_do_not() -> None:

@@ -56,10 +56,32 @@ def test_resume_change_while_preparing_prepares_again(change: dict[str, Any]) ->
     world.pods("prepare", running={})
     world.edit(prepare=change)
     world.settle()
+    assert world.names("Job") == [], "the next one waits for the pods of the one before"
+    world.remove_pods()
+    world.settle()
+    role = "map" if "workers" in change else "prepare"
+    assert world.names("Job") == [f"bot-1-0f9c2-{role}-2"]
+    assert world.child(role)["spec"]["completions"] == change.get("workers", 1)
+
+
+def test_fewer_workers_while_they_map_wait_for_them_and_go_on_alone() -> None:
+    world = World(prepare={"workers": 3})
+    world.settle()
+    world.pods("map", 3, running={})
+    world.edit(prepare={"workers": 1})
+    world.settle()
+    assert world.names("Job") == []
     world.remove_pods()
     world.settle()
     assert world.names("Job") == ["bot-1-0f9c2-prepare-2"]
-    assert world.child("prepare")["spec"]["completions"] == change.get("workers", 1)
+
+
+def test_more_workers_once_the_data_is_prepared_map_nothing_again() -> None:
+    world = at_training()
+    world.edit(prepare={"workers": 3})
+    world.settle()
+    assert not [name for name in world.names("Job") if "-map-" in name]
+    assert (world.condition_of("Prepared") or "").startswith("True/")
 
 
 def test_new_run_replaces_the_current_one() -> None:

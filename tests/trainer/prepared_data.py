@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from finetune_trainer.prepare.mapping.batch import shard_rows
 from finetune_trainer.prepare.mapping.writer import ShardWriter
-from finetune_trainer.prepare.rendering.drafts import Draft, Part
-from finetune_trainer.prepare.tokenizing.tokens import Sample
+from finetune_trainer.prepare.rendering.examples import RenderedExample, Segment
+from finetune_trainer.prepare.tokenizing.tokens import TokenizedSample
 from finetune_trainer.prepared.manifest import (
     FORMAT_VERSION,
     DataFile,
@@ -25,9 +26,9 @@ from finetune_trainer.storage.objects import ObjectStore
 Ids = npt.NDArray[np.int32]
 Learned = tuple[tuple[int, int], ...]
 
-_DRAFT = Draft(
-    where="made up", parts=(Part("a", True),), prompt="", completion="a", label=None, group="a",
-    framed=True, side="train", own="a",
+_DRAFT = RenderedExample(
+    where="made up", segments=(Segment("a", True),), prompt="", completion="a", label=None,
+    group="a", framed=True, side="train", own="a",
 )  # fmt: skip
 
 
@@ -50,12 +51,14 @@ def write_prepared(
     writer = ShardWriter(store, uri, scratch, "train", "set", 0)
     rows: list[tuple[int, int, int, int, int]] = []
     for ids, spans in samples:
-        sample = Sample(_DRAFT, ids, spans, spans[-1][0])
-        shard, row = writer.add(sample)
-        rows.append((0, len(ids), sample.supervised, shard, row))
+        sample = TokenizedSample(_DRAFT, ids, spans, spans[-1][0])
+        row = rows[-1][4] + 1 if rows and rows[-1][3] == len(writer.files) else 0
+        rows.append((0, len(ids), sample.supervised, len(writer.files), row))
+        writer.add(shard_rows([sample], "train"))
         if samples_a_shard is not None and row + 1 == samples_a_shard:
             writer.flush()
     writer.flush()
+    files = [DataFile(name=f.name, bytes=f.bytes, sha256=f.sha256) for f in writer.files]
     columns = np.array(rows, np.int64).T
     arrays = [
         pa.array(c.astype(f.type.to_pandas_dtype()))
@@ -71,9 +74,9 @@ def write_prepared(
         digest="made",
         sets=[DataSet(split="train", name="set", format="Text", samples=len(rows),
                       tokens=int(columns[1].sum()), supervised=int(columns[2].sum()))],
-        shards={"train": [f.name for f in writer.files], "validation": [], "test": []},
+        shards={"train": [f.name for f in files], "validation": [], "test": []},
         max_length=int(columns[1].max()), max_completion_tokens=1, stop_token_ids=[0], classes=[],
-        dropped={}, files=[*writer.files, index],
+        dropped={}, files=[*files, index],
     )  # fmt: skip
     write_manifest(store, uri, manifest)
     return manifest

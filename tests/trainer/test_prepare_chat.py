@@ -16,7 +16,7 @@ from finetune_trainer.failures import DataError
 from finetune_trainer.prepare.reading.records import Record
 from finetune_trainer.prepare.reading.sources import Source
 from finetune_trainer.prepare.rendering.chat import ChatTemplate
-from finetune_trainer.prepare.rendering.drafts import Draft, drafter
+from finetune_trainer.prepare.rendering.examples import RenderedExample, renderer
 from finetune_trainer.prepare.tokenizing.tokens import Tokens
 from trainer.chat_templates import CHATML_TOOLS, MARKED, SHAPES
 from trainer.prepare_helpers import CHATML, make_tokenizer
@@ -52,22 +52,22 @@ def conversations(draw: st.DrawFn, most_calls: int) -> Messages:
     return messages
 
 
-def drafts(tokenizer: Any, messages: Any, **fields: Any) -> list[Draft]:
+def examples(tokenizer: Any, messages: Any, **fields: Any) -> list[RenderedExample]:
     spec = DataSource(source="s3://bucket/a.jsonl", format="Messages")
     source = Source("train", "a", spec, [])
-    make = drafter(source, "Messages", Data(train=[spec]), ChatTemplate(tokenizer, "m"))
+    make = renderer(source, "Messages", Data(train=[spec]), ChatTemplate(tokenizer, "m"))
     return make(Record({"messages": messages, **fields}, "s3://b/a.jsonl", "line 7"))
 
 
 def fault(template: str, messages: Any, **fields: Any) -> DataError:
     with pytest.raises(DataError) as caught:
-        drafts(make_tokenizer(chat=template), messages, **fields)
+        examples(make_tokenizer(chat=template), messages, **fields)
     assert "s3://b/a.jsonl, line 7" in caught.value.message
     return caught.value
 
 
-def learned(tokenizer: Any, draft: Draft) -> list[str]:
-    (found,) = Tokens(tokenizer, "m", len(tokenizer)).samples([draft])
+def learned(tokenizer: Any, example: RenderedExample) -> list[str]:
+    (found,) = Tokens(tokenizer, "m", len(tokenizer)).samples([example])
     return [tokenizer.decode(found.ids[start:end]) for start, end in found.spans]
 
 
@@ -88,11 +88,11 @@ def test_the_assistants_turns_are_learned_to_the_token_and_nothing_else(
     shape, tokenizer = SHAPES[name], tokenizer_of(name)
     messages = data.draw(conversations(shape.calls))
     tools = data.draw(st.sampled_from([None, TOOLS]))
-    made = drafts(tokenizer, messages, tools=tools)
+    made = examples(tokenizer, messages, tools=tools)
     ends = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     expected = [shape.learned(messages[i]) for i in ends]
     rows = [expected] if len(made) == 1 else [[turn] for turn in expected]
-    assert [learned(tokenizer, draft) for draft in made] == rows
+    assert [learned(tokenizer, example) for example in made] == rows
 
     def rendered(until: int, generate: bool) -> str:
         text = tokenizer.apply_chat_template(
@@ -101,20 +101,22 @@ def test_the_assistants_turns_are_learned_to_the_token_and_nothing_else(
         return str(text)
 
     # Each sample is the conversation up to its last answer, and begins as generation would.
-    for draft, end in zip(made, ends[-1:] if len(made) == 1 else ends, strict=True):
+    for example, end in zip(made, ends[-1:] if len(made) == 1 else ends, strict=True):
         whole = rendered(end + 1, False).rstrip()
         if name in CLOSING:
-            assert draft.parts[-1].text.endswith("<|im_end|>") and len(made) == 1
+            assert example.segments[-1].text.endswith("<|im_end|>") and len(made) == 1
             whole = whole.removesuffix("</s>").rstrip()
-        assert "".join(part.text for part in draft.parts) == whole
-        assert draft.prompt.startswith(rendered(end, True))
+        assert "".join(part.text for part in example.segments) == whole
+        assert example.prompt.startswith(rendered(end, True))
 
 
 def test_answers_of_weight_0_are_read() -> None:
     said = [QUESTION, {**ANSWER, "weight": 0}, QUESTION, {**ANSWER, "content": "c", "weight": 1}]
     tokenizer = tokenizer_of("chatml")
-    (draft,) = drafts(tokenizer, [*said, {"role": "user", "content": "d", "weight": 0}, said[1]])
-    assert learned(tokenizer, draft) == ["c<|im_end|>"] and "assistant\nb<" in draft.prompt
+    (example,) = examples(
+        tokenizer, [*said, {"role": "user", "content": "d", "weight": 0}, said[1]]
+    )
+    assert learned(tokenizer, example) == ["c<|im_end|>"] and "assistant\nb<" in example.prompt
     error = fault(CHATML_TOOLS, said[:2])
     assert error.reason == "NothingSupervised" and "weight other than 0" in error.message
 
@@ -128,8 +130,8 @@ def test_a_round_of_calls_is_one_sample(name: str) -> None:
         {"role": "tool", "content": "c"},
         {"role": "assistant", "content": "d"},
     ]
-    (draft,) = drafts(tokenizer_of(name), messages, tools=TOOLS)
-    assert [part.learned for part in draft.parts] == [False, True, False, True]
+    (example,) = examples(tokenizer_of(name), messages, tools=TOOLS)
+    assert [part.learned for part in example.segments] == [False, True, False, True]
 
 
 QUESTION = {"role": "user", "content": "a"}
@@ -137,15 +139,15 @@ CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "add_up", "arg
 ANSWER = {"role": "assistant", "content": "b"}
 
 
-def text(draft: Draft) -> str:
-    return "".join(part.text for part in draft.parts)
+def text(example: RenderedExample) -> str:
+    return "".join(part.text for part in example.segments)
 
 
 @pytest.mark.parametrize("given", [TOOLS, json.dumps(TOOLS)], ids=["list", "text"])
 def test_tools_are_found_in_the_record_or_a_message_as_a_list_or_text(given: Any) -> None:
     tokenizer = tokenizer_of("chatml")
-    (of_record,) = drafts(tokenizer, [QUESTION, ANSWER], tools=given)
-    (of_message,) = drafts(tokenizer, [{**QUESTION, "tools": given}, ANSWER])
+    (of_record,) = examples(tokenizer, [QUESTION, ANSWER], tools=given)
+    (of_message,) = examples(tokenizer, [{**QUESTION, "tools": given}, ANSWER])
     assert text(of_record) == text(of_message)
     assert text(of_record).startswith(f"<|im_start|>system\nTools: {json.dumps(TOOLS)}<|im_end|>")
 
@@ -154,7 +156,7 @@ def test_arguments_in_text_are_written_as_the_object_that_they_are() -> None:
     def made(arguments: Any) -> str:
         function = {"name": "add_up", "arguments": arguments}
         call = {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}
-        return text(*drafts(tokenizer_of("chatml"), [QUESTION, call]))
+        return text(*examples(tokenizer_of("chatml"), [QUESTION, call]))
 
     assert made('{"x": [1, 2]}') == made({"x": [1, 2]})
     assert '"arguments": {"x": [1, 2]}' in made('{"x": [1, 2]}')
@@ -163,15 +165,15 @@ def test_arguments_in_text_are_written_as_the_object_that_they_are() -> None:
 
 def test_content_in_parts_is_joined() -> None:
     parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
-    (draft,) = drafts(tokenizer_of("chatml"), [{"role": "user", "content": parts}, ANSWER])
-    assert "<|im_start|>user\na b<|im_end|>" in text(draft)
+    (example,) = examples(tokenizer_of("chatml"), [{"role": "user", "content": parts}, ANSWER])
+    assert "<|im_start|>user\na b<|im_end|>" in text(example)
 
 
 def test_a_tokenizer_with_a_template_for_tools_uses_it_where_there_are_some() -> None:
     tokenizer = make_tokenizer(chat=CHATML)
     tokenizer.chat_template = {"default": CHATML, "tool_use": CHATML_TOOLS}
-    (with_tools,) = drafts(tokenizer, [QUESTION, ANSWER], tools=TOOLS)
-    (without,) = drafts(tokenizer, [QUESTION, ANSWER])
+    (with_tools,) = examples(tokenizer, [QUESTION, ANSWER], tools=TOOLS)
+    (without,) = examples(tokenizer, [QUESTION, ANSWER])
     assert "Tools: " in text(with_tools) and "Tools: " not in text(without)
 
 

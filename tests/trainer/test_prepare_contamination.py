@@ -20,6 +20,7 @@ from finetune_trainer.prepare.quality.contamination import (
     most_common,
     ngrams,
 )
+from finetune_trainer.prepare.quality.hashsets import HashSet
 
 SAMPLES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=40), min_size=1, max_size=6)
 
@@ -40,7 +41,7 @@ def shared(train: list[list[int]], *held_out: list[list[int]]) -> dict[int, Any]
         held = HeldOut(Path(folder))
         for samples in held_out:
             held.add(*shard(samples))
-        return first_shared(*shard(train), held.known())
+        return first_shared(*shard(train), HashSet(held.write()))
 
 
 @given(SAMPLES)
@@ -90,7 +91,7 @@ def test_a_small_set_has_a_template_of_its_own_beside_a_large_one(tmp_path: Path
     held.add(*shard([[1000 + i] * 20 for i in range(200)]))
     held.end_set()
     held.add(*shard([[*frame, i] for i in range(6)]))
-    assert set(first_shared(*shard([frame, [1003] * 20]), held.known())) == {1}
+    assert set(first_shared(*shard([frame, [1003] * 20]), HashSet(held.write()))) == {1}
 
 
 def test_no_more_is_taken_than_there_is_room_for(
@@ -101,7 +102,7 @@ def test_no_more_is_taken_than_there_is_room_for(
     held.add(*shard([list(range(32))]))
     assert not held.full and held.samples == 1
     held.add(*shard([list(range(50, 82))]))
-    assert held.full and len(held.known()) == 40
+    assert held.full and len(HashSet(held.write())) == 40
 
 
 def test_nothing_held_out_shares_nothing() -> None:

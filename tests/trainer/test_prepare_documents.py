@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_trainer.prepare.rendering.drafts import Draft, Part
+from finetune_trainer.prepare.rendering.examples import RenderedExample, Segment
 from finetune_trainer.prepare.tokenizing.documents import borders, is_document, split
 from finetune_trainer.prepare.tokenizing.tokens import Placed, Tokens, begins_of
 from trainer.prepare_helpers import make_tokenizer
@@ -25,10 +25,10 @@ TOKENIZERS = {
 PROSE = st.text(st.sampled_from("abc Td.\né"), min_size=1, max_size=400).filter(str.strip)
 
 
-def document(text: str) -> Draft:
-    return Draft(
+def document(text: str) -> RenderedExample:
+    return RenderedExample(
         where="s3://b/a.jsonl, line 3",
-        parts=(Part(text, True),),
+        segments=(Segment(text, True),),
         prompt="",
         completion=text,
         label=None,
@@ -98,17 +98,17 @@ def test_each_piece_begins_as_a_text_and_the_last_ends_as_one(tokenizer: Any) ->
     for i, sample in enumerate(samples, start=1):
         assert tuple(sample.ids[: len(tokens.prefix)]) == tokens.prefix
         assert sample.supervised == len(sample.ids) - max(1, len(tokens.prefix))
-        assert sample.draft.where == f"s3://b/a.jsonl, line 3, piece {i} of {len(samples)}"
-        assert sample.draft.completion.endswith(".")  # no space is learned by itself
-    assert [s.draft.personal for s in samples] == [{"EMAIL": 2}] + [{}] * (len(samples) - 1)
-    assert {s.draft.group for s in samples} == {text}
+        assert sample.example.where == f"s3://b/a.jsonl, line 3, piece {i} of {len(samples)}"
+        assert sample.example.completion.endswith(".")  # no space is learned by itself
+    assert [s.example.personal for s in samples] == [{"EMAIL": 2}] + [{}] * (len(samples) - 1)
+    assert {s.example.group for s in samples} == {text}
 
 
 class Guessing(Tokens):
     """A tokenizer that does not know where its tokens are (one that is not fast)."""
 
-    def placed(self, draft: Draft) -> list[Placed]:
-        text, ((first, begins),) = draft.parts[0].text, super().placed(draft)
+    def placed(self, example: RenderedExample) -> list[Placed]:
+        text, ((first, begins),) = example.segments[0].text, super().placed(example)
         return [Placed(first, [len(text) * i // len(begins) for i in range(len(begins))])]
 
 
@@ -128,13 +128,13 @@ def test_personal_data_is_not_parted() -> None:
         text = "a " * before + card + " b" * 60
         samples = split(document(text), tokens, 40)
         assert len(samples) > 1
-        assert sum(card in sample.draft.completion for sample in samples) == 1
+        assert sum(card in sample.example.completion for sample in samples) == 1
 
 
 def test_white_space_alone_is_no_piece() -> None:
     tokens = Tokens(TOKENIZERS["plain"], "m", len(TOKENIZERS["plain"]))
     text = "The cat sat.\n\n" + " " * 3000 + "\n\nThe bird sat."
-    found = [sample.draft.completion for sample in split(document(text), tokens, 16)]
+    found = [sample.example.completion for sample in split(document(text), tokens, 16)]
     assert found[0] == "The cat sat.\n\n" and found[-1].endswith("bird sat.")
     assert all(piece.strip() for piece in found)
 
@@ -142,4 +142,4 @@ def test_white_space_alone_is_no_piece() -> None:
 def test_only_a_text_that_is_learned_as_a_whole_is_a_document() -> None:
     made = document("a")
     assert is_document(made)
-    assert not is_document(replace(made, parts=(Part("q", False), Part("a", True))))
+    assert not is_document(replace(made, segments=(Segment("q", False), Segment("a", True))))

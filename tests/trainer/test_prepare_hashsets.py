@@ -7,11 +7,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_trainer.prepare.quality import hashsets
 from finetune_trainer.prepare.quality.hashsets import HashCounter, HashSet
 
 EDGES = [0, 1, (1 << 58) - 1, 1 << 58, (1 << 64) - 1]
@@ -32,22 +30,20 @@ def test_what_is_in_it_is_what_was_added_seldom(
         counter = HashCounter(Path(folder))
         for batch in batches:
             counter.add(array(batch))
-        made = HashSet(Path(folder) / "hashes", counter.seldom(most))
+        made = HashSet.write(Path(folder) / "hashes", counter.seldom(most))
         found = made.among(array(asked))
     assert found.tolist() == [i for i, h in enumerate(asked) if 0 < counts[h] <= most]
     assert len(made) == sum(n <= most for n in counts.values())
 
 
-def test_blocks_are_found_wherever_files_meet(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hashsets, "_BLOCK", 7)
+def test_hashes_are_found_wherever_files_meet(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     held = draw.integers(0, 1 << 64, 5000, np.uint64)
     counter = HashCounter(tmp_path)
     for some in np.array_split(held, 3):
         counter.add(some)
-    made = HashSet(tmp_path / "hashes", counter.seldom(1))
+    HashSet.write(tmp_path / "hashes", counter.seldom(1))
+    made = HashSet(tmp_path / "hashes")
     asked = np.concatenate([draw.integers(0, 1 << 64, 5000, np.uint64), held])
     assert made.among(asked).tolist() == list(range(5000, 10000))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["hashes"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hashes", "hashes.table"]

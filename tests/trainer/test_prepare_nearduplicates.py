@@ -11,9 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_api.sources import Quality
-from finetune_trainer.prepare.gathering.deduplicate import Deduplicator
-from finetune_trainer.prepare.gathering.report import SourceReport
-from finetune_trainer.prepare.mapping.facts import Facts
+from finetune_trainer.prepare.mapping.statistics import SampleStatistics
 from finetune_trainer.prepare.quality.nearduplicates import (
     BANDS,
     MET,
@@ -26,6 +24,8 @@ from finetune_trainer.prepare.quality.nearduplicates import (
     similarity,
 )
 from finetune_trainer.prepare.reading.faults import Faults
+from finetune_trainer.prepare.reducing.deduplicate import Deduplicator
+from finetune_trainer.prepare.reducing.report import SourceReport
 
 VOCABULARY = [f"w{i}" for i in range(5000)]
 
@@ -111,7 +111,7 @@ def test_the_samples_of_a_conversation_stay_or_go_together() -> None:
         kept = [
             batch.column("where")[int(row)].as_py()
             for batch in table.to_batches(max_chunksize=size)
-            for row in deduplicator.fresh(Facts(batch, 0), report)
+            for row in deduplicator.fresh(SampleStatistics(batch, 0), report)
         ]
         assert kept == ["a", "b", "b", "b", "d"] and report.near_duplicates == 2
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from finetune_api.sources import Data, DataSource
 from finetune_trainer.failures import DataError
-from finetune_trainer.prepare.mapping.inspection import inspect
+from finetune_trainer.prepare.mapping.batch import inspect
 from finetune_trainer.prepare.quality.personal import (
     EXCERPT,
     covered,
@@ -22,7 +22,7 @@ from finetune_trainer.prepare.quality.personal import (
 )
 from finetune_trainer.prepare.reading.records import Record
 from finetune_trainer.prepare.reading.sources import Source
-from finetune_trainer.prepare.rendering.drafts import Draft, Part, drafter
+from finetune_trainer.prepare.rendering.examples import RenderedExample, Segment, renderer
 
 KEY = "a9Zk3QpX7vLm2RtY8cBn"
 PEM = "-----BEGIN RSA PRIVATE KEY-----\nMIIEpAIBAAKCAQEA7\nq+/=\n-----END RSA PRIVATE KEY-----"
@@ -162,30 +162,30 @@ def test_hostile_text_takes_no_more_than_its_length(text: str) -> None:
     assert time.process_time() - begun < 2
 
 
-def draft(prompt: str, completion: str, group: str | None = None) -> Draft:
-    parts = (Part(prompt, False), Part(completion, True))
+def example(prompt: str, completion: str, group: str | None = None) -> RenderedExample:
+    parts = (Segment(prompt, False), Segment(completion, True))
     group = prompt if group is None else group
-    return Draft(
+    return RenderedExample(
         "s3://b/x.jsonl, line 3", parts, prompt, completion, None, group,
         framed=True, side="train", own=prompt + completion,
     )  # fmt: skip
 
 
 def test_redacting_reaches_all_text_of_a_draft_and_its_group() -> None:
-    given = draft("Who is a@b.org?", " See a@b.org, b@c.org")
+    given = example("Who is a@b.org?", " See a@b.org, b@c.org")
     found = inspect(given, "Redact", own_group=True)
-    assert found.prompt == found.group == found.parts[0].text == "Who is [EMAIL]?"
-    assert found.completion == found.parts[1].text == " See [EMAIL], [EMAIL]"
+    assert found.prompt == found.group == found.segments[0].text == "Who is [EMAIL]?"
+    assert found.completion == found.segments[1].text == " See [EMAIL], [EMAIL]"
     assert found.own == found.prompt + found.completion
     assert found.personal == {"EMAIL": 3}
-    kept = inspect(draft("Who is a@b.org?", "x", "a@b.org"), "Redact", own_group=False)
+    kept = inspect(example("Who is a@b.org?", "x", "a@b.org"), "Redact", own_group=False)
     assert kept.group == "a@b.org"
 
 
 def test_warn_counts_and_changes_nothing() -> None:
-    given = draft("Who is a@b.org?", " x")
+    given = example("Who is a@b.org?", " x")
     warned = inspect(given, "Warn", own_group=True)
-    assert warned.parts == given.parts and warned.personal == {"EMAIL": 1}
+    assert warned.segments == given.segments and warned.personal == {"EMAIL": 1}
     assert inspect(given, "Ignore", own_group=True) is given
 
 
@@ -197,7 +197,7 @@ def test_fail_names_record_side_and_kind_but_not_the_value(
     prompt: str, completion: str, side: str
 ) -> None:
     with pytest.raises(DataError, match=side) as caught:
-        inspect(draft(prompt, completion), "Fail", own_group=True)
+        inspect(example(prompt, completion), "Fail", own_group=True)
     assert caught.value.reason == "PersonalData"
     assert "s3://b/x.jsonl, line 3: " in caught.value.message
     assert "an e-mail address" in caught.value.message and "a@b.org" not in caught.value.message
@@ -208,7 +208,7 @@ def test_prompts_that_become_equal_are_one_group_on_one_side() -> None:
     data = Data.model_validate(
         {"train": [spec.to_json()], "split": {"validation": "0.3", "test": "0.3"}}
     )
-    make = drafter(Source("train", "a", spec, []), "PromptCompletion", data, None, redacted)
+    make = renderer(Source("train", "a", spec, []), "PromptCompletion", data, None, redacted)
     records = [{"prompt": f"Who is a{i}@b.org?", "completion": "x"} for i in range(30)]
     made = [make(Record(fields, "s3://b/x.jsonl", "line 1"))[0] for fields in records]
-    assert len({(draft.group, draft.side) for draft in made}) == 1
+    assert len({(example.group, example.side) for example in made}) == 1

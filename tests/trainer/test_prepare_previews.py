@@ -14,11 +14,10 @@ from finetune_trainer.prepare.mapping.previews import PREVIEW_CHARACTERS, previe
 from finetune_trainer.prepare.reading.records import Record
 from finetune_trainer.prepare.reading.sources import Source
 from finetune_trainer.prepare.rendering.chat import ChatTemplate
-from finetune_trainer.prepare.rendering.drafts import Draft, drafter
+from finetune_trainer.prepare.rendering.examples import RenderedExample, renderer
 from finetune_trainer.prepare.rendering.formats import labelled_text
-from finetune_trainer.prepare.tokenizing.overlength import fit
 from finetune_trainer.prepare.tokenizing.texts import Texts
-from finetune_trainer.prepare.tokenizing.tokens import Sample, Tokenizing, Tokens
+from finetune_trainer.prepare.tokenizing.tokens import TokenizedSample, Tokenizing, Tokens, fit
 from trainer.prepare_helpers import CHATML, LLAMA3, make_tokenizer
 
 PLAIN, BOS = make_tokenizer(), make_tokenizer(bos=True)
@@ -27,20 +26,20 @@ CHATS = [make_tokenizer(chat=template) for template in (LLAMA3, CHATML)]
 WORDS = st.text(st.sampled_from("abc Td.\n"), min_size=1, max_size=40).filter(str.strip)
 
 
-def draft(form: Format, chat: Any = None, **fields: Any) -> Draft:
+def example(form: Format, chat: Any = None, **fields: Any) -> RenderedExample:
     spec = DataSource(source="s3://bucket/a.jsonl")
     template = ChatTemplate(chat, "m") if chat else None
-    make = drafter(Source("train", "a", spec, []), form, Data(train=[spec]), template)
+    make = renderer(Source("train", "a", spec, []), form, Data(train=[spec]), template)
     (made,) = make(Record(fields, "s3://b/a.jsonl", "line 7"))
     return made
 
 
-def conversation(chat: Any, *contents: str) -> Draft:
+def conversation(chat: Any, *contents: str) -> RenderedExample:
     said = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
-    return draft("Messages", chat, messages=said)
+    return example("Messages", chat, messages=said)
 
 
-def truncated(tokens: Tokenizing, made: Draft, limit: int) -> tuple[Sample, int]:
+def truncated(tokens: Tokenizing, made: RenderedExample, limit: int) -> tuple[TokenizedSample, int]:
     """The sample, and how many tokens it lost."""
     (whole,) = tokens.samples([made])
     found, _ = fit(whole, limit, "Truncate", tokens.bos_id)
@@ -62,9 +61,9 @@ def test_what_is_marked_of_plain_text_are_the_learned_tokens(
     tokenizer: Any, prompt: str, completion: str, limit: int, document: bool
 ) -> None:
     made = (
-        draft("Text", text=prompt + completion)
+        example("Text", text=prompt + completion)
         if document
-        else draft("PromptCompletion", prompt=prompt, completion=completion)
+        else example("PromptCompletion", prompt=prompt, completion=completion)
     )
     tokens = Tokens(tokenizer, "m", len(tokenizer))
     found, dropped = truncated(tokens, made, limit)
@@ -112,7 +111,7 @@ def test_an_earlier_turn_that_is_cut_off_is_not_shown_as_learned() -> None:
 
 def test_a_completion_that_is_cut_shows_what_is_left_and_that_its_end_is_missing() -> None:
     tokens = Tokens(BOS, "m", len(BOS))
-    made = draft("PromptCompletion", prompt="The cat sat on the", completion=" mat" * 30)
+    made = example("PromptCompletion", prompt="The cat sat on the", completion=" mat" * 30)
     found, dropped = truncated(tokens, made, 12)
     parts = preview(found, tokens)["parts"]
     assert [("cut" in part, part["learned"]) for part in parts] == [
@@ -124,7 +123,7 @@ def test_a_completion_that_is_cut_shows_what_is_left_and_that_its_end_is_missing
 
 def test_a_stop_token_that_alone_is_cut_off_is_told() -> None:
     tokens = Tokens(PLAIN, "m", len(PLAIN))
-    made = draft("Text", text="The cat sat on the mat")
+    made = example("Text", text="The cat sat on the mat")
     (whole,) = tokens.samples([made])
     found, _ = truncated(tokens, made, len(whole.ids) - 1)
     first, second, last = preview(found, tokens)["parts"]
@@ -141,7 +140,7 @@ def test_a_text_to_classify_is_shown_as_read_with_its_label_learned(
     tokenizer = tokenizer_of()
     spec = DataSource(source="s3://bucket/a.jsonl")
     source = Source("train", "a", spec, [])
-    make = drafter(source, "Classification", Data(train=[spec]), None, content=labelled_text)
+    make = renderer(source, "Classification", Data(train=[spec]), None, content=labelled_text)
     (made,) = make(Record({"text": "the film was good", "label": "yes"}, "a", "line 1"))
     tokens = Texts(tokenizer, "m", len(tokenizer))
     found, dropped = truncated(tokens, made, limit)
@@ -154,7 +153,7 @@ def test_a_text_to_classify_is_shown_as_read_with_its_label_learned(
 @given(limit=st.integers(4, 60))
 def test_half_of_an_address_is_masked_too(limit: int) -> None:
     tokens = Tokens(BOS, "m", len(BOS))
-    made = draft("PromptCompletion", prompt="Who? jo@example.org sat. Who is it?",
+    made = example("PromptCompletion", prompt="Who? jo@example.org sat. Who is it?",
                  completion=" It is ann@example.org")  # fmt: skip
     found, _ = truncated(tokens, made, limit)
     shown = preview(found, tokens)
@@ -166,7 +165,7 @@ def test_half_of_an_address_is_masked_too(limit: int) -> None:
 
 def test_a_long_prompt_hides_no_answer() -> None:
     tokens = Tokens(BOS, "m", len(BOS))
-    long = draft("PromptCompletion", prompt="The cat. " * 900, completion=" It sat.")
+    long = example("PromptCompletion", prompt="The cat. " * 900, completion=" It sat.")
     (found,) = tokens.samples([long])
     read, learned = preview(found, tokens)["parts"]
     assert learned == {"text": " It sat.", "learned": True}
@@ -192,7 +191,7 @@ class Slow:
 
 def test_a_tokenizer_that_tells_no_positions_still_tells_parts_and_counts() -> None:
     tokens = Tokens(Slow(BOS), "m", len(BOS))
-    made = draft("PromptCompletion", prompt="The cat sat on the mat. " * 9, completion=" It sat.")
+    made = example("PromptCompletion", prompt="The cat sat on the mat. " * 9, completion=" It sat.")
     found, dropped = truncated(tokens, made, 20)
     cut, read, learned = preview(found, tokens)["parts"]
     assert cut["cut"] == dropped

@@ -14,9 +14,9 @@ from finetune_trainer.failures import DataError, TrainerError, UserError
 from finetune_trainer.prepare.reading.records import Record
 from finetune_trainer.prepare.reading.sources import Source
 from finetune_trainer.prepare.rendering.chat import ChatTemplate
-from finetune_trainer.prepare.rendering.drafts import Draft, Drafter, drafter
+from finetune_trainer.prepare.rendering.examples import RenderedExample, Renderer, renderer
 from finetune_trainer.prepare.rendering.formats import detect_format
-from finetune_trainer.prepare.tokenizing.tokens import Sample, Tokens
+from finetune_trainer.prepare.tokenizing.tokens import TokenizedSample, Tokens
 from trainer.chat_templates import CHATML_TOOLS
 from trainer.prepare_helpers import CHATML, GEMMA, LLAMA3, THINKING, make_tokenizer
 
@@ -30,32 +30,32 @@ def record(**fields: Any) -> Record:
     return Record(fields, "s3://b/a.jsonl", "line 7")
 
 
-def draft(
+def example(
     fields: dict[str, Any], form: Format, template: Template | None = None, chat: Any = None
-) -> Draft:
+) -> RenderedExample:
     made = drafter_of(form, template, chat)(record(**fields))
     assert len(made) == 1
     return made[0]
 
 
-def drafter_of(form: Format, template: Template | None = None, chat: Any = None) -> Drafter:
+def drafter_of(form: Format, template: Template | None = None, chat: Any = None) -> Renderer:
     spec = DataSource(source="s3://bucket/a.jsonl", template=template)
     source = Source("train", "a", spec, [])
-    return drafter(source, form, Data(train=[spec]), ChatTemplate(chat, "m") if chat else None)
+    return renderer(source, form, Data(train=[spec]), ChatTemplate(chat, "m") if chat else None)
 
 
-def sample(tokenizer: Any, made: Draft) -> Sample:
+def sample(tokenizer: Any, made: RenderedExample) -> TokenizedSample:
     return Tokens(tokenizer, "m", len(tokenizer)).samples([made])[0]
 
 
-def learned(tokenizer: Any, found: Sample) -> list[str]:
+def learned(tokenizer: Any, found: TokenizedSample) -> list[str]:
     """Text of each learned stretch."""
     return [tokenizer.decode(found.ids[start:end]) for start, end in found.spans]
 
 
 def fault(*args: Any, **kwargs: Any) -> TrainerError:
     with pytest.raises(TrainerError) as caught:
-        draft(*args, **kwargs)
+        example(*args, **kwargs)
     return caught.value
 
 
@@ -77,7 +77,7 @@ def test_each_format_has_its_prompt_and_completion(
     form: Format, fields: dict[str, Any], prompt: str, completion: str, label: str | None
 ) -> None:
     assert detect_format(record(**fields)) == form
-    made = draft(fields, form)
+    made = example(fields, form)
     assert (made.prompt, made.completion, made.label) == (prompt, completion, label)
 
 
@@ -131,7 +131,7 @@ REVIEW = Template(prompt="Review: {{ sentence }}\nSentiment:", completion=" {{ m
 
 
 def test_a_template_renders_fields_and_keeps_white_space() -> None:
-    made = draft({"sentence": "a {{ b }}", "mood": "good"}, "Classification", REVIEW)
+    made = example({"sentence": "a {{ b }}", "mood": "good"}, "Classification", REVIEW)
     assert made.prompt == "Review: a {{ b }}\nSentiment:"
     assert (made.completion, made.label) == (" good\n", "good")
 
@@ -139,7 +139,7 @@ def test_a_template_renders_fields_and_keeps_white_space() -> None:
 def test_a_template_writes_json_and_reaches_fields_of_any_name() -> None:
     template = Template(prompt="{{ record['Review Text'] }} {{ names }}", completion=" {{ good }}")
     fields = {"Review Text": "fine", "names": ["é", 1], "good": True}
-    made = draft(fields, "PromptCompletion", template)
+    made = example(fields, "PromptCompletion", template)
     assert (made.prompt, made.completion) == ('fine ["é", 1]', " true")
     error = fault({**fields, "Review Text": None}, "PromptCompletion", template)
     assert error.reason == "MissingField" and "field 'Review Text' is null" in error.message
@@ -214,7 +214,7 @@ def test_a_record_without_a_learned_token_is_refused(
 def test_the_completion_and_the_end_token_are_learned_and_nothing_else(
     tokenizer: Any, prompt: str, completion: str
 ) -> None:
-    made = draft({"prompt": prompt, "completion": completion}, "PromptCompletion")
+    made = example({"prompt": prompt, "completion": completion}, "PromptCompletion")
     found = sample(tokenizer, made)
     # The prompt's tokens are those that generation begins with.
     assert found.ids[: found.prompt_length].tolist() == tokenizer(prompt)["input_ids"]
@@ -232,13 +232,13 @@ def test_the_completion_and_the_end_token_are_learned_and_nothing_else(
 
 
 def test_a_completion_is_tokenized_as_text_that_goes_on() -> None:
-    made = draft({"prompt": "cat", "completion": "bird"}, "PromptCompletion")
+    made = example({"prompt": "cat", "completion": "bird"}, "PromptCompletion")
     found = sample(SPACED, made)
     assert SPACED.decode(found.ids, skip_special_tokens=True).strip() == "catbird"
 
 
 def test_text_is_learned_as_a_whole_but_for_what_nothing_precedes() -> None:
-    made = draft({"text": "The cat sat"}, "Text")
+    made = example({"text": "The cat sat"}, "Text")
     plain, bos = sample(PLAIN, made), sample(BOS, made)
     assert plain.spans == ((1, len(plain.ids)),) and plain.prompt_length == 0
     assert bos.spans == ((1, len(bos.ids)),) and bos.ids[0] == BOS.bos_token_id
@@ -247,7 +247,7 @@ def test_text_is_learned_as_a_whole_but_for_what_nothing_precedes() -> None:
 
 
 def test_an_empty_prompt_needs_a_token_to_begin_from() -> None:
-    made = draft({"prompt": "", "completion": "The cat"}, "PromptCompletion")
+    made = example({"prompt": "", "completion": "The cat"}, "PromptCompletion")
     assert sample(BOS, made).prompt_length == 1
     with pytest.raises(DataError, match="line 7: the prompt is empty") as caught:
         sample(PLAIN, made)
@@ -255,15 +255,15 @@ def test_an_empty_prompt_needs_a_token_to_begin_from() -> None:
 
 
 def test_a_batch_is_what_its_drafts_are_alone() -> None:
-    drafts = [
-        draft({"prompt": f"{i} a", "completion": f" b{i}"}, "PromptCompletion") for i in "123"
+    examples = [
+        example({"prompt": f"{i} a", "completion": f" b{i}"}, "PromptCompletion") for i in "123"
     ]
-    together = Tokens(BOS, "m", len(BOS)).samples(drafts)
-    assert [s.ids.tolist() for s in together] == [sample(BOS, d).ids.tolist() for d in drafts]
+    together = Tokens(BOS, "m", len(BOS)).samples(examples)
+    assert [s.ids.tolist() for s in together] == [sample(BOS, d).ids.tolist() for d in examples]
 
 
 def test_a_token_outside_of_the_models_vocabulary_is_refused() -> None:
-    made = draft({"prompt": "The cat", "completion": " sat"}, "PromptCompletion")
+    made = example({"prompt": "The cat", "completion": " sat"}, "PromptCompletion")
     with pytest.raises(UserError, match="vocab_size") as caught:
         Tokens(PLAIN, "m", 20).samples([made])
     assert caught.value.reason == "VocabularyMismatch"
@@ -285,9 +285,9 @@ def test_a_records_own_words_are_without_what_many_records_share() -> None:
     assert library.own == 'why?\n["so", 1]'
     mine = Template(prompt="Long. {% if question %}Asked: {{ question }}{% endif %}\nA:",
                     completion=" {{ answer[0] }}\n")  # fmt: skip
-    assert draft(question, "PromptCompletion", mine).own.split() == ["why?", "so"]
-    assert draft({"prompt": "a", "completion": "b"}, "PromptCompletion").own == "a\nb"
-    assert draft({"text": "a b"}, "Text").own == "a b"
+    assert example(question, "PromptCompletion", mine).own.split() == ["why?", "so"]
+    assert example({"prompt": "a", "completion": "b"}, "PromptCompletion").own == "a\nb"
+    assert example({"text": "a b"}, "Text").own == "a b"
 
 
 def test_system_turns_and_tools_are_not_among_a_conversations_own_words() -> None:
@@ -301,7 +301,7 @@ def test_system_turns_and_tools_are_not_among_a_conversations_own_words() -> Non
         {"role": "assistant", "content": "three"},
     ]
     fields = {"messages": messages, "tools": [{"function": {"name": "find"}}]}
-    own = draft(fields, "Messages", chat=tokenizer).own
+    own = example(fields, "Messages", chat=tokenizer).own
     assert own.split("\n") == ["one", "", 'find {"q": "é"}', "two", "three"]
 
 
@@ -328,7 +328,7 @@ def test_answers_with_their_end_tokens_are_learned_and_nothing_else(
 ) -> None:
     tokenizer = make_tokenizer_cached(template)
     messages = turns(*contents)
-    found = sample(tokenizer, draft({"messages": messages}, "Messages", chat=tokenizer))
+    found = sample(tokenizer, example({"messages": messages}, "Messages", chat=tokenizer))
     last = len(contents) - len(contents) % 2
     answers = [c.strip() if trims else c for c in contents[1:last:2]]
     assert learned(tokenizer, found) == [answer + stop for answer in answers]
@@ -354,28 +354,28 @@ def make_tokenizer_cached(template: str) -> Any:
 def test_an_answer_that_opens_the_conversation_is_read_only() -> None:
     tokenizer = make_tokenizer(chat=CHATML)
     messages = [{"role": "assistant", "content": "Hello"}, *turns("a", "b")]
-    found = sample(tokenizer, draft({"messages": messages}, "Messages", chat=tokenizer))
+    found = sample(tokenizer, example({"messages": messages}, "Messages", chat=tokenizer))
     assert learned(tokenizer, found) == ["b<|im_end|>"]
 
 
 def test_turns_that_are_rendered_otherwise_later_become_samples_of_their_own() -> None:
     tokenizer = make_tokenizer(chat=THINKING)
-    drafts = drafter_of("Messages", chat=tokenizer)(record(messages=turns("a", "b", "c", "d")))
-    found = Tokens(tokenizer, "m", len(tokenizer)).samples(drafts)
+    examples = drafter_of("Messages", chat=tokenizer)(record(messages=turns("a", "b", "c", "d")))
+    found = Tokens(tokenizer, "m", len(tokenizer)).samples(examples)
     assert [learned(tokenizer, s) for s in found] == [
         ["<think></think>\nb<|im_end|>"],
         ["<think></think>\nd<|im_end|>"],
     ]
-    assert "assistant\nb<|im_end|>" in drafts[1].prompt
-    assert len({d.group for d in drafts}) == 1
-    assert {d.own for d in drafts} == {"a\nb\nc\nd"}
+    assert "assistant\nb<|im_end|>" in examples[1].prompt
+    assert len({d.group for d in examples}) == 1
+    assert {d.own for d in examples} == {"a\nb\nc\nd"}
 
 
 def test_conversations_that_begin_alike_are_one_group() -> None:
     tokenizer = make_tokenizer(chat=CHATML)
-    long = draft({"messages": turns("a", "b", "c", "d")}, "Messages", chat=tokenizer)
-    short = draft({"messages": turns("a", "e")}, "Messages", chat=tokenizer)
-    other = draft({"messages": turns("f", "b")}, "Messages", chat=tokenizer)
+    long = example({"messages": turns("a", "b", "c", "d")}, "Messages", chat=tokenizer)
+    short = example({"messages": turns("a", "e")}, "Messages", chat=tokenizer)
+    other = example({"messages": turns("f", "b")}, "Messages", chat=tokenizer)
     assert long.group == short.group != other.group
 
 

@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_trainer.prepare.gathering.page import render
-from finetune_trainer.prepare.gathering.report import BINS, histogram, percentiles
-from finetune_trainer.prepare.mapping.languages import MOST, OF_A_BATCH, Languages, language_of
-from finetune_trainer.prepare.rendering.drafts import Draft, Part
+from finetune_trainer.prepare.quality.languages import language_of
+from finetune_trainer.prepare.reducing.page import render
+from finetune_trainer.prepare.reducing.report import BINS, histogram, percentiles, shares
 
 COUNTS = st.dictionaries(st.integers(1, 10_000), st.integers(0, 50), min_size=1).map(Counter)
 
@@ -52,16 +51,9 @@ def test_languages(text: str, language: str) -> None:
     assert language_of(text) == language
 
 
-def test_only_some_records_are_looked_at() -> None:
-    text = "The bird looked at the cat and sang."
-    parts = (Part(f"Das ist für alle gleich. {text}", True),)
-    batch = [Draft("x", parts, "", "", None, "", framed=True, side="train", own=text)] * 512
-    languages = Languages()
-    languages.look(batch)
-    assert languages.counts.total() == OF_A_BATCH
-    for _ in range(MOST):
-        languages.look(batch)
-    assert languages.counts.total() == MOST and languages.to_json() == {"en": 1.0}
+def test_shares_are_of_what_was_counted_the_largest_first() -> None:
+    assert shares(Counter({"de": 1, "en": 3})) == {"en": 0.75, "de": 0.25}
+    assert shares(Counter()) == {}
 
 
 def report(**change: Any) -> dict[str, Any]:

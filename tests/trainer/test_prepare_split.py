@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from finetune_trainer.failures import DataError
 from finetune_trainer.prepare.quality.duplicates import DIGEST_BYTES, Seen, digest_of
-from finetune_trainer.prepare.rendering.drafts import Draft, Part
-from finetune_trainer.prepare.tokenizing.overlength import fit
-from finetune_trainer.prepare.tokenizing.tokens import Sample
+from finetune_trainer.prepare.rendering.examples import RenderedExample, Segment
+from finetune_trainer.prepare.tokenizing.tokens import TokenizedSample, fit
 from finetune_trainer.prepared.split import Shares, position, side_of
 
 SHARES = st.builds(
@@ -87,7 +86,7 @@ def test_texts_are_not_mixed_up_by_their_borders() -> None:
 BOS = 1
 
 
-def sample(prompt: int, answers: list[tuple[int, int]], bos: bool) -> Sample:
+def sample(prompt: int, answers: list[tuple[int, int]], bos: bool) -> TokenizedSample:
     """``prompt`` tokens, then (read, learned) stretches; token ids tell their position."""
     ids, spans = list(range(1000, 1000 + prompt)), []
     for read, learned in answers:
@@ -96,8 +95,10 @@ def sample(prompt: int, answers: list[tuple[int, int]], bos: bool) -> Sample:
         ids += range(3000 + len(ids), 3000 + len(ids) + learned)
     if bos:
         ids[0] = BOS
-    draft = Draft("s3://b/a.jsonl, line 3", (Part("", True),), "", "", None, "", True, "train", "")
-    return Sample(draft, np.array(ids, np.int32), tuple(spans), spans[-1][0])
+    example = RenderedExample(
+        "s3://b/a.jsonl, line 3", (Segment("", True),), "", "", None, "", True, "train", ""
+    )
+    return TokenizedSample(example, np.array(ids, np.int32), tuple(spans), spans[-1][0])
 
 
 SAMPLES = st.builds(
@@ -109,7 +110,9 @@ SAMPLES = st.builds(
 
 
 @given(SAMPLES, st.integers(8, 60))
-def test_truncation_keeps_the_answer_and_the_token_that_begins(whole: Sample, limit: int) -> None:
+def test_truncation_keeps_the_answer_and_the_token_that_begins(
+    whole: TokenizedSample, limit: int
+) -> None:
     cut, what = fit(whole, limit, "Truncate", BOS)
     assert cut is not None
     if len(whole.ids) <= limit:

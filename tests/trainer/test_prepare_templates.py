@@ -21,7 +21,7 @@ from finetune_trainer.prepare.digest import content_digest
 from finetune_trainer.prepare.reading.records import Record
 from finetune_trainer.prepare.reading.sources import Source
 from finetune_trainer.prepare.rendering.catalogue import CATALOGUE, Entry
-from finetune_trainer.prepare.rendering.drafts import Draft, drafter
+from finetune_trainer.prepare.rendering.examples import RenderedExample, renderer
 from finetune_trainer.prepare.tasks import format_of
 from finetune_trainer.prepared.split import Side
 from trainer.prepare_helpers import lines
@@ -41,19 +41,19 @@ def source(side: Side = "train", **template: Any) -> Source:
     return Source(side, "a", spec, [])
 
 
-def drafts(
+def examples(
     records: list[dict[str, Any]], side: Side = "train", seed: int = 0, **template: Any
-) -> list[Draft]:
+) -> list[RenderedExample]:
     found = source(side, **template)
     data = Data.model_validate({"train": [found.spec.to_json()], "split": {**HALF, "seed": seed}})
     made = [Record(fields, "s3://b/a.jsonl", f"line {i}") for i, fields in enumerate(records)]
-    make = drafter(found, format_of(found.spec, made[0], "CausalLM"), data, None)
-    return [draft for record in made for draft in make(record)]
+    make = renderer(found, format_of(found.spec, made[0], "CausalLM"), data, None)
+    return [example for record in made for example in make(record)]
 
 
 def fault(record: dict[str, Any], **template: Any) -> DataError:
     with pytest.raises(DataError) as caught:
-        drafts([record], **template)
+        examples([record], **template)
     return caught.value
 
 
@@ -81,10 +81,12 @@ def test_every_phrasing_of_every_template_holds_the_records_values(name: Templat
     entry = CATALOGUE[name]
     shown = [f for f in entry.fields if f not in variables(entry.completion)]
     records = [{field: f"<{field} {i}>" for field in entry.fields} for i in range(60)]
-    made = drafts(records, name=name)
-    for i, draft in enumerate(made):
-        assert all(draft.prompt.count(f"<{field} {i}>") == 1 for field in shown)
-        assert draft.completion.startswith(" <") and draft.completion.strip() not in draft.prompt
+    made = examples(records, name=name)
+    for i, example in enumerate(made):
+        assert all(example.prompt.count(f"<{field} {i}>") == 1 for field in shown)
+        assert (
+            example.completion.startswith(" <") and example.completion.strip() not in example.prompt
+        )
     frames = {d.prompt.replace(f" {i}>", ">") for i, d in enumerate(made)}
     assert len(frames) == len(entry.prompts)
 
@@ -97,36 +99,38 @@ FIRST = "Question: number "
 
 @given(st.permutations(range(30)), st.integers(0, 2**31 - 1))
 def test_a_phrasing_does_not_depend_on_where_the_record_stands(order: list[int], seed: int) -> None:
-    straight = drafts(QUESTIONS[:30], seed=seed, name="Question")
-    mixed = drafts([QUESTIONS[i] for i in order], seed=seed, name="Question")
-    assert [d.parts for d in mixed] == [straight[i].parts for i in order]
+    straight = examples(QUESTIONS[:30], seed=seed, name="Question")
+    mixed = examples([QUESTIONS[i] for i in order], seed=seed, name="Question")
+    assert [d.segments for d in mixed] == [straight[i].segments for i in order]
 
 
 def test_held_out_records_have_the_first_phrasing_and_training_records_all() -> None:
-    made = drafts(QUESTIONS, name="Question")
+    made = examples(QUESTIONS, name="Question")
     assert {d.side for d in made} == {"train", "validation", "test"}
     held_out = [d.prompt.startswith(FIRST) for d in made if d.side != "train"]
     train = [d.prompt.startswith(FIRST) for d in made if d.side == "train"]
     assert all(held_out) and 0 < sum(train) < len(train) / 2
-    given = drafts(QUESTIONS, "validation", name="Question")
+    given = examples(QUESTIONS, "validation", name="Question")
     assert all(d.prompt.startswith(FIRST) and d.side == "validation" for d in given)
 
 
 def test_phrasings_first_gives_every_record_the_first() -> None:
-    made = drafts(QUESTIONS, name="Question", phrasings="First")
+    made = examples(QUESTIONS, name="Question", phrasings="First")
     assert all(d.prompt.startswith(FIRST) for d in made)
 
 
 def test_another_seed_draws_otherwise_and_groups_do_not_follow_the_draw() -> None:
-    one = drafts(QUESTIONS, name="Question")
-    other = drafts(QUESTIONS, seed=1, name="Question")
+    one = examples(QUESTIONS, name="Question")
+    other = examples(QUESTIONS, seed=1, name="Question")
     assert [d.prompt for d in one] != [d.prompt for d in other]
     assert [d.group for d in one] == [d.group for d in other]
-    assert [d.group for d in one] == [d.prompt for d in drafts(QUESTIONS, "test", name="Question")]
+    assert [d.group for d in one] == [
+        d.prompt for d in examples(QUESTIONS, "test", name="Question")
+    ]
 
 
 def test_records_that_ask_the_same_have_one_phrasing_and_one_group() -> None:
-    same = drafts([{"question": "why?", "answer": i} for i in range(40)], name="Question")
+    same = examples([{"question": "why?", "answer": i} for i in range(40)], name="Question")
     assert len({(d.prompt, d.group, d.side) for d in same}) == 1
 
 
@@ -135,7 +139,7 @@ def test_records_that_ask_the_same_have_one_phrasing_and_one_group() -> None:
 
 def test_fields_are_found_by_the_records_names() -> None:
     record = {"article": "a text", "summary": "short", "document": "not this"}
-    (made,) = drafts([record], "test", name="Summarize", fields={"document": "article"})
+    (made,) = examples([record], "test", name="Summarize", fields={"document": "article"})
     assert made.prompt == "Summarize the document.\n\na text\n\nSummary:"
     assert made.completion == " short"
 
@@ -152,8 +156,8 @@ def test_a_field_that_is_not_there_is_named_as_the_records_would_name_it(
 
 def test_an_optional_field_may_be_absent_unless_the_spec_says_where_it_is() -> None:
     record = {"source": "Haus", "target": "house"}
-    (bare,) = drafts([record], "test", name="Translate")
-    (named,) = drafts([{**record, "language": "English"}], "test", name="Translate")
+    (bare,) = examples([record], "test", name="Translate")
+    (named,) = examples([{**record, "language": "English"}], "test", name="Translate")
     assert bare.prompt.startswith("Translate the text.\n")
     assert named.prompt.startswith("Translate the text into English.\n")
     assert "'to'" in fault(record, name="Translate", fields={"language": "to"}).message
@@ -161,14 +165,14 @@ def test_an_optional_field_may_be_absent_unless_the_spec_says_where_it_is() -> N
 
 def test_values_that_are_no_text_are_written_as_json() -> None:
     record = {"document": "é <b>", "wanted": ["name", "age"], "extracted": {"name": "é", "age": 3}}
-    (made,) = drafts([record], "test", name="Extract")
+    (made,) = examples([record], "test", name="Extract")
     assert made.prompt == 'é <b>\n\nExtract from the document: ["name", "age"]\n\nExtracted:'
     assert made.completion == ' {"name": "é", "age": 3}'
 
 
 @pytest.mark.parametrize(("value", "label"), [("good", "good"), (0, "0"), (True, "true")])
 def test_classify_counts_as_classification(value: Any, label: str) -> None:
-    (made,) = drafts([{"text": "fine", "label": value}], name="Classify")
+    (made,) = examples([{"text": "fine", "label": value}], name="Classify")
     assert made.label == label and made.completion == f" {label}"
 
 

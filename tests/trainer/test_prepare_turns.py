@@ -18,7 +18,7 @@ from finetune_trainer.prepare.reading.records import Record
 from finetune_trainer.prepare.reading.sources import Source
 from finetune_trainer.prepare.rendering.catalogue import CATALOGUE, CHAT_ROLES
 from finetune_trainer.prepare.rendering.chat import ChatTemplate
-from finetune_trainer.prepare.rendering.drafts import Draft, drafter
+from finetune_trainer.prepare.rendering.examples import RenderedExample, renderer
 from finetune_trainer.prepare.tasks import format_of
 from finetune_trainer.prepare.tokenizing.tokens import Tokens
 from trainer.chat_templates import CHATML_TOOLS
@@ -39,18 +39,20 @@ PAIRED = [{"prompt": "one?", "response": "yes"}, {"prompt": "two?", "response": 
 Record_ = dict[str, Any]
 
 
-def drafts(record: Record_, template: Record_ | None, chat: str = CHATML) -> list[Draft]:
+def examples(
+    record: Record_, template: Record_ | None, chat: str = CHATML
+) -> list[RenderedExample]:
     made = None if template is None else Template.model_validate({"name": "Chat", **template})
     spec = DataSource(source="s3://bucket/a.jsonl", template=made)
     found = Record(record, "s3://b/a.jsonl", "line 7")
     form = format_of(spec, found, "CausalLM")
     model = ChatTemplate(make_tokenizer(chat=chat), "m")
-    return drafter(Source("train", "a", spec, []), form, Data(train=[spec]), model)(found)
+    return renderer(Source("train", "a", spec, []), form, Data(train=[spec]), model)(found)
 
 
 def fault(record: Record_, **template: Any) -> DataError:
     with pytest.raises(DataError) as caught:
-        drafts(record, template)
+        examples(record, template)
     assert caught.value.message.startswith("s3://b/a.jsonl, line 7: ")
     return caught.value
 
@@ -80,7 +82,7 @@ def fault(record: Record_, **template: Any) -> DataError:
 def test_conversations_of_any_shape_are_those_of_format_messages(
     fields: Record_, template: Record_
 ) -> None:
-    found, plain = drafts(fields, template), drafts({"messages": PLAIN}, None)
+    found, plain = examples(fields, template), examples({"messages": PLAIN}, None)
     assert found == plain
     tokenizer = make_tokenizer(chat=CHATML)
     (sample,) = Tokens(tokenizer, "m", len(tokenizer)).samples(found)
@@ -99,10 +101,10 @@ def test_calls_of_tools_and_tools_are_kept_under_other_names() -> None:
     ]
     template = {"fields": {**SHARE, "tools": "functions"}, "roles": {"observation": "tool"}}
     record = {"conversations": shared, "functions": json.dumps(tools)}
-    (draft,) = drafts(record, template, CHATML_TOOLS)
-    learned = [part.text for part in draft.parts if part.learned]
+    (example,) = examples(record, template, CHATML_TOOLS)
+    learned = [part.text for part in example.segments if part.learned]
     assert len(learned) == 2 and "look_up" in learned[0] and learned[1].startswith("a letter")
-    assert "look_up" in draft.parts[0].text, "the tools are read"
+    assert "look_up" in example.segments[0].text, "the tools are read"
 
 
 @pytest.mark.parametrize(

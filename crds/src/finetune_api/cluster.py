@@ -157,10 +157,12 @@ class Prepare(Model):
     """Pods of the CPU stages (prepare and publish)."""
 
     workers: Annotated[int, Field(ge=1, le=256)] = 1
-    """Pods among which prepare shares the data out, by objects and by ranges of large plain
-    `.jsonl` objects. What they write is the same at any number of them."""
+    """Pods that map the data, each a share of it on all its cores: by objects, and by ranges of
+    large plain `.jsonl` objects. Above 1 another pod reduces what they leave. What they write is
+    the same at any number of them."""
     resources: Resources = Resources()
-    """CPU and memory of each pod."""
+    """CPU and memory of each pod. Prepare runs a process for each core of the CPU limit (without
+    one, of the node), as far as the memory limit has 256 MiB for each."""
     node_selector: dict[QualifiedName, LabelValue] | None = Field(default=None, max_length=32)
     """Labels that a node of these pods must have."""
     tolerations: Annotated[list[Toleration], Field(max_length=32)] | None = None

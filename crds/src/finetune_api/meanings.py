@@ -150,7 +150,10 @@ STORAGE_LAYOUT: Final[tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = (
     (
         "run",
         (
-            ("parts/", "what the workers of prepare hand over; removed when all is prepared"),
+            (
+                "splits/",
+                "what map leaves of each input split for the reduce; removed when all is prepared",
+            ),
             ("prepared.json", "which prepared data the run uses"),
             ("rehearsals.json", "what memory the model takes, as prepare counted it"),
             ("HEAD.json", "the attempt that owns the run, its commits, and when it went back"),

@@ -29,8 +29,10 @@ LABEL_REVISION: Final = f"{GROUP}/revision"
 LABEL_ROLE: Final = f"{GROUP}/role"
 LABEL_QUEUE: Final = "kueue.x-k8s.io/queue-name"
 
-Role = Literal["prepare", "train", "publish"]
-ROLES: Final[tuple[Role, ...]] = ("prepare", "train", "publish")
+Role = Literal["map", "prepare", "train", "publish"]
+ROLES: Final[tuple[Role, ...]] = ("map", "prepare", "train", "publish")
+"""Stages, in their order. ``map`` is one only where several pods share the data out, and prepare
+then reduces what they leave."""
 
 # --- inside a pod -------------------------------------------------------------------------------
 CONTAINER: Final = "trainer"

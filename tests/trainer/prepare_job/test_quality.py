@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from finetune_trainer.failures import DataError, UserError
-from finetune_trainer.prepare.mapping import writer
+from finetune_trainer.prepare.mapping import reader, writer
 from trainer.prepare_helpers import (
     ALL,
     LONG,
@@ -196,6 +196,7 @@ def test_contaminated_samples_are_left_out_of_the_index(
     at: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "SHARD_TOKENS", 60)
+    monkeypatch.setattr(reader, "BATCH_RECORDS", 2)
     train = [[LEAKED, *OTHERS], [*pairs(2, 50), *pairs(1), OTHERS[0]]]
     summary, data = at.prepare(at.order(**contaminated(at, "Drop", *train)))
     kept = [*OTHERS, *pairs(2, 50)]

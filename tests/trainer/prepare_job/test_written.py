@@ -19,10 +19,10 @@ import pytest
 from finetune_api.order import RunOrder
 from finetune_trainer.failures import DataError, UserError
 from finetune_trainer.prepare import pipeline
-from finetune_trainer.prepare.mapping import facts, writer
+from finetune_trainer.prepare.mapping import reader, writer
 from finetune_trainer.prepare.mapping.reader import Reading
 from finetune_trainer.prepare.pipeline import prepare
-from finetune_trainer.prepare.reading import parts
+from finetune_trainer.prepare.reading import inputsplits
 from finetune_trainer.prepared.shards import PreparedData
 from finetune_trainer.prepared.split import SIDES
 from finetune_trainer.storage.runfiles import read_prepared
@@ -209,6 +209,7 @@ def test_duplicates_are_dropped_once_over_all_training_sources(at: Workplace) ->
 
 def test_samples_are_found_over_many_shards(at: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "SHARD_TOKENS", 200)
+    monkeypatch.setattr(reader, "BATCH_RECORDS", 7)
     _, data = at.prepare(at.order(lines(*pairs(100)), data=ALL))
     names = data.manifest.shards["train"]
     assert len(names) > 5 and names[1] == "shards/train-train-0-00000-01.arrow"
@@ -223,8 +224,8 @@ def test_samples_are_found_over_many_shards(at: Workplace, monkeypatch: pytest.M
 
 def test_memory_does_not_grow_with_the_data(at: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "SHARD_TOKENS", 4000)
-    monkeypatch.setattr(facts, "ROWS", 256)
-    monkeypatch.setattr(parts, "PART_BYTES", 20_000)
+    monkeypatch.setattr(reader, "BATCH_RECORDS", 128)
+    monkeypatch.setattr(inputsplits, "SPLIT_BYTES", 20_000)
 
     def peak(order: RunOrder) -> int:
         writing = pipeline.write_data

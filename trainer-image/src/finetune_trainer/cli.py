@@ -85,8 +85,19 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     templates.set_defaults(command=_templates)
 
+    prepare = commands.add_parser("prepare", help="stage: data to token shards")
+    half = prepare.add_mutually_exclusive_group()
+    half.add_argument(
+        "--map", action="store_const", dest="step", const="Map", default="All",
+        help=f"one pod of several: its share of the data ({ENV_WORKER} says which) to shards",
+    )  # fmt: skip
+    half.add_argument(
+        "--reduce", action="store_const", dest="step", const="Reduce",
+        help="what all pods have mapped to index, report and manifest",
+    )  # fmt: skip
+    prepare.set_defaults(command=_prepare)
+
     for name, text, command in (
-        ("prepare", "stage: data to token shards", _prepare),
         ("supervise", "stage: one node of the training gang", _supervise),
         ("publish", "stage: the chosen commit to a published model", _publish),
     ):
@@ -151,10 +162,11 @@ def _prepare(options: argparse.Namespace) -> int:
         from finetune_trainer.local.reading import Teller
         from finetune_trainer.prepare.pipeline import prepare
 
-        worker = int(os.environ.get(ENV_WORKER, "0"))
-        return prepare(order, stores, scratch_folder(), Teller(scratch_folder()), worker)
+        scratch, worker = scratch_folder(), int(os.environ.get(ENV_WORKER, "0"))
+        teller = Teller(scratch)
+        return prepare(order, stores, scratch, teller, step=options.step, worker=worker)
 
-    return run_stage("prepare", body)
+    return run_stage("map" if options.step == "Map" else "prepare", body)
 
 
 def _supervise(options: argparse.Namespace) -> int:

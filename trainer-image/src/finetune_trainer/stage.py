@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Body = Callable[[RunOrder, "Stores"], PreparedSummary | PublishSummary | None]
-"""Does the work of a stage; None: another pod of it says what came of it."""
+"""Does the work of a stage; None: the reduce says what came of a map."""
 
 
-def run_stage(role: Literal["prepare", "publish"], body: Body) -> int:
+def run_stage(role: Literal["map", "prepare", "publish"], body: Body) -> int:
     """Runs a stage as the container's first process and returns its exit code.
 
     SIGTERM ends it at once: publish begins again from nothing, prepare with what is not done.
@@ -65,7 +65,7 @@ def run_stage(role: Literal["prepare", "publish"], body: Body) -> int:
         return end_badly(run, role, error)
     finally:
         signal.signal(signal.SIGTERM, before)
-    said = {"prepared" if role == "prepare" else "published": summary}
+    said = {"published" if role == "publish" else "prepared": summary}
     leave_termination(Termination.model_validate({"run": run, "role": role, **said}))
     log.info("%s: done", role)
     return int(ExitCode.OK)

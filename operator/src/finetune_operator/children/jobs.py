@@ -21,7 +21,7 @@ from finetune_operator.decision.stages import GANG
 class StageJob:
     """What is special about the Job of a stage."""
 
-    command: str
+    arguments: Callable[[FineTuneJobSpec], list[str]]
     """Command of the trainer that its pods run."""
     pods: Callable[[FineTuneJobSpec], Json]
     """Fields of the Job's spec: how many pods, and how often each may fail."""
@@ -38,6 +38,11 @@ def _workers(spec: FineTuneJobSpec) -> Json:
     return _indexed(spec.prepare.workers) | limits
 
 
+def _prepare(spec: FineTuneJobSpec) -> list[str]:
+    """All of it, or what is left behind a map."""
+    return ["prepare", "--reduce"] if spec.prepare.workers > 1 else ["prepare"]
+
+
 def _gang(spec: FineTuneJobSpec) -> Json:
     return _indexed(spec.compute.nodes) | {"backoffLimit": GANG_BACKOFF_LIMIT}
 
@@ -47,9 +52,10 @@ def _indexed(pods: int) -> Json:
 
 
 STAGE_JOBS: Final[dict[Role, StageJob]] = {
-    "prepare": StageJob("prepare", _workers),
-    "train": StageJob("supervise", _gang),
-    "publish": StageJob("publish", _one_pod),
+    "map": StageJob(lambda spec: ["prepare", "--map"], _workers),
+    "prepare": StageJob(_prepare, _one_pod),
+    "train": StageJob(lambda spec: ["supervise"], _gang),
+    "publish": StageJob(lambda spec: ["publish"], _one_pod),
 }
 
 
@@ -58,7 +64,7 @@ def stage_job(subject: Subject, run: CurrentRun, role: Role, config: Config) -> 
     spec, stage = run.order.spec, STAGE_JOBS[role]
     labels = labels_of(subject, run, role)
     meta = metadata(subject, child_name(subject.name, run.id, role, run.revision), labels)
-    pod = StagePod(subject, run, role, stage.command, labels, config)
+    pod = StagePod(subject, run, role, stage.arguments(spec), labels, config)
     body: Json = {
         **stage.pods(spec),
         "podFailurePolicy": _pod_failure_policy(),

@@ -38,7 +38,7 @@ class StagePod:
     subject: Subject
     run: CurrentRun
     role: Role
-    command: str
+    arguments: list[str]
     labels: dict[str, str]
     config: Config
 
@@ -141,7 +141,7 @@ def _container(pod: StagePod) -> Json:
     container: Json = {
         "name": names.CONTAINER,
         "image": pod.run.image,
-        "args": [pod.command],
+        "args": pod.arguments,
         "env": list(_env(pod)),
         "resources": _resources(pod),
         "securityContext": {

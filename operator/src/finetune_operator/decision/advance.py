@@ -11,7 +11,7 @@ from finetune_operator.config import ANNOTATION_OUTCOME, ANNOTATION_SUSPENDED, H
 from finetune_operator.decision.plan import Actions, Change, Create, Decision, Delete
 from finetune_operator.decision.run_failure import pod_failure_due, run_failure
 from finetune_operator.decision.run_view import RunView
-from finetune_operator.decision.stages import GANG
+from finetune_operator.decision.stages import GANG, akin
 from finetune_operator.world.children import JobView
 from finetune_operator.world.pods import PodView
 
@@ -158,14 +158,17 @@ def _make_service(view: RunView, actions: Actions) -> None:
 
 
 def _leftover_jobs(view: RunView) -> list[JobView]:
-    """Jobs of the stage that an earlier revision of the run has left at work."""
-    jobs = (j for j in view.observed.jobs if j.role == view.stage and j.run == view.run.id)
+    """Jobs of the stage, or of one that writes the same, that an earlier revision of the run has
+    left at work."""
+    roles = akin(view.stage)
+    jobs = (j for j in view.observed.jobs if j.role in roles and j.run == view.run.id)
     return [j for j in jobs if not j.finished]
 
 
 def _leftover_pods(view: RunView) -> list[PodView]:
-    """Pods of the stage that an earlier revision of the run has left at work."""
-    pods = view.observed.pods_of(view.stage, view.run.id) if view.stage else []
+    """Pods of the stage, or of one that writes the same, that an earlier revision of the run has
+    left at work."""
+    pods = (p for role in akin(view.stage) for p in view.observed.pods_of(role, view.run.id))
     return [p for p in pods if not p.ended]
 
 

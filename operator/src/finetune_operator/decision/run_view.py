@@ -22,7 +22,7 @@ from finetune_operator.config import GANG_LINGERS
 from finetune_operator.decision.failures import incidents
 from finetune_operator.decision.obstacles import Obstacle, obstacle
 from finetune_operator.decision.plan import CurrentRun, Subject
-from finetune_operator.decision.stages import CONDITION, GANG, STAGES
+from finetune_operator.decision.stages import CONDITION, GANG, stages_of
 from finetune_operator.world.children import JobView
 from finetune_operator.world.objects import parse_time
 from finetune_operator.world.observe import Observed, Refusal
@@ -58,7 +58,7 @@ class RunView:
     @cached_property
     def stage(self) -> Role | None:
         """The first stage that is not done; None when all are."""
-        return next((role for role in STAGES if not self.done(role)), None)
+        return next((role for role in stages_of(self.order.spec) if not self.done(role)), None)
 
     @cached_property
     def job(self) -> JobView | None:
@@ -73,7 +73,10 @@ class RunView:
         return self.observed.pods_of(stage, self.run.id, self.run.revision) if stage else []
 
     def done(self, role: Role) -> bool:
-        """Whether a stage is done: status says so, or its Job of any revision has completed."""
+        """Whether a stage is done: status says so, or its Job of any revision has completed; map
+        also where prepare is done without it."""
+        if role == "map" and self.done("prepare"):
+            return True
         if self.run.outcome == "Complete" or self._job_complete(role):
             return True
         if role == GANG and self.gang_released_at is not None and self.gang_released_at <= self.now:

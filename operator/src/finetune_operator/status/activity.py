@@ -38,12 +38,19 @@ def activity(view: RunView, decision: Decision) -> Activity:
     return WORKS[stage](view)
 
 
-def _prepare(view: RunView) -> Activity:
+def _map(view: RunView) -> Activity:
     running, workers = len(_running_indices(view)), view.order.spec.prepare.workers
-    text = "access check, split, rendering, tokenizing"
-    if workers > 1:
-        text += f"; {running} of {workers} workers run"
+    text = f"access check, split, rendering, tokenizing; {running} of {workers} workers run"
     phase: Phase = "Preparing" if running else "Pending"
+    return Activity(phase, "Preparing", text + _earlier_tries(view))
+
+
+def _prepare(view: RunView) -> Activity:
+    phase: Phase = "Preparing" if _running_indices(view) else "Pending"
+    text = "access check, split, rendering, tokenizing"
+    if view.order.spec.prepare.workers > 1:
+        phase = "Preparing"
+        text = "duplicates, contamination, index and report, of what all workers have mapped"
     return Activity(phase, "Preparing", text + _earlier_tries(view))
 
 
@@ -67,6 +74,7 @@ def _publish(view: RunView) -> Activity:
 
 
 BEGINS: Final[dict[Role, Phase]] = {
+    "map": "Pending",
     "prepare": "Pending",
     "train": "Starting",
     "publish": "Publishing",
@@ -74,6 +82,7 @@ BEGINS: Final[dict[Role, Phase]] = {
 """Phase of a stage that has no Job, or whose pods cannot run."""
 
 WORKS: Final[dict[Role, Callable[[RunView], Activity]]] = {
+    "map": _map,
     "prepare": _prepare,
     "train": _train,
     "publish": _publish,

@@ -126,15 +126,14 @@ class Runner:
     def _stages(
         self, place: stages.Place, display: face.Display
     ) -> tuple[TrainSummary, PublishSummary]:
-        prepare = stages.workers(place, self._order.spec.prepare.workers)
-        folders = [process.scratch for process in prepare.processes]
+        prepare = stages.single(place, "prepare")
 
         def reading() -> tuple[str, float | None]:
-            found = [read_reading(folder) for folder in folders]
-            if not any(found):
+            found = read_reading(prepare.processes[0].scratch)
+            if found is None:
                 return "checking access", None
-            records, shares = zip(*(one or (0, 0.0) for one in found), strict=True)
-            return face.reading_text(sum(records)), sum(shares) / len(shares)
+            records, share = found
+            return face.reading_text(records), share
 
         said = self._watch("prepare", prepare, reading, display)
         assert said.prepared is not None

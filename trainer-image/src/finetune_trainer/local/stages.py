@@ -28,7 +28,6 @@ from finetune_api.names import (
     ENV_RENDEZVOUS,
     ENV_SCRATCH,
     ENV_TERMINATION,
-    ENV_WORKER,
     FINAL_EXIT_CODES,
     ExitCode,
 )
@@ -66,7 +65,7 @@ class StageProcess:
             processes: of the whole stage, which share the cores.
         """
         self.role = role
-        name = role if role == "publish" or (role, rank) == ("prepare", 0) else f"{role}-{rank}"
+        name = f"{role}-{rank}" if role == "train" else role
         self.log = place.folder / f"{name}.log"
         self.scratch = place.folder / "scratch" / name
         self._termination = place.folder / "termination" / f"{name}.json"
@@ -185,18 +184,9 @@ class Stage:
         return min(told, key=rank)
 
 
-def workers(place: Place, count: int) -> Stage:
-    """Prepare: so many processes, which share the cores."""
-    cores = str(max(1, place.cores // count))
-    processes = []
-    for rank in range(count):
-        extra = {ENV_WORKER: str(rank), "RAYON_NUM_THREADS": cores}
-        processes.append(StageProcess(place, "prepare", rank, extra, count))
-    return Stage(processes, max_restarts=0)
-
-
 def single(place: Place, role: str) -> Stage:
-    """Publish: one process on all cores."""
+    """Prepare or publish: one process on all cores. Prepare has a pool of its own, so that
+    ``prepare.workers`` gives nothing more on one machine."""
     return Stage([StageProcess(place, role, 0, {})], max_restarts=0)
 
 

@@ -20,7 +20,7 @@ from finetune_api.templates import Template
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.prepare.reading.records import Record, read_records
 from finetune_trainer.prepare.rendering.catalogue import CATALOGUE, Entry
-from finetune_trainer.prepare.rendering.drafts import Part
+from finetune_trainer.prepare.rendering.examples import Segment
 from finetune_trainer.prepare.rendering.formats import Content, Conversation, Pair
 from finetune_trainer.prepare.rendering.templates import LibraryTemplate
 from finetune_trainer.prepare.rendering.turns import ChatTurns
@@ -82,7 +82,7 @@ def _pairs(given: Sequence[str]) -> dict[str, str] | None:
     return {name: value for name, _, value in parts} or None
 
 
-def _rendered(template: Template, data: Path) -> Iterator[tuple[str, list[Part]]]:
+def _rendered(template: Template, data: Path) -> Iterator[tuple[str, list[Segment]]]:
     """Records as training records of a split with the default seed have them."""
     read: Callable[[Record], Content] = (
         ChatTurns(template).read
@@ -94,18 +94,21 @@ def _rendered(template: Template, data: Path) -> Iterator[tuple[str, list[Part]]
             yield record.where, _parts(read(record))
 
 
-def _parts(content: Content) -> list[Part]:
+def _parts(content: Content) -> list[Segment]:
     """What is read and what is learned. Of a conversation it is the turns: how a model's chat
     template writes them, the data report shows."""
     if isinstance(content, Pair):
-        return [Part(content.prompt, False), Part(content.completion, True)]
+        return [Segment(content.prompt, False), Segment(content.completion, True)]
     assert isinstance(content, Conversation), "a template makes pairs or conversations"
-    parts = [Part(f"tools: {_json(content.tools)}\n", False)] if content.tools else []
+    parts = [Segment(f"tools: {_json(content.tools)}\n", False)] if content.tools else []
     for message in content.messages:
         said = [message.get("content") or "", *map(_json, message.get("tool_calls", ()))]
         learned = message["role"] == "assistant"
-        parts += [Part(f"{message['role']}: ", False), Part("\n".join(filter(None, said)), learned)]
-        parts.append(Part("\n", False))
+        parts += [
+            Segment(f"{message['role']}: ", False),
+            Segment("\n".join(filter(None, said)), learned),
+        ]
+        parts.append(Segment("\n", False))
     return parts
 
 
@@ -123,11 +126,11 @@ def _print_entry(console: Console, entry: Entry) -> None:
     for i, prompt in enumerate(entry.prompts):
         held_out = " (the one of held-out records)" if i == 0 else ""
         console.rule(f"phrasing {i + 1}{held_out}", align="left", style="dim", characters="─")
-        parts = [Part(prompt, False), Part(entry.completion, True)]
+        parts = [Segment(prompt, False), Segment(entry.completion, True)]
         console.print(_marked(console, parts), soft_wrap=True)
 
 
-def _marked(console: Console, parts: Sequence[Part]) -> Text:
+def _marked(console: Console, parts: Sequence[Segment]) -> Text:
     """Text with its learned parts in colour, or in brackets where there is none."""
     if console.color_system is None or console.no_color:
         return Text("".join(f"⟦{p.text}⟧" if p.learned else p.text for p in parts))

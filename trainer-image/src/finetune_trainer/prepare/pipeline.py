@@ -1,16 +1,19 @@
 """The prepare stage, from top to bottom: everything that can be wrong is found here, without a GPU.
 
 access → tokenizer → method on the empty model → sources → digest
-       → (reused, or: parts → shards → report → manifest) → memory → prepared.json
+       → (reused, or: input splits → map → reduce → manifest) → memory → prepared.json
 
-Each of ``prepare.workers`` processes runs all of it; ``workers`` shares the parts out.
+One process, with a pool for its work, does all of it. With ``prepare.workers`` above 1 as many pods
+do it up to the map, each with a share of the input splits, and another one reduces what they left.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from transformers import AutoConfig, AutoTokenizer
 
@@ -28,13 +31,17 @@ from finetune_trainer.engine.planning.rowsize import Samples
 from finetune_trainer.engine.planning.schedule import replay_of, stage_plans, stages_of, steps_of
 from finetune_trainer.engine.tasks import TASKS
 from finetune_trainer.evaluate.metricnames import check_metrics
-from finetune_trainer.failures import UserError, object_changed
+from finetune_trainer.failures import DataError, UserError, object_changed
 from finetune_trainer.prepare.digest import content_digest
-from finetune_trainer.prepare.mapping.reader import Reading, Say
+from finetune_trainer.prepare.mapping.batch import Recipe, begin
+from finetune_trainer.prepare.mapping.map import RunPaths, map_splits
+from finetune_trainer.prepare.mapping.pool import Pool, count_processes
+from finetune_trainer.prepare.mapping.reader import Reader, Reading, Say
+from finetune_trainer.prepare.reading.inputsplits import InputSplit, deal, divide
 from finetune_trainer.prepare.reading.sources import Source, changed, resolve
+from finetune_trainer.prepare.reducing.reduce import reduce_splits
 from finetune_trainer.prepare.tasks import RENDERINGS
 from finetune_trainer.prepare.tokenizing.tokens import Model
-from finetune_trainer.prepare.workers import Place, write_data
 from finetune_trainer.prepared.manifest import DataManifest, is_complete, read_manifest
 from finetune_trainer.prepared.shards import PreparedData
 from finetune_trainer.prepared.split import SIDES
@@ -42,6 +49,10 @@ from finetune_trainer.storage import modelfiles, runfiles
 from finetune_trainer.storage.objects import ObjectStore, Stores, check_conditions, file_info
 
 log = logging.getLogger(__name__)
+
+
+Step = Literal["All", "Map", "Reduce"]
+"""What a process does of it: all, or one half where ``prepare.workers`` is above 1."""
 
 
 class LogReading:
@@ -58,20 +69,30 @@ class LogReading:
 
 
 def prepare(
-    order: RunOrder, stores: Stores, scratch: Path, say: Say | None = None, worker: int = 0
+    order: RunOrder,
+    stores: Stores,
+    scratch: Path,
+    say: Say | None = None,
+    *,
+    step: Step = "All",
+    worker: int = 0,
+    processes: int | None = None,
 ) -> PreparedSummary | None:
     """Prepare the data of a run, or find it prepared, and say so in the run's ``prepared.json``.
 
     Args:
         scratch: folder for temporary files.
         say: is told how far the reading is, every few hundred records. Absent: it is logged.
-        worker: which of ``prepare.workers`` this is, from 0.
+        step: what to do of it.
+        worker: which of ``prepare.workers`` maps here, from 0.
+        processes: of the pool. Absent: one a core.
 
     Returns:
-        What was found; None from all workers but the first, who says it.
+        What was found; None where this is but the map.
 
     Raises:
         UserError, DataError, StorageDenied, StorageUnavailable: with the remedy.
+        OutOfMemory, NodeFailure: where a process of the pool was killed.
     """
     spec = order.spec
     check_image(spec)
@@ -90,14 +111,11 @@ def prepare(
     manifest = read_manifest(stores.default, uri)
     reused = manifest is not None and is_complete(stores.default, uri, manifest)
     if manifest is None or not reused:
-        folder = f"{order.run_uri}/parts/{digest}"
-        place = Place(stores.default, uri, digest, folder, scratch / "prepared")
-        manifest = write_data(
-            spec.data, sources, model, place, worker, spec.prepare.workers,
-            check=lambda: check_unchanged(sources, stores, may_grow=spec.prepare.workers == 1),
-            say=say or LogReading(),
-        )  # fmt: skip
-    if worker or manifest is None:
+        folder = f"{order.run_uri}/splits/{digest}"
+        paths = RunPaths(stores.default, uri, digest, folder, scratch / "prepared")
+        work = Work(spec, sources, model, paths, stores)
+        manifest = write_data(work, step, worker, processes, say or LogReading())
+    if manifest is None or step == "Map":
         return None
     check_metrics(
         spec, {side: [s.format for s in manifest.sets if s.split == side] for side in SIDES}
@@ -108,6 +126,67 @@ def prepare(
     summary = summarise(spec, manifest, uri, reused).model_copy(update={"memory": memory})
     runfiles.write_prepared(stores.default, order.run_uri, summary)
     return summary
+
+
+class Work(NamedTuple):
+    """What is prepared, of what, and where to."""
+
+    spec: FineTuneJobSpec
+    sources: Sequence[Source]
+    model: Model
+    paths: RunPaths
+    stores: Stores
+
+
+def write_data(
+    work: Work, step: Step, worker: int, processes: int | None, say: Say
+) -> DataManifest | None:
+    """Map and reduce the data, or do one of them.
+
+    Returns:
+        The manifest, written last; None where this is but the map.
+
+    Raises:
+        As ``map_splits`` and ``reduce_splits``; DataError: 'ObjectChanged', 'UnknownLabel',
+            'TooFewClasses'.
+    """
+    spec, sources, model, paths, stores = work
+    data, results = spec.data, paths.results
+    paths.scratch.mkdir(parents=True, exist_ok=True)
+    splits = divide(sources)
+    mine = share(sources, splits, spec.prepare.workers, worker) if step == "Map" else splits
+    log.info("%s: %d of %d input splits", step.lower(), len(mine), len(splits))
+    if step == "Reduce" and results.empty():
+        raise object_changed(", ".join(source.spec.source for source in sources))
+    size = sum(split.bytes for split in mine)
+    recipe = Recipe(data, [replace(source, objects=()) for source in sources], model)
+    with Pool(processes or count_processes(size), begin, recipe) as pool:
+        try:
+            reader = Reader(sources, mine, model.task, data.quality.faulty_records)
+            # Behind a map of all pods nothing is left to do here, unless shards are gone since.
+            map_splits(data, sources, mine, reader, pool, paths, say)
+            if step == "Map":
+                check_unchanged(sources, stores, may_grow=False)
+                return None
+            output = reduce_splits(data, sources, splits, pool, paths, model.tokenizer.decode)
+            check_unchanged(sources, stores, may_grow=step == "All")
+            classes_of = RENDERINGS[model.task].classes
+            manifest = output.finish(model.max_length, data.quality, classes_of)
+        except DataError:
+            if step != "Map":
+                results.remove()
+            raise
+    results.remove()
+    return manifest
+
+
+def share(
+    sources: Sequence[Source], splits: Sequence[InputSplit], pods: int, pod: int
+) -> list[InputSplit]:
+    """What one of several pods maps: its share of the training sources, and held-out ones whole."""
+    training = [split for split in splits if sources[split.source].side == "train"]
+    held_out = [split for split in splits if sources[split.source].side != "train"]
+    return held_out + deal(training, pods)[pod]
 
 
 def check_access(spec: FineTuneJobSpec, store: ObjectStore) -> None:

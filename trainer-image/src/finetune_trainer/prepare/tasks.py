@@ -78,7 +78,7 @@ class Rendering:
     content: Callable[[Record, Format], Content]
     """Content of a record of a plain format that has no template."""
     tokens: Callable[[Any, str, int], Tokenizing]
-    """Tokenizer, the model's address, rows of its embedding → what makes samples of drafts."""
+    """Tokenizer, the model's address, rows of its embedding → what makes samples of examples."""
     classes: Callable[[Iterable[tuple[Side, Labels]]], list[str]]
     """Names of the classes, from what was found in each set."""
 

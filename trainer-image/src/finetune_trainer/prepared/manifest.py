@@ -12,7 +12,7 @@ from finetune_api.sources import Format
 from finetune_trainer.prepared.split import Side
 from finetune_trainer.storage.objects import ObjectNotFound, ObjectStore
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 """Raised with every change of what prepare writes for the same data; part of the digest."""
 
 

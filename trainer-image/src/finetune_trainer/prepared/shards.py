@@ -8,9 +8,10 @@ several at a time, checked against the manifest, and shared by the processes of 
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -231,6 +232,20 @@ def shard_ids(path: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
     the end of the last, shape [samples + 1]; both views of the file."""
     shard = _map_shard(path)
     return shard.ids, shard.starts
+
+
+PIECE_TOKENS: Final = 1 << 18
+"""Tokens that are handed out at once: what is computed of them is several times their size."""
+
+
+def pieces_of(
+    ids: npt.NDArray[np.int32], starts: npt.NDArray[np.int32]
+) -> Iterator[tuple[int, npt.NDArray[np.int32], npt.NDArray[np.int32]]]:
+    """The samples of a shard, about ``PIECE_TOKENS`` at a time: number of the first, all tokens,
+    and the starts of these samples with the end of the last."""
+    edges = np.searchsorted(starts, np.arange(0, starts[-1], PIECE_TOKENS)).tolist()
+    for a, b in pairwise(dict.fromkeys([*edges, len(starts) - 1])):
+        yield a, ids, starts[a : b + 1]
 
 
 def _map_shard(path: Path) -> _Shard:

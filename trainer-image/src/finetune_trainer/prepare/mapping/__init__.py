@@ -1,2 +1,2 @@
-"""A part of the data, from records to shards and facts: what each worker does, and no worker needs
-another for."""
+"""Map: input splits, from raw records to shards and sample statistics, by a pool of processes; no
+pod needs another one for it."""

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from finetune_trainer.prepare.quality.personal import covered, uncovered
-from finetune_trainer.prepare.tokenizing.tokens import Sample, Tokenizing
+from finetune_trainer.prepare.tokenizing.tokens import TokenizedSample, Tokenizing
 
 PREVIEW_CHARACTERS: Final = 2000
 """Most characters of a sample that are shown."""
@@ -20,7 +20,7 @@ _MORE: Final = " …"
 State = Literal["Read", "Learned", "Cut"]
 
 
-def preview(sample: Sample, tokens: Tokenizing) -> dict[str, Any]:
+def preview(sample: TokenizedSample, tokens: Tokenizing) -> dict[str, Any]:
     """A sample for ``report.json``: its parts in order, each a text that is ``learned`` or read, or
     a number of tokens that are ``cut`` off there and are in no sample. Marks that the tokenizer
     itself puts around a text are not shown, but counted where they are cut off.
@@ -30,8 +30,8 @@ def preview(sample: Sample, tokens: Tokenizing) -> dict[str, Any]:
     """
     states = _states(sample)
     texts = [""] * len(states)
-    placed = tokens.placed(sample.draft)
-    for part, (first, begins) in zip(sample.draft.parts, placed, strict=False):
+    placed = tokens.placed(sample.example)
+    for part, (first, begins) in zip(sample.example.segments, placed, strict=False):
         text = covered(part.text)
         edges = [0, *begins[1:], len(text)]  # what a tokenizer passes over goes with its neighbour
         for i in range(len(begins)):
@@ -43,17 +43,17 @@ def preview(sample: Sample, tokens: Tokenizing) -> dict[str, Any]:
             parts.append({"text": "", "learned": False, "cut": len(stretch)})
         elif text := uncovered("".join(texts[i] for i in stretch)):
             parts.append({"text": text, "learned": state == "Learned"})
-    for part in sample.draft.parts[len(placed) :]:
+    for part in sample.example.segments[len(placed) :]:
         parts.append({"text": uncovered(covered(part.text)), "learned": part.learned})
     most = _most(len(part["text"]) for part in parts)
     for shown in parts:
         if len(shown["text"]) > most:
             shown["text"] = shown["text"][:most] + _MORE
-    return {"where": sample.draft.where, "tokens": len(sample.ids), "parts": parts}
+    return {"where": sample.example.where, "tokens": len(sample.ids), "parts": parts}
 
 
-def _states(sample: Sample) -> list[State]:
-    """What became of each token that the draft had."""
+def _states(sample: TokenizedSample) -> list[State]:
+    """What became of each token that the example had."""
     gaps = sum(end - start for start, end in sample.gaps)
     kept = np.ones(len(sample.ids) + gaps, np.bool_)
     for start, end in sample.gaps:

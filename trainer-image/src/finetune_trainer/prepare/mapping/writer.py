@@ -1,19 +1,27 @@
-"""Writes the samples of a part to shards, and shards to storage as they fill: memory holds one
-shard a side."""
+"""Writes what is mapped of an input split: samples to shards as they fill, their statistics to a
+file. Memory holds one shard a side."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import pyarrow as pa
 
-from finetune_trainer.prepare.tokenizing.tokens import Ids, Sample
-from finetune_trainer.prepared.manifest import DataFile
-from finetune_trainer.prepared.shards import REFERENCE_SCHEMA, TOKEN_SCHEMA, shard_name
-from finetune_trainer.prepared.split import Side
+from finetune_api.sources import Format
+from finetune_trainer.failures import DataError
+from finetune_trainer.prepare.mapping.batch import MappedBatch
+from finetune_trainer.prepare.mapping.statistics import (
+    SCHEMA,
+    Fault,
+    Preview,
+    ShardFile,
+    SplitSummary,
+)
+from finetune_trainer.prepare.reading.faults import Faults
+from finetune_trainer.prepared.shards import shard_name
+from finetune_trainer.prepared.split import SIDES, Side
 from finetune_trainer.storage.objects import ObjectStore
 
 SHARD_TOKENS: Final = 4 << 20
@@ -22,9 +30,75 @@ SHARD_TOKENS: Final = 4 << 20
 SHARD_ROWS: Final = 1 << 16
 """Samples at which a shard is closed, however short they are."""
 
+OFFERED: Final = 8
+"""Samples of each side that a split offers the report to show: some may be duplicates."""
+
+
+class SplitWriter:
+    """Writes one input split.
+
+    Args:
+        store: where the shards go.
+        uri: prefix of the prepared data.
+        scratch: folder for files on their way.
+        name: name of the set.
+        number: number of the split.
+    """
+
+    def __init__(self, store: ObjectStore, uri: str, scratch: Path, name: str, number: int) -> None:
+        self._shards = {
+            side: ShardWriter(store, uri, scratch, side, name, number) for side in SIDES
+        }
+        self._path = scratch / "statistics.arrow"
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        self._statistics = pa.ipc.new_file(str(self._path), SCHEMA, options=options)
+        self._rows = 0
+        self._counts: Counter[str] = Counter()
+        self._languages: Counter[str] = Counter()
+        self._faults = Faults("Drop")
+        self._previews: dict[Side, list[Preview]] = {}
+
+    def add(self, mapped: MappedBatch) -> None:
+        """Take a batch; batches come in the order of the data."""
+        for side, offered in mapped.previews.items():
+            kept = self._previews.setdefault(side, [])
+            kept += [
+                Preview(sample=self._rows + p.sample, shown=p.shown)
+                for p in offered[: OFFERED - len(kept)]
+            ]
+        for side, samples in mapped.samples.items():
+            self._shards[side].add(samples)
+        if mapped.statistics.num_rows:
+            self._statistics.write_batch(mapped.statistics)
+            self._rows += mapped.statistics.num_rows
+        self._counts.update(mapped.counts)
+        self._languages.update(mapped.languages)
+        self._faults.merge(mapped.reasons, [DataError(f.reason, f.message) for f in mapped.faults])
+
+    def wanted(self) -> dict[Side, int]:
+        """How many samples of each side may yet be offered; never fewer than will be."""
+        return {side: OFFERED - len(self._previews.get(side, ())) for side in SIDES}
+
+    def finish(self, form: Format | None, compared: int | None) -> tuple[SplitSummary, Path]:
+        """Write what waits; returns what there is to say, and the file of the statistics."""
+        for writer in self._shards.values():
+            writer.flush()
+        self._statistics.close()
+        summary = SplitSummary(
+            format=form,
+            compared=compared,
+            reasons=dict(self._faults.reasons),
+            faults=[Fault(reason=e.reason, message=e.message) for e in self._faults.first],
+            languages=dict(self._languages),
+            previews=self._previews,
+            shards={side: writer.files for side, writer in self._shards.items()},
+            **self._counts,
+        )
+        return summary, self._path
+
 
 class ShardWriter:
-    """Writes the samples that a part has for one side.
+    """Writes the samples that an input split has for one side.
 
     Args:
         store: where the files go.
@@ -32,64 +106,41 @@ class ShardWriter:
         scratch: folder for the file that is being written.
         side: side of the split.
         name: name of the set.
-        part: number of the part.
+        number: number of the input split.
     """
 
     def __init__(
-        self, store: ObjectStore, uri: str, scratch: Path, side: Side, name: str, part: int
+        self, store: ObjectStore, uri: str, scratch: Path, side: Side, name: str, number: int
     ) -> None:
         self._store, self._uri, self._scratch = store, uri, scratch
-        self._side, self._name, self._part = side, name, part
-        self._schema = TOKEN_SCHEMA if side == "train" else REFERENCE_SCHEMA
-        self._columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
-        self._tokens = 0
-        self.files: list[DataFile] = []
+        self._side, self._name, self._number = side, name, number
+        self._waiting: list[Any] = []
+        self._rows = self._tokens = 0
+        self.files: list[ShardFile] = []
         """What has been written to storage."""
 
-    def add(self, sample: Sample) -> tuple[int, int]:
-        """Append a sample; returns the number of its shard and its row there."""
-        place = len(self.files), len(self._columns["input_ids"])
-        values = {
-            "input_ids": sample.ids,
-            "spans": np.array(sample.spans, np.int32).reshape(-1),
-            "prompt_length": sample.prompt_length,
-            "prompt": sample.draft.prompt,
-            "completion": sample.draft.completion,
-            "label": sample.draft.label,
-        }
-        for name, column in self._columns.items():
-            column.append(values[name])
-        self._tokens += len(sample.ids)
-        if self._tokens >= SHARD_TOKENS or place[1] + 1 >= SHARD_ROWS:
+    def add(self, samples: Any) -> None:
+        """Append a record batch of samples."""
+        self._waiting.append(samples)
+        self._rows += samples.num_rows
+        ids = samples.column("input_ids")
+        self._tokens += len(ids.flatten())
+        if self._tokens >= SHARD_TOKENS or self._rows >= SHARD_ROWS:
             self.flush()
-        return place
 
     def flush(self) -> None:
         """Write what waits."""
-        if not self._columns["input_ids"]:
+        if not self._waiting:
             return
-        name = shard_name(self._side, self._name, self._part, len(self.files))
+        name = shard_name(self._side, self._name, self._number, len(self.files))
         path = self._scratch / "shard.arrow"
-        with pa.ipc.new_file(str(path), self._schema) as file:
-            file.write_batch(self._batch())
+        batch = pa.Table.from_batches(self._waiting).combine_chunks().to_batches()[0]
+        with pa.ipc.new_file(str(path), batch.schema) as file:
+            file.write_batch(batch)
         info = self._store.upload(path, f"{self._uri}/{name}")
         path.unlink()
-        self.files.append(DataFile(name=name, bytes=info.bytes, sha256=info.sha256))
-        self._tokens = 0
-
-    def _batch(self) -> Any:
-        arrays = []
-        for field in self._schema:
-            values = self._columns[field.name]
-            arrays.append(
-                _lists(values) if pa.types.is_list(field.type) else pa.array(values, field.type)
-            )
-            values.clear()
-        return pa.record_batch(arrays, schema=self._schema)
-
-
-def _lists(arrays: Sequence[Ids]) -> Any:
-    """A column of lists, from one array a row."""
-    offsets = np.zeros(len(arrays) + 1, np.int32)
-    np.cumsum([len(a) for a in arrays], out=offsets[1:])
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays)))
+        self.files.append(
+            ShardFile(name=name, bytes=info.bytes, sha256=info.sha256, samples=batch.num_rows)
+        )
+        self._waiting = []
+        self._rows = self._tokens = 0

@@ -99,10 +99,12 @@ class HeldOut:
         self._set_samples += len(starts) - 1
         self.samples += len(starts) - 1
 
-    def known(self) -> HashSet:
-        """The n-grams that count. No more samples are taken."""
+    def write(self) -> Path:
+        """The file of the n-grams that count, for ``HashSet``. No more samples are taken."""
         self.end_set()
-        return HashSet(self._folder / "known", self._kept.seldom(self.samples))
+        path = self._folder / "known"
+        HashSet.write(path, self._kept.seldom(self.samples))
+        return path
 
 
 def most_common(samples: int) -> int:

@@ -1,10 +1,9 @@
 """A set of 64-bit hashes that lies on disk: memory neither to make it nor to ask it grows with it.
 
-    add ─(upper bits)→ 64 files ─(each sorted)→ one sorted file, its fences, a table
+    add ─(upper bits)→ 64 files ─(each sorted)→ one sorted file, and a table
 
 Most of what is asked for is not in the set, so a table of upper bits is asked first. What passes it
-is looked up in the one block of the file that can hold it; the first hash of each block, a fence,
-says which. However much passes, a question costs no more than reading the file once.
+is looked up by binary search.
 """
 
 from __future__ import annotations
@@ -19,9 +18,6 @@ import numpy.typing as npt
 
 Hashes = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.int64]
-
-_BLOCK: Final = 1 << 14
-"""Hashes of a block: 128 KiB, which are read as fast as many fewer."""
 
 _TABLE_BITS: Final = 26
 """Upper bits of a hash by which the table knows it: 8 MiB. Of hashes that are not in the set, 1 of
@@ -73,44 +69,47 @@ class HashCounter:
 
 
 class HashSet:
-    """A sorted file of hashes.
+    """A sorted file of hashes and the table beside it, both mapped: the processes that ask share
+    one copy in memory.
 
     Args:
-        path: the file, which is made.
-        ascending: the hashes, some at a time.
+        path: the file, as ``write`` made it.
     """
 
-    def __init__(self, path: Path, ascending: Iterable[Hashes]) -> None:
-        self._path = path
-        self._table = np.zeros(1 << (_TABLE_BITS - 3), np.uint8)
-        self._fences: Hashes = np.empty(0, np.uint64)
-        self._count = 0
+    def __init__(self, path: Path) -> None:
+        self._table = np.memmap(path.with_suffix(".table"), np.uint8, "r")
+        self._hashes: Hashes = np.empty(0, np.uint64)
+        if path.stat().st_size:
+            self._hashes = np.memmap(path, np.uint64, "r")
+
+    @classmethod
+    def write(cls, path: Path, ascending: Iterable[Hashes]) -> HashSet:
+        """Make the files.
+
+        Args:
+            ascending: the hashes, some at a time.
+        """
+        table = np.zeros(1 << (_TABLE_BITS - 3), np.uint8)
         with path.open("wb") as file:
             for hashes in ascending:
                 hashes.tofile(file)
-                self._fences = np.append(self._fences, hashes[-self._count % _BLOCK :: _BLOCK])
-                self._count += len(hashes)
-                np.bitwise_or.at(self._table, *_in_table(hashes))
+                np.bitwise_or.at(table, *_in_table(hashes))
+        table.tofile(path.with_suffix(".table"))
+        return cls(path)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._hashes)
 
     def among(self, hashes: Hashes) -> Rows:
         """Which of some hashes are in the set, ascending."""
         byte, bit = _in_table(hashes)
         likely = np.flatnonzero(self._table[byte] & bit)
-        block = np.searchsorted(self._fences, hashes[likely], side="right") - 1
-        likely, block = likely[block >= 0], block[block >= 0]
-        order = np.argsort(block, kind="stable")
-        found = np.zeros(len(likely), np.bool_)
-        with self._path.open("rb", buffering=0) as file:
-            for rows in np.split(order, np.flatnonzero(np.diff(block[order])) + 1):
-                if len(rows):
-                    file.seek(int(block[rows[0]]) * _BLOCK * 8)
-                    held, wanted = np.fromfile(file, np.uint64, _BLOCK), hashes[likely[rows]]
-                    at = np.minimum(np.searchsorted(held, wanted), len(held) - 1)
-                    found[rows] = held[at] == wanted
-        return likely[found]
+        if not len(self._hashes):
+            return likely[:0]
+        wanted = hashes[likely]
+        at = np.minimum(np.searchsorted(self._hashes, wanted), len(self._hashes) - 1)
+        found: Rows = likely[self._hashes[at] == wanted]
+        return found
 
 
 def _in_table(hashes: Hashes) -> tuple[Hashes, npt.NDArray[np.uint8]]:

@@ -1,8 +1,8 @@
 """Near duplicates, remembered in 128 bytes a record (128 MB a million).
 
-Records are sets of shingles: three of their own words (``Draft.own``) in a row. A MinHash signature
-(Broder, "On the resemblance and containment of documents", 1997) of 128 values estimates the
-Jaccard similarity of two sets: the share of equal values. Two things are kept of a record:
+Records are sets of shingles: three of their own words (``RenderedExample.own``) in a row. A MinHash
+signature (Broder, "On the resemblance and containment of documents", 1997) of 128 values estimates
+the Jaccard similarity of two sets: the share of equal values. Two things are kept of a record:
 
 - 8 words of 8 bytes: band hashes, for locality-sensitive hashing (Leskovec, Rajaraman, Ullman,
   "Mining of Massive Datasets", section 3.4). A band is a row of signature values, and records of

@@ -1,2 +1,2 @@
-"""From objects to records: which objects a source has, how they are cut into parts, and the
+"""From objects to records: which objects a source has, how they are cut into input splits, and the
 records in them, one at a time."""

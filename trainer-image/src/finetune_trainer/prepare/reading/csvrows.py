@@ -10,7 +10,6 @@ from typing import Final
 
 from finetune_trainer.failures import DataError
 from finetune_trainer.prepare.quality.personal import excerpt
-from finetune_trainer.prepare.reading.faults import Complain, refuse
 from finetune_trainer.prepare.reading.lines import decoded
 
 CELL_CHARACTERS: Final = 1 << 24
@@ -18,18 +17,13 @@ CELL_CHARACTERS: Final = 1 << 24
 csv.field_size_limit(CELL_CHARACTERS)  # of the process: the module has no other way
 
 
-def csv_rows(
-    uri: str, lines: Iterable[bytes], complain: Complain = refuse
-) -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows below the header and their numbers. Quoted fields may hold line breaks, so rows are
-    counted (from 1), not lines; empty lines are passed over.
-
-    Args:
-        complain: is told 'MalformedRecord', naming the row.
+def csv_rows(uri: str, lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, str] | DataError]]:
+    """The rows below the header and their numbers; of a row that cannot be read the
+    'MalformedRecord' that names it. Quoted fields may hold line breaks, so rows are counted (from
+    1), not lines; empty lines are passed over.
 
     Raises:
-        DataError: 'MalformedObject' where the header does not name every field once, and what
-            ``complain`` raises.
+        DataError: 'MalformedObject' where the header does not name every field once.
     """
     # A map, since a generator would end at the first line that is no text.
     places = map("line {}".format, count(1))
@@ -41,15 +35,13 @@ def csv_rows(
             cells = next(filled, None)
             if cells is None:
                 return
-            fields = _named(uri, row, rows.line_num, names, cells)
+            yield row, _named(uri, row, rows.line_num, names, cells)
         except csv.Error as error:
-            complain(_bad_row(uri, row, rows.line_num, str(error)))
+            yield row, _bad_row(uri, row, rows.line_num, str(error))
         except DataError as error:
             if error.reason != "MalformedRecord":  # of the object, which ends here
                 raise
-            complain(error)
-        else:
-            yield row, fields
+            yield row, error
 
 
 def _named(uri: str, row: int, line: int, names: list[str], cells: list[str]) -> dict[str, str]:

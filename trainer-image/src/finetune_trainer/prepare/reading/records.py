@@ -1,7 +1,10 @@
 """Records out of objects: JSON and CSV (plain, gzip, zstd) and Parquet, one at a time.
 
-Memory is flat: an object is a stream, never a list. Every record knows the object and the line (or
-row, or number in an array) that it came from, and so does every complaint about one.
+    stream ─raw_records→ RawRecord (text, or a row's fields) ─parse→ Record
+
+The first step is cheap and must be done in order; the second can be done by any process. Memory is
+flat: an object is a stream, never a list. Every record knows the object and the line (or row, or
+number in an array) that it came from, and so does every complaint about one.
 """
 
 from __future__ import annotations
@@ -56,26 +59,53 @@ class Record:
         return f"{self.uri}, {self.place}"
 
 
+class RawRecord(NamedTuple):
+    """One record before it is parsed."""
+
+    uri: str
+    unit: str
+    """What is counted in the object: ``line``, ``row``, or ``record`` of an array."""
+    number: int
+    """From 1."""
+    content: bytes | Fields | DataError
+    """JSON text, the fields of a row, or why a row cannot be read."""
+
+
 def readable(uri: str) -> bool:
     """Whether the object's name ends in one of ``SUFFIXES``."""
     return uri.endswith(SUFFIXES)
 
 
 def read_records(uri: str, stream: BinaryIO, complain: Complain = refuse) -> Iterator[Record]:
-    """All records of one object, in order; empty lines are passed over.
+    """All records of one object, in order.
+
+    Args:
+        uri, stream: as ``raw_records`` has them.
+        complain: is told what ``parse`` raises.
+
+    Raises:
+        UserError, DataError: as ``raw_records``; and what ``complain`` raises.
+    """
+    for raw in raw_records(uri, stream):
+        try:
+            record = parse(raw)
+        except DataError as error:
+            complain(error)
+        else:
+            yield record
+
+
+def raw_records(uri: str, stream: BinaryIO) -> Iterator[RawRecord]:
+    """All records of one object, in order, not parsed yet; empty lines are passed over.
 
     Args:
         uri: the object's address; its ending tells how it is read, and of .json the first
             character whether it is one array.
         stream: the object, from its beginning (seekable, for Parquet).
-        complain: is told 'MalformedRecord' (uri, line, column, text) where a line is no JSON
-            object, (uri, record, character, text) where an item of an array is none, or (uri, row)
-            where a row of CSV or Parquet is none.
 
     Raises:
         UserError: 'UnknownObjectType' for another ending.
-        DataError: 'MalformedObject' where the object as a whole cannot be read, and what
-            ``complain`` raises.
+        DataError: 'MalformedObject' where the object as a whole cannot be read.
     """
     if not readable(uri):
         raise UserError(
@@ -84,83 +114,78 @@ def read_records(uri: str, stream: BinaryIO, complain: Complain = refuse) -> Ite
             " a pattern that leaves it out",
         )
     if uri.endswith(".parquet"):
-        yield from _read_parquet(uri, stream, complain)
+        yield from _raw_parquet(uri, stream)
         return
     name, text = unpack(uri, stream)
     if name.endswith(".csv"):
-        for row, fields in csv_rows(uri, without_mark(text), complain):
-            yield Record(fields, uri, f"row {row}")
+        for row, fields in csv_rows(uri, without_mark(text)):
+            yield RawRecord(uri, "row", row, fields)
     elif name.endswith(".json"):
-        yield from _read_json(uri, text, complain)
+        yield from _raw_json(uri, text)
     else:
-        yield from read_lines(uri, without_mark(text), complain)
+        yield from raw_lines(uri, without_mark(text))
 
 
-def read_lines(
-    uri: str, lines: Iterable[bytes], complain: Complain = refuse, before: int = 0
-) -> Iterator[Record]:
+def raw_lines(uri: str, lines: Iterable[bytes], before: int = 0) -> Iterator[RawRecord]:
     """The records of lines of JSON.
 
     Args:
-        complain: as ``read_records`` says.
         before: lines of the object before these.
     """
-    filled = ((n, line) for n, line in enumerate(lines, before + 1) if line and not line.isspace())
-    return _parsed(uri, _LINE, filled, complain)
+    for number, line in enumerate(lines, before + 1):
+        if line and not line.isspace():
+            yield RawRecord(uri, "line", number, line)
 
 
-def _read_json(uri: str, text: BinaryIO, complain: Complain) -> Iterator[Record]:
+def _raw_json(uri: str, text: BinaryIO) -> Iterator[RawRecord]:
     """The records of one array or of JSON Lines, as the first character tells."""
     empty, line = beginning(text)
     opening, bracket, behind = line.partition(b"[")
     if bracket and not opening.strip():
-        return _parsed(uri, _ITEM, enumerate(array_items(uri, text, behind), 1), complain)
+        for number, item in enumerate(array_items(uri, text, behind), 1):
+            yield RawRecord(uri, "record", number, item)
+        return
     rest = b"" if line.endswith(b"\n") else text.readline()
-    return read_lines(uri, chain([line + rest], text), complain, empty)
+    yield from raw_lines(uri, chain([line + rest], text), empty)
 
 
-class _Unit(NamedTuple):
-    """What holds one record of JSON, in the words of messages."""
+def parse(raw: RawRecord) -> Record:
+    """A record out of its raw form.
 
-    name: str
-    offset: str
-    """What its characters are counted as."""
-
-    def rule(self, text: str) -> str:
-        """What to do about a text that is no record."""
-        rule = f"each {self.name} must be one JSON object with fields"
-        array = self == _LINE and text.lstrip().startswith("[")
-        return f"{rule}; an object that is one array must be named .json" if array else rule
-
-
-_LINE: Final = _Unit("line", "column")
-_ITEM: Final = _Unit("record", "character")
+    Raises:
+        DataError: 'MalformedRecord': (uri, line, column, text) where a line is no JSON object,
+            (uri, record, character, text) where an item of an array is none, (uri, row) where a
+            row of CSV or Parquet is none.
+    """
+    place = f"{raw.unit} {raw.number}"
+    if isinstance(raw.content, DataError):
+        raise raw.content
+    if isinstance(raw.content, bytes):
+        return Record(_parse(raw.uri, place, raw.unit, raw.content), raw.uri, place)
+    return Record(raw.content, raw.uri, place)
 
 
-def _parsed(
-    uri: str, unit: _Unit, texts: Iterable[tuple[int, bytes]], complain: Complain
-) -> Iterator[Record]:
-    """The records of numbered texts."""
-    for number, text in texts:
-        place = f"{unit.name} {number}"
-        try:
-            fields = _parse(uri, place, unit, text)
-        except DataError as error:
-            complain(error)
-        else:
-            yield Record(fields, uri, place)
+_OFFSETS: Final = {"line": "column", "record": "character"}
+"""What the characters of a line, or of an item of an array, are counted as in messages."""
 
 
-def _parse(uri: str, place: str, unit: _Unit, data: bytes) -> Fields:
+def _rule(unit: str, text: str) -> str:
+    """What to do about a text that is no record."""
+    rule = f"each {unit} must be one JSON object with fields"
+    array = unit == "line" and text.lstrip().startswith("[")
+    return f"{rule}; an object that is one array must be named .json" if array else rule
+
+
+def _parse(uri: str, place: str, unit: str, data: bytes) -> Fields:
     text = decoded(uri, place, data)
-    where = f"{uri}, {place}, {unit.offset}"
+    where = f"{uri}, {place}, {_OFFSETS[unit]}"
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(
             "MalformedRecord",
             f"{where} {error.pos + 1}: not JSON: {error.msg} at"
-            f" {excerpt(text, error.pos)!r}; {unit.rule(text)}",
+            f" {excerpt(text, error.pos)!r}; {_rule(unit, text)}",
         ) from None
     except ValueError:
         long = _LONG.search(text)
@@ -176,7 +201,7 @@ def _parse(uri: str, place: str, unit: _Unit, data: bytes) -> Fields:
     if not isinstance(value, dict) or not value:
         kind = "an empty object" if value == {} else f"a JSON {_kind(value)}"
         raise DataError(
-            "MalformedRecord", f"{where} 1: {kind}: {excerpt(text)!r}; {unit.rule(text)}"
+            "MalformedRecord", f"{where} 1: {kind}: {excerpt(text)!r}; {_rule(unit, text)}"
         )
     for name in value if _HALF.search(text) else ():
         if is_broken([name, value[name]]):
@@ -203,19 +228,14 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "number")
 
 
-def _read_parquet(uri: str, stream: BinaryIO, complain: Complain) -> Iterator[Record]:
+def _raw_parquet(uri: str, stream: BinaryIO) -> Iterator[RawRecord]:
     row = 0
     try:
         table = pq.ParquetFile(pa.PythonFile(stream, mode="r"))
         for batch in table.iter_batches(batch_size=PARQUET_ROWS):
             for i in range(len(batch)):
                 row += 1
-                try:
-                    fields = _row(uri, row, batch, i)
-                except DataError as error:
-                    complain(error)
-                else:
-                    yield Record(fields, uri, f"row {row}")
+                yield RawRecord(uri, "row", row, _row(uri, row, batch, i))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise DataError(
             "MalformedObject",
@@ -224,16 +244,16 @@ def _read_parquet(uri: str, stream: BinaryIO, complain: Complain) -> Iterator[Re
         ) from None
 
 
-def _row(uri: str, row: int, batch: Any, i: int) -> Fields:
+def _row(uri: str, row: int, batch: Any, i: int) -> Fields | DataError:
     fields = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
             fields[name] = _without_nulls(column[i].as_py())
         except UnicodeDecodeError:
-            raise DataError(
+            return DataError(
                 "MalformedRecord",
                 f"{uri}, row {row}: field {name!r} is not UTF-8 text; write the file from UTF-8",
-            ) from None
+            )
     return fields
 
 

@@ -1,1 +1,1 @@
-"""From records to drafts: what a record of each format holds, and the text that is made of it."""
+"""From records to examples: what a record of each format holds, and the text that is made of it."""

@@ -15,31 +15,31 @@ from typing import Final
 
 from finetune_trainer.failures import DataError
 from finetune_trainer.prepare.quality.personal import covered
-from finetune_trainer.prepare.rendering.drafts import Draft, Part
-from finetune_trainer.prepare.tokenizing.tokens import Sample, Tokenizing
+from finetune_trainer.prepare.rendering.examples import RenderedExample, Segment
+from finetune_trainer.prepare.tokenizing.tokens import TokenizedSample, Tokenizing
 
 _BREAKS: Final = ("\n\n", "\n", ". ", "。", " ")
 """Behind which of them a text is parted: the first that is there."""
 
 
-def is_document(draft: Draft) -> bool:
-    """Whether a draft is text that is learned as a whole."""
-    return len(draft.parts) == 1
+def is_document(example: RenderedExample) -> bool:
+    """Whether an example is text that is learned as a whole."""
+    return len(example.segments) == 1
 
 
-def split(draft: Draft, tokens: Tokenizing, limit: int) -> list[Sample]:
+def split(example: RenderedExample, tokens: Tokenizing, limit: int) -> list[TokenizedSample]:
     """A document as samples of at most ``limit`` tokens.
 
     What is counted of its personal data stays with the first. No such datum is parted where the
     text can be parted beside it: no report could tell that half of one is in a piece.
     """
-    (placed,) = tokens.placed(draft)
-    text = draft.parts[0].text
+    (placed,) = tokens.placed(example)
+    text = example.segments[0].text
     shown = covered(text)
     room = max(1, limit - placed.first - 1)
     while True:
         ends = borders(shown, placed.begins, room)
-        samples = tokens.samples(_drafts(draft, text, ends), _pass_over)
+        samples = tokens.samples(_examples(example, text, ends), _pass_over)
         longest = max((len(sample.ids) for sample in samples), default=0)
         if longest <= limit or room == 1:
             return samples
@@ -78,21 +78,21 @@ def _break(text: str, low: int, high: int) -> int | None:
     return None
 
 
-def _drafts(draft: Draft, text: str, ends: Sequence[int]) -> list[Draft]:
-    """A draft of each piece, but of white space alone. Spaces that a piece ends with belong to the
-    word behind them in most vocabularies, and would be learned as a token of their own."""
+def _examples(example: RenderedExample, text: str, ends: Sequence[int]) -> list[RenderedExample]:
+    """An example of each piece, but of white space alone. Spaces that a piece ends with belong to
+    the word behind them in most vocabularies, and would be learned as a token of their own."""
     texts = [text[a:b] for a, b in pairwise([0, *ends])]
     texts = [*(piece.rstrip(" ") for piece in texts[:-1]), texts[-1]]
     texts = [piece for piece in texts if piece.strip()]
     return [
         replace(
-            draft,
-            where=f"{draft.where}, piece {number} of {len(texts)}",
-            parts=(Part(piece, True),),
+            example,
+            where=f"{example.where}, piece {number} of {len(texts)}",
+            segments=(Segment(piece, True),),
             completion=piece,
             own=piece,
             goes_on=number < len(texts),
-            personal=draft.personal if number == 1 else {},
+            personal=example.personal if number == 1 else {},
         )
         for number, piece in enumerate(texts, start=1)
     ]

@@ -14,11 +14,11 @@ import numpy as np
 
 from finetune_trainer.failures import DataError, UserError
 from finetune_trainer.prepare.reading.faults import Complain, refuse
-from finetune_trainer.prepare.rendering.drafts import Draft
+from finetune_trainer.prepare.rendering.examples import RenderedExample
 from finetune_trainer.prepare.tokenizing.tokens import (
     Cut,
     Placed,
-    Sample,
+    TokenizedSample,
     begins_of,
     check_vocabulary,
 )
@@ -28,7 +28,7 @@ _NO_BOUND: Final = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class LabelledText(Sample):
+class LabelledText(TokenizedSample):
     """A tokenized text with a label."""
 
     marks: int
@@ -39,7 +39,7 @@ class LabelledText(Sample):
         """The label."""
         return 1
 
-    def shortened(self, limit: int, bos: int | None) -> tuple[Sample, Cut]:
+    def shortened(self, limit: int, bos: int | None) -> tuple[TokenizedSample, Cut]:
         """Without the end of the text, before the marks."""
         kept, end = limit - self.marks, len(self.ids) - self.marks
         ids = np.concatenate([self.ids[:kept], self.ids[end:]])
@@ -84,8 +84,10 @@ class Texts:
             0,
         )
 
-    def samples(self, drafts: Sequence[Draft], complain: Complain = refuse) -> list[Sample]:
-        """Tokenize a batch of drafts.
+    def samples(
+        self, examples: Sequence[RenderedExample], complain: Complain = refuse
+    ) -> list[TokenizedSample]:
+        """Tokenize a batch of examples.
 
         Args:
             complain: is told 'EmptyPrompt', naming the record.
@@ -94,24 +96,24 @@ class Texts:
             DataError: what ``complain`` raises.
             UserError: 'VocabularyMismatch' where a token is none of the model's.
         """
-        samples: list[Sample] = []
-        for draft, ids in zip(drafts, self._encode([d.prompt for d in drafts]), strict=True):
+        samples: list[TokenizedSample] = []
+        for example, ids in zip(examples, self._encode([d.prompt for d in examples]), strict=True):
             if len(ids) <= self._marks:
                 complain(
                     DataError(
-                        "EmptyPrompt", f"{draft.where}: its text has no token; correct the record"
+                        "EmptyPrompt", f"{example.where}: its text has no token; correct the record"
                     )
                 )
             else:
                 check_vocabulary(ids, self._vocabulary, self._model)
                 samples.append(
-                    LabelledText(draft, np.array(ids, np.int32), (), len(ids), self._marks_at_end)
+                    LabelledText(example, np.array(ids, np.int32), (), len(ids), self._marks_at_end)
                 )
         return samples
 
-    def placed(self, draft: Draft) -> list[Placed]:
+    def placed(self, example: RenderedExample) -> list[Placed]:
         """Where the tokens of the text stand; its label has none."""
-        begins = begins_of(self._tokenizer, draft.prompt)
+        begins = begins_of(self._tokenizer, example.prompt)
         return [Placed(self._marks - self._marks_at_end, begins)]
 
     def _encode(self, texts: list[str], *, marks: bool = True) -> list[list[int]]:

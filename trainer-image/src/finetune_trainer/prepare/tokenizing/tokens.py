@@ -1,15 +1,15 @@
-"""From drafts to samples: token ids, and which of them are learned.
+"""From examples to samples: token ids, and which of them are learned.
 
-Every part of a draft is tokenized by itself (``drafts`` says why). A later part is tokenized as
-text that goes on, not as text that begins: some tokenizers put a space before the beginning, which
-would stand in the middle of the sample.
+Every segment of an example is tokenized by itself (``examples`` says why). A later one is tokenized
+as text that goes on, not as text that begins: some tokenizers put a space before the beginning,
+which would stand in the middle of the sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal, NamedTuple, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from finetune_api.tasks import TaskName
 from finetune_trainer.failures import DataError, UserError
 from finetune_trainer.prepare.reading.faults import Complain, refuse
-from finetune_trainer.prepare.rendering.drafts import Draft, nothing_learned
+from finetune_trainer.prepare.rendering.examples import RenderedExample, nothing_learned
 
 Ids = npt.NDArray[np.int32]
 Span = tuple[int, int]
@@ -27,14 +27,16 @@ Cut = Literal["None", "Prompt", "Completion", "Text", "Dropped"]
 """What was cut off: nothing, the beginning of the prompt, also the end of the completion, the end
 of a text to classify, all."""
 
+CUTS: Final[tuple[Cut, ...]] = get_args(Cut)
+
 _PROBE: Final = "a b"
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """A tokenized draft."""
+class TokenizedSample:
+    """A tokenized example."""
 
-    draft: Draft
+    example: RenderedExample
     ids: Ids
     """Token ids, shape [tokens]."""
     spans: tuple[Span, ...]
@@ -50,7 +52,7 @@ class Sample:
         """Number of learned tokens."""
         return sum(end - start for start, end in self.spans)
 
-    def shortened(self, limit: int, bos: int | None) -> tuple[Sample, Cut]:
+    def shortened(self, limit: int, bos: int | None) -> tuple[TokenizedSample, Cut]:
         """In at most ``limit`` tokens, of which it has more.
 
         Cut is behind the beginning-of-sequence token, so that the model still sees one, and up to
@@ -74,33 +76,59 @@ class Sample:
         return replace(self, ids=ids, spans=spans, prompt_length=prompt, gaps=gaps), cut
 
 
+def fit(
+    sample: TokenizedSample, limit: int, policy: str, bos: int | None
+) -> tuple[TokenizedSample | None, Cut]:
+    """The sample in at most ``limit`` tokens (None: left out), and what that took. Documents that
+    are split (``documents``) have been before.
+
+    Raises:
+        DataError: 'Overlength' under policy Fail, naming record, length and limit.
+    """
+    length = len(sample.ids)
+    if length <= limit:
+        return sample, "None"
+    if policy == "Fail":
+        raise DataError(
+            "Overlength",
+            f"{sample.example.where}: {length} tokens, but training.maxLength is {limit}; shorten"
+            " the record, raise training.maxLength, or set data.quality.overlength to Split,"
+            " Truncate or Drop",
+        )
+    if policy == "Drop":
+        return None, "Dropped"
+    return sample.shortened(limit, bos)
+
+
 def _filled(*spans: Span) -> tuple[Span, ...]:
     return tuple((start, end) for start, end in spans if start < end)
 
 
 class Placed(NamedTuple):
-    """The tokens of a part of a draft."""
+    """The tokens of a part of an example."""
 
     first: int
-    """Position of the first of them among all tokens of the draft."""
+    """Position of the first of them among all tokens of the example."""
     begins: list[int]
     """Character of the part's text at which each begins."""
 
 
 class Tokenizing(Protocol):
-    """From drafts to samples, with a tokenizer."""
+    """From examples to samples, with a tokenizer."""
 
     bos_id: int | None
     """The token that samples begin with, if any."""
     longest: int | None
     """Most tokens of a sample by the tokenizer's own settings; None: no bound."""
 
-    def samples(self, drafts: Sequence[Draft], complain: Complain = refuse) -> list[Sample]:
-        """Tokenize a batch of drafts; faults of records are told to ``complain``."""
+    def samples(
+        self, examples: Sequence[RenderedExample], complain: Complain = refuse
+    ) -> list[TokenizedSample]:
+        """Tokenize a batch of examples; faults of records are told to ``complain``."""
 
-    def placed(self, draft: Draft) -> list[Placed]:
-        """Where the tokens of a draft's parts stand; parts at its end that have none (a label) are
-        left out."""
+    def placed(self, example: RenderedExample) -> list[Placed]:
+        """Where the tokens of an example's segments stand; segments at its end that have none (a
+        label) are left out."""
 
 
 class Tokens:
@@ -135,8 +163,10 @@ class Tokens:
         self.longest: int | None = None
         self._lead = self._lead_of_continuation()
 
-    def samples(self, drafts: Sequence[Draft], complain: Complain = refuse) -> list[Sample]:
-        """Tokenize a batch of drafts.
+    def samples(
+        self, examples: Sequence[RenderedExample], complain: Complain = refuse
+    ) -> list[TokenizedSample]:
+        """Tokenize a batch of examples.
 
         Args:
             complain: is told 'NothingSupervised' or 'EmptyPrompt', naming the record.
@@ -147,34 +177,34 @@ class Tokens:
         """
         texts = [
             self._lead + part.text if i else part.text
-            for draft in drafts
-            for i, part in enumerate(draft.parts)
+            for example in examples
+            for i, part in enumerate(example.segments)
         ]
         ids = iter(self._encode(texts))
         samples = []
-        for draft in drafts:
+        for example in examples:
             try:
-                samples.append(self._assemble(draft, ids))
+                samples.append(self._assemble(example, ids))
             except DataError as error:
                 complain(error)
         return samples
 
-    def placed(self, draft: Draft) -> list[Placed]:
-        """Where the tokens of a draft's parts stand."""
-        first = len(self.prefix) if draft.framed else 0
+    def placed(self, example: RenderedExample) -> list[Placed]:
+        """Where the tokens of an example's segments stand."""
+        first = len(self.prefix) if example.framed else 0
         found = []
-        for i, part in enumerate(draft.parts):
+        for i, part in enumerate(example.segments):
             lead = self._lead if i else ""
             begins = begins_of(self._tokenizer, lead + part.text)[1 if lead else 0 :]
             found.append(Placed(first, [max(0, begin - len(lead)) for begin in begins]))
             first += len(begins)
         return found
 
-    def _assemble(self, draft: Draft, encoded: Iterable[list[int]]) -> Sample:
-        ids = list(self.prefix) if draft.framed else []
+    def _assemble(self, example: RenderedExample, encoded: Iterable[list[int]]) -> TokenizedSample:
+        ids = list(self.prefix) if example.framed else []
         spans: list[Span] = []
         source = iter(encoded)
-        for i, part in enumerate(draft.parts):
+        for i, part in enumerate(example.segments):
             tokens = next(source)
             start = len(ids)
             ids += tokens[1:] if i and self._lead else tokens
@@ -182,19 +212,19 @@ class Tokens:
                 spans.append((start, len(ids)))
         start, end = spans[-1]
         if start == end:
-            raise nothing_learned(draft.where, "its completion has no token")
-        if draft.framed and not draft.goes_on:
+            raise nothing_learned(example.where, "its completion has no token")
+        if example.framed and not example.goes_on:
             ids.append(self.eos_id)
             spans[-1] = (start, end + 1)
-        if start == 0 and draft.prompt == "" and len(draft.parts) > 1:
+        if start == 0 and example.prompt == "" and len(example.segments) > 1:
             raise DataError(
                 "EmptyPrompt",
-                f"{draft.where}: the prompt is empty, and the tokenizer has no token that begins a"
-                " text, so nothing could be generated from; give a prompt, or use format Text",
+                f"{example.where}: the prompt is empty, and the tokenizer has no token that begins"
+                " a text, so nothing could be generated from; give a prompt, or use format Text",
             )
         check_vocabulary(ids, self._vocabulary, self._model)
         exact = tuple((max(1, start), end) for start, end in spans)
-        return Sample(draft, np.array(ids, np.int32), exact, start)
+        return TokenizedSample(example, np.array(ids, np.int32), exact, start)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         if self._fast is not None:

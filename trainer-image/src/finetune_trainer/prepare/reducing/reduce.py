@@ -1,7 +1,7 @@
-"""From the facts of all parts to index, report and manifest: the verdicts over the whole data.
+"""Reduce: from the sample statistics of all input splits to index, report and manifest.
 
-parts, in the order of the data ─(duplicates)→ indexes, counts → index, without what shares text
-with held-out samples
+    statistics, in the order of the data ─(duplicates)→ indexes, counts
+        → (contamination) → index, report → manifest
 
 Memory holds some rows, and what is remembered of every training sample where duplicates are looked
 for (see ``duplicates`` and ``nearduplicates``).
@@ -11,61 +11,66 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from finetune_api.sources import Data
 from finetune_trainer.failures import DataError
-from finetune_trainer.prepare.gathering.deduplicate import Deduplicator
-from finetune_trainer.prepare.gathering.heldout import compare
-from finetune_trainer.prepare.gathering.output import Output
-from finetune_trainer.prepare.gathering.report import SourceReport
-from finetune_trainer.prepare.meeting import Meeting
-from finetune_trainer.prepare.reading.parts import Part
+from finetune_trainer.prepare.mapping.map import RunPaths, compared_in_map
+from finetune_trainer.prepare.mapping.pool import Pool
+from finetune_trainer.prepare.reading.inputsplits import InputSplit
 from finetune_trainer.prepare.reading.sources import Source
+from finetune_trainer.prepare.reducing import contaminated
+from finetune_trainer.prepare.reducing.deduplicate import Deduplicator
+from finetune_trainer.prepare.reducing.output import Output
+from finetune_trainer.prepare.reducing.report import Contamination, SourceReport
 
 log = logging.getLogger(__name__)
 
 
-def gather(
+def reduce_splits(
     data: Data,
     sources: Sequence[Source],
-    parts: Sequence[Part],
-    meeting: Meeting,
-    output: Output,
-    scratch: Path,
-    *,
-    meanwhile: Callable[[], None],
+    splits: Sequence[InputSplit],
+    pool: Pool,
+    paths: RunPaths,
     decode: Callable[[Any], str],
-) -> None:
-    """Judge the samples of all parts as they are done, and fill the output.
+) -> Output:
+    """Judge the samples of all input splits.
 
     Args:
-        meanwhile: is called now and then while a part is waited for.
         decode: text of token ids.
 
     Raises:
         DataError: the first fault in the order of the data; 'EmptyDataSet' naming the set;
             'MostRecordsFaulty', 'TooManyDuplicates', 'Contaminated'.
     """
-    duplicates = Deduplicator(data.quality)
+    results, quality = paths.results, data.quality
+    results.check()
+    output = Output(paths.store, paths.uri, paths.digest, paths.scratch)
+    if compared_in_map(data):
+        output.contamination = Contamination(quality.contamination, 0)
+    duplicates = Deduplicator(quality)
     for number, source in enumerate(sources):
-        report = output.begin(source, data.quality.faulty_records)
-        for part in (p for p in parts if p.source == number):
-            said = meeting.wait(part, meanwhile)
-            output.begin_part(said)
-            duplicates.begin_part(said)
-            for facts in meeting.facts(part, scratch):
+        report = output.begin(source, quality.faulty_records)
+        for split in (s for s in splits if s.source == number):
+            summary = results.summary(split)
+            output.begin_split(summary)
+            duplicates.begin_split(summary)
+            for statistics in results.statistics(split, paths.scratch):
                 training = source.side == "train"
-                kept = duplicates.fresh(facts, report) if training else np.arange(len(facts))
-                output.add(facts, kept, said)
+                rows = np.arange(len(statistics))
+                kept = duplicates.fresh(statistics, report) if training else rows
+                output.add(statistics, kept, summary)
         _check_source(source, report, data)
     duplicates.check()
     if not output.samples("train"):
         raise _empty("train", _where_training_went(output))
-    compare(output, data.quality.contamination, decode, scratch)
+    if output.contamination is None and quality.contamination != "Ignore":
+        contaminated.compare(output, quality.contamination, pool, decode, paths.scratch)
+    contaminated.act(output)
+    return output
 
 
 def _check_source(source: Source, report: SourceReport, data: Data) -> None:

@@ -4,37 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from finetune_trainer.prepare.gathering.report import Rows
-from finetune_trainer.prepare.mapping.facts import Facts
+from finetune_trainer.prepare.mapping.statistics import SampleStatistics, ShardFile
+from finetune_trainer.prepare.reducing.report import Rows
 from finetune_trainer.prepared.manifest import DataFile
 from finetune_trainer.prepared.shards import INDEX_SCHEMA, index_name, shard_ids
 from finetune_trainer.prepared.split import Side
 from finetune_trainer.storage.objects import ObjectStore
 
-TOKENS: Final = 1 << 18
-"""Tokens that are handed out at once: what is computed of them is several times their size."""
-
 
 @dataclass(frozen=True)
-class IndexedSamples:
-    """The tokens of some indexed samples of a shard."""
+class IndexedShard:
+    """The indexed samples of a shard."""
 
+    path: Path
+    """The shard's file, which whoever asked for it removes."""
     set: int
     """Number of their set."""
     first: int
     """Position in the index of the first of them."""
-    ids: npt.NDArray[np.int32]
-    """Tokens of the shard's samples, one after the other, without those that are not indexed."""
-    starts: npt.NDArray[np.int32]
-    """Where each of these samples begins, and the end of the last."""
+    rows: Rows
+    """Their rows in the shard."""
+
+    def tokens(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Tokens of these samples, one after the other, and where each begins, with the end of the
+        last."""
+        return _only(self.rows, *shard_ids(self.path))
 
 
 class IndexWriter:
@@ -56,35 +57,49 @@ class IndexWriter:
         self._left_out: Rows = np.empty(0, np.int64)
         self._closed = False
         self._set = self._first_shard = 0
-        self.shards: list[DataFile] = []
+        self._ends: Rows = np.empty(0, np.int64)
+        self.shards: list[ShardFile] = []
         """Files of the samples, in the order of the index' column ``shard``."""
+
+    @property
+    def files(self) -> list[DataFile]:
+        """The shards, as the manifest has them."""
+        return [DataFile(name=f.name, bytes=f.bytes, sha256=f.sha256) for f in self.shards]
 
     def begin_set(self, number: int) -> None:
         """The rows that follow are of this set."""
         self._set = number
 
-    def begin_part(self, shards: Sequence[DataFile]) -> None:
-        """The rows that follow are of the part with these shards."""
+    def begin_split(self, shards: Sequence[ShardFile]) -> None:
+        """The rows that follow are of the input split with these shards."""
         self._first_shard = len(self.shards)
+        self._ends = np.cumsum([0, *(file.samples for file in shards)])
         self.shards += shards
 
-    def add(self, facts: Facts, rows: Rows) -> None:
-        """Append samples: those rows of a part's facts."""
+    def add(self, statistics: SampleStatistics, rows: Rows, numbers: Rows) -> None:
+        """Append samples.
+
+        Args:
+            statistics: of some samples of the split.
+            rows: which of them.
+            numbers: the number of each among the samples that the split has for this side.
+        """
+        shard = np.searchsorted(self._ends, numbers, side="right") - 1
         columns: dict[str, Any] = {
             "set": np.full(len(rows), self._set),
-            "length": facts.numbers("length")[rows],
-            "supervised": facts.numbers("supervised")[rows],
-            "shard": facts.numbers("shard")[rows] + self._first_shard,
-            "row": facts.numbers("row")[rows],
+            "length": statistics.numbers("length")[rows],
+            "supervised": statistics.numbers("supervised")[rows],
+            "shard": shard + self._first_shard,
+            "row": numbers - self._ends[shard],
         }
         arrays = [pa.array(columns[f.name], f.type) for f in INDEX_SCHEMA]
         self._index.write_batch(pa.record_batch(arrays, schema=INDEX_SCHEMA))
         with self._places.open("a", encoding="utf-8", newline="\n") as file:
-            places = facts.texts("where", rows)
+            places = statistics.texts("where", rows)
             file.writelines(place.replace("\n", " ") + "\n" for place in places)
 
     def leave_out(self, positions: Rows) -> tuple[Rows, Rows]:
-        """The index is to go without the samples at these positions, too.
+        """Exclude the samples at these positions from the index.
 
         Returns:
             Length and learned tokens of each.
@@ -94,24 +109,19 @@ class IndexWriter:
         length, supervised = (rows[c].to_numpy()[positions] for c in ("length", "supervised"))
         return length, supervised
 
-    def samples(self) -> Iterator[IndexedSamples]:
-        """All indexed samples, about ``TOKENS`` at a time, read back from storage by shard."""
+    def indexed_shards(self) -> Iterator[IndexedShard]:
+        """The shards that hold indexed samples, read back from storage in the index' order."""
         table = self._read()
         if not len(table):
             return
         shard, row, number = (table[c].to_numpy() for c in ("shard", "row", "set"))
         bounds = np.searchsorted(shard, np.arange(len(self.shards) + 1))
-        path = self._scratch / "read.arrow"
         for i, file in enumerate(self.shards):
             first, end = int(bounds[i]), int(bounds[i + 1])
-            if first == end:
-                continue
-            self._store.download(f"{self._uri}/{file.name}", path)
-            ids, starts = _only(row[first:end], *shard_ids(path))
-            path.unlink()
-            edges = np.searchsorted(starts, np.arange(0, starts[-1], TOKENS)).tolist()
-            for a, b in pairwise(dict.fromkeys([*edges, len(starts) - 1])):
-                yield IndexedSamples(int(number[first]), first + a, ids, starts[a : b + 1])
+            if first < end:
+                path = self._scratch / f"read-{i}.arrow"
+                self._store.download(f"{self._uri}/{file.name}", path)
+                yield IndexedShard(path, int(number[first]), first, row[first:end])
 
     def places(self, positions: Collection[int]) -> dict[int, str]:
         """Object and line of the samples at some positions."""
@@ -144,7 +154,7 @@ class IndexWriter:
 
 
 def _only(
-    rows: npt.NDArray[np.uint32], ids: npt.NDArray[np.int32], starts: npt.NDArray[np.int32]
+    rows: Rows, ids: npt.NDArray[np.int32], starts: npt.NDArray[np.int32]
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """Tokens and starts of some of the samples of a shard."""
     lengths = np.diff(starts)

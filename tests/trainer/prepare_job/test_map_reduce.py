@@ -1,4 +1,4 @@
-"""Prepare with several workers: the same bytes at any number of them, the first fault of the data,
+"""Map and reduce: the same bytes at any number of pods and processes, the first fault of the data,
 and nothing done twice."""
 
 from __future__ import annotations
@@ -7,35 +7,41 @@ import gzip
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import random
-import threading
+import signal
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune_api.names import ENV_PVC_ROOT
 from finetune_api.order import RunOrder
 from finetune_api.results import PreparedSummary
-from finetune_trainer.failures import DataError, StorageUnavailable
-from finetune_trainer.prepare import meeting
-from finetune_trainer.prepare.gathering import indexes
-from finetune_trainer.prepare.mapping import facts, writer
-from finetune_trainer.prepare.mapping.facts import PartSummary
-from finetune_trainer.prepare.mapping.mapper import Mapper
-from finetune_trainer.prepare.mapping.reader import Reading, Say
-from finetune_trainer.prepare.meeting import Meeting
-from finetune_trainer.prepare.pipeline import prepare
-from finetune_trainer.prepare.reading import parts
+from finetune_trainer.failures import (
+    DataError,
+    NodeFailure,
+    OutOfMemory,
+    StorageUnavailable,
+    TrainerError,
+)
+from finetune_trainer.prepare.mapping import map as map_module
+from finetune_trainer.prepare.mapping import pool, reader, writer
+from finetune_trainer.prepare.mapping.reader import Batch, Reader, Reading, Say
+from finetune_trainer.prepare.pipeline import Step, prepare
+from finetune_trainer.prepare.reading import inputsplits
+from finetune_trainer.prepare.reading.inputsplits import ByteRange, InputSplit, deal
 from finetune_trainer.prepare.reading.lines import count_lines, lines_between
-from finetune_trainer.prepare.reading.parts import Part, Piece, deal
 from finetune_trainer.prepare.reading.sources import DataObject
+from finetune_trainer.prepare.reducing import reduce as reduce_module
+from finetune_trainer.prepared import shards
 from finetune_trainer.prepared.shards import PreparedData
 from finetune_trainer.prepared.split import SIDES
 from finetune_trainer.storage.objects import ObjectStore
@@ -43,12 +49,11 @@ from trainer.prepare_helpers import OneStore, lines, pairs
 
 
 @pytest.fixture(autouse=True)
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "PART_BYTES", 1500)
+def small_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputsplits, "SPLIT_BYTES", 1500)
     monkeypatch.setattr(writer, "SHARD_TOKENS", 300)
-    monkeypatch.setattr(facts, "ROWS", 7)
-    monkeypatch.setattr(indexes, "TOKENS", 50)
-    monkeypatch.setattr(meeting, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(reader, "BATCH_RECORDS", 7)
+    monkeypatch.setattr(shards, "PIECE_TOKENS", 50)
 
 
 @dataclass
@@ -70,14 +75,26 @@ class Workshop:
             **spec,
         )  # fmt: skip
 
-    def work(self, order: RunOrder, worker: int, say: Say | None = None) -> PreparedSummary | None:
-        return prepare(order, OneStore(order, self.store), next(self.scratch), say, worker)
+    def work(
+        self, order: RunOrder, step: Step, worker: int = 0, say: Say | None = None,
+        processes: int | None = None,
+    ) -> PreparedSummary | None:  # fmt: skip
+        stores = OneStore(order, self.store)
+        return prepare(
+            order, stores, next(self.scratch), say, step=step, worker=worker, processes=processes
+        )
 
-    def prepare(self, order: RunOrder) -> PreparedSummary:
-        """All workers, the first last."""
-        for worker in range(order.spec.prepare.workers - 1, 0, -1):
-            assert self.work(order, worker) is None
-        summary = self.work(order, 0)
+    def prepare(
+        self, order: RunOrder, processes: int | None = None, say: Say | None = None
+    ) -> PreparedSummary:
+        """As pods do: several that map, the first last, and one that reduces; or one alone."""
+        workers = order.spec.prepare.workers
+        for worker in range(workers - 1, -1, -1) if workers > 1 else ():
+            told = say if worker == 0 else None
+            assert self.work(order, "Map", worker, told, processes) is None
+        summary = self.work(
+            order, "Reduce" if workers > 1 else "All", 0, say if workers == 1 else None, processes
+        )
         assert summary is not None
         return summary
 
@@ -87,8 +104,8 @@ class Workshop:
     def clear(self) -> None:
         self.store.delete([o.uri for o in self.store.list(f"{self.root}/out/")])
 
-    def parts_left(self, order: RunOrder) -> list[str]:
-        return [o.uri for o in self.store.list(f"{order.run_uri}/parts/")]
+    def results_left(self, order: RunOrder) -> list[str]:
+        return [o.uri for o in self.store.list(f"{order.run_uri}/splits/")]
 
     def samples(self, summary: PreparedSummary) -> dict[str, list[Any]]:
         """Every sample by side, in order: set, tokens and what is learned."""
@@ -162,52 +179,128 @@ ALL_DROP = {"faultyRecords": "Drop", "contamination": "Drop", "overlength": "Dro
 
 
 @pytest.mark.parametrize(
-    ("numbers", "seed", "quality"),
+    ("runs", "seed", "quality"),
     [
-        ((1, 2, 3, 4), 1, ALL_DROP),
-        ((1, 3), 2, {}),
-        ((1, 4), 3, {"deduplicate": False, "contamination": "Drop"}),
+        (((1, 1), (1, 3), (2, 1), (4, 1)), 1, ALL_DROP),
+        (((1, 1), (3, 2)), 2, {}),
+        (((1, 1), (1, 2), (4, 1)), 3, {"deduplicate": False, "contamination": "Drop"}),
     ],
 )
-def test_any_number_of_workers_writes_the_same_bytes(
-    at: Workshop, numbers: tuple[int, ...], seed: int, quality: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("validation", ["0.2", "0"])
+def test_any_number_of_pods_and_processes_writes_the_same_bytes(
+    at: Workshop, runs: tuple[tuple[int, int], ...], seed: int, quality: dict[str, Any],
+    validation: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     data = data_of(at, seed, **quality)
+    data["split"] = {"validation": validation}
     short = {"training": {"maxLength": 128}}
     written, summaries = [], []
-    for workers in numbers:
-        order = at.order(data, workers, **short)
-        summaries.append(at.prepare(order))
+    for pods, processes in runs:
+        order = at.order(data, pods, **short)
+        summaries.append(at.prepare(order, processes))
         written.append(at.files(f"{summaries[-1].uri}/"))
-        assert at.parts_left(order) == []
+        assert at.results_left(order) == []
         last = at.samples(summaries[-1])
         at.clear()
     assert all(files == written[0] for files in written[1:])
     assert all(summary == summaries[0] for summary in summaries[1:])
-    assert len(last["train"]) > 20 and last["validation"] and last["test"]
+    assert len(last["train"]) > 20 and last["test"]
+    assert bool(last["validation"]) == (validation != "0")
     assert len(summaries[0].dropped) >= (6 if quality is ALL_DROP else 1)
 
-    monkeypatch.setattr(parts, "PART_BYTES", 1 << 30)
+    monkeypatch.setattr(inputsplits, "SPLIT_BYTES", 1 << 30)
     whole = at.prepare(at.order(data, 1, **short))
     assert at.samples(whole) == last, "where the cuts fall changes no sample"
     assert whole.dropped == summaries[0].dropped
 
 
-def test_workers_at_once(at: Workshop) -> None:
-    order = at.order(data_of(at, 5), 3)
-    said: list[PreparedSummary | None] = []
-    threads = [
-        threading.Thread(target=lambda w=w: said.append(at.work(order, w))) for w in range(3)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    (summary,) = [s for s in said if s is not None]
-    assert len(said) == 3 and not summary.reused and at.samples(summary)["train"]
-    again = [at.work(order, worker) for worker in (1, 0)]
-    assert again[0] is None and again[1] is not None and again[1].reused
+def test_map_and_the_shards_find_the_same_contamination(
+    at: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = data_of(at, 4, contamination="Drop")
+    data["split"] = {"validation": "0"}
+    found = []
+    for in_map in (True, False):
+        if not in_map:
+            monkeypatch.setattr(map_module, "compared_in_map", lambda data: False)
+            monkeypatch.setattr(reduce_module, "compared_in_map", lambda data: False)
+        summary = at.prepare(at.order(data, 1))
+        report = json.loads(at.store.get(f"{summary.uri}/report.json"))
+        found.append((report["contamination"], at.samples(summary), summary.dropped))
+        at.clear()
+    assert found[0] == found[1] and found[0][2]["Contaminated"] >= 2
+    assert found[0][0]["comparedSamples"] == found[0][0]["heldOutSamples"] == 11
+
+
+def test_data_that_is_there_is_used_again(at: Workshop) -> None:
+    order = at.order(data_of(at, 5), 2)
+    assert not at.prepare(order).reused
+    assert at.work(order, "Map", 1) is None
+    again = at.work(order, "Reduce")
+    assert again is not None and again.reused and at.results_left(order) == []
+
+
+@given(data=st.data())
+@settings(
+    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_pods_that_die_and_come_again_in_any_order_change_nothing(
+    at: Workshop, data: st.DataObject
+) -> None:
+    """Each pod is ended in the middle of its reading, some times, before it ends by itself."""
+    made = data_of(at, 6, **ALL_DROP)
+    expected = at.files(f"{at.prepare(at.order(made, 1)).uri}/")
+    at.clear()
+    pods = data.draw(st.integers(2, 3))
+    order = at.order(made, pods)
+    ends = data.draw(st.lists(st.tuples(st.integers(0, pods - 1), st.integers(1, 6)), max_size=4))
+    for pod, batches in ends:
+        with suppress(StorageUnavailable):
+            at.work(order, "Map", pod, ending_after(batches))
+    for pod in data.draw(st.permutations(range(pods))):
+        at.work(order, "Map", pod)
+    summary = at.work(order, "Reduce")
+    assert summary is not None
+    assert at.files(f"{summary.uri}/") == expected
+    at.clear()
+
+
+def ending_after(batches: int) -> Say:
+    """Ends a pod behind so many batches, for its storage."""
+    left = iter(range(batches))
+
+    def say(reading: Reading) -> None:
+        if next(left, None) is None:
+            raise StorageUnavailable("StorageUnreachable", "gone")
+
+    return say
+
+
+# --- a process of the pool is killed -------------------------------------------------------------
+
+
+def kill_one_process(reading: Reading) -> None:
+    """Kills a process of the pool, as the kernel does for want of memory."""
+    pool = [p for p in multiprocessing.active_children() if p.pid is not None]
+    os.kill(pool[0].pid or 0, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("kills", "kind", "reason"),
+    [(1, OutOfMemory, "ProcessKilled"), (0, NodeFailure, "ProcessLost")],
+)
+def test_a_killed_process_is_a_named_failure_and_the_next_try_goes_on(
+    at: Workshop, kills: int, kind: type[TrainerError], reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    data = {"train": [{"source": at.put("m/0.jsonl", lines(*pairs(300)))}]}
+    order = at.order(data, 1)
+    counts = iter([0, kills])
+    with monkeypatch.context() as patch, pytest.raises(kind) as caught:
+        patch.setattr(pool, "count_oom_kills", lambda: next(counts))
+        at.work(order, "All", 0, kill_one_process, processes=2)
+    assert isinstance(caught.value, TrainerError) and caught.value.reason == reason
+    assert at.prepare(order).train_samples > 200
 
 
 # --- faults --------------------------------------------------------------------------------------
@@ -229,17 +322,62 @@ def test_the_first_fault_of_the_data_wins_with_its_line(at: Workshop, workers: i
         at.prepare(order)
     assert caught.value.reason == "MalformedRecord"
     assert f"{at.root}/f/0.jsonl, line 41, column 21" in caught.value.message
-    assert at.parts_left(order) == []
+    assert at.results_left(order) == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    itertools.permutations(
+        [
+            b'{"prompt": "x", oops}\n',
+            lines({"prompt": "x"}),
+            lines({"prompt": "a@example.org", "completion": "x"}),
+            lines({"prompt": "word " * 200, "completion": "x"}),
+        ],
+        2,
+    ),
+)
+def test_of_two_faults_of_a_batch_the_first_in_the_data_wins(
+    at: Workshop, first: bytes, second: bytes
+) -> None:
+    """Whichever step of the way meets it."""
+    data = lines(*pairs(1)) + first + second
+    quality = {"personalData": "Fail", "overlength": "Fail"}
+    source = {"train": [{"source": at.put("n/0.jsonl", data)}], "quality": quality}
+    with pytest.raises(DataError, match=r"n/0\.jsonl, line 2"):
+        at.prepare(at.order(source, 1, training={"maxLength": 64}))
+
+
+def test_a_fault_of_a_held_out_set_comes_before_those_of_training_sets(at: Workshop) -> None:
+    held = at.put("o/held.jsonl", lines(*pairs(3)) + b"oops\n")
+    data = {**faulty(at), "test": [{"source": held}]}
+    for pods in (1, 2):
+        with pytest.raises(DataError, match=r"o/held\.jsonl, line 4"):
+            at.prepare(at.order(data, pods))
+
+
+def test_an_object_that_breaks_off_is_behind_the_records_before(at: Workshop) -> None:
+    """The fault of a record of a broken array is raised, not that of the array."""
+    broken = b'[{"prompt": "a", "completion": "b"}, 7, {"prompt": "c", "completion": "d"}'
+    uri = at.put("p/0.json", broken)
+    with pytest.raises(DataError, match="record 2"):
+        at.prepare(at.order({"train": [{"source": uri}]}, 1))
+    quality = {"faultyRecords": "Drop"}
+    with pytest.raises(DataError) as caught:
+        at.prepare(at.order({"train": [{"source": uri}], "quality": quality}, 1))
+    assert caught.value.reason == "MalformedObject"
 
 
 def test_nobody_goes_on_behind_a_fault(at: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     mapped = watch(monkeypatch)
     order = at.order(faulty(at), 2)
-    at.work(order, 1)
-    assert mapped == [1], "its parts are 1, with the fault, and 3"
+    at.work(order, "Map", 1)
+    assert mapped == [1], "its splits are 1, with the fault, and 3"
+    at.work(order, "Map", 0)
+    assert mapped == [1, 0], "splits 2 and 4 cannot hold the first fault"
     with pytest.raises(DataError, match="line 41"):
-        at.work(order, 0)
-    assert mapped == [1, 0], "parts 2 and 4 cannot hold the first fault"
+        at.work(order, "Reduce")
+    assert mapped == [1, 0]
 
 
 def test_faulty_records_are_shown_with_their_lines(at: Workshop) -> None:
@@ -252,24 +390,15 @@ def test_faulty_records_are_shown_with_their_lines(at: Workshop) -> None:
     assert shown == [f"{at.root}/f/0.jsonl, line {number}" for number in (41, 91)]
 
 
-def test_data_that_changes_between_workers_is_refused(
-    at: Workshop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(meeting, "CHECK_SECONDS", 0.0)
-    order = at.order({"train": [{"source": f"{at.root}/g/"}]}, 2)
+def test_data_that_changes_between_map_and_reduce_is_refused(at: Workshop) -> None:
+    data = {"train": [{"source": f"{at.root}/g/"}]}
     at.put("g/0.jsonl", lines(*pairs(60)))
-    at.work(order, 1)
+    order = at.order(data, 2)
+    for worker in range(2):
+        at.work(order, "Map", worker)
     at.put("g/1.jsonl", lines(*pairs(60, 60)))
-    changed = at.order({"train": [{"source": f"{at.root}/g/"}]}, 2)
-    waiting = Meeting.wait
-
-    def put_and_wait(self: Meeting, part: Part, meanwhile: Callable[[], None]) -> PartSummary:
-        at.put("g/2.jsonl", lines(*pairs(3, 200)))
-        return waiting(self, part, meanwhile)
-
-    monkeypatch.setattr(Meeting, "wait", put_and_wait)
-    with pytest.raises(DataError) as caught:
-        at.work(changed, 0)
+    with pytest.raises(DataError, match=r"/g/: .*rerunToken") as caught:
+        at.work(order, "Reduce")
     assert caught.value.reason == "ObjectChanged"
 
 
@@ -312,26 +441,23 @@ def test_files_that_change_behind_their_last_record_are_refused(
     path.write_bytes(lines(*pairs(60, 10)))
     os.utime(path, (10**9, 10**9))
     order = at.order({"train": [{"source": "pvc://notes/data/"}]}, workers)
-    for worker in range(1, workers):
-        at.work(order, worker)
     with pytest.raises(DataError, match=r"pvc://notes/data/[01]\.jsonl: .*rerunToken") as caught:
-        at.work(order, 0, behind_all(lambda: change(path)))
+        at.prepare(order, say=behind_all(lambda: change(path)))
     assert caught.value.reason == "ObjectChanged"
     assert not [o.uri for o in at.store.list(f"{at.root}/out/") if o.uri.endswith("manifest.json")]
-    assert at.parts_left(order) == []
 
 
 def test_what_one_worker_did_not_list_takes_no_part(at: Workshop) -> None:
     uri = at.put("g/0.jsonl", lines(*pairs(60)))
     order = at.order({"train": [{"source": uri.removesuffix("0.jsonl")}]}, 1)
-    at.work(order, 0, behind_all(lambda: at.put("g/1.jsonl", lines(*pairs(3, 200)))))
-    assert at.parts_left(order) == []
+    at.prepare(order, say=behind_all(lambda: at.put("g/1.jsonl", lines(*pairs(3, 200)))))
+    assert at.results_left(order) == []
 
 
 def test_an_object_that_is_replaced_behind_its_last_record_is_refused(at: Workshop) -> None:
     order = at.order({"train": [{"source": at.put("k/0.jsonl", lines(*pairs(60)))}]}, 1)
     with pytest.raises(DataError, match=r"k/0\.jsonl: .*rerunToken") as caught:
-        at.work(order, 0, behind_all(lambda: at.put("k/0.jsonl", lines(*pairs(60, 1)))))
+        at.prepare(order, say=behind_all(lambda: at.put("k/0.jsonl", lines(*pairs(60, 1)))))
     assert caught.value.reason == "ObjectChanged"
 
 
@@ -339,18 +465,18 @@ def test_an_object_that_is_replaced_behind_its_last_record_is_refused(at: Worksh
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> list[int]:
-    """Numbers of the parts that are mapped; one of them fails for its storage, once."""
+    """Numbers of the input splits that are mapped; one of them fails for its storage, once."""
     mapped: list[int] = []
-    mapping = Mapper.map
+    reading = Reader.read
 
-    def spied(self: Mapper, part: Part, source: Any) -> Any:
-        if part.number == fail_at and fail_at not in mapped:
-            mapped.append(part.number)
+    def spied(self: Reader, split: InputSplit) -> Iterator[Batch]:
+        if split.number == fail_at and fail_at not in mapped:
+            mapped.append(split.number)
             raise StorageUnavailable("StorageUnreachable", "gone")
-        mapped.append(part.number)
-        return mapping(self, part, source)
+        mapped.append(split.number)
+        return reading(self, split)
 
-    monkeypatch.setattr(Mapper, "map", spied)
+    monkeypatch.setattr(Reader, "read", spied)
     return mapped
 
 
@@ -366,23 +492,23 @@ def test_a_worker_that_is_started_again_goes_on(
     with pytest.raises(StorageUnavailable):
         at.prepare(order)
     summary = at.prepare(order)
-    assert sorted(mapped) == [0, 1, 2, 3, 3, 4], "part 3 twice, all others once"
+    assert sorted(mapped) == [0, 1, 2, 3, 3, 4], "split 3 twice, all others once"
     assert at.files(f"{summary.uri}/") == expected
 
 
-def test_an_array_is_one_part(at: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_array_is_one_split(at: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = at.put("l/0.json", json.dumps(pairs(115)).encode())
     mapped = watch(monkeypatch)
     summary = at.prepare(at.order({"train": [{"source": uri}]}, 2))
     assert mapped == [0] and summary.train_samples > 100
 
 
-def test_a_part_whose_shards_are_gone_is_mapped_again(
+def test_a_split_whose_shards_are_gone_is_mapped_again(
     at: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = {"train": [{"source": at.put("i/0.jsonl", lines(*pairs(115)))}]}
     order = at.order(data, 2)
-    at.work(order, 1)
+    at.work(order, "Map", 1)
     gone = next(o.uri for o in at.store.list(f"{at.root}/out/") if "-00003-" in o.uri)
     at.store.delete([gone])
     mapped = watch(monkeypatch)
@@ -409,13 +535,13 @@ def test_ranges_hold_every_line_once(body: list[bytes], ended: bool, cuts: list[
     assert found == expected
 
 
-def part_of(number: int, size: int) -> Part:
-    return Part(number, 0, (Piece(DataObject("s3://b/x", size, "", Path()), 0, size),))
+def split_of(number: int, size: int) -> InputSplit:
+    return InputSplit(number, 0, (ByteRange(DataObject("s3://b/x", size, "", Path()), 0, size),))
 
 
 @given(st.lists(st.integers(0, 2000), max_size=40), st.integers(1, 8))
-def test_parts_are_dealt_once_and_evenly(sizes: list[int], workers: int) -> None:
-    made = [part_of(i, size) for i, size in enumerate(sizes)]
+def test_splits_are_dealt_once_and_evenly(sizes: list[int], workers: int) -> None:
+    made = [split_of(i, size) for i, size in enumerate(sizes)]
     hands = deal(made, workers)
     assert len(hands) == workers
     assert sorted(p.number for hand in hands for p in hand) == list(range(len(sizes)))
@@ -424,6 +550,6 @@ def test_parts_are_dealt_once_and_evenly(sizes: list[int], workers: int) -> None
     assert max(loads) - min(loads) <= max(sizes, default=0)
 
 
-def test_equal_parts_are_dealt_in_turn() -> None:
-    hands = deal([part_of(i, 64) for i in range(7)], 3)
+def test_equal_splits_are_dealt_in_turn() -> None:
+    hands = deal([split_of(i, 64) for i in range(7)], 3)
     assert [[p.number for p in hand] for hand in hands] == [[0, 3, 6], [1, 4], [2, 5]]

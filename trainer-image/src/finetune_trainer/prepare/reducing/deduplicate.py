@@ -9,10 +9,10 @@ import numpy.typing as npt
 
 from finetune_api.sources import Quality
 from finetune_trainer.failures import DataError
-from finetune_trainer.prepare.gathering.report import SourceReport
-from finetune_trainer.prepare.mapping.facts import Facts, PartSummary
+from finetune_trainer.prepare.mapping.statistics import SampleStatistics, SplitSummary
 from finetune_trainer.prepare.quality.duplicates import Seen
 from finetune_trainer.prepare.quality.nearduplicates import SeenAlike
+from finetune_trainer.prepare.reducing.report import SourceReport
 
 Rows = npt.NDArray[np.int64]
 
@@ -26,36 +26,37 @@ class Deduplicator:
         drop_near = quality.near_duplicates == "Drop"
         self._near = SeenAlike(float(quality.near_duplicate_similarity)) if drop_near else None
         self._last = ("", False)
-        self._drafts = 0
+        self._examples = 0
         self._dropped = 0
 
-    def begin_part(self, part: PartSummary) -> None:
-        """Count what the part's worker saw, and left out, already."""
+    def begin_split(self, summary: SplitSummary) -> None:
+        """The samples that follow are of this input split."""
         self._last = ("", False)
-        self._drafts += part.training_drafts
-        self._dropped += part.duplicates
+        self._examples += summary.training_examples
 
-    def fresh(self, facts: Facts, report: SourceReport) -> Rows:
+    def fresh(self, statistics: SampleStatistics, report: SourceReport) -> Rows:
         """The rows that did not occur before; the others are counted in the report."""
-        kept = np.arange(len(facts))
+        kept = np.arange(len(statistics))
         if self._exact is not None:
-            known = np.array(self._exact.add(facts.digests()), np.bool_)
+            known = np.array(self._exact.add(statistics.digests()), np.bool_)
             report.duplicates += int(known.sum())
             kept = kept[~known]
         if self._near is not None:
-            alike = self._alike(self._near, facts, kept)
+            alike = self._alike(self._near, statistics, kept)
             report.near_duplicates += int(alike.sum())
             kept = kept[~alike]
-        self._dropped += len(facts) - len(kept)
+        self._dropped += len(statistics) - len(kept)
         return kept
 
-    def _alike(self, near: SeenAlike, facts: Facts, rows: Rows) -> npt.NDArray[np.bool_]:
+    def _alike(
+        self, near: SeenAlike, statistics: SampleStatistics, rows: Rows
+    ) -> npt.NDArray[np.bool_]:
         """True at those of some rows whose record is like an earlier one. The samples of one record
         follow one another and share its words, so they are judged by the first of them, which
         earlier rows may hold."""
-        places = [self._last[0], *facts.texts("where", rows)]
+        places = [self._last[0], *statistics.texts("where", rows)]
         begins = np.array([place != before for before, place in pairwise(places)], np.bool_)
-        verdicts = [self._last[1], *near.add(facts.fingerprints()[rows[begins]])]
+        verdicts = [self._last[1], *near.add(statistics.fingerprints()[rows[begins]])]
         self._last = (places[-1], verdicts[-1])
         return np.array(verdicts, np.bool_)[np.cumsum(begins)]
 
@@ -66,10 +67,10 @@ class Deduplicator:
             DataError: 'TooManyDuplicates' where more than ``data.quality.maxDuplicateFraction``
                 of it was left out.
         """
-        if self._most is not None and self._dropped > float(self._most) * self._drafts:
+        if self._most is not None and self._dropped > float(self._most) * self._examples:
             raise DataError(
                 "TooManyDuplicates",
-                f"{self._dropped} of {self._drafts} training samples"
-                f" ({self._dropped / self._drafts:.1%}) are duplicates of others, more than"
+                f"{self._dropped} of {self._examples} training samples"
+                f" ({self._dropped / self._examples:.1%}) are duplicates of others, more than"
                 f" data.quality.maxDuplicateFraction {self._most}; correct the data, or raise it",
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,8 +14,7 @@ import numpy.typing as npt
 
 from finetune_api.sources import Format
 from finetune_trainer.failures import DataError
-from finetune_trainer.prepare.mapping.facts import Facts, PartSummary, Preview
-from finetune_trainer.prepare.mapping.languages import Languages
+from finetune_trainer.prepare.mapping.statistics import Preview, SampleStatistics, SplitSummary
 from finetune_trainer.prepare.quality.contamination import NGRAM
 from finetune_trainer.prepare.reading.faults import Faults
 from finetune_trainer.prepare.tokenizing.tokens import Cut
@@ -31,7 +31,7 @@ BINS: Final = 24
 """Most bins of a histogram."""
 
 Rows = npt.NDArray[Any]
-"""Rows of facts, positions in an index or values of them: whole numbers."""
+"""Rows of statistics, positions in an index or values of them: whole numbers."""
 
 _PERCENTILES: Final = (0, 10, 50, 90, 99, 100)
 
@@ -75,31 +75,31 @@ class SideReport:
     personal: dict[str, Found] = field(default_factory=dict)
     previews: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, facts: Facts, rows: Rows) -> None:
+    def add(self, statistics: SampleStatistics, rows: Rows) -> None:
         """Count samples."""
-        length = facts.numbers("length")[rows]
+        length = statistics.numbers("length")[rows]
         self.samples += len(rows)
         self.tokens += int(length.sum())
-        self.supervised += int(facts.numbers("supervised")[rows].sum())
-        longest = int(facts.numbers("completion")[rows].max(initial=0))
+        self.supervised += int(statistics.numbers("supervised")[rows].sum())
+        longest = int(statistics.numbers("completion")[rows].max(initial=0))
         self.longest_completion = max(self.longest_completion, longest)
         self.lengths.update(_counted(length))
-        self._add_labels(facts, facts.having("label", rows))
-        personal = facts.having("personal", rows)
-        texts = (facts.texts(name, personal) for name in ("where", "personal"))
+        self._add_labels(statistics, statistics.having("label", rows))
+        personal = statistics.having("personal", rows)
+        texts = (statistics.texts(name, personal) for name in ("where", "personal"))
         for where, found in zip(*texts, strict=True):
             for kind, count in json.loads(found).items():
                 self.personal.setdefault(kind, Found()).add(where, count)
 
-    def _add_labels(self, facts: Facts, rows: Rows) -> None:
-        labels = facts.texts("label", rows)
+    def _add_labels(self, statistics: SampleStatistics, rows: Rows) -> None:
+        labels = statistics.texts("label", rows)
         self.labels.update(labels)
         fresh = {label: labels.index(label) for label in set(labels) - self.label_places.keys()}
-        places = facts.texts("where", rows[list(fresh.values())]) if fresh else []
+        places = statistics.texts("where", rows[list(fresh.values())]) if fresh else []
         self.label_places.update(zip(fresh, places, strict=True))
 
     def show(self, offered: Iterable[Preview], samples: Rows) -> None:
-        """Keep the first samples to look at, of those of a part that were added."""
+        """Keep the first samples to look at, of those of an input split that were added."""
         shown = (p.shown for p in offered if len(self.previews) < PREVIEWS and p.sample in samples)
         self.previews.extend(shown)
 
@@ -141,19 +141,19 @@ class SourceReport:
     overlength: int = 0
     split: int = 0
     contaminated: int = 0
-    languages: Languages = field(default_factory=Languages)
+    languages: Counter[str] = field(default_factory=Counter)
+    """Records that were looked at, by language (ISO 639 code)."""
     cuts: Counter[Cut] = field(default_factory=Counter)
     sides: dict[Side, SideReport] = field(default_factory=dict)
 
-    def merge(self, part: PartSummary) -> None:
-        """Count what was read for a part, and what its worker left out."""
-        self.format = self.format or part.format
-        self.records += part.records
-        self.duplicates += part.duplicates
-        self.overlength += part.overlength
-        self.split += part.split
-        self.faults.merge(part.reasons, [DataError(f.reason, f.message) for f in part.faults])
-        self.languages.counts.update(part.languages)
+    def merge(self, split: SplitSummary) -> None:
+        """Count what was read for an input split, and what map left out."""
+        self.format = self.format or split.format
+        self.records += split.records
+        self.overlength += split.overlength
+        self.split += split.split
+        self.faults.merge(split.reasons, [DataError(f.reason, f.message) for f in split.faults])
+        self.languages.update(split.languages)
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -175,7 +175,7 @@ class SourceReport:
             "records": self.records,
             "dropped": self.dropped,
             "faults": self.faults.to_json(),
-            "languages": self.languages.to_json(),
+            "languages": shares(self.languages),
             "documentsSplit": self.split,
             "truncated": {
                 "promptBeginning": self.cuts["Prompt"],
@@ -190,22 +190,36 @@ class SourceReport:
 class Contamination:
     """Training samples that share text with held-out ones."""
 
-    held_out: int
-    """Held-out samples."""
+    policy: str
     compared: int
     """Held-out samples that were compared."""
-    policy: str
-    sets: dict[int, Rows] = field(default_factory=dict)
-    """Positions in the training index, by the number of the set."""
+    sets: dict[int, array[int]] = field(default_factory=dict)
+    """Positions in the training index, ascending, by the number of the set."""
     examples: dict[int, str] = field(default_factory=dict)
     """Shared text of the first few of each set, by position."""
     places: dict[int, str] = field(default_factory=dict)
     """Object and line of these."""
 
-    def to_json(self, names: Mapping[int, str]) -> dict[str, Any]:
+    def enough(self, number: int) -> bool:
+        """Whether a set has all the examples that are shown."""
+        return len(self.sets.get(number, ())) >= PLACES
+
+    def add(self, number: int, position: int, shared: str) -> None:
+        """A sample of a set, at a position of the index behind those added before."""
+        if not self.enough(number):
+            self.examples[position] = shared
+        self.sets.setdefault(number, array("q")).append(position)
+
+    def to_json(self, names: Mapping[int, str], held_out: int) -> dict[str, Any]:
+        """As the report has it.
+
+        Args:
+            names: of the sets, by number.
+            held_out: held-out samples.
+        """
         return {
             "ngram": NGRAM,
-            "heldOutSamples": self.held_out,
+            "heldOutSamples": held_out,
             "comparedSamples": self.compared,
             "policy": self.policy,
             "sets": {
@@ -213,12 +227,18 @@ class Contamination:
                     "samples": len(positions),
                     "examples": [
                         {"where": self.places[p], "shared": self.examples[p]}
-                        for p in positions[:PLACES].tolist()
+                        for p in positions[:PLACES]
                     ],
                 }
                 for number, positions in self.sets.items()
             },
         }
+
+
+def shares(counts: Counter[str]) -> dict[str, float]:
+    """Share of each of what was counted, the largest first."""
+    total = max(1, counts.total())
+    return {name: round(n / total, 4) for name, n in counts.most_common()}
 
 
 def histogram(counts: Counter[int]) -> list[dict[str, int]]:

@@ -9,14 +9,16 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from finetune_api.sources import Quality
-from finetune_trainer.prepare.gathering.indexes import IndexedSamples, IndexWriter
-from finetune_trainer.prepare.gathering.page import render
-from finetune_trainer.prepare.gathering.report import Contamination, Rows, SideReport, SourceReport
-from finetune_trainer.prepare.mapping.facts import Facts, PartSummary
+from finetune_trainer.prepare.mapping.statistics import SampleStatistics, SplitSummary
 from finetune_trainer.prepare.reading.faults import Faults
 from finetune_trainer.prepare.reading.sources import Source
-from finetune_trainer.prepare.tokenizing.overlength import CUTS
+from finetune_trainer.prepare.reducing.indexes import IndexedShard, IndexWriter
+from finetune_trainer.prepare.reducing.page import render
+from finetune_trainer.prepare.reducing.report import Contamination, Rows, SideReport, SourceReport
+from finetune_trainer.prepare.tokenizing.tokens import CUTS
 from finetune_trainer.prepared.manifest import (
     FORMAT_VERSION,
     DataFile,
@@ -44,11 +46,12 @@ class Output:
         self._reports: list[SourceReport] = []
         self._sets: list[tuple[Side, SourceReport]] = []
         self._stops: set[int] = set()
+        self._numbers = dict.fromkeys(SIDES, 0)
         self.contamination: Contamination | None = None
-        """What the comparison with the held-out samples found, if there was one."""
+        """What the comparison with the held-out samples found, or is finding, if there is one."""
 
     def begin(self, source: Source, policy: str) -> SourceReport:
-        """The parts that follow are of this source; returns its report.
+        """The input splits that follow are of this source; returns its report.
 
         Args:
             policy: ``data.quality.faultyRecords``.
@@ -58,27 +61,55 @@ class Output:
         self._reports.append(report)
         return report
 
-    def begin_part(self, part: PartSummary) -> None:
-        """The samples that follow are of this part."""
-        self._reports[-1].merge(part)
+    def begin_split(self, summary: SplitSummary) -> None:
+        """The samples that follow are of this input split."""
+        self._reports[-1].merge(summary)
+        if self.contamination is not None and summary.compared is not None:
+            self.contamination.compared = summary.compared
+        self._numbers = dict.fromkeys(SIDES, 0)
         for side, index in self._indexes.items():
-            index.begin_part(part.shards[side])
+            index.begin_split(summary.shards[side])
 
-    def add(self, facts: Facts, kept: Rows, part: PartSummary) -> None:
-        """Count and index samples of a part: those rows of its facts."""
+    def add(self, statistics: SampleStatistics, kept: Rows, summary: SplitSummary) -> None:
+        """Count and index samples of an input split: those rows of its statistics."""
         report = self._reports[-1]
-        sides = facts.numbers("side")[kept]
-        for number in dict.fromkeys(sides.tolist()):
-            side, rows = SIDES[number], kept[sides == number]
+        sides = statistics.numbers("side")
+        numbers = self._numbered(sides)
+        for number in dict.fromkeys(sides[kept].tolist()):
+            side, rows = SIDES[number], kept[sides[kept] == number]
             if side not in report.sides:
                 self._sets.append((side, report))
                 report.sides[side] = SideReport()
                 self._indexes[side].begin_set(len(self._sets) - 1)
-            report.sides[side].add(facts, rows)
-            report.sides[side].show(part.previews.get(side, ()), rows + facts.first)
-            self._indexes[side].add(facts, rows)
-        report.cuts.update(CUTS[i] for i in facts.numbers("cut")[kept].tolist())
-        self._stops.update(set(facts.numbers("stop")[kept].tolist()) - {-1})
+            if side == "train" and self.contamination is not None:
+                self._add_contaminated(self.contamination, statistics, rows)
+            report.sides[side].add(statistics, rows)
+            offered = summary.previews.get(side, ())
+            report.sides[side].show(offered, rows + statistics.first)
+            self._indexes[side].add(statistics, rows, numbers[rows])
+        report.cuts.update(CUTS[i] for i in statistics.numbers("cut")[kept].tolist())
+        self._stops.update(set(statistics.numbers("stop")[kept].tolist()) - {-1})
+
+    def _numbered(self, sides: Rows) -> Rows:
+        """The number of each row among the samples that the split has for its side."""
+        numbers = np.empty(len(sides), np.int64)
+        for position, side in enumerate(SIDES):
+            rows = np.flatnonzero(sides == position)
+            numbers[rows] = self._numbers[side] + np.arange(len(rows))
+            self._numbers[side] += len(rows)
+        return numbers
+
+    def _add_contaminated(
+        self, found: Contamination, statistics: SampleStatistics, rows: Rows
+    ) -> None:
+        """Note the training samples that map found to share text with held-out ones."""
+        sharing = statistics.having("shared", rows)
+        first, number = self.samples("train"), len(self._sets) - 1
+        positions = first + np.searchsorted(rows, sharing)
+        for position, text in zip(
+            positions.tolist(), statistics.texts("shared", sharing), strict=True
+        ):
+            found.add(number, position, text)
 
     def samples(self, side: Side) -> int:
         """Samples added to a side."""
@@ -91,9 +122,9 @@ class Output:
             causes.update(report.dropped)
         return {cause: count for cause, count in causes.items() if count}
 
-    def tokens(self, side: Side) -> Iterator[IndexedSamples]:
-        """Tokens of all samples added to a side."""
-        return self._indexes[side].samples()
+    def indexed_shards(self, side: Side) -> Iterator[IndexedShard]:
+        """The shards of all samples added to a side, one after the other."""
+        return self._indexes[side].indexed_shards()
 
     def places(self, positions: Collection[int]) -> dict[int, str]:
         """Object and line of training samples, by position."""
@@ -108,7 +139,8 @@ class Output:
         for number, positions in found.sets.items():
             report = self.report_of(number)
             report.contaminated = len(positions)
-            report.sides["train"].remove(*self._indexes["train"].leave_out(positions))
+            removed = self._indexes["train"].leave_out(np.array(positions))
+            report.sides["train"].remove(*removed)
 
     def finish(
         self,
@@ -123,7 +155,7 @@ class Output:
             classes_of: names of the classes, from what was found in each set.
         """
         classes = classes_of((side, report.sides[side]) for side, report in self._sets)
-        files = [f for index in self._indexes.values() for f in (*index.shards, index.finish())]
+        files = [f for index in self._indexes.values() for f in (*index.files, index.finish())]
         report = self._report(max_length, quality)
         text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
         files += [self._write("report.json", text), self._write("report.html", render(report))]
@@ -145,12 +177,13 @@ class Output:
 
     def _report(self, max_length: int, quality: Quality) -> dict[str, Any]:
         names = {number: report.name for number, (_, report) in enumerate(self._sets)}
+        held_out = self.samples("validation") + self.samples("test")
         return {
             "digest": self._digest,
             "quality": quality.to_json(),
             "maxLength": max_length,
             "sources": [r.to_json() for r in self._reports],
-            "contamination": self.contamination and self.contamination.to_json(names),
+            "contamination": self.contamination and self.contamination.to_json(names, held_out),
         }
 
     def _write(self, name: str, text: str) -> DataFile:

@@ -1,9 +1,9 @@
-"""Drafts: what a record becomes before the tokenizer sees it.
+"""Rendered examples: what a record becomes before the tokenizer sees it.
 
-A draft is a row of text parts, each read or learned. Cutting the text there, and tokenizing every
-part by itself, makes two things exact that tokenizing the whole text would leave to chance: which
-tokens are learned (no token lies across a border), and that the tokens before a learned part are
-those that a prompt of that text has when text is generated.
+An example is a row of segments of text, each read or learned. Cutting the text there, and
+tokenizing each by itself, makes two things exact that tokenizing the whole text would leave to
+chance: which tokens are learned (no token lies across a border), and that the tokens before a
+learned segment are those that a prompt of that text has when text is generated.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ _INSTRUCTING: Final = ("system", "developer")
 """Roles of turns that say how to answer, in many conversations alike."""
 
 
-class Part(NamedTuple):
-    """A stretch of a draft's text."""
+class Segment(NamedTuple):
+    """A stretch of an example's text."""
 
     text: str
     learned: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
+class RenderedExample:
     """One sample as text."""
 
     where: str
     """Object and line that it came from."""
-    parts: tuple[Part, ...]
+    segments: tuple[Segment, ...]
     """The text; the last part is a learned one."""
     prompt: str
     """What is read before the last learned part."""
@@ -59,7 +59,7 @@ class Draft:
     label: str | None
     """The right label, for Classification."""
     group: str
-    """Drafts of equal groups stay on one side of the split."""
+    """Examples of equal groups stay on one side of the split."""
     framed: bool
     """Whether the tokenizer's beginning and end marks are to be added; a chat template has its
     own."""
@@ -69,28 +69,28 @@ class Draft:
     """The record's own words, by which it is compared with others: without what many records share
     (system turns, tools, the texts of templates). Of all samples of a conversation the same."""
     goes_on: bool = False
-    """Whether its text goes on in another draft: it has no end mark then."""
+    """Whether its text goes on in another example: it has no end mark then."""
     personal: Mapping[str, int] = field(default_factory=dict)
     """How often each kind of personal data was found in it (see ``personal``)."""
 
 
-Drafter = Callable[[Record], list[Draft]]
+Renderer = Callable[[Record], list[RenderedExample]]
 Render = Callable[[Record], Content]
 
 
-def drafter(
+def renderer(
     source: Source,
     form: Format,
     data: Data,
     chat: ChatTemplate | None,
     redact: Callable[[str], str] = str,
     content: Callable[[Record, Format], Content] = content_of,
-) -> Drafter:
-    """The function that makes drafts of a source's records: one each, or one a turn for some
+) -> Renderer:
+    """The function that makes examples of a source's records: one each, or one a turn for some
     conversations (see ``chat``).
 
     Args:
-        redact: takes out of a group what will be taken out of the drafts: prompts that differ in
+        redact: takes out of a group what will be taken out of the examples: prompts that differ in
             nothing else stay together.
         content: content of a record of a plain format that has no template.
 
@@ -101,7 +101,7 @@ def drafter(
     shares = shares_of(data, source.side)
     group_by = data.split.group_by if source.side == "train" else None
 
-    def draft(record: Record) -> list[Draft]:
+    def example(record: Record) -> list[RenderedExample]:
         content = held_out(record)
         group = group_value(record, group_by) if group_by else redact(_group_of(content))
         side = side_of(group, shares) if shares else source.side
@@ -109,12 +109,12 @@ def drafter(
             content = training(record)
         if isinstance(content, Conversation):
             assert chat is not None, "a Messages source is read with a chat template"
-            return _chat_drafts(record, content, group, side, chat)
+            return _chat_examples(record, content, group, side, chat)
         if isinstance(content, Document):
-            return [_document_draft(record, content, group, side)]
-        return [_pair_draft(record, content, group, side, form)]
+            return [_document_example(record, content, group, side)]
+        return [_pair_example(record, content, group, side, form)]
 
-    return draft
+    return example
 
 
 def _renders(
@@ -172,14 +172,16 @@ def _own_words(content: Content) -> str:
     return "\n".join(said)
 
 
-def _pair_draft(record: Record, pair: Pair, group: str, side: Side, form: Format) -> Draft:
+def _pair_example(
+    record: Record, pair: Pair, group: str, side: Side, form: Format
+) -> RenderedExample:
     if not pair.completion.strip():
         learned = "label" if form == "Classification" else "completion"
         raise nothing_learned(record.where, f"its {learned} is empty, or white space")
     label = pair.completion.strip() if form == "Classification" else None
-    return Draft(
+    return RenderedExample(
         where=record.where,
-        parts=(Part(pair.prompt, False), Part(pair.completion, True)),
+        segments=(Segment(pair.prompt, False), Segment(pair.completion, True)),
         prompt=pair.prompt,
         completion=pair.completion,
         label=label,
@@ -190,12 +192,14 @@ def _pair_draft(record: Record, pair: Pair, group: str, side: Side, form: Format
     )
 
 
-def _document_draft(record: Record, document: Document, group: str, side: Side) -> Draft:
+def _document_example(
+    record: Record, document: Document, group: str, side: Side
+) -> RenderedExample:
     if not document.text.strip():
         raise nothing_learned(record.where, "its text is empty, or white space")
-    return Draft(
+    return RenderedExample(
         where=record.where,
-        parts=(Part(document.text, True),),
+        segments=(Segment(document.text, True),),
         prompt="",
         completion=document.text,
         label=None,
@@ -206,20 +210,20 @@ def _document_draft(record: Record, document: Document, group: str, side: Side) 
     )
 
 
-def _chat_drafts(
+def _chat_examples(
     record: Record, conversation: Conversation, group: str, side: Side, chat: ChatTemplate
-) -> list[Draft]:
+) -> list[RenderedExample]:
     own = _own_words(conversation)
-    drafts = []
+    examples = []
     for rendered in chat.render(record.where, conversation):
-        parts: list[Part] = []
+        segments: list[Segment] = []
         for turn in rendered:
-            parts += [Part(turn.before, False), Part(turn.answer + turn.stop, True)]
-        prompt = "".join(part.text for part in parts[:-1])
-        drafts.append(
-            Draft(
+            segments += [Segment(turn.before, False), Segment(turn.answer + turn.stop, True)]
+        prompt = "".join(segment.text for segment in segments[:-1])
+        examples.append(
+            RenderedExample(
                 where=record.where,
-                parts=tuple(parts),
+                segments=tuple(segments),
                 prompt=prompt,
                 completion=rendered[-1].answer,
                 label=None,
@@ -229,4 +233,4 @@ def _chat_drafts(
                 own=own,
             )
         )
-    return drafts
+    return examples

@@ -1,0 +1,194 @@
+"""Sample statistics: a row a sample, in the order of the data, with all that decisions over the
+whole data need.
+
+Map writes the rows of an input split, its shards and, last, a ``SplitSummary``; the reduce reads
+them in the order of the data. A row takes 50 to 70 bytes in storage, and 128 more where near
+duplicates are looked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from finetune_api.base import Record
+from finetune_api.sources import Format
+from finetune_trainer.prepare.quality.duplicates import DIGEST_BYTES
+from finetune_trainer.prepare.quality.nearduplicates import FINGERPRINT, Words
+from finetune_trainer.prepare.tokenizing.tokens import CUTS, Cut, TokenizedSample
+from finetune_trainer.prepared.manifest import DataFile
+from finetune_trainer.prepared.split import SIDES, Side
+
+SCHEMA: Final = pa.schema(
+    [
+        ("side", pa.uint8()),
+        ("length", pa.int32()),
+        ("supervised", pa.int32()),
+        ("completion", pa.int32()),
+        ("stop", pa.int32()),
+        ("cut", pa.uint8()),
+        ("where", pa.string()),
+        ("label", pa.string()),
+        ("personal", pa.string()),
+        ("digest", pa.binary(DIGEST_BYTES)),
+        ("fingerprint", pa.binary(8 * FINGERPRINT)),
+        ("shared", pa.string()),
+    ]
+)
+"""Columns of a row. ``side`` and ``cut`` are positions in SIDES and CUTS; ``completion`` is the
+length of the last answer and ``stop`` its last token (-1: cut off, elsewhere, or no answer);
+``personal`` counts kinds, as JSON; ``digest`` and ``fingerprint`` are null where duplicates are not
+looked for; ``shared`` is the text that a sample shares with a held-out one, null where it shares
+none or held-out samples are not known before the reduce."""
+
+
+class Fault(Record):
+    """A record that cannot be used."""
+
+    reason: str
+    """CamelCase word."""
+    message: str
+    """What is wrong, and where."""
+
+
+class Preview(Record):
+    """A sample to look at."""
+
+    sample: int
+    """Its row among the statistics."""
+    shown: dict[str, Any]
+    """As the report has it."""
+
+
+class ShardFile(DataFile):
+    """A shard of an input split."""
+
+    samples: int
+    """Rows that it has."""
+
+
+class SplitSummary(Record):
+    """What else there is to say of an input split; it is written last, and makes the split done."""
+
+    format: Format | None = None
+    """Format of its source, where any record tells."""
+    records: int = 0
+    """Records read, with those that cannot be used."""
+    training_examples: int = 0
+    """Examples among which duplicates are looked for."""
+    overlength: int = 0
+    """Samples left out for their length."""
+    split: int = 0
+    """Documents that became several samples."""
+    compared: int | None = None
+    """Held-out samples that its samples were compared with; None: they are not yet."""
+    reasons: dict[str, int]
+    """Records that cannot be used, by reason."""
+    faults: list[Fault]
+    """The first of them."""
+    languages: dict[str, int]
+    """Languages of some examples."""
+    previews: dict[Side, list[Preview]]
+    """The first samples of each side."""
+    shards: dict[Side, list[ShardFile]]
+    """Files of the samples."""
+
+
+def statistics_of(
+    samples: Sequence[TokenizedSample],
+    cuts: Sequence[Cut],
+    digests: Sequence[bytes] | None,
+    fingerprints: Words | None,
+    shared: Mapping[int, str],
+) -> Any:
+    """The rows of some samples, as a record batch of ``SCHEMA``.
+
+    Args:
+        cuts: what was cut off each.
+        digests, fingerprints: of each, where duplicates are looked for.
+        shared: row to the text that it shares with a held-out sample.
+    """
+    count = len(samples)
+    columns: dict[str, Sequence[Any]] = {
+        "side": [SIDES.index(s.example.side) for s in samples],
+        "length": [len(s.ids) for s in samples],
+        "supervised": [s.supervised for s in samples],
+        "completion": [len(s.ids) - s.prompt_length for s in samples],
+        "stop": [_stop(s, cut) for s, cut in zip(samples, cuts, strict=True)],
+        "cut": [CUTS.index(cut) for cut in cuts],
+        "where": _storable([s.example.where for s in samples]),
+        "label": _storable([s.example.label for s in samples]),
+        "personal": [
+            json.dumps(dict(s.example.personal)) if s.example.personal else None for s in samples
+        ],
+        "digest": digests or [None] * count,
+        "fingerprint": (
+            [None] * count if fingerprints is None else [row.tobytes() for row in fingerprints]
+        ),
+        "shared": _storable([shared.get(row) for row in range(count)]),
+    }
+    arrays = [pa.array(columns[field.name], field.type) for field in SCHEMA]
+    return pa.record_batch(arrays, schema=SCHEMA)
+
+
+def _stop(sample: TokenizedSample, cut: Cut) -> int:
+    stops = sample.spans and cut != "Completion" and not sample.example.goes_on
+    return int(sample.ids[-1]) if stops else -1
+
+
+def _storable(texts: Sequence[str | None]) -> list[str | None]:
+    """Text that Arrow takes: file names and records may hold what is no Unicode."""
+    return [t if t is None else t.encode(errors="replace").decode() for t in texts]
+
+
+class SampleStatistics:
+    """Some rows, by column."""
+
+    def __init__(self, batch: Any, first: int) -> None:
+        self._batch = batch
+        self.first = first
+        """Row of the first of them in the split."""
+
+    def __len__(self) -> int:
+        return int(self._batch.num_rows)
+
+    def numbers(self, name: str) -> npt.NDArray[Any]:
+        """A column of numbers, shape [rows]."""
+        found: npt.NDArray[Any] = self._batch.column(name).to_numpy()
+        return found
+
+    def texts(self, name: str, rows: npt.NDArray[np.int64]) -> list[str]:
+        """Some values of a column of text, none of which is null."""
+        found: list[str] = self._batch.column(name).take(pa.array(rows)).to_pylist()
+        return found
+
+    def having(self, name: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Which of some rows have a value."""
+        valid = self._batch.column(name).is_valid().to_numpy(zero_copy_only=False)
+        found: npt.NDArray[np.int64] = rows[valid[rows]]
+        return found
+
+    def digests(self) -> list[bytes]:
+        found: list[bytes] = self._batch.column("digest").to_pylist()
+        return found
+
+    def fingerprints(self) -> Words:
+        """Shape [rows, FINGERPRINT]."""
+        data = b"".join(self._batch.column("fingerprint").to_pylist())
+        return np.frombuffer(data, np.uint64).reshape(-1, FINGERPRINT)
+
+
+def read_statistics(path: Path) -> Iterator[SampleStatistics]:
+    """The rows of a file, a batch at a time."""
+    with pa.OSFile(str(path)) as source:
+        file, first = pa.ipc.open_file(source), 0
+        for i in range(file.num_record_batches):
+            rows = SampleStatistics(file.get_batch(i), first)
+            yield rows
+            first += len(rows)
