@@ -131,7 +131,7 @@ def _map(
             for batch in reader.read(split):
                 writer = writing.get(split.number)
                 wanted = writer.wanted() if writer else dict.fromkeys(SIDES, OFFERED)
-                task = Task(split.source, batch, known and known.path, wanted)
+                task = Task(split.source, batch, known.path if known else None, wanted)
                 yield (split, replace(batch, records=[])), task
 
     for (split, batch), result in pool.in_order(map_batch, tasks()):
@@ -148,7 +148,7 @@ def _map(
             return False
         say(batch.reading)
         if batch.last:
-            compared = known and known.samples
+            compared = known.samples if known else None
             results.save(split, *writing.pop(split.number).finish(batch.format, compared))
     return True
 
