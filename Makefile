@@ -39,7 +39,7 @@ tools: install ## Build what the tests run (Kubernetes, etcd, helm), once; FOR=e
 	@cd tests && ../$(BIN)/python -m cluster prepare $(FOR)
 
 test: install tools lint verify ## Everything that needs no root: unit, real S3, real kube-apiserver
-	$(BIN)/python -m pytest tests -m "not e2e" --durations=15
+	$(BIN)/python -m pytest tests -m "not e2e" --numprocesses=auto --maxprocesses=8 --durations=15
 
 e2e: install ## The whole thing on a real cluster (root on Linux, or KUBECONFIG)
 	@$(MAKE) --no-print-directory tools FOR=e2e
