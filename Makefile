@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV_VERSION := 0.13.8
 STATE ?= .finetune
+# Whose tools are made: those of `make test` or of `make e2e`.
+FOR ?= test
 # TIMED "what" command…: run it and say how long it took.
 TIMED := bash -c 'began=$$SECONDS; "$${@:1}" || exit; echo "[$$0: $$((SECONDS - began)) s]"'
 # make gpu runs what is installed there: PYTHON=python3 make gpu, or the virtual environment.
@@ -14,7 +16,7 @@ STAGES := finetune_trainer.prepare.pipeline, finetune_trainer.train.worker, fine
 # The quickstart's stages are small: more threads than cores only fight.
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: help install demo test e2e lint generate verify bench gpu lock clean
+.PHONY: help install demo tools test e2e lint generate verify bench gpu lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s $$'\t'
@@ -35,10 +37,14 @@ demo: install ## Fine-tune a small model on this machine, end to end, in a minut
 	@$(BIN)/finetune quickstart $(STATE)/quickstart
 	@$(BIN)/finetune run examples/quickstart.yaml --state-dir $(STATE) --local-storage
 
-test: install lint verify ## Everything that needs no root: unit, real S3, real kube-apiserver
-	$(BIN)/python -m pytest tests -m "not e2e" --durations=15
+tools: install ## Build what the tests run (Kubernetes, etcd, helm), once; FOR=e2e: what make e2e runs
+	@cd tests && ../$(BIN)/python -m cluster prepare $(FOR)
+
+test: install tools lint verify ## Everything that needs no root: unit, real S3, real kube-apiserver
+	$(BIN)/python -m pytest tests -m "not e2e" --numprocesses=auto --maxprocesses=8 --durations=15
 
 e2e: install ## The whole thing on a real cluster (root on Linux, or KUBECONFIG)
+	@$(MAKE) --no-print-directory tools FOR=e2e
 	$(BIN)/python -m pytest tests/cluster -m e2e
 	$(BIN)/python -m pytest tests/e2e -m e2e --durations=15
 

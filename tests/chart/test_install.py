@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from chart.conftest import CHART, helm, one, render
 from cluster.api import Api, eventually
 from cluster.control_plane import ControlPlane
 from finetune_api.names import API_VERSION, KIND
+from ports import free_port
 
 NAMESPACE = "finetune-system"
 ACCOUNT = f"system:serviceaccount:{NAMESPACE}:rel-finetune-operator"
@@ -49,13 +49,6 @@ def release(
     yield namespaces, not request.param
     helm("uninstall", "rel", *place)
     assert namespaces.get("crd", "finetunejobs.finetune-operator.dev"), "crds.keep is the default"
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
 
 
 def may(plane: Api, verb: str, resource: str, namespace: str) -> bool:

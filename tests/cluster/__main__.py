@@ -1,27 +1,66 @@
 """``python -m cluster up|down|status``, in ``tests/``: a cluster to try things on; needs root.
 
 ``up`` leaves it running, and the e2e tests then use it instead of starting one of their own.
+``prepare test`` and ``prepare e2e`` make what the tests of that target need before they start:
+binaries, and for e2e Debian's packages and base images.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import os
 import sys
 
-from cluster import state
+from cluster import build, images, state, system_packages
+from cluster.api import NEEDS_ROOT, given
 from cluster.real import NAME, NODES, RealCluster
+from timings import told
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m cluster", description=__doc__)
-    parser.add_argument("action", choices=("up", "down", "status"))
-    parser.add_argument("--nodes", type=int, choices=(1, 2, 3), default=len(NODES))
+    actions = parser.add_subparsers(required=True)
+    start = actions.add_parser("up")
+    start.add_argument("--nodes", type=int, choices=(1, 2, 3), default=len(NODES))
+    start.set_defaults(action=lambda arguments: up(arguments.nodes))
+    actions.add_parser("down").set_defaults(action=lambda arguments: down())
+    actions.add_parser("status").set_defaults(action=lambda arguments: status())
+    ready = actions.add_parser("prepare")
+    ready.add_argument("target", choices=("test", "e2e"))
+    ready.set_defaults(action=lambda arguments: prepare(arguments.target))
     arguments = parser.parse_args()
-    actions = {"up": lambda: up(arguments.nodes), "down": down, "status": status}
-    return actions[arguments.action]()
+    try:
+        code: int = arguments.action(arguments)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130  # as a shell has it
+    return code
+
+
+def prepare(target: str) -> int:
+    if target == "test":
+        build.build(build.TEST)
+    elif given():
+        build.build(build.E2E_GIVEN)
+    elif os.geteuid() != 0:
+        raise RuntimeError(NEEDS_ROOT)
+    else:
+        with told("Debian's packages"):
+            system_packages.ensure()
+        build.build(build.E2E)
+        with told("base image"):
+            images.base()
+        with told("base image with PyTorch"):
+            images.torch_base(importlib.metadata.version("torch").split("+")[0])
+    return 0
 
 
 def up(nodes: int) -> int:
+    system_packages.ensure()
+    build.build(build.E2E)
     try:
         folder = state.claim(NAME, keep=True)
     except state.Busy as busy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -12,6 +13,11 @@ from typing import Any, TypeVar
 from cluster.build import binary
 
 T = TypeVar("T")
+
+NEEDS_ROOT = (
+    "nodes and image builds need root on Linux; or give a cluster by KUBECONFIG and"
+    " FINETUNE_TEST_USE_KUBECONFIG=1 (see README, Development)"
+)
 
 
 class Api:
@@ -36,6 +42,19 @@ class Api:
         """Server-side apply of these objects."""
         manifest = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
         self.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=manifest)
+
+
+def given() -> Api | None:
+    """The cluster that the environment gives the tests to use, if it does.
+
+    KUBECONFIG alone does not give one: it usually names the cluster that somebody works with, and
+    tests make and delete things. Raises RuntimeError where the wish has no KUBECONFIG.
+    """
+    if os.environ.get("FINETUNE_TEST_USE_KUBECONFIG") != "1":
+        return None
+    if "KUBECONFIG" not in os.environ:
+        raise RuntimeError("FINETUNE_TEST_USE_KUBECONFIG=1 needs KUBECONFIG, a file's path")
+    return Api(Path(os.environ["KUBECONFIG"]))
 
 
 def eventually(what: str, look: Callable[[], T | None], *, within: float = 30) -> T:

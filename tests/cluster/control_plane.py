@@ -10,7 +10,6 @@ from __future__ import annotations
 import http.client
 import itertools
 import os
-import socket
 import ssl
 from pathlib import Path
 from types import TracebackType
@@ -18,9 +17,10 @@ from typing import Self
 
 from cluster import kwok, state
 from cluster.api import Api, eventually
-from cluster.build import binary
+from cluster.build import API, binary
 from cluster.pki import Authority
 from cluster.processes import Processes
+from ports import free_port
 
 SERVICES = "10.96.0.0/16"
 _FIRST_SERVICE = "10.96.0.1"  # the API server's own, `kubernetes.default`
@@ -50,9 +50,9 @@ class ControlPlane(Api):
         self.processes = Processes(self.folder / "processes")
         self.authority = Authority(self.folder / "pki")
         self.address = address
-        self.port = port or _free_port()
+        self.port = port or free_port()
         self.server = f"https://{address}:{self.port}"
-        self._etcd = f"http://{_LOOPBACK}:{_free_port()}"
+        self._etcd = f"http://{_LOOPBACK}:{free_port()}"
         self._kwok_nodes = kwok_nodes
 
     def __enter__(self) -> Self:
@@ -72,6 +72,8 @@ class ControlPlane(Api):
         self.stop()
 
     def start(self) -> None:
+        for name in API:
+            binary(name)  # raises NotBuilt before anything runs
         self.authority.create()
         self._make_certificates()
         self._start_etcd()
@@ -106,7 +108,7 @@ class ControlPlane(Api):
         self.kubeconfig_of("admin", "admin", "system:masters")
 
     def _start_etcd(self) -> None:
-        client, peer = self._etcd, f"http://{_LOOPBACK}:{_free_port()}"
+        client, peer = self._etcd, f"http://{_LOOPBACK}:{free_port()}"
         self.processes.start(
             "etcd",
             [
@@ -210,10 +212,3 @@ class ControlPlane(Api):
 
     def _default_account(self) -> str:
         return self.kubectl("get", "serviceaccount", "default", "-o", "name")
-
-
-def _free_port() -> int:
-    """A port that was free just now."""
-    with socket.create_server((_LOOPBACK, 0)) as server:
-        port: int = server.getsockname()[1]
-        return port

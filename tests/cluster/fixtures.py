@@ -3,42 +3,29 @@
 ``control_plane`` is an API without nodes, ``cluster`` one with nodes that run containers, each
 for all tests of the session.
 
-With FINETUNE_TEST_USE_KUBECONFIG=1, ``control_plane`` is the cluster of KUBECONFIG. KUBECONFIG
-alone does not say so: it usually names the cluster that somebody works with, and tests make and
-delete things.
+With FINETUNE_TEST_USE_KUBECONFIG=1, both are the cluster of KUBECONFIG (``api.given``).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from cluster import images, state
-from cluster.api import Api
+from cluster.api import NEEDS_ROOT, Api, given
 from cluster.control_plane import ControlPlane
 from cluster.real import NAME, RealCluster
 
-TIMEOUT = 3600
-"""Seconds for a test on a cluster: the first one waits until its binaries and images are built."""
+TIMEOUT = 1800
+"""Seconds for a test on nodes: the first one waits for the images of operator and trainer."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        on_cluster = "control_plane" in getattr(item, "fixturenames", ())
-        if on_cluster or item.get_closest_marker("e2e"):
+        if item.get_closest_marker("e2e"):
             item.add_marker(pytest.mark.timeout(TIMEOUT))
-
-
-def given() -> Api | None:
-    """The cluster that the environment gives the tests to use."""
-    if os.environ.get("FINETUNE_TEST_USE_KUBECONFIG") != "1":
-        return None
-    if "KUBECONFIG" not in os.environ:
-        pytest.exit("FINETUNE_TEST_USE_KUBECONFIG=1 needs KUBECONFIG, a file's path", 2)
-    return Api(Path(os.environ["KUBECONFIG"]))
 
 
 @pytest.fixture(scope="session")
@@ -57,10 +44,7 @@ def needs_root() -> None:
     """Fails the tests that make nodes or images where that is not allowed: a run that skipped them
     all would look like one that passed."""
     if os.geteuid() != 0:
-        pytest.fail(
-            "nodes and image builds need root on Linux; or give a cluster by KUBECONFIG and"
-            " FINETUNE_TEST_USE_KUBECONFIG=1 (see README, Development)"
-        )
+        pytest.fail(NEEDS_ROOT)
 
 
 @pytest.fixture(scope="session")

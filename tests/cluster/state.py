@@ -32,12 +32,15 @@ def cache() -> Path:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock between processes; the kernel lets go of it when its holder dies."""
+def locked(path: Path) -> Iterator[int]:
+    """Hold a lock between processes; the kernel lets go of it when its holder dies.
+
+    Yields the lock's file descriptor: a child process that inherits it holds the lock too.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        yield handle.fileno()
 
 
 def claim(name: str, *, keep: bool = False) -> Path:

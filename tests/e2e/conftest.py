@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 
 from cluster import images
-from cluster.api import Api, eventually
+from cluster.api import Api, eventually, given
 from cluster.build import binary
-from cluster.fixtures import given
 from cluster.real import RealCluster
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.quickstart import make_quickstart

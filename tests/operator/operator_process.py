@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -13,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from cluster.api import eventually
+from ports import free_port
 
 IMAGE = "registry.example/trainer:1"
 
@@ -96,9 +96,3 @@ class OperatorProcess:
     def wait(self, seconds: float) -> int:
         """Exit code of a process that is expected to end."""
         return self.process.wait(timeout=seconds)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from operator_process import free_port
 from operator_world import CONFIG, UID, World, at_training
 
 from finetune_api import names
@@ -21,6 +20,7 @@ from finetune_operator.metrics import Metrics
 from finetune_operator.progress import Poller
 from finetune_operator.store import Store
 from finetune_operator.workqueue import WorkQueue
+from ports import free_port
 
 
 def test_a_key_is_worked_on_by_one_worker_at_a_time_and_never_lost() -> None:

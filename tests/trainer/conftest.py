@@ -36,10 +36,10 @@ def store(s3: EmbeddedS3) -> ObjectStore:
 
 
 @pytest.fixture
-def bucket(s3: EmbeddedS3) -> str:
+def bucket(store: ObjectStore) -> str:
     """Name of a fresh bucket."""
     name = f"test-{uuid.uuid4().hex[:12]}"
-    s3.ensure_bucket(name)
+    store.create_bucket(name)
     return name
 
 

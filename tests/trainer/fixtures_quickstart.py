@@ -1,7 +1,8 @@
-"""The quickstart's tiny model and data, made once a session."""
+"""The quickstart's tiny model and data, made once a run of tests."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,13 @@ from finetune_trainer.quickstart import make_quickstart
 
 
 @pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_base(
+    made_once: Callable[[str, Callable[[Path], None]], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """Folder with ``model/`` (2 layers, Hugging Face layout) and ``data/*.jsonl``."""
-    folder = tmp_path_factory.mktemp("tiny-base")
-    make_quickstart(folder, tiny=True, cache=tmp_path_factory.mktemp("cache"))
-    return folder
+
+    def make(folder: Path) -> None:
+        make_quickstart(folder, tiny=True, cache=tmp_path_factory.mktemp("cache"))
+
+    return made_once("tiny-base", make)

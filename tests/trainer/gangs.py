@@ -7,23 +7,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from ports import free_port
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["finetune_trainer.train.worker", "gangs", "gradient_worker", "classify_worker"]
 )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def forked(target: Callable[..., None], *arguments: object) -> BaseProcess:

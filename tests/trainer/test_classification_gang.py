@@ -9,8 +9,10 @@ import pytest
 import torch
 from classifiers import write_decoder, write_encoder
 from classify_worker import classify
-from gangs import forked, free_port
+from gangs import forked
 from test_classification import METHODS_HERE
+
+from ports import free_port
 
 Found = tuple[dict[str, torch.Tensor], list[float], list[list[tuple[int, int]]]]
 

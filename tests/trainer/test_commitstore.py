@@ -9,7 +9,7 @@ import pytest
 import torch
 from commit_worker import SHAPES, Counting, stage_share, work
 from engine import tiny_llama
-from gangs import forked, free_port
+from gangs import forked
 
 from finetune_trainer.engine.commits.commitstore import METADATA, CommitReader, CommitWriter
 from finetune_trainer.engine.commits.dcp import load, load_weights, save_state, state_of
@@ -19,6 +19,7 @@ from finetune_trainer.storage.commitfiles import read_file
 from finetune_trainer.storage.commits import Commit
 from finetune_trainer.storage.objects import Credentials, FileInfo
 from finetune_trainer.storage.s3server import EmbeddedS3
+from ports import free_port
 
 PART = 5 << 20
 

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from gangs import forked, free_port
+from gangs import forked
 from gradient_worker import gradient
+
+from ports import free_port
 
 
 def run(

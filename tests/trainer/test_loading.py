@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from classifiers import write_decoder, write_encoder
-from gangs import forked, free_port
+from gangs import forked
 from hypothesis import given
 from hypothesis import strategies as st
 from loading_worker import fill
@@ -40,6 +40,7 @@ from finetune_trainer.storage import weights as weights_module
 from finetune_trainer.storage.objects import Credentials, ObjectInfo, ObjectStore
 from finetune_trainer.storage.s3server import EmbeddedS3
 from finetune_trainer.storage.weights import Weights
+from ports import free_port
 
 SMALL = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = {**SMALL, "intermediate_size": 72, "num_key_value_heads": 2}

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,34 +39,44 @@ def write_job(folder: Path, base: Path, name: str = "tiny", **changes: Any) -> N
     (folder / "job.yaml").write_text(yaml.safe_dump(raw))
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
+@contextmanager
+def started(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A run of the folder's job; what is left of it at the end is killed with its processes."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "finetune_trainer", "run", "job.yaml"],
         cwd=folder,
         env=environment | {"COLUMNS": "120", "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def run(folder: Path) -> tuple[int, str]:
-    process = start(folder)
-    text, _ = process.communicate(timeout=300)
-    return process.returncode, text
+    with started(folder) as process:
+        text, _ = process.communicate(timeout=300)
+        return process.returncode, text
 
 
 @pytest.mark.slow
 def test_a_run_is_stopped_and_goes_on_to_its_end(tiny_base: Path, tmp_path: Path) -> None:
     write_job(tmp_path, tiny_base)
-    process = start(tmp_path)
-    while process.poll() is None and not any(
-        "step 1/150" in log.read_text() for log in tmp_path.glob(".finetune/runs/tiny/*/train*.log")
-    ):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=300)
+    with started(tmp_path) as process:
+        while process.poll() is None and not any(
+            "step 1/150" in log.read_text()
+            for log in tmp_path.glob(".finetune/runs/tiny/*/train*.log")
+        ):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=300)
     assert process.returncode == ExitCode.INTERRUPTED, said
     assert "no GPU: training on the CPU" in said
     assert "of 150 is saved" in said

@@ -31,7 +31,8 @@ from finetune_trainer.storage.objects import (
     Stores,
     check_conditions,
 )
-from finetune_trainer.storage.s3server import EmbeddedS3, free_ports
+from finetune_trainer.storage.s3server import EmbeddedS3
+from ports import free_port
 
 
 def test_bytes_come_back_with_their_tag(store: ObjectStore, bucket: str) -> None:
@@ -282,7 +283,7 @@ def test_missing_bucket(s3: EmbeddedS3, store: ObjectStore, tmp_path: Path) -> N
 
 
 def test_an_endpoint_that_nobody_serves(tmp_path: Path) -> None:
-    endpoint = f"http://127.0.0.1:{free_ports(1)[0]}"
+    endpoint = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(StorageUnavailable, match=endpoint):
         ObjectStore(endpoint, credentials=Credentials("a", "b")).get("s3://bucket/key")
 

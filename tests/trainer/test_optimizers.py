@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from engine import spec_of, tiny_llama, tiny_mixtral
-from gangs import forked, free_port
+from gangs import forked
 from sharding_worker import tune
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig
 
@@ -16,6 +16,7 @@ from finetune_api.optimizers import OPTIMIZERS, OptimizerName
 from finetune_trainer.engine.optimizers import make_optimizers, split, state_bytes, step_if
 from finetune_trainer.engine.tuning.methods import apply_method
 from finetune_trainer.failures import UserError
+from ports import free_port
 
 FULL = {"type": "Full"}
 LORA = {"type": "LoRA", "lora": {"rank": 4}}

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from engine import CPU, samples, tiny_llama
-from gangs import forked, free_port
+from gangs import forked
 from sharding_worker import tune
 from torch import nn
 from transformers import (
@@ -21,6 +21,7 @@ from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.precision import PRECISIONS, use_fp8
 from finetune_trainer.engine.rows.feed import build_row
 from finetune_trainer.engine.rows.layout import row_context
+from ports import free_port
 
 LORA = {"type": "LoRA", "lora": {"rank": 4}}
 

@@ -10,12 +10,13 @@ from typing import Any, Final, get_args
 import pytest
 import torch
 from engine import CPU, tiny_jamba, tiny_llama
-from gangs import forked, free_port
+from gangs import forked
 from sharding_worker import tune
 
 from finetune_api.cluster import Compute
 from finetune_api.methods import METHODS
 from finetune_trainer.engine.sharding import capacity, decoder_blocks
+from ports import free_port
 
 GB = 10**9
 

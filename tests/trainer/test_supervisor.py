@@ -17,8 +17,8 @@ import pytest
 from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
 from finetune_api.results import Termination
 from finetune_api.spec import parse_spec
-from finetune_trainer.storage.s3server import free_ports
 from finetune_trainer.supervise.processes import descendants
+from ports import free_port
 
 MAIN = (
     "import sys; from finetune_trainer.supervise.supervisor import supervise;"
@@ -112,7 +112,7 @@ class Nodes:
         self.folder = folder
         self.shared = folder / "shared"
         self.shared.mkdir()
-        self.port = free_ports(1)[0]
+        self.port = free_port()
         self.processes: list[subprocess.Popen[bytes]] = []
         self.write_order()
 

@@ -11,11 +11,13 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import boto3
 import botocore.exceptions as errors
+import botocore.session
 from boto3.exceptions import S3UploadFailedError
 from boto3.s3.transfer import TransferConfig
 from botocore import UNSIGNED
@@ -63,6 +65,12 @@ RANGE_CODES: Final = {"InvalidRange", "416"}
 CONFLICT_CODES: Final = {"PreconditionFailed", "ConditionalRequestConflict", "412"}
 
 
+@cache
+def _service_descriptions() -> Any:
+    """botocore's loader of the S3 API's description, shared by all stores: parsing takes 0.2 s."""
+    return botocore.session.Session().get_component("data_loader")
+
+
 class ObjectStore:
     """One way to reach object storage. May be shared by threads.
 
@@ -84,7 +92,10 @@ class ObjectStore:
     ) -> None:
         self.endpoint = endpoint
         self._keys_from = credentials.source if credentials else "the pod's identity"
+        own = botocore.session.Session()
+        own.register_component("data_loader", _service_descriptions())
         session = boto3.Session(
+            botocore_session=own,
             aws_access_key_id=credentials and credentials.access_key,
             aws_secret_access_key=credentials and credentials.secret_key,
             aws_session_token=credentials and credentials.session_token,
