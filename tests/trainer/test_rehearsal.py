@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,8 @@ def test_classifiers_are_measured(write: Any, tmp_path: Path) -> None:
     facts = rehearse(write(tmp_path), spec, 32)
     assert facts.packing == "Padded" and facts.vocabulary == 0
     assert facts.whole is not None and facts.whole.saved > facts.whole.block > 0
-    assert SAMPLES.largest_row(spec, "Padded") == RowSize(2048, 32)
+    labelled = replace(SAMPLES, supervised=np.ones_like(SAMPLES.lengths))  # a label a sample
+    assert labelled.largest_row(spec, "Padded") == RowSize(2048, 32, masked=300)
 
 
 def test_logits_are_counted_by_the_chunk(llama: Path) -> None:
