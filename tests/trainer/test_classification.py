@@ -26,6 +26,7 @@ from finetune_trainer.engine.classification import (
     head_names,
 )
 from finetune_trainer.engine.commits.dcp import load_state, save_state, state_of
+from finetune_trainer.engine.commits.staging import stage
 from finetune_trainer.engine.flops import work_of
 from finetune_trainer.engine.loss import row_losses
 from finetune_trainer.engine.model import load_base, load_tokenizer, purpose_of
@@ -283,9 +284,8 @@ def test_a_method_trains_its_part_and_the_head_resumes_and_is_published(
     assert {n for n, p in named.items() if not torch.equal(p, before[n])} <= trained
     assert all(not torch.equal(named[n], before[n]) for n in trained if is_head(kind, n))
 
-    save_state(
-        FileSystemWriter(tmp_path / "commit"), state_of(tuning.model, tuning.optimizer), None
-    )
+    state = state_of(tuning.model, tuning.optimizer)
+    save_state(FileSystemWriter(tmp_path / "commit"), stage(state, None), None)
     resumed = Tuning()
     load_state(FileSystemReader(tmp_path / "commit"), resumed.model, resumed.optimizer, None)
     row = row_of([0, 1, 2, 3, 4])
@@ -346,7 +346,8 @@ def test_heads_of_several_layers_are_kept_with_the_adapter(
                 parameter.add_(0.1 * torch.randn_like(parameter))
         logits = ClassLoss(model).eval()(row_of([0, 1, 2, 3, 4]), with_logits=True).logits
     optimizer = torch.optim.AdamW(optimizer_groups(model, spec))
-    save_state(FileSystemWriter(tmp_path / "commit"), state_of(model, optimizer), None)
+    state = state_of(model, optimizer)
+    save_state(FileSystemWriter(tmp_path / "commit"), stage(state, None), None)
     check_published(folders[kind], tmp_path, spec, logits)
 
 

@@ -15,6 +15,7 @@ from finetune_api.sources import ModelPlace
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.base import BaseFiles
 from finetune_trainer.engine.commits.dcp import load_state, save_state, state_of
+from finetune_trainer.engine.commits.staging import stage
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.model import load_base, load_tokenizer
 from finetune_trainer.engine.optimizers import make_optimizers, step_if
@@ -74,7 +75,8 @@ def step_and_resume(base: Path, folder: Path, spec: FineTuneJobSpec, tuning: Tun
     after = tuning.values()
     assert {n for n in after if not torch.equal(before[n], after[n])} == tuning.trained()
     commit = folder / "commit"
-    save_state(FileSystemWriter(commit), state_of(tuning.model, tuning.optimizers), None)
+    state = state_of(tuning.model, tuning.optimizers)
+    save_state(FileSystemWriter(commit), stage(state, None), None)
     resumed = Tuning(base, spec)
     load_state(FileSystemReader(commit), resumed.model, resumed.optimizers, None)
     assert all(torch.equal(value, after[name]) for name, value in resumed.values().items())
