@@ -56,8 +56,12 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
     return get
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Add each test's time (set-up and tear-down too) to its file's and its folder's."""
+    """Add each test's time (set-up and tear-down too) to its file's and its folder's. A failure is
+    named at once: a long run may be ended before its summary."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\nFAILED {report.nodeid} ({report.when})", flush=True)
     timings.files[report.fspath] += report.duration
     timings.parts[f"tests/{Path(report.fspath).parts[1]}"] += report.duration
 

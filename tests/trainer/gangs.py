@@ -6,6 +6,7 @@ Importing takes ten times as long as training a tiny model; the fork server pays
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -19,6 +20,8 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["finetune_trainer.train.worker", "gangs", "gradient_worker", "classify_worker"]
 )
+# Now, since a process has one server: prepare's pool would start it without torch.
+multiprocessing.forkserver.ensure_running()
 
 
 def forked(target: Callable[..., None], *arguments: object) -> BaseProcess:
