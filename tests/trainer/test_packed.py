@@ -71,7 +71,8 @@ def test_documents_do_not_see_each_other():
     one = row_losses(loss, build_row([first, second], [0, 1], seed=0, step=0, device=CPU))
     two = row_losses(loss, build_row([other, second], [2, 1], seed=0, step=0, device=CPU))
     n = int(second.supervised.sum())
-    assert torch.equal(one[-n:], two[-n:])
+    # Not equal to the bit: where the threads cut a row's matrix product depends on its length.
+    torch.testing.assert_close(one[-n:], two[-n:], rtol=1e-6, atol=0)
 
 
 def test_a_row_without_documents_costs_nothing_and_reaches_every_weight():
