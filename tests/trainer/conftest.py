@@ -12,6 +12,7 @@ import torch
 from bench import Bench, write_model
 from fixtures_memory import llama
 from fixtures_quickstart import tiny_base
+from gangs import start_fork_server
 
 from finetune_api.names import storage_env
 from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
@@ -20,6 +21,11 @@ from finetune_trainer.storage.objects import ObjectStore
 from finetune_trainer.storage.s3server import EmbeddedS3
 
 __all__ = ["llama", "tiny_base"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fork_server() -> None:
+    start_fork_server()
 
 
 @pytest.fixture(scope="session")

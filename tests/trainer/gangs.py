@@ -20,8 +20,13 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     ["finetune_trainer.train.worker", "gangs", "gradient_worker", "classify_worker"]
 )
-# Now, since a process has one server: prepare's pool would start it without torch.
-multiprocessing.forkserver.ensure_running()
+
+
+def start_fork_server() -> None:
+    """Start the server with what ``set_forkserver_preload`` names. A process has one server, and
+    whoever starts processes first decides what it has imported: prepare's pool would have no torch.
+    """
+    multiprocessing.forkserver.ensure_running()
 
 
 def forked(target: Callable[..., None], *arguments: object) -> BaseProcess:
