@@ -169,7 +169,7 @@ BAD_TOGETHER = [
         {"method.type": "PromptTuning", "compute": {"gpusPerNode": 2, "contextParallel": 2}}, "",
         "method.type PromptTuning, PrefixTuning needs every sample whole", "PromptTuning"),
     bad("8 bits uncompiled", {"training.precision": "FP8", "method.type": "Full"}, "training",
-        "precision FP8 is slower than PureBF16 without compile"),
+        "precision FP8 is slower than PureBF16 without compile", "FP8"),
     bad("8 bits beside an adapter", {"training.precision": "FP8", "training.compile": True}, "",
         "training.precision FP8 goes with method.type Full", "LoRA"),
     bad("unknown optimizer", {"training.optimizer": "Lion"}, "training.optimizer", "Adafactor",
