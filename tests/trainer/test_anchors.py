@@ -207,7 +207,7 @@ def tuned(method: dict[str, Any], rate: float, **anchor: str) -> tuple[float, li
     optimizers = make_optimizers(model, spec)
     pull = float(spec.training.anchor.l2_coefficient)
     gang: Any = SimpleNamespace(
-        device=CPU, size=1, autocast=nullcontext, sum_on_device=lambda values: values
+        device=CPU, rank=0, size=1, autocast=nullcontext, sum_on_device=lambda values: values
     )
     told = []
     with feed_of(8) as feed:

@@ -274,7 +274,7 @@ def test_a_step_whose_samples_are_left_out_is_in_no_mean(packing: Packing) -> No
     )
     plan.leave_out([1])
     gang: Any = SimpleNamespace(
-        device=CPU, size=1, autocast=nullcontext, sum_on_device=lambda values: values
+        device=CPU, rank=0, size=1, autocast=nullcontext, sum_on_device=lambda values: values
     )
     session: Any = SimpleNamespace(
         gang=gang, plan=plan, module=TokenLoss(model).train(), spec=spec, guard=guard,
