@@ -212,7 +212,7 @@ def tuned(method: dict[str, Any], rate: float, **anchor: str) -> tuple[float, li
     told = []
     with feed_of(8) as feed:
         session: Any = SimpleNamespace(
-            gang=gang, plan=SimpleNamespace(source_count=2), module=loss, spec=spec,
+            gang=gang, plan=SimpleNamespace(source_count=2, seed=0), module=loss, spec=spec,
             guard=Guard(spec.training.guard, CPU), trained=[*model.parameters()],
             optimizers=optimizers, weight_anchor=WeightAnchor(optimizers, pull) if pull else None,
             output_anchor=OutputAnchor(loss, copy),

@@ -65,7 +65,8 @@ def needs(package: str) -> pytest.MarkDecorator:
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    """A gang of one for each test: of another precision, accelerate would refuse it."""
+    """A process group of one for each test: accelerate would refuse another precision."""
+    leave()
     yield
     leave()
 

@@ -61,7 +61,12 @@ SETTINGS = [
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
+    _leave()
     yield
+    _leave()
+
+
+def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)

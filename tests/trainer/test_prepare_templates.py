@@ -192,8 +192,9 @@ def test_the_digest_knows_the_librarys_texts(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_command_lists_shows_and_renders(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # a long path would be cut
     assert main(["templates"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in CATALOGUE)

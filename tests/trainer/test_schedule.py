@@ -71,7 +71,7 @@ def source(name: str, **fields: Any) -> dict[str, Any]:
                     {"name": "b", "steps": "1.5"},
                 ]
             },
-            [Stage(2, [0.0, 1.0], "a"), Stage(8, None, "b")],
+            [Stage(3, [0.0, 1.0], "a"), Stage(7, None, "b")],  # 2.5 steps are 3
         ),
     ],
 )

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from itertools import accumulate
 from typing import Final
 
 from finetune_api.results import StagePlan
@@ -51,16 +53,17 @@ def stages_of(spec: FineTuneJobSpec, sets: Mapping[str, int], total: int) -> lis
     """
     if spec.data.stages is None:
         return [Stage(total, _shares(spec.data, None, sets, "data.train"))]
-    parts = [float(stage.steps) for stage in spec.data.stages]
-    ends = [round(total * sum(parts[: i + 1]) / sum(parts)) for i in range(len(parts))]
+    parts = [Fraction(stage.steps) for stage in spec.data.stages]
+    # Exact, and halves up: a stage whose share is a whole step then always has one.
+    ends = [math.floor(total * part / sum(parts) + Fraction(1, 2)) for part in accumulate(parts)]
     found = []
     for i, (stage, begin, end) in enumerate(zip(spec.data.stages, [0, *ends], ends, strict=False)):
         if begin == end:
             raise UserError(
                 "StageTooShort",
                 f"spec.data.stages[{i}]: stage {stage.name!r} would have no step: its share is"
-                f" {parts[i] / sum(parts):.2%} of the training's {total} steps. Raise its steps,"
-                " take it out, or train for more steps (training.epochs, training.maxSteps, or a"
+                f" {float(parts[i] / sum(parts)):.2%} of the training's {total} steps. Raise its"
+                " steps, take it out, or train for more steps (training.epochs, training.maxSteps, or a"
                 " lower training.batchSize)",
             )
         shares = _shares(spec.data, stage, sets, f"data.stages[{i}]")
