@@ -63,8 +63,8 @@ def stages_of(spec: FineTuneJobSpec, sets: Mapping[str, int], total: int) -> lis
                 "StageTooShort",
                 f"spec.data.stages[{i}]: stage {stage.name!r} would have no step: its share is"
                 f" {float(parts[i] / sum(parts)):.2%} of the training's {total} steps. Raise its"
-                " steps, take it out, or train for more steps (training.epochs, training.maxSteps, or a"
-                " lower training.batchSize)",
+                " steps, take it out, or train for more steps (training.epochs, training.maxSteps,"
+                " or a lower training.batchSize)",
             )
         shares = _shares(spec.data, stage, sets, f"data.stages[{i}]")
         found.append(Stage(end - begin, shares, stage.name))
