@@ -16,11 +16,29 @@ from gangs import start_fork_server
 
 from finetune_api.names import storage_env
 from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
-from finetune_api.spec import parse_spec
+from finetune_api.spec import FineTuneJobSpec, parse_spec
+from finetune_trainer.engine.memory.rehearsals import Rehearsals
 from finetune_trainer.storage.objects import ObjectStore
 from finetune_trainer.storage.s3server import EmbeddedS3
 
 __all__ = ["llama", "tiny_base"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def find_facts() -> Iterator[Callable[..., Any]]:
+    """Half of the time of a small prepare is the rehearsal of its model, and most tests have the
+    same model: each is rehearsed once in a process. Yields the method that is replaced."""
+    made: dict[str, Any] = {}
+    find = Rehearsals._find
+
+    def find_once(self: Rehearsals, key: str, spec: FineTuneJobSpec) -> Any:
+        if key not in made:
+            made[key] = find(self, key, spec)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rehearsals, "_find", find_once)
+        yield find
 
 
 @pytest.fixture(scope="session", autouse=True)

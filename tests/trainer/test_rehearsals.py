@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def made(monkeypatch: pytest.MonkeyPatch, find_facts: Callable[..., Any]) -> list[Any]:
     """Specs for which the model was really rehearsed."""
     done: list[Any] = []
     real = rehearsals.rehearse
@@ -32,6 +33,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return real(path, spec, longest)
 
     monkeypatch.setattr(rehearsals, "rehearse", counted)
+    monkeypatch.setattr(Rehearsals, "_find", find_facts)
     return done
 
 

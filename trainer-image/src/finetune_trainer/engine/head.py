@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -21,6 +22,39 @@ log = logging.getLogger(__name__)
 
 CHUNK_BYTES: Final = 512 << 20
 """Logits of a chunk in 32 bits; fewer are not worth the second product."""
+
+
+def token_losses(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Negative log likelihood of each label in nats, float32, shape [supervised].
+
+    Args:
+        logits: shape [supervised, vocabulary].
+        smoothing: share of the target's probability that is spread over the vocabulary.
+    """
+    if smoothing:
+        return cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
+    losses: Tensor = _TokenLosses.apply(logits.float(), labels)
+    return losses
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Cross entropy whose gradient is made in place of the log probabilities: PyTorch's fills a
+    tensor of zeros of the logits' size for it, and reads it twice."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        """[supervised, vocabulary], [supervised] → [supervised]."""
+        log_probabilities = logits.log_softmax(-1)
+        ctx.save_for_backward(log_probabilities, labels)
+        return -log_probabilities.gather(-1, labels[:, None]).squeeze(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        log_probabilities, labels = ctx.saved_tensors
+        grad = grads[0][:, None]
+        found = log_probabilities.exp_().mul_(grad)
+        return found.scatter_add_(-1, labels[:, None], -grad), None
 
 
 class ChunkedHead:
@@ -64,9 +98,7 @@ class ChunkedHead:
         head = self._model.get_output_embeddings()
 
         def part(hidden: Tensor, labels: Tensor) -> Tensor:
-            return cross_entropy(
-                head(hidden).float(), labels, reduction="none", label_smoothing=smoothing
-            )
+            return token_losses(head(hidden), labels, smoothing)
 
         supervised = hidden.index_select(0, predict)
         each = (torch.split(x, self._at_once) for x in (supervised, labels))

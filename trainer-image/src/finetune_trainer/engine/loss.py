@@ -15,10 +15,10 @@ import torch
 from peft import PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import kl_div
 
 from finetune_trainer.engine.compilation import uncompiled
-from finetune_trainer.engine.head import ChunkedHead
+from finetune_trainer.engine.head import ChunkedHead, token_losses
 from finetune_trainer.engine.parameters import decoder_blocks
 from finetune_trainer.engine.rows.feed import RowTensors, TokenRow
 from finetune_trainer.engine.rows.layout import row_context
@@ -157,7 +157,7 @@ class TokenLoss(nn.Module):
             logits = selected(output.logits)
         else:
             output = self.model(input_ids=row.input_ids, use_cache=False, **extra)
-            logits = output.logits[0]
+            logits = output.logits.squeeze(0)  # the gradient of [0] fills zeros of their size
             if not self._selects:
                 logits = logits.index_select(0, predict + self._shift)
         none = logits.new_zeros((), dtype=torch.float32)
@@ -165,9 +165,7 @@ class TokenLoss(nn.Module):
             nothing = logits.float().sum()[None] * 0.0
             return RowLosses(nothing, none, none.new_zeros(0), none, logits[:0])
         smoothing = self._label_smoothing if self.training else 0.0
-        tokens = cross_entropy(
-            logits.float(), row.labels, reduction="none", label_smoothing=smoothing
-        )
+        tokens = token_losses(logits, row.labels, smoothing)
         added, drift, router = none, none.new_zeros(0), none
         if balanced:
             router = output.aux_loss

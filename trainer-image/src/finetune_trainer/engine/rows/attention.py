@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from finetune_trainer.engine.rows.layout import Group, RowLayout
+from finetune_trainer.engine.rows.layout import Groups, RowLayout
 
 _MOST_WIDTH: Final = 256
 """Head width up to which FlashAttention works."""
@@ -166,22 +166,36 @@ def _by_group(
     row: RowLayout, query: Tensor, key: Tensor, value: Tensor, scale: float | None,
     window: int | None,
 ) -> Tensor:  # fmt: skip
-    heads, tokens = query.shape[1:3]
-    attended = query.new_empty(tokens, heads, value.shape[-1])
     groups = row.groups
-    single = len(groups) == 1 and groups[0].documents == 1
-    for group in groups:
-        q, k, v = (query, key, value) if single else (_take(x, group) for x in (query, key, value))
-        part = (
-            _sdpa(q, k, v, None, scale)
-            if window is None or group.longest <= window
-            else _windowed(q, k, v, window, scale, _WINDOW_QUERIES if q.is_cuda else q.shape[2])
-        ).transpose(1, 2)
-        if single:
-            return part
-        flat = part.reshape(group.documents * group.longest, heads, -1)
-        attended = attended.index_copy(0, group.back, flat.index_select(0, group.keep))
-    return attended[None]
+    if len(groups.sizes) == 1 and groups.sizes[0].documents == 1:
+        return _attend_alike(query, key, value, scale, window).transpose(1, 2)
+    heads, parts = query.shape[1], []
+    # All groups are gathered at once: the gradient of each gather is a sum into zeros for the
+    # whole row.
+    for q, k, v in zip(*(_padded(x, groups) for x in (query, key, value)), strict=True):
+        attended = _attend_alike(q, k, v, scale, window)
+        parts.append(attended.transpose(1, 2).reshape(-1, heads, value.shape[-1]))
+    return torch.cat(parts).index_select(0, groups.back)[None]
+
+
+def _attend_alike(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None
+) -> Tensor:
+    """Attention of documents padded to one length; shapes [documents, heads, longest, width]."""
+    if window is None or q.shape[2] <= window:
+        return _sdpa(q, k, v, None, scale)
+    return _windowed(q, k, v, window, scale, _WINDOW_QUERIES if q.is_cuda else q.shape[2])
+
+
+def _padded(x: Tensor, groups: Groups) -> list[Tensor]:
+    """[1, heads, tokens, width] → [documents, heads, longest, width] of each group."""
+    heads, width = x.shape[1], x.shape[3]
+    taken = x.squeeze(0).index_select(1, groups.gather)
+    parts = torch.split(taken, [group.documents * group.longest for group in groups.sizes], 1)
+    return [
+        part.view(heads, group.documents, group.longest, width).transpose(0, 1)
+        for part, group in zip(parts, groups.sizes, strict=True)
+    ]
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
@@ -205,13 +219,6 @@ def _windowed(
         mask = _mask(end - begin, end - first, window, q.device)
         parts.append(_sdpa(q[:, :, begin:end], k[:, :, first:end], v[:, :, first:end], mask, scale))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-
-
-def _take(x: Tensor, group: Group) -> Tensor:
-    """[1, heads, tokens, width] → [documents, heads, longest, width]."""
-    heads, width = x.shape[1], x.shape[3]
-    taken = x[0].index_select(1, group.gather)
-    return taken.view(heads, group.documents, group.longest, width).transpose(0, 1)
 
 
 def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -28,19 +28,25 @@ from finetune_trainer.engine.rows.transfer import on_device
 _GROUP_RATIO: Final = 0.8
 
 
-@dataclass(frozen=True)
-class Group:
-    """Documents of like length that are attended in one padded call. Padding stands behind the
-    document, where causal attention never looks."""
+class Group(NamedTuple):
+    """Documents of like length that are attended in one padded call."""
 
-    gather: Tensor
-    """Row position of each (document, offset), padded; shape [documents * longest]."""
-    keep: Tensor
-    """Which of them are no padding; indices into the flattened batch."""
-    back: Tensor
-    """Row position of each kept one."""
     documents: int
     longest: int
+    """Tokens of the longest, which the others are padded to."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A row's documents in padded groups. Padding stands behind the document, where causal
+    attention never looks."""
+
+    gather: Tensor
+    """Row position of each (document, offset) of each group; shape [padded tokens]."""
+    back: Tensor
+    """Where each token of the row is among the padded ones; shape [tokens]."""
+    sizes: tuple[Group, ...]
+    """In the order of ``gather``."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class RowLayout:
     """Keys of other processes that the spans see; None where the row is here whole."""
 
     @cached_property
-    def groups(self) -> tuple[Group, ...]:
+    def groups(self) -> Groups:
         """The documents of a row that is here whole, by length."""
         return group_documents([s.queries for s in self.spans], self.offsets.queries.device)
 
@@ -112,28 +118,28 @@ def row_context(layout: RowLayout) -> Iterator[None]:
         _current = before
 
 
-def group_documents(lengths: list[int], device: torch.device) -> tuple[Group, ...]:
+def group_documents(lengths: list[int], device: torch.device) -> Groups:
     """Groups of documents of like length, for a row made of documents of these lengths."""
     starts = [0, *accumulate(lengths)]
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     groups: list[list[int]] = []
-    for i in order:
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if groups and lengths[i] >= _GROUP_RATIO * lengths[groups[-1][0]]:
             groups[-1].append(i)
         else:
             groups.append([i])
-    return tuple(_group([starts[i] for i in g], [lengths[i] for i in g], device) for g in groups)
-
-
-def _group(starts: list[int], lengths: list[int], device: torch.device) -> Group:
-    longest = max(lengths)
-    offsets, size = np.arange(longest)[None, :], np.array(lengths)[:, None]
-    gather = (np.array(starts)[:, None] + np.minimum(offsets, size - 1)).ravel()
-    keep = np.flatnonzero(offsets < size)
-    return Group(
-        gather=on_device(gather, device),
-        keep=on_device(keep, device),
-        back=on_device(gather[keep], device),
-        documents=len(lengths),
-        longest=longest,
+    gather, back, padded = [], np.empty(starts[-1], np.int64), 0
+    for group in groups:
+        longest = lengths[group[0]]
+        offsets = np.arange(longest)[None, :]
+        begins = np.array([starts[i] for i in group])[:, None]
+        size = np.array([lengths[i] for i in group])[:, None]
+        position = (begins + np.minimum(offsets, size - 1)).ravel()
+        kept = np.flatnonzero(offsets < size)
+        back[position[kept]] = padded + kept
+        gather.append(position)
+        padded += len(position)
+    return Groups(
+        gather=on_device(np.concatenate(gather), device),
+        back=on_device(back, device),
+        sizes=tuple(Group(len(group), lengths[group[0]]) for group in groups),
     )
