@@ -34,14 +34,14 @@ SETTINGS: Final[Mapping[str, Mapping[str, str]]] = {
 }
 
 
-def work(row: int, orders: Connection) -> None:
+def work(row: int, run_specs: Connection) -> None:
     """Trains so many steps whenever told to, and answers with the tokens a second."""
     from trainers import SHAPES, Ours, documents
 
     shape = replace(SHAPES["8M"], row=row, rows=1)
     training = Ours("Full", documents(500, shape), shape, precision="BF16")
-    while steps := orders.recv():
-        orders.send(training.turn(steps))
+    while steps := run_specs.recv():
+        run_specs.send(training.turn(steps))
 
 
 def started(setting: Mapping[str, str], row: int) -> tuple[BaseProcess, Connection]:
@@ -56,11 +56,11 @@ def started(setting: Mapping[str, str], row: int) -> tuple[BaseProcess, Connecti
     return process, ours
 
 
-def turn(orders: Connection, steps: int, busy: bool) -> float:
+def turn(run_specs: Connection, steps: int, busy: bool) -> float:
     neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
     try:
-        orders.send(steps)
-        speed: float = orders.recv()
+        run_specs.send(steps)
+        speed: float = run_specs.recv()
     finally:
         if neighbour is not None:
             neighbour.kill()
@@ -77,14 +77,14 @@ def main() -> None:
     trainings = {name: started(setting, options.row) for name, setting in SETTINGS.items()}
     alone: dict[str, list[float]] = {name: [] for name in SETTINGS}
     beside: dict[str, list[float]] = {name: [] for name in SETTINGS}
-    for _, orders in trainings.values():
-        turn(orders, 1, busy=False)
+    for _, run_specs in trainings.values():
+        turn(run_specs, 1, busy=False)
     for _ in range(options.rounds):
         for busy, speeds in ((False, alone), (True, beside)):
-            for name, (_, orders) in trainings.items():
-                speeds[name].append(turn(orders, options.steps, busy))
-    for process, orders in trainings.values():
-        orders.send(0)
+            for name, (_, run_specs) in trainings.items():
+                speeds[name].append(turn(run_specs, options.steps, busy))
+    for process, run_specs in trainings.values():
+        run_specs.send(0)
         process.join()
     print(f"{CORES} cores; other load of the machine: {os.getloadavg()[0]:.1f}")
     print(f"{'':22} {'alone':>7} {'beside':>7} {'beside/alone':>13} {'alone/spinning':>15}")

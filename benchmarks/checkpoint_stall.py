@@ -1,9 +1,9 @@
-"""How long training stands still for a commit, and what the upload costs the steps beside it.
+"""How long training stands still for a checkpoint, and what the upload costs the steps beside it.
 
     python benchmarks/checkpoint_stall.py [--millions 50] [--steps 20] [--commits 3]
 
 A model of so many million parameters is trained by AdamW on this machine, and commits its state
-(12 bytes a parameter) to an S3 server beside it every so many steps: waiting for each commit, and
+(12 bytes a parameter) to an S3 server beside it every so many steps: waiting for each checkpoint, and
 going on while it is written, from a copy in memory or on disk. The server's own rate is that of
 as many plain puts, and gets, of parts of the same size at a time. The server, the upload and the
 training share the machine's cores.
@@ -24,14 +24,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
+from finetune_api.run_spec import CONTRACT_VERSION, JobIdentity, RunSpec
 from finetune_api.spec import parse_spec
 from finetune_api.training import Training
-from finetune_trainer.engine.gang import Gang, join
-from finetune_trainer.storage.commitfiles import PARALLEL, PART_BYTES
+from finetune_trainer.engine.world import World, join
+from finetune_trainer.storage.checkpoint_files import PARALLEL, PART_BYTES
 from finetune_trainer.storage.objects import ObjectStore
 from finetune_trainer.storage.s3server import EmbeddedS3
-from finetune_trainer.train.checkpoint import Checkpoints
+from finetune_trainer.train.checkpoint import CheckpointManager
 from finetune_trainer.train.state import LoopState
 
 BUCKET = "bench"
@@ -46,11 +46,11 @@ class Seconds:
     stalls: list[float] = field(default_factory=list)
     intervals: list[float] = field(default_factory=list)
     beside: list[float] = field(default_factory=list)
-    """Of steps while a commit was written."""
+    """Of steps while a checkpoint was written."""
     alone: list[float] = field(default_factory=list)
     """Of the other steps."""
 
-    def row(self, name: str) -> str:
+    def micro_batch(self, name: str) -> str:
         share = sum(self.stalls) / sum(self.intervals)
         quiet = statistics.median(self.alone)
         slowed = f"{statistics.median(self.beside) / quiet:8.2f}" if self.beside else f"{'–':>8}"
@@ -85,11 +85,11 @@ class Trainee:
         return time.perf_counter() - began
 
 
-def commits_of(
-    gang: Gang, store: ObjectStore, name: str, scratch: Path, staging: str
-) -> Checkpoints:
-    """The commits of a new run."""
-    order = RunOrder(
+def checkpoints_of(
+    world: World, store: ObjectStore, name: str, scratch: Path, staging: str
+) -> CheckpointManager:
+    """The checkpoints of a new run."""
+    run_spec = RunSpec(
         version=CONTRACT_VERSION, job=JobIdentity(namespace="bench", name=name, uid="bench-0000"),
         run="1-bench",
         spec=parse_spec({
@@ -99,26 +99,26 @@ def commits_of(
             "checkpoint": {"staging": staging, "keepLast": 1},
         }),
     )  # fmt: skip
-    return Checkpoints.take(gang, store, order, scratch)
+    return CheckpointManager.take(world, store, run_spec, scratch)
 
 
 def train(
-    trainee: Trainee, checkpoints: Checkpoints, steps: int, commits: int, wait: bool
+    trainee: Trainee, checkpointer: CheckpointManager, steps: int, checkpoints: int, wait: bool
 ) -> Seconds:
-    """Train, and commit every so many steps; the last commit is waited for."""
+    """Train, and commit every so many steps; the last checkpoint is waited for."""
     found = Seconds()
-    for number in range(1, commits + 1):
+    for number in range(1, checkpoints + 1):
         began = time.perf_counter()
         for _ in range(steps):
-            busy = checkpoints.upload is not None and not checkpoints.upload.over
+            busy = checkpointer.upload is not None and not checkpointer.upload.over
             (found.beside if busy else found.alone).append(trainee.step())
         stood = time.perf_counter()
-        checkpoints.commit(trainee.model, trainee.optimizers, LoopState(step=number * steps))
+        checkpointer.save(trainee.model, trainee.optimizers, LoopState(step=number * steps))
         if wait:
-            checkpoints.settle()
+            checkpointer.settle()
         found.stalls.append(time.perf_counter() - stood)
         found.intervals.append(time.perf_counter() - began)
-    checkpoints.settle()
+    checkpointer.settle()
     return found
 
 
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--commits", type=int, default=3)
     options = parser.parse_args()
     trainee = Trainee(options.millions)
-    gang = join(Training.model_validate({"precision": "FP32"}))
+    world = join(Training.model_validate({"precision": "FP32"}))
     with tempfile.TemporaryDirectory() as folder, EmbeddedS3(Path(folder) / "s3") as s3:
         s3.ensure_bucket(BUCKET)
         store, scratch = s3.store(), Path(folder) / "scratch"
@@ -150,13 +150,15 @@ def main() -> None:
             ("waited for", "Memory", True), ("meanwhile", "Memory", False),
             ("meanwhile, from disk", "Disk", False),
         ):  # fmt: skip
-            checkpoints = commits_of(gang, store, f"{staging}-{wait}".lower(), scratch, staging)
-            found = train(trainee, checkpoints, options.steps, options.commits, wait)
-            print(found.row(name), flush=True)
+            checkpointer = checkpoints_of(
+                world, store, f"{staging}-{wait}".lower(), scratch, staging
+            )
+            found = train(trainee, checkpointer, options.steps, options.checkpoints, wait)
+            print(found.micro_batch(name), flush=True)
 
         def write() -> None:
-            checkpoints.commit(trainee.model, trainee.optimizers, LoopState(step=1_000_000))
-            checkpoints.settle()
+            checkpointer.save(trainee.model, trainee.optimizers, LoopState(step=1_000_000))
+            checkpointer.settle()
 
         parts = [f"s3://{BUCKET}/raw/{n}" for n in range(max(1, trainee.bytes // PART_BYTES))]
         data, size = bytes(PART_BYTES), len(parts) * PART_BYTES
@@ -167,7 +169,7 @@ def main() -> None:
             print(f"{'plain requests':24}{put:10.0f}{get:10.0f}", flush=True)
         wrote = rate(trainee.bytes, write)
         began = time.perf_counter()
-        checkpoints.restore(trainee.model, trainee.optimizers)
+        checkpointer.restore(trainee.model, trainee.optimizers)
         took = time.perf_counter() - began
         print(f"{'commit and restore':24}{wrote:10.0f}{trainee.bytes / MB / took:10.0f}")
         print(f"restored in {took:.1f} s")

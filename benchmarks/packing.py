@@ -23,7 +23,7 @@ from tokenizers.trainers import BpeTrainer
 from trainers import SHAPES, documents
 
 from finetune_trainer.engine.planning.mixture import Ints
-from finetune_trainer.engine.planning.plan import Plan, cost, uniform_row
+from finetune_trainer.engine.planning.plan import Plan, cost, uniform_micro_batch
 
 
 def texts(path: Path) -> Iterator[str]:
@@ -40,19 +40,22 @@ def lengths_of(path: Path, vocabulary: int) -> Ints:
     return np.array([len(e.ids) + 1 for e in tokenizer.encode_batch(documents)])
 
 
-def figures(lengths: Ints, batch: int, row: int, ranks: int) -> tuple[float, float, float]:
+def figures(lengths: Ints, batch: int, micro_batch: int, ranks: int) -> tuple[float, float, float]:
     """Fill of compiled rows as they are chosen, and of rows of the most tokens; evenness of the
     ranks: means over the tokens of an epoch."""
     plan = Plan(
-        lengths, lengths // 2, batch_size=batch, seed=0, row_tokens=row, ranks=ranks,
+        lengths, lengths // 2, batch_size=batch, seed=0, micro_batch_tokens=micro_batch, ranks=ranks,
         visits=len(lengths),
     )  # fmt: skip
     steps = -(-len(lengths) // batch)
     widest = fill(plan, steps)
-    plan.row_tokens = uniform_row(plan, steps)
+    plan.micro_batch_tokens = uniform_micro_batch(plan, steps)
     worked = waited = 0.0
     for step in map(plan.step, range(steps)):
-        costs = [sum(cost(int(lengths[i])) for r in rows for i in r) for rows in step.rows]
+        costs = [
+            sum(cost(int(lengths[i])) for r in micro_batches for i in r)
+            for micro_batches in step.micro_batches
+        ]
         worked += sum(costs)
         waited += max(costs) * ranks
     return fill(plan, steps), widest, worked / waited
@@ -61,8 +64,8 @@ def figures(lengths: Ints, batch: int, row: int, ranks: int) -> tuple[float, flo
 def fill(plan: Plan, steps: int) -> float:
     """Share of real tokens in an epoch's rows, each as long as a row may be."""
     done = [plan.step(i) for i in range(steps)]
-    rows = sum(len(rows) for step in done for rows in step.rows)
-    return sum(step.tokens for step in done) / (rows * plan.row_tokens)
+    micro_batches = sum(len(micro_batches) for step in done for micro_batches in step.micro_batches)
+    return sum(step.tokens for step in done) / (micro_batches * plan.micro_batch_tokens)
 
 
 def main() -> None:
@@ -78,10 +81,10 @@ def main() -> None:
         print(f"{name}: {len(lengths)} documents, median {median} tokens, longest {longest}")
         for ranks in (1, 8):
             for batch in (32, 128, 512):
-                compiled, widest, even = figures(lengths, batch, options.row, ranks)
+                compiled, widest, even = figures(lengths, batch, options.micro_batch, ranks)
                 print(
                     f"  {ranks} ranks, {batch} a step: compiled {compiled:.1%}"
-                    f" (in rows of {options.row}: {widest:.1%}), even {even:.2%}"
+                    f" (in rows of {options.micro_batch}: {widest:.1%}), even {even:.2%}"
                 )
 
 

@@ -54,7 +54,7 @@ def first_step(samples: int, mixture: str, done: float) -> tuple[float, float]:
 
 def plan_of(lengths: Any, supervised: Any, ranks: int, sources: Any, stages: list[Stage]) -> Plan:
     return Plan(
-        lengths, supervised, batch_size=BATCH, seed=0, row_tokens=ROW_TOKENS, ranks=ranks,
+        lengths, supervised, batch_size=BATCH, seed=0, micro_batch_tokens=ROW_TOKENS, ranks=ranks,
         sources=sources, stages=stages, visits=EPOCHS * len(lengths),
     )  # fmt: skip
 
@@ -68,8 +68,8 @@ def first_batch(endpoint: str, keys: Any, uri: str, done: float) -> tuple[float,
     of the run, and how many shards had been fetched by then."""
     import torch
 
-    from finetune_trainer.engine.rows.feed import Feed
-    from finetune_trainer.prepared.shards import PreparedData
+    from finetune_trainer.engine.packing.feed import Feed
+    from finetune_trainer.prepared.dataset import PreparedData
     from finetune_trainer.storage.objects import ObjectStore
 
     store = ObjectStore(endpoint, credentials=keys)

@@ -33,7 +33,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
+from finetune_api.run_spec import CONTRACT_VERSION, JobIdentity, RunSpec
 from finetune_api.sources import StorageAccess
 from finetune_api.spec import parse_spec
 from finetune_trainer.storage.objects import Credentials, ObjectStore, Stores
@@ -98,14 +98,14 @@ def make_model(folder: Path, vocabulary: list[str]) -> None:
     (folder / "model.safetensors").write_bytes(b"")
 
 
-def order(name: str, data: str, quality: dict[str, Any]) -> RunOrder:
+def run_spec(name: str, data: str, quality: dict[str, Any]) -> RunSpec:
     spec = {
         "model": {"source": f"s3://{BUCKET}/model"},
         "data": {"train": [{"source": data}], "quality": quality},
         "output": {"destination": f"s3://{BUCKET}/out/{name}"},
     }
     job = JobIdentity(namespace="bench", name="bench", uid="0" * 36)
-    return RunOrder(version=CONTRACT_VERSION, job=job, run="1-00000", spec=parse_spec(spec))
+    return RunSpec(version=CONTRACT_VERSION, job=job, run="1-00000", spec=parse_spec(spec))
 
 
 @dataclass(frozen=True)
@@ -154,13 +154,13 @@ def ours(
     """Map and reduce, from S3 to S3."""
     from finetune_trainer.prepare import pipeline
 
-    asked, store = order(name, data, quality), server.store()
+    asked, store = run_spec(name, data, quality), server.store()
 
     class Here(Stores):
         def of(self, access: StorageAccess | None) -> ObjectStore:
             return store
 
-    few = order(f"{name}-few", FEW, quality)
+    few = run_spec(f"{name}-few", FEW, quality)
     figures: list[Figures] = []
     write_data = pipeline.write_data
 

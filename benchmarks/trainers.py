@@ -27,21 +27,21 @@ from transformers import (
 )
 
 from finetune_api.spec import parse_spec
+from finetune_trainer.engine.chunked_head import has_plain_head
 from finetune_trainer.engine.compilation import compile_blocks
 from finetune_trainer.engine.flops import Work, work_of
-from finetune_trainer.engine.gang import join
 from finetune_trainer.engine.guard import Guard
-from finetune_trainer.engine.head import has_plain_head
 from finetune_trainer.engine.kernels import use_liger
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.optimizers import make_optimizers
-from finetune_trainer.engine.planning.plan import Plan, uniform_row
+from finetune_trainer.engine.packing import packed
+from finetune_trainer.engine.packing.feed import Feed, StaticShape, build_packed
+from finetune_trainer.engine.planning.plan import Plan, uniform_micro_batch
 from finetune_trainer.engine.precision import precision_of
-from finetune_trainer.engine.rows import packed
-from finetune_trainer.engine.rows.feed import Feed, StaticShape, build_row
 from finetune_trainer.engine.sharding import distribute
 from finetune_trainer.engine.tuning.methods import apply_method
-from finetune_trainer.prepared.shards import TokenSample
+from finetune_trainer.engine.world import join
+from finetune_trainer.prepared.dataset import TokenSample
 from finetune_trainer.train.step import optimizer_step
 
 
@@ -55,9 +55,9 @@ class Shape:
     heads: int
     key_heads: int
     vocabulary: int
-    row: int
+    micro_batch: int
     """Tokens of a row, and of the longest document."""
-    rows: int = 4
+    micro_batches: int = 4
     """Rows of a step."""
 
     def model(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -66,7 +66,7 @@ class Shape:
             vocab_size=self.vocabulary, hidden_size=self.hidden, use_cache=False,
             intermediate_size=self.feedforward, num_hidden_layers=self.layers,
             num_attention_heads=self.heads, num_key_value_heads=self.key_heads,
-            max_position_embeddings=self.row, tie_word_embeddings=True,
+            max_position_embeddings=self.micro_batch, tie_word_embeddings=True,
             bos_token_id=1, eos_token_id=2,
         )  # fmt: skip
         with device:
@@ -86,9 +86,9 @@ def documents(count: int, shape: Shape) -> list[TokenSample]:
     """Instruction-like samples: log-normal lengths (median about 150 tokens, or 300 in rows of
     4,096), the second half supervised."""
     draw = np.random.default_rng(0)
-    mean = 5.0 + np.log(shape.row / 2048)
+    mean = 5.0 + np.log(shape.micro_batch / 2048)
     made = []
-    for n in np.clip(draw.lognormal(mean, 0.8, count).astype(int), 16, shape.row):
+    for n in np.clip(draw.lognormal(mean, 0.8, count).astype(int), 16, shape.micro_batch):
         supervised = np.zeros(n, np.bool_)
         supervised[n // 2 :] = True
         made.append(TokenSample(draw.integers(3, shape.vocabulary, n).astype(np.int32), supervised))
@@ -101,7 +101,7 @@ class Ours:
     def __init__(self, method: str, data: list[TokenSample], shape: Shape, **training: Any) -> None:
         lengths = np.array([len(s.ids) for s in data])
         supervised = np.array([int(s.supervised.sum()) for s in data])
-        batch = round(shape.row * shape.rows / lengths.mean())
+        batch = round(shape.micro_batch * shape.micro_batches / lengths.mean())
         spec = parse_spec(
             {
                 "model": {"source": "s3://bucket/model"},
@@ -112,33 +112,38 @@ class Ours:
             }
         )
         packed.install()
-        self._gang = gang = join(spec.training)
-        precision = precision_of(spec.training, gang.device.type == "cuda")
+        self._world = world = join(spec.training)
+        precision = precision_of(spec.training, world.device.type == "cuda")
         halved = precision.halved and spec.method.kind.freezes
-        base = shape.model(torch.bfloat16 if halved else torch.float32, gang.device)
+        base = shape.model(torch.bfloat16 if halved else torch.float32, world.device)
         base.set_attn_implementation(packed.ATTENTION)
         plain_head = has_plain_head(base)
         if precision.halved and not spec.training.compile:
-            use_liger(base, gang.device)
+            use_liger(base, world.device)
         tuned = apply_method(base, spec)
         self.work: Work = work_of(tuned, base)
         loss = TokenLoss(tuned, plain_head=plain_head).train()
         if spec.training.compile:
             compile_blocks(tuned)
         self.plan = Plan(
-            lengths, supervised, batch_size=batch, seed=0, row_tokens=shape.row, ranks=gang.size
+            lengths,
+            supervised,
+            batch_size=batch,
+            seed=0,
+            micro_batch_tokens=shape.micro_batch,
+            ranks=world.size,
         )
         self._shape: StaticShape | None = None
         if spec.training.compile:
-            self.plan.row_tokens = uniform_row(self.plan, -(-len(lengths) // batch))
-            self._shape = StaticShape(self.plan.row_tokens, int(lengths.max()))
+            self.plan.micro_batch_tokens = uniform_micro_batch(self.plan, -(-len(lengths) // batch))
+            self._shape = StaticShape(self.plan.micro_batch_tokens, int(lengths.max()))
         self._session: Any = SimpleNamespace(
-            gang=gang, plan=self.plan, spec=spec,
-            module=distribute(loss, gang, "NoShard", precision),
+            world=world, plan=self.plan, spec=spec,
+            module=distribute(loss, world, "NoShard", precision),
             trained=[p for p in tuned.parameters() if p.requires_grad],
             optimizers=make_optimizers(tuned, spec),
             output_anchor=None, weight_anchor=None,
-            guard=Guard(spec.training.guard, gang.device),
+            guard=Guard(spec.training.guard, world.device),
         )  # fmt: skip
         self._data = data
         self._next = 0
@@ -149,8 +154,8 @@ class Ours:
         end = self._next + steps + 1
         tokens, began = 0, 0.0
         with Feed(
-            self.plan, read, rank=self._gang.rank, start=self._next, end=end,
-            device=self._gang.device, build=partial(build_row, shape=self._shape),
+            self.plan, read, rank=self._world.rank, start=self._next, end=end,
+            device=self._world.device, build=partial(build_packed, shape=self._shape),
         ) as feed:  # fmt: skip
             for i, batch in enumerate(feed):
                 optimizer_step(self._session, batch, 1e-4)
@@ -194,20 +199,20 @@ class Trl:
         from peft import LoraConfig
         from trl import SFTConfig, SFTTrainer
 
-        rows = Dataset.from_list(
+        micro_batches = Dataset.from_list(
             [
                 {"input_ids": s.ids.tolist(), "completion_mask": s.supervised.astype(int).tolist()}
                 for s in data
             ]
         )
         mean = statistics.mean(len(s.ids) for s in data)
-        each, parts = 1, shape.rows
+        each, parts = 1, shape.micro_batches
         if not packing:  # 8 documents a pass, which is its default
-            each, parts = 8, max(1, round(shape.row * shape.rows / mean / 8))
+            each, parts = 8, max(1, round(shape.micro_batch * shape.micro_batches / mean / 8))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._folder = tempfile.TemporaryDirectory()
         config = SFTConfig(
-            output_dir=self._folder.name, max_length=shape.row, packing=packing,
+            output_dir=self._folder.name, max_length=shape.micro_batch, packing=packing,
             completion_only_loss=True, per_device_train_batch_size=each,
             gradient_accumulation_steps=parts, max_steps=1, learning_rate=1e-4,
             lr_scheduler_type="constant", logging_strategy="no", save_strategy="no", report_to=[],
@@ -221,7 +226,7 @@ class Trl:
         if attention is not None:
             model.set_attn_implementation(attention)
         self._trainer = SFTTrainer(
-            model=model, args=config, train_dataset=rows,
+            model=model, args=config, train_dataset=micro_batches,
             processing_class=_tokenizer(shape.vocabulary), callbacks=[self._times],
             peft_config=lora if method == "LoRA" else None,
         )  # fmt: skip

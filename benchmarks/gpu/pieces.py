@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from training import tell
 
-from finetune_trainer.engine.commits.staging import Staging
+from finetune_trainer.engine.checkpointing.staging import Staging
 from finetune_trainer.engine.muon import orthogonalise
-from finetune_trainer.storage.commitfiles import PART_BYTES
+from finetune_trainer.storage.checkpoint_files import PART_BYTES
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -70,13 +70,13 @@ def staging(matrices: int) -> None:
     )  # fmt: skip
 
 
-def muon(rows: int, columns: int, count: int) -> None:
-    matrices = [torch.randn(rows, columns, device=DEVICE).bfloat16() for _ in range(count)]
+def muon(micro_batches: int, columns: int, count: int) -> None:
+    matrices = [torch.randn(micro_batches, columns, device=DEVICE).bfloat16() for _ in range(count)]
     took = seconds(lambda: orthogonalise(matrices, *NEWTON_SCHULZ))
-    low, high = sorted((rows, columns))
+    low, high = sorted((micro_batches, columns))
     operations = count * 5 * (4 * low * low * high + 2 * low**3)
     show(
-        "Muon: Newton-Schulz", size=f"{count} of {rows} x {columns}", ms=round(took * 1e3, 2),
+        "Muon: Newton-Schulz", size=f"{count} of {micro_batches} x {columns}", ms=round(took * 1e3, 2),
         rate=f"{operations / took / 1e12:.1f} TFLOP/s",
     )  # fmt: skip
 

@@ -41,7 +41,7 @@ OPTIONAL: Final = ("pytest", "triton", "liger-kernel", "bitsandbytes", "torchao"
 """What some sections or tests need; they are skipped by name."""
 TEST_SECONDS: Final = 90
 """A test that takes longer hangs."""
-FIRST: Final = ("test_gpu.py", "test_gpu_rows.py", "test_gpu_dropout.py", "test_gpu_memory.py")
+FIRST: Final = ("test_gpu.py", "test_gpu_packing.py", "test_gpu_dropout.py", "test_gpu_memory.py")
 """Files of tests in this order; others follow."""
 
 REACHED_THE_END: Final = ("done", "ended with 1", "ended with 2", "ended with 5")

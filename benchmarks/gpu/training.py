@@ -125,11 +125,11 @@ def lacking(name: str) -> list[str]:
     return [module for module in NEEDS.get(name, ()) if find_spec(module) is None]
 
 
-def tell(**row: Any) -> None:
+def tell(**micro_batch: Any) -> None:
     """A row for ``run.py``."""
     if path := os.environ.get("GPU_RESULTS"):
         with Path(path).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(micro_batch) + "\n")
 
 
 def measure(shape: str, method: str, rounds: int, steps: int, known: float | None) -> None:
@@ -142,15 +142,25 @@ def measure(shape: str, method: str, rounds: int, steps: int, known: float | Non
     for number in range(rounds):
         for name, turns in found.items():
             said = alone(name, method, shape, steps)
-            row: dict[str, Any] = {"model": shape, "method": method, "name": name, "round": number}
+            micro_batch: dict[str, Any] = {
+                "model": shape,
+                "method": method,
+                "name": name,
+                "round": number,
+            }
             if isinstance(said, str):
                 print(f"{shape} {method} {name}: {said}", flush=True)
-                tell(**row, said=said, outcome="failed")
+                tell(**micro_batch, said=said, outcome="failed")
                 continue
             turns.append(said)
             needed = next((t.operations for n in OURS for t in found[n]), 0.0)
             share = f"{said.speed * needed / known:.1%}" if known else "unknown"
-            tell(**row, tokens_per_second=round(said.speed), mfu=share, gib=round(said.memory, 2))
+            tell(
+                **micro_batch,
+                tokens_per_second=round(said.speed),
+                mfu=share,
+                gib=round(said.memory, 2),
+            )
     speeds = {n: statistics.median(t.speed for t in turns) for n, turns in found.items() if turns}
     best = max((s for n, s in speeds.items() if n in TRLS), default=0.0)
     needed = next((t.operations for n in OURS for t in found[n]), 0.0)

@@ -89,8 +89,8 @@ def test_its_rights_suffice_for_server_side_apply(release: tuple[ControlPlane, b
     config = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": {"name": "order", "namespace": "team-a"},
-        "data": {"order.json": "{}"},
+        "metadata": {"name": "run-spec", "namespace": "team-a"},
+        "data": {"run-spec.json": "{}"},
     }
     arguments = ("apply", "--server-side", "--dry-run=server", "--as", ACCOUNT, "-f", "-")
     plane.kubectl(*arguments, stdin=json.dumps(config))

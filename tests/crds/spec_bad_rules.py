@@ -222,7 +222,7 @@ BAD_TOGETHER = [
     bad("classes by a metric of text", {"task": "SequenceClassification",
         "evaluation.metrics": ["F1", "Bleu"]}, "",
         "measured by Loss, Accuracy, Precision, Recall, F1", "Bleu"),
-    bad("best commit of classes by a metric of text", {"task": "SequenceClassification",
+    bad("best checkpoint of classes by a metric of text", {"task": "SequenceClassification",
         "checkpoint.metric": "ExactMatch"}, "", "correct checkpoint.metric", "ExactMatch"),
     bad("classes stopped by a metric of text", {"task": "SequenceClassification",
         "training.earlyStopping": {"metric": "Perplexity"}}, "",

@@ -13,9 +13,9 @@ from finetune_api.identity import (
     child_name,
     data_uri,
     label_value,
-    order_name,
     output_uri,
     run_id,
+    run_spec_name,
     run_uri,
 )
 from finetune_api.names import ROLES
@@ -39,9 +39,9 @@ def test_children_have_valid_names(
     name = child_name(job, run_id(number, uid), role, revision)  # type: ignore[arg-type]
     assert SERVICE.fullmatch(name), "a Service's name begins with a letter"
     assert len(f"{name}-{MOST_PODS}") <= 63, "a pod's host name is a DNS label"
-    order = order_name(job, run_id(number, uid), revision)
-    assert LABEL.fullmatch(order)
-    assert len(order) <= 63
+    run_spec = run_spec_name(job, run_id(number, uid), revision)
+    assert LABEL.fullmatch(run_spec)
+    assert len(run_spec) <= 63
 
 
 @given(job_names, job_names, uids, numbers)

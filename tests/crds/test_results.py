@@ -34,7 +34,7 @@ summaries = st.builds(
     st.none() | addresses,
     st.lists(st.fixed_dictionaries({
         "name": st.from_regex(r"[a-z]{1,63}", fullmatch=True), "samples": st.integers(0),
-        "untuned": metrics, "tuned": metrics,
+        "base": metrics, "tuned": metrics,
     }), max_size=60),
 )  # fmt: skip
 prepared = st.builds(
@@ -91,7 +91,7 @@ def test_a_long_message_keeps_both_ends() -> None:
 
 def test_scores_go_before_the_message() -> None:
     scores = [
-        {"name": f"set-{n}", "samples": 1, "untuned": {"Loss": 1.5}, "tuned": {"Loss": 0.5}}
+        {"name": f"set-{n}", "samples": 1, "base": {"Loss": 1.5}, "tuned": {"Loss": 0.5}}
         for n in range(100)
     ]
     word = said(

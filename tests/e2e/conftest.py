@@ -163,7 +163,7 @@ class Platform:
     def wait_for_step(
         self, name: str, step: int, *, committed: bool = True, within: float = 240
     ) -> Manifest:
-        """The status once training has done so many steps, and a commit is there."""
+        """The status once training has done so many steps, and a checkpoint is there."""
 
         def look() -> Manifest | None:
             status = self.status(name)

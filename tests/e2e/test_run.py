@@ -33,7 +33,7 @@ OPERATOR_SERIES = (
 def scores(status: dict[str, Any]) -> dict[tuple[str, str], tuple[float, float]]:
     """(data set, metric) → (untuned, tuned)."""
     return {
-        (m["dataSet"], m["metric"]): (float(m["untuned"]), float(m["tuned"]))
+        (m["dataSet"], m["metric"]): (float(m["base"]), float(m["tuned"]))
         for m in status["evaluation"]
     }
 
@@ -130,7 +130,7 @@ def test_a_lost_pod_is_one_incident_and_the_run_goes_on(platform, manifest_of, i
     assert usage["queuedSeconds"] >= 0
     result = json.loads(platform.store.get(f"{run_uri(status, name)}/result.json"))
     steps = [p["step"] for p in result["curve"]]
-    assert steps == sorted(set(steps)), "the curve goes on where the last commit left it"
+    assert steps == sorted(set(steps)), "the curve goes on where the last checkpoint left it"
     before, after = scores(status)["intent", "Loss"]
     assert after < before
 

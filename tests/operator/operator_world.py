@@ -242,7 +242,7 @@ TRAINED = {
     "loss": 0.5,
     "checkpoint": "s3://models/out/.workspace/runs/bot/1/attempt-1/step-00000030",
     "scores": [
-        {"name": "test", "samples": 5, "untuned": {"Loss": 2.0}, "tuned": {"Loss": 0.5}},
+        {"name": "test", "samples": 5, "base": {"Loss": 2.0}, "tuned": {"Loss": 0.5}},
     ],
     "trainingSeconds": 60.0,
     "trainableParameters": 10,

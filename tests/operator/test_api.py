@@ -280,7 +280,7 @@ def test_resume_change_makes_a_new_gang_and_new_run_a_new_run(
     eventually("run 2", lambda: job.status["run"]["number"] == 2, within=WITHIN)
     eventually("only its Job", lambda: job.names("jobs") == ["prepare-1"], within=WITHIN)
     assert job.status["history"][0]["outcome"] == "Superseded"
-    assert job.names("configmaps") == ["order-1", "order-1", "order-2"]
+    assert job.names("configmaps") == ["run-spec-1", "run-spec-1", "run-spec-2"]
 
 
 def test_status_removed_by_hand_is_rebuilt(job: Job, operator: OperatorProcess) -> None:
@@ -361,7 +361,7 @@ def test_ttl_and_deletion(job: Job, operator: OperatorProcess) -> None:
     job.end("publish", published=PUBLISHED)
     job.reach("Complete")
     eventually("children are gone", lambda: not job.names("jobs"), within=WITHIN)
-    assert job.names("configmaps") == ["order-1"] and job.names("services") == []
+    assert job.names("configmaps") == ["run-spec-1"] and job.names("services") == []
     assert job.status["phase"] == "Complete"
     job.api.kubectl("delete", "ftj", "bot", "-n", job.namespace)
     eventually("the order is gone", lambda: not job.names("configmaps"), within=WITHIN)

@@ -30,7 +30,7 @@ def timeless(status: dict[str, Any]) -> dict[str, Any]:
 def test_first_pass_makes_order_and_prepare_and_says_so() -> None:
     world = World()
     plan = world.pass_()
-    assert world.names("ConfigMap") == ["bot-1-0f9c2-order-1"]
+    assert world.names("ConfigMap") == ["bot-1-0f9c2-run-spec-1"]
     assert world.names("Job") == ["bot-1-0f9c2-prepare-1"]
     assert world.status["phase"] == "Pending"
     assert world.status["observedGeneration"] == 1
@@ -146,7 +146,7 @@ def test_a_run_goes_through_its_stages_to_complete() -> None:
     assert world.status["output"] == PUBLISHED
     assert world.status["parameters"] == {"trainable": 10, "total": 1000}
     assert world.status["evaluation"] == [
-        {"dataSet": "test", "metric": "Loss", "untuned": "2", "tuned": "0.5", "gain": "-1.5"}
+        {"dataSet": "test", "metric": "Loss", "base": "2", "tuned": "0.5", "gain": "-1.5"}
     ]
     assert world.run["outcome"] == "Complete"
 
@@ -272,13 +272,13 @@ def test_children_are_never_rendered_again() -> None:
 def test_large_figures_are_shown_in_short() -> None:
     world = at_training()
     scores = {"Perplexity": math.exp(80), "Loss": math.nan}
-    test = {"name": "test", "samples": 5, "untuned": scores, "tuned": {"Perplexity": 123456.0}}
+    test = {"name": "test", "samples": 5, "base": scores, "tuned": {"Perplexity": 123456.0}}
     world.finish("train", trained={**TRAINED, "scores": [test]})
     world.settle()
     assert world.status["phase"] == "Publishing"
     shown = {row["metric"]: row for row in world.status["evaluation"]}
-    assert (shown["Perplexity"]["untuned"], shown["Perplexity"]["tuned"]) == ("5.541e+34", "123456")
-    assert shown["Loss"]["untuned"] == "nan"
+    assert (shown["Perplexity"]["base"], shown["Perplexity"]["tuned"]) == ("5.541e+34", "123456")
+    assert shown["Loss"]["base"] == "nan"
 
 
 def test_a_pass_that_meets_a_defect_says_so_and_the_next_takes_it_back() -> None:
@@ -322,7 +322,7 @@ def test_ttl_removes_jobs_and_services_and_keeps_the_order() -> None:
     world.wait(60)
     world.settle()
     assert world.names("Job") == [] and world.names("Service") == []
-    assert world.names("ConfigMap") == ["bot-1-0f9c2-order-1"]
+    assert world.names("ConfigMap") == ["bot-1-0f9c2-run-spec-1"]
     assert world.status["phase"] == "Complete"
 
 

@@ -384,7 +384,7 @@ def test_a_job_that_the_api_server_refuses() -> None:
 def test_an_order_that_the_api_server_refuses() -> None:
     world = World()
     no = Refusal("exceeded quota: count/configmaps", final=False)
-    world.refused = {"bot-1-0f9c2-order-1": no}
+    world.refused = {"bot-1-0f9c2-run-spec-1": no}
     world.pass_()
     assert world.condition_of("Prepared") == "False/ChildRefused"
     assert "count/configmaps" in world.message("Ready")

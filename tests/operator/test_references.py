@@ -29,7 +29,7 @@ def first(**more: Any) -> World:
 
 def order_of(world: World) -> Any:
     (found,) = world.of("ConfigMap")
-    return json.loads(found["data"][names.ORDER_KEY])
+    return json.loads(found["data"][names.RUN_SPEC_KEY])
 
 
 def failed() -> World:
@@ -160,8 +160,8 @@ def test_once_the_model_is_there_the_run_begins_with_it_frozen() -> None:
     train(world)
     world.edit(compute={"nodes": 1})
     world.settle()
-    orders = [json.loads(o["data"][names.ORDER_KEY]) for o in world.of("ConfigMap")]
-    assert [order["base"] for order in orders] == [base, base], "a new gang, the same base"
+    run_specs = [json.loads(o["data"][names.RUN_SPEC_KEY]) for o in world.of("ConfigMap")]
+    assert [run_spec["base"] for run_spec in run_specs] == [base, base], "a new gang, the same base"
 
 
 def test_a_removed_order_is_made_up_for_from_status() -> None:
@@ -169,7 +169,7 @@ def test_a_removed_order_is_made_up_for_from_status() -> None:
     world = follower(other)
     train(world)
     base = order_of(world)["base"]
-    world.objects.pop(("ConfigMap", "bot-1-0f9c2-order-1"))
+    world.objects.pop(("ConfigMap", "bot-1-0f9c2-run-spec-1"))
     other.edit(rerunToken="again")
     other.settle()
     world.settle()
@@ -247,7 +247,7 @@ def test_the_store_knows_who_waits_for_whom() -> None:
         config_map["metadata"] |= {"uid": f"c{number}", "resourceVersion": "3"}
         store.put("ConfigMap", config_map)
     (seen,) = store.observed(uid).models
-    assert seen.complete and seen.order is not None and seen.order.run == "1-aaaaa"
+    assert seen.complete and seen.run_spec is not None and seen.run_spec.run == "1-aaaaa"
     assert seen.status.output is not None and seen.status.output.digest == PUBLISHED["digest"]
     assert store.affected(names.KIND, stored(other, 2)) == [uid]
     assert store.affected("ConfigMap", config_map) == []

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from operator_world import CONFIG, World, at_training
 
 from finetune_api import names
-from finetune_api.order import parse_order
 from finetune_api.podtemplate import template_problems
+from finetune_api.run_spec import parse_run_spec
 from finetune_operator.children.overlay import lay_over
 from finetune_operator.children.render import render
 from finetune_operator.config import GRACE_SECONDS, STAGE_BACKOFF_LIMIT
@@ -150,7 +150,7 @@ def test_map_is_an_indexed_job_of_workers() -> None:
     assert body["completionMode"] == "Indexed"
     assert (body["completions"], body["parallelism"]) == (4, 4)
     assert (body["backoffLimitPerIndex"], body["maxFailedIndexes"]) == (STAGE_BACKOFF_LIMIT, 0)
-    assert "backoffLimit" not in body, "one that fails ends the stage, whatever the others do"
+    assert "backoffLimit" not in body, "one that fails ends the stage, force the others do"
     assert names.ENV_WORKER not in env_of(world, "map"), "the Job controller sets it"
     assert args_of(world, "map") == ["prepare", "--map"]
 
@@ -176,9 +176,9 @@ def test_final_codes_fail_the_job_and_disruption_and_fencing_do_not() -> None:
 def test_the_order_is_immutable_and_holds_every_default() -> None:
     config_map = rendered(World(), (Create("ConfigMap"),))[0]
     assert config_map["immutable"] is True
-    order = parse_order(config_map["data"][names.ORDER_KEY])
-    assert order.spec.training.batch_size == 32
-    assert json.loads(config_map["data"][names.ORDER_KEY])["spec"]["training"]["batchSize"] == 32
+    run_spec = parse_run_spec(config_map["data"][names.RUN_SPEC_KEY])
+    assert run_spec.spec.training.batch_size == 32
+    assert json.loads(config_map["data"][names.RUN_SPEC_KEY])["spec"]["training"]["batchSize"] == 32
 
 
 def test_credentials_go_by_reference_per_storage_profile() -> None:
@@ -281,7 +281,7 @@ def container(**more: Any) -> dict[str, Any]:
         ({"spec": {"securityContext": {"runAsUser": 0}}}, ".spec.securityContext.runAsUser"),
         ({"spec": {"volumes": [{"name": "h", "hostPath": {}}]}}, ".spec.volumes[0].hostPath"),
         ({"spec": {"volumes": [{"name": "p", "projected": {}}]}}, ".spec.volumes[0].projected"),
-        ({"spec": {"volumes": [{"name": "order", "emptyDir": {}}]}}, ".spec.volumes[0].name"),
+        ({"spec": {"volumes": [{"name": "run-spec", "emptyDir": {}}]}}, ".spec.volumes[0].name"),
         ({"spec": {"volumes": "x"}}, ".spec.volumes"),
         ({"spec": {"containers": [{"name": "sidecar"}]}}, ".spec.containers[0].name"),
         (container(command=["sh"]), ".spec.containers[0].command"),
@@ -289,7 +289,7 @@ def container(**more: Any) -> dict[str, Any]:
         (container(image="x"), ".spec.containers[0].image"),
         (container(securityContext={"privileged": True}), ".securityContext.privileged"),
         (container(securityContext={"capabilities": {"add": ["SYS_ADMIN"]}}), ".capabilities.add"),
-        (container(env=[{"name": "FINETUNE_ORDER", "value": "x"}]), ".env[0].name"),
+        (container(env=[{"name": "FINETUNE_RUN_SPEC", "value": "x"}]), ".env[0].name"),
         (container(volumeMounts=[{"name": "v", "mountPath": "/etc/finetune"}]), ".mountPath"),
         ({"metadata": {"labels": {names.LABEL_JOB_UID: "x"}}}, ".metadata.labels["),
         ({"metadata": {"name": "x"}}, ".metadata.name"),

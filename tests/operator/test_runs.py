@@ -26,7 +26,7 @@ def test_resume_change_makes_a_new_gang_once_the_old_one_is_gone() -> None:
     world = at_training()
     world.edit(compute={"nodes": 3})
     world.pass_()
-    assert world.names("ConfigMap") == ["bot-1-0f9c2-order-1", "bot-1-0f9c2-order-2"]
+    assert world.names("ConfigMap") == ["bot-1-0f9c2-run-spec-1", "bot-1-0f9c2-run-spec-2"]
     world.settle()
     assert world.names("Job") == ["bot-1-0f9c2-prepare-1"], "old pods are still ending"
     world.remove_pods()
@@ -94,7 +94,7 @@ def test_new_run_replaces_the_current_one() -> None:
     }
     world.settle()
     assert world.names("Job") == ["bot-2-0f9c2-prepare-1"]
-    assert world.names("ConfigMap") == ["bot-1-0f9c2-order-1", "bot-2-0f9c2-order-1"]
+    assert world.names("ConfigMap") == ["bot-1-0f9c2-run-spec-1", "bot-2-0f9c2-run-spec-1"]
     assert world.run["number"] == 2
     assert [(r["number"], r["outcome"]) for r in world.status["history"]] == [(1, "Superseded")]
     assert "prepared" not in world.status and world.condition_of("Prepared") == "False/Preparing"
@@ -159,8 +159,8 @@ def test_a_run_that_failed_for_good_goes_on_without_an_incident() -> None:
     world.remove_pods()
     world.edit(training={"microBatchTokens": 1024})
     world.settle()
-    order = told(world, "bot-1-0f9c2-order-2")
-    assert (order["revision"], order["restarts"]) == (2, 0), "HEAD.json counts from there"
+    run_spec = told(world, "bot-1-0f9c2-run-spec-2")
+    assert (run_spec["revision"], run_spec["restarts"]) == (2, 0), "HEAD.json counts from there"
     world.objects.pop(("Job", "bot-1-0f9c2-train-1"))
     world.pods("train", 2, running={})
     world.report(attempt=2, restarts=0)
@@ -177,11 +177,11 @@ def test_a_gang_is_told_the_incidents_before_it() -> None:
     world.settle()
     world.edit(compute={"nodes": 1})
     world.pass_()
-    assert told(world, "bot-1-0f9c2-order-2")["restarts"] == 1
+    assert told(world, "bot-1-0f9c2-run-spec-2")["restarts"] == 1
 
 
-def told(world: World, order: str) -> dict[str, Any]:
-    text = world.objects["ConfigMap", order]["data"][names.ORDER_KEY]
+def told(world: World, run_spec: str) -> dict[str, Any]:
+    text = world.objects["ConfigMap", run_spec]["data"][names.RUN_SPEC_KEY]
     found: dict[str, Any] = json.loads(text)
     return found
 
@@ -199,11 +199,11 @@ def test_a_new_default_of_a_newer_operator_touches_no_run(monkeypatch: Any) -> N
     """The snapshot was written by an older release, which did not know a field, or had another
     default for it; the user then changes a Live field, which makes a generation."""
     world = at_training()
-    order = world.of("ConfigMap")[0]
-    snapshot = json.loads(order["data"][names.ORDER_KEY])
+    run_spec = world.of("ConfigMap")[0]
+    snapshot = json.loads(run_spec["data"][names.RUN_SPEC_KEY])
     del snapshot["spec"]["evaluation"]["maxSamples"]
     del snapshot["spec"]["data"]["quality"]
-    order["data"][names.ORDER_KEY] = json.dumps(snapshot)
+    run_spec["data"][names.RUN_SPEC_KEY] = json.dumps(snapshot)
     world.edit(failurePolicy={"maxRestarts": 1})
     world.job["spec"]["evaluation"] = {"maxSamples": 1000}  # as the newer CRD shows it
     before = copy.deepcopy(world.objects)
@@ -230,18 +230,21 @@ def test_dying_between_the_order_and_the_status_repeats_nothing() -> None:
     world.edit(training={"seed": 8})
     world.settle()
     assert world.run["number"] == 3, "run 2 was recorded with another spec"
-    orders = {o["metadata"]["name"]: o["data"][names.ORDER_KEY] for o in world.of("ConfigMap")}
+    run_specs = {
+        o["metadata"]["name"]: o["data"][names.RUN_SPEC_KEY] for o in world.of("ConfigMap")
+    }
     seeds = [
-        json.loads(orders[f"bot-{n}-0f9c2-order-1"])["spec"]["training"]["seed"] for n in (1, 2, 3)
+        json.loads(run_specs[f"bot-{n}-0f9c2-run-spec-1"])["spec"]["training"]["seed"]
+        for n in (1, 2, 3)
     ]
     assert seeds == [42, 7, 8]
 
 
 def test_a_removed_order_of_a_running_run_is_written_again() -> None:
     world = at_training()
-    world.objects.pop(("ConfigMap", "bot-1-0f9c2-order-1"))
+    world.objects.pop(("ConfigMap", "bot-1-0f9c2-run-spec-1"))
     world.settle()
-    assert world.names("ConfigMap") == ["bot-1-0f9c2-order-1"]
+    assert world.names("ConfigMap") == ["bot-1-0f9c2-run-spec-1"]
     assert world.run["number"] == 1
 
 

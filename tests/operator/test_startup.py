@@ -76,7 +76,7 @@ def test_parts_are_those_of_the_gang_s_last_pod(
 @pytest.mark.parametrize(
     ("began", "report"),
     [(None, REPORT), (T0, None), (T0, reported(100, from_step=7, step=1.0))],
-    ids=["waits for its model", "no step yet", "went on from a commit"],
+    ids=["waits for its model", "no step yet", "went on from a checkpoint"],
 )
 def test_what_says_nothing_of_the_run(began: Any, report: Startup | None) -> None:
     assert startup(began, 1, JOB, [pod(0, 41, 43, 60)], report) is None

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from engine import tiny_llama
-from gangs import RunningGang, start_gang
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from worlds import RunningWorld, start_world
 
-from finetune_api.order import RunOrder
 from finetune_api.results import TrainSummary
-from finetune_trainer.engine.gang import join
+from finetune_api.run_spec import RunSpec
+from finetune_trainer.engine.world import join
 from finetune_trainer.prepare.pipeline import prepare
 from finetune_trainer.storage import runfiles
-from finetune_trainer.storage.head import Head, read_head
+from finetune_trainer.storage.claim import Head, read_head
 from finetune_trainer.storage.objects import Stores
-from finetune_trainer.train.checkpoint import Checkpoints
+from finetune_trainer.train.checkpoint import CheckpointManager
 from finetune_trainer.train.loop import train
 from finetune_trainer.train.session import open_session
 from finetune_trainer.train.startup import StartupClock
@@ -61,16 +61,18 @@ def records(n: int, spell: Callable[[str], str] = str) -> str:
 class Bench:
     """One job on one bucket: prepared once, trained by any number of runs."""
 
-    def __init__(self, order_for: Any, s3: Any, bucket: str, model: Path, tmp_path: Path) -> None:
+    def __init__(
+        self, run_spec_for: Any, s3: Any, bucket: str, model: Path, tmp_path: Path
+    ) -> None:
         self.store = s3.store()
         self.tmp_path = tmp_path
-        self._order_for = order_for
+        self._run_spec_for = run_spec_for
         for path in model.iterdir():
             self.store.upload(path, f"s3://{bucket}/model/{path.name}")
         self.store.put(f"s3://{bucket}/train.jsonl", records(96).encode())
         self.store.put(f"s3://{bucket}/more.jsonl", records(40, str.upper).encode())
 
-    def order(self, run: str, **spec: Any) -> RunOrder:
+    def run_spec(self, run: str, **spec: Any) -> RunSpec:
         training = {
             "epochs": 2, "batchSize": 8, "learningRate": "5e-3", "precision": "FP32",
             "dropout": "0.1", "weightDecay": "0.01", "microBatchTokens": 64, "maxLength": 64,
@@ -85,62 +87,66 @@ class Bench:
                 "quality": {"deduplicate": False},
             },
         } | spec
-        order: RunOrder = self._order_for(run=run, training=training, **spec)
-        prepare(order, Stores(order), self.tmp_path / f"prepare-{run}")
-        return order
+        run_spec: RunSpec = self._run_spec_for(run=run, training=training, **spec)
+        prepare(run_spec, Stores(run_spec), self.tmp_path / f"prepare-{run}")
+        return run_spec
 
     @property
     def bucket(self) -> str:
-        return str(self._order_for().spec.model.source.rsplit("/", 1)[0])
+        return str(self._run_spec_for().spec.model.source.rsplit("/", 1)[0])
 
     def start(
-        self, order: RunOrder, size: int, name: str, before: Callable[[], None] | None = None
-    ) -> RunningGang:
-        path = self.tmp_path / f"order-{name}.json"
-        path.write_text(order.to_text())
-        environment = dict(os.environ) | {"FINETUNE_ORDER": str(path)}
-        return start_gang(environment, size, self.tmp_path / name, before)
+        self, run_spec: RunSpec, size: int, name: str, before: Callable[[], None] | None = None
+    ) -> RunningWorld:
+        path = self.tmp_path / f"run-spec-{name}.json"
+        path.write_text(run_spec.to_text())
+        environment = dict(os.environ) | {"FINETUNE_RUN_SPEC": str(path)}
+        return start_world(environment, size, self.tmp_path / name, before)
 
-    def finish(self, order: RunOrder, size: int, name: str) -> runfiles.RunResult:
-        gang = self.start(order, size, name)
-        assert gang.wait() == [0] * size, gang.log.read_text()
-        return runfiles.read_result(self.store, order.run_uri)
+    def finish(self, run_spec: RunSpec, size: int, name: str) -> runfiles.RunResult:
+        world = self.start(run_spec, size, name)
+        assert world.wait() == [0] * size, world.log.read_text()
+        return runfiles.read_result(self.store, run_spec.run_uri)
 
-    def total_steps(self, order: RunOrder) -> int:
-        return runfiles.read_prepared(self.store, order.run_uri).total_steps
+    def total_steps(self, run_spec: RunSpec) -> int:
+        return runfiles.read_prepared(self.store, run_spec.run_uri).total_steps
 
-    def head(self, order: RunOrder) -> Head | None:
-        found = read_head(self.store, order.run_uri)
+    def head(self, run_spec: RunSpec) -> Head | None:
+        found = read_head(self.store, run_spec.run_uri)
         return found[0] if found else None
 
-    def kill_after_commit(self, order: RunOrder, size: int, name: str, step: int) -> None:
-        """Train until a commit at or behind a step is real, then lose the node."""
-        gang = self.start(order, size, name)
+    def kill_after_checkpoint(self, run_spec: RunSpec, size: int, name: str, step: int) -> None:
+        """Train until a checkpoint at or behind a step is real, then lose the node."""
+        world = self.start(run_spec, size, name)
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline:
-            head = self.head(order)
-            if head and head.commits and head.commits[0].step >= step:
-                gang.kill()
+            head = self.head(run_spec)
+            if head and head.checkpoints and head.checkpoints[0].step >= step:
+                world.kill()
                 return
-            assert all(p.is_alive() for p in gang.processes), gang.log.read_text()
+            assert all(p.is_alive() for p in world.processes), world.log.read_text()
             time.sleep(0.02)
-        gang.kill()
-        raise AssertionError(f"no commit at step {step}: {gang.log.read_text()}")
+        world.kill()
+        raise AssertionError(f"no checkpoint at step {step}: {world.log.read_text()}")
 
 
 class Attempt:
     """One attempt of a run, in this process."""
 
-    def __init__(self, order: RunOrder, folder: Path) -> None:
-        gang, stores = join(order.spec.training), Stores(order)
-        self.checkpoints = Checkpoints.take(gang, stores.default, order, folder)
-        head = self.checkpoints.head
-        self.telemetry = Telemetry(order.run, head.attempt, head.restarts, StartupClock(None, None))
-        self.session = open_session(order, stores, gang, self.checkpoints, self.telemetry, folder)
+    def __init__(self, run_spec: RunSpec, folder: Path) -> None:
+        world, stores = join(run_spec.spec.training), Stores(run_spec)
+        self.checkpointer = CheckpointManager.take(world, stores.default, run_spec, folder)
+        head = self.checkpointer.head
+        self.telemetry = Telemetry(
+            run_spec.run, head.attempt, head.restarts, StartupClock(None, None)
+        )
+        self.session = open_session(
+            run_spec, stores, world, self.checkpointer, self.telemetry, folder
+        )
 
     def train(self, stop_requested: Callable[[], bool] = lambda: False) -> TrainSummary:
         """Train; a stop that is asked for comes to all of the gang."""
-        with releasing(self.session.gang, self.checkpoints, stop_requested):
+        with releasing(self.session.world, self.checkpointer, stop_requested):
             return train(self.session, stop_requested)
 
 

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from finetune_trainer.prepared.shards import TokenSample
+from finetune_trainer.prepared.dataset import TokenSample
 
 WORDS = [
     "the", "a", "this", "that", "is", "was", "very", "so", "not", "and",

@@ -1,4 +1,4 @@
-"""Two optimizer steps of a small gang on classes: what test_classification_gang compares."""
+"""Two optimizer steps of a small gang on classes: what test_classification_world compares."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from classifiers import documents
 from engine import CPU
 
 from finetune_api.spec import parse_spec
-from finetune_trainer.engine import gang as gangs
+from finetune_trainer.engine import world as worlds
 from finetune_trainer.engine.base import BaseFiles
+from finetune_trainer.engine.dtensors import whole
 from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.memory.estimate import Placement
 from finetune_trainer.engine.model import purpose_of
+from finetune_trainer.engine.packing.context import ALONE
+from finetune_trainer.engine.packing.feed import Feed
 from finetune_trainer.engine.parameters import optimizer_groups
 from finetune_trainer.engine.planning.plan import Plan
 from finetune_trainer.engine.precision import PRECISIONS
-from finetune_trainer.engine.rows.context import ALONE
-from finetune_trainer.engine.rows.feed import Feed
-from finetune_trainer.engine.shards import whole
-from finetune_trainer.engine.tasks import TASKS
+from finetune_trainer.engine.task_losses import TASKS
 from finetune_trainer.storage.published import Base
 from finetune_trainer.train.step import optimizer_step
 from finetune_trainer.train.tuned import open_model
@@ -36,7 +36,7 @@ LENGTHS = [30, 24, 41, 18, 33, 27, 12, 9]
 
 def classify(
     rank: int, size: int, port: int, base: str, method: dict[str, Any], sharding: Any,
-    row_tokens: int, folder: str,
+    micro_batch_tokens: int, folder: str,
 ) -> None:  # fmt: skip
     """Train two steps, with dropout and noise, and write losses and trained weights to a file."""
     os.environ |= {
@@ -55,38 +55,40 @@ def classify(
             "training": {"precision": "FP32", "dropout": "0.1", "neftuneAlpha": "5"},
         }
     )
-    gang = gangs.join(spec.training)
+    world = worlds.join(spec.training)
     task = TASKS[spec.task]
     torch.rand(rank)  # the head is not drawn by what was drawn before
     purpose = purpose_of(spec, ["a", "b", "c"])
     opened = open_model(
-        spec, BaseFiles(Base(spec.model, ()), Path(base), None), NO_STORES, gang,
+        spec, BaseFiles(Base(spec.model, ()), Path(base), None), NO_STORES, world,
         Placement(sharding, False), PRECISIONS["FP32"], purpose, True,
     )  # fmt: skip
     model = opened.model
     made = documents(LENGTHS)
     plan = Plan(
         np.array(LENGTHS), np.ones(len(LENGTHS), np.int64), batch_size=4, seed=0,
-        row_tokens=row_tokens, ranks=size, packing=opened.packing,
+        micro_batch_tokens=micro_batch_tokens, ranks=size, packing=opened.packing,
     )  # fmt: skip
     session: Any = SimpleNamespace(
-        gang=gang, plan=plan, spec=spec, guard=Guard(spec.training.guard, CPU),
+        world=world, plan=plan, spec=spec, guard=Guard(spec.training.guard, CPU),
         module=opened.module,
         trained=[p for p in opened.loss.parameters() if p.requires_grad],
         optimizers=[torch.optim.AdamW(optimizer_groups(model, spec), eps=1e-3, fused=True)],
         output_anchor=None, weight_anchor=None,
     )  # fmt: skip
     read = lambda positions: [made[p] for p in positions]  # noqa: E731
-    sums, rows = [], []
-    build = task.row(opened.packing, ALONE, None, True)
+    sums, micro_batches = [], []
+    build = task.micro_batch(opened.packing, ALONE, None, True)
     with Feed(plan, read, rank=rank, start=0, end=2, device=CPU, build=build) as feed:
         for batch in feed:
             local, _ = optimizer_step(session, batch, 1e-2)
-            sums.append(gang.sum(local.clone())[0].item())
-            rows.append([tuple(row.input_ids.shape) for row in batch.rows])
+            sums.append(world.sum(local.clone())[0].item())
+            micro_batches.append(
+                [tuple(micro_batch.input_ids.shape) for micro_batch in batch.micro_batches]
+            )
     weights = {
         name: whole(p.detach()).clone() for name, p in model.named_parameters() if p.requires_grad
     }
     if rank == 0:
-        torch.save((weights, sums, rows), Path(folder) / "tuned.pt")
-    gang.close()
+        torch.save((weights, sums, micro_batches), Path(folder) / "tuned.pt")
+    world.close()

@@ -12,12 +12,12 @@ import torch
 from bench import Bench, write_model
 from fixtures_memory import llama
 from fixtures_quickstart import tiny_base
-from gangs import start_fork_server
+from worlds import start_fork_server
 
 from finetune_api.names import storage_env
-from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
+from finetune_api.run_spec import CONTRACT_VERSION, JobIdentity, RunSpec
 from finetune_api.spec import FineTuneJobSpec, parse_spec
-from finetune_trainer.engine.memory.rehearsals import Rehearsals
+from finetune_trainer.engine.memory.profile_cache import ProfileCache
 from finetune_trainer.storage.objects import ObjectStore
 from finetune_trainer.storage.s3server import EmbeddedS3
 
@@ -29,15 +29,15 @@ def find_facts() -> Iterator[Callable[..., Any]]:
     """Half of the time of a small prepare is the rehearsal of its model, and most tests have the
     same model: each is rehearsed once in a process. Yields the method that is replaced."""
     made: dict[str, Any] = {}
-    find = Rehearsals._find
+    find = ProfileCache._find
 
-    def find_once(self: Rehearsals, key: str, spec: FineTuneJobSpec) -> Any:
+    def find_once(self: ProfileCache, key: str, spec: FineTuneJobSpec) -> Any:
         if key not in made:
             made[key] = find(self, key, spec)
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Rehearsals, "_find", find_once)
+        patch.setattr(ProfileCache, "_find", find_once)
         yield find
 
 
@@ -76,12 +76,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-OrderFor = Callable[..., RunOrder]
+OrderFor = Callable[..., RunSpec]
 
 
 @pytest.fixture
-def order_for(s3: EmbeddedS3, bucket: str, monkeypatch: pytest.MonkeyPatch) -> OrderFor:
-    """``order_for(**spec)``: an order whose storage is the test's bucket, with the credentials of
+def run_spec_for(s3: EmbeddedS3, bucket: str, monkeypatch: pytest.MonkeyPatch) -> OrderFor:
+    """``run_spec_for(**spec)``: an order whose storage is the test's bucket, with the credentials of
     its profile in the environment.
 
     Blocks given in ``spec`` replace those of the least valid spec: model ``s3://<bucket>/model``,
@@ -89,7 +89,7 @@ def order_for(s3: EmbeddedS3, bucket: str, monkeypatch: pytest.MonkeyPatch) -> O
     name the run.
     """
 
-    def make(*, run: str = "1-abcde", job: str = "job", **spec: Any) -> RunOrder:
+    def make(*, run: str = "1-abcde", job: str = "job", **spec: Any) -> RunSpec:
         storage = {"endpoint": s3.endpoint, **spec.pop("storage", {})}
         raw = {
             "model": {"source": f"s3://{bucket}/model"},
@@ -98,30 +98,30 @@ def order_for(s3: EmbeddedS3, bucket: str, monkeypatch: pytest.MonkeyPatch) -> O
             **spec,
             "storage": storage,
         }
-        order = RunOrder(
+        run_spec = RunSpec(
             version=CONTRACT_VERSION,
             job=JobIdentity(namespace="default", name=job, uid="abcde-0000"),
             run=run,
             spec=parse_spec(raw),
         )
-        for profile in range(len(order.storage_profiles)):
+        for profile in range(len(run_spec.storage_profiles)):
             keys = {"AWS_ACCESS_KEY_ID": s3.access_key, "AWS_SECRET_ACCESS_KEY": s3.secret_key}
             for key, value in keys.items():
                 monkeypatch.setenv(storage_env(profile, key), value)
-        return order
+        return run_spec
 
     return make
 
 
 @pytest.fixture
-def order_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[RunOrder], Path]:
-    """``order_file(order)``: writes order.json and points the environment at it, at a termination
+def run_spec_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[RunSpec], Path]:
+    """``run_spec_file(order)``: writes run-spec.json and points the environment at it, at a termination
     file and at a scratch folder of the test."""
 
-    def write(order: RunOrder) -> Path:
-        path = tmp_path / "order.json"
-        path.write_text(order.to_text())
-        monkeypatch.setenv("FINETUNE_ORDER", str(path))
+    def write(run_spec: RunSpec) -> Path:
+        path = tmp_path / "run-spec.json"
+        path.write_text(run_spec.to_text())
+        monkeypatch.setenv("FINETUNE_RUN_SPEC", str(path))
         monkeypatch.setenv("FINETUNE_TERMINATION", str(tmp_path / "termination" / "message"))
         monkeypatch.setenv("FINETUNE_SCRATCH", str(tmp_path / "scratch"))
         return path
@@ -139,7 +139,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bench(
-    order_for: OrderFor, s3: EmbeddedS3, bucket: str, tiny_model: Path, tmp_path: Path
+    run_spec_for: OrderFor, s3: EmbeddedS3, bucket: str, tiny_model: Path, tmp_path: Path
 ) -> Bench:
     """A job on the test's bucket, of that model."""
-    return Bench(order_for, s3, bucket, tiny_model, tmp_path)
+    return Bench(run_spec_for, s3, bucket, tiny_model, tmp_path)

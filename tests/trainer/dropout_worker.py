@@ -10,12 +10,12 @@ from engine import CPU, samples
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from finetune_trainer.engine.rows import dropout
-from finetune_trainer.engine.rows.dropout import KeyedDropout
-from finetune_trainer.engine.rows.feed import build_row
-from finetune_trainer.engine.rows.fuseddropout import keyed_dropout
-from finetune_trainer.engine.rows.layout import row_context
-from finetune_trainer.engine.rows.padded import build_padded_tokens
+from finetune_trainer.engine.packing import dropout
+from finetune_trainer.engine.packing.dropout import KeyedDropout
+from finetune_trainer.engine.packing.feed import build_packed
+from finetune_trainer.engine.packing.fuseddropout import keyed_dropout
+from finetune_trainer.engine.packing.layout import layout_context
+from finetune_trainer.engine.packing.padded import build_padded_tokens
 
 LENGTHS = [30, 8, 19]
 
@@ -31,8 +31,8 @@ def both(work: Any) -> tuple[Any, Any]:
         dropout.has_kernel = lambda x: False
 
 
-def row_of(kind: str) -> Any:
-    build = build_row if kind == "packed" else build_padded_tokens
+def micro_batch_of(kind: str) -> Any:
+    build = build_packed if kind == "packed" else build_padded_tokens
     return build(samples(LENGTHS), range(3), seed=3, step=7, device=CPU)
 
 
@@ -44,7 +44,7 @@ def check(kind: str, shape: tuple[int, ...], dtype: torch.dtype, probability: fl
     grad = torch.randn(shape, dtype=dtype)
 
     def work() -> tuple[Tensor, Tensor]:
-        with row_context(row_of(kind).layout):
+        with layout_context(micro_batch_of(kind).layout):
             out = layer(x)
         (back,) = torch.autograd.grad(out, x, grad)
         return out.detach(), back
@@ -62,7 +62,7 @@ def check_saved() -> None:
     kept: list[int] = []
     layer = KeyedDropout(0.3, layer=2).train()
     with (
-        row_context(row_of("packed").layout),
+        layout_context(micro_batch_of("packed").layout),
         torch.autograd.graph.saved_tensors_hooks(
             lambda t: kept.append(t.numel()) or t, lambda t: t
         ),
@@ -81,7 +81,7 @@ def check_compiled_and_recomputed() -> None:
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
 
     def gradients(call: Any) -> tuple[Tensor, ...]:
-        with row_context(row_of("packed").layout):
+        with layout_context(micro_batch_of("packed").layout):
             out = call(x)
             return out.detach(), *torch.autograd.grad(out.square().sum(), [x, *block.parameters()])
 

@@ -16,14 +16,14 @@ from transformers import (
 )
 
 from finetune_api.spec import FineTuneJobSpec, parse_spec
-from finetune_trainer.engine.gang import join
 from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.optimizers import make_optimizers
+from finetune_trainer.engine.packing import packed
 from finetune_trainer.engine.planning.plan import Plan
-from finetune_trainer.engine.rows import packed
 from finetune_trainer.engine.tuning.anchors import OutputAnchor
-from finetune_trainer.prepared.shards import TokenSample
+from finetune_trainer.engine.world import join
+from finetune_trainer.prepared.dataset import TokenSample
 from finetune_trainer.train.session import weight_anchor
 
 CPU = torch.device("cpu")
@@ -78,23 +78,23 @@ def samples(lengths: list[int], seed: int = 0, vocabulary: int = 97) -> list[Tok
     return made
 
 
-def session_of(model: Any, spec: FineTuneJobSpec, plan: Plan, untuned: Any = None) -> Any:
+def session_of(model: Any, spec: FineTuneJobSpec, plan: Plan, base: Any = None) -> Any:
     """What a step of a language model under tuning needs, in a gang of one.
 
     Args:
         untuned: a copy of the model as it was; an output anchor without an adapter wants one.
     """
-    gang = join(spec.training)
+    world = join(spec.training)
     kl = float(spec.training.anchor.kl_coefficient)
-    loss = TokenLoss(model.to(gang.device), anchor_coefficient=kl).train()
-    copy = untuned and TokenLoss(untuned.requires_grad_(False).to(gang.device)).eval()
+    loss = TokenLoss(model.to(world.device), anchor_coefficient=kl).train()
+    copy = base and TokenLoss(base.requires_grad_(False).to(world.device)).eval()
     optimizers = make_optimizers(model, spec)
     return SimpleNamespace(
-        gang=gang, plan=plan, spec=spec, module=loss, optimizers=optimizers,
+        world=world, plan=plan, spec=spec, module=loss, optimizers=optimizers,
         trained=[p for p in model.parameters() if p.requires_grad],
         output_anchor=OutputAnchor(loss, copy) if kl else None,
         weight_anchor=weight_anchor(spec, optimizers),
-        guard=Guard(spec.training.guard, gang.device),
+        guard=Guard(spec.training.guard, world.device),
     )  # fmt: skip
 
 

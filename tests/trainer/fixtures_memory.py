@@ -10,8 +10,8 @@ import pytest
 from engine import tiny_llama
 
 from finetune_api.spec import FineTuneJobSpec, parse_spec
-from finetune_trainer.engine.memory.estimate import Activations, Facts, Weights
-from finetune_trainer.engine.planning.rowsize import Samples
+from finetune_trainer.engine.memory.estimate import Activations, ModelProfile, Weights
+from finetune_trainer.engine.planning.micro_batch_size import Samples
 
 GIB = 1 << 30
 SAMPLES = Samples(np.full(200, 300), np.full(200, 100), 512)
@@ -38,7 +38,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def facts_of(state: int, activations: int = 0) -> Facts:
+def facts_of(state: int, activations: int = 0) -> ModelProfile:
     """A model of full tuning whose weights, gradients and optimizer take ``state`` bytes, of 100
     blocks, and whose activations take so many for a row of 1,024 tokens."""
     numbers = state // 16
@@ -49,7 +49,7 @@ def facts_of(state: int, activations: int = 0) -> Facts:
         held=4 * numbers, numbers=numbers, trained=numbers, optimizer=8 * numbers, anchors=0,
         block=block, block_trained=block, blocks=100 * block, blocks_trained=100 * block,
     )  # fmt: skip
-    return Facts(
+    return ModelProfile(
         weights=weights, whole=kept, gathered=kept, layers=100, vocabulary=0, logits_at_once=None,
         plain_head=False, packing="Concatenated", recomputes=True, halved=False, copied=False,
     )  # fmt: skip

@@ -13,15 +13,15 @@ from engine import CPU, samples, spec_of, tiny_llama
 
 from finetune_api.training import Guard as GuardRule
 from finetune_api.training import Training
-from finetune_trainer.engine import gang as gangs
+from finetune_trainer.engine import world as worlds
+from finetune_trainer.engine.chunked_head import ChunkedHead
+from finetune_trainer.engine.dtensors import whole
 from finetune_trainer.engine.guard import Guard
-from finetune_trainer.engine.head import ChunkedHead
 from finetune_trainer.engine.loss import TokenLoss
+from finetune_trainer.engine.packing.feed import Feed, build_packed
 from finetune_trainer.engine.planning.plan import Plan
 from finetune_trainer.engine.precision import PRECISIONS
-from finetune_trainer.engine.rows.feed import Feed, build_row
 from finetune_trainer.engine.sharding import Sharding, distribute
-from finetune_trainer.engine.shards import whole
 from finetune_trainer.engine.tuning.anchors import OutputAnchor
 from finetune_trainer.engine.tuning.methods import apply_method
 from finetune_trainer.train.step import optimizer_step
@@ -41,7 +41,7 @@ def adapted() -> torch.nn.Module:
 
 
 def gradient(
-    rank: int, size: int, port: int, row_tokens: int, count: int, folder: str,
+    rank: int, size: int, port: int, micro_batch_tokens: int, count: int, folder: str,
     sharding: Sharding = "NoShard", sharing: int = 1, anchor: str = "",
     chunk: int = 0,
 ) -> None:  # fmt: skip
@@ -54,21 +54,21 @@ def gradient(
         "LOCAL_WORLD_SIZE": str(size // 2 if sharding == "HybridShard" else size),
     }  # fmt: skip
     torch.set_num_threads(1)
-    gang = gangs.join(Training.model_validate({"precision": "FP32"}))
+    world = worlds.join(Training.model_validate({"precision": "FP32"}))
     documents = samples(LENGTHS)[:count]
     lengths = torch.tensor(LENGTHS[:count]).numpy()
     supervised = torch.tensor([int(s.supervised.sum()) for s in documents]).numpy()
     plan = Plan(
-        lengths, supervised, batch_size=count, seed=0, row_tokens=row_tokens,
+        lengths, supervised, batch_size=count, seed=0, micro_batch_tokens=micro_batch_tokens,
         ranks=size // sharing, sources=np.arange(count) % 2,
     )  # fmt: skip
     loss = TokenLoss(adapted() if anchor == "adapter" else tiny_llama(), 0.0, 0.0, 2.0).train()
     if chunk:
         loss._chunks = ChunkedHead(loss.model, limit=4 * 97 * chunk)
-    context = gang.sharing_rows(sharing)
-    module = distribute(loss, gang, sharding, PRECISIONS["FP32"])
+    context = world.context_group(sharing)
+    module = distribute(loss, world, sharding, PRECISIONS["FP32"])
     copy = TokenLoss(tiny_llama(seed=1).requires_grad_(False)).eval()
-    distribute(copy, gang, sharding, PRECISIONS["FP32"])
+    distribute(copy, world, sharding, PRECISIONS["FP32"])
     parameters = [p for p in loss.parameters() if p.requires_grad]
     kept: list[torch.Tensor] = []
 
@@ -79,22 +79,22 @@ def gradient(
             kept.append(torch.cat([whole(p.grad).flatten() for p in parameters]))
 
     session = SimpleNamespace(
-        gang=gang, plan=plan, module=module, guard=Guard(GuardRule(), CPU), trained=parameters,
+        world=world, plan=plan, module=module, guard=Guard(GuardRule(), CPU), trained=parameters,
         optimizers=[Keep([{"params": parameters, "rate_factor": 1.0}], lr=0.0)],
         output_anchor=OutputAnchor(loss, copy if anchor == "copy" else None) if anchor else None,
         weight_anchor=None,
         spec=SimpleNamespace(training=Training.model_validate({"maxGradNorm": "0"})),
     )  # fmt: skip
     read = lambda positions: [documents[p] for p in positions]  # noqa: E731
-    build = partial(build_row, context=context)
+    build = partial(build_packed, context=context)
     with Feed(
         plan, read, rank=rank // sharing, start=0, end=1, device=CPU, build=build,
         replay=[False, bool(anchor)],
     ) as feed:  # fmt: skip
         for batch in feed:
             local, _ = optimizer_step(session, batch, 0.0)
-    total = gang.sum(local[[0, 2]].clone())
+    total = world.sum(local[[0, 2]].clone())
     if rank == 0:
-        rows = len(batch.rows)
-        torch.save((kept[0], total.tolist(), rows), Path(folder) / "gradient.pt")
-    gang.close()
+        micro_batches = len(batch.micro_batches)
+        torch.save((kept[0], total.tolist(), micro_batches), Path(folder) / "gradient.pt")
+    world.close()

@@ -13,13 +13,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from finetune_api.spec import parse_spec
-from finetune_trainer.engine import gang as gangs
+from finetune_trainer.engine import world as worlds
 from finetune_trainer.engine.base import BaseFiles
-from finetune_trainer.engine.hollow import is_hollow
+from finetune_trainer.engine.dtensors import whole
 from finetune_trainer.engine.memory.estimate import Placement, Sharding
 from finetune_trainer.engine.model import TEXT, Purpose
+from finetune_trainer.engine.placeholders import is_placeholder
 from finetune_trainer.engine.precision import PRECISIONS
-from finetune_trainer.engine.shards import whole
 from finetune_trainer.storage.objects import Credentials, ObjectInfo, ObjectStore
 from finetune_trainer.storage.published import Base
 from finetune_trainer.train.tuned import open_model
@@ -60,10 +60,10 @@ def fill(
             "training": {"precision": "FP32"},
         }
     )
-    gang = gangs.join(spec.training)
+    world = worlds.join(spec.training)
     stores: Any = SimpleNamespace(of=lambda access: store)
     opened = open_model(
-        spec, BaseFiles(Base(spec.model, ()), Path(folder), None, tuple(objects)), stores, gang,
+        spec, BaseFiles(Base(spec.model, ()), Path(folder), None, tuple(objects)), stores, world,
         Placement(sharding, False), PRECISIONS["FP32"], purpose, True,
     )  # fmt: skip
     model = opened.model
@@ -73,8 +73,8 @@ def fill(
         p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in model.parameters()
     )
     gc.collect()
-    left = sum(type(o) is nn.Parameter and is_hollow(o) for o in gc.get_objects())
+    left = sum(type(o) is nn.Parameter and is_placeholder(o) for o in gc.get_objects())
     if rank == 0:
         torch.save((found, buffers), f"{out}/whole.pt")
     torch.save((store.read, held, left), f"{out}/{rank}.pt")
-    gang.close()
+    world.close()

@@ -14,13 +14,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from finetune_api.order import RunOrder
 from finetune_api.results import PreparedSummary
+from finetune_api.run_spec import RunSpec
 from finetune_api.sources import StorageAccess
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.prepare.pipeline import prepare
 from finetune_trainer.prepare.reading.records import Record, read_records
-from finetune_trainer.prepared.shards import PreparedData
+from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.storage.objects import ObjectStore, Stores
 
 CORPUS = [
@@ -149,8 +149,8 @@ LONG = {"prompt": "The cat sat. " * 30 + "End:", "completion": " yes"}
 class OneStore(Stores):
     """Stores that share a client: making one takes longer than a small job."""
 
-    def __init__(self, order: RunOrder, store: ObjectStore) -> None:
-        super().__init__(order)
+    def __init__(self, run_spec: RunSpec, store: ObjectStore) -> None:
+        super().__init__(run_spec)
         self._store = store
 
     def of(self, access: StorageAccess | None) -> ObjectStore:
@@ -163,7 +163,7 @@ class Workplace:
 
     root: str
     store: ObjectStore
-    order_for: Callable[..., RunOrder]
+    run_spec_for: Callable[..., RunSpec]
     scratch: Iterator[Path]
 
     def put(self, name: str, data: bytes) -> str:
@@ -171,23 +171,23 @@ class Workplace:
         self.store.put(uri, data)
         return uri
 
-    def order(self, *train: bytes, **spec: Any) -> RunOrder:
+    def run_spec(self, *train: bytes, **spec: Any) -> RunSpec:
         """An order over objects of JSON Lines."""
         for i, data in enumerate(train):
             self.put(f"data/{i}.jsonl", data)
         data_block = {"train": [{"source": f"{self.root}/data/"}], **spec.pop("data", {})}
         output = {"destination": f"{self.root}/out"}
-        return self.order_for(data=data_block, output=output, **spec)
+        return self.run_spec_for(data=data_block, output=output, **spec)
 
-    def prepare(self, order: RunOrder) -> tuple[PreparedSummary, PreparedData]:
-        summary = prepare(order, OneStore(order, self.store), next(self.scratch))
+    def prepare(self, run_spec: RunSpec) -> tuple[PreparedSummary, PreparedData]:
+        summary = prepare(run_spec, OneStore(run_spec, self.store), next(self.scratch))
         assert summary is not None
         return summary, PreparedData.open(self.store, summary.uri, next(self.scratch))
 
     def fault(self, *train: bytes, **spec: Any) -> TrainerError:
-        order = self.order(*train, **spec)
+        run_spec = self.run_spec(*train, **spec)
         with pytest.raises(TrainerError) as caught:
-            prepare(order, OneStore(order, self.store), next(self.scratch))
+            prepare(run_spec, OneStore(run_spec, self.store), next(self.scratch))
         left = [o.uri for o in self.store.list(f"{self.root}/out/")]
         assert not [uri for uri in left if uri.endswith(("manifest.json", "prepared.json"))]
         return caught.value

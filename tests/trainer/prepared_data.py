@@ -13,6 +13,7 @@ from finetune_trainer.prepare.mapping.batch import shard_rows
 from finetune_trainer.prepare.mapping.writer import ShardWriter
 from finetune_trainer.prepare.rendering.examples import RenderedExample, Segment
 from finetune_trainer.prepare.tokenizing.tokens import TokenizedSample
+from finetune_trainer.prepared.dataset import INDEX_SCHEMA, TokenSample, index_name
 from finetune_trainer.prepared.manifest import (
     FORMAT_VERSION,
     DataFile,
@@ -20,7 +21,6 @@ from finetune_trainer.prepared.manifest import (
     DataSet,
     write_manifest,
 )
-from finetune_trainer.prepared.shards import INDEX_SCHEMA, TokenSample, index_name
 from finetune_trainer.storage.objects import ObjectStore
 
 Ids = npt.NDArray[np.int32]

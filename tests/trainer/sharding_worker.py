@@ -16,22 +16,22 @@ from engine import CPU, samples, tiny_llama, tiny_mixtral
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from finetune_api.spec import parse_spec
-from finetune_trainer.engine import gang as gangs
+from finetune_trainer.engine import world as worlds
 from finetune_trainer.engine.base import BaseFiles
-from finetune_trainer.engine.commits.dcp import load_state, save_state, state_of
-from finetune_trainer.engine.commits.staging import stage
+from finetune_trainer.engine.checkpointing.dcp import load_state, save_state, state_of
+from finetune_trainer.engine.checkpointing.staging import stage
+from finetune_trainer.engine.dtensors import whole
 from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.loss import evaluating
 from finetune_trainer.engine.memory.estimate import Placement
 from finetune_trainer.engine.model import TEXT
 from finetune_trainer.engine.optimizers import make_optimizers
+from finetune_trainer.engine.packing.context import ALONE
+from finetune_trainer.engine.packing.feed import Feed, StaticShape
 from finetune_trainer.engine.planning.plan import Plan
 from finetune_trainer.engine.precision import PRECISIONS
-from finetune_trainer.engine.rows.context import ALONE
-from finetune_trainer.engine.rows.feed import Feed, StaticShape
 from finetune_trainer.engine.sharding import root_gathered
-from finetune_trainer.engine.shards import whole
-from finetune_trainer.engine.tasks import TASKS
+from finetune_trainer.engine.task_losses import TASKS
 from finetune_trainer.storage.published import Base
 from finetune_trainer.train.step import optimizer_step
 from finetune_trainer.train.tuned import open_model
@@ -45,7 +45,7 @@ ROW = 45
 def tune(
     rank: int, size: int, port: int, method: dict[str, Any], sharding: Any, folder: str,
     training: Mapping[str, Any] = MappingProxyType({}), start: int = 0, end: int = 2,
-    commit: str | None = None, checkpointing: bool = False, experts: bool = False,
+    checkpoint: str | None = None, checkpointing: bool = False, experts: bool = False,
     apart: bool = False,
 ) -> None:  # fmt: skip
     """Train some steps, from ``commit`` on where one is given, and write the trained weights and
@@ -67,13 +67,13 @@ def tune(
             "training": {"precision": "FP32", **training},
         }
     )
-    gang = gangs.join(spec.training)
+    world = worlds.join(spec.training)
     base = BaseFiles(Base(spec.model, ()), Path(folder) / "base", None)
     width = 64 if spec.method.kind.quantizes else 32  # rows of whole blocks, for a CPU
-    untuned = tiny_mixtral if experts else partial(tiny_llama, hidden_size=width)
-    gang.from_first(lambda: untuned().save_pretrained(base.folder))
+    base = tiny_mixtral if experts else partial(tiny_llama, hidden_size=width)
+    world.on_main(lambda: base().save_pretrained(base.folder))
     opened = open_model(
-        spec, base, NO_STORES, gang, Placement(sharding, checkpointing),
+        spec, base, NO_STORES, world, Placement(sharding, checkpointing),
         PRECISIONS[spec.training.precision], TEXT, True,
     )  # fmt: skip
     model, loss, module = opened.model, opened.loss, opened.module
@@ -81,24 +81,24 @@ def tune(
     lengths = np.array(LENGTHS)
     supervised = np.array([int(s.supervised.sum()) for s in documents])
     plan = Plan(
-        lengths, supervised, batch_size=3, seed=0, row_tokens=ROW, ranks=size,
-        packing="Alone" if apart else opened.packing,
+        lengths, supervised, batch_size=3, seed=0, micro_batch_tokens=ROW, ranks=size,
+        packing="Unpacked" if apart else opened.packing,
     )  # fmt: skip
     session: Any = SimpleNamespace(
-        gang=gang, plan=plan, module=module, spec=spec, guard=Guard(spec.training.guard, CPU),
+        world=world, plan=plan, module=module, spec=spec, guard=Guard(spec.training.guard, CPU),
         trained=[p for p in loss.parameters() if p.requires_grad],
         optimizers=make_optimizers(model, spec), output_anchor=None, weight_anchor=None,
     )  # fmt: skip
     read = lambda positions: [documents[p] for p in positions]  # noqa: E731
-    if commit is not None:
-        load_state(FileSystemReader(commit), model, session.optimizers, gang.control)
+    if checkpoint is not None:
+        load_state(FileSystemReader(checkpoint), model, session.optimizers, world.control)
     shape = StaticShape(ROW, max(LENGTHS)) if spec.training.compile else None
-    build = TASKS["CausalLM"].row(plan.packing, ALONE, shape, True)
+    build = TASKS["CausalLM"].micro_batch(plan.packing, ALONE, shape, True)
     with Feed(plan, read, rank=rank, start=start, end=end, device=CPU, build=build) as feed:
         for batch in feed:
             optimizer_step(session, batch, 1e-2)
-    staged = stage(state_of(model, session.optimizers), gang.control)
-    save_state(FileSystemWriter(Path(folder) / "commit"), staged, gang.control)
+    staged = stage(state_of(model, session.optimizers), world.control)
+    save_state(FileSystemWriter(Path(folder) / "commit"), staged, world.control)
     with evaluating(loss), torch.no_grad(), root_gathered(loss):
         answer = model.generate(
             input_ids=torch.tensor([[3, 5, 7, 9]]), do_sample=False, max_new_tokens=4,
@@ -109,4 +109,4 @@ def tune(
     }
     if rank == 0:
         torch.save((weights, answer), Path(folder) / "tuned.pt")
-    gang.close()
+    world.close()

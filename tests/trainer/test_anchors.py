@@ -12,11 +12,11 @@ import torch
 from engine import CPU, samples, spec_of, tiny_llama
 
 from finetune_trainer.engine.guard import Guard
-from finetune_trainer.engine.loss import RowLosses, TokenLoss, divergence
+from finetune_trainer.engine.loss import MicroBatchLosses, TokenLoss, divergence
 from finetune_trainer.engine.optimizers import make_optimizers, step_if
+from finetune_trainer.engine.packing.feed import Feed, StepTensors
+from finetune_trainer.engine.packing.layout import layout_context
 from finetune_trainer.engine.planning.plan import Plan
-from finetune_trainer.engine.rows.feed import Feed, StepTensors
-from finetune_trainer.engine.rows.layout import row_context
 from finetune_trainer.engine.tuning.anchors import OutputAnchor, WeightAnchor, anchor_bytes
 from finetune_trainer.engine.tuning.derived import derive
 from finetune_trainer.engine.tuning.methods import apply_method
@@ -31,14 +31,14 @@ FULL = {"type": "Full"}
 
 
 def feed_of(
-    steps: int, row_tokens: int = 90, packed: bool = True, replay: bool = True,
+    steps: int, micro_batch_tokens: int = 90, packed: bool = True, replay: bool = True,
     device: torch.device = CPU,
 ) -> Feed:  # fmt: skip
     """Every document in every step; those of source 1 are replayed."""
     supervised = np.array([int(s.supervised.sum()) for s in DOCUMENTS])
     plan = Plan(
-        np.array(LENGTHS), supervised, batch_size=8, seed=0, row_tokens=row_tokens, ranks=1,
-        sources=np.array(SOURCES), packing="Concatenated" if packed else "Alone",
+        np.array(LENGTHS), supervised, batch_size=8, seed=0, micro_batch_tokens=micro_batch_tokens, ranks=1,
+        sources=np.array(SOURCES), packing="Concatenated" if packed else "Unpacked",
     )  # fmt: skip
     read = lambda positions: [DOCUMENTS[p] for p in positions]  # noqa: E731
     return Feed(plan, read, rank=0, start=0, end=steps, device=device, replay=[False, replay])
@@ -70,34 +70,38 @@ def test_divergence_by_hand() -> None:
 
 def test_a_row_has_its_replay_documents_apart() -> None:
     batch = batch_of()
-    assert len(batch.rows) > 1
-    for row, positions in zip(batch.rows, batch.plan.rows[0], strict=True):
+    assert len(batch.micro_batches) > 1
+    for micro_batch, positions in zip(
+        batch.micro_batches, batch.plan.micro_batches[0], strict=True
+    ):
         replayed = [p for p in positions if SOURCES[p] == 1]
-        assert row.replay is not None
+        assert micro_batch.replay is not None
         ids = np.concatenate([DOCUMENTS[p].ids for p in replayed] or [[0]])
-        assert row.replay.row.input_ids[0].tolist() == ids.tolist()
-        assert torch.equal(row.labels[row.replay.at], row.replay.row.labels)
-        assert set(row.sources[row.replay.at].tolist()) <= {1}
-    assert all(row.replay is None for row in batch_of(replay=False).rows)
+        assert micro_batch.replay.micro_batch.input_ids[0].tolist() == ids.tolist()
+        assert torch.equal(
+            micro_batch.labels[micro_batch.replay.at], micro_batch.replay.micro_batch.labels
+        )
+        assert set(micro_batch.sources[micro_batch.replay.at].tolist()) <= {1}
+    assert all(micro_batch.replay is None for micro_batch in batch_of(replay=False).micro_batches)
 
 
 def test_which_tokens_are_replayed_is_known_without_the_device() -> None:
-    """Tensors of this device hold nothing: whatever would read them back fails."""
+    """Tensors of this device hold nothing: force would read them back fails."""
     there = batch_of(device=torch.device("meta"))
-    for far, row in zip(there.rows, batch_of().rows, strict=True):
+    for far, micro_batch in zip(there.micro_batches, batch_of().micro_batches, strict=True):
         assert far.replay.at.device.type == "meta"
-        assert far.replay.at.shape == row.replay.at.shape
-        assert far.replay.row.labels.shape == row.replay.row.labels.shape
+        assert far.replay.at.shape == micro_batch.replay.at.shape
+        assert far.replay.micro_batch.labels.shape == micro_batch.replay.micro_batch.labels.shape
 
 
 def test_loss_and_gradient_with_an_anchor_are_those_of_the_formula() -> None:
-    tuned, untuned = tiny_llama(), tiny_llama(seed=1).requires_grad_(False)
+    tuned, base = tiny_llama(), tiny_llama(seed=1).requires_grad_(False)
     loss = TokenLoss(tuned, anchor_coefficient=0.7).train()
-    anchor = OutputAnchor(loss, TokenLoss(untuned).eval())
+    anchor = OutputAnchor(loss, TokenLoss(base).eval())
     drift = 0.0
-    for row in batch_of().rows:
-        with row_context(row.layout):
-            found: RowLosses = loss(row, anchor.outputs(row))
+    for micro_batch in batch_of().micro_batches:
+        with layout_context(micro_batch.layout):
+            found: MicroBatchLosses = loss(micro_batch, anchor.outputs(micro_batch))
             (found.tokens.sum() + found.added).backward()
         drift += found.drift.sum().item()
     ours = [p.grad.clone() for p in tuned.parameters() if p.grad is not None]
@@ -111,7 +115,7 @@ def test_loss_and_gradient_with_an_anchor_are_those_of_the_formula() -> None:
         said = tuned(input_ids=ids[None]).logits[0][at - 1].log_softmax(-1)
         total = total - said.gather(1, ids[at][:, None]).sum()
         if source == 1:
-            before = logits_alone(untuned, document).log_softmax(-1)
+            before = logits_alone(base, document).log_softmax(-1)
             kl = (before.exp() * (before - said)).sum()
             total, expected = total + 0.7 * kl, expected + kl.item()
     total.backward()
@@ -144,17 +148,21 @@ def test_without_its_adapter_a_model_is_the_untuned_one(name: str) -> None:
     loss = TokenLoss(model).train()
     batch = batch_of(packed=spec.method.kind.packs)
     anchor, base, seen = OutputAnchor(loss), tiny_llama(), 0
-    for row, positions in zip(batch.rows, batch.plan.rows[0], strict=True):
-        with row_context(row.layout):
-            before = loss(row).tokens.detach()
-        found = anchor.outputs(row)
+    for micro_batch, positions in zip(
+        batch.micro_batches, batch.plan.micro_batches[0], strict=True
+    ):
+        with layout_context(micro_batch.layout):
+            before = loss(micro_batch).tokens.detach()
+        found = anchor.outputs(micro_batch)
         documents = [logits_alone(base, p) for p in positions if SOURCES[p] == 1]
         seen += len(documents)
         if documents:
             assert found is not None
             torch.testing.assert_close(found.logits, torch.cat(documents), rtol=1e-4, atol=1e-5)
-        with row_context(row.layout):
-            assert torch.equal(loss(row).tokens, before), "the adapter is back, and its dropout"
+        with layout_context(micro_batch.layout):
+            assert torch.equal(loss(micro_batch).tokens, before), (
+                "the adapter is back, and its dropout"
+            )
     assert seen == sum(SOURCES)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
     assert loss.training
@@ -165,7 +173,7 @@ def test_weights_are_pulled_as_the_formula_says() -> None:
     model = apply_method(tiny_llama(), spec)
     optimizers = make_optimizers(model, spec)
     anchor = WeightAnchor(optimizers, 0.3)
-    untuned = {name: p.detach().clone() for name, p in model.named_parameters()}
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
     factors = {
         id(p): g["rate_factor"] for o in optimizers for g in o.param_groups for p in g["params"]
     }
@@ -179,7 +187,7 @@ def test_weights_are_pulled_as_the_formula_says() -> None:
     anchor.pull(0.1, torch.tensor(True))
     for name, parameter in model.named_parameters():
         share = 0.1 * factors[id(parameter)] * 0.3
-        expected = moved[name] - share * (moved[name] - untuned[name])
+        expected = moved[name] - share * (moved[name] - base[name])
         torch.testing.assert_close(parameter.detach(), expected)
     assert len(set(factors.values())) > 1
 
@@ -206,13 +214,13 @@ def tuned(method: dict[str, Any], rate: float, **anchor: str) -> tuple[float, li
     copy = TokenLoss(tiny_llama().requires_grad_(False)).eval() if method is FULL else None
     optimizers = make_optimizers(model, spec)
     pull = float(spec.training.anchor.l2_coefficient)
-    gang: Any = SimpleNamespace(
+    world: Any = SimpleNamespace(
         device=CPU, rank=0, size=1, autocast=nullcontext, sum_on_device=lambda values: values
     )
     told = []
     with feed_of(8) as feed:
         session: Any = SimpleNamespace(
-            gang=gang, plan=SimpleNamespace(source_count=2, seed=0), module=loss, spec=spec,
+            world=world, plan=SimpleNamespace(source_count=2, seed=0), module=loss, spec=spec,
             guard=Guard(spec.training.guard, CPU), trained=[*model.parameters()],
             optimizers=optimizers, weight_anchor=WeightAnchor(optimizers, pull) if pull else None,
             output_anchor=OutputAnchor(loss, copy),

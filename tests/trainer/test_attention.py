@@ -11,9 +11,9 @@ from engine import CPU, samples
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from finetune_trainer.engine.rows import attention
-from finetune_trainer.engine.rows.context import ALONE, ContextGroup, Wanted
-from finetune_trainer.engine.rows.feed import build_row
+from finetune_trainer.engine.packing import attention
+from finetune_trainer.engine.packing.context import ALONE, ContextGroup, Wanted
+from finetune_trainer.engine.packing.feed import build_packed
 
 LENGTHS = [37, 12, 5, 40, 2]
 
@@ -58,9 +58,9 @@ def kernel(monkeypatch):
     monkeypatch.setattr(attention, "varlen_attn", varlen)
 
 
-def row_of(context: ContextGroup):
+def micro_batch_of(context: ContextGroup):
     documents = samples(LENGTHS)
-    return build_row(
+    return build_packed(
         documents, range(len(documents)), seed=0, step=0, device=CPU, context=context
     ).layout
 
@@ -72,7 +72,7 @@ def tensors(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("window", [None, 7])
 def test_the_kernel_is_called_as_it_is_documented(kernel, monkeypatch, window):
-    layout, (q, k, v) = row_of(ALONE), tensors(sum(LENGTHS))
+    layout, (q, k, v) = micro_batch_of(ALONE), tensors(sum(LENGTHS))
     by_offsets = attention.attend(layout, q, k, v, 0.3, window)
     monkeypatch.undo()
     by_group = attention.attend(layout, q, k, v, 0.3, window)
@@ -85,11 +85,11 @@ def test_shares_make_the_whole(monkeypatch, size, window):
     padded = sum(LENGTHS) + ContextGroup(0, size, None).padding(sum(LENGTHS))
     q, k, v = tensors(padded)
     real = (x[:, :, : sum(LENGTHS)] for x in (q, k, v))
-    whole = attention.attend(row_of(ALONE), *real, None, window)
+    whole = attention.attend(micro_batch_of(ALONE), *real, None, window)
     order = np.concatenate([ContextGroup(i, size, None).held(padded) for i in range(size)])
     for index in range(size):
         context = ContextGroup(index, size, object())
-        layout = row_of(context)
+        layout = micro_batch_of(context)
         gathered = Gathered(layout.wanted.take, None, torch.from_numpy(order))
         layout = replace(layout, wanted=gathered)
         held = context.held(padded)
@@ -108,7 +108,7 @@ def test_shares_make_the_whole(monkeypatch, size, window):
 def test_heads_of_other_widths_are_padded_for_the_kernels(kernel, monkeypatch, window, width,
                                                          value_width):  # fmt: skip
     """As in latent attention, whose values are narrower than its keys."""
-    layout = row_of(ALONE)
+    layout = micro_batch_of(ALONE)
     torch.manual_seed(1)
     tokens = sum(LENGTHS)
     q, k = torch.randn(1, 4, tokens, width), torch.randn(1, 2, tokens, width)

@@ -44,18 +44,18 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_base_model_is_read_from_the_node_that_keeps_it(
-    order_for: Any, tmp_path: Path, model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    run_spec_for: Any, tmp_path: Path, model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    order = order_for()
-    stores = Stores(order)
+    run_spec = run_spec_for()
+    stores = Stores(run_spec)
     for path in model.iterdir():
-        stores.default.upload(path, f"{order.base_model.source}/{path.name}")
+        stores.default.upload(path, f"{run_spec.base_model.source}/{path.name}")
 
-    plain = fetch_base(order, stores, tmp_path / "plain", weights=True)
+    plain = fetch_base(run_spec, stores, tmp_path / "plain", weights=True)
     assert plain.cached is None and len(plain.objects) > 1 and not cache.exists()
 
     monkeypatch.setenv(ENV_MODEL_CACHE, str(cache))
-    kept = fetch_base(order, stores, tmp_path / "scratch", weights=True)
+    kept = fetch_base(run_spec, stores, tmp_path / "scratch", weights=True)
     assert kept.cached is not None and kept.cached.parent == cache
     assert kept.objects == plain.objects
     assert not list(kept.folder.glob("*.safetensors"))

@@ -15,12 +15,12 @@ import torch
 from engine import tiny_llama
 
 from finetune_api.training import Training
-from finetune_trainer.engine.gang import Gang, join
+from finetune_trainer.engine.world import World, join
 from finetune_trainer.failures import Fenced, StorageUnavailable, UserError
-from finetune_trainer.storage import commitfiles
+from finetune_trainer.storage import checkpoint_files
 from finetune_trainer.storage.objects import ObjectStore, Stores
 from finetune_trainer.storage.runfiles import ValidationPoint
-from finetune_trainer.train.checkpoint import Checkpoints
+from finetune_trainer.train.checkpoint import CheckpointManager
 from finetune_trainer.train.state import LoopState
 
 T = TypeVar("T")
@@ -79,7 +79,7 @@ class Model:
 
 
 @pytest.fixture(scope="module")
-def gang() -> Gang:
+def world() -> World:
     return join(Training.model_validate({"precision": "FP32"}))
 
 
@@ -91,32 +91,32 @@ WIDE = {"hidden_size": 256, "intermediate_size": 512}
 
 @pytest.mark.parametrize("made", [False, True], ids=["before", "after"])
 def test_a_death_at_any_write_leaves_a_whole_commit(
-    gang: Gang, order_for: Any, tmp_path: Path, made: bool, monkeypatch: pytest.MonkeyPatch
+    world: World, run_spec_for: Any, tmp_path: Path, made: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Parts, their joining, small files, HEAD, and the removal of what is old."""
-    monkeypatch.setattr(commitfiles, "PART_BYTES", PART)
-    model, order = Model(**WIDE), order_for(run="1-death")
-    store = Stores(order).default
-    checkpoints = Checkpoints.take(gang, store, order, tmp_path)
+    monkeypatch.setattr(checkpoint_files, "PART_BYTES", PART)
+    model, run_spec = Model(**WIDE), run_spec_for(run="1-death")
+    store = Stores(run_spec).default
+    checkpointer = CheckpointManager.take(world, store, run_spec, tmp_path)
     for step in (1, 2, 3):  # as many as are kept, and one
-        checkpoints.commit(model.model, model.optimizers, model.set(step))
-    checkpoints.settle()
+        checkpointer.save(model.model, model.optimizers, model.set(step))
+    checkpointer.settle()
 
     died, was = True, 3
     for life in itertools.count():
         step = 4 + life
-        checkpoints = Checkpoints.take(gang, store, order, tmp_path)
+        checkpointer = CheckpointManager.take(world, store, run_spec, tmp_path)
         mortal: Any = Mortal(store, life, made)
-        checkpoints.store = mortal
-        checkpoints._held._store = mortal
-        checkpoints.commit(model.model, model.optimizers, model.set(step))
+        checkpointer.store = mortal
+        checkpointer._held._store = mortal
+        checkpointer.save(model.model, model.optimizers, model.set(step))
         try:
-            checkpoints.settle()
+            checkpointer.settle()
             died = False
         except Died:
             pass
 
-        after = Checkpoints.take(gang, store, order, tmp_path)
+        after = CheckpointManager.take(world, store, run_spec, tmp_path)
         model.set(99)
         state = after.restore(model.model, model.optimizers)
         assert state is not None
@@ -127,39 +127,39 @@ def test_a_death_at_any_write_leaves_a_whole_commit(
             assert state.step == step
             break
     assert life >= 9, "begun, three parts, joined, metadata, state, HEAD and a removal"
-    assert list(store.open_parts(order.run_uri)) == [], "what died was removed"
+    assert list(store.open_parts(run_spec.run_uri)) == [], "what died was removed"
 
 
 @pytest.mark.parametrize("staging", ["Memory", "Disk"])
 def test_training_goes_on_while_a_commit_is_uploaded(
-    gang: Gang, order_for: Any, tmp_path: Path, staging: str
+    world: World, run_spec_for: Any, tmp_path: Path, staging: str
 ) -> None:
-    """And the commit is of the moment in which it began."""
-    model, order = Model(), order_for(run="1-async", checkpoint={"staging": staging})
-    checkpoints = Checkpoints.take(gang, Stores(order).default, order, tmp_path)
-    gate, put = threading.Event(), checkpoints.store.put
+    """And the checkpoint is of the moment in which it began."""
+    model, run_spec = Model(), run_spec_for(run="1-async", checkpoint={"staging": staging})
+    checkpointer = CheckpointManager.take(world, Stores(run_spec).default, run_spec, tmp_path)
+    gate, put = threading.Event(), checkpointer.store.put
 
     def slow(uri: str, *arguments: Any, **options: Any) -> Any:
         assert gate.wait(30)
         return put(uri, *arguments, **options)
 
-    checkpoints.store.put = slow  # type: ignore[method-assign]
-    checkpoints.commit(model.model, model.optimizers, model.set(1))
+    checkpointer.store.put = slow  # type: ignore[method-assign]
+    checkpointer.save(model.model, model.optimizers, model.set(1))
     model.set(2)
-    assert not checkpoints.settled()
-    assert checkpoints.latest_uri is None
+    assert not checkpointer.settled()
+    assert checkpointer.latest_uri is None
     gate.set()
-    checkpoints.settle()
-    assert str(checkpoints.latest_uri).endswith("attempt-1/step-00000001")
-    state = checkpoints.restore(model.model, model.optimizers)
+    checkpointer.settle()
+    assert str(checkpointer.latest_uri).endswith("attempt-1/step-00000001")
+    state = checkpointer.restore(model.model, model.optimizers)
     assert state is not None
     assert (state.step, model.values) == (1, {1.0})
 
 
 def test_a_copy_on_disk_holds_room_and_no_file(
-    gang: Gang, order_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, run_spec_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, order = Model(), order_for(run="1-disk", checkpoint={"staging": "Disk"})
+    model, run_spec = Model(), run_spec_for(run="1-disk", checkpoint={"staging": "Disk"})
     sizes: list[int] = []
 
     def reserve(descriptor: int, start: int, size: int) -> None:
@@ -170,136 +170,136 @@ def test_a_copy_on_disk_holds_room_and_no_file(
         sizes.append(size)
 
     monkeypatch.setattr(os, "posix_fallocate", reserve)
-    checkpoints = Checkpoints.take(gang, Stores(order).default, order, tmp_path)
+    checkpointer = CheckpointManager.take(world, Stores(run_spec).default, run_spec, tmp_path)
     for step in (1, 2):  # the room is used again
-        checkpoints.commit(model.model, model.optimizers, model.set(step))
-    checkpoints.settle()
+        checkpointer.save(model.model, model.optimizers, model.set(step))
+    checkpointer.settle()
     trained = sum(p.numel() for p in model.model.parameters())
     assert sizes[0] == pytest.approx(12 * trained, rel=0.05)
     assert not list(tmp_path.iterdir())
-    state = checkpoints.restore(model.model, model.optimizers)
+    state = checkpointer.restore(model.model, model.optimizers)
     assert state is not None
     assert (state.step, model.values) == (2, {2.0})
 
-    full = Checkpoints.take(gang, Stores(order).default, order, tmp_path)
+    full = CheckpointManager.take(world, Stores(run_spec).default, run_spec, tmp_path)
     with pytest.raises(UserError, match=r"checkpoint\.staging: Memory") as caught:
-        full.commit(model.model, model.optimizers, model.set(3))
+        full.save(model.model, model.optimizers, model.set(3))
     assert caught.value.reason == "ScratchFull"
 
 
-def spoil(checkpoints: Checkpoints, number: int, name: str) -> None:
-    """One byte in the middle of a file of a commit, the newest being 0."""
-    uri = f"{checkpoints.head.commits[number].uri}/{name}"
-    data = bytearray(checkpoints.store.get(uri))
+def spoil(checkpointer: CheckpointManager, number: int, name: str) -> None:
+    """One byte in the middle of a file of a checkpoint, the newest being 0."""
+    uri = f"{checkpointer.head.checkpoints[number].uri}/{name}"
+    data = bytearray(checkpointer.store.get(uri))
     data[len(data) // 2] ^= 1
-    checkpoints.store.put(uri, bytes(data))
+    checkpointer.store.put(uri, bytes(data))
 
 
 @pytest.mark.parametrize("name", ["shard-00000", ".metadata", "state.json"])
 def test_a_damaged_commit_is_left_and_the_one_before_is_read(
-    gang: Gang, order_for: Any, tmp_path: Path, name: str
+    world: World, run_spec_for: Any, tmp_path: Path, name: str
 ) -> None:
-    model, order = Model(), order_for(run="1-damage")
-    checkpoints = Checkpoints.take(gang, Stores(order).default, order, tmp_path)
+    model, run_spec = Model(), run_spec_for(run="1-damage")
+    checkpointer = CheckpointManager.take(world, Stores(run_spec).default, run_spec, tmp_path)
     for step in (1, 2):
-        checkpoints.commit(model.model, model.optimizers, model.set(step))
-    checkpoints.settle()
-    spoil(checkpoints, 0, name)
+        checkpointer.save(model.model, model.optimizers, model.set(step))
+    checkpointer.settle()
+    spoil(checkpointer, 0, name)
     model.set(99)
-    state = checkpoints.restore(model.model, model.optimizers)
+    state = checkpointer.restore(model.model, model.optimizers)
     assert state is not None
     assert (state.step, model.values) == (1, {1.0})
-    assert [commit.step for commit in checkpoints.head.commits] == [1]
+    assert [checkpoint.step for checkpoint in checkpointer.head.checkpoints] == [1]
 
-    spoil(checkpoints, 0, name)
+    spoil(checkpointer, 0, name)
     with pytest.raises(StorageUnavailable) as caught:
-        checkpoints.restore(model.model, model.optimizers)
-    assert caught.value.reason == "CommitsDamaged"
-    again = Checkpoints.take(gang, Stores(order).default, order, tmp_path)
+        checkpointer.restore(model.model, model.optimizers)
+    assert caught.value.reason == "CheckpointsDamaged"
+    again = CheckpointManager.take(world, Stores(run_spec).default, run_spec, tmp_path)
     assert again.restore(model.model, model.optimizers) is None, "the next attempt begins anew"
 
 
 def test_damage_that_is_found_before_publishing_leaves_no_half_loaded_model(
-    gang: Gang, order_for: Any, tmp_path: Path
+    world: World, run_spec_for: Any, tmp_path: Path
 ) -> None:
-    """The newest commit is of the step that the model is at, but the model is no longer what it
+    """The newest checkpoint is of the step that the model is at, but the model is no longer what it
     was."""
-    model, order = Model(), order_for(run="1-halfway")
-    checkpoints = Checkpoints.take(gang, Stores(order).default, order, tmp_path)
+    model, run_spec = Model(), run_spec_for(run="1-halfway")
+    checkpointer = CheckpointManager.take(world, Stores(run_spec).default, run_spec, tmp_path)
     for step, loss in ((1, 0.5), (2, 0.9)):
         state = model.set(step)
         state.validation = [ValidationPoint(step=step, sets={}, overall={"Loss": loss})]
-        checkpoints.commit(model.model, model.optimizers, state)
-    checkpoints.settle()
-    assert checkpoints.load_best(model.model, 2).step == 1
+        checkpointer.save(model.model, model.optimizers, state)
+    checkpointer.settle()
+    assert checkpointer.load_best(model.model, 2).step == 1
     assert model.values == {1.0}
     model.set(2)
-    spoil(checkpoints, 1, "shard-00000")
-    load = checkpoints._reader
+    spoil(checkpointer, 1, "shard-00000")
+    load = checkpointer._reader
 
-    def halfway(commit: Any) -> Any:
+    def halfway(checkpoint: Any) -> Any:
         model.set(77)
-        return load(commit)
+        return load(checkpoint)
 
-    checkpoints._reader = halfway  # type: ignore[method-assign]
-    assert checkpoints.load_best(model.model, 2).step == 2
+    checkpointer._reader = halfway  # type: ignore[method-assign]
+    assert checkpointer.load_best(model.model, 2).step == 2
     assert model.values == {2.0}
 
 
 def test_the_gang_learns_of_whatever_file_could_not_be_written(
-    gang: Gang, order_for: Any, tmp_path: Path
+    world: World, run_spec_for: Any, tmp_path: Path
 ) -> None:
     """What the first process writes alone too: the others await its word."""
 
-    class Telling(Gang):
+    class Telling(World):
         told: ClassVar[list[Exception]] = []
 
-        def together(self, work: Callable[[], T]) -> list[T]:
+        def on_all(self, work: Callable[[], T]) -> list[T]:
             try:
-                return super().together(work)
+                return super().on_all(work)
             except Exception as error:
                 self.told.append(error)
                 raise
 
-    model, order = Model(), order_for(run="1-told")
-    checkpoints = Checkpoints.take(gang, Stores(order).default, order, tmp_path)
-    checkpoints.channel = Telling(gang.accelerator, gang.control)
-    put, failure = checkpoints.store.put, StorageUnavailable("StorageUnreachable", "gone")
+    model, run_spec = Model(), run_spec_for(run="1-told")
+    checkpointer = CheckpointManager.take(world, Stores(run_spec).default, run_spec, tmp_path)
+    checkpointer.channel = Telling(world.accelerator, world.control)
+    put, failure = checkpointer.store.put, StorageUnavailable("StorageUnreachable", "gone")
 
     def failing(uri: str, *arguments: Any, **options: Any) -> Any:
         if uri.endswith("/state.json"):
             raise failure
         return put(uri, *arguments, **options)
 
-    checkpoints.store.put = failing  # type: ignore[method-assign]
-    checkpoints.commit(model.model, model.optimizers, model.set(1))
+    checkpointer.store.put = failing  # type: ignore[method-assign]
+    checkpointer.save(model.model, model.optimizers, model.set(1))
     with pytest.raises(StorageUnavailable):
-        checkpoints.settle()
+        checkpointer.settle()
     assert Telling.told == [failure]
 
 
 def test_a_commit_that_was_fenced_is_told_by_the_next_word(
-    gang: Gang, order_for: Any, tmp_path: Path
+    world: World, run_spec_for: Any, tmp_path: Path
 ) -> None:
-    model, order = Model(), order_for(run="1-fence")
-    store = Stores(order).default
-    stale = Checkpoints.take(gang, store, order, tmp_path / "stale")
-    Checkpoints.take(gang, store, order, tmp_path / "newer")
-    stale.commit(model.model, model.optimizers, model.set(1))
+    model, run_spec = Model(), run_spec_for(run="1-fence")
+    store = Stores(run_spec).default
+    stale = CheckpointManager.take(world, store, run_spec, tmp_path / "stale")
+    CheckpointManager.take(world, store, run_spec, tmp_path / "newer")
+    stale.save(model.model, model.optimizers, model.set(1))
     with pytest.raises(Fenced):
         stale.settle()
 
 
 def test_the_best_commits_are_kept_besides_the_newest(
-    gang: Gang, order_for: Any, tmp_path: Path
+    world: World, run_spec_for: Any, tmp_path: Path
 ) -> None:
     model = Model()
-    order = order_for(run="1-best", checkpoint={"keepLast": 1, "keepBest": 2})
-    checkpoints = Checkpoints.take(gang, Stores(order).default, order, tmp_path)
+    run_spec = run_spec_for(run="1-best", checkpoint={"keepLast": 1, "keepBest": 2})
+    checkpointer = CheckpointManager.take(world, Stores(run_spec).default, run_spec, tmp_path)
     for step, loss in enumerate([3.0, 1.0, 2.0, 1.0, 5.0], start=1):
         state = model.set(step)
         state.validation = [ValidationPoint(step=step, sets={}, overall={"Loss": loss})]
-        checkpoints.commit(model.model, model.optimizers, state)
-    checkpoints.settle()
-    assert [c.step for c in checkpoints.head.commits] == [5, 4, 2]
-    assert str(checkpoints.best_uri).endswith("step-00000004"), "of equals the newer one"
+        checkpointer.save(model.model, model.optimizers, state)
+    checkpointer.settle()
+    assert [c.step for c in checkpointer.head.checkpoints] == [5, 4, 2]
+    assert str(checkpointer.best_uri).endswith("step-00000004"), "of equals the newer one"

@@ -16,29 +16,29 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from finetune_api.methods import METHODS
-from finetune_api.sources import ModelPlace
+from finetune_api.sources import ModelLocation
 from finetune_api.spec import FineTuneJobSpec, parse_spec
 from finetune_trainer.engine.base import BaseFiles, check_headless
+from finetune_trainer.engine.checkpointing.dcp import load_state, save_state, state_of
+from finetune_trainer.engine.checkpointing.staging import stage
 from finetune_trainer.engine.classification import (
     ClassLoss,
-    build_padded_row,
+    build_padded_classes,
     class_losses,
     head_names,
 )
-from finetune_trainer.engine.commits.dcp import load_state, save_state, state_of
-from finetune_trainer.engine.commits.staging import stage
 from finetune_trainer.engine.flops import work_of
-from finetune_trainer.engine.loss import row_losses
+from finetune_trainer.engine.loss import micro_batch_losses
 from finetune_trainer.engine.model import load_base, load_tokenizer, purpose_of
 from finetune_trainer.engine.optimizers import split
+from finetune_trainer.engine.packing.dropout import KeyedDropout
+from finetune_trainer.engine.packing.layout import layout_context
 from finetune_trainer.engine.parameters import optimizer_groups, parameter_counts
-from finetune_trainer.engine.rows.dropout import KeyedDropout
-from finetune_trainer.engine.rows.layout import row_context
 from finetune_trainer.engine.tuning.methods import apply_method
 from finetune_trainer.failures import UserError
-from finetune_trainer.publish.weights import tuned_model, write_adapter, write_merged
+from finetune_trainer.publish.export import tuned_model, write_adapter, write_merged
 from finetune_trainer.storage.published import Base
-from finetune_trainer.storage.weights import Weights
+from finetune_trainer.storage.weight_reader import Weights
 
 CLASSES = ["bad", "good", "so-so"]
 LENGTHS = [9, 30, 4, 17, 22]
@@ -75,9 +75,9 @@ def model_of(folder: Path, spec: FineTuneJobSpec, classes: list[str] = CLASSES) 
     return apply_method(base, spec)
 
 
-def row_of(indices: list[int], step: int = 0) -> Any:
+def micro_batch_of(indices: list[int], step: int = 0) -> Any:
     made = documents(LENGTHS)
-    return build_padded_row(
+    return build_padded_classes(
         [made[i] for i in indices], indices, sources=indices, seed=3, step=step, device=CPU
     )
 
@@ -89,14 +89,14 @@ KINDS = ["bert", "roberta", "distilbert", "electra", "llama"]
 def test_a_document_has_the_loss_that_it_has_alone(folders: dict[str, Path], kind: str) -> None:
     spec = spec_of({"type": "Full"})
     model = model_of(folders[kind], spec)
-    together = row_losses(ClassLoss(model).eval(), row_of([0, 1, 2, 3, 4]))
+    on_all = micro_batch_losses(ClassLoss(model).eval(), micro_batch_of([0, 1, 2, 3, 4]))
     plain = []
     for document in documents(LENGTHS):  # as transformers runs it, without any row
         with torch.no_grad():
             ids = torch.from_numpy(document.ids.astype("int64"))[None]
             logits = model.eval()(input_ids=ids).logits
         plain.append(class_losses(logits, torch.tensor([document.label])))
-    torch.testing.assert_close(together, torch.cat(plain), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(on_all, torch.cat(plain), atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -106,49 +106,55 @@ def test_dropout_and_noise_of_a_document_do_not_depend_on_its_row(
     spec = spec_of({"type": "LoRA", "lora": {"dropout": "0.1"}}, dropout="0.2", neftuneAlpha="5")
     loss = ClassLoss(model_of(folders[kind], spec)).train()
 
-    def losses(rows: list[list[int]], step: int = 0) -> torch.Tensor:
+    def losses(micro_batches: list[list[int]], step: int = 0) -> torch.Tensor:
         found = {}
-        for indices in rows:
-            found |= dict(zip(indices, row_losses(loss, row_of(indices, step)), strict=True))
+        for indices in micro_batches:
+            found |= dict(
+                zip(indices, micro_batch_losses(loss, micro_batch_of(indices, step)), strict=True)
+            )
         return torch.stack([found[i] for i in range(5)])
 
-    together = losses([[0, 1, 2, 3, 4]])
-    torch.testing.assert_close(losses([[4, 2], [1], [3, 0]]), together, atol=2e-6, rtol=1e-5)
-    assert (losses([[0, 1, 2, 3, 4]], step=1) - together).abs().min() > 1e-5
-    assert not torch.allclose(row_losses(loss.eval(), row_of([0, 1, 2, 3, 4])), together)
+    on_all = losses([[0, 1, 2, 3, 4]])
+    torch.testing.assert_close(losses([[4, 2], [1], [3, 0]]), on_all, atol=2e-6, rtol=1e-5)
+    assert (losses([[0, 1, 2, 3, 4]], step=1) - on_all).abs().min() > 1e-5
+    assert not torch.allclose(
+        micro_batch_losses(loss.eval(), micro_batch_of([0, 1, 2, 3, 4])), on_all
+    )
 
 
 def test_what_is_pooled_is_dropped_by_document(folders: dict[str, Path]) -> None:
     model = model_of(folders["bert"], spec_of({"type": "Full"}, dropout="0.5"))
     assert isinstance(model.dropout, KeyedDropout)
     pooled = torch.ones(3, 400)
-    with row_context(row_of([0, 1, 2]).layout):
+    with layout_context(micro_batch_of([0, 1, 2]).layout):
         dropped = model.dropout.train()(pooled)
     assert [round(x, 1) for x in (dropped == 0).float().mean(1).tolist()] == [0.5] * 3
-    with row_context(row_of([2, 0]).layout):
+    with layout_context(micro_batch_of([2, 0]).layout):
         assert torch.equal(model.dropout(pooled[:2]), dropped[[2, 0]])
 
 
 def test_an_empty_row_takes_part_and_changes_nothing(folders: dict[str, Path]) -> None:
     model = model_of(folders["bert"], spec_of({"type": "Full"}))
-    row = build_padded_row([], [], seed=0, step=0, device=CPU)
+    micro_batch = build_padded_classes([], [], seed=0, step=0, device=CPU)
     loss = ClassLoss(model).train()
-    with row_context(row.layout):
-        loss(row).tokens.sum().backward()
-    assert row.labels.numel() == 0
+    with layout_context(micro_batch.layout):
+        loss(micro_batch).tokens.sum().backward()
+    assert micro_batch.labels.numel() == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
-    assert loss(row, with_logits=True).logits.shape == (0, 3)
+    assert loss(micro_batch, with_logits=True).logits.shape == (0, 3)
 
 
 def test_smoothing_is_over_the_classes_and_while_training_alone(folders: dict[str, Path]) -> None:
     model = model_of(folders["bert"], spec_of({"type": "Full"}))
-    row = row_of([0, 1])
+    micro_batch = micro_batch_of([0, 1])
     smooth = ClassLoss(model, label_smoothing=0.3).train()
-    logits = ClassLoss(model)(row, with_logits=True).logits
+    logits = ClassLoss(model)(micro_batch, with_logits=True).logits
     chance = -logits.log_softmax(-1)
-    expected = 0.7 * chance.gather(1, row.labels[:, None])[:, 0] + 0.3 * chance.mean(-1)
-    torch.testing.assert_close(smooth(row).tokens, expected)
-    torch.testing.assert_close(smooth.eval()(row).tokens, class_losses(logits, row.labels))
+    expected = 0.7 * chance.gather(1, micro_batch.labels[:, None])[:, 0] + 0.3 * chance.mean(-1)
+    torch.testing.assert_close(smooth(micro_batch).tokens, expected)
+    torch.testing.assert_close(
+        smooth.eval()(micro_batch).tokens, class_losses(logits, micro_batch.labels)
+    )
 
 
 @pytest.mark.parametrize(
@@ -175,7 +181,7 @@ def test_the_head_is_drawn_by_the_seed(folders: dict[str, Path]) -> None:
         return torch.cat([model.classifier.weight, model.bert.pooler.dense.weight])
 
     first = head(1)
-    torch.rand(3)  # whatever was drawn before
+    torch.rand(3)  # force was drawn before
     assert torch.equal(head(1), first)
     assert not torch.equal(head(2), first)
 
@@ -263,10 +269,10 @@ def test_a_method_trains_its_part_and_the_head_resumes_and_is_published(
             self.optimizer = torch.optim.AdamW(optimizer_groups(self.model, spec))
 
         def step(self, number: int) -> float:
-            row = row_of([0, 1, 2, 3, 4], number)
+            micro_batch = micro_batch_of([0, 1, 2, 3, 4], number)
             self.model.train()
-            with row_context(row.layout):
-                total = self.loss(row).tokens.sum()
+            with layout_context(micro_batch.layout):
+                total = self.loss(micro_batch).tokens.sum()
                 total.backward()
             for group in self.optimizer.param_groups:
                 group["lr"] = 3e-2 * group["rate_factor"]
@@ -288,34 +294,34 @@ def test_a_method_trains_its_part_and_the_head_resumes_and_is_published(
     save_state(FileSystemWriter(tmp_path / "commit"), stage(state, None), None)
     resumed = Tuning()
     load_state(FileSystemReader(tmp_path / "commit"), resumed.model, resumed.optimizer, None)
-    row = row_of([0, 1, 2, 3, 4])
+    micro_batch = micro_batch_of([0, 1, 2, 3, 4])
     with torch.no_grad():
-        logits = tuning.loss.eval()(row, with_logits=True).logits
+        logits = tuning.loss.eval()(micro_batch, with_logits=True).logits
     check_published(folders[kind], tmp_path, spec, logits)
     assert resumed.step(3) == tuning.step(3)
 
 
 def check_published(folder: Path, to: Path, spec: FineTuneJobSpec, expected: torch.Tensor) -> None:
     """What is written has the tuned model's logits in plain transformers and peft."""
-    files = BaseFiles(Base(ModelPlace(source="s3://models/base"), ()), folder, None)
-    tokenizer, row = load_tokenizer(folder), row_of([0, 1, 2, 3, 4])
+    files = BaseFiles(Base(ModelLocation(source="s3://models/base"), ()), folder, None)
+    tokenizer, micro_batch = load_tokenizer(folder), micro_batch_of([0, 1, 2, 3, 4])
 
     def check(model: nn.Module, written: Path) -> None:
         padding = AutoTokenizer.from_pretrained(written).pad_token_id
-        ids = row.input_ids.masked_fill(row.attention_mask == 0, padding)
+        ids = micro_batch.input_ids.masked_fill(micro_batch.attention_mask == 0, padding)
         with torch.no_grad():
-            found = model.eval()(input_ids=ids, attention_mask=row.attention_mask).logits
+            found = model.eval()(input_ids=ids, attention_mask=micro_batch.attention_mask).logits
         torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
 
-    commit, purpose = FileSystemReader(to / "commit"), purpose_of(spec, CLASSES)
+    checkpoint, purpose = FileSystemReader(to / "commit"), purpose_of(spec, CLASSES)
     if "Adapter" in spec.method.kind.formats:
-        model = tuned_model(folder, None, commit, spec, CLASSES)
+        model = tuned_model(folder, None, checkpoint, spec, CLASSES)
         write_adapter(model, tokenizer, files, spec, to / "adapter", CLASSES)
         config = AutoConfig.from_pretrained(to / "adapter" / "config.json")
         assert config.id2label == dict(enumerate(CLASSES))
         base = AutoModelForSequenceClassification.from_pretrained(folder, config=config)
         check(PeftModel.from_pretrained(base, str(to / "adapter")), to / "adapter")
-    model = tuned_model(folder, Weights.of_folder(folder), commit, spec, CLASSES)
+    model = tuned_model(folder, Weights.of_folder(folder), checkpoint, spec, CLASSES)
     write_merged(model, tokenizer, folder, [], to / "merged", purpose)
     merged = AutoModelForSequenceClassification.from_pretrained(to / "merged")
     assert merged.config.label2id == {name: i for i, name in enumerate(CLASSES)}
@@ -344,7 +350,7 @@ def test_heads_of_several_layers_are_kept_with_the_adapter(
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        logits = ClassLoss(model).eval()(row_of([0, 1, 2, 3, 4]), with_logits=True).logits
+        logits = ClassLoss(model).eval()(micro_batch_of([0, 1, 2, 3, 4]), with_logits=True).logits
     optimizer = torch.optim.AdamW(optimizer_groups(model, spec))
     state = state_of(model, optimizer)
     save_state(FileSystemWriter(tmp_path / "commit"), stage(state, None), None)

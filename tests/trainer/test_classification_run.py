@@ -18,7 +18,7 @@ from transformers import (
     pipeline,
 )
 
-from finetune_api.order import RunOrder
+from finetune_api.run_spec import RunSpec
 from finetune_trainer.prepare.pipeline import prepare
 from finetune_trainer.publish.pipeline import publish
 from finetune_trainer.storage.objects import Stores
@@ -29,21 +29,21 @@ TEST = records(40, seed=1)
 class Job:
     """One job of classes on one bucket."""
 
-    def __init__(self, order_for: Any, s3: Any, bucket: str, base: Path, tmp_path: Path) -> None:
-        self.store, self.tmp_path, self._order_for = s3.store(), tmp_path, order_for
+    def __init__(self, run_spec_for: Any, s3: Any, bucket: str, base: Path, tmp_path: Path) -> None:
+        self.store, self.tmp_path, self._run_spec_for = s3.store(), tmp_path, run_spec_for
         self.bucket = f"s3://{bucket}"
         for path in base.iterdir():
             self.store.upload(path, f"{self.bucket}/model/{path.name}")
         self.store.put(f"{self.bucket}/train.jsonl", lines(records(320)))
         self.store.put(f"{self.bucket}/test.jsonl", lines(TEST))
 
-    def order(self, run: str, **spec: Any) -> RunOrder:
+    def run_spec(self, run: str, **spec: Any) -> RunSpec:
         training = {
             "epochs": 8, "batchSize": 16, "learningRate": "1e-2", "precision": "FP32",
             "microBatchTokens": 128, "dropout": "0.02", "labelSmoothing": "0.05",
             "neftuneAlpha": "0.1",
         } | spec.pop("training", {})  # fmt: skip
-        order: RunOrder = self._order_for(
+        run_spec: RunSpec = self._run_spec_for(
             run=run,
             **{
                 "task": "SequenceClassification",
@@ -58,19 +58,19 @@ class Job:
             }
             | spec,
         )
-        prepare(order, Stores(order), self.tmp_path / f"prepare-{run}")
-        return order
+        prepare(run_spec, Stores(run_spec), self.tmp_path / f"prepare-{run}")
+        return run_spec
 
     start = Bench.start
     finish = Bench.finish
     head = Bench.head
-    kill_after_commit = Bench.kill_after_commit
+    kill_after_checkpoint = Bench.kill_after_checkpoint
 
-    def published(self, order: RunOrder) -> Path:
-        publish(order, Stores(order), self.tmp_path / f"publish-{order.run}")
-        folder = self.tmp_path / f"got-{order.run}"
-        for info in self.store.list(f"{order.output_uri}/"):
-            self.store.download(info.uri, folder / info.uri.split(f"{order.run}/", 1)[1])
+    def published(self, run_spec: RunSpec) -> Path:
+        publish(run_spec, Stores(run_spec), self.tmp_path / f"publish-{run_spec.run}")
+        folder = self.tmp_path / f"got-{run_spec.run}"
+        for info in self.store.list(f"{run_spec.output_uri}/"):
+            self.store.download(info.uri, folder / info.uri.split(f"{run_spec.run}/", 1)[1])
         return folder
 
 
@@ -95,22 +95,22 @@ def check_papers(folder: Path) -> None:
 
 
 def test_an_encoder_with_an_adapter_learns_resumes_and_is_published(
-    order_for: Any, s3: Any, bucket: str, tmp_path: Path
+    run_spec_for: Any, s3: Any, bucket: str, tmp_path: Path
 ) -> None:
-    job = Job(order_for, s3, bucket, write_encoder(tmp_path / "base"), tmp_path)
+    job = Job(run_spec_for, s3, bucket, write_encoder(tmp_path / "base"), tmp_path)
     spec: dict[str, Any] = {
         "method": {"type": "LoRA", "lora": {"rank": 8, "dropout": "0.05"}},
         "output": {"destination": f"{job.bucket}/out", "format": "Both"},
         "training": {"epochs": 14, "learningRate": "3e-3"},
     }
-    order = job.order("1-whole", **spec)
-    whole = job.finish(order, 1, "whole")
+    run_spec = job.run_spec("1-whole", **spec)
+    whole = job.finish(run_spec, 1, "whole")
     (found,) = whole.summary.scores
     assert found.name == "opinions"
     assert set(found.tuned) == {"Loss", "Accuracy", "Precision", "Recall", "F1"}
-    assert found.untuned["Accuracy"] <= 0.7
+    assert found.base["Accuracy"] <= 0.7
     assert found.tuned["Accuracy"] >= 0.9
-    assert found.tuned["Loss"] < 0.4 < found.untuned["Loss"]
+    assert found.tuned["Loss"] < 0.4 < found.base["Loss"]
     # Classes cost nothing more than the loss: validation always has them.
     assert {"Loss", "Accuracy", "F1"} <= whole.validation[0].overall.keys()
     assert "Perplexity" not in whole.validation[0].overall
@@ -119,15 +119,15 @@ def test_an_encoder_with_an_adapter_learns_resumes_and_is_published(
     assert example.tuned in LABELS
 
     # Lost on two processes, resumed on one: the same curve, the same scores.
-    broken = job.order("2-broke", **spec)
-    job.kill_after_commit(broken, 2, "lost", 20)
+    broken = job.run_spec("2-broke", **spec)
+    job.kill_after_checkpoint(broken, 2, "lost", 20)
     resumed = job.finish(broken, 1, "resumed")
     assert resumed.summary.restarts == 1
     for one, two in zip(whole.curve, resumed.curve, strict=True):
         assert two.loss == pytest.approx(one.loss, rel=1e-4)
     assert resumed.summary.scores[0].tuned["Loss"] == pytest.approx(found.tuned["Loss"], rel=1e-3)
 
-    folder = job.published(order)
+    folder = job.published(run_spec)
     check_papers(folder)
     wanted = {name: found.tuned[name] for name in ("Accuracy", "F1")}
     assert scores(pipeline("text-classification", model=str(folder / "merged"))) == wanted
@@ -143,14 +143,14 @@ def test_an_encoder_with_an_adapter_learns_resumes_and_is_published(
 
 
 def test_a_decoder_learns_on_two_processes_in_shards_and_is_published(
-    order_for: Any, s3: Any, bucket: str, tmp_path: Path
+    run_spec_for: Any, s3: Any, bucket: str, tmp_path: Path
 ) -> None:
-    job = Job(order_for, s3, bucket, write_decoder(tmp_path / "base"), tmp_path)
-    order = job.order("1-whole", method={"type": "Full"}, compute={"nodes": 2, "sharding":
+    job = Job(run_spec_for, s3, bucket, write_decoder(tmp_path / "base"), tmp_path)
+    run_spec = job.run_spec("1-whole", method={"type": "Full"}, compute={"nodes": 2, "sharding":
                       "FullShard"}, training={"epochs": 6, "learningRate": "5e-3"})  # fmt: skip
-    (found,) = job.finish(order, 2, "whole").summary.scores
+    (found,) = job.finish(run_spec, 2, "whole").summary.scores
     assert found.tuned["Accuracy"] >= 0.95
-    folder = job.published(order)
+    folder = job.published(run_spec)
     check_papers(folder)
     wanted = {name: found.tuned[name] for name in ("Accuracy", "F1")}
     # Its tokenizer had no padding token: texts of all lengths in one batch need one.
@@ -158,18 +158,18 @@ def test_a_decoder_learns_on_two_processes_in_shards_and_is_published(
 
 
 def test_a_classifier_starts_from_the_head_that_it_has(
-    order_for: Any, s3: Any, bucket: str, tmp_path: Path
+    run_spec_for: Any, s3: Any, bucket: str, tmp_path: Path
 ) -> None:
-    job = Job(order_for, s3, bucket, write_encoder(tmp_path / "base"), tmp_path)
-    first = job.order(
+    job = Job(run_spec_for, s3, bucket, write_encoder(tmp_path / "base"), tmp_path)
+    first = job.run_spec(
         "1-first", method={"type": "Full"}, training={"epochs": 2, "learningRate": "3e-3"}
     )
     (before,) = job.finish(first, 1, "first").summary.scores
     merged = job.published(first) / "merged"
     for path in merged.iterdir():
         job.store.upload(path, f"{job.bucket}/tuned/{path.name}")
-    second = job.order("2-next", model={"source": f"{job.bucket}/tuned"}, training={"epochs": 1})
+    second = job.run_spec("2-next", model={"source": f"{job.bucket}/tuned"}, training={"epochs": 1})
     (after,) = job.finish(second, 1, "next").summary.scores
-    assert after.untuned == pytest.approx(before.tuned, rel=1e-5)
+    assert after.base == pytest.approx(before.tuned, rel=1e-5)
     metrics = json.loads((job.published(second) / "metrics.json").read_text())
     assert metrics["drawnHead"] is False

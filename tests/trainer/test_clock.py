@@ -14,10 +14,10 @@ from engine import CPU, samples, spec_of
 
 from finetune_trainer.engine.flops import Work
 from finetune_trainer.engine.guard import Guard
+from finetune_trainer.engine.packing import feed as feed_module
+from finetune_trainer.engine.packing.feed import Feed
 from finetune_trainer.engine.planning.plan import Plan
-from finetune_trainer.engine.rows import feed as feed_module
-from finetune_trainer.engine.rows.feed import Feed
-from finetune_trainer.prepared.shards import TokenSample
+from finetune_trainer.prepared.dataset import TokenSample
 from finetune_trainer.train import clock as clock_module
 from finetune_trainer.train.clock import Clock
 from finetune_trainer.train.loop import log
@@ -69,7 +69,7 @@ def test_the_share_of_waiting_for_data_is_told_since_the_last_log_point(
     monkeypatch.setattr(feed_module, "time", asked)
     made = samples([8] * 16)
     lengths = np.array([8] * 16)
-    plan = Plan(lengths, lengths // 2, batch_size=4, seed=0, row_tokens=16, ranks=1)
+    plan = Plan(lengths, lengths // 2, batch_size=4, seed=0, micro_batch_tokens=16, ranks=1)
 
     def read(positions: Sequence[int]) -> list[TokenSample]:
         if fetching:  # the loop has come to wait for it
@@ -79,9 +79,9 @@ def test_the_share_of_waiting_for_data_is_told_since_the_last_log_point(
 
     telemetry = Telemetry("1-a", 1, 0, StartupClock(None, None))
     telemetry.say(total_steps=STEPS)
-    gang = SimpleNamespace(device=CPU, first=False, sum=lambda values: values)
+    world = SimpleNamespace(device=CPU, first=False, sum=lambda values: values)
     session: Any = SimpleNamespace(
-        plan=plan, telemetry=telemetry, gang=gang, spec=spec_of({"type": "Full"}),
+        plan=plan, telemetry=telemetry, world=world, spec=spec_of({"type": "Full"}),
         sources=["a"], guard=Guard(spec_of({"type": "Full"}).training.guard, CPU),
     )  # fmt: skip
     clock, state = Clock(Work(0, 0, 0, False, 0), None), LoopState()

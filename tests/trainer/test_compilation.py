@@ -1,4 +1,4 @@
-"""Compiled blocks: compiled once, whatever the rows, and to the same arithmetic."""
+"""Compiled blocks: compiled once, force the rows, and to the same arithmetic."""
 
 import pytest
 import torch
@@ -8,10 +8,10 @@ from test_attention import kernel  # noqa: F401
 from finetune_trainer.engine import compilation
 from finetune_trainer.engine.compilation import compile_blocks, uncompiled
 from finetune_trainer.engine.loss import TokenLoss
+from finetune_trainer.engine.packing.dropout import key_dropouts
+from finetune_trainer.engine.packing.feed import StaticShape, build_packed
+from finetune_trainer.engine.packing.layout import layout_context
 from finetune_trainer.engine.parameters import decoder_blocks
-from finetune_trainer.engine.rows.dropout import key_dropouts
-from finetune_trainer.engine.rows.feed import StaticShape, build_row
-from finetune_trainer.engine.rows.layout import row_context
 
 SHAPE = StaticShape(100, 40)
 ROWS = [[37, 12, 5], [40, 40, 9, 2, 3], [8], [30, 30, 30]]
@@ -27,23 +27,23 @@ def _forget():
 
 def gradient(model, lengths: list[int], shape: StaticShape | None) -> torch.Tensor:
     documents = samples(lengths)
-    row = build_row(
+    micro_batch = build_packed(
         documents, range(len(lengths)), seed=0, step=len(lengths), device=CPU, shape=shape
     )
     model.zero_grad()
-    with row_context(row.layout):
-        TokenLoss(model)(row).tokens.sum().backward()
+    with layout_context(micro_batch.layout):
+        TokenLoss(model)(micro_batch).tokens.sum().backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def compiled_and_plain(rows: list[list[int]]) -> list[int]:
+def compiled_and_plain(micro_batches: list[list[int]]) -> list[int]:
     """Graphs that there are after each row, whose gradient is the plain model's."""
     plain, model = tiny_llama(), tiny_llama()
     for each in (plain, model):
         key_dropouts(each, 0.1)
     compile_blocks(model, "aot_eager")
     counts = []
-    for lengths in rows:
+    for lengths in micro_batches:
         found, expected = gradient(model, lengths, SHAPE), gradient(plain, lengths, None)
         assert (found - expected).norm() / expected.norm() < 1e-5
         counts.append(compilation.compilations())

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_gradients import run
 
-from finetune_trainer.engine.rows.context import ALONE, ContextGroup, share
+from finetune_trainer.engine.packing.context import ALONE, ContextGroup, share
 
 
 @given(size=st.integers(2, 5), chunk=st.integers(1, 40))
@@ -32,16 +32,16 @@ def test_spans_cover_what_is_held_and_end_where_the_queries_do(lengths, size):
         context = ContextGroup(index, size, group)
         held = context.held(len(position))
         spans, wanted = share(lengths, context, CPU)
-        assert sum(s.queries for s in spans) == len(held)
+        assert sum(s.q_len for s in spans) == len(held)
         query = key = 0
         for span in spans:
-            mine = held[query : query + span.queries]
-            keys = order[wanted.take[key : key + span.keys].numpy()]
+            mine = held[query : query + span.q_len]
+            keys = order[wanted.take[key : key + span.kv_len].numpy()]
             assert (np.diff(mine) == 1).all()
             assert keys[-1] == mine[-1]
-            assert position[keys].tolist() == list(range(span.keys))
+            assert position[keys].tolist() == list(range(span.kv_len))
             assert set(document[keys]) == {document[mine[0]]}
-            query, key = query + span.queries, key + span.keys
+            query, key = query + span.q_len, key + span.kv_len
         assert key == len(wanted.take)
 
 

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from finetune_trainer.engine.loss import TokenLoss
-from finetune_trainer.engine.memory.rehearsal import rehearse
-from finetune_trainer.engine.rows.dropout import (
+from finetune_trainer.engine.memory.profiling import profile_model
+from finetune_trainer.engine.packing.dropout import (
     KeyedDropout,
     draw,
     draws,
@@ -30,8 +30,8 @@ from finetune_trainer.engine.rows.dropout import (
     salt_of,
     token_keys,
 )
-from finetune_trainer.engine.rows.feed import build_row
-from finetune_trainer.engine.rows.layout import row_context
+from finetune_trainer.engine.packing.feed import build_packed
+from finetune_trainer.engine.packing.layout import layout_context
 from finetune_trainer.engine.tuning.methods import apply_method
 from finetune_trainer.failures import UserError
 
@@ -62,12 +62,12 @@ def losses(order: list[int], step: int = 7) -> torch.Tensor:
     model = tiny_llama()
     key_dropouts(model, 0.2)
     loss = TokenLoss(model).train()
-    row = build_row(
+    micro_batch = build_packed(
         [documents[i] for i in order], order, sources=order, seed=3, step=step, device=CPU
     )
-    with torch.no_grad(), row_context(row.layout):
-        found = loss(row).tokens
-    return torch.stack([found[row.sources == i].sum() for i in sorted(order)])
+    with torch.no_grad(), layout_context(micro_batch.layout):
+        found = loss(micro_batch).tokens
+    return torch.stack([found[micro_batch.sources == i].sum() for i in sorted(order)])
 
 
 def test_a_sample_is_dropped_alike_wherever_it_stands():
@@ -110,14 +110,14 @@ def test_dropout_that_would_drop_nothing_is_refused(lora: str | None) -> None:
 def test_prepare_finds_dropout_that_would_drop_nothing(tmp_path: Path) -> None:
     tiny_mamba().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="would drop nothing"):
-        rehearse(tmp_path, spec_of({"type": "Full"}, dropout="0.2"), 64)
+        profile_model(tmp_path, spec_of({"type": "Full"}, dropout="0.2"), 64)
 
 
 def test_tokens_are_dropped_alike_in_two_dimensions_and_in_three():
     dropout = KeyedDropout(0.5, layer=1).train()
-    row = build_row(samples([30, 8]), [0, 1], seed=3, step=7, device=CPU)
+    micro_batch = build_packed(samples([30, 8]), [0, 1], seed=3, step=7, device=CPU)
     x = torch.ones(1, 38, 64)
-    with row_context(row.layout):
+    with layout_context(micro_batch.layout):
         dropped = dropout(x)
         assert torch.equal(dropout(x[0]), dropped[0])
         assert torch.equal(dropout(x[0, :7]), x[0, :7]), "some of the tokens, of an expert"
@@ -141,9 +141,9 @@ def test_an_adapter_of_a_shared_expert_drops_its_inputs():
             module.register_forward_hook(
                 lambda _, given, out: changed.append(not torch.equal(given[0], out))
             )
-    row = build_row(samples([30]), [0], seed=3, step=7, device=CPU)
-    with torch.no_grad(), row_context(row.layout):
-        TokenLoss(tuned).train()(row)
+    micro_batch = build_packed(samples([30]), [0], seed=3, step=7, device=CPU)
+    with torch.no_grad(), layout_context(micro_batch.layout):
+        TokenLoss(tuned).train()(micro_batch)
     assert changed == [True]
 
 
@@ -220,11 +220,11 @@ def test_the_kernel_drops_the_same_elements():
 )
 def test_keys_are_made_where_something_is_drawn(method, training, wanted):
     assert draws(spec_of(method, **training)) is wanted
-    row = build_row(samples([30]), [0], seed=0, step=0, device=CPU, keyed=wanted)
-    assert (row.layout.keys is not None) is wanted
+    micro_batch = build_packed(samples([30]), [0], seed=0, step=0, device=CPU, keyed=wanted)
+    assert (micro_batch.layout.dropout_keys is not None) is wanted
 
 
 def test_dropout_from_a_row_without_keys_is_an_error():
-    row = build_row(samples([30]), [0], seed=0, step=0, device=CPU, keyed=False)
-    with row_context(row.layout), pytest.raises(RuntimeError, match="keyed=True"):
+    micro_batch = build_packed(samples([30]), [0], seed=0, step=0, device=CPU, keyed=False)
+    with layout_context(micro_batch.layout), pytest.raises(RuntimeError, match="keyed=True"):
         KeyedDropout(0.1, layer=1).train()(torch.ones(1, 30, 4))

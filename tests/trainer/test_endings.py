@@ -16,16 +16,16 @@ from finetune_trainer.failures import (
     NodeFailure,
     StorageUnavailable,
     exit_code,
-    verdict,
+    failure_of,
 )
-from finetune_trainer.supervise import workerfiles
+from finetune_trainer.supervise import worker_files
 from finetune_trainer.supervise.endings import Ended, judge, judge_stopped
-from finetune_trainer.supervise.place import Place, read_place
+from finetune_trainer.supervise.node_environment import NodeEnvironment, read_node_environment
 
-DIVERGED = verdict(Diverged("LossNotFinite", "the loss became nan"))
-LOST = verdict(NodeFailure(PEER_LOST, "another process of the gang is gone"))
-INTERRUPTED = verdict(Interrupted("Interrupted", "step 5 is saved"))
-UNREACHABLE = verdict(StorageUnavailable("StorageUnreachable", "no answer"))
+DIVERGED = failure_of(Diverged("LossNotFinite", "the loss became nan"))
+LOST = failure_of(NodeFailure(PEER_LOST, "another process of the gang is gone"))
+INTERRUPTED = failure_of(Interrupted("Interrupted", "step 5 is saved"))
+UNREACHABLE = failure_of(StorageUnavailable("StorageUnreachable", "no answer"))
 
 
 def workers(**codes: int) -> dict[str, Any]:
@@ -115,18 +115,18 @@ def test_judge_stopped(ended: Ended | None, reason: str, code: int) -> None:
 def test_a_metric_that_is_no_number_reaches_the_supervisor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(workerfiles.ENV_FOLDER, str(tmp_path))
+    monkeypatch.setenv(worker_files.ENV_FOLDER, str(tmp_path))
     odd = {"Loss": math.nan, "Perplexity": math.inf}
-    scores = [DataSetScores(name="test", samples=1, untuned=odd, tuned={"Loss": 1.0})]
-    workerfiles.leave_result(TrainSummary(attempt=1, restarts=0, steps=3, scores=scores))
-    found = workerfiles.read_result(tmp_path)
+    scores = [DataSetScores(name="test", samples=1, base=odd, tuned={"Loss": 1.0})]
+    worker_files.leave_result(TrainSummary(attempt=1, restarts=0, steps=3, scores=scores))
+    found = worker_files.read_result(tmp_path)
     assert found is not None
-    assert math.isnan(found.scores[0].untuned["Loss"])
-    assert found.scores[0].untuned["Perplexity"] == math.inf
+    assert math.isnan(found.scores[0].base["Loss"])
+    assert found.scores[0].base["Perplexity"] == math.inf
 
 
 def test_place() -> None:
-    assert read_place({}) == Place(1, 1, 0, "127.0.0.1", 0, 30)
+    assert read_node_environment({}) == NodeEnvironment(1, 1, 0, "127.0.0.1", 0, 30)
     environ = {
         "FINETUNE_NODES": "3",
         "FINETUNE_PROCESSES_PER_NODE": "8",
@@ -134,9 +134,9 @@ def test_place() -> None:
         "FINETUNE_RENDEZVOUS": "job-0.job:29400",
         "FINETUNE_GRACE_SECONDS": "120",
     }
-    place = Place(3, 8, 2, "job-0.job", 29400, 120)
-    assert read_place(environ) == place and not place.loopback
-    assert read_place({**environ, "FINETUNE_NODE_RANK": "1"}).rank == 1
+    place = NodeEnvironment(3, 8, 2, "job-0.job", 29400, 120)
+    assert read_node_environment(environ) == place and not place.loopback
+    assert read_node_environment({**environ, "FINETUNE_NODE_RANK": "1"}).rank == 1
     for name, value in [
         ("FINETUNE_NODES", "0"),
         ("FINETUNE_NODES", "2"),
@@ -146,5 +146,5 @@ def test_place() -> None:
         ("FINETUNE_GRACE_SECONDS", "-1"),
     ]:
         with pytest.raises(Exception, match=r"must be") as caught:
-            read_place({**environ, name: value})
+            read_node_environment({**environ, name: value})
         assert "FINETUNE_" in str(caught.value)

@@ -12,10 +12,10 @@ from engine import CPU, samples, spec_of, tiny_llama, tiny_mixtral
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 from tuning import Tuning, check_round
 
-from finetune_trainer.engine.loss import TokenLoss, row_losses
+from finetune_trainer.engine.loss import TokenLoss, micro_batch_losses
 from finetune_trainer.engine.model import load_base
-from finetune_trainer.engine.rows.feed import build_row
-from finetune_trainer.engine.rows.layout import row_context
+from finetune_trainer.engine.packing.feed import build_packed
+from finetune_trainer.engine.packing.layout import layout_context
 from finetune_trainer.engine.tuning.methods import apply_method
 from finetune_trainer.failures import UserError
 
@@ -56,20 +56,25 @@ def test_adapters_of_mixtures_of_experts(
 def test_the_router_loss_balances_training_and_leaves_measuring_alone(experts: Path) -> None:
     spec = spec_of({"type": "Full"})
     model: Any = apply_method(load_base(experts, torch.float32), spec)
-    row = build_row(samples([18, 9]), [0, 1], seed=0, step=0, device=CPU)
+    micro_batch = build_packed(samples([18, 9]), [0, 1], seed=0, step=0, device=CPU)
     plain, balanced = TokenLoss(model), TokenLoss(model, 0.5)
-    with row_context(row.layout), torch.no_grad():
+    with layout_context(micro_batch.layout), torch.no_grad():
         router = model(
-            input_ids=row.input_ids, position_ids=row.position_ids, output_router_logits=True
+            input_ids=micro_batch.input_ids,
+            position_ids=micro_batch.position_ids,
+            output_router_logits=True,
         ).aux_loss
-        found = balanced.train()(row)
-        assert torch.equal(found.tokens, plain.train()(row).tokens), "told apart"
+        found = balanced.train()(micro_batch)
+        assert torch.equal(found.tokens, plain.train()(micro_batch).tokens), "told apart"
     assert router > 0
     torch.testing.assert_close(found.router, router)
     torch.testing.assert_close(found.added, 0.5 * router * len(found.tokens))
-    assert torch.equal(row_losses(balanced.eval(), row), row_losses(plain.eval(), row))
-    with row_context(row.layout):
-        balanced.train()(row).added.backward()
+    assert torch.equal(
+        micro_batch_losses(balanced.eval(), micro_batch),
+        micro_batch_losses(plain.eval(), micro_batch),
+    )
+    with layout_context(micro_batch.layout):
+        balanced.train()(micro_batch).added.backward()
     assert model.model.layers[0].mlp.gate.weight.grad.abs().max() > 0
     with pytest.raises(UserError, match="routerAuxLossCoefficient") as caught:
         TokenLoss(tiny_llama(), 0.5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from finetune_trainer.devicefaults import DEVICE_FAULTS, device_fault
-from finetune_trainer.failures import PEER_LOST, recognise, verdict
+from finetune_trainer.failures import PEER_LOST, failure_of, recognise
 
 _HINTS = """
 Search for `cudaErrorAssert' in https://docs.nvidia.com/cuda/ for more information.
@@ -191,7 +191,7 @@ CASES: list[tuple[Exception, str, str]] = [
 
 @pytest.mark.parametrize(("error", "kind", "reason"), CASES)
 def test_class_of_what_a_device_or_a_peer_says(error: Exception, kind: str, reason: str) -> None:
-    found = verdict(error)
+    found = failure_of(error)
     assert (found.failure_class, found.reason) == (kind, reason)
     assert found.retryable == (kind == "NodeFailure")
     assert str(error).splitlines()[0] in found.message

@@ -11,10 +11,10 @@ from engine import CPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune_trainer.engine.packing.feed import Feed, MicroBatch, StepTensors, TokenMicroBatch
 from finetune_trainer.engine.planning.mixture import Stage
 from finetune_trainer.engine.planning.plan import Plan
-from finetune_trainer.engine.rows.feed import Feed, RowTensors, StepTensors, TokenRow
-from finetune_trainer.prepared.shards import TokenSample
+from finetune_trainer.prepared.dataset import TokenSample
 
 SAMPLES, BATCH, VISITS = 60, 8, 180
 STEPS = -(-VISITS // BATCH)
@@ -35,21 +35,23 @@ def read(positions: Sequence[int]) -> list[TokenSample]:
     return [DOCUMENTS[p] for p in positions]
 
 
-def samples_of(row: RowTensors) -> list[int]:
+def samples_of(micro_batch: MicroBatch) -> list[int]:
     """Samples of a row, after a look at whether each is whole, at its place and rightly learned."""
-    assert isinstance(row, TokenRow)
+    assert isinstance(micro_batch, TokenMicroBatch)
     found, start = [], 0
-    ids, places = row.input_ids[0].numpy(), row.position_ids[0].numpy()
-    for span in row.layout.spans:
-        tokens = ids[start : start + span.queries]
+    ids, places = micro_batch.input_ids[0].numpy(), micro_batch.position_ids[0].numpy()
+    for span in micro_batch.layout.spans:
+        tokens = ids[start : start + span.q_len]
         if tokens[0]:
             found.append(int(tokens[0]) // 256 - 1)
             np.testing.assert_array_equal(tokens, DOCUMENTS[found[-1]].ids)
-        np.testing.assert_array_equal(places[start : start + span.queries], np.arange(len(tokens)))
-        start += span.queries
+        np.testing.assert_array_equal(places[start : start + span.q_len], np.arange(len(tokens)))
+        start += span.q_len
     learned = [DOCUMENTS[p].ids[DOCUMENTS[p].supervised] for p in found]
-    np.testing.assert_array_equal(row.labels.numpy(), np.concatenate([[], *learned]))
-    np.testing.assert_array_equal(row.sources.numpy(), SOURCES[row.labels.numpy() // 256 - 1])
+    np.testing.assert_array_equal(micro_batch.labels.numpy(), np.concatenate([[], *learned]))
+    np.testing.assert_array_equal(
+        micro_batch.sources.numpy(), SOURCES[micro_batch.labels.numpy() // 256 - 1]
+    )
     return found
 
 
@@ -57,11 +59,13 @@ def trained(ranks: Sequence[StepTensors]) -> Trained:
     """What the processes of a gang train in one step."""
     numbers = {step.plan.number for step in ranks}
     assert len(numbers) == 1
-    assert len({len(step.rows) for step in ranks}) == 1, "all exchange after each row"
-    return numbers.pop(), sorted(p for step in ranks for row in step.rows for p in samples_of(row))
+    assert len({len(step.micro_batches) for step in ranks}) == 1, "all exchange after each row"
+    return numbers.pop(), sorted(
+        p for step in ranks for micro_batch in step.micro_batches for p in samples_of(micro_batch)
+    )
 
 
-def gang(plan: Plan, start: int, steps: int) -> list[Trained]:
+def world(plan: Plan, start: int, steps: int) -> list[Trained]:
     """Steps of a gang that dies after them, with others built ahead."""
     with ExitStack() as stack:
         feeds = [
@@ -95,16 +99,16 @@ def test_rows_of_an_interrupted_and_resized_run_are_those_of_an_uninterrupted_on
 
     def plan(ranks: int) -> Plan:
         return Plan(
-            LENGTHS, SUPERVISED, batch_size=BATCH, seed=seed, row_tokens=256, ranks=ranks,
+            LENGTHS, SUPERVISED, batch_size=BATCH, seed=seed, micro_batch_tokens=256, ranks=ranks,
             sources=SOURCES, stages=stages, visits=VISITS,
         )  # fmt: skip
 
     whole = plan(1)
-    expected = gang(whole, 0, STEPS)
+    expected = world(whole, 0, STEPS)
     assert expected == [(n, sorted(whole.samples(n).tolist())) for n in range(STEPS)]
     kept: list[Trained] = []
     for size, steps, lost in attempts:
-        kept += gang(plan(size), len(kept), steps)
+        kept += world(plan(size), len(kept), steps)
         del kept[max(len(kept) - lost, 0) :]
-    kept += gang(plan(attempts[0][0]), len(kept), STEPS)
+    kept += world(plan(attempts[0][0]), len(kept), STEPS)
     assert kept == expected

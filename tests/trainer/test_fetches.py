@@ -13,10 +13,10 @@ import pytest
 from engine import CPU, samples
 from prepared_data import learned_of, write_prepared
 
+from finetune_trainer.engine.packing.feed import EXPECTED, Feed
 from finetune_trainer.engine.planning.plan import Plan
-from finetune_trainer.engine.rows.feed import EXPECTED, Feed
+from finetune_trainer.prepared.dataset import PreparedData, TokenSample
 from finetune_trainer.prepared.fetches import Fetches
-from finetune_trainer.prepared.shards import PreparedData, TokenSample
 from finetune_trainer.storage.objects import ObjectStore
 
 TOGETHER = 8
@@ -93,7 +93,7 @@ def test_no_more_than_the_bound_are_in_flight_and_a_failure_is_told_and_tried_ag
 def test_a_feed_says_what_the_next_steps_will_read_before_it_reads() -> None:
     made = samples([8] * 24)
     lengths = np.array([8] * 24)
-    plan = Plan(lengths, lengths // 2, batch_size=4, seed=0, row_tokens=16, ranks=1)
+    plan = Plan(lengths, lengths // 2, batch_size=4, seed=0, micro_batch_tokens=16, ranks=1)
     told: list[tuple[str, frozenset[int]]] = []
 
     def read(positions: Sequence[int]) -> list[TokenSample]:

@@ -15,11 +15,17 @@ from engine import CPU
 from fixtures_memory import GIB, SAMPLES, facts_of, spec_of
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.engine.memory.estimate import Facts, Placement, decide, estimate, placements
+from finetune_trainer.engine.memory.estimate import (
+    ModelProfile,
+    Placement,
+    decide,
+    estimate,
+    placements,
+)
 from finetune_trainer.engine.memory.fitting import alternatives, fit, told
-from finetune_trainer.engine.memory.rehearsals import Rehearsals
-from finetune_trainer.engine.memory.words import table
-from finetune_trainer.engine.planning.rowsize import RowSize, Samples
+from finetune_trainer.engine.memory.formatting import table
+from finetune_trainer.engine.memory.profile_cache import ProfileCache
+from finetune_trainer.engine.planning.micro_batch_size import MicroBatchSize, Samples
 from finetune_trainer.failures import UserError
 from finetune_trainer.train import session
 from finetune_trainer.train.worker import beside_estimate
@@ -42,10 +48,12 @@ def test_what_may_not_fit_is_tried_with_a_warning_that_names_what_does(
 ) -> None:
     # So that what differs between small models counts.
     monkeypatch.setattr("finetune_trainer.engine.memory.estimate._RUNTIME", {"gpu": 0, "cpu": 0})
-    spec, measure = spec_of(**blocks), Rehearsals(llama, 512)
-    facts = measure(spec)
-    row = SAMPLES.largest_row(spec, facts.packing)
-    least = min(sum(estimate(facts, spec, row, p).values()) for p in placements(facts, spec))
+    spec, measure = spec_of(**blocks), ProfileCache(llama, 512)
+    profile = measure(spec)
+    micro_batch = SAMPLES.largest_micro_batch(spec, profile.packing)
+    least = min(
+        sum(estimate(profile, spec, micro_batch, p).values()) for p in placements(profile, spec)
+    )
     memory = round(room * least)
     tried = fit(spec, SAMPLES, memory, measure)
     assert tried.needed == least > memory > tried.certain
@@ -77,11 +85,11 @@ def test_what_may_not_fit_is_tried_with_a_warning_that_names_what_does(
 def test_only_what_is_certain_refuses(
     state: int, activations: int, room: float, nodes: int, outcome: str
 ) -> None:
-    facts = facts_of(state * GIB, activations * GIB)
+    profile = facts_of(state * GIB, activations * GIB)
     spec = spec_of(method={"type": "Full"}, compute={"gpusPerNode": 8, "nodes": nodes})
-    rows = Samples(np.full(4, 1024), np.full(4, 10), 1024)
+    micro_batches = Samples(np.full(4, 1024), np.full(4, 10), 1024)
     try:
-        found = fit(spec, rows, round(room * GIB), lambda other: facts)
+        found = fit(spec, micro_batches, round(room * GIB), lambda other: profile)
     except UserError as error:
         assert error.reason == "DoesNotFit"
         assert re.search(r"alone take [\d.]+ GiB .*: optimizer .*What fits", error.message)
@@ -94,7 +102,7 @@ def test_only_what_is_certain_refuses(
 
 @pytest.mark.parametrize(("precision", "named"), [("BF16", True), ("PureBF16", False)])
 def test_four_bits_are_not_named_where_weights_are_copied(precision: str, named: bool) -> None:
-    def measure(other: FineTuneJobSpec) -> Facts:
+    def measure(other: FineTuneJobSpec) -> ModelProfile:
         return facts_of((1 if other.method.kind.quantizes else 900) * GIB)
 
     found = alternatives(spec_of(training={"precision": precision}), SAMPLES, 8 * GIB, measure)
@@ -102,7 +110,7 @@ def test_four_bits_are_not_named_where_weights_are_copied(precision: str, named:
 
 
 def test_what_nothing_makes_fit_is_told_so(llama: Path) -> None:
-    spec, measure = spec_of(), Rehearsals(llama, 512)
+    spec, measure = spec_of(), ProfileCache(llama, 512)
     assert "take a smaller model" in fit(spec, SAMPLES, GIB, measure).warning
     with pytest.raises(UserError, match="take a smaller model") as refused:
         fit(spec, SAMPLES, 1 << 10, measure)
@@ -110,17 +118,17 @@ def test_what_nothing_makes_fit_is_told_so(llama: Path) -> None:
 
 
 def test_without_known_memory_nothing_is_refused(llama: Path) -> None:
-    spec, measure = spec_of(), Rehearsals(llama, 512)
+    spec, measure = spec_of(), ProfileCache(llama, 512)
     found = fit(spec, SAMPLES, None, measure)
     assert found.placement == Placement("NoShard", False)
     assert "not known before training" in table(found)
 
 
-def gang_of(*rooms: int) -> Any:
+def world_of(*rooms: int) -> Any:
     """A gang of one node whose processes have so much memory."""
     return SimpleNamespace(
-        device=CPU, nodes=1, per_node=len(rooms), size=len(rooms),
-        together=lambda work: list(rooms), from_first=lambda make: make(),
+        device=CPU, nodes=1, processes_per_node=len(rooms), size=len(rooms),
+        on_all=lambda work: list(rooms), on_main=lambda make: make(),
     )  # fmt: skip
 
 
@@ -133,22 +141,22 @@ def test_a_gang_goes_by_the_least_memory_of_its_devices(
         manifest=SimpleNamespace(max_length=512), index=lambda split: index
     )  # fmt: skip
     spec = spec_of(method={"type": "Full"}, compute={"gpusPerNode": 8, "nodes": 4})
-    measure = Rehearsals(llama, 512)
-    plenty = session.fitted(spec, data, gang_of(8 * GIB, 8 * GIB), measure)
+    measure = ProfileCache(llama, 512)
+    plenty = session.fitted(spec, data, world_of(8 * GIB, 8 * GIB), measure)
     assert str(plenty.placement) == "NoShard"
     assert "gradients" in capsys.readouterr().out
-    less = session.fitted(spec, data, gang_of(8 * GIB, plenty.needed - 1), measure)
+    less = session.fitted(spec, data, world_of(8 * GIB, plenty.needed - 1), measure)
     assert str(less.placement) == "NoShard, gradient checkpointing"
     capsys.readouterr()
-    tried = session.fitted(spec, data, gang_of(8 * GIB, less.needed // 3), measure)
+    tried = session.fitted(spec, data, world_of(8 * GIB, less.needed // 3), measure)
     assert "it may not fit. What fits" in capsys.readouterr().out
     with pytest.raises(UserError, match="alone take") as refused:
-        session.fitted(spec, data, gang_of(8 * GIB, tried.certain - 1), measure)
+        session.fitted(spec, data, world_of(8 * GIB, tried.certain - 1), measure)
     assert refused.value.reason == "DoesNotFit"
 
 
 def test_a_lack_of_memory_is_told_beside_the_estimate() -> None:
-    found = decide(facts_of(40 * GIB), spec_of(), RowSize(8, 8), 80 * GIB)
+    found = decide(facts_of(40 * GIB), spec_of(), MicroBatchSize(8, 8), 80 * GIB)
     said = beside_estimate(torch.OutOfMemoryError("no room"), SimpleNamespace(memory=found))  # type: ignore[arg-type]
     assert said.failure_class == "OutOfMemory"
     assert "no room" in said.message and "of 80.0 GiB (NoShard)" in said.message

@@ -15,17 +15,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from finetune_trainer.engine.flops import PEAKS, work_of
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.model import load_base
-from finetune_trainer.engine.rows.feed import build_row
-from finetune_trainer.engine.rows.layout import row_context
+from finetune_trainer.engine.packing.feed import build_packed
+from finetune_trainer.engine.packing.layout import layout_context
 
 
 def counted(model: Any, length: int) -> tuple[float, int]:
     """Operations of one document's forward and backward pass, as torch counts them."""
-    row = build_row(samples([length]), [0], seed=0, step=0, device=CPU)
+    micro_batch = build_packed(samples([length]), [0], seed=0, step=0, device=CPU)
     loss = TokenLoss(model)
-    with FlopCounterMode(display=False) as counter, row_context(row.layout):
-        loss(row).tokens.sum().backward()
-    return counter.get_total_flops(), row.labels.numel()
+    with FlopCounterMode(display=False) as counter, layout_context(micro_batch.layout):
+        loss(micro_batch).tokens.sum().backward()
+    return counter.get_total_flops(), micro_batch.labels.numel()
 
 
 @pytest.mark.parametrize("method", ["Full", "LoRA"])

@@ -11,39 +11,44 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from engine import CPU, samples, spec_of, tiny_llama
-from gangs import forked, free_port
 from torch import nn
+from worlds import forked, free_port
 
-from finetune_trainer.engine.gang import Gang, join
-from finetune_trainer.engine.hollow import hollow, is_hollow, make_solid, replace_parameters
-from finetune_trainer.engine.loss import TokenLoss, evaluating, row_losses
+from finetune_trainer.engine.dtensors import held
+from finetune_trainer.engine.loss import TokenLoss, evaluating, micro_batch_losses
+from finetune_trainer.engine.packing.feed import build_packed
+from finetune_trainer.engine.packing.layout import layout_context
+from finetune_trainer.engine.placeholders import (
+    is_placeholder,
+    materialize,
+    placeholder,
+    replace_parameters,
+)
 from finetune_trainer.engine.precision import PRECISIONS
-from finetune_trainer.engine.rows.feed import build_row
-from finetune_trainer.engine.rows.layout import row_context
 from finetune_trainer.engine.sharding import distribute
-from finetune_trainer.engine.shards import held
+from finetune_trainer.engine.world import World, join
 
-ROW = build_row(samples([30, 24]), range(2), seed=0, step=0, device=CPU)
+ROW = build_packed(samples([30, 24]), range(2), seed=0, step=0, device=CPU)
 
 
 @pytest.fixture
-def gang() -> Iterator[Gang]:
+def world() -> Iterator[World]:
     yield join(spec_of({"type": "Full"}, precision="PureBF16").training)
     torch.distributed.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def sharded(gang: Gang, gathered: bool) -> nn.Module:
+def sharded(world: World, gathered: bool) -> nn.Module:
     return distribute(
-        TokenLoss(tiny_llama()), gang, "NoShard", PRECISIONS["PureBF16"], gathered=gathered
+        TokenLoss(tiny_llama()), world, "NoShard", PRECISIONS["PureBF16"], gathered=gathered
     )
 
 
-def test_losses_and_gradients_are_the_same_gathered_or_not(gang: Gang) -> None:
+def test_losses_and_gradients_are_the_same_gathered_or_not(world: World) -> None:
     found = []
     for gathered in (False, True):
-        module = sharded(gang, gathered)
-        with row_context(ROW.layout):
+        module = sharded(world, gathered)
+        with layout_context(ROW.layout):
             losses = module(ROW).tokens
             losses.sum().backward()
         found.append((losses.detach(), [held(p.grad) for p in module.parameters()]))  # type: ignore[arg-type]
@@ -68,21 +73,21 @@ def halve_after_evaluation(rank: int, port: int, folder: str, gathered: bool) ->
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
-    gang = join(spec_of({"type": "Full"}, precision="FP32").training)
-    module = distribute(TokenLoss(tiny_llama()), gang, "FullShard", PRECISIONS["FP32"], gathered)
+    world = join(spec_of({"type": "Full"}, precision="FP32").training)
+    module = distribute(TokenLoss(tiny_llama()), world, "FullShard", PRECISIONS["FP32"], gathered)
     with evaluating(module):
-        before = row_losses(module, ROW)
+        before = micro_batch_losses(module, ROW)
     with torch.no_grad():
         for parameter in module.parameters():
             held(parameter).mul_(0.5)
-    after = row_losses(module, ROW)
+    after = micro_batch_losses(module, ROW)
     plain = TokenLoss(tiny_llama())
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.mul_(0.5)
     if rank == 0:
-        torch.save((before, after, row_losses(plain, ROW)), Path(folder) / "losses.pt")
-    gang.close()
+        torch.save((before, after, micro_batch_losses(plain, ROW)), Path(folder) / "losses.pt")
+    world.close()
 
 
 def test_placeholders_alone_are_made_anew() -> None:
@@ -90,10 +95,10 @@ def test_placeholders_alone_are_made_anew() -> None:
     model = tiny_llama()
     drawn = nn.Parameter(torch.ones(3))
     replace_parameters(
-        model, lambda _, p: nn.Parameter(hollow(p.shape, p.dtype), requires_grad=False)
+        model, lambda _, p: nn.Parameter(placeholder(p.shape, p.dtype), requires_grad=False)
     )
     model.register_parameter("drawn", drawn)
-    make_solid(model, torch.device("meta"), only=is_hollow)
+    materialize(model, torch.device("meta"), only=is_placeholder)
     assert model.drawn is drawn and drawn.device.type == "cpu"
     others = [p for n, p in model.named_parameters() if n != "drawn"]
     assert all(p.device.type == "meta" and not p.requires_grad for p in others)

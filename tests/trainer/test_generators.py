@@ -11,8 +11,8 @@ import torch
 from engine import CPU, samples, session_of, spec_of, tiny_llama
 from torch import Tensor, nn
 
+from finetune_trainer.engine.packing.feed import Feed
 from finetune_trainer.engine.planning.plan import Plan
-from finetune_trainer.engine.rows.feed import Feed
 from finetune_trainer.engine.tuning.methods import apply_method, checkpoint_activations
 from finetune_trainer.train.step import generator_seed, optimizer_step
 
@@ -23,8 +23,8 @@ DOCUMENTS = samples(LENGTHS)
 def plan_of(ranks: int = 1) -> Plan:
     supervised = np.array([int(s.supervised.sum()) for s in DOCUMENTS])
     return Plan(
-        np.array(LENGTHS), supervised, batch_size=3, seed=0, row_tokens=45, ranks=ranks,
-        packing="Alone",
+        np.array(LENGTHS), supervised, batch_size=3, seed=0, micro_batch_tokens=45, ranks=ranks,
+        packing="Unpacked",
     )  # fmt: skip
 
 
@@ -79,12 +79,12 @@ def test_rows_of_a_sample_draw_alike_at_any_number_of_ranks() -> None:
         """By sample, of the rows of step 1 in a gang of so many processes."""
         plan, found = plan_of(ranks), {}
         for rank in range(size):
-            gang: Any = type("Gang", (), {"rank": rank, "size": size})
-            session: Any = type("Session", (), {"gang": gang, "plan": plan})
+            world: Any = type("Gang", (), {"rank": rank, "size": size})
+            session: Any = type("Session", (), {"gang": world, "plan": plan})
             batch: Any = type("Batch", (), {"plan": plan.step(1)})
-            for turn, row in enumerate(batch.plan.rows[rank * ranks // size]):
-                if row:
-                    found[row[0]] = generator_seed(session, batch, turn)
+            for turn, micro_batch in enumerate(batch.plan.micro_batches[rank * ranks // size]):
+                if micro_batch:
+                    found[micro_batch[0]] = generator_seed(session, batch, turn)
         return found
 
     alone = seeds(1, 1)
@@ -101,6 +101,6 @@ def test_dropout_and_noise_draw_of_no_generator(method: dict[str, Any]) -> None:
     with Feed(session.plan, read, rank=0, start=0, end=2, device=CPU) as feed:
         for batch in feed:
             optimizer_step(session, batch, 1e-2)
-            last = generator_seed(session, batch, len(batch.rows) - 1)
+            last = generator_seed(session, batch, len(batch.micro_batches) - 1)
             after = torch.get_rng_state()
             assert torch.equal(after, torch.Generator().manual_seed(last).get_state())

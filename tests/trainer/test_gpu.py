@@ -28,24 +28,24 @@ from torch.utils._pytree import tree_leaves
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine import compilation, kernels
 from finetune_trainer.engine.base import BaseFiles
-from finetune_trainer.engine.commits.dcp import load_state, save_state, state_of
-from finetune_trainer.engine.commits.staging import stage
-from finetune_trainer.engine.gang import join
+from finetune_trainer.engine.checkpointing.dcp import load_state, save_state, state_of
+from finetune_trainer.engine.checkpointing.staging import stage
+from finetune_trainer.engine.chunked_head import ChunkedHead, has_plain_head
 from finetune_trainer.engine.guard import Guard
-from finetune_trainer.engine.head import ChunkedHead, has_plain_head
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.memory.estimate import Placement
 from finetune_trainer.engine.memory.requirements import check_device
 from finetune_trainer.engine.model import TEXT
 from finetune_trainer.engine.muon import orthogonalise
 from finetune_trainer.engine.optimizers import make_optimizers
+from finetune_trainer.engine.packing import attention
+from finetune_trainer.engine.packing.feed import Feed, StaticShape, build_packed
+from finetune_trainer.engine.packing.layout import layout_context
 from finetune_trainer.engine.planning.plan import Plan
 from finetune_trainer.engine.precision import precision_of, use_fp8
-from finetune_trainer.engine.rows import attention
-from finetune_trainer.engine.rows.feed import Feed, StaticShape, build_row
-from finetune_trainer.engine.rows.layout import row_context
 from finetune_trainer.engine.tuning.methods import apply_method
-from finetune_trainer.failures import verdict
+from finetune_trainer.engine.world import join
+from finetune_trainer.failures import failure_of
 from finetune_trainer.storage.published import Base
 from finetune_trainer.train.step import generator_seed, optimizer_step
 from finetune_trainer.train.tuned import TunedModel, open_model
@@ -104,13 +104,13 @@ def test_no_step_waits_for_the_device(method: str, anchor: dict[str, str]) -> No
     documents = samples(LENGTHS)
     supervised = np.array([int(s.supervised.sum()) for s in documents])
     plan = Plan(
-        np.array(LENGTHS), supervised, batch_size=4, seed=0, row_tokens=ROW, ranks=1,
+        np.array(LENGTHS), supervised, batch_size=4, seed=0, micro_batch_tokens=ROW, ranks=1,
         sources=np.arange(len(LENGTHS)) % 2,
     )  # fmt: skip
     session = session_of(model, spec, plan, tiny_llama() if kl and method == "Full" else None)
     read = lambda positions: [documents[p] for p in positions]  # noqa: E731
     with Feed(
-        plan, read, rank=0, start=0, end=12, device=session.gang.device, replay=[False, kl]
+        plan, read, rank=0, start=0, end=12, device=session.world.device, replay=[False, kl]
     ) as feed:  # fmt: skip
         for batch in feed:
             if batch.plan.number == 2:  # the first ones make kernels and state
@@ -122,7 +122,7 @@ def test_no_step_waits_for_the_device(method: str, anchor: dict[str, str]) -> No
 @on_gpu
 @pytest.mark.parametrize("window", [None, 16])
 def test_the_kernel_agrees_with_groups(window: int | None) -> None:
-    layout = build_row(samples(LENGTHS), range(8), seed=0, step=0, device=GPU).layout
+    layout = build_packed(samples(LENGTHS), range(8), seed=0, step=0, device=GPU).layout
     torch.manual_seed(0)
     q, k, v = (
         torch.randn(1, heads, sum(LENGTHS), 32, device=GPU, dtype=torch.bfloat16)
@@ -135,9 +135,13 @@ def test_the_kernel_agrees_with_groups(window: int | None) -> None:
 
 
 def losses(model: Any) -> torch.Tensor:
-    row = build_row(samples(LENGTHS), range(8), seed=0, step=0, device=GPU)
-    with torch.no_grad(), row_context(row.layout), torch.autocast(GPU.type, torch.bfloat16):
-        return TokenLoss(model).eval()(row).tokens
+    micro_batch = build_packed(samples(LENGTHS), range(8), seed=0, step=0, device=GPU)
+    with (
+        torch.no_grad(),
+        layout_context(micro_batch.layout),
+        torch.autocast(GPU.type, torch.bfloat16),
+    ):
+        return TokenLoss(model).eval()(micro_batch).tokens
 
 
 @on_gpu
@@ -170,9 +174,9 @@ class Course:
         if not folder.exists():
             tiny_llama(**changes).save_pretrained(folder)
         files = BaseFiles(Base(spec.model, ()), folder, None)
-        self.spec, self.gang = spec, join(spec.training)
+        self.spec, self.world = spec, join(spec.training)
         self.opened: TunedModel = open_model(
-            spec, files, NO_STORES, self.gang, Placement("NoShard", False),
+            spec, files, NO_STORES, self.world, Placement("NoShard", False),
             precision_of(spec.training, GPU.type == "cuda"), TEXT, True,
         )  # fmt: skip
         self.optimizers = make_optimizers(self.opened.model, spec)
@@ -181,23 +185,25 @@ class Course:
         """The training loss at each step; every one has all samples."""
         documents = samples(LENGTHS)
         supervised = np.array([int(s.supervised.sum()) for s in documents])
-        plan = Plan(np.array(LENGTHS), supervised, batch_size=8, seed=0, row_tokens=ROW, ranks=1)
+        plan = Plan(
+            np.array(LENGTHS), supervised, batch_size=8, seed=0, micro_batch_tokens=ROW, ranks=1
+        )
         session: Any = SimpleNamespace(
-            gang=self.gang, plan=plan, spec=self.spec, module=self.opened.module,
+            world=self.world, plan=plan, spec=self.spec, module=self.opened.module,
             trained=[p for p in self.opened.model.parameters() if p.requires_grad],
             optimizers=self.optimizers, output_anchor=None, weight_anchor=None,
-            guard=Guard(self.spec.training.guard, self.gang.device),
+            guard=Guard(self.spec.training.guard, self.world.device),
         )  # fmt: skip
         shape = StaticShape(ROW, max(LENGTHS)) if self.spec.training.compile else None
         found = []
         with Feed(
             plan, lambda positions: [documents[p] for p in positions], rank=0, start=start,
-            end=start + steps, device=self.gang.device, build=partial(build_row, shape=shape),
+            end=start + steps, device=self.world.device, build=partial(build_packed, shape=shape),
         ) as feed:  # fmt: skip
             for batch in feed:
                 sums, _ = optimizer_step(session, batch, 1e-2)
                 found.append(float(sums[0]))
-                self.seed = generator_seed(session, batch, len(batch.rows) - 1)
+                self.seed = generator_seed(session, batch, len(batch.micro_batches) - 1)
         return found
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -237,7 +243,7 @@ def test_a_course_that_is_resumed_goes_on_as_it_was(name: str, tmp_path: Path) -
     spec, base = spec_of(method, **training), tmp_path / "base"
     course = Course(base, spec, **WIDE)
     course.losses(3)
-    control = course.gang.control
+    control = course.world.control
     save_state(
         FileSystemWriter(tmp_path / "saved"),
         stage(state_of(course.opened.model, course.optimizers), control), control,
@@ -247,7 +253,7 @@ def test_a_course_that_is_resumed_goes_on_as_it_was(name: str, tmp_path: Path) -
     leave()
     other = Course(base, spec)
     reader = FileSystemReader(tmp_path / "saved")
-    load_state(reader, other.opened.model, other.optimizers, other.gang.control)
+    load_state(reader, other.opened.model, other.optimizers, other.world.control)
     for found, was in zip(other.state(), expected, strict=True):
         assert torch.equal(found, was) if isinstance(was, torch.Tensor) else found == was
     assert other.losses(3, start=3) == pytest.approx(whole, rel=2e-2)
@@ -266,7 +272,7 @@ def test_a_checkpoint_is_copied_to_pinned_memory(tmp_path: Path) -> None:
     course = Course(tmp_path / "base", spec_of({"type": "Full"}, precision="BF16"), **WIDE)
     course.losses(1)
     state = state_of(course.opened.model, course.optimizers)
-    staged = stage(state, course.gang.control)
+    staged = stage(state, course.world.control)
     items = staged.create_local_plan().items
     held = [staged.resolve_data(i) for i in items if i.tensor_data is not None]
     leaves = [x for x in tree_leaves(state) if isinstance(x, torch.Tensor)]
@@ -294,14 +300,14 @@ def test_collectives_of_a_gang_of_one() -> None:
 
 def chunked(loss: TokenLoss, model: Any, tokens: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses of a row and their gradient, with the logits of so many tokens at a time."""
-    row = build_row(samples(LENGTHS), range(8), seed=0, step=0, device=GPU)
+    micro_batch = build_packed(samples(LENGTHS), range(8), seed=0, step=0, device=GPU)
     if tokens is not None:
         loss._chunks = ChunkedHead(model, limit=4 * 97 * tokens, plain=loss.plain_head)
-        assert loss._chunks.wanted(len(row.labels))
+        assert loss._chunks.wanted(len(micro_batch.labels))
     loss.zero_grad()
-    with row_context(row.layout):
+    with layout_context(micro_batch.layout):
         with torch.autocast(GPU.type, torch.bfloat16):
-            found = loss(row).tokens
+            found = loss(micro_batch).tokens
         found.mean().backward()
     grown = [p.grad.flatten().float() for p in loss.parameters() if p.grad is not None]
     return found.detach(), torch.cat(grown)
@@ -338,7 +344,7 @@ def test_matrices_are_orthogonalised_as_torch_does() -> None:
 def test_memory_that_does_not_suffice_is_told_as_such() -> None:
     with pytest.raises(torch.OutOfMemoryError) as caught:
         torch.empty(1 << 50, dtype=torch.uint8, device=GPU)
-    assert verdict(caught.value).reason == "DeviceOutOfMemory"
+    assert failure_of(caught.value).reason == "DeviceOutOfMemory"
 
 
 @on_gpu

@@ -6,11 +6,11 @@ import pytest
 import torch
 from engine import samples
 
-from finetune_trainer.engine.rows import dropout
-from finetune_trainer.engine.rows.dropout import KeyedDropout, keep_mask, salt_of, token_keys
-from finetune_trainer.engine.rows.feed import build_row
-from finetune_trainer.engine.rows.layout import row_context
-from finetune_trainer.engine.rows.padded import build_padded_tokens
+from finetune_trainer.engine.packing import dropout
+from finetune_trainer.engine.packing.dropout import KeyedDropout, keep_mask, salt_of, token_keys
+from finetune_trainer.engine.packing.feed import build_packed
+from finetune_trainer.engine.packing.layout import layout_context
+from finetune_trainer.engine.packing.padded import build_padded_tokens
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -28,15 +28,15 @@ def test_the_kernel_drops_what_operators_drop(
     padded: bool, shape: tuple[int, ...], probability: float, dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    build = build_padded_tokens if padded else build_row
+    build = build_padded_tokens if padded else build_packed
     layer = KeyedDropout(probability, layer=5).train().to(GPU)
     x = torch.randn(shape, dtype=dtype, device=GPU, requires_grad=True)
     grad = torch.randn(shape, dtype=dtype, device=GPU)
-    row = build(samples(LENGTHS), range(3), seed=3, step=7, device=GPU)
+    micro_batch = build(samples(LENGTHS), range(3), seed=3, step=7, device=GPU)
     found = []
     for by_kernel in (True, False):
         monkeypatch.setattr(dropout, "has_kernel", lambda x, use=by_kernel: use)
-        with row_context(row.layout):
+        with layout_context(micro_batch.layout):
             out = layer(x)
         found.append((out.detach(), *torch.autograd.grad(out, x, grad)))
     for one, other in zip(*found, strict=True):
@@ -81,9 +81,9 @@ def test_compiled_blocks_drop_the_same() -> None:
     torch.compiler.reset()
     layer = KeyedDropout(0.3, layer=1).train().to(GPU)
     block = torch.nn.Sequential(torch.nn.Linear(64, 64).to(GPU), layer)
-    row = build_row(samples(LENGTHS), range(3), seed=3, step=7, device=GPU)
+    micro_batch = build_packed(samples(LENGTHS), range(3), seed=3, step=7, device=GPU)
     x = torch.randn(1, 57, 64, device=GPU)
-    with row_context(row.layout):
+    with layout_context(micro_batch.layout):
         plain = block(x)
         torch.testing.assert_close(torch.compile(block, fullgraph=True)(x), plain)
     torch.compiler.reset()

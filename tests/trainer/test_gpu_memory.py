@@ -19,16 +19,16 @@ from engine import samples, tiny_llama
 
 from finetune_api.spec import parse_spec
 from finetune_trainer.engine.base import BaseFiles
-from finetune_trainer.engine.gang import join
 from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.memory.estimate import Placement, estimate
-from finetune_trainer.engine.memory.rehearsal import rehearse
+from finetune_trainer.engine.memory.profiling import profile_model
 from finetune_trainer.engine.model import TEXT
 from finetune_trainer.engine.optimizers import make_optimizers
+from finetune_trainer.engine.packing.feed import Feed, build_packed
+from finetune_trainer.engine.planning.micro_batch_size import MicroBatchSize
 from finetune_trainer.engine.planning.plan import Plan
-from finetune_trainer.engine.planning.rowsize import RowSize
 from finetune_trainer.engine.precision import precision_of
-from finetune_trainer.engine.rows.feed import Feed, build_row
+from finetune_trainer.engine.world import join
 from finetune_trainer.storage.published import Base
 from finetune_trainer.train.step import optimizer_step
 from finetune_trainer.train.tuned import open_model
@@ -98,8 +98,8 @@ def test_the_estimate_is_within_a_tenth_of_the_peak(
     placement = Placement("NoShard", again == "Always")
     documents = samples(LENGTHS)
     supervised = np.array([int(s.supervised.sum()) for s in documents])
-    profile = rehearse(base, spec, max(LENGTHS))
-    parts = estimate(profile, spec, RowSize(ROW, int(supervised.sum())), placement)
+    profile = profile_model(base, spec, max(LENGTHS))
+    parts = estimate(profile, spec, MicroBatchSize(ROW, int(supervised.sum())), placement)
     expected = sum(n for part, n in parts.items() if part not in ("reserve", "commit"))
 
     gc.collect()
@@ -108,23 +108,28 @@ def test_the_estimate_is_within_a_tenth_of_the_peak(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    gang = join(spec.training)
+    world = join(spec.training)
     opened = open_model(
-        spec, BaseFiles(Base(spec.model, ()), base, None), NO_STORES, gang, placement,
+        spec, BaseFiles(Base(spec.model, ()), base, None), NO_STORES, world, placement,
         precision_of(spec.training, CUDA), TEXT, profile.plain_head,
     )  # fmt: skip
     plan = Plan(
-        np.array(LENGTHS), supervised, batch_size=len(LENGTHS), seed=0, row_tokens=ROW, ranks=1
+        np.array(LENGTHS),
+        supervised,
+        batch_size=len(LENGTHS),
+        seed=0,
+        micro_batch_tokens=ROW,
+        ranks=1,
     )
     session: Any = SimpleNamespace(
-        gang=gang, plan=plan, spec=spec, module=opened.module,
+        world=world, plan=plan, spec=spec, module=opened.module,
         trained=[p for p in opened.model.parameters() if p.requires_grad],
         optimizers=make_optimizers(opened.model, spec), output_anchor=None, weight_anchor=None,
-        guard=Guard(spec.training.guard, gang.device),
+        guard=Guard(spec.training.guard, world.device),
     )  # fmt: skip
     with Feed(
         plan, lambda positions: [documents[p] for p in positions], rank=0, start=0, end=3,
-        device=gang.device, build=partial(build_row, shape=None),
+        device=world.device, build=partial(build_packed, shape=None),
     ) as feed:  # fmt: skip
         for batch in feed:
             sums, _ = optimizer_step(session, batch, 1e-3)

@@ -11,10 +11,10 @@ from engine import spec_of, tiny_llama
 from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile
 
-from finetune_trainer.engine.gang import join
-from finetune_trainer.engine.hollow import hollow, replace_parameters
+from finetune_trainer.engine.placeholders import placeholder, replace_parameters
 from finetune_trainer.engine.precision import precision_of
 from finetune_trainer.engine.sharding import distribute
+from finetune_trainer.engine.world import join
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -29,11 +29,11 @@ def _alone() -> Iterator[None]:
 
 def test_placeholders_are_made_on_the_device() -> None:
     spec = spec_of({"type": "Full"}, precision="PureBF16")
-    gang = join(spec.training)
+    world = join(spec.training)
     model = tiny_llama(hidden_size=512, intermediate_size=2048, num_hidden_layers=4)
-    replace_parameters(model, lambda _, p: torch.nn.Parameter(hollow(p.shape, p.dtype)))
+    replace_parameters(model, lambda _, p: torch.nn.Parameter(placeholder(p.shape, p.dtype)))
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        module = distribute(model, gang, "FullShard", precision_of(spec.training, True))
+        module = distribute(model, world, "FullShard", precision_of(spec.training, True))
         torch.cuda.synchronize()
     copied = [e for e in seen.events() if "HtoD" in e.name]
     assert len(copied) < 8, [e.name for e in copied][:20]
@@ -44,11 +44,11 @@ def test_placeholders_are_made_on_the_device() -> None:
 @pytest.mark.parametrize("gathered", [False, True])
 def test_blocks_stay_gathered_where_there_is_room(gathered: bool) -> None:
     spec = spec_of({"type": "Full"}, precision="PureBF16")
-    gang = join(spec.training)
+    world = join(spec.training)
     model = tiny_llama(hidden_size=512, intermediate_size=2048, num_hidden_layers=8)
     precision = precision_of(spec.training, True)
-    module = distribute(model, gang, "FullShard", precision, gathered)
-    ids = torch.zeros(1, 8, dtype=torch.long, device=gang.device)
+    module = distribute(model, world, "FullShard", precision, gathered)
+    ids = torch.zeros(1, 8, dtype=torch.long, device=world.device)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     out = module(ids).logits.sum()

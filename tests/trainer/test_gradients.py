@@ -5,24 +5,29 @@ from typing import Any
 
 import pytest
 import torch
-from gangs import forked
 from gradient_worker import gradient
+from worlds import forked
 
 from ports import free_port
 
 
 def run(
-    size: int, row_tokens: int, count: int, folder: Path, sharding: str = "NoShard", *how: Any
+    size: int,
+    micro_batch_tokens: int,
+    count: int,
+    folder: Path,
+    sharding: str = "NoShard",
+    *how: Any,
 ) -> tuple[torch.Tensor, list[float], int]:
     folder.mkdir()
     port = free_port()
-    gang = [
-        forked(gradient, rank, size, port, row_tokens, count, str(folder), sharding, *how)
+    world = [
+        forked(gradient, rank, size, port, micro_batch_tokens, count, str(folder), sharding, *how)
         for rank in range(size)
     ]
-    for process in gang:
+    for process in world:
         process.join(120)
-    assert [p.exitcode for p in gang] == [0] * size
+    assert [p.exitcode for p in world] == [0] * size
     return torch.load(folder / "gradient.pt")
 
 
@@ -32,16 +37,16 @@ def one_by_four(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("size", "row_tokens", "rows", "sharding"),
+    ("size", "micro_batch_tokens", "rows", "sharding"),
     [
         (2, 100, 2, "NoShard"), (3, 400, 1, "NoShard"),
         (2, 100, 2, "FullShard"), (3, 400, 1, "FullShard"), (4, 100, 1, "HybridShard"),
     ],
 )  # fmt: skip
-def test_gradients_agree(one_by_four, tmp_path, size, row_tokens, rows, sharding):
+def test_gradients_agree(one_by_four, tmp_path, size, micro_batch_tokens, micro_batches, sharding):
     expected, loss, expected_rows = one_by_four
-    found, other_loss, found_rows = run(size, row_tokens, 8, tmp_path / "g", sharding)
-    assert (expected_rows, found_rows) == (4, rows)
+    found, other_loss, found_rows = run(size, micro_batch_tokens, 8, tmp_path / "g", sharding)
+    assert (expected_rows, found_rows) == (4, micro_batches)
     assert (found - expected).norm() / expected.norm() < 1e-6
     assert other_loss == pytest.approx(loss, rel=1e-6)
 
@@ -49,8 +54,8 @@ def test_gradients_agree(one_by_four, tmp_path, size, row_tokens, rows, sharding
 @pytest.mark.parametrize("sharding", ["NoShard", "FullShard"])
 def test_ranks_without_rows_take_part(tmp_path, sharding):
     expected, expected_loss, _ = run(1, 400, 2, tmp_path / "one")
-    found, loss, rows = run(3, 400, 2, tmp_path / "three", sharding)
-    assert rows == 1
+    found, loss, micro_batches = run(3, 400, 2, tmp_path / "three", sharding)
+    assert micro_batches == 1
     assert (found - expected).norm() / expected.norm() < 1e-6
     assert loss == pytest.approx(expected_loss, rel=1e-6)
 
@@ -60,11 +65,11 @@ def test_gradients_agree_with_an_anchor(tmp_path, anchor):
     """Also where no row of a rank has a replay document (3 ranks have 2 documents), and where
     processes share rows."""
     many, few = (2, 100, "NoShard", 1), (3, 64, "NoShard", 1)
-    gangs = {
+    worlds = {
         8: [many, (2, 100, "FullShard", 1), (2, 100, "NoShard", 2)],
         2: [few, (3, 64, "FullShard", 1)],
     }
-    for count, places in gangs.items():
+    for count, places in worlds.items():
         expected, (loss, drift), _ = run(1, 100, count, tmp_path / f"{count}", "NoShard", 1, anchor)
         assert drift > 0
         if anchor == "copy":
@@ -73,9 +78,9 @@ def test_gradients_agree_with_an_anchor(tmp_path, anchor):
             assert alone == pytest.approx(loss, rel=1e-6), "the loss is told without"
             assert (plain - expected).norm() / plain.norm() > 0.01
         for place in places:
-            size, row_tokens, sharding, sharing = place
+            size, micro_batch_tokens, sharding, sharing = place
             folder = tmp_path / f"{count}-{place}"
-            found, told, _ = run(size, row_tokens, count, folder, sharding, sharing, anchor)
+            found, told, _ = run(size, micro_batch_tokens, count, folder, sharding, sharing, anchor)
             assert (found - expected).norm() / expected.norm() < 1e-6, place
             assert told == pytest.approx([loss, drift], rel=1e-6)
 

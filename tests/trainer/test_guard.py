@@ -86,8 +86,8 @@ def test_a_spike_is_told_from_what_is_no_finite_number() -> None:
 def test_a_row_of_skipped_steps_has_a_reason_of_its_kind(
     spikes: list[bool], reason: str, words: list[str]
 ) -> None:
-    row = [Skipped(7 + i, spike) for i, spike in enumerate(spikes)]
-    found, why, remedy = verdict_on(row, "sample 3 of 'support'")
+    micro_batch = [Skipped(7 + i, spike) for i, spike in enumerate(spikes)]
+    found, why, remedy = verdict_on(micro_batch, "sample 3 of 'support'")
     assert found == reason
     assert all(word in why for word in words), why
     assert "sample 3 of 'support'" in remedy and "training.learningRate" in remedy

@@ -22,9 +22,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from finetune_trainer.engine.packing import packed
+from finetune_trainer.engine.packing.feed import Feed, StaticShape, build_packed
 from finetune_trainer.engine.planning.plan import Plan
-from finetune_trainer.engine.rows import packed
-from finetune_trainer.engine.rows.feed import Feed, StaticShape, build_row
 from finetune_trainer.engine.tuning.methods import apply_method
 from finetune_trainer.train.step import optimizer_step
 
@@ -94,19 +94,22 @@ def test_no_step_reads_from_the_device(
     documents = samples(LENGTHS)
     plan = Plan(
         np.array(LENGTHS), np.array([int(s.supervised.sum()) for s in documents]), batch_size=4,
-        seed=0, row_tokens=128, ranks=1, sources=np.arange(len(LENGTHS)) % 2,
+        seed=0, micro_batch_tokens=128, ranks=1, sources=np.arange(len(LENGTHS)) % 2,
     )  # fmt: skip
-    untuned = MODELS[architecture]() if kl and method == "Full" else None
-    session = session_of(model, spec, plan, untuned)
+    base = MODELS[architecture]() if kl and method == "Full" else None
+    session = session_of(model, spec, plan, base)
     shape = StaticShape(128, 64) if compiled else None
     with Feed(
         plan, lambda positions: [documents[p] for p in positions], rank=0, start=0, end=2,
-        device=CPU, replay=[False, kl], build=partial(build_row, shape=shape),
+        device=CPU, replay=[False, kl], build=partial(build_packed, shape=shape),
     ) as feed:  # fmt: skip
         for batch in feed:
-            for row in batch.rows:
+            for micro_batch in batch.micro_batches:
                 # The kernel of a GPU needs none.
-                _ = row.layout.groups, row.replay and row.replay.row.layout.groups
+                _ = (
+                    micro_batch.layout.groups,
+                    micro_batch.replay and micro_batch.replay.micro_batch.layout.groups,
+                )
             with HostReads() as reads:
                 optimizer_step(session, batch, 1e-3)
             assert not reads.found

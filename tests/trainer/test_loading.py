@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from classifiers import write_decoder, write_encoder
-from gangs import forked
 from hypothesis import given
 from hypothesis import strategies as st
 from loading_worker import fill
@@ -32,14 +31,15 @@ from transformers import (
     PreTrainedConfig,
     Qwen3_5Config,
 )
+from worlds import forked
 
-from finetune_trainer.engine.hollow import is_hollow
-from finetune_trainer.engine.model import TEXT, Purpose, hollow_base, load_base
+from finetune_trainer.engine.model import TEXT, Purpose, load_base, placeholder_base
+from finetune_trainer.engine.placeholders import is_placeholder
 from finetune_trainer.failures import UserError
 from finetune_trainer.storage import weights as weights_module
 from finetune_trainer.storage.objects import Credentials, ObjectInfo, ObjectStore
 from finetune_trainer.storage.s3server import EmbeddedS3
-from finetune_trainer.storage.weights import Weights
+from finetune_trainer.storage.weight_reader import Weights
 from ports import free_port
 
 SMALL = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -253,12 +253,12 @@ def test_a_model_is_the_same_by_ranges(
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_hollow_model_takes_no_memory(name: str, model_of: Callable[[str], Path]) -> None:
     folder = model_of(name)
-    found, expected = hollow_base(folder, torch.bfloat16), load_base(folder, torch.bfloat16)
+    found, expected = placeholder_base(folder, torch.bfloat16), load_base(folder, torch.bfloat16)
     for (one, p), (other, q) in zip(
         found.named_parameters(), expected.named_parameters(), strict=True
     ):
         assert (one, p.shape, p.dtype) == (other, q.shape, q.dtype)
-        assert is_hollow(p) and p.is_contiguous() and p.device.type == "cpu"
+        assert is_placeholder(p) and p.is_contiguous() and p.device.type == "cpu"
     same(computed(found), computed(expected))
     assert found.config.to_dict() == expected.config.to_dict()
 
@@ -297,7 +297,7 @@ def test_each_process_reads_its_own_shards(
 ) -> None:  # fmt: skip
     folder = model_of(name)
     objects = put(store, root, folder)
-    open_in_gang(size, sharding, folder, s3, objects, tmp_path)
+    open_in_world(size, sharding, folder, s3, objects, tmp_path)
     expected = load_base(folder, torch.float32)
     found, buffers = torch.load(tmp_path / "whole.pt")
     same(found, dict(expected.named_parameters()))
@@ -317,23 +317,23 @@ def test_each_process_reads_its_own_shards(
         assert read == copies * whole + size * kept, "each reads its own, once"
 
 
-def open_in_gang(
+def open_in_world(
     size: int, sharding: str, folder: Path, s3: EmbeddedS3, objects: list[ObjectInfo], out: Path,
     *more: Any,
 ) -> None:  # fmt: skip
     """Have a gang open a model (``fill``), to the end."""
     port, keys = free_port(), Credentials(s3.access_key, s3.secret_key)
     out.mkdir(exist_ok=True)
-    gang = [
+    world = [
         forked(
             fill, rank, size, port, sharding, str(folder), s3.endpoint, keys, objects, str(out),
             *more,
         )
         for rank in range(size)
     ]  # fmt: skip
-    for process in gang:
+    for process in world:
         process.join(120)
-    assert [p.exitcode for p in gang] == [0] * size
+    assert [p.exitcode for p in world] == [0] * size
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -413,8 +413,8 @@ def check_alike(
 ) -> dict[str, Any]:
     """Opened in shards, a model is as one process has it, and no tensor is read twice."""
     whole: dict[str, Any]
-    open_in_gang(1, "NoShard", folder, s3, objects, tmp_path / "alone", *how)
-    open_in_gang(3, "FullShard", folder, s3, objects, tmp_path / "shards", *how)
+    open_in_world(1, "NoShard", folder, s3, objects, tmp_path / "alone", *how)
+    open_in_world(3, "FullShard", folder, s3, objects, tmp_path / "shards", *how)
     whole, buffers = torch.load(tmp_path / "alone" / "whole.pt")
     found, others = torch.load(tmp_path / "shards" / "whole.pt")
     same(found, whole)
@@ -433,7 +433,7 @@ def test_weights_in_few_bits_are_refused(model_of: Callable[[str], Path]) -> Non
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (folder / "config.json").write_text(json.dumps(config))
-    for make in (load_base, hollow_base):
+    for make in (load_base, placeholder_base):
         with pytest.raises(UserError, match="fp8") as caught:
             make(folder, torch.float32)
         assert caught.value.reason == "UnsupportedModel"

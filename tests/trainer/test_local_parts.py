@@ -12,16 +12,16 @@ import pytest
 
 from finetune_api.cluster import Compute
 from finetune_api.names import ExitCode, storage_env
-from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder, TunedBase
 from finetune_api.results import Failure, Termination
-from finetune_api.sources import ModelPlace
+from finetune_api.run_spec import CONTRACT_VERSION, JobIdentity, RunSpec, TunedBase
+from finetune_api.sources import ModelLocation
 from finetune_api.spec import FineTuneJobSpec, parse_spec
 from finetune_trainer.failures import UserError
 from finetune_trainer.local import stages
+from finetune_trainer.local.base_reference import find_tuned
 from finetune_trainer.local.display import duration
-from finetune_trainer.local.gang import lay_out
+from finetune_trainer.local.layout import lay_out
 from finetune_trainer.local.manifest import LocalJob
-from finetune_trainer.local.reference import find_tuned
 from finetune_trainer.local.state import JobState, StateFolder, changed, choose_run
 from finetune_trainer.local.storage import Where, storage_for, uses_embedded
 from finetune_trainer.threads import thread_environment
@@ -130,13 +130,13 @@ def test_a_manifest_of_the_cluster_runs_on_the_embedded_server(
         assert where.spec.storage.endpoint == where.embedded.endpoint
         assert where.spec.storage.secret_ref is None
         where.embedded.store().put("s3://made-here/probe", b"1")
-        order = RunOrder(
+        run_spec = RunSpec(
             version=CONTRACT_VERSION,
             job=JobIdentity(namespace="default", name="job", uid="0f9c2"),
             run="1-0f9c2",
             spec=where.spec,
         )
-        keys = where.environment(order)
+        keys = where.environment(run_spec)
     assert keys[storage_env(0, "AWS_ACCESS_KEY_ID")] == where.embedded.access_key
     assert keys[storage_env(1, "AWS_ACCESS_KEY_ID")] == "mine"
 
@@ -144,8 +144,8 @@ def test_a_manifest_of_the_cluster_runs_on_the_embedded_server(
 class Scripted(stages.StageProcess):
     """A process of a stage whose exits are given: the next one at each start."""
 
-    def __init__(self, place: stages.Place, rank: int, codes: list[int]) -> None:
-        super().__init__(place, "train", rank, {})
+    def __init__(self, paths: stages.StagePaths, rank: int, codes: list[int]) -> None:
+        super().__init__(paths, "train", rank, {})
         self.codes = codes
         self.starts = 0
 
@@ -157,8 +157,8 @@ class Scripted(stages.StageProcess):
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> stages.Place:
-    return stages.Place(tmp_path, tmp_path / "claims", {}, 2)
+def paths(tmp_path: Path) -> stages.StagePaths:
+    return stages.StagePaths(tmp_path, tmp_path / "claims", {}, 2)
 
 
 def to_end(stage: stages.Stage) -> None:
@@ -168,27 +168,29 @@ def to_end(stage: stages.Stage) -> None:
             process.wait()
 
 
-def test_a_lost_node_is_started_again(place: stages.Place) -> None:
-    lost, other = Scripted(place, 0, [20, 20, 0]), Scripted(place, 1, [0])
+def test_a_lost_node_is_started_again(paths: stages.StagePaths) -> None:
+    lost, other = Scripted(paths, 0, [20, 20, 0]), Scripted(paths, 1, [0])
     stage = stages.Stage([lost, other], max_restarts=2)
     to_end(stage)
     assert stage.failed() is None
     assert (lost.starts, other.starts, stage.restarts) == (3, 1, 2)
 
 
-def test_restarts_are_bounded_and_final_failures_are_not_tried_again(place: stages.Place) -> None:
-    lost = Scripted(place, 0, [20])
+def test_restarts_are_bounded_and_final_failures_are_not_tried_again(
+    paths: stages.StagePaths,
+) -> None:
+    lost = Scripted(paths, 0, [20])
     stage = stages.Stage([lost], max_restarts=1)
     to_end(stage)
     assert lost.starts == 2
     assert stage.failed() is not None
-    final = Scripted(place, 0, [int(ExitCode.DIVERGED)])
+    final = Scripted(paths, 0, [int(ExitCode.DIVERGED)])
     to_end(stages.Stage([final], max_restarts=5))
     assert final.starts == 1
 
 
-def test_the_failure_that_is_shown_is_the_cause(place: stages.Place) -> None:
-    cause, victim = Scripted(place, 1, [13]), Scripted(place, 0, [23])
+def test_the_failure_that_is_shown_is_the_cause(paths: stages.StagePaths) -> None:
+    cause, victim = Scripted(paths, 1, [13]), Scripted(paths, 0, [23])
     stage = stages.Stage([victim, cause], max_restarts=0)
     to_end(stage)
     for process, kind in ((cause, "Diverged"), (victim, "Preempted")):
@@ -203,8 +205,8 @@ def test_the_failure_that_is_shown_is_the_cause(place: stages.Place) -> None:
     assert found[1].failure_class == "Diverged"
 
 
-def test_a_process_without_a_last_word_is_told_of(place: stages.Place) -> None:
-    silent = Scripted(place, 0, [0])
+def test_a_process_without_a_last_word_is_told_of(paths: stages.StagePaths) -> None:
+    silent = Scripted(paths, 0, [0])
     silent._process = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
     silent._process.send_signal(signal.SIGKILL)
     silent.wait()
@@ -244,7 +246,7 @@ def test_a_reference_is_to_the_last_run_of_that_job_in_the_state_folder(tmp_path
     state = ended(folder, "first")
     run = f"1-{state.uid[:5]}"
     base = find_tuned(folder, "default", here)
-    beneath = ModelPlace(source="s3://bucket/model")
+    beneath = ModelLocation(source="s3://bucket/model")
     uri = f"s3://bucket/out/{run}"
     assert base == TunedBase(job="first", run=run, uri=uri, digest="sha", beneath=beneath)
     with pytest.raises(UserError, match="add --local-storage"):

@@ -151,6 +151,6 @@ def test_supervise_starts_without_torch(tmp_path: Path) -> None:
     message = str(tmp_path / "message")
     found = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True,
-        env=os.environ | {"FINETUNE_ORDER": "/nowhere", "FINETUNE_TERMINATION": message},
+        env=os.environ | {"FINETUNE_RUN_SPEC": "/nowhere", "FINETUNE_TERMINATION": message},
     )  # fmt: skip
     assert found.stdout.split(maxsplit=1) == [str(int(ExitCode.USER_ERROR)), "[]\n"]

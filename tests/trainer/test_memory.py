@@ -10,12 +10,12 @@ import pytest
 from fixtures_memory import GIB, facts_of, spec_of
 
 from finetune_trainer.engine.memory.estimate import Placement, decide, estimate, placements
-from finetune_trainer.engine.memory.words import table
-from finetune_trainer.engine.planning.rowsize import RowSize, Samples
+from finetune_trainer.engine.memory.formatting import table
+from finetune_trainer.engine.planning.micro_batch_size import MicroBatchSize, Samples
 
 
 @pytest.mark.parametrize(
-    ("state", "activations", "nodes", "per_node", "placement"),
+    ("state", "activations", "nodes", "processes_per_node", "placement"),
     [
         (40, 10, 4, 8, "NoShard"),
         (40, 60, 4, 8, "NoShard, gradient checkpointing"),
@@ -29,52 +29,60 @@ from finetune_trainer.engine.planning.rowsize import RowSize, Samples
     ],
 )
 def test_the_least_costly_placement_that_fits_is_chosen(
-    state: int, activations: int, nodes: int, per_node: int, placement: str
+    state: int, activations: int, nodes: int, processes_per_node: int, placement: str
 ) -> None:
-    spec = spec_of(method={"type": "Full"}, compute={"nodes": nodes, "gpusPerNode": per_node})
-    facts = facts_of(state * GIB, activations * GIB)
-    found = decide(facts, spec, RowSize(1024, 0), 80 * GIB)
+    spec = spec_of(
+        method={"type": "Full"}, compute={"nodes": nodes, "gpusPerNode": processes_per_node}
+    )
+    profile = facts_of(state * GIB, activations * GIB)
+    found = decide(profile, spec, MicroBatchSize(1024, 0), 80 * GIB)
     assert str(found.placement) == placement
     assert found.fits
 
 
 def test_what_the_spec_says_is_kept_to() -> None:
-    facts = facts_of(GIB)
+    profile = facts_of(GIB)
     training = {"gradientCheckpointing": "Always"}
     spec = spec_of(compute={"gpusPerNode": 8, "sharding": "FullShard"}, training=training)
-    assert placements(facts, spec) == [
+    assert placements(profile, spec) == [
         Placement("FullShard", True, gathered=True), Placement("FullShard", True)
     ]  # fmt: skip
-    whole = dataclasses.replace(facts, recomputes=False)
+    whole = dataclasses.replace(profile, recomputes=False)
     assert placements(whole, spec_of()) == [Placement("NoShard", False)]
     several = spec_of(compute={"gpusPerNode": 8}, training={"optimizer": "Adafactor"})
-    assert {p.sharding for p in placements(facts, several)} == {"NoShard"}
+    assert {p.sharding for p in placements(profile, several)} == {"NoShard"}
 
 
 def test_shards_and_shared_rows_divide_what_they_divide() -> None:
-    facts = facts_of(64 * GIB, 32 * GIB)
-    row = RowSize(1024, 512)
+    profile = facts_of(64 * GIB, 32 * GIB)
+    micro_batch = MicroBatchSize(1024, 512)
     alone, eight = (spec_of(compute={"gpusPerNode": n}) for n in (1, 8))
-    whole = estimate(facts, alone, row, Placement("NoShard", False))
-    parts = estimate(facts, eight, row, Placement("FullShard", False))
+    whole = estimate(profile, alone, micro_batch, Placement("NoShard", False))
+    parts = estimate(profile, eight, micro_batch, Placement("FullShard", False))
     for part in ("parameters", "gradients", "optimizer"):
         assert parts[part] == whole[part] // 8
     assert parts["activations"] == whole["activations"] == 32 * GIB
     shared = spec_of(compute={"gpusPerNode": 8, "contextParallel": 4})
-    assert estimate(facts, shared, row, Placement("NoShard", False))["activations"] == 8 * GIB
+    assert (
+        estimate(profile, shared, micro_batch, Placement("NoShard", False))["activations"]
+        == 8 * GIB
+    )
 
 
 def test_what_takes_least_is_not_tried_where_it_certainly_does_not_fit() -> None:
     """Sharding gathers whole what lies outside of blocks, and can take more than it saves."""
-    facts = facts_of(GIB)
+    profile = facts_of(GIB)
     none = {"block": 0, "block_trained": 0, "blocks": 0, "blocks_trained": 0}
-    facts = dataclasses.replace(facts, weights=dataclasses.replace(facts.weights, **none))
+    profile = dataclasses.replace(profile, weights=dataclasses.replace(profile.weights, **none))
     spec = spec_of(method={"type": "Full"}, compute={"gpusPerNode": 2})
-    row = RowSize(8, 8)
-    needed = {str(p): sum(estimate(facts, spec, row, p).values()) for p in placements(facts, spec)}
+    micro_batch = MicroBatchSize(8, 8)
+    needed = {
+        str(p): sum(estimate(profile, spec, micro_batch, p).values())
+        for p in placements(profile, spec)
+    }
     assert needed["NoShard"] < needed["FullShard"]
-    assert str(decide(facts, spec, row, needed["NoShard"] - 1).placement) == "NoShard"
-    assert decide(facts, spec, row, GIB - 1).placement.sharding == "FullShard"
+    assert str(decide(profile, spec, micro_batch, needed["NoShard"] - 1).placement) == "NoShard"
+    assert decide(profile, spec, micro_batch, GIB - 1).placement.sharding == "FullShard"
 
 
 def test_the_largest_row_bounds_every_row() -> None:
@@ -84,17 +92,17 @@ def test_the_largest_row_bounds_every_row() -> None:
         supervised = np.array([draw.integers(1, n) for n in lengths])
         batch, room = int(draw.integers(1, 31)), int(draw.integers(100, 400))
         spec = spec_of(training={"batchSize": batch, "microBatchTokens": room})
-        bound = Samples(lengths, supervised, 64).largest_row(spec, "Concatenated")
-        row = draw.permutation(30)[:batch]
-        row = row[np.cumsum(lengths[row]) <= room]
-        assert lengths[row].sum() <= bound.tokens <= room
-        assert supervised[row].sum() <= bound.supervised <= bound.tokens
+        bound = Samples(lengths, supervised, 64).largest_micro_batch(spec, "Concatenated")
+        micro_batch = draw.permutation(30)[:batch]
+        micro_batch = micro_batch[np.cumsum(lengths[micro_batch]) <= room]
+        assert lengths[micro_batch].sum() <= bound.tokens <= room
+        assert supervised[micro_batch].sum() <= bound.supervised <= bound.tokens
 
 
 def test_activations_that_cannot_be_measured_are_left_room() -> None:
     unknown = dataclasses.replace(facts_of(8 * GIB), whole=None, gathered=None)
     spec = spec_of(compute={"gpusPerNode": 1})
-    found = decide(unknown, spec, RowSize(2048, 100), None)
+    found = decide(unknown, spec, MicroBatchSize(2048, 100), None)
     assert "activations" not in found.parts and not found.measured
     assert found.parts["reserve"] / found.needed > 0.3
     assert "could not be measured" in table(found)
@@ -115,12 +123,12 @@ def test_the_memory_of_a_process_is_read_from_the_manifest() -> None:
 
 
 def test_weights_that_stay_gathered_take_what_all_of_them_take() -> None:
-    facts = facts_of(64 * GIB, GIB)
+    profile = facts_of(64 * GIB, GIB)
     spec = spec_of(method={"type": "Full"}, compute={"gpusPerNode": 8})
-    row = RowSize(1024, 0)
+    micro_batch = MicroBatchSize(1024, 0)
     kept, again = (
-        estimate(facts, spec, row, Placement("FullShard", False, gathered))["copies"]
+        estimate(profile, spec, micro_batch, Placement("FullShard", False, gathered))["copies"]
         for gathered in (True, False)
     )
-    width = 2 if facts.halved else 4
-    assert kept - again == width * (facts.weights.blocks - 2 * facts.weights.block)
+    width = 2 if profile.halved else 4
+    assert kept - again == width * (profile.weights.blocks - 2 * profile.weights.block)

@@ -15,7 +15,7 @@ from tuning import Tuning, check_round, logits
 
 from finetune_api.methods import OutputFormat
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.engine.memory.rehearsal import rehearse
+from finetune_trainer.engine.memory.profiling import profile_model
 from finetune_trainer.engine.tuning.methods import apply_method
 from finetune_trainer.failures import UserError
 
@@ -120,7 +120,7 @@ def test_an_adapter_of_one_end_of_a_tie_is_not_merged_into_both(
     with pytest.raises(
         UserError, match=r"model\.embed_tokens\.weight and lm_head\.weight are one .*: Adapter"
     ) as caught:
-        rehearse(tmp_path, whole, 64)
+        profile_model(tmp_path, whole, 64)
     assert caught.value.reason == "NotMergeable"
 
 

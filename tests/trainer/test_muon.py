@@ -6,9 +6,9 @@ import multiprocessing
 
 import pytest
 import torch
-from gangs import forked, free_port
 from muon_worker import SHAPES, start, steps, work
 from torch import nn
+from worlds import forked, free_port
 
 from finetune_trainer.engine import muon
 

@@ -298,20 +298,20 @@ def test_without_keys_access_is_anonymous(s3: EmbeddedS3, bucket: str) -> None:
         ObjectStore(s3.endpoint).get(f"s3://{bucket}/key")
 
 
-def test_stores_by_profile(order_for, s3: EmbeddedS3, bucket: str) -> None:  # type: ignore[no-untyped-def]
+def test_stores_by_profile(run_spec_for, s3: EmbeddedS3, bucket: str) -> None:  # type: ignore[no-untyped-def]
     other = {"endpoint": s3.endpoint, "secretRef": {"name": "other"}}
-    order = order_for(
+    run_spec = run_spec_for(
         data={"train": [{"source": f"s3://{bucket}/t.jsonl", "storage": other}]},
         storage={"secretRef": {"name": "main"}},
     )
-    stores = Stores(order)
+    stores = Stores(run_spec)
     assert stores.default is stores.of(None)
-    source = order.spec.data.train[0]
+    source = run_spec.spec.data.train[0]
     assert stores.of(source.storage) is not stores.default
     assert stores.of(source.storage) is stores.of(source.storage)
     stores.of(source.storage).put(f"s3://{bucket}/x", b"")
 
-    half = Stores(order, {storage_env(1, "AWS_ACCESS_KEY_ID"): "a"})
+    half = Stores(run_spec, {storage_env(1, "AWS_ACCESS_KEY_ID"): "a"})
     with pytest.raises(StorageDenied, match="Secret other gives no AWS_SECRET_ACCESS_KEY"):
         half.of(source.storage)
     with pytest.raises(StorageDenied, match="Secret main gives no AWS_ACCESS_KEY_ID"):

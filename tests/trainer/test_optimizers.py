@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from engine import spec_of, tiny_llama, tiny_mixtral
-from gangs import forked
 from sharding_worker import tune
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig
+from worlds import forked
 
 from finetune_api.optimizers import OPTIMIZERS, OptimizerName
 from finetune_trainer.engine.optimizers import make_optimizers, split, state_bytes, step_if
@@ -180,19 +180,19 @@ def test_state_is_as_large_as_the_table_says(name: OptimizerName) -> None:
 
 def went(
     folder: Path, name: str, method: dict[str, Any], size: int, sharding: str,
-    steps: tuple[int, int], commit: Path | None = None,
+    steps: tuple[int, int], checkpoint: Path | None = None,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """The weights of a gang after some steps."""
     folder.mkdir()
     port = free_port()
-    gang = [
+    world = [
         forked(tune, rank, size, port, method, sharding, str(folder), {"optimizer": name}, *steps,
-               str(commit) if commit else None)
+               str(checkpoint) if checkpoint else None)
         for rank in range(size)
     ]  # fmt: skip
-    for process in gang:
+    for process in world:
         process.join(120)
-    assert [p.exitcode for p in gang] == [0] * size
+    assert [p.exitcode for p in world] == [0] * size
     weights: dict[str, torch.Tensor] = torch.load(folder / "tuned.pt")[0]
     return weights
 

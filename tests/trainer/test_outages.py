@@ -14,8 +14,8 @@ from outages import AWAY, lose_answer, refuse_writes
 from test_checkpoint import PART, WIDE, Model
 from test_rollback import BAD, FaultyAttempt
 
-from finetune_api.order import RunOrder
-from finetune_trainer.engine.gang import join
+from finetune_api.run_spec import RunSpec
+from finetune_trainer.engine.world import join
 from finetune_trainer.failures import (
     Fenced,
     Interrupted,
@@ -23,10 +23,10 @@ from finetune_trainer.failures import (
     StorageUnavailable,
     TrainerError,
 )
-from finetune_trainer.storage import commitfiles, runfiles
-from finetune_trainer.storage.commitfiles import read_file
+from finetune_trainer.storage import checkpoint_files, runfiles
+from finetune_trainer.storage.checkpoint_files import read_file
 from finetune_trainer.storage.objects import ObjectStore, Stores
-from finetune_trainer.train.checkpoint import Checkpoints
+from finetune_trainer.train.checkpoint import CheckpointManager
 
 pytestmark = pytest.mark.usefixtures("one_thread", "mended")
 
@@ -38,9 +38,9 @@ def mended(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ObjectStore, name, getattr(ObjectStore, name))
 
 
-def short(bench: Bench, run: str, steps: int = 20, every: int = 3, **spec: Any) -> RunOrder:
-    """A run with a commit after every third step, and at the end."""
-    return bench.order(
+def short(bench: Bench, run: str, steps: int = 20, every: int = 3, **spec: Any) -> RunSpec:
+    """A run with a checkpoint after every third step, and at the end."""
+    return bench.run_spec(
         run, training={"maxSteps": steps, "epochs": None, "guard": {"maxSkippedSteps": 0}},
         checkpoint={"everySteps": every, "keepLast": 20},
         evaluation={"everySteps": 1000, "maxSamples": 1}, **spec,
@@ -48,7 +48,7 @@ def short(bench: Bench, run: str, steps: int = 20, every: int = 3, **spec: Any) 
 
 
 def of(*steps: int) -> list[str]:
-    """Marks of what is written for the commits of these steps."""
+    """Marks of what is written for the checkpoints of these steps."""
     return [f"step-{step:08}/" for step in steps]
 
 
@@ -58,16 +58,16 @@ def metric(attempt: Attempt, name: str) -> float:
     return value
 
 
-def kept(bench: Bench, order: RunOrder) -> list[int]:
-    """Steps of the commits that HEAD names; they are whole, and nothing else is in storage."""
-    head = bench.head(order)
+def kept(bench: Bench, run_spec: RunSpec) -> list[int]:
+    """Steps of the checkpoints that HEAD names; they are whole, and nothing else is in storage."""
+    head = bench.head(run_spec)
     assert head is not None
-    named = {f"{c.uri}/{name}" for c in head.commits for name in c.files}
-    assert {o.uri for o in bench.store.list(f"{order.run_uri}/attempt-")} == named
-    for commit in head.commits:
-        assert read_file(bench.store, commit, "state.json")
-        assert read_file(bench.store, commit, ".metadata")
-    return [commit.step for commit in head.commits]
+    named = {f"{c.uri}/{name}" for c in head.checkpoints for name in c.files}
+    assert {o.uri for o in bench.store.list(f"{run_spec.run_uri}/attempt-")} == named
+    for checkpoint in head.checkpoints:
+        assert read_file(bench.store, checkpoint, "state.json")
+        assert read_file(bench.store, checkpoint, ".metadata")
+    return [checkpoint.step for checkpoint in head.checkpoints]
 
 
 def test_a_gang_trains_on_through_commits_that_storage_does_not_take(bench: Bench) -> None:
@@ -76,19 +76,19 @@ def test_a_gang_trains_on_through_commits_that_storage_does_not_take(bench: Benc
     Attempt(undisturbed, bench.tmp_path / "whole").train()
     whole = runfiles.read_result(bench.store, undisturbed.run_uri)
 
-    order = short(bench, "1-outage")
+    run_spec = short(bench, "1-outage")
     marks = ("step-00000003/shard-00001", "step-00000009/state.json", 'step-00000015"')
-    gang = bench.start(order, 2, "outage", partial(refuse_writes, *marks, times=100))
-    assert gang.wait() == [0, 0], gang.log.read_text()
-    found, log = runfiles.read_result(bench.store, order.run_uri), gang.log.read_text()
+    world = bench.start(run_spec, 2, "outage", partial(refuse_writes, *marks, times=100))
+    assert world.wait() == [0, 0], world.log.read_text()
+    found, log = runfiles.read_result(bench.store, run_spec.run_uri), world.log.read_text()
     for step, newest, reason in (
         (3, "none yet", "StorageUnreachable"), (9, "of step 6", "StorageUnreachable"),
         (15, "of step 12", "HeadContended"),
     ):  # fmt: skip
-        said = f"the commit of step {step} is given up, and the next one tries again"
+        said = f"the checkpoint of step {step} is given up, and the next one tries again"
         assert f"{said} (the newest is {newest}). {reason}: " in log
     assert log.count("given up") == 3, "told by one process"
-    assert kept(bench, order) == [20, 18, 12, 6]
+    assert kept(bench, run_spec) == [20, 18, 12, 6]
     assert curve(found) == pytest.approx(curve(whole), rel=1e-4)
     assert (found.summary.attempt, found.summary.checkpoint_step) == (1, 20)
     for ours, theirs in zip(found.summary.scores, whole.summary.scores, strict=True):
@@ -96,15 +96,15 @@ def test_a_gang_trains_on_through_commits_that_storage_does_not_take(bench: Benc
 
 
 def test_several_in_a_row_end_the_attempt(bench: Bench) -> None:
-    order = short(bench, "1-row")
-    attempt = Attempt(order, bench.tmp_path / "row")
+    run_spec = short(bench, "1-row")
+    attempt = Attempt(run_spec, bench.tmp_path / "row")
     refuse_writes(*of(6, 9, 12))
     with pytest.raises(StorageUnavailable, match="step-00000012/"):
         attempt.train()
     assert metric(attempt, "finetune_step") <= 15
-    assert metric(attempt, "finetune_commits_given_up_total") == 2
-    assert attempt.telemetry.progress.commits_given_up == 2
-    assert [commit.step for commit in bench.head(order).commits] == [3]  # type: ignore[union-attr]
+    assert metric(attempt, "finetune_checkpoints_abandoned_total") == 2
+    assert attempt.telemetry.progress.checkpoints_abandoned == 2
+    assert [checkpoint.step for checkpoint in bench.head(run_spec).checkpoints] == [3]  # type: ignore[union-attr]
 
 
 DENIED = StorageDenied("AccessDenied", "no")
@@ -112,79 +112,81 @@ DENIED = StorageDenied("AccessDenied", "no")
 
 @pytest.mark.parametrize("failure", [AWAY, DENIED, Fenced("Fenced", "")], ids=lambda f: f.reason)
 def test_only_storage_that_is_away_is_waited_for(bench: Bench, failure: TrainerError) -> None:
-    """All else ends the attempt as soon as it is heard, long before the next commit."""
-    order = short(bench, "1-heard", every=10)
-    attempt = Attempt(order, bench.tmp_path / "heard")
-    checkpoints, given_up = attempt.checkpoints, {}
+    """All else ends the attempt as soon as it is heard, long before the next checkpoint."""
+    run_spec = short(bench, "1-heard", every=10)
+    attempt = Attempt(run_spec, bench.tmp_path / "heard")
+    checkpointer, abandoned = attempt.checkpointer, {}
     if isinstance(failure, Fenced):
-        Checkpoints.take(attempt.session.gang, bench.store, order, bench.tmp_path / "newer")
+        CheckpointManager.take(
+            attempt.session.world, bench.store, run_spec, bench.tmp_path / "newer"
+        )
     else:
         refuse_writes(*of(10), failure=failure)
 
     def heard() -> bool:
         step = int(metric(attempt, "finetune_step"))
-        given_up[step] = checkpoints.given_up
+        abandoned[step] = checkpointer.abandoned
         deadline = time.monotonic() + 60
-        while step == 12 and not checkpoints.failed and time.monotonic() < deadline:
+        while step == 12 and not checkpointer.failed and time.monotonic() < deadline:
             time.sleep(0.01)
         return False
 
     if failure is AWAY:
         attempt.train(heard)
-        assert (given_up[12], given_up[13]) == (0, 1)
-        assert kept(bench, order) == [20]
+        assert (abandoned[12], abandoned[13]) == (0, 1)
+        assert kept(bench, run_spec) == [20]
         return
     with pytest.raises(type(failure)):
         attempt.train(heard)
-    assert max(given_up) == 12 and not any(given_up.values())
+    assert max(abandoned) == 12 and not any(abandoned.values())
 
 
 @pytest.mark.parametrize("refused", [(9,), (3, 6, 9)], ids=str)
 def test_a_stop_saves_whatever_became_of_the_commits_before(
     bench: Bench, refused: tuple[int, ...]
 ) -> None:
-    order = short(bench, "1-stop")
-    attempt = Attempt(order, bench.tmp_path / "stop")
+    run_spec = short(bench, "1-stop")
+    attempt = Attempt(run_spec, bench.tmp_path / "stop")
     refuse_writes(*of(*refused))
     with pytest.raises(Interrupted, match="step 11 of 20 is saved"):
         attempt.train(lambda: metric(attempt, "finetune_step") >= 11)
-    assert kept(bench, order) == [11, *(step for step in (9, 6, 3) if step not in refused)]
-    assert bench.head(order).released  # type: ignore[union-attr]
-    assert attempt.telemetry.progress.commits_given_up == len(refused)
+    assert kept(bench, run_spec) == [11, *(step for step in (9, 6, 3) if step not in refused)]
+    assert bench.head(run_spec).released  # type: ignore[union-attr]
+    assert attempt.telemetry.progress.checkpoints_abandoned == len(refused)
 
 
 @pytest.mark.parametrize("refused", [(9,), (3, 6, 9)], ids=str)
 def test_the_last_step_is_saved_whatever_became_of_the_commits_before(
     bench: Bench, refused: tuple[int, ...]
 ) -> None:
-    order = short(bench, "1-last", steps=10)
-    attempt = Attempt(order, bench.tmp_path / "last")
+    run_spec = short(bench, "1-last", steps=10)
+    attempt = Attempt(run_spec, bench.tmp_path / "last")
     refuse_writes(*of(*refused))
     assert attempt.train().checkpoint_step == 10
-    assert kept(bench, order)[0] == 10
-    assert attempt.telemetry.progress.commits_given_up == len(refused)
+    assert kept(bench, run_spec)[0] == 10
+    assert attempt.telemetry.progress.checkpoints_abandoned == len(refused)
 
 
 @pytest.mark.parametrize(("stop", "refused"), [(5, (3, 5)), (100, (9, 10))], ids=["stop", "last"])
 def test_what_must_be_saved_ends_the_attempt_where_storage_does_not_take_it(
     bench: Bench, stop: int, refused: tuple[int, ...]
 ) -> None:
-    order = short(bench, "1-must", steps=10)
-    attempt = Attempt(order, bench.tmp_path / "must")
+    run_spec = short(bench, "1-must", steps=10)
+    attempt = Attempt(run_spec, bench.tmp_path / "must")
     refuse_writes(*of(*refused))
     with pytest.raises(StorageUnavailable, match=f"step-{refused[-1]:08}/"):
         attempt.train(lambda: metric(attempt, "finetune_step") >= stop)
-    assert not bench.head(order).released  # type: ignore[union-attr]
+    assert not bench.head(run_spec).released  # type: ignore[union-attr]
 
 
 def test_a_commit_whose_answer_was_lost_is_found_by_the_next(bench: Bench) -> None:
-    """HEAD was moved by this attempt: nobody has fenced it, and the commit is real."""
-    order = short(bench, "1-lost", steps=10)
-    attempt = Attempt(order, bench.tmp_path / "lost")
+    """HEAD was moved by this attempt: nobody has fenced it, and the checkpoint is real."""
+    run_spec = short(bench, "1-lost", steps=10)
+    attempt = Attempt(run_spec, bench.tmp_path / "lost")
     lose_answer('step-00000006"')
     attempt.train()
-    assert attempt.telemetry.progress.commits_given_up == 1
-    assert kept(bench, order) == [10, 9, 6, 3]
+    assert attempt.telemetry.progress.checkpoints_abandoned == 1
+    assert kept(bench, run_spec) == [10, 9, 6, 3]
 
 
 @pytest.mark.parametrize(
@@ -199,33 +201,33 @@ def test_a_run_goes_back_to_the_newest_commit_that_is_real(
     bench: Bench, fault: Callable[[], None], back: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And makes the step anew that was given up, over what is left of it."""
-    order = short(bench, "1-back")
-    attempt = FaultyAttempt(order, bench.tmp_path / "back", BAD)
+    run_spec = short(bench, "1-back")
+    attempt = FaultyAttempt(run_spec, bench.tmp_path / "back", BAD)
     fault()
     summary = attempt.train()
     assert f"back to step {back}, without" in capsys.readouterr().out
     assert (summary.steps, summary.rollbacks, summary.skipped_steps) == (20, 1, 1)
-    assert kept(bench, order) == [20, 18, 15, 12, 9, 6, 3]
+    assert kept(bench, run_spec) == [20, 18, 15, 12, 9, 6, 3]
 
 
 def test_a_run_that_cannot_go_back_for_want_of_storage_may_be_tried_again(bench: Bench) -> None:
     """It has not diverged."""
-    order = short(bench, "1-none")
-    attempt = FaultyAttempt(order, bench.tmp_path / "none", BAD)
+    run_spec = short(bench, "1-none")
+    attempt = FaultyAttempt(run_spec, bench.tmp_path / "none", BAD)
     refuse_writes(*of(3, 6))
     with pytest.raises(StorageUnavailable, match="step-00000006/"):
         attempt.train()
-    assert bench.head(order).rollbacks == []  # type: ignore[union-attr]
+    assert bench.head(run_spec).rollbacks == []  # type: ignore[union-attr]
 
 
 def test_parts_of_a_commit_that_was_given_up_are_removed_with_the_next(
-    order_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_spec_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Storage was away when they were to be dropped, too."""
-    monkeypatch.setattr(commitfiles, "PART_BYTES", PART)
-    order = order_for(run="1-parts", training={"precision": "FP32"})
-    model, store = Model(**WIDE), Stores(order).default
-    checkpoints = Checkpoints.take(join(order.spec.training), store, order, tmp_path)
+    monkeypatch.setattr(checkpoint_files, "PART_BYTES", PART)
+    run_spec = run_spec_for(run="1-parts", training={"precision": "FP32"})
+    model, store = Model(**WIDE), Stores(run_spec).default
+    checkpointer = CheckpointManager.take(join(run_spec.spec.training), store, run_spec, tmp_path)
 
     def away(*arguments: Any) -> Any:
         raise AWAY
@@ -233,10 +235,10 @@ def test_parts_of_a_commit_that_was_given_up_are_removed_with_the_next(
     with monkeypatch.context() as outage:
         outage.setattr(store, "join_parts", away)
         outage.setattr(store, "drop_parts", away)
-        checkpoints.commit(model.model, model.optimizers, model.set(1))
-        checkpoints.let_go()
-    assert len(list(store.open_parts(order.run_uri))) == 1
-    checkpoints.commit(model.model, model.optimizers, model.set(2))
-    checkpoints.settle()
-    assert [commit.step for commit in checkpoints.head.commits] == [2]
-    assert list(store.open_parts(order.run_uri)) == []
+        checkpointer.save(model.model, model.optimizers, model.set(1))
+        checkpointer.abandon_failed_upload()
+    assert len(list(store.open_parts(run_spec.run_uri))) == 1
+    checkpointer.save(model.model, model.optimizers, model.set(2))
+    checkpointer.settle()
+    assert [checkpoint.step for checkpoint in checkpointer.head.checkpoints] == [2]
+    assert list(store.open_parts(run_spec.run_uri)) == []

@@ -8,11 +8,11 @@ import torch
 from engine import CPU, samples, tiny_llama
 from torch.nn.functional import cross_entropy
 
-from finetune_trainer.engine.loss import TokenLoss, row_losses
-from finetune_trainer.engine.rows import packed
-from finetune_trainer.engine.rows.dropout import key_dropouts
-from finetune_trainer.engine.rows.feed import build_row
-from finetune_trainer.engine.rows.layout import row_context
+from finetune_trainer.engine.loss import TokenLoss, micro_batch_losses
+from finetune_trainer.engine.packing import packed
+from finetune_trainer.engine.packing.dropout import key_dropouts
+from finetune_trainer.engine.packing.feed import build_packed
+from finetune_trainer.engine.packing.layout import layout_context
 
 LENGTHS = [37, 12, 5, 80, 40, 40, 3, 2, 21]
 
@@ -39,37 +39,41 @@ def alone(model, sample) -> torch.Tensor:
 def test_a_packed_document_has_the_loss_of_the_document_alone(config):
     model = tiny_llama(**config).eval()
     documents = samples(LENGTHS)
-    row = build_row(documents, range(len(documents)), seed=0, step=0, device=CPU)
-    together = row_losses(TokenLoss(model), row)
+    micro_batch = build_packed(documents, range(len(documents)), seed=0, step=0, device=CPU)
+    on_all = micro_batch_losses(TokenLoss(model), micro_batch)
     apart = torch.cat([alone(model, s) for s in documents])
-    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(on_all, apart, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_of_a_packed_row_are_those_of_the_documents():
     documents = samples(LENGTHS)
 
-    def gradients(rows: list[list[int]]) -> torch.Tensor:
+    def gradients(micro_batches: list[list[int]]) -> torch.Tensor:
         model = tiny_llama()
         loss = TokenLoss(model)
-        for positions in rows:
-            row = build_row(
+        for positions in micro_batches:
+            micro_batch = build_packed(
                 [documents[p] for p in positions], positions, seed=0, step=0, device=CPU
             )
-            with row_context(row.layout):
-                loss(row).tokens.sum().backward()
+            with layout_context(micro_batch.layout):
+                loss(micro_batch).tokens.sum().backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
-    together = gradients([list(range(len(documents)))])
+    on_all = gradients([list(range(len(documents)))])
     apart = gradients([[i] for i in range(len(documents))])
-    assert (together - apart).norm() / apart.norm() < 1e-6
+    assert (on_all - apart).norm() / apart.norm() < 1e-6
 
 
 def test_documents_do_not_see_each_other():
     model = tiny_llama().eval()
     first, second, other = samples([20, 30, 20])
     loss = TokenLoss(model)
-    one = row_losses(loss, build_row([first, second], [0, 1], seed=0, step=0, device=CPU))
-    two = row_losses(loss, build_row([other, second], [2, 1], seed=0, step=0, device=CPU))
+    one = micro_batch_losses(
+        loss, build_packed([first, second], [0, 1], seed=0, step=0, device=CPU)
+    )
+    two = micro_batch_losses(
+        loss, build_packed([other, second], [2, 1], seed=0, step=0, device=CPU)
+    )
     n = int(second.supervised.sum())
     # Not equal to the bit: where the threads cut a row's matrix product depends on its length.
     torch.testing.assert_close(one[-n:], two[-n:], rtol=1e-6, atol=0)
@@ -77,10 +81,10 @@ def test_documents_do_not_see_each_other():
 
 def test_a_row_without_documents_costs_nothing_and_reaches_every_weight():
     model = tiny_llama()
-    row = build_row([], [], seed=0, step=0, device=CPU)
-    with row_context(row.layout):
-        TokenLoss(model)(row).tokens.sum().backward()
-    assert row.labels.numel() == 0
+    micro_batch = build_packed([], [], seed=0, step=0, device=CPU)
+    with layout_context(micro_batch.layout):
+        TokenLoss(model)(micro_batch).tokens.sum().backward()
+    assert micro_batch.labels.numel() == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
@@ -104,9 +108,9 @@ def test_checkpointed_rows_have_the_same_gradient_though_backward_has_its_own_th
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         loss = TokenLoss(model).train()
-        row = build_row(documents, range(len(documents)), seed=0, step=0, device=CPU)
-        with row_context(row.layout):
-            total = loss(row).tokens.sum()
+        micro_batch = build_packed(documents, range(len(documents)), seed=0, step=0, device=CPU)
+        with layout_context(micro_batch.layout):
+            total = loss(micro_batch).tokens.sum()
             thread = threading.Thread(target=total.backward)
             thread.start()
             thread.join()

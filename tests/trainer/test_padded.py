@@ -1,4 +1,4 @@
-"""Padded rows of language models: the losses that each document has alone, whatever the model."""
+"""Padded rows of language models: the losses that each document has alone, force the model."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from transformers import (
 )
 from tuning import Tuning
 
-from finetune_trainer.engine.head import ChunkedHead
-from finetune_trainer.engine.loss import TokenLoss, row_losses
-from finetune_trainer.engine.memory import rehearsal
+from finetune_trainer.engine.chunked_head import ChunkedHead
+from finetune_trainer.engine.loss import TokenLoss, micro_batch_losses
+from finetune_trainer.engine.memory import profile
+from finetune_trainer.engine.packing.dropout import draws
+from finetune_trainer.engine.packing.feed import TokenMicroBatch, build_packed
+from finetune_trainer.engine.packing.layout import layout_context
+from finetune_trainer.engine.packing.padded import build_padded_tokens
+from finetune_trainer.engine.planning.micro_batch_size import Samples, micro_batch_tokens_of
 from finetune_trainer.engine.planning.plan import Plan, pack_padded
-from finetune_trainer.engine.planning.rowsize import Samples, row_tokens_of
-from finetune_trainer.engine.rows.dropout import draws
-from finetune_trainer.engine.rows.feed import TokenRow, build_row
-from finetune_trainer.engine.rows.layout import row_context
-from finetune_trainer.engine.rows.padded import build_padded_tokens
-from finetune_trainer.engine.tasks import TASKS
+from finetune_trainer.engine.task_losses import TASKS
 
 MORE: dict[str, PreTrainedConfig] = {
     "OPT": OPTConfig(
@@ -67,7 +67,7 @@ ALONE = {"Llama, dynamic"}
 """Whose frequencies follow the longest document of a batch."""
 
 
-def padded(positions: list[int], **changes: Any) -> TokenRow:
+def padded(positions: list[int], **changes: Any) -> TokenMicroBatch:
     documents = samples(LENGTHS)
     options: dict[str, Any] = {"seed": 3, "step": 7, "device": CPU} | changes
     return build_padded_tokens(
@@ -79,8 +79,8 @@ def padded(positions: list[int], **changes: Any) -> TokenRow:
 def test_padded_documents_have_the_losses_that_they_have_alone(name: str) -> None:
     model = made((APART | MORE)[name])
     packing = TASKS["CausalLM"].packing(model, False)
-    assert packing == ("Alone" if name in ALONE else "Padded")
-    found = row_losses(TokenLoss(model), padded([0, 1, 2, 3, 4]))
+    assert packing == ("Unpacked" if name in ALONE else "Padded")
+    found = micro_batch_losses(TokenLoss(model), padded([0, 1, 2, 3, 4]))
     apart = torch.cat([own_losses(model, document) for document in samples(LENGTHS)])
     if name not in ALONE:
         torch.testing.assert_close(found, apart, rtol=1e-5, atol=1e-5)
@@ -91,16 +91,18 @@ def test_rows_without_padding_have_no_mask(name: str) -> None:
     """Kernels that look back only are faster without one."""
     model = made((TOGETHER | APART | MORE)[name])
     document = samples([20])[0]
-    row = build_padded_tokens([document] * 2, [0, 0], seed=0, step=0, device=CPU)
-    assert row.attention_mask is None
+    micro_batch = build_padded_tokens([document] * 2, [0, 0], seed=0, step=0, device=CPU)
+    assert micro_batch.attention_mask is None
     apart = torch.cat([own_losses(model, document)] * 2)
-    torch.testing.assert_close(row_losses(TokenLoss(model), row), apart, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        micro_batch_losses(TokenLoss(model), micro_batch), apart, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_an_empty_row_has_a_loss_of_zero() -> None:
     loss = TokenLoss(made(APART["gpt-oss"]))
-    row = build_padded_tokens([], [], seed=0, step=0, device=CPU)
-    losses = loss(row)
+    micro_batch = build_padded_tokens([], [], seed=0, step=0, device=CPU)
+    losses = loss(micro_batch)
     assert losses.tokens.tolist() == [0.0] and losses.tokens.requires_grad
 
 
@@ -111,15 +113,15 @@ def test_dropout_and_gradients_do_not_depend_on_the_row(name: str) -> None:
     spec = spec_of({"type": "LoRA", "lora": lora}, neftuneAlpha="5")
     assert draws(spec)
     found = []
-    for rows in ([[0, 1, 2, 3, 4]], [[4, 2], [1], [3, 0]], [[0], [1], [2], [3], [4]]):
+    for micro_batches in ([[0, 1, 2, 3, 4]], [[4, 2], [1], [3, 0]], [[0], [1], [2], [3], [4]]):
         model: Any = made(APART[name])
-        tuned = rehearsal.apply_method(model, spec)
+        tuned = profile.apply_method(model, spec)
         loss = TokenLoss(tuned).train()
         total = torch.zeros(())
-        for positions in rows:
-            row = padded(positions)
-            with row_context(row.layout):
-                total = total + loss(row).tokens.sum()
+        for positions in micro_batches:
+            micro_batch = padded(positions)
+            with layout_context(micro_batch.layout):
+                total = total + loss(micro_batch).tokens.sum()
         total.backward()
         grads = {n: p.grad for n, p in tuned.named_parameters() if p.requires_grad}
         assert any(g is not None and g.abs().max() > 0 for g in grads.values())
@@ -138,14 +140,14 @@ def test_virtual_tokens_stand_before_each_padded_document(
     tuning = Tuning(tmp_path, spec)
     tuning.step(0)
     loss = tuning.loss.train()
-    together = row_losses(loss, padded([0, 1, 2, 3, 4]))
-    apart = torch.cat([row_losses(loss, padded([p])) for p in range(5)])
-    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+    on_all = micro_batch_losses(loss, padded([0, 1, 2, 3, 4]))
+    apart = torch.cat([micro_batch_losses(loss, padded([p])) for p in range(5)])
+    torch.testing.assert_close(on_all, apart, rtol=1e-5, atol=1e-5)
     before = torch.cat([
-        row_losses(loss, build_row([d], [i], seed=3, step=7, device=CPU))
+        micro_batch_losses(loss, build_packed([d], [i], seed=3, step=7, device=CPU))
         for i, d in enumerate(samples(LENGTHS))
     ])  # fmt: skip
-    torch.testing.assert_close(together, before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(on_all, before, rtol=1e-5, atol=1e-5)
 
 
 def test_the_head_computes_supervised_tokens_alone() -> None:
@@ -154,27 +156,27 @@ def test_the_head_computes_supervised_tokens_alone() -> None:
     model.get_output_embeddings().register_forward_hook(
         lambda _, given, out: seen.append(out.shape)
     )
-    row = padded([0, 1, 2, 3, 4])
-    losses = TokenLoss(model)(row, with_logits=True)
-    assert seen == [torch.Size([1, len(row.labels), 97])]
-    assert losses.logits is not None and losses.logits.shape == (len(row.labels), 97)
+    micro_batch = padded([0, 1, 2, 3, 4])
+    losses = TokenLoss(model)(micro_batch, with_logits=True)
+    assert seen == [torch.Size([1, len(micro_batch.labels), 97])]
+    assert losses.logits is not None and losses.logits.shape == (len(micro_batch.labels), 97)
 
 
 def test_logits_in_chunks_are_those_of_all_at_once() -> None:
     model = made(APART["Doge"])
     loss = TokenLoss(model).eval()
-    row = padded([0, 1, 2, 3, 4])
-    whole = row_losses(loss, row)
+    micro_batch = padded([0, 1, 2, 3, 4])
+    whole = micro_batch_losses(loss, micro_batch)
     loss._chunks = ChunkedHead(model, limit=4 * 97 * 7)
-    assert loss._chunks.wanted(len(row.labels))
-    torch.testing.assert_close(row_losses(loss, row), whole, rtol=1e-5, atol=1e-5)
+    assert loss._chunks.wanted(len(micro_batch.labels))
+    torch.testing.assert_close(micro_batch_losses(loss, micro_batch), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_frequencies_of_longer_documents_keep_documents_alone() -> None:
     model = made(Phi3Config(**SMALL, original_max_position_embeddings=32, rope_parameters=LONG))
     prompt = {"type": "PromptTuning", "prompt": {"virtualTokens": 4}}
-    kinds = [rehearsal.packing_of(model, spec_of(prompt, maxLength=n)) for n in (32, 33)]
-    assert kinds == ["Padded", "Alone"]
+    kinds = [profile.packing_of(model, spec_of(prompt, maxLength=n)) for n in (32, 33)]
+    assert kinds == ["Padded", "Unpacked"]
 
 
 lengths_of = st.lists(st.integers(1, 300), min_size=1, max_size=60)
@@ -187,17 +189,27 @@ def test_padded_rows_hold_virtual_tokens_too(
     capacity = max(lengths) + virtual + 200
     plan = Plan(
         np.array(lengths), np.ones(len(lengths), np.int64), batch_size=8, seed=0,
-        row_tokens=capacity, ranks=ranks, packing="Padded", virtual_tokens=virtual,
+        micro_batch_tokens=capacity, ranks=ranks, packing="Padded", virtual_tokens=virtual,
     )  # fmt: skip
     found = plan.step(step)
-    assert sorted(p for rows in found.rows for row in rows for p in row) == sorted(found.samples)
-    assert len({len(rows) for rows in found.rows}) == 1
-    for row in (row for rows in found.rows for row in rows if row):
-        assert len(row) * (max(lengths[p] for p in row) + virtual) <= capacity
+    assert sorted(
+        p
+        for micro_batches in found.micro_batches
+        for micro_batch in micro_batches
+        for p in micro_batch
+    ) == sorted(found.samples)
+    assert len({len(micro_batches) for micro_batches in found.micro_batches}) == 1
+    for micro_batch in (
+        micro_batch
+        for micro_batches in found.micro_batches
+        for micro_batch in micro_batches
+        if micro_batch
+    ):
+        assert len(micro_batch) * (max(lengths[p] for p in micro_batch) + virtual) <= capacity
     assert found.tokens == sum(lengths[p] for p in found.samples)
     bare = Plan(
         np.array(lengths), np.ones(len(lengths), np.int64), batch_size=8, seed=0,
-        row_tokens=capacity, ranks=1, packing="Padded", virtual_tokens=virtual,
+        micro_batch_tokens=capacity, ranks=1, packing="Padded", virtual_tokens=virtual,
     )  # fmt: skip
     assert bare.step(step).samples == found.samples, "the same at any number of ranks"
 
@@ -209,14 +221,16 @@ def test_the_largest_padded_row_bounds_those_of_a_plan() -> None:
         {"type": "PromptTuning", "prompt": {"virtualTokens": 20}}, batchSize=16,
         microBatchTokens=1024,
     )  # fmt: skip
-    largest = Samples(lengths, supervised, 256).largest_row(spec, "Padded")
+    largest = Samples(lengths, supervised, 256).largest_micro_batch(spec, "Padded")
     plan = Plan(
         lengths, supervised, batch_size=16, seed=0, ranks=1, packing="Padded", virtual_tokens=20,
-        row_tokens=row_tokens_of(spec, 256, int(lengths.max())),
+        micro_batch_tokens=micro_batch_tokens_of(spec, 256, int(lengths.max())),
     )  # fmt: skip
-    rows = [row for step in range(4) for row in plan.step(step).rows[0]]
-    assert max(len(rows[i]) for i in range(len(rows))) > 4, "several share a row"
-    for row in rows:
-        assert len(row) * (max(lengths[list(row)]) + 20) <= largest.tokens <= 1024
-        assert supervised[list(row)].sum() <= largest.supervised
+    micro_batches = [
+        micro_batch for step in range(4) for micro_batch in plan.step(step).micro_batches[0]
+    ]
+    assert max(len(micro_batches[i]) for i in range(len(micro_batches))) > 4, "several share a row"
+    for micro_batch in micro_batches:
+        assert len(micro_batch) * (max(lengths[list(micro_batch)]) + 20) <= largest.tokens <= 1024
+        assert supervised[list(micro_batch)].sum() <= largest.supervised
     assert len(pack_padded(lengths.tolist(), 1024, 1)[0]) < len(lengths)

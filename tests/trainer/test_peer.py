@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from gangs import start_gang
 from peft import LoraConfig, get_peft_model
 from prepare_helpers import lines, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from trl import SFTConfig, SFTTrainer
+from worlds import start_world
 
 from finetune_trainer.prepare.pipeline import prepare
 from finetune_trainer.storage import runfiles
@@ -58,14 +58,14 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ours(order: Any, store: Any, folder: Path) -> tuple[float, float]:
+def ours(run_spec: Any, store: Any, folder: Path) -> tuple[float, float]:
     """Loss and norm of the gradient of the first step, by all of prepare and train."""
-    prepare(order, Stores(order), folder / "prepare")
-    path = folder / "order.json"
-    path.write_text(order.to_text())
-    gang = start_gang(dict(os.environ) | {"FINETUNE_ORDER": str(path)}, 1, folder / "gang")
-    assert gang.wait() == [0], gang.log.read_text()
-    (point,) = runfiles.read_result(store, order.run_uri).curve
+    prepare(run_spec, Stores(run_spec), folder / "prepare")
+    path = folder / "run-spec.json"
+    path.write_text(run_spec.to_text())
+    world = start_world(dict(os.environ) | {"FINETUNE_RUN_SPEC": str(path)}, 1, folder / "gang")
+    assert world.wait() == [0], world.log.read_text()
+    (point,) = runfiles.read_result(store, run_spec.run_uri).curve
     return point.loss, point.gradient_norm
 
 
@@ -96,14 +96,14 @@ def theirs(records: list[Any], lora: bool, model: Path, folder: Path) -> tuple[f
 @pytest.mark.parametrize("records", [PAIRS, CHATS], ids=["completion-only", "assistant-only"])
 @pytest.mark.parametrize("method", [{"type": "Full"}, LORA], ids=["Full", "LoRA"])
 def test_the_first_step_is_that_of_trl(
-    records: list[Any], method: dict[str, Any], model_folder: Path, order_for: Any, s3: Any,
+    records: list[Any], method: dict[str, Any], model_folder: Path, run_spec_for: Any, s3: Any,
     bucket: str, tmp_path: Path,
 ) -> None:  # fmt: skip
     store = s3.store()
     for path in model_folder.iterdir():
         store.upload(path, f"s3://{bucket}/model/{path.name}")
     store.put(f"s3://{bucket}/train.jsonl", lines(*records))
-    order = order_for(
+    run_spec = run_spec_for(
         method=method,
         data={
             "train": [{"source": f"s3://{bucket}/train.jsonl"}],
@@ -115,7 +115,7 @@ def test_the_first_step_is_that_of_trl(
             "maxGradNorm": "0", "microBatchTokens": 256,
         },
     )  # fmt: skip
-    loss, norm = ours(order, store, tmp_path)
+    loss, norm = ours(run_spec, store, tmp_path)
     assert (loss, norm) == pytest.approx(
         theirs(records, method["type"] == "LoRA", model_folder, tmp_path / "trl"), rel=1e-4
     )

@@ -16,7 +16,7 @@ from finetune_trainer.engine.planning.plan import (
     pack_all,
     pack_padded,
     pack_singly,
-    uniform_row,
+    uniform_micro_batch,
 )  # fmt: skip
 
 lengths_of = st.lists(st.integers(1, 300), min_size=0, max_size=60)
@@ -25,23 +25,32 @@ lengths_of = st.lists(st.integers(1, 300), min_size=0, max_size=60)
 @given(lengths_of, st.integers(300, 1000), st.integers(1, 5))
 def test_every_document_is_packed_once_and_no_row_overflows(lengths, capacity, ranks):
     dealt = pack(lengths, capacity, ranks)
-    assert sorted(i for rows in dealt for row in rows for i in row) == list(range(len(lengths)))
-    assert len({len(rows) for rows in dealt}) == 1
-    assert all(sum(lengths[i] for i in row) <= capacity for rows in dealt for row in rows)
+    assert sorted(
+        i for micro_batches in dealt for micro_batch in micro_batches for i in micro_batch
+    ) == list(range(len(lengths)))
+    assert len({len(micro_batches) for micro_batches in dealt}) == 1
+    assert all(
+        sum(lengths[i] for i in micro_batch) <= capacity
+        for micro_batches in dealt
+        for micro_batch in micro_batches
+    )
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=60), st.integers(300, 1000))
 def test_rows_are_few(lengths, capacity):
     """Longest-processing-time-first with the row count raised on overflow: never more than twice
     the rows that the tokens need, and one."""
-    rows = pack(lengths, capacity, 1)[0]
-    assert len(rows) <= 2 * -(-sum(lengths) // capacity) + 1
+    micro_batches = pack(lengths, capacity, 1)[0]
+    assert len(micro_batches) <= 2 * -(-sum(lengths) // capacity) + 1
 
 
 def test_ranks_are_balanced():
     lengths = [2000, 100, 100, 100, 1000, 900, 50, 50, 700, 300, 20, 10]
     dealt = pack(lengths, 4096, 2)
-    costs = [sum(cost(lengths[i]) for row in rows for i in row) for rows in dealt]
+    costs = [
+        sum(cost(lengths[i]) for micro_batch in micro_batches for i in micro_batch)
+        for micro_batches in dealt
+    ]
     assert max(costs) / min(costs) < 1.1
 
 
@@ -52,7 +61,12 @@ def test_a_document_above_the_capacity_is_refused():
 
 def plan(n=37, batch=8, ranks=1, seed=5, **changes) -> Plan:
     lengths = np.random.default_rng(0).integers(5, 200, n)
-    options = {"batch_size": batch, "seed": seed, "row_tokens": 512, "ranks": ranks} | changes
+    options = {
+        "batch_size": batch,
+        "seed": seed,
+        "micro_batch_tokens": 512,
+        "ranks": ranks,
+    } | changes
     return Plan(lengths, lengths // 2, **options)
 
 
@@ -62,8 +76,10 @@ def test_an_epoch_trains_every_sample_once(n, batch, seed, ranks):
     trained = []
     for step in range(-(-3 * n // min(batch, n))):
         made = p.step(step)
-        rows = sorted(i for rank in made.rows for row in rank for i in row)
-        assert rows == sorted(made.samples)
+        micro_batches = sorted(
+            i for rank in made.micro_batches for micro_batch in rank for i in micro_batch
+        )
+        assert micro_batches == sorted(made.samples)
         assert len(made.samples) == p.visited(step + 1) - p.visited(step) > 0
         trained += made.samples
     for epoch in range(3):
@@ -75,7 +91,7 @@ def test_a_step_has_the_same_samples_and_denominator_at_any_size(step, ranks):
     one, other = (plan(ranks=r).step(step) for r in ranks)
 
     def samples(s):
-        return sorted(i for rank in s.rows for row in rank for i in row)
+        return sorted(i for rank in s.micro_batches for micro_batch in rank for i in micro_batch)
 
     assert samples(one) == samples(other)
     assert (one.supervised, one.tokens) == (other.supervised, other.tokens)
@@ -90,14 +106,16 @@ def test_an_interrupted_and_resized_run_trains_what_an_uninterrupted_one_does(se
     stages = data.draw(st.lists(st.builds(Stage, st.integers(1, 12), shares), min_size=1))
 
     def made(size: int) -> Plan:
-        return Plan(lengths, lengths // 2, batch_size=8, seed=seed, row_tokens=256, ranks=size,
+        return Plan(lengths, lengths // 2, batch_size=8, seed=seed, micro_batch_tokens=256, ranks=size,
                     sources=sources, stages=stages, visits=180)  # fmt: skip
 
     whole = made(1)
     for number, size in enumerate(ranks[:23]):
         expected, found = whole.step(number), made(size).step(number)
-        rows = sorted(p for rank in found.rows for row in rank for p in row)
-        assert rows == sorted(expected.samples)
+        micro_batches = sorted(
+            p for rank in found.micro_batches for micro_batch in rank for p in micro_batch
+        )
+        assert micro_batches == sorted(expected.samples)
         assert found.samples == expected.samples
         assert (found.supervised, found.tokens) == (expected.supervised, expected.tokens)
 
@@ -119,38 +137,45 @@ def test_a_step_without_samples_has_an_empty_row_for_each_rank(packing):
 
 def test_more_ranks_than_documents_leaves_empty_rows():
     dealt = pack([5, 7], 100, 4)
-    assert [len(rows) for rows in dealt] == [1, 1, 1, 1]
-    assert sum(1 for rows in dealt for row in rows if row) == 2
+    assert [len(micro_batches) for micro_batches in dealt] == [1, 1, 1, 1]
+    assert sum(1 for micro_batches in dealt for micro_batch in micro_batches if micro_batch) == 2
 
 
 @given(lengths_of, st.integers(1, 4))
 def test_single_packing_gives_each_document_its_row(lengths, ranks):
     dealt = pack_singly(lengths, 0, ranks)
-    rows = [row for rank in dealt for row in rank if row]
-    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-    assert all(len(row) == 1 for row in rows)
+    micro_batches = [micro_batch for rank in dealt for micro_batch in rank if micro_batch]
+    assert sorted(i for micro_batch in micro_batches for i in micro_batch) == list(
+        range(len(lengths))
+    )
+    assert all(len(micro_batch) == 1 for micro_batch in micro_batches)
     assert len({len(rank) for rank in dealt}) == 1
 
 
-def padded(lengths, row):
-    return len(row) * max((lengths[i] for i in row), default=0)
+def padded(lengths, micro_batch):
+    return len(micro_batch) * max((lengths[i] for i in micro_batch), default=0)
 
 
 @given(lengths_of, st.integers(300, 1000), st.integers(1, 5))
 def test_padded_rows_hold_every_document_once_within_the_capacity(lengths, capacity, ranks):
     dealt = pack_padded(lengths, capacity, ranks)
-    rows = [row for rank in dealt for row in rank]
-    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    micro_batches = [micro_batch for rank in dealt for micro_batch in rank]
+    assert sorted(i for micro_batch in micro_batches for i in micro_batch) == list(
+        range(len(lengths))
+    )
     assert len({len(rank) for rank in dealt}) <= 1
-    assert all(padded(lengths, row) <= capacity for row in rows)
+    assert all(padded(lengths, micro_batch) <= capacity for micro_batch in micro_batches)
     # Documents of like length: no row reaches into the lengths of another.
-    spans = sorted((min(x), max(x)) for x in ([lengths[i] for i in row] for row in rows if row))
+    spans = sorted(
+        (min(x), max(x))
+        for x in ([lengths[i] for i in micro_batch] for micro_batch in micro_batches if micro_batch)
+    )
     assert all(one[1] <= two[0] for one, two in itertools.pairwise(spans))
 
 
 def test_padded_rows_are_even_over_the_ranks():
     dealt = pack_padded([60] * 32, 2048, 4)
-    assert [[len(row) for row in rank] for rank in dealt] == [[8]] * 4
+    assert [[len(micro_batch) for micro_batch in rank] for rank in dealt] == [[8]] * 4
     lengths = [200, 190, 180, 60, 60, 55, 50, 20, 10, 10]
     (first,), (second,) = pack_padded(lengths, 2048, 2)
     assert max(padded(lengths, first), padded(lengths, second)) <= 600
@@ -159,7 +184,9 @@ def test_padded_rows_are_even_over_the_ranks():
 @given(lengths_of, st.integers(1, 3))
 def test_one_pass_over_a_set_covers_it(lengths, ranks):
     dealt = pack_all(np.array(lengths, dtype=np.int64), 300, ranks)
-    assert sorted(i for rank in dealt for row in rank for i in row) == list(range(len(lengths)))
+    assert sorted(i for rank in dealt for micro_batch in rank for i in micro_batch) == list(
+        range(len(lengths))
+    )
 
 
 @pytest.mark.parametrize(
@@ -168,21 +195,23 @@ def test_one_pass_over_a_set_covers_it(lengths, ranks):
 def test_rows_of_one_size_are_mostly_full(batch, ranks, least):
     draw = np.random.default_rng(1)
     lengths = np.clip(draw.lognormal(4.0, 0.6, 4000).astype(int), 8, 500)
-    options = {"batch_size": batch, "seed": 0, "row_tokens": 2048, "ranks": ranks}
+    options = {"batch_size": batch, "seed": 0, "micro_batch_tokens": 2048, "ranks": ranks}
     p = Plan(lengths, lengths // 2, **options)
     steps = 4000 // batch
 
-    def share(row: int) -> float:
-        p.row_tokens = row
+    def share(micro_batch: int) -> float:
+        p.micro_batch_tokens = micro_batch
         made = [p.step(step) for step in range(steps)]
-        rows = sum(len(rows) for step in made for rows in step.rows)
-        return sum(step.tokens for step in made) / (row * rows)
+        micro_batches = sum(
+            len(micro_batches) for step in made for micro_batches in step.micro_batches
+        )
+        return sum(step.tokens for step in made) / (micro_batch * micro_batches)
 
     whole = share(2048)
-    p.row_tokens = 2048
-    row = uniform_row(p, steps)
-    assert lengths.max() <= row <= 2048 and row == uniform_row(p, steps)
-    assert share(row) > max(whole, least), whole
+    p.micro_batch_tokens = 2048
+    micro_batch = uniform_micro_batch(p, steps)
+    assert lengths.max() <= micro_batch <= 2048 and micro_batch == uniform_micro_batch(p, steps)
+    assert share(micro_batch) > max(whole, least), whole
 
 
 @given(st.integers(10, 60), st.integers(1, 8), st.sets(st.integers(0, 20), max_size=6))

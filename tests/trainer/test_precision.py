@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from engine import CPU, samples, tiny_llama
-from gangs import forked
 from sharding_worker import tune
 from torch import nn
 from transformers import (
@@ -14,13 +13,14 @@ from transformers import (
     MambaConfig,
 )
 from transformers.models.llama import modeling_llama
+from worlds import forked
 
 from finetune_api.optimizers import COPYING
 from finetune_trainer.engine import kernels
 from finetune_trainer.engine.loss import TokenLoss
+from finetune_trainer.engine.packing.feed import build_packed
+from finetune_trainer.engine.packing.layout import layout_context
 from finetune_trainer.engine.precision import PRECISIONS, use_fp8
-from finetune_trainer.engine.rows.feed import build_row
-from finetune_trainer.engine.rows.layout import row_context
 from ports import free_port
 
 LORA = {"type": "LoRA", "lora": {"rank": 4}}
@@ -29,13 +29,13 @@ LORA = {"type": "LoRA", "lora": {"rank": 4}}
 def tuned(folder, size, sharding, precision, method) -> dict[str, torch.Tensor]:
     folder.mkdir()
     port = free_port()
-    gang = [
+    world = [
         forked(tune, rank, size, port, method, sharding, str(folder), {"precision": precision})
         for rank in range(size)
     ]
-    for process in gang:
+    for process in world:
         process.join(120)
-    assert [p.exitcode for p in gang] == [0] * size
+    assert [p.exitcode for p in world] == [0] * size
     weights, _ = torch.load(folder / "tuned.pt")
     return weights
 
@@ -72,9 +72,9 @@ def test_eight_bits_learn_as_more_do():
         loss, said = TokenLoss(model), []
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         for step in range(20):
-            row = build_row(documents, range(4), seed=0, step=step, device=CPU)
-            with row_context(row.layout):
-                mean = loss(row).tokens.mean()
+            micro_batch = build_packed(documents, range(4), seed=0, step=step, device=CPU)
+            with layout_context(micro_batch.layout):
+                mean = loss(micro_batch).tokens.mean()
                 mean.backward()
             optimizer.step()
             optimizer.zero_grad()

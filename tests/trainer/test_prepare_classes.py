@@ -12,15 +12,15 @@ from classifiers import LABELS, lines, records, tokenizer_of, write_decoder, wri
 from finetune_trainer.failures import DataError, UserError
 from finetune_trainer.prepare.pipeline import prepare
 from finetune_trainer.prepare.tokenizing.texts import Texts
+from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.prepared.manifest import read_manifest
-from finetune_trainer.prepared.shards import PreparedData
 from finetune_trainer.storage.objects import Stores
 
 NO_SPLIT = {"validation": "0", "test": "0"}
 
 
 @pytest.fixture
-def prepared(order_for: Any, bucket: str, s3: Any, tmp_path: Path) -> Any:
+def prepared(run_spec_for: Any, bucket: str, s3: Any, tmp_path: Path) -> Any:
     """``prepared({object: records}, model writer, **spec)`` → the data, as training reads it."""
     store = s3.store()
 
@@ -33,8 +33,8 @@ def prepared(order_for: Any, bucket: str, s3: Any, tmp_path: Path) -> Any:
             store.put(f"s3://{bucket}/{name}.jsonl", lines(made))
         train = {"source": f"s3://{bucket}/train.jsonl"}
         spec["data"] = {"train": [train], "split": NO_SPLIT} | spec.get("data", {})
-        order = order_for(task="SequenceClassification", **spec)
-        summary = prepare(order, Stores(order), tmp_path / "scratch")
+        run_spec = run_spec_for(task="SequenceClassification", **spec)
+        summary = prepare(run_spec, Stores(run_spec), tmp_path / "scratch")
         return PreparedData.open(store, summary.uri, tmp_path / "cache")
 
     return make
@@ -132,12 +132,12 @@ def test_data_that_no_classes_can_be_learned_from_is_refused(
     assert refused.value.reason == reason  # type: ignore[attr-defined]
 
 
-def test_another_task_is_other_data(prepared: Any, order_for: Any, tmp_path: Path) -> None:
+def test_another_task_is_other_data(prepared: Any, run_spec_for: Any, tmp_path: Path) -> None:
     classes = prepared({"train": records(20)}, write_decoder)
-    order = order_for(data={"train": [{"source": order_for().spec.data.train[0].source}],
+    run_spec = run_spec_for(data={"train": [{"source": run_spec_for().spec.data.train[0].source}],
                             "split": NO_SPLIT}, run="2-abcde")  # fmt: skip
-    summary = prepare(order, Stores(order), tmp_path / "scratch-2")
-    text = read_manifest(Stores(order).default, summary.uri)
+    summary = prepare(run_spec, Stores(run_spec), tmp_path / "scratch-2")
+    text = read_manifest(Stores(run_spec).default, summary.uri)
     assert text is not None
     assert (text.digest != classes.manifest.digest, text.classes) == (True, [])
 

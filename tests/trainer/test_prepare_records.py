@@ -23,7 +23,7 @@ from finetune_trainer.failures import DataError, UserError
 from finetune_trainer.prepare.reading.csvrows import CELL_CHARACTERS
 from finetune_trainer.prepare.reading.records import PARQUET_ROWS, SUFFIXES, read_records
 from finetune_trainer.prepare.reading.sources import DataObject, resolve
-from finetune_trainer.storage import claims
+from finetune_trainer.storage import claim_paths
 from finetune_trainer.storage.objectstream import Opened, open_stream
 from trainer.prepare_helpers import fault, lines, read, zstd
 
@@ -295,7 +295,7 @@ def listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str, bytes], tuple[Path, DataObject]]:
     """``listed(name, data)``: a file of a claim and how it is listed; reads of it are short."""
-    monkeypatch.setattr(claims, "BUFFER_BYTES", 64)
+    monkeypatch.setattr(claim_paths, "BUFFER_BYTES", 64)
 
     def write(name: str, data: bytes) -> tuple[Path, DataObject]:
         path = tmp_path / "claim" / name

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetune_api.names import ENV_PVC_ROOT
-from finetune_api.order import RunOrder
+from finetune_api.run_spec import RunSpec
 from finetune_trainer.failures import DataError, StorageDenied, UserError
 from finetune_trainer.prepare.reading.records import SUFFIXES, read_records
 from finetune_trainer.prepare.reading.sources import resolve
@@ -131,82 +131,82 @@ def same_files(one: Path, other: Path) -> bool:
 
 
 def test_a_model_in_object_storage_is_fetched_whole_and_once(
-    store: ObjectStore, bucket: str, order_for: Callable[..., RunOrder], model_folder: Path,
+    store: ObjectStore, bucket: str, run_spec_for: Callable[..., RunSpec], model_folder: Path,
     tmp_path: Path,
 ) -> None:  # fmt: skip
     put_model(store, model_folder, f"s3://{bucket}/whole")
-    order = order_for(model={"source": f"s3://{bucket}/whole"})
-    stores = Stores(order)
-    folder = fetch_tokenizer(order.base_model, stores, tmp_path / "model")
+    run_spec = run_spec_for(model={"source": f"s3://{bucket}/whole"})
+    stores = Stores(run_spec)
+    folder = fetch_tokenizer(run_spec.base_model, stores, tmp_path / "model")
     assert not list(folder.glob("*.safetensors"))
     assert read_limits(folder, "m").max_length == 256
-    weights = fetch_model(order.base_model, stores, folder)
+    weights = fetch_model(run_spec.base_model, stores, folder)
     found = sorted(model_folder.glob("*.safetensors"))
     assert [info.uri.rpartition("/")[2] for info in weights] == [path.name for path in found]
     assert [info.size for info in weights] == [path.stat().st_size for path in found]
     assert len(weights) > 1 and not list(folder.glob("*.safetensors"))
     before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
-    fetch_model(order.base_model, stores, folder)
+    fetch_model(run_spec.base_model, stores, folder)
     assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before
 
 
 def test_a_model_without_all_its_parts_is_refused(
-    store: ObjectStore, bucket: str, order_for: Callable[..., RunOrder], model_folder: Path,
+    store: ObjectStore, bucket: str, run_spec_for: Callable[..., RunSpec], model_folder: Path,
     tmp_path: Path,
 ) -> None:  # fmt: skip
     part = next(p.name for p in model_folder.glob("*-00002-of-*"))
     put_model(store, model_folder, f"s3://{bucket}/partly", part)
-    order = order_for(model={"source": f"s3://{bucket}/partly"})
+    run_spec = run_spec_for(model={"source": f"s3://{bucket}/partly"})
     with pytest.raises(UserError, match=part) as caught:
-        fetch_tokenizer(order.base_model, Stores(order), tmp_path / "model")
+        fetch_tokenizer(run_spec.base_model, Stores(run_spec), tmp_path / "model")
     assert caught.value.reason == "ModelNotFound"
 
 
 @pytest.mark.parametrize("source", ["s3://test-sources/no/model", "pvc://claim/no/model"])
 def test_a_model_that_is_not_there_is_named_with_what_its_folder_must_hold(
-    bucket: str, order_for: Callable[..., RunOrder], claims: dict[str, str], source: str,
+    bucket: str, run_spec_for: Callable[..., RunSpec], claims: dict[str, str], source: str,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setenv(ENV_PVC_ROOT, claims[ENV_PVC_ROOT])
-    order = order_for(model={"source": source})
+    run_spec = run_spec_for(model={"source": source})
     for fetch in (fetch_tokenizer, fetch_model):
         with pytest.raises(UserError) as caught:
-            fetch(order.base_model, Stores(order), tmp_path / "model")
+            fetch(run_spec.base_model, Stores(run_spec), tmp_path / "model")
         assert caught.value.reason == "ModelNotFound"
         for word in (source, "config.json", "model.safetensors", "tokenizer.json"):
             assert word in caught.value.message
 
 
 def test_a_model_on_a_claim_is_used_where_it_is(
-    bucket: str, order_for: Callable[..., RunOrder], model_folder: Path, tmp_path: Path,
+    bucket: str, run_spec_for: Callable[..., RunSpec], model_folder: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setenv(ENV_PVC_ROOT, str(model_folder.parent))
-    order = order_for(model={"source": f"pvc://{model_folder.name}/"})
+    run_spec = run_spec_for(model={"source": f"pvc://{model_folder.name}/"})
     folder = tmp_path / "model"
     for fetch in (fetch_tokenizer, fetch_model):
-        fetch(order.base_model, Stores(order), folder)
+        fetch(run_spec.base_model, Stores(run_spec), folder)
         assert folder.resolve() == model_folder.resolve()
 
 
 def test_a_model_of_the_hub_is_read_from_its_cache(
-    bucket: str, order_for: Callable[..., RunOrder], model_folder: Path, tmp_path: Path,
+    bucket: str, run_spec_for: Callable[..., RunSpec], model_folder: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     # The hub's own loader on its own cache layout; there is no network here.
     cache = tmp_path / "hub"
-    commit = "0123456789abcdef0123456789abcdef01234567"
+    checkpoint = "0123456789abcdef0123456789abcdef01234567"
     repository = cache / "models--acme--tiny"
     (repository / "snapshots").mkdir(parents=True)
-    (repository / "snapshots" / commit).symlink_to(model_folder)
+    (repository / "snapshots" / checkpoint).symlink_to(model_folder)
     (repository / "refs").mkdir()
-    (repository / "refs" / "v1").write_text(commit)
+    (repository / "refs" / "v1").write_text(checkpoint)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    order = order_for(model={"source": "hf://acme/tiny@v1"})
+    run_spec = run_spec_for(model={"source": "hf://acme/tiny@v1"})
     folder = tmp_path / "model"
     for fetch in (fetch_tokenizer, fetch_model):
-        fetch(order.base_model, Stores(order), folder)
+        fetch(run_spec.base_model, Stores(run_spec), folder)
         assert same_files(folder, model_folder)
 
 

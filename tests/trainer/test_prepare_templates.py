@@ -22,7 +22,7 @@ from finetune_trainer.prepare.reading.records import Record
 from finetune_trainer.prepare.reading.sources import Source
 from finetune_trainer.prepare.rendering.catalogue import CATALOGUE, Entry
 from finetune_trainer.prepare.rendering.examples import RenderedExample, renderer
-from finetune_trainer.prepare.tasks import format_of
+from finetune_trainer.prepare.task_formats import format_of
 from finetune_trainer.prepared.split import Side
 from trainer.prepare_helpers import lines
 

@@ -19,7 +19,7 @@ from finetune_trainer.prepare.reading.sources import Source
 from finetune_trainer.prepare.rendering.catalogue import CATALOGUE, CHAT_ROLES
 from finetune_trainer.prepare.rendering.chat import ChatTemplate
 from finetune_trainer.prepare.rendering.examples import RenderedExample, renderer
-from finetune_trainer.prepare.tasks import format_of
+from finetune_trainer.prepare.task_formats import format_of
 from finetune_trainer.prepare.tokenizing.tokens import Tokens
 from trainer.chat_templates import CHATML_TOOLS
 from trainer.prepare_helpers import CHATML, lines, make_tokenizer

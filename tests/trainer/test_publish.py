@@ -11,41 +11,43 @@ from typing import Any
 
 import pytest
 import torch
-from gangs import start_gang
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from worlds import start_world
 
-from finetune_api.order import RunOrder
 from finetune_api.results import PublishSummary
-from finetune_trainer.engine.commits.commitstore import METADATA
+from finetune_api.run_spec import RunSpec
+from finetune_trainer.engine.checkpointing.dcp_storage import METADATA
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepare.pipeline import prepare
 from finetune_trainer.publish.files import move_latest
 from finetune_trainer.publish.pipeline import publish
 from finetune_trainer.storage import runfiles
-from finetune_trainer.storage.commits import CorruptCommit
 from finetune_trainer.storage.objects import ObjectStore, Stores
+from finetune_trainer.storage.run_head import CorruptCheckpoint
 
 
 class Trained:
     """A run that has been trained on one process."""
 
-    def __init__(self, order: RunOrder, tmp_path: Path) -> None:
-        self.order = order
-        self.stores = Stores(order)
+    def __init__(self, run_spec: RunSpec, tmp_path: Path) -> None:
+        self.run_spec = run_spec
+        self.stores = Stores(run_spec)
         self.store: ObjectStore = self.stores.default
-        prepare(order, self.stores, tmp_path / "prepare")
-        path = tmp_path / "order.json"
-        path.write_text(order.to_text())
-        gang = start_gang(dict(os.environ) | {"FINETUNE_ORDER": str(path)}, 1, tmp_path / "gang")
-        assert gang.wait() == [0], gang.log.read_text()
+        prepare(run_spec, self.stores, tmp_path / "prepare")
+        path = tmp_path / "run-spec.json"
+        path.write_text(run_spec.to_text())
+        world = start_world(
+            dict(os.environ) | {"FINETUNE_RUN_SPEC": str(path)}, 1, tmp_path / "gang"
+        )
+        assert world.wait() == [0], world.log.read_text()
 
     def json(self, name: str) -> Any:
-        return json.loads(self.store.get(f"{self.order.output_uri}/{name}"))
+        return json.loads(self.store.get(f"{self.run_spec.output_uri}/{name}"))
 
     def fetch(self, folder: Path) -> Path:
-        for info in self.store.list(f"{self.order.output_uri}/"):
-            self.store.download(info.uri, folder / info.uri.split(f"{self.order.run}/", 1)[1])
+        for info in self.store.list(f"{self.run_spec.output_uri}/"):
+            self.store.download(info.uri, folder / info.uri.split(f"{self.run_spec.run}/", 1)[1])
         return folder
 
 
@@ -56,19 +58,19 @@ SPEC: dict[str, Any] = {
 
 
 @pytest.fixture
-def trained_for(order_for: Any, bucket: str, tiny_base: Path, tmp_path: Path) -> Any:
+def trained_for(run_spec_for: Any, bucket: str, tiny_base: Path, tmp_path: Path) -> Any:
     def make(base: Path = tiny_base / "model", **spec: Any) -> Trained:
-        order = order_for(
+        run_spec = run_spec_for(
             **SPEC,
             model={"source": f"s3://{bucket}/model"},
             data={"train": [{"name": "intent", "source": f"s3://{bucket}/train.jsonl"}]},
             **spec,
         )
-        store = Stores(order).default
+        store = Stores(run_spec).default
         for path in base.iterdir():
             store.upload(path, f"s3://{bucket}/model/{path.name}")
         store.upload(tiny_base / "data" / "intent-train.jsonl", f"s3://{bucket}/train.jsonl")
-        return Trained(order, tmp_path)
+        return Trained(run_spec, tmp_path)
 
     return make
 
@@ -91,7 +93,7 @@ def test_lora_is_published_as_adapter_and_merged(
         method={"type": "LoRA", "lora": {"rank": 4, "dropout": "0.1"}},
         output={"destination": f"s3://{bucket}/out", "format": "Both"},
     )
-    summary = publish(run.order, run.stores, tmp_path / "scratch")
+    summary = publish(run.run_spec, run.stores, tmp_path / "scratch")
     folder = run.fetch(tmp_path / "got")
 
     merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
@@ -99,14 +101,14 @@ def test_lora_is_published_as_adapter_and_merged(
     tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
     assert configuration(merged) == configuration(base)
     assert merged.generation_config.eos_token_id == tokenizer.eos_token_id
-    untuned = logits(base, tokenizer)
+    base = logits(base, tokenizer)
     adapted = logits(PeftModel.from_pretrained(base, str(folder / "adapter")), tokenizer)
     assert torch.allclose(logits(merged, tokenizer), adapted, atol=1e-4)
-    assert not torch.allclose(untuned, adapted, atol=1e-1)
+    assert not torch.allclose(base, adapted, atol=1e-1)
 
     check_manifest(folder, summary)
     latest = json.loads(run.store.get(f"s3://{bucket}/out/latest.json"))
-    assert (latest["run"], latest["digest"]) == (run.order.run, summary.digest)
+    assert (latest["run"], latest["digest"]) == (run.run_spec.run, summary.digest)
     whole = (folder / "merged" / "model.safetensors").stat().st_size
     assert whole == pytest.approx(summary.full_copy_bytes, rel=0.05)
     sizes = run.json("metrics.json")["bytes"]
@@ -117,30 +119,30 @@ def test_lora_is_published_as_adapter_and_merged(
         == sum(path.stat().st_size for path in (folder / "merged").iterdir())
     )
     told = run.json("metrics.json")["test"]
-    scores = runfiles.read_result(run.store, run.order.run_uri).summary.scores
+    scores = runfiles.read_result(run.store, run.run_spec.run_uri).summary.scores
     assert [found["tuned"] for found in told] == [found.tuned for found in scores]
-    assert told[0]["gain"]["Loss"] == scores[0].tuned["Loss"] - scores[0].untuned["Loss"]
+    assert told[0]["gain"]["Loss"] == scores[0].tuned["Loss"] - scores[0].base["Loss"]
 
     # A second try finds the work of the first, and does none.
     before = {info.uri: info.etag for info in run.store.list(f"s3://{bucket}/out/")}
-    assert publish(run.order, run.stores, tmp_path / "again") == summary
+    assert publish(run.run_spec, run.stores, tmp_path / "again") == summary
     assert before == {info.uri: info.etag for info in run.store.list(f"s3://{bucket}/out/")}
     assert not (tmp_path / "again").exists()
 
     # Alone, the adapter is written without the base's weights, and is the same.
-    run.store.delete([f"{run.order.output_uri}/manifest.json"])
-    output = run.order.spec.output.model_copy(update={"format": "Adapter"})
-    spec = run.order.spec.model_copy(update={"output": output})
-    alone = run.order.model_copy(update={"spec": spec})
+    run.store.delete([f"{run.run_spec.output_uri}/manifest.json"])
+    output = run.run_spec.spec.output.model_copy(update={"format": "Adapter"})
+    spec = run.run_spec.spec.model_copy(update={"output": output})
+    alone = run.run_spec.model_copy(update={"spec": spec})
     assert publish(alone, run.stores, tmp_path / "alone").formats == ["adapter"]
     assert not list((tmp_path / "alone" / "model").glob("*.safetensors"))
-    result = runfiles.read_result(run.store, run.order.run_uri)
+    result = runfiles.read_result(run.store, run.run_spec.run_uri)
     metadata = pickle.loads(run.store.get(f"{result.summary.checkpoint}/{METADATA}"))
     saved = metadata.state_dict_metadata
     weights = [name for name in saved if name.startswith("model.")]
-    assert weights and all("lora_" in name for name in weights), "frozen weights in a commit"
+    assert weights and all("lora_" in name for name in weights), "frozen weights in a checkpoint"
     for path in (folder / "adapter").iterdir():
-        name = f"{run.order.output_uri}/adapter/{path.name}"
+        name = f"{run.run_spec.output_uri}/adapter/{path.name}"
         assert run.store.get(name) == path.read_bytes(), path.name
 
 
@@ -168,7 +170,7 @@ def test_full_in_bfloat16_is_published_as_a_whole_model_of_that_dtype(
     )
     AutoTokenizer.from_pretrained(tiny_base / "model").save_pretrained(half)
     run: Trained = trained_for(base=half, method={"type": "Full"})
-    publish(run.order, run.stores, tmp_path / "scratch")
+    publish(run.run_spec, run.stores, tmp_path / "scratch")
     folder = run.fetch(tmp_path / "got")
     model = AutoModelForCausalLM.from_pretrained(folder / "merged")
     before = AutoModelForCausalLM.from_pretrained(half)
@@ -177,31 +179,31 @@ def test_full_in_bfloat16_is_published_as_a_whole_model_of_that_dtype(
     assert not torch.allclose(logits(model, tokenizer), logits(before, tokenizer), atol=1e-1)
     assert not (folder / "adapter").exists()
 
-    # Without its commit a model cannot be written, and nothing that looks finished is left.
-    run.store.delete([f"{run.order.output_uri}/manifest.json"])
-    result = runfiles.read_result(run.store, run.order.run_uri)
+    # Without its checkpoint a model cannot be written, and nothing that looks finished is left.
+    run.store.delete([f"{run.run_spec.output_uri}/manifest.json"])
+    result = runfiles.read_result(run.store, run.run_spec.run_uri)
     weights = f"{result.summary.checkpoint}/shard-00000"
     run.store.put(weights, b"others")
-    with pytest.raises(CorruptCommit):
-        publish(run.order, run.stores, tmp_path / "scratch")
-    assert run.store.head(f"{run.order.output_uri}/manifest.json") is None
+    with pytest.raises(CorruptCheckpoint):
+        publish(run.run_spec, run.stores, tmp_path / "scratch")
+    assert run.store.head(f"{run.run_spec.output_uri}/manifest.json") is None
 
 
-def test_a_run_without_a_result_is_refused(order_for: Any, tmp_path: Path) -> None:
-    order: RunOrder = order_for()
+def test_a_run_without_a_result_is_refused(run_spec_for: Any, tmp_path: Path) -> None:
+    run_spec: RunSpec = run_spec_for()
     with pytest.raises(UserError) as caught:
-        publish(order, Stores(order), tmp_path)
+        publish(run_spec, Stores(run_spec), tmp_path)
     assert caught.value.reason == "NotTrained"
-    assert f"{order.run_uri}/result.json" in caught.value.message
+    assert f"{run_spec.run_uri}/result.json" in caught.value.message
 
 
-def test_latest_never_goes_back(order_for: Any, bucket: str) -> None:
+def test_latest_never_goes_back(run_spec_for: Any, bucket: str) -> None:
     def publish_as(run: str, uid: str) -> str:
-        raw: RunOrder = order_for(run=run)
-        order = raw.model_copy(update={"job": raw.job.model_copy(update={"uid": uid})})
-        summary = PublishSummary(uri=order.output_uri, digest=run, formats=[], bytes=0)
-        store = Stores(order).default
-        move_latest(store, order, summary)
+        raw: RunSpec = run_spec_for(run=run)
+        run_spec = raw.model_copy(update={"job": raw.job.model_copy(update={"uid": uid})})
+        summary = PublishSummary(uri=run_spec.output_uri, digest=run, formats=[], bytes=0)
+        store = Stores(run_spec).default
+        move_latest(store, run_spec, summary)
         return str(json.loads(store.get(f"s3://{bucket}/out/latest.json"))["run"])
 
     assert publish_as("2-aaaaa", "aaaaa") == "2-aaaaa"
@@ -209,5 +211,5 @@ def test_latest_never_goes_back(order_for: Any, bucket: str) -> None:
     assert publish_as("10-aaaaa", "aaaaa") == "10-aaaaa"
     assert publish_as("9-aaaaa", "aaaaa") == "10-aaaaa"
     assert publish_as("1-bbbbb", "bbbbb") == "1-bbbbb", "a job made again begins anew"
-    Stores(order_for()).default.put(f"s3://{bucket}/out/latest.json", b'{"mine": true}')
+    Stores(run_spec_for()).default.put(f"s3://{bucket}/out/latest.json", b'{"mine": true}')
     assert publish_as("2-bbbbb", "bbbbb") == "2-bbbbb", "what no run has written gives way"

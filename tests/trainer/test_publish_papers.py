@@ -15,7 +15,6 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder, TunedBase
 from finetune_api.results import (
     Ancestor,
     DataSetScores,
@@ -24,16 +23,17 @@ from finetune_api.results import (
     Startup,
     TrainSummary,
 )
-from finetune_api.sources import ModelPlace
+from finetune_api.run_spec import CONTRACT_VERSION, JobIdentity, RunSpec, TunedBase
+from finetune_api.sources import ModelLocation
 from finetune_api.spec import parse_spec
 from finetune_trainer.prepared.manifest import DataManifest, DataSet
-from finetune_trainer.publish import facts, modelcard, report
+from finetune_trainer.publish import modelcard, report, run_facts
 from finetune_trainer.publish.chart import Line, loss_chart, ticks
 from finetune_trainer.storage.runfiles import (
     CurvePoint,
     Example,
     RunResult,
-    SamplePlace,
+    SampleOrigin,
     ValidationPoint,
 )
 
@@ -70,8 +70,8 @@ def about(
     before: Sequence[Ancestor] = (),
     base: str = "",
     **spec: object,
-) -> facts.About:
-    order = RunOrder(
+) -> run_facts.About:
+    run_spec = RunSpec(
         version=CONTRACT_VERSION,
         job=JobIdentity(namespace="default", name="support", uid="0f9c2"),
         run="1-0f9c2",
@@ -87,7 +87,7 @@ def about(
     found = DataSetScores(
         name="support",
         samples=9,
-        untuned={"Loss": 2.0, "Accuracy": 0.5, "Perplexity": 123456.7},
+        base={"Loss": 2.0, "Accuracy": 0.5, "Perplexity": 123456.7},
         tuned={"Loss": 2.5, "Accuracy": 0.975, "Perplexity": 12.2},
     )
     lineage = [Ancestor(uri=source), *before]
@@ -108,7 +108,7 @@ def about(
             ValidationPoint(step=10, sets={"support": {"Loss": 1.5}}, overall={"Loss": 1.5})
         ],
         examples={
-            "support": [Example(prompt="<script>x</script>", reference="a", untuned="b", tuned="c")]
+            "support": [Example(prompt="<script>x</script>", reference="a", base="b", tuned="c")]
         },
         lineage=lineage,
         versions={"torch": "1"},
@@ -129,8 +129,12 @@ def about(
         version=1, digest="d", sets=sets, shards={"train": [], "validation": [], "test": []},
         max_length=64, max_completion_tokens=4, stop_token_ids=[0], dropped={}, files=[],
     )  # fmt: skip
-    sizes = facts.Sizes({"adapter": 1_234_567, "merged": 2_000_000_000}, full_copy=1_980_000_000)
-    return facts.gather(order, result, prepared, data, sizes, ModelPlace(source=base or source))
+    sizes = run_facts.Sizes(
+        {"adapter": 1_234_567, "merged": 2_000_000_000}, full_copy=1_980_000_000
+    )
+    return run_facts.gather(
+        run_spec, result, prepared, data, sizes, ModelLocation(source=base or source)
+    )
 
 
 class Page(HTMLParser):
@@ -177,7 +181,7 @@ def test_the_report_shows_figures_data_and_examples() -> None:
         "123,457", "2 Duplicate 1 truncated", "yes 4, no 3", "&lt;script&gt;x&lt;/script&gt;",
         "[1,200 tokens cut off]", '<mark class="learned"> yes</mark>',
         "is it &lt;b&gt;?", "LoRA, rank 16",
-        "adapter 1.2 MB, merged 2,000.0 MB", "published commit, step 10", "Loss 1.5",
+        "adapter 1.2 MB, merged 2,000.0 MB", "published checkpoint, step 10", "Loss 1.5",
         "First step after</th><td>3.2 s (model 1.2, step 2.0)", "LoRA on <code>hf://org/name@rev<",
         '<td>warm</td><td class="num">15</td><td>support 100 %</td>',
         "Trained parameters</th><td>10 of 1,000 (1 %)", "; a whole copy has 1,980.0 MB",
@@ -188,13 +192,13 @@ def test_the_report_shows_figures_data_and_examples() -> None:
 def test_the_report_names_the_model_that_another_job_has_published() -> None:
     told = about()
     reference = {"model": {"fineTuneJobRef": {"name": "one"}}}
-    order = told.order.model_copy(
+    run_spec = told.run_spec.model_copy(
         update={
             "spec": parse_spec({**told.spec.to_json(), **reference}),
             "base": TunedBase(job="one", run="1-a", uri="s3://one/1-a"),
         }
     )
-    told = dataclasses.replace(told, order=order)
+    told = dataclasses.replace(told, run_spec=run_spec)
     text = report.render(told, json.dumps(DATA_REPORT).encode())
     assert "LoRA on <code>s3://one/1-a</code>" in text
     assert "<th>Base model</th><td>s3://one/1-a</td>" in text
@@ -224,7 +228,7 @@ def test_a_card_tells_what_the_model_was_made_from() -> None:
     assert "| 2 | `s3://one/1-a` | one 1-a | LoRA | adapter |" in text
     assert "| 3 | this model | support 1-0f9c2 | LoRA | adapter and merged |" in text
     assert "it is loaded on `hf://org/name@rev` alone" in text
-    assert [a["uri"] for a in json.loads(facts.metrics_text(told))["lineage"]] == [
+    assert [a["uri"] for a in json.loads(run_facts.metrics_text(told))["lineage"]] == [
         "hf://org/name@rev", "s3://one/1-a"]  # fmt: skip
 
     whole = one.model_copy(update={"formats": ["merged"]})
@@ -261,7 +265,7 @@ def test_figures_without_a_number_are_told(loss: float) -> None:
     def refuse(word: str) -> None:
         raise AssertionError(word)
 
-    raw = json.loads(facts.metrics_text(told), parse_constant=refuse)
+    raw = json.loads(run_facts.metrics_text(told), parse_constant=refuse)
     assert raw["test"][0]["tuned"] == {"Loss": None}
     assert scores[0].better is (None if math.isnan(loss) else False)
     assert scores[1].show(scores[1].tuned) == "1.014e+304"
@@ -271,7 +275,7 @@ def test_figures_without_a_number_are_told(loss: float) -> None:
 
 
 def test_metrics_json_is_complete() -> None:
-    raw = json.loads(facts.metrics_text(about()))
+    raw = json.loads(run_facts.metrics_text(about()))
     assert raw["test"][0]["gain"] == pytest.approx(
         {"Loss": 0.5, "Accuracy": 0.475, "Perplexity": 12.2 - 123456.7}
     )
@@ -287,14 +291,16 @@ def test_metrics_json_is_complete() -> None:
 def test_samples_that_the_guard_left_out_are_named() -> None:
     assert "Samples left out" not in modelcard.render(about())
     places = [
-        SamplePlace(data_set=name, number=n, shard=f"shards/train-{name}-00000-00.arrow", row=n - 1)
+        SampleOrigin(
+            data_set=name, number=n, shard=f"shards/train-{name}-00000-00.arrow", row=n - 1
+        )
         for name, n in [("support", 3), *(("notes", n) for n in range(1, 8))]
     ]
     told = about()
     summary = told.result.summary.model_copy(update={"rollbacks": 1, "quarantined_samples": 108})
     result = told.result.model_copy(update={"summary": summary, "quarantined": places})
     told = dataclasses.replace(told, result=result)
-    training = json.loads(facts.metrics_text(told))["training"]
+    training = json.loads(run_facts.metrics_text(told))["training"]
     assert (training["rollbacks"], training["quarantinedSamples"]) == (1, 108)
     assert len(training["quarantined"]) == 8
     assert training["quarantined"][0] == {

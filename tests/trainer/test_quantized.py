@@ -11,7 +11,7 @@ from engine import spec_of
 from torch.distributed.checkpoint import FileSystemReader
 from tuning import IDS, Tuning, check_published, logits, step_and_resume
 
-from finetune_trainer.engine.commits.dcp import load_weights
+from finetune_trainer.engine.checkpointing.dcp import load_weights
 from finetune_trainer.engine.model import load_base
 from finetune_trainer.engine.parameters import parameter_counts
 from finetune_trainer.engine.tuning.methods import apply_method

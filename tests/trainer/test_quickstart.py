@@ -13,9 +13,9 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune_trainer.quickstart import make_quickstart
-from finetune_trainer.quickstart.base import SIZES, make_base
 from finetune_trainer.quickstart.language import COMPLAINTS, NOTES, draw_ticket, message, note
-from finetune_trainer.quickstart.tasks import make_data
+from finetune_trainer.quickstart.pretrain import SIZES, make_base
+from finetune_trainer.quickstart.records import make_data
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -13,51 +13,57 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.engine.loss import RowLosses, TokenLoss
+from finetune_trainer.engine.loss import MicroBatchLosses, TokenLoss
 from finetune_trainer.engine.optimizers import check_optimizer
+from finetune_trainer.engine.packing.dropout import add_noise
+from finetune_trainer.engine.packing.feed import MicroBatch, build_packed
+from finetune_trainer.engine.packing.layout import layout_context
 from finetune_trainer.engine.parameters import optimizer_groups
-from finetune_trainer.engine.rows.dropout import add_noise
-from finetune_trainer.engine.rows.feed import RowTensors, build_row
-from finetune_trainer.engine.rows.layout import row_context
 from finetune_trainer.engine.tuning.methods import apply_method
 from finetune_trainer.failures import UserError
 
 
-def row_of(order: list[int], step: int = 7) -> RowTensors:
+def micro_batch_of(order: list[int], step: int = 7) -> MicroBatch:
     documents = samples([30, 8, 19])
-    return build_row(
+    return build_packed(
         [documents[i] for i in order], order, sources=order, seed=3, step=step, device=CPU
     )
 
 
-def losses(loss: TokenLoss, row: RowTensors) -> torch.Tensor:
-    with torch.no_grad(), row_context(row.layout):
-        found: RowLosses = loss(row)
+def losses(loss: TokenLoss, micro_batch: MicroBatch) -> torch.Tensor:
+    with torch.no_grad(), layout_context(micro_batch.layout):
+        found: MicroBatchLosses = loss(micro_batch)
     return found.tokens
 
 
 def test_labels_are_smoothed_while_training_alone() -> None:
-    model, row = tiny_llama(), row_of([0, 1])
+    model, micro_batch = tiny_llama(), micro_batch_of([0, 1])
     plain, smooth = TokenLoss(model), TokenLoss(model, label_smoothing=0.2)
-    measured = losses(plain.eval(), row)
-    assert torch.equal(losses(smooth.eval(), row), measured)
-    with torch.no_grad(), row_context(row.layout):
-        logits = model(input_ids=row.input_ids, position_ids=row.position_ids).logits[0]
-    spread = -logits[row.predict].log_softmax(-1).mean(-1)
+    measured = losses(plain.eval(), micro_batch)
+    assert torch.equal(losses(smooth.eval(), micro_batch), measured)
+    with torch.no_grad(), layout_context(micro_batch.layout):
+        logits = model(
+            input_ids=micro_batch.input_ids, position_ids=micro_batch.position_ids
+        ).logits[0]
+    spread = -logits[micro_batch.predict].log_softmax(-1).mean(-1)
     expected = 0.8 * measured + 0.2 * spread
-    torch.testing.assert_close(losses(smooth.train(), row), expected)
+    torch.testing.assert_close(losses(smooth.train(), micro_batch), expected)
 
 
-def by_sample(found: torch.Tensor, row: RowTensors) -> torch.Tensor:
-    return torch.stack([found[row.sources == i].sum() for i in range(3)])
+def by_sample(found: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
+    return torch.stack([found[micro_batch.sources == i].sum() for i in range(3)])
 
 
 def test_noise_is_alike_wherever_a_sample_stands_and_changes_with_the_step() -> None:
     model = tiny_llama()
-    quiet = losses(TokenLoss(model).train(), row_of([0, 1, 2]))
+    quiet = losses(TokenLoss(model).train(), micro_batch_of([0, 1, 2]))
     add_noise(model.get_input_embeddings(), 5.0)
     loss = TokenLoss(model).train()
-    here, there, later = row_of([0, 1, 2]), row_of([2, 0, 1]), row_of([0, 1, 2], step=8)
+    here, there, later = (
+        micro_batch_of([0, 1, 2]),
+        micro_batch_of([2, 0, 1]),
+        micro_batch_of([0, 1, 2], step=8),
+    )
     found = losses(loss, here)
     assert not torch.allclose(found, quiet)
     assert not torch.allclose(found, losses(loss, later))
@@ -67,11 +73,11 @@ def test_noise_is_alike_wherever_a_sample_stands_and_changes_with_the_step() -> 
 
 def test_noise_is_uniform_and_as_large_as_the_paper_says() -> None:
     embedding = nn.Embedding(100, 256)
-    row = row_of([0])
-    before = embedding(row.input_ids)
+    micro_batch = micro_batch_of([0])
+    before = embedding(micro_batch.input_ids)
     add_noise(embedding, 5.0)
-    with row_context(row.layout):
-        noise = (embedding(row.input_ids) - before)[0]
+    with layout_context(micro_batch.layout):
+        noise = (embedding(micro_batch.input_ids) - before)[0]
     bound = 5.0 / math.sqrt(30 * 256)
     assert noise.abs().max() <= bound * 1.001
     assert noise.abs().max() > bound * 0.99
@@ -82,8 +88,10 @@ def test_noise_is_uniform_and_as_large_as_the_paper_says() -> None:
 def test_a_spec_asks_for_noise() -> None:
     model = apply_method(tiny_llama(), spec_of({"type": "Full"}, neftuneAlpha="5"))
     quiet = apply_method(tiny_llama(), spec_of({"type": "Full"}))
-    row = row_of([0])
-    assert not torch.allclose(losses(TokenLoss(model), row), losses(TokenLoss(quiet), row))
+    micro_batch = micro_batch_of([0])
+    assert not torch.allclose(
+        losses(TokenLoss(model), micro_batch), losses(TokenLoss(quiet), micro_batch)
+    )
 
 
 def rate_factors(model: nn.Module, spec: FineTuneJobSpec) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A run that goes back to an earlier commit: what it leaves out, and that no death undoes it."""
+"""A run that goes back to an earlier checkpoint: what it leaves out, and that no death undoes it."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from engine import CPU, samples, spec_of, tiny_llama
 from test_checkpoint import Died, Model, Mortal
 from torch import Tensor
 
-from finetune_api.order import RunOrder
-from finetune_trainer.engine.gang import join
+from finetune_api.run_spec import RunSpec
 from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.optimizers import make_optimizers
+from finetune_trainer.engine.packing.feed import Feed
 from finetune_trainer.engine.planning.plan import Packing, Plan
-from finetune_trainer.engine.rows.feed import Feed
+from finetune_trainer.engine.world import join
 from finetune_trainer.failures import Diverged
 from finetune_trainer.prepared import places
-from finetune_trainer.prepared.places import places_of
-from finetune_trainer.prepared.shards import PreparedData
+from finetune_trainer.prepared.dataset import PreparedData
+from finetune_trainer.prepared.origins import origins_of
 from finetune_trainer.storage import runfiles
-from finetune_trainer.storage.commits import Head, Rollback
 from finetune_trainer.storage.objects import Stores
-from finetune_trainer.train.checkpoint import Checkpoints
+from finetune_trainer.storage.run_head import Head, Rollback
+from finetune_trainer.train.checkpoint import CheckpointManager
 from finetune_trainer.train.step import optimizer_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,14 +58,14 @@ def poisoned(bench: Bench) -> dict[str, Any]:
 
 
 def test_a_spike_is_skipped_the_run_goes_back_and_leaves_its_samples_out(bench: Bench) -> None:
-    order = bench.order(
+    run_spec = bench.run_spec(
         "1-spike", data=poisoned(bench), method={"type": "Full"},
         training={"epochs": 12, "learningRate": "1e-2",
                   "guard": {"maxSkippedSteps": 0, "spikeDeviations": "6"}},
     )  # fmt: skip
-    result = bench.finish(order, 2, "spike")
+    result = bench.finish(run_spec, 2, "spike")
     assert (result.summary.skipped_steps, result.summary.rollbacks) == (1, 1)
-    assert result.summary.steps == bench.total_steps(order)
+    assert result.summary.steps == bench.total_steps(run_spec)
     assert all("bad" not in point.by_source for point in result.curve)
     assert result.summary.quarantined_samples == 8, "the batch with the spike"
     named = [(place.data_set, place.number) for place in result.quarantined]
@@ -75,13 +75,13 @@ def test_a_spike_is_skipped_the_run_goes_back_and_leaves_its_samples_out(bench: 
 
 
 def test_too_many_spikes_fail_with_a_reason_of_their_own(bench: Bench, tmp_path: Path) -> None:
-    order = bench.order(
+    run_spec = bench.run_spec(
         "1-spikes", data=poisoned(bench), method={"type": "Full"},
         training={"epochs": 12, "learningRate": "1e-2",
                   "guard": {"maxSkippedSteps": 0, "maxRollbacks": 0, "spikeDeviations": "6"}},
     )  # fmt: skip
     with pytest.raises(Diverged, match="sample 1 of 'bad'") as caught:
-        FaultyAttempt(order, tmp_path).train()
+        FaultyAttempt(run_spec, tmp_path).train()
     assert caught.value.reason == "LossSpike"
     assert "training.guard.maxRollbacks: 0" in caught.value.message
 
@@ -118,21 +118,21 @@ class MortalOnceBack(Mortal):
 class FaultyAttempt(Attempt):
     """An attempt with losses that are no numbers, and whose process may die."""
 
-    def __init__(self, order: RunOrder, folder: Path, bad: frozenset[int] = frozenset()) -> None:
-        super().__init__(order, folder)
-        guard = Faulty(order.spec.training.guard, self.session.gang.device)
+    def __init__(self, run_spec: RunSpec, folder: Path, bad: frozenset[int] = frozenset()) -> None:
+        super().__init__(run_spec, folder)
+        guard = Faulty(run_spec.spec.training.guard, self.session.world.device)
         guard.bad = bad
         self.session.guard = guard
 
     def mortal(self, life: int, made: bool) -> None:
         """It dies at a write, the rollback's being 0: before it is made, or when it has been."""
-        mortal: Any = MortalOnceBack(self.checkpoints.store, life, made)
-        self.checkpoints.store = self.checkpoints._held._store = mortal
+        mortal: Any = MortalOnceBack(self.checkpointer.store, life, made)
+        self.checkpointer.store = self.checkpointer._held._store = mortal
 
 
-def short(bench: Bench, run: str, **guard: int) -> RunOrder:
-    """A run of 20 steps with a commit after every third."""
-    return bench.order(
+def short(bench: Bench, run: str, **guard: int) -> RunSpec:
+    """A run of 20 steps with a checkpoint after every third."""
+    return bench.run_spec(
         run, training={"maxSteps": 20, "epochs": None, "guard": {"maxSkippedSteps": 0} | guard},
         evaluation={"everySteps": 10, "maxSamples": 1},
     )  # fmt: skip
@@ -140,97 +140,97 @@ def short(bench: Bench, run: str, **guard: int) -> RunOrder:
 
 BAD = frozenset({7})
 DEATHS = [(0, False), (0, True), (1, False), (4, True)]
-"""At the rollback's own write, and at the first and the last of the commit that follows."""
+"""At the rollback's own write, and at the first and the last of the checkpoint that follows."""
 
 
 def test_whenever_an_attempt_dies_the_next_one_knows_that_the_run_went_back(
     bench: Bench, tmp_path: Path
 ) -> None:
     """And what comes of it is what comes of a run that did not die."""
-    order = short(bench, "1-whole")
-    attempt = FaultyAttempt(order, tmp_path / "whole", BAD)
+    run_spec = short(bench, "1-whole")
+    attempt = FaultyAttempt(run_spec, tmp_path / "whole", BAD)
     whole = attempt.train()
     assert (whole.steps, whole.skipped_steps, whole.rollbacks) == (20, 1, 1)
     left_out = attempt.session.plan.drawn(BAD).tolist()
     assert attempt.session.plan.left_out.tolist() == left_out and len(left_out) == 8
-    expected = runfiles.read_result(bench.store, order.run_uri)
+    expected = runfiles.read_result(bench.store, run_spec.run_uri)
     assert 8 not in curve(expected), "a step without samples is in no mean"
 
     for life, made in DEATHS:
         name = f"1-died{life}{'after' if made else 'before'}"
-        order = short(bench, name)
-        lost = FaultyAttempt(order, tmp_path / name, BAD)
+        run_spec = short(bench, name)
+        lost = FaultyAttempt(run_spec, tmp_path / name, BAD)
         lost.mortal(life, made)
         with pytest.raises(Died):
             lost.train()
-        head = bench.head(order)
+        head = bench.head(run_spec)
         assert head is not None
         noted = life > 0 or made
         assert head.left_out == ([7] if noted else []), name
-        assert (max(commit.step for commit in head.commits) <= 7) is (life < 4), name
+        assert (max(checkpoint.step for checkpoint in head.checkpoints) <= 7) is (life < 4), name
 
         # Where it is noted, a resumed run meets no loss that is no number.
         resumed = FaultyAttempt(
-            order, tmp_path / f"{name}-again", BAD if not noted else frozenset()
+            run_spec, tmp_path / f"{name}-again", BAD if not noted else frozenset()
         )
         found = resumed.train()
         assert resumed.session.plan.left_out.tolist() == left_out
         assert (found.attempt, found.skipped_steps, found.rollbacks) == (2, 1, 1), name
         assert found.tokens == whole.tokens
-        result = runfiles.read_result(bench.store, order.run_uri)
+        result = runfiles.read_result(bench.store, run_spec.run_uri)
         assert result.quarantined == expected.quarantined
         assert curve(result) == pytest.approx(curve(expected), rel=1e-5)
 
 
 def test_rollbacks_are_counted_over_attempts(bench: Bench, tmp_path: Path) -> None:
-    order = short(bench, "1-counted", maxRollbacks=1)
-    lost = FaultyAttempt(order, tmp_path / "lost", BAD)
+    run_spec = short(bench, "1-counted", maxRollbacks=1)
+    lost = FaultyAttempt(run_spec, tmp_path / "lost", BAD)
     lost.mortal(0, made=True)
     with pytest.raises(Died):
         lost.train()
     with pytest.raises(Diverged, match="rollbacks before: 1") as caught:
-        FaultyAttempt(order, tmp_path / "again", frozenset({8})).train()
+        FaultyAttempt(run_spec, tmp_path / "again", frozenset({8})).train()
     assert caught.value.reason == "LossNotFinite"
-    assert bench.head(order).left_out == [7]  # type: ignore[union-attr]
+    assert bench.head(run_spec).left_out == [7]  # type: ignore[union-attr]
 
 
 def test_a_run_that_would_leave_all_samples_out_has_diverged(bench: Bench, tmp_path: Path) -> None:
     """It would end well, having learned nothing."""
-    order = short(bench, "1-nothing", maxRollbacks=100)
+    run_spec = short(bench, "1-nothing", maxRollbacks=100)
     with pytest.raises(Diverged, match="without their samples none would be left"):
-        FaultyAttempt(order, tmp_path / "nothing", frozenset(range(3, 20))).train()
-    left = bench.head(order).left_out  # type: ignore[union-attr]
+        FaultyAttempt(run_spec, tmp_path / "nothing", frozenset(range(3, 20))).train()
+    left = bench.head(run_spec).left_out  # type: ignore[union-attr]
     assert left[:5] == [3, 4, 5, 6, 7] and left == sorted({*left})
 
 
 @pytest.mark.parametrize("made", [False, True], ids=["before", "after"])
 def test_a_death_at_the_write_of_a_rollback_leaves_all_of_it_or_nothing(
-    order_for: Any, tmp_path: Path, made: bool
+    run_spec_for: Any, tmp_path: Path, made: bool
 ) -> None:
-    model, order = (
+    model, run_spec = (
         Model(),
-        order_for(run="1-rewind", training={"precision": "FP32"}, checkpoint={"keepLast": 3}),
+        run_spec_for(run="1-rewind", training={"precision": "FP32"}, checkpoint={"keepLast": 3}),
     )
-    gang, store = join(order.spec.training), Stores(order).default
-    checkpoints = Checkpoints.take(gang, store, order, tmp_path)
+    world, store = join(run_spec.spec.training), Stores(run_spec).default
+    checkpointer = CheckpointManager.take(world, store, run_spec, tmp_path)
     for step in (3, 6, 9):
-        checkpoints.commit(model.model, model.optimizers, model.set(step))
-    checkpoints.settle()
+        checkpointer.save(model.model, model.optimizers, model.set(step))
+    checkpointer.settle()
     mortal: Any = Mortal(store, 0, made)
-    checkpoints._held._store = mortal
+    checkpointer._held._store = mortal
     back = Rollback(attempt=1, skipped=[7, 8], skipped_steps=2)
     with pytest.raises(Died):
-        checkpoints.rewind(model.model, model.optimizers, back)
+        checkpointer.rewind(model.model, model.optimizers, back)
 
-    after = Checkpoints.take(gang, store, order, tmp_path)
+    after = CheckpointManager.take(world, store, run_spec, tmp_path)
     assert after.head.rollbacks == ([back] if made else [])
-    assert [c.step for c in after.head.commits] == ([6, 3] if made else [9, 6, 3])
+    assert [c.step for c in after.head.checkpoints] == ([6, 3] if made else [9, 6, 3])
     state = after.restore(model.model, model.optimizers)
     assert state is not None
     assert model.values == {float(state.step)} == {6.0 if made else 9.0}
     early = Rollback(attempt=2, skipped=[2], skipped_steps=3)
     assert after.rewind(model.model, model.optimizers, early) is None
-    assert after.head.rollbacks == ([back] if made else []), "there is no commit from before"
+    assert after.head.rollbacks == ([back] if made else []), "there is no checkpoint from before"
 
 
 def test_samples_are_named_by_set_number_and_place(
@@ -239,14 +239,14 @@ def test_samples_are_named_by_set_number_and_place(
     """Where nothing is held out or left out, the number is the line."""
     sources = {"quiet": f"{bench.bucket}/train.jsonl", "loud": f"{bench.bucket}/more.jsonl"}
     train_sets = [{"name": name, "source": uri} for name, uri in sources.items()]
-    order = bench.order("1-named", data={
+    run_spec = bench.run_spec("1-named", data={
         "train": train_sets, "split": {"validation": "0", "test": "0"},
         "quality": {"deduplicate": False}})  # fmt: skip
-    uri = runfiles.read_prepared(bench.store, order.run_uri).uri
+    uri = runfiles.read_prepared(bench.store, run_spec.run_uri).uri
     data = PreparedData.open(bench.store, uri, tmp_path / "data")
     lines = {name: bench.store.get(at).decode().splitlines() for name, at in sources.items()}
     positions = [0, 17, 95, 96, 135]
-    found = places_of(data, "train", positions)
+    found = origins_of(data, "train", positions)
     assert [(p.data_set, p.number) for p in found] == [
         ("quiet", 1), ("quiet", 18), ("quiet", 96), ("loud", 1), ("loud", 40)]  # fmt: skip
     for place, position in zip(found, positions, strict=True):
@@ -257,12 +257,12 @@ def test_samples_are_named_by_set_number_and_place(
         path = tmp_path / "shard"
         bench.store.download(f"{uri}/{place.shard}", path)
         batch = pa.ipc.open_file(str(path)).get_batch(0)
-        assert batch.column("input_ids")[place.row].as_py() == sample.ids.tolist()
+        assert batch.column("input_ids")[place.micro_batch].as_py() == sample.ids.tolist()
     monkeypatch.setattr(places, "MOST", 3)
-    assert places_of(data, "train", positions) == found[:3]
+    assert origins_of(data, "train", positions) == found[:3]
 
 
-@pytest.mark.parametrize("packing", ["Concatenated", "Alone"])
+@pytest.mark.parametrize("packing", ["Concatenated", "Unpacked"])
 def test_a_step_whose_samples_are_left_out_is_in_no_mean(packing: Packing) -> None:
     spec = spec_of({"type": "Full"}, guard={"spikeDeviations": "6"})
     model = tiny_llama()
@@ -270,14 +270,14 @@ def test_a_step_whose_samples_are_left_out_is_in_no_mean(packing: Packing) -> No
     documents = samples([20, 30, 25, 15])
     lengths = torch.tensor([len(d.ids) for d in documents]).numpy()
     plan = Plan(
-        lengths, lengths // 2, batch_size=2, seed=0, row_tokens=64, ranks=1, packing=packing
+        lengths, lengths // 2, batch_size=2, seed=0, micro_batch_tokens=64, ranks=1, packing=packing
     )
     plan.leave_out([1])
-    gang: Any = SimpleNamespace(
+    world: Any = SimpleNamespace(
         device=CPU, rank=0, size=1, autocast=nullcontext, sum_on_device=lambda values: values
     )
     session: Any = SimpleNamespace(
-        gang=gang, plan=plan, module=TokenLoss(model).train(), spec=spec, guard=guard,
+        world=world, plan=plan, module=TokenLoss(model).train(), spec=spec, guard=guard,
         trained=[*model.parameters()], optimizers=optimizers, weight_anchor=None,
         output_anchor=None,
     )  # fmt: skip

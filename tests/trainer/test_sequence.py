@@ -15,9 +15,9 @@ from test_publish import SPEC, Trained
 from transformers import AutoModelForCausalLM
 from tuning import logits
 
-from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder, tuned_base
 from finetune_api.results import Ancestor
-from finetune_api.sources import ModelPlace
+from finetune_api.run_spec import CONTRACT_VERSION, JobIdentity, RunSpec, tuned_base
+from finetune_api.sources import ModelLocation
 from finetune_trainer.engine.adaptersum import add_adapters, check_sum
 from finetune_trainer.engine.base import BaseFiles, check_ties, fetch_base, merge_adapter
 from finetune_trainer.failures import UserError
@@ -26,24 +26,24 @@ from finetune_trainer.publish.pipeline import publish
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.objects import Stores
 from finetune_trainer.storage.published import Base, Manifest, find_base
-from finetune_trainer.storage.weights import Weights
+from finetune_trainer.storage.weight_reader import Weights
 
 
 class Chain:
     """Jobs of one namespace, each after the one before."""
 
-    def __init__(self, order_for: Any, bucket: str, tiny_base: Path, tmp_path: Path) -> None:
-        self._order_for, self._bucket, self._tmp_path = order_for, bucket, tmp_path
-        self.store = Stores(order_for()).default
+    def __init__(self, run_spec_for: Any, bucket: str, tiny_base: Path, tmp_path: Path) -> None:
+        self._run_spec_for, self._bucket, self._tmp_path = run_spec_for, bucket, tmp_path
+        self.store = Stores(run_spec_for()).default
         for path in (tiny_base / "model").iterdir():
             self.store.upload(path, f"s3://{bucket}/model/{path.name}")
         self.store.upload(tiny_base / "data" / "intent-train.jsonl", f"s3://{bucket}/train.jsonl")
 
-    def order(self, name: str, before: Trained | None = None, **spec: Any) -> RunOrder:
+    def run_spec(self, name: str, before: Trained | None = None, **spec: Any) -> RunSpec:
         """A job's order; ``before`` is the run whose model it refers to."""
         if before is not None:
-            spec["model"] = {"fineTuneJobRef": {"name": before.order.job.name}}
-        order: RunOrder = self._order_for(
+            spec["model"] = {"fineTuneJobRef": {"name": before.run_spec.job.name}}
+        run_spec: RunSpec = self._run_spec_for(
             job=name,
             **SPEC | {"training": SPEC["training"] | {"maxSteps": 3}},
             data={"train": [{"name": "intent", "source": f"s3://{self._bucket}/train.jsonl"}]},
@@ -51,16 +51,16 @@ class Chain:
             **spec,
         )
         if before is None:
-            return order
-        text = self.store.get(f"{before.order.output_uri}/manifest.json")
-        base = tuned_base(before.order, file_digest(text), order.spec)
-        return order.model_copy(update={"base": base})
+            return run_spec
+        text = self.store.get(f"{before.run_spec.output_uri}/manifest.json")
+        base = tuned_base(before.run_spec, file_digest(text), run_spec.spec)
+        return run_spec.model_copy(update={"base": base})
 
     def run(self, name: str, before: Trained | None = None, **spec: Any) -> Trained:
         folder = self._tmp_path / name
         folder.mkdir()
-        trained = Trained(self.order(name, before, **spec), folder)
-        publish(trained.order, trained.stores, folder / "scratch")
+        trained = Trained(self.run_spec(name, before, **spec), folder)
+        publish(trained.run_spec, trained.stores, folder / "scratch")
         trained.fetch(folder / "got")
         return trained
 
@@ -77,17 +77,17 @@ def file_digest(data: bytes) -> str:
 
 @pytest.mark.slow
 def test_four_runs_one_after_the_other(
-    order_for: Any, bucket: str, tiny_base: Path, tmp_path: Path
+    run_spec_for: Any, bucket: str, tiny_base: Path, tmp_path: Path
 ) -> None:
-    chain = Chain(order_for, bucket, tiny_base, tmp_path)
+    chain = Chain(run_spec_for, bucket, tiny_base, tmp_path)
     base = tiny_base / "model"
     plain = AutoModelForCausalLM.from_pretrained(base)
-    untuned = logits(plain)
+    base = logits(plain)
 
     one = chain.run("one", method={"type": "LoRA", "lora": {"rank": 4}})
     with pytest.raises(UserError) as caught:
         prepare(
-            chain.order("dora", one, method={"type": "LoRA", "lora": {"useDora": True}}),
+            chain.run_spec("dora", one, method={"type": "LoRA", "lora": {"useDora": True}}),
             one.stores, tmp_path / "refused",
         )  # fmt: skip
     assert caught.value.reason == "NoSumOfAdapters"
@@ -95,44 +95,44 @@ def test_four_runs_one_after_the_other(
     # LoRA over an adapter alone: it began with the first model, and holds both adapters.
     method = {"type": "LoRA", "lora": {"rank": 2, "useRslora": True, "targetModules": ["q_proj"]}}
     two = chain.run("two", one, method=method, output={"format": "Both"})
-    assert chain.loss(two, "untuned") == pytest.approx(chain.loss(one, "tuned"), abs=1e-5)
+    assert chain.loss(two, "base") == pytest.approx(chain.loss(one, "tuned"), abs=1e-5)
     summed = logits(PeftModel.from_pretrained(plain, str(chain.got("two", "adapter"))))
     whole = logits(AutoModelForCausalLM.from_pretrained(chain.got("two", "merged")))
     torch.testing.assert_close(summed, whole, atol=1e-4, rtol=1e-4)
     first = AutoModelForCausalLM.from_pretrained(base)
     first = logits(PeftModel.from_pretrained(first, str(chain.got("one", "adapter"))))
-    assert (summed - first).abs().max() > 1e-2 < (first - untuned).abs().max()
+    assert (summed - first).abs().max() > 1e-2 < (first - base).abs().max()
     config = json.loads((chain.got("two", "adapter") / "adapter_config.json").read_text())
     assert (config["r"], config["base_model_name_or_path"]) == (6, f"s3://{bucket}/model")
 
     lineage = two.json("metrics.json")["lineage"]
     ancestor = {
-        "uri": one.order.output_uri, "job": "one", "run": "1-abcde", "method": "LoRA",
-        "digest": file_digest(one.store.get(f"{one.order.output_uri}/manifest.json")),
+        "uri": one.run_spec.output_uri, "job": "one", "run": "1-abcde", "method": "LoRA",
+        "digest": file_digest(one.store.get(f"{one.run_spec.output_uri}/manifest.json")),
         "formats": ["adapter"],
     }  # fmt: skip
     assert lineage == [{"uri": f"s3://{bucket}/model", "formats": []}, ancestor]
-    assert [a.to_json() for a in runfiles.read_result(two.store, two.order.run_uri).lineage] == (
+    assert [a.to_json() for a in runfiles.read_result(two.store, two.run_spec.run_uri).lineage] == (
         lineage
     )
-    card = two.store.get(f"{two.order.output_uri}/README.md").decode()
-    assert f"| 2 | `{one.order.output_uri}` | one 1-abcde | LoRA | adapter |" in card
+    card = two.store.get(f"{two.run_spec.output_uri}/README.md").decode()
+    assert f"| 2 | `{one.run_spec.output_uri}` | one 1-abcde | LoRA | adapter |" in card
     assert f"it is loaded on `s3://{bucket}/model` alone" in card
 
     # Full over an adapter, by the address of what was published; LoRA over the whole model of it.
     three = chain.run(
-        "three", model={"source": one.order.output_uri}, method={"type": "Full"}
+        "three", model={"source": one.run_spec.output_uri}, method={"type": "Full"}
     )  # fmt: skip
-    assert chain.loss(three, "untuned") == pytest.approx(chain.loss(one, "tuned"), abs=1e-5)
+    assert chain.loss(three, "base") == pytest.approx(chain.loss(one, "tuned"), abs=1e-5)
     assert three.json("manifest.json")["baseModel"] == f"s3://{bucket}/model"
     four = chain.run("four", three, method={"type": "LoRA", "lora": {"rank": 2}})
-    assert chain.loss(four, "untuned") == pytest.approx(chain.loss(three, "tuned"), abs=1e-5)
+    assert chain.loss(four, "base") == pytest.approx(chain.loss(three, "tuned"), abs=1e-5)
     config = json.loads((chain.got("four", "adapter") / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == f"{three.order.output_uri}/merged"
+    assert config["base_model_name_or_path"] == f"{three.run_spec.output_uri}/merged"
     assert [a.get("job") for a in four.json("metrics.json")["lineage"]] == [None, "one", "three"]
     assert (
         "adapters of the runs before"
-        not in four.store.get(f"{four.order.output_uri}/README.md").decode()
+        not in four.store.get(f"{four.run_spec.output_uri}/README.md").decode()
     )
 
 
@@ -170,10 +170,10 @@ def test_a_sum_of_adapters_is_one_over_the_other(
     first = save_adapter(base, tmp_path / "one", seed=1, **every | one)
     second = save_adapter(base, tmp_path / "two", seed=2, **every | two)
     model = AutoModelForCausalLM.from_pretrained(base)
-    untuned = logits(model)
+    base = logits(model)
     model = PeftModel.from_pretrained(model, str(first)).merge_and_unload()
     before = logits(model)
-    assert (before - untuned).abs().max() > 1e-2
+    assert (before - base).abs().max() > 1e-2
     expected = logits(PeftModel.from_pretrained(model, str(second)))
     assert (expected - before).abs().max() > 1e-2
 
@@ -208,16 +208,16 @@ def test_merging_rounds_nothing_and_leaves_the_models_own_words(base: Path, tmp_
         assert (tmp_path / "merged" / name).read_bytes() == (half / name).read_bytes()
 
 
-def order_of(spec: Any) -> RunOrder:
+def order_of(spec: Any) -> RunSpec:
     job = JobIdentity(namespace="default", name="job", uid="abcde")
-    return RunOrder(version=CONTRACT_VERSION, job=job, run="1-abcde", spec=spec)
+    return RunSpec(version=CONTRACT_VERSION, job=job, run="1-abcde", spec=spec)
 
 
 def over(adapter: Path) -> BaseFiles:
     """A base with an adapter of job `before` in it."""
-    place = ModelPlace(source="s3://out/1-a/adapter")
+    place = ModelLocation(source="s3://out/1-a/adapter")
     lineage = (Ancestor(uri="s3://b"), Ancestor(uri="s3://out/1-a", job="before", method="LoRA"))
-    return BaseFiles(Base(ModelPlace(source="s3://b"), lineage, place), adapter, adapter)
+    return BaseFiles(Base(ModelLocation(source="s3://b"), lineage, place), adapter, adapter)
 
 
 @pytest.mark.parametrize(
@@ -233,68 +233,70 @@ def test_what_cannot_be_added_up_is_refused(
     base: Path, tmp_path: Path, method: dict[str, Any], remedies: list[str]
 ) -> None:
     lora = over(save_adapter(base, tmp_path / "a", r=2, target_modules=["q_proj"]))
-    order = order_of(spec_of(method))
+    run_spec = order_of(spec_of(method))
     if not remedies:
-        check_sum(order, lora)
+        check_sum(run_spec, lora)
         dora = save_adapter(base, tmp_path / "d", r=2, target_modules=["q_proj"], use_dora=True)
         with pytest.raises(UserError, match="only plain LoRA adapters"):
-            check_sum(order, over(dora))
+            check_sum(run_spec, over(dora))
         scales = get_peft_model(
             AutoModelForCausalLM.from_pretrained(base),
             IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]),
         )
         scales.save_pretrained(str(tmp_path / "i"))
         with pytest.raises(UserError, match="only plain LoRA adapters"):
-            check_sum(order, over(tmp_path / "i"))
+            check_sum(run_spec, over(tmp_path / "i"))
         return
     with pytest.raises(UserError) as caught:
-        check_sum(order, lora)
+        check_sum(run_spec, lora)
     assert caught.value.reason == "NoSumOfAdapters"
     assert all(remedy in caught.value.message for remedy in remedies)
     assert ("Merged" in caught.value.message) is (method["type"] != "PromptTuning")
     if method["type"] != "PromptTuning":
-        output = order.spec.output.model_copy(update={"format": "Merged"})
-        merged = order.spec.model_copy(update={"output": output})
-        check_sum(order.model_copy(update={"spec": merged}), lora)
+        output = run_spec.spec.output.model_copy(update={"format": "Merged"})
+        merged = run_spec.spec.model_copy(update={"output": output})
+        check_sum(run_spec.model_copy(update={"spec": merged}), lora)
 
 
-def put_manifest(order: RunOrder, **changes: Any) -> bytes:
+def put_manifest(run_spec: RunSpec, **changes: Any) -> bytes:
     """The manifest of what another job has published at the order's base model."""
     raw: dict[str, Any] = {
-        "run": "1-a", "job": order.job, "base_model": "s3://b", "method": "LoRA", "files": {},
+        "run": "1-a", "job": run_spec.job, "base_model": "s3://b", "method": "LoRA", "files": {},
         "lineage": [Ancestor(uri="s3://b")], "checkpoint": "s3://c", "formats": ["adapter"],
     }  # fmt: skip
     text = Manifest(**raw | changes).to_text()
-    Stores(order).default.put(f"{order.base_model.source}/manifest.json", text)
+    Stores(run_spec).default.put(f"{run_spec.base_model.source}/manifest.json", text)
     return text
 
 
 def test_a_model_that_is_not_what_the_run_began_with_is_refused(
-    order_for: Any, bucket: str
+    run_spec_for: Any, bucket: str
 ) -> None:
-    before: RunOrder = order_for(job="before")
-    raw: RunOrder = order_for(model={"fineTuneJobRef": {"name": "before"}})
-    order = raw.model_copy(update={"base": tuned_base(before, "other", raw.spec)})
-    stores = Stores(order)
+    before: RunSpec = run_spec_for(job="before")
+    raw: RunSpec = run_spec_for(model={"fineTuneJobRef": {"name": "before"}})
+    run_spec = raw.model_copy(update={"base": tuned_base(before, "other", raw.spec)})
+    stores = Stores(run_spec)
     for reason, remedy in (("ModelNotFound", "Publish it again"), ("BaseChanged", "rerunToken")):
         with pytest.raises(UserError, match=remedy) as caught:
-            find_base(order, stores)
+            find_base(run_spec, stores)
         assert caught.value.reason == reason
-        text = put_manifest(order)
+        text = put_manifest(run_spec)
     known = tuned_base(before, file_digest(text), raw.spec)
-    found = find_base(order.model_copy(update={"base": known}), stores)
+    found = find_base(run_spec.model_copy(update={"base": known}), stores)
     assert found.model.source == "s3://b" and found.adapter is not None
 
 
-def test_vectors_before_a_text_are_no_base(order_for: Any, bucket: str, tmp_path: Path) -> None:
-    order: RunOrder = order_for(model={"source": f"s3://{bucket}/out/1-a"})
-    put_manifest(order, method="PrefixTuning")
+def test_vectors_before_a_text_are_no_base(run_spec_for: Any, bucket: str, tmp_path: Path) -> None:
+    run_spec: RunSpec = run_spec_for(model={"source": f"s3://{bucket}/out/1-a"})
+    put_manifest(run_spec, method="PrefixTuning")
     with pytest.raises(UserError, match="Tune the first model by LoRA") as caught:
-        fetch_base(order, Stores(order), tmp_path, weights=False)
+        fetch_base(run_spec, Stores(run_spec), tmp_path, weights=False)
     assert caught.value.reason == "NotMergeable"
 
 
-def test_another_programs_manifest_is_none(order_for: Any, bucket: str) -> None:
-    order: RunOrder = order_for()
-    Stores(order).default.put(f"{order.base_model.source}/manifest.json", b'{"name": "app"}')
-    assert find_base(order, Stores(order)).lineage == (Ancestor(uri=order.base_model.source),)
+def test_another_programs_manifest_is_none(run_spec_for: Any, bucket: str) -> None:
+    run_spec: RunSpec = run_spec_for()
+    Stores(run_spec).default.put(f"{run_spec.base_model.source}/manifest.json", b'{"name": "app"}')
+    assert find_base(run_spec, Stores(run_spec)).lineage == (
+        Ancestor(uri=run_spec.base_model.source),
+    )

@@ -10,8 +10,8 @@ from typing import Any, Final, get_args
 import pytest
 import torch
 from engine import CPU, tiny_jamba, tiny_llama
-from gangs import forked
 from sharding_worker import tune
+from worlds import forked
 
 from finetune_api.cluster import Compute
 from finetune_api.methods import METHODS
@@ -99,7 +99,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
         key = f"{setting} {sharding} {size}"
         if key not in known:
             folder, port = tmp_path_factory.mktemp("tuned"), free_port()
-            gang = [
+            world = [
                 forked(
                     tune, rank, size, port, setting.method, sharding, str(folder),
                     setting.training, 0, 2, None, setting.checkpointing, setting.experts,
@@ -107,9 +107,9 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
                 )
                 for rank in range(size)
             ]  # fmt: skip
-            for process in gang:
+            for process in world:
                 process.join(120)
-            assert [p.exitcode for p in gang] == [0] * size
+            assert [p.exitcode for p in world] == [0] * size
             known[key] = torch.load(folder / "tuned.pt")
         return known[key]
 
@@ -149,7 +149,7 @@ def test_activations_computed_again_change_nothing(name: str, sharding: str, tun
 
 @pytest.mark.parametrize(("name", "sharding"), [pair for pair in EVERYWHERE if pair not in COPIED])
 def test_autocast_gives_the_same_weights_in_a_gang(name: str, sharding: str, tuned: Tuned) -> None:
-    """Row by row it rounds alike, and sums over rows are in 32 bits whatever the gang."""
+    """Row by row it rounds alike, and sums over rows are in 32 bits force the gang."""
     setting = replace(SETTINGS[name], training={"precision": "BF16"}, apart=True)
     alone = tuned(setting, "NoShard", 1)
     assert_alike(tuned(setting, sharding, SIZES[sharding]), alone)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune_api.order import RunOrder
 from finetune_api.results import PublishSummary, Termination
+from finetune_api.run_spec import RunSpec
 from finetune_trainer.failures import DataError
 from finetune_trainer.stage import run_stage
 from finetune_trainer.storage.objects import Stores
@@ -33,10 +33,10 @@ sys.exit(run_stage("prepare", body))
 
 @pytest.fixture
 def last_word(
-    order_for: Callable[..., RunOrder], order_file: Callable[[RunOrder], Path]
+    run_spec_for: Callable[..., RunSpec], run_spec_file: Callable[[RunSpec], Path]
 ) -> Callable[[], Termination]:
     """Prepares a stage's environment; call it for what the stage has left."""
-    folder = order_file(order_for()).parent
+    folder = run_spec_file(run_spec_for()).parent
 
     def read() -> Termination:
         return Termination.model_validate(json.loads((folder / "termination/message").read_text()))
@@ -45,8 +45,8 @@ def last_word(
 
 
 def test_success(last_word: Callable[[], Termination], bucket: str) -> None:
-    def body(order: RunOrder, stores: Stores) -> PublishSummary:
-        stores.default.put(f"{order.output_uri}/adapter", b"1")
+    def body(run_spec: RunSpec, stores: Stores) -> PublishSummary:
+        stores.default.put(f"{run_spec.output_uri}/adapter", b"1")
         return PUBLISHED
 
     assert run_stage("publish", body) == 0
@@ -63,7 +63,7 @@ def test_success(last_word: Callable[[], Termination], bucket: str) -> None:
 def test_failure(
     last_word: Callable[[], Termination], error: Exception, code: int, reason: str, words: str
 ) -> None:
-    def body(order: RunOrder, stores: Stores) -> PublishSummary:
+    def body(run_spec: RunSpec, stores: Stores) -> PublishSummary:
         raise error
 
     before = signal.getsignal(signal.SIGTERM)
@@ -81,15 +81,15 @@ def test_failure(
         (None, "No such file"),
         ("{", "is not JSON"),
         ('{"version": 99}', "contract version 1; got 99"),
-        ('{"version": 1, "job": {}}', "order.run: required"),
+        ('{"version": 1, "job": {}}', "run spec.run: required"),
     ],
 )
 def test_an_order_that_is_none(
     last_word: Callable[[], Termination], text: str | None, words: str
 ) -> None:
-    path = Path(os.environ["FINETUNE_ORDER"])
+    path = Path(os.environ["FINETUNE_RUN_SPEC"])
     path.unlink() if text is None else path.write_text(text)
-    assert run_stage("publish", lambda order, stores: PUBLISHED) == 10
+    assert run_stage("publish", lambda run_spec, stores: PUBLISHED) == 10
     failure = last_word().failure
     assert failure is not None and words in failure.message
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from bench import Attempt, Bench
-from gangs import words_of
+from worlds import words_of
 
 from finetune_trainer.failures import Interrupted
 from finetune_trainer.storage import runfiles
@@ -16,37 +16,37 @@ from finetune_trainer.storage import runfiles
 def test_a_stop_saves_and_is_a_restart_where_it_came_to_a_part(
     bench: Bench, told: tuple[int, ...], restarts: int
 ) -> None:
-    order = bench.order(f"1-stop{len(told)}", checkpoint={"everySeconds": 3600},
+    run_spec = bench.run_spec(f"1-stop{len(told)}", checkpoint={"everySeconds": 3600},
                         training={"maxSteps": 60, "epochs": None},
                         evaluation={"everySteps": 100000})  # fmt: skip
-    gang = bench.start(order, 2, "stopped")
+    world = bench.start(run_spec, 2, "stopped")
     deadline = time.monotonic() + 90
-    while "step" not in (gang.log.read_text() if gang.log.exists() else ""):
+    while "step" not in (world.log.read_text() if world.log.exists() else ""):
         assert time.monotonic() < deadline, "no step was logged"
         time.sleep(0.02)
-    gang.tell_to_stop(*told)
-    assert gang.wait() == [23, 23], gang.log.read_text()
-    head = bench.head(order)
+    world.tell_to_stop(*told)
+    assert world.wait() == [23, 23], world.log.read_text()
+    head = bench.head(run_spec)
     assert head is not None
     assert head.released is (restarts == 0)
-    assert len(head.commits) == 1
-    result = bench.finish(order, 1, "again")
+    assert len(head.checkpoints) == 1
+    result = bench.finish(run_spec, 1, "again")
     assert (result.summary.attempt, result.summary.restarts) == (2, restarts)
     assert result.summary.steps == 60
 
 
 def test_a_stop_is_heard_while_the_attempt_starts(bench: Bench) -> None:
-    order = bench.order("1-early")
+    run_spec = bench.run_spec("1-early")
     folder = bench.tmp_path / "early"
     for rank in (0, 1):
         words_of(folder, rank).mkdir(parents=True)
         (words_of(folder, rank) / "stop").touch()
-    gang = bench.start(order, 2, "early")
-    assert gang.wait() == [23, 23], gang.log.read_text()
+    world = bench.start(run_spec, 2, "early")
+    assert world.wait() == [23, 23], world.log.read_text()
     told = (words_of(folder, 0) / "failure-0.json").read_text()
     assert "before the model was fetched" in told
-    head = bench.head(order)
-    assert head is not None and head.released and not head.commits
+    head = bench.head(run_spec)
+    assert head is not None and head.released and not head.checkpoints
 
 
 @pytest.mark.parametrize("every", [4, 12])  # on the way, and at the last step
@@ -54,7 +54,7 @@ def test_a_stop_in_a_validation_saves_and_what_goes_on_measures_it(
     bench: Bench, every: int
 ) -> None:
     steps = {"training": {"maxSteps": 12, "epochs": None}, "evaluation": {"everySteps": every}}
-    whole, cut = bench.order("1-whole", **steps), bench.order("1-cut", **steps)
+    whole, cut = bench.run_spec("1-whole", **steps), bench.run_spec("1-cut", **steps)
     Attempt(whole, bench.tmp_path / "a").train()
     stopped = Attempt(cut, bench.tmp_path / "b")
     told: set[str] = set()
@@ -67,9 +67,9 @@ def test_a_stop_in_a_validation_saves_and_what_goes_on_measures_it(
         stopped.train(evaluating)
     head = bench.head(cut)
     assert head is not None and head.released
-    assert head.commits[0].step == every and head.commits[0].metric is None
+    assert head.checkpoints[0].step == every and head.checkpoints[0].metric is None
     Attempt(cut, bench.tmp_path / "c").train()
-    results = [runfiles.read_result(bench.store, order.run_uri) for order in (whole, cut)]
+    results = [runfiles.read_result(bench.store, run_spec.run_uri) for run_spec in (whole, cut)]
     assert results[0].validation == results[1].validation
     assert results[0].curve == results[1].curve
     assert results[0].summary.checkpoint_step == results[1].summary.checkpoint_step

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
 from finetune_api.results import Termination
+from finetune_api.run_spec import CONTRACT_VERSION, JobIdentity, RunSpec
 from finetune_api.spec import parse_spec
 from finetune_trainer.supervise.processes import descendants
 from ports import free_port
@@ -33,8 +33,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from finetune_api.results import TrainSummary
-from finetune_trainer.supervise import workerfiles
-from finetune_trainer.failures import Interrupted, exit_code, verdict
+from finetune_trainer.supervise import worker_files
+from finetune_trainer.failures import Interrupted, exit_code, failure_of
 from finetune_trainer.train.startup import StartupClock
 
 startup = StartupClock.of_this_process()
@@ -46,7 +46,7 @@ def work():
     node = os.environ["FINETUNE_NODE_RANK"]
     step = 0
     while True:
-        wish = torch.tensor([float(workerfiles.stop_requested()), float((shared / "end").exists())])
+        wish = torch.tensor([float(worker_files.stop_requested()), float((shared / "end").exists())])
         dist.all_reduce(wish)
         step += 1
         if step == 3:
@@ -59,14 +59,14 @@ def work():
         time.sleep(0.01)
     if rank == 0:
         told = startup.first_step(from_step=0, compiling=None)
-        workerfiles.leave_result(TrainSummary(attempt=1, restarts=0, steps=step, startup=told))
+        worker_files.leave_result(TrainSummary(attempt=1, restarts=0, steps=step, startup=told))
 
 try:
     work()
 except BaseException as error:
-    workerfiles.report_failure(error)
+    worker_files.report_failure(error)
     print("worker ends:", repr(error), flush=True)
-    os._exit(int(exit_code(verdict(error))))
+    os._exit(int(exit_code(failure_of(error))))
 os._exit(0)
 """
 
@@ -79,10 +79,10 @@ Path(os.environ["SHARED"], "threads-" + "-".join(map(os.environ.get, names))).to
 
 USER_ERROR = """
 import os, sys, time
-from finetune_trainer.supervise import workerfiles
+from finetune_trainer.supervise import worker_files
 from finetune_trainer.failures import UserError
 if os.environ["RANK"] == "1":
-    workerfiles.report_failure(UserError("ModelTooSmall", "model.source: too small; take another"))
+    worker_files.report_failure(UserError("ModelTooSmall", "model.source: too small; take another"))
     sys.exit(1)
 time.sleep(60)
 """
@@ -117,7 +117,7 @@ class Nodes:
         self.write_order()
 
     def write_order(self, **spec: Any) -> None:
-        order = RunOrder(
+        run_spec = RunSpec(
             version=CONTRACT_VERSION,
             job=JobIdentity(namespace="default", name="job", uid="abcde"),
             run="1-abcde",
@@ -130,7 +130,7 @@ class Nodes:
                 }
             ),
         )
-        (self.folder / "order.json").write_text(order.to_text())
+        (self.folder / "run-spec.json").write_text(run_spec.to_text())
 
     def start(
         self, worker: str, rank: int = 0, main: str = MAIN, **environment: Any
@@ -142,7 +142,7 @@ class Nodes:
             "PYTHONPATH": os.pathsep.join([str(place), os.environ.get("PYTHONPATH", "")]),
             "OMP_NUM_THREADS": 1,
             "SHARED": self.shared,
-            "FINETUNE_ORDER": self.folder / "order.json",
+            "FINETUNE_RUN_SPEC": self.folder / "run-spec.json",
             "FINETUNE_SCRATCH": place / "scratch",
             "FINETUNE_TERMINATION": place / "termination" / "message",
             "FINETUNE_NODE_RANK": rank,
@@ -160,7 +160,7 @@ class Nodes:
         self.processes.append(process)
         return process
 
-    def start_gang(self) -> list[subprocess.Popen[bytes]]:
+    def start_world(self) -> list[subprocess.Popen[bytes]]:
         return [self.start(GANG, rank, FINETUNE_NODES=2) for rank in (0, 1)]
 
     def wait_for(self, pattern: str, count: int = 1) -> list[Path]:
@@ -215,19 +215,19 @@ def runs(pid: int) -> bool:
 
 @pytest.mark.slow
 def test_a_gang_that_loses_a_node_forms_again_and_finishes(nodes: Nodes) -> None:
-    gang = nodes.start_gang()
+    world = nodes.start_world()
     first = nodes.wait_for("training-*", 2)
     assert [path.name.split("-")[1:3] for path in first] == [["0", "0"], ["1", "1"]]
     for lost in (1, 0):
         before = len(list(nodes.shared.glob("training-*")))
-        nodes.kill_node(gang[lost])
+        nodes.kill_node(world[lost])
         began = time.monotonic()
-        gang[lost] = nodes.start(GANG, lost, FINETUNE_NODES=2)
+        world[lost] = nodes.start(GANG, lost, FINETUNE_NODES=2)
         nodes.wait_for("training-*", before + 2)
         print(f"training again {time.monotonic() - began:.1f} s after node {lost} was lost")
     assert not any(runs(int(path.name.split("-")[-1])) for path in first)
     (nodes.shared / "end").touch()
-    assert [nodes.end(process) for process in gang] == [0, 0], nodes.logs()
+    assert [nodes.end(process) for process in world] == [0, 0], nodes.logs()
     trained = nodes.last_word(0).trained
     assert trained is not None and trained.steps > 3
     assert trained.startup is not None
@@ -239,24 +239,24 @@ def test_a_gang_that_loses_a_node_forms_again_and_finishes(nodes: Nodes) -> None
 
 @pytest.mark.slow
 def test_a_stop_saves_and_the_other_node_waits(nodes: Nodes) -> None:
-    gang = nodes.start_gang()
+    world = nodes.start_world()
     nodes.wait_for("training-*", 2)
-    gang[1].send_signal(signal.SIGTERM)
-    assert nodes.end(gang[1]) == 23, nodes.logs()
+    world[1].send_signal(signal.SIGTERM)
+    assert nodes.end(world[1]) == 23, nodes.logs()
     failure = nodes.last_word(1).failure
     assert failure is not None
     assert (failure.failure_class, failure.retryable) == ("Preempted", True)
     assert "is saved" in failure.message
     nodes.wait_for("saved-*", 2)
     nodes.wait_for_log("starting the workers again in place")
-    assert gang[0].poll() is None
-    gang[0].send_signal(signal.SIGTERM)  # without a gang there is nothing to save
-    assert nodes.end(gang[0]) == 23, nodes.logs()
+    assert world[0].poll() is None
+    world[0].send_signal(signal.SIGTERM)  # without a gang there is nothing to save
+    assert nodes.end(world[0]) == 23, nodes.logs()
     failure = nodes.last_word(0).failure
     assert failure is not None and "before the gang had formed" in failure.message
 
 
-def test_a_failure_of_its_own_ends_the_pod_with_verdict_and_code(nodes: Nodes) -> None:
+def test_a_failure_of_its_own_ends_the_pod_with_its_reason_and_exit_code(nodes: Nodes) -> None:
     assert nodes.end(nodes.start(USER_ERROR, FINETUNE_PROCESSES_PER_NODE=2)) == 10, nodes.logs()
     word = nodes.last_word()
     assert (word.run, word.role) == ("1-abcde", "train")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from bench import COLOURS, Bench, curve
-from gangs import words_of
+from worlds import words_of
 
 from finetune_trainer.storage import runfiles
 
@@ -31,12 +31,12 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_at_any_size(bench: Bench
         "split": {"validation": "0.1", "test": "0.1"},
         "quality": {"deduplicate": False},
     }
-    order = bench.order("1-whole", data=data)
-    whole = bench.finish(order, 1, "whole")
+    run_spec = bench.run_spec("1-whole", data=data)
+    whole = bench.finish(run_spec, 1, "whole")
     assert whole.curve[-1].loss < whole.curve[0].loss
     assert whole.curve[0].by_source.keys() == {"colours"}
     assert {name for point in whole.curve for name in point.by_source} == {"colours", "loud"}
-    planned = runfiles.read_prepared(bench.store, order.run_uri).stages
+    planned = runfiles.read_prepared(bench.store, run_spec.run_uri).stages
     assert [stage.mixture for stage in planned] == [{"colours": 1}, {"colours": 0.75, "loud": 0.25}]
     named = [name for stage in planned for name in [stage.name] * stage.steps]
     assert [point.data_stage for point in whole.curve] == named
@@ -51,9 +51,9 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_at_any_size(bench: Bench
             "sharding": sharding, "contextParallel": sharing,
             "gpusPerNode": 0, "processesPerNode": after,
         }  # fmt: skip
-        order = bench.order(f"1-{name}", data=data, compute=compute)
-        bench.kill_after_commit(order, before, f"lost-{name}", step=6)
-        resumed = bench.finish(order, after, f"resumed-{name}")
+        run_spec = bench.run_spec(f"1-{name}", data=data, compute=compute)
+        bench.kill_after_checkpoint(run_spec, before, f"lost-{name}", step=6)
+        resumed = bench.finish(run_spec, after, f"resumed-{name}")
         assert (resumed.summary.attempt, resumed.summary.restarts) == (2, 1)
         assert resumed.summary.startup is not None and resumed.summary.startup.from_step >= 6
         assert curve(resumed).keys() == curve(whole).keys()
@@ -79,7 +79,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_at_any_size(bench: Bench
 def test_an_interrupted_run_equals_an_uninterrupted_one_with_other_optimizers_and_anchors(
     bench: Bench, optimizer: str, method: str, sharding: str, anchor: dict[str, str]
 ) -> None:
-    """The untuned model is that of the first attempt, not of the commit that a later one reads."""
+    """The untuned model is that of the first attempt, not of the checkpoint that a later one reads."""
     data = {
         "train": [
             {"name": "colours", "source": f"{bench.bucket}/train.jsonl"},
@@ -92,13 +92,13 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_with_other_optimizers_an
         "data": data, "method": {"type": method}, "compute": {"sharding": sharding},
         "training": {"optimizer": optimizer, "anchor": anchor},
     }  # fmt: skip
-    whole = bench.finish(bench.order("1-whole", **spec), 2, "whole")
+    whole = bench.finish(bench.run_spec("1-whole", **spec), 2, "whole")
     drifts = [point.anchor_kl for point in whole.curve]
     assert drifts[0] == pytest.approx(0, abs=1e-3), "dropout alone"
     assert max(drift or 0 for drift in drifts) > 10 * (drifts[0] or 0)
-    order = bench.order("1-again", **spec)
-    bench.kill_after_commit(order, 2, "lost", step=6)
-    again = bench.finish(order, 2, "resumed")
+    run_spec = bench.run_spec("1-again", **spec)
+    bench.kill_after_checkpoint(run_spec, 2, "lost", step=6)
+    again = bench.finish(run_spec, 2, "resumed")
     assert again.summary.restarts == 1
     for ours, theirs in zip(again.curve, whole.curve, strict=True):
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-4), ours.step
@@ -120,15 +120,15 @@ def test_pages_tell_what_the_gang_does(bench: Bench) -> None:
         "quality": {"deduplicate": False},
         "stages": [{"name": "only", "steps": "1"}],
     }
-    order = bench.order("1-pages", training={"epochs": 200}, checkpoint={"everySteps": 2},
+    run_spec = bench.run_spec("1-pages", training={"epochs": 200}, checkpoint={"everySteps": 2},
                         evaluation={"everySteps": 3}, data=data)  # fmt: skip
-    gang = bench.start(order, 1, "pages")
-    page = f"http://127.0.0.1:{gang.metrics_port}"
+    world = bench.start(run_spec, 1, "pages")
+    page = f"http://127.0.0.1:{world.metrics_port}"
     told: dict[str, Any] = {}
     deadline = time.monotonic() + 90
     while told.get("loss") is None or told.get("step", 0) < 25:
-        assert time.monotonic() < deadline, gang.log.read_text()
-        assert gang.processes[0].is_alive(), gang.log.read_text()
+        assert time.monotonic() < deadline, world.log.read_text()
+        assert world.processes[0].is_alive(), world.log.read_text()
         with contextlib.suppress(OSError):
             told = json.loads(urllib.request.urlopen(f"{page}/progress").read())
     values = dict(
@@ -136,10 +136,10 @@ def test_pages_tell_what_the_gang_does(bench: Bench) -> None:
         for line in urllib.request.urlopen(f"{page}/metrics").read().decode().splitlines()
         if not line.startswith("#")
     )
-    gang.kill()
+    world.kill()
     assert (told["run"], told["attempt"], told["restarts"]) == ("1-pages", 1, 0)
-    assert (told["totalSteps"], told["dataStage"]) == (bench.total_steps(order), "only")
-    assert told["latestCheckpoint"].startswith(order.run_uri)
+    assert (told["totalSteps"], told["dataStage"]) == (bench.total_steps(run_spec), "only")
+    assert told["latestCheckpoint"].startswith(run_spec.run_uri)
     for name in SERIES:
         assert float(values[name]) > 0, name
     for part in ("checkpoint", "evaluation"):
@@ -152,8 +152,8 @@ def test_pages_tell_what_the_gang_does(bench: Bench) -> None:
 
 
 def test_the_same_manifest_and_seed_give_the_same_metrics(bench: Bench) -> None:
-    one = bench.finish(bench.order("1-first"), 1, "one")
-    two = bench.finish(bench.order("2-secnd"), 1, "two")
+    one = bench.finish(bench.run_spec("1-first"), 1, "one")
+    two = bench.finish(bench.run_spec("2-secnd"), 1, "two")
     assert one.summary.scores == two.summary.scores
     assert curve(one) == curve(two)
 
@@ -161,25 +161,25 @@ def test_the_same_manifest_and_seed_give_the_same_metrics(bench: Bench) -> None:
 def test_the_gang_goes_by_what_prepare_has_measured(bench: Bench) -> None:
     """Weights of a size that no rehearsal of this model finds are in the gang's table."""
     training = {"maxSteps": 1, "epochs": None}
-    order = bench.order("1-known", training=training, compute={"gpusPerNode": 0})
-    kept = json.loads(runfiles.read_rehearsals(bench.store, order.run_uri) or b"{}")
+    run_spec = bench.run_spec("1-known", training=training, compute={"gpusPerNode": 0})
+    kept = json.loads(runfiles.read_memory_profiles(bench.store, run_spec.run_uri) or b"{}")
     (facts,) = kept.values()
     facts["weights"]["held"] = 77 << 20
-    runfiles.write_rehearsals(bench.store, order.run_uri, json.dumps(kept).encode())
-    gang = bench.start(order, 1, "known")
-    assert gang.wait() == [0], gang.log.read_text()
-    assert re.search(r"\b77 MiB  parameters", gang.log.read_text())
+    runfiles.write_memory_profiles(bench.store, run_spec.run_uri, json.dumps(kept).encode())
+    world = bench.start(run_spec, 1, "known")
+    assert world.wait() == [0], world.log.read_text()
+    assert re.search(r"\b77 MiB  parameters", world.log.read_text())
 
 
 def test_full_tuning_learns_and_reports_both_models(bench: Bench) -> None:
-    order = bench.order(
+    run_spec = bench.run_spec(
         "1-fullx", method={"type": "Full"}, training={"epochs": 6, "learningRate": "1e-2"}
     )
     began = time.time()
-    result = bench.finish(order, 2, "full")
+    result = bench.finish(run_spec, 2, "full")
     (scores,) = result.summary.scores
-    assert scores.tuned["Loss"] < scores.untuned["Loss"]
-    assert scores.tuned["Accuracy"] > scores.untuned["Accuracy"]
+    assert scores.tuned["Loss"] < scores.base["Loss"]
+    assert scores.tuned["Accuracy"] > scores.base["Accuracy"]
     assert set(scores.tuned) == {"Loss", "Perplexity", "Accuracy", "Precision", "Recall", "F1"}
     assert scores.tuned["Perplexity"] == pytest.approx(math.exp(scores.tuned["Loss"]))
     assert result.summary.trainable_parameters == result.summary.total_parameters > 0
@@ -197,32 +197,32 @@ def test_full_tuning_learns_and_reports_both_models(bench: Bench) -> None:
 def test_compiled_training_is_the_same_and_compiles_once(bench: Bench) -> None:
     """With the compiler that a GPU has too (inductor)."""
     training = {"microBatchTokens": 256, "compile": False}
-    plain = bench.finish(bench.order("1-plain", training=training), 1, "plain")
-    order = bench.order("1-compiled", training=training | {"compile": True})
-    gang = bench.start(order, 2, "compiled")
-    assert gang.wait(300) == [0, 0], gang.log.read_text()
-    compiled = runfiles.read_result(bench.store, order.run_uri)
+    plain = bench.finish(bench.run_spec("1-plain", training=training), 1, "plain")
+    run_spec = bench.run_spec("1-compiled", training=training | {"compile": True})
+    world = bench.start(run_spec, 2, "compiled")
+    assert world.wait(300) == [0, 0], world.log.read_text()
+    compiled = runfiles.read_result(bench.store, run_spec.run_uri)
     assert compiled.summary.startup is not None
     assert compiled.summary.startup.seconds["compile"] > 0
     for step, loss in curve(plain).items():
         assert curve(compiled)[step] == pytest.approx(loss, rel=1e-3)
-    counts = re.findall(r"^step .* (\d+) graphs compiled$", gang.log.read_text(), re.MULTILINE)
+    counts = re.findall(r"^step .* (\d+) graphs compiled$", world.log.read_text(), re.MULTILINE)
     assert len(counts) == len(compiled.curve) > 2
     assert len(set(counts)) == 1 and int(counts[0]) > 0, counts
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_its_name(bench: Bench) -> None:
-    order = bench.order("1-naned", method={"type": "Full"},
+    run_spec = bench.run_spec("1-naned", method={"type": "Full"},
                         training={"learningRate": "1e25", "warmupRatio": "0", "maxGradNorm": "0"},
                         checkpoint={"everySteps": 1})  # fmt: skip
-    gang = bench.start(order, 2, "nan")
-    assert gang.wait() == [13, 13], gang.log.read_text()
-    failure = json.loads((words_of(gang.folder, 0) / "failure-0.json").read_text())
+    world = bench.start(run_spec, 2, "nan")
+    assert world.wait() == [13, 13], world.log.read_text()
+    failure = json.loads((words_of(world.folder, 0) / "failure-0.json").read_text())
     assert failure["class"] == "Diverged"
     assert failure["reason"] == "LossNotFinite"
     assert "learningRate" in failure["message"] and "of 'train-0'" in failure["message"]
-    for commit in bench.head(order).commits:  # type: ignore[union-attr]
-        state = json.loads(bench.store.get(f"{commit.uri}/state.json"))
+    for checkpoint in bench.head(run_spec).checkpoints:  # type: ignore[union-attr]
+        state = json.loads(bench.store.get(f"{checkpoint.uri}/state.json"))
         assert all(math.isfinite(loss) for loss in state["pending"])
 
 
@@ -230,8 +230,8 @@ def test_activations_computed_again_give_the_same_training(bench: Bench) -> None
     results = {}
     for again in ("Never", "Always"):
         training = {"epochs": 1, "gradientCheckpointing": again}
-        order = bench.order(f"1-{again.lower()}", training=training)
-        results[again] = bench.finish(order, 1, again)
+        run_spec = bench.run_spec(f"1-{again.lower()}", training=training)
+        results[again] = bench.finish(run_spec, 1, again)
         said = "NoShard, gradient checkpointing" if again == "Always" else "NoShard)"
         assert said in (bench.tmp_path / again / "log").read_text()
     never, always = (results[again].curve for again in ("Never", "Always"))
@@ -239,27 +239,27 @@ def test_activations_computed_again_give_the_same_training(bench: Bench) -> None
 
 
 def test_early_stopping_ends_training(bench: Bench) -> None:
-    order = bench.order(
+    run_spec = bench.run_spec(
         "1-early",
         training={"epochs": 50, "learningRate": "0",
                   "earlyStopping": {"metric": "Loss", "patience": 2}},
         evaluation={"everySteps": 2},
     )  # fmt: skip
-    result = bench.finish(order, 1, "early")
+    result = bench.finish(run_spec, 1, "early")
     assert result.summary.stopped_early
     assert result.summary.steps == 6  # one evaluation sets the mark, two do not improve on it
 
 
 def test_a_stale_gang_is_fenced(bench: Bench) -> None:
-    order = bench.order("1-stale", training={"epochs": 200}, checkpoint={"everySteps": 1})
-    stale = bench.start(order, 1, "stale")
+    run_spec = bench.run_spec("1-stale", training={"epochs": 200}, checkpoint={"everySteps": 1})
+    stale = bench.start(run_spec, 1, "stale")
     deadline = time.monotonic() + 90
-    while not ((head := bench.head(order)) and head.commits):
+    while not ((head := bench.head(run_spec)) and head.checkpoints):
         assert time.monotonic() < deadline, stale.log.read_text()
         time.sleep(0.02)
-    newer = bench.start(order, 1, "newer")
+    newer = bench.start(run_spec, 1, "newer")
     assert stale.wait() == [16], stale.log.read_text()
     newer.kill()
-    head = bench.head(order)
+    head = bench.head(run_spec)
     assert head is not None
     assert head.attempt == 2

@@ -13,13 +13,13 @@ from bench import write_model
 from engine import CPU, samples, spec_of
 from tuning import Tuning
 
-from finetune_trainer.engine.loss import TokenLoss, row_losses
+from finetune_trainer.engine.loss import TokenLoss, micro_batch_losses
 from finetune_trainer.engine.model import load_base, load_tokenizer
-from finetune_trainer.engine.rows.padded import build_padded_tokens
+from finetune_trainer.engine.packing.padded import build_padded_tokens
 from finetune_trainer.evaluate.measure import Evaluator
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepare.pipeline import max_length_of
-from finetune_trainer.prepared.shards import Reference
+from finetune_trainer.prepared.dataset import Reference
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +37,20 @@ def test_losses_and_answers_behind_virtual_tokens(base: Path, name: str) -> None
     tuning.step(0)
     model = tuning.model.eval()
     (sample,) = samples([18], seed=9)
-    row = build_padded_tokens([sample], [0], seed=0, step=0, device=CPU)
-    found = row_losses(tuning.loss, row)
+    micro_batch = build_padded_tokens([sample], [0], seed=0, step=0, device=CPU)
+    found = micro_batch_losses(tuning.loss, micro_batch)
     prompts = [torch.arange(3, 3 + n).numpy() for n in (4, 9, 4)]
     asked = [Reference(p, "", "", None) for p in prompts]
     answers = evaluator(tuning.loss, base).generate(asked)
 
     plain = TokenLoss(load_base(base, torch.float32, False)).eval()
-    with tuning.loss.untuned():
-        assert torch.equal(row_losses(tuning.loss, row), row_losses(plain, row))
+    with tuning.loss.base_model():
+        assert torch.equal(
+            micro_batch_losses(tuning.loss, micro_batch), micro_batch_losses(plain, micro_batch)
+        )
         before = evaluator(tuning.loss, base).generate(asked)
         assert before == evaluator(plain, base).generate(asked)
-    assert torch.equal(row_losses(tuning.loss, row), found)
+    assert torch.equal(micro_batch_losses(tuning.loss, micro_batch), found)
 
     model.set_attn_implementation("eager")
     ids = torch.from_numpy(sample.ids.astype("int64"))
@@ -68,12 +70,12 @@ def test_losses_and_answers_behind_virtual_tokens(base: Path, name: str) -> None
 
 
 def evaluator(loss: TokenLoss, base: Path) -> Evaluator:
-    gang: Any = SimpleNamespace(
-        rank=0, size=1, device=CPU, autocast=nullcontext, together=lambda work: [work()]
+    world: Any = SimpleNamespace(
+        rank=0, size=1, device=CPU, autocast=nullcontext, on_all=lambda work: [work()]
     )
     data: Any = SimpleNamespace(manifest=SimpleNamespace(stop_token_ids=[128]))
     return Evaluator(
-        gang=gang, data=data, loss=loss, tokenizer=load_tokenizer(base), row_tokens=64,
+        world=world, data=data, loss=loss, tokenizer=load_tokenizer(base), micro_batch_tokens=64,
         packing="Padded", build=build_padded_tokens, max_samples=8, max_new_tokens=6,
         virtual_tokens=5,
     )  # fmt: skip

@@ -11,21 +11,21 @@ from peft import PeftModel
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from transformers import AutoModelForCausalLM
 
-from finetune_api.sources import ModelPlace
+from finetune_api.sources import ModelLocation
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.base import BaseFiles
-from finetune_trainer.engine.commits.dcp import load_state, save_state, state_of
-from finetune_trainer.engine.commits.staging import stage
+from finetune_trainer.engine.checkpointing.dcp import load_state, save_state, state_of
+from finetune_trainer.engine.checkpointing.staging import stage
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.model import load_base, load_tokenizer
 from finetune_trainer.engine.optimizers import make_optimizers, step_if
-from finetune_trainer.engine.rows.feed import build_row
-from finetune_trainer.engine.rows.layout import row_context
+from finetune_trainer.engine.packing.feed import build_packed
+from finetune_trainer.engine.packing.layout import layout_context
 from finetune_trainer.engine.tuning.derived import derive
 from finetune_trainer.engine.tuning.methods import apply_method
-from finetune_trainer.publish.weights import tuned_model, write_adapter, write_merged
+from finetune_trainer.publish.export import tuned_model, write_adapter, write_merged
 from finetune_trainer.storage.published import Base
-from finetune_trainer.storage.weights import Weights
+from finetune_trainer.storage.weight_reader import Weights
 
 IDS = torch.arange(1, 25)[None]
 
@@ -43,10 +43,10 @@ class Tuning:
         self.optimizers = make_optimizers(self.model, spec)
 
     def step(self, number: int) -> float:
-        row = build_row(samples([18], seed=number), [0], seed=0, step=number, device=CPU)
+        micro_batch = build_packed(samples([18], seed=number), [0], seed=0, step=number, device=CPU)
         self.model.train()
-        with row_context(row.layout):
-            losses = self.loss(row)
+        with layout_context(micro_batch.layout):
+            losses = self.loss(micro_batch)
             (losses.tokens.sum() + losses.added).backward()
         step_if(self.optimizers, 3e-2, torch.tensor(True))
         return float(losses.tokens.detach().sum())
@@ -67,18 +67,18 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def step_and_resume(base: Path, folder: Path, spec: FineTuneJobSpec, tuning: Tuning) -> Tuning:
-    """What resumes of a commit (``folder/commit``) made after three steps. Steps change what is
+    """What resumes of a checkpoint (``folder/commit``) made after three steps. Steps change what is
     trained and no more, and a resume begins with all of it."""
     before = tuning.values()
     for number in range(3):
         tuning.step(number)
     after = tuning.values()
     assert {n for n in after if not torch.equal(before[n], after[n])} == tuning.trained()
-    commit = folder / "commit"
+    checkpoint = folder / "commit"
     state = state_of(tuning.model, tuning.optimizers)
-    save_state(FileSystemWriter(commit), stage(state, None), None)
+    save_state(FileSystemWriter(checkpoint), stage(state, None), None)
     resumed = Tuning(base, spec)
-    load_state(FileSystemReader(commit), resumed.model, resumed.optimizers, None)
+    load_state(FileSystemReader(checkpoint), resumed.model, resumed.optimizers, None)
     assert all(torch.equal(value, after[name]) for name, value in resumed.values().items())
     return resumed
 
@@ -96,18 +96,18 @@ def check_round(base: Path, folder: Path, spec: FineTuneJobSpec, tuning: Tuning)
 def check_published(
     base: Path, folder: Path, spec: FineTuneJobSpec, expected: torch.Tensor
 ) -> None:
-    """What is written of a commit has the tuned model's logits in plain transformers and peft."""
-    tokenizer, commit = load_tokenizer(base), FileSystemReader(folder / "commit")
+    """What is written of a checkpoint has the tuned model's logits in plain transformers and peft."""
+    tokenizer, checkpoint = load_tokenizer(base), FileSystemReader(folder / "commit")
     plain = AutoModelForCausalLM.from_pretrained(base)
     assert (logits(plain) - expected).abs().max() > 1e-3
     if "Adapter" in spec.method.kind.formats:
-        model = tuned_model(base, None, commit, spec)
-        files = BaseFiles(Base(ModelPlace(source="s3://models/base"), ()), base, None)
+        model = tuned_model(base, None, checkpoint, spec)
+        files = BaseFiles(Base(ModelLocation(source="s3://models/base"), ()), base, None)
         write_adapter(model, tokenizer, files, spec, folder / "adapter")
         adapted = PeftModel.from_pretrained(plain, str(folder / "adapter"))
         torch.testing.assert_close(logits(adapted), expected, atol=2e-6, rtol=1e-5)
     if "Merged" in spec.method.kind.formats:
-        model = tuned_model(base, Weights.of_folder(base), commit, spec)
+        model = tuned_model(base, Weights.of_folder(base), checkpoint, spec)
         write_merged(model, tokenizer, base, [128], folder / "merged")
         merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
         torch.testing.assert_close(logits(merged), expected, atol=2e-6, rtol=1e-5)

@@ -1,6 +1,6 @@
 """What a change of each field of the spec does to a run that has begun.
 
-Live: applied as it is. Resume: the same run goes on from its last commit in a new gang. NewRun:
+Live: applied as it is. Resume: the same run goes on from its last checkpoint in a new gang. NewRun:
 the current run is stopped, the next one begins. The longest path that a field's path begins with
 decides; a test proves that every field of the spec is covered.
 """

@@ -42,9 +42,9 @@ def child_name(job_name: str, run: str, role: Role, revision: int) -> str:
     return f"{child_base(job_name, run)}-{role}-{revision}"
 
 
-def order_name(job_name: str, run: str, revision: int) -> str:
-    """Name of the ConfigMap that holds the order of one revision of a run."""
-    return f"{child_base(job_name, run)}-order-{revision}"
+def run_spec_name(job_name: str, run: str, revision: int) -> str:
+    """Name of the ConfigMap that holds the run spec of one revision of a run."""
+    return f"{child_base(job_name, run)}-run-spec-{revision}"
 
 
 def label_value(job_name: str) -> str:

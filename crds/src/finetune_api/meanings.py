@@ -92,7 +92,7 @@ FAILURES: Final[dict[FailureClass, tuple[str, str]]] = {
     "Diverged": (
         "More steps in a row than training.guard allows had a loss or gradient that was no finite"
         " number (reason LossNotFinite), or, where training.guard.spikeDeviations is set, a loss"
-        " that leapt (LossSpike), and going back to an earlier commit did not help.",
+        " that leapt (LossSpike), and going back to an earlier checkpoint did not help.",
         "Lower training.learningRate, raise training.warmupRatio, or look at the samples that the"
         " message names; after LossSpike, a higher training.guard.spikeDeviations lets more pass.",
     ),
@@ -100,7 +100,7 @@ FAILURES: Final[dict[FailureClass, tuple[str, str]]] = {
         "A node, a device or a process of the gang was lost more often than"
         " failurePolicy.maxRestarts, or no node was found in scheduling.startDeadlineSeconds.",
         "Look at the node that status names, or ask for less; the run goes on from its"
-        " last commit when a field of class Resume is changed (of compute, scheduling or"
+        " last checkpoint when a field of class Resume is changed (of compute, scheduling or"
         " checkpoint, say), and begins anew with another rerunToken.",
     ),
     "Preempted": (
@@ -155,10 +155,10 @@ STORAGE_LAYOUT: Final[tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = (
                 "what map leaves of each input split for the reduce; removed when all is prepared",
             ),
             ("prepared.json", "which prepared data the run uses"),
-            ("rehearsals.json", "what memory the model takes, as prepare counted it"),
-            ("HEAD.json", "the attempt that owns the run, its commits, and when it went back"),
+            ("memory-profiles.json", "what memory the model takes, as prepare counted it"),
+            ("HEAD.json", "the attempt that owns the run, its checkpoints, and when it went back"),
             ("seen.json", "when the attempt last showed that it lives: what it cost, if it dies"),
-            ("attempt-<n>/step-<8 digits>/", "a commit: the training state"),
+            ("attempt-<n>/step-<8 digits>/", "a checkpoint: the training state"),
             ("baseline.json", "test metrics of the untuned model"),
             ("result.json", "what publish reads: summary and learning curve"),
         ),

@@ -36,9 +36,9 @@ then reduces what they leave."""
 
 # --- inside a pod -------------------------------------------------------------------------------
 CONTAINER: Final = "trainer"
-ORDER_PATH: Final = "/etc/finetune/order.json"
-"""Where the run's order (``finetune_api.order.RunOrder``) is mounted."""
-ORDER_KEY: Final = "order.json"
+RUN_SPEC_PATH: Final = "/etc/finetune/run-spec.json"
+"""Where the run spec (``finetune_api.run_spec.RunSpec``) is mounted."""
+RUN_SPEC_KEY: Final = "run-spec.json"
 PVC_ROOT: Final = "/var/run/finetune/pvc"
 """Claims of ``pvc://claim/path`` sources are mounted at ``PVC_ROOT/claim``."""
 MODEL_CACHE: Final = "/var/cache/finetune"
@@ -51,8 +51,8 @@ METRICS_PORT_NAME: Final = "metrics"
 RENDEZVOUS_PORT: Final = 29400
 RENDEZVOUS_PORT_NAME: Final = "rendezvous"
 
-ENV_ORDER: Final = "FINETUNE_ORDER"
-"""Overrides ORDER_PATH."""
+ENV_RUN_SPEC: Final = "FINETUNE_RUN_SPEC"
+"""Overrides RUN_SPEC_PATH."""
 ENV_PVC_ROOT: Final = "FINETUNE_PVC_ROOT"
 ENV_SCRATCH: Final = "FINETUNE_SCRATCH"
 ENV_MODEL_CACHE: Final = "FINETUNE_MODEL_CACHE"

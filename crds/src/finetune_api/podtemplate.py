@@ -40,7 +40,7 @@ _CAPABILITIES: Final = frozenset({"IPC_LOCK"})
 _VOLUME_TYPES: Final = frozenset(
     {"configMap", "emptyDir", "ephemeral", "name", "persistentVolumeClaim", "secret"}
 )
-_OUR_VOLUMES: Final = frozenset({"order", "scratch", "tmp", "termination", "shm", "model-cache"})
+_OUR_VOLUMES: Final = frozenset({"run-spec", "scratch", "tmp", "termination", "shm", "model-cache"})
 _OUR_PATHS: Final = (
     "/etc/finetune", "/var/run/finetune", names.MODEL_CACHE, "/dev/shm", "/tmp",
 )  # fmt: skip

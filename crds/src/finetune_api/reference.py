@@ -20,7 +20,7 @@ CHANGES = """\
 What a change of a field does to a run that has begun:
 
 - **Live**: it is applied as it is.
-- **Resume**: the same run goes on from its last commit in a new gang.
+- **Resume**: the same run goes on from its last checkpoint in a new gang.
 - **NewRun**: the current run is stopped with its state saved, and the next one begins. Earlier runs
   stay in `status.history` and in object storage.
 

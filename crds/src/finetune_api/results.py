@@ -23,7 +23,7 @@ StartupPart = Literal[
 """What an attempt does before its first optimizer step is done, in order: torchrun starts and the
 nodes find each other; a worker imports its libraries; the processes form a gang and take the run;
 they open the data, and plan; fetch the model, estimate its memory, load and shard it; read the
-newest commit; measure the untuned model; compile blocks (with training.compile); take the step."""
+newest checkpoint; measure the untuned model; compile blocks (with training.compile); take the step."""
 
 
 class Startup(Record):
@@ -34,7 +34,7 @@ class Startup(Record):
     """Seconds by part. Parts follow one another without gaps: their sum is the time from the start
     of the node's training processes to the end of the first step."""
     from_step: int
-    """Steps done before: above 0 where the attempt went on from a commit."""
+    """Steps done before: above 0 where the attempt went on from a checkpoint."""
     first_step: float
     """Unix time at the end of the first step."""
 
@@ -91,11 +91,11 @@ class Progress(Record):
     remaining_seconds: float | None = None
     """Expected time to the end of training."""
     latest_checkpoint: str | None = None
-    """Address of the newest commit."""
+    """Address of the newest checkpoint."""
     best_checkpoint: str | None = None
-    """Address of the best commit."""
-    commits_given_up: int = 0
-    """Commits of this attempt that storage did not take and the training went on without."""
+    """Address of the best checkpoint."""
+    checkpoints_abandoned: int = 0
+    """Checkpoints of this attempt that storage did not take and the training went on without."""
     training_seconds: float = 0.0
     """Wall time since this attempt began."""
     lost_seconds: float = 0.0
@@ -194,7 +194,7 @@ class DataSetScores(Record):
     """Name of the set."""
     samples: int
     """Samples measured."""
-    untuned: Metrics
+    base: Metrics
     """Of the model as it was."""
     tuned: Metrics
     """Of the tuned model."""
@@ -214,7 +214,7 @@ class TrainSummary(Record):
     loss: float | None = None
     """Last training loss."""
     checkpoint: str | None = None
-    """Address of the commit chosen for publishing."""
+    """Address of the checkpoint chosen for publishing."""
     checkpoint_step: int | None = None
     """Its step."""
     trainable_parameters: int = 0
@@ -232,7 +232,7 @@ class TrainSummary(Record):
     skipped_steps: int = 0
     """Steps whose update was not made (see training.guard)."""
     rollbacks: int = 0
-    """Times that the run went back to an earlier commit."""
+    """Times that the run went back to an earlier checkpoint."""
     quarantined_samples: int = 0
     """Training samples that were left out then."""
     startup: Startup | None = None

@@ -121,7 +121,7 @@ def _checked(node: Schema, path: str, defaults: bool) -> Schema:
         node["additionalProperties"] = _checked(node["additionalProperties"], f"{path}.*", defaults)
     if "items" in node:
         node["items"] = _checked(node["items"], f"{path}[]", defaults)
-    return {key: node[key] for key in sorted(node, key=_order)}
+    return {key: node[key] for key in sorted(node, key=_run_spec)}
 
 
 def _key_rules(names: Schema) -> list[Schema]:
@@ -153,7 +153,7 @@ def _refuse_unbounded(node: Schema, path: str) -> None:
         raise ValueError(f"{path}: give it maxProperties, or CEL rules go over their cost budget")
 
 
-def _order(key: str) -> tuple[int, str]:
+def _run_spec(key: str) -> tuple[int, str]:
     """What a reader asks first stands first."""
     first = ("description", "type", "default", "enum")
     return (first.index(key) if key in first else len(first), key)

@@ -135,7 +135,7 @@ class BaseModelSource(Model):
     )
 
 
-class ModelPlace(Model):
+class ModelLocation(Model):
     """Where a model is, and how it is reached."""
 
     source: ModelUri

@@ -54,15 +54,15 @@ class Checkpoint(Model):
     """When the training state is committed to object storage."""
 
     every_steps: Count | None = None
-    """Steps between commits."""
+    """Steps between checkpoints."""
     every_seconds: Count | None = None
-    """Seconds between commits. Absent, with everySteps absent too: 600."""
+    """Seconds between checkpoints. Absent, with everySteps absent too: 600."""
     keep_last: Annotated[int, Field(ge=1, le=100)] = 2
-    """Newest commits that are kept; older ones are removed."""
+    """Newest checkpoints that are kept; older ones are removed."""
     keep_best: Annotated[int, Field(ge=1, le=100)] = 1
-    """Best commits that are kept besides, by metric."""
+    """Best checkpoints that are kept besides, by metric."""
     metric: Metric = "Loss"
-    """Validation metric by which the best commit is chosen; that one is published."""
+    """Validation metric by which the best checkpoint is chosen; that one is published."""
     staging: Literal["Memory", "Disk"] = "Memory"
     """Where the state is copied to, for training to go on while the copy is uploaded. The copy is
     of the trained weights and the optimizer's state: with AdamW 12 bytes a trained parameter.

@@ -133,7 +133,7 @@ class ProgressStatus(Model):
 
 
 class Checkpoints(Model):
-    """Commits of the run."""
+    """Checkpoints of the run."""
 
     latest: Uri | None = None
     """Newest commit."""
@@ -157,7 +157,7 @@ class MetricValue(Model):
     """Name of the data set."""
     metric: Word
     """Name of the metric."""
-    untuned: Number | None = None
+    base: Number | None = None
     """Of the model as it was."""
     tuned: Number | None = None
     """Of the tuned model."""
@@ -274,7 +274,7 @@ class FineTuneJobStatus(Model):
     progress: ProgressStatus | None = None
     """Where the training stands."""
     checkpoints: Checkpoints | None = None
-    """Commits of the run."""
+    """Checkpoints of the run."""
     evaluation: Annotated[list[MetricValue], Field(max_length=256)] = []
     """Test metrics, untuned and tuned."""
     parameters: ParameterStatus | None = None

@@ -33,7 +33,7 @@ class Guard(Model):
     only losses and gradients that are no finite numbers skip a step, since a batch of rare, hard
     records looks like a spike, and would never be learned."""
     max_skipped_steps: Annotated[int, Field(ge=0, le=100)] = 5
-    """Steps that may be skipped in a row. Beyond, the run goes back to its newest commit from
+    """Steps that may be skipped in a row. Beyond, the run goes back to its newest checkpoint from
     before them, with a lower learning rate and without the samples of the skipped steps, which
     metrics.json names (set, number in it, shard and row; the first 100)."""
     max_rollbacks: Annotated[int, Field(ge=0, le=100)] = 2

@@ -9,11 +9,11 @@ from typing import Final
 from finetune_api.names import GROUP
 
 ANNOTATION_IMAGE: Final = f"{GROUP}/image"
-"""On an order: the trainer image of the run, which a newer operator must not change."""
+"""On a run spec: the trainer image of the run, which a newer operator must not change."""
 ANNOTATION_OUTCOME: Final = f"{GROUP}/outcome"
-"""On an order: the run's outcome, so that the run stays ended where status is lost."""
+"""On a run spec: the run's outcome, so that the run stays ended where status is lost."""
 ANNOTATION_RESTARTS: Final = f"{GROUP}/restarts-before"
-"""On an order: incidents of earlier revisions that do not count against this one."""
+"""On a run spec: incidents of earlier revisions that do not count against this one."""
 
 ANNOTATION_SUSPENDED: Final = f"{GROUP}/suspended"
 """On a Job: the operator suspended it for spec.suspend. A Job that another (a queue) has suspended

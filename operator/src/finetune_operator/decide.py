@@ -40,7 +40,7 @@ def decide(job: Mapping[str, Any], observed: Observed, now: datetime, config: Co
     if run is None:
         after = suspended_from_start(before, subject, now)
         return _with_status(Plan(subject), job, before, after)
-    live = spec or _with_suspend(run.order.spec, job.get("spec"))
+    live = spec or _with_suspend(run.run_spec.spec, job.get("spec"))
     view = RunView(subject, live, problems, before, observed, run, now)
     decision = advance(view)
     actions = decision.actions

@@ -154,7 +154,7 @@ def _per_job(jobs: Iterable[Mapping[str, Any]]) -> Iterator[Metric]:
                 family.add_metric(name, float(figures[key]))
         restarts.add_metric(name, status.get("restarts", 0))
         for row in status.get("evaluation") or []:
-            for model in ("untuned", "tuned"):
+            for model in ("base", "tuned"):
                 if model in row:
                     labels = [*name, row["dataSet"], row["metric"], model]
                     test.add_metric(labels, float(row[model]))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_api.order import RunOrder
+from finetune_api.run_spec import RunSpec
 from finetune_trainer.storage.objects import ObjectStore
 from finetune_trainer.storage.s3server import EmbeddedS3
 from trainer.prepare_helpers import CHATML, Workplace, make_tokenizer, save_model
@@ -30,7 +30,7 @@ def bucket(s3: EmbeddedS3, store: ObjectStore, model_folder: Path) -> str:
 
 @pytest.fixture
 def at(
-    store: ObjectStore, bucket: str, order_for: Callable[..., RunOrder], tmp_path: Path
+    store: ObjectStore, bucket: str, run_spec_for: Callable[..., RunSpec], tmp_path: Path
 ) -> Workplace:
     root = f"s3://{bucket}/{uuid.uuid4().hex[:8]}"
-    return Workplace(root, store, order_for, (tmp_path / str(i) for i in range(99)))
+    return Workplace(root, store, run_spec_for, (tmp_path / str(i) for i in range(99)))

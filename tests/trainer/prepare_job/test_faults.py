@@ -69,7 +69,7 @@ DROP = {**ALL, "quality": {"faultyRecords": "Drop"}}
 
 def test_faulty_records_are_dropped_and_counted_by_reason(at: Workplace) -> None:
     data = FAULTY[0] + lines(*pairs(2)) + b"\n" + FAULTY[1] + lines(*pairs(3, 2)) + FAULTY[2]
-    summary, prepared = at.prepare(at.order(data, data=DROP))
+    summary, prepared = at.prepare(at.run_spec(data, data=DROP))
     assert texts(prepared, "train") == [r["prompt"] + r["completion"] for r in pairs(5)]
     counts = {"MalformedRecord": 1, "MissingField": 1, "WrongType": 1, "NothingSupervised": 1}
     assert summary.dropped == counts
@@ -92,7 +92,7 @@ def test_a_record_whose_answer_has_no_token_is_dropped_too(
         ],
     )
     faulty = {"prompt": "x", "completion": "\u200b"}
-    summary, prepared = at.prepare(at.order(lines(*pairs(2), faulty, *pairs(2, 2)), data=DROP))
+    summary, prepared = at.prepare(at.run_spec(lines(*pairs(2), faulty, *pairs(2, 2)), data=DROP))
     assert texts(prepared, "train") == [r["prompt"] + r["completion"] for r in pairs(4)]
     assert summary.dropped == {"NothingSupervised": 1}
 
@@ -106,7 +106,7 @@ def test_a_set_that_is_mostly_faulty_fails_the_job(at: Workplace, data: bytes) -
 
 
 def test_half_of_a_set_may_be_faulty(at: Workplace) -> None:
-    summary, _ = at.prepare(at.order(lines(*pairs(2)) + FAULTY[0] * 2, data=DROP))
+    summary, _ = at.prepare(at.run_spec(lines(*pairs(2)) + FAULTY[0] * 2, data=DROP))
     assert summary.train_samples == 2 and summary.dropped == {"MalformedRecord": 2}
 
 
@@ -140,17 +140,19 @@ def test_a_default_name_that_is_taken_is_refused(at: Workplace) -> None:
 def test_a_metric_that_no_set_can_have_is_refused(
     at: Workplace, spec: dict[str, Any], field: str
 ) -> None:
-    order = at.order(lines(*pairs(30)), **spec)
+    run_spec = at.run_spec(lines(*pairs(30)), **spec)
     with pytest.raises(UserError, match=field) as caught:
-        at.prepare(order)
+        at.prepare(run_spec)
     assert caught.value.reason == "MetricWithoutData"
-    assert not at.store.head(f"{order.run_uri}/prepared.json")
+    assert not at.store.head(f"{run_spec.run_uri}/prepared.json")
 
 
 def test_a_stage_that_the_steps_do_not_suffice_for_is_refused(at: Workplace) -> None:
     stages = [{"name": "warm", "steps": "0.01"}, {"name": "rest", "steps": "0.99"}]
-    order = at.order(lines(*pairs(30)), data={**ALL, "stages": stages}, training={"maxSteps": 40})
+    run_spec = at.run_spec(
+        lines(*pairs(30)), data={**ALL, "stages": stages}, training={"maxSteps": 40}
+    )
     with pytest.raises(UserError, match=r"'warm' would have no step: .*40 steps") as caught:
-        at.prepare(order)
+        at.prepare(run_spec)
     assert caught.value.reason == "StageTooShort"
-    assert not at.store.head(f"{order.run_uri}/prepared.json")
+    assert not at.store.head(f"{run_spec.run_uri}/prepared.json")

@@ -23,8 +23,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune_api.names import ENV_PVC_ROOT
-from finetune_api.order import RunOrder
 from finetune_api.results import PreparedSummary
+from finetune_api.run_spec import RunSpec
 from finetune_trainer.failures import (
     DataError,
     NodeFailure,
@@ -42,7 +42,7 @@ from finetune_trainer.prepare.reading.lines import count_lines, lines_between
 from finetune_trainer.prepare.reading.sources import DataObject
 from finetune_trainer.prepare.reducing import reduce as reduce_module
 from finetune_trainer.prepared import shards
-from finetune_trainer.prepared.shards import PreparedData
+from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.prepared.split import SIDES
 from finetune_trainer.storage.objects import ObjectStore
 from trainer.prepare_helpers import OneStore, lines, pairs
@@ -61,7 +61,7 @@ class Workshop:
     """Data at an address, and workers on it."""
 
     store: ObjectStore
-    order_for: Callable[..., RunOrder]
+    run_spec_for: Callable[..., RunSpec]
     scratch: Iterator[Path]
     root: str
 
@@ -69,31 +69,35 @@ class Workshop:
         self.store.put(f"{self.root}/{name}", data)
         return f"{self.root}/{name}"
 
-    def order(self, data: dict[str, Any], workers: int, **spec: Any) -> RunOrder:
-        return self.order_for(
+    def run_spec(self, data: dict[str, Any], workers: int, **spec: Any) -> RunSpec:
+        return self.run_spec_for(
             data=data, output={"destination": f"{self.root}/out"}, prepare={"workers": workers},
             **spec,
         )  # fmt: skip
 
     def work(
-        self, order: RunOrder, step: Step, worker: int = 0, say: Say | None = None,
+        self, run_spec: RunSpec, step: Step, worker: int = 0, say: Say | None = None,
         processes: int | None = None,
     ) -> PreparedSummary | None:  # fmt: skip
-        stores = OneStore(order, self.store)
+        stores = OneStore(run_spec, self.store)
         return prepare(
-            order, stores, next(self.scratch), say, step=step, worker=worker, processes=processes
+            run_spec, stores, next(self.scratch), say, step=step, worker=worker, processes=processes
         )
 
     def prepare(
-        self, order: RunOrder, processes: int | None = None, say: Say | None = None
+        self, run_spec: RunSpec, processes: int | None = None, say: Say | None = None
     ) -> PreparedSummary:
         """As pods do: several that map, the first last, and one that reduces; or one alone."""
-        workers = order.spec.prepare.workers
+        workers = run_spec.spec.prepare.workers
         for worker in range(workers - 1, -1, -1) if workers > 1 else ():
             told = say if worker == 0 else None
-            assert self.work(order, "Map", worker, told, processes) is None
+            assert self.work(run_spec, "Map", worker, told, processes) is None
         summary = self.work(
-            order, "Reduce" if workers > 1 else "All", 0, say if workers == 1 else None, processes
+            run_spec,
+            "Reduce" if workers > 1 else "All",
+            0,
+            say if workers == 1 else None,
+            processes,
         )
         assert summary is not None
         return summary
@@ -104,8 +108,8 @@ class Workshop:
     def clear(self) -> None:
         self.store.delete([o.uri for o in self.store.list(f"{self.root}/out/")])
 
-    def results_left(self, order: RunOrder) -> list[str]:
-        return [o.uri for o in self.store.list(f"{order.run_uri}/splits/")]
+    def results_left(self, run_spec: RunSpec) -> list[str]:
+        return [o.uri for o in self.store.list(f"{run_spec.run_uri}/splits/")]
 
     def samples(self, summary: PreparedSummary) -> dict[str, list[Any]]:
         """Every sample by side, in order: set, tokens and what is learned."""
@@ -124,10 +128,10 @@ class Workshop:
 
 @pytest.fixture
 def at(
-    store: ObjectStore, bucket: str, order_for: Callable[..., RunOrder], tmp_path: Path
+    store: ObjectStore, bucket: str, run_spec_for: Callable[..., RunSpec], tmp_path: Path
 ) -> Workshop:
     root = f"s3://{bucket}/{uuid.uuid4().hex[:8]}"
-    return Workshop(store, order_for, (tmp_path / str(i) for i in range(999)), root)
+    return Workshop(store, run_spec_for, (tmp_path / str(i) for i in range(999)), root)
 
 
 def records(seed: int, count: int) -> list[dict[str, str]]:
@@ -196,10 +200,10 @@ def test_any_number_of_pods_and_processes_writes_the_same_bytes(
     short = {"training": {"maxLength": 128}}
     written, summaries = [], []
     for pods, processes in runs:
-        order = at.order(data, pods, **short)
-        summaries.append(at.prepare(order, processes))
+        run_spec = at.run_spec(data, pods, **short)
+        summaries.append(at.prepare(run_spec, processes))
         written.append(at.files(f"{summaries[-1].uri}/"))
-        assert at.results_left(order) == []
+        assert at.results_left(run_spec) == []
         last = at.samples(summaries[-1])
         at.clear()
     assert all(files == written[0] for files in written[1:])
@@ -209,7 +213,7 @@ def test_any_number_of_pods_and_processes_writes_the_same_bytes(
     assert len(summaries[0].dropped) >= (6 if quality is ALL_DROP else 1)
 
     monkeypatch.setattr(inputsplits, "SPLIT_BYTES", 1 << 30)
-    whole = at.prepare(at.order(data, 1, **short))
+    whole = at.prepare(at.run_spec(data, 1, **short))
     assert at.samples(whole) == last, "where the cuts fall changes no sample"
     assert whole.dropped == summaries[0].dropped
 
@@ -224,7 +228,7 @@ def test_map_and_the_shards_find_the_same_contamination(
         if not in_map:
             monkeypatch.setattr(map_module, "compared_in_map", lambda data: False)
             monkeypatch.setattr(reduce_module, "compared_in_map", lambda data: False)
-        summary = at.prepare(at.order(data, 1))
+        summary = at.prepare(at.run_spec(data, 1))
         report = json.loads(at.store.get(f"{summary.uri}/report.json"))
         found.append((report["contamination"], at.samples(summary), summary.dropped))
         at.clear()
@@ -233,11 +237,11 @@ def test_map_and_the_shards_find_the_same_contamination(
 
 
 def test_data_that_is_there_is_used_again(at: Workshop) -> None:
-    order = at.order(data_of(at, 5), 2)
-    assert not at.prepare(order).reused
-    assert at.work(order, "Map", 1) is None
-    again = at.work(order, "Reduce")
-    assert again is not None and again.reused and at.results_left(order) == []
+    run_spec = at.run_spec(data_of(at, 5), 2)
+    assert not at.prepare(run_spec).reused
+    assert at.work(run_spec, "Map", 1) is None
+    again = at.work(run_spec, "Reduce")
+    assert again is not None and again.reused and at.results_left(run_spec) == []
 
 
 @given(data=st.data())
@@ -249,17 +253,17 @@ def test_pods_that_die_and_come_again_in_any_order_change_nothing(
 ) -> None:
     """Each pod is ended in the middle of its reading, some times, before it ends by itself."""
     made = data_of(at, 6, **ALL_DROP)
-    expected = at.files(f"{at.prepare(at.order(made, 1)).uri}/")
+    expected = at.files(f"{at.prepare(at.run_spec(made, 1)).uri}/")
     at.clear()
     pods = data.draw(st.integers(2, 3))
-    order = at.order(made, pods)
+    run_spec = at.run_spec(made, pods)
     ends = data.draw(st.lists(st.tuples(st.integers(0, pods - 1), st.integers(1, 6)), max_size=4))
     for pod, batches in ends:
         with suppress(StorageUnavailable):
-            at.work(order, "Map", pod, ending_after(batches))
+            at.work(run_spec, "Map", pod, ending_after(batches))
     for pod in data.draw(st.permutations(range(pods))):
-        at.work(order, "Map", pod)
-    summary = at.work(order, "Reduce")
+        at.work(run_spec, "Map", pod)
+    summary = at.work(run_spec, "Reduce")
     assert summary is not None
     assert at.files(f"{summary.uri}/") == expected
     at.clear()
@@ -294,13 +298,13 @@ def test_a_killed_process_is_a_named_failure_and_the_next_try_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     data = {"train": [{"source": at.put("m/0.jsonl", lines(*pairs(300)))}]}
-    order = at.order(data, 1)
+    run_spec = at.run_spec(data, 1)
     counts = iter([0, kills])
     with monkeypatch.context() as patch, pytest.raises(kind) as caught:
         patch.setattr(pool, "count_oom_kills", lambda: next(counts))
-        at.work(order, "All", 0, kill_one_process, processes=2)
+        at.work(run_spec, "All", 0, kill_one_process, processes=2)
     assert isinstance(caught.value, TrainerError) and caught.value.reason == reason
-    assert at.prepare(order).train_samples > 200
+    assert at.prepare(run_spec).train_samples > 200
 
 
 # --- faults --------------------------------------------------------------------------------------
@@ -317,12 +321,12 @@ def faulty(at: Workshop) -> dict[str, Any]:
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_the_first_fault_of_the_data_wins_with_its_line(at: Workshop, workers: int) -> None:
-    order = at.order(faulty(at), workers)
+    run_spec = at.run_spec(faulty(at), workers)
     with pytest.raises(DataError) as caught:
-        at.prepare(order)
+        at.prepare(run_spec)
     assert caught.value.reason == "MalformedRecord"
     assert f"{at.root}/f/0.jsonl, line 41, column 21" in caught.value.message
-    assert at.results_left(order) == []
+    assert at.results_left(run_spec) == []
 
 
 @pytest.mark.parametrize(
@@ -345,7 +349,7 @@ def test_of_two_faults_of_a_batch_the_first_in_the_data_wins(
     quality = {"personalData": "Fail", "overlength": "Fail"}
     source = {"train": [{"source": at.put("n/0.jsonl", data)}], "quality": quality}
     with pytest.raises(DataError, match=r"n/0\.jsonl, line 2"):
-        at.prepare(at.order(source, 1, training={"maxLength": 64}))
+        at.prepare(at.run_spec(source, 1, training={"maxLength": 64}))
 
 
 def test_a_fault_of_a_held_out_set_comes_before_those_of_training_sets(at: Workshop) -> None:
@@ -353,7 +357,7 @@ def test_a_fault_of_a_held_out_set_comes_before_those_of_training_sets(at: Works
     data = {**faulty(at), "test": [{"source": held}]}
     for pods in (1, 2):
         with pytest.raises(DataError, match=r"o/held\.jsonl, line 4"):
-            at.prepare(at.order(data, pods))
+            at.prepare(at.run_spec(data, pods))
 
 
 def test_an_object_that_breaks_off_is_behind_the_records_before(at: Workshop) -> None:
@@ -361,28 +365,28 @@ def test_an_object_that_breaks_off_is_behind_the_records_before(at: Workshop) ->
     broken = b'[{"prompt": "a", "completion": "b"}, 7, {"prompt": "c", "completion": "d"}'
     uri = at.put("p/0.json", broken)
     with pytest.raises(DataError, match="record 2"):
-        at.prepare(at.order({"train": [{"source": uri}]}, 1))
+        at.prepare(at.run_spec({"train": [{"source": uri}]}, 1))
     quality = {"faultyRecords": "Drop"}
     with pytest.raises(DataError) as caught:
-        at.prepare(at.order({"train": [{"source": uri}], "quality": quality}, 1))
+        at.prepare(at.run_spec({"train": [{"source": uri}], "quality": quality}, 1))
     assert caught.value.reason == "MalformedObject"
 
 
 def test_nobody_goes_on_behind_a_fault(at: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     mapped = watch(monkeypatch)
-    order = at.order(faulty(at), 2)
-    at.work(order, "Map", 1)
+    run_spec = at.run_spec(faulty(at), 2)
+    at.work(run_spec, "Map", 1)
     assert mapped == [1], "its splits are 1, with the fault, and 3"
-    at.work(order, "Map", 0)
+    at.work(run_spec, "Map", 0)
     assert mapped == [1, 0], "splits 2 and 4 cannot hold the first fault"
     with pytest.raises(DataError, match="line 41"):
-        at.work(order, "Reduce")
+        at.work(run_spec, "Reduce")
     assert mapped == [1, 0]
 
 
 def test_faulty_records_are_shown_with_their_lines(at: Workshop) -> None:
     data = {**faulty(at), "quality": {"faultyRecords": "Drop"}}
-    summary = at.prepare(at.order(data, 3))
+    summary = at.prepare(at.run_spec(data, 3))
     report = json.loads(at.store.get(f"{summary.uri}/report.json"))
     (source,) = report["sources"]
     assert source["records"] == 115 and summary.dropped == {"MalformedRecord": 2}
@@ -393,12 +397,12 @@ def test_faulty_records_are_shown_with_their_lines(at: Workshop) -> None:
 def test_data_that_changes_between_map_and_reduce_is_refused(at: Workshop) -> None:
     data = {"train": [{"source": f"{at.root}/g/"}]}
     at.put("g/0.jsonl", lines(*pairs(60)))
-    order = at.order(data, 2)
+    run_spec = at.run_spec(data, 2)
     for worker in range(2):
-        at.work(order, "Map", worker)
+        at.work(run_spec, "Map", worker)
     at.put("g/1.jsonl", lines(*pairs(60, 60)))
     with pytest.raises(DataError, match=r"/g/: .*rerunToken") as caught:
-        at.work(order, "Reduce")
+        at.work(run_spec, "Reduce")
     assert caught.value.reason == "ObjectChanged"
 
 
@@ -440,24 +444,24 @@ def test_files_that_change_behind_their_last_record_are_refused(
     path.parent.mkdir(parents=True)
     path.write_bytes(lines(*pairs(60, 10)))
     os.utime(path, (10**9, 10**9))
-    order = at.order({"train": [{"source": "pvc://notes/data/"}]}, workers)
+    run_spec = at.run_spec({"train": [{"source": "pvc://notes/data/"}]}, workers)
     with pytest.raises(DataError, match=r"pvc://notes/data/[01]\.jsonl: .*rerunToken") as caught:
-        at.prepare(order, say=behind_all(lambda: change(path)))
+        at.prepare(run_spec, say=behind_all(lambda: change(path)))
     assert caught.value.reason == "ObjectChanged"
     assert not [o.uri for o in at.store.list(f"{at.root}/out/") if o.uri.endswith("manifest.json")]
 
 
 def test_what_one_worker_did_not_list_takes_no_part(at: Workshop) -> None:
     uri = at.put("g/0.jsonl", lines(*pairs(60)))
-    order = at.order({"train": [{"source": uri.removesuffix("0.jsonl")}]}, 1)
-    at.prepare(order, say=behind_all(lambda: at.put("g/1.jsonl", lines(*pairs(3, 200)))))
-    assert at.results_left(order) == []
+    run_spec = at.run_spec({"train": [{"source": uri.removesuffix("0.jsonl")}]}, 1)
+    at.prepare(run_spec, say=behind_all(lambda: at.put("g/1.jsonl", lines(*pairs(3, 200)))))
+    assert at.results_left(run_spec) == []
 
 
 def test_an_object_that_is_replaced_behind_its_last_record_is_refused(at: Workshop) -> None:
-    order = at.order({"train": [{"source": at.put("k/0.jsonl", lines(*pairs(60)))}]}, 1)
+    run_spec = at.run_spec({"train": [{"source": at.put("k/0.jsonl", lines(*pairs(60)))}]}, 1)
     with pytest.raises(DataError, match=r"k/0\.jsonl: .*rerunToken") as caught:
-        at.prepare(order, say=behind_all(lambda: at.put("k/0.jsonl", lines(*pairs(60, 1)))))
+        at.prepare(run_spec, say=behind_all(lambda: at.put("k/0.jsonl", lines(*pairs(60, 1)))))
     assert caught.value.reason == "ObjectChanged"
 
 
@@ -485,13 +489,13 @@ def test_a_worker_that_is_started_again_goes_on(
     at: Workshop, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = {"train": [{"source": at.put("h/0.jsonl", lines(*pairs(115)))}]}
-    expected = at.files(f"{at.prepare(at.order(data, 3)).uri}/")
+    expected = at.files(f"{at.prepare(at.run_spec(data, 3)).uri}/")
     at.clear()
     mapped = watch(monkeypatch, fail_at=3)
-    order = at.order(data, workers)
+    run_spec = at.run_spec(data, workers)
     with pytest.raises(StorageUnavailable):
-        at.prepare(order)
-    summary = at.prepare(order)
+        at.prepare(run_spec)
+    summary = at.prepare(run_spec)
     assert sorted(mapped) == [0, 1, 2, 3, 3, 4], "split 3 twice, all others once"
     assert at.files(f"{summary.uri}/") == expected
 
@@ -499,7 +503,7 @@ def test_a_worker_that_is_started_again_goes_on(
 def test_an_array_is_one_split(at: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = at.put("l/0.json", json.dumps(pairs(115)).encode())
     mapped = watch(monkeypatch)
-    summary = at.prepare(at.order({"train": [{"source": uri}]}, 2))
+    summary = at.prepare(at.run_spec({"train": [{"source": uri}]}, 2))
     assert mapped == [0] and summary.train_samples > 100
 
 
@@ -507,12 +511,12 @@ def test_a_split_whose_shards_are_gone_is_mapped_again(
     at: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = {"train": [{"source": at.put("i/0.jsonl", lines(*pairs(115)))}]}
-    order = at.order(data, 2)
-    at.work(order, "Map", 1)
+    run_spec = at.run_spec(data, 2)
+    at.work(run_spec, "Map", 1)
     gone = next(o.uri for o in at.store.list(f"{at.root}/out/") if "-00003-" in o.uri)
     at.store.delete([gone])
     mapped = watch(monkeypatch)
-    at.prepare(order)
+    at.prepare(run_spec)
     assert mapped == [3, 0, 2, 4]
 
 

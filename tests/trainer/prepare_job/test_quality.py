@@ -27,7 +27,7 @@ from trainer.prepare_helpers import (
 
 def test_overlength_is_cut_or_dropped_and_counted(at: Workplace) -> None:
     short = {"training": {"maxLength": 32}}
-    summary, data = at.prepare(at.order(lines(LONG, *pairs(3)), data=ALL, **short))
+    summary, data = at.prepare(at.run_spec(lines(LONG, *pairs(3)), data=ALL, **short))
     sample = data.samples("train", [0])[0]
     tokenizer = make_tokenizer(bos=True)
     assert len(sample.ids) == 32 and tokenizer.decode(sample.ids).endswith("End: yes</s>")
@@ -51,7 +51,7 @@ def test_overlength_is_cut_or_dropped_and_counted(at: Workplace) -> None:
     assert f"[{first['parts'][0]['cut']} tokens cut off]</span>{shown}<mark" in page
 
     dropping = {**ALL, "quality": {"overlength": "Drop"}}
-    summary, _ = at.prepare(at.order(data=dropping, **short))
+    summary, _ = at.prepare(at.run_spec(data=dropping, **short))
     assert (summary.train_samples, summary.dropped) == (3, {"Overlength": 1})
 
 
@@ -60,8 +60,10 @@ def test_long_documents_are_split_and_nothing_of_them_is_lost(at: Workplace) -> 
     text = "\n".join(f"{i}. The cat sat on mat {i * i}." for i in range(40))
     records = lines({"text": text}, {"text": "A short one."}, {"text": text})
     spec: dict[str, Any] = {"training": {"maxLength": 48}}
-    order = at.order(records, data={**ALL, "quality": {"maxDuplicateFraction": "0.6"}}, **spec)
-    summary, data = at.prepare(order)
+    run_spec = at.run_spec(
+        records, data={**ALL, "quality": {"maxDuplicateFraction": "0.6"}}, **spec
+    )
+    summary, data = at.prepare(run_spec)
     samples = data.samples("train", range(summary.train_samples))
     tokenizer = make_tokenizer(bos=True)
     read = [tokenizer.decode(sample.ids, skip_special_tokens=True) for sample in samples]
@@ -78,7 +80,7 @@ def test_long_documents_are_split_and_nothing_of_them_is_lost(at: Workplace) -> 
     assert "".join(part["text"] for part in shown["parts"]) == read[1]
 
     cut = {**ALL, "quality": {"overlength": "Truncate"}}
-    summary, data = at.prepare(at.order(data=cut, **spec))
+    summary, data = at.prepare(at.run_spec(data=cut, **spec))
     assert (summary.train_samples, summary.dropped) == (2, {"Duplicate": 1})
     assert len(data.samples("train", [0])[0].ids) == 48
 
@@ -101,7 +103,7 @@ def test_a_length_above_the_models_maximum_is_refused(at: Workplace) -> None:
 
 
 def test_without_a_length_the_models_maximum_is_used(at: Workplace) -> None:
-    assert at.prepare(at.order(lines(*pairs(9))))[1].manifest.max_length == 256
+    assert at.prepare(at.run_spec(lines(*pairs(9))))[1].manifest.max_length == 256
 
 
 # --- near duplicates -----------------------------------------------------------------------------
@@ -111,10 +113,10 @@ ALIKE = [{"prompt": STORY + end, "completion": " yes"} for end in ("!", " more",
 
 
 def test_near_duplicates_are_dropped_on_request(at: Workplace) -> None:
-    order = at.order(lines(*pairs(5), ALIKE[0], *pairs(3)), lines(*ALIKE[1:]), data=ALL)
-    assert at.prepare(order)[0].dropped == {"Duplicate": 3}
+    run_spec = at.run_spec(lines(*pairs(5), ALIKE[0], *pairs(3)), lines(*ALIKE[1:]), data=ALL)
+    assert at.prepare(run_spec)[0].dropped == {"Duplicate": 3}
     drop = {**ALL, "quality": {"nearDuplicates": "Drop"}}
-    summary, _ = at.prepare(at.order(data=drop))
+    summary, _ = at.prepare(at.run_spec(data=drop))
     assert summary.dropped == {"Duplicate": 3, "NearDuplicate": 2} and summary.train_samples == 6
 
 
@@ -148,7 +150,7 @@ def test_what_all_records_share_makes_them_no_near_duplicates(
     alike = json.loads(json.dumps(records[3]).replace("yes", "no"))
     source = {"source": at.put("a.jsonl", lines(*records, alike)), "template": template}
     data = {**ALL, "train": [source], "quality": {"nearDuplicates": "Drop"}}
-    summary, _ = at.prepare(at.order(data=data))
+    summary, _ = at.prepare(at.run_spec(data=data))
     assert summary.dropped == {"NearDuplicate": 1} and summary.train_samples == 20
 
 
@@ -159,7 +161,7 @@ def test_more_duplicates_than_allowed_fail_the_job(at: Workplace) -> None:
     assert isinstance(error, DataError) and error.reason == "TooManyDuplicates"
     assert "5 of 10 training samples (50.0%)" in error.message and "0.45" in error.message
     quality["maxDuplicateFraction"] = "0.5"
-    assert at.prepare(at.order(data=data))[0].train_samples == 5
+    assert at.prepare(at.run_spec(data=data))[0].train_samples == 5
 
 
 # --- contamination -------------------------------------------------------------------------------
@@ -178,8 +180,8 @@ def contaminated(at: Workplace, policy: str, *train: Any) -> dict[str, Any]:
 
 
 def test_contamination_is_counted_with_places_and_text(at: Workplace) -> None:
-    order = at.order(**contaminated(at, "Warn", OTHERS, [*OTHERS[:3], LEAKED, *pairs(1)]))
-    summary, data = at.prepare(order)
+    run_spec = at.run_spec(**contaminated(at, "Warn", OTHERS, [*OTHERS[:3], LEAKED, *pairs(1)]))
+    summary, data = at.prepare(run_spec)
     assert summary.train_samples == 8 and len(data.index("train")) == 8
     text = at.store.get(f"{summary.uri}/report.json").decode()
     found = json.loads(text)["contamination"]
@@ -198,7 +200,7 @@ def test_contaminated_samples_are_left_out_of_the_index(
     monkeypatch.setattr(writer, "SHARD_TOKENS", 60)
     monkeypatch.setattr(reader, "BATCH_RECORDS", 2)
     train = [[LEAKED, *OTHERS], [*pairs(2, 50), *pairs(1), OTHERS[0]]]
-    summary, data = at.prepare(at.order(**contaminated(at, "Drop", *train)))
+    summary, data = at.prepare(at.run_spec(**contaminated(at, "Drop", *train)))
     kept = [*OTHERS, *pairs(2, 50)]
     assert texts(data, "train") == [r["prompt"] + r["completion"] for r in kept]
     assert summary.dropped == {"Contaminated": 2, "Duplicate": 1}
@@ -224,7 +226,7 @@ def test_a_set_of_which_nothing_would_be_left_fails_the_job(at: Workplace) -> No
 
 
 def test_contamination_may_be_ignored(at: Workplace) -> None:
-    summary, _ = at.prepare(at.order(**contaminated(at, "Ignore", [*OTHERS, LEAKED])))
+    summary, _ = at.prepare(at.run_spec(**contaminated(at, "Ignore", [*OTHERS, LEAKED])))
     assert json.loads(at.store.get(f"{summary.uri}/report.json"))["contamination"] is None
 
 
@@ -234,14 +236,14 @@ MAIL = {"prompt": "Who is it?", "completion": " It is a@example.org."}
 
 
 def test_personal_data_is_counted_and_shown_nowhere(at: Workplace) -> None:
-    summary, data = at.prepare(at.order(lines(*pairs(3), MAIL), data=ALL))
+    summary, data = at.prepare(at.run_spec(lines(*pairs(3), MAIL), data=ALL))
     assert texts(data, "train")[-1] == "Who is it? It is a@example.org."
     text = at.store.get(f"{summary.uri}/report.json").decode()
     (side,) = json.loads(text)["sources"][0]["splits"].values()
     place = f"{at.root}/data/0.jsonl, line 4"
     assert side["personalData"] == {"EMAIL": {"samples": 1, "occurrences": 1, "places": [place]}}
 
-    shown, _ = at.prepare(at.order(lines(MAIL), data=ALL))
+    shown, _ = at.prepare(at.run_spec(lines(MAIL), data=ALL))
     report = at.store.get(f"{shown.uri}/report.json").decode()
     assert "It is [EMAIL]." in report and "example.org" not in text + report
 
@@ -249,7 +251,7 @@ def test_personal_data_is_counted_and_shown_nowhere(at: Workplace) -> None:
 def test_personal_data_is_redacted_before_duplicates_are_looked_for(at: Workplace) -> None:
     other = {**MAIL, "completion": " It is b@example.org."}
     quality = {"personalData": "Redact"}
-    order = at.order(lines(*pairs(3), MAIL, other), data={**ALL, "quality": quality})
-    summary, data = at.prepare(order)
+    run_spec = at.run_spec(lines(*pairs(3), MAIL, other), data={**ALL, "quality": quality})
+    summary, data = at.prepare(run_spec)
     assert texts(data, "train")[-1] == "Who is it? It is [EMAIL]."
     assert summary.dropped == {"Duplicate": 1}

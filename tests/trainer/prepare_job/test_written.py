@@ -16,14 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from finetune_api.order import RunOrder
+from finetune_api.run_spec import RunSpec
 from finetune_trainer.failures import DataError, UserError
 from finetune_trainer.prepare import pipeline
 from finetune_trainer.prepare.mapping import reader, writer
 from finetune_trainer.prepare.mapping.reader import Reading
 from finetune_trainer.prepare.pipeline import prepare
 from finetune_trainer.prepare.reading import inputsplits
-from finetune_trainer.prepared.shards import PreparedData
+from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.prepared.split import SIDES
 from finetune_trainer.storage.runfiles import read_prepared
 from trainer.prepare_helpers import (
@@ -43,9 +43,9 @@ from trainer.prepare_helpers import (
 def test_every_record_is_found_again_on_one_side_with_its_mask(at: Workplace) -> None:
     records = pairs(200)
     split = {"validation": "0.1", "test": "0.2"}
-    order = at.order(lines(*records[:120]), lines(*records[120:]), data={"split": split})
+    run_spec = at.run_spec(lines(*records[:120]), lines(*records[120:]), data={"split": split})
     said: list[Reading] = []
-    summary = prepare(order, OneStore(order, at.store), next(at.scratch), said.append)
+    summary = prepare(run_spec, OneStore(run_spec, at.store), next(at.scratch), said.append)
     assert summary is not None
     data = PreparedData.open(at.store, summary.uri, next(at.scratch))
 
@@ -73,7 +73,7 @@ def test_every_record_is_found_again_on_one_side_with_its_mask(at: Workplace) ->
     assert summary.total_steps == -(-3 * counts[0] // 32)
     assert data.manifest.stop_token_ids == [tokenizer.eos_token_id]
     assert data.manifest.max_completion_tokens == train.supervised.max()
-    assert read_prepared(at.store, order.run_uri) == summary
+    assert read_prepared(at.store, run_spec.run_uri) == summary
     assert (said[-1].records, said[-1].bytes) == (200, said[-1].total_bytes)
 
 
@@ -90,8 +90,8 @@ def test_all_formats_and_containers_together(at: Workplace) -> None:
         "texts": at.put("e/x.json", lines({"text": "The tree"}, {"text": "The mat"})),
     }
     listed = [{"name": name, "source": uri} for name, uri in sources.items()]
-    order = at.order(data={"train": listed, **ALL, "quality": {"deduplicate": False}})
-    summary, data = at.prepare(order)
+    run_spec = at.run_spec(data={"train": listed, **ALL, "quality": {"deduplicate": False}})
+    summary, data = at.prepare(run_spec)
     assert {s.name: (s.format, s.samples) for s in data.manifest.sets} == {
         "pairs": ("PromptCompletion", 3),
         "tasks": ("Instruction", 1),
@@ -135,7 +135,7 @@ def test_held_out_prompts_are_those_of_the_first_phrasing_and_show_the_oracle(
         ),
     )
     template = {"name": "Question", "fields": {"question": "ask"}}
-    order = at.order(
+    run_spec = at.run_spec(
         data={
             "train": [
                 {"name": "asked", "source": asked, "template": template},
@@ -147,7 +147,7 @@ def test_held_out_prompts_are_those_of_the_first_phrasing_and_show_the_oracle(
             "split": {"validation": "0", "test": "0.3"},
         }
     )  # fmt: skip
-    _, data = at.prepare(order)
+    _, data = at.prepare(run_spec)
     formats = {(s.split, s.name): s.format for s in data.manifest.sets}
     assert (
         formats["test", "asked"] == "PromptCompletion" and formats["test", "found"] == "Retrieval"
@@ -164,11 +164,11 @@ def test_held_out_prompts_are_those_of_the_first_phrasing_and_show_the_oracle(
 
 def test_given_validation_and_test_sets_take_the_place_of_the_split(at: Workplace) -> None:
     held = at.put("held.jsonl", lines(*({"text": "fine", "label": x} for x in ("good", "bad"))))
-    order = at.order(
+    run_spec = at.run_spec(
         lines(*pairs(100)),
         data={"validation": [{"source": held}], "test": [{"name": "final", "source": held}]},
     )
-    summary, data = at.prepare(order)
+    summary, data = at.prepare(run_spec)
     assert (summary.train_samples, summary.validation_samples, summary.test_samples) == (100, 2, 2)
     assert data.set_names("validation") == [(1, "validation-0")]
     assert data.set_names("test") == [(2, "final")]
@@ -179,30 +179,30 @@ def test_equal_prompts_and_equal_groups_stay_on_one_side(at: Workplace) -> None:
     records = [{**r, "completion": f" {n}", "by": i % 40}
                for i, r in enumerate(pairs(120)) for n in range(4)]  # fmt: skip
     split: dict[str, Any] = {"validation": "0.2", "test": "0.3"}
-    _, data = at.prepare(at.order(lines(*records), data={"split": split}))
+    _, data = at.prepare(at.run_spec(lines(*records), data={"split": split}))
     prompts = [{t.split("?")[0] for t in texts(data, side)} for side in SIDES]
     assert all(prompts) and sum(map(len, prompts)) == 120
 
     split["groupBy"] = "by"
-    _, data = at.prepare(at.order(lines(*records), data={"split": split}))
+    _, data = at.prepare(at.run_spec(lines(*records), data={"split": split}))
     groups = [{int(t.split("?")[0].split()[-1]) % 40 for t in texts(data, s)} for s in SIDES]
     assert all(groups) and sum(map(len, groups)) == 40
 
 
 def test_records_keep_their_side_as_the_data_grows(at: Workplace) -> None:
     split = {"split": {"validation": "0.2", "test": "0.2"}}
-    _, small = at.prepare(at.order(lines(*pairs(60)), data=split))
-    _, large = at.prepare(at.order(lines(*pairs(60, start=500)), lines(*pairs(60)), data=split))
+    _, small = at.prepare(at.run_spec(lines(*pairs(60)), data=split))
+    _, large = at.prepare(at.run_spec(lines(*pairs(60, start=500)), lines(*pairs(60)), data=split))
     for side in SIDES:
         assert set(texts(small, side)) <= set(texts(large, side))
 
 
 def test_duplicates_are_dropped_once_over_all_training_sources(at: Workplace) -> None:
-    order = at.order(lines(*pairs(20), *pairs(5)), lines(*pairs(10)), data=ALL)
-    summary, _ = at.prepare(order)
+    run_spec = at.run_spec(lines(*pairs(20), *pairs(5)), lines(*pairs(10)), data=ALL)
+    summary, _ = at.prepare(run_spec)
     assert summary.train_samples == 20 and summary.dropped == {"Duplicate": 15}
     kept = {**ALL, "quality": {"deduplicate": False}}
-    summary, data = at.prepare(at.order(data=kept))
+    summary, data = at.prepare(at.run_spec(data=kept))
     assert summary.train_samples == 35
     assert len(data.index("test")) == 0 and data.index("test").length.max(initial=1) == 1
 
@@ -210,7 +210,7 @@ def test_duplicates_are_dropped_once_over_all_training_sources(at: Workplace) ->
 def test_samples_are_found_over_many_shards(at: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "SHARD_TOKENS", 200)
     monkeypatch.setattr(reader, "BATCH_RECORDS", 7)
-    _, data = at.prepare(at.order(lines(*pairs(100)), data=ALL))
+    _, data = at.prepare(at.run_spec(lines(*pairs(100)), data=ALL))
     names = data.manifest.shards["train"]
     assert len(names) > 5 and names[1] == "shards/train-train-0-00000-01.arrow"
     whole = texts(data, "train")
@@ -227,7 +227,7 @@ def test_memory_does_not_grow_with_the_data(at: Workplace, monkeypatch: pytest.M
     monkeypatch.setattr(reader, "BATCH_RECORDS", 128)
     monkeypatch.setattr(inputsplits, "SPLIT_BYTES", 20_000)
 
-    def peak(order: RunOrder) -> int:
+    def peak(run_spec: RunSpec) -> int:
         writing = pipeline.write_data
 
         def measured(*args: Any, **kwargs: Any) -> Any:
@@ -244,12 +244,12 @@ def test_memory_does_not_grow_with_the_data(at: Workplace, monkeypatch: pytest.M
         peaks: list[int] = []
         with monkeypatch.context() as patch:
             patch.setattr(pipeline, "write_data", measured)
-            at.prepare(order)
+            at.prepare(run_spec)
         return peaks[0]
 
-    at.prepare(at.order(lines(*pairs(600)), data=ALL))  # imports and caches
-    once = peak(at.order(lines(*pairs(1000)), data=ALL))
-    eightfold = peak(at.order(lines(*pairs(8000)), data=ALL))
+    at.prepare(at.run_spec(lines(*pairs(600)), data=ALL))  # imports and caches
+    once = peak(at.run_spec(lines(*pairs(1000)), data=ALL))
+    eightfold = peak(at.run_spec(lines(*pairs(8000)), data=ALL))
     # What stays of a sample: 16 bytes of its digest and a few of the length counts.
     assert eightfold - once < 7000 * 64
 
@@ -266,8 +266,8 @@ def test_conversations_of_other_fields_are_prepared_and_shown(at: Workplace) -> 
         "roles": {"bot": "assistant"},
     }
     data = {**ALL, "train": [{"source": path, "template": template}]}
-    order = at.order(data={**data, "quality": {"faultyRecords": "Drop"}})
-    summary, prepared = at.prepare(order)
+    run_spec = at.run_spec(data={**data, "quality": {"faultyRecords": "Drop"}})
+    summary, prepared = at.prepare(run_spec)
     assert summary.train_samples == 6 and summary.dropped == {"UnknownRole": 1}
     assert prepared.manifest.sets[0].format == "Messages"
     report = json.loads(at.store.get(f"{summary.uri}/report.json"))
@@ -286,12 +286,12 @@ def test_the_plan_of_the_stages_is_told(at: Workplace, caplog: pytest.LogCapture
     stages = [{"name": "both", "steps": "3", "weights": weights},
               {"name": "end", "steps": "1", "weights": weights[1:]}]  # fmt: skip
     data = {**ALL, "train": listed, "stages": stages}
-    order = at.order(data=data, training={"maxSteps": 12})
-    summary, _ = at.prepare(order)
+    run_spec = at.run_spec(data=data, training={"maxSteps": 12})
+    summary, _ = at.prepare(run_spec)
     assert [(s.name, s.steps, s.mixture) for s in summary.stages] == [
         ("both", 9, {"notes": 0.75, "code": 0.25}), ("end", 3, {"code": 1.0}),
     ]  # fmt: skip
-    assert read_prepared(at.store, order.run_uri).stages == summary.stages
+    assert read_prepared(at.store, run_spec.run_uri).stages == summary.stages
     said = [record.getMessage() for record in caplog.records]
     assert "stage both: 9 steps, notes 75 %, code 25 %" in said
     assert "stage end: 3 steps, code 100 %" in said
@@ -301,23 +301,23 @@ def test_the_plan_of_the_stages_is_told(at: Workplace, caplog: pytest.LogCapture
 
 
 def test_a_second_job_reuses_the_data_and_writes_nothing_of_it(at: Workplace) -> None:
-    first, _ = at.prepare(at.order(lines(*pairs(30))))
+    first, _ = at.prepare(at.run_spec(lines(*pairs(30))))
     before = {o.uri: o.etag for o in at.store.list(f"{first.uri}/")}
-    order = at.order(job="other", run="2-zzzzz", training={"batchSize": 4, "epochs": 1})
-    second, _ = at.prepare(order)
+    run_spec = at.run_spec(job="other", run="2-zzzzz", training={"batchSize": 4, "epochs": 1})
+    second, _ = at.prepare(run_spec)
     assert (first.reused, second.reused) == (False, True)
     assert second.digest == first.digest and second.train_samples == first.train_samples
     assert second.total_steps == -(-second.train_samples // 4)
     assert {o.uri: o.etag for o in at.store.list(f"{first.uri}/")} == before
-    assert read_prepared(at.store, order.run_uri) == second
+    assert read_prepared(at.store, run_spec.run_uri) == second
 
 
 @pytest.mark.parametrize("gone", ["manifest.json", "index-train.arrow"])
 def test_incomplete_data_is_prepared_again(at: Workplace, gone: str) -> None:
-    order = at.order(lines(*pairs(30)))
-    first, _ = at.prepare(order)
+    run_spec = at.run_spec(lines(*pairs(30)))
+    first, _ = at.prepare(run_spec)
     at.store.delete([f"{first.uri}/{gone}"])
-    second, data = at.prepare(order)
+    second, data = at.prepare(run_spec)
     assert not second.reused and second.digest == first.digest
     assert len(texts(data, "train")) == first.train_samples
 
@@ -327,7 +327,7 @@ def test_the_digest_changes_with_all_that_matters(at: Workplace, model_folder: P
     uri = f"{at.root}/data/"
     template = {"prompt": "{{ prompt }}", "completion": "{{ completion }}"}
     digests = [
-        at.prepare(at.order(base, **spec))[0].digest
+        at.prepare(at.run_spec(base, **spec))[0].digest
         for spec in (
             {},
             {"training": {"maxLength": 64}},
@@ -337,18 +337,18 @@ def test_the_digest_changes_with_all_that_matters(at: Workplace, model_folder: P
             {"data": {"train": [{"source": uri, "template": template}]}},
         )
     ]
-    digests.append(at.prepare(at.order(lines(*pairs(31))))[0].digest)
+    digests.append(at.prepare(at.run_spec(lines(*pairs(31))))[0].digest)
     for path in model_folder.iterdir():
         at.put(f"model/{path.name}", path.read_bytes())
-    moved = at.prepare(at.order(model={"source": f"{at.root}/model"}))[0]
+    moved = at.prepare(at.run_spec(model={"source": f"{at.root}/model"}))[0]
     assert moved.digest == digests[-1]
     at.put("model/chat_template.jinja", (CHATML + "{# other #}").encode())
-    digests.append(at.prepare(at.order(model={"source": f"{at.root}/model"}))[0].digest)
+    digests.append(at.prepare(at.run_spec(model={"source": f"{at.root}/model"}))[0].digest)
     assert len(set(digests)) == len(digests)
 
 
 def test_damaged_data_is_noticed(at: Workplace) -> None:
-    summary, _ = at.prepare(at.order(lines(*pairs(30))))
+    summary, _ = at.prepare(at.run_spec(lines(*pairs(30))))
     name = "shards/train-train-0-00000-00.arrow"
     shard = bytearray(at.store.get(f"{summary.uri}/{name}"))
     shard[len(shard) // 2] ^= 1
@@ -363,10 +363,10 @@ def test_damaged_data_is_noticed(at: Workplace) -> None:
 
 
 def test_the_summary_says_what_the_training_takes(at: Workplace) -> None:
-    order = at.order(lines(*pairs(30)), compute={"gpuMemory": "16Gi"}, data=ALL)
-    summary, _ = at.prepare(order)
+    run_spec = at.run_spec(lines(*pairs(30)), compute={"gpuMemory": "16Gi"}, data=ALL)
+    summary, _ = at.prepare(run_spec)
     found = summary.memory
-    assert found is not None and found == read_prepared(at.store, order.run_uri).memory
+    assert found is not None and found == read_prepared(at.store, run_spec.run_uri).memory
     assert found.available == 16 << 30 > found.needed == sum(found.parts.values())
     assert (found.sharding, found.gradient_checkpointing) == ("NoShard", False)
     assert found.parts["parameters"] < found.parts["reserve"]
@@ -377,24 +377,24 @@ def test_a_training_that_may_not_fit_is_warned_of_and_one_that_cannot_is_refused
 ) -> None:
     never = {"gradientCheckpointing": "Never", "batchSize": 1024}
     data = lines(*pairs(2000))
-    summary, _ = at.prepare(at.order(data, training=never, data=ALL))
+    summary, _ = at.prepare(at.run_spec(data, training=never, data=ALL))
     assert summary.memory is not None
     less = {"gpuMemory": str(summary.memory.needed - 1)}
-    order = at.order(data, training=never, compute=less, data=ALL, run="2-abcde")
-    found = at.prepare(order)[0].memory
+    run_spec = at.run_spec(data, training=never, compute=less, data=ALL, run="2-abcde")
+    found = at.prepare(run_spec)[0].memory
     what_fits = r"What fits: training\.gradientCheckpointing: Auto"
     assert found is not None and re.search(what_fits, found.warning or "")
     (told,) = [r.getMessage() for r in caplog.records if "memory of a" in r.getMessage()
                and r.levelname == "WARNING"]  # fmt: skip
     assert re.search(what_fits, told)
     least = {"gpuMemory": str(found.parts["parameters"])}
-    order = at.order(data, training=never, compute=least, data=ALL, run="3-abcde")
+    run_spec = at.run_spec(data, training=never, compute=least, data=ALL, run="3-abcde")
     with pytest.raises(UserError, match="alone take") as error:
-        at.prepare(order)
+        at.prepare(run_spec)
     assert error.value.reason == "DoesNotFit"
-    assert not at.store.head(f"{order.run_uri}/prepared.json")
+    assert not at.store.head(f"{run_spec.run_uri}/prepared.json")
     auto = {**never, "gradientCheckpointing": "Auto"}
-    summary, _ = at.prepare(at.order(data, training=auto, compute=less, data=ALL))
+    summary, _ = at.prepare(at.run_spec(data, training=auto, compute=less, data=ALL))
     assert summary.memory is not None and summary.memory.gradient_checkpointing
 
 

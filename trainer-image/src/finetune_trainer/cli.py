@@ -1,6 +1,6 @@
 """``finetune``: the command of the trainer's image, and of one machine.
 
-``prepare``, ``supervise`` and ``publish`` are the containers of a run: they take an order from the
+``prepare``, ``supervise`` and ``publish`` are the containers of a run: they take a run spec from the
 environment. The others are for people. What a command needs is imported by that command:
 ``supervise`` must stay small.
 """
@@ -21,8 +21,8 @@ from finetune_trainer.threads import thread_environment
 _MANIFEST_HELP: Final = "a FineTuneJob; its relative paths start from its folder; -: standard input"
 
 if TYPE_CHECKING:
-    from finetune_api.order import RunOrder
     from finetune_api.results import PreparedSummary, PublishSummary
+    from finetune_api.run_spec import RunSpec
     from finetune_trainer.storage.objects import Stores
 
 
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--endpoint", metavar="URL", help="S3 server that s3:// is on")
     where.add_argument(
         "--local-storage", action="store_true",
-        help="s3:// is on the embedded server in the state folder, whatever the environment says",
+        help="s3:// is on the embedded server in the state folder, force the environment says",
     )  # fmt: skip
     run.set_defaults(command=_run)
 
@@ -158,13 +158,13 @@ def _prepare(options: argparse.Namespace) -> int:
 
     os.environ.update(thread_environment(os.environ))  # before torch is imported
 
-    def body(order: RunOrder, stores: Stores) -> PreparedSummary | None:
-        from finetune_trainer.local.reading import Teller
+    def body(run_spec: RunSpec, stores: Stores) -> PreparedSummary | None:
+        from finetune_trainer.local.read_progress import Teller
         from finetune_trainer.prepare.pipeline import prepare
 
         scratch, worker = scratch_folder(), int(os.environ.get(ENV_WORKER, "0"))
         teller = Teller(scratch)
-        return prepare(order, stores, scratch, teller, step=options.step, worker=worker)
+        return prepare(run_spec, stores, scratch, teller, step=options.step, worker=worker)
 
     return run_stage("map" if options.step == "Map" else "prepare", body)
 
@@ -180,9 +180,9 @@ def _publish(options: argparse.Namespace) -> int:
 
     os.environ.update(thread_environment(os.environ))  # before torch is imported
 
-    def body(order: RunOrder, stores: Stores) -> PublishSummary:
+    def body(run_spec: RunSpec, stores: Stores) -> PublishSummary:
         from finetune_trainer.publish.pipeline import publish
 
-        return publish(order, stores, scratch_folder())
+        return publish(run_spec, stores, scratch_folder())
 
     return run_stage("publish", body)

@@ -21,7 +21,7 @@ class DeviceFault(NamedTuple):
     """One row."""
 
     patterns: tuple[str, ...]
-    """Any of these in the text of the error, whatever the case of its letters."""
+    """Any of these in the text of the error, force the case of its letters."""
     kind: Kind
     reason: str
     what: str

@@ -120,7 +120,7 @@ def object_changed(uri: str) -> DataError:
     )
 
 
-def verdict(error: BaseException) -> Failure:
+def failure_of(error: BaseException) -> Failure:
     """What status says of an exception."""
     known = recognise(error)
     return Failure.model_validate(

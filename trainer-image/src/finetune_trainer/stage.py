@@ -16,25 +16,25 @@ from types import FrameType
 from typing import TYPE_CHECKING, Literal
 
 from finetune_api.names import (
-    ENV_ORDER,
+    ENV_RUN_SPEC,
     ENV_SCRATCH,
     ENV_TERMINATION,
-    ORDER_PATH,
+    RUN_SPEC_PATH,
     SCRATCH,
     TERMINATION_PATH,
     ExitCode,
     Role,
 )
-from finetune_api.order import RunOrder, parse_order
 from finetune_api.results import Failure, PreparedSummary, PublishSummary, Termination
-from finetune_trainer.failures import Interrupted, TrainerError, UserError, exit_code, verdict
+from finetune_api.run_spec import RunSpec, parse_run_spec
+from finetune_trainer.failures import Interrupted, TrainerError, UserError, exit_code, failure_of
 
 if TYPE_CHECKING:
     from finetune_trainer.storage.objects import Stores
 
 log = logging.getLogger(__name__)
 
-Body = Callable[[RunOrder, "Stores"], PreparedSummary | PublishSummary | None]
+Body = Callable[[RunSpec, "Stores"], PreparedSummary | PublishSummary | None]
 """Does the work of a stage; None: the reduce says what came of a map."""
 
 
@@ -57,10 +57,10 @@ def run_stage(role: Literal["map", "prepare", "publish"], body: Body) -> int:
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        order = load_order()
-        run = order.run
-        log.info("%s of run %s of %s/%s", role, run, order.job.namespace, order.job.name)
-        summary = body(order, Stores(order))
+        run_spec = load_run_spec()
+        run = run_spec.run
+        log.info("%s of run %s of %s/%s", role, run, run_spec.job.namespace, run_spec.job.name)
+        summary = body(run_spec, Stores(run_spec))
     except (Exception, KeyboardInterrupt) as error:
         return end_badly(run, role, error)
     finally:
@@ -71,20 +71,20 @@ def run_stage(role: Literal["map", "prepare", "publish"], body: Body) -> int:
     return int(ExitCode.OK)
 
 
-def load_order() -> RunOrder:
+def load_run_spec() -> RunSpec:
     """The order of this container.
 
     Raises:
         UserError: 'OrderMissing'.
-        InvalidSpec: where it is no order, or one of another contract version.
+        InvalidSpec: where it is no run spec, or one of another contract version.
     """
-    path = Path(os.environ.get(ENV_ORDER) or ORDER_PATH)
+    path = Path(os.environ.get(ENV_RUN_SPEC) or RUN_SPEC_PATH)
     try:
-        return parse_order(path.read_bytes())
+        return parse_run_spec(path.read_bytes())
     except OSError as error:
         raise UserError(
             "OrderMissing",
-            f"cannot read the order {path}: {error.strerror}. Pods of the operator have it mounted;"
+            f"cannot read the run spec {path}: {error.strerror}. Pods of the operator have it mounted;"
             " on one machine use `finetune run job.yaml`",
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -110,7 +110,7 @@ def leave_termination(said: Termination) -> None:
 
 def end_badly(run: str, role: Role, error: BaseException) -> int:
     """Says why a stage failed, to people and to the operator; returns the exit code."""
-    failure = verdict(error)
+    failure = failure_of(error)
     if not isinstance(error, TrainerError):
         log.error("%s failed", role, exc_info=error)
     return end_with(run, role, failure)

@@ -61,7 +61,7 @@ STAGE_JOBS: Final[dict[Role, StageJob]] = {
 
 def stage_job(subject: Subject, run: CurrentRun, role: Role, config: Config) -> Json:
     """The Job of a stage. One for a queue is made suspended, and from then on left to Kueue."""
-    spec, stage = run.order.spec, STAGE_JOBS[role]
+    spec, stage = run.run_spec.spec, STAGE_JOBS[role]
     labels = labels_of(subject, run, role)
     meta = metadata(subject, child_name(subject.name, run.id, role, run.revision), labels)
     pod = StagePod(subject, run, role, stage.arguments(spec), labels, config)

@@ -10,9 +10,9 @@ from typing import Final
 
 from finetune_api import names
 from finetune_api.cluster import Resources
-from finetune_api.identity import child_name, order_name
+from finetune_api.identity import child_name, run_spec_name
 from finetune_api.names import Role
-from finetune_api.order import RunOrder
+from finetune_api.run_spec import RunSpec
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.children.metadata import Json
 from finetune_operator.children.overlay import for_cpu_stage, lay_over
@@ -43,12 +43,12 @@ class StagePod:
     config: Config
 
     @property
-    def order(self) -> RunOrder:
-        return self.run.order
+    def run_spec(self) -> RunSpec:
+        return self.run.run_spec
 
     @property
     def spec(self) -> FineTuneJobSpec:
-        return self.run.order.spec
+        return self.run.run_spec.spec
 
     @property
     def in_gang(self) -> bool:
@@ -180,7 +180,7 @@ def _resources(pod: StagePod) -> Json:
 
 def _env(pod: StagePod) -> Iterator[Json]:
     plain = {
-        names.ENV_ORDER: names.ORDER_PATH,
+        names.ENV_RUN_SPEC: names.RUN_SPEC_PATH,
         names.ENV_PVC_ROOT: names.PVC_ROOT,
         names.ENV_SCRATCH: names.SCRATCH,
         names.ENV_TERMINATION: names.TERMINATION_PATH,
@@ -202,7 +202,7 @@ def _env(pod: StagePod) -> Iterator[Json]:
     yield _field(names.ENV_NODE, "spec.nodeName")
     if pod.in_gang:
         yield _field(names.ENV_NODE_RANK, f"metadata.annotations['{INDEX_ANNOTATION}']")
-    yield from _storage_env(pod.order)
+    yield from _storage_env(pod.run_spec)
 
 
 def _gang_env(pod: StagePod) -> dict[str, str]:
@@ -222,9 +222,9 @@ def _field(name: str, path: str) -> Json:
     return {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
 
 
-def _storage_env(order: RunOrder) -> Iterator[Json]:
+def _storage_env(run_spec: RunSpec) -> Iterator[Json]:
     """Credentials by reference: the operator never reads a Secret."""
-    for number, profile in enumerate(order.storage_profiles):
+    for number, profile in enumerate(run_spec.storage_profiles):
         if profile.secret_ref is None:
             continue
         for key, required in names.SECRET_KEYS.items():
@@ -240,19 +240,19 @@ def _storage_env(order: RunOrder) -> Iterator[Json]:
 # --- volumes -----------------------------------------------------------------------------------
 
 
-def claims(order: RunOrder) -> list[str]:
+def claims(run_spec: RunSpec) -> list[str]:
     """Volume claims that ``pvc://claim/path`` sources name, sorted."""
-    data = order.spec.data
-    uris = [order.base_model.source]
-    if order.base is not None and order.base.beneath is not None:
-        uris.append(order.base.beneath.source)
+    data = run_spec.spec.data
+    uris = [run_spec.base_model.source]
+    if run_spec.base is not None and run_spec.base.beneath is not None:
+        uris.append(run_spec.base.beneath.source)
     uris += [s.source for s in [*data.train, *(data.validation or []), *(data.test or [])]]
     return sorted({m[1] for u in uris if (m := re.match(r"pvc://([^/]+)", u))})
 
 
 def _mounts(pod: StagePod) -> list[Json]:
     mounts: list[Json] = [
-        {"name": "order", "mountPath": names.ORDER_PATH.rpartition("/")[0], "readOnly": True},
+        {"name": "run-spec", "mountPath": names.RUN_SPEC_PATH.rpartition("/")[0], "readOnly": True},
         {"name": "scratch", "mountPath": names.SCRATCH},
         {"name": "termination", "mountPath": names.TERMINATION_PATH.rpartition("/")[0]},
         {"name": "tmp", "mountPath": "/tmp"},
@@ -261,7 +261,7 @@ def _mounts(pod: StagePod) -> list[Json]:
         mounts.append({"name": "shm", "mountPath": "/dev/shm"})
     if pod.caches_models:
         mounts.append({"name": "model-cache", "mountPath": names.MODEL_CACHE})
-    for number, claim in enumerate(claims(pod.order)):
+    for number, claim in enumerate(claims(pod.run_spec)):
         path = f"{names.PVC_ROOT}/{claim}"
         mounts.append({"name": f"pvc-{number}", "mountPath": path, "readOnly": True})
     return mounts
@@ -271,8 +271,8 @@ def _volumes(pod: StagePod) -> list[Json]:
     run = pod.run
     volumes: list[Json] = [
         {
-            "name": "order",
-            "configMap": {"name": order_name(pod.subject.name, run.id, run.revision)},
+            "name": "run-spec",
+            "configMap": {"name": run_spec_name(pod.subject.name, run.id, run.revision)},
         },
         {"name": "scratch", "emptyDir": {}},
         {"name": "termination", "emptyDir": {}},
@@ -284,7 +284,7 @@ def _volumes(pod: StagePod) -> list[Json]:
     if pod.caches_models:
         path = {"path": pod.config.model_cache, "type": "DirectoryOrCreate"}
         volumes.append({"name": "model-cache", "hostPath": path})
-    for number, claim in enumerate(claims(pod.order)):
+    for number, claim in enumerate(claims(pod.run_spec)):
         source = {"claimName": claim, "readOnly": True}
         volumes.append({"name": f"pvc-{number}", "persistentVolumeClaim": source})
     return volumes

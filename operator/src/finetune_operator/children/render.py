@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from finetune_api import names
-from finetune_api.identity import child_name, order_name
+from finetune_api.identity import child_name, run_spec_name
 from finetune_operator.children.jobs import stage_job
 from finetune_operator.children.metadata import Json, labels_of, metadata
 from finetune_operator.config import ANNOTATION_IMAGE, ANNOTATION_RESTARTS, Config
@@ -28,8 +28,8 @@ def _render(subject: Subject, run: CurrentRun, create: Create, config: Config) -
 
 
 def order_config_map(subject: Subject, run: CurrentRun) -> Json:
-    """The run's order, immutable. A changed spec is compared with it."""
-    name = order_name(subject.name, run.id, run.revision)
+    """The run spec, immutable. A changed spec is compared with it."""
+    name = run_spec_name(subject.name, run.id, run.revision)
     meta = metadata(subject, name, labels_of(subject, run, None))
     meta["annotations"] = {
         ANNOTATION_IMAGE: run.image,
@@ -40,7 +40,7 @@ def order_config_map(subject: Subject, run: CurrentRun) -> Json:
         "kind": "ConfigMap",
         "metadata": meta,
         "immutable": True,
-        "data": {names.ORDER_KEY: run.order.to_text()},
+        "data": {names.RUN_SPEC_KEY: run.run_spec.to_text()},
     }
 
 

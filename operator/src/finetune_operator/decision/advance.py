@@ -56,9 +56,9 @@ def _remove_stale(view: RunView, actions: Actions) -> None:
     for service in view.observed.services:
         if (service.run, service.revision) != (run.id, run.revision):
             actions.delete.append(Delete("Service", service.name))
-    for order in view.observed.orders:
-        if order.number < run.number - HISTORY:
-            actions.delete.append(Delete("ConfigMap", order.name))
+    for run_spec in view.observed.run_specs:
+        if run_spec.number < run.number - HISTORY:
+            actions.delete.append(Delete("ConfigMap", run_spec.name))
 
 
 def _stop(job: JobView) -> Change:
@@ -70,15 +70,15 @@ def _stop(job: JobView) -> Change:
 
 
 def _finish(view: RunView, actions: Actions, outcome: str) -> None:
-    """Stop what still runs, note the outcome on the order, and delete children after their TTL."""
+    """Stop what still runs, note the outcome on the run spec, and delete children after their TTL."""
     job = view.job
     if job is not None and not (job.finished or job.stopping):
         actions.change.append(_stop(job))
-    for order in view.observed.orders:
-        newest = (order.run, order.revision) == (view.run.id, view.run.revision)
-        if newest and order.outcome != outcome:
+    for run_spec in view.observed.run_specs:
+        newest = (run_spec.run, run_spec.revision) == (view.run.id, view.run.revision)
+        if newest and run_spec.outcome != outcome:
             note = {"metadata": {"annotations": {ANNOTATION_OUTCOME: outcome}}}
-            actions.change.append(Change("ConfigMap", order.name, note))
+            actions.change.append(Change("ConfigMap", run_spec.name, note))
     if view.run.outcome is None:
         _record_run(view, actions)
     _expire_children(view, actions)
@@ -128,7 +128,7 @@ def _set_suspended(job: JobView, suspended: bool) -> Change:
 
 
 def _record_run(view: RunView, actions: Actions) -> None:
-    """Make the ConfigMap with the order, where there is none."""
+    """Make the ConfigMap with the run spec, where there is none."""
     if not view.run.recorded:
         actions.create.append(Create("ConfigMap"))
 

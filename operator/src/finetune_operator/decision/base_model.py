@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from finetune_api.order import TunedBase, tuned_base
+from finetune_api.run_spec import TunedBase, tuned_base
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.world.models import ModelJob
 
@@ -37,9 +37,9 @@ def find_base(
     if spec.model.fine_tune_job_ref is None:
         return None
     referred = spec.model.fine_tune_job_ref.name
-    if chain and chain[0].complete and chain[0].order is not None:
+    if chain and chain[0].complete and chain[0].run_spec is not None:
         output = chain[0].status.output
-        return tuned_base(chain[0].order, output.digest if output else None, spec)
+        return tuned_base(chain[0].run_spec, output.digest if output else None, spec)
     cycle = _cycle(name, referred, chain)
     if cycle:
         text = (

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any, Literal
 
 from finetune_api.names import Role
-from finetune_api.order import RunOrder
+from finetune_api.run_spec import RunSpec
 from finetune_api.status import FailureStatus
 from finetune_operator.decision.base_model import Wait
 
@@ -29,16 +29,16 @@ class CurrentRun:
     number: int
     id: str
     revision: int
-    order: RunOrder
+    run_spec: RunSpec
     image: str
     restarts_before: int = 0
     """Incidents of earlier revisions that do not count against failurePolicy.maxRestarts."""
     outcome: str | None = None
     """Complete or Failed once the run has ended."""
     recorded: bool = False
-    """Whether the order is in the cluster already."""
+    """Whether the run spec is in the cluster already."""
     wait: Wait | None = None
-    """Why the run cannot begin yet: the order lacks the model to start from, so no child is
+    """Why the run cannot begin yet: the run spec lacks the model to start from, so no child is
     made."""
 
 
@@ -47,7 +47,7 @@ Kind = Literal["ConfigMap", "Service", "Job", "Pod"]
 
 @dataclass(frozen=True)
 class Create:
-    """A child to make: the order, or the Service or Job of a stage. One that exists is never
+    """A child to make: the run spec, or the Service or Job of a stage. One that exists is never
     changed by it."""
 
     kind: Kind
@@ -106,7 +106,7 @@ class Actions:
     wake_ups: list[datetime] = field(default_factory=list)
 
     def wake_at(self, time: datetime) -> None:
-        """Make another pass at that time, whatever is observed until then."""
+        """Make another pass at that time, force is observed until then."""
         self.wake_ups.append(time)
 
     def requeue_after(self, now: datetime) -> timedelta | None:

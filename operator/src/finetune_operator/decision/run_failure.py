@@ -17,7 +17,7 @@ def run_failure(view: RunView) -> FailureStatus | None:
     if view.run.outcome == "Failed":
         kept = view.before.failure if view.same_run else None
         return kept or _of_stage(view)
-    problems = template_problems(view.order.spec.compute.pod_template)
+    problems = template_problems(view.run_spec.spec.compute.pod_template)
     if view.job is None and problems:
         return failure("UserError", "InvalidPodTemplate", "\n".join(problems))
     refusal = view.refusal
@@ -61,7 +61,7 @@ def _restarts_exhausted(view: RunView) -> FailureStatus:
     last = stage_failure(None, view.pods, _attempt(view))
     end = (
         f" This was incident {_incidents(view)}; failurePolicy.maxRestarts allows"
-        f" {view.spec.failure_policy.max_restarts}. The run goes on from its last commit when"
+        f" {view.spec.failure_policy.max_restarts}. The run goes on from its last checkpoint when"
         " compute, scheduling or checkpoint is changed, or begins anew with another rerunToken"
     )
     if last.reason == "PodsGone":

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cached_property
 
-from finetune_api.identity import child_name, order_name
+from finetune_api.identity import child_name, run_spec_name
 from finetune_api.names import Role
-from finetune_api.order import RunOrder
 from finetune_api.results import (
     PreparedSummary,
     Progress,
@@ -16,6 +15,7 @@ from finetune_api.results import (
     Termination,
     TrainSummary,
 )
+from finetune_api.run_spec import RunSpec
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.config import GANG_LINGERS
@@ -35,7 +35,7 @@ class RunView:
 
     subject: Subject
     spec: FineTuneJobSpec
-    """The spec as it stands, for fields of class Live; all others come from the run's order."""
+    """The spec as it stands, for fields of class Live; all others come from the run spec."""
     problems: list[str]
     """Why today's models refuse the spec as it stands; ``spec`` is then the run's own."""
     before: FineTuneJobStatus
@@ -45,8 +45,8 @@ class RunView:
     now: datetime
 
     @property
-    def order(self) -> RunOrder:
-        return self.run.order
+    def run_spec(self) -> RunSpec:
+        return self.run.run_spec
 
     @property
     def same_run(self) -> bool:
@@ -58,7 +58,7 @@ class RunView:
     @cached_property
     def stage(self) -> Role | None:
         """The first stage that is not done; None when all are."""
-        return next((role for role in stages_of(self.order.spec) if not self.done(role)), None)
+        return next((role for role in stages_of(self.run_spec.spec) if not self.done(role)), None)
 
     @cached_property
     def job(self) -> JobView | None:
@@ -160,7 +160,7 @@ class RunView:
             return None
         who, run = self.subject.name, self.run
         children = (
-            order_name(who, run.id, run.revision),
+            run_spec_name(who, run.id, run.revision),
             child_name(who, run.id, self.stage, run.revision),
         )
         return next((r for r in map(self.observed.refused.get, children) if r is not None), None)
@@ -170,7 +170,7 @@ class RunView:
     @property
     def queue(self) -> str | None:
         """Kueue's queue, where it decides about the stage's Job."""
-        return self.order.spec.scheduling.queue_name if self.stage == GANG else None
+        return self.run_spec.spec.scheduling.queue_name if self.stage == GANG else None
 
     @property
     def completion_time(self) -> datetime:

@@ -2,7 +2,7 @@
 
 The orders in the cluster are the truth about runs: status may be lost, and a process may die
 between two writes. Specs are compared only when ``metadata.generation`` has moved on since status
-was written, and with the newest order re-defaulted by today's models, so that a new default (of a
+was written, and with the newest run spec re-defaulted by today's models, so that a new default (of a
 newer CRD, or of a newer operator) touches no run.
 """
 
@@ -14,13 +14,13 @@ from typing import Final
 
 from finetune_api.classes import FieldClass, changed_classes
 from finetune_api.identity import run_id
-from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder, TunedBase
+from finetune_api.run_spec import CONTRACT_VERSION, JobIdentity, RunSpec, TunedBase
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.config import Config
 from finetune_operator.decision.base_model import Wait, find_base
 from finetune_operator.decision.plan import CurrentRun, Subject
-from finetune_operator.world.children import OrderView
+from finetune_operator.world.children import StoredRunSpec
 from finetune_operator.world.models import base_from_status
 from finetune_operator.world.observe import Observed
 
@@ -61,15 +61,15 @@ class _Known:
     @cached_property
     def number(self) -> int:
         """Number of the newest run; 0 before the first."""
-        numbers = [o.number for o in self.observed.orders]
+        numbers = [o.number for o in self.observed.run_specs]
         return max([self.before.run.number if self.before.run else 0, *numbers])
 
     @cached_property
-    def order(self) -> OrderView | None:
-        """The newest revision's order, of the newest run; None where it was removed, or where the
+    def stored(self) -> StoredRunSpec | None:
+        """The run spec of the newest revision, of the newest run; None where it was removed, or where the
         run waits for its model."""
-        orders = (o for o in self.observed.orders if o.number == self.number)
-        return max(orders, key=lambda o: o.revision, default=None)
+        stored = (o for o in self.observed.run_specs if o.number == self.number)
+        return max(stored, key=lambda o: o.revision, default=None)
 
     @property
     def id(self) -> str:
@@ -78,8 +78,8 @@ class _Known:
     @property
     def revision(self) -> int:
         """Number of the newest revision."""
-        if self.order is not None:
-            return self.order.revision
+        if self.stored is not None:
+            return self.stored.revision
         return self.before.run.revision if self.before.run else 1
 
     @property
@@ -94,26 +94,26 @@ class _Known:
 
     @property
     def restarts_before(self) -> int:
-        return self.order.restarts_before if self.order else 0
+        return self.stored.restarts_before if self.stored else 0
 
     @cached_property
     def outcome(self) -> str | None:
         """How the newest revision of the run ended; status of an older revision says nothing."""
-        if self.order is not None and self.order.outcome in FINAL_OUTCOMES:
-            return self.order.outcome
+        if self.stored is not None and self.stored.outcome in FINAL_OUTCOMES:
+            return self.stored.outcome
         run = self.before.run
         if run is None or not self.same_run:
             return None
-        if self.order is not None and run.revision != self.order.revision:
+        if self.stored is not None and run.revision != self.stored.revision:
             return None
         return run.outcome if run.outcome in FINAL_OUTCOMES else None
 
-    def make_order(
+    def make_run_spec(
         self, run: str, spec: FineTuneJobSpec, base: TunedBase | None, revision: int, restarts: int
-    ) -> RunOrder:
+    ) -> RunSpec:
         """The order of a revision of a run; ``restarts`` are incidents of the run before it."""
         who = self.subject
-        return RunOrder(
+        return RunSpec(
             version=CONTRACT_VERSION,
             job=JobIdentity(namespace=who.namespace, name=who.name, uid=who.uid),
             run=run,
@@ -129,14 +129,14 @@ def _changed_classes(known: _Known, spec: FineTuneJobSpec) -> dict[FieldClass, l
     before = known.before
     if before.observed_generation == known.subject.generation:
         return {}
-    if known.order is None or known.order.order is None:
+    if known.stored is None or known.stored.run_spec is None:
         # There is no spec to compare with: only a new rerunToken starts a new run. A run that still
         # waits for its model begins with the spec as it stands.
         if before.run is not None and before.run.start_time is None:
             return {}
         token = before.run.rerun_token if before.run else None
         return {} if spec.rerun_token in (None, token) else {"NewRun": ["rerunToken"]}
-    return changed_classes(known.order.order.spec.to_json(), spec.to_json())
+    return changed_classes(known.stored.run_spec.spec.to_json(), spec.to_json())
 
 
 def _begin(known: _Known, number: int, spec: FineTuneJobSpec) -> CurrentRun:
@@ -147,7 +147,7 @@ def _begin(known: _Known, number: int, spec: FineTuneJobSpec) -> CurrentRun:
         number=number,
         id=run,
         revision=1,
-        order=known.make_order(run, spec, base, revision=1, restarts=0),
+        run_spec=known.make_run_spec(run, spec, base, revision=1, restarts=0),
         image=spec.compute.image or known.config.image,
         wait=wait,
     )
@@ -161,23 +161,23 @@ def _next_revision(known: _Known, spec: FineTuneJobSpec) -> CurrentRun:
         number=known.number,
         id=known.id,
         revision=revision,
-        order=known.make_order(known.id, spec, base, revision, known.restarts),
+        run_spec=known.make_run_spec(known.id, spec, base, revision, known.restarts),
         image=spec.compute.image or known.config.image,
         restarts_before=known.restarts if failed else known.restarts_before,
     )
 
 
 def _unchanged(known: _Known, spec: FineTuneJobSpec | None) -> CurrentRun | None:
-    """The run as its order has it."""
-    order = known.order
-    if order is None or order.order is None:
+    """The run as its run spec has it."""
+    run_spec = known.stored
+    if run_spec is None or run_spec.run_spec is None:
         return _without_order(known, spec) if spec is not None else None
     return CurrentRun(
         number=known.number,
         id=known.id,
         revision=known.revision,
-        order=order.order,
-        image=order.image or order.order.spec.compute.image or known.config.image,
+        run_spec=run_spec.run_spec,
+        image=run_spec.image or run_spec.run_spec.spec.compute.image or known.config.image,
         restarts_before=known.restarts_before,
         outcome=known.outcome,
         recorded=True,
@@ -185,21 +185,21 @@ def _unchanged(known: _Known, spec: FineTuneJobSpec | None) -> CurrentRun | None
 
 
 def _without_order(known: _Known, spec: FineTuneJobSpec) -> CurrentRun:
-    """A run whose order was removed by hand, is refused by today's models, or was not made yet,
+    """A run whose run spec was removed by hand, is refused by today's models, or was not made yet,
     since the run waits for its model: the spec as it stands counts."""
     base, wait = _kept_base(known, spec), None
     if base is None and known.outcome is None:
         base, wait = _find_base(known, spec)
-    image = known.order.image if known.order else ""
+    image = known.stored.image if known.stored else ""
     return CurrentRun(
         number=known.number,
         id=known.id,
         revision=known.revision,
-        order=known.make_order(known.id, spec, base, known.revision, known.restarts),
+        run_spec=known.make_run_spec(known.id, spec, base, known.revision, known.restarts),
         image=image or spec.compute.image or known.config.image,
         restarts_before=known.restarts_before,
         outcome=known.outcome,
-        recorded=known.order is not None,
+        recorded=known.stored is not None,
         wait=wait,
     )
 
@@ -212,11 +212,11 @@ def _find_base(known: _Known, spec: FineTuneJobSpec) -> tuple[TunedBase | None, 
 
 
 def _kept_base(known: _Known, spec: FineTuneJobSpec) -> TunedBase | None:
-    """The model that a run has started from, whatever the other job has published since."""
+    """The model that a run has started from, force the other job has published since."""
     if spec.model.fine_tune_job_ref is None:
         return None
-    if known.order is not None and known.order.order is not None:
-        return known.order.order.base
+    if known.stored is not None and known.stored.run_spec is not None:
+        return known.stored.run_spec.base
     run = known.before.run
     if run is None or not known.same_run or run.base is None:
         return None

@@ -39,7 +39,7 @@ def activity(view: RunView, decision: Decision) -> Activity:
 
 
 def _map(view: RunView) -> Activity:
-    running, workers = len(_running_indices(view)), view.order.spec.prepare.workers
+    running, workers = len(_running_indices(view)), view.run_spec.spec.prepare.workers
     text = f"access check, split, rendering, tokenizing; {running} of {workers} workers run"
     phase: Phase = "Preparing" if running else "Pending"
     return Activity(phase, "Preparing", text + _earlier_tries(view))
@@ -48,14 +48,14 @@ def _map(view: RunView) -> Activity:
 def _prepare(view: RunView) -> Activity:
     phase: Phase = "Preparing" if _running_indices(view) else "Pending"
     text = "access check, split, rendering, tokenizing"
-    if view.order.spec.prepare.workers > 1:
+    if view.run_spec.spec.prepare.workers > 1:
         phase = "Preparing"
         text = "duplicates, contamination, index and report, of what all workers have mapped"
     return Activity(phase, "Preparing", text + _earlier_tries(view))
 
 
 def _train(view: RunView) -> Activity:
-    job, nodes = view.job, view.order.spec.compute.nodes
+    job, nodes = view.job, view.run_spec.spec.compute.nodes
     if view.queue is not None and (job is None or job.suspended):
         return Activity("Queued", "Queued", f"waiting in queue {view.queue}")
     if job is not None and job.suspended and not job.suspended_by_operator:
@@ -92,7 +92,7 @@ WORKS: Final[dict[Role, Callable[[RunView], Activity]]] = {
 
 def gang_runs(view: RunView) -> bool:
     """Whether all pods of the gang run."""
-    return len(_running_indices(view)) >= view.order.spec.compute.nodes
+    return len(_running_indices(view)) >= view.run_spec.spec.compute.nodes
 
 
 def _running_indices(view: RunView) -> set[int]:

@@ -36,7 +36,7 @@ def events(before: FineTuneJobStatus, after: FineTuneJobStatus) -> tuple[Event, 
         found.append(Event("Normal", "RunStarted", f"run {after.run.id} begins{from_}"))
     same_run = bool(before.run and after.run and before.run.id == after.run.id)
     if same_run and after.restarts > before.restarts:
-        message = f"incident {after.restarts} of the gang; it goes on from its last commit"
+        message = f"incident {after.restarts} of the gang; it goes on from its last checkpoint"
         found.append(Event("Warning", "Restarted", message))
     true_before = {c.type for c in before.conditions if c.status == "True"} if same_run else set()
     for condition in after.conditions:

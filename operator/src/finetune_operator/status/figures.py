@@ -103,15 +103,15 @@ def evaluation(trained: TrainSummary) -> list[MetricValue]:
     """Test metrics side by side."""
     rows = []
     for scores in trained.scores:
-        for metric in sorted(scores.untuned.keys() | scores.tuned.keys()):
-            untuned, tuned = scores.untuned.get(metric), scores.tuned.get(metric)
-            gain = tuned - untuned if tuned is not None and untuned is not None else None
+        for metric in sorted(scores.base.keys() | scores.tuned.keys()):
+            base, tuned = scores.base.get(metric), scores.tuned.get(metric)
+            gain = tuned - base if tuned is not None and base is not None else None
             rows.append(
                 make(
                     MetricValue,
                     data_set=scores.name,
                     metric=metric,
-                    untuned=number(untuned),
+                    base=number(base),
                     tuned=number(tuned),
                     gain=number(gain),
                 )

@@ -76,7 +76,7 @@ def _startup(view: RunView, stored: FineTuneJobStatus) -> StartupStatus | None:
     reported = progress.startup if progress else None
     return startup(
         parse_time(stored.run.start_time) if stored.run else None,
-        view.order.spec.compute.nodes,
+        view.run_spec.spec.compute.nodes,
         view.observed.job(GANG, run.id, run.revision),
         view.observed.pods_of(GANG, run.id, run.revision),
         reported or (trained.startup if trained else None),
@@ -90,7 +90,7 @@ def _usage(view: RunView, stored: FineTuneJobStatus) -> Usage:
     gone = [p for p in view.observed.gone if p.role == GANG and p.run == run.id]
     return usage(
         stored.usage,
-        view.order.spec.compute,
+        view.run_spec.spec.compute,
         [*view.observed.pods_of(GANG, run.id), *gone],
         view.observed.job(GANG, run.id, run.revision),
         ran_before=ran,

@@ -27,26 +27,26 @@ def run_record(view: RunView, outcome: Literal["Complete", "Failed"] | None) -> 
         attempt=max(attempts),
         start_time=_start_time(view, stored),
         completion_time=format_time(view.completion_time) if outcome else None,
-        rerun_token=view.order.spec.rerun_token,
+        rerun_token=view.run_spec.spec.rerun_token,
         base=_base(view),
         outcome=outcome,
-        output=view.order.output_uri if outcome == "Complete" else None,
+        output=view.run_spec.output_uri if outcome == "Complete" else None,
     )
 
 
 def _start_time(view: RunView, stored: Run | None) -> str | None:
-    """When the run's first order was made, which is now where there is none yet; None while the
+    """When the run's first run spec was made, which is now where there is none yet; None while the
     run waits for its model."""
     if view.run.wait is not None:
         return None
     if stored is not None and stored.start_time is not None:
         return stored.start_time
-    made = [o.created for o in view.observed.orders if o.run == view.run.id and o.created]
+    made = [o.created for o in view.observed.run_specs if o.run == view.run.id and o.created]
     return format_time(min(made, default=view.now))
 
 
 def _base(view: RunView) -> RunBase | None:
-    base = view.order.base
+    base = view.run_spec.base
     if base is None:
         return None
     return make(RunBase, job=base.job, run=base.run, uri=base.uri, digest=base.digest)

@@ -33,7 +33,7 @@ def startup(
         nodes: pods of its gang.
         job: the gang's Job.
         pods: the gang's pods, of which the last one counts: nothing happens without it.
-        reported: the trainer's own parts. Those of an attempt that went on from a commit say
+        reported: the trainer's own parts. Those of an attempt that went on from a checkpoint say
             nothing of the run, whose first step was an earlier attempt's.
     """
     if began is None or reported is None or reported.from_step > 0:

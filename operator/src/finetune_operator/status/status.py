@@ -78,7 +78,7 @@ def _evaluated(view: RunView) -> tuple[str, str]:
 
 
 def _published(view: RunView) -> tuple[str, str]:
-    return "Published", f"at {view.order.output_uri}"
+    return "Published", f"at {view.run_spec.output_uri}"
 
 
 REACHED: Final[dict[ConditionType, Callable[[RunView], tuple[str, str]]]] = {
@@ -158,7 +158,7 @@ def _failed(view: RunView, decision: Decision, conditions: Conditions) -> Phase:
 
 def _complete(view: RunView, decision: Decision, conditions: Conditions) -> Phase:
     """All stages are done."""
-    where = f"the model is at {view.order.output_uri}"
+    where = f"the model is at {view.run_spec.output_uri}"
     conditions.set("Running", "False", "Finished", "the gang is done")
     conditions.set("Suspended", "False", "Finished")
     conditions.set("Complete", "True", "Published", where)

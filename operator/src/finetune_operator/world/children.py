@@ -7,7 +7,7 @@ from datetime import datetime
 
 from finetune_api import names
 from finetune_api.names import Role
-from finetune_api.order import RunOrder
+from finetune_api.run_spec import RunSpec
 from finetune_operator.config import (
     ANNOTATION_IMAGE,
     ANNOTATION_OUTCOME,
@@ -15,12 +15,12 @@ from finetune_operator.config import (
     ANNOTATION_SUSPENDED,
 )
 from finetune_operator.world.objects import Object, child_labels, parse_time
-from finetune_operator.world.stored import read_order
+from finetune_operator.world.stored import read_run_spec
 
 
 @dataclass(frozen=True)
-class OrderView:
-    """The ConfigMap with the order of one revision of a run."""
+class StoredRunSpec:
+    """The ConfigMap with the run spec of one revision of a run."""
 
     name: str
     run: str
@@ -31,7 +31,7 @@ class OrderView:
     restarts_before: int = 0
     """Incidents of earlier revisions that do not count against failurePolicy.maxRestarts."""
     outcome: str | None = None
-    order: RunOrder | None = None
+    run_spec: RunSpec | None = None
     """None where today's models refuse it; ``problems`` says why."""
     problems: tuple[str, ...] = ()
 
@@ -73,18 +73,18 @@ class ServiceView:
     revision: int
 
 
-def order_view(obj: Object) -> OrderView | None:
-    """The order in a ConfigMap, or None for a ConfigMap without one."""
+def stored_run_spec(obj: Object) -> StoredRunSpec | None:
+    """The run spec in a ConfigMap, or None for a ConfigMap without one."""
     labels = obj["metadata"].get("labels") or {}
     annotations = obj["metadata"].get("annotations") or {}
     run, revision = labels.get(names.LABEL_RUN, ""), labels.get(names.LABEL_REVISION, "")
-    text = (obj.get("data") or {}).get(names.ORDER_KEY)
+    text = (obj.get("data") or {}).get(names.RUN_SPEC_KEY)
     number = run.partition("-")[0]
     if text is None or not number.isdigit() or not revision.isdigit():
         return None
-    order, problems = read_order(text)
+    run_spec, problems = read_run_spec(text)
     restarts = annotations.get(ANNOTATION_RESTARTS, "0")
-    return OrderView(
+    return StoredRunSpec(
         name=obj["metadata"]["name"],
         run=run,
         number=int(number),
@@ -93,7 +93,7 @@ def order_view(obj: Object) -> OrderView | None:
         created=parse_time(obj["metadata"].get("creationTimestamp")),
         restarts_before=int(restarts) if restarts.isdigit() else 0,
         outcome=annotations.get(ANNOTATION_OUTCOME),
-        order=order,
+        run_spec=run_spec,
         problems=tuple(problems),
     )
 

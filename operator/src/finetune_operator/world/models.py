@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder, TunedBase
+from finetune_api.run_spec import CONTRACT_VERSION, JobIdentity, RunSpec, TunedBase
 from finetune_api.sources import StorageAccess
 from finetune_api.status import FineTuneJobStatus, RunBase
-from finetune_operator.world.children import order_view
+from finetune_operator.world.children import stored_run_spec
 from finetune_operator.world.objects import Object
 from finetune_operator.world.references import reference_of
 from finetune_operator.world.stored import read_spec, read_status
@@ -24,7 +24,7 @@ class ModelJob:
     settled: bool
     """Whether its status speaks of its spec as it stands."""
     status: FineTuneJobStatus
-    order: RunOrder | None
+    run_spec: RunSpec | None
     """Order of its current run; made from its spec where the ConfigMap was removed."""
 
     @property
@@ -38,25 +38,29 @@ def model_view(job: Object, config_maps: Iterable[Object]) -> ModelJob:
     """A job as the jobs that start from its model see it; ``config_maps`` are its children."""
     meta, status = job["metadata"], read_status(job.get("status"))
     run = status.run.id if status.run else None
-    orders = [v for v in map(order_view, config_maps) if v is not None and v.run == run and v.order]
-    newest = max(orders, key=lambda v: v.revision, default=None)
+    run_specs = [
+        v
+        for v in map(stored_run_spec, config_maps)
+        if v is not None and v.run == run and v.run_spec
+    ]
+    newest = max(run_specs, key=lambda v: v.revision, default=None)
     return ModelJob(
         name=meta["name"],
         refers_to=reference_of(job),
         settled=status.observed_generation == meta.get("generation", 1),
         status=status,
-        order=newest.order if newest else _order_from_spec(job, status),
+        run_spec=newest.run_spec if newest else _run_spec_from_spec(job, status),
     )
 
 
-def _order_from_spec(job: Object, status: FineTuneJobStatus) -> RunOrder | None:
-    """An order made from the spec as it stands, for a run whose ConfigMap was removed."""
+def _run_spec_from_spec(job: Object, status: FineTuneJobStatus) -> RunSpec | None:
+    """A run spec made from the spec as it stands, for a run whose ConfigMap was removed."""
     spec, _ = read_spec(job.get("spec"))
     if spec is None:
         return None
     base = status.run and status.run.base
     meta = job["metadata"]
-    return RunOrder(
+    return RunSpec(
         version=CONTRACT_VERSION,
         job=JobIdentity(namespace=meta["namespace"], name=meta["name"], uid=meta["uid"]),
         run=status.run.id if status.run else "",

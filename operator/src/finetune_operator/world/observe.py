@@ -10,11 +10,11 @@ from finetune_api.names import Role
 from finetune_api.results import Progress
 from finetune_operator.world.children import (
     JobView,
-    OrderView,
     ServiceView,
+    StoredRunSpec,
     job_view,
-    order_view,
     service_view,
+    stored_run_spec,
 )
 from finetune_operator.world.models import ModelJob
 from finetune_operator.world.objects import Object
@@ -35,7 +35,7 @@ class Refusal:
 class Observed:
     """What was seen of one job's children, and of the models that it starts from."""
 
-    orders: tuple[OrderView, ...] = ()
+    run_specs: tuple[StoredRunSpec, ...] = ()
     jobs: tuple[JobView, ...] = ()
     services: tuple[ServiceView, ...] = ()
     pods: tuple[PodView, ...] = ()
@@ -86,7 +86,7 @@ def observe(
     """The views of a job's children; ``pull_failing_since`` is by pod uid."""
     since = pull_failing_since or {}
     return Observed(
-        orders=tuple(filter(None, map(order_view, config_maps))),
+        run_specs=tuple(filter(None, map(stored_run_spec, config_maps))),
         jobs=tuple(filter(None, map(job_view, jobs))),
         services=tuple(filter(None, map(service_view, services))),
         pods=tuple(

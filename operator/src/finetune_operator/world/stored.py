@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune_api.base import InvalidSpec, explain
-from finetune_api.order import RunOrder
+from finetune_api.run_spec import RunSpec
 from finetune_api.spec import FineTuneJobSpec, parse_spec
 from finetune_api.status import FineTuneJobStatus
 
@@ -22,15 +22,15 @@ def read_spec(raw: Any) -> tuple[FineTuneJobSpec | None, list[str]]:
         return None, error.problems
 
 
-def read_order(text: str) -> tuple[RunOrder | None, list[str]]:
-    """The order in a ConfigMap, of any contract version: an older release's is still the run's
+def read_run_spec(text: str) -> tuple[RunSpec | None, list[str]]:
+    """The run spec in a ConfigMap, of any contract version: an older release's is still the run's
     snapshot. None and what is wrong where today's models refuse it."""
     try:
-        return RunOrder.model_validate(json.loads(text)), []
+        return RunSpec.model_validate(json.loads(text)), []
     except ValidationError as error:
-        return None, explain(error, RunOrder, "order")
+        return None, explain(error, RunSpec, "run spec")
     except ValueError as error:
-        return None, [f"order: not JSON ({error})"]
+        return None, [f"run spec: not JSON ({error})"]
 
 
 def read_status(raw: Any) -> FineTuneJobStatus:

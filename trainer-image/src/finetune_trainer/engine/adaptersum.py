@@ -18,7 +18,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finetune_api.order import RunOrder
+from finetune_api.run_spec import RunSpec
 from finetune_trainer.engine.base import BaseFiles
 from finetune_trainer.failures import UserError
 
@@ -29,13 +29,13 @@ _MORE: Final = (
 """Settings with which an adapter is more than two matrices a layer, or not of one rank."""
 
 
-def check_sum(order: RunOrder, files: BaseFiles) -> None:
+def check_sum(run_spec: RunSpec, files: BaseFiles) -> None:
     """Refuse a run that could not be published as an adapter of a whole model.
 
     Raises:
         UserError: 'NoSumOfAdapters', with what can be done instead.
     """
-    spec = order.spec
+    spec = run_spec.spec
     if files.adapter is None or spec.effective_output_format == "Merged":
         return
     lora = spec.method.effective_lora

@@ -22,7 +22,7 @@ from peft.utils import CONFIG_NAME
 from transformers import GenerationConfig
 
 from finetune_api.names import ENV_MODEL_CACHE
-from finetune_api.order import RunOrder
+from finetune_api.run_spec import RunSpec
 from finetune_trainer.engine.model import empty_base, load_base
 from finetune_trainer.engine.ties import adapted_ties
 from finetune_trainer.failures import UserError
@@ -30,7 +30,7 @@ from finetune_trainer.storage import modelfiles
 from finetune_trainer.storage.modelcache import cached
 from finetune_trainer.storage.objects import ObjectInfo, Stores
 from finetune_trainer.storage.published import Base, fetch_adapter, find_base
-from finetune_trainer.storage.weights import Weights
+from finetune_trainer.storage.weight_reader import Weights
 
 MAX_SHARD: Final = "4GB"
 _held: Final[list[IO[Any]]] = []
@@ -70,7 +70,7 @@ class BaseFiles:
         return replace(self, objects=first.objects, cached=self.cached if same else None)
 
 
-def fetch_base(order: RunOrder, stores: Stores, scratch: Path, weights: bool) -> BaseFiles:
+def fetch_base(run_spec: RunSpec, stores: Stores, scratch: Path, weights: bool) -> BaseFiles:
     """Makes ``scratch / "model"`` hold the model that the run starts from.
 
     Args:
@@ -82,7 +82,7 @@ def fetch_base(order: RunOrder, stores: Stores, scratch: Path, weights: bool) ->
         UserError: as ``find_base``, ``modelfiles.fetch_model`` and, without weights (in prepare),
             ``check_headless`` and ``check_ties``.
     """
-    base = find_base(order, stores)
+    base = find_base(run_spec, stores)
     adapter = fetch_adapter(base, stores, scratch / "base-adapter")
     folder = scratch / "model"
     if not weights:

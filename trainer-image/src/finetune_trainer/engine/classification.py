@@ -23,22 +23,22 @@ from transformers import (
     PreTrainedModel,
 )
 
-from finetune_trainer.engine.loss import RowLosses
-from finetune_trainer.engine.rows.feed import RowTensors
-from finetune_trainer.engine.rows.padded import pad_documents
-from finetune_trainer.engine.rows.transfer import on_device
-from finetune_trainer.prepared.shards import TokenSample
+from finetune_trainer.engine.loss import MicroBatchLosses
+from finetune_trainer.engine.packing.feed import MicroBatch
+from finetune_trainer.engine.packing.padded import pad_documents
+from finetune_trainer.engine.packing.transfer import on_device
+from finetune_trainer.prepared.dataset import TokenSample
 
 
 @dataclass(frozen=True)
-class PaddedRow(RowTensors):
+class ClassMicroBatch(MicroBatch):
     """Documents of shape [documents, longest]; ``labels`` are the numbers of their classes."""
 
     attention_mask: Tensor
     """1 where there is a token, 0 where there is padding, shape [documents, longest]."""
 
 
-def build_padded_row(
+def build_padded_classes(
     samples: Sequence[TokenSample],
     positions: Sequence[int],
     *,
@@ -47,15 +47,15 @@ def build_padded_row(
     step: int,
     device: torch.device,
     keyed: bool = True,
-) -> PaddedRow:
-    """Documents one below the other, padded at their ends; arguments as of ``build_row``."""
+) -> ClassMicroBatch:
+    """Documents one below the other, padded at their ends; arguments as of ``build_packed``."""
     labels, origin = [s.label for s in samples], sources or [0] * len(samples)
     padded = pad_documents(samples, positions, seed, step, device, keyed)
 
     def tensor(values: Any) -> Tensor:
         return on_device(np.asarray(values, np.int64), device)
 
-    return PaddedRow(
+    return ClassMicroBatch(
         input_ids=tensor(padded.ids),
         attention_mask=tensor(padded.mask),
         labels=tensor(labels),
@@ -76,24 +76,28 @@ class ClassLoss(nn.Module):
         self._label_smoothing = label_smoothing
 
     @contextmanager
-    def untuned(self) -> Iterator[None]:
+    def base_model(self) -> Iterator[None]:
         """The model as it was: as it is, before the first step."""
         yield
 
-    def forward(self, row: PaddedRow, untuned: None = None, with_logits: bool = False) -> RowLosses:
+    def forward(
+        self, micro_batch: ClassMicroBatch, base: None = None, with_logits: bool = False
+    ) -> MicroBatchLosses:
         """One loss a document, and with ``with_logits`` what they are computed of, shape
         [documents, classes]."""
         # Decoders find the end of a document, and some encoders its positions, by this token.
-        ids = row.input_ids.masked_fill(row.attention_mask == 0, self._padding)
-        found: Tensor = self.model(input_ids=ids, attention_mask=row.attention_mask).logits.float()
-        if row.labels.numel() == 0:
+        ids = micro_batch.input_ids.masked_fill(micro_batch.attention_mask == 0, self._padding)
+        found: Tensor = self.model(
+            input_ids=ids, attention_mask=micro_batch.attention_mask
+        ).logits.float()
+        if micro_batch.labels.numel() == 0:
             losses = found.sum()[None] * 0.0
         else:
             smoothing = self._label_smoothing if self.training else 0.0
-            losses = class_losses(found, row.labels, smoothing)
+            losses = class_losses(found, micro_batch.labels, smoothing)
         none = found.new_zeros(())
-        logits = found[: len(row.labels)] if with_logits else None
-        return RowLosses(losses, none, found.new_zeros(0), none, logits)
+        logits = found[: len(micro_batch.labels)] if with_logits else None
+        return MicroBatchLosses(losses, none, found.new_zeros(0), none, logits)
 
 
 def class_losses(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:

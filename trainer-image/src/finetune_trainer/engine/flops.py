@@ -1,6 +1,6 @@
 """How much arithmetic a step is, and what share of the device's peak that makes (MFU).
 
-Counted is what the model needs for the real tokens, whatever the implementation computes besides:
+Counted is what the model needs for the real tokens, force the implementation computes besides:
 padding, recomputation and masked attention count for nothing. With P weights in matrix products per
 token, V of them in the output head, a layers' width of attention of D and documents of n tokens, a
 forward pass takes

@@ -32,7 +32,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from finetune_trainer.engine.hollow import put_parameter, replace_parameters
+from finetune_trainer.engine.dtensors import held, share_of
 from finetune_trainer.engine.model import (
     CPU,
     TEXT,
@@ -42,10 +42,10 @@ from finetune_trainer.engine.model import (
     empty_base,
     not_tied,
 )
-from finetune_trainer.engine.shards import held, share_of
-from finetune_trainer.engine.tasks import TASKS
+from finetune_trainer.engine.placeholders import put_parameter, replace_parameters
+from finetune_trainer.engine.task_losses import TASKS
 from finetune_trainer.failures import UserError
-from finetune_trainer.storage.weights import Slice, Weights
+from finetune_trainer.storage.weight_reader import Slice, Weights
 
 Names = dict[int, str]
 """Tensors of a base model, by identity, and the names that they have in it. It holds none of them:
@@ -74,13 +74,13 @@ def fill_shards(
     purpose: Purpose = TEXT,
 ) -> None:
     """Give the shards of a module, in place, the rows of the weights that belong to them. A head
-    that the checkpoint lacks, or has for other classes, stays as ``hollow_base`` has drawn it.
+    that the checkpoint lacks, or has for other classes, stays as ``placeholder_base`` has drawn it.
 
     Args:
         module: it lies in shards on the gang.
         names: as ``named_in`` gives them.
         path: folder of the base.
-        purpose: as of ``hollow_base``.
+        purpose: as of ``placeholder_base``.
 
     Raises:
         UserError: 'IncompleteModel' where weights are lacking, or are of another shape.

@@ -17,16 +17,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
+from finetune_trainer.engine.chunked_head import ChunkedHead, token_losses
 from finetune_trainer.engine.compilation import uncompiled
-from finetune_trainer.engine.head import ChunkedHead, token_losses
+from finetune_trainer.engine.packing.feed import MicroBatch, TokenMicroBatch
+from finetune_trainer.engine.packing.layout import layout_context
+from finetune_trainer.engine.packing.packed import attends_documents, counts_positions
 from finetune_trainer.engine.parameters import decoder_blocks
-from finetune_trainer.engine.rows.feed import RowTensors, TokenRow
-from finetune_trainer.engine.rows.layout import row_context
-from finetune_trainer.engine.rows.packed import attends_rows, counts_positions
 from finetune_trainer.failures import UserError
 
 
-class RowLosses(NamedTuple):
+class MicroBatchLosses(NamedTuple):
     """What a row gives. (Of a plain tuple sharding finds the tensors.)"""
 
     tokens: Tensor
@@ -44,7 +44,7 @@ class RowLosses(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Untuned:
+class BaseLogits:
     """Outputs of the untuned model for some of a row's supervised tokens. (Sharding lets tensors of
     a dataclass be: it would round them.)"""
 
@@ -93,7 +93,7 @@ class TokenLoss(nn.Module):
         # Those of prompt tuning have logits too, which come first.
         self._virtual = config is not None and config.is_prompt_learning
         self._counts = counts_positions(inner)
-        self._attends_rows = attends_rows(inner)
+        self._attends_documents = attends_documents(inner)
         self._shift = (
             config.num_virtual_tokens
             if config and config.peft_type == PeftType.PROMPT_TUNING
@@ -101,7 +101,7 @@ class TokenLoss(nn.Module):
         )
 
     @contextmanager
-    def untuned(self) -> Iterator[None]:
+    def base_model(self) -> Iterator[None]:
         """The model as it was: without its adapter. Weights of its own that are trained stay as
         they are, and are the untuned ones before the first step alone."""
         kept = self._virtual, self._shift
@@ -131,77 +131,80 @@ class TokenLoss(nn.Module):
         return self._chunks is not None and self._chunks.most() is not None
 
     def forward(
-        self, row: TokenRow, untuned: Untuned | None = None, with_logits: bool = False
-    ) -> RowLosses:
-        empty = row.labels.numel() == 0
-        predict = row.predict if not empty else row.predict.new_zeros(1)
+        self,
+        micro_batch: TokenMicroBatch,
+        base: BaseLogits | None = None,
+        with_logits: bool = False,
+    ) -> MicroBatchLosses:
+        empty = micro_batch.labels.numel() == 0
+        predict = micro_batch.predict if not empty else micro_batch.predict.new_zeros(1)
         extra: dict[str, Any] = {}
-        if self._selects and not row.is_padded:
+        if self._selects and not micro_batch.is_padded:
             extra["logits_to_keep"] = predict + self._shift
         if not self._virtual:
-            extra |= self._positions(row)
-        extra |= self._mask(row)
+            extra |= self._positions(micro_batch)
+        extra |= self._mask(micro_batch)
         balanced = self.training and self._router_coefficient > 0
         if balanced:
             extra["output_router_logits"] = True
         elif (
-            untuned is None
+            base is None
             and not (self._virtual or with_logits)
             and self._chunks is not None
-            and self._chunks.wanted(len(row.labels))
+            and self._chunks.wanted(len(micro_batch.labels))
         ):
-            return self._in_chunks(row, self._chunks)
-        if row.is_padded:
-            with self._selected.only(predict, row.input_ids.shape[1]) as selected:
-                output = self.model(input_ids=row.input_ids, use_cache=False, **extra)
+            return self._in_chunks(micro_batch, self._chunks)
+        if micro_batch.is_padded:
+            with self._selected.only(predict, micro_batch.input_ids.shape[1]) as selected:
+                output = self.model(input_ids=micro_batch.input_ids, use_cache=False, **extra)
             logits = selected(output.logits)
         else:
-            output = self.model(input_ids=row.input_ids, use_cache=False, **extra)
+            output = self.model(input_ids=micro_batch.input_ids, use_cache=False, **extra)
             logits = output.logits.squeeze(0)  # the gradient of [0] fills zeros of their size
             if not self._selects:
                 logits = logits.index_select(0, predict + self._shift)
         none = logits.new_zeros((), dtype=torch.float32)
         if empty:
             nothing = logits.float().sum()[None] * 0.0
-            return RowLosses(nothing, none, none.new_zeros(0), none, logits[:0])
+            return MicroBatchLosses(nothing, none, none.new_zeros(0), none, logits[:0])
         smoothing = self._label_smoothing if self.training else 0.0
-        tokens = token_losses(logits, row.labels, smoothing)
+        tokens = token_losses(logits, micro_batch.labels, smoothing)
         added, drift, router = none, none.new_zeros(0), none
         if balanced:
             router = output.aux_loss
             # With every token, so that the step's is the mean over its rows by their tokens.
             added = added + self._router_coefficient * len(tokens) * router
-        if untuned is not None:
-            drift = divergence(untuned.logits, logits.index_select(0, untuned.at))
+        if base is not None:
+            drift = divergence(base.logits, logits.index_select(0, base.at))
             added = added + self._anchor_coefficient * drift.sum()
-        return RowLosses(
+        return MicroBatchLosses(
             tokens, added, drift.detach(), router.detach(), logits if with_logits else None
         )
 
-    def _positions(self, row: TokenRow) -> dict[str, Tensor]:
+    def _positions(self, micro_batch: TokenMicroBatch) -> dict[str, Tensor]:
         if self._counts:
             return {}
-        known = {"position_ids": row.position_ids}
-        if self._attends_rows:
+        known = {"position_ids": micro_batch.position_ids}
+        if self._attends_documents:
             # Without a mask of tokens transformers looks among the positions for documents, which
             # waits for the device; the attention of rows asks for no mask of it.
-            known["attention_mask"] = torch.ones_like(row.input_ids, dtype=torch.bool)
+            known["attention_mask"] = torch.ones_like(micro_batch.input_ids, dtype=torch.bool)
         return known
 
-    def _mask(self, row: TokenRow) -> dict[str, Tensor]:
+    def _mask(self, micro_batch: TokenMicroBatch) -> dict[str, Tensor]:
         """The mask of a row with padding, of a model that takes one. Others look back alone."""
-        if row.attention_mask is None or not self._masks:
+        if micro_batch.attention_mask is None or not self._masks:
             return {}
-        return {"attention_mask": row.attention_mask}
+        return {"attention_mask": micro_batch.attention_mask}
 
-    def _in_chunks(self, row: TokenRow, chunks: ChunkedHead) -> RowLosses:
+    def _in_chunks(self, micro_batch: TokenMicroBatch, chunks: ChunkedHead) -> MicroBatchLosses:
         """The losses of a row with too many logits for once."""
         tokens = chunks.losses(
-            {"input_ids": row.input_ids, **self._positions(row), **self._mask(row)},
-            row.predict, row.labels, self._label_smoothing if self.training else 0.0,
+            {"input_ids": micro_batch.input_ids, **self._positions(micro_batch), **self._mask(micro_batch)},
+            micro_batch.predict, micro_batch.labels, self._label_smoothing if self.training else 0.0,
         )  # fmt: skip
         none = tokens.new_zeros(())
-        return RowLosses(tokens, none, tokens.new_zeros(0), none, None)
+        return MicroBatchLosses(tokens, none, tokens.new_zeros(0), none, None)
 
 
 class SelectingHead:
@@ -209,7 +212,7 @@ class SelectingHead:
     ``logits_to_keep`` of transformers takes the same positions of each document.
 
     Args:
-        model: the language model, within whatever adapts it.
+        model: the language model, within force adapts it.
     """
 
     def __init__(self, model: Any) -> None:
@@ -262,7 +265,7 @@ def _takes(parameters: Mapping[str, inspect.Parameter], name: str) -> bool:
     return name in parameters or inspect.Parameter.VAR_KEYWORD in kinds
 
 
-def divergence(untuned: Tensor, tuned: Tensor) -> Tensor:
+def divergence(base: Tensor, tuned: Tensor) -> Tensor:
     """KL(untuned || tuned) of the probabilities that two models' logits mean, in nats, float32.
 
     Args:
@@ -270,17 +273,17 @@ def divergence(untuned: Tensor, tuned: Tensor) -> Tensor:
         tuned: the same shape.
     """
     each = kl_div(
-        tuned.float().log_softmax(-1), untuned.float().log_softmax(-1),
+        tuned.float().log_softmax(-1), base.float().log_softmax(-1),
         reduction="none", log_target=True,
     )  # fmt: skip
     return each.sum(-1)
 
 
-def row_losses(module: nn.Module, row: RowTensors) -> Tensor:
+def micro_batch_losses(module: nn.Module, micro_batch: MicroBatch) -> Tensor:
     """Losses of a row's labels, without gradient, shape [supervised]."""
-    with torch.no_grad(), row_context(row.layout):
-        losses: RowLosses = module(row)
-    return losses.tokens[: row.labels.numel()]
+    with torch.no_grad(), layout_context(micro_batch.layout):
+        losses: MicroBatchLosses = module(micro_batch)
+    return losses.tokens[: micro_batch.labels.numel()]
 
 
 class EvaluationMode:

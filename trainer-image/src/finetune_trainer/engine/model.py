@@ -34,13 +34,13 @@ from finetune_trainer.engine.classification import (
     head_parts,
     name_classes,
 )
-from finetune_trainer.engine.hollow import hollow, replace_parameters
+from finetune_trainer.engine.packing import packed
 from finetune_trainer.engine.pissa import is_kept
+from finetune_trainer.engine.placeholders import placeholder, replace_parameters
 from finetune_trainer.engine.quantized import four_bits
-from finetune_trainer.engine.rows import packed
-from finetune_trainer.engine.tasks import TASKS
+from finetune_trainer.engine.task_losses import TASKS
 from finetune_trainer.failures import UserError
-from finetune_trainer.storage.weights import Weights
+from finetune_trainer.storage.weight_reader import Weights
 
 CPU: Final = torch.device("cpu")
 GENERATION: Final = "generation_config.json"
@@ -105,7 +105,7 @@ def is_drawn(path: Path, purpose: Purpose) -> bool:
 
 
 def drawn_names(model: PreTrainedModel, path: Path, purpose: Purpose) -> set[str]:
-    """Weights of a head that are drawn, whatever the checkpoint has: it has other classes."""
+    """Weights of a head that are drawn, force the checkpoint has: it has other classes."""
     if not is_drawn(path, purpose):
         return set()
     parts = head_parts(model).items()
@@ -168,7 +168,7 @@ def load_base(
     return _settled(model, path, own, purpose, pack)
 
 
-def hollow_base(
+def placeholder_base(
     path: Path, dtype: torch.dtype, pack: bool = True, purpose: Purpose = TEXT
 ) -> PreTrainedModel:
     """As ``load_base``, with parameters that are all zero and take no memory until they are written
@@ -190,7 +190,8 @@ def hollow_base(
     replace_parameters(
         model,
         lambda name, p: nn.Parameter(
-            hollow(p.shape, torch.float32 if in_32_bits(name) else p.dtype), p.is_floating_point()
+            placeholder(p.shape, torch.float32 if in_32_bits(name) else p.dtype),
+            p.is_floating_point(),
         ),
     )
     if purpose.classes:
@@ -218,7 +219,7 @@ def empty_base(
     return model
 
 
-def make_room(model: nn.Module) -> None:
+def materialize_on_host(model: nn.Module) -> None:
     """Give the parameters of an empty model that commits hold (uninitialised) memory on the CPU."""
 
     def room(name: str, parameter: nn.Parameter) -> nn.Parameter:
@@ -245,7 +246,7 @@ def _settled(
 
 
 def _in_32_bits(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Which weights transformers keeps in 32 bits whatever the dtype of the model."""
+    """Which weights transformers keeps in 32 bits force the dtype of the model."""
     plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
     if not plan:
         return lambda name: False

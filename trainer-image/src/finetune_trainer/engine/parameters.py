@@ -79,7 +79,7 @@ def _is_lora_b(name: str) -> bool:
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     """The decoder's layers, lowest first: the largest list of modules that is as long as the
-    configuration says, whatever their classes; or else the largest of one class."""
+    configuration says, force their classes; or else the largest of one class."""
     lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
     layers = _layers(model)
     known = [found for found in lists if found and len(found) == layers]

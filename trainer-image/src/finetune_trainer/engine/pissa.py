@@ -4,7 +4,7 @@ weight, over a base from which that part was taken.
     W x  +  s B A x  -  s B0 A0 x         B0, A0: the principal part; B, A begin as these
 
 The base is left as it is: a second, frozen adapter takes the principal part away. It is kept in
-every commit, so a resumed gang and publish split the weights as the first attempt did, whatever
+every checkpoint, so a resumed gang and publish split the weights as the first attempt did, force
 the device; and the two adapters side by side are a plain one of twice the rank.
 """
 
@@ -19,7 +19,7 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from finetune_trainer.engine.shards import put, whole
+from finetune_trainer.engine.dtensors import put, whole
 from finetune_trainer.failures import UserError
 
 INITIAL: Final = "initial"
@@ -29,7 +29,7 @@ _ITERATIONS: Final = 16
 
 
 def is_kept(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a commit holds a parameter: it is trained, or of the frozen adapter."""
+    """Whether a checkpoint holds a parameter: it is trained, or of the frozen adapter."""
     return parameter.requires_grad or f".{INITIAL}." in name
 
 

@@ -6,7 +6,7 @@
     FP8       as PureBF16, linear layers of the blocks in 8 bits with a scale for each tensor
 
 An optimizer step is often smaller than the spacing of bfloat16, so what is trained is kept in 32
-bits whatever it computes with. The copies are FSDP's, also where nothing is sharded.
+bits force it computes with. The copies are FSDP's, also where nothing is sharded.
 """
 
 from __future__ import annotations

@@ -22,11 +22,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from finetune_trainer.engine.gang import Gang
-from finetune_trainer.engine.hollow import is_hollow, make_solid
 from finetune_trainer.engine.memory.estimate import Sharding, shards_of
 from finetune_trainer.engine.parameters import decoder_blocks
+from finetune_trainer.engine.placeholders import is_placeholder, materialize
 from finetune_trainer.engine.precision import Precision
+from finetune_trainer.engine.world import World
 
 
 def capacity(device: torch.device, processes: int) -> int:
@@ -40,21 +40,23 @@ def capacity(device: torch.device, processes: int) -> int:
     return whole // processes
 
 
-Laying = Literal["Alone", "Replicas", "Shards"]
+DataParallel = Literal["Single", "DDP", "FSDP"]
 """Whether a process has a module to itself, under DDP, or by FSDP."""
 
 
-def laying_of(gang: Gang, sharding: Sharding, precision: Precision, trained: bool = True) -> Laying:
+def data_parallel_of(
+    world: World, sharding: Sharding, precision: Precision, trained: bool = True
+) -> DataParallel:
     """What ``distribute`` makes of a module of which something is ``trained``, or nothing."""
-    if not trained and (gang.size == 1 or sharding == "NoShard"):
-        return "Alone"
-    if precision.copied or (gang.size > 1 and sharding != "NoShard"):
-        return "Shards"
-    return "Alone" if gang.size == 1 else "Replicas"
+    if not trained and (world.size == 1 or sharding == "NoShard"):
+        return "Single"
+    if precision.copied or (world.size > 1 and sharding != "NoShard"):
+        return "FSDP"
+    return "Single" if world.size == 1 else "DDP"
 
 
 def distribute(
-    loss: nn.Module, gang: Gang, sharding: Sharding, precision: Precision, gathered: bool = False
+    loss: nn.Module, world: World, sharding: Sharding, precision: Precision, gathered: bool = False
 ) -> nn.Module:
     """The module to run: ``loss`` itself, sharded in place, or DDP around it where it is whole and
     something of it is trained; DDP gives every process what the first one has.
@@ -66,25 +68,25 @@ def distribute(
         gathered: whether blocks stay gathered from the forward pass to the backward pass.
     """
     trained = any(p.requires_grad for p in loss.parameters())
-    laying = laying_of(gang, sharding, precision, trained)
-    if laying == "Alone":
-        return loss.to(gang.device)
-    if laying == "Replicas":
+    data_parallel = data_parallel_of(world, sharding, precision, trained)
+    if data_parallel == "Single":
+        return loss.to(world.device)
+    if data_parallel == "DDP":
         return DistributedDataParallel(
-            loss.to(gang.device), gradient_as_bucket_view=True, forward_sync_buffers=False
+            loss.to(world.device), gradient_as_bucket_view=True, forward_sync_buffers=False
         )
-    shards = shards_of(sharding, gang.nodes, gang.per_node)
-    dims = {"replicate": gang.size // shards, "shard": shards}
-    if shards == gang.size:
+    shards = shards_of(sharding, world.nodes, world.processes_per_node)
+    dims = {"replicate": world.size // shards, "shard": shards}
+    if shards == world.size:
         del dims["replicate"]
-    mesh = init_device_mesh(gang.device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
+    mesh = init_device_mesh(world.device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if precision.halved else None, reduce_dtype=torch.float32
     )
     for block in decoder_blocks(loss):
-        _leave_host(block, gang.device)
+        _leave_host(block, world.device)
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not gathered)
-    _leave_host(loss, gang.device)
+    _leave_host(loss, world.device)
     fully_shard(loss, mesh=mesh, mp_policy=policy)
     return loss
 
@@ -93,7 +95,7 @@ def _leave_host(module: nn.Module, device: torch.device) -> None:
     """Make placeholders of a module anew on a GPU: FSDP would send their zeros there, 280 GB to
     each process for a model of 70 billion parameters in 32 bits."""
     if device.type != "cpu":
-        make_solid(module, device, only=is_hollow)
+        materialize(module, device, only=is_placeholder)
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from finetune_api.tasks import Metric, TaskName
-from finetune_trainer.engine.loss import RowLosses
-from finetune_trainer.engine.rows.layout import row_context
+from finetune_trainer.engine.loss import MicroBatchLosses
+from finetune_trainer.engine.packing.layout import layout_context
 from finetune_trainer.evaluate.measure import Evaluator, Measured
 from finetune_trainer.prepared.split import Side
 
@@ -21,15 +21,15 @@ class ClassEvaluator(Evaluator):
     def _measure(self, split: Side, positions: np.ndarray, wanted: Sequence[Metric]) -> Measured:
         names = self.data.manifest.classes
         total, said = 0.0, list[tuple[int, str]]()
-        for chosen, row in self._rows(split, positions):
-            with torch.no_grad(), self.gang.autocast(), row_context(row.layout):
-                found: RowLosses = self.loss(row, with_logits=True)
+        for chosen, micro_batch in self._micro_batches(split, positions):
+            with torch.no_grad(), self.world.autocast(), layout_context(micro_batch.layout):
+                found: MicroBatchLosses = self.loss(micro_batch, with_logits=True)
             assert found.logits is not None, "they were asked for"
             total += float(found.tokens.double().sum())
             likeliest = found.logits.argmax(-1).tolist()
             said += [(at, names[number]) for at, number in zip(chosen, likeliest, strict=False)]
-        answers = dict(pair for part in self.gang.together(lambda: said) for pair in part)
-        loss_sum = self.gang.sum(torch.tensor([total], dtype=torch.float64)).item()
+        answers = dict(pair for part in self.world.on_all(lambda: said) for pair in part)
+        loss_sum = self.world.sum(torch.tensor([total], dtype=torch.float64)).item()
         asked = positions.tolist()
         return Measured(loss_sum, len(asked), asked, [answers[at] for at in asked])
 

@@ -18,16 +18,16 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetune_api.results import Metrics
 from finetune_api.tasks import Metric
-from finetune_trainer.engine.gang import Gang
-from finetune_trainer.engine.loss import evaluating, row_losses
+from finetune_trainer.engine.loss import evaluating, micro_batch_losses
+from finetune_trainer.engine.packing.feed import MicroBatch, MicroBatchBuilder
 from finetune_trainer.engine.planning.plan import Packing, pack_all
-from finetune_trainer.engine.rows.feed import RowBuilder, RowTensors
 from finetune_trainer.engine.sharding import is_sharded, root_gathered
-from finetune_trainer.engine.tasks import RowLoss
+from finetune_trainer.engine.task_losses import TaskLoss
+from finetune_trainer.engine.world import World
 from finetune_trainer.evaluate.metricnames import OF_LOSS
 from finetune_trainer.evaluate.scores import GENERATED, Answers, loss_metrics, text_metrics
 from finetune_trainer.failures import Interrupted
-from finetune_trainer.prepared.shards import PreparedData, Reference
+from finetune_trainer.prepared.dataset import PreparedData, Reference
 from finetune_trainer.prepared.split import Side
 
 # Prompt and answer tokens of one generation batch: bounds the key-value cache.
@@ -63,12 +63,12 @@ class Measured:
 class Evaluator:
     """Measures the model of a gang on the sets of the prepared data. Answers are generated text."""
 
-    gang: Gang
+    world: World
     data: PreparedData
-    loss: RowLoss
-    build: RowBuilder
+    loss: TaskLoss
+    build: MicroBatchBuilder
     tokenizer: PreTrainedTokenizerBase
-    row_tokens: int
+    micro_batch_tokens: int
     packing: Packing
     max_samples: int
     max_new_tokens: int
@@ -84,7 +84,7 @@ class Evaluator:
         found = []
         with evaluating(self.loss):
             for number, name in self.data.set_names(split):
-                if self.stop_requested and any(self.gang.together(self.stop_requested)):
+                if self.stop_requested and any(self.world.on_all(self.stop_requested)):
                     raise Interrupted("Interrupted", f"stopped as asked, before set {name}")
                 found.append(self._one(split, number, name, wanted[name]))
         return found
@@ -112,36 +112,38 @@ class Evaluator:
     def _measure(self, split: Side, positions: np.ndarray, wanted: Sequence[Metric]) -> Measured:
         """Loss and answers over some samples, alike on all ranks."""
         total = torch.zeros(2, dtype=torch.float64)
-        for _, row in self._rows(split, positions):
-            with self.gang.autocast():
-                losses = row_losses(self.loss, row)
+        for _, micro_batch in self._micro_batches(split, positions):
+            with self.world.autocast():
+                losses = micro_batch_losses(self.loss, micro_batch)
             total[0] += losses.double().sum().cpu()
             total[1] += losses.numel()
-        loss_sum, tokens = self.gang.sum(total).tolist()
+        loss_sum, tokens = self.world.sum(total).tolist()
         if not any(m in GENERATED for m in wanted):
             return Measured(loss_sum, tokens, [], [])
         asked = positions[: self.max_samples].tolist()
         return Measured(loss_sum, tokens, asked, self.generate(self.data.references(split, asked)))
 
-    def _rows(self, split: Side, positions: np.ndarray) -> Iterator[tuple[list[int], RowTensors]]:
+    def _micro_batches(
+        self, split: Side, positions: np.ndarray
+    ) -> Iterator[tuple[list[int], MicroBatch]]:
         """This rank's rows of some samples, with the positions of each."""
         lengths = self.data.index(split).length[positions]
         dealt = pack_all(
-            lengths, self.row_tokens, self.gang.size, self.packing, self.virtual_tokens
+            lengths, self.micro_batch_tokens, self.world.size, self.packing, self.virtual_tokens
         )
-        for row in dealt[self.gang.rank]:
-            chosen = [int(positions[i]) for i in row]
+        for micro_batch in dealt[self.world.rank]:
+            chosen = [int(positions[i]) for i in micro_batch]
             samples = self.data.samples(split, chosen)
-            yield chosen, self.build(samples, chosen, seed=0, step=0, device=self.gang.device)
+            yield chosen, self.build(samples, chosen, seed=0, step=0, device=self.world.device)
 
     def generate(self, references: Sequence[Reference]) -> list[str]:
         """Greedy answers to prompts, in their order; dealt to the ranks by length."""
         by_length = sorted(range(len(references)), key=lambda i: -len(references[i].prompt_ids))
-        mine = by_length[self.gang.rank :: self.gang.size]
+        mine = by_length[self.world.rank :: self.world.size]
 
         batches = list(self._batches(references, mine))
         if is_sharded(self.loss):  # every rank takes part in every pass of every other
-            most = max(self.gang.together(lambda: len(batches)))
+            most = max(self.world.on_all(lambda: len(batches)))
             batches += [[]] * (most - len(batches))
 
         def work() -> list[tuple[int, str]]:
@@ -152,7 +154,7 @@ class Evaluator:
             return said
 
         answers = [""] * len(references)
-        for part in self.gang.together(work):
+        for part in self.world.on_all(work):
             for i, text in part:
                 answers[i] = text
         return answers
@@ -186,10 +188,10 @@ class Evaluator:
         model: Any = self.loss.model
         positions = getattr(model.config, "max_position_embeddings", None) or longest * 2**20
         room = max(1, min(self.max_new_tokens, positions - longest - self.virtual_tokens))
-        with torch.no_grad(), self.gang.autocast(), root_gathered(self.loss):
+        with torch.no_grad(), self.world.autocast(), root_gathered(self.loss):
             out = model.generate(
-                input_ids=ids.to(self.gang.device),
-                attention_mask=mask.to(self.gang.device),
+                input_ids=ids.to(self.world.device),
+                attention_mask=mask.to(self.world.device),
                 generation_config=greedy(self.tokenizer, self.data.manifest.stop_token_ids, room),
                 synced_gpus=is_sharded(self.loss),
             )

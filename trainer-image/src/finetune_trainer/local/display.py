@@ -14,7 +14,7 @@ from rich.table import Column, Table
 
 from finetune_api.results import Failure, PreparedSummary, PublishSummary, TrainSummary
 from finetune_api.results import Progress as TrainProgress
-from finetune_trainer.publish.facts import Score
+from finetune_trainer.publish.run_facts import Score
 
 _STAGES: Final = {"prepare": "Prepare", "train": "Train", "publish": "Publish"}
 _PLAIN_SECONDS: Final = 5.0
@@ -99,15 +99,15 @@ class Display:
             self.say("No test set: give data.test, or a data.split.test above 0.")
             return
         table = Table(title="Test metrics", title_justify="left", title_style="bold")
-        for name in ("data set", "metric", "untuned", "tuned", "gain"):
+        for name in ("data set", "metric", "base", "tuned", "gain"):
             table.add_column(name, justify="left" if name in ("data set", "metric") else "right")
         for found in trained.scores:
             for i, (metric, tuned) in enumerate(found.tuned.items()):
-                row = Score(found.name, found.samples, metric, found.untuned.get(metric), tuned)
+                row = Score(found.name, found.samples, metric, found.base.get(metric), tuned)
                 gain = row.show(row.gain, signed=True)
                 colour = {True: "green", False: "red", None: "dim"}[row.better]
                 table.add_row(
-                    escape(found.name) if i == 0 else "", metric, row.show(row.untuned),
+                    escape(found.name) if i == 0 else "", metric, row.show(row.base),
                     row.show(row.tuned), f"[{colour}]{gain}[/]",
                     end_section=metric == list(found.tuned)[-1],
                 )  # fmt: skip

@@ -1,6 +1,6 @@
 """``finetune run``, from top to bottom.
 
-manifest → storage → which run → order.json → prepare → train → publish → table
+manifest → storage → which run → run-spec.json → prepare → train → publish → table
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from rich.console import Console
 
 from finetune_api.base import InvalidSpec
 from finetune_api.names import ExitCode
-from finetune_api.order import CONTRACT_VERSION, JobIdentity, RunOrder
 from finetune_api.results import PublishSummary, Termination, TrainSummary
-from finetune_trainer.failures import TrainerError, exit_code, verdict
+from finetune_api.run_spec import CONTRACT_VERSION, JobIdentity, RunSpec
+from finetune_trainer.failures import TrainerError, exit_code, failure_of
 from finetune_trainer.local import display as face
 from finetune_trainer.local import stages
-from finetune_trainer.local.gang import count_gpus, lay_out
+from finetune_trainer.local.base_reference import find_tuned
+from finetune_trainer.local.layout import count_gpus, lay_out
 from finetune_trainer.local.manifest import LocalJob, read_manifest, with_paths
-from finetune_trainer.local.reading import read_reading
-from finetune_trainer.local.reference import find_tuned
+from finetune_trainer.local.read_progress import read_reading
 from finetune_trainer.local.state import StateFolder, changed, choose_run
 from finetune_trainer.local.storage import Where, storage_for
 from finetune_trainer.storage.objects import ObjectStore, Stores
@@ -54,7 +54,7 @@ def run_manifest(
 
     Args:
         endpoint: S3 server to use, before the manifest's.
-        local_storage: use the embedded S3 server, whatever manifest and environment say.
+        local_storage: use the embedded S3 server, force manifest and environment say.
     """
     console = Console()
     try:
@@ -68,7 +68,7 @@ def run_manifest(
         with storage_for(job.spec, state, endpoint, local_storage) as where:
             return Runner(job, state, where, console).run(manifest)
     except TrainerError as error:
-        failure = verdict(error)
+        failure = failure_of(error)
         console.print(f"[bold red]{failure.failure_class}[/] ({failure.reason})", highlight=False)
         console.print(error.message, markup=False, highlight=False, soft_wrap=True)
         return int(exit_code(failure))
@@ -92,7 +92,7 @@ class Runner:
         compute = where.spec.compute
         self._layout = lay_out(compute, count_gpus(), count_cores())
         here = compute.model_copy(update={"context_parallel": self._layout.context_parallel})
-        self._order = RunOrder(
+        self._run_spec = RunSpec(
             version=CONTRACT_VERSION,
             job=JobIdentity(namespace=job.namespace, name=job.name, uid=known.uid),
             run=run,
@@ -105,14 +105,16 @@ class Runner:
 
     def run(self, manifest: Path) -> int:
         """All stages, and what they came to."""
-        place = self._place()
+        paths = self._stage_paths()
         with face.Display(self._console) as display, self._stoppable():
             begun = "goes on" if self._goes_on else "begins"
-            display.say(f"Run {self._order.run} of {self._job.name} {begun}; files: {self._folder}")
+            display.say(
+                f"Run {self._run_spec.run} of {self._job.name} {begun}; files: {self._folder}"
+            )
             for note in self._layout.notes:
                 display.say(f"Note: {note}.")
             try:
-                trained, published = self._stages(place, display)
+                trained, published = self._stages(paths, display)
             except StageFailed as failed:
                 if self._stops:
                     display.say(f"Stopped. To go on: finetune run {manifest}")
@@ -124,9 +126,9 @@ class Runner:
         return int(ExitCode.OK)
 
     def _stages(
-        self, place: stages.Place, display: face.Display
+        self, paths: stages.StagePaths, display: face.Display
     ) -> tuple[TrainSummary, PublishSummary]:
-        prepare = stages.single(place, "prepare")
+        prepare = stages.single_process_stage(paths, "prepare")
 
         def reading() -> tuple[str, float | None]:
             found = read_reading(prepare.processes[0].scratch)
@@ -139,20 +141,22 @@ class Runner:
         assert said.prepared is not None
         display.end("prepare", face.prepared_text(said.prepared))
 
-        gang, port = stages.gang(place, self._layout, self._order.spec.failure_policy.max_restarts)
+        world, port = stages.training_stage(
+            paths, self._layout, self._run_spec.spec.failure_policy.max_restarts
+        )
 
         def training() -> tuple[str, float | None]:
-            found = stages.read_progress(port, self._order.run)
+            found = stages.read_progress(port, self._run_spec.run)
             if found is None:
                 return "starting", None
             share = found.step / found.total_steps if found.total_steps else None
             return face.training_text(found), share
 
-        trained = self._watch("train", gang, training, display).trained
+        trained = self._watch("train", world, training, display).trained
         assert trained is not None
         display.end("train", face.trained_text(trained))
 
-        publish = stages.single(place, "publish")
+        publish = stages.single_process_stage(paths, "publish")
         said = self._watch("publish", publish, lambda: ("writing the model", None), display)
         assert said.published is not None
         display.end("publish", face.published_text(said.published))
@@ -210,13 +214,13 @@ class Runner:
         display.say("Stopping once the state is saved; Ctrl-C again stops at once.")
         stage.stop()
 
-    def _place(self) -> stages.Place:
+    def _stage_paths(self) -> stages.StagePaths:
         """Makes the run's folder and what every stage needs."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / "order.json").write_text(self._order.to_text())
+        (self._folder / "run-spec.json").write_text(self._run_spec.to_text())
         self._state.link_claims(self._job.claims)
-        keys = self._where.environment(self._order)
-        return stages.Place(self._folder, self._state.claims, keys, count_cores())
+        keys = self._where.environment(self._run_spec)
+        return stages.StagePaths(self._folder, self._state.claims, keys, count_cores())
 
     @contextmanager
     def _stoppable(self) -> Iterator[None]:
@@ -251,7 +255,7 @@ class Runner:
         say = face.Display(self._console).say
         say(f"Model:   {published.uri}")
         if self._where.embedded is not None:
-            folder = self._state.model_folder(self._job.name, self._order.run)
+            folder = self._state.model_folder(self._job.name, self._run_spec.run)
             for info in store.list(f"{published.uri}/"):
                 store.download(info.uri, folder / info.uri.removeprefix(f"{published.uri}/"))
             say(f"Copy:    {folder}")
@@ -259,4 +263,4 @@ class Runner:
         say(f"Report:  {report}")
 
     def _store(self) -> ObjectStore:
-        return Stores(self._order, self._where.environment(self._order)).default
+        return Stores(self._run_spec, self._where.environment(self._run_spec)).default

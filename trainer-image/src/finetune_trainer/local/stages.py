@@ -22,18 +22,18 @@ from finetune_api.names import (
     ENV_METRICS_PORT,
     ENV_NODE_RANK,
     ENV_NODES,
-    ENV_ORDER,
     ENV_PROCESSES,
     ENV_PVC_ROOT,
     ENV_RENDEZVOUS,
+    ENV_RUN_SPEC,
     ENV_SCRATCH,
     ENV_TERMINATION,
     FINAL_EXIT_CODES,
     ExitCode,
 )
 from finetune_api.results import Failure, Progress, Termination
-from finetune_trainer.failures import TrainerError, exit_code, verdict
-from finetune_trainer.local.gang import Layout
+from finetune_trainer.failures import TrainerError, exit_code, failure_of
+from finetune_trainer.local.layout import Layout
 from finetune_trainer.storage.s3server import free_ports
 from finetune_trainer.threads import thread_environment
 
@@ -43,11 +43,11 @@ COMMANDS: Final = {"prepare": "prepare", "train": "supervise", "publish": "publi
 
 
 @dataclass(frozen=True)
-class Place:
+class StagePaths:
     """What all processes of a run share."""
 
     folder: Path
-    """The run's folder: order.json, logs, scratch."""
+    """The run's folder: run-spec.json, logs, scratch."""
     claims: Path
     storage: Mapping[str, str]
     """Access keys, as environment."""
@@ -58,7 +58,7 @@ class StageProcess:
     """One container's worth of a stage."""
 
     def __init__(
-        self, place: Place, role: str, rank: int, extra: Mapping[str, str], processes: int = 1
+        self, paths: StagePaths, role: str, rank: int, extra: Mapping[str, str], processes: int = 1
     ) -> None:
         """
         Args:
@@ -66,19 +66,19 @@ class StageProcess:
         """
         self.role = role
         name = f"{role}-{rank}" if role == "train" else role
-        self.log = place.folder / f"{name}.log"
-        self.scratch = place.folder / "scratch" / name
-        self._termination = place.folder / "termination" / f"{name}.json"
+        self.log = paths.folder / f"{name}.log"
+        self.scratch = paths.folder / "scratch" / name
+        self._termination = paths.folder / "termination" / f"{name}.json"
         self._environment = {
             **os.environ,
-            **thread_environment(os.environ, processes, place.cores),
-            **place.storage,
+            **thread_environment(os.environ, processes, paths.cores),
+            **paths.storage,
             "PYTHONUNBUFFERED": "1",
             "TOKENIZERS_PARALLELISM": "true",
-            ENV_ORDER: str(place.folder / "order.json"),
+            ENV_RUN_SPEC: str(paths.folder / "run-spec.json"),
             ENV_SCRATCH: str(self.scratch),
             ENV_TERMINATION: str(self._termination),
-            ENV_PVC_ROOT: str(place.claims),
+            ENV_PVC_ROOT: str(paths.claims),
             **extra,
         }
         self._process: subprocess.Popen[bytes] | None = None
@@ -131,7 +131,7 @@ class StageProcess:
         if self.exit_code is not None and self.exit_code < 0:
             ended = f"signal {signal.Signals(-self.exit_code).name}"
         words = f"{self.role} ended with {ended} and said nothing; see {self.log}"
-        return verdict(TrainerError("NoLastWord", words))
+        return failure_of(TrainerError("NoLastWord", words))
 
 
 class Stage:
@@ -184,13 +184,13 @@ class Stage:
         return min(told, key=rank)
 
 
-def single(place: Place, role: str) -> Stage:
+def single_process_stage(paths: StagePaths, role: str) -> Stage:
     """Prepare or publish: one process on all cores. Prepare has a pool of its own, so that
     ``prepare.workers`` gives nothing more on one machine."""
-    return Stage([StageProcess(place, role, 0, {})], max_restarts=0)
+    return Stage([StageProcess(paths, role, 0, {})], max_restarts=0)
 
 
-def gang(place: Place, layout: Layout, max_restarts: int) -> tuple[Stage, int]:
+def training_stage(paths: StagePaths, layout: Layout, max_restarts: int) -> tuple[Stage, int]:
     """The training gang, one supervisor a node, and the port of its progress."""
     rendezvous, *metrics = free_ports(1 + layout.nodes)
     processes = []
@@ -206,7 +206,7 @@ def gang(place: Place, layout: Layout, max_restarts: int) -> tuple[Stage, int]:
         if layout.gpus[rank]:
             extra["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, layout.gpus[rank]))
         share = layout.nodes * layout.processes
-        processes.append(StageProcess(place, "train", rank, extra, share))
+        processes.append(StageProcess(paths, "train", rank, extra, share))
     return Stage(processes, max_restarts), metrics[0]
 
 

@@ -1,7 +1,7 @@
 """The state folder: which run a manifest means, and where its files are.
 
 jobs/<name>.json            uid of the job, its runs and the spec of each
-runs/<name>/<run>/          order.json, logs, scratch of the stages, report.html
+runs/<name>/<run>/          run-spec.json, logs, scratch of the stages, report.html
 claims/<claim>              links that stand for mounted volumes
 s3/                         the embedded object storage
 models/<name>/<run>/        copy of what was published there
@@ -19,10 +19,10 @@ from pydantic import Field
 from finetune_api.base import Record
 from finetune_api.classes import changed_classes
 from finetune_api.identity import run_id
-from finetune_api.order import TunedBase
+from finetune_api.run_spec import TunedBase
 from finetune_trainer.failures import UserError
 from finetune_trainer.local.manifest import LocalJob
-from finetune_trainer.supervise.workerfiles import write_whole
+from finetune_trainer.supervise.worker_files import write_whole
 
 
 class LocalRun(Record):

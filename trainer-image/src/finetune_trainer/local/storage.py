@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from finetune_api.names import SECRET_KEYS, storage_env
-from finetune_api.order import RunOrder
+from finetune_api.run_spec import RunSpec
 from finetune_api.spec import FineTuneJobSpec, parse_spec
 from finetune_trainer.local.state import StateFolder
 from finetune_trainer.storage.objects import split_uri
@@ -30,11 +30,11 @@ class Where:
     embedded: EmbeddedS3 | None
     """Our own server."""
 
-    def environment(self, order: RunOrder) -> dict[str, str]:
+    def environment(self, run_spec: RunSpec) -> dict[str, str]:
         """Keys of every storage profile of the order, as the operator gives them to pods."""
         own = {k: v for k in SECRET_KEYS if (v := os.environ.get(k))}
         found = {storage_env(0, k): v for k, v in {**own, **self.keys}.items()}
-        for profile in range(1, len(order.storage_profiles)):
+        for profile in range(1, len(run_spec.storage_profiles)):
             found |= {storage_env(profile, k): v for k, v in own.items()}
         return found
 
@@ -47,7 +47,7 @@ def storage_for(
 
     Args:
         endpoint: of the command line; goes before ``spec.storage.endpoint``.
-        force_embedded: the embedded server, whatever spec and environment say.
+        force_embedded: the embedded server, force spec and environment say.
     """
     if force_embedded or uses_embedded(spec, endpoint, os.environ):
         with EmbeddedS3(state.storage) as server:

@@ -18,18 +18,18 @@ from typing import Literal, NamedTuple
 from transformers import AutoConfig, AutoTokenizer
 
 from finetune_api.identity import data_uri
-from finetune_api.order import RunOrder
 from finetune_api.results import MemoryEstimate, PreparedSummary
+from finetune_api.run_spec import RunSpec
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.adaptersum import check_sum
 from finetune_trainer.engine.base import fetch_base
 from finetune_trainer.engine.memory.fitting import Measure, fit, others, told
-from finetune_trainer.engine.memory.rehearsals import Rehearsals
+from finetune_trainer.engine.memory.formatting import table
+from finetune_trainer.engine.memory.profile_cache import ProfileCache
 from finetune_trainer.engine.memory.requirements import check_image
-from finetune_trainer.engine.memory.words import table
-from finetune_trainer.engine.planning.rowsize import Samples
+from finetune_trainer.engine.planning.micro_batch_size import Samples
 from finetune_trainer.engine.planning.schedule import replay_of, stage_plans, stages_of, steps_of
-from finetune_trainer.engine.tasks import TASKS
+from finetune_trainer.engine.task_losses import TASKS
 from finetune_trainer.evaluate.metricnames import check_metrics
 from finetune_trainer.failures import DataError, UserError, object_changed
 from finetune_trainer.prepare.digest import content_digest
@@ -40,10 +40,10 @@ from finetune_trainer.prepare.mapping.reader import Reader, Reading, Say
 from finetune_trainer.prepare.reading.inputsplits import InputSplit, deal, divide
 from finetune_trainer.prepare.reading.sources import Source, changed, resolve
 from finetune_trainer.prepare.reducing.reduce import reduce_splits
-from finetune_trainer.prepare.tasks import RENDERINGS
+from finetune_trainer.prepare.task_formats import RENDERINGS
 from finetune_trainer.prepare.tokenizing.tokens import Model
+from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.prepared.manifest import DataManifest, is_complete, read_manifest
-from finetune_trainer.prepared.shards import PreparedData
 from finetune_trainer.prepared.split import SIDES
 from finetune_trainer.storage import modelfiles, runfiles
 from finetune_trainer.storage.objects import ObjectStore, Stores, check_conditions, file_info
@@ -69,7 +69,7 @@ class LogReading:
 
 
 def prepare(
-    order: RunOrder,
+    run_spec: RunSpec,
     stores: Stores,
     scratch: Path,
     say: Say | None = None,
@@ -94,14 +94,14 @@ def prepare(
         UserError, DataError, StorageDenied, StorageUnavailable: with the remedy.
         OutOfMemory, NodeFailure: where a process of the pool was killed.
     """
-    spec = order.spec
+    spec = run_spec.spec
     check_image(spec)
     check_access(spec, stores.default)
-    base = fetch_base(order, stores, scratch, weights=False)
-    check_sum(order, base)
-    model = load_model(order, base.folder)
-    rehearsals = Rehearsals(base.folder, model.max_length)
-    rehearsals(spec)
+    base = fetch_base(run_spec, stores, scratch, weights=False)
+    check_sum(run_spec, base)
+    model = load_model(run_spec, base.folder)
+    profiles = ProfileCache(base.folder, model.max_length)
+    profiles(spec)
     sources = find_sources(spec, stores)
     files = modelfiles.tokenizer_files(base.folder)
     tokenizer = {file.name: file_info(file).sha256 for file in files}
@@ -111,7 +111,7 @@ def prepare(
     manifest = read_manifest(stores.default, uri)
     reused = manifest is not None and is_complete(stores.default, uri, manifest)
     if manifest is None or not reused:
-        folder = f"{order.run_uri}/splits/{digest}"
+        folder = f"{run_spec.run_uri}/splits/{digest}"
         paths = RunPaths(stores.default, uri, digest, folder, scratch / "prepared")
         work = Work(spec, sources, model, paths, stores)
         manifest = write_data(work, step, worker, processes, say or LogReading())
@@ -121,10 +121,10 @@ def prepare(
         spec, {side: [s.format for s in manifest.sets if s.split == side] for side in SIDES}
     )
     data = PreparedData(stores.default, uri, scratch / "data", manifest)
-    memory = estimate_memory(spec, data, rehearsals)
-    runfiles.write_rehearsals(stores.default, order.run_uri, rehearsals.to_json())
+    memory = estimate_memory(spec, data, profiles)
+    runfiles.write_memory_profiles(stores.default, run_spec.run_uri, profiles.to_json())
     summary = summarise(spec, manifest, uri, reused).model_copy(update={"memory": memory})
-    runfiles.write_prepared(stores.default, order.run_uri, summary)
+    runfiles.write_prepared(stores.default, run_spec.run_uri, summary)
     return summary
 
 
@@ -202,13 +202,13 @@ def check_access(spec: FineTuneJobSpec, store: ObjectStore) -> None:
     store.delete([probe])
 
 
-def load_model(order: RunOrder, folder: Path) -> Model:
+def load_model(run_spec: RunSpec, folder: Path) -> Model:
     """Tokenizer and bounds of the base model in a folder.
 
     Raises:
         UserError: where the model is unknown, or maxLength is above its maximum.
     """
-    spec, source = order.spec, order.base_model.source
+    spec, source = run_spec.spec, run_spec.base_model.source
     limits = modelfiles.read_limits(folder, source)
     task = TASKS[spec.task]
     if not task.fits(config := AutoConfig.from_pretrained(folder)):

@@ -35,7 +35,7 @@ def loss_chart(lines: Sequence[Line], marked_step: int | None = None) -> str:
     """The chart, or nothing where there is no point to draw.
 
     Args:
-        marked_step: step of the commit that was published.
+        marked_step: step of the checkpoint that was published.
     """
     lines = [replace(line, points=_finite(line.points)) for line in lines]
     lines = [line for line in lines if line.points]

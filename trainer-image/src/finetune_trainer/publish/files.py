@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Final
 
 from finetune_api.base import Record
-from finetune_api.order import JobIdentity, RunOrder
 from finetune_api.results import PublishSummary
+from finetune_api.run_spec import JobIdentity, RunSpec
 from finetune_trainer.failures import StorageUnavailable
 from finetune_trainer.storage.objects import (
     FileInfo,
@@ -75,7 +75,7 @@ def summarise(uri: str, manifest: Manifest, text: bytes) -> PublishSummary:
     )
 
 
-def move_latest(store: ObjectStore, order: RunOrder, summary: PublishSummary) -> None:
+def move_latest(store: ObjectStore, run_spec: RunSpec, summary: PublishSummary) -> None:
     """Name this run the latest of its destination, unless a later run of the same job is. A file of
     another kind under that name is replaced.
 
@@ -84,8 +84,8 @@ def move_latest(store: ObjectStore, order: RunOrder, summary: PublishSummary) ->
     Raises:
         StorageUnavailable: where others move it all the time.
     """
-    uri = f"{order.spec.output.destination.rstrip('/')}/{LATEST}"
-    new = Latest(run=order.run, job=order.job, uri=summary.uri, digest=summary.digest)
+    uri = f"{run_spec.spec.output.destination.rstrip('/')}/{LATEST}"
+    new = Latest(run=run_spec.run, job=run_spec.job, uri=summary.uri, digest=summary.digest)
     text = (json.dumps(new.to_json(), sort_keys=True, indent=1) + "\n").encode()
     for _ in range(TRIES):
         try:

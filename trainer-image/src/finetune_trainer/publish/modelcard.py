@@ -12,7 +12,7 @@ import yaml
 from finetune_api.tasks import TaskName
 
 if TYPE_CHECKING:
-    from finetune_trainer.publish.facts import About
+    from finetune_trainer.publish.run_facts import About
 
 
 @dataclass(frozen=True)
@@ -83,22 +83,22 @@ classify("…")
 def render(about: About) -> str:
     """The card, in Markdown."""
     # Imported here: facts needs no card, and the card only what facts has gathered.
-    from finetune_trainer.publish.facts import DRAWN_HEAD, settings
+    from finetune_trainer.publish.run_facts import DRAWN_HEAD, settings
 
-    order, result = about.order, about.result
+    run_spec, result = about.run_spec, about.result
     front = yaml.safe_dump(front_matter(about), sort_keys=False, allow_unicode=True)
     scores = [
-        (s.data_set, s.metric, s.show(s.untuned), s.show(s.tuned), s.show(s.gain, signed=True))
+        (s.data_set, s.metric, s.show(s.base), s.show(s.tuned), s.show(s.gain, signed=True))
         for s in about.scores
     ]
     parts = [
         f"---\n{front}---",
-        f"# {order.job.name}",
-        f"`{order.base_model.source}`, tuned with {about.spec.method.type} by finetune-operator"
-        f" (run `{order.run}`). `report.html` beside this file has the loss curve, the data and"
+        f"# {run_spec.job.name}",
+        f"`{run_spec.base_model.source}`, tuned with {about.spec.method.type} by finetune-operator"
+        f" (run `{run_spec.run}`). `report.html` beside this file has the loss curve, the data and"
         " examples; `metrics.json` has every figure.",
         "## Test metrics",
-        _table(("Data set", "Metric", "Untuned", "Tuned", "Gain"), scores)
+        _table(("Data set", "Metric", "BaseLogits", "Tuned", "Gain"), scores)
         if scores
         else "The run had no test set.",
         *([DRAWN_HEAD] if about.drawn_head else []),
@@ -149,7 +149,7 @@ def front_matter(about: About) -> dict[str, Any]:
             }
             for name, metrics in sets.items()
         ]
-        front["model-index"] = [{"name": about.order.job.name, "results": results}]
+        front["model-index"] = [{"name": about.run_spec.job.name, "results": results}]
     return front
 
 
@@ -176,10 +176,10 @@ def _lineage(about: About) -> list[str]:
         (str(number), f"`{a.uri}`", f"{a.job} {a.run}", a.method or "", " and ".join(a.formats))
         for number, a in enumerate(tuned, 2)
     ]
-    run, formats = about.order.run, " and ".join(about.formats)
-    here = (str(len(rows) + 1), "this model", f"{about.order.job.name} {run}",
+    run, formats = about.run_spec.run, " and ".join(about.formats)
+    here = (str(len(rows) + 1), "this model", f"{about.run_spec.job.name} {run}",
             about.spec.method.type, formats)  # fmt: skip
-    untuned = "The untuned model of the test metrics is the one before this."
+    note = "The base model of the test metrics is the one before this."
     adds_up = (
         " `adapter` holds the adapters of the runs before too: it is loaded on"
         f" `{about.base.source}` alone."
@@ -188,7 +188,7 @@ def _lineage(about: About) -> list[str]:
     return [
         "## Lineage",
         _table(("", "Model", "Run", "Method", "Published"), [*rows, here]),
-        untuned + (adds_up if carries else ""),
+        note + (adds_up if carries else ""),
     ]
 
 

@@ -10,20 +10,20 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from finetune_api.order import RunOrder
 from finetune_api.results import PublishSummary
+from finetune_api.run_spec import RunSpec
 from finetune_trainer.engine.base import BaseFiles
 from finetune_trainer.engine.model import is_drawn, purpose_of
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepared.manifest import DataManifest, read_manifest
-from finetune_trainer.publish import facts, modelcard, report, weights
+from finetune_trainer.publish import export, modelcard, report, run_facts
 from finetune_trainer.publish.files import folder_bytes, move_latest, summarise, upload_folder
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.objects import ObjectNotFound, Stores
 from finetune_trainer.storage.published import MANIFEST, Manifest, read_published
 
 
-def publish(order: RunOrder, stores: Stores, scratch: Path) -> PublishSummary:
+def publish(run_spec: RunSpec, stores: Stores, scratch: Path) -> PublishSummary:
     """Write the tuned model of a run to its output address, and name it the latest.
 
     Args:
@@ -32,21 +32,21 @@ def publish(order: RunOrder, stores: Stores, scratch: Path) -> PublishSummary:
 
     Raises:
         UserError: 'NotTrained' where the run has no result.
-        CorruptCommit: where the chosen commit's files are not what was committed.
+        CorruptCheckpoint: where the chosen commit's files are not what was committed.
         StorageDenied, StorageUnavailable: where the output cannot be written.
     """
     store = stores.default
     try:
-        result = runfiles.read_result(store, order.run_uri)
+        result = runfiles.read_result(store, run_spec.run_uri)
     except ObjectNotFound:
         raise UserError(
-            "NotTrained", f"{order.run_uri}/result.json does not exist: training has not ended"
+            "NotTrained", f"{run_spec.run_uri}/result.json does not exist: training has not ended"
         ) from None
-    found = read_published(store, order.output_uri)
+    found = read_published(store, run_spec.output_uri)
     if found is None or found[0].checkpoint != result.summary.checkpoint:
         folder = scratch / "publish"
         shutil.rmtree(folder, ignore_errors=True)
-        prepared = runfiles.read_prepared(store, order.run_uri)
+        prepared = runfiles.read_prepared(store, run_spec.run_uri)
         data = read_manifest(store, prepared.uri)
         if data is None:
             raise UserError(
@@ -54,36 +54,36 @@ def publish(order: RunOrder, stores: Stores, scratch: Path) -> PublishSummary:
                 f"{prepared.uri} holds no prepared data any more; give spec.rerunToken a new value"
                 " to prepare and train again",
             )
-        base, formats = write_model(order, stores, result, data, folder, scratch)
-        purpose = purpose_of(order.spec, data.classes)
-        sizes = facts.Sizes(
+        base, formats = write_model(run_spec, stores, result, data, folder, scratch)
+        purpose = purpose_of(run_spec.spec, data.classes)
+        sizes = run_facts.Sizes(
             {name: folder_bytes(folder / name) for name in formats},
-            weights.full_copy_bytes(base.folder, purpose),
+            export.full_copy_bytes(base.folder, purpose),
         )
         drawn = is_drawn(base.folder, purpose)
-        about = facts.gather(order, result, prepared, data, sizes, base.base.model, drawn)
+        about = run_facts.gather(run_spec, result, prepared, data, sizes, base.base.model, drawn)
         write_papers(about, store.get(f"{prepared.uri}/report.json"), folder)
         manifest = Manifest(
-            run=order.run,
-            job=order.job,
+            run=run_spec.run,
+            job=run_spec.job,
             base_model=base.base.model.source,
-            method=order.spec.method.type,
+            method=run_spec.spec.method.type,
             lineage=result.lineage,
             checkpoint=result.summary.checkpoint or "",
             formats=formats,
             full_copy_bytes=sizes.full_copy,
-            files=upload_folder(store, folder, order.output_uri),
+            files=upload_folder(store, folder, run_spec.output_uri),
         )
         text = manifest.to_text()
-        store.put(f"{order.output_uri}/{MANIFEST}", text)
+        store.put(f"{run_spec.output_uri}/{MANIFEST}", text)
         found = manifest, text
-    summary = summarise(order.output_uri, *found)
-    move_latest(store, order, summary)
+    summary = summarise(run_spec.output_uri, *found)
+    move_latest(store, run_spec, summary)
     return summary
 
 
 def write_model(
-    order: RunOrder,
+    run_spec: RunSpec,
     stores: Stores,
     result: runfiles.RunResult,
     data: DataManifest,
@@ -91,25 +91,32 @@ def write_model(
     scratch: Path,
 ) -> tuple[BaseFiles, list[str]]:
     """The tuned model in ``folder``; returns its base, and the names of the formats written."""
-    wanted = order.spec.effective_output_format
-    model, tokenizer, base = weights.load_tuned(
-        order, stores, result.summary.checkpoint, data.classes, scratch, whole=wanted != "Adapter"
+    wanted = run_spec.spec.effective_output_format
+    model, tokenizer, base = export.load_tuned(
+        run_spec,
+        stores,
+        result.summary.checkpoint,
+        data.classes,
+        scratch,
+        whole=wanted != "Adapter",
     )
     formats = []
     if wanted in ("Adapter", "Both"):
-        weights.write_adapter(model, tokenizer, base, order.spec, folder / "adapter", data.classes)
+        export.write_adapter(
+            model, tokenizer, base, run_spec.spec, folder / "adapter", data.classes
+        )
         formats.append("adapter")
     if wanted in ("Merged", "Both"):
-        stops, purpose = data.stop_token_ids, purpose_of(order.spec, data.classes)
-        weights.write_merged(model, tokenizer, base.folder, stops, folder / "merged", purpose)
+        stops, purpose = data.stop_token_ids, purpose_of(run_spec.spec, data.classes)
+        export.write_merged(model, tokenizer, base.folder, stops, folder / "merged", purpose)
         formats.append("merged")
     return base, formats
 
 
-def write_papers(about: facts.About, data_report: bytes, folder: Path) -> None:
+def write_papers(about: run_facts.About, data_report: bytes, folder: Path) -> None:
     """What people and scripts read about the model: metrics.json, report.html, README.md."""
     papers = {
-        "metrics.json": facts.metrics_text(about),
+        "metrics.json": run_facts.metrics_text(about),
         "report.html": report.render(about, data_report),
         "README.md": modelcard.render(about),
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune_trainer.pages import page
 from finetune_trainer.publish.chart import Line, loss_chart
-from finetune_trainer.publish.facts import DRAWN_HEAD, About, settings
+from finetune_trainer.publish.run_facts import DRAWN_HEAD, About, settings
 
 
 def render(about: About, data_report: bytes) -> str:

@@ -36,8 +36,11 @@ def make_quickstart(folder: Path, *, tiny: bool = False, cache: Path | None = No
 
 
 def _make(kept: Path, kind: str) -> None:
-    from finetune_trainer.quickstart.base import SIZES, make_base  # torch: only where it is made
-    from finetune_trainer.quickstart.tasks import make_data
+    from finetune_trainer.quickstart.pretrain import (  # torch: only where it is made
+        SIZES,
+        make_base,
+    )
+    from finetune_trainer.quickstart.records import make_data
 
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=kept.parent) as part:

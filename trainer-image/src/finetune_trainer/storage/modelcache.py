@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from finetune_trainer.storage.objects import ObjectInfo, ObjectStore
-from finetune_trainer.storage.weights import model_changed
+from finetune_trainer.storage.weight_reader import model_changed
 
 log = logging.getLogger(__name__)
 

@@ -24,9 +24,9 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoConfig
 
-from finetune_api.sources import ModelPlace
+from finetune_api.sources import ModelLocation
 from finetune_trainer.failures import StorageUnavailable, UserError
-from finetune_trainer.storage.claims import claim_path
+from finetune_trainer.storage.claim_paths import claim_path
 from finetune_trainer.storage.objects import ObjectInfo, Stores
 
 CONFIG: Final = "config.json"
@@ -49,18 +49,18 @@ class ModelLimits:
     """Rows of the embedding."""
 
 
-def fetch_tokenizer(place: ModelPlace, stores: Stores, folder: Path) -> Path:
+def fetch_tokenizer(location: ModelLocation, stores: Stores, folder: Path) -> Path:
     """Makes ``folder`` hold configuration and tokenizer, and makes sure that the weights are where
     the model is, without fetching them.
 
     Raises:
         UserError: 'ModelNotFound', naming the address and what a model folder must hold.
     """
-    source = place.source
+    source = location.source
     if source.startswith("s3://"):
-        _fetch_small(place, stores, folder)
+        _fetch_small(location, stores, folder)
     elif source.startswith("hf://"):
-        hub = _Hub.of(place, stores)
+        hub = _Hub.of(location, stores)
         _replace_link(folder, hub.fetch(SMALL))
         names = hub.names(folder)
         _require(source, names, CONFIG, *_weights(folder, names))
@@ -69,7 +69,7 @@ def fetch_tokenizer(place: ModelPlace, stores: Stores, folder: Path) -> Path:
     return folder
 
 
-def fetch_model(place: ModelPlace, stores: Stores, folder: Path) -> tuple[ObjectInfo, ...]:
+def fetch_model(location: ModelLocation, stores: Stores, folder: Path) -> tuple[ObjectInfo, ...]:
     """Makes ``folder`` hold the model but for weights in object storage, which are read from there.
 
     Returns:
@@ -79,11 +79,11 @@ def fetch_model(place: ModelPlace, stores: Stores, folder: Path) -> tuple[Object
     Raises:
         UserError: 'ModelNotFound', naming the address and what a model folder must hold.
     """
-    source = place.source
+    source = location.source
     if source.startswith("s3://"):
-        return _fetch_small(place, stores, folder)
+        return _fetch_small(location, stores, folder)
     if source.startswith("hf://"):
-        hub = _Hub.of(place, stores)
+        hub = _Hub.of(location, stores)
         _replace_link(folder, hub.fetch(SMALL))
         weights = _weights(folder, hub.names(folder))
         _replace_link(folder, hub.fetch((*SMALL, *weights)))
@@ -167,12 +167,12 @@ def _is_small(name: str) -> bool:
     return base.endswith(suffixes) and folder in ("", "additional_chat_templates")
 
 
-def _fetch_small(place: ModelPlace, stores: Stores, folder: Path) -> tuple[ObjectInfo, ...]:
+def _fetch_small(location: ModelLocation, stores: Stores, folder: Path) -> tuple[ObjectInfo, ...]:
     """Fetch configuration and tokenizer of a model in object storage, but for files that are there
     in their size already; the objects that hold its weights."""
-    store, source = stores.of(place.storage), f"{place.source.rstrip('/')}/"
+    store, source = stores.of(location.storage), f"{location.source.rstrip('/')}/"
     found = {info.uri.removeprefix(source): info for info in store.list(source)}
-    _require(place.source, found, CONFIG)
+    _require(location.source, found, CONFIG)
 
     def fetch(name: str) -> None:
         path = folder / name
@@ -182,7 +182,7 @@ def _fetch_small(place: ModelPlace, stores: Stores, folder: Path) -> tuple[Objec
     with ThreadPoolExecutor(_PARALLEL_FILES) as pool:
         list(pool.map(fetch, filter(_is_small, found)))
     weights = _weights(folder, found)
-    _require(place.source, found, *weights)
+    _require(location.source, found, *weights)
     return tuple(found[name] for name in weights)
 
 
@@ -216,9 +216,11 @@ class _Hub:
     token: str | None
 
     @classmethod
-    def of(cls, place: ModelPlace, stores: Stores) -> _Hub:
-        repository, _, revision = place.source.removeprefix("hf://").partition("@")
-        return cls(place.source, repository, revision or None, stores.hub_token(place.storage))
+    def of(cls, location: ModelLocation, stores: Stores) -> _Hub:
+        repository, _, revision = location.source.removeprefix("hf://").partition("@")
+        return cls(
+            location.source, repository, revision or None, stores.hub_token(location.storage)
+        )
 
     def fetch(self, patterns: Iterable[str]) -> Path:
         """Folder with the files that match, fetched where the cache lacks them."""

@@ -1,6 +1,6 @@
 """Object storage of a run: which server each source and the run itself are on.
 
-``Stores`` makes ``ObjectStore``s from a run's order and the environment; ``check_conditions``
+``Stores`` makes ``ObjectStore``s from a run spec and the environment; ``check_conditions``
 proves that a server is fit to hold a run's HEAD.
 """
 
@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Mapping
 
 from finetune_api.names import storage_env
-from finetune_api.order import RunOrder
+from finetune_api.run_spec import RunSpec
 from finetune_api.sources import StorageAccess
 from finetune_trainer.failures import StorageDenied, UserError
 from finetune_trainer.storage.objectinfo import (
@@ -40,7 +40,7 @@ __all__ = [
 
 
 class Stores:
-    """The object stores of a run, one per storage profile of its order.
+    """The object stores of a run, one per storage profile of its run spec.
 
     Keys come from the environment (``names.storage_env``); a profile without them uses boto3's
     own chain.
@@ -49,19 +49,19 @@ class Stores:
         StorageDenied: 'IncompleteCredentials' where one half of a key pair is given.
     """
 
-    def __init__(self, order: RunOrder, environ: Mapping[str, str] = os.environ) -> None:
-        self._order = order
+    def __init__(self, run_spec: RunSpec, environ: Mapping[str, str] = os.environ) -> None:
+        self._run_spec = run_spec
         self._environ = environ
         self._made: dict[int, ObjectStore] = {}
 
     def hub_token(self, access: StorageAccess | None) -> str | None:
         """The token for the Hugging Face hub that goes with a source's ``storage`` block."""
-        profile = self._order.profile_of(access)
+        profile = self._run_spec.profile_of(access)
         return self._environ.get(storage_env(profile, "HF_TOKEN")) or None
 
     def of(self, access: StorageAccess | None) -> ObjectStore:
         """The store of a source's ``storage`` block; of ``spec.storage`` where it has none."""
-        profile = self._order.profile_of(access)
+        profile = self._run_spec.profile_of(access)
         if profile not in self._made:
             self._made[profile] = self._make(profile)
         return self._made[profile]
@@ -72,7 +72,7 @@ class Stores:
         return self.of(None)
 
     def _make(self, profile: int) -> ObjectStore:
-        access = self._order.storage_profiles[profile]
+        access = self._run_spec.storage_profiles[profile]
         return ObjectStore(access.endpoint, access.region, self._credentials(profile, access))
 
     def _credentials(self, profile: int, access: StorageAccess) -> Credentials | None:

@@ -20,11 +20,11 @@ from pydantic import ValidationError
 from finetune_api.base import Record
 from finetune_api.identity import adapter_uri, merged_uri
 from finetune_api.methods import METHODS, MethodName
-from finetune_api.order import JobIdentity, RunOrder
 from finetune_api.results import Ancestor
-from finetune_api.sources import ModelPlace
+from finetune_api.run_spec import JobIdentity, RunSpec
+from finetune_api.sources import ModelLocation
 from finetune_trainer.failures import UserError
-from finetune_trainer.storage.claims import claim_path
+from finetune_trainer.storage.claim_paths import claim_path
 from finetune_trainer.storage.objects import ObjectNotFound, ObjectStore, Stores, file_info
 
 MANIFEST: Final = "manifest.json"
@@ -69,11 +69,11 @@ class Manifest(Record):
 class Base:
     """What a run starts from."""
 
-    model: ModelPlace
+    model: ModelLocation
     """A whole model, in Hugging Face layout."""
     lineage: tuple[Ancestor, ...]
     """All that the run's model is made from, the first base model first."""
-    adapter: ModelPlace | None = None
+    adapter: ModelLocation | None = None
     """A published adapter that is merged into it."""
     adapter_files: tuple[tuple[str, PublishedFile], ...] = ()
     """Names of that adapter's files, and what they are checked by."""
@@ -88,7 +88,7 @@ def read_published(store: ObjectStore, uri: str) -> tuple[Manifest, bytes] | Non
     return Manifest.model_validate_json(text), text
 
 
-def find_base(order: RunOrder, stores: Stores) -> Base:
+def find_base(run_spec: RunSpec, stores: Stores) -> Base:
     """What the run starts from, by the manifest of its base model where that was published by a
     run.
 
@@ -96,40 +96,40 @@ def find_base(order: RunOrder, stores: Stores) -> Base:
         UserError: 'ModelNotFound' where another job's model is gone; 'BaseChanged' where it is not
             what the run began with; 'NotMergeable' where its weights cannot be part of a model.
     """
-    place = order.base_model
-    text = _manifest_text(place, stores)
+    location = run_spec.base_model
+    text = _manifest_text(location, stores)
     manifest = _parse(text)
     if manifest is None:
-        if order.base is not None:
+        if run_spec.base is not None:
             raise UserError(
                 "ModelNotFound",
-                f"{place.source}/{MANIFEST} does not exist any more: the model that run"
-                f" {order.base.run} of job {order.base.job} has published was removed. Publish it"
+                f"{location.source}/{MANIFEST} does not exist any more: the model that run"
+                f" {run_spec.base.run} of job {run_spec.base.job} has published was removed. Publish it"
                 " again, and give spec.rerunToken a new value",
             )
-        return Base(place, (Ancestor(uri=place.source),))
+        return Base(location, (Ancestor(uri=location.source),))
     digest = hashlib.sha256(text or b"").hexdigest()
-    if order.base is not None and order.base.digest not in (None, digest):
+    if run_spec.base is not None and run_spec.base.digest not in (None, digest):
         raise UserError(
             "BaseChanged",
-            f"{place.source}/{MANIFEST} is not what this run began with (sha256 {digest}, then"
-            f" {order.base.digest}); give spec.rerunToken a new value to begin with what is there",
+            f"{location.source}/{MANIFEST} is not what this run began with (sha256 {digest}, then"
+            f" {run_spec.base.digest}); give spec.rerunToken a new value to begin with what is there",
         )
     itself = Ancestor(
-        uri=place.source, job=manifest.job.name, run=manifest.run, digest=digest,
+        uri=location.source, job=manifest.job.name, run=manifest.run, digest=digest,
         method=manifest.method, formats=manifest.formats,
     )  # fmt: skip
     lineage = (*manifest.lineage, itself)
     if "merged" in manifest.formats:
-        whole = ModelPlace(source=merged_uri(place.source), storage=place.storage)
+        whole = ModelLocation(source=merged_uri(location.source), storage=location.storage)
         return Base(whole, lineage)
-    _check_mergeable(place, manifest)
-    beneath = order.base.beneath if order.base else None
-    storage = beneath.storage if beneath is not None else place.storage
+    _check_mergeable(location, manifest)
+    beneath = run_spec.base.beneath if run_spec.base else None
+    storage = beneath.storage if beneath is not None else location.storage
     return Base(
-        model=ModelPlace(source=manifest.base_model, storage=storage),
+        model=ModelLocation(source=manifest.base_model, storage=storage),
         lineage=lineage,
-        adapter=ModelPlace(source=adapter_uri(place.source), storage=place.storage),
+        adapter=ModelLocation(source=adapter_uri(location.source), storage=location.storage),
         adapter_files=tuple(
             (name.removeprefix("adapter/"), file)
             for name, file in sorted(manifest.files.items())
@@ -138,14 +138,14 @@ def find_base(order: RunOrder, stores: Stores) -> Base:
     )
 
 
-def _manifest_text(place: ModelPlace, stores: Stores) -> bytes | None:
-    if place.source.startswith("s3://"):
+def _manifest_text(location: ModelLocation, stores: Stores) -> bytes | None:
+    if location.source.startswith("s3://"):
         try:
-            return stores.of(place.storage).get(f"{place.source.rstrip('/')}/{MANIFEST}")
+            return stores.of(location.storage).get(f"{location.source.rstrip('/')}/{MANIFEST}")
         except ObjectNotFound:
             return None
-    if place.source.startswith("pvc://"):
-        path = claim_path(place.source) / MANIFEST
+    if location.source.startswith("pvc://"):
+        path = claim_path(location.source) / MANIFEST
         return path.read_bytes() if path.is_file() else None
     return None
 
@@ -158,12 +158,12 @@ def _parse(text: bytes | None) -> Manifest | None:
         return None
 
 
-def _check_mergeable(place: ModelPlace, manifest: Manifest) -> None:
+def _check_mergeable(location: ModelLocation, manifest: Manifest) -> None:
     if "Merged" in METHODS[manifest.method].formats:
         return
     raise UserError(
         "NotMergeable",
-        f"{place.source}: {manifest.method} has learned what stands before a text, which no weights"
+        f"{location.source}: {manifest.method} has learned what stands before a text, which no weights"
         " can hold: no other run can start from it. Tune the first model by LoRA, IA3, Partial or"
         " Full, or start from its base model",
     )

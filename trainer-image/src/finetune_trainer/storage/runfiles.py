@@ -1,6 +1,6 @@
 """The small files of a run in object storage, between the stages: see docs/architecture.md.
 
-``prepared.json`` and ``rehearsals.json`` (prepare → train), ``baseline.json`` (train → train of a
+``prepared.json`` and ``memory-profiles.json`` (prepare → train), ``baseline.json`` (train → train of a
 later attempt) and ``result.json`` (train → publish).
 """
 
@@ -54,13 +54,13 @@ class Example(Record):
     """What both read."""
     reference: str
     """The right answer."""
-    untuned: str
+    base: str
     """Answer of the model as it was."""
     tuned: str
     """Answer of the tuned model."""
 
 
-class SamplePlace(Record):
+class SampleOrigin(Record):
     """Where a training sample is found."""
 
     data_set: str
@@ -75,7 +75,7 @@ class SamplePlace(Record):
 
 
 class SetBaseline(Record):
-    """Untuned scores of one test set, and its first answers."""
+    """BaseLogits scores of one test set, and its first answers."""
 
     name: str
     """Name of the set."""
@@ -107,7 +107,7 @@ class RunResult(Record):
     """Validation on the way."""
     examples: dict[str, list[Example]]
     """Some answers by test set."""
-    quarantined: list[SamplePlace] = Field(default=[])
+    quarantined: list[SampleOrigin] = Field(default=[])
     """The first of the samples that were left out when the run went back."""
     versions: dict[str, str]
     """Versions of the packages that matter."""
@@ -130,15 +130,15 @@ def write_prepared(store: ObjectStore, run_uri: str, summary: PreparedSummary) -
     store.put(f"{run_uri}/prepared.json", _text(summary))
 
 
-def read_rehearsals(store: ObjectStore, run_uri: str) -> bytes | None:
+def read_memory_profiles(store: ObjectStore, run_uri: str) -> bytes | None:
     """What was measured of the model, as ``engine.rehearsals`` writes it; None where it is not
     there."""
-    uri = f"{run_uri}/rehearsals.json"
+    uri = f"{run_uri}/memory-profiles.json"
     return store.get(uri) if store.head(uri) else None
 
 
-def write_rehearsals(store: ObjectStore, run_uri: str, text: bytes) -> None:
-    store.put(f"{run_uri}/rehearsals.json", text)
+def write_memory_profiles(store: ObjectStore, run_uri: str, text: bytes) -> None:
+    store.put(f"{run_uri}/memory-profiles.json", text)
 
 
 def read_baseline(store: ObjectStore, run_uri: str) -> Baseline | None:

@@ -17,8 +17,8 @@ from finetune_trainer.failures import (
     NodeFailure,
     OutOfMemory,
     TrainerError,
+    failure_of,
     recognise_text,
-    verdict,
 )
 
 
@@ -33,9 +33,9 @@ class Ended:
     report: dict[str, Any] | None = None
     """What the agent says (``agent``)."""
     failure: Failure | None = None
-    """What the workers say (``workerfiles.read_failure``)."""
+    """What the workers say (``worker_files.read_failure``)."""
     aborted: str = ""
-    """Why NCCL's watchdog ended a worker, where it did (``workerfiles.read_abort``)."""
+    """Why NCCL's watchdog ended a worker, where it did (``worker_files.read_abort``)."""
 
 
 def judge(ended: Ended, nodes: int, oom_killed: bool | None) -> tuple[Failure, bool]:
@@ -50,7 +50,7 @@ def judge(ended: Ended, nodes: int, oom_killed: bool | None) -> tuple[Failure, b
     if said is not None and not follows:
         return said, False
     if (number := _killer(ended)) is not None:
-        killed = verdict(_killed(number, nodes, oom_killed, ended.aborted))
+        killed = failure_of(_killed(number, nodes, oom_killed, ended.aborted))
         return killed, killed.reason == PEER_LOST
     if said is not None:
         return said, nodes > 1
@@ -58,7 +58,7 @@ def judge(ended: Ended, nodes: int, oom_killed: bool | None) -> tuple[Failure, b
         return _not_formed(ended.report["message"]), nodes > 1
     codes = (ended.report or {}).get("codes", {"torchrun": ended.code})
     words = ", ".join(f"{rank} with {code}" for rank, code in codes.items())
-    return verdict(
+    return failure_of(
         TrainerError(
             "WorkerExited", f"training processes ended without a word: {words}; see the log"
         )
@@ -77,18 +77,18 @@ def judge_stopped(ended: Ended | None, grace: int) -> Failure:
     if said is not None and (said.failure_class == "Preempted" or not said.retryable):
         return said
     if ended is None or not ended.formed:
-        return verdict(Interrupted("Interrupted", "stopped before the gang had formed"))
+        return failure_of(Interrupted("Interrupted", "stopped before the gang had formed"))
     why = (
         f"the workers ended before: {said.message if said else 'without a word'}"
         if ended.code >= 0
         else f"{grace} s were too short; give the pod a longer terminationGracePeriodSeconds"
     )
-    what = f"stopped with the state unsaved ({why}); training goes on from the last commit"
-    return verdict(Interrupted("InterruptedUnsaved", what))
+    what = f"stopped with the state unsaved ({why}); training goes on from the last checkpoint"
+    return failure_of(Interrupted("InterruptedUnsaved", what))
 
 
 def _not_formed(why: str) -> Failure:
-    return verdict(NodeFailure(PEER_LOST, f"the gang did not form: {why}"))
+    return failure_of(NodeFailure(PEER_LOST, f"the gang did not form: {why}"))
 
 
 def _killer(ended: Ended) -> int | None:

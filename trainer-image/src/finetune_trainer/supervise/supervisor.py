@@ -32,13 +32,13 @@ from finetune_trainer.stage import (
     end_badly,
     end_with,
     leave_termination,
-    load_order,
+    load_run_spec,
     scratch_folder,
     start_log,
 )
-from finetune_trainer.supervise import agent, workerfiles
+from finetune_trainer.supervise import agent, worker_files
 from finetune_trainer.supervise.endings import Ended, judge, judge_stopped
-from finetune_trainer.supervise.place import Place, read_place
+from finetune_trainer.supervise.node_environment import NodeEnvironment, read_node_environment
 from finetune_trainer.supervise.processes import (
     adopt_orphans,
     kill_descendants,
@@ -75,11 +75,11 @@ def supervise(worker: str = WORKER) -> int:
     start_log()
     run = ""
     try:
-        order = load_order()
-        run = order.run
-        place = read_place(os.environ)
-        patience = max(FORM_SECONDS, order.spec.scheduling.start_deadline_seconds)
-        return Supervisor(run, place, scratch_folder(), worker, patience).run_to_end()
+        run_spec = load_run_spec()
+        run = run_spec.run
+        node = read_node_environment(os.environ)
+        patience = max(FORM_SECONDS, run_spec.spec.scheduling.start_deadline_seconds)
+        return Supervisor(run, node, scratch_folder(), worker, patience).run_to_end()
     except Exception as error:
         return end_badly(run, "train", error)
     finally:
@@ -89,14 +89,16 @@ def supervise(worker: str = WORKER) -> int:
 class Supervisor:
     """One node's share of a gang, over all starts of its workers."""
 
-    def __init__(self, run: str, place: Place, scratch: Path, worker: str, patience: float) -> None:
+    def __init__(
+        self, run: str, node: NodeEnvironment, scratch: Path, worker: str, patience: float
+    ) -> None:
         """
         Args:
             patience: seconds that the gang's other nodes are waited for.
         """
         self._run = run
         self._patience = patience
-        self._place = place
+        self._node = node
         self._folder = scratch / "supervisor"
         self._worker = worker
         self._starts = 0
@@ -116,10 +118,10 @@ class Supervisor:
             if ended is not None and ended.code == 0:
                 return self._done()
             if self._kill_at is not None or ended is None:
-                return end_with(self._run, "train", judge_stopped(ended, self._place.grace))
+                return end_with(self._run, "train", judge_stopped(ended, self._node.grace))
             oom_now = oom_kills()
             oom_killed = None if oom_before is None or oom_now is None else oom_now > oom_before
-            failure, again = judge(ended, self._place.nodes, oom_killed)
+            failure, again = judge(ended, self._node.nodes, oom_killed)
             if not again:
                 return end_with(self._run, "train", failure)
             if ended.formed:
@@ -127,21 +129,21 @@ class Supervisor:
             if time.monotonic() >= deadline:
                 raise NodeFailure(
                     "GangNotFormed",
-                    f"no gang of {self._place.nodes} nodes has formed at {self._place.host}:"
-                    f"{self._place.port} for {self._patience:.0f} s: {failure.message}",
+                    f"no gang of {self._node.nodes} nodes has formed at {self._node.host}:"
+                    f"{self._node.port} for {self._patience:.0f} s: {failure.message}",
                 )
             log.warning("starting the workers again in place: %s", failure.message)
             time.sleep(PAUSE_SECONDS)
 
     def _done(self) -> int:
-        trained = workerfiles.read_result(self._start_folder)
+        trained = worker_files.read_result(self._start_folder)
         leave_termination(Termination(run=self._run, role="train", trained=trained))
         log.info("train: done")
         return int(ExitCode.OK)
 
     def _told_to_stop(self, number: int, frame: FrameType | None) -> None:
         if self._kill_at is None:
-            grace = self._place.grace
+            grace = self._node.grace
             self._kill_at = time.monotonic() + grace - min(KILL_SECONDS, grace / 4)
             log.info("told to stop by %s; %s s to save", signal.Signals(number).name, grace)
 
@@ -177,8 +179,8 @@ class Supervisor:
             code=process.returncode,
             formed=self._formed(),
             report=json.loads(report.read_text()) if report.exists() else None,
-            failure=workerfiles.read_failure(self._start_folder),
-            aborted=workerfiles.read_abort(self._logs),
+            failure=worker_files.read_failure(self._start_folder),
+            aborted=worker_files.read_abort(self._logs),
         )
 
     def _wait(self, process: subprocess.Popen[bytes]) -> None:
@@ -187,21 +189,21 @@ class Supervisor:
             if self._kill_at is not None:
                 if not self._formed() or time.monotonic() >= self._kill_at:
                     return
-                workerfiles.ask_to_stop(self._start_folder)
+                worker_files.ask_to_stop(self._start_folder)
             time.sleep(POLL_SECONDS)
 
     def _wait_for_name(self, deadline: float) -> str:
         """Waits until the rendezvous' name resolves (a negative answer is cached up to 30 s by
         DNS servers); why it does not, when time is up."""
-        if self._place.rank == 0 or self._place.loopback:
+        if self._node.rank == 0 or self._node.loopback:
             return ""
         while self._kill_at is None:
             try:
-                socket.getaddrinfo(self._place.host, self._place.port, type=socket.SOCK_STREAM)
+                socket.getaddrinfo(self._node.host, self._node.port, type=socket.SOCK_STREAM)
                 return ""
             except OSError as error:
                 if time.monotonic() >= deadline:
-                    return f"{self._place.host} does not resolve: {error}"
+                    return f"{self._node.host} does not resolve: {error}"
             time.sleep(PAUSE_SECONDS)
         return ""
 
@@ -218,44 +220,44 @@ class Supervisor:
         return self._start_folder / "agent.json"
 
     def _torchrun_arguments(self, deadline: float) -> list[str]:
-        place = self._place
+        node = self._node
         join = max(1, int(deadline - time.monotonic()))
         rendezvous = {
-            "is_host": int(place.rank == 0),
+            "is_host": int(node.rank == 0),
             "read_timeout": CONNECT_SECONDS,
             "join_timeout": join,
         }
         arguments = {
-            "nnodes": place.nodes,
-            "nproc-per-node": place.processes,
+            "nnodes": node.nodes,
+            "nproc-per-node": node.processes,
             "rdzv-backend": "c10d",
-            "rdzv-endpoint": f"{place.host}:{place.port}",
+            "rdzv-endpoint": f"{node.host}:{node.port}",
             "rdzv-id": self._run,
             "rdzv-conf": ",".join(f"{key}={value}" for key, value in rendezvous.items()),
             "max-restarts": 0,
             "log-dir": self._logs,
             "tee": 2,  # to the log, and to files that tell why NCCL aborted a worker
         }
-        if place.loopback and sys.platform == "linux":
+        if node.loopback and sys.platform == "linux":
             # Ranks follow the order of addresses: the node of rank 0 has the first process.
-            arguments["local-addr"] = f"127.0.0.{place.rank + 1}"
+            arguments["local-addr"] = f"127.0.0.{node.rank + 1}"
         return [*(f"--{key}={value}" for key, value in arguments.items()), "-m", self._worker]
 
     def _worker_environment(self, launched: float) -> dict[str, str]:
         own = {
             # Else a survivor of a lost node keeps the old store's address, and the gang hangs.
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-            workerfiles.ENV_FOLDER: str(self._start_folder),
-            workerfiles.ENV_LAUNCHED: str(launched),
+            worker_files.ENV_FOLDER: str(self._start_folder),
+            worker_files.ENV_LAUNCHED: str(launched),
             agent.ENV_REPORT: str(self._report_file),
         }
         if not _ALLOCATION & os.environ.keys():
             # No two steps have rows of the same lengths: blocks of a GPU's memory that cannot grow
             # would be left with holes.
             own["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-        if self._place.loopback and sys.platform == "linux":
+        if self._node.loopback and sys.platform == "linux":
             own["GLOO_SOCKET_IFNAME"] = "lo"
-        return {**os.environ, **thread_environment(os.environ, self._place.processes), **own}
+        return {**os.environ, **thread_environment(os.environ, self._node.processes), **own}
 
 
 if __name__ == "__main__":

@@ -9,19 +9,19 @@ import torch
 
 from finetune_trainer.engine.compilation import compilation_seconds
 from finetune_trainer.engine.flops import Work
-from finetune_trainer.engine.rows.feed import StepTensors
-from finetune_trainer.engine.rows.transfer import Wait
+from finetune_trainer.engine.packing.feed import StepTensors
+from finetune_trainer.engine.packing.transfer import Wait
 from finetune_trainer.train.session import Session
 
 
 def end_startup(session: Session, from_step: int) -> None:
     """The attempt's first step was taken: tell how long it took to get there. The device is waited
     for, this once."""
-    if session.gang.device.type == "cuda":
-        torch.cuda.synchronize(session.gang.device)
+    if session.world.device.type == "cuda":
+        torch.cuda.synchronize(session.world.device)
     compiling = compilation_seconds() if session.spec.training.compile else None
     startup = session.telemetry.first_step(from_step, compiling)
-    if session.gang.first:
+    if session.world.is_main:
         print(f"first step after {startup.text}", flush=True)
 
 
@@ -38,7 +38,7 @@ class Clock:
         self._operations = 0.0
         self._began = self._mark = self._commit = time.perf_counter()
         self._steps = 0
-        self.steps_since_commit = 0
+        self.steps_since_checkpoint = 0
         self._tokens = 0
         self._busy = self._computed = self._waited = 0.0
         self._waits: deque[Wait] = deque()
@@ -52,7 +52,7 @@ class Clock:
         now = time.perf_counter()
         took, self._mark = now - self._mark, now
         self._steps += 1
-        self.steps_since_commit += 1
+        self.steps_since_checkpoint += 1
         self._tokens += batch.plan.tokens
         self._busy += took
         self._recent += took
@@ -84,9 +84,9 @@ class Clock:
 
     def committed(self) -> None:
         self._commit = time.perf_counter()
-        self.steps_since_commit = 0
+        self.steps_since_checkpoint = 0
 
-    def since_commit(self) -> float:
+    def since_checkpoint(self) -> float:
         return time.perf_counter() - self._commit
 
     def elapsed(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finetune_api.results import DataSetScores, TrainSummary
 from finetune_trainer.evaluate.measure import SetResult
-from finetune_trainer.prepared.places import places_of
+from finetune_trainer.prepared.origins import origins_of
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.runfiles import Baseline, Example, RunResult, SetBaseline
 from finetune_trainer.train.session import Session, versions
@@ -14,14 +14,14 @@ _EXAMPLES = 8
 """Answers kept per set for the report."""
 
 
-def measure_untuned(session: Session) -> Baseline:
+def measure_base(session: Session) -> Baseline:
     """Test scores of the model as it is before the first step; read back by later attempts."""
-    gang, store, run_uri = session.gang, session.stores.default, session.order.run_uri
-    known = gang.from_first(lambda: runfiles.read_baseline(store, run_uri))
+    world, store, run_uri = session.world, session.stores.default, session.run_spec.run_uri
+    known = world.on_main(lambda: runfiles.read_baseline(store, run_uri))
     if known is not None:
         return known
     session.telemetry.say(stage="Baseline")
-    with session.loss.untuned():
+    with session.loss.base_model():
         results = session.evaluator.sets("test", session.metrics_of_sets("test"))
     baseline = Baseline(
         sets=[
@@ -31,20 +31,20 @@ def measure_untuned(session: Session) -> Baseline:
             for r in results
         ]
     )
-    gang.from_first(lambda: runfiles.write_baseline(store, run_uri, baseline))
+    world.on_main(lambda: runfiles.write_baseline(store, run_uri, baseline))
     return baseline
 
 
 def test_and_write_result(session: Session, state: LoopState, baseline: Baseline) -> TrainSummary:
-    """Test the commit that will be published, and leave the result for publish."""
-    gang, checkpoints = session.gang, session.checkpoints
+    """Test the checkpoint that will be published, and leave the result for publish."""
+    world, checkpointer = session.world, session.checkpointer
     session.telemetry.say(stage="Testing", step=state.step)
-    chosen = checkpoints.load_best(session.loss.model, state.step)
+    chosen = checkpointer.load_best(session.loss.model, state.step)
     results = session.evaluator.sets("test", session.metrics_of_sets("test"))
-    untuned = {s.name: s for s in baseline.sets}
+    base = {s.name: s for s in baseline.sets}
     summary = TrainSummary(
-        attempt=checkpoints.head.attempt,
-        restarts=checkpoints.head.restarts,
+        attempt=checkpointer.head.attempt,
+        restarts=checkpointer.head.restarts,
         steps=state.step,
         stopped_early=state.stopped_early,
         loss=state.curve[-1].loss if state.curve else None,
@@ -54,15 +54,15 @@ def test_and_write_result(session: Session, state: LoopState, baseline: Baseline
         total_parameters=session.parameters.total,
         scores=[
             DataSetScores(
-                name=r.name, samples=r.samples, untuned=untuned[r.name].metrics, tuned=r.metrics
+                name=r.name, samples=r.samples, base=base[r.name].metrics, tuned=r.metrics
             )
             for r in results
         ],
-        training_seconds=checkpoints.training_seconds(),
-        lost_seconds=checkpoints.head.lost_seconds,
+        training_seconds=checkpointer.training_seconds(),
+        lost_seconds=checkpointer.head.lost_seconds,
         tokens=state.tokens,
         skipped_steps=state.skipped_steps,
-        rollbacks=len(checkpoints.head.rollbacks),
+        rollbacks=len(checkpointer.head.rollbacks),
         quarantined_samples=len(session.plan.left_out),
         startup=session.telemetry.progress.startup,
     )
@@ -71,29 +71,27 @@ def test_and_write_result(session: Session, state: LoopState, baseline: Baseline
         curve=state.curve,
         validation=state.validation,
         lineage=list(session.lineage),
-        examples={r.name: _examples(session, i, r, untuned[r.name]) for i, r in enumerate(results)},
-        quarantined=places_of(session.data, "train", session.plan.left_out.tolist()),
+        examples={r.name: _examples(session, i, r, base[r.name]) for i, r in enumerate(results)},
+        quarantined=origins_of(session.data, "train", session.plan.left_out.tolist()),
         versions=versions(),
-        processes=gang.size,
-        device=gang.device.type,
+        processes=world.size,
+        device=world.device.type,
     )
-    gang.from_first(
-        lambda: runfiles.write_result(session.stores.default, session.order.run_uri, result)
+    world.on_main(
+        lambda: runfiles.write_result(session.stores.default, session.run_spec.run_uri, result)
     )
-    gang.barrier()
-    checkpoints.release()
+    world.barrier()
+    checkpointer.release()
     session.telemetry.say(stage="Done", step=state.step)
     return summary
 
 
-def _examples(
-    session: Session, order: int, tuned: SetResult, untuned: SetBaseline
-) -> list[Example]:
+def _examples(session: Session, order: int, tuned: SetResult, base: SetBaseline) -> list[Example]:
     number = session.data.set_names("test")[order][0]
     index = session.data.index("test")
     positions = [int(p) for p in (index.set == number).nonzero()[0][:_EXAMPLES]]
     references = session.data.references("test", positions)
     return [
-        Example(prompt=r.prompt, reference=r.completion, untuned=before, tuned=after)
-        for r, before, after in zip(references, untuned.answers, tuned.answers, strict=False)
+        Example(prompt=r.prompt, reference=r.completion, base=before, tuned=after)
+        for r, before, after in zip(references, base.answers, tuned.answers, strict=False)
     ]

@@ -3,7 +3,7 @@
     plan → feed → step → (log) → (evaluate → commit) … → test → result
 
 Everything it uses is built in ``session``; what it must not forget lives in ``LoopState``, which
-each commit carries.
+each checkpoint carries.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from torch import Tensor
 
 from finetune_api.results import TrainSummary
 from finetune_trainer.engine.compilation import compilations
-from finetune_trainer.engine.gang import Agreement
+from finetune_trainer.engine.packing.feed import Feed
 from finetune_trainer.engine.planning.schedule import (
     evaluation_steps,
     learning_rate,
     log_interval,
     steps_of,
 )
-from finetune_trainer.engine.rows.feed import Feed
+from finetune_trainer.engine.world import Agreement
 from finetune_trainer.evaluate.measure import overall
 from finetune_trainer.evaluate.scores import GENERATED, better
 from finetune_trainer.failures import Interrupted
 from finetune_trainer.storage.runfiles import CurvePoint, ValidationPoint
 from finetune_trainer.train.clock import Clock
-from finetune_trainer.train.final import measure_untuned, test_and_write_result
+from finetune_trainer.train.final import measure_base, test_and_write_result
 from finetune_trainer.train.garbage import collected_between_steps
 from finetune_trainer.train.rollback import TooManySkipped, read_guard, roll_back, with_rollbacks
 from finetune_trainer.train.session import Session
 from finetune_trainer.train.state import LoopState
 from finetune_trainer.train.step import optimizer_step
-from finetune_trainer.train.stopping import heed
+from finetune_trainer.train.stopping import raise_if_stopping
 
 
 def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
@@ -45,18 +45,18 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
         Interrupted: after a stop was asked for and the state was committed.
         Diverged: where the loss is no longer a number.
         Fenced: where a newer attempt has taken the run.
-        StorageUnavailable: where storage took none of several commits in a row, or not the last.
+        StorageUnavailable: where storage took none of several checkpoints in a row, or not the last.
     """
     total = steps_of(session.spec, len(session.plan.lengths))
     session.evaluator.stop_requested = stop_requested
     session.telemetry.reached("model")
-    found = session.checkpoints.restore(session.loss.model, session.optimizers)
+    found = session.checkpointer.restore(session.loss.model, session.optimizers)
     state = with_rollbacks(session, found or LoopState())
     session.telemetry.reached("restore")
     session.telemetry.say(total_steps=total, step=state.step)
     session.telemetry.total_steps.set(total)
-    heed(session.gang, stop_requested, "before the first step")
-    baseline = measure_untuned(session)
+    raise_if_stopping(session.world, stop_requested, "before the first step")
+    baseline = measure_base(session)
     session.telemetry.reached("baseline")
 
     clock = Clock(session.work, session.peak)
@@ -67,7 +67,7 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
                 take_steps(session, state, total, clock, stop_requested, after_step)
             break
         except TooManySkipped as skipped:
-            state = roll_back(session, state, skipped.row)
+            state = roll_back(session, state, skipped.micro_batch)
     return test_and_write_result(session, state, baseline)
 
 
@@ -81,18 +81,18 @@ def take_steps(
         TooManySkipped: on all ranks together.
         Interrupted: as ``train``.
     """
-    spec, gang = session.spec, session.gang
+    spec, world = session.spec, session.world
     evaluate_at = evaluation_steps(spec, total)
     log_every = log_interval(total)
-    agreement = Agreement(gang)
+    agreement = Agreement(world)
     session.guard.resume(state.guard)
-    rollbacks = len(session.checkpoints.head.rollbacks)
+    rollbacks = len(session.checkpointer.head.rollbacks)
     factor = float(spec.training.guard.rollback_factor) ** rollbacks
     if (state.step in evaluate_at or state.step == total) and not was_measured(session, state):
-        evaluate(session, state, clock, whatever=state.step == total)
+        evaluate(session, state, clock, force=state.step == total)
     with Feed(
         session.plan, lambda positions: session.data.samples("train", positions),
-        rank=gang.rank // session.context.size, start=state.step, end=total, device=gang.device,
+        rank=world.rank // session.context.size, start=state.step, end=total, device=world.device,
         build=session.build, replay=session.replay,
         expect=lambda positions: session.data.expect("train", positions),
     ) as feed:  # fmt: skip
@@ -107,24 +107,24 @@ def take_steps(
 
             if state.step % log_every == 0 or state.step == total:
                 log(session, state, rate, norm, clock)
-            by_step = session.checkpoints.due_by_step(state.step)
+            by_step = session.checkpointer.due_by_step(state.step)
             stop, late, failed = agreement.exchange(
-                stop_requested(), session.checkpoints.due_by_time(clock.since_commit()),
-                session.checkpoints.failed,
+                stop_requested(), session.checkpointer.due_by_time(clock.since_checkpoint()),
+                session.checkpointer.failed,
             )  # fmt: skip
             # The answer to a wish comes a step later: one that was met since is old, and what has
-            # failed may be another commit than the one on its way.
-            fresh, last = clock.steps_since_commit > 1, stop or state.step == total
+            # failed may be another checkpoint than the one on its way.
+            fresh, last = clock.steps_since_checkpoint > 1, stop or state.step == total
             if failed and fresh and not last:
-                session.checkpoints.let_go()
-            tell_commits(session)
+                session.checkpointer.abandon_failed_upload()
+            log_checkpoints(session)
             if state.step in evaluate_at or state.step == total:
-                evaluate(session, state, clock, whatever=last)
+                evaluate(session, state, clock, force=last)
             elif stop or (late and fresh) or by_step:
-                commit(session, state, clock, whatever=stop)
+                commit(session, state, clock, force=stop)
             if stop and state.step < total:
                 agreement.settle()
-                session.checkpoints.settle()
+                session.checkpointer.settle()
                 raise Interrupted(
                     "Interrupted", f"stopped as asked; step {state.step} of {total} is saved"
                 )
@@ -138,7 +138,7 @@ def log(session: Session, state: LoopState, rate: float, norm: Tensor, clock: Cl
         TooManySkipped: on all ranks together.
     """
     read_guard(session, state)
-    figures = state.take_figures(session.gang.sum)
+    figures = state.take_figures(session.world.sum)
     if figures is None:  # no step was taken: there is nothing to tell
         return
     loss, anchor_kl = figures.loss, figures.anchor_kl
@@ -176,7 +176,7 @@ def log(session: Session, state: LoopState, rate: float, norm: Tensor, clock: Cl
     if session.spec.training.compile:
         telemetry.set_compilations(graphs := compilations())
         compiled = f", {graphs} graphs compiled"
-    if session.gang.device.type == "cuda":
+    if session.world.device.type == "cuda":
         telemetry.set_gpu_memory(torch.cuda.max_memory_allocated())
     telemetry.say(
         step=state.step, data_stage=stage, loss=loss, by_source=by_source, learning_rate=rate,
@@ -187,13 +187,13 @@ def log(session: Session, state: LoopState, rate: float, norm: Tensor, clock: Cl
         data_wait_share=waiting,
         training_seconds=clock.elapsed(),
     )  # fmt: skip
-    if session.gang.first:
+    if session.world.is_main:
         where = f"step {state.step}/{total}" + (f" ({stage})" if stage else "")
         print(f"{where} loss {loss:.4f} lr {rate:.3g}{compiled}", flush=True)
 
 
-def evaluate(session: Session, state: LoopState, clock: Clock, *, whatever: bool) -> None:
-    """Measure the validation sets, watch for early stopping, and commit the step (``whatever``: as
+def evaluate(session: Session, state: LoopState, clock: Clock, *, force: bool) -> None:
+    """Measure the validation sets, watch for early stopping, and commit the step (``force``: as
     ``commit`` has it)."""
     spec, telemetry = session.spec, session.telemetry
     began = time.perf_counter()
@@ -206,9 +206,9 @@ def evaluate(session: Session, state: LoopState, clock: Clock, *, whatever: bool
         results = session.evaluator.sets(
             "validation", session.metrics_of_sets("validation", only or ["Loss"])
         )
-    except Interrupted:  # who goes on from this commit measures it
-        commit(session, state, clock, whatever=True)
-        session.checkpoints.settle()
+    except Interrupted:  # who goes on from this checkpoint measures it
+        commit(session, state, clock, force=True)
+        session.checkpointer.settle()
         raise
     if results:
         metrics = overall(results)
@@ -221,7 +221,7 @@ def evaluate(session: Session, state: LoopState, clock: Clock, *, whatever: bool
             telemetry.validation_loss.labels(result.name).set(result.metrics["Loss"])
         watch_early_stopping(session, state, metrics)
     clock.count(session, "evaluation", time.perf_counter() - began)
-    commit(session, state, clock, whatever=whatever or state.stopped_early)
+    commit(session, state, clock, force=force or state.stopped_early)
 
 
 def was_measured(session: Session, state: LoopState) -> bool:
@@ -245,38 +245,38 @@ def watch_early_stopping(session: Session, state: LoopState, metrics: dict[str, 
     state.stopped_early = state.without_improvement >= rule.patience
 
 
-def commit(session: Session, state: LoopState, clock: Clock, *, whatever: bool) -> None:
-    """Have the state of this step made the newest commit of the run.
+def commit(session: Session, state: LoopState, clock: Clock, *, force: bool) -> None:
+    """Have the state of this step made the newest checkpoint of the run.
 
-    While steps are being skipped the weights are in doubt: the commit is left to a later step, so
-    that those from before are not pruned, unless it is the last chance (``whatever``). That one is
+    While steps are being skipped the weights are in doubt: the checkpoint is left to a later step, so
+    that those from before are not pruned, unless it is the last chance (``force``). That one is
     tried too where storage took none of several before it.
 
     Raises:
         TooManySkipped: on all ranks together.
-        StorageUnavailable, Fenced: as ``Checkpoints.commit``, of the commit before.
+        StorageUnavailable, Fenced: as ``CheckpointManager.commit``, of the checkpoint before.
     """
     read_guard(session, state)
-    if state.skipped and not whatever:
+    if state.skipped and not force:
         return
     began = time.perf_counter()
     telemetry = session.telemetry
     telemetry.say(stage="Saving", step=state.step)
-    state.gather(session.gang.sum)
-    session.checkpoints.commit(session.loss.model, session.optimizers, state, last=whatever)
-    tell_commits(session)
+    state.gather(session.world.sum)
+    session.checkpointer.save(session.loss.model, session.optimizers, state, last=force)
+    log_checkpoints(session)
     clock.committed()
     clock.count(session, "checkpoint", time.perf_counter() - began)
     telemetry.say(stage="Training")
 
 
-def tell_commits(session: Session) -> None:
+def log_checkpoints(session: Session) -> None:
     """Say which commits there are, when another has become real, and how many were given up."""
-    checkpoints, telemetry = session.checkpoints, session.telemetry
-    if checkpoints.settled():
+    checkpointer, telemetry = session.checkpointer, session.telemetry
+    if checkpointer.settled():
         telemetry.say(
-            latest_checkpoint=checkpoints.latest_uri, best_checkpoint=checkpoints.best_uri
+            latest_checkpoint=checkpointer.latest_uri, best_checkpoint=checkpointer.best_uri
         )
-    if more := checkpoints.given_up - telemetry.progress.commits_given_up:
-        telemetry.commits_given_up.inc(more)
-        telemetry.say(commits_given_up=checkpoints.given_up)
+    if more := checkpointer.abandoned - telemetry.progress.checkpoints_abandoned:
+        telemetry.checkpoints_abandoned.inc(more)
+        telemetry.say(checkpoints_abandoned=checkpointer.abandoned)

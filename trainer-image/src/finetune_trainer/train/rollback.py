@@ -1,9 +1,9 @@
-"""Too many skipped steps in a row: the run goes back to a commit from before them.
+"""Too many skipped steps in a row: the run goes back to a checkpoint from before them.
 
-    guard ──► row of skipped steps ──► HEAD: the rollback, without the commits behind it
+    guard ──► row of skipped steps ──► HEAD: the rollback, without the checkpoints behind it
                                             └──► commit, plan without their samples
 
-HEAD alone knows of rollbacks. The write that notes one takes the commits behind it away, so
+HEAD alone knows of rollbacks. The write that notes one takes the checkpoints behind it away, so
 whenever an attempt dies, the next one leaves out the same samples and counts as many.
 """
 
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from finetune_trainer.engine.guard import Skipped
 from finetune_trainer.failures import Diverged
-from finetune_trainer.prepared.places import in_words, places_of
-from finetune_trainer.storage.commits import Rollback
+from finetune_trainer.prepared.origins import in_words, origins_of
+from finetune_trainer.storage.run_head import Rollback
 from finetune_trainer.train.session import Session
 from finetune_trainer.train.state import LoopState
 
@@ -20,9 +20,9 @@ from finetune_trainer.train.state import LoopState
 class TooManySkipped(Exception):
     """The guard has skipped more steps in a row than the manifest allows."""
 
-    def __init__(self, row: list[Skipped]) -> None:
-        super().__init__(row)
-        self.row = row
+    def __init__(self, micro_batch: list[Skipped]) -> None:
+        super().__init__(micro_batch)
+        self.micro_batch = micro_batch
 
 
 def read_guard(session: Session, state: LoopState) -> None:
@@ -32,59 +32,61 @@ def read_guard(session: Session, state: LoopState) -> None:
         TooManySkipped: on all ranks together.
     """
     skipped = session.guard.skipped()
-    row = state.note_skipped(skipped)
+    micro_batch = state.note_skipped(skipped)
     state.guard = session.guard.statistics
     session.telemetry.skipped_steps.inc(len(skipped))
-    if len(row) > session.spec.training.guard.max_skipped_steps:
-        raise TooManySkipped(row)
+    if len(micro_batch) > session.spec.training.guard.max_skipped_steps:
+        raise TooManySkipped(micro_batch)
 
 
-def roll_back(session: Session, state: LoopState, row: list[Skipped]) -> LoopState:
-    """The state of the newest commit from before a row of skipped steps, and the plan without
+def roll_back(session: Session, state: LoopState, micro_batch: list[Skipped]) -> LoopState:
+    """The state of the newest checkpoint from before a row of skipped steps, and the plan without
     their samples.
 
     Raises:
-        Diverged: where the run has gone back often enough, has no such commit, or would have no
+        Diverged: where the run has gone back often enough, has no such checkpoint, or would have no
             samples left.
     """
-    checkpoints, steps = session.checkpoints, [skipped.step for skipped in row]
-    before, most = len(checkpoints.head.rollbacks), session.spec.training.guard.max_rollbacks
+    checkpointer, steps = session.checkpointer, [skipped.step for skipped in micro_batch]
+    before, most = len(checkpointer.head.rollbacks), session.spec.training.guard.max_rollbacks
     positions = session.plan.drawn(steps).tolist()
-    reason, why, remedy = verdict_on(row, in_words(places_of(session.data, "train", positions)))
+    reason, why, remedy = verdict_on(
+        micro_batch, in_words(origins_of(session.data, "train", positions))
+    )
     if before >= most:
         often = f"rollbacks before: {before}; training.guard.maxRollbacks: {most}"
         raise Diverged(reason, f"{why} ({often}). {remedy}")
-    gone = session.plan.drawn([*checkpoints.head.left_out, *steps])
+    gone = session.plan.drawn([*checkpointer.head.left_out, *steps])
     if len(gone) == len(session.plan.lengths):
         raise Diverged(reason, f"{why}, and without their samples none would be left. {remedy}")
     rollback = Rollback(
-        attempt=checkpoints.head.attempt, skipped=steps, skipped_steps=state.skipped_steps
+        attempt=checkpointer.head.attempt, skipped=steps, skipped_steps=state.skipped_steps
     )
-    found = checkpoints.rewind(session.loss.model, session.optimizers, rollback)
+    found = checkpointer.rewind(session.loss.model, session.optimizers, rollback)
     if found is None:
-        raise Diverged(reason, f"{why}, and there is no commit from before. {remedy}")
+        raise Diverged(reason, f"{why}, and there is no checkpoint from before. {remedy}")
     session.telemetry.rollbacks.inc()
-    if session.gang.first:
+    if session.world.is_main:
         print(f"{why}: back to step {found.step}, without the samples of these steps", flush=True)
     return with_rollbacks(session, found)
 
 
 def with_rollbacks(session: Session, state: LoopState) -> LoopState:
-    """The state of a commit, or of the beginning, in a run that has gone back since as HEAD says;
+    """The state of a checkpoint, or of the beginning, in a run that has gone back since as HEAD says;
     the plan is set to that."""
-    head = session.checkpoints.head
+    head = session.checkpointer.head
     session.plan.leave_out(head.left_out)
     state.skipped_steps = max([state.skipped_steps, *(r.skipped_steps for r in head.rollbacks)])
     return state
 
 
-def verdict_on(row: list[Skipped], samples: str) -> tuple[str, str, str]:
+def verdict_on(micro_batch: list[Skipped], samples: str) -> tuple[str, str, str]:
     """Reason, cause and remedy of a row of skipped steps; ``samples`` names some of theirs."""
-    steps, spikes = f"step {row[0].step}", sum(skipped.spike for skipped in row)
-    if len(row) > 1:
-        steps = f"steps {row[0].step} to {row[-1].step}"
+    steps, spikes = f"step {micro_batch[0].step}", sum(skipped.spike for skipped in micro_batch)
+    if len(micro_batch) > 1:
+        steps = f"steps {micro_batch[0].step} to {micro_batch[-1].step}"
     knobs = "Lower training.learningRate, raise training.warmupRatio"
-    if spikes == len(row):
+    if spikes == len(micro_batch):
         reason, what = "LossSpike", "a loss far above those before (training.guard.spikeDeviations)"
         knobs += " or training.guard.spikeDeviations"
     else:
@@ -93,6 +95,6 @@ def verdict_on(row: list[Skipped], samples: str) -> tuple[str, str, str]:
             what += f" ({spikes} of them a spike instead)"
     remedy = (
         f"{knobs}, or look for damaged records among those of these steps: {samples} (prepared"
-        " samples, counted from 1 in the order of the data). The commits before are kept"
+        " samples, counted from 1 in the order of the data). The checkpoints before are kept"
     )
     return reason, f"{steps} had {what}", remedy

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from finetune_api.results import Startup, StartupPart
 from finetune_trainer.supervise.processes import machine_time, started_at
-from finetune_trainer.supervise.workerfiles import launched_at
+from finetune_trainer.supervise.worker_files import launched_at
 
 
 class StartupClock:

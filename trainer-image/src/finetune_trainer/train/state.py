@@ -1,4 +1,4 @@
-"""What the training loop must not forget: carried by every commit."""
+"""What the training loop must not forget: carried by every checkpoint."""
 
 from __future__ import annotations
 
@@ -101,14 +101,14 @@ class LoopState:
         self.skipped_steps += len(found)
         self.tokens -= sum(self.unjudged.get(skipped.step, 0) for skipped in found)
         self.unjudged = {}
-        rows: list[list[Skipped]] = [[]]
+        micro_batches: list[list[Skipped]] = [[]]
         for skipped in (*self.skipped, *found):
-            if rows[-1] and skipped.step != rows[-1][-1].step + 1:
-                rows.append([])
-            rows[-1].append(skipped)
-        last = rows[-1]
+            if micro_batches[-1] and skipped.step != micro_batches[-1][-1].step + 1:
+                micro_batches.append([])
+            micro_batches[-1].append(skipped)
+        last = micro_batches[-1]
         self.skipped = last if last and last[-1].step == self.step - 1 else []
-        return max(rows, key=len)
+        return max(micro_batches, key=len)
 
     def metric_at(self, step: int, metric: Metric) -> float | None:
         """Value of a validation metric at a step, where it was measured there."""

@@ -7,36 +7,38 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from finetune_trainer.engine.gang import Gang
+from finetune_trainer.engine.world import World
 from finetune_trainer.failures import Interrupted
-from finetune_trainer.train.checkpoint import Checkpoints
+from finetune_trainer.train.checkpoint import CheckpointManager
 
 _TELLING_SECONDS: Final = 3.0
 
 
-def heed(gang: Gang, stop_requested: Callable[[], bool], where: str) -> None:
+def raise_if_stopping(world: World, stop_requested: Callable[[], bool], where: str) -> None:
     """Stop here where a process was asked to; nothing is unsaved.
 
     Raises:
         Interrupted: on all ranks together.
     """
-    if any(gang.together(stop_requested)):
+    if any(world.on_all(stop_requested)):
         raise Interrupted("Interrupted", f"stopped as asked, {where}")
 
 
 @contextmanager
 def releasing(
-    gang: Gang, checkpoints: Checkpoints, stop_requested: Callable[[], bool]
+    world: World, checkpointer: CheckpointManager, stop_requested: Callable[[], bool]
 ) -> Iterator[None]:
     """End the attempt in good order where it was interrupted: what there was to save is saved."""
     try:
         yield
     except Interrupted:
-        _end_attempt(gang, checkpoints, stop_requested)
+        _end_attempt(world, checkpointer, stop_requested)
         raise
 
 
-def _end_attempt(gang: Gang, checkpoints: Checkpoints, stop_requested: Callable[[], bool]) -> None:
+def _end_attempt(
+    world: World, checkpointer: CheckpointManager, stop_requested: Callable[[], bool]
+) -> None:
     """Release the run where the whole gang was told to stop (suspended, say).
 
     Where only some of its pods were told, the gang has lost them to something else: the state is
@@ -46,5 +48,5 @@ def _end_attempt(gang: Gang, checkpoints: Checkpoints, stop_requested: Callable[
     deadline = time.monotonic() + _TELLING_SECONDS
     while not stop_requested() and time.monotonic() < deadline:
         time.sleep(0.05)
-    if all(gang.together(stop_requested)):
-        checkpoints.release()
+    if all(world.on_all(stop_requested)):
+        checkpointer.release()

@@ -69,9 +69,12 @@ class Telemetry:
         self.tokens = counter("tokens", "Real tokens trained, whole gang")
         self.samples = counter("samples", "Samples trained, whole gang")
         self.skipped_steps = counter("skipped_steps", "Steps whose update was not made")
-        self.rollbacks = counter("rollbacks", "Times that the run went back to an earlier commit")
-        self.commits_given_up = counter(
-            "commits_given_up", "Commits that storage did not take and the training went on without"
+        self.rollbacks = counter(
+            "rollbacks", "Times that the run went back to an earlier checkpoint"
+        )
+        self.checkpoints_abandoned = counter(
+            "checkpoints_abandoned",
+            "Commits that storage did not take and the training went on without",
         )
         self.seconds = Counter(
             "finetune_step_seconds", "Time of the training loop by part",

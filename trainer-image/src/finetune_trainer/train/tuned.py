@@ -18,22 +18,22 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.base import BaseFiles
 from finetune_trainer.engine.compilation import compile_blocks
 from finetune_trainer.engine.flops import Work, work_of
-from finetune_trainer.engine.gang import Gang
-from finetune_trainer.engine.hollow import make_solid
 from finetune_trainer.engine.kernels import use_liger
 from finetune_trainer.engine.loading import fill_shards, named_in, names_of
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.memory.estimate import Placement
-from finetune_trainer.engine.memory.rehearsal import frozen_dtype, packing_of
-from finetune_trainer.engine.model import Purpose, hollow_base, load_base
+from finetune_trainer.engine.memory.profiling import frozen_dtype, packing_of
+from finetune_trainer.engine.model import Purpose, load_base, placeholder_base
 from finetune_trainer.engine.parameters import Parameters, parameter_counts
+from finetune_trainer.engine.placeholders import materialize
 from finetune_trainer.engine.planning.plan import Packing
 from finetune_trainer.engine.precision import Precision, use_fp8
-from finetune_trainer.engine.sharding import distribute, laying_of
-from finetune_trainer.engine.tasks import TASKS, RowLoss
+from finetune_trainer.engine.sharding import data_parallel_of, distribute
+from finetune_trainer.engine.task_losses import TASKS, TaskLoss
 from finetune_trainer.engine.tuning.anchors import OutputAnchor, wants_copy
 from finetune_trainer.engine.tuning.derived import derive
 from finetune_trainer.engine.tuning.methods import Tuned, apply_method, checkpoint_activations
+from finetune_trainer.engine.world import World
 from finetune_trainer.storage.objects import Stores
 
 
@@ -42,7 +42,7 @@ class TunedModel:
     """The model of a run, and what is known of it."""
 
     model: Tuned
-    loss: RowLoss
+    loss: TaskLoss
     """The loss of the task, over the model: for evaluation and generation."""
     module: nn.Module
     """The same as it is trained: in shards, or under DDP in a gang of several."""
@@ -57,7 +57,7 @@ def open_model(
     spec: FineTuneJobSpec,
     files: BaseFiles,
     stores: Stores,
-    gang: Gang,
+    world: World,
     placement: Placement,
     precision: Precision,
     purpose: Purpose,
@@ -74,20 +74,20 @@ def open_model(
     """
     kind, path = spec.method.kind, files.folder
     dtype = frozen_dtype(spec, precision)
-    laying = laying_of(gang, placement.sharding, precision)
-    filled = laying == "Shards" and gang.size > 1
+    data_parallel = data_parallel_of(world, placement.sharding, precision)
+    filled = data_parallel == "FSDP" and world.size > 1
     if filled:
-        base = hollow_base(path, dtype, kind.packs, purpose)
-    elif laying == "Replicas" and not gang.first and not kind.quantizes:
-        base = hollow_base(path, dtype, kind.packs, purpose)
-        make_solid(base, gang.device)
+        base = placeholder_base(path, dtype, kind.packs, purpose)
+    elif data_parallel == "DDP" and not world.is_main and not kind.quantizes:
+        base = placeholder_base(path, dtype, kind.packs, purpose)
+        materialize(base, world.device)
     else:
-        bits, weights = gang.device if kind.quantizes else None, files.weights(stores)
-        base = load_base(path, dtype, kind.packs, bits, purpose, weights, gang.device)
+        bits, weights = world.device if kind.quantizes else None, files.weights(stores)
+        base = load_base(path, dtype, kind.packs, bits, purpose, weights, world.device)
     names = names_of(base)
     packing = packing_of(base, spec)
     if precision.halved and not spec.training.compile:
-        use_liger(base, gang.device)
+        use_liger(base, world.device)
     model = apply_method(base, spec)
     if placement.checkpointing:
         checkpoint_activations(model)
@@ -99,12 +99,12 @@ def open_model(
     if spec.training.compile:
         compile_blocks(model)
     named = named_in(loss, names)
-    gang.barrier()  # one may have read for long: the collectives of what follows do not wait so
-    module = distribute(loss, gang, placement.sharding, precision, placement.gathered)
+    world.barrier()  # one may have read for long: the collectives of what follows do not wait so
+    module = distribute(loss, world, placement.sharding, precision, placement.gathered)
     if filled:
         fill_shards(loss, named, path, files.weights(stores), purpose)
-    derive(model, spec, gang.rank, gang.size)
-    anchor = output_anchor(spec, files, stores, loss, gang, placement, precision)
+    derive(model, spec, world.rank, world.size)
+    anchor = output_anchor(spec, files, stores, loss, world, placement, precision)
     return TunedModel(model, loss, module, parameters, work, packing, anchor)
 
 
@@ -112,8 +112,8 @@ def output_anchor(
     spec: FineTuneJobSpec,
     files: BaseFiles,
     stores: Stores,
-    loss: RowLoss,
-    gang: Gang,
+    loss: TaskLoss,
+    world: World,
     placement: Placement,
     precision: Precision,
 ) -> OutputAnchor | None:
@@ -124,16 +124,16 @@ def output_anchor(
     if not wants_copy(spec):
         return OutputAnchor(loss)
     dtype = torch.bfloat16 if precision.halved else torch.float32
-    filled = laying_of(gang, placement.sharding, precision, trained=False) == "Shards"
+    filled = data_parallel_of(world, placement.sharding, precision, trained=False) == "FSDP"
     if filled:
-        base = hollow_base(files.folder, dtype)
+        base = placeholder_base(files.folder, dtype)
     else:
-        base = load_base(files.folder, dtype, weights=files.weights(stores), device=gang.device)
+        base = load_base(files.folder, dtype, weights=files.weights(stores), device=world.device)
     if precision.halved and not spec.training.compile:
-        use_liger(base, gang.device)
+        use_liger(base, world.device)
     copy = TokenLoss(base.requires_grad_(False)).eval()
     named = named_in(copy, names_of(base))
-    distribute(copy, gang, placement.sharding, precision)
+    distribute(copy, world, placement.sharding, precision)
     if filled:
         fill_shards(copy, named, files.folder, files.weights(stores))
     return OutputAnchor(loss, copy)

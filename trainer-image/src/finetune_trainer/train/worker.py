@@ -17,18 +17,18 @@ import torch
 import transformers
 
 from finetune_api.names import ENV_METRICS_PORT, METRICS_PORT
-from finetune_trainer.engine.gang import Gang, join
-from finetune_trainer.engine.memory.words import gibibytes
-from finetune_trainer.failures import OutOfMemory, TrainerError, exit_code, recognise, verdict
-from finetune_trainer.stage import load_order, scratch_folder
+from finetune_trainer.engine.memory.formatting import gibibytes
+from finetune_trainer.engine.world import World, join
+from finetune_trainer.failures import OutOfMemory, TrainerError, exit_code, failure_of, recognise
+from finetune_trainer.stage import load_run_spec, scratch_folder
+from finetune_trainer.storage.heartbeat import Heartbeat
 from finetune_trainer.storage.objects import ObjectStore, Stores
-from finetune_trainer.storage.seen import Heartbeat
-from finetune_trainer.supervise import workerfiles
-from finetune_trainer.train.checkpoint import Checkpoints
+from finetune_trainer.supervise import worker_files
+from finetune_trainer.train.checkpoint import CheckpointManager
 from finetune_trainer.train.loop import train
 from finetune_trainer.train.session import Session, open_session
 from finetune_trainer.train.startup import StartupClock
-from finetune_trainer.train.stopping import heed, releasing
+from finetune_trainer.train.stopping import raise_if_stopping, releasing
 from finetune_trainer.train.telemetry import Telemetry
 
 
@@ -40,49 +40,57 @@ def main() -> int:
     # Progress bars of libraries are noise in a log that nobody watches.
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        order = load_order()
-        work(join(order.spec.training), startup)
+        run_spec = load_run_spec()
+        work(join(run_spec.spec.training), startup)
     except BaseException as error:
         if not isinstance(error, TrainerError):
             traceback.print_exc()
-        workerfiles.report_failure(error)
-        return int(exit_code(verdict(error)))
+        worker_files.report_failure(error)
+        return int(exit_code(failure_of(error)))
     return 0
 
 
-def work(gang: Gang, startup: StartupClock) -> None:
+def work(world: World, startup: StartupClock) -> None:
     """Train as one of a gang."""
-    order = load_order()
-    stores = Stores(order)
+    run_spec = load_run_spec()
+    stores = Stores(run_spec)
     scratch = scratch_folder()
-    checkpoints = Checkpoints.take(gang, stores.default, order, scratch)
+    checkpointer = CheckpointManager.take(world, stores.default, run_spec, scratch)
     startup.reached("gang")
-    telemetry = Telemetry(order.run, checkpoints.head.attempt, checkpoints.head.restarts, startup)
-    if gang.first:
+    telemetry = Telemetry(
+        run_spec.run, checkpointer.head.attempt, checkpointer.head.restarts, startup
+    )
+    if world.is_main:
         telemetry.serve(int(os.environ.get(ENV_METRICS_PORT, METRICS_PORT)))
-        telemetry.say(lost_seconds=checkpoints.head.lost_seconds)
-    told = workerfiles.stop_requested
+        telemetry.say(lost_seconds=checkpointer.head.lost_seconds)
+    told = worker_files.stop_requested
     with (
-        living(gang, stores.default, order.run_uri, checkpoints.head.attempt),
-        releasing(gang, checkpoints, told),
+        living(world, stores.default, run_spec.run_uri, checkpointer.head.attempt),
+        releasing(world, checkpointer, told),
     ):
         session = open_session(
-            order, stores, gang, checkpoints, telemetry, scratch, partial(heed, gang, told)
+            run_spec,
+            stores,
+            world,
+            checkpointer,
+            telemetry,
+            scratch,
+            partial(raise_if_stopping, world, told),
         )
         try:
             summary = train(session, told)
         except torch.OutOfMemoryError as error:
             raise beside_estimate(error, session) from error
-    if gang.first:
-        workerfiles.leave_result(summary)
-    gang.close()
+    if world.is_main:
+        worker_files.leave_result(summary)
+    world.close()
 
 
 def living(
-    gang: Gang, store: ObjectStore, run_uri: str, attempt: int
+    world: World, store: ObjectStore, run_uri: str, attempt: int
 ) -> AbstractContextManager[object]:
     """While it lasts, the attempt is seen to live."""
-    return Heartbeat(store, run_uri, attempt) if gang.first else nullcontext()
+    return Heartbeat(store, run_uri, attempt) if world.is_main else nullcontext()
 
 
 def beside_estimate(error: torch.OutOfMemoryError, session: Session) -> TrainerError:

@@ -1,7 +1,7 @@
 """How much memory a training process takes, and how a model is laid out so that it fits.
 
     rehearsal ──► Facts ─┐
-    index ──► RowSize ───┼─► estimate ──► parts in bytes ──► decide ──► Placement
+    index ──► MicroBatchSize ───┼─► estimate ──► parts in bytes ──► decide ──► Placement
     spec ────────────────┘
 
 Facts are measured on the real implementation without its weights (``rehearsal``); the rest is
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.engine.planning.micro_batch_size import MicroBatchSize
 from finetune_trainer.engine.planning.plan import Packing
-from finetune_trainer.engine.planning.rowsize import RowSize
 
 Sharding = Literal["NoShard", "HybridShard", "FullShard"]
 
@@ -56,7 +56,7 @@ probability, and the divergence with its gradient."""
 
 _GRADIENTS: Final = 0.5
 """Gradients of its activations that a block holds at a time on the way back, over what it keeps:
-0.2 to 0.5 of Llama-like blocks, counted on a CPU (see ``tests/trainer/test_rehearsal.py``)."""
+0.2 to 0.5 of Llama-like blocks, counted on a CPU (see ``tests/trainer/test_profiling.py``)."""
 
 _RUNTIME: Final = {"gpu": 3 << 29, "cpu": 5 << 28}
 """What a process takes before it trains: on a GPU its context, the libraries' workspaces and the
@@ -111,7 +111,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelProfile:
     """What is known of a model under tuning without its weights and its data."""
 
     weights: Weights
@@ -154,7 +154,7 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class MemoryDecision:
     """A placement with what a process takes in it."""
 
     placement: Placement
@@ -187,9 +187,13 @@ class Verdict:
         return self.room is not None and self.certain > self.room
 
 
-def shards_of(sharding: Sharding, nodes: int, per_node: int) -> int:
+def shards_of(sharding: Sharding, nodes: int, processes_per_node: int) -> int:
     """Processes that share one copy of the model."""
-    return {"NoShard": 1, "HybridShard": per_node, "FullShard": nodes * per_node}[sharding]
+    return {
+        "NoShard": 1,
+        "HybridShard": processes_per_node,
+        "FullShard": nodes * processes_per_node,
+    }[sharding]
 
 
 def may_shard(spec: FineTuneJobSpec) -> bool:
@@ -199,7 +203,7 @@ def may_shard(spec: FineTuneJobSpec) -> bool:
     return several and kinds and spec.compute.sharding != "NoShard"
 
 
-def placements(facts: Facts, spec: FineTuneJobSpec) -> list[Placement]:
+def placements(profile: ModelProfile, spec: FineTuneJobSpec) -> list[Placement]:
     """What a spec allows, the preferred first: gathering weights a second time costs less than
     computing activations again, which costs a third of the time at most; what sharding costs
     depends on the network, most of all between nodes."""
@@ -210,43 +214,43 @@ def placements(facts: Facts, spec: FineTuneJobSpec) -> list[Placement]:
     elif may_shard(spec):
         inner = compute.nodes > 1 and compute.effective_processes_per_node > 1
         shardings = ["NoShard", "HybridShard", "FullShard"] if inner else ["NoShard", "FullShard"]
-    wanted = spec.training.gradient_checkpointing if facts.recomputes else "Never"
+    wanted = spec.training.gradient_checkpointing if profile.recomputes else "Never"
     again = {"Auto": (False, True), "Always": (True,), "Never": (False,)}[wanted]
     return [
         Placement(sharding, on, gathered)
         for sharding in shardings
         for on in again
-        for gathered in ((True, False) if _gathers(facts, sharding) else (False,))
+        for gathered in ((True, False) if _gathers(profile, sharding) else (False,))
     ]
 
 
-def _gathers(facts: Facts, sharding: Sharding) -> bool:
+def _gathers(profile: ModelProfile, sharding: Sharding) -> bool:
     """Whether FSDP gathers or copies the weights of a block before it is run."""
-    return facts.copied or sharding != "NoShard"
+    return profile.copied or sharding != "NoShard"
 
 
 def estimate(
-    facts: Facts, spec: FineTuneJobSpec, row: RowSize, placement: Placement
+    profile: ModelProfile, spec: FineTuneJobSpec, micro_batch: MicroBatchSize, placement: Placement
 ) -> dict[Part, int]:
     """Bytes that a process takes at most while it trains."""
-    compute, weights = spec.compute, facts.weights
-    per_node = compute.effective_processes_per_node
-    shards = shards_of(placement.sharding, compute.nodes, per_node)
-    gathers = _gathers(facts, placement.sharding)
-    found = facts.gathered if gathers else facts.whole
+    compute, weights = spec.compute, profile.weights
+    processes_per_node = compute.effective_processes_per_node
+    shards = shards_of(placement.sharding, compute.nodes, processes_per_node)
+    gathers = _gathers(profile, placement.sharding)
+    found = profile.gathered if gathers else profile.whole
     parts: dict[Part, float] = {
         "parameters": weights.held / shards,
         "gradients": 4 * weights.trained / shards,
         "optimizer": weights.optimizer / shards,
         "anchors": weights.anchors / shards,
-        "copies": _gathered(facts, placement.gathered)
+        "copies": _gathered(profile, placement.gathered)
         if gathers
         else found.constant
         if found
         else 0,
     }
     if found is not None:
-        parts |= _activations(facts, found, spec, row, placement)
+        parts |= _activations(profile, found, spec, micro_batch, placement)
     if compute.gpus_per_node == 0:
         parts["commit"] = (4 * weights.trained + weights.optimizer) / shards
     total = sum(parts.values())
@@ -257,29 +261,33 @@ def estimate(
 
 
 def _activations(
-    facts: Facts, found: Activations, spec: FineTuneJobSpec, row: RowSize, placement: Placement
+    profile: ModelProfile,
+    found: Activations,
+    spec: FineTuneJobSpec,
+    micro_batch: MicroBatchSize,
+    placement: Placement,
 ) -> dict[Part, float]:
     """Logits and what a block computes on the way back are there at different times."""
-    tokens = -(-row.tokens // spec.compute.context_parallel)
-    others = row.tokens - tokens
-    block = found.block * tokens + found.keys / max(1, facts.layers) * others
+    tokens = -(-micro_batch.tokens // spec.compute.context_parallel)
+    others = micro_batch.tokens - tokens
+    block = found.block * tokens + found.keys / max(1, profile.layers) * others
     anchored = float(spec.training.anchor.kl_coefficient) > 0
     number = _LOGIT_BYTES + (_ANCHORED_BYTES if anchored else 0)
-    learned = min(row.supervised, tokens, facts.logits_at_once or tokens)
-    logits = float(number * facts.vocabulary * learned)
+    learned = min(micro_batch.supervised, tokens, profile.logits_at_once or tokens)
+    logits = float(number * profile.vocabulary * learned)
     mask = 0.0
-    if facts.masks:
-        mask = (2 if facts.halved else 4) * tokens * row.masked
+    if profile.masks:
+        mask = (2 if profile.halved else 4) * tokens * micro_batch.masked
         block += mask
     if placement.checkpointing:
         kept, working = (found.inputs + found.outside) * tokens, (1 + _GRADIENTS) * block
     else:
         kept, working = found.saved * tokens + found.keys * others, _GRADIENTS * block
-        kept += facts.layers * mask
+        kept += profile.layers * mask
     return {"activations": kept, "logits": logits, "working": max(0.0, working - logits)}
 
 
-def _gathered(facts: Facts, all_blocks: bool) -> float:
+def _gathered(profile: ModelProfile, all_blocks: bool) -> float:
     """What FSDP holds beside the shards.
 
     Of weights: outside of blocks all, of blocks the one at work, the next, and the buffer that it
@@ -287,7 +295,7 @@ def _gathered(facts: Facts, all_blocks: bool) -> float:
     being added up over the processes: the last block's and the one before it, or what lies outside
     of blocks.
     """
-    weights, width = facts.weights, 2 if facts.halved else 4
+    weights, width = profile.weights, 2 if profile.halved else 4
     outside = weights.numbers - weights.blocks
     blocks = weights.blocks + weights.block if all_blocks else 3 * weights.block
     copies = width * (outside + max(blocks, 3 * weights.block))
@@ -296,18 +304,27 @@ def _gathered(facts: Facts, all_blocks: bool) -> float:
     return copies + 4 * reduced + width * max(weights.block_trained, outside_trained)
 
 
-def verdict(
-    facts: Facts, spec: FineTuneJobSpec, row: RowSize, placement: Placement, room: int | None
-) -> Verdict:
+def decision_for(
+    profile: ModelProfile,
+    spec: FineTuneJobSpec,
+    micro_batch: MicroBatchSize,
+    placement: Placement,
+    room: int | None,
+) -> MemoryDecision:
     """What a process takes in a placement."""
-    measured = facts.gathered if _gathers(facts, placement.sharding) else facts.whole
-    parts = estimate(facts, spec, row, placement)
-    return Verdict(placement, parts, room, measured is not None, facts.plain_head)
+    measured = profile.gathered if _gathers(profile, placement.sharding) else profile.whole
+    parts = estimate(profile, spec, micro_batch, placement)
+    return MemoryDecision(placement, parts, room, measured is not None, profile.plain_head)
 
 
-def decide(facts: Facts, spec: FineTuneJobSpec, row: RowSize, room: int | None) -> Verdict:
+def decide(
+    profile: ModelProfile, spec: FineTuneJobSpec, micro_batch: MicroBatchSize, room: int | None
+) -> MemoryDecision:
     """The first placement that fits; where none does, of those that are possible the one that takes
     least."""
-    found = [verdict(facts, spec, row, placement, room) for placement in placements(facts, spec)]
+    found = [
+        decision_for(profile, spec, micro_batch, placement, room)
+        for placement in placements(profile, spec)
+    ]
     least = min(found, key=lambda one: (one.impossible, one.needed))
     return next((one for one in found if one.fits), least)

@@ -18,23 +18,23 @@ from finetune_api.spec import FineTuneJobSpec, parse_spec
 from finetune_trainer.engine.memory.estimate import (
     CERTAIN,
     PARTS,
-    Facts,
+    MemoryDecision,
+    ModelProfile,
     Part,
-    Verdict,
     decide,
+    decision_for,
     placements,
-    verdict,
 )
+from finetune_trainer.engine.memory.formatting import gibibytes
 from finetune_trainer.engine.memory.requirements import check_image
-from finetune_trainer.engine.memory.words import gibibytes
-from finetune_trainer.engine.planning.rowsize import Samples, row_tokens_of
+from finetune_trainer.engine.planning.micro_batch_size import Samples, micro_batch_tokens_of
 from finetune_trainer.failures import UserError
 
 Change = dict[str, Any]
 """Values at dotted paths of a spec."""
 
-Measure = Callable[[FineTuneJobSpec], Facts]
-"""Facts of a model under any spec (``Rehearsals``)."""
+Measure = Callable[[FineTuneJobSpec], ModelProfile]
+"""Facts of a model under any spec (``ProfileCache``)."""
 
 _SUGGESTED: Final = 3
 """Alternatives that a refusal names."""
@@ -48,7 +48,7 @@ class Alternative:
 
     change: Change
     spec: FineTuneJobSpec
-    found: Verdict
+    found: MemoryDecision
 
     def __str__(self) -> str:
         shown = [
@@ -58,7 +58,9 @@ class Alternative:
         return f"{' with '.join(shown)} ({gibibytes(self.found.needed)})"
 
 
-def fit(spec: FineTuneJobSpec, samples: Samples, room: int | None, measure: Measure) -> Verdict:
+def fit(
+    spec: FineTuneJobSpec, samples: Samples, room: int | None, measure: Measure
+) -> MemoryDecision:
     """How the model will lie on the gang. The estimate may be wrong: where nothing fits by it, but
     what is certain fits, the least is tried, with a warning that names what would fit.
 
@@ -69,8 +71,8 @@ def fit(spec: FineTuneJobSpec, samples: Samples, room: int | None, measure: Meas
     Raises:
         UserError: 'DoesNotFit', naming what would.
     """
-    facts = measure(spec)
-    found = decide(facts, spec, samples.largest_row(spec, facts.packing), room)
+    profile = measure(spec)
+    found = decide(profile, spec, samples.largest_micro_batch(spec, profile.packing), room)
     if found.fits or room is None:
         return found
     fitting = alternatives(spec, samples, room, measure)
@@ -96,7 +98,7 @@ def fit(spec: FineTuneJobSpec, samples: Samples, room: int | None, measure: Meas
     return replace(found, warning=warning)
 
 
-def _largest(found: Verdict, parts: Iterable[Part]) -> str:
+def _largest(found: MemoryDecision, parts: Iterable[Part]) -> str:
     """The three largest of some parts."""
     sizes = sorted(((found.parts.get(part, 0), part) for part in parts), reverse=True)
     return ", ".join(f"{part} {gibibytes(size)}" for size, part in sizes[:3] if size)
@@ -112,7 +114,7 @@ def alternatives(
     taken.
     """
 
-    def facts_of(other: FineTuneJobSpec) -> Facts | None:
+    def facts_of(other: FineTuneJobSpec) -> ModelProfile | None:
         try:
             check_image(other)
             return measure(other)
@@ -121,10 +123,10 @@ def alternatives(
 
     def tried(change: Change) -> Alternative | None:
         other = _changed(spec, change)
-        facts = facts_of(other) if other is not None else None
-        if other is None or facts is None:
+        profile = facts_of(other) if other is not None else None
+        if other is None or profile is None:
             return None
-        found = decide(facts, other, samples.largest_row(other, facts.packing), room)
+        found = decide(profile, other, samples.largest_micro_batch(other, profile.packing), room)
         return Alternative(change, other, found) if found.fits else None
 
     for base in _bases(spec, samples):
@@ -170,14 +172,14 @@ def _cheap(spec: FineTuneJobSpec, samples: Samples) -> list[list[Change]]:
         ladders.append([{"training.gradientCheckpointing": "Auto"}])
     if spec.compute.sharding != "Auto":
         ladders.append([{"compute.sharding": "Auto"}])
-    rows = []
-    tokens = row_tokens_of(spec, samples.max_length, samples.longest)
+    micro_batches = []
+    tokens = micro_batch_tokens_of(spec, samples.max_length, samples.longest)
     while tokens > samples.longest:
         tokens = max(tokens // 2, samples.longest, 8)
-        rows.append({"training.microBatchTokens": tokens})
+        micro_batches.append({"training.microBatchTokens": tokens})
         if tokens == 8:
             break
-    return [*ladders, *([rows] if rows else [])]
+    return [*ladders, *([micro_batches] if micro_batches else [])]
 
 
 def _methods(spec: FineTuneJobSpec) -> list[Change]:
@@ -216,19 +218,19 @@ def _changed(spec: FineTuneJobSpec, change: Change) -> FineTuneJobSpec | None:
 
 
 def others(
-    spec: FineTuneJobSpec, samples: Samples, found: Verdict, measure: Measure
-) -> list[Verdict]:
+    spec: FineTuneJobSpec, samples: Samples, found: MemoryDecision, measure: Measure
+) -> list[MemoryDecision]:
     """The other placements that a spec allows, with what a process takes in them."""
-    facts = measure(spec)
-    row = samples.largest_row(spec, facts.packing)
+    profile = measure(spec)
+    micro_batch = samples.largest_micro_batch(spec, profile.packing)
     return [
-        verdict(facts, spec, row, placement, found.room)
-        for placement in placements(facts, spec)
+        decision_for(profile, spec, micro_batch, placement, found.room)
+        for placement in placements(profile, spec)
         if placement != found.placement
     ]
 
 
-def told(found: Verdict) -> MemoryEstimate:
+def told(found: MemoryDecision) -> MemoryEstimate:
     """A verdict as the summary of prepare has it."""
     return MemoryEstimate(
         needed=found.needed,

@@ -19,9 +19,9 @@ import numpy.typing as npt
 
 from finetune_trainer.engine.planning.mixture import Curriculum, Ints, Stage
 
-Row = tuple[int, ...]
+MicroBatchSamples = tuple[int, ...]
 """Positions (in the index) of the samples that are run through the model together."""
-Packing = Literal["Concatenated", "Padded", "Alone"]
+Packing = Literal["Concatenated", "Padded", "Unpacked"]
 """How documents share a row: one after the other; one below the other, padded to the longest; or
 not at all."""
 
@@ -59,23 +59,23 @@ def pack(lengths: Sequence[int], capacity: int, ranks: int) -> list[list[list[in
     if longest > capacity:
         raise ValueError(f"a document of {longest} tokens does not fit a row of {capacity}")
     order = _by_length(lengths)
-    rows_per_rank = max(1, -(-sum(lengths) // (capacity * ranks)))
+    per_rank = max(1, -(-sum(lengths) // (capacity * ranks)))
     while True:
-        rows = _partition(order, lengths, capacity, rows_per_rank * ranks)
-        if rows is not None:
+        micro_batches = _partition(order, lengths, capacity, per_rank * ranks)
+        if micro_batches is not None:
             break
-        rows_per_rank += 1
-    rows.sort(key=lambda row: -sum(cost(lengths[i]) for i in row))
-    return [rows[rank::ranks] for rank in range(ranks)]
+        per_rank += 1
+    micro_batches.sort(key=lambda micro_batch: -sum(cost(lengths[i]) for i in micro_batch))
+    return [micro_batches[rank::ranks] for rank in range(ranks)]
 
 
 def _partition(
     order: Sequence[int], lengths: Sequence[int], capacity: int, count: int
 ) -> list[list[int]] | None:
     """``count`` rows of balanced cost, or None where that many do not hold the documents."""
-    rows: list[list[int]] = [[] for _ in range(count)]
+    micro_batches: list[list[int]] = [[] for _ in range(count)]
     used = [0] * count
-    heap = [(0.0, row) for row in range(count)]
+    heap = [(0.0, micro_batch) for micro_batch in range(count)]
     for i in order:
         # The cheapest row that has room; the others go back.
         passed = []
@@ -83,13 +83,13 @@ def _partition(
             passed.append(heapq.heappop(heap))
         if not heap:
             return None
-        load, row = heapq.heappop(heap)
-        rows[row].append(i)
-        used[row] += lengths[i]
-        heapq.heappush(heap, (load + cost(lengths[i]), row))
+        load, micro_batch = heapq.heappop(heap)
+        micro_batches[micro_batch].append(i)
+        used[micro_batch] += lengths[i]
+        heapq.heappush(heap, (load + cost(lengths[i]), micro_batch))
         for entry in passed:
             heapq.heappush(heap, entry)
-    return rows
+    return micro_batches
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Step:
     """Step, from 0."""
     samples: tuple[int, ...]
     """Positions (in the index) of its samples, in the order of the plan."""
-    rows: tuple[tuple[Row, ...], ...]
+    micro_batches: tuple[tuple[MicroBatchSamples, ...], ...]
     """The same samples in rows, by rank; all ranks have the same number of rows, empty ones
     included."""
     supervised: int
@@ -120,10 +120,10 @@ class Plan:
         batch_size: samples per step, over all ranks; at most as many as there are.
         visits: samples after which the training ends, the last step cut short; None: no end.
         seed: of the order of the samples.
-        row_tokens: most tokens of one row; at least the longest sample.
+        micro_batch_tokens: most tokens of one row; at least the longest sample.
         ranks: processes of the gang.
         packing: how samples share a row (not at all, where models cannot keep them apart).
-        virtual_tokens: that the method puts before each sample; ``row_tokens`` counts them.
+        virtual_tokens: that the method puts before each sample; ``micro_batch_tokens`` counts them.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Plan:
         *,
         batch_size: int,
         seed: int,
-        row_tokens: int,
+        micro_batch_tokens: int,
         ranks: int,
         sources: npt.NDArray[np.integer] | None = None,
         stages: Sequence[Stage] | None = None,
@@ -144,7 +144,7 @@ class Plan:
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.supervised = np.asarray(supervised, dtype=np.int64)
         self.seed = seed
-        self.row_tokens = row_tokens
+        self.micro_batch_tokens = micro_batch_tokens
         self.ranks = ranks
         self.packing: Packing = packing
         self._virtual_tokens = virtual_tokens
@@ -195,19 +195,22 @@ class Plan:
         positions = self.samples(number)
         lengths = self.lengths[positions].tolist()
         taken = [n + self._virtual_tokens for n in lengths]
-        dealt = _PACK[self.packing](taken, self.row_tokens, self.ranks)
+        dealt = _PACK[self.packing](taken, self.micro_batch_tokens, self.ranks)
         return Step(
             number=number,
             samples=tuple(positions.tolist()),
-            rows=tuple(
-                tuple(tuple(int(positions[i]) for i in row) for row in rows) for rows in dealt
+            micro_batches=tuple(
+                tuple(
+                    tuple(int(positions[i]) for i in micro_batch) for micro_batch in micro_batches
+                )
+                for micro_batches in dealt
             ),
             supervised=int(self.supervised[positions].sum()),
             tokens=int(sum(lengths)),
         )
 
 
-def uniform_row(plan: Plan, steps: int) -> int:
+def uniform_micro_batch(plan: Plan, steps: int) -> int:
     """The size, in tokens, that rows should have if all must have one (for a compiler): that of
     which least is padding, of rows no longer than the plan's and some times shorter.
 
@@ -221,18 +224,18 @@ def uniform_row(plan: Plan, steps: int) -> int:
     totals = [sum(step) / plan.ranks for step in sizes]
     longest = int(plan.lengths.max())
 
-    def padded(row: int) -> int:
-        return row * sum(len(pack(step, row, plan.ranks)[0]) for step in sizes)
+    def padded(micro_batch: int) -> int:
+        return micro_batch * sum(len(pack(step, micro_batch, plan.ranks)[0]) for step in sizes)
 
-    best, least = plan.row_tokens, padded(plan.row_tokens) * _WORTH_IT
-    fewest = -(-int(max(totals)) // plan.row_tokens)
-    for rows in range(fewest, fewest + _TRIED_ROWS):
+    best, least = plan.micro_batch_tokens, padded(plan.micro_batch_tokens) * _WORTH_IT
+    fewest = -(-int(max(totals)) // plan.micro_batch_tokens)
+    for micro_batches in range(fewest, fewest + _TRIED_ROWS):
         for share in (0.75, 0.9, 1.0):
             for slack in (1.0, 1.02):
-                wanted = float(np.quantile(totals, share)) * slack / rows
-                row = max(longest, -(-int(wanted + 1) // _MULTIPLE) * _MULTIPLE)
-                if row < plan.row_tokens and (found := padded(row)) < least:
-                    best, least = row, found * _WORTH_IT
+                wanted = float(np.quantile(totals, share)) * slack / micro_batches
+                micro_batch = max(longest, -(-int(wanted + 1) // _MULTIPLE) * _MULTIPLE)
+                if micro_batch < plan.micro_batch_tokens and (found := padded(micro_batch)) < least:
+                    best, least = micro_batch, found * _WORTH_IT
     return best
 
 
@@ -247,29 +250,32 @@ def pack_padded(lengths: Sequence[int], capacity: int, ranks: int) -> list[list[
     rank has as many, and these as even as can be."""
     order = _by_length(lengths)
 
-    def rows_of(size: int) -> list[list[int]]:
-        rows: list[list[int]] = []
+    def micro_batches_of(size: int) -> list[list[int]]:
+        micro_batches: list[list[int]] = []
         for i in order:
-            if rows and (len(rows[-1]) + 1) * lengths[rows[-1][0]] <= size:
-                rows[-1].append(i)
+            if (
+                micro_batches
+                and (len(micro_batches[-1]) + 1) * lengths[micro_batches[-1][0]] <= size
+            ):
+                micro_batches[-1].append(i)
             else:
-                rows.append([i])
-        return rows
+                micro_batches.append([i])
+        return micro_batches
 
-    most = ranks * -(-len(rows_of(capacity)) // ranks)
+    most = ranks * -(-len(micro_batches_of(capacity)) // ranks)
     low, high = max(lengths, default=0), capacity
     while low < high:  # the least size that takes no more rows
         middle = (low + high) // 2
-        low, high = (low, middle) if len(rows_of(middle)) <= most else (middle + 1, high)
-    rows = rows_of(low)
-    rows.sort(key=lambda row: -len(row) * cost(lengths[row[0]]))
-    return _deal(rows, ranks)
+        low, high = (low, middle) if len(micro_batches_of(middle)) <= most else (middle + 1, high)
+    micro_batches = micro_batches_of(low)
+    micro_batches.sort(key=lambda micro_batch: -len(micro_batch) * cost(lengths[micro_batch[0]]))
+    return _deal(micro_batches, ranks)
 
 
 _PACK: Final[dict[Packing, Callable[[Sequence[int], int, int], list[list[list[int]]]]]] = {
     "Concatenated": pack,
     "Padded": pack_padded,
-    "Alone": pack_singly,
+    "Unpacked": pack_singly,
 }
 
 
@@ -277,10 +283,10 @@ def _by_length(lengths: Sequence[int]) -> list[int]:
     return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
 
 
-def _deal(rows: list[list[int]], ranks: int) -> list[list[list[int]]]:
+def _deal(micro_batches: list[list[int]], ranks: int) -> list[list[list[int]]]:
     """Rows by rank, as many to each and at least one; those that are lacking are empty."""
-    rows += [[] for _ in range(-len(rows) % ranks if rows else ranks)]
-    return [rows[rank::ranks] for rank in range(ranks)]
+    micro_batches += [[] for _ in range(-len(micro_batches) % ranks if micro_batches else ranks)]
+    return [micro_batches[rank::ranks] for rank in range(ranks)]
 
 
 def pack_all(
@@ -289,7 +295,7 @@ def pack_all(
     ranks: int,
     packing: Packing = "Concatenated",
     virtual_tokens: int = 0,
-) -> list[list[Row]]:
+) -> list[list[MicroBatchSamples]]:
     """Rows by rank for one pass over a whole set (evaluation), neighbours in length together.
 
     Samples are taken in order of length and cut into windows before packing, so that the packer's
@@ -297,11 +303,13 @@ def pack_all(
     """
     order = np.argsort(lengths, kind="stable")
     window = 4096
-    dealt: list[list[Row]] = [[] for _ in range(ranks)]
+    dealt: list[list[MicroBatchSamples]] = [[] for _ in range(ranks)]
     for start in range(0, len(order), window):
         positions = order[start : start + window]
         sizes = (lengths[positions] + virtual_tokens).tolist()
-        rows = _PACK[packing](sizes, capacity, ranks)
+        micro_batches = _PACK[packing](sizes, capacity, ranks)
         for rank in range(ranks):
-            dealt[rank].extend(tuple(int(positions[i]) for i in row) for row in rows[rank])
+            dealt[rank].extend(
+                tuple(int(positions[i]) for i in micro_batch) for micro_batch in micro_batches[rank]
+            )
     return dealt

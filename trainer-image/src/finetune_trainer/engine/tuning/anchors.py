@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.engine.loss import EvaluationMode, RowLosses, TokenLoss, Untuned
+from finetune_trainer.engine.dtensors import held
+from finetune_trainer.engine.loss import BaseLogits, EvaluationMode, MicroBatchLosses, TokenLoss
 from finetune_trainer.engine.optimizers import Optimizers
-from finetune_trainer.engine.rows.feed import RowTensors, TokenRow
-from finetune_trainer.engine.rows.layout import row_context
-from finetune_trainer.engine.shards import held
+from finetune_trainer.engine.packing.feed import MicroBatch, TokenMicroBatch
+from finetune_trainer.engine.packing.layout import layout_context
 
 
 class OutputAnchor:
@@ -32,20 +32,20 @@ class OutputAnchor:
         self._copy = copy
         self._evaluation = EvaluationMode(loss)
 
-    def outputs(self, row: RowTensors) -> Untuned | None:
+    def outputs(self, micro_batch: MicroBatch) -> BaseLogits | None:
         """What the untuned model says of a row's replay documents; None where no rank has any. In
         shards every rank must ask for the same rows."""
-        if not isinstance(row, TokenRow) or row.replay is None:
+        if not isinstance(micro_batch, TokenMicroBatch) or micro_batch.replay is None:
             return None
-        documents = row.replay.row
-        with torch.no_grad(), row_context(documents.layout):
+        documents = micro_batch.replay.micro_batch
+        with torch.no_grad(), layout_context(documents.layout):
             if self._copy is not None:
-                found: RowLosses = self._copy(documents, with_logits=True)
+                found: MicroBatchLosses = self._copy(documents, with_logits=True)
             else:
-                with self._evaluation.on(), self._loss.untuned():
+                with self._evaluation.on(), self._loss.base_model():
                     found = self._loss(documents, with_logits=True)
         assert found.logits is not None, "they were asked for"
-        return Untuned(found.logits, row.replay.at)
+        return BaseLogits(found.logits, micro_batch.replay.at)
 
 
 class WeightAnchor:
@@ -68,9 +68,9 @@ class WeightAnchor:
             rate: learning rate of the step.
             taken: boolean on the device.
         """
-        for factor, weight, untuned in self._weights:
-            share = taken.to(untuned.dtype) * (rate * factor * self._coefficient)
-            held(weight).lerp_(untuned, share)
+        for factor, weight, base in self._weights:
+            share = taken.to(base.dtype) * (rate * factor * self._coefficient)
+            held(weight).lerp_(base, share)
 
 
 def wants_copy(spec: FineTuneJobSpec) -> bool:

@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine import pissa
-from finetune_trainer.engine.shards import held, put, whole
+from finetune_trainer.engine.dtensors import held, put, whole
 
 
 @torch.no_grad()

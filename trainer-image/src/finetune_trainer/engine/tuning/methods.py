@@ -24,10 +24,10 @@ from transformers import PreTrainedModel
 
 from finetune_api.methods import Lora, Method, MethodName
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.engine.hollow import widened
+from finetune_trainer.engine.packing.dropout import add_noise, key_dropouts
 from finetune_trainer.engine.pissa import add_initial
-from finetune_trainer.engine.rows.dropout import add_noise, key_dropouts
-from finetune_trainer.engine.tasks import TASKS
+from finetune_trainer.engine.placeholders import in_float32
+from finetune_trainer.engine.task_losses import TASKS
 from finetune_trainer.engine.ties import adapted_ties
 from finetune_trainer.engine.tuning.partial import partial_parameters, shown
 from finetune_trainer.failures import UserError
@@ -49,7 +49,7 @@ def apply_method(model: PreTrainedModel, spec: FineTuneJobSpec) -> Tuned:
     """Make the spec's part of the model trainable, the rest frozen, and dropout keyed.
 
     New weights are drawn by ``training.seed``, the same in every process; some take their values
-    from the base's later (``derive``). Trainable weights are float32 whatever the dtype of the
+    from the base's later (``derive``). Trainable weights are float32 force the dtype of the
     frozen ones: an optimizer step is often smaller than the spacing of bfloat16.
 
     Raises:
@@ -74,7 +74,7 @@ def apply_method(model: PreTrainedModel, spec: FineTuneJobSpec) -> Tuned:
         add_noise(model.get_input_embeddings(), alpha)
     for parameter in tuned.parameters():
         if parameter.requires_grad:
-            parameter.data = widened(parameter.data)
+            parameter.data = in_float32(parameter.data)
     return tuned
 
 

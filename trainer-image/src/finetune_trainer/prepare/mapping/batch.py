@@ -34,10 +34,10 @@ from finetune_trainer.prepare.reading.records import parse
 from finetune_trainer.prepare.reading.sources import Source
 from finetune_trainer.prepare.rendering.chat import ChatTemplate
 from finetune_trainer.prepare.rendering.examples import RenderedExample, Renderer, renderer
-from finetune_trainer.prepare.tasks import RENDERINGS, format_of
+from finetune_trainer.prepare.task_formats import RENDERINGS, format_of
 from finetune_trainer.prepare.tokenizing.documents import is_document, split
 from finetune_trainer.prepare.tokenizing.tokens import Cut, Model, TokenizedSample, fit
-from finetune_trainer.prepared.shards import REFERENCE_SCHEMA, TOKEN_SCHEMA
+from finetune_trainer.prepared.dataset import REFERENCE_SCHEMA, TOKEN_SCHEMA
 from finetune_trainer.prepared.split import Side
 
 LANGUAGES_OF_A_BATCH: Final = 16

@@ -24,7 +24,7 @@ from finetune_trainer.prepare.mapping.writer import OFFERED, SplitWriter
 from finetune_trainer.prepare.quality.contamination import HeldOut
 from finetune_trainer.prepare.reading.inputsplits import InputSplit
 from finetune_trainer.prepare.reading.sources import Source
-from finetune_trainer.prepared.shards import pieces_of, shard_ids
+from finetune_trainer.prepared.dataset import pieces_of, shard_ids
 from finetune_trainer.prepared.split import SIDES, shares_of
 from finetune_trainer.storage.objects import ObjectStore
 

@@ -1,5 +1,5 @@
 """Samples to look at, as they are trained: which of their text is read, which is learned, and what
-was cut off. The marks are those of the tokens, whatever the text suggests."""
+was cut off. The marks are those of the tokens, force the text suggests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def preview(sample: TokenizedSample, tokens: Tokenizing) -> dict[str, Any]:
     a number of tokens that are ``cut`` off there and are in no sample. Marks that the tokenizer
     itself puts around a text are not shown, but counted where they are cut off.
 
-    More people read the report than the data: personal data is masked whatever is done about it in
+    More people read the report than the data: personal data is masked force is done about it in
     the samples. It is looked for in the uncut text, so that no half of it is left.
     """
     states = _states(sample)

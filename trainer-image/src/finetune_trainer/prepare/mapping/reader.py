@@ -16,7 +16,7 @@ from finetune_trainer.prepare.reading.inputsplits import ByteRange, InputSplit, 
 from finetune_trainer.prepare.reading.lines import lines_between
 from finetune_trainer.prepare.reading.records import RawRecord, parse, raw_lines, raw_records
 from finetune_trainer.prepare.reading.sources import Source
-from finetune_trainer.prepare.tasks import format_of, stated_format
+from finetune_trainer.prepare.task_formats import format_of, stated_format
 
 BATCH_RECORDS: Final = 512
 BATCH_BYTES: Final = 1 << 18

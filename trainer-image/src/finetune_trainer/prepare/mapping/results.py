@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from finetune_api.results import Failure
-from finetune_trainer.failures import DataError, verdict
+from finetune_trainer.failures import DataError, failure_of
 from finetune_trainer.prepare.mapping.statistics import (
     SampleStatistics,
     SplitSummary,
@@ -71,7 +71,7 @@ class SplitResults:
 
     def save_failure(self, split: InputSplit, error: DataError) -> None:
         """A record of a split cannot be used."""
-        self._store.put(self._name(split.number, "failed"), _text(verdict(error).to_json()))
+        self._store.put(self._name(split.number, "failed"), _text(failure_of(error).to_json()))
 
     def check(self) -> None:
         """Raises the first failure in the order of the data.

@@ -20,7 +20,7 @@ from finetune_trainer.prepare.mapping.statistics import (
     SplitSummary,
 )
 from finetune_trainer.prepare.reading.faults import Faults
-from finetune_trainer.prepared.shards import shard_name
+from finetune_trainer.prepared.dataset import shard_name
 from finetune_trainer.prepared.split import SIDES, Side
 from finetune_trainer.storage.objects import ObjectStore
 

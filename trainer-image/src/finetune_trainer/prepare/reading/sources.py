@@ -18,7 +18,7 @@ from finetune_api.sources import DataSource
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepare.reading.records import SUFFIXES, readable
 from finetune_trainer.prepared.split import Side
-from finetune_trainer.storage.claims import claim_path, etag_of, open_listed
+from finetune_trainer.storage.claim_paths import claim_path, etag_of, open_listed
 from finetune_trainer.storage.objects import ObjectStore
 
 _SHOWN: Final = 5

@@ -25,7 +25,7 @@ from finetune_trainer.prepare.quality.personal import redacted
 from finetune_trainer.prepare.reducing.indexes import IndexedShard
 from finetune_trainer.prepare.reducing.output import Output
 from finetune_trainer.prepare.reducing.report import Contamination
-from finetune_trainer.prepared.shards import pieces_of
+from finetune_trainer.prepared.dataset import pieces_of
 from finetune_trainer.prepared.split import Side
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ import pyarrow as pa
 
 from finetune_trainer.prepare.mapping.statistics import SampleStatistics, ShardFile
 from finetune_trainer.prepare.reducing.report import Rows
+from finetune_trainer.prepared.dataset import INDEX_SCHEMA, index_name, shard_ids
 from finetune_trainer.prepared.manifest import DataFile
-from finetune_trainer.prepared.shards import INDEX_SCHEMA, index_name, shard_ids
 from finetune_trainer.prepared.split import Side
 from finetune_trainer.storage.objects import ObjectStore
 

@@ -1,6 +1,6 @@
 """Template Chat: conversations of any shape, as those of format Messages.
 
-A turn has a role and content under whatever names, or is a prompt with its response. Roles have
+A turn has a role and content under force names, or is a prompt with its response. Roles have
 many names too: the usual ones are known, others are for the manifest to say, and none is guessed:
 a turn that is taken for another's would be learned, or not.
 """

@@ -1,0 +1,114 @@
+"""Training gangs for tests: real processes over gloo, forked from a server that has imported torch.
+
+Importing takes ten times as long as training a tiny model; the fork server pays it once.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from ports import free_port
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    ["finetune_trainer.train.worker", "gangs", "gradient_worker", "classify_worker"]
+)
+
+
+def start_fork_server() -> None:
+    """Start the server with what ``set_forkserver_preload`` names. A process has one server, and
+    whoever starts processes first decides what it has imported: prepare's pool would have no torch.
+    """
+    multiprocessing.forkserver.ensure_running()
+
+
+def forked(target: Callable[..., None], *arguments: object) -> BaseProcess:
+    """A started process that runs a function of an importable module."""
+    process = _context.Process(target=target, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+def _work(environment: dict[str, str], log: str, before: Callable[[], None] | None) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    with Path(log).open("ab", buffering=0) as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    import torch
+
+    torch.set_num_threads(1)
+    from finetune_trainer.train import worker as train_worker
+
+    if before is not None:
+        before()
+    code = train_worker.main()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+@dataclass
+class RunningWorld:
+    """Worker processes of one attempt."""
+
+    processes: list[BaseProcess]
+    folder: Path
+    log: Path
+    metrics_port: int
+
+    def tell_to_stop(self, *ranks: int) -> None:
+        """As the supervisors of these nodes do after SIGTERM."""
+        for rank in ranks:
+            words_of(self.folder, rank).mkdir(exist_ok=True)
+            (words_of(self.folder, rank) / "stop").touch()
+
+    def wait(self, seconds: float = 120) -> list[int]:
+        """Exit codes, by rank."""
+        for process in self.processes:
+            process.join(seconds)
+        codes = [p.exitcode for p in self.processes]
+        if None in codes:
+            self.kill()
+            raise TimeoutError(f"workers still ran after {seconds} s: {self.log.read_text()}")
+        return [int(c) for c in codes if c is not None]
+
+    def kill(self) -> None:
+        """As a lost node: no word, no save."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def words_of(folder: Path, rank: int) -> Path:
+    """Files between a worker and its supervisor: each rank stands for a node."""
+    return folder / f"words-{rank}"
+
+
+def start_world(
+    environment: Mapping[str, str], size: int, folder: Path,
+    before: Callable[[], None] | None = None,
+) -> RunningWorld:  # fmt: skip
+    """Start the workers of an attempt; ``environment`` names the order and the credentials.
+    ``before`` (of an importable module) is called in each, to change what it will meet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    metrics = free_port()
+    log = folder / "log"
+    processes: list[BaseProcess] = []
+    for rank in range(size):
+        variables = dict(environment) | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
+            "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "FINETUNE_WORKER_FILES": str(words_of(folder, rank)),
+            "FINETUNE_METRICS_PORT": str(metrics),
+            "FINETUNE_SCRATCH": str(folder / "scratch"), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        processes.append(forked(_work, variables, str(log), before))
+    return RunningWorld(processes, folder, log, metrics)

@@ -1,0 +1,119 @@
+"""Trained weights and optimizer state, out of a model and into it: torch's distributed checkpoint,
+read at any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from finetune_trainer.engine.checkpointing.staging import StagedState, State
+from finetune_trainer.engine.optimizers import Optimizers
+from finetune_trainer.engine.pissa import is_kept
+from finetune_trainer.failures import recognise
+
+
+def state_of(model: nn.Module, optimizers: Optimizers) -> State:
+    """The state as it is in memory: it changes with the next step."""
+    weights, moments = get_state_dict(model, optimizers)
+    return {"model": _kept(model, weights), "optimizer": moments}
+
+
+def save_state(writer: StorageWriter, staged: StagedState, group: dist.ProcessGroup | None) -> None:
+    """Write this rank's part of a state; ``group`` holds all ranks (None: this process is
+    alone). What one rank raises, all raise."""
+    with _first_cause():
+        state_dict_saver.save(
+            {}, storage_writer=writer, planner=staged, process_group=group, no_dist=group is None
+        )
+
+
+def load_state(
+    reader: StorageReader,
+    model: nn.Module,
+    optimizers: Optimizers,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Read trained weights and optimizer state, written by any number of ranks. What one rank
+    raises, all raise; the model is then neither what it was nor what was to be read."""
+    state = state_of(model, optimizers)
+    load(reader, state, group)
+    set_state_dict(
+        model,
+        optimizers,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=StateDictOptions(strict=False),
+    )
+
+
+def load_weights(
+    reader: StorageReader, model: nn.Module, group: dist.ProcessGroup | None = None
+) -> None:
+    """Read trained weights alone; raises as ``load_state``."""
+    state = {"model": (weights := _kept(model, get_model_state_dict(model)))}
+    load(reader, state, group)
+    set_model_state_dict(model, weights, options=StateDictOptions(strict=False))
+
+
+def load(reader: StorageReader, state: State, group: dist.ProcessGroup | None) -> None:
+    """Read what a state names into it. Where no rank has shards, the first one reads it and gives
+    it to the others."""
+    if group is not None and not any(isinstance(leaf, DTensor) for leaf in tree_leaves(state)):
+        _load_alike(reader, state, group)
+        return
+    with _first_cause():
+        state_dict_loader.load(
+            state, storage_reader=reader, process_group=group, no_dist=group is None
+        )
+
+
+def _load_alike(reader: StorageReader, state: State, group: dist.ProcessGroup) -> None:
+    """Tensors go by the group of their device, in place; all else, and failures, by words."""
+    word: list[Any] = [None, None]
+    if dist.get_rank(group) == 0:
+        try:
+            load(reader, state, None)
+            word[0] = tree_map(lambda leaf: None if isinstance(leaf, Tensor) else leaf, state)
+        except Exception as error:
+            word[1] = recognise(error)
+    dist.broadcast_object_list(word, src=0, group=group)
+    if word[1] is not None:
+        raise word[1]
+    for leaf in tree_leaves(state):
+        if isinstance(leaf, Tensor):
+            dist.broadcast(leaf, src=0, group=None if leaf.is_cuda else group)
+    same = tree_map(lambda mine, told: mine if isinstance(mine, Tensor) else told, state, word[0])
+    state.update(same)
+
+
+@contextmanager
+def _first_cause() -> Iterator[None]:
+    """What a rank raised, in place of torch's account of all of them."""
+    try:
+        yield
+    except CheckpointException as error:
+        cause, _ = error.failures[min(error.failures)]
+        raise cause from error
+
+
+def _kept(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds, by its first name (an output head that is the embedding has two).
+    Frozen weights are the base model's: a checkpoint of an adapter holds the adapter."""
+    names = {name for name, weight in model.named_parameters() if is_kept(name, weight)}
+    return {name: weight for name, weight in weights.items() if name in names}

@@ -1,0 +1,223 @@
+"""torch's distributed checkpoint over object storage: each process streams its tensors into one
+object, and reads what it needs of any.
+
+    shard-00000    bytes of tensors, one after another, as they lie in memory (``staging``)
+    .metadata      torch's Metadata, and of each tensor in which object it is and where
+
+Nothing is on a disk on the way, and what is written is sent from where it was staged. A process
+that reads holds a few parts of an object in memory, and the tensor that they are of.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Final, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+)
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from finetune_trainer.engine.checkpointing.staging import StagedState
+from finetune_trainer.storage.checkpoint_files import (
+    PartSums,
+    read_parts,
+    stream_file,
+    write_file,
+)
+from finetune_trainer.storage.objects import FileInfo, ObjectStore
+from finetune_trainer.storage.run_head import Checkpoint
+
+METADATA: Final = ".metadata"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ByteRange:
+    """Where an item's bytes are."""
+
+    file: str
+    start: int
+    """First byte."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def span(self, first: int, rows: int | None) -> tuple[int, int]:
+        """First byte of some rows of the outermost dimension (None: of all there is), and the byte
+        behind them."""
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        count = math.prod(self.shape[:1]) if rows is None else rows
+        return self.start + first * row, self.start + (first + count) * row
+
+
+class CheckpointWriter(StorageWriter):
+    """Writes the files of a checkpoint; one in each process, for one checkpoint."""
+
+    def __init__(self, store: ObjectStore, uri: str) -> None:
+        self._store, self._uri = store, uri
+        self.files: dict[str, FileInfo] = {}
+        """What this process has written, by name below the checkpoint's address."""
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return False
+
+    def reset(self, checkpoint_id: Any = None) -> None: ...
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None: ...
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        return [replace(plan, storage_data=f"shard-{i:05}") for i, plan in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        assert isinstance(planner, StagedState), "the state is staged as its file is laid out"
+        name: str = plan.storage_data
+        results: list[WriteResult] = []
+        for item in plan.items:
+            staged = planner.items[item.index]
+            byte_range = ByteRange(name, staged.start, staged.shape, staged.dtype)
+            start, stop = byte_range.span(0, None)
+            results.append(WriteResult(item.index, stop - start, byte_range))
+        if plan.items:
+            uri = f"{self._uri}/{name}"
+            sums = stream_file(self._store, uri, planner.pieces, planner.size)
+            self.files[name] = sums.info
+            results.append(WriteResult(MetadataIndex(name), sums.size, sums))
+        return _done(results)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        metadata.storage_data = {r.index: r.storage_data for part in results for r in part}
+        self.write(METADATA, pickle.dumps(metadata))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file beside the state."""
+        self.files[name] = write_file(self._store, f"{self._uri}/{name}", data)
+
+
+class CheckpointReader(StorageReader):
+    """Reads a checkpoint, at any number of processes.
+
+    Args:
+        metadata: the checkpoint's file ``METADATA``, checked; torch would hide what is wrong with it.
+
+    Raises (from torch's ``load``):
+        CorruptCheckpoint: where what is read is missing, or is not what was committed.
+    """
+
+    def __init__(self, store: ObjectStore, checkpoint: Checkpoint, metadata: bytes) -> None:
+        self._store, self._commit, self._metadata = store, checkpoint, metadata
+        self._data: dict[MetadataIndex, Any] = {}
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return False
+
+    def reset(self, checkpoint_id: Any = None) -> None: ...
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        found: Metadata = pickle.loads(self._metadata)
+        return found
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        self._data = metadata.storage_data
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        wanted = [_Wanted(item, self._data[item.storage_index]) for item in plan.items]
+        for item in wanted:
+            if item.start == item.stop:  # no part brings it
+                item.deliver(planner)
+        waiting = [item for item in wanted if item.start < item.stop]
+        waiting.sort(key=lambda w: (w.file, w.start), reverse=True)  # the next one is last
+        sums: dict[str, PartSums] = {w.file: self._data[MetadataIndex(w.file)] for w in waiting}
+        parts = {
+            (w.file, number) for w in waiting for number in sums[w.file].parts(w.start, w.stop)
+        }
+        under_way: list[_Wanted] = []
+        for name, number, data in read_parts(self._store, self._commit, sums, sorted(parts)):
+            start = number * sums[name].part_bytes
+            stop = start + len(data)
+            while waiting and (waiting[-1].file, waiting[-1].start) < (name, stop):
+                under_way.append(waiting.pop())
+            for item in under_way:
+                item.take(start, data)
+                if item.stop <= stop:
+                    item.deliver(planner)
+            under_way = [item for item in under_way if item.stop > stop]
+        return _done(None)
+
+
+class _Wanted:
+    """Rows of a tensor, or an object's bytes, on their way into this process. Whatever part of a
+    row is wanted, the row is read."""
+
+    def __init__(self, item: ReadItem, byte_range: ByteRange) -> None:
+        self._item, self._byte_range = item, byte_range
+        some = item.type is LoadItemType.TENSOR and len(byte_range.shape) > 0
+        first = item.storage_offsets[0] if some else 0
+        self._rows = item.lengths[0] if some else None
+        self.file = byte_range.file
+        self.start, self.stop = byte_range.span(first, self._rows)
+
+    @cached_property
+    def _values(self) -> Tensor:
+        shape = (
+            self._byte_range.shape
+            if self._rows is None
+            else (self._rows, *self._byte_range.shape[1:])
+        )
+        return torch.empty(shape, dtype=self._byte_range.dtype)
+
+    def take(self, start: int, data: bytes) -> None:
+        """Keep what is wanted of the file's bytes from ``start`` on."""
+        low, high = max(start, self.start), min(start + len(data), self.stop)
+        mine = _bytes_of(self._values)
+        mine[low - self.start : high - self.start] = memoryview(data)[low - start : high - start]
+
+    def deliver(self, planner: LoadPlanner) -> None:
+        """Hand over what has come."""
+        item, values = self._item, self._values
+        if item.type is LoadItemType.BYTE_IO:
+            planner.load_bytes(item, io.BytesIO(_bytes_of(values)))
+            return
+        for dimension in range(1, values.dim()):
+            first, count = item.storage_offsets[dimension], item.lengths[dimension]
+            values = values.narrow(dimension, first, count)
+        target = planner.resolve_tensor(item).detach()
+        target.copy_(values)
+        planner.commit_tensor(item, target)
+
+
+def _bytes_of(values: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    raw: Any = values.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(raw)
+
+
+def _done(value: T) -> Future[T]:
+    done: Future[T] = Future()
+    done.set_result(value)
+    return done

@@ -1,0 +1,102 @@
+"""Documents one below the other, each padded at its end to the longest.
+
+For models and methods whose documents cannot stand in one packed sequence. Each document is
+attended by the model's own kernels, which never look from a token to what stands behind it, or are
+given a mask where there is padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from finetune_trainer.engine.packing.dropout import token_keys
+from finetune_trainer.engine.packing.feed import TokenMicroBatch
+from finetune_trainer.engine.packing.layout import DocumentLayout, cu_seqlens_of
+from finetune_trainer.engine.packing.transfer import on_device
+from finetune_trainer.prepared.dataset import TokenSample
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Some documents of one shape, on the host."""
+
+    ids: Ints
+    """Shape [documents, longest]; 0 where there is padding."""
+    mask: Ints
+    """1 where there is a token, 0 where there is padding; as ``ids``."""
+    layout: DocumentLayout
+
+    @property
+    def has_padding(self) -> bool:
+        return not self.mask.all()
+
+
+def pad_documents(
+    samples: Sequence[TokenSample],
+    positions: Sequence[int],
+    seed: int,
+    step: int,
+    device: torch.device,
+    keyed: bool,
+) -> Padded:
+    """Pad documents to the longest; of none, one token of padding."""
+    if not samples:
+        samples, positions = [TokenSample(np.zeros(1, np.int32), np.zeros(1, np.bool_))], [0]
+    lengths = [len(s.ids) for s in samples]
+    shape = len(samples), max(lengths)
+    ids, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    keys = np.zeros(shape, np.int32)
+    for i, (sample, position, length) in enumerate(zip(samples, positions, lengths, strict=True)):
+        ids[i, :length] = sample.ids
+        mask[i, :length] = 1
+        if keyed:
+            keys[i, :length] = token_keys(seed, step, position, length)
+    layout = DocumentLayout(
+        spans=(),
+        cu_seqlens=cu_seqlens_of((), device),
+        max_seqlen=shape[1],
+        dropout_keys=on_device(keys.reshape(-1), device) if keyed else None,
+        lengths=on_device(np.repeat(lengths, shape[1]), device) if keyed else None,
+        document_dropout_keys=on_device(keys[:, 0], device) if keyed else None,
+    )
+    return Padded(ids, mask, layout)
+
+
+def build_padded_tokens(
+    samples: Sequence[TokenSample],
+    positions: Sequence[int],
+    *,
+    sources: Sequence[int] | None = None,
+    seed: int,
+    step: int,
+    device: torch.device,
+    keyed: bool = True,
+) -> TokenMicroBatch:
+    """Padded documents whose supervised tokens are predicted; arguments as of ``build_packed``."""
+    padded = pad_documents(samples, positions, seed, step, device, keyed)
+    documents, longest = padded.ids.shape
+    predicts = np.zeros(padded.ids.shape, np.bool_)
+    source = np.zeros(documents, np.int64)
+    for i, sample in enumerate(samples):
+        predicts[i, : len(sample.ids) - 1] = sample.supervised[1:]
+        source[i] = 0 if sources is None else sources[i]
+    target = np.flatnonzero(predicts)
+    following = np.append(padded.ids.reshape(-1)[1:], 0)
+    here = np.repeat(source, longest)[target]
+    return TokenMicroBatch(
+        input_ids=on_device(padded.ids, device),
+        position_ids=on_device(np.tile(np.arange(longest), (documents, 1)), device),
+        predict=on_device(target, device),
+        labels=on_device(following[target], device),
+        layout=padded.layout,
+        sources=on_device(here, device),
+        sources_here=here,
+        attention_mask=on_device(padded.mask, device) if padded.has_padding else None,
+    )

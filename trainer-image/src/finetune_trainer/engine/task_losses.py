@@ -1,0 +1,118 @@
+"""What the engine does otherwise for each task: a row a task, as the contract's table has one for
+what can be said without a model (``finetune_api.tasks``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from finetune_api.tasks import TaskName
+from finetune_api.training import Training
+from finetune_trainer.engine.classification import (
+    ClassLoss,
+    build_padded_classes,
+    has_classes,
+    head_names,
+)
+from finetune_trainer.engine.loss import TokenLoss
+from finetune_trainer.engine.packing.context import ContextGroup
+from finetune_trainer.engine.packing.feed import MicroBatchBuilder, StaticShape, build_packed
+from finetune_trainer.engine.packing.packed import can_pack, can_pad
+from finetune_trainer.engine.packing.padded import build_padded_tokens
+from finetune_trainer.engine.planning.plan import Packing
+
+TaskLoss = TokenLoss | ClassLoss
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task."""
+
+    auto: Any
+    """What of transformers makes an empty model of a configuration."""
+    classes: Any
+    """The classes of its models, by that of their configuration."""
+    called: str
+    """What such a model is called, for messages."""
+    fits: Callable[[PreTrainedConfig], bool]
+    """Whether a model of a configuration can be one, as far as that can be told beforehand."""
+    peft_type: str
+    """What peft calls the task."""
+    head: Callable[[nn.Module], list[str]]
+    """Names of the modules of a model that every method trains."""
+    loss: Callable[[nn.Module, Training, bool | None], TaskLoss]
+    """The module that is trained, of a model under tuning and of what its profile says of its head
+    (``head.has_plain_head``; None: there is no profile)."""
+    micro_batch: Callable[[Packing, ContextGroup, StaticShape | None, bool], MicroBatchBuilder]
+    """What makes rows, of how samples share them, the processes that share them, the shape that
+    they must have, and whether something is drawn by keys (dropout, noise)."""
+    packing: Callable[[PreTrainedModel, bool], Packing]
+    """How samples share a row, of a model and of whether the method lets them."""
+
+
+def _token_loss(model: nn.Module, training: Training, plain_head: bool | None) -> TokenLoss:
+    return TokenLoss(
+        model,
+        float(training.router_aux_loss_coefficient),
+        float(training.label_smoothing),
+        float(training.anchor.kl_coefficient),
+        plain_head,
+    )
+
+
+def _token_micro_batch(
+    packing: Packing, context: ContextGroup, shape: StaticShape | None, keyed: bool
+) -> MicroBatchBuilder:
+    if packing == "Padded":
+        return partial(build_padded_tokens, keyed=keyed)
+    return partial(build_packed, context=context, shape=shape, keyed=keyed)
+
+
+def _token_packing(model: PreTrainedModel, packs: bool) -> Packing:
+    if packs and can_pack(model):
+        return "Concatenated"
+    return "Padded" if can_pad(model) else "Unpacked"
+
+
+def _class_loss(model: nn.Module, training: Training, _plain_head: bool | None) -> ClassLoss:
+    return ClassLoss(model, float(training.label_smoothing))
+
+
+TASKS: Final[dict[TaskName, Task]] = {
+    "CausalLM": Task(
+        auto=AutoModelForCausalLM,
+        classes=MODEL_FOR_CAUSAL_LM_MAPPING,
+        called="a causal language model",
+        fits=lambda config: True,
+        peft_type="CAUSAL_LM",
+        head=lambda model: [],
+        loss=_token_loss,
+        micro_batch=_token_micro_batch,
+        packing=_token_packing,
+    ),
+    "SequenceClassification": Task(
+        auto=AutoModelForSequenceClassification,
+        classes=MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        called="a classifier of texts (an encoder or a decoder with a head)",
+        fits=has_classes,
+        peft_type="SEQ_CLS",
+        head=head_names,
+        loss=_class_loss,
+        micro_batch=lambda packing, context, shape, keyed: partial(
+            build_padded_classes, keyed=keyed
+        ),
+        packing=lambda model, packs: "Padded",
+    ),
+}

@@ -1,0 +1,44 @@
+"""How far prepare is: told in its log, and in a file for who waits for it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from finetune_trainer.supervise.worker_files import write_whole
+
+if TYPE_CHECKING:
+    from finetune_trainer.prepare.mapping.reader import Reading
+
+log = logging.getLogger(__name__)
+
+FILE: Final = "reading.json"
+_LOG_SECONDS: Final = 10.0
+
+
+class Teller:
+    """Tells every reading to a file in a folder, and some to the log."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / FILE
+        self._logged = time.monotonic()
+
+    def __call__(self, reading: Reading) -> None:
+        share = reading.bytes / max(1, reading.total_bytes)
+        told = {"records": reading.records, "share": min(1.0, share)}
+        write_whole(self._path, json.dumps(told))
+        if time.monotonic() - self._logged >= _LOG_SECONDS:
+            self._logged = time.monotonic()
+            log.info("%s: %d records read, %d %%", reading.set, reading.records, 100 * share)
+
+
+def read_reading(folder: Path) -> tuple[int, float] | None:
+    """Records read and the share of the bytes (0 to 1), or None where reading has not begun."""
+    try:
+        raw = json.loads((folder / FILE).read_text())
+    except FileNotFoundError:
+        return None
+    return raw["records"], raw["share"]

@@ -1,0 +1,201 @@
+"""From a commit to files that plain ``transformers`` and ``peft`` load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from torch.distributed.checkpoint.storage import StorageReader
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from finetune_api.run_spec import RunSpec
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.engine.adaptersum import add_adapters
+from finetune_trainer.engine.base import MAX_SHARD, BaseFiles, fetch_base
+from finetune_trainer.engine.checkpointing.dcp import load_weights
+from finetune_trainer.engine.checkpointing.dcp_storage import METADATA, CheckpointReader
+from finetune_trainer.engine.model import (
+    TEXT,
+    Purpose,
+    configuration,
+    empty_base,
+    load_base,
+    load_tokenizer,
+    materialize_on_host,
+    purpose_of,
+)
+from finetune_trainer.engine.pissa import INITIAL, join
+from finetune_trainer.engine.tuning.methods import Tuned, apply_method
+from finetune_trainer.failures import UserError
+from finetune_trainer.storage.checkpoint_files import read_file
+from finetune_trainer.storage.objects import Stores
+from finetune_trainer.storage.run_head import read_head
+from finetune_trainer.storage.weight_reader import Weights
+
+
+def load_tuned(
+    run_spec: RunSpec,
+    stores: Stores,
+    checkpoint_uri: str | None,
+    classes: Sequence[str],
+    scratch: Path,
+    whole: bool,
+) -> tuple[Tuned, PreTrainedTokenizerBase, BaseFiles]:
+    """The base model with the weights of a checkpoint, in float32 on the CPU, its tokenizer, and the
+    base's files.
+
+    Args:
+        classes: names of the classes, of a task that has some.
+        whole: False leaves out what was not trained: an adapter is written without the base's
+            weights being fetched or held.
+
+    Raises:
+        UserError: 'CheckpointGone' where HEAD no longer names the checkpoint.
+        CorruptCheckpoint: where its files are not what was committed.
+    """
+    found = read_head(stores.default, run_spec.run_uri)
+    named = found[0].checkpoints if found else ()
+    checkpoint = next((c for c in named if c.uri == checkpoint_uri), None)
+    if checkpoint is None:
+        raise UserError(
+            "CheckpointGone",
+            f"{checkpoint_uri} is not among the checkpoints of {run_spec.run_uri}/HEAD.json; give"
+            " spec.rerunToken a new value to train again",
+        )
+    base = fetch_base(run_spec, stores, scratch, weights=whole)
+    store = stores.default
+    reader = CheckpointReader(store, checkpoint, read_file(store, checkpoint, METADATA))
+    weights = base.weights(stores) if whole else None
+    model = tuned_model(base.folder, weights, reader, run_spec.spec, classes)
+    return model, load_tokenizer(base.folder), base
+
+
+def tuned_model(
+    base: Path,
+    weights: Weights | None,
+    checkpoint: StorageReader,
+    spec: FineTuneJobSpec,
+    classes: Sequence[str] = (),
+) -> Tuned:
+    """The model of a folder with the weights of a checkpoint, in float32 on the CPU; ``classes`` as
+    above. Of the checkpoint nothing but the weights is read.
+
+    Args:
+        weights: the base's; None leaves out what was not trained.
+    """
+    purpose = purpose_of(spec, classes)
+    if weights is None:
+        model = apply_method(empty_base(base, purpose), spec)
+        materialize_on_host(model)
+    else:
+        base_model = load_base(base, torch.float32, purpose=purpose, weights=weights)
+        model = apply_method(base_model, spec)
+    load_weights(checkpoint, model)
+    return model.eval()
+
+
+def full_copy_bytes(base: Path, purpose: Purpose) -> int:
+    """Bytes of a whole model's weights in the dtype of the base."""
+    model = empty_base(base, purpose)
+    dtype: Any = model.config.dtype or torch.float32
+    return sum(p.numel() for p in model.parameters()) * int(dtype.itemsize)
+
+
+def write_adapter(
+    model: Tuned,
+    tokenizer: PreTrainedTokenizerBase,
+    base: BaseFiles,
+    spec: FineTuneJobSpec,
+    folder: Path,
+    classes: Sequence[str] = (),
+) -> None:
+    """The adapter in peft's layout, together with the one that the base's weights hold already;
+    with classes, beside the configuration that names them."""
+    assert isinstance(model, PeftModel), "the contract allows adapters of methods that make one"
+    if INITIAL in model.peft_config:
+        model = _plain_adapter(model, base.folder, spec)
+    config = model.peft_config["default"]
+    name, _, revision = base.base.model.source.removeprefix("hf://").partition("@")
+    config.base_model_name_or_path = name
+    config.revision = revision or None
+    # The vocabulary is the base's; peft would look for the base on the hub to find that out.
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's blank card; ours is one level up
+    if base.adapter is not None:
+        add_adapters(base.adapter, folder, folder)
+    tokenizer.save_pretrained(str(folder))
+    if classes:
+        configuration(base.folder, purpose_of(spec, classes)).save_pretrained(str(folder))
+
+
+def _plain_adapter(model: PeftModel, base: Path, spec: FineTuneJobSpec) -> PeftModel:
+    """PiSSA's two adapters as one of twice the rank and the same scale."""
+    lora = spec.method.effective_lora
+    doubled = lora.model_copy(update={"rank": 2 * lora.rank, "initialization": "Default"})
+    method = spec.method.model_copy(update={"lora": doubled})
+    plain = apply_method(empty_base(base), spec.model_copy(update={"method": method}))
+    assert isinstance(plain, PeftModel), "as the model was"
+    config: Any = plain.peft_config["default"]
+    config.lora_alpha = lora.effective_alpha * (2**0.5 if lora.use_rslora else 2)
+    materialize_on_host(plain)
+    join(plain, model)
+    return plain.eval()
+
+
+def write_merged(
+    model: Tuned,
+    tokenizer: PreTrainedTokenizerBase,
+    base: Path,
+    stops: list[int],
+    folder: Path,
+    purpose: Purpose = TEXT,
+) -> None:
+    """A whole model in Hugging Face layout, in the dtype of the base's weights.
+
+    Generation, where the model can, stops at ``stops``, the tokens with which learned answers end.
+    Adapters are merged in float32 and rounded once. ``model`` is used up.
+    """
+    whole = _merged(model) if isinstance(model, PeftModel) else model
+    config = configuration(base, purpose)
+    torch.nn.Module.to(whole, config.dtype or torch.float32)
+    # Configuration of the base, without what this trainer changed for training.
+    whole.config = config
+    if whole.can_generate():
+        whole.generation_config = _generation_config(base, stops, whole)
+    whole.save_pretrained(str(folder), max_shard_size=MAX_SHARD)
+    tokenizer.save_pretrained(str(folder))
+
+
+def _merged(model: PeftModel) -> PreTrainedModel:
+    """The model with its adapter added to its weights, and its head in place: peft puts modules of
+    one weight back, but not those of several layers."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, module.modules_to_save["default"])
+    merged: Any = model
+    return merged.merge_and_unload()  # type: ignore[no-any-return]
+
+
+_SAMPLING: Final = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
+"""Settings of sampling and the values that ask for nothing."""
+
+
+def _generation_config(base: Path, stops: list[int], model: PreTrainedModel) -> GenerationConfig:
+    if (base / "generation_config.json").exists():
+        found = GenerationConfig.from_pretrained(base)
+    else:
+        found = GenerationConfig.from_model_config(model.config)
+    known = found.eos_token_id
+    ends = {*stops, *(known if isinstance(known, list) else [known])} - {None}
+    # Older models state sampling settings without saying that they sample; what is written must.
+    if not found.do_sample and any(
+        getattr(found, name) not in (None, neutral) for name, neutral in _SAMPLING.items()
+    ):
+        found.do_sample = True
+    found.eos_token_id = sorted(ends) if len(ends) > 1 else next(iter(ends), None)
+    return found

@@ -1,0 +1,282 @@
+"""What is told about a tuned model: gathered once, for metrics.json, the report and the card."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+from finetune_api.methods import Method
+from finetune_api.optimizers import Anchor
+from finetune_api.results import PreparedSummary, TrainSummary
+from finetune_api.run_spec import RunSpec
+from finetune_api.sources import ModelLocation
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.evaluate.scores import HIGHER_IS_BETTER
+from finetune_trainer.prepared.manifest import DataManifest
+from finetune_trainer.prepared.origins import MOST, in_words
+from finetune_trainer.storage.runfiles import RunResult
+
+_PERCENT: Final = ("ExactMatch", "Accuracy", "Precision", "Recall", "F1", "Rouge")
+"""Metrics from 0 to 1 that people read as percentages."""
+_HUGE: Final = 1e9
+"""From here on figures are shown by their exponent: a perplexity may have 300 digits."""
+_CLASSES_SHOWN: Final = 20
+DRAWN_HEAD: Final = (
+    "The untuned model has a classification head of random weights: it knows nothing of the classes"
+    " yet, and its scores are those of chance."
+)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one test set."""
+
+    data_set: str
+    samples: int
+    metric: str
+    base: float | None
+    """None where the untuned model has no such value."""
+    tuned: float
+
+    @property
+    def gain(self) -> float | None:
+        """tuned - untuned."""
+        return None if self.base is None else self.tuned - self.base
+
+    @property
+    def better(self) -> bool | None:
+        """Whether the tuned model is better; None where they are alike, or one is no number."""
+        if not self.gain or math.isnan(self.gain):
+            return None
+        return (self.gain > 0) == (self.metric in HIGHER_IS_BETTER)
+
+    def show(self, value: float | None, signed: bool = False) -> str:
+        """A value of this metric, for people: ``97.5 %``, ``+0.123``, ``1.014e+304``."""
+        if value is None:
+            return "–"
+        sign = "+" if signed else ""
+        if self.metric in _PERCENT:
+            return f"{100 * value:{sign}.1f} %"
+        if abs(value) >= _HUGE:
+            return f"{value:{sign}.3e}"
+        return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.3f}"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of what is published, beside what a copy of the whole model takes."""
+
+    stored: dict[str, int]
+    """By format, all files of its folder."""
+    full_copy: int
+    """Weights of a whole model in the dtype of the base."""
+
+
+@dataclass(frozen=True)
+class About:
+    """A run and its result."""
+
+    run_spec: RunSpec
+    result: RunResult
+    prepared: PreparedSummary
+    data: DataManifest
+    sizes: Sizes
+    base: ModelLocation
+    """The whole model that an adapter is loaded on."""
+    scores: list[Score]
+    drawn_head: bool = False
+    """Whether the untuned model's classes come of a head of which nothing was learned yet."""
+
+    @property
+    def spec(self) -> FineTuneJobSpec:
+        return self.run_spec.spec
+
+    @property
+    def formats(self) -> list[str]:
+        """Names of the folders: adapter, merged."""
+        return list(self.sizes.stored)
+
+
+def gather(
+    run_spec: RunSpec,
+    result: RunResult,
+    prepared: PreparedSummary,
+    data: DataManifest,
+    sizes: Sizes,
+    base: ModelLocation,
+    drawn_head: bool = False,
+) -> About:
+    """All of it; scores in the order of the sets, then of the metrics."""
+    scores = [
+        Score(found.name, found.samples, metric, found.base.get(metric), tuned)
+        for found in result.summary.scores
+        for metric, tuned in found.tuned.items()
+    ]
+    return About(run_spec, result, prepared, data, sizes, base, scores, drawn_head)
+
+
+def metrics_text(about: About) -> str:
+    """``metrics.json``: every figure of the run, for scripts; null for one that is no number, for
+    which JSON has no word."""
+    summary, result = about.result.summary, about.result
+    raw = {
+        "run": about.run_spec.run,
+        "job": about.run_spec.job.to_json(),
+        "baseModel": about.run_spec.base_model.source,
+        "lineage": [ancestor.to_json() for ancestor in result.lineage],
+        "formats": about.formats,
+        "classes": about.data.classes,
+        "drawnHead": about.drawn_head,
+        "checkpoint": {"uri": summary.checkpoint, "step": summary.checkpoint_step},
+        "test": [
+            {
+                "dataSet": found.name,
+                "samples": found.samples,
+                "base": found.base,
+                "tuned": found.tuned,
+                "gain": {
+                    name: value - found.base[name]
+                    for name, value in found.tuned.items()
+                    if name in found.base
+                },
+            }
+            for found in summary.scores
+        ],
+        "validation": [point.to_json() for point in result.validation],
+        "training": {
+            "steps": summary.steps,
+            "stoppedEarly": summary.stopped_early,
+            "loss": summary.loss,
+            "curve": [point.to_json() for point in result.curve],
+            "restarts": summary.restarts,
+            "skippedSteps": summary.skipped_steps,
+            "rollbacks": summary.rollbacks,
+            "quarantinedSamples": summary.quarantined_samples,
+            "quarantined": [place.to_json() for place in result.quarantined],
+            "seconds": round(summary.training_seconds, 1),
+            "tokens": summary.tokens,
+            "goodputTokensPerSecond": round(summary.tokens / max(1.0, summary.training_seconds), 1),
+            "lostSeconds": round(summary.lost_seconds, 1),
+            "startupSeconds": _startup_seconds(summary),
+            "processes": result.processes,
+            "device": result.device,
+        },
+        "data": about.prepared.to_json(),
+        "parameters": {
+            "trainable": summary.trainable_parameters,
+            "total": summary.total_parameters,
+        },
+        "bytes": {**about.sizes.stored, "fullCopy": about.sizes.full_copy},
+        "spec": about.spec.to_json(),
+        "versions": result.versions,
+    }
+    return json.dumps(_finite(raw), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+
+
+def _finite(raw: Any) -> Any:
+    """JSON without NaN and infinity."""
+    if isinstance(raw, dict):
+        return {key: _finite(value) for key, value in raw.items()}
+    if isinstance(raw, list | tuple):
+        return [_finite(value) for value in raw]
+    return None if isinstance(raw, float) and not math.isfinite(raw) else raw
+
+
+def _startup_seconds(summary: TrainSummary) -> dict[str, float] | None:
+    """Seconds to the first step of the attempt that finished, by part and in all; None: it had no
+    step left to do."""
+    if summary.startup is None:
+        return None
+    parts = [*summary.startup.seconds.items(), ("total", summary.startup.total)]
+    return {part: round(seconds, 2) for part, seconds in parts}
+
+
+def describe(method: Method) -> str:
+    """A method and its settings in a line."""
+    block = method.settings.to_json() if method.settings else {}
+    said = [f"{name} {_value(value)}" for name, value in block.items() if value is not False]
+    return ", ".join([method.type, *said])
+
+
+def describe_task(about: About) -> str:
+    """The task and its classes, the first of them."""
+    classes = about.data.classes
+    if not classes:
+        return about.spec.task
+    more = ", …" if len(classes) > _CLASSES_SHOWN else ""
+    shown = ", ".join(classes[:_CLASSES_SHOWN])
+    return f"{about.spec.task}, {len(classes)} classes: {shown}{more}"
+
+
+def _value(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def megabytes(count: int) -> str:
+    """Bytes for people: ``1,234.5 MB``."""
+    return f"{count / 1e6:,.1f} MB"
+
+
+def anchors(anchor: Anchor) -> list[tuple[str, str]]:
+    """What held the model near the untuned one, as names and values for people."""
+    parts = [("outputs (KL)", anchor.kl_coefficient), ("weights (L2)", anchor.l2_coefficient)]
+    told = [f"{what} {value}" for what, value in parts if float(value) > 0]
+    return [("Anchor to the untuned model", ", ".join(told))] if told else []
+
+
+def _memory(prepared: PreparedSummary) -> list[tuple[str, str]]:
+    found = prepared.memory
+    if found is None:
+        return []
+    again = ", gradient checkpointing" if found.gradient_checkpointing else ""
+    more = found.available is not None and found.needed > found.available
+    there = f"; there were {megabytes(found.available or 0)}" if more else ""
+    text = f"{megabytes(found.needed)} a process ({found.sharding}{again}), estimated{there}"
+    return [("Memory", text)]
+
+
+def _quarantine(result: RunResult) -> list[tuple[str, str]]:
+    if not result.quarantined:
+        return []
+    named = in_words(result.quarantined)
+    text = f"{result.summary.quarantined_samples:,}: {named} (metrics.json names the first {MOST})"
+    return [("Samples left out of the training", text)]
+
+
+def settings(about: About) -> list[tuple[str, str]]:
+    """How the model was trained, as names and values for people."""
+    spec, result = about.spec, about.result
+    summary = result.summary
+    length = (
+        f"{spec.effective_epochs} epochs" if spec.effective_epochs else "given by training.maxSteps"
+    )
+    trained, total = summary.trainable_parameters, summary.total_parameters
+    share = 100 * trained / max(1, total)
+    stored = ", ".join(f"{name} {megabytes(n)}" for name, n in about.sizes.stored.items())
+    return [
+        ("Task", describe_task(about)),
+        ("Base model", about.run_spec.base_model.source),
+        ("Method", describe(spec.method)),
+        ("Trained parameters", f"{trained:,} of {total:,} ({share:.2g} %)"),
+        ("Stored size", f"{stored}; a whole copy has {megabytes(about.sizes.full_copy)}"),
+        ("Steps", f"{summary.steps:,} ({length})"),
+        ("Batch", f"{spec.training.batch_size} samples a step"),
+        ("Learning rate", f"{spec.effective_learning_rate:g}, {spec.training.schedule.lower()},"
+                          f" warm-up {spec.training.warmup_ratio}"),
+        ("Optimizer", spec.training.optimizer),
+        ("Weight decay", spec.training.weight_decay),
+        *anchors(spec.training.anchor),
+        ("Longest sample", f"{about.data.max_length:,} tokens"),
+        ("Precision", spec.training.precision),
+        ("Seed", str(spec.training.seed)),
+        ("Processes", f"{result.processes} on {result.device}"),
+        *_memory(about.prepared),
+        ("Training time", f"{summary.training_seconds:.0f} s"),
+        *([("First step after", summary.startup.text)] if summary.startup else []),
+        ("Restarts", str(summary.restarts)),
+        ("Skipped steps", str(summary.skipped_steps)),
+        *_quarantine(result),
+        ("Published commit", f"step {summary.checkpoint_step}"),
+    ]  # fmt: skip

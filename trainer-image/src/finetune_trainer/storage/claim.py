@@ -1,0 +1,317 @@
+"""Who owns a run, and which checkpoints are real: ``HEAD.json``, moved by compare-and-swap alone.
+
+    claim(…) ──► attempt n ──► files under attempt-n/step-…/ ──► commit(…) ──► … ──► release()
+
+A checkpoint is real once HEAD names it. A gang that was replaced finds another owner in HEAD and is
+``Fenced``: what it uploaded lies under its own attempt and counts for nothing. Every change is
+written so that making it twice is making it once; so an answer that was lost is settled by reading
+HEAD back and trying again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import re
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from functools import cmp_to_key
+from typing import Final
+
+from finetune_trainer.failures import Fenced, StorageUnavailable, TrainerError
+from finetune_trainer.storage.heartbeat import last_heartbeat
+from finetune_trainer.storage.objects import FileInfo, ObjectStore, PreconditionFailed
+from finetune_trainer.storage.run_head import (
+    Checkpoint,
+    CorruptCheckpoint,
+    Head,
+    Rollback,
+    checkpoint_uri,
+    read_head,
+    write_head,
+)
+
+__all__ = [
+    "Better",
+    "Checkpoint",
+    "Claim",
+    "CorruptCheckpoint",
+    "Head",
+    "Rollback",
+    "checkpoint_uri",
+    "claim",
+    "read_head",
+]
+
+Better = Callable[[float, float], bool]
+"""``better(new, old)``: whether a metric's value improves on another."""
+
+TRIES: Final = 20
+"""Rounds of a compare-and-swap; each that fails means that another writer got on."""
+PAUSE_SECONDS: Final = 0.05
+log = logging.getLogger(__name__)
+_CHECKPOINT_KEY: Final = re.compile(r"/attempt-(\d+)/step-(\d+)/")
+
+
+def claim(
+    store: ObjectStore,
+    run_uri: str,
+    run: str,
+    *,
+    better: Better,
+    keep_last: int,
+    keep_best: int = 1,
+    revision: int = 1,
+    restarts: int = 0,
+    clock: Callable[[], float] = time.time,
+) -> Claim:
+    """Takes the run for a new attempt; whoever owned it is fenced from here on.
+
+    Args:
+        better: order of the metric that chooses the best checkpoint.
+        keep_last: newest checkpoints that are kept.
+        keep_best: best checkpoints that are kept besides.
+        revision: gang of the run that the attempt is of.
+        restarts: incidents of the gangs before it.
+        clock: Unix time in seconds.
+
+    Raises:
+        TrainerError: 'HeadOfAnotherRun'.
+        StorageUnavailable: where storage does not answer, or others claim all the time.
+    """
+    owner = secrets.token_hex(8)
+    for _ in range(TRIES):
+        found = read_head(store, run_uri)
+        if found is not None and found[0].owner == owner:
+            return Claim(store, run_uri, *found, better, (keep_last, keep_best), clock)
+        before, etag = found or (None, None)
+        head = Head(
+            run=run, revision=revision, attempt=1, owner=owner, restarts=restarts, released=False,
+            claimed=clock(), training_seconds=0.0, lost_seconds=0.0, checkpoints=[],
+        )  # fmt: skip
+        if before is not None:
+            ended = last_heartbeat(store, run_uri, before.attempt, _last_kept(before), head.claimed)
+            head = _next_attempt(before, head, ended)
+        try:
+            etag = write_head(store, run_uri, head, etag)
+        except (PreconditionFailed, StorageUnavailable):
+            time.sleep(random.uniform(0, PAUSE_SECONDS))
+            continue  # read who won; after a lost answer it may be us
+        return Claim(store, run_uri, head, etag, better, (keep_last, keep_best), clock)
+    raise _contended(run_uri)
+
+
+def _next_attempt(before: Head, first: Head, ended: float) -> Head:
+    """HEAD of the attempt that follows one which ``ended`` then, if it did not release; ``first``
+    is what it would be as the first of its run."""
+    if before.run != first.run:
+        raise TrainerError(
+            "HeadOfAnotherRun",
+            f"HEAD.json is of run {before.run}, not of {first.run}; nothing was changed",
+        )
+    lost = not before.released
+    # How an earlier gang ended is for the operator to say: a failure that was final, or a change
+    # of the spec, is no incident.
+    known = max(before.restarts, first.restarts)
+    return before.model_copy(
+        update={
+            "revision": first.revision,
+            "attempt": before.attempt + 1,
+            "owner": first.owner,
+            "restarts": before.restarts + lost if before.revision == first.revision else known,
+            "released": False,
+            "claimed": first.claimed,
+            "training_seconds": before.training_seconds + lost * (ended - before.claimed),
+            "lost_seconds": before.lost_seconds + lost * (ended - _last_kept(before)),
+        }
+    )
+
+
+def _last_kept(head: Head) -> float:
+    """Until when the work of HEAD's attempt is kept."""
+    return max([head.claimed, *(c.created for c in head.checkpoints if c.attempt == head.attempt)])
+
+
+class Claim:
+    """A run as one attempt owns it. For one thread; made by ``claim``."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        run_uri: str,
+        head: Head,
+        etag: str,
+        better: Better,
+        keep: tuple[int, int],
+        clock: Callable[[], float],
+    ) -> None:
+        self.head = head
+        self._store = store
+        self._run_uri = run_uri
+        self._etag = etag
+        self._better = better
+        self._keep_last, self._keep_best = keep
+        self._clock = clock
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """Newest first. Their files are checked as they are read."""
+        return self.head.checkpoints
+
+    @property
+    def best(self) -> Checkpoint | None:
+        """The checkpoint with the best metric."""
+        return next((c for c in self.head.checkpoints if c.uri == self.head.best), None)
+
+    def training_seconds(self) -> float:
+        """Wall time of all attempts, this one up to now."""
+        running = 0.0 if self.head.released else max(0.0, self._clock() - self.head.claimed)
+        return self.head.training_seconds + running
+
+    def checkpoint_uri(self, step: int) -> str:
+        """Prefix under which the files of a checkpoint of this attempt are uploaded."""
+        return checkpoint_uri(self._run_uri, self.head.attempt, step)
+
+    def commit(
+        self, step: int, files: Mapping[str, FileInfo], metric: float | None = None
+    ) -> Checkpoint:
+        """Makes uploaded files a checkpoint, then removes those that HEAD no longer names.
+
+        Args:
+            files: all files of the checkpoint, by name below ``checkpoint_uri(step)``, as uploaded.
+            metric: value by which the best checkpoint is chosen; None or not finite: no candidate.
+
+        Raises:
+            Fenced: where another attempt has taken the run; nothing has changed.
+            StorageUnavailable: where storage does not answer; HEAD may name the checkpoint.
+        """
+        uri = self.checkpoint_uri(step)
+        if any(c.uri == uri for c in self.head.checkpoints):
+            raise ValueError(f"step {step} is committed already by attempt {self.head.attempt}")
+        new = Checkpoint(
+            attempt=self.head.attempt,
+            step=step,
+            uri=uri,
+            files=dict(files),
+            metric=metric if metric is not None and math.isfinite(metric) else None,
+            created=self._clock(),
+        )
+        self._move(lambda head: self._with_checkpoints(head, [new, *_without(head, uri)]))
+        self._sweep()
+        return new
+
+    def discard(self, corrupt: Checkpoint) -> None:
+        """Takes a checkpoint that proved corrupt out of HEAD, so that nobody chooses it as the best.
+
+        Raises: as ``commit``.
+        """
+        self._move(lambda head: self._with_checkpoints(head, _without(head, corrupt.uri)))
+
+    def rewind(self, rollback: Rollback) -> None:
+        """Takes the checkpoints from behind the first skipped step out of HEAD (they may be made anew)
+        and notes why, in one write: no attempt finds the one without the other.
+
+        Raises: as ``commit``.
+        """
+        before = self.head.rollbacks
+
+        def rewound(head: Head) -> Head:
+            left = [c for c in head.checkpoints if c.step <= rollback.skipped[0]]
+            noted = {"rollbacks": [*before, rollback]}
+            return self._with_checkpoints(head, left).model_copy(update=noted)
+
+        self._move(rewound)
+
+    def release(self) -> None:
+        """Ends the attempt: the next one is no restart. Harmless when done twice.
+
+        Raises: as ``commit``.
+        """
+        now = self._clock()
+
+        def released(head: Head) -> Head:
+            if head.released:
+                return head
+            spent = head.training_seconds + max(0.0, now - head.claimed)
+            return head.model_copy(update={"released": True, "training_seconds": spent})
+
+        self._move(released)
+
+    # --- compare-and-swap --------------------------------------------------------------------
+
+    def _move(self, change: Callable[[Head], Head]) -> None:
+        """Moves HEAD by ``change``, which must give back a head that has it already unchanged."""
+        for _ in range(TRIES):
+            wanted = change(self.head)
+            if wanted == self.head:
+                return
+            try:
+                self._etag = write_head(self._store, self._run_uri, wanted, self._etag)
+                self.head = wanted
+                return
+            except (PreconditionFailed, StorageUnavailable):
+                self._read_back()
+            time.sleep(random.uniform(0, PAUSE_SECONDS))
+        raise _contended(self._run_uri)
+
+    def _read_back(self) -> None:
+        found = read_head(self._store, self._run_uri)
+        if found is None or found[0].owner != self.head.owner:
+            now = f"attempt {found[0].attempt} has taken the run" if found else "HEAD.json is gone"
+            raise Fenced(
+                "Fenced",
+                f"{self._run_uri}/HEAD.json: {now}; attempt {self.head.attempt} stops and writes"
+                " nothing more",
+            )
+        self.head, self._etag = found
+
+    def _with_checkpoints(self, head: Head, checkpoints: list[Checkpoint]) -> Head:
+        """HEAD with the newest of these checkpoints, and the best."""
+        ranked = sorted(
+            (c for c in checkpoints if c.metric is not None),  # newest first: so are equals
+            key=cmp_to_key(self._compare),
+        )
+        best = [c.uri for c in ranked[: self._keep_best]]
+        kept = [c for i, c in enumerate(checkpoints) if i < self._keep_last or c.uri in best]
+        return head.model_copy(update={"commits": kept, "best": best[0] if best else None})
+
+    def _compare(self, one: Checkpoint, other: Checkpoint) -> int:
+        """Below 0 where the metric of ``one`` is better."""
+        assert one.metric is not None and other.metric is not None
+        worse = self._better(other.metric, one.metric)
+        return worse - self._better(one.metric, other.metric)
+
+    def _sweep(self) -> None:
+        """Removes files of this and earlier attempts that HEAD does not name: of checkpoints that were
+        pruned, and of such as never were real, down to parts of an upload that was never ended.
+        Only storage that is kept for longer is lost when it fails, so failures wait for the next
+        commit."""
+        named = {f"{c.uri}/{name}" for c in self.head.checkpoints for name in c.files}
+        ours = [c.step for c in self.head.checkpoints if c.attempt == self.head.attempt]
+        newest = (self.head.attempt, max(ours))
+
+        def is_old(uri: str) -> bool:
+            key = _CHECKPOINT_KEY.search(uri.removeprefix(self._run_uri))
+            return key is not None and (int(key[1]), int(key[2])) <= newest
+
+        attempts = f"{self._run_uri}/attempt-"
+        try:
+            present = [info.uri for info in self._store.list(attempts)]
+            self._store.delete(uri for uri in present if uri not in named and is_old(uri))
+            for uri, upload in self._store.open_parts(attempts):
+                if is_old(uri):
+                    self._store.drop_parts(uri, upload)
+        except TrainerError as error:
+            log.warning("old checkpoints stay for now: %s", error)
+
+
+def _without(head: Head, uri: str) -> list[Checkpoint]:
+    return [c for c in head.checkpoints if c.uri != uri]
+
+
+def _contended(run_uri: str) -> StorageUnavailable:
+    return StorageUnavailable(
+        "HeadContended", f"{run_uri}/HEAD.json could not be moved in {TRIES} tries"
+    )
