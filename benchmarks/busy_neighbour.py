@@ -1,7 +1,7 @@
 """A training of as many threads as there are cores, alone and beside a process that keeps one core
 busy: tokens per second by how the threads wait for each other.
 
-    python benchmarks/busy_neighbour.py [--rounds 5] [--steps 4] [--row 1024]
+    python benchmarks/busy_neighbour.py [--rounds 5] [--steps 4] [--micro-batch-tokens 1024]
 
 Each setting has a process of its own, since OpenMP reads it once. All are built first, then they
 take turns, alone and beside the busy one; the figures are medians, the ratios those of each round.
@@ -34,20 +34,20 @@ SETTINGS: Final[Mapping[str, Mapping[str, str]]] = {
 }
 
 
-def work(row: int, run_specs: Connection) -> None:
+def work(tokens: int, commands: Connection) -> None:
     """Trains so many steps whenever told to, and answers with the tokens a second."""
     from trainers import SHAPES, Ours, documents
 
-    shape = replace(SHAPES["8M"], row=row, rows=1)
+    shape = replace(SHAPES["8M"], micro_batch_tokens=tokens, micro_batches=1)
     training = Ours("Full", documents(500, shape), shape, precision="BF16")
-    while steps := run_specs.recv():
-        run_specs.send(training.turn(steps))
+    while steps := commands.recv():
+        commands.send(training.turn(steps))
 
 
-def started(setting: Mapping[str, str], row: int) -> tuple[BaseProcess, Connection]:
+def started(setting: Mapping[str, str], tokens: int) -> tuple[BaseProcess, Connection]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=work, args=(row, theirs))
+    process = context.Process(target=work, args=(tokens, theirs))
     before = dict(os.environ)
     os.environ.update(setting)
     process.start()
@@ -56,11 +56,11 @@ def started(setting: Mapping[str, str], row: int) -> tuple[BaseProcess, Connecti
     return process, ours
 
 
-def turn(run_specs: Connection, steps: int, busy: bool) -> float:
+def turn(commands: Connection, steps: int, busy: bool) -> float:
     neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
     try:
-        run_specs.send(steps)
-        speed: float = run_specs.recv()
+        commands.send(steps)
+        speed: float = commands.recv()
     finally:
         if neighbour is not None:
             neighbour.kill()
@@ -72,19 +72,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--row", type=int, default=1024, help="tokens of a step")
+    parser.add_argument("--micro-batch-tokens", type=int, default=1024, help="tokens of a step")
     options = parser.parse_args()
-    trainings = {name: started(setting, options.row) for name, setting in SETTINGS.items()}
+    trainings = {
+        name: started(setting, options.micro_batch_tokens) for name, setting in SETTINGS.items()
+    }
     alone: dict[str, list[float]] = {name: [] for name in SETTINGS}
     beside: dict[str, list[float]] = {name: [] for name in SETTINGS}
-    for _, run_specs in trainings.values():
-        turn(run_specs, 1, busy=False)
+    for _, commands in trainings.values():
+        turn(commands, 1, busy=False)
     for _ in range(options.rounds):
         for busy, speeds in ((False, alone), (True, beside)):
-            for name, (_, run_specs) in trainings.items():
-                speeds[name].append(turn(run_specs, options.steps, busy))
-    for process, run_specs in trainings.values():
-        run_specs.send(0)
+            for name, (_, commands) in trainings.items():
+                speeds[name].append(turn(commands, options.steps, busy))
+    for process, commands in trainings.values():
+        commands.send(0)
         process.join()
     print(f"{CORES} cores; other load of the machine: {os.getloadavg()[0]:.1f}")
     print(f"{'':22} {'alone':>7} {'beside':>7} {'beside/alone':>13} {'alone/spinning':>15}")

@@ -3,8 +3,8 @@
     python benchmarks/checkpoint_stall.py [--millions 50] [--steps 20] [--commits 3]
 
 A model of so many million parameters is trained by AdamW on this machine, and commits its state
-(12 bytes a parameter) to an S3 server beside it every so many steps: waiting for each checkpoint, and
-going on while it is written, from a copy in memory or on disk. The server's own rate is that of
+(12 bytes a parameter) to an S3 server beside it every so many steps: waiting for each checkpoint,
+and going on while it is written, from a copy in memory or on disk. The server's own rate is that of
 as many plain puts, and gets, of parts of the same size at a time. The server, the upload and the
 training share the machine's cores.
 """
@@ -50,7 +50,7 @@ class Seconds:
     alone: list[float] = field(default_factory=list)
     """Of the other steps."""
 
-    def micro_batch(self, name: str) -> str:
+    def line(self, name: str) -> str:
         share = sum(self.stalls) / sum(self.intervals)
         quiet = statistics.median(self.alone)
         slowed = f"{statistics.median(self.beside) / quiet:8.2f}" if self.beside else f"{'–':>8}"
@@ -154,7 +154,7 @@ def main() -> None:
                 world, store, f"{staging}-{wait}".lower(), scratch, staging
             )
             found = train(trainee, checkpointer, options.steps, options.checkpoints, wait)
-            print(found.micro_batch(name), flush=True)
+            print(found.line(name), flush=True)
 
         def write() -> None:
             checkpointer.save(trainee.model, trainee.optimizers, LoopState(step=1_000_000))

@@ -1,6 +1,6 @@
 """How full rows are, and how evenly ranks are loaded, over an epoch of real data.
 
-    python benchmarks/packing.py [data.jsonl …] [--row 2048] [--vocabulary 8192]
+    python benchmarks/packing.py [data.jsonl …] [--micro-batch-tokens 2048] [--vocabulary 8192]
 
 The texts of a record's fields, one after another, are a document; a byte-level BPE is learned of
 the data itself. Without data, lengths are drawn as for the other benchmarks. "compiled" is the
@@ -44,8 +44,8 @@ def figures(lengths: Ints, batch: int, micro_batch: int, ranks: int) -> tuple[fl
     """Fill of compiled rows as they are chosen, and of rows of the most tokens; evenness of the
     ranks: means over the tokens of an epoch."""
     plan = Plan(
-        lengths, lengths // 2, batch_size=batch, seed=0, micro_batch_tokens=micro_batch, ranks=ranks,
-        visits=len(lengths),
+        lengths, lengths // 2, batch_size=batch, seed=0, micro_batch_tokens=micro_batch,
+        ranks=ranks, visits=len(lengths),
     )  # fmt: skip
     steps = -(-len(lengths) // batch)
     widest = fill(plan, steps)
@@ -71,7 +71,7 @@ def fill(plan: Plan, steps: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", nargs="*", type=Path)
-    parser.add_argument("--row", type=int, default=2048)
+    parser.add_argument("--micro-batch-tokens", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=8192)
     options = parser.parse_args()
     drawn = np.array([len(sample.ids) for sample in documents(4000, SHAPES["8M"])])
@@ -81,10 +81,10 @@ def main() -> None:
         print(f"{name}: {len(lengths)} documents, median {median} tokens, longest {longest}")
         for ranks in (1, 8):
             for batch in (32, 128, 512):
-                compiled, widest, even = figures(lengths, batch, options.micro_batch, ranks)
+                compiled, widest, even = figures(lengths, batch, options.micro_batch_tokens, ranks)
                 print(
                     f"  {ranks} ranks, {batch} a step: compiled {compiled:.1%}"
-                    f" (in rows of {options.micro_batch}: {widest:.1%}), even {even:.2%}"
+                    f" (in rows of {options.micro_batch_tokens}: {widest:.1%}), even {even:.2%}"
                 )
 
 

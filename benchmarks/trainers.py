@@ -55,7 +55,7 @@ class Shape:
     heads: int
     key_heads: int
     vocabulary: int
-    micro_batch: int
+    micro_batch_tokens: int
     """Tokens of a row, and of the longest document."""
     micro_batches: int = 4
     """Rows of a step."""
@@ -66,7 +66,7 @@ class Shape:
             vocab_size=self.vocabulary, hidden_size=self.hidden, use_cache=False,
             intermediate_size=self.feedforward, num_hidden_layers=self.layers,
             num_attention_heads=self.heads, num_key_value_heads=self.key_heads,
-            max_position_embeddings=self.micro_batch, tie_word_embeddings=True,
+            max_position_embeddings=self.micro_batch_tokens, tie_word_embeddings=True,
             bos_token_id=1, eos_token_id=2,
         )  # fmt: skip
         with device:
@@ -86,9 +86,9 @@ def documents(count: int, shape: Shape) -> list[TokenSample]:
     """Instruction-like samples: log-normal lengths (median about 150 tokens, or 300 in rows of
     4,096), the second half supervised."""
     draw = np.random.default_rng(0)
-    mean = 5.0 + np.log(shape.micro_batch / 2048)
+    mean = 5.0 + np.log(shape.micro_batch_tokens / 2048)
     made = []
-    for n in np.clip(draw.lognormal(mean, 0.8, count).astype(int), 16, shape.micro_batch):
+    for n in np.clip(draw.lognormal(mean, 0.8, count).astype(int), 16, shape.micro_batch_tokens):
         supervised = np.zeros(n, np.bool_)
         supervised[n // 2 :] = True
         made.append(TokenSample(draw.integers(3, shape.vocabulary, n).astype(np.int32), supervised))
@@ -101,7 +101,7 @@ class Ours:
     def __init__(self, method: str, data: list[TokenSample], shape: Shape, **training: Any) -> None:
         lengths = np.array([len(s.ids) for s in data])
         supervised = np.array([int(s.supervised.sum()) for s in data])
-        batch = round(shape.micro_batch * shape.micro_batches / lengths.mean())
+        batch = round(shape.micro_batch_tokens * shape.micro_batches / lengths.mean())
         spec = parse_spec(
             {
                 "model": {"source": "s3://bucket/model"},
@@ -130,7 +130,7 @@ class Ours:
             supervised,
             batch_size=batch,
             seed=0,
-            micro_batch_tokens=shape.micro_batch,
+            micro_batch_tokens=shape.micro_batch_tokens,
             ranks=world.size,
         )
         self._shape: StaticShape | None = None
@@ -199,7 +199,7 @@ class Trl:
         from peft import LoraConfig
         from trl import SFTConfig, SFTTrainer
 
-        micro_batches = Dataset.from_list(
+        samples = Dataset.from_list(
             [
                 {"input_ids": s.ids.tolist(), "completion_mask": s.supervised.astype(int).tolist()}
                 for s in data
@@ -208,11 +208,14 @@ class Trl:
         mean = statistics.mean(len(s.ids) for s in data)
         each, parts = 1, shape.micro_batches
         if not packing:  # 8 documents a pass, which is its default
-            each, parts = 8, max(1, round(shape.micro_batch * shape.micro_batches / mean / 8))
+            each, parts = (
+                8,
+                max(1, round(shape.micro_batch_tokens * shape.micro_batches / mean / 8)),
+            )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._folder = tempfile.TemporaryDirectory()
         config = SFTConfig(
-            output_dir=self._folder.name, max_length=shape.micro_batch, packing=packing,
+            output_dir=self._folder.name, max_length=shape.micro_batch_tokens, packing=packing,
             completion_only_loss=True, per_device_train_batch_size=each,
             gradient_accumulation_steps=parts, max_steps=1, learning_rate=1e-4,
             lr_scheduler_type="constant", logging_strategy="no", save_strategy="no", report_to=[],
@@ -226,7 +229,7 @@ class Trl:
         if attention is not None:
             model.set_attn_implementation(attention)
         self._trainer = SFTTrainer(
-            model=model, args=config, train_dataset=micro_batches,
+            model=model, args=config, train_dataset=samples,
             processing_class=_tokenizer(shape.vocabulary), callbacks=[self._times],
             peft_config=lora if method == "LoRA" else None,
         )  # fmt: skip

@@ -70,13 +70,13 @@ def staging(matrices: int) -> None:
     )  # fmt: skip
 
 
-def muon(micro_batches: int, columns: int, count: int) -> None:
-    matrices = [torch.randn(micro_batches, columns, device=DEVICE).bfloat16() for _ in range(count)]
+def muon(rows: int, columns: int, count: int) -> None:
+    matrices = [torch.randn(rows, columns, device=DEVICE).bfloat16() for _ in range(count)]
     took = seconds(lambda: orthogonalise(matrices, *NEWTON_SCHULZ))
-    low, high = sorted((micro_batches, columns))
+    low, high = sorted((rows, columns))
     operations = count * 5 * (4 * low * low * high + 2 * low**3)
     show(
-        "Muon: Newton-Schulz", size=f"{count} of {micro_batches} x {columns}", ms=round(took * 1e3, 2),
+        "Muon: Newton-Schulz", size=f"{count} of {rows} x {columns}", ms=round(took * 1e3, 2),
         rate=f"{operations / took / 1e12:.1f} TFLOP/s",
     )  # fmt: skip
 

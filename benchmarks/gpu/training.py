@@ -125,11 +125,11 @@ def lacking(name: str) -> list[str]:
     return [module for module in NEEDS.get(name, ()) if find_spec(module) is None]
 
 
-def tell(**micro_batch: Any) -> None:
+def tell(**fields: Any) -> None:
     """A row for ``run.py``."""
     if path := os.environ.get("GPU_RESULTS"):
         with Path(path).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(micro_batch) + "\n")
+            file.write(json.dumps(fields) + "\n")
 
 
 def measure(shape: str, method: str, rounds: int, steps: int, known: float | None) -> None:
@@ -142,7 +142,7 @@ def measure(shape: str, method: str, rounds: int, steps: int, known: float | Non
     for number in range(rounds):
         for name, turns in found.items():
             said = alone(name, method, shape, steps)
-            micro_batch: dict[str, Any] = {
+            fields: dict[str, Any] = {
                 "model": shape,
                 "method": method,
                 "name": name,
@@ -150,13 +150,13 @@ def measure(shape: str, method: str, rounds: int, steps: int, known: float | Non
             }
             if isinstance(said, str):
                 print(f"{shape} {method} {name}: {said}", flush=True)
-                tell(**micro_batch, said=said, outcome="failed")
+                tell(**fields, said=said, outcome="failed")
                 continue
             turns.append(said)
             needed = next((t.operations for n in OURS for t in found[n]), 0.0)
             share = f"{said.speed * needed / known:.1%}" if known else "unknown"
             tell(
-                **micro_batch,
+                **fields,
                 tokens_per_second=round(said.speed),
                 mfu=share,
                 gib=round(said.memory, 2),

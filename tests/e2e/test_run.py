@@ -218,7 +218,7 @@ def test_suspend_saves_and_resume_goes_on(platform, manifest_of) -> None:
     eventually("no pod is left", lambda: not running(platform.pods(name, "train")), within=90)
     head = json.loads(platform.store.get(f"{run_uri(platform.status(name), name)}/HEAD.json"))
     assert head["released"] is True
-    assert head["commits"][0]["step"] >= 5
+    assert head["checkpoints"][0]["step"] >= 5
     platform.kubectl(
         "patch", "finetunejob", name, "--type=merge", "-p", '{"spec":{"suspend":false}}'
     )

@@ -81,8 +81,8 @@ OrderFor = Callable[..., RunSpec]
 
 @pytest.fixture
 def run_spec_for(s3: EmbeddedS3, bucket: str, monkeypatch: pytest.MonkeyPatch) -> OrderFor:
-    """``run_spec_for(**spec)``: an order whose storage is the test's bucket, with the credentials of
-    its profile in the environment.
+    """``run_spec_for(**spec)``: an order whose storage is the test's bucket, with the credentials
+    of its profile in the environment.
 
     Blocks given in ``spec`` replace those of the least valid spec: model ``s3://<bucket>/model``,
     training data ``s3://<bucket>/train.jsonl``, output ``s3://<bucket>/out``. ``run`` and ``job``
@@ -115,8 +115,8 @@ def run_spec_for(s3: EmbeddedS3, bucket: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def run_spec_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[RunSpec], Path]:
-    """``run_spec_file(order)``: writes run-spec.json and points the environment at it, at a termination
-    file and at a scratch folder of the test."""
+    """``run_spec_file(order)``: writes run-spec.json and points the environment at it, at a
+    termination file and at a scratch folder of the test."""
 
     def write(run_spec: RunSpec) -> Path:
         path = tmp_path / "run-spec.json"

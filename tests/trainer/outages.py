@@ -1,7 +1,7 @@
 """Storage that is away from a process for some of its requests; the server behind it is real.
 
-A write is known by marks: parts of its address or, of HEAD's, of its text. The address of a checkpoint
-ends with a quote there and with a slash in those of its objects.
+A write is known by marks: parts of its address or, of HEAD's, of its text. The address of a
+checkpoint ends with a quote there and with a slash in those of its objects.
 """
 
 from __future__ import annotations

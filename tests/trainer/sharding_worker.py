@@ -98,7 +98,7 @@ def tune(
         for batch in feed:
             optimizer_step(session, batch, 1e-2)
     staged = stage(state_of(model, session.optimizers), world.control)
-    save_state(FileSystemWriter(Path(folder) / "commit"), staged, world.control)
+    save_state(FileSystemWriter(Path(folder) / "checkpoint"), staged, world.control)
     with evaluating(loss), torch.no_grad(), root_gathered(loss):
         answer = model.generate(
             input_ids=torch.tensor([[3, 5, 7, 9]]), do_sample=False, max_new_tokens=4,

@@ -37,8 +37,8 @@ def feed_of(
     """Every document in every step; those of source 1 are replayed."""
     supervised = np.array([int(s.supervised.sum()) for s in DOCUMENTS])
     plan = Plan(
-        np.array(LENGTHS), supervised, batch_size=8, seed=0, micro_batch_tokens=micro_batch_tokens, ranks=1,
-        sources=np.array(SOURCES), packing="Concatenated" if packed else "Unpacked",
+        np.array(LENGTHS), supervised, batch_size=8, seed=0, micro_batch_tokens=micro_batch_tokens,
+        ranks=1, sources=np.array(SOURCES), packing="Concatenated" if packed else "Unpacked",
     )  # fmt: skip
     read = lambda positions: [DOCUMENTS[p] for p in positions]  # noqa: E731
     return Feed(plan, read, rank=0, start=0, end=steps, device=device, replay=[False, replay])

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from finetune_api.training import Training
-from finetune_trainer.engine import head
+from finetune_trainer.engine import chunked_head
 from finetune_trainer.engine.chunked_head import ChunkedHead, has_plain_head
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.packing.feed import build_packed
@@ -64,7 +64,7 @@ def test_what_a_profile_says_of_a_head_is_believed(monkeypatch: pytest.MonkeyPat
     def asked(_model: Any) -> bool:
         raise AssertionError("the model is asked")
 
-    monkeypatch.setattr(head, "has_plain_head", asked)
+    monkeypatch.setattr(chunked_head, "has_plain_head", asked)
     for plain in (True, False):
         loss = TASKS["CausalLM"].loss(tiny_llama(), Training(), plain)
         assert isinstance(loss, TokenLoss)

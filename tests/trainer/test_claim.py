@@ -1,4 +1,5 @@
-"""The checkpoint protocol on a real server: one owner, no checkpoint by a stale one, none half made."""
+"""The checkpoint protocol on a real server: one owner, no checkpoint by a stale one, none half
+made."""
 
 from __future__ import annotations
 

@@ -89,14 +89,14 @@ KINDS = ["bert", "roberta", "distilbert", "electra", "llama"]
 def test_a_document_has_the_loss_that_it_has_alone(folders: dict[str, Path], kind: str) -> None:
     spec = spec_of({"type": "Full"})
     model = model_of(folders[kind], spec)
-    on_all = micro_batch_losses(ClassLoss(model).eval(), micro_batch_of([0, 1, 2, 3, 4]))
+    together = micro_batch_losses(ClassLoss(model).eval(), micro_batch_of([0, 1, 2, 3, 4]))
     plain = []
     for document in documents(LENGTHS):  # as transformers runs it, without any row
         with torch.no_grad():
             ids = torch.from_numpy(document.ids.astype("int64"))[None]
             logits = model.eval()(input_ids=ids).logits
         plain.append(class_losses(logits, torch.tensor([document.label])))
-    torch.testing.assert_close(on_all, torch.cat(plain), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(together, torch.cat(plain), atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -114,11 +114,11 @@ def test_dropout_and_noise_of_a_document_do_not_depend_on_its_row(
             )
         return torch.stack([found[i] for i in range(5)])
 
-    on_all = losses([[0, 1, 2, 3, 4]])
-    torch.testing.assert_close(losses([[4, 2], [1], [3, 0]]), on_all, atol=2e-6, rtol=1e-5)
-    assert (losses([[0, 1, 2, 3, 4]], step=1) - on_all).abs().min() > 1e-5
+    together = losses([[0, 1, 2, 3, 4]])
+    torch.testing.assert_close(losses([[4, 2], [1], [3, 0]]), together, atol=2e-6, rtol=1e-5)
+    assert (losses([[0, 1, 2, 3, 4]], step=1) - together).abs().min() > 1e-5
     assert not torch.allclose(
-        micro_batch_losses(loss.eval(), micro_batch_of([0, 1, 2, 3, 4])), on_all
+        micro_batch_losses(loss.eval(), micro_batch_of([0, 1, 2, 3, 4])), together
     )
 
 
@@ -291,9 +291,9 @@ def test_a_method_trains_its_part_and_the_head_resumes_and_is_published(
     assert all(not torch.equal(named[n], before[n]) for n in trained if is_head(kind, n))
 
     state = state_of(tuning.model, tuning.optimizer)
-    save_state(FileSystemWriter(tmp_path / "commit"), stage(state, None), None)
+    save_state(FileSystemWriter(tmp_path / "checkpoint"), stage(state, None), None)
     resumed = Tuning()
-    load_state(FileSystemReader(tmp_path / "commit"), resumed.model, resumed.optimizer, None)
+    load_state(FileSystemReader(tmp_path / "checkpoint"), resumed.model, resumed.optimizer, None)
     micro_batch = micro_batch_of([0, 1, 2, 3, 4])
     with torch.no_grad():
         logits = tuning.loss.eval()(micro_batch, with_logits=True).logits
@@ -313,7 +313,7 @@ def check_published(folder: Path, to: Path, spec: FineTuneJobSpec, expected: tor
             found = model.eval()(input_ids=ids, attention_mask=micro_batch.attention_mask).logits
         torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
 
-    checkpoint, purpose = FileSystemReader(to / "commit"), purpose_of(spec, CLASSES)
+    checkpoint, purpose = FileSystemReader(to / "checkpoint"), purpose_of(spec, CLASSES)
     if "Adapter" in spec.method.kind.formats:
         model = tuned_model(folder, None, checkpoint, spec, CLASSES)
         write_adapter(model, tokenizer, files, spec, to / "adapter", CLASSES)
@@ -353,7 +353,7 @@ def test_heads_of_several_layers_are_kept_with_the_adapter(
         logits = ClassLoss(model).eval()(micro_batch_of([0, 1, 2, 3, 4]), with_logits=True).logits
     optimizer = torch.optim.AdamW(optimizer_groups(model, spec))
     state = state_of(model, optimizer)
-    save_state(FileSystemWriter(tmp_path / "commit"), stage(state, None), None)
+    save_state(FileSystemWriter(tmp_path / "checkpoint"), stage(state, None), None)
     check_published(folders[kind], tmp_path, spec, logits)
 
 

@@ -59,7 +59,7 @@ def trained(ranks: Sequence[StepTensors]) -> Trained:
     """What the processes of a gang train in one step."""
     numbers = {step.plan.number for step in ranks}
     assert len(numbers) == 1
-    assert len({len(step.micro_batches) for step in ranks}) == 1, "all exchange after each row"
+    assert len({len(step.micro_batches) for step in ranks}) == 1, "ranks exchange after each one"
     return numbers.pop(), sorted(
         p for step in ranks for micro_batch in step.micro_batches for p in samples_of(micro_batch)
     )

@@ -80,7 +80,7 @@ def test_rows_of_a_sample_draw_alike_at_any_number_of_ranks() -> None:
         plan, found = plan_of(ranks), {}
         for rank in range(size):
             world: Any = type("Gang", (), {"rank": rank, "size": size})
-            session: Any = type("Session", (), {"gang": world, "plan": plan})
+            session: Any = type("Session", (), {"world": world, "plan": plan})
             batch: Any = type("Batch", (), {"plan": plan.step(1)})
             for turn, micro_batch in enumerate(batch.plan.micro_batches[rank * ranks // size]):
                 if micro_batch:

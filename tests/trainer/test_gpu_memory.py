@@ -100,7 +100,7 @@ def test_the_estimate_is_within_a_tenth_of_the_peak(
     supervised = np.array([int(s.supervised.sum()) for s in documents])
     profile = profile_model(base, spec, max(LENGTHS))
     parts = estimate(profile, spec, MicroBatchSize(ROW, int(supervised.sum())), placement)
-    expected = sum(n for part, n in parts.items() if part not in ("reserve", "commit"))
+    expected = sum(n for part, n in parts.items() if part not in ("reserve", "checkpoint"))
 
     gc.collect()
     before = 0

@@ -13,7 +13,7 @@ from engine import CPU, spec_of, tiny_llama
 from finetune_api.training import Guard as Rule
 from finetune_trainer.engine.guard import WARM_UP, Guard, Skipped
 from finetune_trainer.engine.optimizers import step_if
-from finetune_trainer.train.rollback import read_guard, verdict_on
+from finetune_trainer.train.rollback import diagnose, read_guard
 from finetune_trainer.train.session import Session
 from finetune_trainer.train.startup import StartupClock
 from finetune_trainer.train.state import LoopState
@@ -86,8 +86,8 @@ def test_a_spike_is_told_from_what_is_no_finite_number() -> None:
 def test_a_row_of_skipped_steps_has_a_reason_of_its_kind(
     spikes: list[bool], reason: str, words: list[str]
 ) -> None:
-    micro_batch = [Skipped(7 + i, spike) for i, spike in enumerate(spikes)]
-    found, why, remedy = verdict_on(micro_batch, "sample 3 of 'support'")
+    streak = [Skipped(7 + i, spike) for i, spike in enumerate(spikes)]
+    found, why, remedy = diagnose(streak, "sample 3 of 'support'")
     assert found == reason
     assert all(word in why for word in words), why
     assert "sample 3 of 'support'" in remedy and "training.learningRate" in remedy

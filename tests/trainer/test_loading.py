@@ -36,7 +36,7 @@ from worlds import forked
 from finetune_trainer.engine.model import TEXT, Purpose, load_base, placeholder_base
 from finetune_trainer.engine.placeholders import is_placeholder
 from finetune_trainer.failures import UserError
-from finetune_trainer.storage import weights as weights_module
+from finetune_trainer.storage import weight_reader
 from finetune_trainer.storage.objects import Credentials, ObjectInfo, ObjectStore
 from finetune_trainer.storage.s3server import EmbeddedS3
 from finetune_trainer.storage.weight_reader import Weights
@@ -137,8 +137,8 @@ def put(store: ObjectStore, root: str, folder: Path) -> list[ObjectInfo]:
 def test_tensors_are_read_as_they_are_indexed(
     store: ObjectStore, root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights_module, "PART_BYTES", 100)
-    monkeypatch.setattr(weights_module, "HEAD_BYTES", 16)
+    monkeypatch.setattr(weight_reader, "PART_BYTES", 100)
+    monkeypatch.setattr(weight_reader, "HEAD_BYTES", 16)
     there = {
         "matrix": torch.randn(17, 5), "half": torch.randn(9, 3).bfloat16(),
         "numbers": torch.arange(40).reshape(2, 4, 5), "scalar": torch.tensor(3.5),
@@ -171,7 +171,7 @@ def test_no_more_than_the_rows_are_read(
 ) -> None:
     save_file({"a": torch.zeros(1000, 10), "b": torch.ones(1000, 10)}, tmp_path / "a.safetensors")
     store.upload(tmp_path / "a.safetensors", f"{root}/a.safetensors")
-    monkeypatch.setattr(weights_module, "HEAD_BYTES", 1000)
+    monkeypatch.setattr(weight_reader, "HEAD_BYTES", 1000)
     remote = Weights.of_objects(store, list(store.list(f"{root}/")))
     asked: list[int] = []
     get = ObjectStore.get_range
@@ -308,7 +308,7 @@ def test_each_process_reads_its_own_shards(
     copies = size // 2 if sharding == "HybridShard" else 1
     whole = sum(p.nbytes for p in expected.parameters())
     assert sum(held for _, held in sizes) == copies * whole, "each holds a part"
-    headers = size * sum(min(o.size, weights_module.HEAD_BYTES) for o in objects)
+    headers = size * sum(min(o.size, weight_reader.HEAD_BYTES) for o in objects)
     read = sum(read for read, _ in sizes) - headers
     if name == "split":  # what has no rows in the checkpoint that are its own
         assert read <= size * whole
@@ -421,7 +421,7 @@ def check_alike(
     same(others, buffers)
     sizes = [torch.load(tmp_path / "shards" / f"{rank}.pt") for rank in range(3)]
     assert [size[2] for size in sizes] == [0] * 3
-    headers = 3 * sum(min(o.size, weights_module.HEAD_BYTES) for o in objects)
+    headers = 3 * sum(min(o.size, weight_reader.HEAD_BYTES) for o in objects)
     weights = Weights.of_folder(folder)
     stored = sum(weights[name][...].nbytes for name in weights)
     assert sum(size[0] for size in sizes) - headers <= stored, "each reads its own"

@@ -224,6 +224,8 @@ def test_a_course_goes_on_at_another_number_of_ranks_and_another_sharding(
         half = tmp_path / f"{before}"
         if not half.exists():
             assert distance(went(half, name, method, *before, (0, 2)), whole) > 3 * near
-        found = went(tmp_path / f"{before}-{after}", name, method, *after, (2, 4), half / "commit")
+        found = went(
+            tmp_path / f"{before}-{after}", name, method, *after, (2, 4), half / "checkpoint"
+        )
         assert distance(found, whole) < near, (before, after)
         assert before != after or distance(found, whole) == 0

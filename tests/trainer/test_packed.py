@@ -40,9 +40,9 @@ def test_a_packed_document_has_the_loss_of_the_document_alone(config):
     model = tiny_llama(**config).eval()
     documents = samples(LENGTHS)
     micro_batch = build_packed(documents, range(len(documents)), seed=0, step=0, device=CPU)
-    on_all = micro_batch_losses(TokenLoss(model), micro_batch)
+    together = micro_batch_losses(TokenLoss(model), micro_batch)
     apart = torch.cat([alone(model, s) for s in documents])
-    torch.testing.assert_close(on_all, apart, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_of_a_packed_row_are_those_of_the_documents():
@@ -59,9 +59,9 @@ def test_gradients_of_a_packed_row_are_those_of_the_documents():
                 loss(micro_batch).tokens.sum().backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
-    on_all = gradients([list(range(len(documents)))])
+    together = gradients([list(range(len(documents)))])
     apart = gradients([[i] for i in range(len(documents))])
-    assert (on_all - apart).norm() / apart.norm() < 1e-6
+    assert (together - apart).norm() / apart.norm() < 1e-6
 
 
 def test_documents_do_not_see_each_other():

@@ -29,7 +29,7 @@ from tuning import Tuning
 
 from finetune_trainer.engine.chunked_head import ChunkedHead
 from finetune_trainer.engine.loss import TokenLoss, micro_batch_losses
-from finetune_trainer.engine.memory import profile
+from finetune_trainer.engine.memory import profiling
 from finetune_trainer.engine.packing.dropout import draws
 from finetune_trainer.engine.packing.feed import TokenMicroBatch, build_packed
 from finetune_trainer.engine.packing.layout import layout_context
@@ -115,7 +115,7 @@ def test_dropout_and_gradients_do_not_depend_on_the_row(name: str) -> None:
     found = []
     for micro_batches in ([[0, 1, 2, 3, 4]], [[4, 2], [1], [3, 0]], [[0], [1], [2], [3], [4]]):
         model: Any = made(APART[name])
-        tuned = profile.apply_method(model, spec)
+        tuned = profiling.apply_method(model, spec)
         loss = TokenLoss(tuned).train()
         total = torch.zeros(())
         for positions in micro_batches:
@@ -140,14 +140,14 @@ def test_virtual_tokens_stand_before_each_padded_document(
     tuning = Tuning(tmp_path, spec)
     tuning.step(0)
     loss = tuning.loss.train()
-    on_all = micro_batch_losses(loss, padded([0, 1, 2, 3, 4]))
+    together = micro_batch_losses(loss, padded([0, 1, 2, 3, 4]))
     apart = torch.cat([micro_batch_losses(loss, padded([p])) for p in range(5)])
-    torch.testing.assert_close(on_all, apart, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
     before = torch.cat([
         micro_batch_losses(loss, build_packed([d], [i], seed=3, step=7, device=CPU))
         for i, d in enumerate(samples(LENGTHS))
     ])  # fmt: skip
-    torch.testing.assert_close(on_all, before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together, before, rtol=1e-5, atol=1e-5)
 
 
 def test_the_head_computes_supervised_tokens_alone() -> None:
@@ -175,7 +175,7 @@ def test_logits_in_chunks_are_those_of_all_at_once() -> None:
 def test_frequencies_of_longer_documents_keep_documents_alone() -> None:
     model = made(Phi3Config(**SMALL, original_max_position_embeddings=32, rope_parameters=LONG))
     prompt = {"type": "PromptTuning", "prompt": {"virtualTokens": 4}}
-    kinds = [profile.packing_of(model, spec_of(prompt, maxLength=n)) for n in (32, 33)]
+    kinds = [profiling.packing_of(model, spec_of(prompt, maxLength=n)) for n in (32, 33)]
     assert kinds == ["Padded", "Unpacked"]
 
 

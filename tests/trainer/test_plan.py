@@ -106,8 +106,8 @@ def test_an_interrupted_and_resized_run_trains_what_an_uninterrupted_one_does(se
     stages = data.draw(st.lists(st.builds(Stage, st.integers(1, 12), shares), min_size=1))
 
     def made(size: int) -> Plan:
-        return Plan(lengths, lengths // 2, batch_size=8, seed=seed, micro_batch_tokens=256, ranks=size,
-                    sources=sources, stages=stages, visits=180)  # fmt: skip
+        return Plan(lengths, lengths // 2, batch_size=8, seed=seed, micro_batch_tokens=256,
+                    ranks=size, sources=sources, stages=stages, visits=180)  # fmt: skip
 
     whole = made(1)
     for number, size in enumerate(ranks[:23]):

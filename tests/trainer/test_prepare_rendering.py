@@ -258,8 +258,8 @@ def test_a_batch_is_what_its_drafts_are_alone() -> None:
     examples = [
         example({"prompt": f"{i} a", "completion": f" b{i}"}, "PromptCompletion") for i in "123"
     ]
-    on_all = Tokens(BOS, "m", len(BOS)).samples(examples)
-    assert [s.ids.tolist() for s in on_all] == [sample(BOS, d).ids.tolist() for d in examples]
+    together = Tokens(BOS, "m", len(BOS)).samples(examples)
+    assert [s.ids.tolist() for s in together] == [sample(BOS, d).ids.tolist() for d in examples]
 
 
 def test_a_token_outside_of_the_models_vocabulary_is_refused() -> None:

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from finetune_trainer.engine.loss import TokenLoss, micro_batch_losses
-from finetune_trainer.engine.memory import profile, tracker
+from finetune_trainer.engine.memory import activations, profiling
 from finetune_trainer.engine.memory.activations import profiled_attention
 from finetune_trainer.engine.packing import packed
 from finetune_trainer.engine.packing.feed import build_packed
@@ -130,8 +130,8 @@ def own_losses(model: PreTrainedModel, document: TokenSample) -> torch.Tensor:
 def test_what_is_apart_is_run_as_it_is(name: str) -> None:
     model = made(APART[name])
     for document in samples(LENGTHS):
-        row = build_packed([document], [0], seed=0, step=0, device=CPU)
-        found = micro_batch_losses(TokenLoss(model), row)
+        micro_batch = build_packed([document], [0], seed=0, step=0, device=CPU)
+        found = micro_batch_losses(TokenLoss(model), micro_batch)
         torch.testing.assert_close(found, own_losses(model, document), rtol=1e-5, atol=1e-5)
 
 
@@ -142,22 +142,22 @@ def test_what_is_packed_has_the_losses_of_the_models_own_attention_and_mask(name
     model.set_attn_implementation("eager")
     apart = [own_losses(model, document) for document in documents]
     model.set_attn_implementation(packed.ATTENTION)
-    row = build_packed(documents, range(len(documents)), seed=0, step=0, device=CPU)
-    on_all = micro_batch_losses(TokenLoss(model), row)
-    torch.testing.assert_close(on_all, torch.cat(apart), rtol=1e-5, atol=1e-5)
+    micro_batch = build_packed(documents, range(len(documents)), seed=0, step=0, device=CPU)
+    together = micro_batch_losses(TokenLoss(model), micro_batch)
+    torch.testing.assert_close(together, torch.cat(apart), rtol=1e-5, atol=1e-5)
 
 
 def test_documents_with_rotary_frequencies_of_their_own_are_apart() -> None:
     """Those of longrope are others above 32 tokens here."""
     model = made(Phi3Config(**SMALL, original_max_position_embeddings=32, rope_parameters=LONG))
     model.set_attn_implementation(packed.ATTENTION)
-    kinds = [profile.packing_of(model, spec_of({"type": "Full"}, maxLength=n)) for n in (32, 33)]
+    kinds = [profiling.packing_of(model, spec_of({"type": "Full"}, maxLength=n)) for n in (32, 33)]
     assert kinds == ["Concatenated", "Unpacked"]
     for lengths in ([32, 9, 20], [60]):
         documents = samples(lengths)
-        row = build_packed(documents, range(len(documents)), seed=0, step=0, device=CPU)
+        micro_batch = build_packed(documents, range(len(documents)), seed=0, step=0, device=CPU)
         apart = [own_losses(model, document) for document in documents]
-        found = micro_batch_losses(TokenLoss(model), row)
+        found = micro_batch_losses(TokenLoss(model), micro_batch)
         torch.testing.assert_close(found, torch.cat(apart), rtol=1e-5, atol=1e-5)
 
 
@@ -193,7 +193,9 @@ def test_neither_weights_nor_memory_are_needed() -> None:
     assert model.config._attn_implementation == before
 
 
-@pytest.mark.parametrize("name", [packed.ATTENTION, tracker.ATTENTION], ids=["train", "rehearsal"])
+@pytest.mark.parametrize(
+    "name", [packed.ATTENTION, activations.ATTENTION], ids=["train", "profile"]
+)
 @pytest.mark.parametrize(
     ("config", "given", "said"),
     [
@@ -207,10 +209,14 @@ def test_what_a_row_cannot_do_is_refused(
     name: str, config: PreTrainedConfig, given: dict[str, Any], said: str
 ) -> None:
     model: Any = made(config)
-    packed.register(tracker.ATTENTION, profiled_attention(on_gpu=False))
+    packed.register(activations.ATTENTION, profiled_attention(on_gpu=False))
     model.set_attn_implementation(name)
-    row = build_packed(samples([20, 9]), [0, 1], seed=0, step=0, device=CPU)
-    inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "use_cache": False}
-    with layout_context(row.layout), pytest.raises(UserError, match=said) as caught:
+    micro_batch = build_packed(samples([20, 9]), [0, 1], seed=0, step=0, device=CPU)
+    inputs = {
+        "input_ids": micro_batch.input_ids,
+        "position_ids": micro_batch.position_ids,
+        "use_cache": False,
+    }
+    with layout_context(micro_batch.layout), pytest.raises(UserError, match=said) as caught:
         model(**inputs, **given)
     assert caught.value.reason == "UnsuitableModel"

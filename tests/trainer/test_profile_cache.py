@@ -11,7 +11,7 @@ import pytest
 from engine import tiny_llama
 from fixtures_memory import spec_of
 
-from finetune_trainer.engine.memory import profiles
+from finetune_trainer.engine.memory import profile_cache
 from finetune_trainer.engine.memory.profile_cache import ProfileCache
 from finetune_trainer.failures import UserError
 
@@ -26,13 +26,13 @@ def folder(tmp_path: Path) -> Path:
 def made(monkeypatch: pytest.MonkeyPatch, find_facts: Callable[..., Any]) -> list[Any]:
     """Specs for which the model was really rehearsed."""
     done: list[Any] = []
-    real = profiles.profile_model
+    real = profile_cache.profile_model
 
     def counted(path: Path, spec: Any, longest: int) -> Any:
         done.append(spec)
         return real(path, spec, longest)
 
-    monkeypatch.setattr(profiles, "profile_model", counted)
+    monkeypatch.setattr(profile_cache, "profile_model", counted)
     monkeypatch.setattr(ProfileCache, "_find", find_facts)
     return done
 
@@ -70,7 +70,7 @@ def test_another_spec_is_rehearsed(folder: Path, made: list[Any], blocks: dict[s
     other = spec_of(**blocks)
     found = ProfileCache(folder, 64, kept.to_json())(other)
     assert made == [SPEC, other]
-    assert found == profiles.profile_model(folder, other, 64)
+    assert found == profile_cache.profile_model(folder, other, 64)
 
 
 def test_another_model_package_or_length_is_rehearsed(
@@ -80,7 +80,7 @@ def test_another_model_package_or_length_is_rehearsed(
     before = first(SPEC)
     assert ProfileCache(folder, 65, first.to_json())(SPEC) is not None and len(made) == 2
     with monkeypatch.context() as patch:
-        patch.setattr(profiles, "version", lambda name: "0.0")
+        patch.setattr(profile_cache, "version", lambda name: "0.0")
         assert ProfileCache(folder, 64, first.to_json())(SPEC) == before and len(made) == 3
     tiny_llama(hidden_size=64).save_pretrained(folder)
     after = ProfileCache(folder, 64, first.to_json())(SPEC)

@@ -115,7 +115,7 @@ def test_the_estimate_is_close_above_what_a_step_takes(
     profile = profile_model(llama, spec, 2048)  # of another length than what is run
     placement = Placement("NoShard", again == "Always")
     parts = estimate(profile, spec, MicroBatchSize(TOKENS, TOKENS // 2), placement)
-    expected = sum(n for part, n in parts.items() if part not in ("reserve", "commit"))
+    expected = sum(n for part, n in parts.items() if part not in ("reserve", "checkpoint"))
     assert 0.98 < expected / steps_of_training(llama, spec) < 1.25
 
 

@@ -39,7 +39,7 @@ def test_qlora_trains_over_four_bits_and_is_published_on_the_stored_base(
 
     resumed = step_and_resume(base, tmp_path, spec, tuning)
     whole = apply_method(load_base(base, torch.float32), spec)
-    load_weights(FileSystemReader(tmp_path / "commit"), whole)
+    load_weights(FileSystemReader(tmp_path / "checkpoint"), whole)
     with torch.no_grad():  # not by eval(), after which a CPU rearranges the bits for inference
         quantised = tuning.model(input_ids=IDS).logits
     assert (logits(whole) - quantised).abs().max() > 1e-3, "the base was not quantised"

@@ -1,4 +1,5 @@
-"""A run that goes back to an earlier checkpoint: what it leaves out, and that no death undoes it."""
+"""A run that goes back to an earlier checkpoint: what it leaves out, and that no death undoes
+it."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from finetune_trainer.engine.packing.feed import Feed
 from finetune_trainer.engine.planning.plan import Packing, Plan
 from finetune_trainer.engine.world import join
 from finetune_trainer.failures import Diverged
-from finetune_trainer.prepared import places
+from finetune_trainer.prepared import origins
 from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.prepared.origins import origins_of
 from finetune_trainer.storage import runfiles
@@ -257,8 +258,8 @@ def test_samples_are_named_by_set_number_and_place(
         path = tmp_path / "shard"
         bench.store.download(f"{uri}/{place.shard}", path)
         batch = pa.ipc.open_file(str(path)).get_batch(0)
-        assert batch.column("input_ids")[place.micro_batch].as_py() == sample.ids.tolist()
-    monkeypatch.setattr(places, "MOST", 3)
+        assert batch.column("input_ids")[place.row].as_py() == sample.ids.tolist()
+    monkeypatch.setattr(origins, "MOST", 3)
     assert origins_of(data, "train", positions) == found[:3]
 
 

@@ -46,7 +46,8 @@ def work():
     node = os.environ["FINETUNE_NODE_RANK"]
     step = 0
     while True:
-        wish = torch.tensor([float(worker_files.stop_requested()), float((shared / "end").exists())])
+        flags = [worker_files.stop_requested(), (shared / "end").exists()]
+        wish = torch.tensor(flags, dtype=torch.float32)
         dist.all_reduce(wish)
         step += 1
         if step == 3:

@@ -79,7 +79,8 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_at_any_size(bench: Bench
 def test_an_interrupted_run_equals_an_uninterrupted_one_with_other_optimizers_and_anchors(
     bench: Bench, optimizer: str, method: str, sharding: str, anchor: dict[str, str]
 ) -> None:
-    """The untuned model is that of the first attempt, not of the checkpoint that a later one reads."""
+    """The untuned model is that of the first attempt, not of the checkpoint that a later one
+    reads."""
     data = {
         "train": [
             {"name": "colours", "source": f"{bench.bucket}/train.jsonl"},
@@ -186,7 +187,7 @@ def test_full_tuning_learns_and_reports_both_models(bench: Bench) -> None:
     startup = result.summary.startup
     assert startup is not None and startup.from_step == 0
     assert list(startup.seconds) == [
-        "import", "gang", "data", "model", "restore", "baseline", "step"]  # fmt: skip
+        "import", "rendezvous", "data", "model", "restore", "baseline", "step"]  # fmt: skip
     slack = 1.0  # of the two clocks
     assert began - slack < startup.first_step - startup.total, "from the start of the process"
     assert startup.first_step < time.time() + slack

@@ -74,7 +74,7 @@ def step_and_resume(base: Path, folder: Path, spec: FineTuneJobSpec, tuning: Tun
         tuning.step(number)
     after = tuning.values()
     assert {n for n in after if not torch.equal(before[n], after[n])} == tuning.trained()
-    checkpoint = folder / "commit"
+    checkpoint = folder / "checkpoint"
     state = state_of(tuning.model, tuning.optimizers)
     save_state(FileSystemWriter(checkpoint), stage(state, None), None)
     resumed = Tuning(base, spec)
@@ -96,8 +96,9 @@ def check_round(base: Path, folder: Path, spec: FineTuneJobSpec, tuning: Tuning)
 def check_published(
     base: Path, folder: Path, spec: FineTuneJobSpec, expected: torch.Tensor
 ) -> None:
-    """What is written of a checkpoint has the tuned model's logits in plain transformers and peft."""
-    tokenizer, checkpoint = load_tokenizer(base), FileSystemReader(folder / "commit")
+    """What is written of a checkpoint has the tuned model's logits in plain transformers and
+    peft."""
+    tokenizer, checkpoint = load_tokenizer(base), FileSystemReader(folder / "checkpoint")
     plain = AutoModelForCausalLM.from_pretrained(base)
     assert (logits(plain) - expected).abs().max() > 1e-3
     if "Adapter" in spec.method.kind.formats:

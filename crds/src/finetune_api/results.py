@@ -18,12 +18,13 @@ TERMINATION_LIMIT: Final = 4096
 
 
 StartupPart = Literal[
-    "launch", "import", "gang", "data", "model", "restore", "baseline", "compile", "step"
+    "launch", "import", "rendezvous", "data", "model", "restore", "baseline", "compile", "step"
 ]
 """What an attempt does before its first optimizer step is done, in order: torchrun starts and the
 nodes find each other; a worker imports its libraries; the processes form a gang and take the run;
 they open the data, and plan; fetch the model, estimate its memory, load and shard it; read the
-newest checkpoint; measure the untuned model; compile blocks (with training.compile); take the step."""
+newest checkpoint; measure the untuned model; compile blocks (with training.compile); take the
+step."""
 
 
 class Startup(Record):

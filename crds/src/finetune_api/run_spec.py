@@ -161,8 +161,8 @@ def parse_run_spec(text: str | bytes) -> RunSpec:
     if version != CONTRACT_VERSION:
         raise InvalidSpec(
             [
-                f"run spec.version: this trainer image speaks contract version {CONTRACT_VERSION}; got"
-                f" {version!r}. Use the trainer image of the operator's release, or leave"
+                f"run spec.version: this trainer image speaks contract version {CONTRACT_VERSION};"
+                f" got {version!r}. Use the trainer image of the operator's release, or leave"
                 " spec.compute.image out"
             ]
         )

@@ -211,7 +211,7 @@ class StartupStatus(Model):
     here on, as the first process of the attempt that took the step saw it."""
     import_seconds: int | None = None
     """Libraries."""
-    gang_seconds: int | None = None
+    rendezvous_seconds: int | None = None
     """Processes form a gang, and take the run."""
     data_seconds: int | None = None
     """Prepared data is opened, and the steps are planned."""

@@ -41,7 +41,7 @@ from finetune_trainer.prepare.reading.inputsplits import ByteRange, InputSplit, 
 from finetune_trainer.prepare.reading.lines import count_lines, lines_between
 from finetune_trainer.prepare.reading.sources import DataObject
 from finetune_trainer.prepare.reducing import reduce as reduce_module
-from finetune_trainer.prepared import shards
+from finetune_trainer.prepared import dataset
 from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.prepared.split import SIDES
 from finetune_trainer.storage.objects import ObjectStore
@@ -53,7 +53,7 @@ def small_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputsplits, "SPLIT_BYTES", 1500)
     monkeypatch.setattr(writer, "SHARD_TOKENS", 300)
     monkeypatch.setattr(reader, "BATCH_RECORDS", 7)
-    monkeypatch.setattr(shards, "PIECE_TOKENS", 50)
+    monkeypatch.setattr(dataset, "PIECE_TOKENS", 50)
 
 
 @dataclass

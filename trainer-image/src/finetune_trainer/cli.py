@@ -1,7 +1,7 @@
 """``finetune``: the command of the trainer's image, and of one machine.
 
-``prepare``, ``supervise`` and ``publish`` are the containers of a run: they take a run spec from the
-environment. The others are for people. What a command needs is imported by that command:
+``prepare``, ``supervise`` and ``publish`` are the containers of a run: they take a run spec from
+the environment. The others are for people. What a command needs is imported by that command:
 ``supervise`` must stay small.
 """
 

@@ -75,7 +75,7 @@ def load_run_spec() -> RunSpec:
     """The order of this container.
 
     Raises:
-        UserError: 'OrderMissing'.
+        UserError: 'RunSpecMissing'.
         InvalidSpec: where it is no run spec, or one of another contract version.
     """
     path = Path(os.environ.get(ENV_RUN_SPEC) or RUN_SPEC_PATH)
@@ -83,12 +83,12 @@ def load_run_spec() -> RunSpec:
         return parse_run_spec(path.read_bytes())
     except OSError as error:
         raise UserError(
-            "OrderMissing",
-            f"cannot read the run spec {path}: {error.strerror}. Pods of the operator have it mounted;"
-            " on one machine use `finetune run job.yaml`",
+            "RunSpecMissing",
+            f"cannot read the run spec {path}: {error.strerror}. Pods of the operator have it"
+            " mounted; on one machine use `finetune run job.yaml`",
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError("OrderMissing", f"{path} is not JSON: {error}") from None
+        raise UserError("RunSpecMissing", f"{path} is not JSON: {error}") from None
 
 
 def scratch_folder() -> Path:

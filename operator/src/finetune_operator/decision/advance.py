@@ -70,7 +70,8 @@ def _stop(job: JobView) -> Change:
 
 
 def _finish(view: RunView, actions: Actions, outcome: str) -> None:
-    """Stop what still runs, note the outcome on the run spec, and delete children after their TTL."""
+    """Stop what still runs, note the outcome on the run spec, and delete children after their
+    TTL."""
     job = view.job
     if job is not None and not (job.finished or job.stopping):
         actions.change.append(_stop(job))

@@ -2,8 +2,8 @@
 
 The orders in the cluster are the truth about runs: status may be lost, and a process may die
 between two writes. Specs are compared only when ``metadata.generation`` has moved on since status
-was written, and with the newest run spec re-defaulted by today's models, so that a new default (of a
-newer CRD, or of a newer operator) touches no run.
+was written, and with the newest run spec re-defaulted by today's models, so that a new default (of
+a newer CRD, or of a newer operator) touches no run.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class _Known:
 
     @cached_property
     def stored(self) -> StoredRunSpec | None:
-        """The run spec of the newest revision, of the newest run; None where it was removed, or where the
-        run waits for its model."""
+        """The run spec of the newest revision, of the newest run; None where it was removed, or
+        where the run waits for its model."""
         stored = (o for o in self.observed.run_specs if o.number == self.number)
         return max(stored, key=lambda o: o.revision, default=None)
 

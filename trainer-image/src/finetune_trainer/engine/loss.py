@@ -200,8 +200,9 @@ class TokenLoss(nn.Module):
     def _in_chunks(self, micro_batch: TokenMicroBatch, chunks: ChunkedHead) -> MicroBatchLosses:
         """The losses of a row with too many logits for once."""
         tokens = chunks.losses(
-            {"input_ids": micro_batch.input_ids, **self._positions(micro_batch), **self._mask(micro_batch)},
-            micro_batch.predict, micro_batch.labels, self._label_smoothing if self.training else 0.0,
+            {"input_ids": micro_batch.input_ids, **self._positions(micro_batch),
+            **self._mask(micro_batch)}, micro_batch.predict, micro_batch.labels,
+            self._label_smoothing if self.training else 0.0,
         )  # fmt: skip
         none = tokens.new_zeros(())
         return MicroBatchLosses(tokens, none, tokens.new_zeros(0), none, None)

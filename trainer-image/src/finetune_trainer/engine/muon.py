@@ -90,8 +90,8 @@ def orthogonalise(
 ) -> list[Tensor]:
     """Newton-Schulz iterations of matrices in bfloat16; those of one shape go together."""
     found: list[Tensor] = [torch.empty(0)] * len(matrices)
-    for on_all in _alike([tuple(m.shape) for m in matrices]):
-        x = torch.stack([matrices[i] for i in on_all])
+    for alike in _alike([tuple(m.shape) for m in matrices]):
+        x = torch.stack([matrices[i] for i in alike])
         tall = x.shape[1] > x.shape[2]
         x = x.mT if tall else x
         x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
@@ -99,7 +99,7 @@ def orthogonalise(
         for _ in range(steps):
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        for i, one in zip(on_all, x.mT if tall else x, strict=True):
+        for i, one in zip(alike, x.mT if tall else x, strict=True):
             found[i] = one
     return found
 

@@ -45,8 +45,8 @@ def load_tuned(
     scratch: Path,
     whole: bool,
 ) -> tuple[Tuned, PreTrainedTokenizerBase, BaseFiles]:
-    """The base model with the weights of a checkpoint, in float32 on the CPU, its tokenizer, and the
-    base's files.
+    """The base model with the weights of a checkpoint, in float32 on the CPU, its tokenizer, and
+    the base's files.
 
     Args:
         classes: names of the classes, of a task that has some.

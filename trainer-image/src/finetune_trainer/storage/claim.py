@@ -203,15 +203,16 @@ class Claim:
         return new
 
     def discard(self, corrupt: Checkpoint) -> None:
-        """Takes a checkpoint that proved corrupt out of HEAD, so that nobody chooses it as the best.
+        """Takes a checkpoint that proved corrupt out of HEAD, so that nobody chooses it as the
+        best.
 
         Raises: as ``commit``.
         """
         self._move(lambda head: self._with_checkpoints(head, _without(head, corrupt.uri)))
 
     def rewind(self, rollback: Rollback) -> None:
-        """Takes the checkpoints from behind the first skipped step out of HEAD (they may be made anew)
-        and notes why, in one write: no attempt finds the one without the other.
+        """Takes the checkpoints from behind the first skipped step out of HEAD (they may be made
+        anew) and notes why, in one write: no attempt finds the one without the other.
 
         Raises: as ``commit``.
         """
@@ -275,7 +276,7 @@ class Claim:
         )
         best = [c.uri for c in ranked[: self._keep_best]]
         kept = [c for i, c in enumerate(checkpoints) if i < self._keep_last or c.uri in best]
-        return head.model_copy(update={"commits": kept, "best": best[0] if best else None})
+        return head.model_copy(update={"checkpoints": kept, "best": best[0] if best else None})
 
     def _compare(self, one: Checkpoint, other: Checkpoint) -> int:
         """Below 0 where the metric of ``one`` is better."""
@@ -284,10 +285,10 @@ class Claim:
         return worse - self._better(one.metric, other.metric)
 
     def _sweep(self) -> None:
-        """Removes files of this and earlier attempts that HEAD does not name: of checkpoints that were
-        pruned, and of such as never were real, down to parts of an upload that was never ended.
-        Only storage that is kept for longer is lost when it fails, so failures wait for the next
-        commit."""
+        """Removes files of this and earlier attempts that HEAD does not name: of checkpoints that
+        were pruned, and of such as never were real, down to parts of an upload that was never
+        ended. Only storage that is kept for longer is lost when it fails, so failures wait for the
+        next commit."""
         named = {f"{c.uri}/{name}" for c in self.head.checkpoints for name in c.files}
         ours = [c.step for c in self.head.checkpoints if c.attempt == self.head.attempt]
         newest = (self.head.attempt, max(ours))

@@ -103,17 +103,18 @@ def find_base(run_spec: RunSpec, stores: Stores) -> Base:
         if run_spec.base is not None:
             raise UserError(
                 "ModelNotFound",
-                f"{location.source}/{MANIFEST} does not exist any more: the model that run"
-                f" {run_spec.base.run} of job {run_spec.base.job} has published was removed. Publish it"
-                " again, and give spec.rerunToken a new value",
+                f"{location.source}/{MANIFEST} does not exist any more: the model that"
+                f" run {run_spec.base.run} of job {run_spec.base.job} has published was removed."
+                " Publish it again, and give spec.rerunToken a new value",
             )
         return Base(location, (Ancestor(uri=location.source),))
     digest = hashlib.sha256(text or b"").hexdigest()
     if run_spec.base is not None and run_spec.base.digest not in (None, digest):
         raise UserError(
             "BaseChanged",
-            f"{location.source}/{MANIFEST} is not what this run began with (sha256 {digest}, then"
-            f" {run_spec.base.digest}); give spec.rerunToken a new value to begin with what is there",
+            f"{location.source}/{MANIFEST} is not what this run began with (sha256 {digest},"
+            f" then {run_spec.base.digest}); give spec.rerunToken a new value to begin with what is"
+            " there",
         )
     itself = Ancestor(
         uri=location.source, job=manifest.job.name, run=manifest.run, digest=digest,
@@ -163,9 +164,9 @@ def _check_mergeable(location: ModelLocation, manifest: Manifest) -> None:
         return
     raise UserError(
         "NotMergeable",
-        f"{location.source}: {manifest.method} has learned what stands before a text, which no weights"
-        " can hold: no other run can start from it. Tune the first model by LoRA, IA3, Partial or"
-        " Full, or start from its base model",
+        f"{location.source}: {manifest.method} has learned what stands before a text, which no"
+        " weights can hold: no other run can start from it. Tune the first model by LoRA, IA3,"
+        " Partial or Full, or start from its base model",
     )
 
 

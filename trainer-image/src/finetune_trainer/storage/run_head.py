@@ -62,14 +62,15 @@ class Head(Record):
     training_seconds: float
     """Wall time of the attempts that have ended."""
     lost_seconds: float
-    """Of it, what was lost: from the last checkpoint of an attempt that did not release to its end, as
-    far as that is known (``seen``)."""
+    """Of it, what was lost: from the last checkpoint of an attempt that did not release to its end,
+    as far as that is known (``seen``)."""
     checkpoints: list[Checkpoint]
     """Newest first."""
     best: str | None = None
     """``uri`` of the checkpoint with the best metric."""
     rollbacks: list[Rollback] = Field(default=[])
-    """Each time that the run went back, oldest first; the checkpoints are those that are left of it."""
+    """Each time that the run went back, oldest first; the checkpoints are those that are left of
+    it."""
 
     @property
     def left_out(self) -> list[int]:

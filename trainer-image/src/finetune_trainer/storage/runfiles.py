@@ -1,7 +1,7 @@
 """The small files of a run in object storage, between the stages: see docs/architecture.md.
 
-``prepared.json`` and ``memory-profiles.json`` (prepare → train), ``baseline.json`` (train → train of a
-later attempt) and ``result.json`` (train → publish).
+``prepared.json`` and ``memory-profiles.json`` (prepare → train), ``baseline.json`` (train → train
+of a later attempt) and ``result.json`` (train → publish).
 """
 
 from __future__ import annotations

@@ -4,11 +4,11 @@
                     └─ thread ──► parts, several at a time ──► all ranks have? ──► HEAD moves
 
 The training waits for the copy alone, and for the checkpoint before where that is still on its way.
-A checkpoint that storage does not take is given up, and the next one tries again: storage that is away
-for some minutes costs the run no steps.
+A checkpoint that storage does not take is given up, and the next one tries again: storage that is
+away for some minutes costs the run no steps.
 
-Loading reads what this rank needs, verifies it, takes the newest valid checkpoint, and does not care
-how many ranks wrote it.
+Loading reads what this rank needs, verifies it, takes the newest valid checkpoint, and does not
+care how many ranks wrote it.
 """
 
 from __future__ import annotations
@@ -63,13 +63,14 @@ is trained without one, all is lost with the node."""
 
 
 class Upload:
-    """A checkpoint on its way, in a thread of its own, which leaves the processor to the training."""
+    """A checkpoint on its way, in a thread of its own, which leaves the processor to the
+    training."""
 
     def __init__(self, step: int, work: Callable[[], None]) -> None:
         self.step = step
         self._work = work
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="commit", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="checkpoint-upload", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
@@ -218,8 +219,8 @@ class CheckpointManager:
             self.failures.clear()
 
     def abandon_failed_upload(self, *, force: bool = False) -> None:
-        """Wait for the checkpoint on its way, and go on without it where storage did not take it: the
-        one before stands, and what was written of this one is removed with the next.
+        """Wait for the checkpoint on its way, and go on without it where storage did not take it:
+        the one before stands, and what was written of this one is removed with the next.
 
         Where only the answer was lost, HEAD names it all the same. Its files are whole then, and
         the next move of HEAD finds it there and keeps it.
@@ -248,8 +249,8 @@ class CheckpointManager:
                     else "none yet"
                 )
                 print(
-                    f"the checkpoint of step {upload.step} is given up, and the next one tries again"
-                    f" (the newest is {newest}). {error.reason}: {error.message}",
+                    f"the checkpoint of step {upload.step} is given up, and the next one tries"
+                    f" again (the newest is {newest}). {error.reason}: {error.message}",
                     flush=True,
                 )
 
@@ -268,11 +269,12 @@ class CheckpointManager:
         self._move(lambda held: held.commit(step, files, metric), self.channel)
 
     def restore(self, model: nn.Module, optimizers: Optimizers) -> LoopState | None:
-        """Load the newest valid checkpoint; None where there is none. Commits that prove damaged are
-        taken out of HEAD.
+        """Load the newest valid checkpoint; None where there is none. Commits that prove damaged
+        are taken out of HEAD.
 
         Raises:
-            StorageUnavailable: 'CheckpointsDamaged' where none of them was valid; another attempt may
+            StorageUnavailable: 'CheckpointsDamaged' where none of them was valid; another attempt
+            may
                 begin from the base model.
         """
         damaged = False
@@ -289,19 +291,20 @@ class CheckpointManager:
         if damaged:
             raise StorageUnavailable(
                 "CheckpointsDamaged",
-                f"{self.run_spec.run_uri}: no checkpoint has all of its files as they were written; the"
-                " next attempt begins from the base model",
+                f"{self.run_spec.run_uri}: no checkpoint has all of its files as they were written;"
+                " the next attempt begins from the base model",
             )
         return None
 
     def rewind(
         self, model: nn.Module, optimizers: Optimizers, rollback: Rollback
     ) -> LoopState | None:
-        """Note a rollback in HEAD, with the checkpoints from behind its first skipped step out of it,
-        and load the newest valid one that is left; None (and nothing has changed) where there is
-        none.
+        """Note a rollback in HEAD, with the checkpoints from behind its first skipped step out of
+        it, and load the newest valid one that is left; None (and nothing has changed) where there
+        is none.
 
-        Raises: as ``abandon_failed_upload`` and ``restore``; StorageUnavailable too where there is none because
+        Raises: as ``abandon_failed_upload`` and ``restore``; StorageUnavailable too where there is
+        none because
             storage did not take it, so that another attempt may go on.
         """
         self.abandon_failed_upload()
@@ -313,8 +316,8 @@ class CheckpointManager:
         return self.restore(model, optimizers)
 
     def load_best(self, model: nn.Module, step: int) -> Checkpoint:
-        """Put the weights that will be published into the model: those of the best checkpoint, or of
-        the newest where no metric was measured. Returns that checkpoint.
+        """Put the weights that will be published into the model: those of the best checkpoint, or
+        of the newest where no metric was measured. Returns that checkpoint.
 
         Raises:
             CorruptCheckpoint: where the files of all checkpoints are damaged.

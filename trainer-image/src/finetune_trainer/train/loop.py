@@ -45,7 +45,8 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
         Interrupted: after a stop was asked for and the state was committed.
         Diverged: where the loss is no longer a number.
         Fenced: where a newer attempt has taken the run.
-        StorageUnavailable: where storage took none of several checkpoints in a row, or not the last.
+        StorageUnavailable: where storage took none of several checkpoints in a row, or not the
+        last.
     """
     total = steps_of(session.spec, len(session.plan.lengths))
     session.evaluator.stop_requested = stop_requested
@@ -67,7 +68,7 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
                 take_steps(session, state, total, clock, stop_requested, after_step)
             break
         except TooManySkipped as skipped:
-            state = roll_back(session, state, skipped.micro_batch)
+            state = roll_back(session, state, skipped.streak)
     return test_and_write_result(session, state, baseline)
 
 
@@ -248,8 +249,8 @@ def watch_early_stopping(session: Session, state: LoopState, metrics: dict[str, 
 def commit(session: Session, state: LoopState, clock: Clock, *, force: bool) -> None:
     """Have the state of this step made the newest checkpoint of the run.
 
-    While steps are being skipped the weights are in doubt: the checkpoint is left to a later step, so
-    that those from before are not pruned, unless it is the last chance (``force``). That one is
+    While steps are being skipped the weights are in doubt: the checkpoint is left to a later step,
+    so that those from before are not pruned, unless it is the last chance (``force``). That one is
     tried too where storage took none of several before it.
 
     Raises:

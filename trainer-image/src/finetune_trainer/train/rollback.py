@@ -20,9 +20,9 @@ from finetune_trainer.train.state import LoopState
 class TooManySkipped(Exception):
     """The guard has skipped more steps in a row than the manifest allows."""
 
-    def __init__(self, micro_batch: list[Skipped]) -> None:
-        super().__init__(micro_batch)
-        self.micro_batch = micro_batch
+    def __init__(self, streak: list[Skipped]) -> None:
+        super().__init__(streak)
+        self.streak = streak
 
 
 def read_guard(session: Session, state: LoopState) -> None:
@@ -32,14 +32,14 @@ def read_guard(session: Session, state: LoopState) -> None:
         TooManySkipped: on all ranks together.
     """
     skipped = session.guard.skipped()
-    micro_batch = state.note_skipped(skipped)
+    streak = state.note_skipped(skipped)
     state.guard = session.guard.statistics
     session.telemetry.skipped_steps.inc(len(skipped))
-    if len(micro_batch) > session.spec.training.guard.max_skipped_steps:
-        raise TooManySkipped(micro_batch)
+    if len(streak) > session.spec.training.guard.max_skipped_steps:
+        raise TooManySkipped(streak)
 
 
-def roll_back(session: Session, state: LoopState, micro_batch: list[Skipped]) -> LoopState:
+def roll_back(session: Session, state: LoopState, streak: list[Skipped]) -> LoopState:
     """The state of the newest checkpoint from before a row of skipped steps, and the plan without
     their samples.
 
@@ -47,12 +47,10 @@ def roll_back(session: Session, state: LoopState, micro_batch: list[Skipped]) ->
         Diverged: where the run has gone back often enough, has no such checkpoint, or would have no
             samples left.
     """
-    checkpointer, steps = session.checkpointer, [skipped.step for skipped in micro_batch]
+    checkpointer, steps = session.checkpointer, [skipped.step for skipped in streak]
     before, most = len(checkpointer.head.rollbacks), session.spec.training.guard.max_rollbacks
     positions = session.plan.drawn(steps).tolist()
-    reason, why, remedy = verdict_on(
-        micro_batch, in_words(origins_of(session.data, "train", positions))
-    )
+    reason, why, remedy = diagnose(streak, in_words(origins_of(session.data, "train", positions)))
     if before >= most:
         often = f"rollbacks before: {before}; training.guard.maxRollbacks: {most}"
         raise Diverged(reason, f"{why} ({often}). {remedy}")
@@ -72,21 +70,21 @@ def roll_back(session: Session, state: LoopState, micro_batch: list[Skipped]) ->
 
 
 def with_rollbacks(session: Session, state: LoopState) -> LoopState:
-    """The state of a checkpoint, or of the beginning, in a run that has gone back since as HEAD says;
-    the plan is set to that."""
+    """The state of a checkpoint, or of the beginning, in a run that has gone back since as HEAD
+    says; the plan is set to that."""
     head = session.checkpointer.head
     session.plan.leave_out(head.left_out)
     state.skipped_steps = max([state.skipped_steps, *(r.skipped_steps for r in head.rollbacks)])
     return state
 
 
-def verdict_on(micro_batch: list[Skipped], samples: str) -> tuple[str, str, str]:
+def diagnose(streak: list[Skipped], samples: str) -> tuple[str, str, str]:
     """Reason, cause and remedy of a row of skipped steps; ``samples`` names some of theirs."""
-    steps, spikes = f"step {micro_batch[0].step}", sum(skipped.spike for skipped in micro_batch)
-    if len(micro_batch) > 1:
-        steps = f"steps {micro_batch[0].step} to {micro_batch[-1].step}"
+    steps, spikes = f"step {streak[0].step}", sum(skipped.spike for skipped in streak)
+    if len(streak) > 1:
+        steps = f"steps {streak[0].step} to {streak[-1].step}"
     knobs = "Lower training.learningRate, raise training.warmupRatio"
-    if spikes == len(micro_batch):
+    if spikes == len(streak):
         reason, what = "LossSpike", "a loss far above those before (training.guard.spikeDeviations)"
         knobs += " or training.guard.spikeDeviations"
     else:

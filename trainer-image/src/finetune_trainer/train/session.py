@@ -114,8 +114,8 @@ class Session:
 
 
 def open_session(
-    run_spec: RunSpec, stores: Stores, world: World, checkpointer: CheckpointManager, telemetry: Telemetry,
-    scratch: Path, go_on: Callable[[str], None] = lambda where: None,
+    run_spec: RunSpec, stores: Stores, world: World, checkpointer: CheckpointManager, telemetry:
+    Telemetry, scratch: Path, go_on: Callable[[str], None] = lambda where: None,
 ) -> Session:  # fmt: skip
     """Load data and model and put the plan together.
 
@@ -163,8 +163,8 @@ def open_session(
         sources=np.searchsorted(list(sets), index.set),
         stages=stages_of(spec, tokens, steps_of(spec, len(index))),
         batch_size=spec.training.batch_size, visits=visits_of(spec, len(index)),
-        seed=spec.training.seed, micro_batch_tokens=micro_batch_tokens, ranks=world.size // context.size,
-        packing=tuned.packing, virtual_tokens=spec.method.virtual_tokens,
+        seed=spec.training.seed, micro_batch_tokens=micro_batch_tokens, ranks=world.size //
+        context.size, packing=tuned.packing, virtual_tokens=spec.method.virtual_tokens,
     )  # fmt: skip
     shape = None
     if spec.training.compile and tuned.packing == "Concatenated":
@@ -192,13 +192,11 @@ def open_session(
         evaluator=EVALUATORS[spec.task](
             world=world, data=data, loss=tuned.loss,
             build=task.micro_batch(tuned.packing, ALONE, None, False), tokenizer=tokenizer,
-            micro_batch_tokens=_evaluation_tokens(micro_batch_tokens, data, spec.method.virtual_tokens),
-            packing=tuned.packing,
-            possible=spec.kind.metrics,
-            virtual_tokens=spec.method.virtual_tokens,
-            max_samples=spec.evaluation.max_samples,
-            max_new_tokens=spec.evaluation.max_new_tokens
-            or min(data.manifest.max_completion_tokens + 1, 512),
+            micro_batch_tokens=_evaluation_tokens(micro_batch_tokens, data,
+            spec.method.virtual_tokens), packing=tuned.packing, possible=spec.kind.metrics,
+            virtual_tokens=spec.method.virtual_tokens, max_samples=spec.evaluation.max_samples,
+            max_new_tokens=spec.evaluation.max_new_tokens or min(data.manifest.max_completion_tokens
+            + 1, 512),
         ),
         checkpointer=checkpointer,
         telemetry=telemetry,
@@ -214,7 +212,8 @@ def open_session(
 
 
 def weight_anchor(spec: FineTuneJobSpec, optimizers: Optimizers) -> WeightAnchor | None:
-    """The untuned weights, where the spec pulls towards them; made before a checkpoint is restored."""
+    """The untuned weights, where the spec pulls towards them; made before a checkpoint is
+    restored."""
     coefficient = float(spec.training.anchor.l2_coefficient)
     return WeightAnchor(optimizers, coefficient) if coefficient else None
 

@@ -101,14 +101,14 @@ class LoopState:
         self.skipped_steps += len(found)
         self.tokens -= sum(self.unjudged.get(skipped.step, 0) for skipped in found)
         self.unjudged = {}
-        micro_batches: list[list[Skipped]] = [[]]
+        streaks: list[list[Skipped]] = [[]]
         for skipped in (*self.skipped, *found):
-            if micro_batches[-1] and skipped.step != micro_batches[-1][-1].step + 1:
-                micro_batches.append([])
-            micro_batches[-1].append(skipped)
-        last = micro_batches[-1]
+            if streaks[-1] and skipped.step != streaks[-1][-1].step + 1:
+                streaks.append([])
+            streaks[-1].append(skipped)
+        last = streaks[-1]
         self.skipped = last if last and last[-1].step == self.step - 1 else []
-        return max(micro_batches, key=len)
+        return max(streaks, key=len)
 
     def metric_at(self, step: int, metric: Metric) -> float | None:
         """Value of a validation metric at a step, where it was measured there."""

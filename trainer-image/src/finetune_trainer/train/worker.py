@@ -56,7 +56,7 @@ def work(world: World, startup: StartupClock) -> None:
     stores = Stores(run_spec)
     scratch = scratch_folder()
     checkpointer = CheckpointManager.take(world, stores.default, run_spec, scratch)
-    startup.reached("gang")
+    startup.reached("rendezvous")
     telemetry = Telemetry(
         run_spec.run, checkpointer.head.attempt, checkpointer.head.restarts, startup
     )

@@ -114,7 +114,8 @@ class CheckpointReader(StorageReader):
     """Reads a checkpoint, at any number of processes.
 
     Args:
-        metadata: the checkpoint's file ``METADATA``, checked; torch would hide what is wrong with it.
+        metadata: the checkpoint's file ``METADATA``, checked; torch would hide what is wrong with
+        it.
 
     Raises (from torch's ``load``):
         CorruptCheckpoint: where what is read is missing, or is not what was committed.

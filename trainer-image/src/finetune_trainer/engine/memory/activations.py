@@ -1,8 +1,8 @@
 """What a forward pass keeps for the backward pass, counted as it goes.
 
-A ``ActivationTracker`` watches a model and adds up the storages that autograd saves. Attention is replaced by
-one that does no arithmetic and keeps what kernels for variable lengths keep: queries, keys, values
-and the result.
+A ``ActivationTracker`` watches a model and adds up the storages that autograd saves. Attention is
+replaced by one that does no arithmetic and keeps what kernels for variable lengths keep: queries,
+keys, values and the result.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ Sharding = Literal["NoShard", "HybridShard", "FullShard"]
 
 Part = Literal[
     "parameters", "gradients", "optimizer", "anchors", "copies", "activations", "logits", "working",
-    "commit", "reserve",
+    "checkpoint", "reserve",
 ]  # fmt: skip
 
 PARTS: Final[dict[Part, str]] = {
@@ -36,7 +36,7 @@ PARTS: Final[dict[Part, str]] = {
     "activations": "what the forward pass of a row keeps for the backward pass",
     "logits": "probabilities of the learned tokens and their gradients",
     "working": "what a decoder block takes on the way back, beyond the room of the logits",
-    "commit": "copy of what is trained, while it is saved",
+    "checkpoint": "copy of what is trained, while it is saved",
     "reserve": "runtime and libraries, communication buffers, fragmentation",
 }
 
@@ -252,7 +252,7 @@ def estimate(
     if found is not None:
         parts |= _activations(profile, found, spec, micro_batch, placement)
     if compute.gpus_per_node == 0:
-        parts["commit"] = (4 * weights.trained + weights.optimizer) / shards
+        parts["checkpoint"] = (4 * weights.trained + weights.optimizer) / shards
     total = sum(parts.values())
     runtime = _RUNTIME["gpu" if compute.gpus_per_node else "cpu"]
     share = _FRAGMENTATION if found is not None else _UNMEASURED / (1 - _UNMEASURED)

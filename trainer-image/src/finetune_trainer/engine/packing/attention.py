@@ -140,8 +140,8 @@ def _by_offsets(
 ) -> Tensor:  # fmt: skip
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     attended = varlen_attn(
-        q, k, v, layout.cu_seqlens.q, layout.cu_seqlens.kv, layout.max_seqlen, layout.max_seqlen, scale=scale,
-        window_size=(-1 if window is None else window - 1, 0), **_GROUPED,
+        q, k, v, layout.cu_seqlens.q, layout.cu_seqlens.kv, layout.max_seqlen, layout.max_seqlen,
+        scale=scale, window_size=(-1 if window is None else window - 1, 0), **_GROUPED,
     )  # fmt: skip
     assert isinstance(attended, Tensor)
     return attended[None]

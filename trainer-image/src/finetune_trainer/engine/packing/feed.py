@@ -304,8 +304,9 @@ class Feed:
 
         def build(by: MicroBatchBuilder, micro_batch: MicroBatchSamples) -> MicroBatch:
             return by(
-                [samples[p] for p in micro_batch], micro_batch, sources=self._plan.sources[list(micro_batch)].tolist(),
-                seed=self._plan.seed, step=step.number, device=self._device,
+                [samples[p] for p in micro_batch], micro_batch,
+                sources=self._plan.sources[list(micro_batch)].tolist(), seed=self._plan.seed,
+                step=step.number, device=self._device,
             )  # fmt: skip
 
         def with_replay(turn: int, micro_batch: MicroBatchSamples) -> MicroBatch:

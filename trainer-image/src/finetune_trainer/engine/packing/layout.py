@@ -1,7 +1,7 @@
 """Where documents lie in a row of tokens.
 
-A row is a concatenation of documents. While it is in work, ``layout_context`` says where they lie: to
-the attention, which keeps them apart, and to force is drawn token by token.
+A row is a concatenation of documents. While it is in work, ``layout_context`` says where they lie:
+to the attention, which keeps them apart, and to force is drawn token by token.
 
 A process holds a row whole, or, under context parallelism, its share of one (see ``context``).
 Either way the row is a list of spans: queries that are here, and the keys that they may see.

@@ -75,8 +75,8 @@ class CopyStream:
         return self._timed()
 
     def hand_over(
-        self, micro_batches: object, copied: torch.cuda.Event | None, began: torch.cuda.Event | None,
-        host_seconds: float,
+        self, micro_batches: object, copied: torch.cuda.Event | None, began: torch.cuda.Event |
+        None, host_seconds: float,
     ) -> Wait:  # fmt: skip
         """Have the computing stream wait for tensors that were copied on this one.
 
