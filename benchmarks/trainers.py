@@ -112,13 +112,13 @@ class Ours:
             }
         )
         packed.install()
-        self._world = world = join(spec.training)
-        precision = precision_of(spec.training, world.device.type == "cuda")
-        halved = precision.halved and spec.method.kind.freezes
+        self._world = world = join(spec)
+        precision = precision_of(spec, world.device.type == "cuda")
+        halved = precision.bf16 and spec.method.kind.freezes
         base = shape.model(torch.bfloat16 if halved else torch.float32, world.device)
         base.set_attn_implementation(packed.ATTENTION)
         plain_head = has_plain_head(base)
-        if precision.halved and not spec.training.compile:
+        if precision.bf16 and not spec.training.compile:
             use_liger(base, world.device)
         tuned = apply_method(base, spec)
         self.work: Work = work_of(tuned, base)

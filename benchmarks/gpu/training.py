@@ -34,8 +34,7 @@ from finetune_trainer.engine.flops import peak
 
 OURS: dict[str, dict[str, Any]] = {
     "BF16": {"precision": "BF16"},
-    "PureBF16": {"precision": "PureBF16"},
-    "PureBF16, compiled": {"precision": "PureBF16", "compile": True},
+    "BF16, compiled": {"precision": "BF16", "compile": True},
 }
 NEEDS: dict[str, tuple[str, ...]] = {
     "TRL packing": ("trl", "datasets"),

@@ -134,7 +134,7 @@ class Attempt:
     """One attempt of a run, in this process."""
 
     def __init__(self, run_spec: RunSpec, folder: Path) -> None:
-        world, stores = join(run_spec.spec.training), Stores(run_spec)
+        world, stores = join(run_spec.spec), Stores(run_spec)
         self.checkpointer = CheckpointManager.take(world, stores.default, run_spec, folder)
         head = self.checkpointer.head
         self.telemetry = Telemetry(

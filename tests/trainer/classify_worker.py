@@ -23,7 +23,7 @@ from finetune_trainer.engine.packing.context import ALONE
 from finetune_trainer.engine.packing.feed import Feed
 from finetune_trainer.engine.parameters import optimizer_groups
 from finetune_trainer.engine.planning.plan import Plan
-from finetune_trainer.engine.precision import PRECISIONS
+from finetune_trainer.engine.precision import FP32
 from finetune_trainer.engine.task_losses import TASKS
 from finetune_trainer.storage.published import Base
 from finetune_trainer.train.step import optimizer_step
@@ -55,13 +55,13 @@ def classify(
             "training": {"precision": "FP32", "dropout": "0.1", "neftuneAlpha": "5"},
         }
     )
-    world = worlds.join(spec.training)
+    world = worlds.join(spec)
     task = TASKS[spec.task]
     torch.rand(rank)  # the head is not drawn by what was drawn before
     purpose = purpose_of(spec, ["a", "b", "c"])
     opened = open_model(
         spec, BaseFiles(Base(spec.model, ()), Path(base), None), NO_STORES, world,
-        Placement(sharding, False), PRECISIONS["FP32"], purpose, True,
+        Placement(sharding, False), FP32, purpose, True,
     )  # fmt: skip
     model = opened.model
     made = documents(LENGTHS)
@@ -78,7 +78,7 @@ def classify(
     )  # fmt: skip
     read = lambda positions: [made[p] for p in positions]  # noqa: E731
     sums, micro_batches = [], []
-    build = task.micro_batch(opened.packing, ALONE, None, True)
+    build = task.builder(opened.packing, ALONE, None, True)
     with Feed(plan, read, rank=rank, start=0, end=2, device=CPU, build=build) as feed:
         for batch in feed:
             local, _ = optimizer_step(session, batch, 1e-2)

@@ -84,7 +84,7 @@ def session_of(model: Any, spec: FineTuneJobSpec, plan: Plan, base: Any = None) 
     Args:
         untuned: a copy of the model as it was; an output anchor without an adapter wants one.
     """
-    world = join(spec.training)
+    world = join(spec)
     kl = float(spec.training.anchor.kl_coefficient)
     loss = TokenLoss(model.to(world.device), anchor_coefficient=kl).train()
     copy = base and TokenLoss(base.requires_grad_(False).to(world.device)).eval()

@@ -50,6 +50,6 @@ def facts_of(state: int, activations: int = 0) -> ModelProfile:
         block=block, block_trained=block, blocks=100 * block, blocks_trained=100 * block,
     )  # fmt: skip
     return ModelProfile(
-        weights=weights, whole=kept, gathered=kept, layers=100, vocabulary=0, logits_at_once=None,
-        plain_head=False, packing="Concatenated", recomputes=True, halved=False, copied=False,
+        weights=weights, activations=kept, layers=100, vocabulary=0, logits_at_once=None,
+        plain_head=False, packing="Concatenated", recomputes=True, bf16=False, copies=False,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.packing.feed import Feed, build_packed
 from finetune_trainer.engine.planning.plan import Plan
-from finetune_trainer.engine.precision import PRECISIONS
+from finetune_trainer.engine.precision import FP32
 from finetune_trainer.engine.sharding import Sharding, distribute
 from finetune_trainer.engine.tuning.anchors import OutputAnchor
 from finetune_trainer.engine.tuning.methods import apply_method
@@ -66,9 +66,9 @@ def gradient(
     if chunk:
         loss._chunks = ChunkedHead(loss.model, limit=4 * 97 * chunk)
     context = world.context_group(sharing)
-    module = distribute(loss, world, sharding, PRECISIONS["FP32"])
+    module = distribute(loss, world, sharding, FP32)
     copy = TokenLoss(tiny_llama(seed=1).requires_grad_(False)).eval()
-    distribute(copy, world, sharding, PRECISIONS["FP32"])
+    distribute(copy, world, sharding, FP32)
     parameters = [p for p in loss.parameters() if p.requires_grad]
     kept: list[torch.Tensor] = []
 

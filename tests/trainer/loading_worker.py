@@ -19,7 +19,7 @@ from finetune_trainer.engine.dtensors import whole
 from finetune_trainer.engine.memory.estimate import Placement, Sharding
 from finetune_trainer.engine.model import TEXT, Purpose
 from finetune_trainer.engine.placeholders import is_placeholder
-from finetune_trainer.engine.precision import PRECISIONS
+from finetune_trainer.engine.precision import FP32
 from finetune_trainer.storage.objects import Credentials, ObjectInfo, ObjectStore
 from finetune_trainer.storage.published import Base
 from finetune_trainer.train.tuned import open_model
@@ -60,11 +60,11 @@ def fill(
             "training": {"precision": "FP32"},
         }
     )
-    world = worlds.join(spec.training)
+    world = worlds.join(spec)
     stores: Any = SimpleNamespace(of=lambda access: store)
     opened = open_model(
         spec, BaseFiles(Base(spec.model, ()), Path(folder), None, tuple(objects)), stores, world,
-        Placement(sharding, False), PRECISIONS["FP32"], purpose, True,
+        Placement(sharding, False), FP32, purpose, True,
     )  # fmt: skip
     model = opened.model
     found = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}

@@ -29,7 +29,7 @@ from finetune_trainer.engine.optimizers import make_optimizers
 from finetune_trainer.engine.packing.context import ALONE
 from finetune_trainer.engine.packing.feed import Feed, StaticShape
 from finetune_trainer.engine.planning.plan import Plan
-from finetune_trainer.engine.precision import PRECISIONS
+from finetune_trainer.engine.precision import precision_of
 from finetune_trainer.engine.sharding import root_gathered
 from finetune_trainer.engine.task_losses import TASKS
 from finetune_trainer.storage.published import Base
@@ -67,14 +67,14 @@ def tune(
             "training": {"precision": "FP32", **training},
         }
     )
-    world = worlds.join(spec.training)
-    base = BaseFiles(Base(spec.model, ()), Path(folder) / "base", None)
+    world = worlds.join(spec)
+    files = BaseFiles(Base(spec.model, ()), Path(folder) / "base", None)
     width = 64 if spec.method.kind.quantizes else 32  # rows of whole blocks, for a CPU
-    base = tiny_mixtral if experts else partial(tiny_llama, hidden_size=width)
-    world.on_main(lambda: base().save_pretrained(base.folder))
+    make = tiny_mixtral if experts else partial(tiny_llama, hidden_size=width)
+    world.on_main(lambda: make().save_pretrained(files.folder))
     opened = open_model(
-        spec, base, NO_STORES, world, Placement(sharding, checkpointing),
-        PRECISIONS[spec.training.precision], TEXT, True,
+        spec, files, NO_STORES, world, Placement(sharding, checkpointing),
+        precision_of(spec, cuda=False), TEXT, True,
     )  # fmt: skip
     model, loss, module = opened.model, opened.loss, opened.module
     documents = samples(LENGTHS)
@@ -93,7 +93,7 @@ def tune(
     if checkpoint is not None:
         load_state(FileSystemReader(checkpoint), model, session.optimizers, world.control)
     shape = StaticShape(ROW, max(LENGTHS)) if spec.training.compile else None
-    build = TASKS["CausalLM"].micro_batch(plan.packing, ALONE, shape, True)
+    build = TASKS["CausalLM"].builder(plan.packing, ALONE, shape, True)
     with Feed(plan, read, rank=rank, start=start, end=end, device=CPU, build=build) as feed:
         for batch in feed:
             optimizer_step(session, batch, 1e-2)

@@ -100,12 +100,14 @@ def test_only_what_is_certain_refuses(
         assert found.certain == state * GIB // (8 * nodes if "Full" in outcome else 1)
 
 
-@pytest.mark.parametrize(("precision", "named"), [("BF16", True), ("PureBF16", False)])
-def test_four_bits_are_not_named_where_weights_are_copied(precision: str, named: bool) -> None:
+@pytest.mark.parametrize(("precision", "named"), [("BF16", True), ("FP8", False)])
+def test_four_bits_are_not_named_beside_eight(precision: str, named: bool) -> None:
     def measure(other: FineTuneJobSpec) -> ModelProfile:
         return facts_of((1 if other.method.kind.quantizes else 900) * GIB)
 
-    found = alternatives(spec_of(training={"precision": precision}), SAMPLES, 8 * GIB, measure)
+    training = {"precision": precision, "compile": precision == "FP8"}
+    spec = spec_of(method={"type": "Full"}, training=training)
+    found = alternatives(spec, SAMPLES, 8 * GIB, measure)
     assert any(one.spec.method.type == "QLoRA" for one in found) == named
 
 

@@ -14,7 +14,7 @@ from engine import CPU, samples, spec_of, tiny_llama
 from torch import nn
 from worlds import forked, free_port
 
-from finetune_trainer.engine.dtensors import held
+from finetune_trainer.engine.dtensors import local_tensor
 from finetune_trainer.engine.loss import TokenLoss, evaluating, micro_batch_losses
 from finetune_trainer.engine.packing.feed import build_packed
 from finetune_trainer.engine.packing.layout import layout_context
@@ -24,7 +24,7 @@ from finetune_trainer.engine.placeholders import (
     placeholder,
     replace_parameters,
 )
-from finetune_trainer.engine.precision import PRECISIONS
+from finetune_trainer.engine.precision import FP32, Precision
 from finetune_trainer.engine.sharding import distribute
 from finetune_trainer.engine.world import World, join
 
@@ -33,14 +33,14 @@ ROW = build_packed(samples([30, 24]), range(2), seed=0, step=0, device=CPU)
 
 @pytest.fixture
 def world() -> Iterator[World]:
-    yield join(spec_of({"type": "Full"}, precision="PureBF16").training)
+    yield join(spec_of({"type": "Full"}, precision="BF16"))
     torch.distributed.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def sharded(world: World, gathered: bool) -> nn.Module:
     return distribute(
-        TokenLoss(tiny_llama()), world, "NoShard", PRECISIONS["PureBF16"], gathered=gathered
+        TokenLoss(tiny_llama()), world, "NoShard", Precision(copies=True), gathered=gathered
     )
 
 
@@ -51,7 +51,7 @@ def test_losses_and_gradients_are_the_same_gathered_or_not(world: World) -> None
         with layout_context(ROW.layout):
             losses = module(ROW).tokens
             losses.sum().backward()
-        found.append((losses.detach(), [held(p.grad) for p in module.parameters()]))  # type: ignore[arg-type]
+        found.append((losses.detach(), [local_tensor(p.grad) for p in module.parameters()]))  # type: ignore[arg-type]
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 
 
@@ -73,13 +73,13 @@ def halve_after_evaluation(rank: int, port: int, folder: str, gathered: bool) ->
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
-    world = join(spec_of({"type": "Full"}, precision="FP32").training)
-    module = distribute(TokenLoss(tiny_llama()), world, "FullShard", PRECISIONS["FP32"], gathered)
+    world = join(spec_of({"type": "Full"}, precision="FP32"))
+    module = distribute(TokenLoss(tiny_llama()), world, "FullShard", FP32, gathered)
     with evaluating(module):
         before = micro_batch_losses(module, ROW)
     with torch.no_grad():
         for parameter in module.parameters():
-            held(parameter).mul_(0.5)
+            local_tensor(parameter).mul_(0.5)
     after = micro_batch_losses(module, ROW)
     plain = TokenLoss(tiny_llama())
     with torch.no_grad():

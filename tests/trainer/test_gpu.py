@@ -174,10 +174,10 @@ class Course:
         if not folder.exists():
             tiny_llama(**changes).save_pretrained(folder)
         files = BaseFiles(Base(spec.model, ()), folder, None)
-        self.spec, self.world = spec, join(spec.training)
+        self.spec, self.world = spec, join(spec)
         self.opened: TunedModel = open_model(
             spec, files, NO_STORES, self.world, Placement("NoShard", False),
-            precision_of(spec.training, GPU.type == "cuda"), TEXT, True,
+            precision_of(spec, GPU.type == "cuda"), TEXT, True,
         )  # fmt: skip
         self.optimizers = make_optimizers(self.opened.model, spec)
 
@@ -225,8 +225,7 @@ def leave() -> None:
 COURSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "Full": ({"type": "Full"}, {"precision": "BF16"}),
     "LoRA": ({"type": "LoRA", "lora": {"rank": 4}}, {"precision": "BF16", "dropout": "0.1"}),
-    "PureBF16": ({"type": "Full"}, {"precision": "PureBF16"}),
-    "Muon": ({"type": "Full"}, {"precision": "PureBF16", "optimizer": "Muon"}),
+    "Muon": ({"type": "Full"}, {"precision": "BF16", "optimizer": "Muon"}),
     "AdamW8bit": ({"type": "Full"}, {"precision": "BF16", "optimizer": "AdamW8bit"}),
     "QLoRA": ({"type": "QLoRA", "lora": {"rank": 4}}, {"precision": "BF16"}),
 }
@@ -378,7 +377,7 @@ def test_moments_in_eight_bits_learn(tmp_path: Path) -> None:
 
 
 def test_copies_in_bfloat16_train_weights_of_32_bits(tmp_path: Path) -> None:
-    course = Course(tmp_path / "base", spec_of({"type": "Full"}, precision="PureBF16"))
+    course = Course(tmp_path / "base", spec_of({"type": "Full"}, precision="BF16"))
     assert isinstance(course.opened.module, FSDPModule)
     losses = course.losses(12)
     assert losses[-1] < 0.5 * losses[0]
@@ -387,7 +386,7 @@ def test_copies_in_bfloat16_train_weights_of_32_bits(tmp_path: Path) -> None:
 
 
 @on_gpu
-@pytest.mark.parametrize("precision", ["FP32", "BF16", "PureBF16"])
+@pytest.mark.parametrize("precision", ["FP32", "BF16"])
 @pytest.mark.parametrize("method", [{"type": "Full"}, {"type": "LoRA"}])
 def test_an_opened_model_takes_the_memory_of_its_parameters(
     method: dict[str, Any], precision: str, tmp_path: Path

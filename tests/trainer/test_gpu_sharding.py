@@ -28,12 +28,12 @@ def _alone() -> Iterator[None]:
 
 
 def test_placeholders_are_made_on_the_device() -> None:
-    spec = spec_of({"type": "Full"}, precision="PureBF16")
-    world = join(spec.training)
+    spec = spec_of({"type": "Full"}, precision="BF16")
+    world = join(spec)
     model = tiny_llama(hidden_size=512, intermediate_size=2048, num_hidden_layers=4)
     replace_parameters(model, lambda _, p: torch.nn.Parameter(placeholder(p.shape, p.dtype)))
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        module = distribute(model, world, "FullShard", precision_of(spec.training, True))
+        module = distribute(model, world, "FullShard", precision_of(spec, True))
         torch.cuda.synchronize()
     copied = [e for e in seen.events() if "HtoD" in e.name]
     assert len(copied) < 8, [e.name for e in copied][:20]
@@ -43,10 +43,10 @@ def test_placeholders_are_made_on_the_device() -> None:
 
 @pytest.mark.parametrize("gathered", [False, True])
 def test_blocks_stay_gathered_where_there_is_room(gathered: bool) -> None:
-    spec = spec_of({"type": "Full"}, precision="PureBF16")
-    world = join(spec.training)
+    spec = spec_of({"type": "Full"}, precision="BF16")
+    world = join(spec)
     model = tiny_llama(hidden_size=512, intermediate_size=2048, num_hidden_layers=8)
-    precision = precision_of(spec.training, True)
+    precision = precision_of(spec, True)
     module = distribute(model, world, "FullShard", precision, gathered)
     ids = torch.zeros(1, 8, dtype=torch.long, device=world.device)
     torch.cuda.synchronize()

@@ -95,7 +95,8 @@ def test_a_run_is_stopped_and_goes_on_to_its_end(tiny_base: Path, tmp_path: Path
     parts = json.loads((folder / "metrics.json").read_text())["training"]["startupSeconds"]
     total = parts.pop("total")
     assert list(parts) == [
-        "launch", "import", "rendezvous", "data", "model", "restore", "baseline", "step"]  # fmt: skip
+        "launch", "import", "rendezvous", "data", "model", "restore", "baseline",
+        "step"]  # fmt: skip
     assert sum(parts.values()) == pytest.approx(total, abs=0.01 * len(parts)), "rounded each"
     model = AutoModelForCausalLM.from_pretrained(folder / "merged")
     assert model.num_parameters() > 0

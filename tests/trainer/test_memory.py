@@ -100,7 +100,7 @@ def test_the_largest_row_bounds_every_row() -> None:
 
 
 def test_activations_that_cannot_be_measured_are_left_room() -> None:
-    unknown = dataclasses.replace(facts_of(8 * GIB), whole=None, gathered=None)
+    unknown = dataclasses.replace(facts_of(8 * GIB), activations=None)
     spec = spec_of(compute={"gpusPerNode": 1})
     found = decide(unknown, spec, MicroBatchSize(2048, 100), None)
     assert "activations" not in found.parts and not found.measured
@@ -130,5 +130,5 @@ def test_weights_that_stay_gathered_take_what_all_of_them_take() -> None:
         estimate(profile, spec, micro_batch, Placement("FullShard", False, gathered))["copies"]
         for gathered in (True, False)
     )
-    width = 2 if profile.halved else 4
+    width = 2 if profile.copies else 4
     assert kept - again == width * (profile.weights.blocks - 2 * profile.weights.block)

@@ -227,7 +227,7 @@ def test_parts_of_a_commit_that_was_given_up_are_removed_with_the_next(
     monkeypatch.setattr(checkpoint_files, "PART_BYTES", PART)
     run_spec = run_spec_for(run="1-parts", training={"precision": "FP32"})
     model, store = Model(**WIDE), Stores(run_spec).default
-    checkpointer = CheckpointManager.take(join(run_spec.spec.training), store, run_spec, tmp_path)
+    checkpointer = CheckpointManager.take(join(run_spec.spec), store, run_spec, tmp_path)
 
     def away(*arguments: Any) -> Any:
         raise AWAY

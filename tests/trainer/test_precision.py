@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from engine import CPU, samples, tiny_llama
+from engine import CPU, samples, spec_of, tiny_llama
 from sharding_worker import tune
 from torch import nn
 from transformers import (
@@ -15,12 +15,11 @@ from transformers import (
 from transformers.models.llama import modeling_llama
 from worlds import forked
 
-from finetune_api.optimizers import COPYING
 from finetune_trainer.engine import kernels
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.packing.feed import build_packed
 from finetune_trainer.engine.packing.layout import layout_context
-from finetune_trainer.engine.precision import PRECISIONS, use_fp8
+from finetune_trainer.engine.precision import FP32, Precision, precision_of, use_fp8
 from ports import free_port
 
 LORA = {"type": "LoRA", "lora": {"rank": 4}}
@@ -50,19 +49,39 @@ def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float
 @pytest.mark.parametrize(
     ("method", "sharding"), [({"type": "Full"}, "NoShard"), (LORA, "FullShard")]
 )
-def test_bfloat16_throughout_keeps_32_bit_weights_and_is_near(tmp_path, method, sharding):
+def test_bf16_keeps_32_bit_weights_and_is_near(tmp_path, method, sharding):
     exact = tuned(tmp_path / "exact", 1, "NoShard", "FP32", method)
-    alone = tuned(tmp_path / "alone", 1, "NoShard", "PureBF16", method)
+    alone = tuned(tmp_path / "alone", 1, "NoShard", "BF16", method)
     for name, weight in alone.items():
         assert weight.dtype == torch.float32
         assert not torch.equal(weight, weight.bfloat16().float()), name
     assert apart(alone, exact) < 0.2
-    found = tuned(tmp_path / "gang", 2, sharding, "PureBF16", method)
+    found = tuned(tmp_path / "several", 2, sharding, "BF16", method)
     assert apart(found, alone) < 0.2
 
 
-def test_the_contract_knows_which_precisions_copy_weights():
-    assert set(COPYING) == {name for name, precision in PRECISIONS.items() if precision.copied}
+@pytest.mark.parametrize(
+    ("method", "training", "cuda", "expected"),
+    [
+        ({"type": "Full"}, {}, False, FP32),
+        ({"type": "Full"}, {}, True, Precision(copies=True)),
+        ({"type": "Full"}, {"precision": "FP32"}, True, FP32),
+        ({"type": "Full"}, {"precision": "BF16"}, False, Precision(copies=True)),
+        ({"type": "Full"}, {"precision": "BF16", "optimizer": "Muon"}, True,
+         Precision(copies=True)),
+        ({"type": "Full"}, {"precision": "BF16", "optimizer": "Adafactor"}, True, Precision()),
+        ({"type": "Full"}, {"precision": "FP8", "compile": True}, True,
+         Precision(copies=True, fp8=True)),
+        (LORA, {"precision": "BF16"}, True, Precision()),
+        ({"type": "Partial", "partial": {"lastLayers": 1}}, {"precision": "BF16"}, True,
+         Precision()),
+        ({"type": "QLoRA", "lora": {"rank": 4}}, {"precision": "BF16"}, True, Precision()),
+    ],
+)  # fmt: skip
+def test_the_precision_follows_from_the_spec(method, training, cuda, expected):
+    spec = spec_of(method, **training)
+    assert precision_of(spec, cuda) == expected
+    assert not (expected.copies and expected.autocast)
 
 
 def test_eight_bits_learn_as_more_do():
@@ -103,11 +122,6 @@ def test_rows_of_any_size_go_back_through_the_kernel_of_eight_bits():
 
 def test_layers_that_no_kernel_takes_stay():
     assert use_fp8(tiny_llama(intermediate_size=72), emulate=True) == 8
-
-
-def test_precisions_say_what_is_kept():
-    assert [name for name, p in PRECISIONS.items() if p.autocast] == ["BF16"]
-    assert [name for name, p in PRECISIONS.items() if p.copied] == ["PureBF16", "FP8"]
 
 
 @pytest.fixture

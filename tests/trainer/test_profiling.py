@@ -76,7 +76,7 @@ def one_row(tokens: int) -> MicroBatch:
 
 def steps_of_training(folder: Path, spec: FineTuneJobSpec) -> int:
     """Bytes at the peak of the second of two real steps of two rows each."""
-    precision = precision_of(spec.training, cuda=False)
+    precision = precision_of(spec, cuda=False)
     micro_batch = one_row(TOKENS)
     gc.collect()
     with LiveBytes() as live:
@@ -134,7 +134,7 @@ def test_the_estimate_is_close_above_what_a_step_takes(
 def test_weights_are_counted_as_they_are(llama: Path, method: dict[str, Any]) -> None:
     spec = spec_of(method=method, training={"precision": "BF16"})
     weights = profile_model(llama, spec, 64).weights
-    precision = precision_of(spec.training, cuda=True)
+    precision = precision_of(spec, cuda=True)
     model = apply_method(load_base(llama, frozen_dtype(spec, precision)), spec)
     real = [*model.parameters(), *model.buffers()]
     assert weights.held == sum(t.numel() * t.element_size() for t in real)

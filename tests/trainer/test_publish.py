@@ -101,10 +101,10 @@ def test_lora_is_published_as_adapter_and_merged(
     tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
     assert configuration(merged) == configuration(base)
     assert merged.generation_config.eos_token_id == tokenizer.eos_token_id
-    base = logits(base, tokenizer)
+    base_logits = logits(base, tokenizer)
     adapted = logits(PeftModel.from_pretrained(base, str(folder / "adapter")), tokenizer)
     assert torch.allclose(logits(merged, tokenizer), adapted, atol=1e-4)
-    assert not torch.allclose(base, adapted, atol=1e-1)
+    assert not torch.allclose(base_logits, adapted, atol=1e-1)
 
     check_manifest(folder, summary)
     latest = json.loads(run.store.get(f"s3://{bucket}/out/latest.json"))

@@ -26,7 +26,7 @@ FP8: dict[str, Any] = {**FULL, "training": {"precision": "FP8", "compile": True}
     [
         (QLORA, "bitsandbytes", "method.type: LoRA"),
         (SMALL, "bitsandbytes", "training.optimizer: AdamW"),
-        (FP8, "torchao", "training.precision: PureBF16"),
+        (FP8, "torchao", "training.precision: BF16"),
     ],
 )
 def test_few_bits_need_a_package_and_a_gpu(
@@ -54,7 +54,7 @@ def test_eight_bits_need_a_gpu_that_has_them(monkeypatch: pytest.MonkeyPatch) ->
     )
     monkeypatch.setattr(requirements.torch, "cuda", gpus)
     check_device(spec_of(**SMALL), GPU)
-    with pytest.raises(UserError, match=r"this is a A100; set training\.precision: PureBF16"):
+    with pytest.raises(UserError, match=r"this is a A100; set training\.precision: BF16"):
         check_device(spec_of(**FP8), GPU)
 
 

@@ -212,7 +212,7 @@ def test_a_death_at_the_write_of_a_rollback_leaves_all_of_it_or_nothing(
         Model(),
         run_spec_for(run="1-rewind", training={"precision": "FP32"}, checkpoint={"keepLast": 3}),
     )
-    world, store = join(run_spec.spec.training), Stores(run_spec).default
+    world, store = join(run_spec.spec), Stores(run_spec).default
     checkpointer = CheckpointManager.take(world, store, run_spec, tmp_path)
     for step in (3, 6, 9):
         checkpointer.save(model.model, model.optimizers, model.set(step))

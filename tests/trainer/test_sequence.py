@@ -82,7 +82,7 @@ def test_four_runs_one_after_the_other(
     chain = Chain(run_spec_for, bucket, tiny_base, tmp_path)
     base = tiny_base / "model"
     plain = AutoModelForCausalLM.from_pretrained(base)
-    base = logits(plain)
+    base_logits = logits(plain)
 
     one = chain.run("one", method={"type": "LoRA", "lora": {"rank": 4}})
     with pytest.raises(UserError) as caught:
@@ -101,7 +101,7 @@ def test_four_runs_one_after_the_other(
     torch.testing.assert_close(summed, whole, atol=1e-4, rtol=1e-4)
     first = AutoModelForCausalLM.from_pretrained(base)
     first = logits(PeftModel.from_pretrained(first, str(chain.got("one", "adapter"))))
-    assert (summed - first).abs().max() > 1e-2 < (first - base).abs().max()
+    assert (summed - first).abs().max() > 1e-2 < (first - base_logits).abs().max()
     config = json.loads((chain.got("two", "adapter") / "adapter_config.json").read_text())
     assert (config["r"], config["base_model_name_or_path"]) == (6, f"s3://{bucket}/model")
 
@@ -170,10 +170,10 @@ def test_a_sum_of_adapters_is_one_over_the_other(
     first = save_adapter(base, tmp_path / "one", seed=1, **every | one)
     second = save_adapter(base, tmp_path / "two", seed=2, **every | two)
     model = AutoModelForCausalLM.from_pretrained(base)
-    base = logits(model)
+    base_logits = logits(model)
     model = PeftModel.from_pretrained(model, str(first)).merge_and_unload()
     before = logits(model)
-    assert (before - base).abs().max() > 1e-2
+    assert (before - base_logits).abs().max() > 1e-2
     expected = logits(PeftModel.from_pretrained(model, str(second)))
     assert (expected - before).abs().max() > 1e-2
 

@@ -14,9 +14,6 @@ from finetune_api.base import DecimalString, Model, Rule, is_zero
 from finetune_api.methods import METHODS
 
 OptimizerName = Literal["AdamW", "AdamW8bit", "Adafactor", "Muon"]
-COPYING: Final = ("PureBF16", "FP8")
-"""Values of `training.precision` that compute with copies of weights. Sharding makes the copies,
-also where nothing is sharded: what does not go with shards does not go with these."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,8 @@ class OptimizerKind:
     needs_gpu: bool = False
     """Whether it runs on GPUs alone, by a package that not every trainer image has."""
     shards: bool = True
-    """Whether it goes with a model in shards (`compute.sharding`), and so with COPYING."""
+    """Whether it goes with a model in shards (`compute.sharding`), and so with FP8, which computes
+    with FSDP's copies of the weights."""
     matrices: bool = False
     """Whether it is for matrices of hidden layers, and useless to methods that train none."""
 
@@ -91,9 +89,9 @@ def optimizer_rules() -> tuple[Rule, ...]:
         ),
         rule(
             [name for name, kind in kinds if not kind.shards],
-            f"!(self.training.precision in {json.dumps(COPYING)})",
-            "does not go with copies of weights: set training.precision: BF16",
-            lambda spec: spec.training.precision not in COPYING,
+            "self.training.precision != 'FP8'",
+            "does not go with FP8: set training.precision: BF16",
+            lambda spec: spec.training.precision != "FP8",
             "training.precision",
         ),
         rule(

@@ -24,7 +24,6 @@ from finetune_api.base import (
 from finetune_api.cluster import Compute, FailurePolicy, Prepare, Scheduling
 from finetune_api.methods import METHODS, Method, OutputFormat, methods_for
 from finetune_api.optimizers import (
-    COPYING,
     anchor_rules,
     optimizer_rules,
 )
@@ -180,20 +179,11 @@ class FineTuneJobSpec(Model):
             lambda s: s.method.kind.shards or s.compute.sharding in ("Auto", "NoShard"),
             ("method.type", "compute.sharding"),
         ),
-        Rule(
-            f"!(self.method.type in {json.dumps(_WHOLE)})"
-            f" || !(self.training.precision in {json.dumps(COPYING)})",
-            f"method.type {', '.join(_WHOLE)} does not go with copies of weights: set"
-            " training.precision: BF16, or method.type: LoRA",
-            lambda s: s.method.kind.shards or s.training.precision not in COPYING,
-            ("method.type", "training.precision"),
-        ),
         *optimizer_rules(),
         *anchor_rules(),
         Rule(
             "self.training.precision != 'FP8' || self.method.type == 'Full'",
-            "training.precision FP8 goes with method.type Full, whose weights all change: set"
-            " PureBF16",
+            "training.precision FP8 goes with method.type Full, whose weights all change: set BF16",
             lambda s: s.training.precision != "FP8" or s.method.type == "Full",
             ("method.type",),
         ),

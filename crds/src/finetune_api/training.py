@@ -100,13 +100,12 @@ class Training(Model):
     lowest, the head above the highest (Howard and Ruder 2018, arXiv:1801.06146). "1": all alike."""
     max_grad_norm: DecimalString = "1.0"
     """Largest norm of the gradient; a larger one is scaled down. "0" switches clipping off."""
-    precision: Literal["Auto", "BF16", "PureBF16", "FP8", "FP32"] = "Auto"
-    """Arithmetic of the model. BF16: matrix products in bfloat16 (autocast) over 32-bit weights; in
-    shards (`compute.sharding`), where weights are gathered in bfloat16, the same as PureBF16.
-    PureBF16: all in bfloat16, by copies of 32-bit weights: faster, and a little less exact. FP8: as
-    PureBF16, with linear layers in 8 bits (Ada, Hopper or newer; needs compile, without which
-    scaling takes longer than the products save). FP32: products in 32 bits throughout, never in
-    TF32. What is trained is kept in 32 bits with each. Auto: BF16 on a GPU, FP32 on a CPU."""
+    precision: Literal["Auto", "BF16", "FP8", "FP32"] = "Auto"
+    """Numbers that the model computes in. BF16: bfloat16, by copies of the weights with Full and
+    optimizers that can be sharded, else by autocast; the same at any `compute.sharding`. FP8: as
+    BF16, with the linear layers in 8 bits (Ada, Hopper or newer; needs compile, without which
+    scaling takes longer than the products save). FP32: float32 throughout, never TF32. Trained
+    weights are kept in float32 with each. Auto: BF16 on a GPU, FP32 on a CPU."""
     router_aux_loss_coefficient: DecimalString = "0"
     """Weight of the loss that spreads tokens over the experts of a mixture (Fedus et al. 2022,
     arXiv:2101.03961), computed row by row and added to the training loss. Configurations of such
@@ -144,8 +143,8 @@ class Training(Model):
         ),
         Rule(
             "self.precision != 'FP8' || self.compile",
-            "precision FP8 is slower than PureBF16 without compile, which makes one kernel of"
-            " scaling and rounding: set compile to true, or precision to PureBF16",
+            "precision FP8 is slower than BF16 without compile, which makes one kernel of"
+            " scaling and rounding: set compile to true, or precision to BF16",
             lambda t: t.precision != "FP8" or t.compile,
             ("precision", "compile"),
         ),

@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
-def held(value: Tensor) -> Tensor:
+def local_tensor(value: Tensor) -> Tensor:
     """What this process holds of a tensor that may be in shards: the same memory."""
     return value.to_local() if isinstance(value, DTensor) else value
 
@@ -31,4 +31,4 @@ def share_of(target: Tensor, values: Tensor) -> Tensor:
 @torch.no_grad()
 def put(target: Tensor, values: Tensor) -> None:
     """Give a tensor that may be in shards its share of whole values."""
-    held(target).copy_(share_of(target, values))
+    local_tensor(target).copy_(share_of(target, values))

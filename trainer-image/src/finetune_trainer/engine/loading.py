@@ -32,7 +32,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from finetune_trainer.engine.dtensors import held, share_of
+from finetune_trainer.engine.dtensors import local_tensor, share_of
 from finetune_trainer.engine.model import (
     CPU,
     TEXT,
@@ -151,7 +151,7 @@ class _Filling:
         self._filled |= {self._own[name] for name in nothing}
 
     def _held(self, name: str) -> Tensor:
-        return held(self._targets[self._own[name]])
+        return local_tensor(self._targets[self._own[name]])
 
     def _put(self, name: str, stand_in: PreTrainedModel) -> None:
         """Copy what was read for a name into its shards, and let go of it."""
@@ -159,8 +159,8 @@ class _Filling:
         target, found = self._targets[own], stand_in.get_parameter_or_buffer(name)
         if found is target or found.is_meta:  # not of this block
             return
-        rows = held(found) if isinstance(found, DTensor) else share_of(target, found)
-        mine = held(target)
+        rows = local_tensor(found) if isinstance(found, DTensor) else share_of(target, found)
+        mine = local_tensor(target)
         if own in self._filled and not torch.equal(mine, rows.to(mine)):
             raise not_tied(stand_in)
         mine.copy_(rows)

@@ -1,64 +1,76 @@
-"""Arithmetic of the model: in which numbers it computes, and in which its weights are kept.
+"""Precision of a run: the number formats of computation and of weights.
 
-    FP32      32 bits throughout
-    BF16      weights in 32 bits, matrix products in bfloat16 (autocast); in shards as PureBF16
-    PureBF16  all in bfloat16, with copies of weights that are kept, and changed, in 32 bits
-    FP8       as PureBF16, linear layers of the blocks in 8 bits with a scale for each tensor
+    FP32  float32 throughout
+    BF16  matrix products in bfloat16, float32 master weights
+    FP8   as BF16, with the linear layers of the blocks in 8 bits and a scale for each tensor
 
-An optimizer step is often smaller than the spacing of bfloat16, so what is trained is kept in 32
-bits force it computes with. The copies are FSDP's, also where nothing is sharded.
+An optimizer step is often smaller than the spacing of bfloat16, so trained weights are kept in
+float32 with each of them. There are two ways to bfloat16, and a run has one of them, at any
+sharding, because it follows from the run spec (method and optimizer) alone:
+
+    copies    FSDP gathers bfloat16 copies of the float32 weights, also where nothing is sharded.
+              Everything is computed in bfloat16. Faster, and smaller: only the copies of two blocks
+              exist at a time. For methods that train every weight.
+    autocast  torch casts weights where a product needs them. For methods that freeze the base
+              (frozen weights are in bfloat16 anyway), and for optimizers that cannot be sharded.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
+import torch
 from torch import nn
 
-from finetune_api.training import Training
+from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.parameters import decoder_blocks
 
 
 @dataclass(frozen=True)
 class Precision:
-    """One way of computing."""
+    """The precision of a run."""
 
-    halved: bool = True
-    """Whether activations are in bfloat16 (or less), and so frozen weights too."""
-    copied: bool = False
-    """Whether weights are copied to bfloat16 as wholes, rather than by autocast where needed."""
+    bf16: bool = True
+    """Whether matrix products are in bfloat16 (or less)."""
+    copies: bool = False
+    """Whether FSDP makes bfloat16 copies of the weights; else autocast casts them."""
     fp8: bool = False
     """Whether linear layers compute in 8 bits."""
 
     @property
     def autocast(self) -> bool:
-        return self.halved and not self.copied
+        return self.bf16 and not self.copies
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Of weights that are not trained."""
+        return torch.bfloat16 if self.bf16 else torch.float32
 
 
-PRECISIONS: Final = {
-    "FP32": Precision(halved=False),
-    "BF16": Precision(),
-    "PureBF16": Precision(copied=True),
-    "FP8": Precision(copied=True, fp8=True),
-}
+FP32 = Precision(bf16=False)
 
 
-def precision_of(training: Training, cuda: bool) -> Precision:
-    """What the spec asks for; Auto takes BF16 on a GPU."""
-    if training.precision == "Auto":
-        return PRECISIONS["BF16" if cuda else "FP32"]
-    return PRECISIONS[training.precision]
+def precision_of(spec: FineTuneJobSpec, cuda: bool) -> Precision:
+    """The precision that a spec means; Auto is BF16 on a GPU, FP32 elsewhere."""
+    name = spec.training.precision
+    if name == "FP32" or (name == "Auto" and not cuda):
+        return FP32
+    kind = spec.method.kind
+    copies = not kind.freezes and kind.shards and spec.training.optimizer_kind.shards
+    return Precision(copies=copies, fp8=name == "FP8")
 
 
 def use_fp8(model: nn.Module, emulate: bool = False) -> int:
-    """Have the linear layers of the blocks compute in 8 bits (Micikevicius et al. 2022,
-    arXiv:2209.05433), with scales found for each tensor as it comes; those whose sides are no
-    multiples of 16 stay as they are. Returns how many do. Rows may have any number of tokens: a
-    weight's gradient is a sum over them, and is filled up to what the kernel takes.
+    """Convert the linear layers of the blocks to 8 bits (Micikevicius et al. 2022,
+    arXiv:2209.05433), with scales found for each tensor as it comes; layers whose sides are no
+    multiples of 16 stay as they are. A micro-batch may have any number of tokens: the weight's
+    gradient is a sum over the tokens, which are padded to what the kernel takes.
 
     Args:
         emulate: whether to compute what a GPU would, by other means.
+
+    Returns:
+        The number of layers that compute in 8 bits.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     from torchao.float8.float8_linear import Float8Linear

@@ -50,7 +50,7 @@ def data_parallel_of(
     """What ``distribute`` makes of a module of which something is ``trained``, or nothing."""
     if not trained and (world.size == 1 or sharding == "NoShard"):
         return "Single"
-    if precision.copied or (world.size > 1 and sharding != "NoShard"):
+    if precision.copies or (world.size > 1 and sharding != "NoShard"):
         return "FSDP"
     return "Single" if world.size == 1 else "DDP"
 
@@ -61,8 +61,8 @@ def distribute(
     """The module to run: ``loss`` itself, sharded in place, or DDP around it where it is whole and
     something of it is trained; DDP gives every process what the first one has.
 
-    Where the precision has the model compute with copies of its weights in bfloat16, FSDP makes
-    them, in shards or not; gradients are reduced in 32 bits.
+    Where the precision computes with bfloat16 copies of the weights, FSDP makes the copies, in
+    shards or not; gradients are reduced in float32.
 
     Args:
         gathered: whether blocks stay gathered from the forward pass to the backward pass.
@@ -81,7 +81,7 @@ def distribute(
         del dims["replicate"]
     mesh = init_device_mesh(world.device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if precision.halved else None, reduce_dtype=torch.float32
+        param_dtype=torch.bfloat16 if precision.copies else None, reduce_dtype=torch.float32
     )
     for block in decoder_blocks(loss):
         _leave_host(block, world.device)

@@ -55,7 +55,7 @@ class Task:
     loss: Callable[[nn.Module, Training, bool | None], TaskLoss]
     """The module that is trained, of a model under tuning and of what its profile says of its head
     (``head.has_plain_head``; None: there is no profile)."""
-    micro_batch: Callable[[Packing, ContextGroup, StaticShape | None, bool], MicroBatchBuilder]
+    builder: Callable[[Packing, ContextGroup, StaticShape | None, bool], MicroBatchBuilder]
     """What makes rows, of how samples share them, the processes that share them, the shape that
     they must have, and whether something is drawn by keys (dropout, noise)."""
     packing: Callable[[PreTrainedModel, bool], Packing]
@@ -99,7 +99,7 @@ TASKS: Final[dict[TaskName, Task]] = {
         peft_type="CAUSAL_LM",
         head=lambda model: [],
         loss=_token_loss,
-        micro_batch=_token_micro_batch,
+        builder=_token_micro_batch,
         packing=_token_packing,
     ),
     "SequenceClassification": Task(
@@ -110,9 +110,7 @@ TASKS: Final[dict[TaskName, Task]] = {
         peft_type="SEQ_CLS",
         head=head_names,
         loss=_class_loss,
-        micro_batch=lambda packing, context, shape, keyed: partial(
-            build_padded_classes, keyed=keyed
-        ),
+        builder=lambda packing, context, shape, keyed: partial(build_padded_classes, keyed=keyed),
         packing=lambda model, packs: "Padded",
     ),
 }

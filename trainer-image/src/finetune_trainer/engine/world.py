@@ -19,7 +19,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from finetune_api.training import Training
+from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.backends import choose_backends
 from finetune_trainer.engine.packing.context import ALONE, ContextGroup
 from finetune_trainer.engine.precision import precision_of
@@ -146,14 +146,14 @@ class World:
             dist.destroy_process_group()
 
 
-def join(training: Training) -> World:
+def join(spec: FineTuneJobSpec) -> World:
     """Take this process's place, as torchrun's environment says.
 
     Raises:
         NodeFailure: where the peers cannot be reached.
     """
     cuda = torch.cuda.is_available()
-    precision = precision_of(training, cuda)
+    precision = precision_of(spec, cuda)
     if cuda:
         choose_backends()
     try:
@@ -164,7 +164,7 @@ def join(training: Training) -> World:
         )
     except (RuntimeError, ConnectionError, TimeoutError) as error:
         raise NodeFailure(PEER_LOST, f"the gang did not form: {error}") from error
-    if precision.copied and not dist.is_initialized():
+    if precision.copies and not dist.is_initialized():
         # FSDP wants a group, though this process is alone.
         backend = "nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]

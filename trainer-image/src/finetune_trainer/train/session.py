@@ -139,7 +139,7 @@ def open_session(
     assert first is not None, "the first process is the first of its node"
     files = own.in_version_of(first)
     tokenizer = load_tokenizer(files.folder)
-    precision = precision_of(spec.training, world.device.type == "cuda")
+    precision = precision_of(spec, world.device.type == "cuda")
     kept = world.on_main(lambda: runfiles.read_memory_profiles(stores.default, run_spec.run_uri))
     measure = ProfileCache(files.folder, data.manifest.max_length, kept)
     memory = fitted(spec, data, world, measure)
@@ -181,17 +181,17 @@ def open_session(
         prepared=prepared,
         data=data,
         context=context,
-        build=task.micro_batch(tuned.packing, context, shape, draws(spec)),
+        build=task.builder(tuned.packing, context, shape, draws(spec)),
         plan=plan,
         module=tuned.module,
         loss=tuned.loss,
         optimizers=optimizers,
         guard=Guard(spec.training.guard, world.device),
         work=tuned.work,
-        peak=world_peak if precision.halved else None,
+        peak=world_peak if precision.bf16 else None,
         evaluator=EVALUATORS[spec.task](
             world=world, data=data, loss=tuned.loss,
-            build=task.micro_batch(tuned.packing, ALONE, None, False), tokenizer=tokenizer,
+            build=task.builder(tuned.packing, ALONE, None, False), tokenizer=tokenizer,
             micro_batch_tokens=_evaluation_tokens(micro_batch_tokens, data,
             spec.method.virtual_tokens), packing=tuned.packing, possible=spec.kind.metrics,
             virtual_tokens=spec.method.virtual_tokens, max_samples=spec.evaluation.max_samples,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from finetune_api.spec import FineTuneJobSpec
@@ -86,7 +85,7 @@ def open_model(
         base = load_base(path, dtype, kind.packs, bits, purpose, weights, world.device)
     names = names_of(base)
     packing = packing_of(base, spec)
-    if precision.halved and not spec.training.compile:
+    if precision.bf16 and not spec.training.compile:
         use_liger(base, world.device)
     model = apply_method(base, spec)
     if placement.checkpointing:
@@ -123,13 +122,13 @@ def output_anchor(
     assert isinstance(loss, TokenLoss), "a rule says that it is for language models"
     if not wants_copy(spec):
         return OutputAnchor(loss)
-    dtype = torch.bfloat16 if precision.halved else torch.float32
+    dtype = precision.frozen_dtype
     filled = data_parallel_of(world, placement.sharding, precision, trained=False) == "FSDP"
     if filled:
         base = placeholder_base(files.folder, dtype)
     else:
         base = load_base(files.folder, dtype, weights=files.weights(stores), device=world.device)
-    if precision.halved and not spec.training.compile:
+    if precision.bf16 and not spec.training.compile:
         use_liger(base, world.device)
     copy = TokenLoss(base.requires_grad_(False)).eval()
     named = named_in(copy, names_of(base))

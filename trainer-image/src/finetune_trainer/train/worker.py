@@ -41,7 +41,7 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         run_spec = load_run_spec()
-        work(join(run_spec.spec.training), startup)
+        work(join(run_spec.spec), startup)
     except BaseException as error:
         if not isinstance(error, TrainerError):
             traceback.print_exc()

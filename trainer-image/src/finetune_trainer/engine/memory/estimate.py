@@ -86,7 +86,7 @@ class Activations:
     keys: float
     """Keys and values of all blocks, which processes that share a row gather."""
     constant: int
-    """Bytes at any number of tokens: copies of weights that autocast makes."""
+    """Bytes at any number of tokens: the casts of weights that autocast keeps."""
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,8 @@ class ModelProfile:
     """What is known of a model under tuning without its weights and its data."""
 
     weights: Weights
-    whole: Activations | None
-    """Where a process holds the model whole; None: not measured."""
-    gathered: Activations | None
-    """Where sharding gathers copies of the weights."""
+    activations: Activations | None
+    """None: not measured."""
     layers: int
     vocabulary: int
     """Numbers of a token's logits; 0 without an output head."""
@@ -130,10 +128,10 @@ class ModelProfile:
     """How samples share rows."""
     recomputes: bool
     """Whether blocks can compute their activations again."""
-    halved: bool
-    """Whether copies of weights are in bfloat16."""
-    copied: bool
-    """Whether weights are copied as wholes, in shards or not."""
+    bf16: bool
+    """Whether matrix products are in bfloat16."""
+    copies: bool
+    """Whether FSDP makes bfloat16 copies of the weights, in shards or not."""
     masks: bool = False
     """Whether each layer keeps the mask of a padded row, which the measured one had none of."""
 
@@ -226,7 +224,7 @@ def placements(profile: ModelProfile, spec: FineTuneJobSpec) -> list[Placement]:
 
 def _gathers(profile: ModelProfile, sharding: Sharding) -> bool:
     """Whether FSDP gathers or copies the weights of a block before it is run."""
-    return profile.copied or sharding != "NoShard"
+    return profile.copies or sharding != "NoShard"
 
 
 def estimate(
@@ -236,18 +234,16 @@ def estimate(
     compute, weights = spec.compute, profile.weights
     processes_per_node = compute.effective_processes_per_node
     shards = shards_of(placement.sharding, compute.nodes, processes_per_node)
-    gathers = _gathers(profile, placement.sharding)
-    found = profile.gathered if gathers else profile.whole
+    found = profile.activations
+    copies = 0.0 if found is None else found.constant
+    if _gathers(profile, placement.sharding):
+        copies += _gathered(profile, placement.gathered)
     parts: dict[Part, float] = {
         "parameters": weights.held / shards,
         "gradients": 4 * weights.trained / shards,
         "optimizer": weights.optimizer / shards,
         "anchors": weights.anchors / shards,
-        "copies": _gathered(profile, placement.gathered)
-        if gathers
-        else found.constant
-        if found
-        else 0,
+        "copies": copies,
     }
     if found is not None:
         parts |= _activations(profile, found, spec, micro_batch, placement)
@@ -277,7 +273,7 @@ def _activations(
     logits = float(number * profile.vocabulary * learned)
     mask = 0.0
     if profile.masks:
-        mask = (2 if profile.halved else 4) * tokens * micro_batch.masked
+        mask = (2 if profile.bf16 else 4) * tokens * micro_batch.masked
         block += mask
     if placement.checkpointing:
         kept, working = (found.inputs + found.outside) * tokens, (1 + _GRADIENTS) * block
@@ -295,13 +291,15 @@ def _gathered(profile: ModelProfile, all_blocks: bool) -> float:
     being added up over the processes: the last block's and the one before it, or what lies outside
     of blocks.
     """
-    weights, width = profile.weights, 2 if profile.halved else 4
+    weights = profile.weights
+    width = 2 if profile.copies else weights.held / weights.numbers  # a mean, in bytes
+    gradient_width = 2 if profile.copies else 4
     outside = weights.numbers - weights.blocks
     blocks = weights.blocks + weights.block if all_blocks else 3 * weights.block
     copies = width * (outside + max(blocks, 3 * weights.block))
     outside_trained = weights.trained - weights.blocks_trained
     reduced = max(2 * weights.block_trained, outside_trained)
-    return copies + 4 * reduced + width * max(weights.block_trained, outside_trained)
+    return copies + 4 * reduced + gradient_width * max(weights.block_trained, outside_trained)
 
 
 def decision_for(
@@ -312,9 +310,10 @@ def decision_for(
     room: int | None,
 ) -> MemoryDecision:
     """What a process takes in a placement."""
-    measured = profile.gathered if _gathers(profile, placement.sharding) else profile.whole
     parts = estimate(profile, spec, micro_batch, placement)
-    return MemoryDecision(placement, parts, room, measured is not None, profile.plain_head)
+    return MemoryDecision(
+        placement, parts, room, profile.activations is not None, profile.plain_head
+    )
 
 
 def decide(

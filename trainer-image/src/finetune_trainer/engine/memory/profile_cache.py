@@ -18,7 +18,7 @@ from typing import Any, Final
 from pydantic import TypeAdapter, ValidationError
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.engine.memory.estimate import ModelProfile, may_shard
+from finetune_trainer.engine.memory.estimate import ModelProfile
 from finetune_trainer.engine.memory.profiling import profile_model
 from finetune_trainer.failures import UserError
 
@@ -83,7 +83,6 @@ class ProfileCache:
             "method": spec.method.to_json(),
             "training": spec.training.model_dump(mode="json", exclude=_ROWS_ALONE),
             "on GPUs": spec.compute.gpus_per_node > 0,
-            "in shards": may_shard(spec),
             "shares rows": spec.compute.context_parallel > 1,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

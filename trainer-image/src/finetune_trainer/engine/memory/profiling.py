@@ -28,7 +28,7 @@ from finetune_trainer.engine.memory.activations import (
     TrackedActivations,
     profiled_attention,
 )
-from finetune_trainer.engine.memory.estimate import Activations, ModelProfile, Weights, may_shard
+from finetune_trainer.engine.memory.estimate import Activations, ModelProfile, Weights
 from finetune_trainer.engine.model import empty_base, purpose_of
 from finetune_trainer.engine.optimizers import check_optimizer, state_bytes
 from finetune_trainer.engine.packing import packed
@@ -68,34 +68,29 @@ def profile_model(path: Path, spec: FineTuneJobSpec, max_length: int) -> ModelPr
 
 
 def _profile(path: Path, spec: FineTuneJobSpec, max_length: int) -> ModelProfile:
-    precision = precision_of(spec.training, spec.compute.gpus_per_node > 0)
+    precision = precision_of(spec, spec.compute.gpus_per_node > 0)
     model = _Model(path, spec, precision)
     weights = model.weights()
-    whole = None if precision.copied else model.forward(max_length, precision.halved)
-    gathered = whole
-    if precision.copied or (precision.halved and may_shard(spec)):
-        # What FSDP gathers is in bfloat16 alike, and so is what it computes with.
-        model.halve()
-        gathered = model.forward(max_length, precision.autocast)
+    if precision.copies:
+        model.cast_weights()
     return ModelProfile(
         weights=weights,
-        whole=whole,
-        gathered=gathered,
+        activations=model.forward(max_length, precision.autocast),
         layers=len(model.blocks),
         vocabulary=model.vocabulary,
         logits_at_once=model.logits_at_once,
         plain_head=model.plain_head,
         packing=model.packing,
         recomputes=model.recomputes,
-        halved=precision.halved,
-        copied=precision.copied,
+        bf16=precision.bf16,
+        copies=precision.copies,
         masks=model.masks,
     )
 
 
 def frozen_dtype(spec: FineTuneJobSpec, precision: Precision) -> torch.dtype:
     """In which numbers a base is loaded: what is trained becomes 32-bit later."""
-    return torch.bfloat16 if precision.halved and spec.method.kind.freezes else torch.float32
+    return precision.frozen_dtype if spec.method.kind.freezes else torch.float32
 
 
 def packing_of(base: PreTrainedModel, spec: FineTuneJobSpec) -> Packing:
@@ -144,7 +139,7 @@ class _Model:
     """The model and its loss, of tensors that hold nothing."""
 
     def __init__(self, path: Path, spec: FineTuneJobSpec, precision: Precision) -> None:
-        self._halved = precision.halved
+        self._bf16 = precision.bf16
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._spec = spec
         packed.register(ATTENTION, profiled_attention(spec.compute.gpus_per_node > 0))
@@ -167,7 +162,7 @@ class _Model:
         if isinstance(self.loss, TokenLoss):
             self.logits_at_once = self.loss.logits_at_once()
             self.plain_head = self.loss.plain_head
-        self._build = task.micro_batch(self.packing, ALONE, None, draws(spec))
+        self._build = task.builder(self.packing, ALONE, None, draws(spec))
         _hold_nothing(self.loss, self._fake)
         head = base.get_output_embeddings()  # type: ignore[no-untyped-call]
         self._head = None if head is None else head.weight
@@ -177,8 +172,8 @@ class _Model:
     def vocabulary(self) -> int:
         return 0 if self._head is None else int(self._head.shape[0])
 
-    def halve(self) -> None:
-        """Compute with weights in bfloat16."""
+    def cast_weights(self) -> None:
+        """Compute with weights in bfloat16, as FSDP's copies are."""
         _hold_nothing(self.loss, self._fake, torch.bfloat16)
 
     def weights(self) -> Weights:
@@ -196,7 +191,7 @@ class _Model:
             numbers=numbers,
             trained=trained,
             optimizer=round(state_bytes(self._tuned, self._spec.training.optimizer)),
-            anchors=anchor_bytes(self._tuned, self._spec, self._halved),
+            anchors=anchor_bytes(self._tuned, self._spec, self._bf16),
             block=largest[0],
             block_trained=largest[1],
             blocks=sum(size for size, _ in sizes),

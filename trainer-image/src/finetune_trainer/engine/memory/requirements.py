@@ -45,7 +45,7 @@ def requirements(spec: FineTuneJobSpec) -> Iterator[Requirement]:
         setting = f"training.optimizer: {training.optimizer}"
         yield Requirement(setting, "bitsandbytes", "training.optimizer: AdamW")
     if training.precision == "FP8":
-        instead = "training.precision: PureBF16"
+        instead = "training.precision: BF16"
         yield Requirement("training.precision: FP8", "torchao", instead, _EIGHT_BITS)
 
 

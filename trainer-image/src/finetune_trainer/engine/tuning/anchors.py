@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.engine.dtensors import held
+from finetune_trainer.engine.dtensors import local_tensor
 from finetune_trainer.engine.loss import BaseLogits, EvaluationMode, MicroBatchLosses, TokenLoss
 from finetune_trainer.engine.optimizers import Optimizers
 from finetune_trainer.engine.packing.feed import MicroBatch, TokenMicroBatch
@@ -54,7 +54,7 @@ class WeightAnchor:
     def __init__(self, optimizers: Optimizers, coefficient: float) -> None:
         self._coefficient = coefficient
         self._weights: list[tuple[float, nn.Parameter, Tensor]] = [
-            (group["rate_factor"], weight, held(weight.detach()).clone())
+            (group["rate_factor"], weight, local_tensor(weight.detach()).clone())
             for optimizer in optimizers
             for group in optimizer.param_groups
             for weight in group["params"]
@@ -70,7 +70,7 @@ class WeightAnchor:
         """
         for factor, weight, base in self._weights:
             share = taken.to(base.dtype) * (rate * factor * self._coefficient)
-            held(weight).lerp_(base, share)
+            local_tensor(weight).lerp_(base, share)
 
 
 def wants_copy(spec: FineTuneJobSpec) -> bool:

@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine import pissa
-from finetune_trainer.engine.dtensors import held, put, whole
+from finetune_trainer.engine.dtensors import local_tensor, put, whole
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def _copy(wrapper: ModulesToSaveWrapper) -> None:
     for copy in wrapper.modules_to_save.values():
         for name, parameter in copy.named_parameters():
             if isinstance(parameter, DTensor):
-                held(parameter).copy_(held(there[name]))
+                local_tensor(parameter).copy_(local_tensor(there[name]))
 
 
 def _take_embeddings(model: Any, seed: int) -> None:
