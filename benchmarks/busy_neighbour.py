@@ -1,10 +1,10 @@
-"""A training of as many threads as there are cores, alone and beside a process that keeps one core
-busy: tokens per second by how the threads wait for each other.
+"""Training throughput by OpenMP wait policy, alone and beside a process that keeps one core busy.
 
     python benchmarks/busy_neighbour.py [--rounds 5] [--steps 4] [--micro-batch-tokens 1024]
 
-Each setting has a process of its own, since OpenMP reads it once. All are built first, then they
-take turns, alone and beside the busy one; the figures are medians, the ratios those of each round.
+Training has as many threads as there are cores. Each setting has its own process, because OpenMP
+reads its settings once. All processes are built first and then take turns. Speeds are medians over
+the rounds; ratios are medians of each round's ratio.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SETTINGS: Final[Mapping[str, Mapping[str, str]]] = {
 
 
 def work(tokens: int, commands: Connection) -> None:
-    """Trains so many steps whenever told to, and answers with the tokens a second."""
+    """Train as many steps as each command says and reply with tokens per second; 0 ends the loop."""
     from trainers import SHAPES, Ours, documents
 
     shape = replace(SHAPES["8M"], micro_batch_tokens=tokens, micro_batches=1)

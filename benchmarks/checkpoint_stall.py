@@ -1,12 +1,11 @@
-"""How long training stands still for a checkpoint, and what the upload costs the steps beside it.
+"""Training stall per checkpoint, and slowdown of the steps during its upload.
 
-    python benchmarks/checkpoint_stall.py [--millions 50] [--steps 20] [--commits 3]
+    python benchmarks/checkpoint_stall.py [--millions 50] [--steps 20] [--checkpoints 3]
 
-A model of so many million parameters is trained by AdamW on this machine, and commits its state
-(12 bytes a parameter) to an S3 server beside it every so many steps: waiting for each checkpoint,
-and going on while it is written, from a copy in memory or on disk. The server's own rate is that of
-as many plain puts, and gets, of parts of the same size at a time. The server, the upload and the
-training share the machine's cores.
+AdamW trains a model of `--millions` parameters on this machine. Every `--steps` steps it saves a
+checkpoint (12 bytes per parameter) to a local S3 server, in three modes: blocking, and asynchronous
+from a copy in memory or on disk. "Plain requests" is the server's own rate, with puts and gets of
+the same part size and concurrency. Server, upload and training share the machine's cores.
 """
 
 from __future__ import annotations
@@ -41,14 +40,14 @@ MB = 1_000_000
 
 @dataclass
 class Seconds:
-    """What one way of committing took."""
+    """Durations in one checkpoint mode."""
 
     stalls: list[float] = field(default_factory=list)
     intervals: list[float] = field(default_factory=list)
     beside: list[float] = field(default_factory=list)
-    """Of steps while a checkpoint was written."""
+    """Steps during an upload."""
     alone: list[float] = field(default_factory=list)
-    """Of the other steps."""
+    """All other steps."""
 
     def line(self, name: str) -> str:
         share = sum(self.stalls) / sum(self.intervals)
@@ -88,7 +87,7 @@ class Trainee:
 def checkpoints_of(
     world: World, store: ObjectStore, name: str, scratch: Path, staging: str
 ) -> CheckpointManager:
-    """The checkpoints of a new run."""
+    """Return the checkpoint manager of a new run."""
     run_spec = RunSpec(
         version=CONTRACT_VERSION, job=JobIdentity(namespace="bench", name=name, uid="bench-0000"),
         run="1-bench",
@@ -105,7 +104,7 @@ def checkpoints_of(
 def train(
     trainee: Trainee, checkpointer: CheckpointManager, steps: int, checkpoints: int, wait: bool
 ) -> Seconds:
-    """Train, and commit every so many steps; the last checkpoint is waited for."""
+    """Train, and save a checkpoint every `steps` steps. Waits for the last upload."""
     found = Seconds()
     for number in range(1, checkpoints + 1):
         began = time.perf_counter()
@@ -123,7 +122,7 @@ def train(
 
 
 def rate(size: int, work: Callable[[], object]) -> float:
-    """MB/s."""
+    """Return the rate of ``work`` over ``size`` bytes, in MB/s."""
     began = time.perf_counter()
     work()
     return size / MB / (time.perf_counter() - began)
@@ -133,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--millions", type=int, default=50)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--commits", type=int, default=3)
+    parser.add_argument("--checkpoints", type=int, default=3)
     options = parser.parse_args()
     trainee = Trainee(options.millions)
     world = join(Training.model_validate({"precision": "FP32"}))
@@ -143,12 +142,12 @@ def main() -> None:
         trainee.step()
         print(f"{trainee.bytes / MB:,.0f} MB of state, {torch.get_num_threads()} threads")
         print(
-            f"{'commit':24}{'stall, s':>10}{'most':>10}{'interval, s':>12}{'share':>9}"
+            f"{'checkpoint':24}{'stall, s':>10}{'max, s':>10}{'interval, s':>12}{'share':>9}"
             f"{'step, s':>10}{'beside':>8}{'of steps':>10}"
         )
         for name, staging, wait in (
-            ("waited for", "Memory", True), ("meanwhile", "Memory", False),
-            ("meanwhile, from disk", "Disk", False),
+            ("blocking", "Memory", True), ("asynchronous", "Memory", False),
+            ("asynchronous, from disk", "Disk", False),
         ):  # fmt: skip
             checkpointer = checkpoints_of(
                 world, store, f"{staging}-{wait}".lower(), scratch, staging
@@ -171,7 +170,7 @@ def main() -> None:
         began = time.perf_counter()
         checkpointer.restore(trainee.model, trainee.optimizers)
         took = time.perf_counter() - began
-        print(f"{'commit and restore':24}{wrote:10.0f}{trainee.bytes / MB / took:10.0f}")
+        print(f"{'checkpoint and restore':24}{wrote:10.0f}{trainee.bytes / MB / took:10.0f}")
         print(f"restored in {took:.1f} s")
 
 

@@ -1,9 +1,9 @@
-"""How fast the operator answers: jobs created at a steady rate against a real API server.
+"""Operator latency: jobs are created at a steady rate on a real API server.
 
     python benchmarks/operator_latency.py [--jobs 100] [--rate 20]
 
-Prints p50, p99 and the largest time from the request to create a FineTuneJob to its first child
-Job, as the watch of an outsider sees them. Pods run on make-believe nodes.
+Prints p50, p99 and maximum of the time from the request to create a FineTuneJob to its first child
+Job, as seen by a separate watch. Nodes are simulated by kwok.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def report(what: str, seconds: list[float], count: int) -> None:
     p50, p99 = seconds[len(seconds) // 2], seconds[min(len(seconds) - 1, len(seconds) * 99 // 100)]
     print(
         f"{what}: {len(seconds)} of {count}, p50 {p50:.3f} s, p99 {p99:.3f} s,"
-        f" most {seconds[-1]:.3f} s"
+        f" max {seconds[-1]:.3f} s"
     )
 
 

@@ -1,13 +1,14 @@
-"""How full rows are, and how evenly ranks are loaded, over an epoch of real data.
+"""How full micro-batches are, and how evenly ranks are loaded, over an epoch of real data.
 
     python benchmarks/packing.py [data.jsonl …] [--micro-batch-tokens 2048] [--vocabulary 8192]
 
-The texts of a record's fields, one after another, are a document; a byte-level BPE is learned of
-the data itself. Without data, lengths are drawn as for the other benchmarks. "compiled" is the
-share of real tokens in what is computed where rows have one size (training.compile), and behind it
-what it would be in rows of the most tokens; else rows are as long as their documents, and nothing
-but real tokens is computed. "even" is what the ranks' rows
-cost on average beside the dearest rank's, which the others wait for.
+The texts of a record's fields are concatenated to a document. A byte-level BPE is trained on the
+data itself. Without data, lengths are drawn as for the other benchmarks.
+
+"compiled" is the share of real tokens where micro-batches have one static size
+(training.compile), followed by the share in micro-batches of `--micro-batch-tokens`. Without
+compile a micro-batch is as long as its documents, and only real tokens are computed. "even" is the
+mean cost of the ranks divided by the cost of the costliest rank, which the others wait for.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def lengths_of(path: Path, vocabulary: int) -> Ints:
 
 
 def figures(lengths: Ints, batch: int, micro_batch: int, ranks: int) -> tuple[float, float, float]:
-    """Fill of compiled rows as they are chosen, and of rows of the most tokens; evenness of the
-    ranks: means over the tokens of an epoch."""
+    """Return the fill of compiled micro-batches at the chosen static size, their fill at the
+    largest size, and the evenness of the ranks: means over an epoch."""
     plan = Plan(
         lengths, lengths // 2, batch_size=batch, seed=0, micro_batch_tokens=micro_batch,
         ranks=ranks, visits=len(lengths),
@@ -62,7 +63,7 @@ def figures(lengths: Ints, batch: int, micro_batch: int, ranks: int) -> tuple[fl
 
 
 def fill(plan: Plan, steps: int) -> float:
-    """Share of real tokens in an epoch's rows, each as long as a row may be."""
+    """Return the share of real tokens in an epoch, at ``plan.micro_batch_tokens`` per micro-batch."""
     done = [plan.step(i) for i in range(steps)]
     micro_batches = sum(len(micro_batches) for step in done for micro_batches in step.micro_batches)
     return sum(step.tokens for step in done) / (micro_batches * plan.micro_batch_tokens)
@@ -84,7 +85,7 @@ def main() -> None:
                 compiled, widest, even = figures(lengths, batch, options.micro_batch_tokens, ranks)
                 print(
                     f"  {ranks} ranks, {batch} a step: compiled {compiled:.1%}"
-                    f" (in rows of {options.micro_batch_tokens}: {widest:.1%}), even {even:.2%}"
+                    f" (at {options.micro_batch_tokens} tokens: {widest:.1%}), even {even:.2%}"
                 )
 
 

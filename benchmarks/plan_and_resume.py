@@ -1,13 +1,13 @@
-"""Time to the first step of a plan, from the beginning and from the middle of a run.
+"""Time to the first step of a plan, at the start of a run and after a resume.
 
     python benchmarks/plan_and_resume.py [--samples 10000 1000000 10000000]
                                          [--stored 10000 1000000]
 
-Each figure is a process of its own. "plan": the plan is made from lengths and gives its step, as
-every process of a gang does when it starts. "from S3": manifest, index and shards are read from an
-S3 server on this machine into an empty folder, and the first batch is on the device (the CPU), as
-in a pod on a new node; samples of 16 to 256 tokens in shards of the usual size. A resumed run must
-not wait longer the further it had come.
+Each figure is measured in its own process. The first table builds the plan from lengths and
+computes one step, as every training process does at its start. "from S3" reads manifest, index and
+shards from a local S3 server into an empty folder until the first batch is on the device (the CPU),
+as in a pod on a new node; samples have 16 to 256 tokens, in shards of the default size. The time
+must not grow with the step at which a run resumes.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import numpy as np
 from finetune_trainer.engine.planning.mixture import Stage
 from finetune_trainer.engine.planning.plan import Plan
 
-# What reads storage and makes tensors is imported where it is needed: the memory of a plan is
-# measured without it.
+# Modules that read storage or make tensors are imported inside functions, so that the plan's memory
+# is measured without them.
 
 BATCH = 256
 EPOCHS = 3
@@ -40,8 +40,8 @@ MIXTURES = {"one set": None, "three sets, weighted": [0.6, 0.3, 0.1]}
 
 
 def first_step(samples: int, mixture: str, done: float) -> tuple[float, float]:
-    """Seconds until a plan has given its step at a part of the run, and the most memory that the
-    process held, in MiB."""
+    """Return the seconds until a plan has computed the step at fraction ``done`` of the run, and
+    the peak memory of the process in MiB."""
     lengths = np.random.default_rng(0).integers(16, ROW_TOKENS, samples).astype(np.int32)
     shares = MIXTURES[mixture]
     sources = np.arange(samples) % len(shares or [1])
@@ -64,8 +64,8 @@ def step_at(samples: int, done: float) -> int:
 
 
 def first_batch(endpoint: str, keys: Any, uri: str, done: float) -> tuple[float, int]:
-    """Seconds from an empty folder until the one process of a gang has its first batch, at a part
-    of the run, and how many shards had been fetched by then."""
+    """Return the seconds from an empty folder to the first batch of a single process, at fraction
+    ``done`` of the run, and the number of shards fetched by then."""
     import torch
 
     from finetune_trainer.engine.packing.feed import Feed
@@ -73,7 +73,7 @@ def first_batch(endpoint: str, keys: Any, uri: str, done: float) -> tuple[float,
     from finetune_trainer.storage.objects import ObjectStore
 
     store = ObjectStore(endpoint, credentials=keys)
-    store.head(f"{uri}/nothing.json")  # the first request of a client costs seconds
+    store.head(f"{uri}/nothing.json")  # the first request of a client takes seconds
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         data = PreparedData.open(store, uri, Path(folder))
@@ -91,7 +91,7 @@ def first_batch(endpoint: str, keys: Any, uri: str, done: float) -> tuple[float,
 
 
 def made_up(samples: int) -> Iterator[tuple[Any, Any]]:
-    """Random samples whose second half is learned."""
+    """Yield random samples whose second half is supervised."""
     draw = np.random.default_rng(0)
     tokens = draw.integers(0, 32_000, LONGEST_STORED + 4096).astype(np.int32)
     for length, at in zip(
@@ -125,7 +125,7 @@ def measure_stored(counts: list[int], positions: tuple[float, ...]) -> None:
 
 
 def alone(work: Any, *arguments: Any) -> Any:
-    """The result of a function in a process of its own."""
+    """Return the result of a function, run in its own process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(work, *arguments).result()
 
@@ -137,7 +137,7 @@ def main() -> None:
     options = parser.parse_args()
     positions = (0.0, 0.5, 0.99)
     heads = "".join(f"{f'at {p:.0%}, s':>12}" for p in positions)
-    print(f"{'samples':>12}  {'mixture':22}{heads}{'most MiB':>12}")
+    print(f"{'samples':>12}  {'mixture':22}{heads}{'peak MiB':>12}")
     for samples in options.samples:
         for mixture in MIXTURES:
             figures = [alone(first_step, samples, mixture, done) for done in positions]

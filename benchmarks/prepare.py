@@ -1,15 +1,17 @@
-"""Prepare: speed beside datasets.map, memory by size of the data, and reading from S3.
+"""Prepare: speed compared with datasets.map, memory by size of the data, and reading from S3.
 
     python benchmarks/prepare.py [--megabytes 16] [--rounds 3]
 
-Everything reads the same JSON Lines of generated prompts and completions from an S3 server on this
-machine, or from its disk (datasets.map), with the same tokenizer. Each figure is a process of its
-own, in which a few records were prepared before. Speeds are MB of data per second of CPU that the
-process and its threads used, so a busy machine distorts them little; ours (in one process, without
-the memory estimate) and datasets.map take turns. Then seconds of one process and of a pool of two,
-taking turns; and what each check costs, as CPU-seconds a MB above those without any. Memory is what
-the process held at most, above what it held before it began: at 1, 4 and 16 times the data as
-prepare is by default, and once each with less and with more looked for.
+All parts use the same tokenizer and the same JSON Lines of generated prompts and completions, from
+a local S3 server or from disk (datasets.map). Each figure is measured in its own process, which
+prepares a few records first.
+
+- Speed: MB of data per CPU-second of the process and its threads, which other load distorts little.
+  Prepare (one process, without the memory estimate) and datasets.map take turns.
+- Scaling: seconds of one process and of a pool of two, in turns.
+- Checks: CPU-seconds per MB that each check adds.
+- Memory: peak of the process above its memory at the start, at 1, 4 and 16 times the data with the
+  default checks, and once each with fewer and with more checks.
 """
 
 from __future__ import annotations
@@ -45,11 +47,11 @@ WORDS = 20_000
 TIMES = (1, 4, 16)
 CHUNK = 1 << 20
 FEW = f"s3://{BUCKET}/few.jsonl"
-"""Some records, prepared before what is measured: imports and first calls cost seconds."""
+"""Records that are prepared before the measurement: imports and first calls take seconds."""
 
 
 def words() -> list[str]:
-    """Made-up words, of 2 to 11 letters."""
+    """Return random words of 2 to 11 letters."""
     draw = np.random.default_rng(0)
     letters = np.array(list("etaoinshrdlucmfwypvbgkjqxz"))
     weights = 1.0 / np.arange(1, len(letters) + 1)
@@ -58,8 +60,8 @@ def words() -> list[str]:
 
 
 def records(size: int, vocabulary: list[str]) -> Iterator[bytes]:
-    """Lines of so many bytes together: prompts and completions of log-normal lengths, their words
-    drawn by Zipf's law; one in 50 is a copy of an earlier one."""
+    """Yield JSON lines of ``size`` bytes in total: prompts and completions of log-normal lengths,
+    with words drawn by Zipf's law. One in 50 is a copy of the line before."""
     draw = np.random.default_rng(1)
     weights = 1.0 / np.arange(1, WORDS + 1)
     cumulative = np.cumsum(weights / weights.sum())
@@ -79,7 +81,7 @@ def records(size: int, vocabulary: list[str]) -> Iterator[bytes]:
 
 
 def make_model(folder: Path, vocabulary: list[str]) -> None:
-    """A byte-level BPE tokenizer trained on such words, beside a configuration."""
+    """Write a model folder with a byte-level BPE tokenizer trained on ``records``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -110,7 +112,7 @@ def run_spec(name: str, data: str, quality: dict[str, Any]) -> RunSpec:
 
 @dataclass(frozen=True)
 class Server:
-    """Where the S3 server is, for other processes."""
+    """Endpoint and keys of the S3 server, for other processes."""
 
     endpoint: str
     access_key: str
@@ -122,19 +124,19 @@ class Server:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a process needed for its work."""
+    """CPU time, duration and memory of some work."""
 
     cpu: float
-    """Seconds of CPU of all its threads."""
+    """CPU-seconds of all threads of the process."""
     seconds: float
     held: float
-    """MiB that it held at most, above what it held before."""
+    """Peak memory above the memory at the start, MiB."""
 
 
 def measured(work: Callable[[], object]) -> Figures:
-    """Runs some work in this process."""
+    """Run ``work`` in this process and measure it."""
     before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM, the peak
     used, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     work()
     ended, seconds = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter() - began
@@ -143,7 +145,7 @@ def measured(work: Callable[[], object]) -> Figures:
 
 
 def memory(what: str) -> float:
-    """A figure of /proc/self/status, in MiB."""
+    """Return a field of /proc/self/status, in MiB."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in status if line.startswith(f"{what}:"))
 
@@ -151,7 +153,7 @@ def memory(what: str) -> float:
 def ours(
     server: Server, name: str, data: str, quality: dict[str, Any], processes: int = 1
 ) -> Figures:
-    """Map and reduce, from S3 to S3."""
+    """Measure map and reduce, from S3 to S3."""
     from finetune_trainer.prepare import pipeline
 
     asked, store = run_spec(name, data, quality), server.store()
@@ -177,8 +179,8 @@ def ours(
 
 
 def theirs(model: Path, data: Path, few: Path) -> Figures:
-    """load_dataset and map, from disk to disk: prompt and completion tokenized and put together,
-    with the mask; nothing is looked for."""
+    """Measure load_dataset and map, from disk to disk: prompt and completion are tokenized and
+    concatenated, with the mask, without checks."""
     from datasets import disable_progress_bars, load_dataset
     from transformers import AutoTokenizer
 
@@ -202,7 +204,7 @@ def theirs(model: Path, data: Path, few: Path) -> Figures:
 
 
 def streamed(server: Server, uri: str) -> Figures:
-    """The object, read as prepare reads it."""
+    """Measure reading the object as prepare does."""
     store = server.store()
 
     def work() -> None:
@@ -214,7 +216,7 @@ def streamed(server: Server, uri: str) -> Figures:
 
 
 def raw(server: Server, uri: str) -> Figures:
-    """The object by one plain HTTP request."""
+    """Measure reading the object by one plain HTTP request."""
     import boto3
 
     client = boto3.client(
@@ -233,7 +235,7 @@ def raw(server: Server, uri: str) -> Figures:
 
 
 def alone(work: Callable[..., Figures], *arguments: Any) -> Figures:
-    """The figures of some work in a process of its own."""
+    """Run ``work`` in its own process and return its figures."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(work, *arguments).result()
 
@@ -282,8 +284,8 @@ def checks(server: Server, data: Path, uri: str, rounds: int) -> None:
             figures = alone(ours, server, f"checks-{i}-{name[:4]}", uri, {**NOTHING, **quality})
             found[name].append(figures.cpu / size)
     plain = found.pop("none")
-    print(f"\n{size:.0f} MB, CPU-seconds a MB: {statistics.median(plain):.3f} without any check;"
-          " beyond it, by round:", flush=True)  # fmt: skip
+    print(f"\n{size:.0f} MB, CPU-seconds a MB: {statistics.median(plain):.3f} without checks;"
+          " added by each check (by round):", flush=True)  # fmt: skip
     for name, seconds in found.items():
         more = [s - p for s, p in zip(seconds, plain, strict=True)]
         told = " ".join(f"{s:.3f}" for s in more)
@@ -298,7 +300,7 @@ SOUGHT: Final[dict[str, tuple[str, dict[str, str]]]] = {
 
 
 def growth(server: Server, data: dict[int, Path], uris: dict[int, str]) -> None:
-    print(f"\n{'data, MB':>10}{'records':>10}  {'looked for':40}{'held, MiB':>10}{'MB/CPU-s':>10}")
+    print(f"\n{'data, MB':>10}{'records':>10}  {'checks':40}{'peak, MiB':>10}{'MB/CPU-s':>10}")
     for times, name in [*((t, "default") for t in TIMES), (16, "duplicates"), (4, "near")]:
         size = data[times].stat().st_size / 1e6
         with data[times].open("rb") as lines:
@@ -324,7 +326,7 @@ def reading(server: Server, data: Path, uri: str, rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3, help="0: memory alone")
+    parser.add_argument("--rounds", type=int, default=3, help="0: measure only memory")
     options = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as in a pod
     print(", ".join(f"{p} {version(p)}" for p in ("datasets", "tokenizers", "pyarrow")))

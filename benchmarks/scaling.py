@@ -1,9 +1,9 @@
-"""One process and two: tokens per second of a gang on this machine, a core each.
+"""Tokens per second of one and of two training processes on this machine, one core each.
 
     python benchmarks/scaling.py [--rounds 3] [--steps 4]
 
-The global batch is the same, so the two train the same steps; the figure is the speed of two over
-that of one (2 is all there is to win). Gangs take turns.
+Both train the same steps, because the global batch is the same. The result is the speed of two
+processes divided by that of one (at most 2). One and two processes take turns.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trainers import SHAPES, Ours, documents
 
 
 def work(rank: int, size: int, port: int, steps: int, said: Queue[float]) -> None:
-    """A process of a gang; the first says how fast the gang was."""
+    """Train as one process of the world; rank 0 reports the tokens per second of the world."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),

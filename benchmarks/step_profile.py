@@ -1,10 +1,10 @@
-"""Where the time of a training step goes, by kind of operator, on a CPU.
+"""Time of a training step by kind of operator, on a CPU.
 
     python benchmarks/step_profile.py [--precision FP32] [--method Full] [--steps 3]
 
 Self time of PyTorch's operators over some steps of the 8.5 M parameter Llama of
-``tokens_per_second.py``, and beside it the share that the arithmetic on real tokens has of the rate
-at which the machine multiplies matrices.
+``tokens_per_second.py``. Also prints the operations on real tokens per second as a share of the
+machine's matrix-multiply rate.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Training speed beside TRL's SFTTrainer: same model, data, tokens a step and precision.
+"""Training speed compared with TRL's SFTTrainer: same model, data, tokens per step and precision.
 
     python benchmarks/tokens_per_second.py [--rounds 2] [--steps 4] [--precision BF16 FP32]
                                            [--method Full LoRA] [--beside packing padded]
 
-Ours, TRL with packing, and TRL as it comes (padded) take turns in one process; the figure to quote
-is the ratio (median over the rounds). Beside it: the share that our arithmetic on real tokens has
-of the rate at which the machine multiplies matrices, and the memory that each took at most, above
-what its process held before (each in a process of its own).
+Ours, TRL with packing, and TRL with its defaults (padded) take turns in one process. The figure to
+quote is the ratio of speeds (median over the rounds). Also printed: our operations on real tokens
+per second as a share of the machine's matrix-multiply rate, and the peak memory of each above the
+memory of its process at the start (each in its own process).
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def trainer(name: str, method: str, precision: str) -> Any:
 
 @dataclass(frozen=True)
 class Turns:
-    """What they did in one process."""
+    """Speeds of all trainers in one process."""
 
     speeds: list[tuple[float, ...]]
     """Tokens per second by round, ours first."""
     share: float
-    """Share of the machine's matrix-multiply rate, of ours."""
+    """Our operations per second over the machine's matrix-multiply rate."""
 
 
 def take_turns(names: list[str], method: str, precision: str, rounds: int, steps: int) -> Turns:
@@ -54,14 +54,14 @@ def take_turns(names: list[str], method: str, precision: str, rounds: int, steps
 
 
 def memory(name: str, method: str, precision: str) -> float:
-    """MiB at most while two steps are made, above what was held before."""
+    """Return the peak memory over two steps, in MiB above the memory before."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     trainer(name, method, precision).turn(1)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
 def alone(work: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a function in a process of its own: precision is a state of the process."""
+    """Return the result of a function, run in its own process: precision is process-wide state."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
 

@@ -1,8 +1,8 @@
 """This project's trainer and TRL's SFTTrainer on the same model and data, for benchmarks.
 
-Both are built once and take turns of some steps in one process, so that a machine that is slow for
-a while is slow for both. Tokens are real ones, without padding, on both sides; the first step of a
-turn warms up and is not counted.
+Both are built once and take turns of some steps in one process, so that other load of the machine
+affects both. Both count real tokens, without padding. The first step of a turn is a warm-up and is
+not counted.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from finetune_trainer.train.step import optimizer_step
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama with random weights, and the rows it is trained on."""
+    """A Llama with random weights, and the micro-batches it is trained on."""
 
     layers: int
     hidden: int
@@ -56,9 +56,9 @@ class Shape:
     key_heads: int
     vocabulary: int
     micro_batch_tokens: int
-    """Tokens of a row, and of the longest document."""
+    """Largest number of tokens of a micro-batch, and of a document."""
     micro_batches: int = 4
-    """Rows of a step."""
+    """Micro-batches per step, on average."""
 
     def model(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         torch.manual_seed(0)
@@ -79,12 +79,12 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "1B": Shape(16, 2048, 8192, 32, 8, 128256, 4096),
     "3B": Shape(28, 3072, 8192, 24, 8, 128256, 4096),
 }
-"""By parameters; the two large ones have the dimensions of Llama 3.2."""
+"""Shapes by number of parameters; 1B and 3B have the dimensions of Llama 3.2."""
 
 
 def documents(count: int, shape: Shape) -> list[TokenSample]:
-    """Instruction-like samples: log-normal lengths (median about 150 tokens, or 300 in rows of
-    4,096), the second half supervised."""
+    """Return instruction-like samples of log-normal lengths (median about 150 tokens, or 300 with
+    micro-batches of 4,096). The second half of each is supervised."""
     draw = np.random.default_rng(0)
     mean = 5.0 + np.log(shape.micro_batch_tokens / 2048)
     made = []
@@ -96,7 +96,7 @@ def documents(count: int, shape: Shape) -> list[TokenSample]:
 
 
 class Ours:
-    """The project's feed and step, of one process or of one in a gang."""
+    """The project's feed and optimizer step, on one or several processes."""
 
     def __init__(self, method: str, data: list[TokenSample], shape: Shape, **training: Any) -> None:
         lengths = np.array([len(s.ids) for s in data])
@@ -149,7 +149,7 @@ class Ours:
         self._next = 0
 
     def turn(self, steps: int) -> float:
-        """Tokens of the gang per second over so many steps behind a first one."""
+        """Train ``steps`` steps after a warm-up step. Returns tokens per second of all ranks."""
         read = lambda positions: [self._data[p] for p in positions]  # noqa: E731
         end = self._next + steps + 1
         tokens, began = 0, 0.0
@@ -169,7 +169,7 @@ class Ours:
         return tokens / (time.perf_counter() - began)
 
     def operations(self) -> float:
-        """Floating-point operations a token, of an average step."""
+        """Return the floating-point operations per token, of the plan's first step."""
         positions = self.plan.step(0).samples
         lengths = self.plan.lengths[list(positions)]
         supervised = int(self.plan.supervised[list(positions)].sum())
@@ -178,7 +178,7 @@ class Ours:
 
 @dataclass
 class StepTimes(TrainerCallback):
-    """When each step of TRL ended."""
+    """End times of TRL's steps."""
 
     ends: list[float] = field(default_factory=list)
 
@@ -188,8 +188,7 @@ class StepTimes(TrainerCallback):
 
 
 class Trl:
-    """SFTTrainer with completion-only loss: packing by its default strategy, or, as it comes, a
-    padded batch."""
+    """SFTTrainer with completion-only loss, with packing (its default strategy) or padding."""
 
     def __init__(
         self, method: str, precision: str, data: list[TokenSample], shape: Shape, *,
@@ -207,7 +206,7 @@ class Trl:
         )
         mean = statistics.mean(len(s.ids) for s in data)
         each, parts = 1, shape.micro_batches
-        if not packing:  # 8 documents a pass, which is its default
+        if not packing:  # 8 documents per forward pass, TRL's default
             each, parts = (
                 8,
                 max(1, round(shape.micro_batch_tokens * shape.micro_batches / mean / 8)),
@@ -238,7 +237,7 @@ class Trl:
         self._tokens_per_step = statistics.mean(lengths) * each * parts
 
     def turn(self, steps: int) -> float:
-        """As ``Ours.turn``; tokens by the mean size of its rows."""
+        """As ``Ours.turn``, with tokens computed from the mean length of TRL's rows."""
         self._times.ends.clear()
         self._trainer.args.max_steps = steps + 1
         self._trainer.train()
@@ -258,13 +257,14 @@ def _tokenizer(size: int) -> Any:
 
 
 def wait() -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, side: int = 2048) -> float:
-    """Floating-point operations per second of a product of square matrices, the best of five."""
+    """Return the floating-point operations per second of a product of square matrices, the best of
+    five."""
     a = torch.randn(side, side, device=device).to(dtype)
     times = []
     for _ in range(6):

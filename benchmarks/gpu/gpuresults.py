@@ -1,7 +1,7 @@
-"""A plugin of pytest: what became of each test, as lines of JSON, as soon as it is known.
+"""pytest plugin that writes the outcome of each test as a line of JSON as soon as it is known.
 
-Loaded by ``run.py`` (``-p gpuresults``). A test that hangs ends the process with its stack, and so
-does one that leaves the device unusable: ``run.py`` starts another process for those that are left.
+Loaded by ``run.py`` (``-p gpuresults``). The process exits at a test that hangs (with a stack dump)
+or that leaves the device unusable; ``run.py`` then starts another process for the remaining tests.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ UNUSABLE = (
     "illegal memory access", "device-side assert triggered", "unspecified launch failure",
     "misaligned address", "illegal instruction", "uncorrectable",
 )  # fmt: skip
-"""After these texts of CUDA every later call in the process fails."""
+"""Texts of CUDA errors after which every later call in the process fails."""
 
 _results = Path(os.environ["GPU_RESULTS"])
 _seconds = float(os.environ.get("GPU_TEST_SECONDS", "60"))
 
 
 def tell(**row: Any) -> None:
-    """Add a line."""
+    """Append a line of JSON to the results file."""
     with _results.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
-    """A file that cannot be imported is a failure of its own."""
+    """Record a failure for a file that cannot be imported."""
     if report.failed:
         tell(
             event="end", test=report.nodeid, outcome="failed", seconds=0.0,
@@ -64,6 +64,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def last_line(text: str) -> str:
-    """The line of a traceback that says what was wrong."""
+    """Return the line of a traceback that has the error message."""
     lines = [line for line in text.splitlines() if line.startswith("E ")] or text.splitlines()
     return " ".join(lines[0].removeprefix("E ").split())[:300] if lines else ""

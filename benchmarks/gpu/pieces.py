@@ -1,8 +1,8 @@
-"""Pieces of a step and of a checkpoint on a GPU, each alone: how long they take.
+"""Duration of single parts of a training step and of a checkpoint on a GPU.
 
     python benchmarks/gpu/pieces.py
 
-Without a GPU they run on small tensors, which shows that they run. Each is a line of JSON in the
+Without a GPU the parts run on small tensors, as a smoke test. Each result is a line of JSON in the
 file that GPU_RESULTS names.
 """
 
@@ -36,7 +36,7 @@ def settle() -> None:
 
 
 def seconds(work: Callable[[], object], times: int = 3) -> float:
-    """The shortest of some runs, behind one that warms up."""
+    """Return the shortest duration of several runs, after one warm-up run."""
     work()
     found = []
     for _ in range(times):
@@ -54,7 +54,7 @@ def show(name: str, **figures: Any) -> None:
 
 
 def staging(matrices: int) -> None:
-    """What a checkpoint keeps the training from its next step: matrices of 4 MiB."""
+    """Measure how long staging blocks training; the state is matrices of 4 MiB."""
     state = {f"w{i}": torch.randn(1024, 1024, device=DEVICE) for i in range(matrices)}
     size = sum(t.nbytes for t in state.values())
     copies = Staging(None, None)
@@ -82,7 +82,7 @@ def muon(rows: int, columns: int, count: int) -> None:
 
 
 def logits(tokens: int, hidden: int, vocabulary: int) -> None:
-    """The head and the loss of a row, all at once: what chunks are weighed against."""
+    """Measure output head and loss of a micro-batch without chunks, the baseline of chunking."""
     x = torch.randn(tokens, hidden, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     head = torch.randn(vocabulary, hidden, device=DEVICE, dtype=torch.bfloat16)
     labels = torch.randint(vocabulary, (tokens,), device=DEVICE)
@@ -90,7 +90,7 @@ def logits(tokens: int, hidden: int, vocabulary: int) -> None:
     def work() -> None:
         cross_entropy((x @ head.T).float(), labels).backward()
 
-    show("head and loss, all at once", size=f"{tokens} tokens", ms=round(seconds(work) * 1e3, 2))
+    show("head and loss, no chunks", size=f"{tokens} tokens", ms=round(seconds(work) * 1e3, 2))
 
 
 def main() -> None:

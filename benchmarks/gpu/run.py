@@ -1,13 +1,14 @@
-"""Everything that only a GPU can show, in one command of at most 8 minutes (``make gpu``).
+"""Run all GPU tests and benchmarks in one command of at most 8 minutes (``make gpu``).
 
     python benchmarks/gpu/run.py [--out FOLDER] [--seconds 460] [--only tests training …]
 
-Nothing is installed and no network is used: what this Python has is what runs, and what it lacks is
-named. Sections run by their worth, each in processes of its own with a budget of its own, so that
-one that hangs costs its share alone. ``results.json`` and ``results.md`` are written after each.
+Nothing is installed and no network is used: the packages of this Python are used, and missing ones
+are named. The most important section runs first. Each section has its own processes and its own
+time budget, so one that hangs costs only its budget. ``results.json`` and ``results.md`` are
+written after each section.
 
-Exit code: 0 where all that ran went well, 1 where something failed, 2 where there is no GPU or a
-package is missing without which nothing runs. ``--device cpu`` tries the plumbing without a GPU.
+Exit code: 0 if all that ran succeeded, 1 if something failed, 2 if there is no GPU or a required
+package is missing. ``--device cpu`` runs this script without a GPU, as a smoke test.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ NEEDED: Final = (
     "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy", "pyarrow",
     "pydantic", "boto3", "jinja2", "prometheus-client", "pyyaml",
 )  # fmt: skip
-"""Distributions without which the trainer cannot be imported."""
+"""Distributions that the trainer cannot be imported without."""
 OPTIONAL: Final = ("pytest", "triton", "liger-kernel", "bitsandbytes", "torchao", "trl", "datasets")
-"""What some sections or tests need; they are skipped by name."""
+"""Distributions that some sections or tests need. Without them those are skipped, and named."""
 TEST_SECONDS: Final = 90
-"""A test that takes longer hangs."""
+"""A test that takes longer counts as hanging."""
 FIRST: Final = ("test_gpu.py", "test_gpu_packing.py", "test_gpu_dropout.py", "test_gpu_memory.py")
-"""Files of tests in this order; others follow."""
+"""Test files that run first, in this order."""
 
 REACHED_THE_END: Final = ("done", "ended with 1", "ended with 2", "ended with 5")
-"""How pytest ends: well, with failures, with a file that cannot be imported, without a test."""
+"""Ends of pytest after its last test: success, failures, a failed import, no test."""
 
 Row = dict[str, Any]
 TESTS, FIGURES = "tests", "figures"
@@ -53,11 +54,11 @@ TESTS, FIGURES = "tests", "figures"
 
 @dataclass
 class Section:
-    """What became of a part."""
+    """The result of a part."""
 
     name: str
     kind: str
-    """Of its rows: ``TESTS`` or ``FIGURES``."""
+    """Kind of the rows: ``TESTS`` or ``FIGURES``."""
     seconds: float = 0.0
     ended: str = "not reached: no time was left"
     rows: list[Row] = field(default_factory=list)
@@ -75,19 +76,19 @@ class Part:
 
     name: str
     seconds: float
-    """Most that it may take."""
+    """Time budget."""
     run: Callable[[Section, float], None]
-    """Fills the section, until a time of ``time.monotonic``."""
+    """Fills the section; the second argument is the deadline by ``time.monotonic``."""
     kind: str = FIGURES
 
 
 def lacking(names: Sequence[str]) -> list[str]:
-    """Distributions that this Python does not have."""
+    """Return the distributions that are not installed."""
     return [name for name in names if found(name) is None]
 
 
 def found(name: str) -> str | None:
-    """Version of a distribution."""
+    """Return the version of a distribution, None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -95,7 +96,7 @@ def found(name: str) -> str | None:
 
 
 def machine(device: str) -> Row:
-    """What the results are of."""
+    """Describe device, driver, commit and package versions."""
     said: Row = {
         "device": None, "capability": None, "memory_gib": None, "cuda": None, "driver": None,
         "python": platform.python_version(), "cpus": os.cpu_count(), "commit": commit(),
@@ -123,7 +124,7 @@ def commit() -> str | None:
 
 
 def output(command: Sequence[str]) -> str | None:
-    """First line that a command prints; None where there is no such command."""
+    """Return the first line that a command prints; None without output, command or in time."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -132,7 +133,7 @@ def output(command: Sequence[str]) -> str | None:
 
 
 def environment(out: Path, device: str) -> dict[str, str]:
-    """Of all processes: our sources, and caches that may be written."""
+    """Return the environment of all processes: import path, results file, no network."""
     path = [str(ROOT / source) for source in SOURCES]
     if os.environ.get("PYTHONPATH"):
         path.append(os.environ["PYTHONPATH"])
@@ -148,7 +149,7 @@ def environment(out: Path, device: str) -> dict[str, str]:
 
 
 def run_process(command: Sequence[str], env: Mapping[str, str], log: Path, until: float) -> str:
-    """Run a command until a time; what became of it. All of its processes end with it."""
+    """Run a command until a deadline, then kill all of its processes. Returns how it ended."""
     with log.open("ab") as file:
         process = subprocess.Popen(
             command, env=dict(env), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
@@ -166,7 +167,7 @@ def run_process(command: Sequence[str], env: Mapping[str, str], log: Path, until
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Whole lines of what a process has told; the last may be cut off."""
+    """Parse the complete lines of a results file; the last line may be cut off."""
     rows: list[Row] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -177,8 +178,8 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def test_rows(told: Sequence[Row]) -> tuple[list[Row], list[str]]:
-    """A row a test, of what the plugin told, and those that began and have no end. What fails at
-    any of its stages has failed."""
+    """Return one row per finished test, and the names of tests that started but did not end. A
+    test that fails in set-up, call or tear-down has failed."""
     rows: dict[str, Row] = {}
     begun: dict[str, None] = {}
     for line in told:
@@ -204,7 +205,7 @@ class Runner:
         self.note = ""
 
     def parts(self) -> Iterator[Part]:
-        """By their worth."""
+        """Yield the parts, the most important first."""
         yield Part("tests", 240, self.run_tests, TESTS)
         yield Part("pieces", 40, lambda s, u: self.run_benchmark(s, u, ["pieces.py"]))
         yield Part("training", 200, lambda s, u: self.run_benchmark(s, u, self.trainings[0]))
@@ -213,7 +214,7 @@ class Runner:
             yield Part(name, 200, lambda s, u, more=more: self.run_benchmark(s, u, more))  # type: ignore[misc]
 
     def run_tests(self, section: Section, until: float) -> None:
-        """Each file in a process; where one ends early, another goes on behind it."""
+        """Run each file in a process; if the process ends early, another runs the tests left."""
         if found("pytest") is None:
             section.ended = "skipped: there is no pytest"
             return
@@ -236,7 +237,7 @@ class Runner:
                 if ended == "out of time":
                     section.ended = f"out of time in {path.name}"
                     return
-                # A hanging test ends its process with 1, as pytest does behind a failed one.
+                # A hanging test ends its process with 1, and so does pytest after a failed test.
                 if not new or (ended in REACHED_THE_END and not hung):
                     break
             if not done:
@@ -263,7 +264,7 @@ class Runner:
         return rows, hung, ended
 
     def run_benchmark(self, section: Section, until: float, command: Sequence[str]) -> None:
-        """A script beside this one, which adds a line of JSON for each figure it has."""
+        """Run a script of this folder, which appends a line of JSON per figure."""
         results = Path(self.env["GPU_RESULTS"])
         results.unlink(missing_ok=True)
         script, *arguments = command
@@ -276,7 +277,7 @@ class Runner:
         section.ended = ended if good else f"failed: {ended}; see {self.log.name}"
 
     def run(self, seconds: float, only: Sequence[str]) -> None:
-        """All parts within so many seconds; what there is is written after each."""
+        """Run all parts within ``seconds``, and write the results after each."""
         end = time.monotonic() + seconds
         parts = [part for part in self.parts() if not only or part.name.split()[0] in only]
         self.sections = [Section(part.name, part.kind) for part in parts]
@@ -287,7 +288,7 @@ class Runner:
             print(f"{section.name}: at most {min(part.seconds, end - began):.0f} s", flush=True)
             try:
                 part.run(section, min(end, began + part.seconds))
-            except Exception as error:  # of this script itself: the others go on
+            except Exception as error:  # an error of this script: continue with the next part
                 section.ended = f"failed: {type(error).__name__}: {error}"
             section.seconds = round(time.monotonic() - began, 1)
             self.write()
@@ -300,7 +301,7 @@ class Runner:
         return any(section.failed for section in self.sections)
 
     def write(self) -> None:
-        """Both files, whole or as they were."""
+        """Replace both results files, each atomically."""
         results = {
             "machine": self.machine, "note": self.note,
             "sections": [
@@ -323,7 +324,7 @@ def write(path: Path, text: str) -> None:
 
 
 def markdown(about: Row, note: str, sections: Sequence[Section]) -> str:
-    """The same as a page."""
+    """Render the results as Markdown."""
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items() if v)
     missing = ", ".join(k for k, v in about["versions"].items() if not v)
     lines = [

@@ -1,13 +1,13 @@
-"""Training on a GPU beside TRL: tokens per second, MFU on real tokens, peak memory.
+"""Training on a GPU compared with TRL: tokens per second, MFU on real tokens, peak memory.
 
     python benchmarks/gpu/training.py [--shapes 1B 3B] [--rounds 3] [--steps 8]
 
 Random models of the dimensions of Llama 3.2 1B and 3B, documents of log-normal lengths up to 4,096
-tokens, bfloat16. Every configuration has a process of its own, since memory is measured; ours and
-TRL's take turns, round by round. TRL's best is the fastest of its configurations in that round.
-Without a GPU nothing is measured, and that is said; `--shapes 8M` shows that it runs. What is not
-installed (TRL, flash-attn, Liger) is said and left out. Each turn is a line of JSON in the file
-that GPU_RESULTS names, as soon as the turn was made (``run.py``).
+tokens, bfloat16. Every configuration runs in its own process, so that its peak memory can be
+measured. Configurations take turns, round by round. "TRL's best" is TRL's configuration with the
+highest median speed. Without a GPU nothing is measured; `--shapes 8M` is a smoke test.
+Configurations whose packages (TRL, flash-attn, Liger) are not installed are named and skipped. Each
+turn appends a line of JSON to the file that GPU_RESULTS names (``run.py``).
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ TRLS: dict[str, dict[str, Any]] = {
 
 
 class Turn(NamedTuple):
-    """What one configuration did in one round."""
+    """Result of one configuration in one round."""
 
     speed: float
     """Real tokens per second."""
     memory: float
-    """GiB of the GPU at most."""
+    """Peak GPU memory, GiB."""
     operations: float
-    """Floating-point operations a real token needs; 0 of TRL's."""
+    """Floating-point operations per real token; 0 for TRL."""
 
 
 def turn(name: str, method: str, shape_name: str, steps: int) -> Turn:
@@ -83,7 +83,7 @@ def turn(name: str, method: str, shape_name: str, steps: int) -> Turn:
 
 
 def alone(*arguments: Any) -> Turn | str:
-    """A round in a process of its own, or what went wrong."""
+    """Run a round in its own process. Returns its result, or the text of the error."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(turn, *arguments).result()
@@ -120,12 +120,12 @@ def versions() -> str:
 
 
 def lacking(name: str) -> list[str]:
-    """Modules that a configuration needs and this Python does not have."""
+    """Return the modules that a configuration needs and that are not installed."""
     return [module for module in NEEDS.get(name, ()) if find_spec(module) is None]
 
 
 def tell(**fields: Any) -> None:
-    """A row for ``run.py``."""
+    """Append a row to the results file of ``run.py``, if there is one."""
     if path := os.environ.get("GPU_RESULTS"):
         with Path(path).open("a", encoding="utf-8") as file:
             file.write(json.dumps(fields) + "\n")

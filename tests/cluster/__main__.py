@@ -1,8 +1,8 @@
-"""``python -m cluster up|down|status``, in ``tests/``: a cluster to try things on; needs root.
+"""``python -m cluster up|down|status``, in ``tests/``: a cluster for manual use; needs root.
 
-``up`` leaves it running, and the e2e tests then use it instead of starting one of their own.
-``prepare test`` and ``prepare e2e`` make what the tests of that target need before they start:
-binaries, and for e2e Debian's packages and base images.
+``up`` leaves the cluster running, and the e2e tests then use it instead of starting their own.
+``prepare test`` and ``prepare e2e`` make the prerequisites of that target's tests: binaries, and
+for e2e also Debian packages and base images.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130  # as a shell has it
+        return 130  # the shell convention for SIGINT
     return code
 
 

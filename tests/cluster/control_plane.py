@@ -1,8 +1,8 @@
 """A control plane of real processes: etcd, API server, controller manager, scheduler.
 
-Started like this it is a whole API on loopback and needs no root: Jobs make pods, owners are
-garbage-collected, RBAC holds. Only nothing runs the pods; tests write their status, or ``kwok``
-plays the nodes. ``nodes`` puts it on a bridge and adds real ones.
+On its own it is a complete API on loopback and needs no root: Jobs create pods, garbage collection
+and RBAC work. Nothing runs the pods; tests write their status, or ``kwok`` simulates nodes.
+``real`` puts the control plane on a bridge and adds real nodes.
 """
 
 from __future__ import annotations
@@ -23,18 +23,20 @@ from cluster.processes import Processes
 from ports import free_port
 
 SERVICES = "10.96.0.0/16"
-_FIRST_SERVICE = "10.96.0.1"  # the API server's own, `kubernetes.default`
+_FIRST_SERVICE = "10.96.0.1"  # `kubernetes.default`, the Service of the API server
 _ISSUER = "https://kubernetes.default.svc.cluster.local"
 _LOOPBACK = "127.0.0.1"
 _serial = itertools.count(1)
 
 
 class ControlPlane(Api):
-    """Use as a context manager, or call ``start`` and ``stop``.
+    """A control plane. Use as a context manager, or call ``start`` and ``stop``.
 
-    ``address`` is where the API server listens; on anything but loopback it also becomes the
-    endpoint of the ``kubernetes`` Service, for pods. ``port`` is a free one if not given. With
-    ``kwok_nodes``, there are that many make-believe nodes (see ``kwok``).
+    Args:
+        address: where the API server listens. An address other than loopback is also the endpoint
+            of the ``kubernetes`` Service, for pods.
+        port: a free port by default.
+        kwok_nodes: number of simulated nodes (see ``kwok``).
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class ControlPlane(Api):
 
     def start(self) -> None:
         for name in API:
-            binary(name)  # raises NotBuilt before anything runs
+            binary(name)  # raises NotBuilt before any process is started
         self.authority.create()
         self._make_certificates()
         self._start_etcd()
@@ -90,7 +92,7 @@ class ControlPlane(Api):
         state.release(self.folder)
 
     def kubeconfig_of(self, name: str, user: str, group: str = "") -> Path:
-        """A new kubeconfig for that user, who may do what RBAC allows them."""
+        """Write a kubeconfig for a user, whose rights are given by RBAC."""
         self.authority.client(name, user, group)
         return self.authority.kubeconfig(self.folder / f"{name}.kubeconfig", self.server, name)
 
@@ -119,14 +121,14 @@ class ControlPlane(Api):
                 f"--listen-peer-urls={peer}",
                 f"--initial-advertise-peer-urls={peer}",
                 f"--initial-cluster=default={peer}",
-                "--unsafe-no-fsync",  # nothing in there has to survive the machine
+                "--unsafe-no-fsync",  # the data need not survive a crash of the machine
                 "--log-level=warn",
             ],
         )
 
     def _start_api_server(self) -> None:
         pki = self.authority.folder
-        # The Service's endpoint may not be a loopback address, so there it stays without one.
+        # A Service endpoint may not be a loopback address: on loopback the Service has none.
         reconciler = "none" if self.address == _LOOPBACK else "lease"
         self.processes.start(
             "kube-apiserver",
@@ -147,8 +149,7 @@ class ControlPlane(Api):
                 f"--service-account-issuer={_ISSUER}",
                 f"--service-account-key-file={pki / 'accounts.pub'}",
                 f"--service-account-signing-key-file={pki / 'accounts.key'}",
-                # Webhooks and aggregated APIs are reached by pod address: this machine has no
-                # kube-proxy of its own.
+                # Reach webhooks and aggregated APIs by pod address: the host has no kube-proxy.
                 "--enable-aggregator-routing=true",
                 "--kubelet-preferred-address-types=InternalIP",
                 f"--kubelet-client-certificate={pki / 'kubelet-client.crt'}",
@@ -174,7 +175,7 @@ class ControlPlane(Api):
                 f"--root-ca-file={self.authority.certificate}",
                 "--kube-api-qps=1000",
                 "--kube-api-burst=2000",
-                # A node that fails is noticed in 10 s, not 40: kubelets renew every 4 s.
+                # Detect a failed node in 10 s instead of 40: kubelets renew their lease every 4 s.
                 "--node-monitor-period=1s",
                 "--node-monitor-grace-period=10s",
             ],
@@ -195,7 +196,7 @@ class ControlPlane(Api):
         )
 
     def _ready(self) -> bool:
-        """Whether /readyz says so; raises at once if a process of ours has died."""
+        """Whether /readyz returns 200. Raises Ended if etcd or the API server has died."""
         for name in ("etcd", "kube-apiserver"):
             self.processes.require(name)
         pki = self.authority.folder

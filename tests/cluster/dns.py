@@ -1,4 +1,4 @@
-"""The cluster's DNS: one CoreDNS on the host, which pods ask directly, without a Service."""
+"""The cluster's DNS: one CoreDNS on the host, which pods query directly, without a Service."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from cluster.control_plane import ControlPlane
 
 DOMAIN = "cluster.local"
 
-# Short times to live: the pods of a gang look for peers that are only about to appear. Names from
-# outside get a plain "no such name", at once, in a block of their own because CoreDNS would have
-# `template` answer before `kubernetes`.
+# Short TTLs: pods of a gang look up peers whose records do not exist yet. External names get an
+# immediate NXDOMAIN, in a separate block because CoreDNS runs `template` before `kubernetes`.
 _COREFILE = Template(
     """
     $domain in-addr.arpa {

@@ -1,9 +1,8 @@
-"""pytest's way to a cluster: ``pytest_plugins = ["cluster.fixtures"]``.
+"""pytest fixtures for clusters: ``pytest_plugins = ["cluster.fixtures"]``.
 
-``control_plane`` is an API without nodes, ``cluster`` one with nodes that run containers, each
-for all tests of the session.
-
-With FINETUNE_TEST_USE_KUBECONFIG=1, both are the cluster of KUBECONFIG (``api.given``).
+``control_plane`` is an API without nodes; ``cluster`` has nodes that run containers. Both have
+session scope. With FINETUNE_TEST_USE_KUBECONFIG=1, both are the cluster of KUBECONFIG
+(``api.given``).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from cluster.control_plane import ControlPlane
 from cluster.real import NAME, RealCluster
 
 TIMEOUT = 1800
-"""Seconds for a test on nodes: the first one waits for the images of operator and trainer."""
+"""Seconds per test on nodes: the first test includes the builds of operator and trainer image."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def control_plane() -> Iterator[Api]:
-    """An API with its controllers, on loopback; pods in it stay Pending."""
+    """An API server with controllers, on loopback; its pods stay Pending."""
     api = given()
     if api:
         yield api
@@ -41,15 +40,15 @@ def control_plane() -> Iterator[Api]:
 
 @pytest.fixture(scope="session")
 def needs_root() -> None:
-    """Fails the tests that make nodes or images where that is not allowed: a run that skipped them
-    all would look like one that passed."""
+    """Fail tests that need root instead of skipping them: a run that skips all of them would look
+    as if it had passed."""
     if os.geteuid() != 0:
         pytest.fail(NEEDS_ROOT)
 
 
 @pytest.fixture(scope="session")
 def own_cluster(cluster: Api) -> RealCluster:
-    """``cluster``, for tests that switch its nodes off; skipped on a given one."""
+    """``cluster``, for tests that stop its nodes; skipped on a given cluster."""
     if not isinstance(cluster, RealCluster):
         pytest.skip("the given cluster is not ours to break")
     return cluster
@@ -57,14 +56,14 @@ def own_cluster(cluster: Api) -> RealCluster:
 
 @pytest.fixture(scope="session")
 def cluster_images(needs_root: None) -> list[str]:
-    """The images that the pods of e2e tests run; override it to build more of them."""
+    """Images for the pods of e2e tests; override this fixture to build others."""
     return [images.base()]
 
 
 @pytest.fixture(scope="session")
 def cluster(cluster_images: list[str]) -> Iterator[Api]:
-    """A cluster with nodes that have these images: the given one, the one kept up, or three nodes
-    of our own."""
+    """A cluster whose nodes have ``cluster_images``: the given one, one that ``python -m cluster
+    up`` started, or a new one with three nodes."""
     api = given()
     if api:
         yield api
@@ -72,7 +71,7 @@ def cluster(cluster_images: list[str]) -> Iterator[Api]:
     kept = RealCluster.kept()
     if kept and kept.has(*cluster_images):
         yield kept
-    elif kept:  # made anew with the images as they are now, which is a matter of seconds
+    elif kept:  # restart with the current images, which takes seconds
         kept.stop()
         renewed = RealCluster(state.claim(NAME, keep=True))
         renewed.start()

@@ -1,7 +1,7 @@
-"""What kubelets change on the host itself: control groups and kernel settings.
+"""Changes that kubelets make to the host itself: control groups and kernel settings.
 
-Everything else of a node lives in namespaces and goes with its processes. These two are noted
-down in the cluster's folder before they are changed, and ``undo`` puts them back.
+Everything else of a node is in namespaces and disappears with its processes. These two are recorded
+in the cluster's folder before they are changed, and ``undo`` restores them.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _SET_BY_KUBELET = (
 
 
 def remember_settings(folder: Path) -> None:
-    """To be called before the first kubelet starts."""
+    """Record the kernel settings. Call before the first kubelet starts."""
     settings = {name: (_KERNEL / name).read_text() for name in _SET_BY_KUBELET}
     (folder / "settings.json").write_text(json.dumps(settings))
 
 
 def make_cgroup(name: str, folder: Path) -> None:
-    """Make a control group in every hierarchy."""
+    """Create a control group in every hierarchy, and record it."""
     with (folder / "cgroups").open("a") as record:
         record.write(name + "\n")
     for hierarchy in _hierarchies():
@@ -35,7 +35,7 @@ def make_cgroup(name: str, folder: Path) -> None:
 
 
 def undo(folder: Path) -> None:
-    """Put back what was noted down in the folder; the nodes' processes are gone by now."""
+    """Restore the state recorded in the folder. Call after the nodes' processes have ended."""
     cgroups = folder / "cgroups"
     for name in cgroups.read_text().split() if cgroups.exists() else []:
         for hierarchy in _hierarchies():
@@ -48,7 +48,7 @@ def undo(folder: Path) -> None:
 
 
 def _remove(group: Path) -> None:
-    # Only folders can be removed here, and only from the leaves up; the files are the kernel's.
+    # cgroupfs allows only rmdir, from the leaves up; the files in it cannot be removed.
     for folder, _, _ in os.walk(group, topdown=False):
         Path(folder).rmdir()
 

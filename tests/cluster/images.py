@@ -1,7 +1,7 @@
-"""The images of the tests: a Debian with Python to build on, and what Dockerfiles make of it.
+"""Images for the tests: a Debian base image with Python, and builds of Dockerfiles on it.
 
-There is no registry: an image is built into the store, and every node that is made later has it.
-``RealCluster.provide`` brings one to nodes that run already. Pods need ``imagePullPolicy``
+There is no registry: an image is built into the store, and every node started later has it.
+``RealCluster.provide`` copies an image to running nodes. Pods need ``imagePullPolicy``
 IfNotPresent or Never, and so a tag other than ``latest``.
 """
 
@@ -23,7 +23,7 @@ from cluster.build import binary
 _RELEASE = "bookworm"
 _PACKAGES = "python3,python3-pip,python3-venv,python-is-python3,ca-certificates"
 _CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
-# As in the python images of the registries, where pip installs for the whole system.
+# As in the official python images, where pip installs system-wide.
 _BASE_CONFIG: dict[str, Any] = {
     "Env": [
         "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -37,7 +37,7 @@ _LEAN_TORCH = Path(__file__).with_name("lean_torch")
 
 
 def base() -> str:
-    """The name of an image with Debian's Python (3.11) and pip; makes it if need be (1 min)."""
+    """Return the name of an image with Debian's Python (3.11) and pip; builds it once (1 min)."""
     recipe = f"{_RELEASE} {_PACKAGES} {_BASE_CONFIG}"
     name = f"localhost/fto/base:{_RELEASE}-{_short_hash(recipe.encode())}"
     system_packages.ensure()
@@ -51,7 +51,8 @@ def base() -> str:
 
 
 def torch_base(version: str) -> str:
-    """The name of an image like ``base`` with PyTorch, less what only a GPU would use (2 min)."""
+    """Return the name of an image that adds PyTorch without its GPU libraries to ``base``; builds
+    it once (2 min)."""
     recipe = b"".join(path.read_bytes() for path in sorted(_LEAN_TORCH.glob("*")))
     name = f"localhost/fto/base-torch-cpu:{version}-{_short_hash(recipe)}"
     below = base()
@@ -59,7 +60,7 @@ def torch_base(version: str) -> str:
         if not images.has(name):
             _build(images, name, _LEAN_TORCH, {"BASE": below, "TORCH": version})
             images.drop_others(name)
-            images.buildctl("prune", "--all")  # a second copy of what is in the image
+            images.buildctl("prune", "--all")  # the build cache is a second copy of the image
     return name
 
 
@@ -70,10 +71,10 @@ def build(
     *,
     dockerfile: Path | None = None,
 ) -> str:
-    """Build a Dockerfile into the store; returns the full name of the image.
+    """Build a Dockerfile into the store. Returns the full name of the image.
 
-    ``dockerfile`` is ``context``/Dockerfile if not given. It must not have a ``# syntax=`` line,
-    which asks a registry, and its base has to come by a build argument, from ``base``.
+    ``dockerfile`` is ``context``/Dockerfile by default. It must not have a ``# syntax=`` line,
+    which needs a registry. Its base image must be a build argument, set to ``base()``.
     """
     name = full_name(tag)
     with store.opened() as images:
@@ -103,15 +104,15 @@ def _build(
 
 
 def ensure_pause() -> None:
-    """The image that holds a pod's namespaces; without it no pod starts."""
+    """Build the pause image, which holds a pod's namespaces, if it does not exist."""
     with store.opened() as images:
         _ensure_pause(images)
 
 
 def full_name(tag: str) -> str:
-    """A tag as it is in the store: one that names no registry is of ``localhost``.
+    """Return the full name of a tag in the store: ``localhost/`` is added if it names no registry.
 
-    Kubelet would look for it in a public registry otherwise, by its complete name.
+    Kubelet would otherwise complete the name with a public registry.
     """
     registry, slash, _ = tag.partition("/")
     named = slash and ("." in registry or ":" in registry or registry == "localhost")
@@ -144,7 +145,7 @@ def _debian(scratch: Path) -> Path:
         raise RuntimeError(f"debootstrap failed:\n{done.stdout[-3000:]}")
     for folder in ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man"):
         subprocess.run(["find", str(root / folder), "-mindepth", "1", "-delete"], check=True)
-    # Builds reach package registries as this machine does, also through a proxy that it trusts.
+    # Builds trust the same certificates as the host, also that of a proxy to package registries.
     if _CERTIFICATES.exists():
         shutil.copy(_CERTIFICATES, root / str(_CERTIFICATES).lstrip("/"))
     layer = scratch / "layer.tar"

@@ -1,8 +1,8 @@
-"""Make-believe nodes for an API without kubelets: kwok writes the status that one would.
+"""Simulated nodes for an API without kubelets: kwok writes the status that a kubelet would.
 
-A pod bound to such a node runs at once. It goes on running until its annotation
-``kwok.test/exit-code`` gives a number, which the test sets on the pod, or beforehand in the pod
-template; ``kwok.test/message`` is its termination message.
+A pod bound to such a node is Running immediately. It ends when its annotation
+``kwok.test/exit-code`` is set, by the test on the pod or beforehand in the pod template.
+``kwok.test/message`` is its termination message.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _STAGES = Path(__file__).with_name("kwok_stages.yaml")
 
 
 def start(plane: ControlPlane, kubeconfig: Path, nodes: int) -> None:
-    """Start kwok, and register ``kwok-0`` and so on; returns when they are Ready."""
+    """Start kwok and register the nodes ``kwok-0``, ``kwok-1``, …; returns when they are Ready."""
     plane.processes.start(
         "kwok",
         [

@@ -1,8 +1,8 @@
-"""A make-believe machine: namespaces of its own for processes, mounts and, if wanted, network.
+"""A simulated machine: its own namespaces for processes, mounts and, optionally, network.
 
-Its life is that of one process (``pause``, process 1 in there). Kill it and everything in the
-machine is gone at once, like a machine that loses power: processes, containers, mounts, network
-interfaces. That makes both the tests of failing nodes and the cleaning up simple and certain.
+The machine exists as long as its process 1 (``pause``). Killing process 1 removes everything in the
+machine, as a power failure would: processes, containers, mounts, network interfaces. Tests of
+failing nodes and the clean-up both rely on this.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cluster.api import eventually
 from cluster.build import binary
 from cluster.processes import Ended, Process, Processes
 
-# In the machine these are its own, from its folder, so that nothing is written to the host's.
+# Folders of the machine that are mounted over the host's, so that the host's are not written to.
 _OWN = {"lib": "/var/lib", "log": "/var/log", "run": "/run"}
 
 _FIRST_PROCESS = """
@@ -33,7 +33,7 @@ exec "$3"
 
 
 class Machine:
-    """``folder`` keeps its /var/lib over a restart; /run is fresh each time."""
+    """A machine. ``folder`` has its /var/lib, which survives a restart, and /run, which does not."""
 
     def __init__(self, name: str, folder: Path, processes: Processes) -> None:
         self.name = name
@@ -42,16 +42,16 @@ class Machine:
 
     @property
     def run(self) -> Path:
-        """The machine's /run, seen from the host."""
+        """The machine's /run, as a path of the host."""
         return self.folder / "run"
 
     @property
     def lib(self) -> Path:
-        """The machine's /var/lib, seen from the host."""
+        """The machine's /var/lib, as a path of the host."""
         return self.folder / "lib"
 
     def power_on(self, *, network: bool) -> None:
-        """Start its first process; with ``network`` in a network namespace, without any link."""
+        """Start process 1; with ``network`` in its own network namespace, without interfaces."""
         if any(state.cache().is_relative_to(path) for path in _OWN.values()):
             raise RuntimeError(f"{state.cache()} is hidden inside the nodes; set XDG_CACHE_HOME")
         shutil.rmtree(self.run, ignore_errors=True)
@@ -66,7 +66,7 @@ class Machine:
         eventually(f"{self.name} is up", lambda: self._is_up(pause), within=10)
 
     def power_off(self) -> None:
-        """Lose power: no process in there gets to say or save anything."""
+        """Kill all processes of the machine, without a chance to save or report anything."""
         self.processes.stop(self.name)
         for name in self.processes.names():
             if name.startswith(f"{self.name}."):
@@ -74,23 +74,23 @@ class Machine:
 
     @property
     def first_process(self) -> Process:
-        """Process 1 of the machine, as the host sees it."""
+        """Process 1 of the machine, with its process id on the host."""
         children = self.processes.require(self.name).children()
         if not children:
             raise RuntimeError(f"{self.name} has no first process yet")
         return children[0]
 
     def start(self, program: str, argv: Sequence[str | Path]) -> None:
-        """Start a program in the machine; its log and record are NAME.PROGRAM."""
+        """Start a program in the machine; its log and record are named NAME.PROGRAM."""
         self.processes.start(f"{self.name}.{program}", [*self._enter(), *argv])
 
     def signal(self, program: str, number: signal.Signals) -> None:
-        """Signal a program that ``start`` started."""
+        """Send a signal to a program started by ``start``."""
         for process in self.processes.require(f"{self.name}.{program}").children():
             process.signal(number)
 
     def stop(self, program: str, *, patience: float) -> None:
-        """Let a program of the machine end in good order."""
+        """Terminate a program with SIGTERM; kill it after ``patience`` seconds."""
         self.signal(program, signal.SIGTERM)
         try:
             eventually(
@@ -102,7 +102,7 @@ class Machine:
             self.processes.stop(f"{self.name}.{program}")
 
     def execute(self, *argv: str | Path, stdin: str | None = None) -> str:
-        """What a command prints that is run in the machine."""
+        """Run a command in the machine and return its output. Raises RuntimeError on failure."""
         done = subprocess.run([*self._enter(), *argv], input=stdin, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(map(str, argv))} in {self.name}: {done.stderr.strip()}")

@@ -48,14 +48,14 @@ def test_defaults_are_written_out() -> None:
 @pytest.mark.parametrize("version", [0, CONTRACT_VERSION + 1, None, "1"])
 def test_another_version_is_refused(version: object) -> None:
     raw = {**json.loads(run_spec().to_text()), "version": version}
-    with pytest.raises(InvalidSpec, match=rf"order\.version: .* got {version!r}"):
+    with pytest.raises(InvalidSpec, match=rf"runSpec\.version: .* got {version!r}"):
         parse_run_spec(json.dumps(raw))
 
 
-def test_what_is_no_order_is_refused() -> None:
-    with pytest.raises(InvalidSpec, match=r"order\.version"):
+def test_a_text_that_is_no_run_spec_is_refused() -> None:
+    with pytest.raises(InvalidSpec, match=r"runSpec\.version"):
         parse_run_spec("[]")
-    with pytest.raises(InvalidSpec, match=r"order\.spec\.model: required"):
+    with pytest.raises(InvalidSpec, match=r"runSpec\.spec\.model: required"):
         parse_run_spec(json.dumps({"version": CONTRACT_VERSION, "run": "1-a", "spec": {}}))
 
 
@@ -92,7 +92,7 @@ BOTH = {"output.format": "Both"}
 
 def test_a_reference_without_what_it_stands_for_is_refused() -> None:
     with pytest.raises(
-        InvalidSpec, match=r"order\.base: required with spec\.model\.fineTuneJobRef"
+        InvalidSpec, match=r"runSpec\.base: required with spec\.model\.fineTuneJobRef"
     ):
         parse_run_spec(run_spec(FOLLOWER).to_text())
 

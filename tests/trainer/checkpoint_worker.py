@@ -1,5 +1,5 @@
-"""Processes that write a small state in shards to object storage, or read it: what
-test_dcp_storage compares."""
+"""Worker processes of test_dcp_storage: write a small sharded state to object storage, or read
+it."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from finetune_trainer.storage.objects import Credentials, ObjectStore
 from finetune_trainer.storage.run_head import Checkpoint
 
 SHAPES = {"rows": (7, 1_000_001), "columns": (600, 2_000), "few": (1, 5), "flat": (11,)}
-"""Odd, so that shards are uneven and some ranks have none."""
+"""Odd sizes, so that shards are uneven and some ranks have none."""
 CUT = {"rows": 0, "columns": 1, "few": 0, "flat": 0}
-"""Dimension that is shared out."""
+"""Sharded dimension."""
 
 
 def values(name: str) -> Tensor:
-    """What the tensor of this name holds."""
+    """Values of the tensor of this name."""
     return torch.randn(SHAPES[name], generator=torch.Generator().manual_seed(len(name)))
 
 
 class Counting(ObjectStore):
-    """A store that counts the bytes read by ranges."""
+    """Object store that counts the bytes of range reads."""
 
     read = 0
 
@@ -47,7 +47,7 @@ class Counting(ObjectStore):
 
 
 def state_of_rank(size: int, fill: bool, shards: bool) -> dict[str, Any]:
-    """Tensors in shards or whole, one that all ranks have, and what is no tensor."""
+    """State with sharded or unsharded tensors, a replicated tensor and a non-tensor entry."""
     mesh = init_device_mesh("cpu", (size,))
     state: dict[str, Any] = {}
     for name in SHAPES:
@@ -62,8 +62,8 @@ def work(
     rank: int, size: int, port: int, s3: tuple[str, str, str], uri: str, shards: bool, files: Any,
     told: Any,
 ) -> None:  # fmt: skip
-    """Write the state where ``files`` is None and tell the files, else read it and tell whether it
-    is the same, or what was raised, and how many bytes were read."""
+    """Write the state if ``files`` is None, and report the files and the staged size. Else read the
+    state, and report whether it is equal (or the reason of the error) and the bytes read."""
     torch.set_num_threads(1)
     checkpoint_files.PART_BYTES = 5 << 20  # type: ignore[misc]
     endpoint, *keys = s3
@@ -91,8 +91,8 @@ def work(
 
 
 def stage_share(rank: int, size: int, replicas: int, port: int, told: Any) -> None:
-    """Stage a state that so many ranks have alike, in shards over the others; tell the bytes, after
-    looking at them and at a second copy in the same room."""
+    """Stage a state with ``replicas`` replicas, sharded over the other mesh dimension; report the
+    staged bytes, after checking a second copy in the same buffer."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size,
@@ -122,7 +122,7 @@ def stage_share(rank: int, size: int, replicas: int, port: int, told: Any) -> No
 
 
 def same(state: dict[str, Any], shards: bool) -> bool:
-    """Whether a state that was read is the one that was written."""
+    """Whether a state that was read equals the written one."""
     expected = state_of_rank(dist.get_world_size(), fill=True, shards=shards)
     return expected.pop("words") == state["words"] and all(
         torch.equal(local(state[name]), local(value)) for name, value in expected.items()

@@ -1,4 +1,4 @@
-"""What tests of the memory estimate share: a model's facts, its samples, and a small real one."""
+"""Fixtures of the memory tests: a synthetic memory profile, samples, and a small real model."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def facts_of(state: int, activations: int = 0) -> ModelProfile:
-    """A model of full tuning whose weights, gradients and optimizer take ``state`` bytes, of 100
-    blocks, and whose activations take so many for a row of 1,024 tokens."""
+    """Profile of a fully tuned model of 100 blocks whose weights, gradients and optimizer take
+    ``state`` bytes, and whose activations take ``activations`` bytes for a micro-batch of 1,024
+    tokens."""
     numbers = state // 16
     per_token = activations / 1024
     kept = Activations(per_token, 0.0, per_token / 100, per_token / 50, 0.0, 0)

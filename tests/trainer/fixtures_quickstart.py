@@ -1,4 +1,4 @@
-"""The quickstart's tiny model and data, made once a run of tests."""
+"""The quickstart's tiny model and data, made once per test run."""
 
 from __future__ import annotations
 

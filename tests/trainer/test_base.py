@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from finetune_api.names import ENV_MODEL_CACHE
 from finetune_trainer.engine import base as base_module
 from finetune_trainer.engine.base import BaseFiles, fetch_base
-from finetune_trainer.engine.model import load_base
+from finetune_trainer.engine.model import Pretrained, build_base
 from finetune_trainer.storage.objects import ObjectInfo, Stores
 from finetune_trainer.storage.published import Base
 
@@ -60,7 +60,7 @@ def test_a_base_model_is_read_from_the_node_that_keeps_it(
     assert kept.objects == plain.objects
     assert not list(kept.folder.glob("*.safetensors"))
     stores.default.delete([info.uri for info in kept.objects])
-    found = load_base(kept.folder, torch.float32, weights=kept.weights(stores))
+    found = build_base(kept.folder, torch.float32, Pretrained(kept.weights(stores)))
     expected = dict(AutoModelForCausalLM.from_pretrained(model).named_parameters())
     assert dict(found.named_parameters()).keys() == expected.keys()
     for name, values in found.named_parameters():

@@ -1,4 +1,4 @@
-"""Commits while training goes on: what is real stays real, wherever the process dies."""
+"""Checkpoints during training: committed checkpoints stay intact wherever the process dies."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ WRITES = ("put", "begin_parts", "put_part", "join_parts", "drop_parts", "delete"
 
 
 class Died(BaseException):
-    """The process is gone."""
+    """Simulated death of the process."""
 
 
 class Mortal:
-    """A store whose process dies at a write, before it is made or when it has been."""
+    """Object store that kills its process at the write after ``life`` others; ``made``: whether
+    that write is still done."""
 
     def __init__(self, store: ObjectStore, life: int, made: bool) -> None:
         self._store, self.life, self._made = store, life, made
@@ -58,7 +59,7 @@ class Mortal:
 
 
 class Model:
-    """A model whose weights tell the step that they are of."""
+    """A model whose weights all equal the step."""
 
     def __init__(self, **shape: int) -> None:
         self.model = tiny_llama(**shape)
@@ -84,21 +85,21 @@ def world() -> World:
 
 
 PART = 5 << 20
-"""The least that S3 takes."""
+"""Minimum part size of S3."""
 WIDE = {"hidden_size": 256, "intermediate_size": 512}
-"""A state of three parts."""
+"""Model shape whose state takes three parts."""
 
 
 @pytest.mark.parametrize("made", [False, True], ids=["before", "after"])
-def test_a_death_at_any_write_leaves_a_whole_commit(
+def test_death_at_any_write_leaves_a_complete_checkpoint(
     world: World, run_spec_for: Any, tmp_path: Path, made: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Parts, their joining, small files, HEAD, and the removal of what is old."""
+    """Writes: parts, their completion, small files, HEAD, and the removal of old checkpoints."""
     monkeypatch.setattr(checkpoint_files, "PART_BYTES", PART)
     model, run_spec = Model(**WIDE), run_spec_for(run="1-death")
     store = Stores(run_spec).default
     checkpointer = CheckpointManager.take(world, store, run_spec, tmp_path)
-    for step in (1, 2, 3):  # as many as are kept, and one
+    for step in (1, 2, 3):  # one more than are kept
         checkpointer.save(model.model, model.optimizers, model.set(step))
     checkpointer.settle()
 
@@ -126,15 +127,15 @@ def test_a_death_at_any_write_leaves_a_whole_commit(
         if not died:
             assert state.step == step
             break
-    assert life >= 9, "begun, three parts, joined, metadata, state, HEAD and a removal"
-    assert list(store.open_parts(run_spec.run_uri)) == [], "what died was removed"
+    assert life >= 9, "begin, three parts, join, metadata, state, HEAD and a removal"
+    assert list(store.open_parts(run_spec.run_uri)) == [], "parts of dead uploads are removed"
 
 
 @pytest.mark.parametrize("staging", ["Memory", "Disk"])
-def test_training_goes_on_while_a_commit_is_uploaded(
+def test_training_continues_while_a_checkpoint_is_uploaded(
     world: World, run_spec_for: Any, tmp_path: Path, staging: str
 ) -> None:
-    """And the checkpoint is of the moment in which it began."""
+    """The checkpoint holds the state at the call of ``save``."""
     model, run_spec = Model(), run_spec_for(run="1-async", checkpoint={"staging": staging})
     checkpointer = CheckpointManager.take(world, Stores(run_spec).default, run_spec, tmp_path)
     gate, put = threading.Event(), checkpointer.store.put
@@ -156,7 +157,7 @@ def test_training_goes_on_while_a_commit_is_uploaded(
     assert (state.step, model.values) == (1, {1.0})
 
 
-def test_a_copy_on_disk_holds_room_and_no_file(
+def test_disk_staging_reserves_space_and_leaves_no_file(
     world: World, run_spec_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, run_spec = Model(), run_spec_for(run="1-disk", checkpoint={"staging": "Disk"})
@@ -171,7 +172,7 @@ def test_a_copy_on_disk_holds_room_and_no_file(
 
     monkeypatch.setattr(os, "posix_fallocate", reserve)
     checkpointer = CheckpointManager.take(world, Stores(run_spec).default, run_spec, tmp_path)
-    for step in (1, 2):  # the room is used again
+    for step in (1, 2):  # the second step reuses the space
         checkpointer.save(model.model, model.optimizers, model.set(step))
     checkpointer.settle()
     trained = sum(p.numel() for p in model.model.parameters())
@@ -188,7 +189,7 @@ def test_a_copy_on_disk_holds_room_and_no_file(
 
 
 def spoil(checkpointer: CheckpointManager, number: int, name: str) -> None:
-    """One byte in the middle of a file of a checkpoint, the newest being 0."""
+    """Flip a bit in the middle of a file of a checkpoint; ``number`` 0 is the newest."""
     uri = f"{checkpointer.head.checkpoints[number].uri}/{name}"
     data = bytearray(checkpointer.store.get(uri))
     data[len(data) // 2] ^= 1
@@ -196,7 +197,7 @@ def spoil(checkpointer: CheckpointManager, number: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["shard-00000", ".metadata", "state.json"])
-def test_a_damaged_commit_is_left_and_the_one_before_is_read(
+def test_damaged_checkpoint_is_discarded_and_the_previous_one_read(
     world: World, run_spec_for: Any, tmp_path: Path, name: str
 ) -> None:
     model, run_spec = Model(), run_spec_for(run="1-damage")
@@ -216,14 +217,14 @@ def test_a_damaged_commit_is_left_and_the_one_before_is_read(
         checkpointer.restore(model.model, model.optimizers)
     assert caught.value.reason == "CheckpointsDamaged"
     again = CheckpointManager.take(world, Stores(run_spec).default, run_spec, tmp_path)
-    assert again.restore(model.model, model.optimizers) is None, "the next attempt begins anew"
+    assert again.restore(model.model, model.optimizers) is None, "the next attempt starts at step 0"
 
 
-def test_damage_that_is_found_before_publishing_leaves_no_half_loaded_model(
+def test_damaged_best_checkpoint_leaves_no_partly_loaded_model(
     world: World, run_spec_for: Any, tmp_path: Path
 ) -> None:
-    """The newest checkpoint is of the step that the model is at, but the model is no longer what it
-    was."""
+    """The newest checkpoint has the model's step, but the failed load has changed the model, so it
+    must be loaded again."""
     model, run_spec = Model(), run_spec_for(run="1-halfway")
     checkpointer = CheckpointManager.take(world, Stores(run_spec).default, run_spec, tmp_path)
     for step, loss in ((1, 0.5), (2, 0.9)):
@@ -246,10 +247,10 @@ def test_damage_that_is_found_before_publishing_leaves_no_half_loaded_model(
     assert model.values == {2.0}
 
 
-def test_the_gang_learns_of_whatever_file_could_not_be_written(
+def test_all_ranks_learn_of_any_file_that_could_not_be_written(
     world: World, run_spec_for: Any, tmp_path: Path
 ) -> None:
-    """What the first process writes alone too: the others await its word."""
+    """This includes files that only rank 0 writes: the other ranks wait for its control message."""
 
     class Telling(World):
         told: ClassVar[list[Exception]] = []
@@ -278,9 +279,7 @@ def test_the_gang_learns_of_whatever_file_could_not_be_written(
     assert Telling.told == [failure]
 
 
-def test_a_commit_that_was_fenced_is_told_by_the_next_word(
-    world: World, run_spec_for: Any, tmp_path: Path
-) -> None:
+def test_stale_attempt_is_fenced_at_settle(world: World, run_spec_for: Any, tmp_path: Path) -> None:
     model, run_spec = Model(), run_spec_for(run="1-fence")
     store = Stores(run_spec).default
     stale = CheckpointManager.take(world, store, run_spec, tmp_path / "stale")
@@ -290,7 +289,7 @@ def test_a_commit_that_was_fenced_is_told_by_the_next_word(
         stale.settle()
 
 
-def test_the_best_commits_are_kept_besides_the_newest(
+def test_the_best_checkpoints_are_kept_besides_the_newest(
     world: World, run_spec_for: Any, tmp_path: Path
 ) -> None:
     model = Model()
@@ -302,4 +301,4 @@ def test_the_best_commits_are_kept_besides_the_newest(
         checkpointer.save(model.model, model.optimizers, state)
     checkpointer.settle()
     assert [c.step for c in checkpointer.head.checkpoints] == [5, 4, 2]
-    assert str(checkpointer.best_uri).endswith("step-00000004"), "of equals the newer one"
+    assert str(checkpointer.best_uri).endswith("step-00000004"), "the newer of two equal metrics"

@@ -1,4 +1,4 @@
-"""Files of a checkpoint on a real server: written while they are made, read by parts, checked."""
+"""Files of a checkpoint on a real S3 server: streamed, read by parts, verified."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from finetune_trainer.storage.run_head import Checkpoint, CorruptCheckpoint
 from finetune_trainer.storage.s3server import EmbeddedS3
 
 PART = 5 << 20
-"""The least that S3 takes."""
+"""Minimum part size of S3."""
 PARALLEL = 2
 
 
@@ -54,7 +54,7 @@ def pieces(data: bytes, size: int) -> Iterator[memoryview]:
 
 @pytest.mark.parametrize("size", [0, 1, PART, PART + 1, 4 * PART + 7])
 @pytest.mark.parametrize("piece", [333_333, 2 * PART])
-def test_what_is_streamed_is_read_by_parts(s3: EmbeddedS3, uri: str, size: int, piece: int) -> None:
+def test_streamed_file_is_read_by_parts(s3: EmbeddedS3, uri: str, size: int, piece: int) -> None:
     store, data = s3.store(), noise(size)
     sums = stream_file(store, f"{uri}/shard", pieces(data, piece), size)
     assert store.get(f"{uri}/shard") == data
@@ -86,7 +86,7 @@ def test_a_file_has_no_more_parts_than_s3_allows(
 
 
 class Broken(ObjectStore):
-    """A store of which one part is never taken."""
+    """Object store that refuses one part."""
 
     def __init__(self, s3: EmbeddedS3, part: int) -> None:
         super().__init__(s3.endpoint, credentials=Credentials(s3.access_key, s3.secret_key))
@@ -99,7 +99,7 @@ class Broken(ObjectStore):
 
 
 @pytest.mark.parametrize("part", [1, 3, 5])
-def test_an_upload_that_fails_leaves_nothing(s3: EmbeddedS3, uri: str, part: int) -> None:
+def test_failed_upload_leaves_nothing(s3: EmbeddedS3, uri: str, part: int) -> None:
     store = Broken(s3, part)
     with pytest.raises(StorageUnavailable):
         stream_file(store, f"{uri}/shard", pieces(noise(4 * PART + 7), 1 << 20), 4 * PART)
@@ -107,7 +107,7 @@ def test_an_upload_that_fails_leaves_nothing(s3: EmbeddedS3, uri: str, part: int
     assert list(store.open_parts(uri)) == []
 
 
-def test_bytes_that_fail_to_come_leave_nothing(s3: EmbeddedS3, uri: str) -> None:
+def test_failed_data_source_leaves_nothing(s3: EmbeddedS3, uri: str) -> None:
     def failing() -> Iterator[bytes]:
         yield noise(3 * PART)
         raise RuntimeError("the device is gone")
@@ -118,8 +118,8 @@ def test_bytes_that_fail_to_come_leave_nothing(s3: EmbeddedS3, uri: str) -> None
     assert list(s3.store().open_parts(uri)) == []
 
 
-def test_bytes_are_drawn_no_sooner_than_there_is_room(s3: EmbeddedS3, uri: str) -> None:
-    """While no part gets on its way, some parts are in memory and the rest is not."""
+def test_data_is_pulled_only_when_an_upload_slot_is_free(s3: EmbeddedS3, uri: str) -> None:
+    """While all uploads are blocked, at most ``PARALLEL`` + 1 parts are in memory."""
     store: Any = s3.store()
     gate, taken, put_part = threading.Event(), threading.Semaphore(0), store.put_part
     drawn, data = 0, noise(PART)
@@ -146,7 +146,7 @@ def test_bytes_are_drawn_no_sooner_than_there_is_room(s3: EmbeddedS3, uri: str) 
     assert store.head(f"{uri}/s").size == 8 * PART
 
 
-def test_damage_is_noticed_in_the_part_that_has_it(s3: EmbeddedS3, uri: str) -> None:
+def test_damage_is_detected_in_the_damaged_part_only(s3: EmbeddedS3, uri: str) -> None:
     store, data = s3.store(), noise(3 * PART + 5)
     sums = stream_file(store, f"{uri}/shard", [data], len(data))
     made = commit(uri, shard=sums.info)
@@ -160,7 +160,7 @@ def test_damage_is_noticed_in_the_part_that_has_it(s3: EmbeddedS3, uri: str) -> 
     assert read(1) == data[PART : 2 * PART]
     with pytest.raises(CorruptCheckpoint, match=f"bytes {2 * PART} to {3 * PART} of shard"):
         read(2)
-    for cut in (2 * PART, 2 * PART + 1):  # the part is gone, or is short
+    for cut in (2 * PART, 2 * PART + 1):  # the part is missing, or truncated
         store.put(f"{uri}/shard", data[:cut])
         with pytest.raises(CorruptCheckpoint):
             read(2)
@@ -169,7 +169,7 @@ def test_damage_is_noticed_in_the_part_that_has_it(s3: EmbeddedS3, uri: str) -> 
         read(0)
 
 
-def test_parts_are_those_of_the_file_that_head_names(s3: EmbeddedS3, uri: str) -> None:
+def test_part_checksums_must_match_head(s3: EmbeddedS3, uri: str) -> None:
     store = s3.store()
     sums = stream_file(store, f"{uri}/shard", [b"one"], 3)
     other = stream_file(store, f"{uri}/other", [b"another"], 7)
@@ -177,7 +177,7 @@ def test_parts_are_those_of_the_file_that_head_names(s3: EmbeddedS3, uri: str) -
         read_parts(store, commit(uri, shard=other.info), {"shard": sums}, [("shard", 0)])
 
 
-def test_small_files_are_checked_as_a_whole(s3: EmbeddedS3, uri: str) -> None:
+def test_small_files_are_verified_as_a_whole(s3: EmbeddedS3, uri: str) -> None:
     store = s3.store()
     made = commit(uri, state=write_file(store, f"{uri}/state", b"{}"))
     assert read_file(store, made, "state") == b"{}"

@@ -1,5 +1,5 @@
-"""The checkpoint protocol on a real server: one owner, no checkpoint by a stale one, none half
-made."""
+"""The checkpoint protocol on a real S3 server: one owner, no commit by a stale owner, no partial
+checkpoint."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Clock:
 
 
 class Storage:
-    """A run's place in storage, and what the tests do there."""
+    """A run's prefix in object storage, with the operations of the tests."""
 
     def __init__(self, store: ObjectStore, bucket: str, folder: Path) -> None:
         self.store = store
@@ -114,10 +114,10 @@ def test_restarts_and_seconds(storage: Storage) -> None:
     storage.commit(first, 5)
     clock.now += 30
     assert first.training_seconds() == 130
-    second = storage.claim()  # the first has died
+    second = storage.claim()  # the first attempt has died
     assert (second.head.restarts, second.head.lost_seconds) == (1, 30)
     clock.now += 7
-    third = storage.claim()  # the second had committed nothing
+    third = storage.claim()  # the second attempt committed nothing
     assert (third.head.restarts, third.head.lost_seconds) == (2, 37)
     clock.now += 3
     third.release()
@@ -128,37 +128,37 @@ def test_restarts_and_seconds(storage: Storage) -> None:
     assert (fourth.head.lost_seconds, fourth.training_seconds()) == (37, 140)
 
 
-def test_time_between_attempts_is_not_the_runs(storage: Storage) -> None:
+def test_time_between_attempts_is_not_counted(storage: Storage) -> None:
     clock = storage.clock
     first = storage.claim()
     clock.now += 100
     storage.commit(first, 5)
     clock.now += 500
     Heartbeat(storage.store, storage.uri, 1, clock).beat()
-    clock.now += 200_000  # killed; the run goes on after the weekend
+    clock.now += 200_000  # killed; the run continues after the weekend
     second = storage.claim()
     assert second.head.lost_seconds == 500 + BEAT_SECONDS
     assert second.head.training_seconds == 100 + 500 + BEAT_SECONDS
-    clock.now += 200_000  # killed at once: what the first has said says nothing of it
+    clock.now += 200_000  # killed immediately: the first attempt's heartbeat does not count
     third = storage.claim()
     assert third.head.lost_seconds == 500 + 2 * BEAT_SECONDS
     storage.store.put(f"{storage.uri}/heartbeat.json", b"?")
     assert storage.claim().head.attempt == 4
 
 
-def test_a_gang_that_replaces_another_is_no_restart(storage: Storage) -> None:
+def test_a_new_revision_is_not_a_restart(storage: Storage) -> None:
     first = storage.claim()
     assert (first.head.revision, first.head.restarts) == (1, 0)
-    # It runs out of memory, for good; the spec is changed, and the run goes on.
+    # The attempt fails permanently for lack of memory; the spec is changed and the run continues.
     second = storage.claim(revision=2, restarts=0)
     assert (second.head.attempt, second.head.revision, second.head.restarts) == (2, 2, 0)
-    assert storage.claim(revision=2, restarts=0).head.restarts == 1, "its own incidents count"
-    # One that the operator alone has seen: the gang was given up with it.
+    assert storage.claim(revision=2, restarts=0).head.restarts == 1, "same revision"
+    # A restart that only the operator has seen: it then replaced the gang.
     assert storage.claim(revision=3, restarts=2).head.restarts == 2
     assert storage.claim(revision=4, restarts=1).head.restarts == 2, "counts never fall"
 
 
-def test_eight_claims_at_once_have_eight_numbers(storage: Storage) -> None:
+def test_eight_concurrent_claims_get_distinct_attempt_numbers(storage: Storage) -> None:
     barrier = threading.Barrier(8)
     owners: list[Claim] = []
 
@@ -184,7 +184,7 @@ def test_eight_claims_at_once_have_eight_numbers(storage: Storage) -> None:
     assert [c.attempt for c in found[0].checkpoints] == [8]
 
 
-def test_a_stale_writer_changes_nothing_that_counts(storage: Storage) -> None:
+def test_a_stale_writer_cannot_change_head(storage: Storage) -> None:
     stale = storage.claim()
     kept = storage.commit(stale, 5, 0.5)
     owner = storage.claim()
@@ -211,7 +211,7 @@ def test_a_writer_whose_head_was_removed_is_fenced(storage: Storage) -> None:
 
 
 class Flaky(ObjectStore):
-    """A server whose answers to writes of HEAD are lost, before or after the write is done."""
+    """Object store that loses the replies to writes of HEAD, whether the write is done or not."""
 
     def __init__(self, s3: EmbeddedS3) -> None:
         super().__init__(s3.endpoint, credentials=Credentials(s3.access_key, s3.secret_key))
@@ -228,7 +228,7 @@ class Flaky(ObjectStore):
 @pytest.mark.parametrize(
     "faults", [["done"], ["not done"], ["not done", "done"], ["done", "not done"]], ids=str
 )
-def test_a_lost_answer_is_settled(storage: Storage, s3: EmbeddedS3, faults: list[str]) -> None:
+def test_a_lost_reply_is_resolved(storage: Storage, s3: EmbeddedS3, faults: list[str]) -> None:
     flaky = Flaky(s3)
     flaky.faults = iter(faults)
     owner = storage.claim(flaky)
@@ -245,7 +245,7 @@ def test_a_lost_answer_is_settled(storage: Storage, s3: EmbeddedS3, faults: list
 
 
 @pytest.mark.parametrize("faults", [[], ["done"], ["not done"], ["not done", "done"]], ids=str)
-def test_a_rollback_is_noted_once_with_the_commits_behind_it_gone(
+def test_a_rollback_is_recorded_once_and_drops_later_checkpoints(
     storage: Storage, s3: EmbeddedS3, faults: list[str]
 ) -> None:
     flaky = Flaky(s3)
@@ -260,17 +260,17 @@ def test_a_rollback_is_noted_once_with_the_commits_behind_it_gone(
     assert (found[0].rollbacks, found[0].left_out) == ([back], [6, 7])
     assert found[0].checkpoints == kept[::-1] and owner.best == kept[1]
 
-    again = storage.commit(owner, 9, 0.2)  # the same step, made anew
+    again = storage.commit(owner, 9, 0.2)  # the same step, repeated
     second = storage.claim(keep_last=3)
     other = Rollback(attempt=2, skipped=[4], skipped_steps=4)
     second.rewind(other)
-    assert second.head.rollbacks == [back, other], "of all attempts, oldest first"
+    assert second.head.rollbacks == [back, other], "rollbacks of all attempts, oldest first"
     assert again not in second.checkpoints and second.checkpoints == kept[:1]
     with pytest.raises(Fenced):
         owner.rewind(back)
 
 
-def test_a_writer_fenced_behind_a_lost_answer(storage: Storage, s3: EmbeddedS3) -> None:
+def test_a_stale_writer_is_fenced_after_a_lost_reply(storage: Storage, s3: EmbeddedS3) -> None:
     flaky = Flaky(s3)
     owner = storage.claim(flaky)
     storage.claim()
@@ -279,7 +279,7 @@ def test_a_writer_fenced_behind_a_lost_answer(storage: Storage, s3: EmbeddedS3) 
         storage.commit(owner, 3)
 
 
-def test_storage_that_stays_away_is_told(storage: Storage, s3: EmbeddedS3) -> None:
+def test_unreachable_storage_is_reported(storage: Storage, s3: EmbeddedS3) -> None:
     flaky = Flaky(s3)
     owner = storage.claim(flaky)
     flaky.faults = itertools.repeat("not done")
@@ -302,7 +302,7 @@ def spoil(storage: Storage, checkpoint: Checkpoint, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["missing", "cut", "altered"])
-def test_a_corrupt_commit_is_noticed_and_the_next_older_one_serves(
+def test_a_corrupt_checkpoint_is_detected_and_the_next_older_one_used(
     storage: Storage, how: str
 ) -> None:
     first = storage.claim()
@@ -322,7 +322,9 @@ def test_a_corrupt_commit_is_noticed_and_the_next_older_one_serves(
     assert second.checkpoints == [made, older] and second.best == made
 
 
-def test_a_crash_between_upload_and_swap_leaves_the_former_commit(storage: Storage) -> None:
+def test_a_crash_between_upload_and_commit_leaves_the_previous_checkpoint(
+    storage: Storage,
+) -> None:
     first = storage.claim()
     kept = storage.commit(first, 5)
     storage.upload(first, 10)
@@ -333,7 +335,7 @@ def test_a_crash_between_upload_and_swap_leaves_the_former_commit(storage: Stora
     assert storage.steps_in_storage() == {"attempt-1/step-00000005", "attempt-2/step-00000007"}
 
 
-def test_parts_of_uploads_that_died_are_removed_with_the_next_commit(storage: Storage) -> None:
+def test_parts_of_dead_uploads_are_removed_at_the_next_commit(storage: Storage) -> None:
     first = storage.claim()
     storage.commit(first, 5)
     dead = f"{first.checkpoint_uri(10)}/shard-0"
@@ -357,11 +359,11 @@ def test_newest_and_best_are_kept_and_the_rest_removed(storage: Storage) -> None
     assert [c.step for c in owner.checkpoints] == [6, 5, 2]
     assert owner.best and owner.best.step == 2
     assert storage.commit(owner, 7, 0.2).step == 7
-    assert owner.best and owner.best.step == 7  # of equals the newer one
+    assert owner.best and owner.best.step == 7  # the newer of two equal metrics
     assert [c.step for c in owner.checkpoints] == [7, 6]
 
 
-def test_the_upload_under_way_is_not_swept(storage: Storage) -> None:
+def test_an_upload_in_progress_is_not_removed(storage: Storage) -> None:
     owner = storage.claim()
     files = storage.upload(owner, 9)
     storage.commit(owner, 8)

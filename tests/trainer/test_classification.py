@@ -29,7 +29,7 @@ from finetune_trainer.engine.classification import (
 )
 from finetune_trainer.engine.flops import work_of
 from finetune_trainer.engine.loss import micro_batch_losses
-from finetune_trainer.engine.model import load_base, load_tokenizer, purpose_of
+from finetune_trainer.engine.model import build_base, load_tokenizer, purpose_of
 from finetune_trainer.engine.optimizers import split
 from finetune_trainer.engine.packing.dropout import KeyedDropout
 from finetune_trainer.engine.packing.layout import layout_context
@@ -71,7 +71,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def model_of(folder: Path, spec: FineTuneJobSpec, classes: list[str] = CLASSES) -> Any:
-    base = load_base(folder, torch.float32, purpose=purpose_of(spec, classes))
+    base = build_base(folder, torch.float32, purpose=purpose_of(spec, classes))
     return apply_method(base, spec)
 
 

@@ -1,4 +1,4 @@
-"""torch's distributed checkpoint over a real S3 server: any state, read at any number of ranks."""
+"""torch's distributed checkpoint over a real S3 server: any state, read at any world size."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def written(store: Counting, uri: str, state: dict[str, Any]) -> CheckpointReade
     return CheckpointReader(store, checkpoint, read_file(store, checkpoint, METADATA))
 
 
-def test_whatever_a_state_may_hold_comes_back(store: Counting, uri: str) -> None:
+def test_state_of_any_type_survives_a_round_trip(store: Counting, uri: str) -> None:
     draw = torch.Generator().manual_seed(0)
     state: dict[str, Any] = {
         "float": torch.randn(3, 5, generator=draw),
@@ -69,7 +69,7 @@ def test_whatever_a_state_may_hold_comes_back(store: Counting, uri: str) -> None
             assert found[name] == value
 
 
-def test_publish_reads_the_weights_and_not_the_optimizer(
+def test_load_weights_does_not_read_the_optimizer_state(
     store: Counting, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint_files, "PART_BYTES", PART)
@@ -88,9 +88,9 @@ def test_publish_reads_the_weights_and_not_the_optimizer(
 
 
 @pytest.mark.parametrize(("size", "replicas"), [(1, 1), (2, 2), (2, 1), (4, 2)])
-def test_a_rank_stages_what_it_writes(size: int, replicas: int) -> None:
-    """Alone, under DDP, in shards of all ranks, and in shards of half of them: what several ranks
-    have is staged once, and about as much by each."""
+def test_each_rank_stages_only_what_it_writes(size: int, replicas: int) -> None:
+    """Single process, DDP, sharded over all ranks, and over half of them: replicated tensors are
+    staged once, and each rank stages about as much."""
     told = multiprocessing.get_context("forkserver").Manager().Queue()
     port = free_port()
     processes = [forked(stage_share, rank, size, replicas, port, told) for rank in range(size)]
@@ -99,8 +99,8 @@ def test_a_rank_stages_what_it_writes(size: int, replicas: int) -> None:
     assert [p.exitcode for p in processes] == [0] * size
     bytes_staged = [told.get() for _ in range(size)]
     total = 4 * (sum(torch.Size(shape).numel() for shape in SHAPES.values()) + 5)
-    assert total <= sum(bytes_staged) < total + 10_000, "once, but for what lies between"
-    # A shard is not cut again, and one of seven rows has a row more than half.
+    assert total <= sum(bytes_staged) < total + 10_000, "once, plus padding"
+    # A shard is not split further; half of seven rows may be a row more than the mean.
     largest = 4 * torch.Size(SHAPES["rows"]).numel() / (size / replicas)
     row = 4 * SHAPES["rows"][1]
     assert max(bytes_staged) < max(largest, total / size) + row + 10_000
@@ -112,7 +112,7 @@ Told = list[Any]
 def world(
     size: int, s3: EmbeddedS3, uri: str, files: dict[str, FileInfo] | None, shards: bool = True
 ) -> Told:
-    """What each process of a gang told."""
+    """Run ``work`` in ``size`` processes; return their reports."""
     told = multiprocessing.get_context("forkserver").Manager().Queue()
     keys = (s3.endpoint, s3.access_key, s3.secret_key)
     port = free_port()
@@ -131,8 +131,8 @@ def written_by_two(s3: EmbeddedS3, uri: str) -> dict[str, FileInfo]:
     return files
 
 
-def test_each_rank_reads_its_own_rows_or_one_reads_for_all(s3: EmbeddedS3, uri: str) -> None:
-    """At another number of ranks, and without shards."""
+def test_ranks_read_their_own_shards_or_rank_0_reads_for_all(s3: EmbeddedS3, uri: str) -> None:
+    """At another world size, with and without sharding."""
     total = 4 * sum(torch.Size(shape).numel() for shape in SHAPES.values())
     files = written_by_two(s3, uri)
     in_shards = world(3, s3, uri, files)
@@ -144,7 +144,7 @@ def test_each_rank_reads_its_own_rows_or_one_reads_for_all(s3: EmbeddedS3, uri: 
 
 
 @pytest.mark.parametrize("shards", [True, False])
-def test_damage_in_the_rows_of_one_rank_is_told_by_all(
+def test_damage_in_the_shard_of_one_rank_is_raised_on_all(
     s3: EmbeddedS3, uri: str, shards: bool
 ) -> None:
     files, store = written_by_two(s3, uri), s3.store()

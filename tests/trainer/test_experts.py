@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 from tuning import Tuning, check_round
 
 from finetune_trainer.engine.loss import TokenLoss, micro_batch_losses
-from finetune_trainer.engine.model import load_base
+from finetune_trainer.engine.model import build_base
 from finetune_trainer.engine.packing.feed import build_packed
 from finetune_trainer.engine.packing.layout import layout_context
 from finetune_trainer.engine.tuning.methods import apply_method
@@ -55,7 +55,7 @@ def test_adapters_of_mixtures_of_experts(
 
 def test_the_router_loss_balances_training_and_leaves_measuring_alone(experts: Path) -> None:
     spec = spec_of({"type": "Full"})
-    model: Any = apply_method(load_base(experts, torch.float32), spec)
+    model: Any = apply_method(build_base(experts, torch.float32), spec)
     micro_batch = build_packed(samples([18, 9]), [0, 1], seed=0, step=0, device=CPU)
     plain, balanced = TokenLoss(model), TokenLoss(model, 0.5)
     with layout_context(micro_batch.layout), torch.no_grad():

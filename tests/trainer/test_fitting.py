@@ -1,4 +1,4 @@
-"""What is refused for its memory, and what is tried with a warning; in prepare and in a gang."""
+"""Specs that are refused for lack of memory, or tried with a warning, in prepare and in workers."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ from finetune_trainer.train.worker import beside_estimate
           "microBatchTokens": 4096}}, 0.6, {"gradientCheckpointing", "microBatchTokens"}),
     ],
 )  # fmt: skip
-def test_what_may_not_fit_is_tried_with_a_warning_that_names_what_does(
+def test_doubtful_fit_is_tried_with_a_warning_that_names_fitting_alternatives(
     llama: Path, blocks: dict[str, Any], room: float, named: set[str], monkeypatch: Any
 ) -> None:
-    # So that what differs between small models counts.
+    # Without the constant part, the differences between specs of a small model matter.
     monkeypatch.setattr("finetune_trainer.engine.memory.estimate._RUNTIME", {"gpu": 0, "cpu": 0})
     spec, measure = spec_of(**blocks), ProfileCache(llama, 512)
     profile = measure(spec)
@@ -71,7 +71,7 @@ def test_what_may_not_fit_is_tried_with_a_warning_that_names_what_does(
 @pytest.mark.parametrize(
     ("state", "activations", "room", "nodes", "outcome"),
     [
-        # In GiB; on 8 GPUs a node.
+        # Sizes in GiB; 8 GPUs per node.
         (40, 10, 80, 1, "fits: NoShard"),
         (40, 10, 40, 1, "fits: FullShard, weights kept gathered"),
         (400, 10, 55, 1, "tried: FullShard, gradient checkpointing"),
@@ -82,7 +82,7 @@ def test_what_may_not_fit_is_tried_with_a_warning_that_names_what_does(
         (80, 0, 9.9, 1, "refused"),
     ],
 )
-def test_only_what_is_certain_refuses(
+def test_only_certain_parts_lead_to_refusal(
     state: int, activations: int, room: float, nodes: int, outcome: str
 ) -> None:
     profile = facts_of(state * GIB, activations * GIB)
@@ -101,7 +101,7 @@ def test_only_what_is_certain_refuses(
 
 
 @pytest.mark.parametrize(("precision", "named"), [("BF16", True), ("FP8", False)])
-def test_four_bits_are_not_named_beside_eight(precision: str, named: bool) -> None:
+def test_qlora_is_not_suggested_with_fp8(precision: str, named: bool) -> None:
     def measure(other: FineTuneJobSpec) -> ModelProfile:
         return facts_of((1 if other.method.kind.quantizes else 900) * GIB)
 
@@ -111,7 +111,7 @@ def test_four_bits_are_not_named_beside_eight(precision: str, named: bool) -> No
     assert any(one.spec.method.type == "QLoRA" for one in found) == named
 
 
-def test_what_nothing_makes_fit_is_told_so(llama: Path) -> None:
+def test_a_smaller_model_is_suggested_if_no_alternative_fits(llama: Path) -> None:
     spec, measure = spec_of(), ProfileCache(llama, 512)
     assert "take a smaller model" in fit(spec, SAMPLES, GIB, measure).warning
     with pytest.raises(UserError, match="take a smaller model") as refused:
@@ -119,7 +119,7 @@ def test_what_nothing_makes_fit_is_told_so(llama: Path) -> None:
     assert refused.value.reason == "DoesNotFit"
 
 
-def test_without_known_memory_nothing_is_refused(llama: Path) -> None:
+def test_nothing_is_refused_if_the_memory_is_unknown(llama: Path) -> None:
     spec, measure = spec_of(), ProfileCache(llama, 512)
     found = fit(spec, SAMPLES, None, measure)
     assert found.placement == Placement("NoShard", False)
@@ -127,14 +127,14 @@ def test_without_known_memory_nothing_is_refused(llama: Path) -> None:
 
 
 def world_of(*rooms: int) -> Any:
-    """A gang of one node whose processes have so much memory."""
+    """A world of one node whose ranks have ``rooms`` bytes of memory."""
     return SimpleNamespace(
         device=CPU, nodes=1, processes_per_node=len(rooms), size=len(rooms),
         on_all=lambda work: list(rooms), on_main=lambda make: make(),
     )  # fmt: skip
 
 
-def test_a_gang_goes_by_the_least_memory_of_its_devices(
+def test_the_smallest_device_memory_of_the_world_decides(
     llama: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     monkeypatch.setattr("finetune_trainer.engine.memory.estimate._RUNTIME", {"gpu": 0, "cpu": 0})
@@ -157,7 +157,7 @@ def test_a_gang_goes_by_the_least_memory_of_its_devices(
     assert refused.value.reason == "DoesNotFit"
 
 
-def test_a_lack_of_memory_is_told_beside_the_estimate() -> None:
+def test_out_of_memory_failure_includes_the_estimate() -> None:
     found = decide(facts_of(40 * GIB), spec_of(), MicroBatchSize(8, 8), 80 * GIB)
     said = beside_estimate(torch.OutOfMemoryError("no room"), SimpleNamespace(memory=found))  # type: ignore[arg-type]
     assert said.failure_class == "OutOfMemory"

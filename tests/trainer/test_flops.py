@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from finetune_trainer.engine.flops import PEAKS, work_of
 from finetune_trainer.engine.loss import TokenLoss
-from finetune_trainer.engine.model import load_base
+from finetune_trainer.engine.model import Pretrained, build_base
 from finetune_trainer.engine.packing.feed import build_packed
 from finetune_trainer.engine.packing.layout import layout_context
 
@@ -75,8 +75,8 @@ def test_experts_count_by_the_tokens_that_they_see() -> None:
 
 def test_weights_in_4_bits_count_by_their_numbers(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path)
-    plain = load_base(tmp_path, torch.float32)
-    packed = load_base(tmp_path, torch.float32, quantize_on=CPU)
+    plain = build_base(tmp_path, torch.float32)
+    packed = build_base(tmp_path, torch.float32, Pretrained(quantize=True))
     weight = packed.model.layers[0].self_attn.q_proj.weight
     assert weight.numel() * 2 == 32 * 32, "two to a byte"
     plain.requires_grad_(False)

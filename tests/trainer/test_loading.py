@@ -33,7 +33,7 @@ from transformers import (
 )
 from worlds import forked
 
-from finetune_trainer.engine.model import TEXT, Purpose, load_base, placeholder_base
+from finetune_trainer.engine.model import TEXT, Init, Pretrained, Purpose, build_base
 from finetune_trainer.engine.placeholders import is_placeholder
 from finetune_trainer.failures import UserError
 from finetune_trainer.storage import weight_reader
@@ -210,7 +210,7 @@ def test_a_model_that_is_replaced_is_not_read_on(
     uri = objects[0].uri
     store.put(uri, store.get(uri)[:-4] + b"\x00\x00\x80\x3f")
     with pytest.raises(UserError) as caught:
-        load_base(folder, torch.float32, weights=weights)
+        build_base(folder, torch.float32, Pretrained(weights))
     assert caught.value.reason == "ModelChanged" and uri in caught.value.message
     with pytest.raises(UserError) as caught:
         Weights.of_objects(store, objects)
@@ -242,18 +242,18 @@ def test_a_model_is_the_same_by_ranges(
 ) -> None:
     folder = model_of(name)
     expected = AutoModelForCausalLM.from_pretrained(folder)
-    found = load_base(
-        folder, torch.float32, weights=Weights.of_objects(store, put(store, root, folder))
-    )
+    weights = Weights.of_objects(store, put(store, root, folder))
+    found = build_base(folder, torch.float32, Pretrained(weights))
     same(dict(found.named_parameters()), dict(expected.named_parameters()))
     assert type(found) is type(expected)
     assert found.generation_config.to_dict() == expected.generation_config.to_dict()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_hollow_model_takes_no_memory(name: str, model_of: Callable[[str], Path]) -> None:
+def test_placeholders_take_no_memory(name: str, model_of: Callable[[str], Path]) -> None:
     folder = model_of(name)
-    found, expected = placeholder_base(folder, torch.bfloat16), load_base(folder, torch.bfloat16)
+    found = build_base(folder, torch.bfloat16, "Placeholders")
+    expected = build_base(folder, torch.bfloat16)
     for (one, p), (other, q) in zip(
         found.named_parameters(), expected.named_parameters(), strict=True
     ):
@@ -274,7 +274,7 @@ def test_weights_that_are_lacking_are_named(model_of: Callable[[str], Path]) -> 
     weights = Weights.of_folder(folder)
     del weights._slices["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight") as caught:
-        load_base(folder, torch.float32, weights=weights)
+        build_base(folder, torch.float32, Pretrained(weights))
     assert caught.value.reason == "IncompleteModel"
 
 
@@ -298,7 +298,7 @@ def test_each_process_reads_its_own_shards(
     folder = model_of(name)
     objects = put(store, root, folder)
     open_in_world(size, sharding, folder, s3, objects, tmp_path)
-    expected = load_base(folder, torch.float32)
+    expected = build_base(folder, torch.float32)
     found, buffers = torch.load(tmp_path / "whole.pt")
     same(found, dict(expected.named_parameters()))
     same(buffers, dict(expected.named_buffers()))
@@ -433,9 +433,10 @@ def test_weights_in_few_bits_are_refused(model_of: Callable[[str], Path]) -> Non
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (folder / "config.json").write_text(json.dumps(config))
-    for make in (load_base, placeholder_base):
+    inits: list[Init] = [Pretrained(), "Placeholders", "Meta"]
+    for init in inits:
         with pytest.raises(UserError, match="fp8") as caught:
-            make(folder, torch.float32)
+            build_base(folder, torch.float32, init)
         assert caught.value.reason == "UnsupportedModel"
 
 
@@ -446,5 +447,5 @@ def test_a_head_that_is_not_the_embedding_it_should_be_is_refused(
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     with pytest.raises(UserError, match="tie_word_embeddings") as caught:
-        load_base(folder, torch.float32)
+        build_base(folder, torch.float32)
     assert caught.value.reason == "IncompleteModel"

@@ -1,4 +1,4 @@
-"""Manifests of `finetune run`: paths become claims, and faults are told with their paths."""
+"""Manifests of `finetune run`: local paths become claims, and errors name the field's path."""
 
 from __future__ import annotations
 
@@ -118,18 +118,18 @@ def test_relative_paths_of_standard_input_start_from_the_working_directory(
         assert validated.returncode == 0, validated.stderr
 
 
-def test_claims_lead_to_the_folders(tmp_path: Path) -> None:
+def test_claims_link_to_their_folders(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.jsonl").write_text("here")
     claims: dict[str, Path] = {}
     address = claim_of(f"{tmp_path}/data/a.jsonl", tmp_path, claims)
     state = StateFolder(tmp_path / "state")
-    for _ in range(2):  # the second run finds the links of the first
+    for _ in range(2):  # the second call replaces the links of the first
         state.link_claims(claims)
     assert (state.claims / address.removeprefix("pvc://")).read_text() == "here"
 
 
-def test_faults_are_told_once_with_their_paths(tmp_path: Path) -> None:
+def test_each_fault_is_reported_once_with_its_path(tmp_path: Path) -> None:
     path = manifest(
         tmp_path,
         apiVersion="v1",
@@ -170,7 +170,7 @@ def test_faults_are_told_once_with_their_paths(tmp_path: Path) -> None:
         ("kind: FineTuneJob\nspec: {data: 3, model: 4}\n", "spec.model"),
     ],
 )
-def test_files_that_hold_no_job(tmp_path: Path, text: str, said: str) -> None:
+def test_files_without_exactly_one_valid_job_are_refused(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(text)
     assert any(said in line for line in problems(path))
@@ -182,7 +182,7 @@ def test_a_job_among_other_objects_is_found(tmp_path: Path) -> None:
     assert read_manifest(path).name == "job"
 
 
-def test_a_misspelled_field_is_told_with_the_one_that_is_meant(
+def test_a_misspelled_field_is_reported_with_a_suggestion(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spec = {
@@ -199,7 +199,7 @@ def test_a_misspelled_field_is_told_with_the_one_that_is_meant(
         assert "spec.metod: unknown field; did you mean method?" in told
 
 
-def test_validate_says_what_is_wrong_and_ends_with_2(
+def test_validate_reports_faults_and_exits_with_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["validate", str(manifest(tmp_path))]) == 0
@@ -219,7 +219,7 @@ def test_the_examples_are_valid(name: str, tiny_base: Path, tmp_path: Path) -> N
     assert read_manifest(examples / f"{name}.yaml").name == name.removesuffix("-cluster")
 
 
-def test_a_pod_template_is_judged_as_on_a_cluster(tmp_path: Path) -> None:
+def test_a_pod_template_is_validated_as_on_a_cluster(tmp_path: Path) -> None:
     spec = {
         "model": {"source": "s3://bucket/model"},
         "data": {"train": [{"source": "s3://bucket/train.jsonl"}]},

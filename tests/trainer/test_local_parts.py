@@ -1,4 +1,4 @@
-"""The decisions of `finetune run`: layout of the gang, which run is meant, which storage."""
+"""Decisions of `finetune run`: process layout, choice of the run, choice of the storage."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_layout(
     assert bool(found.notes) == noted
 
 
-def test_rows_are_shared_by_the_processes_that_there_are() -> None:
+def test_context_parallel_is_limited_to_the_local_processes() -> None:
     compute = Compute.model_validate({"nodes": 1, "gpusPerNode": 4, "contextParallel": 4})
     assert lay_out(compute, 4, 8).context_parallel == 4
     smaller, none = lay_out(compute, 2, 8), lay_out(compute, 0, 8)
@@ -75,7 +75,7 @@ def spec(**changes: Any) -> FineTuneJobSpec:
     )
 
 
-def test_an_interrupted_run_goes_on_and_a_complete_one_does_not() -> None:
+def test_an_interrupted_run_resumes_and_a_complete_run_does_not() -> None:
     state, first, goes_on = choose_run(JobState(uid="0f9c2e7a"), job())
     assert (first, goes_on) == ("1-0f9c2", False)
     state, again, goes_on = choose_run(state, job())
@@ -90,7 +90,7 @@ def test_an_interrupted_run_goes_on_and_a_complete_one_does_not() -> None:
     assert (fourth, goes_on) == ("4-0f9c2", False)
 
 
-def test_the_identity_of_a_job_is_kept_by_its_name(tmp_path: Path) -> None:
+def test_the_uid_of_a_job_is_stored_under_its_name(tmp_path: Path) -> None:
     folder = StateFolder(tmp_path)
     state, _, _ = choose_run(folder.read("job"), job())
     folder.write("job", state)
@@ -108,14 +108,14 @@ def test_the_identity_of_a_job_is_kept_by_its_name(tmp_path: Path) -> None:
         (None, "http://s3:9000", {}, False),
     ],
 )
-def test_which_storage(
+def test_the_embedded_server_is_used_when_nothing_names_other_storage(
     endpoint: str | None, of_spec: str | None, environ: dict[str, str], expected: bool
 ) -> None:
     storage = {"endpoint": of_spec} if of_spec else {}
     assert uses_embedded(spec(storage=storage), endpoint, environ) is expected
 
 
-def test_a_manifest_of_the_cluster_runs_on_the_embedded_server(
+def test_a_cluster_manifest_runs_on_the_embedded_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "mine")
@@ -142,7 +142,7 @@ def test_a_manifest_of_the_cluster_runs_on_the_embedded_server(
 
 
 class Scripted(stages.StageProcess):
-    """A process of a stage whose exits are given: the next one at each start."""
+    """A stage process with scripted exit codes: one per start, the last one repeated."""
 
     def __init__(self, paths: stages.StagePaths, rank: int, codes: list[int]) -> None:
         super().__init__(paths, "train", rank, {})
@@ -168,7 +168,7 @@ def to_end(stage: stages.Stage) -> None:
             process.wait()
 
 
-def test_a_lost_node_is_started_again(paths: stages.StagePaths) -> None:
+def test_a_lost_node_is_restarted(paths: stages.StagePaths) -> None:
     lost, other = Scripted(paths, 0, [20, 20, 0]), Scripted(paths, 1, [0])
     stage = stages.Stage([lost, other], max_restarts=2)
     to_end(stage)
@@ -176,7 +176,7 @@ def test_a_lost_node_is_started_again(paths: stages.StagePaths) -> None:
     assert (lost.starts, other.starts, stage.restarts) == (3, 1, 2)
 
 
-def test_restarts_are_bounded_and_final_failures_are_not_tried_again(
+def test_restarts_are_bounded_and_final_failures_are_not_retried(
     paths: stages.StagePaths,
 ) -> None:
     lost = Scripted(paths, 0, [20])
@@ -189,7 +189,7 @@ def test_restarts_are_bounded_and_final_failures_are_not_tried_again(
     assert final.starts == 1
 
 
-def test_the_failure_that_is_shown_is_the_cause(paths: stages.StagePaths) -> None:
+def test_the_root_cause_is_the_reported_failure(paths: stages.StagePaths) -> None:
     cause, victim = Scripted(paths, 1, [13]), Scripted(paths, 0, [23])
     stage = stages.Stage([victim, cause], max_restarts=0)
     to_end(stage)
@@ -205,13 +205,13 @@ def test_the_failure_that_is_shown_is_the_cause(paths: stages.StagePaths) -> Non
     assert found[1].failure_class == "Diverged"
 
 
-def test_a_process_without_a_last_word_is_told_of(paths: stages.StagePaths) -> None:
+def test_a_missing_termination_message_is_reported(paths: stages.StagePaths) -> None:
     silent = Scripted(paths, 0, [0])
     silent._process = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
     silent._process.send_signal(signal.SIGKILL)
     silent.wait()
     failure = silent.failure()
-    assert failure.reason == "NoLastWord"
+    assert failure.reason == "NoTerminationMessage"
     assert "SIGKILL" in failure.message
     assert str(silent.log) in failure.message
 
@@ -224,7 +224,7 @@ def test_duration(seconds: float, text: str) -> None:
 
 
 def ended(folder: StateFolder, name: str, **changes: Any) -> JobState:
-    """A job's state after a run that published to the embedded storage."""
+    """Store and return a job's state after a run that published to the embedded storage."""
     state, _, _ = choose_run(folder.read(name), LocalJob(name, "default", spec(), {}))
     state = changed(state, **{"complete": True, "digest": "sha", "embedded": True} | changes)
     folder.write(name, state)
@@ -237,7 +237,7 @@ def where(embedded: bool, endpoint: str, **changes: Any) -> Where:
     return Where(spec(model=model, storage={"endpoint": endpoint}, **changes), {}, server)
 
 
-def test_a_reference_is_to_the_last_run_of_that_job_in_the_state_folder(tmp_path: Path) -> None:
+def test_a_job_reference_resolves_to_the_last_run_in_the_state_folder(tmp_path: Path) -> None:
     folder = StateFolder(tmp_path)
     here = where(True, "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"it never ran .*; first: finetune run MANIFEST of first"):
@@ -256,7 +256,7 @@ def test_a_reference_is_to_the_last_run_of_that_job_in_the_state_folder(tmp_path
         find_tuned(folder, "default", here)
 
 
-def test_what_was_published_to_a_server_is_read_from_there(tmp_path: Path) -> None:
+def test_a_model_published_to_a_server_is_read_from_that_server(tmp_path: Path) -> None:
     folder = StateFolder(tmp_path)
     ended(folder, "first", embedded=False, endpoint="http://s3:9000")
     near = find_tuned(folder, "default", where(False, "http://s3:9000"))

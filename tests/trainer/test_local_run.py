@@ -1,4 +1,4 @@
-"""`finetune run`, as a person has it: stopped in the middle, gone on with, and refused."""
+"""`finetune run` end to end: interrupted, resumed, and refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write_job(folder: Path, base: Path, name: str = "tiny", **changes: Any) -> N
 
 @contextmanager
 def started(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """A run of the folder's job; what is left of it at the end is killed with its processes."""
+    """Start `finetune run` on the folder's job; kill its process group on exit."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
     process = subprocess.Popen(
         [sys.executable, "-m", "finetune_trainer", "run", "job.yaml"],
@@ -67,7 +67,7 @@ def run(folder: Path) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-def test_a_run_is_stopped_and_goes_on_to_its_end(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_and_completes(tiny_base: Path, tmp_path: Path) -> None:
     write_job(tmp_path, tiny_base)
     with started(tmp_path) as process:
         while process.poll() is None and not any(
@@ -80,14 +80,14 @@ def test_a_run_is_stopped_and_goes_on_to_its_end(tiny_base: Path, tmp_path: Path
     assert process.returncode == ExitCode.INTERRUPTED, said
     assert "no GPU: training on the CPU" in said
     assert "of 150 is saved" in said
-    assert "To go on: finetune run job.yaml" in said
+    assert "To continue: finetune run job.yaml" in said
 
     code, text = run(tmp_path)
     assert code == 0, text
-    assert "goes on" in text
+    assert "continues; files" in text
     assert "prepared before" in text
     assert "150 steps" in text
-    assert "restarts" not in text, "a stop that was saved is no incident"
+    assert "restarts" not in text, "a stop after a save is no restart"
     assert "150 steps, first after" in text
     (folder,) = (tmp_path / ".finetune" / "models" / "tiny").iterdir()
     assert str(folder) in text.replace("\n", "")
@@ -97,7 +97,7 @@ def test_a_run_is_stopped_and_goes_on_to_its_end(tiny_base: Path, tmp_path: Path
     assert list(parts) == [
         "launch", "import", "rendezvous", "data", "model", "restore", "baseline",
         "step"]  # fmt: skip
-    assert sum(parts.values()) == pytest.approx(total, abs=0.01 * len(parts)), "rounded each"
+    assert sum(parts.values()) == pytest.approx(total, abs=0.01 * len(parts)), "each part is rounded"
     model = AutoModelForCausalLM.from_pretrained(folder / "merged")
     assert model.num_parameters() > 0
     state = json.loads((tmp_path / ".finetune" / "jobs" / "tiny.json").read_text())
@@ -132,7 +132,7 @@ def test_a_job_starts_from_the_model_of_another(tiny_base: Path, tmp_path: Path)
     assert config["r"] == 4 and config["base_model_name_or_path"].endswith("/model")
 
 
-def test_a_failure_ends_with_its_code_and_says_what_to_do(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_failure_sets_the_exit_code_and_names_the_remedy(tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "a", "label": "b"}\n{"text": \n')
     write_job(tmp_path, tiny_base, data={"train": [{"source": f"{tmp_path}/bad.jsonl"}]})
     code, text = run(tmp_path)
@@ -143,7 +143,7 @@ def test_a_failure_ends_with_its_code_and_says_what_to_do(tiny_base: Path, tmp_p
 
 
 def test_supervise_starts_without_torch(tmp_path: Path) -> None:
-    """Its imports are checked in a process of their own; the order is missing, so it ends."""
+    """Check the imports in a new process, which exits because the run spec is missing."""
     program = (
         "import sys; from finetune_trainer.cli import main; code = main(['supervise']);"
         "heavy = {'torch', 'transformers', 'boto3', 'numpy'} & set(sys.modules);"

@@ -1,4 +1,4 @@
-"""``make gpu`` without a GPU: what is told, what a test that hangs or dies costs, what is kept."""
+"""``make gpu`` without a GPU: reports, time budgets of hanging or crashing tests, kept results."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def test_behind_all_of_these():
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module."""
+    """Import the script as a module."""
     spec = importlib.util.spec_from_file_location("gpu_run", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu_run", module)  # dataclasses look for it
+    monkeypatch.setitem(sys.modules, "gpu_run", module)  # the dataclass decorator looks the module up
     spec.loader.exec_module(module)
     return module
 
@@ -66,8 +66,8 @@ def results(folder: Path) -> Any:
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so_and_fails(
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is available")
+def test_a_missing_gpu_is_reported_as_a_failure(
     run: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run.main(["--out", str(tmp_path)]) == 2
@@ -76,7 +76,7 @@ def test_without_a_gpu_it_says_so_and_fails(
     assert "torch sees no GPU here" in (tmp_path / "results.md").read_text()
 
 
-def test_what_nothing_runs_without_is_named(
+def test_a_missing_required_package_is_named(
     run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "NEEDED", (*run.NEEDED, "no-such-package"))
@@ -84,7 +84,7 @@ def test_what_nothing_runs_without_is_named(
     assert results(tmp_path)["note"].endswith("lacks no-such-package.")
 
 
-def test_each_test_has_its_row_whatever_became_of_it(
+def test_every_test_has_a_result_row(
     run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "TEST_SECONDS", 5)
@@ -112,13 +112,13 @@ def test_each_test_has_its_row_whatever_became_of_it(
     assert rows["test_good"]["figures"] == {"ratio": 1.02}
     assert rows["test_skipped"]["message"] == "torchao is not installed"
     assert "did not end" in rows["test_that_hangs"]["message"]
-    assert any("no_such_module" in row["message"] for row in section["rows"]), "a broken file"
+    assert any("no_such_module" in row["message"] for row in section["rows"]), "a file that cannot be imported"
     page = (out / "results.md").read_text()
     assert "test_good | passed |" in page and "ratio 1.02" in page
     assert "time.sleep" in (out / "log.txt").read_text() or "test_that_hangs" in page
 
 
-def test_a_part_that_hangs_costs_its_share_and_what_it_told_is_kept(
+def test_a_hanging_part_costs_its_budget_and_keeps_its_results(
     run: ModuleType, tmp_path: Path
 ) -> None:
     runner = run.Runner(tmp_path, "cpu", tmp_path, [["training.py"]])
@@ -130,10 +130,10 @@ def test_a_part_that_hangs_costs_its_share_and_what_it_told_is_kept(
     began = time.monotonic()
     ended = run.run_process([sys.executable, "-c", child], runner.env, runner.log, began + 5)
     assert ended == "out of time" and time.monotonic() - began < 60
-    assert run.read_rows(told) == [{"name": "first"}], "the cut line is left out"
+    assert run.read_rows(told) == [{"name": "first"}], "the truncated line is skipped"
 
 
-def test_the_parts_that_come_first_may_take_all_the_time(
+def test_parts_run_in_order_and_a_broken_part_does_not_stop_the_next(
     run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = run.Runner(tmp_path, "cpu", tmp_path, [["training.py"]])

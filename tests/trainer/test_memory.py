@@ -1,4 +1,4 @@
-"""The memory estimate of known facts: how it adds up, and the placement that is chosen by it."""
+"""The memory estimate of a given profile, and the placement chosen by it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from finetune_trainer.engine.planning.micro_batch_size import MicroBatchSize, Sa
         (40, 60, 1, 1, "NoShard, gradient checkpointing"),
     ],
 )
-def test_the_least_costly_placement_that_fits_is_chosen(
+def test_the_cheapest_placement_that_fits_is_chosen(
     state: int, activations: int, nodes: int, processes_per_node: int, placement: str
 ) -> None:
     spec = spec_of(
@@ -40,7 +40,7 @@ def test_the_least_costly_placement_that_fits_is_chosen(
     assert found.fits
 
 
-def test_what_the_spec_says_is_kept_to() -> None:
+def test_placements_respect_the_spec() -> None:
     profile = facts_of(GIB)
     training = {"gradientCheckpointing": "Always"}
     spec = spec_of(compute={"gpusPerNode": 8, "sharding": "FullShard"}, training=training)
@@ -53,7 +53,7 @@ def test_what_the_spec_says_is_kept_to() -> None:
     assert {p.sharding for p in placements(profile, several)} == {"NoShard"}
 
 
-def test_shards_and_shared_rows_divide_what_they_divide() -> None:
+def test_sharding_divides_state_and_context_parallelism_divides_activations() -> None:
     profile = facts_of(64 * GIB, 32 * GIB)
     micro_batch = MicroBatchSize(1024, 512)
     alone, eight = (spec_of(compute={"gpusPerNode": n}) for n in (1, 8))
@@ -69,8 +69,8 @@ def test_shards_and_shared_rows_divide_what_they_divide() -> None:
     )
 
 
-def test_what_takes_least_is_not_tried_where_it_certainly_does_not_fit() -> None:
-    """Sharding gathers whole what lies outside of blocks, and can take more than it saves."""
+def test_the_smallest_placement_is_not_tried_if_its_certain_parts_do_not_fit() -> None:
+    """Sharding gathers parameters outside of blocks in full, which can take more than it saves."""
     profile = facts_of(GIB)
     none = {"block": 0, "block_trained": 0, "blocks": 0, "blocks_trained": 0}
     profile = dataclasses.replace(profile, weights=dataclasses.replace(profile.weights, **none))
@@ -85,7 +85,7 @@ def test_what_takes_least_is_not_tried_where_it_certainly_does_not_fit() -> None
     assert decide(profile, spec, micro_batch, GIB - 1).placement.sharding == "FullShard"
 
 
-def test_the_largest_row_bounds_every_row() -> None:
+def test_the_largest_micro_batch_bounds_every_micro_batch() -> None:
     draw = np.random.default_rng(0)
     for _ in range(50):
         lengths = draw.integers(2, 100, 30)
@@ -99,7 +99,7 @@ def test_the_largest_row_bounds_every_row() -> None:
         assert supervised[micro_batch].sum() <= bound.supervised <= bound.tokens
 
 
-def test_activations_that_cannot_be_measured_are_left_room() -> None:
+def test_memory_is_reserved_for_activations_that_cannot_be_measured() -> None:
     unknown = dataclasses.replace(facts_of(8 * GIB), activations=None)
     spec = spec_of(compute={"gpusPerNode": 1})
     found = decide(unknown, spec, MicroBatchSize(2048, 100), None)
@@ -122,7 +122,7 @@ def test_the_memory_of_a_process_is_read_from_the_manifest() -> None:
     assert memory(gpusPerNode=1, resources=limits) is None
 
 
-def test_weights_that_stay_gathered_take_what_all_of_them_take() -> None:
+def test_weights_kept_gathered_take_the_size_of_all_blocks() -> None:
     profile = facts_of(64 * GIB, GIB)
     spec = spec_of(method={"type": "Full"}, compute={"gpusPerNode": 8})
     micro_batch = MicroBatchSize(1024, 0)

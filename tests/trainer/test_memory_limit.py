@@ -1,4 +1,4 @@
-"""What prepare may use of its container."""
+"""Memory limit and OOM kills of the container, and the number of processes of prepare."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_memory_and_kills(tmp_path: Path) -> None:
     [(0, None, 1), (WORTH_BYTES, None, 1), (WORTH_BYTES + 1, None, 2), (1 << 30, None, 16),
      (1 << 30, 8 * PROCESS_BYTES, 6), (1 << 30, PROCESS_BYTES, 1)],
 )  # fmt: skip
-def test_processes_are_as_many_as_cores_memory_and_data_are_for(
+def test_process_count_is_limited_by_cores_memory_and_data(
     size: int, limit: int | None, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool, "count_cores", lambda: 16)

@@ -1,4 +1,4 @@
-"""Weights kept on a node: fetched once, by one process, whole or not at all; and room made."""
+"""The node-local weight cache: one download per node, complete folders only, eviction."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def bucket(s3: EmbeddedS3) -> str:
 
 @pytest.fixture
 def fetched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each object was downloaded."""
+    """Downloads per object."""
     seen: Counter[str] = Counter()
     download = ObjectStore.download_into
 
@@ -44,7 +44,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 @pytest.fixture(autouse=True)
 def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk of 5,000 bytes: four models of 1,000 and the fifth that stays free."""
+    """A disk of 5,000 bytes: it holds four models of 1,000; a fifth stays free (FREE_SHARE)."""
 
     def usage(folder: Path) -> Usage:
         used = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
@@ -61,7 +61,7 @@ def put(store: ObjectStore, bucket: str, files: dict[str, bytes] = MODEL) -> lis
 
 
 def keep(cache: Path, store: ObjectStore, models: list[list[ObjectInfo]]) -> list[Path]:
-    """Their folders, in use by nobody; the first was wanted least lately."""
+    """Cache the models and return their folders, unlocked; the first is least recently used."""
     folders = []
     for number, objects in enumerate(models, start=1):
         found = cached(cache, store, objects)
@@ -86,7 +86,7 @@ def test_a_model_is_fetched_once(
     assert set(fetched.values()) == {1} and len(fetched) == 2
 
 
-def test_processes_of_a_node_wait_for_the_one_that_fetches(
+def test_processes_of_a_node_wait_for_the_download(
     store: ObjectStore, bucket: str, tmp_path: Path, fetched: Counter[str]
 ) -> None:
     objects, found = put(store, bucket), []
@@ -110,7 +110,7 @@ def test_another_version_is_another_folder(store: ObjectStore, bucket: str, tmp_
     assert files_of(after[0])["model-1.safetensors"] == b"c" * 700
 
 
-def test_what_was_replaced_since_it_was_listed_is_not_kept(
+def test_an_object_replaced_since_its_listing_is_refused(
     store: ObjectStore, bucket: str, tmp_path: Path
 ) -> None:
     objects = put(store, bucket)
@@ -121,7 +121,7 @@ def test_what_was_replaced_since_it_was_listed_is_not_kept(
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
-def test_a_fetch_that_ends_half_way_leaves_nothing_behind(
+def test_an_interrupted_fetch_leaves_no_folder(
     store: ObjectStore, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     fetched: Counter[str],
 ) -> None:  # fmt: skip
@@ -141,7 +141,7 @@ def test_a_fetch_that_ends_half_way_leaves_nothing_behind(
     found = cached(tmp_path, store, objects)
     assert found and files_of(found[0]) == MODEL
 
-    # One that was killed has left its files: they are not taken for the model.
+    # Files left by a killed process are not used as the model.
     found[1].close()
     found[0].rename(found[0].with_suffix(".partial"))
     (found[0].with_suffix(".partial") / "model-1.safetensors").write_bytes(b"half")
@@ -150,19 +150,19 @@ def test_a_fetch_that_ends_half_way_leaves_nothing_behind(
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [again[0].name]
 
 
-def test_room_is_made_by_what_was_wanted_least_lately(
+def test_the_least_recently_used_model_is_evicted(
     store: ObjectStore, bucket: str, tmp_path: Path
 ) -> None:
     models = [put(store, bucket) for _ in range(6)]
     folders = keep(tmp_path, store, models[:4])
-    again = cached(tmp_path, store, models[0])  # wanted once more, and in use
+    again = cached(tmp_path, store, models[0])  # used again, and locked
     assert again
     os.utime(again[0], (0, 0))
     assert cached(tmp_path, store, models[4])
     assert [folder.exists() for folder in folders] == [True, False, True, True]
 
 
-def test_nothing_is_removed_for_what_would_not_fit_even_then(
+def test_nothing_is_evicted_for_a_model_that_cannot_fit(
     store: ObjectStore, bucket: str, tmp_path: Path
 ) -> None:
     models = [put(store, bucket) for _ in range(4)]
@@ -175,10 +175,10 @@ def test_nothing_is_removed_for_what_would_not_fit_even_then(
 
 
 class Killed(BaseException):
-    """The process is gone."""
+    """Simulates the death of the process."""
 
 
-def test_a_removal_that_ends_half_way_leaves_nothing_that_is_taken_for_whole(
+def test_an_interrupted_removal_leaves_no_folder_that_looks_complete(
     store: ObjectStore, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = [put(store, bucket) for _ in range(5)]
@@ -198,13 +198,13 @@ def test_a_removal_that_ends_half_way_leaves_nothing_that_is_taken_for_whole(
     folders = [path for path in tmp_path.iterdir() if path.is_dir()]
     assert sorted(len(files_of(path)) for path in folders) == [1, 2, 2, 2]
     assert [path.suffix for path in folders if len(files_of(path)) == 1] == [".partial"]
-    for objects in (models[4], models[0]):  # what was left goes first, or is filled again
+    for objects in (models[4], models[0]):  # the leftover is removed first, or refilled
         found = cached(tmp_path, store, objects)
         assert found and files_of(found[0]) == MODEL
 
 
 @pytest.mark.parametrize("damage", ["short", "missing", "more"])
-def test_a_folder_that_is_not_what_was_listed_is_filled_again(
+def test_a_folder_that_differs_from_the_listing_is_refilled(
     store: ObjectStore, bucket: str, tmp_path: Path, damage: str
 ) -> None:
     objects = put(store, bucket)
@@ -220,7 +220,7 @@ def test_a_folder_that_is_not_what_was_listed_is_filled_again(
     assert found and found[0] == folder and files_of(folder) == MODEL
 
 
-def test_files_are_on_the_disk_before_they_are_in_place(
+def test_files_are_synced_before_the_folder_is_renamed(
     store: ObjectStore, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: dict[int, int] = {}
@@ -244,7 +244,7 @@ def test_files_are_on_the_disk_before_they_are_in_place(
         assert before[0][path.stat().st_ino] == path.stat().st_size
 
 
-def test_room_that_another_is_about_to_fill_is_not_free(
+def test_space_reserved_by_another_process_is_not_free(
     store: ObjectStore, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other = (put(store, bucket, {"m": bytes([n]) * 2500}) for n in (1, 2))
@@ -260,7 +260,7 @@ def test_room_that_another_is_about_to_fill_is_not_free(
     assert cached(tmp_path, store, one) and meanwhile == [None]
 
 
-def test_one_process_at_a_time_makes_room(
+def test_one_process_at_a_time_evicts(
     store: ObjectStore, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage, locked = shutil.disk_usage, []
@@ -279,7 +279,7 @@ def test_one_process_at_a_time_makes_room(
     assert set(locked) == {True}
 
 
-def test_what_is_another_users_stays_and_the_cache_with_it(
+def test_folders_of_another_user_stay_and_the_cache_still_works(
     store: ObjectStore, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = [put(store, bucket) for _ in range(5)]
@@ -304,7 +304,7 @@ def test_what_is_another_users_stays_and_the_cache_with_it(
     assert found and files_of(found[0]) == MODEL
 
 
-def test_what_is_not_of_the_cache_stays(store: ObjectStore, bucket: str, tmp_path: Path) -> None:
+def test_foreign_folders_are_not_evicted(store: ObjectStore, bucket: str, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat").write_bytes(bytes(1000))
     os.utime(tmp_path / "photos", (0, 0))
@@ -312,7 +312,7 @@ def test_what_is_not_of_the_cache_stays(store: ObjectStore, bucket: str, tmp_pat
     assert (tmp_path / "photos" / "cat").exists()
 
 
-def test_a_cache_that_cannot_be_used_is_done_without(
+def test_an_unusable_cache_is_skipped(
     store: ObjectStore, bucket: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "cache").write_text("no folder")
@@ -320,7 +320,7 @@ def test_a_cache_that_cannot_be_used_is_done_without(
     assert "without the cache" in caplog.text
 
 
-def test_what_is_in_use_is_locked(store: ObjectStore, bucket: str, tmp_path: Path) -> None:
+def test_a_folder_in_use_is_locked(store: ObjectStore, bucket: str, tmp_path: Path) -> None:
     found = cached(tmp_path, store, put(store, bucket))
     assert found
     with found[0].with_suffix(".lock").open("ab") as lock:

@@ -1,4 +1,4 @@
-"""Object storage against a real server: what is written is read, and faults say what to do."""
+"""Object storage against a real server: round trips, conditional writes, errors with a remedy."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from finetune_trainer.storage.s3server import EmbeddedS3
 from ports import free_port
 
 
-def test_bytes_come_back_with_their_tag(store: ObjectStore, bucket: str) -> None:
+def test_bytes_and_etag_round_trip(store: ObjectStore, bucket: str) -> None:
     uri = f"s3://{bucket}/a/b.json"
     tag = store.put(uri, b"one")
     assert store.get_tagged(uri) == (b"one", tag)
@@ -44,7 +44,7 @@ def test_bytes_come_back_with_their_tag(store: ObjectStore, bucket: str) -> None
     assert store.get(uri) == b"two!"
 
 
-def test_what_is_absent(store: ObjectStore, bucket: str, tmp_path: Path) -> None:
+def test_absent_objects(store: ObjectStore, bucket: str, tmp_path: Path) -> None:
     uri = f"s3://{bucket}/absent"
     assert store.head(uri) is None
     for read in (store.get, store.read_stream, lambda u: store.download(u, tmp_path / "x")):
@@ -54,7 +54,7 @@ def test_what_is_absent(store: ObjectStore, bucket: str, tmp_path: Path) -> None
     store.delete([uri])
 
 
-def test_conditions(store: ObjectStore, bucket: str) -> None:
+def test_conditional_writes(store: ObjectStore, bucket: str) -> None:
     uri = f"s3://{bucket}/head"
     with pytest.raises(PreconditionFailed):
         store.put(uri, b"0", if_match='"d41d8cd98f00b204e9800998ecf8427e"')
@@ -67,7 +67,7 @@ def test_conditions(store: ObjectStore, bucket: str) -> None:
     assert store.get_tagged(uri) == (b"3", second)
 
 
-def test_one_of_eight_creators_wins(store: ObjectStore, bucket: str) -> None:
+def test_one_of_eight_concurrent_creators_wins(store: ObjectStore, bucket: str) -> None:
     uri = f"s3://{bucket}/race"
     barrier = threading.Barrier(8)
     won: list[int] = []
@@ -103,7 +103,7 @@ def test_a_listing_has_every_page(store: ObjectStore, bucket: str) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 5, 40 << 20])
-def test_files_go_up_and_down(store: ObjectStore, bucket: str, tmp_path: Path, size: int) -> None:
+def test_files_upload_and_download(store: ObjectStore, bucket: str, tmp_path: Path, size: int) -> None:
     data = os.urandom(size)
     (tmp_path / "up").write_bytes(data)
     uri = f"s3://{bucket}/file"
@@ -119,7 +119,7 @@ def test_files_go_up_and_down(store: ObjectStore, bucket: str, tmp_path: Path, s
         assert stream.read(3) == data[size // 2 : size // 2 + 3]
 
 
-def test_an_object_replaced_while_it_is_read(store: ObjectStore, bucket: str) -> None:
+def test_an_object_replaced_during_a_read_is_an_error(store: ObjectStore, bucket: str) -> None:
     uri = f"s3://{bucket}/data.jsonl"
     tag = store.put(uri, bytes(3 << 20))
     with store.read_stream(uri) as stream:
@@ -136,8 +136,8 @@ def test_an_object_replaced_while_it_is_read(store: ObjectStore, bucket: str) ->
 
 
 class Cutter:
-    """A proxy that lets each connection (or so many of them) carry a bounded number of bytes, then
-    resets it. A connection is of one request."""
+    """A proxy that closes a connection after ``limit`` bytes of the response, at most ``times``
+    times. Each connection carries one request."""
 
     def __init__(self, endpoint: str, limit: int, times: float = math.inf) -> None:
         host, port = endpoint.removeprefix("http://").split(":")
@@ -156,7 +156,7 @@ class Cutter:
 
     def _carry(self, client: socket.socket) -> None:
         with client, socket.create_connection(self.upstream) as server:
-            # The signature covers Host: it must be the upstream's.
+            # The signature covers the Host header: pass the request on unchanged.
             request = client.recv(1 << 16)
             server.sendall(request)
             left = self.limit if self.cuts < self.times else 1 << 40
@@ -166,7 +166,7 @@ class Cutter:
             self.cuts += left == 0
 
 
-def test_a_broken_connection_goes_on_where_it_broke(s3: EmbeddedS3, bucket: str) -> None:
+def test_a_stream_resumes_after_a_broken_connection(s3: EmbeddedS3, bucket: str) -> None:
     data = os.urandom(5 << 20)
     s3.store().put(f"s3://{bucket}/long", data)
     cutter = Cutter(s3.endpoint, 2 << 20)
@@ -179,7 +179,7 @@ def test_a_broken_connection_goes_on_where_it_broke(s3: EmbeddedS3, bucket: str)
     assert cutter.cuts >= 2
 
 
-def test_a_range_is_asked_for_again_where_the_connection_broke(s3: EmbeddedS3, bucket: str) -> None:
+def test_a_range_is_requested_again_after_a_broken_connection(s3: EmbeddedS3, bucket: str) -> None:
     data, uri = os.urandom(3 << 20), f"s3://{bucket}/long"
     s3.store().put(uri, data)
     cutter = Cutter(s3.endpoint, 1 << 20, times=2)
@@ -192,8 +192,8 @@ def test_a_range_is_asked_for_again_where_the_connection_broke(s3: EmbeddedS3, b
     assert cutter.cuts == 2
 
 
-def test_parts_are_joined_though_the_answer_was_lost(s3: EmbeddedS3, bucket: str) -> None:
-    """The request is made again, as by the SDK when the connection broke."""
+def test_parts_are_joined_although_the_response_was_lost(s3: EmbeddedS3, bucket: str) -> None:
+    """The request is repeated, as the SDK repeats it after a broken connection."""
     store, uri, data = s3.store(), f"s3://{bucket}/parts", os.urandom(5 << 20)
     upload = store.begin_parts(uri)
     tags = [store.put_part(uri, upload, 1, data)]
@@ -203,7 +203,8 @@ def test_parts_are_joined_though_the_answer_was_lost(s3: EmbeddedS3, bucket: str
         losing.join_parts(uri, upload, tags, len(data))
     assert cutter.cuts == 1 and store.get(uri) == data
 
-    # This server knows the upload by its object; to others it is gone once it is joined.
+    # SeaweedFS recognizes a joined upload by its object; other servers forget it. After the object
+    # is overwritten, SeaweedFS forgets it too.
     store.put(uri, data)
     store.join_parts(uri, upload, tags, len(data))
     with pytest.raises(TrainerError, match="NoSuchUpload"):
@@ -213,7 +214,7 @@ def test_parts_are_joined_though_the_answer_was_lost(s3: EmbeddedS3, bucket: str
         store.join_parts(uri, upload, tags, len(data))
 
 
-def test_a_range_ends_where_the_object_does(s3: EmbeddedS3, bucket: str) -> None:
+def test_a_range_is_clipped_to_the_object(s3: EmbeddedS3, bucket: str) -> None:
     store, uri = s3.store(), f"s3://{bucket}/short"
     store.put(uri, b"0123456789")
     assert store.get_range(uri, 8, 20) == b"89"
@@ -221,7 +222,7 @@ def test_a_range_ends_where_the_object_does(s3: EmbeddedS3, bucket: str) -> None
     assert store.get_range(uri, 3, 3) == b""
 
 
-def test_denied(s3: EmbeddedS3, bucket: str, tmp_path: Path) -> None:
+def test_denied_access(s3: EmbeddedS3, bucket: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(1 << 10))
     uri = f"s3://{bucket}/data/x"
     wrong = Credentials(s3.access_key, "wrong", None, "Secret s3-keys")
@@ -255,7 +256,7 @@ def test_denied(s3: EmbeddedS3, bucket: str, tmp_path: Path) -> None:
         ("MalformedXML", 400, False),
     ],
 )
-def test_a_server_in_trouble_is_told_by_its_status(
+def test_server_errors_are_classified_by_status(
     store: ObjectStore, bucket: str, code: str, status: int, retryable: bool
 ) -> None:
     answer: Any = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
@@ -282,13 +283,13 @@ def test_missing_bucket(s3: EmbeddedS3, store: ObjectStore, tmp_path: Path) -> N
         assert s3.endpoint in caught.value.message
 
 
-def test_an_endpoint_that_nobody_serves(tmp_path: Path) -> None:
+def test_an_unreachable_endpoint(tmp_path: Path) -> None:
     endpoint = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(StorageUnavailable, match=endpoint):
         ObjectStore(endpoint, credentials=Credentials("a", "b")).get("s3://bucket/key")
 
 
-def test_not_an_address(store: ObjectStore) -> None:
+def test_an_invalid_address(store: ObjectStore) -> None:
     with pytest.raises(UserError, match="'bucket/key' is not an address"):
         store.get("bucket/key")
 
@@ -319,7 +320,7 @@ def test_stores_by_profile(run_spec_for, s3: EmbeddedS3, bucket: str) -> None:  
 
 
 class Deaf(ObjectStore):
-    """A server that ignores one of the conditions."""
+    """A store whose server ignores one of the conditions."""
 
     ignored = ""
 

@@ -1,4 +1,4 @@
-"""A model is rehearsed once a run: what prepare has measured serves the gang, where it holds."""
+"""A model is profiled once per run: the workers reuse valid profiles of prepare."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch, find_facts: Callable[..., Any]) -> list[Any]:
-    """Specs for which the model was really rehearsed."""
+    """Specs for which the model was actually profiled."""
     done: list[Any] = []
     real = profile_cache.profile_model
 
@@ -40,7 +40,7 @@ def made(monkeypatch: pytest.MonkeyPatch, find_facts: Callable[..., Any]) -> lis
 SPEC = spec_of(compute={"gpusPerNode": 2})
 
 
-def test_what_was_kept_is_used_as_it_was(folder: Path, made: list[Any]) -> None:
+def test_stored_profiles_are_reused(folder: Path, made: list[Any]) -> None:
     first = ProfileCache(folder, 64)
     profile = first(SPEC)
     assert first(SPEC) is profile and len(made) == 1
@@ -54,7 +54,6 @@ def test_what_was_kept_is_used_as_it_was(folder: Path, made: list[Any]) -> None:
 @pytest.mark.parametrize(
     "blocks",
     [
-        {"compute": {"gpusPerNode": 1}},
         {"compute": {"gpusPerNode": 0, "processesPerNode": 2}},
         {"compute": {"gpusPerNode": 2, "contextParallel": 2}},
         {"compute": {"gpusPerNode": 2}, "method": {"type": "Full"}},
@@ -64,7 +63,7 @@ def test_what_was_kept_is_used_as_it_was(folder: Path, made: list[Any]) -> None:
     ],
     ids=str,
 )
-def test_another_spec_is_rehearsed(folder: Path, made: list[Any], blocks: dict[str, Any]) -> None:
+def test_another_spec_is_profiled(folder: Path, made: list[Any], blocks: dict[str, Any]) -> None:
     kept = ProfileCache(folder, 64)
     kept(SPEC)
     other = spec_of(**blocks)
@@ -73,7 +72,7 @@ def test_another_spec_is_rehearsed(folder: Path, made: list[Any], blocks: dict[s
     assert found == profile_cache.profile_model(folder, other, 64)
 
 
-def test_another_model_package_or_length_is_rehearsed(
+def test_another_model_package_or_length_is_profiled(
     folder: Path, made: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = ProfileCache(folder, 64)
@@ -87,7 +86,7 @@ def test_another_model_package_or_length_is_rehearsed(
     assert after.weights.numbers > before.weights.numbers and len(made) == 4
 
 
-def test_facts_of_another_form_are_not_taken(folder: Path, made: list[Any]) -> None:
+def test_profiles_of_another_form_are_ignored(folder: Path, made: list[Any]) -> None:
     first = ProfileCache(folder, 64)
     before = first(SPEC)
     kept = json.loads(first.to_json())
@@ -96,7 +95,7 @@ def test_facts_of_another_form_are_not_taken(folder: Path, made: list[Any]) -> N
     assert ProfileCache(folder, 64, json.dumps(kept).encode())(SPEC) == before and len(made) == 2
 
 
-def test_what_is_refused_is_refused_again_and_not_kept(folder: Path, made: list[Any]) -> None:
+def test_errors_are_cached_in_memory_but_not_stored(folder: Path, made: list[Any]) -> None:
     wrong = spec_of(method={"lora": {"targetModules": ["nope"]}})
     measure = ProfileCache(folder, 64)
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""What is measured of a model without its weights, beside what real tensors take."""
+"""Profiles of models without weights, compared with the memory of real tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from transformers import Gemma2Config, GPT2Config, MixtralConfig, PreTrainedConf
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.memory.estimate import Placement, estimate
 from finetune_trainer.engine.memory.profiling import frozen_dtype, profile_model
-from finetune_trainer.engine.model import load_base
+from finetune_trainer.engine.model import build_base
 from finetune_trainer.engine.optimizers import make_optimizers
 from finetune_trainer.engine.packing.feed import MicroBatch, build_packed
 from finetune_trainer.engine.packing.layout import layout_context
@@ -38,7 +38,7 @@ TOKENS = 512
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive, and their peak."""
+    """Count the bytes of all live storages, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,12 +75,12 @@ def one_row(tokens: int) -> MicroBatch:
 
 
 def steps_of_training(folder: Path, spec: FineTuneJobSpec) -> int:
-    """Bytes at the peak of the second of two real steps of two rows each."""
+    """Peak bytes of the second of two real steps of two micro-batches each."""
     precision = precision_of(spec, cuda=False)
     micro_batch = one_row(TOKENS)
     gc.collect()
     with LiveBytes() as live:
-        model = apply_method(load_base(folder, frozen_dtype(spec, precision)), spec)
+        model = apply_method(build_base(folder, frozen_dtype(spec, precision)), spec)
         if spec.training.gradient_checkpointing == "Always":
             checkpoint_activations(model)
         loss = TASKS[spec.task].loss(model, spec.training, None).train()
@@ -105,14 +105,14 @@ def steps_of_training(folder: Path, spec: FineTuneJobSpec) -> int:
 @pytest.mark.parametrize("again", ["Never", "Always"])
 @pytest.mark.parametrize("precision", ["FP32", "BF16"])
 @pytest.mark.parametrize("method", ["Full", "LoRA"])
-def test_the_estimate_is_close_above_what_a_step_takes(
+def test_the_estimate_is_close_to_the_peak_of_a_real_step(
     llama: Path, method: str, precision: str, again: str
 ) -> None:
     spec = spec_of(
         method={"type": method}, compute={"gpusPerNode": 0},
         training={"precision": precision, "gradientCheckpointing": again},
     )  # fmt: skip
-    profile = profile_model(llama, spec, 2048)  # of another length than what is run
+    profile = profile_model(llama, spec, 2048)  # profiled at another length than the step's
     placement = Placement("NoShard", again == "Always")
     parts = estimate(profile, spec, MicroBatchSize(TOKENS, TOKENS // 2), placement)
     expected = sum(n for part, n in parts.items() if part not in ("reserve", "checkpoint"))
@@ -131,11 +131,11 @@ def test_the_estimate_is_close_above_what_a_step_takes(
     ],
     ids=lambda method: method["type"],
 )
-def test_weights_are_counted_as_they_are(llama: Path, method: dict[str, Any]) -> None:
+def test_weight_sizes_match_the_real_model(llama: Path, method: dict[str, Any]) -> None:
     spec = spec_of(method=method, training={"precision": "BF16"})
     weights = profile_model(llama, spec, 64).weights
     precision = precision_of(spec, cuda=True)
-    model = apply_method(load_base(llama, frozen_dtype(spec, precision)), spec)
+    model = apply_method(build_base(llama, frozen_dtype(spec, precision)), spec)
     real = [*model.parameters(), *model.buffers()]
     assert weights.held == sum(t.numel() * t.element_size() for t in real)
     assert weights.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -192,11 +192,11 @@ def test_classifiers_are_measured(write: Any, tmp_path: Path) -> None:
     profile = profile_model(write(tmp_path), spec, 32)
     assert profile.packing == "Padded" and profile.vocabulary == 0
     assert profile.whole is not None and profile.whole.saved > profile.whole.block > 0
-    labelled = replace(SAMPLES, supervised=np.ones_like(SAMPLES.lengths))  # a label a sample
+    labelled = replace(SAMPLES, supervised=np.ones_like(SAMPLES.lengths))  # one label per sample
     assert labelled.largest_micro_batch(spec, "Padded") == MicroBatchSize(2048, 32, masked=300)
 
 
-def test_logits_are_counted_by_the_chunk(llama: Path) -> None:
+def test_logits_are_counted_per_chunk(llama: Path) -> None:
     micro_batch = MicroBatchSize(1 << 20, 1 << 19)
     at_once = (512 << 20) // (4 * 600)
 
@@ -223,7 +223,7 @@ def test_logits_are_counted_by_the_chunk(llama: Path) -> None:
         ({"training": {"routerAuxLossCoefficient": "0.1"}}, "NoRouter"),
     ],
 )
-def test_what_does_not_suit_the_model_is_found_without_its_weights(
+def test_unsuitable_settings_are_found_without_the_weights(
     llama: Path, blocks: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(UserError) as refused:
@@ -231,7 +231,7 @@ def test_what_does_not_suit_the_model_is_found_without_its_weights(
     assert refused.value.reason == reason
 
 
-def test_rows_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:
+def test_unsupported_context_parallelism_is_refused(tmp_path: Path) -> None:
     MODELS[2].save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="cannot be shared"):
+    with pytest.raises(UserError, match="does not support context parallelism"):
         profile_model(tmp_path, spec_of(compute={"gpusPerNode": 2, "contextParallel": 2}), 64)

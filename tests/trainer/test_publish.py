@@ -1,4 +1,4 @@
-"""Publishing: what is written loads with plain transformers and peft, and is whole or nothing."""
+"""Publishing: the output loads with plain transformers and peft, and is complete or absent."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from finetune_trainer.storage.run_head import CorruptCheckpoint
 
 
 class Trained:
-    """A run that has been trained on one process."""
+    """A run trained in one process."""
 
     def __init__(self, run_spec: RunSpec, tmp_path: Path) -> None:
         self.run_spec = run_spec
@@ -38,7 +38,7 @@ class Trained:
         path = tmp_path / "run-spec.json"
         path.write_text(run_spec.to_text())
         world = start_world(
-            dict(os.environ) | {"FINETUNE_RUN_SPEC": str(path)}, 1, tmp_path / "gang"
+            dict(os.environ) | {"FINETUNE_RUN_SPEC": str(path)}, 1, tmp_path / "world"
         )
         assert world.wait() == [0], world.log.read_text()
 
@@ -123,13 +123,13 @@ def test_lora_is_published_as_adapter_and_merged(
     assert [found["tuned"] for found in told] == [found.tuned for found in scores]
     assert told[0]["gain"]["Loss"] == scores[0].tuned["Loss"] - scores[0].base["Loss"]
 
-    # A second try finds the work of the first, and does none.
+    # A second publish finds the output of the first and writes nothing.
     before = {info.uri: info.etag for info in run.store.list(f"s3://{bucket}/out/")}
     assert publish(run.run_spec, run.stores, tmp_path / "again") == summary
     assert before == {info.uri: info.etag for info in run.store.list(f"s3://{bucket}/out/")}
     assert not (tmp_path / "again").exists()
 
-    # Alone, the adapter is written without the base's weights, and is the same.
+    # With format Adapter, the base weights are not read, and the adapter files are identical.
     run.store.delete([f"{run.run_spec.output_uri}/manifest.json"])
     output = run.run_spec.spec.output.model_copy(update={"format": "Adapter"})
     spec = run.run_spec.spec.model_copy(update={"output": output})
@@ -147,7 +147,7 @@ def test_lora_is_published_as_adapter_and_merged(
 
 
 def check_manifest(folder: Path, summary: PublishSummary) -> None:
-    """The manifest names every file as it is, and the summary tells of both."""
+    """Check the manifest against every file, and the summary against both."""
     text = (folder / "manifest.json").read_bytes()
     files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
     listed = json.loads(text)["files"]
@@ -161,7 +161,7 @@ def check_manifest(folder: Path, summary: PublishSummary) -> None:
     assert summary.formats == ["adapter", "merged"]
 
 
-def test_full_in_bfloat16_is_published_as_a_whole_model_of_that_dtype(
+def test_full_tuning_in_bfloat16_publishes_a_bfloat16_model(
     trained_for: Any, bucket: str, tiny_base: Path, tmp_path: Path, one_thread: None
 ) -> None:
     half = tmp_path / "half"
@@ -179,7 +179,7 @@ def test_full_in_bfloat16_is_published_as_a_whole_model_of_that_dtype(
     assert not torch.allclose(logits(model, tokenizer), logits(before, tokenizer), atol=1e-1)
     assert not (folder / "adapter").exists()
 
-    # Without its checkpoint a model cannot be written, and nothing that looks finished is left.
+    # A corrupt checkpoint fails the publish, and no manifest.json is left.
     run.store.delete([f"{run.run_spec.output_uri}/manifest.json"])
     result = runfiles.read_result(run.store, run.run_spec.run_uri)
     weights = f"{result.summary.checkpoint}/shard-00000"
@@ -197,7 +197,7 @@ def test_a_run_without_a_result_is_refused(run_spec_for: Any, tmp_path: Path) ->
     assert f"{run_spec.run_uri}/result.json" in caught.value.message
 
 
-def test_latest_never_goes_back(run_spec_for: Any, bucket: str) -> None:
+def test_latest_never_moves_to_an_older_run(run_spec_for: Any, bucket: str) -> None:
     def publish_as(run: str, uid: str) -> str:
         raw: RunSpec = run_spec_for(run=run)
         run_spec = raw.model_copy(update={"job": raw.job.model_copy(update={"uid": uid})})
@@ -210,6 +210,6 @@ def test_latest_never_goes_back(run_spec_for: Any, bucket: str) -> None:
     assert publish_as("1-aaaaa", "aaaaa") == "2-aaaaa"
     assert publish_as("10-aaaaa", "aaaaa") == "10-aaaaa"
     assert publish_as("9-aaaaa", "aaaaa") == "10-aaaaa"
-    assert publish_as("1-bbbbb", "bbbbb") == "1-bbbbb", "a job made again begins anew"
+    assert publish_as("1-bbbbb", "bbbbb") == "1-bbbbb", "a re-created job replaces the old one"
     Stores(run_spec_for()).default.put(f"s3://{bucket}/out/latest.json", b'{"mine": true}')
-    assert publish_as("2-bbbbb", "bbbbb") == "2-bbbbb", "what no run has written gives way"
+    assert publish_as("2-bbbbb", "bbbbb") == "2-bbbbb", "a file that no run has written is replaced"

@@ -1,4 +1,4 @@
-"""Report, card and metrics of a published model, from figures made up here."""
+"""Report, model card and metrics of a published model, from made-up figures."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def about(
 
 
 class Page(HTMLParser):
-    """Tags that are open, and what leads out of the page."""
+    """Collects open tags, seen tags and links out of the page."""
 
     VOID = frozenset({"meta"})
 
@@ -162,7 +162,7 @@ class Page(HTMLParser):
 
 
 @pytest.mark.parametrize("scores", [True, False])
-def test_the_report_stands_alone_and_is_well_formed(scores: bool) -> None:
+def test_the_report_is_self_contained_and_well_formed(scores: bool) -> None:
     text = report.render(about(scores=scores), json.dumps(DATA_REPORT).encode())
     page = Page()
     page.feed(text)
@@ -189,7 +189,7 @@ def test_the_report_shows_figures_data_and_examples() -> None:
         assert shown in text, shown
 
 
-def test_the_report_names_the_model_that_another_job_has_published() -> None:
+def test_the_report_names_the_published_model_of_a_referenced_job() -> None:
     told = about()
     reference = {"model": {"fineTuneJobRef": {"name": "one"}}}
     run_spec = told.run_spec.model_copy(
@@ -204,7 +204,7 @@ def test_the_report_names_the_model_that_another_job_has_published() -> None:
     assert "<th>Base model</th><td>s3://one/1-a</td>" in text
 
 
-def test_the_card_has_front_matter_and_says_how_to_load() -> None:
+def test_the_card_has_front_matter_and_loading_code() -> None:
     _, front, body = modelcard.render(about()).split("---\n", 2)
     matter = yaml.safe_load(front)
     assert matter["base_model"] == "org/name"
@@ -219,7 +219,7 @@ def test_the_card_has_front_matter_and_says_how_to_load() -> None:
     assert "base_model" not in yaml.safe_load(other.split("---\n")[1])
 
 
-def test_a_card_tells_what_the_model_was_made_from() -> None:
+def test_the_card_shows_the_lineage() -> None:
     assert "## Lineage" not in modelcard.render(about())
     one = Ancestor(uri="s3://one/1-a", job="one", run="1-a", method="LoRA", formats=["adapter"])
     told = about(before=[one])
@@ -235,10 +235,10 @@ def test_a_card_tells_what_the_model_was_made_from() -> None:
     over = about(before=[whole], base="s3://one/1-a/merged")
     assert "`base` is a copy of `s3://one/1-a/merged`" in modelcard.render(over)
     assert "it is loaded on" not in modelcard.render(over)
-    assert modelcard.front_matter(over)["base_model"] == "org/name", "of the first model"
+    assert modelcard.front_matter(over)["base_model"] == "org/name", "the first model of the lineage"
 
 
-def test_a_report_tells_what_the_model_was_made_from() -> None:
+def test_the_report_shows_the_lineage() -> None:
     data = json.dumps(DATA_REPORT).encode()
     assert "Made from" not in report.render(about(), data)
     one = Ancestor(uri="s3://one/1-a", job="one", run="1-a", method="LoRA", formats=["adapter"])
@@ -249,7 +249,7 @@ def test_a_report_tells_what_the_model_was_made_from() -> None:
 
 
 @pytest.mark.parametrize("loss", [math.inf, math.nan])
-def test_figures_without_a_number_are_told(loss: float) -> None:
+def test_non_finite_figures_are_shown(loss: float) -> None:
     told = about()
     scores = [
         dataclasses.replace(told.scores[0], tuned=loss),
@@ -288,7 +288,7 @@ def test_metrics_json_is_complete() -> None:
     assert raw["training"]["startupSeconds"] == {"model": 1.25, "step": 2.0, "total": 3.25}
 
 
-def test_samples_that_the_guard_left_out_are_named() -> None:
+def test_quarantined_samples_are_named() -> None:
     assert "Samples left out" not in modelcard.render(about())
     places = [
         SampleOrigin(
@@ -312,7 +312,7 @@ def test_samples_that_the_guard_left_out_are_named() -> None:
 
 
 @given(
-    # Bounds like losses and steps: beside nothing, numbers next to zero have no even steps.
+    # Ranges of losses and steps. Denormal spans have no even steps in floating point.
     st.floats(-1e6, 1e6).map(lambda x: round(x, 6)),
     st.floats(0, 1e6).filter(lambda x: x == 0 or x > 1e-6),
     st.integers(2, 9),
@@ -328,7 +328,7 @@ def test_ticks_cover_the_range_evenly(low: float, span: float, most: int) -> Non
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.floats(0, 1e3)), max_size=20))
-def test_every_point_of_a_curve_lies_on_the_chart(points: list[tuple[int, float]]) -> None:
+def test_every_point_of_a_curve_is_inside_the_chart(points: list[tuple[int, float]]) -> None:
     chart = loss_chart([Line("Training", "training", points)], marked_step=3)
     assert bool(chart) is bool(points)
     for pair in re.findall(r'points="([^"]*)"', chart):
@@ -337,6 +337,6 @@ def test_every_point_of_a_curve_lies_on_the_chart(points: list[tuple[int, float]
             assert 0 <= y <= 300
 
 
-def test_values_that_are_no_numbers_are_left_out() -> None:
+def test_non_finite_values_are_left_out() -> None:
     chart = loss_chart([Line("Training", "training", [(1, math.nan), (2, math.inf)])])
     assert chart == ""

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from tuning import IDS, Tuning, check_published, logits, step_and_resume
 
 from finetune_trainer.engine.checkpointing.dcp import load_weights
-from finetune_trainer.engine.model import load_base
+from finetune_trainer.engine.model import build_base
 from finetune_trainer.engine.parameters import parameter_counts
 from finetune_trainer.engine.tuning.methods import apply_method
 
@@ -35,10 +35,10 @@ def test_qlora_trains_over_four_bits_and_is_published_on_the_stored_base(
     assert weights[packed_weight].dtype == torch.uint8
     assert tuning.trained() == {n for n in weights if ".lora_" in n}
     counts = parameter_counts(tuning.model)
-    assert counts == parameter_counts(apply_method(load_base(base, torch.float32), spec))
+    assert counts == parameter_counts(apply_method(build_base(base, torch.float32), spec))
 
     resumed = step_and_resume(base, tmp_path, spec, tuning)
-    whole = apply_method(load_base(base, torch.float32), spec)
+    whole = apply_method(build_base(base, torch.float32), spec)
     load_weights(FileSystemReader(tmp_path / "checkpoint"), whole)
     with torch.no_grad():  # not by eval(), after which a CPU rearranges the bits for inference
         quantised = tuning.model(input_ids=IDS).logits

@@ -1,4 +1,4 @@
-"""The quickstart's model and data: made alike every time, and fit for what they are for."""
+"""The quickstart's model and data: reproducible, loadable, consistent."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def records(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_the_model_loads_by_plain_transformers_and_generates(tiny_base: Path) -> None:
+def test_the_model_loads_with_plain_transformers_and_generates(tiny_base: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_base / "model")
     tokenizer = AutoTokenizer.from_pretrained(tiny_base / "model")
     assert model.config.tie_word_embeddings
@@ -41,7 +41,7 @@ def test_the_model_loads_by_plain_transformers_and_generates(tiny_base: Path) ->
     assert ids.shape[1] > batch["input_ids"].shape[1]
 
 
-def test_the_tokenizer_gives_every_text_back(tiny_base: Path) -> None:
+def test_the_tokenizer_round_trips_every_text(tiny_base: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_base / "model")
     for text in ("Customer: Hello.\nAgent: Dear Anna,", "naïve 日本 🙂\t", " leading"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
@@ -64,8 +64,8 @@ def test_the_same_seed_gives_the_same_bytes(tiny_base: Path, tmp_path: Path) -> 
     assert not seen.intersection(used)
 
 
-def test_no_message_is_used_twice_or_was_read_before(tmp_path: Path) -> None:
-    random = Random(2)  # the seed of the data: without the rule these would be its messages
+def test_messages_are_unique_and_unseen_in_pretraining(tmp_path: Path) -> None:
+    random = Random(2)  # same seed as make_data below, which would otherwise draw these messages
     seen = {message(draw_ticket(random), random) for _ in range(50)}
     make_data(tmp_path, seen, train=40, test=20, seed=2)
     used = [
@@ -78,7 +78,7 @@ def test_no_message_is_used_twice_or_was_read_before(tmp_path: Path) -> None:
     assert not seen.intersection(used)
 
 
-def test_labels_and_notes_say_what_the_message_is_about() -> None:
+def test_labels_and_notes_match_the_message() -> None:
     random = Random(0)
     for _ in range(200):
         ticket = draw_ticket(random)
@@ -89,7 +89,7 @@ def test_labels_and_notes_say_what_the_message_is_about() -> None:
     assert set(NOTES) == set(COMPLAINTS)
 
 
-def test_what_was_made_is_kept(tiny_base: Path, tmp_path: Path) -> None:
+def test_the_cache_is_reused(tiny_base: Path, tmp_path: Path) -> None:
     kept = tmp_path / "cache" / "tiny-1"
     for part in ("model", "data"):
         (kept / part).mkdir(parents=True)
@@ -99,7 +99,7 @@ def test_what_was_made_is_kept(tiny_base: Path, tmp_path: Path) -> None:
     assert digests(tmp_path / "out") == digests(tiny_base)
 
 
-def test_libraries_print_nothing_of_their_own_affairs() -> None:
+def test_imports_print_no_library_warnings() -> None:
     pytest.importorskip("torchao")
     code = "import finetune_trainer, torchao.quantization"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

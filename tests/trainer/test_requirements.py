@@ -1,4 +1,4 @@
-"""What an image or a device lacks is told before GPUs are held, with what to set instead."""
+"""Missing packages, compilers and device features are reported, with alternative settings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FP8: dict[str, Any] = {**FULL, "training": {"precision": "FP8", "compile": True}
         (FP8, "torchao", "training.precision: BF16"),
     ],
 )
-def test_few_bits_need_a_package_and_a_gpu(
+def test_quantized_settings_need_a_package_and_a_gpu(
     monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], package: str, instead: str
 ) -> None:
     spec = spec_of(**asked)
@@ -48,7 +48,7 @@ def test_few_bits_need_a_package_and_a_gpu(
     check_device(other, CPU)
 
 
-def test_eight_bits_need_a_gpu_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp8_needs_a_capable_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = SimpleNamespace(
         get_device_capability=lambda device: (8, 0), get_device_name=lambda device: "A100"
     )
@@ -59,7 +59,7 @@ def test_eight_bits_need_a_gpu_that_has_them(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(("gpus", "language"), [(0, "C++ compiler for a CPU"), (1, "C compiler")])
-def test_compiling_needs_a_compiler(
+def test_compile_needs_a_compiler(
     monkeypatch: pytest.MonkeyPatch, gpus: int, language: str
 ) -> None:
     compute = {"gpusPerNode": gpus}

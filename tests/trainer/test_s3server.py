@@ -1,4 +1,4 @@
-"""The embedded S3 server: starts, keeps its data, refuses a second owner, leaves nothing behind."""
+"""The embedded S3 server: start, kept data, exclusive ownership, clean-up."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ with EmbeddedS3(Path(sys.argv[1])) as server:
 
 
 def wait_gone(pid: int) -> bool:
-    """Whether a process ends (a zombie has)."""
+    """Return whether a process ends within 20 s; a zombie has ended."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         try:
@@ -59,7 +59,7 @@ def test_a_folder_has_one_owner(s3: EmbeddedS3, bucket: str) -> None:
     s3.store().put(f"s3://{bucket}/key", b"the first one still serves")
 
 
-def test_the_server_dies_with_its_owner_and_its_data_is_served_again(tmp_path: Path) -> None:
+def test_the_server_dies_with_its_owner_and_its_data_survives(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     owner = subprocess.Popen(
         [sys.executable, "-c", OWNER, str(folder)],
@@ -80,13 +80,13 @@ def test_a_server_left_behind_is_stopped_first(tmp_path: Path) -> None:
     first = EmbeddedS3(tmp_path / "data").__enter__()
     assert first._process and first._lock
     first.ensure_bucket("kept")
-    first._lock.close()  # as if its owner had been killed, and the server not with it
+    first._lock.close()  # as if its owner had been killed without the server
     with EmbeddedS3(tmp_path / "data") as second:
         assert first._process.wait(10) == -signal.SIGKILL
         second.ensure_bucket("kept")
 
 
-def test_a_number_that_now_names_another_process_is_left_alone(tmp_path: Path) -> None:
+def test_a_reused_process_id_is_left_alone(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "server.pid").write_text(str(os.getpid()))
@@ -94,7 +94,7 @@ def test_a_number_that_now_names_another_process_is_left_alone(tmp_path: Path) -
         server.ensure_bucket("fresh")
 
 
-def test_it_listens_on_loopback_alone(s3: EmbeddedS3) -> None:
+def test_the_server_listens_on_loopback_only(s3: EmbeddedS3) -> None:
     pid = int((s3.folder / "server.pid").read_text())
     inodes = {
         str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()

@@ -81,7 +81,7 @@ def test_failure(
         (None, "No such file"),
         ("{", "is not JSON"),
         ('{"version": 99}', "contract version 1; got 99"),
-        ('{"version": 1, "job": {}}', "run spec.run: required"),
+        ('{"version": 1, "job": {}}', "runSpec.run: required"),
     ],
 )
 def test_an_order_that_is_none(

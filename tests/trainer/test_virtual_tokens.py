@@ -14,7 +14,7 @@ from engine import CPU, samples, spec_of
 from tuning import Tuning
 
 from finetune_trainer.engine.loss import TokenLoss, micro_batch_losses
-from finetune_trainer.engine.model import load_base, load_tokenizer
+from finetune_trainer.engine.model import build_base, load_tokenizer
 from finetune_trainer.engine.packing.padded import build_padded_tokens
 from finetune_trainer.evaluate.measure import Evaluator
 from finetune_trainer.failures import UserError
@@ -43,7 +43,7 @@ def test_losses_and_answers_behind_virtual_tokens(base: Path, name: str) -> None
     asked = [Reference(p, "", "", None) for p in prompts]
     answers = evaluator(tuning.loss, base).generate(asked)
 
-    plain = TokenLoss(load_base(base, torch.float32, False)).eval()
+    plain = TokenLoss(build_base(base, torch.float32, pack=False)).eval()
     with tuning.loss.base_model():
         assert torch.equal(
             micro_batch_losses(tuning.loss, micro_batch), micro_batch_losses(plain, micro_batch)

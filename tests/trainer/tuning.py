@@ -17,7 +17,7 @@ from finetune_trainer.engine.base import BaseFiles
 from finetune_trainer.engine.checkpointing.dcp import load_state, save_state, state_of
 from finetune_trainer.engine.checkpointing.staging import stage
 from finetune_trainer.engine.loss import TokenLoss
-from finetune_trainer.engine.model import load_base, load_tokenizer
+from finetune_trainer.engine.model import Pretrained, build_base, load_tokenizer
 from finetune_trainer.engine.optimizers import make_optimizers, step_if
 from finetune_trainer.engine.packing.feed import build_packed
 from finetune_trainer.engine.packing.layout import layout_context
@@ -35,7 +35,8 @@ class Tuning:
 
     def __init__(self, folder: Path, spec: FineTuneJobSpec) -> None:
         kind = spec.method.kind
-        base = load_base(folder, torch.float32, kind.packs, CPU if kind.quantizes else None)
+        init = Pretrained(quantize=kind.quantizes)
+        base = build_base(folder, torch.float32, init, pack=kind.packs)
         self.model: Any = apply_method(base, spec)
         derive(self.model, spec)
         coefficient = float(spec.training.router_aux_loss_coefficient)

@@ -161,7 +161,7 @@ def parse_run_spec(text: str | bytes) -> RunSpec:
     if version != CONTRACT_VERSION:
         raise InvalidSpec(
             [
-                f"run spec.version: this trainer image speaks contract version {CONTRACT_VERSION};"
+                f"runSpec.version: this trainer image speaks contract version {CONTRACT_VERSION};"
                 f" got {version!r}. Use the trainer image of the operator's release, or leave"
                 " spec.compute.image out"
             ]
@@ -169,7 +169,7 @@ def parse_run_spec(text: str | bytes) -> RunSpec:
     try:
         run_spec = RunSpec.model_validate(raw)
     except ValidationError as error:
-        raise InvalidSpec(explain(error, RunSpec, "run spec")) from None
+        raise InvalidSpec(explain(error, RunSpec, "runSpec")) from None
     if run_spec.spec.model.fine_tune_job_ref is not None and run_spec.base is None:
-        raise InvalidSpec(["run spec.base: required with spec.model.fineTuneJobRef, but absent"])
+        raise InvalidSpec(["runSpec.base: required with spec.model.fineTuneJobRef, but absent"])
     return run_spec

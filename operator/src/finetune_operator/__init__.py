@@ -1,6 +1,6 @@
 """The operator: observe → decide → render → apply → report, level-triggered.
 
-The rooms ``world`` (what is there), ``decision`` (what comes next), ``children`` (the objects of a
-plan) and ``status`` (what a user reads back) are pure. Of the modules beside them, ``cluster`` is
-the only one that talks to the API server, and ``watch`` the only one that knows kopf.
+The packages ``world`` (observed state), ``decision`` (next actions), ``children`` (Kubernetes
+objects of a plan) and ``status`` (status, conditions and events) are pure. Of the other modules,
+only ``cluster`` talks to the API server, and only ``watch`` uses kopf.
 """

@@ -1,6 +1,6 @@
-"""``python -m finetune_operator``: in a pod, or on any machine with a kubeconfig.
+"""``python -m finetune_operator``: run the operator in a pod, or on any machine with a kubeconfig.
 
-Every option can also be given by the environment variable that its help names.
+Each option has an environment variable, named in its help.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def parser() -> argparse.ArgumentParser:
         made.add_argument(flag, default=value, help=f"{text} [{variable}]")
 
     option("--image", "FINETUNE_IMAGE", None, "trainer image of this release (required)")
-    option("--image-pull-policy", "FINETUNE_IMAGE_PULL_POLICY", None, "of the trainer's pods")
+    option("--image-pull-policy", "FINETUNE_IMAGE_PULL_POLICY", None, "of the trainer pods")
     option(
         "--model-cache", "FINETUNE_MODEL_CACHE", None,
-        "folder on every node where gangs keep base models; user 65532 must be able to write",
+        "folder on every node where gangs cache base models; user 65532 must be able to write",
     )  # fmt: skip
     option("--kubeconfig", "KUBECONFIG", None, "kubeconfig; absent: the pod's service account")
     option("--context", "KUBE_CONTEXT", None, "context of the kubeconfig")
@@ -37,15 +37,15 @@ def parser() -> argparse.ArgumentParser:
     option("--host", "FINETUNE_HOST", "0.0.0.0", "address of probes and metrics")
     option("--port", "FINETUNE_PORT", "8080", "port of probes and metrics")
     option("--leader-election", "FINETUNE_LEADER_ELECTION", "true", "true or false")
-    option("--lease-namespace", "FINETUNE_LEASE_NAMESPACE", own_namespace(), "of the Lease")
-    option("--lease-name", "FINETUNE_LEASE_NAME", "finetune-operator", "of the Lease")
+    option("--lease-namespace", "FINETUNE_LEASE_NAMESPACE", own_namespace(), "namespace of the Lease")
+    option("--lease-name", "FINETUNE_LEASE_NAME", "finetune-operator", "name of the Lease")
     option("--progress", "FINETUNE_PROGRESS", "auto", "direct, proxy or auto (proxy outside pods)")
     option("--log-level", "FINETUNE_LOG_LEVEL", "INFO", "DEBUG, INFO, WARNING or ERROR")
     return made
 
 
 def options(arguments: Sequence[str] | None = None) -> Options:
-    """Options of the command line; ends the process with a message where one is wrong."""
+    """Parse the command line; exit with a message if an option is invalid."""
     made = parser()
     given = made.parse_args(arguments)
     if not given.image:

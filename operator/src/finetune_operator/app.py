@@ -1,5 +1,6 @@
-"""One operator process: probes first, then the Lease, then watching and reconciling until a lost
-Lease, kopf or a signal ends it. A process that lost its Lease ends; its successor starts clean."""
+"""One operator process: serve the probes, acquire the Lease, then watch and reconcile until the
+Lease is lost, kopf ends or a signal arrives. A process that lost its Lease exits, so that its
+successor starts with clean state."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Options:
-    """How the process was started."""
+    """Options of the process."""
 
     config: Config
     kubeconfig: str | None
@@ -44,11 +45,11 @@ class Options:
     lease_namespace: str
     lease_name: str
     proxy: bool | None
-    """Whether to read progress through the API server's pod proxy; None: outside a pod."""
+    """Whether to read progress through the API server's pod proxy; None: only outside a pod."""
 
 
 class Operator:
-    """The parts of one process, and their state for the probes."""
+    """The components of one process, and their state for the probes."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
@@ -61,7 +62,7 @@ class Operator:
         self._stop = asyncio.Event()
 
     async def run(self) -> int:
-        """Run to the end; returns the exit code of the process."""
+        """Run until stopped; return the exit code of the process."""
         self._handle_signals()
         web = await serve(
             self._options.host,
@@ -86,7 +87,7 @@ class Operator:
         async with Cluster(configuration) as cluster:
             if not await self._unless_stopped(cluster.wait_until_served()):
                 return 0
-            self._not_ready = None  # a stand-by is ready, too: it may take over at any time
+            self._not_ready = None  # a stand-by is ready too: it may take over at any time
             if not self._options.leader_election:
                 return await self._lead(cluster, configuration, in_cluster, None)
             lease = Lease(
@@ -98,7 +99,8 @@ class Operator:
             return await self._lead(cluster, configuration, in_cluster, lease)
 
     async def _unless_stopped(self, coroutine: Coroutine[Any, Any, None]) -> bool:
-        """Wait for a coroutine, or for a signal to stop; whether the coroutine ended first."""
+        """Await a coroutine until it ends or a stop signal arrives; return whether it ended
+        first."""
         task = asyncio.create_task(coroutine)
         stop = asyncio.create_task(self._stop.wait())
         await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -122,7 +124,7 @@ class Operator:
             store, cluster, queue, options.config, self._metrics, self._instance
         )
         poller = Poller(store, cluster, queue.put_after, proxy)
-        # kopf cancels, when it ends, all tasks that were made after it: so these are made before.
+        # When kopf ends, it cancels all tasks created after its start: create these tasks first.
         tasks = {asyncio.create_task(queue.work(controller.handle)) for _ in range(WORKERS)}
         tasks.add(asyncio.create_task(poller.run()))
         tasks.add(asyncio.create_task(watch.sweep(cluster, store, queue.put, options.namespaces)))
@@ -138,7 +140,7 @@ class Operator:
         stopped.cancel()
         await _end(parts - {watching})
         if lease is not None:
-            await lease.release()  # workers have ended: nothing is written any more
+            await lease.release()  # the workers have ended: no more writes
         await _end({watching})
         log.info("stopped")
         return 0 if self._unhealthy is None else 1

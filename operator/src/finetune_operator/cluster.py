@@ -1,7 +1,7 @@
 """The only module that talks to the API server: server-side apply, patches, deletes, events, lists,
 and the pod proxy, over one aiohttp session.
 
-Every write asks ``guard`` at the last moment: whether this process is the leader.
+Each write checks ``guard`` (whether this process is the leader) right before it is sent.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from finetune_operator.decision.plan import Event, Subject
 
 Json = dict[str, Any]
 REQUEST_SECONDS: Final = 5.0
-"""Timeout of a request, no longer than the Lease's duration minus the deadline of its renewal: no
-write of a former leader is under way when the next leader begins."""
+"""Request timeout. At most the Lease's duration minus its renewal deadline, so that no write of a
+former leader is in flight when the next leader starts."""
 
 PATHS: Final[dict[str, tuple[str, str]]] = {
     "ConfigMap": ("/api/v1", "configmaps"),
@@ -42,11 +42,11 @@ _INSTALL: Final = "install crds/finetunejob.crd.yaml, or the chart with crds.ena
 log = logging.getLogger(__name__)
 
 Credentials = kubernetes.client.Configuration
-"""Address of an API server, and what proves who we are."""
+"""Address of an API server, and the credentials for it."""
 
 
 class NoCluster(Exception):
-    """There are no credentials for any cluster."""
+    """No credentials for a cluster were found."""
 
 
 class ApiError(Exception):
@@ -58,15 +58,17 @@ class ApiError(Exception):
 
 
 class NotLeading(Exception):
-    """A write was not sent: the Lease is lost or in doubt."""
+    """A write was not sent: the Lease is lost, or may be lost."""
 
 
 def load_credentials(kubeconfig: str | None, context: str | None) -> tuple[Credentials, bool]:
-    """Credentials of the pod where no kubeconfig is given, else of the kubeconfig (given, or by
-    ``KUBECONFIG``); and whether they are the pod's.
+    """Load the pod's service account credentials; with an argument, or outside a pod, load a
+    kubeconfig (``kubeconfig``, ``KUBECONFIG`` or the default path).
+
+    Returns the credentials, and whether they are the pod's.
 
     Raises:
-        NoCluster: where there are none.
+        NoCluster: no credentials were found.
     """
     configuration = Credentials()
     if kubeconfig is None and context is None:
@@ -85,7 +87,7 @@ def load_credentials(kubeconfig: str | None, context: str | None) -> tuple[Crede
 
 
 def ssl_context(configuration: Credentials) -> ssl.SSLContext:
-    """TLS of the API server, with the client certificate where there is one."""
+    """TLS context for the API server, with the client certificate if there is one."""
     context = ssl.create_default_context(cafile=configuration.ssl_ca_cert)
     if configuration.cert_file:
         context.load_cert_chain(configuration.cert_file, configuration.key_file)
@@ -96,7 +98,7 @@ def ssl_context(configuration: Credentials) -> ssl.SSLContext:
 
 
 def bearer(configuration: Credentials) -> str | None:
-    """The bearer token as it is now: tokens of pods are renewed on disk."""
+    """The current bearer token, read anew: Kubernetes renews the tokens of pods on disk."""
     text = configuration.get_api_key_with_prefix("BearerToken", alias="authorization")
     return text.strip().rpartition(" ")[2] if text else None
 
@@ -132,7 +134,8 @@ class Cluster:
         return await self._write("PATCH", path, obj, "application/apply-patch+yaml", force="true")
 
     async def apply_status(self, subject: Subject, status: Json) -> Json:
-        """Server-side apply of a job's whole status, unless another job has its name by now."""
+        """Server-side apply of a job's whole status. The uid makes it fail if another job now has
+        the name."""
         body = {
             "apiVersion": API_VERSION,
             "kind": KIND,
@@ -147,12 +150,12 @@ class Cluster:
         return await self._write("PATCH", path, body, "application/apply-patch+yaml", force="true")
 
     async def patch(self, kind: str, namespace: str, name: str, patch: Json) -> Json:
-        """Merge patch of a child that exists."""
+        """Merge patch of an existing child."""
         path = object_path(kind, namespace, name)
         return await self._write("PATCH", path, patch, "application/merge-patch+json")
 
     async def delete(self, kind: str, namespace: str, name: str) -> None:
-        """Delete a child, if it is still there; its pods follow with their grace period."""
+        """Delete a child if it exists; its pods end with their grace period."""
         body = {"propagationPolicy": "Background"}
         try:
             await self._write("DELETE", object_path(kind, namespace, name), body)
@@ -161,7 +164,7 @@ class Cluster:
                 raise
 
     async def event(self, subject: Subject, event: Event, instance: str) -> None:
-        """An Event on the job."""
+        """Create an Event on the job."""
         now = datetime.now(UTC)
         body = {
             "apiVersion": "events.k8s.io/v1",
@@ -206,7 +209,7 @@ class Cluster:
     async def versions(
         self, kind: str, namespace: str | None, selector: str
     ) -> tuple[int, set[str]]:
-        """resourceVersion of the list of a kind, and the uids in it (metadata only)."""
+        """Return the resourceVersion of a kind's list, and the uids in the list (metadata only)."""
         accept = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
         path = collection_path(kind, namespace)
         found = await self.request("GET", path, accept=accept, labelSelector=selector)
@@ -214,7 +217,7 @@ class Cluster:
         return version, {item["metadata"]["uid"] for item in found["items"]}
 
     async def pod_progress(self, namespace: str, pod: str, port: int) -> bytes:
-        """``/progress`` of a pod through the API server's proxy."""
+        """Read ``/progress`` of a pod through the API server's proxy."""
         path = f"{object_path('Pod', namespace, pod)}:{port}/proxy/progress"
         return await self._request_bytes("GET", path, None, "application/json", "*/*", {})
 
@@ -227,11 +230,11 @@ class Cluster:
         accept: str = "application/json",
         **parameters: str,
     ) -> Json:
-        """One request.
+        """Send one request.
 
         Raises:
-            ApiError: where the server refuses.
-            aiohttp.ClientError, TimeoutError: where the server cannot be reached in time.
+            ApiError: the server refused the request.
+            aiohttp.ClientError, TimeoutError: the server could not be reached in time.
         """
         raw = await self._request_bytes(method, path, body, content_type, accept, parameters)
         response: Json = json.loads(raw)
@@ -262,7 +265,7 @@ class Cluster:
             return raw
 
     async def wait_until_served(self) -> None:
-        """Wait until the API server serves FineTuneJobs; each cause why not is logged once."""
+        """Wait until the API server serves FineTuneJobs; log each new cause of the wait once."""
         logged = None
         while (why := await self._not_served()) is not None:
             if why != logged:
@@ -284,7 +287,7 @@ class Cluster:
 
 
 def collection_path(kind: str, namespace: str | None) -> str:
-    """URL path of all objects of a kind, in a namespace or in all."""
+    """URL path of all objects of a kind, in one namespace or in all."""
     prefix, plural = PATHS[kind]
     return f"{prefix}/namespaces/{namespace}/{plural}" if namespace else f"{prefix}/{plural}"
 

@@ -1,5 +1,5 @@
 """``reconcile(uid)``: one pass, observe → decide → render → apply → report. It may be called at any
-time, any number of times."""
+time and any number of times."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from finetune_operator.workqueue import WorkQueue
 from finetune_operator.world.observe import Refusal
 
 REFUSED_SECONDS = 15.0
-"""Time until a child that was refused is applied again."""
+"""Delay until a refused child is applied again."""
 
 log = logging.getLogger(__name__)
 
 
 class Controller:
-    """One operator's reconciler over a store, a cluster and a queue of job uids."""
+    """Reconciler over a store, a cluster and a queue of job uids."""
 
     def __init__(
         self,
@@ -48,12 +48,12 @@ class Controller:
         self._instance = instance
 
     async def handle(self, uid: str) -> bool:
-        """``reconcile`` as a worker runs it: False where the pass must be retried after a while."""
+        """Run ``reconcile`` for a worker; return False if the pass must be retried with backoff."""
         began = time.monotonic()
         try:
             await self.reconcile(uid)
         except NotLeading as error:
-            log.warning("held back: %s", error)
+            log.warning("not the leader, write skipped: %s", error)
             return True
         except (ApiError, aiohttp.ClientError, TimeoutError) as error:
             return self._failed(uid, error)
@@ -75,11 +75,11 @@ class Controller:
     async def reconcile(self, uid: str) -> None:
         """Bring one job closer to its spec.
 
-        Where ``decide`` or ``render`` raises, status shows the defect, and it is raised.
+        If ``decide`` or ``render`` raises, report the defect in status and re-raise.
 
         Raises:
-            ApiError, aiohttp.ClientError, TimeoutError: where the API server refuses or cannot be
-                reached; writes before that stay, and the next pass goes on from there.
+            ApiError, aiohttp.ClientError, TimeoutError: the API server refused a request or could not
+                be reached; earlier writes stay, and the next pass continues from them.
         """
         job = self._store.job(uid)
         if job is None:
@@ -100,8 +100,8 @@ class Controller:
             self._queue.put_after(uid, plan.requeue_after.total_seconds())
 
     async def _apply(self, plan: Plan, children: list[dict[str, Any]]) -> bool:
-        """Deletions, creations and changes; False where the API server refused a child (a
-        podTemplate may hold fields that only it can judge, a quota may be full)."""
+        """Apply deletions, creations and changes; return False if the API server refused a child (a
+        podTemplate field that only the server can validate, or a full quota)."""
         namespace = plan.subject.namespace
         for delete in plan.delete:
             await self._cluster.delete(delete.kind, namespace, delete.name)
@@ -114,7 +114,7 @@ class Controller:
         return True
 
     async def _create(self, uid: str, obj: dict[str, Any]) -> bool:
-        """Apply a child; False where the API server refused it, which the store then knows."""
+        """Apply a child; on a refusal, record it in the store and return False."""
         name = obj["metadata"]["name"]
         known = self._store.refusal(uid, name)
         try:
@@ -125,13 +125,13 @@ class Controller:
             refusal = Refusal(str(error), final=error.code != 403)
             self._store.put_refusal(uid, name, refusal)
             if known != refusal:
-                self._queue.put(uid)  # the next pass shows it in status
+                self._queue.put(uid)  # the next pass shows the refusal in status
             return False
         self._store.put_refusal(uid, name, None)
         return True
 
     async def _report(self, job: Mapping[str, Any], plan: Plan) -> None:
-        """One patch of status where it has changed, and its events after that has succeeded."""
+        """Write a changed status, then create its events."""
         if plan.status is None:
             return
         stored = await self._cluster.apply_status(plan.subject, plan.status)

@@ -1,4 +1,4 @@
-"""The pure pass: a job as stored, what was observed of it, and the time → everything to do."""
+"""The pure pass: a stored job, its observed children and the time → a plan."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from finetune_operator.world.stored import read_spec, read_status
 
 
 def decide(job: Mapping[str, Any], observed: Observed, now: datetime, config: Config) -> Plan:
-    """The plan that brings a FineTuneJob (as stored) closer to its spec. Total: it never raises on
-    what a user or another release may have stored."""
+    """Return the plan that brings a FineTuneJob (as stored) closer to its spec. Total: it never
+    raises on documents that a user or another release has stored."""
     subject = _subject(job)
     if "deletionTimestamp" in job["metadata"]:
         return Plan(subject)
@@ -56,7 +56,7 @@ def decide(job: Mapping[str, Any], observed: Observed, now: datetime, config: Co
 
 
 def defect(job: Mapping[str, Any], error: Exception, now: datetime) -> Plan:
-    """The plan of a pass in which ``decide`` or ``render`` raised: status alone, with the error."""
+    """Plan of a pass in which ``decide`` or ``render`` raised: only a status with the error."""
     subject, before = _subject(job), read_status(job.get("status"))
     after = operator_defect(before, subject, error, now)
     return _with_status(Plan(subject), job, before, after)
@@ -68,7 +68,7 @@ def _subject(job: Mapping[str, Any]) -> Subject:
 
 
 def _with_suspend(spec: FineTuneJobSpec, raw: Any) -> FineTuneJobSpec:
-    """A run's own spec, with ``suspend`` of one that is refused otherwise."""
+    """The run's own spec, with ``suspend`` of the current, otherwise invalid spec."""
     suspend = raw.get("suspend", False) if isinstance(raw, Mapping) else None
     return spec.model_copy(update={"suspend": suspend}) if isinstance(suspend, bool) else spec
 
@@ -76,7 +76,7 @@ def _with_suspend(spec: FineTuneJobSpec, raw: Any) -> FineTuneJobSpec:
 def _with_status(
     plan: Plan, job: Mapping[str, Any], before: FineTuneJobStatus, after: FineTuneJobStatus
 ) -> Plan:
-    """A plan with the new status and its events, where it differs from the stored one."""
+    """The plan with the new status and its events, if the status differs from the stored one."""
     status = after.to_json()
     if not differs(job.get("status"), status):
         return plan

@@ -1,11 +1,11 @@
-"""Make an installed CUDA build of PyTorch do without NVIDIA's libraries (about 4 GB of them).
+"""Make an installed CUDA build of PyTorch work without NVIDIA's libraries (about 4 GB).
 
-Run where ``pip install --no-deps torch`` has been, with binutils at hand. Two things keep such a
-torch from working on a machine that has no GPU anyway:
+Run after ``pip install --no-deps torch``; needs binutils. The script changes two things, for
+machines without a GPU:
 
-- Its libraries are linked to NVIDIA's. All of those become one small library, whose functions
-  answer "no CUDA-capable device", which is what the real ones say on such a machine.
-- Its metadata asks pip for NVIDIA's packages. It no longer does.
+- torch's libraries are linked to NVIDIA's. All of those are replaced by one small stub library,
+  whose functions return "no CUDA-capable device", as the real ones do without a GPU.
+- torch's metadata requires NVIDIA's packages. These requirements are removed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def output(*command: str | Path) -> str:
 
 
 def absent_libraries(libraries: list[Path]) -> set[str]:
-    """What the libraries need that is neither among them nor in the system."""
+    """Return the needed libraries that are neither in ``libraries`` nor in the system."""
     dynamic = output("readelf", "-d", *libraries)
     needed = set(re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic))
     here = {library.name for library in libraries}
@@ -35,7 +35,7 @@ def absent_libraries(libraries: list[Path]) -> set[str]:
 
 
 def absent_symbols(libraries: list[Path], absent: set[str]) -> dict[str, str]:
-    """NVIDIA's functions that the libraries call, with the version each is asked for in, or ''."""
+    """Return NVIDIA's functions that the libraries call, with the symbol version of each, or ''."""
     wanted = {}
     for line in output("nm", "-D", "--undefined-only", *libraries).splitlines():
         kind, _, symbol = line.strip().partition(" ")
@@ -46,7 +46,7 @@ def absent_symbols(libraries: list[Path], absent: set[str]) -> dict[str, str]:
 
 
 def make_stub(folder: Path, symbols: dict[str, str], absent: set[str]) -> None:
-    """One library of all the symbols, in all the versions, by all the names."""
+    """Build one stub library with all symbols and versions, and link all absent names to it."""
     lines = [".text"]
     for name in symbols:
         lines += [f".globl {name}", f".type {name}, @function", f"{name}:"]
@@ -73,7 +73,7 @@ def make_stub(folder: Path, symbols: dict[str, str], absent: set[str]) -> None:
 
 
 def forget_requirements(distribution: importlib.metadata.Distribution) -> None:
-    """Remove from the metadata what torch requires on Linux only: NVIDIA's packages and Triton."""
+    """Remove torch's Linux-only requirements from its metadata: NVIDIA's packages and Triton."""
     metadata = next(
         Path(str(distribution.locate_file(file)))
         for file in distribution.files or []
@@ -92,7 +92,7 @@ def main() -> None:
     symbols = absent_symbols(libraries, absent)
     make_stub(folder, symbols, absent)
     forget_requirements(torch)
-    print(f"{STUB} stands for {len(symbols)} functions of {', '.join(sorted(absent))}")
+    print(f"{STUB} replaces {len(symbols)} functions of {', '.join(sorted(absent))}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""The container of finetune-operator: prepare, train, evaluate, publish; and ``finetune run``."""
+"""Trainer of finetune-operator: stages prepare, train and publish; and ``finetune run``."""
 
 import logging
 import warnings
 
-# Warnings of libraries about each other, which nobody who fine-tunes a model can mend.
-# torchao, which transformers imports where it is installed, registers enumerations in a way that
-# torch 2.15 warns of.
+# Silence warnings of libraries about each other: users cannot act on them.
+# torchao (imported by transformers if installed) registers enums in a way that torch 2.15 warns
+# about.
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
-# peft asks transformers 5 for a property by its old name.
+# peft reads a property of transformers 5 by its deprecated name.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-# torch warns of checkpoints of a single process also where one was asked for (no_dist).
+# torch.distributed.checkpoint warns about single-process use even with no_dist=True.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable", UserWarning)

@@ -1,4 +1,4 @@
-"""``python -m finetune_trainer`` is ``finetune``."""
+"""``python -m finetune_trainer``: the same as the command ``finetune``."""
 
 import sys
 

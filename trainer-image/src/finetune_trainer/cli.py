@@ -1,8 +1,8 @@
-"""``finetune``: the command of the trainer's image, and of one machine.
+"""Command line ``finetune``: entry point of the trainer image and of local runs.
 
-``prepare``, ``supervise`` and ``publish`` are the containers of a run: they take a run spec from
-the environment. The others are for people. What a command needs is imported by that command:
-``supervise`` must stay small.
+``prepare``, ``supervise`` and ``publish`` are the container commands of a run. They read the run
+spec that the environment names. The other commands are for users. Each command imports its own
+dependencies, which keeps ``supervise`` small.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0, 2 for wrong arguments or a faulty manifest,
+    """Run a command and return its exit code: 0, 2 for wrong arguments or an invalid manifest,
     else a ``names.ExitCode``."""
     options = _parser().parse_args(arguments)
     code: int = options.command(options)
@@ -50,10 +50,10 @@ def _parser() -> argparse.ArgumentParser:
         help="logs, reports, the embedded object storage (default: .finetune)",
     )  # fmt: skip
     where = run.add_mutually_exclusive_group()
-    where.add_argument("--endpoint", metavar="URL", help="S3 server that s3:// is on")
+    where.add_argument("--endpoint", metavar="URL", help="S3 endpoint for s3:// URIs")
     where.add_argument(
         "--local-storage", action="store_true",
-        help="s3:// is on the embedded server in the state folder, force the environment says",
+        help="serve s3:// from the embedded server in the state folder, ignoring the environment",
     )  # fmt: skip
     run.set_defaults(command=_run)
 
@@ -62,18 +62,18 @@ def _parser() -> argparse.ArgumentParser:
     validate.set_defaults(command=_validate)
 
     quickstart = commands.add_parser(
-        "quickstart", help="make a small base model and labelled data to try things with"
+        "quickstart", help="create a small base model and labelled data for a first run"
     )
     quickstart.add_argument("folder", type=Path, metavar="DIR")
     quickstart.add_argument(
-        "--tiny", action="store_true", help="a model that takes seconds and knows little"
+        "--tiny", action="store_true", help="a smaller, less accurate model that is made in seconds"
     )
     quickstart.set_defaults(command=_quickstart)
 
     templates = commands.add_parser("templates", help="list the library of templates, or show one")
     templates.add_argument("name", nargs="?", metavar="NAME", help="the template to show")
     templates.add_argument(
-        "--data", type=Path, metavar="FILE", help="show what it makes of the first records of FILE"
+        "--data", type=Path, metavar="FILE", help="render the first records of FILE with it"
     )
     templates.add_argument(
         "--field", action="append", default=[], metavar="document=article",
@@ -89,17 +89,17 @@ def _parser() -> argparse.ArgumentParser:
     half = prepare.add_mutually_exclusive_group()
     half.add_argument(
         "--map", action="store_const", dest="step", const="Map", default="All",
-        help=f"one pod of several: its share of the data ({ENV_WORKER} says which) to shards",
+        help=f"one of several pods: its input splits ({ENV_WORKER} is its index) to token shards",
     )  # fmt: skip
     half.add_argument(
         "--reduce", action="store_const", dest="step", const="Reduce",
-        help="what all pods have mapped to index, report and manifest",
+        help="the shards of all map pods to index, report and manifest",
     )  # fmt: skip
     prepare.set_defaults(command=_prepare)
 
     for name, text, command in (
-        ("supervise", "stage: one node of the training gang", _supervise),
-        ("publish", "stage: the chosen commit to a published model", _publish),
+        ("supervise", "stage: the training processes of one node", _supervise),
+        ("publish", "stage: the chosen checkpoint to a published model", _publish),
     ):
         commands.add_parser(name, help=text).set_defaults(command=command)
     return parser

@@ -1,11 +1,11 @@
-"""What the texts of CUDA, cuBLAS, cuDNN and NCCL errors mean: pure data, the first match counts.
+"""Table that classifies CUDA, cuBLAS, cuDNN and NCCL errors by their text. First match wins.
 
-Three questions decide a row. Is the hardware or the node broken, so that another node helps? Is a
-peer gone, so that waiting for it helps? Or does the same program fail again wherever it runs? What
-no row knows of CUDA is the program's fault: texts of broken hardware are few and known, and a bug
-that is called a bad node is retried for ever.
+The kind of a fault answers three questions. Is the hardware or the node broken, so that another
+node helps? Is a peer lost, so that waiting for its replacement helps? Or does the same program
+fail on any node? An unknown CUDA error is treated as a program bug: the texts of hardware faults
+are few and known, and a bug classified as a node failure would be retried forever.
 
-Texts: cudaGetErrorString of CUDA 13, torch's c10/cuda and ProcessGroupNCCL, ncclGetErrorString.
+Sources of the texts: cudaGetErrorString of CUDA 13, torch's c10/cuda and ProcessGroupNCCL, ncclGetErrorString.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Kind = Literal["OutOfMemory", "NodeFailure", "PeerLost", "UserError", "Internal"
 
 
 class DeviceFault(NamedTuple):
-    """One row."""
+    """One row of the table."""
 
     patterns: tuple[str, ...]
-    """Any of these in the text of the error, force the case of its letters."""
+    """Lower-case substrings; the row matches if any is in the lower-cased error text."""
     kind: Kind
     reason: str
     what: str
-    """What happened, before the text of the error."""
+    """What happened: the start of the message, before the error text."""
     remedy: str
 
 
@@ -33,16 +33,16 @@ _LESS_MEMORY: Final = (
     "Lower training.microBatchTokens or maxLength, set training.gradientCheckpointing: Always, or"
     " use more GPUs"
 )
-_ELSEWHERE: Final = "The run goes on elsewhere; have the node looked at if it comes again"
+_ELSEWHERE: Final = "The run continues on another node; check this node if the error recurs"
 _OUR_FAULT: Final = (
-    "Another node would fail alike. With CUDA_LAUNCH_BLOCKING=1 in the training pods"
-    " (compute.podTemplate) the stack names the operation; report it, with the versions of torch"
-    " and of the driver"
+    "Another node would fail the same way. With CUDA_LAUNCH_BLOCKING=1 in the training pods"
+    " (compute.podTemplate) the stack trace names the operation; report it, with the versions of"
+    " torch and of the driver"
 )
 _IMAGE: Final = "Give compute.image a build for these GPUs, or nodes with a newer driver"
 
 DEVICE_FAULTS: Final[tuple[DeviceFault, ...]] = (
-    # Hardware first: other texts (NCCL's) quote these.
+    # Hardware faults come first: NCCL errors quote these texts.
     DeviceFault(
         (
             "uncorrectable ecc", "ecc uncorrectable", "uncorrectable nvlink", "nvlink error",
@@ -69,16 +69,16 @@ DEVICE_FAULTS: Final[tuple[DeviceFault, ...]] = (
         (
             "cuda out of memory", "cuda error: out of memory", "cuda driver error: out of memory",
             "'out of memory'", "cublas_status_alloc_failed", "cudnn_status_alloc_failed",
-            # torch has emptied its cache and tried again before this is raised.
+            # torch raises this only after it has emptied its cache and retried.
             "cublas_status_not_initialized",
         ),
-        "OutOfMemory", "DeviceOutOfMemory", "the GPU's memory does not suffice",
-        f"{_LESS_MEMORY}. Where this came while a checkpoint was copied, pinned memory of the host"
-        " ran out: set checkpoint.staging: Disk",
+        "OutOfMemory", "DeviceOutOfMemory", "the GPU is out of memory",
+        f"{_LESS_MEMORY}. If it happened while a checkpoint was copied, the host ran out of pinned"
+        " memory: set checkpoint.staging: Disk",
     ),
     DeviceFault(
         ("defaultcpuallocator: can't allocate memory", "defaultcpuallocator: not enough memory"),
-        "OutOfMemory", "HostOutOfMemory", "the memory of the host does not suffice",
+        "OutOfMemory", "HostOutOfMemory", "the host is out of memory",
         "Raise compute.resources.limits.memory, lower training.microBatchTokens or, if it happened"
         " while a checkpoint was saved, set checkpoint.staging: Disk",
     ),
@@ -93,25 +93,25 @@ DEVICE_FAULTS: Final[tuple[DeviceFault, ...]] = (
     ),
     DeviceFault(
         ("duplicate gpu detected", "ncclinvalidusage", "ncclinvalidargument"),
-        "Internal", "NCCLMisused", "NCCL refuses how it was called",
-        "Another try would fail alike: processes of a node need a GPU each"
-        " (compute.processesPerNode, CUDA_VISIBLE_DEVICES). Else report it",
+        "Internal", "NCCLMisused", "NCCL rejected a call as invalid",
+        "A retry would fail the same way: each process of a node needs its own GPU"
+        " (compute.processesPerNode, CUDA_VISIBLE_DEVICES). Otherwise report it",
     ),
     DeviceFault(
         (
-            # What a kernel did with the memory or instructions that it was given.
+            # Faults inside a kernel: memory accesses and instructions.
             "illegal memory access", "misaligned address",
-            # In full: CUDA errors of torch end with advice on "device-side assertions".
+            # The full phrase: torch's CUDA errors end with a hint on "device-side assertions".
             "device-side assert triggered",
             "unspecified launch failure", "illegal instruction", "invalid program counter",
             "hardware stack error", "operation not supported on global/shared address space",
-            # How it was launched.
+            # Faults of a launch.
             "invalid argument", "invalid configuration argument", "invalid device function",
             "too many resources requested for launch", "invalid resource handle",
             "invalid device ordinal", "stream is capturing",
             "cublas_status_", "cudnn_status_", "cusparse_status_", "cusolver_status_",
         ),
-        "Internal", "KernelFailed", "a computation on the GPU was wrong", _OUR_FAULT,
+        "Internal", "KernelFailed", "a GPU kernel failed", _OUR_FAULT,
     ),
     DeviceFault(
         (
@@ -120,7 +120,7 @@ DEVICE_FAULTS: Final[tuple[DeviceFault, ...]] = (
             "connection closed by", "connection reset by peer", "connection refused",
             "socket recv failed", "got completion", "net/ib",
         ),
-        "PeerLost", "PeerLost", "another process of the gang is gone", "",
+        "PeerLost", "PeerLost", "another rank was lost", "",
     ),
     DeviceFault(
         ("ncclunhandledcudaerror",),
@@ -128,8 +128,8 @@ DEVICE_FAULTS: Final[tuple[DeviceFault, ...]] = (
     ),
     DeviceFault(
         ("ncclinternalerror",),
-        "Internal", "NCCLFailed", "NCCL failed of itself",
-        "NCCL_DEBUG=INFO in the training pods (compute.podTemplate) says more; report it",
+        "Internal", "NCCLFailed", "NCCL reports an internal error",
+        "NCCL_DEBUG=INFO in the training pods (compute.podTemplate) logs details; report it",
     ),
     DeviceFault(
         ("cuda error:", "cuda driver error:", "cudnn error:"),
@@ -141,11 +141,12 @@ DEVICE_FAULTS: Final[tuple[DeviceFault, ...]] = (
 _SPEAKERS: Final = re.compile(
     r"cuda|cublas|cudnn|cusparse|cusolver|nccl|nvrm|nvlink|gpu|/dev/shm|defaultcpuallocator"
 )
-"""Who must be named in a text: other errors have invalid arguments and refused connections too."""
+"""Only a text that names one of these is classified: other libraries' errors contain "invalid
+argument" and "connection refused" too."""
 
 
 def device_fault(text: str) -> DeviceFault | None:
-    """The first row that knows the text of an error; None: no row does."""
+    """Return the first row that matches an error text, or None."""
     lower = text.lower()
     if not _SPEAKERS.search(lower):
         return None
@@ -153,7 +154,7 @@ def device_fault(text: str) -> DeviceFault | None:
 
 
 def shown(text: str) -> str:
-    """What a message quotes of the text of an error: the first line, and NCCL's last error."""
+    """Return the part of an error text to quote: its first line, and NCCL's last error."""
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     after = [b for a, b in pairwise(lines) if a.lower().startswith("last error")]
     return "; ".join([*lines[:1], *after[:1]])

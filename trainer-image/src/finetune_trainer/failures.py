@@ -1,8 +1,8 @@
-"""Every way in which a stage can end badly: one exception per remedy, each with its verdict.
+"""Exceptions of the stages: one class per remedy, and their ``Failure`` and exit code.
 
-A ``TrainerError`` carries what status shows: class, reason, message (with the remedy in it) and
-whether another try can mend it. ``verdict`` turns any exception into such a ``Failure``; the exit
-code that ``podFailurePolicy`` matches follows from it.
+A ``TrainerError`` carries the fields that the job's status shows: class, reason, message (with the
+remedy) and whether a retry can help. ``failure_of`` turns any exception into a ``Failure``;
+``exit_code`` maps a failure to the exit code that ``podFailurePolicy`` matches.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from finetune_trainer.devicefaults import Kind, device_fault, shown
 
 
 class TrainerError(Exception):
-    """A failure whose cause is known. ``reason`` is a CamelCase word, ``message`` names what
+    """A failure with a known cause. ``reason`` is a CamelCase word; ``message`` states what
     happened, where, and what to do."""
 
     failure_class: ClassVar[FailureClass] = "Internal"
@@ -30,7 +30,7 @@ class TrainerError(Exception):
         self.message = message
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Other processes are told of it: subclasses have arguments of their own."""
+        """Support pickling, to send the error to other ranks: subclasses have other arguments."""
         return _revive, (type(self), self.reason, self.message)
 
 
@@ -41,28 +41,28 @@ def _revive(kind: type[TrainerError], reason: str, message: str) -> TrainerError
 
 
 class UserError(TrainerError):
-    """The manifest asks for what cannot be: mended by changing the manifest."""
+    """The manifest requests something impossible; the user must change it."""
 
     failure_class = "UserError"
     exit_code = ExitCode.USER_ERROR
 
 
 class DataError(TrainerError):
-    """A record cannot be used: the message names object, line and field."""
+    """A record is unusable. The message names object, line and field."""
 
     failure_class = "DataError"
     exit_code = ExitCode.DATA_ERROR
 
 
 class StorageDenied(TrainerError):
-    """Object storage refuses, and will refuse again: credentials, bucket, permissions."""
+    """Object storage denies a request permanently: credentials, bucket, permissions."""
 
     failure_class = "Storage"
     exit_code = ExitCode.STORAGE_DENIED
 
 
 class StorageUnavailable(TrainerError):
-    """Object storage cannot be reached or is overloaded."""
+    """Object storage is unreachable or overloaded."""
 
     failure_class = "Storage"
     exit_code = ExitCode.STORAGE_UNAVAILABLE
@@ -70,28 +70,28 @@ class StorageUnavailable(TrainerError):
 
 
 class Diverged(TrainerError):
-    """The loss is no longer a finite number, or leaps, and going back does not help."""
+    """The loss is not finite or spikes, and rolling back does not help."""
 
     failure_class = "Diverged"
     exit_code = ExitCode.DIVERGED
 
 
 class OutOfMemory(TrainerError):
-    """The device's memory does not suffice."""
+    """The device or the host is out of memory."""
 
     failure_class = "OutOfMemory"
     exit_code = ExitCode.OUT_OF_MEMORY
 
 
 class Fenced(TrainerError):
-    """A newer attempt has taken the run: this process must write nothing more."""
+    """A newer attempt owns the run: this process must not write any more."""
 
     failure_class = "Internal"
     exit_code = ExitCode.FENCED
 
 
 class NodeFailure(TrainerError):
-    """Another process of the gang is gone, or a device is."""
+    """A peer process, a device or a node is lost."""
 
     failure_class = "NodeFailure"
     exit_code = ExitCode.NODE_FAILURE
@@ -99,7 +99,7 @@ class NodeFailure(TrainerError):
 
 
 class Interrupted(TrainerError):
-    """Stopped on request, with the state saved."""
+    """Stopped on request. The message says whether the state is saved."""
 
     failure_class = "Preempted"
     exit_code = ExitCode.INTERRUPTED
@@ -107,12 +107,12 @@ class Interrupted(TrainerError):
 
 
 PEER_LOST: Final = "PeerLost"
-"""Reason of a NodeFailure whose cause is another pod: this pod may go on in place."""
+"""Reason of a NodeFailure caused by another pod: this pod can restart its workers in place."""
 
 
 def object_changed(uri: str) -> DataError:
-    """The error of an object that changes under a job: what it was and what it is now would be
-    trained as one."""
+    """Return the error of an input object that changed while the job ran: its old and new contents
+    would be mixed in one training set."""
     return DataError(
         "ObjectChanged",
         f"{uri}: the object was added, replaced or removed while the job read its inputs; make sure"
@@ -121,7 +121,7 @@ def object_changed(uri: str) -> DataError:
 
 
 def failure_of(error: BaseException) -> Failure:
-    """What status says of an exception."""
+    """Return the failure that the job's status shows for an exception."""
     known = recognise(error)
     return Failure.model_validate(
         {
@@ -143,7 +143,7 @@ _KINDS: Final[dict[Kind, type[TrainerError]]] = {
 
 
 def recognise_text(text: str) -> TrainerError | None:
-    """The known failure behind what CUDA, a library over it, or NCCL says; None: not known."""
+    """Classify the error text of CUDA, its libraries or NCCL; None if it is unknown."""
     row = device_fault(text)
     if row is None:
         return None
@@ -152,8 +152,8 @@ def recognise_text(text: str) -> TrainerError | None:
 
 
 def recognise(error: BaseException) -> TrainerError:
-    """The known failure behind an exception, told by type first and by text where libraries
-    raise nothing better."""
+    """Classify any exception: by its type, else by its text, since libraries raise plain
+    RuntimeErrors."""
     if isinstance(error, TrainerError):
         return error
     if isinstance(error, InvalidSpec):
@@ -167,7 +167,7 @@ def recognise(error: BaseException) -> TrainerError:
     distributed = name.startswith("Dist") or "gloo" in text.lower() or "nccl" in text.lower()
     if distributed or (name == "RuntimeError" and any(mark in text for mark in lost)):
         first = text.splitlines()[0] if text else name
-        return NodeFailure(PEER_LOST, f"another process of the gang is gone: {first}")
+        return NodeFailure(PEER_LOST, f"another rank was lost: {first}")
     place = traceback.extract_tb(error.__traceback__)
     where = f" at {place[-1].filename.rsplit('/', 1)[-1]}:{place[-1].lineno}" if place else ""
     return TrainerError("Unexpected", f"{name}{where}: {text or 'no message'}")
@@ -183,7 +183,7 @@ EXIT_CODES: Final[dict[tuple[FailureClass, bool], ExitCode]] = {
 
 
 def exit_code(failure: Failure) -> ExitCode:
-    """Exit code of a container that ends with this failure."""
+    """Return the exit code of a container that ends with this failure."""
     if failure.reason == "Fenced":
         return ExitCode.FENCED
     return EXIT_CODES.get((failure.failure_class, failure.retryable), ExitCode.INTERNAL)

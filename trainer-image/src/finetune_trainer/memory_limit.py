@@ -1,4 +1,4 @@
-"""The memory that this process may use, as its control group (a container) allows."""
+"""Memory limit and OOM kills of this process's control group (in a pod: its container)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ _GROUPS: Final = Path("/sys/fs/cgroup")
 
 
 def memory_limit(groups: Path = _GROUPS) -> int | None:
-    """Bytes of memory that the processes of this control group may have together; None: no limit
-    is set."""
+    """Return the memory limit of the control group in bytes, shared by all its processes; None: no
+    limit."""
     limit = _numbers(groups / "memory.max")
     return int(limit[0]) if limit else None
 
 
 def count_oom_kills(groups: Path = _GROUPS) -> int:
-    """How often the kernel has killed a process of this control group for want of memory."""
+    """Return how many processes of this control group the kernel has OOM-killed."""
     try:
         lines = (groups / "memory.events").read_text().splitlines()
     except OSError:
@@ -25,7 +25,7 @@ def count_oom_kills(groups: Path = _GROUPS) -> int:
 
 
 def _numbers(path: Path) -> list[float]:
-    """The numbers in a file; none where one is the word max, or there is no file."""
+    """Return the numbers in a file; none if it contains ``max`` or does not exist."""
     try:
         return [float(word) for word in path.read_text().split()]
     except (OSError, ValueError):

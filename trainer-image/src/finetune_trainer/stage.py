@@ -1,6 +1,6 @@
-"""The shell of a container's first process: its order in, its last word and exit code out.
+"""Entry point of a container: reads the run spec, writes the termination message and exit code.
 
-``run_stage`` is all of it for prepare and publish; the supervisor of train shares the parts.
+``run_stage`` wraps prepare and publish. The supervisor of train uses the other functions.
 """
 
 from __future__ import annotations
@@ -35,23 +35,24 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Body = Callable[[RunSpec, "Stores"], PreparedSummary | PublishSummary | None]
-"""Does the work of a stage; None: the reduce says what came of a map."""
+"""The work of a stage. A map returns None: the reduce reports the summary."""
 
 
 def run_stage(role: Literal["map", "prepare", "publish"], body: Body) -> int:
-    """Runs a stage as the container's first process and returns its exit code.
+    """Run a stage as the container's main process and return its exit code.
 
-    SIGTERM ends it at once: publish begins again from nothing, prepare with what is not done.
+    SIGTERM ends it immediately: a retry of publish starts from scratch, a retry of prepare skips
+    finished input splits.
     """
     from finetune_trainer.storage.objects import (
-        Stores,  # a second of imports that the supervisor is spared
+        Stores,  # imported here to save the supervisor a second of imports
     )
 
     start_log()
     run = ""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        # Threads may be busy in libraries: nothing is waited for.
+        # Exit without joining threads: they may be blocked in libraries.
         word = Interrupted("Interrupted", f"{role} was stopped by {signal.Signals(number).name}")
         os._exit(end_badly(run, role, word))
 
@@ -72,11 +73,11 @@ def run_stage(role: Literal["map", "prepare", "publish"], body: Body) -> int:
 
 
 def load_run_spec() -> RunSpec:
-    """The order of this container.
+    """Read the run spec of this container.
 
     Raises:
-        UserError: 'RunSpecMissing'.
-        InvalidSpec: where it is no run spec, or one of another contract version.
+        UserError: 'RunSpecMissing' if the file cannot be read or is not JSON.
+        InvalidSpec: if it is not a run spec, or has another contract version.
     """
     path = Path(os.environ.get(ENV_RUN_SPEC) or RUN_SPEC_PATH)
     try:
@@ -92,24 +93,24 @@ def load_run_spec() -> RunSpec:
 
 
 def scratch_folder() -> Path:
-    """Where this container may write."""
+    """Return the folder that this container may write to."""
     return Path(os.environ.get(ENV_SCRATCH) or SCRATCH)
 
 
 def leave_termination(said: Termination) -> None:
-    """Writes the container's last word. It is an answer to who started it, not the work itself:
-    where it cannot be written, that is logged."""
+    """Write the termination message. A failure to write it is only logged: the message reports the
+    work and is not part of it."""
     path = Path(os.environ.get(ENV_TERMINATION) or TERMINATION_PATH)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # In place: in a pod the file is a mount of the kubelet's, which nothing can be renamed to.
+        # Write in place: in a pod the file is a bind mount, which cannot be a target of rename.
         path.write_text(said.to_text(), encoding="utf-8")
     except OSError as error:
         log.error("cannot write the termination message %s: %s", path, error)
 
 
 def end_badly(run: str, role: Role, error: BaseException) -> int:
-    """Says why a stage failed, to people and to the operator; returns the exit code."""
+    """Log and report a stage's failure in the termination message; return the exit code."""
     failure = failure_of(error)
     if not isinstance(error, TrainerError):
         log.error("%s failed", role, exc_info=error)
@@ -117,14 +118,14 @@ def end_badly(run: str, role: Role, error: BaseException) -> int:
 
 
 def end_with(run: str, role: Role, failure: Failure) -> int:
-    """As ``end_badly``, for a verdict that is known already."""
+    """Like ``end_badly``, for a known failure."""
     leave_termination(Termination(run=run, role=role, failure=failure))
     log.error("%s: %s (%s): %s", role, failure.failure_class, failure.reason, failure.message)
     return int(exit_code(failure))
 
 
 def start_log() -> None:
-    """Log lines of this process: time, level, words, to standard error."""
+    """Configure logging to standard error: time, level, message."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )

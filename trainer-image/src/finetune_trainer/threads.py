@@ -1,11 +1,11 @@
-"""How many threads a process computes with, and how they wait for each other.
+"""OpenMP settings of a process: number of threads and how they wait.
 
-OpenMP (torch's wheel brings GNU's, libgomp) reads both from the environment when torch is loaded:
-who starts a process says so there, or the process itself before it imports torch. What the user has
-set stays.
+OpenMP (torch's wheel ships GNU's libgomp) reads both from the environment when torch is loaded. So
+the parent process sets them, or the process itself before it imports torch. Variables that the user
+has set are kept.
 
-Threads that spin at a barrier for the next piece of work are of use only where every thread has a
-core of its own: beside a busy neighbour, they burn the time of the thread that they wait for.
+Threads wait passively: spinning at a barrier helps only if every thread has a core of its own. On
+shared cores, spinning threads take CPU time from the thread that they wait for.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import Final
 
 ENV_THREADS: Final = "OMP_NUM_THREADS"
 _WAITING: Final = frozenset({"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"})
-"""What OpenMP (LLVM's and Intel's too) reads its way of waiting from."""
+"""Variables that set the wait policy of OpenMP: the standard's, GNU's, LLVM's and Intel's."""
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 
 
 def thread_environment(
     environ: Mapping[str, str], processes: int = 1, cores: int | None = None
 ) -> dict[str, str]:
-    """Variables that are to be added to ``environ`` for each of so many processes that share the
-    cores; none that the user has set.
+    """Return the variables to add to ``environ`` for each of ``processes`` that share the cores.
+    Variables that the user has set are not among them.
 
     Args:
-        cores: absent: those that this process may use.
+        cores: cores to share; default: all cores that this process may use.
     """
     added = {}
     if ENV_THREADS not in environ:
@@ -41,12 +41,12 @@ def thread_environment(
 
 
 def count_cores(cgroups: Path = _CGROUPS, groups: Path = Path("/proc/self/cgroup")) -> int:
-    """Cores that this process may use: those that it may run on, and no more than the CPU limit of
-    its pod (cgroup v2 or v1), rounded up.
+    """Return the number of cores that this process may use: its CPU affinity, capped by the CPU
+    limit of its pod (cgroup v2 or v1), rounded up.
 
     Args:
-        cgroups: where cgroups are mounted.
-        groups: file that names this process's groups.
+        cgroups: mount point of the cgroups.
+        groups: file with this process's cgroups.
     """
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -57,8 +57,8 @@ def count_cores(cgroups: Path = _CGROUPS, groups: Path = Path("/proc/self/cgroup
 
 
 def _folders(cgroups: Path, groups: Path) -> list[Path]:
-    """This process's groups that may limit its CPU time, and all groups above them. In a container
-    its own group is the mount's root."""
+    """Return the cgroup folders that may limit this process's CPU time, with all parents. In a
+    container its own group is the mount's root."""
     found = [cgroups, cgroups / "cpu"]
     try:
         lines = groups.read_text().splitlines()
@@ -76,7 +76,7 @@ def _folders(cgroups: Path, groups: Path) -> list[Path]:
 
 
 def _limit(folder: Path) -> float | None:
-    """CPU limit of a group, in cores; None where it has none."""
+    """Return the CPU limit of a cgroup in cores; None: no limit."""
     try:
         if (both := folder / "cpu.max").exists():  # cgroup v2
             quota, period = both.read_text().split()
@@ -84,6 +84,6 @@ def _limit(folder: Path) -> float | None:
             quota = (folder / "cpu.cfs_quota_us").read_text()
             period = (folder / "cpu.cfs_period_us").read_text()
         limit = int(quota) / int(period)
-    except (OSError, ValueError):  # no such file; "max"
+    except (OSError, ValueError):  # no such file, or "max"
         return None
-    return limit if limit > 0 else None  # -1: none, in cgroup v1
+    return limit if limit > 0 else None  # cgroup v1: -1 means no limit

@@ -1,4 +1,4 @@
-"""The Job of each stage. What the stages differ in is a row each in ``STAGE_JOBS``."""
+"""The Job of each stage. ``STAGE_JOBS`` has one entry per stage with its differences."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from finetune_operator.decision.stages import GANG
 
 @dataclass(frozen=True)
 class StageJob:
-    """What is special about the Job of a stage."""
+    """The stage-specific parts of a Job."""
 
     arguments: Callable[[FineTuneJobSpec], list[str]]
-    """Command of the trainer that its pods run."""
+    """Trainer command of the pods."""
     pods: Callable[[FineTuneJobSpec], Json]
-    """Fields of the Job's spec: how many pods, and how often each may fail."""
+    """Fields of the Job's spec: the number of pods, and how often each may fail."""
 
 
 def _one_pod(spec: FineTuneJobSpec) -> Json:
@@ -32,14 +32,14 @@ def _one_pod(spec: FineTuneJobSpec) -> Json:
 
 
 def _workers(spec: FineTuneJobSpec) -> Json:
-    """Tries are counted by worker: a failure that all have at once (storage that is down) costs
-    each of them one, and a worker that fails every time ends the stage soon."""
+    """Retries are counted per worker: a failure of all workers (a storage outage) costs each of
+    them one, and a worker that always fails ends the stage early."""
     limits = {"backoffLimitPerIndex": STAGE_BACKOFF_LIMIT, "maxFailedIndexes": 0}
     return _indexed(spec.prepare.workers) | limits
 
 
 def _prepare(spec: FineTuneJobSpec) -> list[str]:
-    """All of it, or what is left behind a map."""
+    """All of prepare, or only the reduce if a map stage precedes it."""
     return ["prepare", "--reduce"] if spec.prepare.workers > 1 else ["prepare"]
 
 
@@ -60,7 +60,8 @@ STAGE_JOBS: Final[dict[Role, StageJob]] = {
 
 
 def stage_job(subject: Subject, run: CurrentRun, role: Role, config: Config) -> Json:
-    """The Job of a stage. One for a queue is made suspended, and from then on left to Kueue."""
+    """Build the Job of a stage. With a queue, the Job is created suspended; from then on Kueue
+    controls it."""
     spec, stage = run.run_spec.spec, STAGE_JOBS[role]
     labels = labels_of(subject, run, role)
     meta = metadata(subject, child_name(subject.name, run.id, role, run.revision), labels)
@@ -77,10 +78,11 @@ def stage_job(subject: Subject, run: CurrentRun, role: Role, config: Config) -> 
 
 
 def _pod_failure_policy() -> Json:
-    """A final exit code ends the Job; a pod that Kubernetes took away counts as no failure.
+    """Pod failure policy: a final exit code ends the Job; a pod that Kubernetes disrupted is no
+    failure.
 
-    The first rule that matches decides: a drained pod that ends with a final code has failed. A
-    fenced pod is left over from an earlier attempt and must not end the attempt that fenced it.
+    The first matching rule decides: a drained pod that exits with a final code has failed. A fenced
+    pod belongs to an earlier attempt and must not end the attempt that fenced it.
     """
     return {
         "rules": [

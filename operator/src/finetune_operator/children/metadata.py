@@ -13,7 +13,7 @@ Json = dict[str, Any]
 
 
 def labels_of(subject: Subject, run: CurrentRun, role: Role | None) -> dict[str, str]:
-    """The label set of every child; without ``role`` for a child that serves all stages."""
+    """Labels of a child; ``role`` is None for a child that serves all stages."""
     labels = {
         names.LABEL_MANAGED_BY: names.MANAGED_BY,
         names.LABEL_NAME: names.APP_NAME,
@@ -26,7 +26,7 @@ def labels_of(subject: Subject, run: CurrentRun, role: Role | None) -> dict[str,
 
 
 def metadata(subject: Subject, name: str, labels: dict[str, str]) -> Json:
-    """Metadata of a child, which goes with its FineTuneJob."""
+    """Metadata of a child. The owner reference deletes the child with its FineTuneJob."""
     return {
         "name": name,
         "namespace": subject.namespace,

@@ -1,5 +1,5 @@
-"""``compute.podTemplate``, laid over the pods that the operator renders. Which fields a template
-may hold is in the contract (``finetune_api.podtemplate``)."""
+"""Merge ``compute.podTemplate`` into the pods that the operator renders.
+``finetune_api.podtemplate`` defines which fields a template may contain."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any, Final
 CPU_STAGE_FIELDS: Final = frozenset(
     {"containers", "dnsConfig", "dnsPolicy", "hostAliases", "imagePullSecrets", "volumes"}
 )
-"""Fields of the template that stages on a CPU take: pull secrets, DNS, environment and volumes
-(proxies, CA bundles), but not the gang's nodes and resources."""
+"""Template fields that apply to CPU stages: pull secrets, DNS, environment and volumes (proxies, CA
+bundles), but not the gang's node selection and resources."""
 
 
 def for_cpu_stage(template: dict[str, Any]) -> dict[str, Any]:
-    """The part of a template that stages on a CPU take."""
+    """The part of a template that applies to CPU stages."""
     spec = {k: v for k, v in (template.get("spec") or {}).items() if k in CPU_STAGE_FIELDS}
     if "containers" in spec:
         kept = ("name", "env", "volumeMounts", "imagePullPolicy")
@@ -22,8 +22,8 @@ def for_cpu_stage(template: dict[str, Any]) -> dict[str, Any]:
 
 
 def lay_over(base: Any, top: Any) -> Any:
-    """``top`` over ``base``: maps are merged; items of lists are merged by ``name`` (mounts by
-    their path) or else appended; all other values are replaced."""
+    """Merge ``top`` into ``base``: maps are merged; list items are merged by ``name`` (mounts by
+    ``mountPath``) or else appended; all other values are replaced."""
     if isinstance(base, dict) and isinstance(top, dict):
         merged = dict(base)
         for key, value in top.items():
@@ -47,7 +47,7 @@ def _lay_list(base: list[Any], top: list[Any]) -> list[Any]:
 
 
 def _lay_item(old: Any, new: Any) -> Any:
-    # A variable is replaced whole: `value` and `valueFrom` exclude each other.
+    # Replace an environment variable whole: `value` and `valueFrom` exclude each other.
     return new if {"value", "valueFrom"} & new.keys() else lay_over(old, new)
 
 

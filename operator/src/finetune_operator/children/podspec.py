@@ -1,5 +1,6 @@
-"""The pod of each stage: one container that runs under the restricted pod security standard on a
-read-only root; all folders that it writes to are emptyDir volumes."""
+"""The pod of each stage: one container under the restricted pod security standard with a read-only
+root filesystem. Writable folders are emptyDir volumes, apart from the optional model cache
+(hostPath)."""
 
 from __future__ import annotations
 
@@ -28,12 +29,12 @@ _CACHES: Final = {
     "TRITON_CACHE_DIR": "triton",
     "CUDA_CACHE_PATH": "cuda",
 }
-"""Folders of libraries' caches below SCRATCH, by environment variable."""
+"""Cache folders of libraries, below SCRATCH, by environment variable."""
 
 
 @dataclass(frozen=True)
 class StagePod:
-    """The pod that is rendered."""
+    """Inputs from which the pod of a stage is rendered."""
 
     subject: Subject
     run: CurrentRun
@@ -61,13 +62,13 @@ class StagePod:
 
     @property
     def caches_models(self) -> bool:
-        """Whether the pod mounts the node's folder of base models: a gang waits for weights with
-        its GPUs, other stages do not."""
+        """Whether the pod mounts the node's cache of base models. Only the gang does: it holds GPUs
+        while it waits for weights."""
         return self.in_gang and self.config.model_cache is not None
 
 
 def pod_template(pod: StagePod) -> Json:
-    """Pod template of a stage, with ``compute.podTemplate`` laid over it."""
+    """Pod template of a stage, with ``compute.podTemplate`` merged into it."""
     base = {"metadata": {"labels": pod.labels}, "spec": _pod_spec(pod)}
     overlay = pod.spec.compute.pod_template or {}
     laid: Json = lay_over(base, overlay if pod.in_gang else for_cpu_stage(overlay))
@@ -117,7 +118,7 @@ def _pod_spec(pod: StagePod) -> Json:
 def _gang_placement(pod: StagePod) -> Json:
     placement: Json = {
         "subdomain": pod.gang_name,
-        # One pod a node where there are nodes enough.
+        # Prefer one pod per node.
         "topologySpreadConstraints": [
             {
                 "maxSkew": 1,
@@ -212,7 +213,7 @@ def _gang_env(pod: StagePod) -> dict[str, str]:
         names.ENV_PROCESSES: str(compute.effective_processes_per_node),
         names.ENV_RENDEZVOUS: f"{gang}-0.{gang}:{names.RENDEZVOUS_PORT}",
         names.ENV_METRICS_PORT: str(names.METRICS_PORT),
-        # torch 2.15: without it a replaced agent deadlocks the re-formed gang.
+        # torch 2.15: without this, a replaced agent deadlocks the gang at the next rendezvous.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "NCCL_DEBUG": "WARN",
     }
@@ -223,7 +224,7 @@ def _field(name: str, path: str) -> Json:
 
 
 def _storage_env(run_spec: RunSpec) -> Iterator[Json]:
-    """Credentials by reference: the operator never reads a Secret."""
+    """Secret references for credentials: the operator never reads a Secret."""
     for number, profile in enumerate(run_spec.storage_profiles):
         if profile.secret_ref is None:
             continue
@@ -241,7 +242,7 @@ def _storage_env(run_spec: RunSpec) -> Iterator[Json]:
 
 
 def claims(run_spec: RunSpec) -> list[str]:
-    """Volume claims that ``pvc://claim/path`` sources name, sorted."""
+    """Volume claims named by ``pvc://claim/path`` sources, sorted."""
     data = run_spec.spec.data
     uris = [run_spec.base_model.source]
     if run_spec.base is not None and run_spec.base.beneath is not None:

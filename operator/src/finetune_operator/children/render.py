@@ -1,4 +1,4 @@
-"""Plans to Kubernetes objects: pure and deterministic."""
+"""Render plans to Kubernetes objects: pure and deterministic."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune_operator.decision.stages import GANG
 
 
 def render(plan: Plan, config: Config) -> list[Json]:
-    """The objects that a plan creates, in the order in which they are applied."""
+    """The objects that a plan creates, in apply order."""
     if plan.run is None:
         return []
     return [_render(plan.subject, plan.run, create, config) for create in plan.create]
@@ -28,7 +28,7 @@ def _render(subject: Subject, run: CurrentRun, create: Create, config: Config) -
 
 
 def order_config_map(subject: Subject, run: CurrentRun) -> Json:
-    """The run spec, immutable. A changed spec is compared with it."""
+    """The immutable ConfigMap with the run spec. Later spec changes are compared with it."""
     name = run_spec_name(subject.name, run.id, run.revision)
     meta = metadata(subject, name, labels_of(subject, run, None))
     meta["annotations"] = {
@@ -45,7 +45,7 @@ def order_config_map(subject: Subject, run: CurrentRun) -> Json:
 
 
 def gang_service(subject: Subject, run: CurrentRun) -> Json:
-    """Headless Service that gives the gang's pods their names, also before they are ready."""
+    """Headless Service that gives the gang's pods DNS names, also before they are ready."""
     labels = labels_of(subject, run, GANG)
     name = child_name(subject.name, run.id, GANG, run.revision)
     selected = (names.LABEL_JOB_UID, names.LABEL_RUN, names.LABEL_REVISION, names.LABEL_ROLE)

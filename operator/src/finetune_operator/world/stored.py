@@ -28,7 +28,7 @@ def read_run_spec(text: str) -> tuple[RunSpec | None, list[str]]:
     try:
         return RunSpec.model_validate(json.loads(text)), []
     except ValidationError as error:
-        return None, explain(error, RunSpec, "run spec")
+        return None, explain(error, RunSpec, "runSpec")
     except ValueError as error:
         return None, [f"run spec: not JSON ({error})"]
 

@@ -1,4 +1,5 @@
-"""The arithmetic of a training: plan → feed → model → loss, on one process or a gang.
+"""The training engine: plan → feed → model → loss, on one process or many.
 
-Pure where it can be (``plan``, ``schedule``), torch elsewhere; it knows neither runs nor commits.
+``plan`` and ``schedule`` need no torch. The engine does not depend on runs or on the checkpoint
+manager.
 """

@@ -1,10 +1,10 @@
-"""Two low-rank adapters as one: an adapter that was trained over another is published as the sum of
-both, on the model that the first was trained on.
+"""The sum of two LoRA adapters: an adapter that was trained on top of another one is published as
+one adapter on the base model of the first.
 
     s1 B1 A1  +  s2 B2 A2  =  [s1 B1 | s2 B2] [A1 ; A2]
 
-Ranks add up, scales go into B, and a layer that one of them does not adapt has zeros in its place,
-so what comes out is plain LoRA of one rank, for any program that loads such.
+Ranks add up, and scales are folded into B. A layer that only one adapter adapts gets zeros for the
+other adapter. The result is a plain LoRA adapter of one rank, which any LoRA loader can read.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ _MORE: Final = (
     "use_dora", "modules_to_save", "target_parameters", "rank_pattern", "alpha_pattern",
     "layer_replication", "lora_bias", "trainable_token_indices",
 )  # fmt: skip
-"""Settings with which an adapter is more than two matrices a layer, or not of one rank."""
+"""peft settings that give an adapter more than two matrices per layer, or more than one rank."""
 
 
 def check_sum(run_spec: RunSpec, files: BaseFiles) -> None:
-    """Refuse a run that could not be published as an adapter of a whole model.
+    """Refuse a run whose result could not be published as an adapter of its lineage's base model.
 
     Raises:
-        UserError: 'NoSumOfAdapters', with what can be done instead.
+        UserError: 'NoSumOfAdapters'; the message names the alternatives.
     """
     spec = run_spec.spec
     if files.adapter is None or spec.effective_output_format == "Merged":
         return
     lora = spec.method.effective_lora
     plain = spec.method.kind.block == "lora" and not (lora.use_dora or lora.target_parameters)
-    plain = plain and spec.kind.generates  # an adapter of classes holds a head
+    plain = plain and spec.kind.generates  # a classification adapter contains a head
     if plain and is_plain(files.adapter):
         return
     first = files.base.lineage[-1]
@@ -49,14 +49,15 @@ def check_sum(run_spec: RunSpec, files: BaseFiles) -> None:
         remedy = f"set spec.output.format: Merged, or {remedy}"
     raise UserError(
         "NoSumOfAdapters",
-        f"spec.output.format: {spec.effective_output_format} would be an adapter over that in"
-        f" {first.uri} ({first.method}), and the two are no one adapter: only plain LoRA adapters"
-        f" can be added up (no useDora, no targetParameters, no head); {remedy}",
+        f"spec.output.format: {spec.effective_output_format} would publish an adapter on top of"
+        f" the one in {first.uri} ({first.method}), and the two cannot be summed to one adapter:"
+        " only plain LoRA adapters can be (no useDora, no targetParameters, no head);"
+        f" {remedy}",
     )
 
 
 def is_plain(adapter: Path) -> bool:
-    """Whether an adapter is a pair of matrices a layer, all of one rank, and nothing else."""
+    """Return whether an adapter has exactly one pair of matrices per layer, all of one rank."""
     config = _config(adapter)
     more = any(config.get(name) for name in _MORE) or config.get("bias", "none") != "none"
     named = isinstance(config.get("target_modules"), list)
@@ -64,8 +65,11 @@ def is_plain(adapter: Path) -> bool:
 
 
 def add_adapters(first: Path, second: Path, folder: Path) -> None:
-    """Write the sum of two plain adapters (``is_plain``) in peft's layout; ``folder`` may be that
-    of either. Settings that do not matter to a trained adapter are those of the second."""
+    """Write the sum of two plain adapters (``is_plain``) to ``folder`` in peft's layout.
+
+    ``folder`` may be the folder of either adapter. Settings that do not affect a trained adapter
+    are copied from the second.
+    """
     configs, parts = [], []
     for adapter in (first, second):
         config = _config(adapter)
@@ -109,7 +113,7 @@ def _is_a(name: str) -> bool:
 
 
 def _side_by_side(name: str, parts: list[tuple[Tensor | None, int]]) -> Tensor:
-    """The matrices of one layer along their ranks; zeros for one that is not there."""
+    """Concatenate a layer's matrices along their ranks; None stands for a matrix of zeros."""
     axis = 0 if _is_a(name) else 1
     there = next(part for part, _ in parts if part is not None)
     full = []

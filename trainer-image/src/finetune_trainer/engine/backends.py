@@ -1,4 +1,4 @@
-"""Which of PyTorch's kernels a GPU uses where it has several, chosen once in each process."""
+"""Selection of PyTorch's GPU kernels, once per process."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import torch
 
 
 def choose_backends() -> None:
-    """Attention never by cuDNN, and products of 32-bit numbers in 32 bits.
+    """Disable cuDNN attention and TF32 matrix products.
 
-    cuDNN builds a graph for each new number and length of documents, in tens of milliseconds, and
-    packed sequences (and the steps of a generation) hardly ever repeat one; FlashAttention takes
-    any. TF32 would round the factors to 10 bits: `training.precision: FP32` says 32, and of the
-    other precisions just those products are in 32 bits that need them (transformers computes
-    rotary angles so: position 1,025 would become 1,024).
+    cuDNN builds a graph for each new count and length of documents, which takes tens of
+    milliseconds, and packed sequences (and the steps of a generation) rarely repeat one.
+    FlashAttention takes any shape. TF32 would round the factors to 10 bits, but
+    `training.precision: FP32` means float32. In the other precisions, the only float32 products are
+    those that need it: transformers computes rotary angles so, and TF32 would turn position 1,025
+    into 1,024.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.set_float32_matmul_precision("highest")

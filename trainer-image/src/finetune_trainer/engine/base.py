@@ -23,7 +23,7 @@ from transformers import GenerationConfig
 
 from finetune_api.names import ENV_MODEL_CACHE
 from finetune_api.run_spec import RunSpec
-from finetune_trainer.engine.model import empty_base, load_base
+from finetune_trainer.engine.model import Pretrained, build_base
 from finetune_trainer.engine.ties import adapted_ties
 from finetune_trainer.failures import UserError
 from finetune_trainer.storage import modelfiles
@@ -136,7 +136,7 @@ def check_ties(whole: Path, adapter: Path, source: str) -> None:
     Raises:
         UserError: 'NotMergeable'.
     """
-    model = empty_base(whole)
+    model = build_base(whole, init="Meta", pack=False)
     get_peft_model(model, PeftConfig.from_pretrained(str(adapter)))
     if ends := adapted_ties(model):
         raise UserError(
@@ -152,7 +152,7 @@ def merge_adapter(whole: Path, weights: Weights, adapter: Path, folder: Path) ->
     float32: they are rounded when they are loaded, once. All else is the model's own."""
     _remove(folder)
     folder.mkdir(parents=True)
-    model = load_base(whole, torch.float32, pack=False, weights=weights)
+    model = build_base(whole, torch.float32, Pretrained(weights), pack=False)
     tuned = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")
     merged = tuned.merge_and_unload()
     # What the model's own says is copied; written from here, it would be judged first.

@@ -1,8 +1,8 @@
-"""Classes of texts: a head on an encoder or a decoder, and the loss of a padded row.
+"""Text classification: a head on an encoder or a decoder, and the loss of a padded micro-batch.
 
-A row is a batch: its documents one below the other, as long as the longest. So each architecture
-pools in its own way (the first token, the last, a pooler), and an encoder attends in both
-directions without reaching another document. The plan puts documents of like length together.
+A micro-batch has the shape [documents, longest document]. So each architecture pools in its own way
+(first token, last token, a pooler), and an encoder attends in both directions without reaching
+another document. The plan puts documents of similar length together.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from finetune_trainer.prepared.dataset import TokenSample
 
 @dataclass(frozen=True)
 class ClassMicroBatch(MicroBatch):
-    """Documents of shape [documents, longest]; ``labels`` are the numbers of their classes."""
+    """Padded documents of shape [documents, longest]; ``labels`` are class indices."""
 
     attention_mask: Tensor
-    """1 where there is a token, 0 where there is padding, shape [documents, longest]."""
+    """1 for a token, 0 for padding, shape [documents, longest]."""
 
 
 def build_padded_classes(
@@ -48,7 +48,7 @@ def build_padded_classes(
     device: torch.device,
     keyed: bool = True,
 ) -> ClassMicroBatch:
-    """Documents one below the other, padded at their ends; arguments as of ``build_packed``."""
+    """Pad documents at their ends to the longest; arguments as in ``build_packed``."""
     labels, origin = [s.label for s in samples], sources or [0] * len(samples)
     padded = pad_documents(samples, positions, seed, step, device, keyed)
 
@@ -65,8 +65,8 @@ def build_padded_classes(
 
 
 class ClassLoss(nn.Module):
-    """A classifier as a module from a row to its losses, with the interface of ``TokenLoss``: one
-    loss a document, in nats."""
+    """A classifier as a module from a micro-batch to its losses, with the interface of
+    ``TokenLoss``: one loss per document, in nats."""
 
     def __init__(self, model: nn.Module, label_smoothing: float = 0.0) -> None:
         super().__init__()
@@ -77,15 +77,15 @@ class ClassLoss(nn.Module):
 
     @contextmanager
     def base_model(self) -> Iterator[None]:
-        """The model as it was: as it is, before the first step."""
+        """Use the base model: a no-op, because only called before the first step."""
         yield
 
     def forward(
         self, micro_batch: ClassMicroBatch, base: None = None, with_logits: bool = False
     ) -> MicroBatchLosses:
-        """One loss a document, and with ``with_logits`` what they are computed of, shape
+        """Return one loss per document, and with ``with_logits`` also the logits, shape
         [documents, classes]."""
-        # Decoders find the end of a document, and some encoders its positions, by this token.
+        # Decoders find the end of a document by the padding token; some encoders, its positions.
         ids = micro_batch.input_ids.masked_fill(micro_batch.attention_mask == 0, self._padding)
         found: Tensor = self.model(
             input_ids=ids, attention_mask=micro_batch.attention_mask
@@ -101,13 +101,13 @@ class ClassLoss(nn.Module):
 
 
 def class_losses(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Negative log likelihood of each label, shape [documents]."""
+    """Negative log likelihood of each label in nats, shape [documents]."""
     return cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """Names of the modules that make classes of what the encoder or decoder gives: all beside it,
-    and its pooler, which many checkpoints lack."""
+    """Names of the modules of the head: all modules beside the encoder or decoder, and its pooler,
+    which many published checkpoints lack."""
     classifier: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     prefix = classifier.base_model_prefix
     body: nn.Module = getattr(classifier, prefix)
@@ -118,7 +118,7 @@ def head_names(model: nn.Module) -> list[str]:
 
 
 def name_classes(config: PreTrainedConfig, classes: Sequence[str], padding: int) -> None:
-    """Give a configuration the classes, and the token that texts are made equally long with."""
+    """Set the class names and the padding token of a configuration."""
     config.id2label = dict(enumerate(classes))
     config.label2id = {name: number for number, name in enumerate(classes)}
     config.problem_type = "single_label_classification"
@@ -126,14 +126,14 @@ def name_classes(config: PreTrainedConfig, classes: Sequence[str], padding: int)
 
 
 def has_classes(config: PreTrainedConfig) -> bool:
-    """Whether transformers knows a classifier of a model's architecture that this trainer can
-    train: an encoder or a decoder, not both."""
+    """Return whether transformers has a classifier of the model's architecture that this trainer
+    supports: an encoder or a decoder, not an encoder-decoder."""
     known = type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     return known and not config.is_encoder_decoder
 
 
 def has_head(config: PreTrainedConfig, classes: Sequence[str]) -> bool:
-    """Whether a model comes with a head for the very same classes, in their order."""
+    """Return whether a model has a head for exactly these classes, in this order."""
     made_for = config.architectures or []
     names: dict[Any, str] = dict(config.id2label or {})
     has_one = any(name.endswith("ForSequenceClassification") for name in made_for)
@@ -141,7 +141,7 @@ def has_head(config: PreTrainedConfig, classes: Sequence[str]) -> bool:
 
 
 def head_parts(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Modules of the head that hold weights, by name."""
+    """Modules of the head that hold weights of their own, by name."""
     return {
         path: module
         for name in head_names(model)
@@ -151,12 +151,13 @@ def head_parts(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def gives_classes(model: PreTrainedModel, part: nn.Module) -> bool:
-    """Whether a part of the head has a row for each class."""
+    """Return whether each weight of a module has one row per class."""
     return all(len(w) == model.config.num_labels for w in part.parameters(recurse=False))
 
 
 def draw_head(model: PreTrainedModel, names: Collection[str], seed: int) -> None:
-    """Draw some parts of the head by the seed: on the CPU, so that they are the same anywhere."""
+    """Initialise the named modules of the head from the seed, on the CPU, so that the values are
+    the same on any device."""
     for number, (path, part) in enumerate(head_parts(model).items()):
         if path not in names:
             continue

@@ -1,4 +1,4 @@
-"""Tensors of which this process may hold a shard: what is here, and what all have together."""
+"""Access to tensors that may be sharded: the local shard and the whole tensor."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 
 def local_tensor(value: Tensor) -> Tensor:
-    """What this process holds of a tensor that may be in shards: the same memory."""
+    """Return this process's shard of a tensor that may be sharded, as a view."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
 def whole(value: Tensor) -> Tensor:
-    """A tensor that may be in shards, gathered."""
+    """Gather a tensor that may be sharded."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def share_of(target: Tensor, values: Tensor) -> Tensor:
-    """What of whole values lies in this process's shard of ``target``: the same memory."""
+    """Return the part of whole ``values`` that is this process's shard of ``target``, as a view."""
     if not isinstance(target, DTensor):
         return values
     shape, offsets = compute_local_shape_and_global_offset(
@@ -30,5 +30,5 @@ def share_of(target: Tensor, values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def put(target: Tensor, values: Tensor) -> None:
-    """Give a tensor that may be in shards its share of whole values."""
+    """Copy this process's part of whole ``values`` to a tensor that may be sharded."""
     local_tensor(target).copy_(share_of(target, values))

@@ -1,19 +1,19 @@
-"""How much arithmetic a step is, and what share of the device's peak that makes (MFU).
+"""Floating-point operations of a step, for the share of the device's peak that they reach (MFU).
 
-Counted is what the model needs for the real tokens, force the implementation computes besides:
-padding, recomputation and masked attention count for nothing. With P weights in matrix products per
-token, V of them in the output head, a layers' width of attention of D and documents of n tokens, a
-forward pass takes
+Counted are the operations that the model needs for the real tokens. Padding, recomputation and
+masked attention, which an implementation computes in addition, do not count. With P weights in
+matrix products per token, V more in the output head, D the sum of the attention widths of the
+layers, and documents of n tokens, a forward pass takes
 
     2 P Σn  +  2 V · supervised  +  2 D Σn²        (Chowdhery et al. 2022, appendix B; causal)
 
-floating-point operations: logits are needed at supervised positions only, and causal attention
-needs half of the square. The backward pass takes as much again for the gradients of the inputs, and
-once more for those of trained weights: a frozen weight costs two passes and a trained one three
-(so LoRA, whose base is frozen, is not credited with work that nobody does), attention three.
+operations: logits are needed at supervised positions only, and causal attention needs half of the
+square. The backward pass takes as many again for the gradients of the inputs, and once more for
+those of trained weights. So a frozen weight costs two passes, a trained weight three (LoRA gets no
+credit for gradients of its frozen base, which nobody computes), and attention three.
 
-A classification head is needed once a document, which has one label; where tokens attend in both
-directions, attention needs the whole square.
+A classification head runs once per document, which has one label. Bidirectional attention needs the
+whole square.
 """
 
 from __future__ import annotations
@@ -35,28 +35,27 @@ PEAKS: Final = {
     "H100": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "A10G": 70e12,
     "L4": 121e12, "A40": 150e12, "RTX 4090": 165e12,
 }  # fmt: skip
-"""Dense bfloat16 operations per second by their makers' data sheets; the first name that the
-device's name contains."""
+"""Dense bfloat16 operations per second, from the vendors' data sheets. The first key that the
+device's name contains applies."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Matrix products of a model; weights that mixture-of-experts layers route around count by the
-    share of tokens that they see."""
+    """Weights in the matrix products of a model. Expert weights count by the share of tokens that
+    are routed to them."""
 
     frozen: float
-    """Weights per token that are not trained."""
+    """Frozen weights per token."""
     trained: float
-    """Weights per token that are."""
+    """Trained weights per token."""
     head: int
-    """Weights of the output head, or of the classification head."""
+    """Weights of the output head or the classification head."""
     head_trained: bool
     attention: int
-    """Sum of the attention widths of all layers; twice where it is not causal."""
+    """Sum of the attention widths of all layers; doubled if attention is bidirectional."""
 
     def training(self, lengths: npt.NDArray[np.integer], supervised: int) -> float:
-        """Floating-point operations of forward and backward pass over documents of these
-        lengths."""
+        """Operations of the forward and backward pass over documents of these lengths."""
         tokens, squares = float(lengths.sum()), float((lengths.astype(np.float64) ** 2).sum())
         body = 2 * tokens * (2 * self.frozen + 3 * self.trained)
         head = 2 * supervised * self.head * (3 if self.head_trained else 2)
@@ -64,7 +63,7 @@ class Work:
 
 
 def work_of(model: nn.Module, base: PreTrainedModel) -> Work:
-    """The work of a model under tuning; ``base`` is the model within it."""
+    """Return the work of a model under tuning; ``base`` is the transformers model within it."""
     config = base.config.get_text_config()
     tables = {m.weight for m in base.modules() if isinstance(m, nn.Embedding)}
     output = base.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -96,18 +95,18 @@ def work_of(model: nn.Module, base: PreTrainedModel) -> Work:
 
 
 def _is_causal(base: PreTrainedModel) -> bool:
-    """Whether tokens attend to those before them alone."""
+    """Return whether no token attends to later tokens."""
     return all(getattr(module, "is_causal", True) for module in base.modules())
 
 
 def _routed_share(config: object) -> float:
-    """Share of the experts that a token goes through."""
+    """Share of the experts that a token is routed to."""
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     return getattr(config, "num_experts_per_tok", 1) / experts if experts else 1.0
 
 
 def peak(device: torch.device) -> float | None:
-    """Dense bfloat16 operations per second of a GPU that is known."""
+    """Dense bfloat16 operations per second of a GPU; None if it is unknown or no GPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,9 +1,9 @@
-"""The guard: whether a step may change the weights, decided on the device and alike on all ranks.
+"""The guard: decides on the device, identically on all ranks, whether a step changes the weights.
 
-    loss and gradient norm of a step, over the gang ──► judge ──► taken, or skipped
+    loss and gradient norm of a step, over all ranks ──► judge ──► taken, or skipped
 
-Nothing waits for the verdict: it masks the step where it is made, and is read at the next log
-point. What follows from too many skipped steps is the loop's to decide.
+The host does not wait for the decision: it masks the update on the device, and is read at the next
+log point. The training loop decides what to do about too many skipped steps.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from torch import Tensor
 from finetune_api.training import Guard as Rule
 
 WARM_UP: Final = 20
-"""Steps before a loss can be a spike: the losses of the first steps fall fast."""
+"""Steps before a loss can be a spike, because losses fall fast at first."""
 MEAN_STEPS: Final = 8
-"""Steps of the running mean: few, so that it keeps up with a falling loss."""
+"""Steps of the running mean; few, to follow a falling loss."""
 VARIANCE_STEPS: Final = 50
-"""Steps of the running variance around it."""
+"""Steps of the running variance around the mean."""
 _LEAST: Final = math.log(1.5)
-"""A spike exceeds the mean by half, however steady the losses were."""
+"""Least height of a spike in log loss: half above the mean, however small the variance."""
 
 
 class Skipped(NamedTuple):
-    """A step whose update was not made."""
+    """A step whose update was skipped."""
 
     step: int
     spike: bool
-    """Whether loss and gradient were finite numbers: the loss was a spike, then."""
+    """Whether loss and gradient were finite, so that the loss was a spike."""
 
 
 class Guard:
@@ -39,19 +39,19 @@ class Guard:
 
     def __init__(self, rule: Rule, device: torch.device) -> None:
         self._deviations = float(rule.spike_deviations or 0)
-        # Steps, mean and variance of the logarithm of the losses that were no spikes: a loss may
-        # fall by orders of magnitude, and its noise with it.
+        # Number of steps, mean and variance of the log losses that were no spikes. Logarithms,
+        # because a loss may fall by orders of magnitude, and its noise with it.
         self._statistics = torch.zeros(3, dtype=torch.float64, device=device)
-        # Of each step, whether it is taken, and whether loss and gradient are finite.
+        # (step, whether the step is taken, whether loss and gradient are finite)
         self._verdicts: list[tuple[int, Tensor, Tensor]] = []
 
     def judge(self, step: int, loss: Tensor, norm: Tensor, *, learns: bool = True) -> Tensor:
-        """Whether a step is taken: a boolean on the device that nobody has waited for.
+        """Return whether a step is taken, as a boolean on the device; does not wait for the device.
 
         Args:
-            loss: of the global batch, the same on all ranks.
-            norm: of its gradient before clipping, the same on all ranks.
-            learns: whether the batch has samples; without, its loss of zero is in no statistics.
+            loss: mean loss of the global batch, the same on all ranks.
+            norm: norm of its gradient before clipping, the same on all ranks.
+            learns: whether the batch has samples; if not, its loss of zero enters no statistics.
         """
         taken = finite = torch.isfinite(loss) & torch.isfinite(norm)
         if self._deviations and learns:
@@ -60,20 +60,20 @@ class Guard:
         return taken
 
     def _spikes(self, height: Tensor, finite: Tensor) -> Tensor:
-        """Whether the logarithm of a loss is a spike; if it is none, it joins the statistics."""
+        """Return whether a log loss is a spike; if not, and if finite, add it to the statistics."""
         steps, mean, variance = self._statistics.unbind()
         above = height - mean
         spike = (steps >= WARM_UP) & (
             above > (self._deviations * variance.sqrt()).clamp(min=_LEAST)
         )
-        # Means of all steps at first, then exponential ones.
+        # Means over all steps at first, exponential means later.
         near, far = (torch.clamp(1 / (steps + 1), min=1 / n) for n in (MEAN_STEPS, VARIANCE_STEPS))
         after = (steps + 1, mean + near * above, variance + far * (above**2 - variance))
         self._statistics = torch.where(finite & ~spike, torch.stack(after), self._statistics)
         return spike
 
     def skipped(self) -> list[Skipped]:
-        """Steps that were skipped since this was asked last; waits for the device."""
+        """Return the steps skipped since the last call; waits for the device."""
         asked, self._verdicts = self._verdicts, []
         if not asked:
             return []
@@ -86,11 +86,11 @@ class Guard:
 
     @property
     def statistics(self) -> list[float]:
-        """What it must not forget; waits for the device."""
+        """State for a checkpoint; waits for the device."""
         values: list[float] = self._statistics.tolist()
         return values
 
     def resume(self, statistics: list[float]) -> None:
-        """Go on as a guard with these statistics; verdicts that were not asked for are dropped."""
+        """Restore saved statistics, and drop decisions that were not read."""
         self._statistics = self._statistics.new_tensor(statistics or [0.0, 0.0, 0.0])
         self._verdicts = []

@@ -1,16 +1,18 @@
-"""The model as it was before tuning: its weights or its shape alone, and its tokenizer.
+"""The base model and its tokenizer.
 
-``load_base`` and ``apply_method`` (``methods``) are the two steps of every tuning, in training and
-in publish, so there is one way in which a spec becomes a model.
+    config.json ──► build_base (weights, placeholders or meta) ──► apply_method
+
+``build_base`` and ``tuning.methods.apply_method`` are the two steps from a spec to a model, in
+prepare (to profile it), in training and in publish.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from accelerate import init_empty_weights
@@ -23,7 +25,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.core_model_loading import build_glob_alternation
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.tasks import TaskName
@@ -35,10 +36,10 @@ from finetune_trainer.engine.classification import (
     name_classes,
 )
 from finetune_trainer.engine.packing import packed
-from finetune_trainer.engine.pissa import is_kept
 from finetune_trainer.engine.placeholders import placeholder, replace_parameters
 from finetune_trainer.engine.quantized import four_bits
 from finetune_trainer.engine.task_losses import TASKS
+from finetune_trainer.engine.transformers_loading import float32_parameters
 from finetune_trainer.failures import UserError
 from finetune_trainer.storage.weight_reader import Weights
 
@@ -47,8 +48,8 @@ GENERATION: Final = "generation_config.json"
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, with a padding token (the end of sequence where it has
-    none; padding is masked and never learned)."""
+    """The tokenizer of a model folder. Without a padding token of its own, it pads with the
+    end-of-sequence token; padding is masked and never supervised."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -57,29 +58,33 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 @dataclass(frozen=True)
 class Purpose:
-    """What a model is loaded for."""
+    """The task that a model is built for."""
 
     task: TaskName = "CausalLM"
     classes: tuple[str, ...] = ()
-    """Names of the classes by number, of a task that has some."""
+    """Names of the classes by number; empty for tasks without classes."""
     seed: int = 0
-    """By which weights that the checkpoint lacks are drawn."""
+    """Of the draw of parameters that the checkpoint lacks."""
 
 
 TEXT: Final = Purpose()
 
 
 def purpose_of(spec: FineTuneJobSpec, classes: Sequence[str]) -> Purpose:
-    """What a run loads its model for; ``classes`` are those of its prepared data."""
+    """The purpose of a run's model.
+
+    Args:
+        classes: of the prepared data.
+    """
     return Purpose(spec.task, tuple(classes), spec.training.seed)
 
 
 def configuration(path: Path, purpose: Purpose = TEXT) -> PreTrainedConfig:
-    """The configuration of the model of a folder, for a purpose: of one of texts and images, that
-    of the texts, where the purpose's class is of these alone.
+    """The configuration of a folder's model, for a purpose. For a model of texts and images whose
+    class for the purpose takes texts alone: the configuration of the text model.
 
     Raises:
-        UserError: 'UnsupportedModel' for weights in fewer bits, which nothing here can train on.
+        UserError: 'UnsupportedModel' for quantised weights, which cannot be trained on.
     """
     config: PreTrainedConfig = AutoConfig.from_pretrained(path)
     quantized = getattr(config, "quantization_config", None)
@@ -100,12 +105,13 @@ def configuration(path: Path, purpose: Purpose = TEXT) -> PreTrainedConfig:
 
 
 def is_drawn(path: Path, purpose: Purpose) -> bool:
-    """Whether a model begins with a head of which nothing is learned."""
+    """Whether the model starts with a classification head of random parameters."""
     return bool(purpose.classes) and not has_head(AutoConfig.from_pretrained(path), purpose.classes)
 
 
 def drawn_names(model: PreTrainedModel, path: Path, purpose: Purpose) -> set[str]:
-    """Weights of a head that are drawn, force the checkpoint has: it has other classes."""
+    """Parameters of the head that are drawn although the checkpoint has some: those are for other
+    classes."""
     if not is_drawn(path, purpose):
         return set()
     parts = head_parts(model).items()
@@ -116,146 +122,122 @@ def _names(path: str, part: nn.Module) -> set[str]:
     return {f"{path}.{name}" for name, _ in part.named_parameters(recurse=False)}
 
 
-def load_base(
+@dataclass(frozen=True)
+class Pretrained:
+    """Parameters with the weights of a checkpoint."""
+
+    weights: Weights | None = None
+    """None: those of the model's folder."""
+    device: torch.device = CPU
+    """Where the parameters are placed; the weights go there one by one."""
+    quantize: bool = False
+    """Whether linear layers are in 4 bits."""
+
+
+Init = Pretrained | Literal["Placeholders", "Meta"]
+"""Parameters of a new model: with weights; placeholders (zeros that take no memory until they are
+written or sharded); or on the meta device."""
+
+
+def build_base(
     path: Path,
-    dtype: torch.dtype,
-    pack: bool = True,
-    quantize_on: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    init: Init = Pretrained(),
     purpose: Purpose = TEXT,
-    weights: Weights | None = None,
-    device: torch.device = CPU,
+    pack: bool = True,
 ) -> PreTrainedModel:
-    """The untuned model of a folder in Hugging Face layout, with ``dtype`` weights and, where
-    ``pack`` and the architecture allow it, attention that keeps packed documents apart.
+    """Build the base model of a folder in Hugging Face layout.
 
     Args:
-        quantize_on: device on which it is to lie with its linear layers in 4 bits.
-        weights: absent: those of the folder.
-        device: where it is to lie; weights go there one by one.
+        dtype: of the weights; None: that of config.json.
+        pack: whether attention keeps packed documents apart, where the architecture allows it.
 
     Raises:
-        UserError: where the architecture is unknown or not one for the purpose; 'IncompleteModel'
-            where weights are lacking.
+        UserError: 'UnsupportedModel' where the architecture is unknown or unfit for the purpose;
+            'IncompleteModel' where the checkpoint lacks weights.
     """
     packed.install()
-    torch.manual_seed(purpose.seed)
-    weights = weights or Weights.of_folder(path)
-    place: dict[str, Any] = {}
-    if device != CPU:
-        place = {"device_map": {"": device}}
-    if quantize_on is not None:
-        place = {"device_map": {"": quantize_on}, "quantization_config": four_bits(dtype)}
-    with _known(purpose), weights.reading():
+    with _known(purpose):
         config = configuration(path, purpose)
-        own = _silence(config)
+        own = _disable_dropout(config)
+        in_dtype: Any = dtype or config.dtype or torch.float32
+        if isinstance(init, Pretrained):
+            model, absent = _pretrained(path, config, in_dtype, init, purpose)
+        elif init == "Placeholders":
+            model, absent = _placeholders(config, in_dtype, purpose), None
+        else:
+            model, absent = _on_meta(config, in_dtype, purpose), set()
+    parts = head_parts(model) if purpose.classes else {}
+    drawn = [n for n, part in parts.items() if absent is None or absent >= _names(n, part)]
+    if drawn:
+        draw_head(model, drawn, purpose.seed)
+    for name, probability in own.items():
+        setattr(model.config, name, probability)
+    model.config.name_or_path = str(path)
+    model.config.use_cache = False
+    if model.can_generate() and (path / GENERATION).exists():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    if pack and TASKS[purpose.task].packing(model, pack) == "Concatenated":
+        model.set_attn_implementation(packed.ATTENTION)
+    return model
+
+
+def _pretrained(
+    path: Path, config: PreTrainedConfig, dtype: torch.dtype, init: Pretrained, purpose: Purpose
+) -> tuple[PreTrainedModel, set[str]]:
+    """The model with its weights, and the names of head parameters that the checkpoint lacks."""
+    torch.manual_seed(purpose.seed)
+    weights = init.weights or Weights.of_folder(path)
+    options: dict[str, Any] = {}
+    if init.quantize or init.device != CPU:
+        options["device_map"] = {"": init.device}
+    if init.quantize:
+        options["quantization_config"] = four_bits(dtype)
+    with weights.reading():
         model, loading = _class_of(config, purpose).from_pretrained(
             None, config=config, state_dict=dict(weights), dtype=dtype, output_loading_info=True,
-            ignore_mismatched_sizes=bool(purpose.classes), **place,
+            ignore_mismatched_sizes=bool(purpose.classes), **options,
         )  # fmt: skip
     absent = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
     head = tuple(f"{name}." for name in TASKS[purpose.task].head(model))
     check_complete(
         model, [n for n, _ in model.named_parameters() if n in absent and not n.startswith(head)]
     )
-    if purpose.classes:
-        absent |= drawn_names(model, path, purpose)
-        draw_head(
-            model,
-            [n for n, part in head_parts(model).items() if absent >= _names(n, part)],
-            purpose.seed,
-        )
     _check_ties(model)
-    return _settled(model, path, own, purpose, pack)
+    return model, absent | drawn_names(model, path, purpose)
 
 
-def placeholder_base(
-    path: Path, dtype: torch.dtype, pack: bool = True, purpose: Purpose = TEXT
+def _placeholders(
+    config: PreTrainedConfig, dtype: torch.dtype, purpose: Purpose
 ) -> PreTrainedModel:
-    """As ``load_base``, with parameters that are all zero and take no memory until they are written
-    or cut into shards. What is not a parameter is as ``load_base`` makes it, and a head is drawn as
-    if the checkpoint lacked it.
-
-    Raises:
-        UserError: as ``load_base``.
-    """
-    packed.install()
+    """The model with placeholders for parameters; buffers are as a checkpoint's model has them."""
     torch.manual_seed(purpose.seed)
-    with _known(purpose):
-        config = configuration(path, purpose)
-        own = _silence(config)
-        with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = TASKS[purpose.task].auto.from_config(config, dtype=dtype)
-        model.tie_weights()  # what is tied was made anew when it was put in place
-    in_32_bits = _in_32_bits(model, dtype)
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = TASKS[purpose.task].auto.from_config(config, dtype=dtype)
+    model.tie_weights()  # init_empty_weights made tied parameters anew, one by one
+    in_float32 = float32_parameters(model, dtype)
     replace_parameters(
         model,
         lambda name, p: nn.Parameter(
-            placeholder(p.shape, torch.float32 if in_32_bits(name) else p.dtype),
+            placeholder(p.shape, torch.float32 if in_float32(name) else p.dtype),
             p.is_floating_point(),
         ),
     )
-    if purpose.classes:
-        draw_head(model, head_parts(model), purpose.seed)
-    return _settled(model, path, own, purpose, pack)
-
-
-def empty_base(
-    path: Path, purpose: Purpose = TEXT, dtype: torch.dtype | None = None
-) -> PreTrainedModel:
-    """The model of a folder without its weights: all parameters are on the meta device, in
-    ``dtype`` or that of the folder. Only its configuration is read.
-
-    Raises:
-        UserError: as ``load_base``.
-    """
-    with _known(purpose):
-        config = configuration(path, purpose)
-        _silence(config)
-        with torch.device("meta"):
-            model: PreTrainedModel = TASKS[purpose.task].auto.from_config(
-                config, dtype=dtype or config.dtype
-            )
-    model.config.use_cache = False
     return model
 
 
-def materialize_on_host(model: nn.Module) -> None:
-    """Give the parameters of an empty model that commits hold (uninitialised) memory on the CPU."""
-
-    def room(name: str, parameter: nn.Parameter) -> nn.Parameter:
-        if not is_kept(name, parameter):
-            return parameter
-        return nn.Parameter(torch.empty_like(parameter, device=CPU), parameter.requires_grad)
-
-    replace_parameters(model, room)
-
-
-def _settled(
-    model: PreTrainedModel, path: Path, own: dict[str, float], purpose: Purpose, pack: bool
-) -> PreTrainedModel:
-    """A model as it was made, with what its folder says beside the weights."""
-    for name, probability in own.items():
-        setattr(model.config, name, probability)
-    model.config.name_or_path = str(path)
-    if model.can_generate() and (path / GENERATION).exists():
-        model.generation_config = GenerationConfig.from_pretrained(path)
-    if TASKS[purpose.task].packing(model, pack) == "Concatenated":
-        model.set_attn_implementation(packed.ATTENTION)
-    model.config.use_cache = False
+def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, purpose: Purpose) -> PreTrainedModel:
+    with torch.device("meta"):
+        model: PreTrainedModel = TASKS[purpose.task].auto.from_config(config, dtype=dtype)
     return model
-
-
-def _in_32_bits(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Which weights transformers keeps in 32 bits force the dtype of the model."""
-    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
-    if not plan:
-        return lambda name: False
-    pattern, *_ = build_glob_alternation(list(plan))
-    return lambda name: pattern.search(name) is not None
 
 
 def _check_ties(model: PreTrainedModel) -> None:
-    """Refuse weights whose head is not the embedding that the configuration says it is."""
+    """Refuse a checkpoint with two weights where config.json ties head and embedding.
+
+    Raises:
+        UserError: 'IncompleteModel'.
+    """
     if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         return
     known: Any = model
@@ -265,7 +247,7 @@ def _check_ties(model: PreTrainedModel) -> None:
 
 
 def check_complete(model: PreTrainedModel, lacking: Collection[str]) -> None:
-    """Refuse weights that lack some of the model.
+    """Refuse a checkpoint that lacks parameters of the model.
 
     Raises:
         UserError: 'IncompleteModel'.
@@ -279,7 +261,7 @@ def check_complete(model: PreTrainedModel, lacking: Collection[str]) -> None:
 
 
 def not_tied(model: PreTrainedModel) -> UserError:
-    """The weights have a head of their own, and the configuration none."""
+    """The error for a checkpoint with a head of its own where config.json ties it."""
     return UserError(
         "IncompleteModel",
         f"spec.model: config.json says that the head of this {type(model).__name__} is its"
@@ -290,7 +272,11 @@ def not_tied(model: PreTrainedModel) -> UserError:
 
 @contextmanager
 def _known(purpose: Purpose) -> Iterator[None]:
-    """What transformers says of an architecture that it does not know, for the user."""
+    """Report transformers' errors about an unknown architecture as the user's.
+
+    Raises:
+        UserError: 'UnsupportedModel'.
+    """
     try:
         yield
     except (ValueError, KeyError) as error:
@@ -301,7 +287,7 @@ def _known(purpose: Purpose) -> Iterator[None]:
 
 
 def _class_of(config: PreTrainedConfig, purpose: Purpose) -> Any:
-    """The class of transformers that makes the model of a configuration."""
+    """The transformers class for a configuration and a purpose."""
     known = TASKS[purpose.task].classes
     if type(config) not in known:
         raise ValueError(f"transformers has none for model_type {config.model_type!r}")
@@ -311,9 +297,9 @@ def _class_of(config: PreTrainedConfig, purpose: Purpose) -> Any:
     return next((c for c in found if c.__name__ in (config.architectures or ())), found[0])
 
 
-def _silence(config: Any) -> dict[str, float]:
-    """Have a model draw neither dropout nor a router's jitter by itself, which would follow no key:
-    ``training.dropout`` decides (see ``dropout``). Returns its own settings."""
+def _disable_dropout(config: Any) -> dict[str, float]:
+    """Set a configuration's own dropout and router jitter to zero, and return what they were: their
+    draws would follow no dropout key. ``training.dropout`` decides (see ``packing.dropout``)."""
     own = {k: v for k, v in vars(config).items() if _is_drawn(k) and isinstance(v, float)}
     for name in own:
         setattr(config, name, 0.0)

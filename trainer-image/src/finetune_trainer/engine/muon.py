@@ -1,12 +1,12 @@
-"""Muon (Jordan et al. 2024; Liu et al. 2025, arXiv:2502.16982), whole or in shards.
+"""Muon (Jordan et al. 2024; Liu et al. 2025, arXiv:2502.16982), for whole or sharded parameters.
 
-An update depends on its whole matrix, so in shards the matrices are dealt out: each rank gets the
-shards of its own from the others, orthogonalises them, and gives each rank its shard of the result.
+An update depends on the whole matrix. If sharded, each matrix has an owner: the owner gathers the
+shards, orthogonalises the matrix, and returns to each rank its shard of the result.
 
     shards of momentum ──(all to all)──► own matrices ──► Newton-Schulz ──(all to all)──► shards
 
-All else is of each number by itself, so it is done on shards, in 32 bits. What travels is what the
-iteration begins and ends with, bfloat16: the result is that of a process that has all of them.
+All other operations are elementwise, and run on the shards in float32. The ranks exchange bfloat16,
+the input and output type of the iteration, so the result equals that of a single process.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 BATCH_NUMBERS: Final = 1 << 26
-"""Most numbers of the matrices that are orthogonalised together: they are in memory some times."""
+"""Most elements that are orthogonalised in one batch: several copies of a batch are in memory."""
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, of which a rank orthogonalises its share of the matrices alone."""
+    """torch's Muon, where each rank orthogonalises only the matrices that it owns."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -36,7 +36,7 @@ class Muon(torch.optim.Muon):
         settings = {
             (group["ns_coefficients"], group["ns_steps"], group["eps"]) for group, _ in taken
         }
-        assert len(settings) <= 1, "groups differ in rates and decay alone"
+        assert len(settings) <= 1, "groups may differ only in rate and decay"
         for coefficients, steps, eps in settings:
             parameters = [p for _, p in taken]
             updates = _orthogonal(parameters, updates, coefficients, steps, eps)
@@ -46,7 +46,7 @@ class Muon(torch.optim.Muon):
             own.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
 
     def _direction(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        """This rank's part of what is orthogonalised, with Nesterov's momentum; bfloat16."""
+        """This rank's part of the matrix to orthogonalise (Nesterov momentum), in bfloat16."""
         gradient = parameter.grad
         assert gradient is not None
         state = self.state[parameter]
@@ -69,16 +69,18 @@ def _orthogonal(
     parameters: Sequence[Tensor], parts: Sequence[Tensor], coefficients: Sequence[float],
     steps: int, eps: float,
 ) -> list[Tensor]:  # fmt: skip
-    """Each matrix orthogonalised; in shards, from and to this rank's rows of each."""
+    """Orthogonalise each matrix; if sharded, take and return this rank's rows of each."""
     meshes = {p.device_mesh for p in parameters if isinstance(p, DTensor)}
     shared = [i for i, p in enumerate(parameters) if isinstance(p, DTensor)]
     assert len(meshes) <= 1, "one mesh holds all shards"
-    assert len(shared) in (0, len(parameters)), "a model is in shards, or is not"
+    assert len(shared) in (0, len(parameters)), "all parameters are sharded, or none"
     mesh = next(iter(meshes), None)
     if mesh is None or mesh.size(mesh.ndim - 1) == 1:
         return orthogonalise(list(parts), coefficients, steps, eps)
     for p in parameters:
-        assert isinstance(p, DTensor) and p.placements[-1] == Shard(0), "rows are shared out"
+        assert isinstance(p, DTensor) and p.placements[-1] == Shard(0), (
+            "parameters are sharded by rows"
+        )
     group = mesh.get_group(mesh.ndim - 1)
     exchange = _Exchange([p.shape for p in parameters], dist.get_rank(group), group)
     mine = orthogonalise(exchange.gather(parts), coefficients, steps, eps)
@@ -88,7 +90,7 @@ def _orthogonal(
 def orthogonalise(
     matrices: Sequence[Tensor], coefficients: Sequence[float], steps: int, eps: float
 ) -> list[Tensor]:
-    """Newton-Schulz iterations of matrices in bfloat16; those of one shape go together."""
+    """Run the Newton-Schulz iteration on bfloat16 matrices; equal shapes are batched."""
     found: list[Tensor] = [torch.empty(0)] * len(matrices)
     for alike in _alike([tuple(m.shape) for m in matrices]):
         x = torch.stack([matrices[i] for i in alike])
@@ -105,7 +107,7 @@ def orthogonalise(
 
 
 def _alike(shapes: Sequence[tuple[int, ...]]) -> Iterable[list[int]]:
-    """Positions of equal shapes, in batches."""
+    """Yield the positions of equal shapes, in batches."""
     by_shape: dict[tuple[int, ...], list[int]] = {}
     for i, shape in enumerate(shapes):
         by_shape.setdefault(shape, []).append(i)
@@ -116,8 +118,8 @@ def _alike(shapes: Sequence[tuple[int, ...]]) -> Iterable[list[int]]:
 
 
 def deal(shapes: Sequence[Sequence[int]], ranks: int) -> list[int]:
-    """Which rank orthogonalises each matrix: the costly first, each to the rank with least so far,
-    so that ranks take equally long. The same on all ranks."""
+    """Choose the owner of each matrix, identically on all ranks. Costly matrices are assigned
+    first, each to the rank with the least cost so far, so that ranks take equally long."""
 
     def cost(shape: Sequence[int]) -> float:
         low, high = min(shape), max(shape)
@@ -132,7 +134,7 @@ def deal(shapes: Sequence[Sequence[int]], ranks: int) -> list[int]:
 
 @dataclass
 class _Exchange:
-    """The way of matrices between the ranks that share them, by rows, and their owners."""
+    """Exchange of matrices between the ranks that hold their rows and their owners."""
 
     shapes: Sequence[Sequence[int]]
     rank: int
@@ -145,17 +147,17 @@ class _Exchange:
         self.owned = [[i for i, o in enumerate(owners) if o == r] for r in range(self.ranks)]
 
     def rows(self, matrix: int, rank: int) -> int:
-        """Rows of a matrix that a rank has, as FSDP cuts them."""
+        """Number of rows of a matrix that a rank holds, as FSDP shards them."""
         whole = self.shapes[matrix][0]
         chunk = -(-whole // self.ranks)
         return max(0, min(chunk, whole - rank * chunk))
 
     def size(self, matrices: Sequence[int], rank: int) -> int:
-        """Numbers of matrices that a rank has."""
+        """Number of elements of some matrices that a rank holds."""
         return sum(self.rows(i, rank) * self.shapes[i][1] for i in matrices)
 
     def gather(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """The matrices of this rank, of all ranks' rows."""
+        """Return the matrices that this rank owns, from the rows of all ranks."""
         self.none = parts[0].new_empty(0)  # on the device
         sent = [parts[i].reshape(-1) for owned in self.owned for i in owned]
         mine = self.owned[self.rank]
@@ -172,7 +174,7 @@ class _Exchange:
         return [torch.cat(pieces) for pieces in rows]
 
     def scatter(self, matrices: Sequence[Tensor]) -> list[Tensor]:
-        """This rank's rows of all matrices, of those of each rank."""
+        """Return this rank's rows of all matrices, from the owners."""
         mine = self.owned[self.rank]
         cut = [
             _split(matrix, [self.rows(i, r) for r in range(self.ranks)])
@@ -194,10 +196,10 @@ class _Exchange:
     def _swap(
         self, sent: Sequence[Tensor], to: Sequence[int], of: Sequence[int]
     ) -> tuple[Tensor, ...]:
-        """What each rank has sent to this one; ``to`` and ``of`` are numbers for and of each."""
+        """Exchange flat tensors; ``to`` and ``of`` count the elements for and from each rank."""
         out = torch.cat([self.none, *sent])
         into = out.new_empty(sum(of))
-        # As bytes: not every backend has bfloat16.
+        # As bytes, because not every backend supports bfloat16.
         dist.all_to_all_single(
             into.view(torch.uint8), out.view(torch.uint8), [2 * n for n in of],
             [2 * n for n in to], group=self.group,

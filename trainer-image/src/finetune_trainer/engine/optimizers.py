@@ -1,9 +1,10 @@
-"""Optimizers: what changes the weights, made from ``spec.training.optimizer``.
+"""Optimizers, built from ``spec.training.optimizer``.
 
-Each is set so that a learning rate means what it does for AdamW, whose update of a number is about
-the rate or less: Adafactor's is scaled by the rate alone (by the size of the weight too only where
-that is above 1, as of some norms), and Muon's has the root mean square of AdamW's (Liu et al. 2025,
-arXiv:2502.16982). Where one is not for every weight, AdamW takes the rest: so there may be two.
+Each is set up so that a learning rate means the same as for AdamW, whose update of an element is
+about the rate or less. Adafactor's update is scaled by the rate alone (by the RMS of the weight too
+only if that exceeds 1, as in some norms). Muon's update has the RMS of AdamW's (Liu et al. 2025,
+arXiv:2502.16982). Parameters that an optimizer does not support go to AdamW, so a run may have two
+optimizers.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from finetune_trainer.engine.parameters import (
 from finetune_trainer.failures import UserError
 
 Optimizers = Sequence[torch.optim.Optimizer]
-"""What changes the weights: each parameter is of one of them."""
+"""The optimizers of a run; each trained parameter belongs to exactly one."""
 
 
 def make_optimizers(model: nn.Module, spec: FineTuneJobSpec) -> Optimizers:
-    """Optimizers of the trained parameters; their learning rate comes with each step.
+    """Build the optimizers of the trained parameters; ``step_if`` sets the learning rate.
 
     Raises:
         UserError: as ``check_optimizer``.
@@ -48,8 +49,8 @@ def make_optimizers(model: nn.Module, spec: FineTuneJobSpec) -> Optimizers:
 
 
 def check_optimizer(model: nn.Module, spec: FineTuneJobSpec) -> None:
-    """Make sure that a model under tuning, which may be empty, has what the optimizer is for, and
-    the blocks that rates by layer are of.
+    """Check that a model under tuning has parameters for its optimizer, and decoder blocks if
+    learning rates vary by layer. Its parameters may be empty (on the meta device).
 
     Raises:
         UserError: 'NoMatrices', 'UnsuitableModel'.
@@ -58,7 +59,7 @@ def check_optimizer(model: nn.Module, spec: FineTuneJobSpec) -> None:
     if OPTIMIZERS[name].matrices and not split(model, name)[0]:
         raise UserError(
             "NoMatrices",
-            f"spec.training.optimizer: {name} is for matrices of hidden layers (one by one, not of"
+            f"spec.training.optimizer: {name} supports matrices of hidden layers (2-D, not of"
             " experts in one tensor), and spec.method trains none; set training.optimizer: AdamW",
         )
     if float(spec.training.layer_decay) != 1 and not decoder_blocks(model):
@@ -72,8 +73,9 @@ def check_optimizer(model: nn.Module, spec: FineTuneJobSpec) -> None:
 def split(
     model: nn.Module, name: OptimizerName
 ) -> tuple[dict[nn.Parameter, None], dict[nn.Parameter, None]]:
-    """Trained parameters that an optimizer takes, and those that AdamW takes for it."""
-    # Rare tokens have rare gradients, whose moments 8 bits lose; and a table is no map of vectors.
+    """Split the trained parameters into those of an optimizer and those left to AdamW."""
+    # AdamW8bit: rare tokens have rare gradients, whose moments are lost in 8 bits. Muon: a lookup
+    # table is not a linear map.
     left = _tables(model) if name in ("AdamW8bit", "Muon") else set()
     matrices = OPTIMIZERS[name].matrices
     if matrices:
@@ -89,14 +91,14 @@ def split(
 
 
 def _tables(model: nn.Module) -> set[Tensor]:
-    """Embeddings, and what their adapters look up."""
+    """Embedding tables, and those of their adapters."""
     found: set[Tensor] = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     layers = (module for module in model.modules() if isinstance(module, LoraLayer))
     return found.union(p for layer in layers for p in layer.lora_embedding_A.parameters())
 
 
 def _head(model: nn.Module) -> set[Tensor]:
-    """Weights of what makes tokens or classes of the vectors of a model."""
+    """Weights of the output head or the classification head."""
     found = pretrained(model)
     if found is None:
         return set()
@@ -109,20 +111,20 @@ def _head(model: nn.Module) -> set[Tensor]:
 
 
 def _stacked(model: nn.Module) -> set[Tensor]:
-    """Adapters of experts in one tensor: theirs lie side by side in one matrix."""
+    """Adapters of experts in one tensor: one matrix holds those of all experts."""
     wrappers = (module for module in model.modules() if isinstance(module, ParamWrapper))
     return {p for m in wrappers for side in (m.lora_A, m.lora_B) for p in side.parameters()}
 
 
 def _of(groups: Sequence[Group], chosen: dict[nn.Parameter, None]) -> list[Group]:
-    """The groups with the chosen parameters alone; none is empty."""
+    """Restrict groups to the chosen parameters, without empty groups."""
     found = [{**g, "params": [p for p in g["params"] if p in chosen]} for g in groups]
     return [g for g in found if g["params"]]
 
 
 def state_bytes(model: nn.Module, name: OptimizerName) -> float:
-    """Bytes of state that an optimizer will hold for a model under tuning; the model's parameters
-    may be empty (on the meta device)."""
+    """Return the bytes of optimizer state for a model under tuning, whose parameters may be empty
+    (on the meta device)."""
     own, rest = split(model, name)
     large = OPTIMIZERS[name].state_bytes
     return sum(
@@ -132,8 +134,8 @@ def state_bytes(model: nn.Module, name: OptimizerName) -> float:
 
 
 def step_if(optimizers: Optimizers, rate: float, taken: Tensor) -> None:
-    """Let each optimizer make its step where ``taken`` is true, at the learning rate ``rate``: in
-    its own kernel where that can be told so, else after waiting for the word."""
+    """Step each optimizer at the learning rate ``rate``, if ``taken`` is true. A fused optimizer
+    reads ``taken`` on the device; for others the host waits for its value."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate * group["rate_factor"]
@@ -159,7 +161,7 @@ def _adamw_8bit(groups: list[Group]) -> torch.optim.Optimizer:
 
 
 def _adafactor(groups: list[Group]) -> torch.optim.Optimizer:
-    # The least scale of a weight is 1, so that no smaller one scales its update.
+    # eps[1] is the least RMS of a weight that scales its update: smaller weights use 1.
     return torch.optim.Adafactor(groups, lr=0.0, eps=(None, 1.0))
 
 

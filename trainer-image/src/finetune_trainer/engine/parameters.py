@@ -1,5 +1,4 @@
-"""Parameters of a model under tuning: how many there are, what they are, and how the optimizer
-groups them."""
+"""Parameters of a model under tuning: counts, kinds, decoder blocks and optimizer groups."""
 
 from __future__ import annotations
 
@@ -14,22 +13,22 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.pissa import INITIAL
 
 Group = dict[str, Any]
-"""A parameter group of an optimizer: ``params`` and settings."""
+"""An optimizer's parameter group: ``params`` and settings."""
 ORIGINAL: Final = ".original_module."
-"""In the names of parameters that peft keeps as they were beside those that are trained whole."""
+"""Part of the names of the original parameters that peft keeps beside trained copies of them."""
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Sizes of a model under tuning."""
+    """Parameter counts of a model under tuning."""
 
     trainable: int
     total: int
 
 
 def parameter_counts(model: nn.Module) -> Parameters:
-    """Trainable and total parameters, without those that only say where an adapter or a head that
-    is kept with it began."""
+    """Count trainable and total parameters, without copies of initial values (of PiSSA adapters,
+    and of modules that are trained beside an adapter)."""
     sizes = [
         (size_of(p), p.requires_grad)
         for name, p in model.named_parameters()
@@ -39,16 +38,18 @@ def parameter_counts(model: nn.Module) -> Parameters:
 
 
 def size_of(parameter: nn.Parameter) -> int:
-    """Numbers in a parameter: one in 4 bits holds two a byte, and has its shape beside it."""
+    """Number of elements. A 4-bit parameter packs two per byte and has a ``quant_state``."""
     state = getattr(parameter, "quant_state", None)
     return math.prod(state.shape) if state is not None else parameter.numel()
 
 
 def optimizer_groups(model: nn.Module, spec: FineTuneJobSpec) -> list[Group]:
-    """Parameter groups of the optimizer: weight decay for matrices, none for norms, biases and
-    scales, and ``rate_factor``, by which the schedule's rate is multiplied (for the B matrices of
-    LoRA+, Hayou et al. 2024, and by layer). No group is empty: a checkpoint keeps no settings of
-    such."""
+    """Return the parameter groups of the optimizer.
+
+    Matrices have weight decay; norms, biases and scales have none. ``rate_factor`` multiplies the
+    schedule's rate: for the B matrices of LoRA+ (Hayou et al. 2024), and by layer. No group is
+    empty, because a checkpoint keeps no settings of empty groups.
+    """
     decay = float(spec.training.weight_decay)
     ratio = float(spec.method.effective_lora.lora_plus_ratio)
     layer_decay = float(spec.training.layer_decay)
@@ -67,8 +68,8 @@ def optimizer_groups(model: nn.Module, spec: FineTuneJobSpec) -> list[Group]:
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a matrix, or several of experts in one tensor: no norm, bias or scale.
-    (Biases of experts and learned scales have two dimensions too.)"""
+    """Return whether a parameter is a matrix or several expert matrices in one tensor: no norm,
+    bias or scale. (Biases of experts and learned scales have two dimensions too.)"""
     own = name.rsplit(".", 1)[-1]
     return parameter.ndim >= 2 and ".ia3_l." not in name and not own.endswith("bias")
 
@@ -78,8 +79,9 @@ def _is_lora_b(name: str) -> bool:
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder's layers, lowest first: the largest list of modules that is as long as the
-    configuration says, force their classes; or else the largest of one class."""
+    """Return the decoder's layers, lowest first: the largest module list whose length is the
+    configuration's number of layers; without such a list, the largest whose modules have one
+    class."""
     lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
     layers = _layers(model)
     known = [found for found in lists if found and len(found) == layers]
@@ -88,7 +90,7 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _layers(model: nn.Module) -> int | None:
-    """How many decoder layers the configuration tells of."""
+    """Number of decoder layers in the configuration; None if it is not stated."""
     found = pretrained(model)
     config = found.config.get_text_config() if found is not None else None
     layers: int | None = getattr(config, "num_hidden_layers", None)
@@ -96,7 +98,7 @@ def _layers(model: nn.Module) -> int | None:
 
 
 def pretrained(model: nn.Module) -> PreTrainedModel | None:
-    """The whole model of transformers in a module."""
+    """Return the outermost transformers model in a module."""
     return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
 
 
@@ -105,7 +107,8 @@ def _weight_of(modules: list[nn.Module]) -> int:
 
 
 def _blocks_above(model: nn.Module) -> dict[nn.Parameter, int]:
-    """Decoder blocks above each parameter, of those that have some."""
+    """Exponent of ``layer_decay`` by parameter: 1 in the top block, 1 more for each block below,
+    and 1 more for embeddings. Other parameters are absent: 0."""
     blocks = decoder_blocks(model)
     found = {p: len(blocks) - i for i, block in enumerate(blocks) for p in block.parameters()}
     for module in model.modules():
@@ -115,6 +118,6 @@ def _blocks_above(model: nn.Module) -> dict[nn.Parameter, int]:
 
 
 def _embeds(module: nn.Module, blocks: list[nn.Module]) -> bool:
-    """Whether a module is all embeddings, and what norms them: nothing of it lies above."""
+    """Return whether a module holds embeddings and no decoder block."""
     has_some = any(isinstance(child, nn.Embedding) for child in module.children())
     return has_some and not any(inner in blocks for inner in module.modules())

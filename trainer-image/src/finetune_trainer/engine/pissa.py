@@ -1,11 +1,12 @@
-"""PiSSA (Meng et al. 2024, arXiv:2404.02948): an adapter that begins as the principal part of each
-weight, over a base from which that part was taken.
+"""PiSSA (Meng et al. 2024, arXiv:2404.02948): an adapter that starts as the principal part of each
+weight, with that part subtracted from the base.
 
-    W x  +  s B A x  -  s B0 A0 x         B0, A0: the principal part; B, A begin as these
+    W x  +  s B A x  -  s B0 A0 x         B0, A0: the principal part; B, A start as B0, A0
 
-The base is left as it is: a second, frozen adapter takes the principal part away. It is kept in
-every checkpoint, so a resumed gang and publish split the weights as the first attempt did, force
-the device; and the two adapters side by side are a plain one of twice the rank.
+The base weights are not changed: a second, frozen adapter subtracts the principal part. Every
+checkpoint contains the frozen adapter, so a resumed attempt and publish split the weights as the
+first attempt did, on any device. The two adapters, concatenated, are a plain adapter of twice the
+rank.
 """
 
 from __future__ import annotations
@@ -24,27 +25,27 @@ from finetune_trainer.failures import UserError
 
 INITIAL: Final = "initial"
 """Name of the frozen adapter."""
-# Power iterations of the randomised decomposition; the paper's fast one.
+# Power iterations of the randomised SVD, the fast variant of the paper.
 _ITERATIONS: Final = 16
 
 
 def is_kept(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a checkpoint holds a parameter: it is trained, or of the frozen adapter."""
+    """Return whether checkpoints contain a parameter: trained, or of the frozen adapter."""
     return parameter.requires_grad or f".{INITIAL}." in name
 
 
 def add_initial(model: PeftModel, config: LoraConfig) -> None:
-    """Put the frozen adapter beside that of ``config``, from whose inputs it drops nothing.
+    """Add the frozen adapter beside the one of ``config``, without input dropout.
 
     Raises:
-        UserError: 'UnsuitableMethod' where not all that is adapted is a linear layer.
+        UserError: 'UnsuitableMethod' if an adapted module is no linear layer.
     """
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer) and not isinstance(layer, Linear):
             raise UserError(
                 "UnsuitableMethod",
                 "spec.method.lora.initialization: PiSSA splits the weights of linear layers, and"
-                f" {name.removeprefix('base_model.model.')} is none; leave it out of"
+                f" {name.removeprefix('base_model.model.')} is not one; leave it out of"
                 " lora.targetModules, or set lora.initialization: Default",
             )
     frozen = LoraConfig(
@@ -64,10 +65,10 @@ def add_initial(model: PeftModel, config: LoraConfig) -> None:
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int, place: int = 0, size: int = 1) -> None:
-    """Give both adapters the principal part of each weight; weights and adapters may be in shards.
+    """Set both adapters to the principal part of each weight; all may be sharded.
 
-    A decomposition is dear, and random. So each process of a gang, by its ``place`` of ``size``,
-    makes those of some weights, and tells the others what it found.
+    A decomposition is costly, and random. So each process (number ``place`` of ``size``) computes
+    those of some weights, and broadcasts the results.
     """
     layers: list[Any] = [  # their attributes are set by peft, not declared
         m for m in model.modules() if isinstance(m, LoraLayer) and "default" in m.lora_A
@@ -75,7 +76,7 @@ def initialise(model: nn.Module, seed: int, place: int = 0, size: int = 1) -> No
     for first in range(0, len(layers), size):
         turn = layers[first : first + size]
         for at, layer in enumerate(turn):
-            weight = whole(layer.get_base_layer().weight)  # all take part
+            weight = whole(layer.get_base_layer().weight)  # a collective of all ranks
             if at == place:
                 own = weight
         if place < len(turn):
@@ -92,23 +93,23 @@ def initialise(model: nn.Module, seed: int, place: int = 0, size: int = 1) -> No
 
 
 def _principal(layer: Any, weight: Tensor) -> list[Tensor]:
-    """A and B of the principal part of a weight; zero beyond its rank."""
+    """Return A and B of the principal part of a weight; zero beyond the weight's rank."""
     weight = weight.T if getattr(layer, "fan_in_fan_out", False) else weight
     rank: int = min(layer.r["default"], *weight.shape)
-    # Twice the rank is sought, for where singular values lie close together.
+    # Computed with twice the rank, in case singular values are close together.
     found = torch.svd_lowrank(weight, q=min(2 * rank, *weight.shape), niter=_ITERATIONS)
     u, s, v = (x[..., :rank] for x in found)
     root = (s / layer.scaling["default"]).sqrt()
     lacking = layer.r["default"] - rank
     halves = pad(root[:, None] * v.T, (0, 0, 0, lacking)), pad(u * root, (0, lacking))
-    return [half.contiguous() for half in halves]  # as they are sent
+    return [half.contiguous() for half in halves]  # for broadcast
 
 
 def join(plain: nn.Module, tuned: nn.Module) -> None:
-    """Give the one adapter of ``plain``, of twice the rank, the two of ``tuned``."""
+    """Write both adapters of ``tuned`` to the one adapter of ``plain``, of twice the rank."""
     values = dict(tuned.named_parameters())
     for name, parameter in plain.named_parameters():
         if parameter.requires_grad:
-            assert ".default." in name, "of linear layers, whose adapters are named so"
+            assert ".default." in name, "PiSSA adapts linear layers only"
             halves: list[Tensor] = [values[name], values[name.replace(".default.", f".{INITIAL}.")]]
             parameter.data = torch.cat(halves, dim=0 if ".lora_A." in name else 1).detach()

@@ -1,7 +1,8 @@
-"""Base weights in 4 bits, by bitsandbytes: NormalFloat with doubly quantised constants (Dettmers et
-al. 2023, arXiv:2305.14314).
+"""4-bit base weights by bitsandbytes: NF4 with double quantisation (Dettmers et al. 2023,
+arXiv:2305.14314).
 
-Every start quantises the base anew, and the same weights give the same bits: nothing of it is kept.
+Every start quantises the base again. The same weights give the same bits, so checkpoints contain
+none of them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from transformers import BitsAndBytesConfig
 
 
 def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """How linear layers are quantised; ``dtype`` is that of their products."""
+    """Return the quantisation settings of linear layers; ``dtype`` is their compute type."""
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

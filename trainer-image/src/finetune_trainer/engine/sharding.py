@@ -1,10 +1,10 @@
-"""How a model lies on the processes of a gang: whole on each (DDP), or in shards (FSDP2).
+"""Placement of a model on the ranks: a whole copy on each (DDP), or sharded (FSDP2).
 
-    NoShard       every process holds everything; gradients are averaged
+    NoShard       every process holds a whole copy; gradients are averaged
     HybridShard   the processes of a node share one copy; gradients are averaged over the nodes
     FullShard     all processes share one copy
 
-The mathematics is the same, so a run may go on with another of them.
+The mathematics is the same, so a run may resume with another sharding.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from finetune_trainer.engine.world import World
 
 
 def capacity(device: torch.device, processes: int) -> int:
-    """Bytes of memory of one process: of its GPU, or its share of the container's."""
+    """Bytes of memory of one process: its GPU's, or its share of the container's."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -41,13 +41,13 @@ def capacity(device: torch.device, processes: int) -> int:
 
 
 DataParallel = Literal["Single", "DDP", "FSDP"]
-"""Whether a process has a module to itself, under DDP, or by FSDP."""
+"""How the ranks run a module: each its own copy, under DDP, or by FSDP."""
 
 
 def data_parallel_of(
     world: World, sharding: Sharding, precision: Precision, trained: bool = True
 ) -> DataParallel:
-    """What ``distribute`` makes of a module of which something is ``trained``, or nothing."""
+    """Return what ``distribute`` uses; ``trained``: whether the module has trained weights."""
     if not trained and (world.size == 1 or sharding == "NoShard"):
         return "Single"
     if precision.copies or (world.size > 1 and sharding != "NoShard"):
@@ -58,14 +58,14 @@ def data_parallel_of(
 def distribute(
     loss: nn.Module, world: World, sharding: Sharding, precision: Precision, gathered: bool = False
 ) -> nn.Module:
-    """The module to run: ``loss`` itself, sharded in place, or DDP around it where it is whole and
-    something of it is trained; DDP gives every process what the first one has.
+    """Return the module to run: ``loss`` itself, sharded in place by FSDP, or wrapped by DDP if it
+    has trained weights. DDP broadcasts the weights of rank 0.
 
-    Where the precision computes with bfloat16 copies of the weights, FSDP makes the copies, in
-    shards or not; gradients are reduced in float32.
+    If the precision computes with bfloat16 copies of the weights, FSDP makes the copies, sharded or
+    not; gradients are reduced in float32.
 
     Args:
-        gathered: whether blocks stay gathered from the forward pass to the backward pass.
+        gathered: whether blocks stay gathered between forward and backward pass.
     """
     trained = any(p.requires_grad for p in loss.parameters())
     data_parallel = data_parallel_of(world, sharding, precision, trained)
@@ -92,21 +92,21 @@ def distribute(
 
 
 def _leave_host(module: nn.Module, device: torch.device) -> None:
-    """Make placeholders of a module anew on a GPU: FSDP would send their zeros there, 280 GB to
-    each process for a model of 70 billion parameters in 32 bits."""
+    """Allocate a module's placeholders on a GPU, as zeros. FSDP would copy them from the host: 280
+    GB to each process for a model of 70 billion parameters in float32."""
     if device.type != "cpu":
         materialize(module, device, only=is_placeholder)
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether processes hold parts of it, so that all must take part in every forward pass."""
+    """Return whether FSDP runs a module, so that every forward pass is a collective."""
     return isinstance(module, FSDPModule)
 
 
 def synchronise(module: nn.Module, now: bool) -> None:
-    """Whether the next backward pass exchanges gradients (the last of a step does). In shards they
-    are added up over the shards after each: whole ones, kept over the rows of a step, would take
-    the memory that sharding saves."""
+    """Set whether the next backward pass reduces gradients, as the last one of a step does. Sharded
+    gradients are reduced over the shards in every backward pass: whole gradients, kept over the
+    micro-batches of a step, would take the memory that sharding saves."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(now or _in_shards(module))
         module.set_requires_all_reduce(now)
@@ -121,7 +121,7 @@ def _in_shards(module: nn.Module) -> bool:
 
 @contextmanager
 def root_gathered(module: nn.Module) -> Iterator[None]:
-    """What no block holds (embedding, head) whole in memory, for code that calls the model within
+    """Gather the weights outside the blocks (embedding, head), for code that calls the model within
     ``module``; blocks gather themselves."""
     if not isinstance(module, FSDPModule):
         yield

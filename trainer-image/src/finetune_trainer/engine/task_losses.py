@@ -1,5 +1,5 @@
-"""What the engine does otherwise for each task: a row a task, as the contract's table has one for
-what can be said without a model (``finetune_api.tasks``)."""
+"""The task-specific parts of the engine: one entry per task, as in ``finetune_api.tasks`` for what
+needs no model."""
 
 from __future__ import annotations
 
@@ -38,28 +38,28 @@ TaskLoss = TokenLoss | ClassLoss
 
 @dataclass(frozen=True)
 class Task:
-    """One task."""
+    """The engine's entry of one task."""
 
     auto: Any
-    """What of transformers makes an empty model of a configuration."""
+    """Auto class of transformers that builds an empty model from a configuration."""
     classes: Any
-    """The classes of its models, by that of their configuration."""
+    """Model classes of the task, by class of configuration."""
     called: str
-    """What such a model is called, for messages."""
+    """Name of such a model in messages."""
     fits: Callable[[PreTrainedConfig], bool]
-    """Whether a model of a configuration can be one, as far as that can be told beforehand."""
+    """Whether the configuration allows such a model, as far as is known before loading."""
     peft_type: str
-    """What peft calls the task."""
+    """peft's name of the task."""
     head: Callable[[nn.Module], list[str]]
-    """Names of the modules of a model that every method trains."""
+    """Names of the modules that every method trains."""
     loss: Callable[[nn.Module, Training, bool | None], TaskLoss]
-    """The module that is trained, of a model under tuning and of what its profile says of its head
-    (``head.has_plain_head``; None: there is no profile)."""
+    """Builds the module that is trained, from a model under tuning, the training settings, and
+    ``chunked_head.has_plain_head`` of the model's profile (None: no profile)."""
     builder: Callable[[Packing, ContextGroup, StaticShape | None, bool], MicroBatchBuilder]
-    """What makes rows, of how samples share them, the processes that share them, the shape that
-    they must have, and whether something is drawn by keys (dropout, noise)."""
+    """Returns the builder of micro-batches for a packing, a context-parallel group, a static shape
+    (None: any shape), and whether dropout or noise needs keys."""
     packing: Callable[[PreTrainedModel, bool], Packing]
-    """How samples share a row, of a model and of whether the method lets them."""
+    """Returns the packing for a model, and whether the method allows packed sequences."""
 
 
 def _token_loss(model: nn.Module, training: Training, plain_head: bool | None) -> TokenLoss:
@@ -105,7 +105,7 @@ TASKS: Final[dict[TaskName, Task]] = {
     "SequenceClassification": Task(
         auto=AutoModelForSequenceClassification,
         classes=MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-        called="a classifier of texts (an encoder or a decoder with a head)",
+        called="a text classifier (an encoder or a decoder with a head)",
         fits=has_classes,
         peft_type="SEQ_CLS",
         head=head_names,

@@ -1,7 +1,7 @@
-"""Weights that two modules share, mostly the embedding and the output head, under an adapter.
+"""Tied weights: shared by two modules, mostly the embedding and the output head, under an adapter.
 
-While training an adapter stands beside one of the modules, and the other is as it was. Merged, it
-would be in the weights of both: another model than the one that was tested.
+In training, one of the modules has an adapter, and the other uses the base weight. Merged, the
+adapter would change both modules: another model than the one that was evaluated.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from typing import Final
 from torch import nn
 
 _ADAPTED: Final = "base_layer."
-"""In the names of weights that peft has an adapter beside."""
+"""Part of the names of base weights that have a peft adapter."""
 
 
 def adapted_ties(model: nn.Module) -> list[str]:
-    """The names of a shared weight that has an adapter, of a model that peft has changed; empty
-    where there is none."""
+    """Return all names of a tied weight that has a peft adapter; empty if there is none."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
         if weight.ndim > 1:  # biases may be shared: no adapter is added to them

@@ -1,8 +1,7 @@
-"""The gang: this process among its peers, and the few words they exchange.
+"""The world: this process's rank, device and process groups, and control messages between ranks.
 
-accelerate sets up device, precision and process group from torchrun's environment. Beside the
-device's group a gloo group on the CPU carries control words, so that agreeing on a stop never
-waits for a GPU.
+accelerate sets up device, precision and process group from torchrun's environment. A second, gloo
+group on the CPU carries control messages, so that agreeing on a stop never waits for a GPU.
 """
 
 from __future__ import annotations
@@ -27,19 +26,19 @@ from finetune_trainer.failures import PEER_LOST, NodeFailure, TrainerError, reco
 
 T = TypeVar("T")
 
-# A collective that takes this long has lost a peer that did not close its connections.
+# A collective that takes this long has lost a rank that did not close its connections.
 COLLECTIVE_TIMEOUT: Final = datetime.timedelta(minutes=10)
-# While words are awaited, one process may be fetching a model or writing a checkpoint.
+# A rank may be downloading a model or writing a checkpoint while others wait for its message.
 CONTROL_TIMEOUT: Final = datetime.timedelta(hours=6)
 
 
 @dataclass
 class World:
-    """This process's place, device and channels."""
+    """This process's rank, device and process groups."""
 
     accelerator: Accelerator
     control: dist.ProcessGroup | None
-    """CPU group for words; None in a gang of one."""
+    """CPU group for control messages; None in a world of one process."""
 
     @property
     def rank(self) -> int:
@@ -59,7 +58,7 @@ class World:
 
     @property
     def processes_per_node(self) -> int:
-        """Processes of a node."""
+        """Processes per node."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
 
     @property
@@ -76,8 +75,8 @@ class World:
         return context
 
     def on_main(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns in the first process, in every process. Its failure is every
-        process's failure, so that nobody waits for a peer that has given up."""
+        """Run ``make`` on rank 0 and return its result on every rank. An error is raised on every
+        rank too, so that none waits for a failed rank 0."""
         word: list[Any] = [None, None]
         if self.is_main:
             try:
@@ -92,7 +91,8 @@ class World:
         return result
 
     def on_all(self, work: Callable[[], T]) -> list[T]:
-        """Results of ``work`` from all processes, by rank; the first failure is everyone's."""
+        """Run ``work`` on every rank and return the results by rank. The first error by rank is
+        raised on every rank."""
         mine: tuple[T | None, TrainerError | None]
         try:
             mine = (work(), None)
@@ -108,20 +108,20 @@ class World:
         return [result for result, _ in everyone]
 
     def _tell(self, error: Exception) -> TrainerError:
-        """An exception as one that travels (library exceptions often cannot be pickled); alone,
-        the exception itself is raised."""
+        """Convert an exception to one that can be sent (library exceptions often cannot be
+        pickled); in a world of one process, raise the exception itself."""
         if self.control is None:
             raise error
         return recognise(error)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over all processes of a small CPU tensor."""
+        """Sum a small CPU tensor over all ranks, in place."""
         if self.control is not None:
             dist.all_reduce(values, group=self.control)
         return values
 
     def sum_on_device(self, values: torch.Tensor) -> torch.Tensor:
-        """As ``sum``, of a small tensor on the device, without waiting for it there."""
+        """Sum a small device tensor over all ranks, in place; does not wait for the device."""
         if self.control is not None:
             dist.all_reduce(values)
         return values
@@ -131,11 +131,11 @@ class World:
             dist.barrier(group=self.control)
 
     def with_own_control_group(self) -> World:
-        """The same gang, for words of another thread; every process must ask for it."""
+        """Return this world with a new control group, for another thread; a collective."""
         return replace(self, control=None if self.control is None else _control_group())
 
     def context_group(self, size: int) -> ContextGroup:
-        """This process's place in a group of so many neighbours; every process must ask for it."""
+        """Return the context-parallel group of ``size`` consecutive ranks; a collective."""
         if size == 1:
             return ALONE
         group, _ = dist.new_subgroups(size)
@@ -147,10 +147,10 @@ class World:
 
 
 def join(spec: FineTuneJobSpec) -> World:
-    """Take this process's place, as torchrun's environment says.
+    """Join the world that torchrun's environment describes.
 
     Raises:
-        NodeFailure: where the peers cannot be reached.
+        NodeFailure: if the other ranks cannot be reached.
     """
     cuda = torch.cuda.is_available()
     precision = precision_of(spec, cuda)
@@ -163,9 +163,9 @@ def join(spec: FineTuneJobSpec) -> World:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
         )
     except (RuntimeError, ConnectionError, TimeoutError) as error:
-        raise NodeFailure(PEER_LOST, f"the gang did not form: {error}") from error
+        raise NodeFailure(PEER_LOST, f"the process group did not form: {error}") from error
     if precision.copies and not dist.is_initialized():
-        # FSDP wants a group, though this process is alone.
+        # FSDP needs a process group even in a world of one process.
         backend = "nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     control = None
@@ -179,11 +179,11 @@ def _control_group() -> dist.ProcessGroup:
 
 
 class Agreement:
-    """Wishes of single processes, answered alike in all of them, one step later.
+    """Requests of single ranks, reported to all ranks identically, one step later.
 
-    Each step sends this process's wishes into an asynchronous sum; the answer is read in the next
-    step, when it has long arrived: nobody waits for it, and all processes read the same answer at
-    the same step. A gang of one is answered at once.
+    Each step sends this rank's requests into an asynchronous sum. The sum is read in the next step,
+    when it has long arrived: no rank waits, and all ranks read the same sum at the same step. A
+    world of one process gets its requests back immediately.
     """
 
     def __init__(self, world: World) -> None:
@@ -192,7 +192,7 @@ class Agreement:
         self._handle: dist.Work | None = None
 
     def exchange(self, *wishes: bool) -> tuple[bool, ...]:
-        """Which wishes any process had in the step before."""
+        """Send this step's requests, and return which of the previous step any rank made."""
         if self._world.control is None:
             return wishes
         answer = self.settle() or (False,) * len(wishes)
@@ -201,7 +201,7 @@ class Agreement:
         return answer
 
     def settle(self) -> tuple[bool, ...] | None:
-        """Finish the exchange under way; its answer, or None where there is none."""
+        """Finish the pending exchange and return its sum; None if none is pending."""
         if self._handle is None or self._word is None:
             return None
         self._handle.wait()

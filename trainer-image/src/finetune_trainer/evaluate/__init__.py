@@ -1,2 +1,2 @@
-"""What a model scores: losses and generated text over the held-out sets (``measure``), by the
-metrics that papers quote (``scores``)."""
+"""Evaluation on held-out sets: losses and generated text (``measure``), and the metrics computed
+from them as published papers define them (``scores``)."""

@@ -1,4 +1,4 @@
-"""Evaluation of classes: one pass over a set gives its loss and the likeliest class of each."""
+"""Evaluation of classifiers: one pass over a set gives its loss and predicted classes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune_trainer.prepared.split import Side
 
 
 class ClassEvaluator(Evaluator):
-    """Measures a classifier; an answer is the name of a class."""
+    """Evaluate a classifier. The answer to a sample is the name of the predicted class."""
 
     def _measure(self, split: Side, positions: np.ndarray, wanted: Sequence[Metric]) -> Measured:
         names = self.data.manifest.classes
@@ -24,7 +24,7 @@ class ClassEvaluator(Evaluator):
         for chosen, micro_batch in self._micro_batches(split, positions):
             with torch.no_grad(), self.world.autocast(), layout_context(micro_batch.layout):
                 found: MicroBatchLosses = self.loss(micro_batch, with_logits=True)
-            assert found.logits is not None, "they were asked for"
+            assert found.logits is not None, "requested by with_logits"
             total += float(found.tokens.double().sum())
             likeliest = found.logits.argmax(-1).tolist()
             said += [(at, names[number]) for at, number in zip(chosen, likeliest, strict=False)]
@@ -38,4 +38,4 @@ EVALUATORS: Final[dict[TaskName, type[Evaluator]]] = {
     "CausalLM": Evaluator,
     "SequenceClassification": ClassEvaluator,
 }
-"""What measures the models of a task."""
+"""Evaluator class of each task."""

@@ -1,9 +1,10 @@
-"""Evaluation: loss over whole sets, and text generated for their prompts, by the whole gang.
+"""Evaluation on all ranks: loss over whole sets, and text generated for their prompts.
 
-    set ──► rows (packed, dealt to ranks) ──► loss sums ─┐
-    set ──► prompts (dealt to ranks) ──► greedy text ────┴──► metrics, the same in every process
+    set ──► micro-batches (split over ranks) ──► loss sums ──┐
+    set ──► prompts (split over ranks) ──► greedy decoding ──┴──► metrics, identical on all ranks
 
-Loss is a sum over supervised tokens divided by their number, so it depends on no batch size.
+The loss is a sum over supervised tokens divided by their count, so it is independent of the
+micro-batch size.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from finetune_trainer.failures import Interrupted
 from finetune_trainer.prepared.dataset import PreparedData, Reference
 from finetune_trainer.prepared.split import Side
 
-# Prompt and answer tokens of one generation batch: bounds the key-value cache.
+# Maximum of prompt and generated tokens in a generation batch: bounds the KV cache.
 _GENERATION_TOKENS = 16384
 
 
 @dataclass(frozen=True)
 class SetResult:
-    """What a model scores on one set."""
+    """Scores of a model on one set."""
 
     name: str
     samples: int
@@ -44,24 +45,24 @@ class SetResult:
     loss_sum: float
     tokens: float
     answers: list[str]
-    """Generated text of the first samples; empty where no metric needs text."""
+    """Generated text of the first samples; empty if no metric needs text."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found over a set."""
+    """Loss and answers of one set, before the metrics."""
 
     loss_sum: float
     tokens: float
-    """Labels that it is the sum of: tokens, or classes."""
+    """Number of labels summed in ``loss_sum``: supervised tokens, or samples of a classifier."""
     asked: list[int]
-    """Positions of the samples that were answered."""
+    """Positions of the samples that have answers."""
     answers: list[str]
 
 
 @dataclass
 class Evaluator:
-    """Measures the model of a gang on the sets of the prepared data. Answers are generated text."""
+    """Evaluate a model on the sets of the prepared data. Answers are generated text."""
 
     world: World
     data: PreparedData
@@ -73,19 +74,23 @@ class Evaluator:
     max_samples: int
     max_new_tokens: int
     possible: Sequence[Metric] = OF_LOSS
-    """Metrics that the task has."""
+    """Metrics defined for the task."""
     virtual_tokens: int = 0
-    """Positions that the method takes before every prompt."""
+    """Virtual tokens that the tuning method prepends to every prompt."""
     stop_requested: Callable[[], bool] | None = None
-    """Asked before each set where the measuring may be interrupted."""
+    """Polled before each set; None: the evaluation cannot be interrupted."""
 
     def sets(self, split: Side, wanted: Mapping[str, Sequence[Metric]]) -> list[SetResult]:
-        """Results of every set of a split; ``wanted`` names the metrics of each set."""
+        """Evaluate every set of a split. ``wanted`` maps a set to its metrics.
+
+        Raises:
+            Interrupted: on all ranks, before a set, if a stop was requested on any rank.
+        """
         found = []
         with evaluating(self.loss):
             for number, name in self.data.set_names(split):
                 if self.stop_requested and any(self.world.on_all(self.stop_requested)):
-                    raise Interrupted("Interrupted", f"stopped as asked, before set {name}")
+                    raise Interrupted("Interrupted", f"stopped on request, before set {name}")
                 found.append(self._one(split, number, name, wanted[name]))
         return found
 
@@ -110,7 +115,7 @@ class Evaluator:
         return SetResult(name, len(positions), shown, found.loss_sum, found.tokens, found.answers)
 
     def _measure(self, split: Side, positions: np.ndarray, wanted: Sequence[Metric]) -> Measured:
-        """Loss and answers over some samples, alike on all ranks."""
+        """Return loss and answers over some samples, identical on all ranks."""
         total = torch.zeros(2, dtype=torch.float64)
         for _, micro_batch in self._micro_batches(split, positions):
             with self.world.autocast():
@@ -126,7 +131,7 @@ class Evaluator:
     def _micro_batches(
         self, split: Side, positions: np.ndarray
     ) -> Iterator[tuple[list[int], MicroBatch]]:
-        """This rank's rows of some samples, with the positions of each."""
+        """Yield this rank's micro-batches of some samples, each with its samples' positions."""
         lengths = self.data.index(split).length[positions]
         dealt = pack_all(
             lengths, self.micro_batch_tokens, self.world.size, self.packing, self.virtual_tokens
@@ -137,12 +142,14 @@ class Evaluator:
             yield chosen, self.build(samples, chosen, seed=0, step=0, device=self.world.device)
 
     def generate(self, references: Sequence[Reference]) -> list[str]:
-        """Greedy answers to prompts, in their order; dealt to the ranks by length."""
+        """Return greedy answers to prompts, in order. Ranks share the prompts, sorted by length."""
         by_length = sorted(range(len(references)), key=lambda i: -len(references[i].prompt_ids))
         mine = by_length[self.world.rank :: self.world.size]
 
         batches = list(self._batches(references, mine))
-        if is_sharded(self.loss):  # every rank takes part in every pass of every other
+        if is_sharded(
+            self.loss
+        ):  # FSDP gathers parameters: all ranks must run equally many batches
             most = max(self.world.on_all(lambda: len(batches)))
             batches += [[]] * (most - len(batches))
 
@@ -174,8 +181,8 @@ class Evaluator:
             yield batch
 
     def _fits(self, one: Reference, other: Reference) -> bool:
-        """Whether two prompts may be answered together. Padding would come between virtual tokens
-        and the prompt, so there all have one length."""
+        """Whether two prompts fit in one generation batch. With virtual tokens only prompts of equal
+        length do: padding would separate the virtual tokens from the prompt."""
         return not self.virtual_tokens or len(one.prompt_ids) == len(other.prompt_ids)
 
     def _answer(self, prompts: Sequence[np.ndarray]) -> list[str]:
@@ -204,8 +211,8 @@ class Evaluator:
 def greedy(
     tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], max_new_tokens: int
 ) -> GenerationConfig:
-    """Greedy decoding that stops at the tokens with which learned answers end; nothing of the
-    model's own generation settings is taken (no sampling, no penalties)."""
+    """Return the config of greedy decoding that stops at the end tokens of the training answers.
+    The model's own generation config is ignored (no sampling, no penalties)."""
     return GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         num_beams=1,
@@ -218,7 +225,7 @@ def greedy(
 
 
 def overall(results: Sequence[SetResult]) -> Metrics:
-    """Metrics over several sets: loss weighed by tokens, the others by samples."""
+    """Average metrics over sets: loss weighted by tokens, other metrics by samples."""
     names = {name for r in results for name in r.metrics}
     of_loss = loss_metrics(sum(r.loss_sum for r in results), sum(r.tokens for r in results))
     metrics = {name: value for name, value in of_loss.items() if name in names}

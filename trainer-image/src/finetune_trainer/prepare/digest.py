@@ -1,7 +1,7 @@
-"""The content digest: equal digests mean equal prepared data, so that one job reuses another's.
+"""The content digest: equal digests mean equal prepared data, so that jobs can reuse it.
 
-Everything that shapes the samples goes in; how the data is reached and what is trained on it do
-not.
+The digest covers everything that shapes the samples. Storage access and training settings are not
+part of it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def content_digest(
     max_length: int,
     task: TaskName,
 ) -> str:
-    """32 hexadecimal digits over all that prepared data depends on.
+    """Return the content digest: 32 hexadecimal digits.
 
     Args:
-        data: for split and quality.
+        data: its split and quality settings are covered.
         sources: in the order of the spec.
         tokenizer: sha256 of each tokenizer file, by name.
-        max_length: most tokens of a sample.
-        task: what the samples are for.
+        max_length: maximum tokens of a sample.
+        task: task that the samples are prepared for.
     """
     content: dict[str, Any] = {
         "version": FORMAT_VERSION,
@@ -59,7 +59,7 @@ def content_digest(
 
 
 def _template(template: Template) -> dict[str, Any]:
-    """The template, with the library's texts where it has a name: releases may change them."""
+    """The template; a named one with its library texts, since releases may change them."""
     if template.name == "Chat":
         return {**template.to_json(), "library": CHAT_ROLES}
     entry = CATALOGUE[template.name] if template.name else None

@@ -1,10 +1,10 @@
-"""The prepare stage, from top to bottom: everything that can be wrong is found here, without a GPU.
+"""The prepare stage from start to end. It finds errors of spec, model and data without a GPU.
 
-access → tokenizer → method on the empty model → sources → digest
-       → (reused, or: input splits → map → reduce → manifest) → memory → prepared.json
+access → tokenizer → method on the placeholder model → sources → digest
+       → (reuse, or: input splits → map → reduce → manifest) → memory → prepared.json
 
-One process, with a pool for its work, does all of it. With ``prepare.workers`` above 1 as many pods
-do it up to the map, each with a share of the input splits, and another one reduces what they left.
+One process with a pool does all of it. With ``prepare.workers`` above 1, that many pods run the
+steps up to the map, each with a share of the input splits, and another pod runs the reduce.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ log = logging.getLogger(__name__)
 
 
 Step = Literal["All", "Map", "Reduce"]
-"""What a process does of it: all, or one half where ``prepare.workers`` is above 1."""
+"""Step that a process runs: All, or Map or Reduce where ``prepare.workers`` is above 1."""
 
 
 class LogReading:
-    """Logs how far the reading is, at every twentieth of the bytes."""
+    """Logs the read progress at every 5 % of the bytes."""
 
     def __init__(self) -> None:
         self._next = 0
@@ -78,21 +78,21 @@ def prepare(
     worker: int = 0,
     processes: int | None = None,
 ) -> PreparedSummary | None:
-    """Prepare the data of a run, or find it prepared, and say so in the run's ``prepared.json``.
+    """Prepare the data of a run, or reuse prepared data, and write the run's ``prepared.json``.
 
     Args:
         scratch: folder for temporary files.
-        say: is told how far the reading is, every few hundred records. Absent: it is logged.
-        step: what to do of it.
-        worker: which of ``prepare.workers`` maps here, from 0.
-        processes: of the pool. Absent: one a core.
+        say: progress callback, called every few hundred records. Default: log the progress.
+        step: the step to run.
+        worker: index of this pod among ``prepare.workers``, for the map.
+        processes: size of the pool. Default: one process per core.
 
     Returns:
-        What was found; None where this is but the map.
+        The summary; None for step Map.
 
     Raises:
         UserError, DataError, StorageDenied, StorageUnavailable: with the remedy.
-        OutOfMemory, NodeFailure: where a process of the pool was killed.
+        OutOfMemory, NodeFailure: a process of the pool was killed.
     """
     spec = run_spec.spec
     check_image(spec)
@@ -129,7 +129,7 @@ def prepare(
 
 
 class Work(NamedTuple):
-    """What is prepared, of what, and where to."""
+    """Inputs of ``write_data``."""
 
     spec: FineTuneJobSpec
     sources: Sequence[Source]
@@ -141,13 +141,13 @@ class Work(NamedTuple):
 def write_data(
     work: Work, step: Step, worker: int, processes: int | None, say: Say
 ) -> DataManifest | None:
-    """Map and reduce the data, or do one of them.
+    """Map and reduce the data, or run one of the two steps.
 
     Returns:
-        The manifest, written last; None where this is but the map.
+        The manifest, written last; None for step Map.
 
     Raises:
-        As ``map_splits`` and ``reduce_splits``; DataError: 'ObjectChanged', 'UnknownLabel',
+        Errors of ``map_splits`` and ``reduce_splits``; DataError: 'ObjectChanged', 'UnknownLabel',
             'TooFewClasses'.
     """
     spec, sources, model, paths, stores = work
@@ -163,7 +163,7 @@ def write_data(
     with Pool(processes or count_processes(size), begin, recipe) as pool:
         try:
             reader = Reader(sources, mine, model.task, data.quality.faulty_records)
-            # Behind a map of all pods nothing is left to do here, unless shards are gone since.
+            # For step Reduce all splits are done already, unless shards were deleted since.
             map_splits(data, sources, mine, reader, pool, paths, say)
             if step == "Map":
                 check_unchanged(sources, stores, may_grow=False)
@@ -183,17 +183,18 @@ def write_data(
 def share(
     sources: Sequence[Source], splits: Sequence[InputSplit], pods: int, pod: int
 ) -> list[InputSplit]:
-    """What one of several pods maps: its share of the training sources, and held-out ones whole."""
+    """Input splits that one pod maps: its share of the training sources, all of the held-out."""
     training = [split for split in splits if sources[split.source].side == "train"]
     held_out = [split for split in splits if sources[split.source].side != "train"]
     return held_out + deal(training, pods)[pod]
 
 
 def check_access(spec: FineTuneJobSpec, store: ObjectStore) -> None:
-    """Prove that working files and result can be written, and safely.
+    """Check that workspace and output can be written, and that the store honours conditional
+    writes.
 
     Raises:
-        StorageDenied, StorageUnavailable: where they cannot.
+        StorageDenied, StorageUnavailable: a write failed.
         UserError: 'StoreIgnoresConditions'.
     """
     check_conditions(store, spec.effective_workspace)
@@ -203,10 +204,10 @@ def check_access(spec: FineTuneJobSpec, store: ObjectStore) -> None:
 
 
 def load_model(run_spec: RunSpec, folder: Path) -> Model:
-    """Tokenizer and bounds of the base model in a folder.
+    """Load the tokenizer and the limits of the base model from a folder.
 
     Raises:
-        UserError: where the model is unknown, or maxLength is above its maximum.
+        UserError: 'UnsupportedModel', 'UnsupportedTokenizer', 'MaxLengthTooLong'.
     """
     spec, source = run_spec.spec, run_spec.base_model.source
     limits = modelfiles.read_limits(folder, source)
@@ -237,11 +238,11 @@ def load_model(run_spec: RunSpec, folder: Path) -> Model:
 
 
 def max_length_of(spec: FineTuneJobSpec, model_maximum: int | None) -> int:
-    """Most tokens of a sample: the spec's, or those of the model where it says none and they are
-    fewer. Virtual tokens take positions of the model too.
+    """Return the maximum tokens of a sample: the spec's value, or its default limited by the
+    model's positions. Virtual tokens take positions of the model too.
 
     Raises:
-        UserError: 'MaxLengthTooLong' where the spec's is above the model's maximum.
+        UserError: 'MaxLengthTooLong', the spec's value exceeds the model's positions.
     """
     virtual = spec.method.virtual_tokens
     wanted = spec.training.max_length
@@ -259,10 +260,10 @@ def max_length_of(spec: FineTuneJobSpec, model_maximum: int | None) -> int:
 
 
 def find_sources(spec: FineTuneJobSpec, stores: Stores) -> list[Source]:
-    """Every data source of the spec with its objects, in the order of the lists.
+    """Return every data source of the spec with its objects, in the order of the lists.
 
     Raises:
-        UserError: 'NoObjects'; 'DuplicateName' where a given name is another's default.
+        UserError: 'NoObjects'; 'DuplicateName', a given name equals another set's default name.
     """
     data = spec.data
     found = []
@@ -281,29 +282,29 @@ def find_sources(spec: FineTuneJobSpec, stores: Stores) -> list[Source]:
 
 
 def check_unchanged(sources: Sequence[Source], stores: Stores, may_grow: bool) -> None:
-    """Prove that the sources still have the objects that were found for them.
+    """Check that the objects of the sources have not changed.
 
     Args:
-        may_grow: whether there may be others by now, which take no part. Several workers must all
-            find the same.
+        may_grow: whether new objects are allowed (and ignored). Not with several workers, which
+            must all find the same objects.
 
     Raises:
-        DataError: 'ObjectChanged', naming the first that is not what it was.
+        DataError: 'ObjectChanged', with the first object that changed.
     """
     for source in sources:
         try:
             now = resolve(source.spec.source, stores.of(source.spec.storage))
-        except UserError:  # nothing is left
+        except UserError:  # no object is left
             now = []
         if (uri := changed(source.objects, now, may_grow)) is not None:
             raise object_changed(uri)
 
 
 def estimate_memory(spec: FineTuneJobSpec, data: PreparedData, measure: Measure) -> MemoryEstimate:
-    """Print what the training will take of the memory of a process.
+    """Estimate and log the memory that training takes per process.
 
     Raises:
-        UserError: 'DoesNotFit' where the manifest says that there is certainly less.
+        UserError: 'DoesNotFit', the memory of a process in the manifest is certainly too small.
     """
     index = data.index("train")
     samples = Samples(index.length, index.supervised, data.manifest.max_length)
@@ -316,7 +317,7 @@ def estimate_memory(spec: FineTuneJobSpec, data: PreparedData, measure: Measure)
 def summarise(
     spec: FineTuneJobSpec, manifest: DataManifest, uri: str, reused: bool
 ) -> PreparedSummary:
-    """What prepare found, in numbers.
+    """Summarise the prepared data and the training plan.
 
     Raises:
         UserError: 'NothingToMix', 'StageTooShort', 'NothingToReplay'.

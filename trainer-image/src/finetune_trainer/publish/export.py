@@ -1,4 +1,4 @@
-"""From a commit to files that plain ``transformers`` and ``peft`` load."""
+"""From a checkpoint to files that plain ``transformers`` and ``peft`` load."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from finetune_trainer.engine.base import MAX_SHARD, BaseFiles, fetch_base
 from finetune_trainer.engine.checkpointing.dcp import load_weights
 from finetune_trainer.engine.checkpointing.dcp_storage import METADATA, CheckpointReader
 from finetune_trainer.engine.model import (
+    CPU,
     TEXT,
+    Pretrained,
     Purpose,
+    build_base,
     configuration,
-    empty_base,
-    load_base,
     load_tokenizer,
-    materialize_on_host,
     purpose_of,
 )
-from finetune_trainer.engine.pissa import INITIAL, join
+from finetune_trainer.engine.pissa import INITIAL, is_kept, join
+from finetune_trainer.engine.placeholders import materialize
 from finetune_trainer.engine.tuning.methods import Tuned, apply_method
 from finetune_trainer.failures import UserError
 from finetune_trainer.storage.checkpoint_files import read_file
@@ -89,18 +90,24 @@ def tuned_model(
     """
     purpose = purpose_of(spec, classes)
     if weights is None:
-        model = apply_method(empty_base(base, purpose), spec)
-        materialize_on_host(model)
+        model = apply_method(build_base(base, init="Meta", purpose=purpose), spec)
+        _allocate_trained(model)
     else:
-        base_model = load_base(base, torch.float32, purpose=purpose, weights=weights)
+        base_model = build_base(base, torch.float32, Pretrained(weights), purpose)
         model = apply_method(base_model, spec)
     load_weights(checkpoint, model)
     return model.eval()
 
 
+def _allocate_trained(model: Tuned) -> None:
+    """Give the parameters that checkpoints hold memory on the CPU; the rest stays on meta."""
+    trained = {p for name, p in model.named_parameters() if is_kept(name, p)}
+    materialize(model, CPU, only=trained.__contains__)
+
+
 def full_copy_bytes(base: Path, purpose: Purpose) -> int:
     """Bytes of a whole model's weights in the dtype of the base."""
-    model = empty_base(base, purpose)
+    model = build_base(base, init="Meta", purpose=purpose)
     dtype: Any = model.config.dtype or torch.float32
     return sum(p.numel() for p in model.parameters()) * int(dtype.itemsize)
 
@@ -137,11 +144,11 @@ def _plain_adapter(model: PeftModel, base: Path, spec: FineTuneJobSpec) -> PeftM
     lora = spec.method.effective_lora
     doubled = lora.model_copy(update={"rank": 2 * lora.rank, "initialization": "Default"})
     method = spec.method.model_copy(update={"lora": doubled})
-    plain = apply_method(empty_base(base), spec.model_copy(update={"method": method}))
+    plain = apply_method(build_base(base, init="Meta"), spec.model_copy(update={"method": method}))
     assert isinstance(plain, PeftModel), "as the model was"
     config: Any = plain.peft_config["default"]
     config.lora_alpha = lora.effective_alpha * (2**0.5 if lora.use_rslora else 2)
-    materialize_on_host(plain)
+    _allocate_trained(plain)
     join(plain, model)
     return plain.eval()
 

@@ -1,2 +1,1 @@
-"""The first process of a training pod: starts the workers through torchrun, and says how they
-ended."""
+"""Main process of a training pod: starts the workers through torchrun and reports how they ended."""

@@ -1,8 +1,8 @@
-"""torchrun, with a word for the supervisor about how it ended.
+"""torchrun, with a report of its failure for the supervisor.
 
-torchrun turns every end of a worker into exit code 1. This runs it in its own process and writes
-what it knows of a failure to the file named by ``FINETUNE_AGENT_REPORT``: the exit codes of its
-workers, or that the gang did not form.
+torchrun exits with 1 for any failure of a worker. This module runs torchrun in a process of its own
+and writes the cause to the file named by ``FINETUNE_AGENT_REPORT``: the workers' exit codes, or the
+error of a failed rendezvous.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PR_SET_PDEATHSIG: Final = 1
 
 
 def main(arguments: list[str]) -> int:
-    """Runs torchrun with these arguments; 0 when all workers have ended well, else 1."""
+    """Run torchrun with these arguments. Return 0 if all workers succeeded, else 1."""
     _die_with_parent()
     import torch.distributed as dist
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -43,7 +43,7 @@ def _report(words: dict[str, Any]) -> int:
 
 
 def _die_with_parent() -> None:
-    """torchrun ends its workers on SIGTERM: ask for one when the supervisor is killed."""
+    """Receive SIGTERM when the supervisor is killed: torchrun then ends its workers."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -52,6 +52,5 @@ if __name__ == "__main__":
     code = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(
-        code
-    )  # the workers have ended; taking torch down in order would only keep peers waiting
+    # The workers have ended. A regular shutdown of torch would only delay the peers.
+    os._exit(code)

@@ -1,7 +1,7 @@
-"""How the workers of one node ended, and what follows: pure.
+"""Pure functions from the end of a node's workers to its failure and to a restart in place.
 
-Three sources speak of an end, and the one nearest to the cause is believed: a worker's own words,
-then the signal that killed one (it had no words), then what torchrun says of the gang.
+Three sources describe an end. The one nearest to the cause wins: a worker's failure file, then the
+signal that killed a worker (which could not write a file), then torchrun's report.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from finetune_trainer.failures import (
 
 @dataclass(frozen=True)
 class Ended:
-    """One start of the workers, after its end."""
+    """The end of one start of the workers."""
 
     code: int
-    """Exit code of the agent; negative: the signal that killed it."""
+    """Exit code of the agent; negative: the number of the signal that killed it."""
     formed: bool
-    """Whether the gang had formed, so that workers ran."""
+    """Whether the rendezvous completed, so that workers ran."""
     report: dict[str, Any] | None = None
-    """What the agent says (``agent``)."""
+    """Report of the agent (see ``agent``)."""
     failure: Failure | None = None
-    """What the workers say (``worker_files.read_failure``)."""
+    """Failure that the workers reported (``worker_files.read_failure``)."""
     aborted: str = ""
-    """Why NCCL's watchdog ended a worker, where it did (``worker_files.read_abort``)."""
+    """Error with which NCCL's watchdog aborted a worker, if any (``worker_files.read_abort``)."""
 
 
 def judge(ended: Ended, nodes: int, oom_killed: bool | None) -> tuple[Failure, bool]:
-    """Why this node's workers ended, and whether it should start them again in place.
+    """Return why this node's workers ended, and whether to restart them in place.
 
     Args:
-        nodes: of the gang. A gang of one has no peers to wait for.
-        oom_killed: whether the kernel killed for want of memory meanwhile; None: unknown.
+        nodes: number of nodes of the run. A single node has no peers to wait for.
+        oom_killed: whether the kernel OOM-killed a process meanwhile; None: unknown.
     """
     said = ended.failure
     follows = said is not None and (said.reason == PEER_LOST or said.failure_class == "Preempted")
@@ -60,39 +60,40 @@ def judge(ended: Ended, nodes: int, oom_killed: bool | None) -> tuple[Failure, b
     words = ", ".join(f"{rank} with {code}" for rank, code in codes.items())
     return failure_of(
         TrainerError(
-            "WorkerExited", f"training processes ended without a word: {words}; see the log"
+            "WorkerExited", f"training processes exited without a report: {words}; see the log"
         )
     ), False
 
 
 def judge_stopped(ended: Ended | None, grace: int) -> Failure:
-    """The last word of a node that was told to stop: what the workers say where no other try can
-    mend it, else that it was interrupted.
+    """Return the failure of a node that was requested to stop: the workers' failure if no retry can
+    help or if it is an interruption, else an interruption.
 
     Args:
-        ended: None where no workers ran.
-        grace: seconds that they had.
+        ended: None if no workers were started.
+        grace: the pod's grace period in seconds.
     """
     said = ended.failure if ended else None
     if said is not None and (said.failure_class == "Preempted" or not said.retryable):
         return said
     if ended is None or not ended.formed:
-        return failure_of(Interrupted("Interrupted", "stopped before the gang had formed"))
+        return failure_of(Interrupted("Interrupted", "stopped before the process group had formed"))
     why = (
-        f"the workers ended before: {said.message if said else 'without a word'}"
+        f"the workers had ended before: {said.message if said else 'no report'}"
         if ended.code >= 0
-        else f"{grace} s were too short; give the pod a longer terminationGracePeriodSeconds"
+        else f"{grace} s were too short; raise the pod's terminationGracePeriodSeconds"
     )
-    what = f"stopped with the state unsaved ({why}); training goes on from the last checkpoint"
+    what = f"stopped with the state unsaved ({why}); training continues from the last checkpoint"
     return failure_of(Interrupted("InterruptedUnsaved", what))
 
 
 def _not_formed(why: str) -> Failure:
-    return failure_of(NodeFailure(PEER_LOST, f"the gang did not form: {why}"))
+    return failure_of(NodeFailure(PEER_LOST, f"the process group did not form: {why}"))
 
 
 def _killer(ended: Ended) -> int | None:
-    """Signal that killed a worker or the agent. SIGTERM is the agent's own way to end workers."""
+    """Return the signal that killed a worker or the agent, except SIGTERM: the agent ends workers
+    with it."""
     codes = list((ended.report or {}).get("codes", {}).values()) or [ended.code]
     return next((-code for code in codes if code < 0 and -code != signal.SIGTERM), None)
 
@@ -108,10 +109,10 @@ def _killed(number: int, nodes: int, oom_killed: bool | None, aborted: str) -> T
             " training.microBatchTokens or, if it died while it was saving, set"
             " checkpoint.staging: Disk",
         )
-    # NCCL's watchdog aborts a process before Python can say why: whose peers are gone, or whose own
-    # kernel failed.
+    # NCCL's watchdog aborts a process before Python can report the cause: a lost peer, or a failed
+    # kernel of this process.
     if number == signal.SIGABRT and (known := recognise_text(aborted)) is not None:
         return known
     if number == signal.SIGABRT and nodes > 1:
-        return NodeFailure(PEER_LOST, f"{what}, as NCCL does when a peer is gone; see the log")
+        return NodeFailure(PEER_LOST, f"{what}, as NCCL does when a peer is lost; see the log")
     return NodeFailure("ProcessKilled", f"{what}; see its log, and the node's for hardware faults")

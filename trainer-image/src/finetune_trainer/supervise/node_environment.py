@@ -1,4 +1,4 @@
-"""A training pod's place in its gang, as the environment gives it."""
+"""Node rank, world size and rendezvous of a training pod, read from the environment."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ ENV_COMPLETION_INDEX = "JOB_COMPLETION_INDEX"
 
 @dataclass(frozen=True)
 class NodeEnvironment:
-    """One node of the gang."""
+    """One node of a training attempt."""
 
     nodes: int
     processes: int
-    """Training processes of this node."""
+    """Training processes per node."""
     rank: int
-    """Of this node, from 0."""
+    """Node rank, from 0."""
     host: str
-    """Of the rendezvous store: the node of rank 0."""
+    """Host of the rendezvous store: the node of rank 0."""
     port: int
     grace: int
     """Seconds between SIGTERM and SIGKILL."""
 
     @property
     def loopback(self) -> bool:
-        """Whether the nodes are processes of one machine."""
+        """Whether all nodes run on one machine."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -44,10 +44,10 @@ class NodeEnvironment:
 
 
 def read_node_environment(environ: Mapping[str, str]) -> NodeEnvironment:
-    """This node's place; a gang of one where nothing is said.
+    """Read the node's settings; unset variables mean a single node with one process.
 
     Raises:
-        UserError: 'InvalidEnvironment' with the variable and what it may be.
+        UserError: 'InvalidEnvironment', with the variable and its allowed values.
     """
 
     def number(name: str, default: str, least: int) -> int:

@@ -1,5 +1,8 @@
-"""Processes below this one, on Linux: torchrun gives each worker a session of its own, so a process
-group does not hold them. Elsewhere only what was started directly is known."""
+"""Descendant processes of this one, found through /proc on Linux.
+
+torchrun starts each worker in a session of its own, so killing a Unix process group would miss them.
+On other systems no descendants are found.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,18 @@ from typing import Final
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _LINUX: Final = sys.platform == "linux"
 _START_TIME: Final = 19
-"""Field of /proc/self/stat, counted from behind the name: clock ticks since the machine's boot."""
+"""Index of starttime in /proc/self/stat, counted after the command name. Unit: clock ticks since
+boot."""
 
 
 def adopt_orphans() -> None:
-    """Makes this process the parent of its descendants whose parents end, as process 1 is."""
+    """Make this process a subreaper: it adopts orphaned descendants in place of PID 1."""
     if _LINUX:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def descendants(pid: int) -> list[int]:
-    """Processes below ``pid`` that run, parents first."""
+    """Return the running (not zombie) descendants of ``pid``, parents first."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -42,7 +46,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def kill_descendants(seconds: float = 10.0) -> None:
-    """Kills everything below this process, and reaps what it was the parent of."""
+    """Kill all descendants of this process and reap its children, for at most ``seconds``."""
     deadline = time.monotonic() + seconds
     while (below := descendants(os.getpid())) and time.monotonic() < deadline:
         for pid in below:
@@ -56,12 +60,12 @@ def kill_descendants(seconds: float = 10.0) -> None:
 
 
 def machine_time() -> float:
-    """Seconds on a clock that all processes of this machine read alike, and nobody sets."""
+    """Return seconds of a monotonic clock that all processes of this machine share."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if _LINUX else time.monotonic()
 
 
 def started_at() -> float | None:
-    """When this process was started, in ``machine_time``; None where the kernel won't say."""
+    """Return the start time of this process in ``machine_time``; None: unknown."""
     try:
         ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[_START_TIME]
         return int(ticks) / os.sysconf("SC_CLK_TCK")
@@ -70,7 +74,7 @@ def started_at() -> float | None:
 
 
 def oom_kills() -> int | None:
-    """How often the kernel has killed in this container for want of memory; None: it won't say."""
+    """Return the number of OOM kills in this container; None: unknown."""
     for path, key in _memory_files():
         try:
             words = dict(line.split() for line in path.read_text().splitlines())
@@ -81,8 +85,8 @@ def oom_kills() -> int | None:
 
 
 def _memory_files() -> list[tuple[Path, str]]:
-    """Files of cgroup v2 and v1 that count: of this process's own group where it is visible (on a
-    host), else at the mount's root (in a container)."""
+    """Return the files of cgroup v1 and v2 with OOM-kill counters: those of this process's own group
+    (visible on a host), then those at the mount's root (in a container)."""
     root = Path("/sys/fs/cgroup")
     own: dict[str, str] = {}
     try:

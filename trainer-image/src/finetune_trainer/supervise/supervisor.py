@@ -1,13 +1,13 @@
-"""The first process of a training pod: starts the gang's workers, and says how they ended.
+"""Main process of a training pod: starts the node's workers and reports how they ended.
 
-    start ──► agent (torchrun) ──► workers ──► how did it end?
-      ▲                                          │ done: the summary, exit 0
-      └── only the peers were lost, or the ──────┤ own failure: verdict and exit code
-          gang did not form                      └ SIGTERM: save within the grace period, exit 23
+    start ──► agent (torchrun) ──► workers ──► end
+      ▲                                          │ success: summary, exit 0
+      └── peers were lost, or the process ───────┤ failure of this node: failure and its exit code
+          group did not form                     └ SIGTERM: save within the grace period, exit 23
 
-It imports neither torch nor transformers: it must stay small, and alive. A pod whose own worker
-failed ends; a pod that only lost its peers starts its workers again in place and waits for the
-replacement, so that one incident costs one pod.
+The supervisor imports neither torch nor transformers: it must stay small, and survive its workers.
+A pod with a failed worker ends. A pod that only lost its peers restarts its workers in place and
+waits for the replacement, so that one incident costs one pod.
 """
 
 from __future__ import annotations
@@ -51,23 +51,23 @@ log = logging.getLogger(__name__)
 
 WORKER: Final = "finetune_trainer.train.worker"
 FORM_SECONDS: Final = 1800
-"""Least of the longest time without a gang; then the pod ends, and the next one may have better
-luck. Where nodes may be waited for longer (scheduling.startDeadlineSeconds), so do those that have
-theirs: the pod's end would count as an incident."""
+"""Minimum of the time to wait for the process group to form before the pod ends and is replaced. A
+longer scheduling.startDeadlineSeconds takes precedence: pods that already run must wait for nodes
+that are still being scheduled, since the end of a pod counts as an incident."""
 CONNECT_SECONDS: Final = 60
-"""One try to reach the rendezvous; then its name is looked up again."""
+"""Timeout of one connection attempt to the rendezvous; then its name is resolved again."""
 PAUSE_SECONDS: Final = 0.5
 _ALLOCATION: Final = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
-"""What torch reads its settings of GPU memory from, its newer and its older name."""
+"""Environment variables of torch's CUDA allocator, the newer and the older name."""
 POLL_SECONDS: Final = 0.05
 KILL_SECONDS: Final = 3
-"""Of the grace period, kept for killing what is left and for the last word."""
+"""Seconds of the grace period reserved for killing processes and the termination message."""
 
 
 def supervise(worker: str = WORKER) -> int:
-    """Trains as one node of the gang and returns the container's exit code.
+    """Train as one node and return the container's exit code.
 
-    It owns its process: signals are handled, and what runs below it at the end is killed.
+    Takes over the process: installs signal handlers, and kills all descendants at the end.
 
     Args:
         worker: module that each training process runs.
@@ -87,14 +87,14 @@ def supervise(worker: str = WORKER) -> int:
 
 
 class Supervisor:
-    """One node's share of a gang, over all starts of its workers."""
+    """Supervises the workers of one node over all of their starts."""
 
     def __init__(
         self, run: str, node: NodeEnvironment, scratch: Path, worker: str, patience: float
     ) -> None:
         """
         Args:
-            patience: seconds that the gang's other nodes are waited for.
+            patience: seconds to wait for the other nodes.
         """
         self._run = run
         self._patience = patience
@@ -103,10 +103,14 @@ class Supervisor:
         self._worker = worker
         self._starts = 0
         self._kill_at: float | None = None
-        """When what still runs is killed; set when this pod is told to stop."""
+        """Monotonic time at which remaining processes are killed; None: no stop was requested."""
 
     def run_to_end(self) -> int:
-        """Starts the workers until they are done, fail of themselves, or are told to stop."""
+        """Start the workers until they succeed, fail for a cause on this node, or are stopped.
+
+        Raises:
+            NodeFailure: 'GangNotFormed' if no process group formed for ``patience`` seconds.
+        """
         adopt_orphans()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._told_to_stop)
@@ -129,10 +133,10 @@ class Supervisor:
             if time.monotonic() >= deadline:
                 raise NodeFailure(
                     "GangNotFormed",
-                    f"no gang of {self._node.nodes} nodes has formed at {self._node.host}:"
-                    f"{self._node.port} for {self._patience:.0f} s: {failure.message}",
+                    f"no process group of {self._node.nodes} nodes formed at {self._node.host}:"
+                    f"{self._node.port} within {self._patience:.0f} s: {failure.message}",
                 )
-            log.warning("starting the workers again in place: %s", failure.message)
+            log.warning("restarting the workers in place: %s", failure.message)
             time.sleep(PAUSE_SECONDS)
 
     def _done(self) -> int:
@@ -145,7 +149,7 @@ class Supervisor:
         if self._kill_at is None:
             grace = self._node.grace
             self._kill_at = time.monotonic() + grace - min(KILL_SECONDS, grace / 4)
-            log.info("told to stop by %s; %s s to save", signal.Signals(number).name, grace)
+            log.info("stop requested by %s; %s s to save", signal.Signals(number).name, grace)
 
     # --- one start ---------------------------------------------------------------------------
 
@@ -154,7 +158,7 @@ class Supervisor:
         return self._folder / f"start-{self._starts}"
 
     def _start_and_wait(self, deadline: float) -> Ended | None:
-        """Starts the workers once and waits for their end; None where a stop came before."""
+        """Start the workers once and wait for their end; None: a stop was requested before."""
         launched = machine_time()
         unresolved = self._wait_for_name(deadline)
         if self._kill_at is not None:
@@ -184,7 +188,8 @@ class Supervisor:
         )
 
     def _wait(self, process: subprocess.Popen[bytes]) -> None:
-        """Until the agent ends; told to stop, until the workers have saved or time is up."""
+        """Wait for the agent to end. After a stop request, return immediately if no workers run; else
+        pass the request to the workers and return when the grace period ends."""
         while process.poll() is None:
             if self._kill_at is not None:
                 if not self._formed() or time.monotonic() >= self._kill_at:
@@ -193,8 +198,8 @@ class Supervisor:
             time.sleep(POLL_SECONDS)
 
     def _wait_for_name(self, deadline: float) -> str:
-        """Waits until the rendezvous' name resolves (a negative answer is cached up to 30 s by
-        DNS servers); why it does not, when time is up."""
+        """Wait until the rendezvous host resolves (DNS servers cache negative answers up to 30 s).
+        Return the error at the deadline, else an empty text."""
         if self._node.rank == 0 or self._node.loopback:
             return ""
         while self._kill_at is None:
@@ -208,7 +213,7 @@ class Supervisor:
         return ""
 
     def _formed(self) -> bool:
-        """Whether the workers were started: torchrun then makes a folder for the words of each."""
+        """Whether the workers were started: torchrun makes a log folder for each of them."""
         return any(self._logs.glob("*/attempt_*"))
 
     @property
@@ -236,24 +241,23 @@ class Supervisor:
             "rdzv-conf": ",".join(f"{key}={value}" for key, value in rendezvous.items()),
             "max-restarts": 0,
             "log-dir": self._logs,
-            "tee": 2,  # to the log, and to files that tell why NCCL aborted a worker
+            "tee": 2,  # stderr to the log and to files, which ``read_abort`` searches
         }
         if node.loopback and sys.platform == "linux":
-            # Ranks follow the order of addresses: the node of rank 0 has the first process.
+            # torchrun orders ranks by address: node 0 gets rank 0.
             arguments["local-addr"] = f"127.0.0.{node.rank + 1}"
         return [*(f"--{key}={value}" for key, value in arguments.items()), "-m", self._worker]
 
     def _worker_environment(self, launched: float) -> dict[str, str]:
         own = {
-            # Else a survivor of a lost node keeps the old store's address, and the gang hangs.
+            # Otherwise survivors of a lost node keep the old store's address, and rendezvous hangs.
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             worker_files.ENV_FOLDER: str(self._start_folder),
             worker_files.ENV_LAUNCHED: str(launched),
             agent.ENV_REPORT: str(self._report_file),
         }
         if not _ALLOCATION & os.environ.keys():
-            # No two steps have rows of the same lengths: blocks of a GPU's memory that cannot grow
-            # would be left with holes.
+            # Micro-batch lengths differ at each step, which fragments memory blocks of fixed size.
             own["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
         if self._node.loopback and sys.platform == "linux":
             own["GLOO_SOCKET_IFNAME"] = "lo"

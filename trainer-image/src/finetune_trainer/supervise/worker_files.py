@@ -1,11 +1,11 @@
-"""The few words between a training process and the supervisor: files in a folder that both know.
+"""Files that the supervisor and the training processes exchange, in one shared folder.
 
-    stop                the supervisor asks the workers to save and leave
+    stop                request of the supervisor: save and exit
     failure-<rank>.json why a worker ended (``results.Failure``)
-    result.json         what the gang did (``results.TrainSummary``), from its first process
+    result.json         result of the training (``results.TrainSummary``), written by rank 0
 
-A worker that runs without a supervisor (by hand) is never asked to stop, and leaves no words. When
-the supervisor began to start the workers, it tells by an environment variable.
+A worker without a supervisor (started by hand) has no folder: it receives no stop request and
+writes no files. An environment variable holds the time at which the supervisor began the start.
 """
 
 from __future__ import annotations
@@ -24,60 +24,60 @@ ENV_LAUNCHED: Final = "FINETUNE_LAUNCHED"
 STOP: Final = "stop"
 RESULT: Final = "result.json"
 _ABORT: Final = "watchdog thread terminated with exception: "
-"""What torch prints, with the error, before NCCL's watchdog aborts a process."""
+"""Text that torch prints before the error when NCCL's watchdog aborts a process."""
 _TAIL: Final = 1 << 16
-"""Bytes of a worker's stderr in which it is looked for: the process ends with it."""
+"""Bytes at the end of a worker's stderr to search: the process ends right after the text."""
 
 
 def stop_requested() -> bool:
-    """Whether this pod was told to stop: cheap enough for every step."""
+    """Whether this node was requested to stop. Cheap enough to call at every step."""
     folder = _folder()
     return folder is not None and (folder / STOP).exists()
 
 
 def launched_at() -> float | None:
-    """When the supervisor began to start the workers, in ``processes.machine_time``."""
+    """Return when the supervisor began to start the workers, in ``processes.machine_time``."""
     told = os.environ.get(ENV_LAUNCHED)
     return float(told) if told else None
 
 
 def report_failure(error: BaseException) -> None:
-    """Tells the supervisor why this process ends."""
+    """Report to the supervisor why this process ends."""
     if (folder := _folder()) is not None:
         name = f"failure-{os.environ.get('RANK', '0')}.json"
         write_whole(folder / name, _text(failure_of(error)))
 
 
 def leave_result(summary: TrainSummary) -> None:
-    """Tells the supervisor what the gang did; from the gang's first process."""
+    """Report the result of the training to the supervisor; called by rank 0."""
     if (folder := _folder()) is not None:
         write_whole(folder / RESULT, _text(summary))
 
 
 def ask_to_stop(folder: Path) -> None:
-    """Asks the workers of this node to save and leave."""
+    """Request the workers of this node to save and exit."""
     (folder / STOP).touch()
 
 
 def read_failure(folder: Path) -> Failure | None:
-    """Why the workers of this node ended: the first that failed of itself; else one that lost its
-    peers; else one that was interrupted."""
+    """Return the failure of this node's workers: the first with a cause of its own, else a lost
+    peer, else an interruption; None: no worker reported one."""
     files = sorted(folder.glob("failure-*.json"), key=lambda path: path.stat().st_mtime_ns)
     found = [Failure.model_validate_json(path.read_text()) for path in files]
     return min(found, key=_follows_from_others, default=None)
 
 
 def read_result(folder: Path) -> TrainSummary | None:
-    """What the gang did, where its first process ran on this node."""
+    """Return the result of the training; None: rank 0 ran on another node."""
     path = folder / RESULT
     return TrainSummary.model_validate_json(path.read_text()) if path.exists() else None
 
 
 def read_abort(logs: Path) -> str:
-    """Why NCCL's watchdog ended a worker of this node, as it printed it; empty: it did not.
+    """Return the error with which NCCL's watchdog aborted a worker of this node; empty: none.
 
     Args:
-        logs: torchrun's folder of the workers' stderr.
+        logs: torchrun's log folder, with the workers' stderr.
     """
     for path in sorted(logs.glob("*/attempt_*/*/stderr.log")):
         with path.open("rb") as file:
@@ -89,7 +89,7 @@ def read_abort(logs: Path) -> str:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is never seen half written; makes its folder."""
+    """Write a file atomically; create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(text)
@@ -97,7 +97,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _text(words: Record) -> str:
-    """JSON that has NaN and infinity too: a metric may be one."""
+    """Return JSON that allows NaN and infinity: metrics may have these values."""
     return json.dumps(words.to_json())
 
 

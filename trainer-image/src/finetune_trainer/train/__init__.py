@@ -1,2 +1,2 @@
-"""One training process from top to bottom: ``worker`` takes its place, ``session`` builds what it
-needs, ``loop`` trains, ``checkpoint`` commits, ``final`` measures."""
+"""Training process: ``worker`` joins the process group, ``session`` builds model and data, ``loop``
+trains, ``checkpoint`` saves and restores, ``final`` evaluates."""

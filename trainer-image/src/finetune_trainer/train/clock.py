@@ -1,4 +1,4 @@
-"""Where the wall time of an attempt goes."""
+"""Breakdown of an attempt's wall time: compute, data wait, checkpoints, evaluation."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from finetune_trainer.train.session import Session
 
 
 def end_startup(session: Session, from_step: int) -> None:
-    """The attempt's first step was taken: tell how long it took to get there. The device is waited
-    for, this once."""
+    """Report the startup time, after the attempt's first step. Synchronizes the device, once."""
     if session.world.device.type == "cuda":
         torch.cuda.synchronize(session.world.device)
     compiling = compilation_seconds() if session.spec.training.compile else None
@@ -26,13 +25,13 @@ def end_startup(session: Session, from_step: int) -> None:
 
 
 class Clock:
-    """Where the wall time of this attempt goes."""
+    """Measures the training loop of this attempt: time by part, tokens and operations."""
 
     def __init__(self, work: Work, peak: float | None) -> None:
         """
         Args:
-            work: arithmetic of the model.
-            peak: operations per second of the whole gang; None: unknown.
+            work: floating-point operations of the model.
+            peak: peak operations per second of all ranks together; None: unknown.
         """
         self._work, self._peak = work, peak
         self._operations = 0.0
@@ -42,11 +41,11 @@ class Clock:
         self._tokens = 0
         self._busy = self._computed = self._waited = 0.0
         self._waits: deque[Wait] = deque()
-        """Of steps that the device may not have begun."""
+        """Data waits not yet counted: the device may not have begun these steps."""
         self._recent = self._recently_waited = 0.0
 
     def step(self, session: Session, batch: StepTensors) -> None:
-        """A step has ended."""
+        """Record the end of a step."""
         if not self._steps:
             end_startup(session, batch.plan.number)
         now = time.perf_counter()
@@ -67,7 +66,7 @@ class Clock:
         self._tell_waits(session)
 
     def _tell_waits(self, session: Session) -> None:
-        """Count the waits that are known by now; no device is waited for."""
+        """Count the data waits that are known by now, without device synchronization."""
         while self._waits and (seconds := self._waits[0].seconds()) is not None:
             self._waits.popleft()
             self._waited += seconds
@@ -78,7 +77,7 @@ class Clock:
         session.telemetry.seconds.labels("compute").inc(more)
 
     def count(self, session: Session, part: str, seconds: float) -> None:
-        """Time that is no step's."""
+        """Count time outside of steps, such as a checkpoint or an evaluation."""
         session.telemetry.seconds.labels(part).inc(seconds)
         self._mark = time.perf_counter()
 
@@ -96,20 +95,20 @@ class Clock:
         return self._tokens / self._busy if self._busy else 0.0
 
     def take_wait_share(self, session: Session) -> float:
-        """Share of the time of the steps since this was asked last that was spent waiting for data;
-        it begins anew."""
+        """Return the share of the steps' time since the last call that was spent waiting for data,
+        and reset it."""
         self._tell_waits(session)
         share = min(1.0, self._recently_waited / self._recent) if self._recent else 0.0
         self._recent = self._recently_waited = 0.0
         return share
 
     def utilization(self) -> float | None:
-        """Share of the peak that the model's arithmetic on real tokens makes (MFU); None where the
-        peak is not known."""
+        """Return the model FLOPs utilization (MFU), counted on real tokens; None: the peak is
+        unknown."""
         if not self._peak or not self._busy:
             return None
         return self._operations / self._busy / self._peak
 
     def remaining(self, steps: int) -> float:
-        """Expected seconds for so many steps, evaluation and commits in proportion."""
+        """Return the expected seconds of ``steps``, with evaluations and checkpoints in proportion."""
         return self.elapsed() / self._steps * steps if self._steps else 0.0

@@ -1,4 +1,4 @@
-"""The two measurements that frame a training: the untuned model before, the chosen commit after."""
+"""Test scores of the base model (before training) and of the chosen checkpoint (after)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from finetune_trainer.train.session import Session, versions
 from finetune_trainer.train.state import LoopState
 
 _EXAMPLES = 8
-"""Answers kept per set for the report."""
+"""Generated answers kept per set for the report."""
 
 
 def measure_base(session: Session) -> Baseline:
-    """Test scores of the model as it is before the first step; read back by later attempts."""
+    """Return the test scores of the base model. Later attempts read the stored scores."""
     world, store, run_uri = session.world, session.stores.default, session.run_spec.run_uri
     known = world.on_main(lambda: runfiles.read_baseline(store, run_uri))
     if known is not None:
@@ -36,7 +36,7 @@ def measure_base(session: Session) -> Baseline:
 
 
 def test_and_write_result(session: Session, state: LoopState, baseline: Baseline) -> TrainSummary:
-    """Test the checkpoint that will be published, and leave the result for publish."""
+    """Evaluate the checkpoint to publish on the test sets, and write the result for publish."""
     world, checkpointer = session.world, session.checkpointer
     session.telemetry.say(stage="Testing", step=state.step)
     chosen = checkpointer.load_best(session.loss.model, state.step)

@@ -1,10 +1,10 @@
-"""Garbage collection between steps, not within them.
+"""Python garbage collection between steps, at the same steps on all ranks.
 
-Python's collector looks through all objects whenever enough new ones were made: for tenths of a
-second, at another step in each process, and in a gang all wait for the one that does. So what is
-there before the first step is never looked at again, and what steps leave behind is looked at every
-few steps, at the same ones in all processes. By itself the collector looks only where very much is
-made without steps, as in a long evaluation.
+An automatic full collection takes tenths of a second. It would run at different steps on each rank,
+and all ranks wait for the slowest one. So objects that exist before the first step are frozen
+(never scanned again), and garbage of the steps is collected explicitly every ``STEPS`` steps. The
+thresholds for automatic collections are high: they run only if many objects are allocated between
+steps, as in a long evaluation.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from contextlib import contextmanager
 from typing import Final
 
 STEPS: Final = 50
-"""Steps between two collections."""
+"""Steps between two explicit collections."""
 _THRESHOLDS: Final = (100_000, 20, 20)
-"""New objects before the collector looks at these by itself, and how often it looks further back;
-PyTorch makes some thousand Python objects in a step."""
+"""Arguments of ``gc.set_threshold``: net new objects before an automatic collection, then
+collections of a generation before one of the next. A PyTorch step makes a few thousand objects."""
 
 
 @contextmanager
 def collected_between_steps() -> Iterator[Callable[[int], None]]:
-    """Within it, garbage is collected when what is yielded is told of a step done whose number is a
-    multiple of ``STEPS``."""
+    """Collect garbage only between steps, within this context. Yields a function to call after each
+    step with the number of steps done; at multiples of ``STEPS`` it collects."""
     thresholds = gc.get_threshold()
     gc.set_threshold(*_THRESHOLDS)
     gc.collect()

@@ -1,10 +1,11 @@
-"""Too many skipped steps in a row: the run goes back to a checkpoint from before them.
+"""Rollback: after too many consecutive skipped steps, resume from a checkpoint before them.
 
-    guard ──► row of skipped steps ──► HEAD: the rollback, without the checkpoints behind it
-                                            └──► commit, plan without their samples
+    guard ──► consecutive skipped steps ──► HEAD: record the rollback, drop the later checkpoints
+                                              └──► restore a checkpoint; plan without their samples
 
-HEAD alone knows of rollbacks. The write that notes one takes the checkpoints behind it away, so
-whenever an attempt dies, the next one leaves out the same samples and counts as many.
+Rollbacks are stored in HEAD only. One write records a rollback and removes the later checkpoints,
+so that after a crash at any point the next attempt leaves out the same samples and has the same
+count of rollbacks.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from finetune_trainer.train.state import LoopState
 
 
 class TooManySkipped(Exception):
-    """The guard has skipped more steps in a row than the manifest allows."""
+    """The guard skipped more consecutive steps than the manifest allows."""
 
     def __init__(self, streak: list[Skipped]) -> None:
         super().__init__(streak)
@@ -26,10 +27,10 @@ class TooManySkipped(Exception):
 
 
 def read_guard(session: Session, state: LoopState) -> None:
-    """Learn which steps were skipped; waits for the device.
+    """Read which steps were skipped and update state and telemetry. Synchronizes the device.
 
     Raises:
-        TooManySkipped: on all ranks together.
+        TooManySkipped: on all ranks.
     """
     skipped = session.guard.skipped()
     streak = state.note_skipped(skipped)
@@ -40,12 +41,15 @@ def read_guard(session: Session, state: LoopState) -> None:
 
 
 def roll_back(session: Session, state: LoopState, streak: list[Skipped]) -> LoopState:
-    """The state of the newest checkpoint from before a row of skipped steps, and the plan without
-    their samples.
+    """Restore the newest checkpoint before the skipped steps, and leave their samples out of the
+    plan.
+
+    Returns:
+        The state of that checkpoint.
 
     Raises:
-        Diverged: where the run has gone back often enough, has no such checkpoint, or would have no
-            samples left.
+        Diverged: if the rollbacks are used up, no such checkpoint exists, or no samples would
+            remain.
     """
     checkpointer, steps = session.checkpointer, [skipped.step for skipped in streak]
     before, most = len(checkpointer.head.rollbacks), session.spec.training.guard.max_rollbacks
@@ -70,8 +74,8 @@ def roll_back(session: Session, state: LoopState, streak: list[Skipped]) -> Loop
 
 
 def with_rollbacks(session: Session, state: LoopState) -> LoopState:
-    """The state of a checkpoint, or of the beginning, in a run that has gone back since as HEAD
-    says; the plan is set to that."""
+    """Apply the rollbacks recorded in HEAD to the plan and to a state (of a checkpoint or of the
+    start); return the state."""
     head = session.checkpointer.head
     session.plan.leave_out(head.left_out)
     state.skipped_steps = max([state.skipped_steps, *(r.skipped_steps for r in head.rollbacks)])
@@ -79,7 +83,8 @@ def with_rollbacks(session: Session, state: LoopState) -> LoopState:
 
 
 def diagnose(streak: list[Skipped], samples: str) -> tuple[str, str, str]:
-    """Reason, cause and remedy of a row of skipped steps; ``samples`` names some of theirs."""
+    """Return reason, cause and remedy of consecutive skipped steps. ``samples`` names some of their
+    samples."""
     steps, spikes = f"step {streak[0].step}", sum(skipped.spike for skipped in streak)
     if len(streak) > 1:
         steps = f"steps {streak[0].step} to {streak[-1].step}"
@@ -93,6 +98,6 @@ def diagnose(streak: list[Skipped], samples: str) -> tuple[str, str, str]:
             what += f" ({spikes} of them a spike instead)"
     remedy = (
         f"{knobs}, or look for damaged records among those of these steps: {samples} (prepared"
-        " samples, counted from 1 in the order of the data). The checkpoints before are kept"
+        " samples, counted from 1 in the order of the data). Earlier checkpoints are kept"
     )
     return reason, f"{steps} had {what}", remedy

@@ -1,6 +1,6 @@
-"""Everything a training process needs, built once, before the loop.
+"""Objects of a training process, built once before the training loop.
 
-run spec ──► gang ──► data ──► model ──► plan, evaluator, checkpoints, telemetry
+run spec ──► process group ──► data ──► model ──► plan, evaluator, checkpoints, telemetry
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from finetune_trainer.train.tuned import open_model
 
 @dataclass
 class Session:
-    """One process of one attempt."""
+    """State of one training process for one attempt."""
 
     run_spec: RunSpec
     world: World
@@ -62,34 +62,34 @@ class Session:
     prepared: PreparedSummary
     data: PreparedData
     context: ContextGroup
-    """The processes that share this one's rows."""
+    """The context-parallel group: processes that share this one's micro-batches."""
     build: MicroBatchBuilder
-    """Makes the rows that are trained."""
+    """Builds the training micro-batches."""
     plan: Plan
     module: nn.Module
-    """The loss of the task, under DDP in a gang of several."""
+    """The task's loss module, wrapped in DDP if data parallel is DDP."""
     loss: TaskLoss
-    """The same without DDP: for evaluation and generation."""
+    """The loss module without DDP, for evaluation and generation."""
     optimizers: Optimizers
     guard: Guard
     work: Work
-    """Arithmetic of the model."""
+    """Floating-point operations of the model."""
     peak: float | None
-    """Operations per second that the gang could do in the precision of the run, if known."""
+    """Peak operations per second of all ranks in the run's precision; None: unknown."""
     evaluator: Evaluator
     checkpointer: CheckpointManager
     telemetry: Telemetry
     parameters: Parameters
     trained: list[nn.Parameter]
-    """Parameters that the optimizer changes."""
+    """Parameters that the optimizer updates."""
     sources: list[str]
-    """Names of the training sets that have samples, in the order of the plan's sources."""
+    """Names of the non-empty training sets, in the order of the plan's sources."""
     memory: MemoryDecision
-    """What a process was to take, by the estimate."""
+    """Placement and estimated memory of a process."""
     lineage: Sequence[Ancestor]
-    """What the model is made from."""
+    """Ancestors of the base model."""
     replay: list[bool]
-    """Whether each of them is held to the untuned model's outputs."""
+    """Whether each of ``sources`` is a replay set, anchored to the base model's outputs."""
     output_anchor: OutputAnchor | None
     weight_anchor: WeightAnchor | None
 
@@ -98,7 +98,8 @@ class Session:
         return self.run_spec.spec
 
     def metrics_of_sets(self, split: Side, only: Sequence[Metric] = ()) -> dict[str, list[Metric]]:
-        """Metrics to measure for each set of a split; ``only`` keeps generated ones to these."""
+        """Return the metrics of each set of a split. With ``only``, generated metrics are limited to
+        these."""
         wanted = {}
         for entry in self.data.manifest.sets:
             if entry.split != split:
@@ -117,13 +118,13 @@ def open_session(
     run_spec: RunSpec, stores: Stores, world: World, checkpointer: CheckpointManager, telemetry:
     Telemetry, scratch: Path, go_on: Callable[[str], None] = lambda where: None,
 ) -> Session:  # fmt: skip
-    """Load data and model and put the plan together.
+    """Load data and model, and build the plan.
 
     Args:
-        go_on: called between the parts on all ranks together; it may raise.
+        go_on: called between the parts of the startup, on all ranks; may raise to stop there.
 
     Raises:
-        TrainerError: of the kind that names what is missing.
+        TrainerError: a subclass for the cause.
     """
     spec = run_spec.spec
     check_device(spec, world.device)
@@ -131,12 +132,12 @@ def open_session(
     data = PreparedData.open(stores.default, prepared.uri, scratch / "data")
     telemetry.reached("data")
     go_on("before the model was fetched")
-    # One process of each pod fetches the model; the others find it in the shared folder.
+    # The first process of each node fetches the model into a folder that the node shares.
     found = world.on_all(
         lambda: fetch_base(run_spec, stores, scratch, weights=True) if world.is_local_main else None
     )
     own, first = next(f for f in reversed(found[: world.rank + 1]) if f is not None), found[0]
-    assert first is not None, "the first process is the first of its node"
+    assert first is not None, "rank 0 is the local main process of its node"
     files = own.in_version_of(first)
     tokenizer = load_tokenizer(files.folder)
     precision = precision_of(spec, world.device.type == "cuda")
@@ -212,8 +213,8 @@ def open_session(
 
 
 def weight_anchor(spec: FineTuneJobSpec, optimizers: Optimizers) -> WeightAnchor | None:
-    """The untuned weights, where the spec pulls towards them; made before a checkpoint is
-    restored."""
+    """Return the anchor to the base model's weights, or None if the spec has no L2 coefficient. Call
+    before a checkpoint is restored, while the weights are still those of the base model."""
     coefficient = float(spec.training.anchor.l2_coefficient)
     return WeightAnchor(optimizers, coefficient) if coefficient else None
 
@@ -221,10 +222,10 @@ def weight_anchor(spec: FineTuneJobSpec, optimizers: Optimizers) -> WeightAnchor
 def fitted(
     spec: FineTuneJobSpec, data: PreparedData, world: World, measure: Measure
 ) -> MemoryDecision:
-    """How the model will lie on the gang, alike on all ranks, by the memory that there is.
+    """Return the placement of the model that fits the available memory, identical on all ranks.
 
     Raises:
-        UserError: 'DoesNotFit', and where the spec does not suit the model, before it is loaded.
+        UserError: 'DoesNotFit', or if spec and model are incompatible; before the model is loaded.
     """
     room = min(world.on_all(lambda: capacity(world.device, world.processes_per_node)))
     there = {"nodes": world.nodes, "processes_per_node": world.processes_per_node}
@@ -242,12 +243,12 @@ def fitted(
 
 
 def _evaluation_tokens(micro_batch_tokens: int, data: PreparedData, virtual_tokens: int) -> int:
-    """Row size that holds the longest held-out sample too."""
+    """Return a micro-batch size in tokens that also fits the longest held-out sample."""
     longest = [data.index(s).length.max(initial=1) for s in ("validation", "test")]
     return int(max(micro_batch_tokens, *(n + virtual_tokens for n in longest)))
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that the result depends on."""
+    """Return the versions of the packages that affect the result."""
     names = ("finetune-trainer", "torch", "transformers", "peft", "accelerate", "tokenizers")
     return {name: version(name) for name in names}

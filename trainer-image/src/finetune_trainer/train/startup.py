@@ -1,10 +1,10 @@
-"""How long an attempt takes to its first optimizer step, and what with.
+"""Startup time of an attempt, by part: from the launch of the workers to the first optimizer step.
 
-    launch → import → gang → data → model → restore → baseline → (compile) → step
+    launch → import → rendezvous → data → model → restore → baseline → (compile) → step
 
-The clock runs from the moment when the supervisor starts the node's workers. Each part begins where
-the one before it ended, so the parts add up to the whole. What was said of them is the first
-process's view: while it waits for another, its own part goes on.
+The clock starts when the supervisor starts the node's workers. Each part begins where the previous
+one ended, so the parts add up to the total. The reported times are those of rank 0; waits for other
+ranks count towards its current part.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from finetune_trainer.supervise.worker_files import launched_at
 
 
 class StartupClock:
-    """The start of this process's attempt."""
+    """Measures the startup of this process."""
 
     def __init__(
         self, launched: float | None, started: float | None, now: Callable[[], float] = machine_time
     ) -> None:
         """
         Args:
-            launched: when the supervisor began to start the workers; None: there is none.
-            started: when this process was started; None: unknown, and importing counts as launch.
-            now: the clock of both.
+            launched: when the supervisor began to start the workers; None: no supervisor.
+            started: when this process was started; None: unknown, the import counts as launch.
+            now: clock of both times, in seconds.
         """
         self._now = now
         self.seconds: dict[StartupPart, float] = {}
@@ -38,21 +38,21 @@ class StartupClock:
 
     @classmethod
     def of_this_process(cls) -> StartupClock:
-        """The clock at the end of the imports."""
+        """Return the clock of this process. Call at the end of the imports."""
         clock = cls(launched_at(), started_at())
         clock.reached("import")
         return clock
 
     def reached(self, part: StartupPart) -> None:
-        """The end of a part, or of a piece of it: the time since the one before is its."""
+        """End a part: add the time since the previous end to it. A part may end several times."""
         self._count(part, self._now())
 
     def first_step(self, from_step: int, compiling: float | None) -> Startup:
-        """The end of the first step.
+        """End the startup with the first step.
 
         Args:
-            from_step: steps that the run had done before.
-            compiling: seconds of it that were spent on compiling; None: nothing is compiled.
+            from_step: steps of the run done by earlier attempts.
+            compiling: seconds of the step spent on compilation; None: compilation is off.
         """
         if compiling is not None:
             self._count("compile", min(self._mark + compiling, self._now()))

@@ -1,4 +1,4 @@
-"""What the training loop must not forget: carried by every checkpoint."""
+"""State of the training loop that every checkpoint stores."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from finetune_trainer.storage.runfiles import CurvePoint, ValidationPoint
 
 @dataclass(frozen=True)
 class Figures:
-    """Means over the steps that were taken since the last log point."""
+    """Means over the steps taken (not skipped) since the last log point."""
 
     loss: float
-    """Of the batches, per supervised token."""
+    """Mean over batches of the loss per supervised token."""
     by_source: list[float | None]
-    """Of the tokens of each source; None: there were none."""
+    """Loss per supervised token of each source; None: no tokens."""
     anchor_kl: float | None
-    """Divergence per anchored token; None: there were none."""
+    """KL divergence per anchored token; None: no tokens."""
     router: float
-    """Router loss, by tokens; 0 where it is not asked for."""
+    """Router loss, weighted by tokens; 0 if it is not trained."""
 
 
 _UNSAVED: Final = ("local", "unjudged")
@@ -33,46 +33,47 @@ _UNSAVED: Final = ("local", "unjudged")
 
 @dataclass
 class LoopState:
-    """What the loop must not forget: a few integers, the curves, and the loss not yet logged."""
+    """Progress, curves and sums not yet logged; saved with every checkpoint."""
 
     step: int = 0
-    """Steps done: the next step to do."""
+    """Steps done, which is the index of the next step."""
     logged: int = 0
     """Step of the last log point."""
     pending: list[float] = field(default_factory=list)
-    """Sums over the gang and over the steps since, as committed: losses of the batches (mean per
-    supervised token), steps taken, summed divergence and anchored tokens, router losses of the
-    batches, then by source summed losses and supervised tokens."""
+    """Sums over all ranks and the steps since the last log point: batch losses (mean per supervised
+    token), steps taken, KL divergence and anchored tokens, router losses of the batches, then
+    per-source losses and per-source supervised tokens. Shape [5 + 2 * sources]."""
     guard: list[float] = field(default_factory=list)
-    """What the guard must not forget."""
+    """Statistics of the guard."""
     skipped: list[Skipped] = field(default_factory=list)
-    """Steps in a row whose update was not made, up to the last one."""
+    """Consecutive skipped steps that end with the last step; empty if that step was taken."""
     skipped_steps: int = 0
-    """All of them."""
+    """Skipped steps of the run."""
     tokens: int = 0
-    """Tokens of the steps that were done, less those of the steps that are known to be skipped."""
+    """Tokens of the steps done, without those of steps known to be skipped."""
     curve: list[CurvePoint] = field(default_factory=list)
     validation: list[ValidationPoint] = field(default_factory=list)
     watched_best: float | None = None
     """Best value of the early-stopping metric."""
     without_improvement: int = 0
-    """Evaluations since."""
+    """Evaluations since the best value."""
     stopped_early: bool = False
     local: Tensor | None = None
-    """This rank's sums since the last log point or commit, on the device; never saved."""
+    """This rank's sums since the last ``gather``, on the device; not saved."""
     unjudged: dict[int, int] = field(default_factory=dict)
-    """Tokens of the steps whose verdict was not asked for yet; never saved: commits ask."""
+    """Tokens by step, for steps whose guard result was not read yet; not saved: it is read before each
+    checkpoint."""
 
     def advance(self, sums: Tensor, tokens: int) -> None:
-        """A step was done, with these sums on this rank."""
+        """Record a step with this rank's sums."""
         self.unjudged[self.step] = tokens
         self.step += 1
         self.tokens += tokens
         self.local = sums if self.local is None else self.local + sums
 
     def gather(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Add the ranks' sums to ``pending``, alike on all of them; waits for the device."""
-        if self.local is None:  # on all ranks: they have done the same steps
+        """Add the sums of all ranks to ``pending``, identical on all ranks. Synchronizes the device."""
+        if self.local is None:  # true on all ranks alike: they do the same steps
             return
         sums = total(self.local.cpu()).tolist()
         before = self.pending or [0.0] * len(sums)
@@ -80,7 +81,7 @@ class LoopState:
         self.local = None
 
     def take_figures(self, total: Callable[[Tensor], Tensor]) -> Figures | None:
-        """What was gathered since the last log point (None: no step was taken); it begins anew."""
+        """Return the means since the last log point (None: no step was taken) and reset the sums."""
         self.gather(total)
         sums, self.pending, self.logged = self.pending, [], self.step
         if not sums or not sums[1]:
@@ -96,8 +97,8 @@ class LoopState:
         )
 
     def note_skipped(self, found: list[Skipped]) -> list[Skipped]:
-        """Of the steps done since this was called last, these were not taken: nothing was learned
-        of their tokens. Returns the longest row of such, up to now."""
+        """Record the skipped steps among those done since the last call; their tokens do not count
+        as trained. Return the longest sequence of consecutive skipped steps."""
         self.skipped_steps += len(found)
         self.tokens -= sum(self.unjudged.get(skipped.step, 0) for skipped in found)
         self.unjudged = {}
@@ -111,7 +112,7 @@ class LoopState:
         return max(streaks, key=len)
 
     def metric_at(self, step: int, metric: Metric) -> float | None:
-        """Value of a validation metric at a step, where it was measured there."""
+        """Return a validation metric at a step; None: not measured at that step."""
         if not self.validation or self.validation[-1].step != step:
             return None
         return self.validation[-1].overall.get(metric)

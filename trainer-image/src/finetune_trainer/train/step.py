@@ -1,4 +1,4 @@
-"""One optimizer step, from the rows of a global batch to changed weights."""
+"""One optimizer step: from the micro-batches of a global batch to updated weights."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from finetune_trainer.train.session import Session
 
 
 def optimizer_step(session: Session, batch: StepTensors, rate: float) -> tuple[Tensor, Tensor]:
-    """One step of the optimizer on a global batch, if the guard lets it. A batch whose samples are
-    all left out has no loss: its zero is in no mean.
+    """Run an optimizer step on a global batch; the guard may skip the update. A batch whose samples
+    are all left out has zero loss and is excluded from all means.
 
     Returns:
-        What this rank adds to ``LoopState.pending`` (float64, on the device, shape
-        [5 + 2 * sources]), and the norm of the gradient before clipping. Neither has been waited
-        for.
+        This rank's summand of ``LoopState.pending`` (float64, on the device, shape
+        [5 + 2 * sources]) and the gradient norm before clipping. Neither synchronizes the device.
     """
     world, sources = session.world, session.plan.source_count
     loss = torch.zeros(1, dtype=torch.float64, device=world.device)
@@ -39,7 +38,7 @@ def optimizer_step(session: Session, batch: StepTensors, rate: float) -> tuple[T
         with layout_context(micro_batch.layout):
             with world.autocast():
                 losses: MicroBatchLosses = session.module(micro_batch, base)
-            # Gradients are averaged over ranks: the size of the gang makes the average a sum.
+            # DDP and FSDP average gradients over ranks; the world size turns the mean into a sum.
             share: Tensor = (losses.tokens.sum() + losses.added) * (world.size / supervised)
             share.backward()  # type: ignore[no-untyped-call]
         tokens = losses.tokens.detach().double()
@@ -52,7 +51,7 @@ def optimizer_step(session: Session, batch: StepTensors, rate: float) -> tuple[T
             by_source[1].index_add_(0, micro_batch.sources, torch.ones_like(tokens))
     limit = float(session.spec.training.max_grad_norm) or float("inf")
     norm = whole(torch.nn.utils.clip_grad_norm_(session.trained, limit))
-    # Summed with the loss, so that every rank judges by the same bits.
+    # All-reduced with the loss, so that the guard sees the same bits on every rank.
     found = world.sum_on_device(torch.stack([loss[0], norm.double() / world.size]))
     learns = bool(batch.plan.samples)
     taken = session.guard.judge(batch.plan.number, found[0], found[1], learns=learns)
@@ -65,13 +64,14 @@ def optimizer_step(session: Session, batch: StepTensors, rate: float) -> tuple[T
 
 
 def generator_seed(session: Session, batch: StepTensors, turn: int) -> int:
-    """Seed of torch's generators, on every device, for a rank's row of a step.
+    """Return the seed of torch's generators, on all devices, for a rank's micro-batch of a step.
 
-    Dropout and noise are keyed (``dropout``) and draw from no generator. A model may draw by itself
-    (the router of PhiMoE samples experts): by seed, step and sample, so that checkpoints keep no
-    generator, and a run that goes on, at any number of ranks, draws what it would have drawn.
+    Dropout and noise use keys (``dropout``) instead of generators. Some models draw from a generator
+    themselves (the router of PhiMoE samples experts). The seed depends on the run's seed, the step
+    and the micro-batch's first sample. So checkpoints need no generator state, and a resumed run
+    draws the same values.
     """
-    ranks, world = batch.plan.micro_batches, session.world  # processes that share rows are one rank
+    ranks, world = batch.plan.micro_batches, session.world  # a context-parallel group counts as one rank of the plan
     micro_batch = ranks[world.rank * len(ranks) // world.size][turn]
     key = f"{session.plan.seed} {batch.plan.number} {micro_batch[0] if micro_batch else -1}"
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big")

@@ -1,4 +1,4 @@
-"""How an attempt is stopped: heard by all processes together, where nothing is half done."""
+"""Stop requests during an attempt: all ranks stop at the same point, with consistent state."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _TELLING_SECONDS: Final = 3.0
 
 
 def raise_if_stopping(world: World, stop_requested: Callable[[], bool], where: str) -> None:
-    """Stop here where a process was asked to; nothing is unsaved.
+    """Stop here if a stop was requested on any rank; call only where no state is unsaved.
 
     Raises:
-        Interrupted: on all ranks together.
+        Interrupted: on all ranks.
     """
     if any(world.on_all(stop_requested)):
-        raise Interrupted("Interrupted", f"stopped as asked, {where}")
+        raise Interrupted("Interrupted", f"stopped on request, {where}")
 
 
 @contextmanager
 def releasing(
     world: World, checkpointer: CheckpointManager, stop_requested: Callable[[], bool]
 ) -> Iterator[None]:
-    """End the attempt in good order where it was interrupted: what there was to save is saved."""
+    """End the attempt properly on ``Interrupted``, which is raised once the state is saved."""
     try:
         yield
     except Interrupted:
@@ -39,11 +39,11 @@ def releasing(
 def _end_attempt(
     world: World, checkpointer: CheckpointManager, stop_requested: Callable[[], bool]
 ) -> None:
-    """Release the run where the whole gang was told to stop (suspended, say).
+    """Release the run if all ranks were requested to stop, for example on suspend.
 
-    Where only some of its pods were told, the gang has lost them to something else: the state is
-    saved, but the next attempt counts as a restart. Kubelets tell their pods within a second or
-    so of each other.
+    If only some pods were, they are lost for another reason (such as a drained node): the run is
+    not released and the next attempt counts as a restart. Kubelets signal the pods of a job within
+    about a second of each other, so wait a little for the request to reach this rank.
     """
     deadline = time.monotonic() + _TELLING_SECONDS
     while not stop_requested() and time.monotonic() < deadline:

@@ -1,6 +1,6 @@
-"""What the gang's first process says while it works: ``/metrics`` for Prometheus, ``/progress``.
+"""Telemetry of rank 0: an HTTP server with ``/metrics`` for Prometheus and ``/progress``.
 
-Both are read-only pages of one small server; nothing in the training waits for a reader.
+Both pages are read-only. The training never waits for a reader.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from finetune_trainer.train.startup import StartupClock
 
 
 class _Server(ThreadingHTTPServer):
-    """On every address of the pod, IPv6 included where the kernel has it."""
+    """HTTP server that listens on all addresses of the pod, including IPv6 if the kernel has it."""
 
     address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
 
@@ -32,7 +32,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class Telemetry:
-    """State that the loop writes and the pages show."""
+    """Metrics and progress: written by the training loop, shown by the pages."""
 
     def __init__(self, run: str, attempt: int, restarts: int, startup: StartupClock) -> None:
         self.registry = CollectorRegistry()
@@ -52,7 +52,7 @@ class Telemetry:
             ["data_set"], registry=self.registry,
         )  # fmt: skip
         self.source_loss = Gauge(
-            "finetune_train_data_set_loss", "Training loss by training set, of several",
+            "finetune_train_data_set_loss", "Training loss by training set, if there are several",
             ["data_set"], registry=self.registry,
         )  # fmt: skip
         self.learning_rate = gauge("learning_rate", "Learning rate of the last step")
@@ -66,15 +66,15 @@ class Telemetry:
         )
         self._gauge = gauge
         self._late: dict[str, Gauge] = {}
-        self.tokens = counter("tokens", "Real tokens trained, whole gang")
-        self.samples = counter("samples", "Samples trained, whole gang")
-        self.skipped_steps = counter("skipped_steps", "Steps whose update was not made")
+        self.tokens = counter("tokens", "Real tokens trained, all ranks")
+        self.samples = counter("samples", "Samples trained, all ranks")
+        self.skipped_steps = counter("skipped_steps", "Steps whose update the guard skipped")
         self.rollbacks = counter(
-            "rollbacks", "Times that the run went back to an earlier checkpoint"
+            "rollbacks", "Rollbacks to an earlier checkpoint"
         )
         self.checkpoints_abandoned = counter(
             "checkpoints_abandoned",
-            "Commits that storage did not take and the training went on without",
+            "Checkpoints abandoned because storage failed, while training continued",
         )
         self.seconds = Counter(
             "finetune_step_seconds", "Time of the training loop by part",
@@ -93,12 +93,12 @@ class Telemetry:
         self._show_startup()
 
     def reached(self, part: StartupPart) -> None:
-        """The end of a part of the attempt's start, or of a piece of it."""
+        """End a part of the startup (see ``StartupClock.reached``)."""
         self._startup.reached(part)
         self._show_startup()
 
     def first_step(self, from_step: int, compiling: float | None) -> Startup:
-        """The end of the attempt's first step; arguments as of ``StartupClock.first_step``."""
+        """End the startup with the first step; arguments as in ``StartupClock.first_step``."""
         startup = self._startup.first_step(from_step, compiling)
         self._show_startup()
         self.say(startup=startup)
@@ -109,27 +109,27 @@ class Telemetry:
             self._startup_seconds.labels(part).set(seconds)
 
     def set_gpu_memory(self, peak_bytes: int) -> None:
-        """Peak memory allocated on the first process's GPU; the series is absent without one."""
-        text = "Peak memory allocated on the GPU of the gang's first process"
+        """Set the peak memory allocated on rank 0's GPU. Without a GPU the series is absent."""
+        text = "Peak memory allocated on the GPU of rank 0"
         self._set_late("gpu_memory_peak_bytes", text, peak_bytes)
 
     def set_utilization(self, share: float) -> None:
-        """Model FLOPs utilization; the series is absent where the device's peak is not known."""
-        text = "Share of the device's peak that the arithmetic on real tokens makes"
+        """Set the model FLOPs utilization. If the device's peak is unknown the series is absent."""
+        text = "Model FLOPs utilization: share of the device's peak, counted on real tokens"
         self._set_late("model_flops_utilization", text, share)
 
     def set_compilations(self, graphs: int) -> None:
-        """Graphs that were compiled; the series is absent where nothing is."""
-        text = "Graphs that torch.compile made; they should be few, and made at the first step"
+        """Set the number of compiled graphs. Without compilation the series is absent."""
+        text = "Graphs compiled by torch.compile; expected: few, and all at the first step"
         self._set_late("compiled_graphs", text, graphs)
 
     def set_anchor_kl(self, divergence: float) -> None:
-        """Divergence on replay sets; the series is absent without an anchor."""
-        text = "KL(untuned || tuned) per supervised token of replay sets, nats"
+        """Set the KL divergence on replay sets. Without an output anchor the series is absent."""
+        text = "KL(base || tuned) per supervised token of replay sets, nats"
         self._set_late("anchor_kl", text, divergence)
 
     def set_router_loss(self, loss: float) -> None:
-        """Router loss of a mixture of experts; the series is absent where it is not trained."""
+        """Set the router loss of a mixture of experts. If it is not trained the series is absent."""
         self._set_late("router_loss", "Router loss before its coefficient", loss)
 
     def _set_late(self, name: str, text: str, value: float) -> None:
@@ -143,13 +143,13 @@ class Telemetry:
             return self._progress
 
     def say(self, **changes: Any) -> None:
-        """Change fields of the progress (by their Python names)."""
+        """Update fields of the progress, given by their Python names."""
         with self._lock:
             self._progress = self._progress.model_copy(update={**changes, "updated": time.time()})
 
     def serve(self, port: int) -> None:
-        """Serve the pages on all addresses. Where the port is taken the training goes on unseen:
-        a page to read is no reason to fail."""
+        """Serve the pages on all addresses. If the port is in use, the training continues without
+        pages."""
         telemetry = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -160,9 +160,9 @@ class Telemetry:
                     body = json.dumps(telemetry.progress.to_json()).encode()
                     kind = "application/json"
                 else:
-                    self.send_error(404, "there are /metrics and /progress")
+                    self.send_error(404, "available pages: /metrics and /progress")
                     return
-                with suppress(ConnectionError):  # the reader has gone: its time was up
+                with suppress(ConnectionError):  # the reader timed out and disconnected
                     self.send_response(200)
                     self.send_header("Content-Type", kind)
                     self.send_header("Content-Length", str(len(body)))
@@ -170,11 +170,11 @@ class Telemetry:
                     self.wfile.write(body)
 
             def log_message(self, format: str, *args: object) -> None:
-                """Readers poll often; their requests are no news."""
+                """Log nothing: readers poll often."""
 
         try:
             server = _Server(("", port), Handler)
         except OSError as error:
-            print(f"no metrics page on port {port}: {error}", flush=True)
+            print(f"cannot serve metrics on port {port}: {error}", flush=True)
             return
         threading.Thread(target=server.serve_forever, name="telemetry", daemon=True).start()

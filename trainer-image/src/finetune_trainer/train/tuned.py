@@ -22,7 +22,7 @@ from finetune_trainer.engine.loading import fill_shards, named_in, names_of
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.memory.estimate import Placement
 from finetune_trainer.engine.memory.profiling import frozen_dtype, packing_of
-from finetune_trainer.engine.model import Purpose, load_base, placeholder_base
+from finetune_trainer.engine.model import Pretrained, Purpose, build_base
 from finetune_trainer.engine.parameters import Parameters, parameter_counts
 from finetune_trainer.engine.placeholders import materialize
 from finetune_trainer.engine.planning.plan import Packing
@@ -69,20 +69,20 @@ def open_model(
             cannot be asked any more once its kernels are fused.
 
     Raises:
-        UserError: as ``load_base``, ``apply_method`` and ``fill_shards``.
+        UserError: as ``build_base``, ``apply_method`` and ``fill_shards``.
     """
     kind, path = spec.method.kind, files.folder
     dtype = frozen_dtype(spec, precision)
     data_parallel = data_parallel_of(world, placement.sharding, precision)
     filled = data_parallel == "FSDP" and world.size > 1
     if filled:
-        base = placeholder_base(path, dtype, kind.packs, purpose)
+        base = build_base(path, dtype, "Placeholders", purpose, kind.packs)
     elif data_parallel == "DDP" and not world.is_main and not kind.quantizes:
-        base = placeholder_base(path, dtype, kind.packs, purpose)
+        base = build_base(path, dtype, "Placeholders", purpose, kind.packs)
         materialize(base, world.device)
     else:
-        bits, weights = world.device if kind.quantizes else None, files.weights(stores)
-        base = load_base(path, dtype, kind.packs, bits, purpose, weights, world.device)
+        init = Pretrained(files.weights(stores), world.device, kind.quantizes)
+        base = build_base(path, dtype, init, purpose, kind.packs)
     names = names_of(base)
     packing = packing_of(base, spec)
     if precision.bf16 and not spec.training.compile:
@@ -125,9 +125,9 @@ def output_anchor(
     dtype = precision.frozen_dtype
     filled = data_parallel_of(world, placement.sharding, precision, trained=False) == "FSDP"
     if filled:
-        base = placeholder_base(files.folder, dtype)
+        base = build_base(files.folder, dtype, "Placeholders")
     else:
-        base = load_base(files.folder, dtype, weights=files.weights(stores), device=world.device)
+        base = build_base(files.folder, dtype, Pretrained(files.weights(stores), world.device))
     if precision.bf16 and not spec.training.compile:
         use_liger(base, world.device)
     copy = TokenLoss(base.requires_grad_(False)).eval()

@@ -1,7 +1,7 @@
-"""One process of a training gang, as torchrun starts it.
+"""Entry point of a training process, started by torchrun.
 
-It takes its place in the gang, takes the run, trains, and leaves its summary or its failure in a
-file for the supervisor.
+Joins the process group, claims the run, trains, and writes its summary or failure to a file for the
+supervisor.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from finetune_trainer.train.telemetry import Telemetry
 
 
 def main() -> int:
-    """Run this process's part; returns its exit code."""
+    """Run the training process and return its exit code."""
     startup = StartupClock.of_this_process()
-    # A crash in native code (a driver, a communication library) says where it was, or nothing does.
+    # Dump the Python stack on a crash in native code (driver, communication library).
     faulthandler.enable()
-    # Progress bars of libraries are noise in a log that nobody watches.
+    # Progress bars only clutter a log file.
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         run_spec = load_run_spec()
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def work(world: World, startup: StartupClock) -> None:
-    """Train as one of a gang."""
+    """Claim the run and train as one rank of a process group."""
     run_spec = load_run_spec()
     stores = Stores(run_spec)
     scratch = scratch_folder()
@@ -89,15 +89,15 @@ def work(world: World, startup: StartupClock) -> None:
 def living(
     world: World, store: ObjectStore, run_uri: str, attempt: int
 ) -> AbstractContextManager[object]:
-    """While it lasts, the attempt is seen to live."""
+    """Return a context in which rank 0 writes the heartbeat of the attempt."""
     return Heartbeat(store, run_uri, attempt) if world.is_main else nullcontext()
 
 
 def beside_estimate(error: torch.OutOfMemoryError, session: Session) -> TrainerError:
-    """The verdict on memory that did not suffice, with what was expected."""
+    """Return an out-of-memory failure with the memory estimate added to its message."""
     known, memory = recognise(error), session.memory
     sizes = f"{gibibytes(memory.needed)} of {gibibytes(memory.room or 0)}"
-    expected = memory.warning or f"Estimated were {sizes} ({memory.placement})"
+    expected = memory.warning or f"The estimate was {sizes} ({memory.placement})"
     return OutOfMemory(known.reason, f"{known.message}. {expected}")
 
 
@@ -105,5 +105,5 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # A gang that broke leaves threads that wait for peers; nothing is left to clean up.
+    # After a failure, threads may still wait for peers: exit without joining them.
     os._exit(code)

@@ -1,1 +1,1 @@
-"""The state of a training, out of the processes of a gang and into those of another."""
+"""Save and load the training state; the world size may differ between the two."""

@@ -1,5 +1,5 @@
-"""Trained weights and optimizer state, out of a model and into it: torch's distributed checkpoint,
-read at any number of ranks."""
+"""Save and load trained weights and optimizer state with torch's distributed checkpoint (DCP). A
+checkpoint can be loaded at any world size."""
 
 from __future__ import annotations
 
@@ -29,14 +29,20 @@ from finetune_trainer.failures import recognise
 
 
 def state_of(model: nn.Module, optimizers: Optimizers) -> State:
-    """The state as it is in memory: it changes with the next step."""
+    """Return the live state: its tensors share memory with the model and change with the next
+    step."""
     weights, moments = get_state_dict(model, optimizers)
     return {"model": _kept(model, weights), "optimizer": moments}
 
 
 def save_state(writer: StorageWriter, staged: StagedState, group: dist.ProcessGroup | None) -> None:
-    """Write this rank's part of a state; ``group`` holds all ranks (None: this process is
-    alone). What one rank raises, all raise."""
+    """Write this rank's part of a state.
+
+    Args:
+        group: a process group of all ranks; None: single process.
+
+    An error on one rank is raised on every rank.
+    """
     with _first_cause():
         state_dict_saver.save(
             {}, storage_writer=writer, planner=staged, process_group=group, no_dist=group is None
@@ -49,8 +55,8 @@ def load_state(
     optimizers: Optimizers,
     group: dist.ProcessGroup | None,
 ) -> None:
-    """Read trained weights and optimizer state, written by any number of ranks. What one rank
-    raises, all raise; the model is then neither what it was nor what was to be read."""
+    """Load trained weights and optimizer state that any number of ranks wrote. An error on one rank
+    is raised on every rank; the model may then be partly loaded."""
     state = state_of(model, optimizers)
     load(reader, state, group)
     set_state_dict(
@@ -65,15 +71,15 @@ def load_state(
 def load_weights(
     reader: StorageReader, model: nn.Module, group: dist.ProcessGroup | None = None
 ) -> None:
-    """Read trained weights alone; raises as ``load_state``."""
+    """Load trained weights without optimizer state; raises as ``load_state`` does."""
     state = {"model": (weights := _kept(model, get_model_state_dict(model)))}
     load(reader, state, group)
     set_model_state_dict(model, weights, options=StateDictOptions(strict=False))
 
 
 def load(reader: StorageReader, state: State, group: dist.ProcessGroup | None) -> None:
-    """Read what a state names into it. Where no rank has shards, the first one reads it and gives
-    it to the others."""
+    """Load every entry of ``state`` in place. Without sharded tensors rank 0 reads and broadcasts
+    to the other ranks."""
     if group is not None and not any(isinstance(leaf, DTensor) for leaf in tree_leaves(state)):
         _load_alike(reader, state, group)
         return
@@ -84,7 +90,8 @@ def load(reader: StorageReader, state: State, group: dist.ProcessGroup | None) -
 
 
 def _load_alike(reader: StorageReader, state: State, group: dist.ProcessGroup) -> None:
-    """Tensors go by the group of their device, in place; all else, and failures, by words."""
+    """Read on rank 0 and broadcast: tensors in place over their device's process group, other
+    values and failures as pickled objects."""
     word: list[Any] = [None, None]
     if dist.get_rank(group) == 0:
         try:
@@ -104,7 +111,7 @@ def _load_alike(reader: StorageReader, state: State, group: dist.ProcessGroup) -
 
 @contextmanager
 def _first_cause() -> Iterator[None]:
-    """What a rank raised, in place of torch's account of all of them."""
+    """Raise the error of the lowest failed rank in place of torch's ``CheckpointException``."""
     try:
         yield
     except CheckpointException as error:
@@ -113,7 +120,7 @@ def _first_cause() -> Iterator[None]:
 
 
 def _kept(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds, by its first name (an output head that is the embedding has two).
-    Frozen weights are the base model's: a checkpoint of an adapter holds the adapter."""
+    """The weights that a checkpoint holds; a tied weight (output head and embedding) only under its
+    first name. Frozen base weights are left out: a checkpoint of an adapter holds the adapter."""
     names = {name for name, weight in model.named_parameters() if is_kept(name, weight)}
     return {name: weight for name, weight in weights.items() if name in names}

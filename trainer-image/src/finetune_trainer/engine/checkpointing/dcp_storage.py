@@ -1,11 +1,11 @@
 """torch's distributed checkpoint over object storage: each process streams its tensors into one
-object, and reads what it needs of any.
+object, and reads the byte ranges that it needs from any object.
 
-    shard-00000    bytes of tensors, one after another, as they lie in memory (``staging``)
-    .metadata      torch's Metadata, and of each tensor in which object it is and where
+    shard-00000    raw bytes of the tensors, in the layout of the staging buffer (``staging``)
+    .metadata      torch's Metadata, with the object and byte offset of each tensor
 
-Nothing is on a disk on the way, and what is written is sent from where it was staged. A process
-that reads holds a few parts of an object in memory, and the tensor that they are of.
+No temporary files are used, and uploads send directly from the staging buffer. A reading process
+holds a few parts of an object in memory, and the tensor that these parts fill.
 """
 
 from __future__ import annotations
@@ -47,29 +47,29 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ByteRange:
-    """Where an item's bytes are."""
+    """Position of an item's bytes."""
 
     file: str
     start: int
-    """First byte."""
+    """Offset of the first byte in ``file``."""
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     def span(self, first: int, rows: int | None) -> tuple[int, int]:
-        """First byte of some rows of the outermost dimension (None: of all there is), and the byte
-        behind them."""
+        """Byte range [start, stop) of ``rows`` rows of the outermost dimension from row ``first``
+        on (None: all rows)."""
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
         count = math.prod(self.shape[:1]) if rows is None else rows
         return self.start + first * row, self.start + (first + count) * row
 
 
 class CheckpointWriter(StorageWriter):
-    """Writes the files of a checkpoint; one in each process, for one checkpoint."""
+    """Write the files of one checkpoint; each process has its own writer."""
 
     def __init__(self, store: ObjectStore, uri: str) -> None:
         self._store, self._uri = store, uri
         self.files: dict[str, FileInfo] = {}
-        """What this process has written, by name below the checkpoint's address."""
+        """Files that this process has written, by name below the checkpoint's URI."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
@@ -86,7 +86,7 @@ class CheckpointWriter(StorageWriter):
         return [replace(plan, storage_data=f"shard-{i:05}") for i, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        assert isinstance(planner, StagedState), "the state is staged as its file is laid out"
+        assert isinstance(planner, StagedState), "the planner must be the staged state"
         name: str = plan.storage_data
         results: list[WriteResult] = []
         for item in plan.items:
@@ -106,19 +106,19 @@ class CheckpointWriter(StorageWriter):
         self.write(METADATA, pickle.dumps(metadata))
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a small file beside the state."""
+        """Write a small file next to the shards."""
         self.files[name] = write_file(self._store, f"{self._uri}/{name}", data)
 
 
 class CheckpointReader(StorageReader):
-    """Reads a checkpoint, at any number of processes.
+    """Read a checkpoint at any world size.
 
     Args:
-        metadata: the checkpoint's file ``METADATA``, checked; torch would hide what is wrong with
-        it.
+        metadata: content of the checkpoint's file ``METADATA``, already verified: torch would hide
+            the cause of an error in this file.
 
     Raises (from torch's ``load``):
-        CorruptCheckpoint: where what is read is missing, or is not what was committed.
+        CorruptCheckpoint: if a file is missing or differs from the committed one.
     """
 
     def __init__(self, store: ObjectStore, checkpoint: Checkpoint, metadata: bytes) -> None:
@@ -149,10 +149,10 @@ class CheckpointReader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         wanted = [_Wanted(item, self._data[item.storage_index]) for item in plan.items]
         for item in wanted:
-            if item.start == item.stop:  # no part brings it
+            if item.start == item.stop:  # empty: no part will complete it
                 item.deliver(planner)
         waiting = [item for item in wanted if item.start < item.stop]
-        waiting.sort(key=lambda w: (w.file, w.start), reverse=True)  # the next one is last
+        waiting.sort(key=lambda w: (w.file, w.start), reverse=True)  # pop() takes the next item
         sums: dict[str, PartSums] = {w.file: self._data[MetadataIndex(w.file)] for w in waiting}
         parts = {
             (w.file, number) for w in waiting for number in sums[w.file].parts(w.start, w.stop)
@@ -172,8 +172,8 @@ class CheckpointReader(StorageReader):
 
 
 class _Wanted:
-    """Rows of a tensor, or an object's bytes, on their way into this process. Whatever part of a
-    row is wanted, the row is read."""
+    """Rows of a tensor, or bytes of a pickled object, that are being read. Whole rows of the
+    outermost dimension are read even if only part of each is needed."""
 
     def __init__(self, item: ReadItem, byte_range: ByteRange) -> None:
         self._item, self._byte_range = item, byte_range
@@ -193,13 +193,13 @@ class _Wanted:
         return torch.empty(shape, dtype=self._byte_range.dtype)
 
     def take(self, start: int, data: bytes) -> None:
-        """Keep what is wanted of the file's bytes from ``start`` on."""
+        """Copy the overlap with ``data``, the file's bytes from offset ``start`` on."""
         low, high = max(start, self.start), min(start + len(data), self.stop)
         mine = _bytes_of(self._values)
         mine[low - self.start : high - self.start] = memoryview(data)[low - start : high - start]
 
     def deliver(self, planner: LoadPlanner) -> None:
-        """Hand over what has come."""
+        """Hand the complete item to the planner."""
         item, values = self._item, self._values
         if item.type is LoadItemType.BYTE_IO:
             planner.load_bytes(item, io.BytesIO(_bytes_of(values)))
@@ -213,7 +213,7 @@ class _Wanted:
 
 
 def _bytes_of(values: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
+    """Return the memory of a contiguous tensor."""
     raw: Any = values.reshape(-1).view(torch.uint8).numpy()
     return memoryview(raw)
 

@@ -1,12 +1,13 @@
-"""The copy of the training state from which a checkpoint is written while training goes on.
+"""Staged copy of the training state, from which a thread writes a checkpoint while training
+continues.
 
     state ──► save plan of all ranks ──► this rank's items ──► staging buffer ──► (a thread writes)
 
-Which rank writes what is decided first (torch's planner: what several ranks hold is dealt out, by
-size), and each stages what it writes: under DDP a share of the state, not all of it. The buffer is
-allocated at the first checkpoint and used again: in this host's memory, or in a file of a local
-disk that memory is mapped to, where the system writes it out as it needs the memory. It is laid out
-as the object that is written, so no byte is copied again on the way.
+torch's planner first assigns items to ranks (replicated items are distributed by size), and each
+rank stages only the items it writes: under DDP a share of the state. The buffer is allocated at the
+first checkpoint and reused. It is in host memory, or in a memory-mapped file on a local disk, which
+the kernel writes back under memory pressure. Its layout is that of the written object, so the
+upload needs no second copy.
 """
 
 from __future__ import annotations
@@ -31,31 +32,31 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from finetune_trainer.failures import UserError
 
 ALIGNMENT: Final = 64
-"""Of tensors in the buffer, in bytes."""
+"""Alignment of tensors in the buffer, in bytes."""
 
 State = dict[str, Any]
-"""Trained weights and the state of the optimizers, by name; of a gang, this rank's part."""
+"""Trained weights and optimizer state by name; with several processes, this rank's part."""
 
 
 @dataclass(frozen=True)
 class Staged:
-    """An item in the buffer, or behind it."""
+    """Position of an item in the buffer or in the tail after it."""
 
     start: int
-    """First byte."""
+    """Offset of the first byte."""
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 class StagedState(DefaultSavePlanner):
-    """What this rank writes of a state, as a copy that lasts until the next is made; torch's saver
-    takes it as its planner.
+    """Copy of this rank's part of a state, valid until the next copy is made; also the save planner
+    for torch's saver.
 
     Args:
-        plan: what this rank writes.
-        items: where each of these is.
+        plan: items that this rank writes.
+        items: position of each item.
         buffer: bytes of the tensors.
-        tail: bytes of all else, behind them.
+        tail: bytes of the other items; they follow the tensors.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class StagedState(DefaultSavePlanner):
 
     @property
     def size(self) -> int:
-        """Number of all bytes."""
+        """Total number of bytes."""
         return self._buffer.numel() + len(self._tail)
 
     def set_up_planner(
@@ -94,11 +95,11 @@ class StagedState(DefaultSavePlanner):
 
 
 class Staging:
-    """Copies of a training state, one at a time.
+    """Make copies of a training state, one at a time.
 
     Args:
-        disk: folder on the local disk that holds the copy; None: memory does.
-        group: holds all ranks, on the CPU; None: this process is alone.
+        disk: folder on a local disk for the copy; None: the copy is in memory.
+        group: a CPU process group of all ranks; None: single process.
     """
 
     def __init__(self, disk: Path | None, group: dist.ProcessGroup | None) -> None:
@@ -110,10 +111,10 @@ class Staging:
 
     @torch.no_grad()
     def copy(self, state: State) -> StagedState:
-        """A copy on the CPU of what this rank writes of the state; all ranks must ask for it.
+        """Copy this rank's part of the state to the CPU; a collective, all ranks must call it.
 
         Raises:
-            UserError: 'ScratchFull' where the disk has no room for it.
+            UserError: 'ScratchFull' if the disk has too little space.
         """
         planner = DefaultSavePlanner()
         planner.set_up_planner(state)
@@ -131,13 +132,13 @@ class Staging:
                 tail += found
             else:
                 self._view(items[item.index]).copy_(data.detach(), non_blocking=True)
-        # All at once from a GPU; what leaves the device is whole when the device has come so far.
+        # Copies from a GPU are asynchronous; one synchronization waits for all of them.
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return StagedState(self._plan, items, self._buffer, bytes(tail))
 
     def _is_new(self, local: SavePlan) -> bool:
-        """Whether any rank has a state of another form than before."""
+        """Whether the state's form (items, chunks, dtypes) has changed on any rank."""
         form = [(i.index, i.tensor_data and (i.tensor_data.chunk, i.tensor_data.properties.dtype))
                 for i in local.items]  # fmt: skip
         new = torch.tensor(int(form != self._known))
@@ -147,7 +148,7 @@ class Staging:
         return bool(new)
 
     def _share(self, planner: DefaultSavePlanner, local: SavePlan) -> SavePlan:
-        """What of its plan this rank writes."""
+        """The items of ``local`` that the global plan assigns to this rank."""
         if self._group is None:
             return local
         plans: list[Any] = [None] * dist.get_world_size(self._group)
@@ -157,7 +158,7 @@ class Staging:
         return replace(local, items=[item for item in local.items if item.index in mine])
 
     def _lay_out(self) -> None:
-        """Lay the tensors of the plan side by side."""
+        """Assign buffer positions to the plan's tensors, one after another."""
         self._items, end = {}, 0
         for item in self._plan.items:
             if item.tensor_data is not None:
@@ -174,17 +175,17 @@ class Staging:
 
     def _allocate(self, size: int) -> Tensor:
         if self._disk is None or size == 0:
-            # Zeros: what lies between tensors is written too.
+            # Zeros, because the padding between tensors is written too.
             return torch.zeros(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
         self._disk.mkdir(parents=True, exist_ok=True)
-        # Without a name: the disk has the room back when the process ends, however it ends.
+        # An unnamed file: its disk space is freed however the process ends.
         with tempfile.TemporaryFile(dir=self._disk) as file:
             try:
                 os.posix_fallocate(file.fileno(), 0, size)
             except OSError as error:
                 raise UserError(
                     "ScratchFull",
-                    f"{self._disk} has no room for a copy of the training state, {size:,} bytes"
+                    f"{self._disk} has no space for a copy of the training state, {size:,} bytes"
                     f" ({error.strerror}): set checkpoint.staging: Memory, or give the nodes a"
                     " larger disk",
                 ) from None
@@ -192,5 +193,5 @@ class Staging:
 
 
 def stage(state: State, group: dist.ProcessGroup | None) -> StagedState:
-    """A copy in memory of a state that is written once."""
+    """Copy to memory a state that is written once."""
     return Staging(None, group).copy(state)

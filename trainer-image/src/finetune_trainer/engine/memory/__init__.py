@@ -1,1 +1,1 @@
-"""What a training takes of the memory and needs of the image, found before either is there."""
+"""Memory that a training needs, and its requirements on the image, found before training starts."""

@@ -1,8 +1,8 @@
-"""What a forward pass keeps for the backward pass, counted as it goes.
+"""Count the activations that a forward pass saves for the backward pass.
 
-A ``ActivationTracker`` watches a model and adds up the storages that autograd saves. Attention is
-replaced by one that does no arithmetic and keeps what kernels for variable lengths keep: queries,
-keys, values and the result.
+An ``ActivationTracker`` hooks into a model and adds up the storages that autograd saves. Attention
+is replaced by a function without arithmetic that saves what variable-length kernels save: queries,
+keys, values and the output.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from finetune_trainer.engine.packing.packed import Attend
 ATTENTION: Final = "finetune_profiled"
 """Name under which ``profiled_attention`` is registered."""
 _keys: _Memory | None = None
-"""Where keys and values of the pass at work are counted."""
+"""Counter for keys and values of the forward pass in progress."""
 
 
 @dataclass
 class TrackedActivations:
-    """Bytes that a forward pass keeps."""
+    """Bytes that a forward pass saves; the fields are those of ``estimate.Activations``."""
 
     saved: int = 0
     outside: int = 0
@@ -44,12 +44,13 @@ class TrackedActivations:
 
 @dataclass
 class _Memory:
-    """Storages by identity, each once; they are held, so that no identity is used again."""
+    """Set of distinct storages, keyed by address; references are kept so that no address is
+    reused."""
 
     storages: dict[int, torch.UntypedStorage] = field(default_factory=dict)
 
     def add(self, tensor: Tensor) -> bool:
-        """Whether it is a new one."""
+        """Add the tensor's storage; return whether it is new."""
         storage = tensor.untyped_storage()
         new = storage._cdata not in self.storages
         self.storages.setdefault(storage._cdata, storage)
@@ -60,7 +61,7 @@ class _Memory:
 
 
 class ActivationTracker:
-    """Counts the storages that a forward pass saves, by the decoder block that saves them first."""
+    """Count the storages that a forward pass saves, per decoder block that first saves them."""
 
     def __init__(self, model: nn.Module, blocks: list[nn.Module]) -> None:
         self._blocks = blocks
@@ -70,7 +71,7 @@ class ActivationTracker:
         self._place = 0
         self._all = _Memory()
         self._places = [_Memory() for _ in range(len(blocks) + 1)]
-        """Outside of blocks, then block by block."""
+        """Index 0: outside of blocks; then one per block."""
         self._inputs, self._keys = _Memory(), _Memory()
 
     @contextmanager
@@ -123,7 +124,7 @@ class ActivationTracker:
 
 
 class _ProfiledAttention(torch.autograd.Function):
-    """What attention keeps."""
+    """Saves what an attention kernel saves for its backward pass, and computes nothing."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -133,8 +134,8 @@ class _ProfiledAttention(torch.autograd.Function):
 
 
 def profiled_attention(on_gpu: bool) -> Attend:
-    """Attention of a row without its arithmetic; on a CPU it is in 32 bits, on a GPU it keeps what
-    its kernel takes."""
+    """Attention of a micro-batch without arithmetic. It saves the kernel's inputs: on a CPU in
+    float32, on a GPU as cast and padded for the kernel."""
 
     def attention(
         micro_batch: DocumentLayout,

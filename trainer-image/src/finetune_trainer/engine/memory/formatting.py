@@ -1,4 +1,4 @@
-"""The memory estimate in words: figures, and the table that prepare and the gang print."""
+"""Format the memory estimate: byte counts, and the table that prepare and the trainer print."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from finetune_trainer.engine.memory.estimate import PARTS, MemoryDecision
 
 
 def gibibytes(count: float) -> str:
-    """Bytes for people: ``12.3 GiB``, ``45 MiB``."""
+    """Format a byte count: ``12.3 GiB``, ``45 MiB``."""
     if count >= 1 << 30:
         return f"{count / (1 << 30):,.1f} GiB"
     return f"{count / (1 << 20):,.0f} MiB"
 
 
 def table(found: MemoryDecision, others: Sequence[MemoryDecision] = ()) -> str:
-    """A verdict for people, a line a part; ``others``: placements that were tried, with their
-    sums."""
+    """Format a memory decision, one line per part; ``others``: placements that were tried, each
+    with its sum."""
     room = "not known before training" if found.room is None else gibibytes(found.room)
     lines = [f"memory of a training process, estimated ({found.placement}):"]
     lines += [f"  {gibibytes(n):>12}  {part:<12} {PARTS[part]}" for part, n in found.parts.items()]

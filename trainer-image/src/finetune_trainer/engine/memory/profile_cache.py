@@ -1,9 +1,9 @@
-"""ProfileCache of one model, each made once: what prepare has measured serves the gang, too, which
-would hold its GPUs while it measures.
+"""Cache of a model's memory profiles. The trainer reuses the profiles that prepare measured: it
+would hold its GPUs while profiling.
 
-They are kept as JSON in the run's folder, by a key of all that facts depend on. Where a key is not
-there (another image, a model that has changed, a gang that is not as the spec says), or what is
-there cannot be read, the model is rehearsed.
+Profiles are stored as JSON in the run's folder, keyed by everything they depend on. The model is
+profiled again if a key is missing (another image, a changed model, a world that differs from the
+spec) or its entry cannot be read.
 """
 
 from __future__ import annotations
@@ -23,29 +23,30 @@ from finetune_trainer.engine.memory.profiling import profile_model
 from finetune_trainer.failures import UserError
 
 _PACKAGES: Final = ("finetune-trainer", "torch", "transformers", "peft")
-"""What is rehearsed, and what counts."""
+"""Packages whose versions affect a profile: those profiled and those that profile."""
 
 _ROWS_ALONE: Final = {"micro_batch_tokens"}
-"""Fields of ``spec.training`` that change rows and no facts; alternatives differ in it."""
+"""Fields of ``spec.training`` that change micro-batches but no profile; alternative specs differ in
+them."""
 
 
 class ProfileCache:
-    """Facts of the model of a folder under any spec.
+    """Memory profiles of one model under any spec.
 
     Args:
-        folder: only the model's configuration is read.
-        max_length: most tokens of a sample.
-        kept: what ``to_json`` gave elsewhere.
+        folder: the model's folder; only its configuration is read.
+        max_length: tokens of the longest sample.
+        kept: earlier output of ``to_json``.
     """
 
     def __init__(self, folder: Path, max_length: int, kept: bytes | None = None) -> None:
         self._folder, self._max_length = folder, max_length
-        # Read when they are asked for: those of another trainer may have another form.
+        # Entries are validated on use: another trainer's may have another form.
         self._kept: dict[str, Any] = json.loads(kept) if kept else {}
         self._made: dict[str, ModelProfile | UserError] = {}
 
     def __call__(self, spec: FineTuneJobSpec) -> ModelProfile:
-        """Facts of the model under a spec.
+        """Return the model's profile under a spec.
 
         Raises:
             UserError: as ``profile_model``.
@@ -60,7 +61,7 @@ class ProfileCache:
 
     def _find(self, key: str, spec: FineTuneJobSpec) -> ModelProfile | UserError:
         if key in self._kept:
-            with suppress(ValidationError):  # another build of this version wrote it
+            with suppress(ValidationError):  # written by another build of the same version
                 return TypeAdapter(ModelProfile).validate_python(self._kept[key])
         try:
             return profile_model(self._folder, spec, self._max_length)
@@ -68,7 +69,7 @@ class ProfileCache:
             return error
 
     def to_json(self) -> bytes:
-        """All facts that were asked for."""
+        """Serialize all profiles that were requested."""
         profile = {
             key: found for key, found in self._made.items() if isinstance(found, ModelProfile)
         }
@@ -83,6 +84,6 @@ class ProfileCache:
             "method": spec.method.to_json(),
             "training": spec.training.model_dump(mode="json", exclude=_ROWS_ALONE),
             "on GPUs": spec.compute.gpus_per_node > 0,
-            "shares rows": spec.compute.context_parallel > 1,
+            "context parallel": spec.compute.context_parallel > 1,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,9 +1,9 @@
-"""A model under tuning without its weights: made, tuned and run forward on tensors that hold
-nothing, as training will do it.
+"""Profile a model without its weights: build it, apply the tuning method and run a forward pass on
+fake tensors, as training will do it.
 
-So that a method does not suit a model is found before a GPU is held, and what a forward pass keeps
-for the backward pass is counted on the implementation itself, force the architecture. It takes
-seconds and next to no memory.
+This finds a method that does not suit the model before a GPU is held. The activations saved for the
+backward pass are counted on the implementation itself, so any architecture is covered. Profiling
+takes seconds and almost no memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from finetune_trainer.engine.memory.activations import (
     profiled_attention,
 )
 from finetune_trainer.engine.memory.estimate import Activations, ModelProfile, Weights
-from finetune_trainer.engine.model import empty_base, purpose_of
+from finetune_trainer.engine.model import build_base, purpose_of
 from finetune_trainer.engine.optimizers import check_optimizer, state_bytes
 from finetune_trainer.engine.packing import packed
 from finetune_trainer.engine.packing.context import ALONE
@@ -47,21 +47,23 @@ from finetune_trainer.prepared.dataset import TokenSample
 log = logging.getLogger(__name__)
 
 _ALONE: Final = threading.Lock()
-"""Making a model changes torch's default dtype for a moment, in all threads."""
+"""Serializes profiling: building a model temporarily changes torch's default dtype, in all
+threads."""
 _FOUR_BITS: Final = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Bytes of a weight in 4 bits, with its share of the constants (Dettmers et al. 2023)."""
+"""Bytes per weight in 4 bits, with its share of the quantization constants (Dettmers et al.
+2023)."""
 
 
 def profile_model(path: Path, spec: FineTuneJobSpec, max_length: int) -> ModelProfile:
-    """What is known of the model of a folder under the spec's tuning.
+    """Return the memory profile of a model under the spec's tuning method.
 
     Args:
-        path: of the folder; only its configuration is read.
-        max_length: most tokens of a sample.
+        path: the model's folder; only its configuration is read.
+        max_length: tokens of the longest sample.
 
     Raises:
-        UserError: where the spec's method, losses or parallelism do not fit the model, naming what
-            would.
+        UserError: if the spec's method, losses or parallelism do not fit the model; the message
+            names what would fit.
     """
     with _ALONE:
         return _profile(path, spec, max_length)
@@ -89,54 +91,55 @@ def _profile(path: Path, spec: FineTuneJobSpec, max_length: int) -> ModelProfile
 
 
 def frozen_dtype(spec: FineTuneJobSpec, precision: Precision) -> torch.dtype:
-    """In which numbers a base is loaded: what is trained becomes 32-bit later."""
+    """Dtype in which a base model is loaded; trained weights are cast to float32 later."""
     return precision.frozen_dtype if spec.method.kind.freezes else torch.float32
 
 
 def packing_of(base: PreTrainedModel, spec: FineTuneJobSpec) -> Packing:
-    """How samples share rows.
+    """How samples share micro-batches.
 
     Raises:
-        UserError: 'UnsuitableModel' where processes were to share rows of which they cannot.
+        UserError: 'UnsuitableModel' if the spec requests context parallelism and the model does not
+            support it.
     """
     packing = TASKS[spec.task].packing(base, spec.method.kind.packs)
     if packing != "Unpacked" and spec.training.longest > packed.reach(base):
         packing = "Unpacked"
     if packing == "Padded" and spec.kind.generates and balances(spec):
-        packing = "Unpacked"  # not every model keeps padding out of its router loss
+        packing = "Unpacked"  # some models count padding in their router loss
     if spec.compute.context_parallel > 1 and packing != "Concatenated":
         raise UserError(
             "UnsuitableModel",
-            f"spec.compute.contextParallel: {spec.compute.context_parallel}, but the rows of a"
-            f" {type(base).__name__} cannot be shared; set it to 1",
+            f"spec.compute.contextParallel: {spec.compute.context_parallel}, but a"
+            f" {type(base).__name__} does not support context parallelism; set it to 1",
         )
     return packing
 
 
 def balances(spec: FineTuneJobSpec) -> bool:
-    """Whether the loss has a part for the balance of experts."""
+    """Whether the loss has a term for the load balance of experts."""
     return float(spec.training.router_aux_loss_coefficient) > 0
 
 
 def recomputes(base: PreTrainedModel, spec: FineTuneJobSpec) -> bool:
-    """Whether activations can be computed again.
+    """Whether the model supports activation checkpointing.
 
     Raises:
-        UserError: 'UnsuitableModel' where the spec asks for it and they cannot.
+        UserError: 'UnsuitableModel' if the spec requires it and the model does not support it.
     """
     if base.supports_gradient_checkpointing:
         return spec.method.kind.recomputes
     if spec.training.gradient_checkpointing == "Always":
         raise UserError(
             "UnsuitableModel",
-            f"spec.training.gradientCheckpointing: Always, but a {type(base).__name__} cannot"
-            " compute its activations again; set it to Never",
+            f"spec.training.gradientCheckpointing: Always, but a {type(base).__name__} does not"
+            " support gradient checkpointing; set it to Never",
         )
     return False
 
 
 class _Model:
-    """The model and its loss, of tensors that hold nothing."""
+    """The model and its loss on fake tensors."""
 
     def __init__(self, path: Path, spec: FineTuneJobSpec, precision: Precision) -> None:
         self._bf16 = precision.bf16
@@ -144,15 +147,16 @@ class _Model:
         self._spec = spec
         packed.register(ATTENTION, profiled_attention(spec.compute.gpus_per_node > 0))
         task = TASKS[spec.task]
-        # How many classes there are is known with the data, and makes no difference.
+        # The number of classes is unknown before the data is read, and does not matter here.
         classes = () if spec.kind.generates else ("0", "1")
-        base = empty_base(path, purpose_of(spec, classes), frozen_dtype(spec, precision))
+        purpose, dtype = purpose_of(spec, classes), frozen_dtype(spec, precision)
+        base = build_base(path, dtype, "Meta", purpose, pack=False)
         self.packing = packing_of(base, spec)
         self.recomputes = recomputes(base, spec)
         if self.packing == "Concatenated":
             base.set_attn_implementation(ATTENTION)
-        # A classifier is given a mask in any row. Of other attention than PyTorch's own the square
-        # of the longest document is measured.
+        # A classifier always gets a mask, so the profile already contains it. With attention other
+        # than SDPA the quadratic memory of the longest document is measured.
         self.masks = self.packing == "Padded" and spec.kind.generates and base._supports_sdpa
         self._tuned = apply_method(base, spec)
         check_optimizer(self._tuned, spec)
@@ -173,11 +177,11 @@ class _Model:
         return 0 if self._head is None else int(self._head.shape[0])
 
     def cast_weights(self) -> None:
-        """Compute with weights in bfloat16, as FSDP's copies are."""
+        """Cast the weights to bfloat16, as FSDP does with its copies."""
         _hold_nothing(self.loss, self._fake, torch.bfloat16)
 
     def weights(self) -> Weights:
-        """Sizes, before anything is copied."""
+        """Sizes of the weights, before any bfloat16 copies."""
         numbers = sum(p.numel() for p in self.loss.parameters())
         held = sum(p.numel() * p.element_size() for p in self.loss.parameters())
         held += sum(b.numel() * b.element_size() for b in self.loss.buffers())
@@ -199,7 +203,7 @@ class _Model:
         )
 
     def _quantized(self) -> int:
-        """Numbers that are held in 4 bits: of the base's linear layers, but for the head."""
+        """Number of elements held in 4 bits: those of the base's linear layers except the head."""
         return sum(
             module.weight.numel()
             for name, module in self._tuned.named_modules()
@@ -210,11 +214,11 @@ class _Model:
         )
 
     def forward(self, max_length: int, autocast: bool) -> Activations | None:
-        """What forward passes of two sizes keep: what differs grows with the tokens. None where the
-        architecture cannot be run so.
+        """Saved activations per token, from forward passes of two sizes (a linear fit). None if the
+        architecture cannot run on fake tensors.
 
         Raises:
-            UserError: where training would raise it.
+            UserError: if training would raise it.
         """
         sizes = max(max_length // 2, 1), max(max_length, 2)
         try:
@@ -229,7 +233,7 @@ class _Model:
             return None
         step = sizes[1] - sizes[0]
         rest = less.saved - (more.saved - less.saved) / step * sizes[0]
-        if rest < 0:  # attention that keeps its square: measured at the longest sample
+        if rest < 0:  # attention with quadratic memory: take the mean at the longest sample
             less, step, rest = TrackedActivations(), sizes[1], 0.0
 
         def slope(name: str) -> float:
@@ -241,7 +245,7 @@ class _Model:
         )  # fmt: skip
 
     def _run(self, tokens: int, autocast: bool) -> TrackedActivations:
-        # One document, of which one token is learned: logits are counted apart.
+        # One document with one supervised token, because logits are counted separately.
         learned = np.zeros(tokens, np.bool_)
         learned[-1] = True
         sample = TokenSample(np.zeros(tokens, np.int32), learned)
@@ -254,8 +258,8 @@ class _Model:
 
 
 def _hold_nothing(model: nn.Module, fake: FakeTensorMode, dtype: torch.dtype | None = None) -> None:
-    """Give a model fake parameters and buffers, as if they were on the CPU; floating ones in
-    ``dtype``, if it is given."""
+    """Replace a model's parameters and buffers by fake CPU tensors; floating-point ones get
+    ``dtype`` if given."""
     made: dict[Tensor, Tensor] = {}
 
     def as_fake(old: Tensor) -> Tensor:
@@ -274,6 +278,6 @@ def _hold_nothing(model: nn.Module, fake: FakeTensorMode, dtype: torch.dtype | N
 
 
 def _numbers(module: nn.Module) -> tuple[int, int]:
-    """Numbers of all parameters, and of the trained ones."""
+    """Number of elements of all parameters, and of the trained ones."""
     sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
     return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)

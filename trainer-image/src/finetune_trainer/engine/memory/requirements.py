@@ -1,7 +1,7 @@
-"""What a spec needs of the trainer's image and of the device, beyond what every one has.
+"""Requirements of a spec on the trainer image and on the device.
 
-Prepare asks for what the image must have (it is the gang's too), so that nothing is missing once
-GPUs are held; the gang asks its devices, before it loads a model.
+Prepare checks the image, which the workers use too, so that nothing is missing once GPUs are held.
+Each worker checks its device before it loads a model.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.failures import UserError
 
 COMPILERS: Final = {"GPU": ("C", ("cc", "gcc", "clang")), "CPU": ("C++", ("g++", "c++", "clang++"))}
-"""What torch.compile makes machine code with: launchers of kernels, or the kernels themselves."""
+"""Compilers that torch.compile needs: on a GPU for the kernel launchers, on a CPU for the
+kernels."""
 _EIGHT_BITS: Final = (8, 9)
-"""Compute capability of GPUs that multiply in 8 bits."""
+"""Lowest compute capability with 8-bit matrix products."""
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """What one setting needs."""
+    """Requirement of one setting."""
 
     setting: str
     """Path and value in the spec."""
     package: str
     instead: str
-    """What to set to do without."""
+    """Alternative setting without the requirement."""
     capability: tuple[int, int] = (0, 0)
-    """Least compute capability of the GPU."""
+    """Minimum compute capability of the GPU."""
 
 
 def requirements(spec: FineTuneJobSpec) -> Iterator[Requirement]:
-    """Settings that need a package and a GPU."""
+    """Yield the settings that need a package and a GPU."""
     method, training = spec.method, spec.training
     if method.kind.quantizes:
         yield Requirement(f"method.type: {method.type}", "bitsandbytes", "method.type: LoRA")
@@ -50,7 +51,7 @@ def requirements(spec: FineTuneJobSpec) -> Iterator[Requirement]:
 
 
 def check_image(spec: FineTuneJobSpec) -> None:
-    """Refuse what needs something that this image lacks.
+    """Check that this image has what the spec needs.
 
     Raises:
         UserError: 'PackageMissing', 'NoCompiler'.
@@ -67,7 +68,7 @@ def check_image(spec: FineTuneJobSpec) -> None:
 
 
 def check_device(spec: FineTuneJobSpec, device: torch.device) -> None:
-    """Refuse what the device cannot train.
+    """Check that the device can train the spec.
 
     Raises:
         UserError: 'GPUMissing', 'NoFP8', 'NoCompiler'.

@@ -1,1 +1,1 @@
-"""What of a model is trained, by spec.method, and what holds it near to what it was."""
+"""Tuning methods (``spec.method``), and anchors that keep a model near its base model."""

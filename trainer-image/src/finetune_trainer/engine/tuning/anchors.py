@@ -1,8 +1,8 @@
-"""Anchors against forgetting: what holds the tuned model near the untuned one.
+"""Anchors against forgetting: keep the tuned model near the base model.
 
-outputs   KL(untuned || tuned) on replay documents, added to the loss (Li and Hoiem 2016,
+outputs   KL(base || tuned) on replay documents, added to the loss (Li and Hoiem 2016,
           arXiv:1606.09282; Raghavan et al. 2024, arXiv:2205.00334)
-weights   w <- w - rate * coefficient * (w - untuned), beside the optimizer as weight decay is
+weights   w <- w - rate * coefficient * (w - base), decoupled from the optimizer like weight decay
           (L2-SP; Li et al. 2018, arXiv:1802.01483)
 """
 
@@ -20,21 +20,21 @@ from finetune_trainer.engine.packing.layout import layout_context
 
 
 class OutputAnchor:
-    """The untuned model: of an adapter the same weights without it, else a frozen copy."""
+    """Logits of the base model: the same model with its adapter disabled, else a frozen copy."""
 
     def __init__(self, loss: TokenLoss, copy: TokenLoss | None = None) -> None:
         """
         Args:
-            loss: the model under tuning, as it lies on the gang.
-            copy: the untuned one, lying alike; None: ``loss`` has an adapter.
+            loss: the model under tuning, already placed on the ranks.
+            copy: the base model, placed identically; None: ``loss`` has an adapter.
         """
         self._loss = loss
         self._copy = copy
         self._evaluation = EvaluationMode(loss)
 
     def outputs(self, micro_batch: MicroBatch) -> BaseLogits | None:
-        """What the untuned model says of a row's replay documents; None where no rank has any. In
-        shards every rank must ask for the same rows."""
+        """Base logits of a micro-batch's replay documents; None if no rank has any. A sharded model
+        makes this a collective: all ranks must call it for the same micro-batches."""
         if not isinstance(micro_batch, TokenMicroBatch) or micro_batch.replay is None:
             return None
         documents = micro_batch.replay.micro_batch
@@ -44,12 +44,12 @@ class OutputAnchor:
             else:
                 with self._evaluation.on(), self._loss.base_model():
                     found = self._loss(documents, with_logits=True)
-        assert found.logits is not None, "they were asked for"
+        assert found.logits is not None, "logits were requested"
         return BaseLogits(found.logits, micro_batch.replay.at)
 
 
 class WeightAnchor:
-    """The trained weights as they are when it is made, in shards as they are."""
+    """Snapshot of the trained weights at construction, sharded as the weights are."""
 
     def __init__(self, optimizers: Optimizers, coefficient: float) -> None:
         self._coefficient = coefficient
@@ -62,11 +62,12 @@ class WeightAnchor:
 
     @torch.no_grad()
     def pull(self, rate: float, taken: Tensor) -> None:
-        """Draw the weights back where ``taken`` is true; nothing is waited for.
+        """Pull the weights towards the snapshot if ``taken`` is true; needs no device
+        synchronization.
 
         Args:
             rate: learning rate of the step.
-            taken: boolean on the device.
+            taken: whether the optimizer step was made; a boolean on the device.
         """
         for factor, weight, base in self._weights:
             share = taken.to(base.dtype) * (rate * factor * self._coefficient)
@@ -79,7 +80,7 @@ def wants_copy(spec: FineTuneJobSpec) -> bool:
 
 
 def anchor_bytes(model: nn.Module, spec: FineTuneJobSpec, halved: bool) -> int:
-    """Bytes that anchors keep beside a model under tuning; ``halved``: in bfloat16."""
+    """Bytes that anchors keep besides the model under tuning; ``halved``: in bfloat16."""
     numbers = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     pulls = float(spec.training.anchor.l2_coefficient) > 0

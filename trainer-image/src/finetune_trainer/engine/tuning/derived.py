@@ -1,8 +1,9 @@
-"""What a method adds that is made of the base's weights, once these are there: whole or in shards.
+"""Initialize the method's weights that derive from the base weights, once these are loaded, sharded
+or not.
 
-DoRA            the length of each row of a weight
-PiSSA           its principal part
-PromptTuning    embeddings of some tokens
+DoRA            norm of each row of a weight
+PiSSA           principal components of a weight
+PromptTuning    embeddings of random tokens
 a task's head   the copy that is trained
 """
 
@@ -24,10 +25,11 @@ from finetune_trainer.engine.dtensors import local_tensor, put, whole
 
 @torch.no_grad()
 def derive(model: nn.Module, spec: FineTuneJobSpec, place: int = 0, size: int = 1) -> None:
-    """Give what ``apply_method`` has added to a model the values that are made of its weights.
+    """Initialize the derived weights that ``apply_method`` has added to a model; a collective.
 
     Args:
-        place: this process's in the gang of ``size``, all of which must ask for it.
+        place: rank of this process.
+        size: number of ranks, all of which must call this function.
     """
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -41,8 +43,9 @@ def derive(model: nn.Module, spec: FineTuneJobSpec, place: int = 0, size: int = 
 
 
 def _measure(layer: Any) -> None:
-    """DoRA (Liu et al. 2024, arXiv:2402.09353). Whole weights peft has measured itself, in 4 bits
-    too; where they are in shards, it saw zeros."""
+    """Set DoRA's magnitudes (Liu et al. 2024, arXiv:2402.09353) of sharded weights, which were
+    zeros when peft computed the norms. For unsharded weights, also in 4 bits, peft's values are
+    right."""
     for magnitude in layer.lora_magnitude_vector.values():
         weight = layer.get_base_layer().weight
         if isinstance(weight, DTensor):
@@ -51,7 +54,7 @@ def _measure(layer: Any) -> None:
 
 
 def _copy(wrapper: ModulesToSaveWrapper) -> None:
-    """The part of a head that is trained; of whole weights peft's copy is right."""
+    """Copy a sharded head into its trained copy; for unsharded weights peft's copy is right."""
     there = dict(wrapper.original_module.named_parameters())
     for copy in wrapper.modules_to_save.values():
         for name, parameter in copy.named_parameters():
@@ -60,11 +63,12 @@ def _copy(wrapper: ModulesToSaveWrapper) -> None:
 
 
 def _take_embeddings(model: Any, seed: int) -> None:
-    """Vectors that begin as embeddings of real tokens learn faster (Lester et al. 2021)."""
+    """Initialize prompt vectors with embeddings of random tokens, which learns faster (Lester et
+    al. 2021)."""
     embedding = model.get_input_embeddings()
     weight = whole(embedding.weight)
     prompt = model.prompt_encoder["default"].embedding.weight
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(len(weight), (prompt.shape[0],), generator=generator)
-    # By the module: some scale what they look up.
+    # Call the module: some embedding modules scale their output.
     put(prompt, functional_call(embedding, {"weight": weight}, ids.to(weight.device)))

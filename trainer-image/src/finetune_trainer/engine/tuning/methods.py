@@ -1,7 +1,6 @@
-"""Tuning methods: one function a method, that makes the spec's part of a model trainable.
+"""Tuning methods: one function per method that selects or adds the trainable parameters.
 
-What can be said of a method without a model stands in the contract's table
-(``finetune_api.methods``); here is what it does to one.
+Properties of a method that need no model are in ``finetune_api.methods``.
 """
 
 from __future__ import annotations
@@ -37,25 +36,25 @@ Tuned = PreTrainedModel | PeftModel
 
 @dataclass(frozen=True)
 class New:
-    """What the task adds to what a method trains."""
+    """Modules that the task trains besides those of the method."""
 
     peft_type: str
-    """What peft calls the task."""
+    """peft's name of the task."""
     modules: list[str]
-    """Names of modules that are trained whole, and kept with an adapter."""
+    """Names of modules that are fully trained and saved with an adapter."""
 
 
 def apply_method(model: PreTrainedModel, spec: FineTuneJobSpec) -> Tuned:
-    """Make the spec's part of the model trainable, the rest frozen, and dropout keyed.
+    """Make the parameters of the spec's method trainable, freeze the others, and key the dropout.
 
-    New weights are drawn by ``training.seed``, the same in every process; some take their values
-    from the base's later (``derive``). Trainable weights are float32 force the dtype of the
-    frozen ones: an optimizer step is often smaller than the spacing of bfloat16.
+    New weights are drawn with ``training.seed``, identically in every process; some are derived
+    from the base weights later (``derive``). Trainable weights are float32 whatever the dtype of
+    the frozen ones: an optimizer step is often smaller than the spacing of bfloat16.
 
     Raises:
-        UserError: where the method's settings do not fit the model, naming what would;
-            'UnsuitableModel' where the model has nothing that dropout could drop; 'NotMergeable'
-            where the wanted output could not hold what is trained.
+        UserError: if the method's settings do not fit the model; the message names what would fit.
+            'UnsuitableModel' if dropout is set and the model has no place for it; 'NotMergeable' if
+            the output format cannot hold the trained weights.
     """
     torch.manual_seed(spec.training.seed)
     task = TASKS[spec.task]
@@ -68,7 +67,7 @@ def apply_method(model: PreTrainedModel, spec: FineTuneJobSpec) -> Tuned:
             "UnsuitableModel",
             f"spec.training.dropout: {spec.training.dropout} would drop nothing: a"
             f" {type(model).__name__} has no dropout of its own and no blocks that are known as"
-            " attention or feed-forward; set it to 0 (of an adapter, method.lora.dropout works)",
+            " attention or feed-forward; set it to 0 (for an adapter, method.lora.dropout works)",
         )
     if alpha := float(spec.training.neftune_alpha):
         add_noise(model.get_input_embeddings(), alpha)
@@ -79,7 +78,7 @@ def apply_method(model: PreTrainedModel, spec: FineTuneJobSpec) -> Tuned:
 
 
 def _check_mergeable(model: PreTrainedModel, spec: FineTuneJobSpec) -> None:
-    """Refuse to publish whole what whole weights cannot hold."""
+    """Refuse a merged output if an adapter changes one of two tied weights."""
     if ends := adapted_ties(model):
         raise UserError(
             "NotMergeable",
@@ -91,8 +90,8 @@ def _check_mergeable(model: PreTrainedModel, spec: FineTuneJobSpec) -> None:
 
 
 def checkpoint_activations(tuned: Tuned) -> None:
-    """Have the decoder blocks of a model under tuning keep their inputs alone, and compute the rest
-    again on the way back."""
+    """Enable activation checkpointing: decoder blocks save only their inputs and recompute the rest
+    in the backward pass."""
     tuned.activation_checkpointing_enable({"use_reentrant": False})
     if isinstance(tuned, PeftModel):
         tuned.enable_input_require_grads()
@@ -137,8 +136,9 @@ def _lora(model: PreTrainedModel, method: Method, new: New) -> Tuned:
 
 
 def _target_modules(model: nn.Module, lora: Lora) -> list[str] | str:
-    """What peft is told to adapt. Of models whose experts are held in one tensor, peft would take
-    names of other linear layers for those that the experts' had before."""
+    """Value of peft's ``target_modules``. For models that hold all experts in one tensor, peft
+    would mistake other linear layers for the experts' former ones, so attention layers are listed
+    by name."""
     if lora.target_modules or lora.target_parameters:
         return lora.target_modules or []
     if not any("experts" in n and p.ndim == 3 for n, p in model.named_parameters()):
@@ -151,7 +151,7 @@ def _target_modules(model: nn.Module, lora: Lora) -> list[str] | str:
 
 
 def _check_targets(model: nn.Module, lora: Lora) -> None:
-    """Refuse names that fit nothing beside others that do, which peft only warns of."""
+    """Refuse every target that matches nothing; peft only warns if another target matches."""
     modules = [name for name, _ in model.named_modules()]
     parameters = [name for name, weight in model.named_parameters() if weight.ndim in (2, 3)]
     for name in lora.target_modules or ():

@@ -1,4 +1,4 @@
-"""Which of a model's own parameters a partial tuning trains."""
+"""Select the parameters that the Partial method trains."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _NAMES_SHOWN = 24
 
 
 def partial_parameters(model: PreTrainedModel, partial: Partial) -> set[str]:
-    """Names of the parameters that ``partial`` chooses, as ``named_parameters`` has them: a weight
-    with two names (an output head that is the embedding) goes by the first.
+    """Return the names of the parameters that ``partial`` selects, as in ``named_parameters``: a
+    tied weight (output head and embedding) has only its first name.
 
     Raises:
-        UserError: 'NoSuchParameters' where a part of the choice fits nothing, with the names there
-            are.
+        UserError: 'NoSuchParameters' if a part of the selection matches nothing; the message lists
+            the model's names.
     """
     names = [name for name, _ in model.named_parameters()]
     choices: dict[str, set[str]] = {}
@@ -67,7 +67,7 @@ def _of_norms(model: nn.Module) -> list[str]:
 
 
 def shown(names: Iterable[str]) -> str:
-    """Names of parameters with ``*`` for the number of a layer, the first of them."""
+    """Format the first parameter names, with ``*`` for layer numbers and duplicates removed."""
     kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
     more = f" and {len(kinds) - _NAMES_SHOWN} more" if len(kinds) > _NAMES_SHOWN else ""
     return ", ".join(kinds[:_NAMES_SHOWN]) + more

@@ -1,2 +1,2 @@
-"""Map: input splits, from raw records to shards and sample statistics, by a pool of processes; no
-pod needs another one for it."""
+"""Map: turns the raw records of input splits into shards and sample statistics, by a pool of
+processes. Pods map independently of each other."""

@@ -1,9 +1,9 @@
-"""A batch of records, all the way in one pass: what each process of the pool does.
+"""Maps a batch of records in one pass: the work of each process of the pool.
 
 raw record ─parse→ record ─render→ example ─(personal data)→ tokenize ─(overlength)→ sample
            ─(held-out text, digests)→ rows of a shard, sample statistics
 
-A document that is too long goes twice from example to tokens: the second time in pieces.
+A document that is too long is tokenized twice: the second time in pieces.
 """
 
 from __future__ import annotations
@@ -42,42 +42,42 @@ from finetune_trainer.prepared.split import Side
 
 LANGUAGES_OF_A_BATCH: Final = 16
 LANGUAGE_BATCHES: Final = 32
-"""Records of a batch, and batches of an input split, whose language is looked at."""
+"""Language detection samples this many records of a batch, in the first batches of a split."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that samples depend on, besides the records."""
+    """Everything that samples depend on, besides the records."""
 
     data: Data
     sources: Sequence[Source]
-    """All of the run; their objects are of no use here."""
+    """All sources of the run. Their objects are not used here."""
     model: Model
 
 
 @dataclass(frozen=True)
 class Task:
-    """A batch to be mapped."""
+    """A batch to map."""
 
     source: int
-    """Position of its source among those of the recipe."""
+    """Index of its source in ``Recipe.sources``."""
     batch: Batch
     known: Path | None
     """File of the held-out n-grams that its samples are compared with."""
     wanted: dict[Side, int]
-    """Samples of each side that are to be offered to the report, at most."""
+    """Maximum previews of each side to return."""
 
 
 @dataclass
 class MappedBatch:
-    """What became of a batch."""
+    """The result of mapping a batch."""
 
     samples: dict[Side, Any] = field(default_factory=dict)
-    """Rows of shards, a record batch a side."""
+    """Shard rows, one record batch per side."""
     statistics: Any = None
-    """Rows of the samples of all sides, as ``statistics`` has them."""
+    """Sample statistics of all sides: a record batch of ``statistics.SCHEMA``."""
     counts: Counter[str] = field(default_factory=Counter)
-    """What ``SplitSummary`` counts, by its names."""
+    """Counters of ``SplitSummary``, by field name."""
     reasons: Counter[str] = field(default_factory=Counter)
     faults: list[Fault] = field(default_factory=list)
     languages: Counter[str] = field(default_factory=Counter)
@@ -85,7 +85,7 @@ class MappedBatch:
 
 
 def begin(recipe: Recipe) -> None:
-    """Make this process ready to map batches."""
+    """Prepare this process to map batches."""
     _makers[:] = [SampleMaker(recipe)]
 
 
@@ -93,18 +93,18 @@ def map_batch(task: Task) -> MappedBatch:
     """Map a batch.
 
     Raises:
-        DataError: the first record that cannot be used, where the policy is Fail.
-        UserError: where the model's tokenizer fits neither the model nor the data.
+        DataError: for the first unusable record, where the policy is Fail.
+        UserError: the tokenizer does not fit the model or the data.
     """
     return _makers[0].map(task)
 
 
 _makers: Final[list[SampleMaker]] = []
-"""That of this process."""
+"""The ``SampleMaker`` of this process."""
 
 
 class SampleMaker:
-    """Makes samples of records."""
+    """Turns records into samples."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._data, self._sources, self._model = recipe.data, recipe.sources, recipe.model
@@ -112,11 +112,12 @@ class SampleMaker:
         self._known: tuple[Path, HashSet] | None = None
 
     def map(self, task: Task) -> MappedBatch:
-        """As ``map_batch``."""
+        """See ``map_batch``."""
         try:
             return self._map(task)
         except DataError:
-            # Each step met its own first fault: record by record, the first in the data is found.
+            # Steps process the whole batch, so this fault need not be the first in the data.
+            # Mapping record by record raises the first.
             batch = task.batch
             for i, raw in enumerate(batch.records):
                 untold = min(1, max(0, batch.untold - i))
@@ -192,8 +193,7 @@ class SampleMaker:
     def _fitted(
         self, examples: list[RenderedExample], faults: Faults, counts: Counter[str]
     ) -> tuple[list[TokenizedSample], list[Cut]]:
-        """The samples of examples, in at most as many tokens as they may have, and what was cut off
-        each."""
+        """Samples of at most ``max_length`` tokens, and what was cut off each."""
         limit, bos = self._model.max_length, self._model.tokens.bos_id
         samples: list[TokenizedSample] = []
         cuts: list[Cut] = []
@@ -209,7 +209,7 @@ class SampleMaker:
     def _tokenized(
         self, examples: list[RenderedExample], faults: Faults, counts: Counter[str]
     ) -> Iterator[TokenizedSample]:
-        """A sample of each example; several of a document that is to be split."""
+        """One sample per example; several per document that is split."""
         tokens, limit = self._model.tokens, self._model.max_length
         splits = self._data.quality.overlength == "Split"
         for sample in tokens.samples(examples, faults.take):
@@ -222,7 +222,7 @@ class SampleMaker:
             yield from pieces
 
     def _shared(self, samples: Sequence[TokenizedSample], known: Path | None) -> dict[int, str]:
-        """What samples share with held-out ones, by row."""
+        """Text that samples share with held-out samples, by row."""
         if known is None or not samples:
             return {}
         if self._known is None or self._known[0] != known:
@@ -236,15 +236,15 @@ class SampleMaker:
 
 
 def inspect(example: RenderedExample, policy: str, *, own_group: bool) -> RenderedExample:
-    """The example with the kinds of personal data that its text holds; under Redact, without their
-    values.
+    """Return the example with the kinds of personal data found in it; under Redact, with their
+    values removed.
 
     Args:
-        own_group: whether the group is the example's own prompt, which is redacted with it: prompts
-            that have become equal stay on one side of the split.
+        own_group: whether the group is the example's own prompt. The group is then redacted too:
+            prompts that become equal stay on one side of the split.
 
     Raises:
-        DataError: 'PersonalData' under policy Fail, naming record and kind.
+        DataError: 'PersonalData' under policy Fail, with the record and the kinds.
     """
     if policy == "Ignore":
         return example
@@ -275,7 +275,7 @@ def inspect(example: RenderedExample, policy: str, *, own_group: bool) -> Render
 def _refusal(example: RenderedExample, by_segment: list[Counter[str]]) -> DataError:
     pairs = zip(example.segments, by_segment, strict=True)
     segment, kinds = next((segment, kinds) for segment, kinds in pairs if kinds)
-    side = "what is learned of it" if segment.learned else "its prompt"
+    side = "its supervised text" if segment.learned else "its prompt"
     named = " and ".join(IN_WORDS[kind] for kind in kinds)
     return DataError(
         "PersonalData",
@@ -285,7 +285,7 @@ def _refusal(example: RenderedExample, by_segment: list[Counter[str]]) -> DataEr
 
 
 def _languages(batch: Batch, examples: Sequence[RenderedExample]) -> Counter[str]:
-    """Languages of some examples of the first batches, spread over each."""
+    """Languages of examples spread over the batch; empty after the first batches of a split."""
     if batch.number >= LANGUAGE_BATCHES:
         return Counter()
     step = max(1, len(examples) // LANGUAGES_OF_A_BATCH)
@@ -294,7 +294,7 @@ def _languages(batch: Batch, examples: Sequence[RenderedExample]) -> Counter[str
 
 
 def shard_rows(samples: Sequence[TokenizedSample], side: Side) -> Any:
-    """Samples of one side as rows of a shard."""
+    """Return samples of one side as shard rows: a record batch."""
     schema = TOKEN_SCHEMA if side == "train" else REFERENCE_SCHEMA
     examples = [sample.example for sample in samples]
     columns: dict[str, Any] = {
@@ -313,7 +313,7 @@ def shard_rows(samples: Sequence[TokenizedSample], side: Side) -> Any:
 
 
 def _lists(arrays: Sequence[npt.NDArray[np.int32]]) -> Any:
-    """A column of lists, from one array a row."""
+    """A list column, from one array per row."""
     offsets = np.zeros(len(arrays) + 1, np.int32)
     np.cumsum([len(a) for a in arrays], out=offsets[1:])
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays)))

@@ -1,10 +1,10 @@
-"""Map: input splits to shards and sample statistics.
+"""Map: turns input splits into shards and sample statistics.
 
     input split ─(read)→ batches ─(a pool of processes, in order)→ shards, statistics ─→ storage
 
-Nothing here needs another pod. A pod maps the held-out sources that are objects of their own first,
-every pod all of them: what training samples are compared with is then known to each, and what two
-pods write of a split is the same bytes.
+Pods map independently. Each pod first maps all held-out sources that are objects of their own, so
+that it knows every n-gram that training samples are compared with. Pods that map the same split
+write the same bytes.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunPaths:
-    """Where prepared data, and what becomes of it on the way, is written."""
+    """Where prepared data and intermediate results are written."""
 
     store: ObjectStore
     uri: str
     """Prefix of the prepared data."""
     digest: str
-    """Its content digest."""
+    """Content digest of the prepared data."""
     splits: str
-    """Folder of the run for the results of its input splits."""
+    """Folder of the run for the results of its input splits, in storage."""
     scratch: Path
-    """Folder for files on their way."""
+    """Local folder for temporary files."""
 
     @property
     def results(self) -> SplitResults:
@@ -52,12 +52,12 @@ class RunPaths:
 
 @dataclass(frozen=True)
 class Known:
-    """The n-grams of the held-out samples, known before any training record is mapped."""
+    """N-grams of the held-out samples, collected before training records are mapped."""
 
     path: Path
     """File for ``HashSet``."""
     samples: int
-    """Held-out samples that they are of."""
+    """Number of held-out samples."""
 
 
 def map_splits(
@@ -69,16 +69,16 @@ def map_splits(
     paths: RunPaths,
     say: Say,
 ) -> None:
-    """Map what is not done of some input splits, until one cannot be mapped: its failure is left
-    for the reduce, which raises the first in the order of the data.
+    """Map the input splits that are not done, up to the first that fails. The failure is saved for
+    the reduce, which raises the first one in the order of the data.
 
     Args:
-        splits: in the order of the data; the held-out sources' all.
+        splits: in the order of the data, with all splits of the held-out sources.
         reader: of these splits.
 
     Raises:
         DataError: 'ObjectChanged'.
-        UserError: where the model's tokenizer fits neither the model nor the data.
+        UserError: the tokenizer does not fit the model or the data.
     """
     results = paths.results
     done = results.done(splits)
@@ -98,8 +98,8 @@ def map_splits(
 
 
 def compared_in_map(data: Data) -> bool:
-    """Whether map compares training samples with held-out ones: all of these are objects of their
-    own. A share that is held out of the training sources is known only at the end."""
+    """Whether map compares training samples with held-out samples. This requires that all held-out
+    data are objects of their own: a share of the training sources is known only after the map."""
     shares = shares_of(data, "train")
     assert shares is not None, "training sources have shares"
     own = bool(data.validation or data.test)
@@ -115,12 +115,12 @@ def _map(
     say: Say,
     known: Known | None,
 ) -> bool:
-    """Map splits; whether all could be."""
+    """Map splits; return False after a failure."""
     results = paths.results
     writing: dict[int, SplitWriter] = {}
 
     def behind_failure(split: InputSplit) -> bool:
-        """Faults end a run soon: behind one that another pod has met nothing is mapped."""
+        """Whether an earlier split has failed, in any pod: the run fails, so mapping is useless."""
         failed = results.first_failed()
         return failed is not None and failed < split.number
 
@@ -156,7 +156,7 @@ def _map(
 def _held_out_ngrams(
     splits: Sequence[InputSplit], sources: Sequence[Source], paths: RunPaths
 ) -> Known:
-    """The n-grams of held-out sources, from their shards in storage."""
+    """Collect the n-grams of the held-out sources from their shards in storage."""
     folder = paths.scratch / "held-out"
     folder.mkdir(exist_ok=True)
     held_out, results = HeldOut(folder), paths.results

@@ -1,10 +1,10 @@
-"""Processes that share the work of a pod, one a core, and give their results in order.
+"""A process pool, one process per core, that returns results in the order of the items.
 
-    items ─(at most a few at once)→ processes ─(in the order of the items)→ results
+    items ─(at most a few in flight)→ processes ─(in the order of the items)→ results
 
-The executor is the standard library's. Its processes are forked off a server that has imported what
-they need, so that they start in moments, share the memory of the imports, and never see the threads
-of this process. A process that is killed is a named failure, not a wait without end.
+The pool is a ``ProcessPoolExecutor`` with a fork server that has imported the modules of the work.
+Processes therefore start fast, share the memory of the imports, and do not inherit the threads of
+this process. A killed process raises a named failure instead of a hang.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from finetune_trainer.memory_limit import count_oom_kills, memory_limit
 from finetune_trainer.threads import count_cores
 
 PROCESS_BYTES: Final = 256 << 20
-"""Memory that a process is counted with."""
+"""Memory assumed per process."""
 
 WORTH_BYTES: Final = 4 << 20
-"""Data that is worth another process: about the work that takes as long as to start it."""
+"""Data per process: below this, starting a process takes longer than its work."""
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -36,23 +36,23 @@ R = TypeVar("R")
 
 
 def count_processes(data_bytes: int) -> int:
-    """How many processes prepare so much data: one a core, as far as there is memory and work."""
+    """Return the number of processes: one per core, limited by memory and by the amount of data."""
     limit = memory_limit()
     room = max(1, limit // PROCESS_BYTES - 2) if limit else count_cores()
     return max(1, min(count_cores(), room, -(-data_bytes // WORTH_BYTES)))
 
 
 class Pool:
-    """A number of processes; of one, the work is done in this process. A context manager.
+    """A pool of processes, as a context manager. With one process, work runs in this process.
 
     Args:
-        processes: how many.
-        begin: is called once in each of them before all else, with ``given``.
-        given: what the work needs and does not change.
+        processes: number of processes.
+        begin: called once in each process before any work, with ``given``.
+        given: constant input of the work.
 
-    Raises (leaving the context):
-        OutOfMemory: 'ProcessKilled' where the kernel has killed a process for want of memory.
-        NodeFailure: 'ProcessLost' where a process ended otherwise.
+    Raises (on exit of the context):
+        OutOfMemory: 'ProcessKilled', the kernel's OOM killer ended a process.
+        NodeFailure: 'ProcessLost', a process ended for another reason.
     """
 
     def __init__(self, processes: int, begin: Callable[[Any], None], given: Any) -> None:
@@ -81,9 +81,9 @@ class Pool:
     def in_order(
         self, work: Callable[[T], R], items: Iterable[tuple[K, T]]
     ) -> Iterator[tuple[K, Callable[[], R]]]:
-        """The key of each item with what gives its result, or raises what the work raised. Items
-        are taken as there is room, so that memory holds a few; those after the one where the caller
-        stops are given up.
+        """Yield the key of each item with a function that returns its result or raises its error.
+        At most ``2 * processes + 1`` items are in flight, to bound memory. Items that remain when
+        the caller stops are cancelled.
 
         Args:
             items: key and argument of each; keys stay in this process.
@@ -110,27 +110,27 @@ class Pool:
         if count_oom_kills() > self._killed:
             return OutOfMemory(
                 "ProcessKilled",
-                f"one of {self.processes} processes of prepare was killed: the pod's memory does"
-                " not suffice. Raise prepare.resources.limits.memory, or lower its cpu: a process"
-                " is started for each core",
+                f"one of {self.processes} processes of prepare was killed: the pod is out of"
+                " memory. Raise prepare.resources.limits.memory, or lower its cpu: one process"
+                " is started per core",
             )
         return NodeFailure(
             "ProcessLost",
             f"one of {self.processes} processes of prepare was killed from outside, or crashed."
-            " What was written is kept; the next try goes on from there",
+            " Finished input splits are kept; the next attempt continues from there",
         )
 
 
 def _begin(begin: Callable[[Any], None], given: Any) -> None:
-    """The first thing that a process of the pool does."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
+    """Initialize a process of the pool."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the pool has one process per core
     os.environ["OMP_NUM_THREADS"] = "1"
     threading.Thread(target=_end_with_parent, daemon=True).start()
     begin(given)
 
 
 def _end_with_parent() -> None:
-    """A process whose parent was killed would wait for work for ever."""
+    """Exit when the parent ends: a process would wait for work forever if its parent was killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

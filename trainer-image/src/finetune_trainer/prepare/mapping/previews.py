@@ -1,5 +1,5 @@
-"""Samples to look at, as they are trained: which of their text is read, which is learned, and what
-was cut off. The marks are those of the tokens, force the text suggests."""
+"""Previews of samples as they are trained: which text is only read, which is supervised, and what
+was cut off. The marks follow the tokens, not the text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune_trainer.prepare.quality.personal import covered, uncovered
 from finetune_trainer.prepare.tokenizing.tokens import TokenizedSample, Tokenizing
 
 PREVIEW_CHARACTERS: Final = 2000
-"""Most characters of a sample that are shown."""
+"""Maximum characters shown of a sample."""
 
 _MORE: Final = " …"
 
@@ -21,19 +21,20 @@ State = Literal["Read", "Learned", "Cut"]
 
 
 def preview(sample: TokenizedSample, tokens: Tokenizing) -> dict[str, Any]:
-    """A sample for ``report.json``: its parts in order, each a text that is ``learned`` or read, or
-    a number of tokens that are ``cut`` off there and are in no sample. Marks that the tokenizer
-    itself puts around a text are not shown, but counted where they are cut off.
+    """Return the preview of a sample for ``report.json``: its parts in order. A part is a text that
+    is ``learned`` (supervised) or not, or the number of tokens ``cut`` off there, which are in no
+    sample. Special tokens that the tokenizer adds around a text are not shown, but count in
+    ``cut``.
 
-    More people read the report than the data: personal data is masked force is done about it in
-    the samples. It is looked for in the uncut text, so that no half of it is left.
+    Personal data is always masked, even where the samples keep it: more people read the report
+    than the data. The mask is applied to the uncut text, so that no partial value remains.
     """
     states = _states(sample)
     texts = [""] * len(states)
     placed = tokens.placed(sample.example)
     for part, (first, begins) in zip(sample.example.segments, placed, strict=False):
         text = covered(part.text)
-        edges = [0, *begins[1:], len(text)]  # what a tokenizer passes over goes with its neighbour
+        edges = [0, *begins[1:], len(text)]  # text without a token goes with its neighbour
         for i in range(len(begins)):
             texts[first + i] = text[edges[i] : edges[i + 1]]
     parts: list[dict[str, Any]] = []
@@ -53,7 +54,7 @@ def preview(sample: TokenizedSample, tokens: Tokenizing) -> dict[str, Any]:
 
 
 def _states(sample: TokenizedSample) -> list[State]:
-    """What became of each token that the example had."""
+    """The state of each token of the example."""
     gaps = sum(end - start for start, end in sample.gaps)
     kept = np.ones(len(sample.ids) + gaps, np.bool_)
     for start, end in sample.gaps:
@@ -68,8 +69,8 @@ def _states(sample: TokenizedSample) -> list[State]:
 
 
 def _most(lengths: Iterable[int]) -> int:
-    """Characters up to which each text is shown so that all take ``PREVIEW_CHARACTERS``: what short
-    ones leave is for the long, and a long prompt hides no answer."""
+    """Limit of the characters of each text, so that all together take ``PREVIEW_CHARACTERS``. Long
+    texts get what short ones leave: a long prompt does not hide the answer."""
     room, ordered = PREVIEW_CHARACTERS, sorted(lengths)
     for i, length in enumerate(ordered):
         share = room // (len(ordered) - i)

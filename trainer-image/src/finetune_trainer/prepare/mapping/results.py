@@ -1,13 +1,13 @@
-"""What map leaves of each input split, in a folder of the run in object storage.
+"""Results of map for each input split, in a folder of the run in object storage.
 
 <run>/splits/<digest>/
     00012.arrow     statistics of its samples
-    00012.json      its SplitSummary, written behind statistics and shards: the split is done
-    00012.failed    its failure instead: a record of it cannot be used
+    00012.json      its SplitSummary, written after statistics and shards: the split is done
+    00012.failed    its failure, in place of a summary: a record cannot be used
 
-A pod that is started again passes over the splits that are done. The reduce takes them in the order
-of the data, so the first fault of the data is the run's, whoever met it and when. The folder goes
-when the run's data is prepared, or refused.
+A restarted pod skips the splits that are done. The reduce reads the results in the order of the
+data, so the run reports the first fault of the data, independent of which pod found it and when.
+The folder is deleted when the run's data is prepared or rejected.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from finetune_trainer.storage.objects import ObjectStore
 
 
 class SplitResults:
-    """The folder of one run and one content digest.
+    """The results folder of one run and one content digest.
 
     Args:
-        store: the run's storage.
-        uri: the folder.
+        store: storage of the run.
+        uri: of the folder.
         data_uri: prefix of the prepared data, where the shards are.
     """
 
@@ -40,7 +40,7 @@ class SplitResults:
         self._store, self._uri, self._data_uri = store, uri, data_uri
 
     def done(self, splits: Iterable[InputSplit]) -> set[int]:
-        """Numbers of the splits that need not be mapped (again)."""
+        """Numbers of the splits that have failed, or are mapped with all their shards present."""
         there = self._endings()
         sizes: dict[str, int] | None = None
         found = set()
@@ -55,26 +55,26 @@ class SplitResults:
         return found
 
     def empty(self) -> bool:
-        """Whether nothing is left of any split."""
+        """Whether the folder has no results."""
         return not self._endings()
 
     def first_failed(self) -> int | None:
-        """Number of the first split that has failed."""
+        """Number of the first failed split; None where no split has failed."""
         failed = [number for number, endings in self._endings().items() if "failed" in endings]
         return min(failed, default=None)
 
     def save(self, split: InputSplit, summary: SplitSummary, statistics: Path) -> None:
-        """A split is done."""
+        """Save the results of a split, which is then done. Deletes the local statistics file."""
         self._store.upload(statistics, self._name(split.number, "arrow"))
         statistics.unlink()
         self._store.put(self._name(split.number, "json"), _text(summary.to_json()))
 
     def save_failure(self, split: InputSplit, error: DataError) -> None:
-        """A record of a split cannot be used."""
+        """Save the failure of a split."""
         self._store.put(self._name(split.number, "failed"), _text(failure_of(error).to_json()))
 
     def check(self) -> None:
-        """Raises the first failure in the order of the data.
+        """Raise the first failure in the order of the data, if any.
 
         Raises:
             DataError: that failure.
@@ -86,7 +86,7 @@ class SplitResults:
             raise DataError(failure.reason, failure.message)
 
     def summary(self, split: InputSplit) -> SplitSummary:
-        """What there is to say of a split that is done."""
+        """The summary of a split that is done."""
         return SplitSummary.model_validate_json(self._store.get(self._name(split.number, "json")))
 
     def statistics(self, split: InputSplit, scratch: Path) -> Iterator[SampleStatistics]:
@@ -97,7 +97,7 @@ class SplitResults:
         path.unlink()
 
     def remove(self) -> None:
-        """The folder is not needed any more."""
+        """Delete the folder."""
         self._store.delete([info.uri for info in self._store.list(f"{self._uri}/")])
 
     def _name(self, number: int, ending: str) -> str:

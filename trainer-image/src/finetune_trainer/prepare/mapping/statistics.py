@@ -1,9 +1,9 @@
-"""Sample statistics: a row a sample, in the order of the data, with all that decisions over the
-whole data need.
+"""Sample statistics: one row per sample, in the order of the data, with everything that decisions
+over the whole data need.
 
-Map writes the rows of an input split, its shards and, last, a ``SplitSummary``; the reduce reads
-them in the order of the data. A row takes 50 to 70 bytes in storage, and 128 more where near
-duplicates are looked for.
+Map writes the rows of an input split, its shards and, last, a ``SplitSummary``. The reduce reads
+them in the order of the data. A row takes 50 to 70 bytes in storage, and 128 more with near
+duplicate detection.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ SCHEMA: Final = pa.schema(
         ("shared", pa.string()),
     ]
 )
-"""Columns of a row. ``side`` and ``cut`` are positions in SIDES and CUTS; ``completion`` is the
-length of the last answer and ``stop`` its last token (-1: cut off, elsewhere, or no answer);
-``personal`` counts kinds, as JSON; ``digest`` and ``fingerprint`` are null where duplicates are not
-looked for; ``shared`` is the text that a sample shares with a held-out one, null where it shares
-none or held-out samples are not known before the reduce."""
+"""Columns of a row. ``side`` and ``cut`` are indices into SIDES and CUTS. ``completion`` is the
+length of the last answer in tokens and ``stop`` its last token (-1: cut off, in another sample, or
+no answer). ``personal`` counts the kinds of personal data, as JSON. ``digest`` and ``fingerprint``
+are null without duplicate detection. ``shared`` is the text that a sample shares with a held-out
+sample; null where there is none, or where held-out samples are known only in the reduce."""
 
 
 class Fault(Record):
@@ -54,48 +54,48 @@ class Fault(Record):
     reason: str
     """CamelCase word."""
     message: str
-    """What is wrong, and where."""
+    """The fault and its position."""
 
 
 class Preview(Record):
-    """A sample to look at."""
+    """A sample offered to the report."""
 
     sample: int
-    """Its row among the statistics."""
+    """Its row in the statistics."""
     shown: dict[str, Any]
-    """As the report has it."""
+    """As in ``report.json``, see ``previews.preview``."""
 
 
 class ShardFile(DataFile):
     """A shard of an input split."""
 
     samples: int
-    """Rows that it has."""
+    """Number of rows."""
 
 
 class SplitSummary(Record):
-    """What else there is to say of an input split; it is written last, and makes the split done."""
+    """Summary of an input split. It is written last, and marks the split as done."""
 
     format: Format | None = None
-    """Format of its source, where any record tells."""
+    """Format of its source; None where no record shows it."""
     records: int = 0
-    """Records read, with those that cannot be used."""
+    """Records read, including unusable ones."""
     training_examples: int = 0
-    """Examples among which duplicates are looked for."""
+    """Examples that duplicate detection covers."""
     overlength: int = 0
-    """Samples left out for their length."""
+    """Samples dropped for their length."""
     split: int = 0
-    """Documents that became several samples."""
+    """Documents that were split into several samples."""
     compared: int | None = None
-    """Held-out samples that its samples were compared with; None: they are not yet."""
+    """Number of held-out samples that its samples were compared with; None: not compared yet."""
     reasons: dict[str, int]
-    """Records that cannot be used, by reason."""
+    """Number of unusable records, by reason."""
     faults: list[Fault]
-    """The first of them."""
+    """The first unusable records."""
     languages: dict[str, int]
     """Languages of some examples."""
     previews: dict[Side, list[Preview]]
-    """The first samples of each side."""
+    """Previews of the first samples of each side."""
     shards: dict[Side, list[ShardFile]]
     """Files of the samples."""
 
@@ -107,12 +107,12 @@ def statistics_of(
     fingerprints: Words | None,
     shared: Mapping[int, str],
 ) -> Any:
-    """The rows of some samples, as a record batch of ``SCHEMA``.
+    """Return the rows of samples, as a record batch of ``SCHEMA``.
 
     Args:
         cuts: what was cut off each.
-        digests, fingerprints: of each, where duplicates are looked for.
-        shared: row to the text that it shares with a held-out sample.
+        digests, fingerprints: of each; None without duplicate detection.
+        shared: text shared with a held-out sample, by row.
     """
     count = len(samples)
     columns: dict[str, Sequence[Any]] = {
@@ -143,17 +143,17 @@ def _stop(sample: TokenizedSample, cut: Cut) -> int:
 
 
 def _storable(texts: Sequence[str | None]) -> list[str | None]:
-    """Text that Arrow takes: file names and records may hold what is no Unicode."""
+    """Texts that Arrow can store: file names and records may hold lone surrogates."""
     return [t if t is None else t.encode(errors="replace").decode() for t in texts]
 
 
 class SampleStatistics:
-    """Some rows, by column."""
+    """A batch of rows, by column."""
 
     def __init__(self, batch: Any, first: int) -> None:
         self._batch = batch
         self.first = first
-        """Row of the first of them in the split."""
+        """Index of the first row in the split."""
 
     def __len__(self) -> int:
         return int(self._batch.num_rows)
@@ -164,12 +164,12 @@ class SampleStatistics:
         return found
 
     def texts(self, name: str, rows: npt.NDArray[np.int64]) -> list[str]:
-        """Some values of a column of text, none of which is null."""
+        """Values of a text column at ``rows``, none of which is null."""
         found: list[str] = self._batch.column(name).take(pa.array(rows)).to_pylist()
         return found
 
     def having(self, name: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Which of some rows have a value."""
+        """The given rows whose value is not null."""
         valid = self._batch.column(name).is_valid().to_numpy(zero_copy_only=False)
         found: npt.NDArray[np.int64] = rows[valid[rows]]
         return found
@@ -185,7 +185,7 @@ class SampleStatistics:
 
 
 def read_statistics(path: Path) -> Iterator[SampleStatistics]:
-    """The rows of a file, a batch at a time."""
+    """Yield the rows of a file, batch by batch."""
     with pa.OSFile(str(path)) as source:
         file, first = pa.ipc.open_file(source), 0
         for i in range(file.num_record_batches):

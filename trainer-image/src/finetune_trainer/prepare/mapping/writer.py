@@ -1,5 +1,5 @@
-"""Writes what is mapped of an input split: samples to shards as they fill, their statistics to a
-file. Memory holds one shard a side."""
+"""Writes the mapped samples of an input split to shards, and their statistics to a file. Memory
+holds one shard per side."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from finetune_trainer.prepared.split import SIDES, Side
 from finetune_trainer.storage.objects import ObjectStore
 
 SHARD_TOKENS: Final = 4 << 20
-"""Tokens at which a shard is closed: 16 MiB, one multipart upload's part."""
+"""Tokens at which a shard is closed: 16 MiB, one part of a multipart upload."""
 
 SHARD_ROWS: Final = 1 << 16
 """Samples at which a shard is closed, however short they are."""
 
 OFFERED: Final = 8
-"""Samples of each side that a split offers the report to show: some may be duplicates."""
+"""Previews of each side that a split offers to the report. Some samples may be duplicates."""
 
 
 class SplitWriter:
     """Writes one input split.
 
     Args:
-        store: where the shards go.
+        store: storage of the shards.
         uri: prefix of the prepared data.
-        scratch: folder for files on their way.
+        scratch: local folder for temporary files.
         name: name of the set.
         number: number of the split.
     """
@@ -59,7 +59,7 @@ class SplitWriter:
         self._previews: dict[Side, list[Preview]] = {}
 
     def add(self, mapped: MappedBatch) -> None:
-        """Take a batch; batches come in the order of the data."""
+        """Append a batch. Batches are added in the order of the data."""
         for side, offered in mapped.previews.items():
             kept = self._previews.setdefault(side, [])
             kept += [
@@ -76,11 +76,11 @@ class SplitWriter:
         self._faults.merge(mapped.reasons, [DataError(f.reason, f.message) for f in mapped.faults])
 
     def wanted(self) -> dict[Side, int]:
-        """How many samples of each side may yet be offered; never fewer than will be."""
+        """Previews of each side still accepted: an upper bound, as batches are in flight."""
         return {side: OFFERED - len(self._previews.get(side, ())) for side in SIDES}
 
     def finish(self, form: Format | None, compared: int | None) -> tuple[SplitSummary, Path]:
-        """Write what waits; returns what there is to say, and the file of the statistics."""
+        """Write buffered samples; return the summary and the path of the statistics."""
         for writer in self._shards.values():
             writer.flush()
         self._statistics.close()
@@ -98,12 +98,12 @@ class SplitWriter:
 
 
 class ShardWriter:
-    """Writes the samples that an input split has for one side.
+    """Writes the samples of one side of an input split.
 
     Args:
-        store: where the files go.
+        store: storage of the files.
         uri: prefix of the prepared data.
-        scratch: folder for the file that is being written.
+        scratch: local folder for the file being written.
         side: side of the split.
         name: name of the set.
         number: number of the input split.
@@ -117,7 +117,7 @@ class ShardWriter:
         self._waiting: list[Any] = []
         self._rows = self._tokens = 0
         self.files: list[ShardFile] = []
-        """What has been written to storage."""
+        """Files written to storage."""
 
     def add(self, samples: Any) -> None:
         """Append a record batch of samples."""
@@ -129,7 +129,7 @@ class ShardWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits."""
+        """Write the buffered samples."""
         if not self._waiting:
             return
         name = shard_name(self._side, self._name, self._number, len(self.files))

@@ -1,2 +1,1 @@
-"""What makes data good or bad, as functions of texts and tokens alone, without records or where
-they come from."""
+"""Data quality checks on texts and tokens, independent of records and their sources."""

@@ -1,10 +1,10 @@
-"""Training samples that share a long n-gram of tokens with a held-out sample: a test that was
-trained on measures memory.
+"""Contamination: training samples that share a long n-gram of tokens with a held-out sample. A
+held-out sample that was trained on measures memorization.
 
-n = 13 as in Brown et al., "Language Models are Few-Shot Learners", 2020, appendix C; of tokens, not
-words. A shorter sample is compared as a whole. N-grams of many held-out samples of a set are a
-template's, and do not count. Hashes of 64 bits stand for n-grams: in about one run of 100, one of
-10^9 n-grams is taken for another.
+n = 13 as in Brown et al., "Language Models are Few-Shot Learners", 2020, appendix C; in tokens
+instead of words. A shorter sample is compared as a whole. N-grams that occur in many held-out
+samples of a set belong to a template and are ignored. N-grams are compared by 64-bit hashes: with
+10^9 n-grams, about 1 run in 100 has a false match.
 """
 
 from __future__ import annotations
@@ -21,28 +21,27 @@ NGRAM: Final = 13
 """Tokens of an n-gram."""
 
 COMMON: Final = 10
-"""Held-out samples of a set above which an n-gram is a template's."""
+"""An n-gram in more held-out samples of a set than this belongs to a template."""
 
 COMMON_SHARE: Final = 0.1
-"""The same, as a share of few held-out samples."""
+"""The same limit as a share of the samples, for small sets."""
 
 HELD_OUT_NGRAMS: Final = 1 << 26
-"""N-grams of held-out samples that are looked for: 0.5 GiB on disk. Held-out samples beyond are not
-compared."""
+"""Maximum held-out n-grams: 0.5 GiB on disk. Further held-out samples are not compared."""
 
 _PAD: Final = 0xFFFF_FFFF
-"""Fills up samples of fewer than ``NGRAM`` tokens; no token has this number."""
+"""Pads samples of fewer than ``NGRAM`` tokens; no token has this ID."""
 
-# Random odd multipliers: equal hashes of different n-grams are then chance (multilinear hashing).
+# Multilinear hashing: random odd multipliers make collisions random.
 _FACTORS: Final = np.random.default_rng(13).integers(0, 1 << 64, NGRAM, np.uint64) | np.uint64(1)
 
 
 def ngrams(ids: npt.NDArray[np.int32], starts: npt.NDArray[np.int32]) -> tuple[Hashes, Rows]:
-    """Hashes of all n-grams of the samples of a shard, and the sample (row) of each.
+    """Return the hashes of all n-grams of the samples of a shard, and the sample (row) of each.
 
     Args:
-        ids: tokens of all samples, one after the other, shape [tokens].
-        starts: where each sample begins, and the end of the last, shape [samples + 1].
+        ids: concatenated tokens of all samples, shape [tokens].
+        starts: start of each sample, and the end of the last, shape [samples + 1].
 
     Returns:
         Two arrays of shape [n-grams], in the order of the tokens.
@@ -63,10 +62,10 @@ def ngrams(ids: npt.NDArray[np.int32], starts: npt.NDArray[np.int32]) -> tuple[H
 
 
 class HeldOut:
-    """The n-grams of the held-out samples.
+    """Collects the n-grams of the held-out samples.
 
     Args:
-        folder: an empty one, for their hashes.
+        folder: an empty folder for their hashes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -75,21 +74,21 @@ class HeldOut:
         self._kept = HashCounter(folder / "kept")
         self._set_samples = 0
         self.samples = 0
-        """Held-out samples that were added."""
+        """Number of held-out samples added."""
 
     @property
     def full(self) -> bool:
-        """Whether no more samples are taken."""
+        """Whether ``HELD_OUT_NGRAMS`` is reached: add no more samples."""
         return self._kept.added + self._counted.added >= HELD_OUT_NGRAMS
 
     def end_set(self) -> None:
-        """The samples that follow are of another set: a template is that of a set."""
+        """End a set: templates are detected per set."""
         for hashes in self._counted.seldom(most_common(self._set_samples)):
             self._kept.add(hashes)
         self._set_samples = 0
 
     def add(self, ids: npt.NDArray[np.int32], starts: npt.NDArray[np.int32]) -> None:
-        """Take the samples of a shard, each n-gram of a sample once."""
+        """Add the samples of a shard. An n-gram counts once per sample."""
         hashes, rows = ngrams(ids, starts)
         order = np.lexsort((hashes, rows))
         hashes, rows = hashes[order], rows[order]
@@ -100,7 +99,7 @@ class HeldOut:
         self.samples += len(starts) - 1
 
     def write(self) -> Path:
-        """The file of the n-grams that count, for ``HashSet``. No more samples are taken."""
+        """Write the n-grams outside templates to a file for ``HashSet``. Ends the collection."""
         self.end_set()
         path = self._folder / "known"
         HashSet.write(path, self._kept.seldom(self.samples))
@@ -108,14 +107,14 @@ class HeldOut:
 
 
 def most_common(samples: int) -> int:
-    """Most of so many held-out samples of a set that an n-gram may occur in and still count."""
+    """Maximum samples, of a set of ``samples``, in which an n-gram outside a template occurs."""
     return max(1, min(COMMON, int(COMMON_SHARE * samples)))
 
 
 def first_shared(
     ids: npt.NDArray[np.int32], starts: npt.NDArray[np.int32], known: HashSet
 ) -> dict[int, npt.NDArray[np.int32]]:
-    """The samples of a shard that hold a known n-gram: row to the first one's tokens."""
+    """Find samples of a shard with a known n-gram; return the tokens of the first one, by row."""
     hashes, rows = ngrams(ids, starts)
     shared = known.among(hashes)
     found, where = np.unique(rows[shared], return_index=True)

@@ -1,7 +1,7 @@
-"""Exact duplicates, remembered in 16 bytes a record.
+"""Detection of exact duplicates, with 16 bytes of memory per record.
 
-Digests lie in sorted arrays, each at most half as long as the one before (a log-structured set):
-no object a digest, and looking a whole batch up is a few binary searches.
+Digests are stored in sorted arrays, each at most half as long as the one before (a log-structured
+set). This avoids a Python object per digest, and a batch takes a few binary searches.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Words = npt.NDArray[np.uint64]
 
 
 def digest_of(texts: Iterable[str]) -> bytes:
-    """16-byte digest of a sequence of texts; lengths are part of it, so ("ab", "c") and
-    ("a", "bc") differ."""
+    """Return the 16-byte digest of a sequence of texts. It covers their lengths, so ("ab", "c")
+    and ("a", "bc") differ."""
     state = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for text in texts:
         data = text.encode("utf-8", "surrogatepass")
@@ -31,7 +31,7 @@ def digest_of(texts: Iterable[str]) -> bytes:
 
 @dataclass(frozen=True)
 class _Level:
-    """Digests sorted by their first word, each in two words."""
+    """Digests as two 64-bit words each, sorted by the first word."""
 
     first: Words
     second: Words
@@ -46,7 +46,7 @@ class _Level:
 
 
 class Seen:
-    """The digests that came before."""
+    """The set of digests seen so far."""
 
     def __init__(self) -> None:
         self._levels: list[_Level] = []
@@ -57,12 +57,12 @@ class Seen:
         return sum(level.first.nbytes + level.second.nbytes for level in self._levels)
 
     def known(self, digests: Sequence[bytes]) -> list[bool]:
-        """True at those of some 16-byte digests that came before."""
+        """Whether each 16-byte digest was seen before."""
         return [bool(k) for k in self._holds(*_words(digests))]
 
     def add(self, digests: Sequence[bytes]) -> list[bool]:
-        """Remember a batch of 16-byte digests; True at those that occurred before, in this batch
-        or an earlier one."""
+        """Add a batch of 16-byte digests; return whether each was seen before, in this batch or an
+        earlier one."""
         first, second = _words(digests)
         known = self._holds(first, second)
         batch: set[bytes] = set()

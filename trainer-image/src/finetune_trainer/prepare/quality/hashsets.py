@@ -1,9 +1,9 @@
-"""A set of 64-bit hashes that lies on disk: memory neither to make it nor to ask it grows with it.
+"""A set of 64-bit hashes on disk. The memory to build and query it does not grow with its size.
 
     add ─(upper bits)→ 64 files ─(each sorted)→ one sorted file, and a table
 
-Most of what is asked for is not in the set, so a table of upper bits is asked first. What passes it
-is looked up by binary search.
+Most queried hashes are not in the set, so a bit table of upper bits filters them first. The rest is
+looked up by binary search.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ Hashes = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.int64]
 
 _TABLE_BITS: Final = 26
-"""Upper bits of a hash by which the table knows it: 8 MiB. Of hashes that are not in the set, 1 of
-10 passes where it has 7 million, 2 of 3 where it has 67."""
+"""Upper bits of a hash that index the table: 8 MiB. Of hashes outside the set, 1 in 10 passes with
+7 million hashes in the set, 2 in 3 with 67 million."""
 
 _PART_BITS: Final = 6
 _FIRSTS: Final = np.arange(1 << _PART_BITS, dtype=np.uint64) << np.uint64(64 - _PART_BITS)
-"""The least hash of each file while they are added."""
+"""The lowest hash of each file of a ``HashCounter``."""
 
 
 class HashCounter:
-    """Notes hashes on disk, to find those that occur seldom.
+    """Records hashes on disk, to find the rare ones.
 
     Args:
-        folder: for its files; it is made where it is absent.
+        folder: for its files; created if absent.
     """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         self._folder = folder
         self.added = 0
-        """Hashes that were added, equal ones too."""
+        """Number of hashes added, with repetitions."""
 
     def add(self, hashes: Hashes) -> None:
-        """Count each of some hashes once more."""
+        """Add one occurrence of each hash."""
         ordered = np.sort(hashes)
         cuts = [*np.searchsorted(ordered, _FIRSTS).tolist(), len(ordered)]
         for number, (first, end) in enumerate(pairwise(cuts)):
@@ -51,8 +51,8 @@ class HashCounter:
         self.added += len(hashes)
 
     def seldom(self, most: int) -> Iterator[Hashes]:
-        """The hashes that were added at most so many times, each once, ascending, some at a time.
-        Then it is empty."""
+        """Yield the distinct hashes added at most ``most`` times, ascending, in chunks. Empties
+        the counter."""
         for part in filter(Path.exists, map(self._part, range(len(_FIRSTS)))):
             hashes = np.fromfile(part, np.uint64)
             part.unlink()
@@ -69,11 +69,10 @@ class HashCounter:
 
 
 class HashSet:
-    """A sorted file of hashes and the table beside it, both mapped: the processes that ask share
-    one copy in memory.
+    """A sorted file of hashes and its table, both memory-mapped: processes share one copy.
 
     Args:
-        path: the file, as ``write`` made it.
+        path: file written by ``write``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -84,10 +83,10 @@ class HashSet:
 
     @classmethod
     def write(cls, path: Path, ascending: Iterable[Hashes]) -> HashSet:
-        """Make the files.
+        """Write the files.
 
         Args:
-            ascending: the hashes, some at a time.
+            ascending: the hashes in ascending order, in chunks.
         """
         table = np.zeros(1 << (_TABLE_BITS - 3), np.uint8)
         with path.open("wb") as file:
@@ -101,7 +100,7 @@ class HashSet:
         return len(self._hashes)
 
     def among(self, hashes: Hashes) -> Rows:
-        """Which of some hashes are in the set, ascending."""
+        """Indices of the hashes that are in the set, ascending."""
         byte, bit = _in_table(hashes)
         likely = np.flatnonzero(self._table[byte] & bit)
         if not len(self._hashes):
@@ -113,6 +112,6 @@ class HashSet:
 
 
 def _in_table(hashes: Hashes) -> tuple[Hashes, npt.NDArray[np.uint8]]:
-    """Byte and bit of each hash."""
+    """Byte index and bit mask of each hash in the table."""
     upper = hashes >> np.uint64(64 - _TABLE_BITS)
     return upper >> np.uint64(3), np.left_shift(1, upper & np.uint64(7)).astype(np.uint8)

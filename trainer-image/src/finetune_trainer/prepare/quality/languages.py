@@ -1,4 +1,4 @@
-"""The language of a text: a help to see what a source holds, no filter."""
+"""Language identification, for the data report only: samples are not filtered by language."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from typing import Final
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 CHARACTERS: Final = 1000
+"""Characters of a text that are classified."""
+
 LETTERS: Final = 20
-"""Least letters of a text that is judged."""
+"""Minimum letters of a text."""
 
 SURE: Final = 0.5
-"""Least probability of a language that is named."""
+"""Minimum probability of the language."""
 
 UNKNOWN: Final = "und"
-"""ISO 639's code for text whose language is not known."""
+"""ISO 639 code for an undetermined language."""
 
 _MARKS: Final = re.compile(r"<[^<>\s]{1,40}>")
-"""Marks of HTML, and of chat templates in a text: they are of no language."""
+"""HTML tags and special tokens of chat templates, removed before classification."""
 
 
 def language_of(text: str) -> str:
-    """ISO 639 code of a text's language; ``UNKNOWN`` where it is short or of no clear one."""
+    """Return the ISO 639 code of a text's language; ``UNKNOWN`` if the text is short or the
+    language unclear."""
     text = _MARKS.sub(" ", text[:CHARACTERS])
     if sum(c.isalpha() for c in text) < LETTERS:
         return UNKNOWN

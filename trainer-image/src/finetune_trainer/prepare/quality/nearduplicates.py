@@ -1,20 +1,21 @@
-"""Near duplicates, remembered in 128 bytes a record (128 MB a million).
+"""Detection of near duplicates, with 128 bytes of memory per record (128 MB per million).
 
-Records are sets of shingles: three of their own words (``RenderedExample.own``) in a row. A MinHash
-signature (Broder, "On the resemblance and containment of documents", 1997) of 128 values estimates
-the Jaccard similarity of two sets: the share of equal values. Two things are kept of a record:
+A record is a set of shingles: three consecutive words of its own text (``RenderedExample.own``). A
+MinHash signature (Broder, "On the resemblance and containment of documents", 1997) of 128 values
+estimates the Jaccard similarity of two sets: the share of equal values. Stored per record:
 
 - 8 words of 8 bytes: band hashes, for locality-sensitive hashing (Leskovec, Rajaraman, Ullman,
-  "Mining of Massive Datasets", section 3.4). A band is a row of signature values, and records of
-  similarity s share one of b bands of r values with probability 1 - (1 - s^r)^b, an S-curve. r is
-  the largest with which 9 of 10 pairs at the threshold meet (8 at 0.85; at 0.9 similarity, 99 %).
+  "Mining of Massive Datasets", section 3.4). A band is a group of r signature values; records of
+  similarity s share one of b bands with probability 1 - (1 - s^r)^b, an S-curve. r is the largest
+  value with which 9 of 10 pairs at the threshold share a band (8 at 0.85; 99 % of pairs at 0.9).
 - 64 bytes: the lowest 4 bits of each signature value (Li and König, "b-bit minwise hashing",
-  2010). Of records that share a band, m of these n values are equal, by chance alone 1 in 16, so
-  the similarity is (m/n - 1/16) / (1 - 1/16), with a standard error of about 0.03 at 0.85. Bands
-  alone would also drop records that are less alike, the more the longer the data is.
+  2010). If m of the n values of two records are equal, and 1 in 16 is equal by chance, the
+  similarity is (m/n - 1/16) / (1 - 1/16), with a standard error of about 0.03 at 0.85. It is
+  computed for records that share a band. Bands alone would also drop less similar records,
+  increasingly so with more data.
 
-Band hashes lie in sorted arrays, each at most half as long as the one before, as exact duplicates
-do; while arrays are merged, memory is up to twice that.
+Band hashes are stored in sorted arrays, each at most half as long as the one before, as in
+``duplicates``. While arrays are merged, their memory doubles.
 """
 
 from __future__ import annotations
@@ -35,37 +36,37 @@ VALUES: Final = 128
 
 BANDS: Final = 8
 SHINGLE: Final = 3
-"""Words of a shingle: one changed word in a text of about 40 makes a similarity of 0.85."""
+"""Words of a shingle: one changed word in a text of about 40 gives a similarity of 0.85."""
 
 MET: Final = 0.9
-"""Least probability that a pair at the threshold shares a band."""
+"""Minimum probability that a pair at the threshold shares a band."""
 
 BUCKET: Final = 64
-"""Most records of one band hash that a record is compared with: bounds the time."""
+"""Maximum records per band hash that a record is compared with: bounds the time."""
 
 Words = npt.NDArray[np.uint64]
 
 _NIBBLES: Final = VALUES // 16
-"""Words that hold the low bits of a signature, 16 values each."""
+"""64-bit words for the low bits of a signature, 16 values each."""
 
 FINGERPRINT: Final = BANDS + _NIBBLES
-"""Words that are remembered of a record."""
+"""64-bit words stored per record."""
 
-# Scripts without spaces (Thai, Lao, Burmese, Khmer, Japanese, Chinese) are cut into characters.
+# In scripts without spaces (Thai, Lao, Burmese, Khmer, Japanese, Chinese) a character is a word.
 _UNSPACED: Final = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 _WORD: Final = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 
 
 def shingles(text: str) -> set[str]:
-    """Rows of ``SHINGLE`` words, in lower case; of a shorter text, the text itself."""
+    """Return the shingles of a text in lower case; a shorter text is one shingle."""
     words = _WORD.findall(text.lower()) or [text]
     last = max(1, len(words) - SHINGLE + 1)
     return {" ".join(words[i : i + SHINGLE]) for i in range(last)}
 
 
 def rows_for(threshold: float) -> int:
-    """Values of a band: the most with which pairs at the threshold share one of the bands with
-    probability ``MET``."""
+    """Return the values per band: the largest number with which a pair at the threshold shares a
+    band with probability ``MET``."""
     enough = 1 - (1 - MET) ** (1 / BANDS)
     most = VALUES // BANDS
     if threshold >= 1:
@@ -74,15 +75,19 @@ def rows_for(threshold: float) -> int:
 
 
 def signature(text: str) -> npt.NDArray[np.uint32]:
-    """MinHash signature of a text's shingles, shape [VALUES]."""
+    """Return the MinHash signature of a text's shingles, shape [VALUES]."""
     minhash = MinHash(num_perm=VALUES, scheme="affine32", hashfunc=zlib.crc32)
     minhash.update_batch([s.encode("utf-8", "surrogatepass") for s in shingles(text)])
     return np.asarray(minhash.hashvalues, np.uint32)
 
 
 def similarity(low: Words, others: Words) -> npt.NDArray[np.float64]:
-    """Estimated Jaccard similarity of packed low bits, shape [words], to others, shape
-    [records, words]."""
+    """Estimate the Jaccard similarity of a record to others, shape [records].
+
+    Args:
+        low: packed low bits of the record, shape [words].
+        others: packed low bits of the others, shape [records, words].
+    """
     differing = low ^ others
     differing |= differing >> np.uint64(2)
     differing |= differing >> np.uint64(1)
@@ -92,10 +97,10 @@ def similarity(low: Words, others: Words) -> npt.NDArray[np.float64]:
 
 
 def fingerprints(texts: Sequence[str], threshold: float) -> Words:
-    """All that is remembered of each text, shape [texts, FINGERPRINT].
+    """Return band hashes and low bits of each text, shape [texts, FINGERPRINT].
 
     Args:
-        threshold: as ``SeenAlike`` has it.
+        threshold: see ``SeenAlike``.
     """
     if not texts:
         return np.empty((0, FINGERPRINT), np.uint64)
@@ -105,10 +110,10 @@ def fingerprints(texts: Sequence[str], threshold: float) -> Words:
 
 
 class SeenAlike:
-    """The records that came before, and whether a new one is like one of them.
+    """The records seen so far, to find near duplicates of them.
 
     Args:
-        threshold: least similarity of near duplicates, above 0 and at most 1.
+        threshold: minimum similarity of near duplicates, above 0 and at most 1.
     """
 
     def __init__(self, threshold: float) -> None:
@@ -123,8 +128,8 @@ class SeenAlike:
         return self._low.nbytes + sum(level.nbytes for level in self._levels)
 
     def add(self, prints: Words) -> list[bool]:
-        """Remember the ``fingerprints`` of a batch of texts; True at those that are like an
-        earlier one, of this batch or another: they are not remembered themselves."""
+        """Add the ``fingerprints`` of a batch of texts; return whether each is a near duplicate of
+        an earlier text, in this batch or before. Near duplicates are not stored."""
         keys, low = prints[:, :BANDS], prints[:, BANDS:]
         earlier = self._candidates(keys)
         batch: dict[int, list[int]] = defaultdict(list)
@@ -147,7 +152,7 @@ class SeenAlike:
         return known
 
     def _candidates(self, keys: Words) -> list[list[int]]:
-        """Numbers of the records that share a band with each of a batch."""
+        """For each record of a batch, the numbers of stored records that share a band with it."""
         found: list[list[int]] = [[] for _ in keys]
         flat = keys.reshape(-1)
         for level in self._levels:
@@ -174,8 +179,8 @@ class SeenAlike:
 
 
 def _band_keys(signatures: npt.NDArray[np.uint32], rows: int) -> Words:
-    """Band hashes in the upper 32 bits, shape [records, BANDS]; the number of a record goes
-    below. A hash that two bands have by chance costs a comparison, no more."""
+    """Return band hashes in the upper 32 bits, shape [records, BANDS]; the lower 32 are for the
+    number of the record. A collision costs one comparison and has no other effect."""
     salts = np.random.default_rng(0).integers(0, 1 << 64, (BANDS, rows), np.uint64, endpoint=False)
     bands = signatures[:, : BANDS * rows].reshape(-1, BANDS, rows)
     mixed = (bands.astype(np.uint64) * salts).sum(axis=2, dtype=np.uint64)
@@ -183,7 +188,7 @@ def _band_keys(signatures: npt.NDArray[np.uint32], rows: int) -> Words:
 
 
 def _low_bits(signatures: npt.NDArray[np.uint32]) -> Words:
-    """The lowest 4 bits of each value, 16 values a word, shape [records, words]."""
+    """Return the lowest 4 bits of each value, 16 values per word, shape [records, words]."""
     values = (signatures & np.uint32(15)).astype(np.uint64).reshape(-1, _NIBBLES, 16)
     shifts: Any = np.arange(0, 64, 4, dtype=np.uint64)
     return np.asarray(np.bitwise_or.reduce(values << shifts, axis=2), np.uint64)

@@ -1,8 +1,9 @@
-"""Personal data and secrets in text: found by their form, counted, and never repeated.
+"""Detection of personal data and secrets in text. Findings are counted; their values are never
+output.
 
-A form is a pattern and, where a pattern alone says too little, a check: the check digit of a card,
-the number of digits of a telephone number, the spread of a key's characters. What has no form of
-its own (names, street addresses) is not found, and a number that looks like one of these is.
+A form is a pattern and, where the pattern alone is too weak, a check: the check digit of a card,
+the digit count of a telephone number, the entropy of a key. Data without a form (names, street
+addresses) is not found. Other numbers of the same form are false positives.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ IN_WORDS: Final = {
     "CARD": "a payment card number",
     "PHONE": "a telephone number",
 }
-"""The kinds; Redact writes them in brackets."""
+"""The kinds, with their names in messages; Redact writes the kind in brackets."""
 
 KEY_BITS: Final = 3.0
-"""Least spread of a key's characters, in bits each; 20 random letters and digits have about 4, a
-placeholder such as sk-xxxxxxxx has fewer."""
+"""Minimum entropy of a key in bits per character: 20 random letters and digits have about 4, a
+placeholder such as sk-xxxxxxxx fewer."""
 
 
 EXCERPT: Final = 60
-"""Characters that a message shows of a text."""
+"""Characters of a text shown in a message."""
 
 _AROUND: Final = 1 << 16
-"""Characters before and behind a position among which an excerpt's personal data is looked for."""
+"""Characters on both sides of a position that are scanned before an excerpt is cut."""
 
 _ESCAPED: Final = re.compile(r"\\[nrt]")
 
@@ -39,16 +40,16 @@ _ESCAPED: Final = re.compile(r"\\[nrt]")
 class _Form(NamedTuple):
     kind: str
     beginnings: tuple[str, ...]
-    """A text without any of them holds none of this form; found many times as fast as a pattern."""
+    """A text without any of these is skipped: many times faster than the pattern."""
     hint: re.Pattern[str] | None
-    """What a text must hold besides to be searched at all."""
+    """A text without a match of this cheaper pattern is skipped too."""
     pattern: re.Pattern[str]
     held: Callable[[str], str]
-    """The beginning of a match that is of this form; empty: none of it."""
+    """Returns the prefix of a match that passes the check; empty: no finding."""
 
     def may_hold(self, text: str) -> bool:
         """Whether a text must be searched."""
-        # Digits of other scripts are digits of a pattern, too.
+        # \d also matches digits of other scripts.
         unknown = self.beginnings is _DIGITS and not text.isascii()
         if not unknown and not any(beginning in text for beginning in self.beginnings):
             return False
@@ -59,7 +60,7 @@ _DIGITS: Final = tuple("0123456789")
 
 
 def scan(text: str) -> tuple[str, Counter[str]]:
-    """The text with a bracketed word for everything that is found, and how often each kind was."""
+    """Return the text with every finding replaced by its kind in brackets, and counts by kind."""
     found: Counter[str] = Counter()
 
     def write(kind: str, _: str) -> str:
@@ -70,32 +71,32 @@ def scan(text: str) -> tuple[str, Counter[str]]:
 
 
 def redacted(text: str) -> str:
-    """The text with a bracketed word for everything that is found."""
+    """Return the text with every finding replaced by its kind in brackets."""
     return scan(text)[0]
 
 
 def covered(text: str) -> str:
-    """The text in as many characters, each of what is found replaced by one that stands for its
-    kind: stretches of it are still where they were."""
+    """Return the text with each character of a finding replaced by the cover character of its kind.
+    The length and all offsets stay the same."""
     return _with_each(text, lambda kind, what: _COVERS[kind] * len(what))
 
 
 def uncovered(text: str) -> str:
-    """A stretch of a covered text with the bracketed words."""
+    """Replace the cover characters of a part of a covered text by the kinds in brackets."""
     return _COVERED.sub(lambda match: f"[{_KINDS[match[0][0]]}]", text)
 
 
 _COVERS: Final = {kind: chr(0xFDD0 + i) for i, kind in enumerate(IN_WORDS)}
-"""Unicode's noncharacters, which no text holds."""
+"""Unicode noncharacters, which do not occur in text."""
 _KINDS: Final = {cover: kind for kind, cover in _COVERS.items()}
 _COVERED: Final = re.compile("|".join(f"{cover}+" for cover in _KINDS))
 
 
 def excerpt(text: str, position: int = 0) -> str:
-    """The text around a position, at most ``EXCERPT`` characters, for messages: more people read
-    them than the data. Personal data is looked for before it is cut."""
+    """Return at most ``EXCERPT`` characters around a position, for messages. Personal data is
+    redacted, since more people read messages than the data; it is detected before the cut."""
     begin = max(0, position - _AROUND)
-    # An escaped line break would be taken for the letter before a number.
+    # The letter of an escaped line break would hide a number that follows it.
     near = covered(_ESCAPED.sub("  ", text[begin : position + _AROUND]))
     start = max(0, min(position - begin - EXCERPT // 3, len(near) - EXCERPT))
     part = near[start : start + EXCERPT].rstrip("\n")
@@ -104,7 +105,7 @@ def excerpt(text: str, position: int = 0) -> str:
 
 
 def _with_each(text: str, write: Callable[[str, str], str]) -> str:
-    """The text with something else written for everything that is found, by its kind."""
+    """Return the text with every finding replaced by ``write(kind, finding)``."""
 
     def replaced(form: _Form, match: re.Match[str]) -> str:
         held = form.held(match[0])
@@ -117,13 +118,13 @@ def _with_each(text: str, write: Callable[[str, str], str]) -> str:
 
 
 def _card(text: str) -> str:
-    """The number that a text begins with: groups behind it are an expiry date or a check value."""
+    """Return the card number at the start of the text; an expiry date or check value may follow."""
     ends = [len(text), *(gap.start() for gap in reversed([*re.finditer("[ -]", text)]))]
     return next((text[:end] for end in ends if _is_card(text[:end])), "")
 
 
 def _is_card(text: str) -> bool:
-    """Length by issuer, and the check digit (Luhn; ISO/IEC 7812-1)."""
+    """Check the length by issuer, and the check digit (Luhn; ISO/IEC 7812-1)."""
     number = re.sub(r"\D", "", text)
     digits = [int(c) for c in number]
     doubled = [sum(divmod(2 * d, 10)) for d in digits[-2::-2]]
@@ -136,21 +137,22 @@ _ISSUED: Final = re.compile(
 
 
 def _dialled(text: str) -> str:
-    """At most 15 digits (ITU-T E.164), and at least 8 behind a plus, 10 without: fewer are more
-    likely something else. One point among digits is that of a decimal number."""
+    """Return the text if it is a telephone number, else an empty string. A number has at most 15
+    digits (ITU-T E.164), and at least 8 after a plus, 10 without: shorter ones are rarely telephone
+    numbers. Digits with a single point are a decimal number."""
     least = 8 if text.startswith("+") else 10
     decimal = re.fullmatch(r"\+\d+\.\d+", text)
     return text if least <= sum(c.isdigit() for c in text) <= 15 and not decimal else ""
 
 
 def _random(text: str) -> str:
-    """A key whose characters are spread as random ones are (Shannon entropy)."""
+    """Return the text if its Shannon entropy is that of a key, else an empty string."""
     shares = [count / len(text) for count in Counter(text).values()]
     return text if -sum(share * math.log2(share) for share in shares) >= KEY_BITS else ""
 
 
 _LETTER: Final = r"A-Za-z\u00c0-\u052f"
-"""Of scripts that put spaces between words: an address in others' texts ends where they go on."""
+"""Letters of scripts with spaces between words. Text of other scripts ends an e-mail address."""
 
 
 _FORMS: Final = (
@@ -160,7 +162,7 @@ _FORMS: Final = (
         None,
         re.compile(
             r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
-            # Headers have dashes; five of them end the body.
+            # Headers contain dashes; five dashes end the body.
             r"(?:(?:[^-]|-(?!----))*+-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
             r"|(?:\s*[A-Za-z0-9+/=]{16,})*)"
         ),
@@ -193,7 +195,7 @@ _FORMS: Final = (
         None,
         re.compile(
             rf"(?<![{_LETTER}0-9._%+-])[{_LETTER}0-9_%+-][{_LETTER}0-9._%+-]{{0,63}}"
-            r"@(?!\dx\.(?:png|jpe?g|gif|webp|svg)\b)"  # images for screens of twice the density
+            r"@(?!\dx\.(?:png|jpe?g|gif|webp|svg)\b)"  # image names such as icon@2x.png
             rf"(?:[{_LETTER}0-9-]{{1,63}}\.){{1,8}}[{_LETTER}]{{2,24}}(?![{_LETTER}0-9-])"
         ),
         str,
@@ -221,4 +223,4 @@ _FORMS: Final = (
         _dialled,
     ),
 )
-"""Keys first: an e-mail address or a number may stand inside of one."""
+"""Keys first: a key may contain an e-mail address or a number."""

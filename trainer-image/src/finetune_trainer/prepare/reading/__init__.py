@@ -1,2 +1,2 @@
-"""From objects to records: which objects a source has, how they are cut into input splits, and the
-records in them, one at a time."""
+"""Reading: lists the objects of a source, cuts them into input splits, and streams their
+records."""

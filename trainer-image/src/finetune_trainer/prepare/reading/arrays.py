@@ -1,10 +1,10 @@
-"""The records of an object that is one JSON array, as it streams: memory holds one record.
+"""Streams the records of an object that is one JSON array; memory holds one record.
 
-Only strings, brackets and commas are looked at: what stands between two commas is parsed as a line
-of JSON Lines is, so that both give the same records and the same faults, and a record that is no
-JSON does not end the reading. A parser of streams gives others: ijson 3.6 (yajl, use_float) makes
-"?" of half of a character without a word, ends at NaN and at whole numbers of more than 64 bits,
-and takes memory by the square of a record's depth.
+The scanner looks only at strings, brackets and commas. The text between two commas is parsed like a
+line of JSON Lines: both formats give the same records and the same faults, and a malformed record
+does not end the reading. A streaming parser differs: ijson 3.6 (yajl, use_float) silently replaces
+unpaired surrogates by "?", stops at NaN and at integers of more than 64 bits, and takes memory
+quadratic in the depth of a record.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from typing import BinaryIO, Final
 from finetune_trainer.failures import DataError
 
 RECORD_BYTES: Final = 1 << 26
-"""A record of more is refused: a quote or bracket that is never closed must not read on to the end.
-One may end in the block that was read last."""
+"""Maximum bytes of a record: an unclosed quote or bracket must not read the whole object. A record
+that ends in the last block read may be longer."""
 
 BLOCK: Final = 1 << 16
-"""Bytes that are read at once, or as many as a long record has so far."""
+"""Minimum bytes of a read. Within a long record, a read doubles the buffer."""
 
 SPACE: Final = b" \t\r\n"
-"""What JSON takes for white space."""
+"""White space of JSON."""
 
-# A quote alone begins a string that goes on in the next block.
+# A lone quote starts a string that continues in the next block.
 _TOKEN: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{},]', re.DOTALL)
 _QUOTE: Final = b'"'
 
 
 def array_items(uri: str, stream: BinaryIO, text: bytes) -> Iterator[bytes]:
-    """The items of an array, each as its text without white space around.
+    """Yield the text of each item of an array, without surrounding white space.
 
     Args:
-        stream: stands behind ``text``.
-        text: what has been read of the array behind its opening bracket.
+        stream: positioned after ``text``.
+        text: what has been read of the array after its opening bracket.
 
     Raises (the iterator):
-        DataError: 'MalformedObject', naming the item, where commas and brackets are not those of
-            one array, or an item does not end within ``RECORD_BYTES``.
+        DataError: 'MalformedObject' with the item: commas and brackets do not form one array, or
+            the item does not end within ``RECORD_BYTES``.
     """
     number, depth, begin, at = 1, 0, 0, 0
     while True:
@@ -53,7 +53,7 @@ def array_items(uri: str, stream: BinaryIO, text: bytes) -> Iterator[bytes]:
             elif depth:
                 depth -= mark in (b"]", b"}")
             elif mark == b"}":
-                raise _broken(uri, number, "a '}' closes nothing")
+                raise _broken(uri, number, "it has an unmatched '}'")
             elif mark in (b",", b"]"):
                 item = text[begin : token.start()].strip(SPACE)
                 if item:
@@ -79,7 +79,7 @@ def _check_end(uri: str, number: int, stream: BinaryIO, text: bytes) -> None:
         text = stream.read(BLOCK)
         if not text:
             return
-    raise _broken(uri, number, "there is text behind it and the array's closing ']'")
+    raise _broken(uri, number, "there is text after it and the array's closing ']'")
 
 
 def _broken(uri: str, number: int, why: str) -> DataError:

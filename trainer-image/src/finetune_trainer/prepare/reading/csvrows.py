@@ -1,4 +1,4 @@
-"""Rows of CSV: a header line that names the fields, then rows in which every value is text."""
+"""Reads CSV: a header line with the field names, then rows in which every value is text."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from finetune_trainer.prepare.quality.personal import excerpt
 from finetune_trainer.prepare.reading.lines import decoded
 
 CELL_CHARACTERS: Final = 1 << 24
-"""Most characters of a field of CSV: a quote that is never closed must not read on to the end."""
-csv.field_size_limit(CELL_CHARACTERS)  # of the process: the module has no other way
+"""Maximum characters of a CSV field: an unclosed quote must not read the whole object."""
+csv.field_size_limit(CELL_CHARACTERS)  # process-wide: the csv module has no limit per reader
 
 
 def csv_rows(uri: str, lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, str] | DataError]]:
-    """The rows below the header and their numbers; of a row that cannot be read the
-    'MalformedRecord' that names it. Quoted fields may hold line breaks, so rows are counted (from
-    1), not lines; empty lines are passed over.
+    """Yield the number and the fields of each row below the header; in place of the fields of an
+    unreadable row, its 'MalformedRecord'. Rows are counted from 1, not lines: quoted fields may
+    hold line breaks. Empty lines are skipped.
 
     Raises:
-        DataError: 'MalformedObject' where the header does not name every field once.
+        DataError: 'MalformedObject', the header has an empty or repeated name.
     """
-    # A map, since a generator would end at the first line that is no text.
+    # A map, since a generator would end at the first undecodable line.
     places = map("line {}".format, count(1))
     rows = csv.reader(map(partial(decoded, uri), places, lines), strict=True)
     filled = filter(None, rows)
@@ -39,7 +39,7 @@ def csv_rows(uri: str, lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, 
         except csv.Error as error:
             yield row, _bad_row(uri, row, rows.line_num, str(error))
         except DataError as error:
-            if error.reason != "MalformedRecord":  # of the object, which ends here
+            if error.reason != "MalformedRecord":  # the object as a whole cannot be read
                 raise
             yield row, error
 
@@ -72,6 +72,6 @@ def _header(uri: str, rows: Iterator[list[str]]) -> list[str]:
 def _bad_row(uri: str, row: int, line: int, why: str) -> DataError:
     return DataError(
         "MalformedRecord",
-        f"{uri}, row {row}: not CSV: {why} (up to line {line}); fields are parted by commas;"
-        ' one that holds a comma, a quote or a line break stands in quotes ("" is a quote)',
+        f"{uri}, row {row}: not CSV: {why} (up to line {line}); fields are separated by"
+        ' commas; quote a field that holds a comma, a quote or a line break ("" is a quote)',
     )

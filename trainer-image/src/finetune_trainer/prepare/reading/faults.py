@@ -1,7 +1,7 @@
-"""What is done about records that cannot be used: the first one ends the job, or all are left out.
+"""Handling of unusable records: the first one fails the job, or all are dropped.
 
-A fault is of one record (a malformed line, a missing field, nothing to learn). What is wrong with
-a whole object, the model or the manifest always ends the job.
+A fault concerns one record (a malformed line, a missing field, no supervised tokens). An error of a
+whole object, the model or the manifest always fails the job.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any, Final
 from finetune_trainer.failures import DataError
 
 Complain = Callable[[DataError], None]
-"""Is told of a record that cannot be used: it raises the error, or the record is left out."""
+"""Callback for the fault of a record: raises the error, or returns to drop the record."""
 
 MOST: Final = 0.5
-"""Share of a source's records above which dropping is no answer: the source is misunderstood."""
+"""Maximum share of dropped records of a source. Above it, format or template are likely wrong."""
 
 SHOWN: Final = 5
-"""Faults that the report shows."""
+"""Faults shown in the report."""
 
 
 def refuse(error: DataError) -> None:
-    """The ``Complain`` that takes no fault."""
+    """The ``Complain`` callback that raises every fault."""
     raise error
 
 
@@ -38,11 +38,11 @@ class Faults:
     def __init__(self, policy: str) -> None:
         self._policy = policy
         self.reasons: Counter[str] = Counter()
-        """Records left out, by reason."""
+        """Number of dropped records, by reason."""
         self.first: list[DataError] = []
 
     def take(self, error: DataError) -> None:
-        """Count a fault, or end the job by it.
+        """Count a fault, or fail the job.
 
         Raises:
             DataError: the fault, under policy Fail.
@@ -50,22 +50,22 @@ class Faults:
         if self._policy == "Fail":
             raise DataError(
                 error.reason,
-                f"{error.message}; or set data.quality.faultyRecords to Drop, which leaves such"
-                " records out",
+                f"{error.message}; or set data.quality.faultyRecords to Drop, which leaves out such"
+                " records",
             )
         self.reasons[error.reason] += 1
         if len(self.first) < SHOWN:
             self.first.append(error)
 
     def check(self, name: str, records: int) -> None:
-        """Whether enough is left of a source.
+        """Check that enough records of a source are left.
 
         Args:
             name: of the data set, for the message.
-            records: all that were read of it, with the faulty ones.
+            records: number of records read, with the faulty ones.
 
         Raises:
-            DataError: 'MostRecordsFaulty' where more than half cannot be used.
+            DataError: 'MostRecordsFaulty', more than half of the records are faulty.
         """
         faulty = self.reasons.total()
         if faulty > MOST * records:
@@ -77,7 +77,7 @@ class Faults:
             )
 
     def merge(self, reasons: Mapping[str, int], first: Iterable[DataError]) -> None:
-        """Count the faults of a part."""
+        """Add the faults of a part of the source."""
         self.reasons.update(reasons)
         self.first += islice(first, SHOWN - len(self.first))
 

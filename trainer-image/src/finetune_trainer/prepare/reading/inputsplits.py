@@ -1,9 +1,9 @@
-"""How the objects are cut into input splits, and which pod maps which of them.
+"""Cuts the objects into input splits and assigns the splits to pods.
 
-An input split is some of one source: a few small objects, one object, or the lines of a large one
-that begin in a range of its bytes. Where the cuts fall depends on the data alone, and each input
-split is written to files of its own, so that prepared data is the same bytes at any number of pods
-and processes. Held-out sources come first: training records are compared with them.
+An input split is a part of one source: several small objects, one object, or the lines of a large
+object that begin in a byte range. The cuts depend on the data alone, and each input split is
+written to its own files, so prepared data is the same bytes for any number of pods and processes.
+Held-out sources are first: training records are compared with them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from finetune_trainer.prepare.reading.lines import count_lines, is_plain
 from finetune_trainer.prepare.reading.sources import DataObject, Source
 
 SPLIT_BYTES: Final = 64 << 20
-"""Most bytes of an input split that can be cut: what a restart does again, at most."""
+"""Maximum bytes of a divisible input split: a restart repeats at most one split per pod."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class ByteRange:
 
 @dataclass(frozen=True)
 class InputSplit:
-    """What is mapped in one go, and done again in one go."""
+    """The unit of mapping and of repetition after a restart."""
 
     number: int
     """In the order of the data: held-out sources first."""
     source: int
-    """Position of its source in the run's list."""
+    """Index of its source in the run's list."""
     ranges: tuple[ByteRange, ...]
 
     @property
@@ -48,7 +48,7 @@ class InputSplit:
 
 
 def divide(sources: Sequence[Source]) -> list[InputSplit]:
-    """All input splits of the sources, in the order of the data."""
+    """Return all input splits of the sources, in the order of the data."""
     splits: list[InputSplit] = []
     held_out_first = sorted(range(len(sources)), key=lambda i: sources[i].side == "train")
     for number in held_out_first:
@@ -59,9 +59,9 @@ def divide(sources: Sequence[Source]) -> list[InputSplit]:
 
 
 def deal(splits: Sequence[InputSplit], pods: int) -> list[list[InputSplit]]:
-    """The input splits of each pod, in the order of the data: the largest are dealt first, each to
-    the pod that has least; equal ones in turn, so that all pods go through the data side by side
-    and the first fault is soon known to be the first."""
+    """Return the input splits of each pod, in the order of the data. The largest are assigned
+    first, each to the pod with the fewest bytes. Splits of equal size alternate between pods: pods
+    advance through the data in parallel, so all splits before a fault are mapped soon."""
     loads = [0] * pods
     hands: list[list[InputSplit]] = [[] for _ in range(pods)]
     for split in sorted(splits, key=lambda split: (-split.bytes, split.number)):
@@ -72,26 +72,26 @@ def deal(splits: Sequence[InputSplit], pods: int) -> list[list[InputSplit]]:
 
 
 class LineCounter:
-    """Lines of an object before a position: every message names the line of the whole object.
+    """Counts the lines of an object before a position: messages name the line of the whole object.
 
-    The count goes on from where it has come to, so a pod reads an object of a source at most once
-    for this, which is a hundred times as fast as making samples.
+    Counting continues from the last position, so a pod reads an object of a source at most once
+    for it. This is a hundred times as fast as making samples.
     """
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[int, int]] = {}
 
     def before(self, piece: ByteRange, stream: BinaryIO) -> int:
-        """Lines that begin before the range; the stream is left anywhere."""
+        """Number of lines that begin before the range. Moves the stream."""
         position, lines = self._known.get(piece.item.uri, (0, 0))
-        if position > piece.start:  # the object of another source before
+        if position > piece.start:  # an earlier source has the same object
             position, lines = 0, 0
         lines += count_lines(stream, position, piece.start)
         self._known[piece.item.uri] = (piece.start, lines)
         return lines
 
     def counted(self, piece: ByteRange, lines: Iterator[bytes]) -> Iterator[bytes]:
-        """The lines of a range; they need not be counted again."""
+        """Yield the lines of a range and count them."""
         _, count = self._known.get(piece.item.uri, (0, 0))
         for line in lines:
             yield line

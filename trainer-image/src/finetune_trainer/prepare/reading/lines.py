@@ -1,4 +1,4 @@
-"""Text of objects, plain or compressed, and its lines, as they stream: memory holds one line."""
+"""Streams the text of plain and compressed objects by line; memory holds one line."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import pyarrow as pa
 from finetune_trainer.failures import DataError
 
 PACKED: Final = (".gz", ".zst")
-"""Endings of names of compressed objects."""
+"""Name suffixes of compressed objects."""
 
 _BLOCK: Final = 1 << 20
 _MARK: Final = b"\xef\xbb\xbf"
 
 
 def unpack(uri: str, stream: BinaryIO) -> tuple[str, BinaryIO]:
-    """The object's address without the ending of its compression, and its text as a stream.
+    """Return the object's address without the compression suffix, and its text as a stream.
 
     Raises (the stream):
-        DataError: 'MalformedObject' where the compressed data is damaged.
+        DataError: 'MalformedObject', the compressed data is damaged.
     """
     if uri.endswith(".gz"):
         packed: BinaryIO = cast(BinaryIO, gzip.GzipFile(fileobj=stream))
@@ -35,7 +35,7 @@ def unpack(uri: str, stream: BinaryIO) -> tuple[str, BinaryIO]:
 
 
 class _Unpacked(io.RawIOBase):
-    """What compressed data holds."""
+    """The decompressed data of a stream."""
 
     def __init__(self, uri: str, packed: BinaryIO) -> None:
         self._uri, self._packed = uri, packed
@@ -50,7 +50,7 @@ class _Unpacked(io.RawIOBase):
         except (EOFError, zlib.error, OSError) as error:
             raise DataError(
                 "MalformedObject",
-                f"{self._uri}: the compressed data is damaged behind byte {self._read} of its text"
+                f"{self._uri}: the compressed data is damaged after byte {self._read} of its text"
                 f" ({error}); upload it again",
             ) from None
         buffer[: len(data)] = data
@@ -59,14 +59,14 @@ class _Unpacked(io.RawIOBase):
 
 
 def without_mark(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines without the byte order mark that some programs write before the first."""
+    """Yield the lines without the byte order mark that some programs write."""
     for number, line in enumerate(lines):
         yield line if number else line.removeprefix(_MARK)
 
 
 def beginning(stream: BinaryIO) -> tuple[int, bytes]:
-    """How many empty lines a stream begins with, and the first line that is none, without a byte
-    order mark; of a long line the first ``_BLOCK`` bytes."""
+    """Return the number of leading empty lines of a stream, and the first other line, without a
+    byte order mark; of a long line, the first ``_BLOCK`` bytes."""
     empty = 0
     line = stream.readline(_BLOCK).removeprefix(_MARK)
     while line.isspace():
@@ -76,13 +76,13 @@ def beginning(stream: BinaryIO) -> tuple[int, bytes]:
 
 
 def is_plain(uri: str) -> bool:
-    """Whether an object is JSON Lines that can be read from any line on: the name alone tells, and
-    one that ends in .json may be an array."""
+    """Whether an object is uncompressed JSON Lines, readable from any line, by its name. An object
+    named .json may be an array."""
     return uri.endswith(".jsonl")
 
 
 def lines_between(stream: BinaryIO, start: int, end: int) -> Iterator[bytes]:
-    """The lines that begin in a range of a plain object's bytes; the last may end behind it."""
+    """Yield the lines that begin in a byte range of a plain object; the last may end after it."""
     at = start
     if start:
         stream.seek(start - 1)
@@ -93,7 +93,7 @@ def lines_between(stream: BinaryIO, start: int, end: int) -> Iterator[bytes]:
 
 
 def count_lines(stream: BinaryIO, start: int, end: int) -> int:
-    """How many lines ``lines_between`` yields."""
+    """Return the number of lines that ``lines_between`` yields."""
     at = max(0, start - 1)
     lines = 1 if start == 0 < end else 0
     stream.seek(at)
@@ -104,13 +104,13 @@ def count_lines(stream: BinaryIO, start: int, end: int) -> int:
 
 
 def decoded(uri: str, place: str, data: bytes) -> str:
-    """The text of a line or an item.
+    """Decode a line or an item.
 
     Args:
-        place: ``line 3``.
+        place: for messages, such as ``line 3``.
 
     Raises:
-        DataError: 'MalformedRecord', naming place and byte.
+        DataError: 'MalformedRecord', with place and byte.
     """
     try:
         return data.decode()

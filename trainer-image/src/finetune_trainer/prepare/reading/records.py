@@ -1,10 +1,10 @@
-"""Records out of objects: JSON and CSV (plain, gzip, zstd) and Parquet, one at a time.
+"""Streams records from objects: JSON and CSV (plain, gzip, zstd) and Parquet.
 
     stream ─raw_records→ RawRecord (text, or a row's fields) ─parse→ Record
 
-The first step is cheap and must be done in order; the second can be done by any process. Memory is
-flat: an object is a stream, never a list. Every record knows the object and the line (or row, or
-number in an array) that it came from, and so does every complaint about one.
+The first step is cheap and sequential; any process can run the second. Memory does not grow with
+the object. Every record, and every error about one, names the object and the line (or row, or
+number in an array).
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ SUFFIXES: Final = (
     *(kind + ending for kind in (".jsonl", ".json", ".csv") for ending in ("", *PACKED)),
     ".parquet",
 )
-"""Endings of object names that are read."""
+"""Name suffixes of supported objects."""
 
 PARQUET_ROWS: Final = 1024
-"""Rows that are decoded at once."""
+"""Rows decoded per batch."""
 
 _HALF: Final = re.compile(r"\\u[dD][89a-fA-F]")
-"""Half of a character, as JSON escapes it; two of them make one."""
+"""A surrogate, as JSON escapes it; a pair is one character."""
 
 _LONG: Final = re.compile(r"\d{4301}")
-"""More digits than Python makes a number of."""
+"""More digits than Python's int() accepts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record and where it stands."""
+    """One record and its position."""
 
     fields: Fields
     uri: str
@@ -64,11 +64,11 @@ class RawRecord(NamedTuple):
 
     uri: str
     unit: str
-    """What is counted in the object: ``line``, ``row``, or ``record`` of an array."""
+    """Unit of ``number``: ``line``, ``row``, or ``record`` of an array."""
     number: int
     """From 1."""
     content: bytes | Fields | DataError
-    """JSON text, the fields of a row, or why a row cannot be read."""
+    """JSON text, the fields of a row, or the error of an unreadable row."""
 
 
 def readable(uri: str) -> bool:
@@ -77,14 +77,14 @@ def readable(uri: str) -> bool:
 
 
 def read_records(uri: str, stream: BinaryIO, complain: Complain = refuse) -> Iterator[Record]:
-    """All records of one object, in order.
+    """Yield all records of one object, in order.
 
     Args:
-        uri, stream: as ``raw_records`` has them.
-        complain: is told what ``parse`` raises.
+        uri, stream: see ``raw_records``.
+        complain: called with errors of ``parse``.
 
     Raises:
-        UserError, DataError: as ``raw_records``; and what ``complain`` raises.
+        UserError, DataError: from ``raw_records`` and ``complain``.
     """
     for raw in raw_records(uri, stream):
         try:
@@ -96,16 +96,16 @@ def read_records(uri: str, stream: BinaryIO, complain: Complain = refuse) -> Ite
 
 
 def raw_records(uri: str, stream: BinaryIO) -> Iterator[RawRecord]:
-    """All records of one object, in order, not parsed yet; empty lines are passed over.
+    """Yield all records of one object, in order, unparsed. Empty lines are skipped.
 
     Args:
-        uri: the object's address; its ending tells how it is read, and of .json the first
-            character whether it is one array.
-        stream: the object, from its beginning (seekable, for Parquet).
+        uri: address of the object. Its suffix selects the reader; for .json, the first character
+            distinguishes an array from JSON Lines.
+        stream: the object from its beginning (seekable, for Parquet).
 
     Raises:
-        UserError: 'UnknownObjectType' for another ending.
-        DataError: 'MalformedObject' where the object as a whole cannot be read.
+        UserError: 'UnknownObjectType', the suffix is unknown.
+        DataError: 'MalformedObject', the object as a whole cannot be read.
     """
     if not readable(uri):
         raise UserError(
@@ -127,10 +127,10 @@ def raw_records(uri: str, stream: BinaryIO) -> Iterator[RawRecord]:
 
 
 def raw_lines(uri: str, lines: Iterable[bytes], before: int = 0) -> Iterator[RawRecord]:
-    """The records of lines of JSON.
+    """Yield the records of JSON lines.
 
     Args:
-        before: lines of the object before these.
+        before: number of lines of the object before these.
     """
     for number, line in enumerate(lines, before + 1):
         if line and not line.isspace():
@@ -138,7 +138,7 @@ def raw_lines(uri: str, lines: Iterable[bytes], before: int = 0) -> Iterator[Raw
 
 
 def _raw_json(uri: str, text: BinaryIO) -> Iterator[RawRecord]:
-    """The records of one array or of JSON Lines, as the first character tells."""
+    """Yield the records of one array or of JSON Lines, depending on the first character."""
     empty, line = beginning(text)
     opening, bracket, behind = line.partition(b"[")
     if bracket and not opening.strip():
@@ -150,12 +150,12 @@ def _raw_json(uri: str, text: BinaryIO) -> Iterator[RawRecord]:
 
 
 def parse(raw: RawRecord) -> Record:
-    """A record out of its raw form.
+    """Parse a raw record.
 
     Raises:
-        DataError: 'MalformedRecord': (uri, line, column, text) where a line is no JSON object,
-            (uri, record, character, text) where an item of an array is none, (uri, row) where a
-            row of CSV or Parquet is none.
+        DataError: 'MalformedRecord', with uri, line, column and text for a line that is not a JSON
+            object; uri, record, character and text for an item of an array; uri and row for a row
+            of CSV or Parquet.
     """
     place = f"{raw.unit} {raw.number}"
     if isinstance(raw.content, DataError):
@@ -166,11 +166,11 @@ def parse(raw: RawRecord) -> Record:
 
 
 _OFFSETS: Final = {"line": "column", "record": "character"}
-"""What the characters of a line, or of an item of an array, are counted as in messages."""
+"""Unit of the character position in messages, by unit of the record."""
 
 
 def _rule(unit: str, text: str) -> str:
-    """What to do about a text that is no record."""
+    """The remedy for a text that is not a record."""
     rule = f"each {unit} must be one JSON object with fields"
     array = unit == "line" and text.lstrip().startswith("[")
     return f"{rule}; an object that is one array must be named .json" if array else rule
@@ -207,14 +207,14 @@ def _parse(uri: str, place: str, unit: str, data: bytes) -> Fields:
         if is_broken([name, value[name]]):
             raise DataError(
                 "MalformedRecord",
-                f"{uri}, {place}: field {name!r} holds half of a character (an escape from"
-                " \\ud800 to \\udfff without its other half), which is no text; correct the record",
+                f"{uri}, {place}: field {name!r} holds an unpaired surrogate (an escape from"
+                " \\ud800 to \\udfff without its pair), which is not text; correct the record",
             )
     return value
 
 
 def is_broken(value: Any) -> bool:
-    """Whether there is half of a character in a value out of JSON: no tokenizer takes it."""
+    """Whether a JSON value holds an unpaired surrogate: no tokenizer accepts it."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -223,7 +223,7 @@ def is_broken(value: Any) -> bool:
 
 
 def _kind(value: Any) -> str:
-    """What JSON calls a value."""
+    """JSON's name for the type of a value."""
     names = {list: "array", str: "string", bool: "boolean", type(None): "null", dict: "object"}
     return names.get(type(value), "number")
 
@@ -258,8 +258,8 @@ def _row(uri: str, row: int, batch: Any, i: int) -> Fields | DataError:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Structs of Parquet have every key that any row has: a null in one is a key that this row
-    lacks (the argument of another tool), and must not be learned as a null."""
+    """Remove null fields of structs. A Parquet struct has the keys of all rows: a null is a key
+    that this row lacks (the argument of another tool), and must not be trained as a null."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

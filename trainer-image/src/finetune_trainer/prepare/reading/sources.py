@@ -1,7 +1,7 @@
-"""Which objects a data source names, in object storage or on a mounted claim.
+"""Lists the objects of a data source, in object storage or on a mounted claim.
 
 A source is one object, a pattern (``*`` matches within a folder, ``**`` across folders), or a
-prefix that ends in '/', which takes every object below it whose name ends as data does.
+prefix that ends in '/' and matches every object below it with a data suffix.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from finetune_trainer.storage.claim_paths import claim_path, etag_of, open_liste
 from finetune_trainer.storage.objects import ObjectStore
 
 _SHOWN: Final = 5
-"""Names that a message shows of what is there."""
+"""Existing objects shown in a message."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class DataObject:
     etag: str
     """Changes with the content."""
     place: ObjectStore | Path
-    """The store that it is read from, or its file on a claim."""
+    """The store of the object, or its file on a claim."""
 
     def open(self) -> BinaryIO:
-        """The object as a binary stream.
+        """Open the object as a binary stream.
 
         Raises:
-            DataError: 'ObjectChanged', also from later reads, where it is not what was listed.
+            DataError: 'ObjectChanged', also from later reads: the object differs from the listed.
         """
         if isinstance(self.place, Path):
             return open_listed(self.place, self.uri, self.etag)
@@ -50,10 +50,10 @@ class DataObject:
 
 @dataclass(frozen=True)
 class Source:
-    """A data source with the objects that were found for it."""
+    """A data source with its objects."""
 
     side: Side
-    """The list of the spec that it stands in."""
+    """The list of the spec that contains it."""
     name: str
     """Name of the set, unique in its list."""
     spec: DataSource
@@ -63,11 +63,11 @@ class Source:
 def resolve(
     uri: str, store: ObjectStore, environ: Mapping[str, str] = os.environ
 ) -> list[DataObject]:
-    """The objects of a source, ordered by address; at least one.
+    """Return the objects of a source, ordered by address; at least one.
 
     Raises:
-        UserError: 'NoObjects', naming the address and what is there; 'InvalidAddress' for a path
-            that leaves its claim.
+        UserError: 'NoObjects', with the address and existing objects; 'InvalidAddress', a path
+            leaves its claim.
     """
     folder = uri[: _literal_length(uri)].rpartition("/")[0] + "/"
     wanted = _matcher(uri)
@@ -83,8 +83,8 @@ def resolve(
 def changed(
     before: Iterable[DataObject], now: Iterable[DataObject], may_grow: bool = False
 ) -> str | None:
-    """Address of the first object that only one of two listings of a source has as it is; with
-    ``may_grow``, new ones are left aside."""
+    """Return the address of the first object that differs between two listings of a source; with
+    ``may_grow``, new objects are ignored."""
     was, is_now = ({(o.uri, o.etag, o.size) for o in found} for found in (before, now))
     return min((uri for uri, *_ in (was - is_now if may_grow else was ^ is_now)), default=None)
 
@@ -92,7 +92,7 @@ def changed(
 def _candidates(
     uri: str, folder: str, store: ObjectStore, environ: Mapping[str, str]
 ) -> Iterator[DataObject]:
-    """Objects that may match; as few as the store can tell apart."""
+    """Yield objects that may match: those with the literal prefix where the store can filter."""
     literal = uri[: _literal_length(uri)]
     if uri.startswith("pvc://"):
         yield from _below(folder, store, environ)
@@ -105,7 +105,7 @@ def _candidates(
 
 
 def _below(folder: str, store: ObjectStore, environ: Mapping[str, str]) -> Iterator[DataObject]:
-    """Every object whose address begins so (on a claim: a folder, ending in '/')."""
+    """Yield every object whose address has the prefix (on a claim: a folder, ending in '/')."""
     if not folder.startswith("pvc://"):
         for info in store.list(folder):
             yield DataObject(info.uri, info.size, info.etag, store)
@@ -119,7 +119,7 @@ def _below(folder: str, store: ObjectStore, environ: Mapping[str, str]) -> Itera
 
 
 def _literal_length(uri: str) -> int:
-    """Characters before the first wildcard."""
+    """Number of characters before the first wildcard."""
     return (uri + "*").index("*")
 
 
