@@ -35,7 +35,7 @@ SETTINGS: Final[Mapping[str, Mapping[str, str]]] = {
 
 
 def work(tokens: int, commands: Connection) -> None:
-    """Train as many steps as each command says and reply with tokens per second; 0 ends the loop."""
+    """Train as many steps as each command says and reply with tokens per second, until it is 0."""
     from trainers import SHAPES, Ours, documents
 
     shape = replace(SHAPES["8M"], micro_batch_tokens=tokens, micro_batches=1)

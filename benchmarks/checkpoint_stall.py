@@ -4,8 +4,9 @@
 
 AdamW trains a model of `--millions` parameters on this machine. Every `--steps` steps it saves a
 checkpoint (12 bytes per parameter) to a local S3 server, in three modes: blocking, and asynchronous
-from a copy in memory or on disk. "Plain requests" is the server's own rate, with puts and gets of
-the same part size and concurrency. Server, upload and training share the machine's cores.
+from a copy in memory or on disk. "beside" is the factor by which steps take longer during an
+upload. "plain requests" is the server's own rate, with puts and gets of the same part size and
+concurrency. Server, upload and training share the machine's cores.
 """
 
 from __future__ import annotations

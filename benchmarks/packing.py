@@ -63,7 +63,7 @@ def figures(lengths: Ints, batch: int, micro_batch: int, ranks: int) -> tuple[fl
 
 
 def fill(plan: Plan, steps: int) -> float:
-    """Return the share of real tokens in an epoch, at ``plan.micro_batch_tokens`` per micro-batch."""
+    """Return the share of real tokens in an epoch, if every micro-batch has the largest size."""
     done = [plan.step(i) for i in range(steps)]
     micro_batches = sum(len(micro_batches) for step in done for micro_batches in step.micro_batches)
     return sum(step.tokens for step in done) / (micro_batches * plan.micro_batch_tokens)

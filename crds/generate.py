@@ -1,6 +1,6 @@
-"""Writes what is generated from the models: the CRD, the chart's copy, and the reference.
+"""Generate the CRD, the chart's copy of it, and the reference from the models.
 
-``python crds/generate.py`` writes; ``--check`` fails with a difference where a file is stale.
+``python crds/generate.py`` writes the files; ``--check`` fails with a diff if a file is stale.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HEADER = "# Generated from the models in crds/ by `make generate`: edit those.\n
 
 
 def generated() -> dict[Path, str]:
-    """Text of every generated file, by its path."""
+    """Return the text of every generated file by path."""
     text = HEADER + yaml.safe_dump(crd(), sort_keys=False, width=100, allow_unicode=True)
     return {
         ROOT / "crds/finetunejob.crd.yaml": text,
@@ -30,7 +30,7 @@ def generated() -> dict[Path, str]:
 
 
 def difference(path: Path, wanted: str) -> str:
-    """Unified difference between a file and its text as it should be; empty where there is none."""
+    """Return the unified diff from a file to its wanted text; empty if they are equal."""
     current = path.read_text() if path.exists() else ""
     name = str(path.relative_to(ROOT))
     lines = difflib.unified_diff(
@@ -44,7 +44,7 @@ def difference(path: Path, wanted: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where stale")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if stale")
     arguments = parser.parse_args()
     stale = {path: text for path, text in generated().items() if difference(path, text)}
     for path, text in stale.items():

@@ -1,4 +1,4 @@
-"""Shared by all tests."""
+"""Fixtures and hooks for all tests."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from cluster import state
 
 pytest_plugins = ["cluster.fixtures"]
 
-# Processes that tests start import torch: with its bytecode, in half the time.
+# Processes that tests start import torch, which takes half the time with cached bytecode.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
-# Workers of the run share the cores: torch's threads must not spin while they wait for each other.
+# pytest workers share the cores: torch's threads must not spin while they wait for each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# No test depends on a clock: a busy machine must not fail one.
+# No deadlines: tests must not fail because the machine is busy.
 settings.register_profile("project", deadline=None)
 settings.load_profile("project")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where workers share the files out, files with slow tests go first: short ones fill the end,
-    and no worker waits for another."""
+    """With several workers, run files with slow tests first, so that all workers end at about the
+    same time."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         slow = {item.path for item in items if item.get_closest_marker("slow")}
         items.sort(key=lambda item: item.path not in slow)
@@ -39,8 +39,8 @@ MadeOnce = Callable[[str, Callable[[Path], None]], Path]
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
-    """``made_once(name, make)``: a folder of that name, which the first worker that asks for it
-    fills by ``make`` and all workers of the run read."""
+    """``made_once(name, make)``: return a folder that ``make`` fills once, for all workers of the
+    test run."""
     own = tmp_path_factory.getbasetemp()
     shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
@@ -58,8 +58,8 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Add each test's time (set-up and tear-down too) to its file's and its folder's. A failure is
-    named at once: a long run may be ended before its summary."""
+    """Add each test's time, with set-up and tear-down, to its file and its folder. Print failures
+    immediately, because a long run may be aborted before its summary."""
     if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
         print(f"\nFAILED {report.nodeid} ({report.when})", flush=True)
     timings.files[report.fspath] += report.duration

@@ -7,17 +7,17 @@ import os
 import random
 import socket
 
-# Below the ephemeral ports: no connection of anybody is given one of these between the moment it
-# is found free and the moment it is listened on. Each worker of a test run has its own.
+# Below the ephemeral ports, so that no connection can take a port between the check and the listen.
+# Each worker of a test run has its own range.
 _FIRST, _EACH, _WORKERS = 12_000, 1_000, 20
 _worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _WORKERS
 _ports = itertools.cycle(range(_EACH))
-for _ in range(random.SystemRandom().randrange(_EACH)):  # another run has another turn
+for _ in range(random.SystemRandom().randrange(_EACH)):  # each run starts at a random port
     next(_ports)
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on, and that is given once."""
+    """Return a free port of 127.0.0.1, a different one on each call."""
     for offset in itertools.islice(_ports, _EACH):
         port = _FIRST + _worker * _EACH + offset
         with socket.socket() as probe:

@@ -1,5 +1,4 @@
-"""How long each part of a test run took: printed at its end, by folder and for the slowest files,
-with what was set up."""
+"""Durations of a test run by folder, file and set-up part, printed at its end."""
 
 from __future__ import annotations
 
@@ -8,17 +7,17 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SLOWEST = 25  # files that are named
+SLOWEST = 25  # number of files in the summary
 
 parts: dict[str, float] = defaultdict(float)
-"""Seconds by part, in the order in which the parts began."""
+"""Seconds by part, in the order of their start."""
 files: dict[str, float] = defaultdict(float)
-"""Seconds by file, with what its tests were the first to set up."""
+"""Seconds by file, including shared fixtures that its tests were the first to set up."""
 
 
 @contextmanager
 def timed(part: str) -> Iterator[None]:
-    """Count a block's time as this part's."""
+    """Add the duration of a block to a part."""
     began = time.monotonic()
     try:
         yield
@@ -28,12 +27,12 @@ def timed(part: str) -> Iterator[None]:
 
 @contextmanager
 def told(what: str) -> Iterator[None]:
-    """Print how long a block took, as the Makefile does for its commands."""
+    """Print the duration of a block, in the format of the Makefile's TIMED."""
     began = time.monotonic()
     yield
     print(f"[{what}: {time.monotonic() - began:.0f} s]", flush=True)
 
 
 def slowest() -> list[tuple[str, float]]:
-    """The files that took longest, the longest first."""
+    """Return the slowest files and their seconds, the slowest first."""
     return sorted(files.items(), key=lambda entry: -entry[1])[:SLOWEST]

@@ -1,4 +1,4 @@
-"""helm, and a cluster of the chart's own: what it installs must not be there already."""
+"""Fixtures: helm, and a separate control plane, because the chart's objects must not exist yet."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Object = dict[str, Any]
 
 
 def helm(*arguments: str | Path) -> str:
-    """What helm prints; raises RuntimeError with what it complained of."""
+    """Run helm and return its output; raises RuntimeError with its error output."""
     done = subprocess.run([binary("helm"), *arguments], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr + done.stdout)
@@ -28,7 +28,7 @@ def helm(*arguments: str | Path) -> str:
 
 
 def render(*sets: str, namespace: str = "finetune-system") -> list[Object]:
-    """The chart's objects with ``--set`` values."""
+    """Render the chart with ``--set`` values; return its objects."""
     return [found for found in yaml.safe_load_all(_template(namespace, sets)) if found]
 
 
@@ -44,7 +44,7 @@ def of_kind(objects: list[Object], kind: str) -> list[Object]:
 
 
 def one(objects: list[Object], kind: str, suffix: str = "") -> Object:
-    """The one object of a kind (whose name ends so)."""
+    """Return the only object of a kind whose name ends with ``suffix``."""
     (found,) = (o for o in of_kind(objects, kind) if o["metadata"]["name"].endswith(suffix))
     return found
 

@@ -1,4 +1,4 @@
-"""The Dockerfiles that users build: what they promise in their first lines."""
+"""The Dockerfiles: user, entry point and torch version agree with the project."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FILES = [ROOT / "operator/Dockerfile", ROOT / "trainer-image/Dockerfile"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name)
-def test_runs_as_the_user_of_the_pods(path: Path) -> None:
+def test_user_and_entry_point_match_the_project(path: Path) -> None:
     text = path.read_text()
     assert f"USER {USER_ID}:{USER_ID}\n" in text
     (command,) = re.findall(r'ENTRYPOINT \["(.+)"\]', text)
@@ -23,7 +23,7 @@ def test_runs_as_the_user_of_the_pods(path: Path) -> None:
     assert command in project["scripts"]
 
 
-def test_torch_is_the_one_of_the_project() -> None:
+def test_torch_version_matches_the_requirements() -> None:
     pinned = (ROOT / "trainer-image/requirements.txt").read_text().splitlines()
     (torch,) = (need for need in pinned if need.startswith("torch=="))
     assert f'ARG TORCH_REQUIREMENT="{torch}"\n' in FILES[1].read_text()

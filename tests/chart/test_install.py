@@ -1,4 +1,4 @@
-"""The chart on a real API server: installed by helm, with the rights it asks for and no others."""
+"""The chart on a real API server: helm installs it, and its RBAC permissions are minimal."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def namespaces(plane: ControlPlane) -> ControlPlane:
 def release(
     request: pytest.FixtureRequest, namespaces: ControlPlane
 ) -> Iterator[tuple[ControlPlane, bool]]:
-    """The chart installed by helm, and whether it watches the whole cluster."""
+    """The control plane with the installed chart, and whether the operator is cluster-wide."""
     place = ["--kubeconfig", str(namespaces.kubeconfig), "--namespace", NAMESPACE]
     values = [part for value in request.param for part in ("--set", value)]
     told = helm("install", "rel", CHART, *place, *values)
@@ -54,12 +54,12 @@ def release(
 def may(plane: Api, verb: str, resource: str, namespace: str) -> bool:
     try:
         answer = plane.kubectl("auth", "can-i", verb, resource, "-n", namespace, "--as", ACCOUNT)
-    except RuntimeError:  # "no" is an exit code of 1
+    except RuntimeError:  # kubectl exits with 1 for "no"
         return False
     return answer.strip() == "yes"
 
 
-def test_rights(release: tuple[ControlPlane, bool]) -> None:
+def test_permissions(release: tuple[ControlPlane, bool]) -> None:
     plane, clusterwide = release
     for verb, resource in (
         ("watch", "finetunejobs.finetune-operator.dev"),
@@ -83,8 +83,8 @@ def test_rights(release: tuple[ControlPlane, bool]) -> None:
         assert not may(plane, verb, resource, namespace), f"{verb} {resource}"
 
 
-def test_its_rights_suffice_for_server_side_apply(release: tuple[ControlPlane, bool]) -> None:
-    """Creating by apply needs two verbs; and the owner of a child may be blocked by it."""
+def test_permissions_suffice_for_server_side_apply(release: tuple[ControlPlane, bool]) -> None:
+    """Server-side apply of a new object needs the verbs create and patch."""
     plane, _ = release
     config = {
         "apiVersion": "v1",
@@ -96,11 +96,11 @@ def test_its_rights_suffice_for_server_side_apply(release: tuple[ControlPlane, b
     plane.kubectl(*arguments, stdin=json.dumps(config))
 
 
-def test_the_operator_works_with_its_rights_alone(
+def test_the_operator_works_with_the_charts_permissions(
     release: tuple[ControlPlane, bool], tmp_path: Path
 ) -> None:
-    """The real operator, as the chart's service account and with the chart's arguments, takes a
-    job as far as a cluster without nodes lets it."""
+    """The real operator, with the chart's service account and arguments, advances a job as far as
+    possible without nodes."""
     plane, clusterwide = release
     sets = () if clusterwide else NAMESPACED
     (container,) = one(render(*sets), "Deployment")["spec"]["template"]["spec"]["containers"]
@@ -132,7 +132,7 @@ def test_the_operator_works_with_its_rights_alone(
     assert "forbidden" not in log.read_text().lower(), log.read_text()
 
 
-def test_the_pod_is_admitted_where_restricted_is_enforced(
+def test_the_pod_meets_the_restricted_pod_security_standard(
     release: tuple[ControlPlane, bool],
 ) -> None:
     plane, _ = release
@@ -147,7 +147,7 @@ def test_the_pod_is_admitted_where_restricted_is_enforced(
 
 @pytest.mark.parametrize("sets", [(), NAMESPACED], ids=["cluster-wide", "namespaced"])
 def test_every_object_is_valid(namespaces: Api, sets: tuple[str, ...]) -> None:
-    """Strict validation by the API server: no unknown field anywhere."""
+    """The API server validates strictly: no object has an unknown field."""
     manifest = {"apiVersion": "v1", "kind": "List", "items": render(*sets)}
     namespaces.kubectl(
         *("apply", "--server-side", "--dry-run=server", "--validate=strict", "--force-conflicts"),

@@ -1,4 +1,4 @@
-"""What the chart renders, with one set of values and another."""
+"""Objects that the chart renders for various values."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_lint(sets: tuple[str, ...]) -> None:
 
 
 def test_versions_agree() -> None:
-    """One release: chart, operator, trainer and contract."""
+    """Chart, operator, trainer and API have one version."""
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     versions = {
         tomllib.loads((ROOT / part / "pyproject.toml").read_text())["project"]["version"]
@@ -76,7 +76,7 @@ def test_the_crd_is_the_generated_one() -> None:
     assert rendered["metadata"]["name"] == crd()["metadata"]["name"]
 
 
-def test_the_crd_is_kept_if_wanted() -> None:
+def test_crds_keep_sets_the_resource_policy() -> None:
     kept = one(render(), "CustomResourceDefinition")["metadata"]
     assert kept["annotations"] == {"helm.sh/resource-policy": "keep"}
     dropped = one(render("crds.keep=false"), "CustomResourceDefinition")["metadata"]
@@ -87,7 +87,7 @@ def test_the_crd_can_be_left_out() -> None:
     assert not of_kind(render("crds.enabled=false"), "CustomResourceDefinition")
 
 
-# --- rights --------------------------------------------------------------------------------------
+# --- permissions ---------------------------------------------------------------------------------
 
 RIGHTS = {
     ("finetune-operator.dev", "finetunejobs"): {"list", "watch"},
@@ -110,7 +110,7 @@ def rights(role: dict[str, Any]) -> dict[tuple[str, str], set[str]]:
     return found
 
 
-def test_cluster_wide_rights() -> None:
+def test_cluster_wide_permissions() -> None:
     objects = render("rbac.aggregateToDefaultRoles=false")
     assert rights(one(objects, "ClusterRole")) == RIGHTS
     assert rights(one(objects, "Role")) == {
@@ -126,7 +126,7 @@ def test_cluster_wide_rights() -> None:
         ]
 
 
-def test_what_the_operator_watches_and_makes_is_in_its_rights() -> None:
+def test_permissions_cover_what_the_operator_watches_and_creates() -> None:
     for group, _, plural in watch.RESOURCES.values():
         assert RIGHTS[group, plural] >= {"list", "watch"}
     for kind in ("ConfigMap", "Service", "Job"):
@@ -134,13 +134,13 @@ def test_what_the_operator_watches_and_makes_is_in_its_rights() -> None:
         assert RIGHTS[group, plural] >= {"create", "patch", "delete"}
 
 
-def test_the_lease_is_its_own() -> None:
+def test_permissions_are_limited_to_the_operators_lease() -> None:
     role = one(render("leaderElection.leaseName=mine"), "Role")
     (named,) = (rule for rule in role["rules"] if "create" not in rule["verbs"])
     assert named["resourceNames"] == ["mine"]
 
 
-def test_namespaced_rights() -> None:
+def test_namespaced_permissions() -> None:
     objects = render("watchNamespaces={team-a,team-b}", "rbac.aggregateToDefaultRoles=false")
     assert not of_kind(objects, "ClusterRole")
     assert not of_kind(objects, "ClusterRoleBinding")
@@ -151,13 +151,13 @@ def test_namespaced_rights() -> None:
     assert bound == set(roles)
 
 
-def test_a_watched_namespace_may_be_the_releases_own() -> None:
+def test_the_release_namespace_may_be_watched() -> None:
     objects = render("watchNamespaces={finetune-system}")
     role_names = [r["metadata"]["name"] for r in of_kind(objects, "Role")]
     assert sorted(role_names) == ["rel-finetune-operator", "rel-finetune-operator-leader"]
 
 
-def test_users_roles_give_the_operator_nothing() -> None:
+def test_user_roles_are_not_bound_to_the_operator() -> None:
     objects = render("watchNamespaces={team-a}")
     clusterwide = {r["metadata"]["name"] for r in of_kind(objects, "ClusterRole")}
     assert clusterwide == {"rel-finetune-operator-view", "rel-finetune-operator-edit"}
@@ -165,7 +165,7 @@ def test_users_roles_give_the_operator_nothing() -> None:
 
 
 @pytest.mark.parametrize("sets", SETS.values(), ids=SETS)
-def test_no_right_is_a_wildcard_or_reads_secrets(sets: tuple[str, ...]) -> None:
+def test_no_permission_is_a_wildcard_or_reads_secrets(sets: tuple[str, ...]) -> None:
     objects = render(*sets)
     for role in of_kind(objects, "Role") + of_kind(objects, "ClusterRole"):
         for (group, resource), verbs in rights(role).items():
@@ -194,8 +194,8 @@ def test_pod_is_restricted() -> None:
     }
 
 
-def test_the_operator_takes_its_arguments() -> None:
-    """The operator's own parser reads what the chart writes."""
+def test_the_operator_accepts_its_arguments() -> None:
+    """The operator's own parser accepts the rendered arguments."""
     read = options(pod()["containers"][0]["args"])
     assert read.config.image == "finetune-trainer:0.1.0"
     assert read.config.image_pull_policy is None
@@ -241,14 +241,14 @@ def test_values_reach_the_pod() -> None:
     assert spec["containers"][0]["env"] == [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}]
 
 
-def test_without_a_lease_there_is_never_a_second_pod() -> None:
+def test_without_leader_election_there_is_only_one_pod() -> None:
     deployment = one(render("leaderElection.enabled=false"), "Deployment")
     assert deployment["spec"]["strategy"] == {"type": "Recreate"}
     with pytest.raises(RuntimeError, match="replicas"):
         render("leaderElection.enabled=false", "replicas=2")
 
 
-def test_disruption_budget_is_for_several() -> None:
+def test_disruption_budget_needs_several_replicas() -> None:
     assert not of_kind(render(), "PodDisruptionBudget")
     budget = one(render("replicas=2"), "PodDisruptionBudget")
     assert budget["spec"]["maxUnavailable"] == 1
@@ -257,12 +257,12 @@ def test_disruption_budget_is_for_several() -> None:
 # --- monitoring ----------------------------------------------------------------------------------
 
 
-def test_monitors_are_behind_a_switch() -> None:
+def test_monitors_are_off_by_default() -> None:
     kinds = {o["kind"] for o in render()}
     assert not kinds & {"ServiceMonitor", "PodMonitor"}
 
 
-def test_the_service_monitor_finds_the_operator() -> None:
+def test_the_service_monitor_selects_the_operator() -> None:
     objects = render("monitoring.enabled=true")
     monitor, service = one(objects, "ServiceMonitor"), one(objects, "Service")
     wanted = monitor["spec"]["selector"]["matchLabels"].items()
@@ -274,7 +274,7 @@ def test_the_service_monitor_finds_the_operator() -> None:
     assert service["spec"]["ports"][0]["targetPort"] in ports
 
 
-def test_the_pod_monitor_finds_gangs() -> None:
+def test_the_pod_monitor_selects_gangs() -> None:
     spec = one(render("monitoring.enabled=true"), "PodMonitor")["spec"]
     assert spec["selector"]["matchLabels"] == {
         names.LABEL_NAME: names.APP_NAME,
@@ -317,7 +317,7 @@ def test_wrong_values_are_refused(value: str, complaint: str) -> None:
         render(value)
 
 
-def test_schema_and_values_name_the_same() -> None:
+def test_schema_and_values_have_the_same_keys() -> None:
     schema = json.loads((CHART / "values.schema.json").read_text())
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     assert set(keys(values, schema)) == set(properties(schema)) - {"global", "resources.claims"}

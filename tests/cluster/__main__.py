@@ -88,7 +88,7 @@ def down() -> int:
 def status() -> int:
     cluster = RealCluster.kept()
     if cluster is None:
-        print("no cluster is kept up")
+        print("no cluster is running")
         return 1
     print(f"export KUBECONFIG={cluster.kubeconfig}")
     for name in cluster.processes.names():

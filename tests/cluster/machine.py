@@ -33,7 +33,7 @@ exec "$3"
 
 
 class Machine:
-    """A machine. ``folder`` has its /var/lib, which survives a restart, and /run, which does not."""
+    """A machine. ``folder`` has its /var/lib, kept over a restart, and its /run, which is not."""
 
     def __init__(self, name: str, folder: Path, processes: Processes) -> None:
         self.name = name

@@ -1,8 +1,8 @@
-"""The network of the nodes: one bridge, in a namespace of its own, that the host joins too.
+"""The network of the nodes: one bridge in its own namespace, to which the host is connected too.
 
-On the host there is a single interface, ``fto-host``, and the routes through it. The bridge is
-not on the host because its firewall (dockerd's, say) would have its word in the traffic between
-nodes. There is no route to anywhere else, so nothing in the cluster reaches the outside.
+The host has one interface, ``fto-host``, and the routes through it. The bridge is not on the host,
+where a firewall (such as dockerd's) would filter the traffic between nodes. There are no other
+routes, so nothing in the cluster can reach external networks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _HOST_LINK = "fto-host"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a node is in the network; ``index`` counts from 1."""
+    """Address and pod range of a node; ``index`` counts from 1."""
 
     name: str
     index: int
@@ -39,6 +39,8 @@ class Place:
 
 
 class Network:
+    """The bridge, and the links and routes of host and nodes."""
+
     def __init__(self, processes: Processes, places: list[Place]) -> None:
         self._processes = processes
         self._places = places
@@ -52,7 +54,7 @@ class Network:
             f"address add {HOST}/24 dev {_HOST_LINK}",
             f"link set {_HOST_LINK} up",
             *(f"route add {each.pods} via {each.address}" for each in self._places),
-            # Services are reached through the first node, whose kube-proxy also masquerades.
+            # The host reaches Services through the first node, whose kube-proxy also masquerades.
             f"route add {SERVICES} via {self._places[0].address}",
         )
         _ip(
@@ -64,7 +66,7 @@ class Network:
         )
 
     def connect(self, place: Place, node: Process) -> None:
-        """Give a node, whose first process this is, its interface ``eth0`` and its routes."""
+        """Give a node its interface ``eth0`` and its routes; ``node`` is its process 1."""
         switch = self._processes.require("switch")
         others = [each for each in self._places if each != place]
         _ip(
@@ -78,7 +80,7 @@ class Network:
             f"address add {place.address}/24 dev eth0",
             "link set eth0 up",
             *(f"route add {each.pods} via {each.address}" for each in others),
-            # Never used as it stands: kube-proxy rewrites what is sent there.
+            # Only a placeholder: kube-proxy rewrites the destination of these packets.
             f"route add {SERVICES} dev eth0",
             inside=node,
         )

@@ -16,7 +16,7 @@ from cluster.network import PODS, Network, Place
 
 
 class Node:
-    """``start`` and ``power_off`` can alternate: what is on its disk stays, as on real ones."""
+    """A node. It can be powered off and started again; its disk persists."""
 
     def __init__(self, place: Place, plane: ControlPlane, network: Network) -> None:
         self.name = place.name
@@ -26,7 +26,7 @@ class Node:
         self._network = network
 
     def prepare(self) -> None:
-        """Write what stays the same over restarts; the image store is there already."""
+        """Write the configuration, which persists over restarts. The image store exists already."""
         folder = self.machine.folder
         host.make_cgroup(self._cgroup, self._plane.folder)
         names = [f"DNS:{self.name}", f"IP:{self.place.address}"]
@@ -41,7 +41,7 @@ class Node:
         (interfaces / "10-pods.conflist").write_text(json.dumps(self._pod_network()))
 
     def start(self) -> None:
-        """Power it on; kubelet registers it within seconds."""
+        """Power the node on; kubelet registers it within seconds."""
         machine = self.machine
         machine.power_on(network=True)
         self._network.connect(self.place, machine.first_process)
@@ -67,11 +67,12 @@ class Node:
         )
 
     def power_off(self) -> None:
-        """Lose power: every process in there is gone at once, pods and all."""
+        """Kill all processes of the node, those of its pods too."""
         self.machine.power_off()
 
     def freeze_kubelet(self) -> None:
-        """Let the node fall silent, while its pods run on."""
+        """Stop kubelet by SIGSTOP, so that the node sends no heartbeats while its pods keep
+        running."""
         self.machine.signal("kubelet", signal.SIGSTOP)
 
     def thaw_kubelet(self) -> None:
@@ -102,10 +103,10 @@ class Node:
             "clusterDNS": [self._plane.address],
             "clusterDomain": dns.DOMAIN,
             "resolvConf": str(self.machine.folder / "resolv.conf"),
-            # With the controller manager's grace period, a node's failure is noticed in 10 s.
+            # With the controller manager's grace period, a failed node is detected in 10 s.
             "nodeStatusUpdateFrequency": "4s",
             "nodeLeaseDurationSeconds": 12,
-            # The disk is the host's and may be rather full; our images cannot be pulled again.
+            # The disk is the host's and may be nearly full; evicted images cannot be pulled again.
             "evictionHard": {
                 "memory.available": "100Mi",
                 "nodefs.available": "1%",
@@ -123,12 +124,12 @@ class Node:
             "mode": "nftables",
             "clientConnection": {"kubeconfig": str(kubeconfig)},
             "clusterCIDR": PODS,
-            # Connection tracking limits are the host's; a namespace cannot change them.
+            # Connection tracking limits are set on the host; a namespace cannot change them.
             "conntrack": {"maxPerCore": 0, "min": 0},
         }
 
     def _pod_network(self) -> dict[str, Any]:
-        # Point-to-point links rather than a bridge: all traffic is routed, and so passes
+        # Point-to-point links instead of a bridge: all traffic is routed, and so passes
         # kube-proxy's rules even between pods of one node.
         addresses = {
             "type": "host-local",

@@ -1,4 +1,4 @@
-"""Container images made by hand: one layer and what to run, in an archive for ``ctr import``."""
+"""Container images written directly: one layer and a config, in an archive for ``ctr import``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ _OCI = "application/vnd.oci.image"
 
 
 def write_archive(archive: Path, *, name: str, layer: Path, config: dict[str, Any]) -> None:
-    """``layer`` is a plain tar of the root file system; ``config`` has Cmd, Env and the like."""
+    """Write an image archive. ``layer`` is an uncompressed tar of the root file system; ``config``
+    is the image's OCI config (Cmd, Env, …)."""
     layer_digest = _digest_of(layer)
     image = {
         "architecture": "amd64",

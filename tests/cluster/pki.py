@@ -1,4 +1,4 @@
-"""A certificate authority for one cluster, and the kubeconfigs it makes out; by ``openssl``."""
+"""A certificate authority for one cluster, and its kubeconfigs; uses ``openssl``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ _DAYS = "30"
 
 
 class Authority:
-    """``ca.crt`` in a folder, and next to it ``NAME.crt`` and ``NAME.key`` of all it signed."""
+    """A certificate authority. Its folder has ``ca.crt``, and ``NAME.crt`` and ``NAME.key`` of each
+    certificate that it signed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def create(self) -> None:
-        """Make the authority's own pair; once for each cluster."""
+        """Create the authority's certificate and key; call once per cluster."""
         self.folder.mkdir(mode=0o700, parents=True)
         may_sign = ["-addext", "basicConstraints=critical,CA:TRUE"]
         may_sign += ["-addext", "keyUsage=critical,keyCertSign,cRLSign"]
@@ -30,23 +31,24 @@ class Authority:
         return self.folder / "ca.crt"
 
     def server(self, name: str, common_name: str, alternatives: Sequence[str]) -> None:
-        """A server's pair; ``alternatives`` are like ``DNS:localhost`` and ``IP:127.0.0.1``."""
+        """Issue a server certificate; ``alternatives`` are like ``DNS:localhost``,
+        ``IP:127.0.0.1``."""
         usage = f"extendedKeyUsage=serverAuth\nsubjectAltName={','.join(alternatives)}\n"
         self._sign(name, f"/CN={common_name}", usage)
 
     def client(self, name: str, common_name: str, organization: str = "") -> None:
-        """A client's pair: the common name is its user, the organization its group."""
+        """Issue a client certificate: the common name is the user, the organization the group."""
         subject = f"/O={organization}" if organization else ""
         self._sign(name, f"{subject}/CN={common_name}", "extendedKeyUsage=clientAuth\n")
 
     def signing_key(self, name: str) -> None:
-        """``NAME.key`` and ``NAME.pub``, for service account tokens."""
+        """Create ``NAME.key`` and ``NAME.pub``, for service account tokens."""
         key = self.folder / f"{name}.key"
         _openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key)
         _openssl("ec", "-in", key, "-pubout", "-out", self.folder / f"{name}.pub")
 
     def kubeconfig(self, path: Path, server: str, client: str) -> Path:
-        """A kubeconfig that needs no other file."""
+        """Write a self-contained kubeconfig: certificates and key are inline."""
 
         def inline(name: str) -> str:
             return base64.b64encode((self.folder / name).read_bytes()).decode()

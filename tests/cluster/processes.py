@@ -1,8 +1,7 @@
-"""Child processes that can be stopped for certain, also by another process, also later.
+"""Child processes that can be stopped reliably, also later by another process.
 
-Each process is recorded by its id *and* the time it started at, so that an id which the kernel
-has given to somebody else since is never signalled. The record is written by the child itself
-before it becomes the program it runs: there is no moment at which it runs unrecorded.
+Each process is recorded by its id *and* its start time, so that a reused id is never signalled. The
+child itself writes the record before it executes the program, so no program runs unrecorded.
 """
 
 from __future__ import annotations
@@ -19,25 +18,25 @@ _RECORD_THEN_RUN = 'cat /proc/$$/stat >"$0" && exec "$@"'
 
 
 class Ended(Exception):
-    """A process that should be running is not; the message has the end of its log."""
+    """A required process is not running; the message has the end of its log."""
 
 
 @dataclass(frozen=True)
 class Process:
-    """One process for all time: ``started`` is in clock ticks since the machine's boot."""
+    """A process, identified by id and start time; ``started`` is in clock ticks since boot."""
 
     pid: int
     started: int
 
     @classmethod
     def of(cls, pid: int) -> Process | None:
-        """The living process that has this id now."""
+        """Return the process that has this id now; None if there is none, or a zombie."""
         stat = _stat(pid)
         return None if stat is None or stat[1] in "ZX" else cls(pid, stat[2])
 
     @classmethod
     def recorded(cls, record: Path) -> Process | None:
-        """The process of a record, whether it still lives or not."""
+        """Return the process of a record, dead or alive; None without a complete record."""
         try:
             stat = _parse(record.read_text())
         except (FileNotFoundError, IndexError, ValueError):
@@ -49,7 +48,7 @@ class Process:
         return Process.of(self.pid) == self
 
     def signal(self, number: signal.Signals) -> bool:
-        """Send a signal; false if the process is gone."""
+        """Send a signal. Returns false if the process has ended."""
         try:
             handle = os.pidfd_open(self.pid)
         except ProcessLookupError:
@@ -81,7 +80,7 @@ def _stat(pid: int) -> tuple[int, str, int, int] | None:
 
 
 def _parse(stat: str) -> tuple[int, str, int, int]:
-    """(pid, state, start time, parent) of a line of proc_pid_stat(5)."""
+    """Return (pid, state, start time, parent) from a line of proc_pid_stat(5)."""
     fields = stat[stat.rindex(")") + 2 :].split()
     return int(stat.split(" ", 1)[0]), fields[0], int(fields[19]), int(fields[1])
 
@@ -96,7 +95,7 @@ class Processes:
     def start(
         self, name: str, argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None
     ) -> Process:
-        """Start a program in a session of its own, its output going to the log."""
+        """Start a program in its own session, with output to the log. Raises Ended on failure."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._record(name).unlink(missing_ok=True)
         with self.log(name).open("ab") as log:
@@ -116,7 +115,7 @@ class Processes:
         return process
 
     def find(self, name: str) -> Process | None:
-        """The process started under this name, if it lives."""
+        """Return the process started under this name, None if it has ended."""
         process = Process.recorded(self._record(name))
         return process if process and process.alive else None
 
@@ -127,25 +126,25 @@ class Processes:
         return process
 
     def names(self) -> list[str]:
-        """What was started, the oldest first."""
+        """Return the names of all started processes, the oldest first."""
         records = sorted(self.folder.glob("*.pid"), key=lambda record: record.stat().st_mtime_ns)
         return [record.stem for record in records]
 
     def stop(self, name: str, *, patience: float = 0) -> None:
-        """Ask a process to end and wait ``patience`` seconds for it, then kill it."""
+        """Stop a process: SIGTERM, up to ``patience`` seconds of waiting, then SIGKILL."""
         process = self.find(name)
         if process and patience and process.signal(signal.SIGTERM):
             self._wait(process, patience)
         if process:
-            # Children first: `unshare` and `nsenter` are gone long before the one they wait for,
-            # and the first process of a PID namespace only ends when all the others have.
+            # Children first: killed `unshare` and `nsenter` end long before their child does, and
+            # process 1 of a PID namespace ends only after all other processes of it have.
             for child in process.children():
                 self._kill(name, child)
             self._kill(name, process)
         self._record(name).unlink(missing_ok=True)
 
     def stop_all(self) -> None:
-        """Kill all of them, the last started first: what they worked on is thrown away."""
+        """Kill all processes, the last started first. Their data is discarded."""
         for name in reversed(self.names()):
             self.stop(name)
 
@@ -165,7 +164,7 @@ class Processes:
             raise RuntimeError(f"{name} (process {process.pid}) does not end when killed")
 
     def _wait(self, process: Process, patience: float) -> bool:
-        """Whether the process ended in time; one of our own children is reaped as well."""
+        """Wait for a process to end, and reap it if it is a child. Returns whether it ended."""
         child = self._mine.get(process.pid)
         if child is not None:
             try:

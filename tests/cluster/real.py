@@ -15,12 +15,12 @@ from cluster.control_plane import ControlPlane
 from cluster.network import HOST, Network, Place
 from cluster.node import Node
 
-NAME = "e2e"  # of its folder; one such cluster at a time, for its addresses are fixed
+NAME = "e2e"  # of the cluster's folder; one cluster at a time, because its addresses are fixed
 NODES = ("node-a", "node-b", "node-c")
 
 
 class RealCluster(ControlPlane):
-    """Use as a context manager. Each node has the images that ``images`` has built so far."""
+    """A cluster with nodes. Use as a context manager. Each node has all images in the store."""
 
     def __init__(self, folder: Path, nodes: Sequence[str] = NODES) -> None:
         super().__init__(folder, address=HOST, port=6443)
@@ -30,7 +30,7 @@ class RealCluster(ControlPlane):
 
     @classmethod
     def kept(cls) -> RealCluster | None:
-        """The cluster that ``python -m cluster up`` keeps running, if it does."""
+        """Return the cluster started by ``python -m cluster up``, None if there is none."""
         folder = state.kept(NAME)
         if folder is None or not (folder / "nodes").exists():
             return None
@@ -69,14 +69,14 @@ class RealCluster(ControlPlane):
         }
 
     def has(self, *names: str) -> bool:
-        """Whether every node has these images of the store as they are now."""
+        """Whether every node has the store's current version of these images."""
         with store.opened() as images:
             wanted = {name: images.digest(name) for name in names}
         machines = [node.machine for node in self.nodes.values()]
         return all(store.digest(each, name) == wanted[name] for each in machines for name in names)
 
     def provide(self, name: str) -> None:
-        """Copy an image of the store to the running nodes: slow for big ones, a minute a GB."""
+        """Copy an image of the store to the running nodes; takes a minute per GB."""
         archive = self.folder / "image.tar"
         with store.opened() as images:
             images.ctr("images", "export", archive, name)

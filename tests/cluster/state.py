@@ -1,8 +1,8 @@
-"""Where the harness keeps things, and who they belong to.
+"""Folders of the test harness, and their owners.
 
-``cache()`` is kept between runs: built binaries, images. Below it, ``run/`` has one folder for
-each running cluster, and beside it a record of the process that claimed it. Whoever claims next
-first cleans up the folders whose owner was killed.
+``cache()`` is kept between runs: built binaries, images. In it, ``run/`` has one folder for each
+running cluster, and a record of the process that owns the folder. ``claim`` first removes the
+folders whose owner was killed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from cluster import host
 from cluster.processes import Process, Processes
 
-KEPT = "kept"  # the owner of a cluster that outlives the process which started it
+KEPT = "kept"  # owner of a cluster that outlives the process that started it
 
 
 class Busy(RuntimeError):
@@ -33,7 +33,7 @@ def cache() -> Path:
 
 @contextmanager
 def locked(path: Path) -> Iterator[int]:
-    """Hold a lock between processes; the kernel lets go of it when its holder dies.
+    """Hold a lock between processes; the kernel releases it when its holder dies.
 
     Yields the lock's file descriptor: a child process that inherits it holds the lock too.
     """
@@ -44,9 +44,9 @@ def locked(path: Path) -> Iterator[int]:
 
 
 def claim(name: str, *, keep: bool = False) -> Path:
-    """A fresh folder for a cluster; raises Busy if the name is in use.
+    """Create an empty folder for a cluster. Raises Busy if the name is in use.
 
-    With ``keep`` the claim holds until ``release``, else for as long as this process lives.
+    The claim holds until ``release``, and without ``keep`` at most as long as this process lives.
     """
     with locked(_run() / ".lock"):
         _sweep()
@@ -60,26 +60,26 @@ def claim(name: str, *, keep: bool = False) -> Path:
 
 
 def release(folder: Path) -> None:
-    """Stop what runs in the folder, and remove it and all that belongs to it."""
+    """Stop the processes of the folder, restore the host's settings, and remove the folder."""
     Processes(folder / "processes").stop_all()
     host.undo(folder)
-    # Much faster than shutil.rmtree on the tens of thousands of files of an image.
+    # Much faster than shutil.rmtree for the tens of thousands of files of an image.
     subprocess.run(["rm", "-rf", str(folder)], check=True)
-    _record(folder.name).unlink(missing_ok=True)  # last: until then it is not anybody's to sweep
+    _record(folder.name).unlink(missing_ok=True)  # last, so that the name is claimed until then
 
 
 def claimed() -> set[str]:
-    """The names that are claimed now."""
+    """Return the names that are claimed now."""
     return {record.stem for record in _run().glob("*.owner")}
 
 
 def kept(name: str) -> Path | None:
-    """The folder of a cluster that somebody keeps up, if there is one."""
+    """Return the folder of a cluster claimed with ``keep``, None if there is none."""
     return _run() / name if _owner(name) == KEPT else None
 
 
 def sweep() -> list[str]:
-    """Release what killed runs have left; says under which names."""
+    """Release the folders that killed runs have left. Returns their names."""
     with locked(_run() / ".lock"):
         return _sweep()
 
@@ -102,7 +102,7 @@ def _record(name: str) -> Path:
 
 
 def _owner(name: str) -> str | None:
-    """Who has the name now: None if nobody has, or a process that is gone."""
+    """Return the owner of a name; None if there is none or its process has ended."""
     record = _record(name)
     try:
         if record.read_text() == KEPT:

@@ -1,12 +1,12 @@
-"""The image store: a containerd root in the cache, which builds fill and nodes start from.
+"""The image store: a containerd root in the cache. Builds write to it and nodes start from it.
 
-A node gets the whole store in a moment and without any disk: its containerd has copies of the
-databases, and links to everything else. That is safe because containerd never writes to a blob or
-a layer once it is there; containers write to layers of their own. Importing an archive of a
-trainer image into each node would take half a minute and 2 GB a node instead.
+A node gets the whole store immediately and without disk space: its containerd has copies of the
+databases, and links to everything else. This is safe because containerd never changes a blob or a
+layer once it is complete; containers write to their own layers. Importing an archive of a trainer
+image would take half a minute and 2 GB per node instead.
 
-Only while no cluster is up may layers go: those of images that were built anew since, and the
-older part of the build cache.
+Layers may be removed only while no cluster is running: those of replaced images, and the older part
+of the build cache.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SNAPSHOTTER = "io.containerd.snapshotter.v1.overlayfs"
 
 
 class Store:
-    """The store while its containerd runs: see ``opened``."""
+    """The store while its containerd is running: see ``opened``."""
 
     def __init__(self, machine: Machine, *, collect_garbage: bool) -> None:
         self._machine = machine
@@ -39,11 +39,11 @@ class Store:
         return bool(self.ctr("images", "ls", "-q", f"name=={image}").strip())
 
     def digest(self, image: str) -> str:
-        """What tells whether another store's image of this name is the same."""
+        """Return the digest of an image, to compare it with another store's image of this name."""
         return digest(self._machine, image)
 
     def drop_others(self, image: str) -> None:
-        """Forget images of the same name with other tags, which this one has replaced."""
+        """Remove images of the same repository with other tags, which ``image`` has replaced."""
         repository = image.rpartition(":")[0]
         for other in self.ctr("images", "ls", "-q").split():
             if other.startswith(f"{repository}:") and other != image:
@@ -53,7 +53,7 @@ class Store:
         return containerd.ctr(self._machine, *arguments)
 
     def buildctl(self, *arguments: str) -> str:
-        """Run buildctl; the first time, buildkitd is started for it."""
+        """Run buildctl; the first call starts buildkitd. Raises RuntimeError on failure."""
         if "builder.buildkitd" not in self._machine.processes.names():
             self._start_buildkit()
         done = self._run_buildctl(*arguments)
@@ -94,7 +94,7 @@ class Store:
 
 @contextmanager
 def opened() -> Iterator[Store]:
-    """Run the store's containerd for a while; one at a time on the machine."""
+    """Run the store's containerd; only one process of the machine can at a time."""
     home = state.cache() / "images"
     with state.locked(home / ".lock"):
         folder = state.claim("builder")
@@ -106,7 +106,7 @@ def opened() -> Iterator[Store]:
             containerd.start(machine, keep_some if collect else keep_all)
             try:
                 yield Store(machine, collect_garbage=collect)
-            finally:  # in good order, so that the databases on disk are whole
+            finally:  # by SIGTERM, so that the databases on disk are complete
                 for program in ("buildkitd", "containerd"):
                     if machine.processes.find(f"builder.{program}"):
                         machine.stop(program, patience=20)
@@ -115,7 +115,7 @@ def opened() -> Iterator[Store]:
 
 
 def give_to(machine: Machine) -> None:
-    """Put the store's images into a machine that has not been powered on yet."""
+    """Put the store's images into a machine, before its first power-on."""
     home = state.cache() / "images"
     with state.locked(home / ".lock"):
         source, target = home / "lib" / containerd.STORE, machine.lib / containerd.STORE
@@ -134,6 +134,6 @@ def give_to(machine: Machine) -> None:
 
 
 def digest(machine: Machine, image: str) -> str:
-    """The digest of an image in a running machine's store; empty if it is not there."""
+    """Return the digest of an image in a running machine's store; empty if it is missing."""
     lines = containerd.ctr(machine, "images", "ls", f"name=={image}").splitlines()
     return lines[1].split()[2] if len(lines) > 1 else ""

@@ -1,4 +1,4 @@
-"""The programs that nodes and image builds need from the distribution."""
+"""Debian packages with the programs that nodes and image builds need."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 CNI_PLUGINS = Path("/usr/lib/cni")
 
-# What shows that a package is there (a program, or a file), and Debian's name of the package.
+# A program or file that shows that a package is installed, and Debian's name of the package.
 _NEEDED = {
     "containerd": "containerd",
     "runc": "runc",
@@ -24,15 +24,15 @@ _NEEDED = {
 
 
 def ensure() -> None:
-    """Install what is missing, by apt-get and without a word; RuntimeError where that is
-    impossible."""
+    """Install missing packages by apt-get, without output. Raises RuntimeError without root or
+    apt-get, and if the installation fails."""
     missing = [package for sign, package in _NEEDED.items() if not shutil.which(sign)]
     if not missing:
         return
     if os.geteuid() != 0 or not shutil.which("apt-get"):
         raise RuntimeError(f"missing here: {', '.join(missing)} (Debian's names); install them")
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    # A daemon that the package starts would be somebody else's containerd to us.
+    # Keep the containerd package from starting a daemon on the host.
     no_services = Path("/usr/sbin/policy-rc.d")
     ours = not no_services.exists()
     if ours:

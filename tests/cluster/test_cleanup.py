@@ -1,6 +1,6 @@
-"""A harness that is killed with a whole cluster up leaves nothing that the next run does not find.
+"""If the harness is killed while a cluster is running, the next run removes everything of it.
 
-Runs before the other tests with nodes (by its file's name), which share one cluster.
+Runs before the other tests with nodes (by its file's name), because they share one cluster.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def lines(*command: str) -> set[str]:
 
 
 def host() -> dict[str, set[str]]:
-    """What a cluster could leave on the host."""
+    """Return everything that a cluster could leave on the host."""
     mounts = {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
     settings = Path("/proc/sys/vm/overcommit_memory"), Path("/proc/sys/kernel/panic")
     return {
@@ -60,11 +60,11 @@ def host() -> dict[str, set[str]]:
     }
 
 
-def test_nothing_is_left_of_a_killed_cluster(needs_root: None) -> None:
+def test_a_killed_cluster_is_removed_completely(needs_root: None) -> None:
     state.sweep()
     if NAME in state.claimed():
         pytest.skip("a cluster is in use")
-    system_packages.ensure()  # what a machine lacks for good is nothing that a cluster leaves
+    system_packages.ensure()  # before the comparison: installed packages stay on the host
     images.ensure_pause()
     before = host()
     killed = subprocess.Popen(
@@ -80,14 +80,14 @@ def test_nothing_is_left_of_a_killed_cluster(needs_root: None) -> None:
     during = host()
     assert "fto-host" in during["links"]
     assert during["processes"] > before["processes"]
-    assert during["mounts"] == before["mounts"], "mounts are in namespaces, from the start"
+    assert during["mounts"] == before["mounts"], "all mounts are in namespaces of the nodes"
     assert NAME in state.sweep()
-    with contextlib.suppress(TimeoutError):  # for namespaces of somebody else's short processes
+    with contextlib.suppress(TimeoutError):  # namespaces of unrelated processes may be short-lived
         eventually("nothing is left", lambda: not left(before), within=10)
     assert not left(before)
 
 
 def left(before: dict[str, set[str]]) -> dict[str, set[str]]:
-    """What is on the host that was not there before."""
+    """Return what exists on the host now and did not before."""
     now = host()
     return {what: now[what] - before[what] for what in now if now[what] - before[what]}

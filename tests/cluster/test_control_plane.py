@@ -1,4 +1,4 @@
-"""The control plane without nodes: a whole API on loopback, and nothing left of it."""
+"""The control plane without nodes: a complete API on loopback, and its clean-up."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def two_pods_of(api: Api, job: str) -> list[Any]:
     return eventually("two pods", lambda: (len(p := pods_of(api, job)) == 2 and p) or None)
 
 
-def test_a_job_makes_pods_and_takes_them_along(control_plane: Api) -> None:
+def test_deleting_a_job_deletes_its_pods(control_plane: Api) -> None:
     control_plane.apply(indexed_job("plain"))
     pods = two_pods_of(control_plane, "plain")
     index = "batch.kubernetes.io/job-completion-index"
@@ -57,7 +57,7 @@ def test_a_job_makes_pods_and_takes_them_along(control_plane: Api) -> None:
     eventually("the pods are gone", lambda: not pods_of(control_plane, "plain"))
 
 
-def test_rbac_holds(control_plane: ControlPlane) -> None:
+def test_rbac_is_enforced(control_plane: ControlPlane) -> None:
     nobody = Api(control_plane.kubeconfig_of("nobody", "nobody"))
     with pytest.raises(RuntimeError, match="forbidden"):
         nobody.kubectl("get", "secrets", "-n", "kube-system")
@@ -69,7 +69,7 @@ def plane_with_nodes() -> Any:
         yield plane
 
 
-def test_kwok_ends_pods_as_told(plane_with_nodes: ControlPlane) -> None:
+def test_kwok_ends_pods_by_their_annotations(plane_with_nodes: ControlPlane) -> None:
     plane_with_nodes.apply(
         indexed_job("good", {kwok.EXIT_CODE: "0"}),
         indexed_job("bad", {kwok.EXIT_CODE: "3", kwok.MESSAGE: "out of milk"}),
@@ -89,7 +89,7 @@ def test_kwok_ends_pods_as_told(plane_with_nodes: ControlPlane) -> None:
     assert phases == ["Running", "Running"]
 
 
-def test_nothing_is_left_after_stop() -> None:
+def test_stop_ends_all_processes_and_removes_the_folder() -> None:
     plane = ControlPlane()
     with plane:
         assert set(plane.processes.names()) == PROCESSES
@@ -128,7 +128,7 @@ def test_the_next_run_cleans_up_after_a_killed_one() -> None:
         assert not folder.exists()
 
 
-def test_a_process_is_known_by_its_start_too(tmp_path: Path) -> None:
+def test_a_process_with_another_start_time_is_not_stopped(tmp_path: Path) -> None:
     processes = Processes(tmp_path)
     process = processes.start("sleep", ["sleep", "60"])
     record = tmp_path / "sleep.pid"
@@ -141,7 +141,9 @@ def test_a_process_is_known_by_its_start_too(tmp_path: Path) -> None:
     assert Process.of(process.pid) is None
 
 
-def test_a_name_is_claimed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_claimed_name_is_busy_until_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = state.claim("one")
     with pytest.raises(state.Busy, match=str(os.getpid())):

@@ -1,4 +1,4 @@
-"""Images are built without a registry, and the PyTorch in them works without NVIDIA's packages."""
+"""Images are built without a registry, and their PyTorch works without NVIDIA's packages."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_torch_works_without_nvidia_packages(needs_root: None, tmp_path: Path) -
     try:
         version = importlib.metadata.version("torch").split("+")[0]
     except importlib.metadata.PackageNotFoundError:
-        pytest.skip("no torch here whose version to try")
+        pytest.skip("torch is not installed: no version to test")
     (tmp_path / "try.py").write_text(TORCH)
     (tmp_path / "Dockerfile").write_text(TRY_TORCH)
     images.build(tmp_path, "fto/selftest-torch:1", {"BASE": images.torch_base(version)})

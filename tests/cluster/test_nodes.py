@@ -1,4 +1,4 @@
-"""The cluster with nodes: containers run, find each other, fail with their node, leave nothing."""
+"""The cluster with nodes: containers run and reach each other, and failed nodes are detected."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_the_host_reaches_a_service(servers: RealCluster) -> None:
         assert answer.status == 200
 
 
-def test_names_from_outside_are_refused_at_once(servers: RealCluster) -> None:
+def test_external_names_fail_immediately(servers: RealCluster) -> None:
     look = "import socket; socket.getaddrinfo('example.invalid.', 80)"
     began = time.monotonic()
     with pytest.raises(RuntimeError, match=r"Name or service not known|exit code 1"):
@@ -115,7 +115,7 @@ def test_names_from_outside_are_refused_at_once(servers: RealCluster) -> None:
     assert time.monotonic() - began < 4
 
 
-def test_a_node_that_loses_power_is_noticed_and_comes_back(servers: RealCluster) -> None:
+def test_a_powered_off_node_becomes_not_ready_and_recovers(servers: RealCluster) -> None:
     node = servers.nodes["node-c"]
     node.power_off()
     eventually("node-c is not ready", lambda: "node-c" not in servers.ready_nodes(), within=30)
@@ -123,7 +123,7 @@ def test_a_node_that_loses_power_is_noticed_and_comes_back(servers: RealCluster)
     servers.wait_for_nodes("node-c")
 
 
-def test_a_frozen_kubelet_is_noticed(servers: RealCluster) -> None:
+def test_the_node_of_a_frozen_kubelet_becomes_not_ready(servers: RealCluster) -> None:
     node = servers.nodes["node-b"]
     node.freeze_kubelet()
     try:

@@ -1,4 +1,4 @@
-"""The real API server with our CRD in it."""
+"""Fixtures: a real API server with the CRD installed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Create = Callable[[dict[str, Any]], dict[str, Any]]
 
 @pytest.fixture(scope="session")
 def installed(control_plane: Api) -> Api:
-    """The cluster, once it serves FineTuneJobs."""
+    """Control plane that serves FineTuneJobs."""
     definition = crd()
     control_plane.apply(definition)
     name = definition["metadata"]["name"]
 
     def established() -> bool:
-        # kubectl wait fails where there are no conditions yet.
+        # Not kubectl wait: it fails while the CRD has no conditions.
         conditions = control_plane.get("crd", name).get("status", {}).get("conditions") or []
         return any(c["type"] == "Established" and c["status"] == "True" for c in conditions)
 
@@ -34,8 +34,8 @@ def installed(control_plane: Api) -> Api:
 
 @pytest.fixture(scope="session")
 def create(installed: Api) -> Create:
-    """Posts a spec as kubectl does (strict field validation), for nothing but the answer: the
-    stored spec. Raises ValueError with the API server's message."""
+    """Return a function that dry-runs the creation of a job, with strict field validation as in
+    kubectl, and returns the stored spec. It raises ValueError with the API server's message."""
     connection: client.ApiClient = config.new_client_from_config(  # type: ignore[no-untyped-call]
         str(installed.kubeconfig)
     )

@@ -1,4 +1,4 @@
-"""Good specs, the minimal one first."""
+"""Valid specs, the minimal one first."""
 
 from __future__ import annotations
 
@@ -9,77 +9,77 @@ GOOD = [
     good("model on the hub", {"model.source": "hf://org/name@main"}),
     good("model on a claim", {"model.source": "pvc://claim/models/base"}),
     good("model of another job", {"model": {"fineTuneJobRef": {"name": "first.stage"}}}),
-    good("model of another job, reached otherwise", {"model": {
+    good("model of another job with its own storage", {"model": {
         "fineTuneJobRef": {"name": "first"}, "storage": {"endpoint": "http://s3.local:8333"}}}),
-    good("source of its own storage", {"model.storage": {"endpoint": "http://s3.local:8333"}}),
+    good("model with its own storage", {"model.storage": {"endpoint": "http://s3.local:8333"}}),
     good("data on a claim", {"data.train": [{"source": "pvc://claim/train.parquet"}]}),
-    good("address in unicode", {"data.train": [{"source": "s3://data/données/ü.jsonl"}]}),
-    good("no-break space in an address", {"data.train": [{"source": "s3://data/a\u00a0b"}]}),
+    good("unicode in a URI", {"data.train": [{"source": "s3://data/données/ü.jsonl"}]}),
+    good("no-break space in a URI", {"data.train": [{"source": "s3://data/a\u00a0b"}]}),
     good("several sets", {"data.train": sources({"name": "a"}, {"name": "b"}, {}, {})}),
     good("64 sets", {"data.train": sources(*[{}] * 64)}),
     good("same name in train and test", {
         "data.train": sources({"name": "a"}), "data.test": sources({"name": "a"}),
     }),
     good("template", {"data.train": sources({"template": TEMPLATE})}),
-    good("template of the library", {
+    good("library template", {
         "data.train": sources(*[{"template": {
             "name": "Summarize", "fields": {"document": "article"}, "phrasings": "First",
         }}] * 64),
         "data.test": sources({"template": {"name": "Classify"}}),
     }),
-    good("template of conversations", {"data.train": sources({"template": {
+    good("Chat template", {"data.train": sources({"template": {
         "name": "Chat", "fields": {"messages": "conversations", "role": "from", "content": "value"},
         "roles": {"bot": "assistant", "observation": "tool"},
     }}, {"template": {"name": "Chat"}})}),
     good("retrieval", {"data.train": sources({
         "format": "Retrieval", "retrieval": {"distractors": 4, "oracleShare": "0.6"}})}),
     good("retrieval with its defaults", {"data.test": sources({"format": "Retrieval"})}),
-    good("template of instructions", {
+    good("template with format Instruction", {
         "data.train": sources({"format": "Instruction", "template": TEMPLATE}),
     }),
     good("no split", {"data.split": {"validation": "0", "test": "0.0"}}),
-    good("validation of its own", {
+    good("separate validation set", {
         "data.validation": sources({}), "training.earlyStopping": {"metric": "Accuracy"},
     }),
     good("early stopping on a split", {"training.earlyStopping": {}}),
-    good("full", {"method.type": "Full"}),
-    good("full and merged", {"method.type": "Full", "output.format": "Merged"}),
-    good("adapter and merged", {"output.format": "Both"}),
-    good("lora by default", {"method.lora": {}}),
-    good("lora in full", {
+    good("Full", {"method.type": "Full"}),
+    good("Full and Merged", {"method.type": "Full", "output.format": "Merged"}),
+    good("Both", {"output.format": "Both"}),
+    good("LoRA with defaults", {"method.lora": {}}),
+    good("LoRA with all settings", {
         "method": {"type": "LoRA", "lora": {
             "rank": 8, "alpha": 32, "dropout": "0.1", "targetModules": ["q_proj", "v_proj"],
         }},
     }),
-    good("variants of lora", {"method.lora": {
+    good("variants of LoRA", {"method.lora": {
         "useRslora": True, "useDora": True, "loraPlusRatio": "1.6e1",
     }}),
-    good("principal part", {"method.lora": {"initialization": "PiSSA", "useRslora": True}}),
-    good("small ratio", {"method.lora": {"loraPlusRatio": "0.05"}}),
+    good("PiSSA", {"method.lora": {"initialization": "PiSSA", "useRslora": True}}),
+    good("small loraPlusRatio", {"method.lora": {"loraPlusRatio": "0.05"}}),
     good("experts", {
         "method.lora": {"dropout": "0.00", "targetParameters": ["mlp.experts.down_proj"]},
         "training.routerAuxLossCoefficient": "0.001",
     }),
-    good("4 bits", {"method": {"type": "QLoRA", "lora": {"rank": 8}}, "output.format": "Both"}),
-    good("scales", {"method.type": "IA3", "output.format": "Both"}),
-    good("scales of chosen modules", {"method": {"type": "IA3", "ia3": {
+    good("QLoRA", {"method": {"type": "QLoRA", "lora": {"rank": 8}}, "output.format": "Both"}),
+    good("IA3", {"method.type": "IA3", "output.format": "Both"}),
+    good("IA3 of chosen modules", {"method": {"type": "IA3", "ia3": {
         "targetModules": ["k_proj", "down_proj"], "feedforwardModules": ["down_proj"],
     }}}),
-    good("virtual tokens", {"method": {"type": "PromptTuning", "prompt": {"virtualTokens": 8}}}),
-    good("prefixes", {"method.type": "PrefixTuning", "output.format": "Adapter"}),
+    good("PromptTuning", {"method": {"type": "PromptTuning", "prompt": {"virtualTokens": 8}}}),
+    good("PrefixTuning", {"method.type": "PrefixTuning", "output.format": "Adapter"}),
     good("last layers", {"method": {"type": "Partial", "partial": {"lastLayers": 2}}}),
     good("chosen parameters", {"method": {"type": "Partial", "partial": {
         "parameters": ["lm_head.*"], "biases": True, "norms": True,
     }}}),
     good("epochs", {"training.epochs": 10}),
-    good("whole number with a fraction", {"training.epochs": 3.0}, {"training.epochs": 3}),
+    good("integer written with a fraction", {"training.epochs": 3.0}, {"training.epochs": 3}),
     good("steps", {"training.maxSteps": 100}),
     good("exponent", {"training.learningRate": "2e-4", "training.maxGradNorm": "1E+1"}),
     good("schedule and precision", {"training": {"schedule": "Linear", "precision": "FP32"}}),
     good("metrics", {"evaluation.metrics": ["Loss", "F1", "Bleu"]}),
-    good("commits by steps", {"checkpoint": {"everySteps": 5, "keepLast": 1}}),
-    good("commits by seconds", {"checkpoint": {"everySeconds": 60}}),
-    good("commits staged on disk", {"checkpoint": {"staging": "Disk"}}),
+    good("checkpoints by steps", {"checkpoint": {"everySteps": 5, "keepLast": 1}}),
+    good("checkpoints by seconds", {"checkpoint": {"everySeconds": 60}}),
+    good("checkpoints staged on disk", {"checkpoint": {"staging": "Disk"}}),
     good("on the CPU", {"compute": {"gpusPerNode": 0, "processesPerNode": 4}}),
     good("fewer processes than GPUs", {"compute": {"gpusPerNode": 8, "processesPerNode": 4}}),
     good("resources", {"compute.resources": MEMORY}),
@@ -92,7 +92,7 @@ GOOD = [
         "compute.podTemplate": {"spec": {"nodeSelector": {"a": "b"}, "x": [1, None, {"y": 0.5}]}},
     }),
     good("workers of prepare", {"prepare.workers": 256}),
-    good("toleration of everything", {"prepare.tolerations": [{"operator": "Exists"}]}),
+    good("toleration of every taint", {"prepare.tolerations": [{"operator": "Exists"}]}),
     good("node selector", {"prepare.nodeSelector": {"example.com/pool": "cpu", "empty": ""}}),
     good("queue", {"scheduling": {"queueName": "team-a", "priorityClassName": "low.prio"}}),
     good("no restarts", {"failurePolicy.maxRestarts": 0}),
@@ -107,24 +107,24 @@ GOOD = [
         "nearDuplicateSimilarity": "1.0", "maxDuplicateFraction": "0"}}),
     good("null is absent", {"method": None, "training.epochs": None, "output.format": None}),
     good("sharding", {"compute.sharding": "HybridShard"}),
-    good("memory", {"compute.gpuMemory": "80Gi", "training.gradientCheckpointing": "Always"}),
-    good("prefixes kept", {"method.type": "PrefixTuning",
+    good("gpuMemory", {"compute.gpuMemory": "80Gi", "training.gradientCheckpointing": "Always"}),
+    good("PrefixTuning without checkpointing", {"method.type": "PrefixTuning",
         "training.gradientCheckpointing": "Never"}),
-    good("shared rows", {"compute": {"gpusPerNode": 8, "contextParallel": 4}}),
-    good("8 bits", {"training.precision": "FP8", "training.compile": True, "method.type": "Full"}),
-    good("compiled", {"training.compile": True}),
+    good("context parallelism", {"compute": {"gpusPerNode": 8, "contextParallel": 4}}),
+    good("FP8", {"training.precision": "FP8", "training.compile": True, "method.type": "Full"}),
+    good("compile", {"training.compile": True}),
     good("8-bit optimizer", {"method.type": "Full", "training.optimizer": "AdamW8bit"}),
-    good("optimizer of matrices in shards",
+    good("sharded Muon",
          {"training.optimizer": "Muon", "compute.sharding": "FullShard"}),
-    good("factored optimizer", {"method.type": "IA3", "training.optimizer": "Adafactor"}),
+    good("Adafactor", {"method.type": "IA3", "training.optimizer": "Adafactor"}),
     good("anchors", {"method.type": "Full", "data.train": sources({}, {"replay": True}),
          "training.anchor": {"klCoefficient": "0.1", "l2Coefficient": "1e-2"}}),
-    good("anchor of an adapter", {"data.train": sources({"replay": True}),
+    good("klCoefficient with an adapter", {"data.train": sources({"replay": True}),
          "training.anchor": {"klCoefficient": "1", "l2Coefficient": "0.0e1"}}),
     good("replay without an anchor", {"data.train": sources({}, {"replay": True})}),
-    good("regularisation",
+    good("regularization",
          {"training": {"labelSmoothing": "0.1", "neftuneAlpha": "5", "layerDecay": "0.9"}}),
-    good("classes", {"task": "SequenceClassification", "method.type": "IA3",
+    good("classification", {"task": "SequenceClassification", "method.type": "IA3",
         "data.train": sources({"format": "Classification", "template": TEMPLATE}, {}),
         "evaluation.metrics": ["Loss", "F1"], "checkpoint.metric": "Accuracy",
         "training.earlyStopping": {"metric": "Recall"}, "training.routerAuxLossCoefficient": "0"}),

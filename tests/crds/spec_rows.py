@@ -1,7 +1,7 @@
-"""Rows of the table of specs (``spec_table``): what a row is, and how it is written.
+"""Rows of the table of specs (``spec_table``).
 
-A row changes a minimal good spec at dotted paths. A bad row names the path that both must complain
-of, a fragment that both messages have (what is allowed), and the value that both show.
+A row changes the minimal spec at dotted paths. A bad row has the path that pydantic and the API
+server must report, a fragment of both messages (the allowed values), and the value that both show.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ MINIMAL: dict[str, Any] = {
 }
 
 ABSENT = object()
-"""As a value of a change: the field is taken out."""
+"""Value of a change that removes the field."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One spec; ``path`` is None where it is good."""
+    """One spec; ``path`` is None if it is valid."""
 
     name: str
     change: dict[str, Any]
     path: str | None = None
     allowed: str = ""
-    """Fragment of both messages, in any case."""
+    """Fragment of both messages; case is ignored."""
     got: str | None = None
-    """Value as both messages show it; None where the API server shows none (a field that is
-    absent, unknown, too long or of another type)."""
+    """Value as both messages show it; None if the API server shows none (a field that is absent,
+    unknown, too long or of another type)."""
     stored: dict[str, Any] = field(default_factory=dict)
-    """What pydantic normalises, as the API server keeps it."""
+    """Values that pydantic normalizes, as the API server stores them."""
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -41,7 +41,7 @@ class Row:
 
 
 def changed(change: dict[str, Any]) -> dict[str, Any]:
-    """The minimal spec with values set at dotted paths."""
+    """Return the minimal spec with values set at dotted paths."""
     spec = copy.deepcopy(MINIMAL)
     for path, value in change.items():
         *parents, last = path.split(".")
@@ -64,7 +64,7 @@ def bad(name: str, change: dict[str, Any], path: str, allowed: str, got: str | N
 
 
 def sources(*extra: dict[str, Any]) -> list[dict[str, Any]]:
-    """Training sets that differ in what matters to a row."""
+    """Return one training set per argument, with these fields."""
     return [{"source": "s3://data/a.jsonl", **fields} for fields in extra]
 
 

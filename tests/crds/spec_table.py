@@ -1,4 +1,4 @@
-"""One table of good and bad specs, for pydantic and for the API server alike."""
+"""One table of good and bad specs, for both pydantic and the API server."""
 
 from __future__ import annotations
 

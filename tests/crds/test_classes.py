@@ -1,4 +1,4 @@
-"""The table of field classes: every field of the spec is covered, and no row is dead."""
+"""The table of field classes: it covers every field of the spec, and has no unused entry."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def deciding_row(leaf: str) -> str:
     return next(prefix for prefix in prefixes if prefix in FIELD_CLASSES)
 
 
-def test_no_row_is_dead() -> None:
+def test_no_entry_is_unused() -> None:
     assert {deciding_row(leaf) for leaf in LEAVES} == set(FIELD_CLASSES)
 
 
-def test_a_longer_row_decides_otherwise_than_the_shorter_one() -> None:
+def test_no_entry_repeats_the_class_of_its_parent() -> None:
     for path in FIELD_CLASSES:
         parent = path.rpartition(".")[0]
         if parent:
-            assert FIELD_CLASSES[path] != field_class(parent), f"{path} says what {parent} says"
+            assert FIELD_CLASSES[path] != field_class(parent), f"{path} repeats {parent}"
 
 
 def test_an_unknown_field_is_an_error() -> None:
@@ -46,7 +46,7 @@ def test_an_unknown_field_is_an_error() -> None:
 
 
 @given(SPECS, SPECS)
-def test_changes_are_found_and_classed(old: dict[str, Any], new: dict[str, Any]) -> None:
+def test_changes_are_found_and_classified(old: dict[str, Any], new: dict[str, Any]) -> None:
     found = changed_classes(old, new)
     assert (not found) == (old == new)
     assert changed_classes(new, old) == found
@@ -57,8 +57,8 @@ def test_changes_are_found_and_classed(old: dict[str, Any], new: dict[str, Any])
 
 
 @given(SPECS, SPECS)
-def test_changes_are_all_there_is(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Carrying the changed fields over makes the old spec the new one."""
+def test_reported_changes_are_complete(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Copying the changed fields into the old spec gives the new one."""
     moved = parse_spec(old).to_json()
     for paths in changed_classes(old, new).values():
         for path in paths:

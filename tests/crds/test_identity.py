@@ -1,4 +1,4 @@
-"""Names of runs and children: valid, within their limits, and never the same for two jobs."""
+"""Names of runs and child objects: valid, within length limits, and unique per job and run."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_two_jobs_share_no_name(one: str, other: str, uid: str, number: int) -> 
 
 
 @given(job_names, uids, uids, numbers)
-def test_a_job_made_again_has_other_names(job: str, one: str, other: str, number: int) -> None:
+def test_a_recreated_job_has_other_names(job: str, one: str, other: str, number: int) -> None:
     assume(one[:5] != other[:5])
     assert child_base(job, run_id(number, one)) != child_base(job, run_id(number, other))
 

@@ -1,4 +1,4 @@
-"""The last word of a container fits in what Kubernetes keeps of it, and reads back."""
+"""Termination messages fit the limit of Kubernetes, and can be parsed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from finetune_api.names import FailureClass
 from finetune_api.results import TERMINATION_LIMIT, Failure, StartupPart, Termination
 
-anything = st.text(max_size=6000)  # surrogates too: names of files may hold them
+anything = st.text(max_size=6000)  # with surrogates, which file names may contain
 addresses = st.from_regex(r"s3://[a-z]{3,20}/[a-zé/]{0,1000}", fullmatch=True)
 figures = st.floats(allow_nan=False, allow_infinity=False)
 metrics = st.dictionaries(st.sampled_from(["Loss", "F1", "Bleu"]), figures)
@@ -59,7 +59,7 @@ def said(**parts: Any) -> Termination:
 
 
 @given(st.none() | failures, st.none() | summaries, st.none() | prepared)
-def test_fits_and_reads_back(failure: Any, trained: Any, prepared: Any) -> None:
+def test_message_fits_and_can_be_parsed(failure: Any, trained: Any, prepared: Any) -> None:
     word = said(failure=failure, trained=trained, prepared=prepared)
     text = word.to_text()
     assert len(text.encode()) <= TERMINATION_LIMIT
@@ -72,13 +72,13 @@ def test_fits_and_reads_back(failure: Any, trained: Any, prepared: Any) -> None:
 
 
 @given(failures.filter(lambda f: len(f["message"]) < 600 and f["message"].isascii()))
-def test_what_fits_is_said_in_full(failure: dict[str, Any]) -> None:
+def test_short_message_is_not_cut(failure: dict[str, Any]) -> None:
     word = said(failure=failure)
     assert Termination.model_validate(json.loads(word.to_text())) == word
 
 
 def test_a_long_message_keeps_both_ends() -> None:
-    """What happened stands first, what to do stands last."""
+    """A message begins with the problem and ends with the remedy."""
     message = "line 7 is malformed: " + "ü" * 9000 + " mend the line"
     text = said(
         failure={"class": "DataError", "reason": "MalformedRecord", "message": message}
@@ -89,7 +89,7 @@ def test_a_long_message_keeps_both_ends() -> None:
     assert len(kept) > 1000
 
 
-def test_scores_go_before_the_message() -> None:
+def test_scores_are_cut_before_the_message() -> None:
     scores = [
         {"name": f"set-{n}", "samples": 1, "base": {"Loss": 1.5}, "tuned": {"Loss": 0.5}}
         for n in range(100)
@@ -104,7 +104,7 @@ def test_scores_go_before_the_message() -> None:
     assert (back.trained.steps, back.trained.scores) == (9, [])
 
 
-def test_stages_go_before_the_message() -> None:
+def test_stages_are_cut_before_the_message() -> None:
     mixture = {f"set-{n}": 0.0125 for n in range(64)}
     stages = [{"name": f"stage-{n}", "steps": 9, "mixture": mixture} for n in range(16)]
     figures = dict.fromkeys(

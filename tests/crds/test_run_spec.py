@@ -1,4 +1,4 @@
-"""The run spec: complete, stable, and refused where it is of another version."""
+"""The run spec: complete, stable, and refused if its contract version differs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run_spec(change: dict[str, Any] | None = None) -> RunSpec:
 
 
 @given(st.sampled_from(GOOD))
-def test_text_reads_back(row: Any) -> None:
+def test_text_survives_a_round_trip(row: Any) -> None:
     first = run_spec(row.change)
     if first.spec.model.fine_tune_job_ref is not None:
         first = first.model_copy(update={"base": TunedBase(job="a", run="1-a", uri="s3://m/1-a")})
@@ -39,7 +39,7 @@ def test_text_reads_back(row: Any) -> None:
 
 
 def test_defaults_are_written_out() -> None:
-    """So that a later default cannot reach a run that has begun."""
+    """A changed default must not affect a run that has begun."""
     spec = json.loads(run_spec().to_text())["spec"]
     assert spec["training"]["batchSize"] == 32
     assert spec["data"]["split"] == {"validation": "0.05", "test": "0.05", "seed": 0}
@@ -52,14 +52,14 @@ def test_another_version_is_refused(version: object) -> None:
         parse_run_spec(json.dumps(raw))
 
 
-def test_a_text_that_is_no_run_spec_is_refused() -> None:
+def test_text_that_is_not_a_run_spec_is_refused() -> None:
     with pytest.raises(InvalidSpec, match=r"runSpec\.version"):
         parse_run_spec("[]")
     with pytest.raises(InvalidSpec, match=r"runSpec\.spec\.model: required"):
         parse_run_spec(json.dumps({"version": CONTRACT_VERSION, "run": "1-a", "spec": {}}))
 
 
-def test_equal_access_is_one_profile() -> None:
+def test_equal_access_settings_share_one_profile() -> None:
     own = {"endpoint": "http://minio:9000", "secretRef": {"name": "minio"}}
     run = run_spec(
         {
@@ -75,7 +75,7 @@ def test_equal_access_is_one_profile() -> None:
     train, test = run.spec.data.train, run.spec.data.test or []
     assert run.profile_of(None) == 0
     assert run.profile_of(run.spec.model.storage) == run.profile_of(train[1].storage) == 1
-    assert run.profile_of(test[0].storage) == 0, "spelled out, it is that of the job"
+    assert run.profile_of(test[0].storage) == 0, "equal to spec.storage"
     assert run.profile_of(test[1].storage) == 2
     assert [p.region for p in run.storage_profiles] == ["us-east-1", "us-east-1", "eu-west-1"]
 
@@ -90,7 +90,7 @@ FOLLOWER = {"model": {"fineTuneJobRef": {"name": "bot"}}}
 BOTH = {"output.format": "Both"}
 
 
-def test_a_reference_without_what_it_stands_for_is_refused() -> None:
+def test_a_model_reference_without_a_base_is_refused() -> None:
     with pytest.raises(
         InvalidSpec, match=r"runSpec\.base: required with spec\.model\.fineTuneJobRef"
     ):
@@ -98,13 +98,13 @@ def test_a_reference_without_what_it_stands_for_is_refused() -> None:
 
 
 def after(before: RunSpec, change: dict[str, Any]) -> RunSpec:
-    """The order of a run that starts from what the run of ``before`` has published."""
+    """Return the run spec of a run that starts from the published model of the run ``before``."""
     spec = parse_spec(changed(change))
     base = tuned_base(before, "sha", spec)
     return before.model_copy(update={"spec": spec, "base": base})
 
 
-def test_a_whole_model_has_nothing_beneath() -> None:
+def test_a_merged_base_has_nothing_beneath() -> None:
     run = after(run_spec(BOTH), FOLLOWER)
     assert run.base == TunedBase(
         job="bot", run="1-0f9c2", uri="s3://models/tuned/1-0f9c2", digest="sha"
@@ -112,7 +112,7 @@ def test_a_whole_model_has_nothing_beneath() -> None:
     assert run.base_model == ModelLocation(source="s3://models/tuned/1-0f9c2")
 
 
-def test_an_adapter_is_read_from_where_it_was_published_and_its_base_from_where_that_is() -> None:
+def test_adapter_and_its_base_keep_their_own_storage() -> None:
     near = {"endpoint": "http://near:9000", "secretRef": {"name": "near"}}
     far = {"endpoint": "http://far:9000", "secretRef": {"name": "far"}}
     first = run_spec({"storage": near, "model.storage": far})
@@ -131,7 +131,7 @@ def test_an_adapter_is_read_from_where_it_was_published_and_its_base_from_where_
     assert chosen.base is not None and chosen.base.storage == own, "the spec decides"
 
 
-def test_what_lies_beneath_goes_down_to_a_whole_model() -> None:
+def test_beneath_is_the_full_model_below_all_adapters() -> None:
     second = after(run_spec(), FOLLOWER)
     third = after(second, FOLLOWER)
     assert third.base is not None and third.base.beneath == ModelLocation(source="s3://models/base")

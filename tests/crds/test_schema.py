@@ -1,4 +1,4 @@
-"""The schema: structural, bounded, described; and a CRD that a real API server accepts."""
+"""The schema is structural, bounded and described, and a real API server accepts the CRD."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def test_pod_overrides_are_opaque() -> None:
     assert SPEC["spec.compute.podTemplate"]["x-kubernetes-preserve-unknown-fields"] is True
 
 
-def test_defaults_of_blocks_are_written_out() -> None:
-    """The API server runs a block's rules on its default before it fills in the fields'."""
+def test_block_defaults_include_field_defaults() -> None:
+    """The API server runs a block's rules on its default before it defaults the fields."""
     assert SPEC["spec.data.split"]["default"] == {"validation": "0.05", "test": "0.05", "seed": 0}
 
 
@@ -102,20 +102,22 @@ class Choice(Model):
         (Choice, r"spec\.either: the API server does not know anyOf"),
     ],
 )
-def test_what_the_api_server_cannot_check_is_refused(model: type[Model], complaint: str) -> None:
+def test_fields_that_the_api_server_cannot_validate_are_refused(
+    model: type[Model], complaint: str
+) -> None:
     with pytest.raises(ValueError, match=complaint):
         structural(model, root="spec")
 
 
-def test_every_word_has_a_meaning() -> None:
+def test_every_status_value_has_a_description() -> None:
     assert set(meanings.CONDITIONS) == set(get_args(Condition))
     assert set(meanings.PHASES) == set(get_args(Phase))
     assert set(meanings.FAILURES) == set(get_args(FailureClass))
     assert set(meanings.EXIT_CODES) == set(ExitCode)
 
 
-def test_every_reason_of_the_operator_has_a_meaning() -> None:
-    """Reasons are API: what the operator's sources give as one stands in the reference."""
+def test_every_reason_of_the_operator_has_a_description() -> None:
+    """Reasons are API: the reference must list every reason in the operator's sources."""
     operator = Path(finetune_operator.__file__).parent
     rooms = [operator / room for room in ("decision", "status")]
     source = "".join(file.read_text() for room in rooms for file in room.glob("*.py"))
@@ -129,19 +131,19 @@ def test_every_reason_of_the_operator_has_a_meaning() -> None:
         r'reason = "(\w+)" if .* else "(?:\w+)"',
     ]
     found = {reason for pattern in given for reason in re.findall(pattern, source)}
-    assert len(found) > 15 and "ReferenceCycle" in found, "the patterns find them"
+    assert len(found) > 15 and "ReferenceCycle" in found, "the patterns match"
     assert found <= set(meanings.REASONS), sorted(found - set(meanings.REASONS))
 
 
 # --- on a real API server ------------------------------------------------------------------------
 
 
-def test_the_api_server_takes_the_crd(installed: Api) -> None:
+def test_the_api_server_accepts_the_crd(installed: Api) -> None:
     conditions = {
         c["type"]: c["status"]
         for c in installed.get("crd", crd()["metadata"]["name"])["status"]["conditions"]
     }
-    assert conditions == {"NamesAccepted": "True", "Established": "True"}, "and it is structural"
+    assert conditions == {"NamesAccepted": "True", "Established": "True"}, "structural"
 
 
 def test_kubectl_explains_fields(installed: Api) -> None:
@@ -184,7 +186,7 @@ STATUS_OBJECT = {
 }
 
 
-def test_status_is_kept_and_printed(installed: Api) -> None:
+def test_status_is_stored_and_printed(installed: Api) -> None:
     metadata = {"name": "status", "namespace": "default"}
     job = {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": MINIMAL}
     installed.apply(job)

@@ -1,4 +1,4 @@
-"""The API server's side of the table of specs: both agree on every row."""
+"""The table of specs on a real API server: it agrees with pydantic on every row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune_api.spec import SELF_REFERENCE, parse_spec, refers_to_itself
 
 @pytest.mark.parametrize("row", GOOD, ids=lambda row: row.name)
 def test_good(row: Row, create: Create) -> None:
-    """The stored spec, with the API server's defaults, is pydantic's of the same manifest."""
+    """The stored spec, with the API server's defaults, equals pydantic's for the same manifest."""
     stored = create(row.spec)
     parsed = parse_spec(row.spec)
     assert parse_spec(stored) == parsed
@@ -24,7 +24,7 @@ def test_good(row: Row, create: Create) -> None:
 
 @pytest.mark.parametrize("row", [row for row in GOOD if row.stored], ids=lambda row: row.name)
 def test_normalised(row: Row, create: Create) -> None:
-    """Where pydantic writes a value in another form, the API server keeps what was given."""
+    """If pydantic normalizes a value, the API server stores it as given."""
     assert create(row.spec) == create(changed({**row.change, **row.stored}))
 
 
@@ -39,8 +39,8 @@ def test_bad(row: Row, create: Create) -> None:
         assert row.got in message
 
 
-def test_a_job_that_names_itself(create: Create) -> None:
-    """Judged on the whole object, which is called job: a spec alone has no name."""
+def test_a_job_that_refers_to_itself_is_refused(create: Create) -> None:
+    """The rule is on the whole object (named job here): a spec does not know its job's name."""
     spec = changed({"model": {"fineTuneJobRef": {"name": "job"}}})
     assert refers_to_itself("job", parse_spec(spec))
     assert not refers_to_itself("other", parse_spec(spec))

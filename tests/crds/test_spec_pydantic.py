@@ -1,4 +1,4 @@
-"""Pydantic's side of the table of specs."""
+"""The table of specs with pydantic."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune_api.base import InvalidSpec
 from finetune_api.spec import parse_spec
 
 
-def test_the_table_is_large_and_its_names_differ() -> None:
+def test_table_is_large_and_names_are_unique() -> None:
     assert len(ROWS) >= 70
     assert len({row.name for row in ROWS}) == len(ROWS)
 
@@ -20,7 +20,7 @@ def test_the_table_is_large_and_its_names_differ() -> None:
 @pytest.mark.parametrize("row", GOOD, ids=lambda row: row.name)
 def test_good(row: Row) -> None:
     spec = parse_spec(row.spec)
-    assert parse_spec(spec.to_json()) == spec, "its own JSON reads back as the same spec"
+    assert parse_spec(spec.to_json()) == spec, "JSON round trip"
 
 
 @pytest.mark.parametrize("row", BAD, ids=lambda row: row.name)
@@ -35,7 +35,7 @@ def test_bad(row: Row) -> None:
         assert row.got in message
 
 
-def test_every_problem_has_a_line() -> None:
+def test_every_problem_is_reported_on_its_own_line() -> None:
     with pytest.raises(InvalidSpec) as refused:
         parse_spec({"model": {"source": "x"}, "data": {"train": []}, "extra": 1})
     assert [line.split(": ")[0] for line in refused.value.problems] == [
@@ -46,7 +46,7 @@ def test_every_problem_has_a_line() -> None:
     ]
 
 
-def test_a_number_that_must_be_text_is_shown_in_quotes() -> None:
+def test_error_for_an_unquoted_number_shows_it_in_quotes() -> None:
     with pytest.raises(InvalidSpec, match=r'write it in quotes: "0\.1"'):
         parse_spec({**GOOD[0].spec, "training": {"dropout": 0.1}})
 
@@ -87,7 +87,7 @@ UNKNOWN = "spec.{}: unknown field; did you mean {}?"
         ({"output.format": "Zebra"}, "got 'Zebra'"),
     ],
 )
-def test_a_name_that_is_close_to_a_known_one(change: dict[str, Any], told: str) -> None:
+def test_error_suggests_the_closest_known_name(change: dict[str, Any], told: str) -> None:
     with pytest.raises(InvalidSpec) as refused:
         parse_spec(changed(change))
     assert [line for line in refused.value.problems if line.endswith(told)]

@@ -1,4 +1,4 @@
-"""A platform as a user has it: a real cluster, S3 in it, the operator installed by its chart."""
+"""Platform of the e2e tests: a real cluster with S3, and the operator installed by its chart."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ Manifest = dict[str, Any]
 
 @pytest.fixture(scope="session")
 def cluster_images(request: pytest.FixtureRequest) -> list[str]:
-    """Operator and trainer image: built from the Dockerfiles that users build, or, for a given
-    cluster, those that were pushed for it."""
+    """Operator and trainer image: built from the released Dockerfiles or, for a given cluster,
+    pushed images named by the environment."""
     if given():
         names = ("FINETUNE_E2E_OPERATOR_IMAGE", "FINETUNE_E2E_TRAINER_IMAGE")
         missing = [name for name in names if name not in os.environ]
@@ -61,16 +61,16 @@ def cluster_images(request: pytest.FixtureRequest) -> list[str]:
 
 @dataclass
 class Platform:
-    """What the tests act on."""
+    """Cluster, images and object storage of the tests."""
 
     cluster: Api
     operator: str
-    """Its image."""
+    """Image of the operator."""
     trainer: str
-    """The trainer's."""
+    """Image of the trainer."""
     store: ObjectStore
     endpoint: str
-    """S3 as pods reach it."""
+    """S3 endpoint for pods."""
     inputs: Path
     """The quickstart's model and data, also under ``s3://input/``."""
     made: list[str] = field(default_factory=list)
@@ -86,7 +86,7 @@ class Platform:
         return dict(self.job(name).get("status", {}))
 
     def apply(self, manifest: Manifest) -> str:
-        """``kubectl apply`` of a manifest; returns the job's name."""
+        """``kubectl apply`` a manifest. Returns the job's name."""
         self.kubectl("apply", "-f", "-", stdin=json.dumps(manifest))
         name = str(manifest["metadata"]["name"])
         self.made.append(name)
@@ -98,7 +98,8 @@ class Platform:
         return found
 
     def wait(self, name: str, condition: str, *, within: float = 400) -> Manifest:
-        """The status once a condition is true; fails at once when the job fails otherwise."""
+        """Wait until a condition is true and return the status. Fails the test as soon as the job
+        has failed."""
 
         def look() -> Manifest | None:
             status = self.status(name)
@@ -114,7 +115,7 @@ class Platform:
             pytest.fail(f"{error}\n{self.describe(name)}")
 
     def advertise_gpus(self) -> str:
-        """Name of an extended resource that every node now has: no device, but it is counted."""
+        """Add an extended resource to every node, without devices. Returns its name."""
         patch = '{"status": {"capacity": {"example.com/gpu": "8"}}}'
         for node in self.cluster.get("nodes")["items"]:
             name = node["metadata"]["name"]
@@ -124,12 +125,12 @@ class Platform:
         return "example.com/gpu"
 
     def operator_metrics(self) -> str:
-        """The operator's metrics page, through the API server."""
+        """Read the operator's metrics page, through the API server."""
         service = f"/api/v1/namespaces/{SYSTEM}/services/finetune-operator:8080"
         return self.cluster.kubectl("get", "--raw", f"{service}/proxy/metrics")
 
     def scale_operator(self, replicas: int) -> None:
-        """Stop or start the operator that the chart installed; returns when it is so."""
+        """Stop or start the operator that the chart installed, and wait until that is done."""
         at = ("-n", SYSTEM)
         deployment = "deployment/finetune-operator"
         self.cluster.kubectl(*at, "scale", deployment, f"--replicas={replicas}")
@@ -145,7 +146,7 @@ class Platform:
 
     @contextmanager
     def operator_outside(self) -> Iterator[None]:
-        """``python -m finetune_operator`` on this machine, as a developer runs it."""
+        """Run ``python -m finetune_operator`` on this machine, outside of the cluster."""
         process = subprocess.Popen(
             [
                 sys.executable, "-m", "finetune_operator",
@@ -163,7 +164,8 @@ class Platform:
     def wait_for_step(
         self, name: str, step: int, *, committed: bool = True, within: float = 240
     ) -> Manifest:
-        """The status once training has done so many steps, and a checkpoint is there."""
+        """Wait until training has done ``step`` steps and (``committed``) a checkpoint exists.
+        Returns the status."""
 
         def look() -> Manifest | None:
             status = self.status(name)
@@ -179,7 +181,7 @@ class Platform:
             pytest.fail(f"{error}\n{self.describe(name)}")
 
     def describe(self, name: str) -> str:
-        """What a person would look at next."""
+        """Return status, objects, events and logs, for the message of a failed test."""
         parts = [json.dumps(self.status(name), indent=1)]
         parts.append(self.kubectl("get", "pods,jobs", "-o", "wide"))
         parts.append(self.kubectl("get", "events", "--sort-by=.lastTimestamp")[-3000:])
@@ -208,7 +210,7 @@ def holds(status: Manifest, condition: str) -> bool:
 def platform(
     cluster: Api, cluster_images: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Platform]:
-    """Cluster, S3, operator; the namespace of a team with its Secret."""
+    """Cluster, S3 and operator, and the namespace of a team with its Secret."""
     inputs = tmp_path_factory.mktemp("inputs")
     with timed("quickstart model and data"):
         make_quickstart(inputs)
@@ -234,7 +236,7 @@ def platform(
 
 @contextmanager
 def forwarded(cluster: Api) -> Iterator[str]:
-    """S3 of a cluster whose pods cannot be reached from here, on loopback."""
+    """Forward S3 to loopback, for a cluster whose pods cannot be reached from this machine."""
     command = [binary("kubectl"), "--kubeconfig", cluster.kubeconfig, "-n", "storage"]
     process = subprocess.Popen([*command, "port-forward", "pod/s3", f"{S3_PORT}:{S3_PORT}"])
     try:
@@ -245,7 +247,7 @@ def forwarded(cluster: Api) -> Iterator[str]:
 
 
 def start_s3(cluster: Api, image: str) -> str:
-    """SeaweedFS, from the trainer's image, as a pod; returns the pod's address."""
+    """Start SeaweedFS, from the trainer's image, as a pod. Returns the pod's address."""
     flags = "-dir=/data -ip.bind=0.0.0.0 -webdav=false -admin.ui=false -master.telemetry=false"
     cluster.apply(
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "storage"}},
@@ -293,7 +295,7 @@ def start_s3(cluster: Api, image: str) -> str:
 
 
 def wait_for_s3(store: ObjectStore) -> None:
-    """Until it answers that it has no such bucket."""
+    """Wait until S3 answers a request, with the error that a bucket does not exist."""
 
     def answers() -> bool:
         try:
@@ -306,7 +308,7 @@ def wait_for_s3(store: ObjectStore) -> None:
 
 
 def start_empty_registry(cluster: Api, image: str) -> None:
-    """What answers on each node's localhost:5000 that it has no such image."""
+    """Start a server on each node's localhost:5000 that answers every image pull with not found."""
     labels = {"app": "registry"}
     cluster.apply(
         {
@@ -334,7 +336,8 @@ def start_empty_registry(cluster: Api, image: str) -> None:
 
 
 def install(cluster: Api, operator: str, trainer: str) -> None:
-    """``helm install``, and the team's namespace, which enforces the restricted pod standard."""
+    """``helm install`` the operator, and create the team's namespace, which enforces the pod
+    security standard *restricted*."""
     cluster.apply(
         {
             "apiVersion": "v1", "kind": "Namespace",
@@ -369,7 +372,7 @@ def install(cluster: Api, operator: str, trainer: str) -> None:
 
 
 def image_values(where: str, image: str) -> list[str]:
-    """helm's options for an image by tag."""
+    """Return helm's options for an image with a tag."""
     repository, tag = image.rsplit(":", 1)
     return ["--set", f"{where}.repository={repository}", "--set", f"{where}.tag={tag}"]
 
@@ -379,8 +382,8 @@ ManifestOf = Callable[..., Manifest]
 
 @pytest.fixture(scope="session")
 def manifest_of(platform: Platform) -> ManifestOf:
-    """``manifest_of(name, **spec)``: the cluster quickstart under another name and destination,
-    with blocks of the spec laid over it."""
+    """``manifest_of(name, **spec)``: the cluster quickstart with another name and destination;
+    ``spec`` is merged over its spec."""
     import yaml
 
     text = (ROOT / "examples/quickstart-cluster.yaml").read_text()

@@ -1,4 +1,4 @@
-"""Evaluation of a published model with nothing of this project: transformers, fp32, greedy."""
+"""Evaluation of a published model without this project's code: transformers, fp32, greedy."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def load_merged(folder: Path):
-    """The whole model that was published."""
+    """Load the published merged model."""
     return AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32).eval()
 
 
 def load_adapter(folder: Path, base: Path):
-    """The adapter that was published, on the base model."""
+    """Load the published adapter on the base model."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     return PeftModel.from_pretrained(model, folder / "adapter").eval()
 
 
 def evaluate_outside(model, tokenizer_folder: Path, data: Path, task: str) -> dict[str, float]:
-    """Metrics of the quickstart's tasks, from the texts of its test records alone."""
+    """Compute the metrics of a quickstart task from the texts of its test records."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     records = [json.loads(line) for line in data.read_text().splitlines()]
     if task == "intent":
@@ -55,7 +55,7 @@ def evaluate_outside(model, tokenizer_folder: Path, data: Path, task: str) -> di
 
 
 def mean_loss(model, tokenizer, prompts: list[str], answers: list[str]) -> float:
-    """Cross-entropy per token of the answers and their end, in nats."""
+    """Return the cross-entropy in nats per token of the answers, with their EOS tokens."""
     total, tokens = 0.0, 0
     for prompt, text in zip(prompts, answers, strict=True):
         head = tokenizer(prompt).input_ids

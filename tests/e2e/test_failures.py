@@ -1,6 +1,6 @@
-"""Each of these ends in a job whose status names cause and remedy, and publishes nothing.
+"""Failed jobs: the status names cause and remedy, and nothing is published.
 
-All jobs are applied first and watched together: most of them end in prepare, in seconds.
+All jobs are applied first and run in parallel: most of them end in prepare, in seconds.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ NOT_A_LABEL = {"text": "where is my parcel", "label": "delivery"}
 
 @dataclass(frozen=True)
 class Case:
-    """A manifest that cannot end well, and what status must say."""
+    """A manifest that fails, and the expected failure in its status."""
 
     name: str
     failure_class: str
     reason: str
     words: tuple[str, ...]
-    """Parts of the message: the cause, where it is, what to do."""
+    """Parts of the message: cause, location, remedy."""
     spec: dict[str, Any] = field(default_factory=dict)
     records: str | None = None
-    """Training data of its own, as JSON Lines."""
+    """Training data as JSON Lines, instead of the quickstart's."""
     has_exit_code: bool = True
 
 
@@ -112,10 +112,10 @@ def test_a_failure_names_its_cause_and_remedy(platform, applied, case: Case) -> 
             info.uri for info in platform.store.list(f"s3://output/{case.name}/")
             if ".workspace" not in info.uri
         ]  # fmt: skip
-        assert not finished, "nothing that looks like a model"
+        assert not finished, "nothing is published"
     if case.failure_class != "Diverged":
         assert not platform.pods(case.name, "train") or not case.has_exit_code
-    eventually("no pod goes on", lambda: not active(platform, case.name), within=90)
+    eventually("no pod is running", lambda: not active(platform, case.name), within=90)
 
 
 def active(platform, name: str) -> list[str]:
@@ -127,7 +127,7 @@ def active(platform, name: str) -> list[str]:
     ]
 
 
-def test_a_spec_that_breaks_the_contract_is_refused_at_the_door(platform, manifest_of) -> None:
+def test_an_invalid_spec_is_refused_by_the_api_server(platform, manifest_of) -> None:
     bad = manifest_of("refused", training={"epochs": 1, "maxSteps": 10})
     with pytest.raises(RuntimeError, match="epochs and maxSteps exclude each other"):
         platform.kubectl("apply", "-f", "-", stdin=json.dumps(bad))

@@ -1,4 +1,4 @@
-"""From kubectl apply to an evaluated model, and what happens when things are lost on the way."""
+"""Runs from kubectl apply to an evaluated model, and with lost pods, operator and suspension."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from cluster.api import eventually
 pytestmark = pytest.mark.e2e
 
 SHORT = {"training": {"epochs": None, "maxSteps": 40}, "evaluation": {"maxSamples": 20}}
-"""Where the result is beside the point."""
+"""Spec of a short run, for tests that do not check the metrics."""
 
 GAIN = {"Accuracy": 0.3, "Rouge": 0.05}
-"""Least gain of the quickstart's two tasks."""
+"""Minimal gain on the quickstart's two tasks."""
 
 
 OPERATOR_SERIES = (
@@ -31,7 +31,7 @@ OPERATOR_SERIES = (
 
 
 def scores(status: dict[str, Any]) -> dict[tuple[str, str], tuple[float, float]]:
-    """(data set, metric) → (untuned, tuned)."""
+    """Map (data set, metric) to the values of (base model, tuned model)."""
     return {
         (m["dataSet"], m["metric"]): (float(m["base"]), float(m["tuned"]))
         for m in status["evaluation"]
@@ -83,14 +83,14 @@ def test_a_job_ends_in_an_evaluated_model(platform, manifest_of, tmp_path: Path)
     assert again["Loss"] == pytest.approx(found["intent", "Loss"][1], rel=1e-3, abs=1e-3)
     assert again["Accuracy"] == found["intent", "Accuracy"][1]
 
-    # The gang was spread, and the operator tells the final figures of the finished run.
+    # The gang's pods ran on two nodes, and the operator exports the final figures of the run.
     assert len({p["spec"]["nodeName"] for p in platform.pods(name, "train")}) == 2
     page = platform.operator_metrics()
     for series in OPERATOR_SERIES:
         assert f"\n{series}" in page, series
     assert 'finetune_job_test_metric{data_set="intent",metric="Accuracy",model="tuned"' in page
 
-    # Nothing of ours on the user's object, and nothing of it that GitOps would call a drift.
+    # The operator adds no finalizers or annotations to the user's object: GitOps sees no drift.
     job = platform.job(name)
     assert not job["metadata"].get("finalizers")
     assert set(job["metadata"].get("annotations", {})) <= {
@@ -106,7 +106,7 @@ def test_a_job_ends_in_an_evaluated_model(platform, manifest_of, tmp_path: Path)
 
 
 @pytest.mark.parametrize("index", [1, 0])
-def test_a_lost_pod_is_one_incident_and_the_run_goes_on(platform, manifest_of, index: int) -> None:
+def test_a_lost_pod_is_one_incident_and_the_run_resumes(platform, manifest_of, index: int) -> None:
     gpus = {"gpusPerNode": 1, "gpuResourceName": platform.advertise_gpus()}
     spec = {"checkpoint": {"everySteps": 5}, "compute": gpus, **SHORT}
     name = platform.apply(manifest_of(f"lost-{index}", **spec))
@@ -130,7 +130,7 @@ def test_a_lost_pod_is_one_incident_and_the_run_goes_on(platform, manifest_of, i
     assert usage["queuedSeconds"] >= 0
     result = json.loads(platform.store.get(f"{run_uri(status, name)}/result.json"))
     steps = [p["step"] for p in result["curve"]]
-    assert steps == sorted(set(steps)), "the curve goes on where the last checkpoint left it"
+    assert steps == sorted(set(steps)), "the curve continues from the last checkpoint"
     before, after = scores(status)["intent", "Loss"]
     assert after < before
 
@@ -139,7 +139,7 @@ def run_uri(status: dict[str, Any], name: str) -> str:
     return f"s3://output/{name}/.workspace/runs/{name}/{status['run']['id']}"
 
 
-def test_an_operator_that_is_killed_loses_and_restarts_nothing(platform, manifest_of) -> None:
+def test_killing_the_operator_neither_stops_nor_restarts_a_run(platform, manifest_of) -> None:
     name = platform.apply(manifest_of("unattended", checkpoint={"everySteps": 10}, **SHORT))
     before = platform.wait_for_step(name, 5)
     pods = restarts_of_pods(platform.pods(name, "train"))
@@ -161,17 +161,15 @@ def test_an_operator_that_is_killed_loses_and_restarts_nothing(platform, manifes
 
 
 def a_running_pod(platform, name: str, role: str) -> str | None:
-    """Name of a pod of a role that runs."""
+    """Return the name of a running pod of a role, if there is one."""
     pods = platform.pods(name, role)
     names = [p["metadata"]["name"] for p in pods if p["status"]["phase"] == "Running"]
     return names[-1] if names else None
 
 
-def test_pods_of_map_and_reduce_that_are_killed_leave_what_one_worker_writes(
-    platform, manifest_of
-) -> None:
-    """Prepare with 3 workers, of which one is killed, and so is the pod that reduces: the same
-    digest and the same bytes as with one worker."""
+def test_killed_map_and_reduce_pods_do_not_change_prepared_data(platform, manifest_of) -> None:
+    """With 3 workers, a killed map pod and a killed reduce pod, the digest and all bytes of the
+    prepared data are the same as with one worker."""
     written = []
     for workers in (1, 3):
         name = platform.apply(manifest_of(f"prepare-{workers}", prepare={"workers": workers}))
@@ -192,7 +190,7 @@ def test_pods_of_map_and_reduce_that_are_killed_leave_what_one_worker_writes(
     assert written[0] == written[1]
 
 
-def test_an_operator_outside_of_the_cluster_reads_progress_through_the_api(
+def test_an_operator_outside_the_cluster_reads_progress_through_the_api_server(
     platform, manifest_of
 ) -> None:
     platform.scale_operator(0)
@@ -204,7 +202,7 @@ def test_an_operator_outside_of_the_cluster_reads_progress_through_the_api(
     platform.scale_operator(1)
 
 
-def test_suspend_saves_and_resume_goes_on(platform, manifest_of) -> None:
+def test_suspend_saves_a_checkpoint_and_resume_continues(platform, manifest_of) -> None:
     name = platform.apply(manifest_of("paused", checkpoint={"everySeconds": 3600}, **SHORT))
     eventually(
         "training",

@@ -1,5 +1,5 @@
-"""Fixtures of the operator's tests. Their helpers are found by folder: a package called
-``operator`` would shadow the standard library's."""
+"""Import path of the operator tests' helpers: a package called ``operator`` would shadow the
+standard library's, so the helpers are found by folder."""
 
 from __future__ import annotations
 

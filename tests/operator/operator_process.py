@@ -1,4 +1,4 @@
-"""A real operator process against a control plane, for the API tests."""
+"""An operator process against a real control plane, for the API tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IMAGE = "registry.example/trainer:1"
 
 
 class OperatorProcess:
-    """``python -m finetune_operator``; ends with the ``with`` block, or killed by ``kill``."""
+    """``python -m finetune_operator``; killed at the end of the ``with`` block."""
 
     def __init__(self, kubeconfig: Path, log: Path, *arguments: str) -> None:
         self.port = free_port()
@@ -28,7 +28,7 @@ class OperatorProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, image: str = IMAGE) -> None:
-        """Start it, after ``kill`` again; returns when it is ready."""
+        """Start the process, or restart it after ``kill``; return once it is ready."""
         command = [*self._command, "--image", image]
         with self._log.open("ab") as output:
             self._process = subprocess.Popen(command, stdout=output, stderr=output)
@@ -57,7 +57,7 @@ class OperatorProcess:
         return self._log.read_text()
 
     def get(self, path: str) -> tuple[int, str] | None:
-        """Status and text of one of its pages; None while it does not listen."""
+        """Status and text of an HTTP page of the process; None while it does not listen."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/{path}", timeout=5) as page:
                 return page.status, page.read().decode()
@@ -69,7 +69,7 @@ class OperatorProcess:
             return None
 
     def metric(self, series: str) -> float | None:
-        """Value of one series of /metrics, by its whole name with labels."""
+        """Value of one series of /metrics, by its full name with labels."""
         page = self.get("metrics")
         for line in (page[1] if page else "").splitlines():
             name, _, value = line.rpartition(" ")
@@ -78,12 +78,12 @@ class OperatorProcess:
         return None
 
     def kill(self) -> None:
-        """SIGKILL: nothing is said good-bye to."""
+        """SIGKILL: no clean shutdown, so the Lease is not released."""
         self.process.kill()
         self.process.wait()
 
     def stop(self) -> int:
-        """SIGTERM; answers the exit code."""
+        """SIGTERM; return the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout=30)
 

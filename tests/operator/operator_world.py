@@ -1,5 +1,5 @@
-"""A small world for the pure tests: jobs, and children as the API server would show them, walked
-through by the same plans that the operator applies."""
+"""In-memory cluster for the pure tests: jobs and children as the API server would show them,
+changed by the plans that the operator would apply."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class World:
         return decide(self.job, found, self.now, self.config)
 
     def models(self) -> list[ModelJob]:
-        """Views of the jobs that this one waits for."""
+        """Views of the jobs whose models this job waits for."""
         references = References()
         for world in (self, *self.others):
             references.put(world.job)
@@ -98,12 +98,12 @@ class World:
         return plan
 
     def settle(self) -> Plan:
-        """Passes until nothing is left to do; a plan that never rests is a defect."""
+        """Run passes until a plan has no action; a plan that never settles is a defect."""
         for _ in range(6):
             plan = self.pass_()
             if not (plan.delete or plan.create or plan.change or plan.status):
                 return plan
-        raise AssertionError(f"restless: {plan}")
+        raise AssertionError(f"does not settle: {plan}")
 
     # --- users -----------------------------------------------------------------------------------
 
@@ -128,7 +128,7 @@ class World:
         self.now += timedelta(seconds=seconds)
 
     def pods(self, role: str, count: int = 1, **state: Any) -> list[dict[str, Any]]:
-        """Pods of the role's Job, replaced where they exist; ``state`` is their container's."""
+        """Create or replace pods of the role's Job; ``state`` is the state of their container."""
         job = self.child(role)
         job.setdefault("status", {}).setdefault("startTime", format_time(self.now))
         return [self.pod(job, index, **state) for index in range(count)]
@@ -258,14 +258,14 @@ PUBLISHED = {
 
 
 def at_training(**more: Any) -> World:
-    """A world whose gang runs."""
+    """A world with a running gang."""
     world = World(**more)
     train(world)
     return world
 
 
 def train(world: World) -> None:
-    """Bring a world to where its gang runs."""
+    """Advance a world until its gang runs."""
     world.settle()
     world.finish("prepare", prepared=PREPARED)
     world.settle()
@@ -275,14 +275,14 @@ def train(world: World) -> None:
 
 
 def completed(**more: Any) -> World:
-    """A world whose run has ended well."""
+    """A world with a complete run."""
     world = at_training(**more)
     complete(world)
     return world
 
 
 def complete(world: World) -> None:
-    """Bring a world whose gang runs to its end."""
+    """Advance a world with a running gang to a complete run."""
     world.wait(60)
     world.finish("train", trained=TRAINED)
     world.settle()

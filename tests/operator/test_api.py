@@ -1,5 +1,5 @@
-"""The operator as a process against a real API server, its Job controller and make-believe
-nodes: apply, walk the stages, kill, suspend, change, delete."""
+"""The operator process against a real API server with its Job controller and simulated nodes:
+apply, all stages, kill, suspend, change, delete."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class Job:
     def end(
         self, role: str, code: int = 0, count: int = 1, ending: int | None = None, **said: Any
     ) -> None:
-        """Let the ``count`` pods of a stage (or ``ending`` of them) end, with a message."""
+        """End the ``count`` pods of a stage (or ``ending`` of them) with a termination message."""
         self.end_pods(self.running(role, count)[:ending], role, code, **said)
 
     def end_pods(self, pods: list[Any], role: str, code: int, **said: Any) -> None:
@@ -144,7 +144,7 @@ def walk_to_training(job: Job, **more: Any) -> None:
 def test_from_apply_to_complete(job: Job, operator: OperatorProcess) -> None:
     walk_to_training(job)
     assert job.status["prepared"]["trainSamples"] == 90
-    later = time.time() + 60  # its pods are started when they are ended, below
+    later = time.time() + 60  # after the start of its pods, which start just before they end below
     start = {"seconds": {"import": 2.0, "step": 1.0}, "fromStep": 0, "firstStep": later}
     job.end("train", count=2, trained=TRAINED | {"startup": start})
     job.end("publish", published=PUBLISHED)
@@ -171,8 +171,8 @@ def test_from_apply_to_complete(job: Job, operator: OperatorProcess) -> None:
 
 
 def owned_and_ours_alone(job: Job) -> None:
-    """Owner references on all children; no writer but us, and the controllers of status; nothing
-    written on the user's object but its status."""
+    """Assert that all children have owner references and no writers but the operator (and the
+    controllers of status), and that the operator wrote only status of the user's object."""
     uid = job.object["metadata"]["uid"]
     ours = ["-n", job.namespace, "-l", f"{names.LABEL_JOB_UID}={uid}"]
     for kind in ("jobs", "services", "configmaps"):
@@ -190,7 +190,7 @@ def owned_and_ours_alone(job: Job) -> None:
     assert "finalizers" not in meta and "annotations" not in meta and "labels" not in meta
 
 
-def test_killed_and_started_again_nothing_restarts(job: Job, operator: OperatorProcess) -> None:
+def test_operator_restart_keeps_all_children(job: Job, operator: OperatorProcess) -> None:
     walk_to_training(job)
     before = {kind: job.uids(kind) for kind in ("jobs", "pods", "services", "configmaps")}
     operator.kill()
@@ -202,7 +202,7 @@ def test_killed_and_started_again_nothing_restarts(job: Job, operator: OperatorP
         assert uids <= job.uids(kind), f"{kind} were replaced"
     assert job.status["run"]["number"] == 1 and job.status["restarts"] == 0
     images = {j["spec"]["template"]["spec"]["containers"][0]["image"] for j in job.all("jobs")}
-    assert images == {IMAGE}, "an upgraded operator touches no run"
+    assert images == {IMAGE}, "an upgraded operator must not change a run"
 
 
 def test_a_final_exit_code_fails_the_run(job: Job, operator: OperatorProcess) -> None:
@@ -220,11 +220,11 @@ def test_a_final_exit_code_fails_the_run(job: Job, operator: OperatorProcess) ->
 
 
 @pytest.mark.slow
-def test_a_worker_of_prepare_that_always_dies_ends_it(job: Job, operator: OperatorProcess) -> None:
+def test_a_prepare_worker_that_always_fails_ends_it(job: Job, operator: OperatorProcess) -> None:
     job.apply(prepare={"workers": 2})
     said = {"class": "Storage", "reason": "Unreachable", "message": "timed out", "retryable": True}
     for _ in range(1 + STAGE_BACKOFF_LIMIT):
-        pods = job.running("map", 2, within=90)  # Kubernetes waits longer before each try
+        pods = job.running("map", 2, within=90)  # the backoff grows with each try
         first = [p for p in pods if p["metadata"]["labels"][INDEX_ANNOTATION] == "0"]
         job.end_pods(first, "map", 21, failure=said)
     job.reach("Failed")
@@ -251,12 +251,10 @@ def test_restarts_exhausted_ends_the_gang_and_keeps_its_pods(
     eventually("the Job has ended", ended, within=WITHIN)
     assert job.status["restarts"] == 1
     failed = [p["metadata"]["name"] for p in job.all("pods") if p["status"]["phase"] == "Failed"]
-    assert job.status["failure"]["pod"] in failed, "its logs can still be read"
+    assert job.status["failure"]["pod"] in failed, "the pod must stay for its logs"
 
 
-def test_suspend_stops_and_resume_goes_on_in_the_same_job(
-    job: Job, operator: OperatorProcess
-) -> None:
+def test_suspend_and_resume_keep_the_job(job: Job, operator: OperatorProcess) -> None:
     walk_to_training(job)
     jobs = job.uids("jobs")
     job.patch(suspend=True)
@@ -268,7 +266,7 @@ def test_suspend_stops_and_resume_goes_on_in_the_same_job(
     assert job.uids("jobs") == jobs and job.status["run"]["revision"] == 1
 
 
-def test_resume_change_makes_a_new_gang_and_new_run_a_new_run(
+def test_resume_change_creates_a_gang_and_new_run_change_a_run(
     job: Job, operator: OperatorProcess
 ) -> None:
     walk_to_training(job)
@@ -294,7 +292,7 @@ def test_status_removed_by_hand_is_rebuilt(job: Job, operator: OperatorProcess) 
     assert job.condition_of("Prepared") == "True/DataReady"
 
 
-def test_no_node_fits(job: Job, operator: OperatorProcess) -> None:
+def test_unschedulable_gang_fails_the_run(job: Job, operator: OperatorProcess) -> None:
     template = {"spec": {"nodeSelector": {"no": "such-node"}}}
     job.apply(compute={"podTemplate": template}, scheduling={"startDeadlineSeconds": 3})
     job.end("prepare", prepared=PREPARED)
@@ -303,7 +301,7 @@ def test_no_node_fits(job: Job, operator: OperatorProcess) -> None:
     assert failure["reason"] == "Unschedulable" and "0/2 nodes are available" in failure["message"]
 
 
-def test_a_template_that_kubernetes_refuses(job: Job, operator: OperatorProcess) -> None:
+def test_a_template_refused_by_kubernetes(job: Job, operator: OperatorProcess) -> None:
     template = {"spec": {"tolerations": [{"operator": "Sometimes"}]}}
     job.apply(compute={"podTemplate": template})
     job.end("prepare", prepared=PREPARED)
@@ -364,7 +362,7 @@ def test_ttl_and_deletion(job: Job, operator: OperatorProcess) -> None:
     assert job.names("configmaps") == ["run-spec-1"] and job.names("services") == []
     assert job.status["phase"] == "Complete"
     job.api.kubectl("delete", "ftj", "bot", "-n", job.namespace)
-    eventually("the order is gone", lambda: not job.names("configmaps"), within=WITHIN)
+    eventually("the run spec is gone", lambda: not job.names("configmaps"), within=WITHIN)
 
 
 def test_sigterm_ends_cleanly(operator: OperatorProcess) -> None:

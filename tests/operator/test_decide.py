@@ -1,4 +1,4 @@
-"""The course of a run: prepare, train, publish, and what may come between."""
+"""The course of a run: prepare, train, publish, and interruptions between them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finetune_operator.status.status import REACHED
 
 
 def timeless(status: dict[str, Any]) -> dict[str, Any]:
-    """A status without the times at which conditions changed: those are lost with a status."""
+    """A status without condition transition times and other times that a lost status loses."""
     conditions = [
         {k: v for k, v in c.items() if k != "lastTransitionTime"} for c in status["conditions"]
     ]
@@ -27,7 +27,7 @@ def timeless(status: dict[str, Any]) -> dict[str, Any]:
     return {**status, "conditions": conditions, "run": run, "progress": progress}
 
 
-def test_first_pass_makes_order_and_prepare_and_says_so() -> None:
+def test_first_pass_creates_run_spec_and_prepare_job() -> None:
     world = World()
     plan = world.pass_()
     assert world.names("ConfigMap") == ["bot-1-0f9c2-run-spec-1"]
@@ -39,13 +39,13 @@ def test_first_pass_makes_order_and_prepare_and_says_so() -> None:
     assert [e.reason for e in plan.events] == ["RunStarted"]
 
 
-def test_every_stage_has_its_rows() -> None:
+def test_every_stage_is_in_every_table() -> None:
     for table in (CONDITION, STAGE_JOBS, BEGINS, WORKS):
         assert list(table) == list(names.ROLES)
     assert set(REACHED) == set(CONDITION.values())
 
 
-def test_a_training_that_may_not_fit_is_warned_of() -> None:
+def test_memory_warning_sets_reason_and_event() -> None:
     world = World()
     world.settle()
     memory = {
@@ -84,7 +84,7 @@ def test_several_pods_map_before_one_reduces() -> None:
 
 
 @pytest.mark.parametrize("role", ["map", "prepare"])
-def test_a_run_that_maps_is_suspended_and_goes_on_in_either_half(role: str) -> None:
+def test_suspend_and_resume_during_map_and_during_reduce(role: str) -> None:
     world = World(prepare={"workers": 2})
     world.settle()
     if role == "prepare":
@@ -98,7 +98,7 @@ def test_a_run_that_maps_is_suspended_and_goes_on_in_either_half(role: str) -> N
     assert world.child(role)["spec"]["suspend"] is False
 
 
-def test_a_failure_of_the_reduce_is_that_of_the_run() -> None:
+def test_a_failure_of_the_reduce_fails_the_run() -> None:
     world = World(prepare={"workers": 2})
     world.settle()
     world.finish("map")
@@ -151,7 +151,7 @@ def test_a_run_goes_through_its_stages_to_complete() -> None:
     assert world.run["outcome"] == "Complete"
 
 
-def test_progress_is_shown_and_of_another_run_ignored() -> None:
+def test_progress_is_shown_and_progress_of_another_run_ignored() -> None:
     world = at_training()
     world.report(
         step=10, totalSteps=40, loss=1.23456, remainingSeconds=130.0, epoch=0.25,
@@ -168,7 +168,7 @@ def test_progress_is_shown_and_of_another_run_ignored() -> None:
     assert world.status["progress"]["step"] == 10
 
 
-def test_status_is_at_rest_while_a_gang_only_runs() -> None:
+def test_status_is_not_rewritten_while_a_gang_runs() -> None:
     world = at_training(compute={"gpusPerNode": 8})
     world.report(step=1, totalSteps=4)
     world.settle()
@@ -232,7 +232,7 @@ def test_status_deleted_by_hand_is_rebuilt_from_children(stage: str) -> None:
     assert timeless(world.status) == timeless(before)
 
 
-def test_status_and_jobs_lost_does_not_retrain_a_complete_run() -> None:
+def test_a_complete_run_without_status_and_jobs_is_not_retrained() -> None:
     world = completed()
     del world.job["status"]
     world.objects = {k: o for k, o in world.objects.items() if k[0] == "ConfigMap"}
@@ -241,7 +241,7 @@ def test_status_and_jobs_lost_does_not_retrain_a_complete_run() -> None:
     assert world.names("Job") == []
 
 
-def test_a_pod_lost_in_the_last_moment_does_not_hold_the_result_back() -> None:
+def test_a_pod_lost_after_the_result_does_not_block_publish() -> None:
     world = at_training()
     world.finish("train", trained=TRAINED)
     job = world.child("train")
@@ -250,7 +250,7 @@ def test_a_pod_lost_in_the_last_moment_does_not_hold_the_result_back() -> None:
     lost["status"]["containerStatuses"][0]["state"] = {"running": {}}
     lost["status"]["phase"] = "Running"
     world.settle()
-    assert not any("publish" in name for name in world.names("Job")), "it may yet end by itself"
+    assert not any("publish" in name for name in world.names("Job")), "the pod may still end"
     world.wait(61)
     world.settle()
     assert world.condition_of("Evaluated") == "True/Evaluated"
@@ -266,10 +266,10 @@ def test_children_are_never_rendered_again() -> None:
     world.finish("train", trained=TRAINED)
     world.settle()
     image = world.child("publish")["spec"]["template"]["spec"]["containers"][0]["image"]
-    assert image == "registry.example/trainer:1", "a run keeps its image over an upgrade"
+    assert image == "registry.example/trainer:1", "a run keeps its image across an operator upgrade"
 
 
-def test_large_figures_are_shown_in_short() -> None:
+def test_large_figures_are_abbreviated() -> None:
     world = at_training()
     scores = {"Perplexity": math.exp(80), "Loss": math.nan}
     test = {"name": "test", "samples": 5, "base": scores, "tuned": {"Perplexity": 123456.0}}
@@ -281,7 +281,7 @@ def test_large_figures_are_shown_in_short() -> None:
     assert shown["Loss"]["base"] == "nan"
 
 
-def test_a_pass_that_meets_a_defect_says_so_and_the_next_takes_it_back() -> None:
+def test_an_operator_defect_is_reported_and_cleared_by_the_next_pass() -> None:
     world = at_training()
     before = copy.deepcopy(world.status)
     plan = defect(world.job, TypeError("no such thing"), world.now)
@@ -291,7 +291,7 @@ def test_a_pass_that_meets_a_defect_says_so_and_the_next_takes_it_back() -> None
     assert world.condition_of("Stalled") == "True/OperatorDefect"
     assert "TypeError: no such thing" in world.message("Stalled")
     assert world.status["phase"] == "Training" and world.status["run"] == before["run"]
-    assert defect(world.job, TypeError("no such thing"), world.now).status is None, "said once"
+    assert defect(world.job, TypeError("no such thing"), world.now).status is None, "reported once"
     world.settle()
     assert timeless(world.status) == timeless(before)
 
@@ -303,18 +303,18 @@ def test_a_job_being_deleted_is_left_alone() -> None:
     assert plan.create == () and plan.status is None
 
 
-def test_children_stay_until_status_has_what_they_said() -> None:
+def test_children_stay_until_status_has_their_results() -> None:
     world = at_training(childrenTTLSecondsAfterFinished=0)
     world.fail("train", 14, **{"class": "OutOfMemory", "reason": "Oom", "message": "m"})
     world.condition("train", "Failed", "PodFailurePolicy")
     plan = world.plan()
     assert plan.status is not None and plan.status["phase"] == "Failed"
-    assert not plan.delete, "the operator may die before it writes status"
+    assert not plan.delete, "the operator may crash before it writes status"
     world.settle()
     assert world.names("Job") == [] and world.status["failure"]["reason"] == "Oom"
 
 
-def test_ttl_removes_jobs_and_services_and_keeps_the_order() -> None:
+def test_ttl_removes_jobs_and_services_and_keeps_the_run_spec() -> None:
     world = completed(childrenTTLSecondsAfterFinished=60)
     assert len(world.names("Job")) == 3
     again = world.plan().requeue_after
@@ -327,7 +327,7 @@ def test_ttl_removes_jobs_and_services_and_keeps_the_order() -> None:
 
 
 @pytest.mark.parametrize("running", [False, True])
-def test_a_stored_spec_that_todays_models_refuse_is_a_condition(running: bool) -> None:
+def test_an_invalid_stored_spec_sets_a_condition(running: bool) -> None:
     world = at_training() if running else World()
     world.job["spec"]["training"] = {"epochs": 1, "maxSteps": 1}
     world.job["metadata"]["generation"] += 1

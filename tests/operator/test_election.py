@@ -1,4 +1,5 @@
-"""Leader election: one works, the other stands by, and who may be overtaken does not write."""
+"""Leader election: one process leads, the other is on stand-by, and a leader that may have been
+replaced does not write."""
 
 from __future__ import annotations
 
@@ -63,14 +64,14 @@ def test_hand_over_and_fencing(plane: ControlPlane, tmp_path: Path) -> None:
             eventually("c is worked on", lambda: phase(plane, "c"))
             version = plane.get("ftj", "c")["metadata"]["resourceVersion"]
             second.go_on()
-            assert second.wait(30) == 1, "who lost its lease ends"
+            assert second.wait(30) == 1, "a process that lost its Lease exits"
             assert "is lost: writing stops" in second.log()
             assert plane.get("ftj", "c")["metadata"]["resourceVersion"] == version
             second.start()
 
 
 def with_token(plane: ControlPlane, path: Path) -> Path:
-    """A kubeconfig of the service account, by token as in a pod."""
+    """A kubeconfig for the service account, with a token as in a pod."""
     token = plane.kubectl("create", "token", "operator", "-n", "team-a").strip()
     shutil.copy(plane.kubeconfig, path)
     edit = ["config", f"--kubeconfig={path}"]
@@ -79,9 +80,9 @@ def with_token(plane: ControlPlane, path: Path) -> Path:
     return path
 
 
-def test_one_namespace_with_least_rights(plane: ControlPlane, tmp_path: Path) -> None:
-    """Without any right outside its namespace, and without reading Secrets, ConfigMaps of others
-    or nodes."""
+def test_one_namespace_with_minimal_rbac(plane: ControlPlane, tmp_path: Path) -> None:
+    """The operator needs no right outside its namespace, and none to read Secrets, ConfigMaps of
+    other namespaces or nodes."""
     plane.kubectl("create", "namespace", "team-a")
     plane.kubectl("create", "namespace", "team-b")
     rules = [

@@ -1,4 +1,5 @@
-"""Why a run fails: by termination messages, by what Kubernetes reports of pods, by obstacles."""
+"""Causes of a failed run: from termination messages, from Kubernetes' reports of pods, from
+obstacles."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ def preparing() -> World:
     return world
 
 
-def test_the_termination_message_says_why() -> None:
+def test_the_termination_message_is_the_failure() -> None:
     world = preparing()
     said = {"class": "DataError", "reason": "MalformedRecord", "message": "train.jsonl line 3"}
     world.fail("prepare", 11, **said)
@@ -42,7 +43,7 @@ def test_the_termination_message_says_why() -> None:
     world.settle()
 
 
-def test_the_worker_that_failed_tells_and_not_those_that_were_stopped() -> None:
+def test_a_failed_worker_outranks_stopped_workers() -> None:
     world = World(prepare={"workers": 3})
     world.settle()
     world.pods("map", 3, running={})
@@ -96,7 +97,7 @@ def test_the_worker_that_failed_tells_and_not_those_that_were_stopped() -> None:
         ),
     ],
 )
-def test_without_a_termination_message(
+def test_failure_without_a_termination_message(
     ended: dict[str, Any], pod_status: dict[str, Any], expected: tuple[str, str]
 ) -> None:
     world = preparing()
@@ -109,7 +110,7 @@ def test_without_a_termination_message(
     assert failure["message"]
 
 
-def test_every_exit_code_and_every_class_is_known() -> None:
+def test_every_exit_code_is_mapped_and_every_class_documented() -> None:
     assert set(BY_EXIT_CODE) == set(ExitCode) - {ExitCode.OK}
     page = (Path(__file__).parents[2] / "docs/operations.md").read_text()
     section = page.partition("## When something fails")[2].partition("\n## ")[0]
@@ -117,7 +118,7 @@ def test_every_exit_code_and_every_class_is_known() -> None:
     assert set(rows) - {"class"} == set(get_args(FailureClass))
 
 
-def test_tries_before_are_told() -> None:
+def test_earlier_tries_are_in_the_message() -> None:
     world = preparing()
     said = {"class": "Storage", "reason": "Unreachable", "message": "s3://data: timed out"}
     world.fail("prepare", 21, suffix="a", **said)
@@ -127,7 +128,7 @@ def test_tries_before_are_told() -> None:
     assert "prepare-1-0-a failed (Unreachable): s3://data: timed out" in world.message("Prepared")
 
 
-def test_a_jobs_failure_that_comes_before_its_pods_waits_for_them() -> None:
+def test_a_failed_job_waits_for_its_failed_pods() -> None:
     world = preparing()
     world.pods("prepare", running={})
     world.condition("prepare", "Failed", "PodFailurePolicy")
@@ -147,17 +148,17 @@ def test_a_jobs_failure_that_comes_before_its_pods_waits_for_them() -> None:
     world.child("prepare")["status"] = {"conditions": [failed]}
     world.wait(10)
     world.settle()
-    assert world.status["failure"]["reason"] == "PodFailurePolicy", "no pod came"
+    assert world.status["failure"]["reason"] == "PodFailurePolicy", "no failed pod appeared"
 
 
-def test_no_pod_left_to_tell() -> None:
+def test_the_jobs_reason_is_used_without_pods() -> None:
     world = preparing()
     world.condition("prepare", "Failed", "BackoffLimitExceeded")
     world.settle()
     assert world.status["failure"]["reason"] == "BackoffLimitExceeded"
 
 
-def test_own_causes_come_before_lost_peers() -> None:
+def test_a_pods_own_cause_outranks_lost_peers() -> None:
     world = at_training()
     world.fail("train", 13, 1, **{"class": "Diverged", "reason": "NaN", "message": "loss is NaN"})
     world.wait(1)
@@ -167,7 +168,7 @@ def test_own_causes_come_before_lost_peers() -> None:
     world.settle()
     assert world.status["failure"]["reason"] == "NaN"
     assert world.status["failure"]["pod"].endswith("train-1-1-x")
-    assert world.status["restarts"] == 0, "an end is no restart"
+    assert world.status["restarts"] == 0, "a final failure is no restart"
 
 
 def test_incidents_are_counted_not_pods() -> None:
@@ -184,7 +185,7 @@ def test_incidents_are_counted_not_pods() -> None:
     assert world.status["phase"] == "Failed"
     assert world.status["failure"]["reason"] == "PeerLost"
     assert "failurePolicy.maxRestarts allows 2" in world.status["failure"]["message"]
-    assert world.child("train")["spec"]["activeDeadlineSeconds"] == 0, "stopped, its logs kept"
+    assert world.child("train")["spec"]["activeDeadlineSeconds"] == 0, "stopped, with its logs"
 
 
 def test_saved_fenced_and_deleted_pods_are_no_incidents() -> None:
@@ -196,7 +197,7 @@ def test_saved_fenced_and_deleted_pods_are_no_incidents() -> None:
     assert world.status["restarts"] == 0
 
 
-def test_restarts_counted_in_storage_count() -> None:
+def test_restarts_recorded_in_storage_are_counted() -> None:
     world = at_training()
     world.report(attempt=3, restarts=2)
     world.settle()
@@ -239,7 +240,7 @@ def test_an_image_that_cannot_be_pulled(reason: str, message: str, seconds: int)
     assert "spec.compute.image" in failure["message"]
 
 
-def test_a_missing_secret_is_said_and_heals() -> None:
+def test_a_missing_secret_is_reported_until_it_exists() -> None:
     world = preparing()
     waiting(world, "prepare", "CreateContainerConfigError", 'secret "s3" not found')
     world.settle()
@@ -289,7 +290,7 @@ def test_too_few_nodes_for_the_workers_of_prepare() -> None:
     assert "fewer prepare.workers" in world.status["failure"]["message"]
 
 
-def test_the_start_deadline_is_live_and_counts_from_the_start_not_the_queue() -> None:
+def test_the_start_deadline_is_live_and_excludes_queue_time() -> None:
     world = World(scheduling={"startDeadlineSeconds": 120, "queueName": "q"})
     world.settle()
     world.finish("prepare")
@@ -305,7 +306,7 @@ def test_the_start_deadline_is_live_and_counts_from_the_start_not_the_queue() ->
     assert world.plan().requeue_after == timedelta(seconds=400)
 
 
-def test_a_job_whose_pods_are_refused() -> None:
+def test_a_job_without_pods_is_reported_and_fails() -> None:
     world = World(scheduling={"startDeadlineSeconds": 60})
     world.settle()
     assert world.condition_of("Prepared") == "False/Preparing"
@@ -345,7 +346,7 @@ def test_usage_of_an_interrupted_gang() -> None:
     world.report(attempt=2, restarts=1, lostSeconds=30.0, step=4)
     world.settle()
     usage = world.status["usage"]
-    # rank 0 from 12:00:05 to 12:03:30 (steps of 30 s), rank 1 for 100 s and from 12:02:05 on
+    # rank 0: from 12:00:05 to 12:03:30 (steps of 30 s); rank 1: 100 s, then from 12:02:05
     assert usage == {
         "gpuSeconds": 4 * (205 + 100 + 85),
         "wastedGpuSeconds": 240,
@@ -357,7 +358,7 @@ def test_usage_of_an_interrupted_gang() -> None:
     assert world.status["usage"]["wastedGpuSeconds"] == 320
 
 
-def test_no_more_is_wasted_than_was_held() -> None:
+def test_wasted_usage_is_at_most_the_held_usage() -> None:
     world = at_training()
     world.report(attempt=2, restarts=1, lostSeconds=5000.0)  # while no operator ran
     world.settle()
@@ -381,7 +382,7 @@ def test_a_job_that_the_api_server_refuses() -> None:
     assert "tolerations[2].operator" in world.status["failure"]["message"]
 
 
-def test_an_order_that_the_api_server_refuses() -> None:
+def test_a_run_spec_that_the_api_server_refuses() -> None:
     world = World()
     no = Refusal("exceeded quota: count/configmaps", final=False)
     world.refused = {"bot-1-0f9c2-run-spec-1": no}

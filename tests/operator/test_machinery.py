@@ -1,4 +1,4 @@
-"""The shell's parts by themselves: queue, store, progress poller."""
+"""Unit tests of the impure parts: queue, store, cluster client, progress poller, controller."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_errors_are_backed_off_and_forgotten_after_success(monkeypatch: Any) -> 
     assert delays[0] < delays[1] < delays[2] and delays[3] < delays[1]
 
 
-def test_the_nearest_of_several_times_counts() -> None:
+def test_put_after_keeps_the_earliest_time() -> None:
     async def scenario() -> list[str]:
         queue, seen = WorkQueue(), []
         done = asyncio.Event()
@@ -112,7 +112,7 @@ def obj(kind: str, uid: str, version: int, **more: Any) -> dict[str, Any]:
     return {"metadata": meta, **more}
 
 
-def test_the_store_never_goes_back() -> None:
+def test_the_store_keeps_the_newest_version() -> None:
     store = Store()
     store.put(names.KIND, obj(names.KIND, UID, 5))
     store.put(names.KIND, obj(names.KIND, UID, 7, status={"phase": "Training"}))
@@ -121,7 +121,7 @@ def test_the_store_never_goes_back() -> None:
     assert found is not None and found["status"] == {"phase": "Training"}
 
 
-def test_a_late_answer_does_not_bring_a_deleted_child_back() -> None:
+def test_a_late_response_does_not_restore_a_deleted_child() -> None:
     store = Store()
     store.put(names.KIND, obj(names.KIND, UID, 1))
     assert store.put("Job", obj("Job", "j", 10)) == UID
@@ -142,7 +142,7 @@ def test_a_pod_that_vanished_while_it_ran_is_remembered_as_ended() -> None:
     assert len(gone) == 2 and all(p.finished is not None for p in gone)
 
 
-def test_a_deleted_job_leaves_nothing() -> None:
+def test_the_store_keeps_nothing_of_a_deleted_job() -> None:
     store = Store()
     store.put(names.KIND, obj(names.KIND, UID, 1))
     store.put("Job", obj("Job", "j", 2))
@@ -152,7 +152,7 @@ def test_a_deleted_job_leaves_nothing() -> None:
     assert not store._children
 
 
-def test_who_does_not_lead_does_not_write() -> None:
+def test_writes_without_leadership_raise() -> None:
     async def scenario() -> None:
         cluster = Cluster(Credentials(host="http://127.0.0.1:1"))
         cluster.guard = lambda: False
@@ -171,7 +171,7 @@ def test_who_does_not_lead_does_not_write() -> None:
 def polled(
     world: World, answers: list[Any], rounds: int, pieces: bool = False
 ) -> tuple[Store, list[str]]:
-    """Poll a real server that gives these answers in turn, the last one again and again."""
+    """Poll a real server that sends these answers in turn, and then repeats the last one."""
     store = Store()
     store.put(names.KIND, obj(names.KIND, UID, 1))
     for pod in world.of("Pod"):
@@ -232,13 +232,13 @@ def test_progress_is_read_coalesced_and_compared() -> None:
         {**base, "step": 3, "stage": "Evaluating"},
     ]
     store, told = polled(world, answers, rounds=12)
-    assert told == [UID, UID], "the first, and the new stage at once; step 2 came too soon"
+    assert told == [UID, UID], "the first, and the new stage; step 2 came too soon to store"
     progress = store.observed(UID).progress
     assert progress is not None and (progress.step, progress.stage) == (3, "Evaluating")
 
 
 @pytest.mark.usefixtures("quick")
-def test_progress_that_comes_in_pieces_is_read_whole() -> None:
+def test_chunked_progress_is_read_completely() -> None:
     world = at_training()
     answer = {"run": world.run["id"], "attempt": 1, "restarts": 0, "stage": "Training", "step": 7}
     store, _ = polled(world, [answer], rounds=3, pieces=True)
@@ -247,7 +247,7 @@ def test_progress_that_comes_in_pieces_is_read_whole() -> None:
 
 
 class Recorder:
-    """A cluster that takes what is written."""
+    """A cluster that records writes."""
 
     def __init__(self) -> None:
         self.statuses: list[dict[str, Any]] = []
@@ -261,11 +261,11 @@ class Recorder:
         self.events.append(event.reason)
 
 
-def test_a_defect_in_one_jobs_pass_is_told_and_tried_again(
+def test_a_defect_in_one_jobs_pass_is_reported_and_retried(
     monkeypatch: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     def decide(*_: Any) -> Plan:
-        raise TypeError("what was that")
+        raise TypeError("a defect")
 
     async def scenario() -> Recorder:
         monkeypatch.setattr(controller_module, "decide", decide)
@@ -278,10 +278,10 @@ def test_a_defect_in_one_jobs_pass_is_told_and_tried_again(
 
     cluster = asyncio.run(scenario())
     assert cluster.events == ["OperatorDefect"] and len(cluster.statuses) == 1
-    assert "what was that" in caplog.text and "Traceback" in caplog.text
+    assert "a defect" in caplog.text and "Traceback" in caplog.text
 
 
-def test_what_is_waited_for_at_the_start_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_causes_of_the_wait_for_the_api_server_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     answers = [
         web.Response(status=404, text="{}"),
         web.Response(status=403, text='{"message": "user x may not"}'),

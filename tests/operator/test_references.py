@@ -1,5 +1,5 @@
-"""A run that starts from another job's model: it waits and says why, begins with what that job has
-published, and keeps to it."""
+"""Runs that start from another job's model: such a run waits and reports why, begins with the
+published model, and keeps it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FIRST_UID = "aaaaa-0000"
 
 
 def follower(*others: World, wanted: str = "first", **more: Any) -> World:
-    """A job that starts from the model of another one."""
+    """A job that starts from another job's model."""
     world = World(model={"source": None, "fineTuneJobRef": {"name": wanted}}, **more)
     world.others = list(others)
     return world
@@ -27,7 +27,7 @@ def first(**more: Any) -> World:
     return World(name="first", uid=FIRST_UID, **more)
 
 
-def order_of(world: World) -> Any:
+def run_spec_of(world: World) -> Any:
     (found,) = world.of("ConfigMap")
     return json.loads(found["data"][names.RUN_SPEC_KEY])
 
@@ -67,12 +67,12 @@ def edited() -> World:
         ([suspended()], "WaitingForModel", "FineTuneJob first is suspended"),
         ([at_training(name="first", uid=FIRST_UID)], "WaitingForModel",
          "FineTuneJob first is Training (run 1-aaaaa); the run begins once it is Complete"),
-        ([edited()], "WaitingForModel", "has not begun with its spec as it stands"),
-        ([failed()], "ModelFailed", "FineTuneJob first has failed (Bad: line 3); mend that job"),
+        ([edited()], "WaitingForModel", "has not begun a run with its current spec"),
+        ([failed()], "ModelFailed", "FineTuneJob first has failed (Bad: line 3); fix that job"),
         ([refused()], "ModelFailed", "is stalled (InvalidSpec: spec.training: epochs and maxSteps"),
     ],
 )  # fmt: skip
-def test_a_run_waits_in_words_and_makes_nothing(
+def test_a_waiting_run_reports_why_and_creates_nothing(
     others: list[World], reason: str, said: str
 ) -> None:
     world = follower(*others)
@@ -86,11 +86,11 @@ def test_a_run_waits_in_words_and_makes_nothing(
     assert (world.condition_of("Stalled") == f"True/{reason}") is stuck
     assert "startTime" not in world.run and "base" not in world.run
     assert world.status["observedGeneration"] == 1
-    assert world.plan().requeue_after is None, "the other job's change wakes it"
+    assert world.plan().requeue_after is None, "a change of the other job triggers the next pass"
 
 
 def circle(*wishes: tuple[str, str]) -> list[World]:
-    """Jobs by name and the name that each waits for."""
+    """Jobs, given as pairs of a name and the name of the job that it refers to."""
     worlds = [
         World(name=name, uid=f"{name}-uid", model={"source": None, "fineTuneJobRef": {"name": to}})
         for name, to in wishes
@@ -108,7 +108,7 @@ def circle(*wishes: tuple[str, str]) -> list[World]:
         ([("bot", "a"), ("a", "b"), ("b", "a")], "(a → b → a)"),
     ],
 )
-def test_a_circle_is_named(wishes: list[tuple[str, str]], told: str) -> None:
+def test_a_reference_cycle_is_reported(wishes: list[tuple[str, str]], told: str) -> None:
     world = circle(*wishes)[0]
     plan = world.pass_()
     assert world.condition_of("Stalled") == "True/ReferenceCycle"
@@ -117,7 +117,7 @@ def test_a_circle_is_named(wishes: list[tuple[str, str]], told: str) -> None:
     assert not world.objects
 
 
-def test_a_circle_in_which_one_has_a_model_is_none() -> None:
+def test_a_cycle_with_a_published_model_is_not_reported() -> None:
     other = completed(name="first", uid=FIRST_UID)
     world = follower(other, wanted="middle")
     middle = World(name="middle", uid="m", model={"fineTuneJobRef": {"name": "first"}})
@@ -127,7 +127,7 @@ def test_a_circle_in_which_one_has_a_model_is_none() -> None:
     assert world.condition_of("Prepared") == "False/WaitingForModel"
 
 
-def test_once_the_model_is_there_the_run_begins_with_it_frozen() -> None:
+def test_a_run_begins_with_the_published_model_and_keeps_it() -> None:
     other = first(storage={"endpoint": "http://near:9000"}, output={"destination": "s3://first"})
     world = follower(other)
     train(other)
@@ -144,12 +144,12 @@ def test_once_the_model_is_there_the_run_begins_with_it_frozen() -> None:
         "job": "first", "run": "1-aaaaa", "uri": "s3://first/1-aaaaa", "digest": "sha"
     }  # fmt: skip
     assert world.run["startTime"] == "2026-01-01T12:10:00Z"
-    base = order_of(world)["base"]
+    base = run_spec_of(world)["base"]
     assert base["storage"]["endpoint"] == "http://near:9000"
     assert base["beneath"]["source"] == "s3://models/base"
     assert world.condition_of("Prepared") == "False/Preparing"
 
-    # A later run of the other job, or its end, touches nothing.
+    # A later run of the other job, or its deletion, changes nothing.
     before = copy.deepcopy(world.objects)
     other.edit(rerunToken="again")
     other.settle()
@@ -161,25 +161,27 @@ def test_once_the_model_is_there_the_run_begins_with_it_frozen() -> None:
     world.edit(compute={"nodes": 1})
     world.settle()
     run_specs = [json.loads(o["data"][names.RUN_SPEC_KEY]) for o in world.of("ConfigMap")]
-    assert [run_spec["base"] for run_spec in run_specs] == [base, base], "a new gang, the same base"
+    assert [run_spec["base"] for run_spec in run_specs] == [base, base], (
+        "the new gang keeps the base"
+    )
 
 
-def test_a_removed_order_is_made_up_for_from_status() -> None:
+def test_a_removed_run_spec_is_rebuilt_from_status() -> None:
     other = completed(name="first", uid=FIRST_UID)
     world = follower(other)
     train(world)
-    base = order_of(world)["base"]
+    base = run_spec_of(world)["base"]
     world.objects.pop(("ConfigMap", "bot-1-0f9c2-run-spec-1"))
     other.edit(rerunToken="again")
     other.settle()
     world.settle()
     assert world.status["phase"] == "Training"
-    assert {k: order_of(world)["base"][k] for k in ("run", "uri", "digest")} == {
+    assert {k: run_spec_of(world)["base"][k] for k in ("run", "uri", "digest")} == {
         k: base[k] for k in ("run", "uri", "digest")
     }
 
 
-def test_a_rerun_takes_the_newest_model_and_waits_for_the_next() -> None:
+def test_a_rerun_waits_for_the_other_jobs_current_run() -> None:
     other = completed(name="first", uid=FIRST_UID)
     world = follower(other)
     train(world)
@@ -187,25 +189,25 @@ def test_a_rerun_takes_the_newest_model_and_waits_for_the_next() -> None:
     assert world.status["phase"] == "Complete"
     other.edit(rerunToken="again")
     train(other)
-    assert world.settle().create == (), "it does not train again by itself"
+    assert world.settle().create == (), "a new model alone starts no run"
     world.edit(rerunToken="too")
     world.settle()
     assert (world.status["phase"], world.run["id"]) == ("Waiting", "2-0f9c2")
     assert world.status["history"][0]["base"]["run"] == "1-aaaaa"
-    assert world.names("Job") == [], "nothing is left of the run before"
+    assert world.names("Job") == [], "the previous run's Jobs are deleted"
     world.edit(rerunToken="three")
     world.settle()
-    assert world.run["number"] == 2, "a run that waits begins with the spec as it stands"
+    assert world.run["number"] == 2, "a waiting run takes the current spec"
     status = world.job.pop("status")
     world.settle()
-    assert world.run["number"] == status["run"]["number"], "a lost status is found again"
+    assert world.run["number"] == status["run"]["number"], "a lost status is rebuilt"
     complete(other)
     world.settle()
     assert world.run["base"]["run"] == "2-aaaaa"
     assert (world.run["rerunToken"], world.run["number"]) == ("three", 2)
 
 
-def test_a_run_that_waits_may_be_suspended_and_mended() -> None:
+def test_a_waiting_run_can_be_suspended_and_edited() -> None:
     world = follower()
     world.settle()
     world.edit(suspend=True)
@@ -220,7 +222,7 @@ def test_a_run_that_waits_may_be_suspended_and_mended() -> None:
     assert world.run["number"] == 1
 
 
-def test_the_claim_of_an_adapters_base_is_mounted() -> None:
+def test_the_volume_claim_of_an_adapters_base_is_mounted() -> None:
     other = completed(name="first", uid=FIRST_UID, model={"source": "pvc://weights/base"})
     world = follower(other)
     world.settle()
@@ -235,7 +237,7 @@ def stored(world: World, version: int, uid: str = "") -> dict[str, Any]:
     return job
 
 
-def test_the_store_knows_who_waits_for_whom() -> None:
+def test_the_store_tracks_references_between_jobs() -> None:
     other = completed(name="first", uid=FIRST_UID)
     world = follower()
     store = Store()
@@ -252,13 +254,13 @@ def test_the_store_knows_who_waits_for_whom() -> None:
     assert store.affected(names.KIND, stored(other, 2)) == [uid]
     assert store.affected("ConfigMap", config_map) == []
 
-    # Deleted and made again before its deletion was seen.
+    # Deleted and created again before the deletion was observed.
     store.put(names.KIND, stored(other, 5, uid="bbbbb"))
     store.remove(names.KIND, stored(other, 4))
     assert [m.name for m in store.observed(uid).models] == ["first"]
     store.remove(names.KIND, stored(other, 6, uid="bbbbb"))
     assert store.observed(uid).models == ()
-    assert store.affected(names.KIND, stored(other, 6)) == [uid], "it still waits"
+    assert store.affected(names.KIND, stored(other, 6)) == [uid], "the reference remains"
     world.edit(model={"source": "s3://models/base", "fineTuneJobRef": None})
     store.put(names.KIND, stored(world, 7))
     assert store.affected(names.KIND, stored(other, 6)) == []

@@ -1,4 +1,5 @@
-"""What is rendered: names that fit, one label set, one owner, restricted pods, frozen text."""
+"""Rendered objects: valid names, one label set, one owner, restricted pods, an immutable run
+spec."""
 
 from __future__ import annotations
 
@@ -50,13 +51,13 @@ def args_of(world: World, role: str) -> list[str]:
 def env_of(world: World, role: str) -> dict[str, Any]:
     env = pod_of(world, role)["containers"][0]["env"]
     names_ = [e["name"] for e in env]
-    assert len(names_) == len(set(names_)), "a name twice: the API server would refuse the apply"
+    assert len(names_) == len(set(names_)), "duplicate name: the API server would refuse the apply"
     return {e["name"]: e.get("value", e.get("valueFrom")) for e in env}
 
 
 @settings(max_examples=150, deadline=None)
 @given(name=st.from_regex(r"[a-z0-9]([a-z0-9.-]{0,250}[a-z0-9])?", fullmatch=True))
-def test_names_and_labels_fit_whatever_the_job_is_called(name: str) -> None:
+def test_names_and_labels_are_valid_for_any_job_name(name: str) -> None:
     world = World()
     world.job["metadata"]["name"] = name
     for obj in rendered(world):
@@ -118,7 +119,7 @@ def test_pods_are_restricted_and_write_to_empty_dirs_only(role: str) -> None:
         assert toleration["tolerationSeconds"] <= 60
 
 
-def test_the_gang() -> None:
+def test_the_gangs_job_and_service() -> None:
     world = World(compute={"nodes": 3, "gpusPerNode": 4, "sharedMemory": "8Gi"})
     job = rendered(world, (Create("Job", "train"),))[0]
     service = rendered(world, (Create("Service", "train"),))[0]
@@ -150,7 +151,7 @@ def test_map_is_an_indexed_job_of_workers() -> None:
     assert body["completionMode"] == "Indexed"
     assert (body["completions"], body["parallelism"]) == (4, 4)
     assert (body["backoffLimitPerIndex"], body["maxFailedIndexes"]) == (STAGE_BACKOFF_LIMIT, 0)
-    assert "backoffLimit" not in body, "one that fails ends the stage, force the others do"
+    assert "backoffLimit" not in body, "one failed worker ends the stage, not only its index"
     assert names.ENV_WORKER not in env_of(world, "map"), "the Job controller sets it"
     assert args_of(world, "map") == ["prepare", "--map"]
 
@@ -173,7 +174,7 @@ def test_final_codes_fail_the_job_and_disruption_and_fencing_do_not() -> None:
     assert ignored[1]["onPodConditions"][0]["type"] == "DisruptionTarget"
 
 
-def test_the_order_is_immutable_and_holds_every_default() -> None:
+def test_the_run_spec_is_immutable_and_holds_every_default() -> None:
     config_map = rendered(World(), (Create("ConfigMap"),))[0]
     assert config_map["immutable"] is True
     run_spec = parse_run_spec(config_map["data"][names.RUN_SPEC_KEY])
@@ -210,7 +211,7 @@ def test_claims_are_mounted_read_only_for_every_stage() -> None:
         assert mounts[f"{names.PVC_ROOT}/weights"]["readOnly"] is True
 
 
-def test_the_nodes_folder_of_models_is_for_the_gang_alone() -> None:
+def test_the_model_cache_is_mounted_by_the_gang_only() -> None:
     keeps = replace(CONFIG, model_cache="/mnt/nvme/finetune")
     plan = World().plan()
     for role in names.ROLES:
@@ -227,7 +228,7 @@ def test_the_nodes_folder_of_models_is_for_the_gang_alone() -> None:
             assert not paths and found is None
 
 
-def test_cpu_stages_have_their_own_place() -> None:
+def test_cpu_stages_have_their_own_nodes_and_resources() -> None:
     world = World(
         prepare={
             "resources": {"requests": {"cpu": "8"}},
@@ -262,7 +263,7 @@ GOOD: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("template", GOOD)
-def test_a_good_pod_template(template: dict[str, Any]) -> None:
+def test_an_allowed_pod_template_has_no_problems(template: dict[str, Any]) -> None:
     assert template_problems(template) == []
 
 
@@ -300,7 +301,9 @@ def container(**more: Any) -> dict[str, Any]:
         (container(securityContext={"capabilities": {"add": [{}]}}), ".capabilities.add"),
     ],
 )
-def test_a_forbidden_part_is_named_by_its_path(template: dict[str, Any], path: str) -> None:
+def test_a_forbidden_template_field_is_named_by_its_path(
+    template: dict[str, Any], path: str
+) -> None:
     problems = template_problems(template)
     assert len(problems) == 1 and path in problems[0].partition(": ")[0]
     assert problems[0].startswith("spec.compute.podTemplate")
@@ -312,7 +315,7 @@ def test_an_overlay_replaces_a_variable_whole() -> None:
     assert lay_over(base, top) == [top[0], base[1], top[1]]
 
 
-def test_no_change_of_the_world_by_observing_it() -> None:
+def test_decide_does_not_change_its_inputs() -> None:
     world = at_training()
     before = json.dumps([world.job, list(world.objects.values())])
     world.plan()

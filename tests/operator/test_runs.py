@@ -1,4 +1,5 @@
-"""What a changed spec does to a run: Live, Resume, NewRun, and what must change nothing."""
+"""Effects of a changed spec on a run: Live, Resume, NewRun, and changes that must have no
+effect."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from finetune_api import names
 from finetune_api.spec import Checkpoint
 
 
-def test_live_change_goes_on_in_the_same_gang() -> None:
+def test_live_change_keeps_the_gang() -> None:
     world = at_training()
     before = copy.deepcopy(world.objects)
     world.edit(failurePolicy={"maxRestarts": 9}, childrenTTLSecondsAfterFinished=5)
@@ -37,7 +38,7 @@ def test_resume_change_makes_a_new_gang_once_the_old_one_is_gone() -> None:
     assert (world.run["number"], world.run["revision"]) == (1, 2)
 
 
-def test_a_pod_on_a_dead_node_does_not_hold_the_new_gang_for_ever() -> None:
+def test_a_pod_on_a_dead_node_does_not_block_the_new_gang() -> None:
     world = at_training()
     world.edit(compute={"nodes": 1})
     world.settle()
@@ -56,7 +57,7 @@ def test_resume_change_while_preparing_prepares_again(change: dict[str, Any]) ->
     world.pods("prepare", running={})
     world.edit(prepare=change)
     world.settle()
-    assert world.names("Job") == [], "the next one waits for the pods of the one before"
+    assert world.names("Job") == [], "the new Job waits for the pods of the old one"
     world.remove_pods()
     world.settle()
     role = "map" if "workers" in change else "prepare"
@@ -64,7 +65,7 @@ def test_resume_change_while_preparing_prepares_again(change: dict[str, Any]) ->
     assert world.child(role)["spec"]["completions"] == change.get("workers", 1)
 
 
-def test_fewer_workers_while_they_map_wait_for_them_and_go_on_alone() -> None:
+def test_fewer_workers_during_map_wait_for_the_running_pods() -> None:
     world = World(prepare={"workers": 3})
     world.settle()
     world.pods("map", 3, running={})
@@ -76,7 +77,7 @@ def test_fewer_workers_while_they_map_wait_for_them_and_go_on_alone() -> None:
     assert world.names("Job") == ["bot-1-0f9c2-prepare-2"]
 
 
-def test_more_workers_once_the_data_is_prepared_map_nothing_again() -> None:
+def test_more_workers_after_prepare_do_not_map_again() -> None:
     world = at_training()
     world.edit(prepare={"workers": 3})
     world.settle()
@@ -100,7 +101,7 @@ def test_new_run_replaces_the_current_one() -> None:
     assert "prepared" not in world.status and world.condition_of("Prepared") == "False/Preparing"
 
 
-def test_a_b_a_is_three_runs() -> None:
+def test_changing_the_spec_back_begins_a_third_run() -> None:
     world = completed()
     world.edit(training={"seed": 1})
     world.settle()
@@ -117,7 +118,7 @@ def test_rerun_token_begins_a_new_run_and_keeps_history_bounded() -> None:
         world.settle()
     assert world.run["number"] == 15 and world.run["rerunToken"] == "13"
     assert [r["number"] for r in world.status["history"]] == list(range(14, 4, -1))
-    assert len(world.names("ConfigMap")) == 11, "orders go with the history"
+    assert len(world.names("ConfigMap")) == 11, "run specs are deleted with the history"
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_a_complete_run_stays_complete_when_only_its_gang_is_changed(change: Any
     assert world.status["observedGeneration"] == 2
 
 
-def test_a_failed_run_goes_on_when_its_gang_is_changed() -> None:
+def test_a_failed_run_resumes_when_its_gang_is_changed() -> None:
     world = at_training(failurePolicy={"maxRestarts": 0})
     world.fail("train", 20, **{"class": "NodeFailure", "reason": "Gone", "message": "m"})
     world.settle()
@@ -145,11 +146,11 @@ def test_a_failed_run_goes_on_when_its_gang_is_changed() -> None:
     assert world.condition_of("Failed") == "False/Resumed" and "failure" not in world.status
     world.progress = None
     world.settle()
-    assert world.status["restarts"] == 1, "counted on, but not against the new gang"
+    assert world.status["restarts"] == 1, "the count continues, but not against the new gang"
     assert "bot-1-0f9c2-train-2" in world.names("Job")
 
 
-def test_a_run_that_failed_for_good_goes_on_without_an_incident() -> None:
+def test_a_final_failure_is_no_incident_of_the_resumed_run() -> None:
     world = at_training(failurePolicy={"maxRestarts": 0})
     world.report(attempt=1, restarts=0)
     world.fail("train", 14, **{"class": "OutOfMemory", "reason": "CudaOutOfMemory", "message": "m"})
@@ -160,7 +161,7 @@ def test_a_run_that_failed_for_good_goes_on_without_an_incident() -> None:
     world.edit(training={"microBatchTokens": 1024})
     world.settle()
     run_spec = told(world, "bot-1-0f9c2-run-spec-2")
-    assert (run_spec["revision"], run_spec["restarts"]) == (2, 0), "HEAD.json counts from there"
+    assert (run_spec["revision"], run_spec["restarts"]) == (2, 0), "HEAD.json counts from these"
     world.objects.pop(("Job", "bot-1-0f9c2-train-1"))
     world.pods("train", 2, running={})
     world.report(attempt=2, restarts=0)
@@ -171,7 +172,7 @@ def test_a_run_that_failed_for_good_goes_on_without_an_incident() -> None:
     assert world.status["phase"] == "Failed", "its own incidents count"
 
 
-def test_a_gang_is_told_the_incidents_before_it() -> None:
+def test_the_run_spec_has_the_incidents_before_its_gang() -> None:
     world = at_training()
     world.fail("train", 20, **{"class": "NodeFailure", "reason": "Gone", "message": "m"})
     world.settle()
@@ -187,7 +188,7 @@ def told(world: World, run_spec: str) -> dict[str, Any]:
 
 
 def test_a_change_without_a_new_generation_changes_nothing() -> None:
-    """A changed default of the CRD shows in the object at once, with no new generation."""
+    """A changed default of the CRD shows in the object immediately, without a new generation."""
     world = at_training()
     before = copy.deepcopy(world.objects)
     world.job["spec"]["training"] = {"batchSize": 64}
@@ -195,9 +196,9 @@ def test_a_change_without_a_new_generation_changes_nothing() -> None:
     assert world.objects == before
 
 
-def test_a_new_default_of_a_newer_operator_touches_no_run(monkeypatch: Any) -> None:
-    """The snapshot was written by an older release, which did not know a field, or had another
-    default for it; the user then changes a Live field, which makes a generation."""
+def test_a_new_default_of_a_newer_operator_changes_no_run(monkeypatch: Any) -> None:
+    """The snapshot was written by an older release that did not know a field, or had another
+    default for it. The user then changes a Live field, which creates a generation."""
     world = at_training()
     run_spec = world.of("ConfigMap")[0]
     snapshot = json.loads(run_spec["data"][names.RUN_SPEC_KEY])
@@ -211,8 +212,9 @@ def test_a_new_default_of_a_newer_operator_touches_no_run(monkeypatch: Any) -> N
     assert world.objects == before and world.run["number"] == 1
 
 
-def test_a_default_that_changed_stays_as_it_was_stored() -> None:
-    """The API server writes defaults into the object when it is made: they stay in it."""
+def test_a_stored_default_survives_a_changed_default() -> None:
+    """The API server writes defaults into the object at creation; later defaults do not change
+    them."""
     world = World(checkpoint={"keepLast": Checkpoint().keep_last + 5})
     world.settle()
     before = copy.deepcopy(world.objects)
@@ -221,7 +223,7 @@ def test_a_default_that_changed_stays_as_it_was_stored() -> None:
     assert world.objects == before
 
 
-def test_dying_between_the_order_and_the_status_repeats_nothing() -> None:
+def test_a_crash_between_run_spec_and_status_repeats_no_run() -> None:
     world = completed()
     world.edit(training={"seed": 7})
     old_status = copy.deepcopy(world.status)
@@ -240,7 +242,7 @@ def test_dying_between_the_order_and_the_status_repeats_nothing() -> None:
     assert seeds == [42, 7, 8]
 
 
-def test_a_removed_order_of_a_running_run_is_written_again() -> None:
+def test_a_removed_run_spec_of_a_running_run_is_recreated() -> None:
     world = at_training()
     world.objects.pop(("ConfigMap", "bot-1-0f9c2-run-spec-1"))
     world.settle()
@@ -264,9 +266,9 @@ def test_suspend_and_resume_in_the_same_job() -> None:
     assert world.run["revision"] == 1
 
 
-def test_a_job_that_another_suspends_is_left_to_it() -> None:
+def test_a_job_suspended_by_another_controller_is_left_alone() -> None:
     world = at_training()
-    world.child("train")["spec"]["suspend"] = True  # Kueue, of all Jobs of the namespace
+    world.child("train")["spec"]["suspend"] = True  # as Kueue does to all Jobs of the namespace
     world.remove_pods()
     plan = world.settle()
     assert plan.change == () and world.child("train")["spec"]["suspend"] is True
@@ -278,7 +280,7 @@ def test_a_job_that_another_suspends_is_left_to_it() -> None:
     assert world.child("train")["spec"]["suspend"] is True
 
 
-def test_a_refused_edit_does_not_wake_a_suspended_run() -> None:
+def test_an_invalid_edit_does_not_resume_a_suspended_run() -> None:
     world = at_training()
     world.edit(suspend=True)
     world.settle()
@@ -289,10 +291,12 @@ def test_a_refused_edit_does_not_wake_a_suspended_run() -> None:
     assert world.child("train")["spec"]["suspend"] is True
     world.edit(suspend=False)
     world.settle()
-    assert world.child("train")["spec"]["suspend"] is False, "it is refused still, but says that"
+    assert world.child("train")["spec"]["suspend"] is False, (
+        "an invalid spec's suspend still counts"
+    )
 
 
-def test_suspended_from_the_start_makes_nothing() -> None:
+def test_suspended_from_the_start_creates_nothing() -> None:
     world = World(suspend=True)
     world.settle()
     assert not world.objects and world.status["phase"] == "Suspended"
@@ -301,7 +305,7 @@ def test_suspended_from_the_start_makes_nothing() -> None:
     assert world.names("Job") == ["bot-1-0f9c2-prepare-1"]
 
 
-def test_a_queue_admits_the_gang_and_suspending_gives_its_quota_back() -> None:
+def test_a_queue_admits_the_gang_and_suspending_releases_its_quota() -> None:
     world = World(scheduling={"queueName": "gpus"})
     world.settle()
     world.finish("prepare", prepared=PREPARED)
@@ -324,7 +328,7 @@ def test_a_queue_admits_the_gang_and_suspending_gives_its_quota_back() -> None:
     assert world.child("train")["spec"]["suspend"] is True
 
 
-def test_publish_goes_on_without_the_gang() -> None:
+def test_publish_continues_without_the_gang() -> None:
     world = at_training()
     world.finish("train", trained=TRAINED)
     world.settle()

@@ -1,4 +1,4 @@
-"""Time from a run's start to its first step: whose report counts, and what each part is."""
+"""Time from a run's start to its first step: the report that counts, and the parts."""
 
 from __future__ import annotations
 
@@ -50,20 +50,20 @@ MADE = {"prepareSeconds": 40}
             [pod(0, 41, 43, 60), pod(1, 42, 50, 55)],
             {"queueSeconds": 2, "scheduleSeconds": 8, "pullSeconds": 10},
         ),
-        (  # replaced: the newest of the rank
+        (  # replaced: the newest pod of the rank counts
             [pod(0, 41, 43, 60), pod(1, 42, 50, 55), pod(1, 70, 72, 75)],
             {"queueSeconds": 30, "scheduleSeconds": 2, "pullSeconds": 3},
         ),
-        (  # its replacement has not started, and so took no step
+        (  # its replacement has not started, so it has run no step
             [pod(0, 41, 43, 60), pod(1, 42, 50, 55), pod(1, 99, None, None)],
             {"queueSeconds": 2, "scheduleSeconds": 8, "pullSeconds": 10},
         ),
         ([pod(0, 41, 43, 60), pod(1, 42, None, 55)], {"queueSeconds": 2}),
         ([pod(0, 41, 43, 60)], {}),
     ],
-    ids=["the last pod", "replaced", "being replaced", "not scheduled in view", "gone"],
+    ids=["the last pod", "replaced", "being replaced", "scheduling not observed", "gone"],
 )
-def test_parts_are_those_of_the_gang_s_last_pod(
+def test_parts_are_those_of_the_gangs_last_pod(
     pods: list[PodView], expected: dict[str, int]
 ) -> None:
     found = startup(T0, 2, JOB, pods, REPORT)
@@ -76,18 +76,18 @@ def test_parts_are_those_of_the_gang_s_last_pod(
 @pytest.mark.parametrize(
     ("began", "report"),
     [(None, REPORT), (T0, None), (T0, reported(100, from_step=7, step=1.0))],
-    ids=["waits for its model", "no step yet", "went on from a checkpoint"],
+    ids=["waits for its model", "no step yet", "resumed from a checkpoint"],
 )
-def test_what_says_nothing_of_the_run(began: Any, report: Startup | None) -> None:
+def test_no_startup_times_without_the_runs_first_step(began: Any, report: Startup | None) -> None:
     assert startup(began, 1, JOB, [pod(0, 41, 43, 60)], report) is None
 
 
-def test_clocks_that_differ_make_no_negative_times() -> None:
+def test_clock_skew_makes_no_negative_times() -> None:
     found = startup(after(200), 1, JOB, [], REPORT)
     assert found is not None and (found.total_seconds, found.prepare_seconds) == (0, 0)
 
 
-def test_status_tells_it_once_a_run() -> None:
+def test_startup_times_are_written_once_per_run() -> None:
     world = at_training()
     world.report("Loading")
     world.settle()
@@ -106,10 +106,10 @@ def test_status_tells_it_once_a_run() -> None:
     assert world.status["startup"] == expected
     world.edit(rerunToken="again")
     world.settle()
-    assert "startup" not in world.status, "the next run has a start of its own"
+    assert "startup" not in world.status, "the next run has its own startup times"
 
 
-def test_the_last_word_tells_it_where_the_gang_was_too_quick_to_be_asked() -> None:
+def test_startup_times_from_the_termination_message_of_an_unpolled_gang() -> None:
     world = at_training()
     world.wait(60)
     world.finish("train", trained=TRAINED | {"startup": reported(33, step=1.0).to_json()})
@@ -118,7 +118,7 @@ def test_the_last_word_tells_it_where_the_gang_was_too_quick_to_be_asked() -> No
     assert world.status["startup"]["queueSeconds"] == 5
 
 
-def test_a_run_that_waited_in_a_queue() -> None:
+def test_startup_times_include_the_queue() -> None:
     world = World(scheduling={"queueName": "gpus"})
     world.settle()
     world.wait(10)

@@ -1,4 +1,4 @@
-"""Runs of a tiny model on real storage: prepared in this process, trained by gangs or in it."""
+"""Runs of a tiny model on real storage: prepared in this process, trained by workers or in it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COLOURS = {"rose": "red", "grass": "green", "sky": "blue", "sun": "yellow"}
 
 
 def write_model(folder: Path, **changes: Any) -> None:
-    """A random tiny Llama with a tokenizer of single characters."""
+    """Write a random tiny Llama with a character-level tokenizer."""
     model = tiny_llama(vocab_size=130, **changes)
     model.save_pretrained(folder)
     vocabulary = {chr(i): i for i in range(128)} | {"<eos>": 128, "<pad>": 129}
@@ -59,7 +59,7 @@ def records(n: int, spell: Callable[[str], str] = str) -> str:
 
 
 class Bench:
-    """One job on one bucket: prepared once, trained by any number of runs."""
+    """A job with its data on one bucket, for any number of runs."""
 
     def __init__(
         self, run_spec_for: Any, s3: Any, bucket: str, model: Path, tmp_path: Path
@@ -116,7 +116,7 @@ class Bench:
         return found[0] if found else None
 
     def kill_after_checkpoint(self, run_spec: RunSpec, size: int, name: str, step: int) -> None:
-        """Train until a checkpoint at or behind a step is real, then lose the node."""
+        """Train until a checkpoint at a step or later is committed, then kill all ranks."""
         world = self.start(run_spec, size, name)
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline:
@@ -131,7 +131,7 @@ class Bench:
 
 
 class Attempt:
-    """One attempt of a run, in this process."""
+    """An attempt of a run in this process."""
 
     def __init__(self, run_spec: RunSpec, folder: Path) -> None:
         world, stores = join(run_spec.spec), Stores(run_spec)
@@ -145,7 +145,7 @@ class Attempt:
         )
 
     def train(self, stop_requested: Callable[[], bool] = lambda: False) -> TrainSummary:
-        """Train; a stop that is asked for comes to all of the gang."""
+        """Train; a requested stop reaches all ranks."""
         with releasing(self.session.world, self.checkpointer, stop_requested):
             return train(self.session, stop_requested)
 

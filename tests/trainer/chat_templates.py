@@ -1,5 +1,5 @@
-"""Chat templates of the shapes that are about, written for the tests: with tools and reasoning, and
-what each must write for an answer."""
+"""Chat templates for the tests, in the shapes of common models: with tools and reasoning, and the
+expected supervised text of an answer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Tools: {{ tools | tojson }}<|im_end|>
 {% endif %}"""
 )
 
-# Headers, and a system turn that is always there; one call a turn; results come back as ipython.
+# Headers, an unconditional system turn, one call per turn; tool results have the role ipython.
 HEADERS = """{{ bos_token }}<|start_header_id|>system<|end_header_id|>
 
 {% if tools %}{% for t in tools %}{{ t | tojson }}
@@ -42,7 +42,7 @@ HEADERS = """{{ bos_token }}<|start_header_id|>system<|end_header_id|>
 
 {% endif %}"""
 
-# The tools stand before the last question, so earlier turns are rendered otherwise later on. There
+# The tools are written before the last question, so the text of earlier turns changes later. There
 # is no generation prompt: an answer follows [/INST].
 BRACKETS = """{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}\
 {% set ns.last = loop.index0 %}{% endif %}{% endfor %}{{ bos_token }}{% for m in messages %}\
@@ -52,8 +52,8 @@ BRACKETS = """{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.ro
 {% for c in m.tool_calls %}{{ c.function | tojson }}{% if not loop.last %}, {% endif %}{% endfor %}\
 ]{{ eos_token }}{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"""
 
-# Reasoning of answers before the last question is dropped, results of tools share one user turn,
-# and the last answer gets an empty thought where it has none.
+# Reasoning of answers before the last question is dropped, tool results share one user turn, and
+# the last answer gets an empty thought if it has none.
 REASONING = (
     """{% if tools %}<|im_start|>system
 {{ tools | tojson }}<|im_end|>
@@ -72,7 +72,7 @@ REASONING = (
 {% endif %}"""
 )
 
-# Marks what is learned: without the empty thought before it and the stop token behind it.
+# Marks the answer by {% generation %}, without the empty thought before and the stop token after.
 MARKED = (
     """{% if tools %}{{ tools | tojson }}
 {% endif %}{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant
@@ -85,7 +85,7 @@ MARKED = (
 {% endif %}"""
 )
 
-# Ends a conversation that nobody is to answer with a token that ends no turn of it.
+# Without a generation prompt, ends the conversation with a token that does not end a turn.
 CLOSED = (
     """{% if tools %}<|im_start|>system
 {{ tools | tojson }}<|im_end|>
@@ -97,7 +97,7 @@ CLOSED = (
 {% else %}{{ eos_token }}{% endif %}"""
 )
 
-# The same without line breaks, and with calls that end in a special token as well.
+# The same without line breaks; calls end in a special token too.
 TIGHT = (
     """{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\
 <|start_header_id|>{{ m.content }}"""
@@ -149,12 +149,13 @@ def _tight(message: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Shape:
-    """A chat template, and what is learned of an assistant's message by it."""
+    """A chat template with its expected supervised text."""
 
     template: str
     learned: Callable[[dict[str, Any]], str]
+    """Returns the supervised text of an assistant's message."""
     calls: int = 3
-    """Most calls of a message."""
+    """Maximum calls of a message."""
 
 
 SHAPES = {

@@ -1,4 +1,4 @@
-"""Tiny encoders and decoders for the tests of classes, with a tokenizer of words."""
+"""Tiny encoders and decoders with a word tokenizer, for the classification tests."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ SHAPE = {
 
 
 def tokenizer_of(marks: bool = True, **settings: Any) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words; with ``marks``, texts stand between [CLS] and [SEP], and its
-    file asks for padding and truncation, as those of encoders often do."""
+    """Return a tokenizer of whole words. With ``marks`` it puts texts between [CLS] and [SEP], and
+    its file sets padding and truncation, as those of encoders often do."""
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
     inner = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -49,8 +49,8 @@ def tokenizer_of(marks: bool = True, **settings: Any) -> PreTrainedTokenizerFast
 
 
 def write_encoder(folder: Path, kind: str = "bert", **changes: Any) -> Path:
-    """A random encoder as a masked language model, as they are published: without a head, and
-    (BERT) without a pooler."""
+    """Write a random encoder as a masked language model, as encoders are published: without a
+    classification head, and (BERT) without a pooler."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **(SHAPE | {"pad_token_id": 0} | changes))
     AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
@@ -59,7 +59,7 @@ def write_encoder(folder: Path, kind: str = "bert", **changes: Any) -> Path:
 
 
 def write_decoder(folder: Path) -> Path:
-    """A random Llama whose tokenizer has an end but no padding token and puts no marks."""
+    """Write a random Llama. Its tokenizer has an EOS but no padding token, and adds no tokens."""
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **SHAPE, num_key_value_heads=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -68,7 +68,7 @@ def write_decoder(folder: Path) -> Path:
 
 
 def records(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Opinions of a few words, whose class one of the words gives away."""
+    """Random opinions of a few words; one of the words determines the class."""
     draw = np.random.default_rng(seed)
     plain = [word for word in WORDS if word not in GOOD + BAD]
     made = []
@@ -84,7 +84,7 @@ def lines(made: list[dict[str, Any]]) -> bytes:
 
 
 def documents(lengths: list[int], classes: int = 3, seed: int = 0) -> list[TokenSample]:
-    """Random texts between marks, with random classes."""
+    """Random documents between [CLS] and [SEP], with random classes."""
     draw = np.random.default_rng(seed)
     made = []
     for n in lengths:

@@ -1,4 +1,4 @@
-"""Two optimizer steps of a small gang on classes: what test_classification_world compares."""
+"""Worker of test_classification_world: two optimizer steps of a classifier in a small world."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from classifiers import documents
 from engine import CPU
 
 from finetune_api.spec import parse_spec
-from finetune_trainer.engine import world as worlds
 from finetune_trainer.engine.base import BaseFiles
 from finetune_trainer.engine.dtensors import whole
 from finetune_trainer.engine.guard import Guard
@@ -25,12 +24,13 @@ from finetune_trainer.engine.parameters import optimizer_groups
 from finetune_trainer.engine.planning.plan import Plan
 from finetune_trainer.engine.precision import FP32
 from finetune_trainer.engine.task_losses import TASKS
+from finetune_trainer.engine.world import join
 from finetune_trainer.storage.published import Base
 from finetune_trainer.train.step import optimizer_step
 from finetune_trainer.train.tuned import open_model
 
 NO_STORES: Any = None
-"""The model lies in a folder."""
+"""The model is in a local folder."""
 LENGTHS = [30, 24, 41, 18, 33, 27, 12, 9]
 
 
@@ -38,7 +38,7 @@ def classify(
     rank: int, size: int, port: int, base: str, method: dict[str, Any], sharding: Any,
     micro_batch_tokens: int, folder: str,
 ) -> None:  # fmt: skip
-    """Train two steps, with dropout and noise, and write losses and trained weights to a file."""
+    """Train two steps with dropout and noise; write weights, losses and shapes to a file."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": str(size // 2 if sharding == "HybridShard" else size),
@@ -55,9 +55,9 @@ def classify(
             "training": {"precision": "FP32", "dropout": "0.1", "neftuneAlpha": "5"},
         }
     )
-    world = worlds.join(spec)
+    world = join(spec)
     task = TASKS[spec.task]
-    torch.rand(rank)  # the head is not drawn by what was drawn before
+    torch.rand(rank)  # earlier draws must not change the head
     purpose = purpose_of(spec, ["a", "b", "c"])
     opened = open_model(
         spec, BaseFiles(Base(spec.model, ()), Path(base), None), NO_STORES, world,

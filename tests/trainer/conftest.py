@@ -1,4 +1,4 @@
-"""Shared by the trainer's tests: a real S3 server, fresh buckets, and orders that lead to it."""
+"""Fixtures of the trainer's tests: a real S3 server, fresh buckets, and run specs that use them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ __all__ = ["llama", "tiny_base"]
 
 @pytest.fixture(scope="session", autouse=True)
 def find_facts() -> Iterator[Callable[..., Any]]:
-    """Half of the time of a small prepare is the rehearsal of its model, and most tests have the
-    same model: each is rehearsed once in a process. Yields the method that is replaced."""
+    """Cache memory profiles across tests: profiling takes half of the time of a small prepare, and
+    most tests use the same model. Yields the method that is replaced."""
     made: dict[str, Any] = {}
     find = ProfileCache._find
 
@@ -55,13 +55,13 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedS3]:
 
 @pytest.fixture(scope="session")
 def store(s3: EmbeddedS3) -> ObjectStore:
-    """That server as the trainer speaks to it."""
+    """The server's object store client."""
     return s3.store()
 
 
 @pytest.fixture
 def bucket(store: ObjectStore) -> str:
-    """Name of a fresh bucket."""
+    """Name of a new bucket."""
     name = f"test-{uuid.uuid4().hex[:12]}"
     store.create_bucket(name)
     return name
@@ -69,7 +69,7 @@ def bucket(store: ObjectStore) -> str:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """torch in one thread: the products of small models only wait for others."""
+    """Run torch in one thread: small matrix products only lose time on thread synchronization."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -81,12 +81,11 @@ OrderFor = Callable[..., RunSpec]
 
 @pytest.fixture
 def run_spec_for(s3: EmbeddedS3, bucket: str, monkeypatch: pytest.MonkeyPatch) -> OrderFor:
-    """``run_spec_for(**spec)``: an order whose storage is the test's bucket, with the credentials
-    of its profile in the environment.
+    """``run_spec_for(**spec)``: a run spec on the test's bucket; puts its credentials into the
+    environment.
 
-    Blocks given in ``spec`` replace those of the least valid spec: model ``s3://<bucket>/model``,
-    training data ``s3://<bucket>/train.jsonl``, output ``s3://<bucket>/out``. ``run`` and ``job``
-    name the run.
+    Blocks in ``spec`` replace those of a minimal spec: model ``s3://<bucket>/model``, training data
+    ``s3://<bucket>/train.jsonl``, output ``s3://<bucket>/out``. ``run`` and ``job`` name the run.
     """
 
     def make(*, run: str = "1-abcde", job: str = "job", **spec: Any) -> RunSpec:
@@ -115,8 +114,8 @@ def run_spec_for(s3: EmbeddedS3, bucket: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def run_spec_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[RunSpec], Path]:
-    """``run_spec_file(order)``: writes run-spec.json and points the environment at it, at a
-    termination file and at a scratch folder of the test."""
+    """``run_spec_file(run_spec)``: writes run-spec.json and sets the environment variables for the
+    run spec, the termination message and the scratch folder."""
 
     def write(run_spec: RunSpec) -> Path:
         path = tmp_path / "run-spec.json"
@@ -141,5 +140,5 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bench(
     run_spec_for: OrderFor, s3: EmbeddedS3, bucket: str, tiny_model: Path, tmp_path: Path
 ) -> Bench:
-    """A job on the test's bucket, of that model."""
+    """A job on the test's bucket with ``tiny_model``."""
     return Bench(run_spec_for, s3, bucket, tiny_model, tmp_path)

@@ -1,4 +1,4 @@
-"""The kernel of keyed dropout in Triton's interpreter, on a CPU: TRITON_INTERPRET must be set."""
+"""Keyed-dropout kernel in Triton's interpreter, on a CPU; TRITON_INTERPRET must be set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LENGTHS = [30, 8, 19]
 
 
 def both(work: Any) -> tuple[Any, Any]:
-    """What ``work`` gives by PyTorch's operators, and by the kernel."""
+    """Return the results of ``work`` by PyTorch operators, and by the kernel."""
     dropout.has_kernel = lambda x: False
     plain = work()
     dropout.has_kernel = lambda x: True
@@ -37,7 +37,7 @@ def micro_batch_of(kind: str) -> Any:
 
 
 def check(kind: str, shape: tuple[int, ...], dtype: torch.dtype, probability: float) -> None:
-    """The same elements are zero, the others and all gradients are the same."""
+    """Check that the same elements are dropped, and that outputs and gradients are equal."""
     layer = KeyedDropout(probability, layer=5).train()
     torch.manual_seed(0)
     x = torch.randn(shape, dtype=dtype).requires_grad_()
@@ -57,7 +57,7 @@ def check(kind: str, shape: tuple[int, ...], dtype: torch.dtype, probability: fl
 
 
 def check_saved() -> None:
-    """Nothing of the size of the input is kept for the backward pass."""
+    """Check that no tensor of the input's size is saved for the backward pass."""
     x = torch.randn(1, 57, 64, requires_grad=True)
     kept: list[int] = []
     layer = KeyedDropout(0.3, layer=2).train()
@@ -74,7 +74,7 @@ def check_saved() -> None:
 
 
 def check_compiled_and_recomputed() -> None:
-    """A block with dropout, compiled, and under gradient checkpointing."""
+    """Check a block with dropout, compiled, and under gradient checkpointing."""
     torch.manual_seed(0)
     block = nn.Sequential(nn.Linear(64, 64), KeyedDropout(0.4, layer=1)).train()
     x = torch.randn(1, 57, 64, requires_grad=True)

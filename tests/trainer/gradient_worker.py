@@ -1,4 +1,4 @@
-"""One optimizer step of a small gang, in processes of its own: what test_gradients compares."""
+"""Worker of test_gradients: one optimizer step of a small world."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from engine import CPU, samples, spec_of, tiny_llama
 
 from finetune_api.training import Guard as GuardRule
 from finetune_api.training import Training
-from finetune_trainer.engine import world as worlds
 from finetune_trainer.engine.chunked_head import ChunkedHead
 from finetune_trainer.engine.dtensors import whole
 from finetune_trainer.engine.guard import Guard
@@ -24,13 +23,14 @@ from finetune_trainer.engine.precision import FP32
 from finetune_trainer.engine.sharding import Sharding, distribute
 from finetune_trainer.engine.tuning.anchors import OutputAnchor
 from finetune_trainer.engine.tuning.methods import apply_method
+from finetune_trainer.engine.world import join
 from finetune_trainer.train.step import optimizer_step
 
 LENGTHS = [60, 50, 55, 45, 30, 20, 64, 35]
 
 
 def adapted() -> torch.nn.Module:
-    """A model whose adapter says something."""
+    """A model whose adapter changes the outputs."""
     spec = spec_of({"type": "LoRA", "lora": {"rank": 4}})
     model = apply_method(tiny_llama(), spec)
     generator = torch.Generator().manual_seed(2)
@@ -45,16 +45,20 @@ def gradient(
     sharding: Sharding = "NoShard", sharing: int = 1, anchor: str = "",
     chunk: int = 0,
 ) -> None:  # fmt: skip
-    """One optimizer step's gradient, as the loop computes it, to a file; ``anchor``: every other
-    document is held to the outputs of a 'copy', or to those without the 'adapter'; ``chunk``: so
-    many tokens' logits at once (0: all)."""
+    """Write the gradient of one optimizer step, as the training loop computes it, to a file.
+
+    Args:
+        anchor: every other document is anchored to the outputs of a 'copy', or to those without the
+            'adapter'; empty: none.
+        chunk: tokens whose logits are computed at a time; 0: all.
+    """
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "LOCAL_WORLD_SIZE": str(size // 2 if sharding == "HybridShard" else size),
     }  # fmt: skip
     torch.set_num_threads(1)
-    world = worlds.join(Training.model_validate({"precision": "FP32"}))
+    world = join(spec_of({"type": "Full"}, precision="FP32"))
     documents = samples(LENGTHS)[:count]
     lengths = torch.tensor(LENGTHS[:count]).numpy()
     supervised = torch.tensor([int(s.supervised.sum()) for s in documents]).numpy()

@@ -1,4 +1,4 @@
-"""One process of a gang that fills its shards: what test_loading compares with whole models."""
+"""Worker of test_loading: one process of a world that loads its shards of a model."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from finetune_api.spec import parse_spec
-from finetune_trainer.engine import world as worlds
 from finetune_trainer.engine.base import BaseFiles
 from finetune_trainer.engine.dtensors import whole
 from finetune_trainer.engine.memory.estimate import Placement, Sharding
 from finetune_trainer.engine.model import TEXT, Purpose
 from finetune_trainer.engine.placeholders import is_placeholder
 from finetune_trainer.engine.precision import FP32
+from finetune_trainer.engine.world import join
 from finetune_trainer.storage.objects import Credentials, ObjectInfo, ObjectStore
 from finetune_trainer.storage.published import Base
 from finetune_trainer.train.tuned import open_model
 
 
 class Counting(ObjectStore):
-    """A store that knows how much was read."""
+    """A store that counts the bytes read."""
 
     read = 0
 
@@ -41,8 +41,8 @@ def fill(
     keys: Credentials, objects: list[ObjectInfo], out: str, purpose: Purpose = TEXT,
     method: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Open a model from object storage; the first process writes what all have together, and each
-    how many bytes it read and holds, and how many hollow tensors are left."""
+    """Open a model from object storage. Rank 0 writes the gathered tensors; each rank writes the
+    bytes that it read and holds, and the number of placeholders left."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": "2" if sharding == "HybridShard" else str(size),
@@ -60,7 +60,7 @@ def fill(
             "training": {"precision": "FP32"},
         }
     )
-    world = worlds.join(spec)
+    world = join(spec)
     stores: Any = SimpleNamespace(of=lambda access: store)
     opened = open_model(
         spec, BaseFiles(Base(spec.model, ()), Path(folder), None, tuple(objects)), stores, world,

@@ -1,4 +1,4 @@
-"""Steps of Muon in a small gang: what test_muon compares."""
+"""Worker of test_muon: steps of Muon in a small world."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from finetune_trainer.engine import muon
 
 SHAPES = [(33, 64), (64, 32), (33, 64), (48, 48), (2, 32), (1, 16), (128, 64)]
-"""Odd, so that shards are uneven and some ranks have none."""
+"""Odd sizes, so that shards are uneven and some ranks have none."""
 
 
 def steps(parameters: list[nn.Parameter], wrap: Any = lambda gradient: gradient) -> list[Any]:
-    """Three steps by the same gradients; the weights."""
+    """Make three steps with the same gradients, and return the weights."""
     draw = torch.Generator().manual_seed(1)
     optimizer = muon.Muon(parameters, lr=0.02, weight_decay=0.01)
     for _ in range(3):
@@ -34,7 +34,7 @@ def start() -> list[torch.Tensor]:
 
 
 def work(rank: int, size: int, replicas: int, port: int, told: Any) -> None:
-    """Tell the weights after some steps in shards, and how many matrices this rank took."""
+    """Report the gathered weights after sharded steps, and how many matrices this rank took."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size,

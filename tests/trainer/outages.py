@@ -1,7 +1,7 @@
-"""Storage that is away from a process for some of its requests; the server behind it is real.
+"""Storage outages for some requests of a process, in front of a real server.
 
-A write is known by marks: parts of its address or, of HEAD's, of its text. The address of a
-checkpoint ends with a quote there and with a slash in those of its objects.
+A mark selects writes: a part of an object's URI or, for HEAD, of its text. The URI of a checkpoint
+is followed by a quote in HEAD, and by a slash in the URIs of its files.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ AWAY = StorageUnavailable("StorageUnreachable", "no answer")
 
 
 def refuse_writes(*marks: str, times: int = 1, failure: TrainerError = AWAY) -> None:
-    """So many writes that have a mark are not made from now on, for each of the marks."""
+    """Fail the next ``times`` writes that match a mark, for each mark."""
     put, left = ObjectStore.put, dict.fromkeys(marks, times)
 
     def refusing(store: ObjectStore, uri: str, data: bytes, **condition: Any) -> str:
@@ -29,8 +29,8 @@ def refuse_writes(*marks: str, times: int = 1, failure: TrainerError = AWAY) -> 
 
 
 def lose_answer(mark: str) -> None:
-    """The first write of HEAD that has the mark is made, and no answer comes, nor is HEAD read
-    until it is written again."""
+    """Lose the response of the first HEAD write that matches the mark: it is made, but raises.
+    Reads of HEAD fail until it is written again."""
     put, get_tagged = ObjectStore.put, ObjectStore.get_tagged
     lost = away = False
 

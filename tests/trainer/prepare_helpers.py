@@ -1,4 +1,4 @@
-"""For the tests of the prepare stage: tiny tokenizers, a tiny model, a place in object storage."""
+"""Helpers of the prepare tests: tiny tokenizers, a tiny model, a prefix in object storage."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ GEMMA = """{{ bos_token }}{% if messages[0].role == 'system' %}\
 {% endfor %}{% if add_generation_prompt %}<start_of_turn>model
 {% endif %}"""
 
-# Writes an empty thought before the last answer only: earlier turns are rendered otherwise.
+# Writes an empty thought before the last answer only, so earlier turns are rendered differently.
 THINKING = """{% for m in messages %}<|im_start|>{{ m.role }}
 {% if m.role == 'assistant' and loop.last %}<think></think>
 {% endif %}{{ m.content }}<|im_end|>
@@ -67,7 +67,7 @@ SPECIAL = [
 def make_tokenizer(
     *, bos: bool = False, chat: str | None = None, metaspace: bool = False
 ) -> PreTrainedTokenizerFast:
-    """A BPE tokenizer of a few hundred tokens: byte-level, or with SentencePiece's space before
+    """Train a BPE tokenizer of a few hundred tokens: byte-level, or with SentencePiece's space at
     the beginning of a text."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -98,7 +98,7 @@ def make_tokenizer(
 def save_model(
     folder: Path, tokenizer: PreTrainedTokenizerFast, positions: int = 256, **save: Any
 ) -> Path:
-    """A model folder in Hugging Face layout: a Llama of a few thousand weights."""
+    """Write a model folder in Hugging Face layout: a Llama of a few thousand parameters."""
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=8, intermediate_size=16, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=positions,
@@ -109,7 +109,7 @@ def save_model(
 
 
 def lines(*records: Any) -> bytes:
-    """JSON Lines of records."""
+    """Records as JSON Lines."""
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
 
 
@@ -126,14 +126,14 @@ def read(name: str, data: bytes) -> list[Record]:
 
 
 def fault(name: str, data: bytes) -> TrainerError:
-    """Why an object cannot be read."""
+    """The error of reading an object."""
     with pytest.raises(TrainerError) as caught:
         read(name, data)
     return caught.value
 
 
 def pairs(count: int, start: int = 0) -> list[dict[str, str]]:
-    """Different records of prompt and completion."""
+    """Distinct records of prompt and completion."""
     return [
         {"prompt": f"What is number {i}?", "completion": f" It is {i}."}
         for i in range(start, start + count)
@@ -141,13 +141,13 @@ def pairs(count: int, start: int = 0) -> list[dict[str, str]]:
 
 
 ALL: Any = {"split": {"validation": "0", "test": "0"}}
-"""A data block's part that holds nothing out."""
+"""Data settings without held-out shares."""
 
 LONG = {"prompt": "The cat sat. " * 30 + "End:", "completion": " yes"}
 
 
 class OneStore(Stores):
-    """Stores that share a client: making one takes longer than a small job."""
+    """Stores that share one client: creating a client takes longer than a small job."""
 
     def __init__(self, run_spec: RunSpec, store: ObjectStore) -> None:
         super().__init__(run_spec)
@@ -159,7 +159,7 @@ class OneStore(Stores):
 
 @dataclass
 class Workplace:
-    """A folder of the bucket, and prepare on orders of it."""
+    """A prefix of the bucket, and prepare for run specs over its objects."""
 
     root: str
     store: ObjectStore
@@ -172,7 +172,7 @@ class Workplace:
         return uri
 
     def run_spec(self, *train: bytes, **spec: Any) -> RunSpec:
-        """An order over objects of JSON Lines."""
+        """Return a run spec whose training sources are JSON Lines objects of these contents."""
         for i, data in enumerate(train):
             self.put(f"data/{i}.jsonl", data)
         data_block = {"train": [{"source": f"{self.root}/data/"}], **spec.pop("data", {})}
@@ -194,7 +194,7 @@ class Workplace:
 
 
 def texts(data: PreparedData, split: Any) -> list[str]:
-    """Decoded samples of a split."""
+    """Decoded samples of a split, without special tokens."""
     tokenizer = make_tokenizer(bos=True)
     found = data.samples(split, range(len(data.index(split))))
     return [tokenizer.decode(s.ids, skip_special_tokens=True) for s in found]

@@ -1,4 +1,4 @@
-"""Prepared data of given samples, written as prepare writes it; for tests and benchmarks."""
+"""Writes prepared data of given samples in the format of prepare, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _DRAFT = RenderedExample(
 
 
 def learned_of(sample: TokenSample) -> tuple[Ids, Learned]:
-    """A sample as ``write_prepared`` takes it."""
+    """Convert a sample to the input of ``write_prepared``."""
     edges = np.flatnonzero(np.diff(np.pad(sample.supervised, 1).astype(np.int8))).reshape(-1, 2)
     return sample.ids, tuple((int(start), int(end)) for start, end in edges)
 
@@ -45,8 +45,12 @@ def write_prepared(
     samples: Iterable[tuple[Ids, Learned]],
     samples_a_shard: int | None = None,
 ) -> DataManifest:
-    """Samples (their tokens, and start and end of what is learned) as one training set, in shards
-    of the usual size or of so many samples."""
+    """Write samples as one training set.
+
+    Args:
+        samples: tokens and supervised spans of each.
+        samples_a_shard: samples per shard. None: shards of the usual size.
+    """
     scratch.mkdir(parents=True, exist_ok=True)
     writer = ShardWriter(store, uri, scratch, "train", "set", 0)
     rows: list[tuple[int, int, int, int, int]] = []

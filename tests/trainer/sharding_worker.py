@@ -1,5 +1,5 @@
-"""A few steps of a small gang, by any method, sharding, precision and optimizer: what
-test_sharding, test_precision and test_optimizers compare."""
+"""Worker of test_sharding, test_precision and test_optimizers: a few steps of a small world, with
+any method, sharding, precision and optimizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from engine import CPU, samples, tiny_llama, tiny_mixtral
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from finetune_api.spec import parse_spec
-from finetune_trainer.engine import world as worlds
 from finetune_trainer.engine.base import BaseFiles
 from finetune_trainer.engine.checkpointing.dcp import load_state, save_state, state_of
 from finetune_trainer.engine.checkpointing.staging import stage
@@ -32,12 +31,13 @@ from finetune_trainer.engine.planning.plan import Plan
 from finetune_trainer.engine.precision import precision_of
 from finetune_trainer.engine.sharding import root_gathered
 from finetune_trainer.engine.task_losses import TASKS
+from finetune_trainer.engine.world import join
 from finetune_trainer.storage.published import Base
 from finetune_trainer.train.step import optimizer_step
 from finetune_trainer.train.tuned import open_model
 
 NO_STORES: Any = None
-"""The model lies in a folder."""
+"""The model is in a local folder."""
 LENGTHS = [30, 24, 41, 18, 33, 27]
 ROW = 45
 
@@ -48,10 +48,15 @@ def tune(
     checkpoint: str | None = None, checkpointing: bool = False, experts: bool = False,
     apart: bool = False,
 ) -> None:  # fmt: skip
-    """Train some steps, from ``commit`` on where one is given, and write the trained weights and
-    one greedy answer to a file, and the state beside it. ``experts``: of a mixture of them;
-    ``apart``: with a row for each document, so that rows are the same in gangs of any size.
-    Of a HybridShard, half the processes are a node."""
+    """Train some steps, and write the trained weights and one greedy answer to a file, and a
+    checkpoint beside it. With HybridShard, half of the processes are a node.
+
+    Args:
+        checkpoint: folder of the checkpoint to resume from.
+        experts: whether the model is a mixture of experts.
+        apart: whether each document has a micro-batch of its own, so that micro-batches are the
+            same in worlds of any size.
+    """
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": str(size // 2 if sharding == "HybridShard" else size),
@@ -67,9 +72,9 @@ def tune(
             "training": {"precision": "FP32", **training},
         }
     )
-    world = worlds.join(spec)
+    world = join(spec)
     files = BaseFiles(Base(spec.model, ()), Path(folder) / "base", None)
-    width = 64 if spec.method.kind.quantizes else 32  # rows of whole blocks, for a CPU
+    width = 64 if spec.method.kind.quantizes else 32  # whole quantisation blocks, for a CPU
     make = tiny_mixtral if experts else partial(tiny_llama, hidden_size=width)
     world.on_main(lambda: make().save_pretrained(files.folder))
     opened = open_model(

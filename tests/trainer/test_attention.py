@@ -1,4 +1,4 @@
-"""The kernels of attention against each other: by group, by span, and by offsets."""
+"""Attention kernels compared with each other: by group, by span, and by ``cu_seqlens``."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ LENGTHS = [37, 12, 5, 40, 2]
 
 @dataclass(frozen=True)
 class Gathered(Wanted):
-    """The keys of all processes are here already, in the order in which they would come."""
+    """Stand-in for the collective: local keys of all processes, reordered as a gather does."""
 
     order: Tensor
 
@@ -29,8 +29,8 @@ class Gathered(Wanted):
 
 
 def varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
-    """What the kernel for a GPU is documented to do, by a mask; the diagonal ends at the last query
-    and key of each span."""
+    """Reference of torch's ``varlen_attn``, by a mask; the diagonal ends at the last query and key
+    of each span."""
     assert window_size[1] == 0
     span, place = _places(cu_seq_q, len(query))
     key_span, key_place = _places(cu_seq_k, len(key))
@@ -45,7 +45,7 @@ def varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window
 
 
 def _places(bounds: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Number of each token's span, and its place there."""
+    """Return the span index of each token, and its position in the span."""
     token = torch.arange(tokens)
     span = torch.searchsorted(bounds.long(), token, right=True) - 1
     return span, token - bounds[span]
@@ -53,7 +53,7 @@ def _places(bounds: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """The kernel for a GPU, by what it is documented to do."""
+    """Replace the GPU kernel by its reference."""
     monkeypatch.setattr(attention, "has_kernel", lambda query, value: True)
     monkeypatch.setattr(attention, "varlen_attn", varlen)
 
@@ -71,7 +71,7 @@ def tensors(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("window", [None, 7])
-def test_the_kernel_is_called_as_it_is_documented(kernel, monkeypatch, window):
+def test_varlen_kernel_matches_grouped_attention(kernel, monkeypatch, window):
     layout, (q, k, v) = micro_batch_of(ALONE), tensors(sum(LENGTHS))
     by_offsets = attention.attend(layout, q, k, v, 0.3, window)
     monkeypatch.undo()
@@ -81,7 +81,7 @@ def test_the_kernel_is_called_as_it_is_documented(kernel, monkeypatch, window):
 
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("size", [2, 3])
-def test_shares_make_the_whole(monkeypatch, size, window):
+def test_context_parallel_shares_match_the_whole_sequence(monkeypatch, size, window):
     padded = sum(LENGTHS) + ContextGroup(0, size, None).padding(sum(LENGTHS))
     q, k, v = tensors(padded)
     real = (x[:, :, : sum(LENGTHS)] for x in (q, k, v))
@@ -105,9 +105,9 @@ def test_shares_make_the_whole(monkeypatch, size, window):
 
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize(("width", "value_width"), [(12, 6), (6, 12), (8, 8)])
-def test_heads_of_other_widths_are_padded_for_the_kernels(kernel, monkeypatch, window, width,
+def test_head_widths_are_padded_for_the_kernels(kernel, monkeypatch, window, width,
                                                          value_width):  # fmt: skip
-    """As in latent attention, whose values are narrower than its keys."""
+    """As in latent attention, where values are narrower than keys."""
     layout = micro_batch_of(ALONE)
     torch.manual_seed(1)
     tokens = sum(LENGTHS)
@@ -130,7 +130,7 @@ def test_heads_of_other_widths_are_padded_for_the_kernels(kernel, monkeypatch, w
     torch.testing.assert_close(efficient, plain)
 
 
-def test_what_the_kernels_take():
+def test_kernels_get_supported_shapes_and_dtypes():
     def widths(fitted, query, value, keys=2):
         q, k, v = torch.empty(1, 4, 3, query), torch.empty(1, keys, 3, query), torch.empty(
             1, keys, 3, value)  # fmt: skip
@@ -145,13 +145,13 @@ def test_what_the_kernels_take():
     assert not attention.is_flash(half, torch.empty(1, 4, 3, 320, dtype=torch.bfloat16))
 
 
-def test_an_older_kernel_is_called_without_what_it_does_not_know():
+def test_enable_gqa_is_passed_only_to_kernels_that_accept_it():
     assert attention._grouped(varlen) == {"enable_gqa": True}
     assert attention._grouped(lambda query, key, value, *, scale, window_size: None) == {}
 
 
 @pytest.mark.parametrize("at_once", [1, 5, 16, 40, 64])
-def test_a_window_is_the_same_some_queries_at_a_time(at_once):
+def test_windowed_attention_is_the_same_in_chunks_of_queries(at_once):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 4, 40, 8, requires_grad=True) for _ in range(3))
     whole = attention._windowed(q, k, v, 7, None, 40)
@@ -161,8 +161,8 @@ def test_a_window_is_the_same_some_queries_at_a_time(at_once):
     torch.testing.assert_close(*grads)
 
 
-def test_attention_of_a_gpu_is_never_of_cudnn():
-    """Nor are products of 32-bit numbers rounded before they are made."""
+def test_cudnn_attention_and_tf32_are_disabled():
+    """TF32 would round the factors of float32 products."""
     script = (
         "import torch; from finetune_trainer.engine.backends import choose_backends as choose;"
         "choose(); print(torch.backends.cuda.cudnn_sdp_enabled(),"

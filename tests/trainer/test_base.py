@@ -1,4 +1,4 @@
-"""The model that a run starts from, kept on the node or read from where it is."""
+"""The base model of a run: cached on the node, or read from object storage."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LLAMA = LlamaConfig(
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """Folder of a model in several files."""
+    """Folder of a model whose weights are in several files."""
     AutoModelForCausalLM.from_config(LLAMA).save_pretrained(
         str(tmp_path / "local"), max_shard_size="60KB"
     )
@@ -37,13 +37,13 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A node's folder, on a disk with room."""
+    """Cache folder of a node, on a disk with free space."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1 << 40, 0, 1 << 40))
     monkeypatch.setattr(base_module, "_held", [])
     return tmp_path / "cache"
 
 
-def test_a_base_model_is_read_from_the_node_that_keeps_it(
+def test_a_cached_base_model_is_read_from_the_node(
     run_spec_for: Any, tmp_path: Path, model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_spec = run_spec_for()
@@ -67,7 +67,7 @@ def test_a_base_model_is_read_from_the_node_that_keeps_it(
         assert torch.equal(values, expected[name]), name
 
 
-def test_a_node_that_keeps_another_version_reads_the_one_of_the_gang(tmp_path: Path) -> None:
+def test_a_node_with_another_version_reads_the_version_of_the_world(tmp_path: Path) -> None:
     def listed(etag: str) -> BaseFiles:
         objects = (ObjectInfo("s3://models/llama/model.safetensors", 1000, etag),)
         return BaseFiles(base, tmp_path, None, objects, tmp_path / etag)

@@ -1,4 +1,4 @@
-"""Logits in chunks: the same losses and gradients, where an architecture lets them."""
+"""Logits in chunks: the same losses and gradients, if the architecture allows chunks."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ def losses_and_gradient(model: Any, chunk: int | None) -> tuple[torch.Tensor, to
     if chunk is not None:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         loss._chunks = ChunkedHead(inner, limit=4 * 97 * chunk)
-        assert loss._chunks.wanted(len(micro_batch.labels))
+        assert loss._chunks.applies(len(micro_batch.labels))
     with layout_context(micro_batch.layout):
         found = loss(micro_batch).tokens
         found.mean().backward()
@@ -51,18 +51,20 @@ def losses_and_gradient(model: Any, chunk: int | None) -> tuple[torch.Tensor, to
 
 @pytest.mark.parametrize("make", [tiny_llama, adapted], ids=["Full", "LoRA"])
 @pytest.mark.parametrize("chunk", [1, 7, 40])
-def test_chunks_give_what_all_at_once_do(make: Any, chunk: int) -> None:
+def test_chunked_logits_give_the_same_losses_and_gradients(make: Any, chunk: int) -> None:
     expected, gradient = losses_and_gradient(make(), None)
     found, other = losses_and_gradient(make(), chunk)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     assert (other - gradient).norm() / gradient.norm() < 1e-6
 
 
-def test_what_a_profile_says_of_a_head_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once kernels are fused, the model cannot be asked any more."""
+def test_the_memory_profile_decides_whether_a_head_is_plain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once kernels are fused, the model itself cannot be checked."""
 
     def asked(_model: Any) -> bool:
-        raise AssertionError("the model is asked")
+        raise AssertionError("the model is checked")
 
     monkeypatch.setattr(chunked_head, "has_plain_head", asked)
     for plain in (True, False):
@@ -72,8 +74,8 @@ def test_what_a_profile_says_of_a_head_is_believed(monkeypatch: pytest.MonkeyPat
         assert (loss.logits_at_once() is not None) == plain
 
 
-def test_few_logits_are_computed_at_once() -> None:
-    assert not ChunkedHead(tiny_llama()).wanted(1000)
+def test_few_logits_are_not_chunked() -> None:
+    assert not ChunkedHead(tiny_llama()).applies(1000)
 
 
 @pytest.mark.parametrize(
@@ -81,9 +83,9 @@ def test_few_logits_are_computed_at_once() -> None:
     [
         (Qwen3Config(**SMALL, head_dim=8), True),
         (Gemma2Config(**SMALL, head_dim=8), False),  # caps its logits
-        (CohereConfig(**SMALL), False),  # scales them
+        (CohereConfig(**SMALL), False),  # scales its logits
         (GraniteConfig(**SMALL, logits_scaling=3.0), False),
     ],
 )
-def test_what_stands_behind_a_head_is_seen(config: Any, plain: bool) -> None:
+def test_scaled_and_capped_logits_are_detected(config: Any, plain: bool) -> None:
     assert has_plain_head(AutoModelForCausalLM.from_config(config)) == plain

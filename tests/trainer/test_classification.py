@@ -1,4 +1,4 @@
-"""Classes of texts in the engine: the head, rows side by side, every method."""
+"""Text classification in the engine: the head, padded micro-batches, every method."""
 
 from __future__ import annotations
 
@@ -86,12 +86,14 @@ KINDS = ["bert", "roberta", "distilbert", "electra", "llama"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_document_has_the_loss_that_it_has_alone(folders: dict[str, Path], kind: str) -> None:
+def test_loss_of_a_document_does_not_depend_on_its_micro_batch(
+    folders: dict[str, Path], kind: str
+) -> None:
     spec = spec_of({"type": "Full"})
     model = model_of(folders[kind], spec)
     together = micro_batch_losses(ClassLoss(model).eval(), micro_batch_of([0, 1, 2, 3, 4]))
     plain = []
-    for document in documents(LENGTHS):  # as transformers runs it, without any row
+    for document in documents(LENGTHS):  # as transformers runs a single document
         with torch.no_grad():
             ids = torch.from_numpy(document.ids.astype("int64"))[None]
             logits = model.eval()(input_ids=ids).logits
@@ -100,7 +102,7 @@ def test_a_document_has_the_loss_that_it_has_alone(folders: dict[str, Path], kin
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_dropout_and_noise_of_a_document_do_not_depend_on_its_row(
+def test_dropout_and_noise_of_a_document_do_not_depend_on_its_micro_batch(
     folders: dict[str, Path], kind: str
 ) -> None:
     spec = spec_of({"type": "LoRA", "lora": {"dropout": "0.1"}}, dropout="0.2", neftuneAlpha="5")
@@ -122,7 +124,7 @@ def test_dropout_and_noise_of_a_document_do_not_depend_on_its_row(
     )
 
 
-def test_what_is_pooled_is_dropped_by_document(folders: dict[str, Path]) -> None:
+def test_dropout_of_pooled_outputs_is_keyed_by_document(folders: dict[str, Path]) -> None:
     model = model_of(folders["bert"], spec_of({"type": "Full"}, dropout="0.5"))
     assert isinstance(model.dropout, KeyedDropout)
     pooled = torch.ones(3, 400)
@@ -133,7 +135,7 @@ def test_what_is_pooled_is_dropped_by_document(folders: dict[str, Path]) -> None
         assert torch.equal(model.dropout(pooled[:2]), dropped[[2, 0]])
 
 
-def test_an_empty_row_takes_part_and_changes_nothing(folders: dict[str, Path]) -> None:
+def test_an_empty_micro_batch_takes_part_and_has_zero_gradients(folders: dict[str, Path]) -> None:
     model = model_of(folders["bert"], spec_of({"type": "Full"}))
     micro_batch = build_padded_classes([], [], seed=0, step=0, device=CPU)
     loss = ClassLoss(model).train()
@@ -144,7 +146,7 @@ def test_an_empty_row_takes_part_and_changes_nothing(folders: dict[str, Path]) -
     assert loss(micro_batch, with_logits=True).logits.shape == (0, 3)
 
 
-def test_smoothing_is_over_the_classes_and_while_training_alone(folders: dict[str, Path]) -> None:
+def test_smoothing_is_over_the_classes_and_only_while_training(folders: dict[str, Path]) -> None:
     model = model_of(folders["bert"], spec_of({"type": "Full"}))
     micro_batch = micro_batch_of([0, 1])
     smooth = ClassLoss(model, label_smoothing=0.3).train()
@@ -167,26 +169,24 @@ def test_smoothing_is_over_the_classes_and_while_training_alone(folders: dict[st
         ("llama", ["score"]),
     ],
 )
-def test_the_head_is_all_that_the_checkpoint_lacks(
-    folders: dict[str, Path], kind: str, names: list[str]
-) -> None:
+def test_names_of_the_head_modules(folders: dict[str, Path], kind: str, names: list[str]) -> None:
     model = model_of(folders[kind], spec_of({"type": "Full"}))
     assert head_names(model) == names
     assert model.config.id2label == dict(enumerate(CLASSES))
 
 
-def test_the_head_is_drawn_by_the_seed(folders: dict[str, Path]) -> None:
+def test_the_head_is_initialised_from_the_seed(folders: dict[str, Path]) -> None:
     def head(seed: int) -> torch.Tensor:
         model = model_of(folders["bert"], spec_of({"type": "Full"}, seed=seed))
         return torch.cat([model.classifier.weight, model.bert.pooler.dense.weight])
 
     first = head(1)
-    torch.rand(3)  # force was drawn before
+    torch.rand(3)  # earlier draws must not matter
     assert torch.equal(head(1), first)
     assert not torch.equal(head(2), first)
 
 
-def test_a_head_for_the_same_classes_is_kept_and_another_drawn(
+def test_a_head_for_the_same_classes_is_kept_and_any_other_initialised(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     spec = spec_of({"type": "Full"})
@@ -249,14 +249,14 @@ METHODS_HERE: dict[str, tuple[dict[str, Any], Any]] = {
 }  # fmt: skip
 
 
-def test_every_method_of_the_task_is_tried() -> None:
+def test_every_method_of_the_task_is_tested() -> None:
     allowed = {n for n, kind in METHODS.items() if "SequenceClassification" in kind.tasks}
     assert allowed == METHODS_HERE.keys() & METHODS
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 @pytest.mark.parametrize("name", METHODS_HERE)
-def test_a_method_trains_its_part_and_the_head_resumes_and_is_published(
+def test_a_method_trains_its_parameters_and_the_head_resumes_and_is_published(
     folders: dict[str, Path], tmp_path: Path, kind: str, name: str
 ) -> None:
     method, expected = METHODS_HERE[name]
@@ -302,7 +302,7 @@ def test_a_method_trains_its_part_and_the_head_resumes_and_is_published(
 
 
 def check_published(folder: Path, to: Path, spec: FineTuneJobSpec, expected: torch.Tensor) -> None:
-    """What is written has the tuned model's logits in plain transformers and peft."""
+    """Check that published files give the tuned model's logits in plain transformers and peft."""
     files = BaseFiles(Base(ModelLocation(source="s3://models/base"), ()), folder, None)
     tokenizer, micro_batch = load_tokenizer(folder), micro_batch_of([0, 1, 2, 3, 4])
 
@@ -329,7 +329,7 @@ def check_published(folder: Path, to: Path, spec: FineTuneJobSpec, expected: tor
     assert not (to / "merged" / "generation_config.json").exists()
 
 
-def test_an_adapter_with_a_head_is_no_ground_for_another_run(tmp_path: Path) -> None:
+def test_an_adapter_with_a_head_is_refused_as_a_base(tmp_path: Path) -> None:
     config = tmp_path / "adapter_config.json"
     config.write_text(json.dumps({"modules_to_save": None}))
     check_headless(tmp_path, "s3://out/1-a")
@@ -339,7 +339,7 @@ def test_an_adapter_with_a_head_is_no_ground_for_another_run(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["roberta", "distilbert", "electra"])
-def test_heads_of_several_layers_are_kept_with_the_adapter(
+def test_heads_of_several_layers_are_saved_with_the_adapter(
     folders: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:
     spec = spec_of({"type": "LoRA", "lora": {"rank": 4}})
@@ -365,8 +365,8 @@ def test_the_head_is_counted_once(folders: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
-def test_work_is_what_the_tokens_need(folders: dict[str, Path], kind: str) -> None:
-    """Layers once a token, the head once a document; encoders attend to the whole square."""
+def test_work_of_a_classifier(folders: dict[str, Path], kind: str) -> None:
+    """Layers once per token, the head once per document; encoders attend to the whole square."""
     base = model_of(folders[kind], spec_of({"type": "Full"}))
     work = work_of(base, base)
     layers = base.bert.encoder.layer if kind == "bert" else base.model.layers

@@ -1,4 +1,4 @@
-"""A run that learns classes, from records to a published model that plain transformers loads."""
+"""Classification runs, from records to a published model that plain transformers loads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEST = records(40, seed=1)
 
 
 class Job:
-    """One job of classes on one bucket."""
+    """One classification job on one bucket."""
 
     def __init__(self, run_spec_for: Any, s3: Any, bucket: str, base: Path, tmp_path: Path) -> None:
         self.store, self.tmp_path, self._run_spec_for = s3.store(), tmp_path, run_spec_for
@@ -75,7 +75,7 @@ class Job:
 
 
 def scores(classify: Any) -> dict[str, float]:
-    """Accuracy and F1 on the test records, by a pipeline of transformers."""
+    """Accuracy and F1 on the test records, by a transformers pipeline."""
     said = [x["label"] for x in classify([r["text"] for r in TEST], batch_size=8)]
     right = [r["label"] for r in TEST]
     return {
@@ -111,14 +111,14 @@ def test_an_encoder_with_an_adapter_learns_resumes_and_is_published(
     assert found.base["Accuracy"] <= 0.7
     assert found.tuned["Accuracy"] >= 0.9
     assert found.tuned["Loss"] < 0.4 < found.base["Loss"]
-    # Classes cost nothing more than the loss: validation always has them.
+    # Class metrics need no pass of their own, so validation always has them.
     assert {"Loss", "Accuracy", "F1"} <= whole.validation[0].overall.keys()
     assert "Perplexity" not in whole.validation[0].overall
     example = whole.examples["opinions"][0]
     assert (example.prompt, example.reference) == (TEST[0]["text"], TEST[0]["label"])
     assert example.tuned in LABELS
 
-    # Lost on two processes, resumed on one: the same curve, the same scores.
+    # Killed on two processes, resumed on one: the same curve, the same scores.
     broken = job.run_spec("2-broke", **spec)
     job.kill_after_checkpoint(broken, 2, "lost", 20)
     resumed = job.finish(broken, 1, "resumed")
@@ -131,7 +131,7 @@ def test_an_encoder_with_an_adapter_learns_resumes_and_is_published(
     check_papers(folder)
     wanted = {name: found.tuned[name] for name in ("Accuracy", "F1")}
     assert scores(pipeline("text-classification", model=str(folder / "merged"))) == wanted
-    # As the card says.
+    # As the model card shows.
     config = AutoConfig.from_pretrained(folder / "adapter" / "config.json")
     base = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "base", config=config, ignore_mismatched_sizes=True
@@ -142,7 +142,7 @@ def test_an_encoder_with_an_adapter_learns_resumes_and_is_published(
     assert scores(classify) == wanted
 
 
-def test_a_decoder_learns_on_two_processes_in_shards_and_is_published(
+def test_a_decoder_learns_sharded_over_two_processes_and_is_published(
     run_spec_for: Any, s3: Any, bucket: str, tmp_path: Path
 ) -> None:
     job = Job(run_spec_for, s3, bucket, write_decoder(tmp_path / "base"), tmp_path)
@@ -153,11 +153,11 @@ def test_a_decoder_learns_on_two_processes_in_shards_and_is_published(
     folder = job.published(run_spec)
     check_papers(folder)
     wanted = {name: found.tuned[name] for name in ("Accuracy", "F1")}
-    # Its tokenizer had no padding token: texts of all lengths in one batch need one.
+    # The base tokenizer has no padding token; a batch of texts of several lengths needs one.
     assert scores(pipeline("text-classification", model=str(folder / "merged"))) == wanted
 
 
-def test_a_classifier_starts_from_the_head_that_it_has(
+def test_a_classifier_starts_from_its_existing_head(
     run_spec_for: Any, s3: Any, bucket: str, tmp_path: Path
 ) -> None:
     job = Job(run_spec_for, s3, bucket, write_encoder(tmp_path / "base"), tmp_path)

@@ -1,4 +1,4 @@
-"""Classes learned by a gang: the same at any number of processes, in any rows, by every method."""
+"""Distributed classification: the same result with any world size, micro-batches and method."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def check_alike(found: Found, expected: Found) -> None:
 
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
-def test_rows_and_ranks_change_nothing(encoder: Path, tmp_path: Path, kind: str) -> None:
+def test_micro_batches_and_ranks_do_not_change_the_result(
+    encoder: Path, tmp_path: Path, kind: str
+) -> None:
     base = encoder if kind == "encoder" else write_decoder(tmp_path / "base")
     alone = train(base, tmp_path / "alone", 1, micro_batch_tokens=45)
     assert all(len(micro_batches) >= 3 for micro_batches in alone[2])
@@ -69,12 +71,12 @@ def test_rows_and_ranks_change_nothing(encoder: Path, tmp_path: Path, kind: str)
 
 
 @pytest.mark.parametrize("name", METHODS_HERE)
-def test_a_method_gives_the_same_weights_in_shards(
+def test_a_method_gives_the_same_weights_when_sharded(
     encoder: Path, tmp_path: Path, name: str
 ) -> None:
     method = METHODS_HERE[name][0]
     alone = train(encoder, tmp_path / "alone", 1, method=method)
-    # Five ranks would have a row each of two: some take part with an empty one.
+    # Five ranks for four documents a step: some take part with an empty micro-batch.
     for size, sharding in ((2, "FullShard"), (5, "FullShard"), (4, "HybridShard"), (2, "NoShard")):
         found = train(encoder, tmp_path / f"{sharding}-{size}", size, sharding, method=method)
         check_alike(found, alone)

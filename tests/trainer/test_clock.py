@@ -1,4 +1,4 @@
-"""Where the time of the steps goes, by a clock that the test turns."""
+"""Breakdown of step time, with a clock that the test advances."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from finetune_trainer.train.telemetry import Telemetry
 
 STEPS = 4
 PATIENCE = 60
-"""Seconds after which the test has failed that waits for what will never come."""
+"""Timeout in seconds, after which the test fails instead of hanging."""
 
 
 class Time:
-    """A clock that stands still unless it is turned."""
+    """A clock that only the test advances."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -42,7 +42,7 @@ class Time:
 
 
 class FeedTime:
-    """The same clock as the feed asks it: before it waits for a step's data, and after."""
+    """The same clock for the feed, which reads it before and after it waits for a step's data."""
 
     def __init__(self, time: Time) -> None:
         self._time = time
@@ -57,12 +57,12 @@ class FeedTime:
         return now
 
 
-@pytest.mark.parametrize(("fetching", "share"), [(3.0, 0.75), (0.0, 0.0)], ids=["slow", "there"])
-def test_the_share_of_waiting_for_data_is_told_since_the_last_log_point(
+@pytest.mark.parametrize(("fetching", "share"), [(3.0, 0.75), (0.0, 0.0)], ids=["slow", "ready"])
+def test_the_data_wait_share_is_reported_per_log_interval(
     monkeypatch: pytest.MonkeyPatch, fetching: float, share: float
 ) -> None:
-    """A step computes for a second. A slow store takes three more, all of them waited for; data
-    that is there takes none."""
+    """A step computes for 1 s. Slow storage takes 3 s more, all of it waiting; data that is ready
+    takes none."""
     time = Time()
     asked = FeedTime(time)
     monkeypatch.setattr(clock_module, "time", time)
@@ -72,14 +72,14 @@ def test_the_share_of_waiting_for_data_is_told_since_the_last_log_point(
     plan = Plan(lengths, lengths // 2, batch_size=4, seed=0, micro_batch_tokens=16, ranks=1)
 
     def read(positions: Sequence[int]) -> list[TokenSample]:
-        if fetching:  # the loop has come to wait for it
+        if fetching:  # until the loop waits for the data
             assert asked.waits.acquire(timeout=PATIENCE)
             time.now += fetching
         return [made[p] for p in positions]
 
     telemetry = Telemetry("1-a", 1, 0, StartupClock(None, None))
     telemetry.say(total_steps=STEPS)
-    world = SimpleNamespace(device=CPU, first=False, sum=lambda values: values)
+    world = SimpleNamespace(device=CPU, is_main=False, sum=lambda values: values)
     session: Any = SimpleNamespace(
         plan=plan, telemetry=telemetry, world=world, spec=spec_of({"type": "Full"}),
         sources=["a"], guard=Guard(spec_of({"type": "Full"}).training.guard, CPU),
@@ -96,4 +96,4 @@ def test_the_share_of_waiting_for_data_is_told_since_the_last_log_point(
                 told.append(telemetry.progress.data_wait_share)
                 assert telemetry.registry.get_sample_value("finetune_data_wait_share") == told[-1]
     assert told == [share, share]
-    assert clock.take_wait_share(session) == 0.0, "nothing since"
+    assert clock.take_wait_share(session) == 0.0, "no step since"

@@ -1,4 +1,4 @@
-"""Compiled blocks: compiled once, force the rows, and to the same arithmetic."""
+"""Compiled blocks: compiled once for all micro-batches, with the gradients of plain blocks."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def gradient(model, lengths: list[int], shape: StaticShape | None) -> torch.Tens
 
 
 def compiled_and_plain(micro_batches: list[list[int]]) -> list[int]:
-    """Graphs that there are after each row, whose gradient is the plain model's."""
+    """Count the graphs after each micro-batch, and check its gradient against a plain model's."""
     plain, model = tiny_llama(), tiny_llama()
     for each in (plain, model):
         key_dropouts(each, 0.1)
@@ -50,18 +50,18 @@ def compiled_and_plain(micro_batches: list[list[int]]) -> list[int]:
     return counts
 
 
-def test_a_run_compiles_at_its_first_row():
+def test_a_run_compiles_only_at_its_first_micro_batch():
     counts = compiled_and_plain(ROWS)
     assert counts[0] > 0
     assert set(counts) == {counts[0]}
 
 
 @pytest.mark.usefixtures("kernel")
-def test_with_the_kernel_for_a_gpu_a_block_is_one_graph():
+def test_a_block_is_one_graph_with_the_gpu_kernel():
     assert compiled_and_plain(ROWS) == [1] * len(ROWS)
 
 
-def test_other_shapes_are_not_compiled():
+def test_uncompiled_blocks_run_eagerly():
     model = tiny_llama()
     compile_blocks(model, "aot_eager")
     with uncompiled(decoder_blocks(model)):
@@ -72,5 +72,5 @@ def test_other_shapes_are_not_compiled():
 @pytest.mark.parametrize(
     ("tokens", "padding"), [(100, []), (99, [1]), (40, [40, 20]), (20, [40] * 2)]
 )
-def test_padding_is_no_longer_than_the_longest_document(tokens, padding):
+def test_padding_documents_are_no_longer_than_the_longest_document(tokens, padding):
     assert SHAPE.padding(tokens) == padding

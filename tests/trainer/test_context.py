@@ -1,4 +1,4 @@
-"""Rows that several processes share: every token is held once, and nothing changes."""
+"""Context parallelism: every token is held once, and gradients do not change."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from finetune_trainer.engine.packing.context import ALONE, ContextGroup, share
 
 
 @given(size=st.integers(2, 5), chunk=st.integers(1, 40))
-def test_every_token_is_held_once_and_the_work_is_alike(size, chunk):
+def test_every_token_is_held_once_and_work_is_balanced(size, chunk):
     tokens = 2 * size * chunk
     held = [ContextGroup(i, size, None).held(tokens) for i in range(size)]
     assert sorted(np.concatenate(held).tolist()) == list(range(tokens))
@@ -21,7 +21,7 @@ def test_every_token_is_held_once_and_the_work_is_alike(size, chunk):
 
 
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12), size=st.integers(2, 4))
-def test_spans_cover_what_is_held_and_end_where_the_queries_do(lengths, size):
+def test_spans_cover_held_tokens_and_keys_end_at_the_last_query(lengths, size):
     group = object()
     padding = ContextGroup(0, size, None).padding(sum(lengths))
     lengths = [*lengths, padding] if padding else lengths
@@ -45,7 +45,7 @@ def test_spans_cover_what_is_held_and_end_where_the_queries_do(lengths, size):
         assert key == len(wanted.take)
 
 
-def test_alone_a_row_is_whole():
+def test_a_single_process_holds_whole_documents():
     spans, wanted = share([3, 2], ALONE, CPU)
     assert (spans, wanted) == (((3, 3), (2, 2)), None)
 
@@ -54,7 +54,7 @@ def test_alone_a_row_is_whole():
     ("size", "sharing", "sharding"),
     [(2, 2, "NoShard"), (4, 2, "NoShard"), (2, 2, "FullShard"), (3, 3, "NoShard")],
 )
-def test_the_gradient_is_that_of_whole_rows(tmp_path, size, sharing, sharding):
+def test_gradients_equal_those_without_context_parallelism(tmp_path, size, sharing, sharding):
     expected, loss, _ = run(1, 100, 8, tmp_path / "one")
     found, other_loss, _ = run(size, 100, 8, tmp_path / "shared", sharding, sharing)
     assert (found - expected).norm() / expected.norm() < 1e-6

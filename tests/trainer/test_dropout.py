@@ -70,7 +70,7 @@ def losses(order: list[int], step: int = 7) -> torch.Tensor:
     return torch.stack([found[micro_batch.sources == i].sum() for i in sorted(order)])
 
 
-def test_a_sample_is_dropped_alike_wherever_it_stands():
+def test_dropout_of_a_sample_does_not_depend_on_its_place():
     torch.testing.assert_close(losses([0, 1, 2]), losses([2, 0, 1]), rtol=1e-5, atol=1e-5)
 
 
@@ -78,7 +78,7 @@ def test_dropout_changes_with_the_step():
     assert not torch.allclose(losses([0, 1, 2]), losses([0, 1, 2], step=8))
 
 
-def test_models_without_dropout_of_their_own_get_it_behind_their_blocks():
+def test_models_without_dropout_get_it_after_their_blocks():
     assert key_dropouts(tiny_llama(), 0.1) == 4  # attention and feed-forward of two layers
     assert key_dropouts(tiny_llama(), 0.0) == 0
 
@@ -113,19 +113,19 @@ def test_prepare_finds_dropout_that_would_drop_nothing(tmp_path: Path) -> None:
         profile_model(tmp_path, spec_of({"type": "Full"}, dropout="0.2"), 64)
 
 
-def test_tokens_are_dropped_alike_in_two_dimensions_and_in_three():
+def test_dropout_is_the_same_in_two_and_three_dimensions():
     dropout = KeyedDropout(0.5, layer=1).train()
     micro_batch = build_packed(samples([30, 8]), [0, 1], seed=3, step=7, device=CPU)
     x = torch.ones(1, 38, 64)
     with layout_context(micro_batch.layout):
         dropped = dropout(x)
         assert torch.equal(dropout(x[0]), dropped[0])
-        assert torch.equal(dropout(x[0, :7]), x[0, :7]), "some of the tokens, of an expert"
+        assert torch.equal(dropout(x[0, :7]), x[0, :7]), "tokens of one expert have no keys"
     assert (dropped == 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
 
 
 def test_an_adapter_of_a_shared_expert_drops_its_inputs():
-    """Qwen2-MoE hands it tokens without the dimension of rows."""
+    """Qwen2-MoE passes it [tokens, features], without a batch dimension."""
     config = Qwen2MoeConfig(
         vocab_size=97, hidden_size=32, intermediate_size=64, moe_intermediate_size=16,
         shared_expert_intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
@@ -147,7 +147,7 @@ def test_an_adapter_of_a_shared_expert_drops_its_inputs():
     assert changed == [True]
 
 
-def test_a_feed_forward_without_a_module_of_its_own_is_dropped_behind_its_last_layer():
+def test_dropout_follows_the_last_layer_of_a_feed_forward_without_module():
     config = OPTConfig(
         vocab_size=97, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
         word_embed_proj_dim=32,
@@ -159,8 +159,8 @@ def test_a_feed_forward_without_a_module_of_its_own_is_dropped_behind_its_last_l
     assert found == {"self_attn.output_dropout", "fc2.output_dropout"}
 
 
-def test_a_place_that_is_empty_without_dropout_is_filled() -> None:
-    """As ModernBERT's behind its attention."""
+def test_identity_in_place_of_dropout_is_replaced() -> None:
+    """ModernBERT has one after its attention."""
     config = ModernBertConfig(
         vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, pad_token_id=0, attention_dropout=0.0,
@@ -188,8 +188,8 @@ DRAWN = [
 ]
 
 
-def test_masks_are_those_of_the_first_version():
-    """Pinned: a run that goes on under a newer trainer drops what it would have dropped."""
+def test_masks_are_pinned():
+    """A run resumed by a newer trainer must draw the same masks."""
     keys = torch.from_numpy(token_keys(seed=42, step=3, sample=7, length=5))
     assert (keys.long() & 0xFFFFFFFF).tolist() == KEYS
     drawn = draw(keys, 3, salt_of(2)).long() + 2**31
@@ -197,7 +197,7 @@ def test_masks_are_those_of_the_first_version():
 
 
 def test_the_kernel_drops_the_same_elements():
-    """By Triton's interpreter, in a process of its own: Triton reads the variable on import."""
+    """In Triton's interpreter, in a subprocess: Triton reads TRITON_INTERPRET on import."""
     pytest.importorskip("triton")
     said = subprocess.run(
         [sys.executable, Path(__file__).with_name("dropout_worker.py")],
@@ -218,13 +218,13 @@ def test_the_kernel_drops_the_same_elements():
         ({"type": "LoRA", "lora": {"dropout": "0.1"}}, {}, True),
     ],
 )
-def test_keys_are_made_where_something_is_drawn(method, training, wanted):
+def test_keys_are_made_only_for_dropout_or_noise(method, training, wanted):
     assert draws(spec_of(method, **training)) is wanted
     micro_batch = build_packed(samples([30]), [0], seed=0, step=0, device=CPU, keyed=wanted)
     assert (micro_batch.layout.dropout_keys is not None) is wanted
 
 
-def test_dropout_from_a_row_without_keys_is_an_error():
+def test_dropout_without_keys_is_an_error():
     micro_batch = build_packed(samples([30]), [0], seed=0, step=0, device=CPU, keyed=False)
     with layout_context(micro_batch.layout), pytest.raises(RuntimeError, match="keyed=True"):
         KeyedDropout(0.1, layer=1).train()(torch.ones(1, 30, 4))

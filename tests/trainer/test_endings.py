@@ -1,4 +1,4 @@
-"""What a node says and does after its workers have ended, and its place: tables."""
+"""Failure and restart decisions after a node's workers have ended; the node environment."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from finetune_trainer.supervise.endings import Ended, judge, judge_stopped
 from finetune_trainer.supervise.node_environment import NodeEnvironment, read_node_environment
 
 DIVERGED = failure_of(Diverged("LossNotFinite", "the loss became nan"))
-LOST = failure_of(NodeFailure(PEER_LOST, "another process of the gang is gone"))
+LOST = failure_of(NodeFailure(PEER_LOST, "another rank was lost"))
 INTERRUPTED = failure_of(Interrupted("Interrupted", "step 5 is saved"))
 UNREACHABLE = failure_of(StorageUnavailable("StorageUnreachable", "no answer"))
 
@@ -34,23 +34,23 @@ def workers(**codes: int) -> dict[str, Any]:
 
 RENDEZVOUS = {"kind": "rendezvous", "message": "RendezvousTimeoutError: nobody came"}
 
-# ended, nodes, killed for want of memory -> reason, exit code, again in place
+# ended, nodes, OOM-killed -> reason, exit code, restart in place
 CASES = {
     "own failure": (Ended(1, True, workers(a=13), DIVERGED), 2, None, "LossNotFinite", 13, False),
     "own failure beside a kill": (
         Ended(1, True, workers(a=13, b=-9), DIVERGED), 2, True, "LossNotFinite", 13, False,
     ),
-    "own failure that may pass": (
+    "own retryable failure": (
         Ended(1, True, workers(a=21), UNREACHABLE), 2, None, "StorageUnreachable", 21, False,
     ),
     "peers lost": (Ended(1, True, workers(a=20), LOST), 2, None, PEER_LOST, 20, True),
-    "a gang of one has no peers": (
+    "a single node has no peers": (
         Ended(1, True, workers(a=20), LOST), 1, None, PEER_LOST, 20, False,
     ),
-    "a peer was told to stop": (
+    "a peer was stopped": (
         Ended(1, True, workers(a=23), INTERRUPTED), 2, None, "Interrupted", 23, True,
     ),
-    "out of memory, its neighbour lost it": (
+    "out of memory, reported as a lost peer by the other worker": (
         Ended(1, True, workers(a=20, b=-9), LOST), 2, True, "HostOutOfMemory", 14, False,
     ),
     "killed, cause unknown": (Ended(1, True, workers(a=-9)), 2, None, "HostOutOfMemory", 14, False),
@@ -58,32 +58,32 @@ CASES = {
     "agent killed for memory": (Ended(-9, True), 2, True, "HostOutOfMemory", 14, False),
     "segmentation fault": (Ended(1, True, workers(a=-11)), 2, True, "ProcessKilled", 20, False),
     "NCCL aborts": (Ended(1, True, workers(a=-6)), 2, None, PEER_LOST, 20, True),
-    "NCCL aborts for a kernel of its own": (
+    "NCCL aborts after a kernel fault": (
         Ended(
             1, True, workers(a=-6),
             aborted="CUDA error: device-side assert triggered\nSearch for `cudaErrorAssert'",
         ),
         2, None, "KernelFailed", 15, False,
     ),
-    "NCCL aborts for a device": (
+    "NCCL aborts after a device fault": (
         Ended(1, True, workers(a=-6), aborted="CUDA error: uncorrectable ECC error encountered"),
         2, None, "DeviceFault", 20, False,
     ),
-    "NCCL aborts for a peer": (
+    "NCCL aborts after a lost peer": (
         Ended(
             1, True, workers(a=-6),
             aborted="[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(...)",
         ),
         2, None, PEER_LOST, 20, True,
     ),
-    "abort of a gang of one": (Ended(1, True, workers(a=-6)), 1, None, "ProcessKilled", 20, False),
-    "ended by the agent with its neighbour": (
+    "abort on a single node": (Ended(1, True, workers(a=-6)), 1, None, "ProcessKilled", 20, False),
+    "ended by the agent after a worker failed": (
         Ended(1, True, workers(a=-15, b=20), LOST), 2, None, PEER_LOST, 20, True,
     ),
-    "nobody came": (Ended(1, False, RENDEZVOUS), 2, None, PEER_LOST, 20, True),
-    "no rendezvous of one's own": (Ended(1, False, RENDEZVOUS), 1, None, PEER_LOST, 20, False),
-    "no word": (Ended(1, True, workers(a=1)), 2, None, "WorkerExited", 15, False),
-    "agent without a word": (Ended(1, False), 2, None, "WorkerExited", 15, False),
+    "rendezvous timeout": (Ended(1, False, RENDEZVOUS), 2, None, PEER_LOST, 20, True),
+    "rendezvous timeout on one node": (Ended(1, False, RENDEZVOUS), 1, None, PEER_LOST, 20, False),
+    "no failure file": (Ended(1, True, workers(a=1)), 2, None, "WorkerExited", 15, False),
+    "no report of the agent": (Ended(1, False), 2, None, "WorkerExited", 15, False),
 }  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def test_judge_stopped(ended: Ended | None, reason: str, code: int) -> None:
     assert (failure.reason, int(exit_code(failure))) == (reason, code)
 
 
-def test_a_metric_that_is_no_number_reaches_the_supervisor(
+def test_non_finite_metrics_reach_the_supervisor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(worker_files.ENV_FOLDER, str(tmp_path))
@@ -125,7 +125,7 @@ def test_a_metric_that_is_no_number_reaches_the_supervisor(
     assert found.scores[0].base["Perplexity"] == math.inf
 
 
-def test_place() -> None:
+def test_read_node_environment() -> None:
     assert read_node_environment({}) == NodeEnvironment(1, 1, 0, "127.0.0.1", 0, 30)
     environ = {
         "FINETUNE_NODES": "3",

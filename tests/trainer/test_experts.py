@@ -1,4 +1,4 @@
-"""Mixtures of experts: adapters on experts or attention, and the router loss."""
+"""Mixtures of experts: adapters of experts or attention, and the router loss."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from finetune_trainer.failures import UserError
 
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base whose feed-forward blocks are mixtures of four experts, held in two tensors."""
+    """A base model with mixtures of four experts, stored in two tensors per layer."""
     folder = tmp_path_factory.mktemp("experts")
     write_model(folder)
     tiny_mixtral(130).save_pretrained(folder)
@@ -53,7 +53,7 @@ def test_adapters_of_mixtures_of_experts(
     check_round(experts, tmp_path, spec, tuning)
 
 
-def test_the_router_loss_balances_training_and_leaves_measuring_alone(experts: Path) -> None:
+def test_the_router_loss_is_added_in_training_and_not_in_evaluation(experts: Path) -> None:
     spec = spec_of({"type": "Full"})
     model: Any = apply_method(build_base(experts, torch.float32), spec)
     micro_batch = build_packed(samples([18, 9]), [0, 1], seed=0, step=0, device=CPU)
@@ -65,7 +65,7 @@ def test_the_router_loss_balances_training_and_leaves_measuring_alone(experts: P
             output_router_logits=True,
         ).aux_loss
         found = balanced.train()(micro_batch)
-        assert torch.equal(found.tokens, plain.train()(micro_batch).tokens), "told apart"
+        assert torch.equal(found.tokens, plain.train()(micro_batch).tokens), "reported separately"
     assert router > 0
     torch.testing.assert_close(found.router, router)
     torch.testing.assert_close(found.added, 0.5 * router * len(found.tokens))
@@ -81,7 +81,7 @@ def test_the_router_loss_balances_training_and_leaves_measuring_alone(experts: P
     assert caught.value.reason == "NoRouter"
 
 
-def test_experts_and_those_that_all_tokens_share_get_adapters_by_name_alone() -> None:
+def test_experts_and_shared_experts_get_adapters_only_if_named() -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         Qwen2MoeConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -102,7 +102,7 @@ def test_experts_and_those_that_all_tokens_share_get_adapters_by_name_alone() ->
         ({"targetModules": ["w1"]}, "NoTargetModules"),
     ],
 )
-def test_a_target_that_fits_nothing_is_refused(
+def test_a_target_that_matches_nothing_is_refused(
     experts: Path, lora: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(UserError) as caught:

@@ -1,4 +1,4 @@
-"""Exceptions of libraries, told by what they say: texts as CUDA, torch and NCCL have them."""
+"""Classification of library exceptions by their texts, as CUDA, torch and NCCL write them."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ CASES: list[tuple[Exception, str, str]] = [
         "NodeFailure", PEER_LOST,
     ),
     (RuntimeError("[gloo] Connection closed by peer"), "NodeFailure", PEER_LOST),
-    # Others have invalid arguments and refused connections too.
+    # The same phrases in errors that do not concern a device or a peer.
     (OSError(22, "Invalid argument"), "Internal", "Unexpected"),
     (ValueError("invalid argument: connection refused"), "Internal", "Unexpected"),
     (RuntimeError("shapes do not match"), "Internal", "Unexpected"),
@@ -190,7 +190,7 @@ CASES: list[tuple[Exception, str, str]] = [
 
 
 @pytest.mark.parametrize(("error", "kind", "reason"), CASES)
-def test_class_of_what_a_device_or_a_peer_says(error: Exception, kind: str, reason: str) -> None:
+def test_device_and_peer_errors_are_classified(error: Exception, kind: str, reason: str) -> None:
     found = failure_of(error)
     assert (found.failure_class, found.reason) == (kind, reason)
     assert found.retryable == (kind == "NodeFailure")
@@ -205,7 +205,7 @@ def test_a_message_has_the_last_error_of_nccl_and_a_remedy() -> None:
     assert "CUDA_LAUNCH_BLOCKING=1" in recognise(cuda("misaligned address")).message
 
 
-def test_every_row_is_reached_and_says_what_to_do() -> None:
+def test_every_row_is_covered_and_has_a_remedy() -> None:
     reached = {device_fault(str(error)) for error, _, _ in CASES}
     for row in DEVICE_FAULTS:
         assert row in reached, row.reason

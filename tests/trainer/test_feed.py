@@ -1,4 +1,4 @@
-"""The feed of a run that is interrupted and resized: the rows that are really built."""
+"""The feed of a run that is interrupted and resized: the micro-batches that it builds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SAMPLES, BATCH, VISITS = 60, 8, 180
 STEPS = -(-VISITS // BATCH)
 LENGTHS = np.random.default_rng(0).integers(5, 200, SAMPLES)
 SOURCES = np.random.default_rng(1).integers(0, 3, SAMPLES)
-# A token says of which sample it is, and where in it; 0 is padding.
+# A token id encodes its sample and its position in the sample; 0 is padding.
 DOCUMENTS = [
     TokenSample(np.arange(n, dtype=np.int32) + 256 * (i + 1), np.arange(n) > n // 2)
     for i, n in enumerate(LENGTHS)
@@ -28,7 +28,7 @@ DOCUMENTS = [
 SUPERVISED = np.array([int(d.supervised.sum()) for d in DOCUMENTS])
 
 Trained = tuple[int, list[int]]
-"""A step, and its samples as their rows have them, in the order of the index."""
+"""A step, and the samples of its micro-batches in the order of the index."""
 
 
 def read(positions: Sequence[int]) -> list[TokenSample]:
@@ -36,7 +36,7 @@ def read(positions: Sequence[int]) -> list[TokenSample]:
 
 
 def samples_of(micro_batch: MicroBatch) -> list[int]:
-    """Samples of a row, after a look at whether each is whole, at its place and rightly learned."""
+    """Return the samples of a micro-batch; check their tokens, positions, labels and sources."""
     assert isinstance(micro_batch, TokenMicroBatch)
     found, start = [], 0
     ids, places = micro_batch.input_ids[0].numpy(), micro_batch.position_ids[0].numpy()
@@ -56,17 +56,17 @@ def samples_of(micro_batch: MicroBatch) -> list[int]:
 
 
 def trained(ranks: Sequence[StepTensors]) -> Trained:
-    """What the processes of a gang train in one step."""
+    """Return what all ranks train in one step."""
     numbers = {step.plan.number for step in ranks}
     assert len(numbers) == 1
-    assert len({len(step.micro_batches) for step in ranks}) == 1, "ranks exchange after each one"
+    assert len({len(step.micro_batches) for step in ranks}) == 1, "ranks synchronize after each"
     return numbers.pop(), sorted(
         p for step in ranks for micro_batch in step.micro_batches for p in samples_of(micro_batch)
     )
 
 
 def world(plan: Plan, start: int, steps: int) -> list[Trained]:
-    """Steps of a gang that dies after them, with others built ahead."""
+    """Return steps of a world that is killed after them, with later steps already built."""
     with ExitStack() as stack:
         feeds = [
             stack.enter_context(
@@ -92,10 +92,10 @@ ATTEMPTS = st.lists(
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1), stages=STAGES, attempts=ATTEMPTS)
-def test_rows_of_an_interrupted_and_resized_run_are_those_of_an_uninterrupted_one(
+def test_an_interrupted_and_resized_run_feeds_the_same_samples(
     seed: int, stages: list[Stage], attempts: list[tuple[int, int, int]]
 ) -> None:
-    """Each attempt has a size, makes some steps, and loses the last ones that it had not kept."""
+    """Each attempt has a world size, runs some steps, and loses those since its checkpoint."""
 
     def plan(ranks: int) -> Plan:
         return Plan(

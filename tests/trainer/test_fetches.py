@@ -1,4 +1,4 @@
-"""What a batch reads of storage is fetched together, each file once, and ahead of the step."""
+"""Shards of a batch are fetched in parallel, each shard once, and ahead of the step."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from finetune_trainer.storage.objects import ObjectStore
 
 TOGETHER = 8
 PATIENCE = 60
-"""Seconds after which a test has failed that waits for what will never come."""
+"""Timeout in seconds of every wait."""
 
 
 class Meeting(ObjectStore):
-    """A store in which downloads of shards wait for each other."""
+    """A store in which downloads of shards wait for each other at a barrier."""
 
     def __init__(self, real: ObjectStore, parties: int) -> None:
         self.__dict__.update(real.__dict__)
@@ -39,7 +39,7 @@ class Meeting(ObjectStore):
         super().download(uri, path)
 
 
-def test_shards_of_a_batch_are_in_flight_together_and_give_the_same_samples(
+def test_shards_of_a_batch_are_fetched_in_parallel_and_once(
     store: ObjectStore, bucket: str, tmp_path: Path
 ) -> None:
     uri = f"s3://{bucket}/data"
@@ -48,7 +48,7 @@ def test_shards_of_a_batch_are_in_flight_together_and_give_the_same_samples(
     slow = Meeting(store, TOGETHER)
     data = PreparedData.open(slow, uri, tmp_path / "read")
     order = np.random.default_rng(0).permutation(64).tolist()
-    # Two readers, which want the same shards at the same time.
+    # Two readers of the same shards at the same time.
     with ThreadPoolExecutor(2) as readers:
         found = list(readers.map(lambda side: data.samples(side, order), ["train", "train"]))
     for read in found:
@@ -58,7 +58,7 @@ def test_shards_of_a_batch_are_in_flight_together_and_give_the_same_samples(
     assert len(slow.fetched) == TOGETHER and set(slow.fetched.values()) == {1}
 
 
-def test_no_more_than_the_bound_are_in_flight_and_a_failure_is_told_and_tried_again() -> None:
+def test_fetches_are_bounded_and_failures_are_raised_and_retried() -> None:
     begun, allowed, broken = threading.Semaphore(0), threading.Semaphore(0), {"2"}
     running: list[int] = []
     lock, now = threading.Lock(), 0
@@ -90,7 +90,7 @@ def test_no_more_than_the_bound_are_in_flight_and_a_failure_is_told_and_tried_ag
     assert max(running) == 2
 
 
-def test_a_feed_says_what_the_next_steps_will_read_before_it_reads() -> None:
+def test_the_feed_announces_samples_of_later_steps_before_reading() -> None:
     made = samples([8] * 24)
     lengths = np.array([8] * 24)
     plan = Plan(lengths, lengths // 2, batch_size=4, seed=0, micro_batch_tokens=16, ranks=1)

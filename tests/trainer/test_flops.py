@@ -1,4 +1,4 @@
-"""Counted arithmetic: what torch counts, where torch computes no more than is needed."""
+"""Floating-point operations of a step, compared with torch's counter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from finetune_trainer.engine.packing.layout import layout_context
 
 
 def counted(model: Any, length: int) -> tuple[float, int]:
-    """Operations of one document's forward and backward pass, as torch counts them."""
+    """Operations of one document's forward and backward pass, by torch's counter."""
     micro_batch = build_packed(samples([length]), [0], seed=0, step=0, device=CPU)
     loss = TokenLoss(model)
     with FlopCounterMode(display=False) as counter, layout_context(micro_batch.layout):
@@ -29,7 +29,7 @@ def counted(model: Any, length: int) -> tuple[float, int]:
 
 
 @pytest.mark.parametrize("method", ["Full", "LoRA"])
-def test_work_is_what_torch_counts(method: str) -> None:
+def test_work_equals_the_count_of_torch(method: str) -> None:
     base = tiny_llama(hidden_size=64, num_hidden_layers=4, tie_word_embeddings=False)
     model: Any = base
     if method == "LoRA":
@@ -38,26 +38,27 @@ def test_work_is_what_torch_counts(method: str) -> None:
     torch_count, supervised = counted(model, length)
     work = work_of(model, base)
     ours = work.training(np.array([length]), supervised)
-    # Torch counts the whole square of the attention, and that its scores are computed again on the
-    # way back: seven products. The inputs of the lowest layer need no gradient over a frozen base.
+    # Torch counts the whole square of the attention, and the recomputation of its scores in the
+    # backward pass: seven products instead of three. LoRA: over a frozen base, the inputs of the
+    # lowest layer need no gradient, hence the tolerance.
     attention = 2 * work.attention * length**2
     ours += (7 - 3) * attention
     assert torch_count == pytest.approx(ours, rel=1e-9 if method == "Full" else 0.08)
 
 
-def test_tokens_of_several_documents_attend_apart() -> None:
+def test_attention_is_counted_within_documents() -> None:
     work = work_of(*[tiny_llama()] * 2)
     apart = work.training(np.array([50, 50]), 10)
     whole = work.training(np.array([100]), 10)
     assert whole - apart == 3 * 2 * work.attention * (100**2 - 2 * 50**2)
 
 
-def test_names_that_contain_others_stand_first() -> None:
+def test_device_names_that_contain_others_come_first() -> None:
     names = list(PEAKS)
     assert not any(early in late for i, early in enumerate(names) for late in names[i + 1 :])
 
 
-def test_experts_count_by_the_tokens_that_they_see() -> None:
+def test_experts_count_by_their_share_of_the_tokens() -> None:
     from transformers import AutoModelForCausalLM, MixtralConfig
 
     def work(experts: int) -> float:
@@ -73,12 +74,12 @@ def test_experts_count_by_the_tokens_that_they_see() -> None:
     assert work(8) - work(4) == routers
 
 
-def test_weights_in_4_bits_count_by_their_numbers(tmp_path: Path) -> None:
+def test_4_bit_weights_count_by_elements(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path)
     plain = build_base(tmp_path, torch.float32)
     packed = build_base(tmp_path, torch.float32, Pretrained(quantize=True))
     weight = packed.model.layers[0].self_attn.q_proj.weight
-    assert weight.numel() * 2 == 32 * 32, "two to a byte"
+    assert weight.numel() * 2 == 32 * 32, "two elements per byte"
     plain.requires_grad_(False)
     packed.requires_grad_(False)
     assert work_of(packed, packed) == work_of(plain, plain)

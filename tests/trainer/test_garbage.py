@@ -1,4 +1,4 @@
-"""When garbage is collected while steps are taken."""
+"""Garbage collection between steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune_trainer.train.garbage import STEPS, collected_between_steps
 
 
 class Cycle:
-    """What only the collector finds."""
+    """A reference cycle, which only the garbage collector frees."""
 
     def __init__(self) -> None:
         self.itself = self
@@ -21,7 +21,7 @@ class Cycle:
 
 @contextmanager
 def collections() -> Iterator[list[int]]:
-    """Generations that are collected."""
+    """Record the generation of each collection."""
     seen: list[int] = []
 
     def note(phase: str, found: dict[str, int]) -> None:
@@ -35,18 +35,18 @@ def collections() -> Iterator[list[int]]:
         gc.callbacks.remove(note)
 
 
-def test_garbage_of_steps_is_collected_at_intervals_alone() -> None:
+def test_garbage_is_collected_only_at_intervals() -> None:
     with collected_between_steps() as after, collections() as seen:
         lost = weakref.ref(Cycle())
         for step in range(1, STEPS):
-            kept = [[] for _ in range(1000)]  # enough for the collector to look, as it is set else
+            kept = [[] for _ in range(1000)]  # would trigger a collection at the default thresholds
             after(step)
             assert kept and not seen and lost() is not None
         after(STEPS)
         assert seen == [2] and lost() is None
 
 
-def test_what_was_there_before_is_not_looked_at() -> None:
+def test_objects_from_before_the_steps_are_frozen() -> None:
     before = gc.get_threshold()
     with collected_between_steps():
         assert gc.get_freeze_count() > 10_000
@@ -54,7 +54,7 @@ def test_what_was_there_before_is_not_looked_at() -> None:
     assert gc.get_freeze_count() == 0 and gc.get_threshold() == before
 
 
-def test_an_error_leaves_the_collector_as_it_was() -> None:
+def test_an_error_restores_the_collector_settings() -> None:
     before = gc.get_threshold()
     with pytest.raises(KeyError), collected_between_steps():
         raise KeyError

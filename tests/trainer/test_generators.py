@@ -1,4 +1,5 @@
-"""What a model draws by itself: keyed by seed, step and sample, so that no checkpoint keeps it."""
+"""Random draws of a model itself: seeded by run seed, step and sample, so that checkpoints hold no
+generator state."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ def plan_of(ranks: int = 1) -> Plan:
 
 
 class Drawing(nn.Module):
-    """A feed-forward block that draws of torch's generator, as some routers do."""
+    """A feed-forward block that draws from torch's generator, as some routers do."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -54,7 +55,7 @@ def losses(session: Any, start: int, end: int) -> list[float]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_model_that_draws_goes_on_as_if_it_had_not_stopped(checkpointing: bool) -> None:
+def test_a_model_with_random_draws_resumes_identically(checkpointing: bool) -> None:
     spec = spec_of({"type": "Full"}, precision="FP32")
     model = drawing_model()
     if checkpointing:
@@ -67,19 +68,19 @@ def test_a_model_that_draws_goes_on_as_if_it_had_not_stopped(checkpointing: bool
     model.load_state_dict(kept[0])
     for optimizer, state in zip(session.optimizers, kept[1], strict=True):
         optimizer.load_state_dict(state)
-    torch.manual_seed(2)  # another process, whose generator has drawn something else
+    torch.manual_seed(2)  # as in a new process, with another generator state
     assert losses(session, 2, 4) == whole
     model.load_state_dict(kept[0])
     session.plan.seed += 1
-    assert losses(session, 2, 3) != whole[:1], "what is drawn makes a difference"
+    assert losses(session, 2, 3) != whole[:1], "draws affect the loss"
 
 
-def test_rows_of_a_sample_draw_alike_at_any_number_of_ranks() -> None:
+def test_generator_seeds_are_the_same_at_any_number_of_ranks() -> None:
     def seeds(ranks: int, size: int) -> dict[int, int]:
-        """By sample, of the rows of step 1 in a gang of so many processes."""
+        """Return the generator seed of each sample of step 1, in a world of ``size`` processes."""
         plan, found = plan_of(ranks), {}
         for rank in range(size):
-            world: Any = type("Gang", (), {"rank": rank, "size": size})
+            world: Any = type("World", (), {"rank": rank, "size": size})
             session: Any = type("Session", (), {"world": world, "plan": plan})
             batch: Any = type("Batch", (), {"plan": plan.step(1)})
             for turn, micro_batch in enumerate(batch.plan.micro_batches[rank * ranks // size]):
@@ -90,11 +91,11 @@ def test_rows_of_a_sample_draw_alike_at_any_number_of_ranks() -> None:
     alone = seeds(1, 1)
     assert len(set(alone.values())) == len(alone) == 3
     assert seeds(3, 3) == alone
-    assert seeds(2, 4) == alone, "two processes share a row"
+    assert seeds(2, 4) == alone, "two processes share a micro-batch"
 
 
 @pytest.mark.parametrize("method", [{"type": "Full"}, {"type": "LoRA", "lora": {"dropout": "0.1"}}])
-def test_dropout_and_noise_draw_of_no_generator(method: dict[str, Any]) -> None:
+def test_dropout_and_noise_use_no_generator(method: dict[str, Any]) -> None:
     spec = spec_of(method, precision="FP32", dropout="0.1", neftuneAlpha="5", optimizer="Muon")
     session = session_of(apply_method(tiny_llama(), spec), spec, plan_of())
     read = lambda positions: [DOCUMENTS[p] for p in positions]  # noqa: E731

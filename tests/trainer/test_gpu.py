@@ -302,7 +302,7 @@ def chunked(loss: TokenLoss, model: Any, tokens: int | None) -> tuple[torch.Tens
     micro_batch = build_packed(samples(LENGTHS), range(8), seed=0, step=0, device=GPU)
     if tokens is not None:
         loss._chunks = ChunkedHead(model, limit=4 * 97 * tokens, plain=loss.plain_head)
-        assert loss._chunks.wanted(len(micro_batch.labels))
+        assert loss._chunks.applies(len(micro_batch.labels))
     loss.zero_grad()
     with layout_context(micro_batch.layout):
         with torch.autocast(GPU.type, torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Keyed dropout's kernel on a GPU, beside PyTorch's operators; skipped without one."""
+"""Keyed-dropout kernel on a GPU, compared with PyTorch operators; skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LENGTHS = [30, 8, 19]
     ("padded", "shape"),
     [(False, (1, 57, 70)), (False, (57, 64)), (False, (1, 57, 1500)), (True, (3, 35, 33))],
 )
-def test_the_kernel_drops_what_operators_drop(
+def test_the_kernel_matches_operators(
     padded: bool, shape: tuple[int, ...], probability: float, dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -44,7 +44,7 @@ def test_the_kernel_drops_what_operators_drop(
         torch.testing.assert_close(one, other)
 
 
-def test_masks_of_a_gpu_are_those_of_a_cpu() -> None:
+def test_masks_are_the_same_on_gpu_and_cpu() -> None:
     keys = torch.from_numpy(token_keys(1, 2, 3, 1000))
     on_cpu = keep_mask(keys, 500, salt_of(7), 0.3)
     x = torch.ones(1000, 500, device=GPU)
@@ -54,7 +54,7 @@ def test_masks_of_a_gpu_are_those_of_a_cpu() -> None:
 
 
 def test_dropout_costs_little_more_than_reading_and_writing() -> None:
-    """8,192 tokens of a model of 8 billion parameters."""
+    """8,192 tokens at the hidden size of a model of 8 billion parameters."""
     keys = torch.from_numpy(token_keys(1, 2, 3, 8192)).to(GPU)
     x = torch.randn(1, 8192, 4096, dtype=torch.bfloat16, device=GPU)
     salt = torch.tensor(salt_of(7), dtype=torch.int32, device=GPU)
@@ -77,7 +77,7 @@ def test_dropout_costs_little_more_than_reading_and_writing() -> None:
     assert kernel < 4 * copy
 
 
-def test_compiled_blocks_drop_the_same() -> None:
+def test_compiled_blocks_drop_the_same_elements() -> None:
     torch.compiler.reset()
     layer = KeyedDropout(0.3, layer=1).train().to(GPU)
     block = torch.nn.Sequential(torch.nn.Linear(64, 64).to(GPU), layer)

@@ -1,4 +1,4 @@
-"""Attention of rows and their way to the device, as only a GPU can show; skipped without one."""
+"""Attention of packed sequences and their copies to a GPU; skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def heads(
 def by_document(
     lengths: list[int], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None
 ) -> torch.Tensor:
-    """Attention of each document alone, in 64 bits."""
+    """Reference: attention of each document alone, in float64."""
     parts = []
     for one in zip(*(x.double().split(lengths, 2) for x in (q, k, v)), strict=True):
         length = one[0].shape[2]
@@ -61,13 +61,13 @@ def by_document(
         (torch.bfloat16, 192, 128),  # latent attention
         (torch.bfloat16, 20, 20),
         (torch.bfloat16, 256, 256),
-        (torch.bfloat16, 512, 512),  # wider than FlashAttention takes
+        (torch.bfloat16, 512, 512),  # wider than FlashAttention supports
         (torch.float32, 64, 64),
         (torch.float32, 192, 128),
         (torch.float32, 12, 12),
     ],
 )
-def test_documents_are_attended_as_they_are_alone(
+def test_packed_attention_matches_that_of_documents_alone(
     dtype: torch.dtype, width: int, value_width: int, window: int | None
 ) -> None:
     lengths = [60, 9, 33, 17, 1, 64]
@@ -87,7 +87,7 @@ def test_documents_are_attended_as_they_are_alone(
     ("dtype", "width", "value_width"),
     [(torch.float32, 64, 64), (torch.bfloat16, 512, 512), (torch.bfloat16, 192, 128)],
 )
-def test_no_kernel_keeps_the_square_of_a_length(
+def test_memory_of_attention_is_linear_in_the_length(
     dtype: torch.dtype, width: int, value_width: int, window: int | None
 ) -> None:
     """Scores of 16,384 tokens and 8 heads would take 4 GiB in 16 bits."""
@@ -103,7 +103,7 @@ def test_no_kernel_keeps_the_square_of_a_length(
 
 
 def test_new_lengths_cost_no_more_than_known_ones() -> None:
-    """cuDNN builds a graph for each; see ``backends``."""
+    """cuDNN would build a graph for each shape; see ``backends``."""
     draw = np.random.default_rng(0)
     layouts = [layout_of(draw.integers(20, 900, 8).tolist()) for _ in range(41)]
     micro_batches = [(one, heads(sum(s.q_len for s in one.spans), 64, 64, torch.bfloat16))
@@ -123,8 +123,8 @@ def test_new_lengths_cost_no_more_than_known_ones() -> None:
     assert new < 3 * known + 0.02, (new, known)
 
 
-def test_rows_arrive_while_the_device_computes() -> None:
-    """The feed's memory is used again and again; no copy reaches a row that is still read."""
+def test_micro_batches_are_copied_while_the_device_computes() -> None:
+    """The feed's memory is reused; no copy overwrites a micro-batch that is still being read."""
     lengths = [40] * 64
     documents = samples(lengths)
     plan = Plan(

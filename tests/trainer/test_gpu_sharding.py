@@ -1,4 +1,4 @@
-"""How FSDP lays a model on a GPU; skipped without one."""
+"""FSDP on a GPU; skipped without one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _alone() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_placeholders_are_made_on_the_device() -> None:
+def test_placeholders_are_allocated_on_the_device() -> None:
     spec = spec_of({"type": "Full"}, precision="BF16")
     world = join(spec)
     model = tiny_llama(hidden_size=512, intermediate_size=2048, num_hidden_layers=4)
@@ -42,7 +42,7 @@ def test_placeholders_are_made_on_the_device() -> None:
 
 
 @pytest.mark.parametrize("gathered", [False, True])
-def test_blocks_stay_gathered_where_there_is_room(gathered: bool) -> None:
+def test_blocks_stay_gathered_on_request(gathered: bool) -> None:
     spec = spec_of({"type": "Full"}, precision="BF16")
     world = join(spec)
     model = tiny_llama(hidden_size=512, intermediate_size=2048, num_hidden_layers=8)

@@ -1,4 +1,5 @@
-"""The same gradient at any number of processes: 1 × 4 rows, 2 × 2, and more ranks than rows."""
+"""The same gradient in a world of any size: 1 rank × 4 micro-batches, 2 × 2, and more ranks than
+micro-batches."""
 
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def one_by_four(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("size", "micro_batch_tokens", "rows", "sharding"),
+    ("size", "micro_batch_tokens", "micro_batches", "sharding"),
     [
         (2, 100, 2, "NoShard"), (3, 400, 1, "NoShard"),
         (2, 100, 2, "FullShard"), (3, 400, 1, "FullShard"), (4, 100, 1, "HybridShard"),
@@ -52,7 +53,7 @@ def test_gradients_agree(one_by_four, tmp_path, size, micro_batch_tokens, micro_
 
 
 @pytest.mark.parametrize("sharding", ["NoShard", "FullShard"])
-def test_ranks_without_rows_take_part(tmp_path, sharding):
+def test_ranks_without_documents_take_part(tmp_path, sharding):
     expected, expected_loss, _ = run(1, 400, 2, tmp_path / "one")
     found, loss, micro_batches = run(3, 400, 2, tmp_path / "three", sharding)
     assert micro_batches == 1
@@ -62,8 +63,8 @@ def test_ranks_without_rows_take_part(tmp_path, sharding):
 
 @pytest.mark.parametrize("anchor", ["copy", "adapter"])
 def test_gradients_agree_with_an_anchor(tmp_path, anchor):
-    """Also where no row of a rank has a replay document (3 ranks have 2 documents), and where
-    processes share rows."""
+    """Also if a rank has no replay document (3 ranks have 2 documents), and with context
+    parallelism."""
     many, few = (2, 100, "NoShard", 1), (3, 64, "NoShard", 1)
     worlds = {
         8: [many, (2, 100, "FullShard", 1), (2, 100, "NoShard", 2)],
@@ -75,7 +76,7 @@ def test_gradients_agree_with_an_anchor(tmp_path, anchor):
         if anchor == "copy":
             plain, (alone, none), _ = run(1, 100, count, tmp_path / f"{count}-plain")
             assert none == 0
-            assert alone == pytest.approx(loss, rel=1e-6), "the loss is told without"
+            assert alone == pytest.approx(loss, rel=1e-6), "the reported loss excludes the anchor"
             assert (plain - expected).norm() / plain.norm() > 0.01
         for place in places:
             size, micro_batch_tokens, sharding, sharing = place
@@ -86,7 +87,7 @@ def test_gradients_agree_with_an_anchor(tmp_path, anchor):
 
 
 @pytest.mark.parametrize("sharding", ["NoShard", "FullShard"])
-def test_logits_in_chunks_change_nothing(one_by_four, tmp_path, sharding):
+def test_gradients_agree_with_chunked_logits(one_by_four, tmp_path, sharding):
     expected, loss, _ = one_by_four
     found, other_loss, _ = run(2, 100, 8, tmp_path / "g", sharding, 1, "", 5)
     assert (found - expected).norm() / expected.norm() < 1e-6

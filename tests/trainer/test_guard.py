@@ -1,4 +1,4 @@
-"""The guard: which steps are taken, and that a skipped one changes nothing."""
+"""The guard: which steps are taken, and that a skipped step changes nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from finetune_trainer.train.telemetry import Telemetry
 
 
 def losses_of(steps: int) -> list[float]:
-    """Falling, and a little noisy."""
+    """Falling, slightly noisy losses."""
     return [2.0 * 0.99**step + 0.1 * math.sin(step) for step in range(steps)]
 
 
@@ -44,31 +44,31 @@ def skipped(
     return [found.step for found in judged(losses, norms, rule)]
 
 
-def test_a_noisy_course_is_taken_whole() -> None:
+def test_all_steps_of_a_noisy_run_are_taken() -> None:
     assert skipped(losses_of(300)) == []
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_no_finite_number_is_skipped_from_the_first_step_on(bad: float) -> None:
+def test_non_finite_steps_are_skipped_from_the_first_step_on(bad: float) -> None:
     assert skipped([bad, *losses_of(40), bad]) == [0, 41]
     assert skipped(losses_of(5), norms={2: bad}) == [2]
 
 
-def test_a_spike_is_skipped_and_moves_no_bound() -> None:
+def test_spikes_are_skipped_and_do_not_move_the_threshold() -> None:
     course = losses_of(100)
     for step in (60, 61, 62, 63, 64, 65):
         course[step] = 6.0
     assert skipped(course) == [60, 61, 62, 63, 64, 65]
 
 
-def test_no_spike_is_looked_for_while_warming_up_or_where_it_is_switched_off() -> None:
+def test_spikes_are_not_detected_during_warm_up_or_if_disabled() -> None:
     early, late = losses_of(100), losses_of(100)
     early[WARM_UP - 1] = late[60] = 6.0
     assert skipped(early) == []
     assert skipped(late, rule=Rule()) == []
 
 
-def test_a_spike_is_told_from_what_is_no_finite_number() -> None:
+def test_spikes_are_distinguished_from_non_finite_steps() -> None:
     course = losses_of(100)
     course[60], course[61], course[62] = 6.0, math.inf, 6.0
     found = judged(course, norms={62: math.nan})
@@ -83,7 +83,7 @@ def test_a_spike_is_told_from_what_is_no_finite_number() -> None:
         ([True, True], "LossSpike", ["steps 7 to 8", "training.guard.spikeDeviations"]),
     ],
 )
-def test_a_row_of_skipped_steps_has_a_reason_of_its_kind(
+def test_reason_of_consecutive_skipped_steps(
     spikes: list[bool], reason: str, words: list[str]
 ) -> None:
     streak = [Skipped(7 + i, spike) for i, spike in enumerate(spikes)]
@@ -94,7 +94,7 @@ def test_a_row_of_skipped_steps_has_a_reason_of_its_kind(
     assert ("training.guard.spikeDeviations" in remedy) is (reason == "LossSpike")
 
 
-def test_a_guard_goes_on_as_the_one_it_took_over_from() -> None:
+def test_a_resumed_guard_continues_with_the_saved_statistics() -> None:
     whole, first, second = (Guard(SPIKES, CPU) for _ in range(3))
     course = [torch.tensor(loss, dtype=torch.float64) for loss in losses_of(80)]
     one = torch.tensor(1.0)
@@ -104,10 +104,10 @@ def test_a_guard_goes_on_as_the_one_it_took_over_from() -> None:
         if step == 49:
             second.resume(first.statistics)
     assert second.statistics == whole.statistics
-    assert second.skipped() == [], "a verdict is told once"
+    assert second.skipped() == [], "no step was skipped"
 
 
-def test_rows_of_skipped_steps_are_told_whole() -> None:
+def test_consecutive_skipped_steps_are_reported_together() -> None:
     def steps(*numbers: int) -> list[Skipped]:
         return [Skipped(number, number % 2 == 0) for number in numbers]
 
@@ -123,7 +123,7 @@ def test_rows_of_skipped_steps_are_told_whole() -> None:
     assert (state.skipped, state.skipped_steps) == ([], 6)
 
 
-def test_tokens_of_skipped_steps_are_not_learned_from_and_a_resume_keeps_to_that() -> None:
+def test_tokens_of_skipped_steps_are_not_counted_also_after_a_resume() -> None:
     state = LoopState()
     for tokens in (100, 20, 3):
         state.advance(torch.zeros(7, dtype=torch.float64), tokens)
@@ -140,7 +140,7 @@ def test_tokens_of_skipped_steps_are_not_learned_from_and_a_resume_keeps_to_that
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["in the kernel", "by waiting"])
-def test_a_step_that_is_not_taken_changes_neither_weights_nor_moments(fused: bool) -> None:
+def test_a_skipped_step_changes_neither_weights_nor_moments(fused: bool) -> None:
     model = tiny_llama()
     group = {"params": list(model.parameters()), "rate_factor": 1.0}
     optimizer = torch.optim.AdamW([group], weight_decay=0.1, fused=fused)

@@ -1,7 +1,7 @@
-"""Steps read no values of tensors: on a GPU each such reading would wait for the device.
+"""Steps read no tensor values on the host: on a GPU each read would wait for the device.
 
-Counted on the CPU, where it costs nothing and goes through the same operations. ``test_gpu`` has
-torch itself complain.
+Checked on the CPU, which runs the same operations. ``test_gpu`` uses torch's own detection of
+synchronizations.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ MODELS = {
 
 
 class HostReads(TorchDispatchMode):
-    """Notes operations whose result depends on values that the host must know."""
+    """Records operations for which the host must read tensor values."""
 
     READING = frozenset({"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"})
 
@@ -105,7 +105,7 @@ def test_no_step_reads_from_the_device(
     ) as feed:  # fmt: skip
         for batch in feed:
             for micro_batch in batch.micro_batches:
-                # The kernel of a GPU needs none.
+                # Computed outside of the step: the GPU kernel needs no groups.
                 _ = (
                     micro_batch.layout.groups,
                     micro_batch.replay and micro_batch.replay.micro_batch.layout.groups,

@@ -1,4 +1,4 @@
-"""What each command imports before its work begins: a stage does not pay for what others use."""
+"""Imports of each command at startup: no stage loads dependencies that only others use."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ TOOLS = ("datasets", "pandas", "trl", "matplotlib", "rich")
         ("finetune_trainer.publish.pipeline", (*SCORES, *TOOLS, "datasketch", "py3langid")),
     ],
 )
-def test_an_entry_imports_nothing_of_other_stages(entry: str, forbidden: tuple[str, ...]) -> None:
+def test_an_entry_point_imports_no_dependencies_of_other_stages(
+    entry: str, forbidden: tuple[str, ...]
+) -> None:
     code = f"import {entry}, sys; print(*sys.modules)"
     imported = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""Weights read by ranges: the same model, and no more read or held than is needed."""
+"""Weights read by byte ranges: the same model, and no more read or held than needed."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ LLAMA = {**SMALL, "intermediate_size": 72, "num_key_value_heads": 2}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "tied": LlamaConfig(**LLAMA, tie_word_embeddings=True),
     "untied": LlamaConfig(**LLAMA, tie_word_embeddings=False),
-    # Experts that a checkpoint has one by one, and the model in one tensor.
+    # The files have one tensor per expert, the model one tensor for all experts.
     "experts": MixtralConfig(**LLAMA, num_local_experts=5),
-    # Of three processes, one has no part of these.
+    # One of three ranks has an empty shard of the experts.
     "four experts": MixtralConfig(**LLAMA, num_local_experts=4),
-    # A buffer that checkpoints hold, and weights that are kept in 32 bits.
+    # A persistent buffer, and weights that stay in float32.
     "buffers": DeepseekV3Config(
         **SMALL,
         num_key_value_heads=4,
@@ -76,7 +76,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         moe_num_shared_experts=1,
         moe_layer_start_index=0,
     ),
-    # Rows of one tensor become several.
+    # One tensor of the files is split by rows.
     "split": HrmTextConfig(
         vocab_size=101,
         hidden_size=32,
@@ -85,11 +85,12 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         intermediate_size=72,
         head_dim=8,
     ),
-    # Of texts and images; the model is of texts.
+    # A configuration for text and images; the model is the language model.
     "composite": Qwen3_5Config(
         text_config={**LLAMA, "head_dim": 8, "layer_types": ["full_attention"] * 2},
     ),
-    # Matrices of inputs by outputs, names without the body's, one tensor for three projections.
+    # Matrices of shape [inputs, outputs], names without the body's prefix, one tensor for three
+    # projections.
     "gpt2": GPT2Config(vocab_size=101, n_embd=32, n_layer=2, n_head=4, n_positions=64),
 }
 
@@ -99,7 +100,7 @@ CUT = json.dumps({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}})
 
 @pytest.fixture(scope="module")
 def bucket(s3: EmbeddedS3) -> str:
-    """One for all tests: a new one takes the server a while."""
+    """One bucket for all tests, because the server takes a while to create one."""
     s3.ensure_bucket("test-loading")
     return "test-loading"
 
@@ -134,7 +135,7 @@ def put(store: ObjectStore, root: str, folder: Path) -> list[ObjectInfo]:
 # --- tensors -------------------------------------------------------------------------------------
 
 
-def test_tensors_are_read_as_they_are_indexed(
+def test_remote_tensors_are_indexed_like_local_ones(
     store: ObjectStore, root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(weight_reader, "PART_BYTES", 100)
@@ -166,7 +167,7 @@ def test_tensors_are_read_as_they_are_indexed(
     assert torch.equal(remote["numbers"][:, 1:3, :], there["numbers"][:, 1:3, :])
 
 
-def test_no_more_than_the_rows_are_read(
+def test_a_slice_reads_only_its_bytes(
     store: ObjectStore, root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_file({"a": torch.zeros(1000, 10), "b": torch.ones(1000, 10)}, tmp_path / "a.safetensors")
@@ -185,8 +186,8 @@ def test_no_more_than_the_rows_are_read(
     assert asked == [400]
 
 
-def test_other_files_of_a_folder_are_no_weights(model_of: Callable[[str], Path]) -> None:
-    """Parts with an index beside an older whole file, and a whole file in another cut."""
+def test_safetensors_files_outside_the_index_are_ignored(model_of: Callable[[str], Path]) -> None:
+    """Part files with an index, beside an older whole file and a whole file of another layout."""
     folder = model_of("tied")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     there = Weights.of_folder(folder)
@@ -201,7 +202,7 @@ def test_other_files_of_a_folder_are_no_weights(model_of: Callable[[str], Path])
     assert Weights.of_folder(folder).keys() == stale.keys()
 
 
-def test_a_model_that_is_replaced_is_not_read_on(
+def test_a_model_that_is_replaced_while_reading_is_refused(
     store: ObjectStore, root: str, model_of: Callable[[str], Path]
 ) -> None:
     folder = model_of("tied")
@@ -225,7 +226,7 @@ def test_a_model_that_is_replaced_is_not_read_on(
         struct.pack("<Q", len(CUT)) + CUT + bytes(8),
     ],
 )  # fmt: skip
-def test_what_is_no_safetensors_file_is_named(store: ObjectStore, root: str, data: bytes) -> None:
+def test_invalid_safetensors_files_are_named(store: ObjectStore, root: str, data: bytes) -> None:
     uri = f"{root}/model.safetensors"
     store.put(uri, data)
     with pytest.raises(UserError, match=uri) as caught:
@@ -237,7 +238,7 @@ def test_what_is_no_safetensors_file_is_named(store: ObjectStore, root: str, dat
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_model_is_the_same_by_ranges(
+def test_a_model_read_by_ranges_is_the_same(
     name: str, store: ObjectStore, root: str, model_of: Callable[[str], Path]
 ) -> None:
     folder = model_of(name)
@@ -264,12 +265,12 @@ def test_placeholders_take_no_memory(name: str, model_of: Callable[[str], Path])
 
 
 def computed(model: nn.Module) -> dict[str, Any]:
-    """Buffers that no checkpoint holds."""
+    """Buffers that are not persistent."""
     kept = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers() if name not in kept}
 
 
-def test_weights_that_are_lacking_are_named(model_of: Callable[[str], Path]) -> None:
+def test_missing_weights_are_named(model_of: Callable[[str], Path]) -> None:
     folder = model_of("untied")
     weights = Weights.of_folder(folder)
     del weights._slices["model.layers.1.mlp.up_proj.weight"]
@@ -291,7 +292,7 @@ def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     ("name", "sharding", "size"),
     [(name, "FullShard", 3) for name in CONFIGS] + [("untied", "HybridShard", 4)],
 )
-def test_each_process_reads_its_own_shards(
+def test_each_rank_reads_only_its_shards(
     name: str, sharding: str, size: int, s3: EmbeddedS3, store: ObjectStore, root: str,
     model_of: Callable[[str], Path], tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -304,24 +305,24 @@ def test_each_process_reads_its_own_shards(
     same(buffers, dict(expected.named_buffers()))
     sizes = [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]
     sizes, left = [size[:2] for size in sizes], [size[2] for size in sizes]
-    assert left == [0] * size, "on a GPU, each would take the memory of a whole tensor"
+    assert left == [0] * size, "on a GPU, each placeholder would take the memory of a whole tensor"
     copies = size // 2 if sharding == "HybridShard" else 1
     whole = sum(p.nbytes for p in expected.parameters())
-    assert sum(held for _, held in sizes) == copies * whole, "each holds a part"
+    assert sum(held for _, held in sizes) == copies * whole, "each rank holds its shards"
     headers = size * sum(min(o.size, weight_reader.HEAD_BYTES) for o in objects)
     read = sum(read for read, _ in sizes) - headers
-    if name == "split":  # what has no rows in the checkpoint that are its own
+    if name == "split":  # its shards are not rows of the tensors in the files
         assert read <= size * whole
     else:
         kept = sum(b.nbytes for n, b in buffers.items() if n not in computed(expected))
-        assert read == copies * whole + size * kept, "each reads its own, once"
+        assert read == copies * whole + size * kept, "each rank reads its shards once"
 
 
 def open_in_world(
     size: int, sharding: str, folder: Path, s3: EmbeddedS3, objects: list[ObjectInfo], out: Path,
     *more: Any,
 ) -> None:  # fmt: skip
-    """Have a gang open a model (``fill``), to the end."""
+    """Have a world open a model (``fill``), and wait until all processes end."""
     port, keys = free_port(), Credentials(s3.access_key, s3.secret_key)
     out.mkdir(exist_ok=True)
     world = [
@@ -346,7 +347,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_a_method_makes_of_the_weights_is_made_of_shards(
+def test_parameters_derived_from_weights_are_the_same_when_sharded(
     method: str, s3: EmbeddedS3, store: ObjectStore, root: str,
     model_of: Callable[[str], Path], tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -359,7 +360,7 @@ def encoder(folder: Path) -> Path:
 
 
 def with_pooler(folder: Path) -> Path:
-    """An encoder alone, whose names have no prefix."""
+    """An encoder without a language-model head, whose names have no prefix."""
     torch.manual_seed(1)
     AutoModel.from_config(AutoConfig.from_pretrained(write_encoder(folder))).save_pretrained(folder)
     return folder
@@ -393,7 +394,7 @@ CLASSES = ("a", "b", "c")
         (write_decoder, "Full"),
     ],
 )  # fmt: skip
-def test_a_classifier_is_the_same_in_shards(
+def test_a_classifier_is_the_same_when_sharded(
     make: Callable[[Path], Path], method: str, s3: EmbeddedS3, store: ObjectStore, root: str,
     tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -411,7 +412,7 @@ def test_a_classifier_is_the_same_in_shards(
 def check_alike(
     folder: Path, s3: EmbeddedS3, objects: list[ObjectInfo], tmp_path: Path, *how: Any
 ) -> dict[str, Any]:
-    """Opened in shards, a model is as one process has it, and no tensor is read twice."""
+    """Check that a sharded model is the same as on one process, and that nothing is read twice."""
     whole: dict[str, Any]
     open_in_world(1, "NoShard", folder, s3, objects, tmp_path / "alone", *how)
     open_in_world(3, "FullShard", folder, s3, objects, tmp_path / "shards", *how)
@@ -424,11 +425,11 @@ def check_alike(
     headers = 3 * sum(min(o.size, weight_reader.HEAD_BYTES) for o in objects)
     weights = Weights.of_folder(folder)
     stored = sum(weights[name][...].nbytes for name in weights)
-    assert sum(size[0] for size in sizes) - headers <= stored, "each reads its own"
+    assert sum(size[0] for size in sizes) - headers <= stored, "each rank reads only its shards"
     return found
 
 
-def test_weights_in_few_bits_are_refused(model_of: Callable[[str], Path]) -> None:
+def test_quantised_weights_are_refused(model_of: Callable[[str], Path]) -> None:
     folder = model_of("tied")
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -440,7 +441,7 @@ def test_weights_in_few_bits_are_refused(model_of: Callable[[str], Path]) -> Non
         assert caught.value.reason == "UnsupportedModel"
 
 
-def test_a_head_that_is_not_the_embedding_it_should_be_is_refused(
+def test_untied_weights_of_a_tied_configuration_are_refused(
     model_of: Callable[[str], Path],
 ) -> None:
     folder = model_of("untied")

@@ -170,7 +170,9 @@ def test_each_fault_is_reported_once_with_its_path(tmp_path: Path) -> None:
         ("kind: FineTuneJob\nspec: {data: 3, model: 4}\n", "spec.model"),
     ],
 )
-def test_files_without_exactly_one_valid_job_are_refused(tmp_path: Path, text: str, said: str) -> None:
+def test_files_without_exactly_one_valid_job_are_refused(
+    tmp_path: Path, text: str, said: str
+) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(text)
     assert any(said in line for line in problems(path))

@@ -97,7 +97,9 @@ def test_a_stopped_run_resumes_and_completes(tiny_base: Path, tmp_path: Path) ->
     assert list(parts) == [
         "launch", "import", "rendezvous", "data", "model", "restore", "baseline",
         "step"]  # fmt: skip
-    assert sum(parts.values()) == pytest.approx(total, abs=0.01 * len(parts)), "each part is rounded"
+    assert sum(parts.values()) == pytest.approx(total, abs=0.01 * len(parts)), (
+        "each part is rounded"
+    )
     model = AutoModelForCausalLM.from_pretrained(folder / "merged")
     assert model.num_parameters() > 0
     state = json.loads((tmp_path / ".finetune" / "jobs" / "tiny.json").read_text())

@@ -57,7 +57,9 @@ def run(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location("gpu_run", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu_run", module)  # the dataclass decorator looks the module up
+    monkeypatch.setitem(
+        sys.modules, "gpu_run", module
+    )  # the dataclass decorator looks the module up
     spec.loader.exec_module(module)
     return module
 
@@ -112,7 +114,9 @@ def test_every_test_has_a_result_row(
     assert rows["test_good"]["figures"] == {"ratio": 1.02}
     assert rows["test_skipped"]["message"] == "torchao is not installed"
     assert "did not end" in rows["test_that_hangs"]["message"]
-    assert any("no_such_module" in row["message"] for row in section["rows"]), "a file that cannot be imported"
+    assert any("no_such_module" in row["message"] for row in section["rows"]), (
+        "a file that cannot be imported"
+    )
     page = (out / "results.md").read_text()
     assert "test_good | passed |" in page and "ratio 1.02" in page
     assert "time.sleep" in (out / "log.txt").read_text() or "test_that_hangs" in page
@@ -133,7 +137,7 @@ def test_a_hanging_part_costs_its_budget_and_keeps_its_results(
     assert run.read_rows(told) == [{"name": "first"}], "the truncated line is skipped"
 
 
-def test_parts_run_in_order_and_a_broken_part_does_not_stop_the_next(
+def test_a_part_stops_at_its_budget_and_a_broken_part_does_not_stop_the_run(
     run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = run.Runner(tmp_path, "cpu", tmp_path, [["training.py"]])

@@ -1,5 +1,5 @@
-"""Every tuning method: what it trains, that a resume goes on where it was, and that what is
-published is the tuned model."""
+"""Every tuning method: what it trains, that a resume continues exactly, and that the published
+model is the tuned model."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ METHODS: dict[str, tuple[dict[str, Any], Any]] = {
 
 
 @pytest.mark.parametrize(("method", "expected"), METHODS.values(), ids=METHODS)
-def test_a_method_trains_its_part_resumes_and_is_published(
+def test_a_method_trains_its_parameters_resumes_and_is_published(
     base: Path, tmp_path: Path, method: dict[str, Any], expected: Any
 ) -> None:
     spec = spec_of(method)
@@ -85,7 +85,7 @@ def test_a_method_trains_its_part_resumes_and_is_published(
     check_round(base, tmp_path, spec, tuning)
 
 
-def test_what_peft_refuses_is_told_in_its_words() -> None:
+def test_errors_of_peft_are_quoted() -> None:
     with pytest.raises(
         UserError, match=r"cannot adapt a LlamaForCausalLM.*not supported"
     ) as caught:
@@ -109,7 +109,7 @@ def published_as(spec: FineTuneJobSpec, format: OutputFormat) -> FineTuneJobSpec
     ],
     ids=["embedding", "head", "embedding as a parameter", "scales of the head"],
 )
-def test_an_adapter_of_one_end_of_a_tie_is_not_merged_into_both(
+def test_an_adapter_of_a_tied_weight_cannot_be_merged(
     method: dict[str, Any], format: OutputFormat, tmp_path: Path
 ) -> None:
     adapter = spec_of(method)
@@ -124,15 +124,15 @@ def test_an_adapter_of_one_end_of_a_tie_is_not_merged_into_both(
     assert caught.value.reason == "NotMergeable"
 
 
-def test_other_adapters_of_a_model_with_a_tie_are_merged() -> None:
+def test_adapters_of_other_weights_of_a_tied_model_can_be_merged() -> None:
     apply_method(tiny_llama(), published_as(spec_of({"type": "LoRA"}), "Both"))
     apply_method(tiny_llama(), spec_of({"type": "Full"}))
 
 
-def test_pissa_is_for_linear_layers_alone() -> None:
+def test_pissa_supports_linear_layers_only() -> None:
     lora = {"targetModules": ["q_proj", "embed_tokens"], "initialization": "PiSSA"}
     with pytest.raises(
-        UserError, match=r"linear layers, and model\.embed_tokens is none"
+        UserError, match=r"linear layers, and model\.embed_tokens is not one"
     ) as caught:
         apply_method(tiny_llama(), spec_of({"type": "LoRA", "lora": lora}))
     assert caught.value.reason == "UnsuitableMethod"
@@ -156,21 +156,21 @@ def test_the_scale_of_an_adapter_does_not_grow_with_its_rank(
     assert layer.scaling == {"default": scale}
 
 
-def test_the_last_of_blocks_of_two_classes() -> None:
+def test_the_last_block_of_a_model_with_blocks_of_two_classes() -> None:
     spec = spec_of({"type": "Partial", "partial": {"lastLayers": 1}})
     model = apply_method(tiny_jamba(), spec)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {n for n, _ in model.named_parameters() if ".layers.3." in n}
 
 
-def test_pissa_begins_as_the_base_with_the_principal_part_in_the_adapter(base: Path) -> None:
+def test_pissa_starts_as_the_base_with_the_principal_part_in_the_adapter(base: Path) -> None:
     spec = spec_of({"type": "LoRA", "lora": {"rank": 8, "initialization": "PiSSA"}})
     tuning = Tuning(base, spec)
     plain = AutoModelForCausalLM.from_pretrained(base)
     torch.testing.assert_close(logits(tuning.model), logits(plain), atol=1e-6, rtol=1e-6)
     layer = tuning.model.base_model.model.model.layers[0].self_attn.q_proj
     adapter = layer.get_delta_weight("default")
-    # What is left is as small as a matrix of that rank can leave it (Eckart and Young 1936).
+    # The residual is the least that a matrix of that rank can leave (Eckart and Young 1936).
     weight = layer.get_base_layer().weight.detach()
     least = torch.linalg.svdvals(weight)[8:].norm()
     torch.testing.assert_close((weight - adapter).norm(), least, rtol=1e-3, atol=0)
@@ -189,7 +189,7 @@ def test_groups_of_the_optimizer(base: Path) -> None:
     assert found == {"A": (0.01, 1.0), "B": (0.01, 16.0), "magnitude_vector": (0.0, 1.0)}
 
 
-def test_scales_without_known_modules_ask_for_their_names() -> None:
+def test_ia3_requires_module_names_for_unknown_architectures() -> None:
     torch.manual_seed(0)
     unknown = AutoModelForCausalLM.from_config(
         CohereConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
@@ -210,7 +210,9 @@ def test_scales_without_known_modules_ask_for_their_names() -> None:
         ({"biases": True, "norms": True}, "partial.biases fits no parameter"),
     ],
 )
-def test_a_choice_that_fits_nothing_is_refused(partial: dict[str, Any], named: str) -> None:
+def test_partial_settings_that_match_nothing_are_refused(
+    partial: dict[str, Any], named: str
+) -> None:
     with pytest.raises(UserError) as caught:
         apply_method(tiny_llama(), spec_of({"type": "Partial", "partial": partial}))
     assert caught.value.reason == "NoSuchParameters"

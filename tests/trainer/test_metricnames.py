@@ -1,4 +1,4 @@
-"""Which metrics a set can have, and what the manifest may ask for."""
+"""Metrics that a set supports, and validation of the metrics that a manifest requests."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def stopping(metric: str) -> dict[str, Any]:
         (PAIRS, {"evaluation": {"metrics": ["Bleu"]}, **stopping("ExactMatch")}),
     ],
 )
-def test_what_the_data_can_have_is_accepted(
+def test_metrics_that_the_data_supports_are_accepted(
     formats: dict[str, list[Format]], blocks: dict[str, Any]
 ) -> None:
     check(formats, **blocks)
@@ -88,7 +88,7 @@ def test_what_the_data_can_have_is_accepted(
         (TEXT_ONLY, stopping("Accuracy"), ["earlyStopping.metric", "Classification"]),
     ],
 )  # fmt: skip
-def test_what_no_set_can_have_is_refused_by_name(
+def test_metrics_without_suitable_data_are_refused(
     formats: dict[str, list[Format]], blocks: dict[str, Any], words: list[str]
 ) -> None:
     with pytest.raises(UserError) as caught:

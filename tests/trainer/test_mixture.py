@@ -1,4 +1,4 @@
-"""The mixture: shares of the tokens exact at every point, any part without the parts before."""
+"""The mixture: token shares hold at every point; any part is computed without earlier parts."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ LONGEST = 50
 
 
 def sources_of(counts: list[int], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Source and length of each sample, in an order that keeps no source together."""
+    """Return source and length of each sample, with the sources in random order."""
     draw = np.random.default_rng(seed)
     sources = np.repeat(np.arange(len(counts)), counts)
     return draw.permutation(sources), draw.integers(1, LONGEST, len(sources))
@@ -29,7 +29,7 @@ def shares_of(counts: list[int], values: st.SearchStrategy[float]) -> st.SearchS
 
 
 @given(st.integers(1, 60), seeds, st.integers(0, 200), st.integers(0, 200))
-def test_a_line_counts_as_a_loop_over_it_would(n, seed, tokens, sample):
+def test_counts_of_a_line_match_a_loop(n, seed, tokens, sample):
     draw = np.random.default_rng(seed)
     line = Line(np.arange(n), draw.integers(1, 9, n), seed, 0)
     positions, middles = line.slice(0, 5 * n)
@@ -45,7 +45,7 @@ def test_a_line_counts_as_a_loop_over_it_would(n, seed, tokens, sample):
 
 
 @given(sizes, seeds)
-def test_in_proportion_every_sample_is_there_once_a_round(counts, seed):
+def test_in_proportion_every_sample_occurs_once_per_round(counts, seed):
     sources, lengths = sources_of(counts, seed)
     lines = lines_of(sources, lengths, len(counts), seed)
     mixture = Mixture.in_proportion(lines, [0] * len(counts))
@@ -64,12 +64,12 @@ def test_shares_of_the_tokens_hold_at_every_point(counts, seed, data):
     for position in mixture.samples(0, 6 * len(sources)):
         tokens[sources[position]] += lengths[position]
         ideal = np.array(shares) / sum(shares) * tokens.sum()
-        # Each source is ahead or behind by at most a sample of its own, and the others by theirs.
+        # Each source deviates by at most one of its samples, plus the deviations of the others.
         assert (np.abs(tokens - ideal) <= LONGEST * len(counts)).all()
 
 
 @given(sizes, seeds, st.integers(0, 400), st.integers(0, 60), st.data())
-def test_any_part_is_the_part_of_the_whole(counts, seed, first, length, data):
+def test_any_part_equals_that_part_of_the_whole_mixture(counts, seed, first, length, data):
     sources, lengths = sources_of(counts, seed)
     values = st.sampled_from([0.0, 0.1, 1.0, 7.0])
     shares = data.draw(shares_of(counts, values).filter(any), "shares")
@@ -87,7 +87,7 @@ def test_any_part_is_the_part_of_the_whole(counts, seed, first, length, data):
 
 @settings(max_examples=50)
 @given(sizes, seeds, st.integers(1, 9), st.data())
-def test_stages_go_on_where_the_one_before_stopped_reading(counts, seed, batch, data):
+def test_stages_continue_where_the_previous_stage_stopped(counts, seed, batch, data):
     sources, lengths = sources_of(counts, seed)
     weights = st.none() | shares_of(counts, st.floats(0.1, 1))
     stages = data.draw(st.lists(st.builds(Stage, st.integers(0, 12), weights), min_size=1))[:4]
@@ -103,10 +103,10 @@ def test_stages_go_on_where_the_one_before_stopped_reading(counts, seed, batch, 
     for number in range(len(counts)):
         own = trained[sources[trained] == number]
         line = Line(np.flatnonzero(sources == number), lengths[sources == number], seed, number)
-        assert (own == line.slice(0, len(own))[0]).all(), "a source is read in one line"
+        assert (own == line.slice(0, len(own))[0]).all(), "stages continue one line per source"
 
 
-def test_a_stage_mixes_as_it_says():
+def test_stages_mix_by_their_shares():
     sources, lengths = np.repeat([0, 1], 50), np.full(100, 10)
     stages = [Stage(4, [1.0, 0.0]), Stage(4, [0.25, 0.75]), Stage(2)]
     made = Curriculum(sources, lengths, 2, stages, 8, 0)

@@ -1,4 +1,4 @@
-"""Muon: torch's own steps, and in shards the same, of matrices that are dealt out."""
+"""Muon: the same steps as torch's, also if sharded, with matrices distributed over the ranks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from finetune_trainer.engine import muon
 STEPS = 3
 
 
-def test_a_step_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where matrices of one shape are too many for one batch."""
+def test_steps_equal_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the matrices of one shape need several batches."""
     monkeypatch.setattr(muon, "BATCH_NUMBERS", 33 * 64)
     ours = steps([nn.Parameter(w) for w in start()])
     parameters = [nn.Parameter(w) for w in start()]
@@ -33,7 +33,7 @@ def test_a_step_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("size", "replicas"), [(2, 1), (3, 1), (4, 2)])
-def test_in_shards_each_rank_orthogonalises_its_share(size: int, replicas: int) -> None:
+def test_each_rank_orthogonalises_its_share_of_sharded_matrices(size: int, replicas: int) -> None:
     told = multiprocessing.get_context("forkserver").Manager().Queue()
     port = free_port()
     processes = [forked(work, rank, size, replicas, port, told) for rank in range(size)]
@@ -46,11 +46,11 @@ def test_in_shards_each_rank_orthogonalises_its_share(size: int, replicas: int) 
         for one, expected in zip(weights, whole, strict=True):
             assert (torch.tensor(one) - expected).norm() / expected.norm() < 1e-6
     counts = [count for _, count in found]
-    assert sum(counts) == replicas * STEPS * len(SHAPES), "each once a step in each replica"
+    assert sum(counts) == replicas * STEPS * len(SHAPES), "each matrix once per step and replica"
     assert max(counts) < STEPS * len(SHAPES)
 
 
-def test_matrices_are_dealt_by_cost() -> None:
+def test_matrices_are_distributed_by_cost() -> None:
     shapes = [(4096, 4096), *[(1024, 4096)] * 8, (14336, 4096)]
     owners = muon.deal(shapes, 2)
     cost = [min(s) ** 2 * (2 * max(s) + min(s)) for s in shapes]

@@ -103,7 +103,9 @@ def test_a_listing_has_every_page(store: ObjectStore, bucket: str) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 5, 40 << 20])
-def test_files_upload_and_download(store: ObjectStore, bucket: str, tmp_path: Path, size: int) -> None:
+def test_files_upload_and_download(
+    store: ObjectStore, bucket: str, tmp_path: Path, size: int
+) -> None:
     data = os.urandom(size)
     (tmp_path / "up").write_bytes(data)
     uri = f"s3://{bucket}/file"

@@ -1,4 +1,4 @@
-"""Optimizers: whose each weight is, how large a step is, and that their state is kept whole."""
+"""Optimizers: which parameters each takes, the size of a step, and complete saved state."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LORA = {"type": "LoRA", "lora": {"rank": 4}}
 
 
 def of_their_own(model: Any, name: OptimizerName) -> set[str]:
-    """Kinds of parameters that an optimizer takes for itself, without the number of a layer."""
+    """Names of the parameters that an optimizer takes, those of layer 1 as of layer 0."""
     own, _ = split(model, name)
     return {n.replace(".1.", ".0.") for n, p in model.named_parameters() if p in own}
 
@@ -36,7 +36,9 @@ def test_muon_takes_matrices_of_hidden_layers() -> None:
     optimizers = make_optimizers(model, spec_of(FULL, optimizer="Muon"))
     assert [isinstance(o, torch.optim.Muon) for o in optimizers] == [True, False]
     taken = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
-    assert sorted(taken) == sorted(id(p) for p in model.parameters()), "each is of one"
+    assert sorted(taken) == sorted(id(p) for p in model.parameters()), (
+        "each parameter has exactly one optimizer"
+    )
 
 
 def test_muon_takes_the_matrices_of_adapters_and_neither_scales_nor_experts() -> None:
@@ -52,13 +54,13 @@ def test_muon_takes_the_matrices_of_adapters_and_neither_scales_nor_experts() ->
     assert not any(".experts." in name for name in of_their_own(experts, "Muon"))
 
 
-def test_muon_leaves_the_table_of_an_embedding_s_adapter() -> None:
+def test_muon_leaves_the_table_of_an_embedding_adapter_to_adamw() -> None:
     lora = {"type": "LoRA", "lora": {"targetModules": ["embed_tokens"]}}
     model = apply_method(tiny_llama(), spec_of(lora))
     assert {n.split(".lora_")[1] for n in of_their_own(model, "Muon")} == {"embedding_B.default"}
 
 
-def test_muon_leaves_the_adapters_of_experts_that_lie_in_one_matrix() -> None:
+def test_muon_leaves_adapters_of_experts_in_one_tensor_to_adamw() -> None:
     lora = {"rank": 4, "targetParameters": ["mlp.experts.down_proj"]}
     both = {"type": "LoRA", "lora": lora | {"targetModules": ["q_proj"]}}
     own = of_their_own(apply_method(tiny_mixtral(), spec_of(both)), "Muon")
@@ -68,7 +70,7 @@ def test_muon_leaves_the_adapters_of_experts_that_lie_in_one_matrix() -> None:
         make_optimizers(apply_method(tiny_mixtral(), spec), spec)
 
 
-def test_biases_of_experts_are_no_matrices() -> None:
+def test_biases_of_experts_are_not_matrices() -> None:
     config = GptOssConfig(
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
         num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
@@ -88,7 +90,7 @@ def test_biases_of_experts_are_no_matrices() -> None:
                      "gate_up_proj_bias": bias, "down_proj_bias": bias}  # fmt: skip
 
 
-def test_moments_of_embeddings_keep_their_bits() -> None:
+def test_moments_of_embeddings_stay_in_float32() -> None:
     model = apply_method(tiny_llama(tie_word_embeddings=False), spec_of(FULL))
     everything = {n.replace(".1.", ".0.") for n, _ in model.named_parameters()}
     assert everything - of_their_own(model, "AdamW8bit") == {"model.embed_tokens.weight"}
@@ -102,7 +104,7 @@ def test_muon_without_a_matrix_is_refused() -> None:
 
 
 class Course:
-    """A model that an optimizer changes by random gradients."""
+    """A model that an optimizer updates with random gradients."""
 
     def __init__(self, name: OptimizerName, **training: Any) -> None:
         spec = spec_of(FULL, optimizer=name, **training)
@@ -125,7 +127,7 @@ class Course:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_learning_rate_means_for_each_what_it_means_for_adamw(name: OptimizerName) -> None:
+def test_a_learning_rate_means_the_same_for_each_optimizer(name: OptimizerName) -> None:
     course = Course(name)
     course.step(1e-3)
     before = course.weights()
@@ -136,7 +138,7 @@ def test_a_learning_rate_means_for_each_what_it_means_for_adamw(name: OptimizerN
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_weight_decay_is_apart_from_the_gradient(name: OptimizerName) -> None:
+def test_weight_decay_is_decoupled_from_the_gradient(name: OptimizerName) -> None:
     plain, decaying = Course(name, weightDecay="0"), Course(name, weightDecay="0.5")
     before = plain.weights()
     for course in (plain, decaying):
@@ -161,7 +163,7 @@ def test_a_skipped_step_changes_neither_weights_nor_state(name: OptimizerName) -
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_state_is_as_large_as_the_table_says(name: OptimizerName) -> None:
+def test_state_has_the_size_in_the_table(name: OptimizerName) -> None:
     course = Course(name)
     course.step(1e-3)
     held = sum(
@@ -172,7 +174,7 @@ def test_state_is_as_large_as_the_table_says(name: OptimizerName) -> None:
         if isinstance(v, torch.Tensor) and v.ndim and not key.startswith("qmap")
     )
     said = state_bytes(course.model, name)
-    if name == "Adafactor":  # said is for narrow matrices, those of LoRA
+    if name == "Adafactor":  # the table holds for narrow matrices, as of LoRA
         assert said / 20 < held < said
     else:
         assert held == pytest.approx(said, rel=1e-3)
@@ -182,7 +184,7 @@ def went(
     folder: Path, name: str, method: dict[str, Any], size: int, sharding: str,
     steps: tuple[int, int], checkpoint: Path | None = None,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """The weights of a gang after some steps."""
+    """Return the weights of a world after some steps."""
     folder.mkdir()
     port = free_port()
     world = [
@@ -204,8 +206,8 @@ def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
 
 ONE, TWO, SHARDS = (1, "NoShard"), (2, "NoShard"), (2, "FullShard")
 MOVES = [(ONE, ONE), (ONE, TWO), (TWO, ONE), (ONE, SHARDS), (SHARDS, ONE)]
-# A Muon update gives directions without a gradient the size of the others: where a batch leaves
-# some, what is rounded there is seen.
+# Muon scales all directions of an update to one size. A direction without a gradient in a batch has
+# only rounding errors, which become visible.
 LOOSE = 3e-2
 
 
@@ -214,7 +216,7 @@ LOOSE = 3e-2
     [("AdamW", FULL, 2e-5), ("AdamW8bit", FULL, 2e-5), ("Adafactor", FULL, 2e-5),
      ("Muon", LORA, 2e-4), ("Muon", FULL, LOOSE)],
 )  # fmt: skip
-def test_a_course_goes_on_at_another_number_of_ranks_and_another_sharding(
+def test_resume_with_another_world_size_and_another_sharding(
     name: OptimizerName, method: dict[str, Any], near: float, tmp_path: Path
 ) -> None:
     whole = went(tmp_path / "whole", name, method, *ONE, (0, 4))

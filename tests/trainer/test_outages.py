@@ -1,4 +1,4 @@
-"""Commits that storage does not take: what the training goes on without, and what ends it."""
+"""Checkpoints that fail because of storage: when training continues, and when the attempt ends."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ pytestmark = pytest.mark.usefixtures("one_thread", "mended")
 
 @pytest.fixture
 def mended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Storage is back when the test ends."""
+    """Restore the object store methods after the test."""
     for name in ("put", "get_tagged"):
         monkeypatch.setattr(ObjectStore, name, getattr(ObjectStore, name))
 
 
 def short(bench: Bench, run: str, steps: int = 20, every: int = 3, **spec: Any) -> RunSpec:
-    """A run with a checkpoint after every third step, and at the end."""
+    """A run with a checkpoint every ``every`` steps and at the end."""
     return bench.run_spec(
         run, training={"maxSteps": steps, "epochs": None, "guard": {"maxSkippedSteps": 0}},
         checkpoint={"everySteps": every, "keepLast": 20},
@@ -48,7 +48,7 @@ def short(bench: Bench, run: str, steps: int = 20, every: int = 3, **spec: Any) 
 
 
 def of(*steps: int) -> list[str]:
-    """Marks of what is written for the checkpoints of these steps."""
+    """Marks of the files of the checkpoints at these steps."""
     return [f"step-{step:08}/" for step in steps]
 
 
@@ -59,7 +59,8 @@ def metric(attempt: Attempt, name: str) -> float:
 
 
 def kept(bench: Bench, run_spec: RunSpec) -> list[int]:
-    """Steps of the checkpoints that HEAD names; they are whole, and nothing else is in storage."""
+    """Return the steps of the checkpoints in HEAD. Check that they are complete, and that storage
+    holds no other files of checkpoints."""
     head = bench.head(run_spec)
     assert head is not None
     named = {f"{c.uri}/{name}" for c in head.checkpoints for name in c.files}
@@ -70,8 +71,8 @@ def kept(bench: Bench, run_spec: RunSpec) -> list[int]:
     return [checkpoint.step for checkpoint in head.checkpoints]
 
 
-def test_a_gang_trains_on_through_commits_that_storage_does_not_take(bench: Bench) -> None:
-    """A part of the second process, a file of the first, and HEAD; of no three in a row."""
+def test_training_continues_through_abandoned_checkpoints(bench: Bench) -> None:
+    """Failed writes: a shard of rank 1, a file of rank 0, and HEAD; not three in a row."""
     undisturbed = short(bench, "1-whole")
     Attempt(undisturbed, bench.tmp_path / "whole").train()
     whole = runfiles.read_result(bench.store, undisturbed.run_uri)
@@ -87,7 +88,7 @@ def test_a_gang_trains_on_through_commits_that_storage_does_not_take(bench: Benc
     ):  # fmt: skip
         said = f"the checkpoint of step {step} is given up, and the next one tries again"
         assert f"{said} (the newest is {newest}). {reason}: " in log
-    assert log.count("given up") == 3, "told by one process"
+    assert log.count("given up") == 3, "logged by one rank"
     assert kept(bench, run_spec) == [20, 18, 12, 6]
     assert curve(found) == pytest.approx(curve(whole), rel=1e-4)
     assert (found.summary.attempt, found.summary.checkpoint_step) == (1, 20)
@@ -95,7 +96,7 @@ def test_a_gang_trains_on_through_commits_that_storage_does_not_take(bench: Benc
         assert ours.tuned == pytest.approx(theirs.tuned, rel=1e-4)
 
 
-def test_several_in_a_row_end_the_attempt(bench: Bench) -> None:
+def test_consecutive_abandoned_checkpoints_end_the_attempt(bench: Bench) -> None:
     run_spec = short(bench, "1-row")
     attempt = Attempt(run_spec, bench.tmp_path / "row")
     refuse_writes(*of(6, 9, 12))
@@ -111,8 +112,8 @@ DENIED = StorageDenied("AccessDenied", "no")
 
 
 @pytest.mark.parametrize("failure", [AWAY, DENIED, Fenced("Fenced", "")], ids=lambda f: f.reason)
-def test_only_storage_that_is_away_is_waited_for(bench: Bench, failure: TrainerError) -> None:
-    """All else ends the attempt as soon as it is heard, long before the next checkpoint."""
+def test_only_unavailable_storage_is_tolerated(bench: Bench, failure: TrainerError) -> None:
+    """Other failures end the attempt as soon as they are seen, long before the next checkpoint."""
     run_spec = short(bench, "1-heard", every=10)
     attempt = Attempt(run_spec, bench.tmp_path / "heard")
     checkpointer, abandoned = attempt.checkpointer, {}
@@ -142,9 +143,7 @@ def test_only_storage_that_is_away_is_waited_for(bench: Bench, failure: TrainerE
 
 
 @pytest.mark.parametrize("refused", [(9,), (3, 6, 9)], ids=str)
-def test_a_stop_saves_whatever_became_of_the_commits_before(
-    bench: Bench, refused: tuple[int, ...]
-) -> None:
+def test_a_stop_saves_after_abandoned_checkpoints(bench: Bench, refused: tuple[int, ...]) -> None:
     run_spec = short(bench, "1-stop")
     attempt = Attempt(run_spec, bench.tmp_path / "stop")
     refuse_writes(*of(*refused))
@@ -156,7 +155,7 @@ def test_a_stop_saves_whatever_became_of_the_commits_before(
 
 
 @pytest.mark.parametrize("refused", [(9,), (3, 6, 9)], ids=str)
-def test_the_last_step_is_saved_whatever_became_of_the_commits_before(
+def test_the_last_step_is_saved_after_abandoned_checkpoints(
     bench: Bench, refused: tuple[int, ...]
 ) -> None:
     run_spec = short(bench, "1-last", steps=10)
@@ -168,7 +167,7 @@ def test_the_last_step_is_saved_whatever_became_of_the_commits_before(
 
 
 @pytest.mark.parametrize(("stop", "refused"), [(5, (3, 5)), (100, (9, 10))], ids=["stop", "last"])
-def test_what_must_be_saved_ends_the_attempt_where_storage_does_not_take_it(
+def test_a_failed_mandatory_checkpoint_ends_the_attempt(
     bench: Bench, stop: int, refused: tuple[int, ...]
 ) -> None:
     run_spec = short(bench, "1-must", steps=10)
@@ -179,8 +178,8 @@ def test_what_must_be_saved_ends_the_attempt_where_storage_does_not_take_it(
     assert not bench.head(run_spec).released  # type: ignore[union-attr]
 
 
-def test_a_commit_whose_answer_was_lost_is_found_by_the_next(bench: Bench) -> None:
-    """HEAD was moved by this attempt: nobody has fenced it, and the checkpoint is real."""
+def test_a_commit_with_a_lost_response_is_found_by_the_next_checkpoint(bench: Bench) -> None:
+    """This attempt moved HEAD: it is not fenced, and the checkpoint is committed."""
     run_spec = short(bench, "1-lost", steps=10)
     attempt = Attempt(run_spec, bench.tmp_path / "lost")
     lose_answer('step-00000006"')
@@ -195,12 +194,12 @@ def test_a_commit_whose_answer_was_lost_is_found_by_the_next(bench: Bench) -> No
         (partial(refuse_writes, "step-00000006/state.json"), 3),
         (partial(lose_answer, 'step-00000006"'), 6),
     ],
-    ids=["given up", "answer lost"],
+    ids=["abandoned", "response lost"],
 )
-def test_a_run_goes_back_to_the_newest_commit_that_is_real(
+def test_a_rollback_restores_the_newest_committed_checkpoint(
     bench: Bench, fault: Callable[[], None], back: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And makes the step anew that was given up, over what is left of it."""
+    """The abandoned checkpoint's step is saved again, over its leftover files."""
     run_spec = short(bench, "1-back")
     attempt = FaultyAttempt(run_spec, bench.tmp_path / "back", BAD)
     fault()
@@ -210,8 +209,8 @@ def test_a_run_goes_back_to_the_newest_commit_that_is_real(
     assert kept(bench, run_spec) == [20, 18, 15, 12, 9, 6, 3]
 
 
-def test_a_run_that_cannot_go_back_for_want_of_storage_may_be_tried_again(bench: Bench) -> None:
-    """It has not diverged."""
+def test_a_rollback_without_a_checkpoint_because_of_storage_is_retryable(bench: Bench) -> None:
+    """StorageUnavailable, not Diverged."""
     run_spec = short(bench, "1-none")
     attempt = FaultyAttempt(run_spec, bench.tmp_path / "none", BAD)
     refuse_writes(*of(3, 6))
@@ -220,10 +219,10 @@ def test_a_run_that_cannot_go_back_for_want_of_storage_may_be_tried_again(bench:
     assert bench.head(run_spec).rollbacks == []  # type: ignore[union-attr]
 
 
-def test_parts_of_a_commit_that_was_given_up_are_removed_with_the_next(
+def test_parts_of_an_abandoned_checkpoint_are_removed_with_the_next(
     run_spec_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Storage was away when they were to be dropped, too."""
+    """Storage was also unavailable when the parts were to be dropped."""
     monkeypatch.setattr(checkpoint_files, "PART_BYTES", PART)
     run_spec = run_spec_for(run="1-parts", training={"precision": "FP32"})
     model, store = Model(**WIDE), Stores(run_spec).default

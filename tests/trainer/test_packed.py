@@ -1,4 +1,4 @@
-"""Packed rows: each document is computed as if it were alone."""
+"""Packed sequences: each document is computed as if it were alone."""
 
 import threading
 
@@ -18,7 +18,7 @@ LENGTHS = [37, 12, 5, 80, 40, 40, 3, 2, 21]
 
 
 def alone(model, sample) -> torch.Tensor:
-    """Losses of one document by transformers' own sdpa attention, all logits kept."""
+    """Return the losses of one document by transformers' own sdpa attention, from all logits."""
     model.set_attn_implementation("sdpa")
     ids = torch.from_numpy(sample.ids.astype(np.int64))
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_a_packed_document_has_the_loss_of_the_document_alone(config):
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_of_a_packed_row_are_those_of_the_documents():
+def test_gradients_of_a_packed_sequence_are_those_of_its_documents():
     documents = samples(LENGTHS)
 
     def gradients(micro_batches: list[list[int]]) -> torch.Tensor:
@@ -75,11 +75,11 @@ def test_documents_do_not_see_each_other():
         loss, build_packed([other, second], [2, 1], seed=0, step=0, device=CPU)
     )
     n = int(second.supervised.sum())
-    # Not equal to the bit: where the threads cut a row's matrix product depends on its length.
+    # Not bitwise equal: how threads split a matrix product depends on its size.
     torch.testing.assert_close(one[-n:], two[-n:], rtol=1e-6, atol=0)
 
 
-def test_a_row_without_documents_costs_nothing_and_reaches_every_weight():
+def test_an_empty_micro_batch_gives_every_weight_a_zero_gradient():
     model = tiny_llama()
     micro_batch = build_packed([], [], seed=0, step=0, device=CPU)
     with layout_context(micro_batch.layout):
@@ -88,7 +88,7 @@ def test_a_row_without_documents_costs_nothing_and_reaches_every_weight():
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def test_outside_of_a_row_the_attention_is_sdpa():
+def test_attention_outside_of_layout_context_is_sdpa():
     model = tiny_llama().eval()
     ids = torch.randint(0, 97, (3, 11))
     mask = torch.ones_like(ids)
@@ -98,8 +98,8 @@ def test_outside_of_a_row_the_attention_is_sdpa():
     assert torch.equal(ours, model(input_ids=ids, attention_mask=mask).logits)
 
 
-def test_checkpointed_rows_have_the_same_gradient_though_backward_has_its_own_thread():
-    """As on a GPU, where autograd computes again what was not kept in a thread of its own."""
+def test_gradient_checkpointing_works_with_backward_in_another_thread():
+    """As on a GPU, where autograd recomputes activations in its own thread."""
     documents = samples(LENGTHS)
 
     def gradients(checkpointed: bool) -> torch.Tensor:

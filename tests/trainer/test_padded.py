@@ -1,4 +1,4 @@
-"""Padded rows of language models: the losses that each document has alone, force the model."""
+"""Padded micro-batches of language models: losses equal those of each document alone."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ MORE: dict[str, PreTrainedConfig] = {
     ),
 }  # fmt: skip
 ALONE = {"Llama, dynamic"}
-"""Whose frequencies follow the longest document of a batch."""
+"""Models whose rotary frequencies depend on the longest document of a batch."""
 
 
 def padded(positions: list[int], **changes: Any) -> TokenMicroBatch:
@@ -76,7 +76,7 @@ def padded(positions: list[int], **changes: Any) -> TokenMicroBatch:
 
 
 @pytest.mark.parametrize("name", [*APART, *MORE])
-def test_padded_documents_have_the_losses_that_they_have_alone(name: str) -> None:
+def test_padded_documents_have_the_losses_of_documents_alone(name: str) -> None:
     model = made((APART | MORE)[name])
     packing = TASKS["CausalLM"].packing(model, False)
     assert packing == ("Unpacked" if name in ALONE else "Padded")
@@ -87,8 +87,8 @@ def test_padded_documents_have_the_losses_that_they_have_alone(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mamba", "gpt-oss", "OPT"])
-def test_rows_without_padding_have_no_mask(name: str) -> None:
-    """Kernels that look back only are faster without one."""
+def test_micro_batches_without_padding_have_no_mask(name: str) -> None:
+    """Causal kernels are faster without a mask."""
     model = made((TOGETHER | APART | MORE)[name])
     document = samples([20])[0]
     micro_batch = build_padded_tokens([document] * 2, [0, 0], seed=0, step=0, device=CPU)
@@ -99,7 +99,7 @@ def test_rows_without_padding_have_no_mask(name: str) -> None:
     )
 
 
-def test_an_empty_row_has_a_loss_of_zero() -> None:
+def test_an_empty_micro_batch_has_a_loss_of_zero() -> None:
     loss = TokenLoss(made(APART["gpt-oss"]))
     micro_batch = build_padded_tokens([], [], seed=0, step=0, device=CPU)
     losses = loss(micro_batch)
@@ -107,8 +107,8 @@ def test_an_empty_row_has_a_loss_of_zero() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt-oss", "Mamba"])
-def test_dropout_and_gradients_do_not_depend_on_the_row(name: str) -> None:
-    """The same up to rounding: matrices of other shapes are multiplied."""
+def test_dropout_and_gradients_do_not_depend_on_the_micro_batch(name: str) -> None:
+    """Equal up to rounding: shapes of the matrix products differ."""
     lora = {"dropout": "0.2", "targetModules": ["q_proj"] if name == "gpt-oss" else ["in_proj"]}
     spec = spec_of({"type": "LoRA", "lora": lora}, neftuneAlpha="5")
     assert draws(spec)
@@ -132,7 +132,7 @@ def test_dropout_and_gradients_do_not_depend_on_the_row(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["PromptTuning", "PrefixTuning"])
 @pytest.mark.parametrize("dropout", ["0", "0.2"])
-def test_virtual_tokens_stand_before_each_padded_document(
+def test_virtual_tokens_precede_each_padded_document(
     tmp_path: Path, name: str, dropout: str
 ) -> None:
     write_model(tmp_path, attention_bias=True)
@@ -150,7 +150,7 @@ def test_virtual_tokens_stand_before_each_padded_document(
     torch.testing.assert_close(together, before, rtol=1e-5, atol=1e-5)
 
 
-def test_the_head_computes_supervised_tokens_alone() -> None:
+def test_the_head_computes_only_supervised_tokens() -> None:
     model = made(APART["gpt-oss"])
     seen = []
     model.get_output_embeddings().register_forward_hook(
@@ -162,17 +162,17 @@ def test_the_head_computes_supervised_tokens_alone() -> None:
     assert losses.logits is not None and losses.logits.shape == (len(micro_batch.labels), 97)
 
 
-def test_logits_in_chunks_are_those_of_all_at_once() -> None:
+def test_chunked_logits_give_the_same_losses() -> None:
     model = made(APART["Doge"])
     loss = TokenLoss(model).eval()
     micro_batch = padded([0, 1, 2, 3, 4])
     whole = micro_batch_losses(loss, micro_batch)
     loss._chunks = ChunkedHead(model, limit=4 * 97 * 7)
-    assert loss._chunks.wanted(len(micro_batch.labels))
+    assert loss._chunks.applies(len(micro_batch.labels))
     torch.testing.assert_close(micro_batch_losses(loss, micro_batch), whole, rtol=1e-5, atol=1e-5)
 
 
-def test_frequencies_of_longer_documents_keep_documents_alone() -> None:
+def test_longrope_beyond_its_original_length_is_unpacked() -> None:
     model = made(Phi3Config(**SMALL, original_max_position_embeddings=32, rope_parameters=LONG))
     prompt = {"type": "PromptTuning", "prompt": {"virtualTokens": 4}}
     kinds = [profiling.packing_of(model, spec_of(prompt, maxLength=n)) for n in (32, 33)]
@@ -183,7 +183,7 @@ lengths_of = st.lists(st.integers(1, 300), min_size=1, max_size=60)
 
 
 @given(lengths_of, st.integers(1, 40), st.integers(1, 4), st.integers(0, 3))
-def test_padded_rows_hold_virtual_tokens_too(
+def test_padded_micro_batches_include_virtual_tokens(
     lengths: list[int], virtual: int, ranks: int, step: int
 ) -> None:
     capacity = max(lengths) + virtual + 200
@@ -214,7 +214,7 @@ def test_padded_rows_hold_virtual_tokens_too(
     assert bare.step(step).samples == found.samples, "the same at any number of ranks"
 
 
-def test_the_largest_padded_row_bounds_those_of_a_plan() -> None:
+def test_the_largest_padded_micro_batch_bounds_those_of_a_plan() -> None:
     lengths = np.random.default_rng(0).integers(5, 200, 64)
     supervised = lengths // 3
     spec = spec_of(
@@ -229,7 +229,7 @@ def test_the_largest_padded_row_bounds_those_of_a_plan() -> None:
     micro_batches = [
         micro_batch for step in range(4) for micro_batch in plan.step(step).micro_batches[0]
     ]
-    assert max(len(micro_batches[i]) for i in range(len(micro_batches))) > 4, "several share a row"
+    assert max(len(micro_batches[i]) for i in range(len(micro_batches))) > 4, "several share one"
     for micro_batch in micro_batches:
         assert len(micro_batch) * (max(lengths[list(micro_batch)]) + 20) <= largest.tokens <= 1024
         assert supervised[list(micro_batch)].sum() <= largest.supervised

@@ -1,4 +1,4 @@
-"""The first step beside TRL's: the same records give the same loss and the same gradient."""
+"""First step compared with TRL: the same records give the same loss and gradient norm."""
 
 from __future__ import annotations
 
@@ -59,18 +59,18 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ours(run_spec: Any, store: Any, folder: Path) -> tuple[float, float]:
-    """Loss and norm of the gradient of the first step, by all of prepare and train."""
+    """Return loss and gradient norm of the first step, run through prepare and train."""
     prepare(run_spec, Stores(run_spec), folder / "prepare")
     path = folder / "run-spec.json"
     path.write_text(run_spec.to_text())
-    world = start_world(dict(os.environ) | {"FINETUNE_RUN_SPEC": str(path)}, 1, folder / "gang")
+    world = start_world(dict(os.environ) | {"FINETUNE_RUN_SPEC": str(path)}, 1, folder / "train")
     assert world.wait() == [0], world.log.read_text()
     (point,) = runfiles.read_result(store, run_spec.run_uri).curve
     return point.loss, point.gradient_norm
 
 
 def theirs(records: list[Any], lora: bool, model: Path, folder: Path) -> tuple[float, float]:
-    """The same by TRL, padded and in two accumulated parts."""
+    """Return the same of TRL, with padding and two gradient accumulation steps."""
     tuned: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     if lora:
         torch.manual_seed(SEED)
@@ -95,7 +95,7 @@ def theirs(records: list[Any], lora: bool, model: Path, folder: Path) -> tuple[f
 
 @pytest.mark.parametrize("records", [PAIRS, CHATS], ids=["completion-only", "assistant-only"])
 @pytest.mark.parametrize("method", [{"type": "Full"}, LORA], ids=["Full", "LoRA"])
-def test_the_first_step_is_that_of_trl(
+def test_the_first_step_equals_that_of_trl(
     records: list[Any], method: dict[str, Any], model_folder: Path, run_spec_for: Any, s3: Any,
     bucket: str, tmp_path: Path,
 ) -> None:  # fmt: skip

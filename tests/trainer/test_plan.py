@@ -1,4 +1,4 @@
-"""The plan: a pure function, the same samples at any number of ranks, nothing lost or doubled."""
+"""The plan: a pure function, the same samples at any number of ranks, none lost or duplicated."""
 
 import itertools
 
@@ -23,7 +23,7 @@ lengths_of = st.lists(st.integers(1, 300), min_size=0, max_size=60)
 
 
 @given(lengths_of, st.integers(300, 1000), st.integers(1, 5))
-def test_every_document_is_packed_once_and_no_row_overflows(lengths, capacity, ranks):
+def test_every_document_is_packed_once_and_no_micro_batch_overflows(lengths, capacity, ranks):
     dealt = pack(lengths, capacity, ranks)
     assert sorted(
         i for micro_batches in dealt for micro_batch in micro_batches for i in micro_batch
@@ -37,9 +37,9 @@ def test_every_document_is_packed_once_and_no_row_overflows(lengths, capacity, r
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=60), st.integers(300, 1000))
-def test_rows_are_few(lengths, capacity):
-    """Longest-processing-time-first with the row count raised on overflow: never more than twice
-    the rows that the tokens need, and one."""
+def test_the_number_of_micro_batches_is_bounded(lengths, capacity):
+    """Longest-processing-time-first, with the count raised on overflow: at most twice the
+    micro-batches that the tokens need, plus one."""
     micro_batches = pack(lengths, capacity, 1)[0]
     assert len(micro_batches) <= 2 * -(-sum(lengths) // capacity) + 1
 
@@ -55,7 +55,7 @@ def test_ranks_are_balanced():
 
 
 def test_a_document_above_the_capacity_is_refused():
-    with pytest.raises(ValueError, match="301 tokens does not fit a row of 300"):
+    with pytest.raises(ValueError, match="301 tokens does not fit a micro-batch of 300"):
         pack([301], 300, 1)
 
 
@@ -87,7 +87,7 @@ def test_an_epoch_trains_every_sample_once(n, batch, seed, ranks):
 
 
 @given(st.integers(0, 40), st.lists(st.integers(1, 4), min_size=2, max_size=2))
-def test_a_step_has_the_same_samples_and_denominator_at_any_size(step, ranks):
+def test_a_step_has_the_same_samples_and_denominator_at_any_number_of_ranks(step, ranks):
     one, other = (plan(ranks=r).step(step) for r in ranks)
 
     def samples(s):
@@ -98,8 +98,8 @@ def test_a_step_has_the_same_samples_and_denominator_at_any_size(step, ranks):
 
 
 @given(st.integers(0, 2**31 - 1), st.lists(st.integers(1, 4), min_size=24, max_size=24), st.data())
-def test_an_interrupted_and_resized_run_trains_what_an_uninterrupted_one_does(seed, ranks, data):
-    """At every step a new process of a gang of another size, as after an interruption there."""
+def test_an_interrupted_and_resized_run_trains_the_same_samples(seed, ranks, data):
+    """Every step uses a new plan with another number of ranks, as after an interruption."""
     lengths = np.random.default_rng(0).integers(5, 200, 60)
     sources = np.random.default_rng(1).integers(0, 3, 60)
     shares = st.none() | st.lists(st.floats(0.1, 1), min_size=3, max_size=3)
@@ -120,7 +120,7 @@ def test_an_interrupted_and_resized_run_trains_what_an_uninterrupted_one_does(se
         assert (found.supervised, found.tokens) == (expected.supervised, expected.tokens)
 
 
-def test_epochs_have_different_orders_and_seeds_too():
+def test_orders_differ_by_epoch_and_by_seed():
     p = plan(64, 64)
     orders = [tuple(p.samples(0)), tuple(p.samples(1)), tuple(plan(64, 64, seed=6).samples(0))]
     assert len(set(orders)) == 3
@@ -131,18 +131,18 @@ def test_a_plan_is_the_same_when_made_again():
 
 
 @pytest.mark.parametrize("packing", _PACK)
-def test_a_step_without_samples_has_an_empty_row_for_each_rank(packing):
+def test_a_step_without_samples_has_an_empty_micro_batch_for_each_rank(packing):
     assert _PACK[packing]([], 8, 3) == [[[]]] * 3
 
 
-def test_more_ranks_than_documents_leaves_empty_rows():
+def test_more_ranks_than_documents_leaves_empty_micro_batches():
     dealt = pack([5, 7], 100, 4)
     assert [len(micro_batches) for micro_batches in dealt] == [1, 1, 1, 1]
     assert sum(1 for micro_batches in dealt for micro_batch in micro_batches if micro_batch) == 2
 
 
 @given(lengths_of, st.integers(1, 4))
-def test_single_packing_gives_each_document_its_row(lengths, ranks):
+def test_pack_singly_gives_each_document_its_own_micro_batch(lengths, ranks):
     dealt = pack_singly(lengths, 0, ranks)
     micro_batches = [micro_batch for rank in dealt for micro_batch in rank if micro_batch]
     assert sorted(i for micro_batch in micro_batches for i in micro_batch) == list(
@@ -157,7 +157,9 @@ def padded(lengths, micro_batch):
 
 
 @given(lengths_of, st.integers(300, 1000), st.integers(1, 5))
-def test_padded_rows_hold_every_document_once_within_the_capacity(lengths, capacity, ranks):
+def test_padded_micro_batches_hold_every_document_once_within_the_capacity(
+    lengths, capacity, ranks
+):
     dealt = pack_padded(lengths, capacity, ranks)
     micro_batches = [micro_batch for rank in dealt for micro_batch in rank]
     assert sorted(i for micro_batch in micro_batches for i in micro_batch) == list(
@@ -165,7 +167,7 @@ def test_padded_rows_hold_every_document_once_within_the_capacity(lengths, capac
     )
     assert len({len(rank) for rank in dealt}) <= 1
     assert all(padded(lengths, micro_batch) <= capacity for micro_batch in micro_batches)
-    # Documents of like length: no row reaches into the lengths of another.
+    # Documents of similar length: the ranges of lengths of micro-batches do not overlap.
     spans = sorted(
         (min(x), max(x))
         for x in ([lengths[i] for i in micro_batch] for micro_batch in micro_batches if micro_batch)
@@ -173,7 +175,7 @@ def test_padded_rows_hold_every_document_once_within_the_capacity(lengths, capac
     assert all(one[1] <= two[0] for one, two in itertools.pairwise(spans))
 
 
-def test_padded_rows_are_even_over_the_ranks():
+def test_padded_micro_batches_are_even_over_the_ranks():
     dealt = pack_padded([60] * 32, 2048, 4)
     assert [[len(micro_batch) for micro_batch in rank] for rank in dealt] == [[8]] * 4
     lengths = [200, 190, 180, 60, 60, 55, 50, 20, 10, 10]
@@ -192,7 +194,7 @@ def test_one_pass_over_a_set_covers_it(lengths, ranks):
 @pytest.mark.parametrize(
     ("batch", "ranks", "least"), [(32, 1, 0.85), (32, 8, 0.5), (128, 2, 0.85), (512, 8, 0.9)]
 )
-def test_rows_of_one_size_are_mostly_full(batch, ranks, least):
+def test_micro_batches_of_one_size_are_mostly_full(batch, ranks, least):
     draw = np.random.default_rng(1)
     lengths = np.clip(draw.lognormal(4.0, 0.6, 4000).astype(int), 8, 500)
     options = {"batch_size": batch, "seed": 0, "micro_batch_tokens": 2048, "ranks": ranks}
@@ -217,11 +219,11 @@ def test_rows_of_one_size_are_mostly_full(batch, ranks, least):
 @given(st.integers(10, 60), st.integers(1, 8), st.sets(st.integers(0, 20), max_size=6))
 def test_samples_of_skipped_steps_are_left_out_and_the_others_stay(n, batch, skipped):
     whole, short = plan(n, batch), plan(n, batch)
-    short.leave_out([99])  # what was left out before is forgotten
+    short.leave_out([99])  # replaced by the next call
     short.leave_out(skipped)
     gone = {i for step in skipped for i in whole.step(step).samples}
     assert short.left_out.tolist() == sorted(gone)
-    assert short.drawn(skipped).tolist() == sorted(gone), "also of what is left out by now"
+    assert short.drawn(skipped).tolist() == sorted(gone), "left-out samples included"
     for step in range(25):
         made = short.step(step)
         assert list(made.samples) == [i for i in whole.step(step).samples if i not in gone]

@@ -1,5 +1,5 @@
-"""Objects that are one JSON array: their records are those of JSON Lines, faults are named by the
-record, and memory holds one of them."""
+"""Objects that are one JSON array: records equal those of JSON Lines, faults name the record, and
+memory holds one record."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_an_array_has_the_records_of_json_lines(
             assert [r.place for r in found] == [f"record {i + 1}" for i in range(len(records))]
 
 
-def test_json_lines_under_the_same_name_have_their_lines() -> None:
+def test_json_lines_in_a_json_object_are_read_by_line() -> None:
     found = read("a.json", MARK + b' \n\r\n{"a": [1]}\n\n{"a": [2]}')
     assert [(r.fields["a"], r.where) for r in found] == [
         ([1], "s3://b/a.json, line 3"),
@@ -66,7 +66,7 @@ def test_json_lines_under_the_same_name_have_their_lines() -> None:
     assert read("a.json", b"") == read("a.json", MARK + b" \n") == []
 
 
-def test_numbers_and_doubled_names_are_those_of_json_lines() -> None:
+def test_numbers_and_repeated_keys_are_read_like_json_lines() -> None:
     record = b'{"a": 1, "a": -0, "b": 1E5, "c": -0.0, "d": 1e999, "e": 0.1, "f": NaN, "g": %d}'
     record %= 10**4299
     (found,) = read("a.json", b"[" + record + b"]")
@@ -83,8 +83,8 @@ FAULTS = {
     b'{"a": 1} {"a": 2}': ", character 10: not JSON: Extra data",
     b'{"a": [1}, "b": 2]': ", character 9: not JSON",
     b'{"a": "line\nbreak"}': ", character 12: not JSON: Invalid control character",
-    b'{"a": "x", "t": {"\\uDFFF": 1}}': ": field 't' holds half of a character",
-    b'{"t": "a\\ud800\\ud800b"}': ": field 't' holds half of a character",
+    b'{"a": "x", "t": {"\\uDFFF": 1}}': ": field 't' holds an unpaired surrogate",
+    b'{"t": "a\\ud800\\ud800b"}': ": field 't' holds an unpaired surrogate",
     b'{"t": "\xff"}': ", byte 8: not UTF-8 text",
     b'{"t": "\xed\xa0\x80"}': ", byte 8: not UTF-8 text",
     b'{"a": -' + b"7" * 5000 + b"}": ", character 8: a whole number of more than 4,300 digits",
@@ -93,7 +93,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("item", FAULTS)
-def test_a_malformed_record_is_named_and_may_be_left_out(item: bytes) -> None:
+def test_a_malformed_record_is_named_and_can_be_dropped(item: bytes) -> None:
     data = b'[\n  {"a": 1},\n  ' + item + b',\n  {"a": 3}\n]\n'
     error = fault("a.json", data)
     assert isinstance(error, DataError) and error.reason == "MalformedRecord"
@@ -115,10 +115,10 @@ def test_a_malformed_record_is_named_and_may_be_left_out(item: bytes) -> None:
         (b'[{"a": 1},\n]', "record 2: there is ']' where it should begin"),
         (b'[{"a": 1},, {"a": 2}]', "record 2: there is ',' where it should begin"),
         (b"[,]", "record 1: there is ',' where it should begin"),
-        (b'[{"a": 1}}]', "record 1: a '}' closes nothing"),
-        (b'[{"a": 1}]]', "record 1: there is text behind it"),
-        (b'[{"a": 1}]\n[{"a": 2}]', "record 1: there is text behind it"),
-        (b'[{"a": 1}]' + b" " * 99 + b"x", "record 1: there is text behind it"),
+        (b'[{"a": 1}}]', "record 1: it has an unmatched '}'"),
+        (b'[{"a": 1}]]', "record 1: there is text after it"),
+        (b'[{"a": 1}]\n[{"a": 2}]', "record 1: there is text after it"),
+        (b'[{"a": 1}]' + b" " * 99 + b"x", "record 1: there is text after it"),
     ],
 )
 @pytest.mark.parametrize("block", [1, 1 << 16])
@@ -129,7 +129,7 @@ def test_a_broken_array_is_named_with_its_record(data: bytes, words: str, block:
     assert f"s3://b/a.json, {words}" in error.message and "write it again" in error.message
 
 
-def test_a_quote_that_is_never_closed_does_not_read_on_to_the_end() -> None:
+def test_an_unclosed_quote_does_not_read_the_whole_object() -> None:
     data = b'[{"a": 1}, {"a": "1" tape"}' + b', {"a": "b"}' * 9999 + b"]"
     stream = io.BytesIO(data)
     with patch.object(arrays, "BLOCK", 64), patch.object(arrays, "RECORD_BYTES", 1000):
@@ -140,7 +140,7 @@ def test_a_quote_that_is_never_closed_does_not_read_on_to_the_end() -> None:
     assert caught.value.reason == "MalformedObject"
 
 
-def test_the_first_record_is_known_before_the_rest_is_read() -> None:
+def test_the_first_record_is_yielded_before_the_rest_is_read() -> None:
     for indent in (None, 2):
         stream = io.BytesIO(json.dumps([{"a": "x" * 99}] * 200_000, indent=indent).encode())
         next(read_records("s3://b/a.json", stream))

@@ -1,5 +1,5 @@
-"""Conversations with tools: for chat templates of several shapes, what is learned is the answers
-and calls of the assistant with their stop tokens, token by token."""
+"""Conversations with tools: for chat templates of several shapes, exactly the tokens of the
+assistant's answers and calls are supervised, with their stop tokens."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def calls(draw: st.DrawFn, most: int) -> list[dict[str, Any]]:
 
 @st.composite
 def conversations(draw: st.DrawFn, most_calls: int) -> Messages:
-    """Rounds of a question, calls of tools with their results, and an answer."""
+    """Rounds of a question, tool calls with their results, and an answer."""
     messages: Messages = []
     for _ in range(draw(st.integers(1, 3))):
         messages.append({"role": "user", "content": draw(WORDS)})
@@ -77,12 +77,12 @@ def tokenizer_of(shape: str) -> Any:
 
 
 CLOSING = ("closed", "tight")
-"""Shapes that end a conversation with a token of its own."""
+"""Shapes that end a conversation with a separate token."""
 
 
 @pytest.mark.parametrize("name", SHAPES)
 @given(data=st.data())
-def test_the_assistants_turns_are_learned_to_the_token_and_nothing_else(
+def test_exactly_the_tokens_of_assistant_turns_are_supervised(
     name: str, data: st.DataObject
 ) -> None:
     shape, tokenizer = SHAPES[name], tokenizer_of(name)
@@ -100,7 +100,7 @@ def test_the_assistants_turns_are_learned_to_the_token_and_nothing_else(
         )
         return str(text)
 
-    # Each sample is the conversation up to its last answer, and begins as generation would.
+    # Each sample is the conversation up to its last answer, and starts with the generation prompt.
     for example, end in zip(made, ends[-1:] if len(made) == 1 else ends, strict=True):
         whole = rendered(end + 1, False).rstrip()
         if name in CLOSING:
@@ -110,7 +110,7 @@ def test_the_assistants_turns_are_learned_to_the_token_and_nothing_else(
         assert example.prompt.startswith(rendered(end, True))
 
 
-def test_answers_of_weight_0_are_read() -> None:
+def test_answers_of_weight_0_are_not_supervised() -> None:
     said = [QUESTION, {**ANSWER, "weight": 0}, QUESTION, {**ANSWER, "content": "c", "weight": 1}]
     tokenizer = tokenizer_of("chatml")
     (example,) = examples(
@@ -144,7 +144,7 @@ def text(example: RenderedExample) -> str:
 
 
 @pytest.mark.parametrize("given", [TOOLS, json.dumps(TOOLS)], ids=["list", "text"])
-def test_tools_are_found_in_the_record_or_a_message_as_a_list_or_text(given: Any) -> None:
+def test_tools_are_read_from_the_record_or_a_message_as_list_or_json(given: Any) -> None:
     tokenizer = tokenizer_of("chatml")
     (of_record,) = examples(tokenizer, [QUESTION, ANSWER], tools=given)
     (of_message,) = examples(tokenizer, [{**QUESTION, "tools": given}, ANSWER])
@@ -152,7 +152,7 @@ def test_tools_are_found_in_the_record_or_a_message_as_a_list_or_text(given: Any
     assert text(of_record).startswith(f"<|im_start|>system\nTools: {json.dumps(TOOLS)}<|im_end|>")
 
 
-def test_arguments_in_text_are_written_as_the_object_that_they_are() -> None:
+def test_arguments_in_json_strings_are_written_as_objects() -> None:
     def made(arguments: Any) -> str:
         function = {"name": "add_up", "arguments": arguments}
         call = {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}
@@ -169,7 +169,7 @@ def test_content_in_parts_is_joined() -> None:
     assert "<|im_start|>user\na b<|im_end|>" in text(example)
 
 
-def test_a_tokenizer_with_a_template_for_tools_uses_it_where_there_are_some() -> None:
+def test_a_tokenizers_tool_use_template_is_used_with_tools_only() -> None:
     tokenizer = make_tokenizer(chat=CHATML)
     tokenizer.chat_template = {"default": CHATML, "tool_use": CHATML_TOOLS}
     (with_tools,) = examples(tokenizer, [QUESTION, ANSWER], tools=TOOLS)
@@ -180,18 +180,18 @@ def test_a_tokenizer_with_a_template_for_tools_uses_it_where_there_are_some() ->
 @pytest.mark.parametrize(
     ("messages", "tools"), [([QUESTION, CALL], None), ([QUESTION, ANSWER], TOOLS)]
 )
-def test_a_template_that_knows_no_tools_is_refused(messages: Messages, tools: Any) -> None:
+def test_a_template_without_tool_support_is_refused(messages: Messages, tools: Any) -> None:
     error = fault(CHATML, messages, tools=tools)
-    # A call of which nothing is written leaves no word to learn.
+    # If the template does not write a call, the turn has no supervised text.
     assert error.reason == ("ToolsNotWritten" if tools else "NothingSupervised")
 
 
-def test_a_call_beside_content_must_be_written_too() -> None:
+def test_an_unwritten_call_beside_content_is_refused() -> None:
     error = fault(CHATML, [QUESTION, {**CALL, "content": "b"}])
     assert error.reason == "ToolsNotWritten" and "'add_up'" in error.message
 
 
-def test_marks_that_are_not_one_stretch_an_answer_are_refused() -> None:
+def test_a_template_that_does_not_mark_one_part_per_answer_is_refused() -> None:
     twice = MARKED.replace("{{ m.content }}", "b{% endgeneration %} and {% generation %}c", 1)
     assert fault(twice, [QUESTION, ANSWER]).reason == "MarkMismatch"
     none = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")

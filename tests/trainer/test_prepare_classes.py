@@ -1,4 +1,4 @@
-"""Texts to classify: as the tokenizer frames them, with the classes of the training records."""
+"""Prepare for SequenceClassification: texts with special tokens, and classes from the data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NO_SPLIT = {"validation": "0", "test": "0"}
 
 @pytest.fixture
 def prepared(run_spec_for: Any, bucket: str, s3: Any, tmp_path: Path) -> Any:
-    """``prepared({object: records}, model writer, **spec)`` → the data, as training reads it."""
+    """``prepared({object: records}, model writer, **spec)`` returns the opened prepared data."""
     store = s3.store()
 
     def make(
@@ -40,7 +40,7 @@ def prepared(run_spec_for: Any, bucket: str, s3: Any, tmp_path: Path) -> Any:
     return make
 
 
-def test_a_sample_is_the_text_between_the_marks_and_the_number_of_its_label(prepared: Any) -> None:
+def test_a_sample_is_the_text_with_special_tokens_and_its_class_number(prepared: Any) -> None:
     made = [
         {"text": "the film was good", "label": "positive"},
         {"text": "poor book", "label": "negative"},
@@ -59,7 +59,7 @@ def test_a_sample_is_the_text_between_the_marks_and_the_number_of_its_label(prep
     assert data.manifest.stop_token_ids == []
 
 
-def test_a_decoder_without_padding_token_reads_the_text_alone(prepared: Any) -> None:
+def test_a_decoder_without_padding_token_has_no_special_tokens(prepared: Any) -> None:
     made = [{"text": "a good trip", "label": 1}, {"text": "a bad trip", "label": 0}]
     data = prepared({"train": made}, write_decoder)
     words = tokenizer_of(marks=False).convert_tokens_to_ids(["a", "good", "trip"])
@@ -67,15 +67,15 @@ def test_a_decoder_without_padding_token_reads_the_text_alone(prepared: Any) -> 
     assert data.manifest.classes == ["0", "1"]
 
 
-def test_numbers_are_classes_by_their_size(prepared: Any) -> None:
+def test_integer_labels_are_ordered_by_value(prepared: Any) -> None:
     made = [{"text": f"the film {'so ' * i}", "label": i} for i in (10, 9, 2, -1)]
     assert prepared({"train": made}).manifest.classes == ["-1", "2", "9", "10"]
 
 
-def test_records_of_other_fields_by_a_template(prepared: Any, bucket: str) -> None:
+def test_a_template_renders_records_with_other_fields(prepared: Any, bucket: str) -> None:
     made = [{"title": "film", "body": f"a {w}", "stars": w} for w in ("good", "bad")]
     template = {"prompt": "{{ title }} {{ body }}", "completion": "{{ stars }}"}
-    # The format need not be said: what is learned is a class.
+    # Without a format: the task implies Classification.
     train = {"source": f"s3://{bucket}/train.jsonl", "template": template}
     data = prepared({"train": made}, data={"train": [train]})
     assert data.manifest.classes == ["bad", "good"]
@@ -85,7 +85,7 @@ def test_records_of_other_fields_by_a_template(prepared: Any, bucket: str) -> No
     )
 
 
-def test_a_long_text_loses_its_end_and_keeps_its_marks(prepared: Any) -> None:
+def test_a_long_text_is_cut_at_its_end_and_keeps_special_tokens(prepared: Any) -> None:
     made = [{"text": "good " * 30, "label": "a"}, {"text": "bad film", "label": "b"}]
     data = prepared({"train": made}, training={"maxLength": 12})
     ids = data.samples("train", [0])[0].ids.tolist()
@@ -94,8 +94,8 @@ def test_a_long_text_loses_its_end_and_keeps_its_marks(prepared: Any) -> None:
     assert b'"textEnd": 1' in data._store.get(f"{data._uri}/report.json")
 
 
-def test_positions_are_those_that_the_tokenizer_allows(prepared: Any) -> None:
-    """RoBERTa counts from above 0: of 66 positions it has 64."""
+def test_the_maximum_length_is_that_of_the_tokenizer(prepared: Any) -> None:
+    """RoBERTa starts positions above 0: 64 of its 66 positions are usable."""
     made = [{"text": "good " * 90, "label": "a"}, {"text": "bad film", "label": "b"}]
     assert prepared({"train": made}).manifest.max_length == 64
 
@@ -124,7 +124,7 @@ def test_an_unknown_label_of_a_held_out_record_is_named(prepared: Any, bucket: s
         ([{"text": "good", "label": " "}], DataError, "NothingSupervised", "its label is empty"),
     ],
 )  # fmt: skip
-def test_data_that_no_classes_can_be_learned_from_is_refused(
+def test_data_unsuitable_for_classification_is_refused(
     prepared: Any, made: list[Any], kind: type[Exception], reason: str, message: str
 ) -> None:
     with pytest.raises(kind, match=message) as refused:
@@ -132,7 +132,7 @@ def test_data_that_no_classes_can_be_learned_from_is_refused(
     assert refused.value.reason == reason  # type: ignore[attr-defined]
 
 
-def test_another_task_is_other_data(prepared: Any, run_spec_for: Any, tmp_path: Path) -> None:
+def test_the_task_changes_the_digest(prepared: Any, run_spec_for: Any, tmp_path: Path) -> None:
     classes = prepared({"train": records(20)}, write_decoder)
     run_spec = run_spec_for(data={"train": [{"source": run_spec_for().spec.data.train[0].source}],
                             "split": NO_SPLIT}, run="2-abcde")  # fmt: skip
@@ -142,7 +142,7 @@ def test_another_task_is_other_data(prepared: Any, run_spec_for: Any, tmp_path: 
     assert (text.digest != classes.manifest.digest, text.classes) == (True, [])
 
 
-def test_a_model_that_cannot_have_a_head_is_refused_before_its_weights(prepared: Any) -> None:
+def test_a_model_without_a_classification_head_is_refused_before_its_weights(prepared: Any) -> None:
     def write(folder: Path) -> Path:
         write_encoder(folder)
         config = {"model_type": "bart", "vocab_size": 30, "is_encoder_decoder": True}
@@ -154,7 +154,7 @@ def test_a_model_that_cannot_have_a_head_is_refused_before_its_weights(prepared:
     assert refused.value.reason == "UnsupportedModel"
 
 
-def test_a_tokenizer_that_cannot_pad_is_refused() -> None:
+def test_a_tokenizer_without_a_padding_token_is_refused() -> None:
     with pytest.raises(UserError, match="neither pad_token nor eos_token") as refused:
         Texts(tokenizer_of(marks=False), "s3://m", 100)
     assert refused.value.reason == "NoPaddingToken"

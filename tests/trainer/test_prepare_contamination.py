@@ -1,4 +1,4 @@
-"""Contamination: n-grams of samples against what comparing token by token finds."""
+"""Contamination: hashed n-grams against a token by token comparison."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def grams(sample: list[int]) -> list[tuple[int, ...]]:
 
 
 def shared(train: list[list[int]], *held_out: list[list[int]]) -> dict[int, Any]:
-    """What a shard of training samples shares with shards of held-out ones."""
+    """Tokens that training samples share with shards of held-out samples, by row."""
     with TemporaryDirectory() as folder:
         held = HeldOut(Path(folder))
         for samples in held_out:
@@ -55,7 +55,7 @@ def test_equal_hashes_are_equal_ngrams(samples: list[list[int]]) -> None:
 
 
 @given(SAMPLES, SAMPLES)
-def test_shared_ngrams_are_what_comparing_them_all_finds(
+def test_shared_ngrams_equal_those_of_a_full_comparison(
     train: list[list[int]], held: list[list[int]]
 ) -> None:
     in_samples = [set(grams(s)) for s in held]
@@ -75,17 +75,17 @@ def test_shared_ngrams_are_what_comparing_them_all_finds(
     assert {row: tuple(ids.tolist()) for row, ids in found.items()} == expected
 
 
-def test_what_many_held_out_samples_have_is_a_template() -> None:
+def test_ngrams_of_many_held_out_samples_are_ignored_as_template() -> None:
     frame = list(range(100, 100 + NGRAM))
     held = [[*frame, i] for i in range(200)]
     few, many = held[:COMMON], held[: COMMON + 1]
     others = [[1000 + i] * 20 for i in range(200)]
     assert set(shared([frame], [*few, *others])) == {0}
     assert not shared([frame], [*many, *others])
-    assert not shared([frame], held[:2]), "one of ten, where there are few"
+    assert not shared([frame], held[:2]), "COMMON_SHARE limits small sets"
 
 
-def test_a_small_set_has_a_template_of_its_own_beside_a_large_one(tmp_path: Path) -> None:
+def test_templates_are_detected_per_set(tmp_path: Path) -> None:
     frame = list(range(100, 100 + NGRAM))
     held = HeldOut(tmp_path)
     held.add(*shard([[1000 + i] * 20 for i in range(200)]))
@@ -94,9 +94,7 @@ def test_a_small_set_has_a_template_of_its_own_beside_a_large_one(tmp_path: Path
     assert set(first_shared(*shard([frame, [1003] * 20]), HashSet(held.write()))) == {1}
 
 
-def test_no_more_is_taken_than_there_is_room_for(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_held_out_ngrams_are_limited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(contamination, "HELD_OUT_NGRAMS", 30)
     held = HeldOut(tmp_path)
     held.add(*shard([list(range(32))]))
@@ -105,5 +103,5 @@ def test_no_more_is_taken_than_there_is_room_for(
     assert held.full and len(HashSet(held.write())) == 40
 
 
-def test_nothing_held_out_shares_nothing() -> None:
+def test_without_held_out_samples_nothing_is_shared() -> None:
     assert shared([[1, 2, 3]]) == {}

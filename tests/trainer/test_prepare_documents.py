@@ -1,4 +1,4 @@
-"""Long documents as several samples: nothing of the text is lost, and none is too long."""
+"""Long documents split into samples: no text is lost, and no sample is too long."""
 
 from __future__ import annotations
 
@@ -46,14 +46,16 @@ def parted(text: str, begins: Sequence[int], room: int) -> list[str]:
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
 @given(text=PROSE, room=st.integers(1, 40))
-def test_pieces_are_the_text_in_order_and_have_room(tokenizer: Any, text: str, room: int) -> None:
+def test_pieces_join_to_the_text_and_respect_the_limit(
+    tokenizer: Any, text: str, room: int
+) -> None:
     begins = begins_of(tokenizer, text)
     found = parted(text, begins, room)
     assert "".join(found) == text and all(found)
     ends = np.cumsum([len(piece) for piece in found])
     for piece, end in zip(found, ends, strict=True):
         inside = [b for b in set(begins) if end - len(piece) < b < end]
-        assert len(inside) < room  # and the token that the piece begins in
+        assert len(inside) < room  # plus the token at the start of the piece
 
 
 @pytest.mark.parametrize(
@@ -66,18 +68,18 @@ def test_pieces_are_the_text_in_order_and_have_room(tokenizer: Any, text: str, r
         ("abcdefghijklmnopqrstuvw", ["abcdefghijkl", "mnopqrstuvw"]),
     ],
 )
-def test_a_text_is_parted_where_it_allows_it_best(text: str, expected: list[str]) -> None:
+def test_a_text_is_split_at_the_best_separator(text: str, expected: list[str]) -> None:
     letters = range(len(text))
     assert parted(text, letters, 15) == expected
 
 
-def test_what_fits_is_one_piece() -> None:
+def test_a_text_within_the_limit_is_one_piece() -> None:
     assert parted("a b c", range(5), 5) == ["a b c"]
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
 @given(text=PROSE, limit=st.integers(8, 60))
-def test_no_sample_is_too_long_and_all_words_are_learned(
+def test_no_sample_is_too_long_and_all_text_is_supervised(
     tokenizer: Any, text: str, limit: int
 ) -> None:
     tokens = Tokens(tokenizer, "m", len(tokenizer))
@@ -89,7 +91,7 @@ def test_no_sample_is_too_long_and_all_words_are_learned(
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
-def test_each_piece_begins_as_a_text_and_the_last_ends_as_one(tokenizer: Any) -> None:
+def test_each_piece_has_the_begin_tokens_and_the_last_the_end_token(tokenizer: Any) -> None:
     tokens = Tokens(tokenizer, "m", len(tokenizer))
     text = " ".join(f"The cat sat on mat {i}." for i in range(60))
     samples = split(document(text), tokens, 64)
@@ -99,20 +101,20 @@ def test_each_piece_begins_as_a_text_and_the_last_ends_as_one(tokenizer: Any) ->
         assert tuple(sample.ids[: len(tokens.prefix)]) == tokens.prefix
         assert sample.supervised == len(sample.ids) - max(1, len(tokens.prefix))
         assert sample.example.where == f"s3://b/a.jsonl, line 3, piece {i} of {len(samples)}"
-        assert sample.example.completion.endswith(".")  # no space is learned by itself
+        assert sample.example.completion.endswith(".")  # no trailing space as a token
     assert [s.example.personal for s in samples] == [{"EMAIL": 2}] + [{}] * (len(samples) - 1)
     assert {s.example.group for s in samples} == {text}
 
 
 class Guessing(Tokens):
-    """A tokenizer that does not know where its tokens are (one that is not fast)."""
+    """A slow tokenizer: it estimates the token offsets."""
 
     def placed(self, example: RenderedExample) -> list[Placed]:
         text, ((first, begins),) = example.segments[0].text, super().placed(example)
         return [Placed(first, [len(text) * i // len(begins) for i in range(len(begins))])]
 
 
-def test_where_tokens_are_guessed_no_sample_is_too_long_either() -> None:
+def test_with_estimated_offsets_no_sample_is_too_long() -> None:
     tokenizer = TOKENIZERS["plain"]
     text = "The cat sat on the mat. " * 40 + "\u732b" * 300  # much denser at the end
     samples = split(document(text), Guessing(tokenizer, "m", len(tokenizer)), 64)
@@ -121,7 +123,7 @@ def test_where_tokens_are_guessed_no_sample_is_too_long_either() -> None:
     assert learned.replace(" ", "") == text.replace(" ", "")
 
 
-def test_personal_data_is_not_parted() -> None:
+def test_personal_data_is_not_split() -> None:
     tokens = Tokens(TOKENIZERS["plain"], "m", len(TOKENIZERS["plain"]))
     card = "4111 1111 1111 1111"
     for before in range(30):
@@ -131,7 +133,7 @@ def test_personal_data_is_not_parted() -> None:
         assert sum(card in sample.example.completion for sample in samples) == 1
 
 
-def test_white_space_alone_is_no_piece() -> None:
+def test_pieces_of_white_space_are_dropped() -> None:
     tokens = Tokens(TOKENIZERS["plain"], "m", len(TOKENIZERS["plain"]))
     text = "The cat sat.\n\n" + " " * 3000 + "\n\nThe bird sat."
     found = [sample.example.completion for sample in split(document(text), tokens, 16)]
@@ -139,7 +141,7 @@ def test_white_space_alone_is_no_piece() -> None:
     assert all(piece.strip() for piece in found)
 
 
-def test_only_a_text_that_is_learned_as_a_whole_is_a_document() -> None:
+def test_only_a_single_supervised_segment_is_a_document() -> None:
     made = document("a")
     assert is_document(made)
     assert not is_document(replace(made, segments=(Segment("q", False), Segment("a", True))))

@@ -1,4 +1,4 @@
-"""Sets of hashes on disk, beside sets in memory."""
+"""Hash sets on disk against sets in memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def array(hashes: list[int]) -> np.ndarray:
 
 
 @given(st.lists(HASHES, max_size=4), HASHES, st.integers(1, 3))
-def test_what_is_in_it_is_what_was_added_seldom(
+def test_the_set_holds_the_rare_hashes(
     batches: list[list[int]], others: list[int], most: int
 ) -> None:
     counts = Counter(h for batch in batches for h in batch)
@@ -36,7 +36,7 @@ def test_what_is_in_it_is_what_was_added_seldom(
     assert len(made) == sum(n <= most for n in counts.values())
 
 
-def test_hashes_are_found_wherever_files_meet(tmp_path: Path) -> None:
+def test_hashes_are_found_across_part_files(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     held = draw.integers(0, 1 << 64, 5000, np.uint64)
     counter = HashCounter(tmp_path)

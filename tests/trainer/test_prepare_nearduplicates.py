@@ -1,4 +1,4 @@
-"""Near duplicates: the estimate against the exact similarity, and what is remembered."""
+"""Near duplicates: the similarity estimate against the exact value, detection, and memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def text(seed: int, words: int = 60) -> str:
 
 
 def changed(original: str, changes: int, seed: int = 0) -> str:
-    """The text with some of its words replaced."""
+    """The text with ``changes`` words replaced."""
     words = original.split()
     for i in random.Random(seed).sample(range(len(words)), changes):
         words[i] = f"new{seed}-{i}"
@@ -59,7 +59,7 @@ def test_shingles() -> None:
     assert shingles("猫は好き") == {"猫 は 好", "は 好 き"}
 
 
-def test_the_estimate_is_as_good_as_the_docstring_says() -> None:
+def test_the_similarity_estimate_has_the_documented_error() -> None:
     errors = []
     for seed in range(150):
         a = text(seed)
@@ -69,7 +69,7 @@ def test_the_estimate_is_as_good_as_the_docstring_says() -> None:
 
 
 @given(st.floats(0.5, 1.0))
-def test_bands_meet_at_the_threshold(threshold: float) -> None:
+def test_pairs_at_the_threshold_share_a_band(threshold: float) -> None:
     rows = rows_for(threshold)
     assert 1 <= rows <= 16
     assert 1 - (1 - threshold**rows) ** BANDS >= MET
@@ -93,14 +93,14 @@ def test_near_duplicates_are_found_within_and_across_batches(batch: int) -> None
     assert sum(near) >= 197
 
 
-def test_what_a_long_template_makes_alike_is_kept() -> None:
+def test_texts_that_share_a_long_template_are_kept() -> None:
     frame = text(7, words=40)
     stream = [f"{frame} {text(i, words=20)}" for i in range(1000, 3000)]
     assert 0.4 < jaccard(stream[0], stream[1]) < 0.6
     assert sum(SeenAlike(0.85).add(fingerprints(stream, 0.85))) == 0
 
 
-def test_the_samples_of_a_conversation_stay_or_go_together() -> None:
+def test_the_samples_of_a_conversation_are_kept_or_dropped_together() -> None:
     stream = [("a", 1), ("b", 2), ("b", 2), ("b", 2), ("c", 1), ("c", 1), ("d", 3)]
     prints = fingerprints([text(seed) for _, seed in stream], 0.85)
     table = pa.table({"where": [place for place, _ in stream],
@@ -116,7 +116,7 @@ def test_the_samples_of_a_conversation_stay_or_go_together() -> None:
         assert kept == ["a", "b", "b", "b", "d"] and report.near_duplicates == 2
 
 
-def test_memory_is_128_bytes_a_record() -> None:
+def test_memory_is_128_bytes_per_record() -> None:
     seen = SeenAlike(0.85)
     for start in range(0, 4096, 512):
         seen.add(fingerprints([text(i, words=8) for i in range(start, start + 512)], 0.85))

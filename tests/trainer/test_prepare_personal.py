@@ -1,4 +1,4 @@
-"""Personal data: what is found by its form, what is not, and what redacting leaves."""
+"""Personal data: detection by form, false positives, and redaction."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ NOT_FOUND = [
 
 
 @given(st.lists(st.sampled_from([text for _, text in FOUND] + NOT_FOUND)).map(" | ".join))
-def test_what_is_covered_stays_in_its_place(text: str) -> None:
+def test_covering_keeps_offsets(text: str) -> None:
     hidden = covered(text)
     assert uncovered(hidden) == redacted(text)
     for was, shown in zip(text, hidden, strict=True):
@@ -105,7 +105,7 @@ def test_found(kind: str, text: str) -> None:
     redacted, kinds = scan(text)
     assert dict(kinds) == {kind: 1}
     assert redacted.count(f"[{kind}]") == 1
-    assert sum(c.isdigit() for c in redacted) <= 4, "those of an expiry date may stay"
+    assert sum(c.isdigit() for c in redacted) <= 4, "digits of an expiry date may stay"
     assert "@" not in redacted and "-----" not in redacted and "jö" not in redacted
 
 
@@ -114,18 +114,18 @@ def test_not_found(text: str) -> None:
     assert scan(text) == (text, {})
 
 
-def test_what_stands_around_is_kept() -> None:
+def test_surrounding_text_is_kept() -> None:
     text = f"Mail a@b.org or b@c.org,\ncall +49 30 1234567! {PEM} Bye."
     assert scan(text)[0] == "Mail [EMAIL] or [EMAIL],\ncall [PHONE]! [SECRET] Bye."
 
 
 @pytest.mark.parametrize("behind", ["12/27", "123", "x"])
-def test_what_stands_behind_a_card_is_kept(behind: str) -> None:
+def test_text_after_a_card_number_is_kept(behind: str) -> None:
     assert redacted(f"4111 1111 1111 1111 {behind}") == f"[CARD] {behind}"
 
 
 @given(st.integers(0, 120), st.integers(0, 200))
-def test_an_excerpt_shows_no_part_of_what_is_found(before: int, position: int) -> None:
+def test_an_excerpt_shows_no_personal_data(before: int, position: int) -> None:
     text = "x " * before + "jo.doe@example.org\\n4111 1111 1111 1111 " + "y " * 60
     shown = excerpt(text, min(position, len(text) - 1))
     assert "doe" not in shown and "exam" not in shown and "11" not in shown
@@ -137,7 +137,7 @@ def test_an_excerpt_shows_no_part_of_what_is_found(before: int, position: int) -
     st.from_regex(r"[a-z]{1,8}\.[a-z]{1,8}@[a-z]{1,8}\.(com|org|de)", fullmatch=True),
     st.text(st.sampled_from(string.ascii_letters + " .,\n"), max_size=40),
 )
-def test_an_address_never_survives(before: str, address: str, behind: str) -> None:
+def test_every_email_address_is_redacted(before: str, address: str, behind: str) -> None:
     redacted, kinds = scan(f"{before} {address} {behind}")
     assert redacted == f"{before} [EMAIL] {behind}" and kinds == {"EMAIL": 1}
 
@@ -156,7 +156,7 @@ def test_an_address_never_survives(before: str, address: str, behind: str) -> No
         "a@" + "b." * 100_000,
     ],
 )
-def test_hostile_text_takes_no_more_than_its_length(text: str) -> None:
+def test_scan_time_is_linear_for_hostile_text(text: str) -> None:
     begun = time.process_time()
     scan(text)
     assert time.process_time() - begun < 2
@@ -171,7 +171,7 @@ def example(prompt: str, completion: str, group: str | None = None) -> RenderedE
     )  # fmt: skip
 
 
-def test_redacting_reaches_all_text_of_a_draft_and_its_group() -> None:
+def test_redact_covers_all_text_of_an_example_and_its_group() -> None:
     given = example("Who is a@b.org?", " See a@b.org, b@c.org")
     found = inspect(given, "Redact", own_group=True)
     assert found.prompt == found.group == found.segments[0].text == "Who is [EMAIL]?"
@@ -182,7 +182,7 @@ def test_redacting_reaches_all_text_of_a_draft_and_its_group() -> None:
     assert kept.group == "a@b.org"
 
 
-def test_warn_counts_and_changes_nothing() -> None:
+def test_warn_counts_without_changes() -> None:
     given = example("Who is a@b.org?", " x")
     warned = inspect(given, "Warn", own_group=True)
     assert warned.segments == given.segments and warned.personal == {"EMAIL": 1}
@@ -191,7 +191,7 @@ def test_warn_counts_and_changes_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "completion", "side"),
-    [("a@b.org", "x", "its prompt"), ("x", "a@b.org", "what is learned")],
+    [("a@b.org", "x", "its prompt"), ("x", "a@b.org", "its supervised text")],
 )
 def test_fail_names_record_side_and_kind_but_not_the_value(
     prompt: str, completion: str, side: str
@@ -203,7 +203,7 @@ def test_fail_names_record_side_and_kind_but_not_the_value(
     assert "an e-mail address" in caught.value.message and "a@b.org" not in caught.value.message
 
 
-def test_prompts_that_become_equal_are_one_group_on_one_side() -> None:
+def test_prompts_equal_after_redaction_are_one_group() -> None:
     spec = DataSource(source="s3://bucket/a.jsonl")
     data = Data.model_validate(
         {"train": [spec.to_json()], "split": {"validation": "0.3", "test": "0.3"}}

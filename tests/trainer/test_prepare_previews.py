@@ -1,4 +1,4 @@
-"""Samples to look at: what they show is what is trained."""
+"""Previews: they show exactly what is trained."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def conversation(chat: Any, *contents: str) -> RenderedExample:
 
 
 def truncated(tokens: Tokenizing, made: RenderedExample, limit: int) -> tuple[TokenizedSample, int]:
-    """The sample, and how many tokens it lost."""
+    """The truncated sample, and the number of tokens cut off."""
     (whole,) = tokens.samples([made])
     found, _ = fit(whole, limit, "Truncate", tokens.bos_id)
     assert found is not None
@@ -57,7 +57,7 @@ def lost(shown: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize("tokenizer", [PLAIN, BOS, SPACED], ids=["plain", "bos", "spaced"])
 @given(prompt=WORDS, completion=WORDS, limit=st.integers(4, 60), document=st.booleans())
-def test_what_is_marked_of_plain_text_are_the_learned_tokens(
+def test_marks_of_plain_text_are_the_supervised_tokens(
     tokenizer: Any, prompt: str, completion: str, limit: int, document: bool
 ) -> None:
     made = (
@@ -80,13 +80,13 @@ def test_what_is_marked_of_plain_text_are_the_learned_tokens(
 
 
 def bare(text: str) -> str:
-    """Without marks of the tokenizer, and without the space that some put before a text."""
+    """Without special tokens, and without the space that some tokenizers put before a text."""
     return text.replace("<s>", "").replace("</s>", "").lstrip(" ")
 
 
 @pytest.mark.parametrize("tokenizer", CHATS, ids=["llama3", "chatml"])
 @given(contents=st.lists(WORDS.filter(str.strip), min_size=2, max_size=6), limit=st.integers(4, 90))
-def test_what_is_marked_of_a_conversation_are_the_learned_tokens(
+def test_marks_of_a_conversation_are_the_supervised_tokens(
     tokenizer: Any, contents: list[str], limit: int
 ) -> None:
     tokens = Tokens(tokenizer, "m", len(tokenizer))
@@ -98,7 +98,7 @@ def test_what_is_marked_of_a_conversation_are_the_learned_tokens(
     assert "".join(part["text"] for part in shown["parts"]) == tokenizer.decode(found.ids)
 
 
-def test_an_earlier_turn_that_is_cut_off_is_not_shown_as_learned() -> None:
+def test_a_turn_that_is_cut_off_is_not_shown_as_supervised() -> None:
     chat = CHATS[1]
     tokens = Tokens(chat, "m", len(chat))
     made = conversation(chat, "The cat", "sat on the mat", "And the bird?", "in the tree")
@@ -109,7 +109,7 @@ def test_an_earlier_turn_that_is_cut_off_is_not_shown_as_learned() -> None:
     assert "mat" not in "".join(part["text"] for part in parts)
 
 
-def test_a_completion_that_is_cut_shows_what_is_left_and_that_its_end_is_missing() -> None:
+def test_a_cut_completion_shows_the_rest_and_the_cut() -> None:
     tokens = Tokens(BOS, "m", len(BOS))
     made = example("PromptCompletion", prompt="The cat sat on the", completion=" mat" * 30)
     found, dropped = truncated(tokens, made, 12)
@@ -121,20 +121,22 @@ def test_a_completion_that_is_cut_shows_what_is_left_and_that_its_end_is_missing
     assert parts[0]["cut"] + parts[3]["cut"] == dropped
 
 
-def test_a_stop_token_that_alone_is_cut_off_is_told() -> None:
+def test_a_cut_of_the_stop_token_alone_is_shown() -> None:
     tokens = Tokens(PLAIN, "m", len(PLAIN))
     made = example("Text", text="The cat sat on the mat")
     (whole,) = tokens.samples([made])
     found, _ = truncated(tokens, made, len(whole.ids) - 1)
     first, second, last = preview(found, tokens)["parts"]
-    assert (first["learned"], second["learned"]) == (False, True), "nothing precedes the first"
+    assert (first["learned"], second["learned"]) == (False, True), (
+        "the first token is not supervised"
+    )
     assert first["text"] + second["text"] == "The cat sat on the mat"
     assert last == {"text": "", "learned": False, "cut": 1}
 
 
 @pytest.mark.parametrize(("limit", "text", "cut"), [(64, "the film was good", 0),
                                                     (4, "the film ", 2)])  # fmt: skip
-def test_a_text_to_classify_is_shown_as_read_with_its_label_learned(
+def test_a_text_to_classify_is_shown_with_its_label_supervised(
     limit: int, text: str, cut: int
 ) -> None:
     tokenizer = tokenizer_of()
@@ -151,7 +153,7 @@ def test_a_text_to_classify_is_shown_as_read_with_its_label_learned(
 
 
 @given(limit=st.integers(4, 60))
-def test_half_of_an_address_is_masked_too(limit: int) -> None:
+def test_a_partial_address_is_masked(limit: int) -> None:
     tokens = Tokens(BOS, "m", len(BOS))
     made = example("PromptCompletion", prompt="Who? jo@example.org sat. Who is it?",
                  completion=" It is ann@example.org")  # fmt: skip
@@ -163,7 +165,7 @@ def test_half_of_an_address_is_masked_too(limit: int) -> None:
     assert "[EMAIL]" in texts(shown, learned=True) or limit < 12
 
 
-def test_a_long_prompt_hides_no_answer() -> None:
+def test_a_long_prompt_does_not_hide_the_answer() -> None:
     tokens = Tokens(BOS, "m", len(BOS))
     long = example("PromptCompletion", prompt="The cat. " * 900, completion=" It sat.")
     (found,) = tokens.samples([long])
@@ -174,7 +176,7 @@ def test_a_long_prompt_hides_no_answer() -> None:
 
 
 class Slow:
-    """A tokenizer that does not tell where its tokens begin."""
+    """A slow tokenizer, without token offsets."""
 
     is_fast = False
 
@@ -189,7 +191,7 @@ class Slow:
         return self._tokenizer(*args, **kwargs)
 
 
-def test_a_tokenizer_that_tells_no_positions_still_tells_parts_and_counts() -> None:
+def test_a_slow_tokenizer_gives_approximate_parts_and_exact_counts() -> None:
     tokens = Tokens(Slow(BOS), "m", len(BOS))
     made = example("PromptCompletion", prompt="The cat sat on the mat. " * 9, completion=" It sat.")
     found, dropped = truncated(tokens, made, 20)

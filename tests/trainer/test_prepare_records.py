@@ -1,4 +1,4 @@
-"""Reading records: what is read, and how a fault is named (object, line, column, text)."""
+"""Reading records: containers and formats, and faults with object, line, column and text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RECORDS = st.lists(st.dictionaries(TEXT, TEXT | st.integers() | st.none(), min_s
 
 
 def rows_of(*rows: list[str]) -> bytes:
-    """CSV as Python writes it."""
+    """Rows as CSV, written by Python's csv module."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
     return text.getvalue().encode("utf-8")
@@ -65,7 +65,7 @@ def test_csv_is_read_as_it_was_written(names: list[str], data: st.DataObject) ->
         assert [r.place for r in found] == [f"row {i}" for i in range(1, len(rows) + 1)]
 
 
-def test_rows_of_csv_are_counted_and_not_lines() -> None:
+def test_csv_places_count_rows_instead_of_lines() -> None:
     found = read("a.csv", b'a,b\r\n"1\n2",3\r\n\r\n4,"5 ""six"""')
     assert [(r.fields["a"], r.fields["b"], r.where) for r in found] == [
         ("1\n2", "3", "s3://b/a.csv, row 1"),
@@ -73,7 +73,7 @@ def test_rows_of_csv_are_counted_and_not_lines() -> None:
     ]
 
 
-def test_rows_that_are_left_out_do_not_end_the_reading() -> None:
+def test_reading_continues_after_dropped_rows() -> None:
     faults: list[DataError] = []
     data = b'a,b\n1,2\n3\n4,\xff\n5,"6"7\n8,9\n'
     found = list(read_records("s3://b/a.csv", io.BytesIO(data), faults.append))
@@ -97,7 +97,7 @@ def test_a_malformed_row_is_named(row: bytes, words: str) -> None:
     assert "s3://b/a.csv, row 2:" in error.message and words in error.message
 
 
-def test_empty_lines_a_byte_order_mark_and_a_missing_last_newline_do_no_harm() -> None:
+def test_empty_lines_byte_order_mark_and_missing_last_newline_are_accepted() -> None:
     records = read("a.jsonl", b'\xef\xbb\xbf{"a": 1}\r\n\n  \n{"a": 2}')
     assert [(r.fields["a"], r.where) for r in records] == [
         (1, "s3://b/a.jsonl, line 1"),
@@ -105,7 +105,7 @@ def test_empty_lines_a_byte_order_mark_and_a_missing_last_newline_do_no_harm() -
     ]
 
 
-def test_parquet_is_read_over_batches_with_row_numbers() -> None:
+def test_parquet_is_read_in_batches_with_row_numbers() -> None:
     count = 2 * PARQUET_ROWS + 7
     sink = io.BytesIO()
     pq.write_table(pa.table({"text": [str(i) for i in range(count)]}), sink, row_group_size=900)
@@ -121,7 +121,7 @@ def test_parquet_lists_of_messages_are_plain_lists() -> None:
     assert read("a.parquet", sink.getvalue())[0].fields == {"messages": messages}
 
 
-def test_what_a_struct_of_parquet_lacks_is_no_null() -> None:
+def test_nulls_in_parquet_structs_are_removed() -> None:
     rows: list[dict[str, Any]] = [
         {"calls": [{"arguments": {"x": 1}}, {"arguments": {"y": "b"}}], "label": "a"},
         {"calls": [], "label": None},
@@ -154,7 +154,7 @@ def test_a_malformed_line_is_named_with_line_column_and_text(
     assert len(error.message) < 400
 
 
-def test_a_fault_in_a_compressed_object_has_the_line_of_its_text() -> None:
+def test_a_fault_in_a_compressed_object_has_the_decompressed_line() -> None:
     data = lines(*({"a": i} for i in range(5000))) + b"{oops\n"
     assert "a.jsonl.gz, line 5001, column 2" in fault("a.jsonl.gz", gzip.compress(data)).message
 
@@ -166,13 +166,13 @@ def test_text_that_is_not_utf8_is_named_with_its_byte() -> None:
     assert error.reason == "MalformedRecord" and "line 2, byte 3" in error.message
 
 
-def test_half_of_a_character_is_named_with_its_field_and_a_whole_one_is_read() -> None:
+def test_an_unpaired_surrogate_is_named_and_a_pair_is_read() -> None:
     whole = b'{"a": "\\ud83d\\ude00", "b": "\\\\ud83d"}\n'
     assert read("a.jsonl", whole)[0].fields == {"a": "😀", "b": "\\ud83d"}
     for broken in (b'{"t": ["a\\ud800b"]}', b'{"a": "x", "t": {"\\uDFFF": 1}}'):
         error = fault("a.jsonl", whole + broken)
         assert isinstance(error, DataError) and error.reason == "MalformedRecord"
-        assert "line 2: field 't' holds half of a character" in error.message
+        assert "line 2: field 't' holds an unpaired surrogate" in error.message
 
 
 def test_a_number_of_too_many_digits_is_named_with_its_column() -> None:
@@ -181,7 +181,7 @@ def test_a_number_of_too_many_digits_is_named_with_its_column() -> None:
     assert "line 1, column 7: " in error.message and len(error.message) < 200
 
 
-def test_text_of_parquet_that_is_not_utf8_is_named_and_may_be_left_out() -> None:
+def test_parquet_text_that_is_not_utf8_is_named_and_can_be_dropped() -> None:
     texts = pa.array([b"a", b"\xff", b"b"]).view(pa.string())
     sink = io.BytesIO()
     pq.write_table(pa.table({"id": [1, 2, 3], "text": texts}), sink)
@@ -194,7 +194,7 @@ def test_text_of_parquet_that_is_not_utf8_is_named_and_may_be_left_out() -> None
     assert [r.place for r in found] == ["row 1", "row 3"] and len(faults) == 1
 
 
-def test_what_a_message_shows_of_a_record_is_masked() -> None:
+def test_personal_data_in_messages_is_masked() -> None:
     for name, data in (
         ("a.jsonl", b'{"a": "jo.doe@example.org" oops}'),
         ("a.csv", b"jo.doe@example.org,a,a\n"),
@@ -203,7 +203,7 @@ def test_what_a_message_shows_of_a_record_is_masked() -> None:
         assert "[EMAIL]" in message and "doe" not in message
 
 
-def test_the_index_of_a_table_in_csv_is_named() -> None:
+def test_a_csv_index_column_is_refused_with_its_remedy() -> None:
     error = fault("a.csv", b",text,label\n0,a,b\n")
     assert error.reason == "MalformedObject" and "index=False" in error.message
 
@@ -222,7 +222,7 @@ def test_the_index_of_a_table_in_csv_is_named() -> None:
         ("a.csv", b"a,\n1,2\n"),
         ("a.parquet", b'{"a": 1}\n'),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",  # gzip data holds the time
+    ids=lambda value: value if isinstance(value, str) else "",  # gzip data contains a timestamp
 )
 def test_a_damaged_object_is_named(name: str, data: bytes) -> None:
     error = fault(name, data)
@@ -230,7 +230,7 @@ def test_a_damaged_object_is_named(name: str, data: bytes) -> None:
     assert f"s3://b/{name}" in error.message
 
 
-def test_another_ending_is_refused_with_those_that_are_read() -> None:
+def test_an_unknown_suffix_is_refused_with_the_supported_ones() -> None:
     error = fault("a.txt", b"")
     assert isinstance(error, UserError) and ".parquet" in error.message
 
@@ -239,7 +239,7 @@ def test_another_ending_is_refused_with_those_that_are_read() -> None:
 
 
 class Half:
-    """A body whose connection ends halfway through the object."""
+    """A response body whose connection ends halfway through the object."""
 
     def __init__(self, data: bytes) -> None:
         self._rest = io.BytesIO(data[: len(data) // 2])
@@ -267,7 +267,7 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "zst": zstd
 
 
 def object_of(suffix: str) -> tuple[list[dict[str, Any]], bytes]:
-    """Records, and an object of them."""
+    """Records, and an object that holds them."""
     records = [{"a": json.dumps(i)} for i in range(2000)]
     _, kind, *packed = suffix.split(".")
     data = KINDS[f".{kind}"](records)
@@ -280,7 +280,7 @@ def test_an_object_that_changes_while_it_is_read_is_refused(suffix: str) -> None
     assert [r.fields for r in read(f"a{suffix}", data)] == records
 
     def opener(position: int, etag: str | None) -> Opened:
-        if position > 0:  # another object is there by now
+        if position > 0:  # the object has been replaced
             raise DataError("ObjectChanged", "it was replaced")
         return Opened(Half(data), len(data), "1")
 
@@ -294,14 +294,14 @@ def test_an_object_that_changes_while_it_is_read_is_refused(suffix: str) -> None
 def listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str, bytes], tuple[Path, DataObject]]:
-    """``listed(name, data)``: a file of a claim and how it is listed; reads of it are short."""
+    """``listed(name, data)``: a file on a claim and its listed object, read in small buffers."""
     monkeypatch.setattr(claim_paths, "BUFFER_BYTES", 64)
 
     def write(name: str, data: bytes) -> tuple[Path, DataObject]:
         path = tmp_path / "claim" / name
         path.parent.mkdir()
         path.write_bytes(data)
-        os.utime(path, (10**9, 10**9))  # a clock that stands still for a moment shows no change
+        os.utime(path, (10**9, 10**9))  # a coarse clock would hide the change
         found = resolve(f"pvc://claim/{name}", NO_STORE, {ENV_PVC_ROOT: str(tmp_path)})
         return path, found[0]
 
@@ -313,7 +313,7 @@ Listed = Callable[[str, bytes], tuple[Path, DataObject]]
 
 
 def in_place(path: Path) -> None:
-    """Other bytes, as many."""
+    """Overwrite a file with other bytes of the same length."""
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size))
 
@@ -350,7 +350,7 @@ def test_a_file_that_is_rewritten_while_it_is_read_is_refused(listed: Listed, su
     assert caught.value.reason == "ObjectChanged"
 
 
-def test_a_file_that_is_read_as_a_whole_is_refused_too(listed: Listed) -> None:
+def test_a_file_that_is_rewritten_is_refused_in_a_single_read(listed: Listed) -> None:
     path, item = listed("a.jsonl", bytes(1000))
     with item.open() as stream:
         in_place(path)
@@ -358,7 +358,7 @@ def test_a_file_that_is_read_as_a_whole_is_refused_too(listed: Listed) -> None:
             stream.read()
 
 
-def test_a_file_that_is_replaced_by_renaming_is_read_to_its_end_as_it_was(listed: Listed) -> None:
+def test_an_open_file_that_is_replaced_by_renaming_is_read_unchanged(listed: Listed) -> None:
     records, data = object_of(".jsonl")
     path, item = listed("a.jsonl", data)
     with item.open() as stream:

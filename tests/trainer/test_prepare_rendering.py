@@ -1,4 +1,4 @@
-"""From records to tokens: prompts, completions, and exactly which tokens are learned."""
+"""Records to tokens: prompts, completions, and exactly the supervised tokens."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def sample(tokenizer: Any, made: RenderedExample) -> TokenizedSample:
 
 
 def learned(tokenizer: Any, found: TokenizedSample) -> list[str]:
-    """Text of each learned stretch."""
+    """Text of each supervised span."""
     return [tokenizer.decode(found.ids[start:end]) for start, end in found.spans]
 
 
@@ -81,7 +81,7 @@ def test_each_format_has_its_prompt_and_completion(
     assert (made.prompt, made.completion, made.label) == (prompt, completion, label)
 
 
-def test_messages_are_found_out_and_an_unknown_record_is_refused() -> None:
+def test_messages_are_detected_and_an_unknown_record_is_refused() -> None:
     assert detect_format(record(messages=[{"role": "user", "content": "a"}])) == "Messages"
     with pytest.raises(DataError, match=r"line 7: its fields \(question, answer\)") as caught:
         detect_format(record(question="a", answer="b"))
@@ -100,7 +100,7 @@ MISSING: list[tuple[Format, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("form", "fields", "field"), MISSING)
-def test_a_missing_field_is_named_with_those_there_are(
+def test_a_missing_field_is_named_with_the_existing_ones(
     form: Format, fields: dict[str, Any], field: str
 ) -> None:
     error = fault(fields, form, chat=make_tokenizer(chat=CHATML))
@@ -154,13 +154,13 @@ def test_a_wrong_value_is_shown_masked() -> None:
 
 
 @pytest.mark.parametrize("fields", [{"sentence": "a"}, {"sentence": "a", "mood": None}])
-def test_a_field_that_the_template_needs_is_named(fields: dict[str, Any]) -> None:
+def test_a_missing_template_field_is_named(fields: dict[str, Any]) -> None:
     error = fault(fields, "PromptCompletion", REVIEW)
     assert error.reason == "MissingField"
     assert "line 7: field 'mood'" in error.message and "template.completion" in error.message
 
 
-def test_a_nested_field_that_is_missing_is_an_error() -> None:
+def test_a_missing_nested_field_is_an_error() -> None:
     template = Template(prompt="{{ a.b }}", completion="c")
     assert "no attribute 'b'" in fault({"a": {}}, "PromptCompletion", template).message
 
@@ -168,13 +168,13 @@ def test_a_nested_field_that_is_missing_is_an_error() -> None:
 @pytest.mark.parametrize(
     "text", ["{{ a", "{% for %}", "{{ a.__class__.__mro__[1].__subclasses__() }}"]
 )
-def test_a_bad_template_is_the_users_error(text: str) -> None:
+def test_an_invalid_template_is_a_user_error(text: str) -> None:
     error = fault({"a": "b"}, "PromptCompletion", Template(prompt=text, completion="c"))
     assert isinstance(error, UserError) and error.reason == "BadTemplate"
     assert "template.prompt" in error.message
 
 
-def test_a_template_that_fails_on_a_record_names_it() -> None:
+def test_a_template_that_fails_names_the_record() -> None:
     template = Template(prompt="{{ a / 0 }}", completion="c")
     error = fault({"a": 1}, "PromptCompletion", template)
     assert error.reason == "TemplateFailed" and "line 7" in error.message
@@ -198,7 +198,7 @@ def test_a_template_that_fails_on_a_record_names_it() -> None:
         ),
     ],
 )
-def test_a_record_without_a_learned_token_is_refused(
+def test_a_record_without_supervised_tokens_is_refused(
     form: Format, fields: dict[str, Any], template: Template | None
 ) -> None:
     error = fault(fields, form, template, make_tokenizer(chat=CHATML))
@@ -211,12 +211,12 @@ def test_a_record_without_a_learned_token_is_refused(
 
 @pytest.mark.parametrize("tokenizer", [PLAIN, BOS, SPACED], ids=["plain", "bos", "spaced"])
 @given(prompt=WORDS, completion=WORDS.filter(str.strip))
-def test_the_completion_and_the_end_token_are_learned_and_nothing_else(
+def test_exactly_the_completion_and_the_end_token_are_supervised(
     tokenizer: Any, prompt: str, completion: str
 ) -> None:
     made = example({"prompt": prompt, "completion": completion}, "PromptCompletion")
     found = sample(tokenizer, made)
-    # The prompt's tokens are those that generation begins with.
+    # The prompt's tokens equal those of the prompt in generation.
     assert found.ids[: found.prompt_length].tolist() == tokenizer(prompt)["input_ids"]
     assert found.spans == ((found.prompt_length, len(found.ids)),)
     assert found.ids[-1] == tokenizer.eos_token_id
@@ -225,19 +225,19 @@ def test_the_completion_and_the_end_token_are_learned_and_nothing_else(
     if tokenizer is not SPACED:
         assert tokenizer.decode(answer) == completion
         assert whole == prompt + completion
-    else:  # one space is put before the text, none before the completion
+    else:  # the tokenizer adds a space before the text, not before the completion
         assert whole.replace("▁", " ").lstrip(" ") == (
             (prompt + completion).replace("▁", " ").lstrip(" ")
         )
 
 
-def test_a_completion_is_tokenized_as_text_that_goes_on() -> None:
+def test_a_completion_is_tokenized_as_a_continuation() -> None:
     made = example({"prompt": "cat", "completion": "bird"}, "PromptCompletion")
     found = sample(SPACED, made)
     assert SPACED.decode(found.ids, skip_special_tokens=True).strip() == "catbird"
 
 
-def test_text_is_learned_as_a_whole_but_for_what_nothing_precedes() -> None:
+def test_text_is_supervised_except_its_first_token() -> None:
     made = example({"text": "The cat sat"}, "Text")
     plain, bos = sample(PLAIN, made), sample(BOS, made)
     assert plain.spans == ((1, len(plain.ids)),) and plain.prompt_length == 0
@@ -246,7 +246,7 @@ def test_text_is_learned_as_a_whole_but_for_what_nothing_precedes() -> None:
     assert plain.supervised == len(plain.ids) - 1
 
 
-def test_an_empty_prompt_needs_a_token_to_begin_from() -> None:
+def test_an_empty_prompt_needs_a_bos_token() -> None:
     made = example({"prompt": "", "completion": "The cat"}, "PromptCompletion")
     assert sample(BOS, made).prompt_length == 1
     with pytest.raises(DataError, match="line 7: the prompt is empty") as caught:
@@ -254,7 +254,7 @@ def test_an_empty_prompt_needs_a_token_to_begin_from() -> None:
     assert caught.value.reason == "EmptyPrompt"
 
 
-def test_a_batch_is_what_its_drafts_are_alone() -> None:
+def test_a_batch_is_tokenized_like_single_examples() -> None:
     examples = [
         example({"prompt": f"{i} a", "completion": f" b{i}"}, "PromptCompletion") for i in "123"
     ]
@@ -262,7 +262,7 @@ def test_a_batch_is_what_its_drafts_are_alone() -> None:
     assert [s.ids.tolist() for s in together] == [sample(BOS, d).ids.tolist() for d in examples]
 
 
-def test_a_token_outside_of_the_models_vocabulary_is_refused() -> None:
+def test_a_token_outside_the_models_vocabulary_is_refused() -> None:
     made = example({"prompt": "The cat", "completion": " sat"}, "PromptCompletion")
     with pytest.raises(UserError, match="vocab_size") as caught:
         Tokens(PLAIN, "m", 20).samples([made])
@@ -276,10 +276,10 @@ def test_a_tokenizer_without_an_end_token_is_refused() -> None:
         Tokens(tokenizer, "m", 400)
 
 
-# --- own words -----------------------------------------------------------------------------------
+# --- own text ------------------------------------------------------------------------------------
 
 
-def test_a_records_own_words_are_without_what_many_records_share() -> None:
+def test_a_records_own_text_excludes_template_text() -> None:
     question = {"question": "why?", "answer": ["so", 1]}
     (library,) = drafter_of("PromptCompletion", Template(name="Question"))(record(**question))
     assert library.own == 'why?\n["so", 1]'
@@ -290,7 +290,7 @@ def test_a_records_own_words_are_without_what_many_records_share() -> None:
     assert example({"text": "a b"}, "Text").own == "a b"
 
 
-def test_system_turns_and_tools_are_not_among_a_conversations_own_words() -> None:
+def test_a_conversations_own_text_excludes_system_turns_and_tools() -> None:
     tokenizer = make_tokenizer(chat=CHATML_TOOLS)
     call = {"function": {"name": "find", "arguments": '{"q": "é"}'}}
     messages = [
@@ -315,7 +315,7 @@ CHATS = [
 
 
 def turns(*contents: str) -> list[dict[str, str]]:
-    """User and assistant in turn."""
+    """Alternating turns of user and assistant."""
     return [
         {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)
     ]
@@ -323,7 +323,7 @@ def turns(*contents: str) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize(("template", "stop", "trims"), CHATS)
 @given(contents=st.lists(WORDS.filter(str.strip), min_size=2, max_size=7))
-def test_answers_with_their_end_tokens_are_learned_and_nothing_else(
+def test_exactly_the_answers_with_their_end_tokens_are_supervised(
     template: str, stop: str, trims: bool, contents: list[str]
 ) -> None:
     tokenizer = make_tokenizer_cached(template)
@@ -332,7 +332,7 @@ def test_answers_with_their_end_tokens_are_learned_and_nothing_else(
     last = len(contents) - len(contents) % 2
     answers = [c.strip() if trims else c for c in contents[1:last:2]]
     assert learned(tokenizer, found) == [answer + stop for answer in answers]
-    # The prompt is what plain transformers would generate the last answer from ...
+    # The prompt equals the generation prompt of transformers for the last answer ...
     prompt = tokenizer.apply_chat_template(
         messages[: last - 1], add_generation_prompt=True, return_dict=False
     )
@@ -351,14 +351,14 @@ def make_tokenizer_cached(template: str) -> Any:
     return _made[template]
 
 
-def test_an_answer_that_opens_the_conversation_is_read_only() -> None:
+def test_an_answer_that_opens_the_conversation_is_not_supervised() -> None:
     tokenizer = make_tokenizer(chat=CHATML)
     messages = [{"role": "assistant", "content": "Hello"}, *turns("a", "b")]
     found = sample(tokenizer, example({"messages": messages}, "Messages", chat=tokenizer))
     assert learned(tokenizer, found) == ["b<|im_end|>"]
 
 
-def test_turns_that_are_rendered_otherwise_later_become_samples_of_their_own() -> None:
+def test_turns_that_are_rendered_differently_later_become_separate_samples() -> None:
     tokenizer = make_tokenizer(chat=THINKING)
     examples = drafter_of("Messages", chat=tokenizer)(record(messages=turns("a", "b", "c", "d")))
     found = Tokens(tokenizer, "m", len(tokenizer)).samples(examples)
@@ -371,7 +371,7 @@ def test_turns_that_are_rendered_otherwise_later_become_samples_of_their_own() -
     assert {d.own for d in examples} == {"a\nb\nc\nd"}
 
 
-def test_conversations_that_begin_alike_are_one_group() -> None:
+def test_conversations_with_the_same_beginning_are_one_group() -> None:
     tokenizer = make_tokenizer(chat=CHATML)
     long = example({"messages": turns("a", "b", "c", "d")}, "Messages", chat=tokenizer)
     short = example({"messages": turns("a", "e")}, "Messages", chat=tokenizer)
@@ -391,7 +391,7 @@ def test_conversations_that_begin_alike_are_one_group() -> None:
         ("{{ raise_exception('roles must alternate') }}", "TemplateFailed"),
     ],
 )
-def test_a_chat_template_that_cannot_be_followed_is_refused(template: str, reason: str) -> None:
+def test_an_unsupported_chat_template_is_refused(template: str, reason: str) -> None:
     tokenizer = make_tokenizer(chat=template)
     error = fault({"messages": turns("a", "b")}, "Messages", chat=tokenizer)
     assert isinstance(error, DataError) and error.reason == reason

@@ -1,4 +1,4 @@
-"""The data report: figures, languages, and the page."""
+"""The data report: counts, languages, and the HTML page."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_histogram_holds_every_sample_in_its_bin(counts: Counter[int]) -> None
 
 
 @given(COUNTS)
-def test_percentiles_pass_over_what_is_counted_no_longer(counts: Counter[int]) -> None:
+def test_percentiles_ignore_values_with_zero_count(counts: Counter[int]) -> None:
     values = sorted(counts.elements())
     found = percentiles(counts)
     assert found == {} if not values else (found["p0"], found["p100"]) == (values[0], values[-1])
@@ -51,13 +51,13 @@ def test_languages(text: str, language: str) -> None:
     assert language_of(text) == language
 
 
-def test_shares_are_of_what_was_counted_the_largest_first() -> None:
+def test_shares_are_ordered_from_the_largest() -> None:
     assert shares(Counter({"de": 1, "en": 3})) == {"en": 0.75, "de": 0.25}
     assert shares(Counter()) == {}
 
 
 def report(**change: Any) -> dict[str, Any]:
-    """A report in which everything was found."""
+    """A report with findings of every kind."""
     lengths = Counter({3: 5, 90: 2})
     side = {
         "samples": 7, "tokens": 195, "supervisedTokens": 20, "supervisedShare": 0.1,
@@ -107,7 +107,7 @@ class _Tags(HTMLParser):
             self.marked.append(data)
 
 
-def test_the_page_shows_all_that_was_found() -> None:
+def test_the_page_shows_all_findings() -> None:
     page = render(report())
     tags = _Tags(page)
     assert tags.open == [] and " learned & marked" in tags.marked

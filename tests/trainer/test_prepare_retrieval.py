@@ -1,4 +1,4 @@
-"""Format Retrieval: which passages a prompt shows, in which order, and what the answer cites."""
+"""Format Retrieval: passages of a prompt, their order, and citations of the answer."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def fault(retrieval: dict[str, Any] | None = None, **fields: Any) -> DataError:
     return caught.value
 
 
-def test_a_retrieval_record_is_found_out() -> None:
+def test_a_retrieval_record_is_detected() -> None:
     assert detect_format(record()) == "Retrieval"
 
 
@@ -87,34 +87,34 @@ def test_the_order_varies_with_the_question_and_the_seed() -> None:
         return [shown(pair).index("It is here.") for pair in pairs]
 
     counts = [numbers(0).count(i) for i in range(4)]
-    assert min(counts) > 60 and numbers(0) != numbers(1)  # 100 each, if it were exact
+    assert min(counts) > 60 and numbers(0) != numbers(1)  # 100 each is expected
 
 
 @pytest.mark.parametrize(
     ("share", "least", "most"), [("0", 0, 0), ("0.8", 360, 440), ("1", 500, 500)]
 )
-def test_the_oracle_is_shown_by_its_share(share: str, least: int, most: int) -> None:
+def test_the_oracle_is_shown_in_its_share_of_records(share: str, least: int, most: int) -> None:
     made = prompts(oracleShare=share)
     pairs = [made.drawn(record(question=str(i))) for i in range(500)]
     with_oracle = ["It is here." in shown(pair) for pair in pairs]
     assert least <= sum(with_oracle) <= most
     for pair, there in zip(pairs, with_oracle, strict=True):
         assert len(shown(pair)) == 3 + there
-        # Without the oracle the answer is the same, but there is nothing to cite.
+        # Without the oracle the answer is the same, but without the citation.
         assert re.fullmatch(r" Here \[\d\]\." if there else r" Here\.", pair.completion)
 
 
-def test_a_distractor_that_is_the_oracle_does_not_give_it_away() -> None:
+def test_a_distractor_equal_to_the_oracle_is_removed() -> None:
     made = prompts(oracleShare="0").drawn(record(distractors=["It is here.", "Elsewhere."]))
     assert shown(made) == ["Elsewhere."]
 
 
-def test_without_distractors_and_oracle_the_question_stands_alone() -> None:
+def test_without_distractors_and_oracle_the_prompt_is_the_question() -> None:
     made = prompts(oracleShare="0").drawn(record(distractors=None))
     assert made.prompt == "Question: Where?\nAnswer:"
 
 
-def test_a_list_of_passages_in_text_is_a_list() -> None:
+def test_a_json_list_of_passages_in_a_string_is_a_list() -> None:
     cells = {"oracle": '["It is here."]', "distractors": '["x", "y"]'}
     made = prompts().with_oracle(record(**cells))
     assert sorted(shown(made)) == ["It is here.", "x", "y"]
@@ -141,7 +141,7 @@ def test_a_faulty_record_is_named(fields: dict[str, Any], reason: str, words: st
     assert error.reason == reason and words in error.message
 
 
-def test_the_digest_knows_what_is_shown() -> None:
+def test_the_digest_covers_the_retrieval_settings() -> None:
     def made(**retrieval: Any) -> str:
         block = {"source": "s3://bucket/a.jsonl", "format": "Retrieval", "retrieval": retrieval}
         data = Data.model_validate({"train": [block]})

@@ -1,4 +1,4 @@
-"""Finding objects of a source and files of a model: in S3, on claims, and in the hub's cache."""
+"""Objects of a source and files of a model: in S3, on claims, and in the hub's cache."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ MATCHES = [
 
 @pytest.mark.parametrize(("path", "found"), MATCHES)
 @pytest.mark.parametrize("root", ["s3://test-sources", "pvc://claim"])
-def test_objects_are_found_by_name_pattern_and_prefix(
+def test_objects_are_resolved_by_name_pattern_and_prefix(
     store: ObjectStore, bucket: str, claims: dict[str, str], root: str, path: str, found: list[str]
 ) -> None:
     objects = resolve(f"{root}/{path}", store, claims)
@@ -73,7 +73,7 @@ def test_objects_are_found_by_name_pattern_and_prefix(
     ],
 )
 @pytest.mark.parametrize("root", ["s3://test-sources", "pvc://claim"])
-def test_nothing_found_says_what_is_there(
+def test_an_address_without_objects_is_refused_with_existing_objects(
     store: ObjectStore, bucket: str, claims: dict[str, str], root: str, path: str, words: list[str]
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -83,7 +83,7 @@ def test_nothing_found_says_what_is_there(
         assert word in caught.value.message
 
 
-def test_a_missing_bucket_is_told_from_missing_data(store: ObjectStore) -> None:
+def test_a_missing_bucket_is_distinguished_from_missing_data(store: ObjectStore) -> None:
     with pytest.raises(StorageDenied, match="test-nowhere") as caught:
         resolve("s3://test-nowhere/data/", store)
     assert caught.value.reason == "BucketNotFound"
@@ -112,7 +112,7 @@ def test_an_object_that_is_replaced_before_it_is_read_is_refused(
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose weights are in parts."""
+    """A model whose weights are in several files."""
     return save_model(
         tmp_path_factory.mktemp("model"), make_tokenizer(bos=True), max_shard_size="5KB"
     )
@@ -130,7 +130,7 @@ def same_files(one: Path, other: Path) -> bool:
     }
 
 
-def test_a_model_in_object_storage_is_fetched_whole_and_once(
+def test_model_files_in_object_storage_are_fetched_once_and_weights_listed(
     store: ObjectStore, bucket: str, run_spec_for: Callable[..., RunSpec], model_folder: Path,
     tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -150,7 +150,7 @@ def test_a_model_in_object_storage_is_fetched_whole_and_once(
     assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before
 
 
-def test_a_model_without_all_its_parts_is_refused(
+def test_a_model_with_a_missing_weights_file_is_refused(
     store: ObjectStore, bucket: str, run_spec_for: Callable[..., RunSpec], model_folder: Path,
     tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -163,7 +163,7 @@ def test_a_model_without_all_its_parts_is_refused(
 
 
 @pytest.mark.parametrize("source", ["s3://test-sources/no/model", "pvc://claim/no/model"])
-def test_a_model_that_is_not_there_is_named_with_what_its_folder_must_hold(
+def test_a_missing_model_is_named_with_the_required_files(
     bucket: str, run_spec_for: Callable[..., RunSpec], claims: dict[str, str], source: str,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -177,7 +177,7 @@ def test_a_model_that_is_not_there_is_named_with_what_its_folder_must_hold(
             assert word in caught.value.message
 
 
-def test_a_model_on_a_claim_is_used_where_it_is(
+def test_a_model_on_a_claim_is_used_in_place(
     bucket: str, run_spec_for: Callable[..., RunSpec], model_folder: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -189,11 +189,11 @@ def test_a_model_on_a_claim_is_used_where_it_is(
         assert folder.resolve() == model_folder.resolve()
 
 
-def test_a_model_of_the_hub_is_read_from_its_cache(
+def test_a_hub_model_is_read_from_the_cache(
     bucket: str, run_spec_for: Callable[..., RunSpec], model_folder: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    # The hub's own loader on its own cache layout; there is no network here.
+    # The hub's loader on its own cache layout, offline.
     cache = tmp_path / "hub"
     checkpoint = "0123456789abcdef0123456789abcdef01234567"
     repository = cache / "models--acme--tiny"

@@ -1,4 +1,4 @@
-"""Split, duplicates and overlength: pure functions, by their properties."""
+"""Split, duplicates and overlength: properties of the pure functions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHARES = st.builds(
 
 
 @given(SHARES, st.text(), st.floats(0, 0.4))
-def test_the_validation_share_moves_nothing_into_or_out_of_the_test_set(
+def test_the_validation_share_does_not_change_the_test_set(
     shares: Shares, group: str, validation: float
 ) -> None:
     other = Shares(validation, shares.test, shares.seed)
@@ -37,7 +37,7 @@ def test_a_larger_share_only_takes_from_training(
         assert side_of(group, Shares(share + more, 0.0, seed)) == "validation"
 
 
-def test_shares_are_met_and_seeds_differ() -> None:
+def test_shares_are_exact_within_noise_and_seeds_differ() -> None:
     groups = [f"group {i}" for i in range(20_000)]
     sides = [side_of(g, Shares(0.05, 0.1, 7)) for g in groups]
     assert sides.count("test") == pytest.approx(2000, abs=150)
@@ -46,12 +46,12 @@ def test_shares_are_met_and_seeds_differ() -> None:
     assert all(0 <= position(7, g) < 1 for g in groups[:1000])
 
 
-def test_no_share_holds_nothing_out() -> None:
+def test_zero_shares_hold_nothing_out() -> None:
     assert {side_of(str(i), Shares(0.0, 0.0, 0)) for i in range(2000)} == {"train"}
 
 
 @given(st.lists(st.lists(st.integers(0, 40), max_size=30), max_size=12))
-def test_duplicates_are_what_a_set_would_find(batches: list[list[int]]) -> None:
+def test_duplicates_equal_those_of_a_python_set(batches: list[list[int]]) -> None:
     seen, known = Seen(), set()
     for batch in batches:
         found = seen.add([digest_of([str(i)]) for i in batch])
@@ -60,7 +60,7 @@ def test_duplicates_are_what_a_set_would_find(batches: list[list[int]]) -> None:
             known.add(i)
 
 
-def test_digests_with_an_equal_first_word_are_told_apart() -> None:
+def test_digests_with_equal_first_words_are_distinguished() -> None:
     first, second = b"a" * 16, b"a" * 8 + b"b" * 8
     seen = Seen()
     assert seen.add([first]) == [False]
@@ -68,7 +68,7 @@ def test_digests_with_an_equal_first_word_are_told_apart() -> None:
     assert seen.add([second, first]) == [True, True]
 
 
-def test_a_million_digests_take_sixteen_bytes_each() -> None:
+def test_a_million_digests_take_16_bytes_each() -> None:
     seen = Seen()
     data = np.random.default_rng(0).bytes(DIGEST_BYTES * 1_000_000)
     digests = [data[i : i + DIGEST_BYTES] for i in range(0, len(data), DIGEST_BYTES)]
@@ -77,7 +77,7 @@ def test_a_million_digests_take_sixteen_bytes_each() -> None:
     assert seen.nbytes == len(data)
 
 
-def test_texts_are_not_mixed_up_by_their_borders() -> None:
+def test_digests_depend_on_the_borders_of_texts() -> None:
     assert digest_of(["ab", "c"]) != digest_of(["a", "bc"])
 
 
@@ -87,7 +87,7 @@ BOS = 1
 
 
 def sample(prompt: int, answers: list[tuple[int, int]], bos: bool) -> TokenizedSample:
-    """``prompt`` tokens, then (read, learned) stretches; token ids tell their position."""
+    """``prompt`` tokens, then (read, supervised) spans; token ids encode their position."""
     ids, spans = list(range(1000, 1000 + prompt)), []
     for read, learned in answers:
         ids += range(2000 + len(ids), 2000 + len(ids) + read)
@@ -110,9 +110,7 @@ SAMPLES = st.builds(
 
 
 @given(SAMPLES, st.integers(8, 60))
-def test_truncation_keeps_the_answer_and_the_token_that_begins(
-    whole: TokenizedSample, limit: int
-) -> None:
+def test_truncation_keeps_the_answer_and_the_bos_token(whole: TokenizedSample, limit: int) -> None:
     cut, what = fit(whole, limit, "Truncate", BOS)
     assert cut is not None
     if len(whole.ids) <= limit:
@@ -129,7 +127,7 @@ def test_truncation_keeps_the_answer_and_the_token_that_begins(
         assert what == "Completion" and len(answer) > limit - 2
     if whole.ids[0] == BOS:
         assert cut.ids[0] == BOS
-    # What is learned is what was learned of the tokens that stay, and never the first.
+    # Of the kept tokens the same are supervised as before, except the first.
     learned = {int(whole.ids[i]) for s, e in whole.spans for i in range(s, e)}
     mask = np.zeros(len(cut.ids), bool)
     for start, end in cut.spans:
@@ -139,7 +137,7 @@ def test_truncation_keeps_the_answer_and_the_token_that_begins(
         assert mask[i] == (i > 0 and token in learned)
 
 
-def test_drop_leaves_out_and_fail_names_record_length_and_limit() -> None:
+def test_drop_drops_and_fail_names_record_length_and_limit() -> None:
     whole = sample(20, [(0, 5)], bos=False)
     assert fit(whole, 24, "Drop", None) == (None, "Dropped")
     assert fit(whole, 25, "Fail", None) == (whole, "None")

@@ -1,4 +1,4 @@
-"""The library of templates: its texts, the draw of a phrasing, and what people see of it."""
+"""The template library: its texts, the draw of a phrasing, and the command that shows it."""
 
 from __future__ import annotations
 
@@ -57,16 +57,16 @@ def fault(record: dict[str, Any], **template: Any) -> DataError:
     return caught.value
 
 
-# --- its texts -----------------------------------------------------------------------------------
+# --- texts ---------------------------------------------------------------------------------------
 
 
-def test_the_contract_and_the_library_have_the_same_templates_and_fields() -> None:
+def test_the_api_and_the_library_have_the_same_templates_and_fields() -> None:
     assert get_args(TemplateName) == tuple(TEMPLATE_FIELDS)
     assert {name: tuple(entry.fields) for name, entry in CATALOGUE.items()} == TEMPLATE_FIELDS
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_an_entry_asks_for_what_it_learns_and_does_not_give_it_away(entry: Entry) -> None:
+def test_prompts_hold_all_required_fields_except_those_of_the_completion(entry: Entry) -> None:
     learned = variables(entry.completion)
     needed = {name for name, field in entry.fields.items() if not field.optional}
     assert learned and learned <= needed
@@ -77,7 +77,7 @@ def test_an_entry_asks_for_what_it_learns_and_does_not_give_it_away(entry: Entry
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_every_phrasing_of_every_template_holds_the_records_values(name: TemplateName) -> None:
+def test_every_phrasing_of_a_template_holds_the_records_values(name: TemplateName) -> None:
     entry = CATALOGUE[name]
     shown = [f for f in entry.fields if f not in variables(entry.completion)]
     records = [{field: f"<{field} {i}>" for field in entry.fields} for i in range(60)]
@@ -98,13 +98,13 @@ FIRST = "Question: number "
 
 
 @given(st.permutations(range(30)), st.integers(0, 2**31 - 1))
-def test_a_phrasing_does_not_depend_on_where_the_record_stands(order: list[int], seed: int) -> None:
+def test_a_phrasing_is_independent_of_the_records_position(order: list[int], seed: int) -> None:
     straight = examples(QUESTIONS[:30], seed=seed, name="Question")
     mixed = examples([QUESTIONS[i] for i in order], seed=seed, name="Question")
     assert [d.segments for d in mixed] == [straight[i].segments for i in order]
 
 
-def test_held_out_records_have_the_first_phrasing_and_training_records_all() -> None:
+def test_held_out_records_use_the_first_phrasing_and_training_records_all() -> None:
     made = examples(QUESTIONS, name="Question")
     assert {d.side for d in made} == {"train", "validation", "test"}
     held_out = [d.prompt.startswith(FIRST) for d in made if d.side != "train"]
@@ -114,12 +114,12 @@ def test_held_out_records_have_the_first_phrasing_and_training_records_all() -> 
     assert all(d.prompt.startswith(FIRST) and d.side == "validation" for d in given)
 
 
-def test_phrasings_first_gives_every_record_the_first() -> None:
+def test_phrasings_first_uses_the_first_phrasing_for_all_records() -> None:
     made = examples(QUESTIONS, name="Question", phrasings="First")
     assert all(d.prompt.startswith(FIRST) for d in made)
 
 
-def test_another_seed_draws_otherwise_and_groups_do_not_follow_the_draw() -> None:
+def test_the_draw_depends_on_the_seed_and_groups_do_not() -> None:
     one = examples(QUESTIONS, name="Question")
     other = examples(QUESTIONS, seed=1, name="Question")
     assert [d.prompt for d in one] != [d.prompt for d in other]
@@ -129,7 +129,7 @@ def test_another_seed_draws_otherwise_and_groups_do_not_follow_the_draw() -> Non
     ]
 
 
-def test_records_that_ask_the_same_have_one_phrasing_and_one_group() -> None:
+def test_records_with_the_same_question_have_one_phrasing_and_one_group() -> None:
     same = examples([{"question": "why?", "answer": i} for i in range(40)], name="Question")
     assert len({(d.prompt, d.group, d.side) for d in same}) == 1
 
@@ -137,7 +137,7 @@ def test_records_that_ask_the_same_have_one_phrasing_and_one_group() -> None:
 # --- fields --------------------------------------------------------------------------------------
 
 
-def test_fields_are_found_by_the_records_names() -> None:
+def test_template_fields_are_mapped_to_the_records_names() -> None:
     record = {"article": "a text", "summary": "short", "document": "not this"}
     (made,) = examples([record], "test", name="Summarize", fields={"document": "article"})
     assert made.prompt == "Summarize the document.\n\na text\n\nSummary:"
@@ -145,7 +145,7 @@ def test_fields_are_found_by_the_records_names() -> None:
 
 
 @pytest.mark.parametrize("fields", [{}, {"summary": None}])
-def test_a_field_that_is_not_there_is_named_as_the_records_would_name_it(
+def test_a_missing_field_is_named_by_the_records_name(
     fields: dict[str, Any],
 ) -> None:
     error = fault({"document": "a", **fields}, name="Summarize")
@@ -154,7 +154,7 @@ def test_a_field_that_is_not_there_is_named_as_the_records_would_name_it(
     assert "field 'gist' is missing" in error.message and "as summary" in error.message
 
 
-def test_an_optional_field_may_be_absent_unless_the_spec_says_where_it_is() -> None:
+def test_an_optional_field_is_required_once_the_spec_maps_it() -> None:
     record = {"source": "Haus", "target": "house"}
     (bare,) = examples([record], "test", name="Translate")
     (named,) = examples([{**record, "language": "English"}], "test", name="Translate")
@@ -163,7 +163,7 @@ def test_an_optional_field_may_be_absent_unless_the_spec_says_where_it_is() -> N
     assert "'to'" in fault(record, name="Translate", fields={"language": "to"}).message
 
 
-def test_values_that_are_no_text_are_written_as_json() -> None:
+def test_values_other_than_text_are_written_as_json() -> None:
     record = {"document": "é <b>", "wanted": ["name", "age"], "extracted": {"name": "é", "age": 3}}
     (made,) = examples([record], "test", name="Extract")
     assert made.prompt == 'é <b>\n\nExtract from the document: ["name", "age"]\n\nExtracted:'
@@ -171,12 +171,12 @@ def test_values_that_are_no_text_are_written_as_json() -> None:
 
 
 @pytest.mark.parametrize(("value", "label"), [("good", "good"), (0, "0"), (True, "true")])
-def test_classify_counts_as_classification(value: Any, label: str) -> None:
+def test_template_classify_has_format_classification(value: Any, label: str) -> None:
     (made,) = examples([{"text": "fine", "label": value}], name="Classify")
     assert made.label == label and made.completion == f" {label}"
 
 
-def test_the_digest_knows_the_librarys_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_digest_covers_the_librarys_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     found = source(name="Question")
 
     def made() -> str:
@@ -188,7 +188,7 @@ def test_the_digest_knows_the_librarys_texts(monkeypatch: pytest.MonkeyPatch) ->
     assert made() != before
 
 
-# --- for people ----------------------------------------------------------------------------------
+# --- command -------------------------------------------------------------------------------------
 
 
 def test_the_command_lists_shows_and_renders(
@@ -218,7 +218,7 @@ def test_the_command_lists_shows_and_renders(
         (["Summarize", "--data", "nowhere.jsonl"], 2, "nowhere.jsonl"),
     ],
 )
-def test_the_command_says_what_is_wrong(
+def test_the_command_reports_errors(
     arguments: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["templates", *arguments]) == code

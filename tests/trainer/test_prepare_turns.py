@@ -1,4 +1,4 @@
-"""Template Chat: conversations of any shape, as those of format Messages, token by token."""
+"""Template Chat: conversations of other shapes give the same tokens as format Messages."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def fault(record: Record_, **template: Any) -> DataError:
         ),
     ],
 )  # fmt: skip
-def test_conversations_of_any_shape_are_those_of_format_messages(
+def test_conversations_of_other_shapes_equal_those_of_format_messages(
     fields: Record_, template: Record_
 ) -> None:
     found, plain = examples(fields, template), examples({"messages": PLAIN}, None)
@@ -90,7 +90,7 @@ def test_conversations_of_any_shape_are_those_of_format_messages(
     assert learned == ["yes<|im_end|>", "no<|im_end|>"]
 
 
-def test_calls_of_tools_and_tools_are_kept_under_other_names() -> None:
+def test_tools_and_tool_calls_are_kept_under_other_names() -> None:
     tools = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
     call = {"function": {"name": "look_up", "arguments": '{"q": "a"}'}}
     shared = [
@@ -104,7 +104,7 @@ def test_calls_of_tools_and_tools_are_kept_under_other_names() -> None:
     (example,) = examples(record, template, CHATML_TOOLS)
     learned = [part.text for part in example.segments if part.learned]
     assert len(learned) == 2 and "look_up" in learned[0] and learned[1].startswith("a letter")
-    assert "look_up" in example.segments[0].text, "the tools are read"
+    assert "look_up" in example.segments[0].text, "tools are in the prompt"
 
 
 @pytest.mark.parametrize(
@@ -125,29 +125,29 @@ def test_calls_of_tools_and_tools_are_kept_under_other_names() -> None:
         ({"conversations": [["x", None]]}, "MissingField", "'conversations[0][1]'"),
         ({"conversations": [["x", 3]]}, "WrongType", "'conversations[0][1]'"),
         ({"conversations": SHARED, "system": "again"}, "WrongType", "'system'"),
-        ({"conversations": SHARED[:2]}, "NothingSupervised", "learned"),
+        ({"conversations": SHARED[:2]}, "NothingSupervised", "no supervised tokens"),
     ],
 )  # fmt: skip
-def test_a_record_that_is_no_conversation_is_refused_by_its_own_names(
+def test_an_invalid_conversation_is_refused_with_the_records_field_names(
     fields: Record_, reason: str, said: str
 ) -> None:
     error = fault(fields, fields=SHARE)
     assert error.reason == reason and said in error.message
 
 
-def test_an_optional_field_that_the_manifest_places_must_be_there() -> None:
+def test_an_optional_field_that_the_manifest_maps_is_required() -> None:
     error = fault({"messages": PLAIN}, fields={"system": "preamble"})
     assert error.reason == "MissingField" and "'preamble'" in error.message
 
 
-def test_a_task_of_classes_refuses_conversations() -> None:
+def test_classification_refuses_conversations() -> None:
     template = Template(name="Chat")
     spec = DataSource(source="s3://bucket/a.jsonl", template=template)
     with pytest.raises(UserError, match="of format Messages"):
         format_of(spec, Record({}, "u", "line 1"), "SequenceClassification")
 
 
-def test_the_digest_knows_which_roles_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_digest_covers_the_known_roles(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = DataSource(source="s3://bucket/a.jsonl", template=Template(name="Chat"))
 
     def made() -> str:

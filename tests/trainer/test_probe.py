@@ -1,4 +1,4 @@
-"""Which models are packed, decided by what they hand to their attention, and that it is right."""
+"""Which models are packed, decided by the arguments of their attention, and that losses match."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ SMALL: Any = {
 }  # fmt: skip
 WINDOW = 16
 LENGTHS = [60, 9, 33, 17, 16]
-"""Longer than the window, as long, and shorter."""
+"""Longer than the window, equal to it, and shorter."""
 SLIDING: Any = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
 EXPERTS: Any = {"num_local_experts": 4, "num_experts_per_tok": 2}
 MANY: Any = {
@@ -111,14 +111,14 @@ def packing_of(model: PreTrainedModel) -> str:
 
 
 @pytest.mark.parametrize("name", [*TOGETHER, *APART])
-def test_a_model_is_packed_where_its_attention_is_that_of_rows(name: str) -> None:
+def test_a_model_is_packed_where_attend_computes_its_attention(name: str) -> None:
     model = made((TOGETHER | APART)[name])
     apart = "Unpacked" if name == "Llama, dynamic" else "Padded"
     assert packing_of(model) == ("Concatenated" if name in TOGETHER else apart)
 
 
 def own_losses(model: PreTrainedModel, document: TokenSample) -> torch.Tensor:
-    """Losses of a document as the model is called by people."""
+    """Return the losses of a document by a plain call of the model."""
     ids = torch.from_numpy(document.ids.astype(np.int64))
     with torch.no_grad():
         logits = model(input_ids=ids[None]).logits[0]
@@ -127,7 +127,7 @@ def own_losses(model: PreTrainedModel, document: TokenSample) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", APART)
-def test_what_is_apart_is_run_as_it_is(name: str) -> None:
+def test_unpacked_models_have_the_losses_of_a_plain_call(name: str) -> None:
     model = made(APART[name])
     for document in samples(LENGTHS):
         micro_batch = build_packed([document], [0], seed=0, step=0, device=CPU)
@@ -136,7 +136,7 @@ def test_what_is_apart_is_run_as_it_is(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TOGETHER)
-def test_what_is_packed_has_the_losses_of_the_models_own_attention_and_mask(name: str) -> None:
+def test_packed_models_have_the_losses_of_their_own_attention_and_mask(name: str) -> None:
     model = made(TOGETHER[name])
     documents = samples(LENGTHS)
     model.set_attn_implementation("eager")
@@ -147,8 +147,8 @@ def test_what_is_packed_has_the_losses_of_the_models_own_attention_and_mask(name
     torch.testing.assert_close(together, torch.cat(apart), rtol=1e-5, atol=1e-5)
 
 
-def test_documents_with_rotary_frequencies_of_their_own_are_apart() -> None:
-    """Those of longrope are others above 32 tokens here."""
+def test_documents_beyond_the_longrope_limit_are_not_packed() -> None:
+    """Longrope uses other frequencies above 32 tokens here."""
     model = made(Phi3Config(**SMALL, original_max_position_embeddings=32, rope_parameters=LONG))
     model.set_attn_implementation(packed.ATTENTION)
     kinds = [profiling.packing_of(model, spec_of({"type": "Full"}, maxLength=n)) for n in (32, 33)]
@@ -164,7 +164,7 @@ def test_documents_with_rotary_frequencies_of_their_own_are_apart() -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("Doge", "given a mask of its own"),
+        ("Doge", "given a custom mask"),
         ("Gemma 2", "given softcap"),
         ("gpt-oss", "given s_aux"),
         ("PhiMoE, window", "window"),
@@ -174,13 +174,13 @@ def test_documents_with_rotary_frequencies_of_their_own_are_apart() -> None:
         ("Mamba", "1 layers call attention 0 times"),
     ],
 )
-def test_what_the_attention_of_rows_would_not_do_is_said(name: str, said: str) -> None:
+def test_obstacles_to_packing_are_reported(name: str, said: str) -> None:
     found = obstacle(made(APART[name]))
     assert found is not None and re.search(said, found), found
 
 
-def test_neither_weights_nor_memory_are_needed() -> None:
-    """A model of 70 billion parameters, with a window that no pass could hold a mask of."""
+def test_the_probe_needs_neither_weights_nor_memory() -> None:
+    """A model of 70 billion parameters, with a window too long for a materialized mask."""
     config = MistralConfig(
         vocab_size=128_256, hidden_size=8192, intermediate_size=28_672, num_hidden_layers=80,
         num_attention_heads=64, num_key_value_heads=8, max_position_embeddings=131_072,
@@ -205,7 +205,7 @@ def test_neither_weights_nor_memory_are_needed() -> None:
         (TOGETHER["Llama"], {"is_causal": False}, "a LlamaAttention .* is_causal"),
     ],
 )
-def test_what_a_row_cannot_do_is_refused(
+def test_unsupported_attention_arguments_are_refused(
     name: str, config: PreTrainedConfig, given: dict[str, Any], said: str
 ) -> None:
     model: Any = made(config)

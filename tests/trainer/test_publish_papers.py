@@ -235,7 +235,9 @@ def test_the_card_shows_the_lineage() -> None:
     over = about(before=[whole], base="s3://one/1-a/merged")
     assert "`base` is a copy of `s3://one/1-a/merged`" in modelcard.render(over)
     assert "it is loaded on" not in modelcard.render(over)
-    assert modelcard.front_matter(over)["base_model"] == "org/name", "the first model of the lineage"
+    assert modelcard.front_matter(over)["base_model"] == "org/name", (
+        "the first model of the lineage"
+    )
 
 
 def test_the_report_shows_the_lineage() -> None:
@@ -312,7 +314,7 @@ def test_quarantined_samples_are_named() -> None:
 
 
 @given(
-    # Ranges of losses and steps. Denormal spans have no even steps in floating point.
+    # Ranges of losses and steps; spans close to zero have no even steps in floating point.
     st.floats(-1e6, 1e6).map(lambda x: round(x, 6)),
     st.floats(0, 1e6).filter(lambda x: x == 0 or x > 1e-6),
     st.integers(2, 9),

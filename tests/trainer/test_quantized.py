@@ -1,4 +1,4 @@
-"""Tuning over a base in 4 bits."""
+"""Tuning over a 4-bit base (QLoRA)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_qlora_trains_over_four_bits_and_is_published_on_the_stored_base(
+def test_qlora_trains_over_a_4_bit_base_and_is_published_on_the_stored_base(
     base: Path, tmp_path: Path, dora: bool
 ) -> None:
     spec = spec_of({"type": "QLoRA", "lora": {"rank": 4, "useDora": dora}})
@@ -40,7 +40,7 @@ def test_qlora_trains_over_four_bits_and_is_published_on_the_stored_base(
     resumed = step_and_resume(base, tmp_path, spec, tuning)
     whole = apply_method(build_base(base, torch.float32), spec)
     load_weights(FileSystemReader(tmp_path / "checkpoint"), whole)
-    with torch.no_grad():  # not by eval(), after which a CPU rearranges the bits for inference
+    with torch.no_grad():  # not in eval(), which makes a CPU repack the weights for inference
         quantised = tuning.model(input_ids=IDS).logits
     assert (logits(whole) - quantised).abs().max() > 1e-3, "the base was not quantised"
     check_published(base, tmp_path, spec, logits(whole))

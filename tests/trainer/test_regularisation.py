@@ -1,4 +1,4 @@
-"""Label smoothing, noise on embeddings, learning rates by layer."""
+"""Label smoothing, noise on embeddings (NEFTune), learning rates by layer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def losses(loss: TokenLoss, micro_batch: MicroBatch) -> torch.Tensor:
     return found.tokens
 
 
-def test_labels_are_smoothed_while_training_alone() -> None:
+def test_labels_are_smoothed_only_while_training() -> None:
     model, micro_batch = tiny_llama(), micro_batch_of([0, 1])
     plain, smooth = TokenLoss(model), TokenLoss(model, label_smoothing=0.2)
     measured = losses(plain.eval(), micro_batch)
@@ -54,7 +54,7 @@ def by_sample(found: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
     return torch.stack([found[micro_batch.sources == i].sum() for i in range(3)])
 
 
-def test_noise_is_alike_wherever_a_sample_stands_and_changes_with_the_step() -> None:
+def test_noise_of_a_sample_depends_on_the_step_and_not_on_its_place() -> None:
     model = tiny_llama()
     quiet = losses(TokenLoss(model).train(), micro_batch_of([0, 1, 2]))
     add_noise(model.get_input_embeddings(), 5.0)
@@ -68,10 +68,10 @@ def test_noise_is_alike_wherever_a_sample_stands_and_changes_with_the_step() -> 
     assert not torch.allclose(found, quiet)
     assert not torch.allclose(found, losses(loss, later))
     torch.testing.assert_close(by_sample(found, here), by_sample(losses(loss, there), there))
-    assert torch.equal(losses(loss.eval(), here), quiet), "measured without"
+    assert torch.equal(losses(loss.eval(), here), quiet), "no noise in evaluation"
 
 
-def test_noise_is_uniform_and_as_large_as_the_paper_says() -> None:
+def test_noise_is_uniform_with_the_bound_of_the_paper() -> None:
     embedding = nn.Embedding(100, 256)
     micro_batch = micro_batch_of([0])
     before = embedding(micro_batch.input_ids)
@@ -85,7 +85,7 @@ def test_noise_is_uniform_and_as_large_as_the_paper_says() -> None:
     assert noise.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
 
 
-def test_a_spec_asks_for_noise() -> None:
+def test_neftune_alpha_adds_noise() -> None:
     model = apply_method(tiny_llama(), spec_of({"type": "Full"}, neftuneAlpha="5"))
     quiet = apply_method(tiny_llama(), spec_of({"type": "Full"}))
     micro_batch = micro_batch_of([0])
@@ -103,7 +103,7 @@ def rate_factors(model: nn.Module, spec: FineTuneJobSpec) -> dict[str, float]:
     return {name: factors[id(p)] for name, p in model.named_parameters()}
 
 
-def test_lower_layers_learn_more_slowly() -> None:
+def test_lower_layers_have_lower_learning_rates() -> None:
     spec = spec_of({"type": "Full"}, layerDecay="0.5")
     model = apply_method(tiny_llama(tie_word_embeddings=False), spec)
     found = rate_factors(model, spec)
@@ -113,14 +113,14 @@ def test_lower_layers_learn_more_slowly() -> None:
     assert found["model.norm.weight"] == 1.0
 
 
-def test_blocks_of_two_classes_are_layers_all_the_same() -> None:
+def test_blocks_of_two_classes_count_as_layers() -> None:
     spec = spec_of({"type": "Full"}, layerDecay="0.5")
     found = rate_factors(tiny_jamba(), spec)
     for block in range(4):
         assert {f for n, f in found.items() if f".layers.{block}." in n} == {0.5 ** (4 - block)}
 
 
-def test_rates_by_layer_need_layers() -> None:
+def test_layer_decay_without_blocks_is_refused() -> None:
     spec = spec_of({"type": "Full"}, layerDecay="0.5")
     check_optimizer(tiny_llama(), spec)
     with pytest.raises(UserError, match=r"layerDecay: 0\.5, but no list of blocks") as caught:
@@ -128,7 +128,7 @@ def test_rates_by_layer_need_layers() -> None:
     assert caught.value.reason == "UnsuitableModel"
 
 
-def test_all_of_an_encoder_s_embeddings_lie_below_its_blocks(tmp_path: Path) -> None:
+def test_all_embeddings_of_an_encoder_are_below_its_blocks(tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(write_encoder(tmp_path), num_labels=2)
     model = AutoModelForSequenceClassification.from_config(config)
     found = rate_factors(model, spec_of({"type": "Full"}, layerDecay="0.5"))

@@ -37,7 +37,7 @@ def spec(**blocks: Any) -> FineTuneJobSpec:
     ("training", "samples", "steps"),
     [
         ({}, 64, 6),  # three epochs of 32 samples a step
-        ({}, 65, 7),  # batches go over the ends of epochs; the last, short one is trained
+        ({}, 65, 7),  # batches cross epoch boundaries; the last, short batch is trained
         ({}, 20, 3),  # a batch has no sample twice
         ({}, 1, 3),
         ({"epochs": 1, "batchSize": 8}, 20, 3),
@@ -71,7 +71,7 @@ def source(name: str, **fields: Any) -> dict[str, Any]:
                     {"name": "b", "steps": "1.5"},
                 ]
             },
-            [Stage(3, [0.0, 1.0], "a"), Stage(7, None, "b")],  # 2.5 steps are 3
+            [Stage(3, [0.0, 1.0], "a"), Stage(7, None, "b")],  # 2.5 steps round to 3
         ),
     ],
 )
@@ -88,7 +88,7 @@ def test_a_stage_of_empty_sets_is_refused() -> None:
 
 
 def in_stages(*steps: str) -> FineTuneJobSpec:
-    """Over both sets: stages s0, s1, … of these parts of the steps."""
+    """Return a spec over both sets with stages s0, s1, … of these shares of the steps."""
     stages = [{"name": f"s{i}", "steps": part} for i, part in enumerate(steps)]
     return spec(data={"train": [source("small"), source("large")], "stages": stages})
 
@@ -107,7 +107,7 @@ def test_every_stage_has_a_step_or_is_refused(parts: list[int], total: int) -> N
         assert sum(stage.steps for stage in stages) == total
 
 
-def test_a_stage_without_a_step_is_refused_with_what_to_do() -> None:
+def test_a_stage_without_a_step_is_refused_with_a_remedy() -> None:
     with pytest.raises(UserError) as caught:
         stages_of(in_stages("0.98", "0.02"), SETS, 12)
     assert caught.value.reason == "StageTooShort"
@@ -115,7 +115,7 @@ def test_a_stage_without_a_step_is_refused_with_what_to_do() -> None:
         assert word in caught.value.message
 
 
-def test_the_plan_of_the_stages_names_steps_and_shares() -> None:
+def test_stage_plans_have_names_steps_and_shares() -> None:
     only_large = {"name": "a", "steps": "1", "weights": [{"name": "large", "weight": "3"}]}
     data = {
         "train": [source("small"), source("large")],
@@ -128,7 +128,7 @@ def test_the_plan_of_the_stages_names_steps_and_shares() -> None:
     assert stage_plans(stages_of(spec(), SETS, 10), SETS) == []
 
 
-def test_replay_sets_are_those_that_are_marked_and_have_samples() -> None:
+def test_replay_sets_are_the_marked_sets_with_samples() -> None:
     data = {"train": [source("a"), source("b", replay=True), source("c", replay=True)]}
     held = spec(data=data, training={"anchor": {"klCoefficient": "0.1"}})
     assert replay_of(held, ["a", "c"]) == [False, True]
@@ -175,7 +175,7 @@ def test_the_rate_rises_to_the_peak_and_then_never_rises(
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
 
 
-def test_the_rates_of_each_schedule_are_the_formulas() -> None:
+def test_rates_match_the_formula_of_each_schedule() -> None:
     def rates(schedule: str) -> list[float]:
         made = spec(training={"schedule": schedule, "warmupRatio": "0.2", "learningRate": "1"})
         return [learning_rate(made, 10, t) for t in (0, 1, 2, 6, 9)]

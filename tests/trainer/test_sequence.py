@@ -1,4 +1,4 @@
-"""Runs that start from what other runs have published: merged beneath, added up above, and told."""
+"""Runs based on published outputs of other runs: merged bases, summed adapters, lineage."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from finetune_trainer.storage.weight_reader import Weights
 
 
 class Chain:
-    """Jobs of one namespace, each after the one before."""
+    """Jobs of one namespace, each based on an earlier one."""
 
     def __init__(self, run_spec_for: Any, bucket: str, tiny_base: Path, tmp_path: Path) -> None:
         self._run_spec_for, self._bucket, self._tmp_path = run_spec_for, bucket, tmp_path
@@ -40,7 +40,7 @@ class Chain:
         self.store.upload(tiny_base / "data" / "intent-train.jsonl", f"s3://{bucket}/train.jsonl")
 
     def run_spec(self, name: str, before: Trained | None = None, **spec: Any) -> RunSpec:
-        """A job's order; ``before`` is the run whose model it refers to."""
+        """Return a job's run spec; ``before`` is the run whose model the job refers to."""
         if before is not None:
             spec["model"] = {"fineTuneJobRef": {"name": before.run_spec.job.name}}
         run_spec: RunSpec = self._run_spec_for(
@@ -76,7 +76,7 @@ def file_digest(data: bytes) -> str:
 
 
 @pytest.mark.slow
-def test_four_runs_one_after_the_other(
+def test_a_chain_of_four_runs(
     run_spec_for: Any, bucket: str, tiny_base: Path, tmp_path: Path
 ) -> None:
     chain = Chain(run_spec_for, bucket, tiny_base, tmp_path)
@@ -92,7 +92,8 @@ def test_four_runs_one_after_the_other(
         )  # fmt: skip
     assert caught.value.reason == "NoSumOfAdapters"
 
-    # LoRA over an adapter alone: it began with the first model, and holds both adapters.
+    # LoRA on a run that published only an adapter: the new adapter is for the first model and
+    # contains the sum of both adapters.
     method = {"type": "LoRA", "lora": {"rank": 2, "useRslora": True, "targetModules": ["q_proj"]}}
     two = chain.run("two", one, method=method, output={"format": "Both"})
     assert chain.loss(two, "base") == pytest.approx(chain.loss(one, "tuned"), abs=1e-5)
@@ -119,7 +120,7 @@ def test_four_runs_one_after_the_other(
     assert f"| 2 | `{one.run_spec.output_uri}` | one 1-abcde | LoRA | adapter |" in card
     assert f"it is loaded on `s3://{bucket}/model` alone" in card
 
-    # Full over an adapter, by the address of what was published; LoRA over the whole model of it.
+    # Full on an adapter, by its published URI; then LoRA on the merged model that this published.
     three = chain.run(
         "three", model={"source": one.run_spec.output_uri}, method={"type": "Full"}
     )  # fmt: skip
@@ -137,7 +138,7 @@ def test_four_runs_one_after_the_other(
 
 
 def save_adapter(base: Path, folder: Path, **config: Any) -> Path:
-    """A random adapter, as if trained."""
+    """Save an adapter with random weights."""
     torch.manual_seed(config.pop("seed", 0))
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base),
@@ -163,7 +164,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"r": 2, "target_modules": ["embed_tokens"], "lora_alpha": 0.02}, {"r": 3}),
     ],
 )
-def test_a_sum_of_adapters_is_one_over_the_other(
+def test_a_sum_of_adapters_equals_both_applied_in_turn(
     base: Path, tmp_path: Path, one: dict[str, Any], two: dict[str, Any]
 ) -> None:
     every = {"target_modules": ["q_proj", "k_proj", "up_proj"], "lora_alpha": 64}
@@ -184,7 +185,9 @@ def test_a_sum_of_adapters_is_one_over_the_other(
 
 
 @pytest.mark.parametrize("end", ["embed_tokens", "lm_head"])
-def test_an_adapter_of_one_end_of_a_tie_is_refused(base: Path, tmp_path: Path, end: str) -> None:
+def test_an_adapter_of_only_one_tied_weight_is_refused(
+    base: Path, tmp_path: Path, end: str
+) -> None:
     adapter = save_adapter(base, tmp_path / "a", r=2, target_modules=[end])
     check_ties(base, adapter, "s3://out/1-a")
     tiny_llama(tie_word_embeddings=True).config.save_pretrained(tmp_path)
@@ -194,7 +197,7 @@ def test_an_adapter_of_one_end_of_a_tie_is_refused(base: Path, tmp_path: Path, e
     check_ties(tmp_path, other, "s3://out/1-a")
 
 
-def test_merging_rounds_nothing_and_leaves_the_models_own_words(base: Path, tmp_path: Path) -> None:
+def test_merging_is_not_rounded_and_keeps_config_files(base: Path, tmp_path: Path) -> None:
     half = tmp_path / "half"
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(half)
     (half / "generation_config.json").write_text('{"temperature": 0.5, "eos_token_id": 7}')
@@ -208,13 +211,13 @@ def test_merging_rounds_nothing_and_leaves_the_models_own_words(base: Path, tmp_
         assert (tmp_path / "merged" / name).read_bytes() == (half / name).read_bytes()
 
 
-def order_of(spec: Any) -> RunSpec:
+def run_spec_of(spec: Any) -> RunSpec:
     job = JobIdentity(namespace="default", name="job", uid="abcde")
     return RunSpec(version=CONTRACT_VERSION, job=job, run="1-abcde", spec=spec)
 
 
 def over(adapter: Path) -> BaseFiles:
-    """A base with an adapter of job `before` in it."""
+    """Return the files of a base that contains an adapter of job `before`."""
     place = ModelLocation(source="s3://out/1-a/adapter")
     lineage = (Ancestor(uri="s3://b"), Ancestor(uri="s3://out/1-a", job="before", method="LoRA"))
     return BaseFiles(Base(ModelLocation(source="s3://b"), lineage, place), adapter, adapter)
@@ -229,11 +232,11 @@ def over(adapter: Path) -> BaseFiles:
         ({"type": "LoRA"}, []),
     ],
 )
-def test_what_cannot_be_added_up_is_refused(
+def test_adapters_that_cannot_be_summed_are_refused(
     base: Path, tmp_path: Path, method: dict[str, Any], remedies: list[str]
 ) -> None:
     lora = over(save_adapter(base, tmp_path / "a", r=2, target_modules=["q_proj"]))
-    run_spec = order_of(spec_of(method))
+    run_spec = run_spec_of(spec_of(method))
     if not remedies:
         check_sum(run_spec, lora)
         dora = save_adapter(base, tmp_path / "d", r=2, target_modules=["q_proj"], use_dora=True)
@@ -259,7 +262,7 @@ def test_what_cannot_be_added_up_is_refused(
 
 
 def put_manifest(run_spec: RunSpec, **changes: Any) -> bytes:
-    """The manifest of what another job has published at the order's base model."""
+    """Write and return a manifest of another job at the base model of a run spec."""
     raw: dict[str, Any] = {
         "run": "1-a", "job": run_spec.job, "base_model": "s3://b", "method": "LoRA", "files": {},
         "lineage": [Ancestor(uri="s3://b")], "checkpoint": "s3://c", "formats": ["adapter"],
@@ -269,9 +272,7 @@ def put_manifest(run_spec: RunSpec, **changes: Any) -> bytes:
     return text
 
 
-def test_a_model_that_is_not_what_the_run_began_with_is_refused(
-    run_spec_for: Any, bucket: str
-) -> None:
+def test_a_missing_or_changed_base_model_is_refused(run_spec_for: Any, bucket: str) -> None:
     before: RunSpec = run_spec_for(job="before")
     raw: RunSpec = run_spec_for(model={"fineTuneJobRef": {"name": "before"}})
     run_spec = raw.model_copy(update={"base": tuned_base(before, "other", raw.spec)})
@@ -286,7 +287,7 @@ def test_a_model_that_is_not_what_the_run_began_with_is_refused(
     assert found.model.source == "s3://b" and found.adapter is not None
 
 
-def test_vectors_before_a_text_are_no_base(run_spec_for: Any, bucket: str, tmp_path: Path) -> None:
+def test_prefix_vectors_cannot_be_a_base(run_spec_for: Any, bucket: str, tmp_path: Path) -> None:
     run_spec: RunSpec = run_spec_for(model={"source": f"s3://{bucket}/out/1-a"})
     put_manifest(run_spec, method="PrefixTuning")
     with pytest.raises(UserError, match="Tune the first model by LoRA") as caught:
@@ -294,7 +295,7 @@ def test_vectors_before_a_text_are_no_base(run_spec_for: Any, bucket: str, tmp_p
     assert caught.value.reason == "NotMergeable"
 
 
-def test_another_programs_manifest_is_none(run_spec_for: Any, bucket: str) -> None:
+def test_a_manifest_of_another_program_is_ignored(run_spec_for: Any, bucket: str) -> None:
     run_spec: RunSpec = run_spec_for()
     Stores(run_spec).default.put(f"{run_spec.base_model.source}/manifest.json", b'{"name": "app"}')
     assert find_base(run_spec, Stores(run_spec)).lineage == (

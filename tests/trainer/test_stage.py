@@ -1,4 +1,4 @@
-"""The shell of prepare and publish: order in, last word and exit code out."""
+"""Entry point of prepare and publish: run spec in, termination message and exit code out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PUBLISHED = PublishSummary(uri="s3://bucket/out/1-abcde", digest="0", formats=["
 WAITS = """
 import sys, threading, time
 from finetune_trainer.stage import run_stage
-def body(order, stores):
+def body(run_spec, stores):
     threading.Thread(target=time.sleep, args=(600,)).start()
     print("works", flush=True)
     time.sleep(600)
@@ -35,7 +35,7 @@ sys.exit(run_stage("prepare", body))
 def last_word(
     run_spec_for: Callable[..., RunSpec], run_spec_file: Callable[[RunSpec], Path]
 ) -> Callable[[], Termination]:
-    """Prepares a stage's environment; call it for what the stage has left."""
+    """Set up a stage's environment. Call it to read the termination message."""
     folder = run_spec_file(run_spec_for()).parent
 
     def read() -> Termination:
@@ -84,7 +84,7 @@ def test_failure(
         ('{"version": 1, "job": {}}', "runSpec.run: required"),
     ],
 )
-def test_an_order_that_is_none(
+def test_an_invalid_run_spec_is_refused(
     last_word: Callable[[], Termination], text: str | None, words: str
 ) -> None:
     path = Path(os.environ["FINETUNE_RUN_SPEC"])
@@ -94,7 +94,7 @@ def test_an_order_that_is_none(
     assert failure is not None and words in failure.message
 
 
-def test_sigterm_ends_it_at_once(last_word: Callable[[], Termination]) -> None:
+def test_sigterm_ends_a_stage_immediately(last_word: Callable[[], Termination]) -> None:
     process = subprocess.Popen([sys.executable, "-c", WAITS], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     with process, process.stdout:

@@ -1,4 +1,4 @@
-"""The time to the first step: parts without gaps, from the supervisor's start to the step's end."""
+"""Startup time: contiguous parts from the launch by the supervisor to the end of the first step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def clock(launched: float | None, started: float | None, *times: float) -> Start
     return StartupClock(launched, started, lambda: next(ticks))
 
 
-def test_parts_follow_one_another_and_a_part_in_pieces_is_one() -> None:
+def test_parts_are_contiguous_and_repeated_parts_are_summed() -> None:
     found = clock(10.0, 13.0, 20.0, 21.0, 25.0, 26.0, 30.0)
     for part in ("import", "data", "model", "data"):
         found.reached(part)
@@ -41,9 +41,9 @@ def test_parts_follow_one_another_and_a_part_in_pieces_is_one() -> None:
         # /proc counts in hundredths of a second.
         (10.0, 9.99, [20.0, 21.0], {"launch": 0.0, "import": 10.0, "step": 1.0}),
     ],
-    ids=["by hand", "the kernel tells nothing", "neither", "within a tick"],
+    ids=["no supervisor", "unknown start time", "neither", "within a tick"],
 )
-def test_what_is_not_known_is_no_part(
+def test_parts_of_unknown_times_are_absent(
     launched: float | None, started: float | None, times: list[float], expected: dict[str, float]
 ) -> None:
     found = clock(launched, started, *times)
@@ -77,7 +77,7 @@ def test_a_process_knows_when_it_was_started() -> None:
     assert started <= told <= machine_time()
 
 
-def test_the_last_line_of_a_run_says_how_long_it_took_to_start() -> None:
+def test_the_last_line_of_a_run_reports_the_startup_time() -> None:
     def text(startup: Startup | None) -> str:
         more: dict[str, Any] = {"loss": 0.5, "startup": startup}
         return trained_text(TrainSummary(attempt=1, restarts=0, steps=150, **more))

@@ -1,4 +1,4 @@
-"""Attempts that are told to stop: what they save, and whether what follows counts as a restart."""
+"""Stopped attempts: what they save, and whether the next attempt counts as a restart."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune_trainer.storage import runfiles
 
 
 @pytest.mark.parametrize(("told", "restarts"), [((0, 1), 0), ((1,), 1)])
-def test_a_stop_saves_and_is_a_restart_where_it_came_to_a_part(
+def test_a_stop_saves_and_is_a_restart_unless_it_reached_all_ranks(
     bench: Bench, told: tuple[int, ...], restarts: int
 ) -> None:
     run_spec = bench.run_spec(f"1-stop{len(told)}", checkpoint={"everySeconds": 3600},
@@ -35,7 +35,7 @@ def test_a_stop_saves_and_is_a_restart_where_it_came_to_a_part(
     assert result.summary.steps == 60
 
 
-def test_a_stop_is_heard_while_the_attempt_starts(bench: Bench) -> None:
+def test_a_stop_during_startup_ends_the_attempt(bench: Bench) -> None:
     run_spec = bench.run_spec("1-early")
     folder = bench.tmp_path / "early"
     for rank in (0, 1):
@@ -49,8 +49,8 @@ def test_a_stop_is_heard_while_the_attempt_starts(bench: Bench) -> None:
     assert head is not None and head.released and not head.checkpoints
 
 
-@pytest.mark.parametrize("every", [4, 12])  # on the way, and at the last step
-def test_a_stop_in_a_validation_saves_and_what_goes_on_measures_it(
+@pytest.mark.parametrize("every", [4, 12])  # during training, and at the last step
+def test_a_stop_during_validation_saves_and_the_next_attempt_validates(
     bench: Bench, every: int
 ) -> None:
     steps = {"training": {"maxSteps": 12, "epochs": None}, "evaluation": {"everySteps": every}}

@@ -1,4 +1,4 @@
-"""The supervisor, as it runs in pods: two of them on loopback are the two nodes of a gang."""
+"""The supervisor as it runs in pods; two of them on loopback act as two nodes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAIN = (
     " sys.exit(supervise('worker'))"
 )
 
-# Trains until the test says so, and saves when it is asked to stop: as the real worker does.
+# Trains until the test ends it, and saves on a stop request, like the real worker.
 GANG = """
 import os, sys, time
 from datetime import timedelta
@@ -107,7 +107,7 @@ time.sleep(600)
 
 
 class Nodes:
-    """Starts supervisors, each with folders of its own, and ends what is left of them."""
+    """Starts supervisors, each in its own folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -115,9 +115,9 @@ class Nodes:
         self.shared.mkdir()
         self.port = free_port()
         self.processes: list[subprocess.Popen[bytes]] = []
-        self.write_order()
+        self.write_run_spec()
 
-    def write_order(self, **spec: Any) -> None:
+    def write_run_spec(self, **spec: Any) -> None:
         run_spec = RunSpec(
             version=CONTRACT_VERSION,
             job=JobIdentity(namespace="default", name="job", uid="abcde"),
@@ -165,7 +165,7 @@ class Nodes:
         return [self.start(GANG, rank, FINETUNE_NODES=2) for rank in (0, 1)]
 
     def wait_for(self, pattern: str, count: int = 1) -> list[Path]:
-        """Files that the workers leave, once there are so many."""
+        """Wait until the workers have written ``count`` files; return them."""
         deadline = time.monotonic() + 90
         while len(found := sorted(self.shared.glob(pattern))) < count:
             assert time.monotonic() < deadline, f"{pattern}: {found}\n{self.logs()}"
@@ -192,7 +192,7 @@ class Nodes:
         return Termination.model_validate(json.loads(text))
 
     def kill_node(self, process: subprocess.Popen[bytes]) -> None:
-        """As when a node is gone: everything at once, no word."""
+        """Simulate a lost node: kill all its processes without warning."""
         for pid in [process.pid, *descendants(process.pid)]:
             os.kill(pid, signal.SIGKILL)
         process.wait()
@@ -215,7 +215,7 @@ def runs(pid: int) -> bool:
 
 
 @pytest.mark.slow
-def test_a_gang_that_loses_a_node_forms_again_and_finishes(nodes: Nodes) -> None:
+def test_training_resumes_after_a_lost_node_and_finishes(nodes: Nodes) -> None:
     world = nodes.start_world()
     first = nodes.wait_for("training-*", 2)
     assert [path.name.split("-")[1:3] for path in first] == [["0", "0"], ["1", "1"]]
@@ -233,7 +233,7 @@ def test_a_gang_that_loses_a_node_forms_again_and_finishes(nodes: Nodes) -> None
     assert trained is not None and trained.steps > 3
     assert trained.startup is not None
     assert list(trained.startup.seconds) == ["launch", "import", "step"]
-    assert trained.startup.seconds["launch"] > 0, "torchrun was started, and the nodes met"
+    assert trained.startup.seconds["launch"] > 0, "torchrun start and rendezvous"
     assert nodes.last_word(1).trained is None
     assert nodes.last_word(1).failure is None
 
@@ -249,15 +249,15 @@ def test_a_stop_saves_and_the_other_node_waits(nodes: Nodes) -> None:
     assert (failure.failure_class, failure.retryable) == ("Preempted", True)
     assert "is saved" in failure.message
     nodes.wait_for("saved-*", 2)
-    nodes.wait_for_log("starting the workers again in place")
+    nodes.wait_for_log("restarting the workers in place")
     assert world[0].poll() is None
-    world[0].send_signal(signal.SIGTERM)  # without a gang there is nothing to save
+    world[0].send_signal(signal.SIGTERM)  # without a process group there is nothing to save
     assert nodes.end(world[0]) == 23, nodes.logs()
     failure = nodes.last_word(0).failure
-    assert failure is not None and "before the gang had formed" in failure.message
+    assert failure is not None and "before the process group had formed" in failure.message
 
 
-def test_a_failure_of_its_own_ends_the_pod_with_its_reason_and_exit_code(nodes: Nodes) -> None:
+def test_a_worker_failure_ends_the_pod_with_its_reason_and_exit_code(nodes: Nodes) -> None:
     assert nodes.end(nodes.start(USER_ERROR, FINETUNE_PROCESSES_PER_NODE=2)) == 10, nodes.logs()
     word = nodes.last_word()
     assert (word.run, word.role) == ("1-abcde", "train")
@@ -265,20 +265,20 @@ def test_a_failure_of_its_own_ends_the_pod_with_its_reason_and_exit_code(nodes: 
     assert (word.failure.failure_class, word.failure.reason) == ("UserError", "ModelTooSmall")
 
 
-def test_a_worker_that_is_killed_without_a_word(nodes: Nodes) -> None:
+def test_a_worker_killed_by_a_signal_is_reported(nodes: Nodes) -> None:
     assert nodes.end(nodes.start(KILLED)) == 20, nodes.logs()
     failure = nodes.last_word().failure
     assert failure is not None
     assert failure.reason == "ProcessKilled" and "killed by SIGSEGV" in failure.message
 
 
-def test_a_worker_that_nccl_aborts_for_a_kernel_of_its_own(nodes: Nodes) -> None:
-    """Not a lost peer, for which the workers would be started again and again."""
+def test_an_nccl_abort_after_a_kernel_fault_ends_the_pod(nodes: Nodes) -> None:
+    """It must not be taken for a lost peer, which would restart the workers forever."""
     assert nodes.end(nodes.start(ABORTED)) == 15, nodes.logs()
     failure = nodes.last_word().failure
     assert failure is not None
     assert failure.reason == "KernelFailed" and "illegal memory access" in failure.message
-    assert "watchdog thread" in nodes.logs(), "the log has it too"
+    assert "watchdog thread" in nodes.logs(), "stderr is in the log too"
 
 
 def test_a_worker_that_does_not_save_in_time_is_killed(nodes: Nodes) -> None:
@@ -292,10 +292,10 @@ def test_a_worker_that_does_not_save_in_time_is_killed(nodes: Nodes) -> None:
 
 
 @pytest.mark.parametrize(("deadline", "ends"), [(1, True), (3600, False)])
-def test_nodes_are_waited_for_as_long_as_the_order_says(
+def test_nodes_are_waited_for_until_the_start_deadline(
     nodes: Nodes, deadline: int, ends: bool
 ) -> None:
-    nodes.write_order(scheduling={"startDeadlineSeconds": deadline})
+    nodes.write_run_spec(scheduling={"startDeadlineSeconds": deadline})
     main = f"from finetune_trainer.supervise import supervisor; supervisor.FORM_SECONDS = 1; {MAIN}"
     alone = nodes.start(GANG, main=main, FINETUNE_NODES=2)
     if ends:
@@ -307,7 +307,7 @@ def test_nodes_are_waited_for_as_long_as_the_order_says(
             alone.wait(15)
 
 
-def test_an_environment_that_cannot_be(nodes: Nodes) -> None:
+def test_an_invalid_environment_is_refused(nodes: Nodes) -> None:
     assert nodes.end(nodes.start(KILLED, FINETUNE_NODES=2, FINETUNE_RENDEZVOUS="nowhere")) == 10
     failure = nodes.last_word().failure
     assert failure is not None and "FINETUNE_RENDEZVOUS='nowhere'" in failure.message

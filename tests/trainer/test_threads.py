@@ -1,4 +1,4 @@
-"""Threads of a process: as many as its share of the cores, and passive where they wait."""
+"""OpenMP settings of a process: threads by its share of the cores, and passive waiting."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
         ({"KMP_BLOCKTIME": "0"}, 2, {"OMP_NUM_THREADS": "4"}),
     ],
 )
-def test_what_the_user_has_set_stays(
+def test_variables_set_by_the_user_are_kept(
     environ: dict[str, str], processes: int, added: dict[str, str]
 ) -> None:
     assert thread_environment(environ, processes, cores=8) == added
@@ -61,6 +61,6 @@ def test_a_pods_cpu_limit_counts(
     assert count_cores(tmp_path / "cgroups", tmp_path / "groups") == cores
 
 
-def test_without_cgroups_the_cores_are_those_that_it_may_run_on(tmp_path: Path) -> None:
+def test_without_cgroups_the_cpu_affinity_counts(tmp_path: Path) -> None:
     here = len(os.sched_getaffinity(0))
     assert count_cores(tmp_path / "none", tmp_path / "none") == here

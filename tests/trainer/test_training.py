@@ -1,4 +1,4 @@
-"""Training as a gang does it, from prepared data to a result, on real storage."""
+"""Training by worker processes, from prepared data to a result, on real storage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finetune_trainer.storage import runfiles
 
 
 def test_an_interrupted_run_equals_an_uninterrupted_one_at_any_size(bench: Bench) -> None:
-    """With a mixture that changes from stage to stage."""
+    """With a data mixture that changes between stages."""
     data = {
         "train": [
             {"name": "colours", "source": f"{bench.bucket}/train.jsonl", "weight": "3"},
@@ -79,8 +79,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_at_any_size(bench: Bench
 def test_an_interrupted_run_equals_an_uninterrupted_one_with_other_optimizers_and_anchors(
     bench: Bench, optimizer: str, method: str, sharding: str, anchor: dict[str, str]
 ) -> None:
-    """The untuned model is that of the first attempt, not of the checkpoint that a later one
-    reads."""
+    """Anchors use the base model's weights, also in an attempt that restores a checkpoint."""
     data = {
         "train": [
             {"name": "colours", "source": f"{bench.bucket}/train.jsonl"},
@@ -95,7 +94,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_with_other_optimizers_an
     }  # fmt: skip
     whole = bench.finish(bench.run_spec("1-whole", **spec), 2, "whole")
     drifts = [point.anchor_kl for point in whole.curve]
-    assert drifts[0] == pytest.approx(0, abs=1e-3), "dropout alone"
+    assert drifts[0] == pytest.approx(0, abs=1e-3), "from dropout only"
     assert max(drift or 0 for drift in drifts) > 10 * (drifts[0] or 0)
     run_spec = bench.run_spec("1-again", **spec)
     bench.kill_after_checkpoint(run_spec, 2, "lost", step=6)
@@ -114,7 +113,7 @@ SERIES = (
 )  # fmt: skip
 
 
-def test_pages_tell_what_the_gang_does(bench: Bench) -> None:
+def test_metrics_and_progress_pages_show_the_training(bench: Bench) -> None:
     data = {
         "train": [{"source": f"{bench.bucket}/train.jsonl"}],
         "split": {"validation": "0.1", "test": "0.1"},
@@ -159,8 +158,8 @@ def test_the_same_manifest_and_seed_give_the_same_metrics(bench: Bench) -> None:
     assert curve(one) == curve(two)
 
 
-def test_the_gang_goes_by_what_prepare_has_measured(bench: Bench) -> None:
-    """Weights of a size that no rehearsal of this model finds are in the gang's table."""
+def test_training_uses_the_memory_profile_of_prepare(bench: Bench) -> None:
+    """The logged table shows a size from the stored profile that profiling would not find."""
     training = {"maxSteps": 1, "epochs": None}
     run_spec = bench.run_spec("1-known", training=training, compute={"gpusPerNode": 0})
     kept = json.loads(runfiles.read_memory_profiles(bench.store, run_spec.run_uri) or b"{}")
@@ -188,15 +187,17 @@ def test_full_tuning_learns_and_reports_both_models(bench: Bench) -> None:
     assert startup is not None and startup.from_step == 0
     assert list(startup.seconds) == [
         "import", "rendezvous", "data", "model", "restore", "baseline", "step"]  # fmt: skip
-    slack = 1.0  # of the two clocks
-    assert began - slack < startup.first_step - startup.total, "from the start of the process"
+    slack = 1.0  # difference of the two clocks
+    assert began - slack < startup.first_step - startup.total, (
+        "the total covers the start of the process"
+    )
     assert startup.first_step < time.time() + slack
     assert f"first step after {startup.text}" in (bench.tmp_path / "full" / "log").read_text()
     assert result.examples["train-0"][0].tuned.strip() in COLOURS.values()
 
 
 def test_compiled_training_is_the_same_and_compiles_once(bench: Bench) -> None:
-    """With the compiler that a GPU has too (inductor)."""
+    """With inductor, the compiler that GPUs use too."""
     training = {"microBatchTokens": 256, "compile": False}
     plain = bench.finish(bench.run_spec("1-plain", training=training), 1, "plain")
     run_spec = bench.run_spec("1-compiled", training=training | {"compile": True})
@@ -212,7 +213,7 @@ def test_compiled_training_is_the_same_and_compiles_once(bench: Bench) -> None:
     assert len(set(counts)) == 1 and int(counts[0]) > 0, counts
 
 
-def test_a_loss_that_is_no_number_ends_the_run_with_its_name(bench: Bench) -> None:
+def test_a_non_finite_loss_ends_the_run_with_its_reason(bench: Bench) -> None:
     run_spec = bench.run_spec("1-naned", method={"type": "Full"},
                         training={"learningRate": "1e25", "warmupRatio": "0", "maxGradNorm": "0"},
                         checkpoint={"everySteps": 1})  # fmt: skip
@@ -227,7 +228,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_name(bench: Bench) -> No
         assert all(math.isfinite(loss) for loss in state["pending"])
 
 
-def test_activations_computed_again_give_the_same_training(bench: Bench) -> None:
+def test_gradient_checkpointing_gives_the_same_training(bench: Bench) -> None:
     results = {}
     for again in ("Never", "Always"):
         training = {"epochs": 1, "gradientCheckpointing": again}
@@ -248,10 +249,12 @@ def test_early_stopping_ends_training(bench: Bench) -> None:
     )  # fmt: skip
     result = bench.finish(run_spec, 1, "early")
     assert result.summary.stopped_early
-    assert result.summary.steps == 6  # one evaluation sets the mark, two do not improve on it
+    assert (
+        result.summary.steps == 6
+    )  # the first evaluation sets the best value, two do not improve it
 
 
-def test_a_stale_gang_is_fenced(bench: Bench) -> None:
+def test_a_stale_attempt_is_fenced(bench: Bench) -> None:
     run_spec = bench.run_spec("1-stale", training={"epochs": 200}, checkpoint={"everySteps": 1})
     stale = bench.start(run_spec, 1, "stale")
     deadline = time.monotonic() + 90

@@ -1,4 +1,4 @@
-"""Prompt and prefix tuning: losses and answers behind virtual tokens, and the room they take."""
+"""Prompt and prefix tuning: losses, answers and maximum length with virtual tokens."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["PromptTuning", "PrefixTuning"])
-def test_losses_and_answers_behind_virtual_tokens(base: Path, name: str) -> None:
-    """As peft's own forward pass has them, by an attention without kernels."""
+def test_losses_and_answers_with_virtual_tokens(base: Path, name: str) -> None:
+    """The same as of peft's own forward pass with eager attention."""
     spec = spec_of({"type": name, "prompt": {"virtualTokens": 5}}, dropout="0.2")
     tuning = Tuning(base, spec)
     tuning.step(0)

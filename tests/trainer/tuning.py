@@ -1,4 +1,4 @@
-"""A model under tuning as a training process has it, and what holds of every method."""
+"""A model under tuning as in a training process, and checks that hold for every method."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ IDS = torch.arange(1, 25)[None]
 
 
 class Tuning:
-    """A model under tuning, as a training process has it."""
+    """A model under tuning, as in a training process."""
 
     def __init__(self, folder: Path, spec: FineTuneJobSpec) -> None:
         kind = spec.method.kind
@@ -61,15 +61,17 @@ class Tuning:
 
 
 def logits(model: Any) -> torch.Tensor:
-    """Logits of the real tokens: virtual ones stand before them."""
+    """Logits of the real tokens, without those of virtual tokens before them."""
     with torch.no_grad():
         found: torch.Tensor = model.eval()(input_ids=IDS).logits
     return found[:, -IDS.shape[1] :]
 
 
 def step_and_resume(base: Path, folder: Path, spec: FineTuneJobSpec, tuning: Tuning) -> Tuning:
-    """What resumes of a checkpoint (``folder/commit``) made after three steps. Steps change what is
-    trained and no more, and a resume begins with all of it."""
+    """Make three steps and a checkpoint (``folder/checkpoint``), and return what resumes from it.
+
+    Checks that steps change exactly the trained parameters, and that a resume restores all values.
+    """
     before = tuning.values()
     for number in range(3):
         tuning.step(number)
@@ -85,8 +87,8 @@ def step_and_resume(base: Path, folder: Path, spec: FineTuneJobSpec, tuning: Tun
 
 
 def check_round(base: Path, folder: Path, spec: FineTuneJobSpec, tuning: Tuning) -> None:
-    """Steps change what is trained and no more, a resume goes on where it was, and what is
-    published is the tuned model."""
+    """Check that steps change exactly the trained parameters, that a resume continues exactly, and
+    that the published model is the tuned model."""
     resumed = step_and_resume(base, folder, spec, tuning)
     check_published(base, folder, spec, logits(tuning.model))
     assert resumed.step(3) == tuning.step(3)
@@ -97,8 +99,8 @@ def check_round(base: Path, folder: Path, spec: FineTuneJobSpec, tuning: Tuning)
 def check_published(
     base: Path, folder: Path, spec: FineTuneJobSpec, expected: torch.Tensor
 ) -> None:
-    """What is written of a checkpoint has the tuned model's logits in plain transformers and
-    peft."""
+    """Check that the files published from a checkpoint give the tuned model's logits in plain
+    transformers and peft."""
     tokenizer, checkpoint = load_tokenizer(base), FileSystemReader(folder / "checkpoint")
     plain = AutoModelForCausalLM.from_pretrained(base)
     assert (logits(plain) - expected).abs().max() > 1e-3

@@ -1,4 +1,4 @@
-"""Training gangs for tests: real processes over gloo, forked from a server that has imported torch.
+"""Process groups for tests: real processes with gloo, forked from a server that has imported torch.
 
 Importing takes ten times as long as training a tiny model; the fork server pays it once.
 """
@@ -18,19 +18,19 @@ from ports import free_port
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["finetune_trainer.train.worker", "gangs", "gradient_worker", "classify_worker"]
+    ["finetune_trainer.train.worker", "worlds", "gradient_worker", "classify_worker"]
 )
 
 
 def start_fork_server() -> None:
-    """Start the server with what ``set_forkserver_preload`` names. A process has one server, and
-    whoever starts processes first decides what it has imported: prepare's pool would have no torch.
+    """Start the fork server with the modules of ``set_forkserver_preload``. A process has only one
+    fork server, started by its first use; if prepare's pool were first, it would preload no torch.
     """
     multiprocessing.forkserver.ensure_running()
 
 
 def forked(target: Callable[..., None], *arguments: object) -> BaseProcess:
-    """A started process that runs a function of an importable module."""
+    """Start a process that runs a function of an importable module; return it."""
     process = _context.Process(target=target, args=arguments, daemon=True)
     process.start()
     return process
@@ -64,13 +64,13 @@ class RunningWorld:
     metrics_port: int
 
     def tell_to_stop(self, *ranks: int) -> None:
-        """As the supervisors of these nodes do after SIGTERM."""
+        """Request a stop, as the supervisors of these ranks do after SIGTERM."""
         for rank in ranks:
             words_of(self.folder, rank).mkdir(exist_ok=True)
             (words_of(self.folder, rank) / "stop").touch()
 
     def wait(self, seconds: float = 120) -> list[int]:
-        """Exit codes, by rank."""
+        """Wait for all workers; return their exit codes by rank."""
         for process in self.processes:
             process.join(seconds)
         codes = [p.exitcode for p in self.processes]
@@ -80,14 +80,14 @@ class RunningWorld:
         return [int(c) for c in codes if c is not None]
 
     def kill(self) -> None:
-        """As a lost node: no word, no save."""
+        """Kill all workers, like a lost node: nothing is reported or saved."""
         for process in self.processes:
             process.kill()
             process.join()
 
 
 def words_of(folder: Path, rank: int) -> Path:
-    """Files between a worker and its supervisor: each rank stands for a node."""
+    """Return the folder of a rank's worker files. Each rank acts as a node."""
     return folder / f"words-{rank}"
 
 
@@ -95,8 +95,8 @@ def start_world(
     environment: Mapping[str, str], size: int, folder: Path,
     before: Callable[[], None] | None = None,
 ) -> RunningWorld:  # fmt: skip
-    """Start the workers of an attempt; ``environment`` names the order and the credentials.
-    ``before`` (of an importable module) is called in each, to change what it will meet."""
+    """Start the workers of an attempt; ``environment`` has the run spec's path and the credentials.
+    ``before`` (a function of an importable module) is called first in each, to inject faults."""
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     metrics = free_port()

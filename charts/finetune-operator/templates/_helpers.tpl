@@ -36,7 +36,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- default (include "finetune-operator.fullname" .) .Values.leaderElection.leaseName }}
 {{- end }}
 
-{{/* An image's reference, of a dict of image and root. */}}
+{{/* Reference of an image, from a dict with image and root. */}}
 {{- define "finetune-operator.image" -}}
 {{- if .image.digest -}}
 {{ printf "%s@%s" .image.repository .image.digest }}
@@ -45,7 +45,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 {{- end }}
 
-{{/* What the operator may do in the namespaces that it watches: what cluster.py and watch.py do. */}}
+{{/* Rights of the operator in watched namespaces, for the requests of cluster.py and watch.py. */}}
 {{- define "finetune-operator.rules" -}}
 - apiGroups: [finetune-operator.dev]
   resources: [finetunejobs]
@@ -53,11 +53,12 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 - apiGroups: [finetune-operator.dev]
   resources: [finetunejobs/status]
   verbs: [patch]
-# Children block the deletion of their job until they are gone; some clusters ask for this right.
+# Children block the deletion of their job until they are deleted. Clusters with the admission
+# plugin OwnerReferencesPermissionEnforcement require this right for that.
 - apiGroups: [finetune-operator.dev]
   resources: [finetunejobs/finalizers]
   verbs: [update]
-# Server-side apply of what is not there yet needs create as well as patch.
+# Server-side apply of an object that does not exist needs create as well as patch.
 - apiGroups: [""]
   resources: [configmaps, services]
   verbs: [list, watch, create, patch, delete]

@@ -1,6 +1,6 @@
-"""The contract of finetune-operator: what users write, what they read back, and what the parts say.
+"""The API of finetune-operator, shared by operator and trainer.
 
-``spec`` and ``status`` are the FineTuneJob resource; ``run_spec`` is the file the operator hands to
-the trainer; ``results`` is what the trainer says back; ``names`` and ``identity`` are every string
-that two parts must spell alike. Nothing here imports anything but pydantic.
+``spec`` and ``status`` are the FineTuneJob resource; ``run_spec`` is the file that the operator
+passes to the trainer; ``results`` are the trainer's reports; ``names`` and ``identity`` hold every
+string that two parts share. pydantic is the only dependency.
 """

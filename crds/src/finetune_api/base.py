@@ -1,8 +1,8 @@
-"""How every model of the contract behaves: strict, frozen, camelCase, with rules in two languages.
+"""Base classes of the API models: strict, frozen, camelCase, with rules in CEL and Python.
 
-A cross-field rule is written once, as a ``Rule`` that holds its CEL expression (for the API server)
-beside its Python predicate (for files); a string's form likewise, as a ``Spelling`` that says in
-words what is allowed. Tests run both sides over one table of specs.
+A ``Rule`` is a cross-field rule with a CEL expression (for the API server) and a Python predicate
+(for files). A ``Spelling`` is the format of a string, with a description of the allowed values.
+Tests check both sides against one table of specs.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_sc
 
 @dataclass(frozen=True)
 class Rule:
-    """One cross-field rule of a model, for the API server and for Python.
+    """A cross-field rule of a model, for the API server and for Python.
 
-    ``message`` names what is allowed; ``holds`` gets the validated model; ``got`` names the fields
-    whose values are shown (``list[].field`` for those of a list's items). They must be there
-    whenever the rule does not hold; there are none where the fault is that fields are absent.
+    ``message`` says what is allowed; ``holds`` gets the validated model; ``got`` names the fields
+    whose values are shown (``list[].field`` for the items of a list). These fields must be present
+    whenever the rule is violated; ``got`` is empty if the violation is that fields are absent.
     """
 
     cel: str
@@ -45,8 +45,9 @@ class Rule:
     got: tuple[str, ...]
 
     def cel_message(self) -> str:
-        """CEL that spells the message and the values: the API server shows none of an object's."""
-        # format() is the one conversion to text whose cost the API server can estimate.
+        """Return CEL that formats the message and the values, which the API server does not
+        show."""
+        # format() is the only conversion to text whose cost the API server can estimate.
         text = self.message.replace("%", "%%").replace("'", "\\'")
         if not self.got:
             return f"'{text}'.format([])"
@@ -54,7 +55,7 @@ class Rule:
         return f"'{text}; got {shown}'.format([{', '.join(map(_cel_value, self.got))}])"
 
     def text(self, model: Model) -> str:
-        """The message and the values of a model that breaks the rule."""
+        """Return the message with the values of a model that violates the rule."""
         if not self.got:
             return self.message
         raw = model.to_json()
@@ -80,17 +81,17 @@ def _json_value(raw: Any, path: str) -> str:
 
 @dataclass(frozen=True)
 class Spelling:
-    """The form of a string: a pattern for both sides, and what it allows for people.
+    """The format of a string: a pattern, and a description of the allowed values.
 
-    The pattern is read alike by RE2 (API server) and by Rust's regex (pydantic) as long as it
-    keeps to ASCII classes: no ``\\s``, ``\\w``, ``\\d``. ``allowed`` goes after "must be".
+    RE2 (API server) and Rust's regex (pydantic) read the pattern identically if it has only ASCII
+    classes: no ``\\s``, ``\\w``, ``\\d``. Messages are "must be" and ``allowed``.
     """
 
     pattern: str
     allowed: str
     max_length: int
     or_integer: bool = False
-    """Whether the API server takes whole numbers too (as quantities of Kubernetes)."""
+    """Whether the API server also accepts integers (as for Kubernetes quantities)."""
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
@@ -119,13 +120,13 @@ class Spelling:
 
 
 def _number_as_text(value: Any) -> Any:
-    """Whole numbers as the API server takes them, in the one form that the rest of us handles."""
+    """Convert an integer, which the API server accepts, to a string."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     return str(value) if whole else value
 
 
 class Model(BaseModel):
-    """Base of every contract model: unknown fields refused, no coercion, immutable."""
+    """Base of every API model: unknown fields are refused, no coercion, immutable."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -139,7 +140,7 @@ class Model(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _as_on_the_api_server(cls, raw: Any) -> Any:
-        """Null is absent, and 3.0 is 3: so the API server takes them."""
+        """Treat null as absent and 3.0 as 3, as the API server does."""
         if not isinstance(raw, dict):
             return raw
         return {
@@ -156,12 +157,12 @@ class Model(BaseModel):
         return self
 
     def to_json(self) -> dict[str, Any]:
-        """The model as it stands in a manifest: camelCase keys, unset fields left out."""
+        """Return the model as in a manifest: camelCase keys, without unset fields."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 class Record(Model):
-    """A model that programs write, not people: it may be built by its Python names too."""
+    """A model written by programs, not users: it also accepts its Python field names."""
 
     model_config = ConfigDict(validate_by_name=True)
 
@@ -189,13 +190,13 @@ Fraction = Annotated[
 
 
 def is_zero(path: str) -> str:
-    """CEL that says whether the DecimalString or Fraction at a path is 0: before an exponent it has
-    no other digit."""
+    """Return CEL for: the DecimalString or Fraction at ``path`` is 0 (it has no other digit before
+    an exponent)."""
     return f"{path}.matches('^[0.]+([eE].*)?$')"
 
 
 def is_one(path: str) -> str:
-    """CEL that says whether the Fraction at a path is 1."""
+    """Return CEL for: the Fraction at ``path`` is 1."""
     return f"{path}.startsWith('1')"
 
 
@@ -240,7 +241,7 @@ Count = Annotated[int, Field(ge=1, le=2_147_483_647)]
 
 
 class InvalidSpec(ValueError):
-    """A manifest that breaks the contract; ``problems`` has one line per fault, path first."""
+    """An invalid manifest; ``problems`` has one line per problem, path first."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
@@ -248,7 +249,7 @@ class InvalidSpec(ValueError):
 
 
 _CLOSE: Final = 0.7
-"""Least likeness (difflib's ratio, at most 1) of a name that is suggested."""
+"""Minimum similarity (difflib's ratio, at most 1) of a suggested name."""
 
 API_TYPES = {
     "int_type": "integer",
@@ -259,18 +260,18 @@ API_TYPES = {
     "dict_type": "object",
     "model_type": "object",
 }
-"""Pydantic's errors of type in the API server's words."""
+"""Pydantic's type errors as type names of the API server."""
 
 
 def explain(error: ValidationError, model: type[Model], root: str = "spec") -> list[str]:
-    """One line per fault of a pydantic error of ``model``: the field's path, what is allowed, the
-    value, and the known name that an unknown one is close to."""
+    """Return one line per problem of a pydantic error of ``model``: the field's path, the allowed
+    values, the value, and for an unknown name the closest known one."""
     return [_explain(item, model, root) for item in error.errors(include_url=False)]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean x?"`` for the known word that is closest, or nothing where none is close.
-    Case, dashes and underscores do not count."""
+    """Return ``"; did you mean x?"`` for the closest known word, or "" if none is close. Case,
+    dashes and underscores are ignored."""
     plain = {_plain(name): name for name in known}
     close = get_close_matches(_plain(word), plain, n=1, cutoff=_CLOSE)
     return f"; did you mean {plain[close[0]]}?" if close else ""
@@ -306,7 +307,7 @@ def _explain(item: ErrorDetails, model: type[Model], root: str) -> str:
 
 
 def _fields_at(model: type[Model], location: Sequence[int | str]) -> list[str]:
-    """The fields, as manifests spell them, of the block at a location in a model."""
+    """Return the manifest's field names of the block at a location in a model."""
     annotation: Any = model
     for part in location:
         block = _block_in(annotation)
@@ -322,7 +323,8 @@ def _spelled(name: str, info: FieldInfo) -> str:
 
 
 def _block_in(annotation: Any) -> type[Model] | None:
-    """The model that an annotation is of: itself, optional, or the items of a list or mapping."""
+    """Return the model in an annotation: the type itself, an optional, or the items of a list or
+    mapping."""
     if isinstance(annotation, type) and issubclass(annotation, Model):
         return annotation
     return next(filter(None, map(_block_in, get_args(annotation))), None)

@@ -1,8 +1,8 @@
-"""What a change of each field of the spec does to a run that has begun.
+"""Effect of a change of each spec field on a run that has begun.
 
-Live: applied as it is. Resume: the same run goes on from its last checkpoint in a new gang. NewRun:
-the current run is stopped, the next one begins. The longest path that a field's path begins with
-decides; a test proves that every field of the spec is covered.
+Live: applied directly. Resume: a new gang continues the same run from its last checkpoint. NewRun:
+the current run is stopped and the next run begins. The longest matching path prefix decides; a test
+checks that every field of the spec is covered.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ FIELD_CLASSES: Final[dict[str, FieldClass]] = {
 
 
 def field_class(path: str) -> FieldClass:
-    """Class of a dotted field path (without ``spec.``; list positions left out).
+    """Return the class of a dotted field path (without ``spec.`` and list positions).
 
     Raises:
-        KeyError: for a path that no row covers.
+        KeyError: if no entry covers the path.
     """
     parts = path.split(".")
     for end in range(len(parts), 0, -1):
@@ -54,7 +54,7 @@ def field_class(path: str) -> FieldClass:
 
 
 def changed_classes(old: dict[str, Any], new: dict[str, Any]) -> dict[FieldClass, list[str]]:
-    """Dotted paths of the fields that differ between two defaulted specs, by class."""
+    """Return the dotted paths of the fields that differ between two defaulted specs, by class."""
     found: dict[FieldClass, list[str]] = {}
     for path in _differences(old, new, ""):
         found.setdefault(field_class(path), []).append(path)

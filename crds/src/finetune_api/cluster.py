@@ -1,4 +1,4 @@
-"""Blocks of the spec that say what runs where: the gang, the CPU stages, scheduling, restarts."""
+"""Spec blocks for cluster resources: the gang, the CPU stages, scheduling, restarts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SUFFIXES: Final = {
 
 
 def bytes_of(quantity: str) -> int:
-    """The number that a quantity of Kubernetes means, rounded down: ``16Gi`` is 17179869184."""
+    """Return the value of a Kubernetes quantity, rounded down: ``16Gi`` is 17179869184."""
     if "e" in quantity:
         return int(Fraction(quantity))
     number = quantity.rstrip("".join(_SUFFIXES))
@@ -44,25 +44,25 @@ LabelValue = Annotated[str, StringConstraints(max_length=63)]
 
 
 class Resources(Model):
-    """Resource requests and limits of one pod, as in Kubernetes; GPUs are added by `compute`."""
+    """Resource requests and limits of one pod, as in Kubernetes; `compute` adds the GPUs."""
 
     requests: dict[QualifiedName, Quantity] | None = Field(default=None, max_length=16)
-    """What a pod is guaranteed, e.g. `{cpu: "4", memory: 16Gi}`."""
+    """Guaranteed resources of a pod, e.g. `{cpu: "4", memory: 16Gi}`."""
     limits: dict[QualifiedName, Quantity] | None = Field(default=None, max_length=16)
-    """What a pod may use at most."""
+    """Maximum resources of a pod."""
 
 
 class Toleration(Model):
-    """A taint that pods may be scheduled onto, as in Kubernetes."""
+    """A toleration of a node taint, as in Kubernetes."""
 
     key: QualifiedName | None = None
     """Key of the taint. Absent: every key (with operator Exists)."""
     operator: Literal["Exists", "Equal"] = "Equal"
-    """How the value is compared."""
+    """Comparison of the taint: Equal compares key and value, Exists only the key."""
     value: LabelValue | None = None
     """Value of the taint, for Equal."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    """Effect that is tolerated. Absent: every effect."""
+    """Tolerated effect. Absent: every effect."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -75,42 +75,43 @@ class Toleration(Model):
 
 
 class Compute(Model):
-    """The gang that trains."""
+    """Pods and processes of the gang that trains."""
 
     nodes: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Pods of the gang, one per node."""
+    """Number of pods in the gang, one per node."""
     gpus_per_node: Annotated[int, Field(ge=0, le=64)] = 1
-    """GPUs of each pod; 0 trains on the CPU."""
+    """GPUs per pod; 0 trains on the CPU."""
     gpu_resource_name: QualifiedName = "nvidia.com/gpu"
-    """Name of the GPU resource of the cluster."""
+    """Name of the cluster's GPU resource."""
     processes_per_node: Annotated[int, Field(ge=1, le=256)] | None = None
-    """Training processes of each pod. Absent: one per GPU, or one on the CPU."""
+    """Training processes per pod. Absent: one per GPU, or one on the CPU."""
     sharding: Literal["Auto", "NoShard", "HybridShard", "FullShard"] = "Auto"
-    """How the model lies on the processes. NoShard: whole on each (DDP). HybridShard: the processes
-    of a node share one copy. FullShard: all share one (both FSDP). Auto: the first of them in which
-    the training fits the memory of a process, by the estimate that prepare prints, each without
-    gradient checkpointing and then with it; where it fits in none, what takes least. The result is
-    the same, but for what `training.precision: BF16` rounds."""
+    """How the model is distributed over the processes. NoShard: every process holds the full model
+    (DDP). HybridShard: the processes of a node share one copy (FSDP). FullShard: all processes
+    share one copy (FSDP). Auto: the first of these that fits the memory of a process by the
+    estimate that prepare prints, each tried without gradient checkpointing and then with it; if
+    none fits, the one that needs the least memory. The result is the same, except for the rounding
+    of `training.precision: BF16`."""
     gpu_memory: Quantity | None = None
-    """Memory of each GPU, e.g. 80Gi: before a GPU is held, prepare then says what would fit where
-    the training may not, and refuses it where weights, gradients, optimizer and anchors alone take
-    more. Absent: known when the training begins, which does the same then. On the CPU, prepare goes
-    by `resources.limits.memory`."""
+    """Memory of each GPU, e.g. 80Gi. With it, prepare checks the memory estimate before a GPU is
+    held: it lists alternatives that fit if the training may not fit, and refuses the training if
+    weights, gradients, optimizer and anchors alone need more. Absent: the same check is made when
+    the training begins. On the CPU, prepare uses `resources.limits.memory`."""
     context_parallel: Annotated[int, Field(ge=1, le=64)] = 1
-    """Processes of a node that share the tokens of each row, for samples that are too long for the
-    memory of one: each holds this fraction of the activations, and attention exchanges keys and
-    values. It must divide the processes of a node. The result is the same."""
+    """Processes of a node that share the tokens of each micro-batch, for samples too long for the
+    memory of one process. Each process holds 1/contextParallel of the activations, and attention
+    exchanges keys and values. Must divide the processes of a node. The result is the same."""
     resources: Resources = Resources()
     """CPU and memory of each pod."""
     shared_memory: Quantity = "2Gi"
-    """Size of the memory-backed /dev/shm of each pod; it counts as memory of the pod."""
+    """Size of the memory-backed /dev/shm of each pod; counts towards the pod's memory."""
     image: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = None
-    """Trainer image of every pod of the job. Absent: the one that the operator's release pins."""
+    """Trainer image of every pod of the job. Absent: the image pinned by the operator's release."""
     pod_template: dict[str, Any] | None = None
-    """Parts of a pod template laid over what the operator makes for the gang (maps are merged,
-    named list items are merged by name): node selectors, tolerations, pull secrets, NCCL
-    environment, RDMA resources. It cannot change the command, the labels, the restart policy or
-    the volumes of the operator."""
+    """Partial pod template that is merged over the operator's template of the gang (maps are
+    merged; named list items are merged by name): node selectors, tolerations, pull secrets, NCCL
+    environment, RDMA resources. It cannot change the operator's command, labels, restart policy or
+    volumes."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -145,8 +146,8 @@ class Compute(Model):
 
     @property
     def process_memory(self) -> int | None:
-        """Bytes of memory of a process, of its GPU or of its share of the pod, where they are
-        given."""
+        """Bytes of memory per process: of its GPU, or on the CPU its share of the pod's limit; None
+        if not given."""
         if self.gpus_per_node > 0:
             return None if self.gpu_memory is None else bytes_of(self.gpu_memory)
         given = (self.resources.limits or {}).get("memory")
@@ -157,35 +158,35 @@ class Prepare(Model):
     """Pods of the CPU stages (prepare and publish)."""
 
     workers: Annotated[int, Field(ge=1, le=256)] = 1
-    """Pods that map the data, each a share of it on all its cores: by objects, and by ranges of
-    large plain `.jsonl` objects. Above 1 another pod reduces what they leave. What they write is
-    the same at any number of them."""
+    """Pods that map the data in parallel, each on all its cores. The data is divided by object, and
+    large plain `.jsonl` objects by byte range. Above 1, another pod reduces their results. The
+    output is the same at any number of pods."""
     resources: Resources = Resources()
-    """CPU and memory of each pod. Prepare runs a process for each core of the CPU limit (without
-    one, of the node), as far as the memory limit has 256 MiB for each."""
+    """CPU and memory of each pod. Prepare runs one process per core of the CPU limit (without a
+    limit: of the node), as far as the memory limit allows 256 MiB per process."""
     node_selector: dict[QualifiedName, LabelValue] | None = Field(default=None, max_length=32)
-    """Labels that a node of these pods must have."""
+    """Node labels that these pods require."""
     tolerations: Annotated[list[Toleration], Field(max_length=32)] | None = None
     """Taints that these pods tolerate."""
 
 
 class Scheduling(Model):
-    """How the gang gets its nodes."""
+    """Scheduling of the gang."""
 
     queue_name: DnsLabel | None = None
-    """Kueue LocalQueue of the gang's Job; Kueue then decides when it starts."""
+    """Kueue LocalQueue of the gang's Job; Kueue then decides when the gang starts."""
     priority_class_name: DnsName | None = None
     """Priority class of the pods."""
     scheduler_name: DnsName | None = None
     """Scheduler of the gang's pods. Absent: the cluster's default."""
     start_deadline_seconds: Count = 3600
     """Seconds that a gang may wait for its nodes, from the time its Job may start (time in a queue
-    is not counted); the job fails after it, with the scheduler's reason."""
+    is not counted). After that the job fails, with the scheduler's reason."""
 
 
 class FailurePolicy(Model):
-    """What is done about failures that a new try can mend."""
+    """Handling of retryable failures."""
 
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = 3
-    """Incidents of the gang (a lost node, a killed process), not pods, after which the job
-    fails. A higher number does not wake a run that has failed."""
+    """Restarts of the gang before the job fails. An incident (a lost node, a killed process) counts
+    once, however many pods it affects. A higher number does not revive a failed run."""

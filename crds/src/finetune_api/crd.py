@@ -1,4 +1,4 @@
-"""The CustomResourceDefinition: names, columns of ``kubectl get``, and the schema of the models."""
+"""The CustomResourceDefinition: names, ``kubectl get`` columns, and the schema of the models."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from finetune_api.spec import SELF_REFERENCE, SELF_REFERENCE_CEL, FineTuneJobSpe
 from finetune_api.status import FineTuneJobStatus
 
 DESCRIPTION = (
-    "A fine-tuning of a language model: from a base model and labelled data in object storage to an"
-    " evaluated model in object storage."
+    "A fine-tuning job for a language model: from a base model and labelled data in object storage"
+    " to an evaluated model in object storage."
 )
 
 Column = dict[str, Any]
 
 
 def columns() -> list[Column]:
-    """What ``kubectl get finetunejobs`` prints; those of priority 1 with ``-o wide`` only."""
+    """Columns of ``kubectl get finetunejobs``; those of priority 1 only with ``-o wide``."""
     return [
         _column("Phase", "string", ".status.phase"),
         _column("Step", "integer", ".status.progress.step"),
@@ -32,7 +32,7 @@ def columns() -> list[Column]:
 
 
 def crd() -> dict[str, Any]:
-    """The CustomResourceDefinition of FineTuneJob, ready to be applied."""
+    """Return the CustomResourceDefinition of FineTuneJob, ready to be applied."""
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",

@@ -1,7 +1,7 @@
-"""``spec.method``: which weights are trained, and what follows from it.
+"""``spec.method``: the tuning methods and their properties.
 
-``METHODS`` is the one table of the methods: whoever needs to know what a method can do asks its
-row, and nobody compares names.
+``METHODS`` is the single table of methods. Code reads a method's properties from its entry and
+never compares names.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from finetune_api.tasks import TASKS, TaskName
 MethodName = Literal["Full", "Partial", "LoRA", "QLoRA", "IA3", "PromptTuning", "PrefixTuning"]
 OutputFormat = Literal["Adapter", "Merged", "Both"]
 _RSLORA_ALPHA: Final = 8
-"""Alpha of useRslora where the spec names none: its scale at rank 16 is plain LoRA's 2."""
+"""Default alpha with useRslora: at rank 16 the scale is 2, as for plain LoRA."""
 Names = Annotated[
     list[Annotated[str, StringConstraints(min_length=1, max_length=256)]],
     Field(min_length=1, max_length=64),
@@ -27,34 +27,34 @@ Names = Annotated[
 
 @dataclass(frozen=True)
 class MethodKind:
-    """What can be said of a method without a model."""
+    """Properties of a method that do not depend on the model."""
 
     block: str
-    """Settings block of ``spec.method``; empty where the method has none."""
+    """Settings block of ``spec.method``; empty if the method has none."""
     learning_rate: float
-    """Peak learning rate where the spec names none."""
+    """Default peak learning rate."""
     formats: tuple[OutputFormat, ...]
-    """Formats that can be published; the first is the default."""
+    """Supported output formats; the first is the default."""
     freezes: bool = True
-    """Whether weights of the base stay as they are, and so may be held in bfloat16."""
+    """Whether base weights are frozen, and can therefore be held in bfloat16."""
     quantizes: bool = False
     """Whether the linear layers of the base are held in 4 bits, which needs a GPU."""
     shards: bool = True
-    """Whether the model can lie in shards on the processes (`compute.sharding`), and so whether it
-    goes with precisions that copy weights."""
+    """Whether the model can be sharded (`compute.sharding`), and so whether precisions that copy
+    weights are supported."""
     packs: bool = True
-    """Whether documents can share a row: not where each needs virtual tokens before it."""
+    """Whether documents can be packed; no if each needs virtual tokens before it."""
     recomputes: bool = True
-    """Whether activations can be computed again (`training.gradientCheckpointing`): not where that
-    drops keys and values that are learned."""
+    """Whether activation checkpointing (`training.gradientCheckpointing`) is supported; no if it
+    would drop learned keys and values."""
     matrices: bool = True
-    """Whether it trains matrices of hidden layers, which some optimizers are for."""
+    """Whether matrices of hidden layers are trained, which some optimizers need."""
     tasks: tuple[TaskName, ...] = tuple(TASKS)
-    """What it can be used for."""
+    """Supported tasks."""
 
     @property
     def adapts(self) -> bool:
-        """Whether it trains an adapter, and leaves the model's own weights as they are."""
+        """Whether an adapter is trained and the model's own weights are unchanged."""
         return "Adapter" in self.formats
 
 
@@ -85,22 +85,22 @@ METHODS: Final[dict[MethodName, MethodKind]] = {
 
 
 def methods_for(format: OutputFormat) -> list[MethodName]:
-    """Methods whose result can be published in a format."""
+    """Return the methods that support an output format."""
     return [name for name, kind in METHODS.items() if format in kind.formats]
 
 
 class Partial(Model):
-    """Some of the model's own weights: the union of what the fields name."""
+    """Subset of the model's own weights to train: the union of what the fields select."""
 
     last_layers: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Decoder blocks that are trained, counted from the last one."""
+    """Number of decoder blocks to train, counted from the last one."""
     parameters: Names | None = None
-    """Patterns of parameter names, e.g. `model.layers.*.mlp.*` or `lm_head.weight`; `*` stands for
-    any characters, `?` for one."""
+    """Patterns of parameter names, e.g. `model.layers.*.mlp.*` or `lm_head.weight`; `*` matches any
+    characters, `?` matches one."""
     biases: bool = False
     """Train every bias (BitFit; Ben Zaken et al. 2022, arXiv:2106.10199)."""
     norms: bool = False
-    """Train the weights of every normalisation."""
+    """Train the weights of every normalization layer."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -118,34 +118,34 @@ class Lora(Model):
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
     """Rank of the update matrices."""
     alpha: Annotated[int, Field(ge=1, le=8192)] | None = None
-    """Scale of the update: alpha / rank, or with useRslora alpha / root of the rank. Absent: twice
-    the rank, which is a scale of 2 at any rank; with useRslora 8, which is one of 2 at rank 16 and
-    falls with the root of a larger rank (Kalajdzievski 2023, arXiv:2312.03732: alpha is the same
-    for all ranks)."""
+    """The update is scaled by alpha / rank, or with useRslora by alpha / sqrt(rank). Absent: twice
+    the rank, a scale of 2 at any rank; with useRslora 8, a scale of 2 at rank 16 that falls with
+    the square root of the rank (Kalajdzievski 2023, arXiv:2312.03732: the same alpha for all
+    ranks)."""
     dropout: Fraction = "0"
-    """Probability that an input of an adapter is dropped."""
+    """Dropout probability of an adapter's inputs."""
     target_modules: Names | None = None
-    """Names (or name endings) of the modules that get an adapter. Absent: every linear layer but
-    the output head; of a mixture of experts those of its attention; with targetParameters given,
-    none."""
+    """Names (or name endings) of the modules that get an adapter. Absent: every linear layer except
+    the output head; in a mixture of experts only those of the attention; none if targetParameters
+    is given."""
     target_parameters: Names | None = None
-    """Names (or name endings) of parameters that get an adapter though they are of no linear layer:
-    experts that are held in one tensor, e.g. `mlp.experts.gate_up_proj`."""
+    """Names (or name endings) of parameters outside of linear layers that get an adapter: experts
+    held in one tensor, e.g. `mlp.experts.gate_up_proj`."""
     use_rslora: bool = False
-    """Rank-stabilised scale: alpha over the root of the rank, for large ranks (Kalajdzievski 2023,
+    """Rank-stabilized scale alpha / sqrt(rank), for large ranks (Kalajdzievski 2023,
     arXiv:2312.03732)."""
     use_dora: bool = False
-    """Train the magnitude of each output apart from its direction (DoRA; Liu et al. 2024,
+    """Train the magnitude of each output separately from its direction (DoRA; Liu et al. 2024,
     arXiv:2402.09353). Slower."""
     lora_plus_ratio: DecimalString = "1"
-    """Learning rate of the B matrices over that of the A matrices (LoRA+; Hayou et al. 2024,
-    arXiv:2402.12354, where 16 is advised)."""
+    """Ratio of the learning rates of the B and A matrices (LoRA+; Hayou et al. 2024,
+    arXiv:2402.12354, which recommends 16)."""
 
     initialization: Literal["Default", "PiSSA"] = "Default"
-    """Default: A is random, B zero. PiSSA: A and B are the principal part of each weight, which is
-    taken from the base (Meng et al. 2024, arXiv:2404.02948): it learns in fewer steps, each of
-    which computes two adapters. Published as a plain adapter of twice the rank. Either way the
-    model begins as it was."""
+    """Default: A is random, B is zero. PiSSA: A and B are the principal components of each weight
+    and are subtracted from it (Meng et al. 2024, arXiv:2404.02948); training needs fewer steps, but
+    each computes two adapters. Published as a plain adapter of twice the rank. With both, the
+    initial model equals the base model."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -181,8 +181,8 @@ class Lora(Model):
 
     @property
     def effective_alpha(self) -> int:
-        """Alpha, or its default. Over the root of the rank it must not grow with the rank, or the
-        scale would."""
+        """Alpha, or its default. With useRslora the default does not depend on the rank, or the
+        scale would grow with the rank."""
         if self.alpha is not None:
             return self.alpha
         return _RSLORA_ALPHA if self.use_rslora else 2 * self.rank
@@ -192,11 +192,11 @@ class Ia3(Model):
     """Learned scales of activations (Liu et al. 2022, arXiv:2205.05638)."""
 
     target_modules: Names | None = None
-    """Names (or name endings) of the modules whose activations are scaled. Absent: what is usual
-    for the architecture (keys, values and the last layer of the feed-forward block); other
-    architectures must name them."""
+    """Names (or name endings) of the modules whose activations are scaled. Absent: the defaults of
+    known architectures (keys, values and the last layer of the feed-forward block); required for
+    other architectures."""
     feedforward_modules: Names | None = None
-    """Those of targetModules whose input is scaled, not their output. Absent, with targetModules
+    """The targetModules whose input is scaled instead of the output. Absent, with targetModules
     given: none."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
@@ -211,14 +211,15 @@ class Ia3(Model):
 
 
 class Prompt(Model):
-    """Learned vectors before every sample. Its tokens are no part of `training.maxLength`."""
+    """Learned virtual tokens before every sample. They do not count towards
+    `training.maxLength`."""
 
     virtual_tokens: Annotated[int, Field(ge=1, le=4096)] = 20
-    """Number of vectors."""
+    """Number of virtual tokens."""
 
 
 def _block_rule(block: str) -> Rule:
-    """A settings block stands with the methods that read it alone."""
+    """Rule: a settings block is allowed only with the methods that read it."""
     types = [name for name, kind in METHODS.items() if kind.block == block]
     return Rule(
         f"!has(self.{block}) || self.type in {json.dumps(types)}",
@@ -229,24 +230,24 @@ def _block_rule(block: str) -> Rule:
 
 
 class Method(Model):
-    """Which weights are trained."""
+    """Tuning method: which weights are trained."""
 
     type: MethodName = "LoRA"
-    """Full: every weight. Partial: chosen weights of the model, the rest frozen. LoRA: small
-    matrices beside the linear layers, the rest frozen. QLoRA: LoRA over a base in 4 bits, for
-    models that do not fit the GPU (Dettmers et al. 2023, arXiv:2305.14314); the test measures it
-    so, and Merged adds the adapter to the base as it is stored. IA3: scales of activations.
-    PromptTuning: embeddings before the sample (Lester et al. 2021, arXiv:2104.08691).
-    PrefixTuning: keys and values before it in every layer (Li and Liang 2021,
+    """Full: every weight. Partial: selected weights of the model, the rest frozen. LoRA: low-rank
+    matrices added to the linear layers, the rest frozen. QLoRA: LoRA on a base model in 4 bits, for
+    models that do not fit the GPU (Dettmers et al. 2023, arXiv:2305.14314); the final test measures
+    the 4-bit model, and Merged adds the adapter to the base weights as stored. IA3: scales of
+    activations. PromptTuning: embeddings before the sample (Lester et al. 2021, arXiv:2104.08691).
+    PrefixTuning: keys and values before the sample in every layer (Li and Liang 2021,
     arXiv:2101.00190)."""
     partial: Partial | None = None
-    """What Partial trains."""
+    """Weights that Partial trains."""
     lora: Lora | None = None
-    """Settings of LoRA and QLoRA; absent, their defaults."""
+    """Settings of LoRA and QLoRA. Absent: the defaults."""
     ia3: Ia3 | None = None
-    """Settings of IA3; absent, its defaults."""
+    """Settings of IA3. Absent: the defaults."""
     prompt: Prompt | None = None
-    """Settings of PromptTuning and PrefixTuning; absent, their defaults."""
+    """Settings of PromptTuning and PrefixTuning. Absent: the defaults."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         *(_block_rule(b) for b in dict.fromkeys(k.block for k in METHODS.values()) if b),
@@ -258,7 +259,7 @@ class Method(Model):
         ),
         Rule(
             "self.type != 'Partial' || has(self.partial)",
-            "type Partial needs method.partial, which says what is trained",
+            "type Partial needs method.partial, which selects the weights to train",
             lambda m: m.type != "Partial" or m.partial is not None,
             ("type",),
         ),
@@ -266,12 +267,12 @@ class Method(Model):
 
     @property
     def kind(self) -> MethodKind:
-        """The method's row of the table."""
+        """The method's entry in ``METHODS``."""
         return METHODS[self.type]
 
     @property
     def effective_partial(self) -> Partial:
-        assert self.partial is not None, "a rule asks for it"
+        assert self.partial is not None, "a rule requires it"
         return self.partial
 
     @property
@@ -289,10 +290,10 @@ class Method(Model):
 
     @property
     def virtual_tokens(self) -> int:
-        """Positions that the method takes before every sample."""
+        """Number of virtual tokens before every sample."""
         return self.effective_prompt.virtual_tokens if self.kind.block == "prompt" else 0
 
     @property
     def settings(self) -> Model | None:
-        """Settings of the method, every default filled in; None where it has none."""
+        """Settings of the method with all defaults filled in; None if it has none."""
         return getattr(self, f"effective_{self.kind.block}") if self.kind.block else None

@@ -1,4 +1,4 @@
-"""Every string that two parts must spell alike: group, labels, reasons, paths, exit codes."""
+"""Every string that several parts share: group, labels, paths, variables, exit codes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LABEL_NAME: Final = "app.kubernetes.io/name"
 APP_NAME: Final = "finetune-trainer"
 LABEL_JOB_UID: Final = f"{GROUP}/job-uid"
 LABEL_JOB_NAME: Final = f"{GROUP}/job-name"
-"""Name of the FineTuneJob, where it fits a label (63 characters); for people and selectors."""
+"""Name of the FineTuneJob, shortened to fit a label (63 characters); for users and selectors."""
 LABEL_RUN: Final = f"{GROUP}/run"
 LABEL_REVISION: Final = f"{GROUP}/revision"
 LABEL_ROLE: Final = f"{GROUP}/role"
@@ -31,18 +31,18 @@ LABEL_QUEUE: Final = "kueue.x-k8s.io/queue-name"
 
 Role = Literal["map", "prepare", "train", "publish"]
 ROLES: Final[tuple[Role, ...]] = ("map", "prepare", "train", "publish")
-"""Stages, in their order. ``map`` is one only where several pods share the data out, and prepare
-then reduces what they leave."""
+"""Stages in order. ``map`` exists only if several pods map the data; prepare then reduces their
+results."""
 
 # --- inside a pod -------------------------------------------------------------------------------
 CONTAINER: Final = "trainer"
 RUN_SPEC_PATH: Final = "/etc/finetune/run-spec.json"
-"""Where the run spec (``finetune_api.run_spec.RunSpec``) is mounted."""
+"""Mount path of the run spec (``finetune_api.run_spec.RunSpec``)."""
 RUN_SPEC_KEY: Final = "run-spec.json"
 PVC_ROOT: Final = "/var/run/finetune/pvc"
 """Claims of ``pvc://claim/path`` sources are mounted at ``PVC_ROOT/claim``."""
 MODEL_CACHE: Final = "/var/cache/finetune"
-"""The node's folder for weights, where the operator is given one."""
+"""The node's cache folder for model weights, if the operator is configured with one."""
 SCRATCH: Final = "/var/run/finetune/scratch"
 """Writable emptyDir: HOME, TMPDIR, caches, the supervisor's files."""
 TERMINATION_PATH: Final = "/var/run/finetune/termination/message"
@@ -65,13 +65,13 @@ ENV_RENDEZVOUS: Final = "FINETUNE_RENDEZVOUS"
 """host:port of the rendezvous store, in the pod of node rank 0."""
 ENV_GRACE_SECONDS: Final = "FINETUNE_GRACE_SECONDS"
 ENV_WORKER: Final = "JOB_COMPLETION_INDEX"
-"""Which of prepare's workers a pod is, from 0: Kubernetes sets it in pods of an Indexed Job."""
+"""Index of a prepare worker, from 0; Kubernetes sets it in the pods of an Indexed Job."""
 ENV_POD: Final = "FINETUNE_POD"
 ENV_NODE: Final = "FINETUNE_NODE"
 
 
 def storage_env(profile: int, key: str) -> str:
-    """Environment variable that holds ``key`` (e.g. AWS_ACCESS_KEY_ID) of a storage profile."""
+    """Return the environment variable of ``key`` (e.g. AWS_ACCESS_KEY_ID) of a storage profile."""
     return f"FINETUNE_STORAGE_{profile}_{key}"
 
 
@@ -81,10 +81,10 @@ SECRET_KEYS: Final[dict[str, bool]] = {
     "AWS_SESSION_TOKEN": False,
     "HF_TOKEN": False,
 }
-"""Keys read of a storage Secret, and whether a Secret must have them."""
+"""Keys that are read from a storage Secret, and whether each is required."""
 
 
-# --- verdicts -----------------------------------------------------------------------------------
+# --- failures -----------------------------------------------------------------------------------
 FailureClass = Literal[
     "UserError",
     "DataError",
@@ -99,8 +99,8 @@ FailureClass = Literal[
 
 
 class ExitCode(IntEnum):
-    """Exit codes of the trainer's containers. 10 to 19 cannot be mended by another
-    try (16 ends its pod alone: the attempt that fenced it goes on)."""
+    """Exit codes of the trainer's containers. 10 to 19 are not retried (16 ends only its own pod:
+    the attempt that fenced it continues)."""
 
     OK = 0
     USER_ERROR = 10
@@ -110,7 +110,7 @@ class ExitCode(IntEnum):
     OUT_OF_MEMORY = 14
     INTERNAL = 15
     FENCED = 16
-    """A newer attempt has taken the run; this one must not go on."""
+    """A newer attempt has taken the run; this one must not continue."""
     NODE_FAILURE = 20
     STORAGE_UNAVAILABLE = 21
     INTERRUPTED = 23
@@ -119,7 +119,7 @@ class ExitCode(IntEnum):
 
 FINAL_EXIT_CODES: Final = tuple(int(c) for c in ExitCode if 10 <= c < 20)
 
-# Condition types and the reasons they carry. Reasons are API: they are matched by scripts.
+# Condition types. Their reasons (``meanings.REASONS``) are API too: scripts match them.
 Condition = Literal[
     "Prepared", "Running", "Evaluated", "Published", "Suspended", "Complete", "Failed",
     "Ready", "Reconciling", "Stalled",

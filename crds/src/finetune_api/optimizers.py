@@ -1,6 +1,6 @@
-"""``spec.training.optimizer`` and ``anchor``: how the weights change, and what holds them.
+"""``spec.training.optimizer`` and ``anchor``: the optimizers, and anchors against forgetting.
 
-``OPTIMIZERS`` is the one table of the optimizers, as ``METHODS`` is of the methods.
+``OPTIMIZERS`` is the single table of optimizers, as ``METHODS`` is of methods.
 """
 
 from __future__ import annotations
@@ -18,49 +18,48 @@ OptimizerName = Literal["AdamW", "AdamW8bit", "Adafactor", "Muon"]
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """What can be said of an optimizer without a model."""
+    """Properties of an optimizer that do not depend on the model."""
 
     state_bytes: float
-    """Bytes of state that a number of a large trained matrix takes (embeddings, and what is no
-    matrix, take AdamW's)."""
+    """Bytes of state per parameter of a large trained matrix (embeddings and parameters that are
+    not matrices take AdamW's)."""
     needs_gpu: bool = False
-    """Whether it runs on GPUs alone, by a package that not every trainer image has."""
+    """Whether it needs a GPU, and a package that not every trainer image has."""
     shards: bool = True
-    """Whether it goes with a model in shards (`compute.sharding`), and so with FP8, which computes
-    with FSDP's copies of the weights."""
+    """Whether it supports a sharded model (`compute.sharding`), and so FP8, which computes with
+    FSDP's copies of the weights."""
     matrices: bool = False
-    """Whether it is for matrices of hidden layers, and useless to methods that train none."""
+    """Whether it needs a method that trains matrices of hidden layers."""
 
 
 OPTIMIZERS: Final[dict[OptimizerName, OptimizerKind]] = {
     "AdamW": OptimizerKind(8.0),
-    # A byte for each moment, and a 32-bit scale of both for each 256 of them.
+    # One byte per moment, and a 32-bit scale per 256 values of each moment.
     "AdamW8bit": OptimizerKind(2.0 + 8 / 256, needs_gpu=True, shards=False),
-    # A sum for each row and column: of a LoRA matrix of rank 16 a sixteenth of its size.
+    # One sum per row and column: for a LoRA matrix of rank 16, 1/16 of its size.
     "Adafactor": OptimizerKind(4 / 16, shards=False),
     "Muon": OptimizerKind(4.0, matrices=True),
 }
 
 
 class Anchor(Model):
-    """What holds the tuned model near the untuned one, against forgetting. "0" switches a part
-    off."""
+    """Anchors that keep the tuned model near the base model, against forgetting. "0" disables an
+    anchor."""
 
     kl_coefficient: DecimalString = "0"
-    """Weight of the divergence KL(untuned || tuned) between the two models' next-token
-    probabilities, in nats, that is added to the loss of each learned token of the sets marked
-    `replay` (Li and Hoiem 2016, arXiv:1606.09282; Raghavan et al. 2024, arXiv:2205.00334); "1"
-    counts it as much as the loss. It costs a forward pass over those sets, and with Full and
-    Partial the memory of a second, frozen model."""
+    """Weight of the divergence KL(base || tuned) of the next-token probabilities, in nats, which is
+    added to the loss of each supervised token of the sets marked `replay` (Li and Hoiem 2016,
+    arXiv:1606.09282; Raghavan et al. 2024, arXiv:2205.00334); "1" weights it like the loss. Costs a
+    forward pass over those sets, and with Full and Partial the memory of a second, frozen model."""
     l2_coefficient: DecimalString = "0"
-    """Pull of each trained weight towards its untuned value, by the learning rate, apart from the
-    loss: w - rate * this * (w - untuned) (L2-SP; Li et al. 2018, arXiv:1802.01483). For Full and
-    Partial, at 4 bytes a trained weight; adapters have `weightDecay` for it, since they are the
-    difference."""
+    """Pull of each trained weight towards its base value, scaled by the learning rate and decoupled
+    from the loss: w - rate * l2Coefficient * (w - base) (L2-SP; Li et al. 2018, arXiv:1802.01483).
+    For Full and Partial only, at 4 bytes per trained weight; for adapters, which are the difference
+    to the base weights, use `weightDecay`."""
 
 
 def optimizer_rules() -> tuple[Rule, ...]:
-    """What of a spec goes with which optimizer."""
+    """Return the rules of what each optimizer requires of a spec."""
 
     def rule(names: Sequence[str], cel: str, message: str, holds: Any, shown: str) -> Rule:
         return Rule(
@@ -105,15 +104,15 @@ def optimizer_rules() -> tuple[Rule, ...]:
 
 
 def anchor_rules() -> tuple[Rule, ...]:
-    """What an anchor needs of a spec."""
+    """Return the rules of what the anchors require of a spec."""
     types = [name for name, kind in METHODS.items() if not kind.adapts]
     kl = is_zero("self.training.anchor.klCoefficient")
     l2 = is_zero("self.training.anchor.l2Coefficient")
     return (
         Rule(
             f"{kl} || self.data.train.exists(t, t.replay)",
-            "training.anchor.klCoefficient needs general data to hold the model to: mark a set of"
-            ' data.train with replay: true, or set klCoefficient: "0"',
+            "training.anchor.klCoefficient needs general data: mark a set of data.train with"
+            ' replay: true, or set klCoefficient: "0"',
             lambda s: (
                 float(s.training.anchor.kl_coefficient) == 0 or any(t.replay for t in s.data.train)
             ),
@@ -121,8 +120,8 @@ def anchor_rules() -> tuple[Rule, ...]:
         ),
         Rule(
             f"{l2} || self.method.type in {json.dumps(types)}",
-            f"training.anchor.l2Coefficient is for method.type {', '.join(types)}: of an adapter,"
-            " which is the difference to the untuned weights, set training.weightDecay",
+            f"training.anchor.l2Coefficient is for method.type {', '.join(types)}: for an adapter,"
+            " which is the difference to the base weights, set training.weightDecay",
             lambda s: float(s.training.anchor.l2_coefficient) == 0 or s.method.type in types,
             ("training.anchor.l2Coefficient", "method.type"),
         ),

@@ -1,8 +1,8 @@
-"""``spec.compute.podTemplate``: what it may hold.
+"""``spec.compute.podTemplate``: validation of its allowed fields.
 
-It is bounded so that whoever may create FineTuneJobs gains no more than pods under the restricted
-pod security standard would give (plus IPC_LOCK, which RDMA needs): no host paths or namespaces, no
-other service account, no other command.
+The restrictions ensure that permission to create FineTuneJobs gives no more than pods under the
+restricted Pod Security Standard would (plus IPC_LOCK, which RDMA needs): no host paths or host
+namespaces, no other service account, no other command.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _ROOT: Final = "spec.compute.podTemplate"
 
 
 def template_problems(template: dict[str, Any] | None) -> list[str]:
-    """One line per part that the template must not hold, with its path; empty where it is fine."""
+    """Return one line per forbidden part of the template, with its path; empty if it is valid."""
     if template is None:
         return []
     faults: list[str] = []
@@ -85,7 +85,7 @@ def _check_volume(volume: dict[str, Any], path: str, faults: list[str]) -> None:
 def _check_container(container: dict[str, Any], path: str, faults: list[str]) -> None:
     if container.get("name") != names.CONTAINER:
         faults.append(
-            f"{path}.name: must be {names.CONTAINER!r}, the pod's one container; got"
+            f"{path}.name: must be {names.CONTAINER!r}, the pod's only container; got"
             f" {container.get('name')!r}"
         )
     _allow(container, _CONTAINER_FIELDS, path, faults)

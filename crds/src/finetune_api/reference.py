@@ -1,4 +1,4 @@
-"""docs/reference.md: every field, word and address of the contract, from the models alone."""
+"""Generate docs/reference.md, the reference of the whole API, from the models."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from finetune_api.status import FineTuneJobStatus
 GENERATED = "<!-- Generated from the models in crds/ by `make generate`: edit those. -->"
 
 CHANGES = """\
-What a change of a field does to a run that has begun:
+Effect of a change of a field on a run that has begun:
 
-- **Live**: it is applied as it is.
-- **Resume**: the same run goes on from its last checkpoint in a new gang.
-- **NewRun**: the current run is stopped with its state saved, and the next one begins. Earlier runs
-  stay in `status.history` and in object storage.
+- **Live**: the change is applied directly.
+- **Resume**: a new gang continues the same run from its last checkpoint.
+- **NewRun**: the current run is stopped with its state saved, and the next run begins. Earlier runs
+  are kept in `status.history` and in object storage.
 
-Numbers with a fraction are strings (`"2e-4"`). Lists and fields without a default may be left out
+Numbers with a fraction are strings (`"2e-4"`). Lists and fields without a default are optional
 unless they are marked required."""
 
 
 def reference() -> str:
-    """The whole page."""
+    """Return the text of the page."""
     parts = [
         GENERATED,
         f"# {KIND} reference",
@@ -50,15 +50,15 @@ def reference() -> str:
 
 
 def _blocks(schema: Schema, path: str, seen: dict[str, str]) -> Iterator[str]:
-    """A section for the block at a path, then one for each block below it; ``seen`` holds the
-    paths of those that stand on the page already, by what is in them."""
+    """Yield a section for the block at a path, then one for each block below it; ``seen`` maps the
+    content of blocks already on the page to their paths."""
     if path.count("."):
         yield f"### {path}"
     yield schema["description"]
     key = json.dumps([schema["properties"], _class(schema, path)])
     first = seen.setdefault(key, path)
     if first != path:
-        yield f"The fields are those of [{first}](#{_anchor(first)})."
+        yield f"Same fields as [{first}](#{_anchor(first)})."
         return
     yield _table(schema, path)
     rules = [rule["message"] for rule in schema.get("x-kubernetes-validations", [])]
@@ -73,9 +73,9 @@ def _blocks(schema: Schema, path: str, seen: dict[str, str]) -> Iterator[str]:
 
 def _table(schema: Schema, path: str) -> str:
     of_spec = path.startswith("spec")
-    head = ["Field", "Type", "Default", "Change", "What it is"]
+    head = ["Field", "Type", "Default", "Change", "Description"]
     if not of_spec:
-        head = ["Field", "Type", "What it is"]
+        head = ["Field", "Type", "Description"]
     rows = [head, ["---"] * len(head)]
     for name, child in schema["properties"].items():
         required = of_spec and name in schema.get("required", ())
@@ -88,7 +88,8 @@ def _table(schema: Schema, path: str) -> str:
 
 
 def _class(child: Schema, path: str) -> str:
-    """The class of a field; of a block only where all of it has one. A status has none."""
+    """Return the class of a spec field, or of a block whose fields all have the same class; "" for
+    status."""
     if not path.startswith("spec"):
         return ""
     dotted = path.removeprefix("spec").removeprefix(".").replace("[]", "")
@@ -97,8 +98,7 @@ def _class(child: Schema, path: str) -> str:
 
 
 def leaves(schema: Schema, path: str) -> Iterator[str]:
-    """Dotted paths of the fields at and below a node that hold values; lists count as their
-    items."""
+    """Yield the dotted paths of the leaf fields at and below a node; a list counts as its items."""
     schema = schema.get("items", schema)
     if "properties" not in schema:
         yield path
@@ -153,7 +153,7 @@ def _default(node: Schema) -> str:
 
 
 def _anchor(path: str) -> str:
-    """The anchor that the usual renderers give a heading."""
+    """Return a heading's anchor as common Markdown renderers form it."""
     return "".join(c for c in path.lower() if c.isalnum() or c in "-_ ").replace(" ", "-")
 
 
@@ -168,15 +168,17 @@ def _words() -> Iterator[str]:
     yield "## Conditions"
     yield _rows(["Type", "True means"], ([f"`{k}`", v] for k, v in meanings.CONDITIONS.items()))
     yield (
-        "Reasons that they carry. `Failed`, and `Ready` and `Stalled` with it, carry the reason of"
-        " `status.failure`."
+        "Reasons of conditions. After a failure, `Failed`, `Ready` and `Stalled` carry the reason"
+        " of `status.failure`."
     )
     yield _rows(["Reason", "Meaning"], ([f"`{k}`", v] for k, v in meanings.REASONS.items()))
     yield "## Phases"
-    yield "For printing; scripts wait for conditions: `kubectl wait --for=condition=Complete`."
+    yield (
+        "For display; scripts should wait for conditions: `kubectl wait --for=condition=Complete`."
+    )
     yield _rows(["Phase", "Meaning"], ([f"`{k}`", v] for k, v in meanings.PHASES.items()))
     yield "## Failure classes"
-    yield "`status.failure.class` and what to do:"
+    yield "Values of `status.failure.class` and their remedies:"
     classes = ([f"`{k}`", *v] for k, v in meanings.FAILURES.items())
     yield _rows(["Class", "Cause", "Remedy"], classes)
     yield "## Exit codes of the trainer's containers"
@@ -184,7 +186,7 @@ def _words() -> Iterator[str]:
         [str(int(code)), meaning, "no" if int(code) in FINAL_EXIT_CODES or not code else "yes"]
         for code, meaning in meanings.EXIT_CODES.items()
     )
-    yield _rows(["Code", "Meaning", "Tried again"], codes)
+    yield _rows(["Code", "Meaning", "Retried"], codes)
 
 
 def _credentials() -> Iterator[str]:
@@ -207,7 +209,7 @@ def _layout() -> Iterator[str]:
     )
     for kind, files in meanings.STORAGE_LAYOUT:
         rows = ([f"`{prefixes[kind]}/{name}`", meaning] for name, meaning in files)
-        yield _rows(["Address", "What it holds"], rows)
+        yield _rows(["Address", "Content"], rows)
 
 
 def _rows(head: list[str], rows: Any) -> str:

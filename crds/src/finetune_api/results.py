@@ -1,6 +1,6 @@
-"""What the trainer says: ``/progress``, the termination message, and ``metrics.json``.
+"""Reports of the trainer: ``/progress``, the termination message, and ``metrics.json``.
 
-Figures are plain JSON numbers here; the operator writes them to status as strings.
+Numbers are plain JSON numbers here; the operator writes fractions to status as strings.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from finetune_api.base import Record
 from finetune_api.names import FailureClass, Role
 
 TERMINATION_LIMIT: Final = 4096
-"""Bytes that Kubernetes keeps of a termination message."""
+"""Maximum bytes of a termination message in Kubernetes."""
 
 
 StartupPart = Literal[
     "launch", "import", "rendezvous", "data", "model", "restore", "baseline", "compile", "step"
 ]
-"""What an attempt does before its first optimizer step is done, in order: torchrun starts and the
-nodes find each other; a worker imports its libraries; the processes form a gang and take the run;
-they open the data, and plan; fetch the model, estimate its memory, load and shard it; read the
-newest checkpoint; measure the untuned model; compile blocks (with training.compile); take the
-step."""
+"""Parts of an attempt until the end of its first optimizer step, in order: torchrun starts and the
+nodes find each other; a worker imports its libraries; the processes form the process group and
+claim the run; they open the data and plan; fetch the model, estimate its memory, load and shard it;
+read the newest checkpoint; evaluate the base model; compile blocks (with training.compile); take
+the step."""
 
 
 class Startup(Record):
-    """The start of an attempt, as the gang's first process saw it: a wait for another process
-    counts for the part in which it was waited."""
+    """Startup times of an attempt, as measured by rank 0; waiting for another process counts
+    towards the part in which rank 0 waited."""
 
     seconds: dict[StartupPart, float]
-    """Seconds by part. Parts follow one another without gaps: their sum is the time from the start
-    of the node's training processes to the end of the first step."""
+    """Seconds by part. There are no gaps between parts: their sum is the time from the start of the
+    node's training processes to the end of the first step."""
     from_step: int
-    """Steps done before: above 0 where the attempt went on from a checkpoint."""
+    """Steps done before: above 0 if the attempt continued from a checkpoint."""
     first_step: float
     """Unix time at the end of the first step."""
 
@@ -46,22 +46,22 @@ class Startup(Record):
 
     @property
     def text(self) -> str:
-        """For people: ``21.4 s (launch 3.1, import 9.0, …)``."""
+        """Readable form: ``21.4 s (launch 3.1, import 9.0, …)``."""
         parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.seconds.items())
         return f"{self.total:.1f} s ({parts})"
 
 
 class Progress(Record):
-    """``GET /progress`` of the gang's first process."""
+    """``GET /progress`` of rank 0."""
 
     run: str
-    """Identity of the run; addresses are reused, so a reader must compare it."""
+    """ID of the run; IP addresses are reused, so a reader must compare it."""
     attempt: int
-    """Attempt that took the run's HEAD, from 1."""
+    """Attempt that claimed the run's HEAD, from 1."""
     restarts: int
     """Attempts that took over from one that did not end by itself."""
     stage: Literal["Loading", "Baseline", "Training", "Evaluating", "Saving", "Testing", "Done"]
-    """What the gang is doing."""
+    """Current activity of the gang."""
     step: int = 0
     """Optimizer steps done."""
     total_steps: int = 0
@@ -69,100 +69,98 @@ class Progress(Record):
     epoch: float = 0.0
     """Passes over the training data done."""
     data_stage: str | None = None
-    """Name of the stage of data.stages that the last step belongs to, where there are some."""
+    """Name of the stage of data.stages that the last step belongs to, if there are stages."""
     loss: float | None = None
     """Training loss per supervised token (nats), mean since the last log point."""
     by_source: dict[str, float] = {}
-    """The same by training set, where there are several."""
+    """The same by training set, if there are several."""
     anchor_kl: float | None = None
-    """KL(untuned || tuned) per supervised token of replay sets (nats), mean since the last log
-    point, where training.anchor asks for it; no part of the loss above."""
+    """KL(base || tuned) per supervised token of replay sets (nats), mean since the last log point,
+    if training.anchor enables it; not included in ``loss``."""
     router_loss: float | None = None
-    """Loss that spreads tokens over experts, before its coefficient, mean since the last log
-    point, where training.routerAuxLossCoefficient asks for it; no part of the loss above."""
+    """Load-balancing loss of experts, before its coefficient, mean since the last log point, if
+    training.routerAuxLossCoefficient enables it; not included in ``loss``."""
     learning_rate: float | None = None
     """Learning rate of the last step."""
     tokens_per_second: float | None = None
-    """Real tokens trained per second, whole gang."""
+    """Real (non-padding) tokens trained per second, over all ranks."""
     mfu: float | None = None
-    """Share of the devices' peak that the arithmetic on real tokens makes, where it is known."""
+    """Model FLOPs utilization: FLOPs on real tokens over the devices' peak, if known."""
     data_wait_share: float | None = None
-    """Share of the steps' time since the last log point for which the first process waited for its
-    data."""
+    """Share of the step time since the last log point in which rank 0 waited for data."""
     remaining_seconds: float | None = None
     """Expected time to the end of training."""
     latest_checkpoint: str | None = None
-    """Address of the newest checkpoint."""
+    """URI of the newest checkpoint."""
     best_checkpoint: str | None = None
-    """Address of the best checkpoint."""
+    """URI of the best checkpoint."""
     checkpoints_abandoned: int = 0
-    """Checkpoints of this attempt that storage did not take and the training went on without."""
+    """Checkpoints of this attempt that could not be written; training continued without them."""
     training_seconds: float = 0.0
     """Wall time since this attempt began."""
     lost_seconds: float = 0.0
-    """Wall time of work that earlier attempts did and lost: from their last commit to their
-    end."""
+    """Wall time that earlier attempts lost: from their last checkpoint to their end."""
     startup: Startup | None = None
-    """How long the attempt took to start, once its first step is done."""
+    """Startup times of the attempt, once its first step is done."""
     updated: float = 0.0
     """Unix time of this state."""
 
 
 class Failure(Record):
-    """Why a container ended."""
+    """Failure of a container."""
 
     failure_class: FailureClass = Field(alias="class")
-    """Kind of the cause."""
+    """Failure class."""
     reason: str
     """CamelCase word for scripts, e.g. MalformedRecord."""
     message: str
-    """What happened, where, and what to do, for a person."""
+    """What happened, where, and what to do, for users."""
     retryable: bool = False
-    """Whether another try can mend it."""
+    """Whether a retry can succeed."""
 
 
 class MemoryEstimate(Record):
-    """What a training process will take of its memory."""
+    """Estimated memory of a training process."""
 
     needed: int
-    """Bytes, all parts together."""
+    """Bytes, sum of all parts."""
     available: int | None = None
-    """Bytes that a process has, where the manifest says."""
+    """Bytes that a process has, if the manifest gives them."""
     sharding: Literal["NoShard", "HybridShard", "FullShard"]
-    """How the model is to lie on the processes."""
+    """How the model will be distributed over the processes."""
     gradient_checkpointing: bool
-    """Whether activations are to be computed again."""
+    """Whether activations will be recomputed."""
     parts: dict[str, int]
     """Bytes by part."""
     warning: str | None = None
-    """Where the training may not fit: figures, and what would fit."""
+    """If the training may not fit: by how much, and which settings would fit."""
 
 
 class StagePlan(Record):
-    """A stage of the training, as prepare has worked it out."""
+    """A stage of the training, as planned by prepare."""
 
     name: str
-    """As data.stages has it."""
+    """Name in data.stages."""
     steps: int
-    """Optimizer steps of it."""
+    """Optimizer steps of the stage."""
     mixture: dict[str, float]
-    """Share of the trained tokens by training set, of those that take part."""
+    """Share of the trained tokens by training set; only sets of the stage."""
 
     @property
     def mixture_text(self) -> str:
-        """For people: ``notes 75 %, code 25 %``."""
+        """Readable form: ``notes 75 %, code 25 %``."""
         return ", ".join(f"{name} {100 * share:.3g} %" for name, share in self.mixture.items())
 
 
 class PreparedSummary(Record):
-    """What prepare found, in numbers."""
+    """Summary of prepare."""
 
     digest: str
     """Content digest of the prepared data."""
     uri: str
-    """Where the prepared data is."""
+    """URI of the prepared data."""
     reused: bool
-    """Whether it was there already."""
+    """Whether the prepared data existed already."""
     train_samples: int
     """Samples to train on."""
     validation_samples: int
@@ -172,20 +170,20 @@ class PreparedSummary(Record):
     train_tokens: int
     """Tokens of the training samples."""
     supervised_tokens: int
-    """Tokens of them that are learned."""
+    """Supervised tokens of the training samples."""
     dropped: dict[str, int] = {}
-    """Records left out, by cause."""
+    """Number of dropped records by cause."""
     total_steps: int
-    """Optimizer steps that the training will take."""
+    """Optimizer steps of the training."""
     stages: list[StagePlan] = []
-    """What is mixed when, where data.stages says."""
+    """Stages of the training, if data.stages is given."""
     memory: MemoryEstimate | None = None
-    """What the training will take of memory."""
+    """Memory estimate of the training."""
 
 
 Metrics = dict[str, float]
-"""Metric name (spec spelling) to value; Bleu and Rouge from 0 to 100 and 0 to 1 as their packages
-give them."""
+"""Metric name (as in the spec) to value; Bleu is from 0 to 100 and Rouge from 0 to 1, as in their
+packages."""
 
 
 class DataSetScores(Record):
@@ -196,103 +194,103 @@ class DataSetScores(Record):
     samples: int
     """Samples measured."""
     base: Metrics
-    """Of the model as it was."""
+    """Metrics of the base model."""
     tuned: Metrics
-    """Of the tuned model."""
+    """Metrics of the tuned model."""
 
 
 class TrainSummary(Record):
-    """What the gang did."""
+    """Summary of the training."""
 
     attempt: int
     """Attempt that finished."""
     restarts: int
-    """Incidents survived."""
+    """Number of restarts."""
     steps: int
     """Optimizer steps done."""
     stopped_early: bool = False
-    """Whether early stopping ended it."""
+    """Whether early stopping ended the training."""
     loss: float | None = None
     """Last training loss."""
     checkpoint: str | None = None
-    """Address of the checkpoint chosen for publishing."""
+    """URI of the checkpoint chosen for publishing."""
     checkpoint_step: int | None = None
-    """Its step."""
+    """Step of that checkpoint."""
     trainable_parameters: int = 0
-    """Parameters that were trained."""
+    """Number of trained parameters."""
     total_parameters: int = 0
-    """Parameters of the model, what the method added included."""
+    """Number of parameters of the model, including those added by the method."""
     scores: list[DataSetScores] = []
-    """Test metrics by data set; cut from the termination message first if it grows too long."""
+    """Test metrics by data set; the first to be cut from a termination message that is too long."""
     training_seconds: float = 0.0
     """Wall time of all attempts."""
     lost_seconds: float = 0.0
     """Wall time of work that was lost with an attempt."""
     tokens: int = 0
-    """Real tokens that the model has learned from; by training_seconds, that is the goodput."""
+    """Real (non-padding) tokens trained on; divided by training_seconds: the goodput."""
     skipped_steps: int = 0
-    """Steps whose update was not made (see training.guard)."""
+    """Steps whose update was skipped (see training.guard)."""
     rollbacks: int = 0
-    """Times that the run went back to an earlier checkpoint."""
+    """Number of rollbacks to an earlier checkpoint."""
     quarantined_samples: int = 0
-    """Training samples that were left out then."""
+    """Training samples that rollbacks excluded."""
     startup: Startup | None = None
-    """How long the attempt that finished took to start; absent where it had no step left to do."""
+    """Startup times of the attempt that finished; absent if it had no step left to do."""
 
 
 class Ancestor(Record):
-    """One model that a tuned model was made from. A lineage is a list of them, the first base
-    model first; that one has an address alone."""
+    """A model that a tuned model derives from. A lineage is a list of ancestors that starts with
+    the original base model, of which only the URI is known."""
 
     uri: str
-    """Address: of a model folder, or of what a run has published."""
+    """URI of a model folder or of a run's published model."""
     job: str | None = None
-    """Job that published it."""
+    """Job that published the model."""
     run: str | None = None
-    """Its run."""
+    """Run that published the model."""
     digest: str | None = None
-    """sha256 of its manifest."""
+    """sha256 of the model's manifest."""
     method: str | None = None
     """Tuning method of that run (`spec.method.type`)."""
     formats: list[str] = []
-    """What was published: adapter, merged."""
+    """Published formats: adapter, merged."""
 
 
 class PublishSummary(Record):
-    """What was published."""
+    """Summary of publish."""
 
     uri: str
-    """Address of the model."""
+    """URI of the published model."""
     digest: str
-    """sha256 of its manifest."""
+    """sha256 of the model's manifest."""
     formats: list[str]
-    """adapter, merged."""
+    """Published formats: adapter, merged."""
     bytes: int
     """Size of all published files."""
     full_copy_bytes: int = 0
-    """What the weights of a whole model take in the dtype of the base."""
+    """Size of a full model's weights in the dtype of the base."""
 
 
 class Termination(Record):
-    """The last word of a container, at most 4 KiB of JSON."""
+    """The termination message of a container, at most 4 KiB of JSON."""
 
     run: str
-    """Identity of the run."""
+    """ID of the run."""
     role: Role
     """Stage."""
     failure: Failure | None = None
-    """Why it failed; absent after success."""
+    """The failure; absent after success."""
     prepared: PreparedSummary | None = None
-    """Of prepare."""
+    """Summary of prepare."""
     trained: TrainSummary | None = None
-    """Of train."""
+    """Summary of train."""
     published: PublishSummary | None = None
-    """Of publish."""
+    """Summary of publish."""
 
     def to_text(self) -> str:
-        """JSON of at most TERMINATION_LIMIT bytes. What is too long is left out in this order:
-        scores (metrics.json in storage has them), causes of dropped records (the data report has
-        them), stages (prepared.json has them), the middle of the failure's message."""
+        """Return JSON of at most TERMINATION_LIMIT bytes. If it is too long, parts are cut in this
+        order: scores (kept in metrics.json), causes of dropped records (kept in the data report),
+        stages (kept in prepared.json), the middle of the failure message."""
         raw = self.to_json()
         if _fits(raw):
             return _compact(raw)
@@ -314,6 +312,6 @@ def _fits(raw: Any) -> bool:
 
 
 def _compact(raw: Any) -> str:
-    # Names of files may hold what is no Unicode: a container's last word must not die of it.
+    # File names may hold surrogates (invalid UTF-8); they must not break the termination message.
     text = json.dumps(raw, separators=(",", ":"), ensure_ascii=False)
     return text.encode(errors="replace").decode()

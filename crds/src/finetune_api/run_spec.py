@@ -1,8 +1,8 @@
-"""The run spec: the one file that the operator hands to the trainer (``run-spec.json``).
+"""The run spec: the file that the operator passes to the trainer (``run-spec.json``).
 
-It holds the run's whole spec as it was when the run began, so that nothing that changes in the
-cluster later (a new default, a new operator) reaches a run that has begun. The trainer refuses a
-contract version that it does not speak.
+It holds the run's full spec as of the start of the run, so that later changes in the cluster (a new
+default, a new operator) do not affect a run that has begun. The trainer refuses an unknown contract
+version.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from finetune_api.sources import ModelLocation, StorageAccess
 from finetune_api.spec import FineTuneJobSpec
 
 CONTRACT_VERSION: Final = 1
-"""Raised with every change of run-spec.json or of what the trainer says that an older trainer or
-operator would misread."""
+"""Incremented with every change of run-spec.json or of the trainer's reports that an older trainer
+or operator would misread."""
 
 
 class JobIdentity(Model):
-    """Which FineTuneJob a run belongs to."""
+    """The FineTuneJob of a run."""
 
     namespace: str
     """Namespace of the job."""
@@ -35,52 +35,52 @@ class JobIdentity(Model):
 
 
 class TunedBase(Record):
-    """The published model that `spec.model.fineTuneJobRef` stood for when the run began: what the
-    other job does later does not reach the run."""
+    """The published model that `spec.model.fineTuneJobRef` referred to when the run began; later
+    runs of the other job do not affect this run."""
 
     job: str
-    """Name of the job that published it."""
+    """Name of the job that published the model."""
     run: str
-    """Its run."""
+    """Run that published the model."""
     uri: str
-    """Address of what the run has published."""
+    """URI of the published model."""
     digest: str | None = None
-    """sha256 of its manifest; None where it is not known any more."""
+    """sha256 of the model's manifest; None if no longer known."""
     storage: StorageAccess | None = None
-    """Access to it where it differs from `spec.storage`."""
+    """Access to the model if it differs from `spec.storage`."""
     beneath: ModelLocation | None = None
-    """The model that a published adapter is loaded on; None where a whole model was published."""
+    """Base model of a published adapter; None if a full model was published."""
 
 
 class RunSpec(Model):
-    """What a run does, complete."""
+    """The complete specification of a run."""
 
     version: int
     """Contract version of this file."""
     job: JobIdentity
     """The job."""
     run: str
-    """Identity of the run, ``<number>-<uid5>``."""
+    """ID of the run, ``<number>-<uid5>``."""
     spec: FineTuneJobSpec
     """The spec of the run, with every default filled in."""
     base: TunedBase | None = None
-    """What `spec.model.fineTuneJobRef` stands for."""
+    """The model that `spec.model.fineTuneJobRef` refers to."""
     revision: int = 1
-    """Gang of the run: another one follows where a field of class Resume was changed."""
+    """Number of the run's gang; a change of a field of class Resume starts the next one."""
     restarts: int = 0
-    """Incidents of the gangs before this one: from here on HEAD.json counts."""
+    """Restarts of the earlier gangs; HEAD.json counts on from here."""
 
     @property
     def base_model(self) -> ModelLocation:
-        """Where the model is that the run starts from, given by address or by reference."""
+        """Location of the model that the run starts from, given by address or by reference."""
         if self.base is not None:
             return ModelLocation(source=self.base.uri, storage=self.base.storage)
-        assert self.spec.model.source is not None, "a rule asks for it; a reference has a base"
+        assert self.spec.model.source is not None, "a rule requires source or a reference"
         return ModelLocation(source=self.spec.model.source, storage=self.spec.model.storage)
 
     @cached_property
     def storage_profiles(self) -> tuple[StorageAccess, ...]:
-        """The different ways in which this run reaches object storage; 0 is ``spec.storage``."""
+        """The distinct storage access settings of this run; index 0 is ``spec.storage``."""
         data = self.spec.data
         given = [self.spec.model.storage]
         if self.base is not None:
@@ -94,7 +94,7 @@ class RunSpec(Model):
         return tuple(profiles)
 
     def profile_of(self, access: StorageAccess | None) -> int:
-        """Number of the storage profile of a source (its ``storage`` block, or None)."""
+        """Return the index of the storage profile of a source's ``storage`` block."""
         return 0 if access is None else self.storage_profiles.index(plain_access(access))
 
     @property
@@ -106,22 +106,23 @@ class RunSpec(Model):
         return output_uri(self.spec.output.destination, self.run)
 
     def to_text(self) -> str:
-        """The file's text: stable, so that equal orders are equal bytes."""
+        """Return the file's text; equal run specs give equal bytes."""
         return json.dumps(self.to_json(), sort_keys=True, indent=1) + "\n"
 
 
 def plain_access(access: StorageAccess) -> StorageAccess:
-    """What of a storage block says how the storage is reached."""
+    """Return only the access settings (endpoint, region, secret) of a storage block."""
     return StorageAccess.model_validate(
         {k: v for k, v in access.to_json().items() if k in {"endpoint", "region", "secretRef"}}
     )
 
 
 def tuned_base(before: RunSpec, digest: str | None, spec: FineTuneJobSpec) -> TunedBase:
-    """The base of a run with ``spec`` that starts from what the run of ``before`` has published.
+    """Return the base of a run with ``spec`` that starts from the published model of the run
+    ``before``.
 
     Args:
-        digest: of the published manifest.
+        digest: sha256 of the published manifest.
     """
     home = before.spec.storage
     uri = before.output_uri
@@ -146,22 +147,23 @@ def tuned_base(before: RunSpec, digest: str | None, spec: FineTuneJobSpec) -> Tu
 
 
 def _as_seen(access: StorageAccess, own: StorageAccess) -> StorageAccess | None:
-    """A storage as a run with storage of its ``own`` names it: not at all where it is that."""
+    """Return the access settings for a run whose default storage is ``own``; None if they are
+    equal."""
     return None if plain_access(access) == plain_access(own) else plain_access(access)
 
 
 def parse_run_spec(text: str | bytes) -> RunSpec:
-    """The run spec in a file's text.
+    """Parse the text of a run spec file.
 
     Raises:
-        InvalidSpec: where the text is no run spec, or one of another contract version.
+        InvalidSpec: if the text is not a run spec, or has another contract version.
     """
     raw: Any = json.loads(text)
     version = raw.get("version") if isinstance(raw, dict) else None
     if version != CONTRACT_VERSION:
         raise InvalidSpec(
             [
-                f"runSpec.version: this trainer image speaks contract version {CONTRACT_VERSION};"
+                f"runSpec.version: this trainer image supports contract version {CONTRACT_VERSION};"
                 f" got {version!r}. Use the trainer image of the operator's release, or leave"
                 " spec.compute.image out"
             ]

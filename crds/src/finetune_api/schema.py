@@ -1,9 +1,9 @@
-"""From models to the structural schema that the API server enforces.
+"""Convert models to the structural schema that the API server enforces.
 
-Pydantic writes JSON Schema; a CustomResourceDefinition takes a part of OpenAPI v3 in which nothing
-is referenced, nullable by union, or titled. ``structural`` closes that gap and adds what only
-Kubernetes knows: CEL rules, integer-or-string, opaque objects. It refuses what the API server would
-check differently, so that both sides stay one contract.
+Pydantic generates JSON Schema; a CustomResourceDefinition takes a subset of OpenAPI v3 without
+references, nullable unions or titles. ``structural`` converts one to the other and adds the
+extensions of Kubernetes: CEL rules, integer-or-string, opaque objects. It refuses whatever the API
+server would validate differently from pydantic.
 """
 
 from __future__ import annotations
@@ -26,19 +26,22 @@ KNOWN_KEYS: Final = frozenset(
         "x-kubernetes-list-type", "x-kubernetes-list-map-keys",
     }
 )  # fmt: skip
-"""Keys that both sides understand alike; any other in a model is refused."""
+"""Keys with the same meaning for pydantic and the API server; any other key is refused."""
 
 BOUND_OF: Final = {"string": "maxLength", "array": "maxItems"}
-"""CEL's cost is estimated from these: every string and list has its own."""
+"""Required bound by type: the API server estimates the cost of CEL rules from them."""
 
 
 def structural(model: type[Model], *, root: str, defaults: bool = True) -> Schema:
-    """The structural schema of a model; ``root`` is how messages call it (``spec``).
+    """Return the structural schema of a model.
 
-    ``defaults=False`` leaves defaults out: a status holds what was observed and nothing else.
+    Args:
+        root: name of the model in messages (``spec``).
+        defaults: whether to include defaults; a status has none, because it holds only observed
+            values.
 
     Raises:
-        ValueError: where a field has no counterpart on the API server (naming it).
+        ValueError: if a field cannot be expressed on the API server; the message names it.
     """
     raw = model.model_json_schema(by_alias=True, schema_generator=_Generator)
     schema = _inline(raw, raw.get("$defs", {}))
@@ -48,7 +51,7 @@ def structural(model: type[Model], *, root: str, defaults: bool = True) -> Schem
 
 
 class _Generator(GenerateJsonSchema):
-    """Pydantic's own, but for optional fields, defaults of blocks, and rules."""
+    """Pydantic's generator with changes for optional fields, defaults of blocks, and rules."""
 
     def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
         return self.generate_inner(schema["schema"])
@@ -57,7 +60,7 @@ class _Generator(GenerateJsonSchema):
         result = self.generate_inner(schema["schema"])
         default = self.get_default_value(schema)
         if isinstance(default, Model):
-            # Written out: the API server runs a block's rules on its default as it stands.
+            # In full: the API server runs a block's rules before it defaults the block's fields.
             result = {**result, "default": default.to_json()}
         elif default is not None:
             result = {**result, "default": default}
@@ -82,7 +85,7 @@ class _Generator(GenerateJsonSchema):
 
 
 def _inline(node: Any, definitions: Schema) -> Any:
-    """The node with every reference replaced; what stands beside a reference wins."""
+    """Replace every reference in a node by its target; keys next to the reference win."""
     if isinstance(node, list):
         return [_inline(item, definitions) for item in node]
     if not isinstance(node, dict):
@@ -94,7 +97,7 @@ def _inline(node: Any, definitions: Schema) -> Any:
 
 
 def _checked(node: Schema, path: str, defaults: bool) -> Schema:
-    """One node in the API server's dialect, its children below it."""
+    """Convert a node and its children to the API server's schema dialect."""
     node = {key: value for key, value in node.items() if key != "title"}
     if "const" in node:
         node["enum"] = [node.pop("const")]
@@ -125,7 +128,7 @@ def _checked(node: Schema, path: str, defaults: bool) -> Schema:
 
 
 def _key_rules(names: Schema) -> list[Schema]:
-    """Bounds on the keys of a map, which only CEL can express."""
+    """Return the CEL rule that bounds the keys of a map; a structural schema cannot."""
     least, most = names.get("minLength", 0), names["maxLength"]
     return [
         {
@@ -154,6 +157,6 @@ def _refuse_unbounded(node: Schema, path: str) -> None:
 
 
 def _run_spec(key: str) -> tuple[int, str]:
-    """What a reader asks first stands first."""
+    """Sort key: description, type, default and enum first, then alphabetically."""
     first = ("description", "type", "default", "enum")
     return (first.index(key) if key in first else len(first), key)

@@ -1,4 +1,4 @@
-"""Blocks of the spec that say where things are: object storage, the model, the data."""
+"""Spec blocks for sources: object storage, the base model, the data."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from finetune_api.templates import Retrieval, Template
 Format = Literal[
     "Messages", "PromptCompletion", "Instruction", "Classification", "Retrieval", "Text"
 ]
-# On a cluster a source is remote or a mounted claim; `finetune run` also takes paths of its own
-# machine, which it turns into claims before the spec is validated (one schema for both).
+# On a cluster a source is remote or a mounted claim. `finetune run` also accepts local paths, and
+# converts them to claims before the spec is validated, so that both use one schema.
 ModelUri = Annotated[
     str,
     Spelling(
@@ -44,16 +44,15 @@ DataUri = Annotated[
 
 
 class SecretReference(Model):
-    """A Secret of the job's namespace."""
+    """A Secret in the job's namespace."""
 
     name: DnsName
-    """Name of the Secret. Read keys: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, and, where they
-    exist, AWS_SESSION_TOKEN and HF_TOKEN. Pods get them by reference; the operator never reads
-    them."""
+    """Name of the Secret. Its keys: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, and optionally
+    AWS_SESSION_TOKEN and HF_TOKEN. Pods get them by reference; the operator never reads them."""
 
 
 class StorageAccess(Model):
-    """How one place of object storage is reached."""
+    """Access to an object storage."""
 
     endpoint: (
         Annotated[
@@ -66,24 +65,24 @@ class StorageAccess(Model):
         ]
         | None
     ) = None
-    """URL of an S3-compatible server. Absent: Amazon S3 of the region."""
+    """URL of an S3-compatible server. Absent: Amazon S3 in the region."""
     region: Annotated[
         str, Spelling(r"^[a-z0-9-]+$", "the name of a region: us-east-1", max_length=64)
     ] = "us-east-1"
-    """Region that requests are signed for."""
+    """Region for which requests are signed."""
     secret_ref: SecretReference | None = None
-    """Secret that holds the access keys. Absent: the pod's own identity (a service account bound
-    to a role), or anonymous access."""
+    """Secret with the access keys. Absent: the pod's own identity (a service account bound to a
+    role), or anonymous access."""
 
 
 class Storage(StorageAccess):
-    """Object storage of the job, and where its working files live."""
+    """Object storage of the job, and the location of its working files."""
 
     service_account_name: DnsName | None = None
     """Service account of the job's pods, for storage access by workload identity."""
     workspace: S3Uri | None = None
-    """Where prepared data and checkpoints are kept. Jobs that share a workspace share prepared
-    data. Absent: `.workspace` under the output's destination."""
+    """Prefix for prepared data and checkpoints. Jobs that share a workspace share prepared data.
+    Absent: `.workspace` under `output.destination`."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -96,27 +95,27 @@ class Storage(StorageAccess):
 
 
 class FineTuneJobReference(Model):
-    """Another FineTuneJob of the same namespace."""
+    """Another FineTuneJob in the same namespace."""
 
     name: DnsName
     """Name of the FineTuneJob."""
 
 
 class BaseModelSource(Model):
-    """The model to start from: give one of source and fineTuneJobRef."""
+    """The base model: give either source or fineTuneJobRef."""
 
     source: ModelUri | None = None
     """`s3://bucket/prefix` of a model folder in Hugging Face layout (config.json, safetensors,
-    tokenizer), or of what a run has published (`<destination>/<run>`, which holds manifest.json);
-    `hf://organisation/name@revision` of the Hugging Face hub, or `pvc://claim/path` of a volume
+    tokenizer) or of a run's published model (`<destination>/<run>`, which has a manifest.json);
+    `hf://organisation/name@revision` on the Hugging Face Hub; or `pvc://claim/path` on a volume
     claim in the job's namespace."""
     fine_tune_job_ref: FineTuneJobReference | None = None
-    """Start from the model that another FineTuneJob of the namespace publishes: the run waits until
-    that job is Complete, and keeps to the run that it finds then. A later run of that job starts
-    none of this one; a new rerunToken does."""
+    """Start from the model that another FineTuneJob in the namespace publishes. The run waits until
+    that job is Complete, and uses the model of its run at that time. A later run of that job does
+    not start a new run of this one; a new rerunToken does."""
     storage: StorageAccess | None = None
-    """Access to this model. Absent: `spec.storage`, or, with fineTuneJobRef, the storage that the
-    other job has published to."""
+    """Access to this model. Absent: `spec.storage`, or with fineTuneJobRef the storage to which the
+    other job has published."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -136,12 +135,12 @@ class BaseModelSource(Model):
 
 
 class ModelLocation(Model):
-    """Where a model is, and how it is reached."""
+    """Location of a model and access to it."""
 
     source: ModelUri
-    """Its address."""
+    """URI of the model."""
     storage: StorageAccess | None = None
-    """Access to it where it differs from `spec.storage`."""
+    """Access to the model if it differs from `spec.storage`."""
 
 
 class DataSource(Model):
@@ -154,26 +153,27 @@ class DataSource(Model):
     '/'. JSON Lines (`.jsonl`, `.json`), one JSON array of records (`.json`), CSV with a header line
     (`.csv`), each also compressed (`.gz`, `.zst`), and Parquet (`.parquet`)."""
     format: Format | None = None
-    """What the records hold. Messages: `messages` of role and content, or of calls of tools
+    """Fields of the records. Messages: `messages` with role and content or tool calls
     (`tool_calls`); `tools` (optional). PromptCompletion: `prompt`, `completion`. Instruction:
     `instruction`, `input` (optional), `output`. Classification: `text`, `label`. Retrieval:
-    `question`, `oracle` (the passage that holds the answer, or a list), `distractors` (a list of
-    other passages, optional), `answer`, which may cite `[oracle]` (of several `[oracle 2]`). Text:
-    `text`, all of it learned. Absent: found out from the first record."""
+    `question`, `oracle` (the passage with the answer, or a list), `distractors` (a list of other
+    passages, optional), `answer`, which may cite `[oracle]` (one of several: `[oracle 2]`). Text:
+    `text`, whose tokens are all trained on. Absent: detected from the first record."""
     template: Template | None = None
-    """Makes prompt and completion of records whose fields have other names. Not for Messages,
-    Retrieval and Text; conversations of other fields have the template Chat."""
+    """Builds prompt and completion from records with other field names. Not for Messages, Retrieval
+    and Text; for conversations with other field names use the template Chat."""
     retrieval: Retrieval | None = None
-    """Which passages the prompts show; only with `format: Retrieval`. Absent: the defaults of its
+    """Passages that the prompts show; only with `format: Retrieval`. Absent: the defaults of its
     fields."""
     weight: DecimalString | None = None
-    """Share of the trained tokens, relative to the weights of the other training sets; "0" leaves
-    the set to the stages. Absent everywhere: in proportion to size, each record once an epoch."""
+    """Share of the trained tokens, relative to the weights of the other training sets; with "0" the
+    set is used only by stages that name it. Absent everywhere: in proportion to size, each record
+    once per epoch."""
     replay: bool = False
-    """Marks a training set of general data, which is there lest the model forget: it is trained
-    like any other, and `training.anchor.klCoefficient` holds the model to its old answers on it."""
+    """Marks a training set of general data, against forgetting: it is trained on like any other,
+    and `training.anchor.klCoefficient` keeps the model near the base model's outputs on it."""
     storage: StorageAccess | None = None
-    """Access to this source where it differs from `spec.storage`."""
+    """Access to this source if it differs from `spec.storage`."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -191,7 +191,7 @@ class DataSource(Model):
         ),
         Rule(
             "!has(self.template) || !has(self.template.name) || !has(self.format)",
-            "a template with a name knows its format: leave format out",
+            "a template with a name sets the format itself: leave format out",
             lambda s: s.template is None or s.template.name is None or s.format is None,
             ("format",),
         ),
@@ -199,20 +199,20 @@ class DataSource(Model):
 
 
 class Split(Model):
-    """Held-out shares, cut from the training records where no set of their own is given."""
+    """Shares of the training records to hold out if no separate sets are given."""
 
     validation: Fraction = "0.05"
-    """Share of the training records held out for validation. No effect where `data.validation` is
+    """Share of the training records held out for validation. No effect if `data.validation` is
     given."""
     test: Fraction = "0.05"
-    """Share of the training records held out for the final test. No effect where `data.test` is
+    """Share of the training records held out for the final test. No effect if `data.test` is
     given."""
     group_by: FieldName | None = None
-    """Field whose equal values stay on one side of the split. Absent: records with equal prompts
-    stay together, so that no test prompt was trained on."""
+    """Field that groups records: records with equal values stay on one side of the split. Absent:
+    records with equal prompts stay together, so that no test prompt is trained on."""
     seed: Annotated[int, Field(ge=0, le=2_147_483_647)] = 0
-    """Seed of the split. A record's side depends on its group and this seed alone, so it keeps its
-    side as the data grows."""
+    """Seed of the split. A record's side depends only on its group and this seed, so it does not
+    change as the data grows."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -226,48 +226,47 @@ class Split(Model):
 
 
 class Quality(Model):
-    """What is done about faults of the data."""
+    """Handling of data quality problems."""
 
     deduplicate: bool = True
-    """Drop records of the training set whose prompt and completion occurred before."""
+    """Drop training records whose prompt and completion occurred before."""
     near_duplicates: Literal["Keep", "Drop"] = "Keep"
-    """Drop leaves out records of the training set whose own words are like an earlier one's: system
-    turns, tools and the texts of templates do not count. It holds 128 bytes of memory a record."""
+    """Drop removes training records whose text is similar to an earlier record's; system messages,
+    tools and template texts are not compared. Needs 128 bytes of memory per record."""
     near_duplicate_similarity: Fraction = "0.85"
-    """Least similarity of near duplicates, from 0.5: the share of rows of three words that two
-    texts have in common, of all that they have (Jaccard; estimated by MinHash, with a standard
-    error of 0.03). At 0.85, texts of 40 words that differ in one."""
+    """Minimum similarity of near duplicates, from 0.5: the number of three-word sequences that two
+    texts share over the number in either (Jaccard similarity, estimated by MinHash with a standard
+    error of 0.03). 0.85 is reached by texts of 40 words that differ in one word."""
     max_duplicate_fraction: Fraction | None = None
-    """Largest share of the training samples that may be dropped as duplicates or near duplicates:
-    with more the job fails. Absent: any."""
+    """Maximum share of the training samples that may be dropped as duplicates or near duplicates;
+    above it the job fails. Absent: no limit."""
     overlength: Literal["Split", "Truncate", "Drop", "Fail"] = "Split"
-    """What happens to a sample of more than `training.maxLength` tokens. Split makes several
-    samples of a document (format Text), parted behind a paragraph, a line, a sentence or a word,
-    and cuts others as Truncate does. Truncate cuts the beginning of the prompt, and the end of a
-    document, of a completion that is too long by itself (its stop token is not learned then) or of
-    a text to classify; Drop leaves the sample out, Fail ends the job. The data report counts each
-    of them."""
+    """Handling of samples of more than `training.maxLength` tokens. Split: divide a document
+    (format Text) into several samples, after a paragraph, a line, a sentence or a word; truncate
+    other samples. Truncate: cut the beginning of a prompt, and the end of a document, of a
+    completion that is too long by itself (its stop token is then not trained on) or of a text to
+    classify. Drop: leave the sample out. Fail: end the job. The data report counts all cases."""
     faulty_records: Literal["Fail", "Drop"] = "Fail"
-    """What happens to a record that cannot be used: a malformed line, a missing field, one of
-    another type, nothing to learn. Fail ends the job and names the first, Drop leaves them out and
-    counts them by reason; a set of which more than half is faulty ends the job all the same."""
+    """Handling of records that cannot be used: a malformed line, a missing field, a field of
+    another type, nothing to train on. Fail: end the job and name the first one. Drop: leave them
+    out and count them by reason; the job still fails if more than half of a set is faulty."""
     personal_data: Literal["Ignore", "Warn", "Redact", "Fail"] = "Warn"
-    """E-mail addresses, telephone and payment card numbers, keys and access tokens in prompts and
-    completions, found by their form. Warn counts them in the data report with the first places,
-    Redact also writes `[EMAIL]`, `[PHONE]`, `[CARD]` or `[SECRET]` in their place, Fail ends the
-    job and names the record. Names and street addresses are not found."""
+    """Handling of e-mail addresses, telephone and payment card numbers, keys and access tokens in
+    prompts and completions, which are detected by their form. Warn: count them in the data report
+    and list the first ones. Redact: also replace them by `[EMAIL]`, `[PHONE]`, `[CARD]` or
+    `[SECRET]`. Fail: end the job and name the record. Names and street addresses are not
+    detected."""
     contamination: Literal["Ignore", "Warn", "Drop", "Fail"] = "Warn"
-    """Training samples that share 13 tokens in a row with a validation or test sample (a sample
-    that is shorter: all of its tokens). Warn counts them in the data report with the first places,
-    Drop leaves them out of the training, Fail ends the job. Rows of tokens that more than 10
-    samples of a held-out set have, or more than a tenth of them, are a template's and do not
-    count."""
+    """Handling of training samples that share 13 consecutive tokens with a validation or test
+    sample (all tokens of a shorter sample). Warn: count them in the data report and list the first
+    ones. Drop: leave them out of the training. Fail: end the job. Sequences in more than 10
+    samples, or more than a tenth, of a held-out set belong to a template and do not count."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
             "!self.nearDuplicateSimilarity.matches('^[0-9.]+$')"
             " || double(self.nearDuplicateSimilarity) >= 0.5",
-            "nearDuplicateSimilarity must be at least 0.5: below, most records are alike",
+            "nearDuplicateSimilarity must be at least 0.5: below it, most records are similar",
             lambda q: float(q.near_duplicate_similarity) >= 0.5,
             ("nearDuplicateSimilarity",),
         ),
@@ -275,7 +274,7 @@ class Quality(Model):
 
 
 class MixtureWeight(Model):
-    """A training set and its part of a stage."""
+    """Weight of a training set in a stage."""
 
     name: DnsLabel
     """Name of a set in `data.train`."""
@@ -284,10 +283,10 @@ class MixtureWeight(Model):
 
 
 class DataStage(Model):
-    """A part of the training with a mixture of its own."""
+    """A stage of the training with its own mixture of training sets."""
 
     name: DnsLabel
-    """Name in prepare's plan, the training's log, metrics.json and the report."""
+    """Name in prepare's plan, the training log, metrics.json and the report."""
     steps: Annotated[
         str,
         Spelling(
@@ -296,11 +295,11 @@ class DataStage(Model):
             max_length=32,
         ),
     ]
-    """Part of the training's steps, relative to the other stages: "0.3" and "0.7". It must come to
-    one step at least."""
+    """Share of the training steps, relative to the other stages, e.g. "0.3" and "0.7". Must result
+    in at least one step."""
     weights: Annotated[list[MixtureWeight], Field(min_length=1, max_length=64)] | None = None
-    """The mixture of the stage; sets that are not named take no part. Absent: as `data.train`
-    says."""
+    """Mixture of the stage; sets that are not listed are not used. Absent: the mixture of
+    `data.train`."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -336,7 +335,7 @@ def _names_differ(field: str, why: str = "each set has its own metrics") -> Rule
 def _no_weights(field: str) -> Rule:
     return Rule(
         f"!has(self.{field}) || self.{field}.all(s, !has(s.weight))",
-        f"weight is for training sets: those of {field} are measured whole",
+        f"weight is for training sets: those of {field} are evaluated in full",
         lambda data: all(s.weight is None for s in getattr(data, field) or ()),
         (f"{field}[].weight",),
     )
@@ -345,17 +344,17 @@ def _no_weights(field: str) -> Rule:
 def _no_replay(field: str) -> Rule:
     return Rule(
         f"!has(self.{field}) || self.{field}.all(s, !s.replay)",
-        f"replay is for training sets: those of {field} are measured, not trained",
+        f"replay is for training sets: those of {field} are evaluated, not trained on",
         lambda data: not any(s.replay for s in getattr(data, field) or ()),
         (f"{field}[].source",),
     )
 
 
 class Data(Model):
-    """What is learned from, and what is measured on."""
+    """Training, validation and test data."""
 
     train: Annotated[list[DataSource], Field(min_length=1, max_length=64)]
-    """Training sets. Several are a mixture: in proportion to their size, or to their weights."""
+    """Training sets. Several sets are mixed in proportion to their sizes, or to their weights."""
     mixing_temperature: (
         Annotated[
             str,
@@ -367,27 +366,27 @@ class Data(Model):
         ]
         | None
     ) = None
-    """Temperature T of the mixture: a set of n tokens has a share in proportion to n^(1/T). "1" is
-    in proportion to size; a higher one evens small and large sets out. Not with weights."""
+    """Temperature T of the mixture: the share of a set of n tokens is proportional to n^(1/T). "1":
+    proportional to size; higher values even out small and large sets. Not with weights."""
     stages: Annotated[list[DataStage], Field(min_length=1, max_length=16)] | None = None
-    """Stages of the training (a curriculum), in their order. Absent: one stage."""
+    """Stages of the training (a curriculum), in order. Absent: one stage."""
     validation: Annotated[list[DataSource], Field(min_length=1, max_length=16)] | None = None
-    """Sets measured on the way: they choose the checkpoint and stop early."""
+    """Sets evaluated during training, to select the best checkpoint and for early stopping."""
     test: Annotated[list[DataSource], Field(min_length=1, max_length=16)] | None = None
-    """Sets measured at the end, for the untuned and the tuned model."""
+    """Sets for the final test of the base model and the tuned model."""
     split: Split = Split()
-    """Shares held out of the training records where validation or test sets are not given."""
+    """Shares of the training records to hold out if validation or test sets are not given."""
     quality: Quality = Quality()
-    """What is done about faults of the data."""
+    """Handling of data quality problems."""
 
     def names(self, field: Literal["train", "validation", "test"]) -> list[str]:
-        """Names of the sets of a list, in their order."""
+        """Return the names of the sets of a list, in order."""
         sources: list[DataSource] = getattr(self, field) or []
         return [source.name or f"{field}-{i}" for i, source in enumerate(sources)]
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         *(_names_differ(field) for field in ("train", "validation", "test")),
-        _names_differ("stages", "figures are named by them"),
+        _names_differ("stages", "results are reported by stage name"),
         Rule(
             "self.train.all(s, has(s.weight)) || self.train.all(s, !has(s.weight))",
             "give every training set a weight, or none",

@@ -1,8 +1,8 @@
-"""``spec`` of a FineTuneJob: what a user asks for.
+"""``spec`` of a FineTuneJob: the desired state.
 
-Field docstrings are the text of the CRD and of ``docs/reference.md``; defaults stand here and
-nowhere else. Where a good default depends on other fields (the learning rate of LoRA is not that
-of full tuning) the field is optional and ``effective_*`` on the block gives the value used.
+Field docstrings are the descriptions in the CRD and in ``docs/reference.md``. Defaults are defined
+only here. If a default depends on other fields (the learning rate of LoRA differs from that of full
+tuning), the field is optional and ``effective_*`` of the block gives the value used.
 """
 
 from __future__ import annotations
@@ -34,39 +34,40 @@ from finetune_api.training import Training
 
 
 class Evaluation(Model):
-    """What is measured, and when."""
+    """Evaluation on validation and test sets."""
 
     every_steps: Count | None = None
-    """Steps between evaluations on the validation sets. Absent: ten times over the run."""
+    """Steps between evaluations on the validation sets. Absent: ten evaluations over the run."""
     metrics: Annotated[list[Metric], Field(min_length=1, max_length=16)] | None = None
-    """What the final test reports. Absent: Loss and Perplexity, and Accuracy, Precision, Recall
-    and F1 for Classification, ExactMatch, Bleu and Rouge for other prompts with completions. A
-    SequenceClassification has Loss, Accuracy, Precision, Recall and F1."""
+    """Metrics of the final test. Absent: Loss and Perplexity, with Accuracy, Precision, Recall and
+    F1 for format Classification, and ExactMatch, Bleu and Rouge for other prompts with completions.
+    Task SequenceClassification: Loss, Accuracy, Precision, Recall and F1."""
     max_samples: Count = 1000
-    """Most samples of a set for which text is generated; loss is always over the whole set."""
+    """Maximum number of samples per set for which text is generated; the loss is always over the
+    whole set."""
     max_new_tokens: Annotated[int, Field(ge=1, le=65536)] | None = None
-    """Longest generated answer, in tokens. Absent: the longest completion of the training set,
-    but at most 512."""
+    """Maximum length of a generated answer, in tokens. Absent: the longest completion of the
+    training set, but at most 512."""
 
 
 class Checkpoint(Model):
-    """When the training state is committed to object storage."""
+    """Checkpoints of the training state in object storage."""
 
     every_steps: Count | None = None
     """Steps between checkpoints."""
     every_seconds: Count | None = None
-    """Seconds between checkpoints. Absent, with everySteps absent too: 600."""
+    """Seconds between checkpoints. If neither everySteps nor everySeconds is given: 600."""
     keep_last: Annotated[int, Field(ge=1, le=100)] = 2
-    """Newest checkpoints that are kept; older ones are removed."""
+    """Number of newest checkpoints to keep; older ones are removed."""
     keep_best: Annotated[int, Field(ge=1, le=100)] = 1
-    """Best checkpoints that are kept besides, by metric."""
+    """Number of best checkpoints, by `metric`, to keep in addition."""
     metric: Metric = "Loss"
-    """Validation metric by which the best checkpoint is chosen; that one is published."""
+    """Validation metric that selects the best checkpoint, which is published."""
     staging: Literal["Memory", "Disk"] = "Memory"
-    """Where the state is copied to, for training to go on while the copy is uploaded. The copy is
-    of the trained weights and the optimizer's state: with AdamW 12 bytes a trained parameter.
-    Memory: the pods' memory. Disk: the disk of the nodes, for those with little memory; training
-    stands still for longer."""
+    """Where the state is copied, so that training continues while the copy is uploaded. The copy
+    holds the trained weights and the optimizer state: with AdamW, 12 bytes per trained parameter.
+    Memory: the pods' memory. Disk: the nodes' local disks, for nodes with little memory; training
+    pauses longer."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -79,15 +80,15 @@ class Checkpoint(Model):
 
 
 class Output(Model):
-    """Where the tuned model goes."""
+    """Destination and format of the tuned model."""
 
     destination: S3Uri
-    """The model of run N is written to `<destination>/<run>/`; `latest.json` beside names the
-    newest complete one."""
+    """Prefix of the published models: a run's model is written to `<destination>/<run>/`, and
+    `<destination>/latest.json` names the newest complete run."""
     format: OutputFormat | None = None
-    """Adapter: what was added to the base model, alone. Merged: a whole model. Absent: Adapter
-    where the method makes one, else Merged (Full, Partial). PromptTuning and PrefixTuning are an
-    Adapter only."""
+    """Adapter: only the weights added to the base model. Merged: a full model. Both: Adapter and
+    Merged. Absent: Adapter if the method trains one, else Merged (Full, Partial). PromptTuning and
+    PrefixTuning support Adapter only."""
 
 
 _WHOLE: Final = [name for name, kind in METHODS.items() if not kind.shards]
@@ -97,7 +98,7 @@ _QUANTIZING: Final = [name for name, kind in METHODS.items() if kind.quantizes]
 
 
 def _format_rule(formats: tuple[OutputFormat, ...], why: str) -> Rule:
-    """Formats that some methods cannot be published in."""
+    """Rule: output formats that only some methods support."""
     types = methods_for(formats[0])
     return Rule(
         f"!has(self.output.format) || !(self.output.format in {json.dumps(formats)})"
@@ -109,52 +110,53 @@ def _format_rule(formats: tuple[OutputFormat, ...], why: str) -> Rule:
 
 
 class FineTuneJobSpec(Model):
-    """What a user asks for: a model, data, how to train, and where the result goes."""
+    """A fine-tuning job: the model, the data, the training and the output."""
 
     task: TaskName = "CausalLM"
-    """What the model learns. CausalLM: to go on with a text (prompts with completions,
-    conversations, plain text). SequenceClassification: the class of a text; a model of either kind,
-    encoder (BERT-like) or decoder, gets a classification head, which is drawn by `training.seed`
-    (but where the model has one for the same classes) and trained with every method. It reads
-    records of format Classification, with the text as it is and the tokenizer's own marks; the
-    classes are the labels of the training records."""
+    """Task to train for. CausalLM: continue a text (prompts with completions, conversations, plain
+    text). SequenceClassification: classify a text; an encoder (BERT-like) or a decoder gets a
+    classification head, which is trained with every method. The head is initialized with
+    `training.seed`, unless the model has one for the same classes. Records have format
+    Classification; their text is used unchanged, with the tokenizer's special tokens; the classes
+    are the labels of the training records."""
     model: BaseModelSource
-    """The model to start from."""
+    """The base model."""
     data: Data
-    """What is learned from, and what is measured on."""
+    """Training, validation and test data."""
     method: Method = Method()
-    """Which weights are trained."""
+    """Tuning method: which weights are trained."""
     training: Training = Training()
-    """How the weights are trained."""
+    """Training: steps, optimizer, regularization, precision."""
     evaluation: Evaluation = Evaluation()
-    """What is measured, and when."""
+    """Evaluation on validation and test sets."""
     checkpoint: Checkpoint = Checkpoint()
-    """When the training state is committed to object storage."""
+    """Checkpoints of the training state in object storage."""
     output: Output
-    """Where the tuned model goes."""
+    """Destination and format of the tuned model."""
     compute: Compute = Compute()
-    """The gang that trains."""
+    """Pods and processes of the gang that trains."""
     prepare: Prepare = Prepare()
     """Pods of the CPU stages (prepare and publish)."""
     scheduling: Scheduling = Scheduling()
-    """How the gang gets its nodes."""
+    """Scheduling of the gang."""
     failure_policy: FailurePolicy = FailurePolicy()
-    """What is done about failures that a new try can mend."""
+    """Handling of retryable failures."""
     storage: Storage = Storage()
-    """Object storage of the job, and where its working files live."""
+    """Object storage of the job, and the location of its working files."""
     suspend: bool = False
-    """Save, stop and hold no node until it is false again."""
+    """Save the state, stop, and hold no nodes until this is false again."""
     rerun_token: Annotated[str, StringConstraints(max_length=128)] | None = None
-    """Any new string starts a new run: for data that changed behind its address."""
+    """Any new value starts a new run, e.g. when the data at the same address has changed."""
     children_ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=2_147_483_647)] | None = (
         Field(default=None, alias="childrenTTLSecondsAfterFinished")
     )
     """Seconds after which Jobs, pods and Services of a finished run are removed. The FineTuneJob
-    and all that is in object storage stay. Absent: they stay until the FineTuneJob is deleted."""
+    and everything in object storage are kept. Absent: they are kept until the FineTuneJob is
+    deleted."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         _format_rule(("Adapter", "Both"), "the others train the model's own weights"),
-        _format_rule(("Merged", "Both"), "no weights hold what the others train"),
+        _format_rule(("Merged", "Both"), "the others cannot be merged into the weights"),
         *task_rules(),
         Rule(
             f"!(self.method.type in {json.dumps(_KEEPING)})"
@@ -183,13 +185,14 @@ class FineTuneJobSpec(Model):
         *anchor_rules(),
         Rule(
             "self.training.precision != 'FP8' || self.method.type == 'Full'",
-            "training.precision FP8 goes with method.type Full, whose weights all change: set BF16",
+            "training.precision FP8 goes with method.type Full only, which trains every weight: set"
+            " BF16",
             lambda s: s.training.precision != "FP8" or s.method.type == "Full",
             ("method.type",),
         ),
         Rule(
             f"!(self.method.type in {json.dumps(_SINGLE)}) || self.compute.contextParallel == 1",
-            f"method.type {', '.join(_SINGLE)} needs every sample whole: set"
+            f"method.type {', '.join(_SINGLE)} does not support context parallelism: set"
             " compute.contextParallel: 1",
             lambda s: s.method.kind.packs or s.compute.context_parallel == 1,
             ("method.type", "compute.contextParallel"),
@@ -197,7 +200,7 @@ class FineTuneJobSpec(Model):
         Rule(
             f"{is_zero('self.training.routerAuxLossCoefficient')}"
             " || self.compute.contextParallel == 1",
-            "training.routerAuxLossCoefficient is for the balance of whole rows: set"
+            "training.routerAuxLossCoefficient does not support context parallelism: set"
             ' compute.contextParallel: 1, or the coefficient to "0"',
             lambda s: (
                 float(s.training.router_aux_loss_coefficient) == 0
@@ -221,7 +224,7 @@ class FineTuneJobSpec(Model):
 
     @property
     def kind(self) -> TaskKind:
-        """The task's row of the table."""
+        """The task's entry in ``TASKS``."""
         return TASKS[self.task]
 
     @property
@@ -232,7 +235,7 @@ class FineTuneJobSpec(Model):
 
     @property
     def effective_epochs(self) -> int | None:
-        """Passes over the data, or None where ``training.maxSteps`` decides."""
+        """Passes over the data, or None if ``training.maxSteps`` is given."""
         return None if self.training.max_steps is not None else self.training.epochs or 3
 
     @property
@@ -253,20 +256,20 @@ SELF_REFERENCE_CEL: Final = (
     "!has(self.spec.model.fineTuneJobRef) || self.spec.model.fineTuneJobRef.name !="
     " self.metadata.name"
 )
-"""The same for the API server, which checks it on the whole object: a spec has no name."""
+"""The same rule for the API server, on the whole object: a spec does not know its job's name."""
 
 
 def refers_to_itself(name: str, spec: FineTuneJobSpec) -> bool:
-    """Whether the spec of the job of that name waits for its own model (SELF_REFERENCE)."""
+    """Whether the spec of the job ``name`` refers to the job itself (SELF_REFERENCE)."""
     reference = spec.model.fine_tune_job_ref
     return reference is not None and reference.name == name
 
 
 def parse_spec(raw: Any) -> FineTuneJobSpec:
-    """The validated spec of a manifest's ``spec`` mapping.
+    """Validate the ``spec`` mapping of a manifest.
 
     Raises:
-        InvalidSpec: with one line per fault, each with its path.
+        InvalidSpec: with one line per problem, each with its path.
     """
     try:
         return FineTuneJobSpec.model_validate(raw)

@@ -1,4 +1,4 @@
-"""``status`` of a FineTuneJob: what a user reads back. Numbers with a fraction are strings."""
+"""``status`` of a FineTuneJob: the observed state. Numbers with a fraction are strings."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ Number = Annotated[str, StringConstraints(max_length=32)]
 
 
 class Condition(Model):
-    """One observation, by Kubernetes' conventions."""
+    """A condition, as in the Kubernetes API conventions."""
 
     type: Word
-    """What is observed."""
+    """Type of the condition."""
     status: Literal["True", "False", "Unknown"]
-    """Whether it holds."""
+    """Status of the condition."""
     observed_generation: int | None = None
-    """Generation of the spec that it was observed for."""
+    """Generation of the spec for which the condition was observed."""
     last_transition_time: Time
-    """When status last changed."""
+    """Time of the last change of status."""
     reason: Word
     """CamelCase word for scripts."""
     message: Message
-    """For people."""
+    """Explanation for users."""
 
 
 class RunBase(Model):
-    """The model of another job that a run started from."""
+    """The model of another job from which a run started."""
 
     job: Word
-    """Job that spec.model.fineTuneJobRef named."""
+    """Job named by spec.model.fineTuneJobRef."""
     run: Word
-    """Its run."""
+    """Run of that job."""
     uri: Uri
-    """Address of what that run has published."""
+    """URI of that run's published model."""
     digest: Word | None = None
-    """sha256 of its manifest.json."""
+    """sha256 of that model's manifest.json."""
 
 
 class Run(Model):
@@ -56,30 +56,31 @@ class Run(Model):
     number: int
     """Number of the run, from 1."""
     revision: int = 1
-    """Gang of the run: raised when compute, scheduling or image change while it runs."""
+    """Number of the run's gang: incremented when compute, scheduling or image change during the
+    run."""
     attempt: int = 0
-    """Attempt of the gang, counted in storage."""
+    """Current attempt, counted in storage."""
     start_time: Time | None = None
-    """When the run began. Absent: it waits for the model of another job."""
+    """When the run began. Absent: the run waits for the model of another job."""
     completion_time: Time | None = None
-    """When it ended."""
+    """When the run ended."""
     rerun_token: Word | None = None
-    """spec.rerunToken that it began with."""
+    """spec.rerunToken at the start of the run."""
     base: RunBase | None = None
-    """What spec.model.fineTuneJobRef stood for when it began."""
+    """Model to which spec.model.fineTuneJobRef referred at the start of the run."""
     outcome: Literal["Complete", "Failed", "Superseded"] | None = None
-    """How it ended."""
+    """Outcome of the run, once it has ended."""
     output: Uri | None = None
-    """Address of its model, where one was published."""
+    """URI of the run's published model, if any."""
 
 
 class Prepared(Model):
-    """What prepare found."""
+    """Summary of the prepared data."""
 
     uri: Uri
-    """Where the prepared data is (tokenized records of yours: see the retention in the docs)."""
+    """URI of the prepared data (your records, tokenized: see retention in the docs)."""
     digest: Word
-    """Content digest."""
+    """Content digest of the prepared data."""
     train_samples: int
     """Samples to train on."""
     validation_samples: int
@@ -89,7 +90,7 @@ class Prepared(Model):
     train_tokens: int
     """Tokens of the training samples."""
     reused: bool
-    """Whether the data was prepared already."""
+    """Whether already prepared data was reused."""
 
 
 class DataSetLoss(Model):
@@ -98,56 +99,56 @@ class DataSetLoss(Model):
     name: Word
     """Name of the set."""
     loss: Number
-    """Per supervised token, in nats."""
+    """Loss per supervised token, in nats."""
 
 
 class ProgressStatus(Model):
-    """Where the training stands."""
+    """Progress of the training."""
 
     stage: Word
-    """What the gang is doing."""
+    """Current activity of the gang."""
     step: int
     """Optimizer steps done."""
     total_steps: int
     """Optimizer steps of the run."""
     percent: int
-    """Share of the steps done."""
+    """Steps done, in percent."""
     epoch: Number
     """Passes over the data done."""
     loss: Number | None = None
     """Training loss per supervised token, in nats."""
     data_set_losses: Annotated[list[DataSetLoss], Field(max_length=64)] = []
-    """The same by training set, where there are several."""
+    """Training loss by training set, if there are several."""
     learning_rate: Number | None = None
     """Learning rate of the last step."""
     tokens_per_second: Number | None = None
-    """Real tokens trained per second."""
+    """Real (non-padding) tokens trained per second."""
     mfu: Number | None = None
-    """Model FLOPs utilization: share of the GPUs' peak that the arithmetic on real tokens makes."""
+    """Model FLOPs utilization: FLOPs on real tokens over the GPUs' peak."""
     remaining: Word | None = None
     """Expected time to the end of training, e.g. `2m10s`."""
     estimated_completion_time: Time | None = None
-    """When training is expected to end."""
+    """Expected end of training."""
     last_update_time: Time
-    """When this was read from the gang."""
+    """When this progress was read from the gang."""
 
 
 class Checkpoints(Model):
     """Checkpoints of the run."""
 
     latest: Uri | None = None
-    """Newest commit."""
+    """URI of the newest checkpoint."""
     best: Uri | None = None
-    """Best commit by spec.checkpoint.metric."""
+    """URI of the best checkpoint by spec.checkpoint.metric."""
 
 
 class ParameterStatus(Model):
-    """Sizes of the model."""
+    """Number of parameters of the model."""
 
     trainable: int
-    """Parameters that were trained."""
+    """Number of trained parameters."""
     total: int
-    """Parameters of the model, what the method added included."""
+    """Number of all parameters, including those added by the method."""
 
 
 class MetricValue(Model):
@@ -158,101 +159,102 @@ class MetricValue(Model):
     metric: Word
     """Name of the metric."""
     base: Number | None = None
-    """Of the model as it was."""
+    """Value for the base model."""
     tuned: Number | None = None
-    """Of the tuned model."""
+    """Value for the tuned model."""
     gain: Number | None = None
-    """tuned - untuned."""
+    """tuned - base."""
 
 
 class OutputStatus(Model):
-    """What was published."""
+    """The published model."""
 
     uri: Uri
-    """Address of the model."""
+    """URI of the model."""
     digest: Word
-    """sha256 of its manifest.json."""
+    """sha256 of the model's manifest.json."""
     formats: Annotated[list[Word], Field(max_length=8)] = []
-    """adapter, merged."""
+    """Published formats: adapter, merged."""
     bytes: int = 0
     """Size of all published files."""
     full_copy_bytes: int = 0
-    """What the weights of a whole model take in the dtype of the base."""
+    """Size of a full model's weights in the dtype of the base, in bytes."""
 
 
 class Usage(Model):
-    """What the run cost."""
+    """Resources used by the run."""
 
     gpu_seconds: int = 0
-    """GPUs times seconds that gangs held them."""
+    """GPU seconds that gangs held: GPUs times seconds."""
     wasted_gpu_seconds: int = 0
-    """Of them, spent on work that was lost with an attempt."""
+    """GPU seconds of work that was lost with an attempt, included in gpuSeconds."""
     queued_seconds: int = 0
-    """Seconds between the gang's Job and the first second in which all its pods ran."""
+    """Seconds from the creation of the gang's Job until all its pods first ran."""
 
 
 class StartupStatus(Model):
-    """How long the run took to its first optimizer step, in seconds, and what with. Of a gang the
-    last pod counts. A part is absent where it is not known, or there is none."""
+    """Time from the start of the run to the end of its first optimizer step, in seconds, by
+    consecutive parts. For pods of a gang the last pod counts. A part that is unknown or did not
+    occur is absent."""
 
     total_seconds: int
     """From the run's start (startTime) to the end of the first step, by the clocks of cluster and
     node."""
     prepare_seconds: int | None = None
-    """From the run's start to the gang's Job: prepare, and what it waited for."""
+    """From the run's start to the creation of the gang's Job: prepare, and its waiting time."""
     queue_seconds: int | None = None
-    """From the Job to its last pod: the queue, and pods that had to be replaced."""
+    """From the Job to its last pod: time in the queue, and replacement of pods."""
     schedule_seconds: int | None = None
-    """Until that pod had a node."""
+    """Until the last pod had a node."""
     pull_seconds: int | None = None
-    """Until its container started: volumes, network and the image."""
+    """Until that pod's container started: volumes, network and the image."""
     launch_seconds: int | None = None
-    """Until the training processes were started: torchrun, and nodes that find each other. From
-    here on, as the first process of the attempt that took the step saw it."""
+    """Until the training processes started: torchrun and its rendezvous of nodes. This and the
+    following parts are measured by rank 0 of the attempt that made the step."""
     import_seconds: int | None = None
-    """Libraries."""
+    """Import of libraries."""
     rendezvous_seconds: int | None = None
-    """Processes form a gang, and take the run."""
+    """Initialization of the process group, and claim of the run."""
     data_seconds: int | None = None
-    """Prepared data is opened, and the steps are planned."""
+    """Opening the prepared data, and planning the steps."""
     model_seconds: int | None = None
-    """The model is fetched, estimated, loaded, tuned by the method and sharded."""
+    """Fetching the model, estimating its memory, loading it, applying the method and sharding."""
     restore_seconds: int | None = None
-    """Looking for a commit to go on from."""
+    """Looking for a checkpoint to continue from, and reading it."""
     baseline_seconds: int | None = None
-    """The untuned model is measured."""
+    """Evaluation of the base model."""
     compile_seconds: int | None = None
-    """Blocks are compiled, with spec.training.compile."""
+    """Compilation of blocks, with spec.training.compile."""
     step_seconds: int | None = None
-    """The rest of the first step, the wait for its data included."""
+    """The rest of the first step, including the wait for its data."""
 
 
 class FailureStatus(Model):
     """Why the run failed, and what to do."""
 
     failure_class: FailureClass = Field(alias="class")
-    """Kind of the cause."""
+    """Failure class."""
     reason: Word
     """CamelCase word for scripts."""
     message: Message
     """What happened, where, and what to do."""
     pod: Word | None = None
-    """Pod that told it."""
+    """Pod that reported the failure."""
     node: Word | None = None
     """Node of that pod."""
     exit_code: int | None = None
-    """Exit code of its container."""
+    """Exit code of that pod's container."""
     attempt: int | None = None
-    """Attempt that it ended."""
+    """Attempt that the failure ended."""
 
 
 class FineTuneJobStatus(Model):
-    """What a user reads back."""
+    """Observed state of the job."""
 
     observed_generation: int | None = None
-    """Generation of the spec that this status speaks of."""
+    """Generation of the spec to which this status refers."""
     phase: Phase | None = None
-    """Summary for printing; scripts read conditions."""
+    """Summary for display; scripts should read conditions."""
     conditions: Annotated[
         list[Condition],
         Field(
@@ -263,29 +265,30 @@ class FineTuneJobStatus(Model):
             },
         ),
     ] = []
-    """Observations by type: Prepared, Running, Evaluated, Published, Suspended, Complete, Failed;
-    and for kstatus (Flux, Argo CD): Ready, Reconciling, Stalled."""
+    """Conditions by type: Prepared, Running, Evaluated, Published, Suspended, Complete, Failed; and
+    for kstatus (Flux, Argo CD): Ready, Reconciling, Stalled."""
     run: Run | None = None
     """The current run."""
     history: Annotated[list[Run], Field(max_length=10)] = []
-    """Earlier runs, newest first; the last ten."""
+    """The last ten earlier runs, newest first."""
     prepared: Prepared | None = None
-    """What prepare found."""
+    """Summary of the prepared data."""
     progress: ProgressStatus | None = None
-    """Where the training stands."""
+    """Progress of the training."""
     checkpoints: Checkpoints | None = None
     """Checkpoints of the run."""
     evaluation: Annotated[list[MetricValue], Field(max_length=256)] = []
-    """Test metrics, untuned and tuned."""
+    """Test metrics of the base model and the tuned model."""
     parameters: ParameterStatus | None = None
-    """How much of the model was trained."""
+    """Number of parameters of the model."""
     output: OutputStatus | None = None
-    """What was published."""
+    """The published model."""
     restarts: int = 0
-    """Incidents of the gang in this run."""
+    """Number of restarts of the gang in this run."""
     usage: Usage | None = None
-    """What the run cost."""
+    """Resources used by the run."""
     startup: StartupStatus | None = None
-    """How long the run took to its first optimizer step; told once it is done."""
+    """Time from the start of the run to the end of its first optimizer step; set once that step is
+    done."""
     failure: FailureStatus | None = None
     """Why the run failed, and what to do."""

@@ -1,4 +1,4 @@
-"""Rules of the spec that follow from the table of tasks: what goes with which."""
+"""Spec rules derived from the table of tasks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LISTS: Final = ("train", "validation", "test")
 
 
 def task_rules() -> tuple[Rule, ...]:
-    """The rules of all tasks that do not go with everything."""
+    """Return the rules of all tasks that restrict other fields."""
     return tuple(r for name, kind in TASKS.items() if not kind.generates for r in _rules(name))
 
 
@@ -86,19 +86,20 @@ def _rules(task: TaskName) -> list[Rule]:
         ),
         rule(
             is_zero("self.training.anchor.klCoefficient"),
-            "begins with a head that knows nothing to keep: remove training.anchor.klCoefficient",
+            "begins with an untrained head, so there are no outputs to keep: remove"
+            " training.anchor.klCoefficient",
             lambda s: float(s.training.anchor.kl_coefficient) == 0,
             ("training.anchor.klCoefficient",),
         ),
         rule(
             "self.compute.contextParallel == 1",
-            "needs every sample whole: set compute.contextParallel: 1",
+            "does not support context parallelism: set compute.contextParallel: 1",
             lambda s: s.compute.context_parallel == 1,
             ("compute.contextParallel",),
         ),
         rule(
             "!self.training.compile",
-            "has rows of many shapes: set training.compile to false",
+            "has micro-batches of many shapes: set training.compile to false",
             lambda s: not s.training.compile,
         ),
         rule(

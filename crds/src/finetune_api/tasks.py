@@ -1,7 +1,7 @@
-"""``spec.task``: what the model learns to give, and what follows from it.
+"""``spec.task``: the tasks and their properties.
 
-``TASKS`` is the one table of the tasks, as ``METHODS`` is of the methods: whoever needs to know
-what goes with a task asks its row, and nobody compares names.
+``TASKS`` is the single table of tasks, as ``METHODS`` is of methods. Code reads a task's properties
+from its entry and never compares names.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Metric = Literal[
 
 @dataclass(frozen=True)
 class TaskKind:
-    """What can be said of a task without a model."""
+    """Properties of a task that do not depend on the model."""
 
     formats: tuple[Format, ...]
-    """Formats of data that it learns from."""
+    """Supported data formats."""
     metrics: tuple[Metric, ...]
-    """What can be measured."""
+    """Supported metrics."""
     generates: bool
-    """Whether answers are text that is generated, token by token."""
+    """Whether answers are generated text."""
 
 
 TASKS: Final[dict[TaskName, TaskKind]] = {

@@ -1,4 +1,4 @@
-"""How the records of a data source become prompts and completions."""
+"""Spec blocks for converting records to prompts and completions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEMPLATE_FIELDS: Final[dict[TemplateName, tuple[str, ...]]] = {
     "Rewrite": ("text", "rewritten", "manner"),
     "Chat": ("messages", "role", "content", "prompt", "response", "system", "tools"),
 }
-"""Fields of each template of the trainer's library; `finetune templates` says what they hold."""
+"""Fields of each template of the trainer's library; `finetune templates` describes them."""
 
 _FIELDS_IN_WORDS: Final = "; ".join(
     f"{name}: {', '.join(fields)}" for name, fields in TEMPLATE_FIELDS.items()
@@ -33,30 +33,31 @@ _FIELDS_IN_WORDS: Final = "; ".join(
 
 
 class Template(Model):
-    """How a record becomes a prompt and the completion that is learned: a template of the library
-    by its name, or one of your own (Jinja)."""
+    """Conversion of a record to a prompt and a completion: a library template by name, or a custom
+    one (Jinja)."""
 
     name: TemplateName | None = None
-    """A template of the library: `finetune templates` lists them, `finetune templates NAME` shows
-    what one makes of records."""
+    """A library template: `finetune templates` lists them, `finetune templates NAME` shows example
+    output."""
     fields: Annotated[dict[FieldName, FieldName], Field(max_length=16)] | None = None
-    """Where the records have other names for the fields of a template of the library: its name,
-    then theirs, e.g. `{document: article}`, or of Chat `{messages: conversations, role: from,
-    content: value}`. Absent: its own names."""
+    """For a library template: maps its field names to those of the records, e.g.
+    `{document: article}`, or for Chat `{messages: conversations, role: from, content: value}`.
+    Absent: the template's own names."""
     roles: Annotated[dict[FieldName, Role], Field(max_length=16)] | None = None
-    """Of Chat: names that the records have for roles and what they mean, e.g. `{bot: assistant}`,
-    beside system, user, human, assistant, gpt and tool, which are known. Any other is a fault of
-    its record."""
+    """For Chat: maps role names of the records to roles, e.g. `{bot: assistant}`, in addition to
+    system, user, human, assistant, gpt and tool, which are known. A record with any other role is
+    faulty."""
     phrasings: Literal["Varied", "First"] | None = None
-    """Wordings that a template of the library gives the prompts of training records. Varied: drawn
-    by the record and the split's seed. First: one for all, as held-out records always have it.
-    Absent: Varied. Not of Chat, whose prompts the model's chat template writes."""
+    """Prompt wordings of a library template for training records. Varied: drawn by the record and
+    the split's seed. First: one wording for all, which held-out records always have. Absent:
+    Varied. Not for Chat, whose prompts the model's chat template writes."""
     prompt: Text | None = None
-    """The part that is read, e.g. `"Review: {{ sentence }}\\nSentiment:"`. Fields of the record
-    are variables, and `{{ record["Review Text"] }}` is one whose name is no word. Lists, objects
-    and booleans are written as JSON."""
+    """Template of the prompt, e.g. `"Review: {{ sentence }}\\nSentiment:"`. Fields of the record
+    are variables; a name that is not an identifier is written `{{ record["Review Text"] }}`. Lists,
+    objects and booleans are written as JSON."""
     completion: Text | None = None
-    """The part that is learned, e.g. `" {{ label }}"`. The end-of-sequence token follows it."""
+    """Template of the completion, which is trained on, e.g. `" {{ label }}"`. The end-of-sequence
+    token follows it."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -67,8 +68,8 @@ class Template(Model):
         ),
         Rule(
             "!has(self.name) || !(has(self.prompt) || has(self.completion))",
-            "a template with a name has its prompt and completion from the library: leave name out,"
-            " or these",
+            "a template with a name has its own prompt and completion: leave name out, or prompt"
+            " and completion",
             lambda t: not (t.name and (t.prompt or t.completion)),
             ("name",),
         ),
@@ -93,7 +94,7 @@ class Template(Model):
         Rule(
             "!has(self.name) || !has(self.fields) || self.fields.all(field,"
             f" field in {json.dumps(TEMPLATE_FIELDS)}[self.name])",
-            f"fields must name the template's own before ':' ({_FIELDS_IN_WORDS})",
+            f"the keys of fields must be fields of the template ({_FIELDS_IN_WORDS})",
             lambda t: t.name is None or all(f in TEMPLATE_FIELDS[t.name] for f in t.fields or ()),
             ("name",),
         ),
@@ -102,11 +103,13 @@ class Template(Model):
 
 class Retrieval(Model):
     """Passages in the prompts of format Retrieval (RAFT, arXiv:2403.10131). They are numbered in an
-    order drawn by the record and the split's seed; a citation of the answer becomes that number. A
-    prompt that is cut (see `quality.overlength`) loses its first passages: Drop is safer."""
+    order drawn by the record and the split's seed, and citations in the answer become these
+    numbers. Truncating a prompt (see `quality.overlength`) removes its first passages: prefer
+    Drop."""
 
     distractors: Annotated[int, Field(ge=0, le=64)] | None = None
-    """Passages shown beside the oracle, drawn from the record's. Absent: all that it has."""
+    """Number of passages shown besides the oracle, drawn from the record's distractors. Absent: all
+    of them."""
     oracle_share: Fraction = "0.8"
-    """Share of the training records that show the oracle. The others learn the same answer without
-    it, and without its citations. Held-out records always show it."""
+    """Share of the training records whose prompts show the oracle. The others train the same answer
+    without the oracle and without its citations. Held-out records always show it."""

@@ -37,8 +37,8 @@ def parser() -> argparse.ArgumentParser:
     option("--host", "FINETUNE_HOST", "0.0.0.0", "address of probes and metrics")
     option("--port", "FINETUNE_PORT", "8080", "port of probes and metrics")
     option("--leader-election", "FINETUNE_LEADER_ELECTION", "true", "true or false")
-    option("--lease-namespace", "FINETUNE_LEASE_NAMESPACE", own_namespace(), "namespace of the Lease")
-    option("--lease-name", "FINETUNE_LEASE_NAME", "finetune-operator", "name of the Lease")
+    option("--lease-namespace", "FINETUNE_LEASE_NAMESPACE", own_namespace(), "Lease namespace")
+    option("--lease-name", "FINETUNE_LEASE_NAME", "finetune-operator", "Lease name")
     option("--progress", "FINETUNE_PROGRESS", "auto", "direct, proxy or auto (proxy outside pods)")
     option("--log-level", "FINETUNE_LOG_LEVEL", "INFO", "DEBUG, INFO, WARNING or ERROR")
     return made

@@ -78,8 +78,8 @@ class Controller:
         If ``decide`` or ``render`` raises, report the defect in status and re-raise.
 
         Raises:
-            ApiError, aiohttp.ClientError, TimeoutError: the API server refused a request or could not
-                be reached; earlier writes stay, and the next pass continues from them.
+            ApiError, aiohttp.ClientError, TimeoutError: the API server refused a request or could
+                not be reached; earlier writes stay, and the next pass continues from them.
         """
         job = self._store.job(uid)
         if job is None:

@@ -1,9 +1,11 @@
-"""Leader election on a Lease, with a hard deadline: a leader that may be replaced writes nothing.
+"""Leader election on a Lease, with a hard deadline: a leader that may have been replaced writes
+nothing.
 
 The holder renews every ``RENEW_SECONDS``. It counts as leader only until ``DEADLINE_SECONDS`` after
-the *start* of its last successful renewal, by its own monotonic clock; others wait
-``DURATION_SECONDS`` from the time at which they saw the Lease change, by theirs. Requests end
-within ``cluster.REQUEST_SECONDS`` <= DURATION - DEADLINE: no write ends after another leader began.
+the *start* of its last successful renewal, by its own monotonic clock. Candidates wait
+``DURATION_SECONDS`` from the time at which they saw the Lease change, by their own clocks. Requests
+end within ``cluster.REQUEST_SECONDS`` <= DURATION - DEADLINE, so no write ends after another leader
+began.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class Lease:
         self._seen: tuple[str, float] | None = None
 
     def may_write(self) -> bool:
-        """Whether this process is the leader for certain."""
+        """Whether this process is certainly the leader."""
         return time.monotonic() < self._leader_until
 
     async def acquire(self) -> None:
@@ -47,14 +49,14 @@ class Lease:
         log.info("leading: lease %s/%s", self._namespace, self._name)
 
     async def keep(self) -> None:
-        """Renew until the Lease is lost or in doubt; then return."""
+        """Renew until the Lease is lost or may be lost; then return."""
         while self.may_write():
             await asyncio.sleep(min(RENEW_SECONDS, max(0.0, self._leader_until - time.monotonic())))
             await self._try()
         log.error("lease %s/%s is lost: writing stops", self._namespace, self._name)
 
     async def release(self) -> None:
-        """Give the Lease up, so that the next leader need not wait."""
+        """Release the Lease, so that the next leader need not wait."""
         if not self.may_write():
             return
         self._leader_until = 0.0
@@ -67,7 +69,8 @@ class Lease:
             log.warning("lease was not released: %s", error)
 
     async def _try(self) -> bool:
-        """Take or renew the Lease once; False where another holds it or the server fails."""
+        """Take or renew the Lease once; return False if another process holds it or the server
+        fails."""
         began = time.monotonic()
         try:
             if not await self._write():
@@ -99,7 +102,7 @@ class Lease:
         return await self._put(lease)
 
     def _expired(self, lease: dict[str, Any]) -> bool:
-        """Whether the holder has not renewed for the Lease's duration, by our own clock."""
+        """Whether the holder has not renewed for the Lease's duration, by this process's clock."""
         version = lease["metadata"]["resourceVersion"]
         if self._seen is None or self._seen[0] != version:
             self._seen = (version, time.monotonic())
@@ -131,7 +134,8 @@ class Lease:
         return await self._conditional("POST", collection_path("Lease", self._namespace), body)
 
     async def _put(self, lease: dict[str, Any]) -> bool:
-        """Replace the Lease that was read and no newer one: its resourceVersion goes along."""
+        """Replace the Lease that was read, unless it has changed since: the body has its
+        resourceVersion."""
         path = object_path("Lease", self._namespace, self._name)
         return await self._conditional("PUT", path, lease)
 

@@ -1,5 +1,5 @@
-"""Prometheus series of the operator. Per-job series are read from the store at scrape time, so
-that a deleted job leaves none behind."""
+"""Prometheus series of the operator. Per-job series are read from the store at scrape time, so that
+a deleted job leaves no series behind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from prometheus_client.registry import Collector
 from finetune_operator.store import Store
 
 JOBS_SHOWN: Final = 2000
-"""Jobs with series of their own, the newest first: bounds the page."""
+"""Maximum number of jobs with series of their own, the newest first: bounds the size of the
+page."""
 
 _PROGRESS: Final = {
     "step": "Optimizer steps done.",
@@ -25,8 +26,8 @@ _PROGRESS: Final = {
 }
 _USAGE: Final = {
     "gpuSeconds": ("gpu_seconds", "GPUs times seconds that the run's gangs held them."),
-    "wastedGpuSeconds": ("wasted_gpu_seconds", "Of them, spent on work that was lost."),
-    "queuedSeconds": ("queued_seconds", "Seconds from the gang's Job to its first joint second."),
+    "wastedGpuSeconds": ("wasted_gpu_seconds", "GPU-seconds spent on work that was lost."),
+    "queuedSeconds": ("queued_seconds", "Seconds from the gang's Job until all its pods ran."),
 }
 
 
@@ -63,13 +64,13 @@ class Metrics:
         )
         self._gpu_seconds = Counter(
             "finetune_operator_gpu_seconds",
-            "GPU-seconds, by use: held in all, or wasted on lost work.",
+            "GPU-seconds, by use: held (total) or wasted on lost work.",
             ["use"],
             registry=self.registry,
         )
         self._startup = Histogram(
             "finetune_operator_startup_seconds",
-            "Time of runs from their start to their first optimizer step, by part and in all.",
+            "Time of runs from their start to their first optimizer step, by part and in total.",
             ["part"],
             buckets=_STARTUP_SECONDS,
             registry=self.registry,
@@ -78,7 +79,7 @@ class Metrics:
         ProcessCollector(registry=self.registry)
 
     def note(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-        """Count what a status write has changed."""
+        """Count the changes of a status write."""
         old_run, new_run = before.get("run") or {}, after.get("run") or {}
         same = old_run.get("id") == new_run.get("id")
         if new_run and not same:
@@ -99,7 +100,7 @@ class Metrics:
 
 
 class _Jobs(Collector):
-    """Series read from the jobs as they are."""
+    """Series read from the current jobs."""
 
     def __init__(self, store: Store, queue_depth: Callable[[], int]) -> None:
         self._store = store
@@ -142,7 +143,7 @@ def _per_job(jobs: Iterable[Mapping[str, Any]]) -> Iterator[Metric]:
     restarts = GaugeMetricFamily("finetune_job_restarts", "Incidents of the gang.", labels=who)
     test = GaugeMetricFamily(
         "finetune_job_test_metric",
-        "Test metrics of finished runs, of the untuned and of the tuned model.",
+        "Test metrics of finished runs, of the base and of the tuned model.",
         labels=[*who, "data_set", "metric", "model"],
     )
     for job in jobs:

@@ -1,7 +1,7 @@
-"""Progress of running gangs: polled from the first pod, at its address or through the API server.
+"""Progress of running gangs: polled from pod 0, at its address or through the API server.
 
-A gang whose progress cannot be read still runs and still ends right: nothing is concluded from
-silence.
+A gang whose progress cannot be read still runs and still ends correctly: a missing reply has no
+consequence.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from finetune_operator.world.pods import pod_view
 
 POLL_SECONDS: Final = 2.0
 WRITE_SECONDS: Final = 3.0
-"""Least time between two status writes of a job that only its progress causes."""
+"""Minimum time between status writes of a job that only its progress causes."""
 TIMEOUT_SECONDS: Final = 2.0
 CONCURRENT_POLLS: Final = 32
 LARGEST_RESPONSE: Final = 65536
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Gang:
-    """The first pod of a running gang."""
+    """Pod 0 of a running gang."""
 
     uid: str
     namespace: str
@@ -52,8 +52,8 @@ class Poller:
     def __init__(
         self, store: Store, cluster: Cluster, enqueue: Callable[[str, float], None], proxy: bool
     ) -> None:
-        """``enqueue(uid, seconds)`` puts a key after so many seconds; ``proxy`` reads through the
-        API server, for an operator outside the cluster."""
+        """``enqueue(uid, seconds)`` enqueues a key after a delay; ``proxy`` reads through the API
+        server, for an operator outside the cluster."""
         self._store = store
         self._cluster = cluster
         self._enqueue = enqueue
@@ -93,7 +93,7 @@ class Poller:
             return await _read_all(response.content)
 
     def _keep(self, uid: str, progress: Progress) -> None:
-        """Put progress into the store at most every WRITE_SECONDS, a new stage at once."""
+        """Put progress into the store at most every WRITE_SECONDS, a new stage immediately."""
         known, when = self._stored.get(uid, (None, 0.0))
         if known is not None and _comparable(known) == _comparable(progress):
             return
@@ -108,24 +108,24 @@ class Poller:
 
 
 async def _read_all(body: aiohttp.StreamReader) -> bytes:
-    """The body of a response, in however many pieces it comes, up to LARGEST_RESPONSE."""
+    """Read the body of a response, in any number of chunks, up to LARGEST_RESPONSE."""
     pieces = bytearray()
     async for piece in body.iter_any():
         pieces += piece
         if len(pieces) > LARGEST_RESPONSE:
-            break  # a body that is cut is not JSON
+            break  # a truncated body is not valid JSON
     return bytes(pieces)
 
 
 def _comparable(progress: Progress) -> Progress:
-    """Progress without the figures that change by time alone."""
+    """Progress without the figures that change with time alone."""
     return progress.model_copy(
         update={"updated": 0.0, "training_seconds": 0.0, "remaining_seconds": None}
     )
 
 
 def running_gangs(store: Store) -> Iterator[Gang]:
-    """The first pod of every gang that runs."""
+    """Pod 0 of every running gang."""
     for pod in store.objects("Pod"):
         meta = pod["metadata"]
         view = pod_view(pod)

@@ -1,8 +1,8 @@
 """The FineTuneJobs and their children in memory, as last seen: by a watch, or in the API server's
-response to a write of ours.
+response to a write of this process.
 
-So a pass sees what the pass before it wrote though the watch lags behind. An older resourceVersion
-never replaces a newer one.
+A pass therefore sees the writes of the pass before it although the watch lags behind. An older
+resourceVersion never replaces a newer one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ REMEMBERED_REMOVALS: Final = 10_000
 
 
 def version_of(obj: Object) -> int:
-    """resourceVersion as a number: comparable within one kind (KEP-5504), 0 where it is none."""
+    """resourceVersion as a number, comparable within one kind (KEP-5504); 0 if it is not a
+    number."""
     text = str(obj["metadata"].get("resourceVersion", ""))
     return int(text) if text.isdigit() else 0
 
@@ -46,7 +47,7 @@ class Store:
 
     def put(self, kind: str, obj: Object) -> str | None:
         """Add an object, or replace an older version of it. Returns the uid of its FineTuneJob;
-        None for an object that belongs to none."""
+        None for an object without one."""
         uid = obj["metadata"]["uid"]
         if kind == names.KIND:
             self._put_in(self._jobs, uid, obj, uid)
@@ -79,7 +80,7 @@ class Store:
         owner: str | None = (obj["metadata"].get("labels") or {}).get(names.LABEL_JOB_UID)
         if owner is None:
             return None
-        # The response to a write of ours may come after the event of the deletion.
+        # The response to a write of this process may arrive after the deletion event.
         self._removed[uid] = version_of(obj)
         while len(self._removed) > REMEMBERED_REMOVALS:
             self._removed.pop(next(iter(self._removed)))
@@ -109,7 +110,7 @@ class Store:
             self._progress[uid] = (progress, time)
 
     def put_refusal(self, uid: str, name: str, refusal: Refusal | None) -> None:
-        """Note that the API server refused a child; None: that it accepted the child."""
+        """Record that the API server refused a child; None: that it accepted the child."""
         if refusal is not None:
             self._refused.setdefault(uid, {})[name] = refusal
         else:
@@ -118,7 +119,7 @@ class Store:
     # --- reads --------------------------------------------------------------------------------
 
     def job(self, uid: str) -> Object | None:
-        """The FineTuneJob of that uid."""
+        """The FineTuneJob with that uid."""
         return self._jobs.get(uid)
 
     def jobs(self) -> Iterator[Object]:
@@ -126,8 +127,8 @@ class Store:
         return iter(list(self._jobs.values()))
 
     def affected(self, kind: str, obj: Object) -> list[str]:
-        """Uids of the jobs, other than its own, that a change of an object may matter to: jobs that
-        start from the model of a FineTuneJob."""
+        """Uids of other jobs that a change of an object may affect: jobs that start from the model
+        of a FineTuneJob."""
         return self._references.dependents(obj) if kind == names.KIND else []
 
     def refusal(self, uid: str, name: str) -> Refusal | None:
@@ -139,13 +140,14 @@ class Store:
         return list(self._children.get(uid, {}).get(kind, {}).values())
 
     def objects(self, kind: str) -> list[Object]:
-        """Everything of one kind."""
+        """All objects of one kind."""
         if kind == names.KIND:
             return list(self._jobs.values())
         return [o for kinds in self._children.values() for o in kinds[kind].values()]
 
     def observed(self, uid: str) -> Observed:
-        """All that ``decide`` sees of a job's children."""
+        """Everything that ``decide`` sees of a job's children, and of the jobs that it refers
+        to."""
         progress, time = self._progress.get(uid, (None, None))
         job = self._jobs.get(uid)
         named = self._references.chain(job) if job is not None else []
@@ -164,7 +166,7 @@ class Store:
 
 
 def _ended(pod: Object) -> dict[str, Any]:
-    """A pod that was deleted, as an ended one: a container that was last seen running ended now."""
+    """A deleted pod as an ended one: a container that was last seen running ends now."""
     copy: dict[str, Any] = {**pod, "status": {**(pod.get("status") or {})}}
     statuses = []
     for status in copy["status"].get("containerStatuses") or []:

@@ -1,10 +1,11 @@
-"""kopf: watches feed the store and put keys on the queue, by handlers of a few lines.
+"""kopf integration: watches feed the store and enqueue keys, by short handlers.
 
-They are coroutines (kopf runs plain functions in threads), so that store and queue need no locks.
+The handlers are coroutines (kopf runs plain functions in threads), so that store and queue need no
+locks.
 
-``on.event`` and ``index`` need no finalizer and write nothing. The index function runs before any
-event handler does, and kopf holds event handlers back until all objects were listed once: so no
-pass sees a part of a job's children.
+``on.event`` and ``index`` need no finalizer and write nothing. kopf runs the index function before
+any event handler, and holds event handlers back until all objects were listed once, so that no pass
+sees only a part of a job's children.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ log = logging.getLogger(__name__)
 
 
 class _NoDiffs(kopf.DiffBaseStorage):
-    """kopf compares every object with its last handled state, for handlers of a kind that we do
-    not have. The comparison would copy each object several times, and take most of our CPU time."""
+    """Disables kopf's comparison of every object with its last handled state. It serves a kind of
+    handler that this module does not have, and would copy each object several times and take most
+    of the operator's CPU time."""
 
     def build(self, *, body: Any, extra_fields: Any = None) -> Any:
         return {}
@@ -48,7 +50,7 @@ class _NoDiffs(kopf.DiffBaseStorage):
 
 
 class _NoProgress(kopf.ProgressStorage):
-    """State of handlers that kopf retries. It retries none of ours."""
+    """Disables kopf's state of handlers that it retries: it retries none of this module."""
 
     def fetch(self, *, key: Any, body: Any) -> None:
         return None
@@ -67,7 +69,7 @@ class _NoProgress(kopf.ProgressStorage):
 
 
 def registry(store: Store, enqueue: Callable[[str], None]) -> kopf.OperatorRegistry:
-    """Handlers of every kind: put the object into the store, then its job on the queue."""
+    """Handlers for every kind: put the object into the store, then enqueue its job."""
     handlers = kopf.OperatorRegistry()
     for kind, resource in RESOURCES.items():
         _register(handlers, kind, resource, store, enqueue)
@@ -95,7 +97,7 @@ def _register(
 
 
 def settings() -> kopf.OperatorSettings:
-    """kopf without all that it would write, and with watches of our own children only."""
+    """kopf settings: no writes to the cluster, and watches of the operator's own children only."""
     found = kopf.OperatorSettings()
     found.posting.enabled = False
     found.peering.standalone = True
@@ -109,7 +111,7 @@ def settings() -> kopf.OperatorSettings:
 
 
 def login(handlers: kopf.OperatorRegistry, configuration: Credentials) -> None:
-    """kopf with the same credentials as the rest of the operator."""
+    """Let kopf use the same credentials as the rest of the operator."""
 
     @kopf.on.login(registry=handlers)
     async def credentials(**_: Any) -> kopf.ConnectionInfo:
@@ -130,7 +132,7 @@ async def run(
     namespaces: Collection[str],
     handle_signals: Callable[[], None],
 ) -> None:
-    """Watch until cancelled, or until kopf gives up, after which the process should end.
+    """Watch until cancelled, or until kopf stops; the process should end then.
 
     kopf takes over the signals of the process; ``handle_signals`` takes them back.
     """
@@ -152,9 +154,9 @@ async def sweep(
 ) -> None:
     """Remove objects from the store whose deletion no watch has reported.
 
-    After a watch expired (410 Gone) kopf lists again, but sends no event for objects that are no
-    longer there. So all our objects are listed (metadata alone) every SWEEP_SECONDS, and those that
-    are missing from the list are removed.
+    After an expired watch (410 Gone) kopf lists again, but sends no event for objects that no
+    longer exist. Therefore every SWEEP_SECONDS list the metadata of all the operator's objects, and
+    remove those missing from the list.
     """
     while True:
         await asyncio.sleep(SWEEP_SECONDS)

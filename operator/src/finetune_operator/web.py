@@ -1,4 +1,5 @@
-"""``/healthz``, ``/readyz`` and ``/metrics``, served before and independent of all other parts."""
+"""``/healthz``, ``/readyz`` and ``/metrics``, served before all other parts and independently of
+them."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 Check = Callable[[], str | None]
-"""Returns what is wrong, or None."""
+"""Returns a description of the problem, or None."""
 
 
 async def serve(
@@ -18,7 +19,7 @@ async def serve(
     """Start the server; ``cleanup()`` of the returned runner ends it.
 
     Raises:
-        OSError: where the port is taken.
+        OSError: the port is taken.
     """
 
     async def metrics(_: web.Request) -> web.Response:

@@ -1,4 +1,5 @@
-"""A de-duplicating queue of keys: one worker at a time per key, nothing lost, errors backed off."""
+"""A de-duplicating queue of keys: one worker at a time per key, no key lost, backoff after
+errors."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ LAST_BACKOFF: Final = 60.0
 
 
 class WorkQueue:
-    """Keys to work on. A key that is put while it is worked on is worked on once more."""
+    """Keys to work on. A key that is put while a worker has it is worked on once more."""
 
     def __init__(self) -> None:
         self._ready: asyncio.Queue[str] = asyncio.Queue()
@@ -34,7 +35,7 @@ class WorkQueue:
             self._ready.put_nowait(key)
 
     def put_after(self, key: str, seconds: float) -> None:
-        """Work on the key after so many seconds; the nearest of several times counts."""
+        """Work on the key after a delay; of several pending times the earliest counts."""
         loop = asyncio.get_running_loop()
         timer = self._timers.get(key)
         if timer is not None:
@@ -48,15 +49,15 @@ class WorkQueue:
         self.put(key)
 
     def forget(self, key: str) -> None:
-        """Drop timer and failures of a key that is gone."""
+        """Drop the timer and the failure count of a deleted key."""
         self._failures.pop(key, None)
         timer = self._timers.pop(key, None)
         if timer is not None:
             timer.cancel()
 
     async def work(self, handle: Callable[[str], Awaitable[bool]]) -> None:
-        """One worker, until cancelled. ``handle`` returns whether it succeeded; a key for which it
-        did not comes back after a time that doubles with each failure in a row."""
+        """Run one worker until cancelled. ``handle`` returns whether it succeeded; a failed key is
+        worked on again after a delay that doubles with each consecutive failure."""
         while True:
             key = await self._ready.get()
             self._waiting.discard(key)

@@ -1,4 +1,4 @@
-"""A bucket with a model in it, and a place of its own for each test."""
+"""A bucket with a model, and a separate prefix for each test."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def bucket(s3: EmbeddedS3, store: ObjectStore, model_folder: Path) -> str:
-    """One bucket for all tests (a new one takes the server a while), with the model in it."""
+    """One bucket with the model for all tests, since creating a bucket is slow."""
     s3.ensure_bucket("test-prepare")
     for path in model_folder.iterdir():
         store.upload(path, f"s3://test-prepare/model/{path.name}")

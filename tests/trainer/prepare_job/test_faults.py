@@ -1,4 +1,4 @@
-"""How the prepare stage ends where data or spec cannot be used."""
+"""Errors of the prepare stage for unusable data or specs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_an_empty_data_set_is_refused(at: Workplace, data: bytes) -> None:
     assert "train-0" in error.message and f"{at.root}/data/" in error.message
 
 
-def test_data_of_which_nothing_is_left_to_train_on_is_refused(at: Workplace) -> None:
+def test_data_without_a_remaining_training_sample_is_refused(at: Workplace) -> None:
     error = at.fault(
         lines(LONG),
         data={**ALL, "quality": {"overlength": "Drop"}},
@@ -37,7 +37,7 @@ def test_data_of_which_nothing_is_left_to_train_on_is_refused(at: Workplace) -> 
     assert error.reason == "EmptyDataSet" and "Overlength 1" in error.message
 
 
-def test_a_test_set_of_which_nothing_is_left_is_refused(at: Workplace) -> None:
+def test_a_test_set_without_a_remaining_sample_is_refused(at: Workplace) -> None:
     held = at.put("held.jsonl", lines(LONG))
     data = {"test": [{"source": held}], "quality": {"overlength": "Drop"}}
     error = at.fault(lines(*pairs(9)), data=data, training={"maxLength": 32})
@@ -52,7 +52,7 @@ def test_a_malformed_line_fails_the_job_with_file_line_and_text(at: Workplace) -
     assert "oops" in error.message
 
 
-def test_a_record_without_the_needed_field_fails_the_job(at: Workplace) -> None:
+def test_a_record_without_a_required_field_fails_the_job(at: Workplace) -> None:
     error = at.fault(lines(*pairs(3), {"prompt": "x", "answer": "y"}))
     assert error.reason == "MissingField"
     assert "data/0.jsonl, line 4: field 'completion' is missing" in error.message
@@ -79,7 +79,7 @@ def test_faulty_records_are_dropped_and_counted_by_reason(at: Workplace) -> None
     assert "data/0.jsonl, line 5: field 'completion'" in source["faults"][1]["message"]
 
 
-def test_a_record_whose_answer_has_no_token_is_dropped_too(
+def test_a_record_whose_answer_has_no_tokens_is_dropped(
     at: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode = Tokens._encode
@@ -110,19 +110,19 @@ def test_half_of_a_set_may_be_faulty(at: Workplace) -> None:
     assert summary.train_samples == 2 and summary.dropped == {"MalformedRecord": 2}
 
 
-def test_a_group_field_that_a_record_lacks_fails_the_job(at: Workplace) -> None:
+def test_a_record_without_the_group_field_fails_the_job(at: Workplace) -> None:
     error = at.fault(lines(*pairs(3)), data={"split": {"groupBy": "customer"}})
     assert error.reason == "MissingField" and "'customer'" in error.message
 
 
-def test_a_template_that_leaves_nothing_to_learn_fails_the_job(at: Workplace) -> None:
+def test_a_template_that_renders_an_empty_completion_fails_the_job(at: Workplace) -> None:
     template = {"prompt": "{{ prompt }}", "completion": "{% if false %}x{% endif %}"}
     source = {"source": f"{at.root}/data/", "template": template}
     error = at.fault(lines(*pairs(3)), data={"train": [source]})
     assert error.reason == "NothingSupervised" and "line 1" in error.message
 
 
-def test_a_default_name_that_is_taken_is_refused(at: Workplace) -> None:
+def test_a_set_name_that_equals_a_default_name_is_refused(at: Workplace) -> None:
     uri = at.put("data/0.jsonl", lines(*pairs(3)))
     error = at.fault(data={"train": [{"source": uri, "name": "train-1"}, {"source": uri}]})
     assert isinstance(error, UserError) and error.reason == "DuplicateName"
@@ -137,7 +137,7 @@ def test_a_default_name_that_is_taken_is_refused(at: Workplace) -> None:
          "training.earlyStopping.metric"),
     ],
 )  # fmt: skip
-def test_a_metric_that_no_set_can_have_is_refused(
+def test_a_metric_without_a_suitable_set_is_refused(
     at: Workplace, spec: dict[str, Any], field: str
 ) -> None:
     run_spec = at.run_spec(lines(*pairs(30)), **spec)
@@ -147,7 +147,7 @@ def test_a_metric_that_no_set_can_have_is_refused(
     assert not at.store.head(f"{run_spec.run_uri}/prepared.json")
 
 
-def test_a_stage_that_the_steps_do_not_suffice_for_is_refused(at: Workplace) -> None:
+def test_a_stage_without_steps_is_refused(at: Workplace) -> None:
     stages = [{"name": "warm", "steps": "0.01"}, {"name": "rest", "steps": "0.99"}]
     run_spec = at.run_spec(
         lines(*pairs(30)), data={**ALL, "stages": stages}, training={"maxSteps": 40}

@@ -1,4 +1,4 @@
-"""What the prepare stage makes of samples that are too long, alike, contaminated or personal."""
+"""Prepare jobs with overlength, duplicate and contaminated samples, and with personal data."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def test_overlength_is_cut_or_dropped_and_counted(at: Workplace) -> None:
     assert (summary.train_samples, summary.dropped) == (3, {"Overlength": 1})
 
 
-def test_long_documents_are_split_and_nothing_of_them_is_lost(at: Workplace) -> None:
-    """Twice in the data, a document is there once; it ends where it ended."""
+def test_long_documents_are_split_without_loss(at: Workplace) -> None:
+    """A repeated document is kept once, and only its last piece has the end token."""
     text = "\n".join(f"{i}. The cat sat on mat {i * i}." for i in range(40))
     records = lines({"text": text}, {"text": "A short one."}, {"text": text})
     spec: dict[str, Any] = {"training": {"maxLength": 48}}
@@ -96,13 +96,13 @@ def test_overlength_fail_names_the_record(at: Workplace) -> None:
     assert "training.maxLength is 32" in error.message
 
 
-def test_a_length_above_the_models_maximum_is_refused(at: Workplace) -> None:
+def test_a_max_length_above_the_models_positions_is_refused(at: Workplace) -> None:
     error = at.fault(lines(*pairs(3)), training={"maxLength": 257})
     assert isinstance(error, UserError) and error.reason == "MaxLengthTooLong"
     assert "257" in error.message and "256" in error.message
 
 
-def test_without_a_length_the_models_maximum_is_used(at: Workplace) -> None:
+def test_without_a_max_length_the_models_positions_are_used(at: Workplace) -> None:
     assert at.prepare(at.run_spec(lines(*pairs(9))))[1].manifest.max_length == 256
 
 
@@ -125,7 +125,7 @@ def varied(seed: int) -> str:
 
 
 SHARED = STORY * 5
-"""Many words that all records of a set have."""
+"""Text that all records of a set share."""
 
 
 def conversation(seed: int) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def conversation(seed: int) -> dict[str, Any]:
         ),
     ],
 )
-def test_what_all_records_share_makes_them_no_near_duplicates(
+def test_shared_text_does_not_make_near_duplicates(
     at: Workplace, record: Callable[[int], dict[str, Any]], template: dict[str, str] | None
 ) -> None:
     records = [record(seed) for seed in range(20)]
@@ -194,7 +194,7 @@ def test_contamination_is_counted_with_places_and_text(at: Workplace) -> None:
     assert "example.org" not in text
 
 
-def test_contaminated_samples_are_left_out_of_the_index(
+def test_contaminated_samples_are_removed_from_the_index(
     at: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "SHARD_TOKENS", 60)
@@ -220,9 +220,9 @@ def test_contamination_fails_the_job_on_request(at: Workplace) -> None:
     assert f"{at.root}/t0.jsonl, line 7" in error.message
 
 
-def test_a_set_of_which_nothing_would_be_left_fails_the_job(at: Workplace) -> None:
+def test_a_fully_contaminated_set_fails_the_job(at: Workplace) -> None:
     error = at.fault(**contaminated(at, "Drop", OTHERS, [LEAKED]))
-    assert error.reason == "Contaminated" and "nothing of the set" in error.message
+    assert error.reason == "Contaminated" and "no sample of the set" in error.message
 
 
 def test_contamination_may_be_ignored(at: Workplace) -> None:
@@ -235,7 +235,7 @@ def test_contamination_may_be_ignored(at: Workplace) -> None:
 MAIL = {"prompt": "Who is it?", "completion": " It is a@example.org."}
 
 
-def test_personal_data_is_counted_and_shown_nowhere(at: Workplace) -> None:
+def test_personal_data_is_counted_and_masked_in_the_report(at: Workplace) -> None:
     summary, data = at.prepare(at.run_spec(lines(*pairs(3), MAIL), data=ALL))
     assert texts(data, "train")[-1] == "Who is it? It is a@example.org."
     text = at.store.get(f"{summary.uri}/report.json").decode()
@@ -248,7 +248,7 @@ def test_personal_data_is_counted_and_shown_nowhere(at: Workplace) -> None:
     assert "It is [EMAIL]." in report and "example.org" not in text + report
 
 
-def test_personal_data_is_redacted_before_duplicates_are_looked_for(at: Workplace) -> None:
+def test_personal_data_is_redacted_before_deduplication(at: Workplace) -> None:
     other = {**MAIL, "completion": " It is b@example.org."}
     quality = {"personalData": "Redact"}
     run_spec = at.run_spec(lines(*pairs(3), MAIL, other), data={**ALL, "quality": quality})

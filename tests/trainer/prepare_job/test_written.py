@@ -1,4 +1,4 @@
-"""What the prepare stage writes, and when it writes it again."""
+"""Output of the prepare stage, its reuse, and the memory estimate."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from trainer.prepare_helpers import (
     texts,
 )
 
-# --- what is written -----------------------------------------------------------------------------
+# --- output --------------------------------------------------------------------------------------
 
 
-def test_every_record_is_found_again_on_one_side_with_its_mask(at: Workplace) -> None:
+def test_every_record_is_on_one_side_with_its_supervised_mask(at: Workplace) -> None:
     records = pairs(200)
     split = {"validation": "0.1", "test": "0.2"}
     run_spec = at.run_spec(lines(*records[:120]), lines(*records[120:]), data={"split": split})
@@ -116,7 +116,7 @@ def test_all_formats_and_containers_together(at: Workplace) -> None:
     assert [p["learned"] for p in preview["parts"]] == [False, True]
 
 
-def test_held_out_prompts_are_those_of_the_first_phrasing_and_show_the_oracle(
+def test_held_out_prompts_use_the_first_phrasing_and_show_the_oracle(
     at: Workplace,
 ) -> None:
     asked = at.put("q.jsonl", lines(*({"ask": f"no {i}?", "answer": i} for i in range(120))))
@@ -162,7 +162,7 @@ def test_held_out_prompts_are_those_of_the_first_phrasing_and_show_the_oracle(
     assert 0 < sum(not text.startswith("Question: no ") for text in train) < len(train)
 
 
-def test_given_validation_and_test_sets_take_the_place_of_the_split(at: Workplace) -> None:
+def test_given_validation_and_test_sets_replace_the_split(at: Workplace) -> None:
     held = at.put("held.jsonl", lines(*({"text": "fine", "label": x} for x in ("good", "bad"))))
     run_spec = at.run_spec(
         lines(*pairs(100)),
@@ -197,7 +197,7 @@ def test_records_keep_their_side_as_the_data_grows(at: Workplace) -> None:
         assert set(texts(small, side)) <= set(texts(large, side))
 
 
-def test_duplicates_are_dropped_once_over_all_training_sources(at: Workplace) -> None:
+def test_duplicates_are_dropped_across_training_sources(at: Workplace) -> None:
     run_spec = at.run_spec(lines(*pairs(20), *pairs(5)), lines(*pairs(10)), data=ALL)
     summary, _ = at.prepare(run_spec)
     assert summary.train_samples == 20 and summary.dropped == {"Duplicate": 15}
@@ -207,7 +207,7 @@ def test_duplicates_are_dropped_once_over_all_training_sources(at: Workplace) ->
     assert len(data.index("test")) == 0 and data.index("test").length.max(initial=1) == 1
 
 
-def test_samples_are_found_over_many_shards(at: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_are_read_across_shards(at: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "SHARD_TOKENS", 200)
     monkeypatch.setattr(reader, "BATCH_RECORDS", 7)
     _, data = at.prepare(at.run_spec(lines(*pairs(100)), data=ALL))
@@ -231,7 +231,7 @@ def test_memory_does_not_grow_with_the_data(at: Workplace, monkeypatch: pytest.M
         writing = pipeline.write_data
 
         def measured(*args: Any, **kwargs: Any) -> Any:
-            # Before and after it the model is rehearsed: what that leaves is not the data's.
+            # Measure write_data only: profiling of the model before and after it would count too.
             gc.collect()
             tracemalloc.start()
             try:
@@ -250,11 +250,11 @@ def test_memory_does_not_grow_with_the_data(at: Workplace, monkeypatch: pytest.M
     at.prepare(at.run_spec(lines(*pairs(600)), data=ALL))  # imports and caches
     once = peak(at.run_spec(lines(*pairs(1000)), data=ALL))
     eightfold = peak(at.run_spec(lines(*pairs(8000)), data=ALL))
-    # What stays of a sample: 16 bytes of its digest and a few of the length counts.
+    # Per sample, 16 bytes of digest and some bytes of length counts remain.
     assert eightfold - once < 7000 * 64
 
 
-def test_conversations_of_other_fields_are_prepared_and_shown(at: Workplace) -> None:
+def test_conversations_with_other_fields_are_prepared_and_shown(at: Workplace) -> None:
     def shared(*turns: tuple[str, str]) -> dict[str, Any]:
         return {"conversations": [{"from": who, "value": text} for who, text in turns]}
 
@@ -278,7 +278,7 @@ def test_conversations_of_other_fields_are_prepared_and_shown(at: Workplace) -> 
     assert len(learned) == 1 and learned[0].startswith("It is ") and "<|im_end|>" in learned[0]
 
 
-def test_the_plan_of_the_stages_is_told(at: Workplace, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_stage_plan_is_logged(at: Workplace, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     listed = [{"name": n, "source": at.put(f"{n}.jsonl", lines(*pairs(30, i)))}
               for i, n in ((0, "notes"), (90, "code"))]  # fmt: skip
@@ -300,7 +300,7 @@ def test_the_plan_of_the_stages_is_told(at: Workplace, caplog: pytest.LogCapture
 # --- reuse ---------------------------------------------------------------------------------------
 
 
-def test_a_second_job_reuses_the_data_and_writes_nothing_of_it(at: Workplace) -> None:
+def test_a_second_job_reuses_the_data_without_writes(at: Workplace) -> None:
     first, _ = at.prepare(at.run_spec(lines(*pairs(30))))
     before = {o.uri: o.etag for o in at.store.list(f"{first.uri}/")}
     run_spec = at.run_spec(job="other", run="2-zzzzz", training={"batchSize": 4, "epochs": 1})
@@ -322,7 +322,7 @@ def test_incomplete_data_is_prepared_again(at: Workplace, gone: str) -> None:
     assert len(texts(data, "train")) == first.train_samples
 
 
-def test_the_digest_changes_with_all_that_matters(at: Workplace, model_folder: Path) -> None:
+def test_the_digest_changes_with_every_input(at: Workplace, model_folder: Path) -> None:
     base = lines(*pairs(30))
     uri = f"{at.root}/data/"
     template = {"prompt": "{{ prompt }}", "completion": "{{ completion }}"}
@@ -347,7 +347,7 @@ def test_the_digest_changes_with_all_that_matters(at: Workplace, model_folder: P
     assert len(set(digests)) == len(digests)
 
 
-def test_damaged_data_is_noticed(at: Workplace) -> None:
+def test_a_damaged_shard_is_detected(at: Workplace) -> None:
     summary, _ = at.prepare(at.run_spec(lines(*pairs(30))))
     name = "shards/train-train-0-00000-00.arrow"
     shard = bytearray(at.store.get(f"{summary.uri}/{name}"))
@@ -362,7 +362,7 @@ def test_damaged_data_is_noticed(at: Workplace) -> None:
 # --- memory --------------------------------------------------------------------------------------
 
 
-def test_the_summary_says_what_the_training_takes(at: Workplace) -> None:
+def test_the_summary_has_the_memory_estimate(at: Workplace) -> None:
     run_spec = at.run_spec(lines(*pairs(30)), compute={"gpuMemory": "16Gi"}, data=ALL)
     summary, _ = at.prepare(run_spec)
     found = summary.memory
@@ -372,7 +372,7 @@ def test_the_summary_says_what_the_training_takes(at: Workplace) -> None:
     assert found.parts["parameters"] < found.parts["reserve"]
 
 
-def test_a_training_that_may_not_fit_is_warned_of_and_one_that_cannot_is_refused(
+def test_memory_that_may_not_fit_warns_and_certain_excess_is_refused(
     at: Workplace, caplog: pytest.LogCaptureFixture
 ) -> None:
     never = {"gradientCheckpointing": "Never", "batchSize": 1024}
@@ -408,7 +408,7 @@ def test_a_training_that_may_not_fit_is_warned_of_and_one_that_cannot_is_refused
           "training": {"optimizer": "Muon"}}, "NoMatrices"),
     ],
 )  # fmt: skip
-def test_what_does_not_suit_the_model_is_refused_before_the_data_is_read(
+def test_settings_unsuitable_for_the_model_are_refused_before_reading_data(
     at: Workplace, spec: dict[str, Any], reason: str
 ) -> None:
     error = at.fault(b"no record\n", **spec)

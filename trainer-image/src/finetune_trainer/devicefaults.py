@@ -5,7 +5,8 @@ node helps? Is a peer lost, so that waiting for its replacement helps? Or does t
 fail on any node? An unknown CUDA error is treated as a program bug: the texts of hardware faults
 are few and known, and a bug classified as a node failure would be retried forever.
 
-Sources of the texts: cudaGetErrorString of CUDA 13, torch's c10/cuda and ProcessGroupNCCL, ncclGetErrorString.
+Sources of the texts: cudaGetErrorString of CUDA 13, torch's c10/cuda and ProcessGroupNCCL,
+ncclGetErrorString.
 """
 
 from __future__ import annotations

@@ -20,14 +20,14 @@ def render(plan: Plan, config: Config) -> list[Json]:
 
 def _render(subject: Subject, run: CurrentRun, create: Create, config: Config) -> Json:
     if create.kind == "ConfigMap":
-        return order_config_map(subject, run)
+        return run_spec_config_map(subject, run)
     assert create.role is not None
     if create.kind == "Service":
         return gang_service(subject, run)
     return stage_job(subject, run, create.role, config)
 
 
-def order_config_map(subject: Subject, run: CurrentRun) -> Json:
+def run_spec_config_map(subject: Subject, run: CurrentRun) -> Json:
     """The immutable ConfigMap with the run spec. Later spec changes are compared with it."""
     name = run_spec_name(subject.name, run.id, run.revision)
     meta = metadata(subject, name, labels_of(subject, run, None))

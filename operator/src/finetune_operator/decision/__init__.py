@@ -1,6 +1,6 @@
-"""What comes next for a job: which run is current, the stage that the run is in, and what this pass
-does about it. Pure.
+"""Next actions for a job: the current run, the stage of the run, and the actions of this pass.
+Pure.
 
-``runs`` finds the current run, ``run_view`` derives what a pass must know of it, ``run_failure``
-says whether it has failed, and ``advance`` turns that into actions.
+``runs`` finds the current run, ``run_view`` derives the state that a pass needs from it,
+``run_failure`` decides whether it has failed, and ``advance`` turns this into actions.
 """

@@ -1,6 +1,6 @@
-"""The actions of a pass: what to remove, stop, suspend or make, so that a run comes nearer its end.
+"""The actions of a pass: what to delete, stop, suspend or create to bring a run closer to its end.
 
-``advance`` reads from top to bottom. All functions below it fill ``actions``, and nothing else.
+``advance`` reads from top to bottom. The functions below it only add to ``actions``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from finetune_operator.world.pods import PodView
 
 
 def advance(view: RunView) -> Decision:
-    """The state of a run, and what this pass does about it."""
+    """Return the state of a run, and the actions of this pass."""
     actions = Actions()
     _remove_stale(view, actions)
     _wake_for_released_gang(view, actions)
@@ -44,8 +44,8 @@ def advance(view: RunView) -> Decision:
 
 
 def _remove_stale(view: RunView, actions: Actions) -> None:
-    """Delete children of earlier runs, and gangs of earlier revisions. Orders stay as long as their
-    runs are in status.history."""
+    """Delete children of earlier runs, and gangs of earlier revisions. Run specs are kept as long
+    as their runs are in status.history."""
     run = view.run
     for job in view.observed.jobs:
         stale = job.run != run.id or (job.revision != run.revision and not job.finished)
@@ -62,7 +62,8 @@ def _remove_stale(view: RunView, actions: Actions) -> None:
 
 
 def _stop(job: JobView) -> Change:
-    """End a Job's pods. Deleting the Job would also delete the failed pods, with their logs."""
+    """Terminate a Job's pods. Deleting the Job would also delete the failed pods with their
+    logs."""
     return Change("Job", job.name, {"spec": {"activeDeadlineSeconds": 0}})
 
 
@@ -70,8 +71,8 @@ def _stop(job: JobView) -> Change:
 
 
 def _finish(view: RunView, actions: Actions, outcome: str) -> None:
-    """Stop what still runs, note the outcome on the run spec, and delete children after their
-    TTL."""
+    """Stop running pods, record the outcome on the run spec's ConfigMap, and delete children after
+    their TTL."""
     job = view.job
     if job is not None and not (job.finished or job.stopping):
         actions.change.append(_stop(job))
@@ -86,14 +87,14 @@ def _finish(view: RunView, actions: Actions, outcome: str) -> None:
 
 
 def _expire_children(view: RunView, actions: Actions) -> None:
-    """Delete Jobs and Services after their TTL, but not before status has what they reported: with
-    neither, their stage would run again."""
+    """Delete Jobs and Services after their TTL, but only once status has their results: with both
+    lost, the stages would run again."""
     ttl = view.spec.children_ttl_seconds_after_finished
     if ttl is None or not (view.observed.jobs or view.observed.services):
         return
     kept = view.before.run if view.same_run else None
     if kept is None or kept.outcome is None or kept.revision != view.run.revision:
-        return  # the pass after this status is written deletes them
+        return  # a pass after this status is written deletes the children
     due = view.completion_time + timedelta(seconds=ttl)
     if due > view.now:
         actions.wake_at(due)
@@ -108,8 +109,8 @@ def _expire_children(view: RunView, actions: Actions) -> None:
 
 
 def _suspend(view: RunView, actions: Actions) -> None:
-    """Stop the stage's pods with their grace period. Under Kueue the Job itself is deleted, which
-    gives its quota back: a suspended Job would be admitted again."""
+    """Stop the stage's pods with their grace period. Under Kueue, delete the Job to release its
+    quota: Kueue would admit a suspended Job again."""
     job = view.job
     if job is None or job.finished or job.deleting:
         return
@@ -120,7 +121,7 @@ def _suspend(view: RunView, actions: Actions) -> None:
 
 
 def _set_suspended(job: JobView, suspended: bool) -> Change:
-    """Suspend a Job, with a note that the operator did; or resume it."""
+    """Suspend a Job and annotate that the operator did so; or resume the Job."""
     note = {"annotations": {ANNOTATION_SUSPENDED: "true" if suspended else None}}
     return Change("Job", job.name, {"metadata": note, "spec": {"suspend": suspended}})
 
@@ -129,13 +130,13 @@ def _set_suspended(job: JobView, suspended: bool) -> Change:
 
 
 def _record_run(view: RunView, actions: Actions) -> None:
-    """Make the ConfigMap with the run spec, where there is none."""
+    """Create the ConfigMap with the run spec if it does not exist."""
     if not view.run.recorded:
         actions.create.append(Create("ConfigMap"))
 
 
 def _make_stage(view: RunView, actions: Actions) -> None:
-    """Make the children that the stage lacks; resume a Job that the operator has suspended."""
+    """Create the stage's missing children; resume a Job that the operator has suspended."""
     job = view.job
     if job is not None:
         if job.suspended and job.suspended_by_operator and not job.deleting:
@@ -159,27 +160,27 @@ def _make_service(view: RunView, actions: Actions) -> None:
 
 
 def _leftover_jobs(view: RunView) -> list[JobView]:
-    """Jobs of the stage, or of one that writes the same, that an earlier revision of the run has
-    left at work."""
+    """Unfinished Jobs of the run's earlier revisions, of the stage or of a stage with the same
+    output."""
     roles = akin(view.stage)
     jobs = (j for j in view.observed.jobs if j.role in roles and j.run == view.run.id)
     return [j for j in jobs if not j.finished]
 
 
 def _leftover_pods(view: RunView) -> list[PodView]:
-    """Pods of the stage, or of one that writes the same, that an earlier revision of the run has
-    left at work."""
+    """Pods that still run for the run's earlier revisions, of the stage or of a stage with the same
+    output."""
     pods = (p for role in akin(view.stage) for p in view.observed.pods_of(role, view.run.id))
     return [p for p in pods if not p.ended]
 
 
 def _overdue(pod: PodView, view: RunView) -> bool:
-    """Whether a pod ought to be gone: on a dead node it may terminate for ever, so the next gang
-    does not wait for it."""
+    """Whether a pod should be gone: on a dead node it may terminate forever, so the next gang does
+    not wait for it."""
     return pod.deleted_by is not None and pod.deleted_by + OVERDUE <= view.now
 
 
-# --- passes that only time calls for -----------------------------------------------------------
+# --- wake-ups ----------------------------------------------------------------------------------
 
 
 def _wake_for_released_gang(view: RunView, actions: Actions) -> None:

@@ -1,5 +1,5 @@
-"""What a run starts from where ``spec.model.fineTuneJobRef`` names another job, and why it waits
-while that job has no model."""
+"""The base model of a run whose ``spec.model.fineTuneJobRef`` names another job, and the reason to
+wait while that job has no model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.world.models import ModelJob
 
 MESSAGE_MAX: Final = 500
-"""Characters shown of why another job has failed."""
+"""Maximum length, in characters, of another job's failure message."""
 
 
 @dataclass(frozen=True)
@@ -21,18 +21,18 @@ class Wait:
     reason: str
     message: str
     stuck: bool = False
-    """Whether the wait cannot end by itself: somebody must change a job."""
+    """Whether the wait ends only when a user changes a job."""
 
 
 def find_base(
     name: str, namespace: str, spec: FineTuneJobSpec, chain: tuple[ModelJob, ...]
 ) -> TunedBase | Wait | None:
-    """The model that a job starts from; None where its spec gives an address.
+    """The model that a job starts from; None if its spec has a source address.
 
     Args:
         name: of the job, in ``namespace``.
-        chain: the job that it refers to, the job that this one refers to, and so on: to one that is
-            missing, gives an address, or is in the chain already.
+        chain: the job that it refers to, the job that that job refers to, and so on, up to a job
+            that is missing, has a source address, or is already in the chain.
     """
     if spec.model.fine_tune_job_ref is None:
         return None
@@ -50,15 +50,15 @@ def find_base(
     if not chain:
         text = (
             f"spec.model.fineTuneJobRef: there is no FineTuneJob {referred} in namespace"
-            f" {namespace}; the run begins once it is there and Complete"
+            f" {namespace}; the run begins once it exists and is Complete"
         )
         return Wait("WaitingForModel", text)
     return _wait_for(chain[0])
 
 
 def _cycle(name: str, referred: str, chain: tuple[ModelJob, ...]) -> list[str]:
-    """Names along a cycle of references, in which no job has a model that another could start from;
-    empty where there is no cycle."""
+    """Names along a cycle of references in which no job has a published model; empty if there is no
+    cycle."""
     if any(job.complete for job in chain):
         return []
     path = [name, *(job.name for job in chain)]
@@ -67,7 +67,7 @@ def _cycle(name: str, referred: str, chain: tuple[ModelJob, ...]) -> list[str]:
 
 
 def _wait_for(job: ModelJob) -> Wait:
-    """Why a job has no model yet, from its status."""
+    """Why a job has no model yet, according to its status."""
     status = job.status
     begins = "; the run begins once it is Complete"
     true = {c.type: c for c in status.conditions if c.status == "True"}
@@ -76,7 +76,7 @@ def _wait_for(job: ModelJob) -> Wait:
         return _stuck(job.name, f"is stalled ({text})")
     if not job.settled or status.run is None or status.phase is None:
         suspended = status.phase == "Suspended" and job.settled
-        what = "is suspended" if suspended else "has not begun with its spec as it stands"
+        what = "is suspended" if suspended else "has not begun a run with its current spec"
         return Wait("WaitingForModel", f"FineTuneJob {job.name} {what}{begins}")
     if status.failure is not None:
         cause = f"{status.failure.reason}: {status.failure.message[:MESSAGE_MAX]}"
@@ -86,5 +86,5 @@ def _wait_for(job: ModelJob) -> Wait:
 
 
 def _stuck(name: str, what: str) -> Wait:
-    text = f"FineTuneJob {name} {what}; mend that job: the run begins once it is Complete"
+    text = f"FineTuneJob {name} {what}; fix that job: the run begins once it is Complete"
     return Wait("ModelFailed", text, stuck=True)

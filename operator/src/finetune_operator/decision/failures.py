@@ -14,24 +14,24 @@ from finetune_operator.world.pods import PodView
 MESSAGE_MAX: Final = 4000
 
 BY_EXIT_CODE: Final[dict[int, tuple[FailureClass, str]]] = {
-    ExitCode.USER_ERROR: ("UserError", "the manifest asks for what cannot be"),
+    ExitCode.USER_ERROR: ("UserError", "the manifest is invalid or cannot be satisfied"),
     ExitCode.DATA_ERROR: ("DataError", "a record of the data cannot be used"),
     ExitCode.STORAGE_DENIED: ("Storage", "object storage refuses access"),
-    ExitCode.DIVERGED: ("Diverged", "the loss is no finite number, or leaps"),
-    ExitCode.OUT_OF_MEMORY: ("OutOfMemory", "the device's memory does not suffice"),
-    ExitCode.INTERNAL: ("Internal", "the trainer met an error it does not know"),
-    ExitCode.FENCED: ("Internal", "a newer attempt has taken the run"),
+    ExitCode.DIVERGED: ("Diverged", "the loss is not finite, or spikes"),
+    ExitCode.OUT_OF_MEMORY: ("OutOfMemory", "the device is out of memory"),
+    ExitCode.INTERNAL: ("Internal", "the trainer failed with an unexpected error"),
+    ExitCode.FENCED: ("Internal", "a newer attempt has taken over the run"),
     ExitCode.NODE_FAILURE: ("NodeFailure", "another process of the gang, or a device, was lost"),
     ExitCode.STORAGE_UNAVAILABLE: ("Storage", "object storage could not be reached"),
     ExitCode.INTERRUPTED: ("Preempted", "stopped on request, with its state saved"),
 }
-"""Class and message of a container that left an exit code alone."""
+"""Class and message for a container that left only an exit code."""
 
 
 def failure(
     failure_class: FailureClass, reason: str, message: str, pod: PodView | None = None, **more: Any
 ) -> FailureStatus:
-    """A FailureStatus, its message cut to what status holds."""
+    """Build a FailureStatus; the message is cut to the maximum length in status."""
     raw = {"class": failure_class, "reason": reason, "message": message[:MESSAGE_MAX], **more}
     if pod is not None:
         raw |= {"pod": pod.name, "node": pod.node, "exitCode": pod.exit_code}
@@ -41,22 +41,22 @@ def failure(
 def stage_failure(
     job: JobView | None, pods: Iterable[PodView], attempt: int | None
 ) -> FailureStatus:
-    """Why a stage failed: the failure of the pod with the best evidence, among equals of the one
-    that failed last; the Job controller's reason where no pod is left."""
+    """Return the failure of the pod with the best evidence, among equals of the pod that failed
+    last; without failed pods, the Job controller's reason."""
     failed = [p for p in pods if p.phase == "Failed" or p.exit_code not in (None, 0)]
     if not failed:
         reason = (job.failure_reason if job else "") or "PodsGone"
         message = (
             job.failure_message if job else ""
         ) or "its pods are gone and left no termination message"
-        return failure("Internal", reason, f"{message}. Logs of the pods may tell more")
+        return failure("Internal", reason, f"{message}. The pods' logs may show the cause")
     best = max(failed, key=lambda p: (_evidence(p), p.finished or p.created))
     return _pod_failure(best, attempt)
 
 
 def _evidence(pod: PodView) -> int:
-    """How good the evidence of a failed pod is, from 1 to 5: a cause of its own counts more than
-    lost peers, and a pod that was stopped counts least."""
+    """Rank the evidence of a failed pod from 1 (worst) to 5: a cause of its own ranks above lost
+    peers, and a pod that was stopped ranks lowest."""
     code = pod.exit_code
     if code in FINAL_EXIT_CODES:
         return 1 if code == ExitCode.FENCED else 5
@@ -102,11 +102,11 @@ def _out_of_memory(pod: PodView) -> str:
 
 
 def incidents(pods: Iterable[PodView]) -> int:
-    """Incidents of the gang that its pods show: the most failed pods of one rank.
+    """Number of gang incidents that its pods show: the maximum of failed pods per rank.
 
-    One incident fails every rank once, however many pods it costs. None are: a pod that saved its
-    state on SIGTERM, one that was fenced or is being deleted, and one whose failure is final, after
-    which nothing is restarted.
+    One incident fails every rank once, regardless of the number of pods. Not counted are a pod that
+    saved its state on SIGTERM, a fenced pod, a pod that is being deleted, and a pod with a final
+    failure, after which nothing is restarted.
     """
     count: dict[int, int] = {}
     for pod in pods:

@@ -1,5 +1,5 @@
-"""Obstacles: what keeps a stage's pods from running, for how long it may, and the failure that
-follows."""
+"""Obstacles: conditions that keep a stage's pods from running, how long each is tolerated, and the
+resulting failure."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from finetune_operator.world.children import JobView
 from finetune_operator.world.pods import PULL_REASONS, PodView
 
 _REFUSED = ("not found", "unauthorized", "denied", "forbidden", "manifest unknown", "not exist")
-"""Marks in the kubelet's message of a pull that the registry refuses."""
+"""Substrings of the kubelet's message for a pull that the registry refuses."""
 
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Something that keeps a pod from running. Status shows it from ``shown_from`` on (None: at
-    once), and at ``until`` the run fails with ``failure``."""
+    """Something that keeps a pod from running. Status shows it from ``shown_from`` on (None:
+    immediately), and at ``until`` the run fails with ``failure``."""
 
     reason: str
     message: str
@@ -31,13 +31,13 @@ class Obstacle:
 
 
 def obstacle(job: JobView, pods: Iterable[PodView], start_deadline: timedelta) -> Obstacle | None:
-    """The obstacle of a stage that ends first, or None.
+    """The stage's obstacle that becomes a failure first, or None.
 
     Args:
         job: the stage's Job.
         pods: its pods.
         start_deadline: counted from the time at which the Job may start, or from the creation of a
-            pod that replaces another: time in a queue is not counted.
+            replacement pod. Time in a queue is not counted.
     """
     since = job.started or job.created
     pods = list(pods)
@@ -81,8 +81,8 @@ def _image(pod: PodView) -> Obstacle:
 def _config(pod: PodView, until: datetime) -> Obstacle:
     reason = "MissingSecret" if "secret" in pod.waiting_message.lower() else "ContainerConfig"
     message = (
-        f"the container cannot be made: {pod.waiting_message}. It starts as soon as that is"
-        " mended: create the Secret that spec.storage.secretRef names, with the keys"
+        f"the container cannot be created: {pod.waiting_message}. It starts as soon as this"
+        " is fixed: create the Secret that spec.storage.secretRef names, with the keys"
         " AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     )
     return Obstacle(reason, message, until, failure("UserError", reason, message, pod))
@@ -95,7 +95,7 @@ def _unschedulable(pod: PodView, until: datetime, deadline: timedelta) -> Obstac
         less = "fewer prepare.workers, smaller prepare.resources"
     message = (
         f"{shown}. Waited {int(deadline.total_seconds())} s"
-        f" (scheduling.startDeadlineSeconds). Ask for {less}, or add nodes"
+        f" (scheduling.startDeadlineSeconds). Request {less}, or add nodes"
     )
     return Obstacle(
         "Unschedulable", shown, until, failure("NodeFailure", "Unschedulable", message, pod)
@@ -104,7 +104,7 @@ def _unschedulable(pod: PodView, until: datetime, deadline: timedelta) -> Obstac
 
 def _no_pods(job: JobView, since: datetime, deadline: timedelta) -> Obstacle:
     message = (
-        f"Job {job.name} has no pods yet; where this lasts, a quota or an admission policy refuses"
+        f"Job {job.name} has no pods yet; if this persists, a quota or an admission policy refuses"
         f" them: see `kubectl describe job {job.name}`"
     )
     return Obstacle(

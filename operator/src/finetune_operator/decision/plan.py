@@ -1,4 +1,4 @@
-"""What ``decide`` returns: everything that one pass does, as data."""
+"""The output of ``decide``: all actions of one pass, as data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class CurrentRun:
-    """The run that a job is at, and what its children are rendered from."""
+    """The current run of a job, from which its children are rendered."""
 
     number: int
     id: str
@@ -36,10 +36,9 @@ class CurrentRun:
     outcome: str | None = None
     """Complete or Failed once the run has ended."""
     recorded: bool = False
-    """Whether the run spec is in the cluster already."""
+    """Whether the run spec's ConfigMap exists."""
     wait: Wait | None = None
-    """Why the run cannot begin yet: the run spec lacks the model to start from, so no child is
-    made."""
+    """Why the run cannot begin yet: its base model is not published, so no child is created."""
 
 
 Kind = Literal["ConfigMap", "Service", "Job", "Pod"]
@@ -47,8 +46,8 @@ Kind = Literal["ConfigMap", "Service", "Job", "Pod"]
 
 @dataclass(frozen=True)
 class Create:
-    """A child to make: the run spec, or the Service or Job of a stage. One that exists is never
-    changed by it."""
+    """A child to create: the run spec's ConfigMap, or the Service or Job of a stage. An existing
+    child is never changed this way."""
 
     kind: Kind
     role: Role | None = None
@@ -56,7 +55,7 @@ class Create:
 
 @dataclass(frozen=True)
 class Change:
-    """A change of a child that exists: suspend, stop, or note the outcome of the run."""
+    """A change of an existing child: suspend, resume, stop, or record the outcome of the run."""
 
     kind: Kind
     name: str
@@ -65,7 +64,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Delete:
-    """A child to delete; its pods follow with their grace period."""
+    """A child to delete; its pods end with their grace period."""
 
     kind: Kind
     name: str
@@ -90,15 +89,15 @@ class Plan:
     create: tuple[Create, ...] = ()
     change: tuple[Change, ...] = ()
     status: dict[str, Any] | None = None
-    """The whole new status, or None where the stored one stays."""
+    """The whole new status, or None to keep the stored status."""
     events: tuple[Event, ...] = ()
     requeue_after: timedelta | None = None
-    """Time to the next pass where no event causes one before."""
+    """Time to the next pass, unless an event triggers one earlier."""
 
 
 @dataclass
 class Actions:
-    """The actions of a pass, while they are collected."""
+    """The actions of a pass, under construction."""
 
     delete: list[Delete] = field(default_factory=list)
     create: list[Create] = field(default_factory=list)
@@ -106,26 +105,26 @@ class Actions:
     wake_ups: list[datetime] = field(default_factory=list)
 
     def wake_at(self, time: datetime) -> None:
-        """Make another pass at that time, force is observed until then."""
+        """Request another pass at that time, even if no event triggers one."""
         self.wake_ups.append(time)
 
     def requeue_after(self, now: datetime) -> timedelta | None:
-        """Time to the nearest wake-up, at least one second; None where there is none."""
+        """Time to the nearest wake-up, at least one second; None without wake-ups."""
         if not self.wake_ups:
             return None
         return max(min(self.wake_ups) - now, timedelta(seconds=1))
 
 
 State = Literal["Waiting", "Suspended", "Active", "Failed", "Complete"]
-"""Where a run stands after a pass: it waits for its model, is suspended, has a stage at work, or
+"""State of a run after a pass: it waits for its base model, is suspended, has a stage at work, or
 has ended."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What a pass has decided about a run."""
+    """The decision of a pass about a run."""
 
     state: State
     actions: Actions
     failure: FailureStatus | None = None
-    """Why the run has failed, in state Failed."""
+    """Why the run has failed; set in state Failed only."""

@@ -1,4 +1,4 @@
-"""Whether a run has failed, and why."""
+"""Detection of a failed run, and the failure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune_operator.decision.stages import GANG
 
 
 def run_failure(view: RunView) -> FailureStatus | None:
-    """Why the run has failed, or None while it goes on."""
+    """Why the run has failed, or None while it continues."""
     if view.run.outcome == "Failed":
         kept = view.before.failure if view.same_run else None
         return kept or _of_stage(view)
@@ -35,8 +35,9 @@ def run_failure(view: RunView) -> FailureStatus | None:
 
 
 def pod_failure_due(view: RunView) -> datetime | None:
-    """Until when the pods of a failed Job are waited for, which may name the cause: watches of Jobs
-    and pods are in no common order. None where there is nothing to wait for."""
+    """Time until which to wait for the failed pods of a failed Job, which may show the cause:
+    watches of Jobs and of pods are not ordered relative to each other. None if there is nothing to
+    wait for."""
     job = view.job
     if job is None or job.failed_at is None or any(p.phase == "Failed" for p in view.pods):
         return None
@@ -61,8 +62,8 @@ def _restarts_exhausted(view: RunView) -> FailureStatus:
     last = stage_failure(None, view.pods, _attempt(view))
     end = (
         f" This was incident {_incidents(view)}; failurePolicy.maxRestarts allows"
-        f" {view.spec.failure_policy.max_restarts}. The run goes on from its last checkpoint when"
-        " compute, scheduling or checkpoint is changed, or begins anew with another rerunToken"
+        f" {view.spec.failure_policy.max_restarts}. The run resumes from its last checkpoint when"
+        " compute, scheduling or checkpoint is changed; another rerunToken starts a new run"
     )
     if last.reason == "PodsGone":
         return failure("NodeFailure", "RestartsExhausted", f"the gang lost pods.{end}")

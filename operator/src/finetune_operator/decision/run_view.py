@@ -1,4 +1,4 @@
-"""``RunView``: a run as one pass sees it, and what follows from that. Reading changes nothing."""
+"""``RunView``: a run as one pass sees it, with the state derived from it. Read-only."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class RunView:
 
     subject: Subject
     spec: FineTuneJobSpec
-    """The spec as it stands, for fields of class Live; all others come from the run spec."""
+    """The current spec, used for fields of class Live; all other fields come from the run spec."""
     problems: list[str]
-    """Why today's models refuse the spec as it stands; ``spec`` is then the run's own."""
+    """Why this release's models refuse the current spec; ``spec`` is then the run's own."""
     before: FineTuneJobStatus
-    """Status as stored."""
+    """The stored status."""
     observed: Observed
     run: CurrentRun
     now: datetime
@@ -50,7 +50,7 @@ class RunView:
 
     @property
     def same_run(self) -> bool:
-        """Whether the stored status speaks of this run."""
+        """Whether the stored status belongs to this run."""
         return self.before.run is not None and self.before.run.id == self.run.id
 
     # --- stages ---------------------------------------------------------------------------------
@@ -62,19 +62,19 @@ class RunView:
 
     @cached_property
     def job(self) -> JobView | None:
-        """Job of the stage, in the run's present revision."""
+        """Job of the stage, in the run's current revision."""
         stage = self.stage
         return self.observed.job(stage, self.run.id, self.run.revision) if stage else None
 
     @cached_property
     def pods(self) -> list[PodView]:
-        """Pods of the stage, in the run's present revision."""
+        """Pods of the stage, in the run's current revision."""
         stage = self.stage
         return self.observed.pods_of(stage, self.run.id, self.run.revision) if stage else []
 
     def done(self, role: Role) -> bool:
-        """Whether a stage is done: status says so, or its Job of any revision has completed; map
-        also where prepare is done without it."""
+        """Whether a stage is done: status shows it, or the stage's Job of any revision has
+        completed. Map is also done if prepare is done without it."""
         if role == "map" and self.done("prepare"):
             return True
         if self.run.outcome == "Complete" or self._job_complete(role):
@@ -91,9 +91,9 @@ class RunView:
 
     @cached_property
     def gang_released_at(self) -> datetime | None:
-        """When training counts as done although a pod of the gang lives on: the first pod has left
-        the result, and a pod that was lost at that moment is replaced and waits for peers in vain.
-        None without such a result, or where the Job has completed."""
+        """When training counts as done although a pod of the gang still runs: another pod has
+        reported the result, and a pod that was lost at that moment is replaced and waits for its
+        peers in vain. None without such a result, or if the Job has completed."""
         if self._job_complete(GANG):
             return None
         ends = [
@@ -104,7 +104,7 @@ class RunView:
         ]
         return min(ends) + GANG_LINGERS if ends else None
 
-    # --- what the trainer has reported ----------------------------------------------------------
+    # --- reports of the trainer -----------------------------------------------------------------
 
     @cached_property
     def progress(self) -> Progress | None:
@@ -130,11 +130,11 @@ class RunView:
         messages = (p.termination for p in pods)
         return [m for m in messages if m is not None and m.run == self.run.id]
 
-    # --- what goes wrong ------------------------------------------------------------------------
+    # --- failures -------------------------------------------------------------------------------
 
     @cached_property
     def restarts(self) -> int:
-        """Incidents of the run so far: the most of what storage has counted and the pods show."""
+        """Incidents of the run so far: the maximum of the counts in storage and from the pods."""
         counts = [self.before.restarts if self.same_run else 0]
         if self.progress is not None:
             counts.append(self.progress.restarts)
@@ -154,8 +154,8 @@ class RunView:
 
     @property
     def refusal(self) -> Refusal | None:
-        """The API server's refusal of the stage's Job, or of a child that is made before it: the
-        order, and the Service, which has the Job's name."""
+        """The API server's refusal of the stage's Job, or of a child that is created before it: the
+        run spec's ConfigMap, or the Service, which has the Job's name."""
         if self.stage is None or self.job is not None:
             return None
         who, run = self.subject.name, self.run
@@ -169,12 +169,12 @@ class RunView:
 
     @property
     def queue(self) -> str | None:
-        """Kueue's queue, where it decides about the stage's Job."""
+        """Kueue's queue for the stage's Job; None if Kueue does not control the Job."""
         return self.run_spec.spec.scheduling.queue_name if self.stage == GANG else None
 
     @property
     def completion_time(self) -> datetime:
-        """When the run ended, as recorded in status; now where it ends with this pass."""
+        """When the run ended, as recorded in status; now if the run ends in this pass."""
         run = self.before.run
         known = parse_time(run.completion_time) if run and self.same_run else None
         return known if known and self.run.outcome else self.now

@@ -1,9 +1,9 @@
-"""Which run a job is at: run identity, and what a changed spec does to it.
+"""The current run of a job: run identity, and the effect of a changed spec.
 
-The orders in the cluster are the truth about runs: status may be lost, and a process may die
-between two writes. Specs are compared only when ``metadata.generation`` has moved on since status
-was written, and with the newest run spec re-defaulted by today's models, so that a new default (of
-a newer CRD, or of a newer operator) touches no run.
+The run specs in the cluster are authoritative: status may be lost, and a process may die between
+two writes. Specs are compared only if ``metadata.generation`` has changed since status was written,
+and only with the newest run spec re-defaulted by this release's models, so that a new default (of a
+newer CRD or operator) affects no run.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def current_run(
     observed: Observed,
     config: Config,
 ) -> CurrentRun | None:
-    """The run to work on, which may begin with this pass; None while there is none.
+    """Return the run to work on, which may begin in this pass; None while there is none.
 
-    ``spec`` is None where today's models refuse it: then nothing begins and nothing changes.
+    ``spec`` is None if this release's models refuse it: then no run begins or changes.
     """
     known = _Known(subject, before, observed, config)
     if known.number == 0:
@@ -51,7 +51,7 @@ def current_run(
 
 @dataclass(frozen=True)
 class _Known:
-    """What is known of a job's runs, from status and from the orders in the cluster."""
+    """What status and the run specs in the cluster show about a job's runs."""
 
     subject: Subject
     before: FineTuneJobStatus
@@ -66,8 +66,8 @@ class _Known:
 
     @cached_property
     def stored(self) -> StoredRunSpec | None:
-        """The run spec of the newest revision, of the newest run; None where it was removed, or
-        where the run waits for its model."""
+        """The run spec of the newest revision of the newest run; None if it was removed, or while
+        the run waits for its base model."""
         stored = (o for o in self.observed.run_specs if o.number == self.number)
         return max(stored, key=lambda o: o.revision, default=None)
 
@@ -84,7 +84,7 @@ class _Known:
 
     @property
     def same_run(self) -> bool:
-        """Whether status speaks of the newest run."""
+        """Whether status belongs to the newest run."""
         return self.before.run is not None and self.before.run.number == self.number
 
     @property
@@ -98,7 +98,8 @@ class _Known:
 
     @cached_property
     def outcome(self) -> str | None:
-        """How the newest revision of the run ended; status of an older revision says nothing."""
+        """How the newest revision of the run ended; the outcome in a status of an older revision is
+        ignored."""
         if self.stored is not None and self.stored.outcome in FINAL_OUTCOMES:
             return self.stored.outcome
         run = self.before.run
@@ -111,7 +112,8 @@ class _Known:
     def make_run_spec(
         self, run: str, spec: FineTuneJobSpec, base: TunedBase | None, revision: int, restarts: int
     ) -> RunSpec:
-        """The order of a revision of a run; ``restarts`` are incidents of the run before it."""
+        """Build the run spec of a revision; ``restarts`` is the run's number of earlier
+        incidents."""
         who = self.subject
         return RunSpec(
             version=CONTRACT_VERSION,
@@ -125,13 +127,13 @@ class _Known:
 
 
 def _changed_classes(known: _Known, spec: FineTuneJobSpec) -> dict[FieldClass, list[str]]:
-    """Fields of the spec that differ from the run's, by class."""
+    """Fields in which the spec differs from the run's, by class."""
     before = known.before
     if before.observed_generation == known.subject.generation:
         return {}
     if known.stored is None or known.stored.run_spec is None:
         # There is no spec to compare with: only a new rerunToken starts a new run. A run that still
-        # waits for its model begins with the spec as it stands.
+        # waits for its base model begins with the current spec.
         if before.run is not None and before.run.start_time is None:
             return {}
         token = before.run.rerun_token if before.run else None
@@ -154,7 +156,7 @@ def _begin(known: _Known, number: int, spec: FineTuneJobSpec) -> CurrentRun:
 
 
 def _next_revision(known: _Known, spec: FineTuneJobSpec) -> CurrentRun:
-    """The same run in a new gang. Incidents so far do not count against a run that had failed."""
+    """The same run in a new gang. After a failed run, the incidents so far no longer count."""
     revision, base = known.revision + 1, _kept_base(known, spec)
     failed = known.outcome == "Failed"
     return CurrentRun(
@@ -168,10 +170,10 @@ def _next_revision(known: _Known, spec: FineTuneJobSpec) -> CurrentRun:
 
 
 def _unchanged(known: _Known, spec: FineTuneJobSpec | None) -> CurrentRun | None:
-    """The run as its run spec has it."""
+    """The run as defined by its run spec."""
     run_spec = known.stored
     if run_spec is None or run_spec.run_spec is None:
-        return _without_order(known, spec) if spec is not None else None
+        return _without_run_spec(known, spec) if spec is not None else None
     return CurrentRun(
         number=known.number,
         id=known.id,
@@ -184,9 +186,10 @@ def _unchanged(known: _Known, spec: FineTuneJobSpec | None) -> CurrentRun | None
     )
 
 
-def _without_order(known: _Known, spec: FineTuneJobSpec) -> CurrentRun:
-    """A run whose run spec was removed by hand, is refused by today's models, or was not made yet,
-    since the run waits for its model: the spec as it stands counts."""
+def _without_run_spec(known: _Known, spec: FineTuneJobSpec) -> CurrentRun:
+    """A run without a usable run spec: the ConfigMap was removed by hand, this release's models
+    refuse it, or it does not exist yet because the run waits for its base model. The current spec
+    applies."""
     base, wait = _kept_base(known, spec), None
     if base is None and known.outcome is None:
         base, wait = _find_base(known, spec)
@@ -205,14 +208,14 @@ def _without_order(known: _Known, spec: FineTuneJobSpec) -> CurrentRun:
 
 
 def _find_base(known: _Known, spec: FineTuneJobSpec) -> tuple[TunedBase | None, Wait | None]:
-    """The model that a run starts from if it begins now, or why it waits."""
+    """The model that a run starts from if it begins now, or the reason to wait."""
     subject = known.subject
     found = find_base(subject.name, subject.namespace, spec, known.observed.models)
     return (None, found) if isinstance(found, Wait) else (found, None)
 
 
 def _kept_base(known: _Known, spec: FineTuneJobSpec) -> TunedBase | None:
-    """The model that a run has started from, force the other job has published since."""
+    """The model that a run started from, even if the other job has published another one since."""
     if spec.model.fine_tune_job_ref is None:
         return None
     if known.stored is not None and known.stored.run_spec is not None:

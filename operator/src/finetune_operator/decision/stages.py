@@ -1,10 +1,11 @@
-"""The stages of a run, in order, and what each leads to.
+"""The stages of a run, in order, and the condition that each leads to.
 
-How a stage looks elsewhere is a row in that room: ``children.jobs`` (its Job and command) and
+The other tables with an entry per stage are ``children.jobs`` (Job and command) and
 ``status.activity`` (phase, reason and message while the stage works).
 
-Map is a stage where ``prepare.workers`` is above 1: an Indexed Job of as many pods, each of which
-maps its share of the data. Its end is the barrier behind which the one pod of prepare reduces.
+Map is a stage if ``prepare.workers`` is above 1: an Indexed Job with that many pods, each of which
+maps its share of the data. The Job's completion is the barrier before the single pod of prepare
+reduces.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ CONDITION: Final[dict[Role, ConditionType]] = {
     "train": "Evaluated",
     "publish": "Published",
 }
-"""Condition that a stage leads to. Stages may share one: it is True once all of them are done, and
-until then its reason and message are those of the present stage."""
+"""Condition that a stage leads to. Stages may share a condition: it is True once all of them are
+done; until then its reason and message are those of the current stage."""
 
 
 def stages_of(spec: FineTuneJobSpec) -> tuple[Role, ...]:
@@ -35,5 +36,5 @@ def stages_of(spec: FineTuneJobSpec) -> tuple[Role, ...]:
 
 
 def akin(stage: Role | None) -> tuple[Role, ...]:
-    """The stages that lead to the same condition as one: they write the same."""
+    """The stages that lead to the same condition as ``stage``: they write the same output."""
     return tuple(r for r in STAGES if stage is not None and CONDITION[r] == CONDITION[stage])

@@ -1,4 +1,4 @@
-"""What a user reads back: status, its conditions, and events. Pure.
+"""Status, conditions and events, as a user reads them. Pure.
 
-``status`` has one function for each state of a run; the other modules fill parts of its result.
+``status`` has one function per state of a run; the other modules fill parts of its result.
 """

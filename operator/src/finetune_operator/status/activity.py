@@ -1,6 +1,6 @@
-"""What a run with a stage at work is doing: phase, reason and message.
+"""The activity of a run with a stage at work: phase, reason and message.
 
-Each stage has its row in ``BEGINS`` and ``WORKS``.
+``BEGINS`` and ``WORKS`` have an entry per stage.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from finetune_operator.decision.run_view import RunView
 
 
 class Activity(NamedTuple):
-    """What a stage is doing, as phase and conditions show it."""
+    """The activity of a stage, as phase and conditions show it."""
 
     phase: Phase
     reason: str
@@ -23,15 +23,15 @@ class Activity(NamedTuple):
 
 
 def activity(view: RunView, decision: Decision) -> Activity:
-    """What the stage at work is doing, or what keeps it from that."""
+    """The activity of the current stage, or what blocks it."""
     stage, obstacle = view.stage, view.obstacle
     assert stage is not None
     begins = BEGINS[stage]
     if view.refusal is not None:
-        text = f"applied again until the API server accepts it: {view.refusal.message}"
+        text = f"retried until the API server accepts it: {view.refusal.message}"
         return Activity(begins, "ChildRefused", text)
     if view.job is None and not any(c.kind == "Job" for c in decision.actions.create):
-        text = f"making the Job of {stage}, after pods of an earlier one ended"
+        text = f"waiting for pods of an earlier Job to end; then the Job of {stage} is created"
         return Activity(begins, "Pending", text)
     if obstacle is not None and (obstacle.shown_from is None or obstacle.shown_from <= view.now):
         return Activity(begins, obstacle.reason, obstacle.message)
@@ -50,7 +50,7 @@ def _prepare(view: RunView) -> Activity:
     text = "access check, split, rendering, tokenizing"
     if view.run_spec.spec.prepare.workers > 1:
         phase = "Preparing"
-        text = "duplicates, contamination, index and report, of what all workers have mapped"
+        text = "duplicates, contamination, index and report; all workers have mapped their shares"
     return Activity(phase, "Preparing", text + _earlier_tries(view))
 
 
@@ -59,7 +59,7 @@ def _train(view: RunView) -> Activity:
     if view.queue is not None and (job is None or job.suspended):
         return Activity("Queued", "Queued", f"waiting in queue {view.queue}")
     if job is not None and job.suspended and not job.suspended_by_operator:
-        return Activity("Queued", "Queued", "the Job was suspended by another than this operator")
+        return Activity("Queued", "Queued", "the Job is suspended, but not by this operator")
     alive = sum(1 for p in view.pods if p.running)
     text = f"{alive} of {nodes} pods run"
     if not gang_runs(view):
@@ -87,7 +87,7 @@ WORKS: Final[dict[Role, Callable[[RunView], Activity]]] = {
     "train": _train,
     "publish": _publish,
 }
-"""What a stage is doing that has a Job and no obstacle."""
+"""Activity of a stage that has a Job and no obstacle."""
 
 
 def gang_runs(view: RunView) -> bool:
@@ -100,9 +100,9 @@ def _running_indices(view: RunView) -> set[int]:
 
 
 def _earlier_tries(view: RunView) -> str:
-    """Why pods of the stage have failed that others replace."""
+    """Message about the last failed pod of the stage that another pod replaces."""
     failed = [p for p in view.pods if p.phase == "Failed"]
     if not failed:
         return ""
     last = stage_failure(view.job, failed, None)
-    return f". Tried again: pod {last.pod} failed ({last.reason}): {last.message}"
+    return f". Retrying: pod {last.pod} failed ({last.reason}): {last.message}"

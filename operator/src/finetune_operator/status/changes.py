@@ -1,4 +1,4 @@
-"""What a pass changes in status, and the events of that."""
+"""Differences between two statuses, and the events for them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def differs(stored: Mapping[str, Any] | None, status: Mapping[str, Any]) -> bool
 
 
 def _comparable(status: Mapping[str, Any]) -> dict[str, Any]:
-    """A status without what the API server may store in another form: order of conditions, empty
-    lists."""
+    """A status without the parts that the API server may store in another form: order of
+    conditions, empty lists."""
     plain = {k: v for k, v in status.items() if v not in ([], None)}
     if "conditions" in plain:
         plain["conditions"] = sorted(plain["conditions"], key=_type_of)
@@ -28,7 +28,7 @@ def _type_of(condition: Any) -> str:
 
 
 def events(before: FineTuneJobStatus, after: FineTuneJobStatus) -> tuple[Event, ...]:
-    """Events of what changed for a user: new runs, incidents, and conditions that became true."""
+    """Events for new runs, incidents, and conditions that became true."""
     found = []
     begun = before.run.number if before.run and before.run.start_time else None
     if after.run and after.run.start_time and begun != after.run.number:
@@ -36,7 +36,7 @@ def events(before: FineTuneJobStatus, after: FineTuneJobStatus) -> tuple[Event, 
         found.append(Event("Normal", "RunStarted", f"run {after.run.id} begins{from_}"))
     same_run = bool(before.run and after.run and before.run.id == after.run.id)
     if same_run and after.restarts > before.restarts:
-        message = f"incident {after.restarts} of the gang; it goes on from its last checkpoint"
+        message = f"incident {after.restarts} of the gang; it resumes from its last checkpoint"
         found.append(Event("Warning", "Restarted", message))
     true_before = {c.type for c in before.conditions if c.status == "True"} if same_run else set()
     for condition in after.conditions:

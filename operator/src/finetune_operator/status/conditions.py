@@ -1,5 +1,5 @@
-"""The conditions of a status in the making. A condition keeps its transition time while its status
-stays."""
+"""The conditions of a status under construction. A condition keeps its transition time while its
+status is unchanged."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ MESSAGE_MAX: Final = 4096
 
 
 class Conditions:
-    """The conditions of a status in the making."""
+    """The conditions of a status under construction."""
 
     def __init__(
         self, before: list[Condition], generation: int | None, now: datetime, keep: bool
     ) -> None:
-        """``keep`` carries the old ones over: false where a new run begins, which keeps transition
-        times alone."""
+        """``keep`` carries the previous conditions over. It is False when a new run begins: then
+        only their transition times are kept."""
         self._before = {c.type: c for c in before}
         self._now = {c.type: c for c in before} if keep else {}
         self._generation = generation
@@ -34,7 +34,7 @@ class Conditions:
         reason: str,
         message: str = "",
     ) -> None:
-        """Set a condition; its transition time stays where its status does."""
+        """Set a condition; its transition time changes only with its status."""
         old = self._before.get(type_)
         same = old is not None and old.status == status
         self._now[type_] = make(
@@ -53,9 +53,9 @@ class Conditions:
         return found is not None and found.status == "True"
 
     def has(self, type_: ConditionType) -> bool:
-        """Whether a condition is there, with any status."""
+        """Whether a condition exists, with any status."""
         return type_ in self._now
 
     def to_list(self) -> list[Condition]:
-        """In the order of their types, so that equal statuses are equal."""
+        """The conditions sorted by type, so that equal statuses compare equal."""
         return [self._now[t] for t in sorted(self._now)]

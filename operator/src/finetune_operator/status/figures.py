@@ -1,4 +1,4 @@
-"""What the stages have reported, as status shows it: figures as strings."""
+"""Conversion of stage results to status fields; figures become strings."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from finetune_operator.world.objects import format_time
 
 
 def number(value: float | None, digits: int = 4) -> str | None:
-    """A figure as a string of so many significant digits. Large figures keep all digits before the
-    point, below 1e15."""
+    """Format a figure with ``digits`` significant digits. A figure from 10,000 to below 1e15 is
+    rounded to an integer."""
     if value is None:
         return None
     return f"{value:.0f}" if 10_000 <= abs(value) < 1e15 else f"{value:.{digits}g}"
@@ -64,7 +64,7 @@ def progress_status(progress: Progress, read_at: datetime) -> ProgressStatus:
 def final_progress(
     before: ProgressStatus | None, trained: TrainSummary, now: datetime
 ) -> ProgressStatus:
-    """Progress of a gang that is done: the poller may have missed its last steps."""
+    """Progress of a finished gang: the poller may have missed its last steps."""
     total = before.total_steps if before else trained.steps
     return make(
         ProgressStatus,
@@ -83,12 +83,12 @@ def final_progress(
 
 
 def prepared_status(summary: PreparedSummary) -> Prepared:
-    """What prepare found, as far as status shows it."""
+    """The fields of prepare's summary that status shows."""
     return make(Prepared, **{name: getattr(summary, name) for name in Prepared.model_fields})
 
 
 def output_status(published: PublishSummary) -> OutputStatus:
-    """What was published, as status shows it."""
+    """The published model, as status shows it."""
     return make(
         OutputStatus,
         uri=published.uri,
@@ -100,7 +100,7 @@ def output_status(published: PublishSummary) -> OutputStatus:
 
 
 def evaluation(trained: TrainSummary) -> list[MetricValue]:
-    """Test metrics side by side."""
+    """Test metrics of the base and the tuned model, side by side."""
     rows = []
     for scores in trained.scores:
         for metric in sorted(scores.base.keys() | scores.tuned.keys()):

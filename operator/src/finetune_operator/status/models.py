@@ -1,4 +1,4 @@
-"""Making the contract's models of status from Python names."""
+"""Construction of the contract's status models from Python field names."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ M = TypeVar("M", bound=Model)
 
 
 def make(model: type[M], **fields: Any) -> M:
-    """A model by its fields' Python names; manifests know them by their aliases only."""
+    """Build a model from its fields' Python names; manifests use only the aliases."""
     return model.model_validate(fields, by_alias=False, by_name=True)

@@ -1,5 +1,5 @@
-"""What the stages of a run have reported so far. What stored status knows stays where the pods that
-reported it are gone."""
+"""Results that the stages of a run have reported so far. Results in the stored status are kept
+after the pods that reported them are gone."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from finetune_operator.world.objects import parse_time
 
 
 def results(view: RunView, stored: FineTuneJobStatus) -> dict[str, Any]:
-    """Fields of status that the stages fill, by Python name. ``stored`` is status as it is
-    stored of this run, empty where the run begins."""
+    """Fields of status that the stages fill, by Python name. ``stored`` is this run's stored
+    status, empty when the run begins."""
     found: dict[str, Any] = {"usage": _usage(view, stored), "startup": _startup(view, stored)}
     if view.prepared is not None:
         found["prepared"] = figures.prepared_status(view.prepared)
@@ -48,8 +48,8 @@ def _from_progress(view: RunView) -> dict[str, Any]:
 def _from_training(
     view: RunView, stored: FineTuneJobStatus, polled: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the gang reported at its end. ``polled`` is from its ``/progress``, which may lack the
-    last steps."""
+    """Results that the gang reported at its end. ``polled`` comes from its ``/progress``, which may
+    lack the last steps."""
     trained = view.trained
     if trained is None:
         return {}
@@ -69,7 +69,7 @@ def _from_training(
 
 
 def _startup(view: RunView, stored: FineTuneJobStatus) -> StartupStatus | None:
-    """As status has it, once it is known."""
+    """Startup times; once status has them they are kept."""
     if stored.startup is not None:
         return stored.startup
     run, progress, trained = view.run, view.progress, view.trained

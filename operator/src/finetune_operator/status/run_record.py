@@ -12,7 +12,7 @@ from finetune_operator.world.objects import format_time
 
 
 def run_record(view: RunView, outcome: Literal["Complete", "Failed"] | None) -> Run:
-    """``status.run``; ``outcome`` is None while the run goes on."""
+    """``status.run``; ``outcome`` is None while the run continues."""
     stored = view.before.run if view.same_run else None
     attempts = [stored.attempt if stored else 0]
     if view.progress is not None:
@@ -35,8 +35,8 @@ def run_record(view: RunView, outcome: Literal["Complete", "Failed"] | None) -> 
 
 
 def _start_time(view: RunView, stored: Run | None) -> str | None:
-    """When the run's first run spec was made, which is now where there is none yet; None while the
-    run waits for its model."""
+    """Creation time of the run's first run spec, now if there is none yet; None while the run waits
+    for its base model."""
     if view.run.wait is not None:
         return None
     if stored is not None and stored.start_time is not None:
@@ -53,7 +53,7 @@ def _base(view: RunView) -> RunBase | None:
 
 
 def history(view: RunView) -> list[Run]:
-    """Earlier runs, newest first, where the stored status speaks of the run before this one."""
+    """Earlier runs, newest first, for a stored status that belongs to the previous run."""
     earlier, last = view.before.history, view.before.run
     if last is None:
         return earlier

@@ -1,9 +1,9 @@
 """Time from a run's start to its first optimizer step, by part.
 
-    run starts → gang's Job made → its last pod made → scheduled → started → (the trainer's parts)
-          prepare             queue             schedule     pull
+    run starts → gang's Job created → its last pod created → scheduled → started → trainer's parts
+            prepare               queue             schedule       pull
 
-Known once the trainer reports its first step; written once a run.
+Known once the trainer reports its first step; written once per run.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ def startup(
     pods: Iterable[PodView],
     reported: Startup | None,
 ) -> StartupStatus | None:
-    """The start of a run, or None while it is not known.
+    """The startup times of a run, or None while they are not known.
 
     Args:
         began: when the run began.
-        nodes: pods of its gang.
+        nodes: number of pods of its gang.
         job: the gang's Job.
-        pods: the gang's pods, of which the last one counts: nothing happens without it.
-        reported: the trainer's own parts. Those of an attempt that went on from a checkpoint say
-            nothing of the run, whose first step was an earlier attempt's.
+        pods: the gang's pods, of which the last one counts: the gang cannot work without it.
+        reported: the trainer's own parts. Those of an attempt that resumed from a checkpoint are
+            ignored: the run's first step belongs to an earlier attempt.
     """
     if began is None or reported is None or reported.from_step > 0:
         return None
@@ -47,12 +47,12 @@ def startup(
     }
     parts["total"] = int(reported.first_step - began.timestamp())
     parts |= {name: round(seconds) for name, seconds in reported.seconds.items()}
-    # Clocks of nodes may differ by moments.
+    # Clocks of nodes may differ slightly: clip negative times.
     return make(StartupStatus, **{f"{name}_seconds": max(0, n) for name, n in parts.items()})
 
 
 def _last(nodes: int, pods: Iterable[PodView]) -> tuple[datetime | None, ...]:
-    """When the last pod was made, scheduled and started, of the newest pod of each rank."""
+    """When the last pod was created, scheduled and started, over the newest pod of each rank."""
     newest: dict[int, PodView] = {}
     for pod in sorted((p for p in pods if p.started is not None), key=lambda p: p.created):
         newest[pod.index] = pod

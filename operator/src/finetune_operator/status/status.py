@@ -1,4 +1,4 @@
-"""The new status of a pass: a function for each state of a run, and for a job without a run."""
+"""The new status of a pass: one function per state of a run, and one for a job without a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finetune_operator.status.run_record import history, run_record
 
 
 def run_status(view: RunView, decision: Decision) -> FineTuneJobStatus:
-    """Status of a job whose run the pass has decided about."""
+    """Status of a job with a run, from the pass's decision about the run."""
     conditions = _conditions(view)
     phase = _STATES[decision.state](view, decision, conditions)
     stored = view.before if view.same_run else FineTuneJobStatus(history=history(view))
@@ -43,18 +43,18 @@ def run_status(view: RunView, decision: Decision) -> FineTuneJobStatus:
 
 
 def _conditions(view: RunView) -> Conditions:
-    """The run's conditions with what is done so far."""
+    """The run's conditions, with those of finished stages set."""
     conditions = Conditions(
         view.before.conditions, view.subject.generation, view.now, keep=view.same_run
     )
     for type_, describe in REACHED.items():
         done = all(view.done(role) for role in STAGES if CONDITION[role] == type_)
-        # A condition that is True stays as it is: the pods that reported may be gone.
+        # Keep a condition that is True: the pods that reported the results may be gone.
         if done and not conditions.is_true(type_):
             reason, text = describe(view)
             conditions.set(type_, "True", reason, text)
     if view.problems:
-        text = "the spec as it stands is refused, the run goes on without it:\n"
+        text = "the current spec is invalid; the run continues with its own spec:\n"
         conditions.set("Stalled", "True", "InvalidSpec", text + "\n".join(view.problems))
     else:
         conditions.set("Stalled", "False", "Progressing")
@@ -122,7 +122,7 @@ def _suspended(view: RunView, decision: Decision, conditions: Conditions) -> Pha
 
 
 def _active(view: RunView, decision: Decision, conditions: Conditions) -> Phase:
-    """A stage is at work, or waits for what it needs."""
+    """A stage is at work, or waits for something that it needs."""
     stage = view.stage
     assert stage is not None
     phase, reason, message = activity(view, decision)
@@ -134,7 +134,7 @@ def _active(view: RunView, decision: Decision, conditions: Conditions) -> Phase:
     conditions.set(CONDITION[stage], "False", reason, message)
     conditions.set("Suspended", "False", "NotSuspended")
     if conditions.has("Failed"):
-        conditions.set("Failed", "False", "Resumed", "the spec was changed; the run goes on")
+        conditions.set("Failed", "False", "Resumed", "the spec was changed; the run continues")
     conditions.set("Ready", "False", reason, message)
     _reconciling(conditions, reason, message)
     return phase
@@ -179,20 +179,20 @@ _STATES: Final[dict[State, Callable[[RunView, Decision, Conditions], Phase]]] = 
 
 
 def _reconciling(conditions: Conditions, reason: str, message: str) -> None:
-    """kstatus: the run is under way. A spec that is refused stays Stalled."""
+    """kstatus: the run is in progress. A job with a refused spec stays Stalled."""
     conditions.set("Reconciling", "True", reason, message)
     if not conditions.is_true("Stalled"):
         conditions.set("Stalled", "False", reason)
 
 
 def _not_reconciling(conditions: Conditions, reason: str) -> None:
-    """kstatus: the job rests. A spec that is refused stays Stalled."""
+    """kstatus: the job is at rest. A job with a refused spec stays Stalled."""
     conditions.set("Reconciling", "False", reason)
     if not conditions.is_true("Stalled"):
         conditions.set("Stalled", "False", reason)
 
 
-# --- a job without a run, and a pass that met a defect -----------------------------------------
+# --- a job without a run, and a pass that raised -----------------------------------------------
 
 
 def suspended_from_start(
@@ -215,7 +215,7 @@ def suspended_from_start(
 def refused_spec(
     before: FineTuneJobStatus, subject: Subject, problems: list[str], now: datetime
 ) -> FineTuneJobStatus:
-    """Status of a job whose spec today's models refuse, and which has no run to go on with."""
+    """Status of a job without a run whose spec this release's models refuse."""
     text = "\n".join(problems)
     conditions = Conditions(before.conditions, subject.generation, now, keep=True)
     conditions.set("Stalled", "True", "InvalidSpec", text)
@@ -227,11 +227,11 @@ def refused_spec(
 def operator_defect(
     before: FineTuneJobStatus, subject: Subject, error: Exception, now: datetime
 ) -> FineTuneJobStatus:
-    """Status as it was, with a defect of the operator that this pass has met."""
+    """The stored status, with the defect of the operator that this pass raised."""
     conditions = Conditions(before.conditions, subject.generation, now, keep=True)
     text = (
-        f"the operator has met a defect of its own ({type(error).__name__}: {error}); what runs is"
-        " left alone, and the pass is retried. Please report it with the operator's log"
+        f"the operator has a defect ({type(error).__name__}: {error}); running children are left"
+        " unchanged, and the pass is retried. Please report it with the operator's log"
     )
     conditions.set("Stalled", "True", "OperatorDefect", text)
     return before.model_copy(update={"conditions": conditions.to_list()})

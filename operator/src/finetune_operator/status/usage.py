@@ -1,4 +1,4 @@
-"""What a run costs: GPUs times the seconds for which its gang's pods hold them."""
+"""The cost of a run: GPUs times the seconds for which its gang's pods hold them."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def usage(
     Args:
         before: usage as stored.
         compute: nodes and GPUs of the run.
-        pods: all pods of the gang, those that are gone included.
+        pods: all pods of the gang, including those that are gone.
         job: the gang's Job.
-        ran_before: whether the gang has run as a whole already, which ends the queued seconds.
-        progress, trained: the trainer's own figures: wall time (while it trains, what was lost of
-            it) is the lower bound, for pods that went while no operator ran.
-        now: charges pods that run.
+        ran_before: whether the whole gang has run already, which ends the queued seconds.
+        progress, trained: the trainer's own figures. Wall time (during training: the lost part of
+            it) is the lower bound, for pods that ended while no operator ran.
+        now: end of the charged time of running pods.
     """
     pods = list(pods)
     gpus = compute.nodes * compute.gpus_per_node
@@ -72,7 +72,7 @@ def _held_seconds(pod: PodView, now: datetime) -> float:
 def _queued(
     old: Usage, compute: Compute, pods: list[PodView], job: JobView | None, now: datetime
 ) -> int:
-    """Seconds from the Job to the first second in which every rank ran, or to now."""
+    """Seconds from the Job's creation until every rank had started, or until now."""
     if job is None:
         return old.queued_seconds
     first: dict[int, datetime] = {}

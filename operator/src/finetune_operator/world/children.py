@@ -1,4 +1,4 @@
-"""The objects that the operator has made for a job: orders, Jobs and Services."""
+"""The objects that the operator has created for a job: run specs, Jobs and Services."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class StoredRunSpec:
     """Incidents of earlier revisions that do not count against failurePolicy.maxRestarts."""
     outcome: str | None = None
     run_spec: RunSpec | None = None
-    """None where today's models refuse it; ``problems`` says why."""
+    """None if this release's models refuse it; ``problems`` has the reasons."""
     problems: tuple[str, ...] = ()
 
 
@@ -48,15 +48,15 @@ class JobView:
     started: datetime | None = None
     suspended: bool = False
     suspended_by_operator: bool = False
-    """Suspended for spec.suspend, and so the operator's to resume."""
+    """Suspended for spec.suspend, so the operator may resume it."""
     complete: bool = False
     failed: bool = False
-    """Failed, or about to be: the Job controller waits for pods that may never end."""
+    """Failed, or about to fail: the Job controller waits for pods that may never end."""
     failed_at: datetime | None = None
     failure_reason: str = ""
     failure_message: str = ""
     stopping: bool = False
-    """The operator has set its deadline to 0 seconds, which ends its pods."""
+    """The operator has set the Job's deadline to 0 seconds, which terminates its pods."""
     deleting: bool = False
 
     @property

@@ -1,4 +1,4 @@
-"""FineTuneJobs as sources of models: what a job has published for those that start from it."""
+"""FineTuneJobs as sources of models: what a job has published for the jobs that start from it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class ModelJob:
 
     name: str
     refers_to: str | None
-    """Name of the job that it starts from itself."""
+    """Name of the job that this job starts from."""
     settled: bool
-    """Whether its status speaks of its spec as it stands."""
+    """Whether its status reflects its current spec."""
     status: FineTuneJobStatus
     run_spec: RunSpec | None
-    """Order of its current run; made from its spec where the ConfigMap was removed."""
+    """Run spec of its current run; built from its spec if the ConfigMap was removed."""
 
     @property
     def complete(self) -> bool:
@@ -35,7 +35,7 @@ class ModelJob:
 
 
 def model_view(job: Object, config_maps: Iterable[Object]) -> ModelJob:
-    """A job as the jobs that start from its model see it; ``config_maps`` are its children."""
+    """View of a job for the jobs that start from its model; ``config_maps`` are its children."""
     meta, status = job["metadata"], read_status(job.get("status"))
     run = status.run.id if status.run else None
     run_specs = [
@@ -54,7 +54,7 @@ def model_view(job: Object, config_maps: Iterable[Object]) -> ModelJob:
 
 
 def _run_spec_from_spec(job: Object, status: FineTuneJobStatus) -> RunSpec | None:
-    """A run spec made from the spec as it stands, for a run whose ConfigMap was removed."""
+    """Build a run spec from the current spec, for a run whose ConfigMap was removed."""
     spec, _ = read_spec(job.get("spec"))
     if spec is None:
         return None
@@ -70,7 +70,7 @@ def _run_spec_from_spec(job: Object, status: FineTuneJobStatus) -> RunSpec | Non
 
 
 def base_from_status(base: RunBase, storage: StorageAccess | None) -> TunedBase:
-    """The model that a run started from, out of status, which does not record storage access."""
+    """The model that a run started from, read from status, which does not record storage access."""
     return TunedBase(
         job=base.job, run=base.run, uri=base.uri, digest=base.digest, storage=storage
     )  # fmt: skip

@@ -13,7 +13,7 @@ Object = Mapping[str, Any]
 
 
 class ChildLabels(NamedTuple):
-    """What the labels of a child say: the stage, run and revision that it serves."""
+    """The stage, run and revision in the labels of a child."""
 
     role: Role
     run: str

@@ -1,4 +1,4 @@
-"""All that one pass knows of a job, read out of plain API objects."""
+"""Everything that one pass knows about a job, read from plain API objects."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ from finetune_operator.world.pods import PodView, pod_view
 
 @dataclass(frozen=True)
 class Refusal:
-    """A child that the API server refused to make."""
+    """The API server's refusal to create a child."""
 
     message: str
     final: bool
-    """Whether the child is invalid, and so refused for ever; otherwise it is forbidden at present
-    (a quota)."""
+    """Whether the child is invalid, so that no retry can succeed; otherwise it is forbidden at
+    present (a quota)."""
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What was seen of one job's children, and of the models that it starts from."""
+    """The observed children of one job, and the models that it starts from."""
 
     run_specs: tuple[StoredRunSpec, ...] = ()
     jobs: tuple[JobView, ...] = ()
     services: tuple[ServiceView, ...] = ()
     pods: tuple[PodView, ...] = ()
     gone: tuple[PodView, ...] = ()
-    """Pods that ran and no longer exist, as they were last seen."""
+    """Pods that ran and no longer exist, as last seen."""
     progress: Progress | None = None
-    """Newest ``/progress`` of a gang of the job, perhaps of an earlier run."""
+    """Newest ``/progress`` of a gang of the job, possibly of an earlier run."""
     progress_time: datetime | None = None
-    """When it was read."""
+    """When ``progress`` was read."""
     refused: Mapping[str, Refusal] = field(default_factory=dict)
-    """By name of the child, until the API server accepts it."""
+    """By name of the child; removed once the API server accepts the child."""
     models: tuple[ModelJob, ...] = ()
-    """The job whose model this one starts from, the job that this one starts from, and so on."""
+    """The job whose model this job starts from, the job that that job starts from, and so on."""
 
     def job(self, role: Role, run: str, revision: int) -> JobView | None:
         """The Job of a stage in a revision of a run."""
@@ -66,7 +66,7 @@ class Observed:
         ]
 
     def progress_of(self, run: str) -> Progress | None:
-        """The newest progress, where it is that of a given run."""
+        """The newest progress if it belongs to the given run."""
         return self.progress if self.progress is not None and self.progress.run == run else None
 
 

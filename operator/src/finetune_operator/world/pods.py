@@ -1,4 +1,4 @@
-"""A pod as decisions see it: where it is, and what its one container did and reported."""
+"""A pod as decisions see it: its placement, and the state and report of its one container."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PodView:
     run: str
     revision: int
     index: int
-    """Completion index: the node rank of a gang's pod, the number of a worker."""
+    """Completion index: the node rank of a gang's pod, or the number of a worker."""
     created: datetime
     phase: str = "Pending"
     node: str | None = None
@@ -49,9 +49,9 @@ class PodView:
     message: str = ""
     """Message in the pod's own status."""
     disruption: str | None = None
-    """Reason of condition DisruptionTarget: Kubernetes took the pod away."""
+    """Reason of condition DisruptionTarget: Kubernetes disrupted the pod."""
     termination: Termination | None = None
-    """The container's termination message; None where it left none that can be read."""
+    """The container's termination message; None if it left no valid one."""
     waiting_reason: str | None = None
     """The kubelet's reason why the container does not start yet."""
     waiting_message: str = ""
@@ -135,14 +135,14 @@ def _container(spec: Object) -> Object:
 
 
 def container_status(pod: Object) -> Object:
-    """Status of a pod's trainer container; empty before the kubelet wrote one."""
+    """Status of a pod's trainer container; empty before the kubelet has written one."""
     statuses = (pod.get("status") or {}).get("containerStatuses") or []
     found = [c for c in statuses if c.get("name") == names.CONTAINER]
     return found[0] if found else {}
 
 
 def pull_is_failing(pod: Object) -> bool:
-    """Whether the kubelet cannot get the pod's image at present."""
+    """Whether the kubelet currently fails to pull the pod's image."""
     waiting = (container_status(pod).get("state") or {}).get("waiting") or {}
     return waiting.get("reason") in PULL_REASONS
 

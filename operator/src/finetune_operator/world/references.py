@@ -1,4 +1,4 @@
-"""Which FineTuneJob starts from the model of which (``spec.model.fineTuneJobRef``)."""
+"""Index of which FineTuneJob starts from which other's model (``spec.model.fineTuneJobRef``)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Key = tuple[str, str]
 
 
 def reference_of(job: Object) -> str | None:
-    """Name of the job that a FineTuneJob (as stored) starts from; None where it names none."""
+    """Name of the job that a FineTuneJob (as stored) starts from; None if it names none."""
     found: Any = job
     for key in ("spec", "model", "fineTuneJobRef", "name"):
         found = found.get(key) if isinstance(found, Mapping) else None
@@ -25,7 +25,7 @@ class References:
     def __init__(self) -> None:
         self._jobs: dict[Key, Object] = {}
         self._dependents: dict[Key, set[str]] = {}
-        """Uids of the jobs that refer to a name, which need not exist."""
+        """Uids of the jobs that refer to a name; a job with that name need not exist."""
         self._referred: dict[str, Key] = {}
         """The name that a job refers to, by the job's uid."""
 
@@ -40,7 +40,7 @@ class References:
             self._dependents.setdefault(referred, set()).add(meta["uid"])
 
     def remove(self, job: Object) -> None:
-        """Remove a job; another one that was created under its name since then stays."""
+        """Remove a job; a newer job with the same name stays."""
         meta = job["metadata"]
         known = self._jobs.get((meta["namespace"], meta["name"]))
         if known is not None and known["metadata"]["uid"] == meta["uid"]:
@@ -60,7 +60,7 @@ class References:
         return sorted(self._dependents.get((meta["namespace"], meta["name"]), ()))
 
     def chain(self, job: Object) -> list[Object]:
-        """The job that a job refers to, the job that this one refers to, and so on: each once, and
+        """The job that a job refers to, the job that that job refers to, and so on: each once, and
         never the first job itself."""
         namespace = job["metadata"]["namespace"]
         seen, found = {job["metadata"]["name"]}, []

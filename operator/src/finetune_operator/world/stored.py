@@ -1,5 +1,5 @@
-"""Documents of ours in the cluster, which a user or another release may have written: spec, run
-spec and status. A document that today's models refuse is absent, with the reasons."""
+"""Reading of stored documents (spec, run spec, status), which a user or another release may have
+written. A document that this release's models refuse is read as absent, with the reasons."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finetune_api.status import FineTuneJobStatus
 
 
 def read_spec(raw: Any) -> tuple[FineTuneJobSpec | None, list[str]]:
-    """The spec of a FineTuneJob; None and what is wrong where today's models refuse it."""
+    """The spec of a FineTuneJob; None and the problems if this release's models refuse it."""
     try:
         return parse_spec(raw), []
     except InvalidSpec as error:
@@ -23,19 +23,19 @@ def read_spec(raw: Any) -> tuple[FineTuneJobSpec | None, list[str]]:
 
 
 def read_run_spec(text: str) -> tuple[RunSpec | None, list[str]]:
-    """The run spec in a ConfigMap, of any contract version: an older release's is still the run's
-    snapshot. None and what is wrong where today's models refuse it."""
+    """The run spec in a ConfigMap, of any contract version: a run spec of an older release still
+    defines its run. None and the problems if this release's models refuse it."""
     try:
         return RunSpec.model_validate(json.loads(text)), []
     except ValidationError as error:
         return None, explain(error, RunSpec, "runSpec")
     except ValueError as error:
-        return None, [f"run spec: not JSON ({error})"]
+        return None, [f"runSpec: not JSON ({error})"]
 
 
 def read_status(raw: Any) -> FineTuneJobStatus:
-    """The status of a FineTuneJob; an empty one where it cannot be read: the next pass rebuilds
-    status from the children."""
+    """The status of a FineTuneJob; an empty one if it is not valid: the next pass rebuilds status
+    from the children."""
     try:
         return FineTuneJobStatus.model_validate(raw or {})
     except ValidationError:

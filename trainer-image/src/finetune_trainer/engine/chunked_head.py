@@ -1,8 +1,8 @@
-"""The output head in chunks: losses without all logits at once.
+"""The output head in chunks: losses without all logits in memory.
 
-Logits of a row are the biggest tensor of all: 4,096 supervised tokens of a vocabulary of 150,000
-are 2.5 GB in 32 bits, and as much again for their gradient. In chunks, each of which is computed
-again on the way back, they are bounded; that costs one more product with the head.
+The logits of a micro-batch are its largest tensor: 4,096 supervised tokens of a vocabulary of
+150,000 are 2.5 GB in float32, and their gradient is as large. Chunks, which the backward pass
+computes again, bound that memory. They cost a second matrix product with the head.
 """
 
 from __future__ import annotations
@@ -13,76 +13,44 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+
+from finetune_trainer.engine.cross_entropy import token_losses
 
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES: Final = 512 << 20
-"""Logits of a chunk in 32 bits; fewer are not worth the second product."""
-
-
-def token_losses(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Negative log likelihood of each label in nats, float32, shape [supervised].
-
-    Args:
-        logits: shape [supervised, vocabulary].
-        smoothing: share of the target's probability that is spread over the vocabulary.
-    """
-    if smoothing:
-        return cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
-    losses: Tensor = _TokenLosses.apply(logits.float(), labels)
-    return losses
-
-
-class _TokenLosses(torch.autograd.Function):
-    """Cross entropy whose gradient is made in place of the log probabilities: PyTorch's fills a
-    tensor of zeros of the logits' size for it, and reads it twice."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        """[supervised, vocabulary], [supervised] → [supervised]."""
-        log_probabilities = logits.log_softmax(-1)
-        ctx.save_for_backward(log_probabilities, labels)
-        return -log_probabilities.gather(-1, labels[:, None]).squeeze(-1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        log_probabilities, labels = ctx.saved_tensors
-        grad = grads[0][:, None]
-        found = log_probabilities.exp_().mul_(grad)
-        return found.scatter_add_(-1, labels[:, None], -grad), None
+"""Logits of a chunk in float32. Smaller chunks are not worth the second matrix product."""
 
 
 class ChunkedHead:
-    """The losses of a language model's tokens, some at a time.
+    """The losses of a language model's tokens, one chunk of tokens at a time.
 
     Args:
-        model: the language model, within force adapts it.
+        model: the language model, without the adapter around it.
         limit: bytes of the logits of a chunk.
-        plain: what ``has_plain_head`` said of the model before its kernels were fused; None: asked
-            when a row first has too many logits.
+        plain: the result of ``has_plain_head`` before the model's kernels were fused; None:
+        computed
+            when a micro-batch first exceeds the limit.
     """
 
     def __init__(
         self, model: PreTrainedModel, limit: int = CHUNK_BYTES, plain: bool | None = None
     ) -> None:
         self._model: Any = model
-        self._at_once = max(1, limit // (4 * model.config.get_text_config().vocab_size))
+        self._chunk_tokens = max(1, limit // (4 * model.config.get_text_config().vocab_size))
         self._is_plain = plain
 
-    def wanted(self, tokens: int) -> bool:
-        """Whether so many tokens' logits are too many for once, and can be had in chunks."""
-        return tokens > self._at_once and self.most() is not None
+    def applies(self, tokens: int) -> bool:
+        """Whether the logits of so many tokens exceed a chunk, and can be computed in chunks."""
+        return tokens > self._chunk_tokens and self.chunk_tokens() is not None
 
-    def most(self) -> int | None:
-        """Tokens whose logits are there at a time; None: they cannot be had in chunks."""
+    def chunk_tokens(self) -> int | None:
+        """Tokens of a chunk; None: the model's logits cannot be computed in chunks."""
         if self._is_plain is None:
             self._is_plain = has_plain_head(self._model)
-        return self._at_once if self._is_plain else None
+        return self._chunk_tokens if self._is_plain else None
 
     def losses(
         self, inputs: dict[str, Tensor], predict: Tensor, labels: Tensor, smoothing: float
@@ -92,7 +60,7 @@ class ChunkedHead:
         Args:
             inputs: of the model.
             predict: positions whose next token is a label, shape [supervised].
-            smoothing: see ``training.labelSmoothing``.
+            smoothing: ``training.labelSmoothing``.
         """
         hidden = self._model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
         head = self._model.get_output_embeddings()
@@ -101,7 +69,7 @@ class ChunkedHead:
             return token_losses(head(hidden), labels, smoothing)
 
         supervised = hidden.index_select(0, predict)
-        each = (torch.split(x, self._at_once) for x in (supervised, labels))
+        each = (torch.split(x, self._chunk_tokens) for x in (supervised, labels))
         found: list[Any] = [
             checkpoint(part, h, ids, use_reentrant=False) for h, ids in zip(*each, strict=True)
         ]
@@ -109,20 +77,20 @@ class ChunkedHead:
 
 
 def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether a model's logits are what its head makes of what its body gives, and no more: some
-    architectures scale either, or cap the logits. Seen on an empty copy.
+    """Whether a model's logits are its head applied to its last hidden state, and nothing else.
+    Some architectures scale either, or cap the logits. Found by running a copy on the meta device.
 
-    Ask before ``kernels.use_liger``: Liger changes the classes that the copy is made of, and its
-    kernels (Triton) take no tensors of the meta device.
+    Call before ``kernels.use_liger``: Liger changes the classes of the copy's modules, and its
+    Triton kernels do not accept meta tensors.
     """
     with torch.device("meta"):
         config = copy.deepcopy(model.config)
-        # Not by the attention of rows: one may be in work.
+        # Not the attention of packed documents, which reads the layout of a running micro-batch.
         empty: Any = type(model)._from_config(  # type: ignore[no-untyped-call]
             config, attn_implementation="eager"
         )
         ids = torch.zeros(1, 4, dtype=torch.long)
-        mask = torch.zeros(1, 1, 4, 4)  # a whole one: transformers would look at values for it
+        mask = torch.zeros(1, 1, 4, 4)  # without a mask, transformers reads values to make one
     head, seen = empty.get_output_embeddings(), list[tuple[Tensor, Tensor]]()
     if head is None:
         return False
@@ -130,8 +98,8 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     empty.base_model.register_forward_hook(lambda _, __, made: seen.append((made[0], made[0])))
     try:
         logits = empty(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    except Exception as error:  # its code looks at values, which are not there
-        log.info("a %s has all its logits at once: %s", type(model).__name__, error)
+    except Exception as error:  # the model's code reads values, which meta tensors lack
+        log.info("a %s computes its logits without chunks: %s", type(model).__name__, error)
         return False
     (hidden, _), (given, made) = seen
     same = given.untyped_storage()._cdata == hidden.untyped_storage()._cdata

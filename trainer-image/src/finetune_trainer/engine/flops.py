@@ -10,7 +10,7 @@ layers, and documents of n tokens, a forward pass takes
 operations: logits are needed at supervised positions only, and causal attention needs half of the
 square. The backward pass takes as many again for the gradients of the inputs, and once more for
 those of trained weights. So a frozen weight costs two passes, a trained weight three (LoRA gets no
-credit for gradients of its frozen base, which nobody computes), and attention three.
+credit for gradients of its frozen base, which are not computed), and attention three.
 
 A classification head runs once per document, which has one label. Bidirectional attention needs the
 whole square.

@@ -1,6 +1,6 @@
-"""The loss: cross-entropy summed over supervised tokens, projected to the vocabulary only there.
+"""The loss of a causal language model, at supervised tokens alone.
 
-Logits are the biggest tensor of all; a prompt's logits are never needed.
+Logits are the largest tensor of a step. Those of prompts are never computed.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
-from finetune_trainer.engine.chunked_head import ChunkedHead, token_losses
+from finetune_trainer.engine.chunked_head import ChunkedHead
 from finetune_trainer.engine.compilation import uncompiled
+from finetune_trainer.engine.cross_entropy import token_losses
 from finetune_trainer.engine.packing.feed import MicroBatch, TokenMicroBatch
 from finetune_trainer.engine.packing.layout import layout_context
 from finetune_trainer.engine.packing.packed import attends_documents, counts_positions
@@ -27,35 +28,37 @@ from finetune_trainer.failures import UserError
 
 
 class MicroBatchLosses(NamedTuple):
-    """What a row gives. (Of a plain tuple sharding finds the tensors.)"""
+    """The losses of a micro-batch. A NamedTuple, so that FSDP2's hooks find its tensors."""
 
     tokens: Tensor
-    """Negative log likelihood of each supervised token in nats, float32, shape [supervised]. Of a
-    row without any it is one zero that depends on the weights, so that every rank takes part in the
-    collectives of the backward pass."""
+    """Negative log likelihood of each supervised token in nats, float32, shape [supervised].
+    Without supervised tokens: one zero that depends on the weights, so that every rank takes part
+    in the collectives of the backward pass."""
     added: Tensor
-    """What training adds to their sum: router loss and divergence, times their coefficients."""
+    """Terms that training adds to the sum of ``tokens``: router loss and divergence, times their
+    coefficients."""
     drift: Tensor
-    """KL(untuned || tuned) at each anchored token, nats, without gradient; shape [anchored]."""
+    """KL(base || tuned) at each anchored token, nats, without gradient; shape [anchored]."""
     router: Tensor
-    """The row's router loss (the balance of a mixture of experts), without gradient."""
+    """The router loss (load balance of a mixture of experts), without gradient."""
     logits: Tensor | None
-    """Of the supervised tokens, shape [supervised, vocabulary], where they were asked for."""
+    """Of the supervised tokens, shape [supervised, vocabulary]; None unless requested."""
 
 
 @dataclass(frozen=True)
 class BaseLogits:
-    """Outputs of the untuned model for some of a row's supervised tokens. (Sharding lets tensors of
-    a dataclass be: it would round them.)"""
+    """Logits of the base model for some of a micro-batch's supervised tokens. A dataclass, so that
+    FSDP2's hooks do not find (and round) its tensors."""
 
     logits: Tensor
     """Shape [anchored, vocabulary]."""
     at: Tensor
-    """Which of the supervised tokens these are, shape [anchored]."""
+    """Their index among the supervised tokens, shape [anchored]."""
 
 
 class TokenLoss(nn.Module):
-    """A causal language model as a module from a row to its losses (what DDP wraps)."""
+    """A causal language model as a module from a micro-batch to its losses: the module that DDP and
+    FSDP wrap."""
 
     def __init__(
         self,
@@ -74,7 +77,7 @@ class TokenLoss(nn.Module):
         inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         accepted = inspect.signature(inner.forward).parameters
         self._selects = "logits_to_keep" in accepted
-        # Found once: an anchor switches them off and on again for every row.
+        # Found once: an anchor disables and enables them in every micro-batch.
         self._adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
         self._masks = _takes(accepted, "attention_mask")
         self._selected = SelectingHead(inner)
@@ -86,11 +89,11 @@ class TokenLoss(nn.Module):
             raise UserError(
                 "NoRouter",
                 f"spec.training.routerAuxLossCoefficient: {router_coefficient:g}, but a"
-                f" {type(inner).__name__} gives no account of a router; remove the field",
+                f" {type(inner).__name__} has no router loss; remove the field",
             )
         config = model.active_peft_config if isinstance(model, PeftModel) else None
-        # Virtual tokens stand before each document of a padded row: peft counts their positions.
-        # Those of prompt tuning have logits too, which come first.
+        # Virtual tokens precede each padded document, and peft counts their positions. Those of
+        # prompt tuning have logits too, before the document's.
         self._virtual = config is not None and config.is_prompt_learning
         self._counts = counts_positions(inner)
         self._attends_documents = attends_documents(inner)
@@ -102,11 +105,10 @@ class TokenLoss(nn.Module):
 
     @contextmanager
     def base_model(self) -> Iterator[None]:
-        """The model as it was: without its adapter. Weights of its own that are trained stay as
-        they are, and are the untuned ones before the first step alone."""
+        """The model without its adapter, for a while. Trained weights of the model itself stay:
+        they are the base's only before the first step."""
         kept = self._virtual, self._shift
-        # Not by peft's own switch, which changes what is trained, and would train PiSSA's frozen
-        # adapter when it is switched on again.
+        # peft's own switch changes requires_grad, and would unfreeze PiSSA's frozen adapter.
         self._virtual, self._shift = False, 0
         for layer in self._adapted:
             layer._disable_adapters = True
@@ -119,16 +121,17 @@ class TokenLoss(nn.Module):
                 layer._disable_adapters = False
 
     def logits_at_once(self) -> int | None:
-        """Tokens whose logits are there at a time while training; None: all of a row's."""
+        """Tokens whose logits are in memory together during training; None: all of a
+        micro-batch."""
         added = self._router_coefficient or self._anchor_coefficient
         if self._chunks is None or self._virtual or added:
             return None
-        return self._chunks.most()
+        return self._chunks.chunk_tokens()
 
     @property
     def plain_head(self) -> bool:
-        """Whether logits can be had in chunks."""
-        return self._chunks is not None and self._chunks.most() is not None
+        """Whether logits can be computed in chunks."""
+        return self._chunks is not None and self._chunks.chunk_tokens() is not None
 
     def forward(
         self,
@@ -151,7 +154,7 @@ class TokenLoss(nn.Module):
             base is None
             and not (self._virtual or with_logits)
             and self._chunks is not None
-            and self._chunks.wanted(len(micro_batch.labels))
+            and self._chunks.applies(len(micro_batch.labels))
         ):
             return self._in_chunks(micro_batch, self._chunks)
         if micro_batch.is_padded:
@@ -172,7 +175,7 @@ class TokenLoss(nn.Module):
         added, drift, router = none, none.new_zeros(0), none
         if balanced:
             router = output.aux_loss
-            # With every token, so that the step's is the mean over its rows by their tokens.
+            # Times the tokens: the step's router loss is then the mean over its tokens.
             added = added + self._router_coefficient * len(tokens) * router
         if base is not None:
             drift = divergence(base.logits, logits.index_select(0, base.at))
@@ -186,19 +189,19 @@ class TokenLoss(nn.Module):
             return {}
         known = {"position_ids": micro_batch.position_ids}
         if self._attends_documents:
-            # Without a mask of tokens transformers looks among the positions for documents, which
-            # waits for the device; the attention of rows asks for no mask of it.
+            # Without a mask, transformers searches the positions for documents, which waits for the
+            # device. The attention of packed documents ignores the mask.
             known["attention_mask"] = torch.ones_like(micro_batch.input_ids, dtype=torch.bool)
         return known
 
     def _mask(self, micro_batch: TokenMicroBatch) -> dict[str, Tensor]:
-        """The mask of a row with padding, of a model that takes one. Others look back alone."""
+        """The mask of padding, for models that accept one. Others only look back."""
         if micro_batch.attention_mask is None or not self._masks:
             return {}
         return {"attention_mask": micro_batch.attention_mask}
 
     def _in_chunks(self, micro_batch: TokenMicroBatch, chunks: ChunkedHead) -> MicroBatchLosses:
-        """The losses of a row with too many logits for once."""
+        """The losses of a micro-batch whose logits exceed a chunk."""
         tokens = chunks.losses(
             {"input_ids": micro_batch.input_ids, **self._positions(micro_batch),
             **self._mask(micro_batch)}, micro_batch.predict, micro_batch.labels,
@@ -209,11 +212,11 @@ class TokenLoss(nn.Module):
 
 
 class SelectingHead:
-    """The output head of a language model, for some tokens of padded documents alone:
-    ``logits_to_keep`` of transformers takes the same positions of each document.
+    """The output head of a language model at selected tokens of padded documents. (transformers'
+    ``logits_to_keep`` selects the same positions in each document.)
 
     Args:
-        model: the language model, within force adapts it.
+        model: the language model, without the adapter around it.
     """
 
     def __init__(self, model: Any) -> None:
@@ -241,19 +244,19 @@ class SelectingHead:
 
     @contextmanager
     def only(self, wanted: Tensor, longest: int) -> Iterator[Callable[[Tensor], Tensor]]:
-        """While the model runs, have the head compute the logits of some tokens alone.
+        """Compute only the logits of selected tokens, for a while.
 
         Args:
             wanted: positions in the flattened documents, shape [wanted].
             longest: tokens of each document, padding included.
 
         Yields:
-            What makes [wanted, vocabulary] of the model's logits.
+            A function from the model's logits to those of shape [wanted, vocabulary].
         """
         self._wanted, self._longest, self._done = wanted, longest, False
 
         def selected(logits: Tensor) -> Tensor:
-            return logits[0] if self._done else self._of(logits, wanted)
+            return logits.squeeze(0) if self._done else self._of(logits, wanted)
 
         try:
             yield selected
@@ -267,11 +270,11 @@ def _takes(parameters: Mapping[str, inspect.Parameter], name: str) -> bool:
 
 
 def divergence(base: Tensor, tuned: Tensor) -> Tensor:
-    """KL(untuned || tuned) of the probabilities that two models' logits mean, in nats, float32.
+    """KL(base || tuned) at each token in nats, float32, shape [tokens].
 
     Args:
-        untuned: shape [tokens, vocabulary].
-        tuned: the same shape.
+        base: logits, shape [tokens, vocabulary].
+        tuned: logits of the same shape.
     """
     each = kl_div(
         tuned.float().log_softmax(-1), base.float().log_softmax(-1),
@@ -281,15 +284,14 @@ def divergence(base: Tensor, tuned: Tensor) -> Tensor:
 
 
 def micro_batch_losses(module: nn.Module, micro_batch: MicroBatch) -> Tensor:
-    """Losses of a row's labels, without gradient, shape [supervised]."""
+    """Losses of a micro-batch's labels, without gradient, shape [supervised]."""
     with torch.no_grad(), layout_context(micro_batch.layout):
         losses: MicroBatchLosses = module(micro_batch)
     return losses.tokens[: micro_batch.labels.numel()]
 
 
 class EvaluationMode:
-    """Evaluation mode of a module, for what enters and leaves it often: its parts are looked up
-    once."""
+    """Evaluation mode of a module, for callers that switch often: submodules are collected once."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -298,7 +300,7 @@ class EvaluationMode:
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """The module in evaluation mode, as it was written: shapes are seen once."""
+        """The module in evaluation mode and uncompiled (each shape occurs once), for a while."""
         was = self._module.training
         self._set(False)
         try:
@@ -313,5 +315,5 @@ class EvaluationMode:
 
 
 def evaluating(module: nn.Module) -> AbstractContextManager[None]:
-    """The module in evaluation mode for a while, as it was written: shapes are seen once."""
+    """The module in evaluation mode and uncompiled (each shape occurs once), for a while."""
     return EvaluationMode(module).on()

@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from finetune_trainer.engine.dtensors import local_tensor
+
 BATCH_NUMBERS: Final = 1 << 26
 """Most elements that are orthogonalised in one batch: several copies of a batch are in memory."""
 
@@ -41,7 +43,7 @@ class Muon(torch.optim.Muon):
             parameters = [p for _, p in taken]
             updates = _orthogonal(parameters, updates, coefficients, steps, eps)
         for (group, p), update in zip(taken, updates, strict=True):
-            own = _local(p)
+            own = local_tensor(p)
             own.mul_(1 - group["lr"] * group["weight_decay"])
             own.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
 
@@ -52,17 +54,13 @@ class Muon(torch.optim.Muon):
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
-        own, momentum = _local(gradient), _local(state["momentum_buffer"])
+        own, momentum = local_tensor(gradient), local_tensor(state["momentum_buffer"])
         momentum.lerp_(own, 1 - group["momentum"])
         return own.lerp(momentum, group["momentum"]).bfloat16()
 
 
 def _split(tensor: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     return tuple(torch.split(tensor, list(sizes)))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _orthogonal(
@@ -78,9 +76,7 @@ def _orthogonal(
     if mesh is None or mesh.size(mesh.ndim - 1) == 1:
         return orthogonalise(list(parts), coefficients, steps, eps)
     for p in parameters:
-        assert isinstance(p, DTensor) and p.placements[-1] == Shard(0), (
-            "parameters are sharded by rows"
-        )
+        assert isinstance(p, DTensor) and p.placements[-1] == Shard(0), "sharded by rows"
     group = mesh.get_group(mesh.ndim - 1)
     exchange = _Exchange([p.shape for p in parameters], dist.get_rank(group), group)
     mine = orthogonalise(exchange.gather(parts), coefficients, steps, eps)

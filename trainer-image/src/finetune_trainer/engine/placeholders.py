@@ -2,7 +2,7 @@
 other ranks.
 
 Unlike meta tensors they are real CPU tensors: tensors derived from them are on the CPU, and FSDP
-can shard them. All are views of shared zero pages, which nobody writes to. Weights replace them by
+can shard them. All are views of shared zero pages, which are only read. Weights replace them by
 parameter name.
 """
 

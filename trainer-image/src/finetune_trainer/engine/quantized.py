@@ -1,8 +1,8 @@
 """4-bit base weights by bitsandbytes: NF4 with double quantisation (Dettmers et al. 2023,
 arXiv:2305.14314).
 
-Every start quantises the base again. The same weights give the same bits, so checkpoints contain
-none of them.
+Every start quantises the base again. The same weights give the same bits, so no quantised
+weights are saved.
 """
 
 from __future__ import annotations

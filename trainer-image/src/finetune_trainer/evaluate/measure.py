@@ -181,8 +181,8 @@ class Evaluator:
             yield batch
 
     def _fits(self, one: Reference, other: Reference) -> bool:
-        """Whether two prompts fit in one generation batch. With virtual tokens only prompts of equal
-        length do: padding would separate the virtual tokens from the prompt."""
+        """Whether two prompts can share a generation batch. With virtual tokens, prompts must have
+        equal lengths: padding would separate the virtual tokens from the prompt."""
         return not self.virtual_tokens or len(one.prompt_ids) == len(other.prompt_ids)
 
     def _answer(self, prompts: Sequence[np.ndarray]) -> list[str]:

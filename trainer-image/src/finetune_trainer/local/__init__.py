@@ -1,4 +1,5 @@
-"""``finetune run``: the same manifest, stages and outputs on one machine, with processes for pods.
+"""``finetune run``: the manifest, stages and outputs of a cluster on one machine; processes replace
+pods.
 
-manifest → state (which run) → run-spec.json → prepare → supervise, one a node → publish → table
+manifest → state (which run) → run-spec.json → prepare → supervise (one per node) → publish → table
 """

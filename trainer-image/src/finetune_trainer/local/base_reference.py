@@ -1,5 +1,5 @@
-"""``spec.model.fineTuneJobRef`` on one machine: the model that an earlier ``finetune run`` of that
-job, with the same state folder, has published."""
+"""Resolve ``spec.model.fineTuneJobRef`` on one machine: the model that an earlier ``finetune run``
+of that job published with the same state folder."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from finetune_trainer.local.storage import Where, reached_at
 
 
 def find_tuned(state: StateFolder, namespace: str, where: Where) -> TunedBase | None:
-    """What a run that begins now starts from; None where its spec gives an address.
+    """Return the published model that a new run starts from; None if the spec gives an address.
 
     Raises:
-        UserError: 'ModelNotReady', with what must be run first; 'ModelElsewhere' where it lies in
+        UserError: 'ModelNotReady', naming the job to run first; 'ModelElsewhere' if the model is in
             storage that this run does not use.
     """
     reference = where.spec.model.fine_tune_job_ref
@@ -42,8 +42,8 @@ def find_tuned(state: StateFolder, namespace: str, where: Where) -> TunedBase | 
 
 
 def _run_spec(name: str, namespace: str, known: JobState, run: LocalRun, where: Where) -> RunSpec:
-    """The order of that run, as this one reaches what it has published. The embedded server has
-    another address every time."""
+    """Return the run spec of the referenced run, with the endpoint at which this run reaches its
+    output: the embedded server has a new address at every start."""
     endpoint = where.spec.storage.endpoint if run.embedded else run.endpoint
     return RunSpec(
         version=CONTRACT_VERSION,

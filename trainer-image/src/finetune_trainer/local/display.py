@@ -1,5 +1,5 @@
-"""What a person sees: a bar a stage on a terminal, plain lines elsewhere, and the table at the
-end."""
+"""Console output of ``finetune run``: one progress bar per stage on a terminal, plain lines
+elsewhere, and the table of test metrics."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from finetune_trainer.publish.run_facts import Score
 
 _STAGES: Final = {"prepare": "Prepare", "train": "Train", "publish": "Publish"}
 _PLAIN_SECONDS: Final = 5.0
-"""Between lines where there is no terminal to draw on."""
+"""Seconds between progress lines without a terminal."""
 
 
 class Display:
-    """The face of one ``finetune run``."""
+    """Console output of one ``finetune run``."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -53,17 +53,17 @@ class Display:
         self._bars.stop()
 
     def say(self, text: str) -> None:
-        """A line for people."""
+        """Print a line."""
         self.console.print(escape(text), highlight=False, soft_wrap=True)
 
     def begin(self, stage: str) -> None:
-        """A stage has begun."""
+        """Show the start of a stage."""
         self._tasks[stage] = self._bars.add_task(_STAGES[stage], total=None, text="starting")
         if not self.console.is_terminal:
             self.say(f"{_STAGES[stage]} ...")
 
     def show(self, stage: str, text: str, share: float | None) -> None:
-        """How far a stage is; ``share`` from 0 to 1, or None where that is not known."""
+        """Show the progress of a stage; ``share`` is 0 to 1, or None if unknown."""
         total, done = (None, 0.0) if share is None else (1.0, share)
         self._bars.update(self._tasks[stage], total=total, completed=done, text=escape(text))
         if self.console.is_terminal or self._texts.get(stage) == text:
@@ -74,13 +74,13 @@ class Display:
             self.say(f"  {text}")
 
     def end(self, stage: str, text: str) -> None:
-        """A stage is done."""
+        """Show the end of a stage."""
         self._bars.update(self._tasks[stage], total=1.0, completed=1.0, text=escape(text))
         if not self.console.is_terminal:
             self.say(f"{_STAGES[stage]}: {text}")
 
     def failed(self, stage: str, failure: Failure, tail: str, log: str) -> None:
-        """A stage has failed."""
+        """Show the failure of a stage, with the tail of its log."""
         self._bars.stop()
         if tail:
             self.console.rule(f"end of {log}", style="dim", characters="-")
@@ -94,7 +94,7 @@ class Display:
         self.say(f"Log: {log}")
 
     def scores(self, trained: TrainSummary) -> None:
-        """The table of test metrics."""
+        """Print the table of test metrics."""
         if not trained.scores:
             self.say("No test set: give data.test, or a data.split.test above 0.")
             return
@@ -130,7 +130,7 @@ def reading_text(records: int) -> str:
 
 
 def training_text(progress: TrainProgress) -> str:
-    """Stage, step, loss, speed and the expected time left."""
+    """Return stage, step, loss, speed and the expected time left as text."""
     if progress.stage != "Training" and not (progress.stage == "Evaluating" and progress.step):
         return progress.stage.lower()
     parts = [f"step {progress.step:,}/{progress.total_steps:,}"]
@@ -156,7 +156,7 @@ def published_text(summary: PublishSummary) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``2m10s``."""
+    """Format seconds as ``1h02m``, ``2m10s`` or ``59s``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

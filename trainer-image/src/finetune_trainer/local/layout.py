@@ -1,4 +1,4 @@
-"""How a gang is laid out on one machine: nodes become processes, GPUs are dealt."""
+"""Layout of the training processes on one machine: a supervisor per node, and its GPUs."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from finetune_api.cluster import Compute
 
 @dataclass(frozen=True)
 class Layout:
-    """Supervisors to start, and what each gets."""
+    """Supervisors to start, and the processes and GPUs of each."""
 
     nodes: int
     processes: int
-    """Training processes of each node."""
+    """Training processes per node."""
     gpus: tuple[tuple[int, ...], ...]
-    """GPUs of each node; empty: it trains on the CPU."""
+    """GPU indices of each node; empty: the node trains on the CPU."""
     context_parallel: int
-    """Processes that share a row."""
+    """Processes that share a micro-batch."""
     notes: tuple[str, ...] = ()
-    """What differs from the manifest, for people."""
+    """Differences from the manifest, shown to the user."""
 
 
 def lay_out(compute: Compute, gpus: int, cores: int) -> Layout:
-    """The layout of a gang on a machine with so many GPUs and cores.
+    """Return the layout for a machine with ``gpus`` GPUs and ``cores`` cores.
 
-    The result of a training does not depend on the number of processes, so a smaller machine only
-    takes longer.
+    The training result does not depend on the number of processes, so a smaller machine only takes
+    longer.
     """
     nodes, processes = compute.nodes, compute.effective_processes_per_node
     notes = []
@@ -46,7 +46,7 @@ def lay_out(compute: Compute, gpus: int, cores: int) -> Layout:
             nodes, processes_per_node = (nodes, gpus // nodes) if gpus >= nodes else (1, gpus)
             processes = min(processes, processes_per_node)
             notes.append(
-                f"the manifest asks for {compute.nodes} x {compute.gpus_per_node} GPUs, this"
+                f"the manifest requests {compute.nodes} x {compute.gpus_per_node} GPUs, this"
                 f" machine has {gpus}: training with {nodes} x {processes_per_node}"
             )
         dealt = [
@@ -56,11 +56,12 @@ def lay_out(compute: Compute, gpus: int, cores: int) -> Layout:
     if shared != compute.context_parallel:
         notes.append(
             f"compute.contextParallel is {compute.context_parallel}, but a node has {processes}"
-            f" {'process' if processes == 1 else 'processes'} here: {shared} of them share a row"
+            f" {'process' if processes == 1 else 'processes'} here: {shared} of them share a"
+            " micro-batch"
         )
     return Layout(nodes, processes, tuple(dealt), shared, tuple(notes))
 
 
 def count_gpus() -> int:
-    """NVIDIA GPUs of this machine, without the seconds that importing torch takes."""
+    """Count this machine's NVIDIA GPUs by /dev entries; importing torch would take seconds."""
     return len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name[6:].isdecimal()])

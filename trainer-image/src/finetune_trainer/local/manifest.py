@@ -1,8 +1,8 @@
-"""A FineTuneJob manifest from a file, with paths of this machine made addresses.
+"""Read a FineTuneJob manifest from a file and convert local paths to addresses.
 
-The contract knows ``s3://``, ``hf://`` and ``pvc://``. A path (``./dir``, ``/dir``, ``~/dir``,
-``file://…``) becomes ``pvc://<claim>/<name>``, and the claim a link to the folder it is in, so that
-stages read it as they read a mounted volume. Relative paths start from the manifest's folder.
+The API accepts ``s3://``, ``hf://`` and ``pvc://``. A path (``./dir``, ``/dir``, ``~/dir``,
+``file://…``) becomes ``pvc://<claim>/<name>``, and the claim a link to the path's folder, so that
+stages read it like a mounted volume. Relative paths start from the manifest's folder.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ _NAME: Final = re.compile(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*
 _GLOB: Final = re.compile(r"[*?\[]")
 _DATA_LISTS: Final = ("train", "validation", "test")
 STDIN: Final = Path("-")
-"""The manifest is read from standard input."""
+"""Path that stands for standard input."""
 
 
 @dataclass(frozen=True)
 class LocalJob:
-    """A manifest that can run here."""
+    """A valid manifest, with its local paths converted."""
 
     name: str
     namespace: str
     spec: FineTuneJobSpec
     claims: dict[str, Path]
-    """Folders that stand for volume claims, by claim name."""
+    """Folders that replace volume claims, by claim name."""
 
 
 def read_manifest(path: Path) -> LocalJob:
-    """The job in a YAML (or JSON) file, or in standard input (``-``).
+    """Return the job in a YAML (or JSON) file, or in standard input (``-``).
 
-    Relative paths in it start from its folder; of a manifest that is no regular file, from the
-    working directory.
+    Relative paths in the manifest start from its folder; if the manifest is not a regular file,
+    from the working directory.
 
     Raises:
-        InvalidSpec: with one line per fault, each with its path in the manifest.
+        InvalidSpec: one line per fault, each with the field's path in the manifest.
     """
     raw = _load(path)
     problems = _problems_of_head(raw)
@@ -90,7 +90,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _folder_of(manifest: Path) -> Path:
-    """The absolute folder that the manifest's relative paths start from."""
+    """Return the absolute folder that the manifest's relative paths start from."""
     piped = manifest == STDIN or manifest.is_relative_to("/dev") or not manifest.is_file()
     return Path.cwd() if piped else manifest.absolute().parent
 
@@ -119,8 +119,9 @@ def _problems_of_head(raw: Mapping[str, Any]) -> list[str]:
 def _with_claims(
     spec: dict[str, Any], start: Path, claims: dict[str, Path]
 ) -> tuple[dict[str, Any], list[str]]:
-    """The spec with addresses for paths, the relative ones from ``start``; adds to ``claims``. What
-    is not as the contract has it is left for the contract to refuse."""
+    """Return the spec with paths converted to addresses, and the faults; add to ``claims``.
+    Relative paths start from ``start``. Blocks of a wrong type are left for ``parse_spec`` to
+    refuse."""
     problems: list[str] = []
 
     def converted(block: Any, where: str) -> Any:
@@ -131,7 +132,10 @@ def _with_claims(
             return {**block, "source": claim_of(source, start, claims)}
         except ValueError as error:
             problems.append(f"{where}.source: {error}")
-            return {**block, "source": "pvc://missing/missing"}  # the one fault is told already
+            return {
+                **block,
+                "source": "pvc://missing/missing",
+            }  # valid, so the fault is reported once
 
     spec = dict(spec)
     if "model" in spec:
@@ -149,11 +153,11 @@ def _with_claims(
 
 
 def claim_of(source: str, start: Path, claims: dict[str, Path]) -> str:
-    """The ``pvc://`` address of a path, which is relative to ``start`` where it is not absolute;
-    its claim is added to ``claims``.
+    """Return the ``pvc://`` address of a path and add its claim to ``claims``. A relative path
+    starts from ``start``.
 
     Raises:
-        ValueError: where there is no such path, with the path as looked up and as written.
+        ValueError: the path does not exist; names it as looked up and as written.
     """
     text = source.removeprefix("file://")
     path = Path(os.path.normpath(start / Path(text).expanduser()))
@@ -175,7 +179,7 @@ def claim_of(source: str, start: Path, claims: dict[str, Path]) -> str:
 
 
 def with_paths(text: str, claims: Mapping[str, Path]) -> str:
-    """A message for people, with the paths that claims stand for."""
+    """Replace claim addresses in a message by the local paths."""
     for claim, folder in claims.items():
         text = text.replace(f"pvc://{claim}/", f"{folder}/")
     return text

@@ -1,4 +1,4 @@
-"""How far prepare is: told in its log, and in a file for who waits for it."""
+"""Read progress of prepare, written to its log and to a file for ``finetune run``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOG_SECONDS: Final = 10.0
 
 
 class Teller:
-    """Tells every reading to a file in a folder, and some to the log."""
+    """Writes every progress report to a file in a folder, and at most one per 10 s to the log."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
@@ -36,7 +36,7 @@ class Teller:
 
 
 def read_reading(folder: Path) -> tuple[int, float] | None:
-    """Records read and the share of the bytes (0 to 1), or None where reading has not begun."""
+    """Return the records read and the share of the bytes (0 to 1); None before the first report."""
     try:
         raw = json.loads((folder / FILE).read_text())
     except FileNotFoundError:

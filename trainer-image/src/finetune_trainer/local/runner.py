@@ -1,4 +1,4 @@
-"""``finetune run``, from top to bottom.
+"""``finetune run``: run all stages of a job.
 
 manifest → storage → which run → run-spec.json → prepare → train → publish → table
 """
@@ -33,13 +33,13 @@ from finetune_trainer.storage.objects import ObjectStore, Stores
 from finetune_trainer.threads import count_cores
 
 MANIFEST_FAULT: Final = 2
-"""Exit code where the manifest is refused before anything ran."""
+"""Exit code of a manifest that is refused before any stage runs."""
 _POLL_SECONDS: Final = 0.2
 _TAIL_LINES: Final = 15
 
 
 class StageFailed(Exception):
-    """A stage ended badly; what is to be said has been said."""
+    """A stage failed; the failure has been shown."""
 
     def __init__(self, code: int) -> None:
         super().__init__(f"exit code {code}")
@@ -49,12 +49,12 @@ class StageFailed(Exception):
 def run_manifest(
     manifest: Path, state_dir: Path, *, endpoint: str | None = None, local_storage: bool = False
 ) -> int:
-    """Runs a FineTuneJob on this machine and returns the exit code: 0, 2 where the manifest is
-    refused, else that of the failure (``names.ExitCode``).
+    """Run a FineTuneJob on this machine and return the exit code: 0, 2 for a refused manifest, else
+    that of the failure (``names.ExitCode``).
 
     Args:
-        endpoint: S3 server to use, before the manifest's.
-        local_storage: use the embedded S3 server, force manifest and environment say.
+        endpoint: S3 server to use; overrides the manifest's.
+        local_storage: use the embedded S3 server, even if manifest or environment name another.
     """
     console = Console()
     try:
@@ -77,7 +77,7 @@ def run_manifest(
 
 
 class Runner:
-    """One pass of a job over its stages."""
+    """Runs the stages of one run of a job."""
 
     def __init__(self, job: LocalJob, state: StateFolder, where: Where, console: Console) -> None:
         self._job = job
@@ -101,13 +101,13 @@ class Runner:
         )
         self._folder = state.run_folder(job.name, run)
         self._stops = 0
-        """How often this process was told to stop."""
+        """Stop signals received."""
 
     def run(self, manifest: Path) -> int:
-        """All stages, and what they came to."""
+        """Run all stages, show the results, and return the exit code."""
         paths = self._stage_paths()
         with face.Display(self._console) as display, self._stoppable():
-            begun = "goes on" if self._goes_on else "begins"
+            begun = "continues" if self._goes_on else "begins"
             display.say(
                 f"Run {self._run_spec.run} of {self._job.name} {begun}; files: {self._folder}"
             )
@@ -117,7 +117,7 @@ class Runner:
                 trained, published = self._stages(paths, display)
             except StageFailed as failed:
                 if self._stops:
-                    display.say(f"Stopped. To go on: finetune run {manifest}")
+                    display.say(f"Stopped. To continue: finetune run {manifest}")
                 return failed.code
         self._note_complete(published)
         shutil.rmtree(self._folder / "scratch", ignore_errors=True)
@@ -169,10 +169,10 @@ class Runner:
         look: Callable[[], tuple[str, float | None]],
         display: face.Display,
     ) -> Termination:
-        """Runs a stage to its end; the last word of its first process.
+        """Run a stage to its end and return the termination message of its first process.
 
         Raises:
-            StageFailed: after the failure was shown.
+            StageFailed: the stage failed; the failure has been shown.
         """
         if self._stops:
             raise StageFailed(int(ExitCode.INTERRUPTED))
@@ -207,15 +207,15 @@ class Runner:
         raise StageFailed(int(exit_code(failure)))
 
     def _stop(self, stage: stages.Stage, display: face.Display) -> None:
-        """Told once: save and stop. Told again: at once."""
+        """First signal: save and stop. Second signal: kill."""
         if self._stops > 1:
             stage.stop(signal.SIGKILL)
             return
-        display.say("Stopping once the state is saved; Ctrl-C again stops at once.")
+        display.say("Stopping once the state is saved; Ctrl-C again stops immediately.")
         stage.stop()
 
     def _stage_paths(self) -> stages.StagePaths:
-        """Makes the run's folder and what every stage needs."""
+        """Create the run's folder, run-spec.json and claim links; return what every stage needs."""
         self._folder.mkdir(parents=True, exist_ok=True)
         (self._folder / "run-spec.json").write_text(self._run_spec.to_text())
         self._state.link_claims(self._job.claims)
@@ -224,7 +224,7 @@ class Runner:
 
     @contextmanager
     def _stoppable(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask to save and stop, for as long as the context lasts."""
+        """Count SIGINT and SIGTERM as stop requests while the context lasts."""
 
         def told(number: int, frame: FrameType | None) -> None:
             self._stops += 1
@@ -237,7 +237,7 @@ class Runner:
                 signal.signal(number, handler)
 
     def _note_complete(self, published: PublishSummary) -> None:
-        """Remember what jobs that refer to this one need to know."""
+        """Record what jobs that refer to this one need: manifest digest and storage."""
         embedded = self._where.embedded is not None
         endpoint = None if embedded else self._where.spec.storage.endpoint
         done = changed(
@@ -247,8 +247,8 @@ class Runner:
         self._state.write(self._job.name, done)
 
     def _tell_results(self, published: PublishSummary) -> None:
-        """Addresses of what was made. What lies in the embedded storage is copied to plain files,
-        since that server ends with this command."""
+        """Show the addresses of the results. Copy the model out of the embedded storage to plain
+        files, since that server ends with this command."""
         store = self._store()
         report = self._folder / "report.html"
         store.download(f"{published.uri}/report.html", report)

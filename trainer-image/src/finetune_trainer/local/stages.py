@@ -1,7 +1,7 @@
-"""Stages as processes: what a pod of each role is on a cluster.
+"""Stages as local processes, one for each pod of a cluster.
 
-A process gets its order, folders and place from the environment alone, as a container does; its
-output goes to a log file, its last word to a termination file.
+A process gets its run spec, folders and rank only from the environment, as a container does. Its
+output goes to a log file, its termination message to a file.
 """
 
 from __future__ import annotations
@@ -38,31 +38,31 @@ from finetune_trainer.storage.s3server import free_ports
 from finetune_trainer.threads import thread_environment
 
 GRACE_SECONDS: Final = 120
-"""Time that a training has to save when it is stopped."""
+"""Seconds that training has to save its state when it is stopped."""
 COMMANDS: Final = {"prepare": "prepare", "train": "supervise", "publish": "publish"}
 
 
 @dataclass(frozen=True)
 class StagePaths:
-    """What all processes of a run share."""
+    """Folders, keys and cores that all processes of a run share."""
 
     folder: Path
     """The run's folder: run-spec.json, logs, scratch."""
     claims: Path
     storage: Mapping[str, str]
-    """Access keys, as environment."""
+    """Access keys, as environment variables."""
     cores: int
 
 
 class StageProcess:
-    """One container's worth of a stage."""
+    """One process of a stage, in place of a container."""
 
     def __init__(
         self, paths: StagePaths, role: str, rank: int, extra: Mapping[str, str], processes: int = 1
     ) -> None:
         """
         Args:
-            processes: of the whole stage, which share the cores.
+            processes: processes of the whole stage, which share the cores.
         """
         self.role = role
         name = f"{role}-{rank}" if role == "train" else role
@@ -84,7 +84,7 @@ class StageProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Starts it, or starts it again after its end; the log goes on."""
+        """Start or restart the process; the log is appended to."""
         self._termination.unlink(missing_ok=True)
         self.scratch.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
@@ -94,16 +94,16 @@ class StageProcess:
                 stdout=log,
                 stderr=log,
                 env=self._environment,
-                start_new_session=True,  # a Ctrl-C is for `finetune run`, which asks to save
+                start_new_session=True,  # Ctrl-C reaches only `finetune run`, which sends SIGTERM
             )
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs."""
+        """None while the process runs."""
         return None if self._process is None else self._process.poll()
 
     def send(self, number: signal.Signals) -> None:
-        """Signals the process where it runs: SIGKILL with all that it started."""
+        """Signal the process if it runs; SIGKILL goes to its whole process group."""
         if self._process is None or self._process.poll() is not None:
             return
         if number == signal.SIGKILL:
@@ -116,22 +116,22 @@ class StageProcess:
             self._process.wait()
 
     def said(self) -> Termination | None:
-        """Its last word."""
+        """Return the termination message, or None if there is none."""
         try:
             return Termination.model_validate_json(self._termination.read_text())
         except FileNotFoundError:
             return None
 
     def failure(self) -> Failure:
-        """Why it ended badly."""
+        """Return why the process failed."""
         said = self.said()
         if said is not None and said.failure is not None:
             return said.failure
         ended = f"exit code {self.exit_code}"
         if self.exit_code is not None and self.exit_code < 0:
             ended = f"signal {signal.Signals(-self.exit_code).name}"
-        words = f"{self.role} ended with {ended} and said nothing; see {self.log}"
-        return failure_of(TrainerError("NoLastWord", words))
+        words = f"{self.role} ended with {ended} and left no termination message; see {self.log}"
+        return failure_of(TrainerError("NoTerminationMessage", words))
 
 
 class Stage:
@@ -148,7 +148,7 @@ class Stage:
             process.start()
 
     def step(self) -> bool:
-        """Starts a lost node's process again, as a cluster does; whether all have ended."""
+        """Restart the process of a lost node, as a cluster does; return whether all have ended."""
         codes = [process.exit_code for process in self.processes]
         if not self._stopping:
             for process, code in zip(self.processes, codes, strict=True):
@@ -162,14 +162,14 @@ class Stage:
         return all(process.exit_code is not None for process in self.processes)
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """Asks all processes to save and leave; nothing is started again."""
+        """Signal all processes to save and exit; nothing is restarted."""
         self._stopping = True
         for process in self.processes:
             process.send(number)
 
     def failed(self) -> tuple[StageProcess, Failure] | None:
-        """The process that tells best why the stage failed: one with a final failure, else one
-        that was not merely stopped."""
+        """Return the process whose failure explains the stage's best: a final failure before a
+        retryable one, preempted processes last."""
         bad = [p for p in self.processes if p.exit_code not in (None, ExitCode.OK)]
         if not bad:
             return None
@@ -185,13 +185,13 @@ class Stage:
 
 
 def single_process_stage(paths: StagePaths, role: str) -> Stage:
-    """Prepare or publish: one process on all cores. Prepare has a pool of its own, so that
-    ``prepare.workers`` gives nothing more on one machine."""
+    """Return the prepare or publish stage: one process on all cores. Prepare has its own process
+    pool, so ``prepare.workers`` would add nothing on one machine."""
     return Stage([StageProcess(paths, role, 0, {})], max_restarts=0)
 
 
 def training_stage(paths: StagePaths, layout: Layout, max_restarts: int) -> tuple[Stage, int]:
-    """The training gang, one supervisor a node, and the port of its progress."""
+    """Return the training stage (one supervisor per node) and the port of its progress."""
     rendezvous, *metrics = free_ports(1 + layout.nodes)
     processes = []
     for rank in range(layout.nodes):
@@ -211,7 +211,7 @@ def training_stage(paths: StagePaths, layout: Layout, max_restarts: int) -> tupl
 
 
 def read_progress(port: int, run: str) -> Progress | None:
-    """What the gang's first process says, or None while it says nothing."""
+    """Return the progress that rank 0 serves, or None while it serves none."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/progress", timeout=2) as answer:
             progress = Progress.model_validate_json(answer.read())

@@ -1,10 +1,10 @@
-"""The state folder: which run a manifest means, and where its files are.
+"""The state folder: which run a manifest continues or begins, and where its files are.
 
 jobs/<name>.json            uid of the job, its runs and the spec of each
 runs/<name>/<run>/          run-spec.json, logs, scratch of the stages, report.html
-claims/<claim>              links that stand for mounted volumes
+claims/<claim>              links in place of mounted volumes
 s3/                         the embedded object storage
-models/<name>/<run>/        copy of what was published there
+models/<name>/<run>/        copy of a model published to the embedded storage
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ class LocalRun(Record):
     number: int
     """From 1."""
     spec: dict[str, Any]
-    """The spec that it began with, every default filled in."""
+    """The run's current spec, with every default filled in."""
     complete: bool = False
     """Whether its model was published."""
     base: TunedBase | None = None
-    """Model of another job that it began with."""
+    """Published model of another job that the run starts from."""
     digest: str | None = None
-    """sha256 of the manifest that it has published."""
+    """sha256 of its published manifest.json."""
     embedded: bool = False
-    """Whether it was published to the embedded storage."""
+    """Whether the model was published to the embedded storage."""
     endpoint: str | None = None
-    """Server that it was published to; None for Amazon S3."""
+    """Server that the model was published to; None for Amazon S3."""
 
 
 class JobState(Record):
-    """What is kept of a job, by its name."""
+    """Stored state of a job, by its name."""
 
     uid: str
-    """Made when the name was first seen."""
+    """Generated at the first run of that name."""
     runs: list[LocalRun] = Field(default=[])
     """Oldest first."""
 
 
 class StateFolder:
-    """Files of ``finetune run``."""
+    """Paths and job states of ``finetune run``."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
@@ -74,7 +74,7 @@ class StateFolder:
         return self.root / "models" / job / run
 
     def read(self, job: str) -> JobState:
-        """What is known of a job; a new identity where nothing is.
+        """Return the state of a job; a new uid and no runs for an unknown job.
 
         Raises:
             UserError: 'StateUnreadable'.
@@ -93,7 +93,7 @@ class StateFolder:
         write_whole(self._job_file(job), json.dumps(state.to_json(), indent=1) + "\n")
 
     def link_claims(self, claims: dict[str, Path]) -> None:
-        """Make every claim lead to its folder."""
+        """Link every claim to its folder."""
         self.claims.mkdir(parents=True, exist_ok=True)
         for name, folder in claims.items():
             link = self.claims / name
@@ -105,9 +105,9 @@ class StateFolder:
 
 
 def choose_run(state: JobState, job: LocalJob) -> tuple[JobState, str, bool]:
-    """The state with the run that the manifest means, its identity, and whether it goes on from
-    before: by the same rule as on a cluster, a run that was not completed goes on unless a field
-    of class NewRun has changed."""
+    """Return the state with the run to execute as its last, the run's identity, and whether that
+    run continues an earlier start. The rule is the cluster's: an incomplete run continues unless a
+    field of class NewRun has changed."""
     spec = job.spec.to_json()
     last = state.runs[-1] if state.runs else None
     if last is not None and not last.complete and "NewRun" not in changed_classes(last.spec, spec):
@@ -119,6 +119,6 @@ def choose_run(state: JobState, job: LocalJob) -> tuple[JobState, str, bool]:
 
 
 def changed(state: JobState, **fields: Any) -> JobState:
-    """The state with fields of the last run changed."""
+    """Return the state with fields of the last run changed."""
     last = state.runs[-1].model_copy(update=fields)
     return state.model_copy(update={"runs": [*state.runs[:-1], last]})

@@ -1,4 +1,4 @@
-"""Where ``s3://`` is on this machine: the user's server, Amazon S3, or the embedded one."""
+"""The server behind ``s3://`` on this machine: the user's, Amazon S3, or the embedded one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finetune_trainer.local.state import StateFolder
 from finetune_trainer.storage.objects import split_uri
 from finetune_trainer.storage.s3server import EmbeddedS3
 
-# Any of these says that the user has an account at an object storage.
+# Any of these shows that the user has an object storage account.
 _ACCOUNT: Final = ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE")
 
 
@@ -24,14 +24,15 @@ class Where:
     """The storage of a run."""
 
     spec: FineTuneJobSpec
-    """The spec with the endpoint that is used."""
+    """The spec with the endpoint in use."""
     keys: dict[str, str]
-    """Access keys of ``spec.storage``, by the name that a Secret has them under."""
+    """Access keys of ``spec.storage``, by their names in a Secret."""
     embedded: EmbeddedS3 | None
-    """Our own server."""
+    """The embedded server, if it is used."""
 
     def environment(self, run_spec: RunSpec) -> dict[str, str]:
-        """Keys of every storage profile of the order, as the operator gives them to pods."""
+        """Return the keys of every storage profile of the run spec, as the operator sets them in
+        pods."""
         own = {k: v for k in SECRET_KEYS if (v := os.environ.get(k))}
         found = {storage_env(0, k): v for k, v in {**own, **self.keys}.items()}
         for profile in range(1, len(run_spec.storage_profiles)):
@@ -43,11 +44,11 @@ class Where:
 def storage_for(
     spec: FineTuneJobSpec, state: StateFolder, endpoint: str | None, force_embedded: bool
 ) -> Iterator[Where]:
-    """Storage of a run, for as long as the context lasts.
+    """Provide the storage of a run while the context lasts.
 
     Args:
-        endpoint: of the command line; goes before ``spec.storage.endpoint``.
-        force_embedded: the embedded server, force spec and environment say.
+        endpoint: from the command line; overrides ``spec.storage.endpoint``.
+        force_embedded: use the embedded server, even if spec or environment name another.
     """
     if force_embedded or uses_embedded(spec, endpoint, os.environ):
         with EmbeddedS3(state.storage) as server:
@@ -63,13 +64,13 @@ def storage_for(
 
 
 def uses_embedded(spec: FineTuneJobSpec, endpoint: str | None, environ: Mapping[str, str]) -> bool:
-    """Whether nothing names another storage: no endpoint, and no account in the environment."""
+    """Return whether nothing names other storage: no endpoint, no account in the environment."""
     named = endpoint or spec.storage.endpoint
     return not named and not any(environ.get(name) for name in _ACCOUNT)
 
 
 def reached_at(spec: FineTuneJobSpec, endpoint: str | None) -> FineTuneJobSpec:
-    """The spec with that endpoint. There are no Secrets here: the environment plays their part."""
+    """Return the spec with that endpoint and without Secrets: keys come from the environment."""
     raw: dict[str, Any] = spec.to_json()
     blocks = [raw["storage"]]
     sources = [raw["model"], *(s for part in ("train", "validation", "test")

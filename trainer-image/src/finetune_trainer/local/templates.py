@@ -1,4 +1,4 @@
-"""``finetune templates``: the library of templates, and what one of them makes of records."""
+"""``finetune templates``: list the template library, and render records with a template."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from finetune_trainer.prepare.rendering.templates import LibraryTemplate
 from finetune_trainer.prepare.rendering.turns import ChatTurns
 
 SHOWN: Final = 4
-"""Records that are shown of a file."""
+"""Records shown from a file."""
 
 
 def list_templates(console: Console) -> int:
-    """Prints every template of the library; returns the exit code."""
+    """Print every template of the library and return the exit code."""
     table = Table(Column("template", no_wrap=True), "fields", "purpose")
     for name, entry in CATALOGUE.items():
         fields = ", ".join(f"{f} (optional)" if d.optional else f for f, d in entry.fields.items())
@@ -46,12 +46,12 @@ def show_template(
     data: Path | None,
     roles: Sequence[str] = (),
 ) -> int:
-    """Prints a template, or what it makes of the first records of a file, with what is learned
-    marked; returns the exit code: 2 where an argument is faulty.
+    """Print a template, or the first records of a file rendered with it and their supervised text
+    marked. Return the exit code: 2 for an invalid argument.
 
     Args:
-        renamed: ``own=theirs`` for fields that the records have other names for.
-        roles: ``theirs=role`` for roles of conversations that are not known.
+        renamed: ``field=name`` for template fields that have another name in the records.
+        roles: ``name=role`` for conversation roles that have another name in the records.
     """
     try:
         template = Template.model_validate(
@@ -83,7 +83,7 @@ def _pairs(given: Sequence[str]) -> dict[str, str] | None:
 
 
 def _rendered(template: Template, data: Path) -> Iterator[tuple[str, list[Segment]]]:
-    """Records as training records of a split with the default seed have them."""
+    """Render the records as training records of a split with the default seed."""
     read: Callable[[Record], Content] = (
         ChatTurns(template).read
         if template.name == "Chat"
@@ -95,8 +95,8 @@ def _rendered(template: Template, data: Path) -> Iterator[tuple[str, list[Segmen
 
 
 def _parts(content: Content) -> list[Segment]:
-    """What is read and what is learned. Of a conversation it is the turns: how a model's chat
-    template writes them, the data report shows."""
+    """Return the text segments, supervised or not. A conversation is shown as its turns; the data
+    report shows them as the model's chat template renders them."""
     if isinstance(content, Pair):
         return [Segment(content.prompt, False), Segment(content.completion, True)]
     assert isinstance(content, Conversation), "a template makes pairs or conversations"
@@ -122,16 +122,16 @@ def _print_entry(console: Console, entry: Entry) -> None:
         table.add_row(name, f"{field.what} (optional)" if field.optional else field.what)
     console.print(table)
     if not entry.prompts:
-        console.print("The model's chat template writes it: the data report shows how.")
+        console.print("Rendered by the model's chat template; see the data report.")
     for i, prompt in enumerate(entry.prompts):
-        held_out = " (the one of held-out records)" if i == 0 else ""
+        held_out = " (used for held-out records)" if i == 0 else ""
         console.rule(f"phrasing {i + 1}{held_out}", align="left", style="dim", characters="─")
         parts = [Segment(prompt, False), Segment(entry.completion, True)]
         console.print(_marked(console, parts), soft_wrap=True)
 
 
 def _marked(console: Console, parts: Sequence[Segment]) -> Text:
-    """Text with its learned parts in colour, or in brackets where there is none."""
+    """Return the text with its supervised parts in colour, or in brackets without colour."""
     if console.color_system is None or console.no_color:
         return Text("".join(f"⟦{p.text}⟧" if p.learned else p.text for p in parts))
     return Text.assemble(*((p.text, "bold green" if p.learned else "dim") for p in parts))

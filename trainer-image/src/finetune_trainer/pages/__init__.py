@@ -1,4 +1,4 @@
-"""Pages for people: what all of them look like, each in one file of its own."""
+"""Self-contained HTML pages: their common style and the loader of page templates."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Te
 
 
 def page(package: str, name: str) -> Template:
-    """The page template of a room; it extends ``page.html.j2``, which holds the common style.
+    """Load a page template, which extends ``page.html.j2`` (the common style).
 
     Args:
-        package: room that the template lies in.
-        name: its file.
+        package: package that contains the template.
+        name: file name of the template.
     """
     rooms = [PackageLoader(room, ".") for room in (package, __name__)]
     environment = Environment(

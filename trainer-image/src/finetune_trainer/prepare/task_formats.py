@@ -1,5 +1,4 @@
-"""What a task asks of prepare: which text records have, what samples are made of it, which classes
-there are."""
+"""What prepare does differently per task: content of records, tokenization, and classes."""
 
 from __future__ import annotations
 
@@ -28,23 +27,23 @@ class Labels(Protocol):
 
     @property
     def labels(self) -> Mapping[str, int]:
-        """How many samples have each."""
+        """Number of samples with each label."""
 
     @property
     def label_places(self) -> Mapping[str, str]:
-        """Object and line of the first of them."""
+        """Object and line of the first sample with each label."""
 
 
 def no_classes(found: Iterable[tuple[Side, Labels]]) -> list[str]:
-    """Of a task whose labels are text like any other."""
+    """Return no classes, for a task that trains labels as text."""
     return []
 
 
 def classes_of(found: Iterable[tuple[Side, Labels]]) -> list[str]:
-    """The classes: the labels of the training samples, in order (numbers by their size).
+    """Return the classes: the sorted labels of the training samples (integers by value).
 
     Raises:
-        DataError: 'TooFewClasses'; 'UnknownLabel', naming the record of a held-out label that no
+        DataError: 'TooFewClasses'; 'UnknownLabel', with the record of a held-out label that no
             training sample has.
     """
     known: set[str] = set()
@@ -57,8 +56,8 @@ def classes_of(found: Iterable[tuple[Side, Labels]]) -> list[str]:
     if len(known) < 2:
         raise DataError(
             "TooFewClasses",
-            f"the training samples have one label, {', '.join(known)}: there is nothing to tell"
-            " apart; correct data or spec",
+            f"the training samples have one label, {', '.join(known)}, but classification needs at"
+            " least two; correct data or spec",
         )
     for label, where in held_out:
         if label not in known:
@@ -73,14 +72,14 @@ def classes_of(found: Iterable[tuple[Side, Labels]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Rendering:
-    """How the samples of a task are made."""
+    """How prepare makes the samples of a task."""
 
     content: Callable[[Record, Format], Content]
-    """Content of a record of a plain format that has no template."""
+    """Reads a record of a plain format without a template."""
     tokens: Callable[[Any, str, int], Tokenizing]
-    """Tokenizer, the model's address, rows of its embedding → what makes samples of examples."""
+    """Maps tokenizer, model address and rows of the embedding to a ``Tokenizing``."""
     classes: Callable[[Iterable[tuple[Side, Labels]]], list[str]]
-    """Names of the classes, from what was found in each set."""
+    """Returns the names of the classes, from the labels of all sets."""
 
 
 RENDERINGS: Final[dict[TaskName, Rendering]] = {
@@ -90,7 +89,7 @@ RENDERINGS: Final[dict[TaskName, Rendering]] = {
 
 
 def stated_format(spec: DataSource, task: TaskName) -> Format | None:
-    """Format of a source, where its records need not be asked.
+    """Return the format of a source if the spec decides it, else None.
 
     Raises:
         UserError: 'FormatNotForTask'.
@@ -106,10 +105,10 @@ def stated_format(spec: DataSource, task: TaskName) -> Format | None:
 
 
 def format_of(spec: DataSource, first: Record, task: TaskName) -> Format:
-    """Format of a source whose first record is given.
+    """Return the format of a source, from the spec or its first record.
 
     Raises:
-        DataError: 'UnknownFormat' where neither spec nor record tell.
+        DataError: 'UnknownFormat', neither spec nor record decide it.
         UserError: 'FormatNotForTask'.
     """
     return stated_format(spec, task) or _fitting(detect_format(first), task, first.where)

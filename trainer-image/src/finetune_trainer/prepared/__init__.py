@@ -1,1 +1,1 @@
-"""Prepared data, as prepare writes it and the other stages read it."""
+"""Prepared data: written by prepare, read by the other stages."""

@@ -1,8 +1,8 @@
-"""Prepared data as later stages read it: samples by position, from memory-mapped shards.
+"""Reads prepared data: samples by position, from memory-mapped shards.
 
-A shard is an Arrow IPC file of one record batch; reading a sample is two look-ups in its offsets
-and a slice, without a copy. Shards are fetched when they are first asked for, those of a batch
-several at a time, checked against the manifest, and shared by the processes of a pod.
+A shard is an Arrow IPC file of one record batch. Reading a sample takes two offset look-ups and a
+slice, without a copy. Shards are downloaded on first use, those of a batch in parallel, checked
+against the manifest, and shared by the processes of a pod.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ TOKEN_SCHEMA: Final = pa.schema(
         ("label", pa.string()),
     ]
 )
-"""Columns of a training shard. ``spans`` holds start, end, start, end … of the learned tokens;
-``prompt_length`` counts the tokens before the last of them; ``label`` is there for
+"""Columns of a training shard. ``spans`` holds start, end, start, end … of the supervised spans.
+``prompt_length`` is the number of tokens before the last span. ``label`` is set for
 Classification."""
 
 REFERENCE_SCHEMA: Final = pa.schema(
     [*TOKEN_SCHEMA, ("prompt", pa.string()), ("completion", pa.string())]
 )
-"""Columns of validation and test shards: besides, the text of prompt and right answer."""
+"""Columns of validation and test shards, with the text of the prompt and the reference answer."""
 
 INDEX_SCHEMA: Final = pa.schema(
     [
@@ -51,21 +51,21 @@ INDEX_SCHEMA: Final = pa.schema(
         ("row", pa.uint32()),
     ]
 )
-"""Columns of an index; its rows stand in the order of the records."""
+"""Columns of an index; its rows are in the order of the records."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """One row a sample, as arrays of shape [samples]."""
+    """The index of a split, as columns of shape [samples]."""
 
     set: npt.NDArray[np.uint16]
-    """Position of its set in the manifest."""
+    """Index of the sample's set in the manifest."""
     length: npt.NDArray[np.int32]
-    """Tokens."""
+    """Number of tokens."""
     supervised: npt.NDArray[np.int32]
-    """Tokens that are learned (the first token of a sample never is)."""
+    """Number of supervised tokens (never the first token of a sample)."""
     shard: npt.NDArray[np.uint32]
-    """Position of its shard in the manifest's list of the split."""
+    """Index of its shard in the manifest's list of the split."""
     row: npt.NDArray[np.uint32]
     """Row in the shard."""
 
@@ -80,28 +80,28 @@ class TokenSample:
     ids: npt.NDArray[np.int32]
     """Token ids, shape [tokens]; read-only."""
     supervised: npt.NDArray[np.bool_]
-    """Which of them are learned, shape [tokens]."""
+    """Mask of the supervised tokens, shape [tokens]."""
     label: int = -1
     """Number of its class; -1 where the task has no classes."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A prompt and its right answer."""
+    """A prompt and its reference answer."""
 
     prompt_ids: npt.NDArray[np.int32]
     """Tokens before the (last) answer, exactly as in training, shape [tokens]."""
     prompt: str
     """The prompt's text, uncut."""
     completion: str
-    """The right answer, uncut."""
+    """The reference answer, uncut."""
     label: str | None
-    """The right label, for Classification."""
+    """The reference label, for Classification."""
 
 
 @dataclass(frozen=True)
 class _Shard:
-    """One mapped shard; arrays are views of the file."""
+    """A memory-mapped shard; arrays are views of the file."""
 
     batch: Any
     ids: npt.NDArray[np.int32]
@@ -131,10 +131,10 @@ _TEXTS: Final = ("prompt", "completion", "label")
 
 
 class PreparedData:
-    """The prepared data of a run. ``open`` makes it; may be shared by threads.
+    """The prepared data of a run, created by ``open``. Thread-safe.
 
     Raises (every method that reads):
-        DataError: 'PreparedDataDamaged' where a file is not what the manifest says.
+        DataError: 'PreparedDataDamaged', a file differs from the manifest.
     """
 
     def __init__(self, store: ObjectStore, uri: str, cache: Path, manifest: DataManifest) -> None:
@@ -148,22 +148,22 @@ class PreparedData:
 
     @classmethod
     def open(cls, store: ObjectStore, uri: str, cache: Path) -> PreparedData:
-        """The prepared data at ``uri``; its files are kept in ``cache`` once they are read.
+        """Open the prepared data at ``uri``; ``cache`` keeps downloaded files.
 
         Raises:
-            DataError: 'PreparedDataMissing' where it is not complete.
+            DataError: 'PreparedDataMissing', the data has no manifest.
         """
         manifest = read_manifest(store, uri)
         if manifest is None:
             raise DataError(
                 "PreparedDataMissing",
-                f"{uri}/manifest.json: the prepared data is not there any more; set a new"
+                f"{uri}/manifest.json: the prepared data does not exist any more; set a new"
                 " spec.rerunToken to prepare it again",
             )
         return cls(store, uri, cache, manifest)
 
     def set_names(self, split: Side) -> list[tuple[int, str]]:
-        """Number (in the index' column ``set``) and name of every set of a split."""
+        """Number (value of the index column ``set``) and name of every set of a split."""
         return [(i, s.name) for i, s in enumerate(self.manifest.sets) if s.split == split]
 
     def index(self, split: Side) -> Index:
@@ -175,16 +175,16 @@ class PreparedData:
         return self._indexes[split]
 
     def samples(self, split: Side, positions: Sequence[int]) -> list[TokenSample]:
-        """Samples at positions of the split's index."""
+        """Return the samples at positions of the split's index."""
         return [shard.sample(row, self._classes) for shard, row in self._rows(split, positions)]
 
     def references(self, split: Side, positions: Sequence[int]) -> list[Reference]:
-        """Prompts and right answers at positions of the index of a held-out split (the shards of
-        the training split keep no text)."""
+        """Return prompts and reference answers at positions of a held-out split's index. Training
+        shards have no text."""
         return [shard.reference(row) for shard, row in self._rows(split, positions)]
 
     def expect(self, split: Side, positions: Sequence[int]) -> list[Future[_Shard]]:
-        """Begin to fetch the shards of samples that will be read; does not wait for them."""
+        """Start to download the shards of samples that will be read; do not wait."""
         index, names = self.index(split), self.manifest.shards[split]
         return [self._shards.ask(names[index.shard[p]]) for p in positions]
 
@@ -193,7 +193,7 @@ class PreparedData:
         return [(s.result(), int(row[p])) for s, p in zip(shards, positions, strict=True)]
 
     def _fetch(self, name: str) -> Path:
-        """The file in the cache, fetched by the first process of the pod that needs it."""
+        """Return the cached file; the first process of the pod that needs it downloads it."""
         entry = self.manifest.file(name)
         path = self._cache / self.manifest.digest / name
         if path.exists():
@@ -218,31 +218,31 @@ class PreparedData:
 
 
 def index_name(split: Side) -> str:
-    """File of a split's index."""
+    """Return the file name of a split's index."""
     return f"index-{split}.arrow"
 
 
 def shard_name(split: Side, name: str, part: int, number: int) -> str:
-    """File of a shard: the part of the data that it is of, and its number there."""
+    """Return the file name of a shard: its input split (``part``) and its number there."""
     return f"shards/{split}-{name}-{part:05d}-{number:02d}.arrow"
 
 
 def shard_ids(path: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """Tokens of all samples of a shard's file, shape [tokens], and where each sample begins with
-    the end of the last, shape [samples + 1]; both views of the file."""
+    """Return the tokens of all samples of a shard file, shape [tokens], and the start of each with
+    the end of the last, shape [samples + 1]; both are views of the file."""
     shard = _map_shard(path)
     return shard.ids, shard.starts
 
 
 PIECE_TOKENS: Final = 1 << 18
-"""Tokens that are handed out at once: what is computed of them is several times their size."""
+"""Tokens per piece: bounds the memory of computations, which is several times the tokens' size."""
 
 
 def pieces_of(
     ids: npt.NDArray[np.int32], starts: npt.NDArray[np.int32]
 ) -> Iterator[tuple[int, npt.NDArray[np.int32], npt.NDArray[np.int32]]]:
-    """The samples of a shard, about ``PIECE_TOKENS`` at a time: number of the first, all tokens,
-    and the starts of these samples with the end of the last."""
+    """Yield the samples of a shard in pieces of about ``PIECE_TOKENS``: number of the first sample,
+    all tokens of the shard, and the starts of the samples with the end of the last."""
     edges = np.searchsorted(starts, np.arange(0, starts[-1], PIECE_TOKENS)).tolist()
     for a, b in pairwise(dict.fromkeys([*edges, len(starts) - 1])):
         yield a, ids, starts[a : b + 1]

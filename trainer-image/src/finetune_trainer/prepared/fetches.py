@@ -1,7 +1,7 @@
-"""Fetches files that a reader will need, several at a time, each once.
+"""Fetches files in parallel, each once.
 
-The first batches of a large set have samples of as many shards as they have samples: one after the
-other, these would take as many round trips.
+The samples of the first batches of a large set are in as many shards as there are samples. Fetched
+one after the other, they would take as many round trips.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, Generic, TypeVar
 
 AT_ONCE: Final = 8
-"""Files that are fetched at a time: storage answers in parallel, and memory holds their parts."""
+"""Files fetched in parallel: bounds the memory of their parts."""
 
 T = TypeVar("T")
 
 
 class Fetches(Generic[T]):
-    """What was fetched by name. May be shared by threads: whoever asks for what another has asked
-    for waits for the same fetch; what failed is fetched again when it is asked for again.
+    """Fetches by name. Thread-safe: requests for the same name share one fetch; a failed fetch is
+    repeated by the next request.
 
     Args:
-        fetch: gets one of them; it is called in threads of this object.
+        fetch: fetches one item; called in threads of this object.
     """
 
     def __init__(self, fetch: Callable[[str], T], at_once: int = AT_ONCE) -> None:
@@ -32,7 +32,7 @@ class Fetches(Generic[T]):
         self._pool = ThreadPoolExecutor(at_once, thread_name_prefix="fetch")
 
     def ask(self, name: str) -> Future[T]:
-        """The thing of a name, now or soon; in the order in which they are asked for."""
+        """Return the future of an item. Fetches start in the order of the requests."""
         with self._lock:
             found = self._asked.get(name)
             if found is None or (found.done() and found.exception() is not None):

@@ -1,6 +1,6 @@
-"""``manifest.json`` of prepared data: what is there, how large it is, and what was found.
+"""``manifest.json`` of prepared data: its files, sets and counts.
 
-It is written last. A folder without it is unfinished work and is written again.
+It is written last. A folder without it is incomplete and is written again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from finetune_trainer.prepared.split import Side
 from finetune_trainer.storage.objects import ObjectNotFound, ObjectStore
 
 FORMAT_VERSION = 7
-"""Raised with every change of what prepare writes for the same data; part of the digest."""
+"""Incremented when prepare writes different output for the same data; part of the digest."""
 
 
 class DataFile(Record):
@@ -22,9 +22,9 @@ class DataFile(Record):
     name: str
     """Address below the data's prefix."""
     bytes: int
-    """Size."""
+    """Size in bytes."""
     sha256: str
-    """Of its bytes, hexadecimal."""
+    """sha256 of its content, hexadecimal."""
 
 
 class DataSet(Record):
@@ -35,48 +35,48 @@ class DataSet(Record):
     name: str
     """Name in metrics; unique on its side."""
     format: Format
-    """What its records hold."""
+    """Format of its records."""
     samples: int
-    """Samples, at least one."""
+    """Number of samples, at least one."""
     tokens: int
-    """Tokens of them."""
+    """Number of tokens."""
     supervised: int
-    """Tokens of them that are learned."""
+    """Number of supervised tokens."""
 
 
 class DataManifest(Record):
-    """What was prepared."""
+    """The manifest."""
 
     version: int
     """FORMAT_VERSION of the writer."""
     digest: str
     """Content digest."""
     sets: list[DataSet]
-    """Sets by number: the index' column ``set`` is a position in this list."""
+    """Sets; the index column ``set`` is a position in this list."""
     shards: dict[Side, list[str]]
-    """Shard files by side; the index' column ``shard`` is a position in its side's list."""
+    """Shard files by side; the index column ``shard`` is a position in the side's list."""
     max_length: int
-    """Most tokens that a sample may have."""
+    """Maximum tokens of a sample."""
     max_completion_tokens: int
-    """Longest last answer of a training sample, end token included."""
+    """Tokens of the longest last answer of a training sample, with the end token."""
     stop_token_ids: list[int]
-    """Tokens with which learned answers end: generation stops at each of them."""
+    """Last tokens of the supervised answers: generation stops at each of them."""
     classes: list[str]
-    """Names of the classes by their number; none where the task has no classes."""
+    """Names of the classes by number; empty where the task has no classes."""
     dropped: dict[str, int]
-    """Records left out, by cause."""
+    """Number of records dropped, by cause."""
     files: list[DataFile]
     """Shards, indexes and reports."""
 
     def samples(self, split: Side) -> int:
-        """Samples on a side."""
+        """Number of samples of a side."""
         return sum(s.samples for s in self.sets if s.split == split)
 
     def file(self, name: str) -> DataFile:
-        """The entry of a file.
+        """Return the entry of a file.
 
         Raises:
-            KeyError: where there is none.
+            KeyError: the manifest has no such file.
         """
         for entry in self.files:
             if entry.name == name:
@@ -85,7 +85,7 @@ class DataManifest(Record):
 
 
 def read_manifest(store: ObjectStore, data_uri: str) -> DataManifest | None:
-    """The manifest of prepared data, or None where the data is not complete."""
+    """Return the manifest of prepared data; None where the data is incomplete."""
     try:
         text = store.get(f"{data_uri}/manifest.json")
     except ObjectNotFound:
@@ -99,7 +99,6 @@ def write_manifest(store: ObjectStore, data_uri: str, manifest: DataManifest) ->
 
 
 def is_complete(store: ObjectStore, data_uri: str, manifest: DataManifest) -> bool:
-    """Whether every file of the manifest is there in its size (contents are checked by whoever
-    reads them)."""
+    """Whether every file of the manifest exists with its size. Readers check the contents."""
     there = {info.uri: info.size for info in store.list(f"{data_uri}/")}
     return all(there.get(f"{data_uri}/{f.name}") == f.bytes for f in manifest.files)

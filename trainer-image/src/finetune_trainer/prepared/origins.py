@@ -1,7 +1,7 @@
-"""Which samples of the prepared data some positions in an index are: for messages and metrics.json.
+"""Origins of samples by position in an index, for messages and metrics.json.
 
-The index knows a sample's set, shard and row. Objects and lines of the source are not kept, so a
-sample is named by its number among the prepared ones of its set.
+The index has the set, shard and row of a sample, but not its source object and line. A sample is
+therefore named by its number among the prepared samples of its set.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from finetune_trainer.prepared.split import Side
 from finetune_trainer.storage.runfiles import SampleOrigin
 
 MOST: Final = 100
-"""Samples that are named; more would not be looked at one by one."""
+"""Maximum samples named; nobody inspects more one by one."""
 _NUMBERS: Final = 5
 _SETS: Final = 3
 
 
 def origins_of(data: PreparedData, side: Side, positions: Sequence[int]) -> list[SampleOrigin]:
-    """Places of the samples at some positions of a side's index, of the first ``MOST``."""
+    """Return the origins of the samples at positions of a side's index, of the first ``MOST``."""
     index, shards = data.index(side), data.manifest.shards[side]
 
     def place(position: int) -> SampleOrigin:
         number = index.set[position]
-        first = int(np.searchsorted(index.set, number))  # samples stand set by set
+        first = int(np.searchsorted(index.set, number))  # samples are ordered by set
         return SampleOrigin(
             data_set=data.manifest.sets[number].name, number=position - first + 1,
             shard=shards[index.shard[position]], row=int(index.row[position]),
@@ -37,7 +37,7 @@ def origins_of(data: PreparedData, side: Side, positions: Sequence[int]) -> list
 
 
 def in_words(places: Iterable[SampleOrigin]) -> str:
-    """The first of them, for people: ``samples 3, 17 of 'support'; sample 1 of 'notes'``."""
+    """Format the first origins: ``samples 3, 17 of 'support'; sample 1 of 'notes'``."""
     sets: dict[str, list[int]] = {}
     for place in places:
         sets.setdefault(place.data_set, []).append(place.number)

@@ -1,7 +1,7 @@
-"""Which side of the split a record falls on: a pure function of its group and the seed.
+"""Assigns records to sides of the split: a pure function of a record's group and the seed.
 
-No state and no counts: a record keeps its side as the data grows, and records of one group
-(equal prompts, or equal values of ``groupBy``) are never separated.
+A record keeps its side when the data grows, and records of one group (equal prompts, or equal
+values of ``groupBy``) are never separated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SIDES: Final[tuple[Side, ...]] = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Shares:
-    """Shares of the groups that are held out, each from 0 to 1, together below 1."""
+    """Held-out shares of the groups, each from 0 to 1, with a sum below 1."""
 
     validation: float
     test: float
@@ -26,15 +26,16 @@ class Shares:
 
 
 def position(seed: int, group: str) -> float:
-    """Uniform position of a group in [0, 1): the first 53 bits of a keyed BLAKE2b digest."""
+    """Return the uniform position of a group in [0, 1): the first 53 bits of a keyed BLAKE2b
+    digest."""
     key = seed.to_bytes(8, "little")
     digest = hashlib.blake2b(group.encode("utf-8", "surrogatepass"), digest_size=8, key=key)
     return (int.from_bytes(digest.digest(), "big") >> 11) / 2.0**53
 
 
 def side_of(group: str, shares: Shares) -> Side:
-    """The side of a group. Test lies lowest, so that a change of the validation share moves no
-    record into or out of the test set."""
+    """Return the side of a group. Test has the lowest positions, so that a change of the validation
+    share moves no record into or out of the test set."""
     at = position(shares.seed, group)
     if at < shares.test:
         return "test"
@@ -42,8 +43,8 @@ def side_of(group: str, shares: Shares) -> Side:
 
 
 def shares_of(data: Data, side: Side) -> Shares | None:
-    """What is held out of a source: nothing of a set for validation or test, and no share for
-    which a set is given."""
+    """Return the held-out shares of a source: None for a validation or test source; a share is 0
+    where a set of its own is given."""
     if side != "train":
         return None
     return Shares(

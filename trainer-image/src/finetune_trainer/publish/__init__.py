@@ -1,7 +1,7 @@
-"""The publish stage: from the chosen commit to a model that others load, with its report.
+"""The publish stage: export the chosen checkpoint as a loadable model, with its report.
 
-    result.json + commit + base model → adapter/ and/or merged/
+    result.json + checkpoint + base model → adapter/ and/or merged/
         → metrics.json, report.html, README.md → manifest.json (last) → latest.json
 
-``pipeline.publish`` is the stage; ``facts`` is what is told about its result.
+``pipeline.publish`` is the stage; ``run_facts`` gathers the figures that it reports.
 """

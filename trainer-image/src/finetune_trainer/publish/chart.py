@@ -1,4 +1,4 @@
-"""The loss curve as an inline SVG: no script, no other file; colours come from the page."""
+"""The loss chart as an inline SVG without scripts or external files; the page sets the colours."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ class Line:
 
     name: str
     css: str
-    """Class of its colour."""
+    """CSS class that sets the colour."""
     points: Sequence[Point]
-    """(step, loss); values that are not finite are left out."""
+    """(step, loss); non-finite points are left out."""
     dots: bool = False
-    """Whether its points are marked."""
+    """Whether the points are marked."""
 
 
 def loss_chart(lines: Sequence[Line], marked_step: int | None = None) -> str:
-    """The chart, or nothing where there is no point to draw.
+    """Return the chart as SVG, or "" if no line has a finite point.
 
     Args:
-        marked_step: step of the checkpoint that was published.
+        marked_step: step of the published checkpoint.
     """
     lines = [replace(line, points=_finite(line.points)) for line in lines]
     lines = [line for line in lines if line.points]
@@ -81,7 +81,7 @@ def loss_chart(lines: Sequence[Line], marked_step: int | None = None) -> str:
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers from at most ``low`` to at least ``high``, evenly spaced."""
+    """Return evenly spaced round numbers from at most ``low`` to at least ``high``."""
     span = max(high - low, abs(high) * 1e-3, 1e-9)
     magnitude = 10 ** math.floor(math.log10(span / most))
     step = next(m * magnitude for m in (1, 2, 2.5, 5, 10, 20) if span / (m * magnitude) <= most)

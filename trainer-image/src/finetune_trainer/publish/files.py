@@ -1,4 +1,4 @@
-"""Files of a published model in object storage, and ``latest.json`` beside them."""
+"""Files of a published model in object storage, and ``latest.json`` of the destination."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from finetune_trainer.storage.published import Manifest, PublishedFile
 LATEST: Final = "latest.json"
 log = logging.getLogger(__name__)
 TRIES: Final = 20
-"""Rounds of the compare-and-swap of latest.json; each that fails means that another got on."""
+"""Compare-and-swap rounds on latest.json; in each failed round another writer succeeded."""
 _PARALLEL_FILES: Final = 4
 
 
 class Latest(Record):
-    """``latest.json``: the newest complete run."""
+    """``latest.json``: the newest published run."""
 
     run: str
     """Identity of the run."""
     job: JobIdentity
-    """Job of the run."""
+    """Job that owns the run."""
     uri: str
-    """Address of its model."""
+    """Address of the model."""
     digest: str
-    """sha256 of its manifest."""
+    """sha256 of the model's manifest.json."""
 
     @property
     def number(self) -> int:
@@ -46,12 +46,12 @@ class Latest(Record):
 
 
 def folder_bytes(folder: Path) -> int:
-    """Size of all files below a folder."""
+    """Return the size of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def upload_folder(store: ObjectStore, folder: Path, uri: str) -> dict[str, PublishedFile]:
-    """Write all files below a folder; what a reader checks each by."""
+    """Upload all files below a folder; return their sizes and checksums by name."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
     def upload(name: str) -> FileInfo:
@@ -76,13 +76,13 @@ def summarise(uri: str, manifest: Manifest, text: bytes) -> PublishSummary:
 
 
 def move_latest(store: ObjectStore, run_spec: RunSpec, summary: PublishSummary) -> None:
-    """Name this run the latest of its destination, unless a later run of the same job is. A file of
-    another kind under that name is replaced.
+    """Point ``latest.json`` to this run, unless it names a later run of the same job. A file that
+    no run has written is replaced.
 
-    Run numbers of a job that was deleted and made again start anew: such a job takes over.
+    A re-created job (another uid) restarts its run numbers, so it always replaces the old job.
 
     Raises:
-        StorageUnavailable: where others move it all the time.
+        StorageUnavailable: 'LatestContended' after ``TRIES`` failed rounds.
     """
     uri = f"{run_spec.spec.output.destination.rstrip('/')}/{LATEST}"
     new = Latest(run=run_spec.run, job=run_spec.job, uri=summary.uri, digest=summary.digest)
@@ -99,12 +99,12 @@ def move_latest(store: ObjectStore, run_spec: RunSpec, summary: PublishSummary) 
             store.put(uri, text, if_match=etag, if_absent=etag is None)
             return
         except PreconditionFailed:
-            continue  # another run got on, or an answer of ours was lost: read again
+            continue  # another run wrote, or our response was lost: read again
     raise StorageUnavailable("LatestContended", f"{uri} could not be moved in {TRIES} tries")
 
 
 def _stays(text: bytes, new: Latest, uri: str) -> bool:
-    """Whether what is there is as new; what is none of ours gives way, with a word in the log."""
+    """Return whether the present file names this or a later run; log a file of another format."""
     try:
         old = Latest.model_validate_json(text)
         later = old.job.uid == new.job.uid and old.number > new.number

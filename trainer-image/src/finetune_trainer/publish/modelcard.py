@@ -1,4 +1,4 @@
-"""The model card: ``README.md`` of a published model, with the front matter that hubs read."""
+"""The model card: ``README.md`` of a published model, with front matter for model hubs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Loading:
-    """How models of a task are found and used."""
+    """Hub tag and loading code of a task's models."""
 
     pipeline: str
-    """Task in the words of the hub."""
+    """The hub's pipeline tag."""
     merged: str
-    """Code that loads a whole model."""
+    """Code that loads the merged model."""
     adapter: str
-    """Code that loads the adapter, with a place for the base."""
+    """Code that loads the adapter, with a ``{base}`` field for the base model."""
 
 
 LOADING: Final[dict[TaskName, Loading]] = {
@@ -81,8 +81,8 @@ classify("…")
 
 
 def render(about: About) -> str:
-    """The card, in Markdown."""
-    # Imported here: facts needs no card, and the card only what facts has gathered.
+    """Return the card in Markdown."""
+    # Imported here, so that importing the card does not import run_facts.
     from finetune_trainer.publish.run_facts import DRAWN_HEAD, settings
 
     run_spec, result = about.run_spec, about.result
@@ -98,7 +98,7 @@ def render(about: About) -> str:
         f" (run `{run_spec.run}`). `report.html` beside this file has the loss curve, the data and"
         " examples; `metrics.json` has every figure.",
         "## Test metrics",
-        _table(("Data set", "Metric", "BaseLogits", "Tuned", "Gain"), scores)
+        _table(("Data set", "Metric", "Base", "Tuned", "Gain"), scores)
         if scores
         else "The run had no test set.",
         *([DRAWN_HEAD] if about.drawn_head else []),
@@ -122,7 +122,7 @@ def render(about: About) -> str:
 
 
 def front_matter(about: About) -> dict[str, Any]:
-    """The card's metadata (Hugging Face model card specification)."""
+    """Return the card's metadata (Hugging Face model card specification)."""
     source = about.result.lineage[0].uri
     adapter_only = about.formats == ["adapter"]
     front: dict[str, Any] = {
@@ -167,7 +167,7 @@ def _load(about: About, name: str) -> str:
 
 
 def _lineage(about: About) -> list[str]:
-    """What the model was made from, where that is more than its base model."""
+    """Return the lineage section; nothing if the model was tuned only once."""
     first, *tuned = about.result.lineage
     if not tuned:
         return []
@@ -179,7 +179,7 @@ def _lineage(about: About) -> list[str]:
     run, formats = about.run_spec.run, " and ".join(about.formats)
     here = (str(len(rows) + 1), "this model", f"{about.run_spec.job.name} {run}",
             about.spec.method.type, formats)  # fmt: skip
-    note = "The base model of the test metrics is the one before this."
+    note = "The base of the test metrics is the model before this one."
     adds_up = (
         " `adapter` holds the adapters of the runs before too: it is loaded on"
         f" `{about.base.source}` alone."

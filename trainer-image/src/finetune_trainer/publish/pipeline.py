@@ -1,8 +1,8 @@
-"""The publish stage, from top to bottom.
+"""The publish stage.
 
-A folder is a model once its ``manifest.json`` is there, which is written last; ``latest.json``
-beside the folders moves after it. Publishing twice gives the same bytes, so a second try after an
-interruption finds or repeats the work of the first.
+A published folder is complete once ``manifest.json`` exists, which is written last; ``latest.json``
+beside the folders is updated after it. Publishing is deterministic and idempotent: a retry after an
+interruption finds or repeats the work of the first try.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from finetune_trainer.storage.published import MANIFEST, Manifest, read_publishe
 
 
 def publish(run_spec: RunSpec, stores: Stores, scratch: Path) -> PublishSummary:
-    """Write the tuned model of a run to its output address, and name it the latest.
+    """Write the tuned model of a run to its output address, and update ``latest.json``.
 
     Args:
-        scratch: folder for temporary files; it must hold the result, and the base model where a
-            merged one is written.
+        scratch: folder for temporary files, with space for the output, and for the base model if a
+            merged model is written.
 
     Raises:
-        UserError: 'NotTrained' where the run has no result.
-        CorruptCheckpoint: where the chosen commit's files are not what was committed.
-        StorageDenied, StorageUnavailable: where the output cannot be written.
+        UserError: 'NotTrained' if the run has no result, 'DataGone' if its prepared data is gone.
+        CorruptCheckpoint: files of the chosen checkpoint are missing or changed.
+        StorageDenied, StorageUnavailable: the output cannot be written.
     """
     store = stores.default
     try:
@@ -90,7 +90,7 @@ def write_model(
     folder: Path,
     scratch: Path,
 ) -> tuple[BaseFiles, list[str]]:
-    """The tuned model in ``folder``; returns its base, and the names of the formats written."""
+    """Write the tuned model to ``folder``; return its base and the names of the formats written."""
     wanted = run_spec.spec.effective_output_format
     model, tokenizer, base = export.load_tuned(
         run_spec,
@@ -114,7 +114,7 @@ def write_model(
 
 
 def write_papers(about: run_facts.About, data_report: bytes, folder: Path) -> None:
-    """What people and scripts read about the model: metrics.json, report.html, README.md."""
+    """Write metrics.json, report.html and README.md."""
     papers = {
         "metrics.json": run_facts.metrics_text(about),
         "report.html": report.render(about, data_report),

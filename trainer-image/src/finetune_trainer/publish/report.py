@@ -1,4 +1,4 @@
-"""``report.html``: one self-contained page that a person judges a run by."""
+"""``report.html``: a self-contained page with a run's metrics, loss, data and examples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune_trainer.publish.run_facts import DRAWN_HEAD, About, settings
 
 
 def render(about: About, data_report: bytes) -> str:
-    """The page.
+    """Return the page as HTML.
 
     Args:
         data_report: ``report.json`` of the prepared data.
@@ -47,7 +47,7 @@ def _lines(about: About) -> list[Line]:
 
 
 def _data_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row a source and side of the split."""
+    """Return one table row per source and side of the split."""
     return [
         {
             "name": source["name"],
@@ -68,7 +68,7 @@ def _data_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _previews(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The first training sample of each source, with what is learned of it."""
+    """Return the first training sample of each source, with its supervised parts marked."""
     return [
         {"name": source["name"], **found["previews"][0]}
         for source in report["sources"]

@@ -1,4 +1,4 @@
-"""The quickstart: a small base model and labelled data, made here: nothing is downloaded."""
+"""The quickstart: a small base model and labelled data, generated without any download."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 VERSION: Final = "1"
-"""Raised with every change of what is made; part of the cache's name."""
+"""Increased with every change of the generated files; part of the cache folder's name."""
 _TRAIN: Final = 640
 _TEST: Final = 200
 
@@ -18,12 +18,13 @@ def make_quickstart(folder: Path, *, tiny: bool = False, cache: Path | None = No
     """Make ``folder/model`` (Hugging Face layout) and ``folder/data/*.jsonl``.
 
     Args:
-        tiny: a model of 2 layers in a few seconds, for tests: it can be loaded and tuned, but has
-            learned little.
-        cache: where what was made is kept; by default ``finetune-operator`` in the user's cache.
+        tiny: make a 2-layer model in a few seconds, for tests: it can be loaded and tuned, but is
+            hardly trained.
+        cache: folder that keeps the generated files; by default ``finetune-operator`` in the user's
+            cache.
 
     Returns:
-        Whether it was there already.
+        Whether the files were already in the cache.
     """
     kind = "tiny" if tiny else "quickstart"
     kept = (cache or _user_cache()) / f"{kind}-{VERSION}"
@@ -36,7 +37,7 @@ def make_quickstart(folder: Path, *, tiny: bool = False, cache: Path | None = No
 
 
 def _make(kept: Path, kind: str) -> None:
-    from finetune_trainer.quickstart.pretrain import (  # torch: only where it is made
+    from finetune_trainer.quickstart.pretrain import (  # imports torch: only if not cached
         SIZES,
         make_base,
     )

@@ -1,9 +1,9 @@
-"""A small language to learn: messages to the support desk of a shop, and the replies of its agents.
+"""A small synthetic language: messages to a shop's support desk, and the replies of its agents.
 
-A ``Ticket`` (who writes, about which product, with which intent) is drawn first; sentences follow
-from it through a grammar with several phrasings a thing. So every text has a meaning that is known,
-and labelled data for any task on it can be made without a person. The base model reads dialogues
-and product pages; it never sees the words of the labelled tasks.
+A ``Ticket`` (customer, product, intent) is drawn first; a grammar with several phrasings per
+statement turns it into text. The meaning of every text is therefore known, and labelled data for
+any task can be generated without annotators. The base model is trained on ``document``: dialogues,
+order entries and handbook sentences, but no examples of the labelled tasks.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ BOOKINGS: Final = (
 
 @dataclass(frozen=True)
 class Ticket:
-    """What a message is about."""
+    """Customer, product and intent of a message."""
 
     name: str
     product: str
@@ -160,7 +160,7 @@ def draw_ticket(random: Random) -> Ticket:
 
 
 def message(ticket: Ticket, random: Random) -> str:
-    """A customer's message: greeting, the matter, asides; the name first or last."""
+    """Return a customer's message: greeting, complaint and asides, with the name first or last."""
     words = _words(random) | {"p": ticket.product, "n": ticket.name}
     matter = _sentence(random.choice(COMPLAINTS[ticket.intent]).format(**words))
     asides = [text.format(**words) for text in random.sample(ASIDES, random.choice((0, 1, 1, 2)))]
@@ -173,21 +173,20 @@ def message(ticket: Ticket, random: Random) -> str:
 
 
 def reply(ticket: Ticket, random: Random) -> str:
-    """The agent's answer: it names the customer, and follows from the intent."""
+    """Return the agent's reply, which names the customer and follows from the intent."""
     return f"Dear {ticket.name}, {random.choice(REPLIES[ticket.intent])}"
 
 
 def note(ticket: Ticket) -> str:
-    """What the desk writes down about a message."""
+    """Return the desk's note on a message: the target of the ``note`` task."""
     return f"The customer {NOTES[ticket.intent]}."
 
 
 def document(random: Random) -> tuple[str, str | None]:
-    """One text of the base model's reading, and the customer's message in it (if it has one).
+    """Return one pre-training document, and the customer's message in it (if any).
 
-    Two in three are dialogues. The others are pages of the order book, a sentence and its entry,
-    and of the desk's handbook: from it the model knows the words that the tasks' answers are made
-    of, as a real base model knows words.
+    66 % are dialogues. The others are order sentences with their entries, and sentences of the
+    desk's handbook, from which the model learns the vocabulary of the tasks' answers.
     """
     kind = random.random()
     if kind < 0.66:

@@ -1,6 +1,6 @@
-"""The quickstart's labelled data: two tasks on messages that neither training has read.
+"""The quickstart's labelled data: two tasks on messages that are new to the base model.
 
-``intent`` classifies a message (``text``, ``label``); ``note`` writes down what the customer wants
+``intent`` classifies a message (``text``, ``label``); ``note`` summarizes what the customer wants
 (``message``, ``note``; rendered by a template in the manifest).
 """
 
@@ -18,8 +18,8 @@ def make_data(folder: Path, seen: set[str], train: int, test: int, seed: int = 2
     """Write ``<task>-train.jsonl`` and ``<task>-test.jsonl`` for both tasks.
 
     Args:
-        seen: messages that the base model has read; none of them is used.
-        train, test: records of each file.
+        seen: messages of the pre-training, which are not used.
+        train, test: records per file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     fresh = _fresh(set(seen), Random(seed))
@@ -37,7 +37,7 @@ def make_data(folder: Path, seen: set[str], train: int, test: int, seed: int = 2
 
 
 def _fresh(seen: set[str], random: Random) -> Iterator[tuple[Ticket, str]]:
-    """Tickets with messages that nobody has read; each is given once."""
+    """Yield tickets with messages that are not in ``seen``, each message once."""
     while True:
         ticket = draw_ticket(random)
         text = message(ticket, random)

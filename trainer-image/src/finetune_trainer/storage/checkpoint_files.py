@@ -1,9 +1,8 @@
-"""The files of a checkpoint in object storage: written while they are made, read by parts, checked.
+"""The files of a checkpoint in object storage: streamed upload, reads by part, checksums.
 
-A large file goes up in parts, several at a time, as its bytes come, from the memory they are in.
-Each part has a checksum of its own, so a reader fetches the parts that it needs and believes none
-of the others. What HEAD keeps of such a file is the checksum of its parts' checksums, as S3 does
-for composite ones.
+A large file is uploaded in parts, several in parallel, as its bytes are produced and without a
+copy. Each part has its own checksum, so a reader fetches and verifies only the parts that it needs.
+HEAD stores the checksum of the parts' checksums, like S3's composite checksums.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from finetune_trainer.storage.objects import FileInfo, ObjectNotFound, ObjectSto
 from finetune_trainer.storage.run_head import Checkpoint, CorruptCheckpoint
 
 PART_BYTES: Final = 16 << 20
-"""Of a part, at least. A writer and a reader hold some ``PARALLEL`` of them."""
+"""Least size of a part. Writers and readers hold about ``PARALLEL`` parts in memory."""
 MOST_PARTS: Final = 10_000
-"""Of an object: S3's limit."""
+"""S3's limit of parts per object."""
 PARALLEL: Final = 8
-"""Parts on their way at a time."""
+"""Parts transferred in parallel."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -34,26 +33,26 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class PartSums:
-    """What a reader checks a file by that went up in parts."""
+    """Part checksums of a file that was uploaded in parts."""
 
     size: int
     part_bytes: int
-    """Of every part but the last."""
+    """Size of every part but the last."""
     sha256s: tuple[bytes, ...]
-    """Of each part."""
+    """sha256 of each part."""
 
     @property
     def info(self) -> FileInfo:
-        """What HEAD keeps: the checksum is that of the parts' checksums, one after another."""
+        """Entry of HEAD: the size, and the sha256 of the concatenated part checksums."""
         return FileInfo(self.size, hashlib.sha256(b"".join(self.sha256s)).hexdigest())
 
     def parts(self, start: int, stop: int) -> range:
-        """Numbers (from 0) of the parts that hold these bytes."""
+        """Return the numbers (from 0) of the parts that hold these bytes."""
         return range(start // self.part_bytes, -(-stop // self.part_bytes))
 
 
 def write_file(store: ObjectStore, uri: str, data: bytes) -> FileInfo:
-    """Write a small file; what HEAD keeps of it."""
+    """Write a small file; return its entry for HEAD."""
     store.put(uri, data)
     return FileInfo(len(data), hashlib.sha256(data).hexdigest())
 
@@ -61,14 +60,14 @@ def write_file(store: ObjectStore, uri: str, data: bytes) -> FileInfo:
 def stream_file(
     store: ObjectStore, uri: str, pieces: Iterable[bytes | memoryview], size: int
 ) -> PartSums:
-    """Write a file from its bytes in order, as they come. Pieces that are larger than a part are
-    sent from the memory they are in; of smaller ones, ``PARALLEL`` parts and one are held.
+    """Upload a file while its bytes are produced, in order. Pieces larger than a part are sent
+    without a copy; smaller pieces are joined, and at most ``PARALLEL`` + 1 parts are held.
 
-    Where this fails there is no object, and no parts are left behind; those of a process that died
-    are removed with the next checkpoint of its run (``head``).
+    A failure leaves no object and no parts; the parts of a process that died are removed with the
+    next checkpoint of the run (``claim``).
 
     Args:
-        size: bytes that are about to come; it sets the size of the parts.
+        size: total bytes; sets the size of the parts.
     """
     part_bytes = max(PART_BYTES, -(-size // MOST_PARTS))
     parts = _cut(pieces, part_bytes)
@@ -95,10 +94,10 @@ def stream_file(
 
 
 def read_file(store: ObjectStore, checkpoint: Checkpoint, name: str) -> bytes:
-    """A file that ``write_file`` wrote.
+    """Return a file that ``write_file`` wrote.
 
     Raises:
-        CorruptCheckpoint: where it is missing, or is not what was committed.
+        CorruptCheckpoint: the file is missing or differs from the committed one.
     """
     expected = checkpoint.files.get(name)
     if expected is None:
@@ -123,11 +122,11 @@ def read_parts(
     sums: Mapping[str, PartSums],
     wanted: Iterable[tuple[str, int]],
 ) -> Iterator[tuple[str, int, bytes]]:
-    """Parts of files that ``stream_file`` wrote (name, number from 0), in that order; several are
-    fetched at a time.
+    """Yield the wanted parts (name, number from 0) of files that ``stream_file`` wrote, in order;
+    several are fetched in parallel.
 
     Raises:
-        CorruptCheckpoint: where one is missing, or is not what was committed.
+        CorruptCheckpoint: a part is missing or differs from the committed one.
     """
 
     for name, of in sums.items():
@@ -153,8 +152,8 @@ def read_parts(
 
 
 def _cut(pieces: Iterable[bytes | memoryview], size: int) -> Iterator[bytes | memoryview]:
-    """The same bytes in parts of ``size``; the last is what remains. A part that lies within one
-    piece is a view of it, and only what lies across pieces is copied."""
+    """Yield the same bytes in parts of ``size``, the last one shorter. A part within one piece is a
+    view of the piece; only parts that span pieces are copied."""
     across = bytearray()
     for piece in pieces:
         rest = memoryview(piece)
@@ -175,7 +174,7 @@ def _cut(pieces: Iterable[bytes | memoryview], size: int) -> Iterator[bytes | me
 
 
 def _in_parallel(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Results in the order of the items, which are drawn no sooner than there is room."""
+    """Yield results in the order of the items, with at most ``PARALLEL`` items in progress."""
     under_way: deque[Future[R]] = deque()
     with ThreadPoolExecutor(PARALLEL) as pool:
         for item in items:

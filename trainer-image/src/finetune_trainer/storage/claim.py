@@ -1,11 +1,10 @@
-"""Who owns a run, and which checkpoints are real: ``HEAD.json``, moved by compare-and-swap alone.
+"""Ownership of a run and its valid checkpoints: ``HEAD.json``, moved only by compare-and-swap.
 
     claim(…) ──► attempt n ──► files under attempt-n/step-…/ ──► commit(…) ──► … ──► release()
 
-A checkpoint is real once HEAD names it. A gang that was replaced finds another owner in HEAD and is
-``Fenced``: what it uploaded lies under its own attempt and counts for nothing. Every change is
-written so that making it twice is making it once; so an answer that was lost is settled by reading
-HEAD back and trying again.
+A checkpoint is valid once HEAD names it. An attempt that was replaced finds another owner in HEAD
+and is ``Fenced``: its uploads stay under its own attempt and are ignored. Every change is
+idempotent, so after a lost response HEAD is read back and the change is tried again.
 """
 
 from __future__ import annotations
@@ -46,10 +45,10 @@ __all__ = [
 ]
 
 Better = Callable[[float, float], bool]
-"""``better(new, old)``: whether a metric's value improves on another."""
+"""``better(new, old)``: whether the new value of a metric improves on the old one."""
 
 TRIES: Final = 20
-"""Rounds of a compare-and-swap; each that fails means that another writer got on."""
+"""Compare-and-swap rounds; in each failed round another writer succeeded."""
 PAUSE_SECONDS: Final = 0.05
 log = logging.getLogger(__name__)
 _CHECKPOINT_KEY: Final = re.compile(r"/attempt-(\d+)/step-(\d+)/")
@@ -67,19 +66,19 @@ def claim(
     restarts: int = 0,
     clock: Callable[[], float] = time.time,
 ) -> Claim:
-    """Takes the run for a new attempt; whoever owned it is fenced from here on.
+    """Take the run for a new attempt and fence its previous owner.
 
     Args:
-        better: order of the metric that chooses the best checkpoint.
-        keep_last: newest checkpoints that are kept.
-        keep_best: best checkpoints that are kept besides.
-        revision: gang of the run that the attempt is of.
-        restarts: incidents of the gangs before it.
+        better: order of the metric that selects the best checkpoint.
+        keep_last: number of newest checkpoints to keep.
+        keep_best: number of best checkpoints to keep in addition.
+        revision: revision of the run that the attempt belongs to.
+        restarts: restarts counted by the operator for earlier revisions.
         clock: Unix time in seconds.
 
     Raises:
         TrainerError: 'HeadOfAnotherRun'.
-        StorageUnavailable: where storage does not answer, or others claim all the time.
+        StorageUnavailable: storage does not respond, or other attempts win ``TRIES`` rounds.
     """
     owner = secrets.token_hex(8)
     for _ in range(TRIES):
@@ -98,22 +97,26 @@ def claim(
             etag = write_head(store, run_uri, head, etag)
         except (PreconditionFailed, StorageUnavailable):
             time.sleep(random.uniform(0, PAUSE_SECONDS))
-            continue  # read who won; after a lost answer it may be us
+            continue  # read HEAD: after a lost response this attempt may be the owner
         return Claim(store, run_uri, head, etag, better, (keep_last, keep_best), clock)
     raise _contended(run_uri)
 
 
 def _next_attempt(before: Head, first: Head, ended: float) -> Head:
-    """HEAD of the attempt that follows one which ``ended`` then, if it did not release; ``first``
-    is what it would be as the first of its run."""
+    """Return HEAD of the attempt after ``before``.
+
+    Args:
+        first: HEAD as if the attempt were the first of its run.
+        ended: Unix time at which the previous attempt ended, if it did not release.
+    """
     if before.run != first.run:
         raise TrainerError(
             "HeadOfAnotherRun",
             f"HEAD.json is of run {before.run}, not of {first.run}; nothing was changed",
         )
     lost = not before.released
-    # How an earlier gang ended is for the operator to say: a failure that was final, or a change
-    # of the spec, is no incident.
+    # The operator counts the restarts of earlier revisions: a final failure, or a change of the
+    # spec, is no restart.
     known = max(before.restarts, first.restarts)
     return before.model_copy(
         update={
@@ -130,12 +133,12 @@ def _next_attempt(before: Head, first: Head, ended: float) -> Head:
 
 
 def _last_kept(head: Head) -> float:
-    """Until when the work of HEAD's attempt is kept."""
+    """Return the time up to which the work of HEAD's attempt is saved."""
     return max([head.claimed, *(c.created for c in head.checkpoints if c.attempt == head.attempt)])
 
 
 class Claim:
-    """A run as one attempt owns it. For one thread; made by ``claim``."""
+    """One attempt's ownership of a run, made by ``claim``. Not thread-safe."""
 
     def __init__(
         self,
@@ -157,7 +160,7 @@ class Claim:
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
-        """Newest first. Their files are checked as they are read."""
+        """Valid checkpoints, newest first. Files are verified when they are read."""
         return self.head.checkpoints
 
     @property
@@ -166,26 +169,26 @@ class Claim:
         return next((c for c in self.head.checkpoints if c.uri == self.head.best), None)
 
     def training_seconds(self) -> float:
-        """Wall time of all attempts, this one up to now."""
+        """Return the wall time of all attempts, including this one up to now."""
         running = 0.0 if self.head.released else max(0.0, self._clock() - self.head.claimed)
         return self.head.training_seconds + running
 
     def checkpoint_uri(self, step: int) -> str:
-        """Prefix under which the files of a checkpoint of this attempt are uploaded."""
+        """Return the prefix of a checkpoint's files in this attempt."""
         return checkpoint_uri(self._run_uri, self.head.attempt, step)
 
     def commit(
         self, step: int, files: Mapping[str, FileInfo], metric: float | None = None
     ) -> Checkpoint:
-        """Makes uploaded files a checkpoint, then removes those that HEAD no longer names.
+        """Add uploaded files to HEAD as a checkpoint, then remove files that HEAD no longer names.
 
         Args:
-            files: all files of the checkpoint, by name below ``checkpoint_uri(step)``, as uploaded.
-            metric: value by which the best checkpoint is chosen; None or not finite: no candidate.
+            files: all uploaded files of the checkpoint, by name below ``checkpoint_uri(step)``.
+            metric: value that selects the best checkpoint; None or non-finite: not a candidate.
 
         Raises:
-            Fenced: where another attempt has taken the run; nothing has changed.
-            StorageUnavailable: where storage does not answer; HEAD may name the checkpoint.
+            Fenced: another attempt has taken the run; nothing has changed.
+            StorageUnavailable: storage does not respond; HEAD may name the checkpoint.
         """
         uri = self.checkpoint_uri(step)
         if any(c.uri == uri for c in self.head.checkpoints):
@@ -203,16 +206,15 @@ class Claim:
         return new
 
     def discard(self, corrupt: Checkpoint) -> None:
-        """Takes a checkpoint that proved corrupt out of HEAD, so that nobody chooses it as the
-        best.
+        """Remove a corrupt checkpoint from HEAD, so that it is not selected as the best.
 
         Raises: as ``commit``.
         """
         self._move(lambda head: self._with_checkpoints(head, _without(head, corrupt.uri)))
 
     def rewind(self, rollback: Rollback) -> None:
-        """Takes the checkpoints from behind the first skipped step out of HEAD (they may be made
-        anew) and notes why, in one write: no attempt finds the one without the other.
+        """Remove the checkpoints after the first skipped step from HEAD (later steps may write them
+        again) and record the rollback, in one write: no attempt sees only one of the changes.
 
         Raises: as ``commit``.
         """
@@ -226,7 +228,7 @@ class Claim:
         self._move(rewound)
 
     def release(self) -> None:
-        """Ends the attempt: the next one is no restart. Harmless when done twice.
+        """End the attempt, so that the next one does not count as a restart. Idempotent.
 
         Raises: as ``commit``.
         """
@@ -243,7 +245,8 @@ class Claim:
     # --- compare-and-swap --------------------------------------------------------------------
 
     def _move(self, change: Callable[[Head], Head]) -> None:
-        """Moves HEAD by ``change``, which must give back a head that has it already unchanged."""
+        """Apply ``change`` to HEAD. ``change`` must be idempotent: it is applied again on a
+        retry."""
         for _ in range(TRIES):
             wanted = change(self.head)
             if wanted == self.head:
@@ -269,9 +272,11 @@ class Claim:
         self.head, self._etag = found
 
     def _with_checkpoints(self, head: Head, checkpoints: list[Checkpoint]) -> Head:
-        """HEAD with the newest of these checkpoints, and the best."""
+        """Return HEAD with the newest and the best of these checkpoints."""
         ranked = sorted(
-            (c for c in checkpoints if c.metric is not None),  # newest first: so are equals
+            (
+                c for c in checkpoints if c.metric is not None
+            ),  # newest first, also among equal metrics
             key=cmp_to_key(self._compare),
         )
         best = [c.uri for c in ranked[: self._keep_best]]
@@ -279,16 +284,15 @@ class Claim:
         return head.model_copy(update={"checkpoints": kept, "best": best[0] if best else None})
 
     def _compare(self, one: Checkpoint, other: Checkpoint) -> int:
-        """Below 0 where the metric of ``one`` is better."""
+        """Compare by metric; negative if ``one`` is better."""
         assert one.metric is not None and other.metric is not None
         worse = self._better(other.metric, one.metric)
         return worse - self._better(one.metric, other.metric)
 
     def _sweep(self) -> None:
-        """Removes files of this and earlier attempts that HEAD does not name: of checkpoints that
-        were pruned, and of such as never were real, down to parts of an upload that was never
-        ended. Only storage that is kept for longer is lost when it fails, so failures wait for the
-        next commit."""
+        """Remove files of this and earlier attempts that HEAD does not name: pruned checkpoints,
+        checkpoints that were never committed, and parts of unfinished uploads. A failure only
+        delays the removal to the next commit."""
         named = {f"{c.uri}/{name}" for c in self.head.checkpoints for name in c.files}
         ours = [c.step for c in self.head.checkpoints if c.attempt == self.head.attempt]
         newest = (self.head.attempt, max(ours))

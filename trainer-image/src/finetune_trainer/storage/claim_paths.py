@@ -1,4 +1,4 @@
-"""Volume claims as pods see them: ``pvc://claim/path`` lies below one mount point."""
+"""Volume claims in a pod: ``pvc://claim/path`` is mounted below one folder."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from finetune_trainer.storage.objectstream import BUFFER_BYTES
 
 
 def claim_path(uri: str, environ: Mapping[str, str] = os.environ) -> Path:
-    """Path of a ``pvc://claim/path`` address in this pod.
+    """Return the path of a ``pvc://claim/path`` address in this pod.
 
     Raises:
-        UserError: 'InvalidAddress' where the path leaves the claim.
+        UserError: 'InvalidAddress' if the path contains '..'.
     """
     claim, _, path = uri.removeprefix("pvc://").partition("/")
     if ".." in (claim, *path.split("/")):
@@ -26,16 +26,16 @@ def claim_path(uri: str, environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def etag_of(found: os.stat_result) -> str:
-    """Changes with a file's content: its size in bytes, and its last change in nanoseconds."""
+    """Return a version tag of a file: its size in bytes and modification time in nanoseconds."""
     return f"{found.st_size:x}-{found.st_mtime_ns:x}"
 
 
 def open_listed(path: Path, uri: str, etag: str) -> BinaryIO:
-    """A buffered, seekable file of a claim, in the version that was listed.
+    """Open a claim's file, buffered and seekable, in the version that was listed.
 
-    The file is looked at behind every read, before its bytes are handed on: of one that is
-    rewritten in place nothing new is ever returned, and one that is replaced by renaming is read to
-    its end as it was. On network file systems what is seen of it may be some seconds old.
+    Each read checks the version tag before it returns bytes: new content of a file that is
+    rewritten in place is never returned, and a file that is replaced by a rename is read to its old
+    end. On network file systems the tag may be some seconds old.
 
     Raises:
         DataError: 'ObjectChanged', here or from a later read.
@@ -47,7 +47,7 @@ def open_listed(path: Path, uri: str, etag: str) -> BinaryIO:
 
 
 class _ListedFile(io.FileIO):
-    """The raw file."""
+    """A raw file that checks its version tag after each read."""
 
     def __init__(self, path: Path, uri: str, etag: str) -> None:
         super().__init__(path)

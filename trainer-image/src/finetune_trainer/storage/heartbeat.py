@@ -1,8 +1,8 @@
-"""``heartbeat.json``: when the attempt that owns a run last showed that it lives.
+"""``heartbeat.json``: the last sign of life of the attempt that owns a run.
 
-An attempt that is killed says nothing; the one that follows, perhaps days later, must know until
-when it held its nodes. So the gang's first process says once a minute that it is there. The file
-decides nothing: HEAD alone says who owns the run.
+A killed attempt cannot record its end; the next attempt, perhaps days later, must know how long the
+killed one held its nodes. So rank 0 writes a heartbeat once a minute. The file only serves the
+statistics: ownership is decided by HEAD alone.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ class HeartbeatRecord(Record):
     attempt: int
     """Attempt that wrote it."""
     time: float
-    """Unix time."""
+    """Unix time in seconds."""
 
 
 def last_heartbeat(
     store: ObjectStore, run_uri: str, attempt: int, known: float, now: float
 ) -> float:
-    """When an attempt that did not say so has ended, at the latest: a beat after its last sign.
+    """Return the latest time at which an unreleased attempt ended: ``BEAT_SECONDS`` after its last
+    sign of life.
 
     Args:
-        known: last sign of it in HEAD, Unix time as all others.
+        known: last sign of life in HEAD; Unix time like all times here.
     """
     try:
         seen = HeartbeatRecord.model_validate_json(store.get(f"{run_uri}/heartbeat.json"))
@@ -51,7 +52,7 @@ def last_heartbeat(
 
 
 class Heartbeat:
-    """Says in a thread that an attempt lives, for as long as the context lasts."""
+    """Writes heartbeats of an attempt in a thread while the context lasts."""
 
     def __init__(
         self, store: ObjectStore, run_uri: str, attempt: int,
@@ -77,9 +78,9 @@ class Heartbeat:
             self.beat()
 
     def beat(self) -> None:
-        """Say it once. A figure is all that is lost where storage fails."""
+        """Write one heartbeat. A storage failure is logged: only a statistic is lost."""
         seen = HeartbeatRecord(attempt=self._attempt, time=self._clock())
         try:
             self._store.put(self._uri, json.dumps(seen.to_json()).encode())
         except TrainerError as error:
-            log.info("not said that attempt %d lives: %s", self._attempt, error)
+            log.info("heartbeat of attempt %d not written: %s", self._attempt, error)

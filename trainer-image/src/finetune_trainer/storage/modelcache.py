@@ -1,14 +1,14 @@
-"""Weights of models on a disk of the node, kept for the next gang that wants the same.
+"""Node-local cache of model weights, shared by runs that read the same model.
 
-    <cache>/<digest>/         the files, put in place when they are all there
-    <cache>/<digest>.partial/ on their way in, with all their room taken, or on their way out
-    <cache>/<digest>.lock     locked by whoever reads or fills the folder, so that it stays
-    <cache>/<digest>.filling  locked by the one who fills it
-    <cache>/room.lock         locked by the one who makes room and takes it
+    <cache>/<digest>/         the complete files, renamed into place
+    <cache>/<digest>.partial/ files being fetched (disk space reserved) or being removed
+    <cache>/<digest>.lock     shared lock of processes that fill or read the folder: no eviction
+    <cache>/<digest>.filling  exclusive lock of the process that fills the folder
+    <cache>/room.lock         exclusive lock for evicting folders and reserving disk space
 
-The digest is that of the listing (server, addresses, sizes, ETags): whoever asks has listed the
-objects with their own credentials. A cache is a convenience: where it has no room, or cannot be
-written to, weights are read as without one. Locks go with the process that holds them.
+The digest covers the listing (server, addresses, sizes, ETags), so a process finds a folder only
+after listing the objects with its own credentials. The cache is optional: without disk space or
+write permission, weights are read from object storage. Locks end with their process.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from finetune_trainer.storage.weight_reader import model_changed
 log = logging.getLogger(__name__)
 
 FREE_SHARE: Final = 0.2
-"""Of the disk, left to others: a kubelet evicts pods where little is free."""
+"""Share of the disk that stays free: a kubelet evicts pods when little is free."""
 _PARALLEL_FILES: Final = 4
 _LOCK: Final = ".lock"
 _FILLING: Final = ".filling"
 _PARTIAL: Final = ".partial"
 _ROOM: Final = "room.lock"
 _OURS: Final = re.compile(rf"[0-9a-f]{{64}}({re.escape(_PARTIAL)})?")
-"""Folders of the cache; others beside them are left alone."""
+"""Names of cache folders; other folders are left alone."""
 
 
 def cached(
     cache: Path, store: ObjectStore, objects: Sequence[ObjectInfo]
 ) -> tuple[Path, IO[Any]] | None:
-    """A folder that holds the objects by the last part of their names, and what keeps it while it
-    is held open. None where there cannot be one.
+    """Return a folder with the objects, named by the last part of their keys, and an open lock file
+    that prevents eviction until it is closed. None if the cache cannot be used.
 
     Raises:
-        StorageUnavailable, StorageDenied: where objects cannot be fetched.
-        UserError: 'ModelChanged' where one is no longer what was listed.
+        StorageUnavailable, StorageDenied: objects cannot be fetched.
+        UserError: 'ModelChanged' if an object differs from the listing.
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def cached(
 
 
 class _Entry:
-    """The folder of one listing."""
+    """The cache folder of one listing."""
 
     def __init__(self, cache: Path, store: ObjectStore, objects: Sequence[ObjectInfo]) -> None:
         self._cache, self._store = cache, store
@@ -72,7 +72,8 @@ class _Entry:
         self._partial = self._folder.with_suffix(_PARTIAL)
 
     def take(self) -> tuple[Path, IO[Any]] | None:
-        """As ``cached``; where another process of the node fills it, that is waited for."""
+        """Return the same as ``cached``; wait while another process of the node fills the
+        folder."""
         lock = _open_lock(self._folder.with_suffix(_LOCK))
         with _open_lock(self._folder.with_suffix(_FILLING)) as filling:
             fcntl.flock(filling, fcntl.LOCK_EX)
@@ -80,20 +81,20 @@ class _Entry:
             if not self._whole() and not self._fill():
                 lock.close()
                 return None
-        with suppress(OSError):  # of another user's folder the time stays
-            os.utime(self._folder)  # when it was last wanted
+        with suppress(OSError):  # fails on another user's folder
+            os.utime(self._folder)  # time of the last use
         return self._folder, lock
 
     def _whole(self) -> bool:
-        """Whether the folder is there, with all files in their sizes."""
+        """Return whether the folder exists with exactly the listed files and sizes."""
         if not self._folder.exists():
             return False
         found = {path.name: path.stat().st_size for path in self._folder.iterdir()}
         return found == {name: info.size for name, info in self._objects.items()}
 
     def _fill(self) -> bool:
-        """Fetch the files; whether there was room. They are on the disk before they are in place:
-        a node that loses its power then has all of them, or none."""
+        """Fetch the files; return False if the disk space is missing. Files are synced before the
+        folder is renamed, so that after a power loss it has all of them or none."""
         try:
             if not self._take_room():
                 return False
@@ -106,18 +107,18 @@ class _Entry:
         return True
 
     def _take_room(self) -> bool:
-        """Make the files, in their sizes; whether there was room. One process of the node at a
-        time: what the next one finds free, nobody else is about to fill."""
+        """Allocate the files in full size; return False if the disk space is missing. Only one
+        process of the node at a time, so that the space it finds free is not taken meanwhile."""
         size = sum(info.size for info in self._objects.values())
         with _open_lock(self._cache / _ROOM) as room:
             fcntl.flock(room, fcntl.LOCK_EX)
-            for entry in (self._partial, self._folder):  # of one that was killed; not whole
+            for entry in (self._partial, self._folder):  # left by a killed process; incomplete
                 if entry.exists():
                     _remove(entry)
             if not _make_room(self._cache, size):
                 log.warning(
-                    "weights are read without the cache %s: %d MiB beside a fifth of the disk,"
-                    " which is left to others, are not free there", self._cache, size >> 20,
+                    "weights are read without the cache %s: %d MiB do not fit beside the fifth of"
+                    " the disk that stays free", self._cache, size >> 20,
                 )  # fmt: skip
                 return False
             self._partial.mkdir()
@@ -137,8 +138,8 @@ class _Entry:
 
 
 def _make_room(cache: Path, size: int) -> bool:
-    """Remove what was wanted least lately and is not in use, as far as needed; nothing, where all
-    of it would not be enough."""
+    """Remove the least recently used unlocked folders until ``size`` bytes fit; return whether they
+    do. Remove nothing if removing all of them would not suffice."""
 
     def lacking() -> float:
         usage = shutil.disk_usage(cache)
@@ -162,7 +163,7 @@ def _make_room(cache: Path, size: int) -> bool:
 
 
 def _lock_unused(entry: Path, locks: ExitStack) -> bool:
-    """Lock a folder that no process holds and that this one may remove; whether it is one."""
+    """Lock a folder for removal; return False if it is in use or not writable by this process."""
     try:
         lock = locks.enter_context(_open_lock(entry.with_suffix(_LOCK)))
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -172,12 +173,12 @@ def _lock_unused(entry: Path, locks: ExitStack) -> bool:
 
 
 def _open_lock(path: Path) -> IO[Any]:
-    """A lock's file, made where there is none. Another user's may be read, which is enough."""
+    """Open a lock file, created if absent. Read-only, which suffices for another user's file."""
     return os.fdopen(os.open(path, os.O_RDONLY | os.O_CREAT, 0o666), "rb")
 
 
 def _remove(entry: Path) -> None:
-    """Remove a folder that is locked. It loses its name first: half of it is never taken for it."""
+    """Remove a locked folder. Rename it first, so that a half-removed folder is not used."""
     partial = entry.with_suffix(_PARTIAL)
     if entry != partial:
         entry.rename(partial)
@@ -189,7 +190,7 @@ def _bytes_of(entry: Path) -> int:
 
 
 def _sync(path: Path) -> None:
-    """Have a file, or the names in a folder, written to the disk."""
+    """Flush a file, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

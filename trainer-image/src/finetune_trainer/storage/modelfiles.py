@@ -1,7 +1,7 @@
-"""A whole model's folder: where its files are, whether they are all there, and fetching them.
+"""Files of a base model's folder: find them, check that they are complete, and fetch them.
 
 A model folder is in Hugging Face layout: config.json, weights as safetensors (one file, or an
-index and its parts), and the tokenizer's files.
+index and its shards), and the tokenizer's files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
 WEIGHTS_INDEX: Final = "model.safetensors.index.json"
 SMALL: Final = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
-"""What is fetched beside the weights: configuration and tokenizer."""
+"""Files fetched besides the weights: configuration and tokenizer."""
 NOT_TOKENIZER: Final = (CONFIG, "generation_config.json", WEIGHTS_INDEX)
 
 _PARALLEL_FILES: Final = 4
@@ -41,20 +41,20 @@ _PARALLEL_FILES: Final = 4
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """What the model's configuration bounds."""
+    """Limits from the model's configuration."""
 
     max_length: int | None
-    """Most positions; None where the architecture has no bound."""
+    """``max_position_embeddings``; None if the architecture has no bound."""
     vocabulary: int
-    """Rows of the embedding."""
+    """``vocab_size``: rows of the embedding."""
 
 
 def fetch_tokenizer(location: ModelLocation, stores: Stores, folder: Path) -> Path:
-    """Makes ``folder`` hold configuration and tokenizer, and makes sure that the weights are where
-    the model is, without fetching them.
+    """Fetch configuration and tokenizer to ``folder``, and check that the source has the weights,
+    without fetching them.
 
     Raises:
-        UserError: 'ModelNotFound', naming the address and what a model folder must hold.
+        UserError: 'ModelNotFound', naming the address and the required files.
     """
     source = location.source
     if source.startswith("s3://"):
@@ -70,14 +70,14 @@ def fetch_tokenizer(location: ModelLocation, stores: Stores, folder: Path) -> Pa
 
 
 def fetch_model(location: ModelLocation, stores: Stores, folder: Path) -> tuple[ObjectInfo, ...]:
-    """Makes ``folder`` hold the model but for weights in object storage, which are read from there.
+    """Fetch the model to ``folder``, except weights in object storage, which are read from there.
 
     Returns:
-        The objects that hold the weights; none where they are in the folder, fetched from the hub
-        or linked from a claim.
+        The objects that hold the weights; empty if the weights are in the folder, fetched from the
+        hub or linked from a claim.
 
     Raises:
-        UserError: 'ModelNotFound', naming the address and what a model folder must hold.
+        UserError: 'ModelNotFound', naming the address and the required files.
     """
     source = location.source
     if source.startswith("s3://"):
@@ -94,10 +94,10 @@ def fetch_model(location: ModelLocation, stores: Stores, folder: Path) -> tuple[
 
 
 def read_limits(folder: Path, source: str) -> ModelLimits:
-    """What the configuration in a model folder bounds.
+    """Return the limits from the configuration in a model folder.
 
     Raises:
-        UserError: 'UnsupportedModel' where transformers does not know it.
+        UserError: 'UnsupportedModel' if transformers does not support the configuration.
     """
     try:
         config = AutoConfig.from_pretrained(folder).get_text_config()
@@ -111,12 +111,12 @@ def read_limits(folder: Path, source: str) -> ModelLimits:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Files of a fetched folder that the tokenizer depends on."""
+    """Return the files of a fetched folder that the tokenizer depends on."""
     return [path for path in small_files(folder) if path.name not in NOT_TOKENIZER]
 
 
 def small_files(folder: Path) -> list[Path]:
-    """Configuration and tokenizer of a fetched folder: all but the weights and their index."""
+    """Return configuration and tokenizer files of a fetched folder, without the weights' index."""
     return [
         path
         for path in sorted(folder.rglob("*"))
@@ -127,18 +127,18 @@ def small_files(folder: Path) -> list[Path]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Files of a whole model's folder that hold its weights; others of their kind may lie beside
-    them, of an earlier writing or in another cut."""
+    """Return the weight files of a model's folder. The folder may contain other safetensors files,
+    such as an older version or other shards."""
     return [folder / name for name in _weights(folder, (path.name for path in folder.iterdir()))]
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says, in one line."""
+    """Return the first line of a library's error message."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _weights(folder: Path, names: Iterable[str]) -> list[str]:
-    """Names of the weight files; of parts, as the index in ``folder`` has them."""
+    """Return the names of the weight files; for shards, those in the index in ``folder``."""
     if WEIGHTS_INDEX not in names:
         return [WEIGHTS]
     index = json.loads((folder / WEIGHTS_INDEX).read_text())
@@ -161,15 +161,15 @@ def _require(source: str, there: Iterable[str], *wanted: str) -> None:
 
 
 def _is_small(name: str) -> bool:
-    """Whether a file (its name below the folder) is configuration or tokenizer."""
+    """Return whether a file (name relative to the model folder) is configuration or tokenizer."""
     folder, _, base = name.rpartition("/")
     suffixes = tuple(pattern.removeprefix("*") for pattern in SMALL)
     return base.endswith(suffixes) and folder in ("", "additional_chat_templates")
 
 
 def _fetch_small(location: ModelLocation, stores: Stores, folder: Path) -> tuple[ObjectInfo, ...]:
-    """Fetch configuration and tokenizer of a model in object storage, but for files that are there
-    in their size already; the objects that hold its weights."""
+    """Fetch configuration and tokenizer of a model in object storage, except files present in the
+    same size; return the objects that hold the weights."""
     store, source = stores.of(location.storage), f"{location.source.rstrip('/')}/"
     found = {info.uri.removeprefix(source): info for info in store.list(source)}
     _require(location.source, found, CONFIG)
@@ -208,7 +208,7 @@ def _replace_link(folder: Path, target: Path) -> None:
 
 @dataclass(frozen=True)
 class _Hub:
-    """A model of the Hugging Face hub, read through its cache."""
+    """A model of the Hugging Face hub, read through the hub cache."""
 
     source: str
     repository: str
@@ -223,7 +223,7 @@ class _Hub:
         )
 
     def fetch(self, patterns: Iterable[str]) -> Path:
-        """Folder with the files that match, fetched where the cache lacks them."""
+        """Return a folder with the matching files, fetched if they are not cached."""
         try:
             return Path(
                 snapshot_download(
@@ -237,7 +237,7 @@ class _Hub:
             raise self._failure(error) from None
 
     def names(self, folder: Path) -> list[str]:
-        """All files of the model; without a network, those of the cache."""
+        """Return the names of the model's files; in offline mode, those of the cache."""
         try:
             info = HfApi(token=self.token).model_info(self.repository, revision=self.revision)
         except OfflineModeIsEnabled:

@@ -1,5 +1,5 @@
-"""What is said of objects: their addresses and sizes, whose keys ask for them, and the answers that
-callers decide by. Import it from ``objects``.
+"""Addresses, sizes and credentials of objects, and the exceptions that callers handle. Import them
+from ``objects``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from finetune_trainer.failures import TrainerError, UserError
 
 
 class ObjectNotFound(UserError):
-    """No object of that key."""
+    """No object has that key."""
 
     def __init__(self, uri: str) -> None:
         super().__init__("ObjectNotFound", f"{uri}: there is no such object; check the address")
@@ -20,22 +20,22 @@ class ObjectNotFound(UserError):
 
 
 class PreconditionFailed(TrainerError):
-    """The object is not (or no longer) what the condition of a put asked for."""
+    """The object does not meet the condition of a request (If-Match, If-None-Match)."""
 
     def __init__(self, uri: str) -> None:
         super().__init__("PreconditionFailed", f"{uri}: changed by another writer")
 
 
 class BeyondTheEnd(TrainerError):
-    """A range that begins where the object has ended."""
+    """The requested range starts at or beyond the end of the object."""
 
     def __init__(self, uri: str) -> None:
-        super().__init__("BeyondTheEnd", f"{uri}: the object is shorter than was asked for")
+        super().__init__("BeyondTheEnd", f"{uri}: the object ends before the requested range")
 
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """What a listing says of an object."""
+    """Entry of a listing."""
 
     uri: str
     size: int
@@ -45,24 +45,24 @@ class ObjectInfo:
 
 @dataclass(frozen=True)
 class FileInfo:
-    """What a reader checks a file by."""
+    """Size and checksum by which a reader verifies a file."""
 
     bytes: int
     sha256: str
 
 
 def file_info(path: Path) -> FileInfo:
-    """Size and sha256 (hexadecimal) of a local file."""
+    """Return size and sha256 (hexadecimal) of a local file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileInfo(path.stat().st_size, digest)
 
 
 def split_uri(uri: str) -> tuple[str, str]:
-    """Bucket and key of an address.
+    """Return bucket and key of an address.
 
     Raises:
-        UserError: where it is not ``s3://bucket/…``.
+        UserError: the address is not ``s3://bucket/…``.
     """
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not uri.startswith("s3://") or not bucket:
@@ -78,4 +78,4 @@ class Credentials:
     secret_key: str
     session_token: str | None = None
     source: str = "the environment"
-    """Where they came from, for messages: "Secret s3-credentials"."""
+    """Origin of the keys, for messages: "Secret s3-credentials"."""

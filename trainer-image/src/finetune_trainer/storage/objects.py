@@ -1,7 +1,7 @@
-"""Object storage of a run: which server each source and the run itself are on.
+"""Object storage of a run: the server of each source and of the run itself.
 
-``Stores`` makes ``ObjectStore``s from a run spec and the environment; ``check_conditions``
-proves that a server is fit to hold a run's HEAD.
+``Stores`` creates ``ObjectStore``s from a run spec and the environment; ``check_conditions``
+verifies that a server can hold a run's HEAD.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ __all__ = [
 class Stores:
     """The object stores of a run, one per storage profile of its run spec.
 
-    Keys come from the environment (``names.storage_env``); a profile without them uses boto3's
-    own chain.
+    Keys come from the environment (``names.storage_env``); a profile without keys uses boto3's
+    credential chain.
 
-    Raises (when a store is first asked for):
-        StorageDenied: 'IncompleteCredentials' where one half of a key pair is given.
+    Raises (at the first use of a store):
+        StorageDenied: 'IncompleteCredentials' if the profile's Secret, or half of a key pair, is
+            missing from the environment.
     """
 
     def __init__(self, run_spec: RunSpec, environ: Mapping[str, str] = os.environ) -> None:
@@ -55,12 +56,12 @@ class Stores:
         self._made: dict[int, ObjectStore] = {}
 
     def hub_token(self, access: StorageAccess | None) -> str | None:
-        """The token for the Hugging Face hub that goes with a source's ``storage`` block."""
+        """Return the Hugging Face hub token of a source's ``storage`` block."""
         profile = self._run_spec.profile_of(access)
         return self._environ.get(storage_env(profile, "HF_TOKEN")) or None
 
     def of(self, access: StorageAccess | None) -> ObjectStore:
-        """The store of a source's ``storage`` block; of ``spec.storage`` where it has none."""
+        """Return the store of a source's ``storage`` block; for None, that of ``spec.storage``."""
         profile = self._run_spec.profile_of(access)
         if profile not in self._made:
             self._made[profile] = self._make(profile)
@@ -95,9 +96,9 @@ class Stores:
 
 
 def check_conditions(store: ObjectStore, prefix_uri: str) -> None:
-    """Proves on a probe object that the server honours conditional writes.
+    """Check with a probe object that the server honours conditional writes.
 
-    Without them two gangs could both believe that they own a run.
+    Without them two attempts could both own a run.
 
     Raises:
         UserError: 'StoreIgnoresConditions'.

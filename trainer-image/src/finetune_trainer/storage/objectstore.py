@@ -1,8 +1,8 @@
-"""One server of object storage: the only module that knows boto3.
+"""Client of an object storage server: the only module that uses boto3.
 
-An ``ObjectStore`` is one storage profile (endpoint, region, keys) and speaks in ``s3://bucket/key``
-addresses. What the server or the network answers becomes an exception of ``failures`` here and
-nowhere else, with the address that was tried and what to check. Import it from ``objects``.
+An ``ObjectStore`` serves one storage profile (endpoint, region, keys) and takes ``s3://bucket/key``
+addresses. All server and network errors are translated here to exceptions of ``failures``, with the
+address and what to check. Import it from ``objects``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from finetune_trainer.storage.objectinfo import (
 )
 from finetune_trainer.storage.objectstream import MemoryFile, Opened, open_stream
 
-# An endpoint that does not answer is told after 4 tries of 5 s and their pauses: under 30 s.
+# An unreachable endpoint is reported after 4 tries of 5 s and their backoff: under 30 s.
 CONNECT_SECONDS: Final = 5
 READ_SECONDS: Final = 60
 TRIES: Final = 4
@@ -50,7 +50,7 @@ TRANSFER: Final = TransferConfig(
     multipart_threshold=16 << 20, multipart_chunksize=16 << 20, max_concurrency=8
 )
 DELETE_BATCH: Final = 1000
-"""Most keys of one DeleteObjects request."""
+"""S3's limit of keys per DeleteObjects request."""
 
 DENIED_CODES: Final = {
     *("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"),
@@ -67,21 +67,21 @@ CONFLICT_CODES: Final = {"PreconditionFailed", "ConditionalRequestConflict", "41
 
 @cache
 def _service_descriptions() -> Any:
-    """botocore's loader of the S3 API's description, shared by all stores: parsing takes 0.2 s."""
+    """Return botocore's loader of the S3 API description, shared because parsing takes 0.2 s."""
     return botocore.session.Session().get_component("data_loader")
 
 
 class ObjectStore:
-    """One way to reach object storage. May be shared by threads.
+    """Client of one storage profile. Thread-safe.
 
-    Every method raises StorageDenied (credentials, permissions, missing bucket) and
-    StorageUnavailable (no answer, overload, after bounded retries) besides what it names.
+    Besides the documented exceptions, every method raises StorageDenied (credentials, permissions,
+    missing bucket) and StorageUnavailable (no response or overload, after bounded retries).
 
     Args:
         endpoint: URL of an S3-compatible server; None: Amazon S3.
         region: region that requests are signed for.
-        credentials: keys; None: boto3's own chain (web identity, instance role), and anonymous
-            access where that finds none.
+        credentials: keys; None: boto3's credential chain (web identity, instance role), or
+            anonymous access if the chain finds none.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class ObjectStore:
             aws_session_token=credentials and credentials.session_token,
             region_name=region,
         )
-        # Not every S3-compatible server takes checksums in trailers; our own sha256 is end to end.
+        # Some S3-compatible servers reject checksums in trailers; our own sha256 is end to end.
         checksums = "when_required" if endpoint else "when_supported"
         config = Config(
             connect_timeout=CONNECT_SECONDS,
@@ -120,15 +120,15 @@ class ObjectStore:
     # --- whole objects -----------------------------------------------------------------------
 
     def get(self, uri: str) -> bytes:
-        """The object's bytes.
+        """Return the object's bytes.
 
         Raises:
-            ObjectNotFound: where there is none.
+            ObjectNotFound: the object does not exist.
         """
         return self.get_tagged(uri)[0]
 
     def get_tagged(self, uri: str) -> tuple[bytes, str]:
-        """The object's bytes and its ETag; raises as ``get``."""
+        """Return the object's bytes and ETag; raise as ``get``."""
         with self._asking("read", uri) as at:
             answer = self._client.get_object(**at)
             return answer["Body"].read(), answer["ETag"]
@@ -141,15 +141,15 @@ class ObjectStore:
         if_match: str | None = None,
         if_absent: bool = False,
     ) -> str:
-        """Writes an object and returns its ETag.
+        """Write an object and return its ETag.
 
         Args:
             if_match: ETag that the object must have now.
-            if_absent: there must be no object now.
+            if_absent: the object must not exist now.
 
         Raises:
-            PreconditionFailed: where the condition does not hold. Retries are made here, so it may
-                be this very put that made it false: read back to tell.
+            PreconditionFailed: the condition does not hold. Requests are retried, so an earlier try
+                of this put may have invalidated the condition: read the object back to find out.
         """
         condition = {"IfMatch": if_match} if if_match else {}
         if if_absent:
@@ -157,11 +157,11 @@ class ObjectStore:
         try:
             with self._asking("write", uri) as at:
                 return str(self._client.put_object(**at, Body=_body(data), **condition)["ETag"])
-        except ObjectNotFound:  # If-Match on an object that is gone
+        except ObjectNotFound:  # If-Match on a missing object
             raise PreconditionFailed(uri) from None
 
     def head(self, uri: str) -> ObjectInfo | None:
-        """Size and ETag, or None where there is no object."""
+        """Return size and ETag, or None if the object does not exist."""
         try:
             with self._asking("look up", uri) as at:
                 answer = self._client.head_object(**at)
@@ -170,8 +170,8 @@ class ObjectStore:
         return ObjectInfo(uri, answer["ContentLength"], answer["ETag"])
 
     def list(self, prefix_uri: str) -> Iterator[ObjectInfo]:
-        """Every object whose address begins with ``prefix_uri``, by key. For a folder, end it
-        with '/'."""
+        """Yield every object whose address begins with ``prefix_uri``, in the order of keys. End
+        the prefix of a folder with '/'."""
         bucket, prefix = split_uri(prefix_uri)
         with self._asking("list", prefix_uri):
             pages = self._client.get_paginator("list_objects_v2")
@@ -180,7 +180,7 @@ class ObjectStore:
                     yield ObjectInfo(f"s3://{bucket}/{item['Key']}", item["Size"], item["ETag"])
 
     def delete(self, uris: Iterable[str]) -> None:
-        """Removes objects; those that are not there count as removed."""
+        """Remove objects; missing ones are ignored."""
         keys: dict[str, list[str]] = {}
         for bucket, key in map(split_uri, uris):
             keys.setdefault(bucket, []).append(key)
@@ -198,14 +198,15 @@ class ObjectStore:
     # --- large objects -----------------------------------------------------------------------
 
     def read_stream(self, uri: str, *, etag: str | None = None) -> BinaryIO:
-        """The object as a seekable file, read as it is asked for; broken connections are mended.
+        """Return the object as a seekable file that is read lazily and resumes after broken
+        connections.
 
         Args:
-            etag: version that is wanted. Absent: the one that is found first, to the end.
+            etag: version to read; None: the version found at the first request.
 
         Raises:
-            ObjectNotFound: where there is none.
-            DataError: 'ObjectChanged', here or from a later read, where it was replaced.
+            ObjectNotFound: the object does not exist.
+            DataError: 'ObjectChanged', here or from a later read, if the object was replaced.
         """
 
         def opener(position: int, version: str | None) -> Opened:
@@ -223,41 +224,41 @@ class ObjectStore:
         return open_stream(opener, etag)
 
     def download(self, uri: str, path: Path) -> None:
-        """Writes the object to a file (whole or not at all), in parallel parts.
+        """Write the object to a file (completely or not at all), in parallel parts.
 
         Raises:
-            ObjectNotFound: where there is none.
+            ObjectNotFound: the object does not exist.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._asking("read", uri) as at:
             self._client.download_file(**at, Filename=str(path), Config=TRANSFER)
 
     def download_into(self, uri: str, file: BinaryIO) -> None:
-        """Writes the object over the beginning of an open file, in parallel parts; where this
-        fails, some of it.
+        """Write the object to the beginning of an open file, in parallel parts; a failure may leave
+        some of them.
 
         Raises:
-            ObjectNotFound: where there is none.
+            ObjectNotFound: the object does not exist.
         """
         with self._asking("read", uri) as at:
             self._client.download_fileobj(**at, Fileobj=file, Config=TRANSFER)
 
     def upload(self, path: Path, uri: str) -> FileInfo:
-        """Writes a file to an object, in parallel parts; hashed meanwhile."""
+        """Write a file to an object, in parallel parts, and hash it meanwhile."""
         with ThreadPoolExecutor(1) as hasher, self._asking("write", uri) as at:
             info = hasher.submit(file_info, path)
             self._client.upload_file(Filename=str(path), **at, Config=TRANSFER)
             return info.result()
 
     def get_range(self, uri: str, start: int, stop: int, *, etag: str | None = None) -> bytes:
-        """Bytes ``start`` to ``stop`` (not included) of an object; fewer where it ends before.
+        """Return bytes ``start`` to ``stop`` (exclusive) of an object; fewer if it ends before.
 
         Args:
-            etag: version that is wanted.
+            etag: version to read.
 
         Raises:
-            ObjectNotFound: where there is none.
-            PreconditionFailed: where it is another version.
+            ObjectNotFound: the object does not exist.
+            PreconditionFailed: the object has another version.
         """
         if start >= stop:
             return b""
@@ -272,19 +273,19 @@ class ObjectStore:
             try:
                 with self._asking("read", uri):
                     return bytes(body.read())
-            except StorageUnavailable:  # the connection broke on the way
+            except StorageUnavailable:  # the connection broke during the transfer
                 if not left:
                     raise
         raise AssertionError("the last try returns or raises")
 
     def begin_parts(self, uri: str) -> str:
-        """Opens an upload in parts and returns its name. There is no object before
+        """Start a multipart upload and return its id. The object exists only after
         ``join_parts``."""
         with self._asking("write", uri) as at:
             return str(self._client.create_multipart_upload(**at)["UploadId"])
 
     def put_part(self, uri: str, upload: str, number: int, data: bytes | memoryview) -> str:
-        """Writes a part (from 1; of 5 MiB or more, but for the last) and returns its ETag."""
+        """Write a part (numbers from 1; at least 5 MiB except the last) and return its ETag."""
         with self._asking("write", uri) as at:
             return str(
                 self._client.upload_part(
@@ -293,8 +294,10 @@ class ObjectStore:
             )
 
     def join_parts(self, uri: str, upload: str, etags: Iterable[str], size: int) -> None:
-        """Makes the parts, by number, the object, of so many bytes. Where the answer is lost, the
-        request is made again, and the upload is no longer known: then the object tells."""
+        """Complete a multipart upload from its parts' ETags, in the order of part numbers.
+
+        After a lost response the request is repeated, and the server may no longer know the upload:
+        an object of ``size`` bytes then counts as success."""
         parts = [{"PartNumber": n, "ETag": etag} for n, etag in enumerate(etags, start=1)]
         with self._asking("write", uri) as at:
             try:
@@ -307,13 +310,12 @@ class ObjectStore:
                     raise
 
     def drop_parts(self, uri: str, upload: str) -> None:
-        """Removes an upload's parts; its object is never there."""
+        """Abort a multipart upload and remove its parts; no object is created."""
         with self._asking("write", uri) as at:
             self._client.abort_multipart_upload(**at, UploadId=upload)
 
     def open_parts(self, prefix_uri: str) -> Iterator[tuple[str, str]]:
-        """Uploads in parts under ``prefix_uri`` (address, name) that were neither joined nor
-        dropped."""
+        """Yield unfinished multipart uploads under ``prefix_uri`` as (address, upload id)."""
         with self._asking("list", prefix_uri) as at:
             pages = self._client.get_paginator("list_multipart_uploads")
             for page in pages.paginate(Bucket=at["Bucket"], Prefix=at["Key"]):
@@ -321,7 +323,7 @@ class ObjectStore:
                     yield f"s3://{at['Bucket']}/{item['Key']}", item["UploadId"]
 
     def create_bucket(self, bucket: str) -> None:
-        """Makes a bucket; no error where it is ours already."""
+        """Create a bucket; no error if this account already owns it."""
         with (
             self._asking("create", f"s3://{bucket}/"),
             suppress(self._client.exceptions.BucketAlreadyOwnedByYou),
@@ -332,7 +334,7 @@ class ObjectStore:
 
     @contextmanager
     def _asking(self, verb: str, uri: str) -> Iterator[dict[str, str]]:
-        """Arguments Bucket and Key of a request; what it raises leaves as a known failure."""
+        """Provide the arguments Bucket and Key of a request; translate the errors of its block."""
         bucket, key = split_uri(uri)
         try:
             yield {"Bucket": bucket, "Key": key}
@@ -355,7 +357,7 @@ class ObjectStore:
             raise self._unreachable(verb, uri, error) from error
 
     def _failure(self, verb: str, uri: str, code: str, text: str) -> TrainerError:
-        """The failure behind an error code of the server."""
+        """Return the exception for a server's error code."""
         bucket, _ = split_uri(uri)
         tried = f"cannot {verb} {uri} at {self._place}: {text}"
         if code in CONFLICT_CODES:
@@ -365,7 +367,7 @@ class ObjectStore:
         if code == "NoSuchBucket" or (code == "404" and self._bucket_is_missing(bucket)):
             return StorageDenied(
                 "BucketNotFound",
-                f"bucket {bucket!r} does not exist at {self._place} (asked for {uri}); create it,"
+                f"bucket {bucket!r} does not exist at {self._place} (needed for {uri}); create it,"
                 " or correct the address or storage.endpoint",
             )
         if code in ("NoSuchKey", "404"):
@@ -381,12 +383,12 @@ class ObjectStore:
             return StorageDenied("WrongRegion", f"{tried}. Correct storage.region")
         if code in OVERLOAD_CODES:
             return StorageUnavailable("StorageOverloaded", tried)
-        if code == "NoSuchUpload":  # ended by the sweep of a newer attempt, say
-            return StorageUnavailable("UploadGone", f"{tried}. Somebody else has ended the upload")
+        if code == "NoSuchUpload":  # for example, aborted by a newer attempt's sweep
+            return StorageUnavailable("UploadGone", f"{tried}. Another process ended the upload")
         return TrainerError("StorageRefused", tried)
 
     def _bucket_is_missing(self, bucket: str) -> bool:
-        """HEAD answers alike for a missing key and a missing bucket: ask for the bucket alone."""
+        """HEAD responds identically for a missing key and a missing bucket: check the bucket."""
         try:
             self._client.head_bucket(Bucket=bucket)
         except errors.ClientError as error:
@@ -408,13 +410,13 @@ class ObjectStore:
 
 
 def _body(data: bytes | memoryview) -> Any:
-    """What boto3 takes for a body; memory that is not bytes is read where it lies."""
+    """Return a request body for boto3; a memoryview is sent without a copy."""
     return data if isinstance(data, bytes) else MemoryFile(data)
 
 
 @dataclass(frozen=True)
 class _MappedBody:
-    """A body whose broken connection is a StorageUnavailable."""
+    """A response body that raises StorageUnavailable on a broken connection."""
 
     body: Any
     store: ObjectStore
@@ -429,8 +431,8 @@ class _MappedBody:
 
 
 def _code(error: errors.ClientError) -> str:
-    """The error code of an answer; of a server in trouble its status, since vendors have codes of
-    their own for that."""
+    """Return the error code of a response; for overload statuses the status itself, because the
+    codes differ between vendors."""
     answer = error.response
     code = str(answer.get("Error", {}).get("Code", ""))
     status = str(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))

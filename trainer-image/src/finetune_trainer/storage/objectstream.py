@@ -1,7 +1,7 @@
-"""Reading one object as a file: from any position, over broken connections, and never a mixture.
+"""Read one object as a file: from any position, across broken connections, in a single version.
 
-Every (re)opened connection asks for the version of the first one (If-Match on its ETag), so an
-object that is replaced while it is read is an error and not a file of two halves.
+Every reopened connection requests the version of the first one (If-Match on its ETag), so an object
+that is replaced during the read raises an error instead of returning a mixture of versions.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from finetune_trainer.failures import StorageUnavailable
 
 BUFFER_BYTES = 1 << 20
 MAX_REOPENS = 5
-"""Connections in a row that may break without having brought a byte."""
+"""Consecutive connections that may break without delivering a byte."""
 
 
 class Body(Protocol):
-    """The body of an answer."""
+    """The body of a response."""
 
     def read(self, amount: int) -> bytes: ...
 
@@ -29,20 +29,20 @@ class Body(Protocol):
 
 @dataclass(frozen=True)
 class Opened:
-    """One connection: the bytes from the asked position on, and what object they are of."""
+    """One connection: the bytes from the requested position on, and the object's size and ETag."""
 
     body: Body
     size: int
-    """Of the whole object, in bytes."""
+    """Size of the whole object in bytes."""
     etag: str
 
 
 Opener = Callable[[int, str | None], Opened]
-"""``open(position, etag)``; raises DataError 'ObjectChanged' where the ETag no longer holds."""
+"""``open(position, etag)``; raises DataError 'ObjectChanged' if the ETag has changed."""
 
 
 class ObjectStream(io.RawIOBase):
-    """A seekable raw stream over an ``Opener``; a reader wants ``open_stream``."""
+    """A seekable raw stream over an ``Opener``; use ``open_stream`` for a buffered one."""
 
     def __init__(self, opener: Opener, etag: str | None) -> None:
         self._opener = opener
@@ -69,10 +69,10 @@ class ObjectStream(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        """Fills from the current position; 0 at the end.
+        """Read from the current position into ``buffer``; return the byte count, 0 at the end.
 
         Raises:
-            StorageUnavailable: after ``MAX_REOPENS`` broken connections in a row.
+            StorageUnavailable: after ``MAX_REOPENS`` reopened connections without a byte.
         """
         for reopened in range(MAX_REOPENS + 1):
             if self._size is not None and self._position >= self._size:
@@ -89,7 +89,7 @@ class ObjectStream(io.RawIOBase):
                 buffer[: len(data)] = data
                 self._position += len(data)
                 return len(data)
-            self._drop()  # ended before the object did: ask for the rest
+            self._drop()  # ended before the object did: request the rest
         raise StorageUnavailable(
             "StorageUnreachable",
             f"the connection ended {MAX_REOPENS} times at byte {self._position} of {self._size}",
@@ -111,14 +111,14 @@ class ObjectStream(io.RawIOBase):
 
 
 def open_stream(opener: Opener, etag: str | None) -> BinaryIO:
-    """A buffered, seekable file of the object."""
+    """Return a buffered, seekable file of the object."""
     return cast(BinaryIO, io.BufferedReader(ObjectStream(opener, etag), BUFFER_BYTES))
 
 
 class MemoryFile(io.RawIOBase):
-    """Memory as a file, of which reads are views: a body that is sent without a copy.
+    """A file over memory whose reads are views: a request body that is sent without a copy.
 
-    ``read`` gives memoryviews, which sockets and hashes take as they take bytes.
+    ``read`` returns memoryviews, which sockets and hashes accept like bytes.
     """
 
     def __init__(self, data: memoryview) -> None:
@@ -140,7 +140,7 @@ class MemoryFile(io.RawIOBase):
         return self._position
 
     def read(self, size: int | None = -1) -> Any:
-        """The next bytes, as a view of the memory."""
+        """Return the next bytes as a view of the memory."""
         stop = len(self._data) if size is None or size < 0 else self._position + size
         found = self._data[self._position : stop]
         self._position += len(found)

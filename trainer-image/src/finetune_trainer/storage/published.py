@@ -1,10 +1,9 @@
-"""Published models: the manifest that makes a folder one, and what a run starts from when it is
-given such a folder.
+"""Published models: their manifest, and the base that a run derives from a published folder.
 
     <destination>/<run>/  manifest.json, merged/ (a whole model) and/or adapter/
 
-A published adapter is always one plain adapter of a whole model (``engine.adaptersum`` sees to
-that), so nothing has to be followed further than to that model.
+A published adapter is always a single adapter of a whole model (``engine.adaptersum`` ensures
+this), so a base has at most one adapter on top of a whole model.
 """
 
 from __future__ import annotations
@@ -31,35 +30,35 @@ MANIFEST: Final = "manifest.json"
 
 
 class PublishedFile(Record):
-    """What a reader checks a file by."""
+    """Size and checksum by which a reader verifies a file."""
 
     bytes: int
-    """Size."""
+    """Size in bytes."""
     sha256: str
-    """Of its bytes, hexadecimal."""
+    """sha256 of the file, hexadecimal."""
 
 
 class Manifest(Record):
     """``manifest.json`` of a published model."""
 
     run: str
-    """Run that made it."""
+    """Run that published the model."""
     job: JobIdentity
-    """Job of the run."""
+    """Job that owns the run."""
     base_model: str
-    """Address of the whole model that the run started from; an adapter is loaded on it."""
+    """Address of the whole model that the run started from, on which an adapter is loaded."""
     method: MethodName
     """Tuning method of the run."""
     lineage: list[Ancestor]
-    """What the run's model was made from, the first base model first."""
+    """Models that the run started from, oldest first."""
     checkpoint: str
-    """Commit that was published."""
+    """Address of the published checkpoint."""
     formats: list[str]
-    """adapter, merged: folders beside this file."""
+    """Folders beside this file: adapter, merged."""
     full_copy_bytes: int = 0
-    """What the weights of a whole model take in the dtype of the base."""
+    """Bytes of a whole model's weights in the dtype of the base."""
     files: dict[str, PublishedFile]
-    """Every other file, by name below this folder."""
+    """All other files, by name relative to the manifest's folder."""
 
     def to_text(self) -> bytes:
         return (json.dumps(self.to_json(), sort_keys=True, indent=1) + "\n").encode()
@@ -67,20 +66,21 @@ class Manifest(Record):
 
 @dataclass(frozen=True)
 class Base:
-    """What a run starts from."""
+    """The model that a run starts from."""
 
     model: ModelLocation
     """A whole model, in Hugging Face layout."""
     lineage: tuple[Ancestor, ...]
-    """All that the run's model is made from, the first base model first."""
+    """Models that the run's model is derived from, oldest first."""
     adapter: ModelLocation | None = None
-    """A published adapter that is merged into it."""
+    """A published adapter to merge into the model."""
     adapter_files: tuple[tuple[str, PublishedFile], ...] = ()
-    """Names of that adapter's files, and what they are checked by."""
+    """The adapter's files by name, with size and checksum."""
 
 
 def read_published(store: ObjectStore, uri: str) -> tuple[Manifest, bytes] | None:
-    """The manifest of a published model and its text, or None where there is no whole one."""
+    """Return a published model's manifest and its text; None if the model is absent or
+    incomplete."""
     try:
         text = store.get(f"{uri}/{MANIFEST}")
     except ObjectNotFound:
@@ -89,12 +89,11 @@ def read_published(store: ObjectStore, uri: str) -> tuple[Manifest, bytes] | Non
 
 
 def find_base(run_spec: RunSpec, stores: Stores) -> Base:
-    """What the run starts from, by the manifest of its base model where that was published by a
-    run.
+    """Return the base of the run, resolved by the base model's manifest if a run published it.
 
     Raises:
-        UserError: 'ModelNotFound' where another job's model is gone; 'BaseChanged' where it is not
-            what the run began with; 'NotMergeable' where its weights cannot be part of a model.
+        UserError: 'ModelNotFound' if a referenced job's model is gone; 'BaseChanged' if it differs
+            from the model that the run began with; 'NotMergeable' if its adapter cannot be merged.
     """
     location = run_spec.base_model
     text = _manifest_text(location, stores)
@@ -152,7 +151,7 @@ def _manifest_text(location: ModelLocation, stores: Stores) -> bytes | None:
 
 
 def _parse(text: bytes | None) -> Manifest | None:
-    """None for what is another program's manifest.json too."""
+    """Return the manifest; None if absent or another program's manifest.json."""
     try:
         return Manifest.model_validate_json(text) if text is not None else None
     except ValidationError:
@@ -164,18 +163,20 @@ def _check_mergeable(location: ModelLocation, manifest: Manifest) -> None:
         return
     raise UserError(
         "NotMergeable",
-        f"{location.source}: {manifest.method} has learned what stands before a text, which no"
-        " weights can hold: no other run can start from it. Tune the first model by LoRA, IA3,"
+        f"{location.source}: {manifest.method} trains virtual tokens, which cannot be merged into"
+        " weights: no other run can start from it. Tune the first model by LoRA, IA3,"
         " Partial or Full, or start from its base model",
     )
 
 
 def fetch_adapter(base: Base, stores: Stores, folder: Path) -> Path | None:
-    """Makes ``folder`` hold the adapter of a base, checked against its manifest; None where it has
-    none.
+    """Fetch the adapter of a base and verify it against its manifest.
+
+    Returns:
+        ``folder``, or the folder on a claim; None if the base has no adapter.
 
     Raises:
-        UserError: 'BaseChanged' where a file is not what was published.
+        UserError: 'BaseChanged' if a file is missing or differs from the published one.
     """
     if base.adapter is None:
         return None

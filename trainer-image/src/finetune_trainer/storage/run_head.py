@@ -1,7 +1,6 @@
-"""``HEAD.json`` and the checkpoints that it names: their form.
+"""Schema of ``HEAD.json`` and of the checkpoints that it names.
 
-Readers trust HEAD, and the sizes and checksums it leads to, and nothing else. ``head`` alone
-moves it.
+Readers trust only HEAD and the sizes and checksums that it names. Only ``claim`` moves HEAD.
 """
 
 from __future__ import annotations
@@ -14,31 +13,31 @@ from finetune_trainer.storage.objects import FileInfo, ObjectNotFound, ObjectSto
 
 
 class Checkpoint(Record):
-    """One checkpoint that is real."""
+    """One valid checkpoint."""
 
     attempt: int
     """Attempt that wrote it."""
     step: int
-    """Optimizer steps done."""
+    """Completed optimizer steps."""
     uri: str
-    """Prefix of its files, without a '/' at the end."""
+    """Prefix of the files, without a trailing '/'."""
     files: dict[str, FileInfo]
-    """What a reader checks each file by (``checkpoint_files``); by name below ``uri``."""
+    """Size and checksum of each file (``checkpoint_files``), by name below ``uri``."""
     metric: float | None = None
-    """Value of spec.checkpoint.metric; absent where it was not measured at this step."""
+    """Value of spec.checkpoint.metric; absent if not measured at this step."""
     created: float
-    """Unix time."""
+    """Unix time in seconds."""
 
 
 class Rollback(Record):
-    """One time that the run went back to an earlier checkpoint (``spec.training.guard``)."""
+    """One return of the run to an earlier checkpoint (``spec.training.guard``)."""
 
     attempt: int
-    """Attempt that went back."""
+    """Attempt that rolled back."""
     skipped: list[int]
-    """The steps in a row whose updates were not made; their samples are left out since."""
+    """Consecutive steps whose updates were skipped; their samples are left out afterwards."""
     skipped_steps: int
-    """All steps of the run whose updates were not made, up to then."""
+    """Skipped steps of the whole run up to then."""
 
 
 class Head(Record):
@@ -49,44 +48,43 @@ class Head(Record):
     attempt: int
     """Attempt that owns the run, from 1."""
     owner: str
-    """Random word of the claim, by which a writer knows its own."""
+    """Random token of the claim, by which an attempt recognizes its own HEAD."""
     revision: int = 1
-    """Gang that the attempt is of (``RunSpec.revision``)."""
+    """Revision that the attempt belongs to (``RunSpec.revision``)."""
     restarts: int
-    """Attempts that took over from one of their own gang that had not released. A gang that
-    replaces another begins with the operator's count: how that one ended is known there."""
+    """Attempts that took over from an unreleased attempt of their own revision. A new revision
+    starts from the operator's count, because the operator knows how the earlier revisions ended."""
     released: bool
-    """Whether the attempt has ended by itself."""
+    """Whether the attempt ended by itself."""
     claimed: float
-    """Unix time at which the attempt took the run."""
+    """Unix time in seconds at which the attempt took the run."""
     training_seconds: float
-    """Wall time of the attempts that have ended."""
+    """Wall time of the ended attempts."""
     lost_seconds: float
-    """Of it, what was lost: from the last checkpoint of an attempt that did not release to its end,
-    as far as that is known (``seen``)."""
+    """Part of ``training_seconds`` that was lost: from the last checkpoint of an unreleased attempt
+    to its end, as estimated by ``heartbeat``."""
     checkpoints: list[Checkpoint]
     """Newest first."""
     best: str | None = None
     """``uri`` of the checkpoint with the best metric."""
     rollbacks: list[Rollback] = Field(default=[])
-    """Each time that the run went back, oldest first; the checkpoints are those that are left of
-    it."""
+    """All rollbacks, oldest first; ``checkpoints`` lacks the checkpoints that they removed."""
 
     @property
     def left_out(self) -> list[int]:
-        """Steps whose samples are left out of all steps."""
+        """Skipped steps whose samples are left out of training."""
         return [step for rollback in self.rollbacks for step in rollback.skipped]
 
 
 class CorruptCheckpoint(TrainerError):
-    """Files of a checkpoint are missing or are not what was committed."""
+    """Files of a checkpoint are missing or differ from the committed ones."""
 
     def __init__(self, uri: str, what: str) -> None:
         super().__init__("CorruptCheckpoint", f"{uri}: {what}; this checkpoint cannot be used")
 
 
 def read_head(store: ObjectStore, run_uri: str) -> tuple[Head, str] | None:
-    """HEAD and its ETag, or None where no attempt has begun."""
+    """Return HEAD and its ETag; None before the first attempt."""
     try:
         text, etag = store.get_tagged(f"{run_uri}/HEAD.json")
     except ObjectNotFound:
@@ -95,15 +93,15 @@ def read_head(store: ObjectStore, run_uri: str) -> tuple[Head, str] | None:
 
 
 def write_head(store: ObjectStore, run_uri: str, head: Head, etag: str | None) -> str:
-    """Writes HEAD where it still has that ETag (None: where there is none); its new ETag.
+    """Write HEAD if it still has that ETag (None: if it does not exist); return the new ETag.
 
     Raises:
-        PreconditionFailed: where it has been moved.
+        PreconditionFailed: another writer moved HEAD.
     """
     text = head.model_dump_json(by_alias=True, exclude_none=True, indent=1)
     return store.put(f"{run_uri}/HEAD.json", text.encode(), if_match=etag, if_absent=etag is None)
 
 
 def checkpoint_uri(run_uri: str, attempt: int, step: int) -> str:
-    """Prefix under which an attempt uploads the files of a checkpoint."""
+    """Return the prefix under which an attempt uploads the files of a checkpoint."""
     return f"{run_uri}/attempt-{attempt}/step-{step:08}"

@@ -1,4 +1,4 @@
-"""The small files of a run in object storage, between the stages: see docs/architecture.md.
+"""The small files of a run that stages exchange in object storage: see docs/architecture.md.
 
 ``prepared.json`` and ``memory-profiles.json`` (prepare → train), ``baseline.json`` (train → train
 of a later attempt) and ``result.json`` (train → publish).
@@ -16,24 +16,24 @@ from finetune_trainer.storage.objects import ObjectStore
 
 
 class CurvePoint(Record):
-    """One log point of the training."""
+    """One logged point of the training curve."""
 
     step: int
     """Optimizer steps done."""
     data_stage: str | None = None
-    """Name of the stage of ``data.stages`` that the last step belongs to, where there are some."""
+    """Stage of ``data.stages`` that the last step belongs to, if there are stages."""
     loss: float
-    """Training loss per supervised token since the point before, nats."""
+    """Training loss since the previous point, nats per supervised token."""
     learning_rate: float
     """Learning rate of the last step."""
     gradient_norm: float
     """Norm of the last step's gradient before clipping."""
     by_source: dict[str, float] = Field(default={})
-    """Training loss by training set, where there are several."""
+    """Training loss by training set, if there are several."""
     anchor_kl: float | None = None
-    """Divergence from the untuned model per supervised token of replay sets, where it is held."""
+    """KL(base || tuned), nats per supervised token of replay sets, with training.anchor."""
     router_loss: float | None = None
-    """Router loss of a mixture of experts, where it is trained."""
+    """Router loss of a mixture of experts, if it is trained."""
 
 
 class ValidationPoint(Record):
@@ -48,39 +48,39 @@ class ValidationPoint(Record):
 
 
 class Example(Record):
-    """One test sample with what the two models answer."""
+    """One test sample with the answers of both models."""
 
     prompt: str
-    """What both read."""
+    """Prompt for both models."""
     reference: str
-    """The right answer."""
+    """The correct answer."""
     base: str
-    """Answer of the model as it was."""
+    """Answer of the base model."""
     tuned: str
     """Answer of the tuned model."""
 
 
 class SampleOrigin(Record):
-    """Where a training sample is found."""
+    """Position of a training sample in the prepared data."""
 
     data_set: str
     """Name of its set."""
     number: int
-    """Its number in the set, from 1: prepared samples are counted in the order of the data, without
-    records that were held out or left out."""
+    """Number in the set, from 1: prepared samples in the order of the data, without records that
+    were held out or dropped."""
     shard: str
-    """File below the address of the prepared data that has its tokens."""
+    """Shard with its tokens, relative to the address of the prepared data."""
     row: int
-    """Row in that file, from 0."""
+    """Row in the shard, from 0."""
 
 
 class SetBaseline(Record):
-    """BaseLogits scores of one test set, and its first answers."""
+    """Scores of the base model on one test set, and its first answers."""
 
     name: str
     """Name of the set."""
     samples: int
-    """Samples measured."""
+    """Number of evaluated samples."""
     metrics: Metrics
     """Scores."""
     answers: list[str]
@@ -88,40 +88,40 @@ class SetBaseline(Record):
 
 
 class Baseline(Record):
-    """What the untuned model scores; measured once a run."""
+    """Scores of the base model, measured once per run."""
 
     sets: list[SetBaseline]
-    """By test set."""
+    """One entry per test set."""
 
 
 class RunResult(Record):
-    """What the gang leaves for publish."""
+    """Result of training, read by publish."""
 
     summary: TrainSummary
     """As in the termination message."""
     lineage: list[Ancestor]
-    """What the model is made from, the first base model first."""
+    """Models that the tuned model is derived from, oldest first."""
     curve: list[CurvePoint]
-    """Training loss."""
+    """Training curve."""
     validation: list[ValidationPoint]
-    """Validation on the way."""
+    """Validation metrics during training."""
     examples: dict[str, list[Example]]
-    """Some answers by test set."""
+    """Example answers by test set."""
     quarantined: list[SampleOrigin] = Field(default=[])
-    """The first of the samples that were left out when the run went back."""
+    """The first samples that rollbacks left out."""
     versions: dict[str, str]
-    """Versions of the packages that matter."""
+    """Versions of the relevant packages."""
     processes: int
-    """Processes of the attempt that finished."""
+    """Training processes of the attempt that finished."""
     device: str
-    """What they ran on."""
+    """Device of these processes."""
 
 
 def read_prepared(store: ObjectStore, run_uri: str) -> PreparedSummary:
-    """Which data this run uses.
+    """Return the summary of the prepared data that this run uses.
 
     Raises:
-        ObjectNotFound: where prepare has not ended.
+        ObjectNotFound: prepare has not finished.
     """
     return PreparedSummary.model_validate_json(store.get(f"{run_uri}/prepared.json"))
 
@@ -131,8 +131,7 @@ def write_prepared(store: ObjectStore, run_uri: str, summary: PreparedSummary) -
 
 
 def read_memory_profiles(store: ObjectStore, run_uri: str) -> bytes | None:
-    """What was measured of the model, as ``engine.rehearsals`` writes it; None where it is not
-    there."""
+    """Return the memory profiles of the model as ``ProfileCache`` writes them; None if absent."""
     uri = f"{run_uri}/memory-profiles.json"
     return store.get(uri) if store.head(uri) else None
 
@@ -142,7 +141,7 @@ def write_memory_profiles(store: ObjectStore, run_uri: str, text: bytes) -> None
 
 
 def read_baseline(store: ObjectStore, run_uri: str) -> Baseline | None:
-    """The untuned scores, or None where they were not measured yet."""
+    """Return the base model's scores, or None before they are measured."""
     uri = f"{run_uri}/baseline.json"
     return Baseline.model_validate_json(store.get(uri)) if store.head(uri) else None
 
@@ -152,10 +151,10 @@ def write_baseline(store: ObjectStore, run_uri: str, baseline: Baseline) -> None
 
 
 def read_result(store: ObjectStore, run_uri: str) -> RunResult:
-    """What train left.
+    """Return the result of training.
 
     Raises:
-        ObjectNotFound: where train has not ended.
+        ObjectNotFound: training has not finished.
     """
     return RunResult.model_validate_json(store.get(f"{run_uri}/result.json"))
 

@@ -1,9 +1,9 @@
-"""An S3 server of our own on loopback: SeaweedFS, from its wheel, for ``finetune run`` and tests.
+"""Embedded S3 server on loopback: SeaweedFS, from its wheel, for ``finetune run`` and tests.
 
 ``weed mini`` is master, volume, filer and S3 gateway in one process (ready in under a second).
-Every port it opens is chosen free, and stated: two servers never meet. The process dies with the
-thread that started it, a second server on the same folder is refused, and one that a killed run
-left behind is stopped first.
+Every port is chosen free and passed explicitly, so that two servers never connect to each other.
+The process dies with the thread that started it. A second server on the same folder is refused; a
+server left behind by a killed run is stopped first.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from finetune_trainer.failures import StorageUnavailable, TrainerError, UserErro
 from finetune_trainer.storage.objects import Credentials, ObjectStore
 
 HOST: Final = "127.0.0.1"
-# Below the range from which Linux takes the ports of outgoing connections.
+# Below Linux's range of ephemeral ports.
 PORT_RANGE: Final = range(15000, 32000)
 PORTS: Final = tuple(
     f"{part}.port{kind}" for part in ("master", "volume", "filer", "s3", "admin")
@@ -37,9 +37,9 @@ PORTS: Final = tuple(
 READY_SECONDS: Final = 30
 STOP_SECONDS: Final = 15
 STARTS: Final = 3
-"""Tries: a port may be taken between being chosen and being opened."""
+"""Start attempts: a port may be taken between its choice and its use."""
 
-# Asks the kernel to kill this process with its parent, then becomes the server.
+# prctl(PR_SET_PDEATHSIG): the kernel kills this process with its parent. Then exec the server.
 LAUNCHER: Final = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -51,14 +51,14 @@ os.execv(sys.argv[2], sys.argv[2:])
 class EmbeddedS3:
     """A running S3 server: ``with EmbeddedS3(folder) as s3: s3.store()…``.
 
-    Enter it in a thread that lives as long as the server shall.
+    Enter the context in a thread that outlives the server: the server dies with that thread.
 
     Args:
-        folder: where its data, credentials and log are kept; made if it is not there.
+        folder: folder of data, credentials and log; created if absent.
 
     Raises (on entering):
-        UserError: 'StorageInUse' where another process serves this folder.
-        StorageUnavailable: 'StorageNotStarted' with the end of its log.
+        UserError: 'StorageInUse' if another process serves this folder.
+        StorageUnavailable: 'StorageNotStarted' with the end of the server's log.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -94,16 +94,16 @@ class EmbeddedS3:
         return self.folder / "server.log"
 
     def store(self) -> ObjectStore:
-        """A new client of this server."""
+        """Return a new client of this server."""
         keys = Credentials(self.access_key, self.secret_key, None, "the embedded server's keys")
         return ObjectStore(self.endpoint, credentials=keys)
 
     def ensure_bucket(self, bucket: str) -> None:
-        """Makes a bucket where it is not there yet. Names have 3 characters or more."""
+        """Create a bucket if it is absent. Names have at least 3 characters."""
         self.store().create_bucket(bucket)
 
     def stop(self) -> None:
-        """Ends the server and gives the folder back; harmless when it does not run."""
+        """Stop the server and release the folder; no effect if it does not run."""
         if self._process is not None:
             self._process.terminate()
             try:
@@ -137,7 +137,7 @@ class EmbeddedS3:
             ) from None
 
     def _stop_leftover(self) -> None:
-        """We hold the folder, so a server that still runs on it has lost its owner."""
+        """Kill a server that still runs on the locked folder: its owner is dead."""
         try:
             pid = int(self._pid_file.read_text())
             command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
@@ -151,7 +151,7 @@ class EmbeddedS3:
             time.sleep(0.02)
 
     def _credentials(self) -> tuple[str, str]:
-        """The folder's keys: made once, kept with the data."""
+        """Return the folder's keys, generated once and stored with the data."""
         path = self.folder / "credentials.json"
         if not path.exists():
             keys = {"access": secrets.token_hex(10), "secret": secrets.token_urlsafe(30)}
@@ -187,7 +187,7 @@ class EmbeddedS3:
             "s3.port.lance": 0,
             "s3.autoCreateBucket": "false",  # a missing bucket is an error, as elsewhere
             "volume.preStopSeconds": 0,
-            "volume.max": 100_000,  # each bucket takes some; nothing is allocated ahead
+            "volume.max": 100_000,  # each bucket takes some; none is preallocated
             "filer.localSocket": self.folder / "filer.sock",
             "s3.localSocket": self.folder / "s3.sock",
             **ports,
@@ -202,11 +202,12 @@ class EmbeddedS3:
                 stderr=log,
                 env={**os.environ, **keys, "HOME": str(self.folder)},
                 cwd=self.folder,
-                start_new_session=True,  # a Ctrl-C is for the run, which ends the server last
+                start_new_session=True,  # Ctrl-C reaches only the run, which stops the server last
             )
 
     def _wait_ready(self, port: int) -> bool:
-        """Whether it serves an authenticated request before it dies or time is up."""
+        """Return whether the server handles an authenticated request before it dies or times
+        out."""
         assert self._process is not None
         deadline = time.monotonic() + READY_SECONDS
         while time.monotonic() < deadline and self._process.poll() is None:
@@ -224,7 +225,7 @@ class EmbeddedS3:
 
 
 def _runs(pid: int) -> bool:
-    """Whether the process holds anything: one that nobody has reaped yet does not."""
+    """Return whether the process runs; a zombie, which holds no resources, does not."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -233,7 +234,7 @@ def _runs(pid: int) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Different TCP ports that nothing listens on (a moment ago)."""
+    """Return distinct TCP ports that were free a moment ago."""
     held: list[socket.socket] = []
     try:
         while len(held) < count:
@@ -251,7 +252,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def find_weed() -> Path:
-    """The server's program, which its wheel puts beside this interpreter.
+    """Return the path of the ``weed`` program, which its wheel installs beside the interpreter.
 
     Raises:
         UserError: 'StorageNotInstalled'.

@@ -1,10 +1,9 @@
-"""The weights of a model, tensor by tensor: of files on this machine, or of objects that are read
-by ranges.
+"""Read a model's weights tensor by tensor, from local files or from byte ranges of objects.
 
-    safetensors file    length of its header, header (name → type, shape, bytes), bytes
+    safetensors file    header length, header (name → dtype, shape, byte offsets), tensor bytes
 
-Nothing is read but the headers before a tensor is asked for, and of a tensor only the rows that are
-asked for, in parallel. So a process of a gang reads its own shards, and nothing lies on a disk.
+Only the headers are read up front; of a tensor only the requested rows are read, in parallel. So
+each rank reads only its own shards, and needs no disk.
 """
 
 from __future__ import annotations
@@ -34,15 +33,15 @@ from finetune_trainer.storage.objects import (
 )
 
 PART_BYTES: Final = 16 << 20
-"""Of one request, at most."""
+"""Largest size of one request."""
 PARALLEL: Final = 16
-"""Requests at a time."""
+"""Requests in parallel."""
 HEAD_BYTES: Final = 256 << 10
-"""Read at once of the beginning of an object: most headers are shorter."""
+"""Size of the first request to an object: most headers are shorter."""
 
 
 class Slice(Protocol):
-    """A tensor that is read as it is indexed, as safetensors' own and transformers expect it."""
+    """A tensor that is read when indexed: safetensors' slice interface, as transformers uses it."""
 
     def get_shape(self) -> list[int]: ...
 
@@ -52,16 +51,16 @@ class Slice(Protocol):
 
 
 class Weights(Mapping[str, Slice]):
-    """Tensors by name. May be read by threads.
+    """Lazily read tensors by name. Thread-safe.
 
-    Libraries read tensors in threads of theirs, and may make something else of what these raise:
-    ``reading`` raises it after all.
+    Libraries read tensors in their own threads and may replace the exceptions of these reads;
+    ``reading`` raises the original exception.
     """
 
     def __init__(self, slices: Mapping[str, Slice], keep: Any = None) -> None:
         """
         Args:
-            keep: what the slices read from, to be held as long as these.
+            keep: resources of the slices, referenced for as long as the slices.
         """
         self._slices = dict(slices)
         self._keep = keep
@@ -69,22 +68,22 @@ class Weights(Mapping[str, Slice]):
 
     @classmethod
     def of_folder(cls, folder: Path) -> Weights:
-        """Of a whole model's folder, mapped into memory."""
+        """Open the weight files of a model's folder, mapped into memory."""
         return cls.of_files(weight_files(folder))
 
     @classmethod
     def of_files(cls, paths: Iterable[Path]) -> Weights:
-        """Of safetensors files, mapped into memory."""
+        """Open safetensors files, mapped into memory."""
         files: list[Any] = [safe_open(path, "pt") for path in paths]
         return cls({name: file.get_slice(name) for file in files for name in file.keys()}, files)  # noqa: SIM118
 
     @classmethod
     def of_objects(cls, store: ObjectStore, objects: Iterable[ObjectInfo]) -> Weights:
-        """Of objects in a version; the headers are read here.
+        """Open safetensors objects in the listed versions; read their headers.
 
         Raises:
-            UserError: 'ModelChanged' where one was replaced (later reads raise it too),
-                'UnreadableModel' where one is no safetensors file.
+            UserError: 'ModelChanged' if an object was replaced (also raised by later reads),
+                'UnreadableModel' if an object is not a safetensors file.
         """
         pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="weights")
         made = cls({}, pool)
@@ -98,10 +97,10 @@ class Weights(Mapping[str, Slice]):
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Raises at the end the first failure of a reading within.
+        """Raise the first failure of any read at the end of the context.
 
         Raises:
-            TrainerError: of the storage; 'ModelChanged'.
+            TrainerError: a storage failure, or 'ModelChanged'.
         """
         try:
             yield
@@ -110,7 +109,7 @@ class Weights(Mapping[str, Slice]):
                 raise self._failure
 
     def failed(self, error: TrainerError) -> None:
-        """Keep a failure for ``reading``."""
+        """Record a failure for ``reading``; the first one counts."""
         self._failure = self._failure or error
 
     def __getitem__(self, name: str) -> Slice:
@@ -124,7 +123,7 @@ class Weights(Mapping[str, Slice]):
 
 
 def model_changed(info: ObjectInfo) -> UserError:
-    """An object is no longer what was listed."""
+    """Return the error for an object that differs from the listing."""
     return UserError(
         "ModelChanged",
         f"{info.uri}: the object was replaced or removed while the model was read; make sure that"
@@ -141,7 +140,7 @@ class _Object:
     pool: ThreadPoolExecutor
 
     def tensors(self, of: Weights) -> Iterator[tuple[str, Slice]]:
-        """What its header names."""
+        """Yield the tensors that the header names."""
         uri, size = self.info.uri, self.info.size
         head = self.request(0, min(HEAD_BYTES, size))
         try:
@@ -156,7 +155,7 @@ class _Object:
                 start, stop = (8 + length + offset for offset in entry["data_offsets"])
                 tensor = _Tensor(self, of, start, tuple(entry["shape"]), entry["dtype"])
                 if stop > size or stop - start != tensor.bytes:
-                    raise ValueError(f"{name} lies at bytes {start} to {stop} of {size}")
+                    raise ValueError(f"{name} is at bytes {start} to {stop} of {size}")
                 yield name, tensor
         except (ValueError, KeyError, TypeError, struct.error) as error:
             raise UserError(
@@ -165,7 +164,7 @@ class _Object:
             ) from error
 
     def request(self, start: int, stop: int) -> bytes:
-        """Bytes of the object, by one request."""
+        """Return bytes of the object, read by one request."""
         try:
             data = self.store.get_range(self.info.uri, start, stop, etag=self.info.etag)
         except (PreconditionFailed, ObjectNotFound):
@@ -175,7 +174,7 @@ class _Object:
         return data
 
     def read(self, start: int, stop: int) -> bytearray:
-        """Bytes of the object, by several requests at a time where they are many."""
+        """Return bytes of the object, read by parallel requests of ``PART_BYTES``."""
         room = bytearray(stop - start)
 
         def fill(low: int) -> None:
@@ -192,12 +191,12 @@ class _Object:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor of an object."""
+    """A tensor in an object."""
 
     file: _Object
     of: Weights
     start: int
-    """Its first byte."""
+    """Offset of its first byte in the object."""
     shape: tuple[int, ...]
     dtype: str
 
@@ -212,8 +211,7 @@ class _Tensor:
         return self.dtype
 
     def __getitem__(self, index: Any) -> Tensor:
-        """What is indexed; of the outermost dimension only the rows that a slice of it names are
-        read."""
+        """Return the indexed part. A slice of the outermost dimension reads only its rows."""
         first, *rest = index if isinstance(index, tuple) else (index,)
         if not self.shape or not isinstance(first, slice):
             return self._rows(0, math.prod(self.shape[:1]))[index]
@@ -222,7 +220,7 @@ class _Tensor:
         return rows[(slice(None, None, step), *rest)]
 
     def _rows(self, low: int, high: int) -> Tensor:
-        """Rows of the outermost dimension; of a tensor without one, itself."""
+        """Return rows of the outermost dimension; a scalar tensor is returned whole."""
         kind = str_to_torch_dtype[self.dtype]
         shape = (high - low, *self.shape[1:]) if self.shape else ()
         row = math.prod(self.shape[1:]) * kind.itemsize

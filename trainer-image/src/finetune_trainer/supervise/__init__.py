@@ -1,1 +1,1 @@
-"""Main process of a training pod: starts the workers through torchrun and reports how they ended."""
+"""Main process of a training pod: starts the workers by torchrun and reports how they ended."""

@@ -1,6 +1,6 @@
 """Descendant processes of this one, found through /proc on Linux.
 
-torchrun starts each worker in a session of its own, so killing a Unix process group would miss them.
+torchrun starts each worker in its own session, so killing a Unix process group would miss them.
 On other systems no descendants are found.
 """
 
@@ -85,8 +85,8 @@ def oom_kills() -> int | None:
 
 
 def _memory_files() -> list[tuple[Path, str]]:
-    """Return the files of cgroup v1 and v2 with OOM-kill counters: those of this process's own group
-    (visible on a host), then those at the mount's root (in a container)."""
+    """Return the files of cgroup v1 and v2 with OOM-kill counters: of this process's own group
+    (visible on a host) and at the mount's root (in a container)."""
     root = Path("/sys/fs/cgroup")
     own: dict[str, str] = {}
     try:

@@ -188,8 +188,8 @@ class Supervisor:
         )
 
     def _wait(self, process: subprocess.Popen[bytes]) -> None:
-        """Wait for the agent to end. After a stop request, return immediately if no workers run; else
-        pass the request to the workers and return when the grace period ends."""
+        """Wait for the agent to end. After a stop request: return immediately if no workers run,
+        else pass the request on and wait at most until the grace period ends."""
         while process.poll() is None:
             if self._kill_at is not None:
                 if not self._formed() or time.monotonic() >= self._kill_at:

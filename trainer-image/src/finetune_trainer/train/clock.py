@@ -81,7 +81,7 @@ class Clock:
         session.telemetry.seconds.labels(part).inc(seconds)
         self._mark = time.perf_counter()
 
-    def committed(self) -> None:
+    def checkpoint_saved(self) -> None:
         self._commit = time.perf_counter()
         self.steps_since_checkpoint = 0
 
@@ -110,5 +110,5 @@ class Clock:
         return self._operations / self._busy / self._peak
 
     def remaining(self, steps: int) -> float:
-        """Return the expected seconds of ``steps``, with evaluations and checkpoints in proportion."""
+        """Return the expected seconds of ``steps``, including evaluations and checkpoints."""
         return self.elapsed() / self._steps * steps if self._steps else 0.0

@@ -1,9 +1,9 @@
 """The training loop, from top to bottom.
 
-    plan → feed → step → (log) → (evaluate → commit) … → test → result
+    plan → feed → step → (log) → (evaluate) → (save checkpoint) … → test → result
 
-Everything it uses is built in ``session``; what it must not forget lives in ``LoopState``, which
-each checkpoint carries.
+``session`` builds everything that the loop uses. ``LoopState`` is what a resumed run needs to know,
+and is part of each checkpoint.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from finetune_trainer.evaluate.measure import overall
 from finetune_trainer.evaluate.scores import GENERATED, better
 from finetune_trainer.failures import Interrupted
 from finetune_trainer.storage.runfiles import CurvePoint, ValidationPoint
+from finetune_trainer.train.checkpoint_policy import StepFacts, decide_checkpoint
 from finetune_trainer.train.clock import Clock
 from finetune_trainer.train.final import measure_base, test_and_write_result
 from finetune_trainer.train.garbage import collected_between_steps
@@ -39,14 +40,14 @@ from finetune_trainer.train.stopping import raise_if_stopping
 
 
 def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
-    """Train to the end, or save and stop when asked to.
+    """Train to the end, or save the state and stop on request.
 
     Raises:
-        Interrupted: after a stop was asked for and the state was committed.
-        Diverged: where the loss is no longer a number.
-        Fenced: where a newer attempt has taken the run.
-        StorageUnavailable: where storage took none of several checkpoints in a row, or not the
-        last.
+        Interrupted: when a stop was requested, after the state was saved.
+        Diverged: where the loss stays non-finite or spikes, after the rollbacks that the spec
+            allows.
+        Fenced: where a newer attempt has claimed the run.
+        StorageUnavailable: where storage failed for several checkpoints in a row, or for the last.
     """
     total = steps_of(session.spec, len(session.plan.lengths))
     session.evaluator.stop_requested = stop_requested
@@ -76,18 +77,18 @@ def take_steps(
     session: Session, state: LoopState, total: int, clock: Clock,
     stop_requested: Callable[[], bool], after_step: Callable[[int], None],
 ) -> None:  # fmt: skip
-    """Train from the state's step to the end, to where early stopping ends it, or to a stop.
+    """Train from the state's step to the end, to early stopping, or to a requested stop.
 
     Raises:
         TooManySkipped: on all ranks together.
         Interrupted: as ``train``.
     """
-    spec, world = session.spec, session.world
+    spec, world, checkpointer = session.spec, session.world, session.checkpointer
     evaluate_at = evaluation_steps(spec, total)
     log_every = log_interval(total)
     agreement = Agreement(world)
     session.guard.resume(state.guard)
-    rollbacks = len(session.checkpointer.head.rollbacks)
+    rollbacks = len(checkpointer.head.rollbacks)
     factor = float(spec.training.guard.rollback_factor) ** rollbacks
     if (state.step in evaluate_at or state.step == total) and not was_measured(session, state):
         evaluate(session, state, clock, force=state.step == total)
@@ -108,39 +109,42 @@ def take_steps(
 
             if state.step % log_every == 0 or state.step == total:
                 log(session, state, rate, norm, clock)
-            by_step = session.checkpointer.due_by_step(state.step)
-            stop, late, failed = agreement.exchange(
-                stop_requested(), session.checkpointer.due_by_time(clock.since_checkpoint()),
-                session.checkpointer.failed,
+            stop, due_by_time, upload_failed = agreement.exchange(
+                stop_requested(), checkpointer.due_by_time(clock.since_checkpoint()),
+                checkpointer.failed,
             )  # fmt: skip
-            # The answer to a wish comes a step later: one that was met since is old, and what has
-            # failed may be another checkpoint than the one on its way.
-            fresh, last = clock.steps_since_checkpoint > 1, stop or state.step == total
-            if failed and fresh and not last:
-                session.checkpointer.abandon_failed_upload()
+            action = decide_checkpoint(
+                StepFacts(
+                    state.step, total, state.step in evaluate_at,
+                    checkpointer.due_by_step(state.step), due_by_time, stop, upload_failed,
+                    clock.steps_since_checkpoint,
+                )
+            )  # fmt: skip
+            if action.abandon_upload:
+                checkpointer.abandon_failed_upload()
             log_checkpoints(session)
-            if state.step in evaluate_at or state.step == total:
-                evaluate(session, state, clock, force=last)
-            elif stop or (late and fresh) or by_step:
-                commit(session, state, clock, force=stop)
-            if stop and state.step < total:
+            if action.evaluate:
+                evaluate(session, state, clock, force=action.force)
+            elif action.save:
+                save_checkpoint(session, state, clock, force=action.force)
+            if action.stop:
                 agreement.settle()
-                session.checkpointer.settle()
+                checkpointer.settle()
                 raise Interrupted(
-                    "Interrupted", f"stopped as asked; step {state.step} of {total} is saved"
+                    "Interrupted", f"stopped on request; step {state.step} of {total} is saved"
                 )
     agreement.settle()
 
 
 def log(session: Session, state: LoopState, rate: float, norm: Tensor, clock: Clock) -> None:
-    """Add a point to the learning curve and tell it.
+    """Add a point to the learning curve and publish it in metrics, progress and log.
 
     Raises:
         TooManySkipped: on all ranks together.
     """
     read_guard(session, state)
     figures = state.take_figures(session.world.sum)
-    if figures is None:  # no step was taken: there is nothing to tell
+    if figures is None:  # all steps since the last point were skipped
         return
     loss, anchor_kl = figures.loss, figures.anchor_kl
     balanced = float(session.spec.training.router_aux_loss_coefficient) > 0
@@ -194,8 +198,11 @@ def log(session: Session, state: LoopState, rate: float, norm: Tensor, clock: Cl
 
 
 def evaluate(session: Session, state: LoopState, clock: Clock, *, force: bool) -> None:
-    """Measure the validation sets, watch for early stopping, and commit the step (``force``: as
-    ``commit`` has it)."""
+    """Measure the validation sets, decide about early stopping, and save the step.
+
+    Args:
+        force: as in ``save_checkpoint``.
+    """
     spec, telemetry = session.spec, session.telemetry
     began = time.perf_counter()
     telemetry.say(stage="Evaluating", step=state.step)
@@ -207,8 +214,8 @@ def evaluate(session: Session, state: LoopState, clock: Clock, *, force: bool) -
         results = session.evaluator.sets(
             "validation", session.metrics_of_sets("validation", only or ["Loss"])
         )
-    except Interrupted:  # who goes on from this checkpoint measures it
-        commit(session, state, clock, force=True)
+    except Interrupted:  # the resumed run evaluates this step
+        save_checkpoint(session, state, clock, force=True)
         session.checkpointer.settle()
         raise
     if results:
@@ -222,14 +229,14 @@ def evaluate(session: Session, state: LoopState, clock: Clock, *, force: bool) -
             telemetry.validation_loss.labels(result.name).set(result.metrics["Loss"])
         watch_early_stopping(session, state, metrics)
     clock.count(session, "evaluation", time.perf_counter() - began)
-    commit(session, state, clock, force=force or state.stopped_early)
+    save_checkpoint(session, state, clock, force=force or state.stopped_early)
 
 
 def was_measured(session: Session, state: LoopState) -> bool:
-    """Whether nothing is left to measure of the step that a run goes on from: it may have been
-    stopped in the middle of it."""
-    there_are = session.data.set_names("validation")
-    return not there_are or any(point.step == state.step for point in state.validation)
+    """Whether the evaluation of the resumed step is complete: the attempt before may have been
+    stopped during it."""
+    sets = session.data.set_names("validation")
+    return not sets or any(point.step == state.step for point in state.validation)
 
 
 def watch_early_stopping(session: Session, state: LoopState, metrics: dict[str, float]) -> None:
@@ -246,16 +253,18 @@ def watch_early_stopping(session: Session, state: LoopState, metrics: dict[str, 
     state.stopped_early = state.without_improvement >= rule.patience
 
 
-def commit(session: Session, state: LoopState, clock: Clock, *, force: bool) -> None:
-    """Have the state of this step made the newest checkpoint of the run.
+def save_checkpoint(session: Session, state: LoopState, clock: Clock, *, force: bool) -> None:
+    """Begin the checkpoint of this step; training continues while it is uploaded.
 
-    While steps are being skipped the weights are in doubt: the checkpoint is left to a later step,
-    so that those from before are not pruned, unless it is the last chance (``force``). That one is
-    tried too where storage took none of several before it.
+    While steps are being skipped the weights are doubtful. No checkpoint is saved then, so that
+    older ones are not pruned.
+
+    Args:
+        force: save nevertheless, and also after repeated storage failures: no later step can.
 
     Raises:
         TooManySkipped: on all ranks together.
-        StorageUnavailable, Fenced: as ``CheckpointManager.commit``, of the checkpoint before.
+        StorageUnavailable, Fenced: as ``CheckpointManager.save``, of the checkpoint before.
     """
     read_guard(session, state)
     if state.skipped and not force:
@@ -266,13 +275,14 @@ def commit(session: Session, state: LoopState, clock: Clock, *, force: bool) -> 
     state.gather(session.world.sum)
     session.checkpointer.save(session.loss.model, session.optimizers, state, last=force)
     log_checkpoints(session)
-    clock.committed()
+    clock.checkpoint_saved()
     clock.count(session, "checkpoint", time.perf_counter() - began)
     telemetry.say(stage="Training")
 
 
 def log_checkpoints(session: Session) -> None:
-    """Say which commits there are, when another has become real, and how many were given up."""
+    """Publish the newest and best checkpoint once an upload is complete, and the number of
+    abandoned ones."""
     checkpointer, telemetry = session.checkpointer, session.telemetry
     if checkpointer.settled():
         telemetry.say(

@@ -66,7 +66,7 @@ def roll_back(session: Session, state: LoopState, streak: list[Skipped]) -> Loop
     )
     found = checkpointer.rewind(session.loss.model, session.optimizers, rollback)
     if found is None:
-        raise Diverged(reason, f"{why}, and there is no checkpoint from before. {remedy}")
+        raise Diverged(reason, f"{why}, and there is no earlier checkpoint. {remedy}")
     session.telemetry.rollbacks.inc()
     if session.world.is_main:
         print(f"{why}: back to step {found.step}, without the samples of these steps", flush=True)

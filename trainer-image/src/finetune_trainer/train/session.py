@@ -98,8 +98,7 @@ class Session:
         return self.run_spec.spec
 
     def metrics_of_sets(self, split: Side, only: Sequence[Metric] = ()) -> dict[str, list[Metric]]:
-        """Return the metrics of each set of a split. With ``only``, generated metrics are limited to
-        these."""
+        """Return the metrics of each set of a split; ``only`` limits the generated metrics."""
         wanted = {}
         for entry in self.data.manifest.sets:
             if entry.split != split:
@@ -213,7 +212,7 @@ def open_session(
 
 
 def weight_anchor(spec: FineTuneJobSpec, optimizers: Optimizers) -> WeightAnchor | None:
-    """Return the anchor to the base model's weights, or None if the spec has no L2 coefficient. Call
+    """Return the anchor to the base model's weights; None: the spec has no L2 coefficient. Call
     before a checkpoint is restored, while the weights are still those of the base model."""
     coefficient = float(spec.training.anchor.l2_coefficient)
     return WeightAnchor(optimizers, coefficient) if coefficient else None

@@ -61,8 +61,8 @@ class LoopState:
     local: Tensor | None = None
     """This rank's sums since the last ``gather``, on the device; not saved."""
     unjudged: dict[int, int] = field(default_factory=dict)
-    """Tokens by step, for steps whose guard result was not read yet; not saved: it is read before each
-    checkpoint."""
+    """Tokens by step, of the steps whose guard result was not read yet. Not saved: the results are
+    read before each checkpoint."""
 
     def advance(self, sums: Tensor, tokens: int) -> None:
         """Record a step with this rank's sums."""
@@ -72,7 +72,7 @@ class LoopState:
         self.local = sums if self.local is None else self.local + sums
 
     def gather(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Add the sums of all ranks to ``pending``, identical on all ranks. Synchronizes the device."""
+        """Add the sums of all ranks to ``pending``, on every rank. Synchronizes the device."""
         if self.local is None:  # true on all ranks alike: they do the same steps
             return
         sums = total(self.local.cpu()).tolist()
@@ -81,7 +81,7 @@ class LoopState:
         self.local = None
 
     def take_figures(self, total: Callable[[Tensor], Tensor]) -> Figures | None:
-        """Return the means since the last log point (None: no step was taken) and reset the sums."""
+        """Return the means since the last log point and reset them; None: no step was taken."""
         self.gather(total)
         sums, self.pending, self.logged = self.pending, [], self.step
         if not sums or not sums[1]:

@@ -66,12 +66,13 @@ def optimizer_step(session: Session, batch: StepTensors, rate: float) -> tuple[T
 def generator_seed(session: Session, batch: StepTensors, turn: int) -> int:
     """Return the seed of torch's generators, on all devices, for a rank's micro-batch of a step.
 
-    Dropout and noise use keys (``dropout``) instead of generators. Some models draw from a generator
+    Dropout and noise use keys (``dropout``) instead of generators, but some models draw from one
     themselves (the router of PhiMoE samples experts). The seed depends on the run's seed, the step
     and the micro-batch's first sample. So checkpoints need no generator state, and a resumed run
-    draws the same values.
+    draws the same values at any number of ranks.
     """
-    ranks, world = batch.plan.micro_batches, session.world  # a context-parallel group counts as one rank of the plan
+    # A context-parallel group counts as one rank of the plan.
+    ranks, world = batch.plan.micro_batches, session.world
     micro_batch = ranks[world.rank * len(ranks) // world.size][turn]
     key = f"{session.plan.seed} {batch.plan.number} {micro_batch[0] if micro_batch else -1}"
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "big")

@@ -69,9 +69,7 @@ class Telemetry:
         self.tokens = counter("tokens", "Real tokens trained, all ranks")
         self.samples = counter("samples", "Samples trained, all ranks")
         self.skipped_steps = counter("skipped_steps", "Steps whose update the guard skipped")
-        self.rollbacks = counter(
-            "rollbacks", "Rollbacks to an earlier checkpoint"
-        )
+        self.rollbacks = counter("rollbacks", "Rollbacks to an earlier checkpoint")
         self.checkpoints_abandoned = counter(
             "checkpoints_abandoned",
             "Checkpoints abandoned because storage failed, while training continued",
@@ -129,7 +127,7 @@ class Telemetry:
         self._set_late("anchor_kl", text, divergence)
 
     def set_router_loss(self, loss: float) -> None:
-        """Set the router loss of a mixture of experts. If it is not trained the series is absent."""
+        """Set the router loss of a mixture of experts. If untrained, the series is absent."""
         self._set_late("router_loss", "Router loss before its coefficient", loss)
 
     def _set_late(self, name: str, text: str, value: float) -> None:

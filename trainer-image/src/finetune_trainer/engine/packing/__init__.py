@@ -1,1 +1,1 @@
-"""A row of tokens: where its documents lie, its way to the device, what it attends to."""
+"""Micro-batches: layout of their documents, transfer to the device, attention and dropout."""

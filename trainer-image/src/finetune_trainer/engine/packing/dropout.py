@@ -1,9 +1,9 @@
-"""Dropout that depends on what is trained, not on who trains it.
+"""Dropout keyed by the sample, independent of the process that trains it.
 
 The mask of an element is a hash of (seed, step, sample, position in the document, layer, feature).
-So it is the same at any number of processes, under any packing, in a recomputation and after a
-resume, and no generator state has to be kept. On a GPU one kernel computes and applies the mask
-(``fuseddropout``); elsewhere PyTorch's operators do, with the same masks.
+Masks are therefore the same at any number of processes, under any packing, in recomputation and
+after a resume, and no generator state is saved. On a GPU one Triton kernel computes and applies
+the mask (``fuseddropout``); elsewhere PyTorch operators do, with the same masks.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from finetune_trainer.engine.packing.layout import DocumentLayout, current_layou
 
 _MASK32 = 0xFFFFFFFF
 _NOISE_LAYER = 0
-"""Dropouts count from 1."""
+"""Layer number of the NEFTune noise; dropouts count from 1."""
 _BLOCKS = frozenset(("self_attn", "attention", "mlp", "feed_forward", "fc2"))
-"""Names of attention and feed-forward blocks, or of the last layer of one that has no module of its
-own (OPT)."""
+"""Module names of attention and feed-forward blocks; ``fc2`` is the last layer of a feed-forward
+block that has no module of its own (OPT)."""
 
 
 def draws(spec: FineTuneJobSpec) -> bool:
-    """Whether training under a spec draws dropout or noise: its rows then need keys."""
+    """Return whether training under a spec draws dropout or noise, so that micro-batches need
+    dropout keys."""
     lora = spec.method.lora
     return (
         float(spec.training.dropout) > 0
@@ -37,7 +38,7 @@ def draws(spec: FineTuneJobSpec) -> bool:
 
 
 def token_keys(seed: int, step: int, sample: int, length: int) -> npt.NDArray[np.int32]:
-    """Key of each token of a document in a step: 32 random bits, shape [length].
+    """Return the dropout key of each token of a document in a step: 32 random bits, shape [length].
 
     SplitMix64 finalizer (Steele et al. 2014) over the mixed integers.
     """
@@ -56,26 +57,26 @@ def _splitmix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def _signed(bits: int) -> int:
-    """The int32 with the same 32 bits."""
+    """Return the int32 with the same 32 bits."""
     return (bits & _MASK32) - ((bits & 0x80000000) << 1)
 
 
 def salt_of(layer: int) -> int:
-    """32 bits, as an int32, that make the numbers of a layer its own."""
+    """Return the salt of a layer: 32 bits, as an int32, so that layers draw different values."""
     return _signed(layer * 0x9E3779B1)
 
 
 def keep_mask(keys: Tensor, features: int, salt: Tensor | int, probability: float) -> Tensor:
-    """Which elements are kept: bool, shape [*keys.shape, features]."""
+    """Return which elements are kept: bool, shape [*keys.shape, features]."""
     return draw(keys, features, salt) >= int(probability * 2**32) - 2**31
 
 
 def draw(keys: Tensor, features: int, salt: Tensor | int) -> Tensor:
-    """Random numbers of the elements of a layer, uniform over all of int32; shape
+    """Return random values of a layer's elements, uniform over all of int32; shape
     [*keys.shape, features].
 
-    The finalizer of MurmurHash3 (32 bit) in int32, whose products wrap around as those of unsigned
-    integers do; the last operation shifts the range from [0, 2**32) to [-2**31, 2**31).
+    MurmurHash3 finalizer (32 bit) in int32, where products wrap around as in unsigned integers.
+    The last operation shifts the range from [0, 2**32) to [-2**31, 2**31).
     """
     feature = torch.arange(1, features + 1, device=keys.device, dtype=torch.int32)
     h = (keys[..., None] ^ salt) + feature * _signed(0x85EBCA77)
@@ -88,19 +89,21 @@ def draw(keys: Tensor, features: int, salt: Tensor | int) -> Tensor:
 
 
 def _shifted(h: Tensor, bits: int) -> Tensor:
-    """Shifted right as an unsigned integer: int32 would repeat the sign."""
+    """Shift right as an unsigned integer; an int32 shift would repeat the sign bit."""
     return (h >> bits) & ((1 << (32 - bits)) - 1)
 
 
 class KeyedDropout(nn.Module):
-    """Drops elements of [rows, tokens, features] or [tokens, features], and of what is pooled of
-    the documents of a padded row, [documents, features], by the keys of the row in work.
+    """Dropout by the keys of the current layout.
 
-    Outside of a training row (evaluation, generation) it does nothing.
+    Input: [documents, tokens, features] (a packed sequence is [1, tokens, features]), [tokens,
+    features], or the pooled vectors of a padded micro-batch, [documents, features]. The module is
+    the identity in evaluation mode and outside of ``layout_context`` (generation).
     """
 
     p = 0.0
-    """What attention reads, to drop probabilities by itself: those are not dropped, by no key."""
+    """Read by attention modules that drop probabilities themselves. Attention probabilities have no
+    keys, so they are not dropped."""
 
     def __init__(self, probability: float, layer: int) -> None:
         super().__init__()
@@ -122,7 +125,7 @@ class KeyedDropout(nn.Module):
             dropped: Tensor = keyed_dropout(x, keys, self.salt, self.probability)
             return dropped
         keep = keep_mask(keys, x.shape[-1], self.salt, self.probability)
-        # Virtual tokens before a document (prompt tuning) have no keys, and are kept.
+        # Virtual tokens before a document (prompt tuning) have no keys and are kept.
         scaled = x / (1.0 - self.probability)
         if missing := x.shape[-2] - keep.shape[-2]:
             keep = pad(keep, (0, 0, missing, 0), value=True)
@@ -134,14 +137,15 @@ class KeyedDropout(nn.Module):
 
 
 def _keys_of(x: Tensor, layout: DocumentLayout) -> Tensor | None:
-    """Keys of the vectors of ``x``, shape [documents, tokens] or [vectors]; None where the vectors
-    are neither tokens nor documents. (Attention probabilities, four dimensions, are not dropped.)
+    """Return the keys of the vectors of ``x``, shape [documents, tokens] or [vectors]; None where
+    the vectors are neither tokens nor documents. (Attention probabilities, four dimensions, are
+    not dropped.)
 
     Raises:
-        RuntimeError: where the row was built without keys.
+        RuntimeError: where the micro-batch was built without keys.
     """
     if layout.dropout_keys is None:
-        raise RuntimeError("a row without keys cannot be dropped from: build it with keyed=True")
+        raise RuntimeError("dropout in a micro-batch without keys: build it with keyed=True")
     if x.ndim == 3:
         return layout.dropout_keys.view(len(x), -1)
     known = (layout.dropout_keys, layout.document_dropout_keys) if x.ndim == 2 else ()
@@ -149,16 +153,16 @@ def _keys_of(x: Tensor, layout: DocumentLayout) -> Tensor | None:
 
 
 def key_dropouts(model: nn.Module, block_probability: float) -> int:
-    """Make every dropout of a model keyed, and add dropout behind its attention and feed-forward
-    blocks where the model has none of its own there (as Llama-like models do not).
+    """Replace every dropout of a model by keyed dropout. Where the model has none (Llama-like
+    models), add dropout after its attention and feed-forward blocks.
 
-    ``nn.Dropout`` modules keep their probability if it is the adapter's, else they get
-    ``block_probability``. Returns the number of those that got it, or were added with it.
+    An adapter's ``nn.Dropout`` keeps its probability; the others get ``block_probability``. Returns
+    the number of dropouts with ``block_probability``, replaced or added.
     """
     count = blocks = 0
     for name, module in list(model.named_modules()):
         for child_name, child in list(module.named_children()):
-            # Some models leave a place for a dropout empty where its probability is 0.
+            # Some models have an Identity in place of a dropout of probability 0.
             empty = type(child) is nn.Identity and child_name.endswith(("drop", "dropout"))
             if type(child) is not nn.Dropout and not empty:
                 continue
@@ -177,15 +181,15 @@ def key_dropouts(model: nn.Module, block_probability: float) -> int:
 
 
 def add_noise(embedding: nn.Module, alpha: float) -> None:
-    """Noise on what an embedding gives, while training (NEFTune; see
-    ``spec.training.neftuneAlpha``): drawn as dropout is, by the keys of the row in work."""
+    """Add noise to an embedding's output in training (NEFTune; see ``spec.training.neftuneAlpha``),
+    drawn like dropout by the keys of the current layout."""
 
     def hook(module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
         layout = current_layout()
         if not module.training or layout is None:
             return output
         if layout.dropout_keys is None or layout.lengths is None:
-            raise RuntimeError("a row without keys has no noise: build it with keyed=True")
+            raise RuntimeError("noise in a micro-batch without keys: build it with keyed=True")
         width = output.shape[-1]
         noise = draw(layout.dropout_keys, width, salt_of(_NOISE_LAYER)).double() * 2.0**-31
         size = alpha / (layout.lengths * width).double().sqrt()

@@ -1,4 +1,4 @@
-"""The Triton kernel of keyed dropout, see ``fuseddropout``."""
+"""Triton kernel of keyed dropout, see ``fuseddropout``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import triton.language as tl
 from torch import Tensor
 
 _LARGEST_BLOCK: Final = 1024
-"""Features of one program of the kernel."""
+"""Most features per program of the kernel."""
 
 
 def drop(x: Tensor, keys: Tensor, salt: Tensor, probability: float, out: Tensor) -> None:
-    """Write what is left of ``x`` to ``out``; arguments as of ``fuseddropout.keyed_dropout``, all
+    """Write ``x`` after dropout to ``out``; arguments as of ``fuseddropout.keyed_dropout``, all
     contiguous, none empty."""
     tokens, features = x.shape[-2:]
     block = min(_LARGEST_BLOCK, triton.next_power_of_2(features))

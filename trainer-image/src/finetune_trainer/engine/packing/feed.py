@@ -1,8 +1,8 @@
-"""The feed: from a plan's rows to tensors, ahead of the step that needs them.
+"""The feed: turns a plan's micro-batches into tensors, ahead of the step that needs them.
 
-A background thread reads samples and builds rows for the coming steps, so that the device does not
-wait for data; how long it did wait is counted. What still later steps will read is said in advance,
-so that it is fetched meanwhile.
+A background thread reads samples and builds micro-batches for the next steps, so that the device
+does not wait for data; any wait is measured. The samples of still later steps are announced, so
+that they are prefetched.
 """
 
 from __future__ import annotations
@@ -32,53 +32,56 @@ from finetune_trainer.prepared.dataset import TokenSample
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One row on the device, or this process's share of one (see ``context``). A row without
-    documents holds padding alone and predicts nothing."""
+    """One micro-batch on the device, or this process's share of it under context parallelism (see
+    ``context``). A micro-batch without documents holds only padding and predicts nothing."""
 
     input_ids: Tensor
     """Token ids."""
     labels: Tensor
-    """What is learned, shape [supervised]."""
+    """Targets of the loss, shape [supervised]."""
     layout: DocumentLayout
-    """Where the documents lie."""
+    """Document boundaries and dropout keys."""
     sources: Tensor
-    """Number of the source of each label, shape [supervised]."""
+    """Source index of each label, shape [supervised]."""
 
 
 @dataclass(frozen=True)
 class TokenMicroBatch(MicroBatch):
-    """Documents one after the other, shape [1, tokens], or one below the other, padded to the
-    longest, shape [documents, longest]; ``labels`` are tokens."""
+    """A packed sequence, shape [1, tokens], or documents padded to the longest, shape
+    [documents, longest]; ``labels`` are token ids."""
 
     position_ids: Tensor
-    """Positions that restart at each document; as ``input_ids``."""
+    """Positions, restarting at each document; shape of ``input_ids``."""
     predict: Tensor
     """Positions in the flattened ``input_ids`` whose next token is a label, shape [supervised]."""
     sources_here: npt.NDArray[np.int64]
-    """As ``sources``, on the host: what depends on them waits for no device."""
+    """``sources`` on the host, so that reading them does not wait for the device."""
     replay: Replay | None = None
-    """Its replay documents, where any rank's row of this turn has some and they are wanted."""
+    """Replay documents; None where the feed builds none, or where no rank's micro-batch of this
+    turn has any."""
     attention_mask: Tensor | None = None
-    """1 where there is a token, 0 where there is padding, as ``input_ids``; None: no padding."""
+    """1 for tokens, 0 for padding, shape of ``input_ids``; None: no padding."""
 
     @property
     def is_padded(self) -> bool:
-        """Whether documents stand one below the other: the model's own attention takes them."""
+        """Whether documents are padded, so that the model's own attention runs."""
         return not self.layout.spans
 
 
 @dataclass(frozen=True)
 class Replay:
-    """The replay documents of a row, as the untuned model reads them."""
+    """The replay documents of a micro-batch, as input of the base model."""
 
     micro_batch: TokenMicroBatch
-    """They alone; where processes share rows, the whole row, with their labels alone."""
+    """The replay documents alone. With context parallelism: the whole micro-batch, with only the
+    labels of the replay documents."""
     at: Tensor
-    """Their supervised tokens among those of the whole row, in the same order; shape [replayed]."""
+    """Indices of the replay labels among all labels of the micro-batch, in the same order; shape
+    [replayed]."""
 
 
 class MicroBatchBuilder(Protocol):
-    """Makes a row of samples; of none, one that predicts nothing."""
+    """Builds a micro-batch of samples; without samples, one that predicts nothing."""
 
     def __call__(
         self,
@@ -94,15 +97,15 @@ class MicroBatchBuilder(Protocol):
 
 
 class StaticShape(NamedTuple):
-    """One shape for all rows, as torch.compile wants it."""
+    """One shape for all micro-batches, for torch.compile."""
 
     micro_batch_tokens: int
-    """Tokens of every row, padding included."""
+    """Tokens of every micro-batch, padding included."""
     longest: int
     """Tokens of the longest document, padding included."""
 
     def padding(self, tokens: int) -> list[int]:
-        """Sizes of the documents of padding that fill a row."""
+        """Return the lengths of the padding documents that fill a micro-batch."""
         missing = max(self.micro_batch_tokens - tokens, 0)
         whole, rest = divmod(missing, self.longest)
         return [self.longest] * whole + [rest] * bool(rest)
@@ -120,14 +123,14 @@ def build_packed(
     context: ContextGroup = ALONE,
     shape: StaticShape | None = None,
 ) -> TokenMicroBatch:
-    """Concatenate documents to a row.
+    """Concatenate documents to a packed sequence.
 
     Args:
-        positions: of the samples in the index, by which dropout is keyed.
-        sources: number of the source of each; None: 0.
-        keyed: whether dropout or noise is drawn in this row, and so wants keys.
-        context: the processes that share the row.
-        shape: that the row is padded to, by documents that nothing is learned from.
+        positions: index positions of the samples, part of the dropout keys.
+        sources: source index of each sample; None: 0.
+        keyed: whether to make dropout keys, which dropout and noise need.
+        context: the processes that share the micro-batch.
+        shape: shape to pad to, with documents without supervised tokens.
 
     Token j of a document is predicted from token j - 1 of the same document, so the first token
     of a document is never predicted, supervised or not.
@@ -146,7 +149,7 @@ def build_packed(
             sources.append(0)
     lengths = [len(s.ids) for s in samples]
     ids = np.concatenate([s.ids for s in samples]).astype(np.int64)
-    # What is predicted at each place: the supervised token behind it.
+    # Each position predicts the next token, if that token is supervised.
     predicts = np.concatenate([np.append(s.supervised[1:], False) for s in samples])
     following = np.append(ids[1:], 0)
     source = np.repeat(np.asarray(sources, np.int64), lengths)
@@ -186,39 +189,44 @@ def build_packed(
 
 @dataclass(frozen=True)
 class StepTensors:
-    """What one rank computes in one step."""
+    """Input of one rank for one step."""
 
     plan: Step
     micro_batches: list[MicroBatch]
     wait: Wait
-    """How long the step waited for its data."""
+    """Time that the step waited for its data."""
 
 
 @dataclass(frozen=True)
 class _Ready:
-    """A step whose tensors are on their way to the device."""
+    """A step whose tensors are being copied to the device."""
 
     plan: Step
     micro_batches: list[MicroBatch]
     copied: torch.cuda.Event | None
-    """When they are there; None: they are."""
+    """Event after the copies; None: nothing is being copied."""
 
 
 Reader = Callable[[Sequence[int]], list[TokenSample]]
 Expect = Callable[[Sequence[int]], object]
 
 EXPECTED: Final = 2
-"""Steps behind the one that is read whose samples are said in advance."""
+"""Number of steps after the one being read whose samples are announced in advance."""
 
 
 class Feed:
-    """Steps of a plan as tensors of one rank, from ``start`` to ``end``, in rows that ``build``
-    makes. Processes that share rows have one rank in the plan; ``replay`` says by source whether
-    its documents are wanted apart too (empty: none). ``expect`` is told early of the positions that
-    will be read, and must not wait.
+    """Steps ``start`` to ``end`` (excluded) of a plan as tensors of one rank. Processes that share
+    micro-batches have one rank in the plan.
 
-    Iterating yields ``StepTensors``; a fault of the reading thread is raised where the step that
-    needs the data begins.
+    Args:
+        read: reads samples by index position.
+        build: builds the micro-batches.
+        replay: by source, whether its documents are also built as ``Replay``; empty: none.
+        expect: receives positions before they are read; must not block.
+        ahead: steps that are built ahead.
+
+    Iterating yields ``StepTensors``. An error of the reading thread is raised at the first step
+    whose data is missing.
     """
 
     def __init__(
@@ -282,7 +290,8 @@ class Feed:
             self._queue.put(error)
 
     def _planned(self) -> Iterator[Step]:
-        """The steps; of each, and of those behind it, the samples have been said in advance."""
+        """Yield the steps, each after announcing its samples and those of the ``EXPECTED`` steps
+        after it."""
         coming: deque[Step] = deque()
         for number in self._range:
             coming.append(self._plan.step(number))
@@ -311,26 +320,26 @@ class Feed:
 
         def with_replay(turn: int, micro_batch: MicroBatchSamples) -> MicroBatch:
             built = build(self._build, micro_batch)
-            # By the plan, and so alike on all ranks: in shards all take part in every pass.
+            # Decided by the plan, so identically on all ranks: FSDP needs all ranks in every pass.
             if self._replay is None or not any(
                 self._of_replay(micro_batches[turn]) for micro_batches in step.micro_batches
             ):
                 return built
-            assert isinstance(built, TokenMicroBatch), "outputs of tokens are what is anchored"
+            assert isinstance(built, TokenMicroBatch), "only token outputs are anchored"
             at = on_device(np.flatnonzero(self._replay[built.sources_here]), self._device)
             if built.layout.wanted is None:
                 alone = self._build if built.is_padded else partial(build_packed, keyed=False)
                 apart = build(alone, self._of_replay(micro_batch))
                 assert isinstance(apart, TokenMicroBatch)
                 return replace(built, replay=Replay(apart, at))
-            # Of a shorter row this process would hold other tokens: the whole one is read again.
+            # The share of a shorter micro-batch would hold other tokens, so reuse the whole one.
             again = replace(built, predict=built.predict[at], labels=built.labels[at])
             return replace(built, replay=Replay(again, at))
 
         return [with_replay(turn, micro_batch) for turn, micro_batch in enumerate(mine)]
 
     def _of_replay(self, micro_batch: MicroBatchSamples) -> MicroBatchSamples:
-        """The documents of a row that are of replay sources."""
+        """Return the documents of a micro-batch that belong to replay sources."""
         return tuple(
             p
             for p in micro_batch

@@ -1,7 +1,7 @@
-"""Keyed dropout as one Triton kernel: the mask is computed where it is applied, in the forward pass
-and again in the backward pass, so that neither masks nor intermediate integers reach memory.
+"""Keyed dropout as one Triton kernel.
 
-The kernel draws the same 32-bit numbers as ``dropout.draw``.
+The kernel computes the mask in the forward pass and again in the backward pass, so neither masks
+nor intermediate integers are stored in memory. It draws the same 32 bits as ``dropout.draw``.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ HAS_TRITON: Final = find_spec("triton") is not None
 
 
 def has_kernel(x: Tensor) -> bool:
-    """Whether a tensor is dropped by the kernel."""
+    """Return whether the kernel supports a tensor."""
     return HAS_TRITON and x.is_cuda
 
 
 @torch.library.custom_op("finetune::keyed_dropout", mutates_args=())
 def keyed_dropout(x: Tensor, keys: Tensor, salt: Tensor, probability: float) -> Tensor:
-    """Zeros for the elements that are dropped, the others over the probability that they are kept.
+    """Zero the dropped elements, and divide the others by the probability of being kept.
 
     Args:
         x: floating, shape [documents, tokens, features] or [vectors, features].
         keys: int32 (32 random bits), shape [documents, tokens with a key] or [vectors]; tokens
-            without a key stand first, and are kept.
-        salt: of the layer, int32, no dimension.
-        probability: of being dropped, at least 0 and below 1.
+            without a key (virtual tokens) precede the others and are kept.
+        salt: salt of the layer, int32, zero-dimensional.
+        probability: probability of being dropped, at least 0 and below 1.
     """
     from finetune_trainer.engine.packing.dropoutkernel import drop  # Triton is slow to import
 

@@ -1,8 +1,8 @@
-"""Documents side by side in one row of tokens, that cannot see each other.
+"""Packed sequences: documents concatenated in one sequence, isolated from each other.
 
-Positions restart at each document, and attention runs document by document (``attention``), as the
-row's layout says. Outside of a row the registered attention is transformers' own ``sdpa``, so
-generation needs no switch.
+Positions restart at each document, and attention runs document by document (``attention``), by the
+micro-batch's layout. Outside of ``layout_context`` the registered attention is transformers' own
+``sdpa``, so generation needs no switch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 ATTENTION: Final = "finetune_documents"
 
 Attend = Callable[[DocumentLayout, Tensor, Tensor, Tensor, float | None, int | None], Tensor]
-"""Attention of a row, as ``attention.attend``."""
+"""Attention under a layout, as ``attention.attend``."""
 
 
 def install() -> None:
@@ -39,7 +39,8 @@ def install() -> None:
 
 
 def register(name: str, within: Attend) -> None:
-    """Register an attention with transformers: ``within`` in a row, ``sdpa`` outside of one."""
+    """Register an attention with transformers: ``within`` inside ``layout_context``, ``sdpa``
+    outside."""
 
     def attention(
         module: torch.nn.Module,
@@ -70,7 +71,7 @@ def register(name: str, within: Attend) -> None:
 
 
 def attends_documents(model: PreTrainedModel) -> bool:
-    """Whether a model's attention is one that was registered here."""
+    """Return whether a model's attention was registered by ``register``."""
     return ALL_MASK_ATTENTION_FUNCTIONS.get(model.config._attn_implementation) is _mask
 
 
@@ -82,7 +83,7 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
 
 
 def _check(module: torch.nn.Module, mask: Tensor | None, keywords: dict[str, Any]) -> None:
-    """Refuse what the attention of a row would leave out.
+    """Refuse arguments that attention of packed sequences would ignore.
 
     Raises:
         UserError: 'UnsuitableModel'.
@@ -93,20 +94,20 @@ def _check(module: torch.nn.Module, mask: Tensor | None, keywords: dict[str, Any
     if strange:
         raise UserError(
             "UnsuitableModel",
-            f"spec.model: a {type(module).__name__} asks its attention for {', '.join(strange)},"
-            " which it cannot have in a packed sequence; give another model, or set method.type to"
-            " PromptTuning or PrefixTuning, whose samples are not packed but padded",
+            f"spec.model: a {type(module).__name__} passes {', '.join(strange)} to its attention,"
+            " which packed sequences do not support; use another model, or set method.type to"
+            " PromptTuning or PrefixTuning, whose samples are padded instead of packed",
         )
 
 
-# Layers that carry state along the row (recurrent, convolutional) would leak from document to
-# document force the attention does.
+# Layers that carry state along the sequence (recurrent, convolutional) would leak from document to
+# document, regardless of the attention.
 _STATEFUL: Final = ("mamba", "rwkv", "rglru", "lightning", "shortconv", "deltanet", "ssm")
 _LAYER_TYPES: Final = {"full_attention", "sliding_attention"}
 
 
 def _rotary(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """Settings of the rotary positions of a model, of all its kinds of layers."""
+    """Return the rotary embedding settings of a model, of all its layer types."""
     found: list[dict[str, Any]] = []
     module: Any
     for module in model.modules():
@@ -117,8 +118,8 @@ def _rotary(model: torch.nn.Module) -> list[dict[str, Any]]:
 
 
 def reach(model: PreTrainedModel) -> float:
-    """Most tokens of documents that may share a row. Some models have other rotary frequencies for
-    longer ones, and the longest of a row would choose them for all."""
+    """Return the most tokens of a document that may share a micro-batch. Longrope models use other
+    rotary frequencies for longer documents; the longest document would set those of all."""
     return min(
         (
             kind["original_max_position_embeddings"]
@@ -130,22 +131,22 @@ def reach(model: PreTrainedModel) -> float:
 
 
 def counts_positions(model: torch.nn.Module) -> bool:
-    """Whether a model's positions are not those of a row, which begin at 0: some count theirs from
-    behind the padding token's, and must be let."""
+    """Return whether a model must compute its own position ids: some (RoBERTa) count from after the
+    padding token's id, not from 0 as micro-batches do."""
     return any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())
 
 
 def can_pad(model: PreTrainedModel) -> bool:
-    """Whether a document of this model, padded at its end to the length of another, is computed as
-    it is alone. Language models look back only, and where there is padding they are given a mask;
-    but some choose rotary frequencies by the longest document of a batch."""
+    """Return whether padding a document at its end keeps its outputs. Language models are causal
+    and get a mask where there is padding, but some (dynamic RoPE) choose rotary frequencies by the
+    longest document of a batch."""
     return not any(kind["rope_type"] == "dynamic" for kind in _rotary(model))
 
 
 def can_pack(model: PreTrainedModel) -> bool:
-    """Whether documents in one row of this model are kept apart by positions and attention, and
-    each is attended as the model's own attention would (``probe``). A document of others is
-    padded, or has a row of its own, and the model's own kernels."""
+    """Return whether positions and attention isolate packed documents of this model, and
+    ``attention.attend`` computes the model's own attention (``probe``). Documents of other models
+    are padded or unpacked, and run with the model's own kernels."""
     if not getattr(model, "_supports_attention_backend", False):
         return False
     if not getattr(model, "_supports_sdpa", False) or getattr(model, "_is_stateful", False):
@@ -157,7 +158,7 @@ def can_pack(model: PreTrainedModel) -> bool:
         return False
     if any(isinstance(module, torch.nn.Conv1d) for module in model.modules()):
         return False
-    if any(kind["rope_type"] == "dynamic" for kind in _rotary(model)):  # new ones for any length
+    if any(kind["rope_type"] == "dynamic" for kind in _rotary(model)):  # depends on the length
         return False
     if counts_positions(model) or "position_ids" not in inspect.signature(model.forward).parameters:
         return False

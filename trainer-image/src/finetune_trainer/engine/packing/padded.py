@@ -1,8 +1,7 @@
-"""Documents one below the other, each padded at its end to the longest.
+"""Padded micro-batches: each document is padded at its end to the longest.
 
-For models and methods whose documents cannot stand in one packed sequence. Each document is
-attended by the model's own kernels, which never look from a token to what stands behind it, or are
-given a mask where there is padding.
+For models and methods whose documents cannot be packed. The model's own kernels attend each
+document; they are causal, or get a mask where there is padding.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Padded:
-    """Some documents of one shape, on the host."""
+    """Documents padded to one length; token ids and mask on the host."""
 
     ids: Ints
-    """Shape [documents, longest]; 0 where there is padding."""
+    """Shape [documents, longest]; 0 for padding."""
     mask: Ints
-    """1 where there is a token, 0 where there is padding; as ``ids``."""
+    """1 for tokens, 0 for padding; shape of ``ids``."""
     layout: DocumentLayout
 
     @property
@@ -46,7 +45,7 @@ def pad_documents(
     device: torch.device,
     keyed: bool,
 ) -> Padded:
-    """Pad documents to the longest; of none, one token of padding."""
+    """Pad documents to the longest; without documents, return a single unsupervised token."""
     if not samples:
         samples, positions = [TokenSample(np.zeros(1, np.int32), np.zeros(1, np.bool_))], [0]
     lengths = [len(s.ids) for s in samples]
@@ -79,7 +78,8 @@ def build_padded_tokens(
     device: torch.device,
     keyed: bool = True,
 ) -> TokenMicroBatch:
-    """Padded documents whose supervised tokens are predicted; arguments as of ``build_packed``."""
+    """Build a padded micro-batch that predicts supervised tokens; arguments as of
+    ``build_packed``."""
     padded = pad_documents(samples, positions, seed, step, device, keyed)
     documents, longest = padded.ids.shape
     predicts = np.zeros(padded.ids.shape, np.bool_)

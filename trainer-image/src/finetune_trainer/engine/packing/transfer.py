@@ -1,7 +1,7 @@
-"""The way of a row's arrays to the device, beside the computation.
+"""Copies of a micro-batch's arrays to the device, overlapped with computation.
 
-thread of the feed:  arrays → pinned memory → copies on a stream of their own → event
-training loop:       its stream waits for the event; the host waits for nothing
+feed thread:    arrays → pinned memory → copies on a separate stream → event
+training loop:  its stream waits for the event; the host does not wait
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch import Tensor
 
 
 def on_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """A tensor of an array's values. To a GPU they are copied from pinned memory, on the stream of
-    this thread, and nothing waits for them."""
+    """Return a tensor of an array's values. The copy to a GPU is asynchronous: from pinned memory,
+    on this thread's current stream."""
     made = torch.from_numpy(np.ascontiguousarray(values))
     return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
 
 
 class Wait(Protocol):
-    """How long a step has waited for its data."""
+    """Time that a step waited for its data."""
 
     def seconds(self) -> float | None:
-        """None: the device has not got there yet."""
+        """Return the time in seconds; None: the device has not reached the step yet."""
 
 
 @dataclass(frozen=True)
 class HostWait:
-    """By the clock of the host, where the host computes."""
+    """Wait by the clock of the host, for computation on the CPU."""
 
     took: float
 
@@ -42,8 +42,9 @@ class HostWait:
 
 @dataclass(frozen=True)
 class DeviceWait:
-    """By the clock of the device: from when it had nothing left to do, or was told to wait, to when
-    the data was there. The host may wait for data long before the device is out of work."""
+    """Wait by the clock of the device: from ``began``, which the device reaches when its earlier
+    work is done, until the data has arrived. (The host may wait for data long before the device is
+    out of work.)"""
 
     began: torch.cuda.Event
     ended: torch.cuda.Event
@@ -55,7 +56,7 @@ class DeviceWait:
 
 
 class CopyStream:
-    """A stream of a GPU for copies alone; on a CPU there is none."""
+    """A CUDA stream for copies only; without a GPU, a no-op."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream: Any = None
@@ -63,35 +64,35 @@ class CopyStream:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def copying(self) -> AbstractContextManager[Any]:
-        """While the calling thread makes tensors, they are copied on this stream."""
+        """Run the copies of the calling thread on this stream."""
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def copied(self) -> torch.cuda.Event | None:
-        """What occurs when all copies so far are done."""
+        """Return an event that occurs when all copies so far are done."""
         return None if self._stream is None else self._stream.record_event()
 
     def mark(self) -> torch.cuda.Event | None:
-        """What occurs when the computing stream has done what it was told so far."""
+        """Return an event that occurs when the computing stream has done its work so far."""
         return self._timed()
 
     def hand_over(
         self, micro_batches: object, copied: torch.cuda.Event | None, began: torch.cuda.Event |
         None, host_seconds: float,
     ) -> Wait:  # fmt: skip
-        """Have the computing stream wait for tensors that were copied on this one.
+        """Make the computing stream wait for tensors that were copied on this stream.
 
         Args:
-            rows: holds them, in dataclasses, lists and tuples.
-            copied: as ``copied`` gave it once they were made.
-            began: as ``mark`` gave it before the host waited for them.
-            host_seconds: that the host waited.
+            micro_batches: the tensors, in dataclasses, lists and tuples.
+            copied: result of ``copied`` after the tensors were made.
+            began: result of ``mark`` before the host waited for the tensors.
+            host_seconds: time that the host waited.
         """
         if copied is None or began is None:
             return HostWait(host_seconds)
         computing = torch.cuda.current_stream(self._device())
         computing.wait_event(copied)
         for tensor in tensors_of(micro_batches):
-            tensor.record_stream(computing)  # its memory is not used again before that has read it
+            tensor.record_stream(computing)  # no reuse of its memory before that stream has read it
         ended = self._timed()
         assert ended is not None, "there is a stream"
         return DeviceWait(began, ended)
@@ -109,7 +110,7 @@ class CopyStream:
 
 
 def tensors_of(value: object) -> Iterator[Tensor]:
-    """The tensors within dataclasses, lists and tuples; one that is held twice comes twice."""
+    """Yield the tensors within dataclasses, lists and tuples; a tensor held twice, twice."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple)):

@@ -1,2 +1,2 @@
-"""Which samples are trained in which step, row and process, and at what rate: pure functions of the
-spec, the index and the seed."""
+"""Samples of each step, micro-batch and rank, and the learning rate: pure functions of the spec,
+the index and the seed."""

@@ -1,4 +1,4 @@
-"""The largest row that a plan can make, by which memory is estimated before there is a plan."""
+"""The largest micro-batch that a plan can make, to estimate memory before a plan exists."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from finetune_trainer.engine.planning.plan import Packing
 
 @dataclass(frozen=True)
 class MicroBatchSize:
-    """The largest row that a plan can make."""
+    """The largest micro-batch that a plan can make."""
 
     tokens: int
     supervised: int
     masked: int = 0
-    """Tokens of the longest document in a row with padding; 0: no row has any."""
+    """Tokens of the longest document in a micro-batch with padding; 0: no padding occurs."""
 
 
 def micro_batch_tokens_of(spec: FineTuneJobSpec, max_length: int, longest: int) -> int:
-    """Most tokens of a row: the spec's, but at least the longest sample, with the virtual tokens
-    before it."""
+    """Return the most tokens of a micro-batch: the spec's value, but at least the longest sample
+    with the virtual tokens before it."""
     wanted = spec.training.micro_batch_tokens or max(max_length, 2048)
     return max(wanted, longest + spec.method.virtual_tokens)
 
@@ -33,12 +33,12 @@ Ints = npt.NDArray[np.integer]
 
 @dataclass(frozen=True)
 class Samples:
-    """What the size of rows depends on."""
+    """Sample statistics that bound the size of micro-batches."""
 
     lengths: Ints
     """Tokens of each training sample."""
     supervised: Ints
-    """Of them, those that are learned."""
+    """Supervised tokens of each training sample."""
     max_length: int
     """Most tokens that a sample may have."""
 
@@ -47,8 +47,8 @@ class Samples:
         return int(self.lengths.max(initial=1))
 
     def largest_micro_batch(self, spec: FineTuneJobSpec, packing: Packing) -> MicroBatchSize:
-        """Bounds of the sizes of any row: of as many samples as a step has, as long as they come,
-        and of those with the largest share of learned tokens."""
+        """Return upper bounds of the size of any micro-batch: from a step of the longest samples,
+        and from samples with the largest share of supervised tokens."""
         if packing == "Unpacked":
             return MicroBatchSize(
                 self.longest + spec.method.virtual_tokens, int(self.supervised.max(initial=1))
@@ -67,8 +67,8 @@ class Samples:
         return MicroBatchSize(tokens, min(tokens, learned, self._densest(tokens)))
 
     def _densest(self, room: int) -> int:
-        """Learned tokens of a row filled with the samples in which their share is largest, the last
-        of them in part."""
+        """Return the supervised tokens of a micro-batch of ``room`` tokens, filled with the samples
+        with the largest share of supervised tokens, the last sample in part."""
         lengths = np.maximum(self.lengths.astype(np.int64), 1)
         order = np.argsort(-(self.supervised / lengths), kind="stable")
         filled = np.cumsum(lengths[order])
@@ -83,5 +83,5 @@ class Samples:
 
 
 def _largest(values: Ints, count: int) -> Ints:
-    """The ``count`` largest of some values."""
+    """Return the ``count`` largest values."""
     return np.partition(values.astype(np.int64), len(values) - count)[len(values) - count :]

@@ -1,11 +1,11 @@
-"""The mixture: in which order the samples of several sources are trained.
+"""The mixture: the order in which the samples of several sources are trained.
 
-    source ──► line: pass after pass over its samples, each pass in an order of its own
+    source ──► line: pass after pass over its samples, each pass in a different order
     lines  ──► mixture: all samples by virtual time, (tokens before + half its own) / share
 
 This is weighted fair queueing (Demers, Keshav & Shenker 1989) over tokens: up to any point of the
-mixture, each source has had its share of the tokens, give or take a sample. Chance decides only the
-order of a pass, so any part of the mixture is computed without the parts before it.
+mixture, each source has its share of the tokens, within about one sample. Only the order of a pass
+is random, so any part of the mixture is computed without the parts before it.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ class _Pass:
     """One pass over a source."""
 
     positions: Ints
-    """Index positions in their order, shape [n]."""
+    """Index positions in the order of the pass, shape [n]."""
     starts: Ints
-    """Tokens of the pass before each sample, and before its end, shape [n + 1]."""
+    """Tokens of the pass before each sample, then their total, shape [n + 1]."""
 
 
 class Line:
-    """One source without end.
+    """Endless sequence of one source's samples.
 
     Args:
         positions: index positions of its samples, shape [n], n at least 1.
-        lengths: their tokens, shape [n], each at least 1.
-        seed: of the orders of the passes, below 2**32.
-        stream: number of the source: sources of one seed have different orders.
+        lengths: tokens of each sample, shape [n], each at least 1.
+        seed: seed of the orders of the passes, below 2**32.
+        stream: source index, so that sources with one seed have different orders.
     """
 
     def __init__(self, positions: Ints, lengths: Ints, seed: int, stream: int) -> None:
@@ -46,13 +46,13 @@ class Line:
         self._lengths = lengths
         self._key = seed | stream << 32
         self.samples = len(positions)
-        """Samples of a pass."""
+        """Samples per pass."""
         self.tokens = int(lengths.sum())
-        """Tokens of a pass."""
+        """Tokens per pass."""
         self._pass = lru_cache(maxsize=2)(self._make_pass)
 
     def _make_pass(self, number: int) -> _Pass:
-        # Philox is counter-based: a pass needs no state of the passes before.
+        # Philox is counter-based: a pass needs no state of earlier passes.
         key = np.array([self._key, number], dtype=np.uint64)
         order = np.random.Generator(np.random.Philox(key=key)).permutation(self.samples)
         starts = np.zeros(self.samples + 1, np.int64)
@@ -60,12 +60,12 @@ class Line:
         return _Pass(self._positions[order], starts)
 
     def tokens_before(self, sample: int) -> int:
-        """Tokens of the line before its sample of that number."""
+        """Return the tokens of the line before its sample number ``sample``."""
         passes, within = divmod(sample, self.samples)
         return passes * self.tokens + (int(self._pass(passes).starts[within]) if within else 0)
 
     def samples_before(self, tokens: float) -> int:
-        """Samples whose middle lies before that many tokens of the line."""
+        """Return the number of samples whose middle is before token ``tokens`` of the line."""
         passes = int(tokens // self.tokens)
         rest = tokens - passes * self.tokens
         if not rest:
@@ -76,8 +76,8 @@ class Line:
         return passes * self.samples + begun - (not half_done)
 
     def slice(self, first: int, last: int) -> tuple[Ints, Floats]:
-        """Positions of the samples ``first`` to ``last`` (excluded), and the middle of each in
-        tokens of the line."""
+        """Return the positions of samples ``first`` to ``last`` (excluded), and the middle of each
+        in tokens of the line."""
         positions, middles = [np.empty(0, np.int64)], [np.empty(0)]
         for number in range(first // self.samples, -(-last // self.samples)):
             begin = number * self.samples
@@ -90,15 +90,15 @@ class Line:
 
 
 class Mixture:
-    """Samples of several lines in proportion, without end.
+    """Endless sequence of the samples of several lines, by their shares.
 
-    It is computed in rounds: a round has as many tokens as all sources together, so that in
-    proportion to size each source is read once a round.
+    It is computed in rounds. A round has as many tokens as all sources together, so with shares in
+    proportion to size a round reads each source once.
 
     Args:
         lines: the sources.
-        shares: of the tokens, shape [sources]; not negative, their sum above 0.
-        first: sample of each line with which the mixture begins.
+        shares: shares of the tokens, shape [sources]; not negative, their sum above 0.
+        first: sample of each line at which the mixture begins.
     """
 
     def __init__(
@@ -117,11 +117,11 @@ class Mixture:
 
     @classmethod
     def in_proportion(cls, lines: Sequence[Line], first: Sequence[int]) -> Mixture:
-        """The mixture in which each source has as many tokens as it is large."""
+        """Return the mixture whose shares are the sizes of the sources, in tokens."""
         return cls(lines, [line.tokens for line in lines], first)
 
     def samples(self, first: int, last: int) -> Ints:
-        """Index positions of the samples ``first`` to ``last`` (excluded) of the mixture."""
+        """Return the index positions of samples ``first`` to ``last`` (excluded) of the mixture."""
         parts = []
         number = self._round_of(first)
         while first < last:
@@ -133,7 +133,8 @@ class Mixture:
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def taken(self, count: int) -> list[int]:
-        """Samples that the first ``count`` of the mixture take of each source, shape [sources]."""
+        """Return the number of samples of each source among the first ``count`` samples, shape
+        [sources]."""
         taken = [0] * self._sources
         if not count:
             return taken
@@ -145,7 +146,7 @@ class Mixture:
         return taken
 
     def _before(self, number: int) -> list[int]:
-        """Samples of each used line that the rounds before this one take."""
+        """Return the number of samples of each used line in the rounds before this one."""
         return [
             line.samples_before(base + number * budget) - first
             for line, base, budget, first in zip(
@@ -154,8 +155,8 @@ class Mixture:
         ]
 
     def _round_of(self, sample: int) -> int:
-        """The round in which a sample of the mixture lies."""
-        # Whole passes give the round to within the last, partial pass of each line.
+        """Return the round that contains a sample of the mixture."""
+        # A first guess by whole passes, off by at most the last, partial pass of each line.
         number = 0
         a_round = sum(
             line.samples * budget / line.tokens
@@ -169,7 +170,8 @@ class Mixture:
         return number
 
     def _make_round(self, number: int) -> tuple[int, Ints, Ints]:
-        """First sample of a round, its positions in their order, and the (used) source of each."""
+        """Return the first sample of a round, its positions in order, and the (used) source of
+        each."""
         firsts, lasts = self._before(number), self._before(number + 1)
         positions, times, sources = [], [], []
         for i, line in enumerate(self._lines):
@@ -177,34 +179,34 @@ class Mixture:
             positions.append(found)
             times.append((middles - self._base[i]) / self._budgets[i])
             sources.append(np.full(len(found), i))
-        # Stable: of equal times the earlier source is first. The parts are sorted, so it is quick.
+        # Stable: at equal times the earlier source is first. Fast, as the parts are sorted.
         order = np.argsort(np.concatenate(times), kind="stable")
         return sum(firsts), np.concatenate(positions)[order], np.concatenate(sources)[order]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the training with a mixture of its own."""
+    """A part of the training with its own mixture."""
 
     steps: int
-    """Steps of it."""
+    """Number of steps."""
     shares: Sequence[float] | None = None
-    """Of the tokens, by source; None: in proportion to size."""
+    """Shares of the tokens, by source; None: in proportion to size."""
     name: str | None = None
-    """As ``data.stages`` has it; None: the training has no stages."""
+    """Name in ``data.stages``; None: the training has no stages."""
 
 
 class Curriculum:
-    """The samples of every step: stage after stage, each going on where the one before it stopped
-    reading its sources.
+    """The samples of every step, stage after stage. Each stage continues reading the sources where
+    the previous stage stopped.
 
     Args:
-        sources: number of the source of each sample of the index, shape [n].
-        lengths: tokens of each, shape [n].
-        count: sources there are; each has a sample at least.
-        stages: in their order, one at least; the last goes on without end.
-        batch: samples of a step.
-        seed: of the order.
+        sources: source index of each sample of the index, shape [n].
+        lengths: tokens of each sample, shape [n].
+        count: number of sources; each has at least one sample.
+        stages: stages in order, at least one; the last one never ends.
+        batch: samples per step.
+        seed: seed of the sample order.
     """
 
     def __init__(
@@ -225,17 +227,17 @@ class Curriculum:
         self._first = lru_cache(maxsize=None)(self._make_first)
 
     def samples(self, step: int) -> Ints:
-        """Index positions of the samples of a step, in order, shape [batch]."""
+        """Return the index positions of the samples of a step, in order, shape [batch]."""
         stage = self.stage_of(step)
         within = (step - int(self._begins[stage])) * self._batch
         return self._mixture(stage).samples(within, within + self._batch)
 
     def stage_of(self, step: int) -> int:
-        """Number of the stage that a step belongs to."""
+        """Return the index of the stage of a step."""
         return int(np.searchsorted(self._begins, step, side="right")) - 1
 
     def name_of(self, step: int) -> str | None:
-        """Name of the stage that a step belongs to, where stages have names."""
+        """Return the name of the stage of a step; None: stages have no names."""
         return self._stages[self.stage_of(step)].name
 
     def _make_mixture(self, stage: int) -> Mixture:
@@ -245,7 +247,7 @@ class Curriculum:
         return Mixture(self._lines, shares, first)
 
     def _make_first(self, stage: int) -> tuple[int, ...]:
-        """Samples of each source that the stages before this one have taken."""
+        """Return the number of samples of each source in the stages before this one."""
         if not stage:
             return (0,) * len(self._lines)
         before = stage - 1

@@ -1,10 +1,10 @@
-"""The plan: which samples are trained in which step, in which row, on which rank.
+"""The plan: which samples are trained in which step, in which micro-batch, on which rank.
 
-    lengths, supervised counts, seed  ──►  Plan.step(t)  ──►  Step(rows of each rank, denominator)
+    lengths, supervised counts, seed ──► Plan.step(t) ──► Step(micro-batches by rank, denominator)
 
-Everything here is a pure function of the index and a few integers, so that a reader's state is a
-step number: resuming costs nothing, and the samples of a step are the same at any number of
-processes and under any packing.
+Everything here is a pure function of the index and a few integers. The state of a reader is
+therefore a step number: resuming costs nothing, and the samples of a step are the same at any
+number of processes and under any packing.
 """
 
 from __future__ import annotations
@@ -20,44 +20,46 @@ import numpy.typing as npt
 from finetune_trainer.engine.planning.mixture import Curriculum, Ints, Stage
 
 MicroBatchSamples = tuple[int, ...]
-"""Positions (in the index) of the samples that are run through the model together."""
+"""Index positions of the samples of one micro-batch."""
 Packing = Literal["Concatenated", "Padded", "Unpacked"]
-"""How documents share a row: one after the other; one below the other, padded to the longest; or
-not at all."""
+"""How documents share a micro-batch: concatenated, padded to the longest, or one document each."""
 
-# Length at which attention costs as much as all that is linear in the length. It only steers the
-# balance between ranks; measured on Llama shapes it lies between 4k (small) and 30k (7B).
+# Length at which attention costs as much as everything that is linear in the length. It only
+# affects the balance between ranks. Measured on Llama shapes: 4k (small) to 30k (7B).
 _QUADRATIC_LENGTH = 8192
 _TRIED_PARTS: Final = 4
 _TRIED_TOGETHER: Final = 4
-"""Steps of a run that are looked at, some together: a pass over the data costs an order of all."""
+"""``uniform_micro_batch`` measures some parts of a run, each of some consecutive steps: every pass
+over the data that it touches costs a permutation of all samples."""
 _TRIED_ROWS: Final = 8
 _WORTH_IT: Final = 0.995
-"""Short rows multiply smaller matrices: they must save that much to be better."""
+"""A shorter micro-batch multiplies smaller matrices, so its padded tokens must be below this
+fraction of the best so far."""
 _MULTIPLE: Final = 16
-"""Sizes of rows are multiples of this, for kernels and for processes that share them."""
+"""Sizes of micro-batches are multiples of this, for kernels and for context parallelism."""
 
 
 def cost(length: int) -> float:
-    """Relative time of a document of that many tokens: linear plus quadratic part."""
+    """Return the relative time of a document of ``length`` tokens: linear plus quadratic part."""
     return length * (1.0 + length / _QUADRATIC_LENGTH)
 
 
 def pack(lengths: Sequence[int], capacity: int, ranks: int) -> list[list[list[int]]]:
-    """Deal documents to ranks and rows: ``result[rank][row]`` lists positions in ``lengths``.
+    """Deal documents to ranks and micro-batches: ``result[rank][micro_batch]`` lists positions in
+    ``lengths``.
 
-    Every rank gets the same number of rows (some may be empty), the fewest for which no row
-    exceeds ``capacity`` tokens; costs are balanced by longest-processing-time-first (Graham 1969),
-    so that ranks finish together. Rows of a rank stand by falling cost: ranks that synchronise
-    after each row then meet rows of like cost. A document above the capacity is an error of the
-    caller: samples are cut to maxLength before, and rows hold at least that.
+    Every rank gets the same number of micro-batches (some may be empty), the fewest for which none
+    exceeds ``capacity`` tokens. Costs are balanced by longest-processing-time-first (Graham 1969),
+    so that ranks finish together. Micro-batches of a rank are sorted by falling cost, so that ranks
+    that synchronize after each one have similar costs. A document above the capacity is an error of
+    the caller: samples are cut to maxLength before, and micro-batches hold at least that.
 
     Raises:
-        ValueError: where a document does not fit a row.
+        ValueError: where a document exceeds the capacity.
     """
     longest = max(lengths, default=0)
     if longest > capacity:
-        raise ValueError(f"a document of {longest} tokens does not fit a row of {capacity}")
+        raise ValueError(f"a document of {longest} tokens does not fit a micro-batch of {capacity}")
     order = _by_length(lengths)
     per_rank = max(1, -(-sum(lengths) // (capacity * ranks)))
     while True:
@@ -72,12 +74,12 @@ def pack(lengths: Sequence[int], capacity: int, ranks: int) -> list[list[list[in
 def _partition(
     order: Sequence[int], lengths: Sequence[int], capacity: int, count: int
 ) -> list[list[int]] | None:
-    """``count`` rows of balanced cost, or None where that many do not hold the documents."""
+    """Return ``count`` micro-batches of balanced cost; None where the documents do not fit."""
     micro_batches: list[list[int]] = [[] for _ in range(count)]
     used = [0] * count
     heap = [(0.0, micro_batch) for micro_batch in range(count)]
     for i in order:
-        # The cheapest row that has room; the others go back.
+        # The cheapest micro-batch with enough space; the skipped ones are put back.
         passed = []
         while heap and used[heap[0][1]] + lengths[i] > capacity:
             passed.append(heapq.heappop(heap))
@@ -97,12 +99,12 @@ class Step:
     """One optimizer step."""
 
     number: int
-    """Step, from 0."""
+    """Number of the step, from 0."""
     samples: tuple[int, ...]
-    """Positions (in the index) of its samples, in the order of the plan."""
+    """Index positions of its samples, in the order of the plan."""
     micro_batches: tuple[tuple[MicroBatchSamples, ...], ...]
-    """The same samples in rows, by rank; all ranks have the same number of rows, empty ones
-    included."""
+    """The same samples in micro-batches, by rank; all ranks have the same number of micro-batches,
+    empty ones included."""
     supervised: int
     """Supervised tokens of the global batch: the denominator of the loss."""
     tokens: int
@@ -114,16 +116,17 @@ class Plan:
 
     Args:
         lengths: tokens of each training sample, shape [n].
-        supervised: supervised tokens of each, shape [n].
-        sources: number of the source of each, shape [n]; None: all are of one.
-        stages: what is mixed when; None: everything, in proportion to its size.
-        batch_size: samples per step, over all ranks; at most as many as there are.
-        visits: samples after which the training ends, the last step cut short; None: no end.
-        seed: of the order of the samples.
-        micro_batch_tokens: most tokens of one row; at least the longest sample.
-        ranks: processes of the gang.
-        packing: how samples share a row (not at all, where models cannot keep them apart).
-        virtual_tokens: that the method puts before each sample; ``micro_batch_tokens`` counts them.
+        supervised: supervised tokens of each training sample, shape [n].
+        sources: source index of each sample, shape [n]; None: one source.
+        stages: mixture of each stage; None: one stage, sources in proportion to size.
+        batch_size: samples per step, over all ranks; limited to the number of samples.
+        visits: samples after which the training ends, with a shorter last step; None: no end.
+        seed: seed of the sample order.
+        micro_batch_tokens: most tokens of one micro-batch; at least the longest sample.
+        ranks: number of ranks; processes that share micro-batches count as one.
+        packing: how samples share a micro-batch; "Unpacked" where models cannot isolate them.
+        virtual_tokens: tokens that the method puts before each sample; ``micro_batch_tokens``
+            includes them.
     """
 
     def __init__(
@@ -151,38 +154,38 @@ class Plan:
         self._batch = min(batch_size, len(self.lengths))
         self._visits = visits
         self.left_out: Ints = np.empty(0, np.int64)
-        """Positions of the samples that are in no step, in order."""
+        """Sorted index positions of the samples that are left out of all steps."""
         self.sources = np.zeros(len(self.lengths), np.int64)
         if sources is not None:
             self.sources[:] = sources
         self.source_count = int(self.sources.max()) + 1
-        """Sources there are."""
+        """Number of sources."""
         self._curriculum = Curriculum(
             self.sources, self.lengths, self.source_count, stages or [Stage(0)], self._batch, seed
         )
 
     def leave_out(self, steps: Iterable[int]) -> None:
-        """Leave the samples of these steps, and no others, out of all steps; the others stay where
-        they are."""
+        """Leave exactly the samples of these steps out of all steps; the other samples keep their
+        steps."""
         self.left_out = self.drawn(steps)
 
     def drawn(self, steps: Iterable[int]) -> Ints:
-        """Positions of the samples of some steps, those that are left out too; each once, in the
-        order of the index."""
+        """Return the sorted index positions of the samples of some steps, each once, including
+        those that are left out."""
         found = [np.empty(0, np.int64), *(self._drawn(step) for step in steps)]
         return np.unique(np.concatenate(found))
 
     def visited(self, step: int) -> int:
-        """Samples trained before a step."""
+        """Return the number of samples drawn before a step, left-out samples included."""
         visited = step * self._batch
         return visited if self._visits is None else min(visited, self._visits)
 
     def stage(self, step: int) -> str | None:
-        """Name of the stage of ``data.stages`` that a step belongs to; None: there are none."""
+        """Return the name of a step's stage in ``data.stages``; None: no stages."""
         return self._curriculum.name_of(step)
 
     def samples(self, step: int) -> Ints:
-        """Positions of the samples of a step, in order."""
+        """Return the index positions of the samples of a step, in order."""
         found = self._drawn(step)
         return found[~np.isin(found, self.left_out)] if len(self.left_out) else found
 
@@ -191,7 +194,7 @@ class Plan:
         return found[: self.visited(step + 1) - self.visited(step)]
 
     def step(self, number: int) -> Step:
-        """Rows and denominator of a step."""
+        """Return the micro-batches and the denominator of a step."""
         positions = self.samples(number)
         lengths = self.lengths[positions].tolist()
         taken = [n + self._virtual_tokens for n in lengths]
@@ -211,11 +214,11 @@ class Plan:
 
 
 def uniform_micro_batch(plan: Plan, steps: int) -> int:
-    """The size, in tokens, that rows should have if all must have one (for a compiler): that of
-    which least is padding, of rows no longer than the plan's and some times shorter.
+    """Return the size, in tokens, for micro-batches that must all have one size (torch.compile):
+    the size with the least padding, among the plan's size and some shorter ones.
 
-    Tried on some steps of a few parts of the run, so alike wherever the run is gone on with by as
-    many ranks.
+    Measured on some steps of a few parts of the run, so a resumed run with the same number of ranks
+    gets the same size.
     """
     starts = np.linspace(0, steps - _TRIED_TOGETHER, _TRIED_PARTS).astype(np.int64)
     tried = (starts[:, None] + np.arange(_TRIED_TOGETHER)).clip(0, steps - 1)
@@ -240,14 +243,14 @@ def uniform_micro_batch(plan: Plan, steps: int) -> int:
 
 
 def pack_singly(lengths: Sequence[int], capacity: int, ranks: int) -> list[list[list[int]]]:
-    """As ``pack``, with one document a row."""
+    """As ``pack``, with one document per micro-batch."""
     return _deal([[i] for i in _by_length(lengths)], ranks)
 
 
 def pack_padded(lengths: Sequence[int], capacity: int, ranks: int) -> list[list[list[int]]]:
-    """As ``pack``, of rows that are padded to their longest document and hold at most ``capacity``
-    tokens with the padding: documents of like length together, in the fewest rows for which every
-    rank has as many, and these as even as can be."""
+    """As ``pack``, for micro-batches padded to their longest document, of at most ``capacity``
+    tokens including padding. Documents of similar length share a micro-batch. Every rank gets the
+    same number, the fewest possible; their sizes are as even as possible."""
     order = _by_length(lengths)
 
     def micro_batches_of(size: int) -> list[list[int]]:
@@ -264,7 +267,7 @@ def pack_padded(lengths: Sequence[int], capacity: int, ranks: int) -> list[list[
 
     most = ranks * -(-len(micro_batches_of(capacity)) // ranks)
     low, high = max(lengths, default=0), capacity
-    while low < high:  # the least size that takes no more rows
+    while low < high:  # the smallest size that needs no more micro-batches
         middle = (low + high) // 2
         low, high = (low, middle) if len(micro_batches_of(middle)) <= most else (middle + 1, high)
     micro_batches = micro_batches_of(low)
@@ -284,7 +287,7 @@ def _by_length(lengths: Sequence[int]) -> list[int]:
 
 
 def _deal(micro_batches: list[list[int]], ranks: int) -> list[list[list[int]]]:
-    """Rows by rank, as many to each and at least one; those that are lacking are empty."""
+    """Deal micro-batches to ranks, the same number (at least one) to each; add empty ones."""
     micro_batches += [[] for _ in range(-len(micro_batches) % ranks if micro_batches else ranks)]
     return [micro_batches[rank::ranks] for rank in range(ranks)]
 
@@ -296,10 +299,11 @@ def pack_all(
     packing: Packing = "Concatenated",
     virtual_tokens: int = 0,
 ) -> list[list[MicroBatchSamples]]:
-    """Rows by rank for one pass over a whole set (evaluation), neighbours in length together.
+    """Return micro-batches by rank for one pass over a whole set (evaluation), with documents of
+    similar length together.
 
-    Samples are taken in order of length and cut into windows before packing, so that the packer's
-    time stays linear in the size of the set.
+    Samples are sorted by length and split into windows before packing, so that packing time is
+    linear in the size of the set.
     """
     order = np.argsort(lengths, kind="stable")
     window = 4096

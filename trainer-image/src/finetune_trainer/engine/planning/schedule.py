@@ -1,6 +1,6 @@
-"""How many steps a training takes, and what happens at each: pure functions of the spec.
+"""Number of steps of a training, and what happens at each: pure functions of the spec.
 
-Steps are counted from 0: step *t* is the one that is taken when *t* optimizer steps are done.
+Steps are counted from 0: step *t* runs after *t* optimizer steps.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from finetune_trainer.engine.planning.mixture import Stage
 from finetune_trainer.failures import UserError
 
 _EVALUATIONS: Final = 10
-"""Evaluations over a run whose spec names no cadence."""
+"""Evaluations of a run whose spec sets no interval."""
 
 _LOG_POINTS: Final = 100
 _LOG_INTERVAL_MAX: Final = 10
 
 
 def steps_of(spec: FineTuneJobSpec, train_samples: int) -> int:
-    """Optimizer steps of a run. Batches go on over the ends of epochs; the last one of the run is
-    trained as it is, however short. A batch never has more samples than there are."""
+    """Return the number of optimizer steps of a run. Batches cross epoch boundaries; the last batch
+    of the run may be shorter. A batch never has more samples than the training set."""
     visits = visits_of(spec, train_samples)
     if visits is None:
         assert spec.training.max_steps is not None, "maxSteps decides where epochs do not"
@@ -35,26 +35,27 @@ def steps_of(spec: FineTuneJobSpec, train_samples: int) -> int:
 
 
 def visits_of(spec: FineTuneJobSpec, train_samples: int) -> int | None:
-    """Samples that a run trains, each visit counted; None where ``training.maxSteps`` decides."""
+    """Return the number of samples that a run trains, counting every visit; None where
+    ``training.maxSteps`` decides."""
     epochs = spec.effective_epochs
     return None if epochs is None else epochs * train_samples
 
 
 def stages_of(spec: FineTuneJobSpec, sets: Mapping[str, int], total: int) -> list[Stage]:
-    """What is mixed when.
+    """Return the stages of a training: steps and mixture of each.
 
     Args:
         sets: tokens of each training set, by name, in the order of the plan's sources.
         total: steps of the run.
 
     Raises:
-        UserError: 'NothingToMix' where all sets that a stage would mix are empty; 'StageTooShort'
+        UserError: 'NothingToMix' where all sets of a stage's mixture are empty; 'StageTooShort'
             where a stage has no step.
     """
     if spec.data.stages is None:
         return [Stage(total, _shares(spec.data, None, sets, "data.train"))]
     parts = [Fraction(stage.steps) for stage in spec.data.stages]
-    # Exact, and halves up: a stage whose share is a whole step then always has one.
+    # Exact fractions, rounded half up: a stage whose share is at least one step always has one.
     ends = [math.floor(total * part / sum(parts) + Fraction(1, 2)) for part in accumulate(parts)]
     found = []
     for i, (stage, begin, end) in enumerate(zip(spec.data.stages, [0, *ends], ends, strict=False)):
@@ -72,10 +73,10 @@ def stages_of(spec: FineTuneJobSpec, sets: Mapping[str, int], total: int) -> lis
 
 
 def stage_plans(stages: Sequence[Stage], sets: Mapping[str, int]) -> list[StagePlan]:
-    """The stages in words and numbers; none where the spec names none.
+    """Return name, steps and mixture of each stage; empty where the spec has no stages.
 
     Args:
-        sets: as of ``stages_of``, which made the stages.
+        sets: the ``sets`` argument of ``stages_of``, which made the stages.
     """
     plans = []
     for stage in stages:
@@ -96,7 +97,7 @@ def stage_plans(stages: Sequence[Stage], sets: Mapping[str, int]) -> list[StageP
 def _shares(
     data: Data, stage: DataStage | None, sets: Mapping[str, int], path: str
 ) -> list[float] | None:
-    """Shares of the tokens by set; None: in proportion to size."""
+    """Return the shares of the tokens by set; None: in proportion to size."""
     if stage is not None and stage.weights is not None:
         weights = {w.name: float(w.weight) for w in stage.weights}
     elif data.train[0].weight is not None:
@@ -112,19 +113,19 @@ def _shares(
         raise UserError(
             "NothingToMix",
             f"spec.{path}: the sets with a weight above 0 ({', '.join(weights)}) have no sample to"
-            f" train on; those that have are {', '.join(sets)}. Correct the weights or the data",
+            f" train on; sets with samples: {', '.join(sets)}. Correct the weights or the data",
         )
     return shares
 
 
 def replay_of(spec: FineTuneJobSpec, sets: Sequence[str]) -> list[bool]:
-    """Which training sets are held to the untuned model's outputs.
+    """Return which training sets are anchored to the base model's outputs.
 
     Args:
-        sets: names of those that have samples, in the order of the plan's sources.
+        sets: names of the sets that have samples, in the order of the plan's sources.
 
     Raises:
-        UserError: 'NothingToReplay' where none of those that should be has samples.
+        UserError: 'NothingToReplay' where no set with ``replay: true`` has samples.
     """
     if float(spec.training.anchor.kl_coefficient) == 0:
         return [False] * len(sets)
@@ -134,33 +135,33 @@ def replay_of(spec: FineTuneJobSpec, sets: Sequence[str]) -> list[bool]:
         raise UserError(
             "NothingToReplay",
             "spec.training.anchor.klCoefficient: the sets with replay: true"
-            f" ({', '.join(marked)}) have no sample to train on; those that have are"
+            f" ({', '.join(marked)}) have no sample to train on; sets with samples:"
             f" {', '.join(sets)}. Correct the marks or the data",
         )
     return [name in marked for name in sets]
 
 
 def evaluation_steps(spec: FineTuneJobSpec, total: int) -> range:
-    """Numbers of done steps after which the validation sets are measured; the end of the run is
-    measured besides, on it or not. ``x in evaluation_steps(...)`` costs nothing."""
+    """Return the numbers of completed steps after which the validation sets are evaluated. The end
+    of the run is always evaluated. ``x in evaluation_steps(...)`` takes constant time."""
     every = spec.evaluation.every_steps or max(1, -(-total // _EVALUATIONS))
     return range(every, total + 1, every)
 
 
 def log_interval(total: int) -> int:
-    """Steps between two points of the learning curve: about a hundred points, never more than ten
+    """Return the steps between two points of the learning curve: about 100 points, at most ten
     steps apart."""
     return max(1, min(_LOG_INTERVAL_MAX, total // _LOG_POINTS))
 
 
 def learning_rate(spec: FineTuneJobSpec, total: int, step: int) -> float:
-    """Learning rate of a step.
+    """Return the learning rate of a step.
 
-    With W = ceil(warmupRatio · total) steps of warm-up, step t < W has peak · (t + 1) / W: no step
-    is wasted at zero, and the last one of them has the peak. From W on, p = (t - W) / (total - W)
-    is the part of the way done, and the rate is peak · (1 + cos πp) / 2 (Cosine; Loshchilov &
-    Hutter 2017), peak · (1 - p) (Linear) or peak (Constant): zero would be reached at ``total``,
-    which is not taken.
+    With W = ceil(warmupRatio · total) warm-up steps, step t < W has peak · (t + 1) / W: no step
+    is wasted at zero, and the last warm-up step has the peak. From W on, with the progress
+    p = (t - W) / (total - W), the rate is peak · (1 + cos πp) / 2 (Cosine; Loshchilov & Hutter
+    2017), peak · (1 - p) (Linear) or peak (Constant). Zero would be reached at step ``total``,
+    which does not run.
     """
     peak = spec.effective_learning_rate
     warmup = math.ceil(float(spec.training.warmup_ratio) * total)

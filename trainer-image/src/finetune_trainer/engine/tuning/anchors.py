@@ -80,7 +80,8 @@ def wants_copy(spec: FineTuneJobSpec) -> bool:
 
 
 def anchor_bytes(model: nn.Module, spec: FineTuneJobSpec, halved: bool) -> int:
-    """Bytes that anchors keep besides the model under tuning; ``halved``: in bfloat16."""
+    """Bytes that anchors keep besides the model under tuning; ``halved``: whether a frozen copy is
+    in bfloat16."""
     numbers = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     pulls = float(spec.training.anchor.l2_coefficient) > 0

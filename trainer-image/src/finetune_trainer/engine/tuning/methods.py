@@ -48,8 +48,8 @@ def apply_method(model: PreTrainedModel, spec: FineTuneJobSpec) -> Tuned:
     """Make the parameters of the spec's method trainable, freeze the others, and key the dropout.
 
     New weights are drawn with ``training.seed``, identically in every process; some are derived
-    from the base weights later (``derive``). Trainable weights are float32 whatever the dtype of
-    the frozen ones: an optimizer step is often smaller than the spacing of bfloat16.
+    from the base weights later (``derive``). Trainable weights are float32 for any dtype of the
+    frozen ones: an optimizer step is often smaller than the spacing of bfloat16.
 
     Raises:
         UserError: if the method's settings do not fit the model; the message names what would fit.

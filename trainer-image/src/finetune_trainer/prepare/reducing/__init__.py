@@ -1,2 +1,2 @@
-"""Reduce: the whole data, from sample statistics to decisions, index, report and manifest, in one
-pod."""
+"""Reduce: one pod turns the sample statistics of the whole data into decisions, index, report and
+manifest."""

@@ -1,9 +1,9 @@
-"""Training samples that share text with held-out ones: counted, and left out or refused.
+"""Counts training samples that share text with held-out samples, and drops or rejects them.
 
-Where all held-out sets are objects of their own, map has compared already, and sample statistics
-tell. A share that is held out of the training sources is known only at the end: then the shards are
-read back, and all processes of the pool compare them. Leaving a sample out takes it out of the
-index; its tokens stay in the shard.
+Where all held-out sets are objects of their own, map has compared already, and the sample
+statistics hold the result. A share held out of the training sources is known only after the map:
+then the shards are read back and compared by the pool. A dropped sample is removed from the index;
+its tokens stay in the shard.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ log = logging.getLogger(__name__)
 HELD_OUT: tuple[Side, ...] = ("validation", "test")
 
 Shared = list[tuple[int, npt.NDArray[np.int32]]]
-"""Positions in the training index, and the tokens that the samples there share."""
+"""Positions in the training index, with the tokens that the sample shares."""
 
 
 def compare(
     output: Output, policy: str, pool: Pool, decode: Callable[[Any], str], scratch: Path
 ) -> None:
-    """Find the training samples that share an n-gram with a held-out one, by all processes.
+    """Find training samples that share an n-gram with a held-out sample, in parallel.
 
     Args:
-        output: all samples; gets what is found.
+        output: all samples; its ``contamination`` is set.
         policy: ``data.quality.contamination``.
-        decode: text of token ids.
+        decode: converts token ids to text.
         scratch: folder for temporary files.
     """
     if not any(output.samples(side) for side in HELD_OUT):
@@ -74,10 +74,10 @@ def _held_out_ngrams(output: Output, folder: Path) -> HeldOut:
 
 
 def find_shared(task: tuple[IndexedShard, Path]) -> Shared:
-    """The samples of a shard that share an n-gram with a held-out one.
+    """Find the samples of a shard that share an n-gram with a held-out sample.
 
     Args:
-        task: the shard, whose file goes, and the file of the held-out n-grams.
+        task: the shard, whose file is deleted, and the file of the held-out n-grams.
     """
     shard, path = task
     known = HashSet(path)
@@ -90,10 +90,10 @@ def find_shared(task: tuple[IndexedShard, Path]) -> Shared:
 
 
 def act(output: Output) -> None:
-    """Do what the policy says about the contaminated samples.
+    """Apply the policy to the contaminated samples.
 
     Raises:
-        DataError: 'Contaminated' under policy Fail, or where nothing of a training set is left.
+        DataError: 'Contaminated' under policy Fail, or where no sample of a training set is left.
     """
     found = output.contamination
     if found is None:
@@ -117,7 +117,7 @@ def act(output: Output) -> None:
         if policy == "Drop" and count == samples:
             raise DataError(
                 "Contaminated",
-                f"{what}; data.quality.contamination Drop would leave nothing of the set. Correct"
+                f"{what}; data.quality.contamination Drop would leave no sample of the set. Correct"
                 " the data, or take the set out",
             )
         log.warning("%s (data.quality.contamination: %s)", what, policy)

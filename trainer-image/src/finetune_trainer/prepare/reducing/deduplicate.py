@@ -1,4 +1,4 @@
-"""Leaves out what the training set holds twice, exactly or nearly."""
+"""Drops exact and near duplicates of the training set."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Rows = npt.NDArray[np.int64]
 
 
 class Deduplicator:
-    """The samples of all training sources that came before."""
+    """The training samples seen so far, of all sources."""
 
     def __init__(self, quality: Quality) -> None:
         self._most = quality.max_duplicate_fraction
@@ -30,12 +30,12 @@ class Deduplicator:
         self._dropped = 0
 
     def begin_split(self, summary: SplitSummary) -> None:
-        """The samples that follow are of this input split."""
+        """Begin an input split."""
         self._last = ("", False)
         self._examples += summary.training_examples
 
     def fresh(self, statistics: SampleStatistics, report: SourceReport) -> Rows:
-        """The rows that did not occur before; the others are counted in the report."""
+        """Return the rows that are no duplicates; count the duplicates in the report."""
         kept = np.arange(len(statistics))
         if self._exact is not None:
             known = np.array(self._exact.add(statistics.digests()), np.bool_)
@@ -51,9 +51,9 @@ class Deduplicator:
     def _alike(
         self, near: SeenAlike, statistics: SampleStatistics, rows: Rows
     ) -> npt.NDArray[np.bool_]:
-        """True at those of some rows whose record is like an earlier one. The samples of one record
-        follow one another and share its words, so they are judged by the first of them, which
-        earlier rows may hold."""
+        """Whether the record of each row is a near duplicate of an earlier one. The samples of a
+        record are consecutive and share its text, so the result of the first one, possibly in an
+        earlier batch of rows, applies to all."""
         places = [self._last[0], *statistics.texts("where", rows)]
         begins = np.array([place != before for before, place in pairwise(places)], np.bool_)
         verdicts = [self._last[1], *near.add(statistics.fingerprints()[rows[begins]])]
@@ -61,11 +61,11 @@ class Deduplicator:
         return np.array(verdicts, np.bool_)[np.cumsum(begins)]
 
     def check(self) -> None:
-        """Whether the training set is what it seems.
+        """Check the share of duplicates.
 
         Raises:
-            DataError: 'TooManyDuplicates' where more than ``data.quality.maxDuplicateFraction``
-                of it was left out.
+            DataError: 'TooManyDuplicates', more than ``data.quality.maxDuplicateFraction`` of the
+                training examples were dropped.
         """
         if self._most is not None and self._dropped > float(self._most) * self._examples:
             raise DataError(

@@ -1,4 +1,4 @@
-"""Writes the index of a side, and reads the indexed samples back, shard by shard."""
+"""Writes the index of a side, and reads indexed samples back by shard."""
 
 from __future__ import annotations
 
@@ -24,27 +24,26 @@ class IndexedShard:
     """The indexed samples of a shard."""
 
     path: Path
-    """The shard's file, which whoever asked for it removes."""
+    """Local file of the shard. The caller deletes it."""
     set: int
-    """Number of their set."""
+    """Number of the samples' set."""
     first: int
-    """Position in the index of the first of them."""
+    """Position of the first sample in the index."""
     rows: Rows
-    """Their rows in the shard."""
+    """Rows of the samples in the shard."""
 
     def tokens(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """Tokens of these samples, one after the other, and where each begins, with the end of the
-        last."""
+        """Concatenated tokens of the samples, and the start of each with the end of the last."""
         return _only(self.rows, *shard_ids(self.path))
 
 
 class IndexWriter:
-    """The index of one side, in a file until it is whole.
+    """Writes the index of one side, in a local file until it is complete.
 
     Args:
-        store: where the shards are and the index goes.
+        store: storage of the shards and the index.
         uri: prefix of the prepared data.
-        scratch: folder for files on their way.
+        scratch: local folder for temporary files.
         side: side of the split.
     """
 
@@ -59,30 +58,34 @@ class IndexWriter:
         self._set = self._first_shard = 0
         self._ends: Rows = np.empty(0, np.int64)
         self.shards: list[ShardFile] = []
-        """Files of the samples, in the order of the index' column ``shard``."""
+        """Shard files; the index column ``shard`` is a position in this list."""
 
     @property
     def files(self) -> list[DataFile]:
-        """The shards, as the manifest has them."""
+        """The shards, as manifest entries."""
         return [DataFile(name=f.name, bytes=f.bytes, sha256=f.sha256) for f in self.shards]
 
     def begin_set(self, number: int) -> None:
-        """The rows that follow are of this set."""
+        """Begin a set."""
         self._set = number
 
     def begin_split(self, shards: Sequence[ShardFile]) -> None:
-        """The rows that follow are of the input split with these shards."""
+        """Begin an input split.
+
+        Args:
+            shards: its shards of this side.
+        """
         self._first_shard = len(self.shards)
         self._ends = np.cumsum([0, *(file.samples for file in shards)])
         self.shards += shards
 
     def add(self, statistics: SampleStatistics, rows: Rows, numbers: Rows) -> None:
-        """Append samples.
+        """Append samples of the input split.
 
         Args:
-            statistics: of some samples of the split.
-            rows: which of them.
-            numbers: the number of each among the samples that the split has for this side.
+            statistics: a batch of the split's statistics.
+            rows: rows of the samples in it.
+            numbers: number of each sample among the split's samples of this side.
         """
         shard = np.searchsorted(self._ends, numbers, side="right") - 1
         columns: dict[str, Any] = {
@@ -102,7 +105,7 @@ class IndexWriter:
         """Exclude the samples at these positions from the index.
 
         Returns:
-            Length and learned tokens of each.
+            Length and supervised tokens of each.
         """
         self._left_out = np.append(self._left_out, positions)
         rows = self._read()
@@ -110,7 +113,7 @@ class IndexWriter:
         return length, supervised
 
     def indexed_shards(self) -> Iterator[IndexedShard]:
-        """The shards that hold indexed samples, read back from storage in the index' order."""
+        """Download and yield the shards with indexed samples, in the order of the index."""
         table = self._read()
         if not len(table):
             return
@@ -124,7 +127,7 @@ class IndexWriter:
                 yield IndexedShard(path, int(number[first]), first, row[first:end])
 
     def places(self, positions: Collection[int]) -> dict[int, str]:
-        """Object and line of the samples at some positions."""
+        """Return object and line of the samples at ``positions``, by position."""
         if not positions:
             return {}
         with self._places.open(encoding="utf-8", newline="\n") as lines:
@@ -146,7 +149,7 @@ class IndexWriter:
         return DataFile(name=name, bytes=info.bytes, sha256=info.sha256)
 
     def _read(self) -> Any:
-        """All rows; the file is mapped."""
+        """Return all rows as a memory-mapped table. Closes the index file on the first call."""
         if not self._closed:
             self._index.close()
             self._closed = True
@@ -156,7 +159,7 @@ class IndexWriter:
 def _only(
     rows: Rows, ids: npt.NDArray[np.int32], starts: npt.NDArray[np.int32]
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """Tokens and starts of some of the samples of a shard."""
+    """Return tokens and starts of the samples of a shard at ``rows``."""
     lengths = np.diff(starts)
     if len(rows) == len(lengths):
         return ids, starts

@@ -1,4 +1,4 @@
-"""Where samples go once they are judged: an index for each side of the split, a report for each
+"""Collects and writes the output of the reduce: an index per side of the split, a report per
 source, one manifest."""
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from finetune_trainer.storage.objects import ObjectStore
 
 
 class Output:
-    """The prepared data that is being written.
+    """Writer of the prepared data.
 
     Args:
-        store: where it goes.
-        uri: its prefix.
-        digest: its content digest.
-        scratch: folder for files on their way.
+        store: storage of the prepared data.
+        uri: prefix of the prepared data.
+        digest: content digest.
+        scratch: local folder for temporary files.
     """
 
     def __init__(self, store: ObjectStore, uri: str, digest: str, scratch: Path) -> None:
@@ -48,10 +48,10 @@ class Output:
         self._stops: set[int] = set()
         self._numbers = dict.fromkeys(SIDES, 0)
         self.contamination: Contamination | None = None
-        """What the comparison with the held-out samples found, or is finding, if there is one."""
+        """Contaminated training samples; None without a comparison with held-out samples."""
 
     def begin(self, source: Source, policy: str) -> SourceReport:
-        """The input splits that follow are of this source; returns its report.
+        """Begin a source; return its report.
 
         Args:
             policy: ``data.quality.faultyRecords``.
@@ -62,7 +62,7 @@ class Output:
         return report
 
     def begin_split(self, summary: SplitSummary) -> None:
-        """The samples that follow are of this input split."""
+        """Begin an input split of the source."""
         self._reports[-1].merge(summary)
         if self.contamination is not None and summary.compared is not None:
             self.contamination.compared = summary.compared
@@ -71,7 +71,7 @@ class Output:
             index.begin_split(summary.shards[side])
 
     def add(self, statistics: SampleStatistics, kept: Rows, summary: SplitSummary) -> None:
-        """Count and index samples of an input split: those rows of its statistics."""
+        """Count and index the samples of an input split at the rows ``kept`` of its statistics."""
         report = self._reports[-1]
         sides = statistics.numbers("side")
         numbers = self._numbered(sides)
@@ -91,7 +91,7 @@ class Output:
         self._stops.update(set(statistics.numbers("stop")[kept].tolist()) - {-1})
 
     def _numbered(self, sides: Rows) -> Rows:
-        """The number of each row among the samples that the split has for its side."""
+        """The number of each row among the input split's samples of the same side."""
         numbers = np.empty(len(sides), np.int64)
         for position, side in enumerate(SIDES):
             rows = np.flatnonzero(sides == position)
@@ -102,7 +102,7 @@ class Output:
     def _add_contaminated(
         self, found: Contamination, statistics: SampleStatistics, rows: Rows
     ) -> None:
-        """Note the training samples that map found to share text with held-out ones."""
+        """Record the training samples that map found contaminated."""
         sharing = statistics.having("shared", rows)
         first, number = self.samples("train"), len(self._sets) - 1
         positions = first + np.searchsorted(rows, sharing)
@@ -112,18 +112,18 @@ class Output:
             found.add(number, position, text)
 
     def samples(self, side: Side) -> int:
-        """Samples added to a side."""
+        """Number of samples added to a side."""
         return sum(report.sides[s].samples for s, report in self._sets if s == side)
 
     def dropped(self) -> dict[str, int]:
-        """Records left out so far, by cause."""
+        """Number of records dropped so far, by cause."""
         causes: Counter[str] = Counter()
         for report in self._reports:
             causes.update(report.dropped)
         return {cause: count for cause, count in causes.items() if count}
 
     def indexed_shards(self, side: Side) -> Iterator[IndexedShard]:
-        """The shards of all samples added to a side, one after the other."""
+        """Download and yield the shards of all samples added to a side."""
         return self._indexes[side].indexed_shards()
 
     def places(self, positions: Collection[int]) -> dict[int, str]:
@@ -135,7 +135,7 @@ class Output:
         return self._sets[number][1]
 
     def leave_out(self, found: Contamination) -> None:
-        """Take contaminated samples out of the training index and of the counts."""
+        """Remove contaminated samples from the training index and from the counts."""
         for number, positions in found.sets.items():
             report = self.report_of(number)
             report.contaminated = len(positions)
@@ -151,8 +151,8 @@ class Output:
         """Write the indexes, the report and, last, the manifest.
 
         Args:
-            quality: what was asked for, for the report.
-            classes_of: names of the classes, from what was found in each set.
+            quality: settings shown in the report.
+            classes_of: returns the names of the classes, from the reports of all sets.
         """
         classes = classes_of((side, report.sides[side]) for side, report in self._sets)
         files = [f for index in self._indexes.values() for f in (*index.files, index.finish())]

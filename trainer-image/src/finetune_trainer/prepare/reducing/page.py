@@ -1,4 +1,4 @@
-"""``report.html``: ``report.json`` for the eye, one self-contained page."""
+"""``report.html``: renders ``report.json`` as one self-contained page."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from finetune_trainer.prepare.quality.personal import IN_WORDS
 
 CAUSES: Final = {
     "Duplicate": "equal to an earlier record",
-    "NearDuplicate": "like an earlier record",
+    "NearDuplicate": "similar to an earlier record",
     "Overlength": "longer than training.maxLength",
     "Contaminated": "shares text with a held-out sample",
     "MalformedRecord": "not a JSON object",
     "MissingField": "lacks a field",
     "WrongType": "a field of another type",
-    "UnknownRole": "a role that is not known",
-    "NothingSupervised": "nothing to learn",
+    "UnknownRole": "unknown role",
+    "NothingSupervised": "no supervised tokens",
     "EmptyPrompt": "empty prompt",
     "TemplateFailed": "the template fails on it",
 }
-"""Why records were left out, in words; a reason that is not here stands for itself."""
+"""Descriptions of the causes of dropped records; other causes are shown by their name."""
 
 
 def render(report: dict[str, Any]) -> str:
-    """The page of a report, as ``report.json`` has it."""
+    """Return the HTML page of a report, given the content of ``report.json``."""
     sources = report["sources"]
     return page(__package__, "report.html.j2").render(
         report=report,
@@ -43,7 +43,7 @@ def _samples(sources: list[dict[str, Any]], side: str) -> int:
 
 
 def _notes(report: dict[str, Any]) -> list[str]:
-    """What deserves a look before anything is trained, a sentence each."""
+    """Findings to check before training, one sentence each."""
     notes = []
     quality, contamination = report["quality"], report["contamination"]
     for source in report["sources"]:
@@ -76,4 +76,4 @@ def _notes(report: dict[str, Any]) -> list[str]:
 
 
 _ASKED_FOR: Final = ("Duplicate", "NearDuplicate", "Overlength", "Contaminated")
-"""Causes of what is left out that are no faults of a record."""
+"""Causes of dropped records that are not faults."""

@@ -1,10 +1,10 @@
-"""Reduce: from the sample statistics of all input splits to index, report and manifest.
+"""Reduce: turns the sample statistics of all input splits into index, report and manifest.
 
     statistics, in the order of the data ─(duplicates)→ indexes, counts
         → (contamination) → index, report → manifest
 
-Memory holds some rows, and what is remembered of every training sample where duplicates are looked
-for (see ``duplicates`` and ``nearduplicates``).
+Memory holds one batch of rows, and with duplicate detection the digests and fingerprints of every
+training sample (see ``duplicates`` and ``nearduplicates``).
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def reduce_splits(
     paths: RunPaths,
     decode: Callable[[Any], str],
 ) -> Output:
-    """Judge the samples of all input splits.
+    """Decide which samples of all input splits to keep.
 
     Args:
-        decode: text of token ids.
+        decode: converts token ids to text.
 
     Raises:
-        DataError: the first fault in the order of the data; 'EmptyDataSet' naming the set;
+        DataError: the first fault in the order of the data; 'EmptyDataSet', with the set;
             'MostRecordsFaulty', 'TooManyDuplicates', 'Contaminated'.
     """
     results, quality = paths.results, data.quality
@@ -74,7 +74,7 @@ def reduce_splits(
 
 
 def _check_source(source: Source, report: SourceReport, data: Data) -> None:
-    """Whether a source held what it was given for."""
+    """Check that a source has usable records, and log personal data found in it."""
     report.faults.check(source.name, report.records)
     if not report.records:
         raise DataError(

@@ -1,4 +1,4 @@
-"""``report.json``: what was found in the data, for people who decide whether to trust it."""
+"""``report.json``: the data quality report for the user."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from finetune_trainer.prepare.tokenizing.tokens import Cut
 from finetune_trainer.prepared.split import Side
 
 PREVIEWS: Final = 3
-"""Samples of each set and side that the report shows."""
+"""Samples shown per set and side."""
 
 PLACES: Final = 5
-"""Places that the report names of what was found."""
+"""Places shown per finding."""
 
 LABELS_SHOWN: Final = 200
 BINS: Final = 24
-"""Most bins of a histogram."""
+"""Maximum bins of a histogram."""
 
 Rows = npt.NDArray[Any]
-"""Rows of statistics, positions in an index or values of them: whole numbers."""
+"""An integer array: rows of statistics, positions in an index, or values of a column."""
 
 _PERCENTILES: Final = (0, 10, 50, 90, 99, 100)
 
 
 @dataclass
 class Found:
-    """How often something was found, and where at first; never the thing itself."""
+    """Counts and first places of a kind of personal data; never its values."""
 
     samples: int = 0
     occurrences: int = 0
@@ -61,8 +61,8 @@ class Found:
 
 @dataclass
 class SideReport:
-    """Samples of one source on one side. Lengths are counted, not listed, so that memory does not
-    grow with the data."""
+    """Samples of one source on one side. Lengths are kept as counts, so that memory does not grow
+    with the data."""
 
     samples: int = 0
     tokens: int = 0
@@ -71,7 +71,7 @@ class SideReport:
     lengths: Counter[int] = field(default_factory=Counter)
     labels: Counter[str] = field(default_factory=Counter)
     label_places: dict[str, str] = field(default_factory=dict)
-    """Where each label occurred first."""
+    """Object and line of the first sample with each label."""
     personal: dict[str, Found] = field(default_factory=dict)
     previews: list[dict[str, Any]] = field(default_factory=list)
 
@@ -99,13 +99,18 @@ class SideReport:
         self.label_places.update(zip(fresh, places, strict=True))
 
     def show(self, offered: Iterable[Preview], samples: Rows) -> None:
-        """Keep the first samples to look at, of those of an input split that were added."""
+        """Keep the previews of the first samples.
+
+        Args:
+            offered: previews of an input split.
+            samples: rows of the split that were added; other previews are ignored.
+        """
         shown = (p.shown for p in offered if len(self.previews) < PREVIEWS and p.sample in samples)
         self.previews.extend(shown)
 
     def remove(self, length: Rows, supervised: Rows) -> None:
-        """Count samples no longer. Their labels and their place among the longest stay counted:
-        they are known no more."""
+        """Subtract samples from the counts, except from ``labels`` and ``longest_completion``: the
+        index does not hold these values."""
         self.samples -= len(length)
         self.tokens -= int(length.sum())
         self.supervised -= int(supervised.sum())
@@ -128,7 +133,7 @@ class SideReport:
 
 @dataclass
 class SourceReport:
-    """One data source."""
+    """The report of one data source."""
 
     name: str
     objects: int
@@ -142,12 +147,12 @@ class SourceReport:
     split: int = 0
     contaminated: int = 0
     languages: Counter[str] = field(default_factory=Counter)
-    """Records that were looked at, by language (ISO 639 code)."""
+    """Records with language identification, by language (ISO 639 code)."""
     cuts: Counter[Cut] = field(default_factory=Counter)
     sides: dict[Side, SideReport] = field(default_factory=dict)
 
     def merge(self, split: SplitSummary) -> None:
-        """Count what was read for an input split, and what map left out."""
+        """Add the counts of an input split."""
         self.format = self.format or split.format
         self.records += split.records
         self.overlength += split.overlength
@@ -157,7 +162,7 @@ class SourceReport:
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Records left out, by cause."""
+        """Number of records dropped, by cause."""
         return {
             "Duplicate": self.duplicates,
             "NearDuplicate": self.near_duplicates,
@@ -188,34 +193,40 @@ class SourceReport:
 
 @dataclass
 class Contamination:
-    """Training samples that share text with held-out ones."""
+    """Training samples that share text with held-out samples."""
 
     policy: str
     compared: int
-    """Held-out samples that were compared."""
+    """Number of held-out samples compared."""
     sets: dict[int, array[int]] = field(default_factory=dict)
-    """Positions in the training index, ascending, by the number of the set."""
+    """Positions in the training index, ascending, by set number."""
     examples: dict[int, str] = field(default_factory=dict)
     """Shared text of the first few of each set, by position."""
     places: dict[int, str] = field(default_factory=dict)
-    """Object and line of these."""
+    """Object and line of these samples."""
 
     def enough(self, number: int) -> bool:
-        """Whether a set has all the examples that are shown."""
+        """Whether a set has ``PLACES`` examples."""
         return len(self.sets.get(number, ())) >= PLACES
 
     def add(self, number: int, position: int, shared: str) -> None:
-        """A sample of a set, at a position of the index behind those added before."""
+        """Add a sample.
+
+        Args:
+            number: of the set.
+            position: in the training index, ascending between calls.
+            shared: text that it shares.
+        """
         if not self.enough(number):
             self.examples[position] = shared
         self.sets.setdefault(number, array("q")).append(position)
 
     def to_json(self, names: Mapping[int, str], held_out: int) -> dict[str, Any]:
-        """As the report has it.
+        """Return the report entry.
 
         Args:
             names: of the sets, by number.
-            held_out: held-out samples.
+            held_out: number of held-out samples.
         """
         return {
             "ngram": NGRAM,
@@ -236,14 +247,14 @@ class Contamination:
 
 
 def shares(counts: Counter[str]) -> dict[str, float]:
-    """Share of each of what was counted, the largest first."""
+    """Return the share of each name, the largest first."""
     total = max(1, counts.total())
     return {name: round(n / total, 4) for name, n in counts.most_common()}
 
 
 def histogram(counts: Counter[int]) -> list[dict[str, int]]:
-    """Counted values in at most ``BINS`` equal bins, whose width is a power of two:
-    ``[{"from": 1, "to": 16, "samples": 5}, …]``; both bounds belong to the bin."""
+    """Return the histogram of counted values, in at most ``BINS`` equal bins with a width that is a
+    power of two: ``[{"from": 1, "to": 16, "samples": 5}, …]``; both bounds are inclusive."""
     longest = max((value for value, count in counts.items() if count), default=0)
     if not longest:
         return []
@@ -261,7 +272,7 @@ def histogram(counts: Counter[int]) -> list[dict[str, int]]:
 
 
 def percentiles(counts: Counter[int]) -> dict[str, int]:
-    """Exact percentiles (nearest rank) of counted values: ``{"p50": 17, …}``."""
+    """Return exact percentiles (nearest rank) of counted values: ``{"p50": 17, …}``."""
     total, ordered = counts.total(), sorted(value for value, count in counts.items() if count)
     if not total:
         return {}

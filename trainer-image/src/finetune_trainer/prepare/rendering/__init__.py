@@ -1,1 +1,1 @@
-"""From records to examples: what a record of each format holds, and the text that is made of it."""
+"""Rendering: reads the content of records by format, and renders it to examples."""

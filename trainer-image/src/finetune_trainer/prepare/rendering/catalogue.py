@@ -1,10 +1,10 @@
-"""The template library: for each task, several phrasings of the prompt and one completion; and for
-conversations the names that roles have.
+"""The template library: for each task, several phrasings of the prompt and one completion; for
+conversations, the known role names.
 
-A phrasing ends with a word and a colon, a completion begins with the space behind it: vocabularies
-hold words with the space before them. The first phrasing is the plainest: held-out records have it.
-A value that is no text is written as JSON; an optional field that a record lacks is empty. The
-texts are part of the content digest of prepared data.
+A phrasing ends with a word and a colon, and a completion begins with the space after it:
+vocabularies hold words with a leading space. The first phrasing is the plainest, and is used for
+held-out records. A value that is not text is written as JSON; an absent optional field is empty.
+The texts are part of the content digest of prepared data.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Field:
     """A field that a template renders."""
 
     what: str
-    """What it holds, for people."""
+    """Its description, for users."""
     optional: bool = False
     """Whether records may lack it."""
 
@@ -32,14 +32,14 @@ class Entry:
     """A template of the library."""
 
     purpose: str
-    """What it is for."""
+    """Its purpose, for users."""
     format: Format
-    """What its records count as: it decides which metrics they have."""
+    """Format of its records, which decides their metrics."""
     fields: Mapping[str, Field]
     prompts: tuple[str, ...] = ()
     """Phrasings (Jinja); none where the model's chat template writes the prompt."""
     completion: str = ""
-    """What is learned (Jinja)."""
+    """The supervised text (Jinja)."""
 
 
 CHAT_ROLES: Final[Mapping[str, Role]] = {
@@ -50,7 +50,7 @@ CHAT_ROLES: Final[Mapping[str, Role]] = {
     "gpt": "assistant",
     "tool": "tool",
 }
-"""What the usual names of roles mean; `template.roles` adds others."""
+"""Role of each usual role name; `template.roles` adds others."""
 
 
 CATALOGUE: Final[Mapping[TemplateName, Entry]] = {
@@ -162,15 +162,15 @@ CATALOGUE: Final[Mapping[TemplateName, Entry]] = {
         completion=" {{ rewritten }}",
     ),
     "Chat": Entry(
-        purpose="a conversation, written by the model's chat template; every turn of the"
-        " assistant is learned",
+        purpose="a conversation, written by the model's chat template; every assistant turn is"
+        " supervised",
         format="Messages",
         fields={
             "messages": Field("the list of turns"),
-            "role": Field(f"whose turn it is ({', '.join(CHAT_ROLES)})"),
-            "content": Field("what is said in it"),
-            "prompt": Field("of turns that are pairs: what the user says", optional=True),
-            "response": Field("of turns that are pairs: what is answered", optional=True),
+            "role": Field(f"role of the turn ({', '.join(CHAT_ROLES)})"),
+            "content": Field("text of the turn"),
+            "prompt": Field("of turns that are pairs: the user's text", optional=True),
+            "response": Field("of turns that are pairs: the answer", optional=True),
             "system": Field("text of a system turn before the others", optional=True),
             "tools": Field("the tools that may be called, as JSON schemas", optional=True),
         },

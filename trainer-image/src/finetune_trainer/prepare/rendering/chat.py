@@ -1,18 +1,18 @@
-"""Conversations through the tokenizer's chat template, with exact borders of what is learned.
+"""Renders conversations with the tokenizer's chat template, with exact bounds of the supervised
+text.
 
-The borders are found by rendering prefixes of the conversation:
+The bounds are found by rendering prefixes of the conversation:
 
     render(messages[:i], add_generation_prompt=True)  ends where turn i's answer begins
-    render(messages[:i+1])                            ends behind turn i's answer
+    render(messages[:i+1])                            ends after turn i's answer
 
-Few chat templates mark the assistant's words ({% generation %}); where one does, its marks narrow
-the answer further. The answer is learned together with its end-of-turn token (else the model never
-learns to stop) and without what stands behind it, which no generation reaches: white space, and
-what some templates write at the end of a whole conversation. Calls of tools are answers like
-others; tools and their results are read, and so are answers of weight 0. Some templates render a
-turn in another way once others follow it (they drop its reasoning): such a conversation becomes one
-sample a turn, each exactly as it stands when that turn is generated. Whatever does not fit is
-refused.
+Few chat templates mark the assistant's text ({% generation %}); such marks narrow the answer
+further. The supervised text is the answer with its end-of-turn token (else the model never learns
+to stop), without the text after it, which generation never reaches: white space, and text that some
+templates write at the end of a conversation. Tool calls are answers too. Tools, their results and
+answers of weight 0 are not supervised. Some templates render a turn differently once others follow
+it (they drop its reasoning): such a conversation becomes one sample per turn, each exactly as when
+that turn is generated. Everything else is rejected.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from finetune_trainer.prepare.rendering.conversations import function_of
 from finetune_trainer.prepare.rendering.formats import Conversation, Message
 
 Mark = tuple[int, int]
-"""Start and end of a stretch of text."""
+"""Start and end of a text range, in characters."""
 
 Tools = list[dict[str, Any]] | None
 
@@ -41,7 +41,7 @@ class Turn(NamedTuple):
     """An answer of the assistant in the rendered text."""
 
     before: str
-    """Text between the answer before and this one."""
+    """Text between the previous answer and this one."""
     answer: str
     stop: str
     """Text of the end-of-turn token."""
@@ -51,7 +51,7 @@ class ChatTemplate:
     """The chat template of a tokenizer.
 
     Raises:
-        UserError: 'NoChatTemplate' where the tokenizer has none.
+        UserError: 'NoChatTemplate', the tokenizer has none.
     """
 
     def __init__(self, tokenizer: Any, model: str) -> None:
@@ -67,22 +67,22 @@ class ChatTemplate:
         self._stops = tuple(sorted(special, key=len, reverse=True))
 
     def render(self, where: str, conversation: Conversation) -> list[list[Turn]]:
-        """The conversation as one row of turns, or as several (one a turn, each with its prefix)
-        where the template renders earlier turns in another way. What follows the last answer is
-        left out: nothing is learned from it.
+        """Render a conversation to one list of turns, or to several (one per turn, each with its
+        prefix) where the template renders earlier turns differently. Text after the last answer is
+        dropped, as it is not supervised.
 
         Raises:
             DataError: 'NothingSupervised', 'TemplateFailed', 'ToolsNotWritten', 'PrefixMismatch',
-                'MarkMismatch' or 'NoEndOfTurn', naming the record.
+                'MarkMismatch' or 'NoEndOfTurn', with the record.
         """
         messages = conversation.messages
-        # An answer that opens the conversation has no prompt: it is read, not learned.
+        # An answer that opens the conversation has no prompt, so it is not supervised.
         ends = [i for i, m in enumerate(messages) if i and _is_learned(m)]
         if not ends:
             raise DataError(
                 "NothingSupervised",
-                f"{where}: no token of this record would be learned: no message after the first has"
-                " the role 'assistant' and a weight other than 0 (roles:"
+                f"{where}: this record has no supervised tokens: no message after the first has the"
+                " role 'assistant' and a weight other than 0 (roles:"
                 f" {', '.join(m['role'] for m in messages[:8])})",
             )
         spans = [self._turn(where, conversation, i) for i in ends]
@@ -98,7 +98,7 @@ class ChatTemplate:
         return [row]
 
     def _turn(self, where: str, conversation: Conversation, i: int) -> Turn:
-        """Turn i with all that precedes it as ``before``."""
+        """Return turn i, with the whole text that precedes its answer as ``before``."""
         messages, tools = conversation.messages, conversation.tools
         prompt, _ = self._text(where, messages[:i], tools, generate=True)
         text, marks = self._text(where, messages[: i + 1], tools, generate=False)
@@ -107,7 +107,7 @@ class ChatTemplate:
             raise DataError(
                 "PrefixMismatch",
                 f"{where}: the chat template does not continue its own generation prompt at"
-                f" message {i}, so what the assistant says cannot be told apart. Give prompt and"
+                f" message {i}, so the assistant's text cannot be located. Give prompt and"
                 " completion, or a model folder with another chat_template.jinja",
             )
         start, end = len(prompt), len(through)
@@ -115,7 +115,7 @@ class ChatTemplate:
             start, end = self._marked(where, through, start, marks, i)
         learned = through[start:end]
         ends = self._ends(learned)
-        if len(ends) > 1:  # some may be there for the end of the conversation, not of the turn
+        if len(ends) > 1:  # some may end the conversation, not the turn
             more, _ = self._text(where, messages[: i + 1], tools, generate=True)
             on = [end for end in ends if more.startswith(text[: start + end[0]])]
             ends = on or ends
@@ -123,7 +123,7 @@ class ChatTemplate:
             last = redacted(learned)[-20:]
             raise DataError(
                 "NoEndOfTurn",
-                f"{where}: the chat template ends message {i} with {last!r}, which is no"
+                f"{where}: the chat template ends message {i} with {last!r}, which is not a"
                 " special token of the tokenizer: the model would never learn to stop. Give a"
                 " model folder with another chat_template.jinja",
             )
@@ -132,14 +132,15 @@ class ChatTemplate:
         if not learned[: -len(stop)].strip():
             raise DataError(
                 "NothingSupervised",
-                f"{where}: no word of message {i} would be learned: it is empty, or the chat"
-                " template writes nothing for it",
+                f"{where}: message {i} has no supervised text: it is empty, or the chat template"
+                " writes nothing for it",
             )
         _must_write(where, messages[i].get("tool_calls", ()), learned, f"calls of message {i}")
         return Turn(through[:start], learned[: -len(stop)], stop)
 
     def _ends(self, text: str) -> list[tuple[int, str]]:
-        """Where the special tokens that a text ends with end, and their texts, the last first."""
+        """Return the special tokens at the end of a text: end offset and text of each, the last
+        token first."""
         ends: list[tuple[int, str]] = []
         text = text.rstrip()
         while stop := next((stop for stop in self._stops if text.endswith(stop)), None):
@@ -148,15 +149,15 @@ class ChatTemplate:
         return ends
 
     def _marked(self, where: str, text: str, prompt: int, marks: list[Mark], i: int) -> Mark:
-        """Where the learned text of message i stands by the template's own marks, which may leave
-        out what comes after the generation prompt (an empty thought) or the stop token: the model
-        writes the latter, so it is learned too."""
+        """Return the range of message i's supervised text by the template's own marks. The marks
+        may exclude text after the generation prompt (an empty thought), and the stop token. The
+        model generates the stop token, so it is supervised too."""
         own = [(start, end) for start, end in marks if end > max(start, prompt)]
         if len(own) != 1:
             raise DataError(
                 "MarkMismatch",
-                f"{where}: the chat template marks {len(own)} stretches of message {i} by"
-                " {% generation %}, where one is wanted. Give a model folder with another"
+                f"{where}: the chat template marks {len(own)} parts of message {i} by"
+                " {% generation %}, but must mark one. Give a model folder with another"
                 " chat_template.jinja",
             )
         start, end = max(own[0][0], prompt), len(text[: own[0][1]].rstrip())
@@ -169,8 +170,8 @@ class ChatTemplate:
     def _text(
         self, where: str, messages: Sequence[Message], tools: Tools, *, generate: bool
     ) -> tuple[str, list[Mark] | None]:
-        """Messages as text, and the stretches that the template marks (None where it has no
-        marks)."""
+        """Render messages to text, with the ranges that the template marks (None for a template
+        without marks)."""
         try:
             template = self._tokenizer.get_chat_template(None, tools)
             marked = _GENERATION.search(template) is not None
@@ -197,12 +198,12 @@ def _is_learned(message: Message) -> bool:
 
 
 def _must_write(where: str, calls: Sequence[Any], text: str, what: str) -> None:
-    """Refuse a template that passes over tools, or calls of them: many know none."""
+    """Reject a template that ignores tools or tool calls: many templates do not support them."""
     for name in (function_of(call)["name"] for call in calls):
         if name not in text:
             raise DataError(
                 "ToolsNotWritten",
-                f"{where}: {what}: the tokenizer's chat template does not write {name!r}, so it"
-                " does not know tools, and the model would learn without them. Give a model folder"
+                f"{where}: {what}: the tokenizer's chat template does not write {name!r}: it does"
+                " not support tools, and the model would train without them. Give a model folder"
                 " with another chat_template.jinja",
             )

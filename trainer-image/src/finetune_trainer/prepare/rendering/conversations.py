@@ -1,8 +1,8 @@
-"""Conversations out of records: turns of any role, calls of tools, and the tools that there are.
+"""Reads conversations from records: turns of any role, tool calls, and tools.
 
-What chat templates expect differs little from what providers' interfaces send, and those
-differences are evened out here: content in text parts is joined, JSON in text (tools, arguments of
-a call) is parsed. Templates would otherwise write lists and quoted JSON, and the model learn them.
+The messages of provider APIs are normalized to the form that chat templates expect: content in text
+parts is joined, JSON strings (tools, arguments of a call) are parsed. Otherwise templates would
+write lists and quoted JSON, and the model would be trained on them.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from finetune_trainer.prepare.rendering.formats import (
 
 
 class Turn(NamedTuple):
-    """One turn of a record, with the names that its fields have there, for complaints."""
+    """One turn of a record, with the names of its fields for error messages."""
 
     name: str
     message: Any
-    """An object of role, and content or calls of tools, if the record is right."""
+    """In a valid record, an object of role, and content or tool calls."""
     content: str
-    """Name of its content."""
+    """Name of its content field."""
 
 
 def conversation_of(record: Record) -> Conversation:
-    """The turns of a record of format Messages.
+    """Read the conversation of a record of format Messages.
 
     Raises:
-        DataError: 'MissingField' or 'WrongType', naming object, line and field.
+        DataError: 'MissingField' or 'WrongType', with object, line and field.
     """
     turns = field_value(record, "messages")
     if not is_list(turns) or not turns:
@@ -45,11 +45,11 @@ def conversation_of(record: Record) -> Conversation:
 
 
 def conversation(record: Record, turns: Sequence[Turn], tools: str = "tools") -> Conversation:
-    """Turns evened out, with their tools: those of the record's field ``tools``, else of the first
-    turn that has a field of that name.
+    """Normalize turns. The tools are those of the record's field ``tools``, else of the first turn
+    with a field of that name.
 
     Raises:
-        DataError: as ``conversation_of``.
+        DataError: see ``conversation_of``.
     """
     messages = [_message(record, *turn) for turn in turns]
     given = {tools: record.fields.get(tools)}
@@ -59,7 +59,7 @@ def conversation(record: Record, turns: Sequence[Turn], tools: str = "tools") ->
 
 
 def function_of(call: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The function of a tool or of a call of one, which some records wrap and some do not."""
+    """Return the function of a tool or tool call; some records wrap it in ``function``."""
     inner = call.get("function")
     return inner if isinstance(inner, Mapping) else call
 
@@ -76,7 +76,7 @@ def _message(record: Record, name: str, turn: Any, content: str) -> Message:
         raise wrong_type(record, f"{name}.role", "a string", message["role"])
     weight = message.get("weight", 1)
     if message["role"] == "assistant" and weight not in (0, 1):
-        raise wrong_type(record, f"{name}.weight", "0 (read) or 1 (learned)", weight)
+        raise wrong_type(record, f"{name}.weight", "0 (not trained) or 1 (trained)", weight)
     if "content" in message:
         message["content"] = _content(record, content, message["content"])
     if calls:
@@ -122,10 +122,10 @@ def _is_named(tool: Any) -> bool:
 
 
 def is_list(value: Any) -> bool:
-    """Whether a value is a list of some kind (Parquet has its own), and no text."""
+    """Whether a value is a sequence (Parquet has its own list type) other than a string."""
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _parsed(value: Any) -> Any:
-    """The value, or what its text says as JSON (None where it is none)."""
+    """Parse a string as JSON (None where it is not JSON); return other values as they are."""
     return from_json(value) if isinstance(value, str) else value

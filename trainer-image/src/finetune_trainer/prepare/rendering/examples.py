@@ -1,9 +1,8 @@
-"""Rendered examples: what a record becomes before the tokenizer sees it.
+"""Renders records to examples, the input of the tokenizer.
 
-An example is a row of segments of text, each read or learned. Cutting the text there, and
-tokenizing each by itself, makes two things exact that tokenizing the whole text would leave to
-chance: which tokens are learned (no token lies across a border), and that the tokens before a
-learned segment are those that a prompt of that text has when text is generated.
+An example is a sequence of text segments, each supervised or not. Segments are tokenized
+separately, which makes two things exact: the supervised tokens (no token spans a border), and the
+tokens before a supervised segment, which equal those of the same prompt in generation.
 """
 
 from __future__ import annotations
@@ -34,14 +33,15 @@ from finetune_trainer.prepare.rendering.turns import ChatTurns
 from finetune_trainer.prepared.split import Side, shares_of, side_of
 
 _INSTRUCTING: Final = ("system", "developer")
-"""Roles of turns that say how to answer, in many conversations alike."""
+"""Roles of turns with instructions, which many conversations share."""
 
 
 class Segment(NamedTuple):
-    """A stretch of an example's text."""
+    """A part of an example's text."""
 
     text: str
     learned: bool
+    """Whether the segment is supervised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,29 +49,28 @@ class RenderedExample:
     """One sample as text."""
 
     where: str
-    """Object and line that it came from."""
+    """Object and line of its record."""
     segments: tuple[Segment, ...]
-    """The text; the last part is a learned one."""
+    """The text; the last segment is supervised."""
     prompt: str
-    """What is read before the last learned part."""
+    """Text before the last supervised segment."""
     completion: str
-    """What an answer is compared with."""
+    """The reference that a generated answer is compared with."""
     label: str | None
-    """The right label, for Classification."""
+    """The reference label, for Classification."""
     group: str
     """Examples of equal groups stay on one side of the split."""
     framed: bool
-    """Whether the tokenizer's beginning and end marks are to be added; a chat template has its
-    own."""
+    """Whether to add the tokenizer's begin and end tokens; a chat template writes its own."""
     side: Side
-    """The side that the group is on."""
+    """Side of the split, by the group."""
     own: str
-    """The record's own words, by which it is compared with others: without what many records share
-    (system turns, tools, the texts of templates). Of all samples of a conversation the same."""
+    """The record's own text, for comparison with other records: without text that many records
+    share (system turns, tools, template texts). Equal for all samples of a conversation."""
     goes_on: bool = False
-    """Whether its text goes on in another example: it has no end mark then."""
+    """Whether its text continues in another example: it has no end token then."""
     personal: Mapping[str, int] = field(default_factory=dict)
-    """How often each kind of personal data was found in it (see ``personal``)."""
+    """Number of findings of each kind of personal data (see ``personal``)."""
 
 
 Renderer = Callable[[Record], list[RenderedExample]]
@@ -86,16 +85,16 @@ def renderer(
     redact: Callable[[str], str] = str,
     content: Callable[[Record, Format], Content] = content_of,
 ) -> Renderer:
-    """The function that makes examples of a source's records: one each, or one a turn for some
-    conversations (see ``chat``).
+    """Return the function that renders a source's records: to one example each, or one per turn for
+    some conversations (see ``chat``).
 
     Args:
-        redact: takes out of a group what will be taken out of the examples: prompts that differ in
-            nothing else stay together.
-        content: content of a record of a plain format that has no template.
+        redact: redacts groups as the examples will be redacted: prompts that become equal stay
+            together.
+        content: reads a record of a plain format without a template.
 
     Raises (the function):
-        DataError: naming object, line and field, where a record cannot be used.
+        DataError: for an unusable record, with object, line and field.
     """
     held_out, training = _renders(source.spec, form, data.split.seed, content)
     shares = shares_of(data, source.side)
@@ -120,7 +119,8 @@ def renderer(
 def _renders(
     spec: DataSource, form: Format, seed: int, content: Callable[[Record, Format], Content]
 ) -> tuple[Render, Render | None]:
-    """How held-out records are rendered, and how training records are where that differs."""
+    """Return the render function of held-out records, and that of training records if it
+    differs."""
     if form == "Messages":
         return ChatTurns(spec.template).read if spec.template else conversation_of, None
     if form == "Retrieval":
@@ -135,17 +135,17 @@ def _renders(
 
 
 def nothing_learned(where: str, why: str) -> DataError:
-    """The error of a record that leaves nothing to learn."""
+    """Return the error of a record without supervised tokens."""
     return DataError(
         "NothingSupervised",
-        f"{where}: no token of this record would be learned: {why}. Correct the record or the"
-        " template",
+        f"{where}: this record has no supervised tokens: {why}. Correct the record or the template",
     )
 
 
 def _group_of(content: Content) -> str:
-    """Records with equal prompts stay together. Of a conversation it is what precedes the first
-    answer: conversations that begin alike share the prompts of their first turns."""
+    """Return the group of a record: records with equal prompts stay together. The group of a
+    conversation is the text before the first answer, as conversations with the same beginning share
+    the prompts of their first turns."""
     if isinstance(content, Pair):
         return content.prompt if content.subject is None else content.subject
     if isinstance(content, Document):

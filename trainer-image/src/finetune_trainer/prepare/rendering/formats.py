@@ -1,9 +1,8 @@
-"""What a record holds: prompt and completion, a conversation, or plain text.
+"""Content of a record: prompt and completion, a conversation, or plain text.
 
-The format of a source is found out from its first record where the manifest names none. Nothing is
-guessed beyond that: a field that is missing or of another type is an error that names it. Formats
-with more to them are read in ``conversations`` and ``retrieval``, records of other fields in
-``templates``.
+Without a format in the manifest, the first record of a source decides it. Nothing else is guessed:
+a missing field or wrong type is an error with the field's name. ``conversations`` and ``retrieval``
+read the formats Messages and Retrieval, ``templates`` records with other fields.
 """
 
 from __future__ import annotations
@@ -26,27 +25,26 @@ FORMAT_FIELDS: Final[dict[Format, tuple[str, ...]]] = {
     "Retrieval": ("question", "oracle", "answer"),
     "Text": ("text",),
 }
-"""Fields that a record of each format must have. The first format whose fields are all there is
-the one that is found out."""
+"""Required fields of each format. Detection takes the first format whose fields all exist."""
 
 Message = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A prompt that is read and a completion that is learned."""
+    """A prompt and a supervised completion."""
 
     prompt: str
     completion: str
     subject: str | None = None
-    """What is asked, however the prompt puts it. None: the prompt itself."""
+    """The question independent of the prompt's phrasing. None: the prompt itself."""
     own: str | None = None
-    """The record's own words in both, without a template's. None: subject and completion."""
+    """The record's own text in both, without template text. None: subject and completion."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns, each with a role, and content or calls of tools."""
+    """Turns, each with a role, and content or tool calls."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
@@ -55,7 +53,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Text that is learned as a whole."""
+    """Text that is supervised as a whole."""
 
     text: str
 
@@ -64,10 +62,10 @@ Content = Pair | Conversation | Document
 
 
 def detect_format(record: Record) -> Format:
-    """Format of a source without ``format`` and ``template``, from its first record.
+    """Detect the format of a source without ``format`` and ``template``, from its first record.
 
     Raises:
-        DataError: 'UnknownFormat' where no format's fields are there.
+        DataError: 'UnknownFormat', the record has not all fields of any format.
     """
     for name, fields in FORMAT_FIELDS.items():
         if all(record.fields.get(field) is not None for field in fields):
@@ -75,17 +73,17 @@ def detect_format(record: Record) -> Format:
     known = "; ".join(f"{name}: {', '.join(fields)}" for name, fields in FORMAT_FIELDS.items())
     raise DataError(
         "UnknownFormat",
-        f"{record.where}: its fields ({names_of(record)}) are those of no format ({known}); set"
-        " template on the data source to say how prompt and completion are made of them (`finetune"
-        " templates` lists those that have a name)",
+        f"{record.where}: its fields ({names_of(record)}) match no format ({known}); set template"
+        " on the data source to make prompt and completion of them (`finetune templates` lists the"
+        " named templates)",
     )
 
 
 def content_of(record: Record, form: Format) -> Content:
-    """The content of a record of a plain format (not Messages, not Retrieval).
+    """Return the content of a record of a plain format (not Messages, not Retrieval).
 
     Raises:
-        DataError: 'MissingField' or 'WrongType', naming object, line and field.
+        DataError: 'MissingField' or 'WrongType', with object, line and field.
     """
     if form == "PromptCompletion":
         return Pair(text_value(record, "prompt"), text_value(record, "completion"))
@@ -95,22 +93,22 @@ def content_of(record: Record, form: Format) -> Content:
             parts.append(text_value(record, "input"))
         return Pair("\n\n".join([*parts, ""]), text_value(record, "output"))
     if form == "Classification":
-        # The space belongs to the label: vocabularies hold words with the space before them.
+        # The space belongs to the label: vocabularies hold words with a leading space.
         return Pair(f"{text_value(record, 'text')}\nLabel:", f" {_label(record)}")
     return Document(text_value(record, "text"))
 
 
 def labelled_text(record: Record, form: Format) -> Pair:
-    """Text and label of a record as they are, for a model that gives classes.
+    """Return text and label of a record unchanged, for a classification head.
 
     Raises:
-        DataError: as ``content_of``.
+        DataError: see ``content_of``.
     """
     return Pair(text_value(record, "text"), _label(record))
 
 
 def group_value(record: Record, field: str) -> str:
-    """The value of the field that ``split.groupBy`` names, as text.
+    """Return the value of the ``split.groupBy`` field, as JSON.
 
     Raises:
         DataError: 'MissingField'.
@@ -119,12 +117,12 @@ def group_value(record: Record, field: str) -> str:
 
 
 def names_of(record: Record) -> str:
-    """The record's field names, for messages."""
+    """The record's field names, redacted, for messages."""
     return redacted(", ".join(str(name) for name in list(record.fields)[:20]))
 
 
 def missing_field(record: Record, field: str, why: str = "is missing") -> DataError:
-    """The error of a record without a needed field."""
+    """Return the error of a record without a required field."""
     return DataError(
         "MissingField",
         f"{record.where}: field {field!r} {why}; the record has {names_of(record)}. Correct the"
@@ -133,7 +131,7 @@ def missing_field(record: Record, field: str, why: str = "is missing") -> DataEr
 
 
 def field_value(record: Record, field: str) -> Any:
-    """The value of a field that a record must have.
+    """Return the value of a required field.
 
     Raises:
         DataError: 'MissingField'.
@@ -145,7 +143,7 @@ def field_value(record: Record, field: str) -> Any:
 
 
 def text_value(record: Record, field: str) -> str:
-    """The text of a field that a record must have.
+    """Return the text of a required field.
 
     Raises:
         DataError: 'MissingField' or 'WrongType'.
@@ -166,16 +164,16 @@ def _label(record: Record) -> str:
 
 
 def unknown_role(record: Record, field: str, role: Any, known: Iterable[str]) -> DataError:
-    """The error of a turn whose role is none that is ``known``."""
+    """Return the error of a turn whose role is not in ``known``."""
     return DataError(
         "UnknownRole",
         f"{record.where}: field {field!r} must be one of {', '.join(known)}; got {_shown(role)}."
-        " Correct the record, or say which role it is in template.roles, e.g. {bot: assistant}",
+        " Correct the record, or map the role in template.roles, e.g. {bot: assistant}",
     )
 
 
 def wrong_type(record: Record, field: str, wanted: str, value: Any) -> DataError:
-    """The error of a field whose value is not what is ``wanted``."""
+    """Return the error of a field whose value is not ``wanted``."""
     return DataError(
         "WrongType",
         f"{record.where}: field {field!r} must be {wanted}; got {_shown(value)}. Correct the"
@@ -188,7 +186,7 @@ def _shown(value: Any) -> str:
 
 
 def from_json(text: str) -> Any:
-    """What a text says as JSON; None where it is none."""
+    """Parse a text as JSON; None where it is not JSON or holds an unpaired surrogate."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

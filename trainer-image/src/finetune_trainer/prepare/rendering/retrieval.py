@@ -1,11 +1,11 @@
-"""Questions with retrieved passages: RAFT (Zhang et al. 2024, arXiv:2403.10131).
+"""Renders questions with retrieved passages: RAFT (Zhang et al. 2024, arXiv:2403.10131).
 
-A prompt shows numbered passages, of which the oracle holds the answer and the distractors do not:
-what a retriever finds. In a share of the training records the oracle is left out and the answer is
-learned all the same, so that the model also keeps what it cannot look up. An answer that cites the
-oracle (``[oracle]``, ``[oracle 2]`` of several) cites the number that it is shown with; where it is
-left out the citation goes too, since there is nothing to cite. Held-out records always show it, as
-the paper measures.
+A prompt shows numbered passages, as a retriever returns them: the oracle holds the answer, the
+distractors do not. In a share of the training records the oracle is omitted and the answer is still
+supervised, so that the model also retains knowledge that it cannot look up. A citation of the
+oracle in the answer (``[oracle]``, ``[oracle 2]`` of several) becomes the number of the passage; it
+is removed where the oracle is omitted. Held-out records always show the oracle, as the paper
+measures.
 
 Choice and order of the passages are a pure function of the split's seed, question and passages.
 """
@@ -35,7 +35,7 @@ class RetrievalPrompts:
     """Renders records of format Retrieval.
 
     Args:
-        retrieval: how many distractors, and how often the oracle is shown.
+        retrieval: number of distractors, and share of records that show the oracle.
         seed: of the split.
     """
 
@@ -45,19 +45,19 @@ class RetrievalPrompts:
         self._seed = seed
 
     def with_oracle(self, record: Record) -> Pair:
-        """The record with its oracle among the passages.
+        """Render a record with its oracle among the passages.
 
         Raises:
-            DataError: 'MissingField', 'WrongType', 'TooFewDistractors' or 'UnknownPassage', naming
+            DataError: 'MissingField', 'WrongType', 'TooFewDistractors' or 'UnknownPassage', with
                 object, line and field.
         """
         return self._pair(record, shown=True)
 
     def drawn(self, record: Record) -> Pair:
-        """The record with or without its oracle, by the share.
+        """Render a record with or without its oracle, by the share.
 
         Raises:
-            DataError: as ``with_oracle``.
+            DataError: see ``with_oracle``.
         """
         question = text_value(record, "question")
         at = position(self._seed, f"oracle\0{question}")
@@ -98,8 +98,8 @@ class RetrievalPrompts:
 
 
 def _passages(record: Record, field: str) -> list[str]:
-    """The passages of a field: a list, also as JSON in text (a cell of CSV has no other way), or
-    the one that its text is."""
+    """Return the passages of a field: a list, a JSON list in a string (for CSV), or a string that
+    is one passage."""
     value: Any = field_value(record, field)
     listed = from_json(value) if isinstance(value, str) else value
     if isinstance(listed, list) and all(isinstance(p, str) and p for p in listed):
@@ -110,8 +110,8 @@ def _passages(record: Record, field: str) -> list[str]:
 
 
 def _cited(record: Record, answer: str, oracles: int, numbers: Sequence[int] | None) -> str:
-    """The answer with its citations as the prompt numbers the passages; without them where no
-    oracle is shown (``numbers`` is None)."""
+    """Return the answer with its citations replaced by the numbers of the passages; with the
+    citations removed if no oracle is shown (``numbers`` is None)."""
 
     def written(mark: re.Match[str]) -> str:
         which = int(mark[1] or 1)

@@ -1,9 +1,9 @@
-"""Templates: Jinja in a sandbox, where a field that a record lacks is an error by name.
+"""Renders records with templates: Jinja in a sandbox; a missing field is an error with its name.
 
-A template of the library has several phrasings. Which one a training record gets is a pure function
-of the split's seed and the record's first phrasing: the same in any order, in any file, and the
-same for records that ask the same. Held-out records have the first phrasing, and the first phrasing
-is what keeps records together in the split: prompts of the final test never change with the draw.
+A library template has several phrasings. The phrasing of a training record is a pure function of
+the split's seed and the record's first phrasing: independent of order and file, and equal for
+records with the same question. Held-out records use the first phrasing, and the first phrasing is
+the group of the split, so prompts of the final test do not depend on the draw.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class _NullField(Exception):
 
 
 def _written(value: Any) -> Any:
-    """What a template writes for a value."""
-    if value is None:  # would be written as the word None, and learned
+    """Return the form of a value that templates write."""
+    if value is None:  # Jinja would write, and the model learn, the word None
         raise _NullField
     if isinstance(value, bool | list | dict):
         return json.dumps(value, ensure_ascii=False, default=str)
@@ -48,11 +48,11 @@ _ENVIRONMENT: Final = ImmutableSandboxedEnvironment(
 
 
 class LibraryTemplate:
-    """Renders records by a template of the library.
+    """Renders records by a library template.
 
     Args:
-        template: one with a name.
-        seed: of the split; phrasings are drawn by it.
+        template: a template with a name.
+        seed: of the split; it also draws the phrasings.
     """
 
     def __init__(self, template: Template, seed: int) -> None:
@@ -61,24 +61,24 @@ class LibraryTemplate:
         renamed = template.fields or {}
         self._name, self._seed = template.name, seed
         self._theirs = {own: renamed.get(own, own) for own in entry.fields}
-        # Whoever says where an optional field is means that it is there.
+        # An optional field that template.fields maps is required.
         self._spared = {f for f, field in entry.fields.items() if field.optional} - set(renamed)
         self._prompts = [_ENVIRONMENT.from_string(text) for text in entry.prompts]
         self._completion = _ENVIRONMENT.from_string(entry.completion)
 
     def first(self, record: Record) -> Pair:
-        """The record in the first phrasing.
+        """Render a record in the first phrasing.
 
         Raises:
-            DataError: 'MissingField', naming object, line and field.
+            DataError: 'MissingField', with object, line and field.
         """
         return self._pair(self._values(record), drawn=False)
 
     def varied(self, record: Record) -> Pair:
-        """The record in the phrasing that is drawn for it.
+        """Render a record in the phrasing drawn for it.
 
         Raises:
-            DataError: as ``first``.
+            DataError: see ``first``.
         """
         return self._pair(self._values(record), drawn=True)
 
@@ -103,10 +103,10 @@ class LibraryTemplate:
 
 
 class PairTemplate:
-    """Renders a record to prompt and completion by a template of the user's own.
+    """Renders a record to prompt and completion by a user's template.
 
     Raises:
-        UserError: 'BadTemplate' where the template is no Jinja.
+        UserError: 'BadTemplate', the template is not valid Jinja.
     """
 
     def __init__(self, template: Template) -> None:
@@ -115,11 +115,11 @@ class PairTemplate:
         self._completion = _Text("completion", template.completion)
 
     def render(self, record: Record) -> Pair:
-        """Prompt and completion of a record.
+        """Render prompt and completion of a record.
 
         Raises:
-            DataError: 'MissingField' or 'TemplateFailed', naming object, line and field.
-            UserError: 'BadTemplate' where the template does what the sandbox forbids.
+            DataError: 'MissingField' or 'TemplateFailed', with object, line and field.
+            UserError: 'BadTemplate', the template does something that the sandbox forbids.
         """
         prompt, asked = self._prompt.render(record)
         completion, answered = self._completion.render(record)
@@ -127,7 +127,7 @@ class PairTemplate:
 
 
 class _Text:
-    """One compiled text of a template."""
+    """One compiled template text."""
 
     def __init__(self, name: str, source: str) -> None:
         self._name = name
@@ -145,7 +145,7 @@ class _Text:
             ) from None
 
     def render(self, record: Record) -> tuple[str, str]:
-        """The text for a record, and what of it are the record's values."""
+        """Return the text for a record, and the record's values in it without template text."""
         fields = {"record": record.fields, **record.fields}
         try:
             return self._compiled.render(fields), self._values.render(fields)

@@ -1,8 +1,8 @@
-"""Template Chat: conversations of any shape, as those of format Messages.
+"""Template Chat: reads conversations of other shapes like those of format Messages.
 
-A turn has a role and content under force names, or is a prompt with its response. Roles have
-many names too: the usual ones are known, others are for the manifest to say, and none is guessed:
-a turn that is taken for another's would be learned, or not.
+A turn has a role and content under any field names, or is a pair of prompt and response. The usual
+role names are known; the manifest maps others. Roles are never guessed: a wrong role changes which
+turns are supervised.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from finetune_trainer.prepare.rendering.formats import (
 
 
 class ChatTurns:
-    """Reads conversations by the names that a template gives."""
+    """Reads conversations by the field and role names of a template."""
 
     def __init__(self, template: Template) -> None:
         assert template.name == "Chat", "others make pairs"
         renamed = template.fields or {}
         self._theirs = {own: renamed.get(own, own) for own in TEMPLATE_FIELDS["Chat"]}
-        # Whoever says where an optional field is means that it is there.
+        # An optional field that template.fields maps is required.
         self._wanted = [self._theirs[own] for own in ("system", "tools") if own in renamed]
         self._roles = {**CHAT_ROLES, **(template.roles or {})}
 
     def read(self, record: Record) -> Conversation:
-        """The turns of a record.
+        """Read the conversation of a record.
 
         Raises:
-            DataError: 'MissingField', 'WrongType' or 'UnknownRole', naming object, line and field.
+            DataError: 'MissingField', 'WrongType' or 'UnknownRole', with object, line and field.
         """
         for field in self._wanted:
             field_value(record, field)
@@ -83,7 +83,7 @@ class ChatTurns:
 
 
 def _round(record: Record, said: Mapping[str, Any]) -> list[Turn]:
-    """A question and its answer."""
+    """Return the turns of a pair: a user turn and an assistant turn."""
     turns = []
     for role, (name, text) in zip(("user", "assistant"), said.items(), strict=True):
         if text is None:

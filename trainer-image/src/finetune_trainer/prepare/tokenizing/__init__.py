@@ -1,1 +1,1 @@
-"""From examples to samples: token ids, what of them is learned, and what becomes of long ones."""
+"""Tokenizing: turns examples into samples: token ids and supervised spans; shortens long ones."""

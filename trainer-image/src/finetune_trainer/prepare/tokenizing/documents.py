@@ -1,8 +1,9 @@
-"""Documents that are longer than a sample may be: split into several, so that all of the text is
-learned.
+"""Splits documents that are longer than a sample into several samples, so that all of the text is
+trained on.
 
-Each piece begins as a text does; only the last ends as one does, so that a model learns to stop
-where the document stops. A document is parted where its text allows it best.
+Each piece has the begin token; only the last has the end token, so that the model learns to stop
+where the document ends. A document is split at paragraphs, lines, sentences or words, in this order
+of preference.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from finetune_trainer.prepare.rendering.examples import RenderedExample, Segment
 from finetune_trainer.prepare.tokenizing.tokens import TokenizedSample, Tokenizing
 
 _BREAKS: Final = ("\n\n", "\n", ". ", "。", " ")
-"""Behind which of them a text is parted: the first that is there."""
+"""Separators after which a text is split, in order of preference."""
 
 
 def is_document(example: RenderedExample) -> bool:
-    """Whether an example is text that is learned as a whole."""
+    """Whether an example is text that is supervised as a whole."""
     return len(example.segments) == 1
 
 
 def split(example: RenderedExample, tokens: Tokenizing, limit: int) -> list[TokenizedSample]:
-    """A document as samples of at most ``limit`` tokens.
+    """Split a document into samples of at most ``limit`` tokens.
 
-    What is counted of its personal data stays with the first. No such datum is parted where the
-    text can be parted beside it: no report could tell that half of one is in a piece.
+    The first sample keeps the personal data counts. Personal data is not split where the text can
+    be split next to it, since the report could not show a partial value in a piece.
     """
     (placed,) = tokens.placed(example)
     text = example.segments[0].text
@@ -43,20 +44,20 @@ def split(example: RenderedExample, tokens: Tokenizing, limit: int) -> list[Toke
         longest = max((len(sample.ids) for sample in samples), default=0)
         if longest <= limit or room == 1:
             return samples
-        # By itself a piece may have more tokens than it had in the document: one more at a border,
-        # and more by far where the tokenizer could only guess where its tokens are.
+        # A piece may have more tokens by itself than within the document: one more at a border, and
+        # many more where a slow tokenizer only estimates the token offsets.
         room = max(1, room * limit // longest)
 
 
 def borders(text: str, begins: Sequence[int], room: int) -> list[int]:
-    """Where consecutive pieces of a text end, each of at most ``room`` tokens, and of like lengths
-    where there is nothing to part it behind.
+    """Return the ends of consecutive pieces of a text, of at most ``room`` tokens each. Pieces have
+    about equal lengths where the text has no separators.
 
     Args:
-        begins: character at which each token begins, ascending.
+        begins: start character of each token, ascending.
     """
     found: list[int] = []
-    start = first = 0  # character and token that the next piece begins with
+    start = first = 0  # first character and token of the next piece
     while (left := len(begins) - first) > room:
         wanted = -(-left // room)
         aim, most = begins[first + -(-left // wanted)], begins[first + room]
@@ -64,13 +65,12 @@ def borders(text: str, begins: Sequence[int], room: int) -> list[int]:
         found.append(start)
         first = bisect_left(begins, start)
         if first == len(begins) or begins[first] != start:
-            first -= 1  # this token lies on both sides
+            first -= 1  # this token spans the border
     return [*found, len(text)] if start < len(text) else found
 
 
 def _break(text: str, low: int, high: int) -> int | None:
-    """Where it is best to part a text between two characters; None: nowhere better than
-    elsewhere."""
+    """Return the best split position between two characters; None without a separator."""
     for mark in _BREAKS:
         at = text.rfind(mark, low, high)
         if at >= 0:
@@ -79,8 +79,8 @@ def _break(text: str, low: int, high: int) -> int | None:
 
 
 def _examples(example: RenderedExample, text: str, ends: Sequence[int]) -> list[RenderedExample]:
-    """An example of each piece, but of white space alone. Spaces that a piece ends with belong to
-    the word behind them in most vocabularies, and would be learned as a token of their own."""
+    """Return an example per piece, except pieces of white space. Trailing spaces are removed: in
+    most vocabularies they belong to the next word, and would be trained as separate tokens."""
     texts = [text[a:b] for a, b in pairwise([0, *ends])]
     texts = [*(piece.rstrip(" ") for piece in texts[:-1]), texts[-1]]
     texts = [piece for piece in texts if piece.strip()]
@@ -99,4 +99,4 @@ def _examples(example: RenderedExample, text: str, ends: Sequence[int]) -> list[
 
 
 def _pass_over(error: DataError) -> None:
-    """A piece without a token: the others have the document's."""
+    """Ignore a piece without tokens: the other pieces hold the document's tokens."""

@@ -1,7 +1,7 @@
-"""Texts to classify as samples: a text with the marks that the tokenizer itself puts around it, and
-the label beside it, which is the one thing that is learned.
+"""Tokenizes texts to classify: a text with the tokenizer's special tokens, and its label, which is
+the only supervised part.
 
-So a sample is what ``tokenizer(text)`` gives, in training and wherever the model is used later.
+A sample equals ``tokenizer(text)``, in training and in later use of the model.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ class LabelledText(TokenizedSample):
     """A tokenized text with a label."""
 
     marks: int
-    """Tokens of the tokenizer's own at its end (`[SEP]`, say)."""
+    """Number of special tokens at its end (such as `[SEP]`)."""
 
     @property
     def supervised(self) -> int:
-        """The label."""
+        """Number of supervised items: one label."""
         return 1
 
     def shortened(self, limit: int, bos: int | None) -> tuple[TokenizedSample, Cut]:
-        """Without the end of the text, before the marks."""
+        """Cut off the end of the text, before the special tokens."""
         kept, end = limit - self.marks, len(self.ids) - self.marks
         ids = np.concatenate([self.ids[:kept], self.ids[end:]])
         return replace(self, ids=ids, prompt_length=len(ids), gaps=((kept, end),)), "Text"
 
 
 class Texts:
-    """A tokenizer of texts to classify.
+    """Tokenizes texts to classify.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -55,22 +55,22 @@ class Texts:
         vocabulary: rows of the model's embedding.
 
     Raises:
-        UserError: 'NoPaddingToken' where there is no token to make texts equally long with.
+        UserError: 'NoPaddingToken', the tokenizer has no token for padding.
     """
 
     def __init__(self, tokenizer: Any, model: str, vocabulary: int) -> None:
         if tokenizer.pad_token is None and tokenizer.eos_token is None:
             raise UserError(
                 "NoPaddingToken",
-                f"{model}: its tokenizer names neither pad_token nor eos_token, so texts cannot be"
-                " classified side by side; set pad_token in tokenizer_config.json",
+                f"{model}: its tokenizer has neither pad_token nor eos_token, so texts cannot be"
+                " padded to a batch; set pad_token in tokenizer_config.json",
             )
         self._tokenizer = tokenizer
         self._model = model
         self._vocabulary = vocabulary
         self.bos_id: int | None = tokenizer.bos_token_id
-        # Some encoders (RoBERTa) count positions from above 0: the configuration's number is more
-        # than a text may have, the tokenizer's is right. A tokenizer without one says 1e30.
+        # Some encoders (RoBERTa) start positions above 0: max_position_embeddings exceeds the
+        # usable length, model_max_length is right. It is 1e30 if unset.
         bound = tokenizer.model_max_length
         self.longest: int | None = bound if bound < _NO_BOUND else None
         plain, marked = self._encode([_PROBE], marks=False)[0], self._encode([_PROBE])[0]
@@ -90,11 +90,11 @@ class Texts:
         """Tokenize a batch of examples.
 
         Args:
-            complain: is told 'EmptyPrompt', naming the record.
+            complain: called with 'EmptyPrompt' errors, which name the record.
 
         Raises:
-            DataError: what ``complain`` raises.
-            UserError: 'VocabularyMismatch' where a token is none of the model's.
+            DataError: from ``complain``.
+            UserError: 'VocabularyMismatch', the model has no embedding for a token.
         """
         samples: list[TokenizedSample] = []
         for example, ids in zip(examples, self._encode([d.prompt for d in examples]), strict=True):
@@ -112,12 +112,12 @@ class Texts:
         return samples
 
     def placed(self, example: RenderedExample) -> list[Placed]:
-        """Where the tokens of the text stand; its label has none."""
+        """Positions of the tokens of the text; the label has no tokens."""
         begins = begins_of(self._tokenizer, example.prompt)
         return [Placed(self._marks - self._marks_at_end, begins)]
 
     def _encode(self, texts: list[str], *, marks: bool = True) -> list[list[int]]:
-        # Not by the tokenizer's backend: files of encoders often ask it to pad and to truncate.
+        # Not by the tokenizer's backend: encoders' files often enable padding and truncation.
         encoded = self._tokenizer(
             texts, add_special_tokens=marks, padding=False, truncation=False, verbose=False
         )

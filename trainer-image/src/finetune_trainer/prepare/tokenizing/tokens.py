@@ -1,8 +1,8 @@
-"""From examples to samples: token ids, and which of them are learned.
+"""Tokenizes examples to samples: token ids and supervised spans.
 
-Every segment of an example is tokenized by itself (``examples`` says why). A later one is tokenized
-as text that goes on, not as text that begins: some tokenizers put a space before the beginning,
-which would stand in the middle of the sample.
+Every segment of an example is tokenized separately (for the reason see ``examples``). Segments
+after the first are tokenized as a continuation: some tokenizers add a space at the beginning of a
+text, which would be in the middle of the sample.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from finetune_trainer.prepare.rendering.examples import RenderedExample, nothing
 
 Ids = npt.NDArray[np.int32]
 Span = tuple[int, int]
-"""Start and end of learned tokens."""
+"""Start and end of a token range."""
 
 Cut = Literal["None", "Prompt", "Completion", "Text", "Dropped"]
-"""What was cut off: nothing, the beginning of the prompt, also the end of the completion, the end
-of a text to classify, all."""
+"""What was cut off: nothing; the beginning of the prompt; also the end of the completion; the end
+of a text to classify; the whole sample."""
 
 CUTS: Final[tuple[Cut, ...]] = get_args(Cut)
 
@@ -40,24 +40,24 @@ class TokenizedSample:
     ids: Ids
     """Token ids, shape [tokens]."""
     spans: tuple[Span, ...]
-    """Learned tokens, ascending. Position 0 is never among them: nothing precedes it that it could
-    be predicted from, so counts of learned tokens are the loss' exact denominators."""
+    """Supervised tokens, ascending. Position 0 is never supervised, as no token precedes it to
+    predict it from. Counts of supervised tokens are therefore exact denominators of the loss."""
     prompt_length: int
-    """Tokens before the last learned span: the prompt when text is generated."""
+    """Tokens before the last supervised span: the prompt for generation."""
     gaps: tuple[Span, ...] = field(default=(), kw_only=True)
-    """What was cut off, as stretches of the tokens that there were; ascending."""
+    """Ranges cut off, in positions of the uncut sample, ascending."""
 
     @property
     def supervised(self) -> int:
-        """Number of learned tokens."""
+        """Number of supervised tokens."""
         return sum(end - start for start, end in self.spans)
 
     def shortened(self, limit: int, bos: int | None) -> tuple[TokenizedSample, Cut]:
-        """In at most ``limit`` tokens, of which it has more.
+        """Shorten a longer sample to ``limit`` tokens.
 
-        Cut is behind the beginning-of-sequence token, so that the model still sees one, and up to
-        the last learned stretch. Where that is too long by itself, one token of the prompt stays
-        (an answer needs something to begin from) and the end of the stretch goes.
+        The cut is between the beginning-of-sequence token, which stays, and the last supervised
+        span. If that span alone is too long, one token of the prompt stays (the answer needs a
+        token to be predicted from) and the end of the span is cut off.
         """
         length = len(self.ids)
         keep = 1 if bos is not None and self.prompt_length and self.ids[0] == bos else 0
@@ -79,11 +79,11 @@ class TokenizedSample:
 def fit(
     sample: TokenizedSample, limit: int, policy: str, bos: int | None
 ) -> tuple[TokenizedSample | None, Cut]:
-    """The sample in at most ``limit`` tokens (None: left out), and what that took. Documents that
-    are split (``documents``) have been before.
+    """Return the sample in at most ``limit`` tokens (None: dropped), and what was cut off.
+    Documents have been split before (see ``documents``).
 
     Raises:
-        DataError: 'Overlength' under policy Fail, naming record, length and limit.
+        DataError: 'Overlength' under policy Fail, with record, length and limit.
     """
     length = len(sample.ids)
     if length <= limit:
@@ -105,34 +105,34 @@ def _filled(*spans: Span) -> tuple[Span, ...]:
 
 
 class Placed(NamedTuple):
-    """The tokens of a part of an example."""
+    """Positions of the tokens of a segment."""
 
     first: int
-    """Position of the first of them among all tokens of the example."""
+    """Position of its first token among all tokens of the example."""
     begins: list[int]
-    """Character of the part's text at which each begins."""
+    """Start of each token, in characters of the segment's text."""
 
 
 class Tokenizing(Protocol):
-    """From examples to samples, with a tokenizer."""
+    """Interface: tokenizes examples to samples."""
 
     bos_id: int | None
-    """The token that samples begin with, if any."""
+    """First token of samples, if fixed."""
     longest: int | None
-    """Most tokens of a sample by the tokenizer's own settings; None: no bound."""
+    """Maximum tokens of a sample by the tokenizer's own settings; None: no bound."""
 
     def samples(
         self, examples: Sequence[RenderedExample], complain: Complain = refuse
     ) -> list[TokenizedSample]:
-        """Tokenize a batch of examples; faults of records are told to ``complain``."""
+        """Tokenize a batch of examples; ``complain`` is called with faults of records."""
 
     def placed(self, example: RenderedExample) -> list[Placed]:
-        """Where the tokens of an example's segments stand; segments at its end that have none (a
-        label) are left out."""
+        """Positions of the tokens of an example's segments, without trailing segments that have no
+        tokens (a label)."""
 
 
 class Tokens:
-    """A tokenizer, with its marks.
+    """Tokenizes examples of causal language modeling.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -140,14 +140,14 @@ class Tokens:
         vocabulary: rows of the model's embedding.
 
     Raises:
-        UserError: 'NoEndToken' where the tokenizer has no end-of-sequence token.
+        UserError: 'NoEndToken', the tokenizer has no end-of-sequence token.
     """
 
     def __init__(self, tokenizer: Any, model: str, vocabulary: int) -> None:
         if tokenizer.eos_token_id is None:
             raise UserError(
                 "NoEndToken",
-                f"{model}: its tokenizer names no eos_token, so the model could not learn to stop;"
+                f"{model}: its tokenizer has no eos_token, so the model could not learn to stop;"
                 " set eos_token in tokenizer_config.json",
             )
         self._tokenizer = tokenizer
@@ -156,10 +156,10 @@ class Tokens:
         self._fast = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
         self.eos_id: Final[int] = tokenizer.eos_token_id
         self.prefix: Final[tuple[int, ...]] = self._marks_at_start()
-        """What the tokenizer puts before a text (beginning-of-sequence), mostly one token or
+        """Tokens that the tokenizer puts before a text (beginning-of-sequence), mostly one or
         none."""
         self.bos_id: int | None = self.prefix[0] if self.prefix else tokenizer.bos_token_id
-        """The token that samples begin with, if any; a chat template writes it itself."""
+        """First token of samples, if fixed; a chat template writes it itself."""
         self.longest: int | None = None
         self._lead = self._lead_of_continuation()
 
@@ -169,11 +169,12 @@ class Tokens:
         """Tokenize a batch of examples.
 
         Args:
-            complain: is told 'NothingSupervised' or 'EmptyPrompt', naming the record.
+            complain: called with 'NothingSupervised' or 'EmptyPrompt' errors, which name the
+                record.
 
         Raises:
-            DataError: what ``complain`` raises.
-            UserError: 'VocabularyMismatch' where a token is none of the model's.
+            DataError: from ``complain``.
+            UserError: 'VocabularyMismatch', the model has no embedding for a token.
         """
         texts = [
             self._lead + part.text if i else part.text
@@ -190,7 +191,7 @@ class Tokens:
         return samples
 
     def placed(self, example: RenderedExample) -> list[Placed]:
-        """Where the tokens of an example's segments stand."""
+        """Positions of the tokens of an example's segments."""
         first = len(self.prefix) if example.framed else 0
         found = []
         for i, part in enumerate(example.segments):
@@ -219,8 +220,9 @@ class Tokens:
         if start == 0 and example.prompt == "" and len(example.segments) > 1:
             raise DataError(
                 "EmptyPrompt",
-                f"{example.where}: the prompt is empty, and the tokenizer has no token that begins"
-                " a text, so nothing could be generated from; give a prompt, or use format Text",
+                f"{example.where}: the prompt is empty, and the tokenizer has no"
+                " beginning-of-sequence token, so generation has no first token; give a prompt, or"
+                " use format Text",
             )
         check_vocabulary(ids, self._vocabulary, self._model)
         exact = tuple((max(1, start), end) for start, end in spans)
@@ -240,16 +242,16 @@ class Tokens:
         return ()
 
     def _lead_of_continuation(self) -> str:
-        """Text to put before a part so that it is tokenized as one that goes on; its single token
-        is taken off again. Empty where the tokenizer treats beginnings like the rest."""
+        """Return the text to prepend so that a segment is tokenized as a continuation; its single
+        token is removed again. Empty where the tokenizer does not treat beginnings specially."""
         eos = str(self._tokenizer.eos_token)
         beginning, behind = self._encode([_PROBE, eos + _PROBE])
         return eos if behind[:1] == [self.eos_id] and behind[1:] != beginning else ""
 
 
 def begins_of(tokenizer: Any, text: str) -> list[int]:
-    """The character at which each token of a text begins, without marks. Of a tokenizer that does
-    not know (one that is not fast) they are about right: as if all were equally long."""
+    """Return the start character of each token of a text, without special tokens. Estimates for a
+    slow tokenizer, which has no offsets: as if all tokens had equal lengths."""
     encoded = tokenizer(
         text, add_special_tokens=False, padding=False, truncation=False, verbose=False,
         return_offsets_mapping=tokenizer.is_fast,
@@ -261,7 +263,7 @@ def begins_of(tokenizer: Any, text: str) -> list[int]:
 
 
 def check_vocabulary(ids: Sequence[int], vocabulary: int, model: str) -> None:
-    """Refuse tokens that the model has no embedding for.
+    """Check that the model has an embedding for every token.
 
     Raises:
         UserError: 'VocabularyMismatch'.
@@ -276,7 +278,7 @@ def check_vocabulary(ids: Sequence[int], vocabulary: int, model: str) -> None:
 
 @dataclass(frozen=True)
 class Model:
-    """What prepare needs of the base model."""
+    """Tokenizer and limits of the base model."""
 
     source: str
     """Its address, for messages."""
@@ -284,6 +286,6 @@ class Model:
     """Its transformers tokenizer."""
     tokens: Tokenizing
     task: TaskName
-    """What it is to learn."""
+    """Task of the run."""
     max_length: int
-    """Most tokens of a sample."""
+    """Maximum tokens of a sample."""
