@@ -25,8 +25,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from finetune_api.run_spec import CONTRACT_VERSION, JobIdentity, RunSpec
-from finetune_api.spec import parse_spec
-from finetune_api.training import Training
+from finetune_api.spec import FineTuneJobSpec, parse_spec
 from finetune_trainer.engine.world import World, join
 from finetune_trainer.storage.checkpoint_files import PARALLEL, PART_BYTES
 from finetune_trainer.storage.objects import ObjectStore
@@ -85,6 +84,16 @@ class Trainee:
         return time.perf_counter() - began
 
 
+def spec_of(name: str, staging: str) -> FineTuneJobSpec:
+    return parse_spec({
+        "model": {"source": f"s3://{BUCKET}/model"},
+        "data": {"train": [{"source": f"s3://{BUCKET}/train.jsonl"}]},
+        "output": {"destination": f"s3://{BUCKET}/{name}"},
+        "training": {"precision": "FP32"},
+        "checkpoint": {"staging": staging, "keepLast": 1},
+    })  # fmt: skip
+
+
 def checkpoints_of(
     world: World, store: ObjectStore, name: str, scratch: Path, staging: str
 ) -> CheckpointManager:
@@ -92,12 +101,7 @@ def checkpoints_of(
     run_spec = RunSpec(
         version=CONTRACT_VERSION, job=JobIdentity(namespace="bench", name=name, uid="bench-0000"),
         run="1-bench",
-        spec=parse_spec({
-            "model": {"source": f"s3://{BUCKET}/model"},
-            "data": {"train": [{"source": f"s3://{BUCKET}/train.jsonl"}]},
-            "output": {"destination": f"s3://{BUCKET}/{name}"},
-            "checkpoint": {"staging": staging, "keepLast": 1},
-        }),
+        spec=spec_of(name, staging),
     )  # fmt: skip
     return CheckpointManager.take(world, store, run_spec, scratch)
 
@@ -136,7 +140,7 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=int, default=3)
     options = parser.parse_args()
     trainee = Trainee(options.millions)
-    world = join(Training.model_validate({"precision": "FP32"}))
+    world = join(spec_of("join", "Memory"))
     with tempfile.TemporaryDirectory() as folder, EmbeddedS3(Path(folder) / "s3") as s3:
         s3.ensure_bucket(BUCKET)
         store, scratch = s3.store(), Path(folder) / "scratch"

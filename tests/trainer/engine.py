@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 def tiny_llama(seed: int = 0, **changes: object) -> PreTrainedModel:
-    """A two-layer Llama with grouped queries and random weights, packed attention on."""
+    """A two-layer Llama with grouped queries, random weights and packed attention."""
     packed.install()
     torch.manual_seed(seed)
     options = {
@@ -45,7 +45,8 @@ def tiny_llama(seed: int = 0, **changes: object) -> PreTrainedModel:
 
 
 def tiny_mixtral(vocabulary: int = 97) -> PreTrainedModel:
-    """A two-layer mixture of four experts, held in two tensors, with random weights."""
+    """A two-layer mixture of four experts with random weights. Expert weights are stacked in two
+    tensors."""
     torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -57,7 +58,7 @@ def tiny_mixtral(vocabulary: int = 97) -> PreTrainedModel:
 
 
 def tiny_jamba() -> PreTrainedModel:
-    """A model of four blocks, of two classes by turns, with random weights."""
+    """A model of four blocks with random weights. Blocks alternate between two classes."""
     config = JambaConfig(
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1,
@@ -68,7 +69,7 @@ def tiny_jamba() -> PreTrainedModel:
 
 
 def samples(lengths: list[int], seed: int = 0, vocabulary: int = 97) -> list[TokenSample]:
-    """Random samples; about a third of the tokens are supervised, the last one always."""
+    """Random samples; about a third of the tokens are supervised, always including the last."""
     draw = np.random.default_rng(seed)
     made = []
     for n in lengths:
@@ -79,10 +80,10 @@ def samples(lengths: list[int], seed: int = 0, vocabulary: int = 97) -> list[Tok
 
 
 def session_of(model: Any, spec: FineTuneJobSpec, plan: Plan, base: Any = None) -> Any:
-    """What a step of a language model under tuning needs, in a gang of one.
+    """A session of a language model for ``optimizer_step``, in a world of one process.
 
     Args:
-        untuned: a copy of the model as it was; an output anchor without an adapter wants one.
+        base: a copy of the base model; needed by an output anchor without an adapter.
     """
     world = join(spec)
     kl = float(spec.training.anchor.kl_coefficient)
@@ -99,7 +100,7 @@ def session_of(model: Any, spec: FineTuneJobSpec, plan: Plan, base: Any = None) 
 
 
 def spec_of(method: dict[str, Any], **training: Any) -> FineTuneJobSpec:
-    """The least spec with a method and some training settings; its one training set is replayed."""
+    """Minimal spec with a method and training settings; its only training set is replayed."""
     return parse_spec(
         {
             "model": {"source": "s3://models/base"},

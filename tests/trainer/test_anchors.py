@@ -1,4 +1,4 @@
-"""Anchors against forgetting: by hand, and what they do to a training."""
+"""Anchors against forgetting: their formulas, computed by hand, and their effect on training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def feed_of(
     steps: int, micro_batch_tokens: int = 90, packed: bool = True, replay: bool = True,
     device: torch.device = CPU,
 ) -> Feed:  # fmt: skip
-    """Every document in every step; those of source 1 are replayed."""
+    """Feed of every document in every step; documents of source 1 are replayed."""
     supervised = np.array([int(s.supervised.sum()) for s in DOCUMENTS])
     plan = Plan(
         np.array(LENGTHS), supervised, batch_size=8, seed=0, micro_batch_tokens=micro_batch_tokens,
@@ -51,7 +51,7 @@ def batch_of(**options: Any) -> StepTensors:
 
 
 def logits_alone(model: Any, document: int) -> torch.Tensor:
-    """Outputs of a model that had no adapter, at the supervised tokens of one document."""
+    """Return a model's logits at the supervised tokens of one document, without packing."""
     sample = DOCUMENTS[document]
     ids = torch.from_numpy(sample.ids.astype(np.int64))
     with torch.no_grad():
@@ -62,13 +62,13 @@ def logits_alone(model: Any, document: int) -> torch.Tensor:
 def test_divergence_by_hand() -> None:
     p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.1, 0.5, 0.4])
     by_hand = sum(float(a * (a / b).log()) for a, b in zip(p, q, strict=True))
-    # Logits are probabilities up to a constant.
+    # Logits are log-probabilities up to a constant.
     found = divergence((p.log() + 3)[None], (q.log() - 1)[None])
     assert found.tolist() == pytest.approx([by_hand])
     assert divergence(p.log()[None], p.log()[None]).item() == pytest.approx(0, abs=1e-7)
 
 
-def test_a_row_has_its_replay_documents_apart() -> None:
+def test_a_micro_batch_holds_its_replay_documents_separately() -> None:
     batch = batch_of()
     assert len(batch.micro_batches) > 1
     for micro_batch, positions in zip(
@@ -85,8 +85,8 @@ def test_a_row_has_its_replay_documents_apart() -> None:
     assert all(micro_batch.replay is None for micro_batch in batch_of(replay=False).micro_batches)
 
 
-def test_which_tokens_are_replayed_is_known_without_the_device() -> None:
-    """Tensors of this device hold nothing: force would read them back fails."""
+def test_replayed_tokens_are_known_without_reading_the_device() -> None:
+    """Tensors on the meta device have no data, so reading them fails."""
     there = batch_of(device=torch.device("meta"))
     for far, micro_batch in zip(there.micro_batches, batch_of().micro_batches, strict=True):
         assert far.replay.at.device.type == "meta"
@@ -94,7 +94,7 @@ def test_which_tokens_are_replayed_is_known_without_the_device() -> None:
         assert far.replay.micro_batch.labels.shape == micro_batch.replay.micro_batch.labels.shape
 
 
-def test_loss_and_gradient_with_an_anchor_are_those_of_the_formula() -> None:
+def test_loss_and_gradient_with_an_output_anchor_match_the_formula() -> None:
     tuned, base = tiny_llama(), tiny_llama(seed=1).requires_grad_(False)
     loss = TokenLoss(tuned, anchor_coefficient=0.7).train()
     anchor = OutputAnchor(loss, TokenLoss(base).eval())
@@ -136,7 +136,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_without_its_adapter_a_model_is_the_untuned_one(name: str) -> None:
+def test_a_model_with_its_adapter_disabled_is_the_base_model(name: str) -> None:
     spec = spec_of(ADAPTERS[name], dropout="0.2", neftuneAlpha="5")
     model = apply_method(tiny_llama(), spec)
     derive(model, spec)
@@ -161,14 +161,14 @@ def test_without_its_adapter_a_model_is_the_untuned_one(name: str) -> None:
             torch.testing.assert_close(found.logits, torch.cat(documents), rtol=1e-4, atol=1e-5)
         with layout_context(micro_batch.layout):
             assert torch.equal(loss(micro_batch).tokens, before), (
-                "the adapter is back, and its dropout"
+                "the adapter and its dropout are enabled again"
             )
     assert seen == sum(SOURCES)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
     assert loss.training
 
 
-def test_weights_are_pulled_as_the_formula_says() -> None:
+def test_weight_anchor_matches_the_formula() -> None:
     spec = spec_of(FULL, layerDecay="0.5", weightDecay="0", learningRate="1")
     model = apply_method(tiny_llama(), spec)
     optimizers = make_optimizers(model, spec)
@@ -192,7 +192,7 @@ def test_weights_are_pulled_as_the_formula_says() -> None:
     assert len(set(factors.values())) > 1
 
 
-def test_what_anchors_keep() -> None:
+def test_anchor_bytes() -> None:
     def kept(halved: bool = False, method: dict[str, Any] = FULL, **anchor: str) -> float:
         return anchor_bytes(model, spec_of(method, anchor=anchor), halved) / size
 
@@ -205,8 +205,8 @@ def test_what_anchors_keep() -> None:
 
 
 def tuned(method: dict[str, Any], rate: float, **anchor: str) -> tuple[float, list[float]]:
-    """Divergence from the untuned model on the replay documents after a training, and what the
-    steps told of it."""
+    """Train; return the divergence from the base model on the replay documents afterwards, and the
+    divergence that each step reported."""
     spec = spec_of(method, anchor=anchor)
     model = apply_method(tiny_llama(), spec)
     base = tiny_llama()
@@ -245,11 +245,11 @@ def tuned(method: dict[str, Any], rate: float, **anchor: str) -> tuple[float, li
         ({"type": "LoRA"}, 5e-2, {"klCoefficient": "30"}),
     ],
 )
-def test_an_anchored_model_stays_nearer_to_what_it_said(
+def test_an_anchored_model_stays_closer_to_the_base_model(
     method: dict[str, Any], rate: float, anchor: dict[str, str]
 ) -> None:
     free, course = tuned(method, rate)
     held, _ = tuned(method, rate, **anchor)
-    assert course[0] == pytest.approx(0, abs=1e-6), "told before the first step changes anything"
-    assert course[-1] > 0.01, "it forgets"
+    assert course[0] == pytest.approx(0, abs=1e-6), "measured before the first update"
+    assert course[-1] > 0.01, "the model without an anchor forgets"
     assert held < 0.7 * free

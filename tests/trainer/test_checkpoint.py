@@ -12,9 +12,8 @@ from typing import Any, ClassVar, TypeVar
 
 import pytest
 import torch
-from engine import tiny_llama
+from engine import spec_of, tiny_llama
 
-from finetune_api.training import Training
 from finetune_trainer.engine.world import World, join
 from finetune_trainer.failures import Fenced, StorageUnavailable, UserError
 from finetune_trainer.storage import checkpoint_files
@@ -81,7 +80,7 @@ class Model:
 
 @pytest.fixture(scope="module")
 def world() -> World:
-    return join(Training.model_validate({"precision": "FP32"}))
+    return join(spec_of({"type": "Full"}, precision="FP32"))
 
 
 PART = 5 << 20

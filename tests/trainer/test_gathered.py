@@ -1,5 +1,5 @@
-"""Weights that FSDP gathers: kept until the backward pass where there is room, never longer than
-they are true; and placeholders that leave the host."""
+"""Weights that FSDP keeps gathered until the backward pass are never stale; placeholders are
+materialized on a device."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_losses_and_gradients_are_the_same_gathered_or_not(world: World) -> None
 
 @pytest.mark.parametrize("gathered", [False, True])
 def test_weights_that_change_after_an_evaluation_are_used(tmp_path: Path, gathered: bool) -> None:
-    """A run that is taken back to an earlier checkpoint may have been measured just before."""
+    """A rollback may load a checkpoint right after an evaluation."""
     port = free_port()
     processes = [forked(halve_after_evaluation, i, port, str(tmp_path), gathered) for i in range(2)]
     for process in processes:
@@ -90,8 +90,8 @@ def halve_after_evaluation(rank: int, port: int, folder: str, gathered: bool) ->
     world.close()
 
 
-def test_placeholders_alone_are_made_anew() -> None:
-    """What a method has drawn stays, and what is tied stays so."""
+def test_only_placeholders_are_materialized() -> None:
+    """Parameters that a method has initialized stay, and tied weights stay tied."""
     model = tiny_llama()
     drawn = nn.Parameter(torch.ones(3))
     replace_parameters(

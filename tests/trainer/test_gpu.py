@@ -1,7 +1,7 @@
-"""What only a GPU can show. The bodies run on a CPU too, so that the first minutes of a GPU are not
-spent on a slip of the pen; what means nothing there is skipped.
+"""Tests of the engine on a GPU. Most also run on a CPU, so that mistakes in them are found without
+a GPU; tests that are meaningless there are skipped.
 
-They are part of ``make gpu``, which has neither the other tests' fixtures nor a network.
+``make gpu`` runs them, without the fixtures of other tests and without a network.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ from finetune_trainer.train.tuned import TunedModel, open_model
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = [60, 50, 55, 45, 30, 20, 64, 35]
 ROW = 128
-# Matrices that bitsandbytes finds worth 8 bits.
+# Matrices large enough for bitsandbytes to use 8-bit state.
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "tie_word_embeddings": False}
 
-on_gpu = pytest.mark.skipif(GPU.type != "cuda", reason="only a GPU shows it")
+on_gpu = pytest.mark.skipif(GPU.type != "cuda", reason="needs a GPU")
 
 
 def needs(package: str) -> pytest.MarkDecorator:
@@ -65,7 +65,7 @@ def needs(package: str) -> pytest.MarkDecorator:
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    """A process group of one for each test: accelerate would refuse another precision."""
+    """A new process group for each test: accelerate refuses to change the precision."""
     leave()
     yield
     leave()
@@ -73,7 +73,7 @@ def _alone() -> Iterator[None]:
 
 @pytest.fixture
 def _strict() -> Iterator[None]:
-    """Waiting for the device is an error, once the test has said so."""
+    """Reset the mode in which waiting for the device is an error, after a test has set it."""
     yield
     watch_waits("default")
 
@@ -94,7 +94,7 @@ def watch_waits(mode: str) -> None:
     ],
 )
 def test_no_step_waits_for_the_device(method: str, anchor: dict[str, str]) -> None:
-    """Nor does the thread that feeds it, which is still at work when it becomes an error."""
+    """Neither does the feed thread, which is still running when waiting becomes an error."""
     spec = spec_of(
         {"type": method}, precision="BF16", dropout="0.1", anchor=anchor,
         guard={"spikeDeviations": "6"},
@@ -113,7 +113,7 @@ def test_no_step_waits_for_the_device(method: str, anchor: dict[str, str]) -> No
         plan, read, rank=0, start=0, end=12, device=session.world.device, replay=[False, kl]
     ) as feed:  # fmt: skip
         for batch in feed:
-            if batch.plan.number == 2:  # the first ones make kernels and state
+            if batch.plan.number == 2:  # the first steps make kernels and state
                 watch_waits("error")
             optimizer_step(session, batch, 1e-3)
         watch_waits("default")
@@ -121,7 +121,7 @@ def test_no_step_waits_for_the_device(method: str, anchor: dict[str, str]) -> No
 
 @on_gpu
 @pytest.mark.parametrize("window", [None, 16])
-def test_the_kernel_agrees_with_groups(window: int | None) -> None:
+def test_flash_attention_agrees_with_padded_groups(window: int | None) -> None:
     layout = build_packed(samples(LENGTHS), range(8), seed=0, step=0, device=GPU).layout
     torch.manual_seed(0)
     q, k, v = (
@@ -155,7 +155,7 @@ def test_fused_kernels_give_the_same_losses() -> None:
 
 @on_gpu
 @needs("torchao")
-def test_eight_bits_are_near() -> None:
+def test_fp8_losses_are_close_to_bf16() -> None:
     check_device(spec_of({"type": "Full"}, precision="FP8", compile=True), GPU)
     model = tiny_llama().to(GPU, torch.bfloat16)
     plain = losses(model)
@@ -164,11 +164,11 @@ def test_eight_bits_are_near() -> None:
 
 
 NO_STORES: Any = None
-"""The model lies in a folder."""
+"""The model is in a local folder."""
 
 
 class Course:
-    """A few steps of a model that is opened as the gang does."""
+    """A training of a few steps; the model is opened as in a run."""
 
     def __init__(self, folder: Path, spec: FineTuneJobSpec, **changes: object) -> None:
         if not folder.exists():
@@ -182,7 +182,7 @@ class Course:
         self.optimizers = make_optimizers(self.opened.model, spec)
 
     def losses(self, steps: int, start: int = 0) -> list[float]:
-        """The training loss at each step; every one has all samples."""
+        """Train and return the loss of each step; every step has all samples."""
         documents = samples(LENGTHS)
         supervised = np.array([int(s.supervised.sum()) for s in documents])
         plan = Plan(
@@ -210,13 +210,13 @@ class Course:
         return {n: p.detach().clone() for n, p in self.opened.model.named_parameters()}
 
     def state(self) -> list[Any]:
-        """Everything that a checkpoint holds, as it is now."""
+        """Return a copy of everything that a checkpoint holds."""
         leaves = tree_leaves(state_of(self.opened.model, self.optimizers))
         return [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in leaves]
 
 
 def leave() -> None:
-    """Nothing of a course is left for the next."""
+    """Destroy the process group and accelerate's state."""
     if dist.is_initialized():
         dist.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -236,8 +236,8 @@ PACKAGES = {"AdamW8bit": "bitsandbytes", "QLoRA": "bitsandbytes"}
     "name",
     [pytest.param(n, marks=[needs(PACKAGES[n])] if n in PACKAGES else []) for n in COURSES],
 )
-def test_a_course_that_is_resumed_goes_on_as_it_was(name: str, tmp_path: Path) -> None:
-    """Its state is the same to the bit, and so its losses are, but for the order of atomic sums."""
+def test_resumed_training_continues_identically(name: str, tmp_path: Path) -> None:
+    """The state is the same to the bit; losses differ only by the order of atomic sums."""
     method, training = COURSES[name]
     spec, base = spec_of(method, **training), tmp_path / "base"
     course = Course(base, spec, **WIDE)
@@ -258,7 +258,7 @@ def test_a_course_that_is_resumed_goes_on_as_it_was(name: str, tmp_path: Path) -
     assert other.losses(3, start=3) == pytest.approx(whole, rel=2e-2)
 
 
-def test_the_device_is_drawn_from_by_key_alone(tmp_path: Path) -> None:
+def test_training_draws_nothing_from_the_device_generator(tmp_path: Path) -> None:
     method, training = COURSES["LoRA"]
     course = Course(tmp_path / "base", spec_of(method, **training, neftuneAlpha="5"), **WIDE)
     course.losses(2)
@@ -283,8 +283,8 @@ def test_a_checkpoint_is_copied_to_pinned_memory(tmp_path: Path) -> None:
     assert copy.is_pinned() == (GPU.type == "cuda")
 
 
-def test_collectives_of_a_gang_of_one() -> None:
-    """NCCL takes a GPU for a process: more processes of one GPU it refuses."""
+def test_collectives_of_a_world_of_one_process() -> None:
+    """More processes would need more GPUs: NCCL refuses two processes on one."""
     backend, store = ("nccl" if GPU.type == "cuda" else "gloo"), dist.HashStore()
     dist.init_process_group(backend, store=store, rank=0, world_size=1)
     values = torch.arange(6, device=GPU, dtype=torch.bfloat16)
@@ -298,7 +298,8 @@ def test_collectives_of_a_gang_of_one() -> None:
 
 
 def chunked(loss: TokenLoss, model: Any, tokens: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses of a row and their gradient, with the logits of so many tokens at a time."""
+    """Return the losses of a micro-batch and their gradient, with the logits of ``tokens`` tokens
+    at a time; None: of all tokens."""
     micro_batch = build_packed(samples(LENGTHS), range(8), seed=0, step=0, device=GPU)
     if tokens is not None:
         loss._chunks = ChunkedHead(model, limit=4 * 97 * tokens, plain=loss.plain_head)
@@ -315,8 +316,8 @@ def chunked(loss: TokenLoss, model: Any, tokens: int | None) -> tuple[torch.Tens
 @pytest.mark.parametrize(
     "fused", [False, pytest.param(True, marks=[on_gpu, needs("liger_kernel")])]
 )
-def test_logits_in_chunks_give_what_all_at_once_do(fused: bool) -> None:
-    """Also where Liger has changed the classes of which the model would be asked."""
+def test_chunked_logits_give_the_same_losses_and_gradients(fused: bool) -> None:
+    """Also if Liger has changed the classes that ``has_plain_head`` would run."""
     model = tiny_llama().to(GPU)
     plain = has_plain_head(model)
     assert plain
@@ -340,7 +341,7 @@ def test_matrices_are_orthogonalised_as_torch_does() -> None:
 
 
 @on_gpu
-def test_memory_that_does_not_suffice_is_told_as_such() -> None:
+def test_out_of_memory_errors_are_recognised() -> None:
     with pytest.raises(torch.OutOfMemoryError) as caught:
         torch.empty(1 << 50, dtype=torch.uint8, device=GPU)
     assert failure_of(caught.value).reason == "DeviceOutOfMemory"
@@ -348,7 +349,7 @@ def test_memory_that_does_not_suffice_is_told_as_such() -> None:
 
 @on_gpu
 @needs("bitsandbytes")
-def test_qlora_trains_over_four_bits(tmp_path: Path) -> None:
+def test_qlora_trains_only_the_adapter_of_4_bit_weights(tmp_path: Path) -> None:
     spec = spec_of({"type": "QLoRA", "lora": {"rank": 4}}, precision="BF16")
     course = Course(tmp_path / "base", spec, **WIDE)
     before = course.weights()
@@ -364,7 +365,7 @@ def test_qlora_trains_over_four_bits(tmp_path: Path) -> None:
 
 @on_gpu
 @needs("bitsandbytes")
-def test_moments_in_eight_bits_learn(tmp_path: Path) -> None:
+def test_adamw_with_8_bit_state_reduces_the_loss(tmp_path: Path) -> None:
     spec = spec_of({"type": "Full"}, precision="BF16", optimizer="AdamW8bit")
     course = Course(tmp_path / "base", spec, **WIDE)
     losses = course.losses(12)
@@ -376,7 +377,7 @@ def test_moments_in_eight_bits_learn(tmp_path: Path) -> None:
     assert all(own.state[p]["state1"].dtype == torch.uint8 for p in matrices)
 
 
-def test_copies_in_bfloat16_train_weights_of_32_bits(tmp_path: Path) -> None:
+def test_bfloat16_copies_train_float32_weights(tmp_path: Path) -> None:
     course = Course(tmp_path / "base", spec_of({"type": "Full"}, precision="BF16"))
     assert isinstance(course.opened.module, FSDPModule)
     losses = course.losses(12)

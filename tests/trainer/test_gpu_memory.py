@@ -1,5 +1,5 @@
-"""The memory estimate beside what a GPU's allocator had at most: six settings. On a CPU, which
-counts no peak, the bodies run and are skipped at their end."""
+"""The memory estimate against the peak of a GPU's allocator, in six settings. On a CPU, which has
+no peak statistics, the tests run but skip the comparison."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from finetune_trainer.train.tuned import open_model
 
 CUDA = torch.cuda.is_available()
 MIB = 1 << 20
-# On a GPU large enough that workspaces of libraries are small beside it.
+# On a GPU: large enough that workspaces of libraries are negligible.
 SHAPE: dict[str, Any] = (
     {
         "vocab_size": 32_000, "hidden_size": 1024, "intermediate_size": 4096,
@@ -48,11 +48,11 @@ SHAPE: dict[str, Any] = (
 LENGTHS = [512, 1024, 256, 256, 1024, 512, 384, 128] if CUDA else [30, 24, 41, 18]
 ROW = sum(LENGTHS)
 NO_STORES: Any = None
-"""The model lies in a folder."""
+"""The model is in a local folder."""
 SETTINGS = [
     ("Full", "BF16", "AdamW", "Never"),
     ("Full", "BF16", "AdamW", "Always"),
-    ("Full", "BF16", "Adafactor", "Never"),  # by autocast
+    ("Full", "BF16", "Adafactor", "Never"),  # with autocast
     ("Full", "FP32", "AdamW", "Never"),
     ("LoRA", "BF16", "AdamW", "Never"),
     ("LoRA", "BF16", "AdamW", "Always"),
@@ -143,7 +143,7 @@ def test_the_estimate_is_within_a_tenth_of_the_peak(
     assert expected > sum(p.nbytes for p in opened.model.parameters())
     record_property("estimated MiB", round(expected / MIB))
     if not CUDA:
-        pytest.skip("a CPU counts no peak")
+        pytest.skip("no peak statistics on a CPU")
     peak = torch.cuda.max_memory_allocated() - before
     record_property("peak MiB", round(peak / MIB))
     record_property("ratio", round(expected / peak, 3))

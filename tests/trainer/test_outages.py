@@ -86,9 +86,9 @@ def test_training_continues_through_abandoned_checkpoints(bench: Bench) -> None:
         (3, "none yet", "StorageUnreachable"), (9, "of step 6", "StorageUnreachable"),
         (15, "of step 12", "HeadContended"),
     ):  # fmt: skip
-        said = f"the checkpoint of step {step} is given up, and the next one tries again"
+        said = f"the checkpoint of step {step} is abandoned, and the next one is tried"
         assert f"{said} (the newest is {newest}). {reason}: " in log
-    assert log.count("given up") == 3, "logged by one rank"
+    assert log.count("is abandoned") == 3, "logged by one rank"
     assert kept(bench, run_spec) == [20, 18, 12, 6]
     assert curve(found) == pytest.approx(curve(whole), rel=1e-4)
     assert (found.summary.attempt, found.summary.checkpoint_step) == (1, 20)

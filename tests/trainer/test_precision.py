@@ -1,4 +1,5 @@
-"""Ways of computing: near to each other, with the same weights kept, alone and in gangs."""
+"""Precisions: results are close to FP32 and weights stay float32, with one and several
+processes."""
 
 import copy
 
@@ -40,7 +41,8 @@ def tuned(folder, size, sharding, precision, method) -> dict[str, torch.Tensor]:
 
 
 def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """Distance in units of the other's size; a first step of Adam is all sign."""
+    """Return the distance relative to the norm of ``other``. (In Adam's first step, only the signs
+    of gradients matter.)"""
     assert one.keys() == other.keys()
     both = [torch.cat([w.flatten() for w in x.values()]) for x in (one, other)]
     return float((both[0] - both[1]).norm() / both[1].norm())
@@ -49,7 +51,7 @@ def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float
 @pytest.mark.parametrize(
     ("method", "sharding"), [({"type": "Full"}, "NoShard"), (LORA, "FullShard")]
 )
-def test_bf16_keeps_32_bit_weights_and_is_near(tmp_path, method, sharding):
+def test_bf16_keeps_float32_weights_and_is_close_to_fp32(tmp_path, method, sharding):
     exact = tuned(tmp_path / "exact", 1, "NoShard", "FP32", method)
     alone = tuned(tmp_path / "alone", 1, "NoShard", "BF16", method)
     for name, weight in alone.items():
@@ -84,7 +86,7 @@ def test_the_precision_follows_from_the_spec(method, training, cuda, expected):
     assert not (expected.copies and expected.autocast)
 
 
-def test_eight_bits_learn_as_more_do():
+def test_fp8_training_follows_the_losses_of_fp32():
     documents = samples([30, 24, 41, 18])
 
     def losses(model: nn.Module) -> list[float]:
@@ -110,8 +112,8 @@ def test_eight_bits_learn_as_more_do():
     assert coarse.state_dict().keys() == model.state_dict().keys()
 
 
-def test_rows_of_any_size_go_back_through_the_kernel_of_eight_bits():
-    """Shapes are checked without a GPU: of tensors that hold nothing."""
+def test_fp8_backward_pass_supports_any_number_of_tokens():
+    """Shapes are checked without a GPU, on meta tensors."""
     linear = nn.Sequential(nn.Linear(64, 32, dtype=torch.bfloat16, device="meta"))
     model = nn.Module()
     model.layers = nn.ModuleList([linear])
@@ -120,13 +122,13 @@ def test_rows_of_any_size_go_back_through_the_kernel_of_eight_bits():
     assert model.layers[0][0].weight.grad.shape == (32, 64)
 
 
-def test_layers_that_no_kernel_takes_stay():
+def test_layers_with_unsupported_shapes_are_not_converted_to_fp8():
     assert use_fp8(tiny_llama(intermediate_size=72), emulate=True) == 8
 
 
 @pytest.fixture
 def _unfused():
-    """Liger changes functions of the architecture's module."""
+    """Undo Liger's changes to the module of the architecture."""
     before = dict(vars(modeling_llama))
     yield
     vars(modeling_llama).update(before)
@@ -134,7 +136,7 @@ def _unfused():
 
 @pytest.mark.usefixtures("_unfused")
 def test_fused_kernels_are_for_a_gpu_and_known_models():
-    """They run on a GPU only; which modules they take is to be seen without."""
+    """The kernels run on a GPU only; replaced modules are checked without one."""
     gpu = torch.device("cuda")
     assert not kernels.use_liger(tiny_llama(), CPU)
     mamba = AutoModelForCausalLM.from_config(

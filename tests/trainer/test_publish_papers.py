@@ -184,7 +184,7 @@ def test_the_report_shows_figures_data_and_examples() -> None:
         "adapter 1.2 MB, merged 2,000.0 MB", "published checkpoint, step 10", "Loss 1.5",
         "First step after</th><td>3.2 s (model 1.2, step 2.0)", "LoRA on <code>hf://org/name@rev<",
         '<td>warm</td><td class="num">15</td><td>support 100 %</td>',
-        "Trained parameters</th><td>10 of 1,000 (1 %)", "; a whole copy has 1,980.0 MB",
+        "Trained parameters</th><td>10 of 1,000 (1 %)", "; a full copy has 1,980.0 MB",
     ):  # fmt: skip
         assert shown in text, shown
 

@@ -38,7 +38,7 @@ def test_quantized_settings_need_a_package_and_a_gpu(
         check_device(spec, CPU)
     assert caught.value.reason == "GPUMissing"
     assert caught.value.message.endswith(f"set compute.gpusPerNode, or {instead}")
-    monkeypatch.setattr(requirements, "find_spec", lambda name: None if name == package else name)
+    monkeypatch.setattr(requirements, "is_installed", lambda name: name != package)
     with pytest.raises(UserError, match="EXTRA=gpu") as caught:
         check_image(spec)
     assert caught.value.reason == "PackageMissing"

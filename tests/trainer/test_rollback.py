@@ -1,5 +1,5 @@
-"""A run that goes back to an earlier checkpoint: what it leaves out, and that no death undoes
-it."""
+"""Rollback to an earlier checkpoint: the samples that are left out, and that the rollback survives
+the death of an attempt."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def poisoned(bench: Bench) -> dict[str, Any]:
-    """Data of two sets, one of them a record that is nothing like the others, met when the others
-    are learned."""
+    """Two data sets. The second is one record unlike all others, drawn only after training on the
+    first."""
     poison = json.dumps({"text": "the the the the ", "label": "~}|{`^]\\[@?>=<;:"}) + "\n"
     bench.store.put(f"{bench.bucket}/poison.jsonl", poison.encode())
     return {
@@ -58,7 +58,7 @@ def poisoned(bench: Bench) -> dict[str, Any]:
     }
 
 
-def test_a_spike_is_skipped_the_run_goes_back_and_leaves_its_samples_out(bench: Bench) -> None:
+def test_a_loss_spike_causes_a_rollback_that_leaves_its_samples_out(bench: Bench) -> None:
     run_spec = bench.run_spec(
         "1-spike", data=poisoned(bench), method={"type": "Full"},
         training={"epochs": 12, "learningRate": "1e-2",
@@ -75,7 +75,7 @@ def test_a_spike_is_skipped_the_run_goes_back_and_leaves_its_samples_out(bench: 
     assert rates[result.summary.steps] < rates[result.summary.steps - 30] / 2
 
 
-def test_too_many_spikes_fail_with_a_reason_of_their_own(bench: Bench, tmp_path: Path) -> None:
+def test_too_many_loss_spikes_fail_the_run(bench: Bench, tmp_path: Path) -> None:
     run_spec = bench.run_spec(
         "1-spikes", data=poisoned(bench), method={"type": "Full"},
         training={"epochs": 12, "learningRate": "1e-2",
@@ -88,7 +88,7 @@ def test_too_many_spikes_fail_with_a_reason_of_their_own(bench: Bench, tmp_path:
 
 
 class Faulty(Guard):
-    """A guard that is told of losses that are no numbers at some steps that have samples."""
+    """A guard that sees NaN as the loss of some steps, if they have samples."""
 
     bad: frozenset[int] = frozenset()
 
@@ -98,7 +98,7 @@ class Faulty(Guard):
 
 
 class MortalOnceBack(Mortal):
-    """A store that counts the writes from that of the rollback on."""
+    """A store that counts writes from the write of the rollback on."""
 
     def __init__(self, store: Any, life: int, made: bool) -> None:
         super().__init__(store, 10**9, made)
@@ -117,7 +117,7 @@ class MortalOnceBack(Mortal):
 
 
 class FaultyAttempt(Attempt):
-    """An attempt with losses that are no numbers, and whose process may die."""
+    """An attempt with NaN losses at some steps, and whose process may die."""
 
     def __init__(self, run_spec: RunSpec, folder: Path, bad: frozenset[int] = frozenset()) -> None:
         super().__init__(run_spec, folder)
@@ -126,13 +126,14 @@ class FaultyAttempt(Attempt):
         self.session.guard = guard
 
     def mortal(self, life: int, made: bool) -> None:
-        """It dies at a write, the rollback's being 0: before it is made, or when it has been."""
+        """Die at a write, counted from the rollback's, which is 0; ``made``: after the write
+        instead of before."""
         mortal: Any = MortalOnceBack(self.checkpointer.store, life, made)
         self.checkpointer.store = self.checkpointer._held._store = mortal
 
 
 def short(bench: Bench, run: str, **guard: int) -> RunSpec:
-    """A run of 20 steps with a checkpoint after every third."""
+    """A run of 20 steps with a checkpoint every 3 steps."""
     return bench.run_spec(
         run, training={"maxSteps": 20, "epochs": None, "guard": {"maxSkippedSteps": 0} | guard},
         evaluation={"everySteps": 10, "maxSamples": 1},
@@ -141,13 +142,12 @@ def short(bench: Bench, run: str, **guard: int) -> RunSpec:
 
 BAD = frozenset({7})
 DEATHS = [(0, False), (0, True), (1, False), (4, True)]
-"""At the rollback's own write, and at the first and the last of the checkpoint that follows."""
+"""(life, made): at the write of the rollback, and at the first and the last write of the next
+checkpoint."""
 
 
-def test_whenever_an_attempt_dies_the_next_one_knows_that_the_run_went_back(
-    bench: Bench, tmp_path: Path
-) -> None:
-    """And what comes of it is what comes of a run that did not die."""
+def test_a_rollback_survives_the_death_of_an_attempt(bench: Bench, tmp_path: Path) -> None:
+    """The result is that of a run without a death."""
     run_spec = short(bench, "1-whole")
     attempt = FaultyAttempt(run_spec, tmp_path / "whole", BAD)
     whole = attempt.train()
@@ -155,7 +155,7 @@ def test_whenever_an_attempt_dies_the_next_one_knows_that_the_run_went_back(
     left_out = attempt.session.plan.drawn(BAD).tolist()
     assert attempt.session.plan.left_out.tolist() == left_out and len(left_out) == 8
     expected = runfiles.read_result(bench.store, run_spec.run_uri)
-    assert 8 not in curve(expected), "a step without samples is in no mean"
+    assert 8 not in curve(expected), "a step without samples is in no mean of the curve"
 
     for life, made in DEATHS:
         name = f"1-died{life}{'after' if made else 'before'}"
@@ -170,7 +170,7 @@ def test_whenever_an_attempt_dies_the_next_one_knows_that_the_run_went_back(
         assert head.left_out == ([7] if noted else []), name
         assert (max(checkpoint.step for checkpoint in head.checkpoints) <= 7) is (life < 4), name
 
-        # Where it is noted, a resumed run meets no loss that is no number.
+        # If HEAD names the rollback, the resumed run has no NaN loss.
         resumed = FaultyAttempt(
             run_spec, tmp_path / f"{name}-again", BAD if not noted else frozenset()
         )
@@ -183,7 +183,7 @@ def test_whenever_an_attempt_dies_the_next_one_knows_that_the_run_went_back(
         assert curve(result) == pytest.approx(curve(expected), rel=1e-5)
 
 
-def test_rollbacks_are_counted_over_attempts(bench: Bench, tmp_path: Path) -> None:
+def test_rollbacks_of_all_attempts_are_counted(bench: Bench, tmp_path: Path) -> None:
     run_spec = short(bench, "1-counted", maxRollbacks=1)
     lost = FaultyAttempt(run_spec, tmp_path / "lost", BAD)
     lost.mortal(0, made=True)
@@ -196,7 +196,7 @@ def test_rollbacks_are_counted_over_attempts(bench: Bench, tmp_path: Path) -> No
 
 
 def test_a_run_that_would_leave_all_samples_out_has_diverged(bench: Bench, tmp_path: Path) -> None:
-    """It would end well, having learned nothing."""
+    """Otherwise it would succeed without having trained."""
     run_spec = short(bench, "1-nothing", maxRollbacks=100)
     with pytest.raises(Diverged, match="without their samples none would be left"):
         FaultyAttempt(run_spec, tmp_path / "nothing", frozenset(range(3, 20))).train()
@@ -205,7 +205,7 @@ def test_a_run_that_would_leave_all_samples_out_has_diverged(bench: Bench, tmp_p
 
 
 @pytest.mark.parametrize("made", [False, True], ids=["before", "after"])
-def test_a_death_at_the_write_of_a_rollback_leaves_all_of_it_or_nothing(
+def test_a_rollback_is_written_completely_or_not_at_all(
     run_spec_for: Any, tmp_path: Path, made: bool
 ) -> None:
     model, run_spec = (
@@ -231,13 +231,13 @@ def test_a_death_at_the_write_of_a_rollback_leaves_all_of_it_or_nothing(
     assert model.values == {float(state.step)} == {6.0 if made else 9.0}
     early = Rollback(attempt=2, skipped=[2], skipped_steps=3)
     assert after.rewind(model.model, model.optimizers, early) is None
-    assert after.head.rollbacks == ([back] if made else []), "there is no checkpoint from before"
+    assert after.head.rollbacks == ([back] if made else []), "no checkpoint is old enough"
 
 
-def test_samples_are_named_by_set_number_and_place(
+def test_sample_origins_name_data_set_number_and_row(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where nothing is held out or left out, the number is the line."""
+    """If no sample is held out or dropped, the number is the line number."""
     sources = {"quiet": f"{bench.bucket}/train.jsonl", "loud": f"{bench.bucket}/more.jsonl"}
     train_sets = [{"name": name, "source": uri} for name, uri in sources.items()]
     run_spec = bench.run_spec("1-named", data={
@@ -264,7 +264,7 @@ def test_samples_are_named_by_set_number_and_place(
 
 
 @pytest.mark.parametrize("packing", ["Concatenated", "Unpacked"])
-def test_a_step_whose_samples_are_left_out_is_in_no_mean(packing: Packing) -> None:
+def test_a_step_without_samples_is_in_no_mean(packing: Packing) -> None:
     spec = spec_of({"type": "Full"}, guard={"spikeDeviations": "6"})
     model = tiny_llama()
     optimizers, guard = make_optimizers(model, spec), Guard(spec.training.guard, CPU)
@@ -292,4 +292,4 @@ def test_a_step_whose_samples_are_left_out_is_in_no_mean(packing: Packing) -> No
     assert statistics[0] == 1 and kept == statistics
     assert sums[1] == 1 and norm > 0
     assert nothing.shape == sums.shape and not nothing.any() and none == 0
-    assert guard.skipped() == [], "it is no step that was refused"
+    assert guard.skipped() == [], "not counted as a skipped step"

@@ -1,5 +1,5 @@
-"""How a model lies on a gang: every method gives the same result, by every sharding that the
-contract has, pair by pair; and computing again, in bfloat16 or compiled does so too."""
+"""Placement of a model in a world: every method gives the same result with every sharding of the
+API; so do gradient checkpointing, BF16 and compiled blocks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_blocks_are_the_decoder_layers() -> None:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained, and how; ``sharding_worker.tune`` has the words."""
+    """A setting to train; fields are arguments of ``sharding_worker.tune``."""
 
     method: dict[str, Any]
     training: dict[str, Any] = field(default_factory=dict)
@@ -50,8 +50,8 @@ def lora(**block: Any) -> dict[str, Any]:
     return {"type": "LoRA", "lora": {"rank": 4} | block}
 
 
-# A method that is new in the contract stands here by itself, with its defaults; so does a sharding,
-# which lacks a size until it gets one.
+# A method that is added to the API is tested without a change here, with its defaults. A sharding
+# that is added fails until it has an entry in SIZES.
 _BLOCKS: Final[dict[str, Any]] = {
     "Partial": {"partial": {"lastLayers": 1, "norms": True}},
     "LoRA": {"lora": {"rank": 4}},
@@ -66,7 +66,7 @@ SETTINGS: Final = {
     "Experts": Setting(
         lora(targetParameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]), experts=True
     ),
-    # The balance is of a row.
+    # The router loss is per micro-batch, so micro-batches must be the same in all worlds.
     "Router": Setting(
         {"type": "Full"}, {"routerAuxLossCoefficient": "0.5"}, experts=True, apart=True
     ),
@@ -84,13 +84,14 @@ SIZES: Final = {"NoShard": 2, "FullShard": 2, "HybridShard": 4}
 EVERYWHERE: Final = [(name, sharding) for name in ("Full", "LoRA") for sharding in SIZES]
 
 Found = tuple[dict[str, torch.Tensor], torch.Tensor]
-"""Trained weights, and an answer."""
+"""Trained weights, and token ids of an answer."""
 Tuned = Callable[[Setting, str, int], Found]
 
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
-    """What a gang of a size makes of a setting, by a sharding; once each."""
+    """Return a function that trains a setting in a world of a given sharding and size; results are
+    cached."""
     known: dict[str, Found] = {}
 
     def run(setting: Setting, sharding: str, size: int) -> Found:
@@ -115,8 +116,8 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
 
 
 def assert_alike(found: Found, expected: Found) -> None:
-    """Alike, but for one number in 500: Adam's update of one whose gradient is nearly zero is what
-    is rounded there."""
+    """Compare weights, except 1 element in 500: where a gradient is nearly zero, Adam's update
+    depends on rounding."""
     assert found[0].keys() == expected[0].keys()
     for key, weight in expected[0].items():
         apart = (found[0][key] - weight).abs() > 2e-5
@@ -125,19 +126,21 @@ def assert_alike(found: Found, expected: Found) -> None:
 
 
 def distance(one: Found, other: Found) -> float:
-    """In units of the other's size."""
+    """Return the distance relative to the norm of ``other``."""
     both = [torch.cat([w.flatten() for w in found[0].values()]) for found in (one, other)]
     return float((both[0] - both[1]).norm() / both[1].norm())
 
 
 @pytest.mark.parametrize(("name", "sharding"), PAIRS)
-def test_a_method_gives_the_same_weights_in_a_gang(name: str, sharding: str, tuned: Tuned) -> None:
+def test_a_method_gives_the_same_weights_at_any_sharding(
+    name: str, sharding: str, tuned: Tuned
+) -> None:
     alone = tuned(SETTINGS[name], "NoShard", 1)
     assert_alike(tuned(SETTINGS[name], sharding, SIZES[sharding]), alone)
 
 
 @pytest.mark.parametrize(("name", "sharding"), EVERYWHERE)
-def test_activations_computed_again_change_nothing(name: str, sharding: str, tuned: Tuned) -> None:
+def test_gradient_checkpointing_changes_nothing(name: str, sharding: str, tuned: Tuned) -> None:
     setting, size = SETTINGS[name], SIZES[sharding]
     kept = tuned(setting, sharding, size)
     again = tuned(replace(setting, checkpointing=True), sharding, size)
@@ -147,8 +150,8 @@ def test_activations_computed_again_change_nothing(name: str, sharding: str, tun
 
 @pytest.mark.parametrize(("name", "sharding"), EVERYWHERE)
 def test_bf16_is_the_same_at_any_sharding(name: str, sharding: str, tuned: Tuned) -> None:
-    """Each micro-batch rounds alike, and sums over micro-batches are in float32. Sums of copies
-    round a number to another now and then, which Adam makes a step of."""
+    """Each micro-batch is rounded identically, and sums over micro-batches are in float32. With
+    bfloat16 copies, a few elements round differently, and Adam turns that into a full step."""
     setting = replace(SETTINGS[name], training={"precision": "BF16"}, apart=True)
     alone = tuned(setting, "NoShard", 1)
     exact = tuned(replace(setting, training={}), "NoShard", 1)

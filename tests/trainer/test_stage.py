@@ -32,7 +32,7 @@ sys.exit(run_stage("prepare", body))
 
 
 @pytest.fixture
-def last_word(
+def termination(
     run_spec_for: Callable[..., RunSpec], run_spec_file: Callable[[RunSpec], Path]
 ) -> Callable[[], Termination]:
     """Set up a stage's environment. Call it to read the termination message."""
@@ -44,13 +44,13 @@ def last_word(
     return read
 
 
-def test_success(last_word: Callable[[], Termination], bucket: str) -> None:
+def test_success(termination: Callable[[], Termination], bucket: str) -> None:
     def body(run_spec: RunSpec, stores: Stores) -> PublishSummary:
         stores.default.put(f"{run_spec.output_uri}/adapter", b"1")
         return PUBLISHED
 
     assert run_stage("publish", body) == 0
-    assert last_word() == Termination(run="1-abcde", role="publish", published=PUBLISHED)
+    assert termination() == Termination(run="1-abcde", role="publish", published=PUBLISHED)
 
 
 @pytest.mark.parametrize(
@@ -61,14 +61,14 @@ def test_success(last_word: Callable[[], Termination], bucket: str) -> None:
     ],
 )
 def test_failure(
-    last_word: Callable[[], Termination], error: Exception, code: int, reason: str, words: str
+    termination: Callable[[], Termination], error: Exception, code: int, reason: str, words: str
 ) -> None:
     def body(run_spec: RunSpec, stores: Stores) -> PublishSummary:
         raise error
 
     before = signal.getsignal(signal.SIGTERM)
     assert run_stage("prepare", body) == code
-    word = last_word()
+    word = termination()
     assert (word.run, word.role) == ("1-abcde", "prepare")
     assert word.failure is not None and word.failure.reason == reason
     assert words in word.failure.message
@@ -85,22 +85,22 @@ def test_failure(
     ],
 )
 def test_an_invalid_run_spec_is_refused(
-    last_word: Callable[[], Termination], text: str | None, words: str
+    termination: Callable[[], Termination], text: str | None, words: str
 ) -> None:
     path = Path(os.environ["FINETUNE_RUN_SPEC"])
     path.unlink() if text is None else path.write_text(text)
     assert run_stage("publish", lambda run_spec, stores: PUBLISHED) == 10
-    failure = last_word().failure
+    failure = termination().failure
     assert failure is not None and words in failure.message
 
 
-def test_sigterm_ends_a_stage_immediately(last_word: Callable[[], Termination]) -> None:
+def test_sigterm_ends_a_stage_immediately(termination: Callable[[], Termination]) -> None:
     process = subprocess.Popen([sys.executable, "-c", WAITS], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     with process, process.stdout:
         assert process.stdout.readline() == "works\n"
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 23
-    failure = last_word().failure
+    failure = termination().failure
     assert failure is not None
     assert (failure.failure_class, failure.retryable) == ("Preempted", True)

@@ -187,7 +187,7 @@ class Nodes:
         except subprocess.TimeoutExpired:
             raise AssertionError(self.logs()) from None
 
-    def last_word(self, rank: int = 0) -> Termination:
+    def termination(self, rank: int = 0) -> Termination:
         text = (self.folder / f"node-{rank}/termination/message").read_text()
         return Termination.model_validate(json.loads(text))
 
@@ -229,13 +229,13 @@ def test_training_resumes_after_a_lost_node_and_finishes(nodes: Nodes) -> None:
     assert not any(runs(int(path.name.split("-")[-1])) for path in first)
     (nodes.shared / "end").touch()
     assert [nodes.end(process) for process in world] == [0, 0], nodes.logs()
-    trained = nodes.last_word(0).trained
+    trained = nodes.termination(0).trained
     assert trained is not None and trained.steps > 3
     assert trained.startup is not None
     assert list(trained.startup.seconds) == ["launch", "import", "step"]
     assert trained.startup.seconds["launch"] > 0, "torchrun start and rendezvous"
-    assert nodes.last_word(1).trained is None
-    assert nodes.last_word(1).failure is None
+    assert nodes.termination(1).trained is None
+    assert nodes.termination(1).failure is None
 
 
 @pytest.mark.slow
@@ -244,7 +244,7 @@ def test_a_stop_saves_and_the_other_node_waits(nodes: Nodes) -> None:
     nodes.wait_for("training-*", 2)
     world[1].send_signal(signal.SIGTERM)
     assert nodes.end(world[1]) == 23, nodes.logs()
-    failure = nodes.last_word(1).failure
+    failure = nodes.termination(1).failure
     assert failure is not None
     assert (failure.failure_class, failure.retryable) == ("Preempted", True)
     assert "is saved" in failure.message
@@ -253,13 +253,13 @@ def test_a_stop_saves_and_the_other_node_waits(nodes: Nodes) -> None:
     assert world[0].poll() is None
     world[0].send_signal(signal.SIGTERM)  # without a process group there is nothing to save
     assert nodes.end(world[0]) == 23, nodes.logs()
-    failure = nodes.last_word(0).failure
+    failure = nodes.termination(0).failure
     assert failure is not None and "before the process group had formed" in failure.message
 
 
 def test_a_worker_failure_ends_the_pod_with_its_reason_and_exit_code(nodes: Nodes) -> None:
     assert nodes.end(nodes.start(USER_ERROR, FINETUNE_PROCESSES_PER_NODE=2)) == 10, nodes.logs()
-    word = nodes.last_word()
+    word = nodes.termination()
     assert (word.run, word.role) == ("1-abcde", "train")
     assert word.failure is not None
     assert (word.failure.failure_class, word.failure.reason) == ("UserError", "ModelTooSmall")
@@ -267,7 +267,7 @@ def test_a_worker_failure_ends_the_pod_with_its_reason_and_exit_code(nodes: Node
 
 def test_a_worker_killed_by_a_signal_is_reported(nodes: Nodes) -> None:
     assert nodes.end(nodes.start(KILLED)) == 20, nodes.logs()
-    failure = nodes.last_word().failure
+    failure = nodes.termination().failure
     assert failure is not None
     assert failure.reason == "ProcessKilled" and "killed by SIGSEGV" in failure.message
 
@@ -275,7 +275,7 @@ def test_a_worker_killed_by_a_signal_is_reported(nodes: Nodes) -> None:
 def test_an_nccl_abort_after_a_kernel_fault_ends_the_pod(nodes: Nodes) -> None:
     """It must not be taken for a lost peer, which would restart the workers forever."""
     assert nodes.end(nodes.start(ABORTED)) == 15, nodes.logs()
-    failure = nodes.last_word().failure
+    failure = nodes.termination().failure
     assert failure is not None
     assert failure.reason == "KernelFailed" and "illegal memory access" in failure.message
     assert "watchdog thread" in nodes.logs(), "stderr is in the log too"
@@ -286,7 +286,7 @@ def test_a_worker_that_does_not_save_in_time_is_killed(nodes: Nodes) -> None:
     worker = int(nodes.wait_for("training-*")[0].name.split("-")[-1])
     process.send_signal(signal.SIGTERM)
     assert nodes.end(process) == 23
-    failure = nodes.last_word().failure
+    failure = nodes.termination().failure
     assert failure is not None and failure.reason == "InterruptedUnsaved"
     assert not runs(worker)
 
@@ -300,7 +300,7 @@ def test_nodes_are_waited_for_until_the_start_deadline(
     alone = nodes.start(GANG, main=main, FINETUNE_NODES=2)
     if ends:
         assert nodes.end(alone) == 20, nodes.logs()
-        failure = nodes.last_word().failure
+        failure = nodes.termination().failure
         assert failure is not None and failure.reason == "GangNotFormed"
     else:
         with pytest.raises(subprocess.TimeoutExpired):
@@ -309,7 +309,7 @@ def test_nodes_are_waited_for_until_the_start_deadline(
 
 def test_an_invalid_environment_is_refused(nodes: Nodes) -> None:
     assert nodes.end(nodes.start(KILLED, FINETUNE_NODES=2, FINETUNE_RENDEZVOUS="nowhere")) == 10
-    failure = nodes.last_word().failure
+    failure = nodes.termination().failure
     assert failure is not None and "FINETUNE_RENDEZVOUS='nowhere'" in failure.message
 
 

@@ -1,7 +1,7 @@
-"""``spec.task``: the tasks and their properties.
+"""``spec.task`` and ``spec.evaluation.metrics``: tasks and metrics, and their properties.
 
-``TASKS`` is the single table of tasks, as ``METHODS`` is of methods. Code reads a task's properties
-from its entry and never compares names.
+``TASKS`` and ``METRICS`` are the single tables, as ``METHODS`` is of methods. Code reads properties
+from an entry and never compares names.
 """
 
 from __future__ import annotations
@@ -15,6 +15,39 @@ TaskName = Literal["CausalLM", "SequenceClassification"]
 Metric = Literal[
     "Loss", "Perplexity", "ExactMatch", "Accuracy", "Precision", "Recall", "F1", "Bleu", "Rouge"
 ]
+
+
+MetricSource = Literal["Loss", "Labels", "Text"]
+"""What a metric is computed from: token losses; predicted and true labels; generated and reference
+text."""
+
+
+@dataclass(frozen=True)
+class MetricKind:
+    """Properties of a metric."""
+
+    source: MetricSource
+    higher_is_better: bool = True
+    percent: bool = True
+    """Whether it is a share of 1, shown in percent."""
+
+
+METRICS: Final[dict[Metric, MetricKind]] = {
+    "Loss": MetricKind("Loss", higher_is_better=False, percent=False),
+    "Perplexity": MetricKind("Loss", higher_is_better=False, percent=False),
+    "ExactMatch": MetricKind("Text"),
+    "Accuracy": MetricKind("Labels"),
+    "Precision": MetricKind("Labels"),
+    "Recall": MetricKind("Labels"),
+    "F1": MetricKind("Labels"),
+    "Bleu": MetricKind("Text", percent=False),
+    "Rouge": MetricKind("Text"),
+}
+
+
+def metrics_from(*sources: MetricSource) -> tuple[Metric, ...]:
+    """Return the metrics that are computed from any of these sources."""
+    return tuple(name for name, kind in METRICS.items() if kind.source in sources)
 
 
 @dataclass(frozen=True)
@@ -32,6 +65,6 @@ class TaskKind:
 TASKS: Final[dict[TaskName, TaskKind]] = {
     "CausalLM": TaskKind(get_args(Format), get_args(Metric), generates=True),
     "SequenceClassification": TaskKind(
-        ("Classification",), ("Loss", "Accuracy", "Precision", "Recall", "F1"), generates=False
+        ("Classification",), ("Loss", *metrics_from("Labels")), generates=False
     ),
 }

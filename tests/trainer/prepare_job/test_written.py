@@ -20,7 +20,7 @@ from finetune_api.run_spec import RunSpec
 from finetune_trainer.failures import DataError, UserError
 from finetune_trainer.prepare import pipeline
 from finetune_trainer.prepare.mapping import reader, writer
-from finetune_trainer.prepare.mapping.reader import Reading
+from finetune_trainer.prepare.mapping.progress import ReadProgress
 from finetune_trainer.prepare.pipeline import prepare
 from finetune_trainer.prepare.reading import inputsplits
 from finetune_trainer.prepared.dataset import PreparedData
@@ -44,8 +44,8 @@ def test_every_record_is_on_one_side_with_its_supervised_mask(at: Workplace) -> 
     records = pairs(200)
     split = {"validation": "0.1", "test": "0.2"}
     run_spec = at.run_spec(lines(*records[:120]), lines(*records[120:]), data={"split": split})
-    said: list[Reading] = []
-    summary = prepare(run_spec, OneStore(run_spec, at.store), next(at.scratch), said.append)
+    progress: list[ReadProgress] = []
+    summary = prepare(run_spec, OneStore(run_spec, at.store), next(at.scratch), progress.append)
     assert summary is not None
     data = PreparedData.open(at.store, summary.uri, next(at.scratch))
 
@@ -74,7 +74,8 @@ def test_every_record_is_on_one_side_with_its_supervised_mask(at: Workplace) -> 
     assert data.manifest.stop_token_ids == [tokenizer.eos_token_id]
     assert data.manifest.max_completion_tokens == train.supervised.max()
     assert read_prepared(at.store, run_spec.run_uri) == summary
-    assert (said[-1].records, said[-1].bytes) == (200, said[-1].total_bytes)
+    last = progress[-1]
+    assert (last.records, last.bytes) == (200, last.total_bytes)
 
 
 def test_all_formats_and_containers_together(at: Workplace) -> None:

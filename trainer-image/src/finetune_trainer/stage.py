@@ -28,6 +28,7 @@ from finetune_api.names import (
 from finetune_api.results import Failure, PreparedSummary, PublishSummary, Termination
 from finetune_api.run_spec import RunSpec, parse_run_spec
 from finetune_trainer.failures import Interrupted, TrainerError, UserError, exit_code, failure_of
+from finetune_trainer.optional_packages import hide_unused
 
 if TYPE_CHECKING:
     from finetune_trainer.storage.objects import Stores
@@ -60,6 +61,7 @@ def run_stage(role: Literal["map", "prepare", "publish"], body: Body) -> int:
     try:
         run_spec = load_run_spec()
         run = run_spec.run
+        hide_unused(run_spec.spec)
         log.info("%s of run %s of %s/%s", role, run, run_spec.job.namespace, run_spec.job.name)
         summary = body(run_spec, Stores(run_spec))
     except (Exception, KeyboardInterrupt) as error:

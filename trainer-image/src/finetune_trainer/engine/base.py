@@ -1,10 +1,10 @@
-"""The model that a run starts from, as files of this machine: in prepare, training and publish.
+"""Fetch the model that a run starts from, for prepare, training and publish.
 
-    find_base ──► a whole model                      ──► folder, and weights where they are
-              └─► a whole model, a published adapter ──► both merged, in a folder
+    find_base ──► a whole model                      ──► local folder; weights may stay remote
+              └─► a whole model, a published adapter ──► local folder with the merged model
 
-What comes out is a folder in Hugging Face layout, whose weights may be in object storage still, so
-nothing above knows of adapters beneath it but publish, which adds the new one to the old.
+The result is a local folder in Hugging Face layout; its weights may still be in object storage.
+Only publish needs to know of a merged adapter: it adds the new adapter to the old one.
 """
 
 from __future__ import annotations
@@ -34,29 +34,30 @@ from finetune_trainer.storage.weight_reader import Weights
 
 MAX_SHARD: Final = "4GB"
 _held: Final[list[IO[Any]]] = []
-"""What keeps folders of the cache while this process lives."""
+"""Open lock files that prevent eviction of cache folders until this process ends."""
 _MERGED: Final = ".merged"
-"""Written last: a folder that has it was merged to the end, and a start in place keeps it."""
+"""Marker file, written last: the merge in this folder is complete, and a later start of the workers
+in the same pod reuses it."""
 
 
 @dataclass(frozen=True)
 class BaseFiles:
-    """The base model on this machine's disk."""
+    """Files of the base model on the local disk, and the location of its weights."""
 
     base: Base
-    """Where it comes from."""
+    """Origin of the model."""
     folder: Path
-    """The whole model in Hugging Face layout, but for weights that are elsewhere or were not asked
-    for."""
+    """The whole model in Hugging Face layout, without weights that are remote or were not
+    requested."""
     adapter: Path | None
-    """Published adapter that the weights hold already."""
+    """Published adapter that is already merged into the weights."""
     objects: tuple[ObjectInfo, ...] = ()
-    """What holds the weights, where they are not in the folder."""
+    """Objects with the weights, if they are not in the folder."""
     cached: Path | None = None
-    """Folder of this node that holds the same."""
+    """Folder in this node's cache with the same objects."""
 
     def weights(self, stores: Stores) -> Weights:
-        """The weights, to be read."""
+        """Return a reader of the weights."""
         if self.cached is not None:
             return Weights.of_files(sorted(self.cached.iterdir()))
         if self.objects:
@@ -64,19 +65,20 @@ class BaseFiles:
         return Weights.of_folder(self.folder)
 
     def in_version_of(self, first: BaseFiles) -> BaseFiles:
-        """The same with the weights that another process has listed: all of a gang read one
-        version, and what this node keeps of another is not read."""
+        """Return these files with the objects that rank 0 has listed, so that all ranks read the
+        same version. A cached copy of another version is not used."""
         same = self.objects == first.objects
         return replace(self, objects=first.objects, cached=self.cached if same else None)
 
 
 def fetch_base(run_spec: RunSpec, stores: Stores, scratch: Path, weights: bool) -> BaseFiles:
-    """Makes ``scratch / "model"`` hold the model that the run starts from.
+    """Fetch the model that the run starts from into ``scratch / "model"``.
 
     Args:
-        scratch: must hold the model in float32 where an adapter is merged into it.
-        weights: False fetches configuration, tokenizer and adapter alone, and makes sure that the
-            weights are where the model is.
+        scratch: folder on the local disk; needs space for the model in float32 if an adapter is
+            merged.
+        weights: False fetches only configuration, tokenizer and adapter, and checks that the
+            weights exist.
 
     Raises:
         UserError: as ``find_base``, ``modelfiles.fetch_model`` and, without weights (in prepare),
@@ -103,7 +105,8 @@ def fetch_base(run_spec: RunSpec, stores: Stores, scratch: Path, weights: bool) 
 
 
 def _cached(base: Base, stores: Stores, objects: tuple[ObjectInfo, ...]) -> Path | None:
-    """Folder of the node's cache that holds the objects, until this process ends."""
+    """Return the folder of the node's cache with the objects, locked until this process ends; None
+    without a cache."""
     cache = os.environ.get(ENV_MODEL_CACHE)
     found = (
         cached(Path(cache), stores.of(base.model.storage), objects) if cache and objects else None
@@ -115,7 +118,7 @@ def _cached(base: Base, stores: Stores, objects: tuple[ObjectInfo, ...]) -> Path
 
 
 def check_headless(adapter: Path, source: str) -> None:
-    """Refuse an adapter that holds a classification head: the model beneath has no place for it.
+    """Refuse an adapter with a classification head, which cannot be merged into the base model.
 
     Raises:
         UserError: 'NotMergeable'.
@@ -125,13 +128,13 @@ def check_headless(adapter: Path, source: str) -> None:
         raise UserError(
             "NotMergeable",
             f"{source}: its adapter comes with a head ({', '.join(settings['modules_to_save'])}),"
-            " which no other model can begin from: publish the first job with output.format: Both",
+            " so it cannot be merged: publish the first job with output.format: Both",
         )
 
 
 def check_ties(whole: Path, adapter: Path, source: str) -> None:
-    """Refuse an adapter of an embedding that is the output head too, or of that head: merged, it
-    would change both. Of the model only its configuration is read.
+    """Refuse an adapter of an embedding that is tied to the output head, or of that head: merging
+    would change both. Only the model's configuration is read.
 
     Raises:
         UserError: 'NotMergeable'.
@@ -142,20 +145,21 @@ def check_ties(whole: Path, adapter: Path, source: str) -> None:
         raise UserError(
             "NotMergeable",
             f"{source}: its adapter changes one of {' and '.join(ends)}, which are one weight of"
-            " this model (tie_word_embeddings), and no weights can hold that: leave them out of the"
+            " this model (tie_word_embeddings), so it cannot be merged: leave them out of the"
             " first job's targetModules",
         )
 
 
 def merge_adapter(whole: Path, weights: Weights, adapter: Path, folder: Path) -> None:
-    """Write the model of a folder with an adapter in peft's layout merged into its weights, in
-    float32: they are rounded when they are loaded, once. All else is the model's own."""
+    """Write the model of a folder with an adapter in peft's layout merged into its weights. The
+    result is in float32, so that weights are rounded only once, when they are loaded. All other
+    files are copied from the model."""
     _remove(folder)
     folder.mkdir(parents=True)
     model = build_base(whole, torch.float32, Pretrained(weights), pack=False)
     tuned = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")
     merged = tuned.merge_and_unload()
-    # What the model's own says is copied; written from here, it would be judged first.
+    # The model's own generation config is copied below; save_pretrained would validate it first.
     merged.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     merged.save_pretrained(str(folder), max_shard_size=MAX_SHARD)
     for path in modelfiles.small_files(whole):

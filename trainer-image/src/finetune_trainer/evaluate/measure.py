@@ -18,14 +18,13 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetune_api.results import Metrics
-from finetune_api.tasks import Metric
+from finetune_api.tasks import Metric, metrics_from
 from finetune_trainer.engine.loss import evaluating, micro_batch_losses
 from finetune_trainer.engine.packing.feed import MicroBatch, MicroBatchBuilder
 from finetune_trainer.engine.planning.plan import Packing, pack_all
 from finetune_trainer.engine.sharding import is_sharded, root_gathered
 from finetune_trainer.engine.task_losses import TaskLoss
 from finetune_trainer.engine.world import World
-from finetune_trainer.evaluate.metricnames import OF_LOSS
 from finetune_trainer.evaluate.scores import GENERATED, Answers, loss_metrics, text_metrics
 from finetune_trainer.failures import Interrupted
 from finetune_trainer.prepared.dataset import PreparedData, Reference
@@ -73,7 +72,7 @@ class Evaluator:
     packing: Packing
     max_samples: int
     max_new_tokens: int
-    possible: Sequence[Metric] = OF_LOSS
+    possible: Sequence[Metric] = metrics_from("Loss")
     """Metrics defined for the task."""
     virtual_tokens: int = 0
     """Virtual tokens that the tuning method prepends to every prompt."""
@@ -110,7 +109,7 @@ class Evaluator:
                 ),
                 wanted,
             )
-        always = [m for m in OF_LOSS if m in self.possible]
+        always = [m for m in metrics_from("Loss") if m in self.possible]
         shown = {str(m): metrics[m] for m in (*wanted, *always) if m in metrics}
         return SetResult(name, len(positions), shown, found.loss_sum, found.tokens, found.answers)
 

@@ -1,7 +1,6 @@
-"""Scores of generated text against references, by the packages that papers quote.
+"""Metrics of generated text against references, computed by the packages that papers cite.
 
-Everything here is a pure function of strings. Text is compared after its outer white space is
-removed.
+All functions are pure. Leading and trailing white space is ignored.
 """
 
 from __future__ import annotations
@@ -13,13 +12,10 @@ from functools import lru_cache
 from typing import Final
 
 from finetune_api.results import Metrics
-from finetune_api.tasks import Metric
+from finetune_api.tasks import METRICS, Metric, metrics_from
 
-HIGHER_IS_BETTER: Final[frozenset[Metric]] = frozenset(
-    ("ExactMatch", "Accuracy", "Precision", "Recall", "F1", "Bleu", "Rouge")
-)
-GENERATED: Final[frozenset[Metric]] = HIGHER_IS_BETTER
-"""Metrics that need generated text."""
+GENERATED: Final[frozenset[Metric]] = frozenset(metrics_from("Labels", "Text"))
+"""Metrics that need generated text, of a task that generates."""
 
 
 def better(metric: Metric, new: float, old: float, min_delta: float = 0.0) -> bool:
@@ -28,33 +24,33 @@ def better(metric: Metric, new: float, old: float, min_delta: float = 0.0) -> bo
         return False
     if math.isnan(old):
         return True
-    return new > old + min_delta if metric in HIGHER_IS_BETTER else new < old - min_delta
+    return new > old + min_delta if METRICS[metric].higher_is_better else new < old - min_delta
 
 
 def loss_metrics(loss_sum: float, tokens: float) -> Metrics:
-    """Loss (nats per supervised token) and perplexity, its exponential."""
+    """Return the loss (nats per supervised token) and the perplexity, its exponential."""
     loss = loss_sum / tokens if tokens else math.nan
     return {"Loss": loss, "Perplexity": math.exp(min(loss, 700.0))}
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Generated text of one set beside what is right."""
+    """Generated text of one data set, with its references."""
 
     predictions: Sequence[str]
-    """What the model answered."""
+    """Generated text of each sample."""
     references: Sequence[str]
     """Completion of each sample."""
     labels: Sequence[str] | None
-    """Label of each sample, for Classification."""
+    """Label of each sample; None if the format is not Classification."""
 
 
 def text_metrics(answers: Answers, wanted: Sequence[Metric]) -> Metrics:
-    """The wanted metrics of generated text.
+    """Return the requested metrics of generated text.
 
-    - ExactMatch: share of answers equal to the reference.
+    - ExactMatch: fraction of answers equal to the reference.
     - Accuracy, Precision, Recall, F1: scikit-learn, macro average over the labels that occur in
-      the references; an answer that is none of them is wrong for every label.
+      the references; an answer that is none of these labels is wrong for every label.
     - Bleu: sacrebleu corpus BLEU, 0 to 100 (Post 2018).
     - Rouge: mean F1 of ROUGE-L with stemming, 0 to 1 (Lin 2004).
     """

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from finetune_trainer.supervise.worker_files import write_whole
 
 if TYPE_CHECKING:
-    from finetune_trainer.prepare.mapping.reader import Reading
+    from finetune_trainer.prepare.mapping.progress import ReadProgress
 
 log = logging.getLogger(__name__)
 
@@ -26,13 +26,13 @@ class Teller:
         self._path = folder / FILE
         self._logged = time.monotonic()
 
-    def __call__(self, reading: Reading) -> None:
-        share = reading.bytes / max(1, reading.total_bytes)
-        told = {"records": reading.records, "share": min(1.0, share)}
+    def __call__(self, progress: ReadProgress) -> None:
+        share = progress.bytes / max(1, progress.total_bytes)
+        told = {"records": progress.records, "share": min(1.0, share)}
         write_whole(self._path, json.dumps(told))
         if time.monotonic() - self._logged >= _LOG_SECONDS:
             self._logged = time.monotonic()
-            log.info("%s: %d records read, %d %%", reading.set, reading.records, 100 * share)
+            log.info("%s: %d records read, %d %%", progress.set, progress.records, 100 * share)
 
 
 def read_reading(folder: Path) -> tuple[int, float] | None:

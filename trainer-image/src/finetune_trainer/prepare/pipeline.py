@@ -30,13 +30,14 @@ from finetune_trainer.engine.memory.requirements import check_image
 from finetune_trainer.engine.planning.micro_batch_size import Samples
 from finetune_trainer.engine.planning.schedule import replay_of, stage_plans, stages_of, steps_of
 from finetune_trainer.engine.task_losses import TASKS
-from finetune_trainer.evaluate.metricnames import check_metrics
+from finetune_trainer.evaluate.metric_selection import check_metrics
 from finetune_trainer.failures import DataError, UserError, object_changed
 from finetune_trainer.prepare.digest import content_digest
 from finetune_trainer.prepare.mapping.batch import Recipe, begin
 from finetune_trainer.prepare.mapping.map import RunPaths, map_splits
 from finetune_trainer.prepare.mapping.pool import Pool, count_processes
-from finetune_trainer.prepare.mapping.reader import Reader, Reading, Say
+from finetune_trainer.prepare.mapping.progress import ProgressCallback, ReadProgress
+from finetune_trainer.prepare.mapping.reader import Reader
 from finetune_trainer.prepare.reading.inputsplits import InputSplit, deal, divide
 from finetune_trainer.prepare.reading.sources import Source, changed, resolve
 from finetune_trainer.prepare.reducing.reduce import reduce_splits
@@ -61,10 +62,10 @@ class LogReading:
     def __init__(self) -> None:
         self._next = 0
 
-    def __call__(self, reading: Reading) -> None:
-        percent = 100 * reading.bytes // max(1, reading.total_bytes)
+    def __call__(self, progress: ReadProgress) -> None:
+        percent = 100 * progress.bytes // max(1, progress.total_bytes)
         if percent >= self._next:
-            log.info("%s: %d records, %d %% of all data", reading.set, reading.records, percent)
+            log.info("%s: %d records, %d %% of all data", progress.set, progress.records, percent)
             self._next = percent + 5
 
 
@@ -72,7 +73,7 @@ def prepare(
     run_spec: RunSpec,
     stores: Stores,
     scratch: Path,
-    say: Say | None = None,
+    say: ProgressCallback | None = None,
     *,
     step: Step = "All",
     worker: int = 0,
@@ -139,7 +140,7 @@ class Work(NamedTuple):
 
 
 def write_data(
-    work: Work, step: Step, worker: int, processes: int | None, say: Say
+    work: Work, step: Step, worker: int, processes: int | None, say: ProgressCallback
 ) -> DataManifest | None:
     """Map and reduce the data, or run one of the two steps.
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to files that plain ``transformers`` and ``peft`` load."""
+"""Convert a checkpoint to files that plain ``transformers`` and ``peft`` can load."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ def load_tuned(
     scratch: Path,
     whole: bool,
 ) -> tuple[Tuned, PreTrainedTokenizerBase, BaseFiles]:
-    """The base model with the weights of a checkpoint, in float32 on the CPU, its tokenizer, and
-    the base's files.
+    """Return the tuned model with the weights of a checkpoint, in float32 on the CPU; its
+    tokenizer; and the base's files.
 
     Args:
-        classes: names of the classes, of a task that has some.
-        whole: False leaves out what was not trained: an adapter is written without the base's
-            weights being fetched or held.
+        classes: names of the classes, for a task with classes.
+        whole: False leaves weights that were not trained on the meta device: an adapter can be
+            written without fetching the base's weights.
 
     Raises:
-        UserError: 'CheckpointGone' where HEAD no longer names the checkpoint.
-        CorruptCheckpoint: where its files are not what was committed.
+        UserError: 'CheckpointGone' if HEAD no longer names the checkpoint.
+        CorruptCheckpoint: files of the checkpoint differ from those that HEAD lists.
     """
     found = read_head(stores.default, run_spec.run_uri)
     named = found[0].checkpoints if found else ()
@@ -82,11 +82,12 @@ def tuned_model(
     spec: FineTuneJobSpec,
     classes: Sequence[str] = (),
 ) -> Tuned:
-    """The model of a folder with the weights of a checkpoint, in float32 on the CPU; ``classes`` as
-    above. Of the checkpoint nothing but the weights is read.
+    """Return the model of a folder with the weights of a checkpoint, in float32 on the CPU. Only
+    the weights of the checkpoint are read.
 
     Args:
-        weights: the base's; None leaves out what was not trained.
+        weights: weights of the base; None leaves weights that were not trained on the meta device.
+        classes: as for ``load_tuned``.
     """
     purpose = purpose_of(spec, classes)
     if weights is None:
@@ -100,13 +101,13 @@ def tuned_model(
 
 
 def _allocate_trained(model: Tuned) -> None:
-    """Give the parameters that checkpoints hold memory on the CPU; the rest stays on meta."""
+    """Allocate the parameters that checkpoints hold on the CPU; the others stay on meta."""
     trained = {p for name, p in model.named_parameters() if is_kept(name, p)}
     materialize(model, CPU, only=trained.__contains__)
 
 
 def full_copy_bytes(base: Path, purpose: Purpose) -> int:
-    """Bytes of a whole model's weights in the dtype of the base."""
+    """Return the bytes of a full model's weights in the dtype of the base."""
     model = build_base(base, init="Meta", purpose=purpose)
     dtype: Any = model.config.dtype or torch.float32
     return sum(p.numel() for p in model.parameters()) * int(dtype.itemsize)
@@ -120,18 +121,18 @@ def write_adapter(
     folder: Path,
     classes: Sequence[str] = (),
 ) -> None:
-    """The adapter in peft's layout, together with the one that the base's weights hold already;
-    with classes, beside the configuration that names them."""
-    assert isinstance(model, PeftModel), "the contract allows adapters of methods that make one"
+    """Write the adapter in peft's layout, combined with the adapter that is merged into the base's
+    weights, if any. With classes, the configuration that names them is written too."""
+    assert isinstance(model, PeftModel), "validated: output.format Adapter requires an adapter"
     if INITIAL in model.peft_config:
         model = _plain_adapter(model, base.folder, spec)
     config = model.peft_config["default"]
     name, _, revision = base.base.model.source.removeprefix("hf://").partition("@")
     config.base_model_name_or_path = name
     config.revision = revision or None
-    # The vocabulary is the base's; peft would look for the base on the hub to find that out.
+    # The vocabulary is unchanged; by default peft would query the hub to check that.
     model.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's blank card; ours is one level up
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card; ours is one level up
     if base.adapter is not None:
         add_adapters(base.adapter, folder, folder)
     tokenizer.save_pretrained(str(folder))
@@ -140,12 +141,12 @@ def write_adapter(
 
 
 def _plain_adapter(model: PeftModel, base: Path, spec: FineTuneJobSpec) -> PeftModel:
-    """PiSSA's two adapters as one of twice the rank and the same scale."""
+    """Return PiSSA's two adapters as one adapter of twice the rank and the same scale."""
     lora = spec.method.effective_lora
     doubled = lora.model_copy(update={"rank": 2 * lora.rank, "initialization": "Default"})
     method = spec.method.model_copy(update={"lora": doubled})
     plain = apply_method(build_base(base, init="Meta"), spec.model_copy(update={"method": method}))
-    assert isinstance(plain, PeftModel), "as the model was"
+    assert isinstance(plain, PeftModel), "same method as the model"
     config: Any = plain.peft_config["default"]
     config.lora_alpha = lora.effective_alpha * (2**0.5 if lora.use_rslora else 2)
     _allocate_trained(plain)
@@ -161,15 +162,17 @@ def write_merged(
     folder: Path,
     purpose: Purpose = TEXT,
 ) -> None:
-    """A whole model in Hugging Face layout, in the dtype of the base's weights.
+    """Write a full model in Hugging Face layout, in the dtype of the base's weights.
 
-    Generation, where the model can, stops at ``stops``, the tokens with which learned answers end.
-    Adapters are merged in float32 and rounded once. ``model`` is used up.
+    Adapters are merged in float32 and rounded once. Modifies ``model``.
+
+    Args:
+        stops: tokens that end trained answers; added to the stop tokens of the generation config.
     """
     whole = _merged(model) if isinstance(model, PeftModel) else model
     config = configuration(base, purpose)
     torch.nn.Module.to(whole, config.dtype or torch.float32)
-    # Configuration of the base, without what this trainer changed for training.
+    # The configuration of the base, without the changes made for training.
     whole.config = config
     if whole.can_generate():
         whole.generation_config = _generation_config(base, stops, whole)
@@ -178,8 +181,8 @@ def write_merged(
 
 
 def _merged(model: PeftModel) -> PreTrainedModel:
-    """The model with its adapter added to its weights, and its head in place: peft puts modules of
-    one weight back, but not those of several layers."""
+    """Return the model with its adapter merged and its trained head in place: peft unwraps single
+    modules, but not heads of several layers."""
     for name, module in list(model.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
             parent, _, own = name.rpartition(".")
@@ -189,7 +192,7 @@ def _merged(model: PeftModel) -> PreTrainedModel:
 
 
 _SAMPLING: Final = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
-"""Settings of sampling and the values that ask for nothing."""
+"""Sampling settings and their neutral values."""
 
 
 def _generation_config(base: Path, stops: list[int], model: PreTrainedModel) -> GenerationConfig:
@@ -199,7 +202,7 @@ def _generation_config(base: Path, stops: list[int], model: PreTrainedModel) -> 
         found = GenerationConfig.from_model_config(model.config)
     known = found.eos_token_id
     ends = {*stops, *(known if isinstance(known, list) else [known])} - {None}
-    # Older models state sampling settings without saying that they sample; what is written must.
+    # Older models have sampling settings without do_sample; save_pretrained refuses that.
     if not found.do_sample and any(
         getattr(found, name) not in (None, neutral) for name, neutral in _SAMPLING.items()
     ):

@@ -1,11 +1,12 @@
-"""What is told about a tuned model: gathered once, for metrics.json, the report and the card."""
+"""Facts about a run and its result, gathered once for metrics.json, the report and the model
+card."""
 
 from __future__ import annotations
 
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from finetune_api.methods import Method
 from finetune_api.optimizers import Anchor
@@ -13,19 +14,18 @@ from finetune_api.results import PreparedSummary, TrainSummary
 from finetune_api.run_spec import RunSpec
 from finetune_api.sources import ModelLocation
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.evaluate.scores import HIGHER_IS_BETTER
+from finetune_api.tasks import METRICS, Metric, MetricKind
 from finetune_trainer.prepared.manifest import DataManifest
 from finetune_trainer.prepared.origins import MOST, in_words
 from finetune_trainer.storage.runfiles import RunResult
 
-_PERCENT: Final = ("ExactMatch", "Accuracy", "Precision", "Recall", "F1", "Rouge")
-"""Metrics from 0 to 1 that people read as percentages."""
+"""Metrics from 0 to 1 that are shown as percentages."""
 _HUGE: Final = 1e9
-"""From here on figures are shown by their exponent: a perplexity may have 300 digits."""
+"""Larger values are shown with an exponent: a perplexity may have 300 digits."""
 _CLASSES_SHOWN: Final = 20
 DRAWN_HEAD: Final = (
-    "The untuned model has a classification head of random weights: it knows nothing of the classes"
-    " yet, and its scores are those of chance."
+    "The classification head of the base model has random weights, so the scores of the base model"
+    " are at chance level."
 )
 
 
@@ -37,27 +37,31 @@ class Score:
     samples: int
     metric: str
     base: float | None
-    """None where the untuned model has no such value."""
+    """Value of the base model; None: not measured."""
     tuned: float
 
     @property
+    def kind(self) -> MetricKind:
+        return METRICS[cast(Metric, self.metric)]
+
+    @property
     def gain(self) -> float | None:
-        """tuned - untuned."""
+        """tuned - base."""
         return None if self.base is None else self.tuned - self.base
 
     @property
     def better(self) -> bool | None:
-        """Whether the tuned model is better; None where they are alike, or one is no number."""
+        """Whether the tuned model is better; None if the values are equal or one is NaN."""
         if not self.gain or math.isnan(self.gain):
             return None
-        return (self.gain > 0) == (self.metric in HIGHER_IS_BETTER)
+        return (self.gain > 0) == self.kind.higher_is_better
 
     def show(self, value: float | None, signed: bool = False) -> str:
-        """A value of this metric, for people: ``97.5 %``, ``+0.123``, ``1.014e+304``."""
+        """Format a value of this metric: ``97.5 %``, ``+0.123``, ``1.014e+304``."""
         if value is None:
             return "–"
         sign = "+" if signed else ""
-        if self.metric in _PERCENT:
+        if self.kind.percent:
             return f"{100 * value:{sign}.1f} %"
         if abs(value) >= _HUGE:
             return f"{value:{sign}.3e}"
@@ -66,12 +70,12 @@ class Score:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of what is published, beside what a copy of the whole model takes."""
+    """Bytes of the published files, and of a full model for comparison."""
 
     stored: dict[str, int]
-    """By format, all files of its folder."""
+    """All files of a format's folder, by format."""
     full_copy: int
-    """Weights of a whole model in the dtype of the base."""
+    """Weights of the full model in the dtype of the base."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +88,10 @@ class About:
     data: DataManifest
     sizes: Sizes
     base: ModelLocation
-    """The whole model that an adapter is loaded on."""
+    """The full model on which an adapter is loaded."""
     scores: list[Score]
     drawn_head: bool = False
-    """Whether the untuned model's classes come of a head of which nothing was learned yet."""
+    """Whether the classification head of the base model has random weights."""
 
     @property
     def spec(self) -> FineTuneJobSpec:
@@ -95,7 +99,7 @@ class About:
 
     @property
     def formats(self) -> list[str]:
-        """Names of the folders: adapter, merged."""
+        """Names of the published folders: adapter, merged."""
         return list(self.sizes.stored)
 
 
@@ -108,7 +112,7 @@ def gather(
     base: ModelLocation,
     drawn_head: bool = False,
 ) -> About:
-    """All of it; scores in the order of the sets, then of the metrics."""
+    """Collect the facts; scores are in the order of the test sets, then of the metrics."""
     scores = [
         Score(found.name, found.samples, metric, found.base.get(metric), tuned)
         for found in result.summary.scores
@@ -118,8 +122,8 @@ def gather(
 
 
 def metrics_text(about: About) -> str:
-    """``metrics.json``: every figure of the run, for scripts; null for one that is no number, for
-    which JSON has no word."""
+    """Return ``metrics.json``: all figures of the run, for scripts. NaN and infinities, which JSON
+    cannot represent, are null."""
     summary, result = about.result.summary, about.result
     raw = {
         "run": about.run_spec.run,
@@ -176,7 +180,7 @@ def metrics_text(about: About) -> str:
 
 
 def _finite(raw: Any) -> Any:
-    """JSON without NaN and infinity."""
+    """Replace NaN and infinities in a JSON value by None."""
     if isinstance(raw, dict):
         return {key: _finite(value) for key, value in raw.items()}
     if isinstance(raw, list | tuple):
@@ -185,8 +189,8 @@ def _finite(raw: Any) -> Any:
 
 
 def _startup_seconds(summary: TrainSummary) -> dict[str, float] | None:
-    """Seconds to the first step of the attempt that finished, by part and in all; None: it had no
-    step left to do."""
+    """Return the seconds to the first step of the last attempt, by part and in total; None if the
+    attempt had no step left to train."""
     if summary.startup is None:
         return None
     parts = [*summary.startup.seconds.items(), ("total", summary.startup.total)]
@@ -194,14 +198,14 @@ def _startup_seconds(summary: TrainSummary) -> dict[str, float] | None:
 
 
 def describe(method: Method) -> str:
-    """A method and its settings in a line."""
+    """Format a method and its settings in one line."""
     block = method.settings.to_json() if method.settings else {}
     said = [f"{name} {_value(value)}" for name, value in block.items() if value is not False]
     return ", ".join([method.type, *said])
 
 
 def describe_task(about: About) -> str:
-    """The task and its classes, the first of them."""
+    """Format the task and its first classes."""
     classes = about.data.classes
     if not classes:
         return about.spec.task
@@ -215,15 +219,15 @@ def _value(value: object) -> str:
 
 
 def megabytes(count: int) -> str:
-    """Bytes for people: ``1,234.5 MB``."""
+    """Format a byte count: ``1,234.5 MB``."""
     return f"{count / 1e6:,.1f} MB"
 
 
 def anchors(anchor: Anchor) -> list[tuple[str, str]]:
-    """What held the model near the untuned one, as names and values for people."""
+    """Return the anchors of the training as rows of a table: name and value."""
     parts = [("outputs (KL)", anchor.kl_coefficient), ("weights (L2)", anchor.l2_coefficient)]
     told = [f"{what} {value}" for what, value in parts if float(value) > 0]
-    return [("Anchor to the untuned model", ", ".join(told))] if told else []
+    return [("Anchor to the base model", ", ".join(told))] if told else []
 
 
 def _memory(prepared: PreparedSummary) -> list[tuple[str, str]]:
@@ -232,8 +236,8 @@ def _memory(prepared: PreparedSummary) -> list[tuple[str, str]]:
         return []
     again = ", gradient checkpointing" if found.gradient_checkpointing else ""
     more = found.available is not None and found.needed > found.available
-    there = f"; there were {megabytes(found.available or 0)}" if more else ""
-    text = f"{megabytes(found.needed)} a process ({found.sharding}{again}), estimated{there}"
+    there = f"; available: {megabytes(found.available or 0)}" if more else ""
+    text = f"{megabytes(found.needed)} per process ({found.sharding}{again}), estimated{there}"
     return [("Memory", text)]
 
 
@@ -246,7 +250,7 @@ def _quarantine(result: RunResult) -> list[tuple[str, str]]:
 
 
 def settings(about: About) -> list[tuple[str, str]]:
-    """How the model was trained, as names and values for people."""
+    """Return the settings and key figures of the training as rows of a table: name and value."""
     spec, result = about.spec, about.result
     summary = result.summary
     length = (
@@ -260,9 +264,9 @@ def settings(about: About) -> list[tuple[str, str]]:
         ("Base model", about.run_spec.base_model.source),
         ("Method", describe(spec.method)),
         ("Trained parameters", f"{trained:,} of {total:,} ({share:.2g} %)"),
-        ("Stored size", f"{stored}; a whole copy has {megabytes(about.sizes.full_copy)}"),
+        ("Stored size", f"{stored}; a full copy has {megabytes(about.sizes.full_copy)}"),
         ("Steps", f"{summary.steps:,} ({length})"),
-        ("Batch", f"{spec.training.batch_size} samples a step"),
+        ("Batch", f"{spec.training.batch_size} samples per step"),
         ("Learning rate", f"{spec.effective_learning_rate:g}, {spec.training.schedule.lower()},"
                           f" warm-up {spec.training.warmup_ratio}"),
         ("Optimizer", spec.training.optimizer),
@@ -278,5 +282,5 @@ def settings(about: About) -> list[tuple[str, str]]:
         ("Restarts", str(summary.restarts)),
         ("Skipped steps", str(summary.skipped_steps)),
         *_quarantine(result),
-        ("Published commit", f"step {summary.checkpoint_step}"),
+        ("Published checkpoint", f"step {summary.checkpoint_step}"),
     ]  # fmt: skip

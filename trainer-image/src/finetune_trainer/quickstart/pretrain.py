@@ -1,8 +1,8 @@
-"""The quickstart's base model: made here, from random weights, in half a minute of two cores.
+"""Pre-train the quickstart's base model from random weights, in half a minute on two cores.
 
-A Llama of a million parameters and its byte-pair tokenizer read dialogues of the small language of
-``language``. Afterwards it answers customers, so it knows what they want, but none of the tasks
-that it is tuned on: a base model in small.
+A Llama of a million parameters and its byte-pair tokenizer are trained on dialogues in the small
+language of ``language``. The resulting model answers customers' messages, so it represents their
+intents, but it cannot do any of the tasks that the quickstart tunes it on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from finetune_trainer.quickstart.language import document
 
 EOS: Final = "<|endoftext|>"
 PAD: Final = "<|pad|>"
-# The words of the dialogues are the roles of the chat template, so that the base can chat.
+# The dialogues' speaker names are the roles of the chat template, so the base model can chat.
 CHAT_TEMPLATE: Final = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] + '\\n' }}"
@@ -32,22 +32,22 @@ CHAT_TEMPLATE: Final = (
 )
 CONTEXT: Final = 512
 ROW: Final = 128
-"""Tokens of a row of the pre-training."""
+"""Tokens of a pre-training sequence."""
 REPLY_WEIGHT: Final = 4.0
-"""Weight of an answer's token in the loss: what customers write is drawn by chance and can hardly
-be predicted; the answers follow from it."""
+"""Loss weight of tokens in answers. Customers' messages are random and hardly predictable; answers
+follow from them."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Shape of the model, and how long it reads."""
+    """Shape of the model, and length of its pre-training."""
 
     hidden: int
     layers: int
     heads: int
     steps: int
     rows: int
-    """Rows of a step."""
+    """Sequences of a step."""
 
 
 SIZES: Final = {
@@ -57,10 +57,11 @@ SIZES: Final = {
 
 
 def make_base(folder: Path, size: Size, seed: int = 1) -> set[str]:
-    """Write a base model in Hugging Face layout; the same bytes for the same seed and machine.
+    """Write a base model in Hugging Face layout; the files are the same for the same seed and
+    machine.
 
     Returns:
-        The customers' messages that it has read, for test sets that must not hold them.
+        The customers' messages in its training data, which test sets must not contain.
     """
     texts, seen = _corpus(size.steps * size.rows * ROW, seed)
     tokenizer = _train_tokenizer(texts)
@@ -72,7 +73,7 @@ def make_base(folder: Path, size: Size, seed: int = 1) -> set[str]:
 
 
 def _corpus(tokens: int, seed: int) -> tuple[list[str], set[str]]:
-    """At least ``tokens`` tokens of documents, and the messages in them."""
+    """Return documents of at least ``tokens`` tokens, and the customers' messages in them."""
     random = Random(seed)
     texts, seen = [], set()
     for _ in range(tokens // 30 + 1000):  # a document has about 40 tokens
@@ -124,7 +125,7 @@ def _pretrain(
     torch.random.set_rng_state(state)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    # Muon (orthogonal updates of the matrices) needs a third of AdamW's steps here.
+    # Muon (orthogonalized updates of the matrices) needs a third of AdamW's steps here.
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers: list[torch.optim.Optimizer] = [
@@ -150,15 +151,16 @@ def _pretrain(
 
 
 def _rate(step: int, steps: int) -> float:
-    """Share of the peak learning rate: 20 steps up, level, then down to a twentieth."""
+    """Learning rate relative to the peak: 20 steps of warm-up, constant, then linear decay to a
+    twentieth."""
     return min(1.0, (step + 1) / 20) * max(0.05, min(1.0, (steps - step) / (0.6 * steps)))
 
 
 def _rows(
     texts: list[str], tokenizer: PreTrainedTokenizerFast, size: Size
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids and loss weights, each [rows, ROW], one pair a step; documents follow each other,
-    ended by EOS."""
+    """Yield token ids and loss weights for each step, both of shape [size.rows, ROW]. Documents are
+    concatenated, each followed by EOS."""
     ids: list[int] = []
     weights: list[float] = []
     encoded = tokenizer(texts, return_offsets_mapping=True)
@@ -177,7 +179,7 @@ def _rows(
 
 
 def _answers(text: str) -> list[tuple[int, int]]:
-    """Character spans of the lines that answer others."""
+    """Return the character spans of answers."""
     spans, start = [], 0
     for line in text.split("\n"):
         head = line.split(":", 1)[0]

@@ -115,7 +115,7 @@ class _Entry:
             for entry in (self._partial, self._folder):  # left by a killed process; incomplete
                 if entry.exists():
                     _remove(entry)
-            if not _make_room(self._cache, size):
+            if not _evict(self._cache, size):
                 log.warning(
                     "weights are read without the cache %s: %d MiB do not fit beside the fifth of"
                     " the disk that stays free", self._cache, size >> 20,
@@ -137,7 +137,7 @@ class _Entry:
             raise model_changed(info)
 
 
-def _make_room(cache: Path, size: int) -> bool:
+def _evict(cache: Path, size: int) -> bool:
     """Remove the least recently used unlocked folders until ``size`` bytes fit; return whether they
     do. Remove nothing if removing all of them would not suffice."""
 

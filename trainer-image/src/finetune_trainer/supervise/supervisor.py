@@ -49,7 +49,7 @@ from finetune_trainer.threads import thread_environment
 
 log = logging.getLogger(__name__)
 
-WORKER: Final = "finetune_trainer.train.worker"
+WORKER: Final = "finetune_trainer.train.process"
 FORM_SECONDS: Final = 1800
 """Minimum of the time to wait for the process group to form before the pod ends and is replaced. A
 longer scheduling.startDeadlineSeconds takes precedence: pods that already run must wait for nodes

@@ -1,14 +1,15 @@
-"""Checkpoints of the training state: written by torch's distributed checkpoint, made real by HEAD.
+"""Checkpoint manager: checkpoints of the training state, written by torch's distributed checkpoint
+and valid once HEAD names them.
 
-    commit ──► copy on the host ──► (training goes on)
-                    └─ thread ──► parts, several at a time ──► all ranks have? ──► HEAD moves
+    save ──► copy on the host ──► (training continues)
+                    └─ thread ──► parts, several in parallel ──► all ranks done ──► HEAD moves
 
-The training waits for the copy alone, and for the checkpoint before where that is still on its way.
-A checkpoint that storage does not take is given up, and the next one tries again: storage that is
-away for some minutes costs the run no steps.
+Training waits only for the copy, and for the previous upload if that is still running. A checkpoint
+that cannot be uploaded is abandoned and the next one is tried: an outage of storage of some minutes
+costs the run no steps.
 
-Loading reads what this rank needs, verifies it, takes the newest valid checkpoint, and does not
-care how many ranks wrote it.
+Loading takes the newest valid checkpoint; each rank reads and verifies only the data it needs, for
+any number of ranks that wrote the checkpoint.
 """
 
 from __future__ import annotations
@@ -58,13 +59,12 @@ _DEFAULT_SECONDS: Final = 600
 _STATE_FILE: Final = "state.json"
 _NICE: Final = 10
 MOST_FAILURES: Final = 3
-"""The attempt ends with the last of so many checkpoints in a row that storage did not take; of what
-is trained without one, all is lost with the node."""
+"""Consecutive failed checkpoints that end the attempt, because all training since the last
+checkpoint is lost if a node fails."""
 
 
 class Upload:
-    """A checkpoint on its way, in a thread of its own, which leaves the processor to the
-    training."""
+    """Upload of a checkpoint in a thread of low CPU priority."""
 
     def __init__(self, step: int, work: Callable[[], None]) -> None:
         self.step = step
@@ -74,7 +74,7 @@ class Upload:
         self._thread.start()
 
     def _run(self) -> None:
-        if sys.platform == "linux":  # where this is the thread's alone, and those that it starts
+        if sys.platform == "linux":  # on Linux: of this thread and the threads it starts
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         try:
             self._work()
@@ -83,16 +83,16 @@ class Upload:
 
     @property
     def over(self) -> bool:
-        """Whether it has ended, well or badly."""
+        """Whether the upload has ended, successfully or not."""
         return not self._thread.is_alive()
 
     @property
     def failed(self) -> bool:
-        """Whether it has ended badly."""
+        """Whether the upload has ended with an error."""
         return self.over and self._error is not None
 
     def wait(self) -> None:
-        """Until it has ended; raises what it raised."""
+        """Wait for the end of the upload, and raise its error."""
         self._thread.join()
         if self._error is not None:
             raise self._error
@@ -100,37 +100,37 @@ class Upload:
 
 @dataclass
 class CheckpointManager:
-    """The checkpoints of a run as this attempt sees them, alike on all ranks; the claim that moves
-    HEAD is held by the first rank alone."""
+    """Checkpoints of a run in one attempt. All ranks hold the same state, except the claim, which
+    moves HEAD and is held by rank 0 only."""
 
     world: World
-    """For words of the thread that trains."""
+    """For control messages of the training thread."""
     channel: World
-    """For words of the thread that commits."""
+    """For control messages of the upload thread."""
     store: ObjectStore
     run_spec: RunSpec
     staging: Staging
     head: Head
-    """As of the last checkpoint that has settled."""
+    """HEAD as of the last completed upload."""
     claim: Claim | None
     upload: Upload | None = None
-    """The checkpoint on its way; at most one is."""
+    """The current upload; at most one exists."""
     abandoned: int = 0
-    """Commits that this attempt went on without."""
+    """Checkpoints that this attempt has abandoned."""
     failures: list[StorageUnavailable] = field(default_factory=list)
-    """Why those were given up that no checkpoint has followed since."""
+    """Errors of failed checkpoints since the last successful one."""
 
     @classmethod
     def take(
         cls, world: World, store: ObjectStore, run_spec: RunSpec, scratch: Path
     ) -> CheckpointManager:
-        """Take the run for a new attempt of this gang.
+        """Take the run for a new attempt of this world.
 
         Args:
-            scratch: folder on the local disk, for the copies of spec.checkpoint.staging: Disk.
+            scratch: folder on the local disk, for copies with spec.checkpoint.staging: Disk.
 
         Raises:
-            StorageUnavailable: where storage does not answer.
+            StorageUnavailable: storage does not respond.
         """
         metric = run_spec.spec.checkpoint.metric
         held: list[Claim] = []
@@ -162,16 +162,16 @@ class CheckpointManager:
         return self.head.best
 
     def training_seconds(self) -> float:
-        """Wall time of all attempts up to now."""
+        """Return the wall time of all attempts up to now."""
         return self.world.on_main(lambda: self._held.training_seconds())
 
     def due_by_step(self, step: int) -> bool:
-        """Whether the manifest asks for a checkpoint at this step."""
+        """Whether the spec requests a checkpoint at this step."""
         every = self.run_spec.spec.checkpoint.every_steps
         return every is not None and step % every == 0
 
     def due_by_time(self, seconds: float) -> bool:
-        """Whether the manifest asks for a checkpoint so many seconds after the last."""
+        """Whether the spec requests a checkpoint this many seconds after the last one."""
         rule = self.run_spec.spec.checkpoint
         if rule.every_steps is not None:
             return False
@@ -180,12 +180,12 @@ class CheckpointManager:
     def save(
         self, model: nn.Module, optimizers: Optimizers, state: LoopState, *, last: bool = False
     ) -> None:
-        """Copy the state, and have the copy written and HEAD moved to it while training goes on.
+        """Copy the state, then upload the copy and move HEAD while training continues.
 
         Args:
-            last: nothing is trained behind it: it is tried force became of those before.
+            last: no training follows: save the state no matter how many checkpoints have failed.
 
-        Raises: as ``abandon_failed_upload``, of the checkpoint before.
+        Raises: as ``abandon_failed_upload``, for the previous checkpoint.
         """
         self.abandon_failed_upload(force=last)
         copy = self.staging.copy(state_of(model, optimizers))
@@ -195,23 +195,23 @@ class CheckpointManager:
 
     @property
     def failed(self) -> bool:
-        """Whether the checkpoint on its way has failed: ``settle`` raises why. One rank may know it
-        before another."""
+        """Whether the current upload has failed; ``settle`` raises its error. Ranks may see this at
+        different times."""
         return self.upload is not None and self.upload.failed
 
     def settled(self) -> bool:
-        """Whether a checkpoint has become real since the last time this was asked."""
+        """Whether a checkpoint has become valid since the last call."""
         over = self.upload is not None and self.upload.over and not self.upload.failed
         if over:
             self.settle()
         return over
 
     def settle(self) -> None:
-        """Wait for the checkpoint on its way.
+        """Wait for the current upload.
 
         Raises (on all ranks):
-            Fenced: where a newer attempt has taken the run.
-            StorageUnavailable: where storage does not answer.
+            Fenced: a newer attempt has taken the run.
+            StorageUnavailable: storage does not respond.
         """
         upload, self.upload = self.upload, None
         if upload is not None:
@@ -219,18 +219,18 @@ class CheckpointManager:
             self.failures.clear()
 
     def abandon_failed_upload(self, *, force: bool = False) -> None:
-        """Wait for the checkpoint on its way, and go on without it where storage did not take it:
-        the one before stands, and what was written of this one is removed with the next.
+        """Wait for the current upload; if storage was unavailable, abandon the checkpoint. The
+        previous checkpoint stays valid, and the next checkpoint removes the files of this one.
 
-        Where only the answer was lost, HEAD names it all the same. Its files are whole then, and
-        the next move of HEAD finds it there and keeps it.
+        If only the response of storage was lost, HEAD names the checkpoint nevertheless. Its files
+        are complete in this case, and the next move of HEAD keeps it.
 
         Args:
-            force: however many have failed before.
+            force: abandon the checkpoint no matter how many have failed before.
 
-        Raises (on all ranks, as all share what becomes of a checkpoint):
-            StorageUnavailable: where it is the last of ``MOST_FAILURES`` in a row.
-            Fenced, and all that is no matter of storage that is away: as ``settle``.
+        Raises (on all ranks, because the ranks share the result of an upload):
+            StorageUnavailable: ``MOST_FAILURES`` consecutive checkpoints have failed.
+            Fenced, and all errors other than unavailable storage: as ``settle``.
         """
         upload = self.upload
         if upload is None:
@@ -249,8 +249,8 @@ class CheckpointManager:
                     else "none yet"
                 )
                 print(
-                    f"the checkpoint of step {upload.step} is given up, and the next one tries"
-                    f" again (the newest is {newest}). {error.reason}: {error.message}",
+                    f"the checkpoint of step {upload.step} is abandoned, and the next one is tried"
+                    f" (the newest is {newest}). {error.reason}: {error.message}",
                     flush=True,
                 )
 
@@ -269,13 +269,12 @@ class CheckpointManager:
         self._move(lambda held: held.commit(step, files, metric), self.channel)
 
     def restore(self, model: nn.Module, optimizers: Optimizers) -> LoopState | None:
-        """Load the newest valid checkpoint; None where there is none. Commits that prove damaged
-        are taken out of HEAD.
+        """Load the newest valid checkpoint; return None if no checkpoint exists. Damaged
+        checkpoints are removed from HEAD.
 
         Raises:
-            StorageUnavailable: 'CheckpointsDamaged' where none of them was valid; another attempt
-            may
-                begin from the base model.
+            StorageUnavailable: 'CheckpointsDamaged' if all checkpoints are damaged; another attempt
+                may start from the base model.
         """
         damaged = False
         while self.head.checkpoints:
@@ -291,21 +290,21 @@ class CheckpointManager:
         if damaged:
             raise StorageUnavailable(
                 "CheckpointsDamaged",
-                f"{self.run_spec.run_uri}: no checkpoint has all of its files as they were written;"
-                " the next attempt begins from the base model",
+                f"{self.run_spec.run_uri}: the files of all checkpoints are damaged; the next"
+                " attempt starts from the base model",
             )
         return None
 
     def rewind(
         self, model: nn.Module, optimizers: Optimizers, rollback: Rollback
     ) -> LoopState | None:
-        """Note a rollback in HEAD, with the checkpoints from behind its first skipped step out of
-        it, and load the newest valid one that is left; None (and nothing has changed) where there
-        is none.
+        """Record a rollback in HEAD, remove the checkpoints after its first skipped step, and load
+        the newest valid checkpoint that is left. Return None, without any change, if no checkpoint
+        would be left.
 
-        Raises: as ``abandon_failed_upload`` and ``restore``; StorageUnavailable too where there is
-        none because
-            storage did not take it, so that another attempt may go on.
+        Raises: as ``abandon_failed_upload`` and ``restore``; also StorageUnavailable if no
+            checkpoint would be left because uploads have failed, so that another attempt may
+            continue.
         """
         self.abandon_failed_upload()
         if not any(checkpoint.step <= rollback.skipped[0] for checkpoint in self.head.checkpoints):
@@ -316,14 +315,17 @@ class CheckpointManager:
         return self.restore(model, optimizers)
 
     def load_best(self, model: nn.Module, step: int) -> Checkpoint:
-        """Put the weights that will be published into the model: those of the best checkpoint, or
-        of the newest where no metric was measured. Returns that checkpoint.
+        """Load the weights to publish into the model: those of the best checkpoint, or of the
+        newest if no metric was measured. Return that checkpoint.
+
+        Args:
+            step: step of the weights that the model holds now; they are not loaded again.
 
         Raises:
-            CorruptCheckpoint: where the files of all checkpoints are damaged.
+            CorruptCheckpoint: the files of all checkpoints are damaged.
         """
         self.settle()
-        whole = True  # what is in the model: damage may come to light halfway
+        whole = True  # False once a load has failed, possibly after it changed some weights
         while self.head.checkpoints:
             best = [c for c in self.head.checkpoints if c.uri == self.head.best]
             chosen = (best or self.head.checkpoints)[0]
@@ -335,16 +337,16 @@ class CheckpointManager:
             except CorruptCheckpoint as error:
                 self._discard(chosen, error)
                 whole = False
-        raise CorruptCheckpoint(self.run_spec.run_uri, "no checkpoint of the run has its files")
+        raise CorruptCheckpoint(self.run_spec.run_uri, "all checkpoints of the run are damaged")
 
     def release(self) -> None:
-        """End the attempt: what follows is no restart."""
+        """End the attempt, so that the next one does not count as a restart."""
         self.settle()
         self._move(lambda held: held.release())
 
     @property
     def _held(self) -> Claim:
-        assert self.claim is not None, "only the first rank holds the claim"
+        assert self.claim is not None, "only rank 0 holds the claim"
         return self.claim
 
     def _move(self, change: Callable[[Claim], object], world: World | None = None) -> None:
@@ -358,10 +360,10 @@ class CheckpointManager:
         return CheckpointReader(self.store, checkpoint, self._read(checkpoint, METADATA))
 
     def _read(self, checkpoint: Checkpoint, name: str) -> bytes:
-        """A small file of a checkpoint; read once, and alike on all ranks."""
+        """Read a small file of a checkpoint on rank 0 and return it on all ranks."""
         return self.world.on_main(partial(read_file, self.store, checkpoint, name))
 
     def _discard(self, checkpoint: Checkpoint, error: CorruptCheckpoint) -> None:
         if self.world.is_main:
-            print(f"{error.message}; the one before is tried", flush=True)
+            print(f"{error.message}; the previous checkpoint is tried", flush=True)
         self._move(partial(Claim.discard, corrupt=checkpoint))

@@ -41,7 +41,7 @@ from finetune_trainer.engine.tuning.anchors import OutputAnchor, WeightAnchor
 from finetune_trainer.engine.world import World
 from finetune_trainer.evaluate.classify import EVALUATORS
 from finetune_trainer.evaluate.measure import Evaluator
-from finetune_trainer.evaluate.metricnames import metrics_for
+from finetune_trainer.evaluate.metric_selection import metrics_for
 from finetune_trainer.evaluate.scores import GENERATED
 from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.prepared.split import Side

@@ -1,10 +1,10 @@
-"""The model under tuning, as it lies on the gang.
+"""Build the model under tuning and distribute it over the world.
 
-    weights ──► base ──► method ──► loss ──► on the device, whole or in shards
+    weights ──► base ──► method ──► loss ──► on the device, whole or sharded
 
-Who reads what depends on how it will lie. In shards, each process reads its own. In replicas, the
-first process reads, and DDP gives the others what it has. What a method makes of the base's weights
-is made when they are there.
+With FSDP and several processes, each process reads its own shards. With DDP, only rank 0 reads
+(except quantized weights), and DDP broadcasts. Weights that a method derives from the base are
+initialized after the base's weights are loaded.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from finetune_trainer.storage.objects import Stores
 
 @dataclass(frozen=True)
 class TunedModel:
-    """The model of a run, and what is known of it."""
+    """The model of a run, with its loss and sizes."""
 
     model: Tuned
     loss: TaskLoss
-    """The loss of the task, over the model: for evaluation and generation."""
+    """The task's loss over the model, for evaluation and generation."""
     module: nn.Module
-    """The same as it is trained: in shards, or under DDP in a gang of several."""
+    """``loss`` as it is trained: sharded by FSDP, wrapped by DDP, or itself."""
     parameters: Parameters
     work: Work
-    """Arithmetic of the model."""
+    """Weights in the matrix products, for FLOP counts."""
     packing: Packing
     output_anchor: OutputAnchor | None
 
@@ -62,11 +62,11 @@ def open_model(
     purpose: Purpose,
     plain_head: bool,
 ) -> TunedModel:
-    """The model that the spec tunes, with its weights, on the device.
+    """Return the model of the spec with its weights, on the device.
 
     Args:
-        plain_head: whether logits can be had in chunks, as the model's profile has it: the model
-            cannot be asked any more once its kernels are fused.
+        plain_head: whether logits can be computed in chunks, from the memory profile; cannot be
+            determined once kernels are fused.
 
     Raises:
         UserError: as ``build_base``, ``apply_method`` and ``fill_shards``.
@@ -98,7 +98,7 @@ def open_model(
     if spec.training.compile:
         compile_blocks(model)
     named = named_in(loss, names)
-    world.barrier()  # one may have read for long: the collectives of what follows do not wait so
+    world.barrier()  # reading may take longer than the timeout of the collectives that follow
     module = distribute(loss, world, placement.sharding, precision, placement.gathered)
     if filled:
         fill_shards(loss, named, path, files.weights(stores), purpose)
@@ -116,10 +116,11 @@ def output_anchor(
     placement: Placement,
     precision: Precision,
 ) -> OutputAnchor | None:
-    """What the spec's anchor compares outputs with; a copy of the model lies as the model does."""
+    """Return the output anchor of the spec, or None. A copy of the base model is placed as the
+    model is."""
     if float(spec.training.anchor.kl_coefficient) == 0:
         return None
-    assert isinstance(loss, TokenLoss), "a rule says that it is for language models"
+    assert isinstance(loss, TokenLoss), "validated: anchors require a language model"
     if not wants_copy(spec):
         return OutputAnchor(loss)
     dtype = precision.frozen_dtype

@@ -1,4 +1,4 @@
-"""Entry point of a training process, started by torchrun.
+"""A training process.
 
 Joins the process group, claims the run, trains, and writes its summary or failure to a file for the
 supervisor.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import sys
 import traceback
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -99,11 +98,3 @@ def beside_estimate(error: torch.OutOfMemoryError, session: Session) -> TrainerE
     sizes = f"{gibibytes(memory.needed)} of {gibibytes(memory.room or 0)}"
     expected = memory.warning or f"The estimate was {sizes} ({memory.placement})"
     return OutOfMemory(known.reason, f"{known.message}. {expected}")
-
-
-if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # After a failure, threads may still wait for peers: exit without joining them.
-    os._exit(code)

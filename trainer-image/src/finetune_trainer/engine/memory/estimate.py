@@ -1,13 +1,13 @@
-"""How much memory a training process takes, and how a model is laid out so that it fits.
+"""Estimate the memory of a training process, and choose a placement of the model that fits.
 
-    rehearsal ──► Facts ─┐
-    index ──► MicroBatchSize ───┼─► estimate ──► parts in bytes ──► decide ──► Placement
-    spec ────────────────┘
+    profiling ──► ModelProfile ──┐
+    index ──► MicroBatchSize ────┼─► estimate ──► parts in bytes ──► decide ──► Placement
+    spec ────────────────────────┘
 
-Facts are measured on the real implementation without its weights (``rehearsal``); the rest is
-arithmetic. Not counted are measurements on held-out data, which keep nothing for a backward pass,
-what Liger's kernels and torch.compile save, and the model's way through the memory of the CPU to
-that of a GPU.
+The profile is measured on the real implementation without its weights (``profiling``); the rest is
+arithmetic. Not counted: evaluation on held-out data, which saves nothing for a backward pass;
+memory that Liger's kernels and torch.compile save; and CPU memory used while a model is loaded to a
+GPU.
 """
 
 from __future__ import annotations
@@ -28,65 +28,65 @@ Part = Literal[
 ]  # fmt: skip
 
 PARTS: Final[dict[Part, str]] = {
-    "parameters": "weights, trained ones in 32 bits",
-    "gradients": "of trained weights, in 32 bits",
-    "optimizer": "its state",
-    "anchors": "untuned weights that the model is held to",
-    "copies": "weights in the precision of the matrix products, and what sharding gathers",
-    "activations": "what the forward pass of a row keeps for the backward pass",
-    "logits": "probabilities of the learned tokens and their gradients",
-    "working": "what a decoder block takes on the way back, beyond the room of the logits",
-    "checkpoint": "copy of what is trained, while it is saved",
+    "parameters": "weights; trained weights in float32",
+    "gradients": "gradients of trained weights, in float32",
+    "optimizer": "optimizer state",
+    "anchors": "base weights kept for the anchors",
+    "copies": "bfloat16 copies of weights; weights and gradients gathered by FSDP",
+    "activations": "activations of a micro-batch saved for the backward pass",
+    "logits": "log-probabilities of supervised tokens, and gradients",
+    "working": "backward pass of a decoder block, in excess of the logits",
+    "checkpoint": "copy of trained weights and optimizer state during a checkpoint",
     "reserve": "runtime and libraries, communication buffers, fragmentation",
 }
 
 CERTAIN: Final[tuple[Part, ...]] = ("parameters", "gradients", "optimizer", "anchors")
-"""Parts that are numbers of parameters by their widths, and are all there when the optimizer steps:
-no error of the estimate can make them smaller. All others depend on what kernels, libraries and
-allocators do."""
+"""Parts computed from parameter counts and element sizes; all of them exist when the optimizer
+steps, so no error of the estimate can make them smaller. The other parts depend on kernels,
+libraries and allocators."""
 
 _LOGIT_BYTES: Final = 12
-"""A number of the logits at the peak, which is in the backward pass: its logarithm of the
-probability, the gradient of that, and that of the logit, each in 32 bits. The model's own logits
-are gone by then."""
+"""Bytes per logit at the peak, which is in the backward pass: log-probability, its gradient and the
+gradient of the logit, each in float32. The model's own logits are freed by then."""
 
 _ANCHORED_BYTES: Final = 20
-"""What an anchor to the untuned outputs adds to each: the untuned logit, both logarithms of the
-probability, and the divergence with its gradient."""
+"""Additional bytes per logit with an output anchor, in float32: the base logit, both
+log-probabilities, and the divergence with its gradient."""
 
 _GRADIENTS: Final = 0.5
-"""Gradients of its activations that a block holds at a time on the way back, over what it keeps:
-0.2 to 0.5 of Llama-like blocks, counted on a CPU (see ``tests/trainer/test_profiling.py``)."""
+"""Peak size of the activation gradients in a block's backward pass, relative to the activations
+that the block saves: 0.2 to 0.5 in Llama-like blocks, counted on a CPU (see
+``tests/trainer/test_profiling.py``)."""
 
 _RUNTIME: Final = {"gpu": 3 << 29, "cpu": 5 << 28}
-"""What a process takes before it trains: on a GPU its context, the libraries' workspaces and the
-buffers of the collectives (1.5 GiB); on a CPU Python and the libraries (0.9 GiB, as measured) and
-the threads' pools (together 1.25 GiB)."""
+"""Memory of a process before training. GPU: context, workspaces of libraries, and buffers of
+collectives (1.5 GiB). CPU: Python and libraries (0.9 GiB, measured) and thread pools (1.25 GiB
+together)."""
 
 _FRAGMENTATION: Final = 0.05
-"""Share of everything else that allocators lose between blocks."""
+"""Fragmentation of allocators, as a fraction of all other parts."""
 
 _UNMEASURED: Final = 0.3
-"""Share of the memory that is left to activations where they could not be measured."""
+"""Fraction of the memory reserved for activations if they could not be measured."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What the forward pass of a row keeps for the backward pass: bytes per token, but for
+    """Activations that a forward pass saves for the backward pass: bytes per token, except
     ``constant``."""
 
     saved: float
-    """Everything."""
+    """All of them."""
     outside: float
-    """Of that, what no decoder block keeps."""
+    """Saved outside of decoder blocks."""
     block: float
-    """Of that, what the largest block keeps."""
+    """Saved by the largest block."""
     inputs: float
-    """Inputs of all blocks: what is kept of them where they are computed again."""
+    """Inputs of all blocks: all that is saved of blocks with gradient checkpointing."""
     keys: float
-    """Keys and values of all blocks, which processes that share a row gather."""
+    """Keys and values of all blocks, which context parallelism gathers."""
     constant: int
-    """Bytes at any number of tokens: the casts of weights that autocast keeps."""
+    """Bytes at any number of tokens: casts of weights that autocast caches."""
 
 
 @dataclass(frozen=True)
@@ -94,57 +94,58 @@ class Weights:
     """Sizes of a model under tuning."""
 
     held: int
-    """Bytes of all weights, as a process holds them that holds all."""
+    """Bytes of all weights in a process, without sharding."""
     numbers: int
+    """Number of all elements."""
     trained: int
-    """Numbers that are trained."""
+    """Number of trained elements."""
     optimizer: int
-    """Bytes of the optimizer's state."""
+    """Bytes of the optimizer state."""
     anchors: int
-    """Bytes of what anchors keep."""
+    """Bytes that anchors keep."""
     block: int
-    """Numbers of the largest decoder block."""
+    """Elements of the largest decoder block."""
     block_trained: int
     blocks: int
-    """Numbers of all decoder blocks."""
+    """Elements of all decoder blocks."""
     blocks_trained: int
 
 
 @dataclass(frozen=True)
 class ModelProfile:
-    """What is known of a model under tuning without its weights and its data."""
+    """Memory profile of a model under tuning; needs neither its weights nor its data."""
 
     weights: Weights
     activations: Activations | None
     """None: not measured."""
     layers: int
     vocabulary: int
-    """Numbers of a token's logits; 0 without an output head."""
+    """Logits of a token; 0 without an output head."""
     logits_at_once: int | None
-    """Tokens whose logits are there at a time; None: all of a row's."""
+    """Tokens whose logits exist at a time; None: all of a micro-batch."""
     plain_head: bool
-    """Whether logits can be had in chunks (``head.has_plain_head``)."""
+    """Whether logits can be computed in chunks (``chunked_head.has_plain_head``)."""
     packing: Packing
-    """How samples share rows."""
+    """How samples share micro-batches."""
     recomputes: bool
-    """Whether blocks can compute their activations again."""
+    """Whether blocks support gradient checkpointing."""
     bf16: bool
     """Whether matrix products are in bfloat16."""
     copies: bool
-    """Whether FSDP makes bfloat16 copies of the weights, in shards or not."""
+    """Whether FSDP makes bfloat16 copies of the weights, sharded or not."""
     masks: bool = False
-    """Whether each layer keeps the mask of a padded row, which the measured one had none of."""
+    """Whether each layer saves the mask of a padded micro-batch, which the profile lacks."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How a model lies on the processes, and whether blocks compute their activations again."""
+    """Sharding of a model, and gradient checkpointing of its blocks."""
 
     sharding: Sharding
     checkpointing: bool
     gathered: bool = False
-    """Whether weights that sharding gathers (or copies) for the forward pass are kept for the
-    backward pass, not gathered a second time."""
+    """Whether weights that FSDP gathers (or copies) for the forward pass are kept for the backward
+    pass instead of being gathered again."""
 
     def __str__(self) -> str:
         kept = ", weights kept gathered" if self.gathered else ""
@@ -153,18 +154,19 @@ class Placement:
 
 @dataclass(frozen=True)
 class MemoryDecision:
-    """A placement with what a process takes in it."""
+    """A placement with the estimated memory of a process."""
 
     placement: Placement
     parts: Mapping[Part, int]
+    """Bytes by part."""
     room: int | None
-    """Bytes of memory of a process; None: not known."""
+    """Bytes of memory of a process; None: unknown."""
     measured: bool
     """Whether activations could be measured."""
     plain_head: bool = False
-    """As ``Facts`` has it."""
+    """As in ``ModelProfile``."""
     warning: str = ""
-    """Where it is taken though it does not fit by the estimate: what would fit."""
+    """Set if the placement is tried although it does not fit by the estimate; names what fits."""
 
     @property
     def needed(self) -> int:
@@ -172,7 +174,7 @@ class MemoryDecision:
 
     @property
     def certain(self) -> int:
-        """Of it, what no error of the estimate makes smaller."""
+        """Bytes of the ``CERTAIN`` parts."""
         return sum(self.parts.get(part, 0) for part in CERTAIN)
 
     @property
@@ -181,7 +183,7 @@ class MemoryDecision:
 
     @property
     def impossible(self) -> bool:
-        """Whether it does not fit, however wrong the estimate may be."""
+        """Whether the certain parts alone do not fit."""
         return self.room is not None and self.certain > self.room
 
 
@@ -195,16 +197,18 @@ def shards_of(sharding: Sharding, nodes: int, processes_per_node: int) -> int:
 
 
 def may_shard(spec: FineTuneJobSpec) -> bool:
-    """Whether a spec allows that processes hold parts of the model."""
+    """Whether a spec allows sharding of the model."""
     several = spec.compute.nodes * spec.compute.effective_processes_per_node > 1
     kinds = spec.method.kind.shards and spec.training.optimizer_kind.shards
     return several and kinds and spec.compute.sharding != "NoShard"
 
 
 def placements(profile: ModelProfile, spec: FineTuneJobSpec) -> list[Placement]:
-    """What a spec allows, the preferred first: gathering weights a second time costs less than
-    computing activations again, which costs a third of the time at most; what sharding costs
-    depends on the network, most of all between nodes."""
+    """Return the placements that a spec allows, in order of preference.
+
+    Gathering weights a second time costs less than gradient checkpointing, which costs at most a
+    third of the time. The cost of sharding depends on the network, most of all between nodes.
+    """
     compute = spec.compute
     shardings: list[Sharding] = ["NoShard"]
     if compute.sharding != "Auto":
@@ -223,14 +227,14 @@ def placements(profile: ModelProfile, spec: FineTuneJobSpec) -> list[Placement]:
 
 
 def _gathers(profile: ModelProfile, sharding: Sharding) -> bool:
-    """Whether FSDP gathers or copies the weights of a block before it is run."""
+    """Whether FSDP gathers or copies the weights of a block before the block runs."""
     return profile.copies or sharding != "NoShard"
 
 
 def estimate(
     profile: ModelProfile, spec: FineTuneJobSpec, micro_batch: MicroBatchSize, placement: Placement
 ) -> dict[Part, int]:
-    """Bytes that a process takes at most while it trains."""
+    """Return the peak memory of a process in training, in bytes by part."""
     compute, weights = spec.compute, profile.weights
     processes_per_node = compute.effective_processes_per_node
     shards = shards_of(placement.sharding, compute.nodes, processes_per_node)
@@ -263,7 +267,8 @@ def _activations(
     micro_batch: MicroBatchSize,
     placement: Placement,
 ) -> dict[Part, float]:
-    """Logits and what a block computes on the way back are there at different times."""
+    """Return the bytes of activations, logits and a block's backward pass. The last two never exist
+    at the same time, so ``working`` counts only the excess over the logits."""
     tokens = -(-micro_batch.tokens // spec.compute.context_parallel)
     others = micro_batch.tokens - tokens
     block = found.block * tokens + found.keys / max(1, profile.layers) * others
@@ -284,15 +289,14 @@ def _activations(
 
 
 def _gathered(profile: ModelProfile, all_blocks: bool) -> float:
-    """What FSDP holds beside the shards.
+    """Return the bytes that FSDP holds besides the shards.
 
-    Of weights: outside of blocks all, of blocks the one at work, the next, and the buffer that it
-    comes in (with ``all_blocks`` all of them, and the buffer). Of gradients, in 32 bits, what is
-    being added up over the processes: the last block's and the one before it, or what lies outside
-    of blocks.
+    Weights: all outside of blocks; of blocks the current one, the prefetched one and its
+    all-gather buffer (with ``all_blocks``: all blocks and one buffer). Gradients in float32, during
+    reduce-scatter: those of the last two blocks, or those outside of blocks.
     """
     weights = profile.weights
-    width = 2 if profile.copies else weights.held / weights.numbers  # a mean, in bytes
+    width = 2 if profile.copies else weights.held / weights.numbers  # mean bytes per element
     gradient_width = 2 if profile.copies else 4
     outside = weights.numbers - weights.blocks
     blocks = weights.blocks + weights.block if all_blocks else 3 * weights.block
@@ -309,7 +313,7 @@ def decision_for(
     placement: Placement,
     room: int | None,
 ) -> MemoryDecision:
-    """What a process takes in a placement."""
+    """Return the memory decision for a given placement."""
     parts = estimate(profile, spec, micro_batch, placement)
     return MemoryDecision(
         placement, parts, room, profile.activations is not None, profile.plain_head
@@ -319,8 +323,8 @@ def decision_for(
 def decide(
     profile: ModelProfile, spec: FineTuneJobSpec, micro_batch: MicroBatchSize, room: int | None
 ) -> MemoryDecision:
-    """The first placement that fits; where none does, of those that are possible the one that takes
-    least."""
+    """Return the first placement that fits. If none fits: the smallest of the placements that are
+    not impossible, else the smallest of all."""
     found = [
         decision_for(profile, spec, micro_batch, placement, room)
         for placement in placements(profile, spec)

@@ -1,6 +1,6 @@
-"""Whether a training fits the memory of its processes, and what would where it does not.
+"""Check whether training fits into the memory of its processes; if not, find changes that fit.
 
-Used alike by prepare, which knows the memory from the manifest, and by the gang, which knows its
+Used by prepare, with the memory stated in the manifest, and by training, with the memory of its
 devices.
 """
 
@@ -34,12 +34,12 @@ Change = dict[str, Any]
 """Values at dotted paths of a spec."""
 
 Measure = Callable[[FineTuneJobSpec], ModelProfile]
-"""Facts of a model under any spec (``ProfileCache``)."""
+"""Memory profile of a model under any spec (``ProfileCache``)."""
 
 _SUGGESTED: Final = 3
-"""Alternatives that a refusal names."""
+"""Largest number of alternatives in a message."""
 _MOST_TIMES: Final = 64
-"""Times the nodes that are tried."""
+"""Largest factor tried for the number of nodes."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,17 @@ class Alternative:
 def fit(
     spec: FineTuneJobSpec, samples: Samples, room: int | None, measure: Measure
 ) -> MemoryDecision:
-    """How the model will lie on the gang. The estimate may be wrong: where nothing fits by it, but
-    what is certain fits, the least is tried, with a warning that names what would fit.
+    """Return the memory decision for a run.
+
+    The estimate may be wrong: if no placement fits by the estimate, but the certain parts fit, the
+    smallest placement is used with a warning that names what fits.
 
     Args:
-        spec: with the gang as it is.
-        room: bytes of memory of a process; None: not known.
+        spec: with the actual number of nodes and processes.
+        room: bytes of memory of a process; None: unknown.
 
     Raises:
-        UserError: 'DoesNotFit', naming what would.
+        UserError: 'DoesNotFit', naming what fits.
     """
     profile = measure(spec)
     found = decide(profile, spec, samples.largest_micro_batch(spec, profile.packing), room)
@@ -79,27 +81,27 @@ def fit(
     remedy = (
         f"What fits: {'; or '.join(map(str, fitting))}"
         if fitting
-        else "Nothing that was tried fits by the estimate (more GPUs, shorter rows, other methods):"
-        " take a smaller model"
+        else "Nothing that was tried fits by the estimate (more GPUs, smaller micro-batches, other"
+        " methods): take a smaller model"
     )
-    where = "its GPU" if spec.compute.gpus_per_node else "its share of the node's or the pod's"
-    there = f"and it has {gibibytes(room)} ({where})"
+    where = "its GPU" if spec.compute.gpus_per_node else "its share of the node or the pod"
+    there = f"but a process has {gibibytes(room)} ({where})"
     if found.impossible:
         raise UserError(
             "DoesNotFit",
-            f"weights and what training holds of each alone take {gibibytes(found.certain)} of"
-            f" memory in each process ({found.placement}: {_largest(found, CERTAIN)}), {there}."
+            f"weights, gradients, optimizer state and anchors alone take {gibibytes(found.certain)}"
+            f" of memory in each process ({found.placement}: {_largest(found, CERTAIN)}), {there}."
             f" {remedy}",
         )
     warning = (
-        f"By the estimate the training takes {gibibytes(found.needed)} of memory in each process"
+        f"By the estimate, training takes {gibibytes(found.needed)} of memory in each process"
         f" ({found.placement}: {_largest(found, PARTS)}), {there}: it may not fit. {remedy}"
     )
     return replace(found, warning=warning)
 
 
 def _largest(found: MemoryDecision, parts: Iterable[Part]) -> str:
-    """The three largest of some parts."""
+    """Format the three largest of some parts."""
     sizes = sorted(((found.parts.get(part, 0), part) for part in parts), reverse=True)
     return ", ".join(f"{part} {gibibytes(size)}" for size, part in sizes[:3] if size)
 
@@ -107,11 +109,11 @@ def _largest(found: MemoryDecision, parts: Iterable[Part]) -> str:
 def alternatives(
     spec: FineTuneJobSpec, samples: Samples, room: int, measure: Measure
 ) -> list[Alternative]:
-    """Up to three changes of a spec with which it fits, of which none needs another; where no
-    single one does, several together.
+    """Return up to three independent changes of a spec, each of which makes it fit. If no single
+    change does, several changes are combined.
 
-    Each kind of change is a ladder from the least to the most of it; its first rung that fits is
-    taken.
+    Each kind of change is a ladder from the smallest to the largest change; its first rung that
+    fits is used.
     """
 
     def facts_of(other: FineTuneJobSpec) -> ModelProfile | None:
@@ -142,7 +144,8 @@ def alternatives(
 
 
 def _bases(spec: FineTuneJobSpec, samples: Samples) -> Iterator[Change]:
-    """What to begin with: nothing; else what costs time alone; else other methods besides."""
+    """Yield the changes to start from: none; all changes that only cost time; these with another
+    method."""
     yield {}
     saving = {path: value for ladder in _cheap(spec, samples) for path, value in ladder[-1].items()}
     yield saving
@@ -166,7 +169,7 @@ def _ladders(spec: FineTuneJobSpec, samples: Samples) -> list[list[Change]]:
 
 
 def _cheap(spec: FineTuneJobSpec, samples: Samples) -> list[list[Change]]:
-    """What changes neither the result nor the hardware."""
+    """Return ladders of changes that affect neither the result nor the hardware."""
     ladders: list[list[Change]] = []
     if spec.training.gradient_checkpointing == "Never":
         ladders.append([{"training.gradientCheckpointing": "Auto"}])
@@ -183,7 +186,7 @@ def _cheap(spec: FineTuneJobSpec, samples: Samples) -> list[list[Change]]:
 
 
 def _methods(spec: FineTuneJobSpec) -> list[Change]:
-    """Methods that train fewer weights, or hold them in fewer bits."""
+    """Return methods that train fewer weights or hold them in fewer bits."""
     found: list[Change] = []
     if not spec.method.kind.adapts:
         found.append({"method": {"type": "LoRA"}})
@@ -194,7 +197,7 @@ def _methods(spec: FineTuneJobSpec) -> list[Change]:
 
 
 def _optimizers(spec: FineTuneJobSpec) -> list[Change]:
-    """Optimizers with less state, the next smaller one first."""
+    """Return optimizers with less state, the next smaller one first."""
     own = spec.training.optimizer_kind.state_bytes
     smaller = [(kind.state_bytes, name) for name, kind in OPTIMIZERS.items()]
     return [
@@ -203,7 +206,7 @@ def _optimizers(spec: FineTuneJobSpec) -> list[Change]:
 
 
 def _changed(spec: FineTuneJobSpec, change: Change) -> FineTuneJobSpec | None:
-    """A spec with values set at dotted paths; None where the contract does not allow it."""
+    """Return a spec with values set at dotted paths; None if the changed spec is invalid."""
     raw = spec.to_json()
     for path, value in change.items():
         *parents, last = path.split(".")
@@ -220,7 +223,7 @@ def _changed(spec: FineTuneJobSpec, change: Change) -> FineTuneJobSpec | None:
 def others(
     spec: FineTuneJobSpec, samples: Samples, found: MemoryDecision, measure: Measure
 ) -> list[MemoryDecision]:
-    """The other placements that a spec allows, with what a process takes in them."""
+    """Return the memory decisions for the other placements that a spec allows."""
     profile = measure(spec)
     micro_batch = samples.largest_micro_batch(spec, profile.packing)
     return [
@@ -231,7 +234,7 @@ def others(
 
 
 def told(found: MemoryDecision) -> MemoryEstimate:
-    """A verdict as the summary of prepare has it."""
+    """Convert a memory decision to the form of prepare's summary."""
     return MemoryEstimate(
         needed=found.needed,
         available=found.room,

@@ -7,47 +7,17 @@ Each worker checks its device before it loads a model.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Final
 
 import torch
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.failures import UserError
+from finetune_trainer.optional_packages import is_installed, requirements
 
 COMPILERS: Final = {"GPU": ("C", ("cc", "gcc", "clang")), "CPU": ("C++", ("g++", "c++", "clang++"))}
 """Compilers that torch.compile needs: on a GPU for the kernel launchers, on a CPU for the
 kernels."""
-_EIGHT_BITS: Final = (8, 9)
-"""Lowest compute capability with 8-bit matrix products."""
-
-
-@dataclass(frozen=True)
-class Requirement:
-    """Requirement of one setting."""
-
-    setting: str
-    """Path and value in the spec."""
-    package: str
-    instead: str
-    """Alternative setting without the requirement."""
-    capability: tuple[int, int] = (0, 0)
-    """Minimum compute capability of the GPU."""
-
-
-def requirements(spec: FineTuneJobSpec) -> Iterator[Requirement]:
-    """Yield the settings that need a package and a GPU."""
-    method, training = spec.method, spec.training
-    if method.kind.quantizes:
-        yield Requirement(f"method.type: {method.type}", "bitsandbytes", "method.type: LoRA")
-    if training.optimizer_kind.needs_gpu:
-        setting = f"training.optimizer: {training.optimizer}"
-        yield Requirement(setting, "bitsandbytes", "training.optimizer: AdamW")
-    if training.precision == "FP8":
-        instead = "training.precision: BF16"
-        yield Requirement("training.precision: FP8", "torchao", instead, _EIGHT_BITS)
 
 
 def check_image(spec: FineTuneJobSpec) -> None:
@@ -57,7 +27,7 @@ def check_image(spec: FineTuneJobSpec) -> None:
         UserError: 'PackageMissing', 'NoCompiler'.
     """
     for needed in requirements(spec):
-        if find_spec(needed.package) is None:
+        if not is_installed(needed.package):
             raise UserError(
                 "PackageMissing",
                 f"spec.{needed.setting} needs {needed.package}, which this trainer image lacks:"

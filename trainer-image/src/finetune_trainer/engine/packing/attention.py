@@ -1,10 +1,13 @@
-"""Causal attention within the documents of the row in work, by the best kernel that there is.
+"""Causal attention within the documents of the current layout, by the best available kernel.
 
-On a GPU in half precision all spans go to FlashAttention for variable lengths. There, other numbers
-(32 bits) and wider heads go to the memory-efficient kernel, documents of like length together in
-padded batches. So do they on a CPU. No kernel keeps the square of a length, no mask of the row is
-ever built, and no work is done across documents. Batches of documents are left alone by
-torch.compile: no two rows would be alike.
+bf16 and fp16 on a GPU   variable-length FlashAttention over all spans
+float32, wider heads     memory-efficient kernel (GPU); documents of similar length are padded and
+                         attended in one batch
+CPU                      SDPA, with the same padded batches
+
+Memory is never quadratic in the sequence length: no mask of the packed sequence is built, and
+nothing is computed across documents. torch.compile skips the padded batches, because their shapes
+differ between micro-batches.
 """
 
 from __future__ import annotations
@@ -23,20 +26,21 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from finetune_trainer.engine.packing.layout import DocumentLayout, Groups
 
 _MOST_WIDTH: Final = 256
-"""Head width up to which FlashAttention works."""
+"""Largest head width that FlashAttention supports."""
 _LARGEST_PADDED: Final = 192
-"""FlashAttention takes more as ``_MOST_WIDTH``; consumer GPUs have no backward pass in between."""
+"""Wider heads are padded to ``_MOST_WIDTH`` for FlashAttention: consumer GPUs have no backward pass
+for the widths in between."""
 _MULTIPLE: Final = 8
-"""Head widths are padded to a multiple of this, as the kernels' loads want."""
+"""Head widths are padded to a multiple of this, for the kernels' aligned loads."""
 _WINDOW_QUERIES: Final = 1024
-"""Queries of a document that are attended at a time where a window hides earlier keys from the
-memory-efficient kernel, which wants a mask for one."""
+"""Queries per call of the memory-efficient kernel with a sliding window, for which this kernel
+needs a mask."""
 _EFFICIENT: Final = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def _grouped(kernel: Callable[..., Any]) -> dict[str, Any]:
-    """What tells the kernel for variable lengths that keys have fewer heads; that of PyTorch 2.11
-    takes them as they come, and knows no such argument."""
+    """Arguments that enable grouped queries in the variable-length kernel. The kernel of PyTorch
+    2.11 has no such argument and always accepts fewer key heads."""
     return {"enable_gqa": True} if "enable_gqa" in inspect.signature(kernel).parameters else {}
 
 
@@ -47,14 +51,14 @@ def attend(
     layout: DocumentLayout, query: Tensor, key: Tensor, value: Tensor, scale: float | None,
     window: int | None,
 ) -> Tensor:  # fmt: skip
-    """Attention of a row.
+    """Attention of a packed sequence.
 
     Args:
         query: shape [1, heads, tokens, width].
         key: shape [1, key heads, tokens, width]; fewer heads than query for grouped queries.
-        value: as key; its width may be another (latent attention).
-        scale: of the scores; None: 1 / √width.
-        window: keys that a query sees, itself included; None: all before it.
+        value: as key, but its width may differ (latent attention).
+        scale: factor of the scores; None: 1 / √width.
+        window: keys that a query sees, itself included; None: all earlier keys.
 
     Returns:
         The attended values, shape [1, tokens, heads, width of a value].
@@ -67,7 +71,8 @@ def attend(
     by = _by_group if layout.wanted is None else _by_span
     if query.device.type != "cpu":
         return by(layout, query, key, value, scale, window)  # type: ignore[no-any-return]
-    # There torch's kernel goes back through 150 tokens 19 times as fast in 32 bits as in 16.
+    # On a CPU the backward pass of torch's kernel is 19 times as fast in float32 as in 16 bits
+    # (150 tokens).
     with torch.autocast("cpu", enabled=False):
         attended: Tensor = by(layout, query.float(), key.float(), value.float(), scale, window)
     return attended.to(query.dtype)
@@ -88,15 +93,16 @@ def _on_gpu(
 
 
 def for_flash(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As FlashAttention takes (and keeps) them: all of one width."""
+    """Pad query, key and value to one width, in which FlashAttention takes and saves them."""
     width = max(query.shape[-1], value.shape[-1])
     width = _MOST_WIDTH if width > _LARGEST_PADDED else width + -width % _MULTIPLE
     return _widened(query, width), _widened(key, width), _widened(value, width)
 
 
 def for_efficient(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As the memory-efficient kernel takes (and keeps) them: keys for every head of queries, which
-    not every version shares among heads."""
+    """Pad query, key and value as the memory-efficient kernel takes and saves them. Keys are
+    repeated for every query head, because not every version of the kernel supports grouped
+    queries."""
     width, value_width = (w + -w % _MULTIPLE for w in (query.shape[-1], value.shape[-1]))
     shared = query.shape[1] // key.shape[1]
     key, value = _widened(key, width), _widened(value, value_width)
@@ -110,8 +116,7 @@ def _widened(x: Tensor, width: int) -> Tensor:
 
 
 def as_computed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In the numbers that autocast has attention computed in, as sdpa does: norms of queries give
-    float32."""
+    """Cast to autocast's dtype, as SDPA does. (Norms of queries return float32.)"""
     if not torch.is_autocast_enabled(query.device.type):
         return query, key, value
     half = torch.get_autocast_dtype(query.device.type)
@@ -119,12 +124,12 @@ def as_computed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tens
 
 
 def has_kernel(query: Tensor, value: Tensor) -> bool:
-    """Whether the kernel for variable lengths takes these tensors."""
+    """Whether the variable-length kernel supports these tensors on their device."""
     return query.is_cuda and is_flash(query, value) and _is_new_enough(query.device.index)
 
 
 def is_flash(query: Tensor, value: Tensor) -> bool:
-    """Whether FlashAttention takes numbers and heads as these, on a GPU that has it."""
+    """Whether FlashAttention supports the dtype and the head widths, on a GPU that has it."""
     halved = query.dtype in (torch.bfloat16, torch.float16)
     return halved and max(query.shape[-1], value.shape[-1]) <= _MOST_WIDTH
 
@@ -170,8 +175,8 @@ def _by_group(
     if len(groups.sizes) == 1 and groups.sizes[0].documents == 1:
         return _attend_padded(query, key, value, scale, window).transpose(1, 2)
     heads, parts = query.shape[1], []
-    # All groups are gathered at once: the gradient of each gather is a sum into zeros for the
-    # whole row.
+    # One gather for all groups: the gradient of each gather allocates and fills a tensor of the
+    # whole packed sequence.
     for q, k, v in zip(*(_pad_groups(x, groups) for x in (query, key, value)), strict=True):
         attended = _attend_padded(q, k, v, scale, window)
         parts.append(attended.transpose(1, 2).reshape(-1, heads, value.shape[-1]))
@@ -181,7 +186,10 @@ def _by_group(
 def _attend_padded(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None
 ) -> Tensor:
-    """Attention of documents padded to one length; shapes [documents, heads, longest, width]."""
+    """Attention of documents padded to one length; shapes [documents, heads, longest, width].
+
+    Padding follows each document, so causal attention never sees it.
+    """
     if window is None or q.shape[2] <= window:
         return _sdpa(q, k, v, None, scale)
     return _windowed(q, k, v, window, scale, _WINDOW_QUERIES if q.is_cuda else q.shape[2])
@@ -199,7 +207,7 @@ def _pad_groups(x: Tensor, groups: Groups) -> list[Tensor]:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """Attention under a mask; None: causal."""
+    """Attention with a mask; None: causal."""
     with sdpa_kernel(_EFFICIENT) if q.is_cuda else nullcontext():
         return scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale,
@@ -210,8 +218,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | N
 def _windowed(
     q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None, at_once: int
 ) -> Tensor:
-    """Causal attention of whole documents that sees the last keys, ``at_once`` queries at a time: a
-    mask of them all is the square of the length."""
+    """Causal sliding-window attention of whole documents, ``at_once`` queries at a time: a mask for
+    all queries would be quadratic in the length."""
     length = q.shape[2]
     parts = []
     for begin in range(0, length, at_once):
@@ -222,13 +230,13 @@ def _windowed(
 
 
 def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """Which keys the last queries of a document see: bool, shape [queries, keys]."""
+    """Keys that the last queries of a document see: bool, shape [queries, keys]."""
     last = torch.arange(keys - queries, keys, device=device)
     return sees(last, torch.arange(keys, device=device), window)
 
 
 def sees(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """Which keys queries see, by their positions in a document: bool, shape [queries, keys]."""
+    """Keys that queries see, from positions in a document: bool, shape [queries, keys]."""
     distance = queries[:, None] - keys[None, :]
     seen = distance >= 0
     return seen if window is None else seen & (distance < window)

@@ -1,13 +1,14 @@
-"""Context parallelism: the processes of a group share the tokens of each row.
+"""Context parallelism: the processes of a group share the tokens of each packed sequence.
 
-A row is cut into 2n chunks for n processes, and process i holds chunks i and 2n-1-i: the later a
-token, the more keys it sees, so both the short and the long end make the work alike (the order of
-Brandon et al. 2023, arXiv:2311.09431). Everything but attention works on the tokens that are here.
-Attention gathers the keys and values of the whole row (with grouped queries they are the smallest
-of its tensors), takes those that its own queries may see, and gives their gradients back.
+A packed sequence is cut into 2n chunks for n processes, and process i holds chunks i and 2n-1-i.
+Later tokens see more keys, so a pair of an early and a late chunk balances the work (order of
+Brandon et al. 2023, arXiv:2311.09431). Everything except attention works on local tokens.
+Attention all-gathers the keys and values of the whole sequence (with grouped queries they are its
+smallest tensors), selects the keys that local queries see, and reduce-scatters their gradients.
 
-The loss is a sum over tokens and the gradient a sum over processes, so nothing else knows of it.
-(The router loss of a mixture of experts is no such sum: the contract keeps it from shared rows.)
+The loss is a sum over tokens and the gradient a sum over processes, so no other code handles
+context parallelism. (The router loss of a mixture of experts is no such sum: the API does not
+allow it with context parallelism.)
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ Ints = npt.NDArray[np.int64]
 
 
 class Span(NamedTuple):
-    """Consecutive queries of one document, and the keys that the last of them sees: those of the
-    document up to it. The other queries see fewer, one by one."""
+    """Consecutive queries of one document. ``kv_len``: keys that the last query sees, from the
+    start of the document; each earlier query sees one key fewer."""
 
     q_len: int
     kv_len: int
@@ -37,19 +38,21 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class ContextGroup:
-    """The processes that share rows, and this one's place among them."""
+    """Processes that share packed sequences."""
 
     index: int
+    """Rank of this process in the group."""
     size: int
     group: dist.ProcessGroup | None
-    """None where the group is this process alone."""
+    """None for a group of one process."""
 
     def padding(self, tokens: int) -> int:
-        """Tokens to add to a row so that it can be shared."""
+        """Padding tokens that make a packed sequence divisible into chunks."""
         return 0 if self.size == 1 else -tokens % (2 * self.size)
 
     def held(self, tokens: int, index: int | None = None) -> Ints:
-        """Row positions that a process of the group holds (this one, by default), in order."""
+        """Positions in the packed sequence that a process of the group holds, in order. Default:
+        this process."""
         if self.size == 1:
             return np.arange(tokens)
         chunk = tokens // (2 * self.size)
@@ -60,36 +63,35 @@ class ContextGroup:
 
 
 ALONE: Final = ContextGroup(0, 1, None)
-"""A process that has its rows to itself."""
+"""No context parallelism."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Keys that the spans of a share see, of those that the group gathers."""
+    """Keys that the local spans see, among the gathered keys of the group."""
 
     take: Tensor
-    """Where they lie among the gathered tokens, span after span; shape [keys]."""
+    """Indices into the gathered tokens, span after span; shape [keys]."""
     group: dist.ProcessGroup
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def gather(self, x: Tensor) -> Tensor:
-        """[1, heads, tokens here, width] → [1, heads, keys, width]."""
+        """[1, heads, local tokens, width] → [1, heads, keys, width]."""
         return cast(Tensor, _Gathered.apply(x, self.group)).index_select(2, self.take)
 
 
 class _Gathered(torch.autograd.Function):
-    """Tokens of all processes of a group, process after process; each gets the gradients of its own
-    from all of them.
+    """All-gather of the tokens of a group, in rank order; the backward pass is a reduce-scatter.
 
-    torch's own of this kind hand on tensors that wait when they are first used. Attention uses
-    these at once, so it waits here, with the plain collectives.
+    torch's differentiable collectives return tensors that wait at their first use. Attention uses
+    the result immediately, so the plain blocking collectives are used.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """[1, heads, tokens here, width] → [1, heads, tokens of the group, width]."""
+        """[1, heads, local tokens, width] → [1, heads, tokens of the group, width]."""
         ctx.group, ctx.size = group, dist.get_world_size(group)
-        tokens = x.transpose(0, 2).contiguous()  # what is gathered lies one behind the other
+        tokens = x.transpose(0, 2).contiguous()  # gathers concatenate dimension 0
         whole = tokens.new_empty(ctx.size * len(tokens), *tokens.shape[1:])
         dist.all_gather_into_tensor(whole, tokens, group=group)
         return whole.transpose(0, 2)
@@ -105,8 +107,8 @@ class _Gathered(torch.autograd.Function):
 def share(
     lengths: Sequence[int], group: ContextGroup, device: torch.device
 ) -> tuple[tuple[Span, ...], Wanted | None]:
-    """Spans of this process, for a row of documents of these lengths (padded as ``padding``
-    says)."""
+    """Spans of this process, and the keys they need, for a packed sequence of documents of these
+    lengths. The sum of lengths includes ``ContextGroup.padding``."""
     if group.size == 1 or group.group is None:
         return tuple(Span(n, n) for n in lengths), None
     starts = np.cumsum([0, *lengths])

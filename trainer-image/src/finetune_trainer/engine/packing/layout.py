@@ -1,10 +1,11 @@
-"""Where documents lie in a row of tokens.
+"""Layout of the documents in a packed sequence.
 
-A row is a concatenation of documents. While it is in work, ``layout_context`` says where they lie:
-to the attention, which keeps them apart, and to force is drawn token by token.
+A packed sequence is a concatenation of documents. During its forward and backward pass,
+``layout_context`` provides the layout to attention, which isolates the documents, and to dropout
+and noise, which are drawn per token.
 
-A process holds a row whole, or, under context parallelism, its share of one (see ``context``).
-Either way the row is a list of spans: queries that are here, and the keys that they may see.
+A process holds the whole packed sequence or, with context parallelism, a share of it (see
+``context``). Either way the layout is a list of spans: the local queries and the keys they see.
 """
 
 from __future__ import annotations
@@ -23,70 +24,73 @@ from torch import Tensor
 from finetune_trainer.engine.packing.context import Span, Wanted
 from finetune_trainer.engine.packing.transfer import on_device
 
-# Documents whose length is within this factor of the longest of their group share a call: more
-# calls cost overhead, fewer cost work on padding. Measured on 2 cores with rows of 2,048 tokens.
+# Documents at least this fraction as long as the longest of their group share a padded call: more
+# calls cost overhead, fewer calls compute more padding. Measured on 2 cores with packed sequences
+# of 2,048 tokens.
 _GROUP_RATIO: Final = 0.8
 
 
 class Group(NamedTuple):
-    """Documents of like length that are attended in one padded call."""
+    """Documents of similar length that are attended in one padded call."""
 
     documents: int
     longest: int
-    """Tokens of the longest, which the others are padded to."""
+    """Tokens of the longest document; the others are padded to this length."""
 
 
 @dataclass(frozen=True)
 class Groups:
-    """A row's documents in padded groups. Padding stands behind the document, where causal
-    attention never looks."""
+    """The documents of a packed sequence in padded groups. Padding follows each document, so causal
+    attention never sees it."""
 
     pad_index: Tensor
-    """Row position of each (document, offset) of each group; shape [padded tokens]."""
+    """Position in the packed sequence of each (document, offset) of each group; shape [padded
+    tokens]."""
     unpad_index: Tensor
-    """Where each token of the row is among the padded ones; shape [tokens]."""
+    """Position among the padded tokens of each token of the packed sequence; shape [tokens]."""
     sizes: tuple[Group, ...]
-    """In the order of ``pad_index``."""
+    """The groups, in the order of ``pad_index``."""
 
 
 @dataclass(frozen=True)
 class CuSeqlens:
-    """Spans as kernels for variable lengths want them: where each begins, and the end."""
+    """Cumulative sequence lengths of the spans, for variable-length kernels: the start of each
+    span, then the total."""
 
     q: Tensor
     """int32, shape [spans + 1]."""
     kv: Tensor
-    """As ``q``; the same tensor where every span is a whole document."""
+    """As ``q``; the same tensor if every span is a whole document."""
 
 
 @dataclass(frozen=True)
 class DocumentLayout:
-    """Where the documents of a row lie, and what is drawn for each token."""
+    """Spans, dropout keys and document lengths of a micro-batch."""
 
     spans: tuple[Span, ...]
-    """Queries that are here, in order, and their keys."""
+    """Local queries, in order, and their keys."""
     cu_seqlens: CuSeqlens
     max_seqlen: int
-    """No span has more keys."""
+    """Upper bound of the keys of a span."""
     dropout_keys: Tensor | None = None
-    """Random key of each token that is here, int32, shape [tokens]; see ``dropout``. None where
-    nothing is drawn."""
+    """Dropout key of each local token, int32, shape [tokens]; see ``dropout``. None if training
+    draws neither dropout nor noise."""
     lengths: Tensor | None = None
-    """Tokens of each token's document, shape [tokens]; None where nothing is drawn."""
+    """Length of each token's document, shape [tokens]; None as for ``dropout_keys``."""
     document_dropout_keys: Tensor | None = None
-    """Random key of each document of a padded row, shape [documents]. Such a row has no spans: it
-    is attended by the model's own kernels, and its tokens count padding."""
+    """Dropout key of each document of a padded micro-batch, shape [documents]. A padded micro-batch
+    has no spans: the model's own attention is used, and its tokens include padding."""
     wanted: Wanted | None = None
-    """Keys of other processes that the spans see; None where the row is here whole."""
+    """Keys of other processes that the spans see; None if the packed sequence is not shared."""
 
     @cached_property
     def groups(self) -> Groups:
-        """The documents of a row that is here whole, by length."""
+        """Documents grouped by length. Requires a packed sequence that is not shared."""
         return group_documents([s.q_len for s in self.spans], self.cu_seqlens.q.device)
 
 
 def cu_seqlens_of(spans: Sequence[Span], device: torch.device) -> CuSeqlens:
-    """Where the queries and the keys of each span begin."""
+    """Cumulative query and key lengths of spans."""
 
     def begins(sizes: Iterator[int]) -> Tensor:
         return on_device(np.array([0, *accumulate(sizes)], np.int32), device)
@@ -97,19 +101,20 @@ def cu_seqlens_of(spans: Sequence[Span], device: torch.device) -> CuSeqlens:
     return CuSeqlens(queries, begins(span.kv_len for span in spans))
 
 
-# Of the process, not of the thread: autograd runs the backward pass of a GPU, and with it what
-# gradient checkpointing computes again, in a thread of its own.
+# Per process, not per thread: autograd runs the backward pass of a GPU, including the recomputation
+# of gradient checkpointing, in a thread of its own.
 _current: DocumentLayout | None = None
 
 
 def current_layout() -> DocumentLayout | None:
-    """Layout of the row in work, or None outside of training and loss evaluation."""
+    """Layout of the current micro-batch; None outside of training and loss evaluation."""
     return _current
 
 
 @contextmanager
 def layout_context(layout: DocumentLayout) -> Iterator[None]:
-    """Make a row the one in work, for its forward and backward pass (recomputation included)."""
+    """Make a layout current, for the forward and backward pass of its micro-batch (including
+    recomputation)."""
     global _current
     before, _current = _current, layout
     try:
@@ -119,7 +124,7 @@ def layout_context(layout: DocumentLayout) -> Iterator[None]:
 
 
 def group_documents(lengths: list[int], device: torch.device) -> Groups:
-    """Groups of documents of like length, for a row made of documents of these lengths."""
+    """Group the documents of a packed sequence, given by their lengths, by similar length."""
     starts = [0, *accumulate(lengths)]
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

@@ -120,8 +120,8 @@ class SampleMaker:
             # Mapping record by record raises the first.
             batch = task.batch
             for i, raw in enumerate(batch.records):
-                untold = min(1, max(0, batch.untold - i))
-                one = replace(batch, records=[raw], untold=untold, broken=None)
+                without = int(i < batch.records_without_format)
+                one = replace(batch, records=[raw], records_without_format=without, read_error=None)
                 self._map(replace(task, batch=one))
             raise
 
@@ -156,8 +156,8 @@ class SampleMaker:
                 Preview(sample=i, shown=preview(samples[i], self._model.tokens))
                 for i in rows[: task.wanted[side]]
             ]
-        if batch.broken is not None:
-            raise batch.broken
+        if batch.read_error is not None:
+            raise batch.read_error
         found.reasons = faults.reasons
         found.faults = [Fault(reason=e.reason, message=e.message) for e in faults.first]
         return found
@@ -169,7 +169,7 @@ class SampleMaker:
         for row, raw in enumerate(batch.records):
             try:
                 record = parse(raw)
-                if row < batch.untold:
+                if row < batch.records_without_format:
                     format_of(source.spec, record, self._model.task)
                 if make is not None:
                     examples += make(record)

@@ -18,7 +18,8 @@ from finetune_api.sources import Data
 from finetune_trainer.failures import DataError
 from finetune_trainer.prepare.mapping.batch import Task, map_batch
 from finetune_trainer.prepare.mapping.pool import Pool
-from finetune_trainer.prepare.mapping.reader import Batch, Reader, Say
+from finetune_trainer.prepare.mapping.progress import ProgressCallback
+from finetune_trainer.prepare.mapping.reader import Batch, Reader
 from finetune_trainer.prepare.mapping.results import SplitResults
 from finetune_trainer.prepare.mapping.writer import OFFERED, SplitWriter
 from finetune_trainer.prepare.quality.contamination import HeldOut
@@ -67,7 +68,7 @@ def map_splits(
     reader: Reader,
     pool: Pool,
     paths: RunPaths,
-    say: Say,
+    say: ProgressCallback,
 ) -> None:
     """Map the input splits that are not done, up to the first that fails. The failure is saved for
     the reduce, which raises the first one in the order of the data.
@@ -84,7 +85,7 @@ def map_splits(
     done = results.done(splits)
     for split in splits:
         if split.number in done:
-            reader.pass_over(split)
+            reader.skip(split)
     todo = [split for split in splits if split.number not in done]
     held_out = [split for split in todo if sources[split.source].side != "train"]
     training = [split for split in todo if sources[split.source].side == "train"]
@@ -112,7 +113,7 @@ def _map(
     reader: Reader,
     pool: Pool,
     paths: RunPaths,
-    say: Say,
+    say: ProgressCallback,
     known: Known | None,
 ) -> bool:
     """Map splits; return False after a failure."""
@@ -146,7 +147,7 @@ def _map(
             log.warning("input split %d: %s", split.number, error.message)
             results.save_failure(split, error)
             return False
-        say(batch.reading)
+        say(batch.progress)
         if batch.last:
             compared = known.samples if known else None
             results.save(split, *writing.pop(split.number).finish(batch.format, compared))

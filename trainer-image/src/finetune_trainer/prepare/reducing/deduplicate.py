@@ -56,9 +56,9 @@ class Deduplicator:
         earlier batch of rows, applies to all."""
         places = [self._last[0], *statistics.texts("where", rows)]
         begins = np.array([place != before for before, place in pairwise(places)], np.bool_)
-        verdicts = [self._last[1], *near.add(statistics.fingerprints()[rows[begins]])]
-        self._last = (places[-1], verdicts[-1])
-        return np.array(verdicts, np.bool_)[np.cumsum(begins)]
+        decisions = [self._last[1], *near.add(statistics.fingerprints()[rows[begins]])]
+        self._last = (places[-1], decisions[-1])
+        return np.array(decisions, np.bool_)[np.cumsum(begins)]
 
     def check(self) -> None:
         """Check the share of duplicates.

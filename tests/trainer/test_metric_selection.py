@@ -9,7 +9,7 @@ import pytest
 from finetune_api.sources import Format
 from finetune_api.spec import parse_spec
 from finetune_api.tasks import Metric
-from finetune_trainer.evaluate.metricnames import check_metrics, metrics_for
+from finetune_trainer.evaluate.metric_selection import check_metrics, metrics_for
 from finetune_trainer.failures import UserError
 
 LOSS: list[Metric] = ["Loss", "Perplexity"]

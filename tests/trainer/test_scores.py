@@ -1,0 +1,70 @@
+"""Metrics of generated text, on answers whose scores can be computed by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import get_args
+
+import pytest
+
+from finetune_api.tasks import METRICS, Metric
+from finetune_trainer.evaluate import scores
+from finetune_trainer.evaluate.scores import Answers, better, loss_metrics, text_metrics
+
+
+def test_each_metric_has_a_row_and_a_function() -> None:
+    assert list(METRICS) == list(get_args(Metric))
+    computed = {"Loss", "Perplexity", *scores._TEXT, *scores._LABEL}
+    assert computed == set(METRICS)
+    by_source = {"Labels": scores._LABEL, "Text": scores._TEXT}
+    for name, kind in METRICS.items():
+        assert kind.source == "Loss" or name in by_source[kind.source]
+
+
+@pytest.mark.parametrize(
+    ("metric", "new", "old", "expected"),
+    [
+        ("Loss", 1.0, 2.0, True), ("Loss", 2.0, 1.0, False), ("Loss", 1.0, 1.0, False),
+        ("Accuracy", 0.9, 0.8, True), ("Accuracy", 0.8, 0.9, False),
+        ("Accuracy", math.nan, 0.1, False), ("Accuracy", 0.1, math.nan, True),
+    ],
+)  # fmt: skip
+def test_which_value_is_better(metric: Metric, new: float, old: float, expected: bool) -> None:
+    assert better(metric, new, old) is expected
+
+
+def test_an_improvement_below_min_delta_is_none() -> None:
+    assert not better("Loss", 0.95, 1.0, min_delta=0.1)
+    assert better("Loss", 0.85, 1.0, min_delta=0.1)
+
+
+def test_loss_and_perplexity() -> None:
+    assert loss_metrics(6.0, 3.0) == {"Loss": 2.0, "Perplexity": pytest.approx(math.exp(2))}
+    assert math.isnan(loss_metrics(0.0, 0.0)["Loss"])
+
+
+def test_labels() -> None:
+    """Two of four are right. A: precision 1/1, recall 1/2; B: precision 1/2, recall 1/2; an answer
+    that is no label is wrong."""
+    answers = Answers(
+        predictions=[" A ", "B", "B", "C"], references=["A", "A", "B", "B"],
+        labels=["A", "A", "B", "B"],
+    )  # fmt: skip
+    found = text_metrics(answers, ["Accuracy", "Precision", "Recall", "F1"])
+    assert found == pytest.approx(
+        {"Accuracy": 0.5, "Precision": 0.75, "Recall": 0.5, "F1": (2 / 3 + 1 / 2) / 2}
+    )
+
+
+def test_text() -> None:
+    answers = Answers(
+        predictions=["the cat sat on the mat", "yes "], references=["the cat sat on the mat", "no"],
+        labels=None,
+    )  # fmt: skip
+    found = text_metrics(answers, ["ExactMatch", "Rouge", "Bleu", "F1"])
+    assert found["ExactMatch"] == 0.5
+    assert found["Rouge"] == pytest.approx(0.5)
+    assert 0 < found["Bleu"] < 100
+    assert "F1" not in found, "there are no labels"
+    same = text_metrics(Answers(["a b c d"], ["a b c d"], None), ["Bleu", "Rouge"])
+    assert same == pytest.approx({"Bleu": 100.0, "Rouge": 1.0})
