@@ -25,7 +25,7 @@ __all__ = ["llama", "tiny_base"]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def find_facts() -> Iterator[Callable[..., Any]]:
+def find_profile() -> Iterator[Callable[..., Any]]:
     """Cache memory profiles across tests: profiling takes half of the time of a small prepare, and
     most tests use the same model. Yields the method that is replaced."""
     made: dict[str, Any] = {}
@@ -76,11 +76,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-OrderFor = Callable[..., RunSpec]
+RunSpecFor = Callable[..., RunSpec]
 
 
 @pytest.fixture
-def run_spec_for(s3: EmbeddedS3, bucket: str, monkeypatch: pytest.MonkeyPatch) -> OrderFor:
+def run_spec_for(s3: EmbeddedS3, bucket: str, monkeypatch: pytest.MonkeyPatch) -> RunSpecFor:
     """``run_spec_for(**spec)``: a run spec on the test's bucket; puts its credentials into the
     environment.
 
@@ -138,7 +138,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bench(
-    run_spec_for: OrderFor, s3: EmbeddedS3, bucket: str, tiny_model: Path, tmp_path: Path
+    run_spec_for: RunSpecFor, s3: EmbeddedS3, bucket: str, tiny_model: Path, tmp_path: Path
 ) -> Bench:
     """A job on the test's bucket with ``tiny_model``."""
     return Bench(run_spec_for, s3, bucket, tiny_model, tmp_path)

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from transformers import (
     AutoModelForCausalLM,
     JambaConfig,
@@ -21,6 +23,8 @@ from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.optimizers import make_optimizers
 from finetune_trainer.engine.packing import packed
 from finetune_trainer.engine.planning.plan import Plan
+from finetune_trainer.engine.precision import precision_of
+from finetune_trainer.engine.sharding import distribute
 from finetune_trainer.engine.tuning.anchors import OutputAnchor
 from finetune_trainer.engine.world import join
 from finetune_trainer.prepared.dataset import TokenSample
@@ -87,16 +91,25 @@ def session_of(model: Any, spec: FineTuneJobSpec, plan: Plan, base: Any = None) 
     """
     world = join(spec)
     kl = float(spec.training.anchor.kl_coefficient)
-    loss = TokenLoss(model.to(world.device), anchor_coefficient=kl).train()
+    loss = TokenLoss(model, anchor_coefficient=kl).train()
+    precision = precision_of(spec, world.device.type == "cuda")
+    module = distribute(loss, world, "NoShard", precision)
     copy = base and TokenLoss(base.requires_grad_(False).to(world.device)).eval()
     optimizers = make_optimizers(model, spec)
     return SimpleNamespace(
-        world=world, plan=plan, spec=spec, module=loss, optimizers=optimizers,
+        world=world, plan=plan, spec=spec, module=module, optimizers=optimizers,
         trained=[p for p in model.parameters() if p.requires_grad],
         output_anchor=OutputAnchor(loss, copy) if kl else None,
         weight_anchor=weight_anchor(spec, optimizers),
         guard=Guard(spec.training.guard, world.device),
     )  # fmt: skip
+
+
+def leave_world() -> None:
+    """Undo ``join``: destroy the process group and accelerate's state."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def spec_of(method: dict[str, Any], **training: Any) -> FineTuneJobSpec:

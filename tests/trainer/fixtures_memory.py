@@ -38,7 +38,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def facts_of(state: int, activations: int = 0) -> ModelProfile:
+def profile_of(state: int, activations: int = 0) -> ModelProfile:
     """Profile of a fully tuned model of 100 blocks whose weights, gradients and optimizer take
     ``state`` bytes, and whose activations take ``activations`` bytes for a micro-batch of 1,024
     tokens."""

@@ -32,7 +32,7 @@ _DRAFT = RenderedExample(
 )  # fmt: skip
 
 
-def learned_of(sample: TokenSample) -> tuple[Ids, Learned]:
+def supervised_of(sample: TokenSample) -> tuple[Ids, Learned]:
     """Convert a sample to the input of ``write_prepared``."""
     edges = np.flatnonzero(np.diff(np.pad(sample.supervised, 1).astype(np.int8))).reshape(-1, 2)
     return sample.ids, tuple((int(start), int(end)) for start, end in edges)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from engine import CPU, samples, spec_of, tiny_llama
+from engine import CPU, samples, session_of, spec_of, tiny_llama
 
-from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.loss import MicroBatchLosses, TokenLoss, divergence
 from finetune_trainer.engine.optimizers import make_optimizers, step_if
 from finetune_trainer.engine.packing.feed import Feed, StepTensors
@@ -208,27 +206,17 @@ def tuned(method: dict[str, Any], rate: float, **anchor: str) -> tuple[float, li
     """Train; return the divergence from the base model on the replay documents afterwards, and the
     divergence that each step reported."""
     spec = spec_of(method, anchor=anchor)
-    model = apply_method(tiny_llama(), spec)
-    base = tiny_llama()
-    loss = TokenLoss(model, 0.0, 0.0, float(spec.training.anchor.kl_coefficient)).train()
-    copy = TokenLoss(tiny_llama().requires_grad_(False)).eval() if method is FULL else None
-    optimizers = make_optimizers(model, spec)
-    pull = float(spec.training.anchor.l2_coefficient)
-    world: Any = SimpleNamespace(
-        device=CPU, rank=0, size=1, autocast=nullcontext, sum_on_device=lambda values: values
-    )
+    model, base = apply_method(tiny_llama(), spec), tiny_llama()
+    plan: Any = SimpleNamespace(source_count=2, seed=0)
+    session = session_of(model, spec, plan, tiny_llama() if method is FULL else None)
+    if session.output_anchor is None:  # measured without being added to the loss
+        session.output_anchor = OutputAnchor(session.module, TokenLoss(tiny_llama()).eval())
     told = []
     with feed_of(8) as feed:
-        session: Any = SimpleNamespace(
-            world=world, plan=SimpleNamespace(source_count=2, seed=0), module=loss, spec=spec,
-            guard=Guard(spec.training.guard, CPU), trained=[*model.parameters()],
-            optimizers=optimizers, weight_anchor=WeightAnchor(optimizers, pull) if pull else None,
-            output_anchor=OutputAnchor(loss, copy),
-        )  # fmt: skip
         for batch in feed:
             sums, _ = optimizer_step(session, batch, rate)
             told.append((sums[2] / sums[3]).item())
-    after = loss.eval()
+    after = session.module.eval()
     drift, tokens = 0.0, 0
     for document, source in enumerate(SOURCES):
         if source == 1:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engine import CPU, samples
-from prepared_data import learned_of, write_prepared
+from prepared_data import supervised_of, write_prepared
 
 from finetune_trainer.engine.packing.feed import EXPECTED, Feed
 from finetune_trainer.engine.planning.plan import Plan
@@ -44,7 +44,7 @@ def test_shards_of_a_batch_are_fetched_in_parallel_and_once(
 ) -> None:
     uri = f"s3://{bucket}/data"
     made = samples([5 + i % 7 for i in range(64)])
-    write_prepared(store, uri, tmp_path / "write", map(learned_of, made), 64 // TOGETHER)
+    write_prepared(store, uri, tmp_path / "write", map(supervised_of, made), 64 // TOGETHER)
     slow = Meeting(store, TOGETHER)
     data = PreparedData.open(slow, uri, tmp_path / "read")
     order = np.random.default_rng(0).permutation(64).tolist()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from engine import CPU
-from fixtures_memory import GIB, SAMPLES, facts_of, spec_of
+from fixtures_memory import GIB, SAMPLES, profile_of, spec_of
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.memory.estimate import (
@@ -85,7 +85,7 @@ def test_doubtful_fit_is_tried_with_a_warning_that_names_fitting_alternatives(
 def test_only_certain_parts_lead_to_refusal(
     state: int, activations: int, room: float, nodes: int, outcome: str
 ) -> None:
-    profile = facts_of(state * GIB, activations * GIB)
+    profile = profile_of(state * GIB, activations * GIB)
     spec = spec_of(method={"type": "Full"}, compute={"gpusPerNode": 8, "nodes": nodes})
     micro_batches = Samples(np.full(4, 1024), np.full(4, 10), 1024)
     try:
@@ -103,7 +103,7 @@ def test_only_certain_parts_lead_to_refusal(
 @pytest.mark.parametrize(("precision", "named"), [("BF16", True), ("FP8", False)])
 def test_qlora_is_not_suggested_with_fp8(precision: str, named: bool) -> None:
     def measure(other: FineTuneJobSpec) -> ModelProfile:
-        return facts_of((1 if other.method.kind.quantizes else 900) * GIB)
+        return profile_of((1 if other.method.kind.quantizes else 900) * GIB)
 
     training = {"precision": precision, "compile": precision == "FP8"}
     spec = spec_of(method={"type": "Full"}, training=training)
@@ -158,7 +158,7 @@ def test_the_smallest_device_memory_of_the_world_decides(
 
 
 def test_out_of_memory_failure_includes_the_estimate() -> None:
-    found = decide(facts_of(40 * GIB), spec_of(), MicroBatchSize(8, 8), 80 * GIB)
+    found = decide(profile_of(40 * GIB), spec_of(), MicroBatchSize(8, 8), 80 * GIB)
     said = beside_estimate(torch.OutOfMemoryError("no room"), SimpleNamespace(memory=found))  # type: ignore[arg-type]
     assert said.failure_class == "OutOfMemory"
     assert "no room" in said.message and "of 80.0 GiB (NoShard)" in said.message

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from engine import CPU, samples, spec_of, tiny_llama
+from engine import CPU, leave_world, samples, spec_of, tiny_llama
 from torch import nn
 from worlds import forked, free_port
 
@@ -34,8 +33,7 @@ ROW = build_packed(samples([30, 24]), range(2), seed=0, step=0, device=CPU)
 @pytest.fixture
 def world() -> Iterator[World]:
     yield join(spec_of({"type": "Full"}, precision="BF16"))
-    torch.distributed.destroy_process_group()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    leave_world()
 
 
 def sharded(world: World, gathered: bool) -> nn.Module:

@@ -18,8 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState
-from engine import samples, session_of, spec_of, tiny_llama
+from engine import leave_world, samples, session_of, spec_of, tiny_llama
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.fsdp import FSDPModule
 from torch.optim._muon import _zeropower_via_newtonschulz
@@ -31,6 +30,7 @@ from finetune_trainer.engine.base import BaseFiles
 from finetune_trainer.engine.checkpointing.dcp import load_state, save_state, state_of
 from finetune_trainer.engine.checkpointing.staging import stage
 from finetune_trainer.engine.chunked_head import ChunkedHead, has_plain_head
+from finetune_trainer.engine.dtensors import local_tensor
 from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.engine.memory.estimate import Placement
@@ -66,9 +66,9 @@ def needs(package: str) -> pytest.MarkDecorator:
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
     """A new process group for each test: accelerate refuses to change the precision."""
-    leave()
+    leave_world()
     yield
-    leave()
+    leave_world()
 
 
 @pytest.fixture
@@ -215,13 +215,6 @@ class Course:
         return [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in leaves]
 
 
-def leave() -> None:
-    """Destroy the process group and accelerate's state."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 COURSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "Full": ({"type": "Full"}, {"precision": "BF16"}),
     "LoRA": ({"type": "LoRA", "lora": {"rank": 4}}, {"precision": "BF16", "dropout": "0.1"}),
@@ -249,7 +242,7 @@ def test_resumed_training_continues_identically(name: str, tmp_path: Path) -> No
     )  # fmt: skip
     expected, whole = course.state(), course.losses(3, start=3)
     del course
-    leave()
+    leave_world()
     other = Course(base, spec)
     reader = FileSystemReader(tmp_path / "saved")
     load_state(reader, other.opened.model, other.optimizers, other.world.control)
@@ -279,7 +272,8 @@ def test_a_checkpoint_is_copied_to_pinned_memory(tmp_path: Path) -> None:
     name = next(n for n in state["model"] if n.endswith("q_proj.weight"))
     item = next(i for i in items if i.index.fqn == f"model.{name}")
     copy = staged.resolve_data(item)
-    assert isinstance(copy, torch.Tensor) and torch.equal(copy, state["model"][name].cpu())
+    weight = local_tensor(state["model"][name]).cpu()
+    assert isinstance(copy, torch.Tensor) and torch.equal(copy, weight)
     assert copy.is_pinned() == (GPU.type == "cuda")
 
 

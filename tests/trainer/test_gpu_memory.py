@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from accelerate.state import AcceleratorState
-from engine import samples, tiny_llama
+from engine import leave_world, samples, tiny_llama
 
 from finetune_api.spec import parse_spec
 from finetune_trainer.engine.base import BaseFiles
@@ -61,15 +59,9 @@ SETTINGS = [
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    _leave()
+    leave_world()
     yield
-    _leave()
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    leave_world()
 
 
 @pytest.fixture(scope="module")

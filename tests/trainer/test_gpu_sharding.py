@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from engine import spec_of, tiny_llama
+from engine import leave_world, spec_of, tiny_llama
 from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile
 
@@ -22,9 +21,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
     yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    AcceleratorState._reset_state(reset_partial_state=True)
+    leave_world()
 
 
 def test_placeholders_are_allocated_on_the_device() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fixtures_memory import GIB, facts_of, spec_of
+from fixtures_memory import GIB, profile_of, spec_of
 
 from finetune_trainer.engine.memory.estimate import Placement, decide, estimate, placements
 from finetune_trainer.engine.memory.formatting import table
@@ -34,14 +34,14 @@ def test_the_cheapest_placement_that_fits_is_chosen(
     spec = spec_of(
         method={"type": "Full"}, compute={"nodes": nodes, "gpusPerNode": processes_per_node}
     )
-    profile = facts_of(state * GIB, activations * GIB)
+    profile = profile_of(state * GIB, activations * GIB)
     found = decide(profile, spec, MicroBatchSize(1024, 0), 80 * GIB)
     assert str(found.placement) == placement
     assert found.fits
 
 
 def test_placements_respect_the_spec() -> None:
-    profile = facts_of(GIB)
+    profile = profile_of(GIB)
     training = {"gradientCheckpointing": "Always"}
     spec = spec_of(compute={"gpusPerNode": 8, "sharding": "FullShard"}, training=training)
     assert placements(profile, spec) == [
@@ -54,7 +54,7 @@ def test_placements_respect_the_spec() -> None:
 
 
 def test_sharding_divides_state_and_context_parallelism_divides_activations() -> None:
-    profile = facts_of(64 * GIB, 32 * GIB)
+    profile = profile_of(64 * GIB, 32 * GIB)
     micro_batch = MicroBatchSize(1024, 512)
     alone, eight = (spec_of(compute={"gpusPerNode": n}) for n in (1, 8))
     whole = estimate(profile, alone, micro_batch, Placement("NoShard", False))
@@ -71,7 +71,7 @@ def test_sharding_divides_state_and_context_parallelism_divides_activations() ->
 
 def test_the_smallest_placement_is_not_tried_if_its_certain_parts_do_not_fit() -> None:
     """Sharding gathers parameters outside of blocks in full, which can take more than it saves."""
-    profile = facts_of(GIB)
+    profile = profile_of(GIB)
     none = {"block": 0, "block_trained": 0, "blocks": 0, "blocks_trained": 0}
     profile = dataclasses.replace(profile, weights=dataclasses.replace(profile.weights, **none))
     spec = spec_of(method={"type": "Full"}, compute={"gpusPerNode": 2})
@@ -100,7 +100,7 @@ def test_the_largest_micro_batch_bounds_every_micro_batch() -> None:
 
 
 def test_memory_is_reserved_for_activations_that_cannot_be_measured() -> None:
-    unknown = dataclasses.replace(facts_of(8 * GIB), activations=None)
+    unknown = dataclasses.replace(profile_of(8 * GIB), activations=None)
     spec = spec_of(compute={"gpusPerNode": 1})
     found = decide(unknown, spec, MicroBatchSize(2048, 100), None)
     assert "activations" not in found.parts and not found.measured
@@ -123,7 +123,7 @@ def test_the_memory_of_a_process_is_read_from_the_manifest() -> None:
 
 
 def test_weights_kept_gathered_take_the_size_of_all_blocks() -> None:
-    profile = facts_of(64 * GIB, GIB)
+    profile = profile_of(64 * GIB, GIB)
     spec = spec_of(method={"type": "Full"}, compute={"gpusPerNode": 8})
     micro_batch = MicroBatchSize(1024, 0)
     kept, again = (

@@ -17,7 +17,7 @@ STEPS = 3
 
 def test_steps_equal_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if the matrices of one shape need several batches."""
-    monkeypatch.setattr(muon, "BATCH_NUMBERS", 33 * 64)
+    monkeypatch.setattr(muon, "BATCH_ELEMENTS", 33 * 64)
     ours = steps([nn.Parameter(w) for w in start()])
     parameters = [nn.Parameter(w) for w in start()]
     draw = torch.Generator().manual_seed(1)

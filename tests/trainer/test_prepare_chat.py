@@ -131,7 +131,7 @@ def test_a_round_of_calls_is_one_sample(name: str) -> None:
         {"role": "assistant", "content": "d"},
     ]
     (example,) = examples(tokenizer_of(name), messages, tools=TOOLS)
-    assert [part.learned for part in example.segments] == [False, True, False, True]
+    assert [part.supervised for part in example.segments] == [False, True, False, True]
 
 
 QUESTION = {"role": "user", "content": "a"}

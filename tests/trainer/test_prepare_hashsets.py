@@ -30,7 +30,7 @@ def test_the_set_holds_the_rare_hashes(
         counter = HashCounter(Path(folder))
         for batch in batches:
             counter.add(array(batch))
-        made = HashSet.write(Path(folder) / "hashes", counter.seldom(most))
+        made = HashSet.write(Path(folder) / "hashes", counter.rare(most))
         found = made.among(array(asked))
     assert found.tolist() == [i for i, h in enumerate(asked) if 0 < counts[h] <= most]
     assert len(made) == sum(n <= most for n in counts.values())
@@ -42,7 +42,7 @@ def test_hashes_are_found_across_part_files(tmp_path: Path) -> None:
     counter = HashCounter(tmp_path)
     for some in np.array_split(held, 3):
         counter.add(some)
-    HashSet.write(tmp_path / "hashes", counter.seldom(1))
+    HashSet.write(tmp_path / "hashes", counter.rare(1))
     made = HashSet(tmp_path / "hashes")
     asked = np.concatenate([draw.integers(0, 1 << 64, 5000, np.uint64), held])
     assert made.among(asked).tolist() == list(range(5000, 10000))

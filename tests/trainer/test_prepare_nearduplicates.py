@@ -15,7 +15,7 @@ from finetune_trainer.prepare.mapping.statistics import SampleStatistics
 from finetune_trainer.prepare.quality.nearduplicates import (
     BANDS,
     MET,
-    SeenAlike,
+    SeenFingerprints,
     _low_bits,
     fingerprints,
     rows_for,
@@ -82,7 +82,7 @@ def test_near_duplicates_are_found_within_and_across_batches(batch: int) -> None
     originals = [text(i, words=120) for i in range(200)]
     stream = originals + [changed(o, 1, i) for i, o in enumerate(originals)]
     stream += [changed(o, 30, i) for i, o in enumerate(originals)] + originals
-    seen = SeenAlike(0.85)
+    seen = SeenFingerprints(0.85)
     known = [
         k
         for i in range(0, len(stream), batch)
@@ -97,7 +97,7 @@ def test_texts_that_share_a_long_template_are_kept() -> None:
     frame = text(7, words=40)
     stream = [f"{frame} {text(i, words=20)}" for i in range(1000, 3000)]
     assert 0.4 < jaccard(stream[0], stream[1]) < 0.6
-    assert sum(SeenAlike(0.85).add(fingerprints(stream, 0.85))) == 0
+    assert sum(SeenFingerprints(0.85).add(fingerprints(stream, 0.85))) == 0
 
 
 def test_the_samples_of_a_conversation_are_kept_or_dropped_together() -> None:
@@ -117,7 +117,7 @@ def test_the_samples_of_a_conversation_are_kept_or_dropped_together() -> None:
 
 
 def test_memory_is_128_bytes_per_record() -> None:
-    seen = SeenAlike(0.85)
+    seen = SeenFingerprints(0.85)
     for start in range(0, 4096, 512):
         seen.add(fingerprints([text(i, words=8) for i in range(start, start + 512)], 0.85))
     assert 4096 * 100 < seen.nbytes < 4096 * 170

@@ -47,8 +47,8 @@ def truncated(tokens: Tokenizing, made: RenderedExample, limit: int) -> tuple[To
     return found, len(whole.ids) - len(found.ids)
 
 
-def texts(shown: dict[str, Any], learned: bool) -> str:
-    return "".join(part["text"] for part in shown["parts"] if part["learned"] == learned)
+def texts(shown: dict[str, Any], supervised: bool) -> str:
+    return "".join(part["text"] for part in shown["parts"] if part["supervised"] == supervised)
 
 
 def lost(shown: dict[str, Any]) -> int:
@@ -73,8 +73,8 @@ def test_marks_of_plain_text_are_the_supervised_tokens(
         tokenizer.decode(found.ids[:end]).removeprefix(tokenizer.decode(found.ids[:start]))
         for start, end in found.spans
     ]
-    assert bare(texts(shown, learned=True)) == bare("".join(learned))
-    assert bare(texts(shown, learned=False) + texts(shown, learned=True)) == bare(
+    assert bare(texts(shown, supervised=True)) == bare("".join(learned))
+    assert bare(texts(shown, supervised=False) + texts(shown, supervised=True)) == bare(
         tokenizer.decode(found.ids)
     )
 
@@ -94,7 +94,7 @@ def test_marks_of_a_conversation_are_the_supervised_tokens(
     shown = preview(found, tokens)
     assert lost(shown) == dropped
     learned = [tokenizer.decode(found.ids[start:end]) for start, end in found.spans]
-    assert texts(shown, learned=True) == "".join(learned)
+    assert texts(shown, supervised=True) == "".join(learned)
     assert "".join(part["text"] for part in shown["parts"]) == tokenizer.decode(found.ids)
 
 
@@ -104,8 +104,8 @@ def test_a_turn_that_is_cut_off_is_not_shown_as_supervised() -> None:
     made = conversation(chat, "The cat", "sat on the mat", "And the bird?", "in the tree")
     found, dropped = truncated(tokens, made, 20)
     parts = preview(found, tokens)["parts"]
-    assert parts[0] == {"text": "", "learned": False, "cut": dropped} and dropped > 0
-    assert [part["text"] for part in parts if part["learned"]] == ["in the tree<|im_end|>"]
+    assert parts[0] == {"text": "", "supervised": False, "cut": dropped} and dropped > 0
+    assert [part["text"] for part in parts if part["supervised"]] == ["in the tree<|im_end|>"]
     assert "mat" not in "".join(part["text"] for part in parts)
 
 
@@ -114,7 +114,7 @@ def test_a_cut_completion_shows_the_rest_and_the_cut() -> None:
     made = example("PromptCompletion", prompt="The cat sat on the", completion=" mat" * 30)
     found, dropped = truncated(tokens, made, 12)
     parts = preview(found, tokens)["parts"]
-    assert [("cut" in part, part["learned"]) for part in parts] == [
+    assert [("cut" in part, part["supervised"]) for part in parts] == [
         (True, False), (False, False), (False, True), (True, False),
     ]  # fmt: skip
     assert parts[2]["text"] == BOS.decode(found.ids[found.prompt_length :])
@@ -127,11 +127,11 @@ def test_a_cut_of_the_stop_token_alone_is_shown() -> None:
     (whole,) = tokens.samples([made])
     found, _ = truncated(tokens, made, len(whole.ids) - 1)
     first, second, last = preview(found, tokens)["parts"]
-    assert (first["learned"], second["learned"]) == (False, True), (
+    assert (first["supervised"], second["supervised"]) == (False, True), (
         "the first token is not supervised"
     )
     assert first["text"] + second["text"] == "The cat sat on the mat"
-    assert last == {"text": "", "learned": False, "cut": 1}
+    assert last == {"text": "", "supervised": False, "cut": 1}
 
 
 @pytest.mark.parametrize(("limit", "text", "cut"), [(64, "the film was good", 0),
@@ -148,8 +148,8 @@ def test_a_text_to_classify_is_shown_with_its_label_supervised(
     found, dropped = truncated(tokens, made, limit)
     shown = preview(found, tokens)
     assert (shown["tokens"], lost(shown)) == (len(found.ids), dropped) == (6 - cut, cut)
-    assert texts(shown, learned=False) == text
-    assert shown["parts"][-1]["text"].strip() == "yes" and shown["parts"][-1]["learned"]
+    assert texts(shown, supervised=False) == text
+    assert shown["parts"][-1]["text"].strip() == "yes" and shown["parts"][-1]["supervised"]
 
 
 @given(limit=st.integers(4, 60))
@@ -162,7 +162,7 @@ def test_a_partial_address_is_masked(limit: int) -> None:
     text = "".join(part["text"] for part in shown["parts"])
     for piece in ("jo@", "ann", "@", "xample", "org"):
         assert piece not in text
-    assert "[EMAIL]" in texts(shown, learned=True) or limit < 12
+    assert "[EMAIL]" in texts(shown, supervised=True) or limit < 12
 
 
 def test_a_long_prompt_does_not_hide_the_answer() -> None:
@@ -170,7 +170,7 @@ def test_a_long_prompt_does_not_hide_the_answer() -> None:
     long = example("PromptCompletion", prompt="The cat. " * 900, completion=" It sat.")
     (found,) = tokens.samples([long])
     read, learned = preview(found, tokens)["parts"]
-    assert learned == {"text": " It sat.", "learned": True}
+    assert learned == {"text": " It sat.", "supervised": True}
     assert read["text"].endswith(" …")
     assert PREVIEW_CHARACTERS - 20 < len(read["text"]) <= PREVIEW_CHARACTERS
 
@@ -198,4 +198,4 @@ def test_a_slow_tokenizer_gives_approximate_parts_and_exact_counts() -> None:
     cut, read, learned = preview(found, tokens)["parts"]
     assert cut["cut"] == dropped
     assert made.prompt.endswith(read["text"]) and 0 < len(read["text"]) < 100
-    assert learned == {"text": " It sat.", "learned": True}
+    assert learned == {"text": " It sat.", "supervised": True}

@@ -65,9 +65,9 @@ def report(**change: Any) -> dict[str, Any]:
         "labels": {"good": 4, "bad": 3}, "distinctLabels": 2,
         "personalData": {"EMAIL": {"samples": 2, "occurrences": 3, "places": ["a, line 9"]}},
         "previews": [{"where": "a, line 1", "tokens": 3, "parts": [
-            {"text": "<script>alert(1)</script>", "learned": False},
-            {"text": "", "learned": False, "cut": 1},
-            {"text": " learned & marked", "learned": True}]}],
+            {"text": "<script>alert(1)</script>", "supervised": False},
+            {"text": "", "supervised": False, "cut": 1},
+            {"text": " learned & marked", "supervised": True}]}],
     }  # fmt: skip
     source = {
         "name": "mine", "format": "Text", "objects": 1, "bytes": 2000, "records": 12,

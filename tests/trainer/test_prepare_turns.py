@@ -102,7 +102,7 @@ def test_tools_and_tool_calls_are_kept_under_other_names() -> None:
     template = {"fields": {**SHARE, "tools": "functions"}, "roles": {"observation": "tool"}}
     record = {"conversations": shared, "functions": json.dumps(tools)}
     (example,) = examples(record, template, CHATML_TOOLS)
-    learned = [part.text for part in example.segments if part.learned]
+    learned = [part.text for part in example.segments if part.supervised]
     assert len(learned) == 2 and "look_up" in learned[0] and learned[1].startswith("a letter")
     assert "look_up" in example.segments[0].text, "tools are in the prompt"
 

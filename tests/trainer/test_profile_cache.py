@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch, find_facts: Callable[..., Any]) -> list[Any]:
+def made(monkeypatch: pytest.MonkeyPatch, find_profile: Callable[..., Any]) -> list[Any]:
     """Specs for which the model was actually profiled."""
     done: list[Any] = []
     real = profile_cache.profile_model
@@ -33,7 +33,7 @@ def made(monkeypatch: pytest.MonkeyPatch, find_facts: Callable[..., Any]) -> lis
         return real(path, spec, longest)
 
     monkeypatch.setattr(profile_cache, "profile_model", counted)
-    monkeypatch.setattr(ProfileCache, "_find", find_facts)
+    monkeypatch.setattr(ProfileCache, "_find", find_profile)
     return done
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from classifiers import write_decoder, write_encoder
-from engine import CPU
+from engine import CPU, leave_world
 from fixtures_memory import SAMPLES, spec_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,8 +29,10 @@ from finetune_trainer.engine.packing.feed import MicroBatch, build_packed
 from finetune_trainer.engine.packing.layout import layout_context
 from finetune_trainer.engine.planning.micro_batch_size import MicroBatchSize
 from finetune_trainer.engine.precision import precision_of
+from finetune_trainer.engine.sharding import distribute
 from finetune_trainer.engine.task_losses import TASKS
 from finetune_trainer.engine.tuning.methods import apply_method, checkpoint_activations
+from finetune_trainer.engine.world import join
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepared.dataset import TokenSample
 
@@ -38,32 +40,32 @@ TOKENS = 512
 
 
 class LiveBytes(TorchDispatchMode):
-    """Count the bytes of all live storages, and their peak."""
+    """Count the bytes of all live storages, and their peak. FSDP resizes storages without an
+    operator, so each operator looks at all of them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known: set[int] = set()
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, key, size)
+        self._known.setdefault(storage._cdata, weakref.ref(storage, self._gone(storage._cdata)))
 
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
+    def count(self) -> None:
+        storages = [ref() for ref in self._known.values()]
+        self.now = sum(s.nbytes() for s in storages if s is not None)
+        self.peak = max(self.peak, self.now)
+
+    def _gone(self, key: int) -> Callable[[Any], None]:
+        return lambda _: self._known.pop(key, None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(found):
             if isinstance(leaf, Tensor):
                 self.add(leaf)
+        self.count()
         return found
 
 
@@ -76,7 +78,7 @@ def one_row(tokens: int) -> MicroBatch:
 
 def steps_of_training(folder: Path, spec: FineTuneJobSpec) -> int:
     """Peak bytes of the second of two real steps of two micro-batches each."""
-    precision = precision_of(spec, cuda=False)
+    world, precision = join(spec), precision_of(spec, cuda=False)
     micro_batch = one_row(TOKENS)
     gc.collect()
     with LiveBytes() as live:
@@ -86,19 +88,20 @@ def steps_of_training(folder: Path, spec: FineTuneJobSpec) -> int:
         loss = TASKS[spec.task].loss(model, spec.training, None).train()
         for tensor in (*loss.parameters(), *loss.buffers()):
             live.add(tensor)
+        module = distribute(loss, world, "NoShard", precision)
         optimizers = make_optimizers(model, spec)
         for _ in range(2):
+            live.count()
             live.peak = live.now
             for _ in range(2):
-                with layout_context(micro_batch.layout):
-                    halved = torch.autocast("cpu", torch.bfloat16)
-                    with halved if precision.autocast else nullcontext():
-                        losses = loss(micro_batch)
+                with layout_context(micro_batch.layout), world.autocast():
+                    losses = module(micro_batch)
                     losses.tokens.sum().backward()
                 del losses
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+    leave_world()
     return live.peak
 
 
@@ -180,10 +183,10 @@ def test_any_architecture_is_measured(config: PreTrainedConfig, tmp_path: Path) 
     config.save_pretrained(tmp_path)
     spec = spec_of(method={"type": "LoRA", "lora": {"rank": 4}}, compute={"gpusPerNode": 2})
     profile = profile_model(tmp_path, spec, 128)
-    for found in (profile.whole, profile.gathered):
-        assert found is not None
-        assert found.saved >= profile.layers * found.block * 0.9 > 0
-        assert found.saved > found.inputs > 0
+    found = profile.activations
+    assert found is not None
+    assert found.saved >= profile.layers * found.block * 0.9 > 0
+    assert found.saved > found.inputs > 0
 
 
 @pytest.mark.parametrize("write", [write_encoder, write_decoder])
@@ -191,7 +194,8 @@ def test_classifiers_are_measured(write: Any, tmp_path: Path) -> None:
     spec = spec_of(task="SequenceClassification", training={"precision": "BF16"})
     profile = profile_model(write(tmp_path), spec, 32)
     assert profile.packing == "Padded" and profile.vocabulary == 0
-    assert profile.whole is not None and profile.whole.saved > profile.whole.block > 0
+    assert profile.activations is not None
+    assert profile.activations.saved > profile.activations.block > 0
     labelled = replace(SAMPLES, supervised=np.ones_like(SAMPLES.lengths))  # one label per sample
     assert labelled.largest_micro_batch(spec, "Padded") == MicroBatchSize(2048, 32, masked=300)
 

@@ -5,23 +5,19 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pytest
 import torch
 from bench import Attempt, Bench, curve
-from engine import CPU, samples, spec_of, tiny_llama
+from engine import CPU, samples, session_of, spec_of, tiny_llama
 from test_checkpoint import Died, Model, Mortal
 from torch import Tensor
 
 from finetune_api.run_spec import RunSpec
 from finetune_trainer.engine.guard import Guard
-from finetune_trainer.engine.loss import TokenLoss
-from finetune_trainer.engine.optimizers import make_optimizers
 from finetune_trainer.engine.packing.feed import Feed
 from finetune_trainer.engine.planning.plan import Packing, Plan
 from finetune_trainer.engine.world import join
@@ -266,23 +262,14 @@ def test_sample_origins_name_data_set_number_and_row(
 @pytest.mark.parametrize("packing", ["Concatenated", "Unpacked"])
 def test_a_step_without_samples_is_in_no_mean(packing: Packing) -> None:
     spec = spec_of({"type": "Full"}, guard={"spikeDeviations": "6"})
-    model = tiny_llama()
-    optimizers, guard = make_optimizers(model, spec), Guard(spec.training.guard, CPU)
     documents = samples([20, 30, 25, 15])
     lengths = torch.tensor([len(d.ids) for d in documents]).numpy()
     plan = Plan(
         lengths, lengths // 2, batch_size=2, seed=0, micro_batch_tokens=64, ranks=1, packing=packing
     )
     plan.leave_out([1])
-    world: Any = SimpleNamespace(
-        device=CPU, rank=0, size=1, autocast=nullcontext, sum_on_device=lambda values: values
-    )
-    session: Any = SimpleNamespace(
-        world=world, plan=plan, module=TokenLoss(model).train(), spec=spec, guard=guard,
-        trained=[*model.parameters()], optimizers=optimizers, weight_anchor=None,
-        output_anchor=None,
-    )  # fmt: skip
-    seen = []
+    session = session_of(tiny_llama(), spec, plan)
+    guard, seen = session.guard, []
     with Feed(plan, lambda ps: [documents[p] for p in ps], rank=0, start=0, end=2,
               device=CPU) as feed:  # fmt: skip
         for batch in feed:

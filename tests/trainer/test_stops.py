@@ -6,7 +6,7 @@ import time
 
 import pytest
 from bench import Attempt, Bench
-from worlds import words_of
+from worlds import worker_folder
 
 from finetune_trainer.failures import Interrupted
 from finetune_trainer.storage import runfiles
@@ -24,7 +24,7 @@ def test_a_stop_saves_and_is_a_restart_unless_it_reached_all_ranks(
     while "step" not in (world.log.read_text() if world.log.exists() else ""):
         assert time.monotonic() < deadline, "no step was logged"
         time.sleep(0.02)
-    world.tell_to_stop(*told)
+    world.send_stop(*told)
     assert world.wait() == [23, 23], world.log.read_text()
     head = bench.head(run_spec)
     assert head is not None
@@ -39,11 +39,11 @@ def test_a_stop_during_startup_ends_the_attempt(bench: Bench) -> None:
     run_spec = bench.run_spec("1-early")
     folder = bench.tmp_path / "early"
     for rank in (0, 1):
-        words_of(folder, rank).mkdir(parents=True)
-        (words_of(folder, rank) / "stop").touch()
+        worker_folder(folder, rank).mkdir(parents=True)
+        (worker_folder(folder, rank) / "stop").touch()
     world = bench.start(run_spec, 2, "early")
     assert world.wait() == [23, 23], world.log.read_text()
-    told = (words_of(folder, 0) / "failure-0.json").read_text()
+    told = (worker_folder(folder, 0) / "failure-0.json").read_text()
     assert "before the model was fetched" in told
     head = bench.head(run_spec)
     assert head is not None and head.released and not head.checkpoints

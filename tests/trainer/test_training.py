@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from bench import COLOURS, Bench, curve
-from worlds import words_of
+from worlds import worker_folder
 
 from finetune_trainer.storage import runfiles
 
@@ -219,7 +219,7 @@ def test_a_non_finite_loss_ends_the_run_with_its_reason(bench: Bench) -> None:
                         checkpoint={"everySteps": 1})  # fmt: skip
     world = bench.start(run_spec, 2, "nan")
     assert world.wait() == [13, 13], world.log.read_text()
-    failure = json.loads((words_of(world.folder, 0) / "failure-0.json").read_text())
+    failure = json.loads((worker_folder(world.folder, 0) / "failure-0.json").read_text())
     assert failure["class"] == "Diverged"
     assert failure["reason"] == "LossNotFinite"
     assert "learningRate" in failure["message"] and "of 'train-0'" in failure["message"]

@@ -104,14 +104,16 @@ def check_published(
     tokenizer, checkpoint = load_tokenizer(base), FileSystemReader(folder / "checkpoint")
     plain = AutoModelForCausalLM.from_pretrained(base)
     assert (logits(plain) - expected).abs().max() > 1e-3
+    # Merging changes the order of sums, whose rounding grows with their size.
+    atol = 2e-6 * max(1.0, float(expected.abs().max()))
     if "Adapter" in spec.method.kind.formats:
         model = tuned_model(base, None, checkpoint, spec)
         files = BaseFiles(Base(ModelLocation(source="s3://models/base"), ()), base, None)
         write_adapter(model, tokenizer, files, spec, folder / "adapter")
         adapted = PeftModel.from_pretrained(plain, str(folder / "adapter"))
-        torch.testing.assert_close(logits(adapted), expected, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(logits(adapted), expected, atol=atol, rtol=1e-5)
     if "Merged" in spec.method.kind.formats:
         model = tuned_model(base, Weights.of_folder(base), checkpoint, spec)
         write_merged(model, tokenizer, base, [128], folder / "merged")
         merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
-        torch.testing.assert_close(logits(merged), expected, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(logits(merged), expected, atol=atol, rtol=1e-5)

@@ -63,11 +63,11 @@ class RunningWorld:
     log: Path
     metrics_port: int
 
-    def tell_to_stop(self, *ranks: int) -> None:
+    def send_stop(self, *ranks: int) -> None:
         """Request a stop, as the supervisors of these ranks do after SIGTERM."""
         for rank in ranks:
-            words_of(self.folder, rank).mkdir(exist_ok=True)
-            (words_of(self.folder, rank) / "stop").touch()
+            worker_folder(self.folder, rank).mkdir(exist_ok=True)
+            (worker_folder(self.folder, rank) / "stop").touch()
 
     def wait(self, seconds: float = 120) -> list[int]:
         """Wait for all workers; return their exit codes by rank."""
@@ -86,7 +86,7 @@ class RunningWorld:
             process.join()
 
 
-def words_of(folder: Path, rank: int) -> Path:
+def worker_folder(folder: Path, rank: int) -> Path:
     """Return the folder of a rank's worker files. Each rank acts as a node."""
     return folder / f"words-{rank}"
 
@@ -106,7 +106,7 @@ def start_world(
         variables = dict(environment) | {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
             "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            "FINETUNE_WORKER_FILES": str(words_of(folder, rank)),
+            "FINETUNE_WORKER_FILES": str(worker_folder(folder, rank)),
             "FINETUNE_METRICS_PORT": str(metrics),
             "FINETUNE_SCRATCH": str(folder / "scratch"), "OMP_NUM_THREADS": "1",
         }  # fmt: skip

@@ -42,9 +42,9 @@ def test_overlength_is_cut_or_dropped_and_counted(at: Workplace) -> None:
     whole = tokenizer(LONG["prompt"])["input_ids"]
     shown = tokenizer.decode(sample.ids[~sample.supervised], skip_special_tokens=True)
     assert first["parts"] == [
-        {"text": "", "learned": False, "cut": len(whole) - sum(~sample.supervised)},
-        {"text": shown, "learned": False},
-        {"text": " yes", "learned": True},
+        {"text": "", "supervised": False, "cut": len(whole) - sum(~sample.supervised)},
+        {"text": shown, "supervised": False},
+        {"text": " yes", "supervised": True},
     ]
     assert [part["text"] for part in second["parts"]] == list(pairs(1)[0].values())
     page = at.store.get(f"{summary.uri}/report.html").decode()

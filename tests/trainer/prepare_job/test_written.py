@@ -114,7 +114,7 @@ def test_all_formats_and_containers_together(at: Workplace) -> None:
     assert len(written) == page.bytes and all(name.encode() in written for name in sources)
     preview = report["sources"][0]["splits"]["train"]["previews"][0]
     assert preview["where"] == f"{sources['pairs']}, line 1"
-    assert [p["learned"] for p in preview["parts"]] == [False, True]
+    assert [p["supervised"] for p in preview["parts"]] == [False, True]
 
 
 def test_held_out_prompts_use_the_first_phrasing_and_show_the_oracle(
@@ -275,7 +275,7 @@ def test_conversations_with_other_fields_are_prepared_and_shown(at: Workplace) -
     (source,) = report["sources"]
     assert "'conversations[1].from' must be one of" in source["faults"][0]["message"]
     parts = source["splits"]["train"]["previews"][0]["parts"]
-    learned = [part["text"] for part in parts if part["learned"]]
+    learned = [part["text"] for part in parts if part["supervised"]]
     assert len(learned) == 1 and learned[0].startswith("It is ") and "<|im_end|>" in learned[0]
 
 

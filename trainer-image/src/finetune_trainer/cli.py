@@ -159,11 +159,11 @@ def _prepare(options: argparse.Namespace) -> int:
     os.environ.update(thread_environment(os.environ))  # before torch is imported
 
     def body(run_spec: RunSpec, stores: Stores) -> PreparedSummary | None:
-        from finetune_trainer.local.read_progress import Teller
+        from finetune_trainer.local.read_progress import ProgressFile
         from finetune_trainer.prepare.pipeline import prepare
 
         scratch, worker = scratch_folder(), int(os.environ.get(ENV_WORKER, "0"))
-        teller = Teller(scratch)
+        teller = ProgressFile(scratch)
         return prepare(run_spec, stores, scratch, teller, step=options.step, worker=worker)
 
     return run_stage("map" if options.step == "Map" else "prepare", body)

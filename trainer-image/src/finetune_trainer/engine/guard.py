@@ -43,7 +43,7 @@ class Guard:
         # because a loss may fall by orders of magnitude, and its noise with it.
         self._statistics = torch.zeros(3, dtype=torch.float64, device=device)
         # (step, whether the step is taken, whether loss and gradient are finite)
-        self._verdicts: list[tuple[int, Tensor, Tensor]] = []
+        self._decisions: list[tuple[int, Tensor, Tensor]] = []
 
     def judge(self, step: int, loss: Tensor, norm: Tensor, *, learns: bool = True) -> Tensor:
         """Return whether a step is taken, as a boolean on the device; does not wait for the device.
@@ -56,7 +56,7 @@ class Guard:
         taken = finite = torch.isfinite(loss) & torch.isfinite(norm)
         if self._deviations and learns:
             taken = finite & ~self._spikes(loss.clamp(min=1e-12).log(), finite)
-        self._verdicts.append((step, taken, finite))
+        self._decisions.append((step, taken, finite))
         return taken
 
     def _spikes(self, height: Tensor, finite: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Guard:
 
     def skipped(self) -> list[Skipped]:
         """Return the steps skipped since the last call; waits for the device."""
-        asked, self._verdicts = self._verdicts, []
+        asked, self._decisions = self._decisions, []
         if not asked:
             return []
         found = torch.stack([torch.stack([taken, finite]) for _, taken, finite in asked]).tolist()
@@ -93,4 +93,4 @@ class Guard:
     def resume(self, statistics: list[float]) -> None:
         """Restore saved statistics, and drop decisions that were not read."""
         self._statistics = self._statistics.new_tensor(statistics or [0.0, 0.0, 0.0])
-        self._verdicts = []
+        self._decisions = []

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from finetune_trainer.engine.dtensors import local_tensor
 
-BATCH_NUMBERS: Final = 1 << 26
+BATCH_ELEMENTS: Final = 1 << 26
 """Most elements that are orthogonalised in one batch: several copies of a batch are in memory."""
 
 
@@ -108,7 +108,7 @@ def _alike(shapes: Sequence[tuple[int, ...]]) -> Iterable[list[int]]:
     for i, shape in enumerate(shapes):
         by_shape.setdefault(shape, []).append(i)
     for shape, positions in by_shape.items():
-        count = max(1, BATCH_NUMBERS // max(1, math.prod(shape)))
+        count = max(1, BATCH_ELEMENTS // max(1, math.prod(shape)))
         for start in range(0, len(positions), count):
             yield positions[start : start + count]
 

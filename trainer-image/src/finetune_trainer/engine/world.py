@@ -82,7 +82,7 @@ class World:
             try:
                 word[0] = make()
             except Exception as error:
-                word[1] = self._tell(error)
+                word[1] = self._portable(error)
         if self.control is not None:
             dist.broadcast_object_list(word, src=0, group=self.control)
         if word[1] is not None:
@@ -97,7 +97,7 @@ class World:
         try:
             mine = (work(), None)
         except Exception as error:
-            mine = (None, self._tell(error))
+            mine = (None, self._portable(error))
         everyone: list[Any] = [mine]
         if self.control is not None:
             everyone = [None] * self.size
@@ -107,7 +107,7 @@ class World:
                 raise failure
         return [result for result, _ in everyone]
 
-    def _tell(self, error: Exception) -> TrainerError:
+    def _portable(self, error: Exception) -> TrainerError:
         """Convert an exception to one that can be sent (library exceptions often cannot be
         pickled); in a world of one process, raise the exception itself."""
         if self.control is None:
@@ -191,12 +191,12 @@ class Agreement:
         self._word: torch.Tensor | None = None
         self._handle: dist.Work | None = None
 
-    def exchange(self, *wishes: bool) -> tuple[bool, ...]:
+    def exchange(self, *flags: bool) -> tuple[bool, ...]:
         """Send this step's requests, and return which of the previous step any rank made."""
         if self._world.control is None:
-            return wishes
-        answer = self.settle() or (False,) * len(wishes)
-        self._word = torch.tensor([float(w) for w in wishes])
+            return flags
+        answer = self.settle() or (False,) * len(flags)
+        self._word = torch.tensor([float(w) for w in flags])
         self._handle = dist.all_reduce(self._word, group=self._world.control, async_op=True)
         return answer
 

@@ -19,7 +19,7 @@ FILE: Final = "reading.json"
 _LOG_SECONDS: Final = 10.0
 
 
-class Teller:
+class ProgressFile:
     """Writes every progress report to a file in a folder, and at most one per 10 s to the log."""
 
     def __init__(self, folder: Path) -> None:
@@ -35,7 +35,7 @@ class Teller:
             log.info("%s: %d records read, %d %%", progress.set, progress.records, 100 * share)
 
 
-def read_reading(folder: Path) -> tuple[int, float] | None:
+def read_progress(folder: Path) -> tuple[int, float] | None:
     """Return the records read and the share of the bytes (0 to 1); None before the first report."""
     try:
         raw = json.loads((folder / FILE).read_text())

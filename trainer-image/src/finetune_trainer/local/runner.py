@@ -26,7 +26,7 @@ from finetune_trainer.local import stages
 from finetune_trainer.local.base_reference import find_tuned
 from finetune_trainer.local.layout import count_gpus, lay_out
 from finetune_trainer.local.manifest import LocalJob, read_manifest, with_paths
-from finetune_trainer.local.read_progress import read_reading
+from finetune_trainer.local.read_progress import read_progress
 from finetune_trainer.local.state import StateFolder, changed, choose_run
 from finetune_trainer.local.storage import Where, storage_for
 from finetune_trainer.storage.objects import ObjectStore, Stores
@@ -131,7 +131,7 @@ class Runner:
         prepare = stages.single_process_stage(paths, "prepare")
 
         def reading() -> tuple[str, float | None]:
-            found = read_reading(prepare.processes[0].scratch)
+            found = read_progress(prepare.processes[0].scratch)
             if found is None:
                 return "checking access", None
             records, share = found

@@ -133,5 +133,5 @@ def _print_entry(console: Console, entry: Entry) -> None:
 def _marked(console: Console, parts: Sequence[Segment]) -> Text:
     """Return the text with its supervised parts in colour, or in brackets without colour."""
     if console.color_system is None or console.no_color:
-        return Text("".join(f"⟦{p.text}⟧" if p.learned else p.text for p in parts))
-    return Text.assemble(*((p.text, "bold green" if p.learned else "dim") for p in parts))
+        return Text("".join(f"⟦{p.text}⟧" if p.supervised else p.text for p in parts))
+    return Text.assemble(*((p.text, "bold green" if p.supervised else "dim") for p in parts))

@@ -56,7 +56,7 @@ Step = Literal["All", "Map", "Reduce"]
 """Step that a process runs: All, or Map or Reduce where ``prepare.workers`` is above 1."""
 
 
-class LogReading:
+class LogProgress:
     """Logs the read progress at every 5 % of the bytes."""
 
     def __init__(self) -> None:
@@ -115,7 +115,7 @@ def prepare(
         folder = f"{run_spec.run_uri}/splits/{digest}"
         paths = RunPaths(stores.default, uri, digest, folder, scratch / "prepared")
         work = Work(spec, sources, model, paths, stores)
-        manifest = write_data(work, step, worker, processes, say or LogReading())
+        manifest = write_data(work, step, worker, processes, say or LogProgress())
     if manifest is None or step == "Map":
         return None
     check_metrics(

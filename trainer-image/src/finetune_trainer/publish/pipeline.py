@@ -62,7 +62,7 @@ def publish(run_spec: RunSpec, stores: Stores, scratch: Path) -> PublishSummary:
         )
         drawn = is_drawn(base.folder, purpose)
         about = run_facts.gather(run_spec, result, prepared, data, sizes, base.base.model, drawn)
-        write_papers(about, store.get(f"{prepared.uri}/report.json"), folder)
+        write_documents(about, store.get(f"{prepared.uri}/report.json"), folder)
         manifest = Manifest(
             run=run_spec.run,
             job=run_spec.job,
@@ -113,7 +113,7 @@ def write_model(
     return base, formats
 
 
-def write_papers(about: run_facts.About, data_report: bytes, folder: Path) -> None:
+def write_documents(about: run_facts.About, data_report: bytes, folder: Path) -> None:
     """Write metrics.json, report.html and README.md."""
     papers = {
         "metrics.json": run_facts.metrics_text(about),

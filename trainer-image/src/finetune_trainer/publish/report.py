@@ -55,7 +55,7 @@ def _data_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
             "format": source["format"],
             "samples": found["samples"],
             "tokens": found["tokens"],
-            "learned": found["supervisedShare"],
+            "supervised": found["supervisedShare"],
             "lengths": found["lengthPercentiles"],
             "dropped": {k: v for k, v in source["dropped"].items() if v},
             "truncated": sum(source["truncated"].values()),

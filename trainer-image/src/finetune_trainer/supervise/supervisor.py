@@ -113,7 +113,7 @@ class Supervisor:
         """
         adopt_orphans()
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._told_to_stop)
+            signal.signal(number, self._on_stop_signal)
         shutil.rmtree(self._folder, ignore_errors=True)  # an emptyDir outlives a container
         oom_before = oom_kills()
         deadline = time.monotonic() + self._patience
@@ -145,7 +145,7 @@ class Supervisor:
         log.info("train: done")
         return int(ExitCode.OK)
 
-    def _told_to_stop(self, number: int, frame: FrameType | None) -> None:
+    def _on_stop_signal(self, number: int, frame: FrameType | None) -> None:
         if self._kill_at is None:
             grace = self._node.grace
             self._kill_at = time.monotonic() + grace - min(KILL_SECONDS, grace / 4)

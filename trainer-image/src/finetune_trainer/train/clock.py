@@ -63,9 +63,9 @@ class Clock:
         telemetry.tokens.inc(batch.plan.tokens)
         telemetry.samples.inc(len(batch.plan.samples))
         telemetry.step_time.observe(took)
-        self._tell_waits(session)
+        self._record_waits(session)
 
-    def _tell_waits(self, session: Session) -> None:
+    def _record_waits(self, session: Session) -> None:
         """Count the data waits that are known by now, without device synchronization."""
         while self._waits and (seconds := self._waits[0].seconds()) is not None:
             self._waits.popleft()
@@ -97,7 +97,7 @@ class Clock:
     def take_wait_share(self, session: Session) -> float:
         """Return the share of the steps' time since the last call that was spent waiting for data,
         and reset it."""
-        self._tell_waits(session)
+        self._record_waits(session)
         share = min(1.0, self._recently_waited / self._recent) if self._recent else 0.0
         self._recent = self._recently_waited = 0.0
         return share

@@ -28,7 +28,7 @@ class Figures:
     """Router loss, weighted by tokens; 0 if it is not trained."""
 
 
-_UNSAVED: Final = ("local", "unjudged")
+_UNSAVED: Final = ("local", "unchecked")
 
 
 @dataclass
@@ -60,13 +60,13 @@ class LoopState:
     stopped_early: bool = False
     local: Tensor | None = None
     """This rank's sums since the last ``gather``, on the device; not saved."""
-    unjudged: dict[int, int] = field(default_factory=dict)
+    unchecked: dict[int, int] = field(default_factory=dict)
     """Tokens by step, of the steps whose guard result was not read yet. Not saved: the results are
     read before each checkpoint."""
 
     def advance(self, sums: Tensor, tokens: int) -> None:
         """Record a step with this rank's sums."""
-        self.unjudged[self.step] = tokens
+        self.unchecked[self.step] = tokens
         self.step += 1
         self.tokens += tokens
         self.local = sums if self.local is None else self.local + sums
@@ -100,8 +100,8 @@ class LoopState:
         """Record the skipped steps among those done since the last call; their tokens do not count
         as trained. Return the longest sequence of consecutive skipped steps."""
         self.skipped_steps += len(found)
-        self.tokens -= sum(self.unjudged.get(skipped.step, 0) for skipped in found)
-        self.unjudged = {}
+        self.tokens -= sum(self.unchecked.get(skipped.step, 0) for skipped in found)
+        self.unchecked = {}
         streaks: list[list[Skipped]] = [[]]
         for skipped in (*self.skipped, *found):
             if streaks[-1] and skipped.step != streaks[-1][-1].step + 1:

@@ -11,7 +11,7 @@ from finetune_trainer.engine.world import World
 from finetune_trainer.failures import Interrupted
 from finetune_trainer.train.checkpoint import CheckpointManager
 
-_TELLING_SECONDS: Final = 3.0
+_SIGNAL_SECONDS: Final = 3.0
 
 
 def raise_if_stopping(world: World, stop_requested: Callable[[], bool], where: str) -> None:
@@ -45,7 +45,7 @@ def _end_attempt(
     not released and the next attempt counts as a restart. Kubelets signal the pods of a job within
     about a second of each other, so wait a little for the request to reach this rank.
     """
-    deadline = time.monotonic() + _TELLING_SECONDS
+    deadline = time.monotonic() + _SIGNAL_SECONDS
     while not stop_requested() and time.monotonic() < deadline:
         time.sleep(0.05)
     if all(world.on_all(stop_requested)):

@@ -64,7 +64,7 @@ def work(world: World, startup: StartupClock) -> None:
         telemetry.say(lost_seconds=checkpointer.head.lost_seconds)
     told = worker_files.stop_requested
     with (
-        living(world, stores.default, run_spec.run_uri, checkpointer.head.attempt),
+        heartbeat_of(world, stores.default, run_spec.run_uri, checkpointer.head.attempt),
         releasing(world, checkpointer, told),
     ):
         session = open_session(
@@ -85,7 +85,7 @@ def work(world: World, startup: StartupClock) -> None:
     world.close()
 
 
-def living(
+def heartbeat_of(
     world: World, store: ObjectStore, run_uri: str, attempt: int
 ) -> AbstractContextManager[object]:
     """Return a context in which rank 0 writes the heartbeat of the attempt."""

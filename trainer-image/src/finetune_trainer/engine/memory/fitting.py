@@ -116,7 +116,7 @@ def alternatives(
     fits is used.
     """
 
-    def facts_of(other: FineTuneJobSpec) -> ModelProfile | None:
+    def profile_of(other: FineTuneJobSpec) -> ModelProfile | None:
         try:
             check_image(other)
             return measure(other)
@@ -125,7 +125,7 @@ def alternatives(
 
     def tried(change: Change) -> Alternative | None:
         other = _changed(spec, change)
-        profile = facts_of(other) if other is not None else None
+        profile = profile_of(other) if other is not None else None
         if other is None or profile is None:
             return None
         found = decide(profile, other, samples.largest_micro_batch(other, profile.packing), room)

@@ -25,7 +25,7 @@ from finetune_trainer.failures import UserError
 _PACKAGES: Final = ("finetune-trainer", "torch", "transformers", "peft")
 """Packages whose versions affect a profile: those profiled and those that profile."""
 
-_ROWS_ALONE: Final = {"micro_batch_tokens"}
+_IRRELEVANT: Final = {"micro_batch_tokens"}
 """Fields of ``spec.training`` that change micro-batches but no profile; alternative specs differ in
 them."""
 
@@ -82,7 +82,7 @@ class ProfileCache:
             "longest": self._max_length,
             "task": spec.task,
             "method": spec.method.to_json(),
-            "training": spec.training.model_dump(mode="json", exclude=_ROWS_ALONE),
+            "training": spec.training.model_dump(mode="json", exclude=_IRRELEVANT),
             "on GPUs": spec.compute.gpus_per_node > 0,
             "context parallel": spec.compute.context_parallel > 1,
         }

@@ -275,7 +275,7 @@ def inspect(example: RenderedExample, policy: str, *, own_group: bool) -> Render
 def _refusal(example: RenderedExample, by_segment: list[Counter[str]]) -> DataError:
     pairs = zip(example.segments, by_segment, strict=True)
     segment, kinds = next((segment, kinds) for segment, kinds in pairs if kinds)
-    side = "its supervised text" if segment.learned else "its prompt"
+    side = "its supervised text" if segment.supervised else "its prompt"
     named = " and ".join(IN_WORDS[kind] for kind in kinds)
     return DataError(
         "PersonalData",

@@ -17,7 +17,7 @@ PREVIEW_CHARACTERS: Final = 2000
 
 _MORE: Final = " …"
 
-State = Literal["Read", "Learned", "Cut"]
+State = Literal["Read", "Supervised", "Cut"]
 
 
 def preview(sample: TokenizedSample, tokens: Tokenizing) -> dict[str, Any]:
@@ -41,11 +41,11 @@ def preview(sample: TokenizedSample, tokens: Tokenizing) -> dict[str, Any]:
     for state, group in groupby(range(len(states)), key=states.__getitem__):
         stretch = list(group)
         if state == "Cut":
-            parts.append({"text": "", "learned": False, "cut": len(stretch)})
+            parts.append({"text": "", "supervised": False, "cut": len(stretch)})
         elif text := uncovered("".join(texts[i] for i in stretch)):
-            parts.append({"text": text, "learned": state == "Learned"})
+            parts.append({"text": text, "supervised": state == "Supervised"})
     for part in sample.example.segments[len(placed) :]:
-        parts.append({"text": uncovered(covered(part.text)), "learned": part.learned})
+        parts.append({"text": uncovered(covered(part.text)), "supervised": part.supervised})
     most = _most(len(part["text"]) for part in parts)
     for shown in parts:
         if len(shown["text"]) > most:
@@ -64,7 +64,7 @@ def _states(sample: TokenizedSample) -> list[State]:
         learned[start:end] = True
     states: list[State] = ["Cut"] * len(kept)
     for position, is_learned in zip(np.flatnonzero(kept), learned, strict=True):
-        states[position] = "Learned" if is_learned else "Read"
+        states[position] = "Supervised" if is_learned else "Read"
     return states
 
 

@@ -138,7 +138,7 @@ def statistics_of(
 
 
 def _stop(sample: TokenizedSample, cut: Cut) -> int:
-    stops = sample.spans and cut != "Completion" and not sample.example.goes_on
+    stops = sample.spans and cut != "Completion" and not sample.example.continues
     return int(sample.ids[-1]) if stops else -1
 
 

@@ -83,7 +83,7 @@ class HeldOut:
 
     def end_set(self) -> None:
         """End a set: templates are detected per set."""
-        for hashes in self._counted.seldom(most_common(self._set_samples)):
+        for hashes in self._counted.rare(most_common(self._set_samples)):
             self._kept.add(hashes)
         self._set_samples = 0
 
@@ -102,7 +102,7 @@ class HeldOut:
         """Write the n-grams outside templates to a file for ``HashSet``. Ends the collection."""
         self.end_set()
         path = self._folder / "known"
-        HashSet.write(path, self._kept.seldom(self.samples))
+        HashSet.write(path, self._kept.rare(self.samples))
         return path
 
 

@@ -50,7 +50,7 @@ class HashCounter:
                 ordered[first:end].tofile(file)
         self.added += len(hashes)
 
-    def seldom(self, most: int) -> Iterator[Hashes]:
+    def rare(self, most: int) -> Iterator[Hashes]:
         """Yield the distinct hashes added at most ``most`` times, ascending, in chunks. Empties
         the counter."""
         for part in filter(Path.exists, map(self._part, range(len(_FIRSTS)))):

@@ -100,7 +100,7 @@ def fingerprints(texts: Sequence[str], threshold: float) -> Words:
     """Return band hashes and low bits of each text, shape [texts, FINGERPRINT].
 
     Args:
-        threshold: see ``SeenAlike``.
+        threshold: see ``SeenFingerprints``.
     """
     if not texts:
         return np.empty((0, FINGERPRINT), np.uint64)
@@ -109,7 +109,7 @@ def fingerprints(texts: Sequence[str], threshold: float) -> Words:
     return np.hstack([_band_keys(signatures, rows_for(threshold)), _low_bits(signatures)])
 
 
-class SeenAlike:
+class SeenFingerprints:
     """The records seen so far, to find near duplicates of them.
 
     Args:

@@ -11,7 +11,7 @@ from finetune_api.sources import Quality
 from finetune_trainer.failures import DataError
 from finetune_trainer.prepare.mapping.statistics import SampleStatistics, SplitSummary
 from finetune_trainer.prepare.quality.duplicates import Seen
-from finetune_trainer.prepare.quality.nearduplicates import SeenAlike
+from finetune_trainer.prepare.quality.nearduplicates import SeenFingerprints
 from finetune_trainer.prepare.reducing.report import SourceReport
 
 Rows = npt.NDArray[np.int64]
@@ -24,7 +24,8 @@ class Deduplicator:
         self._most = quality.max_duplicate_fraction
         self._exact = Seen() if quality.deduplicate else None
         drop_near = quality.near_duplicates == "Drop"
-        self._near = SeenAlike(float(quality.near_duplicate_similarity)) if drop_near else None
+        similarity = float(quality.near_duplicate_similarity)
+        self._near = SeenFingerprints(similarity) if drop_near else None
         self._last = ("", False)
         self._examples = 0
         self._dropped = 0
@@ -49,7 +50,7 @@ class Deduplicator:
         return kept
 
     def _alike(
-        self, near: SeenAlike, statistics: SampleStatistics, rows: Rows
+        self, near: SeenFingerprints, statistics: SampleStatistics, rows: Rows
     ) -> npt.NDArray[np.bool_]:
         """Whether the record of each row is a near duplicate of an earlier one. The samples of a
         record are consecutive and share its text, so the result of the first one, possibly in an

@@ -40,7 +40,7 @@ class Segment(NamedTuple):
     """A part of an example's text."""
 
     text: str
-    learned: bool
+    supervised: bool
     """Whether the segment is supervised."""
 
 
@@ -67,7 +67,7 @@ class RenderedExample:
     own: str
     """The record's own text, for comparison with other records: without text that many records
     share (system turns, tools, template texts). Equal for all samples of a conversation."""
-    goes_on: bool = False
+    continues: bool = False
     """Whether its text continues in another example: it has no end token then."""
     personal: Mapping[str, int] = field(default_factory=dict)
     """Number of findings of each kind of personal data (see ``personal``)."""
@@ -134,7 +134,7 @@ def _renders(
     return template.first, None if spec.template.phrasings == "First" else template.varied
 
 
-def nothing_learned(where: str, why: str) -> DataError:
+def nothing_supervised(where: str, why: str) -> DataError:
     """Return the error of a record without supervised tokens."""
     return DataError(
         "NothingSupervised",
@@ -177,7 +177,7 @@ def _pair_example(
 ) -> RenderedExample:
     if not pair.completion.strip():
         learned = "label" if form == "Classification" else "completion"
-        raise nothing_learned(record.where, f"its {learned} is empty, or white space")
+        raise nothing_supervised(record.where, f"its {learned} is empty, or white space")
     label = pair.completion.strip() if form == "Classification" else None
     return RenderedExample(
         where=record.where,
@@ -196,7 +196,7 @@ def _document_example(
     record: Record, document: Document, group: str, side: Side
 ) -> RenderedExample:
     if not document.text.strip():
-        raise nothing_learned(record.where, "its text is empty, or white space")
+        raise nothing_supervised(record.where, "its text is empty, or white space")
     return RenderedExample(
         where=record.where,
         segments=(Segment(document.text, True),),

@@ -91,7 +91,7 @@ def _examples(example: RenderedExample, text: str, ends: Sequence[int]) -> list[
             segments=(Segment(piece, True),),
             completion=piece,
             own=piece,
-            goes_on=number < len(texts),
+            continues=number < len(texts),
             personal=example.personal if number == 1 else {},
         )
         for number, piece in enumerate(texts, start=1)

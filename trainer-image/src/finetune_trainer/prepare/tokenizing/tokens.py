@@ -17,7 +17,7 @@ import numpy.typing as npt
 from finetune_api.tasks import TaskName
 from finetune_trainer.failures import DataError, UserError
 from finetune_trainer.prepare.reading.faults import Complain, refuse
-from finetune_trainer.prepare.rendering.examples import RenderedExample, nothing_learned
+from finetune_trainer.prepare.rendering.examples import RenderedExample, nothing_supervised
 
 Ids = npt.NDArray[np.int32]
 Span = tuple[int, int]
@@ -209,12 +209,12 @@ class Tokens:
             tokens = next(source)
             start = len(ids)
             ids += tokens[1:] if i and self._lead else tokens
-            if part.learned:
+            if part.supervised:
                 spans.append((start, len(ids)))
         start, end = spans[-1]
         if start == end:
-            raise nothing_learned(example.where, "its completion has no token")
-        if example.framed and not example.goes_on:
+            raise nothing_supervised(example.where, "its completion has no token")
+        if example.framed and not example.continues:
             ids.append(self.eos_id)
             spans[-1] = (start, end + 1)
         if start == 0 and example.prompt == "" and len(example.segments) > 1:
