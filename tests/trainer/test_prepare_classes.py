@@ -150,7 +150,7 @@ def test_a_model_without_a_classification_head_is_refused_before_its_weights(pre
         return folder
 
     with pytest.raises(
-        UserError, match="of type bart, which cannot be a text classifier"
+        UserError, match="which cannot be a text classifier"
     ) as refused:
         prepared({"train": records(4)}, write)
     assert refused.value.reason == "UnsupportedModel"

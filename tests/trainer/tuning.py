@@ -104,8 +104,7 @@ def check_published(
     tokenizer, checkpoint = load_tokenizer(base), FileSystemReader(folder / "checkpoint")
     plain = AutoModelForCausalLM.from_pretrained(base)
     assert (logits(plain) - expected).abs().max() > 1e-3
-    # Merging changes the order of sums, whose rounding grows with their size.
-    atol = 2e-6 * max(1.0, float(expected.abs().max()))
+    atol = 1e-5  # merging changes the order of sums; how they round depends on the processor
     if "Adapter" in spec.method.kind.formats:
         model = tuned_model(base, None, checkpoint, spec)
         files = BaseFiles(Base(ModelLocation(source="s3://models/base"), ()), base, None)
