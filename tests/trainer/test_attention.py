@@ -12,20 +12,20 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from finetune_trainer.engine.packing import attention
-from finetune_trainer.engine.packing.context import ALONE, ContextGroup, Wanted
+from finetune_trainer.engine.packing.context import ALONE, ContextGroup, SharedKeys
 from finetune_trainer.engine.packing.feed import build_packed
 
 LENGTHS = [37, 12, 5, 40, 2]
 
 
 @dataclass(frozen=True)
-class Gathered(Wanted):
+class Gathered(SharedKeys):
     """Stand-in for the collective: local keys of all processes, reordered as a gather does."""
 
     order: Tensor
 
     def gather(self, x: Tensor) -> Tensor:
-        return x.index_select(2, self.order).index_select(2, self.take)
+        return x.index_select(2, self.order).index_select(2, self.index)
 
 
 def varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
@@ -90,8 +90,8 @@ def test_context_parallel_shares_match_the_whole_sequence(monkeypatch, size, win
     for index in range(size):
         context = ContextGroup(index, size, object())
         layout = micro_batch_of(context)
-        gathered = Gathered(layout.wanted.take, None, torch.from_numpy(order))
-        layout = replace(layout, wanted=gathered)
+        gathered = Gathered(layout.shared_keys.index, None, torch.from_numpy(order))
+        layout = replace(layout, shared_keys=gathered)
         held = context.held(padded)
         real = held < sum(LENGTHS)
         spans = attention.attend(layout, q[:, :, held], k, v, None, window)

@@ -31,23 +31,23 @@ def test_spans_cover_held_tokens_and_keys_end_at_the_last_query(lengths, size):
     for index in range(size):
         context = ContextGroup(index, size, group)
         held = context.held(len(position))
-        spans, wanted = share(lengths, context, CPU)
+        spans, shared_keys = share(lengths, context, CPU)
         assert sum(s.q_len for s in spans) == len(held)
         query = key = 0
         for span in spans:
             mine = held[query : query + span.q_len]
-            keys = order[wanted.take[key : key + span.kv_len].numpy()]
+            keys = order[shared_keys.index[key : key + span.kv_len].numpy()]
             assert (np.diff(mine) == 1).all()
             assert keys[-1] == mine[-1]
             assert position[keys].tolist() == list(range(span.kv_len))
             assert set(document[keys]) == {document[mine[0]]}
             query, key = query + span.q_len, key + span.kv_len
-        assert key == len(wanted.take)
+        assert key == len(shared_keys.index)
 
 
 def test_a_single_process_holds_whole_documents():
-    spans, wanted = share([3, 2], ALONE, CPU)
-    assert (spans, wanted) == (((3, 3), (2, 2)), None)
+    spans, shared_keys = share([3, 2], ALONE, CPU)
+    assert (spans, shared_keys) == (((3, 3), (2, 2)), None)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from engine import CPU
 from fixtures_memory import GIB, SAMPLES, profile_of, spec_of
 
 from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.engine.memory.alternatives import alternatives
 from finetune_trainer.engine.memory.estimate import (
     ModelProfile,
     Placement,
@@ -22,7 +23,7 @@ from finetune_trainer.engine.memory.estimate import (
     estimate,
     placements,
 )
-from finetune_trainer.engine.memory.fitting import alternatives, fit, told
+from finetune_trainer.engine.memory.fitting import fit, memory_estimate
 from finetune_trainer.engine.memory.formatting import table
 from finetune_trainer.engine.memory.profile_cache import ProfileCache
 from finetune_trainer.engine.planning.micro_batch_size import MicroBatchSize, Samples
@@ -58,7 +59,7 @@ def test_doubtful_fit_is_tried_with_a_warning_that_names_fitting_alternatives(
     tried = fit(spec, SAMPLES, memory, measure)
     assert tried.needed == least > memory > tried.certain
     assert "it may not fit. What fits: " in tried.warning
-    assert tried.warning in table(tried) and told(tried).warning == tried.warning
+    assert tried.warning in table(tried) and memory_estimate(tried).warning == tried.warning
     found = alternatives(spec, SAMPLES, memory, measure)
     assert 1 <= len(found) <= 3
     for one in found:

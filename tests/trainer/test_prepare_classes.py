@@ -149,9 +149,7 @@ def test_a_model_without_a_classification_head_is_refused_before_its_weights(pre
         (folder / "config.json").write_text(json.dumps(config))
         return folder
 
-    with pytest.raises(
-        UserError, match="which cannot be a text classifier"
-    ) as refused:
+    with pytest.raises(UserError, match="which cannot be a text classifier") as refused:
         prepared({"train": records(4)}, write)
     assert refused.value.reason == "UnsupportedModel"
 

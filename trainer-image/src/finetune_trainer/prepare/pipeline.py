@@ -23,7 +23,8 @@ from finetune_api.run_spec import RunSpec
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.adaptersum import check_sum
 from finetune_trainer.engine.base import fetch_base
-from finetune_trainer.engine.memory.fitting import Measure, fit, others, told
+from finetune_trainer.engine.memory.alternatives import Measure
+from finetune_trainer.engine.memory.fitting import fit, memory_estimate, others
 from finetune_trainer.engine.memory.formatting import table
 from finetune_trainer.engine.memory.profile_cache import ProfileCache
 from finetune_trainer.engine.memory.requirements import check_image
@@ -312,7 +313,7 @@ def estimate_memory(spec: FineTuneJobSpec, data: PreparedData, measure: Measure)
     found = fit(spec, samples, spec.compute.process_memory, measure)
     level = logging.WARNING if found.warning else logging.INFO
     log.log(level, "%s", table(found, others(spec, samples, found, measure)))
-    return told(found)
+    return memory_estimate(found)
 
 
 def summarise(

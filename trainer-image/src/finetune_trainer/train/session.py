@@ -20,8 +20,9 @@ from finetune_api.tasks import Metric
 from finetune_trainer.engine.base import fetch_base
 from finetune_trainer.engine.flops import Work, peak
 from finetune_trainer.engine.guard import Guard
+from finetune_trainer.engine.memory.alternatives import Measure
 from finetune_trainer.engine.memory.estimate import MemoryDecision
-from finetune_trainer.engine.memory.fitting import Measure, fit, others
+from finetune_trainer.engine.memory.fitting import fit, others
 from finetune_trainer.engine.memory.formatting import table
 from finetune_trainer.engine.memory.profile_cache import ProfileCache
 from finetune_trainer.engine.memory.requirements import check_device
@@ -226,7 +227,7 @@ def fitted(
     Raises:
         UserError: 'DoesNotFit', or if spec and model are incompatible; before the model is loaded.
     """
-    room = min(world.on_all(lambda: capacity(world.device, world.processes_per_node)))
+    available = min(world.on_all(lambda: capacity(world.device, world.processes_per_node)))
     there = {"nodes": world.nodes, "processes_per_node": world.processes_per_node}
     there["gpus_per_node"] = world.processes_per_node if world.device.type == "cuda" else 0
     spec = spec.model_copy(update={"compute": spec.compute.model_copy(update=there)})
@@ -234,7 +235,7 @@ def fitted(
     def decide() -> MemoryDecision:
         index = data.index("train")
         samples = Samples(index.length, index.supervised, data.manifest.max_length)
-        found = fit(spec, samples, room, measure)
+        found = fit(spec, samples, available, measure)
         print(table(found, others(spec, samples, found, measure)), flush=True)
         return found
 

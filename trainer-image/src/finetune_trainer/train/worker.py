@@ -95,6 +95,6 @@ def heartbeat_of(
 def beside_estimate(error: torch.OutOfMemoryError, session: Session) -> TrainerError:
     """Return an out-of-memory failure with the memory estimate added to its message."""
     known, memory = recognise(error), session.memory
-    sizes = f"{gibibytes(memory.needed)} of {gibibytes(memory.room or 0)}"
+    sizes = f"{gibibytes(memory.needed)} of {gibibytes(memory.available or 0)}"
     expected = memory.warning or f"The estimate was {sizes} ({memory.placement})"
     return OutOfMemory(known.reason, f"{known.message}. {expected}")

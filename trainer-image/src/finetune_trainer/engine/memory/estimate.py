@@ -159,7 +159,7 @@ class MemoryDecision:
     placement: Placement
     parts: Mapping[Part, int]
     """Bytes by part."""
-    room: int | None
+    available: int | None
     """Bytes of memory of a process; None: unknown."""
     measured: bool
     """Whether activations could be measured."""
@@ -179,12 +179,12 @@ class MemoryDecision:
 
     @property
     def fits(self) -> bool:
-        return self.room is None or self.needed <= self.room
+        return self.available is None or self.needed <= self.available
 
     @property
     def impossible(self) -> bool:
         """Whether the certain parts alone do not fit."""
-        return self.room is not None and self.certain > self.room
+        return self.available is not None and self.certain > self.available
 
 
 def shards_of(sharding: Sharding, nodes: int, processes_per_node: int) -> int:
@@ -311,22 +311,22 @@ def decision_for(
     spec: FineTuneJobSpec,
     micro_batch: MicroBatchSize,
     placement: Placement,
-    room: int | None,
+    available: int | None,
 ) -> MemoryDecision:
     """Return the memory decision for a given placement."""
     parts = estimate(profile, spec, micro_batch, placement)
     return MemoryDecision(
-        placement, parts, room, profile.activations is not None, profile.plain_head
+        placement, parts, available, profile.activations is not None, profile.plain_head
     )
 
 
 def decide(
-    profile: ModelProfile, spec: FineTuneJobSpec, micro_batch: MicroBatchSize, room: int | None
+    profile: ModelProfile, spec: FineTuneJobSpec, micro_batch: MicroBatchSize, available: int | None
 ) -> MemoryDecision:
     """Return the first placement that fits. If none fits: the smallest of the placements that are
     not impossible, else the smallest of all."""
     found = [
-        decision_for(profile, spec, micro_batch, placement, room)
+        decision_for(profile, spec, micro_batch, placement, available)
         for placement in placements(profile, spec)
     ]
     least = min(found, key=lambda one: (one.impossible, one.needed))

@@ -17,10 +17,12 @@ def gibibytes(count: float) -> str:
 def table(found: MemoryDecision, others: Sequence[MemoryDecision] = ()) -> str:
     """Format a memory decision, one line per part; ``others``: placements that were tried, each
     with its sum."""
-    room = "not known before training" if found.room is None else gibibytes(found.room)
+    available = (
+        "not known before training" if found.available is None else gibibytes(found.available)
+    )
     lines = [f"memory of a training process, estimated ({found.placement}):"]
     lines += [f"  {gibibytes(n):>12}  {part:<12} {PARTS[part]}" for part, n in found.parts.items()]
-    lines += [f"  {gibibytes(found.needed):>12}  of {room}"]
+    lines += [f"  {gibibytes(found.needed):>12}  of {available}"]
     if not found.measured:
         lines.append("  activations could not be measured for this architecture: in the reserve")
     lines += [f"  {gibibytes(other.needed):>12}  with {other.placement}" for other in others]

@@ -23,7 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from finetune_trainer.engine.packing.layout import DocumentLayout, Groups
+from finetune_trainer.engine.packing.groups import Groups
+from finetune_trainer.engine.packing.layout import DocumentLayout
 
 _MOST_WIDTH: Final = 256
 """Largest head width that FlashAttention supports."""
@@ -64,11 +65,11 @@ def attend(
         The attended values, shape [1, tokens, heads, width of a value].
     """
     query, key, value = as_computed(query, key, value)
-    if layout.wanted is not None:
-        key, value = layout.wanted.gather(key), layout.wanted.gather(value)
+    if layout.shared_keys is not None:
+        key, value = layout.shared_keys.gather(key), layout.shared_keys.gather(value)
     if query.is_cuda or has_kernel(query, value):
         return _on_gpu(layout, query, key, value, scale, window)
-    by = _by_group if layout.wanted is None else _by_span
+    by = _by_group if layout.shared_keys is None else _by_span
     if query.device.type != "cpu":
         return by(layout, query, key, value, scale, window)  # type: ignore[no-any-return]
     # On a CPU the backward pass of torch's kernel is 19 times as fast in float32 as in 16 bits
@@ -85,9 +86,9 @@ def _on_gpu(
     width = value.shape[-1]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if has_kernel(query, value):
-        attended = _by_offsets(layout, *for_flash(query, key, value), scale, window)
+        attended = _by_cu_seqlens(layout, *for_flash(query, key, value), scale, window)
     else:
-        by = _by_group if layout.wanted is None else _by_span
+        by = _by_group if layout.shared_keys is None else _by_span
         attended = by(layout, *for_efficient(query, key, value), scale, window)
     return attended[..., :width]
 
@@ -139,11 +140,11 @@ def _is_new_enough(device: int) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _by_offsets(
+def _by_cu_seqlens(
     layout: DocumentLayout, query: Tensor, key: Tensor, value: Tensor, scale: float | None,
     window: int | None,
 ) -> Tensor:  # fmt: skip
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     attended = varlen_attn(
         q, k, v, layout.cu_seqlens.q, layout.cu_seqlens.kv, layout.max_seqlen, layout.max_seqlen,
         scale=scale, window_size=(-1 if window is None else window - 1, 0), **_GROUPED,

@@ -67,17 +67,17 @@ ALONE: Final = ContextGroup(0, 1, None)
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SharedKeys:
     """Keys that the local spans see, among the gathered keys of the group."""
 
-    take: Tensor
+    index: Tensor
     """Indices into the gathered tokens, span after span; shape [keys]."""
     group: dist.ProcessGroup
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def gather(self, x: Tensor) -> Tensor:
         """[1, heads, local tokens, width] → [1, heads, keys, width]."""
-        return cast(Tensor, _Gathered.apply(x, self.group)).index_select(2, self.take)
+        return cast(Tensor, _Gathered.apply(x, self.group)).index_select(2, self.index)
 
 
 class _Gathered(torch.autograd.Function):
@@ -106,7 +106,7 @@ class _Gathered(torch.autograd.Function):
 
 def share(
     lengths: Sequence[int], group: ContextGroup, device: torch.device
-) -> tuple[tuple[Span, ...], Wanted | None]:
+) -> tuple[tuple[Span, ...], SharedKeys | None]:
     """Spans of this process, and the keys they need, for a packed sequence of documents of these
     lengths. The sum of lengths includes ``ContextGroup.padding``."""
     if group.size == 1 or group.group is None:
@@ -126,4 +126,4 @@ def share(
             if first < last:
                 spans.append(Span(last - first, last - start))
                 take.append(place[start:last])
-    return tuple(spans), Wanted(on_device(np.concatenate(take), device), group.group)
+    return tuple(spans), SharedKeys(on_device(np.concatenate(take), device), group.group)

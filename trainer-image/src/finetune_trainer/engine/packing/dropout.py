@@ -188,11 +188,11 @@ def add_noise(embedding: nn.Module, alpha: float) -> None:
         layout = current_layout()
         if not module.training or layout is None:
             return output
-        if layout.dropout_keys is None or layout.lengths is None:
+        if layout.dropout_keys is None or layout.document_lengths is None:
             raise RuntimeError("noise in a micro-batch without keys: build it with keyed=True")
         width = output.shape[-1]
         noise = draw(layout.dropout_keys, width, salt_of(_NOISE_LAYER)).double() * 2.0**-31
-        size = alpha / (layout.lengths * width).double().sqrt()
+        size = alpha / (layout.document_lengths * width).double().sqrt()
         return output + (noise * size[:, None]).to(output.dtype).view(output.shape)
 
     embedding.register_forward_hook(hook)

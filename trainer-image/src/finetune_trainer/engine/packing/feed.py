@@ -156,7 +156,7 @@ def build_packed(
     position = np.concatenate([np.arange(n) for n in lengths])
     held = context.held(len(ids))
     target = np.flatnonzero(predicts[held])
-    spans, wanted = share(lengths, context, device)
+    spans, shared_keys = share(lengths, context, device)
     cu_seqlens = cu_seqlens_of(spans, device)
     if fixed:
         varies(cu_seqlens.q)
@@ -179,8 +179,8 @@ def build_packed(
             cu_seqlens=cu_seqlens,
             max_seqlen=max(shape.longest, *(span.kv_len for span in spans)),
             dropout_keys=keys,
-            lengths=tensor(np.repeat(lengths, lengths)[held]) if keyed else None,
-            wanted=wanted,
+            document_lengths=tensor(np.repeat(lengths, lengths)[held]) if keyed else None,
+            shared_keys=shared_keys,
         ),
         sources=tensor(source[held][target]),
         sources_here=source[held][target],
@@ -327,7 +327,7 @@ class Feed:
                 return built
             assert isinstance(built, TokenMicroBatch), "only token outputs are anchored"
             at = on_device(np.flatnonzero(self._replay[built.sources_here]), self._device)
-            if built.layout.wanted is None:
+            if built.layout.shared_keys is None:
                 alone = self._build if built.is_padded else partial(build_packed, keyed=False)
                 apart = build(alone, self._of_replay(micro_batch))
                 assert isinstance(apart, TokenMicroBatch)

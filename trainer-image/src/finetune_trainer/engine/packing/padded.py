@@ -62,7 +62,7 @@ def pad_documents(
         cu_seqlens=cu_seqlens_of((), device),
         max_seqlen=shape[1],
         dropout_keys=on_device(keys.reshape(-1), device) if keyed else None,
-        lengths=on_device(np.repeat(lengths, shape[1]), device) if keyed else None,
+        document_lengths=on_device(np.repeat(lengths, shape[1]), device) if keyed else None,
         document_dropout_keys=on_device(keys[:, 0], device) if keyed else None,
     )
     return Padded(ids, mask, layout)
