@@ -129,7 +129,7 @@ def test_flash_attention_agrees_with_padded_groups(window: int | None) -> None:
         for heads in (8, 2, 2)
     )
     assert attention.has_kernel(q, v)
-    by_kernel = attention._by_offsets(layout, q, k, v, None, window)
+    by_kernel = attention._by_cu_seqlens(layout, q, k, v, None, window)
     by_group = attention._by_group(layout, q, k, v, None, window)
     torch.testing.assert_close(by_kernel, by_group, rtol=2e-2, atol=2e-2)
 
