@@ -52,9 +52,9 @@ DATA_REPORT = {
                     "previews": [
                         {
                             "where": "s3://bucket/t.jsonl:1", "tokens": 9,
-                            "parts": [{"text": "", "learned": False, "cut": 1200},
-                                      {"text": "is it <b>?", "learned": False},
-                                      {"text": " yes", "learned": True}],
+                            "parts": [{"text": "", "supervised": False, "cut": 1200},
+                                      {"text": "is it <b>?", "supervised": False},
+                                      {"text": " yes", "supervised": True}],
                         }
                     ],
                 },
@@ -179,7 +179,7 @@ def test_the_report_shows_figures_data_and_examples() -> None:
     for shown in (
         '<span class="pill good">+47.5 %</span>', '<span class="pill bad">+0.500</span>',
         "123,457", "2 Duplicate 1 truncated", "yes 4, no 3", "&lt;script&gt;x&lt;/script&gt;",
-        "[1,200 tokens cut off]", '<mark class="learned"> yes</mark>',
+        "[1,200 tokens cut off]", '<mark class="supervised"> yes</mark>',
         "is it &lt;b&gt;?", "LoRA, rank 16",
         "adapter 1.2 MB, merged 2,000.0 MB", "published checkpoint, step 10", "Loss 1.5",
         "First step after</th><td>3.2 s (model 1.2, step 2.0)", "LoRA on <code>hf://org/name@rev<",
