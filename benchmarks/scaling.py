@@ -32,7 +32,7 @@ def work(rank: int, size: int, port: int, steps: int, said: Queue[float]) -> Non
         said.put(speed)
 
 
-def world(size: int, steps: int) -> float:
+def speed_of(size: int, steps: int) -> float:
     context = multiprocessing.get_context("spawn")
     said: Queue[float] = context.Queue()
     with socket.socket() as probe:
@@ -54,7 +54,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
     options = parser.parse_args()
-    pairs = [(world(1, options.steps), world(2, options.steps)) for _ in range(options.rounds)]
+    pairs = [
+        (speed_of(1, options.steps), speed_of(2, options.steps)) for _ in range(options.rounds)
+    ]
     one, two = (statistics.median(x) for x in zip(*pairs, strict=True))
     ratios = [b / a for a, b in pairs]
     shown = " ".join(f"{r:.2f}" for r in ratios)

@@ -23,7 +23,7 @@ KINDS: Final = {
     "matrix products": r"aten::(mm|addmm|bmm|linear)$|MmBackward",
     "attention kernels": r"flash_attention_for_cpu",
     "loss of the logits": (
-        r"log_softmax|nll_loss|LogSoftmax|Nll|TokenLosses|aten::(gather|scatter_add_|exp_)$"
+        r"log_softmax|nll_loss|LogSoftmax|Nll|InPlaceCrossEntropy|aten::(gather|scatter_add_|exp_)$"
     ),
     "elementwise (norms, rotary, activations, residuals)": (
         r"aten::(mul|add|sub|neg|pow|rsqrt|mean|sum|div|silu|silu_backward|cos|sin)$"

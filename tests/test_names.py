@@ -24,7 +24,7 @@ OLD: dict[str, tuple[str, ...]] = {
     # packed sequences and micro-batches
     r"\b(RowLayout|RowTensors|TokenRow|PaddedRow|RowLosses|RowSize|RowBuilder)\b": EVERYWHERE,
     r"\b(build_row|row_context|current_row|row_tokens\w*|row_losses|rowsize)\b": EVERYWHERE,
-    r"\bOffsets\b|\boffsets_of\b": EVERYWHERE,
+    r"\bOffsets\b|\boffsets_of\b|_by_offsets": EVERYWHERE,
     r"engine[./]rows\b": EVERYWHERE,
     # data parallelism, process groups
     r"\b[Ll]aying(_of)?\b": EVERYWHERE,

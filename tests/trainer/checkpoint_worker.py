@@ -4,6 +4,7 @@ it."""
 from __future__ import annotations
 
 import datetime
+import threading
 from typing import Any
 
 import torch
@@ -40,19 +41,29 @@ class Counting(ObjectStore):
     """Object store that counts the bytes of range reads."""
 
     read = 0
+    lock = threading.Lock()
+    """Ranges are read in several threads."""
 
     def get_range(self, uri: str, start: int, stop: int) -> bytes:
-        self.read += stop - start
+        with self.lock:
+            self.read += stop - start
         return super().get_range(uri, start, stop)
 
 
-def state_of_rank(size: int, fill: bool, shards: bool) -> dict[str, Any]:
-    """State with sharded or unsharded tensors, a replicated tensor and a non-tensor entry."""
-    mesh = init_device_mesh("cpu", (size,))
+def state_of_rank(size: int, fill: bool, shards: bool, copies: bool = False) -> dict[str, Any]:
+    """State with sharded or unsharded tensors, a replicated tensor and a non-tensor entry.
+
+    Args:
+        copies: unsharded tensors are DTensors, as FSDP makes them of copied weights.
+    """
+    mesh = init_device_mesh("cpu", (size,) if not copies else (size, 1))
     state: dict[str, Any] = {}
     for name in SHAPES:
         whole = values(name) if fill else torch.zeros(SHAPES[name])
-        state[name] = distribute_tensor(whole, mesh, [Shard(CUT[name])]) if shards else whole
+        state[name] = whole
+        if shards or copies:
+            placements = [Shard(CUT[name])] if shards else [Replicate(), Shard(CUT[name])]
+            state[name] = distribute_tensor(whole, mesh, placements)
     state["all"] = torch.arange(5.0) if fill else torch.zeros(5)
     state["words"] = {"rate": 0.5 if fill else 0.0}
     return state
@@ -60,7 +71,7 @@ def state_of_rank(size: int, fill: bool, shards: bool) -> dict[str, Any]:
 
 def work(
     rank: int, size: int, port: int, s3: tuple[str, str, str], uri: str, shards: bool, files: Any,
-    told: Any,
+    told: Any, copies: bool = False,
 ) -> None:  # fmt: skip
     """Write the state if ``files`` is None, and report the files and the staged size. Else read the
     state, and report whether it is equal (or the reason of the error) and the bytes read."""
@@ -72,7 +83,7 @@ def work(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size,
         timeout=datetime.timedelta(seconds=60),
     )  # fmt: skip
-    state = state_of_rank(size, files is None, shards)
+    state = state_of_rank(size, files is None, shards, copies)
     if files is None:
         writer = CheckpointWriter(store, uri)
         staged = stage(state, dist.group.WORLD)

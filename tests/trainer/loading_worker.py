@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from finetune_trainer.engine.dtensors import whole
 from finetune_trainer.engine.memory.estimate import Placement, Sharding
 from finetune_trainer.engine.model import TEXT, Purpose
 from finetune_trainer.engine.placeholders import is_placeholder
-from finetune_trainer.engine.precision import FP32
+from finetune_trainer.engine.precision import precision_of
 from finetune_trainer.engine.world import join
 from finetune_trainer.storage.objects import Credentials, ObjectInfo, ObjectStore
 from finetune_trainer.storage.published import Base
@@ -29,17 +30,20 @@ class Counting(ObjectStore):
     """A store that counts the bytes read."""
 
     read = 0
+    lock = threading.Lock()
+    """Ranges are read in several threads."""
 
     def get_range(self, uri: str, start: int, stop: int, *, etag: str | None = None) -> bytes:
         data = super().get_range(uri, start, stop, etag=etag)
-        self.read += len(data)
+        with self.lock:
+            self.read += len(data)
         return data
 
 
 def fill(
     rank: int, size: int, port: int, sharding: Sharding, folder: str, endpoint: str,
     keys: Credentials, objects: list[ObjectInfo], out: str, purpose: Purpose = TEXT,
-    method: dict[str, Any] | None = None,
+    method: dict[str, Any] | None = None, precision: str = "FP32",
 ) -> None:  # fmt: skip
     """Open a model from object storage. Rank 0 writes the gathered tensors; each rank writes the
     bytes that it read and holds, and the number of placeholders left."""
@@ -57,14 +61,14 @@ def fill(
             "output": {"destination": "s3://models/tuned"},
             "task": purpose.task,
             "method": method or {"type": "Full"},
-            "training": {"precision": "FP32"},
+            "training": {"precision": precision},
         }
     )
     world = join(spec)
     stores: Any = SimpleNamespace(of=lambda access: store)
     opened = open_model(
         spec, BaseFiles(Base(spec.model, ()), Path(folder), None, tuple(objects)), stores, world,
-        Placement(sharding, False), FP32, purpose, True,
+        Placement(sharding, False), precision_of(spec, cuda=False), purpose, True,
     )  # fmt: skip
     model = opened.model
     found = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
@@ -74,7 +78,7 @@ def fill(
     )
     gc.collect()
     left = sum(type(o) is nn.Parameter and is_placeholder(o) for o in gc.get_objects())
-    if rank == 0:
-        torch.save((found, buffers), f"{out}/whole.pt")
+    name = "whole.pt" if rank == 0 else f"whole-{rank}.pt"
+    torch.save((found, buffers), f"{out}/{name}")
     torch.save((store.read, held, left), f"{out}/{rank}.pt")
     world.close()

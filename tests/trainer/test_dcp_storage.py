@@ -110,14 +110,20 @@ Told = list[Any]
 
 
 def world(
-    size: int, s3: EmbeddedS3, uri: str, files: dict[str, FileInfo] | None, shards: bool = True
+    size: int,
+    s3: EmbeddedS3,
+    uri: str,
+    files: dict[str, FileInfo] | None,
+    shards: bool = True,
+    copies: bool = False,
 ) -> Told:
     """Run ``work`` in ``size`` processes; return their reports."""
     told = multiprocessing.get_context("forkserver").Manager().Queue()
     keys = (s3.endpoint, s3.access_key, s3.secret_key)
     port = free_port()
     processes = [
-        forked(work, rank, size, port, keys, uri, shards, files, told) for rank in range(size)
+        forked(work, rank, size, port, keys, uri, shards, files, told, copies)
+        for rank in range(size)
     ]
     for process in processes:
         process.join(90)
@@ -138,9 +144,10 @@ def test_ranks_read_their_own_shards_or_rank_0_reads_for_all(s3: EmbeddedS3, uri
     in_shards = world(3, s3, uri, files)
     assert [is_same for is_same, _ in in_shards] == [True] * 3
     assert all(read < 0.8 * total for _, read in in_shards), (total, in_shards)
-    whole = world(2, s3, uri, files, shards=False)
-    assert [is_same for is_same, _ in whole] == [True] * 2
-    assert sorted(read > 0 for _, read in whole) == [False, True]
+    for copies in (False, True):
+        whole = world(2, s3, uri, files, shards=False, copies=copies)
+        assert [is_same for is_same, _ in whole] == [True] * 2
+        assert sorted(read > 0 for _, read in whole) == [False, True]
 
 
 @pytest.mark.parametrize("shards", [True, False])

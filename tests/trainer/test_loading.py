@@ -318,6 +318,24 @@ def test_each_rank_reads_only_its_shards(
         assert read == copies * whole + size * kept, "each rank reads its shards once"
 
 
+@pytest.mark.parametrize("precision", ["FP32", "BF16"])
+def test_rank_0_reads_for_all_replicas(
+    precision: str, s3: EmbeddedS3, store: ObjectStore, root: str,
+    model_of: Callable[[str], Path], tmp_path: Path,
+) -> None:  # fmt: skip
+    """By DDP, and by FSDP's copies."""
+    folder = model_of("untied")
+    objects = put(store, root, folder)
+    open_in_world(2, "NoShard", folder, s3, objects, tmp_path, TEXT, None, precision)
+    expected = build_base(folder, torch.float32)
+    found, _ = torch.load(tmp_path / "whole.pt")
+    same(found, dict(expected.named_parameters()))
+    read = [torch.load(tmp_path / f"{rank}.pt")[0] for rank in range(2)]
+    assert read[0] > 0 and read[1] == 0
+    other, _ = torch.load(tmp_path / "whole-1.pt")
+    same(other, found)
+
+
 def open_in_world(
     size: int, sharding: str, folder: Path, s3: EmbeddedS3, objects: list[ObjectInfo], out: Path,
     *more: Any,

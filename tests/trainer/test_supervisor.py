@@ -26,7 +26,7 @@ MAIN = (
 )
 
 # Trains until the test ends it, and saves on a stop request, like the real worker.
-GANG = """
+WORKER = """
 import os, sys, time
 from datetime import timedelta
 from pathlib import Path
@@ -162,7 +162,7 @@ class Nodes:
         return process
 
     def start_world(self) -> list[subprocess.Popen[bytes]]:
-        return [self.start(GANG, rank, FINETUNE_NODES=2) for rank in (0, 1)]
+        return [self.start(WORKER, rank, FINETUNE_NODES=2) for rank in (0, 1)]
 
     def wait_for(self, pattern: str, count: int = 1) -> list[Path]:
         """Wait until the workers have written ``count`` files; return them."""
@@ -223,7 +223,7 @@ def test_training_resumes_after_a_lost_node_and_finishes(nodes: Nodes) -> None:
         before = len(list(nodes.shared.glob("training-*")))
         nodes.kill_node(world[lost])
         began = time.monotonic()
-        world[lost] = nodes.start(GANG, lost, FINETUNE_NODES=2)
+        world[lost] = nodes.start(WORKER, lost, FINETUNE_NODES=2)
         nodes.wait_for("training-*", before + 2)
         print(f"training again {time.monotonic() - began:.1f} s after node {lost} was lost")
     assert not any(runs(int(path.name.split("-")[-1])) for path in first)
@@ -297,7 +297,7 @@ def test_nodes_are_waited_for_until_the_start_deadline(
 ) -> None:
     nodes.write_run_spec(scheduling={"startDeadlineSeconds": deadline})
     main = f"from finetune_trainer.supervise import supervisor; supervisor.FORM_SECONDS = 1; {MAIN}"
-    alone = nodes.start(GANG, main=main, FINETUNE_NODES=2)
+    alone = nodes.start(WORKER, main=main, FINETUNE_NODES=2)
     if ends:
         assert nodes.end(alone) == 20, nodes.logs()
         failure = nodes.termination().failure

@@ -156,7 +156,7 @@ STORAGE_LAYOUT: Final[tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = (
             ("prepared.json", "which prepared data the run uses"),
             ("memory-profiles.json", "memory profiles of the model, measured by prepare"),
             ("HEAD.json", "the attempt that owns the run, its checkpoints and rollbacks"),
-            ("heartbeat.json", "last heartbeat of the attempt: if it dies, the time that it cost"),
+            ("heartbeat.json", "last heartbeat of the attempt: bounds the time lost if it dies"),
             ("attempt-<n>/step-<8 digits>/", "a checkpoint: the training state"),
             ("baseline.json", "test metrics of the base model"),
             ("result.json", "summary and learning curve, which publish reads"),

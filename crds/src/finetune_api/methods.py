@@ -40,8 +40,7 @@ class MethodKind:
     quantizes: bool = False
     """Whether the linear layers of the base are held in 4 bits, which needs a GPU."""
     shards: bool = True
-    """Whether the model can be sharded (`compute.sharding`), and so whether precisions that copy
-    weights are supported."""
+    """Whether the model can be sharded (`compute.sharding`)."""
     packs: bool = True
     """Whether documents can be packed; no if each needs virtual tokens before it."""
     recomputes: bool = True

@@ -13,6 +13,15 @@ def local_tensor(value: Tensor) -> Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
+def is_sharded(value: object) -> bool:
+    """Whether processes hold different parts of a tensor. (FSDP's copies of unsharded weights are
+    DTensors too, sharded over a mesh dimension of size 1.)"""
+    if not isinstance(value, DTensor):
+        return False
+    sizes = zip(value.placements, value.device_mesh.shape, strict=True)
+    return any(placement.is_shard() and size > 1 for placement, size in sizes)
+
+
 def whole(value: Tensor) -> Tensor:
     """Gather a tensor that may be sharded."""
     return value.full_tensor() if isinstance(value, DTensor) else value

@@ -104,7 +104,7 @@ def configuration(path: Path, purpose: Purpose = TEXT) -> PreTrainedConfig:
     return config
 
 
-def is_drawn(path: Path, purpose: Purpose) -> bool:
+def has_drawn_head(path: Path, purpose: Purpose) -> bool:
     """Whether the model starts with a classification head of random parameters."""
     return bool(purpose.classes) and not has_head(AutoConfig.from_pretrained(path), purpose.classes)
 
@@ -112,7 +112,7 @@ def is_drawn(path: Path, purpose: Purpose) -> bool:
 def drawn_names(model: PreTrainedModel, path: Path, purpose: Purpose) -> set[str]:
     """Parameters of the head that are drawn although the checkpoint has some: those are for other
     classes."""
-    if not is_drawn(path, purpose):
+    if not has_drawn_head(path, purpose):
         return set()
     parts = head_parts(model).items()
     return set().union(*(_names(n, part) for n, part in parts if gives_classes(model, part)))
@@ -300,11 +300,11 @@ def _class_of(config: PreTrainedConfig, purpose: Purpose) -> Any:
 def _disable_dropout(config: Any) -> dict[str, float]:
     """Set a configuration's own dropout and router jitter to zero, and return what they were: their
     draws would follow no dropout key. ``training.dropout`` decides (see ``packing.dropout``)."""
-    own = {k: v for k, v in vars(config).items() if _is_drawn(k) and isinstance(v, float)}
+    own = {k: v for k, v in vars(config).items() if _is_dropout(k) and isinstance(v, float)}
     for name in own:
         setattr(config, name, 0.0)
     return own
 
 
-def _is_drawn(name: str) -> bool:
+def _is_dropout(name: str) -> bool:
     return "dropout" in name or name.endswith(("pdrop", "jitter_noise"))

@@ -64,28 +64,28 @@ def add_initial(model: PeftModel, config: LoraConfig) -> None:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int, place: int = 0, size: int = 1) -> None:
+def initialise(model: nn.Module, seed: int, rank: int = 0, world_size: int = 1) -> None:
     """Set both adapters to the principal part of each weight; all may be sharded.
 
-    A decomposition is costly, and random. So each process (number ``place`` of ``size``) computes
+    A decomposition is costly, and random. So each process (``rank`` of ``world_size``) computes
     those of some weights, and broadcasts the results.
     """
     layers: list[Any] = [  # their attributes are set by peft, not declared
         m for m in model.modules() if isinstance(m, LoraLayer) and "default" in m.lora_A
     ]
-    for first in range(0, len(layers), size):
-        turn = layers[first : first + size]
+    for first in range(0, len(layers), world_size):
+        turn = layers[first : first + world_size]
         for at, layer in enumerate(turn):
             weight = whole(layer.get_base_layer().weight)  # a collective of all ranks
-            if at == place:
+            if at == rank:
                 own = weight
-        if place < len(turn):
-            torch.manual_seed(seed + first + place)
-            mine = _principal(turn[place], own.float())
+        if rank < len(turn):
+            torch.manual_seed(seed + first + rank)
+            mine = _principal(turn[rank], own.float())
         for at, layer in enumerate(turn):
             shapes = [side["default"].weight.shape for side in (layer.lora_A, layer.lora_B)]
-            found = mine if at == place else [torch.empty(s, device=weight.device) for s in shapes]
-            for half in found if size > 1 else ():
+            found = mine if at == rank else [torch.empty(s, device=weight.device) for s in shapes]
+            for half in found if world_size > 1 else ():
                 dist.broadcast(half, src=at)
             for adapter, sign in (("default", 1), (INITIAL, -1)):
                 put(layer.lora_A[adapter].weight, found[0])

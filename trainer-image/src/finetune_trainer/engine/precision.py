@@ -6,7 +6,7 @@
 
 An optimizer step is often smaller than the spacing of bfloat16, so trained weights are kept in
 float32 with each of them. There are two ways to bfloat16, and a run has one of them, at any
-sharding, because it follows from the run spec (method and optimizer) alone:
+sharding, because method and optimizer of the run spec decide:
 
     copies    FSDP gathers bfloat16 copies of the float32 weights, also where nothing is sharded.
               Everything is computed in bfloat16. Faster, and smaller: only the copies of two blocks

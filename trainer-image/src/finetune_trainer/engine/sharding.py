@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from finetune_trainer.engine import dtensors
+from finetune_trainer.engine.dtensors import local_tensor
 from finetune_trainer.engine.memory.estimate import Sharding, shards_of
 from finetune_trainer.engine.parameters import decoder_blocks
 from finetune_trainer.engine.placeholders import is_placeholder, materialize
@@ -59,7 +61,7 @@ def distribute(
     loss: nn.Module, world: World, sharding: Sharding, precision: Precision, gathered: bool = False
 ) -> nn.Module:
     """Return the module to run: ``loss`` itself, sharded in place by FSDP, or wrapped by DDP if it
-    has trained weights. DDP broadcasts the weights of rank 0.
+    has trained weights. Replicas (DDP, and FSDP without shards) get the weights of rank 0.
 
     If the precision computes with bfloat16 copies of the weights, FSDP makes the copies, sharded or
     not; gradients are reduced in float32.
@@ -84,14 +86,23 @@ def distribute(
         param_dtype=torch.bfloat16 if precision.copies else None, reduce_dtype=torch.float32
     )
     for block in decoder_blocks(loss):
-        _leave_host(block, world.device)
+        _allocate_placeholders(block, world.device)
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not gathered)
-    _leave_host(loss, world.device)
+    _allocate_placeholders(loss, world.device)
     fully_shard(loss, mesh=mesh, mp_policy=policy)
+    if shards == 1 and world.size > 1:
+        _broadcast(loss)
     return loss
 
 
-def _leave_host(module: nn.Module, device: torch.device) -> None:
+@torch.no_grad()
+def _broadcast(module: nn.Module) -> None:
+    """Give all processes the tensors of rank 0, as DDP does."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        dist.broadcast(local_tensor(tensor), src=0)
+
+
+def _allocate_placeholders(module: nn.Module, device: torch.device) -> None:
     """Allocate a module's placeholders on a GPU, as zeros. FSDP would copy them from the host: 280
     GB to each process for a model of 70 billion parameters in float32."""
     if device.type != "cpu":
@@ -108,15 +119,10 @@ def synchronise(module: nn.Module, now: bool) -> None:
     gradients are reduced over the shards in every backward pass: whole gradients, kept over the
     micro-batches of a step, would take the memory that sharding saves."""
     if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(now or _in_shards(module))
+        module.set_requires_gradient_sync(now or dtensors.is_sharded(next(module.parameters())))
         module.set_requires_all_reduce(now)
     elif isinstance(module, DistributedDataParallel):
         module.require_backward_grad_sync = now
-
-
-def _in_shards(module: nn.Module) -> bool:
-    found = next(module.parameters())
-    return isinstance(found, DTensor) and found.device_mesh.size(found.device_mesh.ndim - 1) > 1
 
 
 @contextmanager

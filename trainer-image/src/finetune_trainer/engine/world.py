@@ -77,17 +77,17 @@ class World:
     def on_main(self, make: Callable[[], T]) -> T:
         """Run ``make`` on rank 0 and return its result on every rank. An error is raised on every
         rank too, so that none waits for a failed rank 0."""
-        word: list[Any] = [None, None]
+        message: list[Any] = [None, None]
         if self.is_main:
             try:
-                word[0] = make()
+                message[0] = make()
             except Exception as error:
-                word[1] = self._portable(error)
+                message[1] = self._portable(error)
         if self.control is not None:
-            dist.broadcast_object_list(word, src=0, group=self.control)
-        if word[1] is not None:
-            raise word[1]
-        result: T = word[0]
+            dist.broadcast_object_list(message, src=0, group=self.control)
+        if message[1] is not None:
+            raise message[1]
+        result: T = message[0]
         return result
 
     def on_all(self, work: Callable[[], T]) -> list[T]:
@@ -188,7 +188,7 @@ class Agreement:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._word: torch.Tensor | None = None
+        self._flags: torch.Tensor | None = None
         self._handle: dist.Work | None = None
 
     def exchange(self, *flags: bool) -> tuple[bool, ...]:
@@ -196,15 +196,15 @@ class Agreement:
         if self._world.control is None:
             return flags
         answer = self.settle() or (False,) * len(flags)
-        self._word = torch.tensor([float(w) for w in flags])
-        self._handle = dist.all_reduce(self._word, group=self._world.control, async_op=True)
+        self._flags = torch.tensor([float(w) for w in flags])
+        self._handle = dist.all_reduce(self._flags, group=self._world.control, async_op=True)
         return answer
 
     def settle(self) -> tuple[bool, ...] | None:
         """Finish the pending exchange and return its sum; None if none is pending."""
-        if self._handle is None or self._word is None:
+        if self._handle is None or self._flags is None:
             return None
         self._handle.wait()
-        answer = tuple(bool(x > 0) for x in self._word.tolist())
-        self._handle = self._word = None
+        answer = tuple(bool(x > 0) for x in self._flags.tolist())
+        self._handle = self._flags = None
         return answer

@@ -141,7 +141,7 @@ class Runner:
         assert said.prepared is not None
         display.end("prepare", face.prepared_text(said.prepared))
 
-        world, port = stages.training_stage(
+        stage, port = stages.training_stage(
             paths, self._layout, self._run_spec.spec.failure_policy.max_restarts
         )
 
@@ -152,7 +152,7 @@ class Runner:
             share = found.step / found.total_steps if found.total_steps else None
             return face.training_text(found), share
 
-        trained = self._watch("train", world, training, display).trained
+        trained = self._watch("train", stage, training, display).trained
         assert trained is not None
         display.end("train", face.trained_text(trained))
 

@@ -91,7 +91,7 @@ def tuned_model(
     """
     purpose = purpose_of(spec, classes)
     if weights is None:
-        model = apply_method(build_base(base, init="Meta", purpose=purpose), spec)
+        model = apply_method(build_base(base, init="Meta", purpose=purpose, pack=False), spec)
         _allocate_trained(model)
     else:
         base_model = build_base(base, torch.float32, Pretrained(weights), purpose)
@@ -108,7 +108,7 @@ def _allocate_trained(model: Tuned) -> None:
 
 def full_copy_bytes(base: Path, purpose: Purpose) -> int:
     """Return the bytes of a full model's weights in the dtype of the base."""
-    model = build_base(base, init="Meta", purpose=purpose)
+    model = build_base(base, init="Meta", purpose=purpose, pack=False)
     dtype: Any = model.config.dtype or torch.float32
     return sum(p.numel() for p in model.parameters()) * int(dtype.itemsize)
 
@@ -145,7 +145,9 @@ def _plain_adapter(model: PeftModel, base: Path, spec: FineTuneJobSpec) -> PeftM
     lora = spec.method.effective_lora
     doubled = lora.model_copy(update={"rank": 2 * lora.rank, "initialization": "Default"})
     method = spec.method.model_copy(update={"lora": doubled})
-    plain = apply_method(build_base(base, init="Meta"), spec.model_copy(update={"method": method}))
+    plain = apply_method(
+        build_base(base, init="Meta", pack=False), spec.model_copy(update={"method": method})
+    )
     assert isinstance(plain, PeftModel), "same method as the model"
     config: Any = plain.peft_config["default"]
     config.lora_alpha = lora.effective_alpha * (2**0.5 if lora.use_rslora else 2)

@@ -13,7 +13,7 @@ from pathlib import Path
 from finetune_api.results import PublishSummary
 from finetune_api.run_spec import RunSpec
 from finetune_trainer.engine.base import BaseFiles
-from finetune_trainer.engine.model import is_drawn, purpose_of
+from finetune_trainer.engine.model import has_drawn_head, purpose_of
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepared.manifest import DataManifest, read_manifest
 from finetune_trainer.publish import export, modelcard, report, run_facts
@@ -60,7 +60,7 @@ def publish(run_spec: RunSpec, stores: Stores, scratch: Path) -> PublishSummary:
             {name: folder_bytes(folder / name) for name in formats},
             export.full_copy_bytes(base.folder, purpose),
         )
-        drawn = is_drawn(base.folder, purpose)
+        drawn = has_drawn_head(base.folder, purpose)
         about = run_facts.gather(run_spec, result, prepared, data, sizes, base.base.model, drawn)
         write_documents(about, store.get(f"{prepared.uri}/report.json"), folder)
         manifest = Manifest(

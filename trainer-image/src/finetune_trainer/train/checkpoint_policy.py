@@ -45,8 +45,8 @@ class CheckpointAction(NamedTuple):
 def decide_checkpoint(facts: StepFacts) -> CheckpointAction:
     """The action after a step.
 
-    A reply that predates the newest checkpoint is ignored: the checkpoint that was due is saved,
-    and the failed upload was another one.
+    Replies lag one step: if a checkpoint was begun in the last step (``since_save`` is 1), they
+    describe the state before it, and are ignored.
     """
     last = facts.stop or facts.step == facts.total
     replies_are_new = facts.since_save > 1

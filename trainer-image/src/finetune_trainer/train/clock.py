@@ -35,7 +35,7 @@ class Clock:
         """
         self._work, self._peak = work, peak
         self._operations = 0.0
-        self._began = self._mark = self._commit = time.perf_counter()
+        self._began = self._mark = self._last_checkpoint = time.perf_counter()
         self._steps = 0
         self.steps_since_checkpoint = 0
         self._tokens = 0
@@ -82,11 +82,11 @@ class Clock:
         self._mark = time.perf_counter()
 
     def checkpoint_saved(self) -> None:
-        self._commit = time.perf_counter()
+        self._last_checkpoint = time.perf_counter()
         self.steps_since_checkpoint = 0
 
     def since_checkpoint(self) -> float:
-        return time.perf_counter() - self._commit
+        return time.perf_counter() - self._last_checkpoint
 
     def elapsed(self) -> float:
         return time.perf_counter() - self._began

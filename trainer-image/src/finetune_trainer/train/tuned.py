@@ -2,9 +2,9 @@
 
     weights ──► base ──► method ──► loss ──► on the device, whole or sharded
 
-With FSDP and several processes, each process reads its own shards. With DDP, only rank 0 reads
-(except quantized weights), and DDP broadcasts. Weights that a method derives from the base are
-initialized after the base's weights are loaded.
+Each process reads its own shards. Of replicas (DDP, and FSDP without shards), rank 0 reads and
+broadcasts (except quantized weights, which each process reads). Weights that a method derives from
+the base are initialized after the base's weights are loaded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from finetune_trainer.engine.flops import Work, work_of
 from finetune_trainer.engine.kernels import use_liger
 from finetune_trainer.engine.loading import fill_shards, named_in, names_of
 from finetune_trainer.engine.loss import TokenLoss
-from finetune_trainer.engine.memory.estimate import Placement
+from finetune_trainer.engine.memory.estimate import Placement, shards_of
 from finetune_trainer.engine.memory.profiling import frozen_dtype, packing_of
 from finetune_trainer.engine.model import Pretrained, Purpose, build_base
 from finetune_trainer.engine.parameters import Parameters, parameter_counts
@@ -74,10 +74,12 @@ def open_model(
     kind, path = spec.method.kind, files.folder
     dtype = frozen_dtype(spec, precision)
     data_parallel = data_parallel_of(world, placement.sharding, precision)
-    filled = data_parallel == "FSDP" and world.size > 1
+    shards = shards_of(placement.sharding, world.nodes, world.processes_per_node)
+    filled = data_parallel == "FSDP" and shards > 1
+    broadcast = data_parallel != "Single" and not filled and not kind.quantizes
     if filled:
         base = build_base(path, dtype, "Placeholders", purpose, kind.packs)
-    elif data_parallel == "DDP" and not world.is_main and not kind.quantizes:
+    elif broadcast and not world.is_main:
         base = build_base(path, dtype, "Placeholders", purpose, kind.packs)
         materialize(base, world.device)
     else:

@@ -62,10 +62,10 @@ def work(world: World, startup: StartupClock) -> None:
     if world.is_main:
         telemetry.serve(int(os.environ.get(ENV_METRICS_PORT, METRICS_PORT)))
         telemetry.say(lost_seconds=checkpointer.head.lost_seconds)
-    told = worker_files.stop_requested
+    stop_requested = worker_files.stop_requested
     with (
         heartbeat_of(world, stores.default, run_spec.run_uri, checkpointer.head.attempt),
-        releasing(world, checkpointer, told),
+        releasing(world, checkpointer, stop_requested),
     ):
         session = open_session(
             run_spec,
@@ -74,10 +74,10 @@ def work(world: World, startup: StartupClock) -> None:
             checkpointer,
             telemetry,
             scratch,
-            partial(raise_if_stopping, world, told),
+            partial(raise_if_stopping, world, stop_requested),
         )
         try:
-            summary = train(session, told)
+            summary = train(session, stop_requested)
         except torch.OutOfMemoryError as error:
             raise beside_estimate(error, session) from error
     if world.is_main:

@@ -19,10 +19,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from finetune_trainer.engine.checkpointing.staging import StagedState, State
+from finetune_trainer.engine.dtensors import is_sharded, local_tensor
 from finetune_trainer.engine.optimizers import Optimizers
 from finetune_trainer.engine.pissa import is_kept
 from finetune_trainer.failures import recognise
@@ -80,7 +80,7 @@ def load_weights(
 def load(reader: StorageReader, state: State, group: dist.ProcessGroup | None) -> None:
     """Load every entry of ``state`` in place. Without sharded tensors rank 0 reads and broadcasts
     to the other ranks."""
-    if group is not None and not any(isinstance(leaf, DTensor) for leaf in tree_leaves(state)):
+    if group is not None and not any(map(is_sharded, tree_leaves(state))):
         _load_alike(reader, state, group)
         return
     with _first_cause():
@@ -92,20 +92,23 @@ def load(reader: StorageReader, state: State, group: dist.ProcessGroup | None) -
 def _load_alike(reader: StorageReader, state: State, group: dist.ProcessGroup) -> None:
     """Read on rank 0 and broadcast: tensors in place over their device's process group, other
     values and failures as pickled objects."""
-    word: list[Any] = [None, None]
+    message: list[Any] = [None, None]
     if dist.get_rank(group) == 0:
         try:
             load(reader, state, None)
-            word[0] = tree_map(lambda leaf: None if isinstance(leaf, Tensor) else leaf, state)
+            message[0] = tree_map(lambda leaf: None if isinstance(leaf, Tensor) else leaf, state)
         except Exception as error:
-            word[1] = recognise(error)
-    dist.broadcast_object_list(word, src=0, group=group)
-    if word[1] is not None:
-        raise word[1]
+            message[1] = recognise(error)
+    dist.broadcast_object_list(message, src=0, group=group)
+    if message[1] is not None:
+        raise message[1]
     for leaf in tree_leaves(state):
         if isinstance(leaf, Tensor):
-            dist.broadcast(leaf, src=0, group=None if leaf.is_cuda else group)
-    same = tree_map(lambda mine, told: mine if isinstance(mine, Tensor) else told, state, word[0])
+            own = local_tensor(leaf)
+            dist.broadcast(own, src=0, group=None if own.is_cuda else group)
+    same = tree_map(
+        lambda own, received: own if isinstance(own, Tensor) else received, state, message[0]
+    )
     state.update(same)
 
 

@@ -138,7 +138,7 @@ def profiled_attention(on_gpu: bool) -> Attend:
     float32, on a GPU as cast and padded for the kernel."""
 
     def attention(
-        micro_batch: DocumentLayout,
+        layout: DocumentLayout,
         query: Tensor,
         key: Tensor,
         value: Tensor,

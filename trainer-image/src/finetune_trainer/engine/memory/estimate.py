@@ -293,17 +293,17 @@ def _gathered(profile: ModelProfile, all_blocks: bool) -> float:
 
     Weights: all outside of blocks; of blocks the current one, the prefetched one and its
     all-gather buffer (with ``all_blocks``: all blocks and one buffer). Gradients in float32, during
-    reduce-scatter: those of the last two blocks, or those outside of blocks.
+    the reduction: input and output of it for the last block and the one before, or outside of
+    blocks, and what the micro-batches before have accumulated.
     """
     weights = profile.weights
     width = 2 if profile.copies else weights.held / weights.numbers  # mean bytes per element
-    gradient_width = 2 if profile.copies else 4
     outside = weights.numbers - weights.blocks
     blocks = weights.blocks + weights.block if all_blocks else 3 * weights.block
     copies = width * (outside + max(blocks, 3 * weights.block))
     outside_trained = weights.trained - weights.blocks_trained
     reduced = max(2 * weights.block_trained, outside_trained)
-    return copies + 4 * reduced + gradient_width * max(weights.block_trained, outside_trained)
+    return copies + 4 * (reduced + max(weights.block_trained, outside_trained))
 
 
 def decision_for(

@@ -1,4 +1,4 @@
-"""Documents of a packed sequence in padded groups, for kernels without variable lengths (CPU)."""
+"""Documents of a packed sequence in padded groups, for kernels without variable lengths."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ _TRIED_PARTS: Final = 4
 _TRIED_TOGETHER: Final = 4
 """``uniform_micro_batch`` measures some parts of a run, each of some consecutive steps: every pass
 over the data that it touches costs a permutation of all samples."""
-_TRIED_ROWS: Final = 8
+_TRIED_COUNTS: Final = 8
 _WORTH_IT: Final = 0.995
 """A shorter micro-batch multiplies smaller matrices, so its padded tokens must be below this
 fraction of the best so far."""
@@ -232,7 +232,7 @@ def uniform_micro_batch(plan: Plan, steps: int) -> int:
 
     best, least = plan.micro_batch_tokens, padded(plan.micro_batch_tokens) * _WORTH_IT
     fewest = -(-int(max(totals)) // plan.micro_batch_tokens)
-    for micro_batches in range(fewest, fewest + _TRIED_ROWS):
+    for micro_batches in range(fewest, fewest + _TRIED_COUNTS):
         for share in (0.75, 0.9, 1.0):
             for slack in (1.0, 1.02):
                 wanted = float(np.quantile(totals, share)) * slack / micro_batches

@@ -24,12 +24,12 @@ from finetune_trainer.engine.dtensors import local_tensor, put, whole
 
 
 @torch.no_grad()
-def derive(model: nn.Module, spec: FineTuneJobSpec, place: int = 0, size: int = 1) -> None:
+def derive(model: nn.Module, spec: FineTuneJobSpec, rank: int = 0, world_size: int = 1) -> None:
     """Initialize the derived weights that ``apply_method`` has added to a model; a collective.
 
     Args:
-        place: rank of this process.
-        size: number of ranks, all of which must call this function.
+        rank: of this process.
+        world_size: number of ranks, all of which must call this function.
     """
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -39,7 +39,7 @@ def derive(model: nn.Module, spec: FineTuneJobSpec, place: int = 0, size: int = 
     if spec.method.type == "PromptTuning":
         _take_embeddings(model, spec.training.seed)
     if spec.method.effective_lora.initialization == "PiSSA":
-        pissa.initialise(model, spec.training.seed, place, size)
+        pissa.initialise(model, spec.training.seed, rank, world_size)
 
 
 def _measure(layer: Any) -> None:

@@ -22,7 +22,7 @@ State = Literal["Read", "Supervised", "Cut"]
 
 def preview(sample: TokenizedSample, tokens: Tokenizing) -> dict[str, Any]:
     """Return the preview of a sample for ``report.json``: its parts in order. A part is a text that
-    is ``learned`` (supervised) or not, or the number of tokens ``cut`` off there, which are in no
+    is ``supervised`` or not, or the number of tokens ``cut`` off there, which are in no
     sample. Special tokens that the tokenizer adds around a text are not shown, but count in
     ``cut``.
 
