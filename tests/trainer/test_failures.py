@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from finetune_trainer.devicefaults import DEVICE_FAULTS, device_fault
-from finetune_trainer.failures import PEER_LOST, failure_of, recognise
+from finetune_trainer.failures import (
+    PEER_LOST,
+    Fenced,
+    TrainerError,
+    exit_code,
+    failure_of,
+    recognise,
+)
 
 _HINTS = """
 Search for `cudaErrorAssert' in https://docs.nvidia.com/cuda/ for more information.
@@ -211,3 +218,14 @@ def test_every_row_is_covered_and_has_a_remedy() -> None:
         assert row in reached, row.reason
         assert row.remedy or row.reason == PEER_LOST, "a lost peer is waited for"
         assert all(pattern == pattern.lower() for pattern in row.patterns)
+
+
+KINDS = [k for k in TrainerError.__subclasses__() if k.__module__ == TrainerError.__module__]
+
+
+@pytest.mark.parametrize("kind", [TrainerError, *KINDS])
+def test_each_exception_ends_with_its_exit_code(kind: type[TrainerError]) -> None:
+    reason = "Fenced" if kind is Fenced else "Reason"
+    failure = failure_of(kind(reason, "message"))
+    assert exit_code(failure) == kind.exit_code
+    assert failure.retryable == (kind.exit_code >= 20)

@@ -13,9 +13,10 @@ from engine import spec_of, tiny_jamba, tiny_llama
 from transformers import AutoModelForCausalLM, CohereConfig
 from tuning import Tuning, check_round, logits
 
-from finetune_api.methods import OutputFormat
+from finetune_api.methods import METHODS, OutputFormat
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.memory.profiling import profile_model
+from finetune_trainer.engine.tuning import methods
 from finetune_trainer.engine.tuning.methods import apply_method
 from finetune_trainer.failures import UserError
 
@@ -27,7 +28,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-METHODS: dict[str, tuple[dict[str, Any], Any]] = {
+CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "full": ({"type": "Full"}, lambda name: True),
     "last layer and head": (
         {"type": "Partial", "partial": {"lastLayers": 1, "parameters": ["model.embed_*"]}},
@@ -73,7 +74,13 @@ METHODS: dict[str, tuple[dict[str, Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize(("method", "expected"), METHODS.values(), ids=METHODS)
+def test_every_method_is_applied_and_tested() -> None:
+    assert methods._APPLY.keys() == METHODS.keys()
+    tested = {method["type"] for method, _ in CASES.values()} | {"QLoRA"}  # in test_quantized
+    assert tested == METHODS.keys()
+
+
+@pytest.mark.parametrize(("method", "expected"), CASES.values(), ids=CASES)
 def test_a_method_trains_its_parameters_resumes_and_is_published(
     base: Path, tmp_path: Path, method: dict[str, Any], expected: Any
 ) -> None:

@@ -175,11 +175,9 @@ def recognise(error: BaseException) -> TrainerError:
 
 EXIT_CODES: Final[dict[tuple[FailureClass, bool], ExitCode]] = {
     (kind.failure_class, kind.retryable): kind.exit_code
-    for kind in (
-        TrainerError, UserError, DataError, StorageDenied, StorageUnavailable, Diverged,
-        OutOfMemory, NodeFailure, Interrupted,
-    )
-}  # fmt: skip
+    for kind in (TrainerError, *TrainerError.__subclasses__())
+    if kind.exit_code != ExitCode.FENCED
+}
 
 
 def exit_code(failure: Failure) -> ExitCode:

@@ -19,7 +19,6 @@ from finetune_trainer.prepared.manifest import DataManifest
 from finetune_trainer.prepared.origins import MOST, in_words
 from finetune_trainer.storage.runfiles import RunResult
 
-"""Metrics from 0 to 1 that are shown as percentages."""
 _HUGE: Final = 1e9
 """Larger values are shown with an exponent: a perplexity may have 300 digits."""
 _CLASSES_SHOWN: Final = 20
