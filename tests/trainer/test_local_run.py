@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -104,6 +105,9 @@ def test_a_stopped_run_resumes_and_completes(tiny_base: Path, tmp_path: Path) ->
     assert model.num_parameters() > 0
     state = json.loads((tmp_path / ".finetune" / "jobs" / "tiny.json").read_text())
     assert [(r["number"], r["complete"]) for r in state["runs"]] == [(1, True)]
+    for log in tmp_path.glob(".finetune/runs/tiny/*/*.log"):
+        of_libraries = re.findall(r".*(?:Warning:|^W\d{4} |ailed to load).*", log.read_text(), re.M)
+        assert not of_libraries, log
 
 
 @pytest.mark.slow
