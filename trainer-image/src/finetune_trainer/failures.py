@@ -173,9 +173,10 @@ def recognise(error: BaseException) -> TrainerError:
     return TrainerError("Unexpected", f"{name}{where}: {text or 'no message'}")
 
 
+_EXCEPTIONS: Final[list[type[TrainerError]]] = [TrainerError, *TrainerError.__subclasses__()]
 EXIT_CODES: Final[dict[tuple[FailureClass, bool], ExitCode]] = {
     (kind.failure_class, kind.retryable): kind.exit_code
-    for kind in (TrainerError, *TrainerError.__subclasses__())
+    for kind in _EXCEPTIONS
     if kind.exit_code != ExitCode.FENCED
 }
 
