@@ -30,7 +30,7 @@ $(VENV)/.installed: tests/requirements.txt crds/pyproject.toml operator/pyprojec
 	@echo "Installing (torch is large: a minute or two the first time)"
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r tests/requirements.txt
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e crds -e operator -e trainer-image
-	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c "import sys; sys.modules.update(bitsandbytes=None, torchao=None); import $(STAGES)" # compile the bytecode once
+	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c "import sys; from finetune_trainer.optional_packages import OPTIONAL; sys.modules.update(dict.fromkeys(OPTIONAL)); import $(STAGES)" # compile the bytecode once
 	@touch $@
 
 demo: install ## Fine-tune a small model on this machine, end to end, in a minute or two

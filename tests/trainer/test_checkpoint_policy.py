@@ -8,11 +8,11 @@ import pytest
 
 from finetune_trainer.train.checkpoint_policy import (
     CheckpointAction,
-    StepFacts,
+    StepStatus,
     decide_checkpoint,
 )
 
-QUIET = StepFacts(
+QUIET = StepStatus(
     step=5, total=10, evaluation_due=False, due_by_step=False, due_by_time=False, stop=False,
     upload_failed=False, since_save=4,
 )  # fmt: skip

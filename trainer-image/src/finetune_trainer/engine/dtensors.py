@@ -13,7 +13,7 @@ def local_tensor(value: Tensor) -> Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-def is_sharded(value: object) -> bool:
+def is_sharded_tensor(value: object) -> bool:
     """Whether processes hold different parts of a tensor. (FSDP's copies of unsharded weights are
     DTensors too, sharded over a mesh dimension of size 1.)"""
     if not isinstance(value, DTensor):

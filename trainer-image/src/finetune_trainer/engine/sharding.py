@@ -22,8 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from finetune_trainer.engine import dtensors
-from finetune_trainer.engine.dtensors import local_tensor
+from finetune_trainer.engine.dtensors import is_sharded_tensor, local_tensor
 from finetune_trainer.engine.memory.estimate import Sharding, shards_of
 from finetune_trainer.engine.parameters import decoder_blocks
 from finetune_trainer.engine.placeholders import is_placeholder, materialize
@@ -119,7 +118,7 @@ def synchronise(module: nn.Module, now: bool) -> None:
     gradients are reduced over the shards in every backward pass: whole gradients, kept over the
     micro-batches of a step, would take the memory that sharding saves."""
     if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(now or dtensors.is_sharded(next(module.parameters())))
+        module.set_requires_gradient_sync(now or is_sharded_tensor(next(module.parameters())))
         module.set_requires_all_reduce(now)
     elif isinstance(module, DistributedDataParallel):
         module.require_backward_grad_sync = now

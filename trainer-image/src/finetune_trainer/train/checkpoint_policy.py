@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class StepFacts(NamedTuple):
+class StepStatus(NamedTuple):
     """What the decision depends on, identical on all ranks.
 
     ``stop``, ``due_by_time`` and ``upload_failed`` are replies of ``world.Agreement``, which lag
@@ -42,20 +42,20 @@ class CheckpointAction(NamedTuple):
     """Wait for the checkpoint, and end the attempt."""
 
 
-def decide_checkpoint(facts: StepFacts) -> CheckpointAction:
+def decide_checkpoint(status: StepStatus) -> CheckpointAction:
     """The action after a step.
 
     Replies lag one step: if a checkpoint was begun in the last step (``since_save`` is 1), they
     describe the state before it, and are ignored.
     """
-    last = facts.stop or facts.step == facts.total
-    replies_are_new = facts.since_save > 1
-    evaluate = facts.evaluation_due or facts.step == facts.total
-    due = facts.stop or facts.due_by_step or (facts.due_by_time and replies_are_new)
+    last = status.stop or status.step == status.total
+    replies_are_new = status.since_save > 1
+    evaluate = status.evaluation_due or status.step == status.total
+    due = status.stop or status.due_by_step or (status.due_by_time and replies_are_new)
     return CheckpointAction(
-        abandon_upload=facts.upload_failed and replies_are_new and not last,
+        abandon_upload=status.upload_failed and replies_are_new and not last,
         evaluate=evaluate,
         save=due and not evaluate,
         force=last,
-        stop=facts.stop and facts.step < facts.total,
+        stop=status.stop and status.step < status.total,
     )

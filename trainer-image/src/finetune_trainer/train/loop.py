@@ -28,7 +28,7 @@ from finetune_trainer.evaluate.measure import overall
 from finetune_trainer.evaluate.scores import GENERATED, better
 from finetune_trainer.failures import Interrupted
 from finetune_trainer.storage.runfiles import CurvePoint, ValidationPoint
-from finetune_trainer.train.checkpoint_policy import StepFacts, decide_checkpoint
+from finetune_trainer.train.checkpoint_policy import StepStatus, decide_checkpoint
 from finetune_trainer.train.clock import Clock
 from finetune_trainer.train.final import measure_base, test_and_write_result
 from finetune_trainer.train.garbage import collected_between_steps
@@ -114,7 +114,7 @@ def take_steps(
                 checkpointer.failed,
             )  # fmt: skip
             action = decide_checkpoint(
-                StepFacts(
+                StepStatus(
                     state.step, total, state.step in evaluate_at,
                     checkpointer.due_by_step(state.step), due_by_time, stop, upload_failed,
                     clock.steps_since_checkpoint,

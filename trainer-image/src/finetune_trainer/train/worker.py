@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from finetune_api.names import ENV_METRICS_PORT, METRICS_PORT
+from finetune_api.run_spec import RunSpec
 from finetune_trainer.engine.memory.formatting import gibibytes
 from finetune_trainer.engine.world import World, join
 from finetune_trainer.failures import OutOfMemory, TrainerError, exit_code, failure_of, recognise
@@ -40,7 +41,7 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         run_spec = load_run_spec()
-        work(join(run_spec.spec), startup)
+        work(run_spec, join(run_spec.spec), startup)
     except BaseException as error:
         if not isinstance(error, TrainerError):
             traceback.print_exc()
@@ -49,9 +50,8 @@ def main() -> int:
     return 0
 
 
-def work(world: World, startup: StartupClock) -> None:
+def work(run_spec: RunSpec, world: World, startup: StartupClock) -> None:
     """Claim the run and train as one rank of a process group."""
-    run_spec = load_run_spec()
     stores = Stores(run_spec)
     scratch = scratch_folder()
     checkpointer = CheckpointManager.take(world, stores.default, run_spec, scratch)

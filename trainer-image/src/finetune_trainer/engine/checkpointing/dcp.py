@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 from torch.utils._pytree import tree_leaves, tree_map
 
 from finetune_trainer.engine.checkpointing.staging import StagedState, State
-from finetune_trainer.engine.dtensors import is_sharded, local_tensor
+from finetune_trainer.engine.dtensors import is_sharded_tensor, local_tensor
 from finetune_trainer.engine.optimizers import Optimizers
 from finetune_trainer.engine.pissa import is_kept
 from finetune_trainer.failures import recognise
@@ -80,7 +80,7 @@ def load_weights(
 def load(reader: StorageReader, state: State, group: dist.ProcessGroup | None) -> None:
     """Load every entry of ``state`` in place. Without sharded tensors rank 0 reads and broadcasts
     to the other ranks."""
-    if group is not None and not any(map(is_sharded, tree_leaves(state))):
+    if group is not None and not any(map(is_sharded_tensor, tree_leaves(state))):
         _load_alike(reader, state, group)
         return
     with _first_cause():
