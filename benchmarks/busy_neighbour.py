@@ -1,4 +1,5 @@
-"""Training throughput by OpenMP wait policy, alone and beside a process that keeps one core busy.
+"""Training throughput by how OpenMP's threads wait, alone and beside a process that keeps one core
+busy.
 
     python benchmarks/busy_neighbour.py [--rounds 5] [--steps 4] [--micro-batch-tokens 1024]
 
@@ -16,40 +17,43 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Final
 
+from finetune_trainer.adaptive_spinning import AdaptiveSpinning
 from finetune_trainer.threads import count_cores, thread_environment
 
 CORES: Final = count_cores()
 SPINNING: Final = "spinning"
+ADAPTIVE: Final = "adaptive (ours)"
 SETTINGS: Final[Mapping[str, Mapping[str, str]]] = {
     SPINNING: {"OMP_NUM_THREADS": str(CORES)},
-    "passive (ours)": thread_environment({}, cores=CORES),
-    "GOMP_SPINCOUNT=1000": {"OMP_NUM_THREADS": str(CORES), "GOMP_SPINCOUNT": "1000"},
-    "GOMP_SPINCOUNT=20000": {"OMP_NUM_THREADS": str(CORES), "GOMP_SPINCOUNT": "20000"},
-    "a thread fewer": thread_environment({}, cores=max(1, CORES - 1)),
+    ADAPTIVE: thread_environment({}, cores=CORES, adaptive=True),
+    "passive": thread_environment({}, cores=CORES),
+    "a thread fewer": {"OMP_NUM_THREADS": str(max(1, CORES - 1))},
 }
 
 
-def work(tokens: int, commands: Connection) -> None:
+def work(tokens: int, adaptive: bool, commands: Connection) -> None:
     """Train as many steps as each command says and reply with tokens per second, until it is 0."""
     from trainers import SHAPES, Ours, documents
 
     shape = replace(SHAPES["8M"], micro_batch_tokens=tokens, micro_batches=1)
     training = Ours("Full", documents(500, shape), shape, precision="BF16")
     while steps := commands.recv():
-        commands.send(training.turn(steps))
+        with AdaptiveSpinning() if adaptive else nullcontext():
+            commands.send(training.turn(steps))
 
 
-def started(setting: Mapping[str, str], tokens: int) -> tuple[BaseProcess, Connection]:
+def started(name: str, tokens: int) -> tuple[BaseProcess, Connection]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=work, args=(tokens, theirs))
+    process = context.Process(target=work, args=(tokens, name == ADAPTIVE, theirs))
     before = dict(os.environ)
-    os.environ.update(setting)
+    os.environ.update(SETTINGS[name])
     process.start()
     os.environ.clear()
     os.environ.update(before)
@@ -74,9 +78,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--micro-batch-tokens", type=int, default=1024, help="tokens of a step")
     options = parser.parse_args()
-    trainings = {
-        name: started(setting, options.micro_batch_tokens) for name, setting in SETTINGS.items()
-    }
+    trainings = {name: started(name, options.micro_batch_tokens) for name in SETTINGS}
     alone: dict[str, list[float]] = {name: [] for name in SETTINGS}
     beside: dict[str, list[float]] = {name: [] for name in SETTINGS}
     for _, commands in trainings.values():

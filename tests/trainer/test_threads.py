@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune_trainer.threads import count_cores, thread_environment
+from finetune_trainer import threads
+from finetune_trainer.adaptive_spinning import can_adapt
+from finetune_trainer.threads import adapts, count_cores, thread_environment
 
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
 
@@ -28,6 +30,22 @@ def test_variables_set_by_the_user_are_kept(
     environ: dict[str, str], processes: int, added: dict[str, str]
 ) -> None:
     assert thread_environment(environ, processes, cores=8) == added
+
+
+@pytest.mark.skipif(not can_adapt(), reason="this system has no scheduler statistics")
+def test_a_training_process_adapts_unless_the_user_has_set_a_wait_policy() -> None:
+    assert thread_environment({}, cores=8, adaptive=True) == {"OMP_NUM_THREADS": "8"}
+    assert adapts({"OMP_NUM_THREADS": "8"})
+    for variable in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        assert not adapts({variable: "1"})
+
+
+def test_without_scheduler_statistics_training_waits_passively(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(threads, "can_adapt", lambda: False)
+    assert thread_environment({}, cores=8, adaptive=True) == {"OMP_NUM_THREADS": "8", **PASSIVE}
+    assert not adapts({})
 
 
 @pytest.mark.parametrize(

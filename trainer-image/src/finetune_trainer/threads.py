@@ -5,7 +5,8 @@ the parent process sets them, or the process itself before it imports torch. Var
 has set are kept.
 
 Threads wait passively: spinning at a barrier helps only if every thread has a core of its own. On
-shared cores, spinning threads take CPU time from the thread that they wait for.
+shared cores, spinning threads take CPU time from the thread that they wait for. Training processes
+adapt to the load instead (``adaptive_spinning``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from finetune_trainer.adaptive_spinning import can_adapt
+
 ENV_THREADS: Final = "OMP_NUM_THREADS"
 _WAITING: Final = frozenset({"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"})
 """Variables that set the wait policy of OpenMP: the standard's, GNU's, LLVM's and Intel's."""
@@ -23,21 +26,29 @@ _CGROUPS: Final = Path("/sys/fs/cgroup")
 
 
 def thread_environment(
-    environ: Mapping[str, str], processes: int = 1, cores: int | None = None
-) -> dict[str, str]:
+    environ: Mapping[str, str], processes: int = 1, cores: int | None = None, *,
+    adaptive: bool = False,
+) -> dict[str, str]:  # fmt: skip
     """Return the variables to add to ``environ`` for each of ``processes`` that share the cores.
     Variables that the user has set are not among them.
 
     Args:
         cores: cores to share; default: all cores that this process may use.
+        adaptive: whether the processes adapt how their threads wait, where the system allows it.
     """
     added = {}
     if ENV_THREADS not in environ:
         shared = count_cores() if cores is None else cores
         added[ENV_THREADS] = str(max(1, shared // processes))
-    if not _WAITING & environ.keys():
+    if not _WAITING & environ.keys() and not (adaptive and can_adapt()):
         added["OMP_WAIT_POLICY"] = "PASSIVE"
     return added
+
+
+def adapts(environ: Mapping[str, str]) -> bool:
+    """Whether a process with this environment, which ``thread_environment`` made, adapts how its
+    threads wait."""
+    return can_adapt() and not _WAITING & environ.keys()
 
 
 def count_cores(cgroups: Path = _CGROUPS, groups: Path = Path("/proc/self/cgroup")) -> int:

@@ -71,7 +71,7 @@ class StageProcess:
         self._termination = paths.folder / "termination" / f"{name}.json"
         self._environment = {
             **os.environ,
-            **thread_environment(os.environ, processes, paths.cores),
+            **thread_environment(os.environ, processes, paths.cores, adaptive=role == "train"),
             **paths.storage,
             "PYTHONUNBUFFERED": "1",
             "TOKENIZERS_PARALLELISM": "true",

@@ -261,7 +261,8 @@ class Supervisor:
             own["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
         if self._node.loopback and sys.platform == "linux":
             own["GLOO_SOCKET_IFNAME"] = "lo"
-        return {**os.environ, **thread_environment(os.environ, self._node.processes), **own}
+        threads = thread_environment(os.environ, self._node.processes, adaptive=True)
+        return {**os.environ, **threads, **own}
 
 
 if __name__ == "__main__":

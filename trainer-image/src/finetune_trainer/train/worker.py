@@ -17,6 +17,7 @@ import transformers
 
 from finetune_api.names import ENV_METRICS_PORT, METRICS_PORT
 from finetune_api.run_spec import RunSpec
+from finetune_trainer.adaptive_spinning import AdaptiveSpinning
 from finetune_trainer.engine.memory.formatting import gibibytes
 from finetune_trainer.engine.world import World, join
 from finetune_trainer.failures import OutOfMemory, TrainerError, exit_code, failure_of, recognise
@@ -24,6 +25,7 @@ from finetune_trainer.stage import load_run_spec, scratch_folder
 from finetune_trainer.storage.heartbeat import Heartbeat
 from finetune_trainer.storage.objects import ObjectStore, Stores
 from finetune_trainer.supervise import worker_files
+from finetune_trainer.threads import adapts
 from finetune_trainer.train.checkpoint import CheckpointManager
 from finetune_trainer.train.loop import train
 from finetune_trainer.train.session import Session, open_session
@@ -66,6 +68,7 @@ def work(run_spec: RunSpec, world: World, startup: StartupClock) -> None:
     with (
         heartbeat_of(world, stores.default, run_spec.run_uri, checkpointer.head.attempt),
         releasing(world, checkpointer, stop_requested),
+        spinning_of(world),
     ):
         session = open_session(
             run_spec,
@@ -90,6 +93,12 @@ def heartbeat_of(
 ) -> AbstractContextManager[object]:
     """Return a context in which rank 0 writes the heartbeat of the attempt."""
     return Heartbeat(store, run_uri, attempt) if world.is_main else nullcontext()
+
+
+def spinning_of(world: World) -> AbstractContextManager[object]:
+    """Return a context that adapts how the threads of a CPU process wait for each other."""
+    several = world.device.type == "cpu" and torch.get_num_threads() > 1
+    return AdaptiveSpinning() if several and adapts(os.environ) else nullcontext()
 
 
 def beside_estimate(error: torch.OutOfMemoryError, session: Session) -> TrainerError:
