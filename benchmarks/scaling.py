@@ -15,7 +15,6 @@ import socket
 import statistics
 from multiprocessing.queues import Queue
 
-import torch
 from trainers import SHAPES, Ours, documents
 
 
@@ -25,7 +24,6 @@ def work(rank: int, size: int, port: int, steps: int, said: Queue[float]) -> Non
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
-    torch.set_num_threads(1)
     shape = SHAPES["8M"]
     speed = Ours("Full", documents(2000, shape), shape, precision="BF16").turn(steps)
     if rank == 0:
@@ -54,6 +52,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
     options = parser.parse_args()
+    # Read when the spawned processes load torch. After torch.set_num_threads(1), operators in other
+    # threads would still use all cores.
+    os.environ["OMP_NUM_THREADS"] = "1"
     pairs = [
         (speed_of(1, options.steps), speed_of(2, options.steps)) for _ in range(options.rounds)
     ]
