@@ -119,8 +119,8 @@ def test_every_status_value_has_a_description() -> None:
 def test_every_reason_of_the_operator_has_a_description() -> None:
     """Reasons are API: the reference must list every reason in the operator's sources."""
     operator = Path(finetune_operator.__file__).parent
-    rooms = [operator / room for room in ("decision", "status")]
-    source = "".join(file.read_text() for room in rooms for file in room.glob("*.py"))
+    packages = [operator / package for package in ("decision", "status")]
+    source = "".join(file.read_text() for package in packages for file in package.glob("*.py"))
     given = [
         r'conditions\.set\([^,]+, [^,]+, "(\w+)"',
         r'_reconciling\([^,]+, "(\w+)"',

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from bench import Bench, write_model
+from fixtures_loading import model_of, root, shared_bucket
 from fixtures_memory import llama
 from fixtures_quickstart import tiny_base
 from worlds import start_fork_server
@@ -21,7 +22,7 @@ from finetune_trainer.engine.memory.profile_cache import ProfileCache
 from finetune_trainer.storage.objects import ObjectStore
 from finetune_trainer.storage.s3server import EmbeddedS3
 
-__all__ = ["llama", "tiny_base"]
+__all__ = ["llama", "model_of", "root", "shared_bucket", "tiny_base"]
 
 
 @pytest.fixture(scope="session", autouse=True)

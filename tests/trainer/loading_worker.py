@@ -1,4 +1,4 @@
-"""Worker of test_loading: one process of a world that loads its shards of a model."""
+"""Worker of test_sharded_loading: one process of a world that loads its shards of a model."""
 
 from __future__ import annotations
 

@@ -28,15 +28,15 @@ def train(
 ) -> Found:  # fmt: skip
     folder.mkdir()
     port, method = free_port(), method or {"type": "Full"}
-    world = [
+    ranks = [
         forked(
             classify, rank, size, port, str(base), method, sharding, micro_batch_tokens, str(folder)
         )
         for rank in range(size)
     ]
-    for process in world:
+    for process in ranks:
         process.join(120)
-    assert [p.exitcode for p in world] == [0] * size
+    assert [p.exitcode for p in ranks] == [0] * size
     found: Found = torch.load(folder / "tuned.pt")
     return found
 

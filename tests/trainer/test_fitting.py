@@ -33,7 +33,7 @@ from finetune_trainer.train.worker import beside_estimate
 
 
 @pytest.mark.parametrize(
-    ("blocks", "room", "named"),
+    ("blocks", "budget", "named"),
     [
         ({"method": {"type": "Full"}}, 0.95, {"gpusPerNode", "method"}),
         ({"training": {"gradientCheckpointing": "Never"}}, 0.9, {"gradientCheckpointing"}),
@@ -45,7 +45,7 @@ from finetune_trainer.train.worker import beside_estimate
     ],
 )  # fmt: skip
 def test_doubtful_fit_is_tried_with_a_warning_that_names_fitting_alternatives(
-    llama: Path, blocks: dict[str, Any], room: float, named: set[str], monkeypatch: Any
+    llama: Path, blocks: dict[str, Any], budget: float, named: set[str], monkeypatch: Any
 ) -> None:
     # Without the constant part, the differences between specs of a small model matter.
     monkeypatch.setattr("finetune_trainer.engine.memory.estimate._RUNTIME", {"gpu": 0, "cpu": 0})
@@ -55,7 +55,7 @@ def test_doubtful_fit_is_tried_with_a_warning_that_names_fitting_alternatives(
     least = min(
         sum(estimate(profile, spec, micro_batch, p).values()) for p in placements(profile, spec)
     )
-    memory = round(room * least)
+    memory = round(budget * least)
     tried = fit(spec, SAMPLES, memory, measure)
     assert tried.needed == least > memory > tried.certain
     assert "it may not fit. What fits: " in tried.warning
@@ -70,7 +70,7 @@ def test_doubtful_fit_is_tried_with_a_warning_that_names_fitting_alternatives(
 
 
 @pytest.mark.parametrize(
-    ("state", "activations", "room", "nodes", "outcome"),
+    ("state", "activations", "budget", "nodes", "outcome"),
     [
         # Sizes in GiB; 8 GPUs per node.
         (40, 10, 80, 1, "fits: NoShard"),
@@ -84,13 +84,13 @@ def test_doubtful_fit_is_tried_with_a_warning_that_names_fitting_alternatives(
     ],
 )
 def test_only_certain_parts_lead_to_refusal(
-    state: int, activations: int, room: float, nodes: int, outcome: str
+    state: int, activations: int, budget: float, nodes: int, outcome: str
 ) -> None:
     profile = profile_of(state * GIB, activations * GIB)
     spec = spec_of(method={"type": "Full"}, compute={"gpusPerNode": 8, "nodes": nodes})
     micro_batches = Samples(np.full(4, 1024), np.full(4, 10), 1024)
     try:
-        found = fit(spec, micro_batches, round(room * GIB), lambda other: profile)
+        found = fit(spec, micro_batches, round(budget * GIB), lambda other: profile)
     except UserError as error:
         assert error.reason == "DoesNotFit"
         assert re.search(r"alone take [\d.]+ GiB .*: optimizer .*What fits", error.message)
@@ -127,11 +127,11 @@ def test_nothing_is_refused_if_the_memory_is_unknown(llama: Path) -> None:
     assert "not known before training" in table(found)
 
 
-def world_of(*rooms: int) -> Any:
-    """A world of one node whose ranks have ``rooms`` bytes of memory."""
+def world_of(*memory_bytes: int) -> Any:
+    """A world of one node whose ranks have ``memory_bytes`` bytes of memory."""
     return SimpleNamespace(
-        device=CPU, nodes=1, processes_per_node=len(rooms), size=len(rooms),
-        on_all=lambda work: list(rooms), on_main=lambda make: make(),
+        device=CPU, nodes=1, processes_per_node=len(memory_bytes), size=len(memory_bytes),
+        on_all=lambda work: list(memory_bytes), on_main=lambda make: make(),
     )  # fmt: skip
 
 

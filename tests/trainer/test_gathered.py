@@ -27,7 +27,7 @@ from finetune_trainer.engine.precision import FP32, Precision
 from finetune_trainer.engine.sharding import distribute
 from finetune_trainer.engine.world import World, join
 
-ROW = build_packed(samples([30, 24]), range(2), seed=0, step=0, device=CPU)
+PACKED = build_packed(samples([30, 24]), range(2), seed=0, step=0, device=CPU)
 
 
 @pytest.fixture
@@ -46,8 +46,8 @@ def test_losses_and_gradients_are_the_same_gathered_or_not(world: World) -> None
     found = []
     for gathered in (False, True):
         module = sharded(world, gathered)
-        with layout_context(ROW.layout):
-            losses = module(ROW).tokens
+        with layout_context(PACKED.layout):
+            losses = module(PACKED).tokens
             losses.sum().backward()
         found.append((losses.detach(), [local_tensor(p.grad) for p in module.parameters()]))  # type: ignore[arg-type]
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
@@ -74,17 +74,17 @@ def halve_after_evaluation(rank: int, port: int, folder: str, gathered: bool) ->
     world = join(spec_of({"type": "Full"}, precision="FP32"))
     module = distribute(TokenLoss(tiny_llama()), world, "FullShard", FP32, gathered)
     with evaluating(module):
-        before = micro_batch_losses(module, ROW)
+        before = micro_batch_losses(module, PACKED)
     with torch.no_grad():
         for parameter in module.parameters():
             local_tensor(parameter).mul_(0.5)
-    after = micro_batch_losses(module, ROW)
+    after = micro_batch_losses(module, PACKED)
     plain = TokenLoss(tiny_llama())
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.mul_(0.5)
     if rank == 0:
-        torch.save((before, after, micro_batch_losses(plain, ROW)), Path(folder) / "losses.pt")
+        torch.save((before, after, micro_batch_losses(plain, PACKED)), Path(folder) / "losses.pt")
     world.close()
 
 

@@ -22,13 +22,13 @@ def run(
 ) -> tuple[torch.Tensor, list[float], int]:
     folder.mkdir()
     port = free_port()
-    world = [
+    ranks = [
         forked(gradient, rank, size, port, micro_batch_tokens, count, str(folder), sharding, *how)
         for rank in range(size)
     ]
-    for process in world:
+    for process in ranks:
         process.join(120)
-    assert [p.exitcode for p in world] == [0] * size
+    assert [p.exitcode for p in ranks] == [0] * size
     return torch.load(folder / "gradient.pt")
 
 

@@ -90,12 +90,12 @@ def test_the_largest_micro_batch_bounds_every_micro_batch() -> None:
     for _ in range(50):
         lengths = draw.integers(2, 100, 30)
         supervised = np.array([draw.integers(1, n) for n in lengths])
-        batch, room = int(draw.integers(1, 31)), int(draw.integers(100, 400))
-        spec = spec_of(training={"batchSize": batch, "microBatchTokens": room})
+        batch, limit = int(draw.integers(1, 31)), int(draw.integers(100, 400))
+        spec = spec_of(training={"batchSize": batch, "microBatchTokens": limit})
         bound = Samples(lengths, supervised, 64).largest_micro_batch(spec, "Concatenated")
         micro_batch = draw.permutation(30)[:batch]
-        micro_batch = micro_batch[np.cumsum(lengths[micro_batch]) <= room]
-        assert lengths[micro_batch].sum() <= bound.tokens <= room
+        micro_batch = micro_batch[np.cumsum(lengths[micro_batch]) <= limit]
+        assert lengths[micro_batch].sum() <= bound.tokens <= limit
         assert supervised[micro_batch].sum() <= bound.supervised <= bound.tokens
 
 

@@ -266,9 +266,9 @@ def test_one_process_at_a_time_evicts(
     usage, locked = shutil.disk_usage, []
 
     def looking(folder: Path) -> Any:
-        with (tmp_path / "room.lock").open("ab") as room:
+        with (tmp_path / "room.lock").open("ab") as lock:
             try:
-                fcntl.flock(room, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 locked.append(False)
             except BlockingIOError:
                 locked.append(True)

@@ -187,14 +187,14 @@ def went(
     """Return the weights of a world after some steps."""
     folder.mkdir()
     port = free_port()
-    world = [
+    ranks = [
         forked(tune, rank, size, port, method, sharding, str(folder), {"optimizer": name}, *steps,
                str(checkpoint) if checkpoint else None)
         for rank in range(size)
     ]  # fmt: skip
-    for process in world:
+    for process in ranks:
         process.join(120)
-    assert [p.exitcode for p in world] == [0] * size
+    assert [p.exitcode for p in ranks] == [0] * size
     weights: dict[str, torch.Tensor] = torch.load(folder / "tuned.pt")[0]
     return weights
 

@@ -29,13 +29,13 @@ LORA = {"type": "LoRA", "lora": {"rank": 4}}
 def tuned(folder, size, sharding, precision, method) -> dict[str, torch.Tensor]:
     folder.mkdir()
     port = free_port()
-    world = [
+    ranks = [
         forked(tune, rank, size, port, method, sharding, str(folder), {"precision": precision})
         for rank in range(size)
     ]
-    for process in world:
+    for process in ranks:
         process.join(120)
-    assert [p.exitcode for p in world] == [0] * size
+    assert [p.exitcode for p in ranks] == [0] * size
     weights, _ = torch.load(folder / "tuned.pt")
     return weights
 

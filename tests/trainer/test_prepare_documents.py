@@ -40,22 +40,22 @@ def document(text: str) -> RenderedExample:
     )
 
 
-def parted(text: str, begins: Sequence[int], room: int) -> list[str]:
-    return [text[a:b] for a, b in pairwise([0, *borders(text, begins, room)])]
+def parted(text: str, begins: Sequence[int], limit: int) -> list[str]:
+    return [text[a:b] for a, b in pairwise([0, *borders(text, begins, limit)])]
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
-@given(text=PROSE, room=st.integers(1, 40))
+@given(text=PROSE, limit=st.integers(1, 40))
 def test_pieces_join_to_the_text_and_respect_the_limit(
-    tokenizer: Any, text: str, room: int
+    tokenizer: Any, text: str, limit: int
 ) -> None:
     begins = begins_of(tokenizer, text)
-    found = parted(text, begins, room)
+    found = parted(text, begins, limit)
     assert "".join(found) == text and all(found)
     ends = np.cumsum([len(piece) for piece in found])
     for piece, end in zip(found, ends, strict=True):
         inside = [b for b in set(begins) if end - len(piece) < b < end]
-        assert len(inside) < room  # plus the token at the start of the piece
+        assert len(inside) < limit  # plus the token at the start of the piece
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
         key = f"{setting} {sharding} {size}"
         if key not in known:
             folder, port = tmp_path_factory.mktemp("tuned"), free_port()
-            world = [
+            ranks = [
                 forked(
                     tune, rank, size, port, setting.method, sharding, str(folder),
                     setting.training, 0, 2, None, setting.checkpointing, setting.experts,
@@ -106,9 +106,9 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
                 )
                 for rank in range(size)
             ]  # fmt: skip
-            for process in world:
+            for process in ranks:
                 process.join(120)
-            assert [p.exitcode for p in world] == [0] * size
+            assert [p.exitcode for p in ranks] == [0] * size
             known[key] = torch.load(folder / "tuned.pt")
         return known[key]
 

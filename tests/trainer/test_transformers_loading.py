@@ -16,7 +16,7 @@ def test_the_private_names_were_read_in_this_release() -> None:
     found = ".".join(version("transformers").split(".")[:2])
     assert found == transformers_loading.TESTED, (
         f"transformers {found}: read conversion_mapping, core_model_loading and"
-        " LoadStateDictConfig again, run test_loading, and then set TESTED"
+        " LoadStateDictConfig again, run test_loading and test_sharded_loading, and then set TESTED"
     )
 
 

@@ -88,7 +88,7 @@ class RunningWorld:
 
 def worker_folder(folder: Path, rank: int) -> Path:
     """Return the folder of a rank's worker files. Each rank acts as a node."""
-    return folder / f"words-{rank}"
+    return folder / f"worker-{rank}"
 
 
 def start_world(

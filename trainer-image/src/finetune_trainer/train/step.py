@@ -26,7 +26,7 @@ def optimizer_step(session: Session, batch: StepTensors, rate: float) -> tuple[T
     """
     world, sources = session.world, session.plan.source_count
     loss = torch.zeros(1, dtype=torch.float64, device=world.device)
-    beside = torch.zeros(3, dtype=torch.float64, device=world.device)
+    auxiliary = torch.zeros(3, dtype=torch.float64, device=world.device)
     by_source = torch.zeros(2, sources, dtype=torch.float64, device=world.device)
     supervised = max(1, batch.plan.supervised)
     for i, micro_batch in enumerate(batch.micro_batches):
@@ -43,9 +43,9 @@ def optimizer_step(session: Session, batch: StepTensors, rate: float) -> tuple[T
             share.backward()  # type: ignore[no-untyped-call]
         tokens = losses.tokens.detach().double()
         loss += tokens.sum() / supervised
-        beside[0] += losses.drift.sum()
-        beside[1] += losses.drift.numel()
-        beside[2] += losses.router * (micro_batch.labels.numel() / supervised)
+        auxiliary[0] += losses.drift.sum()
+        auxiliary[1] += losses.drift.numel()
+        auxiliary[2] += losses.router * (micro_batch.labels.numel() / supervised)
         if micro_batch.labels.numel():
             by_source[0].index_add_(0, micro_batch.sources, tokens)
             by_source[1].index_add_(0, micro_batch.sources, torch.ones_like(tokens))
@@ -59,7 +59,7 @@ def optimizer_step(session: Session, batch: StepTensors, rate: float) -> tuple[T
         session.weight_anchor.pull(rate, taken)
     step_if(session.optimizers, rate, taken)
     steps = torch.full_like(loss, learns / world.size)
-    sums = torch.cat([loss, steps, beside, by_source.flatten()])
+    sums = torch.cat([loss, steps, auxiliary, by_source.flatten()])
     return torch.where(taken, sums, torch.zeros_like(sums)), norm
 
 
