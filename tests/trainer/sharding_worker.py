@@ -39,7 +39,7 @@ from finetune_trainer.train.tuned import open_model
 NO_STORES: Any = None
 """The model is in a local folder."""
 LENGTHS = [30, 24, 41, 18, 33, 27]
-MICRO_BATCH_TOKENS = 45
+TOKENS = 45
 
 
 def tune(
@@ -86,7 +86,7 @@ def tune(
     lengths = np.array(LENGTHS)
     supervised = np.array([int(s.supervised.sum()) for s in documents])
     plan = Plan(
-        lengths, supervised, batch_size=3, seed=0, micro_batch_tokens=MICRO_BATCH_TOKENS, ranks=size,
+        lengths, supervised, batch_size=3, seed=0, micro_batch_tokens=TOKENS, ranks=size,
         packing="Unpacked" if apart else opened.packing,
     )  # fmt: skip
     session: Any = SimpleNamespace(
@@ -97,7 +97,7 @@ def tune(
     read = lambda positions: [documents[p] for p in positions]  # noqa: E731
     if checkpoint is not None:
         load_state(FileSystemReader(checkpoint), model, session.optimizers, world.control)
-    shape = StaticShape(MICRO_BATCH_TOKENS, max(LENGTHS)) if spec.training.compile else None
+    shape = StaticShape(TOKENS, max(LENGTHS)) if spec.training.compile else None
     build = TASKS["CausalLM"].builder(plan.packing, ALONE, shape, True)
     with Feed(plan, read, rank=rank, start=start, end=end, device=CPU, build=build) as feed:
         for batch in feed:

@@ -52,7 +52,7 @@ from finetune_trainer.train.tuned import TunedModel, open_model
 
 GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = [60, 50, 55, 45, 30, 20, 64, 35]
-MICRO_BATCH_TOKENS = 128
+TOKENS = 128
 # Matrices large enough for bitsandbytes to use 8-bit state.
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "tie_word_embeddings": False}
 
@@ -104,7 +104,7 @@ def test_no_step_waits_for_the_device(method: str, anchor: dict[str, str]) -> No
     documents = samples(LENGTHS)
     supervised = np.array([int(s.supervised.sum()) for s in documents])
     plan = Plan(
-        np.array(LENGTHS), supervised, batch_size=4, seed=0, micro_batch_tokens=MICRO_BATCH_TOKENS, ranks=1,
+        np.array(LENGTHS), supervised, batch_size=4, seed=0, micro_batch_tokens=TOKENS, ranks=1,
         sources=np.arange(len(LENGTHS)) % 2,
     )  # fmt: skip
     session = session_of(model, spec, plan, tiny_llama() if kl and method == "Full" else None)
@@ -186,7 +186,7 @@ class Course:
         documents = samples(LENGTHS)
         supervised = np.array([int(s.supervised.sum()) for s in documents])
         plan = Plan(
-            np.array(LENGTHS), supervised, batch_size=8, seed=0, micro_batch_tokens=MICRO_BATCH_TOKENS, ranks=1
+            np.array(LENGTHS), supervised, batch_size=8, seed=0, micro_batch_tokens=TOKENS, ranks=1
         )
         session: Any = SimpleNamespace(
             world=self.world, plan=plan, spec=self.spec, module=self.opened.module,
@@ -194,7 +194,7 @@ class Course:
             optimizers=self.optimizers, output_anchor=None, weight_anchor=None,
             guard=Guard(self.spec.training.guard, self.world.device),
         )  # fmt: skip
-        shape = StaticShape(MICRO_BATCH_TOKENS, max(LENGTHS)) if self.spec.training.compile else None
+        shape = StaticShape(TOKENS, max(LENGTHS)) if self.spec.training.compile else None
         found = []
         with Feed(
             plan, lambda positions: [documents[p] for p in positions], rank=0, start=start,

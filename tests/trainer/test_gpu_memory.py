@@ -44,7 +44,7 @@ SHAPE: dict[str, Any] = (
     else {}
 )  # fmt: skip
 LENGTHS = [512, 1024, 256, 256, 1024, 512, 384, 128] if CUDA else [30, 24, 41, 18]
-MICRO_BATCH_TOKENS = sum(LENGTHS)
+TOKENS = sum(LENGTHS)
 NO_STORES: Any = None
 """The model is in a local folder."""
 SETTINGS = [
@@ -97,7 +97,7 @@ def test_the_estimate_is_within_a_tenth_of_the_peak(
     documents = samples(LENGTHS)
     supervised = np.array([int(s.supervised.sum()) for s in documents])
     profile = profile_model(base, spec, max(LENGTHS))
-    parts = estimate(profile, spec, MicroBatchSize(MICRO_BATCH_TOKENS, int(supervised.sum())), placement)
+    parts = estimate(profile, spec, MicroBatchSize(TOKENS, int(supervised.sum())), placement)
     expected = sum(n for part, n in parts.items() if part not in ("reserve", "checkpoint"))
 
     gc.collect()
@@ -116,7 +116,7 @@ def test_the_estimate_is_within_a_tenth_of_the_peak(
         supervised,
         batch_size=len(LENGTHS),
         seed=0,
-        micro_batch_tokens=MICRO_BATCH_TOKENS,
+        micro_batch_tokens=TOKENS,
         ranks=1,
     )
     session: Any = SimpleNamespace(
