@@ -37,6 +37,25 @@ def spec(**more: Any) -> dict[str, Any]:
     return laid
 
 
+def stored_object(
+    kind: str, uid: str, version: int, namespace: str = "team", **more: Any
+) -> dict[str, Any]:
+    """A FineTuneJob, or a child that the job ``UID`` controls."""
+    meta: dict[str, Any] = {
+        "uid": uid,
+        "name": uid,
+        "namespace": namespace,
+        "resourceVersion": str(version),
+    }
+    if kind != names.KIND:
+        owner = {"apiVersion": names.API_VERSION, "kind": names.KIND, "uid": UID}
+        meta |= {
+            "labels": {names.LABEL_JOB_UID: UID},
+            "ownerReferences": [{**owner, "controller": True}],
+        }
+    return {"metadata": meta, **more}
+
+
 class World:
     """One FineTuneJob and its children. ``pass_()`` is one pass of the operator."""
 
@@ -140,7 +159,11 @@ class World:
             "kind": "Pod",
             "metadata": {
                 "name": name,
+                "namespace": self.job["metadata"]["namespace"],
                 "uid": name,
+                "ownerReferences": [
+                    {"apiVersion": "batch/v1", "kind": "Job", "uid": "j", "controller": True}
+                ],
                 "labels": template["metadata"]["labels"],
                 "annotations": {INDEX_ANNOTATION: str(index)},
                 "creationTimestamp": format_time(self.now),

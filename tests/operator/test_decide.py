@@ -11,10 +11,12 @@ from operator_world import PREPARED, PUBLISHED, TRAINED, World, at_training, com
 
 from finetune_api import names
 from finetune_operator.children.jobs import STAGE_JOBS
+from finetune_operator.config import ANNOTATION_OUTCOME
 from finetune_operator.decide import defect
 from finetune_operator.decision.stages import CONDITION
 from finetune_operator.status.activity import BEGINS, WORKS
 from finetune_operator.status.status import REACHED
+from finetune_operator.world.objects import format_time
 
 
 def timeless(status: dict[str, Any]) -> dict[str, Any]:
@@ -344,13 +346,47 @@ def test_an_invalid_stored_spec_sets_a_condition(running: bool) -> None:
         assert not world.objects
 
 
-@pytest.mark.parametrize("status", [{"phase": 7}, {"unknown": 1}, {"run": None}, "text"])
+@pytest.mark.parametrize("status", [{"phase": 7}, {"run": None}, "text"])
 def test_unreadable_status_is_rebuilt(status: object) -> None:
     world = at_training()
     before = copy.deepcopy(world.status)
     world.job["status"] = status if isinstance(status, dict) else {"conditions": status}
     world.settle()
     assert timeless(world.status) == timeless(before)
+
+
+def test_what_a_newer_release_wrote_into_status_is_kept_and_passed_over() -> None:
+    """The operator is rolled back while a run trains."""
+    world = at_training()
+    world.status["restarts"] = 2
+    known = copy.deepcopy(world.status)
+    world.job["status"] |= {"phase": "Healing", "ledger": {"hang": 3}}
+    world.status["run"]["faults"] = 1
+    world.status["conditions"].append(
+        {
+            "type": "Elastic", "status": "True", "reason": "Fewer", "message": "",
+            "lastTransitionTime": format_time(world.now), "severity": "Info",
+        }
+    )  # fmt: skip
+    world.settle()
+    assert world.status["ledger"] == {"hang": 3} and world.status["run"]["faults"] == 1
+    assert world.condition_of("Elastic") == "True/Fewer"
+    assert (world.status["phase"], world.status["restarts"]) == ("Training", 2)
+    assert world.status["run"]["id"] == known["run"]["id"]
+    world.edit(rerunToken="again")
+    world.settle()
+    assert "ledger" not in world.status, "figures of another run"
+
+
+def test_a_run_whose_outcome_only_a_newer_release_knows_stays_ended() -> None:
+    world = at_training()
+    world.status["run"]["outcome"] = "Cancelled"
+    world.status["failure"] = {"class": "Cancelled", "reason": "ByUser", "message": "cancelled"}
+    world.settle()
+    assert world.status["phase"] == "Failed"
+    assert world.status["failure"]["class"] == "Cancelled"
+    (config_map,) = world.of("ConfigMap")
+    assert config_map["metadata"]["annotations"][ANNOTATION_OUTCOME] == "Failed"
 
 
 def test_labels_select_children_of_one_job() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from operator_world import CONFIG, UID, World, at_training
+from operator_world import CONFIG, UID, World, at_training, stored_object
 
 from finetune_api import names
 from finetune_operator import controller as controller_module
@@ -100,58 +100,6 @@ def test_put_after_keeps_the_earliest_time() -> None:
     assert asyncio.run(scenario()) == ["a"]
 
 
-def obj(kind: str, uid: str, version: int, **more: Any) -> dict[str, Any]:
-    labels = {} if kind == names.KIND else {names.LABEL_JOB_UID: UID}
-    meta = {
-        "uid": uid,
-        "name": uid,
-        "namespace": "team",
-        "resourceVersion": str(version),
-        "labels": labels,
-    }
-    return {"metadata": meta, **more}
-
-
-def test_the_store_keeps_the_newest_version() -> None:
-    store = Store()
-    store.put(names.KIND, obj(names.KIND, UID, 5))
-    store.put(names.KIND, obj(names.KIND, UID, 7, status={"phase": "Training"}))
-    store.put(names.KIND, obj(names.KIND, UID, 6))
-    found = store.job(UID)
-    assert found is not None and found["status"] == {"phase": "Training"}
-
-
-def test_a_late_response_does_not_restore_a_deleted_child() -> None:
-    store = Store()
-    store.put(names.KIND, obj(names.KIND, UID, 1))
-    assert store.put("Job", obj("Job", "j", 10)) == UID
-    assert store.remove("Job", obj("Job", "j", 12)) == UID
-    store.put("Job", obj("Job", "j", 11))
-    assert store.children(UID, "Job") == []
-
-
-def test_a_pod_that_vanished_while_it_ran_is_remembered_as_ended() -> None:
-    world = at_training()
-    store = Store()
-    store.put(names.KIND, obj(names.KIND, UID, 1))
-    for number, pod in enumerate(p for p in world.of("Pod") if "train" in p["metadata"]["name"]):
-        pod["metadata"] |= {"uid": f"p{number}", "resourceVersion": "1"}
-        store.put("Pod", pod)
-        store.remove("Pod", pod)
-    gone = store.observed(UID).gone
-    assert len(gone) == 2 and all(p.finished is not None for p in gone)
-
-
-def test_the_store_keeps_nothing_of_a_deleted_job() -> None:
-    store = Store()
-    store.put(names.KIND, obj(names.KIND, UID, 1))
-    store.put("Job", obj("Job", "j", 2))
-    store.remove(names.KIND, obj(names.KIND, UID, 3))
-    store.remove("Job", obj("Job", "j", 4))
-    assert store.job(UID) is None and store.objects("Job") == [] and list(store.jobs()) == []
-    assert not store._children
-
-
 def test_writes_without_leadership_raise() -> None:
     async def scenario() -> None:
         cluster = Cluster(Credentials(host="http://127.0.0.1:1"))
@@ -173,7 +121,7 @@ def polled(
 ) -> tuple[Store, list[str]]:
     """Poll a real server that sends these answers in turn, and then repeats the last one."""
     store = Store()
-    store.put(names.KIND, obj(names.KIND, UID, 1))
+    store.put(names.KIND, stored_object(names.KIND, UID, 1))
     for pod in world.of("Pod"):
         pod["metadata"] |= {"resourceVersion": "1", "namespace": "team"}
         pod["status"]["podIP"] = "127.0.0.1"
@@ -255,7 +203,7 @@ class Recorder:
 
     async def apply_status(self, subject: Subject, status: dict[str, Any]) -> dict[str, Any]:
         self.statuses.append(status)
-        return obj(names.KIND, UID, 1 + len(self.statuses), spec={}, status=status)
+        return stored_object(names.KIND, UID, 1 + len(self.statuses), spec={}, status=status)
 
     async def event(self, subject: Subject, event: Event, instance: str) -> None:
         self.events.append(event.reason)
@@ -270,7 +218,7 @@ def test_a_defect_in_one_jobs_pass_is_reported_and_retried(
     async def scenario() -> Recorder:
         monkeypatch.setattr(controller_module, "decide", decide)
         store, cluster = Store(), Recorder()
-        store.put(names.KIND, at_training().job | obj(names.KIND, UID, 1))
+        store.put(names.KIND, at_training().job | stored_object(names.KIND, UID, 1))
         metrics = Metrics(store, lambda: 0)
         controller = Controller(store, cluster, WorkQueue(), CONFIG, metrics, "here")  # type: ignore[arg-type]
         assert not await controller.handle(UID) and not await controller.handle(UID)

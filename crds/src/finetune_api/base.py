@@ -7,12 +7,13 @@ Tests check both sides against one table of specs.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Annotated, Any, ClassVar, Final, get_args
+from typing import Annotated, Any, ClassVar, Final, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -159,6 +160,64 @@ class Model(BaseModel):
     def to_json(self) -> dict[str, Any]:
         """Return the model as in a manifest: camelCase keys, without unset fields."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+M = TypeVar("M", bound=Model)
+
+
+def read_known(model: type[M], raw: Any) -> M:
+    """Read a document that another release may have written: fields and values that this release
+    does not know, or refuses, are left out.
+
+    Raises:
+        ValidationError: what remains is not a document of this model.
+    """
+    remaining = copy.deepcopy(raw)
+    while True:
+        try:
+            return model.model_validate(remaining)
+        except ValidationError as error:
+            if not _leave_out(remaining, error.errors()[0]["loc"]):
+                raise
+
+
+def _leave_out(document: Any, path: tuple[str | int, ...]) -> bool:
+    """Remove the value at a path or, if there is none (a required field is missing), the value
+    around it. Return whether something was removed."""
+    while path:
+        *parents, last = path
+        around = document
+        for key in parents:
+            around = around[key]
+        present = (
+            last < len(around) if isinstance(around, list) and isinstance(last, int)
+            else isinstance(around, dict) and last in around
+        )  # fmt: skip
+        if present:
+            del around[last]
+            return True
+        path = tuple(parents)
+    return False
+
+
+def with_unknown(model: type[Model], stored: Any, new: dict[str, Any]) -> dict[str, Any]:
+    """Return ``new`` with the fields of a stored document that this release does not know, so that
+    writing it back loses nothing. Items of lists are not looked into."""
+    if not isinstance(stored, dict):
+        return new
+    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    found = new | {key: value for key, value in stored.items() if key not in fields}
+    for key, field in fields.items():
+        inner = next(
+            (t for t in (field.annotation, *get_args(field.annotation)) if _is_model(t)), None
+        )
+        if inner is not None and isinstance(new.get(key), dict):
+            found[key] = with_unknown(inner, stored.get(key), new[key])
+    return found
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Model)
 
 
 class Record(Model):

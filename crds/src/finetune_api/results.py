@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 from pydantic import Field
 
 from finetune_api.base import Record
-from finetune_api.names import FailureClass, Role
+from finetune_api.names import Role
 
 TERMINATION_LIMIT: Final = 4096
 """Maximum bytes of a termination message in Kubernetes."""
@@ -109,8 +109,8 @@ class Progress(Record):
 class Failure(Record):
     """Failure of a container."""
 
-    failure_class: FailureClass = Field(alias="class")
-    """Failure class."""
+    failure_class: str = Field(alias="class")
+    """Failure class, one of ``FailureClass``; a trainer of another release may know more."""
     reason: str
     """CamelCase word for scripts, e.g. MalformedRecord."""
     message: str

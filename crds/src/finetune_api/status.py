@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from finetune_api.base import Model
-from finetune_api.names import FailureClass, Phase
+from finetune_api.names import Phase
 
 Time = Annotated[
     str, StringConstraints(max_length=32), Field(json_schema_extra={"format": "date-time"})
@@ -68,8 +68,8 @@ class Run(Model):
     """spec.rerunToken at the start of the run."""
     base: RunBase | None = None
     """Model to which spec.model.fineTuneJobRef referred at the start of the run."""
-    outcome: Literal["Complete", "Failed", "Superseded"] | None = None
-    """Outcome of the run, once it has ended."""
+    outcome: Word | None = None
+    """Outcome of the run, once it has ended: Complete, Failed or Superseded."""
     output: Uri | None = None
     """URI of the run's published model, if any."""
 
@@ -232,8 +232,8 @@ class StartupStatus(Model):
 class FailureStatus(Model):
     """Why the run failed, and what to do."""
 
-    failure_class: FailureClass = Field(alias="class")
-    """Failure class."""
+    failure_class: Word = Field(alias="class")
+    """Failure class: see [failure classes](#failure-classes). Other releases may have more."""
     reason: Word
     """CamelCase word for scripts."""
     message: Message

@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
+from finetune_api.base import with_unknown
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.config import Config
@@ -76,8 +77,11 @@ def _with_suspend(spec: FineTuneJobSpec, raw: Any) -> FineTuneJobSpec:
 def _with_status(
     plan: Plan, job: Mapping[str, Any], before: FineTuneJobStatus, after: FineTuneJobStatus
 ) -> Plan:
-    """The plan with the new status and its events, if the status differs from the stored one."""
+    """The plan with the new status and its events, if the status differs from the stored one.
+    Fields that this release does not know are kept within a run."""
     status = after.to_json()
+    if before.run is None or after.run is None or before.run.id == after.run.id:
+        status = with_unknown(FineTuneJobStatus, job.get("status"), status)
     if not differs(job.get("status"), status):
         return plan
     return replace(plan, status=status, events=events(before, after))

@@ -7,6 +7,7 @@ consequence.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -15,9 +16,9 @@ from datetime import UTC, datetime
 from typing import Final
 
 import aiohttp
-from pydantic import ValidationError
 
-from finetune_api.names import LABEL_JOB_UID, METRICS_PORT
+from finetune_api.base import read_known
+from finetune_api.names import METRICS_PORT
 from finetune_api.results import Progress
 from finetune_operator.cluster import ApiError, Cluster
 from finetune_operator.decision.stages import GANG
@@ -76,8 +77,8 @@ class Poller:
     async def _poll(self, session: aiohttp.ClientSession, gang: Gang) -> None:
         async with self._slots:
             try:
-                progress = Progress.model_validate_json(await self._read(session, gang))
-            except (ApiError, aiohttp.ClientError, TimeoutError, ValidationError) as error:
+                progress = read_known(Progress, json.loads(await self._read(session, gang)))
+            except (ApiError, aiohttp.ClientError, TimeoutError, ValueError) as error:
                 log.debug("progress of %s/%s: %s", gang.namespace, gang.pod, error)
                 return
         if progress.run == gang.run:
@@ -126,11 +127,11 @@ def _comparable(progress: Progress) -> Progress:
 
 def running_gangs(store: Store) -> Iterator[Gang]:
     """Pod 0 of every running gang."""
-    for pod in store.objects("Pod"):
-        meta = pod["metadata"]
-        view = pod_view(pod)
-        if view is None or view.role != GANG or view.index != 0:
-            continue
-        if view.running and view.ip and view.deleted_by is None:
-            uid = meta["labels"][LABEL_JOB_UID]
-            yield Gang(uid, meta["namespace"], view.run, view.name, view.ip)
+    for job in store.jobs():
+        uid = job["metadata"]["uid"]
+        for pod in store.children(uid, "Pod"):
+            view = pod_view(pod)
+            if view is None or view.role != GANG or view.index != 0:
+                continue
+            if view.running and view.ip and view.deleted_by is None:
+                yield Gang(uid, job["metadata"]["namespace"], view.run, view.name, view.ip)

@@ -2,14 +2,19 @@
 response to a write of this process.
 
 A pass therefore sees the writes of the pass before it although the watch lags behind. An older
-resourceVersion never replaces a newer one.
+resourceVersion never replaces a newer one, and a removed object does not come back by a late
+response.
+
+Labels are not trusted: a child belongs to a job only in the job's namespace, and only if the job is
+its controller (for a pod: if a Job is). Otherwise an object in any namespace could pose as the run
+spec or the progress of another team's job.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from finetune_api import names
 from finetune_api.results import Progress
@@ -30,15 +35,43 @@ def version_of(obj: Object) -> int:
     return int(text) if text.isdigit() else 0
 
 
+class Owner(NamedTuple):
+    """A FineTuneJob as the owner of children."""
+
+    namespace: str
+    uid: str
+
+
+def owner_of(kind: str, obj: Object) -> Owner | None:
+    """The FineTuneJob that an object belongs to (itself, if it is one); None for an object that
+    claims a job by its label, without being controlled by the job."""
+    meta = obj["metadata"]
+    if kind == names.KIND:
+        return Owner(meta["namespace"], meta["uid"])
+    uid = (meta.get("labels") or {}).get(names.LABEL_JOB_UID)
+    owners = meta.get("ownerReferences") or []
+    controller = next((o for o in owners if o.get("controller")), None)
+    if uid is None or controller is None:
+        return None
+    if kind == "Pod":
+        is_child = (controller.get("apiVersion"), controller.get("kind")) == ("batch/v1", "Job")
+    else:
+        group = str(controller.get("apiVersion")).partition("/")[0]
+        is_child = (group, controller.get("kind"), controller.get("uid")) == (
+            names.GROUP, names.KIND, uid,
+        )  # fmt: skip
+    return Owner(meta["namespace"], uid) if is_child else None
+
+
 class Store:
-    """FineTuneJobs by uid, and their children by the uid of their job."""
+    """FineTuneJobs by uid, and their children by owner."""
 
     def __init__(self) -> None:
         self._jobs: dict[str, Object] = {}
         self._references = References()
-        self._children: dict[str, dict[str, dict[str, Object]]] = {}
+        self._children: dict[Owner, dict[str, dict[str, Object]]] = {}
         self._removed: dict[str, int] = {}
-        self._gone_pods: dict[str, dict[str, Object]] = {}
+        self._gone_pods: dict[Owner, dict[str, Object]] = {}
         self._pull_failing: dict[str, datetime] = {}
         self._progress: dict[str, tuple[Progress, datetime]] = {}
         self._refused: dict[str, dict[str, Refusal]] = {}
@@ -49,54 +82,64 @@ class Store:
         """Add an object, or replace an older version of it. Returns the uid of its FineTuneJob;
         None for an object without one."""
         uid = obj["metadata"]["uid"]
-        if kind == names.KIND:
-            self._put_in(self._jobs, uid, obj, uid)
-            self._references.put(self._jobs[uid])
-            return str(uid)
-        owner: str | None = (obj["metadata"].get("labels") or {}).get(names.LABEL_JOB_UID)
+        owner = owner_of(kind, obj)
         if owner is None:
             return None
         if self._removed.get(uid, -1) >= version_of(obj):
-            return owner
+            return owner.uid
+        if kind == names.KIND:
+            self._put_in(self._jobs, uid, obj)
+            self._references.put(self._jobs[uid])
+            return owner.uid
         if kind == "Pod":
             self._note_pull(uid, obj)
         kinds = self._children.setdefault(owner, {k: {} for k in CHILD_KINDS})
-        return self._put_in(kinds[kind], uid, obj, owner)
+        self._put_in(kinds[kind], uid, obj)
+        return owner.uid
 
     @staticmethod
-    def _put_in(place: dict[str, Object], uid: str, obj: Object, owner: str) -> str:
+    def _put_in(place: dict[str, Object], uid: str, obj: Object) -> None:
         known = place.get(uid)
         if known is None or version_of(known) <= version_of(obj):
             place[uid] = obj
-        return owner
 
     def remove(self, kind: str, obj: Object) -> str | None:
         """Remove an object that was deleted. Returns the uid of its FineTuneJob, or None."""
         uid = obj["metadata"]["uid"]
-        if kind == names.KIND:
-            self._references.remove(obj)
-            self._remove_job(uid)
-            return str(uid)
-        owner: str | None = (obj["metadata"].get("labels") or {}).get(names.LABEL_JOB_UID)
+        owner = owner_of(kind, obj)
         if owner is None:
             return None
         # The response to a write of this process may arrive after the deletion event.
         self._removed[uid] = version_of(obj)
         while len(self._removed) > REMEMBERED_REMOVALS:
             self._removed.pop(next(iter(self._removed)))
+        if kind == names.KIND:
+            self._references.remove(obj)
+            self._remove_job(owner)
+            return owner.uid
         kinds = self._children.get(owner, {})
         kinds.get(kind, {}).pop(uid, None)
         if kind == "Pod":
             self._pull_failing.pop(uid, None)
-            if owner in self._jobs and container_status(obj).get("state"):
+            if self._owned_job(owner) and container_status(obj).get("state"):
                 self._gone_pods.setdefault(owner, {})[uid] = _ended(obj)
-        if owner not in self._jobs and not any(kinds.values()):
-            self._children.pop(owner, None)
-        return owner
+        self._forget_children(owner)
+        return owner.uid
 
-    def _remove_job(self, uid: str) -> None:
-        for place in (self._jobs, self._gone_pods, self._progress, self._refused):
-            place.pop(uid, None)
+    def _owned_job(self, owner: Owner) -> Object | None:
+        """The job of an owner, if it is in that namespace."""
+        job = self._jobs.get(owner.uid)
+        return job if job and job["metadata"]["namespace"] == owner.namespace else None
+
+    def _forget_children(self, owner: Owner) -> None:
+        if owner.uid not in self._jobs and not any(self._children.get(owner, {}).values()):
+            self._children.pop(owner, None)
+
+    def _remove_job(self, job: Owner) -> None:
+        self._gone_pods.pop(job, None)
+        for place in (self._jobs, self._progress, self._refused):
+            place.pop(job.uid, None)
+        self._forget_children(job)
 
     def _note_pull(self, uid: str, pod: Object) -> None:
         if pull_is_failing(pod):
@@ -137,7 +180,12 @@ class Store:
 
     def children(self, uid: str, kind: str) -> list[Object]:
         """A job's children of one kind."""
-        return list(self._children.get(uid, {}).get(kind, {}).values())
+        return list(self._children.get(self._key(uid), {}).get(kind, {}).values())
+
+    def _key(self, uid: str) -> Owner:
+        """Key of a job's children; of a job that is not known, one without children."""
+        job = self._jobs.get(uid)
+        return Owner(job["metadata"]["namespace"] if job else "", uid)
 
     def objects(self, kind: str) -> list[Object]:
         """All objects of one kind."""
@@ -156,7 +204,7 @@ class Store:
             jobs=self.children(uid, "Job"),
             services=self.children(uid, "Service"),
             pods=self.children(uid, "Pod"),
-            gone=self._gone_pods.get(uid, {}).values(),
+            gone=self._gone_pods.get(self._key(uid), {}).values(),
             pull_failing_since=self._pull_failing,
             progress=progress,
             progress_time=time,

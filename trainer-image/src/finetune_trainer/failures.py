@@ -174,7 +174,7 @@ def recognise(error: BaseException) -> TrainerError:
 
 
 _EXCEPTIONS: Final[list[type[TrainerError]]] = [TrainerError, *TrainerError.__subclasses__()]
-EXIT_CODES: Final[dict[tuple[FailureClass, bool], ExitCode]] = {
+EXIT_CODES: Final[dict[tuple[str, bool], ExitCode]] = {
     (kind.failure_class, kind.retryable): kind.exit_code
     for kind in _EXCEPTIONS
     if kind.exit_code != ExitCode.FENCED

@@ -78,7 +78,7 @@ def _finish(view: RunView, actions: Actions, outcome: str) -> None:
         actions.change.append(_stop(job))
     for run_spec in view.observed.run_specs:
         newest = (run_spec.run, run_spec.revision) == (view.run.id, view.run.revision)
-        if newest and run_spec.outcome != outcome:
+        if newest and run_spec.outcome is None:
             note = {"metadata": {"annotations": {ANNOTATION_OUTCOME: outcome}}}
             actions.change.append(Change("ConfigMap", run_spec.name, note))
     if view.run.outcome is None:

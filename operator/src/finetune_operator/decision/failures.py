@@ -29,7 +29,7 @@ BY_EXIT_CODE: Final[dict[int, tuple[FailureClass, str]]] = {
 
 
 def failure(
-    failure_class: FailureClass, reason: str, message: str, pod: PodView | None = None, **more: Any
+    failure_class: str, reason: str, message: str, pod: PodView | None = None, **more: Any
 ) -> FailureStatus:
     """Build a FailureStatus; the message is cut to the maximum length in status."""
     raw = {"class": failure_class, "reason": reason, "message": message[:MESSAGE_MAX], **more}

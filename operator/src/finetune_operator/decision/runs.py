@@ -24,7 +24,7 @@ from finetune_operator.world.children import StoredRunSpec
 from finetune_operator.world.models import base_from_status
 from finetune_operator.world.observe import Observed
 
-FINAL_OUTCOMES: Final = ("Complete", "Failed")
+_OUTCOMES: Final = ("Complete", "Failed")
 
 
 def current_run(
@@ -100,14 +100,14 @@ class _Known:
     def outcome(self) -> str | None:
         """How the newest revision of the run ended; the outcome in a status of an older revision is
         ignored."""
-        if self.stored is not None and self.stored.outcome in FINAL_OUTCOMES:
-            return self.stored.outcome
+        if self.stored is not None and self.stored.outcome is not None:
+            return _final(self.stored.outcome)
         run = self.before.run
         if run is None or not self.same_run:
             return None
         if self.stored is not None and run.revision != self.stored.revision:
             return None
-        return run.outcome if run.outcome in FINAL_OUTCOMES else None
+        return _final(run.outcome)
 
     def make_run_spec(
         self, run: str, spec: FineTuneJobSpec, base: TunedBase | None, revision: int, restarts: int
@@ -124,6 +124,12 @@ class _Known:
             revision=revision,
             restarts=restarts,
         )
+
+
+def _final(outcome: str | None) -> str | None:
+    """A recorded outcome. One that only another release knows ended the run without a model that
+    this release could hand on."""
+    return outcome if outcome in (None, *_OUTCOMES) else "Failed"
 
 
 def _changed_classes(known: _Known, spec: FineTuneJobSpec) -> dict[FieldClass, list[str]]:

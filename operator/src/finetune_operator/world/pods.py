@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
-from pydantic import ValidationError
-
 from finetune_api import names
+from finetune_api.base import read_known
 from finetune_api.names import Role
 from finetune_api.results import Termination
 from finetune_operator.world.objects import Object, child_labels, parse_time
@@ -149,6 +149,6 @@ def pull_is_failing(pod: Object) -> bool:
 
 def _termination(text: str | None) -> Termination | None:
     try:
-        return Termination.model_validate_json(text) if text else None
-    except ValidationError:
+        return read_known(Termination, json.loads(text)) if text else None
+    except ValueError:  # not JSON, or not a termination message
         return None

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from finetune_api.base import InvalidSpec, explain
+from finetune_api.base import InvalidSpec, explain, read_known
 from finetune_api.run_spec import RunSpec
 from finetune_api.spec import FineTuneJobSpec, parse_spec
 from finetune_api.status import FineTuneJobStatus
@@ -34,9 +34,9 @@ def read_run_spec(text: str) -> tuple[RunSpec | None, list[str]]:
 
 
 def read_status(raw: Any) -> FineTuneJobStatus:
-    """The status of a FineTuneJob; an empty one if it is not valid: the next pass rebuilds status
-    from the children."""
+    """The status of a FineTuneJob, without what this release does not know: a newer release may
+    have written it before it was rolled back."""
     try:
-        return FineTuneJobStatus.model_validate(raw or {})
+        return read_known(FineTuneJobStatus, raw or {})
     except ValidationError:
         return FineTuneJobStatus()

@@ -1,0 +1,88 @@
+"""Documents that another release has written: what this release does not know is passed over, and
+kept where it is written back."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from finetune_api.base import read_known, with_unknown
+from finetune_api.results import Termination
+from finetune_api.status import FineTuneJobStatus
+
+TIME = "2026-01-01T12:00:00Z"
+RUN = {"id": "2-abcde", "number": 2, "startTime": TIME}
+READY = {
+    "type": "Ready", "status": "True", "lastTransitionTime": TIME, "reason": "Complete",
+    "message": "",
+}  # fmt: skip
+STATUS: dict[str, Any] = {
+    "phase": "Training",
+    "run": RUN,
+    "conditions": [READY],
+    "usage": {"gpuSeconds": 7, "wastedGpuSeconds": 0, "queuedSeconds": 3},
+    "restarts": 1,
+}
+
+
+def read(raw: Any) -> dict[str, Any]:
+    return read_known(FineTuneJobStatus, raw).to_json()
+
+
+def changed(**fields: Any) -> dict[str, Any]:
+    return {**copy.deepcopy(STATUS), **fields}
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (STATUS, STATUS),
+        (changed(verdict="Better"), STATUS),
+        (changed(run={**RUN, "ledger": {"hang": 3}}), STATUS),
+        (changed(usage={**STATUS["usage"], "idle": [1, 2]}), STATUS),
+        (changed(conditions=[{**READY, "severity": "Info"}]), STATUS),
+        (changed(phase="Healing"), {k: v for k, v in STATUS.items() if k != "phase"}),
+        (changed(restarts="many"), changed(restarts=0)),
+        # An item without a required field is left out; the other items stay.
+        (changed(conditions=[{"type": "Odd", "status": "Perhaps"}, READY]), STATUS),
+        (changed(run={"id": "2-abcde"}), {k: v for k, v in STATUS.items() if k != "run"}),
+        (changed(conditions={"Ready": True}), changed(conditions=[])),
+        (
+            changed(run={**RUN, "outcome": "Cancelled"}),
+            changed(run={**RUN, "outcome": "Cancelled"}),
+        ),
+    ],
+)
+def test_status(raw: dict[str, Any], expected: dict[str, Any]) -> None:
+    before = copy.deepcopy(raw)
+    assert read(raw) == read(expected)
+    assert raw == before, "the stored document is not changed"
+
+
+def test_a_failure_class_of_another_release_is_kept() -> None:
+    failure = {"class": "Stalled", "reason": "NoProgress", "message": "no step for 600 s"}
+    found = read_known(Termination, {"run": "1-abcde", "role": "train", "failure": failure})
+    assert found.failure is not None and found.failure.failure_class == "Stalled"
+    assert read(changed(failure=failure))["failure"] == failure
+
+
+@pytest.mark.parametrize("raw", [7, "text", [], {"role": "train"}])
+def test_what_is_no_such_document_is_refused(raw: Any) -> None:
+    with pytest.raises(ValidationError):
+        read_known(Termination, raw)
+
+
+def test_unknown_fields_are_kept_where_a_document_is_written_back() -> None:
+    stored = changed(
+        verdict="Better", run={**RUN, "ledger": {"hang": 3}}, progress={"speed": "fast"}
+    )
+    new = read(stored) | {"phase": "Complete"}
+    kept = with_unknown(FineTuneJobStatus, stored, new)
+    assert kept["verdict"] == "Better" and kept["run"]["ledger"] == {"hang": 3}
+    assert kept["phase"] == "Complete" and "progress" not in kept
+    assert {k: v for k, v in kept.items() if k not in ("verdict", "run")} == {
+        k: v for k, v in new.items() if k != "run"
+    }

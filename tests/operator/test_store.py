@@ -1,0 +1,117 @@
+"""The store: newest versions, deletions, and which objects belong to which job."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from operator_world import UID, at_training, stored_object
+
+from finetune_api import names
+from finetune_operator.decision.stages import GANG
+from finetune_operator.progress import running_gangs
+from finetune_operator.store import Store
+
+
+def test_the_store_keeps_the_newest_version() -> None:
+    store = Store()
+    store.put(names.KIND, stored_object(names.KIND, UID, 5))
+    store.put(names.KIND, stored_object(names.KIND, UID, 7, status={"phase": "Training"}))
+    store.put(names.KIND, stored_object(names.KIND, UID, 6))
+    found = store.job(UID)
+    assert found is not None and found["status"] == {"phase": "Training"}
+
+
+def test_a_late_response_does_not_restore_a_deleted_child() -> None:
+    store = Store()
+    store.put(names.KIND, stored_object(names.KIND, UID, 1))
+    assert store.put("Job", stored_object("Job", "j", 10)) == UID
+    assert store.remove("Job", stored_object("Job", "j", 12)) == UID
+    store.put("Job", stored_object("Job", "j", 11))
+    assert store.children(UID, "Job") == []
+
+
+def test_a_pod_that_vanished_while_it_ran_is_remembered_as_ended() -> None:
+    world = at_training()
+    store = Store()
+    store.put(names.KIND, stored_object(names.KIND, UID, 1))
+    for number, pod in enumerate(p for p in world.of("Pod") if "train" in p["metadata"]["name"]):
+        pod["metadata"] |= {"uid": f"p{number}", "resourceVersion": "1"}
+        store.put("Pod", pod)
+        store.remove("Pod", pod)
+    gone = store.observed(UID).gone
+    assert len(gone) == 2 and all(p.finished is not None for p in gone)
+
+
+def test_the_store_keeps_nothing_of_a_deleted_job() -> None:
+    store = Store()
+    store.put(names.KIND, stored_object(names.KIND, UID, 1))
+    store.put("Job", stored_object("Job", "j", 2))
+    store.remove(names.KIND, stored_object(names.KIND, UID, 3))
+    store.remove("Job", stored_object("Job", "j", 4))
+    assert store.job(UID) is None and store.objects("Job") == [] and list(store.jobs()) == []
+    assert not store._children
+
+
+def test_a_late_response_does_not_restore_a_deleted_job() -> None:
+    store = Store()
+    store.put(names.KIND, stored_object(names.KIND, UID, 1))
+    store.remove(names.KIND, stored_object(names.KIND, UID, 3))
+    store.put(names.KIND, stored_object(names.KIND, UID, 2, status={"phase": "Training"}))
+    assert store.job(UID) is None and list(store.jobs()) == []
+
+
+def elsewhere(child: dict[str, Any]) -> None:
+    child["metadata"]["namespace"] = "attacker"
+
+
+def without_controller(child: dict[str, Any]) -> None:
+    child["metadata"]["ownerReferences"][0]["controller"] = False
+
+
+def controlled_by_another_job(child: dict[str, Any]) -> None:
+    child["metadata"]["ownerReferences"][0]["uid"] = "another"
+
+
+def controlled_by_another_kind(child: dict[str, Any]) -> None:
+    child["metadata"]["ownerReferences"][0] |= {"apiVersion": "apps/v1", "kind": "Deployment"}
+
+
+@pytest.mark.parametrize("kind", ["ConfigMap", "Service", "Job"])
+@pytest.mark.parametrize(
+    "disguise",
+    [elsewhere, without_controller, controlled_by_another_job, controlled_by_another_kind],
+)
+def test_an_object_that_only_claims_a_job_is_none_of_its_children(
+    kind: str, disguise: Callable[[dict[str, Any]], None]
+) -> None:
+    store = Store()
+    store.put(names.KIND, stored_object(names.KIND, UID, 1))
+    claiming = stored_object(kind, "c", 2)
+    disguise(claiming)
+    store.put(kind, claiming)
+    assert store.children(UID, kind) == []
+    store.put(kind, stored_object(kind, "own", 2))
+    assert [o["metadata"]["uid"] for o in store.children(UID, kind)] == ["own"]
+
+
+@pytest.mark.parametrize("disguise", [elsewhere, without_controller, controlled_by_another_kind])
+def test_no_progress_is_read_from_a_pod_that_only_claims_a_job(
+    disguise: Callable[[dict[str, Any]], None],
+) -> None:
+    store = Store()
+    store.put(names.KIND, stored_object(names.KIND, UID, 1))
+    pods = at_training().of("Pod")
+    pod = copy.deepcopy(next(p for p in pods if p["metadata"]["labels"][names.LABEL_ROLE] == GANG))
+    pod["metadata"] |= {"uid": "p", "resourceVersion": "1"}
+    pod["status"]["podIP"] = "10.0.0.9"
+    claiming = copy.deepcopy(pod)
+    disguise(claiming)
+    store.put("Pod", claiming)
+    assert list(running_gangs(store)) == []
+    store.remove("Pod", claiming)
+    assert store.observed(UID).gone == ()
+    store.put("Pod", pod | {"metadata": pod["metadata"] | {"uid": "q"}})
+    assert [gang.ip for gang in running_gangs(store)] == ["10.0.0.9"]
