@@ -310,6 +310,76 @@ def test_a_template_refused_by_kubernetes(job: Job, operator: OperatorProcess) -
     assert "tolerations" in job.status["failure"]["message"]
 
 
+def test_a_webhook_that_fails_is_shown_until_it_works_again(
+    job: Job, operator: OperatorProcess
+) -> None:
+    name = f"down-{job.namespace}"
+    job.api.apply(
+        {
+            "apiVersion": "admissionregistration.k8s.io/v1",
+            "kind": "ValidatingWebhookConfiguration",
+            "metadata": {"name": name},
+            "webhooks": [
+                {
+                    "name": "down.example.com",
+                    "clientConfig": {"url": "https://127.0.0.1:1/"},
+                    "rules": [
+                        {
+                            "apiGroups": ["batch"], "apiVersions": ["v1"], "resources": ["jobs"],
+                            "operations": ["CREATE"],
+                        }
+                    ],
+                    "namespaceSelector": {
+                        "matchLabels": {"kubernetes.io/metadata.name": job.namespace}
+                    },
+                    "sideEffects": "None",
+                    "admissionReviewVersions": ["v1"],
+                }
+            ],
+        }
+    )  # fmt: skip
+
+    def refused() -> bool:
+        found = [c for c in job.status.get("conditions", ()) if c["type"] == "Prepared"]
+        return bool(found) and "500" in found[0]["message"] and "webhook" in found[0]["message"]
+
+    try:
+        job.apply()
+        eventually("the refusal is shown", refused, within=WITHIN)
+        assert job.condition_of("Prepared") == "False/ChildRefused"
+    finally:
+        job.api.kubectl("delete", "validatingwebhookconfiguration", name)
+    job.running("prepare", 1, within=2 * WITHIN)
+    job.reach("Preparing")
+
+
+def test_objects_of_another_namespace_are_no_children(job: Job, operator: OperatorProcess) -> None:
+    """Someone who may write into another namespace copies the labels of this job's children."""
+    walk_to_training(job)
+    other, attacker = f"{job.namespace}-x", []
+    job.api.kubectl("create", "namespace", other)
+    for kind in ("configmaps", "jobs"):
+        for child in job.all(kind):
+            copied = {k: child[k] for k in ("apiVersion", "kind", "data", "spec") if k in child}
+            meta = {k: child["metadata"][k] for k in ("name", "labels", "annotations")}
+            if kind == "configmaps":
+                meta["labels"][names.LABEL_RUN] = "9-" + meta["labels"][names.LABEL_RUN][2:]
+            else:
+                template = copied["spec"]["template"]
+                copied["spec"] = {"suspend": True, "template": template}
+                template["metadata"] = {}
+            attacker.append(meta["name"])
+            job.api.apply({**copied, "metadata": meta | {"namespace": other}})
+    before = job.uids("jobs")
+    job.patch(suspend=True)
+    job.reach("Suspended")
+    job.patch(suspend=False)
+    job.reach("Training")
+    assert job.uids("jobs") == before and job.status["run"]["number"] == 1
+    assert len(attacker) == 3
+    job.api.kubectl("delete", "namespace", other)
+
+
 def test_suspended_queue_job_is_left_to_kueue(job: Job, operator: OperatorProcess) -> None:
     job.apply(scheduling={"queueName": "gpus"})
     job.end("prepare", prepared=PREPARED)

@@ -370,22 +370,38 @@ def test_a_job_that_the_api_server_refuses() -> None:
     world = World()
     world.settle()
     world.finish("prepare")
-    world.refused = {"bot-1-0f9c2-train-1": Refusal("exceeded quota: jobs", final=False)}
+    world.refused = {"Job bot-1-0f9c2-train-1": Refusal("exceeded quota: jobs", final=False)}
     world.pass_()
     assert world.status["phase"] == "Starting"
     assert world.condition_of("Running") == "False/ChildRefused"
     assert "exceeded quota" in world.message("Ready")
     world.objects.pop(("Job", "bot-1-0f9c2-train-1"))
-    world.refused = {"bot-1-0f9c2-train-1": Refusal("tolerations[2].operator: bad", final=True)}
+    world.refused = {"Job bot-1-0f9c2-train-1": Refusal("tolerations[2].operator: bad", final=True)}
     world.settle()
     assert world.condition_of("Failed") == "True/ChildRefused"
     assert "tolerations[2].operator" in world.status["failure"]["message"]
 
 
+def test_a_change_that_the_api_server_refuses_is_shown_and_retried() -> None:
+    world = at_training()
+    world.edit(suspend=True)
+    train = world.child("train")["metadata"]["name"]
+    world.refused = {f"Job {train}": Refusal("Job a: 500 failed calling webhook")}
+    plan = world.plan()
+    assert [change.name for change in plan.change] == [train]
+    assert plan.status is not None
+    world.job["status"] = plan.status
+    assert world.condition_of("Reconciling") == "True/ChildRefused"
+    assert "failed calling webhook" in world.message("Reconciling")
+    world.refused = {}
+    world.settle()
+    assert world.condition_of("Reconciling") == "False/Suspended"
+
+
 def test_a_run_spec_that_the_api_server_refuses() -> None:
     world = World()
     no = Refusal("exceeded quota: count/configmaps", final=False)
-    world.refused = {"bot-1-0f9c2-run-spec-1": no}
+    world.refused = {"ConfigMap bot-1-0f9c2-run-spec-1": no}
     world.pass_()
     assert world.condition_of("Prepared") == "False/ChildRefused"
     assert "count/configmaps" in world.message("Ready")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -13,13 +14,14 @@ from operator_world import CONFIG, UID, World, at_training, stored_object
 from finetune_api import names
 from finetune_operator import controller as controller_module
 from finetune_operator import progress as progress_module
-from finetune_operator.cluster import Cluster, Credentials, NotLeading
+from finetune_operator.cluster import ApiError, Cluster, Credentials, NotLeading
 from finetune_operator.controller import Controller
 from finetune_operator.decision.plan import Event, Plan, Subject
 from finetune_operator.metrics import Metrics
 from finetune_operator.progress import Poller
 from finetune_operator.store import Store
 from finetune_operator.workqueue import WorkQueue
+from finetune_operator.world.objects import format_time
 from ports import free_port
 
 
@@ -227,6 +229,58 @@ def test_a_defect_in_one_jobs_pass_is_reported_and_retried(
     cluster = asyncio.run(scenario())
     assert cluster.events == ["OperatorDefect"] and len(cluster.statuses) == 1
     assert "a defect" in caplog.text and "Traceback" in caplog.text
+
+
+class Refusing(Recorder):
+    """A cluster that refuses requests about some children, with these answers in turn."""
+
+    def __init__(self, kind: str, answers: list[ApiError]) -> None:
+        super().__init__()
+        self.kind, self.answers = kind, answers
+        self.applied: list[str] = []
+
+    async def apply(self, child: dict[str, Any]) -> dict[str, Any]:
+        if child["kind"] == self.kind and self.answers:
+            raise self.answers.pop(0)
+        self.applied.append(child["kind"])
+        meta = child["metadata"] | {"uid": child["kind"], "resourceVersion": "9"}
+        made = {"creationTimestamp": format_time(datetime.now(UTC))}
+        return child | {"metadata": meta | made}
+
+    async def apply_status(self, subject: Subject, status: dict[str, Any]) -> dict[str, Any]:
+        stored = await super().apply_status(subject, status)
+        return {**World().job, **stored, "spec": World().job["spec"]}
+
+
+@pytest.mark.parametrize(
+    ("code", "retry_after", "retried"),
+    [
+        (500, None, None), (409, None, None), (429, 7.0, 7.0), (429, 3600.0, 60.0),
+        (503, None, None), (403, None, 15.0),
+    ],
+)  # fmt: skip
+def test_a_refused_child_is_shown_in_the_same_pass_and_retried(
+    code: int, retry_after: float | None, retried: float | None
+) -> None:
+    """``retried``: after so many seconds; None: with the queue's backoff."""
+    queue, delays = WorkQueue(), list[float]()
+    queue.put_after = lambda key, seconds: delays.append(seconds)  # type: ignore[method-assign]
+    answer = ApiError("PATCH", "/jobs/a", code, "the webhook says no", retry_after)
+    store, cluster = Store(), Refusing("Job", [answer])
+    store.put(names.KIND, World().job | stored_object(names.KIND, UID, 1, spec=World().job["spec"]))
+    controller = Controller(store, cluster, queue, CONFIG, Metrics(store, lambda: 0), "here")  # type: ignore[arg-type]
+    assert asyncio.run(controller.handle(UID)) == (retried is not None)
+    assert delays == ([] if retried is None else [retried])
+    (status,) = cluster.statuses
+    prepared = next(c for c in status["conditions"] if c["type"] == "Prepared")
+    assert prepared["reason"] == "ChildRefused"
+    assert f"{code} the webhook says no" in prepared["message"]
+    assert cluster.applied == ["ConfigMap"]
+    assert asyncio.run(controller.handle(UID))
+    assert cluster.applied == ["ConfigMap", "Job"]
+    assert asyncio.run(controller.handle(UID)), "the pass that the new Job's watch event causes"
+    prepared = next(c for c in cluster.statuses[-1]["conditions"] if c["type"] == "Prepared")
+    assert prepared["reason"] == "Preparing"
 
 
 def test_causes_of_the_wait_for_the_api_server_are_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -50,11 +50,21 @@ class NoCluster(Exception):
 
 
 class ApiError(Exception):
-    """The API server refused a request; ``code`` is the HTTP status."""
+    """The API server refused a request."""
 
-    def __init__(self, method: str, path: str, code: int, text: str) -> None:
+    def __init__(
+        self, method: str, path: str, code: int, text: str, retry_after: float | None = None
+    ) -> None:
+        """
+        Args:
+            code: HTTP status.
+            text: message of the server.
+            retry_after: seconds to wait before the next try, if the server asks for it.
+        """
         super().__init__(f"{method} {path}: {code} {text[:500]}")
         self.code = code
+        self.text = text[:500]
+        self.retry_after = retry_after
 
 
 class NotLeading(Exception):
@@ -260,8 +270,11 @@ class Cluster:
         ) as response:
             raw = await response.read()
             if response.status >= 400:
-                text = raw.decode(errors="replace")
-                raise ApiError(method, path, response.status, _message(text))
+                text, wait = raw.decode(errors="replace"), response.headers.get("Retry-After", "")
+                raise ApiError(
+                    method, path, response.status, _message(text),
+                    float(wait) if wait.isdigit() else None,
+                )  # fmt: skip
             return raw
 
     async def wait_until_served(self) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final, TypeVar
 
 import aiohttp
 
@@ -16,16 +16,28 @@ from finetune_operator.children.render import render
 from finetune_operator.cluster import ApiError, Cluster, NotLeading
 from finetune_operator.config import Config
 from finetune_operator.decide import decide, defect
-from finetune_operator.decision.plan import Plan
+from finetune_operator.decision.plan import Plan, Subject
 from finetune_operator.metrics import Metrics
 from finetune_operator.store import Store
-from finetune_operator.workqueue import WorkQueue
-from finetune_operator.world.observe import Refusal
+from finetune_operator.workqueue import LAST_BACKOFF, WorkQueue
+from finetune_operator.world.observe import Refusal, child_key
 
-REFUSED_SECONDS = 15.0
-"""Delay until a refused child is applied again."""
+REFUSED_SECONDS: Final = 15.0
+"""Delay until a refused request is sent again, for ``UNCHANGED_FOR_A_WHILE``."""
+UNCHANGED_FOR_A_WHILE: Final = (400, 403, 422)
+"""HTTP statuses of an invalid child, and of a quota or policy: other statuses are retried with
+backoff from a fraction of a second on."""
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
+
+
+class ChildRefused(Exception):
+    """The API server refused a request about a child."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class Controller:
@@ -51,7 +63,7 @@ class Controller:
         """Run ``reconcile`` for a worker; return False if the pass must be retried with backoff."""
         began = time.monotonic()
         try:
-            await self.reconcile(uid)
+            return await self.reconcile(uid)
         except NotLeading as error:
             log.warning("not the leader, write skipped: %s", error)
             return True
@@ -62,7 +74,6 @@ class Controller:
             return self._failed(uid, error)
         finally:
             self._metrics.reconcile_seconds.observe(time.monotonic() - began)
-        return True
 
     def _failed(self, uid: str, error: BaseException) -> bool:
         gone = isinstance(error, ApiError) and error.code == 404
@@ -72,19 +83,24 @@ class Controller:
         log.warning("reconcile of %s: %s", uid, error)
         return False
 
-    async def reconcile(self, uid: str) -> None:
-        """Bring one job closer to its spec.
+    async def reconcile(self, uid: str) -> bool:
+        """Bring one job closer to its spec. A request about a child that the API server refuses is
+        shown in status; later requests of the pass wait for it.
 
         If ``decide`` or ``render`` raises, report the defect in status and re-raise.
 
+        Returns:
+            False if the pass must be retried with backoff.
+
         Raises:
-            ApiError, aiohttp.ClientError, TimeoutError: the API server refused a request or could
-                not be reached; earlier writes stay, and the next pass continues from them.
+            ApiError, aiohttp.ClientError, TimeoutError: the status could not be written, or the API
+                server could not be reached; earlier writes stay, and the next pass continues from
+                them.
         """
         job = self._store.job(uid)
         if job is None:
             self._queue.forget(uid)
-            return
+            return True
         now = datetime.now(UTC)
         try:
             plan = decide(job, self._store.observed(uid), now, self._config)
@@ -92,43 +108,70 @@ class Controller:
         except Exception as error:
             await self._report(job, defect(job, error, now))
             raise
-        accepted = await self._apply(plan, children)
-        await self._report(job, plan)
-        if not accepted:
-            self._queue.put_after(uid, REFUSED_SECONDS)
-        elif plan.requeue_after is not None:
-            self._queue.put_after(uid, plan.requeue_after.total_seconds())
-
-    async def _apply(self, plan: Plan, children: list[dict[str, Any]]) -> bool:
-        """Apply deletions, creations and changes; return False if the API server refused a child (a
-        podTemplate field that only the server can validate, or a full quota)."""
-        namespace = plan.subject.namespace
-        for delete in plan.delete:
-            await self._cluster.delete(delete.kind, namespace, delete.name)
-        for obj in children:
-            if not await self._create(plan.subject.uid, obj):
-                return False
-        for change in plan.change:
-            stored = await self._cluster.patch(change.kind, namespace, change.name, change.patch)
-            self._store.put(change.kind, stored)
-        return True
-
-    async def _create(self, uid: str, obj: dict[str, Any]) -> bool:
-        """Apply a child; on a refusal, record it in the store and return False."""
-        name = obj["metadata"]["name"]
-        known = self._store.refusal(uid, name)
         try:
-            self._store.put(obj["kind"], await self._cluster.apply(obj))
-        except ApiError as error:
-            if error.code not in (400, 403, 422):
-                raise
-            refusal = Refusal(str(error), final=error.code != 403)
-            self._store.put_refusal(uid, name, refusal)
-            if known != refusal:
-                self._queue.put(uid)  # the next pass shows the refusal in status
-            return False
-        self._store.put_refusal(uid, name, None)
+            await self._apply(plan, children)
+        except ChildRefused as refused:
+            await self._report(job, decide(job, self._store.observed(uid), now, self._config))
+            return self._retry(uid, refused)
+        await self._report(job, plan)
+        if plan.requeue_after is not None:
+            self._queue.put_after(uid, plan.requeue_after.total_seconds())
         return True
+
+    def _retry(self, uid: str, refused: ChildRefused) -> bool:
+        """Schedule the next pass after a refusal; return False if it is due after the backoff."""
+        self._metrics.reconcile_errors.inc()
+        log.warning("reconcile of %s: %s", uid, refused.error)
+        seconds = refused.error.retry_after
+        if seconds is None and refused.error.code in UNCHANGED_FOR_A_WHILE:
+            seconds = REFUSED_SECONDS
+        if seconds is None:
+            return False
+        self._queue.put_after(uid, min(seconds, LAST_BACKOFF))
+        return True
+
+    async def _apply(self, plan: Plan, children: list[dict[str, Any]]) -> None:
+        """Apply deletions, creations and changes.
+
+        Raises:
+            ChildRefused: the API server refused a request about a child.
+        """
+        cluster, subject = self._cluster, plan.subject
+        namespace = subject.namespace
+        for delete in plan.delete:
+            deletion = cluster.delete(delete.kind, namespace, delete.name)
+            await self._accepted(subject, delete.kind, delete.name, deletion)
+        for child in children:
+            kind, name = child["kind"], child["metadata"]["name"]
+            creation = cluster.apply(child)
+            stored = await self._accepted(subject, kind, name, creation, creates=True)
+            self._store.put(kind, stored)
+        for change in plan.change:
+            patch = cluster.patch(change.kind, namespace, change.name, change.patch)
+            stored = await self._accepted(subject, change.kind, change.name, patch)
+            self._store.put(change.kind, stored)
+
+    async def _accepted(
+        self, subject: Subject, kind: str, name: str, request: Awaitable[T], creates: bool = False
+    ) -> T:
+        """Return the response to a request about a child; record whether it was refused.
+
+        Args:
+            creates: whether the request creates the child, so that an invalid child is final.
+
+        Raises:
+            ChildRefused: the API server refused it.
+        """
+        child = child_key(kind, name)
+        try:
+            response = await request
+        except ApiError as error:
+            final = creates and error.code in (400, 422)
+            text = f"{child}: {error.code} {error.text}"
+            self._store.put_refusal(subject.uid, child, Refusal(text, final))
+            raise ChildRefused(error) from None
+        self._store.put_refusal(subject.uid, child, None)
+        return response
 
     async def _report(self, job: Mapping[str, Any], plan: Plan) -> None:
         """Write a changed status, then create its events."""

@@ -152,12 +152,13 @@ class Store:
         if uid in self._jobs:
             self._progress[uid] = (progress, time)
 
-    def put_refusal(self, uid: str, name: str, refusal: Refusal | None) -> None:
-        """Record that the API server refused a child; None: that it accepted the child."""
+    def put_refusal(self, uid: str, child: str, refusal: Refusal | None) -> None:
+        """Record that the API server refused a request about a child (``child_key``); None: that it
+        accepted the request."""
         if refusal is not None:
-            self._refused.setdefault(uid, {})[name] = refusal
+            self._refused.setdefault(uid, {})[child] = refusal
         else:
-            self._refused.get(uid, {}).pop(name, None)
+            self._refused.get(uid, {}).pop(child, None)
 
     # --- reads --------------------------------------------------------------------------------
 
@@ -173,10 +174,6 @@ class Store:
         """Uids of other jobs that a change of an object may affect: jobs that start from the model
         of a FineTuneJob."""
         return self._references.dependents(obj) if kind == names.KIND else []
-
-    def refusal(self, uid: str, name: str) -> Refusal | None:
-        """The API server's refusal of a job's child."""
-        return self._refused.get(uid, {}).get(name)
 
     def children(self, uid: str, kind: str) -> list[Object]:
         """A job's children of one kind."""

@@ -25,7 +25,7 @@ from finetune_operator.decision.plan import CurrentRun, Subject
 from finetune_operator.decision.stages import CONDITION, GANG, stages_of
 from finetune_operator.world.children import JobView
 from finetune_operator.world.objects import parse_time
-from finetune_operator.world.observe import Observed, Refusal
+from finetune_operator.world.observe import Observed, Refusal, child_key
 from finetune_operator.world.pods import PodView
 
 
@@ -154,14 +154,16 @@ class RunView:
 
     @property
     def refusal(self) -> Refusal | None:
-        """The API server's refusal of the stage's Job, or of a child that is created before it: the
-        run spec's ConfigMap, or the Service, which has the Job's name."""
+        """The API server's refusal to create the stage's Job, or a child that is created before
+        it: the run spec's ConfigMap, or the Service."""
         if self.stage is None or self.job is not None:
             return None
         who, run = self.subject.name, self.run
+        stage = child_name(who, run.id, self.stage, run.revision)
         children = (
-            run_spec_name(who, run.id, run.revision),
-            child_name(who, run.id, self.stage, run.revision),
+            child_key("ConfigMap", run_spec_name(who, run.id, run.revision)),
+            child_key("Service", stage),
+            child_key("Job", stage),
         )
         return next((r for r in map(self.observed.refused.get, children) if r is not None), None)
 

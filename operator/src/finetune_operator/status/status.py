@@ -16,12 +16,16 @@ from finetune_operator.status.activity import activity, gang_runs
 from finetune_operator.status.conditions import Conditions
 from finetune_operator.status.results import results
 from finetune_operator.status.run_record import history, run_record
+from finetune_operator.world.observe import Refusal, child_key
 
 
 def run_status(view: RunView, decision: Decision) -> FineTuneJobStatus:
     """Status of a job with a run, from the pass's decision about the run."""
     conditions = _conditions(view)
     phase = _STATES[decision.state](view, decision, conditions)
+    refused = _refused_change(view, decision)
+    if refused is not None:
+        conditions.set("Reconciling", "True", "ChildRefused", f"retried: {refused.message}")
     stored = view.before if view.same_run else FineTuneJobStatus(history=history(view))
     outcome: Literal["Complete", "Failed"] | None = None
     if decision.state == "Complete" or decision.state == "Failed":
@@ -37,6 +41,14 @@ def run_status(view: RunView, decision: Decision) -> FineTuneJobStatus:
         **results(view, stored),
     }
     return stored.model_copy(update=update)
+
+
+def _refused_change(view: RunView, decision: Decision) -> Refusal | None:
+    """The API server's refusal to change or delete a child."""
+    actions = decision.actions
+    keys = [child_key(delete.kind, delete.name) for delete in actions.delete]
+    keys += [child_key(change.kind, change.name) for change in actions.change]
+    return next((r for r in map(view.observed.refused.get, keys) if r is not None), None)
 
 
 # --- conditions that the stages lead to --------------------------------------------------------

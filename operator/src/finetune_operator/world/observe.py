@@ -23,12 +23,17 @@ from finetune_operator.world.pods import PodView, pod_view
 
 @dataclass(frozen=True)
 class Refusal:
-    """The API server's refusal to create a child."""
+    """The API server's refusal to create, change or delete a child."""
 
     message: str
-    final: bool
-    """Whether the child is invalid, so that no retry can succeed; otherwise it is forbidden at
-    present (a quota)."""
+    final: bool = False
+    """Whether the child to create is invalid, so that no retry can succeed. Otherwise the request
+    may succeed later: a quota, a webhook that fails, a server that is overloaded."""
+
+
+def child_key(kind: str, name: str) -> str:
+    """Key of a child in ``Observed.refused``."""
+    return f"{kind} {name}"
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Observed:
     progress_time: datetime | None = None
     """When ``progress`` was read."""
     refused: Mapping[str, Refusal] = field(default_factory=dict)
-    """By name of the child; removed once the API server accepts the child."""
+    """By ``child_key``; removed once the API server accepts the request."""
     models: tuple[ModelJob, ...] = ()
     """The job whose model this job starts from, the job that that job starts from, and so on."""
 
