@@ -7,6 +7,7 @@ import math
 import os
 import socket
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -158,14 +159,23 @@ class Cutter:
 
     def _carry(self, client: socket.socket) -> None:
         with client, socket.create_connection(self.upstream) as server:
-            # The signature covers the Host header: pass the request on unchanged.
-            request = client.recv(1 << 16)
-            server.sendall(request)
+            threading.Thread(target=_pass_on, args=(client, server), daemon=True).start()
             left = self.limit if self.cuts < self.times else 1 << 40
             while left > 0 and (data := server.recv(min(left, 1 << 16))):
                 client.sendall(data)
                 left -= len(data)
             self.cuts += left == 0
+            for end in (client, server):  # closing alone does not wake the thread that reads
+                with suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+
+def _pass_on(client: socket.socket, server: socket.socket) -> None:
+    """Pass the request on unchanged, as the signature covers the Host header, in whatever pieces it
+    arrives."""
+    with suppress(OSError):  # the connection was closed by the cut
+        while data := client.recv(1 << 16):
+            server.sendall(data)
 
 
 def test_a_stream_resumes_after_a_broken_connection(s3: EmbeddedS3, bucket: str) -> None:
