@@ -171,45 +171,6 @@ def test_a_pods_own_cause_outranks_lost_peers() -> None:
     assert world.status["restarts"] == 0, "a final failure is no restart"
 
 
-def test_incidents_are_counted_not_pods() -> None:
-    world = at_training(failurePolicy={"maxRestarts": 2})
-    lost = {"class": "NodeFailure", "reason": "PeerLost", "message": "gone", "retryable": True}
-    for incident in range(2):
-        for rank in range(2):
-            world.fail("train", 20, rank, f"i{incident}", **lost)
-        world.settle()
-        assert world.status["restarts"] == incident + 1
-        assert world.status["phase"] != "Failed"
-    world.fail("train", 20, 1, "i3", **lost)
-    world.pass_()
-    assert world.status["phase"] == "Failed"
-    assert world.status["failure"]["reason"] == "PeerLost"
-    assert "failurePolicy.maxRestarts allows 2" in world.status["failure"]["message"]
-    assert world.child("train")["spec"]["activeDeadlineSeconds"] == 0, "stopped, with its logs"
-
-
-def test_saved_fenced_and_deleted_pods_are_no_incidents() -> None:
-    world = at_training()
-    world.fail("train", 23, 0, "a")
-    world.fail("train", 16, 0, "b")
-    world.fail("train", 20, 0, "c")["metadata"]["deletionTimestamp"] = "2026-01-01T12:00:00Z"
-    world.settle()
-    assert world.status["restarts"] == 0
-
-
-def test_restarts_recorded_in_storage_are_counted() -> None:
-    world = at_training()
-    world.report(attempt=3, restarts=2)
-    world.settle()
-    assert world.status["restarts"] == 2 and world.run["attempt"] == 3
-    world.progress = None
-    world.settle()
-    assert world.status["restarts"] == 2
-    world.report(attempt=5, restarts=4)
-    world.settle()
-    assert world.status["failure"]["reason"] == "RestartsExhausted"
-
-
 def waiting(world: World, role: str, reason: str, message: str) -> None:
     world.pods(role, waiting={"reason": reason, "message": message})
 

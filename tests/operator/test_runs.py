@@ -167,7 +167,8 @@ def test_a_final_failure_is_no_incident_of_the_resumed_run() -> None:
     world.report(attempt=2, restarts=0)
     world.settle()
     assert world.status["phase"] == "Training" and world.status["restarts"] == 0
-    world.report(attempt=3, restarts=1)
+    world.wait(20)
+    world.fail("train", 20, 1, "y", **{"class": "NodeFailure", "reason": "Gone", "message": "m"})
     world.settle()
     assert world.status["phase"] == "Failed", "its own incidents count"
 

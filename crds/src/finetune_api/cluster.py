@@ -188,5 +188,7 @@ class FailurePolicy(Model):
     """Handling of retryable failures."""
 
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = 3
-    """Restarts of the gang before the job fails. An incident (a lost node, a killed process) counts
-    once, however many pods it affects. A higher number does not revive a failed run."""
+    """Restarts of the gang after faults before the job fails. A fault (a crash, a memory limit, a
+    storage outage) counts once, however many pods it affects. Disruptions by Kubernetes (drain,
+    preemption, a lost node) do not count. Half an hour of training without a fault, with a new
+    checkpoint, restores the whole number. A failed run continues by spec.retryToken."""

@@ -248,6 +248,28 @@ class FailureStatus(Model):
     """Attempt that the failure ended."""
 
 
+class Incident(Model):
+    """An end of the gang's work from which the run recovers."""
+
+    number: int
+    """Number of the incident in the run, from 1."""
+    start_time: Time
+    """When the first of its pods ended."""
+    end_time: Time
+    """When the last of its pods ended."""
+    attempt: int
+    """Attempt that the incident ended; 0: none had begun."""
+    fault: bool
+    """Whether the incident counts against spec.failurePolicy.maxRestarts. Disruptions by Kubernetes
+    (drain, preemption, lost node) do not."""
+    failure: FailureStatus
+    """Cause: the failure of the pod with the best evidence."""
+    indexes: Annotated[list[int], Field(max_length=1024)] = []
+    """Completion indexes of its pods; of the newest incident only."""
+    checkpoint: Uri | None = None
+    """Newest checkpoint at that time."""
+
+
 class FineTuneJobStatus(Model):
     """Observed state of the job."""
 
@@ -284,7 +306,12 @@ class FineTuneJobStatus(Model):
     output: OutputStatus | None = None
     """The published model."""
     restarts: int = 0
-    """Number of restarts of the gang in this run."""
+    """Number of restarts of the gang in this run, for any cause."""
+    faults: int = 0
+    """Restarts that count against spec.failurePolicy.maxRestarts: faults, since the run last
+    trained for half an hour without one and saved a checkpoint."""
+    incidents: Annotated[list[Incident], Field(max_length=10)] = []
+    """The last ten incidents of this run, newest first."""
     usage: Usage | None = None
     """Resources used by the run."""
     startup: StartupStatus | None = None

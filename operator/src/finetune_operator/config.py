@@ -13,10 +13,6 @@ ANNOTATION_IMAGE: Final = f"{GROUP}/image"
 change."""
 ANNOTATION_OUTCOME: Final = f"{GROUP}/outcome"
 """On a run spec's ConfigMap: the run's outcome, so that the run stays ended if status is lost."""
-ANNOTATION_RESTARTS: Final = f"{GROUP}/restarts-before"
-"""On a run spec's ConfigMap: incidents of earlier revisions that do not count against this
-revision."""
-
 ANNOTATION_SUSPENDED: Final = f"{GROUP}/suspended"
 """On a Job: the operator suspended it for spec.suspend. The operator never resumes a Job that
 something else (a queue) suspended."""
@@ -41,6 +37,9 @@ OVERDUE: Final = timedelta(seconds=30)
 does not wait for it. The attempt number in HEAD.json fences its writes."""
 GANG_LINGERS: Final = timedelta(seconds=60)
 """How long other pods of a gang may keep running after the first pod has reported the result."""
+BUDGET_RESTORED_AFTER: Final = timedelta(minutes=30)
+"""Training without a fault, with a new checkpoint, after which failurePolicy.maxRestarts counts
+anew."""
 POD_FAILURE_AWAITED: Final = timedelta(seconds=10)
 """How long to wait for the failed pods of a failed Job: watches of Jobs and of pods are not ordered
 relative to each other."""

@@ -6,7 +6,7 @@ from finetune_api import names
 from finetune_api.identity import child_name, run_spec_name
 from finetune_operator.children.jobs import stage_job
 from finetune_operator.children.metadata import Json, labels_of, metadata
-from finetune_operator.config import ANNOTATION_IMAGE, ANNOTATION_RESTARTS, Config
+from finetune_operator.config import ANNOTATION_IMAGE, Config
 from finetune_operator.decision.plan import Create, CurrentRun, Plan, Subject
 from finetune_operator.decision.stages import GANG
 
@@ -31,10 +31,7 @@ def run_spec_config_map(subject: Subject, run: CurrentRun) -> Json:
     """The immutable ConfigMap with the run spec. Later spec changes are compared with it."""
     name = run_spec_name(subject.name, run.id, run.revision)
     meta = metadata(subject, name, labels_of(subject, run, None))
-    meta["annotations"] = {
-        ANNOTATION_IMAGE: run.image,
-        ANNOTATION_RESTARTS: str(run.restarts_before),
-    }
+    meta["annotations"] = {ANNOTATION_IMAGE: run.image}
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",

@@ -12,6 +12,9 @@ from finetune_operator.world.children import JobView
 from finetune_operator.world.pods import PodView
 
 MESSAGE_MAX: Final = 4000
+_LOST_NODE: Final = ("Taint", "Node", "PodGC", "Admission")
+"""Parts of Kubernetes' reasons for pods of a node that was lost, or that could not run them; other
+reasons are a preemption or an eviction."""
 
 BY_EXIT_CODE: Final[dict[int, tuple[FailureClass, str]]] = {
     ExitCode.USER_ERROR: ("UserError", "the manifest is invalid or cannot be satisfied"),
@@ -50,8 +53,12 @@ def stage_failure(
             job.failure_message if job else ""
         ) or "its pods are gone and left no termination message"
         return failure("Internal", reason, f"{message}. The pods' logs may show the cause")
-    best = max(failed, key=lambda p: (_evidence(p), p.finished or p.created))
-    return _pod_failure(best, attempt)
+    return pod_failure(strongest(failed), attempt)
+
+
+def strongest(failed: Iterable[PodView]) -> PodView:
+    """Return the failed pod with the best evidence, among equals the one that failed last."""
+    return max(failed, key=lambda p: (_evidence(p), p.finished or p.created))
 
 
 def _evidence(pod: PodView) -> int:
@@ -68,7 +75,8 @@ def _evidence(pod: PodView) -> int:
     return 1 if code == ExitCode.INTERRUPTED else 2
 
 
-def _pod_failure(pod: PodView, attempt: int | None) -> FailureStatus:
+def pod_failure(pod: PodView, attempt: int | None) -> FailureStatus:
+    """Return the failure of a pod."""
     reported = pod.termination.failure if pod.termination else None
     if reported is not None:
         kind, reason, message = reported.failure_class, reported.reason, reported.message
@@ -78,9 +86,13 @@ def _pod_failure(pod: PodView, attempt: int | None) -> FailureStatus:
         return failure("OutOfMemory", "HostOutOfMemory", message, pod, attempt=attempt)
     if pod.disruption or pod.reason:
         reason = pod.disruption or pod.reason
-        kind = "NodeFailure" if "Taint" in reason or "Node" in reason else "Preempted"
+        lost = any(word in reason for word in _LOST_NODE)
+        kind = "NodeFailure" if lost else "Preempted"
         message = f"Kubernetes took the pod away ({reason}): {pod.message or 'no message'}"
         return failure(kind, reason, message, pod, attempt=attempt)
+    if pod.deleted_by is not None or pod.exit_code is None:
+        message = "the pod was deleted while it ran"
+        return failure("Preempted", "PodDeleted", message, pod, attempt=attempt)
     if pod.exit_code in BY_EXIT_CODE:
         kind, text = BY_EXIT_CODE[pod.exit_code]
         message = f"{text}; the container left no message: see `kubectl logs {pod.name}`"
@@ -99,18 +111,3 @@ def _out_of_memory(pod: PodView) -> str:
         " (prepare.resources for prepare and publish), lower training.microBatchTokens or, if it"
         " died while it was saving, set checkpoint.staging: Disk"
     )
-
-
-def incidents(pods: Iterable[PodView]) -> int:
-    """Number of gang incidents that its pods show: the maximum of failed pods per rank.
-
-    One incident fails every rank once, regardless of the number of pods. Not counted are a pod that
-    saved its state on SIGTERM, a fenced pod, a pod that is being deleted, and a pod with a final
-    failure, after which nothing is restarted.
-    """
-    count: dict[int, int] = {}
-    for pod in pods:
-        no_incident = pod.exit_code in (ExitCode.INTERRUPTED, *FINAL_EXIT_CODES)
-        if pod.phase == "Failed" and not no_incident and pod.deleted_by is None:
-            count[pod.index] = count.get(pod.index, 0) + 1
-    return max(count.values(), default=0)

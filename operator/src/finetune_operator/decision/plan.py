@@ -31,8 +31,9 @@ class CurrentRun:
     revision: int
     run_spec: RunSpec
     image: str
-    restarts_before: int = 0
-    """Incidents of earlier revisions that do not count against failurePolicy.maxRestarts."""
+    retried: bool = False
+    """Whether this revision, which begins in this pass, continues a failed run: earlier faults do
+    not count."""
     outcome: str | None = None
     """Complete or Failed once the run has ended."""
     recorded: bool = False

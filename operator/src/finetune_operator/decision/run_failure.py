@@ -27,7 +27,7 @@ def run_failure(view: RunView) -> FailureStatus | None:
         return _of_stage(view) if pod_failure_due(view) is None else None
     if view.spec.suspend:
         return None
-    if view.stage == GANG and _incidents(view) > view.spec.failure_policy.max_restarts:
+    if view.incidents.new_fault and view.incidents.faults > view.spec.failure_policy.max_restarts:
         return _restarts_exhausted(view)
     if view.obstacle is not None and view.obstacle.until <= view.now:
         return view.obstacle.failure
@@ -53,19 +53,11 @@ def _attempt(view: RunView) -> int | None:
     return view.progress.attempt if view.stage == GANG and view.progress is not None else None
 
 
-def _incidents(view: RunView) -> int:
-    """Incidents that count against failurePolicy.maxRestarts."""
-    return view.restarts - view.run.restarts_before
-
-
 def _restarts_exhausted(view: RunView) -> FailureStatus:
-    last = stage_failure(None, view.pods, _attempt(view))
+    cause = view.incidents.newest_first[0].failure
     end = (
-        f" This was incident {_incidents(view)}; failurePolicy.maxRestarts allows"
-        f" {view.spec.failure_policy.max_restarts}. The run resumes from its last checkpoint when"
-        " compute, scheduling or checkpoint is changed; another rerunToken starts a new run"
+        f" This was fault {view.incidents.faults}; failurePolicy.maxRestarts allows"
+        f" {view.spec.failure_policy.max_restarts}. Another spec.retryToken continues the run from"
+        " its last checkpoint; another rerunToken starts a new run"
     )
-    if last.reason == "PodsGone":
-        return failure("NodeFailure", "RestartsExhausted", f"the gang lost pods.{end}")
-    message = f"{last.message[:3000]}.{end}"
-    return last.model_copy(update={"message": message})
+    return cause.model_copy(update={"message": f"{cause.message}.{end}"})

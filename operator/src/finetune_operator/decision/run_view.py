@@ -19,7 +19,7 @@ from finetune_api.run_spec import RunSpec
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.config import GANG_LINGERS
-from finetune_operator.decision.failures import incidents
+from finetune_operator.decision.incidents import Incidents, incidents
 from finetune_operator.decision.obstacles import Obstacle, obstacle
 from finetune_operator.decision.plan import CurrentRun, Subject
 from finetune_operator.decision.stages import CONDITION, GANG, stages_of
@@ -133,15 +133,47 @@ class RunView:
     # --- failures -------------------------------------------------------------------------------
 
     @cached_property
+    def incidents(self) -> Incidents:
+        """Incidents of the gang so far. Pods that end because the operator deletes their Job are
+        none."""
+        stored = self.before if self.same_run else FineTuneJobStatus()
+        if self.run.retried:
+            stored = stored.model_copy(update={"faults": 0})
+        known = Incidents(tuple(stored.incidents), stored.faults)
+        job = self.job
+        if self.stage != GANG or job is None or job.finished or job.deleting or job.suspended:
+            return known
+        gone = [p for p in self.observed.gone if self._is_of_job(p, job)]
+        pods = [p for p in self.pods if p.created >= job.created]
+        return incidents(stored, [*pods, *gone], self.attempt, self.latest_checkpoint, self.now)
+
+    def _is_of_job(self, pod: PodView, job: JobView) -> bool:
+        return (pod.role, pod.run, pod.revision) == (
+            job.role, job.run, job.revision,
+        ) and pod.created >= job.created  # fmt: skip
+
+    @property
+    def attempt(self) -> int:
+        """The run's current attempt, as far as it was read from the gang; 0 before the first."""
+        stored = self.before.run.attempt if self.before.run and self.same_run else 0
+        return max(stored, self.progress.attempt if self.progress else 0)
+
+    @property
+    def latest_checkpoint(self) -> str | None:
+        """URI of the newest checkpoint, as far as it was read from the gang."""
+        if self.progress is not None and self.progress.latest_checkpoint:
+            return self.progress.latest_checkpoint
+        stored = self.before.checkpoints if self.same_run else None
+        return stored.latest if stored else None
+
+    @cached_property
     def restarts(self) -> int:
-        """Incidents of the run so far: the maximum of the counts in storage and from the pods."""
-        counts = [self.before.restarts if self.same_run else 0]
+        """Restarts of the gang so far: the maximum of the counts in storage and from the pods."""
+        counts = [self.before.restarts if self.same_run else 0, self.incidents.count]
         if self.progress is not None:
             counts.append(self.progress.restarts)
         if self.trained is not None:
             counts.append(self.trained.restarts)
-        if self.stage == GANG and not (self.job and self.job.failed):
-            counts.append(self.run.restarts_before + incidents(self.pods))
         return max(counts)
 
     @cached_property

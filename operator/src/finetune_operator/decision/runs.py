@@ -92,10 +92,6 @@ class _Known:
         """Incidents of the run so far."""
         return self.before.restarts if self.same_run else 0
 
-    @property
-    def restarts_before(self) -> int:
-        return self.stored.restarts_before if self.stored else 0
-
     @cached_property
     def outcome(self) -> str | None:
         """How the newest revision of the run ended; the outcome in a status of an older revision is
@@ -162,16 +158,15 @@ def _begin(known: _Known, number: int, spec: FineTuneJobSpec) -> CurrentRun:
 
 
 def _next_revision(known: _Known, spec: FineTuneJobSpec) -> CurrentRun:
-    """The same run in a new gang. After a failed run, the incidents so far no longer count."""
+    """The same run in a new gang."""
     revision, base = known.revision + 1, _kept_base(known, spec)
-    failed = known.outcome == "Failed"
     return CurrentRun(
         number=known.number,
         id=known.id,
         revision=revision,
         run_spec=known.make_run_spec(known.id, spec, base, revision, known.restarts),
         image=spec.compute.image or known.config.image,
-        restarts_before=known.restarts if failed else known.restarts_before,
+        retried=known.outcome == "Failed",
     )
 
 
@@ -186,7 +181,6 @@ def _unchanged(known: _Known, spec: FineTuneJobSpec | None) -> CurrentRun | None
         revision=known.revision,
         run_spec=run_spec.run_spec,
         image=run_spec.image or run_spec.run_spec.spec.compute.image or known.config.image,
-        restarts_before=known.restarts_before,
         outcome=known.outcome,
         recorded=True,
     )
@@ -206,7 +200,6 @@ def _without_run_spec(known: _Known, spec: FineTuneJobSpec) -> CurrentRun:
         revision=known.revision,
         run_spec=known.make_run_spec(known.id, spec, base, known.revision, known.restarts),
         image=image or spec.compute.image or known.config.image,
-        restarts_before=known.restarts_before,
         outcome=known.outcome,
         recorded=known.stored is not None,
         wait=wait,

@@ -36,8 +36,7 @@ def events(before: FineTuneJobStatus, after: FineTuneJobStatus) -> tuple[Event, 
         found.append(Event("Normal", "RunStarted", f"run {after.run.id} begins{from_}"))
     same_run = bool(before.run and after.run and before.run.id == after.run.id)
     if same_run and after.restarts > before.restarts:
-        message = f"incident {after.restarts} of the gang; it resumes from its last checkpoint"
-        found.append(Event("Warning", "Restarted", message))
+        found.append(Event("Warning", "Restarted", _restarted(after)))
     true_before = {c.type for c in before.conditions if c.status == "True"} if same_run else set()
     for condition in after.conditions:
         if condition.status != "True" or condition.type in true_before | {"Ready", "Reconciling"}:
@@ -49,3 +48,13 @@ def events(before: FineTuneJobStatus, after: FineTuneJobStatus) -> tuple[Event, 
             Event("Warning" if bad else "Normal", condition.reason, condition.message or "")
         )
     return tuple(found)
+
+
+def _restarted(after: FineTuneJobStatus) -> str:
+    """Message about the newest incident."""
+    text = f"restart {after.restarts} of the gang; it resumes from its last checkpoint"
+    if not after.incidents or after.incidents[0].number < after.restarts:
+        return text
+    cause = after.incidents[0].failure
+    where = f" on node {cause.node}" if cause.node else ""
+    return f"{text}. Pod {cause.pod}{where}: {cause.reason}: {cause.message}"

@@ -14,17 +14,13 @@ from finetune_operator.world.objects import format_time
 def run_record(view: RunView, outcome: Literal["Complete", "Failed"] | None) -> Run:
     """``status.run``; ``outcome`` is None while the run continues."""
     stored = view.before.run if view.same_run else None
-    attempts = [stored.attempt if stored else 0]
-    if view.progress is not None:
-        attempts.append(view.progress.attempt)
-    if view.trained is not None:
-        attempts.append(view.trained.attempt)
+    attempt = max(view.attempt, view.trained.attempt if view.trained else 0)
     return make(
         Run,
         id=view.run.id,
         number=view.run.number,
         revision=view.run.revision,
-        attempt=max(attempts),
+        attempt=attempt,
         start_time=_start_time(view, stored),
         completion_time=format_time(view.completion_time) if outcome else None,
         rerun_token=view.run_spec.spec.rerun_token,

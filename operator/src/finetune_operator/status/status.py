@@ -37,6 +37,8 @@ def run_status(view: RunView, decision: Decision) -> FineTuneJobStatus:
         "conditions": conditions.to_list(),
         "run": run_record(view, outcome),
         "restarts": view.restarts,
+        "faults": view.incidents.faults,
+        "incidents": list(view.incidents.newest_first),
         "failure": decision.failure,
         **results(view, stored),
     }

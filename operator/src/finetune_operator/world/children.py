@@ -8,12 +8,7 @@ from datetime import datetime
 from finetune_api import names
 from finetune_api.names import Role
 from finetune_api.run_spec import RunSpec
-from finetune_operator.config import (
-    ANNOTATION_IMAGE,
-    ANNOTATION_OUTCOME,
-    ANNOTATION_RESTARTS,
-    ANNOTATION_SUSPENDED,
-)
+from finetune_operator.config import ANNOTATION_IMAGE, ANNOTATION_OUTCOME, ANNOTATION_SUSPENDED
 from finetune_operator.world.objects import Object, child_labels, parse_time
 from finetune_operator.world.stored import read_run_spec
 
@@ -28,8 +23,6 @@ class StoredRunSpec:
     revision: int
     image: str
     created: datetime | None = None
-    restarts_before: int = 0
-    """Incidents of earlier revisions that do not count against failurePolicy.maxRestarts."""
     outcome: str | None = None
     run_spec: RunSpec | None = None
     """None if this release's models refuse it; ``problems`` has the reasons."""
@@ -83,7 +76,6 @@ def stored_run_spec(obj: Object) -> StoredRunSpec | None:
     if text is None or not number.isdigit() or not revision.isdigit():
         return None
     run_spec, problems = read_run_spec(text)
-    restarts = annotations.get(ANNOTATION_RESTARTS, "0")
     return StoredRunSpec(
         name=obj["metadata"]["name"],
         run=run,
@@ -91,7 +83,6 @@ def stored_run_spec(obj: Object) -> StoredRunSpec | None:
         revision=int(revision),
         image=annotations.get(ANNOTATION_IMAGE, ""),
         created=parse_time(obj["metadata"].get("creationTimestamp")),
-        restarts_before=int(restarts) if restarts.isdigit() else 0,
         outcome=annotations.get(ANNOTATION_OUTCOME),
         run_spec=run_spec,
         problems=tuple(problems),

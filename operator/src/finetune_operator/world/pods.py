@@ -50,6 +50,10 @@ class PodView:
     """Message in the pod's own status."""
     disruption: str | None = None
     """Reason of condition DisruptionTarget: Kubernetes disrupted the pod."""
+    disrupted_at: datetime | None = None
+    """When that condition became true."""
+    ready: bool = True
+    """Condition Ready: false once the pod's node is not reachable, or before the pod runs."""
     termination: Termination | None = None
     """The container's termination message; None if it left no valid one."""
     waiting_reason: str | None = None
@@ -64,6 +68,12 @@ class PodView:
     @property
     def ended(self) -> bool:
         return self.phase in ("Succeeded", "Failed")
+
+    @property
+    def is_disrupted(self) -> bool:
+        """Whether Kubernetes took the pod away for reasons outside of the pod. The kubelet evicts a
+        pod for what the pod uses (disk, memory): that is no disruption."""
+        return self.disruption is not None and self.disruption != "TerminationByKubelet"
 
 
 def pod_view(obj: Object, pull_failing_since: datetime | None = None) -> PodView | None:
@@ -110,6 +120,8 @@ def _of_conditions(status: Object) -> dict[str, Any]:
         found["unschedulable"] = scheduled.get("message") or "no node fits"
     if disruption.get("status") == "True":
         found["disruption"] = disruption.get("reason") or "Disrupted"
+        found["disrupted_at"] = parse_time(disruption.get("lastTransitionTime"))
+    found["ready"] = (conditions.get("Ready") or {}).get("status", "True") == "True"
     return found
 
 

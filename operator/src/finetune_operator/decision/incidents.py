@@ -1,0 +1,147 @@
+"""The incidents of a run: ends of the gang's work from which it recovers.
+
+Pods that ended since the newest recorded incident either belong to it (same attempt, another
+completion index) or are a new one. Status keeps the record, because pods and Jobs are deleted.
+
+Only faults count against ``failurePolicy.maxRestarts``. Kubernetes disrupts pods for reasons that
+the run cannot help: drain, preemption, a lost node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from finetune_api.names import FINAL_EXIT_CODES, ExitCode
+from finetune_api.status import FineTuneJobStatus, Incident
+from finetune_operator.config import BUDGET_RESTORED_AFTER
+from finetune_operator.decision.failures import pod_failure, strongest
+from finetune_operator.world.objects import format_time, parse_time
+from finetune_operator.world.pods import PodView
+
+KEPT: Final = 10
+"""Incidents that status keeps."""
+INDEXES_MAX: Final = 1024
+MESSAGE_MAX: Final = 500
+_NO_FAULT: Final = ("GangNotFormed",)
+"""Failures of a pod without a fault of its own: it waited for others."""
+
+
+@dataclass(frozen=True)
+class Incidents:
+    """The incidents of a run so far."""
+
+    newest_first: tuple[Incident, ...] = ()
+    faults: int = 0
+    """Faults that count against failurePolicy.maxRestarts."""
+    new_fault: bool = False
+    """Whether ``faults`` has grown in this pass."""
+
+    @property
+    def count(self) -> int:
+        """Number of all incidents of the run."""
+        return self.newest_first[0].number if self.newest_first else 0
+
+
+def incidents(
+    before: FineTuneJobStatus,
+    pods: Iterable[PodView],
+    attempt: int,
+    checkpoint: str | None,
+    now: datetime,
+) -> Incidents:
+    """Return the incidents of a run after a look at its pods.
+
+    Args:
+        before: the run's stored status.
+        pods: the gang's pods, including those that are gone.
+        attempt: the run's current attempt.
+        checkpoint: the newest checkpoint.
+    """
+    known, faults = list(before.incidents), before.faults
+    if faults and _is_restored(known, checkpoint, now):
+        faults = 0
+    recorded = parse_time(known[0].end_time) if known else None
+    pods = [p for p in pods if is_incident(p)]
+    ended = [p for p in pods if recorded is None or end_of(p) > recorded]
+    new_fault = False
+    for pod in sorted(ended, key=end_of):
+        joins = known and known[0].attempt == attempt and pod.index not in known[0].indexes
+        was_fault = bool(joins) and known[0].fault
+        if joins:
+            known[0] = _joined(known[0], pod, pods)
+        else:
+            known[:1] = [_begun(known, pod, attempt, checkpoint), *_without_indexes(known[:1])]
+        if known[0].fault and not was_fault:
+            faults, new_fault = faults + 1, True
+    return Incidents(tuple(known[:KEPT]), faults, new_fault)
+
+
+def is_incident(pod: PodView) -> bool:
+    """Whether a pod's end interrupts the gang. Not so are a fenced pod, and a pod with a final
+    failure, after which nothing is restarted."""
+    if pod.exit_code in FINAL_EXIT_CODES or pod.phase == "Succeeded" or pod.exit_code == 0:
+        return False
+    return pod.phase == "Failed" or pod.exit_code is not None
+
+
+def is_fault(pod: PodView) -> bool:
+    """Whether a pod ended by a fault of the run or its node, and not by Kubernetes' or a user's
+    request."""
+    if pod.is_disrupted or pod.deleted_by is not None or pod.exit_code == ExitCode.INTERRUPTED:
+        return False
+    said = pod.termination.failure if pod.termination else None
+    return said is None or said.reason not in _NO_FAULT
+
+
+def end_of(pod: PodView) -> datetime:
+    """When a pod ended, as far as is known."""
+    return pod.finished or pod.disrupted_at or pod.created
+
+
+def _begun(
+    known: Sequence[Incident], pod: PodView, attempt: int, checkpoint: str | None
+) -> Incident:
+    cause = pod_failure(pod, attempt or None)
+    return Incident.model_validate(
+        {
+            "number": known[0].number + 1 if known else 1,
+            "startTime": format_time(end_of(pod)),
+            "endTime": format_time(end_of(pod)),
+            "attempt": attempt,
+            "fault": is_fault(pod),
+            "failure": cause.model_copy(update={"message": cause.message[:MESSAGE_MAX]}).to_json(),
+            "indexes": [pod.index],
+            "checkpoint": checkpoint,
+        }
+    )
+
+
+def _joined(incident: Incident, pod: PodView, pods: Iterable[PodView]) -> Incident:
+    """An incident with one more pod; the cause is that of the pod with the best evidence."""
+    named = [p for p in pods if p.name == incident.failure.pod]
+    explains = strongest([*named, pod]) is pod if named else not incident.fault and is_fault(pod)
+    cause = pod_failure(pod, incident.attempt or None) if explains else incident.failure
+    return incident.model_copy(
+        update={
+            "end_time": format_time(end_of(pod)),
+            "fault": incident.fault or is_fault(pod),
+            "failure": cause.model_copy(update={"message": cause.message[:MESSAGE_MAX]}),
+            "indexes": [*incident.indexes, pod.index][:INDEXES_MAX],
+        }
+    )
+
+
+def _without_indexes(known: Sequence[Incident]) -> list[Incident]:
+    return [incident.model_copy(update={"indexes": []}) for incident in known]
+
+
+def _is_restored(known: Sequence[Incident], checkpoint: str | None, now: datetime) -> bool:
+    """Whether the run has trained long enough since its last fault, and saved a checkpoint."""
+    last = next((incident for incident in known if incident.fault), None)
+    ended = parse_time(last.end_time) if last else None
+    if last is None or ended is None:
+        return False
+    return checkpoint not in (None, last.checkpoint) and now - ended >= BUDGET_RESTORED_AFTER
