@@ -67,6 +67,7 @@ class World:
         }
         self.objects: dict[tuple[str, str], dict[str, Any]] = {}
         self.progress: Progress | None = None
+        self.progress_time: datetime | None = None
         self.gone: list[dict[str, Any]] = []
         self.pull_failing_since: dict[str, datetime] = {}
         self.refused: dict[str, Refusal] = {}
@@ -85,7 +86,7 @@ class World:
             gone=self.gone,
             pull_failing_since=self.pull_failing_since,
             progress=self.progress,
-            progress_time=self.now if self.progress else None,
+            progress_time=self.progress_time if self.progress else None,
             refused=self.refused,
             models=self.models(),
         )
@@ -228,6 +229,7 @@ class World:
     def report(self, stage: str = "Training", **more: Any) -> None:
         raw = {"run": self.run["id"], "attempt": 1, "restarts": 0, "stage": stage, **more}
         self.progress = Progress.model_validate(raw)
+        self.progress_time = self.now
 
     # --- status ----------------------------------------------------------------------------------
 

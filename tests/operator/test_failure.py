@@ -349,7 +349,7 @@ def test_a_change_that_the_api_server_refuses_is_shown_and_retried() -> None:
     train = world.child("train")["metadata"]["name"]
     world.refused = {f"Job {train}": Refusal("Job a: 500 failed calling webhook")}
     plan = world.plan()
-    assert [change.name for change in plan.change] == [train]
+    assert [delete.name for delete in plan.delete] == [train]
     assert plan.status is not None
     world.job["status"] = plan.status
     assert world.condition_of("Reconciling") == "True/ChildRefused"

@@ -36,10 +36,19 @@ def test_an_incident_is_one_however_many_pods_it_ends() -> None:
     world = at_training(compute={"nodes": 8})
     world.report(attempt=1)
     for index in range(8):
-        fail(world, index)
+        world.wait(1)
+        world.fail("train", 20, index, **LOST)
+        if index in (0, 2):
+            world.settle()  # some fail between two passes
+    world.settle()
     assert incidents(world) == [(1, True, "ProcessKilled")]
     assert (world.status["restarts"], world.status["faults"]) == (1, 1)
     assert world.status["incidents"][0]["indexes"] == list(range(8))
+    assert world.run["revision"] == 2, "the Job would replace the pods after ten minutes only"
+    world.remove_pods()
+    world.settle()
+    world.wait(5)
+    world.pods("train", 8, running={})
     world.report(attempt=2, restarts=1)
     fail(world, 5, "y")
     assert [i["number"] for i in world.status["incidents"]] == [2, 1]

@@ -251,20 +251,27 @@ def test_a_removed_run_spec_of_a_running_run_is_recreated() -> None:
     assert world.run["number"] == 1
 
 
-def test_suspend_and_resume_in_the_same_job() -> None:
+def test_suspend_deletes_the_job_and_resume_makes_it_anew() -> None:
+    """A suspended Job would keep its count of failed pods, and with it its back-off."""
     world = at_training()
     world.edit(suspend=True)
     world.settle()
-    assert world.child("train")["spec"]["suspend"] is True
+    assert world.names("Job") == ["bot-1-0f9c2-prepare-1"]
     assert (
         world.condition_of("Suspended") == "True/Suspended" and world.status["phase"] == "Suspended"
     )
-    world.remove_pods()
     world.edit(suspend=False)
     world.settle()
-    assert world.child("train")["spec"]["suspend"] is False
+    assert world.names("Job") == ["bot-1-0f9c2-prepare-1"], "its pods may still save their state"
+    world.remove_pods()
+    world.settle()
+    assert world.names("Job") == ["bot-1-0f9c2-prepare-1", "bot-1-0f9c2-train-1"]
     assert world.condition_of("Suspended") == "False/NotSuspended"
-    assert world.run["revision"] == 1
+    assert world.run["revision"] == 1 and world.status["restarts"] == 0
+    world.wait(5)
+    world.pods("train", 2, running={})
+    world.settle()
+    assert world.status["phase"] == "Training" and not world.status["incidents"]
 
 
 def test_a_job_suspended_by_another_controller_is_left_alone() -> None:
@@ -276,9 +283,7 @@ def test_a_job_suspended_by_another_controller_is_left_alone() -> None:
     assert world.status["phase"] == "Queued"
     world.edit(suspend=True)
     world.settle()
-    world.edit(suspend=False)
-    world.settle()
-    assert world.child("train")["spec"]["suspend"] is True
+    assert world.names("Job") == ["bot-1-0f9c2-prepare-1"]
 
 
 def test_an_invalid_edit_does_not_resume_a_suspended_run() -> None:
@@ -289,12 +294,11 @@ def test_an_invalid_edit_does_not_resume_a_suspended_run() -> None:
     world.settle()
     assert world.condition_of("Stalled") == "True/InvalidSpec"
     assert world.status["phase"] == "Suspended"
-    assert world.child("train")["spec"]["suspend"] is True
+    assert world.names("Job") == ["bot-1-0f9c2-prepare-1"]
+    world.remove_pods()
     world.edit(suspend=False)
     world.settle()
-    assert world.child("train")["spec"]["suspend"] is False, (
-        "an invalid spec's suspend still counts"
-    )
+    assert world.names("Job")[1:], "an invalid spec's suspend still counts"
 
 
 def test_suspended_from_the_start_creates_nothing() -> None:

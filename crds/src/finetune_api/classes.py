@@ -36,6 +36,7 @@ FIELD_CLASSES: Final[dict[str, FieldClass]] = {
     "evaluation": "NewRun",
     "output": "NewRun",
     "rerunToken": "NewRun",
+    "retryToken": "Live",
 }
 
 

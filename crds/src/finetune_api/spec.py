@@ -147,6 +147,9 @@ class FineTuneJobSpec(Model):
     """Save the state, stop, and hold no nodes until this is false again."""
     rerun_token: Annotated[str, StringConstraints(max_length=128)] | None = None
     """Any new value starts a new run, e.g. when the data at the same address has changed."""
+    retry_token: Annotated[str, StringConstraints(max_length=128)] | None = None
+    """Any new value continues a failed run from its last checkpoint, or its publishing alone, e.g.
+    after a Secret was corrected. Faults are counted anew. It has no effect on other runs."""
     children_ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=2_147_483_647)] | None = (
         Field(default=None, alias="childrenTTLSecondsAfterFinished")
     )

@@ -66,6 +66,8 @@ class Run(Model):
     """When the run ended."""
     rerun_token: Word | None = None
     """spec.rerunToken at the start of the run."""
+    retry_token: Word | None = None
+    """spec.retryToken that the run has seen."""
     base: RunBase | None = None
     """Model to which spec.model.fineTuneJobRef referred at the start of the run."""
     outcome: Word | None = None

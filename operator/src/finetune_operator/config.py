@@ -13,10 +13,6 @@ ANNOTATION_IMAGE: Final = f"{GROUP}/image"
 change."""
 ANNOTATION_OUTCOME: Final = f"{GROUP}/outcome"
 """On a run spec's ConfigMap: the run's outcome, so that the run stays ended if status is lost."""
-ANNOTATION_SUSPENDED: Final = f"{GROUP}/suspended"
-"""On a Job: the operator suspended it for spec.suspend. The operator never resumes a Job that
-something else (a queue) suspended."""
-
 GRACE_SECONDS: Final = 120
 """terminationGracePeriodSeconds of every pod, and the trainer's time to save its state."""
 NODE_LOST_SECONDS: Final = 30
@@ -35,6 +31,11 @@ HISTORY: Final = 10
 OVERDUE: Final = timedelta(seconds=30)
 """A terminating pod this long past its grace period counts as a pod on a dead node: the next gang
 does not wait for it. The attempt number in HEAD.json fences its writes."""
+LOST_AFTER: Final = timedelta(seconds=45)
+"""How long a stage with a pod on an unreachable node may make no progress before its Job is made
+anew."""
+SIDECAR_ENDS: Final = timedelta(seconds=30)
+"""How long other containers of a pod may run after the trainer's."""
 GANG_LINGERS: Final = timedelta(seconds=60)
 """How long other pods of a gang may keep running after the first pod has reported the result."""
 BUDGET_RESTORED_AFTER: Final = timedelta(minutes=30)

@@ -12,9 +12,11 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.config import Config
 from finetune_operator.decision.advance import advance
-from finetune_operator.decision.plan import Plan, Subject
+from finetune_operator.decision.plan import Event, Plan, Subject
+from finetune_operator.decision.remake import remake_reason
+from finetune_operator.decision.run_failure import run_failure
 from finetune_operator.decision.run_view import RunView
-from finetune_operator.decision.runs import current_run
+from finetune_operator.decision.runs import current_run, next_gang
 from finetune_operator.status.changes import differs, events
 from finetune_operator.status.status import (
     operator_defect,
@@ -43,6 +45,11 @@ def decide(job: Mapping[str, Any], observed: Observed, now: datetime, config: Co
         return _with_status(Plan(subject), job, before, after)
     live = spec or _with_suspend(run.run_spec.spec, job.get("spec"))
     view = RunView(subject, live, problems, before, observed, run, now)
+    reason = None if run_failure(view) else remake_reason(view)
+    if reason is not None:
+        incidents = view.incidents_when_remade
+        run = next_gang(run, max(view.restarts, incidents.count))
+        view = replace(view, run=run, inherited=incidents)
     decision = advance(view)
     actions = decision.actions
     plan = Plan(
@@ -53,7 +60,11 @@ def decide(job: Mapping[str, Any], observed: Observed, now: datetime, config: Co
         change=tuple(actions.change),
         requeue_after=actions.requeue_after(now),
     )
-    return _with_status(plan, job, before, run_status(view, decision))
+    plan = _with_status(plan, job, before, run_status(view, decision))
+    if reason is None:
+        return plan
+    text = f"{reason}: pods are made anew, as revision {run.revision} of the run"
+    return replace(plan, events=(*plan.events, Event("Warning", "PodsRecreated", text)))
 
 
 def defect(job: Mapping[str, Any], error: Exception, now: datetime) -> Plan:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from finetune_operator.config import ANNOTATION_OUTCOME, ANNOTATION_SUSPENDED, HISTORY, OVERDUE
+from finetune_operator.config import ANNOTATION_OUTCOME, HISTORY, OVERDUE
 from finetune_operator.decision.plan import Actions, Change, Create, Decision, Delete
+from finetune_operator.decision.remake import remake_due
 from finetune_operator.decision.run_failure import pod_failure_due, run_failure
 from finetune_operator.decision.run_view import RunView
 from finetune_operator.decision.stages import GANG, akin
@@ -36,6 +37,7 @@ def advance(view: RunView) -> Decision:
         _suspend(view, actions)
         return Decision("Suspended", actions)
     _wake_for_obstacle(view, actions)
+    _wake_for_remake(view, actions)
     _make_stage(view, actions)
     return Decision("Active", actions)
 
@@ -51,8 +53,8 @@ def _remove_stale(view: RunView, actions: Actions) -> None:
         stale = job.run != run.id or (job.revision != run.revision and not job.finished)
         if stale and not job.deleting:
             actions.delete.append(Delete("Job", job.name))
-        elif job.role == GANG and view.done(GANG) and not (job.finished or job.stopping):
-            actions.change.append(_stop(job))
+        elif view.done(job.role) and not (job.finished or job.stopping):
+            _stop(job, actions)
     for service in view.observed.services:
         if (service.run, service.revision) != (run.id, run.revision):
             actions.delete.append(Delete("Service", service.name))
@@ -61,10 +63,14 @@ def _remove_stale(view: RunView, actions: Actions) -> None:
             actions.delete.append(Delete("ConfigMap", run_spec.name))
 
 
-def _stop(job: JobView) -> Change:
-    """Terminate a Job's pods. Deleting the Job would also delete the failed pods with their
-    logs."""
-    return Change("Job", job.name, {"spec": {"activeDeadlineSeconds": 0}})
+def _stop(job: JobView, actions: Actions) -> None:
+    """Terminate a Job's pods. Deleting the Job would also delete the failed pods with their logs;
+    a suspended Job has no pods, and would not heed a deadline."""
+    if job.suspended:
+        actions.delete.append(Delete("Job", job.name))
+    else:
+        stop = {"spec": {"activeDeadlineSeconds": 0}}
+        actions.change.append(Change("Job", job.name, stop))
 
 
 # --- a run that ends ---------------------------------------------------------------------------
@@ -74,8 +80,8 @@ def _finish(view: RunView, actions: Actions, outcome: str) -> None:
     """Stop running pods, record the outcome on the run spec's ConfigMap, and delete children after
     their TTL."""
     job = view.job
-    if job is not None and not (job.finished or job.stopping):
-        actions.change.append(_stop(job))
+    if job is not None and not (job.finished or job.stopping or job.deleting):
+        _stop(job, actions)
     for run_spec in view.observed.run_specs:
         newest = (run_spec.run, run_spec.revision) == (view.run.id, view.run.revision)
         if newest and run_spec.outcome is None:
@@ -109,21 +115,11 @@ def _expire_children(view: RunView, actions: Actions) -> None:
 
 
 def _suspend(view: RunView, actions: Actions) -> None:
-    """Stop the stage's pods with their grace period. Under Kueue, delete the Job to release its
-    quota: Kueue would admit a suspended Job again."""
+    """Delete the stage's Job: its pods end with their grace period. A suspended Job would keep the
+    count of failed pods, and with it its back-off; Kueue would admit it again."""
     job = view.job
-    if job is None or job.finished or job.deleting:
-        return
-    if view.queue is not None:
+    if job is not None and not (job.finished or job.deleting):
         actions.delete.append(Delete("Job", job.name))
-    elif not job.suspended:
-        actions.change.append(_set_suspended(job, True))
-
-
-def _set_suspended(job: JobView, suspended: bool) -> Change:
-    """Suspend a Job and annotate that the operator did so; or resume the Job."""
-    note = {"annotations": {ANNOTATION_SUSPENDED: "true" if suspended else None}}
-    return Change("Job", job.name, {"metadata": note, "spec": {"suspend": suspended}})
 
 
 # --- a stage at work ---------------------------------------------------------------------------
@@ -136,11 +132,8 @@ def _record_run(view: RunView, actions: Actions) -> None:
 
 
 def _make_stage(view: RunView, actions: Actions) -> None:
-    """Create the stage's missing children; resume a Job that the operator has suspended."""
-    job = view.job
-    if job is not None:
-        if job.suspended and job.suspended_by_operator and not job.deleting:
-            actions.change.append(_set_suspended(job, False))
+    """Create the stage's missing children."""
+    if view.job is not None:
         _make_service(view, actions)
         return
     leftovers = _leftover_pods(view)
@@ -169,9 +162,10 @@ def _leftover_jobs(view: RunView) -> list[JobView]:
 
 def _leftover_pods(view: RunView) -> list[PodView]:
     """Pods that still run for the run's earlier revisions, of the stage or of a stage with the same
-    output."""
-    pods = (p for role in akin(view.stage) for p in view.observed.pods_of(role, view.run.id))
-    return [p for p in pods if not p.ended]
+    output. A gang with a pod on a lost node is not waited for: it cannot save its state."""
+    pods = [p for role in akin(view.stage) for p in view.observed.pods_of(role, view.run.id)]
+    lost = {(p.role, p.revision) for p in pods if p.on_lost_node}
+    return [p for p in pods if not p.ended and (p.role, p.revision) not in lost]
 
 
 def _overdue(pod: PodView, view: RunView) -> bool:
@@ -201,3 +195,9 @@ def _wake_for_obstacle(view: RunView, actions: Actions) -> None:
         return
     shown = view.obstacle.shown_from
     actions.wake_at(shown if shown and shown > view.now else view.obstacle.until)
+
+
+def _wake_for_remake(view: RunView, actions: Actions) -> None:
+    due = remake_due(view)
+    if due is not None:
+        actions.wake_at(due)

@@ -50,7 +50,9 @@ def incidents(
     pods: Iterable[PodView],
     attempt: int,
     checkpoint: str | None,
+    gang_created: datetime,
     now: datetime,
+    lost: Sequence[PodView] = (),
 ) -> Incidents:
     """Return the incidents of a run after a look at its pods.
 
@@ -59,17 +61,19 @@ def incidents(
         pods: the gang's pods, including those that are gone.
         attempt: the run's current attempt.
         checkpoint: the newest checkpoint.
+        gang_created: when the gang's Job was created.
+        lost: pods on lost nodes that are given up in this pass.
     """
     known, faults = list(before.incidents), before.faults
     if faults and _is_restored(known, checkpoint, now):
         faults = 0
     recorded = parse_time(known[0].end_time) if known else None
-    pods = [p for p in pods if is_incident(p)]
+    pods = [p for p in pods if is_incident(p) or p in lost]
     ended = [p for p in pods if recorded is None or end_of(p) > recorded]
     new_fault = False
     for pod in sorted(ended, key=end_of):
-        joins = known and known[0].attempt == attempt and pod.index not in known[0].indexes
-        was_fault = bool(joins) and known[0].fault
+        joins = bool(known) and _joins(known[0], pod, attempt, gang_created)
+        was_fault = joins and known[0].fault
         if joins:
             known[0] = _joined(known[0], pod, pods)
         else:
@@ -117,6 +121,13 @@ def _begun(
             "checkpoint": checkpoint,
         }
     )
+
+
+def _joins(incident: Incident, pod: PodView, attempt: int, gang_created: datetime) -> bool:
+    """Whether a pod's end is part of an incident."""
+    began = parse_time(incident.start_time)
+    same_gang = began is not None and began > gang_created
+    return same_gang and incident.attempt == attempt and pod.index not in incident.indexes
 
 
 def _joined(incident: Incident, pod: PodView, pods: Iterable[PodView]) -> Incident:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -43,6 +44,8 @@ class RunView:
     observed: Observed
     run: CurrentRun
     now: datetime
+    inherited: Incidents | None = None
+    """Incidents that the revision before has shown, if this one begins in this pass."""
 
     @property
     def run_spec(self) -> RunSpec:
@@ -136,6 +139,14 @@ class RunView:
     def incidents(self) -> Incidents:
         """Incidents of the gang so far. Pods that end because the operator deletes their Job are
         none."""
+        return self.inherited if self.inherited is not None else self._incidents(())
+
+    @property
+    def incidents_when_remade(self) -> Incidents:
+        """Incidents if the stage's pods on lost nodes are given up in this pass."""
+        return self._incidents(self.lost_pods)
+
+    def _incidents(self, lost: Sequence[PodView]) -> Incidents:
         stored = self.before if self.same_run else FineTuneJobStatus()
         if self.run.retried:
             stored = stored.model_copy(update={"faults": 0})
@@ -145,12 +156,25 @@ class RunView:
             return known
         gone = [p for p in self.observed.gone if self._is_of_job(p, job)]
         pods = [p for p in self.pods if p.created >= job.created]
-        return incidents(stored, [*pods, *gone], self.attempt, self.latest_checkpoint, self.now)
+        return incidents(
+            stored,
+            [*pods, *gone],
+            self.attempt,
+            self.latest_checkpoint,
+            job.created,
+            self.now,
+            lost,
+        )
 
     def _is_of_job(self, pod: PodView, job: JobView) -> bool:
         return (pod.role, pod.run, pod.revision) == (
             job.role, job.run, job.revision,
         ) and pod.created >= job.created  # fmt: skip
+
+    @cached_property
+    def lost_pods(self) -> list[PodView]:
+        """Pods of the stage on nodes that are not reachable."""
+        return [p for p in self.pods if p.on_lost_node]
 
     @property
     def attempt(self) -> int:

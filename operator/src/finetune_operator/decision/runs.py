@@ -8,7 +8,7 @@ newer CRD or operator) affects no run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
 
@@ -45,6 +45,8 @@ def current_run(
     if spec is not None and "NewRun" in changed:
         return _begin(known, known.number + 1, spec)
     if spec is not None and "Resume" in changed and known.outcome != "Complete":
+        return _next_revision(known, spec)
+    if spec is not None and _retry_requested(known, spec):
         return _next_revision(known, spec)
     return _unchanged(known, spec)
 
@@ -141,6 +143,26 @@ def _changed_classes(known: _Known, spec: FineTuneJobSpec) -> dict[FieldClass, l
         token = before.run.rerun_token if before.run else None
         return {} if spec.rerun_token in (None, token) else {"NewRun": ["rerunToken"]}
     return changed_classes(known.stored.run_spec.spec.to_json(), spec.to_json())
+
+
+def next_gang(run: CurrentRun, restarts: int) -> CurrentRun:
+    """The next revision of a run with the same spec, for a gang that is made anew."""
+    update = {"revision": run.revision + 1, "restarts": restarts}
+    return replace(
+        run,
+        revision=run.revision + 1,
+        run_spec=run.run_spec.model_copy(update=update),
+        recorded=False,
+    )
+
+
+def _retry_requested(known: _Known, spec: FineTuneJobSpec) -> bool:
+    """Whether spec.retryToken has a value that the run has not had, and the run has failed."""
+    run = known.before.run
+    seen = {None, run.retry_token if run and known.same_run else None}
+    if known.stored is not None and known.stored.run_spec is not None:
+        seen.add(known.stored.run_spec.spec.retry_token)
+    return known.outcome == "Failed" and spec.retry_token not in seen
 
 
 def _begin(known: _Known, number: int, spec: FineTuneJobSpec) -> CurrentRun:

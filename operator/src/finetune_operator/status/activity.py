@@ -58,10 +58,13 @@ def _train(view: RunView) -> Activity:
     job, nodes = view.job, view.run_spec.spec.compute.nodes
     if view.queue is not None and (job is None or job.suspended):
         return Activity("Queued", "Queued", f"waiting in queue {view.queue}")
-    if job is not None and job.suspended and not job.suspended_by_operator:
+    if job is not None and job.suspended:
         return Activity("Queued", "Queued", "the Job is suspended, but not by this operator")
     alive = sum(1 for p in view.pods if p.running)
     text = f"{alive} of {nodes} pods run"
+    if view.lost_pods:
+        lost = ", ".join(sorted({p.node or "?" for p in view.lost_pods}))
+        text += f"; node {lost} is not reachable: without progress, the gang is made anew elsewhere"
     if not gang_runs(view):
         return Activity("Starting", "Starting", text)
     loading = view.progress is not None and view.progress.stage == "Loading"

@@ -24,6 +24,7 @@ def run_record(view: RunView, outcome: Literal["Complete", "Failed"] | None) -> 
         start_time=_start_time(view, stored),
         completion_time=format_time(view.completion_time) if outcome else None,
         rerun_token=view.run_spec.spec.rerun_token,
+        retry_token=view.spec.retry_token,
         base=_base(view),
         outcome=outcome,
         output=view.run_spec.output_uri if outcome == "Complete" else None,

@@ -8,7 +8,7 @@ from datetime import datetime
 from finetune_api import names
 from finetune_api.names import Role
 from finetune_api.run_spec import RunSpec
-from finetune_operator.config import ANNOTATION_IMAGE, ANNOTATION_OUTCOME, ANNOTATION_SUSPENDED
+from finetune_operator.config import ANNOTATION_IMAGE, ANNOTATION_OUTCOME
 from finetune_operator.world.objects import Object, child_labels, parse_time
 from finetune_operator.world.stored import read_run_spec
 
@@ -40,8 +40,6 @@ class JobView:
     created: datetime
     started: datetime | None = None
     suspended: bool = False
-    suspended_by_operator: bool = False
-    """Suspended for spec.suspend, so the operator may resume it."""
     complete: bool = False
     failed: bool = False
     """Failed, or about to fail: the Job controller waits for pods that may never end."""
@@ -95,7 +93,6 @@ def job_view(obj: Object) -> JobView | None:
     created = parse_time(obj["metadata"].get("creationTimestamp"))
     if labels is None or created is None:
         return None
-    annotations = obj["metadata"].get("annotations") or {}
     status = obj.get("status") or {}
     true = {c["type"]: c for c in status.get("conditions") or [] if c.get("status") == "True"}
     bad = true.get("Failed") or true.get("FailureTarget") or {}
@@ -107,7 +104,6 @@ def job_view(obj: Object) -> JobView | None:
         created=created,
         started=parse_time(status.get("startTime")),
         suspended=bool(obj.get("spec", {}).get("suspend")),
-        suspended_by_operator=annotations.get(ANNOTATION_SUSPENDED) == "true",
         complete="Complete" in true or "SuccessCriteriaMet" in true,
         failed=bool(bad),
         failed_at=parse_time(bad.get("lastTransitionTime")),

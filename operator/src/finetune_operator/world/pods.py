@@ -70,6 +70,18 @@ class PodView:
         return self.phase in ("Succeeded", "Failed")
 
     @property
+    def on_lost_node(self) -> bool:
+        """Whether the pod is to be deleted, but its node is not reachable: it may stay for ever."""
+        lost = self.disruption == "DeletionByTaintManager" and not self.ready
+        return lost and self.deleted_by is not None and not self.ended
+
+    @property
+    def outlived(self) -> bool:
+        """Whether the trainer has ended, but another container (a sidecar) keeps the pod
+        running."""
+        return self.exit_code is not None and not self.ended and self.deleted_by is None
+
+    @property
     def is_disrupted(self) -> bool:
         """Whether Kubernetes took the pod away for reasons outside of the pod. The kubelet evicts a
         pod for what the pod uses (disk, memory): that is no disruption."""

@@ -1,0 +1,79 @@
+"""When a stage's Job is made anew, as the run's next revision: its Job controller would never, or
+only after minutes, replace a pod.
+
+- A pod on a node that is not reachable terminates for ever, because its kubelet is gone, and a Job
+  replaces only pods that have ended. A gang that still makes progress is left alone.
+- After several failed pods a Job waits longer before it replaces one (10 s, doubled with each) than
+  it takes to make a gang.
+- The trainer has failed, but another container (an injected sidecar) keeps the pod running.
+
+The next revision has names of its own, so that its pods meet none of the old ones; the attempt
+number in HEAD.json fences what the old ones still write.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Final
+
+from finetune_operator.config import LOST_AFTER, SIDECAR_ENDS
+from finetune_operator.decision.run_view import RunView
+from finetune_operator.decision.stages import GANG
+
+FIRST_BACKOFF: Final = timedelta(seconds=10)
+"""Delay of the Job controller after the first failed pod; doubled with each further one."""
+LONGEST_BACKOFF: Final = timedelta(seconds=60)
+"""Delay that a gang waits for; a new gang takes about as long."""
+
+
+def remake_reason(view: RunView) -> str | None:
+    """Why the stage's Job is made anew in this pass; None: it is not."""
+    job = view.job
+    if job is None or job.finished or job.deleting or job.suspended or view.spec.suspend:
+        return None
+    return _lost_node(view) or _long_backoff(view) or _sidecar(view)
+
+
+def remake_due(view: RunView) -> datetime | None:
+    """When ``remake_reason`` may change although nothing happens."""
+    times = [_lost_at(view)] if view.lost_pods else []
+    times += [p.finished + SIDECAR_ENDS for p in view.pods if p.outlived and p.finished]
+    return min((time for time in times if time > view.now), default=None)
+
+
+def _lost_node(view: RunView) -> str | None:
+    if not view.lost_pods or view.now < _lost_at(view):
+        return None
+    pod = view.lost_pods[0]
+    return f"node {pod.node} is not reachable, and pod {pod.name} makes no progress"
+
+
+def _lost_at(view: RunView) -> datetime:
+    """When a stage with lost pods counts as lost, unless it makes progress."""
+    since = min(p.disrupted_at or view.now for p in view.lost_pods)
+    seen = view.observed.progress_time if view.stage == GANG and view.progress else None
+    return max(since, seen or since) + LOST_AFTER
+
+
+def _long_backoff(view: RunView) -> str | None:
+    failed = [p for p in view.pods if p.phase == "Failed"]
+    alive = {p.index for p in view.pods if not p.ended and p.deleted_by is None}
+    missing = {p.index for p in failed} - alive
+    if view.stage != GANG or not missing:
+        return None
+    backoff: timedelta = FIRST_BACKOFF * 2 ** (len(failed) - 1)
+    if backoff <= LONGEST_BACKOFF:
+        return None
+    return (
+        f"the Job would replace pod {min(missing)} only after"
+        f" {int(min(backoff, timedelta(minutes=10)).total_seconds())} s, as {len(failed)} pods have"
+        " failed"
+    )
+
+
+def _sidecar(view: RunView) -> str | None:
+    for pod in view.pods:
+        ended = pod.finished
+        if pod.outlived and pod.exit_code != 0 and ended and view.now - ended >= SIDECAR_ENDS:
+            return f"the trainer of pod {pod.name} has ended, but another container still runs"
+    return None
