@@ -98,6 +98,7 @@ RIGHTS = {
     ("batch", "jobs"): {"list", "watch", "create", "patch", "delete"},
     ("", "pods"): {"list", "watch"},
     ("events.k8s.io", "events"): {"create"},
+    ("", "events"): {"list"},
 }
 
 

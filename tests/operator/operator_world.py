@@ -70,6 +70,7 @@ class World:
         self.progress_time: datetime | None = None
         self.gone: list[dict[str, Any]] = []
         self.pull_failing_since: dict[str, datetime] = {}
+        self.warnings: dict[str, str] = {}
         self.refused: dict[str, Refusal] = {}
         self.config = CONFIG
         self.others: list[World] = []
@@ -85,6 +86,7 @@ class World:
             pods=self.of("Pod"),
             gone=self.gone,
             pull_failing_since=self.pull_failing_since,
+            warnings=self.warnings,
             progress=self.progress,
             progress_time=self.progress_time if self.progress else None,
             refused=self.refused,

@@ -71,4 +71,8 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 - apiGroups: [events.k8s.io]
   resources: [events]
   verbs: [create]
+# Warnings about pods that do not start: the missing volume, the exceeded quota.
+- apiGroups: [""]
+  resources: [events]
+  verbs: [list]
 {{- end }}

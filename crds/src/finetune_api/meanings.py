@@ -47,11 +47,14 @@ REASONS: Final[dict[str, str]] = {
     "Finished": "The run has ended.",
     "Complete": "The run has succeeded.",
     "Failed": "The run has failed.",
-    "Resumed": "The spec was changed after a failure, and the run continues.",
+    "Resumed": "The spec or its retryToken was changed after a failure, and the run continues.",
     "InvalidSpec": "The current spec is refused; a run that has begun continues unchanged.",
     "OperatorDefect": "The operator has hit an internal error and retries; see its log.",
-    "ChildRefused": "The API server refuses an object of the run; the message is the API server's.",
-    "PodsNotCreated": "The Job has no pods: a quota or an admission policy refuses them.",
+    "ChildRefused": "The API server refuses to create, change or delete an object of the run; the"
+    " message is the API server's.",
+    "PodsNotCreated": "The Job lacks pods: a quota or an admission policy refuses them.",
+    "NotStarted": "A pod has a node, but its container does not start: an image that is pulled, a"
+    " missing volume, an error of the node.",
     "Unschedulable": "The scheduler finds no node.",
     "ImagePull": "The image cannot be pulled.",
     "MissingSecret": "The Secret, or one of its keys, does not exist.",
@@ -96,16 +99,15 @@ FAILURES: Final[dict[FailureClass, tuple[str, str]]] = {
         " message names; after LossSpike, a higher training.guard.spikeDeviations tolerates more.",
     ),
     "NodeFailure": (
-        "A node, a device or a process of the gang was lost more often than"
-        " failurePolicy.maxRestarts, or no node was found in scheduling.startDeadlineSeconds.",
+        "A device or a process of the gang was lost more often than failurePolicy.maxRestarts, or a"
+        " pod found no node, or did not start there, in scheduling.startDeadlineSeconds.",
         "Check the node that status names, or request fewer resources. The run continues from its"
-        " last checkpoint when a field of class Resume is changed (e.g. in compute, scheduling or"
-        " checkpoint), and starts again with another rerunToken.",
+        " last checkpoint with another spec.retryToken, or when a field of class Resume is changed"
+        " (e.g. in compute, scheduling or checkpoint).",
     ),
     "Preempted": (
-        "The gang was evicted from its nodes more often than failurePolicy.maxRestarts.",
-        "Use a higher priority class or a queue in spec.scheduling: the run continues from its last"
-        " checkpoint.",
+        "A pod of prepare or publish was evicted or stopped more often than its Job allows.",
+        "Set another spec.retryToken; a higher priority class in spec.scheduling is evicted later.",
     ),
     "ImagePull": (
         "The trainer image cannot be pulled.",

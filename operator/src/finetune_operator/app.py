@@ -22,6 +22,7 @@ from finetune_operator.lease import Lease
 from finetune_operator.metrics import Metrics
 from finetune_operator.progress import Poller
 from finetune_operator.store import Store
+from finetune_operator.warning_reader import WarningReader
 from finetune_operator.web import serve
 from finetune_operator.workqueue import WorkQueue
 
@@ -127,6 +128,7 @@ class Operator:
         # When kopf ends, it cancels all tasks created after its start: create these tasks first.
         tasks = {asyncio.create_task(queue.work(controller.handle)) for _ in range(WORKERS)}
         tasks.add(asyncio.create_task(poller.run()))
+        tasks.add(asyncio.create_task(WarningReader(store, cluster, queue.put_after).run()))
         tasks.add(asyncio.create_task(watch.sweep(cluster, store, queue.put, options.namespaces)))
         renewing = asyncio.create_task(lease.keep() if lease else asyncio.Event().wait())
         stopped = asyncio.create_task(self._stop.wait())

@@ -226,6 +226,14 @@ class Cluster:
         version = int(found["metadata"]["resourceVersion"])
         return version, {item["metadata"]["uid"] for item in found["items"]}
 
+    async def newest_warning(self, namespace: str, uid: str) -> str | None:
+        """Message of the newest warning about an object; None: there is none."""
+        selector = f"involvedObject.uid={uid},type=Warning"
+        path = f"/api/v1/namespaces/{namespace}/events"
+        found = await self.request("GET", path, fieldSelector=selector, limit="100")
+        events = sorted(found.get("items", ()), key=_event_time)
+        return str(events[-1].get("message") or events[-1].get("reason")) if events else None
+
     async def pod_progress(self, namespace: str, pod: str, port: int) -> bytes:
         """Read ``/progress`` of a pod through the API server's proxy."""
         path = f"{object_path('Pod', namespace, pod)}:{port}/proxy/progress"
@@ -297,6 +305,10 @@ class Cluster:
             return f"the API server cannot be reached: {type(error).__name__}: {error}"
         served = any(r["name"] == PLURAL for r in found.get("resources", []))
         return None if served else f"it has no {PLURAL}; {_INSTALL}"
+
+
+def _event_time(event: Json) -> str:
+    return str(event.get("lastTimestamp") or event.get("eventTime") or "")
 
 
 def collection_path(kind: str, namespace: str | None) -> str:

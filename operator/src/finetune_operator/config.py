@@ -49,7 +49,12 @@ PULL_REFUSED: Final = timedelta(seconds=30)
 PULL_FAILING: Final = timedelta(minutes=10)
 """How long an image pull may fail for other causes (registry down, rate limit)."""
 PODS_AWAITED: Final = timedelta(seconds=10)
-"""How long a Job may have no pods before status shows it."""
+"""How long a Job may lack pods before status shows it."""
+PODS_REPLACED: Final = timedelta(seconds=60)
+"""Longest back-off of a Job controller before it replaces a failed pod; beyond, the gang is made
+anew (``decision.remake``)."""
+START_AWAITED: Final = timedelta(seconds=20)
+"""How long a container may take to start before status shows it."""
 USAGE_STEP_SECONDS: Final = 30
 """Granularity at which running pods are charged, so that status is not written every second."""
 

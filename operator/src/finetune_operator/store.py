@@ -75,6 +75,7 @@ class Store:
         self._pull_failing: dict[str, datetime] = {}
         self._progress: dict[str, tuple[Progress, datetime]] = {}
         self._refused: dict[str, dict[str, Refusal]] = {}
+        self._warnings: dict[str, str] = {}
 
     # --- changes --------------------------------------------------------------------------------
 
@@ -119,6 +120,7 @@ class Store:
             return owner.uid
         kinds = self._children.get(owner, {})
         kinds.get(kind, {}).pop(uid, None)
+        self._warnings.pop(uid, None)
         if kind == "Pod":
             self._pull_failing.pop(uid, None)
             if self._owned_job(owner) and container_status(obj).get("state"):
@@ -151,6 +153,13 @@ class Store:
         """Keep the newest progress of a job's gang."""
         if uid in self._jobs:
             self._progress[uid] = (progress, time)
+
+    def put_warning(self, uid: str, text: str) -> bool:
+        """Keep the newest warning about a child; return whether it is new."""
+        if self._warnings.get(uid) == text:
+            return False
+        self._warnings[uid] = text
+        return True
 
     def put_refusal(self, uid: str, child: str, refusal: Refusal | None) -> None:
         """Record that the API server refused a request about a child (``child_key``); None: that it
@@ -203,6 +212,7 @@ class Store:
             pods=self.children(uid, "Pod"),
             gone=self._gone_pods.get(self._key(uid), {}).values(),
             pull_failing_since=self._pull_failing,
+            warnings=self._warnings,
             progress=progress,
             progress_time=time,
             refused=self._refused.get(uid),

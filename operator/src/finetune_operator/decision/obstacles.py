@@ -3,12 +3,18 @@ resulting failure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from finetune_api.status import FailureStatus
-from finetune_operator.config import PODS_AWAITED, PULL_FAILING, PULL_REFUSED
+from finetune_operator.config import (
+    PODS_AWAITED,
+    PODS_REPLACED,
+    PULL_FAILING,
+    PULL_REFUSED,
+    START_AWAITED,
+)
 from finetune_operator.decision.failures import failure
 from finetune_operator.decision.stages import GANG
 from finetune_operator.world.children import JobView
@@ -42,8 +48,8 @@ def obstacle(job: JobView, pods: Iterable[PodView], start_deadline: timedelta) -
     since = job.started or job.created
     pods = list(pods)
     found = [o for o in (_of_pod(p, since, start_deadline) for p in pods) if o is not None]
-    if not pods and not job.suspended and not job.finished:
-        found.append(_no_pods(job, since, start_deadline))
+    if not job.suspended and not job.finished and job.missing(pods):
+        found.append(_lacks_pods(job, pods, start_deadline))
     return min(found, key=lambda o: o.until, default=None)
 
 
@@ -57,7 +63,7 @@ def _of_pod(pod: PodView, since: datetime, deadline: timedelta) -> Obstacle | No
         return _config(pod, until)
     if not pod.scheduled and pod.unschedulable is not None:
         return _unschedulable(pod, until, deadline)
-    return None
+    return _not_started(pod, until, deadline) if pod.is_starting else None
 
 
 def _image(pod: PodView) -> Obstacle:
@@ -102,15 +108,41 @@ def _unschedulable(pod: PodView, until: datetime, deadline: timedelta) -> Obstac
     )
 
 
-def _no_pods(job: JobView, since: datetime, deadline: timedelta) -> Obstacle:
-    message = (
-        f"Job {job.name} has no pods yet; if this persists, a quota or an admission policy refuses"
-        f" them: see `kubectl describe job {job.name}`"
+def _not_started(pod: PodView, until: datetime, deadline: timedelta) -> Obstacle:
+    why = pod.waiting_message or pod.warning
+    reason = pod.waiting_reason or "ContainerCreating"
+    shown = (
+        f"pod {pod.name} does not start yet on node {pod.node} ({reason}):"
+        f" {why or 'its image is pulled, or a volume is mounted'}"
     )
+    message = (
+        f"{shown}. Waited {int(deadline.total_seconds())} s (scheduling.startDeadlineSeconds); see"
+        f" `kubectl describe pod {pod.name}`"
+    )
+    begun = pod.scheduled_at or pod.created
+    return Obstacle(
+        "NotStarted",
+        shown,
+        until,
+        failure("NodeFailure", reason, message, pod),
+        shown_from=None if why else begun + START_AWAITED,
+    )
+
+
+def _lacks_pods(job: JobView, pods: Sequence[PodView], deadline: timedelta) -> Obstacle:
+    """The Job controller has not made all pods, or not replaced one after its back-off."""
+    ends = [p.finished for p in pods if p.phase == "Failed" and p.finished]
+    since = max([job.started or job.created, *(end + PODS_REPLACED for end in ends)])
+    there = job.parallelism - len(job.missing(pods))
+    why = job.warning or (
+        "if this persists, a quota or an admission policy refuses them: see"
+        f" `kubectl describe job {job.name}`"
+    )
+    message = f"{there} of {job.parallelism} pods of Job {job.name} exist: {why}"
     return Obstacle(
         "PodsNotCreated",
         message,
         since + deadline,
         failure("UserError", "PodsNotCreated", message),
-        shown_from=since + PODS_AWAITED,
+        shown_from=since if job.warning else since + PODS_AWAITED,
     )

@@ -16,14 +16,12 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import Final
 
-from finetune_operator.config import LOST_AFTER, SIDECAR_ENDS
+from finetune_operator.config import LOST_AFTER, PODS_REPLACED, SIDECAR_ENDS
 from finetune_operator.decision.run_view import RunView
 from finetune_operator.decision.stages import GANG
 
 FIRST_BACKOFF: Final = timedelta(seconds=10)
 """Delay of the Job controller after the first failed pod; doubled with each further one."""
-LONGEST_BACKOFF: Final = timedelta(seconds=60)
-"""Delay that a gang waits for; a new gang takes about as long."""
 
 
 def remake_reason(view: RunView) -> str | None:
@@ -62,7 +60,7 @@ def _long_backoff(view: RunView) -> str | None:
     if view.stage != GANG or not missing:
         return None
     backoff: timedelta = FIRST_BACKOFF * 2 ** (len(failed) - 1)
-    if backoff <= LONGEST_BACKOFF:
+    if backoff <= PODS_REPLACED:
         return None
     return (
         f"the Job would replace pod {min(missing)} only after"

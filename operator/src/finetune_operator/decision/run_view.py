@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from functools import cached_property
 
 from finetune_api.identity import child_name, run_spec_name
-from finetune_api.names import Role
+from finetune_api.names import FINAL_EXIT_CODES, ExitCode, Role
 from finetune_api.results import (
     PreparedSummary,
     Progress,
@@ -19,7 +19,7 @@ from finetune_api.results import (
 from finetune_api.run_spec import RunSpec
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
-from finetune_operator.config import GANG_LINGERS
+from finetune_operator.config import GANG_LINGERS, SIDECAR_ENDS
 from finetune_operator.decision.incidents import Incidents, incidents
 from finetune_operator.decision.obstacles import Obstacle, obstacle
 from finetune_operator.decision.plan import CurrentRun, Subject
@@ -80,7 +80,7 @@ class RunView:
         completed. Map is also done if prepare is done without it."""
         if role == "map" and self.done("prepare"):
             return True
-        if self.run.outcome == "Complete" or self._job_complete(role):
+        if self.run.outcome == "Complete" or self._job_complete(role) or self._outlived(role):
             return True
         if role == GANG and self.gang_released_at is not None and self.gang_released_at <= self.now:
             return True
@@ -92,6 +92,30 @@ class RunView:
         jobs = (j for j in self.observed.jobs if j.role == role and j.run == self.run.id)
         return any(j.complete for j in jobs)
 
+    def _outlived(self, role: Role) -> bool:
+        """Whether all pods of a CPU stage have succeeded, although another container (an injected
+        sidecar) keeps some of them running."""
+        job = self.observed.job(role, self.run.id, self.run.revision)
+        if job is None or role == GANG:
+            return False
+        pods = self.observed.pods_of(role, self.run.id, self.run.revision)
+        succeeded = [p for p in pods if p.exit_code == 0 and (p.ended or self._sidecar_overdue(p))]
+        indexes = {p.index for p in succeeded}
+        return any(p.outlived for p in succeeded) and len(indexes) >= job.parallelism
+
+    def _sidecar_overdue(self, pod: PodView) -> bool:
+        return pod.finished is not None and pod.finished + SIDECAR_ENDS <= self.now
+
+    @property
+    def final_beside_sidecar(self) -> bool:
+        """Whether a pod of the stage has failed for good, although a sidecar keeps it running, so
+        that the Job does not fail."""
+        return any(
+            p.outlived and p.exit_code in FINAL_EXIT_CODES and p.exit_code != ExitCode.FENCED
+            and self._sidecar_overdue(p)
+            for p in self.pods
+        )  # fmt: skip
+
     @cached_property
     def gang_released_at(self) -> datetime | None:
         """When training counts as done although a pod of the gang still runs: another pod has
@@ -102,7 +126,7 @@ class RunView:
         ends = [
             pod.finished
             for pod in self.observed.pods_of(GANG, self.run.id)
-            if pod.phase == "Succeeded" and pod.finished
+            if pod.exit_code == 0 and pod.finished
             if pod.termination and pod.termination.run == self.run.id and pod.termination.trained
         ]
         return min(ends) + GANG_LINGERS if ends else None
@@ -154,22 +178,17 @@ class RunView:
         job = self.job
         if self.stage != GANG or job is None or job.finished or job.deleting or job.suspended:
             return known
-        gone = [p for p in self.observed.gone if self._is_of_job(p, job)]
-        pods = [p for p in self.pods if p.created >= job.created]
+        pods = [p for p in (*self.pods, *self.observed.gone) if p.created >= job.created]
+        pods = [p for p in pods if (p.role, p.run, p.revision) == job.stage]
         return incidents(
             stored,
-            [*pods, *gone],
+            pods,
             self.attempt,
             self.latest_checkpoint,
             job.created,
             self.now,
             lost,
         )
-
-    def _is_of_job(self, pod: PodView, job: JobView) -> bool:
-        return (pod.role, pod.run, pod.revision) == (
-            job.role, job.run, job.revision,
-        ) and pod.created >= job.created  # fmt: skip
 
     @cached_property
     def lost_pods(self) -> list[PodView]:

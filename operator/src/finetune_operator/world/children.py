@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -10,6 +11,7 @@ from finetune_api.names import Role
 from finetune_api.run_spec import RunSpec
 from finetune_operator.config import ANNOTATION_IMAGE, ANNOTATION_OUTCOME
 from finetune_operator.world.objects import Object, child_labels, parse_time
+from finetune_operator.world.pods import PodView
 from finetune_operator.world.stored import read_run_spec
 
 
@@ -49,10 +51,24 @@ class JobView:
     stopping: bool = False
     """The operator has set the Job's deadline to 0 seconds, which terminates its pods."""
     deleting: bool = False
+    parallelism: int = 1
+    """Number of its pods."""
+    warning: str = ""
+    """Kubernetes' newest warning about the Job, read once it lacks pods."""
 
     @property
     def finished(self) -> bool:
         return self.complete or self.failed
+
+    @property
+    def stage(self) -> tuple[Role, str, int]:
+        """Stage, run and revision, as its pods have them."""
+        return self.role, self.run, self.revision
+
+    def missing(self, pods: Iterable[PodView]) -> list[int]:
+        """Completion indexes without a pod, apart from failed ones, among the Job's pods."""
+        there = {p.index for p in pods if p.phase != "Failed"}
+        return [index for index in range(self.parallelism) if index not in there]
 
 
 @dataclass(frozen=True)
@@ -87,7 +103,7 @@ def stored_run_spec(obj: Object) -> StoredRunSpec | None:
     )
 
 
-def job_view(obj: Object) -> JobView | None:
+def job_view(obj: Object, warning: str = "") -> JobView | None:
     """The Job of a stage, or None for any other Job."""
     labels = child_labels(obj)
     created = parse_time(obj["metadata"].get("creationTimestamp"))
@@ -111,6 +127,8 @@ def job_view(obj: Object) -> JobView | None:
         failure_message=bad.get("message", ""),
         stopping=obj.get("spec", {}).get("activeDeadlineSeconds") == 0,
         deleting="deletionTimestamp" in obj["metadata"],
+        parallelism=obj.get("spec", {}).get("parallelism", 1),
+        warning=warning,
     )
 
 

@@ -83,19 +83,20 @@ def observe(
     pods: Iterable[Object] = (),
     gone: Iterable[Object] = (),
     pull_failing_since: Mapping[str, datetime] | None = None,
+    warnings: Mapping[str, str] | None = None,
     progress: Progress | None = None,
     progress_time: datetime | None = None,
     refused: Mapping[str, Refusal] | None = None,
     models: Iterable[ModelJob] = (),
 ) -> Observed:
-    """The views of a job's children; ``pull_failing_since`` is by pod uid."""
-    since = pull_failing_since or {}
+    """The views of a job's children; ``pull_failing_since`` and ``warnings`` are by uid."""
+    since, told = pull_failing_since or {}, warnings or {}
     return Observed(
         run_specs=tuple(filter(None, map(stored_run_spec, config_maps))),
-        jobs=tuple(filter(None, map(job_view, jobs))),
+        jobs=tuple(filter(None, (job_view(j, told.get(_uid(j), "")) for j in jobs))),
         services=tuple(filter(None, map(service_view, services))),
         pods=tuple(
-            filter(None, (pod_view(p, since.get(p["metadata"].get("uid", ""))) for p in pods))
+            filter(None, (pod_view(p, since.get(_uid(p)), told.get(_uid(p), "")) for p in pods))
         ),
         gone=tuple(filter(None, map(pod_view, gone))),
         progress=progress,
@@ -103,3 +104,7 @@ def observe(
         refused=dict(refused or {}),
         models=tuple(models),
     )
+
+
+def _uid(obj: Object) -> str:
+    return str(obj["metadata"].get("uid", ""))

@@ -64,10 +64,18 @@ class PodView:
     deleted_by: datetime | None = None
     """End of the grace period of a pod that is being deleted."""
     limits: Mapping[str, str] = field(default_factory=dict)
+    warning: str = ""
+    """Kubernetes' newest warning about the pod, read once the pod is late."""
 
     @property
     def ended(self) -> bool:
         return self.phase in ("Succeeded", "Failed")
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether the pod has a node, and its container has not started yet."""
+        begun = self.started is not None or self.running or self.exit_code is not None
+        return self.scheduled and not (begun or self.ended) and self.deleted_by is None
 
     @property
     def on_lost_node(self) -> bool:
@@ -88,7 +96,9 @@ class PodView:
         return self.disruption is not None and self.disruption != "TerminationByKubelet"
 
 
-def pod_view(obj: Object, pull_failing_since: datetime | None = None) -> PodView | None:
+def pod_view(
+    obj: Object, pull_failing_since: datetime | None = None, warning: str = ""
+) -> PodView | None:
     """A pod of a child Job, or None for any other pod."""
     labels = child_labels(obj)
     meta, status = obj["metadata"], obj.get("status") or {}
@@ -115,8 +125,9 @@ def pod_view(obj: Object, pull_failing_since: datetime | None = None) -> PodView
         pull_failing_since=pull_failing_since,
         deleted_by=parse_time(meta.get("deletionTimestamp")),
         limits=(container.get("resources") or {}).get("limits") or {},
+        warning=warning,
         **_of_conditions(status),
-        **_of_container_state(container_status(obj).get("state") or {}),
+        **(_of_container_state(container_status(obj).get("state") or {}) | _of_init(status)),
     )
 
 
@@ -151,6 +162,17 @@ def _of_container_state(state: Object) -> dict[str, Any]:
         "waiting_reason": waiting.get("reason"),
         "waiting_message": waiting.get("message") or "",
     }
+
+
+def _of_init(status: Object) -> dict[str, Any]:
+    """Fields of a PodView from an init container (injected, e.g. by a service mesh) that does not
+    start."""
+    for found in status.get("initContainerStatuses") or []:
+        waiting = (found.get("state") or {}).get("waiting") or {}
+        if waiting.get("reason") not in (None, "PodInitializing"):
+            text = f"init container {found.get('name')}: {waiting.get('message') or 'no message'}"
+            return {"waiting_reason": waiting["reason"], "waiting_message": text}
+    return {}
 
 
 def _container(spec: Object) -> Object:

@@ -1,0 +1,97 @@
+"""Warnings of Kubernetes about pods that do not start and Jobs that lack pods: only Events name the
+missing volume, the network plug-in's error or the exceeded quota.
+
+Events are read on demand, because a watch of all Events of a cluster would be its largest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Final, NamedTuple
+
+import aiohttp
+
+from finetune_operator.cluster import ApiError, Cluster
+from finetune_operator.store import Store
+from finetune_operator.world.children import job_view
+from finetune_operator.world.pods import pod_view
+
+LOOK_SECONDS: Final = 3.0
+AGAIN_SECONDS: Final = 15.0
+"""Time between two reads about the same object."""
+LATE: Final = timedelta(seconds=5)
+"""How long a pod may take to start, or a Job to make its pods, before its warnings are read."""
+_AT_REST: Final = ("Training", "Complete", "Failed", "Suspended", "Waiting")
+"""Phases in which every pod has started, or none is wanted."""
+
+log = logging.getLogger(__name__)
+
+
+class Late(NamedTuple):
+    """A pod that does not start, or a Job that lacks pods."""
+
+    job: str
+    """uid of the FineTuneJob."""
+    namespace: str
+    uid: str
+
+
+class WarningReader:
+    """Reads the newest warning about each late object, and enqueues its FineTuneJob if the warning
+    is new."""
+
+    def __init__(
+        self, store: Store, cluster: Cluster, enqueue: Callable[[str, float], None]
+    ) -> None:
+        self._store, self._cluster, self._enqueue = store, cluster, enqueue
+        self._read_at: dict[str, float] = {}
+
+    async def run(self) -> None:
+        """Look until cancelled."""
+        while True:
+            await self.look(datetime.now(UTC))
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def look(self, now: datetime) -> None:
+        """Look once."""
+        late = list(late_objects(self._store, now))
+        uids = {each.uid for each in late}
+        self._read_at = {uid: at for uid, at in self._read_at.items() if uid in uids}
+        for each in late:
+            if time.monotonic() - self._read_at.get(each.uid, -AGAIN_SECONDS) >= AGAIN_SECONDS:
+                self._read_at[each.uid] = time.monotonic()
+                await self._read(each)
+
+    async def _read(self, late: Late) -> None:
+        try:
+            text = await self._cluster.newest_warning(late.namespace, late.uid)
+        except (ApiError, aiohttp.ClientError, TimeoutError) as error:
+            log.debug("events of %s/%s: %s", late.namespace, late.uid, error)
+            return
+        if text is not None and self._store.put_warning(late.uid, text):
+            self._enqueue(late.job, 0.0)
+
+
+def late_objects(store: Store, now: datetime) -> Iterator[Late]:
+    """Pods that do not start, and Jobs that lack pods."""
+    for job in store.jobs():
+        if (job.get("status") or {}).get("phase") in _AT_REST:
+            continue
+        uid, namespace = job["metadata"]["uid"], job["metadata"]["namespace"]
+        pods = store.children(uid, "Pod")
+        for pod in pods:
+            view = pod_view(pod)
+            if view is not None and view.is_starting and now - view.created >= LATE:
+                yield Late(uid, namespace, pod["metadata"]["uid"])
+        for child in store.children(uid, "Job"):
+            found = job_view(child)
+            if found is None or found.finished or found.suspended or found.deleting:
+                continue
+            views = (v for v in map(pod_view, pods) if v is not None)
+            own = [v for v in views if (v.role, v.run, v.revision) == found.stage]
+            if found.missing(own) and now - (found.started or found.created) >= LATE:
+                yield Late(uid, namespace, child["metadata"]["uid"])
