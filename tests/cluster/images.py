@@ -90,17 +90,18 @@ def _build(
     dockerfile: Path | None = None,
 ) -> None:
     dockerfile = dockerfile or context / "Dockerfile"
-    images.buildctl(
-        "build",
-        "--progress=plain",
-        "--frontend=dockerfile.v0",
-        f"--local=context={context}",
-        f"--local=dockerfile={dockerfile.parent}",
-        f"--opt=filename={dockerfile.name}",
-        "--opt=image-resolve-mode=local",
-        *(f"--opt=build-arg:{key}={value}" for key, value in build_args.items()),
-        f"--output=type=image,name={name},unpack=true,compression=uncompressed",
-    )
+    with images.kept(name):
+        images.buildctl(
+            "build",
+            "--progress=plain",
+            "--frontend=dockerfile.v0",
+            f"--local=context={context}",
+            f"--local=dockerfile={dockerfile.parent}",
+            f"--opt=filename={dockerfile.name}",
+            "--opt=image-resolve-mode=local",
+            *(f"--opt=build-arg:{key}={value}" for key, value in build_args.items()),
+            f"--output=type=image,name={name},unpack=true,compression=uncompressed",
+        )
 
 
 def ensure_pause() -> None:

@@ -49,6 +49,20 @@ class Store:
             if other.startswith(f"{repository}:") and other != image:
                 self.ctr("images", "rm", other)
 
+    @contextmanager
+    def kept(self, image: str) -> Iterator[None]:
+        """Keep the layers of an image while another one of its name is built: between naming the
+        new image and unpacking it, nothing else refers to the layers that both share, and
+        containerd's garbage collection may remove them."""
+        old = f"{image}-replaced"
+        if self.has(image):
+            self.ctr("images", "tag", "--force", image, old)
+        try:
+            yield
+        finally:
+            if self.has(old):
+                self.ctr("images", "rm", old)
+
     def ctr(self, *arguments: str | Path) -> str:
         return containerd.ctr(self._machine, *arguments)
 
