@@ -67,17 +67,24 @@ def test_reported_changes_are_complete(old: dict[str, Any], new: dict[str, Any])
 
 
 def at(spec: dict[str, Any], path: str) -> Any:
+    """The value at a path; of a list of blocks, the values of its items."""
     value: Any = spec
-    for part in path.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
+    first, _, rest = path.partition(".")
+    if isinstance(value, list):
+        return [at(item, path) for item in value]
+    value = value.get(first) if isinstance(value, dict) else None
+    return at(value, rest) if rest else value
 
 
-def put(spec: dict[str, Any], path: str, value: Any) -> None:
-    *parents, last = path.split(".")
-    for parent in parents:
-        spec = spec.setdefault(parent, {})
-    if value is None:
+def put(spec: Any, path: str, value: Any) -> None:
+    if isinstance(spec, list):
+        for item, own in zip(spec, value, strict=True):
+            put(item, path, own)
+        return
+    last, _, rest = path.partition(".")
+    if rest:
+        put(spec.setdefault(last, {}), rest, value)
+    elif value is None:
         spec.pop(last, None)
     else:
         spec[last] = value
@@ -92,7 +99,7 @@ def put(spec: dict[str, Any], path: str, value: Any) -> None:
         ({"storage": {"secretRef": {"name": "other"}}}, "Resume", "storage.secretRef"),
         ({"training": {"microBatchTokens": 512}}, "Resume", "training.microBatchTokens"),
         ({"training": {"seed": 1}}, "NewRun", "training.seed"),
-        ({"data": {"train": [{"source": "s3://data/other"}]}}, "NewRun", "data.train"),
+        ({"data": {"train": [{"source": "s3://data/other"}]}}, "NewRun", "data.train.source"),
         ({"rerunToken": "again"}, "NewRun", "rerunToken"),
     ],
 )
@@ -100,3 +107,19 @@ def test_examples(change: dict[str, Any], kind: str, path: str) -> None:
     old = GOOD[0].spec
     new = parse_spec({**old, **change}).to_json()
     assert changed_classes(parse_spec(old).to_json(), new) == {kind: [path]}
+
+
+def test_a_renamed_secret_of_a_data_set_is_no_new_run() -> None:
+    def spec(secret: str, source: str = "s3://data/a.jsonl") -> dict[str, Any]:
+        storage = {"endpoint": "https://s3.example.com", "secretRef": {"name": secret}}
+        sets = [{"source": source, "storage": storage}, {"source": "s3://data/b.jsonl"}]
+        made = {**GOOD[0].spec, "data": {"train": sets}}
+        return parse_spec(
+            {**made, "model": {"source": "s3://m/base", "storage": storage}}
+        ).to_json()
+
+    assert changed_classes(spec("old"), spec("new")) == {
+        "Resume": ["data.train.storage.secretRef.name", "model.storage.secretRef.name"]
+    }
+    both = changed_classes(spec("old"), spec("new", "s3://data/c.jsonl"))
+    assert both["NewRun"] == ["data.train.source"]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any, get_args
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune_api.base import read_known
 from finetune_api.names import FailureClass
-from finetune_api.results import TERMINATION_LIMIT, Failure, StartupPart, Termination
+from finetune_api.results import TERMINATION_LIMIT, Failure, Progress, StartupPart, Termination
 
 anything = st.text(max_size=6000)  # with surrogates, which file names may contain
 addresses = st.from_regex(r"s3://[a-z]{3,20}/[a-zé/]{0,1000}", fullmatch=True)
@@ -33,7 +35,7 @@ summaries = st.builds(
     },
     st.none() | addresses,
     st.lists(st.fixed_dictionaries({
-        "name": st.from_regex(r"[a-z]{1,63}", fullmatch=True), "samples": st.integers(0),
+        "name": st.from_regex(r"[a-z]{1,63}", fullmatch=True), "samples": st.integers(0, 2**53),
         "base": metrics, "tuned": metrics,
     }), max_size=60),
 )  # fmt: skip
@@ -45,7 +47,7 @@ prepared = st.builds(
     },
     addresses, st.dictionaries(st.text(max_size=200), st.integers(0), max_size=40),
     st.lists(st.fixed_dictionaries({
-        "name": st.from_regex(r"[a-z]{1,63}", fullmatch=True), "steps": st.integers(1),
+        "name": st.from_regex(r"[a-z]{1,63}", fullmatch=True), "steps": st.integers(1, 2**53),
         "mixture": st.dictionaries(
             st.from_regex(r"[a-z]{1,63}", fullmatch=True), figures, max_size=64
         ),
@@ -119,3 +121,19 @@ def test_stages_are_cut_before_the_message() -> None:
     assert back.failure == word.failure
     assert back.prepared is not None
     assert (back.prepared.total_steps, back.prepared.stages) == (144, [])
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"remainingSeconds": float("nan")}, {"lostSeconds": float("inf")}, {"step": 10**400},
+        {"step": -1}, {"trainingSeconds": 1e300}, {"latestCheckpoint": "s3://" + "x" * 5000},
+        {"bySource": {f"s{i}": 1.0 for i in range(100)}}, {"dataStage": "x" * 300},
+        {"startup": {"seconds": {"import": 1.0}, "fromStep": -1, "firstStep": 1.0}},
+    ],
+)  # fmt: skip
+def test_figures_that_status_cannot_hold_are_left_out(odd: dict[str, Any]) -> None:
+    """The image of a pod may be the user's own, and report anything."""
+    raw = {"run": "1-abcde", "attempt": 1, "restarts": 0, "stage": "Training", "loss": 2.5}
+    found = read_known(Progress, {**raw, **odd})
+    assert found == Progress.model_validate(raw)

@@ -13,6 +13,7 @@ import pytest
 from operator_world import TRAINED, World, at_training
 
 from finetune_api.names import ExitCode, FailureClass
+from finetune_operator.config import ANNOTATION_OUTCOME
 from finetune_operator.decision.failures import BY_EXIT_CODE
 from finetune_operator.world.objects import format_time
 from finetune_operator.world.observe import Refusal
@@ -41,6 +42,45 @@ def test_the_termination_message_is_the_failure() -> None:
     assert world.run["outcome"] == "Failed"
     assert [(e.type, e.reason) for e in plan.events] == [("Warning", "MalformedRecord")]
     world.settle()
+
+
+def test_an_old_cause_does_not_explain_a_new_failure() -> None:
+    world = preparing()
+    world.pod(
+        world.child("prepare"), suffix="a", terminated={"exitCode": 137, "reason": "OOMKilled"}
+    )
+    world.wait(3600)
+    said = {"class": "Storage", "reason": "Unreachable", "message": "s3://data: timed out"}
+    world.fail("prepare", 21, suffix="b", **said)
+    world.condition("prepare", "Failed", "BackoffLimitExceeded")
+    world.settle()
+    assert world.status["failure"]["reason"] == "Unreachable"
+
+
+def test_the_runtimes_error_of_a_container_that_could_not_start_is_shown() -> None:
+    world = preparing()
+    text = 'failed to create containerd task: exec: "python": executable file not found in $PATH'
+    ended = {"exitCode": 128, "reason": "StartError", "message": text}
+    world.pod(world.child("prepare"), terminated=ended)
+    world.condition("prepare", "Failed", "BackoffLimitExceeded")
+    world.settle()
+    assert text in world.status["failure"]["message"]
+    assert "exit code 128 (StartError)" in world.status["failure"]["message"]
+
+
+def test_the_outcome_is_recorded_after_the_status_that_explains_it() -> None:
+    """An operator that dies between two writes must not lose the cause."""
+    world = preparing()
+    said = {"class": "DataError", "reason": "MalformedRecord", "message": "train.jsonl line 3"}
+    world.fail("prepare", 11, **said)
+    world.condition("prepare", "Failed", "PodFailurePolicy")
+    (first,) = world.of("ConfigMap")
+    world.pass_()
+    assert world.run["outcome"] == "Failed"
+    assert ANNOTATION_OUTCOME not in first["metadata"]["annotations"]
+    world.pass_()
+    (second,) = world.of("ConfigMap")
+    assert second["metadata"]["annotations"][ANNOTATION_OUTCOME] == "Failed"
 
 
 def test_a_failed_worker_outranks_stopped_workers() -> None:
@@ -94,6 +134,19 @@ def test_a_failed_worker_outranks_stopped_workers() -> None:
                 ]
             },
             ("Preempted", "PreemptionByScheduler"),
+        ),
+        *(
+            (
+                {"exitCode": 137},
+                {"conditions": [{"type": "DisruptionTarget", "status": "True", "reason": reason}]},
+                ("NodeFailure", reason),
+            )
+            for reason in ("DeletionByPodGC", "DeletionByTaintManager")
+        ),
+        (
+            {"exitCode": 137},
+            {"reason": "UnexpectedAdmissionError", "message": "no device plugin"},
+            ("NodeFailure", "UnexpectedAdmissionError"),
         ),
     ],
 )

@@ -135,6 +135,8 @@ def polled(
         nonlocal asked
         answer = answers[min(asked, len(answers) - 1)]
         asked += 1
+        if answer == "redirect":
+            raise web.HTTPFound("/progress")
         text = answer if isinstance(answer, str) else json.dumps(answer)
         if not pieces:
             return web.Response(text=text)
@@ -229,6 +231,41 @@ def test_a_defect_in_one_jobs_pass_is_reported_and_retried(
     cluster = asyncio.run(scenario())
     assert cluster.events == ["OperatorDefect"] and len(cluster.statuses) == 1
     assert "a defect" in caplog.text and "Traceback" in caplog.text
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_redirect_of_a_pod_is_not_followed() -> None:
+    """A user's own image may answer: the operator must not fetch other addresses for it."""
+    world = at_training()
+    answer = {"run": world.run["id"], "attempt": 1, "restarts": 0, "stage": "Training", "step": 7}
+    store, told = polled(world, ["redirect", answer], rounds=1)
+    assert told == [] and store.observed(UID).progress is None
+
+
+def test_a_list_is_read_in_pages() -> None:
+    pages = {
+        "": {"metadata": {"resourceVersion": "7", "continue": "b"}, "items": ["u1", "u2"]},
+        "b": {"metadata": {"resourceVersion": "9"}, "items": ["u3"]},
+    }
+
+    async def scenario() -> tuple[int, set[str]]:
+        async def answer(request: web.Request) -> web.Response:
+            assert int(request.query["limit"]) > 0
+            page = pages[request.query.get("continue", "")]
+            items = [{"metadata": {"uid": uid}} for uid in page["items"]]
+            return web.json_response({**page, "items": items})
+
+        app, port = web.Application(), free_port()
+        app.router.add_get("/api/v1/pods", answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", port).start()
+        async with Cluster(Credentials(host=f"http://127.0.0.1:{port}")) as cluster:
+            found = await cluster.versions("Pod", None, "a=b")
+        await runner.cleanup()
+        return found
+
+    assert asyncio.run(scenario()) == (7, {"u1", "u2", "u3"}), "the version of the first page"
 
 
 class Refusing(Recorder):

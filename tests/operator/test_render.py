@@ -228,6 +228,18 @@ def test_the_model_cache_is_mounted_by_the_gang_only() -> None:
             assert not paths and found is None
 
 
+def test_labels_and_annotations_of_the_template_apply_to_all_stages() -> None:
+    """Workload identity and service meshes are chosen by them."""
+    meta = {"labels": {"azure.workload.identity/use": "true"}, "annotations": {"mesh": "off"}}
+    world = World(compute={"podTemplate": {"metadata": meta}})
+    for role in names.ROLES:
+        (job,) = rendered(world, (Create("Job", role),))
+        template = job["spec"]["template"]["metadata"]
+        assert template["labels"]["azure.workload.identity/use"] == "true"
+        assert template["labels"][names.LABEL_ROLE] == role
+        assert template["annotations"] == {"mesh": "off"}
+
+
 def test_cpu_stages_have_their_own_nodes_and_resources() -> None:
     world = World(
         prepare={

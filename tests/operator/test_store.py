@@ -63,6 +63,38 @@ def test_a_late_response_does_not_restore_a_deleted_job() -> None:
     assert store.job(UID) is None and list(store.jobs()) == []
 
 
+def test_what_no_pass_reads_is_not_kept_in_memory() -> None:
+    store = Store()
+    job = stored_object(names.KIND, UID, 1)
+    job["metadata"] |= {
+        "managedFields": [{"manager": "kubectl", "fieldsV1": {"f:spec": {}}}],
+        "annotations": {"kubectl.kubernetes.io/last-applied-configuration": "{}", "team": "a"},
+    }
+    store.put(names.KIND, job)
+    kept = store.job(UID)
+    assert kept is not None and kept["metadata"]["annotations"] == {"team": "a"}
+    assert "managedFields" not in kept["metadata"] and "managedFields" in job["metadata"]
+
+
+def test_the_progress_of_a_job_wakes_none_of_the_jobs_that_start_from_its_model() -> None:
+    store = Store()
+    spec = {"model": {"fineTuneJobRef": {"name": UID}}}
+    follower = stored_object(names.KIND, "follower", 1, spec=spec)
+    store.put(names.KIND, follower)
+
+    def woken(version: int, **status: Any) -> list[str]:
+        job = stored_object(names.KIND, UID, version, status={"run": {"id": "1"}, **status})
+        store.put(names.KIND, job)
+        return store.affected(names.KIND, job)
+
+    assert woken(1, phase="Training", progress={"step": 1}) == ["follower"]
+    assert woken(2, phase="Training", progress={"step": 2}) == []
+    assert woken(3, phase="Publishing") == ["follower"]
+    assert woken(4, phase="Publishing") == []
+    store.remove(names.KIND, stored_object(names.KIND, UID, 5))
+    assert store.affected(names.KIND, stored_object(names.KIND, UID, 5)) == ["follower"]
+
+
 def elsewhere(child: dict[str, Any]) -> None:
     child["metadata"]["namespace"] = "attacker"
 

@@ -26,7 +26,11 @@ FIELD_CLASSES: Final[dict[str, FieldClass]] = {
     "checkpoint.metric": "NewRun",
     "task": "NewRun",
     "model": "NewRun",
+    "model.storage.secretRef": "Resume",
     "data": "NewRun",
+    "data.train.storage.secretRef": "Resume",
+    "data.validation.storage.secretRef": "Resume",
+    "data.test.storage.secretRef": "Resume",
     "method": "NewRun",
     "training": "NewRun",
     "training.microBatchTokens": "Resume",
@@ -71,4 +75,12 @@ def _differences(old: Any, new: Any, path: str) -> list[str]:
                 old.get(key), new.get(key), f"{path}.{key}" if path else key
             )
         ]
+    if _is_blocks(old) and _is_blocks(new) and len(old) == len(new):
+        found = {d: None for a, b in zip(old, new, strict=True) for d in _differences(a, b, path)}
+        return list(found)
     return [] if old == new else [path]
+
+
+def _is_blocks(value: Any) -> bool:
+    """Whether a value is a list of blocks, which has the paths of its items' fields."""
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)

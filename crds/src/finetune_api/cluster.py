@@ -161,7 +161,7 @@ class Prepare(Model):
     """Pods that map the data in parallel, each on all its cores. The data is divided by object, and
     large plain `.jsonl` objects by byte range. Above 1, another pod reduces their results. The
     output is the same at any number of pods."""
-    resources: Resources = Resources()
+    resources: Resources = Resources(requests={"cpu": "1", "memory": "2Gi"})
     """CPU and memory of each pod. Prepare runs one process per core of the CPU limit (without a
     limit: of the node), as far as the memory limit allows 256 MiB per process."""
     node_selector: dict[QualifiedName, LabelValue] | None = Field(default=None, max_length=32)

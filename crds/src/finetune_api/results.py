@@ -6,9 +6,9 @@ Numbers are plain JSON numbers here; the operator writes fractions to status as 
 from __future__ import annotations
 
 import json
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
 from finetune_api.base import Record
 from finetune_api.names import Role
@@ -16,6 +16,12 @@ from finetune_api.names import Role
 TERMINATION_LIMIT: Final = 4096
 """Maximum bytes of a termination message in Kubernetes."""
 
+
+# Bounds of what status can hold: the image of a pod may be the user's own, and report anything.
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+Word = Annotated[str, StringConstraints(max_length=256)]
+Uri = Annotated[str, StringConstraints(max_length=2048)]
 
 StartupPart = Literal[
     "launch", "import", "rendezvous", "data", "model", "restore", "baseline", "compile", "step"
@@ -31,12 +37,12 @@ class Startup(Record):
     """Startup times of an attempt, as measured by rank 0; waiting for another process counts
     towards the part in which rank 0 waited."""
 
-    seconds: dict[StartupPart, float]
+    seconds: dict[StartupPart, Seconds]
     """Seconds by part. There are no gaps between parts: their sum is the time from the start of the
     node's training processes to the end of the first step."""
-    from_step: int
+    from_step: Count
     """Steps done before: above 0 if the attempt continued from a checkpoint."""
-    first_step: float
+    first_step: Seconds
     """Unix time at the end of the first step."""
 
     @property
@@ -56,23 +62,23 @@ class Progress(Record):
 
     run: str
     """ID of the run; IP addresses are reused, so a reader must compare it."""
-    attempt: int
+    attempt: Count
     """Attempt that claimed the run's HEAD, from 1."""
-    restarts: int
+    restarts: Count
     """Attempts that took over from one that did not end by itself."""
     stage: Literal["Loading", "Baseline", "Training", "Evaluating", "Saving", "Testing", "Done"]
     """Current activity of the gang."""
-    step: int = 0
+    step: Count = 0
     """Optimizer steps done."""
-    total_steps: int = 0
+    total_steps: Count = 0
     """Optimizer steps of the run."""
     epoch: float = 0.0
     """Passes over the training data done."""
-    data_stage: str | None = None
+    data_stage: Word | None = None
     """Name of the stage of data.stages that the last step belongs to, if there are stages."""
     loss: float | None = None
     """Training loss per supervised token (nats), mean since the last log point."""
-    by_source: dict[str, float] = {}
+    by_source: Annotated[dict[Word, float], Field(max_length=64)] = {}
     """The same by training set, if there are several."""
     anchor_kl: float | None = None
     """KL(base || tuned) per supervised token of replay sets (nats), mean since the last log point,
@@ -88,30 +94,30 @@ class Progress(Record):
     """Model FLOPs utilization: FLOPs on real tokens over the devices' peak, if known."""
     data_wait_share: float | None = None
     """Share of the step time since the last log point in which rank 0 waited for data."""
-    remaining_seconds: float | None = None
+    remaining_seconds: Seconds | None = None
     """Expected time to the end of training."""
-    latest_checkpoint: str | None = None
+    latest_checkpoint: Uri | None = None
     """URI of the newest checkpoint."""
-    best_checkpoint: str | None = None
+    best_checkpoint: Uri | None = None
     """URI of the best checkpoint."""
-    checkpoints_abandoned: int = 0
+    checkpoints_abandoned: Count = 0
     """Checkpoints of this attempt that could not be written; training continued without them."""
-    training_seconds: float = 0.0
+    training_seconds: Seconds = 0.0
     """Wall time since this attempt began."""
-    lost_seconds: float = 0.0
+    lost_seconds: Seconds = 0.0
     """Wall time that earlier attempts lost: from their last checkpoint to their end."""
     startup: Startup | None = None
     """Startup times of the attempt, once its first step is done."""
-    updated: float = 0.0
+    updated: Seconds = 0.0
     """Unix time of this state."""
 
 
 class Failure(Record):
     """Failure of a container."""
 
-    failure_class: str = Field(alias="class")
+    failure_class: Word = Field(alias="class")
     """Failure class, one of ``FailureClass``; a trainer of another release may know more."""
-    reason: str
+    reason: Word
     """CamelCase word for scripts, e.g. MalformedRecord."""
     message: str
     """What happened, where, and what to do, for users."""
@@ -122,9 +128,9 @@ class Failure(Record):
 class MemoryEstimate(Record):
     """Estimated memory of a training process."""
 
-    needed: int
+    needed: Count
     """Bytes, sum of all parts."""
-    available: int | None = None
+    available: Count | None = None
     """Bytes that a process has, if the manifest gives them."""
     sharding: Literal["NoShard", "HybridShard", "FullShard"]
     """How the model will be distributed over the processes."""
@@ -141,7 +147,7 @@ class StagePlan(Record):
 
     name: str
     """Name in data.stages."""
-    steps: int
+    steps: Count
     """Optimizer steps of the stage."""
     mixture: dict[str, float]
     """Share of the trained tokens by training set; only sets of the stage."""
@@ -155,25 +161,25 @@ class StagePlan(Record):
 class PreparedSummary(Record):
     """Summary of prepare."""
 
-    digest: str
+    digest: Word
     """Content digest of the prepared data."""
-    uri: str
+    uri: Uri
     """URI of the prepared data."""
     reused: bool
     """Whether the prepared data existed already."""
-    train_samples: int
+    train_samples: Count
     """Samples to train on."""
-    validation_samples: int
+    validation_samples: Count
     """Samples held out for validation."""
-    test_samples: int
+    test_samples: Count
     """Samples held out for the test."""
-    train_tokens: int
+    train_tokens: Count
     """Tokens of the training samples."""
-    supervised_tokens: int
+    supervised_tokens: Count
     """Supervised tokens of the training samples."""
     dropped: dict[str, int] = {}
     """Number of dropped records by cause."""
-    total_steps: int
+    total_steps: Count
     """Optimizer steps of the training."""
     stages: list[StagePlan] = []
     """Stages of the training, if data.stages is given."""
@@ -191,7 +197,7 @@ class DataSetScores(Record):
 
     name: str
     """Name of the set."""
-    samples: int
+    samples: Count
     """Samples measured."""
     base: Metrics
     """Metrics of the base model."""
@@ -202,37 +208,37 @@ class DataSetScores(Record):
 class TrainSummary(Record):
     """Summary of the training."""
 
-    attempt: int
+    attempt: Count
     """Attempt that finished."""
-    restarts: int
+    restarts: Count
     """Number of restarts."""
-    steps: int
+    steps: Count
     """Optimizer steps done."""
     stopped_early: bool = False
     """Whether early stopping ended the training."""
     loss: float | None = None
     """Last training loss."""
-    checkpoint: str | None = None
+    checkpoint: Uri | None = None
     """URI of the checkpoint chosen for publishing."""
-    checkpoint_step: int | None = None
+    checkpoint_step: Count | None = None
     """Step of that checkpoint."""
-    trainable_parameters: int = 0
+    trainable_parameters: Count = 0
     """Number of trained parameters."""
-    total_parameters: int = 0
+    total_parameters: Count = 0
     """Number of parameters of the model, including those added by the method."""
     scores: list[DataSetScores] = []
     """Test metrics by data set; the first to be cut from a termination message that is too long."""
-    training_seconds: float = 0.0
+    training_seconds: Seconds = 0.0
     """Wall time of all attempts."""
-    lost_seconds: float = 0.0
+    lost_seconds: Seconds = 0.0
     """Wall time of work that was lost with an attempt."""
-    tokens: int = 0
+    tokens: Count = 0
     """Real (non-padding) tokens trained on; divided by training_seconds: the goodput."""
-    skipped_steps: int = 0
+    skipped_steps: Count = 0
     """Steps whose update was skipped (see training.guard)."""
-    rollbacks: int = 0
+    rollbacks: Count = 0
     """Number of rollbacks to an earlier checkpoint."""
-    quarantined_samples: int = 0
+    quarantined_samples: Count = 0
     """Training samples that rollbacks excluded."""
     startup: Startup | None = None
     """Startup times of the attempt that finished; absent if it had no step left to do."""
@@ -242,13 +248,13 @@ class Ancestor(Record):
     """A model that a tuned model derives from. A lineage is a list of ancestors that starts with
     the original base model, of which only the URI is known."""
 
-    uri: str
+    uri: Uri
     """URI of a model folder or of a run's published model."""
     job: str | None = None
     """Job that published the model."""
     run: str | None = None
     """Run that published the model."""
-    digest: str | None = None
+    digest: Word | None = None
     """sha256 of the model's manifest."""
     method: str | None = None
     """Tuning method of that run (`spec.method.type`)."""
@@ -259,15 +265,15 @@ class Ancestor(Record):
 class PublishSummary(Record):
     """Summary of publish."""
 
-    uri: str
+    uri: Uri
     """URI of the published model."""
-    digest: str
+    digest: Word
     """sha256 of the model's manifest."""
-    formats: list[str]
+    formats: Annotated[list[Word], Field(max_length=8)]
     """Published formats: adapter, merged."""
-    bytes: int
+    bytes: Count
     """Size of all published files."""
-    full_copy_bytes: int = 0
+    full_copy_bytes: Count = 0
     """Size of a full model's weights in the dtype of the base."""
 
 

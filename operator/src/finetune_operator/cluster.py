@@ -27,6 +27,9 @@ REQUEST_SECONDS: Final = 5.0
 """Request timeout. At most the Lease's duration minus its renewal deadline, so that no write of a
 former leader is in flight when the next leader starts."""
 
+PAGE: Final = "500"
+"""Objects per page of a list: one page must arrive within REQUEST_SECONDS."""
+
 PATHS: Final[dict[str, tuple[str, str]]] = {
     "ConfigMap": ("/api/v1", "configmaps"),
     "Service": ("/api/v1", "services"),
@@ -221,10 +224,16 @@ class Cluster:
     ) -> tuple[int, set[str]]:
         """Return the resourceVersion of a kind's list, and the uids in the list (metadata only)."""
         accept = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
-        path = collection_path(kind, namespace)
-        found = await self.request("GET", path, accept=accept, labelSelector=selector)
-        version = int(found["metadata"]["resourceVersion"])
-        return version, {item["metadata"]["uid"] for item in found["items"]}
+        path, uids, version = collection_path(kind, namespace), set[str](), 0
+        page = {"labelSelector": selector, "limit": PAGE}
+        while True:
+            raw = await self._request_bytes("GET", path, None, "application/json", accept, page)
+            found = json.loads(raw)
+            version = version or int(found["metadata"]["resourceVersion"])
+            uids |= {item["metadata"]["uid"] for item in found["items"]}
+            if not (following := found["metadata"].get("continue")):
+                return version, uids
+            page["continue"] = following
 
     async def newest_warning(self, namespace: str, uid: str) -> str | None:
         """Message of the newest warning about an object; None: there is none."""

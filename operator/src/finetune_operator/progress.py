@@ -89,8 +89,11 @@ class Poller:
             async with asyncio.timeout(TIMEOUT_SECONDS):
                 return await self._cluster.pod_progress(gang.namespace, gang.pod, METRICS_PORT)
         host = f"[{gang.ip}]" if ":" in gang.ip else gang.ip
-        async with session.get(f"http://{host}:{METRICS_PORT}/progress") as response:
-            response.raise_for_status()
+        url = f"http://{host}:{METRICS_PORT}/progress"
+        # A user's image answers here: a redirect must not lead this process to other addresses.
+        async with session.get(url, allow_redirects=False) as response:
+            if response.status != 200:
+                raise aiohttp.ClientPayloadError(f"status {response.status}")
             return await _read_all(response.content)
 
     def _keep(self, uid: str, progress: Progress) -> None:

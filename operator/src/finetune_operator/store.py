@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 
 from finetune_api import names
 from finetune_api.results import Progress
-from finetune_operator.world.models import model_view
+from finetune_operator.world.models import model_mark, model_view
 from finetune_operator.world.objects import Object
 from finetune_operator.world.observe import Observed, Refusal, observe
 from finetune_operator.world.pods import container_status, pull_is_failing
@@ -26,6 +26,7 @@ from finetune_operator.world.references import References
 
 CHILD_KINDS: Final = ("ConfigMap", "Service", "Job", "Pod")
 REMEMBERED_REMOVALS: Final = 10_000
+_LAST_APPLIED: Final = "kubectl.kubernetes.io/last-applied-configuration"
 
 
 def version_of(obj: Object) -> int:
@@ -76,6 +77,7 @@ class Store:
         self._progress: dict[str, tuple[Progress, datetime]] = {}
         self._refused: dict[str, dict[str, Refusal]] = {}
         self._warnings: dict[str, str] = {}
+        self._marks: dict[str, tuple[Any, ...]] = {}
 
     # --- changes --------------------------------------------------------------------------------
 
@@ -88,6 +90,7 @@ class Store:
             return None
         if self._removed.get(uid, -1) >= version_of(obj):
             return owner.uid
+        obj = _trimmed(obj)
         if kind == names.KIND:
             self._put_in(self._jobs, uid, obj)
             self._references.put(self._jobs[uid])
@@ -139,7 +142,7 @@ class Store:
 
     def _remove_job(self, job: Owner) -> None:
         self._gone_pods.pop(job, None)
-        for place in (self._jobs, self._progress, self._refused):
+        for place in (self._jobs, self._progress, self._refused, self._marks):
             place.pop(job.uid, None)
         self._forget_children(job)
 
@@ -181,8 +184,14 @@ class Store:
 
     def affected(self, kind: str, obj: Object) -> list[str]:
         """Uids of other jobs that a change of an object may affect: jobs that start from the model
-        of a FineTuneJob."""
-        return self._references.dependents(obj) if kind == names.KIND else []
+        of a FineTuneJob. A job's progress affects none."""
+        if kind != names.KIND:
+            return []
+        uid, seen = obj["metadata"]["uid"], model_mark(obj)
+        if uid in self._jobs and self._marks.get(uid) == seen:
+            return []
+        self._marks[uid] = seen
+        return self._references.dependents(obj)
 
     def children(self, uid: str, kind: str) -> list[Object]:
         """A job's children of one kind."""
@@ -218,6 +227,15 @@ class Store:
             refused=self._refused.get(uid),
             models=[model_view(o, self.children(o["metadata"]["uid"], "ConfigMap")) for o in named],
         )
+
+
+def _trimmed(obj: Object) -> Object:
+    """An object without the parts that no pass reads, which are most of its memory: managed fields,
+    and the copy that ``kubectl apply`` leaves in an annotation."""
+    meta = {k: v for k, v in obj["metadata"].items() if k != "managedFields"}
+    if annotations := meta.get("annotations"):
+        meta["annotations"] = {k: v for k, v in annotations.items() if k != _LAST_APPLIED}
+    return {**obj, "metadata": meta}
 
 
 def _ended(pod: Object) -> dict[str, Any]:

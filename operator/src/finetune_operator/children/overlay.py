@@ -13,12 +13,13 @@ bundles), but not the gang's node selection and resources."""
 
 
 def for_cpu_stage(template: dict[str, Any]) -> dict[str, Any]:
-    """The part of a template that applies to CPU stages."""
+    """The part of a template that applies to CPU stages. Labels and annotations do: workload
+    identity and service meshes read them."""
     spec = {k: v for k, v in (template.get("spec") or {}).items() if k in CPU_STAGE_FIELDS}
     if "containers" in spec:
         kept = ("name", "env", "volumeMounts", "imagePullPolicy")
         spec["containers"] = [{k: v for k, v in c.items() if k in kept} for c in spec["containers"]]
-    return {"spec": spec}
+    return {"metadata": template.get("metadata") or {}, "spec": spec}
 
 
 def lay_over(base: Any, top: Any) -> Any:

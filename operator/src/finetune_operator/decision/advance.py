@@ -77,19 +77,24 @@ def _stop(job: JobView, actions: Actions) -> None:
 
 
 def _finish(view: RunView, actions: Actions, outcome: str) -> None:
-    """Stop running pods, record the outcome on the run spec's ConfigMap, and delete children after
-    their TTL."""
+    """Stop running pods, record the outcome on the run spec's ConfigMap once status has it with its
+    cause, and delete children after their TTL."""
     job = view.job
     if job is not None and not (job.finished or job.stopping or job.deleting):
         _stop(job, actions)
     for run_spec in view.observed.run_specs:
         newest = (run_spec.run, run_spec.revision) == (view.run.id, view.run.revision)
-        if newest and run_spec.outcome is None:
+        if newest and run_spec.outcome is None and _in_status(view, outcome):
             note = {"metadata": {"annotations": {ANNOTATION_OUTCOME: outcome}}}
             actions.change.append(Change("ConfigMap", run_spec.name, note))
     if view.run.outcome is None:
         _record_run(view, actions)
     _expire_children(view, actions)
+
+
+def _in_status(view: RunView, outcome: str) -> bool:
+    run = view.before.run if view.same_run else None
+    return run is not None and (run.outcome, run.revision) == (outcome, view.run.revision)
 
 
 def _expire_children(view: RunView, actions: Actions) -> None:

@@ -4,6 +4,7 @@ Kubernetes reports of the pod, else from the exit code."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any, Final
 
 from finetune_api.names import FINAL_EXIT_CODES, ExitCode, FailureClass
@@ -12,6 +13,9 @@ from finetune_operator.world.children import JobView
 from finetune_operator.world.pods import PodView
 
 MESSAGE_MAX: Final = 4000
+_TOGETHER: Final = timedelta(minutes=2)
+"""Pods that ended within this time of the last one may have the same cause: yesterday's
+out-of-memory kill does not explain today's failure."""
 _LOST_NODE: Final = ("Taint", "Node", "PodGC", "Admission")
 """Parts of Kubernetes' reasons for pods of a node that was lost, or that could not run them; other
 reasons are a preemption or an eviction."""
@@ -44,8 +48,8 @@ def failure(
 def stage_failure(
     job: JobView | None, pods: Iterable[PodView], attempt: int | None
 ) -> FailureStatus:
-    """Return the failure of the pod with the best evidence, among equals of the pod that failed
-    last; without failed pods, the Job controller's reason."""
+    """Return the failure of the pod with the best evidence among those that ended last; without
+    failed pods, the Job controller's reason."""
     failed = [p for p in pods if p.phase == "Failed" or p.exit_code not in (None, 0)]
     if not failed:
         reason = (job.failure_reason if job else "") or "PodsGone"
@@ -53,7 +57,9 @@ def stage_failure(
             job.failure_message if job else ""
         ) or "its pods are gone and left no termination message"
         return failure("Internal", reason, f"{message}. The pods' logs may show the cause")
-    return pod_failure(strongest(failed), attempt)
+    last = max(p.finished or p.created for p in failed)
+    recent = [p for p in failed if (p.finished or p.created) >= last - _TOGETHER]
+    return pod_failure(strongest(recent), attempt)
 
 
 def strongest(failed: Iterable[PodView]) -> PodView:
@@ -97,9 +103,10 @@ def pod_failure(pod: PodView, attempt: int | None) -> FailureStatus:
         kind, text = BY_EXIT_CODE[pod.exit_code]
         message = f"{text}; the container left no message: see `kubectl logs {pod.name}`"
         return failure(kind, ExitCode(pod.exit_code).name.title().replace("_", ""), message, pod)
+    left = f": {pod.exit_text[:1000]}" if pod.exit_text else " and left no message"
     message = (
         f"the container ended with exit code {pod.exit_code}"
-        f" ({pod.exit_reason or 'no reason'}) and left no message: see `kubectl logs {pod.name}`"
+        f" ({pod.exit_reason or 'no reason'}){left}; see `kubectl logs {pod.name}`"
     )
     return failure("Internal", "ContainerFailed", message, pod, attempt=attempt)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from finetune_api.run_spec import CONTRACT_VERSION, JobIdentity, RunSpec, TunedBase
 from finetune_api.sources import StorageAccess
@@ -32,6 +33,18 @@ class ModelJob:
         """Whether its current run has published a model."""
         run = self.status.run
         return self.settled and run is not None and run.outcome == "Complete"
+
+
+def model_mark(job: Object) -> tuple[Any, ...]:
+    """The parts of a job that the jobs which start from its model depend on."""
+    status = job.get("status") or {}
+    run = status.get("run") or {}
+    stalled = [c for c in status.get("conditions") or [] if c.get("type") == "Stalled"]
+    return (
+        job["metadata"].get("generation"), status.get("observedGeneration"), status.get("phase"),
+        run.get("id"), run.get("revision"), run.get("outcome"), str(status.get("failure")),
+        str(status.get("output")), [(c.get("status"), c.get("message")) for c in stalled],
+    )  # fmt: skip
 
 
 def model_view(job: Object, config_maps: Iterable[Object]) -> ModelJob:

@@ -56,6 +56,9 @@ class PodView:
     """Condition Ready: false once the pod's node is not reachable, or before the pod runs."""
     termination: Termination | None = None
     """The container's termination message; None if it left no valid one."""
+    exit_text: str = ""
+    """The container's termination message as it is, e.g. the runtime's error of a container that
+    could not start."""
     waiting_reason: str | None = None
     """The kubelet's reason why the container does not start yet."""
     waiting_message: str = ""
@@ -159,6 +162,7 @@ def _of_container_state(state: Object) -> dict[str, Any]:
         "exit_code": ended.get("exitCode"),
         "exit_reason": ended.get("reason") or "",
         "termination": _termination(ended.get("message")),
+        "exit_text": ended.get("message") or "",
         "waiting_reason": waiting.get("reason"),
         "waiting_message": waiting.get("message") or "",
     }
