@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crds.spec_good import GOOD
-from finetune_api.classes import FIELD_CLASSES, changed_classes, field_class
+from finetune_api.classes import FIELD_CLASSES, changed_classes, class_digest, field_class
 from finetune_api.reference import leaves
 from finetune_api.schema import structural
 from finetune_api.spec import FineTuneJobSpec, parse_spec
@@ -123,3 +123,10 @@ def test_a_renamed_secret_of_a_data_set_is_no_new_run() -> None:
     }
     both = changed_classes(spec("old"), spec("new", "s3://data/c.jsonl"))
     assert both["NewRun"] == ["data.train.source"]
+
+
+@given(SPECS, SPECS)
+def test_digests_tell_changes_by_class(old: dict[str, Any], new: dict[str, Any]) -> None:
+    found = changed_classes(old, new)
+    for kind in ("Live", "Resume", "NewRun"):
+        assert (class_digest(old, kind) == class_digest(new, kind)) == (kind not in found)

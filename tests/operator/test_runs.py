@@ -251,6 +251,47 @@ def test_a_removed_run_spec_of_a_running_run_is_recreated() -> None:
     assert world.run["number"] == 1
 
 
+def test_an_edit_made_while_the_run_spec_was_removed_begins_a_new_run() -> None:
+    """The run that trains must not be rewritten with another seed."""
+    world = at_training(training={"seed": 1})
+    world.objects.pop(("ConfigMap", "bot-1-0f9c2-run-spec-1"))
+    world.edit(training={"seed": 2})
+    world.settle()
+    assert world.run["number"] == 2
+    assert told(world, "bot-2-0f9c2-run-spec-1")["spec"]["training"]["seed"] == 2
+    assert "bot-1-0f9c2-run-spec-1" not in world.names("ConfigMap")
+
+
+def test_an_edit_of_the_gang_made_while_the_run_spec_was_removed_is_a_revision() -> None:
+    world = at_training()
+    world.objects.pop(("ConfigMap", "bot-1-0f9c2-run-spec-1"))
+    world.edit(compute={"nodes": 3})
+    world.settle()
+    assert (world.run["number"], world.run["revision"]) == (1, 2)
+    assert told(world, "bot-1-0f9c2-run-spec-2")["spec"]["compute"]["nodes"] == 3
+
+
+def test_an_edit_is_not_reverted_when_its_run_spec_is_removed() -> None:
+    world = at_training()
+    world.edit(compute={"nodes": 3})
+    world.settle()
+    world.objects.pop(("ConfigMap", "bot-1-0f9c2-run-spec-2"))
+    world.settle()
+    assert world.run["revision"] == 2
+    assert told(world, "bot-1-0f9c2-run-spec-2")["spec"]["compute"]["nodes"] == 3
+
+
+def test_incidents_survive_a_removed_run_spec() -> None:
+    world = at_training()
+    world.wait(20)
+    world.fail("train", 20, **{"class": "NodeFailure", "reason": "Gone", "message": "m"})
+    world.settle()
+    world.objects.pop(("ConfigMap", "bot-1-0f9c2-run-spec-1"))
+    world.settle()
+    assert (world.status["restarts"], world.status["faults"]) == (1, 1)
+    assert told(world, "bot-1-0f9c2-run-spec-1")["restarts"] == 1
+
+
 def test_suspend_deletes_the_job_and_resume_makes_it_anew() -> None:
     """A suspended Job would keep its count of failed pods, and with it its back-off."""
     world = at_training()

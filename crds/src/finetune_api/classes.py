@@ -7,6 +7,9 @@ checks that every field of the spec is covered.
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterator
 from typing import Any, Final, Literal
 
 FieldClass = Literal["Live", "Resume", "NewRun"]
@@ -64,6 +67,25 @@ def changed_classes(old: dict[str, Any], new: dict[str, Any]) -> dict[FieldClass
     for path in _differences(old, new, ""):
         found.setdefault(field_class(path), []).append(path)
     return found
+
+
+def class_digest(spec: dict[str, Any], kind: FieldClass) -> str:
+    """Digest of a defaulted spec's fields of one class: 16 hexadecimal digits."""
+    found = [leaf for leaf in _leaves(spec, "") if field_class(leaf[0]) == kind]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Paths and values of a spec, in a fixed order; items of lists of blocks one after another."""
+    if isinstance(value, dict) and value:
+        for key in sorted(value):
+            yield from _leaves(value[key], f"{path}.{key}" if path else key)
+    elif _is_blocks(value) and value:
+        for number, item in enumerate(value):
+            yield path, number
+            yield from _leaves(item, path)
+    else:
+        yield path, value
 
 
 def _differences(old: Any, new: Any, path: str) -> list[str]:

@@ -66,6 +66,11 @@ class Run(Model):
     """When the run ended."""
     rerun_token: Word | None = None
     """spec.rerunToken at the start of the run."""
+    spec_digest: Word | None = None
+    """Digest of the run's fields of class NewRun."""
+    gang_digest: Word | None = None
+    """Digest of the run's fields of class Resume. Both tell an edit if the run spec was removed by
+    hand."""
     retry_token: Word | None = None
     """spec.retryToken that the run has seen."""
     base: RunBase | None = None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
 
-from finetune_api.classes import FieldClass, changed_classes
+from finetune_api.classes import FieldClass, changed_classes, class_digest
 from finetune_api.identity import run_id
 from finetune_api.run_spec import CONTRACT_VERSION, JobIdentity, RunSpec, TunedBase
 from finetune_api.spec import FineTuneJobSpec
@@ -70,8 +70,22 @@ class _Known:
     def stored(self) -> StoredRunSpec | None:
         """The run spec of the newest revision of the newest run; None if it was removed, or while
         the run waits for its base model."""
+        newest = self.newest_stored
+        run = self.before.run if self.same_run else None
+        return None if newest and run and newest.revision < run.revision else newest
+
+    @cached_property
+    def newest_stored(self) -> StoredRunSpec | None:
+        """The newest run spec of the newest run that is left in the cluster."""
         stored = (o for o in self.observed.run_specs if o.number == self.number)
         return max(stored, key=lambda o: o.revision, default=None)
+
+    def is_of_run(self, spec: FineTuneJobSpec, kind: FieldClass) -> bool:
+        """Whether a spec has the run's fields of a class, by the digest in status; True if status
+        has none."""
+        run = self.before.run
+        digest = run and (run.spec_digest if kind == "NewRun" else run.gang_digest)
+        return digest is None or class_digest(spec.to_json(), kind) == digest
 
     @property
     def id(self) -> str:
@@ -136,12 +150,12 @@ def _changed_classes(known: _Known, spec: FineTuneJobSpec) -> dict[FieldClass, l
     if before.observed_generation == known.subject.generation:
         return {}
     if known.stored is None or known.stored.run_spec is None:
-        # There is no spec to compare with: only a new rerunToken starts a new run. A run that still
-        # waits for its base model begins with the current spec.
-        if before.run is not None and before.run.start_time is None:
+        # There is no spec to compare with, but its digests. A run that still waits for its base
+        # model begins with the current spec.
+        if before.run is None or before.run.start_time is None or not known.same_run:
             return {}
-        token = before.run.rerun_token if before.run else None
-        return {} if spec.rerun_token in (None, token) else {"NewRun": ["rerunToken"]}
+        kinds: tuple[FieldClass, ...] = ("NewRun", "Resume")
+        return {kind: ["spec"] for kind in kinds if not known.is_of_run(spec, kind)}
     return changed_classes(known.stored.run_spec.spec.to_json(), spec.to_json())
 
 
@@ -211,7 +225,10 @@ def _unchanged(known: _Known, spec: FineTuneJobSpec | None) -> CurrentRun | None
 def _without_run_spec(known: _Known, spec: FineTuneJobSpec) -> CurrentRun:
     """A run without a usable run spec: the ConfigMap was removed by hand, this release's models
     refuse it, or it does not exist yet because the run waits for its base model. The current spec
-    applies."""
+    applies, or that of an earlier revision if it is the one that has the run's fields."""
+    earlier = known.newest_stored.run_spec if known.newest_stored else None
+    if earlier is not None and not known.is_of_run(spec, "NewRun"):
+        spec = earlier.spec if known.is_of_run(earlier.spec, "NewRun") else spec
     base, wait = _kept_base(known, spec), None
     if base is None and known.outcome is None:
         base, wait = _find_base(known, spec)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from finetune_api.classes import class_digest
 from finetune_api.status import Run, RunBase
 from finetune_operator.config import HISTORY
 from finetune_operator.decision.run_view import RunView
@@ -24,6 +25,8 @@ def run_record(view: RunView, outcome: Literal["Complete", "Failed"] | None) -> 
         start_time=_start_time(view, stored),
         completion_time=format_time(view.completion_time) if outcome else None,
         rerun_token=view.run_spec.spec.rerun_token,
+        spec_digest=class_digest(view.run_spec.spec.to_json(), "NewRun"),
+        gang_digest=class_digest(view.run_spec.spec.to_json(), "Resume"),
         retry_token=view.spec.retry_token,
         base=_base(view),
         outcome=outcome,
