@@ -254,6 +254,25 @@ def test_an_image_that_cannot_be_pulled(reason: str, message: str, seconds: int)
     assert "spec.compute.image" in failure["message"]
 
 
+def test_a_registry_outage_ends_no_run_that_has_trained() -> None:
+    world = at_training(scheduling={"startDeadlineSeconds": 3600})
+    world.report(step=5)
+    world.settle()
+    world.wait(20)
+    lost = {"class": "NodeFailure", "reason": "ProcessKilled", "message": "m", "retryable": True}
+    world.fail("train", 20, 1, **lost)
+    pulling = {"reason": "ImagePullBackOff", "message": "manifest for x not found"}
+    world.pod(world.child("train"), 1, "y", waiting=pulling)
+    world.settle()
+    assert world.condition_of("Running") == "False/ImagePull"
+    world.wait(1800)
+    world.settle()
+    assert world.status["phase"] == "Starting", "the other pods wait in place"
+    world.wait(1800)
+    world.settle()
+    assert world.status["failure"]["class"] == "ImagePull"
+
+
 def test_a_missing_secret_is_reported_until_it_exists() -> None:
     world = preparing()
     waiting(world, "prepare", "CreateContainerConfigError", 'secret "s3" not found')

@@ -193,6 +193,13 @@ CASES: list[tuple[Exception, str, str]] = [
     (OSError(22, "Invalid argument"), "Internal", "Unexpected"),
     (ValueError("invalid argument: connection refused"), "Internal", "Unexpected"),
     (RuntimeError("shapes do not match"), "Internal", "Unexpected"),
+    # The node's disk.
+    (OSError(28, "No space left on device"), "NodeFailure", "DiskFailed"),
+    (OSError(5, "Input/output error"), "NodeFailure", "DiskFailed"),
+    (
+        RuntimeError("[enforce fail at inline_container.cc] . No space left on device"),
+        "NodeFailure", "DiskFailed",
+    ),
 ]  # fmt: skip
 
 
@@ -200,7 +207,7 @@ CASES: list[tuple[Exception, str, str]] = [
 def test_device_and_peer_errors_are_classified(error: Exception, kind: str, reason: str) -> None:
     found = failure_of(error)
     assert (found.failure_class, found.reason) == (kind, reason)
-    assert found.retryable == (kind == "NodeFailure")
+    assert found.retryable == (kind == "NodeFailure" or reason == "Unexpected")
     assert str(error).splitlines()[0] in found.message
 
 

@@ -57,7 +57,7 @@ def test_success(termination: Callable[[], Termination], bucket: str) -> None:
     ("error", "code", "reason", "words"),
     [
         (DataError("MalformedRecord", "train.jsonl:7: no JSON"), 11, "MalformedRecord", "jsonl:7"),
-        (ZeroDivisionError("oops"), 15, "Unexpected", "ZeroDivisionError at test_stage.py"),
+        (ZeroDivisionError("oops"), 22, "Unexpected", "ZeroDivisionError at test_stage.py"),
     ],
 )
 def test_failure(

@@ -134,7 +134,8 @@ EXIT_CODES: Final[dict[ExitCode, str]] = {
     ExitCode.INTERNAL: "Internal",
     ExitCode.FENCED: "A newer attempt has taken the run; this one stopped.",
     ExitCode.NODE_FAILURE: "NodeFailure",
-    ExitCode.STORAGE_UNAVAILABLE: "Storage: unreachable or overloaded.",
+    ExitCode.STORAGE_UNAVAILABLE: "Storage: unreachable, overloaded, or an expired token.",
+    ExitCode.UNEXPECTED: "Internal: an error of unknown cause, tried again.",
     ExitCode.INTERRUPTED: "Stopped by SIGTERM after the state was saved.",
 }
 

@@ -113,6 +113,8 @@ class ExitCode(IntEnum):
     """A newer attempt has taken the run; this one must not continue."""
     NODE_FAILURE = 20
     STORAGE_UNAVAILABLE = 21
+    UNEXPECTED = 22
+    """An error of unknown cause, possibly the node's: tried again before it is final."""
     INTERRUPTED = 23
     """Stopped by SIGTERM after its state was saved."""
 

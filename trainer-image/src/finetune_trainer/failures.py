@@ -7,6 +7,7 @@ remedy) and whether a retry can help. ``failure_of`` turns any exception into a 
 
 from __future__ import annotations
 
+import errno
 import traceback
 from typing import ClassVar, Final
 
@@ -106,6 +107,13 @@ class Interrupted(TrainerError):
     retryable = True
 
 
+class Unexpected(TrainerError):
+    """An error of unknown cause: it may be the node's, so it is tried again before it is final."""
+
+    exit_code = ExitCode.UNEXPECTED
+    retryable = True
+
+
 PEER_LOST: Final = "PeerLost"
 """Reason of a NodeFailure caused by another pod: this pod can restart its workers in place."""
 
@@ -162,6 +170,11 @@ def recognise(error: BaseException) -> TrainerError:
     text = str(error)
     if (known := recognise_text(text)) is not None:
         return known
+    if _is_of_disk(error):
+        return NodeFailure(
+            "DiskFailed", f"the node's disk is full or fails: {text}; tried again, elsewhere if the"
+            " pod is replaced"
+        )  # fmt: skip
     lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "timed out",
             "Connection refused", "recvValue failed", "Timed out waiting")  # fmt: skip
     distributed = name.startswith("Dist") or "gloo" in text.lower() or "nccl" in text.lower()
@@ -170,7 +183,14 @@ def recognise(error: BaseException) -> TrainerError:
         return NodeFailure(PEER_LOST, f"another rank was lost: {first}")
     place = traceback.extract_tb(error.__traceback__)
     where = f" at {place[-1].filename.rsplit('/', 1)[-1]}:{place[-1].lineno}" if place else ""
-    return TrainerError("Unexpected", f"{name}{where}: {text or 'no message'}")
+    return Unexpected("Unexpected", f"{name}{where}: {text or 'no message'}")
+
+
+def _is_of_disk(error: BaseException) -> bool:
+    """Whether a write failed for the disk: torch reports it as a RuntimeError."""
+    number = error.errno if isinstance(error, OSError) else None
+    full = "No space left on device" in str(error)
+    return full or number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
 _EXCEPTIONS: Final[list[type[TrainerError]]] = [TrainerError, *TrainerError.__subclasses__()]

@@ -26,10 +26,11 @@ BY_EXIT_CODE: Final[dict[int, tuple[FailureClass, str]]] = {
     ExitCode.STORAGE_DENIED: ("Storage", "object storage refuses access"),
     ExitCode.DIVERGED: ("Diverged", "the loss is not finite, or spikes"),
     ExitCode.OUT_OF_MEMORY: ("OutOfMemory", "the device is out of memory"),
-    ExitCode.INTERNAL: ("Internal", "the trainer failed with an unexpected error"),
+    ExitCode.INTERNAL: ("Internal", "the trainer has found a defect of its own"),
     ExitCode.FENCED: ("Internal", "a newer attempt has taken over the run"),
     ExitCode.NODE_FAILURE: ("NodeFailure", "another process of the gang, or a device, was lost"),
     ExitCode.STORAGE_UNAVAILABLE: ("Storage", "object storage could not be reached"),
+    ExitCode.UNEXPECTED: ("Internal", "the trainer failed with an unexpected error"),
     ExitCode.INTERRUPTED: ("Preempted", "stopped on request, with its state saved"),
 }
 """Class and message for a container that left only an exit code."""

@@ -36,7 +36,9 @@ class Obstacle:
     shown_from: datetime | None = None
 
 
-def obstacle(job: JobView, pods: Iterable[PodView], start_deadline: timedelta) -> Obstacle | None:
+def obstacle(
+    job: JobView, pods: Iterable[PodView], start_deadline: timedelta, has_run: bool = False
+) -> Obstacle | None:
     """The stage's obstacle that becomes a failure first, or None.
 
     Args:
@@ -44,21 +46,23 @@ def obstacle(job: JobView, pods: Iterable[PodView], start_deadline: timedelta) -
         pods: its pods.
         start_deadline: counted from the time at which the Job may start, or from the creation of a
             replacement pod. Time in a queue is not counted.
+        has_run: whether the stage's pods have run before. An image that cannot be pulled is then no
+            mistake of the manifest: the registry is waited for until the start deadline.
     """
     since = job.started or job.created
     pods = list(pods)
-    found = [o for o in (_of_pod(p, since, start_deadline) for p in pods) if o is not None]
+    found = [o for o in (_of_pod(p, since, start_deadline, has_run) for p in pods) if o is not None]
     if not job.suspended and not job.finished and job.missing(pods):
         found.append(_lacks_pods(job, pods, start_deadline))
     return min(found, key=lambda o: o.until, default=None)
 
 
-def _of_pod(pod: PodView, since: datetime, deadline: timedelta) -> Obstacle | None:
+def _of_pod(pod: PodView, since: datetime, deadline: timedelta, has_run: bool) -> Obstacle | None:
     if pod.ended or pod.running or pod.deleted_by is not None:
         return None
     until = max(since, pod.created) + deadline
     if pod.waiting_reason in PULL_REASONS:
-        return _image(pod)
+        return _image(pod, until if has_run else None)
     if pod.waiting_reason == "CreateContainerConfigError":
         return _config(pod, until)
     if not pod.scheduled and pod.unschedulable is not None:
@@ -66,7 +70,11 @@ def _of_pod(pod: PodView, since: datetime, deadline: timedelta) -> Obstacle | No
     return _not_started(pod, until, deadline) if pod.is_starting else None
 
 
-def _image(pod: PodView) -> Obstacle:
+def _image(pod: PodView, until: datetime | None) -> Obstacle:
+    """
+    Args:
+        until: when to give up; None: by the kind of error.
+    """
     text = pod.waiting_message
     final = pod.waiting_reason in ("InvalidImageName", "ErrImageNeverPull")
     refused = any(mark in text.lower() for mark in _REFUSED)
@@ -79,7 +87,7 @@ def _image(pod: PodView) -> Obstacle:
     return Obstacle(
         "ImagePull",
         message,
-        (pod.pull_failing_since or pod.created) + allowed,
+        until or (pod.pull_failing_since or pod.created) + allowed,
         failure("ImagePull", pod.waiting_reason or "ErrImagePull", message, pod),
     )
 

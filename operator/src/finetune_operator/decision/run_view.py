@@ -225,7 +225,8 @@ class RunView:
         if self.job is None or self.job.finished:
             return None
         deadline = timedelta(seconds=self.spec.scheduling.start_deadline_seconds)
-        return obstacle(self.job, self.pods, deadline)
+        has_run = self.stage == GANG and self.same_run and self.before.progress is not None
+        return obstacle(self.job, self.pods, deadline, has_run)
 
     @property
     def refusal(self) -> Refusal | None:

@@ -154,7 +154,9 @@ class Stage:
             for process, code in zip(self.processes, codes, strict=True):
                 if code in (None, ExitCode.OK):
                     continue
-                if code in FINAL_EXIT_CODES or self.restarts >= self._max_restarts:
+                # On one machine there is no other node to try.
+                final = code in FINAL_EXIT_CODES or code == ExitCode.UNEXPECTED
+                if final or self.restarts >= self._max_restarts:
                     self.stop()
                     break
                 self.restarts += 1

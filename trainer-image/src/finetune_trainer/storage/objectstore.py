@@ -53,9 +53,10 @@ DELETE_BATCH: Final = 1000
 """S3's limit of keys per DeleteObjects request."""
 
 DENIED_CODES: Final = {
-    *("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"),
-    *("InvalidToken", "AllAccessDisabled", "AccountProblem", "RequestTimeTooSkewed", "401", "403"),
+    *("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"),
+    *("InvalidToken", "AllAccessDisabled", "AccountProblem", "401", "403"),
 }
+EXPIRED_CODES: Final = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
 WRONG_REGION_CODES: Final = {"AuthorizationHeaderMalformed", "PermanentRedirect", "301"}
 OVERLOAD_CODES: Final = {
     *("SlowDown", "RequestTimeout", "Throttling", "TooManyRequests", "429"),
@@ -381,6 +382,14 @@ class ObjectStore:
             )
         if code in WRONG_REGION_CODES:
             return StorageDenied("WrongRegion", f"{tried}. Correct storage.region")
+        if code in EXPIRED_CODES:  # a new pod gets a new token, and the current Secret
+            return StorageUnavailable(
+                "CredentialsExpired", f"{tried}. The request was made with {self._keys_from}"
+            )
+        if code == "RequestTimeTooSkewed":
+            return StorageUnavailable(
+                "ClockWrong", f"{tried}. The clock of this node is wrong; another node may be right"
+            )
         if code in OVERLOAD_CODES:
             return StorageUnavailable("StorageOverloaded", tried)
         if code == "NoSuchUpload":  # for example, aborted by a newer attempt's sweep
