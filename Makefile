@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV_VERSION := 0.13.8
 STATE ?= .finetune
+# Processes of `make test`: one more than cores, since tests also wait for other processes.
+WORKERS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 8 ? cores + 1 : 8)))
 # The target whose tools `make tools` builds: test or e2e.
 FOR ?= test
 # TIMED "name" command…: run a command and print its duration.
@@ -41,7 +43,7 @@ tools: install ## Build the binaries for the tests (Kubernetes, etcd, helm), onc
 	@cd tests && ../$(BIN)/python -m cluster prepare $(FOR)
 
 test: install tools lint verify ## All tests that need no root: unit, real S3, real kube-apiserver
-	$(BIN)/python -m pytest tests -m "not e2e" --numprocesses=auto --maxprocesses=8 --durations=15
+	$(BIN)/python -m pytest tests -m "not e2e" --numprocesses=$(WORKERS) --durations=15
 
 e2e: install ## End-to-end tests on a real cluster (root on Linux, or KUBECONFIG)
 	@$(MAKE) --no-print-directory tools FOR=e2e
