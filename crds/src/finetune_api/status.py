@@ -255,6 +255,20 @@ class FailureStatus(Model):
     """Attempt that the failure ended."""
 
 
+class QueueStatus(Model):
+    """The wait of a gang without a queue that has given its nodes back, because only some of its
+    pods found nodes."""
+
+    since: Time
+    """When the gang first waited for nodes."""
+    tries: int
+    """How often it has given its nodes back."""
+    next_try_time: Time
+    """When it tries again."""
+    message: Annotated[str, StringConstraints(max_length=1024)]
+    """What the scheduler said."""
+
+
 class Incident(Model):
     """An end of the gang's work from which the run recovers."""
 
@@ -319,6 +333,8 @@ class FineTuneJobStatus(Model):
     trained for half an hour without one and saved a checkpoint."""
     incidents: Annotated[list[Incident], Field(max_length=10)] = []
     """The last ten incidents of this run, newest first."""
+    queue: QueueStatus | None = None
+    """Wait of a gang without a queue, for nodes for all of its pods."""
     usage: Usage | None = None
     """Resources used by the run."""
     startup: StartupStatus | None = None

@@ -31,6 +31,8 @@ HISTORY: Final = 10
 OVERDUE: Final = timedelta(seconds=30)
 """A terminating pod this long past its grace period counts as a pod on a dead node: the next gang
 does not wait for it. The attempt number in HEAD.json fences its writes."""
+HALF_GANG_HOLDS: Final = timedelta(minutes=5)
+"""How long pods of a gang hold nodes while others find none."""
 LOST_AFTER: Final = timedelta(seconds=45)
 """How long a stage with a pod on an unreachable node may make no progress before its Job is made
 anew."""

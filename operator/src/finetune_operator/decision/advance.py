@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+from finetune_api.status import QueueStatus
 from finetune_operator.config import ANNOTATION_OUTCOME, HISTORY, OVERDUE
+from finetune_operator.decision.half_gang import next_try, release, release_due
 from finetune_operator.decision.plan import Actions, Change, Create, Decision, Delete
 from finetune_operator.decision.remake import remake_due
 from finetune_operator.decision.run_failure import pod_failure_due, run_failure
-from finetune_operator.decision.run_view import RunView
+from finetune_operator.decision.run_view import RunView, gang_runs
 from finetune_operator.decision.stages import GANG, akin
 from finetune_operator.world.children import JobView
 from finetune_operator.world.pods import PodView
@@ -38,8 +40,11 @@ def advance(view: RunView) -> Decision:
         return Decision("Suspended", actions)
     _wake_for_obstacle(view, actions)
     _wake_for_remake(view, actions)
-    _make_stage(view, actions)
-    return Decision("Active", actions)
+    queue = _release_half_gang(view, actions)
+    if queue is None:
+        _make_stage(view, actions)
+        queue = None if gang_runs(view) else view.queue_wait
+    return Decision("Active", actions, queue=queue)
 
 
 # --- children that are not needed any more -----------------------------------------------------
@@ -177,6 +182,23 @@ def _overdue(pod: PodView, view: RunView) -> bool:
     """Whether a pod should be gone: on a dead node it may terminate forever, so the next gang does
     not wait for it."""
     return pod.deleted_by is not None and pod.deleted_by + OVERDUE <= view.now
+
+
+def _release_half_gang(view: RunView, actions: Actions) -> QueueStatus | None:
+    """Give the nodes of a gang back if some of its pods find none, and wait for the next try.
+    Returns the wait, or None if there is none."""
+    due = release_due(view)
+    if due is not None and due > view.now:
+        actions.wake_at(due)
+    begun = release(view)
+    if begun is not None and view.job is not None:
+        actions.delete.append(Delete("Job", view.job.name))
+        return begun
+    again = next_try(view)
+    if again is None:
+        return None
+    actions.wake_at(again)
+    return view.queue_wait
 
 
 # --- wake-ups ----------------------------------------------------------------------------------

@@ -37,7 +37,11 @@ class Obstacle:
 
 
 def obstacle(
-    job: JobView, pods: Iterable[PodView], start_deadline: timedelta, has_run: bool = False
+    job: JobView,
+    pods: Iterable[PodView],
+    start_deadline: timedelta,
+    has_run: bool = False,
+    waiting_since: datetime | None = None,
 ) -> Obstacle | None:
     """The stage's obstacle that becomes a failure first, or None.
 
@@ -48,16 +52,27 @@ def obstacle(
             replacement pod. Time in a queue is not counted.
         has_run: whether the stage's pods have run before. An image that cannot be pulled is then no
             mistake of the manifest: the registry is waited for until the start deadline.
+        waiting_since: when the gang first waited for nodes, if it has tried before.
     """
     since = job.started or job.created
     pods = list(pods)
-    found = [o for o in (_of_pod(p, since, start_deadline, has_run) for p in pods) if o is not None]
+    found = [
+        o
+        for o in (_of_pod(p, since, start_deadline, has_run, waiting_since) for p in pods)
+        if o is not None
+    ]
     if not job.suspended and not job.finished and job.missing(pods):
         found.append(_lacks_pods(job, pods, start_deadline))
     return min(found, key=lambda o: o.until, default=None)
 
 
-def _of_pod(pod: PodView, since: datetime, deadline: timedelta, has_run: bool) -> Obstacle | None:
+def _of_pod(
+    pod: PodView,
+    since: datetime,
+    deadline: timedelta,
+    has_run: bool,
+    waiting_since: datetime | None,
+) -> Obstacle | None:
     if pod.ended or pod.running or pod.deleted_by is not None:
         return None
     until = max(since, pod.created) + deadline
@@ -66,7 +81,8 @@ def _of_pod(pod: PodView, since: datetime, deadline: timedelta, has_run: bool) -
     if pod.waiting_reason == "CreateContainerConfigError":
         return _config(pod, until)
     if not pod.scheduled and pod.unschedulable is not None:
-        return _unschedulable(pod, until, deadline)
+        limit = waiting_since + deadline if waiting_since else until
+        return _unschedulable(pod, limit, deadline)
     return _not_started(pod, until, deadline) if pod.is_starting else None
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from finetune_api.names import Role
 from finetune_api.run_spec import RunSpec
-from finetune_api.status import FailureStatus
+from finetune_api.status import FailureStatus, QueueStatus
 from finetune_operator.decision.base_model import Wait
 
 
@@ -129,3 +129,5 @@ class Decision:
     actions: Actions
     failure: FailureStatus | None = None
     """Why the run has failed; set in state Failed only."""
+    queue: QueueStatus | None = None
+    """The wait for nodes of a gang that has given its nodes back; None: there is none."""

@@ -8,6 +8,7 @@ from finetune_api.podtemplate import template_problems
 from finetune_api.status import FailureStatus
 from finetune_operator.config import POD_FAILURE_AWAITED
 from finetune_operator.decision.failures import failure, stage_failure
+from finetune_operator.decision.half_gang import give_up
 from finetune_operator.decision.run_view import RunView
 from finetune_operator.decision.stages import GANG
 
@@ -33,7 +34,7 @@ def run_failure(view: RunView) -> FailureStatus | None:
         return _restarts_exhausted(view)
     if view.obstacle is not None and view.obstacle.until <= view.now:
         return view.obstacle.failure
-    return None
+    return give_up(view)
 
 
 def pod_failure_due(view: RunView) -> datetime | None:

@@ -18,7 +18,7 @@ from finetune_api.results import (
 )
 from finetune_api.run_spec import RunSpec
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import FineTuneJobStatus
+from finetune_api.status import FineTuneJobStatus, QueueStatus
 from finetune_operator.config import GANG_LINGERS, SIDECAR_ENDS
 from finetune_operator.decision.incidents import Incidents, incidents
 from finetune_operator.decision.obstacles import Obstacle, obstacle
@@ -219,6 +219,11 @@ class RunView:
             counts.append(self.trained.restarts)
         return max(counts)
 
+    @property
+    def queue_wait(self) -> QueueStatus | None:
+        """The stored wait of the gang for nodes."""
+        return self.before.queue if self.same_run and self.stage == GANG else None
+
     @cached_property
     def obstacle(self) -> Obstacle | None:
         """What keeps the stage's pods from running."""
@@ -226,7 +231,8 @@ class RunView:
             return None
         deadline = timedelta(seconds=self.spec.scheduling.start_deadline_seconds)
         has_run = self.stage == GANG and self.same_run and self.before.progress is not None
-        return obstacle(self.job, self.pods, deadline, has_run)
+        waiting = parse_time(self.queue_wait.since) if self.queue_wait else None
+        return obstacle(self.job, self.pods, deadline, has_run, waiting)
 
     @property
     def refusal(self) -> Refusal | None:
@@ -260,3 +266,13 @@ class RunView:
 
 def _index(pod: PodView) -> int:
     return pod.index
+
+
+def gang_runs(view: RunView) -> bool:
+    """Whether all pods of the gang run."""
+    return len(running_indexes(view)) >= view.run_spec.spec.compute.nodes
+
+
+def running_indexes(view: RunView) -> set[int]:
+    """Completion indexes of the stage's pods that run."""
+    return {p.index for p in view.pods if p.running}

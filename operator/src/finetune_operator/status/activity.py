@@ -10,8 +10,10 @@ from typing import Final, NamedTuple
 
 from finetune_api.names import Phase, Role
 from finetune_operator.decision.failures import stage_failure
+from finetune_operator.decision.half_gang import next_try
 from finetune_operator.decision.plan import Decision
-from finetune_operator.decision.run_view import RunView
+from finetune_operator.decision.run_view import RunView, gang_runs, running_indexes
+from finetune_operator.world.objects import format_time
 
 
 class Activity(NamedTuple):
@@ -30,7 +32,8 @@ def activity(view: RunView, decision: Decision) -> Activity:
     if view.refusal is not None:
         text = f"retried until the API server accepts it: {view.refusal.message}"
         return Activity(begins, "ChildRefused", text)
-    if view.job is None and not any(c.kind == "Job" for c in decision.actions.create):
+    makes = any(c.kind == "Job" for c in decision.actions.create)
+    if view.job is None and not makes and next_try(view) is None:
         text = f"waiting for pods of an earlier Job to end; then the Job of {stage} is created"
         return Activity(begins, "Pending", text)
     if obstacle is not None and (obstacle.shown_from is None or obstacle.shown_from <= view.now):
@@ -39,14 +42,14 @@ def activity(view: RunView, decision: Decision) -> Activity:
 
 
 def _map(view: RunView) -> Activity:
-    running, workers = len(_running_indices(view)), view.run_spec.spec.prepare.workers
+    running, workers = len(running_indexes(view)), view.run_spec.spec.prepare.workers
     text = f"access check, split, rendering, tokenizing; {running} of {workers} workers run"
     phase: Phase = "Preparing" if running else "Pending"
     return Activity(phase, "Preparing", text + _earlier_tries(view))
 
 
 def _prepare(view: RunView) -> Activity:
-    phase: Phase = "Preparing" if _running_indices(view) else "Pending"
+    phase: Phase = "Preparing" if running_indexes(view) else "Pending"
     text = "access check, split, rendering, tokenizing"
     if view.run_spec.spec.prepare.workers > 1:
         phase = "Preparing"
@@ -60,6 +63,10 @@ def _train(view: RunView) -> Activity:
         return Activity("Queued", "Queued", f"waiting in queue {view.queue}")
     if job is not None and job.suspended:
         return Activity("Queued", "Queued", "the Job is suspended, but not by this operator")
+    again = next_try(view)
+    if again is not None and view.queue_wait is not None:
+        text = f"{view.queue_wait.message}; its nodes are given back until {format_time(again)}"
+        return Activity("Queued", "Unschedulable", text)
     alive = sum(1 for p in view.pods if p.running)
     text = f"{alive} of {nodes} pods run"
     if view.lost_pods:
@@ -91,15 +98,6 @@ WORKS: Final[dict[Role, Callable[[RunView], Activity]]] = {
     "publish": _publish,
 }
 """Activity of a stage that has a Job and no obstacle."""
-
-
-def gang_runs(view: RunView) -> bool:
-    """Whether all pods of the gang run."""
-    return len(_running_indices(view)) >= view.run_spec.spec.compute.nodes
-
-
-def _running_indices(view: RunView) -> set[int]:
-    return {p.index for p in view.pods if p.running}
 
 
 def _earlier_tries(view: RunView) -> str:

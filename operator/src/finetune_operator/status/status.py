@@ -10,9 +10,9 @@ from finetune_api.names import Condition as ConditionType
 from finetune_api.names import Phase
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.decision.plan import Decision, State, Subject
-from finetune_operator.decision.run_view import RunView
+from finetune_operator.decision.run_view import RunView, gang_runs
 from finetune_operator.decision.stages import CONDITION, GANG, STAGES
-from finetune_operator.status.activity import activity, gang_runs
+from finetune_operator.status.activity import activity
 from finetune_operator.status.conditions import Conditions
 from finetune_operator.status.results import results
 from finetune_operator.status.run_record import history, run_record
@@ -39,6 +39,7 @@ def run_status(view: RunView, decision: Decision) -> FineTuneJobStatus:
         "restarts": view.restarts,
         "faults": view.incidents.faults,
         "incidents": list(view.incidents.newest_first),
+        "queue": decision.queue,
         "failure": decision.failure,
         **results(view, stored),
     }

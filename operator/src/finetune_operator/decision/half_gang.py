@@ -1,0 +1,88 @@
+"""A gang without a queue of which only some pods find nodes: it gives its nodes back after a while,
+waits, and tries again.
+
+Two gangs that each hold some of the nodes which the other needs would otherwise wait for each other
+until both fail. The pause grows with each try and differs between jobs, so that one of them finds
+all nodes free. With a Kueue queue this does not happen: the queue admits whole gangs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import datetime, timedelta
+from typing import Final
+
+from finetune_api.status import FailureStatus, QueueStatus
+from finetune_operator.config import HALF_GANG_HOLDS
+from finetune_operator.decision.failures import failure
+from finetune_operator.decision.run_view import RunView
+from finetune_operator.decision.stages import GANG
+from finetune_operator.world.objects import format_time, parse_time
+
+FIRST_PAUSE: Final = timedelta(minutes=1)
+"""Mean pause after the first release; doubled with each further one, up to ``LONGEST_PAUSE``."""
+LONGEST_PAUSE: Final = timedelta(minutes=8)
+
+
+def release(view: RunView) -> QueueStatus | None:
+    """The wait that begins if the gang gives its nodes back in this pass; None: it does not."""
+    due = release_due(view)
+    if due is None or due > view.now:
+        return None
+    job, stored = view.job, view.queue_wait
+    assert job is not None and view.obstacle is not None
+    tries = (stored.tries if stored else 0) + 1
+    return QueueStatus.model_validate(
+        {
+            "since": stored.since if stored else format_time(job.started or job.created),
+            "tries": tries,
+            "nextTryTime": format_time(view.now + pause(view.subject.uid, tries)),
+            "message": view.obstacle.message[:1024],
+        }
+    )
+
+
+def release_due(view: RunView) -> datetime | None:
+    """When the gang gives its nodes back, unless its other pods find nodes; None: it does not."""
+    job = view.job
+    if view.stage != GANG or view.queue is not None or job is None or job.suspended:
+        return None
+    alive = [p for p in view.pods if not p.ended and p.deleted_by is None]
+    lacking = [p for p in alive if not p.scheduled]
+    holding = [p.scheduled_at or p.created for p in alive if p.scheduled]
+    if job.finished or job.deleting or not lacking or not holding:
+        return None
+    return max([min(holding), *(p.created for p in lacking)]) + HALF_GANG_HOLDS
+
+
+def pause(uid: str, tries: int) -> timedelta:
+    """Pause before the next try: 0.5 to 1.5 times its mean, the same in every pass."""
+    mean = min(FIRST_PAUSE * 2 ** (tries - 1), LONGEST_PAUSE)
+    digest = hashlib.blake2b(f"{uid} {tries}".encode(), digest_size=4).digest()
+    seconds: timedelta = mean * (0.5 + int.from_bytes(digest, "big") / 2**32)
+    return seconds
+
+
+def next_try(view: RunView) -> datetime | None:
+    """When the gang that has given its nodes back tries again; None: now, or there is none."""
+    wait = view.queue_wait
+    if view.stage != GANG or view.job is not None or wait is None:
+        return None
+    due = parse_time(wait.next_try_time)
+    return due if due is not None and due > view.now else None
+
+
+def give_up(view: RunView) -> FailureStatus | None:
+    """The failure of a gang that has found no nodes by its start deadline, while it pauses."""
+    wait, seconds = view.queue_wait, view.spec.scheduling.start_deadline_seconds
+    since = parse_time(wait.since) if wait else None
+    if wait is None or since is None or view.stage != GANG or view.job is not None:
+        return None
+    if view.now < since + timedelta(seconds=seconds):
+        return None
+    text = (
+        f"{wait.message}. Tried {wait.tries} times in {seconds} s"
+        " (scheduling.startDeadlineSeconds). Request fewer compute.nodes or gpusPerNode, or add"
+        " nodes"
+    )
+    return failure("NodeFailure", "Unschedulable", text)
