@@ -238,20 +238,35 @@ def test_values_reach_the_pod() -> None:
     assert spec["imagePullSecrets"] == [{"name": "pull"}]
     assert spec["priorityClassName"] == "high"
     assert spec["nodeSelector"] == {"pool": "cpu"}
-    assert spec["tolerations"] == [{"operator": "Exists"}]
+    assert spec["tolerations"][-1] == {"operator": "Exists"}
     assert spec["containers"][0]["env"] == [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}]
 
 
+def test_two_replicas_stand_on_different_nodes_and_leave_dead_ones_soon() -> None:
+    deployment = one(render(), "Deployment")
+    assert deployment["spec"]["replicas"] == 2
+    spec = deployment["spec"]["template"]["spec"]
+    assert {t["key"]: t["tolerationSeconds"] for t in spec["tolerations"]} == {
+        "node.kubernetes.io/not-ready": 15,
+        "node.kubernetes.io/unreachable": 15,
+    }
+    (spread,) = spec["topologySpreadConstraints"]
+    assert spread["topologyKey"] == "kubernetes.io/hostname"
+    assert spread["labelSelector"]["matchLabels"] == deployment["spec"]["selector"]["matchLabels"]
+    own = pod("topologySpreadConstraints[0].topologyKey=zone")["topologySpreadConstraints"]
+    assert own == [{"topologyKey": "zone"}]
+
+
 def test_without_leader_election_there_is_only_one_pod() -> None:
-    deployment = one(render("leaderElection.enabled=false"), "Deployment")
+    deployment = one(render("leaderElection.enabled=false", "replicas=1"), "Deployment")
     assert deployment["spec"]["strategy"] == {"type": "Recreate"}
     with pytest.raises(RuntimeError, match="replicas"):
-        render("leaderElection.enabled=false", "replicas=2")
+        render("leaderElection.enabled=false")
 
 
 def test_disruption_budget_needs_several_replicas() -> None:
-    assert not of_kind(render(), "PodDisruptionBudget")
-    budget = one(render("replicas=2"), "PodDisruptionBudget")
+    assert not of_kind(render("replicas=1"), "PodDisruptionBudget")
+    budget = one(render(), "PodDisruptionBudget")
     assert budget["spec"]["maxUnavailable"] == 1
 
 

@@ -125,9 +125,11 @@ class Platform:
         return "example.com/gpu"
 
     def operator_metrics(self) -> str:
-        """Read the operator's metrics page, through the API server."""
-        service = f"/api/v1/namespaces/{SYSTEM}/services/finetune-operator:8080"
-        return self.cluster.kubectl("get", "--raw", f"{service}/proxy/metrics")
+        """Read the metrics page of the operator that leads, through the API server."""
+        lease = self.cluster.get("lease", "finetune-operator", "-n", SYSTEM)
+        pod = lease["spec"]["holderIdentity"].rpartition("-")[0]
+        path = f"/api/v1/namespaces/{SYSTEM}/pods/{pod}:8080/proxy/metrics"
+        return self.cluster.kubectl("get", "--raw", path)
 
     def scale_operator(self, replicas: int) -> None:
         """Stop or start the operator that the chart installed, and wait until that is done."""
