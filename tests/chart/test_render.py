@@ -46,6 +46,7 @@ SETS = {
         "rbac.aggregateToDefaultRoles=false",
         "serviceAccount.create=false",
         "leaderElection.enabled=false",
+        "replicas=1",
         "podDisruptionBudget.enabled=false",
     ),
 }
