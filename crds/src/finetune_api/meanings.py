@@ -17,7 +17,7 @@ CONDITIONS: Final[dict[Condition, str]] = {
     "Suspended": "The job holds no nodes because spec.suspend is true.",
     "Complete": "The current run has succeeded.",
     "Failed": "The current run has failed; see status.failure. Final unless the spec is changed.",
-    "Ready": "For kstatus (Flux, Argo CD): as Complete.",
+    "Ready": "For kstatus (Flux, kubectl wait): as Complete.",
     "Reconciling": "For kstatus: the run is in progress.",
     "Stalled": "For kstatus: as Failed; also if the current spec is refused, or if the model that"
     " it refers to will not be published without a change.",

@@ -66,8 +66,6 @@ ENV_RENDEZVOUS: Final = "FINETUNE_RENDEZVOUS"
 ENV_GRACE_SECONDS: Final = "FINETUNE_GRACE_SECONDS"
 ENV_WORKER: Final = "JOB_COMPLETION_INDEX"
 """Index of a prepare worker, from 0; Kubernetes sets it in the pods of an Indexed Job."""
-ENV_POD: Final = "FINETUNE_POD"
-ENV_NODE: Final = "FINETUNE_NODE"
 
 
 def storage_env(profile: int, key: str) -> str:

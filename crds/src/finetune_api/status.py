@@ -309,7 +309,7 @@ class FineTuneJobStatus(Model):
         ),
     ] = []
     """Conditions by type: Prepared, Running, Evaluated, Published, Suspended, Complete, Failed; and
-    for kstatus (Flux, Argo CD): Ready, Reconciling, Stalled."""
+    for kstatus (Flux; Argo CD does not read them): Ready, Reconciling, Stalled."""
     run: Run | None = None
     """The current run."""
     history: Annotated[list[Run], Field(max_length=10)] = []

@@ -199,8 +199,6 @@ def _env(pod: StagePod) -> Iterator[Json]:
         plain[names.ENV_MODEL_CACHE] = names.MODEL_CACHE
     for key in sorted(plain):
         yield {"name": key, "value": plain[key]}
-    yield _field(names.ENV_POD, "metadata.name")
-    yield _field(names.ENV_NODE, "spec.nodeName")
     if pod.in_gang:
         yield _field(names.ENV_NODE_RANK, f"metadata.annotations['{INDEX_ANNOTATION}']")
     yield from _storage_env(pod.run_spec)
