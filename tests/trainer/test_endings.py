@@ -14,6 +14,7 @@ from finetune_trainer.failures import (
     Diverged,
     Interrupted,
     NodeFailure,
+    Stalled,
     StorageUnavailable,
     exit_code,
     failure_of,
@@ -25,6 +26,7 @@ from finetune_trainer.supervise.node_environment import NodeEnvironment, read_no
 DIVERGED = failure_of(Diverged("LossNotFinite", "the loss became nan"))
 LOST = failure_of(NodeFailure(PEER_LOST, "another rank was lost"))
 INTERRUPTED = failure_of(Interrupted("Interrupted", "step 5 is saved"))
+STALLED = failure_of(Stalled("NoProgress", "rank 0 made no progress for 900 s"))
 UNREACHABLE = failure_of(StorageUnavailable("StorageUnreachable", "no answer"))
 
 
@@ -148,3 +150,11 @@ def test_read_node_environment() -> None:
         with pytest.raises(Exception, match=r"must be") as caught:
             read_node_environment({**environ, name: value})
         assert "FINETUNE_" in str(caught.value)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_the_first_stall_restarts_in_place(nodes: int) -> None:
+    ended = Ended(1, True, workers(a=24, b=-9), STALLED)
+    assert judge(ended, nodes, None) == (STALLED, True)
+    assert judge(ended, nodes, None, stalls=1) == (STALLED, False)
+    assert exit_code(STALLED) == 24

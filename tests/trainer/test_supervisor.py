@@ -97,6 +97,15 @@ print("  what():  [PG ID 0 PG GUID 0(default_pg) Rank 0] Process group watchdog 
 sys.stderr.flush()
 os.abort()
 """
+STALLED = """
+import os, sys
+from pathlib import Path
+from finetune_trainer.supervise import worker_files
+from finetune_trainer.failures import Stalled
+(Path(os.environ["SHARED"]) / f"training-0-0-{os.getpid()}").touch()
+worker_files.report_failure(Stalled("NoProgress", "rank 0 made no progress for 900 s"))
+os._exit(24)
+"""
 STUBBORN = """
 import os, signal, time
 from pathlib import Path
@@ -270,6 +279,14 @@ def test_a_worker_killed_by_a_signal_is_reported(nodes: Nodes) -> None:
     failure = nodes.termination().failure
     assert failure is not None
     assert failure.reason == "ProcessKilled" and "killed by SIGSEGV" in failure.message
+
+
+def test_a_stall_restarts_the_workers_once_and_then_ends_the_pod(nodes: Nodes) -> None:
+    assert nodes.end(nodes.start(STALLED)) == 24, nodes.logs()
+    assert len(list(nodes.shared.glob("training-*"))) == 2
+    failure = nodes.termination().failure
+    assert failure is not None
+    assert (failure.failure_class, failure.retryable) == ("Stalled", True)
 
 
 def test_an_nccl_abort_after_a_kernel_fault_ends_the_pod(nodes: Nodes) -> None:

@@ -18,6 +18,7 @@ FIELD_CLASSES: Final[dict[str, FieldClass]] = {
     "suspend": "Live",
     "childrenTTLSecondsAfterFinished": "Live",
     "failurePolicy": "Live",
+    "failurePolicy.progressDeadlineSeconds": "Resume",
     "scheduling": "Resume",
     "scheduling.startDeadlineSeconds": "Live",
     "compute": "Resume",

@@ -192,3 +192,8 @@ class FailurePolicy(Model):
     storage outage) counts once, however many pods it affects. Disruptions by Kubernetes (drain,
     preemption, a lost node) do not count. Half an hour of training without a fault, with a new
     checkpoint, restores the whole number. A failed run continues by spec.retryToken."""
+    progress_deadline_seconds: Annotated[int, Field(ge=60, le=86_400)] | None = None
+    """Seconds without any progress of a training process (a micro-batch, a batch of an evaluation,
+    a part of the weights or of a checkpoint) after which the gang is started again in place, and,
+    if it stalls again, its pod is replaced. Absent: 900, or 20 times the longest time without a
+    sign of progress so far, if longer; 3600 before the first step."""

@@ -109,6 +109,13 @@ FAILURES: Final[dict[FailureClass, tuple[str, str]]] = {
         "A pod of prepare or publish was evicted or stopped more often than its Job allows.",
         "Set another spec.retryToken; a higher priority class in spec.scheduling is evicted later.",
     ),
+    "Stalled": (
+        "A training process made no progress for failurePolicy.progressDeadlineSeconds, again and"
+        " again.",
+        "Read the stacks under the run's stacks/ in object storage: a hung collective points to the"
+        " network or a GPU of the node that status names, a blocked read to storage. Raise"
+        " failurePolicy.progressDeadlineSeconds if single steps take that long.",
+    ),
     "ImagePull": (
         "The trainer image cannot be pulled.",
         "Correct compute.image, or the pull secrets in compute.podTemplate.",
@@ -136,6 +143,7 @@ EXIT_CODES: Final[dict[ExitCode, str]] = {
     ExitCode.NODE_FAILURE: "NodeFailure",
     ExitCode.STORAGE_UNAVAILABLE: "Storage: unreachable, overloaded, or an expired token.",
     ExitCode.UNEXPECTED: "Internal: an error of unknown cause, tried again.",
+    ExitCode.STALLED: "Stalled",
     ExitCode.INTERRUPTED: "Stopped by SIGTERM after the state was saved.",
 }
 
@@ -161,6 +169,7 @@ STORAGE_LAYOUT: Final[tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = (
             ("HEAD.json", "the attempt that owns the run, its checkpoints and rollbacks"),
             ("heartbeat.json", "last heartbeat of the attempt: bounds the time lost if it dies"),
             ("attempt-<n>/step-<8 digits>/", "a checkpoint: the training state"),
+            ("stacks/attempt-<n>-rank-<r>.txt", "stacks of a process that made no progress"),
             ("baseline.json", "test metrics of the base model"),
             ("result.json", "summary and learning curve, which publish reads"),
         ),

@@ -90,6 +90,7 @@ FailureClass = Literal[
     "Diverged",
     "NodeFailure",
     "Preempted",
+    "Stalled",
     "ImagePull",
     "Storage",
     "Internal",
@@ -113,6 +114,7 @@ class ExitCode(IntEnum):
     STORAGE_UNAVAILABLE = 21
     UNEXPECTED = 22
     """An error of unknown cause, possibly the node's: tried again before it is final."""
+    STALLED = 24
     INTERRUPTED = 23
     """Stopped by SIGTERM after its state was saved."""
 

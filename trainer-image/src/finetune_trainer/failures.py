@@ -114,6 +114,14 @@ class Unexpected(TrainerError):
     retryable = True
 
 
+class Stalled(TrainerError):
+    """A process made no progress for too long."""
+
+    failure_class = "Stalled"
+    exit_code = ExitCode.STALLED
+    retryable = True
+
+
 PEER_LOST: Final = "PeerLost"
 """Reason of a NodeFailure caused by another pod: this pod can restart its workers in place."""
 

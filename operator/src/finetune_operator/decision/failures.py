@@ -31,6 +31,7 @@ BY_EXIT_CODE: Final[dict[int, tuple[FailureClass, str]]] = {
     ExitCode.NODE_FAILURE: ("NodeFailure", "another process of the gang, or a device, was lost"),
     ExitCode.STORAGE_UNAVAILABLE: ("Storage", "object storage could not be reached"),
     ExitCode.UNEXPECTED: ("Internal", "the trainer failed with an unexpected error"),
+    ExitCode.STALLED: ("Stalled", "a training process made no progress"),
     ExitCode.INTERRUPTED: ("Preempted", "stopped on request, with its state saved"),
 }
 """Class and message for a container that left only an exit code."""

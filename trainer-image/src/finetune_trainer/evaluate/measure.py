@@ -27,6 +27,7 @@ from finetune_trainer.engine.task_losses import TaskLoss
 from finetune_trainer.engine.world import World
 from finetune_trainer.evaluate.scores import GENERATED, Answers, loss_metrics, text_metrics
 from finetune_trainer.failures import Interrupted
+from finetune_trainer.liveness import progressed
 from finetune_trainer.prepared.dataset import PreparedData, Reference
 from finetune_trainer.prepared.split import Side
 
@@ -136,6 +137,7 @@ class Evaluator:
             lengths, self.micro_batch_tokens, self.world.size, self.packing, self.virtual_tokens
         )
         for micro_batch in dealt[self.world.rank]:
+            progressed()
             chosen = [int(positions[i]) for i in micro_batch]
             samples = self.data.samples(split, chosen)
             yield chosen, self.build(samples, chosen, seed=0, step=0, device=self.world.device)
@@ -155,6 +157,7 @@ class Evaluator:
         def work() -> list[tuple[int, str]]:
             said = []
             for batch in batches:
+                progressed()
                 texts = self._answer([references[i].prompt_ids for i in batch or [0]])
                 said += list(zip(batch, texts, strict=False))
             return said

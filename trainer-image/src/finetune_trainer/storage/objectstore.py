@@ -30,6 +30,7 @@ from finetune_trainer.failures import (
     UserError,
     object_changed,
 )
+from finetune_trainer.liveness import progressed
 from finetune_trainer.storage.objectinfo import (
     BeyondTheEnd,
     Credentials,
@@ -232,7 +233,9 @@ class ObjectStore:
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._asking("read", uri) as at:
-            self._client.download_file(**at, Filename=str(path), Config=TRANSFER)
+            self._client.download_file(
+                **at, Filename=str(path), Config=TRANSFER, Callback=_note_progress
+            )
 
     def download_into(self, uri: str, file: BinaryIO) -> None:
         """Write the object to the beginning of an open file, in parallel parts; a failure may leave
@@ -242,7 +245,9 @@ class ObjectStore:
             ObjectNotFound: the object does not exist.
         """
         with self._asking("read", uri) as at:
-            self._client.download_fileobj(**at, Fileobj=file, Config=TRANSFER)
+            self._client.download_fileobj(
+                **at, Fileobj=file, Config=TRANSFER, Callback=_note_progress
+            )
 
     def upload(self, path: Path, uri: str) -> FileInfo:
         """Write a file to an object, in parallel parts, and hash it meanwhile."""
@@ -416,6 +421,10 @@ class ObjectStore:
     @property
     def _place(self) -> str:
         return self.endpoint or "Amazon S3"
+
+
+def _note_progress(count: int) -> None:
+    progressed()
 
 
 def _body(data: bytes | memoryview) -> Any:

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers.modeling_utils import str_to_torch_dtype
 
 from finetune_trainer.failures import TrainerError, UserError
+from finetune_trainer.liveness import progressed
 from finetune_trainer.storage.modelfiles import weight_files
 from finetune_trainer.storage.objects import (
     ObjectInfo,
@@ -221,6 +222,7 @@ class _Tensor:
 
     def _rows(self, low: int, high: int) -> Tensor:
         """Return rows of the outermost dimension; a scalar tensor is returned whole."""
+        progressed()
         kind = str_to_torch_dtype[self.dtype]
         shape = (high - low, *self.shape[1:]) if self.shape else ()
         row = math.prod(self.shape[1:]) * kind.itemsize

@@ -38,14 +38,19 @@ class Ended:
     """Error with which NCCL's watchdog aborted a worker, if any (``worker_files.read_abort``)."""
 
 
-def judge(ended: Ended, nodes: int, oom_killed: bool | None) -> tuple[Failure, bool]:
+def judge(
+    ended: Ended, nodes: int, oom_killed: bool | None, stalls: int = 0
+) -> tuple[Failure, bool]:
     """Return why this node's workers ended, and whether to restart them in place.
 
     Args:
         nodes: number of nodes of the run. A single node has no peers to wait for.
+        stalls: earlier stalls of this pod; after one, the pod ends at the next.
         oom_killed: whether the kernel OOM-killed a process meanwhile; None: unknown.
     """
     said = ended.failure
+    if said is not None and said.failure_class == "Stalled":
+        return said, stalls == 0
     follows = said is not None and (said.reason == PEER_LOST or said.failure_class == "Preempted")
     if said is not None and not follows:
         return said, False

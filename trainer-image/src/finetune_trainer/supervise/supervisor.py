@@ -117,6 +117,7 @@ class Supervisor:
         shutil.rmtree(self._folder, ignore_errors=True)  # an emptyDir outlives a container
         oom_before = oom_kills()
         deadline = time.monotonic() + self._patience
+        stalls = 0
         while True:
             ended = self._start_and_wait(deadline)
             if ended is not None and ended.code == 0:
@@ -125,7 +126,8 @@ class Supervisor:
                 return end_with(self._run, "train", judge_stopped(ended, self._node.grace))
             oom_now = oom_kills()
             oom_killed = None if oom_before is None or oom_now is None else oom_now > oom_before
-            failure, again = judge(ended, self._node.nodes, oom_killed)
+            failure, again = judge(ended, self._node.nodes, oom_killed, stalls)
+            stalls += failure.failure_class == "Stalled"
             if not again:
                 return end_with(self._run, "train", failure)
             if ended.formed:

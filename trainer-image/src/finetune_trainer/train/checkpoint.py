@@ -42,6 +42,7 @@ from finetune_trainer.engine.optimizers import Optimizers
 from finetune_trainer.engine.world import World
 from finetune_trainer.evaluate.scores import better
 from finetune_trainer.failures import StorageUnavailable
+from finetune_trainer.liveness import progressed
 from finetune_trainer.storage.checkpoint_files import read_file
 from finetune_trainer.storage.claim import (
     Checkpoint,
@@ -58,6 +59,7 @@ from finetune_trainer.train.state import LoopState
 _DEFAULT_SECONDS: Final = 600
 _STATE_FILE: Final = "state.json"
 _NICE: Final = 10
+_LOOK_SECONDS: Final = 5.0
 MOST_FAILURES: Final = 3
 """Consecutive failed checkpoints that end the attempt, because all training since the last
 checkpoint is lost if a node fails."""
@@ -92,8 +94,11 @@ class Upload:
         return self.over and self._error is not None
 
     def wait(self) -> None:
-        """Wait for the end of the upload, and raise its error."""
-        self._thread.join()
+        """Wait for the end of the upload, and raise its error. Its requests have time limits of
+        their own: as long as the upload runs, it makes progress."""
+        while not self.over:
+            progressed()
+            self._thread.join(_LOOK_SECONDS)
         if self._error is not None:
             raise self._error
 

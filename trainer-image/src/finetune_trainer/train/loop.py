@@ -27,6 +27,7 @@ from finetune_trainer.engine.world import Agreement
 from finetune_trainer.evaluate.measure import overall
 from finetune_trainer.evaluate.scores import GENERATED, better
 from finetune_trainer.failures import Interrupted
+from finetune_trainer.liveness import stepped
 from finetune_trainer.storage.runfiles import CurvePoint, ValidationPoint
 from finetune_trainer.train.checkpoint_policy import StepStatus, decide_checkpoint
 from finetune_trainer.train.clock import Clock
@@ -105,6 +106,7 @@ def take_steps(
             sums, norm = optimizer_step(session, batch, rate)
             state.advance(sums, batch.plan.tokens)
             clock.step(session, batch)
+            stepped()
             after_step(state.step)
 
             if state.step % log_every == 0 or state.step == total:

@@ -13,6 +13,7 @@ from finetune_trainer.engine.optimizers import step_if
 from finetune_trainer.engine.packing.feed import StepTensors
 from finetune_trainer.engine.packing.layout import layout_context
 from finetune_trainer.engine.sharding import synchronise
+from finetune_trainer.liveness import progressed
 from finetune_trainer.train.session import Session
 
 
@@ -30,6 +31,7 @@ def optimizer_step(session: Session, batch: StepTensors, rate: float) -> tuple[T
     by_source = torch.zeros(2, sources, dtype=torch.float64, device=world.device)
     supervised = max(1, batch.plan.supervised)
     for i, micro_batch in enumerate(batch.micro_batches):
+        progressed()
         last = i == len(batch.micro_batches) - 1
         synchronise(session.module, last)
         torch.manual_seed(generator_seed(session, batch, i))

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import sys
+import threading
 import traceback
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
+from typing import Final
 
 import torch
 import transformers
@@ -20,7 +24,15 @@ from finetune_api.run_spec import RunSpec
 from finetune_trainer.adaptive_spinning import AdaptiveSpinning
 from finetune_trainer.engine.memory.formatting import gibibytes
 from finetune_trainer.engine.world import World, join
-from finetune_trainer.failures import OutOfMemory, TrainerError, exit_code, failure_of, recognise
+from finetune_trainer.failures import (
+    OutOfMemory,
+    Stalled,
+    TrainerError,
+    exit_code,
+    failure_of,
+    recognise,
+)
+from finetune_trainer.liveness import StallWatch
 from finetune_trainer.stage import load_run_spec, scratch_folder
 from finetune_trainer.storage.heartbeat import Heartbeat
 from finetune_trainer.storage.objects import ObjectStore, Stores
@@ -32,6 +44,9 @@ from finetune_trainer.train.session import Session, open_session
 from finetune_trainer.train.startup import StartupClock
 from finetune_trainer.train.stopping import raise_if_stopping, releasing
 from finetune_trainer.train.telemetry import Telemetry
+
+STACKS_SECONDS: Final = 20.0
+"""Time to write the stacks of a stalled process to storage."""
 
 
 def main() -> int:
@@ -69,6 +84,7 @@ def work(run_spec: RunSpec, world: World, startup: StartupClock) -> None:
         heartbeat_of(world, stores.default, run_spec.run_uri, checkpointer.head.attempt),
         releasing(world, checkpointer, stop_requested),
         spinning_of(world),
+        stall_watch(run_spec, world, stores.default, checkpointer.head.attempt, scratch),
     ):
         session = open_session(
             run_spec,
@@ -93,6 +109,27 @@ def heartbeat_of(
 ) -> AbstractContextManager[object]:
     """Return a context in which rank 0 writes the heartbeat of the attempt."""
     return Heartbeat(store, run_uri, attempt) if world.is_main else nullcontext()
+
+
+def stall_watch(
+    run_spec: RunSpec, world: World, store: ObjectStore, attempt: int, scratch: Path
+) -> StallWatch:
+    """Return a context that ends this process if it makes no progress, with its stacks in
+    storage."""
+
+    def end(idle: float, stacks: Path) -> None:
+        uri = f"{run_spec.run_uri}/stacks/attempt-{attempt}-rank-{world.rank}.txt"
+        error = Stalled("NoProgress", f"rank {world.rank} made no progress for {idle:.0f} s: {uri}")
+        worker_files.report_failure(error)
+        print(f"{error.message}\n{stacks.read_text()}", file=sys.stderr, flush=True)
+        # Storage may be what hangs: wait for it only so long.
+        upload = threading.Thread(target=store.put, args=(uri, stacks.read_bytes()), daemon=True)
+        upload.start()
+        upload.join(STACKS_SECONDS)
+        os._exit(int(Stalled.exit_code))
+
+    asked = run_spec.spec.failure_policy.progress_deadline_seconds
+    return StallWatch(asked, scratch / f"stacks-{world.rank}.txt", end)
 
 
 def spinning_of(world: World) -> AbstractContextManager[object]:

@@ -1,0 +1,96 @@
+"""Stalled processes: the limit, the signs of progress, and a gang whose rank is stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from bench import Bench
+from worlds import worker_folder
+
+from finetune_trainer import liveness
+from finetune_trainer.liveness import StallWatch, progressed, stall_limit
+
+
+@pytest.mark.parametrize(
+    ("asked", "longest", "started", "limit"),
+    [
+        (None, 0.0, False, 3600), (None, 0.0, True, 900), (None, 10.0, True, 900),
+        (None, 120.0, True, 2400), (None, 300.0, False, 6000), (75, 300.0, True, 75),
+        (75, 0.0, False, 75),
+    ],
+)  # fmt: skip
+def test_limit(asked: float | None, longest: float, started: bool, limit: float) -> None:
+    assert stall_limit(asked, longest, started) == limit
+
+
+def test_a_process_with_signs_of_progress_has_not_stalled(tmp_path: Path) -> None:
+    stalled: list[float] = []
+    with StallWatch(0.5, tmp_path / "stacks", lambda idle, _: stalled.append(idle)):
+        for _ in range(20):
+            time.sleep(0.1)
+            progressed()
+        assert not stalled
+        deadline = time.monotonic() + 30
+        while not stalled and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert stalled and stalled[0] >= 0.5
+    assert "test_a_process_with_signs_of_progress" in (tmp_path / "stacks").read_text()
+
+
+def test_a_process_that_was_stopped_as_a_whole_has_not_stalled(tmp_path: Path) -> None:
+    code = """
+import sys, time
+from pathlib import Path
+from finetune_trainer.liveness import StallWatch, progressed
+with StallWatch(4, Path(sys.argv[1]), lambda idle, path: print("stalled", flush=True)):
+    print("ready", flush=True)
+    for _ in range(60):
+        time.sleep(0.1)
+        progressed()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "stacks")], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(6)
+    process.send_signal(signal.SIGCONT)
+    assert process.communicate(timeout=60)[0] == ""
+    assert process.returncode == 0
+
+
+def soon() -> None:
+    """Called in each worker: processes have stalled after 5 seconds."""
+    liveness.START_SECONDS = 60.0  # type: ignore[misc]
+    liveness.LEAST_SECONDS = 5.0  # type: ignore[misc]
+    liveness.TIMES_LONGEST = 2  # type: ignore[misc]
+
+
+def test_a_stopped_rank_ends_the_others_with_their_stacks_in_storage(bench: Bench) -> None:
+    run_spec = bench.run_spec(
+        "1-stall", training={"maxSteps": 100_000, "epochs": None},
+        evaluation={"everySteps": 100_000},
+    )  # fmt: skip
+    world = bench.start(run_spec, 2, "stalled", soon)
+    deadline = time.monotonic() + 90
+    while "step" not in (world.log.read_text() if world.log.exists() else ""):
+        assert time.monotonic() < deadline, "no step was logged"
+        time.sleep(0.05)
+    frozen = world.processes[1].pid
+    assert frozen is not None
+    os.kill(frozen, signal.SIGSTOP)
+    world.processes[0].join(90)
+    assert world.processes[0].exitcode == 24, world.log.read_text()
+    world.kill()
+    failure = (worker_folder(world.folder, 0) / "failure-0.json").read_text()
+    assert "rank 0 made no progress for" in failure and '"Stalled"' in failure
+    stacks = bench.store.get(f"{run_spec.run_uri}/stacks/attempt-1-rank-0.txt").decode()
+    assert "optimizer_step" in stacks or "exchange" in stacks or "take_steps" in stacks
+    result = bench.head(run_spec)
+    assert result is not None and result.attempt == 1

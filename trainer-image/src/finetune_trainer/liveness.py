@@ -1,0 +1,117 @@
+"""Signs of progress of a training process, and the end of a process that shows none.
+
+A hung collective, a stopped peer or a blocked read of storage raises no error for many minutes, or
+never, while the whole gang holds its GPUs. So each piece of work (a micro-batch, a batch of an
+evaluation, a part of a checkpoint or of the weights) calls ``progressed``, and a thread ends the
+process if no sign came for too long. The other processes lose a peer then, or notice the stall
+themselves, and the supervisors start all of them again.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+LEAST_SECONDS: Final = 900.0
+"""Shortest default limit."""
+START_SECONDS: Final = 3600.0
+"""Default limit before the first step: large models load, and blocks compile, without a sign."""
+TIMES_LONGEST: Final = 20
+"""Default limit in multiples of the longest time between two signs so far."""
+_LOOKS: Final = 20
+"""Looks within a limit."""
+_GIVE_UP: Final = 60.0
+"""Seconds after which native code that holds Python's lock is ended too."""
+
+
+class _Signs:
+    """The signs of this process."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+        self.longest = 0.0
+        self.stepped = False
+
+
+_signs = _Signs()
+
+
+def progressed() -> None:
+    """Note that this process has done a piece of work. Cheap; any thread may call it."""
+    now = time.monotonic()
+    _signs.longest = max(_signs.longest, now - _signs.last)
+    _signs.last = now
+
+
+def stepped() -> None:
+    """Note the end of an optimizer step: the startup, and its longer limit, is over."""
+    if not _signs.stepped:
+        _signs.stepped, _signs.longest = True, 0.0
+    progressed()
+
+
+def stall_limit(asked: float | None, longest: float, started: bool) -> float:
+    """Return the seconds without a sign after which a process has stalled.
+
+    Args:
+        asked: ``failurePolicy.progressDeadlineSeconds``; None: the default.
+        longest: longest time between two signs since the first step.
+        started: whether a step was made.
+    """
+    if asked is not None:
+        return asked
+    return max(LEAST_SECONDS if started else START_SECONDS, TIMES_LONGEST * longest)
+
+
+class StallWatch:
+    """Context manager: calls ``on_stall`` from a thread once the process has stalled."""
+
+    def __init__(
+        self, asked: float | None, stacks: Path, on_stall: Callable[[float, Path], None]
+    ) -> None:
+        """
+        Args:
+            asked: as for ``stall_limit``.
+            stacks: file for the stacks of all threads.
+            on_stall: called with the seconds without a sign and that file; ends the process.
+        """
+        self._asked, self._stacks, self._on_stall = asked, stacks, on_stall
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="stall-watch", daemon=True)
+
+    def __enter__(self) -> Self:
+        global _signs
+        _signs = _Signs()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        self._ended.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        while True:
+            limit = stall_limit(self._asked, _signs.longest, _signs.stepped)
+            # If native code holds Python's lock, this thread cannot run: faulthandler's needs none.
+            faulthandler.dump_traceback_later(limit + _GIVE_UP, exit=True)
+            pause, began = limit / _LOOKS, time.monotonic()
+            if self._ended.wait(pause):
+                return
+            now = time.monotonic()
+            if now - began > 2 * pause + 1:  # the whole process was stopped, and goes on
+                _signs.last = now
+            idle = now - _signs.last
+            if idle >= limit:
+                with self._stacks.open("w") as file:
+                    faulthandler.dump_traceback(file, all_threads=True)
+                self._on_stall(idle, self._stacks)
+                return
