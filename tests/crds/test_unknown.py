@@ -40,8 +40,8 @@ def changed(**fields: Any) -> dict[str, Any]:
     ("raw", "expected"),
     [
         (STATUS, STATUS),
-        (changed(verdict="Better"), STATUS),
-        (changed(run={**RUN, "ledger": {"hang": 3}}), STATUS),
+        (changed(grade="Better"), STATUS),
+        (changed(run={**RUN, "lostTime": {"hang": 3}}), STATUS),
         (changed(usage={**STATUS["usage"], "idle": [1, 2]}), STATUS),
         (changed(conditions=[{**READY, "severity": "Info"}]), STATUS),
         (changed(phase="Healing"), {k: v for k, v in STATUS.items() if k != "phase"}),
@@ -77,12 +77,12 @@ def test_what_is_no_such_document_is_refused(raw: Any) -> None:
 
 def test_unknown_fields_are_kept_where_a_document_is_written_back() -> None:
     stored = changed(
-        verdict="Better", run={**RUN, "ledger": {"hang": 3}}, progress={"speed": "fast"}
+        grade="Better", run={**RUN, "lostTime": {"hang": 3}}, progress={"speed": "fast"}
     )
     new = read(stored) | {"phase": "Complete"}
     kept = with_unknown(FineTuneJobStatus, stored, new)
-    assert kept["verdict"] == "Better" and kept["run"]["ledger"] == {"hang": 3}
+    assert kept["grade"] == "Better" and kept["run"]["lostTime"] == {"hang": 3}
     assert kept["phase"] == "Complete" and "progress" not in kept
-    assert {k: v for k, v in kept.items() if k not in ("verdict", "run")} == {
+    assert {k: v for k, v in kept.items() if k not in ("grade", "run")} == {
         k: v for k, v in new.items() if k != "run"
     }

@@ -361,7 +361,7 @@ def test_what_a_newer_release_wrote_into_status_is_kept_and_passed_over() -> Non
     world = at_training()
     world.status["restarts"] = 2
     known = copy.deepcopy(world.status)
-    world.job["status"] |= {"phase": "Healing", "ledger": {"hang": 3}}
+    world.job["status"] |= {"phase": "Healing", "lostTime": {"hang": 3}}
     world.status["run"]["faults"] = 1
     world.status["conditions"].append(
         {
@@ -370,13 +370,13 @@ def test_what_a_newer_release_wrote_into_status_is_kept_and_passed_over() -> Non
         }
     )  # fmt: skip
     world.settle()
-    assert world.status["ledger"] == {"hang": 3} and world.status["run"]["faults"] == 1
+    assert world.status["lostTime"] == {"hang": 3} and world.status["run"]["faults"] == 1
     assert world.condition_of("Elastic") == "True/Fewer"
     assert (world.status["phase"], world.status["restarts"]) == ("Training", 2)
     assert world.status["run"]["id"] == known["run"]["id"]
     world.edit(rerunToken="again")
     world.settle()
-    assert "ledger" not in world.status, "figures of another run"
+    assert "lostTime" not in world.status, "figures of another run"
 
 
 def test_a_run_whose_outcome_only_a_newer_release_knows_stays_ended() -> None:

@@ -70,7 +70,7 @@ def _remove_stale(view: RunView, actions: Actions) -> None:
 
 def _stop(job: JobView, actions: Actions) -> None:
     """Terminate a Job's pods. Deleting the Job would also delete the failed pods with their logs;
-    a suspended Job has no pods, and would not heed a deadline."""
+    a suspended Job has no pods, and would ignore a deadline."""
     if job.suspended:
         actions.delete.append(Delete("Job", job.name))
     else:
