@@ -4,13 +4,14 @@ kept where it is written back."""
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import model_validator
 
 from finetune_api.base import read_known, with_unknown
-from finetune_api.results import Termination
+from finetune_api.results import Progress, Termination
 from finetune_api.status import FineTuneJobStatus
 
 TIME = "2026-01-01T12:00:00Z"
@@ -69,10 +70,32 @@ def test_a_failure_class_of_another_release_is_kept() -> None:
     assert read(changed(failure=failure))["failure"] == failure
 
 
-@pytest.mark.parametrize("raw", [7, "text", [], {"role": "train"}])
+@pytest.mark.parametrize(
+    "raw",
+    [7, "text", [], {"role": "train"}, "[" * 4096, '{"a":' * 5000, b"\xff", json.dumps([[[]]] * 9)],
+)
 def test_what_is_no_such_document_is_refused(raw: Any) -> None:
-    with pytest.raises(ValidationError):
+    """A user's image may leave anything as its termination message."""
+    with pytest.raises(ValueError):
         read_known(Termination, raw)
+
+
+def test_many_unknown_fields_are_left_out_at_once() -> None:
+    """Within the operator's event loop: one validation, not one for each of them."""
+    raw = {"run": "1-abcde", "attempt": 1, "restarts": 0, "stage": "Training"}
+    odd = {f"field{i}": i for i in range(5000)}
+    rounds = 0
+
+    class Counting(Progress):
+        @model_validator(mode="before")
+        @classmethod
+        def count(cls, value: Any) -> Any:
+            nonlocal rounds
+            rounds += 1
+            return value
+
+    found = read_known(Counting, json.dumps(raw | odd))
+    assert found.run == "1-abcde" and rounds == 2
 
 
 def test_unknown_fields_are_kept_where_a_document_is_written_back() -> None:

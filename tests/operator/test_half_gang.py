@@ -93,6 +93,38 @@ def test_pauses_grow_and_the_whole_wait_ends_at_the_start_deadline() -> None:
     assert 4 <= tries <= 10
 
 
+def test_a_deletion_that_is_refused_is_repeated_and_counts_once() -> None:
+    world = half()
+    world.wait(300)
+    for _ in range(60):
+        plan = world.plan()
+        world.job["status"] = plan.status or world.job["status"]
+        assert [delete.kind for delete in plan.delete] == ["Job"]
+    assert world.status["queue"]["tries"] == 1
+
+
+def test_a_gang_whose_other_pods_no_scheduler_looks_at_is_released() -> None:
+    world = half()
+    for pod in world.of("Pod"):
+        if "nodeName" not in pod["spec"]:
+            pod["status"]["conditions"] = []
+    given_back(world)
+    assert "no node yet" in world.status["queue"]["message"]
+
+
+def test_an_edit_of_the_gang_ends_the_wait() -> None:
+    world = half(scheduling={"startDeadlineSeconds": 3600})
+    given_back(world)
+    world.edit(scheduling={"queueName": "gpus"})
+    world.settle()
+    assert "bot-1-0f9c2-train-2" in world.names("Job") and "queue" not in world.status
+    world.wait(8000)
+    world.child("train")["spec"]["suspend"] = False
+    world.child("train")["status"] = {"startTime": format_time(world.now)}
+    place(world, 0)
+    assert world.status["phase"] != "Failed", "time in a queue is not counted"
+
+
 def test_a_gang_of_which_no_pod_found_a_node_holds_nothing_and_waits() -> None:
     world = half()
     world.remove_pods()

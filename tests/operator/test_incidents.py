@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from operator_world import World, at_training
 
+from finetune_operator.world.objects import format_time
+
 LOST = {"class": "NodeFailure", "reason": "ProcessKilled", "message": "killed", "retryable": True}
 SAVED = {"class": "Preempted", "reason": "Interrupted", "message": "saved", "retryable": True}
 CHECKPOINT = "s3://models/out/run/checkpoints/{}"
@@ -102,14 +104,24 @@ def test_an_eviction_for_what_the_pod_itself_uses_is_a_fault() -> None:
     assert world.status["faults"] == 1
 
 
-def test_pods_that_were_stopped_fenced_deleted_or_waited_in_vain_are_no_faults() -> None:
+def test_pods_that_were_stopped_fenced_or_deleted_are_no_faults() -> None:
     world = at_training(failurePolicy={"maxRestarts": 0})
     fail(world, 0, "a", 23, **SAVED)
     fail(world, 0, "b", 16, **{"class": "Internal", "reason": "Fenced", "message": "m"})
-    fail(world, 0, "c", 137)["metadata"]["deletionTimestamp"] = "2026-01-01T12:00:00Z"
-    world = at_training(failurePolicy={"maxRestarts": 0})
-    fail(world, 1, "d", 20, **{**LOST, "reason": "GangNotFormed"})
+    world.wait(20)
+    deleted = world.fail("train", 137, 0, "c")
+    deleted["metadata"]["deletionTimestamp"] = format_time(world.now)
+    world.pass_()
+    assert [i["fault"] for i in world.status["incidents"]] == [False, False]
     assert world.status["faults"] == 0 and world.status["phase"] != "Failed"
+
+
+def test_a_gang_that_never_forms_uses_its_budget_up() -> None:
+    world = at_training(failurePolicy={"maxRestarts": 2})
+    for number in range(3):
+        assert world.status["phase"] != "Failed"
+        fail(world, 1, f"n{number}", 20, **{**LOST, "reason": "GangNotFormed"})
+    assert world.status["failure"]["reason"] == "GangNotFormed"
 
 
 def test_the_cause_of_an_incident_is_the_pod_with_the_best_evidence() -> None:

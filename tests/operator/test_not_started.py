@@ -102,12 +102,59 @@ def test_the_back_off_of_a_replacement_is_no_obstacle() -> None:
     world.wait(20)
     lost = {"class": "NodeFailure", "reason": "ProcessKilled", "message": "m", "retryable": True}
     world.fail("train", 20, 1, **lost)
+    world.settle()
     world.wait(30)
     world.settle()
     assert world.condition_of("Running") == "False/Starting"
     world.wait(45)
     world.settle()
     assert world.condition_of("Running") == "False/PodsNotCreated"
+
+
+@pytest.mark.parametrize("evicted", [1, 2])
+def test_pods_that_vanish_late_in_a_run_are_waited_for(evicted: int) -> None:
+    """The start deadline is over for long, and the Job replaces the pods after its back-off."""
+    world = at_training()
+    world.wait(10_000)
+    for index in range(evicted):
+        world.objects.pop(("Pod", f"{world.child('train')['metadata']['name']}-{index}-x"))
+    world.settle()
+    assert world.status["phase"] == "Starting"
+    assert world.condition_of("Running") == "False/Starting"
+    world.wait(75)
+    world.settle()
+    assert world.condition_of("Running") == "False/PodsNotCreated", "now it is late"
+    world.wait(3600)
+    world.settle()
+    assert world.status["failure"]["reason"] == "PodsNotCreated"
+
+
+def test_a_worker_of_map_that_has_succeeded_may_lose_its_pod() -> None:
+    world = World(prepare={"workers": 3})
+    world.settle()
+    world.pods("map", 3, running={})
+    world.pod(world.child("map"), 0, terminated={"exitCode": 0})
+    world.child("map")["status"]["completedIndexes"] = "0"
+    world.settle()
+    world.objects.pop(("Pod", world.child("map")["metadata"]["name"] + "-0-x"))
+    world.wait(10_000)
+    world.settle()
+    assert world.condition_of("Prepared") == "False/Preparing"
+
+
+def test_a_pod_that_no_scheduler_looks_at_is_named() -> None:
+    world = starting()
+    for pod in world.pods("train", 2):
+        del pod["spec"]["nodeName"]
+        pod["status"]["conditions"] = []
+    world.settle()
+    assert world.condition_of("Running") == "False/Starting"
+    world.wait(20)
+    world.settle()
+    assert "the scheduler has not looked at it yet" in world.message("Running")
+    world.wait(300)
+    world.settle()
+    assert world.status["failure"]["reason"] == "Unschedulable"
 
 
 def with_sidecar(pod: dict[str, Any]) -> None:
@@ -132,6 +179,21 @@ def test_a_sidecar_keeps_no_cpu_stage_from_ending(role: str) -> None:
     world.settle()
     assert world.status["phase"] in ("Starting", "Complete")
     assert world.child(role)["spec"]["activeDeadlineSeconds"] == 0, "ends the sidecar"
+
+
+@pytest.mark.parametrize("code", [11, 21, 22])
+def test_a_failed_cpu_stage_with_a_sidecar_fails_the_run(code: int) -> None:
+    """Its Job would neither fail nor replace the pod; another retryToken tries again."""
+    world = World()
+    world.settle()
+    world.pods("prepare", running={})
+    said = {"class": "Storage", "reason": "StorageUnreachable", "message": "m"}
+    with_sidecar(world.fail("prepare", code, **said))
+    world.settle()
+    world.wait(30)
+    world.settle()
+    assert world.status["phase"] == "Failed" and world.run["revision"] == 1
+    assert world.status["failure"]["reason"] == "StorageUnreachable"
 
 
 def test_a_sidecar_keeps_no_final_failure_from_ending_the_run() -> None:

@@ -116,6 +116,33 @@ def test_pods_that_the_job_would_replace_late_are_made_anew() -> None:
     assert world.status["faults"] == 4
 
 
+def test_a_storage_outage_of_a_large_gang_remakes_it() -> None:
+    world = at_training(compute={"nodes": 64})
+    world.wait(60)
+    away = {"class": "Storage", "reason": "StorageUnreachable", "message": "m", "retryable": True}
+    for index in range(64):
+        world.fail("train", 21, index, **away)
+    plan = world.pass_()
+    assert world.run["revision"] == 2 and world.status["faults"] == 1
+    assert "only after 600 s, as 64 pods have failed" in plan.events[-1].message
+
+
+def test_a_retry_keeps_its_fresh_budget_if_status_was_not_written() -> None:
+    world = at_training(failurePolicy={"maxRestarts": 0})
+    world.wait(20)
+    world.fail("train", 20, 1, "y", **LOST)
+    world.settle()
+    world.condition("train", "Failed", "DeadlineExceeded")
+    world.remove_pods()
+    world.edit(retryToken="1")
+    before = world.job["status"]
+    world.pass_()
+    assert "bot-1-0f9c2-run-spec-2" in world.names("ConfigMap")
+    world.job["status"] = before  # the operator died before it wrote the status
+    world.settle()
+    assert (world.run["revision"], world.status["faults"]) == (2, 0)
+
+
 def test_a_sidecar_keeps_no_gang_from_being_restarted() -> None:
     world = at_training()
     world.wait(20)

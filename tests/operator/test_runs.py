@@ -281,6 +281,16 @@ def test_an_edit_is_not_reverted_when_its_run_spec_is_removed() -> None:
     assert told(world, "bot-1-0f9c2-run-spec-2")["spec"]["compute"]["nodes"] == 3
 
 
+def test_an_invalid_edit_beside_a_refused_run_spec_leaves_the_gang_at_work() -> None:
+    """A quota refused the next revision's run spec, and then the spec became invalid."""
+    world = at_training()
+    world.status["run"]["revision"] = 2  # as status shows it while the run spec is refused
+    world.edit(training={"epochs": 1, "maxSteps": 1})
+    world.settle()
+    assert world.condition_of("Stalled") == "True/InvalidSpec"
+    assert world.status["phase"] == "Training" and "bot-1-0f9c2-train-1" in world.names("Job")
+
+
 def test_incidents_survive_a_removed_run_spec() -> None:
     world = at_training()
     world.wait(20)

@@ -95,6 +95,18 @@ def test_the_progress_of_a_job_wakes_none_of_the_jobs_that_start_from_its_model(
     assert store.affected(names.KIND, stored_object(names.KIND, UID, 5)) == ["follower"]
 
 
+def test_a_child_that_is_disowned_is_forgotten() -> None:
+    store = Store()
+    store.put(names.KIND, stored_object(names.KIND, UID, 1))
+    child = stored_object("Job", "j", 2)
+    store.put("Job", child)
+    orphan = stored_object("Job", "j", 3)
+    del orphan["metadata"]["ownerReferences"]
+    assert store.put("Job", orphan) == UID, "its former job has a pass"
+    assert store.children(UID, "Job") == []
+    assert store.put("Job", orphan) is None and store.remove("Job", orphan) is None
+
+
 def elsewhere(child: dict[str, Any]) -> None:
     child["metadata"]["namespace"] = "attacker"
 

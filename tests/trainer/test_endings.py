@@ -84,8 +84,8 @@ CASES = {
     ),
     "rendezvous timeout": (Ended(1, False, RENDEZVOUS), 2, None, PEER_LOST, 20, True),
     "rendezvous timeout on one node": (Ended(1, False, RENDEZVOUS), 1, None, PEER_LOST, 20, False),
-    "no failure file": (Ended(1, True, workers(a=1)), 2, None, "WorkerExited", 15, False),
-    "no report of the agent": (Ended(1, False), 2, None, "WorkerExited", 15, False),
+    "no failure file": (Ended(1, True, workers(a=1)), 2, None, "WorkerExited", 22, False),
+    "no report of the agent": (Ended(1, False), 2, None, "WorkerExited", 22, False),
 }  # fmt: skip
 
 

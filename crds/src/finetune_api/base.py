@@ -7,7 +7,6 @@ Tests check both sides against one table of specs.
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +27,7 @@ from pydantic import (
 from pydantic.alias_generators import to_camel
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema, from_json
 
 
 @dataclass(frozen=True)
@@ -165,39 +164,64 @@ class Model(BaseModel):
 M = TypeVar("M", bound=Model)
 
 
+_ROUNDS: Final = 8
+"""Rounds of ``read_known``: each leaves out all that is refused then, which may leave the values
+around it incomplete."""
+
+
 def read_known(model: type[M], raw: Any) -> M:
-    """Read a document that another release may have written: fields and values that this release
-    does not know, or refuses, are left out.
+    """Read a document that another release, or a user's image, may have written: fields and values
+    that this release does not know, or refuses, are left out.
+
+    Args:
+        raw: the document, or its JSON text.
 
     Raises:
-        ValidationError: what remains is not a document of this model.
+        ValueError: it is no JSON, or what remains is not a document of this model.
     """
-    remaining = copy.deepcopy(raw)
-    while True:
+    # Limits the depth, and makes a copy.
+    remaining = from_json(raw if isinstance(raw, str | bytes) else json.dumps(raw))
+    for _ in range(_ROUNDS):
         try:
             return model.model_validate(remaining)
         except ValidationError as error:
-            if not _leave_out(remaining, error.errors()[0]["loc"]):
+            found = error.errors(include_url=False, include_input=False)
+            if not _leave_out(remaining, [each["loc"] for each in found]):
                 raise
+    return model.model_validate(remaining)
 
 
-def _leave_out(document: Any, path: tuple[str | int, ...]) -> bool:
-    """Remove the value at a path or, if there is none (a required field is missing), the value
-    around it. Return whether something was removed."""
-    while path:
-        *parents, last = path
+Place = tuple[str | int, ...]
+"""Names and positions that lead to a value in a document."""
+
+
+def _leave_out(document: Any, places: Iterable[Place]) -> bool:
+    """Remove the values at some places or, where there is none (a required field is missing), the
+    values around them. Return whether something was removed."""
+    found = {_nearest(document, place) for place in places} - {()}
+    outermost = [p for p in found if not any(p[:end] in found for end in range(1, len(p)))]
+    # From the last item of a list to the first, so that positions stay valid.
+    for *parents, last in sorted(outermost, key=_order, reverse=True):
         around = document
         for key in parents:
             around = around[key]
-        present = (
-            last < len(around) if isinstance(around, list) and isinstance(last, int)
-            else isinstance(around, dict) and last in around
-        )  # fmt: skip
-        if present:
-            del around[last]
-            return True
-        path = tuple(parents)
-    return False
+        del around[last]
+    return bool(outermost)
+
+
+def _nearest(document: Any, place: Place) -> Place:
+    """The longest part of a place at which the document has a value."""
+    value = document
+    for end, key in enumerate(place):
+        in_list = isinstance(value, list) and isinstance(key, int) and key < len(value)
+        if not in_list and not (isinstance(value, dict) and key in value):
+            return place[:end]
+        value = value[key]
+    return place
+
+
+def _order(place: Place) -> list[tuple[bool, int, str]]:
+    return [(isinstance(p, int), p if isinstance(p, int) else 0, str(p)) for p in place]
 
 
 def with_unknown(model: type[Model], stored: Any, new: dict[str, Any]) -> dict[str, Any]:

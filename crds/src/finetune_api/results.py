@@ -72,7 +72,7 @@ class Progress(Record):
     """Optimizer steps done."""
     total_steps: Count = 0
     """Optimizer steps of the run."""
-    epoch: float = 0.0
+    epoch: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 0.0
     """Passes over the training data done."""
     data_stage: Word | None = None
     """Name of the stage of data.stages that the last step belongs to, if there are stages."""
@@ -187,7 +187,7 @@ class PreparedSummary(Record):
     """Memory estimate of the training."""
 
 
-Metrics = dict[str, float]
+Metrics = Annotated[dict[Word, float], Field(max_length=64)]
 """Metric name (as in the spec) to value; Bleu is from 0 to 100 and Rouge from 0 to 1, as in their
 packages."""
 
@@ -195,7 +195,7 @@ packages."""
 class DataSetScores(Record):
     """Test metrics of one data set."""
 
-    name: str
+    name: Word
     """Name of the set."""
     samples: Count
     """Samples measured."""

@@ -162,10 +162,15 @@ class Cluster:
         path = object_path(KIND, subject.namespace, subject.name) + "/status"
         return await self._write("PATCH", path, body, "application/apply-patch+yaml", force="true")
 
-    async def patch(self, kind: str, namespace: str, name: str, patch: Json) -> Json:
-        """Merge patch of an existing child."""
+    async def patch(self, kind: str, namespace: str, name: str, patch: Json) -> Json | None:
+        """Merge patch of a child; None: it does not exist any more."""
         path = object_path(kind, namespace, name)
-        return await self._write("PATCH", path, patch, "application/merge-patch+json")
+        try:
+            return await self._write("PATCH", path, patch, "application/merge-patch+json")
+        except ApiError as error:
+            if error.code != 404:
+                raise
+            return None
 
     async def delete(self, kind: str, namespace: str, name: str) -> None:
         """Delete a child if it exists; its pods end with their grace period."""

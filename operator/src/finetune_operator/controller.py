@@ -148,8 +148,9 @@ class Controller:
             self._store.put(kind, stored)
         for change in plan.change:
             patch = cluster.patch(change.kind, namespace, change.name, change.patch)
-            stored = await self._accepted(subject, change.kind, change.name, patch)
-            self._store.put(change.kind, stored)
+            changed = await self._accepted(subject, change.kind, change.name, patch)
+            if changed is not None:  # None: it is gone
+                self._store.put(change.kind, changed)
 
     async def _accepted(
         self, subject: Subject, kind: str, name: str, request: Awaitable[T], creates: bool = False

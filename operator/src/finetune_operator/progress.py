@@ -7,7 +7,6 @@ consequence.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -68,16 +67,22 @@ class Poller:
         async with aiohttp.ClientSession(timeout=timeout) as session:
             while True:
                 began = time.monotonic()
-                gangs = list(running_gangs(self._store))
-                await asyncio.gather(*(self._poll(session, gang) for gang in gangs))
-                uids = {g.uid for g in gangs}
-                self._stored = {u: t for u, t in self._stored.items() if u in uids}
+                try:
+                    await self._poll_all(session)
+                except Exception:  # odd objects of one job must not end the operator
+                    log.exception("polling progress")
                 await asyncio.sleep(max(0.1, began + POLL_SECONDS - time.monotonic()))
+
+    async def _poll_all(self, session: aiohttp.ClientSession) -> None:
+        gangs = list(running_gangs(self._store))
+        await asyncio.gather(*(self._poll(session, gang) for gang in gangs))
+        uids = {g.uid for g in gangs}
+        self._stored = {u: t for u, t in self._stored.items() if u in uids}
 
     async def _poll(self, session: aiohttp.ClientSession, gang: Gang) -> None:
         async with self._slots:
             try:
-                progress = read_known(Progress, json.loads(await self._read(session, gang)))
+                progress = read_known(Progress, await self._read(session, gang))
             except (ApiError, aiohttp.ClientError, TimeoutError, ValueError) as error:
                 log.debug("progress of %s/%s: %s", gang.namespace, gang.pod, error)
                 return

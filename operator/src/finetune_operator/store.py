@@ -18,10 +18,11 @@ from typing import Any, Final, NamedTuple
 
 from finetune_api import names
 from finetune_api.results import Progress
+from finetune_operator.world.children import job_view
 from finetune_operator.world.models import model_mark, model_view
 from finetune_operator.world.objects import Object
 from finetune_operator.world.observe import Observed, Refusal, observe
-from finetune_operator.world.pods import container_status, pull_is_failing
+from finetune_operator.world.pods import container_status, pod_view, pull_is_failing
 from finetune_operator.world.references import References
 
 CHILD_KINDS: Final = ("ConfigMap", "Service", "Job", "Pod")
@@ -77,6 +78,9 @@ class Store:
         self._progress: dict[str, tuple[Progress, datetime]] = {}
         self._refused: dict[str, dict[str, Refusal]] = {}
         self._warnings: dict[str, str] = {}
+        self._lacks_pods: dict[str, datetime] = {}
+        self._owners: dict[str, Owner] = {}
+        """Owner of each child, by uid."""
         self._marks: dict[str, tuple[Any, ...]] = {}
 
     # --- changes --------------------------------------------------------------------------------
@@ -87,7 +91,7 @@ class Store:
         uid = obj["metadata"]["uid"]
         owner = owner_of(kind, obj)
         if owner is None:
-            return None
+            return self._disown(kind, uid)
         if self._removed.get(uid, -1) >= version_of(obj):
             return owner.uid
         obj = _trimmed(obj)
@@ -99,6 +103,16 @@ class Store:
             self._note_pull(uid, obj)
         kinds = self._children.setdefault(owner, {k: {} for k in CHILD_KINDS})
         self._put_in(kinds[kind], uid, obj)
+        self._owners[uid] = owner
+        return owner.uid
+
+    def _disown(self, kind: str, uid: str) -> str | None:
+        """Forget a child that is none any more: its owner reference or its labels were removed.
+        Returns the uid of the FineTuneJob that it belonged to, or None."""
+        owner = self._owners.pop(uid, None)
+        if owner is None:
+            return None
+        self._children.get(owner, {}).get(kind, {}).pop(uid, None)
         return owner.uid
 
     @staticmethod
@@ -112,7 +126,7 @@ class Store:
         uid = obj["metadata"]["uid"]
         owner = owner_of(kind, obj)
         if owner is None:
-            return None
+            return self._disown(kind, uid)
         # The response to a write of this process may arrive after the deletion event.
         self._removed[uid] = version_of(obj)
         while len(self._removed) > REMEMBERED_REMOVALS:
@@ -124,6 +138,8 @@ class Store:
         kinds = self._children.get(owner, {})
         kinds.get(kind, {}).pop(uid, None)
         self._warnings.pop(uid, None)
+        self._lacks_pods.pop(uid, None)
+        self._owners.pop(uid, None)
         if kind == "Pod":
             self._pull_failing.pop(uid, None)
             if self._owned_job(owner) and container_status(obj).get("state"):
@@ -159,10 +175,14 @@ class Store:
 
     def put_warning(self, uid: str, text: str) -> bool:
         """Keep the newest warning about a child; return whether it is new."""
-        if self._warnings.get(uid) == text:
+        if self._warnings.get(uid) == text or uid not in self._owners:
             return False
         self._warnings[uid] = text
         return True
+
+    def drop_warning(self, uid: str) -> None:
+        """Forget the warning about a child that is not late any more."""
+        self._warnings.pop(uid, None)
 
     def put_refusal(self, uid: str, child: str, refusal: Refusal | None) -> None:
         """Record that the API server refused a request about a child (``child_key``); None: that it
@@ -188,9 +208,10 @@ class Store:
         if kind != names.KIND:
             return []
         uid, seen = obj["metadata"]["uid"], model_mark(obj)
-        if uid in self._jobs and self._marks.get(uid) == seen:
-            return []
-        self._marks[uid] = seen
+        if uid in self._jobs:
+            if self._marks.get(uid) == seen:
+                return []
+            self._marks[uid] = seen
         return self._references.dependents(obj)
 
     def children(self, uid: str, kind: str) -> list[Object]:
@@ -208,9 +229,22 @@ class Store:
             return list(self._jobs.values())
         return [o for kinds in self._children.values() for o in kinds[kind].values()]
 
+    def _note_lacking(self, uid: str) -> None:
+        """Note since when each Job of a job lacks pods."""
+        views = [v for v in map(pod_view, self.children(uid, "Pod")) if v is not None]
+        for child in self.children(uid, "Job"):
+            job, own = job_view(child), child["metadata"]["uid"]
+            if job is None or job.finished or job.suspended or job.deleting:
+                self._lacks_pods.pop(own, None)
+            elif job.missing(v for v in views if (v.role, v.run, v.revision) == job.stage):
+                self._lacks_pods.setdefault(own, datetime.now(UTC))
+            else:
+                self._lacks_pods.pop(own, None)
+
     def observed(self, uid: str) -> Observed:
         """Everything that ``decide`` sees of a job's children, and of the jobs that it refers
         to."""
+        self._note_lacking(uid)
         progress, time = self._progress.get(uid, (None, None))
         job = self._jobs.get(uid)
         named = self._references.chain(job) if job is not None else []
@@ -222,6 +256,7 @@ class Store:
             gone=self._gone_pods.get(self._key(uid), {}).values(),
             pull_failing_since=self._pull_failing,
             warnings=self._warnings,
+            lacks_pods_since=self._lacks_pods,
             progress=progress,
             progress_time=time,
             refused=self._refused.get(uid),

@@ -53,13 +53,18 @@ class WarningReader:
     async def run(self) -> None:
         """Look until cancelled."""
         while True:
-            await self.look(datetime.now(UTC))
+            try:
+                await self.look(datetime.now(UTC))
+            except Exception:  # odd objects of one job must not end the operator
+                log.exception("reading warnings")
             await asyncio.sleep(LOOK_SECONDS)
 
     async def look(self, now: datetime) -> None:
         """Look once."""
         late = list(late_objects(self._store, now))
         uids = {each.uid for each in late}
+        for uid in self._read_at.keys() - uids:
+            self._store.drop_warning(uid)
         self._read_at = {uid: at for uid, at in self._read_at.items() if uid in uids}
         for each in late:
             if time.monotonic() - self._read_at.get(each.uid, -AGAIN_SECONDS) >= AGAIN_SECONDS:

@@ -121,10 +121,12 @@ class SecondTeam:
         self._thread.join()
 
     def _hold(self) -> None:
-        no_operation = ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p)  # free(NULL)
-        for path in _loaded_libgomps():
-            ctypes.CDLL(path).GOMP_parallel(no_operation, None, self._size, 0)
-        self._started.set()
+        try:
+            no_operation = ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p)  # free(NULL)
+            for path in _loaded_libgomps():
+                ctypes.CDLL(path).GOMP_parallel(no_operation, None, self._size, 0)
+        finally:
+            self._started.set()
         self._ended.wait()
 
 

@@ -13,6 +13,7 @@ import faulthandler
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -111,7 +112,7 @@ class StallWatch:
                 _signs.last = now
             idle = now - _signs.last
             if idle >= limit:
-                with self._stacks.open("w") as file:
+                with suppress(OSError), self._stacks.open("w") as file:
                     faulthandler.dump_traceback(file, all_threads=True)
                 self._on_stall(idle, self._stacks)
                 return

@@ -58,7 +58,7 @@ def _remove_stale(view: RunView, actions: Actions) -> None:
         stale = job.run != run.id or (job.revision != run.revision and not job.finished)
         if stale and not job.deleting:
             actions.delete.append(Delete("Job", job.name))
-        elif view.done(job.role) and not (job.finished or job.stopping):
+        elif view.done(job.role) and not (job.finished or job.stopping or job.deleting):
             _stop(job, actions)
     for service in view.observed.services:
         if (service.run, service.revision) != (run.id, run.revision):

@@ -18,6 +18,7 @@ from finetune_operator.decision.failures import failure
 from finetune_operator.decision.run_view import RunView
 from finetune_operator.decision.stages import GANG
 from finetune_operator.world.objects import format_time, parse_time
+from finetune_operator.world.pods import PodView
 
 FIRST_PAUSE: Final = timedelta(minutes=1)
 """Mean pause after the first release; doubled with each further one, up to ``LONGEST_PAUSE``."""
@@ -27,17 +28,20 @@ LONGEST_PAUSE: Final = timedelta(minutes=8)
 def release(view: RunView) -> QueueStatus | None:
     """The wait that begins if the gang gives its nodes back in this pass; None: it does not."""
     due = release_due(view)
-    if due is None or due > view.now:
-        return None
     job, stored = view.job, view.queue_wait
-    assert job is not None and view.obstacle is not None
+    if job is None or due is None or due > view.now:
+        return None
+    again = parse_time(stored.next_try_time) if stored else None
+    if again is not None and again > view.now:
+        return stored  # released before, but the Job is still there
     tries = (stored.tries if stored else 0) + 1
+    why = next((p.unschedulable for p in _lacking(view) if p.unschedulable), "no node yet")
     return QueueStatus.model_validate(
         {
             "since": stored.since if stored else format_time(job.started or job.created),
             "tries": tries,
             "nextTryTime": format_time(view.now + pause(view.subject.uid, tries)),
-            "message": view.obstacle.message[:1024],
+            "message": f"only some pods of the gang have nodes: {why}"[:1024],
         }
     )
 
@@ -47,17 +51,25 @@ def release_due(view: RunView) -> datetime | None:
     job = view.job
     if view.stage != GANG or view.queue is not None or job is None or job.suspended:
         return None
-    alive = [p for p in view.pods if not p.ended and p.deleted_by is None]
-    lacking = [p for p in alive if not p.scheduled]
-    holding = [p.scheduled_at or p.created for p in alive if p.scheduled]
+    lacking = _lacking(view)
+    holding = [p.scheduled_at or p.created for p in _alive(view) if p.scheduled]
     if job.finished or job.deleting or not lacking or not holding:
         return None
     return max([min(holding), *(p.created for p in lacking)]) + HALF_GANG_HOLDS
 
 
+def _alive(view: RunView) -> list[PodView]:
+    return [p for p in view.pods if not p.ended and p.deleted_by is None]
+
+
+def _lacking(view: RunView) -> list[PodView]:
+    """Pods without a node."""
+    return [p for p in _alive(view) if not p.scheduled]
+
+
 def pause(uid: str, tries: int) -> timedelta:
     """Pause before the next try: 0.5 to 1.5 times its mean, the same in every pass."""
-    mean = min(FIRST_PAUSE * 2 ** (tries - 1), LONGEST_PAUSE)
+    mean = min(FIRST_PAUSE * 2 ** min(tries - 1, 10), LONGEST_PAUSE)
     digest = hashlib.blake2b(f"{uid} {tries}".encode(), digest_size=4).digest()
     seconds: timedelta = mean * (0.5 + int.from_bytes(digest, "big") / 2**32)
     return seconds

@@ -25,8 +25,6 @@ KEPT: Final = 10
 """Incidents that status keeps."""
 INDEXES_MAX: Final = 1024
 MESSAGE_MAX: Final = 500
-_NO_FAULT: Final = ("GangNotFormed",)
-"""Failures of a pod without a fault of its own: it waited for others."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +92,8 @@ def is_incident(pod: PodView) -> bool:
 def is_fault(pod: PodView) -> bool:
     """Whether a pod ended by a fault of the run or its node, and not by Kubernetes' or a user's
     request."""
-    if pod.is_disrupted or pod.deleted_by is not None or pod.exit_code == ExitCode.INTERRUPTED:
-        return False
-    said = pod.termination.failure if pod.termination else None
-    return said is None or said.reason not in _NO_FAULT
+    asked = pod.deleted_by is not None or pod.exit_code == ExitCode.INTERRUPTED
+    return not (pod.is_disrupted or asked)
 
 
 def end_of(pod: PodView) -> datetime:

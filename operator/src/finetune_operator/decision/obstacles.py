@@ -80,7 +80,7 @@ def _of_pod(
         return _image(pod, until if has_run else None)
     if pod.waiting_reason == "CreateContainerConfigError":
         return _config(pod, until)
-    if not pod.scheduled and pod.unschedulable is not None:
+    if not pod.scheduled:
         limit = waiting_since + deadline if waiting_since else until
         return _unschedulable(pod, limit, deadline)
     return _not_started(pod, until, deadline) if pod.is_starting else None
@@ -119,7 +119,8 @@ def _config(pod: PodView, until: datetime) -> Obstacle:
 
 
 def _unschedulable(pod: PodView, until: datetime, deadline: timedelta) -> Obstacle:
-    shown = f"no node for pod {pod.name}: {pod.unschedulable}"
+    why = pod.unschedulable or "the scheduler has not looked at it yet"
+    shown = f"no node for pod {pod.name}: {why}"
     less = "fewer compute.nodes or gpusPerNode, smaller compute.resources"
     if pod.role != GANG:
         less = "fewer prepare.workers, smaller prepare.resources"
@@ -128,7 +129,11 @@ def _unschedulable(pod: PodView, until: datetime, deadline: timedelta) -> Obstac
         f" (scheduling.startDeadlineSeconds). Request {less}, or add nodes"
     )
     return Obstacle(
-        "Unschedulable", shown, until, failure("NodeFailure", "Unschedulable", message, pod)
+        "Unschedulable",
+        shown,
+        until,
+        failure("NodeFailure", "Unschedulable", message, pod),
+        shown_from=None if pod.unschedulable else pod.created + START_AWAITED,
     )
 
 
@@ -155,8 +160,12 @@ def _not_started(pod: PodView, until: datetime, deadline: timedelta) -> Obstacle
 
 def _lacks_pods(job: JobView, pods: Sequence[PodView], deadline: timedelta) -> Obstacle:
     """The Job controller has not made all pods, or not replaced one after its back-off."""
-    ends = [p.finished for p in pods if p.phase == "Failed" and p.finished]
-    since = max([job.started or job.created, *(end + PODS_REPLACED for end in ends)])
+    since = max(job.started or job.created, job.lacks_pods_since or job.created)
+    replaces = any(p.phase == "Failed" for p in pods) or (
+        job.lacks_pods_since is not None
+        and (job.started is not None and job.lacks_pods_since > job.started + PODS_AWAITED)
+    )
+    awaited = PODS_AWAITED + (PODS_REPLACED if replaces else timedelta(0))
     there = job.parallelism - len(job.missing(pods))
     why = job.warning or (
         "if this persists, a quota or an admission policy refuses them: see"
@@ -168,5 +177,5 @@ def _lacks_pods(job: JobView, pods: Sequence[PodView], deadline: timedelta) -> O
         message,
         since + deadline,
         failure("UserError", "PodsNotCreated", message),
-        shown_from=since if job.warning else since + PODS_AWAITED,
+        shown_from=since if job.warning else since + awaited,
     )

@@ -31,9 +31,6 @@ class CurrentRun:
     revision: int
     run_spec: RunSpec
     image: str
-    retried: bool = False
-    """Whether this revision, which begins in this pass, continues a failed run: earlier faults do
-    not count."""
     outcome: str | None = None
     """Complete or Failed once the run has ended."""
     recorded: bool = False
@@ -56,7 +53,7 @@ class Create:
 
 @dataclass(frozen=True)
 class Change:
-    """A change of an existing child: suspend, resume, stop, or record the outcome of the run."""
+    """A change of an existing child: stop it, or record the outcome of the run."""
 
     kind: Kind
     name: str

@@ -22,6 +22,7 @@ from finetune_operator.decision.stages import GANG
 
 FIRST_BACKOFF: Final = timedelta(seconds=10)
 """Delay of the Job controller after the first failed pod; doubled with each further one."""
+LONGEST_BACKOFF: Final = timedelta(minutes=10)
 
 
 def remake_reason(view: RunView) -> str | None:
@@ -59,17 +60,18 @@ def _long_backoff(view: RunView) -> str | None:
     missing = {p.index for p in failed} - alive
     if view.stage != GANG or not missing:
         return None
-    backoff: timedelta = FIRST_BACKOFF * 2 ** (len(failed) - 1)
+    backoff = min(FIRST_BACKOFF * 2 ** min(len(failed) - 1, 10), LONGEST_BACKOFF)
     if backoff <= PODS_REPLACED:
         return None
     return (
-        f"the Job would replace pod {min(missing)} only after"
-        f" {int(min(backoff, timedelta(minutes=10)).total_seconds())} s, as {len(failed)} pods have"
-        " failed"
+        f"the Job would replace pod {min(missing)} only after {int(backoff.total_seconds())} s, as"
+        f" {len(failed)} pods have failed"
     )
 
 
 def _sidecar(view: RunView) -> str | None:
+    if view.stage != GANG:  # fails the run: ``RunView.failed_beside_sidecar``
+        return None
     for pod in view.pods:
         ended = pod.finished
         if pod.outlived and pod.exit_code != 0 and ended and view.now - ended >= SIDECAR_ENDS:

@@ -26,7 +26,7 @@ def run_failure(view: RunView) -> FailureStatus | None:
         return failure("UserError", "ChildRefused", f"Kubernetes refuses it: {refusal.message}")
     if view.job is not None and view.job.failed:
         return _of_stage(view) if pod_failure_due(view) is None else None
-    if view.final_beside_sidecar:
+    if view.failed_beside_sidecar:
         return _of_stage(view)
     if view.spec.suspend:
         return None

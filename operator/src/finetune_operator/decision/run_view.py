@@ -107,11 +107,12 @@ class RunView:
         return pod.finished is not None and pod.finished + SIDECAR_ENDS <= self.now
 
     @property
-    def final_beside_sidecar(self) -> bool:
-        """Whether a pod of the stage has failed for good, although a sidecar keeps it running, so
-        that the Job does not fail."""
+    def failed_beside_sidecar(self) -> bool:
+        """Whether the stage has failed, although a sidecar keeps its pod running, so that the Job
+        neither fails nor replaces the pod: a gang's pod for good, a CPU stage's for any cause."""
         return any(
-            p.outlived and p.exit_code in FINAL_EXIT_CODES and p.exit_code != ExitCode.FENCED
+            p.outlived and (p.exit_code in FINAL_EXIT_CODES or self.stage != GANG)
+            and p.exit_code not in (0, ExitCode.FENCED)
             and self._sidecar_overdue(p)
             for p in self.pods
         )  # fmt: skip
@@ -172,7 +173,9 @@ class RunView:
 
     def _incidents(self, lost: Sequence[PodView]) -> Incidents:
         stored = self.before if self.same_run else FineTuneJobStatus()
-        if self.run.retried:
+        run = self.before.run
+        # This revision continues a failed run, and status does not show it yet.
+        if run is not None and run.outcome == "Failed" and run.revision < self.run.revision:
             stored = stored.model_copy(update={"faults": 0})
         known = Incidents(tuple(stored.incidents), stored.faults)
         job = self.job
@@ -221,8 +224,10 @@ class RunView:
 
     @property
     def queue_wait(self) -> QueueStatus | None:
-        """The stored wait of the gang for nodes."""
-        return self.before.queue if self.same_run and self.stage == GANG else None
+        """The stored wait of this revision's gang for nodes."""
+        run = self.before.run
+        same_gang = run is not None and (run.id, run.revision) == (self.run.id, self.run.revision)
+        return self.before.queue if same_gang and self.stage == GANG else None
 
     @cached_property
     def obstacle(self) -> Obstacle | None:

@@ -202,19 +202,18 @@ def _next_revision(known: _Known, spec: FineTuneJobSpec) -> CurrentRun:
         revision=revision,
         run_spec=known.make_run_spec(known.id, spec, base, revision, known.restarts),
         image=spec.compute.image or known.config.image,
-        retried=known.outcome == "Failed",
     )
 
 
 def _unchanged(known: _Known, spec: FineTuneJobSpec | None) -> CurrentRun | None:
     """The run as defined by its run spec."""
-    run_spec = known.stored
+    run_spec = known.stored if spec is not None else known.newest_stored
     if run_spec is None or run_spec.run_spec is None:
         return _without_run_spec(known, spec) if spec is not None else None
     return CurrentRun(
         number=known.number,
         id=known.id,
-        revision=known.revision,
+        revision=run_spec.revision,
         run_spec=run_spec.run_spec,
         image=run_spec.image or run_spec.run_spec.spec.compute.image or known.config.image,
         outcome=known.outcome,
@@ -256,8 +255,9 @@ def _kept_base(known: _Known, spec: FineTuneJobSpec) -> TunedBase | None:
     """The model that a run started from, even if the other job has published another one since."""
     if spec.model.fine_tune_job_ref is None:
         return None
-    if known.stored is not None and known.stored.run_spec is not None:
-        return known.stored.run_spec.base
+    stored = known.newest_stored
+    if stored is not None and stored.run_spec is not None:
+        return stored.run_spec.base
     run = known.before.run
     if run is None or not known.same_run or run.base is None:
         return None

@@ -53,8 +53,12 @@ class JobView:
     deleting: bool = False
     parallelism: int = 1
     """Number of its pods."""
+    completed: frozenset[int] = frozenset()
+    """Completion indexes that have succeeded; their pods may be gone."""
     warning: str = ""
     """Kubernetes' newest warning about the Job, read once it lacks pods."""
+    lacks_pods_since: datetime | None = None
+    """When this process first saw that the Job lacks pods; None: it does not."""
 
     @property
     def finished(self) -> bool:
@@ -66,8 +70,9 @@ class JobView:
         return self.role, self.run, self.revision
 
     def missing(self, pods: Iterable[PodView]) -> list[int]:
-        """Completion indexes without a pod, apart from failed ones, among the Job's pods."""
-        there = {p.index for p in pods if p.phase != "Failed"}
+        """Completion indexes that have neither succeeded nor a pod, apart from failed ones, among
+        the Job's pods."""
+        there = self.completed | {p.index for p in pods if p.phase != "Failed"}
         return [index for index in range(self.parallelism) if index not in there]
 
 
@@ -103,7 +108,9 @@ def stored_run_spec(obj: Object) -> StoredRunSpec | None:
     )
 
 
-def job_view(obj: Object, warning: str = "") -> JobView | None:
+def job_view(
+    obj: Object, warning: str = "", lacks_pods_since: datetime | None = None
+) -> JobView | None:
     """The Job of a stage, or None for any other Job."""
     labels = child_labels(obj)
     created = parse_time(obj["metadata"].get("creationTimestamp"))
@@ -128,8 +135,20 @@ def job_view(obj: Object, warning: str = "") -> JobView | None:
         stopping=obj.get("spec", {}).get("activeDeadlineSeconds") == 0,
         deleting="deletionTimestamp" in obj["metadata"],
         parallelism=obj.get("spec", {}).get("parallelism", 1),
+        completed=_indexes(status.get("completedIndexes") or ""),
         warning=warning,
+        lacks_pods_since=lacks_pods_since,
     )
+
+
+def _indexes(text: str) -> frozenset[int]:
+    """The indexes of a Job's ``completedIndexes``: ``0,2-4`` → 0, 2, 3, 4."""
+    found: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if first.isdigit() and (last or first).isdigit():
+            found.update(range(int(first), int(last or first) + 1))
+    return frozenset(found)
 
 
 def service_view(obj: Object) -> ServiceView | None:

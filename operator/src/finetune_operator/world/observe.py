@@ -84,16 +84,20 @@ def observe(
     gone: Iterable[Object] = (),
     pull_failing_since: Mapping[str, datetime] | None = None,
     warnings: Mapping[str, str] | None = None,
+    lacks_pods_since: Mapping[str, datetime] | None = None,
     progress: Progress | None = None,
     progress_time: datetime | None = None,
     refused: Mapping[str, Refusal] | None = None,
     models: Iterable[ModelJob] = (),
 ) -> Observed:
-    """The views of a job's children; ``pull_failing_since`` and ``warnings`` are by uid."""
-    since, told = pull_failing_since or {}, warnings or {}
+    """The views of a job's children; ``pull_failing_since``, ``warnings`` and ``lacks_pods_since``
+    are by uid."""
+    since, told, lacks = pull_failing_since or {}, warnings or {}, lacks_pods_since or {}
     return Observed(
         run_specs=tuple(filter(None, map(stored_run_spec, config_maps))),
-        jobs=tuple(filter(None, (job_view(j, told.get(_uid(j), "")) for j in jobs))),
+        jobs=tuple(
+            filter(None, (job_view(j, told.get(_uid(j), ""), lacks.get(_uid(j))) for j in jobs))
+        ),
         services=tuple(filter(None, map(service_view, services))),
         pods=tuple(
             filter(None, (pod_view(p, since.get(_uid(p)), told.get(_uid(p), "")) for p in pods))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, Final
 
 from finetune_api import names
@@ -197,8 +197,9 @@ def pull_is_failing(pod: Object) -> bool:
     return waiting.get("reason") in PULL_REASONS
 
 
+@lru_cache(maxsize=4096)
 def _termination(text: str | None) -> Termination | None:
     try:
-        return read_known(Termination, json.loads(text)) if text else None
+        return read_known(Termination, text) if text else None
     except ValueError:  # not JSON, or not a termination message
         return None

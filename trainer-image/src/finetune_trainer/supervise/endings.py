@@ -17,6 +17,7 @@ from finetune_trainer.failures import (
     NodeFailure,
     OutOfMemory,
     TrainerError,
+    Unexpected,
     failure_of,
     recognise_text,
 )
@@ -64,7 +65,7 @@ def judge(
     codes = (ended.report or {}).get("codes", {"torchrun": ended.code})
     words = ", ".join(f"{rank} with {code}" for rank, code in codes.items())
     return failure_of(
-        TrainerError(
+        Unexpected(
             "WorkerExited", f"training processes exited without a report: {words}; see the log"
         )
     ), False

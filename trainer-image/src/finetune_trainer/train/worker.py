@@ -121,11 +121,16 @@ def stall_watch(
         uri = f"{run_spec.run_uri}/stacks/attempt-{attempt}-rank-{world.rank}.txt"
         error = Stalled("NoProgress", f"rank {world.rank} made no progress for {idle:.0f} s: {uri}")
         worker_files.report_failure(error)
-        print(f"{error.message}\n{stacks.read_text()}", file=sys.stderr, flush=True)
-        # Storage may be what hangs: wait for it only so long.
-        upload = threading.Thread(target=store.put, args=(uri, stacks.read_bytes()), daemon=True)
-        upload.start()
-        upload.join(STACKS_SECONDS)
+
+        def tell() -> None:
+            text = stacks.read_text() if stacks.exists() else "no stacks: the disk failed"
+            print(f"{error.message}\n{text}", file=sys.stderr, flush=True)
+            store.put(uri, text.encode())
+
+        # Storage, or the reader of the log, may be what hangs: wait for them only so long.
+        teller = threading.Thread(target=tell, daemon=True)
+        teller.start()
+        teller.join(STACKS_SECONDS)
         os._exit(int(Stalled.exit_code))
 
     asked = run_spec.spec.failure_policy.progress_deadline_seconds
