@@ -278,7 +278,9 @@ class ObjectStore:
                 return b""
             try:
                 with self._asking("read", uri):
-                    return bytes(body.read())
+                    found = bytes(body.read())
+                progressed()
+                return found
             except StorageUnavailable:  # the connection broke during the transfer
                 if not left:
                     raise
