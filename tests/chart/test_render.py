@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 ALL_ON = (
     "replicas=2",
+    "managedBy=blue",
     "monitoring.enabled=true",
     "monitoring.labels.release=prometheus",
     "watchNamespaces={team-a,team-b}",
@@ -238,6 +239,7 @@ def test_values_reach_the_pod() -> None:
     spec = pod(*ALL_ON)
     assert spec["imagePullSecrets"] == [{"name": "pull"}]
     assert spec["priorityClassName"] == "high"
+    assert "--managed-by=blue" in spec["containers"][0]["args"]
     assert spec["nodeSelector"] == {"pool": "cpu"}
     assert spec["tolerations"][-1] == {"operator": "Exists"}
     assert spec["containers"][0]["env"] == [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}]

@@ -107,6 +107,23 @@ def test_a_child_that_is_disowned_is_forgotten() -> None:
     assert store.put("Job", orphan) is None and store.remove("Job", orphan) is None
 
 
+def test_a_job_of_another_operator_is_not_kept_and_can_be_handed_over() -> None:
+    def job(version: int, **spec: Any) -> dict[str, Any]:
+        return stored_object(names.KIND, UID, version, spec=spec)
+
+    unnamed, named = Store(), Store("blue")
+    for store in (unnamed, named):
+        store.put(names.KIND, job(1))
+        store.put("Job", stored_object("Job", "j", 2))
+    assert unnamed.job(UID) is not None and named.job(UID) is None
+    for store in (unnamed, named):
+        store.put(names.KIND, job(3, managedBy="blue"))
+    assert unnamed.job(UID) is None and unnamed.children(UID, "Job") == []
+    assert named.job(UID) is not None
+    assert [o["metadata"]["uid"] for o in named.children(UID, "Job")] == ["j"]
+    assert list(unnamed.jobs()) == [] and len(list(named.jobs())) == 1
+
+
 def elsewhere(child: dict[str, Any]) -> None:
     child["metadata"]["namespace"] = "attacker"
 

@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 FieldClass = Literal["Live", "Resume", "NewRun"]
 
 FIELD_CLASSES: Final[dict[str, FieldClass]] = {
+    "managedBy": "Live",
     "suspend": "Live",
     "childrenTTLSecondsAfterFinished": "Live",
     "failurePolicy": "Live",

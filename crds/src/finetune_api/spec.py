@@ -14,6 +14,7 @@ from pydantic import Field, StringConstraints, ValidationError
 
 from finetune_api.base import (
     Count,
+    DnsLabel,
     InvalidSpec,
     Model,
     Rule,
@@ -143,6 +144,9 @@ class FineTuneJobSpec(Model):
     """Handling of retryable failures."""
     storage: Storage = Storage()
     """Object storage of the job, and the location of its working files."""
+    managed_by: DnsLabel | None = None
+    """Name of the operator that works on this job, where a cluster has several. Absent: the one
+    without a name. Another value hands the job over."""
     suspend: bool = False
     """Save the state, stop, and hold no nodes until this is false again."""
     rerun_token: Annotated[str, StringConstraints(max_length=128)] | None = None

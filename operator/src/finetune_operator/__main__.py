@@ -33,6 +33,10 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     option("--kubeconfig", "KUBECONFIG", None, "kubeconfig; absent: the pod's service account")
     option("--context", "KUBE_CONTEXT", None, "context of the kubeconfig")
+    option(
+        "--managed-by", "FINETUNE_MANAGED_BY", "",
+        "name of this operator: it works on jobs with this spec.managedBy",
+    )  # fmt: skip
     option("--namespaces", "FINETUNE_NAMESPACES", "", "comma-separated; empty: the whole cluster")
     option("--host", "FINETUNE_HOST", "0.0.0.0", "address of probes and metrics")
     option("--port", "FINETUNE_PORT", "8080", "port of probes and metrics")
@@ -70,6 +74,7 @@ def options(arguments: Sequence[str] | None = None) -> Options:
         ),
         kubeconfig=given.kubeconfig or None,
         context=given.context or None,
+        managed_by=given.managed_by,
         namespaces=tuple(n for n in given.namespaces.split(",") if n),
         host=given.host,
         port=int(given.port),

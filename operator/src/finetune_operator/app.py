@@ -38,6 +38,8 @@ class Options:
     config: Config
     kubeconfig: str | None
     context: str | None
+    managed_by: str
+    """Name of this operator: it works on jobs with this ``spec.managedBy``."""
     namespaces: tuple[str, ...]
     """Namespaces to watch; empty: all."""
     host: str
@@ -54,7 +56,7 @@ class Operator:
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._store = Store()
+        self._store = Store(options.managed_by)
         self._queue = WorkQueue()
         self._metrics = Metrics(self._store, lambda: len(self._queue))
         self._instance = f"{socket.gethostname()}-{uuid.uuid4().hex[:6]}"

@@ -12,7 +12,7 @@ spec or the progress of another team's job.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
@@ -65,10 +65,22 @@ def owner_of(kind: str, obj: Object) -> Owner | None:
     return Owner(meta["namespace"], uid) if is_child else None
 
 
+def manager_of(job: Object) -> str:
+    """Name of the operator that a FineTuneJob names; empty: the one without a name."""
+    spec = job.get("spec")
+    found = spec.get("managedBy") if isinstance(spec, Mapping) else None
+    return found if isinstance(found, str) else ""
+
+
 class Store:
     """FineTuneJobs by uid, and their children by owner."""
 
-    def __init__(self) -> None:
+    def __init__(self, managed_by: str = "") -> None:
+        """
+        Args:
+            managed_by: name of this operator; jobs with another ``spec.managedBy`` are not kept.
+        """
+        self._managed_by = managed_by
         self._jobs: dict[str, Object] = {}
         self._references = References()
         self._children: dict[Owner, dict[str, dict[str, Object]]] = {}
@@ -95,6 +107,11 @@ class Store:
         if self._removed.get(uid, -1) >= version_of(obj):
             return owner.uid
         obj = _trimmed(obj)
+        if kind == names.KIND and manager_of(obj) != self._managed_by:
+            if uid in self._jobs:  # handed over
+                self._references.remove(obj)
+                self._remove_job(owner)
+            return None
         if kind == names.KIND:
             self._put_in(self._jobs, uid, obj)
             self._references.put(self._jobs[uid])
