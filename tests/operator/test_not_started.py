@@ -157,6 +157,22 @@ def test_a_pod_that_no_scheduler_looks_at_is_named() -> None:
     assert world.status["failure"]["reason"] == "Unschedulable"
 
 
+def test_publish_waits_out_an_outage_of_storage() -> None:
+    """Its Job tries again for an hour; the trained model is not lost."""
+    world = at_training()
+    world.finish("train", trained=TRAINED)
+    world.settle()
+    away = {"class": "Storage", "reason": "StorageUnreachable", "message": "no answer"}
+    for number in range(6):
+        world.fail("publish", 21, suffix=f"p{number}", **away)
+        world.settle()
+        world.wait(600)
+        world.settle()
+        assert world.status["phase"] == "Publishing"
+        assert "Retrying: pod" in world.message("Published")
+        assert "no answer" in world.message("Published")
+
+
 def with_sidecar(pod: dict[str, Any]) -> None:
     pod["status"]["phase"] = "Running"
 

@@ -18,7 +18,7 @@ from finetune_api.podtemplate import template_problems
 from finetune_api.run_spec import parse_run_spec
 from finetune_operator.children.overlay import lay_over
 from finetune_operator.children.render import render
-from finetune_operator.config import GRACE_SECONDS, STAGE_BACKOFF_LIMIT
+from finetune_operator.config import GRACE_SECONDS, PUBLISH_BACKOFF_LIMIT, STAGE_BACKOFF_LIMIT
 from finetune_operator.decision.plan import Create, Plan
 
 LABEL = re.compile(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
@@ -161,7 +161,9 @@ def test_prepare_is_one_pod_that_does_all_or_reduces(workers: int, args: list[st
     world = World(prepare={"workers": workers})
     for job in rendered(world, (Create("Job", "prepare"), Create("Job", "publish"))):
         assert "completionMode" not in job["spec"] and job["spec"]["completions"] == 1
-        assert job["spec"]["backoffLimit"] == STAGE_BACKOFF_LIMIT
+        role = job["metadata"]["labels"][names.LABEL_ROLE]
+        limits = {"prepare": STAGE_BACKOFF_LIMIT, "publish": PUBLISH_BACKOFF_LIMIT}
+        assert job["spec"]["backoffLimit"] == limits[role]
     assert args_of(world, "prepare") == args and args_of(world, "publish") == ["publish"]
 
 

@@ -18,7 +18,10 @@ GRACE_SECONDS: Final = 120
 NODE_LOST_SECONDS: Final = 30
 """Seconds that pods stay bound to a node that is not ready or not reachable."""
 STAGE_BACKOFF_LIMIT: Final = 3
-"""Retries of a CPU stage's pod."""
+"""Retries of a pod of map and prepare."""
+PUBLISH_BACKOFF_LIMIT: Final = 11
+"""Retries of publish: with the Job controller's delays (10 s, doubled up to 10 minutes) an hour, so
+that a trained model outlasts an outage of storage."""
 GANG_BACKOFF_LIMIT: Final = 2_147_483_647
 """Effectively unlimited: the Job controller counts pods, failurePolicy.maxRestarts counts
 incidents."""

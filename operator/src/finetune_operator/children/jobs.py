@@ -12,7 +12,12 @@ from finetune_api.names import FINAL_EXIT_CODES, ExitCode, Role
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.children.metadata import Json, labels_of, metadata
 from finetune_operator.children.podspec import StagePod, pod_template
-from finetune_operator.config import GANG_BACKOFF_LIMIT, STAGE_BACKOFF_LIMIT, Config
+from finetune_operator.config import (
+    GANG_BACKOFF_LIMIT,
+    PUBLISH_BACKOFF_LIMIT,
+    STAGE_BACKOFF_LIMIT,
+    Config,
+)
 from finetune_operator.decision.plan import CurrentRun, Subject
 from finetune_operator.decision.stages import GANG
 
@@ -27,8 +32,8 @@ class StageJob:
     """Fields of the Job's spec: the number of pods, and how often each may fail."""
 
 
-def _one_pod(spec: FineTuneJobSpec) -> Json:
-    return {"completions": 1, "parallelism": 1, "backoffLimit": STAGE_BACKOFF_LIMIT}
+def _one_pod(tries: int) -> Callable[[FineTuneJobSpec], Json]:
+    return lambda spec: {"completions": 1, "parallelism": 1, "backoffLimit": tries}
 
 
 def _workers(spec: FineTuneJobSpec) -> Json:
@@ -53,9 +58,9 @@ def _indexed(pods: int) -> Json:
 
 STAGE_JOBS: Final[dict[Role, StageJob]] = {
     "map": StageJob(lambda spec: ["prepare", "--map"], _workers),
-    "prepare": StageJob(_prepare, _one_pod),
+    "prepare": StageJob(_prepare, _one_pod(STAGE_BACKOFF_LIMIT)),
     "train": StageJob(lambda spec: ["supervise"], _gang),
-    "publish": StageJob(lambda spec: ["publish"], _one_pod),
+    "publish": StageJob(lambda spec: ["publish"], _one_pod(PUBLISH_BACKOFF_LIMIT)),
 }
 
 

@@ -61,7 +61,9 @@ def obstacle(
         for o in (_of_pod(p, since, start_deadline, has_run, waiting_since) for p in pods)
         if o is not None
     ]
-    if not job.suspended and not job.finished and job.missing(pods):
+    # The Job of a CPU stage replaces a failed pod after its back-off; a gang's is made anew then.
+    replaces = job.role != GANG and any(p.phase == "Failed" for p in pods)
+    if not (job.suspended or job.finished or replaces) and job.missing(pods):
         found.append(_lacks_pods(job, pods, start_deadline))
     return min(found, key=lambda o: o.until, default=None)
 
