@@ -23,6 +23,8 @@ from finetune_trainer.prepare.pipeline import prepare
 from finetune_trainer.publish.pipeline import publish
 from finetune_trainer.storage.objects import Stores
 
+pytestmark = pytest.mark.slow
+
 TEST = records(40, seed=1)
 
 

@@ -14,6 +14,8 @@ from worlds import forked
 
 from ports import free_port
 
+pytestmark = pytest.mark.slow
+
 Found = tuple[dict[str, torch.Tensor], list[float], list[list[tuple[int, int]]]]
 
 

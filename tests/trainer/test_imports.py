@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from fixtures_memory import spec_of
 
+pytestmark = pytest.mark.slow
+
 TORCH = ("torch", "transformers", "peft", "accelerate")
 SCORES = ("sklearn", "sacrebleu", "rouge_score")
 TOOLS = ("datasets", "pandas", "trl", "matplotlib", "rich")

@@ -16,6 +16,8 @@ from worlds import worker_folder
 from finetune_trainer import liveness
 from finetune_trainer.liveness import StallWatch, progressed, stall_limit
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("asked", "longest", "started", "limit"),

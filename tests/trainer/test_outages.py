@@ -28,7 +28,7 @@ from finetune_trainer.storage.checkpoint_files import read_file
 from finetune_trainer.storage.objects import ObjectStore, Stores
 from finetune_trainer.train.checkpoint import CheckpointManager
 
-pytestmark = pytest.mark.usefixtures("one_thread", "mended")
+pytestmark = [pytest.mark.usefixtures("one_thread", "mended"), pytest.mark.slow]
 
 
 @pytest.fixture

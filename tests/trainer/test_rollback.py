@@ -31,7 +31,7 @@ from finetune_trainer.storage.run_head import Head, Rollback
 from finetune_trainer.train.checkpoint import CheckpointManager
 from finetune_trainer.train.step import optimizer_step
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 
 def poisoned(bench: Bench) -> dict[str, Any]:

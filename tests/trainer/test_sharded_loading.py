@@ -22,6 +22,8 @@ from finetune_trainer.storage.s3server import EmbeddedS3
 from finetune_trainer.storage.weight_reader import Weights
 from ports import free_port
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("name", "sharding", "size"),

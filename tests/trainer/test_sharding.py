@@ -18,6 +18,8 @@ from finetune_api.methods import METHODS
 from finetune_trainer.engine.sharding import capacity, decoder_blocks
 from ports import free_port
 
+pytestmark = pytest.mark.slow
+
 GB = 10**9
 
 

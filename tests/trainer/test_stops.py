@@ -11,6 +11,8 @@ from worlds import worker_folder
 from finetune_trainer.failures import Interrupted
 from finetune_trainer.storage import runfiles
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(("told", "restarts"), [((0, 1), 0), ((1,), 1)])
 def test_a_stop_saves_and_is_a_restart_unless_it_reached_all_ranks(

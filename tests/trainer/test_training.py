@@ -16,6 +16,8 @@ from worlds import worker_folder
 
 from finetune_trainer.storage import runfiles
 
+pytestmark = pytest.mark.slow
+
 
 def test_an_interrupted_run_equals_an_uninterrupted_one_at_any_size(bench: Bench) -> None:
     """With a data mixture that changes between stages."""

@@ -18,6 +18,8 @@ from finetune_trainer.prepare.mapping.progress import ProgressCallback, ReadProg
 from trainer.map_reduce_helpers import ALL_DROP, PrepareJob, put_mixed_data, spy_on_reads
 from trainer.prepare_helpers import lines, pairs
 
+pytestmark = pytest.mark.slow
+
 
 @given(data=st.data())
 @settings(

@@ -21,6 +21,8 @@ from finetune_trainer.prepare.reducing import reduce as reduce_module
 from trainer.map_reduce_helpers import ALL_DROP, PrepareJob, put_mixed_data, spy_on_reads
 from trainer.prepare_helpers import lines, pairs
 
+pytestmark = pytest.mark.slow
+
 # --- output --------------------------------------------------------------------------------------
 
 
