@@ -4,6 +4,7 @@ changed by the plans that the operator would apply."""
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -14,11 +15,10 @@ from finetune_operator.children.render import render
 from finetune_operator.config import Config
 from finetune_operator.decide import decide
 from finetune_operator.decision.plan import Plan
-from finetune_operator.world.children import job_view
 from finetune_operator.world.models import ModelJob, model_view
 from finetune_operator.world.objects import format_time
 from finetune_operator.world.observe import Refusal, observe
-from finetune_operator.world.pods import INDEX_ANNOTATION, pod_view
+from finetune_operator.world.pods import INDEX_ANNOTATION
 from finetune_operator.world.references import References
 
 UID = "0f9c2e4a-1111-2222-3333-444455556666"
@@ -89,25 +89,15 @@ class World:
             gone=self.gone,
             pull_failing_since=self.pull_failing_since,
             warnings=self.warnings,
-            lacks_pods_since=self._lacking(),
             progress=self.progress,
             progress_time=self.progress_time if self.progress else None,
             refused=self.refused,
             models=self.models(),
         )
+        since = self.lacking
+        self.lacking = {name: since.get(name, self.now) for name in found.lacking_pods()}
+        found = replace(found, lacks_pods_since=self.lacking)
         return decide(self.job, found, self.now, self.config)
-
-    def _lacking(self) -> dict[str, datetime]:
-        """Since when Jobs lack pods, by uid, as the store notes it."""
-        views = [v for v in map(pod_view, self.of("Pod")) if v is not None]
-        for child in self.of("Job"):
-            job, uid = job_view(child), child["metadata"]["uid"]
-            assert job is not None
-            if job.missing(v for v in views if (v.role, v.run, v.revision) == job.stage):
-                self.lacking.setdefault(uid, self.now)
-            else:
-                self.lacking.pop(uid, None)
-        return dict(self.lacking)
 
     def models(self) -> list[ModelJob]:
         """Views of the jobs whose models this job waits for."""

@@ -250,6 +250,12 @@ class Record(Model):
     model_config = ConfigDict(validate_by_name=True)
 
 
+Word = Annotated[str, StringConstraints(max_length=256)]
+"""A name or a CamelCase word in status."""
+
+Uri = Annotated[str, StringConstraints(max_length=2048)]
+"""An address in status."""
+
 # Numbers with a fraction are strings (Kubernetes API conventions forbid floats).
 DecimalString = Annotated[
     str,

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field
 
-from finetune_api.base import Record
+from finetune_api.base import Record, Uri, Word
 from finetune_api.names import Role
 
 TERMINATION_LIMIT: Final = 4096
@@ -20,8 +20,6 @@ TERMINATION_LIMIT: Final = 4096
 # Bounds of what status can hold: the image of a pod may be the user's own, and report anything.
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
-Word = Annotated[str, StringConstraints(max_length=256)]
-Uri = Annotated[str, StringConstraints(max_length=2048)]
 
 StartupPart = Literal[
     "launch", "import", "rendezvous", "data", "model", "restore", "baseline", "compile", "step"

@@ -6,15 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from finetune_api.base import Model
+from finetune_api.base import Model, Uri, Word
 from finetune_api.names import Phase
 
 Time = Annotated[
     str, StringConstraints(max_length=32), Field(json_schema_extra={"format": "date-time"})
 ]
-Word = Annotated[str, StringConstraints(max_length=256)]
 Message = Annotated[str, StringConstraints(max_length=4096)]
-Uri = Annotated[str, StringConstraints(max_length=2048)]
 Number = Annotated[str, StringConstraints(max_length=32)]
 
 

@@ -13,16 +13,16 @@ spec or the progress of another team's job.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
 from finetune_api import names
 from finetune_api.results import Progress
-from finetune_operator.world.children import job_view
 from finetune_operator.world.models import model_mark, model_view
 from finetune_operator.world.objects import Object
 from finetune_operator.world.observe import Observed, Refusal, observe
-from finetune_operator.world.pods import container_status, pod_view, pull_is_failing
+from finetune_operator.world.pods import container_status, pull_is_failing
 from finetune_operator.world.references import References
 
 CHILD_KINDS: Final = ("ConfigMap", "Service", "Job", "Pod")
@@ -90,7 +90,8 @@ class Store:
         self._progress: dict[str, tuple[Progress, datetime]] = {}
         self._refused: dict[str, dict[str, Refusal]] = {}
         self._warnings: dict[str, str] = {}
-        self._lacks_pods: dict[str, datetime] = {}
+        self._lacks_pods: dict[str, dict[str, datetime]] = {}
+        """Since when Jobs lack pods, by name of the Job, by uid of the FineTuneJob."""
         self._owners: dict[str, Owner] = {}
         """Owner of each child, by uid."""
         self._marks: dict[str, tuple[Any, ...]] = {}
@@ -155,7 +156,6 @@ class Store:
         kinds = self._children.get(owner, {})
         kinds.get(kind, {}).pop(uid, None)
         self._warnings.pop(uid, None)
-        self._lacks_pods.pop(uid, None)
         self._owners.pop(uid, None)
         if kind == "Pod":
             self._pull_failing.pop(uid, None)
@@ -175,7 +175,7 @@ class Store:
 
     def _remove_job(self, job: Owner) -> None:
         self._gone_pods.pop(job, None)
-        for place in (self._jobs, self._progress, self._refused, self._marks):
+        for place in (self._jobs, self._progress, self._refused, self._marks, self._lacks_pods):
             place.pop(job.uid, None)
         self._forget_children(job)
 
@@ -246,26 +246,13 @@ class Store:
             return list(self._jobs.values())
         return [o for kinds in self._children.values() for o in kinds[kind].values()]
 
-    def _note_lacking(self, uid: str) -> None:
-        """Note since when each Job of a job lacks pods."""
-        views = [v for v in map(pod_view, self.children(uid, "Pod")) if v is not None]
-        for child in self.children(uid, "Job"):
-            job, own = job_view(child), child["metadata"]["uid"]
-            if job is None or job.finished or job.suspended or job.deleting:
-                self._lacks_pods.pop(own, None)
-            elif job.missing(v for v in views if (v.role, v.run, v.revision) == job.stage):
-                self._lacks_pods.setdefault(own, datetime.now(UTC))
-            else:
-                self._lacks_pods.pop(own, None)
-
     def observed(self, uid: str) -> Observed:
         """Everything that ``decide`` sees of a job's children, and of the jobs that it refers
         to."""
-        self._note_lacking(uid)
         progress, time = self._progress.get(uid, (None, None))
         job = self._jobs.get(uid)
         named = self._references.chain(job) if job is not None else []
-        return observe(
+        found = observe(
             config_maps=self.children(uid, "ConfigMap"),
             jobs=self.children(uid, "Job"),
             services=self.children(uid, "Service"),
@@ -273,12 +260,15 @@ class Store:
             gone=self._gone_pods.get(self._key(uid), {}).values(),
             pull_failing_since=self._pull_failing,
             warnings=self._warnings,
-            lacks_pods_since=self._lacks_pods,
             progress=progress,
             progress_time=time,
             refused=self._refused.get(uid),
             models=[model_view(o, self.children(o["metadata"]["uid"], "ConfigMap")) for o in named],
         )
+        since = self._lacks_pods.get(uid, {})
+        lacking = {name: since.get(name, datetime.now(UTC)) for name in found.lacking_pods()}
+        self._lacks_pods[uid] = lacking
+        return replace(found, lacks_pods_since=lacking)
 
 
 def _trimmed(obj: Object) -> Object:

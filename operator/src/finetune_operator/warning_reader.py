@@ -94,7 +94,7 @@ def late_objects(store: Store, now: datetime) -> Iterator[Late]:
                 yield Late(uid, namespace, pod["metadata"]["uid"])
         for child in store.children(uid, "Job"):
             found = job_view(child)
-            if found is None or found.finished or found.suspended or found.deleting:
+            if found is None or not found.makes_pods:
                 continue
             views = (v for v in map(pod_view, pods) if v is not None)
             own = [v for v in views if (v.role, v.run, v.revision) == found.stage]

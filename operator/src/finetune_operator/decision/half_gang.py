@@ -49,22 +49,18 @@ def release(view: RunView) -> QueueStatus | None:
 def release_due(view: RunView) -> datetime | None:
     """When the gang gives its nodes back, unless its other pods find nodes; None: it does not."""
     job = view.job
-    if view.stage != GANG or view.queue is not None or job is None or job.suspended:
+    if view.stage != GANG or view.queue is not None or job is None or not job.makes_pods:
         return None
     lacking = _lacking(view)
-    holding = [p.scheduled_at or p.created for p in _alive(view) if p.scheduled]
-    if job.finished or job.deleting or not lacking or not holding:
+    holding = [p.scheduled_at or p.created for p in view.pods if p.active and p.scheduled]
+    if not lacking or not holding:
         return None
     return max([min(holding), *(p.created for p in lacking)]) + HALF_GANG_HOLDS
 
 
-def _alive(view: RunView) -> list[PodView]:
-    return [p for p in view.pods if not p.ended and p.deleted_by is None]
-
-
 def _lacking(view: RunView) -> list[PodView]:
     """Pods without a node."""
-    return [p for p in _alive(view) if not p.scheduled]
+    return [p for p in view.pods if p.active and not p.scheduled]
 
 
 def pause(uid: str, tries: int) -> timedelta:

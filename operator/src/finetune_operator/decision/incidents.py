@@ -15,7 +15,7 @@ from datetime import datetime
 from typing import Final
 
 from finetune_api.names import FINAL_EXIT_CODES, ExitCode
-from finetune_api.status import FineTuneJobStatus, Incident
+from finetune_api.status import FailureStatus, FineTuneJobStatus, Incident
 from finetune_operator.config import BUDGET_RESTORED_AFTER
 from finetune_operator.decision.failures import pod_failure, strongest
 from finetune_operator.world.objects import format_time, parse_time
@@ -104,7 +104,6 @@ def end_of(pod: PodView) -> datetime:
 def _begun(
     known: Sequence[Incident], pod: PodView, attempt: int, checkpoint: str | None
 ) -> Incident:
-    cause = pod_failure(pod, attempt or None)
     return Incident.model_validate(
         {
             "number": known[0].number + 1 if known else 1,
@@ -112,11 +111,16 @@ def _begun(
             "endTime": format_time(end_of(pod)),
             "attempt": attempt,
             "fault": is_fault(pod),
-            "failure": cause.model_copy(update={"message": cause.message[:MESSAGE_MAX]}).to_json(),
+            "failure": _cause(pod, attempt).to_json(),
             "indexes": [pod.index],
             "checkpoint": checkpoint,
         }
     )
+
+
+def _cause(pod: PodView, attempt: int) -> FailureStatus:
+    cause = pod_failure(pod, attempt or None)
+    return cause.model_copy(update={"message": cause.message[:MESSAGE_MAX]})
 
 
 def _joins(incident: Incident, pod: PodView, attempt: int, gang_created: datetime) -> bool:
@@ -130,12 +134,11 @@ def _joined(incident: Incident, pod: PodView, pods: Iterable[PodView]) -> Incide
     """An incident with one more pod; the cause is that of the pod with the best evidence."""
     named = [p for p in pods if p.name == incident.failure.pod]
     explains = strongest([*named, pod]) is pod if named else not incident.fault and is_fault(pod)
-    cause = pod_failure(pod, incident.attempt or None) if explains else incident.failure
     return incident.model_copy(
         update={
             "end_time": format_time(end_of(pod)),
             "fault": incident.fault or is_fault(pod),
-            "failure": cause.model_copy(update={"message": cause.message[:MESSAGE_MAX]}),
+            "failure": _cause(pod, incident.attempt) if explains else incident.failure,
             "indexes": [*incident.indexes, pod.index][:INDEXES_MAX],
         }
     )

@@ -42,6 +42,7 @@ def obstacle(
     start_deadline: timedelta,
     has_run: bool = False,
     waiting_since: datetime | None = None,
+    lacks_pods_since: datetime | None = None,
 ) -> Obstacle | None:
     """The stage's obstacle that becomes a failure first, or None.
 
@@ -53,6 +54,7 @@ def obstacle(
         has_run: whether the stage's pods have run before. An image that cannot be pulled is then no
             mistake of the manifest: the registry is waited for until the start deadline.
         waiting_since: when the gang first waited for nodes, if it has tried before.
+        lacks_pods_since: when the Job was first seen to lack pods, if it does.
     """
     since = job.started or job.created
     pods = list(pods)
@@ -63,8 +65,8 @@ def obstacle(
     ]
     # The Job of a CPU stage replaces a failed pod after its back-off; a gang's is made anew then.
     replaces = job.role != GANG and any(p.phase == "Failed" for p in pods)
-    if not (job.suspended or job.finished or replaces) and job.missing(pods):
-        found.append(_lacks_pods(job, pods, start_deadline))
+    if job.makes_pods and not replaces and job.missing(pods):
+        found.append(_lacks_pods(job, pods, start_deadline, lacks_pods_since or since))
     return min(found, key=lambda o: o.until, default=None)
 
 
@@ -75,7 +77,7 @@ def _of_pod(
     has_run: bool,
     waiting_since: datetime | None,
 ) -> Obstacle | None:
-    if pod.ended or pod.running or pod.deleted_by is not None:
+    if pod.running or not pod.active:
         return None
     until = max(since, pod.created) + deadline
     if pod.waiting_reason in PULL_REASONS:
@@ -160,13 +162,12 @@ def _not_started(pod: PodView, until: datetime, deadline: timedelta) -> Obstacle
     )
 
 
-def _lacks_pods(job: JobView, pods: Sequence[PodView], deadline: timedelta) -> Obstacle:
+def _lacks_pods(
+    job: JobView, pods: Sequence[PodView], deadline: timedelta, since: datetime
+) -> Obstacle:
     """The Job controller has not made all pods, or not replaced one after its back-off."""
-    since = max(job.started or job.created, job.lacks_pods_since or job.created)
-    replaces = any(p.phase == "Failed" for p in pods) or (
-        job.lacks_pods_since is not None
-        and (job.started is not None and job.lacks_pods_since > job.started + PODS_AWAITED)
-    )
+    late = since > (job.started or job.created) + PODS_AWAITED
+    replaces = late or any(p.phase == "Failed" for p in pods)
     awaited = PODS_AWAITED + (PODS_REPLACED if replaces else timedelta(0))
     there = job.parallelism - len(job.missing(pods))
     why = job.warning or (

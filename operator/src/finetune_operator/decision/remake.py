@@ -28,7 +28,7 @@ LONGEST_BACKOFF: Final = timedelta(minutes=10)
 def remake_reason(view: RunView) -> str | None:
     """Why the stage's Job is made anew in this pass; None: it is not."""
     job = view.job
-    if job is None or job.finished or job.deleting or job.suspended or view.spec.suspend:
+    if job is None or not job.makes_pods or view.spec.suspend:
         return None
     return _lost_node(view) or _long_backoff(view) or _sidecar(view)
 
@@ -36,7 +36,7 @@ def remake_reason(view: RunView) -> str | None:
 def remake_due(view: RunView) -> datetime | None:
     """When ``remake_reason`` may change although nothing happens."""
     times = [_lost_at(view)] if view.lost_pods else []
-    times += [p.finished + SIDECAR_ENDS for p in view.pods if p.outlived and p.finished]
+    times += [p.finished + SIDECAR_ENDS for p in view.pods if p.only_sidecars_run and p.finished]
     return min((time for time in times if time > view.now), default=None)
 
 
@@ -56,7 +56,7 @@ def _lost_at(view: RunView) -> datetime:
 
 def _long_backoff(view: RunView) -> str | None:
     failed = [p for p in view.pods if p.phase == "Failed"]
-    alive = {p.index for p in view.pods if not p.ended and p.deleted_by is None}
+    alive = {p.index for p in view.pods if p.active}
     missing = {p.index for p in failed} - alive
     if view.stage != GANG or not missing:
         return None
@@ -73,7 +73,6 @@ def _sidecar(view: RunView) -> str | None:
     if view.stage != GANG:  # fails the run: ``RunView.failed_beside_sidecar``
         return None
     for pod in view.pods:
-        ended = pod.finished
-        if pod.outlived and pod.exit_code != 0 and ended and view.now - ended >= SIDECAR_ENDS:
+        if view.outlasted(pod) and pod.exit_code != 0:
             return f"the trainer of pod {pod.name} has ended, but another container still runs"
     return None

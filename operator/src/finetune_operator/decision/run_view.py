@@ -80,7 +80,7 @@ class RunView:
         completed. Map is also done if prepare is done without it."""
         if role == "map" and self.done("prepare"):
             return True
-        if self.run.outcome == "Complete" or self._job_complete(role) or self._outlived(role):
+        if self.run.outcome == "Complete" or self._succeeded(role):
             return True
         if role == GANG and self.gang_released_at is not None and self.gang_released_at <= self.now:
             return True
@@ -92,28 +92,32 @@ class RunView:
         jobs = (j for j in self.observed.jobs if j.role == role and j.run == self.run.id)
         return any(j.complete for j in jobs)
 
-    def _outlived(self, role: Role) -> bool:
-        """Whether all pods of a CPU stage have succeeded, although another container (an injected
-        sidecar) keeps some of them running."""
+    def _succeeded(self, role: Role) -> bool:
+        """Whether the Job of a stage has completed or, of a CPU stage, would have if injected
+        sidecars did not keep pods running."""
+        if self._job_complete(role):
+            return True
         job = self.observed.job(role, self.run.id, self.run.revision)
         if job is None or role == GANG:
             return False
         pods = self.observed.pods_of(role, self.run.id, self.run.revision)
-        succeeded = [p for p in pods if p.exit_code == 0 and (p.ended or self._sidecar_overdue(p))]
+        succeeded = [p for p in pods if p.exit_code == 0 and (p.ended or self.outlasted(p))]
         indexes = {p.index for p in succeeded}
-        return any(p.outlived for p in succeeded) and len(indexes) >= job.parallelism
+        return any(not p.ended for p in succeeded) and len(indexes) >= job.parallelism
 
-    def _sidecar_overdue(self, pod: PodView) -> bool:
-        return pod.finished is not None and pod.finished + SIDECAR_ENDS <= self.now
+    def outlasted(self, pod: PodView) -> bool:
+        """Whether sidecars keep a pod running for too long after its trainer has ended."""
+        ended = pod.finished if pod.only_sidecars_run else None
+        return ended is not None and ended + SIDECAR_ENDS <= self.now
 
     @property
     def failed_beside_sidecar(self) -> bool:
         """Whether the stage has failed, although a sidecar keeps its pod running, so that the Job
         neither fails nor replaces the pod: a gang's pod for good, a CPU stage's for any cause."""
         return any(
-            p.outlived and (p.exit_code in FINAL_EXIT_CODES or self.stage != GANG)
+            self.outlasted(p)
+            and (p.exit_code in FINAL_EXIT_CODES or self.stage != GANG)
             and p.exit_code not in (0, ExitCode.FENCED)
-            and self._sidecar_overdue(p)
             for p in self.pods
         )  # fmt: skip
 
@@ -179,7 +183,7 @@ class RunView:
             stored = stored.model_copy(update={"faults": 0})
         known = Incidents(tuple(stored.incidents), stored.faults)
         job = self.job
-        if self.stage != GANG or job is None or job.finished or job.deleting or job.suspended:
+        if self.stage != GANG or job is None or not job.makes_pods:
             return known
         pods = [p for p in (*self.pods, *self.observed.gone) if p.created >= job.created]
         pods = [p for p in pods if (p.role, p.run, p.revision) == job.stage]
@@ -237,7 +241,8 @@ class RunView:
         deadline = timedelta(seconds=self.spec.scheduling.start_deadline_seconds)
         has_run = self.stage == GANG and self.same_run and self.before.progress is not None
         waiting = parse_time(self.queue_wait.since) if self.queue_wait else None
-        return obstacle(self.job, self.pods, deadline, has_run, waiting)
+        lacking = self.observed.lacks_pods_since.get(self.job.name)
+        return obstacle(self.job, self.pods, deadline, has_run, waiting, lacking)
 
     @property
     def refusal(self) -> Refusal | None:

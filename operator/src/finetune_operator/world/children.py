@@ -57,12 +57,15 @@ class JobView:
     """Completion indexes that have succeeded; their pods may be gone."""
     warning: str = ""
     """Kubernetes' newest warning about the Job, read once it lacks pods."""
-    lacks_pods_since: datetime | None = None
-    """When this process first saw that the Job lacks pods; None: it does not."""
 
     @property
     def finished(self) -> bool:
         return self.complete or self.failed
+
+    @property
+    def makes_pods(self) -> bool:
+        """Whether the Job controller makes the Job's pods, and replaces failed ones."""
+        return not (self.finished or self.suspended or self.deleting)
 
     @property
     def stage(self) -> tuple[Role, str, int]:
@@ -108,9 +111,7 @@ def stored_run_spec(obj: Object) -> StoredRunSpec | None:
     )
 
 
-def job_view(
-    obj: Object, warning: str = "", lacks_pods_since: datetime | None = None
-) -> JobView | None:
+def job_view(obj: Object, warning: str = "") -> JobView | None:
     """The Job of a stage, or None for any other Job."""
     labels = child_labels(obj)
     created = parse_time(obj["metadata"].get("creationTimestamp"))
@@ -137,7 +138,6 @@ def job_view(
         parallelism=obj.get("spec", {}).get("parallelism", 1),
         completed=_indexes(status.get("completedIndexes") or ""),
         warning=warning,
-        lacks_pods_since=lacks_pods_since,
     )
 
 

@@ -52,6 +52,8 @@ class Observed:
     """When ``progress`` was read."""
     refused: Mapping[str, Refusal] = field(default_factory=dict)
     """By ``child_key``; removed once the API server accepts the request."""
+    lacks_pods_since: Mapping[str, datetime] = field(default_factory=dict)
+    """When Jobs that lack pods were first seen so, by name of the Job."""
     models: tuple[ModelJob, ...] = ()
     """The job whose model this job starts from, the job that that job starts from, and so on."""
 
@@ -70,6 +72,11 @@ class Observed:
             if p.role == role and p.run == run and revision in (None, p.revision)
         ]
 
+    def lacking_pods(self) -> list[str]:
+        """Names of the Jobs that lack pods."""
+        jobs = (j for j in self.jobs if j.makes_pods)
+        return [j.name for j in jobs if j.missing(self.pods_of(j.role, j.run, j.revision))]
+
     def progress_of(self, run: str) -> Progress | None:
         """The newest progress if it belongs to the given run."""
         return self.progress if self.progress is not None and self.progress.run == run else None
@@ -84,20 +91,16 @@ def observe(
     gone: Iterable[Object] = (),
     pull_failing_since: Mapping[str, datetime] | None = None,
     warnings: Mapping[str, str] | None = None,
-    lacks_pods_since: Mapping[str, datetime] | None = None,
     progress: Progress | None = None,
     progress_time: datetime | None = None,
     refused: Mapping[str, Refusal] | None = None,
     models: Iterable[ModelJob] = (),
 ) -> Observed:
-    """The views of a job's children; ``pull_failing_since``, ``warnings`` and ``lacks_pods_since``
-    are by uid."""
-    since, told, lacks = pull_failing_since or {}, warnings or {}, lacks_pods_since or {}
+    """The views of a job's children; ``pull_failing_since`` and ``warnings`` are by uid."""
+    since, told = pull_failing_since or {}, warnings or {}
     return Observed(
         run_specs=tuple(filter(None, map(stored_run_spec, config_maps))),
-        jobs=tuple(
-            filter(None, (job_view(j, told.get(_uid(j), ""), lacks.get(_uid(j))) for j in jobs))
-        ),
+        jobs=tuple(filter(None, (job_view(j, told.get(_uid(j), "")) for j in jobs))),
         services=tuple(filter(None, map(service_view, services))),
         pods=tuple(
             filter(None, (pod_view(p, since.get(_uid(p)), told.get(_uid(p), "")) for p in pods))

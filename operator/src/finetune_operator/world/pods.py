@@ -75,10 +75,15 @@ class PodView:
         return self.phase in ("Succeeded", "Failed")
 
     @property
+    def active(self) -> bool:
+        """Whether the pod runs or may run: it has not ended, and is not being deleted."""
+        return not self.ended and self.deleted_by is None
+
+    @property
     def is_starting(self) -> bool:
         """Whether the pod has a node, and its container has not started yet."""
         begun = self.started is not None or self.running or self.exit_code is not None
-        return self.scheduled and not (begun or self.ended) and self.deleted_by is None
+        return self.active and self.scheduled and not begun
 
     @property
     def on_lost_node(self) -> bool:
@@ -87,10 +92,9 @@ class PodView:
         return lost and self.deleted_by is not None and not self.ended
 
     @property
-    def outlived(self) -> bool:
-        """Whether the trainer has ended, but another container (a sidecar) keeps the pod
-        running."""
-        return self.exit_code is not None and not self.ended and self.deleted_by is None
+    def only_sidecars_run(self) -> bool:
+        """Whether the trainer has ended, but another container keeps the pod running."""
+        return self.active and self.exit_code is not None
 
     @property
     def is_disrupted(self) -> bool:
