@@ -59,7 +59,7 @@ def test_a_gang_on_a_node_that_is_powered_off_continues_elsewhere(platform, mani
     cluster.nodes[dying].power_off()
     try:
         eventually(
-            "the gang is made anew",
+            "the gang is recreated",
             lambda: platform.status(name)["run"]["revision"] == 2,
             within=180,
         )
@@ -68,7 +68,7 @@ def test_a_gang_on_a_node_that_is_powered_off_continues_elsewhere(platform, mani
     finally:
         cluster.nodes[dying].start()
         cluster.wait_for_nodes(dying)
-    print(f"made anew {made:.0f} s after the power was off, complete after"
+    print(f"recreated {made:.0f} s after the power was off, complete after"
           f" {time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
     assert (status["restarts"], status["faults"]) == (1, 0)
     (incident,) = status["incidents"]

@@ -73,6 +73,8 @@ class World:
         self.pull_failing_since: dict[str, datetime] = {}
         self.warnings: dict[str, str] = {}
         self.lacking: dict[str, datetime] = {}
+        self.created = 0
+        """Number of objects created."""
         self.refused: dict[str, Refusal] = {}
         self.config = CONFIG
         self.others: list[World] = []
@@ -116,7 +118,8 @@ class World:
                 self.end_pods_of(delete.name)
         for obj in render(plan, self.config):
             obj["metadata"]["creationTimestamp"] = format_time(self.now)
-            obj["metadata"]["uid"] = obj["metadata"]["name"]
+            self.created += 1
+            obj["metadata"]["uid"] = f"{obj['metadata']['name']}-{self.created}"
             self.objects[obj["kind"], obj["metadata"]["name"]] = copy.deepcopy(obj)
         for change in plan.change:
             old = self.objects[change.kind, change.name]
@@ -171,7 +174,12 @@ class World:
                 "namespace": self.job["metadata"]["namespace"],
                 "uid": name,
                 "ownerReferences": [
-                    {"apiVersion": "batch/v1", "kind": "Job", "uid": "j", "controller": True}
+                    {
+                        "apiVersion": "batch/v1",
+                        "kind": "Job",
+                        "uid": job["metadata"]["uid"],
+                        "controller": True,
+                    }
                 ],
                 "labels": template["metadata"]["labels"],
                 "annotations": {INDEX_ANNOTATION: str(index)},

@@ -263,7 +263,7 @@ def test_suspend_and_resume_continue_the_run(job: Job, operator: OperatorProcess
     job.patch(suspend=False)
     job.running("train", 2)
     job.reach("Training")
-    assert len(job.uids("jobs") & jobs) == 1, "prepare's; the gang's Job is made anew"
+    assert len(job.uids("jobs") & jobs) == 1, "prepare's; the gang's Job is recreated"
     assert job.status["run"]["revision"] == 1
     assert job.status["restarts"] == 0 and not job.status.get("incidents")
 

@@ -149,6 +149,26 @@ def test_a_pod_that_vanished_is_an_incident() -> None:
     assert world.status["restarts"] == 1
 
 
+def test_pods_of_a_job_that_was_deleted_by_suspend_are_no_incident() -> None:
+    """All within one second, as on a fast cluster."""
+    world = at_training()
+    old = world.of("Pod")
+    world.edit(suspend=True)
+    world.settle()
+    world.remove_pods()
+    for pod in old:
+        pod["status"]["containerStatuses"][0]["state"] = {
+            "terminated": {"exitCode": 137, "finishedAt": format_time(world.now)}
+        }
+    world.gone = old
+    world.edit(suspend=False)
+    world.settle()
+    world.pods("train", 2, running={})
+    world.settle()
+    assert world.status["phase"] == "Training"
+    assert (world.status["restarts"], world.status["incidents"]) == (0, [])
+
+
 def test_half_an_hour_of_training_with_a_new_checkpoint_restores_the_budget() -> None:
     world = at_training(failurePolicy={"maxRestarts": 1})
     world.report(attempt=1, latestCheckpoint=CHECKPOINT.format(10))

@@ -237,6 +237,20 @@ def stored(world: World, version: int, uid: str = "") -> dict[str, Any]:
     return job
 
 
+def test_the_model_of_another_operators_job_is_found() -> None:
+    other = completed(name="first", uid=FIRST_UID)
+    other.job["spec"]["managedBy"] = "blue"
+    world = follower()
+    store = Store()
+    uid = store.put(names.KIND, stored(world, 1))
+    assert store.put(names.KIND, stored(other, 2)) is None
+    for number, config_map in enumerate(other.of("ConfigMap")):
+        config_map["metadata"] |= {"uid": f"c{number}", "resourceVersion": "3"}
+        store.put("ConfigMap", config_map)
+    assert uid is not None and [m.complete for m in store.observed(uid).models] == [True]
+    assert len(list(store.jobs())) == 1
+
+
 def test_the_store_tracks_references_between_jobs() -> None:
     other = completed(name="first", uid=FIRST_UID)
     world = follower()

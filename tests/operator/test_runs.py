@@ -302,7 +302,7 @@ def test_incidents_survive_a_removed_run_spec() -> None:
     assert told(world, "bot-1-0f9c2-run-spec-1")["restarts"] == 1
 
 
-def test_suspend_deletes_the_job_and_resume_makes_it_anew() -> None:
+def test_suspend_deletes_the_job_and_resume_recreates_it() -> None:
     """A suspended Job would keep its count of failed pods, and with it its back-off."""
     world = at_training()
     world.edit(suspend=True)

@@ -34,11 +34,11 @@ HISTORY: Final = 10
 OVERDUE: Final = timedelta(seconds=30)
 """A terminating pod this long past its grace period counts as a pod on a dead node: the next gang
 does not wait for it. The attempt number in HEAD.json fences its writes."""
-HALF_GANG_HOLDS: Final = timedelta(minutes=5)
+PARTIAL_GANG_HOLDS: Final = timedelta(minutes=5)
 """How long pods of a gang hold nodes while others find none."""
 LOST_AFTER: Final = timedelta(seconds=45)
-"""How long a stage with a pod on an unreachable node may make no progress before its Job is made
-anew."""
+"""How long a stage with a pod on an unreachable node may make no progress before its Job is
+recreated."""
 SIDECAR_ENDS: Final = timedelta(seconds=30)
 """How long other containers of a pod may run after the trainer's."""
 GANG_LINGERS: Final = timedelta(seconds=60)
@@ -56,8 +56,8 @@ PULL_FAILING: Final = timedelta(minutes=10)
 PODS_AWAITED: Final = timedelta(seconds=10)
 """How long a Job may lack pods before status shows it."""
 PODS_REPLACED: Final = timedelta(seconds=60)
-"""Longest back-off of a Job controller before it replaces a failed pod; beyond, the gang is made
-anew (``decision.remake``)."""
+"""Longest back-off of a Job controller before it replaces a failed pod; beyond, the gang is
+recreated (``decision.recreate``)."""
 START_AWAITED: Final = timedelta(seconds=20)
 """How long a container may take to start before status shows it."""
 USAGE_STEP_SECONDS: Final = 30

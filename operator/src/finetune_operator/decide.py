@@ -13,7 +13,7 @@ from finetune_api.status import FineTuneJobStatus
 from finetune_operator.config import Config
 from finetune_operator.decision.advance import advance
 from finetune_operator.decision.plan import Event, Plan, Subject
-from finetune_operator.decision.remake import remake_reason
+from finetune_operator.decision.recreate import recreate_reason
 from finetune_operator.decision.run_failure import run_failure
 from finetune_operator.decision.run_view import RunView
 from finetune_operator.decision.runs import current_run, next_gang
@@ -45,9 +45,9 @@ def decide(job: Mapping[str, Any], observed: Observed, now: datetime, config: Co
         return _with_status(Plan(subject), job, before, after)
     live = spec or _with_suspend(run.run_spec.spec, job.get("spec"))
     view = RunView(subject, live, problems, before, observed, run, now)
-    reason = None if run_failure(view) else remake_reason(view)
+    reason = None if run_failure(view) else recreate_reason(view)
     if reason is not None:
-        incidents = view.incidents_when_remade
+        incidents = view.incidents_when_recreated
         run = next_gang(run, max(view.restarts, incidents.count))
         view = replace(view, run=run, inherited=incidents)
     decision = advance(view)
@@ -63,7 +63,7 @@ def decide(job: Mapping[str, Any], observed: Observed, now: datetime, config: Co
     plan = _with_status(plan, job, before, run_status(view, decision))
     if reason is None:
         return plan
-    text = f"{reason}: pods are made anew, as revision {run.revision} of the run"
+    text = f"{reason}: pods are recreated, as revision {run.revision} of the run"
     return replace(plan, events=(*plan.events, Event("Warning", "PodsRecreated", text)))
 
 

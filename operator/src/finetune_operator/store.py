@@ -44,12 +44,16 @@ class Owner(NamedTuple):
     uid: str
 
 
+def _as_owner(job: Object) -> Owner:
+    return Owner(job["metadata"]["namespace"], job["metadata"]["uid"])
+
+
 def owner_of(kind: str, obj: Object) -> Owner | None:
     """The FineTuneJob that an object belongs to (itself, if it is one); None for an object that
     claims a job by its label, without being controlled by the job."""
-    meta = obj["metadata"]
     if kind == names.KIND:
-        return Owner(meta["namespace"], meta["uid"])
+        return _as_owner(obj)
+    meta = obj["metadata"]
     uid = (meta.get("labels") or {}).get(names.LABEL_JOB_UID)
     owners = meta.get("ownerReferences") or []
     controller = next((o for o in owners if o.get("controller")), None)
@@ -78,7 +82,8 @@ class Store:
     def __init__(self, managed_by: str = "") -> None:
         """
         Args:
-            managed_by: name of this operator; jobs with another ``spec.managedBy`` are not kept.
+            managed_by: name of this operator; jobs with another ``spec.managedBy`` are kept only
+                as sources of models.
         """
         self._managed_by = managed_by
         self._jobs: dict[str, Object] = {}
@@ -109,8 +114,8 @@ class Store:
             return owner.uid
         obj = _trimmed(obj)
         if kind == names.KIND and manager_of(obj) != self._managed_by:
+            self._references.put(obj)  # jobs of this operator may start from its model
             if uid in self._jobs:  # handed over
-                self._references.remove(obj)
                 self._remove_job(owner)
             return None
         if kind == names.KIND:
@@ -233,12 +238,11 @@ class Store:
 
     def children(self, uid: str, kind: str) -> list[Object]:
         """A job's children of one kind."""
-        return list(self._children.get(self._key(uid), {}).get(kind, {}).values())
-
-    def _key(self, uid: str) -> Owner:
-        """Key of a job's children; of a job that is not known, one without children."""
         job = self._jobs.get(uid)
-        return Owner(job["metadata"]["namespace"] if job else "", uid)
+        return self._children_of(job, kind) if job is not None else []
+
+    def _children_of(self, job: Object, kind: str) -> list[Object]:
+        return list(self._children.get(_as_owner(job), {}).get(kind, {}).values())
 
     def objects(self, kind: str) -> list[Object]:
         """All objects of one kind."""
@@ -249,21 +253,23 @@ class Store:
     def observed(self, uid: str) -> Observed:
         """Everything that ``decide`` sees of a job's children, and of the jobs that it refers
         to."""
-        progress, time = self._progress.get(uid, (None, None))
         job = self._jobs.get(uid)
-        named = self._references.chain(job) if job is not None else []
+        if job is None:
+            return Observed()
+        progress, time = self._progress.get(uid, (None, None))
+        named = self._references.chain(job)
         found = observe(
             config_maps=self.children(uid, "ConfigMap"),
             jobs=self.children(uid, "Job"),
             services=self.children(uid, "Service"),
             pods=self.children(uid, "Pod"),
-            gone=self._gone_pods.get(self._key(uid), {}).values(),
+            gone=self._gone_pods.get(_as_owner(job), {}).values(),
             pull_failing_since=self._pull_failing,
             warnings=self._warnings,
             progress=progress,
             progress_time=time,
             refused=self._refused.get(uid),
-            models=[model_view(o, self.children(o["metadata"]["uid"], "ConfigMap")) for o in named],
+            models=[model_view(o, self._children_of(o, "ConfigMap")) for o in named],
         )
         since = self._lacks_pods.get(uid, {})
         lacking = {name: since.get(name, datetime.now(UTC)) for name in found.lacking_pods()}

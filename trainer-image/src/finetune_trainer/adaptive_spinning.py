@@ -20,8 +20,9 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
+
+from finetune_trainer.background import BackgroundThread
 
 _TASKS: Final = Path("/proc/self/task")
 _MAPS: Final = Path("/proc/self/maps")
@@ -64,30 +65,18 @@ class SpinDecision:
         return self.spins
 
 
-class AdaptiveSpinning:
+class AdaptiveSpinning(BackgroundThread):
     """Context manager: adapts how the OpenMP threads of this process wait."""
 
     def __init__(self) -> None:
+        super().__init__("spinning")
         self._cores = len(os.sched_getaffinity(0))
-        self._ended = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="spinning", daemon=True)
 
-    def __enter__(self) -> Self:
-        self._watcher.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:  # fmt: skip
-        self._ended.set()
-        self._watcher.join()
-
-    def _watch(self) -> None:
+    def run(self) -> None:
         decision = SpinDecision()
         second_team: SecondTeam | None = None
         before, at = _run_queue_seconds(), time.perf_counter()
-        while not self._ended.wait(_INTERVAL):
+        while not self.ended.wait(_INTERVAL):
             now, later = _run_queue_seconds(), time.perf_counter()
             waited = sum(s - before[task] for task, s in now.items() if task in before)
             spins = decision.update(waited / (later - at))

@@ -10,13 +10,13 @@ themselves, and the supervisors start all of them again.
 from __future__ import annotations
 
 import faulthandler
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
+
+from finetune_trainer.background import BackgroundThread
 
 LEAST_SECONDS: Final = 900.0
 """Shortest default limit."""
@@ -69,7 +69,7 @@ def stall_limit(asked: float | None, longest: float, started: bool) -> float:
     return max(LEAST_SECONDS if started else START_SECONDS, TIMES_LONGEST * longest)
 
 
-class StallWatch:
+class StallWatch(BackgroundThread):
     """Context manager: calls ``on_stall`` from a thread once the process has stalled."""
 
     def __init__(
@@ -81,38 +81,34 @@ class StallWatch:
             stacks: file for the stacks of all threads.
             on_stall: called with the seconds without a sign and that file; ends the process.
         """
+        super().__init__("stall-watch")
         self._asked, self._stacks, self._on_stall = asked, stacks, on_stall
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="stall-watch", daemon=True)
 
-    def __enter__(self) -> Self:
+    def run(self) -> None:
+        """Look for signs until the context ends."""
         global _signs
         _signs = _Signs()
-        self._thread.start()
-        return self
+        try:
+            while self._has_signs():
+                pass
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:  # fmt: skip
-        self._ended.set()
-        self._thread.join()
-        faulthandler.cancel_dump_traceback_later()
-
-    def _watch(self) -> None:
-        while True:
-            limit = stall_limit(self._asked, _signs.longest, _signs.stepped)
-            # If native code holds Python's lock, this thread cannot run: faulthandler's needs none.
-            faulthandler.dump_traceback_later(limit + _GIVE_UP, exit=True)
-            pause, began = limit / _LOOKS, time.monotonic()
-            if self._ended.wait(pause):
-                return
-            now = time.monotonic()
-            if now - began > 2 * pause + 1:  # the whole process was stopped, and goes on
-                _signs.last = now
-            idle = now - _signs.last
-            if idle >= limit:
-                with suppress(OSError), self._stacks.open("w") as file:
-                    faulthandler.dump_traceback(file, all_threads=True)
-                self._on_stall(idle, self._stacks)
-                return
+    def _has_signs(self) -> bool:
+        """Wait until the next look; return whether to go on."""
+        limit = stall_limit(self._asked, _signs.longest, _signs.stepped)
+        # If native code holds Python's lock, this thread cannot run: faulthandler's needs none.
+        faulthandler.dump_traceback_later(limit + _GIVE_UP, exit=True)
+        pause, began = limit / _LOOKS, time.monotonic()
+        if self.ended.wait(pause):
+            return False
+        now = time.monotonic()
+        if now - began > 2 * pause + 1:  # the whole process was stopped, and goes on
+            _signs.last = now
+        idle = now - _signs.last
+        if idle < limit:
+            return True
+        with suppress(OSError), self._stacks.open("w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        self._on_stall(idle, self._stacks)
+        return False

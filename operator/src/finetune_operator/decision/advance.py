@@ -9,9 +9,9 @@ from datetime import timedelta
 
 from finetune_api.status import QueueStatus
 from finetune_operator.config import ANNOTATION_OUTCOME, HISTORY, OVERDUE
-from finetune_operator.decision.half_gang import next_try, release, release_due
+from finetune_operator.decision.partial_gang import next_try, release, release_due
 from finetune_operator.decision.plan import Actions, Change, Create, Decision, Delete
-from finetune_operator.decision.remake import remake_due
+from finetune_operator.decision.recreate import recreate_due
 from finetune_operator.decision.run_failure import pod_failure_due, run_failure
 from finetune_operator.decision.run_view import RunView, gang_runs
 from finetune_operator.decision.stages import GANG, akin
@@ -39,8 +39,8 @@ def advance(view: RunView) -> Decision:
         _suspend(view, actions)
         return Decision("Suspended", actions)
     _wake_for_obstacle(view, actions)
-    _wake_for_remake(view, actions)
-    queue = _release_half_gang(view, actions)
+    _wake_for_recreate(view, actions)
+    queue = _release_partial_gang(view, actions)
     if queue is None:
         _make_stage(view, actions)
         queue = None if gang_runs(view) else view.queue_wait
@@ -184,7 +184,7 @@ def _overdue(pod: PodView, view: RunView) -> bool:
     return pod.deleted_by is not None and pod.deleted_by + OVERDUE <= view.now
 
 
-def _release_half_gang(view: RunView, actions: Actions) -> QueueStatus | None:
+def _release_partial_gang(view: RunView, actions: Actions) -> QueueStatus | None:
     """Give the nodes of a gang back if some of its pods find none, and wait for the next try.
     Returns the wait, or None if there is none."""
     due = release_due(view)
@@ -224,7 +224,7 @@ def _wake_for_obstacle(view: RunView, actions: Actions) -> None:
     actions.wake_at(shown if shown and shown > view.now else view.obstacle.until)
 
 
-def _wake_for_remake(view: RunView, actions: Actions) -> None:
-    due = remake_due(view)
+def _wake_for_recreate(view: RunView, actions: Actions) -> None:
+    due = recreate_due(view)
     if due is not None:
         actions.wake_at(due)

@@ -63,7 +63,7 @@ def obstacle(
         for o in (_of_pod(p, since, start_deadline, has_run, waiting_since) for p in pods)
         if o is not None
     ]
-    # The Job of a CPU stage replaces a failed pod after its back-off; a gang's is made anew then.
+    # The Job of a CPU stage replaces a failed pod after its back-off; a gang's is recreated then.
     replaces = job.role != GANG and any(p.phase == "Failed" for p in pods)
     if job.makes_pods and not replaces and job.missing(pods):
         found.append(_lacks_pods(job, pods, start_deadline, lacks_pods_since or since))

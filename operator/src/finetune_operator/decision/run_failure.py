@@ -8,7 +8,7 @@ from finetune_api.podtemplate import template_problems
 from finetune_api.status import FailureStatus
 from finetune_operator.config import POD_FAILURE_AWAITED
 from finetune_operator.decision.failures import failure, stage_failure
-from finetune_operator.decision.half_gang import give_up
+from finetune_operator.decision.partial_gang import give_up
 from finetune_operator.decision.run_view import RunView
 from finetune_operator.decision.stages import GANG
 

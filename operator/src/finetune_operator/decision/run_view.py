@@ -171,7 +171,7 @@ class RunView:
         return self.inherited if self.inherited is not None else self._incidents(())
 
     @property
-    def incidents_when_remade(self) -> Incidents:
+    def incidents_when_recreated(self) -> Incidents:
         """Incidents if the stage's pods on lost nodes are given up in this pass."""
         return self._incidents(self.lost_pods)
 
@@ -185,8 +185,7 @@ class RunView:
         job = self.job
         if self.stage != GANG or job is None or not job.makes_pods:
             return known
-        pods = [p for p in (*self.pods, *self.observed.gone) if p.created >= job.created]
-        pods = [p for p in pods if (p.role, p.run, p.revision) == job.stage]
+        pods = [p for p in (*self.pods, *self.observed.gone) if p.job == job.uid]
         return incidents(
             stored,
             pods,

@@ -160,7 +160,7 @@ def _changed_classes(known: _Known, spec: FineTuneJobSpec) -> dict[FieldClass, l
 
 
 def next_gang(run: CurrentRun, restarts: int) -> CurrentRun:
-    """The next revision of a run with the same spec, for a gang that is made anew."""
+    """The next revision of a run with the same spec, for a gang that is recreated."""
     update = {"revision": run.revision + 1, "restarts": restarts}
     return replace(
         run,

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 from finetune_api.names import Phase, Role
 from finetune_operator.decision.failures import stage_failure
-from finetune_operator.decision.half_gang import next_try
+from finetune_operator.decision.partial_gang import next_try
 from finetune_operator.decision.plan import Decision
 from finetune_operator.decision.run_view import RunView, gang_runs, running_indexes
 from finetune_operator.world.objects import format_time
@@ -71,7 +71,7 @@ def _train(view: RunView) -> Activity:
     text = f"{alive} of {nodes} pods run"
     if view.lost_pods:
         lost = ", ".join(sorted({p.node or "?" for p in view.lost_pods}))
-        text += f"; node {lost} is not reachable: without progress, the gang is made anew elsewhere"
+        text += f"; node {lost} is not reachable: without progress, the gang is recreated elsewhere"
     if not gang_runs(view):
         return Activity("Starting", "Starting", text)
     loading = view.progress is not None and view.progress.stage == "Loading"

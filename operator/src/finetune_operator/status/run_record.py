@@ -25,13 +25,23 @@ def run_record(view: RunView, outcome: Literal["Complete", "Failed"] | None) -> 
         start_time=_start_time(view, stored),
         completion_time=format_time(view.completion_time) if outcome else None,
         rerun_token=view.run_spec.spec.rerun_token,
-        spec_digest=class_digest(view.run_spec.spec.to_json(), "NewRun"),
-        gang_digest=class_digest(view.run_spec.spec.to_json(), "Resume"),
         retry_token=view.spec.retry_token,
+        **_digests(view, stored),
         base=_base(view),
         outcome=outcome,
         output=view.run_spec.output_uri if outcome == "Complete" else None,
     )
+
+
+def _digests(view: RunView, stored: Run | None) -> dict[str, str]:
+    """Digests of the run spec; of a frozen one that status knows, the stored ones."""
+    frozen = view.run.recorded and stored is not None and stored.revision == view.run.revision
+    if frozen and stored and stored.spec_digest and stored.gang_digest:
+        return {"spec_digest": stored.spec_digest, "gang_digest": stored.gang_digest}
+    spec = view.run_spec.spec.to_json()
+    return {
+        "spec_digest": class_digest(spec, "NewRun"), "gang_digest": class_digest(spec, "Resume"),
+    }  # fmt: skip
 
 
 def _start_time(view: RunView, stored: Run | None) -> str | None:

@@ -40,6 +40,7 @@ class JobView:
     run: str
     revision: int
     created: datetime
+    uid: str = ""
     started: datetime | None = None
     suspended: bool = False
     complete: bool = False
@@ -122,6 +123,7 @@ def job_view(obj: Object, warning: str = "") -> JobView | None:
     bad = true.get("Failed") or true.get("FailureTarget") or {}
     return JobView(
         name=obj["metadata"]["name"],
+        uid=obj["metadata"].get("uid", ""),
         role=labels.role,
         run=labels.run,
         revision=labels.revision,

@@ -29,6 +29,8 @@ class PodView:
     index: int
     """Completion index: the node rank of a gang's pod, or the number of a worker."""
     created: datetime
+    job: str = ""
+    """uid of the Job that made the pod."""
     phase: str = "Pending"
     node: str | None = None
     ip: str | None = None
@@ -122,6 +124,7 @@ def pod_view(
         revision=labels.revision,
         index=int(index) if index.isdigit() else 0,
         created=created,
+        job=next((o["uid"] for o in meta.get("ownerReferences") or [] if o.get("controller")), ""),
         phase=status.get("phase") or "Pending",
         node=spec.get("nodeName"),
         ip=status.get("podIP"),

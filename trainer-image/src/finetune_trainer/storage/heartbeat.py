@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from pydantic import ValidationError
 
 from finetune_api.base import Record
+from finetune_trainer.background import BackgroundThread
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.storage.objects import ObjectNotFound, ObjectStore
 
@@ -51,7 +50,7 @@ def last_heartbeat(
     return max(known, min(now, last + BEAT_SECONDS))
 
 
-class Heartbeat:
+class Heartbeat(BackgroundThread):
     """Writes heartbeats of an attempt in a thread while the context lasts."""
 
     def __init__(
@@ -60,21 +59,10 @@ class Heartbeat:
     ) -> None:  # fmt: skip
         self._store, self._uri = store, f"{run_uri}/heartbeat.json"
         self._attempt, self._clock = attempt, clock
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        super().__init__("heartbeat")
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:  # fmt: skip
-        self._over.set()
-
-    def _run(self) -> None:
-        while not self._over.wait(BEAT_SECONDS):
+    def run(self) -> None:
+        while not self.ended.wait(BEAT_SECONDS):
             self.beat()
 
     def beat(self) -> None:

@@ -31,6 +31,12 @@ from finetune_trainer.failures import (
     object_changed,
 )
 from finetune_trainer.liveness import progressed
+from finetune_trainer.storage.error_codes import (
+    CONFLICT_CODES,
+    OVERLOAD_CODES,
+    RANGE_CODES,
+    refusal,
+)
 from finetune_trainer.storage.objectinfo import (
     BeyondTheEnd,
     Credentials,
@@ -52,19 +58,6 @@ TRANSFER: Final = TransferConfig(
 )
 DELETE_BATCH: Final = 1000
 """S3's limit of keys per DeleteObjects request."""
-
-DENIED_CODES: Final = {
-    *("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"),
-    *("InvalidToken", "AllAccessDisabled", "AccountProblem", "401", "403"),
-}
-EXPIRED_CODES: Final = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
-WRONG_REGION_CODES: Final = {"AuthorizationHeaderMalformed", "PermanentRedirect", "301"}
-OVERLOAD_CODES: Final = {
-    *("SlowDown", "RequestTimeout", "Throttling", "TooManyRequests", "429"),
-    *("InternalError", "ServiceUnavailable", "500", "502", "503", "504"),
-}
-RANGE_CODES: Final = {"InvalidRange", "416"}
-CONFLICT_CODES: Final = {"PreconditionFailed", "ConditionalRequestConflict", "412"}
 
 
 @cache
@@ -380,28 +373,7 @@ class ObjectStore:
             )
         if code in ("NoSuchKey", "404"):
             return ObjectNotFound(uri)
-        if code in DENIED_CODES:
-            return StorageDenied(
-                "AccessDenied",
-                f"{tried}. The request was made with {self._keys_from}; check AWS_ACCESS_KEY_ID and"
-                " AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN, if they are temporary) there, and"
-                f" that they may {verb} under this address",
-            )
-        if code in WRONG_REGION_CODES:
-            return StorageDenied("WrongRegion", f"{tried}. Correct storage.region")
-        if code in EXPIRED_CODES:  # a new pod gets a new token, and the current Secret
-            return StorageUnavailable(
-                "CredentialsExpired", f"{tried}. The request was made with {self._keys_from}"
-            )
-        if code == "RequestTimeTooSkewed":
-            return StorageUnavailable(
-                "ClockWrong", f"{tried}. The clock of this node is wrong; another node may be right"
-            )
-        if code in OVERLOAD_CODES:
-            return StorageUnavailable("StorageOverloaded", tried)
-        if code == "NoSuchUpload":  # for example, aborted by a newer attempt's sweep
-            return StorageUnavailable("UploadGone", f"{tried}. Another process ended the upload")
-        return TrainerError("StorageRefused", tried)
+        return refusal(code, tried, verb, self._keys_from)
 
     def _bucket_is_missing(self, bucket: str) -> bool:
         """HEAD responds identically for a missing key and a missing bucket: check the bucket."""

@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 from operator_world import PREPARED, World
 
-from finetune_operator.decision.half_gang import pause
+from finetune_operator.decision.partial_gang import pause
 from finetune_operator.world.objects import format_time, parse_time
 
 
@@ -44,7 +44,7 @@ def given_back(world: World) -> None:
     world.remove_pods()
 
 
-def test_a_half_gang_gives_its_nodes_back_and_tries_again() -> None:
+def test_a_partial_gang_gives_its_nodes_back_and_tries_again() -> None:
     world = half()
     assert world.condition_of("Running") == "False/Unschedulable"
     assert "queue" not in world.status

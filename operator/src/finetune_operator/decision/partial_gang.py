@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from finetune_api.status import FailureStatus, QueueStatus
-from finetune_operator.config import HALF_GANG_HOLDS
+from finetune_operator.config import PARTIAL_GANG_HOLDS
 from finetune_operator.decision.failures import failure
 from finetune_operator.decision.run_view import RunView
 from finetune_operator.decision.stages import GANG
@@ -55,7 +55,7 @@ def release_due(view: RunView) -> datetime | None:
     holding = [p.scheduled_at or p.created for p in view.pods if p.active and p.scheduled]
     if not lacking or not holding:
         return None
-    return max([min(holding), *(p.created for p in lacking)]) + HALF_GANG_HOLDS
+    return max([min(holding), *(p.created for p in lacking)]) + PARTIAL_GANG_HOLDS
 
 
 def _lacking(view: RunView) -> list[PodView]:

@@ -1,4 +1,4 @@
-"""When a stage's Job is made anew, as the run's next revision: its Job controller would never, or
+"""When a stage's Job is recreated, as the run's next revision: its Job controller would never, or
 only after minutes, replace a pod.
 
 - A pod on a node that is not reachable terminates for ever, because its kubelet is gone, and a Job
@@ -25,16 +25,16 @@ FIRST_BACKOFF: Final = timedelta(seconds=10)
 LONGEST_BACKOFF: Final = timedelta(minutes=10)
 
 
-def remake_reason(view: RunView) -> str | None:
-    """Why the stage's Job is made anew in this pass; None: it is not."""
+def recreate_reason(view: RunView) -> str | None:
+    """Why the stage's Job is recreated in this pass; None: it is not."""
     job = view.job
     if job is None or not job.makes_pods or view.spec.suspend:
         return None
     return _lost_node(view) or _long_backoff(view) or _sidecar(view)
 
 
-def remake_due(view: RunView) -> datetime | None:
-    """When ``remake_reason`` may change although nothing happens."""
+def recreate_due(view: RunView) -> datetime | None:
+    """When ``recreate_reason`` may change although nothing happens."""
     times = [_lost_at(view)] if view.lost_pods else []
     times += [p.finished + SIDECAR_ENDS for p in view.pods if p.only_sidecars_run and p.finished]
     return min((time for time in times if time > view.now), default=None)

@@ -1,4 +1,4 @@
-"""Gangs that are made anew as the next revision, and failed runs that are retried."""
+"""Gangs that are recreated as the next revision, and failed runs that are retried."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def lose_node(world: World, role: str = "train", index: int = 1) -> dict[str, An
     return pod
 
 
-def test_a_gang_with_a_pod_on_a_lost_node_is_made_anew() -> None:
+def test_a_gang_with_a_pod_on_a_lost_node_is_recreated() -> None:
     world = at_training()
     world.report(attempt=1, step=10)
     world.settle()
@@ -72,7 +72,7 @@ def test_a_gang_that_makes_progress_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("role", ["prepare", "publish"])
-def test_a_cpu_stage_on_a_lost_node_is_made_anew(role: str) -> None:
+def test_a_cpu_stage_on_a_lost_node_is_recreated(role: str) -> None:
     world = World() if role == "prepare" else at_training()
     if role == "publish":
         world.finish("train", trained=TRAINED)
@@ -96,7 +96,7 @@ def test_a_pod_that_is_drained_from_a_living_node_is_waited_for() -> None:
     assert world.run["revision"] == 1
 
 
-def test_pods_that_the_job_would_replace_late_are_made_anew() -> None:
+def test_pods_that_the_job_would_replace_late_are_recreated() -> None:
     """The Job controller waits 10 s after the first failed pod, and twice as long after each
     more."""
     world = at_training(failurePolicy={"maxRestarts": 20})
@@ -116,7 +116,7 @@ def test_pods_that_the_job_would_replace_late_are_made_anew() -> None:
     assert world.status["faults"] == 4
 
 
-def test_a_storage_outage_of_a_large_gang_remakes_it() -> None:
+def test_a_storage_outage_of_a_large_gang_recreates_it() -> None:
     world = at_training(compute={"nodes": 64})
     world.wait(60)
     away = {"class": "Storage", "reason": "StorageUnreachable", "message": "m", "retryable": True}
@@ -216,7 +216,7 @@ def test_a_retry_token_has_no_effect_on_a_run_at_work_or_a_published_one() -> No
     assert world.status["phase"] == "Failed", "the token was seen before the failure"
 
 
-def test_the_run_spec_of_a_gang_made_anew_differs_in_revision_and_restarts_alone() -> None:
+def test_the_run_spec_of_a_recreated_gang_differs_in_revision_and_restarts_alone() -> None:
     world = at_training()
     world.report(attempt=3, restarts=2)
     lose_node(world)
