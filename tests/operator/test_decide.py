@@ -7,15 +7,28 @@ import math
 from typing import Any
 
 import pytest
-from operator_world import PREPARED, PUBLISHED, TRAINED, World, at_training, completed
+from operator_world import (
+    PREPARED,
+    PUBLISHED,
+    TRAINED,
+    UID,
+    World,
+    at_training,
+    complete,
+    completed,
+    stored_object,
+)
+from prometheus_client import generate_latest
 
 from finetune_api import names
 from finetune_operator.children.jobs import STAGE_JOBS
 from finetune_operator.config import ANNOTATION_OUTCOME
 from finetune_operator.decide import defect
 from finetune_operator.decision.stages import CONDITION
+from finetune_operator.metrics import Metrics
 from finetune_operator.status.activity import BEGINS, WORKS
 from finetune_operator.status.status import REACHED
+from finetune_operator.store import Store
 from finetune_operator.world.objects import format_time
 
 
@@ -169,6 +182,26 @@ def test_progress_is_shown_and_progress_of_another_run_ignored() -> None:
     world.progress = world.progress.model_copy(update={"run": "9-other", "step": 39})
     world.settle()
     assert world.status["progress"]["step"] == 10
+
+
+def test_figures_of_progress_reach_status_and_metrics_and_stay_after_the_end() -> None:
+    world = at_training()
+    told = {"dataWaitShare": 0.123456, "checkpointsAbandoned": 2, "anchorKl": 0.05, "mfu": 0.4}
+    world.report(step=20, totalSteps=30, dataStage="later", routerLoss=1.25, **told)
+    world.settle()
+    shown = {"dataStage": "later", "dataWaitShare": "0.123", "checkpointsAbandoned": 2,
+             "anchorKl": "0.05", "routerLoss": "1.25", "mfu": "0.4"}  # fmt: skip
+    assert shown.items() <= world.status["progress"].items()
+    world.progress = None  # the pod is gone
+    complete(world)
+    assert shown.items() <= world.status["progress"].items()
+    assert (world.status["progress"]["stage"], world.status["progress"]["step"]) == ("Done", 30)
+    store = Store()
+    store.put("FineTuneJob", {**stored_object("FineTuneJob", UID, 1), "status": world.status})
+    page = generate_latest(Metrics(store, lambda: 0).registry).decode()
+    for line in ("data_wait_share{", "checkpoints_abandoned{", "anchor_kl{", "router_loss{"):
+        assert f"finetune_job_{line}" in page
+    assert f'finetune_job_checkpoints_abandoned{{name="{UID}",namespace="team"}} 2.0' in page
 
 
 def test_status_is_not_rewritten_while_a_gang_runs() -> None:

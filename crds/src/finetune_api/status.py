@@ -112,6 +112,8 @@ class ProgressStatus(Model):
 
     stage: Word
     """Current activity of the gang."""
+    data_stage: Word | None = None
+    """Stage of spec.data.stages that the last step belongs to, if there are stages."""
     step: int
     """Optimizer steps done."""
     total_steps: int
@@ -124,12 +126,22 @@ class ProgressStatus(Model):
     """Training loss per supervised token, in nats."""
     data_set_losses: Annotated[list[DataSetLoss], Field(max_length=64)] = []
     """Training loss by training set, if there are several."""
+    anchor_kl: Number | None = None
+    """KL(base || tuned) per supervised token of replay sets, in nats, with
+    spec.training.anchor.klCoefficient."""
+    router_loss: Number | None = None
+    """Load-balancing loss of experts, before spec.training.routerAuxLossCoefficient."""
     learning_rate: Number | None = None
     """Learning rate of the last step."""
     tokens_per_second: Number | None = None
     """Real (non-padding) tokens trained per second."""
     mfu: Number | None = None
     """Model FLOPs utilization: FLOPs on real tokens over the GPUs' peak."""
+    data_wait_share: Number | None = None
+    """Share of the steps' time, since the last log point, that was spent waiting for data."""
+    checkpoints_abandoned: int = 0
+    """Checkpoints of the current attempt that could not be written; training continued without
+    them. A lost node then costs all steps since the last checkpoint."""
     remaining: Word | None = None
     """Expected time to the end of training, e.g. `2m10s`."""
     estimated_completion_time: Time | None = None

@@ -23,6 +23,11 @@ _PROGRESS: Final = {
     "loss": "Training loss per supervised token, in nats.",
     "learningRate": "Learning rate of the last step.",
     "tokensPerSecond": "Real tokens trained per second.",
+    "mfu": "Model FLOPs utilization, from 0 to 1.",
+    "dataWaitShare": "Share of the steps' time spent waiting for data, from 0 to 1.",
+    "checkpointsAbandoned": "Checkpoints of the current attempt that could not be written.",
+    "anchorKl": "KL(base || tuned) per supervised token of replay sets, in nats.",
+    "routerLoss": "Load-balancing loss of experts, before its coefficient.",
 }
 _USAGE: Final = {
     "gpuSeconds": ("gpu_seconds", "GPUs times seconds that the run's gangs held them."),

@@ -41,6 +41,7 @@ def progress_status(progress: Progress, read_at: datetime) -> ProgressStatus:
     return make(
         ProgressStatus,
         stage=progress.stage,
+        data_stage=progress.data_stage,
         step=progress.step,
         total_steps=total,
         percent=min(100, 100 * progress.step // total) if total else 0,
@@ -50,9 +51,13 @@ def progress_status(progress: Progress, read_at: datetime) -> ProgressStatus:
             make(DataSetLoss, name=name, loss=number(loss))
             for name, loss in progress.by_source.items()
         ],
+        anchor_kl=number(progress.anchor_kl),
+        router_loss=number(progress.router_loss),
         learning_rate=number(progress.learning_rate),
         tokens_per_second=number(progress.tokens_per_second),
         mfu=number(progress.mfu),
+        data_wait_share=number(progress.data_wait_share, 3),
+        checkpoints_abandoned=progress.checkpoints_abandoned,
         remaining=None if left is None else duration(left),
         estimated_completion_time=None
         if left is None
@@ -65,20 +70,22 @@ def final_progress(
     before: ProgressStatus | None, trained: TrainSummary, now: datetime
 ) -> ProgressStatus:
     """Progress of a finished gang: the poller may have missed its last steps."""
-    total = before.total_steps if before else trained.steps
-    return make(
-        ProgressStatus,
-        stage="Done",
-        step=trained.steps,
-        total_steps=trained.steps if trained.stopped_early else max(total, trained.steps),
-        percent=100,
-        epoch=before.epoch if before else "0",
-        loss=number(trained.loss) or (before.loss if before else None),
-        data_set_losses=before.data_set_losses if before else [],
-        learning_rate=before.learning_rate if before else None,
-        tokens_per_second=before.tokens_per_second if before else None,
-        mfu=before.mfu if before else None,
+    total = max(before.total_steps if before else 0, trained.steps)
+    last = before or make(
+        ProgressStatus, stage="Done", step=0, total_steps=0, percent=0, epoch="0",
         last_update_time=format_time(now),
+    )  # fmt: skip
+    return last.model_copy(
+        update={
+            "stage": "Done",
+            "step": trained.steps,
+            "total_steps": trained.steps if trained.stopped_early else total,
+            "percent": 100,
+            "loss": number(trained.loss) or last.loss,
+            "remaining": None,
+            "estimated_completion_time": None,
+            "last_update_time": format_time(now),
+        }
     )
 
 
