@@ -54,7 +54,7 @@ class ControlPlane(Api):
         self.address = address
         self.port = port or free_port()
         self.server = f"https://{address}:{self.port}"
-        self._etcd = f"http://{_LOOPBACK}:{free_port()}"
+        self.etcd = f"http://{_LOOPBACK}:{free_port()}"
         self._kwok_nodes = kwok_nodes
 
     def __enter__(self) -> Self:
@@ -79,8 +79,7 @@ class ControlPlane(Api):
         self.authority.create()
         self._make_certificates()
         self._start_etcd()
-        self._start_api_server()
-        eventually("the API server is ready", self._ready, within=90)
+        self.start_api_server()
         self._start_controller_manager()
         self._start_scheduler()
         if self._kwok_nodes:
@@ -110,7 +109,7 @@ class ControlPlane(Api):
         self.kubeconfig_of("admin", "admin", "system:masters")
 
     def _start_etcd(self) -> None:
-        client, peer = self._etcd, f"http://{_LOOPBACK}:{free_port()}"
+        client, peer = self.etcd, f"http://{_LOOPBACK}:{free_port()}"
         self.processes.start(
             "etcd",
             [
@@ -126,6 +125,15 @@ class ControlPlane(Api):
             ],
         )
 
+    def stop_api_server(self) -> None:
+        """Kill the API server; etcd and the controllers stay."""
+        self.processes.stop("kube-apiserver")
+
+    def start_api_server(self) -> None:
+        """Start the API server, and wait until it is ready."""
+        self._start_api_server()
+        eventually("the API server is ready", self._ready, within=90)
+
     def _start_api_server(self) -> None:
         pki = self.authority.folder
         # A Service endpoint may not be a loopback address: on loopback the Service has none.
@@ -134,7 +142,7 @@ class ControlPlane(Api):
             "kube-apiserver",
             [
                 binary("kube-apiserver"),
-                f"--etcd-servers={self._etcd}",
+                f"--etcd-servers={self.etcd}",
                 f"--bind-address={self.address}",
                 f"--advertise-address={self.address}",
                 f"--secure-port={self.port}",

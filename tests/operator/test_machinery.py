@@ -108,9 +108,9 @@ def test_writes_without_leadership_raise() -> None:
         cluster.guard = lambda: False
         child = {"kind": "Job", "metadata": {"name": "a", "namespace": "b"}}
         for write in (
-            cluster.apply(child),
+            cluster.create(child),
             cluster.patch("Job", "b", "a", {}),
-            cluster.delete("Job", "b", "a"),
+            cluster.delete("Job", "b", "a", "uid"),
         ):
             with pytest.raises(NotLeading):
                 await write
@@ -276,7 +276,10 @@ class Refusing(Recorder):
         self.kind, self.answers = kind, answers
         self.applied: list[str] = []
 
-    async def apply(self, child: dict[str, Any]) -> dict[str, Any]:
+    async def get(self, kind: str, namespace: str, name: str) -> dict[str, Any] | None:
+        return None
+
+    async def create(self, child: dict[str, Any]) -> dict[str, Any]:
         if child["kind"] == self.kind and self.answers:
             raise self.answers.pop(0)
         self.applied.append(child["kind"])

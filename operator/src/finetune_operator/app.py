@@ -131,11 +131,20 @@ class Operator:
         tasks = {asyncio.create_task(queue.work(controller.handle)) for _ in range(WORKERS)}
         tasks.add(asyncio.create_task(poller.run()))
         tasks.add(asyncio.create_task(WarningReader(store, cluster, queue.put_after).run()))
-        tasks.add(asyncio.create_task(watch.sweep(cluster, store, queue.put, options.namespaces)))
+        listed = asyncio.Event()
+        sweep = watch.sweep(cluster, store, queue.put, options.namespaces, listed)
+        tasks.add(asyncio.create_task(sweep))
         renewing = asyncio.create_task(lease.keep() if lease else asyncio.Event().wait())
         stopped = asyncio.create_task(self._stop.wait())
         watching = asyncio.create_task(
-            watch.run(configuration, store, queue.put, options.namespaces, self._handle_signals)
+            watch.run(
+                configuration,
+                store,
+                queue.put,
+                listed.set,
+                options.namespaces,
+                self._handle_signals,
+            )
         )
         parts: set[asyncio.Task[Any]] = {*tasks, renewing, watching}
         await asyncio.wait(parts | {stopped}, return_when=asyncio.FIRST_COMPLETED)

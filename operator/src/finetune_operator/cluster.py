@@ -1,5 +1,5 @@
-"""The only module that talks to the API server: server-side apply, patches, deletes, events, lists,
-and the pod proxy, over one aiohttp session.
+"""The only module that talks to the API server: creates, patches, deletes, server-side apply of
+status, events, lists, and the pod proxy, over one aiohttp session.
 
 Each write checks ``guard`` (whether this process is the leader) right before it is sent.
 """
@@ -140,11 +140,11 @@ class Cluster:
 
     # --- writes ---------------------------------------------------------------------------------
 
-    async def apply(self, obj: Json) -> Json:
-        """Server-side apply of a child."""
-        meta = obj["metadata"]
-        path = object_path(obj["kind"], meta["namespace"], meta["name"])
-        return await self._write("PATCH", path, obj, "application/apply-patch+yaml", force="true")
+    async def create(self, obj: Json) -> Json:
+        """Create a child. Raises ApiError with code 409 if its name is taken: a child is never
+        changed this way, as an apply would when the watches are behind."""
+        path = collection_path(obj["kind"], obj["metadata"]["namespace"])
+        return await self._write("POST", path, obj)
 
     async def apply_status(self, subject: Subject, status: Json) -> Json:
         """Server-side apply of a job's whole status. The uid makes it fail if another job now has
@@ -172,13 +172,14 @@ class Cluster:
                 raise
             return None
 
-    async def delete(self, kind: str, namespace: str, name: str) -> None:
-        """Delete a child if it exists; its pods end with their grace period."""
-        body = {"propagationPolicy": "Background"}
+    async def delete(self, kind: str, namespace: str, name: str, uid: str) -> None:
+        """Delete a child if it exists, and not another one that has its name by now; its pods end
+        with their grace period."""
+        body = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
         try:
             await self._write("DELETE", object_path(kind, namespace, name), body)
         except ApiError as error:
-            if error.code != 404:
+            if error.code not in (404, 409):
                 raise
 
     async def event(self, subject: Subject, event: Event, instance: str) -> None:
@@ -218,7 +219,7 @@ class Cluster:
     ) -> Json:
         if not self.guard():
             raise NotLeading(f"{method} {path}")
-        if method == "PATCH":
+        if method in ("PATCH", "POST"):
             parameters["fieldManager"] = FIELD_OWNER
         return await self.request(method, path, body, content_type, **parameters)
 
@@ -239,6 +240,15 @@ class Cluster:
             if not (following := found["metadata"].get("continue")):
                 return version, uids
             page["continue"] = following
+
+    async def get(self, kind: str, namespace: str, name: str) -> Json | None:
+        """An object; None: it does not exist."""
+        try:
+            return await self.request("GET", object_path(kind, namespace, name))
+        except ApiError as error:
+            if error.code != 404:
+                raise
+            return None
 
     async def newest_warning(self, namespace: str, uid: str) -> str | None:
         """Message of the newest warning about an object; None: there is none."""

@@ -40,6 +40,10 @@ class ChildRefused(Exception):
         self.error = error
 
 
+class WatchBehind(Exception):
+    """A child to create exists already: the watches are behind, and the plan is out of date."""
+
+
 class Controller:
     """Reconciler over a store, a cluster and a queue of job uids."""
 
@@ -64,6 +68,9 @@ class Controller:
         began = time.monotonic()
         try:
             return await self.reconcile(uid)
+        except WatchBehind as behind:
+            log.info("reconcile of %s: %s", uid, behind)
+            return False
         except NotLeading as error:
             log.warning("not the leader, write skipped: %s", error)
             return True
@@ -135,15 +142,20 @@ class Controller:
 
         Raises:
             ChildRefused: the API server refused a request about a child.
+            WatchBehind: a child to create exists already.
         """
         cluster, subject = self._cluster, plan.subject
         namespace = subject.namespace
         for delete in plan.delete:
-            deletion = cluster.delete(delete.kind, namespace, delete.name)
+            known = self._store.children(subject.uid, delete.kind)
+            found = (o["metadata"]["uid"] for o in known if o["metadata"]["name"] == delete.name)
+            if (uid := next(found, None)) is None:
+                continue  # its deletion has been told during this pass
+            deletion = cluster.delete(delete.kind, namespace, delete.name, uid)
             await self._accepted(subject, delete.kind, delete.name, deletion)
         for child in children:
             kind, name = child["kind"], child["metadata"]["name"]
-            creation = cluster.apply(child)
+            creation = self._create(subject, child)
             stored = await self._accepted(subject, kind, name, creation, creates=True)
             self._store.put(kind, stored)
         for change in plan.change:
@@ -151,6 +163,20 @@ class Controller:
             changed = await self._accepted(subject, change.kind, change.name, patch)
             if changed is not None:  # None: it is gone
                 self._store.put(change.kind, changed)
+
+    async def _create(self, subject: Subject, child: dict[str, Any]) -> dict[str, Any]:
+        """Create a child. If the job has it already, the answer to an earlier request was lost and
+        no watch has told yet: the next pass decides again, knowing it."""
+        kind, meta = child["kind"], child["metadata"]
+        try:
+            return await self._cluster.create(child)
+        except ApiError as error:
+            if error.code != 409:
+                raise
+            found = await self._cluster.get(kind, meta["namespace"], meta["name"])
+            if found is None or self._store.put(kind, found) != subject.uid:
+                raise
+            raise WatchBehind(f"{kind} {meta['name']} exists already") from None
 
     async def _accepted(
         self, subject: Subject, kind: str, name: str, request: Awaitable[T], creates: bool = False

@@ -11,6 +11,7 @@ sees only a part of a job's children.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Collection
 from typing import Any, Final
@@ -30,6 +31,8 @@ RESOURCES: Final[dict[str, tuple[str, str, str]]] = {
     "Pod": ("", "v1", "pods"),
 }
 SWEEP_SECONDS: Final = 300.0
+LISTED_SECONDS: Final = 2.0
+"""Time from a new list of a kind to the sweep, so that one sweep follows lists of all kinds."""
 
 log = logging.getLogger(__name__)
 
@@ -68,11 +71,14 @@ class _NoProgress(kopf.ProgressStorage):
         return essence
 
 
-def registry(store: Store, enqueue: Callable[[str], None]) -> kopf.OperatorRegistry:
-    """Handlers for every kind: put the object into the store, then enqueue its job."""
+def registry(
+    store: Store, enqueue: Callable[[str], None], listed: Callable[[], None]
+) -> kopf.OperatorRegistry:
+    """Handlers for every kind: put the object into the store, then enqueue its job; call
+    ``listed`` for objects that come from a list instead of a watch."""
     handlers = kopf.OperatorRegistry()
     for kind, resource in RESOURCES.items():
-        _register(handlers, kind, resource, store, enqueue)
+        _register(handlers, kind, resource, store, enqueue, listed)
     return handlers
 
 
@@ -82,6 +88,7 @@ def _register(
     resource: tuple[str, str, str],
     store: Store,
     enqueue: Callable[[str], None],
+    listed: Callable[[], None],
 ) -> None:
     @kopf.index(*resource, registry=handlers, id=f"store-{kind}")
     async def put_in_store(body: kopf.Body, **_: Any) -> None:
@@ -90,6 +97,8 @@ def _register(
     @kopf.on.event(*resource, registry=handlers, id=f"enqueue-{kind}")
     async def enqueue_owner(event: kopf.RawEvent, **_: Any) -> None:
         obj = event["object"]
+        if event["type"] is None:
+            listed()
         gone = event["type"] == "DELETED"
         uid = store.remove(kind, obj) if gone else store.put(kind, obj)
         for key in [*filter(None, [uid]), *store.affected(kind, obj)]:
@@ -129,6 +138,7 @@ async def run(
     configuration: Credentials,
     store: Store,
     enqueue: Callable[[str], None],
+    listed: Callable[[], None],
     namespaces: Collection[str],
     handle_signals: Callable[[], None],
 ) -> None:
@@ -136,7 +146,7 @@ async def run(
 
     kopf takes over the signals of the process; ``handle_signals`` takes them back.
     """
-    handlers = registry(store, enqueue)
+    handlers = registry(store, enqueue, listed)
     login(handlers, configuration)
     others = asyncio.all_tasks()
     tasks = await kopf.spawn_tasks(
@@ -150,16 +160,25 @@ async def run(
 
 
 async def sweep(
-    cluster: Cluster, store: Store, enqueue: Callable[[str], None], namespaces: Collection[str]
+    cluster: Cluster,
+    store: Store,
+    enqueue: Callable[[str], None],
+    namespaces: Collection[str],
+    listed: asyncio.Event,
 ) -> None:
     """Remove objects from the store whose deletion no watch has reported.
 
-    After an expired watch (410 Gone) kopf lists again, but sends no event for objects that no
-    longer exist. Therefore every SWEEP_SECONDS list the metadata of all the operator's objects, and
-    remove those missing from the list.
+    After an expired watch (410 Gone: the API server was restarted, or etcd was compacted) kopf
+    lists again, but sends no event for objects that no longer exist. Therefore after each list
+    (``listed`` is set), and every SWEEP_SECONDS, list the metadata of all the operator's objects,
+    and remove those missing from the list.
     """
     while True:
-        await asyncio.sleep(SWEEP_SECONDS)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SWEEP_SECONDS):
+                await listed.wait()
+        await asyncio.sleep(LISTED_SECONDS)
+        listed.clear()
         for kind in RESOURCES:
             for namespace in namespaces or (None,):
                 await _sweep_kind(cluster, store, enqueue, kind, namespace)
