@@ -3,9 +3,10 @@ nothing.
 
 The holder renews every ``RENEW_SECONDS``. It counts as leader only until ``DEADLINE_SECONDS`` after
 the *start* of its last successful renewal, by its own monotonic clock. Candidates wait
-``DURATION_SECONDS`` from the time at which they saw the Lease change, by their own clocks. Requests
-end within ``cluster.REQUEST_SECONDS`` <= DURATION - DEADLINE, so no write ends after another leader
-began.
+``DURATION_SECONDS`` from the time at which they saw the Lease change, by their own clocks, so that
+another process leads at most RENEW + DURATION seconds after the last renewal of one that died.
+Requests end within ``cluster.REQUEST_SECONDS`` <= DURATION - DEADLINE, so no write ends after
+another leader began.
 """
 
 from __future__ import annotations
@@ -37,15 +38,17 @@ class Lease:
         self._identity = identity
         self._leader_until = 0.0
         self._seen: tuple[str, float] | None = None
+        self._expires = 0.0
 
     def may_write(self) -> bool:
         """Whether this process is certainly the leader."""
         return time.monotonic() < self._leader_until
 
     async def acquire(self) -> None:
-        """Return once this process leads."""
+        """Return once this process leads: it tries again when the Lease expires, at the latest."""
         while not await self._try():
-            await asyncio.sleep(RENEW_SECONDS)
+            left = self._expires - time.monotonic()
+            await asyncio.sleep(min(left, RENEW_SECONDS) if left > 0 else RENEW_SECONDS)
         log.info("leading: lease %s/%s", self._namespace, self._name)
 
     async def keep(self) -> None:
@@ -107,7 +110,8 @@ class Lease:
         if self._seen is None or self._seen[0] != version:
             self._seen = (version, time.monotonic())
         wait = float(lease["spec"].get("leaseDurationSeconds") or DURATION_SECONDS)
-        return time.monotonic() >= self._seen[1] + wait
+        self._expires = self._seen[1] + wait
+        return time.monotonic() >= self._expires
 
     async def _get(self) -> dict[str, Any] | None:
         try:
