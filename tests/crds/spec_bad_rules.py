@@ -73,6 +73,8 @@ BAD_TOGETHER = [
     bad("early stopping without validation",
         {"training.earlyStopping": {}, "data.split": {"validation": "0.00"}}, "",
         "training.earlyStopping needs a validation set", "0.00"),
+    bad("minNodes above nodes", {"compute": {"nodes": 2, "minNodes": 3}},
+        "compute", "minNodes must not exceed nodes", "3"),
     bad("more processes than GPUs", {"compute": {"gpusPerNode": 2, "processesPerNode": 3}},
         "compute", "processesPerNode must not exceed gpusPerNode", "3"),
     bad("template with format Messages",

@@ -81,6 +81,8 @@ GOOD = [
     good("checkpoints by seconds", {"checkpoint": {"everySeconds": 60}}),
     good("checkpoints staged on disk", {"checkpoint": {"staging": "Disk"}}),
     good("on the CPU", {"compute": {"gpusPerNode": 0, "processesPerNode": 4}}),
+    good("elastic", {"compute": {"nodes": 4, "minNodes": 1}}),
+    good("elastic by name only", {"compute": {"nodes": 4, "minNodes": 4}}),
     good("fewer processes than GPUs", {"compute": {"gpusPerNode": 8, "processesPerNode": 4}}),
     good("resources", {"compute.resources": MEMORY}),
     good(

@@ -13,6 +13,7 @@ from bench import Bench, write_model
 from fixtures_loading import model_of, root, shared_bucket
 from fixtures_memory import llama
 from fixtures_quickstart import tiny_base
+from supervisors import nodes
 from worlds import start_fork_server
 
 from finetune_api.names import storage_env
@@ -22,7 +23,7 @@ from finetune_trainer.engine.memory.profile_cache import ProfileCache
 from finetune_trainer.storage.objects import ObjectStore
 from finetune_trainer.storage.s3server import EmbeddedS3
 
-__all__ = ["llama", "model_of", "root", "shared_bucket", "tiny_base"]
+__all__ = ["llama", "model_of", "nodes", "root", "shared_bucket", "tiny_base"]
 
 
 @pytest.fixture(scope="session", autouse=True)

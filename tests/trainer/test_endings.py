@@ -10,6 +10,7 @@ import pytest
 
 from finetune_api.results import DataSetScores, TrainSummary
 from finetune_trainer.failures import (
+    GANG_GROWS,
     PEER_LOST,
     Diverged,
     Interrupted,
@@ -25,6 +26,7 @@ from finetune_trainer.supervise.node_environment import NodeEnvironment, read_no
 
 DIVERGED = failure_of(Diverged("LossNotFinite", "the loss became nan"))
 LOST = failure_of(NodeFailure(PEER_LOST, "another rank was lost"))
+GROWS = failure_of(Interrupted(GANG_GROWS, "step 5 is saved"))
 INTERRUPTED = failure_of(Interrupted("Interrupted", "step 5 is saved"))
 STALLED = failure_of(Stalled("NoProgress", "rank 0 made no progress for 900 s"))
 UNREACHABLE = failure_of(StorageUnavailable("StorageUnreachable", "no answer"))
@@ -52,6 +54,7 @@ CASES = {
     "a peer was stopped": (
         Ended(1, True, workers(a=23), INTERRUPTED), 2, None, "Interrupted", 23, True,
     ),
+    "another node waits": (Ended(1, True, workers(a=23), GROWS), 2, None, GANG_GROWS, 23, True),
     "out of memory, reported as a lost peer by the other worker": (
         Ended(1, True, workers(a=20, b=-9), LOST), 2, True, "HostOutOfMemory", 14, False,
     ),

@@ -23,7 +23,7 @@ from finetune_trainer.engine.memory.estimate import (
     estimate,
     placements,
 )
-from finetune_trainer.engine.memory.fitting import fit, memory_estimate
+from finetune_trainer.engine.memory.fitting import check_min_nodes, fit, memory_estimate
 from finetune_trainer.engine.memory.formatting import table
 from finetune_trainer.engine.memory.profile_cache import ProfileCache
 from finetune_trainer.engine.planning.micro_batch_size import MicroBatchSize, Samples
@@ -99,6 +99,26 @@ def test_only_certain_parts_lead_to_refusal(
         said = "tried" if found.warning else "fits"
         assert f"{said}: {found.placement}" == outcome
         assert found.certain == state * GIB // (8 * nodes if "Full" in outcome else 1)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "fewest", "budget", "enough"),
+    [(4, 1, 49, 2), (4, 2, 49, None), (8, 1, 12, 5), (4, 1, 51, None), (4, None, 13, None)],
+)
+def test_min_nodes_on_which_training_cannot_fit_are_refused(
+    nodes: int, fewest: int | None, budget: float, enough: int | None
+) -> None:
+    """400 GiB, shared by the 8 GPUs of each node."""
+    profile = profile_of(400 * GIB, GIB)
+    compute = {"gpusPerNode": 8, "nodes": nodes, "minNodes": fewest}
+    spec = spec_of(method={"type": "Full"}, compute=compute)
+    samples, memory = Samples(np.full(4, 1024), np.full(4, 10), 1024), round(budget * GIB)
+    if enough is None:
+        check_min_nodes(spec, samples, memory, lambda other: profile)
+        return
+    with pytest.raises(UserError, match=f"Set compute.minNodes: {enough}$") as refused:
+        check_min_nodes(spec, samples, memory, lambda other: profile)
+    assert refused.value.reason == "DoesNotFit"
 
 
 @pytest.mark.parametrize(("precision", "named"), [("BF16", True), ("FP8", False)])

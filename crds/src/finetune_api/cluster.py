@@ -79,6 +79,12 @@ class Compute(Model):
 
     nodes: Annotated[int, Field(ge=1, le=1024)] = 1
     """Number of pods in the gang, one per node."""
+    min_nodes: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Fewest nodes with which the gang trains (an elastic gang). If a node is lost and its pod is
+    not replaced within a minute, the gang goes on with the nodes that are left, at least this many,
+    from the last checkpoint; when a pod returns, the gang saves its state and starts again with it.
+    The samples of each step, the global batch and the learning rate are the same at any number of
+    nodes. The node of pod 0 is always needed. Absent: the gang trains with all nodes or waits."""
     gpus_per_node: Annotated[int, Field(ge=0, le=64)] = 1
     """GPUs per pod; 0 trains on the CPU."""
     gpu_resource_name: QualifiedName = "nvidia.com/gpu"
@@ -115,6 +121,12 @@ class Compute(Model):
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
+            "!has(self.minNodes) || self.minNodes <= self.nodes",
+            "minNodes must not exceed nodes",
+            lambda c: c.min_nodes is None or c.min_nodes <= c.nodes,
+            ("minNodes", "nodes"),
+        ),
+        Rule(
             "!has(self.gpuMemory) || self.gpusPerNode > 0",
             "gpuMemory is for gpusPerNode above 0; on the CPU give resources.limits.memory",
             lambda c: c.gpu_memory is None or c.gpus_per_node > 0,
@@ -139,6 +151,10 @@ class Compute(Model):
             ("contextParallel", "gpusPerNode"),
         ),
     )
+
+    @property
+    def effective_min_nodes(self) -> int:
+        return self.min_nodes or self.nodes
 
     @property
     def effective_processes_per_node(self) -> int:

@@ -28,6 +28,8 @@ LABEL_RUN: Final = f"{GROUP}/run"
 LABEL_REVISION: Final = f"{GROUP}/revision"
 LABEL_ROLE: Final = f"{GROUP}/role"
 LABEL_QUEUE: Final = "kueue.x-k8s.io/queue-name"
+ANNOTATION_MIN_PARALLELISM: Final = "kueue.x-k8s.io/job-min-parallelism"
+ANNOTATION_COMPLETIONS_FOLLOW: Final = "kueue.x-k8s.io/job-completions-equal-parallelism"
 
 Role = Literal["map", "prepare", "train", "publish"]
 ROLES: Final[tuple[Role, ...]] = ("map", "prepare", "train", "publish")

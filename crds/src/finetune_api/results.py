@@ -66,6 +66,9 @@ class Progress(Record):
     """Attempts that took over from one that did not end by itself."""
     stage: Literal["Loading", "Baseline", "Training", "Evaluating", "Saving", "Testing", "Done"]
     """Current activity of the gang."""
+    nodes: Count | None = None
+    """Nodes that train in this attempt; fewer than compute.nodes in an elastic gang that has lost
+    some. None: an older trainer."""
     step: Count = 0
     """Optimizer steps done."""
     total_steps: Count = 0

@@ -114,6 +114,9 @@ class ProgressStatus(Model):
     """Current activity of the gang."""
     data_stage: Word | None = None
     """Stage of spec.data.stages that the last step belongs to, if there are stages."""
+    nodes: int | None = None
+    """Nodes that train; fewer than spec.compute.nodes while an elastic gang (minNodes) lacks
+    some."""
     step: int
     """Optimizer steps done."""
     total_steps: int

@@ -39,6 +39,12 @@ PARTIAL_GANG_HOLDS: Final = timedelta(minutes=5)
 LOST_AFTER: Final = timedelta(seconds=45)
 """How long a stage with a pod on an unreachable node may make no progress before its Job is
 recreated."""
+GANG_SHRINKS: Final = timedelta(minutes=5)
+"""The same for an elastic gang that can go on without the pod: its supervisors notice the loss,
+wait for a replacement, and load the model anew."""
+LOST_ELSEWHERE: Final = timedelta(minutes=10)
+"""After this time on an unreachable node a pod of an elastic gang is recreated, with the gang, so
+that it finds another node. A node that restarts is back by then."""
 SIDECAR_ENDS: Final = timedelta(seconds=30)
 """How long other containers of a pod may run after the trainer's."""
 GANG_LINGERS: Final = timedelta(seconds=60)

@@ -123,6 +123,7 @@ class Stalled(TrainerError):
 
 
 PEER_LOST: Final = "PeerLost"
+GANG_GROWS: Final = "GangGrows"
 """Reason of a NodeFailure caused by another pod: this pod can restart its workers in place."""
 
 

@@ -78,8 +78,19 @@ def stage_job(subject: Subject, run: CurrentRun, role: Role, config: Config) -> 
     }
     if role == GANG and spec.scheduling.queue_name is not None:
         meta["labels"] = labels | {names.LABEL_QUEUE: spec.scheduling.queue_name}
+        if spec.compute.effective_min_nodes < spec.compute.nodes:
+            meta["annotations"] = _partial_admission(spec.compute.effective_min_nodes)
         body["suspend"] = True
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta, "spec": body}
+
+
+def _partial_admission(fewest: int) -> dict[str, str]:
+    """Annotations by which Kueue may admit an elastic gang with fewer pods. Kueue lowers
+    completions with parallelism, and so leaves out the last indexes."""
+    return {
+        names.ANNOTATION_MIN_PARALLELISM: str(fewest),
+        names.ANNOTATION_COMPLETIONS_FOLLOW: "true",
+    }
 
 
 def _pod_failure_policy() -> Json:

@@ -13,7 +13,7 @@ from finetune_operator.decision.partial_gang import next_try, release, release_d
 from finetune_operator.decision.plan import Actions, Change, Create, Decision, Delete
 from finetune_operator.decision.recreate import recreate_due
 from finetune_operator.decision.run_failure import pod_failure_due, run_failure
-from finetune_operator.decision.run_view import RunView, gang_runs
+from finetune_operator.decision.run_view import RunView, gang_runs, is_elastic
 from finetune_operator.decision.stages import GANG, akin
 from finetune_operator.world.children import JobView
 from finetune_operator.world.pods import PodView
@@ -172,10 +172,12 @@ def _leftover_jobs(view: RunView) -> list[JobView]:
 
 def _leftover_pods(view: RunView) -> list[PodView]:
     """Pods that still run for the run's earlier revisions, of the stage or of a stage with the same
-    output. A gang with a pod on a lost node is not waited for: it cannot save its state."""
+    output. A gang with a pod on a lost node is not waited for: it cannot save its state, unless it
+    is elastic."""
     pods = [p for role in akin(view.stage) for p in view.observed.pods_of(role, view.run.id)]
-    lost = {(p.role, p.revision) for p in pods if p.on_lost_node}
-    return [p for p in pods if not p.ended and (p.role, p.revision) not in lost]
+    lost = {(p.role, p.revision) for p in pods if p.on_lost_node and not is_elastic(view)}
+    pods = [p for p in pods if not p.ended and not p.on_lost_node]
+    return [p for p in pods if (p.role, p.revision) not in lost]
 
 
 def _overdue(pod: PodView, view: RunView) -> bool:

@@ -15,7 +15,7 @@ from typing import Final
 from finetune_api.status import FailureStatus, QueueStatus
 from finetune_operator.config import PARTIAL_GANG_HOLDS
 from finetune_operator.decision.failures import failure
-from finetune_operator.decision.run_view import RunView
+from finetune_operator.decision.run_view import RunView, suffices
 from finetune_operator.decision.stages import GANG
 from finetune_operator.world.objects import format_time, parse_time
 from finetune_operator.world.pods import PodView
@@ -52,10 +52,14 @@ def release_due(view: RunView) -> datetime | None:
     if view.stage != GANG or view.queue is not None or job is None or not job.makes_pods:
         return None
     lacking = _lacking(view)
-    holding = [p.scheduled_at or p.created for p in view.pods if p.active and p.scheduled]
-    if not lacking or not holding:
+    holding = [p.scheduled_at or p.created for p in view.pods if _holds(p)]
+    if not lacking or not holding or suffices(view, {p.index for p in view.pods if _holds(p)}):
         return None
     return max([min(holding), *(p.created for p in lacking)]) + PARTIAL_GANG_HOLDS
+
+
+def _holds(pod: PodView) -> bool:
+    return pod.active and pod.scheduled
 
 
 def _lacking(view: RunView) -> list[PodView]:

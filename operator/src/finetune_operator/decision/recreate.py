@@ -3,6 +3,8 @@ only after minutes, replace a pod.
 
 - A pod on a node that is not reachable terminates for ever, because its kubelet is gone, and a Job
   replaces only pods that have ended. A gang that still makes progress is left alone.
+- An elastic gang that can go on without a lost pod does so. After some minutes its Job is recreated
+  all the same, so that the pod finds another node, unless the gang would have to queue for that.
 - After several failed pods a Job waits longer before it replaces one (10 s, doubled with each) than
   it takes to make a gang.
 - The trainer has failed, but another container (an injected sidecar) keeps the pod running.
@@ -16,8 +18,14 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import Final
 
-from finetune_operator.config import LOST_AFTER, PODS_REPLACED, SIDECAR_ENDS
-from finetune_operator.decision.run_view import RunView
+from finetune_operator.config import (
+    GANG_SHRINKS,
+    LOST_AFTER,
+    LOST_ELSEWHERE,
+    PODS_REPLACED,
+    SIDECAR_ENDS,
+)
+from finetune_operator.decision.run_view import RunView, gang_runs, is_elastic
 from finetune_operator.decision.stages import GANG
 
 FIRST_BACKOFF: Final = timedelta(seconds=10)
@@ -44,21 +52,35 @@ def _lost_node(view: RunView) -> str | None:
     if not view.lost_pods or view.now < _lost_at(view):
         return None
     pod = view.lost_pods[0]
+    if view.now < _stuck_at(view):
+        return f"node {pod.node} is still not reachable: pod {pod.name} moves to another node"
     return f"node {pod.node} is not reachable, and pod {pod.name} makes no progress"
 
 
 def _lost_at(view: RunView) -> datetime:
+    """When a stage with lost pods is recreated."""
+    if is_elastic(view) and gang_runs(view) and view.queue is None:
+        return min(_stuck_at(view), _lost_since(view) + LOST_ELSEWHERE)
+    return _stuck_at(view)
+
+
+def _stuck_at(view: RunView) -> datetime:
     """When a stage with lost pods counts as lost, unless it makes progress."""
-    since = min(p.disrupted_at or view.now for p in view.lost_pods)
+    since = _lost_since(view)
     seen = view.observed.progress_time if view.stage == GANG and view.progress else None
-    return max(since, seen or since) + LOST_AFTER
+    awaited = GANG_SHRINKS if is_elastic(view) and gang_runs(view) else LOST_AFTER
+    return max(since, seen or since) + awaited
+
+
+def _lost_since(view: RunView) -> datetime:
+    return min(p.disrupted_at or view.now for p in view.lost_pods)
 
 
 def _long_backoff(view: RunView) -> str | None:
     failed = [p for p in view.pods if p.phase == "Failed"]
     alive = {p.index for p in view.pods if p.active}
     missing = {p.index for p in failed} - alive
-    if view.stage != GANG or not missing:
+    if view.stage != GANG or not missing or (is_elastic(view) and gang_runs(view)):
         return None
     backoff = min(FIRST_BACKOFF * 2 ** min(len(failed) - 1, 10), LONGEST_BACKOFF)
     if backoff <= PODS_REPLACED:

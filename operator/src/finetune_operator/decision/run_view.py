@@ -125,16 +125,22 @@ class RunView:
     def gang_released_at(self) -> datetime | None:
         """When training counts as done although a pod of the gang still runs: another pod has
         reported the result, and a pod that was lost at that moment is replaced and waits for its
-        peers in vain. None without such a result, or if the Job has completed."""
+        peers in vain. At once if the pods that are left do not run: an elastic gang has ended
+        without them. None without such a result, or if the Job has completed."""
         if self._job_complete(GANG):
             return None
+        pods = self.observed.pods_of(GANG, self.run.id)
         ends = [
             pod.finished
-            for pod in self.observed.pods_of(GANG, self.run.id)
+            for pod in pods
             if pod.exit_code == 0 and pod.finished
             if pod.termination and pod.termination.run == self.run.id and pod.termination.trained
         ]
-        return min(ends) + GANG_LINGERS if ends else None
+        if not ends:
+            return None
+        left = [p for p in pods if not p.ended]
+        idle = bool(left) and all(p.on_lost_node or not p.scheduled for p in left)
+        return min(ends) + (timedelta(0) if idle else GANG_LINGERS)
 
     # --- reports of the trainer -----------------------------------------------------------------
 
@@ -237,6 +243,8 @@ class RunView:
         """What keeps the stage's pods from running."""
         if self.job is None or self.job.finished:
             return None
+        if is_elastic(self) and gang_runs(self):
+            return None
         deadline = timedelta(seconds=self.spec.scheduling.start_deadline_seconds)
         has_run = self.stage == GANG and self.same_run and self.before.progress is not None
         waiting = parse_time(self.queue_wait.since) if self.queue_wait else None
@@ -277,9 +285,22 @@ def _index(pod: PodView) -> int:
     return pod.index
 
 
+def is_elastic(view: RunView) -> bool:
+    """Whether the stage is a gang that trains with fewer nodes than it may have."""
+    compute = view.run_spec.spec.compute
+    return view.stage == GANG and compute.effective_min_nodes < compute.nodes
+
+
 def gang_runs(view: RunView) -> bool:
-    """Whether all pods of the gang run."""
+    """Whether all pods of the gang run; of an elastic gang, enough of them."""
+    if is_elastic(view):
+        return suffices(view, {p.index for p in view.pods if p.running and not p.on_lost_node})
     return len(running_indexes(view)) >= view.run_spec.spec.compute.nodes
+
+
+def suffices(view: RunView, indexes: set[int]) -> bool:
+    """Whether a gang trains with these completion indexes. Index 0 holds the rendezvous."""
+    return 0 in indexes and len(indexes) >= view.run_spec.spec.compute.effective_min_nodes
 
 
 def running_indexes(view: RunView) -> set[int]:

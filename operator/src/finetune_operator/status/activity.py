@@ -12,7 +12,12 @@ from finetune_api.names import Phase, Role
 from finetune_operator.decision.failures import stage_failure
 from finetune_operator.decision.partial_gang import next_try
 from finetune_operator.decision.plan import Decision
-from finetune_operator.decision.run_view import RunView, gang_runs, running_indexes
+from finetune_operator.decision.run_view import (
+    RunView,
+    gang_runs,
+    is_elastic,
+    running_indexes,
+)
 from finetune_operator.world.objects import format_time
 
 
@@ -67,15 +72,29 @@ def _train(view: RunView) -> Activity:
     if again is not None and view.queue_wait is not None:
         text = f"{view.queue_wait.message}; its nodes are given back until {format_time(again)}"
         return Activity("Queued", "Unschedulable", text)
-    alive = sum(1 for p in view.pods if p.running)
+    elastic = is_elastic(view)
+    alive = sum(1 for p in view.pods if p.running and not (elastic and p.on_lost_node))
     text = f"{alive} of {nodes} pods run"
     if view.lost_pods:
         lost = ", ".join(sorted({p.node or "?" for p in view.lost_pods}))
-        text += f"; node {lost} is not reachable: without progress, the gang is recreated elsewhere"
+        text += f"; node {lost} is not reachable"
+        text += "" if elastic else ": without progress, the gang is recreated elsewhere"
     if not gang_runs(view):
         return Activity("Starting", "Starting", text)
+    text += _reduced(view)
     loading = view.progress is not None and view.progress.stage == "Loading"
     return Activity("Starting" if loading else "Training", "GangRunning", text)
+
+
+def _reduced(view: RunView) -> str:
+    """Message about an elastic gang that lacks nodes, or takes one in."""
+    compute, progress = view.run_spec.spec.compute, view.progress
+    trains = progress.nodes if progress else None
+    if not is_elastic(view) or trains is None or trains >= compute.nodes:
+        return ""
+    text = f"; {trains} of {compute.nodes} nodes train (compute.minNodes is {compute.min_nodes})"
+    why = next((p.unschedulable for p in view.pods if p.active and p.unschedulable), None)
+    return text + (f": {why}" if why else "")
 
 
 def _publish(view: RunView) -> Activity:

@@ -42,6 +42,7 @@ def progress_status(progress: Progress, read_at: datetime) -> ProgressStatus:
         ProgressStatus,
         stage=progress.stage,
         data_stage=progress.data_stage,
+        nodes=progress.nodes,
         step=progress.step,
         total_steps=total,
         percent=min(100, 100 * progress.step // total) if total else 0,

@@ -76,7 +76,7 @@ def _startup(view: RunView, stored: FineTuneJobStatus) -> StartupStatus | None:
     reported = progress.startup if progress else None
     return startup(
         parse_time(stored.run.start_time) if stored.run else None,
-        view.run_spec.spec.compute.nodes,
+        view.run_spec.spec.compute.effective_min_nodes,
         view.observed.job(GANG, run.id, run.revision),
         view.observed.pods_of(GANG, run.id, run.revision),
         reported or (trained.startup if trained else None),

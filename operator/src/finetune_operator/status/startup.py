@@ -30,7 +30,7 @@ def startup(
 
     Args:
         began: when the run began.
-        nodes: number of pods of its gang.
+        nodes: number of pods with which its gang trains, at least.
         job: the gang's Job.
         pods: the gang's pods, of which the last one counts: the gang cannot work without it.
         reported: the trainer's own parts. Those of an attempt that resumed from a checkpoint are

@@ -31,13 +31,13 @@ def usage(
         compute: nodes and GPUs of the run.
         pods: all pods of the gang, including those that are gone.
         job: the gang's Job.
-        ran_before: whether the whole gang has run already, which ends the queued seconds.
+        ran_before: whether the gang has run already, which ends the queued seconds.
         progress, trained: the trainer's own figures. Wall time (during training: the lost part of
             it) is the lower bound, for pods that ended while no operator ran.
         now: end of the charged time of running pods.
     """
     pods = list(pods)
-    gpus = compute.nodes * compute.gpus_per_node
+    gpus = compute.effective_min_nodes * compute.gpus_per_node  # of every attempt, at least
     seconds = sum(_gpus_of(p, compute.gpu_resource_name) * _held_seconds(p, now) for p in pods)
     lost = trained.lost_seconds if trained else progress.lost_seconds if progress else 0.0
     wall = trained.training_seconds if trained else lost
@@ -72,12 +72,13 @@ def _held_seconds(pod: PodView, now: datetime) -> float:
 def _queued(
     old: Usage, compute: Compute, pods: list[PodView], job: JobView | None, now: datetime
 ) -> int:
-    """Seconds from the Job's creation until every rank had started, or until now."""
+    """Seconds from the Job's creation until enough ranks had started, or until now."""
     if job is None:
         return old.queued_seconds
     first: dict[int, datetime] = {}
     for pod in pods:
         if pod.started is not None:
             first[pod.index] = min(pod.started, first.get(pod.index, pod.started))
-    end = max(first.values()) if len(first) >= compute.nodes else _charged_until(now)
+    fewest = compute.effective_min_nodes
+    end = sorted(first.values())[fewest - 1] if len(first) >= fewest else _charged_until(now)
     return max(old.queued_seconds, int((end - job.created).total_seconds()))

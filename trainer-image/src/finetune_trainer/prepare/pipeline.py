@@ -24,7 +24,12 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.adaptersum import check_sum
 from finetune_trainer.engine.base import fetch_base
 from finetune_trainer.engine.memory.alternatives import Measure
-from finetune_trainer.engine.memory.fitting import fit, memory_estimate, others
+from finetune_trainer.engine.memory.fitting import (
+    check_min_nodes,
+    fit,
+    memory_estimate,
+    others,
+)
 from finetune_trainer.engine.memory.formatting import table
 from finetune_trainer.engine.memory.profile_cache import ProfileCache
 from finetune_trainer.engine.memory.requirements import check_image
@@ -310,7 +315,9 @@ def estimate_memory(spec: FineTuneJobSpec, data: PreparedData, measure: Measure)
     """
     index = data.index("train")
     samples = Samples(index.length, index.supervised, data.manifest.max_length)
-    found = fit(spec, samples, spec.compute.process_memory, measure)
+    available = spec.compute.process_memory
+    found = fit(spec, samples, available, measure)
+    check_min_nodes(spec, samples, available, measure)
     level = logging.WARNING if found.warning else logging.INFO
     log.log(level, "%s", table(found, others(spec, samples, found, measure)))
     return memory_estimate(found)

@@ -56,6 +56,8 @@ longer scheduling.startDeadlineSeconds takes precedence: pods that already run m
 that are still being scheduled, since the end of a pod counts as an incident."""
 CONNECT_SECONDS: Final = 60
 """Timeout of one connection attempt to the rendezvous; then its name is resolved again."""
+LAST_CALL_SECONDS: Final = 60
+"""Time to wait for the other nodes of an elastic gang once compute.minNodes are there."""
 PAUSE_SECONDS: Final = 0.5
 _ALLOCATION: Final = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 """Environment variables of torch's CUDA allocator, the newer and the older name."""
@@ -79,7 +81,8 @@ def supervise(worker: str = WORKER) -> int:
         run = run_spec.run
         node = read_node_environment(os.environ)
         patience = max(FORM_SECONDS, run_spec.spec.scheduling.start_deadline_seconds)
-        return Supervisor(run, node, scratch_folder(), worker, patience).run_to_end()
+        fewest = min(node.nodes, run_spec.spec.compute.min_nodes or node.nodes)
+        return Supervisor(run, node, scratch_folder(), worker, patience, fewest).run_to_end()
     except Exception as error:
         return end_badly(run, "train", error)
     finally:
@@ -90,14 +93,17 @@ class Supervisor:
     """Supervises the workers of one node over all of their starts."""
 
     def __init__(
-        self, run: str, node: NodeEnvironment, scratch: Path, worker: str, patience: float
-    ) -> None:
+        self, run: str, node: NodeEnvironment, scratch: Path, worker: str, patience: float,
+        fewest: int,
+    ) -> None:  # fmt: skip
         """
         Args:
             patience: seconds to wait for the other nodes.
+            fewest: nodes with which the gang trains if no others come.
         """
         self._run = run
         self._patience = patience
+        self._fewest = fewest
         self._node = node
         self._folder = scratch / "supervisor"
         self._worker = worker
@@ -135,7 +141,7 @@ class Supervisor:
             if time.monotonic() >= deadline:
                 raise NodeFailure(
                     "GangNotFormed",
-                    f"no process group of {self._node.nodes} nodes formed at {self._node.host}:"
+                    f"no process group of {self._fewest} nodes formed at {self._node.host}:"
                     f"{self._node.port} within {self._patience:.0f} s: {failure.message}",
                 )
             log.warning("restarting the workers in place: %s", failure.message)
@@ -233,11 +239,12 @@ class Supervisor:
             "is_host": int(node.rank == 0),
             "read_timeout": CONNECT_SECONDS,
             "join_timeout": join,
+            "last_call_timeout": LAST_CALL_SECONDS,
         }
         arguments = {
-            "nnodes": node.nodes,
+            "nnodes": f"{self._fewest}:{node.nodes}",
             "nproc-per-node": node.processes,
-            "rdzv-backend": "c10d",
+            "rdzv-backend": "elastic" if self._fewest < node.nodes else "c10d",
             "rdzv-endpoint": f"{node.host}:{node.port}",
             "rdzv-id": self._run,
             "rdzv-conf": ",".join(f"{key}={value}" for key, value in rendezvous.items()),

@@ -1,6 +1,7 @@
 """Files that the supervisor and the training processes exchange, in one shared folder.
 
     stop                request of the supervisor: save and exit
+    grow                request of the agent: save, so that the gang starts again with more nodes
     failure-<rank>.json why a worker ended (``results.Failure``)
     result.json         result of the training (``results.TrainSummary``), written by rank 0
 
@@ -22,6 +23,7 @@ from finetune_trainer.failures import PEER_LOST, failure_of
 ENV_FOLDER: Final = "FINETUNE_WORKER_FILES"
 ENV_LAUNCHED: Final = "FINETUNE_LAUNCHED"
 STOP: Final = "stop"
+GROW: Final = "grow"
 RESULT: Final = "result.json"
 _ABORT: Final = "watchdog thread terminated with exception: "
 """Text that torch prints before the error when NCCL's watchdog aborts a process."""
@@ -33,6 +35,12 @@ def stop_requested() -> bool:
     """Whether this node was requested to stop. Cheap enough to call at every step."""
     folder = _folder()
     return folder is not None and (folder / STOP).exists()
+
+
+def grow_requested() -> bool:
+    """Whether another node waits to join the gang. As cheap as ``stop_requested``."""
+    folder = _folder()
+    return folder is not None and (folder / GROW).exists()
 
 
 def launched_at() -> float | None:
@@ -57,6 +65,13 @@ def leave_result(summary: TrainSummary) -> None:
 def ask_to_stop(folder: Path) -> None:
     """Request the workers of this node to save and exit."""
     (folder / STOP).touch()
+
+
+def ask_to_grow() -> None:
+    """Request this node's workers to save and exit, because another node waits to join; called by
+    the agent."""
+    if (folder := _folder()) is not None:
+        (folder / GROW).touch()
 
 
 def read_failure(folder: Path) -> Failure | None:

@@ -20,7 +20,7 @@ class StepStatus(NamedTuple):
     due_by_step: bool
     due_by_time: bool
     stop: bool
-    """Whether any rank was asked to stop."""
+    """Whether any rank was asked to stop, or to let another node join."""
     upload_failed: bool
     """Whether any rank failed to upload its part of the checkpoint."""
     since_save: int

@@ -29,6 +29,7 @@ from finetune_trainer.evaluate.scores import GENERATED, better
 from finetune_trainer.failures import Interrupted
 from finetune_trainer.liveness import stepped
 from finetune_trainer.storage.runfiles import CurvePoint, ValidationPoint
+from finetune_trainer.supervise.worker_files import grow_requested
 from finetune_trainer.train.checkpoint_policy import StepStatus, decide_checkpoint
 from finetune_trainer.train.clock import Clock
 from finetune_trainer.train.final import measure_base, test_and_write_result
@@ -37,14 +38,15 @@ from finetune_trainer.train.rollback import TooManySkipped, read_guard, roll_bac
 from finetune_trainer.train.session import Session
 from finetune_trainer.train.state import LoopState
 from finetune_trainer.train.step import optimizer_step
-from finetune_trainer.train.stopping import raise_if_stopping
+from finetune_trainer.train.stopping import interrupted, raise_if_stopping
 
 
 def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
     """Train to the end, or save the state and stop on request.
 
     Raises:
-        Interrupted: when a stop was requested, after the state was saved.
+        Interrupted: when a stop was requested, or another node waits to join, after the state was
+            saved.
         Diverged: where the loss stays non-finite or spikes, after the rollbacks that the spec
             allows.
         Fenced: where a newer attempt has claimed the run.
@@ -111,14 +113,14 @@ def take_steps(
 
             if state.step % log_every == 0 or state.step == total:
                 log(session, state, rate, norm, clock)
-            stop, due_by_time, upload_failed = agreement.exchange(
-                stop_requested(), checkpointer.due_by_time(clock.since_checkpoint()),
-                checkpointer.failed,
+            stop, grow, due_by_time, upload_failed = agreement.exchange(
+                stop_requested(), grow_requested(),
+                checkpointer.due_by_time(clock.since_checkpoint()), checkpointer.failed,
             )  # fmt: skip
             action = decide_checkpoint(
                 StepStatus(
                     state.step, total, state.step in evaluate_at,
-                    checkpointer.due_by_step(state.step), due_by_time, stop, upload_failed,
+                    checkpointer.due_by_step(state.step), due_by_time, stop or grow, upload_failed,
                     clock.steps_since_checkpoint,
                 )
             )  # fmt: skip
@@ -132,9 +134,7 @@ def take_steps(
             if action.stop:
                 agreement.settle()
                 checkpointer.settle()
-                raise Interrupted(
-                    "Interrupted", f"stopped on request; step {state.step} of {total} is saved"
-                )
+                raise interrupted(stop, f"step {state.step} of {total} is saved")
     agreement.settle()
 
 

@@ -22,7 +22,7 @@ from finetune_trainer.engine.flops import Work, peak
 from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.memory.alternatives import Measure
 from finetune_trainer.engine.memory.estimate import MemoryDecision
-from finetune_trainer.engine.memory.fitting import fit, others
+from finetune_trainer.engine.memory.fitting import check_min_nodes, fit, others
 from finetune_trainer.engine.memory.formatting import table
 from finetune_trainer.engine.memory.profile_cache import ProfileCache
 from finetune_trainer.engine.memory.requirements import check_device
@@ -236,6 +236,7 @@ def fitted(
         index = data.index("train")
         samples = Samples(index.length, index.supervised, data.manifest.max_length)
         found = fit(spec, samples, available, measure)
+        check_min_nodes(spec, samples, available, measure)
         print(table(found, others(spec, samples, found, measure)), flush=True)
         return found
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from finetune_trainer.engine.world import World
-from finetune_trainer.failures import Interrupted
+from finetune_trainer.failures import GANG_GROWS, Interrupted
 from finetune_trainer.train.checkpoint import CheckpointManager
 
 _SIGNAL_SECONDS: Final = 3.0
@@ -24,6 +24,18 @@ def raise_if_stopping(world: World, stop_requested: Callable[[], bool], where: s
         raise Interrupted("Interrupted", f"stopped on request, {where}")
 
 
+def interrupted(stop: bool, saved: str) -> Interrupted:
+    """Return the exception of an attempt that ends on request.
+
+    Args:
+        stop: whether a stop was requested; else another node waits to join.
+        saved: what is saved.
+    """
+    if stop:
+        return Interrupted("Interrupted", f"stopped on request; {saved}")
+    return Interrupted(GANG_GROWS, f"{saved}; the gang starts again with the node that has joined")
+
+
 @contextmanager
 def releasing(
     world: World, checkpointer: CheckpointManager, stop_requested: Callable[[], bool]
@@ -31,8 +43,11 @@ def releasing(
     """End the attempt properly on ``Interrupted``, which is raised once the state is saved."""
     try:
         yield
-    except Interrupted:
-        _end_attempt(world, checkpointer, stop_requested)
+    except Interrupted as why:
+        if why.reason == GANG_GROWS:
+            checkpointer.release()  # nothing is lost, and all ranks end together
+        else:
+            _end_attempt(world, checkpointer, stop_requested)
         raise
 
 

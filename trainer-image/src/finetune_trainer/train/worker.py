@@ -78,7 +78,7 @@ def work(run_spec: RunSpec, world: World, startup: StartupClock) -> None:
     )
     if world.is_main:
         telemetry.serve(int(os.environ.get(ENV_METRICS_PORT, METRICS_PORT)))
-        telemetry.say(lost_seconds=checkpointer.head.lost_seconds)
+        telemetry.say(nodes=world.nodes, lost_seconds=checkpointer.head.lost_seconds)
     stop_requested = worker_files.stop_requested
     with (
         heartbeat_of(world, stores.default, run_spec.run_uri, checkpointer.head.attempt),

@@ -68,6 +68,43 @@ def fit(
     return replace(found, warning=warning)
 
 
+def check_min_nodes(
+    spec: FineTuneJobSpec, samples: Samples, available: int | None, measure: Measure
+) -> None:
+    """Check that the training fits on ``compute.minNodes`` too: a sharded model needs more memory
+    in each process there.
+
+    Raises:
+        UserError: 'DoesNotFit', with the fewest nodes that suffice.
+    """
+    fewest, most = spec.compute.effective_min_nodes, spec.compute.nodes
+    if available is None or fewest >= most:
+        return
+    profile = measure(spec)
+
+    def decided(nodes: int) -> MemoryDecision:
+        there = _with_nodes(spec, nodes)
+        micro_batch = samples.largest_micro_batch(there, profile.packing)
+        return decide(profile, there, micro_batch, available)
+
+    found = decided(fewest)
+    if not found.impossible:
+        return
+    enough = next((n for n in range(fewest + 1, most) if not decided(n).impossible), most)
+    raise UserError(
+        "DoesNotFit",
+        f"compute.minNodes is {fewest}, but on {fewest} of {most} nodes weights, gradients,"
+        f" optimizer state and anchors alone take {gibibytes(found.certain)} of memory in each"
+        f" process ({found.placement}), which has {gibibytes(available)}. Set compute.minNodes:"
+        f" {enough}",
+    )
+
+
+def _with_nodes(spec: FineTuneJobSpec, nodes: int) -> FineTuneJobSpec:
+    compute = spec.compute.model_copy(update={"nodes": nodes})
+    return spec.model_copy(update={"compute": compute})
+
+
 def _largest(found: MemoryDecision, parts: Iterable[Part]) -> str:
     """Format the three largest of some parts."""
     sizes = sorted(((found.parts.get(part, 0), part) for part in parts), reverse=True)
