@@ -61,7 +61,7 @@ def judge(
     if said is not None:
         return said, nodes > 1
     if ended.report is not None and ended.report["kind"] == "rendezvous":
-        return _not_formed(ended.report["message"]), nodes > 1
+        return _without_peers(ended.formed, ended.report["message"]), nodes > 1
     codes = (ended.report or {}).get("codes", {"torchrun": ended.code})
     words = ", ".join(f"{rank} with {code}" for rank, code in codes.items())
     return failure_of(
@@ -93,8 +93,9 @@ def judge_stopped(ended: Ended | None, grace: int) -> Failure:
     return failure_of(Interrupted("InterruptedUnsaved", what))
 
 
-def _not_formed(why: str) -> Failure:
-    return failure_of(NodeFailure(PEER_LOST, f"the process group did not form: {why}"))
+def _without_peers(formed: bool, why: str) -> Failure:
+    what = "other nodes are lost" if formed else "the process group did not form"
+    return failure_of(NodeFailure(PEER_LOST, f"{what}: {why}"))
 
 
 def _killer(ended: Ended) -> int | None:
