@@ -88,7 +88,7 @@ FAULTS = {
     b'{"t": "\xff"}': ", byte 8: not UTF-8 text",
     b'{"t": "\xed\xa0\x80"}': ", byte 8: not UTF-8 text",
     b'{"a": -' + b"7" * 5000 + b"}": ", character 8: a whole number of more than 4,300 digits",
-    b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}": ": nested too deeply",
+    b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}": ": nested more than 100 levels",
 }
 
 

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from finetune_api.names import ENV_PVC_ROOT
 from finetune_trainer.failures import DataError, UserError
 from finetune_trainer.prepare.reading.csvrows import CELL_CHARACTERS
-from finetune_trainer.prepare.reading.records import PARQUET_ROWS, SUFFIXES, read_records
+from finetune_trainer.prepare.reading.parquetrows import PARQUET_ROWS
+from finetune_trainer.prepare.reading.records import SUFFIXES, read_records
 from finetune_trainer.prepare.reading.sources import DataObject, resolve
 from finetune_trainer.storage import claim_paths
 from finetune_trainer.storage.objectstream import Opened, open_stream
@@ -296,13 +297,14 @@ def listed(
 ) -> Callable[[str, bytes], tuple[Path, DataObject]]:
     """``listed(name, data)``: a file on a claim and its listed object, read in small buffers."""
     monkeypatch.setattr(claim_paths, "BUFFER_BYTES", 64)
+    monkeypatch.setenv(ENV_PVC_ROOT, str(tmp_path))
 
     def write(name: str, data: bytes) -> tuple[Path, DataObject]:
         path = tmp_path / "claim" / name
         path.parent.mkdir()
         path.write_bytes(data)
         os.utime(path, (10**9, 10**9))  # a coarse clock would hide the change
-        found = resolve(f"pvc://claim/{name}", NO_STORE, {ENV_PVC_ROOT: str(tmp_path)})
+        found = resolve(f"pvc://claim/{name}", NO_STORE)
         return path, found[0]
 
     return write

@@ -1,11 +1,16 @@
-"""Memory limit and OOM kills of this process's control group (in a pod: its container)."""
+"""Memory limit and OOM kills of this process's control group (in a pod: its container), and a
+limit for a part of this process's work."""
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 _GROUPS: Final = Path("/sys/fs/cgroup")
+_STATUS: Final = Path("/proc/self/statm")
 
 
 def memory_limit(groups: Path = _GROUPS) -> int | None:
@@ -30,3 +35,32 @@ def _numbers(path: Path) -> list[float]:
         return [float(word) for word in path.read_text().split()]
     except (OSError, ValueError):
         return []
+
+
+@contextmanager
+def bounded_memory(more: int) -> Iterator[None]:
+    """Limit the memory that this process allocates within the context.
+
+    The kernel refuses allocations above the limit, which native code cannot evade: a MemoryError
+    (pyarrow: ArrowMemoryError) instead of an OOM kill. Without /proc (macOS) nothing is limited.
+
+    Args:
+        more: bytes beside what the process has now, for all its threads together.
+    """
+    try:
+        data = int(_STATUS.read_text().split()[5]) * resource.getpagesize()
+    except OSError:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = data + more
+    resource.setrlimit(resource.RLIMIT_DATA, (_least(wanted, soft, hard), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _least(*limits: int) -> int:
+    """Return the lowest of some limits; ``RLIM_INFINITY`` is none."""
+    return min(limit for limit in limits if limit != resource.RLIM_INFINITY)

@@ -14,10 +14,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, Final
 
 from finetune_trainer.failures import DataError
-
-RECORD_BYTES: Final = 1 << 26
-"""Maximum bytes of a record: an unclosed quote or bracket must not read the whole object. A record
-that ends in the last block read may be longer."""
+from finetune_trainer.prepare.reading.lines import RECORD_BYTES
 
 BLOCK: Final = 1 << 16
 """Minimum bytes of a read. Within a long record, a read doubles the buffer."""
@@ -39,7 +36,8 @@ def array_items(uri: str, stream: BinaryIO, text: bytes) -> Iterator[bytes]:
 
     Raises (the iterator):
         DataError: 'MalformedObject' with the item: commas and brackets do not form one array, or
-            the item does not end within ``RECORD_BYTES``.
+            the item does not end within ``RECORD_BYTES`` (an item that ends in the last block read
+            may be longer).
     """
     number, depth, begin, at = 1, 0, 0, 0
     while True:

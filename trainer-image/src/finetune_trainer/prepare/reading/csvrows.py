@@ -10,10 +10,12 @@ from typing import Final
 
 from finetune_trainer.failures import DataError
 from finetune_trainer.prepare.quality.personal import excerpt
-from finetune_trainer.prepare.reading.lines import decoded
+from finetune_trainer.prepare.reading.lines import check_record, decoded
 
 CELL_CHARACTERS: Final = 1 << 24
 """Maximum characters of a CSV field: an unclosed quote must not read the whole object."""
+MOST_COMMAS: Final = 1 << 20
+"""Maximum commas of a row: a field takes 60 bytes of memory, however short."""
 csv.field_size_limit(CELL_CHARACTERS)  # process-wide: the csv module has no limit per reader
 
 
@@ -23,14 +25,18 @@ def csv_rows(uri: str, lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, 
     hold line breaks. Empty lines are skipped.
 
     Raises:
-        DataError: 'MalformedObject', the header has an empty or repeated name.
+        DataError: 'MalformedObject', the header has an empty or repeated name, or a row is too
+            long.
     """
-    # A map, since a generator would end at the first undecodable line.
+    # Maps, since a generator would end at the first undecodable line.
     places = map("line {}".format, count(1))
-    rows = csv.reader(map(partial(decoded, uri), places, lines), strict=True)
+    taken = _RowSize(uri)
+    texts = map(partial(decoded, uri), places, map(taken.count, lines))
+    rows = csv.reader(texts, strict=True)
     filled = filter(None, rows)
     names = _header(uri, filled)
     for row in count(1):
+        taken.begin(row)
         try:
             cells = next(filled, None)
             if cells is None:
@@ -42,6 +48,31 @@ def csv_rows(uri: str, lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, 
             if error.reason != "MalformedRecord":  # the object as a whole cannot be read
                 raise
             yield row, error
+
+
+class _RowSize:
+    """Bounds the bytes and the commas of a row: the csv module bounds only the size of a field."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self.begin(0)
+
+    def begin(self, row: int) -> None:
+        self._place = f"row {row}" if row else "the header"
+        self._size = self._commas = 0
+
+    def count(self, line: bytes) -> bytes:
+        """Return the line; raise 'MalformedObject' if the row is too long with it."""
+        self._size += len(line)
+        self._commas += line.count(b",")
+        check_record(self._uri, self._place, self._size)
+        if self._commas > MOST_COMMAS:
+            raise DataError(
+                "MalformedObject",
+                f"{self._uri}, {self._place}: more than {MOST_COMMAS:,} commas; is a line break or"
+                " a closing quote missing?",
+            )
+        return line
 
 
 def _named(uri: str, row: int, line: int, names: list[str], cells: list[str]) -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""Streams the text of plain and compressed objects by line; memory holds one line."""
+"""Streams the text of plain and compressed objects by line; memory holds one line.
+
+Objects are untrusted: a line has a maximum length, and so has the text of a compressed object.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import gzip
 import io
 import zlib
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import BinaryIO, Final, cast
 
 import pyarrow as pa
@@ -15,6 +19,15 @@ from finetune_trainer.failures import DataError
 PACKED: Final = (".gz", ".zst")
 """Name suffixes of compressed objects."""
 
+RECORD_BYTES: Final = 1 << 26
+"""Maximum bytes of a record: a missing line break or an unclosed quote must not read the whole
+object into memory."""
+
+MOST_RATIO: Final = 200
+"""Maximum bytes of text per compressed byte. JSON and CSV reach 3 to 20."""
+FREE_BYTES: Final = 1 << 28
+"""Bytes of text to which ``MOST_RATIO`` does not apply."""
+
 _BLOCK: Final = 1 << 20
 _MARK: Final = b"\xef\xbb\xbf"
 
@@ -23,7 +36,8 @@ def unpack(uri: str, stream: BinaryIO) -> tuple[str, BinaryIO]:
     """Return the object's address without the compression suffix, and its text as a stream.
 
     Raises (the stream):
-        DataError: 'MalformedObject', the compressed data is damaged.
+        DataError: 'MalformedObject', the compressed data is damaged, or it is a decompression
+            bomb.
     """
     if uri.endswith(".gz"):
         packed: BinaryIO = cast(BinaryIO, gzip.GzipFile(fileobj=stream))
@@ -31,14 +45,38 @@ def unpack(uri: str, stream: BinaryIO) -> tuple[str, BinaryIO]:
         packed = pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), "zstd")
     else:
         return uri, stream
-    return uri.rpartition(".")[0], io.BufferedReader(_Unpacked(uri, packed), _BLOCK)
+    return uri.rpartition(".")[0], io.BufferedReader(_Unpacked(uri, packed, stream), _BLOCK)
+
+
+def check_ratio(uri: str, text: int, packed: int) -> None:
+    """Refuse a decompression bomb.
+
+    Args:
+        text: bytes of decompressed data so far.
+        packed: compressed bytes that they came from.
+
+    Raises:
+        DataError: 'MalformedObject'.
+    """
+    if text > max(FREE_BYTES, MOST_RATIO * packed):
+        raise DataError(
+            "MalformedObject",
+            f"{uri}: {packed:,} compressed bytes are more than {text >> 20:,} MiB of text: above"
+            f" {FREE_BYTES >> 20} MiB, more than {MOST_RATIO} bytes of text per compressed byte are"
+            " refused as a decompression bomb; if the data is right, upload it uncompressed",
+        )
 
 
 class _Unpacked(io.RawIOBase):
-    """The decompressed data of a stream."""
+    """The decompressed data of a stream.
 
-    def __init__(self, uri: str, packed: BinaryIO) -> None:
-        self._uri, self._packed = uri, packed
+    Args:
+        packed: yields the decompressed data.
+        stream: the compressed data.
+    """
+
+    def __init__(self, uri: str, packed: BinaryIO, stream: BinaryIO) -> None:
+        self._uri, self._packed, self._stream = uri, packed, stream
         self._read = 0
 
     def readable(self) -> bool:
@@ -55,7 +93,33 @@ class _Unpacked(io.RawIOBase):
             ) from None
         buffer[: len(data)] = data
         self._read += len(data)
+        if self._read > FREE_BYTES:
+            check_ratio(self._uri, self._read, self._stream.tell())
         return len(data)
+
+
+def bounded_lines(stream: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of a stream; of a longer line than ``RECORD_BYTES``, the beginning, for which
+    ``check_record`` raises."""
+    return iter(partial(stream.readline, RECORD_BYTES + 1), b"")
+
+
+def check_record(uri: str, place: str, size: int) -> None:
+    """Refuse a record that is too large.
+
+    Args:
+        place: for messages, such as ``line 3``.
+        size: its bytes, or some of them.
+
+    Raises:
+        DataError: 'MalformedObject'.
+    """
+    if size > RECORD_BYTES:
+        raise DataError(
+            "MalformedObject",
+            f"{uri}, {place}: longer than {RECORD_BYTES >> 20} MiB, the maximum of a record; is a"
+            " line break or a closing quote missing? Divide the record",
+        )
 
 
 def without_mark(lines: Iterable[bytes]) -> Iterator[bytes]:
@@ -82,14 +146,25 @@ def is_plain(uri: str) -> bool:
 
 
 def lines_between(stream: BinaryIO, start: int, end: int) -> Iterator[bytes]:
-    """Yield the lines that begin in a byte range of a plain object; the last may end after it."""
+    """Yield the lines that begin in a byte range of a plain object; the last may end after it. Of a
+    longer line than ``RECORD_BYTES``, the beginning (see ``bounded_lines``)."""
     at = start
     if start:
         stream.seek(start - 1)
-        at += len(stream.readline()) - 1
-    while at < end and (line := stream.readline()):
+        at += _skip_line(stream) - 1
+    while at < end and (line := stream.readline(RECORD_BYTES + 1)):
         yield line if at else line.removeprefix(_MARK)
         at += len(line)
+
+
+def _skip_line(stream: BinaryIO) -> int:
+    """Skip the rest of a line and return its bytes."""
+    skipped = 0
+    while part := stream.readline(_BLOCK):
+        skipped += len(part)
+        if part.endswith(b"\n"):
+            break
+    return skipped
 
 
 def count_lines(stream: BinaryIO, start: int, end: int) -> int:

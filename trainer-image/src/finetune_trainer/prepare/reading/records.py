@@ -16,15 +16,22 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, BinaryIO, Final, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from finetune_trainer.failures import DataError, UserError
 from finetune_trainer.prepare.quality.personal import excerpt
 from finetune_trainer.prepare.reading.arrays import array_items
 from finetune_trainer.prepare.reading.csvrows import csv_rows
 from finetune_trainer.prepare.reading.faults import Complain, refuse
-from finetune_trainer.prepare.reading.lines import PACKED, beginning, decoded, unpack, without_mark
+from finetune_trainer.prepare.reading.lines import (
+    PACKED,
+    RECORD_BYTES,
+    beginning,
+    bounded_lines,
+    check_record,
+    decoded,
+    unpack,
+    without_mark,
+)
+from finetune_trainer.prepare.reading.parquetrows import parquet_rows
 
 Fields = dict[str, Any]
 
@@ -34,8 +41,8 @@ SUFFIXES: Final = (
 )
 """Name suffixes of supported objects."""
 
-PARQUET_ROWS: Final = 1024
-"""Rows decoded per batch."""
+MOST_DEPTH: Final = 100
+"""Maximum depth of a record. Deeper, Python's own functions (json, repr) end in RecursionError."""
 
 _HALF: Final = re.compile(r"\\u[dD][89a-fA-F]")
 """A surrogate, as JSON escapes it; a pair is one character."""
@@ -69,6 +76,16 @@ class RawRecord(NamedTuple):
     """From 1."""
     content: bytes | Fields | DataError
     """JSON text, the fields of a row, or the error of an unreadable row."""
+
+    @property
+    def place(self) -> str:
+        """``line 3``, ``row 3``, or ``record 3`` of an array."""
+        return f"{self.unit} {self.number}"
+
+    @property
+    def where(self) -> str:
+        """``s3://bucket/key, line 3``."""
+        return f"{self.uri}, {self.place}"
 
 
 def readable(uri: str) -> bool:
@@ -114,16 +131,17 @@ def raw_records(uri: str, stream: BinaryIO) -> Iterator[RawRecord]:
             " a pattern that leaves it out",
         )
     if uri.endswith(".parquet"):
-        yield from _raw_parquet(uri, stream)
+        for row, fields in parquet_rows(uri, stream):
+            yield RawRecord(uri, "row", row, fields)
         return
     name, text = unpack(uri, stream)
     if name.endswith(".csv"):
-        for row, fields in csv_rows(uri, without_mark(text)):
+        for row, fields in csv_rows(uri, without_mark(bounded_lines(text))):
             yield RawRecord(uri, "row", row, fields)
     elif name.endswith(".json"):
         yield from _raw_json(uri, text)
     else:
-        yield from raw_lines(uri, without_mark(text))
+        yield from raw_lines(uri, without_mark(bounded_lines(text)))
 
 
 def raw_lines(uri: str, lines: Iterable[bytes], before: int = 0) -> Iterator[RawRecord]:
@@ -131,8 +149,13 @@ def raw_lines(uri: str, lines: Iterable[bytes], before: int = 0) -> Iterator[Raw
 
     Args:
         before: number of lines of the object before these.
+
+    Raises:
+        DataError: 'MalformedObject', a line is too long.
     """
     for number, line in enumerate(lines, before + 1):
+        if len(line) > RECORD_BYTES:
+            check_record(uri, f"line {number}", len(line))
         if line and not line.isspace():
             yield RawRecord(uri, "line", number, line)
 
@@ -145,8 +168,8 @@ def _raw_json(uri: str, text: BinaryIO) -> Iterator[RawRecord]:
         for number, item in enumerate(array_items(uri, text, behind), 1):
             yield RawRecord(uri, "record", number, item)
         return
-    rest = b"" if line.endswith(b"\n") else text.readline()
-    yield from raw_lines(uri, chain([line + rest], text), empty)
+    rest = b"" if line.endswith(b"\n") else text.readline(RECORD_BYTES)
+    yield from raw_lines(uri, chain([line + rest], bounded_lines(text)), empty)
 
 
 def parse(raw: RawRecord) -> Record:
@@ -157,12 +180,12 @@ def parse(raw: RawRecord) -> Record:
             object; uri, record, character and text for an item of an array; uri and row for a row
             of CSV or Parquet.
     """
-    place = f"{raw.unit} {raw.number}"
     if isinstance(raw.content, DataError):
         raise raw.content
-    if isinstance(raw.content, bytes):
-        return Record(_parse(raw.uri, place, raw.unit, raw.content), raw.uri, place)
-    return Record(raw.content, raw.uri, place)
+    fields = raw.content
+    if isinstance(fields, bytes):
+        fields = _parse(raw.uri, raw.place, raw.unit, fields)
+    return Record(fields, raw.uri, raw.place)
 
 
 _OFFSETS: Final = {"line": "column", "record": "character"}
@@ -195,9 +218,9 @@ def _parse(uri: str, place: str, unit: str, data: bytes) -> Fields:
             " write it as a string",
         ) from None
     except RecursionError:
-        raise DataError(
-            "MalformedRecord", f"{uri}, {place}: nested too deeply; flatten the record"
-        ) from None
+        raise _too_deep(uri, place) from None
+    if data.count(b"[") + data.count(b"{") > MOST_DEPTH and _is_deep(value):
+        raise _too_deep(uri, place)
     if not isinstance(value, dict) or not value:
         kind = "an empty object" if value == {} else f"a JSON {_kind(value)}"
         raise DataError(
@@ -213,6 +236,24 @@ def _parse(uri: str, place: str, unit: str, data: bytes) -> Fields:
     return value
 
 
+def _too_deep(uri: str, place: str) -> DataError:
+    return DataError(
+        "MalformedRecord",
+        f"{uri}, {place}: nested more than {MOST_DEPTH} levels deep; flatten the record",
+    )
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether a JSON value has more than ``MOST_DEPTH`` levels of arrays and objects."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MOST_DEPTH):
+        inner = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [item for items in inner for item in items if isinstance(item, dict | list)]
+        if not level:
+            return False
+    return True
+
+
 def is_broken(value: Any) -> bool:
     """Whether a JSON value holds an unpaired surrogate: no tokenizer accepts it."""
     try:
@@ -226,40 +267,3 @@ def _kind(value: Any) -> str:
     """JSON's name for the type of a value."""
     names = {list: "array", str: "string", bool: "boolean", type(None): "null", dict: "object"}
     return names.get(type(value), "number")
-
-
-def _raw_parquet(uri: str, stream: BinaryIO) -> Iterator[RawRecord]:
-    row = 0
-    try:
-        table = pq.ParquetFile(pa.PythonFile(stream, mode="r"))
-        for batch in table.iter_batches(batch_size=PARQUET_ROWS):
-            for i in range(len(batch)):
-                row += 1
-                yield RawRecord(uri, "row", row, _row(uri, row, batch, i))
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        raise DataError(
-            "MalformedObject",
-            f"{uri}: cannot be read as Parquet after row {row}: {str(error).splitlines()[0]};"
-            " write the file again",
-        ) from None
-
-
-def _row(uri: str, row: int, batch: Any, i: int) -> Fields | DataError:
-    fields = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        try:
-            fields[name] = _without_nulls(column[i].as_py())
-        except UnicodeDecodeError:
-            return DataError(
-                "MalformedRecord",
-                f"{uri}, row {row}: field {name!r} is not UTF-8 text; write the file from UTF-8",
-            )
-    return fields
-
-
-def _without_nulls(value: Any) -> Any:
-    """Remove null fields of structs. A Parquet struct has the keys of all rows: a null is a key
-    that this row lacks (the argument of another tool), and must not be trained as a null."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
