@@ -15,8 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from transformers import AutoConfig, AutoTokenizer
-
 from finetune_api.identity import data_uri
 from finetune_api.results import MemoryEstimate, PreparedSummary
 from finetune_api.run_spec import RunSpec
@@ -53,6 +51,7 @@ from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.prepared.manifest import DataManifest, is_complete, read_manifest
 from finetune_trainer.prepared.split import SIDES
 from finetune_trainer.storage import modelfiles, runfiles
+from finetune_trainer.storage.modelconfig import load_config, load_tokenizer
 from finetune_trainer.storage.objects import ObjectStore, Stores, check_conditions, file_info
 
 log = logging.getLogger(__name__)
@@ -219,15 +218,15 @@ def load_model(run_spec: RunSpec, folder: Path) -> Model:
     spec, source = run_spec.spec, run_spec.base_model.source
     limits = modelfiles.read_limits(folder, source)
     task = TASKS[spec.task]
-    if not task.fits(config := AutoConfig.from_pretrained(folder)):
+    if not task.fits(config := load_config(folder)):
         raise UserError(
             "UnsupportedModel",
             f"spec.model: {source} is of type {config.model_type}, which cannot be"
             f" {task.called}, as spec.task {spec.task} needs; choose another model",
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (ValueError, KeyError, OSError, TypeError) as error:
+        tokenizer = load_tokenizer(folder)
+    except Exception as error:  # of the classes of hundreds of architectures, and of Rust
         raise UserError(
             "UnsupportedTokenizer",
             f"{source}: transformers cannot load its tokenizer: {modelfiles.first_line(error)}; a"

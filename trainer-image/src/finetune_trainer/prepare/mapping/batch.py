@@ -34,6 +34,7 @@ from finetune_trainer.prepare.reading.records import parse
 from finetune_trainer.prepare.reading.sources import Source
 from finetune_trainer.prepare.rendering.chat import ChatTemplate
 from finetune_trainer.prepare.rendering.examples import RenderedExample, Renderer, renderer
+from finetune_trainer.prepare.rendering.limits import LimitExceeded, limited_work, too_costly
 from finetune_trainer.prepare.task_formats import RENDERINGS, format_of
 from finetune_trainer.prepare.tokenizing.documents import is_document, split
 from finetune_trainer.prepare.tokenizing.tokens import Cut, Model, TokenizedSample, fit
@@ -94,7 +95,7 @@ def map_batch(task: Task) -> MappedBatch:
 
     Raises:
         DataError: for the first unusable record, where the policy is Fail.
-        UserError: the tokenizer does not fit the model or the data.
+        UserError: the tokenizer does not fit the model or the data; 'TemplateTooCostly'.
     """
     return _makers[0].map(task)
 
@@ -165,16 +166,22 @@ class SampleMaker:
     def _examples(self, number: int, batch: Batch, faults: Faults) -> list[RenderedExample]:
         examples: list[RenderedExample] = []
         source = self._sources[number]
-        make = self._renderer(number, batch.format) if batch.format else None
-        for row, raw in enumerate(batch.records):
-            try:
-                record = parse(raw)
-                if row < batch.records_without_format:
-                    format_of(source.spec, record, self._model.task)
-                if make is not None:
-                    examples += make(record)
-            except DataError as error:
-                faults.take(error)
+        where = f"data set {source.name!r}"
+        try:
+            with limited_work():
+                make = self._renderer(number, batch.format) if batch.format else None
+                for row, raw in enumerate(batch.records):
+                    where = raw.where
+                    try:
+                        record = parse(raw)
+                        if row < batch.records_without_format:
+                            format_of(source.spec, record, self._model.task)
+                        if make is not None:
+                            examples += make(record)
+                    except DataError as error:
+                        faults.take(error)
+        except LimitExceeded as error:
+            raise too_costly(where, str(error)) from None
         return examples
 
     def _renderer(self, number: int, form: Format) -> Renderer:

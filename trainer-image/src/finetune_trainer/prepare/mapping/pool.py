@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from functools import partial
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
 from finetune_trainer.failures import NodeFailure, OutOfMemory, TrainerError
 from finetune_trainer.memory_limit import count_oom_kills, memory_limit
+from finetune_trainer.prepare.rendering.limits import KILLED_BY, SECONDS, too_costly
 from finetune_trainer.threads import count_cores
 
 PROCESS_BYTES: Final = 256 << 20
@@ -52,6 +54,7 @@ class Pool:
 
     Raises (on exit of the context):
         OutOfMemory: 'ProcessKilled', the kernel's OOM killer ended a process.
+        UserError: 'TemplateTooCostly', a template exceeded its time in one operation.
         NodeFailure: 'ProcessLost', a process ended for another reason.
     """
 
@@ -59,6 +62,7 @@ class Pool:
         self.processes = processes
         self._executor: ProcessPoolExecutor | None = None
         self._killed = count_oom_kills()
+        self._children: list[BaseProcess] = []
         if processes == 1:
             begin(given)
             return
@@ -96,6 +100,7 @@ class Pool:
         try:
             for key, item in items:
                 waiting.append((key, self._executor.submit(work, item)))
+                self._children = self._children or multiprocessing.active_children()
                 if len(waiting) > 2 * self.processes:
                     first, future = waiting.popleft()
                     yield first, future.result
@@ -114,6 +119,8 @@ class Pool:
                 " memory. Raise prepare.resources.limits.memory, or lower its cpu: one process"
                 " is started per core",
             )
+        if any(child.exitcode == -KILLED_BY for child in self._children):
+            return too_costly("a record", f"takes more than {SECONDS} s in one operation")
         return NodeFailure(
             "ProcessLost",
             f"one of {self.processes} processes of prepare was killed from outside, or crashed."

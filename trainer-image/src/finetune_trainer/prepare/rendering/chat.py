@@ -28,6 +28,7 @@ from finetune_trainer.failures import DataError, UserError
 from finetune_trainer.prepare.quality.personal import redacted
 from finetune_trainer.prepare.rendering.conversations import function_of
 from finetune_trainer.prepare.rendering.formats import Conversation, Message
+from finetune_trainer.prepare.rendering.limits import RENDER_ERRORS, check_length, has_power
 
 Mark = tuple[int, int]
 """Start and end of a text range, in characters."""
@@ -52,6 +53,8 @@ class ChatTemplate:
 
     Raises:
         UserError: 'NoChatTemplate', the tokenizer has none.
+
+    Chat templates are untrusted: render within ``limits.limited_work``.
     """
 
     def __init__(self, tokenizer: Any, model: str) -> None:
@@ -65,6 +68,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         special = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
         self._stops = tuple(sorted(special, key=len, reverse=True))
+        self._checked: set[str] = set()
 
     def render(self, where: str, conversation: Conversation) -> list[list[Turn]]:
         """Render a conversation to one list of turns, or to several (one per turn, each with its
@@ -173,7 +177,7 @@ class ChatTemplate:
         """Render messages to text, with the ranges that the template marks (None for a template
         without marks)."""
         try:
-            template = self._tokenizer.get_chat_template(None, tools)
+            template = self._template(tools)
             marked = _GENERATION.search(template) is not None
             rendered: Any = render_jinja_template(
                 [list(messages)],
@@ -183,14 +187,24 @@ class ChatTemplate:
                 return_assistant_tokens_mask=marked,
                 **self._tokenizer.special_tokens_map,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except RENDER_ERRORS as error:
             raise DataError(
                 "TemplateFailed",
                 f"{where}: the tokenizer's chat template refuses the conversation:"
                 f" {redacted(str(error))}",
             ) from None
         texts, marks = rendered
+        check_length(where, len(texts[0]))
         return texts[0], marks[0] if marked else None
+
+    def _template(self, tools: Tools) -> str:
+        """Return the template's text: a tokenizer may have another one for tools."""
+        template: str = self._tokenizer.get_chat_template(None, tools)
+        if template not in self._checked:
+            if has_power(template):
+                raise jinja2.TemplateError("templates must not raise to a power (**)")
+            self._checked.add(template)
+        return template
 
 
 def _is_learned(message: Message) -> bool:

@@ -23,6 +23,7 @@ from finetune_trainer.prepare.quality.personal import redacted
 from finetune_trainer.prepare.reading.records import Fields, Record
 from finetune_trainer.prepare.rendering.catalogue import CATALOGUE
 from finetune_trainer.prepare.rendering.formats import Pair, missing_field
+from finetune_trainer.prepare.rendering.limits import RENDER_ERRORS, check_length, has_power
 from finetune_trainer.prepared.split import position
 
 
@@ -115,7 +116,8 @@ class PairTemplate:
         self._completion = _Text("completion", template.completion)
 
     def render(self, record: Record) -> Pair:
-        """Render prompt and completion of a record.
+        """Render prompt and completion of a record. Templates are untrusted: render within
+        ``limits.limited_work``.
 
         Raises:
             DataError: 'MissingField' or 'TemplateFailed', with object, line and field.
@@ -132,6 +134,11 @@ class _Text:
     def __init__(self, name: str, source: str) -> None:
         self._name = name
         try:
+            if has_power(source):
+                raise UserError(
+                    "BadTemplate", f"template.{name}: it must not raise to a power (**); got"
+                    f" {source!r}",
+                )  # fmt: skip
             tree = _ENVIRONMENT.parse(source)
             self._needed = sorted(jinja2.meta.find_undeclared_variables(tree))
             self._compiled = _ENVIRONMENT.from_string(source)
@@ -143,12 +150,14 @@ class _Text:
                 "BadTemplate",
                 f"template.{name}, line {error.lineno}: {error.message}; got {source!r}",
             ) from None
+        except (RecursionError, SyntaxError):
+            raise UserError("BadTemplate", f"template.{name}: it is nested too deeply") from None
 
     def render(self, record: Record) -> tuple[str, str]:
         """Return the text for a record, and the record's values in it without template text."""
         fields = {"record": record.fields, **record.fields}
         try:
-            return self._compiled.render(fields), self._values.render(fields)
+            text, values = self._compiled.render(fields), self._values.render(fields)
         except jinja2.UndefinedError as error:
             missing = [name for name in self._needed if name not in fields]
             if missing:
@@ -164,9 +173,11 @@ class _Text:
             raise missing_field(record, null[0] if null else "?", why) from None
         except SecurityError as error:
             raise UserError("BadTemplate", f"template.{self._name}: {error}") from None
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        except RENDER_ERRORS as error:
             raise DataError(
                 "TemplateFailed",
                 f"{record.where}: template.{self._name} fails on this record:"
                 f" {redacted(str(error))}. Correct the record or the template",
             ) from None
+        check_length(record.where, len(text))
+        return text, values
