@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -53,8 +55,10 @@ MATCHES = [
 @pytest.mark.parametrize(("path", "found"), MATCHES)
 @pytest.mark.parametrize("root", ["s3://test-sources", "pvc://claim"])
 def test_objects_are_resolved_by_name_pattern_and_prefix(
-    store: ObjectStore, bucket: str, claims: dict[str, str], root: str, path: str, found: list[str]
-) -> None:
+    store: ObjectStore, bucket: str, claims: dict[str, str], root: str, path: str,
+    found: list[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv(ENV_PVC_ROOT, claims[ENV_PVC_ROOT])
     objects = resolve(f"{root}/{path}", store, claims)
     assert [o.uri.removeprefix(f"{root}/data/") for o in objects] == found
     for item, name in zip(objects, found, strict=True):
@@ -215,3 +219,62 @@ def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"s3://b/m/config\.json") as caught:
         read_limits(tmp_path, "s3://b/m")
     assert caught.value.reason == "UnsupportedModel"
+
+
+# --- claims that others write to -----------------------------------------------------------------
+
+
+def test_a_link_out_of_a_claim_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pod's files hold its credentials; links within the claim are followed."""
+    monkeypatch.setenv(ENV_PVC_ROOT, str(tmp_path))
+    folder = tmp_path / "claim" / "data"
+    folder.mkdir(parents=True)
+    (tmp_path / "secret.jsonl").write_text('{"text": "secret"}')
+    (folder / "a.jsonl").write_text('{"text": "a"}')
+    (folder / "b.jsonl").symlink_to("a.jsonl")
+    (folder / "c.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    (folder / "d.jsonl").symlink_to("../../secret.jsonl")
+    found = resolve("pvc://claim/data/", Mock())
+    assert [item.open().read() for item in found[:2]] == [b'{"text": "a"}'] * 2
+    for item in found[2:]:
+        with pytest.raises(UserError, match="leads out of the claim") as caught:
+            item.open()
+        assert caught.value.reason == "OutsideClaim" and item.uri in caught.value.message
+    assert len(found) == 4
+    monkeypatch.setenv(ENV_PVC_ROOT, str(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "claim").symlink_to(tmp_path / "claim")  # as `finetune run` does
+    assert resolve("pvc://claim/data/d.jsonl", Mock())[0].open().read() == b'{"text": "secret"}'
+
+
+def test_pipes_and_devices_of_a_claim_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ENV_PVC_ROOT, str(tmp_path))
+    folder = tmp_path / "claim"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "a"}')
+    os.mkfifo(folder / "b.jsonl")
+    (folder / "c.jsonl").symlink_to("/dev/zero")
+    (folder / "d.jsonl").symlink_to("d.jsonl")
+    (found,) = resolve("pvc://claim/", Mock())
+    assert found.uri == "pvc://claim/a.jsonl"
+    (folder / "a.jsonl").unlink()
+    os.mkfifo(folder / "a.jsonl")
+    with pytest.raises(DataError, match="replaced"):  # at once: a read would wait for a writer
+        found.open()
+
+
+@pytest.mark.parametrize(
+    "name", ["a%2Fb", "a b", "é", "e\u0301", "a\u202eb", "x" * 200, "..", "a\x01b"]
+)
+def test_keys_with_tricks_are_read_as_they_are_named(
+    store: ObjectStore, root: str, name: str
+) -> None:
+    key = f"{root}/{name}.jsonl"
+    store.put(key, b"not JSON")
+    (found,) = resolve(f"{root}/*.jsonl", store)
+    assert found.uri == key
+    with found.open() as stream, pytest.raises(DataError) as caught:
+        list(read_records(found.uri, stream))
+    assert caught.value.message.isprintable() and "line 1" in caught.value.message

@@ -26,6 +26,7 @@ class TrainerError(Exception):
     retryable: ClassVar[bool] = False
 
     def __init__(self, reason: str, message: str) -> None:
+        message = printable(message)
         super().__init__(message)
         self.reason = reason
         self.message = message
@@ -33,6 +34,16 @@ class TrainerError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         """Support pickling, to send the error to other ranks: subclasses have other arguments."""
         return _revive, (type(self), self.reason, self.message)
+
+
+def printable(text: str) -> str:
+    """Escape control characters and bidirectional controls: keys and records are untrusted, and a
+    terminal shows the message."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def _revive(kind: type[TrainerError], reason: str, message: str) -> TrainerError:

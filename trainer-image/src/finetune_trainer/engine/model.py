@@ -18,8 +18,6 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -41,6 +39,7 @@ from finetune_trainer.engine.quantized import four_bits
 from finetune_trainer.engine.task_losses import TASKS
 from finetune_trainer.engine.transformers_loading import float32_parameters
 from finetune_trainer.failures import UserError
+from finetune_trainer.storage import modelconfig
 from finetune_trainer.storage.weight_reader import Weights
 
 CPU: Final = torch.device("cpu")
@@ -50,7 +49,7 @@ GENERATION: Final = "generation_config.json"
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder. Without a padding token of its own, it pads with the
     end-of-sequence token; padding is masked and never supervised."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = modelconfig.load_tokenizer(path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -86,7 +85,7 @@ def configuration(path: Path, purpose: Purpose = TEXT) -> PreTrainedConfig:
     Raises:
         UserError: 'UnsupportedModel' for quantised weights, which cannot be trained on.
     """
-    config: PreTrainedConfig = AutoConfig.from_pretrained(path)
+    config = modelconfig.load_config(path)
     quantized = getattr(config, "quantization_config", None)
     inner = config.sub_configs.get("text_config")
     if inner is not None and getattr(_class_of(config, purpose), "config_class", None) is inner:
@@ -106,7 +105,7 @@ def configuration(path: Path, purpose: Purpose = TEXT) -> PreTrainedConfig:
 
 def has_drawn_head(path: Path, purpose: Purpose) -> bool:
     """Whether the model starts with a classification head of random parameters."""
-    return bool(purpose.classes) and not has_head(AutoConfig.from_pretrained(path), purpose.classes)
+    return bool(purpose.classes) and not has_head(modelconfig.load_config(path), purpose.classes)
 
 
 def drawn_names(model: PreTrainedModel, path: Path, purpose: Purpose) -> set[str]:

@@ -1,9 +1,14 @@
-"""Volume claims in a pod: ``pvc://claim/path`` is mounted below one folder."""
+"""Volume claims in a pod: ``pvc://claim/path`` is mounted below one folder.
+
+Others may write to a claim. So its symbolic links are followed only within it (the pod's own files
+hold credentials), and only regular files are opened (a named pipe would block for ever).
+"""
 
 from __future__ import annotations
 
 import io
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -39,7 +44,9 @@ def open_listed(path: Path, uri: str, etag: str) -> BinaryIO:
 
     Raises:
         DataError: 'ObjectChanged', here or from a later read.
+        UserError: 'OutsideClaim', a symbolic link leads out of the claim.
     """
+    check_inside(path, uri)
     try:
         return cast(BinaryIO, io.BufferedReader(_ListedFile(path, uri, etag), BUFFER_BYTES))
     except FileNotFoundError:
@@ -50,7 +57,7 @@ class _ListedFile(io.FileIO):
     """A raw file that checks its version tag after each read."""
 
     def __init__(self, path: Path, uri: str, etag: str) -> None:
-        super().__init__(path)
+        super().__init__(path, opener=_open)
         self._uri, self._etag = uri, etag
         try:
             self._check()
@@ -69,5 +76,32 @@ class _ListedFile(io.FileIO):
         return data
 
     def _check(self) -> None:
-        if etag_of(os.fstat(self.fileno())) != self._etag:
+        found = os.fstat(self.fileno())
+        if etag_of(found) != self._etag or not stat.S_ISREG(found.st_mode):
             raise object_changed(self._uri)
+
+
+def _open(path: str, flags: int) -> int:
+    """Open a file; do not wait for the writer of a named pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def check_inside(path: Path, uri: str) -> None:
+    """Refuse a file to which a symbolic link leads out of its claim. In `finetune run` claims are
+    links themselves, to folders of the user, whose links may lead anywhere.
+
+    Args:
+        path: the file.
+        uri: its address, or that of a folder that contains it: names the claim.
+
+    Raises:
+        UserError: 'OutsideClaim'.
+    """
+    claim = uri.removeprefix("pvc://").partition("/")[0]
+    root = claim_path(f"pvc://{claim}")
+    if not root.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
+        raise UserError(
+            "OutsideClaim",
+            f"{uri}: {path.name} is a symbolic link that leads out of the claim; put the file"
+            " itself there",
+        )

@@ -1,12 +1,14 @@
 """Files of a base model's folder: find them, check that they are complete, and fetch them.
 
 A model folder is in Hugging Face layout: config.json, weights as safetensors (one file, or an
-index and its shards), and the tokenizer's files.
+index and its shards), and the tokenizer's files. It is untrusted: names that are no plain file
+names are passed over, and weights are safetensors, never pickles.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,19 +24,21 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AutoConfig
 
 from finetune_api.sources import ModelLocation
 from finetune_trainer.failures import StorageUnavailable, UserError
-from finetune_trainer.storage.claim_paths import claim_path
+from finetune_trainer.storage.claim_paths import check_inside, claim_path
+from finetune_trainer.storage.modelconfig import CONFIG, check_config, check_size, load_config
 from finetune_trainer.storage.objects import ObjectInfo, Stores
 
-CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
 WEIGHTS_INDEX: Final = "model.safetensors.index.json"
 SMALL: Final = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 """Files fetched besides the weights: configuration and tokenizer."""
 NOT_TOKENIZER: Final = (CONFIG, "generation_config.json", WEIGHTS_INDEX)
+
+PLAIN_NAME: Final = re.compile(r"(?=.*[^.])[\w.+-][\w.+ -]{0,199}", re.ASCII)
+"""Names of files that are fetched: no folders, no control characters."""
 
 _PARALLEL_FILES: Final = 4
 
@@ -63,9 +67,10 @@ def fetch_tokenizer(location: ModelLocation, stores: Stores, folder: Path) -> Pa
         hub = _Hub.of(location, stores)
         _replace_link(folder, hub.fetch(SMALL))
         names = hub.names(folder)
-        _require(source, names, CONFIG, *_weights(folder, names))
+        _require(source, names, CONFIG, *_weights(source, folder, names))
     else:
         _link_claim(source, folder)
+    _check_small(source, folder)
     return folder
 
 
@@ -77,20 +82,23 @@ def fetch_model(location: ModelLocation, stores: Stores, folder: Path) -> tuple[
         hub or linked from a claim.
 
     Raises:
-        UserError: 'ModelNotFound', naming the address and the required files.
+        UserError: 'ModelNotFound', naming the address and the required files;
+            'UnsupportedModel', 'UnreadableModel', 'OutsideClaim', naming the file.
     """
     source = location.source
+    objects: tuple[ObjectInfo, ...] = ()
     if source.startswith("s3://"):
-        return _fetch_small(location, stores, folder)
-    if source.startswith("hf://"):
+        objects = _fetch_small(location, stores, folder)
+    elif source.startswith("hf://"):
         hub = _Hub.of(location, stores)
         _replace_link(folder, hub.fetch(SMALL))
-        weights = _weights(folder, hub.names(folder))
+        weights = _weights(source, folder, hub.names(folder))
         _replace_link(folder, hub.fetch((*SMALL, *weights)))
         _require(source, _names(folder), CONFIG, *weights)
     else:
         _link_claim(source, folder)
-    return ()
+    _check_small(source, folder)
+    return objects
 
 
 def read_limits(folder: Path, source: str) -> ModelLimits:
@@ -100,9 +108,9 @@ def read_limits(folder: Path, source: str) -> ModelLimits:
         UserError: 'UnsupportedModel' if transformers does not support the configuration.
     """
     try:
-        config = AutoConfig.from_pretrained(folder).get_text_config()
+        config = load_config(folder).get_text_config()
         return ModelLimits(getattr(config, "max_position_embeddings", None), config.vocab_size)
-    except (ValueError, KeyError, OSError, AttributeError) as error:
+    except Exception as error:  # of the classes of hundreds of architectures
         raise UserError(
             "UnsupportedModel",
             f"{source}/{CONFIG}: not the configuration of a language model that transformers knows:"
@@ -129,7 +137,8 @@ def small_files(folder: Path) -> list[Path]:
 def weight_files(folder: Path) -> list[Path]:
     """Return the weight files of a model's folder. The folder may contain other safetensors files,
     such as an older version or other shards."""
-    return [folder / name for name in _weights(folder, (path.name for path in folder.iterdir()))]
+    names = (path.name for path in folder.iterdir())
+    return [folder / name for name in _weights(str(folder), folder, names)]
 
 
 def first_line(error: Exception) -> str:
@@ -137,12 +146,41 @@ def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _weights(folder: Path, names: Iterable[str]) -> list[str]:
-    """Return the names of the weight files; for shards, those in the index in ``folder``."""
+def is_plain(name: str) -> bool:
+    """Return whether a name is that of a file, without a folder."""
+    return PLAIN_NAME.fullmatch(name) is not None
+
+
+def _weights(source: str, folder: Path, names: Iterable[str]) -> list[str]:
+    """Return the names of the weight files; for shards, those in the index in ``folder``.
+
+    Raises:
+        UserError: 'UnreadableModel', the index is damaged, or names files that are not safetensors.
+    """
     if WEIGHTS_INDEX not in names:
         return [WEIGHTS]
-    index = json.loads((folder / WEIGHTS_INDEX).read_text())
-    return sorted(set(index["weight_map"].values()))
+    try:
+        found = set(json.loads((folder / WEIGHTS_INDEX).read_bytes())["weight_map"].values())
+        wrong = [n for n in found if not (is_plain(n) and n.endswith(".safetensors"))]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            "UnreadableModel",
+            f"{source}/{WEIGHTS_INDEX}: not an index of weight files"
+            f" ({type(error).__name__}: {error}); write the model again",
+        ) from None
+    if wrong:
+        raise UserError(
+            "UnreadableModel",
+            f"{source}/{WEIGHTS_INDEX}: names {wrong[0]!r}; weights must be .safetensors files"
+            " beside it (pickles such as .bin and .pt are never read): convert the model",
+        )
+    return sorted(found)
+
+
+def _check_small(source: str, folder: Path) -> None:
+    for path in small_files(folder):
+        check_size(source, path.relative_to(folder).as_posix(), path.stat().st_size)
+    check_config(source, folder)
 
 
 def _require(source: str, there: Iterable[str], *wanted: str) -> None:
@@ -164,7 +202,8 @@ def _is_small(name: str) -> bool:
     """Return whether a file (name relative to the model folder) is configuration or tokenizer."""
     folder, _, base = name.rpartition("/")
     suffixes = tuple(pattern.removeprefix("*") for pattern in SMALL)
-    return base.endswith(suffixes) and folder in ("", "additional_chat_templates")
+    inside = folder in ("", "additional_chat_templates")
+    return inside and is_plain(base) and base.endswith(suffixes)
 
 
 def _fetch_small(location: ModelLocation, stores: Stores, folder: Path) -> tuple[ObjectInfo, ...]:
@@ -175,13 +214,14 @@ def _fetch_small(location: ModelLocation, stores: Stores, folder: Path) -> tuple
     _require(location.source, found, CONFIG)
 
     def fetch(name: str) -> None:
+        check_size(location.source, name, found[name].size)
         path = folder / name
         if not (path.exists() and path.stat().st_size == found[name].size):
             store.download(found[name].uri, path)
 
     with ThreadPoolExecutor(_PARALLEL_FILES) as pool:
         list(pool.map(fetch, filter(_is_small, found)))
-    weights = _weights(folder, found)
+    weights = _weights(location.source, folder, found)
     _require(location.source, found, *weights)
     return tuple(found[name] for name in weights)
 
@@ -193,7 +233,12 @@ def _names(folder: Path) -> list[str]:
 def _link_claim(source: str, folder: Path) -> None:
     path = claim_path(source)
     names = _names(path)
-    _require(source, names, CONFIG, *_weights(path, names))
+    if WEIGHTS_INDEX in names:
+        check_inside(path / WEIGHTS_INDEX, source)
+    weights = _weights(source, path, names)
+    _require(source, names, CONFIG, *weights)
+    for file in (*small_files(path), *(path / name for name in weights)):
+        check_inside(file, source)
     _replace_link(folder, path)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -23,10 +24,13 @@ from finetune_api.results import Ancestor
 from finetune_api.run_spec import JobIdentity, RunSpec
 from finetune_api.sources import ModelLocation
 from finetune_trainer.failures import UserError
-from finetune_trainer.storage.claim_paths import claim_path
+from finetune_trainer.storage.claim_paths import check_inside, claim_path
+from finetune_trainer.storage.modelfiles import is_plain
 from finetune_trainer.storage.objects import ObjectNotFound, ObjectStore, Stores, file_info
 
 MANIFEST: Final = "manifest.json"
+ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
+_PICKLES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 class PublishedFile(Record):
@@ -176,17 +180,21 @@ def fetch_adapter(base: Base, stores: Stores, folder: Path) -> Path | None:
         ``folder``, or the folder on a claim; None if the base has no adapter.
 
     Raises:
-        UserError: 'BaseChanged' if a file is missing or differs from the published one.
+        UserError: 'BaseChanged' if a file is missing or differs from the published one;
+            'UnreadableModel' if the manifest names other files than an adapter's.
     """
     if base.adapter is None:
         return None
     source = base.adapter.source
     on_claim = source.startswith("pvc://")
+    _check_names(source, [name for name, _ in base.adapter_files])
     for name, known in base.adapter_files:
         path = claim_path(source) / name if on_claim else folder / name
         try:
             if not on_claim:
                 stores.of(base.adapter.storage).download(f"{source}/{name}", path)
+            else:
+                check_inside(path, source)
             intact = file_info(path).sha256 == known.sha256
         except (ObjectNotFound, FileNotFoundError):
             intact = False
@@ -197,3 +205,16 @@ def fetch_adapter(base: Base, stores: Stores, folder: Path) -> Path | None:
                 " again",
             )
     return claim_path(source) if on_claim else folder
+
+
+def _check_names(source: str, names: Sequence[str]) -> None:
+    """Check the names in a manifest, which another's job may have written: no file is written
+    outside the adapter's folder, and the weights are safetensors (peft would load a pickle)."""
+    wrong = [n for n in names if not all(map(is_plain, n.split("/"))) or n.endswith(_PICKLES)]
+    if wrong or ADAPTER_WEIGHTS not in names:
+        what = f"names {wrong[0]!r}" if wrong else f"does not name {ADAPTER_WEIGHTS}"
+        raise UserError(
+            "UnreadableModel",
+            f"{source}: its {MANIFEST} {what}; an adapter is {ADAPTER_WEIGHTS} with its"
+            " configuration; publish that model again",
+        )

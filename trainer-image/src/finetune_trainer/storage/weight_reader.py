@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.modeling_utils import str_to_torch_dtype
 
@@ -39,6 +39,8 @@ PARALLEL: Final = 16
 """Requests in parallel."""
 HEAD_BYTES: Final = 256 << 10
 """Size of the first request to an object: most headers are shorter."""
+MOST_HEADER_BYTES: Final = 100_000_000
+"""Maximum size of a header, as in the safetensors library."""
 
 
 class Slice(Protocol):
@@ -74,8 +76,12 @@ class Weights(Mapping[str, Slice]):
 
     @classmethod
     def of_files(cls, paths: Iterable[Path]) -> Weights:
-        """Open safetensors files, mapped into memory."""
-        files: list[Any] = [safe_open(path, "pt") for path in paths]
+        """Open safetensors files, mapped into memory.
+
+        Raises:
+            UserError: 'UnreadableModel' if a file is not a whole safetensors file.
+        """
+        files: list[Any] = [_opened(path) for path in paths]
         return cls({name: file.get_slice(name) for file in files for name in file.keys()}, files)  # noqa: SIM118
 
     @classmethod
@@ -123,6 +129,16 @@ class Weights(Mapping[str, Slice]):
         return len(self._slices)
 
 
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            "UnreadableModel",
+            f"{path}: not a whole safetensors file ({error}); write the model again",
+        ) from None
+
+
 def model_changed(info: ObjectInfo) -> UserError:
     """Return the error for an object that differs from the listing."""
     return UserError(
@@ -146,19 +162,27 @@ class _Object:
         head = self.request(0, min(HEAD_BYTES, size))
         try:
             (length,) = struct.unpack("<Q", head[:8])
-            if length > size - 8:
+            if length > min(size - 8, MOST_HEADER_BYTES):
                 raise ValueError(f"its header would have {length} bytes, the object has {size}")
             if length > len(head) - 8:
                 head += self.request(len(head), 8 + length)
             header: dict[str, Any] = json.loads(head[8 : 8 + length])
             header.pop("__metadata__", None)
-            for name, entry in header.items():
-                start, stop = (8 + length + offset for offset in entry["data_offsets"])
-                tensor = _Tensor(self, of, start, tuple(entry["shape"]), entry["dtype"])
-                if stop > size or stop - start != tensor.bytes:
-                    raise ValueError(f"{name} is at bytes {start} to {stop} of {size}")
+            places = sorted((*entry["data_offsets"], name) for name, entry in header.items())
+            end = 0  # of the tensor before
+            for first, last, name in places:
+                shape, dtype = header[name]["shape"], header[name]["dtype"]
+                tensor = _Tensor(self, of, 8 + length + first, tuple(shape), dtype)
+                if not all(type(n) is int and n >= 0 for n in (first, last, *shape)):
+                    raise ValueError(f"{name} has shape {shape} at bytes {first} to {last}")
+                if first < end or last > size - 8 - length or last - first != tensor.bytes:
+                    raise ValueError(
+                        f"{name} ({dtype}, shape {shape}) is at bytes {first} to {last} of"
+                        f" {size - 8 - length}, and the tensor before it ends at {end}"
+                    )
+                end = last
                 yield name, tensor
-        except (ValueError, KeyError, TypeError, struct.error) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
             raise UserError(
                 "UnreadableModel",
                 f"{uri}: not a whole safetensors file ({error}); write the model again",

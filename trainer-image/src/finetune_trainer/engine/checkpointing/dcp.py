@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 from torch.utils._pytree import tree_leaves, tree_map
 
+from finetune_trainer.engine.checkpointing.dcp_storage import LoadPlannerOfValues
 from finetune_trainer.engine.checkpointing.staging import StagedState, State
 from finetune_trainer.engine.dtensors import is_sharded_tensor, local_tensor
 from finetune_trainer.engine.optimizers import Optimizers
@@ -85,8 +86,9 @@ def load(reader: StorageReader, state: State, group: dist.ProcessGroup | None) -
         return
     with _first_cause():
         state_dict_loader.load(
-            state, storage_reader=reader, process_group=group, no_dist=group is None
-        )
+            state, storage_reader=reader, planner=LoadPlannerOfValues(), process_group=group,
+            no_dist=group is None,
+        )  # fmt: skip
 
 
 def _load_alike(reader: StorageReader, state: State, group: dist.ProcessGroup) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import (
     LoadItemType,
@@ -39,9 +40,14 @@ from finetune_trainer.storage.checkpoint_files import (
     write_file,
 )
 from finetune_trainer.storage.objects import FileInfo, ObjectStore
-from finetune_trainer.storage.run_head import Checkpoint
+from finetune_trainer.storage.run_head import Checkpoint, CorruptCheckpoint
 
 METADATA: Final = ".metadata"
+METADATA_MODULE: Final = Metadata.__module__
+METADATA_CLASSES: Final = (
+    "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+    "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+)  # fmt: skip
 T = TypeVar("T")
 
 
@@ -132,8 +138,7 @@ class CheckpointReader(StorageReader):
     def reset(self, checkpoint_id: Any = None) -> None: ...
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        found: Metadata = pickle.loads(self._metadata)
-        return found
+        return _unpickled(self._metadata, self._commit.uri)
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
@@ -169,6 +174,45 @@ class CheckpointReader(StorageReader):
                     item.deliver(planner)
             under_way = [item for item in under_way if item.stop > stop]
         return _done(None)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Loads metadata and nothing else: whoever may write to the workspace could otherwise run code
+    in the gang."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = (module, name) in _KNOWN
+        if not known and not (module == "torch" and isinstance(getattr(torch, name), torch.dtype)):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not metadata")
+        return super().find_class(module, name)
+
+
+_KNOWN: Final = {
+    *((METADATA_MODULE, name) for name in METADATA_CLASSES),
+    *((kind.__module__, kind.__qualname__) for kind in (ByteRange, PartSums, FileInfo)),
+    *(("torch", "Size"), ("torch.serialization", "_get_layout")),
+}
+"""Classes and functions that ``pickle.dumps`` names in metadata."""
+
+
+def _unpickled(data: bytes, uri: str) -> Metadata:
+    try:
+        found: Metadata = _Unpickler(io.BytesIO(data)).load()
+    except Exception as error:  # damaged pickles raise almost anything
+        raise CorruptCheckpoint(f"{uri}/{METADATA}", str(error)) from None
+    return found
+
+
+class LoadPlannerOfValues(DefaultLoadPlanner):
+    """torch's load planner, which reads values that are not tensors (learning rates) without
+    running what a pickle names."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        loaded = torch.load(value, weights_only=True)
+        safe = io.BytesIO()
+        torch.save(loaded, safe)
+        safe.seek(0)
+        super().load_bytes(read_item, safe)
 
 
 class _Wanted:
