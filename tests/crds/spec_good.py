@@ -100,6 +100,12 @@ GOOD = [
     good("no restarts", {"failurePolicy.maxRestarts": 0}),
     good("secret", {"storage.secretRef": SECRET}),
     good("workload identity", {"storage.serviceAccountName": "trainer"}),
+    good("encryption by the server", {"storage.encryption": {"type": "S3"}}),
+    good("encryption with a key", {"storage.encryption": {
+        "type": "KMS", "kmsKeyId": "arn:aws:kms:eu-central-1:111122223333:key/1a-2b",
+        "bucketKey": True}}),
+    good("encryption with an alias", {"storage.encryption": {
+        "type": "KMS", "kmsKeyId": "alias/training"}}),
     good("workspace", {"storage": {"workspace": "s3://scratch", "region": "eu-central-1"}}),
     good("endpoint with a slash", {"storage.endpoint": "https://s3.example.com/"}),
     good("suspended", {"suspend": True, "rerunToken": "", "childrenTTLSecondsAfterFinished": 0}),

@@ -18,6 +18,7 @@ from finetune_api.base import (
     Spelling,
     is_zero,
 )
+from finetune_api.encryption import Encryption
 from finetune_api.templates import Retrieval, Template
 
 Format = Literal[
@@ -83,6 +84,8 @@ class Storage(StorageAccess):
     workspace: S3Uri | None = None
     """Prefix for prepared data and checkpoints. Jobs that share a workspace share prepared data.
     Absent: `.workspace` under `output.destination`."""
+    encryption: Encryption | None = None
+    """Server-side encryption of what the job writes. Absent: as the buckets are configured."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(

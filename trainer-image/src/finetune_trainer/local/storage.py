@@ -58,7 +58,7 @@ def storage_for(
                 "AWS_ACCESS_KEY_ID": server.access_key,
                 "AWS_SECRET_ACCESS_KEY": server.secret_key,
             }
-            yield Where(reached_at(spec, server.endpoint), keys, server)
+            yield Where(reached_at(spec, server.endpoint, embedded=True), keys, server)
     else:
         yield Where(reached_at(spec, endpoint or spec.storage.endpoint), {}, None)
 
@@ -69,8 +69,11 @@ def uses_embedded(spec: FineTuneJobSpec, endpoint: str | None, environ: Mapping[
     return not named and not any(environ.get(name) for name in _ACCOUNT)
 
 
-def reached_at(spec: FineTuneJobSpec, endpoint: str | None) -> FineTuneJobSpec:
-    """Return the spec with that endpoint and without Secrets: keys come from the environment."""
+def reached_at(
+    spec: FineTuneJobSpec, endpoint: str | None, *, embedded: bool = False
+) -> FineTuneJobSpec:
+    """Return the spec with that endpoint and without Secrets: keys come from the environment. The
+    embedded server has no keys to encrypt with."""
     raw: dict[str, Any] = spec.to_json()
     blocks = [raw["storage"]]
     sources = [raw["model"], *(s for part in ("train", "validation", "test")
@@ -80,6 +83,8 @@ def reached_at(spec: FineTuneJobSpec, endpoint: str | None) -> FineTuneJobSpec:
         block.pop("secretRef", None)
         block.pop("serviceAccountName", None)
     raw["storage"].pop("endpoint", None)
+    if embedded:
+        raw["storage"].pop("encryption", None)
     if endpoint is not None:
         raw["storage"]["endpoint"] = endpoint
     return parse_spec(raw)

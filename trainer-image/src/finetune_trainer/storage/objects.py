@@ -74,7 +74,13 @@ class Stores:
 
     def _make(self, profile: int) -> ObjectStore:
         access = self._run_spec.storage_profiles[profile]
-        return ObjectStore(access.endpoint, access.region, self._credentials(profile, access))
+        own = self._run_spec.spec.storage if profile == 0 else None  # the only one written to
+        return ObjectStore(
+            access.endpoint,
+            access.region,
+            self._credentials(profile, access),
+            own.encryption if own else None,
+        )
 
     def _credentials(self, profile: int, access: StorageAccess) -> Credentials | None:
         def value(key: str) -> str | None:

@@ -23,6 +23,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore import UNSIGNED
 from botocore.config import Config
 
+from finetune_api.encryption import Encryption
 from finetune_trainer.failures import (
     StorageDenied,
     StorageUnavailable,
@@ -56,6 +57,8 @@ TRIES: Final = 4
 TRANSFER: Final = TransferConfig(
     multipart_threshold=16 << 20, multipart_chunksize=16 << 20, max_concurrency=8
 )
+ALGORITHMS: Final = {"S3": "AES256", "KMS": "aws:kms"}
+"""S3's names of ``storage.encryption.type``."""
 DELETE_BATCH: Final = 1000
 """S3's limit of keys per DeleteObjects request."""
 
@@ -77,6 +80,7 @@ class ObjectStore:
         region: region that requests are signed for.
         credentials: keys; None: boto3's credential chain (web identity, instance role), or
             anonymous access if the chain finds none.
+        encryption: of what is written; None: as the bucket is configured.
     """
 
     def __init__(
@@ -84,8 +88,10 @@ class ObjectStore:
         endpoint: str | None = None,
         region: str = "us-east-1",
         credentials: Credentials | None = None,
+        encryption: Encryption | None = None,
     ) -> None:
         self.endpoint = endpoint
+        self._encryption = encryption
         self._keys_from = credentials.source if credentials else "the pod's identity"
         own = botocore.session.Session()
         own.register_component("data_loader", _service_descriptions())
@@ -111,6 +117,7 @@ class ObjectStore:
             self._keys_from = "anonymous access (no credentials were given)"
             config = config.merge(Config(signature_version=UNSIGNED))
         self._client = session.client("s3", endpoint_url=endpoint, config=config)
+        _encrypt(self._client, encryption)
 
     # --- whole objects -----------------------------------------------------------------------
 
@@ -373,7 +380,7 @@ class ObjectStore:
             )
         if code in ("NoSuchKey", "404"):
             return ObjectNotFound(uri)
-        return refusal(code, tried, verb, self._keys_from)
+        return refusal(code, tried, verb, self._keys_from, self._encryption)
 
     def _bucket_is_missing(self, bucket: str) -> bool:
         """HEAD responds identically for a missing key and a missing bucket: check the bucket."""
@@ -395,6 +402,22 @@ class ObjectStore:
     @property
     def _place(self) -> str:
         return self.endpoint or "Amazon S3"
+
+
+def _encrypt(client: Any, encryption: Encryption | None) -> None:
+    """Make a client ask for server-side encryption in every request that creates an object, also in
+    those of boto3's transfer manager."""
+    if encryption is None:
+        return
+    asked: dict[str, Any] = {"ServerSideEncryption": ALGORITHMS[encryption.type]}
+    if encryption.kms_key_id is not None:
+        asked["SSEKMSKeyId"] = encryption.kms_key_id
+    if encryption.bucket_key is not None:
+        asked["BucketKeyEnabled"] = encryption.bucket_key
+    for request in ("PutObject", "CreateMultipartUpload"):
+        client.meta.events.register(
+            f"provide-client-params.s3.{request}", lambda params, **_: {**params, **asked}
+        )
 
 
 def _note_progress(count: int) -> None:
