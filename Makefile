@@ -18,7 +18,7 @@ STAGES := finetune_trainer.prepare.pipeline, finetune_trainer.train.process, fin
 # If unset, tokenizers warns after a fork and disables its threads.
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: help install demo tools test e2e lint generate verify bench gpu lock clean
+.PHONY: help install demo tools test e2e lint generate verify bench bench-operator gpu lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s $$'\t'
@@ -67,6 +67,9 @@ bench: install ## Run the benchmarks (training and TRL, prepare and datasets.map
 	  printf '\n== %s\n' $$one; \
 	  $(BIN)/python benchmarks/$$one.py 2> $(STATE)/bench.log || { cat $(STATE)/bench.log >&2; exit 1; }; \
 	done
+
+bench-operator: install tools ## Load the operator with jobs on a simulated cluster, 10 minutes (ARGS=--help: the loads)
+	$(BIN)/python benchmarks/operator/run.py $(ARGS)
 
 gpu: ## Run GPU tests and benchmarks in 8 minutes; JSON and a table (PYTHON=python3: with its packages)
 	@$(GPU_PYTHON) benchmarks/gpu/run.py --out $(or $(OUT),$(STATE))/gpu

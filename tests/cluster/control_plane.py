@@ -11,6 +11,7 @@ import http.client
 import itertools
 import os
 import ssl
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -37,6 +38,7 @@ class ControlPlane(Api):
             of the ``kubernetes`` Service, for pods.
         port: a free port by default.
         kwok_nodes: number of simulated nodes (see ``kwok``).
+        flags: more flags of the programs, by name of the program.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class ControlPlane(Api):
         address: str = _LOOPBACK,
         port: int | None = None,
         kwok_nodes: int = 0,
+        flags: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.folder = folder or state.claim(f"api-{os.getpid()}-{next(_serial)}")
         super().__init__(self.folder / "admin.kubeconfig")
@@ -56,6 +59,7 @@ class ControlPlane(Api):
         self.server = f"https://{address}:{self.port}"
         self.etcd = f"http://{_LOOPBACK}:{free_port()}"
         self._kwok_nodes = kwok_nodes
+        self._flags = flags or {}
 
     def __enter__(self) -> Self:
         try:
@@ -83,7 +87,8 @@ class ControlPlane(Api):
         self._start_controller_manager()
         self._start_scheduler()
         if self._kwok_nodes:
-            kwok.start(self, self.kubeconfig_of("kwok", "kwok", "system:masters"), self._kwok_nodes)
+            user = self.kubeconfig_of("kwok", "kwok", "system:masters")
+            kwok.start(self, user, self._kwok_nodes, self._flags.get("kwok", ()))
         eventually("the controllers work", self._default_account, within=90)
 
     def stop(self) -> None:
@@ -165,6 +170,7 @@ class ControlPlane(Api):
                 f"--kubelet-certificate-authority={self.authority.certificate}",
                 "--max-requests-inflight=2000",
                 "--max-mutating-requests-inflight=1000",
+                *self._flags.get("kube-apiserver", ()),
             ],
         )
 
@@ -186,6 +192,7 @@ class ControlPlane(Api):
                 # Detect a failed node in 10 s instead of 40: kubelets renew their lease every 4 s.
                 "--node-monitor-period=1s",
                 "--node-monitor-grace-period=10s",
+                *self._flags.get("kube-controller-manager", ()),
             ],
         )
 

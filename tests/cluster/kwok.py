@@ -7,6 +7,7 @@ A pod bound to such a node is Running immediately. It ends when its annotation
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ MESSAGE = "kwok.test/message"
 _STAGES = Path(__file__).with_name("kwok_stages.yaml")
 
 
-def start(plane: ControlPlane, kubeconfig: Path, nodes: int) -> None:
+def start(plane: ControlPlane, kubeconfig: Path, nodes: int, flags: Sequence[str] = ()) -> None:
     """Start kwok and register the nodes ``kwok-0``, ``kwok-1``, …; returns when they are Ready."""
     plane.processes.start(
         "kwok",
@@ -32,6 +33,7 @@ def start(plane: ControlPlane, kubeconfig: Path, nodes: int) -> None:
             "--manage-all-nodes=true",
             "--node-lease-duration-seconds=8",
             "--server-address=127.0.0.1:0",
+            *flags,
         ],
     )
     plane.apply(*(_node(f"kwok-{index}") for index in range(nodes)))
