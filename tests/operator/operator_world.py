@@ -15,11 +15,13 @@ from finetune_operator.children.render import render
 from finetune_operator.config import Config
 from finetune_operator.decide import decide
 from finetune_operator.decision.plan import Plan
+from finetune_operator.world.children import StoredRunSpec
 from finetune_operator.world.models import ModelJob, model_view
 from finetune_operator.world.objects import format_time
-from finetune_operator.world.observe import Refusal, observe
-from finetune_operator.world.pods import INDEX_ANNOTATION
+from finetune_operator.world.observe import VIEWS, Refusal, View, observe
+from finetune_operator.world.pods import INDEX_ANNOTATION, pod_view
 from finetune_operator.world.references import References
+from finetune_operator.world.stored import StoredJob
 
 UID = "0f9c2e4a-1111-2222-3333-444455556666"
 T0 = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)
@@ -84,11 +86,8 @@ class World:
 
     def plan(self) -> Plan:
         found = observe(
-            config_maps=self.of("ConfigMap"),
-            jobs=self.of("Job"),
-            services=self.of("Service"),
-            pods=self.of("Pod"),
-            gone=self.gone,
+            views={kind: self.views(kind) for kind in VIEWS},
+            gone=filter(None, map(pod_view, self.gone)),
             pull_failing_since=self.pull_failing_since,
             warnings=self.warnings,
             progress=self.progress,
@@ -99,7 +98,10 @@ class World:
         since = self.lacking
         self.lacking = {name: since.get(name, self.now) for name in found.lacking_pods()}
         found = replace(found, lacks_pods_since=self.lacking)
-        return decide(self.job, found, self.now, self.config)
+        return decide(StoredJob(self.job), found, self.now, self.config)
+
+    def views(self, kind: str) -> dict[str, View | None]:
+        return {o["metadata"].get("uid", ""): VIEWS[kind](o) for o in self.of(kind)}
 
     def models(self) -> list[ModelJob]:
         """Views of the jobs whose models this job waits for."""
@@ -108,7 +110,10 @@ class World:
             references.put(world.job)
         by_name = {world.job["metadata"]["name"]: world for world in self.others}
         chain = [by_name[job["metadata"]["name"]] for job in references.chain(self.job)]
-        return [model_view(world.job, world.of("ConfigMap")) for world in chain]
+        return [model_view(world.job, world.run_specs()) for world in chain]
+
+    def run_specs(self) -> list[StoredRunSpec]:
+        return [v for v in self.views("ConfigMap").values() if isinstance(v, StoredRunSpec)]
 
     def pass_(self) -> Plan:
         plan = self.plan()

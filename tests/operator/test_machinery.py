@@ -14,6 +14,7 @@ from operator_world import CONFIG, UID, World, at_training, stored_object
 from finetune_api import names
 from finetune_operator import controller as controller_module
 from finetune_operator import progress as progress_module
+from finetune_operator import watch, workqueue
 from finetune_operator.cluster import ApiError, Cluster, Credentials, NotLeading
 from finetune_operator.controller import Controller
 from finetune_operator.decision.plan import Event, Plan, Subject
@@ -25,7 +26,9 @@ from finetune_operator.world.objects import format_time
 from ports import free_port
 
 
-def test_a_key_is_worked_on_by_one_worker_at_a_time_and_never_lost() -> None:
+def test_a_key_is_worked_on_by_one_worker_at_a_time_and_never_lost(monkeypatch: Any) -> None:
+    monkeypatch.setattr(workqueue, "REST_SECONDS", 0.001)
+
     async def scenario() -> list[str]:
         queue, seen, working = WorkQueue(), [], set()
         done = asyncio.Event()
@@ -56,6 +59,7 @@ def test_a_key_is_worked_on_by_one_worker_at_a_time_and_never_lost() -> None:
 
 
 def test_errors_are_backed_off_and_forgotten_after_success(monkeypatch: Any) -> None:
+    monkeypatch.setattr(workqueue, "REST_SECONDS", 0.0)
     delays: list[float] = []
 
     async def scenario() -> None:
@@ -79,6 +83,45 @@ def test_errors_are_backed_off_and_forgotten_after_success(monkeypatch: Any) -> 
     asyncio.run(scenario())
     assert len(delays) == 4
     assert delays[0] < delays[1] < delays[2] and delays[3] < delays[1]
+
+
+def drained(puts: list[tuple[float, str]], workers: int = 1) -> list[str]:
+    """Keys that workers handle, in order, if keys are put after these delays."""
+
+    async def scenario() -> list[str]:
+        queue, seen = WorkQueue(), []
+
+        async def handle(key: str) -> bool:
+            seen.append(key)
+            await asyncio.sleep(0.001)
+            return True
+
+        tasks = [asyncio.create_task(queue.work(handle)) for _ in range(workers)]
+        for delay, key in puts:
+            await asyncio.sleep(delay)
+            queue.put(key)
+        while len(queue):
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)
+        for task in tasks:
+            task.cancel()
+        return seen
+
+    return asyncio.run(scenario())
+
+
+def test_a_burst_of_events_about_a_key_is_one_more_pass() -> None:
+    burst = [(0.001, "a")] * 50
+    assert len(burst) * 0.001 < workqueue.REST_SECONDS
+    assert drained(burst) == ["a", "a"], "the first at once, the rest together after a rest"
+
+
+def test_a_first_pass_does_not_wait_for_passes_of_known_keys(monkeypatch: Any) -> None:
+    monkeypatch.setattr(workqueue, "REST_SECONDS", 0.0)
+    known = [(0.0, key) for key in "abc"]
+    again = [(0.05 * (key == "a"), key) for key in "abc"]
+    seen = drained([*known, *again, (0.0, "new")])
+    assert seen == ["a", "b", "c", "a", "new", "b", "c"], "the worker has a when new comes"
 
 
 def test_put_after_keeps_the_earliest_time() -> None:
@@ -245,14 +288,15 @@ def test_a_redirect_of_a_pod_is_not_followed() -> None:
 def test_a_list_is_read_in_pages() -> None:
     pages = {
         "": {"metadata": {"resourceVersion": "7", "continue": "b"}, "items": ["u1", "u2"]},
-        "b": {"metadata": {"resourceVersion": "9"}, "items": ["u3"]},
+        "b": {"metadata": {"resourceVersion": "9", "continue": "c"}, "items": ["u3"]},
+        "c": {"metadata": {"resourceVersion": "9"}, "items": None},
     }
 
     async def scenario() -> tuple[int, set[str]]:
         async def answer(request: web.Request) -> web.Response:
             assert int(request.query["limit"]) > 0
             page = pages[request.query.get("continue", "")]
-            items = [{"metadata": {"uid": uid}} for uid in page["items"]]
+            items = page["items"] and [{"metadata": {"uid": uid}} for uid in page["items"]]
             return web.json_response({**page, "items": items})
 
         app, port = web.Application(), free_port()
@@ -321,6 +365,70 @@ def test_a_refused_child_is_shown_in_the_same_pass_and_retried(
     assert asyncio.run(controller.handle(UID)), "the pass that the new Job's watch event causes"
     prepared = next(c for c in cluster.statuses[-1]["conditions"] if c["type"] == "Prepared")
     assert prepared["reason"] == "Preparing"
+
+
+def test_what_is_not_urgent_is_written_with_the_next_status(monkeypatch: Any) -> None:
+    plans: list[Plan] = []
+    subject = Subject("team", "bot", UID, 1)
+
+    async def scenario() -> Recorder:
+        monkeypatch.setattr(controller_module, "decide", lambda *_: plans[0])
+        store, cluster, queue = Store(), Recorder(), WorkQueue()
+        store.put(names.KIND, at_training().job | stored_object(names.KIND, UID, 1))
+        metrics = Metrics(store, lambda: 0)
+        controller = Controller(store, cluster, queue, CONFIG, metrics, "here")  # type: ignore[arg-type]
+        for urgent, step in ((True, 1), (False, 2), (True, 3), (False, 4)):
+            plans[:] = [Plan(subject, status={"step": step}, urgent=urgent)]
+            assert await controller.handle(UID)
+        monkeypatch.setattr(controller_module, "SETTLE_SECONDS", 0.0)
+        assert await controller.handle(UID)
+        assert list(queue._timers) == [UID], "a pass is due that writes it"
+        return cluster
+
+    cluster = asyncio.run(scenario())
+    assert [status["step"] for status in cluster.statuses] == [1, 3, 4]
+
+
+def test_a_pass_that_has_written_is_followed_by_another() -> None:
+    """The echo of a write causes no pass, but some actions follow a write: the outcome of a run is
+    recorded on its run spec once status has it."""
+
+    async def scenario() -> list[bool]:
+        store, queue, job = Store(), WorkQueue(), World().job
+        store.put(names.KIND, job | stored_object(names.KIND, UID, 1, spec=job["spec"]))
+        cluster = Refusing("none", [])
+        controller = Controller(store, cluster, queue, CONFIG, Metrics(store, lambda: 0), "here")  # type: ignore[arg-type]
+        due = []
+        for _ in range(3):
+            queue._waiting.clear()
+            assert await controller.handle(UID)
+            due.append(bool(queue._waiting))
+        return due
+
+    assert asyncio.run(scenario()) == [True, False, False]
+
+
+def test_passes_begin_once_the_watches_have_delivered_everything(monkeypatch: Any) -> None:
+    monkeypatch.setattr(watch, "DELIVERED_SECONDS", 0.1)
+    lists = {kind: [{f"{kind}-1"}] for kind in watch.RESOURCES}
+    lists["Pod"] = [{"Pod-1", "vanished"}, {"Pod-1"}]
+
+    class Lists:
+        async def versions(self, kind: str, namespace: str | None, selector: str) -> Any:
+            found = lists[kind]
+            return 1, found.pop(0) if len(found) > 1 else found[0]
+
+    async def scenario() -> None:
+        listing = watch.Listing()
+        task = asyncio.create_task(listing.complete(Lists(), ()))  # type: ignore[arg-type]
+        for kind in watch.RESOURCES:
+            await asyncio.sleep(0.01)
+            assert not task.done(), kind
+            listing.note(f"{kind}-1")
+        await asyncio.wait_for(task, 10)
+
+    asyncio.run(scenario())
+    assert len(lists["Pod"]) == 1, "an object that vanished in the meantime is not waited for"
 
 
 def test_causes_of_the_wait_for_the_api_server_are_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -230,14 +230,14 @@ class Reconcile(RuleBasedStateMachine):
         """No pod of an earlier gang of the run may run, as far as watches have told."""
         run = new["metadata"]["labels"][names.LABEL_RUN]
         uid = self.sim.job["metadata"]["uid"]
-        for pod in self.sim.process.store.children(uid, "Pod"):
-            truth = self.sim.api.get("Pod", pod["metadata"]["name"])
+        for pod in self.sim.process.store.children(uid, "Pod").values():
+            truth = self.sim.api.get("Pod", pod.name) if pod is not None else None
             if truth is None or role_of(truth) != "train" or ended(truth):
                 continue
             if truth["metadata"]["labels"][names.LABEL_RUN] != run or self.on_lost_node(truth):
                 continue
             name = new["metadata"]["name"]
-            self.expect(self.is_overdue(truth), f"{name} beside {pod['metadata']['name']}")
+            self.expect(self.is_overdue(truth), f"{name} beside {truth['metadata']['name']}")
 
     def on_lost_node(self, pod: Json) -> bool:
         reasons = {c.get("reason") for c in pod.get("status", {}).get("conditions", [])}

@@ -128,22 +128,17 @@ class Operator:
         )
         poller = Poller(store, cluster, queue.put_after, proxy)
         # When kopf ends, it cancels all tasks created after its start: create these tasks first.
-        tasks = {asyncio.create_task(queue.work(controller.handle)) for _ in range(WORKERS)}
+        listing = watch.Listing()
+        tasks = {asyncio.create_task(self._work(cluster, listing, controller))}
         tasks.add(asyncio.create_task(poller.run()))
         tasks.add(asyncio.create_task(WarningReader(store, cluster, queue.put_after).run()))
-        listed = asyncio.Event()
-        sweep = watch.sweep(cluster, store, queue.put, options.namespaces, listed)
+        sweep = watch.sweep(cluster, store, queue.put, options.namespaces, listing.relisted)
         tasks.add(asyncio.create_task(sweep))
         renewing = asyncio.create_task(lease.keep() if lease else asyncio.Event().wait())
         stopped = asyncio.create_task(self._stop.wait())
         watching = asyncio.create_task(
             watch.run(
-                configuration,
-                store,
-                queue.put,
-                listed.set,
-                options.namespaces,
-                self._handle_signals,
+                configuration, store, queue.put, listing, options.namespaces, self._handle_signals
             )
         )
         parts: set[asyncio.Task[Any]] = {*tasks, renewing, watching}
@@ -157,6 +152,13 @@ class Operator:
         await _end({watching})
         log.info("stopped")
         return 0 if self._unhealthy is None else 1
+
+    async def _work(self, cluster: Cluster, listing: watch.Listing, controller: Controller) -> None:
+        """Run the workers, once the store has everything that they need."""
+        await listing.complete(cluster, self._options.namespaces)
+        async with asyncio.TaskGroup() as workers:
+            for _ in range(WORKERS):
+                workers.create_task(self._queue.work(controller.handle))
 
 
 def _log_failures(parts: set[asyncio.Task[Any]]) -> None:

@@ -236,7 +236,7 @@ class Cluster:
             raw = await self._request_bytes("GET", path, None, "application/json", accept, page)
             found = json.loads(raw)
             version = version or int(found["metadata"]["resourceVersion"])
-            uids |= {item["metadata"]["uid"] for item in found["items"]}
+            uids |= {item["metadata"]["uid"] for item in found["items"] or ()}  # null: none
             if not (following := found["metadata"].get("continue")):
                 return version, uids
             page["continue"] = following

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
@@ -21,12 +21,17 @@ from finetune_operator.metrics import Metrics
 from finetune_operator.store import Store
 from finetune_operator.workqueue import LAST_BACKOFF, WorkQueue
 from finetune_operator.world.observe import Refusal, child_key
+from finetune_operator.world.stored import StoredJob
 
+SETTLE_SECONDS: Final = 3.0
+"""Shortest time between status writes of a job that show nothing but figures and messages."""
 REFUSED_SECONDS: Final = 15.0
 """Delay until a refused request is sent again, for ``UNCHANGED_FOR_A_WHILE``."""
 UNCHANGED_FOR_A_WHILE: Final = (400, 403, 422)
 """HTTP statuses of an invalid child, and of a quota or policy: other statuses are retried with
 backoff from a fraction of a second on."""
+
+_LONG_AGO: Final = datetime.min.replace(tzinfo=UTC)
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -62,6 +67,8 @@ class Controller:
         self._config = config
         self._metrics = metrics
         self._instance = instance
+        self._written: dict[str, datetime] = {}
+        """When status was last written, by uid."""
 
     async def handle(self, uid: str) -> bool:
         """Run ``reconcile`` for a worker; return False if the pass must be retried with backoff."""
@@ -107,6 +114,7 @@ class Controller:
         job = self._store.job(uid)
         if job is None:
             self._queue.forget(uid)
+            self._written.pop(uid, None)
             return True
         now = datetime.now(UTC)
         try:
@@ -120,7 +128,9 @@ class Controller:
         except ChildRefused as refused:
             await self._report(job, decide(job, self._store.observed(uid), now, self._config))
             return self._retry(uid, refused)
-        await self._report(job, plan)
+        written = await self._report(job, plan)
+        if written or children or plan.delete or plan.change:
+            self._queue.put(uid)  # the next pass sees the writes of this one: no event causes it
         if plan.requeue_after is not None:
             self._queue.put_after(uid, plan.requeue_after.total_seconds())
         return True
@@ -148,7 +158,7 @@ class Controller:
         namespace = subject.namespace
         for delete in plan.delete:
             known = self._store.children(subject.uid, delete.kind)
-            found = (o["metadata"]["uid"] for o in known if o["metadata"]["name"] == delete.name)
+            found = (u for u, v in known.items() if v is not None and v.name == delete.name)
             if (uid := next(found, None)) is None:
                 continue  # its deletion has been told during this pass
             deletion = cluster.delete(delete.kind, namespace, delete.name, uid)
@@ -200,12 +210,20 @@ class Controller:
         self._store.put_refusal(subject.uid, child, None)
         return response
 
-    async def _report(self, job: Mapping[str, Any], plan: Plan) -> None:
-        """Write a changed status, then create its events."""
+    async def _report(self, job: StoredJob, plan: Plan) -> bool:
+        """Write a changed status, then create its events. What is not urgent is written by a later
+        pass if status was written just now. Returns whether status was written."""
         if plan.status is None:
-            return
+            return False
+        uid, now = plan.subject.uid, datetime.now(UTC)
+        since = (now - self._written.get(uid, _LONG_AGO)).total_seconds()
+        if not plan.urgent and 0 <= since < SETTLE_SECONDS:
+            self._queue.put_after(uid, SETTLE_SECONDS - since)
+            return False
+        self._written[uid] = now
         stored = await self._cluster.apply_status(plan.subject, plan.status)
         self._store.put(KIND, stored)
-        self._metrics.note(job.get("status") or {}, plan.status)
+        self._metrics.note(job.raw_status or {}, plan.status)
         for event in plan.events:
             await self._cluster.event(plan.subject, event, self._instance)
+        return True

@@ -17,7 +17,7 @@ from finetune_operator.decision.recreate import recreate_reason
 from finetune_operator.decision.run_failure import run_failure
 from finetune_operator.decision.run_view import RunView
 from finetune_operator.decision.runs import current_run, next_gang
-from finetune_operator.status.changes import differs, events
+from finetune_operator.status.changes import differs, events, is_urgent
 from finetune_operator.status.status import (
     operator_defect,
     refused_spec,
@@ -25,17 +25,16 @@ from finetune_operator.status.status import (
     suspended_from_start,
 )
 from finetune_operator.world.observe import Observed
-from finetune_operator.world.stored import read_spec, read_status
+from finetune_operator.world.stored import StoredJob
 
 
-def decide(job: Mapping[str, Any], observed: Observed, now: datetime, config: Config) -> Plan:
+def decide(job: StoredJob, observed: Observed, now: datetime, config: Config) -> Plan:
     """Return the plan that brings a FineTuneJob (as stored) closer to its spec. Total: it never
     raises on documents that a user or another release has stored."""
     subject = _subject(job)
-    if "deletionTimestamp" in job["metadata"]:
+    if "deletionTimestamp" in job.metadata:
         return Plan(subject)
-    before = read_status(job.get("status"))
-    spec, problems = read_spec(job.get("spec"))
+    before, spec, problems = job.status, job.spec, job.problems
     run = current_run(subject, spec, before, observed, config)
     if run is None and spec is None:
         after = refused_spec(before, subject, problems, now)
@@ -43,7 +42,7 @@ def decide(job: Mapping[str, Any], observed: Observed, now: datetime, config: Co
     if run is None:
         after = suspended_from_start(before, subject, now)
         return _with_status(Plan(subject), job, before, after)
-    live = spec or _with_suspend(run.run_spec.spec, job.get("spec"))
+    live = spec or _with_suspend(run.run_spec.spec, job.raw_spec)
     view = RunView(subject, live, problems, before, observed, run, now)
     reason = None if run_failure(view) else recreate_reason(view)
     if reason is not None:
@@ -67,15 +66,15 @@ def decide(job: Mapping[str, Any], observed: Observed, now: datetime, config: Co
     return replace(plan, events=(*plan.events, Event("Warning", "PodsRecreated", text)))
 
 
-def defect(job: Mapping[str, Any], error: Exception, now: datetime) -> Plan:
+def defect(job: StoredJob, error: Exception, now: datetime) -> Plan:
     """Plan of a pass in which ``decide`` or ``render`` raised: only a status with the error."""
-    subject, before = _subject(job), read_status(job.get("status"))
+    subject, before = _subject(job), job.status
     after = operator_defect(before, subject, error, now)
     return _with_status(Plan(subject), job, before, after)
 
 
-def _subject(job: Mapping[str, Any]) -> Subject:
-    meta = job["metadata"]
+def _subject(job: StoredJob) -> Subject:
+    meta = job.metadata
     return Subject(meta["namespace"], meta["name"], meta["uid"], meta.get("generation", 1))
 
 
@@ -86,13 +85,14 @@ def _with_suspend(spec: FineTuneJobSpec, raw: Any) -> FineTuneJobSpec:
 
 
 def _with_status(
-    plan: Plan, job: Mapping[str, Any], before: FineTuneJobStatus, after: FineTuneJobStatus
+    plan: Plan, job: StoredJob, before: FineTuneJobStatus, after: FineTuneJobStatus
 ) -> Plan:
     """The plan with the new status and its events, if the status differs from the stored one.
     Fields that this release does not know are kept within a run."""
     status = after.to_json()
     if before.run is None or after.run is None or before.run.id == after.run.id:
-        status = with_unknown(FineTuneJobStatus, job.get("status"), status)
-    if not differs(job.get("status"), status):
+        status = with_unknown(FineTuneJobStatus, job.raw_status, status)
+    if not differs(job.raw_status, status):
         return plan
-    return replace(plan, status=status, events=events(before, after))
+    urgent = is_urgent(before, after)
+    return replace(plan, status=status, urgent=urgent, events=events(before, after))

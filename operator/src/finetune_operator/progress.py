@@ -22,11 +22,15 @@ from finetune_api.results import Progress
 from finetune_operator.cluster import ApiError, Cluster
 from finetune_operator.decision.stages import GANG
 from finetune_operator.store import Store
-from finetune_operator.world.pods import pod_view
+from finetune_operator.world.pods import PodView
 
 POLL_SECONDS: Final = 2.0
+READS_PER_SECOND: Final = 100.0
+"""Most reads a second: from 200 gangs on each is read less often than every POLL_SECONDS."""
 WRITE_SECONDS: Final = 3.0
 """Minimum time between status writes of a job that only its progress causes."""
+WRITES_PER_SECOND: Final = 50.0
+"""Most such writes a second: from 150 gangs on each is written less often."""
 TIMEOUT_SECONDS: Final = 2.0
 CONCURRENT_POLLS: Final = 32
 LARGEST_RESPONSE: Final = 65536
@@ -59,6 +63,7 @@ class Poller:
         self._enqueue = enqueue
         self._proxy = proxy
         self._stored: dict[str, tuple[Progress, float]] = {}
+        self._write_seconds = WRITE_SECONDS
         self._slots = asyncio.Semaphore(CONCURRENT_POLLS)
 
     async def run(self) -> None:
@@ -66,18 +71,26 @@ class Poller:
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_SECONDS)
         async with aiohttp.ClientSession(timeout=timeout) as session:
             while True:
-                began = time.monotonic()
                 try:
                     await self._poll_all(session)
                 except Exception:  # odd objects of one job must not end the operator
                     log.exception("polling progress")
-                await asyncio.sleep(max(0.1, began + POLL_SECONDS - time.monotonic()))
+                await asyncio.sleep(0.01)
 
     async def _poll_all(self, session: aiohttp.ClientSession) -> None:
-        gangs = list(running_gangs(self._store))
-        await asyncio.gather(*(self._poll(session, gang) for gang in gangs))
+        """Read all gangs once, spread evenly over the time between two reads of the same gang."""
+        began, gangs = time.monotonic(), list(running_gangs(self._store))
+        seconds = max(POLL_SECONDS, len(gangs) / READS_PER_SECOND)
+        self._write_seconds = max(WRITE_SECONDS, len(gangs) / WRITES_PER_SECOND)
+        async with asyncio.TaskGroup() as reads:
+            for number, gang in enumerate(gangs):
+                due = began + seconds * number / len(gangs)
+                if due > time.monotonic():
+                    await asyncio.sleep(due - time.monotonic())
+                reads.create_task(self._poll(session, gang))
         uids = {g.uid for g in gangs}
         self._stored = {u: t for u, t in self._stored.items() if u in uids}
+        await asyncio.sleep(max(0.0, began + seconds - time.monotonic()))
 
     async def _poll(self, session: aiohttp.ClientSession, gang: Gang) -> None:
         async with self._slots:
@@ -102,13 +115,13 @@ class Poller:
             return await _read_all(response.content)
 
     def _keep(self, uid: str, progress: Progress) -> None:
-        """Put progress into the store at most every WRITE_SECONDS, a new stage immediately."""
+        """Put progress into the store at most once in a while, a new stage immediately."""
         known, when = self._stored.get(uid, (None, 0.0))
         if known is not None and _comparable(known) == _comparable(progress):
             return
         now = time.monotonic()
         at_once = known is None or known.stage != progress.stage
-        wait = 0.0 if at_once else when + WRITE_SECONDS - now
+        wait = 0.0 if at_once else when + self._write_seconds - now
         if wait > 0:
             return  # a later poll stores it
         self._stored[uid] = (progress, now)
@@ -137,9 +150,8 @@ def running_gangs(store: Store) -> Iterator[Gang]:
     """Pod 0 of every running gang."""
     for job in store.jobs():
         uid = job["metadata"]["uid"]
-        for pod in store.children(uid, "Pod"):
-            view = pod_view(pod)
-            if view is None or view.role != GANG or view.index != 0:
+        for view in store.children(uid, "Pod").values():
+            if not isinstance(view, PodView) or view.role != GANG or view.index != 0:
                 continue
             if view.running and view.ip and view.deleted_by is None:
                 yield Gang(uid, job["metadata"]["namespace"], view.run, view.name, view.ip)

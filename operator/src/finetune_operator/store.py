@@ -5,75 +5,39 @@ A pass therefore sees the writes of the pass before it although the watch lags b
 resourceVersion never replaces a newer one, and a removed object does not come back by a late
 response.
 
-Labels are not trusted: a child belongs to a job only in the job's namespace, and only if the job is
-its controller (for a pod: if a Job is). Otherwise an object in any namespace could pose as the run
-spec or the progress of another team's job.
+Of a child only its view is kept, made once per version: the objects themselves would take ten times
+the memory. A version with the same view, or the echo of a write of this process, needs no pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
 from finetune_api import names
 from finetune_api.results import Progress
+from finetune_operator.world.children import StoredRunSpec
 from finetune_operator.world.models import model_mark, model_view
 from finetune_operator.world.objects import Object
-from finetune_operator.world.observe import Observed, Refusal, observe
-from finetune_operator.world.pods import container_status, pull_is_failing
+from finetune_operator.world.observe import VIEWS, Observed, Refusal, View, observe
+from finetune_operator.world.owners import Owner, as_owner, manager_of, owner_of, version_of
+from finetune_operator.world.pods import PodView, pod_view
 from finetune_operator.world.references import References
+from finetune_operator.world.stored import StoredJob
 
-CHILD_KINDS: Final = ("ConfigMap", "Service", "Job", "Pod")
+CHILD_KINDS: Final = tuple(VIEWS)
 REMEMBERED_REMOVALS: Final = 10_000
 _LAST_APPLIED: Final = "kubectl.kubernetes.io/last-applied-configuration"
 
 
-def version_of(obj: Object) -> int:
-    """resourceVersion as a number, comparable within one kind (KEP-5504); 0 if it is not a
-    number."""
-    text = str(obj["metadata"].get("resourceVersion", ""))
-    return int(text) if text.isdigit() else 0
+class Child(NamedTuple):
+    """A child as the store keeps it."""
 
-
-class Owner(NamedTuple):
-    """A FineTuneJob as the owner of children."""
-
-    namespace: str
-    uid: str
-
-
-def _as_owner(job: Object) -> Owner:
-    return Owner(job["metadata"]["namespace"], job["metadata"]["uid"])
-
-
-def owner_of(kind: str, obj: Object) -> Owner | None:
-    """The FineTuneJob that an object belongs to (itself, if it is one); None for an object that
-    claims a job by its label, without being controlled by the job."""
-    if kind == names.KIND:
-        return _as_owner(obj)
-    meta = obj["metadata"]
-    uid = (meta.get("labels") or {}).get(names.LABEL_JOB_UID)
-    owners = meta.get("ownerReferences") or []
-    controller = next((o for o in owners if o.get("controller")), None)
-    if uid is None or controller is None:
-        return None
-    if kind == "Pod":
-        is_child = (controller.get("apiVersion"), controller.get("kind")) == ("batch/v1", "Job")
-    else:
-        group = str(controller.get("apiVersion")).partition("/")[0]
-        is_child = (group, controller.get("kind"), controller.get("uid")) == (
-            names.GROUP, names.KIND, uid,
-        )  # fmt: skip
-    return Owner(meta["namespace"], uid) if is_child else None
-
-
-def manager_of(job: Object) -> str:
-    """Name of the operator that a FineTuneJob names; empty: the one without a name."""
-    spec = job.get("spec")
-    found = spec.get("managedBy") if isinstance(spec, Mapping) else None
-    return found if isinstance(found, str) else ""
+    owner: Owner
+    version: int
+    view: View | None
 
 
 class Store:
@@ -86,11 +50,11 @@ class Store:
                 as sources of models.
         """
         self._managed_by = managed_by
-        self._jobs: dict[str, Object] = {}
+        self._jobs: dict[str, StoredJob] = {}
         self._references = References()
-        self._children: dict[Owner, dict[str, dict[str, Object]]] = {}
+        self._children: dict[Owner, dict[str, dict[str, Child]]] = {}
         self._removed: dict[str, int] = {}
-        self._gone_pods: dict[Owner, dict[str, Object]] = {}
+        self._gone_pods: dict[Owner, dict[str, PodView]] = {}
         self._pull_failing: dict[str, datetime] = {}
         self._progress: dict[str, tuple[Progress, datetime]] = {}
         self._refused: dict[str, dict[str, Refusal]] = {}
@@ -104,30 +68,42 @@ class Store:
     # --- changes --------------------------------------------------------------------------------
 
     def put(self, kind: str, obj: Object) -> str | None:
-        """Add an object, or replace an older version of it. Returns the uid of its FineTuneJob;
-        None for an object without one."""
+        """Add an object, or replace an older version of it. Returns the uid of the FineTuneJob that
+        needs a pass; None if no pass would see a difference."""
         uid = obj["metadata"]["uid"]
         owner = owner_of(kind, obj)
         if owner is None:
             return self._disown(kind, uid)
         if self._removed.get(uid, -1) >= version_of(obj):
-            return owner.uid
-        obj = _trimmed(obj)
-        if kind == names.KIND and manager_of(obj) != self._managed_by:
-            self._references.put(obj)  # jobs of this operator may start from its model
-            if uid in self._jobs:  # handed over
-                self._remove_job(owner)
             return None
         if kind == names.KIND:
-            self._put_in(self._jobs, uid, obj)
-            self._references.put(self._jobs[uid])
-            return owner.uid
-        if kind == "Pod":
-            self._note_pull(uid, obj)
-        kinds = self._children.setdefault(owner, {k: {} for k in CHILD_KINDS})
-        self._put_in(kinds[kind], uid, obj)
-        self._owners[uid] = owner
-        return owner.uid
+            return self._put_job(owner, _trimmed(obj))
+        return self._put_child(kind, uid, Child(owner, version_of(obj), VIEWS[kind](obj)))
+
+    def _put_job(self, job: Owner, obj: Object) -> str | None:
+        known = self._jobs.get(job.uid)
+        if manager_of(obj) != self._managed_by:
+            self._references.put(obj)  # jobs of this operator may start from its model
+            if known is not None:  # handed over
+                self._remove_job(job)
+            return None
+        if known is not None and not _is_newer(version_of(obj), version_of(known.raw)):
+            return None
+        self._jobs[job.uid] = StoredJob(obj, known)
+        self._references.put(obj)
+        return job.uid
+
+    def _put_child(self, kind: str, uid: str, child: Child) -> str | None:
+        kinds = self._children.setdefault(child.owner, {k: {} for k in CHILD_KINDS})
+        known = kinds[kind].get(uid)
+        if known is not None and not _is_newer(child.version, known.version):
+            return None
+        if isinstance(child.view, PodView):
+            self._note_pull(uid, child.view)
+        kinds[kind][uid] = child
+        self._owners[uid] = child.owner
+        seen = known is not None and known.view == child.view
+        return None if seen else child.owner.uid
 
     def _disown(self, kind: str, uid: str) -> str | None:
         """Forget a child that is none any more: its owner reference or its labels were removed.
@@ -138,41 +114,54 @@ class Store:
         self._children.get(owner, {}).get(kind, {}).pop(uid, None)
         return owner.uid
 
-    @staticmethod
-    def _put_in(place: dict[str, Object], uid: str, obj: Object) -> None:
-        known = place.get(uid)
-        if known is None or version_of(known) <= version_of(obj):
-            place[uid] = obj
-
     def remove(self, kind: str, obj: Object) -> str | None:
         """Remove an object that was deleted. Returns the uid of its FineTuneJob, or None."""
         uid = obj["metadata"]["uid"]
         owner = owner_of(kind, obj)
         if owner is None:
             return self._disown(kind, uid)
-        # The response to a write of this process may arrive after the deletion event.
-        self._removed[uid] = version_of(obj)
-        while len(self._removed) > REMEMBERED_REMOVALS:
-            self._removed.pop(next(iter(self._removed)))
+        self._note_removal(uid, version_of(obj))
         if kind == names.KIND:
             self._references.remove(obj)
             self._remove_job(owner)
-            return owner.uid
-        kinds = self._children.get(owner, {})
-        kinds.get(kind, {}).pop(uid, None)
-        self._warnings.pop(uid, None)
-        self._owners.pop(uid, None)
-        if kind == "Pod":
-            self._pull_failing.pop(uid, None)
-            if self._owned_job(owner) and container_status(obj).get("state"):
-                self._gone_pods.setdefault(owner, {})[uid] = _ended(obj)
-        self._forget_children(owner)
+        else:
+            self._remove_child(kind, uid, owner, pod_view(obj) if kind == "Pod" else None)
         return owner.uid
 
-    def _owned_job(self, owner: Owner) -> Object | None:
+    def remove_missing(self, kind: str, uid: str) -> list[str]:
+        """Remove an object that no longer exists, although no watch has reported its deletion.
+        Returns the uids of the FineTuneJobs that need a pass."""
+        if kind == names.KIND:
+            job = self._jobs[uid].raw
+            self.remove(kind, job)
+            return [uid, *self.affected(kind, job)]
+        owner = self._owners[uid]
+        child = self._children[owner][kind][uid]
+        self._note_removal(uid, child.version)
+        self._remove_child(kind, uid, owner, child.view)
+        return [owner.uid]
+
+    def _note_removal(self, uid: str, version: int) -> None:
+        """The response to a write of this process may arrive after the deletion event."""
+        self._removed[uid] = version
+        while len(self._removed) > REMEMBERED_REMOVALS:
+            self._removed.pop(next(iter(self._removed)))
+
+    def _remove_child(self, kind: str, uid: str, owner: Owner, last: View | None) -> None:
+        """``last`` is the last view of a pod."""
+        self._children.get(owner, {}).get(kind, {}).pop(uid, None)
+        self._warnings.pop(uid, None)
+        self._owners.pop(uid, None)
+        self._pull_failing.pop(uid, None)
+        gone = last.gone(datetime.now(UTC)) if isinstance(last, PodView) else None
+        if gone is not None and self._owned_job(owner):
+            self._gone_pods.setdefault(owner, {})[uid] = gone
+        self._forget_children(owner)
+
+    def _owned_job(self, owner: Owner) -> StoredJob | None:
         """The job of an owner, if it is in that namespace."""
         job = self._jobs.get(owner.uid)
-        return job if job and job["metadata"]["namespace"] == owner.namespace else None
+        return job if job and job.metadata["namespace"] == owner.namespace else None
 
     def _forget_children(self, owner: Owner) -> None:
         if owner.uid not in self._jobs and not any(self._children.get(owner, {}).values()):
@@ -184,10 +173,10 @@ class Store:
             place.pop(job.uid, None)
         self._forget_children(job)
 
-    def _note_pull(self, uid: str, pod: Object) -> None:
-        if pull_is_failing(pod):
+    def _note_pull(self, uid: str, pod: PodView) -> None:
+        if pod.pull_is_failing:
             self._pull_failing.setdefault(uid, datetime.now(UTC))
-        elif container_status(pod).get("state", {}).get("running"):
+        elif pod.running:
             self._pull_failing.pop(uid, None)
 
     def put_progress(self, uid: str, progress: Progress, time: datetime) -> None:
@@ -216,13 +205,13 @@ class Store:
 
     # --- reads --------------------------------------------------------------------------------
 
-    def job(self, uid: str) -> Object | None:
+    def job(self, uid: str) -> StoredJob | None:
         """The FineTuneJob with that uid."""
         return self._jobs.get(uid)
 
     def jobs(self) -> Iterator[Object]:
         """All FineTuneJobs."""
-        return iter(list(self._jobs.values()))
+        return iter([job.raw for job in self._jobs.values()])
 
     def affected(self, kind: str, obj: Object) -> list[str]:
         """Uids of other jobs that a change of an object may affect: jobs that start from the model
@@ -236,19 +225,28 @@ class Store:
             self._marks[uid] = seen
         return self._references.dependents(obj)
 
-    def children(self, uid: str, kind: str) -> list[Object]:
-        """A job's children of one kind."""
+    def children(self, uid: str, kind: str) -> dict[str, View | None]:
+        """Views of a job's children of one kind, by uid."""
         job = self._jobs.get(uid)
-        return self._children_of(job, kind) if job is not None else []
+        return self._views(job.raw, kind) if job is not None else {}
 
-    def _children_of(self, job: Object, kind: str) -> list[Object]:
-        return list(self._children.get(_as_owner(job), {}).get(kind, {}).values())
+    def _views(self, job: Object, kind: str) -> dict[str, View | None]:
+        found = self._children.get(as_owner(job), {}).get(kind, {})
+        return {uid: child.view for uid, child in found.items()}
 
-    def objects(self, kind: str) -> list[Object]:
-        """All objects of one kind."""
+    def versions(self, kind: str, namespace: str | None) -> dict[str, int]:
+        """resourceVersion by uid of all objects of one kind, in one namespace or in all."""
         if kind == names.KIND:
-            return list(self._jobs.values())
-        return [o for kinds in self._children.values() for o in kinds[kind].values()]
+            jobs = ((as_owner(j.raw), u, version_of(j.raw)) for u, j in self._jobs.items())
+            return {
+                u: version for owner, u, version in jobs if namespace in (None, owner.namespace)
+            }
+        return {
+            uid: child.version
+            for owner, kinds in self._children.items()
+            for uid, child in kinds[kind].items()
+            if namespace in (None, owner.namespace)
+        }
 
     def observed(self, uid: str) -> Observed:
         """Everything that ``decide`` sees of a job's children, and of the jobs that it refers
@@ -257,24 +255,29 @@ class Store:
         if job is None:
             return Observed()
         progress, time = self._progress.get(uid, (None, None))
-        named = self._references.chain(job)
+        named = self._references.chain(job.raw)
         found = observe(
-            config_maps=self.children(uid, "ConfigMap"),
-            jobs=self.children(uid, "Job"),
-            services=self.children(uid, "Service"),
-            pods=self.children(uid, "Pod"),
-            gone=self._gone_pods.get(_as_owner(job), {}).values(),
+            views={kind: self._views(job.raw, kind) for kind in CHILD_KINDS},
+            gone=self._gone_pods.get(as_owner(job.raw), {}).values(),
             pull_failing_since=self._pull_failing,
             warnings=self._warnings,
             progress=progress,
             progress_time=time,
             refused=self._refused.get(uid),
-            models=[model_view(o, self._children_of(o, "ConfigMap")) for o in named],
+            models=[model_view(o, self._run_specs(o)) for o in named],
         )
         since = self._lacks_pods.get(uid, {})
         lacking = {name: since.get(name, datetime.now(UTC)) for name in found.lacking_pods()}
         self._lacks_pods[uid] = lacking
         return replace(found, lacks_pods_since=lacking)
+
+    def _run_specs(self, job: Object) -> list[StoredRunSpec]:
+        views = self._views(job, "ConfigMap").values()
+        return [view for view in views if isinstance(view, StoredRunSpec)]
+
+
+def _is_newer(version: int, known: int) -> bool:
+    return version > known or version == 0
 
 
 def _trimmed(obj: Object) -> Object:
@@ -284,21 +287,3 @@ def _trimmed(obj: Object) -> Object:
     if annotations := meta.get("annotations"):
         meta["annotations"] = {k: v for k, v in annotations.items() if k != _LAST_APPLIED}
     return {**obj, "metadata": meta}
-
-
-def _ended(pod: Object) -> dict[str, Any]:
-    """A deleted pod as an ended one: a container that was last seen running ends now."""
-    copy: dict[str, Any] = {**pod, "status": {**(pod.get("status") or {})}}
-    statuses = []
-    for status in copy["status"].get("containerStatuses") or []:
-        running = (status.get("state") or {}).get("running")
-        if running:
-            end = {"startedAt": running.get("startedAt"), "finishedAt": _now_text()}
-            status = {**status, "state": {"terminated": {**end, "exitCode": 137}}}
-        statuses.append(status)
-    copy["status"]["containerStatuses"] = statuses
-    return copy
-
-
-def _now_text() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -17,8 +17,8 @@ import aiohttp
 
 from finetune_operator.cluster import ApiError, Cluster
 from finetune_operator.store import Store
-from finetune_operator.world.children import job_view
-from finetune_operator.world.pods import pod_view
+from finetune_operator.world.children import JobView
+from finetune_operator.world.pods import PodView
 
 LOOK_SECONDS: Final = 3.0
 AGAIN_SECONDS: Final = 15.0
@@ -87,16 +87,13 @@ def late_objects(store: Store, now: datetime) -> Iterator[Late]:
         if (job.get("status") or {}).get("phase") in _AT_REST:
             continue
         uid, namespace = job["metadata"]["uid"], job["metadata"]["namespace"]
-        pods = store.children(uid, "Pod")
-        for pod in pods:
-            view = pod_view(pod)
-            if view is not None and view.is_starting and now - view.created >= LATE:
-                yield Late(uid, namespace, pod["metadata"]["uid"])
-        for child in store.children(uid, "Job"):
-            found = job_view(child)
-            if found is None or not found.makes_pods:
+        pods = {u: v for u, v in store.children(uid, "Pod").items() if isinstance(v, PodView)}
+        for pod, view in pods.items():
+            if view.is_starting and now - view.created >= LATE:
+                yield Late(uid, namespace, pod)
+        for child, found in store.children(uid, "Job").items():
+            if not isinstance(found, JobView) or not found.makes_pods:
                 continue
-            views = (v for v in map(pod_view, pods) if v is not None)
-            own = [v for v in views if (v.role, v.run, v.revision) == found.stage]
+            own = [v for v in pods.values() if (v.role, v.run, v.revision) == found.stage]
             if found.missing(own) and now - (found.started or found.created) >= LATE:
-                yield Late(uid, namespace, child["metadata"]["uid"])
+                yield Late(uid, namespace, child)

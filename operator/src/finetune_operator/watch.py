@@ -1,11 +1,9 @@
 """kopf integration: watches feed the store and enqueue keys, by short handlers.
 
 The handlers are coroutines (kopf runs plain functions in threads), so that store and queue need no
-locks.
-
-``on.event`` and ``index`` need no finalizer and write nothing. kopf runs the index function before
-any event handler, and holds event handlers back until all objects were listed once, so that no pass
-sees only a part of a job's children.
+locks. There is one for each kind, and no ``index``: each handler of an object costs as much CPU
+time as all the rest of its event, and with an index kopf would keep all objects in memory until the
+last one was listed. ``on.event`` needs no finalizer and writes nothing.
 """
 
 from __future__ import annotations
@@ -16,11 +14,12 @@ import logging
 from collections.abc import Callable, Collection
 from typing import Any, Final
 
+import aiohttp
 import kopf
 
 from finetune_api import names
-from finetune_operator.cluster import Cluster, Credentials, bearer
-from finetune_operator.store import CHILD_KINDS, Store, version_of
+from finetune_operator.cluster import ApiError, Cluster, Credentials, bearer
+from finetune_operator.store import CHILD_KINDS, Store
 
 SELECTOR: Final = f"{names.LABEL_MANAGED_BY}={names.MANAGED_BY}"
 RESOURCES: Final[dict[str, tuple[str, str, str]]] = {
@@ -30,9 +29,15 @@ RESOURCES: Final[dict[str, tuple[str, str, str]]] = {
     "Job": ("batch", "v1", "jobs"),
     "Pod": ("", "v1", "pods"),
 }
+PAGE: Final = 250
+"""Objects per page of a list: the size of the largest response."""
+IDLE_SECONDS: Final = 1.0
+"""How long kopf keeps the task of an object, and the object itself, after its last event."""
 SWEEP_SECONDS: Final = 300.0
 LISTED_SECONDS: Final = 2.0
 """Time from a new list of a kind to the sweep, so that one sweep follows lists of all kinds."""
+DELIVERED_SECONDS: Final = 5.0
+"""How long to wait for listed objects, which may be gone, before they are listed again."""
 
 log = logging.getLogger(__name__)
 
@@ -71,14 +76,56 @@ class _NoProgress(kopf.ProgressStorage):
         return essence
 
 
+class Listing:
+    """Whether the watches have delivered every object that existed when they began: before that, a
+    pass would see only a part of a job's children."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] | None = set()
+        self.relisted = asyncio.Event()
+        """Set by objects that come from a list instead of a watch."""
+
+    def note(self, uid: str, relisted: bool = False) -> None:
+        """Note that a watch, or its list, has delivered an object."""
+        if self._seen is not None:
+            self._seen.add(uid)
+        if relisted:
+            self.relisted.set()
+
+    async def complete(self, cluster: Cluster, namespaces: Collection[str]) -> None:
+        """Return once everything was delivered that exists now."""
+        for kind in RESOURCES:
+            for namespace in namespaces or (None,):
+                while not await self._delivered(cluster, kind, namespace):
+                    pass
+        self._seen = None
+
+    async def _delivered(self, cluster: Cluster, kind: str, namespace: str | None) -> bool:
+        try:
+            _, present = await cluster.versions(kind, namespace, _selector(kind))
+        except (ApiError, aiohttp.ClientError, TimeoutError) as error:
+            log.warning("list of %s: %s", kind, error)
+            await asyncio.sleep(1)
+            return False
+        until = asyncio.get_running_loop().time() + DELIVERED_SECONDS
+        while not present <= (self._seen or set()):
+            if asyncio.get_running_loop().time() > until:
+                return False
+            await asyncio.sleep(0.05)
+        return True
+
+
+def _selector(kind: str) -> str:
+    return "" if kind == names.KIND else SELECTOR
+
+
 def registry(
-    store: Store, enqueue: Callable[[str], None], listed: Callable[[], None]
+    store: Store, enqueue: Callable[[str], None], listing: Listing
 ) -> kopf.OperatorRegistry:
-    """Handlers for every kind: put the object into the store, then enqueue its job; call
-    ``listed`` for objects that come from a list instead of a watch."""
+    """A handler for every kind: put the object into the store, then enqueue its job."""
     handlers = kopf.OperatorRegistry()
     for kind, resource in RESOURCES.items():
-        _register(handlers, kind, resource, store, enqueue, listed)
+        _register(handlers, kind, resource, store, enqueue, listing)
     return handlers
 
 
@@ -88,19 +135,13 @@ def _register(
     resource: tuple[str, str, str],
     store: Store,
     enqueue: Callable[[str], None],
-    listed: Callable[[], None],
+    listing: Listing,
 ) -> None:
-    @kopf.index(*resource, registry=handlers, id=f"store-{kind}")
-    async def put_in_store(body: kopf.Body, **_: Any) -> None:
-        store.put(kind, dict(body))
-
-    @kopf.on.event(*resource, registry=handlers, id=f"enqueue-{kind}")
-    async def enqueue_owner(event: kopf.RawEvent, **_: Any) -> None:
+    @kopf.on.event(*resource, registry=handlers, id=f"see-{kind}")
+    async def see(event: kopf.RawEvent, **_: Any) -> None:
         obj = event["object"]
-        if event["type"] is None:
-            listed()
-        gone = event["type"] == "DELETED"
-        uid = store.remove(kind, obj) if gone else store.put(kind, obj)
+        uid = store.remove(kind, obj) if event["type"] == "DELETED" else store.put(kind, obj)
+        listing.note(obj["metadata"]["uid"], relisted=event["type"] is None)
         for key in [*filter(None, [uid]), *store.affected(kind, obj)]:
             enqueue(key)
 
@@ -112,6 +153,8 @@ def settings() -> kopf.OperatorSettings:
     found.peering.standalone = True
     found.scanning.disabled = True
     found.networking.request_timeout = 30.0
+    found.watching.chunk_size = PAGE
+    found.queueing.idle_timeout = IDLE_SECONDS
     found.persistence.diffbase_storage = _NoDiffs()
     found.persistence.progress_storage = _NoProgress()
     for kind in CHILD_KINDS:
@@ -138,7 +181,7 @@ async def run(
     configuration: Credentials,
     store: Store,
     enqueue: Callable[[str], None],
-    listed: Callable[[], None],
+    listing: Listing,
     namespaces: Collection[str],
     handle_signals: Callable[[], None],
 ) -> None:
@@ -146,7 +189,7 @@ async def run(
 
     kopf takes over the signals of the process; ``handle_signals`` takes them back.
     """
-    handlers = registry(store, enqueue, listed)
+    handlers = registry(store, enqueue, listing)
     login(handlers, configuration)
     others = asyncio.all_tasks()
     tasks = await kopf.spawn_tasks(
@@ -191,15 +234,12 @@ async def _sweep_kind(
     kind: str,
     namespace: str | None,
 ) -> None:
-    selector = "" if kind == names.KIND else SELECTOR
     try:
-        version, present = await cluster.versions(kind, namespace, selector)
+        version, present = await cluster.versions(kind, namespace, _selector(kind))
     except Exception as error:  # the next sweep lists again
         log.warning("sweep of %s: %s", kind, error)
         return
-    for obj in store.objects(kind):
-        here = namespace is None or obj["metadata"].get("namespace") == namespace
-        if here and obj["metadata"]["uid"] not in present and version_of(obj) <= version:
-            uid = store.remove(kind, obj)
-            for key in [*filter(None, [uid]), *store.affected(kind, obj)]:
+    for uid, known in store.versions(kind, namespace).items():
+        if uid not in present and known <= version:
+            for key in store.remove_missing(kind, uid):
                 enqueue(key)

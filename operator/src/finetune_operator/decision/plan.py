@@ -88,6 +88,8 @@ class Plan:
     change: tuple[Change, ...] = ()
     status: dict[str, Any] | None = None
     """The whole new status, or None to keep the stored status."""
+    urgent: bool = True
+    """Whether status must be written at once, or soon."""
     events: tuple[Event, ...] = ()
     requeue_after: timedelta | None = None
     """Time to the next pass, unless an event triggers one earlier."""

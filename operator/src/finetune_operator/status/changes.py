@@ -1,17 +1,34 @@
-"""Differences between two statuses, and the events for them."""
+"""Differences between two statuses: whether to write, how soon, and the events for them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.decision.plan import Event
+
+_MAY_WAIT: Final = ("progress", "usage", "checkpoints", "conditions")
+_EXPECTED: Final = ("Ready", "Reconciling", "Prepared", "Running", "Evaluated", "Published")
+"""Conditions without an event: the normal course of a run, which status shows with its times."""
 
 
 def differs(stored: Mapping[str, Any] | None, status: Mapping[str, Any]) -> bool:
     """Whether a status differs from the stored one."""
     return _comparable(status) != _comparable(stored or {})
+
+
+def is_urgent(before: FineTuneJobStatus, after: FineTuneJobStatus) -> bool:
+    """Whether more has changed than figures and the wording of messages, of which a user misses
+    nothing if they are written a few seconds later, together with the next ones."""
+    return _outline(before) != _outline(after)
+
+
+def _outline(status: FineTuneJobStatus) -> dict[str, Any]:
+    stage = status.progress.stage if status.progress else None
+    conditions = {(c.type, c.status, c.reason, c.observed_generation) for c in status.conditions}
+    rest = {k: v for k, v in status.__dict__.items() if k not in _MAY_WAIT}
+    return {**rest, "stage": stage, "conditions": conditions}
 
 
 def _comparable(status: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,10 +45,12 @@ def _type_of(condition: Any) -> str:
 
 
 def events(before: FineTuneJobStatus, after: FineTuneJobStatus) -> tuple[Event, ...]:
-    """Events for new runs, incidents, and conditions that became true."""
+    """Events for runs after the first, incidents, and conditions that became true unless they are
+    expected. Each is a write, and a burst of new jobs would be a burst of events."""
     found = []
     begun = before.run.number if before.run and before.run.start_time else None
-    if after.run and after.run.start_time and begun != after.run.number:
+    first = after.run is not None and after.run.number == 1 and after.run.base is None
+    if after.run and after.run.start_time and begun != after.run.number and not first:
         from_ = f", from run {after.run.base.run} of {after.run.base.job}" if after.run.base else ""
         found.append(Event("Normal", "RunStarted", f"run {after.run.id} begins{from_}"))
     same_run = bool(before.run and after.run and before.run.id == after.run.id)
@@ -39,11 +58,13 @@ def events(before: FineTuneJobStatus, after: FineTuneJobStatus) -> tuple[Event, 
         found.append(Event("Warning", "Restarted", _restarted(after)))
     true_before = {c.type for c in before.conditions if c.status == "True"} if same_run else set()
     for condition in after.conditions:
-        if condition.status != "True" or condition.type in true_before | {"Ready", "Reconciling"}:
+        bad = condition.type in ("Failed", "Stalled") or condition.reason == "MayNotFit"
+        if condition.status != "True" or condition.type in true_before:
+            continue
+        if condition.type in _EXPECTED and not bad:
             continue
         if condition.type == "Stalled" and after.failure is not None:
             continue  # the event of condition Failed has the same message
-        bad = condition.type in ("Failed", "Stalled") or condition.reason == "MayNotFit"
         found.append(
             Event("Warning" if bad else "Normal", condition.reason, condition.message or "")
         )

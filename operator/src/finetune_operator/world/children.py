@@ -15,7 +15,7 @@ from finetune_operator.world.pods import PodView
 from finetune_operator.world.stored import read_run_spec
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredRunSpec:
     """The ConfigMap with the run spec of one revision of a run."""
 
@@ -31,7 +31,7 @@ class StoredRunSpec:
     problems: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class JobView:
     """The Job of a stage."""
 
@@ -80,7 +80,7 @@ class JobView:
         return [index for index in range(self.parallelism) if index not in there]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ServiceView:
     """The headless Service of a gang."""
 
@@ -112,7 +112,7 @@ def stored_run_spec(obj: Object) -> StoredRunSpec | None:
     )
 
 
-def job_view(obj: Object, warning: str = "") -> JobView | None:
+def job_view(obj: Object) -> JobView | None:
     """The Job of a stage, or None for any other Job."""
     labels = child_labels(obj)
     created = parse_time(obj["metadata"].get("creationTimestamp"))
@@ -139,7 +139,6 @@ def job_view(obj: Object, warning: str = "") -> JobView | None:
         deleting="deletionTimestamp" in obj["metadata"],
         parallelism=obj.get("spec", {}).get("parallelism", 1),
         completed=_indexes(status.get("completedIndexes") or ""),
-        warning=warning,
     )
 
 

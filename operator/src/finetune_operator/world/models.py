@@ -9,7 +9,7 @@ from typing import Any
 from finetune_api.run_spec import CONTRACT_VERSION, JobIdentity, RunSpec, TunedBase
 from finetune_api.sources import StorageAccess
 from finetune_api.status import FineTuneJobStatus, RunBase
-from finetune_operator.world.children import stored_run_spec
+from finetune_operator.world.children import StoredRunSpec
 from finetune_operator.world.objects import Object
 from finetune_operator.world.references import reference_of
 from finetune_operator.world.stored import read_spec, read_status
@@ -47,15 +47,11 @@ def model_mark(job: Object) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def model_view(job: Object, config_maps: Iterable[Object]) -> ModelJob:
-    """View of a job for the jobs that start from its model; ``config_maps`` are its children."""
+def model_view(job: Object, stored: Iterable[StoredRunSpec]) -> ModelJob:
+    """View of a job for the jobs that start from its model; ``stored`` are its run specs."""
     meta, status = job["metadata"], read_status(job.get("status"))
     run = status.run.id if status.run else None
-    run_specs = [
-        v
-        for v in map(stored_run_spec, config_maps)
-        if v is not None and v.run == run and v.run_spec
-    ]
+    run_specs = [v for v in stored if v.run == run and v.run_spec]
     newest = max(run_specs, key=lambda v: v.revision, default=None)
     return ModelJob(
         name=meta["name"],

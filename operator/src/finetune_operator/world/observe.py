@@ -1,10 +1,11 @@
-"""Everything that one pass knows about a job, read from plain API objects."""
+"""Everything that one pass knows about a job: the views of its children."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from typing import Final
 
 from finetune_api.names import Role
 from finetune_api.results import Progress
@@ -82,13 +83,21 @@ class Observed:
         return self.progress if self.progress is not None and self.progress.run == run else None
 
 
+View = StoredRunSpec | JobView | ServiceView | PodView
+
+VIEWS: Final[dict[str, Callable[[Object], View | None]]] = {
+    "ConfigMap": stored_run_spec,
+    "Service": service_view,
+    "Job": job_view,
+    "Pod": pod_view,
+}
+"""View of a child by its kind; None for an object that the operator did not make for a run."""
+
+
 def observe(
     *,
-    config_maps: Iterable[Object] = (),
-    jobs: Iterable[Object] = (),
-    services: Iterable[Object] = (),
-    pods: Iterable[Object] = (),
-    gone: Iterable[Object] = (),
+    views: Mapping[str, Mapping[str, View | None]],
+    gone: Iterable[PodView] = (),
     pull_failing_since: Mapping[str, datetime] | None = None,
     warnings: Mapping[str, str] | None = None,
     progress: Progress | None = None,
@@ -96,22 +105,30 @@ def observe(
     refused: Mapping[str, Refusal] | None = None,
     models: Iterable[ModelJob] = (),
 ) -> Observed:
-    """The views of a job's children; ``pull_failing_since`` and ``warnings`` are by uid."""
+    """What a pass sees of a job.
+
+    Args:
+        views: the views of its children, by kind and uid.
+        pull_failing_since, warnings: by uid of the child.
+    """
     since, told = pull_failing_since or {}, warnings or {}
+    found: dict[type, list[View]] = {t: [] for t in (StoredRunSpec, JobView, ServiceView, PodView)}
+    for of_kind in views.values():
+        for uid, view in of_kind.items():
+            if isinstance(view, PodView) and uid in since:
+                view = replace(view, pull_failing_since=since[uid])
+            if isinstance(view, PodView | JobView) and uid in told:
+                view = replace(view, warning=told[uid])
+            if view is not None:
+                found[type(view)].append(view)
     return Observed(
-        run_specs=tuple(filter(None, map(stored_run_spec, config_maps))),
-        jobs=tuple(filter(None, (job_view(j, told.get(_uid(j), "")) for j in jobs))),
-        services=tuple(filter(None, map(service_view, services))),
-        pods=tuple(
-            filter(None, (pod_view(p, since.get(_uid(p)), told.get(_uid(p), "")) for p in pods))
-        ),
-        gone=tuple(filter(None, map(pod_view, gone))),
+        run_specs=tuple(found[StoredRunSpec]),  # type: ignore[arg-type]
+        jobs=tuple(found[JobView]),  # type: ignore[arg-type]
+        services=tuple(found[ServiceView]),  # type: ignore[arg-type]
+        pods=tuple(found[PodView]),  # type: ignore[arg-type]
+        gone=tuple(gone),
         progress=progress,
         progress_time=progress_time,
         refused=dict(refused or {}),
         models=tuple(models),
     )
-
-
-def _uid(obj: Object) -> str:
-    return str(obj["metadata"].get("uid", ""))

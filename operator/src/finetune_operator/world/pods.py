@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, Final
@@ -18,7 +18,7 @@ INDEX_ANNOTATION: Final = "batch.kubernetes.io/job-completion-index"
 PULL_REASONS: Final = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PodView:
     """A pod of a child Job and its one container."""
 
@@ -104,10 +104,21 @@ class PodView:
         pod for what the pod uses (disk, memory): that is no disruption."""
         return self.disruption is not None and self.disruption != "TerminationByKubelet"
 
+    @property
+    def pull_is_failing(self) -> bool:
+        """Whether the kubelet currently fails to pull the pod's image."""
+        return self.waiting_reason in PULL_REASONS
 
-def pod_view(
-    obj: Object, pull_failing_since: datetime | None = None, warning: str = ""
-) -> PodView | None:
+    def gone(self, now: datetime) -> PodView | None:
+        """The view of a pod that was deleted: a container that was last seen running ends now.
+        None for a pod without a container."""
+        if self.running:
+            return replace(self, running=False, finished=now, exit_code=137)
+        begun = self.exit_code is not None or self.waiting_reason is not None
+        return self if begun else None
+
+
+def pod_view(obj: Object) -> PodView | None:
     """A pod of a child Job, or None for any other pod."""
     labels = child_labels(obj)
     meta, status = obj["metadata"], obj.get("status") or {}
@@ -132,10 +143,8 @@ def pod_view(
         reason=status.get("reason") or "",
         message=status.get("message") or "",
         image=container.get("image") or "",
-        pull_failing_since=pull_failing_since,
         deleted_by=parse_time(meta.get("deletionTimestamp")),
         limits=(container.get("resources") or {}).get("limits") or {},
-        warning=warning,
         **_of_conditions(status),
         **(_of_container_state(container_status(obj).get("state") or {}) | _of_init(status)),
     )
@@ -196,12 +205,6 @@ def container_status(pod: Object) -> Object:
     statuses = (pod.get("status") or {}).get("containerStatuses") or []
     found = [c for c in statuses if c.get("name") == names.CONTAINER]
     return found[0] if found else {}
-
-
-def pull_is_failing(pod: Object) -> bool:
-    """Whether the kubelet currently fails to pull the pod's image."""
-    waiting = (container_status(pod).get("state") or {}).get("waiting") or {}
-    return waiting.get("reason") in PULL_REASONS
 
 
 @lru_cache(maxsize=4096)
