@@ -1,4 +1,4 @@
-"""Changes that kubelets make to the host itself: control groups and kernel settings.
+"""Changes that nodes make to the host itself: control groups and kernel settings.
 
 Everything else of a node is in namespaces and disappears with its processes. These two are recorded
 in the cluster's folder before they are changed, and ``undo`` restores them.
@@ -12,7 +12,12 @@ from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _KERNEL = Path("/proc/sys")
-_SET_BY_KUBELET = (
+# inotify instances of one user: kubelets and containerds of several nodes share them with all else
+# that root runs, and a kubelet without one ends ("too many open files"). 128 by default.
+_INOTIFY = "fs/inotify/max_user_instances"
+_INOTIFY_INSTANCES = 1024
+_SETTINGS = (
+    _INOTIFY,
     "vm/overcommit_memory",
     "vm/panic_on_oom",
     "kernel/panic",
@@ -21,9 +26,12 @@ _SET_BY_KUBELET = (
 
 
 def remember_settings(folder: Path) -> None:
-    """Record the kernel settings. Call before the first kubelet starts."""
-    settings = {name: (_KERNEL / name).read_text() for name in _SET_BY_KUBELET}
+    """Record the kernel settings, and allow more inotify instances. Call before the first kubelet
+    starts."""
+    settings = {name: (_KERNEL / name).read_text() for name in _SETTINGS}
     (folder / "settings.json").write_text(json.dumps(settings))
+    if int(settings[_INOTIFY]) < _INOTIFY_INSTANCES:
+        (_KERNEL / _INOTIFY).write_text(str(_INOTIFY_INSTANCES))
 
 
 def make_cgroup(name: str, folder: Path) -> None:

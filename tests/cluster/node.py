@@ -14,6 +14,8 @@ from cluster.control_plane import ControlPlane
 from cluster.machine import Machine
 from cluster.network import PODS, Network, Place
 
+PROGRAMS = ("containerd", "kubelet", "kube-proxy")
+
 
 class Node:
     """A node. It can be powered off and started again; its disk persists."""
@@ -65,6 +67,16 @@ class Node:
                 f"--hostname-override={self.name}",
             ],
         )
+
+    def require_programs(self) -> None:
+        """Raise Ended, with the end of its log, if a program of the node has ended."""
+        for program in PROGRAMS:
+            self.machine.processes.require(f"{self.name}.{program}")
+
+    def report(self) -> str:
+        """Return the ends of the logs of the node's programs."""
+        logs = [f"{self.name}.{program}" for program in PROGRAMS]
+        return "\n".join(f"-- {log}\n{self.machine.processes.tail(log)}" for log in logs)
 
     def power_off(self) -> None:
         """Kill all processes of the node, those of its pods too."""

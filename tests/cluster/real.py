@@ -57,8 +57,20 @@ class RealCluster(ControlPlane):
             self.wait_for_nodes(*self.nodes)
         (self.folder / "nodes").write_text(" ".join(self.nodes))
 
-    def wait_for_nodes(self, *names: str, within: float = 60) -> None:
-        eventually("the nodes are ready", lambda: set(names) <= self.ready_nodes(), within=within)
+    def wait_for_nodes(self, *names: str, within: float = 180) -> None:
+        """Wait until the nodes are ready. Raises Ended as soon as a program of a node has ended,
+        and TimeoutError with the nodes' own words and logs."""
+
+        def ready() -> bool:
+            for name in names:
+                self.nodes[name].require_programs()
+            return set(names) <= self.ready_nodes()
+
+        try:
+            eventually("the nodes are ready", ready, within=within)
+        except TimeoutError as error:
+            reports = [self.nodes[name].report() for name in names]
+            raise TimeoutError("\n".join([str(error), *self._ready_messages(), *reports])) from None
 
     def ready_nodes(self) -> set[str]:
         return {
@@ -67,6 +79,14 @@ class RealCluster(ControlPlane):
             for condition in node["status"]["conditions"]
             if condition["type"] == "Ready" and condition["status"] == "True"
         }
+
+    def _ready_messages(self) -> list[str]:
+        return [
+            f"{node['metadata']['name']}: {condition.get('reason')}: {condition.get('message')}"
+            for node in self.get("nodes")["items"]
+            for condition in node["status"]["conditions"]
+            if condition["type"] == "Ready"
+        ]
 
     def has(self, *names: str) -> bool:
         """Whether every node has the store's current version of these images."""

@@ -40,7 +40,10 @@ def lines(*command: str) -> set[str]:
 def host() -> dict[str, set[str]]:
     """Return everything that a cluster could leave on the host."""
     mounts = {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
-    settings = Path("/proc/sys/vm/overcommit_memory"), Path("/proc/sys/kernel/panic")
+    settings = [
+        Path("/proc/sys") / name
+        for name in ("vm/overcommit_memory", "kernel/panic", "fs/inotify/max_user_instances")
+    ]
     return {
         "links": {path.name for path in Path("/sys/class/net").iterdir()},
         "routes": lines("ip", "route", "show"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.api import eventually
+from cluster.processes import Ended
 from cluster.real import NODES, RealCluster
 
 pytestmark = pytest.mark.e2e
@@ -119,6 +120,8 @@ def test_a_powered_off_node_becomes_not_ready_and_recovers(servers: RealCluster)
     node = servers.nodes["node-c"]
     node.power_off()
     eventually("node-c is not ready", lambda: "node-c" not in servers.ready_nodes(), within=30)
+    with pytest.raises(Ended, match=r"node-c\.containerd does not run"):
+        servers.wait_for_nodes("node-c")
     node.start()
     servers.wait_for_nodes("node-c")
 
