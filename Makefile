@@ -18,7 +18,7 @@ STAGES := finetune_trainer.prepare.pipeline, finetune_trainer.train.process, fin
 # If unset, tokenizers warns after a fork and disables its threads.
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: help install demo tools test e2e lint generate verify bench bench-operator gpu lock clean
+.PHONY: help install demo tools test e2e lint generate verify bench bench-operator gpu sbom lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s $$'\t'
@@ -73,6 +73,9 @@ bench-operator: install tools ## Load the operator with jobs on a simulated clus
 
 gpu: ## Run GPU tests and benchmarks in 8 minutes; JSON and a table (PYTHON=python3: with its packages)
 	@$(GPU_PYTHON) benchmarks/gpu/run.py --out $(or $(OUT),$(STATE))/gpu
+
+sbom: install ## Write a CycloneDX SBOM of each image (DPKG_STATUS=file: with its Debian packages)
+	@$(BIN)/python release/sbom.py --out $(or $(OUT),$(STATE))/sbom $(if $(DPKG_STATUS),--dpkg-status $(DPKG_STATUS))
 
 lock: ## Update the pinned dependencies (requirements.txt files)
 	$(BIN)/uv pip compile --quiet --universal --no-emit-index-url --python-version 3.11 --no-annotate --no-emit-package finetune-api operator/pyproject.toml -o operator/requirements.txt
