@@ -137,7 +137,7 @@ class ControlPlane(Api):
     def start_api_server(self) -> None:
         """Start the API server, and wait until it is ready."""
         self._start_api_server()
-        eventually("the API server is ready", self._ready, within=90)
+        eventually("the API server is ready", self._ready, within=180)
 
     def _start_api_server(self) -> None:
         pki = self.authority.folder

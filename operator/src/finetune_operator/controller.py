@@ -94,7 +94,7 @@ class Controller:
         if gone and self._store.job(uid) is None:
             return True
         self._metrics.reconcile_errors.inc()
-        log.warning("reconcile of %s: %s", uid, error)
+        log.warning("reconcile of %s: %s", uid, str(error) or type(error).__name__)
         return False
 
     async def reconcile(self, uid: str) -> bool:
