@@ -176,7 +176,7 @@ def test_disk_staging_reserves_space_and_leaves_no_file(
     checkpointer.settle()
     trained = sum(p.numel() for p in model.model.parameters())
     assert sizes[0] == pytest.approx(12 * trained, rel=0.05)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
     state = checkpointer.restore(model.model, model.optimizers)
     assert state is not None
     assert (state.step, model.values) == (2, {2.0})
@@ -185,6 +185,44 @@ def test_disk_staging_reserves_space_and_leaves_no_file(
     with pytest.raises(UserError, match=r"checkpoint\.staging: Memory") as caught:
         full.save(model.model, model.optimizers, model.set(3))
     assert caught.value.reason == "ScratchFull"
+
+
+def test_a_restart_in_place_reads_nothing_from_storage(
+    world: World, run_spec_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only HEAD is read, unless the node's copy is damaged, or lost with the pod."""
+    model, run_spec = Model(), run_spec_for(run="1-near")
+    store, read = Stores(run_spec).default, []
+    for name in ("get", "get_range"):
+        method = getattr(ObjectStore, name)
+
+        def counted(self: ObjectStore, uri: str, *part: int, method: Any = method) -> bytes:
+            data: bytes = method(self, uri, *part)
+            read.append(uri.rsplit("/", 1)[1])
+            return data
+
+        monkeypatch.setattr(ObjectStore, name, counted)
+    first = CheckpointManager.take(world, store, run_spec, tmp_path)
+    for step in (1, 2):
+        first.save(model.model, model.optimizers, model.set(step))
+    first.settle()
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1, "of the newest alone"
+
+    def restored(folder: Path) -> set[str]:
+        again = CheckpointManager.take(world, store, run_spec, folder)
+        model.set(99)
+        read.clear()
+        state = again.restore(model.model, model.optimizers)
+        assert state is not None and (state.step, model.values) == (2, {2.0})
+        return set(read)
+
+    assert restored(tmp_path) == set()
+    (shard,) = (tmp_path / "checkpoints").glob("*/shard-00000")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    assert restored(tmp_path) == {"shard-00000"}
+    assert restored(tmp_path / "new") == {"shard-00000", ".metadata", "state.json"}
 
 
 def spoil(checkpointer: CheckpointManager, number: int, name: str) -> None:

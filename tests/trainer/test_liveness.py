@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from worlds import worker_folder
 
 from finetune_trainer import liveness
 from finetune_trainer.liveness import StallWatch, progressed, stall_limit
+from finetune_trainer.train import checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -65,6 +67,21 @@ with StallWatch(4, Path(sys.argv[1]), lambda idle, path: print("stalled", flush=
     process.send_signal(signal.SIGCONT)
     assert process.communicate(timeout=60)[0] == ""
     assert process.returncode == 0
+
+
+def test_a_checkpoint_whose_upload_hangs_has_stalled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a rank that has sent its part and waits for those of a stopped rank."""
+    monkeypatch.setattr(checkpoint, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(checkpoint, "UPLOAD_SECONDS", 2.0)
+    stalled, hangs = threading.Event(), threading.Event()
+    with StallWatch(0.5, tmp_path / "stacks", lambda idle, _: stalled.set()):
+        upload = checkpoint.Upload(1, lambda: bool(hangs.wait(60)) and None)
+        threading.Thread(target=upload.wait, daemon=True).start()
+        assert not stalled.wait(1), "a slow upload is none"
+        assert stalled.wait(30)
+    hangs.set()
 
 
 def soon() -> None:

@@ -23,13 +23,14 @@ from finetune_trainer.engine.backends import choose_backends
 from finetune_trainer.engine.packing.context import ALONE, ContextGroup
 from finetune_trainer.engine.precision import precision_of
 from finetune_trainer.failures import PEER_LOST, NodeFailure, TrainerError, recognise
+from finetune_trainer.liveness import START_SECONDS
 
 T = TypeVar("T")
 
 # A collective that takes this long has lost a rank that did not close its connections.
 COLLECTIVE_TIMEOUT: Final = datetime.timedelta(minutes=10)
 # A rank may be downloading a model or writing a checkpoint while others wait for its message.
-CONTROL_TIMEOUT: Final = datetime.timedelta(hours=6)
+CONTROL_TIMEOUT: Final = datetime.timedelta(seconds=START_SECONDS)
 
 
 @dataclass
@@ -39,6 +40,8 @@ class World:
     accelerator: Accelerator
     control: dist.ProcessGroup | None
     """CPU group for control messages; None in a world of one process."""
+    control_timeout: datetime.timedelta = CONTROL_TIMEOUT
+    """Longest wait for a control message."""
 
     @property
     def rank(self) -> int:
@@ -132,7 +135,8 @@ class World:
 
     def with_own_control_group(self) -> World:
         """Return this world with a new control group, for another thread; a collective."""
-        return replace(self, control=None if self.control is None else _control_group())
+        control = None if self.control is None else _control_group(self.control_timeout)
+        return replace(self, control=control)
 
     def context_group(self, size: int) -> ContextGroup:
         """Return the context-parallel group of ``size`` consecutive ranks; a collective."""
@@ -168,14 +172,14 @@ def join(spec: FineTuneJobSpec) -> World:
         # FSDP needs a process group even in a world of one process.
         backend = "nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    control = None
-    if accelerator.num_processes > 1:
-        control = _control_group()
-    return World(accelerator, control)
+    asked = datetime.timedelta(seconds=spec.failure_policy.progress_deadline_seconds or 0)
+    timeout = max(CONTROL_TIMEOUT, asked)
+    control = _control_group(timeout) if accelerator.num_processes > 1 else None
+    return World(accelerator, control, timeout)
 
 
-def _control_group() -> dist.ProcessGroup:
-    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
+def _control_group(timeout: datetime.timedelta) -> dist.ProcessGroup:
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
 
 
 class Agreement:

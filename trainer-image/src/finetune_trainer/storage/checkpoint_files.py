@@ -17,6 +17,7 @@ from itertools import chain
 from typing import Final, TypeVar
 
 from finetune_trainer.failures import TrainerError
+from finetune_trainer.storage.local_copies import LocalCopies
 from finetune_trainer.storage.objects import FileInfo, ObjectNotFound, ObjectStore
 from finetune_trainer.storage.run_head import Checkpoint, CorruptCheckpoint
 
@@ -93,8 +94,10 @@ def stream_file(
     return PartSums(total, part_bytes, tuple(digest for _, _, digest in sent))
 
 
-def read_file(store: ObjectStore, checkpoint: Checkpoint, name: str) -> bytes:
-    """Return a file that ``write_file`` wrote.
+def read_file(
+    store: ObjectStore, checkpoint: Checkpoint, name: str, copies: LocalCopies | None = None
+) -> bytes:
+    """Return a file that ``write_file`` wrote, from this node's copies if they have it.
 
     Raises:
         CorruptCheckpoint: the file is missing or differs from the committed one.
@@ -102,6 +105,10 @@ def read_file(store: ObjectStore, checkpoint: Checkpoint, name: str) -> bytes:
     expected = checkpoint.files.get(name)
     if expected is None:
         raise CorruptCheckpoint(checkpoint.uri, f"it has no {name}")
+    if copies is not None:
+        sha256 = bytes.fromhex(expected.sha256)
+        if (copy := copies.get(checkpoint.uri, name, 0, expected.bytes, sha256)) is not None:
+            return copy
     try:
         data = store.get(f"{checkpoint.uri}/{name}")
     except ObjectNotFound:
@@ -121,9 +128,10 @@ def read_parts(
     checkpoint: Checkpoint,
     sums: Mapping[str, PartSums],
     wanted: Iterable[tuple[str, int]],
+    copies: LocalCopies | None = None,
 ) -> Iterator[tuple[str, int, bytes]]:
-    """Yield the wanted parts (name, number from 0) of files that ``stream_file`` wrote, in order;
-    several are fetched in parallel.
+    """Yield the wanted parts (name, number from 0) of files that ``stream_file`` wrote, in order,
+    from this node's copies if they have them; several are fetched in parallel.
 
     Raises:
         CorruptCheckpoint: a part is missing or differs from the committed one.
@@ -138,6 +146,10 @@ def read_parts(
         of = sums[name]
         start = number * of.part_bytes
         stop = min(start + of.part_bytes, of.size)
+        if copies is not None:
+            copy = copies.get(checkpoint.uri, name, start, stop, of.sha256s[number])
+            if copy is not None:
+                return name, number, copy
         try:
             data = store.get_range(f"{checkpoint.uri}/{name}", start, stop)
         except ObjectNotFound:

@@ -3,13 +3,14 @@ and valid once HEAD names them.
 
     save ──► copy on the host ──► (training continues)
                     └─ thread ──► parts, several in parallel ──► all ranks done ──► HEAD moves
+                                                                 ──► copy on the node's disk
 
 Training waits only for the copy, and for the previous upload if that is still running. A checkpoint
 that cannot be uploaded is abandoned and the next one is tried: an outage of storage of some minutes
 costs the run no steps.
 
 Loading takes the newest valid checkpoint; each rank reads and verifies only the data it needs, for
-any number of ranks that wrote the checkpoint.
+any number of ranks that wrote the checkpoint. After a restart in place that is the node's own copy.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Final
 
+import torch
 from torch import nn
 
 from finetune_api.run_spec import RunSpec
@@ -53,6 +56,7 @@ from finetune_trainer.storage.claim import (
     checkpoint_uri,
     claim,
 )
+from finetune_trainer.storage.local_copies import LocalCopies
 from finetune_trainer.storage.objects import FileInfo, ObjectStore
 from finetune_trainer.train.state import LoopState
 
@@ -60,6 +64,9 @@ _DEFAULT_SECONDS: Final = 600
 _STATE_FILE: Final = "state.json"
 _NICE: Final = 10
 _LOOK_SECONDS: Final = 5.0
+UPLOAD_SECONDS: Final = 1800.0
+"""Time for which a running upload counts as progress: a rank that has sent its part waits for those
+of the others, and one of these may hang. The parts that a rank sends count in any case."""
 MOST_FAILURES: Final = 3
 """Consecutive failed checkpoints that end the attempt, because all training since the last
 checkpoint is lost if a node fails."""
@@ -71,6 +78,7 @@ class Upload:
     def __init__(self, step: int, work: Callable[[], None]) -> None:
         self.step = step
         self._work = work
+        self._began = time.monotonic()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="checkpoint-upload", daemon=True)
         self._thread.start()
@@ -94,10 +102,10 @@ class Upload:
         return self.over and self._error is not None
 
     def wait(self) -> None:
-        """Wait for the end of the upload, and raise its error. Its requests have time limits of
-        their own: as long as the upload runs, it makes progress."""
+        """Wait for the end of the upload, and raise its error."""
         while not self.over:
-            progressed()
+            if time.monotonic() - self._began < UPLOAD_SECONDS:
+                progressed()
             self._thread.join(_LOOK_SECONDS)
         if self._error is not None:
             raise self._error
@@ -115,6 +123,7 @@ class CheckpointManager:
     store: ObjectStore
     run_spec: RunSpec
     staging: Staging
+    copies: LocalCopies
     head: Head
     """HEAD as of the last completed upload."""
     claim: Claim | None
@@ -132,7 +141,7 @@ class CheckpointManager:
         """Take the run for a new attempt of this world.
 
         Args:
-            scratch: folder on the local disk, for copies with spec.checkpoint.staging: Disk.
+            scratch: folder on the local disk, for copies of checkpoints.
 
         Raises:
             StorageUnavailable: storage does not respond.
@@ -156,7 +165,10 @@ class CheckpointManager:
         staging = Staging(
             scratch if run_spec.spec.checkpoint.staging == "Disk" else None, world.control
         )
-        return cls(world, channel, store, run_spec, staging, head, held[0] if held else None)
+        copies = LocalCopies(scratch / "checkpoints")
+        return cls(
+            world, channel, store, run_spec, staging, copies, head, held[0] if held else None
+        )
 
     @property
     def latest_uri(self) -> str | None:
@@ -196,7 +208,7 @@ class CheckpointManager:
         copy = self.staging.copy(state_of(model, optimizers))
         loop, step = state.to_json(), state.step
         metric = state.metric_at(step, self.run_spec.spec.checkpoint.metric)
-        self.upload = Upload(step, lambda: self._write(copy, loop, step, metric))
+        self.upload = Upload(step, lambda: self._write(copy, loop, step, metric, keep=not last))
 
     @property
     def failed(self) -> bool:
@@ -259,7 +271,10 @@ class CheckpointManager:
                     flush=True,
                 )
 
-    def _write(self, staged: StagedState, loop: str, step: int, metric: float | None) -> None:
+    def _write(
+        self, staged: StagedState, loop: str, step: int, metric: float | None, keep: bool
+    ) -> None:
+        """Upload a staged state, move HEAD, and ``keep`` a copy on this node."""
         uri = checkpoint_uri(self.run_spec.run_uri, self.head.attempt, step)
         writer = CheckpointWriter(self.store, uri)
         save_state(writer, staged, self.channel.control)
@@ -272,6 +287,8 @@ class CheckpointManager:
         parts = self.channel.on_all(finished)
         files = {name: info for part in parts for name, info in part.items()}
         self._move(lambda held: held.commit(step, files, metric), self.channel)
+        if keep:  # after the commit: the copy of the checkpoint before is of no use any more
+            self.copies.keep(uri, writer.content)
 
     def restore(self, model: nn.Module, optimizers: Optimizers) -> LoopState | None:
         """Load the newest valid checkpoint; return None if no checkpoint exists. Damaged
@@ -291,6 +308,7 @@ class CheckpointManager:
                 self._discard(checkpoint, error)
                 damaged = True
                 continue
+            self._report_reads(checkpoint)
             return LoopState.from_json(text.decode())
         if damaged:
             raise StorageUnavailable(
@@ -299,6 +317,16 @@ class CheckpointManager:
                 " attempt starts from the base model",
             )
         return None
+
+    def _report_reads(self, checkpoint: Checkpoint) -> None:
+        """Log where the bytes of a checkpoint came from; a collective."""
+        read, missed = self.world.sum(torch.tensor([self.copies.read, self.copies.missed])).tolist()
+        if self.world.is_main:
+            print(
+                f"restored step {checkpoint.step}: {read:,} bytes from the nodes' own copies,"
+                f" {missed:,} from storage",
+                flush=True,
+            )
 
     def rewind(
         self, model: nn.Module, optimizers: Optimizers, rollback: Rollback
@@ -362,11 +390,12 @@ class CheckpointManager:
         self.head = (world or self.world).on_main(moved)
 
     def _reader(self, checkpoint: Checkpoint) -> CheckpointReader:
-        return CheckpointReader(self.store, checkpoint, self._read(checkpoint, METADATA))
+        metadata = self._read(checkpoint, METADATA)
+        return CheckpointReader(self.store, checkpoint, metadata, self.copies)
 
     def _read(self, checkpoint: Checkpoint, name: str) -> bytes:
         """Read a small file of a checkpoint on rank 0 and return it on all ranks."""
-        return self.world.on_main(partial(read_file, self.store, checkpoint, name))
+        return self.world.on_main(partial(read_file, self.store, checkpoint, name, self.copies))
 
     def _discard(self, checkpoint: Checkpoint, error: CorruptCheckpoint) -> None:
         if self.world.is_main:

@@ -39,6 +39,7 @@ from finetune_trainer.storage.checkpoint_files import (
     stream_file,
     write_file,
 )
+from finetune_trainer.storage.local_copies import LocalCopies, Pieces
 from finetune_trainer.storage.objects import FileInfo, ObjectStore
 from finetune_trainer.storage.run_head import Checkpoint, CorruptCheckpoint
 
@@ -76,6 +77,8 @@ class CheckpointWriter(StorageWriter):
         self._store, self._uri = store, uri
         self.files: dict[str, FileInfo] = {}
         """Files that this process has written, by name below the checkpoint's URI."""
+        self.content: dict[str, Pieces] = {}
+        """Their bytes; those of a shard are views of the staged state."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
@@ -103,7 +106,7 @@ class CheckpointWriter(StorageWriter):
         if plan.items:
             uri = f"{self._uri}/{name}"
             sums = stream_file(self._store, uri, planner.pieces, planner.size)
-            self.files[name] = sums.info
+            self.files[name], self.content[name] = sums.info, planner.pieces
             results.append(WriteResult(MetadataIndex(name), sums.size, sums))
         return _done(results)
 
@@ -114,6 +117,7 @@ class CheckpointWriter(StorageWriter):
     def write(self, name: str, data: bytes) -> None:
         """Write a small file next to the shards."""
         self.files[name] = write_file(self._store, f"{self._uri}/{name}", data)
+        self.content[name] = [data]
 
 
 class CheckpointReader(StorageReader):
@@ -122,13 +126,18 @@ class CheckpointReader(StorageReader):
     Args:
         metadata: content of the checkpoint's file ``METADATA``, already verified: torch would hide
             the cause of an error in this file.
+        copies: this node's copies of checkpoints, read in place of storage.
 
     Raises (from torch's ``load``):
         CorruptCheckpoint: if a file is missing or differs from the committed one.
     """
 
-    def __init__(self, store: ObjectStore, checkpoint: Checkpoint, metadata: bytes) -> None:
+    def __init__(
+        self, store: ObjectStore, checkpoint: Checkpoint, metadata: bytes,
+        copies: LocalCopies | None = None,
+    ) -> None:  # fmt: skip
         self._store, self._commit, self._metadata = store, checkpoint, metadata
+        self._copies = copies
         self._data: dict[MetadataIndex, Any] = {}
 
     @classmethod
@@ -163,7 +172,8 @@ class CheckpointReader(StorageReader):
             (w.file, number) for w in waiting for number in sums[w.file].parts(w.start, w.stop)
         }
         under_way: list[_Wanted] = []
-        for name, number, data in read_parts(self._store, self._commit, sums, sorted(parts)):
+        found = read_parts(self._store, self._commit, sums, sorted(parts), self._copies)
+        for name, number, data in found:
             start = number * sums[name].part_bytes
             stop = start + len(data)
             while waiting and (waiting[-1].file, waiting[-1].start) < (name, stop):
