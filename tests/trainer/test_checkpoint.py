@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -226,7 +227,9 @@ def test_a_restart_in_place_reads_nothing_from_storage(
 
 
 def spoil(checkpointer: CheckpointManager, number: int, name: str) -> None:
-    """Flip a bit in the middle of a file of a checkpoint; ``number`` 0 is the newest."""
+    """Flip a bit in the middle of a file of a checkpoint; ``number`` 0 is the newest. The copies on
+    the node are lost, too."""
+    shutil.rmtree(checkpointer.copies.folder, ignore_errors=True)
     uri = f"{checkpointer.head.checkpoints[number].uri}/{name}"
     data = bytearray(checkpointer.store.get(uri))
     data[len(data) // 2] ^= 1
