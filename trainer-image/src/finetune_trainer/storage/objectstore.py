@@ -295,11 +295,11 @@ class ObjectStore:
     def put_part(self, uri: str, upload: str, number: int, data: bytes | memoryview) -> str:
         """Write a part (numbers from 1; at least 5 MiB except the last) and return its ETag."""
         with self._asking("write", uri) as at:
-            return str(
-                self._client.upload_part(
-                    **at, UploadId=upload, PartNumber=number, Body=_body(data)
-                )["ETag"]
+            made = self._client.upload_part(
+                **at, UploadId=upload, PartNumber=number, Body=_body(data)
             )
+        progressed()
+        return str(made["ETag"])
 
     def join_parts(self, uri: str, upload: str, etags: Iterable[str], size: int) -> None:
         """Complete a multipart upload from its parts' ETags, in the order of part numbers.
