@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from finetune_api.crd import crd
+from finetune_api.podtemplate import allowed_parts
 from finetune_api.reference import reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +26,8 @@ def generated() -> dict[Path, str]:
     return {
         ROOT / "crds/finetunejob.crd.yaml": text,
         ROOT / "charts/finetune-operator/files/finetunejob.crd.yaml": text,
+        ROOT / "charts/finetune-operator/files/podtemplate.yaml": HEADER
+        + yaml.safe_dump(allowed_parts(), width=100),
         ROOT / "docs/reference.md": reference(),
     }
 

@@ -12,10 +12,12 @@ import pytest
 import yaml
 
 from chart.conftest import CHART, helm, of_kind, one, render
+from chart.rights import documented_rights, rights
 from finetune_api import names
 from finetune_api.crd import crd
 from finetune_operator import watch
 from finetune_operator.__main__ import options
+from finetune_operator.config import NetworkAccess
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -91,34 +93,13 @@ def test_the_crd_can_be_left_out() -> None:
 
 # --- permissions ---------------------------------------------------------------------------------
 
-RIGHTS = {
-    ("finetune-operator.dev", "finetunejobs"): {"list", "watch"},
-    ("finetune-operator.dev", "finetunejobs/status"): {"patch"},
-    ("finetune-operator.dev", "finetunejobs/finalizers"): {"update"},
-    ("", "configmaps"): {"list", "watch", "create", "patch", "delete"},
-    ("", "services"): {"list", "watch", "create", "patch", "delete"},
-    ("batch", "jobs"): {"list", "watch", "create", "patch", "delete"},
-    ("", "pods"): {"list", "watch"},
-    ("events.k8s.io", "events"): {"create"},
-    ("", "events"): {"list"},
-}
-
-
-def rights(role: dict[str, Any]) -> dict[tuple[str, str], set[str]]:
-    found: dict[tuple[str, str], set[str]] = {}
-    for rule in role["rules"]:
-        for group in rule["apiGroups"]:
-            for resource in rule["resources"]:
-                found.setdefault((group, resource), set()).update(rule["verbs"])
-    return found
+RIGHTS, LEADER = documented_rights()
 
 
 def test_cluster_wide_permissions() -> None:
     objects = render("rbac.aggregateToDefaultRoles=false")
     assert rights(one(objects, "ClusterRole")) == RIGHTS
-    assert rights(one(objects, "Role")) == {
-        ("coordination.k8s.io", "leases"): {"create", "get", "update"}
-    }
+    assert rights(one(objects, "Role")) == LEADER
     for binding in of_kind(objects, "ClusterRoleBinding") + of_kind(objects, "RoleBinding"):
         assert binding["subjects"] == [
             {
@@ -132,9 +113,9 @@ def test_cluster_wide_permissions() -> None:
 def test_permissions_cover_what_the_operator_watches_and_creates() -> None:
     for group, _, plural in watch.RESOURCES.values():
         assert RIGHTS[group, plural] >= {"list", "watch"}
-    for kind in ("ConfigMap", "Service", "Job"):
+    for kind in ("ConfigMap", "NetworkPolicy", "Service", "Job"):
         group, _, plural = watch.RESOURCES[kind]
-        assert RIGHTS[group, plural] >= {"create", "patch", "delete"}
+        assert RIGHTS[group, plural] >= {"get", "create", "delete"}
 
 
 def test_permissions_are_limited_to_the_operators_lease() -> None:
@@ -245,6 +226,27 @@ def test_values_reach_the_pod() -> None:
     assert spec["containers"][0]["env"] == [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}]
 
 
+def network_policy(*sets: str) -> NetworkAccess | None:
+    """The settings of NetworkPolicies that the operator reads from its rendered arguments."""
+    return options(pod(*sets)["containers"][0]["args"]).config.network
+
+
+def test_the_operator_and_stated_peers_read_metrics() -> None:
+    operator = {
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "finetune-system"}},
+        "podSelector": {
+            "matchLabels": one(render(), "Deployment")["spec"]["selector"]["matchLabels"]
+        },
+    }
+    assert network_policy() == NetworkAccess((operator,), ())
+    outside = "networkPolicy.metricsFrom[0].ipBlock.cidr=10.0.0.1/32"
+    port = "networkPolicy.egress[0].ports[0].port=53"
+    assert network_policy(outside, port) == NetworkAccess(
+        (operator, {"ipBlock": {"cidr": "10.0.0.1/32"}}), ({"ports": [{"port": 53}]},)
+    )
+    assert network_policy("networkPolicy.enabled=false") is None
+
+
 def test_two_replicas_stand_on_different_nodes_and_leave_dead_ones_soon() -> None:
     deployment = one(render(), "Deployment")
     assert deployment["spec"]["replicas"] == 2
@@ -329,6 +331,9 @@ def test_the_pod_monitor_selects_gangs() -> None:
         ("extraEnv[0].value=x", "extraEnv"),
         ("podDisruptionBudget.maxUnavailable=half", "maxUnavailable"),
         ("trainerImage=x", "trainerImage"),
+        ("networkPolicy.metricsFrom[0].cidr=10.0.0.1/32", "cidr"),
+        ("networkPolicy.metricsFrom[0].ipBlock.cidr=10.0.0.1", "cidr"),
+        ("networkPolicy.egress[0].ports[0].protocol=tcp", "protocol"),
     ],
 )
 def test_wrong_values_are_refused(value: str, complaint: str) -> None:

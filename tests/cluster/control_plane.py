@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import http.client
 import itertools
+import json
 import os
 import ssl
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from cluster import kwok, state
 from cluster.api import Api, eventually
@@ -210,14 +211,27 @@ class ControlPlane(Api):
             ],
         )
 
+    def request(self, method: str, path: str, body: Any) -> Any:
+        """Send one request as the administrator, and return the parsed response, also of a refused
+        request. Much faster than kubectl."""
+        connection = self._connection(timeout=30)
+        try:
+            connection.request(method, path, json.dumps(body), {"Content-Type": "application/json"})
+            return json.loads(connection.getresponse().read())
+        finally:
+            connection.close()
+
+    def _connection(self, timeout: float) -> http.client.HTTPSConnection:
+        pki = self.authority.folder
+        trust = ssl.create_default_context(cafile=str(self.authority.certificate))
+        trust.load_cert_chain(pki / "admin.crt", pki / "admin.key")
+        return http.client.HTTPSConnection(self.address, self.port, timeout=timeout, context=trust)
+
     def _ready(self) -> bool:
         """Whether /readyz returns 200. Raises Ended if etcd or the API server has died."""
         for name in ("etcd", "kube-apiserver"):
             self.processes.require(name)
-        pki = self.authority.folder
-        trust = ssl.create_default_context(cafile=str(self.authority.certificate))
-        trust.load_cert_chain(pki / "admin.crt", pki / "admin.key")
-        connection = http.client.HTTPSConnection(self.address, self.port, timeout=2, context=trust)
+        connection = self._connection(timeout=2)
         try:
             connection.request("GET", "/readyz")
             return connection.getresponse().status == http.HTTPStatus.OK

@@ -365,6 +365,7 @@ def install(cluster: Api, operator: str, trainer: str) -> None:
             ROOT / "charts/finetune-operator", "--kubeconfig", cluster.kubeconfig,
             "--namespace", SYSTEM, "--create-namespace", "--wait", "--timeout", "180s",
             *image_values("image", operator), *image_values("trainer.image", trainer),
+            "--set", "admission.images={localhost:5000/*}",
         ],
         capture_output=True, text=True,
     )  # fmt: skip

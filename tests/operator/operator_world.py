@@ -12,9 +12,9 @@ from finetune_api import names
 from finetune_api.results import Progress, Termination
 from finetune_operator.children.overlay import lay_over
 from finetune_operator.children.render import render
-from finetune_operator.config import Config
+from finetune_operator.config import Config, NetworkAccess
 from finetune_operator.decide import decide
-from finetune_operator.decision.plan import Plan
+from finetune_operator.decision.plan import Create, Plan
 from finetune_operator.world.children import StoredRunSpec
 from finetune_operator.world.models import ModelJob, model_view
 from finetune_operator.world.objects import format_time
@@ -25,7 +25,7 @@ from finetune_operator.world.stored import StoredJob
 
 UID = "0f9c2e4a-1111-2222-3333-444455556666"
 T0 = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)
-CONFIG = Config(image="registry.example/trainer:1")
+CONFIG = Config(image="registry.example/trainer:1", network=NetworkAccess())
 
 
 def spec(**more: Any) -> dict[str, Any]:
@@ -140,6 +140,14 @@ class World:
             if not (plan.delete or plan.create or plan.change or plan.status):
                 return plan
         raise AssertionError(f"does not settle: {plan}")
+
+    def settle_and_list(self) -> list[Create]:
+        """``settle``, and return what was created."""
+        found: list[Create] = []
+        for _ in range(6):
+            plan = self.pass_()
+            found += plan.create
+        return found
 
     # --- users -----------------------------------------------------------------------------------
 

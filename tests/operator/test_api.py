@@ -113,7 +113,7 @@ def owned_and_ours_alone(job: Job) -> None:
     controllers of status), and that the operator wrote only status of the user's object."""
     uid = job.object["metadata"]["uid"]
     ours = ["-n", job.namespace, "-l", f"{names.LABEL_JOB_UID}={uid}"]
-    for kind in ("jobs", "services", "configmaps"):
+    for kind in ("jobs", "services", "configmaps", "networkpolicies"):
         text = job.api.kubectl("get", kind, *ours, "-o", "json", "--show-managed-fields")
         items = json.loads(text)["items"]
         assert items
@@ -371,6 +371,7 @@ def test_ttl_and_deletion(job: Job, operator: OperatorProcess) -> None:
     job.reach("Complete")
     eventually("children are gone", lambda: not job.names("jobs"), within=WITHIN)
     assert job.names("configmaps") == ["run-spec-1"] and job.names("services") == []
+    eventually("policies are gone", lambda: not job.names("networkpolicies"), within=WITHIN)
     assert job.status["phase"] == "Complete"
     job.api.kubectl("delete", "ftj", "bot", "-n", job.namespace)
     eventually("the run spec is gone", lambda: not job.names("configmaps"), within=WITHIN)

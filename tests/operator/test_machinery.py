@@ -359,9 +359,9 @@ def test_a_refused_child_is_shown_in_the_same_pass_and_retried(
     prepared = next(c for c in status["conditions"] if c["type"] == "Prepared")
     assert prepared["reason"] == "ChildRefused"
     assert f"{code} the webhook says no" in prepared["message"]
-    assert cluster.applied == ["ConfigMap"]
+    assert cluster.applied == ["ConfigMap", "NetworkPolicy"]
     assert asyncio.run(controller.handle(UID))
-    assert cluster.applied == ["ConfigMap", "Job"]
+    assert cluster.applied == ["ConfigMap", "NetworkPolicy", "Job"]
     assert asyncio.run(controller.handle(UID)), "the pass that the new Job's watch event causes"
     prepared = next(c for c in cluster.statuses[-1]["conditions"] if c["type"] == "Prepared")
     assert prepared["reason"] == "Preparing"
@@ -429,6 +429,20 @@ def test_passes_begin_once_the_watches_have_delivered_everything(monkeypatch: An
 
     asyncio.run(scenario())
     assert len(lists["Pod"]) == 1, "an object that vanished in the meantime is not waited for"
+
+
+def test_an_invalid_network_policy_fails_no_job() -> None:
+    """Its content is the administrator's, so that the job waits until they have corrected it."""
+    queue = WorkQueue()
+    queue.put_after = lambda key, seconds: None  # type: ignore[method-assign]
+    answer = ApiError("PATCH", "/networkpolicies/a", 422, "cidr: invalid")
+    store, cluster = Store(), Refusing("NetworkPolicy", [answer])
+    store.put(names.KIND, World().job | stored_object(names.KIND, UID, 1, spec=World().job["spec"]))
+    controller = Controller(store, cluster, queue, CONFIG, Metrics(store, lambda: 0), "here")  # type: ignore[arg-type]
+    assert asyncio.run(controller.handle(UID))
+    assert (cluster.applied, cluster.statuses[-1]["phase"]) == (["ConfigMap"], "Pending")
+    assert asyncio.run(controller.handle(UID))
+    assert cluster.applied == ["ConfigMap", "NetworkPolicy", "Job"]
 
 
 def test_causes_of_the_wait_for_the_api_server_are_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -45,6 +45,19 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 {{- end }}
 
+{{/* Settings of the runs' NetworkPolicies, for the operator's --network-policy. */}}
+{{- define "finetune-operator.networkPolicy" -}}
+{{- if .Values.networkPolicy.enabled -}}
+{{- $namespace := dict "matchLabels" (dict "kubernetes.io/metadata.name" .Release.Namespace) }}
+{{- $pods := dict "matchLabels" (include "finetune-operator.selector" . | fromYaml) }}
+{{- $operator := dict "namespaceSelector" $namespace "podSelector" $pods }}
+{{- $from := prepend .Values.networkPolicy.metricsFrom $operator }}
+{{- dict "metricsFrom" $from "egress" .Values.networkPolicy.egress | toJson }}
+{{- else -}}
+off
+{{- end }}
+{{- end }}
+
 {{/* Rights of the operator in watched namespaces, for the requests of cluster.py and watch.py. */}}
 {{- define "finetune-operator.rules" -}}
 - apiGroups: [finetune-operator.dev]
@@ -58,13 +71,20 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 - apiGroups: [finetune-operator.dev]
   resources: [finetunejobs/finalizers]
   verbs: [update]
-# Server-side apply of an object that does not exist needs create as well as patch.
+# get: to recognize a child whose creation was not answered.
 - apiGroups: [""]
-  resources: [configmaps, services]
-  verbs: [list, watch, create, patch, delete]
+  resources: [configmaps]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [""]
+  resources: [services]
+  verbs: [get, list, watch, create, delete]
 - apiGroups: [batch]
   resources: [jobs]
-  verbs: [list, watch, create, patch, delete]
+  verbs: [get, list, watch, create, patch, delete]
+# Also to delete those that it has made, once networkPolicy.enabled is false.
+- apiGroups: [networking.k8s.io]
+  resources: [networkpolicies]
+  verbs: [get, list, watch, create, patch, delete]
 - apiGroups: [""]
   resources: [pods]
   verbs: [list, watch]

@@ -13,6 +13,7 @@ from typing import Any, Final
 from finetune_api import names
 
 _OUR_PREFIXES: Final = (f"{names.GROUP}/", "app.kubernetes.io/", "batch.kubernetes.io/")
+_TEMPLATE_FIELDS: Final = frozenset({"metadata", "spec"})
 _POD_FIELDS: Final = frozenset(
     {
         "affinity",
@@ -36,6 +37,7 @@ _POD_SECURITY: Final = frozenset({"fsGroup", "fsGroupChangePolicy", "supplementa
 _CONTAINER_FIELDS: Final = frozenset(
     {"env", "imagePullPolicy", "name", "resources", "securityContext", "volumeMounts"}
 )
+_CONTAINER_SECURITY: Final = frozenset({"capabilities"})
 _CAPABILITIES: Final = frozenset({"IPC_LOCK"})
 _VOLUME_TYPES: Final = frozenset(
     {"configMap", "emptyDir", "ephemeral", "name", "persistentVolumeClaim", "secret"}
@@ -48,12 +50,26 @@ _OUR_ENV: Final = ("FINETUNE_", "JOB_COMPLETION_INDEX", "TORCH_DISABLE_SHARE_RDZ
 _ROOT: Final = "spec.compute.podTemplate"
 
 
+def allowed_parts() -> dict[str, list[str]]:
+    """Return the allowed fields by place, and the allowed capabilities, for the chart's admission
+    policy, which refuses others before they are stored."""
+    return {
+        "template": sorted(_TEMPLATE_FIELDS),
+        "pod": sorted(_POD_FIELDS),
+        "podSecurityContext": sorted(_POD_SECURITY),
+        "volume": sorted(_VOLUME_TYPES),
+        "container": sorted(_CONTAINER_FIELDS),
+        "containerSecurityContext": sorted(_CONTAINER_SECURITY),
+        "capabilities": sorted(_CAPABILITIES),
+    }
+
+
 def template_problems(template: dict[str, Any] | None) -> list[str]:
     """Return one line per forbidden part of the template, with its path; empty if it is valid."""
     if template is None:
         return []
     faults: list[str] = []
-    _allow(template, frozenset({"metadata", "spec"}), _ROOT, faults)
+    _allow(template, _TEMPLATE_FIELDS, _ROOT, faults)
     meta = _mapping(template.get("metadata", {}), f"{_ROOT}.metadata", faults)
     _allow(meta, frozenset({"annotations", "labels"}), f"{_ROOT}.metadata", faults)
     for part in ("annotations", "labels"):
@@ -90,7 +106,7 @@ def _check_container(container: dict[str, Any], path: str, faults: list[str]) ->
         )
     _allow(container, _CONTAINER_FIELDS, path, faults)
     security = _mapping(container.get("securityContext", {}), f"{path}.securityContext", faults)
-    _allow(security, frozenset({"capabilities"}), f"{path}.securityContext", faults)
+    _allow(security, _CONTAINER_SECURITY, f"{path}.securityContext", faults)
     where = f"{path}.securityContext.capabilities"
     capabilities = _mapping(security.get("capabilities", {}), where, faults)
     _allow(capabilities, frozenset({"add"}), where, faults)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from finetune_operator.app import Operator, Options, own_namespace
 from finetune_operator.cluster import NoCluster
-from finetune_operator.config import Config
+from finetune_operator.config import Config, NetworkAccess
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,6 +30,11 @@ def parser() -> argparse.ArgumentParser:
     option(
         "--model-cache", "FINETUNE_MODEL_CACHE", None,
         "folder on every node where gangs cache base models; user 65532 must be able to write",
+    )  # fmt: skip
+    option(
+        "--network-policy", "FINETUNE_NETWORK_POLICY", "{}",
+        'NetworkPolicies of runs: off, or JSON with "metricsFrom" (peers that may read the metrics'
+        ' port; absent: all) and "egress" (egress rules; absent: all destinations)',
     )  # fmt: skip
     option("--kubeconfig", "KUBECONFIG", None, "kubeconfig; absent: the pod's service account")
     option("--context", "KUBE_CONTEXT", None, "context of the kubeconfig")
@@ -62,6 +67,11 @@ def options(arguments: Sequence[str] | None = None) -> Options:
         made.error(f"--port: a port number; got {given.port!r}")
     if given.model_cache and not given.model_cache.startswith("/"):
         made.error(f"--model-cache: an absolute path; got {given.model_cache!r}")
+    try:
+        off = given.network_policy == "off"
+        network = None if off else NetworkAccess.from_text(given.network_policy)
+    except ValueError as error:
+        made.error(f"--network-policy: off or JSON; got {given.network_policy!r} ({error})")
     logging.basicConfig(
         level=given.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
@@ -71,6 +81,7 @@ def options(arguments: Sequence[str] | None = None) -> Options:
             image=given.image,
             image_pull_policy=given.image_pull_policy or None,
             model_cache=given.model_cache or None,
+            network=network,
         ),
         kubeconfig=given.kubeconfig or None,
         context=given.context or None,

@@ -33,6 +33,7 @@ PAGE: Final = "500"
 PATHS: Final[dict[str, tuple[str, str]]] = {
     "ConfigMap": ("/api/v1", "configmaps"),
     "Service": ("/api/v1", "services"),
+    "NetworkPolicy": ("/apis/networking.k8s.io/v1", "networkpolicies"),
     "Pod": ("/api/v1", "pods"),
     "Job": ("/apis/batch/v1", "jobs"),
     KIND: (f"/apis/{API_VERSION}", PLURAL),
@@ -145,6 +146,12 @@ class Cluster:
         changed this way, as an apply would when the watches are behind."""
         path = collection_path(obj["kind"], obj["metadata"]["namespace"])
         return await self._write("POST", path, obj)
+
+    async def apply(self, obj: Json) -> Json:
+        """Server-side apply of a child: create it, or change it to this one."""
+        meta = obj["metadata"]
+        path = object_path(obj["kind"], meta["namespace"], meta["name"])
+        return await self._write("PATCH", path, obj, "application/apply-patch+yaml", force="true")
 
     async def apply_status(self, subject: Subject, status: Json) -> Json:
         """Server-side apply of a job's whole status. The uid makes it fail if another job now has

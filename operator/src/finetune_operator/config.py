@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Final
+from typing import Any, Final, Self
 
 from finetune_api.names import GROUP
 
@@ -13,6 +15,8 @@ ANNOTATION_IMAGE: Final = f"{GROUP}/image"
 change."""
 ANNOTATION_OUTCOME: Final = f"{GROUP}/outcome"
 """On a run spec's ConfigMap: the run's outcome, so that the run stays ended if status is lost."""
+ANNOTATION_ACCESS: Final = f"{GROUP}/network-access"
+"""On a NetworkPolicy: digest of the settings that it was rendered from."""
 GRACE_SECONDS: Final = 120
 """terminationGracePeriodSeconds of every pod, and the trainer's time to save its state."""
 NODE_LOST_SECONDS: Final = 30
@@ -71,6 +75,38 @@ USAGE_STEP_SECONDS: Final = 30
 
 
 @dataclass(frozen=True)
+class NetworkAccess:
+    """What the NetworkPolicies of runs allow besides the traffic within a gang, as in Kubernetes'
+    NetworkPolicy."""
+
+    metrics_from: tuple[dict[str, Any], ...] = ()
+    """Peers (NetworkPolicyPeer) that may read the metrics port of a gang's pods; empty: all."""
+    egress: tuple[dict[str, Any], ...] = ()
+    """Allowed destinations (NetworkPolicyEgressRule) of all pods; empty: all."""
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """Read ``{"metricsFrom": [peer, …], "egress": [rule, …]}``, both optional.
+
+        Raises:
+            ValueError: the text is no such JSON object.
+        """
+        found = json.loads(text)
+        if not isinstance(found, dict) or not found.keys() <= {"metricsFrom", "egress"}:
+            raise ValueError("an object with metricsFrom and egress")
+        lists = [found.get(key, []) for key in ("metricsFrom", "egress")]
+        for items in lists:
+            if not isinstance(items, list) or not all(isinstance(i, dict) for i in items):
+                raise ValueError("metricsFrom and egress are lists of objects")
+        return cls(*map(tuple, lists))
+
+    @property
+    def digest(self) -> str:
+        text = json.dumps([self.metrics_from, self.egress], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
 class Config:
     """Settings of one operator process that decisions depend on."""
 
@@ -80,3 +116,5 @@ class Config:
     """imagePullPolicy of every pod; None leaves it to Kubernetes."""
     model_cache: str | None = None
     """Folder on every node where gangs cache the weights of base models."""
+    network: NetworkAccess | None = None
+    """Settings of the NetworkPolicies; None: runs have none, and existing ones are deleted."""

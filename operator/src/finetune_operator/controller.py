@@ -165,8 +165,13 @@ class Controller:
             await self._accepted(subject, delete.kind, delete.name, deletion)
         for child in children:
             kind, name = child["kind"], child["metadata"]["name"]
-            creation = self._create(subject, child)
-            stored = await self._accepted(subject, kind, name, creation, creates=True)
+            views = self._store.children(subject.uid, kind).values()
+            known = {view.name for view in views if view is not None}
+            # A child that exists is a NetworkPolicy of other settings (``Create``).
+            creation = cluster.apply(child) if name in known else self._create(subject, child)
+            # An invalid NetworkPolicy is the fault of the operator's settings, not of the job.
+            final = kind != "NetworkPolicy"
+            stored = await self._accepted(subject, kind, name, creation, final_if_invalid=final)
             self._store.put(kind, stored)
         for change in plan.change:
             patch = cluster.patch(change.kind, namespace, change.name, change.patch)
@@ -189,12 +194,17 @@ class Controller:
             raise WatchBehind(f"{kind} {meta['name']} exists already") from None
 
     async def _accepted(
-        self, subject: Subject, kind: str, name: str, request: Awaitable[T], creates: bool = False
+        self,
+        subject: Subject,
+        kind: str,
+        name: str,
+        request: Awaitable[T],
+        final_if_invalid: bool = False,
     ) -> T:
         """Return the response to a request about a child; record whether it was refused.
 
         Args:
-            creates: whether the request creates the child, so that an invalid child is final.
+            final_if_invalid: whether no later request can succeed if the child is invalid.
 
         Raises:
             ChildRefused: the API server refused it.
@@ -203,7 +213,7 @@ class Controller:
         try:
             response = await request
         except ApiError as error:
-            final = creates and error.code in (400, 422)
+            final = final_if_invalid and error.code in (400, 422)
             text = f"{child}: {error.code} {error.text}"
             self._store.put_refusal(subject.uid, child, Refusal(text, final))
             raise ChildRefused(error) from None

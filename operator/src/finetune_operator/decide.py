@@ -43,7 +43,8 @@ def decide(job: StoredJob, observed: Observed, now: datetime, config: Config) ->
         after = suspended_from_start(before, subject, now)
         return _with_status(Plan(subject), job, before, after)
     live = spec or _with_suspend(run.run_spec.spec, job.raw_spec)
-    view = RunView(subject, live, problems, before, observed, run, now)
+    access = config.network.digest if config.network else None
+    view = RunView(subject, live, problems, before, observed, run, now, access)
     reason = None if run_failure(view) else recreate_reason(view)
     if reason is not None:
         incidents = view.incidents_when_recreated

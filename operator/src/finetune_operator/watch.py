@@ -26,6 +26,7 @@ RESOURCES: Final[dict[str, tuple[str, str, str]]] = {
     names.KIND: (names.GROUP, names.VERSION, names.PLURAL),
     "ConfigMap": ("", "v1", "configmaps"),
     "Service": ("", "v1", "services"),
+    "NetworkPolicy": ("networking.k8s.io", "v1", "networkpolicies"),
     "Job": ("batch", "v1", "jobs"),
     "Pod": ("", "v1", "pods"),
 }

@@ -25,6 +25,12 @@ def labels_of(subject: Subject, run: CurrentRun, role: Role | None) -> dict[str,
     return labels | ({names.LABEL_ROLE: role} if role else {})
 
 
+def selector_of(labels: dict[str, str]) -> dict[str, str]:
+    """Those labels of a stage that select its pods, of one revision of a run."""
+    keys = (names.LABEL_JOB_UID, names.LABEL_RUN, names.LABEL_REVISION, names.LABEL_ROLE)
+    return {key: labels[key] for key in keys}
+
+
 def metadata(subject: Subject, name: str, labels: dict[str, str]) -> Json:
     """Metadata of a child. The owner reference deletes the child with its FineTuneJob."""
     return {

@@ -5,7 +5,8 @@ from __future__ import annotations
 from finetune_api import names
 from finetune_api.identity import child_name, run_spec_name
 from finetune_operator.children.jobs import stage_job
-from finetune_operator.children.metadata import Json, labels_of, metadata
+from finetune_operator.children.metadata import Json, labels_of, metadata, selector_of
+from finetune_operator.children.network_policy import stage_policy
 from finetune_operator.config import ANNOTATION_IMAGE, Config
 from finetune_operator.decision.plan import Create, CurrentRun, Plan, Subject
 from finetune_operator.decision.stages import GANG
@@ -24,6 +25,9 @@ def _render(subject: Subject, run: CurrentRun, create: Create, config: Config) -
     assert create.role is not None
     if create.kind == "Service":
         return gang_service(subject, run)
+    if create.kind == "NetworkPolicy":
+        assert config.network is not None
+        return stage_policy(subject, run, create.role, config.network)
     return stage_job(subject, run, create.role, config)
 
 
@@ -45,7 +49,6 @@ def gang_service(subject: Subject, run: CurrentRun) -> Json:
     """Headless Service that gives the gang's pods DNS names, also before they are ready."""
     labels = labels_of(subject, run, GANG)
     name = child_name(subject.name, run.id, GANG, run.revision)
-    selected = (names.LABEL_JOB_UID, names.LABEL_RUN, names.LABEL_REVISION, names.LABEL_ROLE)
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -53,7 +56,7 @@ def gang_service(subject: Subject, run: CurrentRun) -> Json:
         "spec": {
             "clusterIP": "None",
             "publishNotReadyAddresses": True,
-            "selector": {key: labels[key] for key in selected},
+            "selector": selector_of(labels),
             "ports": [
                 {
                     "name": names.RENDEZVOUS_PORT_NAME,

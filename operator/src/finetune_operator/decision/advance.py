@@ -66,6 +66,20 @@ def _remove_stale(view: RunView, actions: Actions) -> None:
     for run_spec in view.observed.run_specs:
         if run_spec.number < run.number - HISTORY:
             actions.delete.append(Delete("ConfigMap", run_spec.name))
+    _remove_policies(view, actions)
+
+
+def _remove_policies(view: RunView, actions: Actions) -> None:
+    """Delete the NetworkPolicies of stages that have neither a Job nor a pod that may run, apart
+    from the stage at work; all of them if there are to be none."""
+    run, observed = view.run, view.observed
+    needed = {(p.role, p.run, p.revision) for p in observed.pods if not p.ended}
+    needed |= {job.stage for job in observed.jobs}
+    if view.stage is not None and run.outcome is None:
+        needed.add((view.stage, run.id, run.revision))
+    for policy in observed.policies:
+        if view.access is None or policy.stage not in needed:
+            actions.delete.append(Delete("NetworkPolicy", policy.name))
 
 
 def _stop(job: JobView, actions: Actions) -> None:
@@ -142,8 +156,9 @@ def _record_run(view: RunView, actions: Actions) -> None:
 
 
 def _make_stage(view: RunView, actions: Actions) -> None:
-    """Create the stage's missing children."""
+    """Create the stage's missing children: the NetworkPolicy before any pod."""
     if view.job is not None:
+        _make_policy(view, actions)
         _make_service(view, actions)
         return
     leftovers = _leftover_pods(view)
@@ -152,8 +167,19 @@ def _make_stage(view: RunView, actions: Actions) -> None:
             actions.wake_at(pod.deleted_by + OVERDUE)
     if _leftover_jobs(view) or any(not _overdue(pod, view) for pod in leftovers):
         return
+    _make_policy(view, actions)
     _make_service(view, actions)
     actions.create.append(Create("Job", view.stage))
+
+
+def _make_policy(view: RunView, actions: Actions) -> None:
+    """Create the stage's NetworkPolicy, or change one of other settings."""
+    if view.stage is None or view.access is None:
+        return
+    stage = (view.stage, view.run.id, view.run.revision)
+    present = {(policy.stage, policy.access) for policy in view.observed.policies}
+    if (stage, view.access) not in present:
+        actions.create.append(Create("NetworkPolicy", view.stage))
 
 
 def _make_service(view: RunView, actions: Actions) -> None:

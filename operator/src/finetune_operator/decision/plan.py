@@ -39,13 +39,13 @@ class CurrentRun:
     """Why the run cannot begin yet: its base model is not published, so no child is created."""
 
 
-Kind = Literal["ConfigMap", "Service", "Job", "Pod"]
+Kind = Literal["ConfigMap", "NetworkPolicy", "Service", "Job", "Pod"]
 
 
 @dataclass(frozen=True)
 class Create:
-    """A child to create: the run spec's ConfigMap, or the Service or Job of a stage. An existing
-    child is never changed this way."""
+    """A child to create: the run spec's ConfigMap, or the NetworkPolicy, Service or Job of a stage.
+    Of existing children, only a NetworkPolicy is changed this way, to other settings."""
 
     kind: Kind
     role: Role | None = None

@@ -44,6 +44,8 @@ class RunView:
     observed: Observed
     run: CurrentRun
     now: datetime
+    access: str | None = None
+    """Digest of the settings of NetworkPolicies; None: there are none."""
     inherited: Incidents | None = None
     """Incidents that the revision before has shown, if this one begins in this pass."""
 
@@ -254,16 +256,14 @@ class RunView:
     @property
     def refusal(self) -> Refusal | None:
         """The API server's refusal to create the stage's Job, or a child that is created before
-        it: the run spec's ConfigMap, or the Service."""
+        it: the run spec's ConfigMap, the NetworkPolicy or the Service."""
         if self.stage is None or self.job is not None:
             return None
         who, run = self.subject.name, self.run
+        run_spec = child_key("ConfigMap", run_spec_name(who, run.id, run.revision))
         stage = child_name(who, run.id, self.stage, run.revision)
-        children = (
-            child_key("ConfigMap", run_spec_name(who, run.id, run.revision)),
-            child_key("Service", stage),
-            child_key("Job", stage),
-        )
+        of_stage = (child_key(kind, stage) for kind in ("NetworkPolicy", "Service", "Job"))
+        children = (run_spec, *of_stage)
         return next((r for r in map(self.observed.refused.get, children) if r is not None), None)
 
     # --- the rest -------------------------------------------------------------------------------

@@ -47,10 +47,12 @@ def run_status(view: RunView, decision: Decision) -> FineTuneJobStatus:
 
 
 def _refused_change(view: RunView, decision: Decision) -> Refusal | None:
-    """The API server's refusal to change or delete a child."""
+    """The API server's refusal to change or delete a child, or of the NetworkPolicy of a stage at
+    work, which has the name of the stage's Job."""
     actions = decision.actions
     keys = [child_key(delete.kind, delete.name) for delete in actions.delete]
     keys += [child_key(change.kind, change.name) for change in actions.change]
+    keys += [child_key("NetworkPolicy", view.job.name)] if view.job else []
     return next((r for r in map(view.observed.refused.get, keys) if r is not None), None)
 
 

@@ -1,4 +1,5 @@
-"""The objects that the operator has created for a job: run specs, Jobs and Services."""
+"""The objects that the operator has created for a job: run specs, Jobs, Services and
+NetworkPolicies."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from datetime import datetime
 from finetune_api import names
 from finetune_api.names import Role
 from finetune_api.run_spec import RunSpec
-from finetune_operator.config import ANNOTATION_IMAGE, ANNOTATION_OUTCOME
+from finetune_operator.config import ANNOTATION_ACCESS, ANNOTATION_IMAGE, ANNOTATION_OUTCOME
 from finetune_operator.world.objects import Object, child_labels, parse_time
 from finetune_operator.world.pods import PodView
 from finetune_operator.world.stored import read_run_spec
@@ -89,6 +90,17 @@ class ServiceView:
     revision: int
 
 
+@dataclass(frozen=True)
+class PolicyView:
+    """The NetworkPolicy of a stage."""
+
+    name: str
+    stage: tuple[Role, str, int]
+    """Stage, run and revision of the pods that it is for."""
+    access: str = ""
+    """Digest of the settings that it was rendered from (``NetworkAccess.digest``)."""
+
+
 def stored_run_spec(obj: Object) -> StoredRunSpec | None:
     """The run spec in a ConfigMap, or None for a ConfigMap without one."""
     labels = obj["metadata"].get("labels") or {}
@@ -156,3 +168,13 @@ def service_view(obj: Object) -> ServiceView | None:
     """The Service of a gang, or None for any other Service."""
     labels = child_labels(obj)
     return ServiceView(obj["metadata"]["name"], labels.run, labels.revision) if labels else None
+
+
+def policy_view(obj: Object) -> PolicyView | None:
+    """The NetworkPolicy of a stage, or None for any other NetworkPolicy."""
+    labels = child_labels(obj)
+    if labels is None:
+        return None
+    access = (obj["metadata"].get("annotations") or {}).get(ANNOTATION_ACCESS, "")
+    stage = (labels.role, labels.run, labels.revision)
+    return PolicyView(obj["metadata"]["name"], stage, access)

@@ -11,9 +11,11 @@ from finetune_api.names import Role
 from finetune_api.results import Progress
 from finetune_operator.world.children import (
     JobView,
+    PolicyView,
     ServiceView,
     StoredRunSpec,
     job_view,
+    policy_view,
     service_view,
     stored_run_spec,
 )
@@ -44,6 +46,7 @@ class Observed:
     run_specs: tuple[StoredRunSpec, ...] = ()
     jobs: tuple[JobView, ...] = ()
     services: tuple[ServiceView, ...] = ()
+    policies: tuple[PolicyView, ...] = ()
     pods: tuple[PodView, ...] = ()
     gone: tuple[PodView, ...] = ()
     """Pods that ran and no longer exist, as last seen."""
@@ -83,11 +86,12 @@ class Observed:
         return self.progress if self.progress is not None and self.progress.run == run else None
 
 
-View = StoredRunSpec | JobView | ServiceView | PodView
+View = StoredRunSpec | JobView | ServiceView | PolicyView | PodView
 
 VIEWS: Final[dict[str, Callable[[Object], View | None]]] = {
     "ConfigMap": stored_run_spec,
     "Service": service_view,
+    "NetworkPolicy": policy_view,
     "Job": job_view,
     "Pod": pod_view,
 }
@@ -112,7 +116,8 @@ def observe(
         pull_failing_since, warnings: by uid of the child.
     """
     since, told = pull_failing_since or {}, warnings or {}
-    found: dict[type, list[View]] = {t: [] for t in (StoredRunSpec, JobView, ServiceView, PodView)}
+    kinds = (StoredRunSpec, JobView, ServiceView, PolicyView, PodView)
+    found: dict[type, list[View]] = {kind: [] for kind in kinds}
     for of_kind in views.values():
         for uid, view in of_kind.items():
             if isinstance(view, PodView) and uid in since:
@@ -125,6 +130,7 @@ def observe(
         run_specs=tuple(found[StoredRunSpec]),  # type: ignore[arg-type]
         jobs=tuple(found[JobView]),  # type: ignore[arg-type]
         services=tuple(found[ServiceView]),  # type: ignore[arg-type]
+        policies=tuple(found[PolicyView]),  # type: ignore[arg-type]
         pods=tuple(found[PodView]),  # type: ignore[arg-type]
         gone=tuple(gone),
         progress=progress,
