@@ -126,8 +126,8 @@ def test_stages_are_cut_before_the_message() -> None:
 @pytest.mark.parametrize(
     "odd",
     [
-        {"remainingSeconds": float("nan")}, {"lostSeconds": float("inf")}, {"step": 10**400},
-        {"step": -1}, {"trainingSeconds": 1e300}, {"latestCheckpoint": "s3://" + "x" * 5000},
+        {"remainingSeconds": float("nan")}, {"updated": float("inf")}, {"step": 10**400},
+        {"step": -1}, {"remainingSeconds": 1e300}, {"latestCheckpoint": "s3://" + "x" * 5000},
         {"epoch": 1e300}, {"bySource": {f"s{i}": 1.0 for i in range(100)}},
         {"dataStage": "x" * 300},
         {"startup": {"seconds": {"import": 1.0}, "fromStep": -1, "firstStep": 1.0}},

@@ -180,7 +180,7 @@ STATUS_OBJECT = {
     "evaluation": [],
     "output": {"uri": "s3://models/tuned/1-0f9c2", "digest": "abc", "formats": ["adapter"]},
     "restarts": 1,
-    "usage": {"gpuSeconds": 10, "wastedGpuSeconds": 0, "queuedSeconds": 3},
+    "usage": {"gpuSeconds": 10, "goodput": "0.5", "queuedSeconds": 3},
     "startup": {"totalSeconds": 61, "prepareSeconds": 20, "pullSeconds": 9, "importSeconds": 8},
     "failure": {"class": "Diverged", "reason": "LossNotFinite", "message": "step 41"},
 }

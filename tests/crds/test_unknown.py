@@ -24,7 +24,7 @@ STATUS: dict[str, Any] = {
     "phase": "Training",
     "run": RUN,
     "conditions": [READY],
-    "usage": {"gpuSeconds": 7, "wastedGpuSeconds": 0, "queuedSeconds": 3},
+    "usage": {"gpuSeconds": 7, "goodput": "0.5", "queuedSeconds": 3},
     "restarts": 1,
 }
 

@@ -7,9 +7,12 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +62,19 @@ def cluster_images(request: pytest.FixtureRequest) -> list[str]:
     return [operator, trainer]
 
 
+def held(pod: Manifest, resource: str, last: float) -> float:
+    """GPU-seconds that a pod held, which was last seen at a Unix time."""
+    gpus = int(pod["spec"]["containers"][0]["resources"]["limits"].get(resource, 0))
+    conditions = {c["type"]: c for c in pod["status"].get("conditions", [])}
+    scheduled = conditions.get("PodScheduled", {})
+    if scheduled.get("status") != "True":
+        return 0.0
+    states = [c.get("state", {}) for c in pod["status"].get("containerStatuses", [])]
+    ends = [s["terminated"]["finishedAt"] for s in states if "terminated" in s]
+    end = datetime.fromisoformat(ends[0]).timestamp() if ends else last
+    return gpus * (end - datetime.fromisoformat(scheduled["lastTransitionTime"]).timestamp())
+
+
 @dataclass
 class Platform:
     """Cluster, images and object storage of the tests."""
@@ -96,6 +112,26 @@ class Platform:
         labels = f"finetune-operator.dev/job-name={name},finetune-operator.dev/role={role}"
         found: list[Manifest] = self.cluster.get("pods", "-n", TEAM, "-l", labels)["items"]
         return found
+
+    @contextmanager
+    def held_gpu_seconds(self, name: str, resource: str) -> Iterator[Callable[[], float]]:
+        """Watch the pods of a job's gang; the function returns the GPU-seconds that they held, from
+        the time a pod had a node to its end, by the pods' own times."""
+        seen: dict[str, tuple[Manifest, float]] = {}
+        ended = threading.Event()
+
+        def look() -> None:
+            while not ended.wait(0.5):
+                for pod in self.pods(name, "train"):
+                    seen[pod["metadata"]["uid"]] = (pod, time.time())
+
+        watcher = threading.Thread(target=look, daemon=True)
+        watcher.start()
+        try:
+            yield lambda: sum(held(pod, resource, last) for pod, last in seen.values())
+        finally:
+            ended.set()
+            watcher.join()
 
     def wait(self, name: str, condition: str, *, within: float = 400) -> Manifest:
         """Wait until a condition is true and return the status. Fails the test as soon as the job

@@ -52,22 +52,28 @@ def test_a_gang_on_a_node_that_is_powered_off_continues_elsewhere(platform, mani
     }  # fmt: skip
     affinity = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": required}}
     template = {"spec": {"affinity": affinity}}
-    name = platform.apply(manifest_of("node-off", compute={"podTemplate": template}, **SHORT))
-    platform.wait_for_step(name, 10)
-    assert nodes_of(platform, "team-a", "-l", f"finetune-operator.dev/job-name={name}") > {dying}
-    began = time.monotonic()
-    cluster.nodes[dying].power_off()
-    try:
-        eventually(
-            "the gang is recreated",
-            lambda: platform.status(name)["run"]["revision"] == 2,
-            within=180,
-        )
-        made = time.monotonic() - began
-        status = platform.wait(name, "Complete")
-    finally:
-        cluster.nodes[dying].start()
-        cluster.wait_for_nodes(dying)
+    resource = platform.advertise_gpus()
+    gpus = {"gpusPerNode": 1, "gpuResourceName": resource}
+    compute = {"podTemplate": template, **gpus}
+    name = platform.apply(manifest_of("node-off", compute=compute, **SHORT))
+    with platform.held_gpu_seconds(name, resource) as held_seconds:
+        platform.wait_for_step(name, 10)
+        gang = nodes_of(platform, "team-a", "-l", f"finetune-operator.dev/job-name={name}")
+        assert gang > {dying}
+        began = time.monotonic()
+        cluster.nodes[dying].power_off()
+        try:
+            eventually(
+                "the gang is recreated",
+                lambda: platform.status(name)["run"]["revision"] == 2,
+                within=180,
+            )
+            made = time.monotonic() - began
+            status = platform.wait(name, "Complete")
+        finally:
+            cluster.nodes[dying].start()
+            cluster.wait_for_nodes(dying)
+        held = held_seconds()
     print(f"recreated {made:.0f} s after the power was off, complete after"
           f" {time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
     assert (status["restarts"], status["faults"]) == (1, 0)
@@ -75,6 +81,11 @@ def test_a_gang_on_a_node_that_is_powered_off_continues_elsewhere(platform, mani
     assert incident["failure"]["reason"] == "DeletionByTaintManager"
     assert incident["failure"]["node"] == dying
     assert status["run"]["attempt"] == 2
+    usage = status["usage"]
+    print(f"held by the pods' times: {held:.0f} GPU-seconds; {usage}", flush=True)
+    spent = usage["gpuSecondsByClass"]
+    assert sum(spent.values()) == usage["gpuSeconds"] == pytest.approx(held, rel=0.01)
+    assert min(spent["productive"], spent["recomputed"], spent["idle"]) > 0
     head = json.loads(platform.store.get(f"{run_uri(status, name)}/HEAD.json"))
     assert head["restarts"] == 1 and head["checkpoints"]
     events = platform.kubectl("get", "events", "-o", "json")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from operator_world import TRAINED, World, at_training
+from operator_world import World, at_training
 
 from finetune_api.names import ExitCode, FailureClass
 from finetune_operator.config import ANNOTATION_OUTCOME
@@ -363,40 +363,6 @@ def test_a_forbidden_pod_template_fails_before_anything_runs() -> None:
     world.job["spec"]["compute"]["podTemplate"]["spec"].pop("hostNetwork")
     world.settle()
     assert world.names("Job") == ["bot-1-0f9c2-prepare-2"]
-
-
-def test_usage_of_an_interrupted_gang() -> None:
-    world = at_training(compute={"nodes": 2, "gpusPerNode": 4})
-    assert world.status["usage"]["queuedSeconds"] == 5
-    world.wait(100)
-    world.gone = [world.objects.pop(("Pod", world.child("train")["metadata"]["name"] + "-1-x"))]
-    ended = {"startedAt": "2026-01-01T12:00:05Z", "finishedAt": "2026-01-01T12:01:45Z"}
-    world.gone[0]["status"]["containerStatuses"][0]["state"] = {"terminated": ended}
-    world.wait(20)
-    world.pod(world.child("train"), 1, "y", running={})
-    world.report(attempt=2, restarts=1, lostSeconds=30.0)
-    world.wait(100)
-    world.report(attempt=2, restarts=1, lostSeconds=30.0, step=4)
-    world.settle()
-    usage = world.status["usage"]
-    # rank 0: from 12:00:05 to 12:03:30 (steps of 30 s); rank 1: 100 s, then from 12:02:05
-    assert usage == {
-        "gpuSeconds": 4 * (205 + 100 + 85),
-        "wastedGpuSeconds": 240,
-        "queuedSeconds": 5,
-    }
-    world.finish("train", trained={**TRAINED, "trainingSeconds": 1000.0, "lostSeconds": 40.0})
-    world.settle()
-    assert world.status["usage"]["gpuSeconds"] == 8000, "the trainer's own wall time at the end"
-    assert world.status["usage"]["wastedGpuSeconds"] == 320
-
-
-def test_wasted_usage_is_at_most_the_held_usage() -> None:
-    world = at_training()
-    world.report(attempt=2, restarts=1, lostSeconds=5000.0)  # while no operator ran
-    world.settle()
-    usage = world.status["usage"]
-    assert usage["wastedGpuSeconds"] == usage["gpuSeconds"] == 10_000
 
 
 def test_a_job_that_the_api_server_refuses() -> None:

@@ -218,6 +218,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_progress_is_read_coalesced_and_compared() -> None:
     world = at_training()
     base = {"run": world.run["id"], "attempt": 1, "restarts": 0, "stage": "Training"}
+    account = {"attempt": 1, "processes": 2, "began": 1, "until": 9, "progressed": 9}
     answers = [
         "not json",
         {**base, "run": "9-other", "step": 99},
@@ -225,11 +226,13 @@ def test_progress_is_read_coalesced_and_compared() -> None:
         {**base, "step": 1, "updated": 2.0},
         {**base, "step": 2},
         {**base, "step": 3, "stage": "Evaluating"},
+        {**base, "step": 3, "stage": "Evaluating", "time": account},
     ]
     store, told = polled(world, answers, rounds=12)
     assert told == [UID, UID], "the first, and the new stage; step 2 came too soon to store"
     progress = store.observed(UID).progress
     assert progress is not None and (progress.step, progress.stage) == (3, "Evaluating")
+    assert progress.time is not None, "the newest account of the time is kept, and wakes no pass"
 
 
 @pytest.mark.usefixtures("quick")

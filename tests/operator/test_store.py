@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -78,6 +79,20 @@ def test_a_pod_that_vanished_while_it_ran_is_remembered_as_ended() -> None:
         store.remove("Pod", pod)
     gone = store.observed(UID).gone
     assert len(gone) == 2 and all(p.finished is not None for p in gone)
+
+
+def test_a_pod_that_vanished_before_it_ran_held_its_node_until_then() -> None:
+    world = at_training()
+    store = Store()
+    store.put(names.KIND, stored_object(names.KIND, UID, 1))
+    pod = world.pod(world.child("train"), 0, "y", waiting={"reason": "ContainerCreating"})
+    pod["metadata"] |= {"resourceVersion": "1", "deletionTimestamp": "2100-01-01T00:00:00Z"}
+    store.put("Pod", pod)
+    store.remove("Pod", pod)
+    (gone,) = store.observed(UID).gone
+    assert gone.finished is None and gone.exit_code is None, "no container has ended"
+    assert gone.deleted_by is not None
+    assert abs((gone.deleted_by - datetime.now(UTC)).total_seconds()) < 60
 
 
 def test_the_store_keeps_nothing_of_a_deleted_job() -> None:

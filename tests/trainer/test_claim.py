@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from finetune_api.time_use import TimeUse
 from finetune_trainer.failures import (
     Fenced,
     StorageUnavailable,
@@ -54,7 +55,7 @@ class Storage:
         self.folder = folder
         self.clock = Clock()
 
-    def claim(self, store: ObjectStore | None = None, keep_last: int = 2, **more: int) -> Claim:
+    def claim(self, store: ObjectStore | None = None, keep_last: int = 2, **more: Any) -> Claim:
         return claim(
             store or self.store, self.uri, RUN, better=lower, keep_last=keep_last,
             clock=self.clock, **more,
@@ -115,17 +116,17 @@ def test_restarts_and_seconds(storage: Storage) -> None:
     clock.now += 30
     assert first.training_seconds() == 130
     second = storage.claim()  # the first attempt has died
-    assert (second.head.restarts, second.head.lost_seconds) == (1, 30)
+    assert second.head.restarts == 1
     clock.now += 7
     third = storage.claim()  # the second attempt committed nothing
-    assert (third.head.restarts, third.head.lost_seconds) == (2, 37)
+    assert third.head.restarts == 2
     clock.now += 3
     third.release()
     clock.now += 5000  # suspended
     assert third.training_seconds() == 140
     fourth = storage.claim()
     assert (fourth.head.attempt, fourth.head.restarts) == (4, 2)
-    assert (fourth.head.lost_seconds, fourth.training_seconds()) == (37, 140)
+    assert fourth.training_seconds() == 140
 
 
 def test_time_between_attempts_is_not_counted(storage: Storage) -> None:
@@ -137,13 +138,64 @@ def test_time_between_attempts_is_not_counted(storage: Storage) -> None:
     Heartbeat(storage.store, storage.uri, 1, clock).beat()
     clock.now += 200_000  # killed; the run continues after the weekend
     second = storage.claim()
-    assert second.head.lost_seconds == 500 + BEAT_SECONDS
     assert second.head.training_seconds == 100 + 500 + BEAT_SECONDS
     clock.now += 200_000  # killed immediately: the first attempt's heartbeat does not count
     third = storage.claim()
-    assert third.head.lost_seconds == 500 + 2 * BEAT_SECONDS
+    assert third.head.training_seconds == 100 + 500 + 2 * BEAT_SECONDS
     storage.store.put(f"{storage.uri}/heartbeat.json", b"?")
     assert storage.claim().head.attempt == 4
+
+
+def account(attempt: int, until: float, **spent: float) -> TimeUse:
+    """Account of an attempt of one process that began at 1000 and was at work at ``until``."""
+    return TimeUse(
+        attempt=attempt, processes=1, began=1000, until=until, progressed=until, seconds=spent
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("beat", "previous", "expected"),
+    [
+        # The attempt was killed at 1150; HEAD has its account up to 1100, the next begins at 1190.
+        (None, [], {"load": 20, "productive": 80, "recomputed": BEAT_SECONDS}),
+        (1120, [], {"load": 20, "productive": 80, "evaluation": 20, "recomputed": BEAT_SECONDS}),
+        (1120, [(1150.0, None)],
+         {"load": 20, "productive": 80, "evaluation": 20, "recomputed": 30}),
+        (1120, [(None, None), (1150.0, 1149.0)],
+         {"load": 20, "productive": 80, "evaluation": 49, "recomputed": 1}),
+    ],
+    ids=["HEAD alone", "a heartbeat", "a node that survived", "the node of rank 0 survived"],
+)  # fmt: skip
+def test_the_next_attempt_accounts_for_one_that_was_killed(
+    storage: Storage,
+    beat: float | None,
+    previous: list[tuple[Any, Any]],
+    expected: dict[str, float],
+) -> None:
+    def begun(attempt: int, earlier: TimeUse | None) -> TimeUse:
+        seconds = dict(earlier.seconds) if earlier else {}
+        return account(attempt, storage.clock.now).model_copy(update={"seconds": seconds})
+
+    def at(until: float) -> TimeUse:
+        return account(1, until, load=20, productive=80, evaluation=until - 1100)
+
+    first = storage.claim(account=begun)
+    storage.clock.now = 1102
+    storage.commit(first, 5)
+    first._move(lambda head: head.model_copy(update={"time": account(1, 1100, load=20,
+                                                                      productive=80)}))  # fmt: skip
+    if beat is not None:
+        Heartbeat(storage.store, storage.uri, 1, lambda: beat, lambda: at(beat)).beat()
+    storage.clock.now = 1200
+    told = [(end, None if until is None else at(until)) for end, until in previous]
+    second = storage.claim(account=begun, previous=told, began=1190.0)
+    assert second.head.time is not None and second.head.time.attempt == 2
+    found = {name: spent for name, spent in second.head.time.seconds.items() if spent}
+    late = 2 if beat is None and not previous else 0  # the commit itself is a sign of life
+    assert found == {**expected, "recomputed": expected["recomputed"] + late}
+    second.release(second.head.time)
+    third = storage.claim(account=begun)
+    assert third.head.time is not None and third.head.time.seconds == second.head.time.seconds
 
 
 def test_a_new_revision_is_not_a_restart(storage: Storage) -> None:

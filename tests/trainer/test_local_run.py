@@ -14,11 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
 from finetune_api.names import ExitCode
+from finetune_api.results import Termination
 
 
 def write_job(folder: Path, base: Path, name: str = "tiny", **changes: Any) -> None:
@@ -108,6 +110,54 @@ def test_a_stopped_run_resumes_and_completes(tiny_base: Path, tmp_path: Path) ->
     for log in tmp_path.glob(".finetune/runs/tiny/*/*.log"):
         of_libraries = re.findall(r".*(?:Warning:|^W\d{4} |ailed to load).*", log.read_text(), re.M)
         assert not of_libraries, log
+
+
+@pytest.mark.slow
+def test_a_killed_process_costs_what_the_classes_of_time_say(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    """The training process is killed once: the classes add up to the time of the processes, from
+    the first supervisor's start to the last one's end."""
+    checkpoints = {"checkpoint": {"everySteps": 10}}
+    write_job(tmp_path, tiny_base, **checkpoints)
+    with started(tmp_path) as process:
+        until_logged(tmp_path, process, "step 30/150")
+        supervisor, worker = training_processes(process.pid)
+        began = supervisor.create_time()
+        worker.kill()
+        said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    (message,) = tmp_path.glob(".finetune/runs/tiny/*/termination/train-0.json")
+    trained = Termination.model_validate_json(message.read_text()).trained
+    assert trained is not None and trained.time is not None
+    spent = trained.time
+    wall = (spent.until - began) * spent.processes
+    print(f"{wall:.1f} s of processes: {spent.seconds}")
+    assert spent.total == pytest.approx(wall, rel=0.01)
+    assert (trained.restarts, spent.uncommitted) == (1, 0)
+    assert {"launch", "load", "productive", "recomputed", "evaluation", "checkpoint"} <= {
+        name for name, seconds in spent.seconds.items() if seconds > 0
+    }
+    assert f"of processes: {spent.text}" in said.replace("\n", " ")
+    (folder,) = (tmp_path / ".finetune" / "models" / "tiny").iterdir()
+    training = json.loads((folder / "metrics.json").read_text())["training"]
+    assert 0 < training["goodput"] < 1 and training["processSeconds"]["recomputed"] > 0
+    assert "Time of the processes" in (folder / "report.html").read_text()
+
+
+def until_logged(folder: Path, process: subprocess.Popen[str], text: str) -> None:
+    while process.poll() is None and not any(
+        text in log.read_text() for log in folder.glob(".finetune/runs/tiny/*/train*.log")
+    ):
+        time.sleep(0.02)
+
+
+def training_processes(pid: int) -> tuple[psutil.Process, psutil.Process]:
+    """The supervisor and the training process: of the processes without children the largest."""
+    below = psutil.Process(pid).children(recursive=True)
+    supervisor = next(p for p in below if "supervise" in p.cmdline())
+    ends = [p for p in supervisor.children(recursive=True) if not p.children()]
+    return supervisor, max(ends, key=lambda p: int(p.memory_info().rss))
 
 
 @pytest.mark.slow

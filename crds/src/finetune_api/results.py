@@ -12,6 +12,7 @@ from pydantic import Field
 
 from finetune_api.base import Record, Uri, Word
 from finetune_api.names import Role
+from finetune_api.time_use import TimeUse
 
 TERMINATION_LIMIT: Final = 4096
 """Maximum bytes of a termination message in Kubernetes."""
@@ -103,10 +104,8 @@ class Progress(Record):
     """URI of the best checkpoint."""
     checkpoints_abandoned: Count = 0
     """Checkpoints of this attempt that could not be written; training continued without them."""
-    training_seconds: Seconds = 0.0
-    """Wall time since this attempt began."""
-    lost_seconds: Seconds = 0.0
-    """Wall time that earlier attempts lost: from their last checkpoint to their end."""
+    time: TimeUse | None = None
+    """How the run's attempts have spent their time so far."""
     startup: Startup | None = None
     """Startup times of the attempt, once its first step is done."""
     updated: Seconds = 0.0
@@ -231,8 +230,8 @@ class TrainSummary(Record):
     """Test metrics by data set; the first to be cut from a termination message that is too long."""
     training_seconds: Seconds = 0.0
     """Wall time of all attempts."""
-    lost_seconds: Seconds = 0.0
-    """Wall time of work that was lost with an attempt."""
+    time: TimeUse | None = None
+    """How the attempts have spent their time."""
     tokens: Count = 0
     """Real (non-padding) tokens trained on; divided by training_seconds: the goodput."""
     skipped_steps: Count = 0
@@ -293,6 +292,8 @@ class Termination(Record):
     """Summary of train."""
     published: PublishSummary | None = None
     """Summary of publish."""
+    time: TimeUse | None = None
+    """How the attempts have spent their time, if training has failed."""
 
     def to_text(self) -> str:
         """Return JSON of at most TERMINATION_LIMIT bytes. If it is too long, parts are cut in this

@@ -201,15 +201,51 @@ class OutputStatus(Model):
     """Size of a full model's weights in the dtype of the base, in bytes."""
 
 
+class GpuSeconds(Model):
+    """GPU time of a run by class, in GPU-seconds: GPUs times seconds. Every GPU-second that a pod
+    of the gang holds is in exactly one class. Only `unsettled` may fall."""
+
+    pull: int = 0
+    """A pod has a node, and its container does not run yet: image, volumes, network."""
+    load: int = 0
+    """All pods run, and the attempt's first step has not begun: processes start and find each
+    other, the model is read, and after a restart the checkpoint."""
+    compile: int = 0
+    """Compilation, with spec.training.compile."""
+    productive: int = 0
+    """Steps that count: a checkpoint has them."""
+    evaluation: int = 0
+    """Validation during training, and the tests of base and tuned model."""
+    checkpoint: int = 0
+    """Training waits for a checkpoint: for the copy of the state, or for the upload before."""
+    recomputed: int = 0
+    """Work since the last checkpoint that was lost with an attempt, and steps done again after a
+    rollback."""
+    hang: int = 0
+    """No progress for 90 seconds or more, until the attempt was ended."""
+    idle: int = 0
+    """Pods that run and wait for another pod of the gang: for its node, its start, or its
+    replacement."""
+    teardown: int = 0
+    """From the end of the training to the end of the pods."""
+    unsettled: int = 0
+    """Not in a class yet: steps since the last checkpoint, and time since the last report of the
+    gang."""
+
+
 class Usage(Model):
     """Resources used by the run."""
 
     gpu_seconds: int = 0
-    """GPU seconds that gangs held: GPUs times seconds."""
-    wasted_gpu_seconds: int = 0
-    """GPU seconds of work that was lost with an attempt, included in gpuSeconds."""
+    """GPU-seconds that gangs held: from the time a pod has a node to its end."""
+    gpu_seconds_by_class: GpuSeconds = GpuSeconds()
+    """The same by class."""
+    goodput: Number | None = None
+    """Productive share of gpuSeconds, from 0 to 1."""
     queued_seconds: int = 0
-    """Seconds from the creation of the gang's Job until all its pods first ran."""
+    """Seconds in which the gang was to run and held no node: in a queue, or without free nodes."""
+    until: Time | None = None
+    """Time up to which the GPU time is counted."""
 
 
 class StartupStatus(Model):

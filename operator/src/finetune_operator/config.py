@@ -72,6 +72,8 @@ START_AWAITED: Final = timedelta(seconds=20)
 """How long a container may take to start before status shows it."""
 USAGE_STEP_SECONDS: Final = 30
 """Granularity at which running pods are charged, so that status is not written every second."""
+USAGE_LAG: Final = timedelta(seconds=5)
+"""How far behind the clock GPU time is counted: the end of a pod is seen some seconds late."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from finetune_api.status import GpuSeconds
 from finetune_operator.store import Store
 
 JOBS_SHOWN: Final = 2000
@@ -31,9 +32,11 @@ _PROGRESS: Final = {
 }
 _USAGE: Final = {
     "gpuSeconds": ("gpu_seconds", "GPUs times seconds that the run's gangs held them."),
-    "wastedGpuSeconds": ("wasted_gpu_seconds", "GPU-seconds spent on work that was lost."),
-    "queuedSeconds": ("queued_seconds", "Seconds from the gang's Job until all its pods ran."),
+    "goodput": ("goodput_ratio", "Productive share of these, from 0 to 1."),
+    "queuedSeconds": ("queued_seconds", "Seconds in which the gang was to run and held no node."),
 }
+GPU_CLASSES: Final = tuple(name for name in GpuSeconds.model_fields if name != "unsettled")
+"""Classes of GPU time that only grow."""
 
 
 _STARTUP_SECONDS: Final = (1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600, 7200)
@@ -69,8 +72,8 @@ class Metrics:
         )
         self._gpu_seconds = Counter(
             "finetune_operator_gpu_seconds",
-            "GPU-seconds, by use: held (total) or wasted on lost work.",
-            ["use"],
+            "GPU-seconds of gangs, by class (status.usage.gpuSecondsByClass).",
+            ["class"],
             registry=self.registry,
         )
         self._startup = Histogram(
@@ -96,9 +99,9 @@ class Metrics:
             self._finished.labels("Superseded", "").inc()
         base = before if same else {}
         self._restarts.inc(max(0, after.get("restarts", 0) - base.get("restarts", 0)))
-        old, new = base.get("usage") or {}, after.get("usage") or {}
-        for use, key in (("held", "gpuSeconds"), ("wasted", "wastedGpuSeconds")):
-            self._gpu_seconds.labels(use).inc(max(0, new.get(key, 0) - old.get(key, 0)))
+        old, new = _gpu_seconds(base), _gpu_seconds(after)
+        for name in GPU_CLASSES:
+            self._gpu_seconds.labels(name).inc(max(0, new.get(name, 0) - old.get(name, 0)))
         if "startup" not in base:
             for key, seconds in (after.get("startup") or {}).items():
                 self._startup.labels(key.removesuffix("Seconds")).observe(seconds)
@@ -119,6 +122,11 @@ class _Jobs(Collector):
         yield _by_phase(jobs)
         jobs.sort(key=lambda j: str(j["metadata"].get("creationTimestamp")), reverse=True)
         yield from _per_job(jobs[:JOBS_SHOWN])
+
+
+def _gpu_seconds(status: Mapping[str, Any]) -> Mapping[str, int]:
+    found: Mapping[str, int] = (status.get("usage") or {}).get("gpuSecondsByClass") or {}
+    return found
 
 
 def _by_phase(jobs: Iterable[Mapping[str, Any]]) -> Metric:

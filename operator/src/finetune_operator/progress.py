@@ -62,7 +62,8 @@ class Poller:
         self._cluster = cluster
         self._enqueue = enqueue
         self._proxy = proxy
-        self._stored: dict[str, tuple[Progress, float]] = {}
+        self._stored: dict[str, tuple[Progress, float, datetime]] = {}
+        """The last progress that changed, by uid of the job, and when, on two clocks."""
         self._write_seconds = WRITE_SECONDS
         self._slots = asyncio.Semaphore(CONCURRENT_POLLS)
 
@@ -116,16 +117,18 @@ class Poller:
 
     def _keep(self, uid: str, progress: Progress) -> None:
         """Put progress into the store at most once in a while, a new stage immediately."""
-        known, when = self._stored.get(uid, (None, 0.0))
+        known, when, changed = self._stored.get(uid, (None, 0.0, datetime.now(UTC)))
         if known is not None and _comparable(known) == _comparable(progress):
+            self._store.put_progress(uid, progress, changed)  # its account of the time goes on
             return
         now = time.monotonic()
         at_once = known is None or known.stage != progress.stage
         wait = 0.0 if at_once else when + self._write_seconds - now
         if wait > 0:
             return  # a later poll stores it
-        self._stored[uid] = (progress, now)
-        self._store.put_progress(uid, progress, datetime.now(UTC))
+        changed = datetime.now(UTC)
+        self._stored[uid] = (progress, now, changed)
+        self._store.put_progress(uid, progress, changed)
         self._enqueue(uid, 0.0)
 
 
@@ -141,9 +144,7 @@ async def _read_all(body: aiohttp.StreamReader) -> bytes:
 
 def _comparable(progress: Progress) -> Progress:
     """Progress without the figures that change with time alone."""
-    return progress.model_copy(
-        update={"updated": 0.0, "training_seconds": 0.0, "remaining_seconds": None}
-    )
+    return progress.model_copy(update={"updated": 0.0, "time": None, "remaining_seconds": None})
 
 
 def running_gangs(store: Store) -> Iterator[Gang]:

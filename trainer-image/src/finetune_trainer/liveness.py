@@ -49,6 +49,11 @@ def progressed() -> None:
     _signs.last = now
 
 
+def idle_seconds() -> float:
+    """Return the seconds since the last sign of progress."""
+    return time.monotonic() - _signs.last
+
+
 def stepped() -> None:
     """Note the end of an optimizer step: the startup, and its longer limit, is over."""
     if not _signs.stepped:

@@ -27,6 +27,7 @@ from finetune_api.names import (
 )
 from finetune_api.results import Failure, PreparedSummary, PublishSummary, Termination
 from finetune_api.run_spec import RunSpec, parse_run_spec
+from finetune_api.time_use import TimeUse
 from finetune_trainer.failures import Interrupted, TrainerError, UserError, exit_code, failure_of
 from finetune_trainer.optional_packages import hide_unused
 
@@ -119,9 +120,9 @@ def end_badly(run: str, role: Role, error: BaseException) -> int:
     return end_with(run, role, failure)
 
 
-def end_with(run: str, role: Role, failure: Failure) -> int:
-    """Like ``end_badly``, for a known failure."""
-    leave_termination(Termination(run=run, role=role, failure=failure))
+def end_with(run: str, role: Role, failure: Failure, time: TimeUse | None = None) -> int:
+    """Like ``end_badly``, for a known failure, and with what is known of the training's time."""
+    leave_termination(Termination(run=run, role=role, failure=failure, time=time))
     log.error("%s: %s (%s): %s", role, failure.failure_class, failure.reason, failure.message)
     return int(exit_code(failure))
 

@@ -153,18 +153,18 @@ class RunView:
 
     @cached_property
     def prepared(self) -> PreparedSummary | None:
-        return next((t.prepared for t in self._terminations if t.prepared), None)
+        return next((t.prepared for t in self.terminations if t.prepared), None)
 
     @cached_property
     def trained(self) -> TrainSummary | None:
-        return next((t.trained for t in self._terminations if t.trained), None)
+        return next((t.trained for t in self.terminations if t.trained), None)
 
     @cached_property
     def published(self) -> PublishSummary | None:
-        return next((t.published for t in self._terminations if t.published), None)
+        return next((t.published for t in self.terminations if t.published), None)
 
     @cached_property
-    def _terminations(self) -> list[Termination]:
+    def terminations(self) -> list[Termination]:
         """Termination messages of the run's pods, by pod index."""
         pods = sorted((p for p in self.observed.pods if p.run == self.run.id), key=_index)
         messages = (p.termination for p in pods)

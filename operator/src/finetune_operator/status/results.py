@@ -12,18 +12,26 @@ from finetune_api.status import (
     StartupStatus,
     Usage,
 )
+from finetune_api.time_use import TimeUse
+from finetune_operator.decision.plan import State
 from finetune_operator.decision.run_view import RunView
 from finetune_operator.decision.stages import GANG
 from finetune_operator.status import figures
 from finetune_operator.status.startup import startup
-from finetune_operator.status.usage import usage
+from finetune_operator.status.usage import Gang, usage
 from finetune_operator.world.objects import parse_time
+from finetune_operator.world.pods import PodView
 
 
-def results(view: RunView, stored: FineTuneJobStatus) -> dict[str, Any]:
-    """Fields of status that the stages fill, by Python name. ``stored`` is this run's stored
-    status, empty when the run begins."""
-    found: dict[str, Any] = {"usage": _usage(view, stored), "startup": _startup(view, stored)}
+def results(view: RunView, stored: FineTuneJobStatus, state: State) -> dict[str, Any]:
+    """Fields of status that the stages fill, by Python name.
+
+    Args:
+        stored: this run's stored status, empty when the run begins.
+        state: state of the run.
+    """
+    spent = _usage(view, stored, state)
+    found: dict[str, Any] = {"usage": spent, "startup": _startup(view, stored)}
     if view.prepared is not None:
         found["prepared"] = figures.prepared_status(view.prepared)
     found |= _from_progress(view)
@@ -83,18 +91,36 @@ def _startup(view: RunView, stored: FineTuneJobStatus) -> StartupStatus | None:
     )
 
 
-def _usage(view: RunView, stored: FineTuneJobStatus) -> Usage:
-    run = view.run
-    ran = stored.progress is not None or stored.restarts > 0 or view.done(GANG)
-    ran = ran or any(c.type == "Running" and c.status == "True" for c in stored.conditions)
-    gone = [p for p in view.observed.gone if p.role == GANG and p.run == run.id]
+def _usage(view: RunView, stored: FineTuneJobStatus, state: State) -> Usage:
+    run, job = view.run, view.observed.job(GANG, view.run.id, view.run.revision)
+    waits = view.queue_wait
+    since = parse_time(waits.since) if waits else job.created if job else None
+    report, over = _time_use(view)
     return usage(
-        stored.usage,
-        view.run_spec.spec.compute,
-        [*view.observed.pods_of(GANG, run.id), *gone],
-        view.observed.job(GANG, run.id, run.revision),
-        ran_before=ran,
-        progress=view.progress,
-        trained=view.trained,
+        stored.usage or Usage(),
+        Gang(
+            view.run_spec.spec.compute,
+            view.observed.pods_of(GANG, run.id),
+            _gone(view),
+            since,
+            waits=view.stage == GANG and state == "Active",
+        ),
+        report,
+        over=over,
+        done=view.done(GANG),
+        ended=state != "Active",
         now=view.now,
     )
+
+
+def _gone(view: RunView) -> list[PodView]:
+    return [p for p in view.observed.gone if p.role == GANG and p.run == view.run.id]
+
+
+def _time_use(view: RunView) -> tuple[TimeUse | None, bool]:
+    """The trainer's newest account of the run's time, and whether its attempt has ended with it."""
+    said = [*view.terminations, *(p.termination for p in _gone(view) if p.termination)]
+    found = [(view.progress.time if view.progress else None, False)]
+    found += [(each.trained.time if each.trained else each.time, True) for each in said]
+    accounts = [(account, over) for account, over in found if account is not None]
+    return max(accounts, key=lambda item: item[0].until, default=(None, False))

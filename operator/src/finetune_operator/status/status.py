@@ -41,7 +41,7 @@ def run_status(view: RunView, decision: Decision) -> FineTuneJobStatus:
         "incidents": list(view.incidents.newest_first),
         "queue": decision.queue,
         "failure": decision.failure,
-        **results(view, stored),
+        **results(view, stored, decision.state),
     }
     return stored.model_copy(update=update)
 

@@ -56,6 +56,8 @@ class PodView:
     """When that condition became true."""
     ready: bool = True
     """Condition Ready: false once the pod's node is not reachable, or before the pod runs."""
+    ready_changed: datetime | None = None
+    """When that condition last changed."""
     termination: Termination | None = None
     """The container's termination message; None if it left no valid one."""
     exit_text: str = ""
@@ -110,12 +112,14 @@ class PodView:
         return self.waiting_reason in PULL_REASONS
 
     def gone(self, now: datetime) -> PodView | None:
-        """The view of a pod that was deleted: a container that was last seen running ends now.
-        None for a pod without a container."""
+        """The view of a pod that was deleted: a container that was last seen running ends now. A
+        pod whose container had not started is gone now, however long its grace period is. None for
+        a pod without a container."""
         if self.running:
             return replace(self, running=False, finished=now, exit_code=137)
-        begun = self.exit_code is not None or self.waiting_reason is not None
-        return self if begun else None
+        if self.exit_code is None and self.waiting_reason is not None:
+            return replace(self, deleted_by=now)
+        return self if self.exit_code is not None else None
 
 
 def pod_view(obj: Object) -> PodView | None:
@@ -163,7 +167,9 @@ def _of_conditions(status: Object) -> dict[str, Any]:
     if disruption.get("status") == "True":
         found["disruption"] = disruption.get("reason") or "Disrupted"
         found["disrupted_at"] = parse_time(disruption.get("lastTransitionTime"))
-    found["ready"] = (conditions.get("Ready") or {}).get("status", "True") == "True"
+    ready = conditions.get("Ready") or {}
+    found["ready"] = ready.get("status", "True") == "True"
+    found["ready_changed"] = parse_time(ready.get("lastTransitionTime"))
     return found
 
 

@@ -113,6 +113,12 @@ class Display:
                 )  # fmt: skip
         self.console.print(table)
 
+    def time(self, trained: TrainSummary) -> None:
+        """Print how the training processes have spent their time."""
+        spent = trained.time
+        if spent is not None:
+            self.say(f"Time:    {duration(spent.total)} of processes: {spent.text}")
+
 
 def prepared_text(summary: PreparedSummary) -> str:
     counts = f"{summary.train_samples:,}/{summary.validation_samples:,}/{summary.test_samples:,}"

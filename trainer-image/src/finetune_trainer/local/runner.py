@@ -121,7 +121,9 @@ class Runner:
                 return failed.code
         self._note_complete(published)
         shutil.rmtree(self._folder / "scratch", ignore_errors=True)
-        face.Display(self._console).scores(trained)
+        shown = face.Display(self._console)
+        shown.scores(trained)
+        shown.time(trained)
         self._tell_results(published)
         return int(ExitCode.OK)
 

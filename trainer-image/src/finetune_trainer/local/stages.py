@@ -6,6 +6,7 @@ output goes to a log file, its termination message to a file.
 
 from __future__ import annotations
 
+import http.client
 import os
 import signal
 import subprocess
@@ -217,6 +218,6 @@ def read_progress(port: int, run: str) -> Progress | None:
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/progress", timeout=2) as answer:
             progress = Progress.model_validate_json(answer.read())
-    except (urllib.error.URLError, OSError, ValueError):
-        return None
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError):
+        return None  # not there yet, or killed while it answered
     return progress if progress.run == run else None

@@ -161,7 +161,8 @@ def metrics_text(about: About) -> str:
             "seconds": round(summary.training_seconds, 1),
             "tokens": summary.tokens,
             "goodputTokensPerSecond": round(summary.tokens / max(1.0, summary.training_seconds), 1),
-            "lostSeconds": round(summary.lost_seconds, 1),
+            "processSeconds": _process_seconds(summary),
+            "goodput": round(summary.time.goodput, 3) if summary.time else None,
             "startupSeconds": _startup_seconds(summary),
             "processes": result.processes,
             "device": result.device,
@@ -185,6 +186,14 @@ def _finite(raw: Any) -> Any:
     if isinstance(raw, list | tuple):
         return [_finite(value) for value in raw]
     return None if isinstance(raw, float) and not math.isfinite(raw) else raw
+
+
+def _process_seconds(summary: TrainSummary) -> dict[str, float] | None:
+    """Return the process-seconds of all attempts by class, as far as the training processes know:
+    without the time of pods that did not run yet, or waited for others."""
+    if summary.time is None:
+        return None
+    return {name: round(spent, 1) for name, spent in summary.time.seconds.items()}
 
 
 def _startup_seconds(summary: TrainSummary) -> dict[str, float] | None:
@@ -277,6 +286,7 @@ def settings(about: About) -> list[tuple[str, str]]:
         ("Processes", f"{result.processes} on {result.device}"),
         *_memory(about.prepared),
         ("Training time", f"{summary.training_seconds:.0f} s"),
+        *([("Time of the processes", summary.time.text)] if summary.time else []),
         *([("First step after", summary.startup.text)] if summary.startup else []),
         ("Restarts", str(summary.restarts)),
         ("Skipped steps", str(summary.skipped_steps)),

@@ -15,12 +15,13 @@ import random
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cmp_to_key
 from typing import Final
 
+from finetune_api.time_use import TimeUse
 from finetune_trainer.failures import Fenced, StorageUnavailable, TrainerError
-from finetune_trainer.storage.heartbeat import last_heartbeat
+from finetune_trainer.storage.heartbeat import latest_end, read_heartbeat
 from finetune_trainer.storage.objects import FileInfo, ObjectStore, PreconditionFailed
 from finetune_trainer.storage.run_head import (
     Checkpoint,
@@ -64,6 +65,9 @@ def claim(
     keep_best: int = 1,
     revision: int = 1,
     restarts: int = 0,
+    account: Callable[[int, TimeUse | None], TimeUse | None] = lambda attempt, earlier: earlier,
+    previous: Iterable[tuple[float | None, TimeUse | None]] = (),
+    began: float | None = None,
     clock: Callable[[], float] = time.time,
 ) -> Claim:
     """Take the run for a new attempt and fence its previous owner.
@@ -74,6 +78,10 @@ def claim(
         keep_best: number of best checkpoints to keep in addition.
         revision: revision of the run that the attempt belongs to.
         restarts: restarts counted by the operator for earlier revisions.
+        account: begins the account of time of an attempt, given that of the attempts before.
+        previous: what the nodes of this gang know of the attempt before: when it ended, in Unix
+            time, and its last account of the time.
+        began: since when this gang has been starting, if before now; the attempt before had ended.
         clock: Unix time in seconds.
 
     Raises:
@@ -88,11 +96,16 @@ def claim(
         before, etag = found or (None, None)
         head = Head(
             run=run, revision=revision, attempt=1, owner=owner, restarts=restarts, released=False,
-            claimed=clock(), training_seconds=0.0, lost_seconds=0.0, checkpoints=[],
+            claimed=clock(), training_seconds=0.0, checkpoints=[],
         )  # fmt: skip
         if before is not None:
-            ended = last_heartbeat(store, run_uri, before.attempt, _last_kept(before), head.claimed)
-            head = _next_attempt(before, head, ended)
+            seen = read_heartbeat(store, run_uri, before.attempt)
+            latest = latest_end(seen, _last_kept(before), began or head.claimed)
+            ended = min((end for end, _ in previous if end is not None), default=latest)
+            told = [use for _, use in previous] + [seen.use if seen else None]
+            time_use = _earlier_time(before, told, ended)
+            head = _next_attempt(before, head, ended).model_copy(update={"time": time_use})
+        head = head.model_copy(update={"time": account(head.attempt, head.time)})
         try:
             etag = write_head(store, run_uri, head, etag)
         except (PreconditionFailed, StorageUnavailable):
@@ -127,9 +140,16 @@ def _next_attempt(before: Head, first: Head, ended: float) -> Head:
             "released": False,
             "claimed": first.claimed,
             "training_seconds": before.training_seconds + lost * (ended - before.claimed),
-            "lost_seconds": before.lost_seconds + lost * (ended - _last_kept(before)),
         }
     )
+
+
+def _earlier_time(before: Head, told: Iterable[TimeUse | None], ended: float) -> TimeUse | None:
+    """Return the account of the attempts up to ``before``, by its newest account."""
+    if before.released or before.time is None:
+        return before.time
+    own = [use for use in told if use is not None and use.attempt == before.attempt]
+    return max([before.time, *own], key=lambda use: use.until).ended(ended)
 
 
 def _last_kept(head: Head) -> float:
@@ -178,13 +198,15 @@ class Claim:
         return checkpoint_uri(self._run_uri, self.head.attempt, step)
 
     def commit(
-        self, step: int, files: Mapping[str, FileInfo], metric: float | None = None
-    ) -> Checkpoint:
+        self, step: int, files: Mapping[str, FileInfo], metric: float | None = None,
+        time: TimeUse | None = None,
+    ) -> Checkpoint:  # fmt: skip
         """Add uploaded files to HEAD as a checkpoint, then remove files that HEAD no longer names.
 
         Args:
             files: all uploaded files of the checkpoint, by name below ``checkpoint_uri(step)``.
             metric: value that selects the best checkpoint; None or non-finite: not a candidate.
+            time: how the run has spent its time up to this step.
 
         Raises:
             Fenced: another attempt has taken the run; nothing has changed.
@@ -201,7 +223,12 @@ class Claim:
             metric=metric if metric is not None and math.isfinite(metric) else None,
             created=self._clock(),
         )
-        self._move(lambda head: self._with_checkpoints(head, [new, *_without(head, uri)]))
+        spent = {} if time is None else {"time": time}
+        self._move(
+            lambda head: self._with_checkpoints(head, [new, *_without(head, uri)]).model_copy(
+                update=spent
+            )
+        )
         self._sweep()
         return new
 
@@ -227,8 +254,11 @@ class Claim:
 
         self._move(rewound)
 
-    def release(self) -> None:
+    def release(self, time: TimeUse | None = None) -> None:
         """End the attempt, so that the next one does not count as a restart. Idempotent.
+
+        Args:
+            time: how the run has spent its time.
 
         Raises: as ``commit``.
         """
@@ -238,7 +268,8 @@ class Claim:
             if head.released:
                 return head
             spent = head.training_seconds + max(0.0, now - head.claimed)
-            return head.model_copy(update={"released": True, "training_seconds": spent})
+            update = {"released": True, "training_seconds": spent, "time": time or head.time}
+            return head.model_copy(update=update)
 
         self._move(released)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from finetune_api.base import Record
+from finetune_api.time_use import TimeUse
 from finetune_trainer.failures import TrainerError
 from finetune_trainer.storage.objects import FileInfo, ObjectNotFound, ObjectStore
 
@@ -60,9 +61,9 @@ class Head(Record):
     """Unix time in seconds at which the attempt took the run."""
     training_seconds: float
     """Wall time of the ended attempts."""
-    lost_seconds: float
-    """Part of ``training_seconds`` that was lost: from the last checkpoint of an unreleased attempt
-    to its end, as estimated by ``heartbeat``."""
+    time: TimeUse | None = None
+    """How the attempts have spent their time, up to the newest checkpoint, or the claim or release
+    of the attempt."""
     checkpoints: list[Checkpoint]
     """Newest first."""
     best: str | None = None

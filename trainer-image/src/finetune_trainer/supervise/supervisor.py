@@ -26,7 +26,7 @@ from types import FrameType
 from typing import Final
 
 from finetune_api.names import ExitCode
-from finetune_api.results import Termination
+from finetune_api.results import Failure, Termination
 from finetune_trainer.failures import NodeFailure
 from finetune_trainer.stage import (
     end_badly,
@@ -44,6 +44,7 @@ from finetune_trainer.supervise.processes import (
     kill_descendants,
     machine_time,
     oom_kills,
+    started_at,
 )
 from finetune_trainer.threads import thread_environment
 
@@ -108,6 +109,10 @@ class Supervisor:
         self._folder = scratch / "supervisor"
         self._worker = worker
         self._starts = 0
+        self._workers_ended = started_at() or machine_time()
+        """Since when this node has had no workers, in ``machine_time``."""
+        self._formed_in = ""
+        """Folder of the last start whose workers ran."""
         self._kill_at: float | None = None
         """Monotonic time at which remaining processes are killed; None: no stop was requested."""
 
@@ -129,13 +134,13 @@ class Supervisor:
             if ended is not None and ended.code == 0:
                 return self._done()
             if self._kill_at is not None or ended is None:
-                return end_with(self._run, "train", judge_stopped(ended, self._node.grace))
+                return self._failed(judge_stopped(ended, self._node.grace))
             oom_now = oom_kills()
             oom_killed = None if oom_before is None or oom_now is None else oom_now > oom_before
             failure, again = judge(ended, self._node.nodes, oom_killed, stalls)
             stalls += failure.failure_class == "Stalled"
             if not again:
-                return end_with(self._run, "train", failure)
+                return self._failed(failure)
             if ended.formed:
                 deadline = time.monotonic() + self._patience
             if time.monotonic() >= deadline:
@@ -149,9 +154,15 @@ class Supervisor:
 
     def _done(self) -> int:
         trained = worker_files.read_result(self._start_folder)
+        if trained is not None and trained.time is not None:
+            trained = trained.model_copy(update={"time": trained.time.torn_down(time.time())})
         leave_termination(Termination(run=self._run, role="train", trained=trained))
         log.info("train: done")
         return int(ExitCode.OK)
+
+    def _failed(self, failure: Failure) -> int:
+        spent = worker_files.read_time(Path(self._formed_in)) if self._formed_in else None
+        return end_with(self._run, "train", failure, spent)
 
     def _on_stop_signal(self, number: int, frame: FrameType | None) -> None:
         if self._kill_at is None:
@@ -167,7 +178,6 @@ class Supervisor:
 
     def _start_and_wait(self, deadline: float) -> Ended | None:
         """Start the workers once and wait for their end; None: a stop was requested before."""
-        launched = machine_time()
         unresolved = self._wait_for_name(deadline)
         if self._kill_at is not None:
             return None
@@ -177,7 +187,7 @@ class Supervisor:
         self._start_folder.mkdir(parents=True)
         process = subprocess.Popen(
             [sys.executable, "-m", agent.__name__, *self._torchrun_arguments(deadline)],
-            env=self._worker_environment(launched),
+            env=self._worker_environment(),
             start_new_session=True,
         )
         try:
@@ -186,10 +196,12 @@ class Supervisor:
             process.kill()
             process.wait()
             kill_descendants()
-        report = self._report_file
+        report, formed = self._report_file, self._formed()
+        if formed:
+            self._workers_ended, self._formed_in = machine_time(), str(self._start_folder)
         return Ended(
             code=process.returncode,
-            formed=self._formed(),
+            formed=formed,
             report=json.loads(report.read_text()) if report.exists() else None,
             failure=worker_files.read_failure(self._start_folder),
             aborted=worker_files.read_abort(self._logs),
@@ -257,12 +269,13 @@ class Supervisor:
             arguments["local-addr"] = f"127.0.0.{node.rank + 1}"
         return [*(f"--{key}={value}" for key, value in arguments.items()), "-m", self._worker]
 
-    def _worker_environment(self, launched: float) -> dict[str, str]:
+    def _worker_environment(self) -> dict[str, str]:
         own = {
             # Otherwise survivors of a lost node keep the old store's address, and rendezvous hangs.
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             worker_files.ENV_FOLDER: str(self._start_folder),
-            worker_files.ENV_LAUNCHED: str(launched),
+            worker_files.ENV_LAUNCHED: str(self._workers_ended),
+            worker_files.ENV_PREVIOUS: self._formed_in,
             agent.ENV_REPORT: str(self._report_file),
         }
         if not _ALLOCATION & os.environ.keys():

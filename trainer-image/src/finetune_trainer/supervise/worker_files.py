@@ -4,27 +4,34 @@
     grow                request of the agent: save, so that the gang starts again with more nodes
     failure-<rank>.json why a worker ended (``results.Failure``)
     result.json         result of the training (``results.TrainSummary``), written by rank 0
+    time.json           how the time was spent (``time_use.TimeUse``), written by rank 0
 
 A worker without a supervisor (started by hand) has no folder: it receives no stop request and
-writes no files. An environment variable holds the time at which the supervisor began the start.
+writes no files. Environment variables hold the time since when the node has had no workers, and the
+folder of the start before.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Final
 
 from finetune_api.base import Record
 from finetune_api.results import Failure, TrainSummary
+from finetune_api.time_use import TimeUse
 from finetune_trainer.failures import PEER_LOST, failure_of
+from finetune_trainer.supervise.processes import machine_time
 
 ENV_FOLDER: Final = "FINETUNE_WORKER_FILES"
 ENV_LAUNCHED: Final = "FINETUNE_LAUNCHED"
+ENV_PREVIOUS: Final = "FINETUNE_PREVIOUS_START"
 STOP: Final = "stop"
 GROW: Final = "grow"
 RESULT: Final = "result.json"
+TIME: Final = "time.json"
 _ABORT: Final = "watchdog thread terminated with exception: "
 """Text that torch prints before the error when NCCL's watchdog aborts a process."""
 _TAIL: Final = 1 << 16
@@ -44,9 +51,19 @@ def grow_requested() -> bool:
 
 
 def launched_at() -> float | None:
-    """Return when the supervisor began to start the workers, in ``processes.machine_time``."""
+    """Return since when this node has had no workers, in ``processes.machine_time``: since the
+    supervisor's start, or the end of the workers before."""
     told = os.environ.get(ENV_LAUNCHED)
     return float(told) if told else None
+
+
+def previous_start() -> tuple[float | None, TimeUse | None]:
+    """Return what this node knows of the workers before: the Unix time at which they ended, and
+    rank 0's last account of the time. Nothing, if the pod is new."""
+    folder, launched = os.environ.get(ENV_PREVIOUS), launched_at()
+    if not folder or launched is None:
+        return None, None
+    return time.time() - machine_time() + launched, read_time(Path(folder))
 
 
 def report_failure(error: BaseException) -> None:
@@ -60,6 +77,12 @@ def leave_result(summary: TrainSummary) -> None:
     """Report the result of the training to the supervisor; called by rank 0."""
     if (folder := _folder()) is not None:
         write_whole(folder / RESULT, _text(summary))
+
+
+def leave_time(account: TimeUse) -> None:
+    """Report how the time was spent so far; called by rank 0."""
+    if (folder := _folder()) is not None:
+        write_whole(folder / TIME, _text(account))
 
 
 def ask_to_stop(folder: Path) -> None:
@@ -86,6 +109,13 @@ def read_result(folder: Path) -> TrainSummary | None:
     """Return the result of the training; None: rank 0 ran on another node."""
     path = folder / RESULT
     return TrainSummary.model_validate_json(path.read_text()) if path.exists() else None
+
+
+def read_time(folder: Path) -> TimeUse | None:
+    """Return how the time was spent; None: rank 0 ran on another node, or ended before it claimed
+    the run."""
+    path = folder / TIME
+    return TimeUse.model_validate_json(path.read_text()) if path.exists() else None
 
 
 def read_abort(logs: Path) -> str:

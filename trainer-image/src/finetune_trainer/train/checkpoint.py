@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from finetune_api.run_spec import RunSpec
+from finetune_api.time_use import TimeUse
 from finetune_trainer.engine.checkpointing.dcp import (
     load_state,
     load_weights,
@@ -58,7 +59,9 @@ from finetune_trainer.storage.claim import (
 )
 from finetune_trainer.storage.local_copies import LocalCopies
 from finetune_trainer.storage.objects import FileInfo, ObjectStore
+from finetune_trainer.supervise.worker_files import previous_start
 from finetune_trainer.train.state import LoopState
+from finetune_trainer.train.time_recorder import TimeRecorder
 
 _DEFAULT_SECONDS: Final = 600
 _STATE_FILE: Final = "state.json"
@@ -127,6 +130,7 @@ class CheckpointManager:
     head: Head
     """HEAD as of the last completed upload."""
     claim: Claim | None
+    recorder: TimeRecorder
     upload: Upload | None = None
     """The current upload; at most one exists."""
     abandoned: int = 0
@@ -136,11 +140,13 @@ class CheckpointManager:
 
     @classmethod
     def take(
-        cls, world: World, store: ObjectStore, run_spec: RunSpec, scratch: Path
-    ) -> CheckpointManager:
+        cls, world: World, store: ObjectStore, run_spec: RunSpec, scratch: Path,
+        recorder: TimeRecorder | None = None,
+    ) -> CheckpointManager:  # fmt: skip
         """Take the run for a new attempt of this world.
 
         Args:
+            recorder: measures the attempt's time; None: from now on.
             scratch: folder on the local disk, for copies of checkpoints.
 
         Raises:
@@ -148,6 +154,14 @@ class CheckpointManager:
         """
         metric = run_spec.spec.checkpoint.metric
         held: list[Claim] = []
+        recorder = recorder or TimeRecorder(None, None)
+        previous = world.on_all(previous_start)
+
+        def account(attempt: int, earlier: TimeUse | None) -> TimeUse:
+            recorder.claimed(
+                attempt, world.size, earlier, lambda: held[0].head.time if held else None
+            )
+            return recorder.use()
 
         def claim_run() -> Head:
             held.append(
@@ -156,6 +170,7 @@ class CheckpointManager:
                     better=partial(better, metric), keep_last=run_spec.spec.checkpoint.keep_last,
                     keep_best=run_spec.spec.checkpoint.keep_best,
                     revision=run_spec.revision, restarts=run_spec.restarts,
+                    account=account, previous=previous, began=recorder.launched,
                 )
             )  # fmt: skip
             return held[0].head
@@ -167,7 +182,15 @@ class CheckpointManager:
         )
         copies = LocalCopies(scratch / "checkpoints")
         return cls(
-            world, channel, store, run_spec, staging, copies, head, held[0] if held else None
+            world,
+            channel,
+            store,
+            run_spec,
+            staging,
+            copies,
+            head,
+            held[0] if held else None,
+            recorder,
         )
 
     @property
@@ -205,10 +228,13 @@ class CheckpointManager:
         Raises: as ``abandon_failed_upload``, for the previous checkpoint.
         """
         self.abandon_failed_upload(force=last)
+        spent = self.recorder.use(saved=True)
         copy = self.staging.copy(state_of(model, optimizers))
         loop, step = state.to_json(), state.step
         metric = state.metric_at(step, self.run_spec.spec.checkpoint.metric)
-        self.upload = Upload(step, lambda: self._write(copy, loop, step, metric, keep=not last))
+        self.upload = Upload(
+            step, lambda: self._write(copy, loop, step, metric, spent, keep=not last)
+        )
 
     @property
     def failed(self) -> bool:
@@ -232,7 +258,8 @@ class CheckpointManager:
         """
         upload, self.upload = self.upload, None
         if upload is not None:
-            upload.wait()
+            with self.recorder.of("checkpoint"):
+                upload.wait()
             self.failures.clear()
 
     def abandon_failed_upload(self, *, force: bool = False) -> None:
@@ -272,8 +299,9 @@ class CheckpointManager:
                 )
 
     def _write(
-        self, staged: StagedState, loop: str, step: int, metric: float | None, keep: bool
-    ) -> None:
+        self, staged: StagedState, loop: str, step: int, metric: float | None, spent: TimeUse,
+        *, keep: bool,
+    ) -> None:  # fmt: skip
         """Upload a staged state, move HEAD, and ``keep`` a copy on this node."""
         uri = checkpoint_uri(self.run_spec.run_uri, self.head.attempt, step)
         writer = CheckpointWriter(self.store, uri)
@@ -286,7 +314,7 @@ class CheckpointManager:
 
         parts = self.channel.on_all(finished)
         files = {name: info for part in parts for name, info in part.items()}
-        self._move(lambda held: held.commit(step, files, metric), self.channel)
+        self._move(lambda held: held.commit(step, files, metric, spent), self.channel)
         if keep:  # after the commit: the copy of the checkpoint before is of no use any more
             self.copies.keep(uri, writer.content)
 
@@ -375,7 +403,7 @@ class CheckpointManager:
     def release(self) -> None:
         """End the attempt, so that the next one does not count as a restart."""
         self.settle()
-        self._move(lambda held: held.release())
+        self._move(lambda held: held.release(self.recorder.use(saved=True)))
 
     @property
     def _held(self) -> Claim:

@@ -21,7 +21,7 @@ def measure_base(session: Session) -> Baseline:
     if known is not None:
         return known
     session.telemetry.say(stage="Baseline")
-    with session.loss.base_model():
+    with session.recorder.of("evaluation"), session.loss.base_model():
         results = session.evaluator.sets("test", session.metrics_of_sets("test"))
     baseline = Baseline(
         sets=[
@@ -39,8 +39,9 @@ def test_and_write_result(session: Session, state: LoopState, baseline: Baseline
     """Evaluate the checkpoint to publish on the test sets, and write the result for publish."""
     world, checkpointer = session.world, session.checkpointer
     session.telemetry.say(stage="Testing", step=state.step)
-    chosen = checkpointer.load_best(session.loss.model, state.step)
-    results = session.evaluator.sets("test", session.metrics_of_sets("test"))
+    with session.recorder.of("evaluation"):
+        chosen = checkpointer.load_best(session.loss.model, state.step)
+        results = session.evaluator.sets("test", session.metrics_of_sets("test"))
     base = {s.name: s for s in baseline.sets}
     summary = TrainSummary(
         attempt=checkpointer.head.attempt,
@@ -59,7 +60,7 @@ def test_and_write_result(session: Session, state: LoopState, baseline: Baseline
             for r in results
         ],
         training_seconds=checkpointer.training_seconds(),
-        lost_seconds=checkpointer.head.lost_seconds,
+        time=session.recorder.use(saved=True),
         tokens=state.tokens,
         skipped_steps=state.skipped_steps,
         rollbacks=len(checkpointer.head.rollbacks),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from finetune_api.results import TrainSummary
-from finetune_trainer.engine.compilation import compilations
+from finetune_trainer.engine.compilation import compilation_seconds, compilations
 from finetune_trainer.engine.packing.feed import Feed
 from finetune_trainer.engine.planning.schedule import (
     evaluation_steps,
@@ -66,13 +66,15 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
 
     clock = Clock(session.work, session.peak)
     session.telemetry.say(stage="Training")
+    session.recorder.training()
     while True:
         try:
             with collected_between_steps() as after_step:
                 take_steps(session, state, total, clock, stop_requested, after_step)
             break
         except TooManySkipped as skipped:
-            state = roll_back(session, state, skipped.streak)
+            with session.recorder.of("load"):
+                state = roll_back(session, state, skipped.streak)
     return test_and_write_result(session, state, baseline)
 
 
@@ -108,6 +110,9 @@ def take_steps(
             sums, norm = optimizer_step(session, batch, rate)
             state.advance(sums, batch.plan.tokens)
             clock.step(session, batch)
+            session.recorder.stepped(
+                state.step, compilation_seconds() if spec.training.compile else 0.0
+            )
             stepped()
             after_step(state.step)
 
@@ -192,7 +197,6 @@ def log(session: Session, state: LoopState, rate: float, norm: Tensor, clock: Cl
         remaining_seconds=remaining,
         tokens_per_second=clock.tokens_per_second(), mfu=clock.utilization(),
         data_wait_share=waiting,
-        training_seconds=clock.elapsed(),
     )  # fmt: skip
     if session.world.is_main:
         where = f"step {state.step}/{total}" + (f" ({stage})" if stage else "")
@@ -205,6 +209,13 @@ def evaluate(session: Session, state: LoopState, clock: Clock, *, force: bool) -
     Args:
         force: as in ``save_checkpoint``.
     """
+    with session.recorder.of("evaluation"):
+        measure_validation(session, state, clock)
+    save_checkpoint(session, state, clock, force=force or state.stopped_early)
+
+
+def measure_validation(session: Session, state: LoopState, clock: Clock) -> None:
+    """Measure the validation sets, and decide about early stopping."""
     spec, telemetry = session.spec, session.telemetry
     began = time.perf_counter()
     telemetry.say(stage="Evaluating", step=state.step)
@@ -231,7 +242,6 @@ def evaluate(session: Session, state: LoopState, clock: Clock, *, force: bool) -
             telemetry.validation_loss.labels(result.name).set(result.metrics["Loss"])
         watch_early_stopping(session, state, metrics)
     clock.count(session, "evaluation", time.perf_counter() - began)
-    save_checkpoint(session, state, clock, force=force or state.stopped_early)
 
 
 def was_measured(session: Session, state: LoopState) -> bool:
@@ -274,8 +284,9 @@ def save_checkpoint(session: Session, state: LoopState, clock: Clock, *, force: 
     began = time.perf_counter()
     telemetry = session.telemetry
     telemetry.say(stage="Saving", step=state.step)
-    state.gather(session.world.sum)
-    session.checkpointer.save(session.loss.model, session.optimizers, state, last=force)
+    with session.recorder.of("checkpoint"):
+        state.gather(session.world.sum)
+        session.checkpointer.save(session.loss.model, session.optimizers, state, last=force)
     log_checkpoints(session)
     clock.checkpoint_saved()
     clock.count(session, "checkpoint", time.perf_counter() - began)

@@ -50,6 +50,7 @@ from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.objects import Stores
 from finetune_trainer.train.checkpoint import CheckpointManager
 from finetune_trainer.train.telemetry import Telemetry
+from finetune_trainer.train.time_recorder import TimeRecorder
 from finetune_trainer.train.tuned import open_model
 
 
@@ -97,6 +98,11 @@ class Session:
     @property
     def spec(self) -> FineTuneJobSpec:
         return self.run_spec.spec
+
+    @property
+    def recorder(self) -> TimeRecorder:
+        """Measures what the attempt spends its time on."""
+        return self.checkpointer.recorder
 
     def metrics_of_sets(self, split: Side, only: Sequence[Metric] = ()) -> dict[str, list[Metric]]:
         """Return the metrics of each set of a split; ``only`` limits the generated metrics."""

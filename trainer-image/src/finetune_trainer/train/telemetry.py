@@ -9,6 +9,7 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -17,6 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from finetune_api.results import Progress, Startup, StartupPart
+from finetune_api.time_use import TimeUse
 from finetune_trainer.train.startup import StartupClock
 
 
@@ -34,8 +36,16 @@ class _Server(ThreadingHTTPServer):
 class Telemetry:
     """Metrics and progress: written by the training loop, shown by the pages."""
 
-    def __init__(self, run: str, attempt: int, restarts: int, startup: StartupClock) -> None:
+    def __init__(
+        self, run: str, attempt: int, restarts: int, startup: StartupClock,
+        account: Callable[[], TimeUse | None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            account: returns how the run has spent its time up to now.
+        """
         self.registry = CollectorRegistry()
+        self._account = account
         self._startup = startup
         self._progress = Progress(run=run, attempt=attempt, restarts=restarts, stage="Loading")
         self._lock = threading.Lock()
@@ -140,6 +150,11 @@ class Telemetry:
         with self._lock:
             return self._progress
 
+    def page(self) -> bytes:
+        """Return the page ``/progress``: the progress, with the account of the time up to now."""
+        told = self.progress.model_copy(update={"time": self._account()})
+        return json.dumps(told.to_json()).encode()
+
     def say(self, **changes: Any) -> None:
         """Update fields of the progress, given by their Python names."""
         with self._lock:
@@ -155,7 +170,7 @@ class Telemetry:
                 if self.path == "/metrics":
                     body, kind = generate_latest(telemetry.registry), CONTENT_TYPE_LATEST
                 elif self.path == "/progress":
-                    body = json.dumps(telemetry.progress.to_json()).encode()
+                    body = telemetry.page()
                     kind = "application/json"
                 else:
                     self.send_error(404, "available pages: /metrics and /progress")

@@ -44,6 +44,7 @@ from finetune_trainer.train.session import Session, open_session
 from finetune_trainer.train.startup import StartupClock
 from finetune_trainer.train.stopping import raise_if_stopping, releasing
 from finetune_trainer.train.telemetry import Telemetry
+from finetune_trainer.train.time_recorder import TimeFile, TimeRecorder
 
 STACKS_SECONDS: Final = 20.0
 """Time to write the stacks of a stalled process to storage."""
@@ -51,14 +52,14 @@ STACKS_SECONDS: Final = 20.0
 
 def main() -> int:
     """Run the training process and return its exit code."""
-    startup = StartupClock.of_this_process()
+    startup, recorder = StartupClock.of_this_process(), TimeRecorder.of_this_process()
     # Dump the Python stack on a crash in native code (driver, communication library).
     faulthandler.enable()
     # Progress bars only clutter a log file.
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         run_spec = load_run_spec()
-        work(run_spec, join(run_spec.spec), startup)
+        work(run_spec, join(run_spec.spec), startup, recorder)
     except BaseException as error:
         if not isinstance(error, TrainerError):
             traceback.print_exc()
@@ -67,21 +68,22 @@ def main() -> int:
     return 0
 
 
-def work(run_spec: RunSpec, world: World, startup: StartupClock) -> None:
+def work(run_spec: RunSpec, world: World, startup: StartupClock, recorder: TimeRecorder) -> None:
     """Claim the run and train as one rank of a process group."""
     stores = Stores(run_spec)
     scratch = scratch_folder()
-    checkpointer = CheckpointManager.take(world, stores.default, run_spec, scratch)
+    checkpointer = CheckpointManager.take(world, stores.default, run_spec, scratch, recorder)
     startup.reached("rendezvous")
     telemetry = Telemetry(
-        run_spec.run, checkpointer.head.attempt, checkpointer.head.restarts, startup
+        run_spec.run, checkpointer.head.attempt, checkpointer.head.restarts, startup, recorder.use
     )
     if world.is_main:
         telemetry.serve(int(os.environ.get(ENV_METRICS_PORT, METRICS_PORT)))
-        telemetry.say(nodes=world.nodes, lost_seconds=checkpointer.head.lost_seconds)
+        telemetry.say(nodes=world.nodes)
     stop_requested = worker_files.stop_requested
     with (
-        heartbeat_of(world, stores.default, run_spec.run_uri, checkpointer.head.attempt),
+        time_file_of(world, recorder),
+        heartbeat_of(world, stores.default, run_spec.run_uri, checkpointer),
         releasing(world, checkpointer, stop_requested),
         spinning_of(world),
         stall_watch(run_spec, world, stores.default, checkpointer.head.attempt, scratch),
@@ -104,11 +106,18 @@ def work(run_spec: RunSpec, world: World, startup: StartupClock) -> None:
     world.close()
 
 
+def time_file_of(world: World, recorder: TimeRecorder) -> AbstractContextManager[object]:
+    """Return a context in which rank 0 writes its account of the time for the supervisor."""
+    return TimeFile(recorder) if world.is_main else nullcontext()
+
+
 def heartbeat_of(
-    world: World, store: ObjectStore, run_uri: str, attempt: int
+    world: World, store: ObjectStore, run_uri: str, checkpointer: CheckpointManager
 ) -> AbstractContextManager[object]:
     """Return a context in which rank 0 writes the heartbeat of the attempt."""
-    return Heartbeat(store, run_uri, attempt) if world.is_main else nullcontext()
+    if not world.is_main:
+        return nullcontext()
+    return Heartbeat(store, run_uri, checkpointer.head.attempt, use=checkpointer.recorder.use)
 
 
 def stall_watch(
