@@ -188,7 +188,7 @@ class CheckpointReader(StorageReader):
 
 class _Unpickler(pickle.Unpickler):
     """Loads metadata and nothing else: whoever may write to the workspace could otherwise run code
-    in the gang."""
+    in the process group."""
 
     def find_class(self, module: str, name: str) -> Any:
         known = (module, name) in _KNOWN
