@@ -40,7 +40,7 @@ class TimeUse(Record):
     """The time up to which the classes account for all seconds."""
     progressed: UnixTime
     """The last sign of progress."""
-    seconds: dict[TimeClass, ProcessSeconds] = {}
+    seconds: dict[TimeClass, ProcessSeconds] = Field(default={})
     """By class; steps are productive once a checkpoint has them."""
     uncommitted: ProcessSeconds = 0.0
     """Steps since the last checkpoint: not yet in a class."""
