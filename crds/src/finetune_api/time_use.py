@@ -58,8 +58,8 @@ class TimeUse(Record):
     @property
     def text(self) -> str:
         """Readable form, the largest class first: ``productive 81 %, load 12 %, …``."""
-        named: dict[str, float] = {**self.seconds, "uncommitted": self.uncommitted}
-        by_size = sorted(named.items(), key=lambda item: -item[1])
+        named: list[tuple[str, float]] = [*self.seconds.items(), ("uncommitted", self.uncommitted)]
+        by_size = sorted(named, key=lambda item: -item[1])
         shares = [(name, 100 * spent / (self.total or 1.0)) for name, spent in by_size]
         return ", ".join(f"{name} {share:.0f} %" for name, share in shares if share >= 0.5)
 

@@ -166,9 +166,9 @@ class Controller:
         for child in children:
             kind, name = child["kind"], child["metadata"]["name"]
             views = self._store.children(subject.uid, kind).values()
-            known = {view.name for view in views if view is not None}
+            existing = {view.name for view in views if view is not None}
             # A child that exists is a NetworkPolicy of other settings (``Create``).
-            creation = cluster.apply(child) if name in known else self._create(subject, child)
+            creation = cluster.apply(child) if name in existing else self._create(subject, child)
             # An invalid NetworkPolicy is the fault of the operator's settings, not of the job.
             final = kind != "NetworkPolicy"
             stored = await self._accepted(subject, kind, name, creation, final_if_invalid=final)
