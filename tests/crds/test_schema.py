@@ -17,7 +17,7 @@ from crds.spec_rows import MINIMAL
 from finetune_api import meanings
 from finetune_api.base import Model
 from finetune_api.crd import columns, crd
-from finetune_api.names import API_VERSION, KIND, Condition, ExitCode, FailureClass, Phase
+from finetune_api.names import API_VERSION, KIND, Condition, Phase
 from finetune_api.schema import structural
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
@@ -112,8 +112,6 @@ def test_fields_that_the_api_server_cannot_validate_are_refused(
 def test_every_status_value_has_a_description() -> None:
     assert set(meanings.CONDITIONS) == set(get_args(Condition))
     assert set(meanings.PHASES) == set(get_args(Phase))
-    assert set(meanings.FAILURES) == set(get_args(FailureClass))
-    assert set(meanings.EXIT_CODES) == set(ExitCode)
 
 
 def test_every_reason_of_the_operator_has_a_description() -> None:

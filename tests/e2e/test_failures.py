@@ -59,7 +59,7 @@ CASES = [
     Case("no-image", "ImagePull", "ErrImagePull|ImagePullBackOff",
          ("localhost:5000/trainer:1", "spec.compute.image"),
          {"compute": {"image": "localhost:5000/trainer:1"}}, has_exit_code=False),
-    Case("too-few-nodes", "NodeFailure", "Unschedulable", ("nodes",),
+    Case("too-few-nodes", "Unschedulable", "Unschedulable", ("nodes",),
          {"compute": {"resources": {"requests": {"cpu": "1000"}}},
           "scheduling": {"startDeadlineSeconds": 20}}, has_exit_code=False),
     Case("diverged", "Diverged", "LossNotFinite", ("training.learningRate",),

@@ -54,7 +54,7 @@ def test_a_pod_that_does_not_start_is_named_at_once_and_ended_at_the_deadline(
     world.wait(300)
     world.settle()
     failure = world.status["failure"]
-    assert (failure["class"], failure["reason"]) == ("NodeFailure", state["reason"])
+    assert (failure["class"], failure["reason"]) == ("NodeFailure", "NotStarted")
     assert "startDeadlineSeconds" in failure["message"] and told in failure["message"]
 
 

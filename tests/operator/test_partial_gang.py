@@ -87,7 +87,7 @@ def test_pauses_grow_and_the_whole_wait_ends_at_the_start_deadline() -> None:
         if world.status["phase"] != "Failed":
             place(world, 3)
     failure = world.status["failure"]
-    assert (failure["class"], failure["reason"]) == ("NodeFailure", "Unschedulable")
+    assert (failure["class"], failure["reason"]) == ("Unschedulable", "Unschedulable")
     assert "no nvidia.com/gpu" in failure["message"]
     assert 3600 <= (world.now - began).total_seconds() < 3600 + 300
     assert 4 <= tries <= 10

@@ -56,11 +56,11 @@ CASES = {
     ),
     "another node waits": (Ended(1, True, workers(a=23), GROWS), 2, None, GANG_GROWS, 23, True),
     "out of memory, reported as a lost peer by the other worker": (
-        Ended(1, True, workers(a=20, b=-9), LOST), 2, True, "HostOutOfMemory", 14, False,
+        Ended(1, True, workers(a=20, b=-9), LOST), 2, True, "HostOutOfMemory", 25, False,
     ),
-    "killed, cause unknown": (Ended(1, True, workers(a=-9)), 2, None, "HostOutOfMemory", 14, False),
+    "killed, cause unknown": (Ended(1, True, workers(a=-9)), 2, None, "HostOutOfMemory", 25, False),
     "killed, not for memory": (Ended(1, True, workers(a=-9)), 2, False, "ProcessKilled", 20, False),
-    "agent killed for memory": (Ended(-9, True), 2, True, "HostOutOfMemory", 14, False),
+    "agent killed for memory": (Ended(-9, True), 2, True, "HostOutOfMemory", 25, False),
     "segmentation fault": (Ended(1, True, workers(a=-11)), 2, True, "ProcessKilled", 20, False),
     "NCCL aborts": (Ended(1, True, workers(a=-6)), 2, None, PEER_LOST, 20, True),
     "NCCL aborts after a kernel fault": (

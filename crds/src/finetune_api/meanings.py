@@ -1,4 +1,5 @@
-"""Descriptions for the reference: conditions, reasons, phases, failure classes, exit codes, files.
+"""Descriptions for the reference: conditions, reasons, phases, files. Those of failures are in
+``failures``.
 
 The values are defined in ``names``; a test checks that each has a description here.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from finetune_api.names import Condition, ExitCode, FailureClass, Phase
+from finetune_api.names import Condition, Phase
 
 CONDITIONS: Final[dict[Condition, str]] = {
     "Prepared": "The data of the current run is prepared.",
@@ -74,77 +75,6 @@ PHASES: Final[dict[Phase, str]] = {
     "Suspended": "Stopped by spec.suspend; the state is saved.",
     "Complete": "The model is published.",
     "Failed": "The run has failed; see status.failure.",
-}
-
-FAILURES: Final[dict[FailureClass, tuple[str, str]]] = {
-    "UserError": (
-        "The manifest requests something impossible.",
-        "Change the field that the message names.",
-    ),
-    "DataError": (
-        "A record, or the data as a whole, cannot be used.",
-        "Fix the object, line and field that the message names, then set a new spec.rerunToken.",
-    ),
-    "OutOfMemory": (
-        "The memory of a GPU or a pod was not sufficient.",
-        "Lower training.microBatchTokens or training.maxLength, set"
-        " training.gradientCheckpointing: Always, or raise compute.resources; with"
-        " compute.gpuMemory given, prepare lists settings that fit.",
-    ),
-    "Diverged": (
-        "More consecutive steps than training.guard allows had a non-finite loss or gradient"
-        " (reason LossNotFinite) or, if training.guard.spikeDeviations is set, a loss spike"
-        " (LossSpike), and returning to an earlier checkpoint did not help.",
-        "Lower training.learningRate, raise training.warmupRatio, or check the samples that the"
-        " message names; after LossSpike, a higher training.guard.spikeDeviations tolerates more.",
-    ),
-    "NodeFailure": (
-        "A device or a process of the gang was lost more often than failurePolicy.maxRestarts, or a"
-        " pod found no node, or did not start there, in scheduling.startDeadlineSeconds.",
-        "Check the node that status names, or request fewer resources. The run continues from its"
-        " last checkpoint with another spec.retryToken, or when a field of class Resume is changed"
-        " (e.g. in compute, scheduling or checkpoint).",
-    ),
-    "Preempted": (
-        "A pod of prepare or publish was evicted or stopped more often than its Job allows.",
-        "Set another spec.retryToken; a higher priority class in spec.scheduling is evicted later.",
-    ),
-    "Stalled": (
-        "A training process made no progress for failurePolicy.progressDeadlineSeconds, again and"
-        " again.",
-        "Read the stacks under the run's stacks/ in object storage: a hung collective points to the"
-        " network or a GPU of the node that status names, a blocked read to storage. Raise"
-        " failurePolicy.progressDeadlineSeconds if single steps take that long.",
-    ),
-    "ImagePull": (
-        "The trainer image cannot be pulled.",
-        "Correct compute.image, or the pull secrets in compute.podTemplate.",
-    ),
-    "Storage": (
-        "Object storage refuses requests, or cannot be reached.",
-        "Check spec.storage, the Secret's keys and their permissions, and the address that the"
-        " message names.",
-    ),
-    "Internal": (
-        "A defect of this software.",
-        "Report it, with the message and the logs of the pod that status names.",
-    ),
-}
-
-EXIT_CODES: Final[dict[ExitCode, str]] = {
-    ExitCode.OK: "The stage is done.",
-    ExitCode.USER_ERROR: "UserError",
-    ExitCode.DATA_ERROR: "DataError",
-    ExitCode.STORAGE_DENIED: "Storage: credentials, bucket or permissions.",
-    ExitCode.DIVERGED: "Diverged",
-    ExitCode.OUT_OF_MEMORY: "OutOfMemory",
-    ExitCode.INTERNAL: "Internal",
-    ExitCode.FENCED: "A newer attempt has taken the run; this one stopped.",
-    ExitCode.NODE_FAILURE: "NodeFailure",
-    ExitCode.STORAGE_UNAVAILABLE: "Storage: unreachable, overloaded, or an expired token.",
-    ExitCode.UNEXPECTED: "Internal: an error of unknown cause, tried again.",
-    ExitCode.STALLED: "Stalled",
-    ExitCode.INTERRUPTED: "Stopped by SIGTERM after the state was saved.",
 }
 
 STORAGE_LAYOUT: Final[tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = (

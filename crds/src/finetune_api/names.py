@@ -95,6 +95,8 @@ FailureClass = Literal[
     "Stalled",
     "ImagePull",
     "Storage",
+    "Unschedulable",
+    "Quota",
     "Internal",
 ]
 
@@ -116,9 +118,11 @@ class ExitCode(IntEnum):
     STORAGE_UNAVAILABLE = 21
     UNEXPECTED = 22
     """An error of unknown cause, possibly the node's: tried again before it is final."""
-    STALLED = 24
     INTERRUPTED = 23
     """Stopped by SIGTERM after its state was saved."""
+    STALLED = 24
+    HOST_OUT_OF_MEMORY = 25
+    """Tried again: the memory of a host varies, while a GPU would run out of memory again."""
 
 
 FINAL_EXIT_CODES: Final = tuple(int(c) for c in ExitCode if 10 <= c < 20)

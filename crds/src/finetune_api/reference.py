@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from finetune_api import identity, meanings
+from finetune_api import failures, identity, meanings
 from finetune_api.classes import field_class
 from finetune_api.crd import DESCRIPTION
 from finetune_api.names import API_VERSION, FINAL_EXIT_CODES, KIND, PLURAL, SECRET_KEYS
@@ -177,16 +177,35 @@ def _words() -> Iterator[str]:
         "For display; scripts should wait for conditions: `kubectl wait --for=condition=Complete`."
     )
     yield _rows(["Phase", "Meaning"], ([f"`{k}`", v] for k, v in meanings.PHASES.items()))
+    yield from _failures()
+
+
+def _failures() -> Iterator[str]:
     yield "## Failure classes"
     yield "Values of `status.failure.class` and their remedies:"
-    classes = ([f"`{k}`", *v] for k, v in meanings.FAILURES.items())
+    classes = ([f"`{k}`", *v] for k, v in failures.CLASSES.items())
     yield _rows(["Class", "Cause", "Remedy"], classes)
+    yield "## Failures"
+    yield (
+        "How each reason is recognized, and what is done. *Fault*: whether an incident of a gang"
+        " counts against `failurePolicy.maxRestarts`."
+    )
+    yield _rows(["Action", "Meaning"], ([f"`{k}`", v] for k, v in failures.ACTIONS.items()))
+    head = ["Class", "Reasons", "Recognized by", "Action", "Fault"]
+    yield _rows(head, map(_failure_row, failures.FAILURES))
     yield "## Exit codes of the trainer's containers"
     codes = (
-        [str(int(code)), meaning, "no" if int(code) in FINAL_EXIT_CODES or not code else "yes"]
-        for code, meaning in meanings.EXIT_CODES.items()
+        [str(int(code)), row.failure_class, "no" if int(code) in FINAL_EXIT_CODES else "yes"]
+        for code, row in failures.exit_codes()
     )
-    yield _rows(["Code", "Meaning", "Retried"], codes)
+    yield _rows(["Code", "Class", "Retried"], [["0", "The stage is done.", "no"], *codes])
+
+
+def _failure_row(row: failures.FailureRow) -> list[str]:
+    action = f"in place, then {row.action}" if row.in_place else row.action
+    fault = "–" if row.action in ("End", "Wait") else "yes" if row.counts else "no"
+    reasons = ", ".join(f"`{reason}`" for reason in row.reasons)
+    return [row.failure_class, reasons, row.told_by, action, fault]
 
 
 def _credentials() -> Iterator[str]:

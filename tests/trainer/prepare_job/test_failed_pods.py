@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finetune_trainer.failures import NodeFailure, OutOfMemory, StorageUnavailable, TrainerError
+from finetune_trainer.failures import HostOutOfMemory, NodeFailure, StorageUnavailable, TrainerError
 from finetune_trainer.prepare.mapping import pool
 from finetune_trainer.prepare.mapping.progress import ProgressCallback, ReadProgress
 from trainer.map_reduce_helpers import ALL_DROP, PrepareJob, put_mixed_data, spy_on_reads
@@ -65,7 +65,7 @@ def kill_one_process(progress: ReadProgress) -> None:
 
 @pytest.mark.parametrize(
     ("kills", "kind", "reason"),
-    [(1, OutOfMemory, "ProcessKilled"), (0, NodeFailure, "ProcessLost")],
+    [(1, HostOutOfMemory, "HostOutOfMemory"), (0, NodeFailure, "ProcessLost")],
 )
 def test_a_killed_process_raises_a_named_failure_and_the_next_attempt_succeeds(
     job: PrepareJob, kills: int, kind: type[TrainerError], reason: str,

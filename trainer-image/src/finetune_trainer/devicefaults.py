@@ -1,9 +1,10 @@
 """Table that classifies CUDA, cuBLAS, cuDNN and NCCL errors by their text. First match wins.
 
-The kind of a fault answers three questions. Is the hardware or the node broken, so that another
-node helps? Is a peer lost, so that waiting for its replacement helps? Or does the same program
-fail on any node? An unknown CUDA error is treated as a program bug: the texts of hardware faults
-are few and known, and a bug classified as a node failure would be retried forever.
+The reason of a fault, by its row in ``finetune_api.failures``, answers three questions. Is the
+hardware or the node broken, so that another node helps? Is a peer lost, so that waiting for its
+replacement helps? Or does the same program fail on any node? An unknown CUDA error is treated as a
+program bug: the texts of hardware faults are few and known, and a bug classified as a node failure
+would be retried forever.
 
 Sources of the texts: cudaGetErrorString of CUDA 13, torch's c10/cuda and ProcessGroupNCCL,
 ncclGetErrorString.
@@ -13,9 +14,7 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
-from typing import Final, Literal, NamedTuple
-
-Kind = Literal["OutOfMemory", "NodeFailure", "PeerLost", "UserError", "Internal"]
+from typing import Final, NamedTuple
 
 
 class DeviceFault(NamedTuple):
@@ -23,7 +22,6 @@ class DeviceFault(NamedTuple):
 
     patterns: tuple[str, ...]
     """Lower-case substrings; the row matches if any is in the lower-cased error text."""
-    kind: Kind
     reason: str
     what: str
     """What happened: the start of the message, before the error text."""
@@ -50,7 +48,7 @@ DEVICE_FAULTS: Final[tuple[DeviceFault, ...]] = (
             "peer gpu memory over nvlink or a hardware error", "fallen off the bus", "gpu is lost",
             "nvrm: xid", "cuda error: unknown error", "cuda driver error: unknown error",
         ),
-        "NodeFailure", "DeviceFault", "the GPU failed", _ELSEWHERE,
+        "DeviceFault", "the GPU failed", _ELSEWHERE,
     ),
     DeviceFault(
         (
@@ -59,11 +57,11 @@ DEVICE_FAULTS: Final[tuple[DeviceFault, ...]] = (
             "forward compatibility was attempted", "mps server", "mps client",
             "cuda error: initialization error",
         ),
-        "NodeFailure", "DeviceUnavailable", "the node's GPU or driver is not ready", _ELSEWHERE,
+        "DeviceUnavailable", "the node's GPU or driver is not ready", _ELSEWHERE,
     ),
     DeviceFault(
         ("/dev/shm/nccl", "creating shared memory segment"),
-        "UserError", "SharedMemoryFull", "/dev/shm is too small for the buffers of NCCL",
+        "SharedMemoryFull", "/dev/shm is too small for the buffers of NCCL",
         "Raise compute.sharedMemory",
     ),
     DeviceFault(
@@ -73,13 +71,13 @@ DEVICE_FAULTS: Final[tuple[DeviceFault, ...]] = (
             # torch raises this only after it has emptied its cache and retried.
             "cublas_status_not_initialized",
         ),
-        "OutOfMemory", "DeviceOutOfMemory", "the GPU is out of memory",
+        "DeviceOutOfMemory", "the GPU is out of memory",
         f"{_LESS_MEMORY}. If it happened while a checkpoint was copied, the host ran out of pinned"
         " memory: set checkpoint.staging: Disk",
     ),
     DeviceFault(
         ("defaultcpuallocator: can't allocate memory", "defaultcpuallocator: not enough memory"),
-        "OutOfMemory", "HostOutOfMemory", "the host is out of memory",
+        "HostOutOfMemory", "the host is out of memory",
         "Raise compute.resources.limits.memory, lower training.microBatchTokens or, if it happened"
         " while a checkpoint was saved, set checkpoint.staging: Disk",
     ),
@@ -90,11 +88,11 @@ DEVICE_FAULTS: Final[tuple[DeviceFault, ...]] = (
             "cublas_status_arch_mismatch", "cudnn_status_arch_mismatch",
             "not supported in the installed cuda driver",
         ),
-        "UserError", "ImageUnsuitable", "the image does not suit the GPU or its driver", _IMAGE,
+        "ImageUnsuitable", "the image does not suit the GPU or its driver", _IMAGE,
     ),
     DeviceFault(
         ("duplicate gpu detected", "ncclinvalidusage", "ncclinvalidargument"),
-        "Internal", "NCCLMisused", "NCCL rejected a call as invalid",
+        "NCCLMisused", "NCCL rejected a call as invalid",
         "A retry would fail the same way: each process of a node needs its own GPU"
         " (compute.processesPerNode, CUDA_VISIBLE_DEVICES). Otherwise report it",
     ),
@@ -112,7 +110,7 @@ DEVICE_FAULTS: Final[tuple[DeviceFault, ...]] = (
             "invalid device ordinal", "stream is capturing",
             "cublas_status_", "cudnn_status_", "cusparse_status_", "cusolver_status_",
         ),
-        "Internal", "KernelFailed", "a GPU kernel failed", _OUR_FAULT,
+        "KernelFailed", "a GPU kernel failed", _OUR_FAULT,
     ),
     DeviceFault(
         (
@@ -121,20 +119,20 @@ DEVICE_FAULTS: Final[tuple[DeviceFault, ...]] = (
             "connection closed by", "connection reset by peer", "connection refused",
             "socket recv failed", "got completion", "net/ib",
         ),
-        "PeerLost", "PeerLost", "another rank was lost", "",
+        "PeerLost", "another rank was lost", "",
     ),
     DeviceFault(
         ("ncclunhandledcudaerror",),
-        "NodeFailure", "DeviceFault", "NCCL could not use the GPU", _ELSEWHERE,
+        "DeviceFault", "NCCL could not use the GPU", _ELSEWHERE,
     ),
     DeviceFault(
         ("ncclinternalerror",),
-        "Internal", "NCCLFailed", "NCCL reports an internal error",
+        "NCCLFailed", "NCCL reports an internal error",
         "NCCL_DEBUG=INFO in the training pods (compute.podTemplate) logs details; report it",
     ),
     DeviceFault(
         ("cuda error:", "cuda driver error:", "cudnn error:"),
-        "Internal", "KernelFailed", "a call to CUDA failed", _OUR_FAULT,
+        "KernelFailed", "a call to CUDA failed", _OUR_FAULT,
     ),
 )  # fmt: skip
 

@@ -1,8 +1,9 @@
 """Exceptions of the stages: one class per remedy, and their ``Failure`` and exit code.
 
-A ``TrainerError`` carries the fields that the job's status shows: class, reason, message (with the
-remedy) and whether a retry can help. ``failure_of`` turns any exception into a ``Failure``;
-``exit_code`` maps a failure to the exit code that ``podFailurePolicy`` matches.
+A ``TrainerError`` carries the fields that the job's status shows: reason and message (with the
+remedy); its exit code leads to the row of ``finetune_api.failures`` with the class. ``failure_of``
+turns any exception into a ``Failure``; ``exit_code`` maps a failure to the exit code that
+``podFailurePolicy`` matches.
 """
 
 from __future__ import annotations
@@ -12,24 +13,32 @@ import traceback
 from typing import ClassVar, Final
 
 from finetune_api.base import InvalidSpec
-from finetune_api.names import ExitCode, FailureClass
+from finetune_api.failures import BY_EXIT_CODE, ROWS
+from finetune_api.names import FINAL_EXIT_CODES, ExitCode, FailureClass
 from finetune_api.results import Failure
-from finetune_trainer.devicefaults import Kind, device_fault, shown
+from finetune_trainer.devicefaults import device_fault, shown
 
 
 class TrainerError(Exception):
     """A failure with a known cause. ``reason`` is a CamelCase word; ``message`` states what
     happened, where, and what to do."""
 
-    failure_class: ClassVar[FailureClass] = "Internal"
     exit_code: ClassVar[ExitCode] = ExitCode.INTERNAL
-    retryable: ClassVar[bool] = False
 
     def __init__(self, reason: str, message: str) -> None:
         message = printable(message)
         super().__init__(message)
         self.reason = reason
         self.message = message
+
+    @property
+    def failure_class(self) -> FailureClass:
+        return BY_EXIT_CODE[self.exit_code].failure_class
+
+    @property
+    def retryable(self) -> bool:
+        """Whether a new pod may succeed."""
+        return self.exit_code not in FINAL_EXIT_CODES
 
     def __reduce__(self) -> tuple[object, ...]:
         """Support pickling, to send the error to other ranks: subclasses have other arguments."""
@@ -55,82 +64,73 @@ def _revive(kind: type[TrainerError], reason: str, message: str) -> TrainerError
 class UserError(TrainerError):
     """The manifest requests something impossible; the user must change it."""
 
-    failure_class = "UserError"
     exit_code = ExitCode.USER_ERROR
 
 
 class DataError(TrainerError):
     """A record is unusable. The message names object, line and field."""
 
-    failure_class = "DataError"
     exit_code = ExitCode.DATA_ERROR
 
 
 class StorageDenied(TrainerError):
     """Object storage denies a request permanently: credentials, bucket, permissions."""
 
-    failure_class = "Storage"
     exit_code = ExitCode.STORAGE_DENIED
 
 
 class StorageUnavailable(TrainerError):
     """Object storage is unreachable or overloaded."""
 
-    failure_class = "Storage"
     exit_code = ExitCode.STORAGE_UNAVAILABLE
-    retryable = True
 
 
 class Diverged(TrainerError):
     """The loss is not finite or spikes, and rolling back does not help."""
 
-    failure_class = "Diverged"
     exit_code = ExitCode.DIVERGED
 
 
 class OutOfMemory(TrainerError):
-    """The device or the host is out of memory."""
+    """The device is out of memory: the same step would fail again."""
 
-    failure_class = "OutOfMemory"
     exit_code = ExitCode.OUT_OF_MEMORY
+
+
+class HostOutOfMemory(TrainerError):
+    """The pod is out of memory. What it needs varies, e.g. while a checkpoint is saved."""
+
+    exit_code = ExitCode.HOST_OUT_OF_MEMORY
 
 
 class Fenced(TrainerError):
     """A newer attempt owns the run: this process must not write any more."""
 
-    failure_class = "Internal"
     exit_code = ExitCode.FENCED
 
 
 class NodeFailure(TrainerError):
     """A peer process, a device or a node is lost."""
 
-    failure_class = "NodeFailure"
     exit_code = ExitCode.NODE_FAILURE
-    retryable = True
 
 
 class Interrupted(TrainerError):
     """Stopped on request. The message says whether the state is saved."""
 
-    failure_class = "Preempted"
     exit_code = ExitCode.INTERRUPTED
-    retryable = True
 
 
 class Unexpected(TrainerError):
     """An error of unknown cause: it may be the node's, so it is tried again before it is final."""
 
     exit_code = ExitCode.UNEXPECTED
-    retryable = True
 
 
 class Stalled(TrainerError):
     """A process made no progress for too long."""
 
-    failure_class = "Stalled"
     exit_code = ExitCode.STALLED
-    retryable = True
 
 
 PEER_LOST: Final = "PeerLost"
@@ -161,22 +161,13 @@ def failure_of(error: BaseException) -> Failure:
     )
 
 
-_KINDS: Final[dict[Kind, type[TrainerError]]] = {
-    "OutOfMemory": OutOfMemory,
-    "NodeFailure": NodeFailure,
-    "PeerLost": NodeFailure,
-    "UserError": UserError,
-    "Internal": TrainerError,
-}
-
-
 def recognise_text(text: str) -> TrainerError | None:
     """Classify the error text of CUDA, its libraries or NCCL; None if it is unknown."""
     row = device_fault(text)
     if row is None:
         return None
     remedy = f". {row.remedy}" if row.remedy else ""
-    return _KINDS[row.kind](row.reason, f"{row.what}: {shown(text)}{remedy}")
+    return _revive(_exception_of(row.reason), row.reason, f"{row.what}: {shown(text)}{remedy}")
 
 
 def recognise(error: BaseException) -> TrainerError:
@@ -213,16 +204,26 @@ def _is_of_disk(error: BaseException) -> bool:
     return full or number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
-_EXCEPTIONS: Final[list[type[TrainerError]]] = [TrainerError, *TrainerError.__subclasses__()]
-EXIT_CODES: Final[dict[tuple[str, bool], ExitCode]] = {
-    (kind.failure_class, kind.retryable): kind.exit_code
-    for kind in _EXCEPTIONS
-    if kind.exit_code != ExitCode.FENCED
-}
+_KINDS: Final[list[type[TrainerError]]] = [TrainerError, *TrainerError.__subclasses__()]
+_EXCEPTIONS: Final[dict[ExitCode, type[TrainerError]]] = {kind.exit_code: kind for kind in _KINDS}
+"""The exception of each exit code."""
+
+
+def _exception_of(reason: str) -> type[TrainerError]:
+    code = ROWS[reason].exit_code
+    assert code is not None, reason
+    return _EXCEPTIONS[code]
 
 
 def exit_code(failure: Failure) -> ExitCode:
     """Return the exit code of a container that ends with this failure."""
-    if failure.reason == "Fenced":
-        return ExitCode.FENCED
-    return EXIT_CODES.get((failure.failure_class, failure.retryable), ExitCode.INTERNAL)
+    row = ROWS.get(failure.reason)
+    if row is not None and row.exit_code is not None:
+        return row.exit_code
+    same = (
+        code
+        for code, row in BY_EXIT_CODE.items()
+        if row.failure_class == failure.failure_class and code != ExitCode.FENCED
+        if (code not in FINAL_EXIT_CODES) == failure.retryable
+    )
+    return ExitCode(next(same, ExitCode.INTERNAL))

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import timedelta
-from typing import Any, Final
+from typing import Final
 
-from finetune_api.names import FINAL_EXIT_CODES, ExitCode, FailureClass
+from finetune_api.failures import BY_EXIT_CODE, ROWS
+from finetune_api.names import FINAL_EXIT_CODES, ExitCode
 from finetune_api.status import FailureStatus
 from finetune_operator.world.children import JobView
 from finetune_operator.world.pods import PodView
@@ -16,32 +17,23 @@ MESSAGE_MAX: Final = 4000
 _TOGETHER: Final = timedelta(minutes=2)
 """Pods that ended within this time of the last one may have the same cause: yesterday's
 out-of-memory kill does not explain today's failure."""
-_LOST_NODE: Final = ("Taint", "Node", "PodGC", "Admission")
-"""Parts of Kubernetes' reasons for pods of a node that was lost, or that could not run them; other
-reasons are a preemption or an eviction."""
-
-BY_EXIT_CODE: Final[dict[int, tuple[FailureClass, str]]] = {
-    ExitCode.USER_ERROR: ("UserError", "the manifest is invalid or cannot be satisfied"),
-    ExitCode.DATA_ERROR: ("DataError", "a record of the data cannot be used"),
-    ExitCode.STORAGE_DENIED: ("Storage", "object storage refuses access"),
-    ExitCode.DIVERGED: ("Diverged", "the loss is not finite, or spikes"),
-    ExitCode.OUT_OF_MEMORY: ("OutOfMemory", "the device is out of memory"),
-    ExitCode.INTERNAL: ("Internal", "the trainer has found a defect of its own"),
-    ExitCode.FENCED: ("Internal", "a newer attempt has taken over the run"),
-    ExitCode.NODE_FAILURE: ("NodeFailure", "another process of the gang, or a device, was lost"),
-    ExitCode.STORAGE_UNAVAILABLE: ("Storage", "object storage could not be reached"),
-    ExitCode.UNEXPECTED: ("Internal", "the trainer failed with an unexpected error"),
-    ExitCode.STALLED: ("Stalled", "a training process made no progress"),
-    ExitCode.INTERRUPTED: ("Preempted", "stopped on request, with its state saved"),
-}
-"""Class and message for a container that left only an exit code."""
 
 
 def failure(
-    failure_class: str, reason: str, message: str, pod: PodView | None = None, **more: Any
+    reason: str, message: str, pod: PodView | None = None, attempt: int | None = None
 ) -> FailureStatus:
-    """Build a FailureStatus; the message is cut to the maximum length in status."""
-    raw = {"class": failure_class, "reason": reason, "message": message[:MESSAGE_MAX], **more}
+    """Build the FailureStatus of a reason of the table of failures; the message is cut to the
+    maximum length in status."""
+    return _status(ROWS[reason].failure_class, reason, message, pod, attempt)
+
+
+def _status(
+    failure_class: str, reason: str, message: str, pod: PodView | None, attempt: int | None
+) -> FailureStatus:
+    raw = {
+        "class": failure_class, "reason": reason, "message": message[:MESSAGE_MAX],
+        "attempt": attempt,
+    }  # fmt: skip
     if pod is not None:
         raw |= {"pod": pod.name, "node": pod.node, "exitCode": pod.exit_code}
     return FailureStatus.model_validate({k: v for k, v in raw.items() if v is not None})
@@ -54,11 +46,12 @@ def stage_failure(
     failed pods, the Job controller's reason."""
     failed = [p for p in pods if p.phase == "Failed" or p.exit_code not in (None, 0)]
     if not failed:
-        reason = (job.failure_reason if job else "") or "PodsGone"
+        reason = job.failure_reason if job else ""
         message = (
             job.failure_message if job else ""
         ) or "its pods are gone and left no termination message"
-        return failure("Internal", reason, f"{message}. The pods' logs may show the cause")
+        text = f"{message}. The pods' logs may show the cause"
+        return failure(reason if reason in ROWS else "PodsGone", text)
     last = max(p.finished or p.created for p in failed)
     recent = [p for p in failed if (p.finished or p.created) >= last - _TOGETHER]
     return pod_failure(strongest(recent), attempt)
@@ -88,29 +81,37 @@ def pod_failure(pod: PodView, attempt: int | None) -> FailureStatus:
     reported = pod.termination.failure if pod.termination else None
     if reported is not None:
         kind, reason, message = reported.failure_class, reported.reason, reported.message
-        return failure(kind, reason, message, pod, attempt=attempt)
+        return _status(kind, reason, message, pod, attempt)
     if pod.exit_reason == "OOMKilled":
-        message = _out_of_memory(pod)
-        return failure("OutOfMemory", "HostOutOfMemory", message, pod, attempt=attempt)
+        return failure("HostOutOfMemory", _out_of_memory(pod), pod, attempt)
     if pod.disruption or pod.reason:
-        reason = pod.disruption or pod.reason
-        lost = any(word in reason for word in _LOST_NODE)
-        kind = "NodeFailure" if lost else "Preempted"
-        message = f"Kubernetes took the pod away ({reason}): {pod.message or 'no message'}"
-        return failure(kind, reason, message, pod, attempt=attempt)
+        message = (
+            f"Kubernetes took the pod away ({pod.disruption or pod.reason}):"
+            f" {pod.message or 'no message'}"
+        )
+        return failure(_word_of_kubernetes(pod), message, pod, attempt)
     if pod.deleted_by is not None or pod.exit_code is None:
-        message = "the pod was deleted while it ran"
-        return failure("Preempted", "PodDeleted", message, pod, attempt=attempt)
-    if pod.exit_code in BY_EXIT_CODE:
-        kind, text = BY_EXIT_CODE[pod.exit_code]
-        message = f"{text}; the container left no message: see `kubectl logs {pod.name}`"
-        return failure(kind, ExitCode(pod.exit_code).name.title().replace("_", ""), message, pod)
+        return failure("PodDeleted", "the pod was deleted while it ran", pod, attempt)
+    row = BY_EXIT_CODE.get(pod.exit_code)
+    if row is not None:
+        text = f"{row.what}; the container left no message"
+        return failure(row.reasons[0], f"{text}: see `kubectl logs {pod.name}`", pod)
     left = f": {pod.exit_text[:1000]}" if pod.exit_text else " and left no message"
     message = (
         f"the container ended with exit code {pod.exit_code}"
         f" ({pod.exit_reason or 'no reason'}){left}; see `kubectl logs {pod.name}`"
     )
-    return failure("Internal", "ContainerFailed", message, pod, attempt=attempt)
+    return failure("ContainerFailed", message, pod, attempt)
+
+
+def _word_of_kubernetes(pod: PodView) -> str:
+    """The reason that Kubernetes gives for taking a pod away. Condition DisruptionTarget has one
+    for all that the kubelet does; the pod's own reason tells more."""
+    if pod.reason in ROWS:
+        return pod.reason
+    if pod.disruption is None:
+        return "PodRejected"
+    return pod.disruption if pod.disruption in ROWS else "Disrupted"
 
 
 def _out_of_memory(pod: PodView) -> str:

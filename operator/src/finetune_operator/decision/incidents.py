@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from finetune_api.names import FINAL_EXIT_CODES, ExitCode
+from finetune_api.failures import row_of
+from finetune_api.names import FINAL_EXIT_CODES
 from finetune_api.status import FailureStatus, FineTuneJobStatus, Incident
 from finetune_operator.config import BUDGET_RESTORED_AFTER
 from finetune_operator.decision.failures import pod_failure, strongest
@@ -89,11 +90,13 @@ def is_incident(pod: PodView) -> bool:
     return pod.phase == "Failed" or pod.exit_code is not None
 
 
-def is_fault(pod: PodView) -> bool:
-    """Whether a pod ended by a fault of the run or its node, and not by Kubernetes' or a user's
-    request."""
-    asked = pod.deleted_by is not None or pod.exit_code == ExitCode.INTERRUPTED
-    return not (pod.is_disrupted or asked)
+def is_fault(pod: PodView, cause: FailureStatus) -> bool:
+    """Whether a pod's end counts as a fault, by its cause. The end of a pod that was to be deleted
+    is no fault, whatever its processes said meanwhile; an eviction for what the pod itself used is
+    one."""
+    row = row_of(cause.reason, pod.exit_code)
+    asked = pod.deleted_by is not None or pod.is_disrupted
+    return not asked and (row is None or row.counts)
 
 
 def end_of(pod: PodView) -> datetime:
@@ -104,14 +107,15 @@ def end_of(pod: PodView) -> datetime:
 def _begun(
     known: Sequence[Incident], pod: PodView, attempt: int, checkpoint: str | None
 ) -> Incident:
+    cause = _cause(pod, attempt)
     return Incident.model_validate(
         {
             "number": known[0].number + 1 if known else 1,
             "startTime": format_time(end_of(pod)),
             "endTime": format_time(end_of(pod)),
             "attempt": attempt,
-            "fault": is_fault(pod),
-            "failure": _cause(pod, attempt).to_json(),
+            "fault": is_fault(pod, cause),
+            "failure": cause.to_json(),
             "indexes": [pod.index],
             "checkpoint": checkpoint,
         }
@@ -133,12 +137,14 @@ def _joins(incident: Incident, pod: PodView, attempt: int, gang_created: datetim
 def _joined(incident: Incident, pod: PodView, pods: Iterable[PodView]) -> Incident:
     """An incident with one more pod; the cause is that of the pod with the best evidence."""
     named = [p for p in pods if p.name == incident.failure.pod]
-    explains = strongest([*named, pod]) is pod if named else not incident.fault and is_fault(pod)
+    cause = _cause(pod, incident.attempt)
+    fault = is_fault(pod, cause)
+    explains = strongest([*named, pod]) is pod if named else fault and not incident.fault
     return incident.model_copy(
         update={
             "end_time": format_time(end_of(pod)),
-            "fault": incident.fault or is_fault(pod),
-            "failure": _cause(pod, incident.attempt) if explains else incident.failure,
+            "fault": incident.fault or fault,
+            "failure": cause if explains else incident.failure,
             "indexes": [*incident.indexes, pod.index][:INDEXES_MAX],
         }
     )

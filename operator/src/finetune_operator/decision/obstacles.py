@@ -108,7 +108,7 @@ def _image(pod: PodView, until: datetime | None) -> Obstacle:
         "ImagePull",
         message,
         until or (pod.pull_failing_since or pod.created) + allowed,
-        failure("ImagePull", pod.waiting_reason or "ErrImagePull", message, pod),
+        failure(pod.waiting_reason or "ErrImagePull", message, pod),
     )
 
 
@@ -119,7 +119,7 @@ def _config(pod: PodView, until: datetime) -> Obstacle:
         " is fixed: create the Secret that spec.storage.secretRef names, with the keys"
         " AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     )
-    return Obstacle(reason, message, until, failure("UserError", reason, message, pod))
+    return Obstacle(reason, message, until, failure(reason, message, pod))
 
 
 def _unschedulable(pod: PodView, until: datetime, deadline: timedelta) -> Obstacle:
@@ -136,7 +136,7 @@ def _unschedulable(pod: PodView, until: datetime, deadline: timedelta) -> Obstac
         "Unschedulable",
         shown,
         until,
-        failure("NodeFailure", "Unschedulable", message, pod),
+        failure("Unschedulable", message, pod),
         shown_from=None if pod.unschedulable else pod.created + START_AWAITED,
     )
 
@@ -157,7 +157,7 @@ def _not_started(pod: PodView, until: datetime, deadline: timedelta) -> Obstacle
         "NotStarted",
         shown,
         until,
-        failure("NodeFailure", reason, message, pod),
+        failure("NotStarted", message, pod),
         shown_from=None if why else begun + START_AWAITED,
     )
 
@@ -179,6 +179,6 @@ def _lacks_pods(
         "PodsNotCreated",
         message,
         since + deadline,
-        failure("UserError", "PodsNotCreated", message),
+        failure("PodsNotCreated", message),
         shown_from=since if job.warning else since + awaited,
     )

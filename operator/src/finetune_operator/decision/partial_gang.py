@@ -97,4 +97,4 @@ def give_up(view: RunView) -> FailureStatus | None:
         " (scheduling.startDeadlineSeconds). Request fewer compute.nodes or gpusPerNode, or add"
         " nodes"
     )
-    return failure("NodeFailure", "Unschedulable", text)
+    return failure("Unschedulable", text)

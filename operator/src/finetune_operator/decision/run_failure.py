@@ -20,10 +20,10 @@ def run_failure(view: RunView) -> FailureStatus | None:
         return kept or _of_stage(view)
     problems = template_problems(view.run_spec.spec.compute.pod_template)
     if view.job is None and problems:
-        return failure("UserError", "InvalidPodTemplate", "\n".join(problems))
+        return failure("InvalidPodTemplate", "\n".join(problems))
     refusal = view.refusal
     if refusal is not None and refusal.final:
-        return failure("UserError", "ChildRefused", f"Kubernetes refuses it: {refusal.message}")
+        return failure("ChildRefused", f"Kubernetes refuses it: {refusal.message}")
     if view.job is not None and view.job.failed:
         return _of_stage(view) if pod_failure_due(view) is None else None
     if view.failed_beside_sidecar:

@@ -102,8 +102,8 @@ class PodView:
 
     @property
     def is_disrupted(self) -> bool:
-        """Whether Kubernetes took the pod away for reasons outside of the pod. The kubelet evicts a
-        pod for what the pod uses (disk, memory): that is no disruption."""
+        """Whether Kubernetes took the pod away for reasons outside of the pod. Of what the kubelet
+        does, the pod's own reason tells it."""
         return self.disruption is not None and self.disruption != "TerminationByKubelet"
 
     @property

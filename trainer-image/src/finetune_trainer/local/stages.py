@@ -135,6 +135,10 @@ class StageProcess:
         return failure_of(TrainerError("NoTerminationMessage", words))
 
 
+_FINAL_HERE: Final = (ExitCode.UNEXPECTED, ExitCode.HOST_OUT_OF_MEMORY)
+"""Retried in a cluster: another node may do better."""
+
+
 class Stage:
     """The processes of one role."""
 
@@ -155,8 +159,7 @@ class Stage:
             for process, code in zip(self.processes, codes, strict=True):
                 if code in (None, ExitCode.OK):
                     continue
-                # On one machine there is no other node to try.
-                final = code in FINAL_EXIT_CODES or code == ExitCode.UNEXPECTED
+                final = code in FINAL_EXIT_CODES or code in _FINAL_HERE
                 if final or self.restarts >= self._max_restarts:
                     self.stop()
                     break

@@ -98,7 +98,7 @@ def prepare(
 
     Raises:
         UserError, DataError, StorageDenied, StorageUnavailable: with the remedy.
-        OutOfMemory, NodeFailure: a process of the pool was killed.
+        HostOutOfMemory, NodeFailure: a process of the pool was killed.
     """
     spec = run_spec.spec
     check_image(spec)

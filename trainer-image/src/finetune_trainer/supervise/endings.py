@@ -13,9 +13,9 @@ from typing import Any
 from finetune_api.results import Failure
 from finetune_trainer.failures import (
     PEER_LOST,
+    HostOutOfMemory,
     Interrupted,
     NodeFailure,
-    OutOfMemory,
     TrainerError,
     Unexpected,
     failure_of,
@@ -109,7 +109,7 @@ def _killed(number: int, nodes: int, oom_killed: bool | None, aborted: str) -> T
     name = signal.Signals(number).name
     what = f"a training process was killed by {name}"
     if number == signal.SIGKILL and oom_killed is not False:
-        return OutOfMemory(
+        return HostOutOfMemory(
             "HostOutOfMemory",
             f"{what}, as the kernel does when the memory limit is reached. Raise"
             " compute.resources.limits.memory (compute.sharedMemory counts too), lower"

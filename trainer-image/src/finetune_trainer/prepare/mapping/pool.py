@@ -21,7 +21,7 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
-from finetune_trainer.failures import NodeFailure, OutOfMemory, TrainerError
+from finetune_trainer.failures import HostOutOfMemory, NodeFailure, TrainerError
 from finetune_trainer.memory_limit import count_oom_kills, memory_limit
 from finetune_trainer.prepare.rendering.limits import KILLED_BY, SECONDS, too_costly
 from finetune_trainer.threads import count_cores
@@ -53,7 +53,7 @@ class Pool:
         given: constant input of the work.
 
     Raises (on exit of the context):
-        OutOfMemory: 'ProcessKilled', the kernel's OOM killer ended a process.
+        HostOutOfMemory: the kernel's OOM killer ended a process.
         UserError: 'TemplateTooCostly', a template exceeded its time in one operation.
         NodeFailure: 'ProcessLost', a process ended for another reason.
     """
@@ -113,8 +113,8 @@ class Pool:
 
     def _lost(self) -> TrainerError:
         if count_oom_kills() > self._killed:
-            return OutOfMemory(
-                "ProcessKilled",
+            return HostOutOfMemory(
+                "HostOutOfMemory",
                 f"one of {self.processes} processes of prepare was killed: the pod is out of"
                 " memory. Raise prepare.resources.limits.memory, or lower its cpu: one process"
                 " is started per core",
