@@ -255,4 +255,13 @@ BAD_TOGETHER = [
     bad("classification with PiSSA", {"task": "SequenceClassification",
         "method.lora": {"initialization": "PiSSA"}}, "",
         "needs method.lora.initialization Default", "PiSSA"),
+    bad("retry of a wrong manifest",
+        {"failurePolicy.rules": [{"class": "UserError", "action": "Gang"}]},
+        "failurePolicy.rules[0]", "failures of class UserError and DataError can only End", "Gang"),
+    bad("other nodes for pods that find none",
+        {"failurePolicy.rules": [{"class": "Unschedulable", "action": "Elsewhere"}]},
+        "failurePolicy.rules[0]", "pods that cannot start can only Wait or End", "Elsewhere"),
+    bad("reason of another class",
+        {"failurePolicy.rules": [{"class": "Storage", "reason": "LossSpike", "action": "Wait"}]},
+        "failurePolicy.rules[0]", "reason must be one of the class", "LossSpike"),
 ]  # fmt: skip

@@ -98,6 +98,11 @@ GOOD = [
     good("node selector", {"prepare.nodeSelector": {"example.com/pool": "cpu", "empty": ""}}),
     good("queue", {"scheduling": {"queueName": "team-a", "priorityClassName": "low.prio"}}),
     good("no restarts", {"failurePolicy.maxRestarts": 0}),
+    good("rules for failures", {"failurePolicy.rules": [
+        {"class": "OutOfMemory", "reason": "DeviceOutOfMemory", "action": "Gang"},
+        {"class": "NodeFailure", "action": "Elsewhere"}, {"class": "UserError", "action": "End"},
+        {"class": "Storage", "action": "Wait"}, {"class": "ImagePull", "action": "Wait"},
+    ]}),
     good("secret", {"storage.secretRef": SECRET}),
     good("workload identity", {"storage.serviceAccountName": "trainer"}),
     good("encryption by the server", {"storage.encryption": {"type": "S3"}}),

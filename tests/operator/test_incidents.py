@@ -10,7 +10,7 @@ from operator_world import World, at_training
 
 from finetune_operator.world.objects import format_time
 
-LOST = {"class": "NodeFailure", "reason": "ProcessKilled", "message": "killed", "retryable": True}
+LOST = {"class": "NodeFailure", "reason": "ProcessLost", "message": "killed", "retryable": True}
 SAVED = {"class": "Preempted", "reason": "Interrupted", "message": "saved", "retryable": True}
 CHECKPOINT = "s3://models/out/run/checkpoints/{}"
 
@@ -43,7 +43,7 @@ def test_an_incident_is_one_however_many_pods_it_ends() -> None:
         if index in (0, 2):
             world.settle()  # some fail between two passes
     world.settle()
-    assert incidents(world) == [(1, True, "ProcessKilled")]
+    assert incidents(world) == [(1, True, "ProcessLost")]
     assert (world.status["restarts"], world.status["faults"]) == (1, 1)
     assert world.status["incidents"][0]["indexes"] == list(range(8))
     assert world.run["revision"] == 2, "the Job would replace the pods after ten minutes only"
@@ -65,7 +65,7 @@ def test_a_pod_that_fails_again_before_an_attempt_begins_is_a_new_incident() -> 
         assert world.status["faults"] == number and world.status["phase"] != "Failed"
     fail(world, 0, "i3")
     assert world.status["phase"] == "Failed"
-    assert world.status["failure"]["reason"] == "ProcessKilled"
+    assert world.status["failure"]["reason"] == "ProcessLost"
     assert (
         "This was fault 3; failurePolicy.maxRestarts allows 2" in world.status["failure"]["message"]
     )
@@ -87,6 +87,7 @@ def test_a_rolling_upgrade_of_all_nodes_costs_no_fault(
         world.report(attempt=turn + 1, restarts=turn)
         pod = world.fail("train", code, turn % 4, f"u{turn}", **said)
         disrupt(pod, reason)
+        pod["spec"]["nodeName"] = f"node-{turn}"
         world.pass_()
         assert world.status["phase"] != "Failed"
     assert (world.status["restarts"], world.status["faults"]) == (12, 0)
@@ -219,4 +220,4 @@ def test_the_event_of_a_restart_names_pod_node_and_cause() -> None:
     world.fail("train", 20, 1, "y", **LOST)
     (event,) = (e for e in world.pass_().events if e.reason == "Restarted")
     assert "restart 1 of the gang" in event.message
-    assert "train-1-1-y on node node-1: ProcessKilled: killed" in event.message
+    assert "train-1-1-y on node node-1: ProcessLost: killed" in event.message

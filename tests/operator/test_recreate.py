@@ -11,7 +11,7 @@ from operator_world import TRAINED, World, at_training
 from finetune_api import names
 from finetune_operator.world.objects import format_time
 
-LOST = {"class": "NodeFailure", "reason": "ProcessKilled", "message": "killed", "retryable": True}
+LOST = {"class": "NodeFailure", "reason": "ProcessLost", "message": "killed", "retryable": True}
 
 
 def lose_node(world: World, role: str = "train", index: int = 1) -> dict[str, Any]:

@@ -319,6 +319,12 @@ DnsName = Annotated[
 ]
 """The name of a Kubernetes object: a DNS subdomain of at most 253 characters."""
 
+CamelWord = Annotated[
+    str,
+    Spelling(r"^[A-Z][A-Za-z0-9]*$", "a CamelCase word: NoProgress", max_length=64),
+]
+"""A CamelCase word."""
+
 Text = Annotated[str, StringConstraints(min_length=1, max_length=16384)]
 """Free text, at most 16,384 characters."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field, StringConstraints
 
 from finetune_api.base import (
+    CamelWord,
     Count,
     DnsLabel,
     DnsName,
@@ -15,6 +17,8 @@ from finetune_api.base import (
     Rule,
     Spelling,
 )
+from finetune_api.failures import CLASSES, ROWS, allowed_actions
+from finetune_api.names import FailureClass
 
 Quantity = Annotated[
     str,
@@ -200,8 +204,54 @@ class Scheduling(Model):
     is not counted). After that the job fails, with the scheduler's reason."""
 
 
+_ACTS: Final = [c for c in CLASSES if "Gang" in allowed_actions(c)]
+_NEVER_WAITS: Final = [c for c in CLASSES if "Wait" not in allowed_actions(c)]
+
+
+class FailureRule(Model):
+    """Another action after failures of a class."""
+
+    failure_class: FailureClass = Field(alias="class")
+    """Class of the failures: see [failure classes](#failure-classes)."""
+    reason: CamelWord | None = None
+    """Only failures of the class with this reason. Absent: all of the class."""
+    action: Literal["Gang", "Elsewhere", "Wait", "End"]
+    """Gang: all pods of the gang are made anew, and continue from the last checkpoint; a failure
+    that would end the run counts as a fault. Elsewhere: as Gang, and the pods avoid the node of the
+    failed pod for 4 hours. Wait: the gang gives its nodes back and tries again after a minute, then
+    twice as late each time up to 8 minutes, until `scheduling.startDeadlineSeconds` are over
+    without a new checkpoint; no fault is counted. For pods that cannot start it extends the time
+    that is waited to `scheduling.startDeadlineSeconds`. End: the run ends at the first failure."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            f"!(self.class in {json.dumps(_NEVER_WAITS)}) || self.action == 'End'",
+            f"failures of class {' and '.join(_NEVER_WAITS)} can only End the run: the same"
+            " manifest and data would fail again",
+            lambda r: r.failure_class not in _NEVER_WAITS or r.action == "End",
+            ("class", "action"),
+        ),
+        Rule(
+            f"self.class in {json.dumps(_ACTS)} || self.action in ['Wait', 'End']",
+            "failures of pods that cannot start can only Wait or End the run: they run on no node",
+            lambda r: r.failure_class in _ACTS or r.action in ("Wait", "End"),
+            ("class", "action"),
+        ),
+        Rule(
+            "!has(self.reason) || (self.class + ' ' + self.reason) in"
+            f" {json.dumps([f'{row.failure_class} {reason}' for reason, row in ROWS.items()])}",
+            "reason must be one of the class, as in the table of failures of the reference",
+            lambda r: (
+                r.reason is None
+                or (r.reason in ROWS and ROWS[r.reason].failure_class == r.failure_class)
+            ),
+            ("class", "reason"),
+        ),
+    )
+
+
 class FailurePolicy(Model):
-    """Handling of retryable failures."""
+    """What is done after failures, and how often."""
 
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = 3
     """Restarts of the gang after faults before the job fails. A fault (a crash, a memory limit, a
@@ -213,3 +263,7 @@ class FailurePolicy(Model):
     a part of the weights or of a checkpoint) after which the gang is started again in place, and,
     if it stalls again, its pod is replaced. Absent: 900, or 20 times the longest time without a
     sign of progress so far, if longer; 3600 before the first step."""
+    rules: Annotated[list[FailureRule], Field(max_length=16)] = []
+    """Other actions than those in the [table of failures](#failures). The first rule that matches a
+    failure decides. Retries are bounded by `maxRestarts` (Gang, Elsewhere) or by
+    `scheduling.startDeadlineSeconds` (Wait)."""

@@ -68,7 +68,8 @@ PHASES: Final[dict[Phase, str]] = {
     "Pending": "The operator has seen the job and has created nothing yet.",
     "Waiting": "The model that spec.model.fineTuneJobRef names is not published yet.",
     "Preparing": "Data is checked, rendered and tokenized on a CPU.",
-    "Queued": "The gang waits in its queue or, without one, for nodes for all of its pods.",
+    "Queued": "The gang waits in its queue or, without one, for nodes for all of its pods; or, by a"
+    " rule of spec.failurePolicy, to be tried again after a failure.",
     "Starting": "The gang waits for nodes, images or its other pods.",
     "Training": "The gang trains and evaluates.",
     "Publishing": "The model is written to the destination, on a CPU.",

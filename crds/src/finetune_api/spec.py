@@ -141,7 +141,7 @@ class FineTuneJobSpec(Model):
     scheduling: Scheduling = Scheduling()
     """Scheduling of the gang."""
     failure_policy: FailurePolicy = FailurePolicy()
-    """Handling of retryable failures."""
+    """What is done after failures, and how often."""
     storage: Storage = Storage()
     """Object storage of the job, and the location of its working files."""
     managed_by: DnsLabel | None = None

@@ -305,17 +305,30 @@ class FailureStatus(Model):
 
 
 class QueueStatus(Model):
-    """The wait of a gang without a queue that has given its nodes back, because only some of its
-    pods found nodes."""
+    """The wait of a gang that has given its nodes back: without a queue, because only some of its
+    pods found nodes, or by a rule of spec.failurePolicy with action Wait."""
 
     since: Time
-    """When the gang first waited for nodes."""
+    """When the gang first waited."""
+    reason: Word = "Unschedulable"
+    """Why it waits: Unschedulable, or the reason of the failure."""
     tries: int
     """How often it has given its nodes back."""
     next_try_time: Time
     """When it tries again."""
     message: Annotated[str, StringConstraints(max_length=1024)]
-    """What the scheduler said."""
+    """What the scheduler, or the failed pod, said."""
+
+
+class AvoidedNode(Model):
+    """A node on which the run's gang is not placed."""
+
+    node: Word
+    """Name of the node."""
+    until: Time
+    """Until when gangs that are made avoid it."""
+    message: Annotated[str, StringConstraints(max_length=512)]
+    """What happened there."""
 
 
 class Incident(Model):
@@ -334,6 +347,12 @@ class Incident(Model):
     (drain, preemption, lost node) do not."""
     failure: FailureStatus
     """Cause: the failure of the pod with the best evidence."""
+    action: Word | None = None
+    """What was done: Pod, Gang, Elsewhere or Wait. See the [table of failures](#failures)."""
+    step: int | None = None
+    """Optimizer steps done, as last read before."""
+    recovery_seconds: int | None = None
+    """Seconds from startTime until the first optimizer step of the next attempt."""
     indexes: Annotated[list[int], Field(max_length=1024)] = []
     """Completion indexes of its pods; of the newest incident only."""
     checkpoint: Uri | None = None
@@ -383,7 +402,10 @@ class FineTuneJobStatus(Model):
     incidents: Annotated[list[Incident], Field(max_length=10)] = []
     """The last ten incidents of this run, newest first."""
     queue: QueueStatus | None = None
-    """Wait of a gang without a queue, for nodes for all of its pods."""
+    """Wait of a gang that has given its nodes back."""
+    avoided_nodes: Annotated[list[AvoidedNode], Field(max_length=8)] = []
+    """Nodes that the gang's pods avoid, because the run failed there twice, or by a rule with
+    action Elsewhere. Dropped if the gang finds no other nodes."""
     usage: Usage | None = None
     """Resources used by the run."""
     startup: StartupStatus | None = None

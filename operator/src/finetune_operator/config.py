@@ -49,6 +49,12 @@ wait for a replacement, and load the model anew."""
 LOST_ELSEWHERE: Final = timedelta(minutes=10)
 """After this time on an unreachable node a pod of an elastic gang is recreated, with the gang, so
 that it finds another node. A node that restarts is back by then."""
+AVOIDED_FOR: Final = timedelta(hours=4)
+"""How long gangs of a run avoid a node on which it failed twice."""
+AVOIDED_AT_MOST: Final = 8
+"""Most nodes that a run avoids; the oldest entry is dropped."""
+AVOIDANCE_HOLDS: Final = timedelta(minutes=2)
+"""How long a pod may find no node while its gang avoids some: then they are used again."""
 SIDECAR_ENDS: Final = timedelta(seconds=30)
 """How long other containers of a pod may run after the trainer's."""
 GANG_LINGERS: Final = timedelta(seconds=60)

@@ -13,8 +13,7 @@ from finetune_api.status import FineTuneJobStatus
 from finetune_operator.config import Config
 from finetune_operator.decision.advance import advance
 from finetune_operator.decision.plan import Event, Plan, Subject
-from finetune_operator.decision.recreate import recreate_reason
-from finetune_operator.decision.run_failure import run_failure
+from finetune_operator.decision.recreate import recreation
 from finetune_operator.decision.run_view import RunView
 from finetune_operator.decision.runs import current_run, next_gang
 from finetune_operator.status.changes import differs, events, is_urgent
@@ -45,25 +44,24 @@ def decide(job: StoredJob, observed: Observed, now: datetime, config: Config) ->
     live = spec or _with_suspend(run.run_spec.spec, job.raw_spec)
     access = config.network.digest if config.network else None
     view = RunView(subject, live, problems, before, observed, run, now, access)
-    reason = None if run_failure(view) else recreate_reason(view)
-    if reason is not None:
-        incidents = view.incidents_when_recreated
-        run = next_gang(run, max(view.restarts, incidents.count))
-        view = replace(view, run=run, inherited=incidents)
+    again = recreation(view)
+    if again is not None:
+        run = next_gang(run, max(view.restarts, again.incidents.count))
+        view = replace(view, run=run, recreation=again)
     decision = advance(view)
     actions = decision.actions
     plan = Plan(
         subject=subject,
-        run=run,
+        run=replace(run, avoid_nodes=tuple(n.node for n in view.avoided_nodes)),
         delete=tuple(actions.delete),
         create=tuple(actions.create),
         change=tuple(actions.change),
         requeue_after=actions.requeue_after(now),
     )
     plan = _with_status(plan, job, before, run_status(view, decision))
-    if reason is None:
+    if again is None:
         return plan
-    text = f"{reason}: pods are recreated, as revision {run.revision} of the run"
+    text = f"{again.why}: pods are recreated, as revision {run.revision} of the run"
     return replace(plan, events=(*plan.events, Event("Warning", "PodsRecreated", text)))
 
 

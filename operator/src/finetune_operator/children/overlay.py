@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 CPU_STAGE_FIELDS: Final = frozenset(
@@ -57,3 +58,23 @@ def _key(item: Any) -> tuple[str, Any] | None:
         return None
     field = "mountPath" if "mountPath" in item else "name"
     return (field, item[field]) if field in item else None
+
+
+def without_nodes(template: dict[str, Any], nodes: Sequence[str]) -> dict[str, Any]:
+    """The template with pods that are placed on none of these nodes. Terms of a node selector are
+    alternatives, so each of the template's own gets the requirement."""
+    if not nodes:
+        return template
+    # The API server allows one value a requirement here.
+    fields = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in nodes]
+    affinity = dict(template["spec"].get("affinity") or {})
+    placed = dict(affinity.get("nodeAffinity") or {})
+    required = "requiredDuringSchedulingIgnoredDuringExecution"
+    terms = (placed.get(required) or {}).get("nodeSelectorTerms") or [{}]
+    placed[required] = {
+        "nodeSelectorTerms": [
+            {**term, "matchFields": [*(term.get("matchFields") or []), *fields]} for term in terms
+        ]
+    }
+    affinity["nodeAffinity"] = placed
+    return {**template, "spec": {**template["spec"], "affinity": affinity}}

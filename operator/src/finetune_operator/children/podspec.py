@@ -16,7 +16,7 @@ from finetune_api.names import Role
 from finetune_api.run_spec import RunSpec
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.children.metadata import Json
-from finetune_operator.children.overlay import for_cpu_stage, lay_over
+from finetune_operator.children.overlay import for_cpu_stage, lay_over, without_nodes
 from finetune_operator.config import GRACE_SECONDS, NODE_LOST_SECONDS, USER_ID, Config
 from finetune_operator.decision.plan import CurrentRun, Subject
 from finetune_operator.decision.stages import GANG
@@ -72,7 +72,7 @@ def pod_template(pod: StagePod) -> Json:
     base = {"metadata": {"labels": pod.labels}, "spec": _pod_spec(pod)}
     overlay = pod.spec.compute.pod_template or {}
     laid: Json = lay_over(base, overlay if pod.in_gang else for_cpu_stage(overlay))
-    return laid
+    return without_nodes(laid, pod.run.avoid_nodes) if pod.in_gang else laid
 
 
 def _pod_spec(pod: StagePod) -> Json:

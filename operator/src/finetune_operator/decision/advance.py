@@ -9,11 +9,12 @@ from datetime import timedelta
 
 from finetune_api.status import QueueStatus
 from finetune_operator.config import ANNOTATION_OUTCOME, HISTORY, OVERDUE
-from finetune_operator.decision.partial_gang import next_try, release, release_due
+from finetune_operator.decision.partial_gang import next_try, release, release_due, waits_for_nodes
 from finetune_operator.decision.plan import Actions, Change, Create, Decision, Delete
 from finetune_operator.decision.recreate import recreate_due
+from finetune_operator.decision.retries import rule_waits
 from finetune_operator.decision.run_failure import pod_failure_due, run_failure
-from finetune_operator.decision.run_view import RunView, gang_runs, is_elastic
+from finetune_operator.decision.run_view import RunView, is_elastic
 from finetune_operator.decision.stages import GANG, akin
 from finetune_operator.world.children import JobView
 from finetune_operator.world.pods import PodView
@@ -43,7 +44,7 @@ def advance(view: RunView) -> Decision:
     queue = _release_partial_gang(view, actions)
     if queue is None:
         _make_stage(view, actions)
-        queue = None if gang_runs(view) else view.queue_wait
+        queue = view.queue_wait if waits_for_nodes(view) or rule_waits(view) else None
     return Decision("Active", actions, queue=queue)
 
 

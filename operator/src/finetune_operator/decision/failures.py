@@ -3,11 +3,12 @@ Kubernetes reports of the pod, else from the exit code."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Final
 
-from finetune_api.failures import BY_EXIT_CODE, ROWS
+from finetune_api.cluster import FailureRule
+from finetune_api.failures import BY_EXIT_CODE, ROWS, Action
 from finetune_api.names import FINAL_EXIT_CODES, ExitCode
 from finetune_api.status import FailureStatus
 from finetune_operator.world.children import JobView
@@ -37,6 +38,14 @@ def _status(
     if pod is not None:
         raw |= {"pod": pod.name, "node": pod.node, "exitCode": pod.exit_code}
     return FailureStatus.model_validate({k: v for k, v in raw.items() if v is not None})
+
+
+def by_rule(rules: Sequence[FailureRule], cause: FailureStatus) -> Action | None:
+    """What failurePolicy.rules says is done after a failure; None: what the table says."""
+    for rule in rules:
+        if rule.failure_class == cause.failure_class and rule.reason in (None, cause.reason):
+            return rule.action
+    return None
 
 
 def stage_failure(

@@ -40,7 +40,7 @@ def obstacle(
     job: JobView,
     pods: Iterable[PodView],
     start_deadline: timedelta,
-    has_run: bool = False,
+    awaits_image: bool = False,
     waiting_since: datetime | None = None,
     lacks_pods_since: datetime | None = None,
 ) -> Obstacle | None:
@@ -51,8 +51,8 @@ def obstacle(
         pods: its pods.
         start_deadline: counted from the time at which the Job may start, or from the creation of a
             replacement pod. Time in a queue is not counted.
-        has_run: whether the stage's pods have run before. An image that cannot be pulled is then no
-            mistake of the manifest: the registry is waited for until the start deadline.
+        awaits_image: whether an image that cannot be pulled is waited for until the start deadline:
+            the stage's pods have run before, so it is no mistake of the manifest, or by a rule.
         waiting_since: when the gang first waited for nodes, if it has tried before.
         lacks_pods_since: when the Job was first seen to lack pods, if it does.
     """
@@ -60,7 +60,7 @@ def obstacle(
     pods = list(pods)
     found = [
         o
-        for o in (_of_pod(p, since, start_deadline, has_run, waiting_since) for p in pods)
+        for o in (_of_pod(p, since, start_deadline, awaits_image, waiting_since) for p in pods)
         if o is not None
     ]
     # The Job of a CPU stage replaces a failed pod after its back-off; a gang's is recreated then.
@@ -74,14 +74,14 @@ def _of_pod(
     pod: PodView,
     since: datetime,
     deadline: timedelta,
-    has_run: bool,
+    awaits_image: bool,
     waiting_since: datetime | None,
 ) -> Obstacle | None:
     if pod.running or not pod.active:
         return None
     until = max(since, pod.created) + deadline
     if pod.waiting_reason in PULL_REASONS:
-        return _image(pod, until if has_run else None)
+        return _image(pod, until if awaits_image else None)
     if pod.waiting_reason == "CreateContainerConfigError":
         return _config(pod, until)
     if not pod.scheduled:

@@ -15,7 +15,7 @@ from typing import Final
 from finetune_api.status import FailureStatus, QueueStatus
 from finetune_operator.config import PARTIAL_GANG_HOLDS
 from finetune_operator.decision.failures import failure
-from finetune_operator.decision.run_view import RunView, suffices
+from finetune_operator.decision.run_view import RunView, gang_runs, suffices
 from finetune_operator.decision.stages import GANG
 from finetune_operator.world.objects import format_time, parse_time
 from finetune_operator.world.pods import PodView
@@ -76,12 +76,18 @@ def pause(uid: str, tries: int) -> timedelta:
 
 
 def next_try(view: RunView) -> datetime | None:
-    """When the gang that has given its nodes back tries again; None: now, or there is none."""
+    """When the stage that has given its nodes back tries again; None: now, or there is none."""
     wait = view.queue_wait
-    if view.stage != GANG or view.job is not None or wait is None:
+    if view.job is not None or wait is None:
         return None
     due = parse_time(wait.next_try_time)
     return due if due is not None and due > view.now else None
+
+
+def waits_for_nodes(view: RunView) -> bool:
+    """Whether a gang that has given its nodes back before still lacks some."""
+    wait = view.queue_wait
+    return wait is not None and wait.reason == "Unschedulable" and not gang_runs(view)
 
 
 def give_up(view: RunView) -> FailureStatus | None:
@@ -89,6 +95,8 @@ def give_up(view: RunView) -> FailureStatus | None:
     wait, seconds = view.queue_wait, view.spec.scheduling.start_deadline_seconds
     since = parse_time(wait.since) if wait else None
     if wait is None or since is None or view.stage != GANG or view.job is not None:
+        return None
+    if wait.reason != "Unschedulable":  # the next failure decides (``retries``)
         return None
     if view.now < since + timedelta(seconds=seconds):
         return None

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from finetune_api.names import Role
 from finetune_api.run_spec import RunSpec
-from finetune_api.status import FailureStatus, QueueStatus
+from finetune_api.status import AvoidedNode, FailureStatus, QueueStatus
 from finetune_operator.decision.base_model import Wait
+from finetune_operator.decision.incidents import Incidents
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,21 @@ class CurrentRun:
     """Whether the run spec's ConfigMap exists."""
     wait: Wait | None = None
     """Why the run cannot begin yet: its base model is not published, so no child is created."""
+    avoid_nodes: tuple[str, ...] = ()
+    """Nodes that a gang made in this pass avoids."""
+
+
+@dataclass(frozen=True)
+class Recreation:
+    """The begin of a run's next revision with the same spec, in this pass."""
+
+    why: str
+    incidents: Incidents
+    """Incidents that the revision before has shown."""
+    wait: QueueStatus | None = None
+    """The wait before the gang tries again; None: it tries at once."""
+    avoided: tuple[AvoidedNode, ...] = ()
+    """Nodes that the next gang avoids."""
 
 
 Kind = Literal["ConfigMap", "NetworkPolicy", "Service", "Job", "Pod"]

@@ -7,8 +7,9 @@ from datetime import datetime
 from finetune_api.podtemplate import template_problems
 from finetune_api.status import FailureStatus
 from finetune_operator.config import POD_FAILURE_AWAITED
-from finetune_operator.decision.failures import failure, stage_failure
+from finetune_operator.decision.failures import by_rule, failure, stage_failure
 from finetune_operator.decision.partial_gang import give_up
+from finetune_operator.decision.retries import after_incident, retry
 from finetune_operator.decision.run_view import RunView
 from finetune_operator.decision.stages import GANG
 
@@ -24,17 +25,54 @@ def run_failure(view: RunView) -> FailureStatus | None:
     refusal = view.refusal
     if refusal is not None and refusal.final:
         return failure("ChildRefused", f"Kubernetes refuses it: {refusal.message}")
+    cause = failed_stage(view)
+    if cause is not None:
+        return _unless_retried(view, cause)
+    if view.spec.suspend or (view.job is not None and view.job.failed):
+        return None
+    cause = _incident_that_ends(view) or blocked(view)
+    return _unless_retried(view, cause) if cause else give_up(view)
+
+
+def failed_stage(view: RunView) -> FailureStatus | None:
+    """Why the stage's Job has failed, or cannot go on, once its pods have shown the cause."""
     if view.job is not None and view.job.failed:
         return _of_stage(view) if pod_failure_due(view) is None else None
-    if view.failed_beside_sidecar:
-        return _of_stage(view)
-    if view.spec.suspend:
+    return _of_stage(view) if view.failed_beside_sidecar else None
+
+
+def blocked(view: RunView) -> FailureStatus | None:
+    """The failure of pods that cannot run, once it is not waited for any longer."""
+    obstacle = view.obstacle
+    if obstacle is None:
         return None
-    if view.incidents.new_fault and view.incidents.faults > view.spec.failure_policy.max_restarts:
-        return _restarts_exhausted(view)
-    if view.obstacle is not None and view.obstacle.until <= view.now:
-        return view.obstacle.failure
-    return give_up(view)
+    ends = by_rule(view.spec.failure_policy.rules, obstacle.failure) == "End"
+    shown = obstacle.shown_from is None or obstacle.shown_from <= view.now
+    return obstacle.failure if obstacle.until <= view.now or (ends and shown) else None
+
+
+def _incident_that_ends(view: RunView) -> FailureStatus | None:
+    """The cause of an incident from which the run does not recover."""
+    known, newest = view.incidents, view.incidents.new
+    if known.new_fault and known.faults > view.spec.failure_policy.max_restarts:
+        return _restarts_exhausted(view, known.newest_first[0].failure, known.faults)
+    if newest is None:
+        return None
+    waited = newest.action == "Wait" and after_incident(view) is None
+    return newest.failure if newest.action == "End" or waited else None
+
+
+def _unless_retried(view: RunView, cause: FailureStatus) -> FailureStatus | None:
+    """None if ``failurePolicy.rules`` retries a failure that would end the run."""
+    known = view.incidents
+    if known.new is not None and known.new.failure.reason == cause.reason:
+        return cause  # an incident, for which the rules were asked already
+    if retry(view, cause) is not None:
+        return None
+    action = by_rule(view.spec.failure_policy.rules, cause)
+    if action in ("Gang", "Elsewhere"):
+        return _restarts_exhausted(view, cause, known.faults + 1)
+    return cause
 
 
 def pod_failure_due(view: RunView) -> datetime | None:
@@ -56,10 +94,9 @@ def _attempt(view: RunView) -> int | None:
     return view.progress.attempt if view.stage == GANG and view.progress is not None else None
 
 
-def _restarts_exhausted(view: RunView) -> FailureStatus:
-    cause = view.incidents.newest_first[0].failure
+def _restarts_exhausted(view: RunView, cause: FailureStatus, faults: int) -> FailureStatus:
     end = (
-        f" This was fault {view.incidents.faults}; failurePolicy.maxRestarts allows"
+        f" This was fault {faults}; failurePolicy.maxRestarts allows"
         f" {view.spec.failure_policy.max_restarts}. Another spec.retryToken continues the run from"
         " its last checkpoint; another rerunToken starts a new run"
     )

@@ -18,11 +18,11 @@ from finetune_api.results import (
 )
 from finetune_api.run_spec import RunSpec
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import FineTuneJobStatus, QueueStatus
+from finetune_api.status import AvoidedNode, FineTuneJobStatus, QueueStatus
 from finetune_operator.config import GANG_LINGERS, SIDECAR_ENDS
-from finetune_operator.decision.incidents import Incidents, incidents
+from finetune_operator.decision.incidents import Incidents, Place, incidents, recovered
 from finetune_operator.decision.obstacles import Obstacle, obstacle
-from finetune_operator.decision.plan import CurrentRun, Subject
+from finetune_operator.decision.plan import CurrentRun, Recreation, Subject
 from finetune_operator.decision.stages import CONDITION, GANG, stages_of
 from finetune_operator.world.children import JobView
 from finetune_operator.world.objects import parse_time
@@ -46,8 +46,8 @@ class RunView:
     now: datetime
     access: str | None = None
     """Digest of the settings of NetworkPolicies; None: there are none."""
-    inherited: Incidents | None = None
-    """Incidents that the revision before has shown, if this one begins in this pass."""
+    recreation: Recreation | None = None
+    """Why this revision begins in this pass, if it recreates the one before."""
 
     @property
     def run_spec(self) -> RunSpec:
@@ -176,7 +176,7 @@ class RunView:
     def incidents(self) -> Incidents:
         """Incidents of the gang so far. Pods that end because the operator deletes their Job are
         none."""
-        return self.inherited if self.inherited is not None else self._incidents(())
+        return self.recreation.incidents if self.recreation else self._incidents(())
 
     @property
     def incidents_when_recreated(self) -> Incidents:
@@ -189,20 +189,13 @@ class RunView:
         # This revision continues a failed run, and status does not show it yet.
         if run is not None and run.outcome == "Failed" and run.revision < self.run.revision:
             stored = stored.model_copy(update={"faults": 0})
-        known = Incidents(tuple(stored.incidents), stored.faults)
+        known = recovered(Incidents(tuple(stored.incidents), stored.faults), self.progress)
         job = self.job
         if self.stage != GANG or job is None or not job.makes_pods:
             return known
         pods = [p for p in (*self.pods, *self.observed.gone) if p.job == job.uid]
-        return incidents(
-            stored,
-            pods,
-            self.attempt,
-            self.latest_checkpoint,
-            job.created,
-            self.now,
-            lost,
-        )
+        rules = self.spec.failure_policy.rules
+        return incidents(known, pods, self.place, rules, job.created, self.now, lost)
 
     @cached_property
     def lost_pods(self) -> list[PodView]:
@@ -214,6 +207,13 @@ class RunView:
         """The run's current attempt, as far as it was read from the gang; 0 before the first."""
         stored = self.before.run.attempt if self.before.run and self.same_run else 0
         return max(stored, self.progress.attempt if self.progress else 0)
+
+    @property
+    def place(self) -> Place:
+        """How far the run has come, as last read from the gang."""
+        stored = self.before.progress if self.same_run else None
+        step = self.progress.step if self.progress else stored.step if stored else None
+        return Place(self.attempt, step, self.latest_checkpoint)
 
     @property
     def latest_checkpoint(self) -> str | None:
@@ -235,10 +235,20 @@ class RunView:
 
     @property
     def queue_wait(self) -> QueueStatus | None:
-        """The stored wait of this revision's gang for nodes."""
+        """The wait of this revision's gang, stored or begun in this pass."""
+        if self.recreation is not None:
+            return self.recreation.wait
         run = self.before.run
         same_gang = run is not None and (run.id, run.revision) == (self.run.id, self.run.revision)
-        return self.before.queue if same_gang and self.stage == GANG else None
+        return self.before.queue if same_gang else None
+
+    @property
+    def avoided_nodes(self) -> tuple[AvoidedNode, ...]:
+        """Nodes that the gang avoids if it is made in this pass."""
+        if self.recreation is not None:
+            return self.recreation.avoided
+        stored = self.before.avoided_nodes if self.same_run else []
+        return tuple(n for n in stored if (parse_time(n.until) or self.now) > self.now)
 
     @cached_property
     def obstacle(self) -> Obstacle | None:
@@ -249,9 +259,12 @@ class RunView:
             return None
         deadline = timedelta(seconds=self.spec.scheduling.start_deadline_seconds)
         has_run = self.stage == GANG and self.same_run and self.before.progress is not None
-        waiting = parse_time(self.queue_wait.since) if self.queue_wait else None
+        rules = self.spec.failure_policy.rules
+        waits = any(r.failure_class == "ImagePull" and r.action == "Wait" for r in rules)
+        wait = self.queue_wait
+        waiting = parse_time(wait.since) if wait and wait.reason == "Unschedulable" else None
         lacking = self.observed.lacks_pods_since.get(self.job.name)
-        return obstacle(self.job, self.pods, deadline, has_run, waiting, lacking)
+        return obstacle(self.job, self.pods, deadline, has_run or waits, waiting, lacking)
 
     @property
     def refusal(self) -> Refusal | None:

@@ -43,6 +43,10 @@ def activity(view: RunView, decision: Decision) -> Activity:
         return Activity(begins, "Pending", text)
     if obstacle is not None and (obstacle.shown_from is None or obstacle.shown_from <= view.now):
         return Activity(begins, obstacle.reason, obstacle.message)
+    again = next_try(view)
+    if again is not None and view.queue_wait is not None:
+        text = f"{view.queue_wait.message}; its nodes are given back until {format_time(again)}"
+        return Activity("Queued", view.queue_wait.reason, text)
     return WORKS[stage](view)
 
 
@@ -68,17 +72,13 @@ def _train(view: RunView) -> Activity:
         return Activity("Queued", "Queued", f"waiting in queue {view.queue}")
     if job is not None and job.suspended:
         return Activity("Queued", "Queued", "the Job is suspended, but not by this operator")
-    again = next_try(view)
-    if again is not None and view.queue_wait is not None:
-        text = f"{view.queue_wait.message}; its nodes are given back until {format_time(again)}"
-        return Activity("Queued", "Unschedulable", text)
     elastic = is_elastic(view)
     alive = sum(1 for p in view.pods if p.running and not (elastic and p.on_lost_node))
     text = f"{alive} of {nodes} pods run"
     if view.lost_pods:
         lost = ", ".join(sorted({p.node or "?" for p in view.lost_pods}))
         text += f"; node {lost} is not reachable"
-        text += "" if elastic else ": without progress, the gang is recreated elsewhere"
+        text += "" if elastic else ": without progress, the gang is recreated"
     if not gang_runs(view):
         return Activity("Starting", "Starting", text)
     text += _reduced(view)

@@ -40,6 +40,7 @@ def run_status(view: RunView, decision: Decision) -> FineTuneJobStatus:
         "faults": view.incidents.faults,
         "incidents": list(view.incidents.newest_first),
         "queue": decision.queue,
+        "avoided_nodes": list(view.avoided_nodes),
         "failure": decision.failure,
         **results(view, stored, decision.state),
     }
