@@ -98,6 +98,9 @@ GOOD = [
     good("node selector", {"prepare.nodeSelector": {"example.com/pool": "cpu", "empty": ""}}),
     good("queue", {"scheduling": {"queueName": "team-a", "priorityClassName": "low.prio"}}),
     good("no restarts", {"failurePolicy.maxRestarts": 0}),
+    good("time to save", {"compute.terminationGracePeriodSeconds": 900}),
+    good("autoscalers may disrupt", {"scheduling.disruption": "Allow"}),
+    good("deletion protection", {"deletionProtection": True}),
     good("rules for failures", {"failurePolicy.rules": [
         {"class": "OutOfMemory", "reason": "DeviceOutOfMemory", "action": "Gang"},
         {"class": "NodeFailure", "action": "Elsewhere"}, {"class": "UserError", "action": "End"},

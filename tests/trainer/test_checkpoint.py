@@ -149,8 +149,10 @@ def test_training_continues_while_a_checkpoint_is_uploaded(
     model.set(2)
     assert not checkpointer.settled()
     assert checkpointer.latest_uri is None
+    assert checkpointer.longest_save == 0, "none is known yet"
     gate.set()
     checkpointer.settle()
+    assert 0 < checkpointer.longest_save < 60
     assert str(checkpointer.latest_uri).endswith("attempt-1/step-00000001")
     state = checkpointer.restore(model.model, model.optimizers)
     assert state is not None

@@ -142,6 +142,7 @@ def test_metrics_and_progress_pages_show_the_training(bench: Bench) -> None:
     assert (told["run"], told["attempt"], told["restarts"]) == ("1-pages", 1, 0)
     assert (told["totalSteps"], told["dataStage"]) == (bench.total_steps(run_spec), "only")
     assert told["latestCheckpoint"].startswith(run_spec.run_uri)
+    assert told["saveSeconds"] > 0
     for name in SERIES:
         assert float(values[name]) > 0, name
     for part in ("checkpoint", "evaluation"):

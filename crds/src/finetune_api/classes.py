@@ -17,6 +17,7 @@ FieldClass = Literal["Live", "Resume", "NewRun"]
 FIELD_CLASSES: Final[dict[str, FieldClass]] = {
     "managedBy": "Live",
     "suspend": "Live",
+    "deletionProtection": "Live",
     "childrenTTLSecondsAfterFinished": "Live",
     "failurePolicy": "Live",
     "failurePolicy.progressDeadlineSeconds": "Resume",

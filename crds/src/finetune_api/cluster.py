@@ -115,6 +115,11 @@ class Compute(Model):
     """CPU and memory of each pod."""
     shared_memory: Quantity = "2Gi"
     """Size of the memory-backed /dev/shm of each pod; counts towards the pod's memory."""
+    termination_grace_period_seconds: Annotated[int, Field(ge=30, le=7200)] | None = None
+    """Seconds that a pod of the gang has to save its state when it is stopped (drain, preemption,
+    `suspend`). Absent: a minute, and twice the time to save a checkpoint, but at least 120 and at
+    most 3600: as measured by earlier pods of the run (`status.checkpoints.saveSeconds`), else
+    estimated from the trained parameters at 100 MiB per second and pod."""
     image: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = None
     """Trainer image of every pod of the job. Absent: the image pinned by the operator's release."""
     pod_template: dict[str, Any] | None = None
@@ -199,6 +204,11 @@ class Scheduling(Model):
     """Priority class of the pods."""
     scheduler_name: DnsName | None = None
     """Scheduler of the gang's pods. Absent: the cluster's default."""
+    disruption: Literal["Allow", "DoNotDisrupt"] = "DoNotDisrupt"
+    """Whether autoscalers may move pods of the gang to save nodes. DoNotDisrupt: the pods tell the
+    cluster-autoscaler (`safe-to-evict: "false"`) and Karpenter (`do-not-disrupt: "true"`) not to,
+    because one moved pod stops all GPUs of the gang until it runs again. Drains, preemption and
+    other evictions are not prevented. Allow: no annotation."""
     start_deadline_seconds: Count = 3600
     """Seconds that a gang may wait for its nodes, from the time its Job may start (time in a queue
     is not counted). After that the job fails, with the scheduler's reason."""

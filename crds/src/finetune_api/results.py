@@ -102,6 +102,8 @@ class Progress(Record):
     """URI of the newest checkpoint."""
     best_checkpoint: Uri | None = None
     """URI of the best checkpoint."""
+    save_seconds: Seconds = 0.0
+    """Longest time of a checkpoint of this attempt, from its begin until HEAD names it."""
     checkpoints_abandoned: Count = 0
     """Checkpoints of this attempt that could not be written; training continued without them."""
     time: TimeUse | None = None

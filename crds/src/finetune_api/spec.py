@@ -149,6 +149,9 @@ class FineTuneJobSpec(Model):
     without a name. Another value hands the job over."""
     suspend: bool = False
     """Save the state, stop, and hold no nodes until this is false again."""
+    deletion_protection: bool = False
+    """Refuse to delete this object until the run has ended or this is false again, where the
+    operator's chart has installed its admission policy. The namespace can still be deleted."""
     rerun_token: Annotated[str, StringConstraints(max_length=128)] | None = None
     """Any new value starts a new run, e.g. when the data at the same address has changed."""
     retry_token: Annotated[str, StringConstraints(max_length=128)] | None = None

@@ -160,6 +160,9 @@ class Checkpoints(Model):
     """URI of the newest checkpoint."""
     best: Uri | None = None
     """URI of the best checkpoint by spec.checkpoint.metric."""
+    save_seconds: int | None = None
+    """Longest time to save a checkpoint, in seconds; the grace period of later pods follows from
+    it."""
 
 
 class ParameterStatus(Model):

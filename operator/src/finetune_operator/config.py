@@ -18,7 +18,9 @@ ANNOTATION_OUTCOME: Final = f"{GROUP}/outcome"
 ANNOTATION_ACCESS: Final = f"{GROUP}/network-access"
 """On a NetworkPolicy: digest of the settings that it was rendered from."""
 GRACE_SECONDS: Final = 120
-"""terminationGracePeriodSeconds of every pod, and the trainer's time to save its state."""
+"""terminationGracePeriodSeconds of pods of CPU stages, and the least of a gang's pods."""
+LONGEST_GRACE_SECONDS: Final = 3600
+"""Most that a gang's pods get without ``compute.terminationGracePeriodSeconds``."""
 NODE_LOST_SECONDS: Final = 30
 """Seconds that pods stay bound to a node that is not ready or not reachable."""
 STAGE_BACKOFF_LIMIT: Final = 3

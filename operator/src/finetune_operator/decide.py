@@ -52,7 +52,11 @@ def decide(job: StoredJob, observed: Observed, now: datetime, config: Config) ->
     actions = decision.actions
     plan = Plan(
         subject=subject,
-        run=replace(run, avoid_nodes=tuple(n.node for n in view.avoided_nodes)),
+        run=replace(
+            run,
+            avoid_nodes=tuple(n.node for n in view.avoided_nodes),
+            grace_seconds=view.grace_seconds,
+        ),
         delete=tuple(actions.delete),
         create=tuple(actions.create),
         change=tuple(actions.change),

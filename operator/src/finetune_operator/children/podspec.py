@@ -30,6 +30,11 @@ _CACHES: Final = {
     "CUDA_CACHE_PATH": "cuda",
 }
 """Cache folders of libraries, below SCRATCH, by environment variable."""
+_DO_NOT_DISRUPT: Final = {
+    "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+    "karpenter.sh/do-not-disrupt": "true",
+}
+"""Annotations of pods that autoscalers leave in place."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,10 @@ class StagePod:
         return child_name(self.subject.name, self.run.id, GANG, self.run.revision)
 
     @property
+    def grace_seconds(self) -> int:
+        return self.run.grace_seconds if self.in_gang else GRACE_SECONDS
+
+    @property
     def caches_models(self) -> bool:
         """Whether the pod mounts the node's cache of base models. Only the gang does: it holds GPUs
         while it waits for weights."""
@@ -69,7 +78,9 @@ class StagePod:
 
 def pod_template(pod: StagePod) -> Json:
     """Pod template of a stage, with ``compute.podTemplate`` merged into it."""
-    base = {"metadata": {"labels": pod.labels}, "spec": _pod_spec(pod)}
+    base: Json = {"metadata": {"labels": pod.labels}, "spec": _pod_spec(pod)}
+    if pod.in_gang and pod.spec.scheduling.disruption == "DoNotDisrupt":
+        base["metadata"]["annotations"] = dict(_DO_NOT_DISRUPT)
     overlay = pod.spec.compute.pod_template or {}
     laid: Json = lay_over(base, overlay if pod.in_gang else for_cpu_stage(overlay))
     return without_nodes(laid, pod.run.avoid_nodes) if pod.in_gang else laid
@@ -81,7 +92,7 @@ def _pod_spec(pod: StagePod) -> Json:
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "terminationGracePeriodSeconds": pod.grace_seconds,
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": USER_ID,
@@ -185,7 +196,7 @@ def _env(pod: StagePod) -> Iterator[Json]:
         names.ENV_PVC_ROOT: names.PVC_ROOT,
         names.ENV_SCRATCH: names.SCRATCH,
         names.ENV_TERMINATION: names.TERMINATION_PATH,
-        names.ENV_GRACE_SECONDS: str(GRACE_SECONDS),
+        names.ENV_GRACE_SECONDS: str(pod.grace_seconds),
         "HOME": names.SCRATCH,
         "TMPDIR": "/tmp",
         "PYTHONUNBUFFERED": "1",

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from finetune_api.names import Role
 from finetune_api.run_spec import RunSpec
 from finetune_api.status import AvoidedNode, FailureStatus, QueueStatus
+from finetune_operator.config import GRACE_SECONDS
 from finetune_operator.decision.base_model import Wait
 from finetune_operator.decision.incidents import Incidents
 
@@ -40,6 +41,8 @@ class CurrentRun:
     """Why the run cannot begin yet: its base model is not published, so no child is created."""
     avoid_nodes: tuple[str, ...] = ()
     """Nodes that a gang made in this pass avoids."""
+    grace_seconds: int = GRACE_SECONDS
+    """terminationGracePeriodSeconds of a gang made in this pass."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -20,6 +21,7 @@ from finetune_api.run_spec import RunSpec
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import AvoidedNode, FineTuneJobStatus, QueueStatus
 from finetune_operator.config import GANG_LINGERS, SIDECAR_ENDS
+from finetune_operator.decision.grace import grace_seconds
 from finetune_operator.decision.incidents import Incidents, Place, incidents, recovered
 from finetune_operator.decision.obstacles import Obstacle, obstacle
 from finetune_operator.decision.plan import CurrentRun, Recreation, Subject
@@ -241,6 +243,19 @@ class RunView:
         run = self.before.run
         same_gang = run is not None and (run.id, run.revision) == (self.run.id, self.run.revision)
         return self.before.queue if same_gang else None
+
+    @property
+    def save_seconds(self) -> int | None:
+        """Longest time to save a checkpoint of the run, rounded up; None: none is known."""
+        stored = self.before.checkpoints if self.same_run else None
+        measured = self.progress.save_seconds if self.progress else 0.0
+        return max(math.ceil(measured), (stored and stored.save_seconds) or 0) or None
+
+    @property
+    def grace_seconds(self) -> int:
+        """terminationGracePeriodSeconds of the gang's pods, if they are made in this pass."""
+        memory = self.prepared.memory if self.prepared else None
+        return grace_seconds(self.run_spec.spec, memory, self.save_seconds)
 
     @property
     def avoided_nodes(self) -> tuple[AvoidedNode, ...]:

@@ -17,6 +17,7 @@ from finetune_operator.decision.plan import State
 from finetune_operator.decision.run_view import RunView
 from finetune_operator.decision.stages import GANG
 from finetune_operator.status import figures
+from finetune_operator.status.models import make
 from finetune_operator.status.startup import startup
 from finetune_operator.status.usage import Gang, usage
 from finetune_operator.world.objects import parse_time
@@ -47,8 +48,11 @@ def _from_progress(view: RunView) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = {"progress": figures.progress_status(progress, read_at)}
     if progress.latest_checkpoint or progress.best_checkpoint:
-        found["checkpoints"] = Checkpoints(
-            latest=progress.latest_checkpoint, best=progress.best_checkpoint
+        found["checkpoints"] = make(
+            Checkpoints,
+            latest=progress.latest_checkpoint,
+            best=progress.best_checkpoint,
+            save_seconds=view.save_seconds,
         )
     return found
 

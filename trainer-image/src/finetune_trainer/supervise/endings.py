@@ -87,7 +87,7 @@ def judge_stopped(ended: Ended | None, grace: int) -> Failure:
     why = (
         f"the workers had ended before: {said.message if said else 'no report'}"
         if ended.code >= 0
-        else f"{grace} s were too short; raise the pod's terminationGracePeriodSeconds"
+        else f"{grace} s were too short; raise compute.terminationGracePeriodSeconds"
     )
     what = f"stopped with the state unsaved ({why}); training continues from the last checkpoint"
     return failure_of(Interrupted("InterruptedUnsaved", what))

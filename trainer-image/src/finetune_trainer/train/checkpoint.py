@@ -76,10 +76,17 @@ checkpoint is lost if a node fails."""
 
 
 class Upload:
-    """Upload of a checkpoint in a thread of low CPU priority."""
+    """Upload of a checkpoint in a thread of low CPU priority.
 
-    def __init__(self, step: int, work: Callable[[], None]) -> None:
+    Args:
+        began: when the checkpoint began, by ``time.monotonic``.
+    """
+
+    def __init__(self, step: int, work: Callable[[], None], began: float) -> None:
         self.step = step
+        self.seconds = 0.0
+        """Time from there to the end of the upload."""
+        self._begun = began
         self._work = work
         self._began = time.monotonic()
         self._error: BaseException | None = None
@@ -93,6 +100,7 @@ class Upload:
             self._work()
         except BaseException as error:
             self._error = error
+        self.seconds = time.monotonic() - self._begun
 
     @property
     def over(self) -> bool:
@@ -133,6 +141,8 @@ class CheckpointManager:
     recorder: TimeRecorder
     upload: Upload | None = None
     """The current upload; at most one exists."""
+    longest_save: float = 0.0
+    """Longest time of a checkpoint of this attempt, in seconds."""
     abandoned: int = 0
     """Checkpoints that this attempt has abandoned."""
     failures: list[StorageUnavailable] = field(default_factory=list)
@@ -228,13 +238,13 @@ class CheckpointManager:
         Raises: as ``abandon_failed_upload``, for the previous checkpoint.
         """
         self.abandon_failed_upload(force=last)
+        began = time.monotonic()
         spent = self.recorder.use(saved=True)
         copy = self.staging.copy(state_of(model, optimizers))
         loop, step = state.to_json(), state.step
         metric = state.metric_at(step, self.run_spec.spec.checkpoint.metric)
-        self.upload = Upload(
-            step, lambda: self._write(copy, loop, step, metric, spent, keep=not last)
-        )
+        work = partial(self._write, copy, loop, step, metric, spent, keep=not last)
+        self.upload = Upload(step, work, began)
 
     @property
     def failed(self) -> bool:
@@ -261,6 +271,7 @@ class CheckpointManager:
             with self.recorder.of("checkpoint"):
                 upload.wait()
             self.failures.clear()
+            self.longest_save = max(self.longest_save, upload.seconds)
 
     def abandon_failed_upload(self, *, force: bool = False) -> None:
         """Wait for the current upload; if storage was unavailable, abandon the checkpoint. The

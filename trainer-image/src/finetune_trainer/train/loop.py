@@ -299,7 +299,9 @@ def log_checkpoints(session: Session) -> None:
     checkpointer, telemetry = session.checkpointer, session.telemetry
     if checkpointer.settled():
         telemetry.say(
-            latest_checkpoint=checkpointer.latest_uri, best_checkpoint=checkpointer.best_uri
+            latest_checkpoint=checkpointer.latest_uri,
+            best_checkpoint=checkpointer.best_uri,
+            save_seconds=checkpointer.longest_save,
         )
     if more := checkpointer.abandoned - telemetry.progress.checkpoints_abandoned:
         telemetry.checkpoints_abandoned.inc(more)
