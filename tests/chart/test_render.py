@@ -364,3 +364,14 @@ def properties(schema: dict[str, Any], path: str = "") -> Iterator[str]:
 def test_an_old_kubernetes_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"requires kubeVersion: >=1\.31"):
         helm("template", "rel", CHART, "--kube-version", "v1.30.0")
+
+
+def test_the_right_to_read_workloads_is_given_on_request_alone() -> None:
+    assert not any("kueue" in o["metadata"]["name"] for o in render())
+    rule = {"apiGroups": ["kueue.x-k8s.io"], "resources": ["workloads"], "verbs": ["list"]}
+    assert one(render("kueue.enabled=true"), "ClusterRole", "-kueue")["rules"] == [rule]
+    objects = render("kueue.enabled=true", "watchNamespaces={team-a,team-b}")
+    assert not of_kind(objects, "ClusterRole")
+    roles = [o for o in of_kind(objects, "Role") if o["metadata"]["name"].endswith("-kueue")]
+    assert [o["metadata"]["namespace"] for o in roles] == ["team-a", "team-b"]
+    assert all(role["rules"] == [rule] for role in roles)

@@ -21,6 +21,7 @@ import kubernetes.config
 
 from finetune_api.names import API_VERSION, FIELD_OWNER, KIND, PLURAL
 from finetune_operator.decision.plan import Event, Subject
+from finetune_operator.world import workloads
 
 Json = dict[str, Any]
 REQUEST_SECONDS: Final = 5.0
@@ -123,6 +124,7 @@ class Cluster:
     def __init__(self, configuration: Credentials) -> None:
         self._configuration = configuration
         self._session: aiohttp.ClientSession | None = None
+        self._queue_version: str | None = None
         self.guard: Callable[[], bool] = lambda: True
 
     async def __aenter__(self) -> Cluster:
@@ -264,6 +266,22 @@ class Cluster:
         found = await self.request("GET", path, fieldSelector=selector, limit="100")
         events = sorted(found.get("items", ()), key=_event_time)
         return str(events[-1].get("message") or events[-1].get("reason")) if events else None
+
+    async def queue_words(self, namespace: str, uid: str) -> str | None:
+        """What Kueue says about the wait of a Job; None: it says nothing. Needs the optional right
+        to list Workloads.
+
+        Raises:
+            ApiError: 403 without that right, 404 without Kueue.
+        """
+        api = f"/apis/{workloads.GROUP}"
+        if self._queue_version is None:
+            found = await self.request("GET", api)
+            self._queue_version = str(found["preferredVersion"]["version"])
+        path = f"{api}/{self._queue_version}/namespaces/{namespace}/workloads"
+        selector = f"{workloads.JOB_LABEL}={uid}"
+        found = await self.request("GET", path, labelSelector=selector, limit="1")
+        return next(map(workloads.workload_words, found.get("items", ())), "") or None
 
     async def pod_progress(self, namespace: str, pod: str, port: int) -> bytes:
         """Read ``/progress`` of a pod through the API server's proxy."""

@@ -69,7 +69,8 @@ def _prepare(view: RunView) -> Activity:
 def _train(view: RunView) -> Activity:
     job, nodes = view.job, view.run_spec.spec.compute.nodes
     if view.queue is not None and (job is None or job.suspended):
-        return Activity("Queued", "Queued", f"waiting in queue {view.queue}")
+        words = f": {job.warning}" if job is not None and job.warning else ""
+        return Activity("Queued", "Queued", f"waiting in queue {view.queue}{words}")
     if job is not None and job.suspended:
         return Activity("Queued", "Queued", "the Job is suspended, but not by this operator")
     elastic = is_elastic(view)

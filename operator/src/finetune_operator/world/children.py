@@ -44,6 +44,8 @@ class JobView:
     uid: str = ""
     started: datetime | None = None
     suspended: bool = False
+    in_queue: bool = False
+    """Suspended, with the label of a Kueue queue."""
     complete: bool = False
     failed: bool = False
     """Failed, or about to fail: the Job controller waits for pods that may never end."""
@@ -58,7 +60,8 @@ class JobView:
     completed: frozenset[int] = frozenset()
     """Completion indexes that have succeeded; their pods may be gone."""
     warning: str = ""
-    """Kubernetes' newest warning about the Job, read once it lacks pods."""
+    """Kubernetes' newest warning about the Job, read once it lacks pods; Kueue's words about a
+    queued one."""
 
     @property
     def finished(self) -> bool:
@@ -132,6 +135,7 @@ def job_view(obj: Object) -> JobView | None:
         return None
     status = obj.get("status") or {}
     true = {c["type"]: c for c in status.get("conditions") or [] if c.get("status") == "True"}
+    suspended = bool(obj.get("spec", {}).get("suspend"))
     bad = true.get("Failed") or true.get("FailureTarget") or {}
     return JobView(
         name=obj["metadata"]["name"],
@@ -141,7 +145,8 @@ def job_view(obj: Object) -> JobView | None:
         revision=labels.revision,
         created=created,
         started=parse_time(status.get("startTime")),
-        suspended=bool(obj.get("spec", {}).get("suspend")),
+        suspended=suspended,
+        in_queue=suspended and names.LABEL_QUEUE in obj["metadata"]["labels"],
         complete="Complete" in true or "SuccessCriteriaMet" in true,
         failed=bool(bad),
         failed_at=parse_time(bad.get("lastTransitionTime")),
