@@ -371,7 +371,8 @@ def test_the_right_to_read_workloads_is_given_on_request_alone() -> None:
     rule = {"apiGroups": ["kueue.x-k8s.io"], "resources": ["workloads"], "verbs": ["list"]}
     assert one(render("kueue.enabled=true"), "ClusterRole", "-kueue")["rules"] == [rule]
     objects = render("kueue.enabled=true", "watchNamespaces={team-a,team-b}")
-    assert not of_kind(objects, "ClusterRole")
-    roles = [o for o in of_kind(objects, "Role") if o["metadata"]["name"].endswith("-kueue")]
+    made = [o for o in objects if o["metadata"]["name"].endswith("-kueue")]
+    assert {o["kind"] for o in made} == {"Role", "RoleBinding"}
+    roles = of_kind(made, "Role")
     assert [o["metadata"]["namespace"] for o in roles] == ["team-a", "team-b"]
     assert all(role["rules"] == [rule] for role in roles)

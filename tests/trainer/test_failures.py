@@ -207,7 +207,8 @@ CASES: list[tuple[Exception, str, str]] = [
 def test_device_and_peer_errors_are_classified(error: Exception, kind: str, reason: str) -> None:
     found = failure_of(error)
     assert (found.failure_class, found.reason) == (kind, reason)
-    assert found.retryable == (kind == "NodeFailure" or reason == "Unexpected")
+    retried = kind == "NodeFailure" or reason in ("Unexpected", "HostOutOfMemory")
+    assert found.retryable == retried
     assert str(error).splitlines()[0] in found.message
 
 

@@ -86,7 +86,7 @@ class Upload:
         self.step = step
         self.seconds = 0.0
         """Time from there to the end of the upload."""
-        self._begun = began
+        self._save_began = began
         self._work = work
         self._began = time.monotonic()
         self._error: BaseException | None = None
@@ -100,7 +100,7 @@ class Upload:
             self._work()
         except BaseException as error:
             self._error = error
-        self.seconds = time.monotonic() - self._begun
+        self.seconds = time.monotonic() - self._save_began
 
     @property
     def over(self) -> bool:
