@@ -172,15 +172,15 @@ FAILURES: Final[tuple[FailureRow, ...]] = (
     _trainer(
         "UserError", ExitCode.USER_ERROR, "End",
         "UserError BadTemplate BaseChanged CheckpointGone DataGone DoesNotFit DuplicateName"
-        " FormatNotForTask GPUMissing ImageUnsuitable IncompleteModel InvalidAddress"
-        " InvalidEnvironment InvalidSpec MaxLengthTooLong MetricWithoutData ModelChanged"
-        " ModelElsewhere ModelNotFound ModelNotReady NoChatTemplate NoCompiler NoEndToken NoFP8"
-        " NoMatrices NoObjects NoPaddingToken NoRouter NoSuchParameters NoSumOfAdapters"
-        " NoTargetModules NotMergeable NotTrained NothingToMix NothingToReplay ObjectNotFound"
-        " PackageMissing RunSpecMissing ScratchFull SharedMemoryFull StageTooShort StateUnreadable"
-        " StorageInUse StorageNotInstalled StoreIgnoresConditions UnknownObjectType UnreadableModel"
-        " UnsuitableMethod UnsuitableModel UnsupportedModel UnsupportedTokenizer"
-        " VocabularyMismatch",
+        " EncryptionNotSupported FormatNotForTask GPUMissing ImageUnsuitable IncompleteModel"
+        " InvalidAddress InvalidEnvironment InvalidSpec MaxLengthTooLong MetricWithoutData"
+        " ModelChanged ModelElsewhere ModelNotFound ModelNotReady NoChatTemplate NoCompiler"
+        " NoEndToken NoFP8 NoMatrices NoObjects NoPaddingToken NoRouter NoSuchParameters"
+        " NoSumOfAdapters NoTargetModules NotMergeable NotTrained NothingToMix NothingToReplay"
+        " ObjectNotFound OutsideClaim PackageMissing RunSpecMissing ScratchFull SharedMemoryFull"
+        " StageTooShort StateUnreadable StorageInUse StorageNotInstalled StoreIgnoresConditions"
+        " TemplateTooCostly UnknownObjectType UnreadableModel UnsuitableMethod UnsuitableModel"
+        " UnsupportedModel UnsupportedTokenizer VocabularyMismatch",
         "the manifest is invalid or cannot be satisfied",
     ),
     _seen(
@@ -202,8 +202,8 @@ FAILURES: Final[tuple[FailureRow, ...]] = (
     ),
     _trainer(
         "Storage", ExitCode.STORAGE_DENIED, "End",
-        "StorageDenied AccessDenied BucketNotFound CertificateNotTrusted IncompleteCredentials"
-        " WrongRegion",
+        "StorageDenied AccessDenied BucketNotFound CertificateNotTrusted EncryptionKeyDenied"
+        " IncompleteCredentials WrongRegion",
         "object storage refuses access",
     ),
     _trainer(
