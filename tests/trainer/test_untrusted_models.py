@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 import finetune_trainer
 from finetune_api.run_spec import RunSpec
@@ -268,6 +268,25 @@ def test_metadata_of_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
         with pytest.raises(CorruptCheckpoint, match=r"posix\.mkdir, which is not metadata"):
             dcp_storage._unpickled(pickle.dumps(attack), "s3://b/step-1")
     assert not path.exists()
+
+
+class Attribute:
+    """Pickled as the attribute of an object, as Python 3.11.0 to 3.11.3 pickle enumerations."""
+
+    def __init__(self, of: Any, name: str) -> None:
+        self._of, self._name = of, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._of, self._name)
+
+
+def test_metadata_may_name_members_of_enumerations_alone() -> None:
+    member = Attribute(_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT")
+    loaded = dcp_storage._unpickled(pickle.dumps(member), "s3://b/step-1")
+    assert loaded is _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    for other in (Attribute(_MEM_FORMAT_ENCODING, "__init__"), Attribute(Metadata, "__init__")):
+        with pytest.raises(CorruptCheckpoint, match=r"__init__, which is not metadata"):
+            dcp_storage._unpickled(pickle.dumps(other), "s3://b/step-1")
 
 
 def test_values_of_a_checkpoint_run_no_code(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import io
 import math
 import pickle
 from dataclasses import dataclass, replace
+from enum import Enum
 from functools import cached_property
 from typing import Any, Final, TypeVar
 
@@ -191,10 +192,19 @@ class _Unpickler(pickle.Unpickler):
     in the process group."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         known = (module, name) in _KNOWN
         if not known and not (module == "torch" and isinstance(getattr(torch, name), torch.dtype)):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is not metadata")
         return super().find_class(module, name)
+
+
+def _member(kind: Any, name: str) -> Any:
+    """A member of an enumeration; Python 3.11.0 to 3.11.3 pickle it as ``getattr(kind, name)``."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
+        raise pickle.UnpicklingError(f"it names {kind!r}.{name}, which is not metadata")
+    return kind[name]
 
 
 _KNOWN: Final = {
