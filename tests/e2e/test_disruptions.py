@@ -94,56 +94,6 @@ def test_a_gang_on_a_node_that_is_powered_off_continues_elsewhere(platform, mani
     assert told and dying in told[0]["message"]
 
 
-def test_an_elastic_gang_goes_on_without_a_node_and_takes_it_in_again(
-    platform, manifest_of
-) -> None:
-    cluster = platform.cluster
-    if not isinstance(cluster, RealCluster):
-        pytest.skip("powers a node off")
-    spread = {
-        "topologyKey": "kubernetes.io/hostname",
-        "labelSelector": {"matchLabels": {"finetune-operator.dev/job-name": "elastic"}},
-    }
-    affinity = {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [spread]}}
-    elastic = {"nodes": 3, "minNodes": 2, "podTemplate": {"spec": {"affinity": affinity}}}
-    longer = SHORT | {
-        "training": {"epochs": None, "maxSteps": 600, "precision": "FP32"},
-        "checkpoint": {"everySteps": 10},
-    }
-    whole = platform.apply(manifest_of("whole", compute={"nodes": 1}, **longer))
-    undisturbed = platform.wait(whole, "Complete")
-
-    name = platform.apply(manifest_of("elastic", compute=elastic, **longer))
-    platform.wait_for_step(name, 10)
-    storage = nodes_of(platform, "storage", "-l", "app=s3")
-    label = "batch.kubernetes.io/job-completion-index"
-    placed = {
-        pod["metadata"]["labels"][label]: pod["spec"]["nodeName"]
-        for pod in platform.pods(name, "train")
-    }
-    assert len(set(placed.values())) == 3
-    dying = next(node for index, node in placed.items() if index != "0" and node not in storage)
-    began = time.monotonic()
-    cluster.nodes[dying].power_off()
-    try:
-        eventually("2 of 3 nodes train", lambda: trains_with(platform, name, 2), within=180)
-        print(f"2 of 3 nodes train {time.monotonic() - began:.0f} s after the power was off")
-        print(platform.kubectl("get", "finetunejob,pods", "-o", "wide"))
-        print(running(platform.status(name)))
-    finally:
-        cluster.nodes[dying].start()
-        cluster.wait_for_nodes(dying)
-    began = time.monotonic()
-    eventually("3 nodes train", lambda: trains_with(platform, name, 3), within=180)
-    print(f"3 of 3 nodes train {time.monotonic() - began:.0f} s after the node was ready")
-    status = platform.wait(name, "Complete")
-    assert (status["faults"], status["run"]["revision"]) == (0, 1)
-    head = json.loads(platform.store.get(f"{run_uri(status, name)}/HEAD.json"))
-    assert (head["attempt"], head["restarts"]) == (3, 1), "a growth is no restart"
-    losses = [curve_of(platform, *run) for run in ((status, name), (undisturbed, whole))]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-
-
 def test_evictions_of_all_pods_in_turn_count_no_fault(platform, manifest_of) -> None:
     name = platform.apply(manifest_of("rolling", **SHORT))
     for turn in range(2):
@@ -176,18 +126,3 @@ def test_evictions_of_all_pods_in_turn_count_no_fault(platform, manifest_of) -> 
 
 def run_uri(status: dict[str, Any], name: str) -> str:
     return f"s3://output/{name}/.workspace/runs/{name}/{status['run']['id']}"
-
-
-def trains_with(platform, name: str, nodes: int) -> bool:
-    """Whether this many nodes have trained a step."""
-    progress = platform.status(name)["progress"]
-    return progress.get("nodes") == nodes and progress["stage"] == "Training"
-
-
-def running(status: dict[str, Any]) -> str:
-    return next(c["message"] for c in status["conditions"] if c["type"] == "Running")
-
-
-def curve_of(platform, status: dict[str, Any], name: str) -> dict[int, float]:
-    result = json.loads(platform.store.get(f"{run_uri(status, name)}/result.json"))
-    return {point["step"]: point["loss"] for point in result["curve"]}
