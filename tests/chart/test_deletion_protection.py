@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ WORDS = "spec.deletionProtection of FineTuneJob bot is true, and its run has not
 
 
 @pytest.fixture
-def protected(plane: ControlPlane) -> tuple[Api, str]:
+def protected(plane: ControlPlane) -> Iterator[tuple[Api, str]]:
     """A control plane with a protected job ``bot``, and the job's namespace."""
     objects = render()
     plane.apply(one(objects, "CustomResourceDefinition"))
@@ -33,7 +34,11 @@ def protected(plane: ControlPlane) -> tuple[Api, str]:
     eventually("the CRD is served", lambda: plane.get("finetunejobs", "-n", namespace))
     eventually("the policy is active", lambda: _refused(plane, namespace, "probe"))
     plane.apply(_job(namespace, "bot"))
-    return plane, namespace
+    yield plane, namespace
+    # Helm installs nothing over objects that it has not made.
+    for kind in reversed(kinds):
+        plane.kubectl("delete", kind, "deletion.finetune-operator.dev")
+    plane.kubectl("delete", "crd", "finetunejobs.finetune-operator.dev", "--timeout=60s")
 
 
 def _job(namespace: str, name: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ports import free_port
 NAMESPACE = "finetune-system"
 ACCOUNT = f"system:serviceaccount:{NAMESPACE}:rel-finetune-operator"
 NAMESPACED = ("replicas=2", "watchNamespaces={team-a,team-b}")
+RERUN = json.dumps({"spec": {"rerunToken": "again"}})
 SUSPEND = json.dumps({"spec": {"suspend": True}})
 SPEC = {
     "model": {"source": "s3://models/base"},
@@ -119,6 +120,7 @@ def test_the_operator_works_with_the_charts_permissions(
         eventually("prepare's pod", lambda: plane.get("pods", "-n", "team-a")["items"])
         found = eventually("a status", lambda: plane.get("ftj", "bot", "-n", "team-a")["status"])
         assert found["phase"] in ("Pending", "Preparing")
+        plane.kubectl("patch", "ftj", "bot", "-n", "team-a", "--type=merge", "-p", RERUN)
         events = ("get", "events", "-n", "team-a", "-o", "name")
         eventually("an event", lambda: "bot." in plane.kubectl(*events))
         plane.kubectl("patch", "ftj", "bot", "-n", "team-a", "--type=merge", "-p", SUSPEND)

@@ -241,6 +241,42 @@ def test_unschedulable_gang_fails_the_run(job: Job, operator: OperatorProcess) -
     assert failure["reason"] == "Unschedulable" and "0/2 nodes are available" in failure["message"]
 
 
+def test_rules_for_failures_with_the_real_job_controller(
+    job: Job, operator: OperatorProcess
+) -> None:
+    """A rule retries what ends a Job, avoids a node, and ends what a Job would retry."""
+    rules = [{"class": "Diverged", "action": "Gang"}]
+    walk_to_training(job, failurePolicy={"rules": rules, "maxRestarts": 5})
+
+    def fail(code: int, failure_class: str, reason: str, revision: int) -> str:
+        said = {"class": failure_class, "reason": reason, "message": "m", "retryable": code >= 20}
+        pod = job.running("train", 2)[0]
+        job.end_pods([pod], "train", code, failure=said)
+        eventually(
+            f"revision {revision}",
+            lambda: job.status["run"]["revision"] == revision,
+            within=WITHIN,
+        )
+        return str(pod["spec"]["nodeName"])
+
+    fail(13, "Diverged", "LossNotFinite", 2)
+    ended = next(j for j in job.all("jobs") if j["metadata"]["name"].endswith("train-1"))
+    assert "PodFailurePolicy" in [c["reason"] for c in ended["status"]["conditions"]]
+    job.reach("Training")
+    assert job.status["faults"] == 1 and job.status["incidents"][0]["action"] == "Gang"
+
+    job.patch(failurePolicy={"rules": [{"class": "NodeFailure", "action": "Elsewhere"}]})
+    node = fail(20, "NodeFailure", "DeviceFault", 3)
+    job.reach("Training")
+    assert [n["node"] for n in job.status["avoidedNodes"]] == [node]
+    assert node not in {p["spec"]["nodeName"] for p in job.running("train", 2)}
+
+    job.patch(failurePolicy={"rules": [{"class": "Storage", "action": "End"}]})
+    fail(21, "Storage", "StorageUnreachable", 3)
+    job.reach("Failed")
+    assert job.status["failure"]["reason"] == "StorageUnreachable"
+
+
 def test_a_template_refused_by_kubernetes(job: Job, operator: OperatorProcess) -> None:
     template = {"spec": {"tolerations": [{"operator": "Sometimes"}]}}
     job.apply(compute={"podTemplate": template})

@@ -241,7 +241,7 @@ def test_labels_and_annotations_of_the_template_apply_to_all_stages() -> None:
         template = job["spec"]["template"]["metadata"]
         assert template["labels"]["azure.workload.identity/use"] == "true"
         assert template["labels"][names.LABEL_ROLE] == role
-        assert template["annotations"] == {"mesh": "off"}
+        assert template["annotations"]["mesh"] == "off"
 
 
 def test_cpu_stages_have_their_own_nodes_and_resources() -> None:
