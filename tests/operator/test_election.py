@@ -86,11 +86,17 @@ def test_one_namespace_with_minimal_rbac(plane: ControlPlane, tmp_path: Path) ->
     plane.kubectl("create", "namespace", "team-a")
     plane.kubectl("create", "namespace", "team-b")
     rules = [
-        (["finetune-operator.dev"], ["finetunejobs"], ["get", "list", "watch"]),
+        (["finetune-operator.dev"], ["finetunejobs"], ["list", "watch"]),
         (["finetune-operator.dev"], ["finetunejobs/status"], ["patch"]),
-        ([""], ["configmaps", "services"], ["get", "list", "watch", "create", "patch", "delete"]),
+        ([""], ["configmaps"], ["get", "list", "watch", "create", "patch", "delete"]),
+        ([""], ["services"], ["get", "list", "watch", "create", "delete"]),
         (["batch"], ["jobs"], ["get", "list", "watch", "create", "patch", "delete"]),
-        ([""], ["pods"], ["get", "list", "watch"]),
+        (
+            ["networking.k8s.io"],
+            ["networkpolicies"],
+            ["get", "list", "watch", "create", "patch", "delete"],
+        ),
+        ([""], ["pods"], ["list", "watch"]),
         ([""], ["pods/proxy"], ["get"]),
         (["events.k8s.io"], ["events"], ["create"]),
         (["coordination.k8s.io"], ["leases"], ["get", "create", "update"]),
