@@ -6,8 +6,10 @@ in the cluster's folder before they are changed, and ``undo`` restores them.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import time
 from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -55,10 +57,19 @@ def undo(folder: Path) -> None:
                 (_KERNEL / name).write_text(value)
 
 
-def _remove(group: Path) -> None:
+def _remove(group: Path, within: float = 30) -> None:
+    """Remove a control group; it is busy until the last of its killed processes has ended."""
+    until = time.monotonic() + within
     # cgroupfs allows only rmdir, from the leaves up; the files in it cannot be removed.
     for folder, _, _ in os.walk(group, topdown=False):
-        Path(folder).rmdir()
+        while True:
+            try:
+                Path(folder).rmdir()
+                break
+            except OSError as error:
+                if error.errno != errno.EBUSY or time.monotonic() > until:
+                    raise
+                time.sleep(0.1)
 
 
 def _hierarchies() -> list[Path]:
