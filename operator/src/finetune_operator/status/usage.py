@@ -178,9 +178,10 @@ class _Account:
     def _queued_seconds(self, end: datetime) -> int:
         """Seconds up to a time in which the gang was to run and no pod held a node."""
         since, limit = self._gang.since, end if self._gang.waits else self._last_begin
-        if since is None or limit is None or max(self.until, since) >= limit:
+        if since is None or limit is None:
             return 0
-        return integrate(self._spans, max(self.until, since), min(end, limit), self._need).blank
+        start, stop = max(self.until, since), min(end, limit)
+        return integrate(self._spans, start, stop, self._need).blank if start < stop else 0
 
     @property
     def _need(self) -> Need:
