@@ -4,8 +4,10 @@ replaced does not write."""
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from operator_process import OperatorProcess
@@ -13,6 +15,7 @@ from operator_world import spec
 
 from cluster.api import eventually
 from cluster.control_plane import ControlPlane
+from finetune_operator.controller import SETTLE_SECONDS
 
 CRD = Path(__file__).parents[2] / "crds" / "finetunejob.crd.yaml"
 
@@ -43,6 +46,13 @@ def phase(plane: ControlPlane, name: str) -> str:
     return str(plane.get("ftj", name).get("status", {}).get("phase", ""))
 
 
+def resting(plane: ControlPlane, name: str) -> dict[str, Any] | None:
+    """The job once its leader has nothing more to write to it; None before."""
+    before = plane.get("ftj", name)
+    time.sleep(2 * SETTLE_SECONDS)
+    return before if plane.get("ftj", name) == before else None
+
+
 @pytest.mark.slow
 def test_hand_over_and_fencing(plane: ControlPlane, tmp_path: Path) -> None:
     with OperatorProcess(plane.kubeconfig, tmp_path / "first") as first:
@@ -62,11 +72,11 @@ def test_hand_over_and_fencing(plane: ControlPlane, tmp_path: Path) -> None:
             eventually("overtaken", lambda: holder(plane) not in ("", two), within=60)
             make(plane, "c")
             eventually("c is worked on", lambda: phase(plane, "c"))
-            version = plane.get("ftj", "c")["metadata"]["resourceVersion"]
+            before = eventually("c rests", lambda: resting(plane, "c"), within=60)
             second.go_on()
             assert second.wait(30) == 1, "a process that lost its Lease exits"
             assert "is lost: writing stops" in second.log()
-            assert plane.get("ftj", "c")["metadata"]["resourceVersion"] == version
+            assert plane.get("ftj", "c") == before
             second.start()
 
 
