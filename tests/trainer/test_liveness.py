@@ -77,7 +77,7 @@ def test_a_checkpoint_whose_upload_hangs_has_stalled(
     monkeypatch.setattr(checkpoint, "UPLOAD_SECONDS", 2.0)
     stalled, hangs = threading.Event(), threading.Event()
     with StallWatch(0.5, tmp_path / "stacks", lambda idle, _: stalled.set()):
-        upload = checkpoint.Upload(1, lambda: bool(hangs.wait(60)) and None)
+        upload = checkpoint.Upload(1, lambda: bool(hangs.wait(60)) and None, time.monotonic())
         threading.Thread(target=upload.wait, daemon=True).start()
         assert not stalled.wait(1), "a slow upload is none"
         assert stalled.wait(30)

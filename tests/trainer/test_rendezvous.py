@@ -17,6 +17,7 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 from finetune_trainer.supervise import rendezvous, worker_files
+from finetune_trainer.supervise.agent import ELASTIC
 from finetune_trainer.supervise.rendezvous import ElasticRendezvous, PeersLost
 from ports import free_port
 
@@ -31,7 +32,7 @@ class Gang:
 
     def node(self, rank: int, **more: int) -> ElasticRendezvous:
         parameters = RendezvousParameters(
-            rendezvous.BACKEND, f"127.0.0.1:{self._port}", "run", self._fewest, self._most,
+            ELASTIC, f"127.0.0.1:{self._port}", "run", self._fewest, self._most,
             local_addr=f"127.0.0.{rank + 1}",
             **{"is_host": int(rank == 0), "join_timeout": 60, "last_call_timeout": 1,
                "read_timeout": 30, **more},
@@ -48,7 +49,7 @@ class Gang:
 def threads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ThreadPoolExecutor]:
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     monkeypatch.setenv(worker_files.ENV_FOLDER, str(tmp_path))
-    if rendezvous.BACKEND not in rendezvous_handler_registry._registry:
+    if ELASTIC not in rendezvous_handler_registry._registry:
         rendezvous.register()
     with ThreadPoolExecutor() as pool:
         yield pool

@@ -226,7 +226,7 @@ class FailureRule(Model):
     reason: CamelWord | None = None
     """Only failures of the class with this reason. Absent: all of the class."""
     action: Literal["Gang", "Elsewhere", "Wait", "End"]
-    """Gang: all pods of the gang are made anew, and continue from the last checkpoint; a failure
+    """Gang: all pods of the gang are recreated, and continue from the last checkpoint; a failure
     that would end the run counts as a fault. Elsewhere: as Gang, and the pods avoid the node of the
     failed pod for 4 hours. Wait: the gang gives its nodes back and tries again after a minute, then
     twice as late each time up to 8 minutes, until `scheduling.startDeadlineSeconds` are over

@@ -17,8 +17,8 @@ Action = Literal["Pod", "Gang", "Elsewhere", "Wait", "End"]
 
 ACTIONS: Final[dict[Action, str]] = {
     "Pod": "The pod is replaced; the other pods of the gang wait in place.",
-    "Gang": "All pods of the gang are made anew, as the next revision of the run.",
-    "Elsewhere": "The pod is replaced. If it happens again on the same node, the gang is made anew,"
+    "Gang": "All pods of the gang are recreated, as the next revision of the run.",
+    "Elsewhere": "The pod is replaced. If it happens again on the same node, the gang is recreated,"
     " and its pods avoid that node for some hours.",
     "Wait": "What is missing is waited for, until scheduling.startDeadlineSeconds are over; then"
     " the run ends.",
@@ -112,7 +112,7 @@ class FailureRow:
     """Reasons of a class that are recognized and treated alike."""
 
     failure_class: FailureClass
-    told_by: str
+    recognized_by: str
     """How it is recognized."""
     action: Action
     """What is done, unless ``failurePolicy.rules`` gives another action."""
@@ -133,7 +133,7 @@ class FailureRow:
     """Whether the reasons are words of Kubernetes."""
 
 
-def _trainer(
+def _reported(
     failure_class: FailureClass,
     code: ExitCode,
     action: Action,
@@ -144,16 +144,16 @@ def _trainer(
     in_place: bool = False,
 ) -> FailureRow:
     """A failure that the trainer reports."""
-    told_by = f"exit code {int(code)} and the termination message"
-    words = tuple(reasons.split())
+    recognized_by = f"exit code {int(code)} and the termination message"
     return FailureRow(
-        failure_class, told_by, action, words, code, what, counts, suspects_node, in_place
-    )
+        failure_class, recognized_by, action, tuple(reasons.split()), exit_code=code, what=what,
+        counts=counts, suspects_node=suspects_node, in_place=in_place,
+    )  # fmt: skip
 
 
-def _seen(
+def _observed(
     failure_class: FailureClass,
-    told_by: str,
+    recognized_by: str,
     action: Action,
     reasons: str,
     counts: bool = True,
@@ -161,15 +161,15 @@ def _seen(
     verbatim: bool = False,
 ) -> FailureRow:
     """A failure that the operator sees."""
-    words = tuple(reasons.split())
     return FailureRow(
-        failure_class, told_by, action, words, None, "", counts, suspects_node, False, verbatim
-    )
+        failure_class, recognized_by, action, tuple(reasons.split()), counts=counts,
+        suspects_node=suspects_node, verbatim=verbatim,
+    )  # fmt: skip
 
 
 FAILURES: Final[tuple[FailureRow, ...]] = (
     # --- no retry can help ----------------------------------------------------------------------
-    _trainer(
+    _reported(
         "UserError", ExitCode.USER_ERROR, "End",
         "UserError BadTemplate BaseChanged CheckpointGone DataGone DoesNotFit DuplicateName"
         " EncryptionNotSupported FormatNotForTask GPUMissing ImageUnsuitable IncompleteModel"
@@ -183,15 +183,15 @@ FAILURES: Final[tuple[FailureRow, ...]] = (
         " UnsupportedModel UnsupportedTokenizer VocabularyMismatch",
         "the manifest is invalid or cannot be satisfied",
     ),
-    _seen(
+    _observed(
         "UserError", "compute.podTemplate, or the API server's refusal of a child", "End",
         "InvalidPodTemplate ChildRefused",
     ),
-    _seen(
+    _observed(
         "UserError", "a container that waits with reason CreateContainerConfigError", "Wait",
         "MissingSecret ContainerConfig",
     ),
-    _trainer(
+    _reported(
         "DataError", ExitCode.DATA_ERROR, "End",
         "DataError Contaminated EmptyDataSet EmptyPrompt MalformedObject MalformedRecord"
         " MarkMismatch MissingField MostRecordsFaulty NoEndOfTurn NothingSupervised ObjectChanged"
@@ -200,114 +200,114 @@ FAILURES: Final[tuple[FailureRow, ...]] = (
         " UnknownFormat UnknownLabel UnknownPassage UnknownRole WrongType",
         "a record of the data cannot be used",
     ),
-    _trainer(
+    _reported(
         "Storage", ExitCode.STORAGE_DENIED, "End",
         "StorageDenied AccessDenied BucketNotFound CertificateNotTrusted EncryptionKeyDenied"
         " IncompleteCredentials WrongRegion",
         "object storage refuses access",
     ),
-    _trainer(
+    _reported(
         "Diverged", ExitCode.DIVERGED, "End", "Diverged LossNotFinite LossSpike",
         "the loss is not finite, or spikes",
     ),
-    _trainer(
+    _reported(
         "OutOfMemory", ExitCode.OUT_OF_MEMORY, "End", "OutOfMemory DeviceOutOfMemory",
         "the device is out of memory",
     ),
-    _trainer(
+    _reported(
         "Internal", ExitCode.INTERNAL, "End",
         "Internal BeyondTheEnd CorruptCheckpoint HeadOfAnotherRun KernelFailed NCCLFailed"
         " NCCLMisused NoTerminationMessage PreconditionFailed StorageRefused",
         "the trainer has found a defect of its own",
     ),
-    _trainer(
+    _reported(
         "Internal", ExitCode.FENCED, "Pod", "Fenced", "a newer attempt has taken over the run",
         counts=False,
     ),
     # --- faults that a retry can mend -----------------------------------------------------------
-    _trainer(
+    _reported(
         "NodeFailure", ExitCode.NODE_FAILURE, "Pod", "NodeFailure GangNotFormed ProcessLost",
         "another process of the gang, or a device, was lost",
     ),
-    _trainer("NodeFailure", ExitCode.NODE_FAILURE, "Pod", "PeerLost", in_place=True),
-    _trainer(
+    _reported("NodeFailure", ExitCode.NODE_FAILURE, "Pod", "PeerLost", in_place=True),
+    _reported(
         "NodeFailure", ExitCode.NODE_FAILURE, "Elsewhere",
         "DeviceFault DeviceUnavailable DiskFailed ProcessKilled", suspects_node=True,
     ),
-    _trainer(
+    _reported(
         "Storage", ExitCode.STORAGE_UNAVAILABLE, "Pod",
         "StorageUnavailable CheckpointsDamaged CredentialsExpired HeadContended HubUnreachable"
         " LatestContended StorageNotStarted StorageOverloaded StorageUnreachable UploadGone",
         "object storage could not be reached",
     ),
-    _trainer(
+    _reported(
         "Storage", ExitCode.STORAGE_UNAVAILABLE, "Elsewhere", "ClockWrong", suspects_node=True
     ),
-    _trainer(
+    _reported(
         "Internal", ExitCode.UNEXPECTED, "Pod", "Unexpected WorkerExited",
         "the trainer failed with an unexpected error",
     ),
-    _trainer(
+    _reported(
         "Preempted", ExitCode.INTERRUPTED, "Pod", "Interrupted InterruptedUnsaved",
         "stopped on request, with its state saved", counts=False,
     ),
-    _trainer(
+    _reported(
         "Stalled", ExitCode.STALLED, "Elsewhere", "Stalled NoProgress",
         "a training process made no progress", in_place=True, suspects_node=True,
     ),
-    _trainer(
+    _reported(
         "OutOfMemory", ExitCode.HOST_OUT_OF_MEMORY, "Pod", "HostOutOfMemory",
         "the pod is out of memory",
     ),
-    _seen("Internal", "another exit code", "Pod", "ContainerFailed"),
+    _observed("Internal", "another exit code", "Pod", "ContainerFailed"),
     # --- Kubernetes takes a pod away ------------------------------------------------------------
-    _seen(
+    _observed(
         "NodeFailure", "pod condition DisruptionTarget", "Elsewhere",
         "DeletionByTaintManager DeletionByPodGC", counts=False, suspects_node=True, verbatim=True,
     ),
-    _seen(
+    _observed(
         "NodeFailure", "status.reason of the pod: its node refused it", "Elsewhere",
         "UnexpectedAdmissionError", suspects_node=True, verbatim=True,
     ),
-    _seen(
+    _observed(
         "NodeFailure", "another status.reason of the pod, e.g. OutOfcpu", "Elsewhere",
         "PodRejected", suspects_node=True,
     ),
-    _seen(
+    _observed(
         "Preempted", "pod condition DisruptionTarget", "Pod",
         "EvictionByEvictionAPI PreemptionByScheduler", counts=False, verbatim=True,
     ),
-    _seen(
+    _observed(
         "Preempted", "status.reason of the pod: its node shuts down, or needs room for a system"
         " pod", "Pod", "Terminated NodeShutdown Preempting", counts=False, verbatim=True,
     ),
-    _seen(
+    _observed(
         "Preempted", "a deleted pod, or another reason of condition DisruptionTarget", "Pod",
         "PodDeleted Disrupted", counts=False,
     ),
-    _seen(
+    _observed(
         "Preempted", "status.reason of the pod: its node is short of disk or memory", "Pod",
         "Evicted TerminationByKubelet", verbatim=True,
     ),
-    _seen(
+    _observed(
         "Internal", "reason of the failed Job, whose pods are gone", "End",
         "BackoffLimitExceeded DeadlineExceeded FailedIndexes MaxFailedIndexesExceeded"
         " PodFailurePolicy", verbatim=True,
     ),
-    _seen("Internal", "a failed Job without a reason, whose pods are gone", "End", "PodsGone"),
+    _observed("Internal", "a failed Job without a reason, whose pods are gone", "End", "PodsGone"),
     # --- pods that do not start -----------------------------------------------------------------
-    _seen(
+    _observed(
         "ImagePull", "a container that waits with this reason for 30 s (no such image, no access)"
         " or 10 minutes; in a gang that has trained, as Wait", "End",
         "ErrImagePull ImagePullBackOff InvalidImageName ErrImageNeverPull", verbatim=True,
     ),
-    _seen(
+    _observed(
         "Unschedulable", "pod condition PodScheduled, False", "Wait", "Unschedulable"
     ),
-    _seen(
+    _observed(
         "Quota", "a Job that lacks pods, and its events", "Wait", "PodsNotCreated"
     ),
-    _seen(
+    _observed(
         "NodeFailure", "a container that waits for another reason, and the pod's events", "Wait",
         "NotStarted",
     ),

@@ -205,7 +205,7 @@ def _failure_row(row: failures.FailureRow) -> list[str]:
     action = f"in place, then {row.action}" if row.in_place else row.action
     fault = "–" if row.action in ("End", "Wait") else "yes" if row.counts else "no"
     reasons = ", ".join(f"`{reason}`" for reason in row.reasons)
-    return [row.failure_class, reasons, row.told_by, action, fault]
+    return [row.failure_class, reasons, row.recognized_by, action, fault]
 
 
 def _credentials() -> Iterator[str]:

@@ -267,7 +267,7 @@ class Cluster:
         events = sorted(found.get("items", ()), key=_event_time)
         return str(events[-1].get("message") or events[-1].get("reason")) if events else None
 
-    async def queue_words(self, namespace: str, uid: str) -> str | None:
+    async def queue_message(self, namespace: str, uid: str) -> str | None:
         """What Kueue says about the wait of a Job; None: it says nothing. Needs the optional right
         to list Workloads.
 
@@ -281,7 +281,7 @@ class Cluster:
         path = f"{api}/{self._queue_version}/namespaces/{namespace}/workloads"
         selector = f"{workloads.JOB_LABEL}={uid}"
         found = await self.request("GET", path, labelSelector=selector, limit="1")
-        return next(map(workloads.workload_words, found.get("items", ())), "") or None
+        return next(map(workloads.workload_message, found.get("items", ())), "") or None
 
     async def pod_progress(self, namespace: str, pod: str, port: int) -> bytes:
         """Read ``/progress`` of a pod through the API server's proxy."""

@@ -93,7 +93,7 @@ class WarningReader:
         if time.monotonic() < self._no_queues_until:
             return None
         try:
-            return await self._cluster.queue_words(late.namespace, late.uid)
+            return await self._cluster.queue_message(late.namespace, late.uid)
         except ApiError as error:
             if error.code in (403, 404):
                 self._no_queues_until = time.monotonic() + NO_QUEUES_SECONDS

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Self
 
 
-class BackgroundThread:
+class BackgroundThread(ABC):
     """Context manager: runs ``run`` in a daemon thread until the context ends."""
 
     def __init__(self, name: str) -> None:
@@ -25,6 +26,6 @@ class BackgroundThread:
     ) -> None:  # fmt: skip
         self.ended.set()
 
+    @abstractmethod
     def run(self) -> None:
         """The work of the thread."""
-        raise NotImplementedError

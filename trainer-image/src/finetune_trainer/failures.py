@@ -134,8 +134,9 @@ class Stalled(TrainerError):
 
 
 PEER_LOST: Final = "PeerLost"
-GANG_GROWS: Final = "GangGrows"
 """Reason of a NodeFailure caused by another pod: this pod can restart its workers in place."""
+GANG_GROWS: Final = "GangGrows"
+"""Reason of an Interrupted attempt that starts again in place, with another node."""
 
 
 def object_changed(uri: str) -> DataError:

@@ -98,7 +98,7 @@ def pod_failure(pod: PodView, attempt: int | None) -> FailureStatus:
             f"Kubernetes took the pod away ({pod.disruption or pod.reason}):"
             f" {pod.message or 'no message'}"
         )
-        return failure(_word_of_kubernetes(pod), message, pod, attempt)
+        return failure(_kubernetes_reason(pod), message, pod, attempt)
     if pod.deleted_by is not None or pod.exit_code is None:
         return failure("PodDeleted", "the pod was deleted while it ran", pod, attempt)
     row = BY_EXIT_CODE.get(pod.exit_code)
@@ -113,7 +113,7 @@ def pod_failure(pod: PodView, attempt: int | None) -> FailureStatus:
     return failure("ContainerFailed", message, pod, attempt)
 
 
-def _word_of_kubernetes(pod: PodView) -> str:
+def _kubernetes_reason(pod: PodView) -> str:
     """The reason that Kubernetes gives for taking a pod away. Condition DisruptionTarget has one
     for all that the kubelet does; the pod's own reason tells more."""
     if pod.reason in ROWS:

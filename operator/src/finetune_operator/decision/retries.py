@@ -1,6 +1,6 @@
-"""What is done after a failure instead of a replaced pod or the end of the run: the gang is made
-anew, elsewhere, or after a pause, as ``failurePolicy.rules`` asks; elsewhere also if it fails twice
-on a node.
+"""What is done after a failure instead of a replaced pod or the end of the run: the gang is
+recreated, elsewhere, or after a pause, as ``failurePolicy.rules`` asks; elsewhere also if it fails
+twice on a node.
 
 The Job controller treats the Job of a revision by the rules with which it was made
 (``podFailurePolicy``): it replaces a pod, or ends the Job. Rules act on the outcome, so they also
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from finetune_api.failures import RETRIES, Action, row_of
+from finetune_api.failures import Action, allowed_actions, row_of
 from finetune_api.status import AvoidedNode, FailureStatus, Incident, QueueStatus
 from finetune_operator.config import AVOIDED_AT_MOST, AVOIDED_FOR
 from finetune_operator.decision.failures import by_rule
@@ -27,7 +27,8 @@ def retry(view: RunView, cause: FailureStatus) -> Recreation | None:
     """The next revision after a failure that ends the run without a rule; None: it ends. Pods that
     cannot start have been waited for already."""
     action = by_rule(view.spec.failure_policy.rules, cause)
-    if action is None or action == "End" or cause.failure_class in RETRIES:
+    cannot_start = "Gang" not in allowed_actions(cause.failure_class)
+    if action is None or action == "End" or cannot_start:
         return None
     incidents = view.incidents.with_failure(cause, action, view.place, view.now)
     return _next_revision(view, cause, action, incidents)

@@ -10,7 +10,7 @@ JOB_LABEL: Final = f"{GROUP}/job-uid"
 """Label of a Workload: uid of the Job that it admits."""
 
 
-def workload_words(workload: Mapping[str, Any]) -> str:
+def workload_message(workload: Mapping[str, Any]) -> str:
     """Return Kueue's explanation: of an eviction, of a missing quota, or of the admission checks
     that a Workload with quota waits for; "" if there is none."""
     status = workload.get("status") or {}

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, Final
 
 ENV_REPORT: Final = "FINETUNE_AGENT_REPORT"
+ELASTIC: Final = "elastic"
+"""torchrun's name of the rendezvous backend of elastic gangs (``rendezvous``)."""
 _PR_SET_PDEATHSIG: Final = 1
 
 

@@ -29,9 +29,8 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 )
 
 from finetune_trainer.supervise import worker_files
+from finetune_trainer.supervise.agent import ELASTIC
 
-BACKEND: Final = "elastic"
-"""Name of the backend for torchrun."""
 KEEP_ALIVE_SECONDS: Final = 5
 MISSED: Final = 6
 """Signs of life that a node may miss before it is lost."""
@@ -56,7 +55,7 @@ class ElasticRendezvous(DynamicRendezvousHandler):
 
     def get_backend(self) -> str:
         """Return the name under which the backend is registered."""
-        return BACKEND
+        return ELASTIC
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Join the gang."""
@@ -98,7 +97,7 @@ class ElasticRendezvous(DynamicRendezvousHandler):
 
 def register() -> None:
     """Make the backend known to torchrun in this process."""
-    rendezvous_handler_registry.register(BACKEND, _create)
+    rendezvous_handler_registry.register(ELASTIC, _create)
 
 
 def _create(parameters: RendezvousParameters) -> RendezvousHandler:

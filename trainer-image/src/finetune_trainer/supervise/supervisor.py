@@ -256,7 +256,7 @@ class Supervisor:
         arguments = {
             "nnodes": f"{self._fewest}:{node.nodes}",
             "nproc-per-node": node.processes,
-            "rdzv-backend": "elastic" if self._fewest < node.nodes else "c10d",
+            "rdzv-backend": agent.ELASTIC if self._fewest < node.nodes else "c10d",
             "rdzv-endpoint": f"{node.host}:{node.port}",
             "rdzv-id": self._run,
             "rdzv-conf": ",".join(f"{key}={value}" for key, value in rendezvous.items()),

@@ -86,9 +86,8 @@ class Upload:
         self.step = step
         self.seconds = 0.0
         """Time from there to the end of the upload."""
-        self._save_began = began
+        self._began = began
         self._work = work
-        self._began = time.monotonic()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="checkpoint-upload", daemon=True)
         self._thread.start()
@@ -100,7 +99,7 @@ class Upload:
             self._work()
         except BaseException as error:
             self._error = error
-        self.seconds = time.monotonic() - self._save_began
+        self.seconds = time.monotonic() - self._began
 
     @property
     def over(self) -> bool:

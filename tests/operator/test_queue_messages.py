@@ -13,7 +13,7 @@ from test_not_started import store_of
 from cluster.api import Api, eventually
 from finetune_operator.cluster import ApiError, Cluster, load_credentials
 from finetune_operator.warning_reader import WarningReader, late_objects
-from finetune_operator.world.workloads import workload_words
+from finetune_operator.world.workloads import workload_message
 
 LACKS = "couldn't assign flavors to pod set main: insufficient unused quota for nvidia.com/gpu"
 
@@ -49,7 +49,7 @@ def condition(type_: str, status: str, message: str, reason: str = "Pending") ->
     ],
 )
 def test_the_words_of_a_workload(status: dict[str, Any], words: str) -> None:
-    assert workload_words({"status": status}) == words
+    assert workload_message({"status": status}) == words
 
 
 class Queues:
@@ -58,7 +58,7 @@ class Queues:
     def __init__(self, words: str | ApiError) -> None:
         self.words, self.asked = words, 0
 
-    async def queue_words(self, namespace: str, uid: str) -> str | None:
+    async def queue_message(self, namespace: str, uid: str) -> str | None:
         self.asked += 1
         if isinstance(self.words, ApiError):
             raise self.words
@@ -131,7 +131,7 @@ def test_the_workload_of_a_job_is_found_on_an_api_server(control_plane: Api) -> 
 
     async def ask(uid: str) -> str | None:
         async with Cluster(configuration) as cluster:
-            return await cluster.queue_words("default", uid)
+            return await cluster.queue_message("default", uid)
 
     with pytest.raises(ApiError, match="404"):
         asyncio.run(ask("job-1"))
