@@ -95,7 +95,7 @@ CLASSES: Final[dict[FailureClass, tuple[str, str]]] = {
 """Cause and remedy by class. The message of a failure has the remedy of its reason, if there is a
 more specific one."""
 
-RETRIES: Final[dict[FailureClass, tuple[Action, ...]]] = {
+RETRIES: Final[dict[str, tuple[Action, ...]]] = {
     "UserError": (),
     "DataError": (),
     "ImagePull": ("Wait",),
@@ -329,7 +329,7 @@ def row_of(reason: str, exit_code: int | None = None) -> FailureRow | None:
     return ROWS.get(reason) or BY_EXIT_CODE.get(exit_code or 0)
 
 
-def allowed_actions(failure_class: FailureClass) -> tuple[Action, ...]:
+def allowed_actions(failure_class: str) -> tuple[Action, ...]:
     """Return the actions that ``failurePolicy.rules`` may give to a class."""
     return (*RETRIES.get(failure_class, ("Gang", "Elsewhere", "Wait")), "End")
 
