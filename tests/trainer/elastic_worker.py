@@ -18,11 +18,12 @@ from typing import Any
 from worlds import forked
 
 STUB = """
-import json, os, socket, sys
-with socket.socket(socket.AF_UNIX) as line:
-    line.connect(os.environ["FORKS"])
-    line.sendall(json.dumps(dict(os.environ)).encode() + b"\\n")
-    sys.exit(int(line.recv(8) or 137))
+import json, os, socket
+def main():
+    with socket.socket(socket.AF_UNIX) as line:
+        line.connect(os.environ["FORKS"])
+        line.sendall(json.dumps(dict(os.environ)).encode() + b"\\n")
+        return int(line.recv(8) or 137)
 """
 """Module that torchrun runs."""
 

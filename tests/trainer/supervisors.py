@@ -81,7 +81,7 @@ class Nodes:
         self.processes.append(process)
         return process
 
-    def wait_for(self, pattern: str, count: int = 1, seconds: float = 90) -> list[Path]:
+    def wait_for(self, pattern: str, count: int = 1, seconds: float = 300) -> list[Path]:
         """Wait until the workers have written ``count`` files; return them."""
         deadline = time.monotonic() + seconds
         while len(found := sorted(self.shared.glob(pattern))) < count:
@@ -90,7 +90,7 @@ class Nodes:
         return found
 
     def wait_for_log(self, words: str, rank: int = 0) -> None:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while words not in (self.folder / f"node-{rank}/log").read_text():
             assert time.monotonic() < deadline, f"{words!r} is not in\n{self.logs()}"
             time.sleep(0.02)
@@ -98,7 +98,7 @@ class Nodes:
     def logs(self) -> str:
         return "\n".join(path.read_text()[-4000:] for path in self.folder.glob("node-*/log"))
 
-    def end(self, process: subprocess.Popen[bytes], seconds: float = 90) -> int:
+    def end(self, process: subprocess.Popen[bytes], seconds: float = 300) -> int:
         try:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:

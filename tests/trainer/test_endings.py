@@ -59,9 +59,9 @@ CASES = {
         Ended(1, True, workers(a=20, b=-9), LOST), 2, True, "HostOutOfMemory", 25, False,
     ),
     "killed, cause unknown": (Ended(1, True, workers(a=-9)), 2, None, "HostOutOfMemory", 25, False),
-    "killed, not for memory": (Ended(1, True, workers(a=-9)), 2, False, "ProcessKilled", 20, False),
+    "killed, not for memory": (Ended(1, True, workers(a=-9)), 2, False, "ProcessKilled", 20, True),
     "agent killed for memory": (Ended(-9, True), 2, True, "HostOutOfMemory", 25, False),
-    "segmentation fault": (Ended(1, True, workers(a=-11)), 2, True, "ProcessKilled", 20, False),
+    "segmentation fault": (Ended(1, True, workers(a=-11)), 2, True, "ProcessKilled", 20, True),
     "NCCL aborts": (Ended(1, True, workers(a=-6)), 2, None, PEER_LOST, 20, True),
     "NCCL aborts after a kernel fault": (
         Ended(
@@ -81,7 +81,7 @@ CASES = {
         ),
         2, None, PEER_LOST, 20, True,
     ),
-    "abort on a single node": (Ended(1, True, workers(a=-6)), 1, None, "ProcessKilled", 20, False),
+    "abort on a single node": (Ended(1, True, workers(a=-6)), 1, None, "ProcessKilled", 20, True),
     "ended by the agent after a worker failed": (
         Ended(1, True, workers(a=-15, b=20), LOST), 2, None, PEER_LOST, 20, True,
     ),
@@ -159,5 +159,5 @@ def test_read_node_environment() -> None:
 def test_the_first_stall_restarts_in_place(nodes: int) -> None:
     ended = Ended(1, True, workers(a=24, b=-9), STALLED)
     assert judge(ended, nodes, None) == (STALLED, True)
-    assert judge(ended, nodes, None, stalls=1) == (STALLED, False)
+    assert judge(ended, nodes, None, spent=True) == (STALLED, False)
     assert exit_code(STALLED) == 24

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fixtures_memory import spec_of
+
+from finetune_api.run_spec import CONTRACT_VERSION, JobIdentity, RunSpec
 
 pytestmark = pytest.mark.slow
 
@@ -78,3 +82,31 @@ print(*[name for name in OPTIONAL if sys.modules.get(name)])
     assert set(done.stdout.split()) == needed
     if not needed:
         assert done.stderr == "", "a library warned"
+
+
+def test_the_fork_server_leaves_cuda_to_its_processes(tmp_path: Path) -> None:
+    """A process cannot use CUDA if it was forked from one that has asked CUDA for devices."""
+    code = """
+import os, sys
+from finetune_trainer.train.process import preload
+
+def forked():
+    pid = os.fork()
+    if pid == 0:
+        os._exit(torch.cuda._is_in_bad_fork())
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+import torch
+assert "finetune_trainer.train.worker" in sys.modules
+assert forked() == 0
+torch.cuda.is_available()
+assert forked() == 1, "the test can fail"
+"""
+    spec = spec_of(method={"type": "LoRA"})
+    job = JobIdentity(namespace="default", name="job", uid="abcde")
+    path = tmp_path / "run-spec.json"
+    run_spec = RunSpec(version=CONTRACT_VERSION, job=job, run="1-abcde", spec=spec)
+    path.write_text(run_spec.to_text())
+    environment = os.environ | {"FINETUNE_RUN_SPEC": str(path)}
+    environment.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)

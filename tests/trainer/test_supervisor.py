@@ -23,10 +23,10 @@ from finetune_trainer.supervise import worker_files
 from finetune_trainer.failures import Interrupted, exit_code, failure_of
 from finetune_trainer.train.startup import StartupClock
 
-startup = StartupClock.of_this_process()
 shared = Path(os.environ["SHARED"])
 
 def work():
+    startup = StartupClock.of_this_process()
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank = dist.get_rank()
     node = os.environ["FINETUNE_NODE_RANK"]
@@ -48,56 +48,69 @@ def work():
         told = startup.first_step(from_step=0, compiling=None)
         worker_files.leave_result(TrainSummary(attempt=1, restarts=0, steps=step, startup=told))
 
-try:
-    work()
-except BaseException as error:
-    worker_files.report_failure(error)
-    print("worker ends:", repr(error), flush=True)
-    os._exit(int(exit_code(failure_of(error))))
-os._exit(0)
+def main():
+    try:
+        work()
+    except BaseException as error:
+        worker_files.report_failure(error)
+        print("worker ends:", repr(error), flush=True)
+        return int(exit_code(failure_of(error)))
+    return 0
 """
 
 THREADS = """
-import os
-from pathlib import Path
-names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")
-Path(os.environ["SHARED"], "threads-" + "-".join(map(os.environ.get, names))).touch()
+def main():
+    import os
+    from pathlib import Path
+    names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+    Path(os.environ["SHARED"], "threads-" + "-".join(map(os.environ.get, names))).touch()
 """
 
 USER_ERROR = """
-import os, sys, time
-from finetune_trainer.supervise import worker_files
-from finetune_trainer.failures import UserError
-if os.environ["RANK"] == "1":
-    worker_files.report_failure(UserError("ModelTooSmall", "model.source: too small; take another"))
-    sys.exit(1)
-time.sleep(60)
+def main():
+    import os, sys, time
+    from finetune_trainer.supervise import worker_files
+    from finetune_trainer.failures import UserError
+    if os.environ["RANK"] == "1":
+        told = UserError("ModelTooSmall", "model.source: too small; take another")
+        worker_files.report_failure(told)
+        sys.exit(1)
+    time.sleep(60)
 """
 
-KILLED = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+KILLED = """
+import os, signal
+from pathlib import Path
+def main():
+    (Path(os.environ["SHARED"]) / f"killed-{os.getpid()}").touch()
+    os.kill(os.getpid(), signal.SIGSEGV)
+"""
 ABORTED = """
-import os, sys
-print("terminate called after throwing an instance of 'c10::DistBackendError'", file=sys.stderr)
-print("  what():  [PG ID 0 PG GUID 0(default_pg) Rank 0] Process group watchdog thread terminated"
-      " with exception: CUDA error: an illegal memory access was encountered", file=sys.stderr)
-sys.stderr.flush()
-os.abort()
+def main():
+    import os, sys
+    print("terminate called after throwing an instance of 'c10::DistBackendError'", file=sys.stderr)
+    print("  what():  [PG ID 0 PG GUID 0(default_pg) Rank 0] Process group watchdog thread"
+          " terminated with exception: CUDA error: an illegal memory access was encountered", file=sys.stderr)
+    sys.stderr.flush()
+    os.abort()
 """
 STALLED = """
-import os, sys
-from pathlib import Path
-from finetune_trainer.supervise import worker_files
-from finetune_trainer.failures import Stalled
-(Path(os.environ["SHARED"]) / f"training-0-0-{os.getpid()}").touch()
-worker_files.report_failure(Stalled("NoProgress", "rank 0 made no progress for 900 s"))
-os._exit(24)
+def main():
+    import os, sys
+    from pathlib import Path
+    from finetune_trainer.supervise import worker_files
+    from finetune_trainer.failures import Stalled
+    (Path(os.environ["SHARED"]) / f"training-0-0-{os.getpid()}").touch()
+    worker_files.report_failure(Stalled("NoProgress", "rank 0 made no progress for 900 s"))
+    os._exit(24)
 """
 STUBBORN = """
-import os, signal, time
-from pathlib import Path
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-(Path(os.environ["SHARED"]) / f"training-0-0-{os.getpid()}").touch()
-time.sleep(600)
+def main():
+    import os, signal, time
+    from pathlib import Path
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    (Path(os.environ["SHARED"]) / f"training-0-0-{os.getpid()}").touch()
+    time.sleep(600)
 """
 
 
@@ -165,6 +178,7 @@ def test_a_worker_failure_ends_the_pod_with_its_reason_and_exit_code(nodes: Node
 
 def test_a_worker_killed_by_a_signal_is_reported(nodes: Nodes) -> None:
     assert nodes.end(nodes.start(KILLED)) == 20, nodes.logs()
+    assert len(list(nodes.shared.glob("killed-*"))) == 2, "restarted in place once"
     failure = nodes.termination().failure
     assert failure is not None
     assert failure.reason == "ProcessKilled" and "killed by SIGSEGV" in failure.message

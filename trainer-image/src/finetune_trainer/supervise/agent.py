@@ -7,33 +7,59 @@ error of a failed rendezvous.
 
 from __future__ import annotations
 
-import ctypes
+import importlib
 import json
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
+
+from finetune_trainer.supervise.fork_server import settle_in
 
 ENV_REPORT: Final = "FINETUNE_AGENT_REPORT"
 ELASTIC: Final = "elastic"
 """torchrun's name of the rendezvous backend of elastic gangs (``rendezvous``)."""
-_PR_SET_PDEATHSIG: Final = 1
 
 
-def main(arguments: list[str]) -> int:
-    """Run torchrun with these arguments. Return 0 if all workers succeeded, else 1."""
-    _die_with_parent()
+def main(arguments: list[str], environment: Mapping[str, str]) -> None:
+    """Run torchrun, and exit with 0 if all workers succeeded, else with 1.
+
+    Args:
+        arguments: of torchrun; the last one is the workers' module (see ``work``).
+        environment: variables of this process and its workers.
+    """
+    settle_in("agent", environment, signal.SIGTERM)
+    code = _run(arguments, environment)
+    _flush()
+    # The workers have ended. A regular shutdown of torch would only delay the peers.
+    os._exit(code)
+
+
+def work(module: str, environment: Mapping[str, str]) -> None:
+    """Run a training process: the function ``main`` of a module, which returns the exit code."""
+    settle_in(f"rank-{os.environ['RANK']}", environment, signal.SIGKILL)
+    code = importlib.import_module(module).main()
+    _flush()
+    if code:
+        # Threads may still wait for peers: exit without joining them.
+        os._exit(code)
+
+
+def _run(arguments: list[str], environment: Mapping[str, str]) -> int:
     import torch.distributed as dist
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
-    from torch.distributed.run import parse_args, run
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
 
     from finetune_trainer.supervise import rendezvous
 
     rendezvous.register()
     try:
-        run(parse_args(arguments))  # type: ignore[no-untyped-call]
+        config, _, _ = config_from_args(parse_args(arguments))  # type: ignore[no-untyped-call]
+        elastic_launch(config, work)(arguments[-1], environment)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         return _report({"kind": "workers", "codes": codes})
@@ -47,15 +73,6 @@ def _report(words: dict[str, Any]) -> int:
     return 1
 
 
-def _die_with_parent() -> None:
-    """Receive SIGTERM when the supervisor is killed: torchrun then ends its workers."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-if __name__ == "__main__":
-    code = main(sys.argv[1:])
+def _flush() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    # The workers have ended. A regular shutdown of torch would only delay the peers.
-    os._exit(code)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from finetune_api.results import Failure
 from finetune_trainer.failures import (
@@ -21,6 +21,9 @@ from finetune_trainer.failures import (
     failure_of,
     recognise_text,
 )
+
+KILLED: Final = "ProcessKilled"
+"""Reason of a NodeFailure: a process of this pod was killed by a signal."""
 
 
 @dataclass(frozen=True)
@@ -40,24 +43,25 @@ class Ended:
 
 
 def judge(
-    ended: Ended, nodes: int, oom_killed: bool | None, stalls: int = 0
+    ended: Ended, nodes: int, oom_killed: bool | None, spent: bool = False
 ) -> tuple[Failure, bool]:
     """Return why this node's workers ended, and whether to restart them in place.
 
     Args:
         nodes: number of nodes of the run. A single node has no peers to wait for.
-        stalls: earlier stalls of this pod; after one, the pod ends at the next.
         oom_killed: whether the kernel OOM-killed a process meanwhile; None: unknown.
+        spent: whether the pod has restarted for a failure of its own since the last checkpoint.
     """
     said = ended.failure
     if said is not None and said.failure_class == "Stalled":
-        return said, stalls == 0
+        return said, not spent
     follows = said is not None and (said.reason == PEER_LOST or said.failure_class == "Preempted")
     if said is not None and not follows:
         return said, False
     if (number := _killer(ended)) is not None:
         killed = failure_of(_killed(number, nodes, oom_killed, ended.aborted))
-        return killed, killed.reason == PEER_LOST
+        again = killed.reason == PEER_LOST or (killed.reason == KILLED and not spent)
+        return killed, again
     if said is not None:
         return said, nodes > 1
     if ended.report is not None and ended.report["kind"] == "rendezvous":
@@ -122,4 +126,4 @@ def _killed(number: int, nodes: int, oom_killed: bool | None, aborted: str) -> T
         return known
     if number == signal.SIGABRT and nodes > 1:
         return NodeFailure(PEER_LOST, f"{what}, as NCCL does when a peer is lost; see the log")
-    return NodeFailure("ProcessKilled", f"{what}; see its log, and the node's for hardware faults")
+    return NodeFailure(KILLED, f"{what}; see its log, and the node's for hardware faults")

@@ -11,6 +11,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -45,18 +47,21 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def kill_descendants(seconds: float = 10.0) -> None:
-    """Kill all descendants of this process and reap its children, for at most ``seconds``."""
+def kill_descendants(spare: Collection[int] = (), seconds: float = 10.0) -> None:
+    """Kill and reap all descendants of this process but ``spare``, for at most ``seconds``."""
     deadline = time.monotonic() + seconds
-    while (below := descendants(os.getpid())) and time.monotonic() < deadline:
+    killed: set[int] = set()
+    while time.monotonic() < deadline:
+        below = set(descendants(os.getpid())) - set(spare)
+        if not below:
+            break
         for pid in below:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        _reap()
+        killed |= below
+        _reap(killed)
         time.sleep(0.01)
-    _reap()
+    _reap(killed)
 
 
 def machine_time() -> float:
@@ -104,9 +109,8 @@ def _memory_files() -> list[tuple[Path, str]]:
     ]
 
 
-def _reap() -> None:
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        pass
+def _reap(pids: Collection[int]) -> None:
+    """Reap those that are children of this process."""
+    for pid in pids:
+        with suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)

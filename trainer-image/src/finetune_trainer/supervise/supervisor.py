@@ -2,12 +2,14 @@
 
     start ──► agent (torchrun) ──► workers ──► end
       ▲                                          │ success: summary, exit 0
-      └── peers were lost, or the process ───────┤ failure of this node: failure and its exit code
-          group did not form                     └ SIGTERM: save within the grace period, exit 23
+      └── peers or a process were lost, a stall, ┤ failure of this node: failure and its exit code
+          or the process group did not form      └ SIGTERM: save within the grace period, exit 23
 
 The supervisor imports neither torch nor transformers: it must stay small, and survive its workers.
-A pod with a failed worker ends. A pod that only lost its peers restarts its workers in place and
-waits for the replacement, so that one incident costs one pod.
+A pod that only lost its peers restarts its workers in place and waits for the replacement, so that
+one incident costs one pod. A pod whose own process was killed or stalled does so too, once between
+two checkpoints; any other failure of a worker ends the pod. See ``fork_server`` for how a start in
+place is fast.
 """
 
 from __future__ import annotations
@@ -18,16 +20,16 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 from typing import Final
 
 from finetune_api.names import ExitCode
 from finetune_api.results import Failure, Termination
-from finetune_trainer.failures import NodeFailure
+from finetune_trainer.failures import PEER_LOST, NodeFailure
 from finetune_trainer.stage import (
     end_badly,
     end_with,
@@ -36,7 +38,7 @@ from finetune_trainer.stage import (
     scratch_folder,
     start_log,
 )
-from finetune_trainer.supervise import agent, worker_files
+from finetune_trainer.supervise import agent, fork_server, worker_files
 from finetune_trainer.supervise.endings import Ended, judge, judge_stopped
 from finetune_trainer.supervise.node_environment import NodeEnvironment, read_node_environment
 from finetune_trainer.supervise.processes import (
@@ -63,6 +65,8 @@ PAUSE_SECONDS: Final = 0.5
 _ALLOCATION: Final = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 """Environment variables of torch's CUDA allocator, the newer and the older name."""
 POLL_SECONDS: Final = 0.05
+STOP_SECONDS: Final = 3
+"""Time between SIGTERM and SIGKILL for the workers beside a failed one. They save nothing then."""
 KILL_SECONDS: Final = 3
 """Seconds of the grace period reserved for killing processes and the termination message."""
 
@@ -128,7 +132,8 @@ class Supervisor:
         shutil.rmtree(self._folder, ignore_errors=True)  # an emptyDir outlives a container
         oom_before = oom_kills()
         deadline = time.monotonic() + self._patience
-        stalls = 0
+        fork_server.set_up(self._worker, self._environment())
+        spent = False
         while True:
             ended = self._start_and_wait(deadline)
             if ended is not None and ended.code == 0:
@@ -137,8 +142,9 @@ class Supervisor:
                 return self._failed(judge_stopped(ended, self._node.grace))
             oom_now = oom_kills()
             oom_killed = None if oom_before is None or oom_now is None else oom_now > oom_before
-            failure, again = judge(ended, self._node.nodes, oom_killed, stalls)
-            stalls += failure.failure_class == "Stalled"
+            spent = spent and not worker_files.has_committed(self._start_folder)
+            failure, again = judge(ended, self._node.nodes, oom_killed, spent)
+            spent = spent or failure.reason != PEER_LOST
             if not again:
                 return self._failed(failure)
             if ended.formed:
@@ -185,37 +191,36 @@ class Supervisor:
             return Ended(1, False, {"kind": "rendezvous", "message": unresolved})
         self._starts += 1
         self._start_folder.mkdir(parents=True)
-        process = subprocess.Popen(
-            [sys.executable, "-m", agent.__name__, *self._torchrun_arguments(deadline)],
-            env=self._worker_environment(),
-            start_new_session=True,
+        helpers = fork_server.helpers()
+        process = fork_server.start(
+            agent.main, self._torchrun_arguments(deadline), self._start_environment()
         )
         try:
             self._wait(process)
         finally:
             process.kill()
-            process.wait()
-            kill_descendants()
+            process.join()
+            kill_descendants(helpers)
         report, formed = self._report_file, self._formed()
         if formed:
             self._workers_ended, self._formed_in = machine_time(), str(self._start_folder)
         return Ended(
-            code=process.returncode,
+            code=process.exitcode or 0,
             formed=formed,
             report=json.loads(report.read_text()) if report.exists() else None,
             failure=worker_files.read_failure(self._start_folder),
             aborted=worker_files.read_abort(self._logs),
         )
 
-    def _wait(self, process: subprocess.Popen[bytes]) -> None:
+    def _wait(self, process: BaseProcess) -> None:
         """Wait for the agent to end. After a stop request: return immediately if no workers run,
         else pass the request on and wait at most until the grace period ends."""
-        while process.poll() is None:
+        while process.is_alive():
             if self._kill_at is not None:
                 if not self._formed() or time.monotonic() >= self._kill_at:
                     return
                 worker_files.ask_to_stop(self._start_folder)
-            time.sleep(POLL_SECONDS)
+            process.join(POLL_SECONDS)
 
     def _wait_for_name(self, deadline: float) -> str:
         """Wait until the rendezvous host resolves (DNS servers cache negative answers up to 30 s).
@@ -261,6 +266,8 @@ class Supervisor:
             "rdzv-id": self._run,
             "rdzv-conf": ",".join(f"{key}={value}" for key, value in rendezvous.items()),
             "max-restarts": 0,
+            "start-method": fork_server.METHOD,
+            "shutdown-timeout": STOP_SECONDS,
             "log-dir": self._logs,
             "tee": 2,  # stderr to the log and to files, which ``read_abort`` searches
         }
@@ -269,22 +276,28 @@ class Supervisor:
             arguments["local-addr"] = f"127.0.0.{node.rank + 1}"
         return [*(f"--{key}={value}" for key, value in arguments.items()), "-m", self._worker]
 
-    def _worker_environment(self) -> dict[str, str]:
-        own = {
-            # Otherwise survivors of a lost node keep the old store's address, and rendezvous hangs.
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    def _start_environment(self) -> dict[str, str]:
+        """Return the variables of one start."""
+        return {
             worker_files.ENV_FOLDER: str(self._start_folder),
             worker_files.ENV_LAUNCHED: str(self._workers_ended),
             worker_files.ENV_PREVIOUS: self._formed_in,
             agent.ENV_REPORT: str(self._report_file),
+        }
+
+    def _environment(self) -> dict[str, str]:
+        """Return the variables of all starts."""
+        own = {
+            # Otherwise survivors of a lost node keep the old store's address, and rendezvous hangs.
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            "PYTHONUNBUFFERED": "1",
         }
         if not _ALLOCATION & os.environ.keys():
             # Micro-batch lengths differ at each step, which fragments memory blocks of fixed size.
             own["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
         if self._node.loopback and sys.platform == "linux":
             own["GLOO_SOCKET_IFNAME"] = "lo"
-        threads = thread_environment(os.environ, self._node.processes, adaptive=True)
-        return {**os.environ, **threads, **own}
+        return own | thread_environment(os.environ, self._node.processes, adaptive=True)
 
 
 if __name__ == "__main__":

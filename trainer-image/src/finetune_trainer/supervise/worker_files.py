@@ -3,6 +3,7 @@
     stop                request of the supervisor: save and exit
     grow                request of the agent: save, so that the gang starts again with more nodes
     failure-<rank>.json why a worker ended (``results.Failure``)
+    committed           a checkpoint of this start is valid
     result.json         result of the training (``results.TrainSummary``), written by rank 0
     time.json           how the time was spent (``time_use.TimeUse``), written by rank 0
 
@@ -30,6 +31,7 @@ ENV_LAUNCHED: Final = "FINETUNE_LAUNCHED"
 ENV_PREVIOUS: Final = "FINETUNE_PREVIOUS_START"
 STOP: Final = "stop"
 GROW: Final = "grow"
+COMMITTED: Final = "committed"
 RESULT: Final = "result.json"
 TIME: Final = "time.json"
 _ABORT: Final = "watchdog thread terminated with exception: "
@@ -73,6 +75,12 @@ def report_failure(error: BaseException) -> None:
         write_whole(folder / name, _text(failure_of(error)))
 
 
+def note_commit() -> None:
+    """Report to the supervisor that a checkpoint has become valid."""
+    if (folder := _folder()) is not None:
+        (folder / COMMITTED).touch()
+
+
 def leave_result(summary: TrainSummary) -> None:
     """Report the result of the training to the supervisor; called by rank 0."""
     if (folder := _folder()) is not None:
@@ -83,6 +91,11 @@ def leave_time(account: TimeUse) -> None:
     """Report how the time was spent so far; called by rank 0."""
     if (folder := _folder()) is not None:
         write_whole(folder / TIME, _text(account))
+
+
+def has_committed(folder: Path) -> bool:
+    """Whether a checkpoint has become valid during a start."""
+    return (folder / COMMITTED).exists()
 
 
 def ask_to_stop(folder: Path) -> None:

@@ -59,7 +59,7 @@ from finetune_trainer.storage.claim import (
 )
 from finetune_trainer.storage.local_copies import LocalCopies
 from finetune_trainer.storage.objects import FileInfo, ObjectStore
-from finetune_trainer.supervise.worker_files import previous_start
+from finetune_trainer.supervise import worker_files
 from finetune_trainer.train.state import LoopState
 from finetune_trainer.train.time_recorder import TimeRecorder
 
@@ -325,6 +325,7 @@ class CheckpointManager:
         parts = self.channel.on_all(finished)
         files = {name: info for part in parts for name, info in part.items()}
         self._move(lambda held: held.commit(step, files, metric, spent), self.channel)
+        worker_files.note_commit()
         if keep:  # after the commit: the copy of the checkpoint before is of no use any more
             self.copies.keep(uri, writer.content)
 

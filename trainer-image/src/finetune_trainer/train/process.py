@@ -1,27 +1,34 @@
-"""Entry point of a training process, started by torchrun: it imports only what its run needs."""
+"""Entry point of a training process: imports only what its run needs.
+
+The fork server imports this module, and with it what the run's processes share. bitsandbytes and
+torchao initialize CUDA when they are imported, which must not happen before a fork: the processes
+of a run that needs them import everything themselves.
+"""
 
 from __future__ import annotations
 
-import os
-import sys
 from contextlib import suppress
 
-from finetune_trainer.optional_packages import hide_unused
+from finetune_trainer.optional_packages import hide_unused, requirements
 from finetune_trainer.stage import load_run_spec
+
+
+def preload() -> None:
+    """Import what the training processes of this container's run share."""
+    spec = load_run_spec().spec
+    hide_unused(spec)
+    import torch.distributed.run  # noqa: F401
+
+    if not any(requirements(spec)):
+        from finetune_trainer.train import worker  # noqa: F401
 
 
 def main() -> int:
     """Run the training process and return its exit code."""
-    with suppress(Exception):  # the worker reads the run spec again, and reports the failure
-        hide_unused(load_run_spec().spec)
     from finetune_trainer.train import worker
 
     return worker.main()
 
 
-if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # After a failure, threads may still wait for peers: exit without joining them.
-    os._exit(code)
+with suppress(Exception):  # the worker reads the run spec again, and reports the failure
+    preload()
