@@ -86,11 +86,12 @@ def main():
     os.kill(os.getpid(), signal.SIGSEGV)
 """
 ABORTED = """
+import os, sys
 def main():
-    import os, sys
     print("terminate called after throwing an instance of 'c10::DistBackendError'", file=sys.stderr)
     print("  what():  [PG ID 0 PG GUID 0(default_pg) Rank 0] Process group watchdog thread"
-          " terminated with exception: CUDA error: an illegal memory access was encountered", file=sys.stderr)
+          " terminated with exception: CUDA error: an illegal memory access was encountered",
+          file=sys.stderr)
     sys.stderr.flush()
     os.abort()
 """

@@ -21,7 +21,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
-from typing import Final
+from typing import Any, Final
 
 from finetune_trainer.supervise.processes import descendants
 
@@ -61,7 +61,8 @@ def _runs() -> None:
 def start(target: Callable[..., None], *arguments: object) -> BaseProcess:
     """Start a process that calls a function of a module; return it. Keep the result: the process
     ends with the object (``end_with_parent``)."""
-    process = multiprocessing.get_context(METHOD).Process(target=target, args=arguments)
+    context: Any = multiprocessing.get_context(METHOD)
+    process: BaseProcess = context.Process(target=target, args=arguments)
     process.start()
     return process
 
@@ -79,7 +80,7 @@ def settle_in(name: str, environment: Mapping[str, str], end: signal.Signals) ->
     os.setsid()
     if _FORKS:
         # A forked process would otherwise start a server of its own, and import everything again.
-        multiprocessing.forkserver._forkserver.ensure_running = _runs  # type: ignore[attr-defined]
+        multiprocessing.forkserver._forkserver.ensure_running = _runs  # type: ignore[method-assign]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode())
     parent = multiprocessing.parent_process()
