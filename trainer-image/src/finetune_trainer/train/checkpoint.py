@@ -164,7 +164,7 @@ class CheckpointManager:
         metric = run_spec.spec.checkpoint.metric
         held: list[Claim] = []
         recorder = recorder or TimeRecorder(None, None)
-        previous = world.on_all(previous_start)
+        previous = world.on_all(worker_files.previous_start)
 
         def account(attempt: int, earlier: TimeUse | None) -> TimeUse:
             recorder.claimed(
