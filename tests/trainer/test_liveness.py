@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -22,15 +23,30 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("asked", "longest", "started", "limit"),
+    ("asked", "longest", "started", "limit", "stopping"),
     [
-        (None, 0.0, False, 3600), (None, 0.0, True, 900), (None, 10.0, True, 900),
-        (None, 120.0, True, 2400), (None, 300.0, False, 6000), (75, 300.0, True, 75),
-        (75, 0.0, False, 75),
+        (None, 0.0, False, 3600, 60), (None, 0.0, True, 900, 60), (None, 10.0, True, 900, 60),
+        (None, 120.0, True, 2400, 360), (None, 300.0, False, 6000, 900), (75, 300.0, True, 75, 75),
+        (75, 0.0, False, 75, 60),
     ],
 )  # fmt: skip
-def test_limit(asked: float | None, longest: float, started: bool, limit: float) -> None:
+def test_limit(
+    asked: float | None, longest: float, started: bool, limit: float, stopping: float
+) -> None:
     assert stall_limit(asked, longest, started) == limit
+    assert stall_limit(asked, longest, started, stopping=True) == stopping
+
+
+def test_a_process_that_is_requested_to_stop_waits_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(liveness, "STOPPING_SECONDS", 0.5)
+    monkeypatch.setattr(liveness, "_LOOK_SECONDS", 0.1)
+    stalled, stop = threading.Event(), threading.Event()
+    with StallWatch(60, tmp_path / "stacks", lambda idle, _: stalled.set(), stop.is_set):
+        assert not stalled.wait(1.5)
+        stop.set()
+        assert stalled.wait(30)
 
 
 def test_a_process_with_signs_of_progress_has_not_stalled(tmp_path: Path) -> None:
@@ -111,5 +127,10 @@ def test_a_stopped_rank_ends_the_others_with_their_stacks_in_storage(bench: Benc
     assert "rank 0 made no progress for" in failure and '"Stalled"' in failure
     stacks = bench.store.get(f"{run_spec.run_uri}/stacks/attempt-1-rank-0.txt").decode()
     assert "optimizer_step" in stacks or "exchange" in stacks or "take_steps" in stacks
+    assert "With native frames:" in stacks and "no native stacks" not in stacks, stacks
+    uri = f"{run_spec.run_uri}/stacks/attempt-1-rank-0-collectives.json"
+    collectives = json.loads(bench.store.get(uri))
+    assert collectives["entries"][-1]["profiling_name"].startswith("gloo:")
+    assert collectives["pg_status"]
     result = bench.head(run_spec)
     assert result is not None and result.attempt == 1

@@ -31,6 +31,17 @@ sys.exit(run_stage("prepare", body))
 """
 
 
+HANGS = """
+import os, sys, time
+from finetune_trainer import liveness
+from finetune_trainer.stage import run_stage
+liveness.START_SECONDS = 2.0
+def body(run_spec, stores):
+    time.sleep(600)
+sys.exit(run_stage("publish", body))
+"""
+
+
 @pytest.fixture
 def termination(
     run_spec_for: Callable[..., RunSpec], run_spec_file: Callable[[RunSpec], Path]
@@ -104,3 +115,16 @@ def test_sigterm_ends_a_stage_immediately(termination: Callable[[], Termination]
     failure = termination().failure
     assert failure is not None
     assert (failure.failure_class, failure.retryable) == ("Preempted", True)
+
+
+def test_a_stage_that_hangs_ends_with_its_stacks_in_storage(
+    termination: Callable[[], Termination], run_spec_for: Callable[..., RunSpec], bucket: str
+) -> None:
+    done = subprocess.run([sys.executable, "-c", HANGS], timeout=120, stderr=subprocess.PIPE)
+    assert done.returncode == 24, done.stderr
+    failure = termination().failure
+    assert failure is not None and failure.failure_class == "Stalled"
+    assert "publish made no progress for" in failure.message
+    run_spec = run_spec_for()
+    stacks = Stores(run_spec).default.get(f"{run_spec.run_uri}/stacks/publish.txt").decode()
+    assert "in body" in stacks

@@ -63,11 +63,11 @@ CLASSES: Final[dict[FailureClass, tuple[str, str]]] = {
         "Set another spec.retryToken; a higher priority class in spec.scheduling is evicted later.",
     ),
     "Stalled": (
-        "A training process made no progress for failurePolicy.progressDeadlineSeconds, again and"
-        " again.",
+        "A training process made no progress for failurePolicy.progressDeadlineSeconds, or prepare"
+        " or publish for an hour, again and again.",
         "Read the stacks under the run's stacks/ in object storage: a hung collective points to the"
-        " network or a GPU of the node that status names, a blocked read to storage. Raise"
-        " failurePolicy.progressDeadlineSeconds if single steps take that long.",
+        " network or a GPU of the rank that is behind the others there, a blocked read to storage."
+        " Raise failurePolicy.progressDeadlineSeconds if single steps take that long.",
     ),
     "ImagePull": (
         "The trainer image cannot be pulled.",
@@ -253,7 +253,7 @@ FAILURES: Final[tuple[FailureRow, ...]] = (
     ),
     _reported(
         "Stalled", ExitCode.STALLED, "Elsewhere", "Stalled NoProgress",
-        "a training process made no progress", in_place=True, suspects_node=True,
+        "a process made no progress", in_place=True, suspects_node=True,
     ),
     _reported(
         "OutOfMemory", ExitCode.HOST_OUT_OF_MEMORY, "Pod", "HostOutOfMemory",

@@ -100,7 +100,14 @@ STORAGE_LAYOUT: Final[tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = (
             ("HEAD.json", "the attempt that owns the run, its checkpoints and rollbacks"),
             ("heartbeat.json", "last heartbeat of the attempt: bounds the time lost if it dies"),
             ("attempt-<n>/step-<8 digits>/", "a checkpoint: the training state"),
-            ("stacks/attempt-<n>-rank-<r>.txt", "stacks of a process that made no progress"),
+            (
+                "stacks/attempt-<n>-rank-<r>.txt, stacks/<stage>.txt",
+                "stacks of a process that made no progress",
+            ),
+            (
+                "stacks/attempt-<n>-rank-<r>-collectives.json",
+                "the last collectives of that rank, by torch's flight recorder",
+            ),
             ("baseline.json", "test metrics of the base model"),
             ("result.json", "summary and learning curve, which publish reads"),
         ),

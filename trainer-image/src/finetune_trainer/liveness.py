@@ -24,8 +24,14 @@ START_SECONDS: Final = 3600.0
 """Default limit before the first step: large models load, and blocks compile, without a sign."""
 TIMES_LONGEST: Final = 20
 """Default limit in multiples of the longest time between two signs so far."""
+STOPPING_SECONDS: Final = 60.0
+"""Shortest limit once the process was requested to stop: a rank that waits for a lost one would
+hold its GPU for the rest of the grace period, which may be an hour."""
+STOPPING_TIMES_LONGEST: Final = 3
 _LOOKS: Final = 20
 """Looks within a limit."""
+_LOOK_SECONDS: Final = 5.0
+"""Longest time between two looks."""
 _GIVE_UP: Final = 60.0
 """Seconds after which native code that holds Python's lock is ended too."""
 
@@ -61,33 +67,45 @@ def stepped() -> None:
     progressed()
 
 
-def stall_limit(asked: float | None, longest: float, started: bool) -> float:
+def stall_limit(
+    asked: float | None, longest: float, started: bool, stopping: bool = False
+) -> float:
     """Return the seconds without a sign after which a process has stalled.
 
     Args:
         asked: ``failurePolicy.progressDeadlineSeconds``; None: the default.
         longest: longest time between two signs since the first step.
         started: whether a step was made.
+        stopping: whether the process was requested to stop.
     """
-    if asked is not None:
-        return asked
-    return max(LEAST_SECONDS if started else START_SECONDS, TIMES_LONGEST * longest)
+    limit = asked
+    if limit is None:
+        limit = max(LEAST_SECONDS if started else START_SECONDS, TIMES_LONGEST * longest)
+    if stopping:
+        limit = min(limit, max(STOPPING_SECONDS, STOPPING_TIMES_LONGEST * longest))
+    return limit
 
 
 class StallWatch(BackgroundThread):
     """Context manager: calls ``on_stall`` from a thread once the process has stalled."""
 
     def __init__(
-        self, asked: float | None, stacks: Path, on_stall: Callable[[float, Path], None]
+        self,
+        asked: float | None,
+        stacks: Path,
+        on_stall: Callable[[float, Path], None],
+        stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
             asked: as for ``stall_limit``.
             stacks: file for the stacks of all threads.
             on_stall: called with the seconds without a sign and that file; ends the process.
+            stop_requested: whether this process was requested to stop.
         """
         super().__init__("stall-watch")
         self._asked, self._stacks, self._on_stall = asked, stacks, on_stall
+        self._stop_requested = stop_requested
 
     def run(self) -> None:
         """Look for signs until the context ends."""
@@ -101,10 +119,12 @@ class StallWatch(BackgroundThread):
 
     def _has_signs(self) -> bool:
         """Wait until the next look; return whether to go on."""
-        limit = stall_limit(self._asked, _signs.longest, _signs.stepped)
+        limit = stall_limit(
+            self._asked, _signs.longest, _signs.stepped, stopping=self._stop_requested()
+        )
         # If native code holds Python's lock, this thread cannot run: faulthandler's needs none.
         faulthandler.dump_traceback_later(limit + _GIVE_UP, exit=True)
-        pause, began = limit / _LOOKS, time.monotonic()
+        pause, began = min(limit / _LOOKS, _LOOK_SECONDS), time.monotonic()
         if self.ended.wait(pause):
             return False
         now = time.monotonic()

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Literal
@@ -19,6 +20,7 @@ from finetune_api.names import (
     ENV_RUN_SPEC,
     ENV_SCRATCH,
     ENV_TERMINATION,
+    ENV_WORKER,
     RUN_SPEC_PATH,
     SCRATCH,
     TERMINATION_PATH,
@@ -46,9 +48,9 @@ def run_stage(role: Literal["map", "prepare", "publish"], body: Body) -> int:
     SIGTERM ends it immediately: a retry of publish starts from scratch, a retry of prepare skips
     finished input splits.
     """
-    from finetune_trainer.storage.objects import (
-        Stores,  # imported here to save the supervisor a second of imports
-    )
+    # Imported here to save the supervisor a second of imports.
+    from finetune_trainer.stalls import stall_watch
+    from finetune_trainer.storage.objects import Stores
 
     start_log()
     run = ""
@@ -64,7 +66,11 @@ def run_stage(role: Literal["map", "prepare", "publish"], body: Body) -> int:
         run = run_spec.run
         hide_unused(run_spec.spec)
         log.info("%s of run %s of %s/%s", role, run, run_spec.job.namespace, run_spec.job.name)
-        summary = body(run_spec, Stores(run_spec))
+        stores = Stores(run_spec)
+        process = role if role != "map" else f"map-{os.environ.get(ENV_WORKER, '0')}"
+        report = partial(end_badly, run, role)
+        with stall_watch(run_spec, stores.default, scratch_folder(), process, report):
+            summary = body(run_spec, stores)
     except (Exception, KeyboardInterrupt) as error:
         return end_badly(run, role, error)
     finally:

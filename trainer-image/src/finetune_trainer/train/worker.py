@@ -8,13 +8,9 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import sys
-import threading
 import traceback
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
-from typing import Final
 
 import torch
 import transformers
@@ -32,8 +28,8 @@ from finetune_trainer.failures import (
     failure_of,
     recognise,
 )
-from finetune_trainer.liveness import StallWatch
 from finetune_trainer.stage import load_run_spec, scratch_folder
+from finetune_trainer.stalls import stall_watch
 from finetune_trainer.storage.heartbeat import Heartbeat
 from finetune_trainer.storage.objects import ObjectStore, Stores
 from finetune_trainer.supervise import worker_files
@@ -45,9 +41,6 @@ from finetune_trainer.train.startup import StartupClock
 from finetune_trainer.train.stopping import raise_if_stopping, releasing
 from finetune_trainer.train.telemetry import Telemetry
 from finetune_trainer.train.time_recorder import TimeFile, TimeRecorder
-
-STACKS_SECONDS: Final = 20.0
-"""Time to write the stacks of a stalled process to storage."""
 
 
 def main() -> int:
@@ -86,7 +79,15 @@ def work(run_spec: RunSpec, world: World, startup: StartupClock, recorder: TimeR
         heartbeat_of(world, stores.default, run_spec.run_uri, checkpointer),
         releasing(world, checkpointer, stop_requested),
         spinning_of(world),
-        stall_watch(run_spec, world, stores.default, checkpointer.head.attempt, scratch),
+        stall_watch(
+            run_spec,
+            stores.default,
+            scratch,
+            f"attempt-{checkpointer.head.attempt}-rank-{world.rank}",
+            report_stall,
+            limit=run_spec.spec.failure_policy.progress_deadline_seconds,
+            stop_requested=stop_requested,
+        ),
     ):
         session = open_session(
             run_spec,
@@ -120,30 +121,10 @@ def heartbeat_of(
     return Heartbeat(store, run_uri, checkpointer.head.attempt, use=checkpointer.recorder.use)
 
 
-def stall_watch(
-    run_spec: RunSpec, world: World, store: ObjectStore, attempt: int, scratch: Path
-) -> StallWatch:
-    """Return a context that ends this process if it makes no progress, with its stacks in
-    storage."""
-
-    def end(idle: float, stacks: Path) -> None:
-        uri = f"{run_spec.run_uri}/stacks/attempt-{attempt}-rank-{world.rank}.txt"
-        error = Stalled("NoProgress", f"rank {world.rank} made no progress for {idle:.0f} s: {uri}")
-        worker_files.report_failure(error)
-
-        def tell() -> None:
-            text = stacks.read_text() if stacks.exists() else "no stacks: the disk failed"
-            print(f"{error.message}\n{text}", file=sys.stderr, flush=True)
-            store.put(uri, text.encode())
-
-        # Storage, or the reader of the log, may be what hangs: wait for them only so long.
-        teller = threading.Thread(target=tell, daemon=True)
-        teller.start()
-        teller.join(STACKS_SECONDS)
-        os._exit(int(Stalled.exit_code))
-
-    asked = run_spec.spec.failure_policy.progress_deadline_seconds
-    return StallWatch(asked, scratch / f"stacks-{world.rank}.txt", end)
+def report_stall(error: Stalled) -> int:
+    """Report to the supervisor that this process has stalled; return the exit code."""
+    worker_files.report_failure(error)
+    return int(Stalled.exit_code)
 
 
 def spinning_of(world: World) -> AbstractContextManager[object]:

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, Final, TypeVar
 
 from finetune_trainer.failures import HostOutOfMemory, NodeFailure, TrainerError
+from finetune_trainer.liveness import progressed
 from finetune_trainer.memory_limit import count_oom_kills, memory_limit
 from finetune_trainer.prepare.rendering.limits import KILLED_BY, SECONDS, too_costly
 from finetune_trainer.threads import count_cores
@@ -94,7 +95,7 @@ class Pool:
         """
         if self._executor is None:
             for key, item in items:
-                yield key, partial(work, item)
+                yield key, partial(_result, partial(work, item))
             return
         waiting: deque[tuple[K, Future[R]]] = deque()
         try:
@@ -103,10 +104,10 @@ class Pool:
                 self._children = self._children or multiprocessing.active_children()
                 if len(waiting) > 2 * self.processes:
                     first, future = waiting.popleft()
-                    yield first, future.result
+                    yield first, partial(_result, future.result)
             while waiting:
                 first, future = waiting.popleft()
-                yield first, future.result
+                yield first, partial(_result, future.result)
         finally:
             for _, future in waiting:
                 future.cancel()
@@ -126,6 +127,13 @@ class Pool:
             f"one of {self.processes} processes of prepare was killed from outside, or crashed."
             " Finished input splits are kept; the next attempt continues from there",
         )
+
+
+def _result(get: Callable[[], R]) -> R:
+    """Return the result of an item, which is a sign of progress of the stage."""
+    result = get()
+    progressed()
+    return result
 
 
 def _begin(begin: Callable[[Any], None], given: Any) -> None:
