@@ -27,7 +27,8 @@ API = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "k
 """The control plane and kubectl."""
 TEST = (*API, "kwok", "helm")
 """Binaries for ``make test``."""
-E2E = (*API, "helm", "kubelet", "kube-proxy", "coredns", "buildkitd", "buildctl", "pause")
+_NODES = ("kubelet", "kube-proxy", "kube-router", "coredns")
+E2E = (*API, "helm", *_NODES, "buildkitd", "buildctl", "pause")
 """Binaries for ``make e2e`` on its own cluster."""
 E2E_GIVEN = ("kubectl", "helm")
 """Binaries for ``make e2e`` on a given cluster."""
@@ -78,6 +79,11 @@ _TOOLS = {
     ),
     "buildctl": _buildkit("buildctl"),
     "buildkitd": _buildkit("buildkitd"),
+    "kube-router": _Tool(
+        "kube-router",
+        "github.com/cloudnativelabs/kube-router/v2/cmd/kube-router",
+        "github.com/cloudnativelabs/kube-router/v2",
+    ),
     "pause": _Tool("pause", ".", ""),
 }
 

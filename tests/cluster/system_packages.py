@@ -15,6 +15,8 @@ _NEEDED = {
     "runc": "runc",
     str(CNI_PLUGINS / "ptp"): "containernetworking-plugins",
     "nft": "nftables",
+    "iptables": "iptables",
+    "ipset": "ipset",
     "ip": "iproute2",
     "mount": "mount",
     "nsenter": "util-linux",

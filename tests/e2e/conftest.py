@@ -91,6 +91,10 @@ class Platform:
     """The quickstart's model and data, also under ``s3://input/``."""
     made: list[str] = field(default_factory=list)
 
+    def install(self, *values: str) -> None:
+        """``helm upgrade`` the operator with other values, and wait until it is ready."""
+        install(self.cluster, self.operator, self.trainer, *values)
+
     def kubectl(self, *arguments: str | Path, stdin: str | None = None) -> str:
         return self.cluster.kubectl("--namespace", TEAM, *arguments, stdin=stdin)
 
@@ -373,7 +377,7 @@ def start_empty_registry(cluster: Api, image: str) -> None:
     )  # fmt: skip
 
 
-def install(cluster: Api, operator: str, trainer: str) -> None:
+def install(cluster: Api, operator: str, trainer: str, *values: str) -> None:
     """``helm install`` the operator, and create the team's namespace, which enforces the pod
     security standard *restricted*."""
     cluster.apply(
@@ -401,7 +405,7 @@ def install(cluster: Api, operator: str, trainer: str) -> None:
             ROOT / "charts/finetune-operator", "--kubeconfig", cluster.kubeconfig,
             "--namespace", SYSTEM, "--create-namespace", "--wait", "--timeout", "180s",
             *image_values("image", operator), *image_values("trainer.image", trainer),
-            "--set", "admission.images={localhost:5000/*}",
+            "--set", "admission.images={localhost:5000/*}", *values,
         ],
         capture_output=True, text=True,
     )  # fmt: skip
