@@ -24,6 +24,8 @@ class Request:
     """With a subresource after a slash, such as ``finetunejobs/status``."""
     namespace: str
     code: int
+    message: str
+    """Of a refusal."""
 
     @property
     def needed(self) -> set[str]:
@@ -77,4 +79,5 @@ class Audit:
                     resource="/".join(filter(None, (about["resource"], about.get("subresource")))),
                     namespace=about.get("namespace", ""),
                     code=event["responseStatus"]["code"],
+                    message=event["responseStatus"].get("message", ""),
                 )
