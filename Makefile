@@ -18,7 +18,7 @@ STAGES := finetune_trainer.prepare.pipeline, finetune_trainer.train.process, fin
 # If unset, tokenizers warns after a fork and disables its threads.
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: help install demo tools test e2e lint generate verify bench bench-operator gpu sbom lock clean
+.PHONY: help install demo tools test e2e chaos lint generate verify bench bench-operator gpu sbom lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s $$'\t'
@@ -49,6 +49,11 @@ e2e: install ## End-to-end tests on a real cluster (root on Linux, or KUBECONFIG
 	@$(MAKE) --no-print-directory tools FOR=e2e
 	$(BIN)/python -m pytest tests/cluster -m e2e
 	$(BIN)/python -m pytest tests/e2e -m e2e --durations=15
+
+chaos: install ## Disturb runs on a real cluster in every way known, and print a table (root; two hours)
+	@$(MAKE) --no-print-directory tools FOR=e2e
+	FINETUNE_CHAOS=1 $(BIN)/python -m pytest tests/e2e/test_chaos.py -m e2e -s
+	@cat .finetune/chaos/table.md
 
 lint: install ## Check style, types, import layers
 	@$(TIMED) "ruff" $(BIN)/ruff check .

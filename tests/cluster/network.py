@@ -85,6 +85,14 @@ class Network:
             inside=node,
         )
 
+    def cut(self, place: Place) -> None:
+        """Take a node off the network; its processes run on."""
+        _ip(f"link set {place.name} down", inside=self._processes.require("switch"))
+
+    def restore(self, place: Place) -> None:
+        """Undo ``cut``."""
+        _ip(f"link set {place.name} up", inside=self._processes.require("switch"))
+
     def _switch(self) -> Process | None:
         process = self._processes.require("switch")
         apart = _network_of(process.pid) != _network_of("self")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -73,7 +72,8 @@ class Place:
 
 
 def processes_of(pod_uid: str, words: str) -> list[Process]:
-    """Processes in the cgroups of a pod whose command line matches ``words``, oldest first."""
+    """Processes in the cgroups of a pod whose name and command line match ``words``, oldest
+    first."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -81,6 +81,7 @@ def processes_of(pod_uid: str, words: str) -> list[Process]:
         try:
             cgroups = (entry / "cgroup").read_text()
             command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            command = f"{(entry / 'comm').read_text().strip()} {command}"
         except (OSError, UnicodeDecodeError):
             continue
         process = Process.of(int(entry.name))
@@ -89,7 +90,8 @@ def processes_of(pod_uid: str, words: str) -> list[Process]:
     return sorted(found, key=lambda p: p.started)
 
 
-WORKER = r"finetune_trainer\.train\.worker"
+WORKER = r"^rank-\d+ "
+"""Training processes: ``fork_server.settle_in`` names them."""
 
 
 # --- processes and pods --------------------------------------------------------------------------
@@ -167,13 +169,12 @@ def drained(place: Place) -> None:
 def network_cut(place: Place) -> None:
     """A node loses its network for half a minute."""
     name = _away_from_storage(place)
-    switch = place.cluster.processes.require("switch")
-    link = ["nsenter", f"--target={switch.pid}", "--net", "ip", "link", "set", name]
-    subprocess.run([*link, "down"], check=True)
+    node = place.cluster.nodes[name]
+    place.cluster.network.cut(node.place)
     try:
         time.sleep(30)
     finally:
-        subprocess.run([*link, "up"], check=True)
+        place.cluster.network.restore(node.place)
 
 
 def _away_from_storage(place: Place) -> str:

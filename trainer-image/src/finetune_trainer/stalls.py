@@ -1,9 +1,9 @@
 """The end of a process that has stalled, and what it leaves in storage, to find the cause.
 
-    <run>/stacks/<process>.txt               Python stacks of all threads, then native ones (py-spy)
-    <run>/stacks/<process>-collectives.json  torch's flight recorder: the last collectives of NCCL
-                                             or gloo. The others wait for the rank whose last
-                                             sequence number is the lowest.
+<run>/stacks/<process>.txt               Python stacks of all threads, then native ones (py-spy)
+<run>/stacks/<process>-collectives.json  torch's flight recorder: the last collectives of NCCL
+                                         or gloo. The others wait for the rank whose last
+                                         sequence number is the lowest.
 """
 
 from __future__ import annotations
