@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from e2e_platform import SYSTEM, TEAM, Platform
+
 from cluster.api import eventually
 from cluster.processes import Process
 from cluster.real import RealCluster
 
 INDEX = "batch.kubernetes.io/job-completion-index"
-SYSTEM, TEAM = "finetune-system", "team-a"
-Platform = Any  # of conftest
 
 
 @dataclass

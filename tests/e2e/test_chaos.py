@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chaos import SCENARIOS, Place, Platform, Scenario
+from chaos import SCENARIOS, Place, Scenario
+from e2e_platform import Platform
 
 from cluster.api import eventually
 from cluster.real import RealCluster

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from e2e_platform import S3_PORT, TEAM, Platform
 
 from cluster.api import eventually
 from cluster.policies import enforced
 from cluster.real import RealCluster
-from conftest import S3_PORT, TEAM, Platform
 from finetune_api.names import METRICS_PORT, RENDEZVOUS_PORT
 
 pytestmark = pytest.mark.e2e
