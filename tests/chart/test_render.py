@@ -376,3 +376,13 @@ def test_the_right_to_read_workloads_is_given_on_request_alone() -> None:
     roles = of_kind(made, "Role")
     assert [o["metadata"]["namespace"] for o in roles] == ["team-a", "team-b"]
     assert all(role["rules"] == [rule] for role in roles)
+
+
+def test_the_right_to_read_nodes_is_given_on_request_alone() -> None:
+    assert not any("nodes" in o["metadata"]["name"] for o in render())
+    objects = render("nodeConditions.enabled=true", "watchNamespaces={team-a}")
+    rule = {"apiGroups": [""], "resources": ["nodes"], "verbs": ["get"]}
+    assert one(objects, "ClusterRole", "-nodes")["rules"] == [rule]
+    (container,) = one(objects, "Deployment")["spec"]["template"]["spec"]["containers"]
+    told = "--node-conditions=Gpu*,SysLogsXID*,KernelDeadlock,ReadonlyFilesystem"
+    assert told in container["args"]

@@ -208,6 +208,7 @@ class ControlPlane(Api):
                 "--leader-elect=false",
                 "--kube-api-qps=1000",
                 "--kube-api-burst=2000",
+                *self._flags.get("kube-scheduler", ()),
             ],
         )
 

@@ -177,11 +177,30 @@ def network_cut(place: Place) -> None:
         place.cluster.network.restore(node.place)
 
 
-def _away_from_storage(place: Place) -> str:
-    """The node of a rank, but not the one that S3 runs on."""
+def _away_from_storage(place: Place, ranks: tuple[int, ...] = (1, 0)) -> str:
+    """The node of the first of the ranks that is not on the node of S3."""
     storage = place.cluster.get("pod", "s3", "-n", "storage")["spec"]["nodeName"]
-    nodes = [place.node(rank) for rank in (1, 0)]
+    nodes = [place.node(rank) for rank in ranks]
     return next((node for node in nodes if node != storage), nodes[0])
+
+
+def elastic_gang_shrinks_and_grows(place: Place) -> None:
+    """A node without rank 0 is powered off until the others train without it."""
+    name = _away_from_storage(place, (2, 1))
+    node = place.cluster.nodes[name]
+    place.after.callback(place.cluster.wait_for_nodes, name)
+    node.power_off()
+    try:
+        eventually("2 nodes train", lambda: _trained_by(place) == 2, within=240)
+    finally:
+        node.start()
+    eventually("3 nodes train", lambda: _trained_by(place) == 3, within=240)
+
+
+def _trained_by(place: Place) -> int:
+    """Number of nodes that train; 0: the gang is at something else."""
+    progress = place.platform.status(place.name)["progress"]
+    return int(progress.get("nodes", 0)) if progress["stage"] == "Training" else 0
 
 
 # --- the operator, its API server, storage -------------------------------------------------------
@@ -265,11 +284,29 @@ class Scenario:
     in_e2e: bool = False
     """Whether ``make e2e`` tries it, too."""
     spec: dict[str, Any] = field(default_factory=dict)
+    steps: int = 60
+    """Length of the run."""
 
     @property
     def id(self) -> str:
         return f"{self.act.__name__}-{self.phase}".replace("_", "-").lower()
 
+
+_APART = {
+    "topologyKey": "kubernetes.io/hostname",
+    "labelSelector": {"matchLabels": {"finetune-operator.dev/role": "train"}},
+}
+ELASTIC = {
+    "nodes": 3,
+    "minNodes": 2,
+    "podTemplate": {
+        "spec": {
+            "affinity": {
+                "podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [_APART]}
+            }
+        }
+    },
+}
 
 SCENARIOS = [
     Scenario("a training process is killed", worker_killed, faults=None),
@@ -285,6 +322,8 @@ SCENARIOS = [
     Scenario("the kubelet of rank 0 stops for good", kubelet_stopped, faults=None),
     Scenario("a node is powered off and deleted", node_deleted),
     Scenario("a node is drained", drained, times=3),
+    Scenario("an elastic gang loses a node, and gets it back", elastic_gang_shrinks_and_grows,
+             spec={"compute": ELASTIC}, steps=300),
     Scenario("a node has no network for 30 s", network_cut, faults=None, in_e2e=True),
     Scenario("all operators are killed", operators_killed),
     Scenario("another operator with the same Lease", two_operators),

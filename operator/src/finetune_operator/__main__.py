@@ -36,6 +36,11 @@ def parser() -> argparse.ArgumentParser:
         'NetworkPolicies of runs: off, or JSON with "metricsFrom" (peers that may read the metrics'
         ' port; absent: all) and "egress" (egress rules; absent: all destinations)',
     )  # fmt: skip
+    option(
+        "--node-conditions", "FINETUNE_NODE_CONDITIONS", "",
+        "comma-separated patterns of node conditions that are problems of the node, such as Gpu*;"
+        " needs the right to get nodes",
+    )  # fmt: skip
     option("--kubeconfig", "KUBECONFIG", None, "kubeconfig; absent: the pod's service account")
     option("--context", "KUBE_CONTEXT", None, "context of the kubeconfig")
     option(
@@ -81,6 +86,7 @@ def options(arguments: Sequence[str] | None = None) -> Options:
             image=given.image,
             image_pull_policy=given.image_pull_policy or None,
             model_cache=given.model_cache or None,
+            node_conditions=tuple(t for t in given.node_conditions.split(",") if t),
             network=network,
         ),
         kubeconfig=given.kubeconfig or None,

@@ -131,7 +131,8 @@ class Operator:
         listing = watch.Listing()
         tasks = {asyncio.create_task(self._work(cluster, listing, controller))}
         tasks.add(asyncio.create_task(poller.run()))
-        tasks.add(asyncio.create_task(WarningReader(store, cluster, queue.put_after).run()))
+        warnings = WarningReader(store, cluster, queue.put_after, options.config.node_conditions)
+        tasks.add(asyncio.create_task(warnings.run()))
         sweep = watch.sweep(cluster, store, queue.put, options.namespaces, listing.relisted)
         tasks.add(asyncio.create_task(sweep))
         renewing = asyncio.create_task(lease.keep() if lease else asyncio.Event().wait())

@@ -11,7 +11,7 @@ import json
 import logging
 import ssl
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ import kubernetes.config
 
 from finetune_api.names import API_VERSION, FIELD_OWNER, KIND, PLURAL
 from finetune_operator.decision.plan import Event, Subject
-from finetune_operator.world import workloads
+from finetune_operator.world import nodes, workloads
 
 Json = dict[str, Any]
 REQUEST_SECONDS: Final = 5.0
@@ -282,6 +282,15 @@ class Cluster:
         selector = f"{workloads.JOB_LABEL}={uid}"
         found = await self.request("GET", path, labelSelector=selector, limit="1")
         return next(map(workloads.workload_message, found.get("items", ())), "") or None
+
+    async def node_problems(self, node: str, types: Sequence[str]) -> str | None:
+        """The problems of a node; None: it has none. Needs the optional right to get Nodes.
+
+        Raises:
+            ApiError: 403 without that right, 404 if the node is gone.
+        """
+        found = await self.request("GET", f"/api/v1/nodes/{node}")
+        return nodes.node_problems(found, types) or None
 
     async def pod_progress(self, namespace: str, pod: str, port: int) -> bytes:
         """Read ``/progress`` of a pod through the API server's proxy."""

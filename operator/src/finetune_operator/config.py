@@ -126,5 +126,8 @@ class Config:
     """imagePullPolicy of every pod; None leaves it to Kubernetes."""
     model_cache: str | None = None
     """Folder on every node where gangs cache the weights of base models."""
+    node_conditions: tuple[str, ...] = ()
+    """Patterns of node conditions that are problems of the node: a gang avoids it after a pod's
+    failure there. Empty: nodes are not looked at."""
     network: NetworkAccess | None = None
     """Settings of the NetworkPolicies; None: runs have none, and existing ones are deleted."""

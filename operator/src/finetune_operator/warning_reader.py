@@ -1,7 +1,8 @@
 """Warnings of Kubernetes about pods that do not start and Jobs that lack pods: only Events name the
-missing volume, the network plug-in's error or the exceeded quota. Kueue's words about queued Jobs.
+missing volume, the network plug-in's error or the exceeded quota. Kueue's words about queued Jobs,
+and problems of the nodes of failed pods.
 
-Events are read on demand, because a watch of all Events of a cluster would be its largest.
+All are read on demand, because a watch of all Events of a cluster would be its largest.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import aiohttp
 
 from finetune_operator.cluster import ApiError, Cluster
+from finetune_operator.decision.incidents import end_of, is_incident
+from finetune_operator.decision.stages import GANG
 from finetune_operator.store import Store
 from finetune_operator.world.children import JobView
 from finetune_operator.world.pods import PodView
@@ -25,8 +28,11 @@ AGAIN_SECONDS: Final = 15.0
 """Time between two reads about the same object."""
 QUEUE_AGAIN_SECONDS: Final = 60.0
 """The same about a queued Job: it may wait for days beside a thousand others."""
-NO_QUEUES_SECONDS: Final = 600.0
-"""How long Kueue is not asked after a refusal: it is not installed, or the right is missing."""
+REFUSED_SECONDS: Final = 600.0
+"""How long Kueue or nodes are not asked after a refusal: Kueue is not installed, or the right is
+missing."""
+SUSPECTED: Final = timedelta(minutes=2)
+"""How long after a pod's failure its node is looked at: agents notice problems with a delay."""
 LATE: Final = timedelta(seconds=5)
 """How long a pod may take to start, or a Job to make its pods, before its warnings are read."""
 _AT_REST: Final = ("Training", "Complete", "Failed", "Suspended", "Waiting")
@@ -36,13 +42,15 @@ log = logging.getLogger(__name__)
 
 
 class Late(NamedTuple):
-    """A pod that does not start, or a Job that lacks pods or is queued."""
+    """A pod that does not start or has failed, or a Job that lacks pods or is queued."""
 
     job: str
     """uid of the FineTuneJob."""
     namespace: str
     uid: str
     queued: bool = False
+    failed_on: str | None = None
+    """Node of a failed pod."""
 
 
 class WarningReader:
@@ -50,11 +58,21 @@ class WarningReader:
     is new."""
 
     def __init__(
-        self, store: Store, cluster: Cluster, enqueue: Callable[[str, float], None]
+        self,
+        store: Store,
+        cluster: Cluster,
+        enqueue: Callable[[str, float], None],
+        node_conditions: Sequence[str] = (),
     ) -> None:
+        """
+        Args:
+            node_conditions: patterns of the node conditions to heed; without any, nodes are not
+                looked at.
+        """
         self._store, self._cluster, self._enqueue = store, cluster, enqueue
+        self._node_conditions = node_conditions
         self._read_at: dict[str, float] = {}
-        self._no_queues_until = 0.0
+        self._refused_until = {"queues": 0.0, "nodes": 0.0}
 
     async def run(self) -> None:
         """Look until cancelled."""
@@ -68,6 +86,8 @@ class WarningReader:
     async def look(self, now: datetime) -> None:
         """Look once."""
         late = list(late_objects(self._store, now))
+        if self._node_conditions:
+            late += failed_pods(self._store, now)
         uids = {each.uid for each in late}
         for uid in self._read_at.keys() - uids:
             self._store.drop_warning(uid)
@@ -88,16 +108,36 @@ class WarningReader:
             self._enqueue(late.job, 0.0)
 
     async def _text(self, late: Late) -> str | None:
-        if not late.queued:
-            return await self._cluster.newest_warning(late.namespace, late.uid)
-        if time.monotonic() < self._no_queues_until:
+        cluster = self._cluster
+        if late.queued:
+            return await self._optional("queues", cluster.queue_message(late.namespace, late.uid))
+        if late.failed_on:
+            problems = cluster.node_problems(late.failed_on, self._node_conditions)
+            return await self._optional("nodes", problems)
+        return await cluster.newest_warning(late.namespace, late.uid)
+
+    async def _optional(self, what: str, request: Coroutine[Any, Any, str | None]) -> str | None:
+        """Send a request for which the right may be missing."""
+        if time.monotonic() < self._refused_until[what]:
+            request.close()
             return None
         try:
-            return await self._cluster.queue_message(late.namespace, late.uid)
+            return await request
         except ApiError as error:
-            if error.code in (403, 404):
-                self._no_queues_until = time.monotonic() + NO_QUEUES_SECONDS
+            if error.code == 403 or (error.code == 404 and what == "queues"):
+                self._refused_until[what] = time.monotonic() + REFUSED_SECONDS
             raise
+
+
+def failed_pods(store: Store, now: datetime) -> Iterator[Late]:
+    """Pods of gangs that have failed a short while ago."""
+    for job in store.jobs():
+        uid, namespace = job["metadata"]["uid"], job["metadata"]["namespace"]
+        for pod, view in store.children(uid, "Pod").items():
+            if not isinstance(view, PodView) or view.role != GANG or not is_incident(view):
+                continue
+            if view.node and now - end_of(view) < SUSPECTED:
+                yield Late(uid, namespace, pod, failed_on=view.node)
 
 
 def late_objects(store: Store, now: datetime) -> Iterator[Late]:

@@ -56,9 +56,10 @@ class Incidents:
         """Number of all incidents of the run."""
         return self.newest_first[0].number if self.newest_first else 0
 
-    def acted(self, action: Action) -> Incidents:
-        """With what was done after the newest incident."""
-        newest = self.newest_first[0].model_copy(update={"action": action})
+    def acted(self, action: Action, cause: FailureStatus | None = None) -> Incidents:
+        """With what was done after the newest incident, and what else is known of its cause."""
+        update = {"action": action} | ({"failure": cause} if cause else {})
+        newest = self.newest_first[0].model_copy(update=update)
         return replace(self, newest_first=(newest, *self.newest_first[1:]), new=newest)
 
     def with_failure(

@@ -124,7 +124,8 @@ def _config(pod: PodView, until: datetime) -> Obstacle:
 
 def _unschedulable(pod: PodView, until: datetime, deadline: timedelta) -> Obstacle:
     why = pod.unschedulable or "the scheduler has not looked at it yet"
-    shown = f"no node for pod {pod.name}: {why}"
+    what = f"the gang's PodGroup {pod.pod_group}" if pod.pod_group else f"pod {pod.name}"
+    shown = f"no node for {what}: {why}"
     less = "fewer compute.nodes or gpusPerNode, smaller compute.resources"
     if pod.role != GANG:
         less = "fewer prepare.workers, smaller prepare.resources"

@@ -3,7 +3,8 @@ waits, and tries again.
 
 Two gangs that each hold some of the nodes which the other needs would otherwise wait for each other
 until both fail. The pause grows with each try and differs between jobs, so that one of them finds
-all nodes free. With a Kueue queue this does not happen: the queue admits whole gangs.
+all nodes free. This does not happen with a Kueue queue, which admits whole gangs, and in clusters
+with gang scheduling, where the scheduler places a gang's PodGroup as a whole.
 """
 
 from __future__ import annotations

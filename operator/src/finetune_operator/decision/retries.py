@@ -1,6 +1,6 @@
 """What is done after a failure instead of a replaced pod or the end of the run: the gang is
 recreated, elsewhere, or after a pause, as ``failurePolicy.rules`` asks; elsewhere also if it fails
-twice on a node.
+twice on a node, or once on a node whose conditions tell of a problem.
 
 The Job controller treats the Job of a revision by the rules with which it was made
 (``podFailurePolicy``): it replaces a pod, or ends the Job. Rules act on the outcome, so they also
@@ -16,7 +16,7 @@ from finetune_api.failures import Action, allowed_actions, row_of
 from finetune_api.status import AvoidedNode, FailureStatus, Incident, QueueStatus
 from finetune_operator.config import AVOIDED_AT_MOST, AVOIDED_FOR
 from finetune_operator.decision.failures import by_rule
-from finetune_operator.decision.incidents import Incidents
+from finetune_operator.decision.incidents import MESSAGE_MAX, Incidents
 from finetune_operator.decision.partial_gang import pause
 from finetune_operator.decision.plan import Recreation
 from finetune_operator.decision.run_view import RunView
@@ -38,6 +38,9 @@ def after_incident(view: RunView, incidents: Incidents | None = None) -> Recreat
     """The next revision after an incident of this pass; None: the Job replaces the pod, or the run
     ends."""
     incidents = incidents or view.incidents
+    ill = _on_ill_node(view, incidents)
+    if ill is not None:
+        return _next_revision(view, ill, "Elsewhere", incidents.acted("Elsewhere", ill))
     newest = incidents.new
     if newest is None or newest.action == "End":
         return None
@@ -66,6 +69,19 @@ def _next_revision(
         avoided = _with_node(view, cause, cause.node)
         why += f", avoiding node {cause.node}"
     return Recreation(why, incidents, None, avoided)
+
+
+def _on_ill_node(view: RunView, incidents: Incidents) -> FailureStatus | None:
+    """The newest incident's failure, if its pod was replaced although its node has a problem. The
+    node's conditions may become known after the incident."""
+    newest = incidents.newest_first[0] if incidents.newest_first else None
+    if newest is None or newest.action != "Pod" or not newest.fault:
+        return None
+    pod = next((p for p in view.pods if p.name == newest.failure.pod), None)
+    if pod is None or not pod.warning or pod.node is None:
+        return None
+    text = f"{newest.failure.message}. Its node {pod.node} has a problem: {pod.warning}"
+    return newest.failure.model_copy(update={"message": text[:MESSAGE_MAX]})
 
 
 def _again_on_node(newest: Incident, incidents: Incidents) -> bool:

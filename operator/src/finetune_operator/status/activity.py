@@ -53,12 +53,12 @@ def activity(view: RunView, decision: Decision) -> Activity:
 def _map(view: RunView) -> Activity:
     running, workers = len(running_indexes(view)), view.run_spec.spec.prepare.workers
     text = f"access check, split, rendering, tokenizing; {running} of {workers} workers run"
-    phase: Phase = "Preparing" if running else "Pending"
+    phase: Phase = "Preparing" if _begun(view) else "Pending"
     return Activity(phase, "Preparing", text + _earlier_tries(view))
 
 
 def _prepare(view: RunView) -> Activity:
-    phase: Phase = "Preparing" if running_indexes(view) else "Pending"
+    phase: Phase = "Preparing" if _begun(view) else "Pending"
     text = "access check, split, rendering, tokenizing"
     if view.run_spec.spec.prepare.workers > 1:
         phase = "Preparing"
@@ -80,11 +80,18 @@ def _train(view: RunView) -> Activity:
         lost = ", ".join(sorted({p.node or "?" for p in view.lost_pods}))
         text += f"; node {lost} is not reachable"
         text += "" if elastic else ": without progress, the gang is recreated"
+    if any(p.exit_code == 0 for p in view.pods):
+        return Activity("Training", "GangRunning", "the gang has finished, its pods end")
     if not gang_runs(view):
         return Activity("Starting", "Starting", text)
     text += _reduced(view)
     loading = view.progress is not None and view.progress.stage == "Loading"
     return Activity("Starting" if loading else "Training", "GangRunning", text)
+
+
+def _begun(view: RunView) -> bool:
+    """Whether a pod of the stage runs, or is done."""
+    return any(p.running or p.exit_code == 0 for p in view.pods)
 
 
 def _reduced(view: RunView) -> str:

@@ -34,18 +34,28 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
-def progress_status(progress: Progress, read_at: datetime) -> ProgressStatus:
-    """Progress as status shows it."""
+def progress_status(
+    progress: Progress, read_at: datetime, stored: ProgressStatus | None, planned: int
+) -> ProgressStatus:
+    """Progress as status shows it. A gang that loads knows neither its step nor the total yet: the
+    last step that status had, and the planned total, are kept.
+
+    Args:
+        stored: the run's progress in status.
+        planned: optimizer steps of the run as prepare has counted them; 0: unknown.
+    """
     left = progress.remaining_seconds
-    total = progress.total_steps
+    step, total = progress.step, progress.total_steps
+    if not total:
+        step, total = stored.step if stored else 0, planned
     return make(
         ProgressStatus,
         stage=progress.stage,
         data_stage=progress.data_stage,
         nodes=progress.nodes,
-        step=progress.step,
+        step=step,
         total_steps=total,
-        percent=min(100, 100 * progress.step // total) if total else 0,
+        percent=min(100, 100 * step // total) if total else 0,
         epoch=f"{progress.epoch:.2f}",
         loss=number(progress.loss),
         data_set_losses=[

@@ -35,18 +35,21 @@ def results(view: RunView, stored: FineTuneJobStatus, state: State) -> dict[str,
     found: dict[str, Any] = {"usage": spent, "startup": _startup(view, stored)}
     if view.prepared is not None:
         found["prepared"] = figures.prepared_status(view.prepared)
-    found |= _from_progress(view)
+    found |= _from_progress(view, stored)
     found |= _from_training(view, stored, found)
     if view.published is not None:
         found["output"] = figures.output_status(view.published)
     return found
 
 
-def _from_progress(view: RunView) -> dict[str, Any]:
+def _from_progress(view: RunView, stored: FineTuneJobStatus) -> dict[str, Any]:
     progress, read_at = view.progress, view.observed.progress_time
     if progress is None or read_at is None:
         return {}
-    found: dict[str, Any] = {"progress": figures.progress_status(progress, read_at)}
+    planned = view.prepared.total_steps if view.prepared else 0
+    found: dict[str, Any] = {
+        "progress": figures.progress_status(progress, read_at, stored.progress, planned)
+    }
     if progress.latest_checkpoint or progress.best_checkpoint:
         found["checkpoints"] = make(
             Checkpoints,

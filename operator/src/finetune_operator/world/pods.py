@@ -38,6 +38,9 @@ class PodView:
     scheduled_at: datetime | None = None
     unschedulable: str | None = None
     """The scheduler's message while it finds no node."""
+    pod_group: str | None = None
+    """PodGroup whose pods the scheduler places all at once. The Job controller makes one for each
+    gang in clusters with gang scheduling (feature gate WorkloadWithJob)."""
     started: datetime | None = None
     """When the container started."""
     finished: datetime | None = None
@@ -72,7 +75,8 @@ class PodView:
     """End of the grace period of a pod that is being deleted."""
     limits: Mapping[str, str] = field(default_factory=dict)
     warning: str = ""
-    """Kubernetes' newest warning about the pod, read once the pod is late."""
+    """Kubernetes' newest warning about the pod, read once the pod is late; of a failed pod, the
+    problems of its node."""
 
     @property
     def ended(self) -> bool:
@@ -144,6 +148,7 @@ def pod_view(obj: Object) -> PodView | None:
         node=spec.get("nodeName"),
         ip=status.get("podIP"),
         scheduled=bool(spec.get("nodeName")),
+        pod_group=(spec.get("schedulingGroup") or {}).get("podGroupName"),
         reason=status.get("reason") or "",
         message=status.get("message") or "",
         image=container.get("image") or "",
