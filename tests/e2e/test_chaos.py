@@ -161,7 +161,7 @@ def watched(platform: Platform, name: str) -> Iterator[None]:
     over, lines = threading.Event(), list[str]()
 
     def look() -> None:
-        while not over.wait(1):
+        while not over.wait(3):
             try:
                 told = platform.kubectl("get", "finetunejob", name, "--no-headers")
                 told = told.strip().rsplit(maxsplit=1)[0]  # without the age

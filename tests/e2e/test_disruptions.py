@@ -95,7 +95,25 @@ def test_a_gang_on_a_node_that_is_powered_off_continues_elsewhere(platform, mani
 
 
 def test_evictions_of_all_pods_in_turn_count_no_fault(platform, manifest_of) -> None:
-    name = platform.apply(manifest_of("rolling", **SHORT))
+    resource = platform.advertise_gpus()
+    gpus = {"gpusPerNode": 1, "gpuResourceName": resource}
+    with platform.held_gpu_seconds("rolling", resource) as held_seconds:
+        name = platform.apply(manifest_of("rolling", compute=gpus, **SHORT))
+        evict_in_turn(platform, name)
+        status = platform.wait(name, "Complete")
+        held = held_seconds()
+    assert (status["restarts"], status["faults"]) == (2, 0)
+    assert [i["fault"] for i in status["incidents"]] == [False, False]
+    assert status["run"]["revision"] == 1, "the Job replaced the pods"
+    usage = status["usage"]
+    print(f"held by the pods' times: {held:.0f} GPU-seconds; {usage}", flush=True)
+    pods = 4  # each with times of whole seconds
+    assert usage["gpuSeconds"] == pytest.approx(held, rel=0.01, abs=pods)
+    assert sum(usage["gpuSecondsByClass"].values()) == usage["gpuSeconds"]
+
+
+def evict_in_turn(platform, name: str) -> None:
+    """Evict rank 0, then rank 1, each while the gang trains."""
     for turn in range(2):
         before = platform.wait_for_step(name, 5)
         (pod,) = (
@@ -118,10 +136,6 @@ def test_evictions_of_all_pods_in_turn_count_no_fault(platform, manifest_of) -> 
             lambda attempt=attempt: platform.status(name)["run"]["attempt"] > attempt,
             within=180,
         )
-    status = platform.wait(name, "Complete")
-    assert (status["restarts"], status["faults"]) == (2, 0)
-    assert [i["fault"] for i in status["incidents"]] == [False, False]
-    assert status["run"]["revision"] == 1, "the Job replaced the pods"
 
 
 def run_uri(status: dict[str, Any], name: str) -> str:
