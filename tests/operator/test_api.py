@@ -94,11 +94,11 @@ def test_writes_and_passes_of_one_job(job: Job, operator: OperatorProcess, audit
     until_training = audit.writes(names.FIELD_OWNER, job.namespace)
     # Pending, Preparing, Starting, Training; more messages on a slow machine, seconds apart.
     assert until_training.pop("finetunejobs/status") <= 6
-    assert until_training == {"configmaps": 1, "jobs": 2, "networkpolicies": 2, "services": 1}
+    assert until_training == {"configmaps": 1, "jobs": 2, "networkpolicies": 1, "services": 1}
     job.end("train", count=2, trained=TRAINED)
     job.end("publish", published=PUBLISHED)
     job.reach("Complete")
-    outcome = {"configmaps": 2, "jobs": 3, "networkpolicies": 3, "services": 1, "events": 1}
+    outcome = {"configmaps": 2, "jobs": 3, "networkpolicies": 1, "services": 1, "events": 1}
 
     def settled() -> bool:
         writes = audit.writes(names.FIELD_OWNER, job.namespace)

@@ -9,8 +9,6 @@ import pytest
 from operator_world import (
     CONFIG,
     PREPARED,
-    PUBLISHED,
-    TRAINED,
     World,
     at_training,
     complete,
@@ -32,96 +30,82 @@ def world_with(access: NetworkAccess | None) -> World:
     return world
 
 
-def policy(world: World, role: str) -> dict[str, Any]:
-    (found,) = (
-        p for p in world.of("NetworkPolicy") if p["metadata"]["labels"][names.LABEL_ROLE] == role
-    )
+def policy(world: World) -> dict[str, Any]:
+    (found,) = world.of("NetworkPolicy")
     spec: dict[str, Any] = found["spec"]
     return spec
-
-
-def roles(world: World) -> list[str]:
-    return [name.rsplit("-", 2)[1] for name in world.names("NetworkPolicy")]
 
 
 # --- rules -------------------------------------------------------------------------------------
 
 
-def test_a_gang_is_open_to_its_own_pods_and_at_the_metrics_port() -> None:
+def test_a_run_is_open_to_its_gang_and_at_the_metrics_port() -> None:
     world = world_with(NetworkAccess(metrics_from=(PROMETHEUS,)))
     world.settle()
     world.finish("prepare", prepared=PREPARED)
     world.settle()
-    spec, job = policy(world, "train"), world.child("train")
-    labels = job["spec"]["template"]["metadata"]["labels"]
-    assert spec["podSelector"]["matchLabels"].items() <= labels.items()
-    keys = {names.LABEL_JOB_UID, names.LABEL_RUN, names.LABEL_REVISION, names.LABEL_ROLE}
-    assert spec["podSelector"]["matchLabels"].keys() == keys
+    spec = policy(world)
+    selected = spec["podSelector"]["matchLabels"]
+    assert selected.keys() == {names.LABEL_JOB_UID, names.LABEL_RUN}
     assert spec["policyTypes"] == ["Ingress"]
-    assert spec["ingress"] == [
-        {"from": [{"podSelector": spec["podSelector"]}]},
-        {"from": [PROMETHEUS], "ports": [{"port": names.METRICS_PORT, "protocol": "TCP"}]},
-    ]
-    (owner,) = job["metadata"]["ownerReferences"]
-    for made in world.of("NetworkPolicy"):
-        assert made["metadata"]["ownerReferences"] == [owner]
+    from_gang, metrics = spec["ingress"]
+    (peer,) = from_gang.pop("from")
+    assert from_gang == {}, "all ports"
+    gang = peer["podSelector"]["matchLabels"]
+    assert gang == selected | {names.LABEL_ROLE: "train"}
+    assert metrics == {
+        "from": [PROMETHEUS], "ports": [{"port": names.METRICS_PORT, "protocol": "TCP"}],
+    }  # fmt: skip
+    labels = {
+        role: world.child(role)["spec"]["template"]["metadata"]["labels"].items()
+        for role in ("prepare", "train")
+    }
+    assert all(selected.items() <= of_role for of_role in labels.values())
+    assert gang.items() <= labels["train"] and not gang.items() <= labels["prepare"]
+    (owner,) = world.child("train")["metadata"]["ownerReferences"]
+    (made,) = world.of("NetworkPolicy")
+    assert made["metadata"]["ownerReferences"] == [owner]
 
 
 def test_without_peers_anyone_may_read_the_metrics_port() -> None:
-    assert "from" not in policy(at_training(), "train")["ingress"][1]
-
-
-@pytest.mark.parametrize("role", ["map", "prepare", "publish"])
-def test_a_cpu_stage_accepts_no_connection(role: str) -> None:
-    world = World(prepare={"workers": 2 if role == "map" else 1})
-    world.settle()
-    if role == "publish":
-        world.finish("prepare", prepared=PREPARED)
-        world.settle()
-        world.finish("train", trained=TRAINED)
-        world.settle()
-    assert policy(world, role)["ingress"] == []
-    assert policy(world, role)["policyTypes"] == ["Ingress"]
+    assert "from" not in policy(at_training())["ingress"][1]
 
 
 def test_stated_egress_excludes_all_other_destinations_but_the_gang() -> None:
     world = world_with(NetworkAccess(egress=(DNS,)))
     world.settle()
-    prepare = policy(world, "prepare")
-    assert (prepare["policyTypes"], prepare["egress"]) == (["Ingress", "Egress"], [DNS])
-    world.finish("prepare", prepared=PREPARED)
-    world.settle()
-    train = policy(world, "train")
-    assert train["egress"] == [{"to": [{"podSelector": train["podSelector"]}]}, DNS]
+    spec = policy(world)
+    assert spec["policyTypes"] == ["Ingress", "Egress"]
+    assert spec["egress"] == [{"to": spec["ingress"][0]["from"]}, DNS]
 
 
 # --- life --------------------------------------------------------------------------------------
 
 
-def test_the_policy_is_created_before_the_job_whose_pods_it_protects() -> None:
+def test_the_policy_is_created_once_before_any_job() -> None:
     world = World()
-    for role in ("prepare", "train", "publish"):
-        created = [(c.kind, c.role) for c in world.settle_and_list()]
-        before = created.index(("NetworkPolicy", role))
-        assert before < created.index(("Job", role))
-        reports = {"prepare": {"prepared": PREPARED}, "train": {"trained": TRAINED}}
-        world.finish(role, **reports.get(role, {"published": PUBLISHED}))
-    world.settle()
-    assert roles(world) == ["prepare", "publish", "train"]
+    created = [(c.kind, c.role) for c in world.settle_and_list()]
+    assert created.index(("NetworkPolicy", None)) < created.index(("Job", "prepare"))
+    assert completed().names("NetworkPolicy") == ["bot-1-0f9c2-network"]
 
 
-def test_a_policy_lives_as_long_as_its_job_and_its_pods() -> None:
+def test_the_policy_of_a_run_lives_as_long_as_its_jobs_and_pods() -> None:
     world = at_training()
     world.edit(compute={"nodes": 1})
     world.pass_()
-    assert not [j for j in world.names("Job") if "train" in j], "being deleted"
-    assert roles(world) == ["prepare", "train"], "its pods save their state: not open meanwhile"
+    assert world.names("NetworkPolicy") == ["bot-1-0f9c2-network"], "the same run"
+    world.edit(training={"learningRate": "1e-6"})
+    world.pass_()
+    world.settle()
+    assert world.names("NetworkPolicy") == ["bot-1-0f9c2-network", "bot-2-0f9c2-network"], (
+        "pods of the first run save their state: not open meanwhile"
+    )
     world.remove_pods()
     world.settle()
-    assert world.names("NetworkPolicy") == ["bot-1-0f9c2-prepare-1", "bot-1-0f9c2-train-2"]
+    assert world.names("NetworkPolicy") == ["bot-2-0f9c2-network"]
 
 
-def test_ttl_removes_policies_with_the_jobs() -> None:
+def test_ttl_removes_the_policy_with_the_jobs() -> None:
     world = completed(childrenTTLSecondsAfterFinished=0)
     world.settle()
     world.remove_pods()
@@ -129,33 +113,32 @@ def test_ttl_removes_policies_with_the_jobs() -> None:
     assert world.names("Job") == world.names("NetworkPolicy") == []
 
 
-def test_the_policy_of_a_failed_stage_goes_with_its_job() -> None:
+def test_the_policy_of_a_failed_run_goes_with_its_jobs() -> None:
     world = World()
     world.settle()
     said = {"class": "DataError", "reason": "MalformedRecord", "message": "m"}
     world.fail("prepare", 11, **said)
     world.condition("prepare", "Failed")
     world.settle()
-    assert world.status["phase"] == "Failed" and roles(world) == ["prepare"]
+    assert world.status["phase"] == "Failed" and len(world.of("NetworkPolicy")) == 1
     world.objects.pop(("Job", "bot-1-0f9c2-prepare-1"))
     world.settle()
-    assert roles(world) == []
+    assert world.names("NetworkPolicy") == []
 
 
 def test_a_policy_removed_by_hand_is_created_again() -> None:
     world = at_training()
-    world.objects.pop(("NetworkPolicy", "bot-1-0f9c2-train-1"))
+    world.objects.pop(("NetworkPolicy", "bot-1-0f9c2-network"))
     jobs = world.names("Job")
     world.settle()
-    assert roles(world) == ["prepare", "train"] and world.names("Job") == jobs
+    assert len(world.of("NetworkPolicy")) == 1 and world.names("Job") == jobs
 
 
 def test_other_settings_reach_a_running_gang() -> None:
     world = at_training()
     world.config = replace(CONFIG, network=NetworkAccess(metrics_from=(PROMETHEUS,)))
     world.settle()
-    assert policy(world, "train")["ingress"][1]["from"] == [PROMETHEUS]
-    assert "from" not in policy(world, "prepare"), "it has ended"
+    assert policy(world)["ingress"][1]["from"] == [PROMETHEUS]
     complete(world)
     assert world.status["phase"] == "Complete"
 
@@ -164,18 +147,17 @@ def test_switched_off_no_policy_is_left() -> None:
     world = at_training()
     world.config = replace(CONFIG, network=None)
     world.settle()
-    assert roles(world) == []
+    assert world.names("NetworkPolicy") == []
     assert not [o for o in world_with(None).pass_().create if o.kind == "NetworkPolicy"]
 
 
 def test_a_refused_policy_is_shown_and_ends_no_run() -> None:
     world = World()
-    name = "bot-1-0f9c2-prepare-1"
-    world.refused = {child_key("NetworkPolicy", name): Refusal("NetworkPolicy: 403 forbidden")}
+    key = child_key("NetworkPolicy", "bot-1-0f9c2-network")
+    world.refused = {key: Refusal("NetworkPolicy: 403 forbidden")}
     world.pass_()
     assert world.condition_of("Prepared") == "False/ChildRefused"
     running = at_training()
-    key = child_key("NetworkPolicy", "bot-1-0f9c2-train-1")
     running.refused = {key: Refusal("NetworkPolicy: 403 forbidden")}
     running.pass_()
     assert running.status["phase"] == "Training"

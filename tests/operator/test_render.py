@@ -26,9 +26,8 @@ VALUE = re.compile(r"^[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$")
 
 ALL = (
     Create("ConfigMap"),
-    Create("NetworkPolicy", "prepare"),
+    Create("NetworkPolicy"),
     Create("Job", "prepare"),
-    Create("NetworkPolicy", "train"),
     Create("Service", "train"),
     Create("Job", "train"),
     Create("Job", "publish"),

@@ -48,6 +48,11 @@ def run_spec_name(job_name: str, run: str, revision: int) -> str:
     return f"{child_base(job_name, run)}-run-spec-{revision}"
 
 
+def network_policy_name(job_name: str, run: str) -> str:
+    """Return the name of the NetworkPolicy of a run's pods."""
+    return f"{child_base(job_name, run)}-network"
+
+
 def label_value(job_name: str) -> str:
     """Return the job's name as a label value: unchanged if it fits, else shortened with a
     digest."""

@@ -6,7 +6,7 @@ from finetune_api import names
 from finetune_api.identity import child_name, run_spec_name
 from finetune_operator.children.jobs import stage_job
 from finetune_operator.children.metadata import Json, labels_of, metadata, selector_of
-from finetune_operator.children.network_policy import stage_policy
+from finetune_operator.children.network_policy import run_policy
 from finetune_operator.config import ANNOTATION_IMAGE, Config
 from finetune_operator.decision.plan import Create, CurrentRun, Plan, Subject
 from finetune_operator.decision.stages import GANG
@@ -22,12 +22,12 @@ def render(plan: Plan, config: Config) -> list[Json]:
 def _render(subject: Subject, run: CurrentRun, create: Create, config: Config) -> Json:
     if create.kind == "ConfigMap":
         return run_spec_config_map(subject, run)
+    if create.kind == "NetworkPolicy":
+        assert config.network is not None
+        return run_policy(subject, run, config.network)
     assert create.role is not None
     if create.kind == "Service":
         return gang_service(subject, run)
-    if create.kind == "NetworkPolicy":
-        assert config.network is not None
-        return stage_policy(subject, run, create.role, config.network)
     return stage_job(subject, run, create.role, config)
 
 

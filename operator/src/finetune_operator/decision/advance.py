@@ -71,15 +71,14 @@ def _remove_stale(view: RunView, actions: Actions) -> None:
 
 
 def _remove_policies(view: RunView, actions: Actions) -> None:
-    """Delete the NetworkPolicies of stages that have neither a Job nor a pod that may run, apart
-    from the stage at work; all of them if there are to be none."""
-    run, observed = view.run, view.observed
-    needed = {(p.role, p.run, p.revision) for p in observed.pods if not p.ended}
-    needed |= {job.stage for job in observed.jobs}
-    if view.stage is not None and run.outcome is None:
-        needed.add((view.stage, run.id, run.revision))
+    """Delete the NetworkPolicies of runs that have neither a Job nor a pod that may run, apart from
+    the run at work; all of them if there are to be none."""
+    observed = view.observed
+    needed = {p.run for p in observed.pods if not p.ended} | {job.run for job in observed.jobs}
+    if view.stage is not None and view.run.outcome is None:
+        needed.add(view.run.id)
     for policy in observed.policies:
-        if view.access is None or policy.stage not in needed:
+        if view.access is None or policy.run not in needed:
             actions.delete.append(Delete("NetworkPolicy", policy.name))
 
 
@@ -174,13 +173,10 @@ def _make_stage(view: RunView, actions: Actions) -> None:
 
 
 def _make_policy(view: RunView, actions: Actions) -> None:
-    """Create the stage's NetworkPolicy, or change one of other settings."""
-    if view.stage is None or view.access is None:
-        return
-    stage = (view.stage, view.run.id, view.run.revision)
-    present = {(policy.stage, policy.access) for policy in view.observed.policies}
-    if (stage, view.access) not in present:
-        actions.create.append(Create("NetworkPolicy", view.stage))
+    """Create the run's NetworkPolicy, or change one of other settings."""
+    present = {(policy.run, policy.access) for policy in view.observed.policies}
+    if view.access is not None and (view.run.id, view.access) not in present:
+        actions.create.append(Create("NetworkPolicy"))
 
 
 def _make_service(view: RunView, actions: Actions) -> None:

@@ -63,8 +63,9 @@ Kind = Literal["ConfigMap", "NetworkPolicy", "Service", "Job", "Pod"]
 
 @dataclass(frozen=True)
 class Create:
-    """A child to create: the run spec's ConfigMap, or the NetworkPolicy, Service or Job of a stage.
-    Of existing children, only a NetworkPolicy is changed this way, to other settings."""
+    """A child to create: the ConfigMap or NetworkPolicy of a run, or the Service or Job of a stage
+    (``role``). Of existing children, only a NetworkPolicy is changed this way, to other
+    settings."""
 
     kind: Kind
     role: Role | None = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cached_property
 
-from finetune_api.identity import child_name, run_spec_name
+from finetune_api.identity import child_name, network_policy_name, run_spec_name
 from finetune_api.names import FINAL_EXIT_CODES, ExitCode, Role
 from finetune_api.results import (
     PreparedSummary,
@@ -289,9 +289,9 @@ class RunView:
             return None
         who, run = self.subject.name, self.run
         run_spec = child_key("ConfigMap", run_spec_name(who, run.id, run.revision))
+        policy = child_key("NetworkPolicy", network_policy_name(who, run.id))
         stage = child_name(who, run.id, self.stage, run.revision)
-        of_stage = (child_key(kind, stage) for kind in ("NetworkPolicy", "Service", "Job"))
-        children = (run_spec, *of_stage)
+        children = (run_spec, policy, child_key("Service", stage), child_key("Job", stage))
         return next((r for r in map(self.observed.refused.get, children) if r is not None), None)
 
     # --- the rest -------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any, Final, Literal
 
+from finetune_api.identity import network_policy_name
 from finetune_api.names import Condition as ConditionType
 from finetune_api.names import Phase
 from finetune_api.status import FineTuneJobStatus
@@ -48,12 +49,14 @@ def run_status(view: RunView, decision: Decision) -> FineTuneJobStatus:
 
 
 def _refused_change(view: RunView, decision: Decision) -> Refusal | None:
-    """The API server's refusal to change or delete a child, or of the NetworkPolicy of a stage at
-    work, which has the name of the stage's Job."""
+    """The API server's refusal to change or delete a child, or of the NetworkPolicy of a run at
+    work."""
     actions = decision.actions
     keys = [child_key(delete.kind, delete.name) for delete in actions.delete]
     keys += [child_key(change.kind, change.name) for change in actions.change]
-    keys += [child_key("NetworkPolicy", view.job.name)] if view.job else []
+    if view.job is not None:
+        policy = network_policy_name(view.subject.name, view.run.id)
+        keys.append(child_key("NetworkPolicy", policy))
     return next((r for r in map(view.observed.refused.get, keys) if r is not None), None)
 
 

@@ -95,11 +95,10 @@ class ServiceView:
 
 @dataclass(frozen=True)
 class PolicyView:
-    """The NetworkPolicy of a stage."""
+    """The NetworkPolicy of a run."""
 
     name: str
-    stage: tuple[Role, str, int]
-    """Stage, run and revision of the pods that it is for."""
+    run: str
     access: str = ""
     """Digest of the settings that it was rendered from (``NetworkAccess.digest``)."""
 
@@ -176,10 +175,8 @@ def service_view(obj: Object) -> ServiceView | None:
 
 
 def policy_view(obj: Object) -> PolicyView | None:
-    """The NetworkPolicy of a stage, or None for any other NetworkPolicy."""
-    labels = child_labels(obj)
-    if labels is None:
-        return None
-    access = (obj["metadata"].get("annotations") or {}).get(ANNOTATION_ACCESS, "")
-    stage = (labels.role, labels.run, labels.revision)
-    return PolicyView(obj["metadata"]["name"], stage, access)
+    """The NetworkPolicy of a run, or None for any other NetworkPolicy."""
+    meta = obj["metadata"]
+    run = (meta.get("labels") or {}).get(names.LABEL_RUN)
+    access = (meta.get("annotations") or {}).get(ANNOTATION_ACCESS, "")
+    return PolicyView(meta["name"], run, access) if run else None
