@@ -12,8 +12,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -23,7 +22,6 @@ import pytest
 from chaos import SCENARIOS, Place, Scenario
 from e2e_platform import Platform
 
-from cluster.api import eventually
 from cluster.real import RealCluster
 
 pytestmark = pytest.mark.e2e
@@ -36,7 +34,7 @@ SPEC: dict[str, Any] = {
     "checkpoint": {"everySteps": 5},
 }
 GPUS = 2
-HEAD = "| disturbance | times | recovered after | more GPU-seconds | restarts, faults | losses |"
+HEAD = "| disturbance | times | longest pause | more GPU-seconds | restarts, faults | losses |"
 RULE = "|---|---|---|---|---|---|"
 
 
@@ -115,16 +113,19 @@ def test_a_disturbed_run_ends_like_an_undisturbed_one(
     without = undisturbed(scenario.steps)
     name = f"chaos-{scenario.id}"[:50].rstrip("-")
     place = Place(platform, own_cluster, name, FULL)
-    with watched(platform, name), place.after:
+    with place.after:
         platform.apply(chaos_manifest(name, scenario.steps, **scenario.spec))
-        seconds = [disturb(place, scenario) for _ in range(scenario.times)]
+        watch = Watch(platform, name)
+        watch.start()
+        place.after.callback(watch.end)
+        for _ in range(scenario.times):
+            disturb(place, scenario)
         status = platform.wait(name, "Complete", within=900)
     losses = curve(platform, name, status)
     worst = max(abs(losses[step] - loss) for step, loss in without.losses.items())
     lost = status["usage"]["gpuSeconds"] - without.gpu_seconds
-    took = ", ".join(f"{s:.0f} s" for s in seconds)
     counts = f"{status['restarts']}, {status['faults']}"
-    table.add(scenario.what, scenario.times, took, lost, counts, f"{worst:.1e}")
+    table.add(scenario.what, scenario.times, f"{watch.pause:.0f} s", lost, counts, f"{worst:.1e}")
     assert losses.keys() == without.losses.keys()
     assert worst <= 1e-4
     assert scenario.faults in (None, status["faults"])
@@ -132,54 +133,62 @@ def test_a_disturbed_run_ends_like_an_undisturbed_one(
     platform.delete(name)
 
 
-def disturb(place: Place, scenario: Scenario) -> float:
-    """Disturb a run; return the seconds until it goes on."""
+def disturb(place: Place, scenario: Scenario) -> None:
+    """Disturb a run, and wait until it goes on."""
     platform, name = place.platform, place.name
-    if scenario.phase == "Training":
-        before = platform.wait_for_step(name, 10, within=600)["progress"]["step"]
-    else:
+    if scenario.phase != "Training":
         place.phase(scenario.phase)
-    began = time.monotonic()
+        scenario.act(place)
+        return
+    step = platform.wait_for_step(name, 10, within=600)["progress"]["step"]
     scenario.act(place)
-    if scenario.phase == "Training":
-        eventually("the run goes on", lambda: goes_on(platform, name, before), within=600)
-    else:
-        done = {"Preparing": "Prepared", "Publishing": "Published"}[scenario.phase]
-        platform.wait(name, done, within=900)
-    return time.monotonic() - began
+    platform.wait_for_step(name, step + 5, within=600)
 
 
-def goes_on(platform: Platform, name: str, step: int) -> bool:
-    status = platform.status(name)
-    done = any(c["type"] == "Evaluated" and c["status"] == "True" for c in status["conditions"])
-    return done or status.get("progress", {}).get("step", 0) > step
+class Watch(threading.Thread):
+    """Looks at a job once a second: what a user sees, and how its steps advance."""
 
+    def __init__(self, platform: Platform, name: str) -> None:
+        super().__init__(daemon=True)
+        self._platform, self._name = platform, name
+        self._over = threading.Event()
+        self.lines = list[str]()
+        """Each line of ``kubectl get``, without the age, and the messages beside it."""
+        self.pause = 0.0
+        """Longest time without a new step, in seconds."""
+        self._step, self._since = 0, 0.0
 
-@contextmanager
-def watched(platform: Platform, name: str) -> Iterator[None]:
-    """Write what a user sees to a file: each change of the job's line, then its description."""
-    over, lines = threading.Event(), list[str]()
-
-    def look() -> None:
-        while not over.wait(3):
+    def run(self) -> None:
+        while not self._over.wait(1):
             try:
-                told = platform.kubectl("get", "finetunejob", name, "--no-headers")
-                told = told.strip().rsplit(maxsplit=1)[0]  # without the age
-                conditions = platform.status(name).get("conditions", [])
+                told = self._platform.kubectl("get", "finetunejob", self._name, "--no-headers")
+                status = self._platform.status(self._name)
             except RuntimeError as error:
-                told, conditions = str(error), []
-            shown = [c["message"] for c in conditions if c["type"] in ("Running", "Ready")]
-            text = told + "".join(f"\n    {message}" for message in dict.fromkeys(shown))
-            if not lines or lines[-1] != text:
-                lines.append(text)
+                self._add(str(error))
+                continue
+            self._count(status.get("progress", {}), time.monotonic())
+            shown = [
+                c["message"]
+                for c in status.get("conditions", [])
+                if c["type"] in ("Running", "Ready")
+            ]
+            text = told.strip().rsplit(maxsplit=1)[0]  # without the age
+            self._add(text + "".join(f"\n    {message}" for message in dict.fromkeys(shown)))
 
-    watcher = threading.Thread(target=look, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        over.set()
-        watcher.join(30)
+    def _add(self, text: str) -> None:
+        if not self.lines or self.lines[-1] != text:
+            self.lines.append(text)
+
+    def _count(self, progress: dict[str, Any], now: float) -> None:
+        if progress.get("step", 0) > self._step:
+            if self._step:
+                self.pause = max(self.pause, now - self._since)
+            self._step, self._since = progress["step"], now
+
+    def end(self) -> None:
+        """Stop, and write what was seen to a file."""
+        self._over.set()
+        self.join(30)
         OUT.mkdir(parents=True, exist_ok=True)
-        described = platform.kubectl("describe", "finetunejob", name)
-        (OUT / f"{name}.txt").write_text("\n".join([*lines, "", described]))
+        described = self._platform.kubectl("describe", "finetunejob", self._name)
+        (OUT / f"{self._name}.txt").write_text("\n".join([*self.lines, "", described]))
