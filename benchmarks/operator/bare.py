@@ -54,11 +54,11 @@ class Bare:
         done = self._client.watch(
             JOBS, METADATA, labelSelector=selector, fieldSelector="status.successful=1"
         )
-        tasks = set()
-        async for _, job in done:
-            children = self._later.pop(job["metadata"]["labels"][names.LABEL_JOB_NAME], None)
-            if children is not None:
-                tasks.add(asyncio.create_task(self._create(*children)))
+        async with asyncio.TaskGroup() as tasks:  # a failure ends all
+            async for _, job in done:
+                children = self._later.pop(job["metadata"]["labels"][names.LABEL_JOB_NAME], None)
+                if children is not None:
+                    tasks.create_task(self._create(*children))
 
     async def _create(self, *children: Json) -> None:
         for child in children:

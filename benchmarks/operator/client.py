@@ -58,13 +58,18 @@ class Client:
     async def watch(
         self, path: str, accept: str = "application/json", **parameters: str
     ) -> AsyncIterator[tuple[str, Json]]:
-        """Events of a watch, type and object, from now on until cancelled."""
+        """Events of a watch, type and object, until cancelled. A server under load ends watches; a
+        new one begins with ADDED for all objects."""
         query = {"watch": "1", "resourceVersion": "0", "timeoutSeconds": "3600", **parameters}
-        async with self._session.get(path, params=query, headers={"Accept": accept}) as response:
-            response.raise_for_status()
-            async for line in response.content:
-                event = json.loads(line)
-                yield event["type"], event["object"]
+        headers = {"Accept": accept}
+        while True:
+            async with self._session.get(path, params=query, headers=headers) as response:
+                response.raise_for_status()
+                async for line in response.content:
+                    event = json.loads(line)
+                    if event["type"] == "ERROR":
+                        break
+                    yield event["type"], event["object"]
 
 
 def finetunejob(name: str, nodes: int) -> Json:

@@ -70,7 +70,7 @@ async def bare(count: int, rate: float, nodes: int) -> Row:
             made = Bare(maker, observer, nodes)
             following = asyncio.create_task(made.follow())
             await _arrive(count, rate, made.create)
-            await observer.until_whole(count, PATIENCE)
+            await observer.until_whole(count, PATIENCE, following)
             following.cancel()
             return Row.of("bare", observer, count, None, plane.writes(AGENT))
 
@@ -95,7 +95,7 @@ async def steady(count: int, nodes: int, seconds: float) -> None:
                 await client.send("POST", FINETUNEJOBS, finetunejob(name, nodes))
 
             await _arrive(count, 15.0, create)
-            assert await observer.until_whole(count, PATIENCE), "the gangs are not whole"
+            await observer.until_whole(count, PATIENCE)
             await _at_rest(operator)
             trainers = Trainers(client)
             await trainers.know()

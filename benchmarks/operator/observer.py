@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import defaultdict
 from typing import Self
 
 from client import JOBS, METADATA, PODS, Client
@@ -26,7 +26,8 @@ class Observer:
         """When the request to create a job was sent."""
         self.first: dict[str, float] = {}
         self.whole: dict[str, float] = {}
-        self._pods: Counter[str] = Counter()
+        self._pods: defaultdict[str, set[str]] = defaultdict(set)
+        """Names of the running pods of each gang."""
 
     async def __aenter__(self) -> Self:
         self._tasks = [asyncio.create_task(self._jobs()), asyncio.create_task(self._running())]
@@ -48,21 +49,26 @@ class Observer:
         )
         async for kind, pod in events:
             if kind == "ADDED":
-                self._pods[_name(pod)] += 1
-                if self._pods[_name(pod)] == self._nodes:
-                    self.whole[_name(pod)] = time.monotonic()
+                gang = self._pods[_name(pod)]
+                gang.add(pod["metadata"]["name"])
+                if len(gang) == self._nodes:
+                    self.whole.setdefault(_name(pod), time.monotonic())
 
-    async def until_whole(self, count: int, seconds: float) -> bool:
-        """Wait until so many gangs are whole; return False if that takes longer."""
+    async def until_whole(self, count: int, seconds: float, *tasks: asyncio.Task[None]) -> None:
+        """Wait until so many gangs are whole.
+
+        Raises:
+            TimeoutError: it takes longer.
+            Exception: of one of the tasks that bring it about.
+        """
         until = time.monotonic() + seconds
         while len(self.whole) < count:
-            for task in self._tasks:
+            for task in (*self._tasks, *tasks):
                 if task.done():
                     task.result()
             if time.monotonic() > until:
-                return False
+                raise TimeoutError(f"{len(self.whole)} of {count} gangs are whole")
             await asyncio.sleep(0.1)
-        return True
 
 
 def _name(obj: dict) -> str:  # type: ignore[type-arg]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
@@ -24,7 +25,12 @@ from finetune_operator.world.observe import Refusal, child_key
 from finetune_operator.world.stored import StoredJob
 
 SETTLE_SECONDS: Final = 3.0
-"""Shortest time between status writes of a job that show nothing but figures and messages."""
+"""Shortest time from one status write of a job to the next, unless that is urgent."""
+SETTLE_SECONDS_PER_KEY: Final = 0.05
+"""Added to it for each key in the queue: with many jobs, status writes are most of the API server's
+work."""
+GATHER_SECONDS: Final = 1.0
+"""Time from a change that is not urgent to its write: another one often follows."""
 REFUSED_SECONDS: Final = 15.0
 """Delay until a refused request is sent again, for ``UNCHANGED_FOR_A_WHILE``."""
 UNCHANGED_FOR_A_WHILE: Final = (400, 403, 422)
@@ -69,6 +75,8 @@ class Controller:
         self._instance = instance
         self._written: dict[str, datetime] = {}
         """When status was last written, by uid."""
+        self._changed: dict[str, datetime] = {}
+        """Since when a change of status waits to be written, by uid."""
 
     async def handle(self, uid: str) -> bool:
         """Run ``reconcile`` for a worker; return False if the pass must be retried with backoff."""
@@ -115,6 +123,7 @@ class Controller:
         if job is None:
             self._queue.forget(uid)
             self._written.pop(uid, None)
+            self._changed.pop(uid, None)
             return True
         now = datetime.now(UTC)
         try:
@@ -126,11 +135,14 @@ class Controller:
         try:
             await self._apply(plan, children)
         except ChildRefused as refused:
-            await self._report(job, decide(job, self._store.observed(uid), now, self._config))
+            shown = decide(job, self._store.observed(uid), now, self._config)
+            await self._report(job, replace(shown, urgent=True))
             return self._retry(uid, refused)
         written = await self._report(job, plan)
-        if written or children or plan.delete or plan.change:
+        if (written and plan.urgent) or plan.delete or plan.change:
             self._queue.put(uid)  # the next pass sees the writes of this one: no event causes it
+        elif children:
+            self._queue.put_after(uid, SETTLE_SECONDS)  # should nothing come of them
         if plan.requeue_after is not None:
             self._queue.put_after(uid, plan.requeue_after.total_seconds())
         return True
@@ -220,16 +232,27 @@ class Controller:
         self._store.put_refusal(subject.uid, child, None)
         return response
 
+    def _wait(self, uid: str, now: datetime) -> float:
+        """Seconds until a status is written that is not urgent."""
+        settle = SETTLE_SECONDS + SETTLE_SECONDS_PER_KEY * len(self._queue)
+        written = (now - self._written.get(uid, _LONG_AGO)).total_seconds()
+        changed = (now - self._changed.setdefault(uid, now)).total_seconds()
+        if written < 0 or changed < 0:  # the clock was set back
+            return 0.0
+        return max(settle - written, GATHER_SECONDS - changed)
+
     async def _report(self, job: StoredJob, plan: Plan) -> bool:
         """Write a changed status, then create its events. What is not urgent is written by a later
-        pass if status was written just now. Returns whether status was written."""
-        if plan.status is None:
-            return False
+        pass, together with what follows. Returns whether status was written."""
         uid, now = plan.subject.uid, datetime.now(UTC)
-        since = (now - self._written.get(uid, _LONG_AGO)).total_seconds()
-        if not plan.urgent and 0 <= since < SETTLE_SECONDS:
-            self._queue.put_after(uid, SETTLE_SECONDS - since)
+        if plan.status is None:
+            self._changed.pop(uid, None)
             return False
+        wait = 0.0 if plan.urgent else self._wait(uid, now)
+        if wait > 0:
+            self._queue.put_after(uid, wait)
+            return False
+        self._changed.pop(uid, None)
         self._written[uid] = now
         stored = await self._cluster.apply_status(plan.subject, plan.status)
         self._store.put(KIND, stored)

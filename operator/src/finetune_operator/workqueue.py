@@ -14,8 +14,10 @@ from typing import Final
 
 FIRST_BACKOFF: Final = 0.2
 LAST_BACKOFF: Final = 60.0
-REST_SECONDS: Final = 0.5
+REST_SECONDS: Final = 1.0
 """Shortest time from the end of a pass to the next one over the same key."""
+REST_SECONDS_PER_KEY: Final = 0.01
+"""Added to it for each key that waits: the more there are, the more events one pass answers."""
 
 
 class WorkQueue:
@@ -78,7 +80,9 @@ class WorkQueue:
             try:
                 succeeded = await handle(key)
             finally:
-                asyncio.get_running_loop().call_later(REST_SECONDS, self._rested, key)
+                asyncio.get_running_loop().call_later(
+                    REST_SECONDS + REST_SECONDS_PER_KEY * len(self), self._rested, key
+                )
             if succeeded:
                 self._failures.pop(key, None)
             else:

@@ -8,33 +8,43 @@ from typing import Any, Final
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.decision.plan import Event
 
-_MAY_WAIT: Final = ("progress", "usage", "checkpoints", "conditions")
+_MAY_WAIT: Final = (
+    "phase", "prepared", "progress", "usage", "checkpoints", "startup", "conditions",
+)  # fmt: skip
+_CONDITIONS_WAIT: Final = ("Reconciling", "Prepared", "Running", "Evaluated", "Published")
 _EXPECTED: Final = ("Ready", "Reconciling", "Prepared", "Running", "Evaluated", "Published")
 """Conditions without an event: the normal course of a run, which status shows with its times."""
 
 
 def differs(stored: Mapping[str, Any] | None, status: Mapping[str, Any]) -> bool:
-    """Whether a status differs from the stored one."""
+    """Whether a status differs from the stored one, apart from the time up to which GPU time is
+    counted."""
     return _comparable(status) != _comparable(stored or {})
 
 
 def is_urgent(before: FineTuneJobStatus, after: FineTuneJobStatus) -> bool:
-    """Whether more has changed than figures and the wording of messages, of which a user misses
-    nothing if they are written a few seconds later, together with the next ones."""
+    """Whether more has changed than figures, messages and a run's way from stage to stage. Of these
+    a user misses nothing if they are written a few seconds later, together with the next ones, and
+    no later pass depends on them."""
     return _outline(before) != _outline(after)
 
 
 def _outline(status: FineTuneJobStatus) -> dict[str, Any]:
-    stage = status.progress.stage if status.progress else None
-    conditions = {(c.type, c.status, c.reason, c.observed_generation) for c in status.conditions}
+    conditions = {
+        (c.type, c.status, c.observed_generation)
+        for c in status.conditions
+        if c.type not in _CONDITIONS_WAIT
+    }
     rest = {k: v for k, v in status.__dict__.items() if k not in _MAY_WAIT}
-    return {**rest, "stage": stage, "conditions": conditions}
+    return {**rest, "conditions": conditions}
 
 
 def _comparable(status: Mapping[str, Any]) -> dict[str, Any]:
     """A status without the parts that the API server may store in another form: order of
     conditions, empty lists."""
     plain = {k: v for k, v in status.items() if v not in ([], None)}
+    if isinstance(usage := plain.get("usage"), dict):
+        plain["usage"] = {k: v for k, v in usage.items() if k != "until"}
     if "conditions" in plain:
         plain["conditions"] = sorted(plain["conditions"], key=_type_of)
     return plain
