@@ -343,11 +343,11 @@ def test_a_job_without_pods_is_reported_and_fails() -> None:
     world = World(scheduling={"startDeadlineSeconds": 60})
     world.settle()
     assert world.condition_of("Prepared") == "False/Preparing"
-    assert world.plan().requeue_after == timedelta(seconds=10)
-    world.wait(10)
+    assert world.plan().requeue_after == timedelta(seconds=30)
+    world.wait(30)
     world.settle()
     assert world.condition_of("Prepared") == "False/PodsNotCreated"
-    world.wait(50)
+    world.wait(30)
     world.settle()
     assert world.status["failure"]["reason"] == "PodsNotCreated"
     assert "quota" in world.status["failure"]["message"]

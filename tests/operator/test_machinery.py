@@ -233,6 +233,7 @@ def test_a_refused_child_is_shown_in_the_same_pass_and_retried(
     """``retried``: after so many seconds; None: with the queue's backoff."""
     monkeypatch.setattr(controller_module, "SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(controller_module, "GATHER_SECONDS", 0.0)
+    monkeypatch.setattr(controller_module, "SETTLE_LATENCIES", 0.0)
     queue, delays = WorkQueue(), list[float]()
     queue.put_after = lambda key, seconds: delays.append(seconds)  # type: ignore[method-assign]
     answer = ApiError("PATCH", "/jobs/a", code, "the webhook says no", retry_after)
@@ -267,7 +268,7 @@ def test_what_is_not_urgent_is_written_with_the_next_status(monkeypatch: Any) ->
             plans[:] = [Plan(subject, status={"step": step}, urgent=urgent)]
             assert await controller.handle(UID)
         monkeypatch.setattr(controller_module, "SETTLE_SECONDS", 0.0)
-        monkeypatch.setattr(controller_module, "SETTLE_SECONDS_PER_KEY", 0.0)
+        monkeypatch.setattr(controller_module, "SETTLE_LATENCIES", 0.0)
         assert await controller.handle(UID)
         assert len(cluster.statuses) == 2, "others may follow within a second"
         monkeypatch.setattr(controller_module, "GATHER_SECONDS", 0.0)

@@ -85,7 +85,7 @@ def test_a_quota_that_admits_only_some_pods_is_named() -> None:
     world.pods("train", 3, running={})
     world.settle()
     assert world.condition_of("Running") == "False/Starting"
-    world.wait(10)
+    world.wait(30)
     world.settle()
     assert "3 of 4 pods of Job bot-1-0f9c2-train-1 exist" in world.message("Running")
     uid = world.child("train")["metadata"].setdefault("uid", "train")
@@ -106,7 +106,7 @@ def test_the_back_off_of_a_replacement_is_no_obstacle() -> None:
     world.wait(30)
     world.settle()
     assert world.condition_of("Running") == "False/Starting"
-    world.wait(45)
+    world.wait(65)
     world.settle()
     assert world.condition_of("Running") == "False/PodsNotCreated"
 
@@ -121,7 +121,7 @@ def test_pods_that_vanish_late_in_a_run_are_waited_for(evicted: int) -> None:
     world.settle()
     assert world.status["phase"] == "Starting"
     assert world.condition_of("Running") == "False/Starting"
-    world.wait(75)
+    world.wait(95)
     world.settle()
     assert world.condition_of("Running") == "False/PodsNotCreated", "now it is late"
     world.wait(3600)

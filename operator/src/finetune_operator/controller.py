@@ -26,9 +26,11 @@ from finetune_operator.world.stored import StoredJob
 
 SETTLE_SECONDS: Final = 3.0
 """Shortest time from one status write of a job to the next, unless that is urgent."""
-SETTLE_SECONDS_PER_KEY: Final = 0.05
-"""Added to it for each key in the queue: with many jobs, status writes are most of the API server's
-work."""
+SETTLE_LATENCIES: Final = 20.0
+"""Added to it in multiples of the time that a status write takes lately: most of what a busy API
+server has to do in a burst of jobs are status writes."""
+_SMOOTHING: Final = 0.1
+"""Weight of the newest write in the mean time of a write."""
 GATHER_SECONDS: Final = 1.0
 """Time from a change that is not urgent to its write: another one often follows."""
 REFUSED_SECONDS: Final = 15.0
@@ -75,6 +77,8 @@ class Controller:
         self._instance = instance
         self._written: dict[str, datetime] = {}
         """When status was last written, by uid."""
+        self._latency = 0.0
+        """Mean time of a status write lately, in seconds."""
         self._changed: dict[str, datetime] = {}
         """Since when a change of status waits to be written, by uid."""
 
@@ -234,12 +238,12 @@ class Controller:
 
     def _wait(self, uid: str, now: datetime) -> float:
         """Seconds until a status is written that is not urgent."""
-        settle = SETTLE_SECONDS + SETTLE_SECONDS_PER_KEY * len(self._queue)
+        busy = SETTLE_LATENCIES * self._latency
         written = (now - self._written.get(uid, _LONG_AGO)).total_seconds()
         changed = (now - self._changed.setdefault(uid, now)).total_seconds()
         if written < 0 or changed < 0:  # the clock was set back
             return 0.0
-        return max(settle - written, GATHER_SECONDS - changed)
+        return max(SETTLE_SECONDS + busy - written, GATHER_SECONDS + busy / 2 - changed)
 
     async def _report(self, job: StoredJob, plan: Plan) -> bool:
         """Write a changed status, then create its events. What is not urgent is written by a later
@@ -254,7 +258,9 @@ class Controller:
             return False
         self._changed.pop(uid, None)
         self._written[uid] = now
+        began = time.monotonic()
         stored = await self._cluster.apply_status(plan.subject, plan.status)
+        self._latency += _SMOOTHING * (time.monotonic() - began - self._latency)
         self._store.put(KIND, stored)
         self._metrics.note(job.raw_status or {}, plan.status)
         for event in plan.events:

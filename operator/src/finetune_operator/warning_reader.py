@@ -66,7 +66,7 @@ class WarningReader:
     ) -> None:
         """
         Args:
-            node_conditions: patterns of the node conditions to heed; without any, nodes are not
+            node_conditions: patterns of the node conditions that count; without any, nodes are not
                 looked at.
         """
         self._store, self._cluster, self._enqueue = store, cluster, enqueue

@@ -15,7 +15,7 @@ def node_problems(node: Mapping[str, Any], types: Sequence[str]) -> str:
 
     Args:
         node: the Node object.
-        types: patterns of the condition types to heed, such as ``Gpu*``.
+        types: patterns of the condition types that count, such as ``Gpu*``.
     """
     conditions = (node.get("status") or {}).get("conditions") or []
     return "; ".join(
