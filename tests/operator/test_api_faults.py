@@ -104,7 +104,7 @@ def test_an_operator_that_is_killed_after_each_of_its_writes(
         eventually("a process that has nothing to write", lambda: settled(process), within=60)
     kinds = Counter(path.rpartition("/")[2].split("-")[0] for path in killed)
     print(f"killed {len(killed)} times: {dict(kinds)}")
-    assert len(killed) >= 12, killed
+    assert len(killed) >= 10, killed
     nothing_was_made_twice(job)
 
 

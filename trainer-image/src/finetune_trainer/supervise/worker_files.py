@@ -78,7 +78,7 @@ def report_failure(error: BaseException) -> None:
 def note_commit() -> None:
     """Report to the supervisor that a checkpoint has become valid."""
     if (folder := _folder()) is not None:
-        (folder / COMMITTED).touch()
+        write_whole(folder / COMMITTED, "")
 
 
 def leave_result(summary: TrainSummary) -> None:
