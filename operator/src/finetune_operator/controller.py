@@ -29,7 +29,9 @@ SETTLE_SECONDS: Final = 3.0
 SETTLE_LATENCIES: Final = 20.0
 """Added to it in multiples of the time that a status write takes lately: most of what a busy API
 server has to do in a burst of jobs are status writes."""
-_SMOOTHING: Final = 0.1
+REST_LATENCIES: Final = 5.0
+"""How much longer a job rests between two passes, in the same multiples."""
+_SMOOTHING: Final = 0.2
 """Weight of the newest write in the mean time of a write."""
 GATHER_SECONDS: Final = 1.0
 """Time from a change that is not urgent to its write: another one often follows."""
@@ -261,6 +263,7 @@ class Controller:
         began = time.monotonic()
         stored = await self._cluster.apply_status(plan.subject, plan.status)
         self._latency += _SMOOTHING * (time.monotonic() - began - self._latency)
+        self._queue.longer_rest = REST_LATENCIES * self._latency
         self._store.put(KIND, stored)
         self._metrics.note(job.raw_status or {}, plan.status)
         for event in plan.events:

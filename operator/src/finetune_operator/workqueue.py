@@ -16,8 +16,6 @@ FIRST_BACKOFF: Final = 0.2
 LAST_BACKOFF: Final = 60.0
 REST_SECONDS: Final = 1.0
 """Shortest time from the end of a pass to the next one over the same key."""
-REST_SECONDS_PER_KEY: Final = 0.01
-"""Added to it for each key that waits: the more there are, the more events one pass answers."""
 
 
 class WorkQueue:
@@ -34,6 +32,9 @@ class WorkQueue:
         """Keys that a worker has, or that rest."""
         self._again: set[str] = set()
         self._failures: dict[str, int] = {}
+        self.longer_rest = 0.0
+        """Seconds that keys rest longer than ``REST_SECONDS``: the longer, the more events one pass
+        answers."""
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
     def __len__(self) -> int:
@@ -81,7 +82,7 @@ class WorkQueue:
                 succeeded = await handle(key)
             finally:
                 asyncio.get_running_loop().call_later(
-                    REST_SECONDS + REST_SECONDS_PER_KEY * len(self), self._rested, key
+                    REST_SECONDS + self.longer_rest, self._rested, key
                 )
             if succeeded:
                 self._failures.pop(key, None)
