@@ -34,8 +34,6 @@ class Place:
     cluster: RealCluster
     name: str
     """Name of the job."""
-    full: bool
-    """Whether outages last their full time (``make chaos``) or a short one (``make e2e``)."""
     after: ExitStack = field(default_factory=ExitStack)
     """Repairs once the run has ended."""
 
@@ -220,16 +218,16 @@ def two_operators(place: Place) -> None:
 
 def api_server_restarted(place: Place) -> None:
     place.cluster.stop_api_server()
-    time.sleep(60 if place.full else 15)
+    time.sleep(60)
     place.cluster.start_api_server()
 
 
 def storage_stopped(place: Place) -> None:
-    _stop_storage(place, 60 if place.full else 20)
+    _stop_storage(place, 60)
 
 
 def storage_stopped_in_publish(place: Place) -> None:
-    _stop_storage(place, 600 if place.full else 30)
+    _stop_storage(place, 600)
 
 
 def _stop_storage(place: Place, seconds: float) -> None:
@@ -281,8 +279,6 @@ class Scenario:
     times: int = 1
     faults: int | None = 0
     """Faults in the end; None: 0 or more."""
-    in_e2e: bool = False
-    """Whether ``make e2e`` tries it, too."""
     spec: dict[str, Any] = field(default_factory=dict)
     steps: int = 60
     """Length of the run."""
@@ -324,11 +320,11 @@ SCENARIOS = [
     Scenario("a node is drained", drained, times=3),
     Scenario("an elastic gang loses a node, and gets it back", elastic_gang_shrinks_and_grows,
              spec={"compute": ELASTIC}, steps=300),
-    Scenario("a node has no network for 30 s", network_cut, faults=None, in_e2e=True),
+    Scenario("a node has no network for 30 s", network_cut, faults=None),
     Scenario("all operators are killed", operators_killed),
     Scenario("another operator with the same Lease", two_operators),
-    Scenario("the API server is away", api_server_restarted, in_e2e=True),
-    Scenario("object storage is away in training", storage_stopped, faults=None, in_e2e=True),
+    Scenario("the API server is away", api_server_restarted),
+    Scenario("object storage is away in training", storage_stopped, faults=None),
     Scenario("object storage is away in publish", storage_stopped_in_publish, "Publishing"),
     Scenario("suspend and resume in prepare", suspended, "Preparing"),
     Scenario("suspend and resume in training", suspended),

@@ -1,5 +1,5 @@
-"""``make chaos``: every scenario of ``chaos.SCENARIOS`` on the real cluster; ``make e2e`` tries
-some, with shorter outages.
+"""``make chaos``: every scenario of ``chaos.SCENARIOS`` on the real cluster. Its short form in
+``make e2e`` are ``test_disruptions`` and ``test_run``.
 
 The losses of all logged steps equal those of an undisturbed run: a sample that was trained twice or
 left out would change the loss of its step. The table, and what kubectl showed meanwhile, are
@@ -24,16 +24,15 @@ from e2e_platform import Platform
 
 from cluster.real import RealCluster
 
-pytestmark = pytest.mark.e2e
+ASKED = os.environ.get("FINETUNE_CHAOS") == "1"
+pytestmark = [pytest.mark.e2e, pytest.mark.skipif(not ASKED, reason="make chaos")]
 
 ROOT = Path(__file__).resolve().parents[2]
-FULL = os.environ.get("FINETUNE_CHAOS") == "1"
 OUT = Path(os.environ.get("FINETUNE_CHAOS_OUT", ROOT / ".finetune/chaos"))
 SPEC: dict[str, Any] = {
     "evaluation": {"maxSamples": 20},
     "checkpoint": {"everySteps": 5},
 }
-GPUS = 2
 HEAD = "| disturbance | times | longest pause | more GPU-seconds | restarts, faults | losses |"
 RULE = "|---|---|---|---|---|---|"
 
@@ -101,18 +100,14 @@ def curve(platform: Platform, name: str, status: dict[str, Any]) -> dict[int, fl
     return {p["step"]: p["loss"] for p in points}
 
 
-@pytest.mark.parametrize(
-    "scenario",
-    [s for s in SCENARIOS if FULL or s.in_e2e],
-    ids=lambda s: s.id,
-)
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.id)
 def test_a_disturbed_run_ends_like_an_undisturbed_one(
     platform: Platform, own_cluster: RealCluster, chaos_manifest: Any,
     undisturbed: Callable[[int], Undisturbed], table: Table, scenario: Scenario,
 ) -> None:  # fmt: skip
     without = undisturbed(scenario.steps)
     name = f"chaos-{scenario.id}"[:50].rstrip("-")
-    place = Place(platform, own_cluster, name, FULL)
+    place = Place(platform, own_cluster, name)
     with place.after:
         platform.apply(chaos_manifest(name, scenario.steps, **scenario.spec))
         watch = Watch(platform, name)
