@@ -18,7 +18,7 @@ STAGES := finetune_trainer.prepare.pipeline, finetune_trainer.train.process, fin
 # If unset, tokenizers warns after a fork and disables its threads.
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: help install demo tools test e2e chaos lint generate verify bench bench-operator gpu sbom lock clean
+.PHONY: help install demo tools test test-all e2e chaos lint generate verify bench bench-operator gpu sbom lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | column -t -s $$'\t'
@@ -43,12 +43,15 @@ tools: install ## Build the binaries for the tests (Kubernetes, etcd, helm), onc
 	@cd tests && ../$(BIN)/python -m cluster prepare $(FOR)
 
 test: install tools lint verify ## All tests that need no root: unit, real S3, real kube-apiserver
+	$(BIN)/python -m pytest tests -m "not e2e and not long" --numprocesses=$(WORKERS) --durations=15
+
+test-all: install tools ## The tests of make test with further variants: before a release
 	$(BIN)/python -m pytest tests -m "not e2e" --numprocesses=$(WORKERS) --durations=15
 
 e2e: install ## End-to-end tests on a real cluster (root on Linux, or KUBECONFIG)
 	@$(MAKE) --no-print-directory tools FOR=e2e
 	$(BIN)/python -m pytest tests/cluster -m e2e
-	$(BIN)/python -m pytest tests/e2e -m e2e --durations=15
+	$(BIN)/python -m pytest tests/e2e -m "e2e and not long" --durations=15
 
 chaos: install ## Disturb runs on a real cluster in every way known, and print a table (root; two hours)
 	@$(MAKE) --no-print-directory tools FOR=e2e

@@ -105,7 +105,7 @@ def test_a_job_ends_in_an_evaluated_model(platform, manifest_of, tmp_path: Path)
     assert not platform.pods(name, "train")
 
 
-@pytest.mark.parametrize("index", [1, 0])
+@pytest.mark.parametrize("index", [1, pytest.param(0, marks=pytest.mark.long)])
 def test_a_lost_pod_is_one_incident_and_the_run_resumes(platform, manifest_of, index: int) -> None:
     gpus = {"gpusPerNode": 1, "gpuResourceName": platform.advertise_gpus()}
     spec = {"checkpoint": {"everySteps": 5}, "compute": gpus, **SHORT}

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
@@ -20,21 +20,27 @@ from finetune_trainer.prepare.reading import inputsplits
 from finetune_trainer.prepare.reducing import reduce as reduce_module
 from trainer.map_reduce_helpers import ALL_DROP, PrepareJob, put_mixed_data, spy_on_reads
 from trainer.prepare_helpers import lines, pairs
+from variants import beyond
 
 pytestmark = pytest.mark.slow
 
 # --- output --------------------------------------------------------------------------------------
 
 
+RUNS: Final = [
+    (((1, 1), (1, 3), (2, 1), (4, 1)), 1, ALL_DROP),
+    (((1, 1), (3, 2)), 2, {}),
+    (((1, 1), (1, 2), (4, 1)), 3, {"deduplicate": False, "contamination": "Drop"}),
+]
+
+
 @pytest.mark.parametrize(
-    ("runs", "seed", "quality"),
-    [
-        (((1, 1), (1, 3), (2, 1), (4, 1)), 1, ALL_DROP),
-        (((1, 1), (3, 2)), 2, {}),
-        (((1, 1), (1, 2), (4, 1)), 3, {"deduplicate": False, "contamination": "Drop"}),
-    ],
+    ("runs", "seed", "quality", "validation"),
+    beyond(
+        [(*run, validation) for run in RUNS for validation in ("0.2", "0")],
+        lambda _, seed, __, validation: (seed, validation) in ((1, "0.2"), (3, "0")),
+    ),
 )
-@pytest.mark.parametrize("validation", ["0.2", "0"])
 def test_any_number_of_pods_and_processes_writes_the_same_bytes(
     job: PrepareJob, runs: tuple[tuple[int, int], ...], seed: int, quality: dict[str, Any],
     validation: str, monkeypatch: pytest.MonkeyPatch,
