@@ -89,7 +89,7 @@ def processes_of(pod_uid: str, words: str) -> list[Process]:
 
 
 WORKER = r"^rank-\d+ "
-"""Training processes: ``fork_server.settle_in`` names them."""
+"""Training processes: ``fork_server.begin_process`` names them."""
 
 
 # --- processes and pods --------------------------------------------------------------------------

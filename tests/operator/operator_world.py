@@ -74,6 +74,7 @@ class World:
         self.gone: list[dict[str, Any]] = []
         self.pull_failing_since: dict[str, datetime] = {}
         self.warnings: dict[str, str] = {}
+        self.node_problems: dict[str, str] = {}
         self.lacking: dict[str, datetime] = {}
         self.created = 0
         """Number of objects created."""
@@ -90,6 +91,7 @@ class World:
             gone=filter(None, map(pod_view, self.gone)),
             pull_failing_since=self.pull_failing_since,
             warnings=self.warnings,
+            node_problems=self.node_problems,
             progress=self.progress,
             progress_time=self.progress_time if self.progress else None,
             refused=self.refused,

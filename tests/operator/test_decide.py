@@ -295,35 +295,6 @@ def test_a_pod_lost_after_the_result_does_not_block_publish() -> None:
     assert world.child("publish")
 
 
-def test_the_phase_between_two_stages_is_that_of_the_one_that_ends() -> None:
-    """A pod has ended, but its Job is not complete yet."""
-    world = World()
-    world.settle()
-    for role, phase in (("prepare", "Preparing"), ("train", "Training")):
-        said: Any = {"prepared": PREPARED} if role == "prepare" else {"trained": TRAINED}
-        world.finish(role, **said)
-        world.child(role)["status"]["conditions"] = []
-        world.settle()
-        assert world.status["phase"] == phase
-        world.condition(role, "Complete")
-        world.settle()
-
-
-def test_a_gang_that_loads_keeps_the_step_and_has_the_planned_total() -> None:
-    world = at_training()
-    world.report("Loading")
-    world.settle()
-    assert world.status["phase"] == "Starting"
-    shown = world.status["progress"]
-    assert (shown["step"], shown["totalSteps"], shown["percent"]) == (0, 30, 0)
-    world.report(step=12, totalSteps=30)
-    world.settle()
-    world.report("Loading", attempt=2, restarts=1)
-    world.settle()
-    shown = world.status["progress"]
-    assert (shown["step"], shown["totalSteps"], shown["percent"]) == (12, 30, 40)
-
-
 def test_children_are_never_rendered_again() -> None:
     world = at_training()
     world.config = type(world.config)(image="registry.example/trainer:2")

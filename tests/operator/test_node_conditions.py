@@ -74,7 +74,7 @@ def read(world: World, cluster: Nodes) -> list[str]:
     store = store_of(world)
     reader = WarningReader(store, cluster, lambda uid, seconds: told.append(uid), TYPES)  # type: ignore[arg-type]
     asyncio.run(reader.look(world.now))
-    world.warnings = dict(store._warnings)
+    world.node_problems = dict(store._node_problems)
     return told
 
 
@@ -119,3 +119,10 @@ def test_a_node_is_looked_at_for_a_while() -> None:
     assert len(list(failed_pods(store, world.now))) == 1
     later = world.now + SUSPECTED + timedelta(seconds=1)
     assert list(failed_pods(store, later)) == []
+
+
+def test_a_warning_from_before_its_start_is_no_problem_of_the_node() -> None:
+    world = failed()
+    world.warnings = {p["metadata"]["name"]: "volume not mounted" for p in world.of("Pod")}
+    world.settle()
+    assert world.run["revision"] == 1

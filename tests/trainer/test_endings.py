@@ -159,5 +159,5 @@ def test_read_node_environment() -> None:
 def test_the_first_stall_restarts_in_place(nodes: int) -> None:
     ended = Ended(1, True, workers(a=24, b=-9), STALLED)
     assert judge(ended, nodes, None) == (STALLED, True)
-    assert judge(ended, nodes, None, spent=True) == (STALLED, False)
+    assert judge(ended, nodes, None, restarted=True) == (STALLED, False)
     assert exit_code(STALLED) == 24

@@ -30,7 +30,7 @@ SETTLE_LATENCIES: Final = 20.0
 """Added to it in multiples of the time that a status write takes lately: most of what a busy API
 server has to do in a burst of jobs are status writes."""
 REST_LATENCIES: Final = 5.0
-"""How much longer a job rests between two passes, in the same multiples."""
+"""How much longer a job rests between two passes, in multiples of the same time."""
 _SMOOTHING: Final = 0.2
 """Weight of the newest write in the mean time of a write."""
 GATHER_SECONDS: Final = 1.0

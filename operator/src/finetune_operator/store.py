@@ -59,6 +59,8 @@ class Store:
         self._progress: dict[str, tuple[Progress, datetime]] = {}
         self._refused: dict[str, dict[str, Refusal]] = {}
         self._warnings: dict[str, str] = {}
+        self._node_problems: dict[str, str] = {}
+        """Problems of the nodes of failed pods, by uid of the pod."""
         self._lacks_pods: dict[str, dict[str, datetime]] = {}
         """Since when Jobs lack pods, by name of the Job, by uid of the FineTuneJob."""
         self._owners: dict[str, Owner] = {}
@@ -151,6 +153,7 @@ class Store:
         """``last`` is the last view of a pod."""
         self._children.get(owner, {}).get(kind, {}).pop(uid, None)
         self._warnings.pop(uid, None)
+        self._node_problems.pop(uid, None)
         self._owners.pop(uid, None)
         self._pull_failing.pop(uid, None)
         gone = last.gone(datetime.now(UTC)) if isinstance(last, PodView) else None
@@ -189,6 +192,13 @@ class Store:
         if self._warnings.get(uid) == text or uid not in self._owners:
             return False
         self._warnings[uid] = text
+        return True
+
+    def put_node_problem(self, uid: str, text: str) -> bool:
+        """Keep the problems of the node of a failed pod; return whether they are new."""
+        if self._node_problems.get(uid) == text or uid not in self._owners:
+            return False
+        self._node_problems[uid] = text
         return True
 
     def drop_warning(self, uid: str) -> None:
@@ -261,6 +271,7 @@ class Store:
             gone=self._gone_pods.get(as_owner(job.raw), {}).values(),
             pull_failing_since=self._pull_failing,
             warnings=self._warnings,
+            node_problems=self._node_problems,
             progress=progress,
             progress_time=time,
             refused=self._refused.get(uid),

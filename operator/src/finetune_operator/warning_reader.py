@@ -104,7 +104,8 @@ class WarningReader:
         except (ApiError, aiohttp.ClientError, TimeoutError) as error:
             log.debug("events of %s/%s: %s", late.namespace, late.uid, error)
             return
-        if text is not None and self._store.put_warning(late.uid, text):
+        put = self._store.put_node_problem if late.failed_on else self._store.put_warning
+        if text is not None and put(late.uid, text):
             self._enqueue(late.job, 0.0)
 
     async def _text(self, late: Late) -> str | None:

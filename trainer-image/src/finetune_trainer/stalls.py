@@ -81,8 +81,8 @@ def _stacks(file: Path) -> str:
 def _native_stacks() -> str:
     """Return the stacks with the frames of native code, or why there are none."""
     places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    if (command := shutil.which("py-spy", path=places)) is None:
-        return "\nno native stacks: py-spy is not installed\n"
+    if sys.platform != "linux" or (command := shutil.which("py-spy", path=places)) is None:
+        return "\nno native stacks: py-spy is not installed, or this is not Linux\n"
     ctypes.CDLL(None).prctl(_PR_SET_PTRACER, _ANY_PROCESS, 0, 0, 0)  # else a child may not look
     try:
         done = subprocess.run(

@@ -38,9 +38,9 @@ def after_incident(view: RunView, incidents: Incidents | None = None) -> Recreat
     """The next revision after an incident of this pass; None: the Job replaces the pod, or the run
     ends."""
     incidents = incidents or view.incidents
-    ill = _on_ill_node(view, incidents)
-    if ill is not None:
-        return _next_revision(view, ill, "Elsewhere", incidents.acted("Elsewhere", ill))
+    cause = _on_bad_node(view, incidents)
+    if cause is not None:
+        return _next_revision(view, cause, "Elsewhere", incidents.acted("Elsewhere", cause))
     newest = incidents.new
     if newest is None or newest.action == "End":
         return None
@@ -71,16 +71,16 @@ def _next_revision(
     return Recreation(why, incidents, None, avoided)
 
 
-def _on_ill_node(view: RunView, incidents: Incidents) -> FailureStatus | None:
+def _on_bad_node(view: RunView, incidents: Incidents) -> FailureStatus | None:
     """The newest incident's failure, if its pod was replaced although its node has a problem. The
     node's conditions may become known after the incident."""
     newest = incidents.newest_first[0] if incidents.newest_first else None
     if newest is None or newest.action != "Pod" or not newest.fault:
         return None
     pod = next((p for p in view.pods if p.name == newest.failure.pod), None)
-    if pod is None or not pod.warning or pod.node is None:
+    if pod is None or not pod.node_problem:
         return None
-    text = f"{newest.failure.message}. Its node {pod.node} has a problem: {pod.warning}"
+    text = f"{newest.failure.message}. Its node {pod.node} has a problem: {pod.node_problem}"
     return newest.failure.model_copy(update={"message": text[:MESSAGE_MAX]})
 
 

@@ -12,7 +12,7 @@ _MAY_WAIT: Final = (
     "phase", "prepared", "progress", "usage", "checkpoints", "startup", "conditions",
 )  # fmt: skip
 _CONDITIONS_WAIT: Final = ("Reconciling", "Prepared", "Running", "Evaluated", "Published")
-_EXPECTED: Final = ("Ready", "Reconciling", "Prepared", "Running", "Evaluated", "Published")
+_EXPECTED: Final = ("Ready", *_CONDITIONS_WAIT)
 """Conditions without an event: the normal course of a run, which status shows with its times."""
 
 

@@ -104,6 +104,7 @@ def observe(
     gone: Iterable[PodView] = (),
     pull_failing_since: Mapping[str, datetime] | None = None,
     warnings: Mapping[str, str] | None = None,
+    node_problems: Mapping[str, str] | None = None,
     progress: Progress | None = None,
     progress_time: datetime | None = None,
     refused: Mapping[str, Refusal] | None = None,
@@ -113,15 +114,18 @@ def observe(
 
     Args:
         views: the views of its children, by kind and uid.
-        pull_failing_since, warnings: by uid of the child.
+        pull_failing_since, warnings, node_problems: by uid of the child.
     """
     since, told = pull_failing_since or {}, warnings or {}
+    problems = node_problems or {}
     kinds = (StoredRunSpec, JobView, ServiceView, PolicyView, PodView)
     found: dict[type, list[View]] = {kind: [] for kind in kinds}
     for of_kind in views.values():
         for uid, view in of_kind.items():
             if isinstance(view, PodView) and uid in since:
                 view = replace(view, pull_failing_since=since[uid])
+            if isinstance(view, PodView) and uid in problems:
+                view = replace(view, node_problem=problems[uid])
             if isinstance(view, PodView | JobView) and uid in told:
                 view = replace(view, warning=told[uid])
             if view is not None:

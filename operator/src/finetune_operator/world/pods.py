@@ -75,8 +75,9 @@ class PodView:
     """End of the grace period of a pod that is being deleted."""
     limits: Mapping[str, str] = field(default_factory=dict)
     warning: str = ""
-    """Kubernetes' newest warning about the pod, read once the pod is late; of a failed pod, the
-    problems of its node."""
+    """Kubernetes' newest warning about the pod, read once the pod is late."""
+    node_problem: str = ""
+    """Problems of the node of a failed pod, in the words of agents for node health."""
 
     @property
     def ended(self) -> bool:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from finetune_trainer.supervise.fork_server import settle_in
+from finetune_trainer.supervise.fork_server import begin_process
 
 ENV_REPORT: Final = "FINETUNE_AGENT_REPORT"
 ELASTIC: Final = "elastic"
@@ -30,7 +30,7 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> None:
         arguments: of torchrun; the last one is the workers' module (see ``work``).
         environment: variables of this process and its workers.
     """
-    settle_in("agent", environment, signal.SIGTERM)
+    begin_process("agent", environment, signal.SIGTERM)
     code = _run(arguments, environment)
     _flush()
     # The workers have ended. A regular shutdown of torch would only delay the peers.
@@ -39,7 +39,7 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> None:
 
 def work(module: str, environment: Mapping[str, str]) -> None:
     """Run a training process: the function ``main`` of a module, which returns the exit code."""
-    settle_in(f"rank-{os.environ['RANK']}", environment, signal.SIGKILL)
+    begin_process(f"rank-{os.environ['RANK']}", environment, signal.SIGKILL)
     code = importlib.import_module(module).main()
     _flush()
     if code:

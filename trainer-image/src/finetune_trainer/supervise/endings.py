@@ -43,24 +43,24 @@ class Ended:
 
 
 def judge(
-    ended: Ended, nodes: int, oom_killed: bool | None, spent: bool = False
+    ended: Ended, nodes: int, oom_killed: bool | None, restarted: bool = False
 ) -> tuple[Failure, bool]:
     """Return why this node's workers ended, and whether to restart them in place.
 
     Args:
         nodes: number of nodes of the run. A single node has no peers to wait for.
         oom_killed: whether the kernel OOM-killed a process meanwhile; None: unknown.
-        spent: whether the pod has restarted for a failure of its own since the last checkpoint.
+        restarted: whether the pod has restarted for a failure of its own since the last checkpoint.
     """
     said = ended.failure
     if said is not None and said.failure_class == "Stalled":
-        return said, not spent
+        return said, not restarted
     follows = said is not None and (said.reason == PEER_LOST or said.failure_class == "Preempted")
     if said is not None and not follows:
         return said, False
     if (number := _killer(ended)) is not None:
         killed = failure_of(_killed(number, nodes, oom_killed, ended.aborted))
-        again = killed.reason == PEER_LOST or (killed.reason == KILLED and not spent)
+        again = killed.reason == PEER_LOST or (killed.reason == KILLED and not restarted)
         return killed, again
     if said is not None:
         return said, nodes > 1

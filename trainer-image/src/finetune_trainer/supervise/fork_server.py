@@ -60,14 +60,14 @@ def _runs() -> None:
 
 def start(target: Callable[..., None], *arguments: object) -> BaseProcess:
     """Start a process that calls a function of a module; return it. Keep the result: the process
-    ends with the object (``end_with_parent``)."""
+    ends with the object (``begin_process``)."""
     context: Any = multiprocessing.get_context(METHOD)
     process: BaseProcess = context.Process(target=target, args=arguments)
     process.start()
     return process
 
 
-def settle_in(name: str, environment: Mapping[str, str], end: signal.Signals) -> None:
+def begin_process(name: str, environment: Mapping[str, str], end: signal.Signals) -> None:
     """Begin the work of a forked process: its name in ``ps``, its environment variables, a session
     of its own (Ctrl-C in a terminal is for the supervisor), and the end with the process that asked
     for it.

@@ -29,7 +29,7 @@ from typing import Final
 
 from finetune_api.names import ExitCode
 from finetune_api.results import Failure, Termination
-from finetune_trainer.failures import PEER_LOST, NodeFailure
+from finetune_trainer.failures import NodeFailure
 from finetune_trainer.stage import (
     end_badly,
     end_with,
@@ -39,7 +39,7 @@ from finetune_trainer.stage import (
     start_log,
 )
 from finetune_trainer.supervise import agent, fork_server, worker_files
-from finetune_trainer.supervise.endings import Ended, judge, judge_stopped
+from finetune_trainer.supervise.endings import KILLED, Ended, judge, judge_stopped
 from finetune_trainer.supervise.node_environment import NodeEnvironment, read_node_environment
 from finetune_trainer.supervise.processes import (
     adopt_orphans,
@@ -133,7 +133,7 @@ class Supervisor:
         oom_before = oom_kills()
         deadline = time.monotonic() + self._patience
         fork_server.set_up(self._worker, self._environment())
-        spent = False
+        restarted = False  # for a failure of this pod, since its last checkpoint
         while True:
             ended = self._start_and_wait(deadline)
             if ended is not None and ended.code == 0:
@@ -142,9 +142,9 @@ class Supervisor:
                 return self._failed(judge_stopped(ended, self._node.grace))
             oom_now = oom_kills()
             oom_killed = None if oom_before is None or oom_now is None else oom_now > oom_before
-            spent = spent and not worker_files.has_committed(self._start_folder)
-            failure, again = judge(ended, self._node.nodes, oom_killed, spent)
-            spent = spent or failure.reason != PEER_LOST
+            restarted = restarted and not worker_files.has_committed(self._start_folder)
+            failure, again = judge(ended, self._node.nodes, oom_killed, restarted)
+            restarted |= failure.reason == KILLED or failure.failure_class == "Stalled"
             if not again:
                 return self._failed(failure)
             if ended.formed:
