@@ -241,6 +241,20 @@ def test_unschedulable_gang_fails_the_run(job: Job, operator: OperatorProcess) -
     assert failure["reason"] == "Unschedulable" and "0/2 nodes are available" in failure["message"]
 
 
+def test_a_quota_is_named_in_seconds(job: Job, operator: OperatorProcess) -> None:
+    meta = {"name": "none", "namespace": job.namespace}
+    none = {"apiVersion": "v1", "kind": "ResourceQuota", "spec": {"hard": {"pods": "0"}}}
+    job.api.apply({**none, "metadata": meta})
+    job.apply()
+
+    def named() -> bool:
+        found = {c["type"]: c["message"] for c in job.status["conditions"]}
+        return "exceeded quota: none" in found["Prepared"]
+
+    eventually("the quota is named", named, within=WITHIN)
+    assert job.condition_of("Prepared") == "False/PodsNotCreated"
+
+
 def test_rules_for_failures_with_the_real_job_controller(
     job: Job, operator: OperatorProcess
 ) -> None:

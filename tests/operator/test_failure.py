@@ -340,14 +340,14 @@ def test_the_start_deadline_is_live_and_excludes_queue_time() -> None:
 
 
 def test_a_job_without_pods_is_reported_and_fails() -> None:
-    world = World(scheduling={"startDeadlineSeconds": 60})
+    world = World(scheduling={"startDeadlineSeconds": 180})
     world.settle()
     assert world.condition_of("Prepared") == "False/Preparing"
-    assert world.plan().requeue_after == timedelta(seconds=30)
-    world.wait(30)
+    assert world.plan().requeue_after == timedelta(seconds=120)
+    world.wait(120)
     world.settle()
     assert world.condition_of("Prepared") == "False/PodsNotCreated"
-    world.wait(30)
+    world.wait(60)
     world.settle()
     assert world.status["failure"]["reason"] == "PodsNotCreated"
     assert "quota" in world.status["failure"]["message"]

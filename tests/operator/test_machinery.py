@@ -196,6 +196,35 @@ def test_a_list_is_read_in_pages() -> None:
     assert asyncio.run(scenario()) == (7, {"u1", "u2", "u3"}), "the version of the first page"
 
 
+def test_the_newest_warning_of_each_object_is_read_from_one_list() -> None:
+    def event(uid: str, minute: int, text: str) -> dict[str, Any]:
+        time = f"2026-01-01T10:{minute:02}:00Z"
+        return {"involvedObject": {"uid": uid}, "lastTimestamp": time, "message": text}
+
+    pages = {
+        "": ([event("a", 2, "new"), event("other", 3, "x")], "b"),
+        "b": ([event("a", 1, "old"), event("b", 1, "b's")], ""),
+    }
+
+    async def scenario() -> dict[str, str]:
+        async def answer(request: web.Request) -> web.Response:
+            assert request.query["fieldSelector"] == "type=Warning"
+            items, following = pages[request.query.get("continue", "")]
+            return web.json_response({"metadata": {"continue": following}, "items": items})
+
+        app, port = web.Application(), free_port()
+        app.router.add_get("/api/v1/namespaces/team/events", answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", port).start()
+        async with Cluster(Credentials(host=f"http://127.0.0.1:{port}")) as cluster:
+            found = await cluster.newest_warnings("team", ["a", "b", "c"])
+        await runner.cleanup()
+        return found
+
+    assert asyncio.run(scenario()) == {"a": "new", "b": "b's"}
+
+
 class Refusing(Recorder):
     """A cluster that refuses requests about some children, with these answers in turn."""
 
@@ -254,7 +283,7 @@ def test_a_refused_child_is_shown_in_the_same_pass_and_retried(
     assert prepared["reason"] == "Preparing"
 
 
-def test_what_is_not_urgent_is_written_with_the_next_status(monkeypatch: Any) -> None:
+def test_what_is_due_soon_is_written_with_the_next_status(monkeypatch: Any) -> None:
     plans: list[Plan] = []
     subject = Subject("team", "bot", UID, 1)
 
@@ -264,8 +293,8 @@ def test_what_is_not_urgent_is_written_with_the_next_status(monkeypatch: Any) ->
         store.put(names.KIND, at_training().job | stored_object(names.KIND, UID, 1))
         metrics = Metrics(store, lambda: 0)
         controller = Controller(store, cluster, queue, CONFIG, metrics, "here")  # type: ignore[arg-type]
-        for urgent, step in ((True, 1), (False, 2), (True, 3), (False, 4)):
-            plans[:] = [Plan(subject, status={"step": step}, urgent=urgent)]
+        for due, step in (("AtOnce", 1), ("Soon", 2), ("AtOnce", 3), ("Soon", 4)):
+            plans[:] = [Plan(subject, status={"step": step}, urgency=due)]
             assert await controller.handle(UID)
         monkeypatch.setattr(controller_module, "SETTLE_SECONDS", 0.0)
         monkeypatch.setattr(controller_module, "SETTLE_LATENCIES", 0.0)
@@ -278,6 +307,26 @@ def test_what_is_not_urgent_is_written_with_the_next_status(monkeypatch: Any) ->
 
     cluster = asyncio.run(scenario())
     assert [status["step"] for status in cluster.statuses] == [1, 3, 4]
+
+
+def test_first_statuses_wait_for_the_first_jobs_of_others(monkeypatch: Any) -> None:
+    subject = Subject("team", "bot", UID, 1)
+    plan = Plan(subject, status={"phase": "Pending"})
+
+    async def scenario() -> list[int]:
+        monkeypatch.setattr(controller_module, "decide", lambda *_: plan)
+        store, cluster, queue = Store(), Recorder(), WorkQueue()
+        store.put(names.KIND, World().job | stored_object(names.KIND, UID, 1))
+        metrics = Metrics(store, lambda: 0)
+        controller = Controller(store, cluster, queue, CONFIG, metrics, "here")  # type: ignore[arg-type]
+        written = []
+        for queue.new in (1, 0):
+            assert await controller.handle(UID)
+            written.append(len(cluster.statuses))
+        assert len(queue) == 1, "a pass is due that writes it"
+        return written
+
+    assert asyncio.run(scenario()) == [0, 1]
 
 
 def test_a_pass_that_has_written_is_followed_by_another() -> None:

@@ -4,6 +4,7 @@ object that lacks, and ended at the start deadline."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from datetime import timedelta
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_a_quota_that_admits_only_some_pods_is_named() -> None:
     world.pods("train", 3, running={})
     world.settle()
     assert world.condition_of("Running") == "False/Starting"
-    world.wait(30)
+    world.wait(120)
     world.settle()
     assert "3 of 4 pods of Job bot-1-0f9c2-train-1 exist" in world.message("Running")
     uid = world.child("train")["metadata"].setdefault("uid", "train")
@@ -103,7 +104,7 @@ def test_the_back_off_of_a_replacement_is_no_obstacle() -> None:
     lost = {"class": "NodeFailure", "reason": "ProcessKilled", "message": "m", "retryable": True}
     world.fail("train", 20, 1, **lost)
     world.settle()
-    world.wait(30)
+    world.wait(60)
     world.settle()
     assert world.condition_of("Running") == "False/Starting"
     world.wait(65)
@@ -121,7 +122,7 @@ def test_pods_that_vanish_late_in_a_run_are_waited_for(evicted: int) -> None:
     world.settle()
     assert world.status["phase"] == "Starting"
     assert world.condition_of("Running") == "False/Starting"
-    world.wait(95)
+    world.wait(125)
     world.settle()
     assert world.condition_of("Running") == "False/PodsNotCreated", "now it is late"
     world.wait(3600)
@@ -233,12 +234,12 @@ class Events:
     """A cluster with warnings, by uid."""
 
     def __init__(self, **warnings: str) -> None:
-        self.warnings, self.asked = warnings, list[str]()
+        self.warnings, self.asked = warnings, list[list[str]]()
 
-    async def newest_warning(self, namespace: str, uid: str) -> str | None:
+    async def newest_warnings(self, namespace: str, uids: Collection[str]) -> dict[str, str]:
         assert namespace == "team"
-        self.asked.append(uid)
-        return self.warnings.get(uid)
+        self.asked.append(sorted(uids))
+        return {uid: self.warnings[uid] for uid in uids if uid in self.warnings}
 
 
 def store_of(world: World) -> Store:
@@ -268,7 +269,7 @@ def test_warnings_are_read_about_late_objects_alone_and_shown() -> None:
     reader = WarningReader(store, cluster, lambda uid, seconds: told.append(uid))  # type: ignore[arg-type]
     asyncio.run(reader.look(world.now))
     asyncio.run(reader.look(world.now))
-    assert cluster.asked == [name, job], "not again at once"
+    assert cluster.asked == [sorted([name, job])], "in one list, and not again at once"
     assert told == [UID, UID]
     observed = store.observed(UID)
     assert [p.warning for p in observed.pods if p.warning] == ["configmap ca not found"]

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from operator_world import PREPARED, TRAINED, World, at_training
 
 
-def test_the_phase_between_two_stages_is_that_of_the_one_that_ends() -> None:
-    """A pod has ended, but its Job is not complete yet."""
+def test_the_next_stage_begins_once_the_pods_have_succeeded() -> None:
+    """The Job is not complete yet, and is not stopped either."""
     world = World()
     world.settle()
-    for role, phase in (("prepare", "Preparing"), ("train", "Training")):
-        said: Any = {"prepared": PREPARED} if role == "prepare" else {"trained": TRAINED}
-        world.finish(role, **said)
-        world.child(role)["status"]["conditions"] = []
-        world.settle()
-        assert world.status["phase"] == phase
-        world.condition(role, "Complete")
-        world.settle()
+    world.finish("prepare", prepared=PREPARED)
+    world.child("prepare")["status"]["conditions"] = []
+    world.settle()
+    assert world.status["phase"] == "Starting" and world.condition_of("Prepared").startswith("True")
+    assert world.child("train")
+    assert "activeDeadlineSeconds" not in world.child("prepare")["spec"]
+
+
+def test_a_gang_whose_pods_end_is_training() -> None:
+    """Other pods of the gang may run still: its Job says when all have ended."""
+    world = at_training()
+    world.finish("train", trained=TRAINED)
+    world.child("train")["status"]["conditions"] = []
+    world.settle()
+    assert world.status["phase"] == "Training"
+    world.condition("train", "Complete")
+    world.settle()
+    assert world.status["phase"] == "Publishing"
 
 
 def test_a_gang_that_loads_keeps_the_step_and_has_the_planned_total() -> None:

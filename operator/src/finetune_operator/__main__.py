@@ -6,11 +6,12 @@ Each option has an environment variable, named in its help.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
 import os
 import sys
 from collections.abc import Sequence
+
+import uvloop
 
 from finetune_operator.app import Operator, Options, own_namespace
 from finetune_operator.cluster import NoCluster
@@ -110,7 +111,7 @@ def main() -> None:
         return await Operator(chosen).run()
 
     try:
-        sys.exit(asyncio.run(run()))
+        sys.exit(uvloop.run(run()))
     except NoCluster as error:
         sys.exit(f"finetune-operator: no access to a cluster: {error}")
 

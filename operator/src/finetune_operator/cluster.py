@@ -7,17 +7,17 @@ Each write checks ``guard`` (whether this process is the leader) right before it
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import ssl
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
 import aiohttp
 import kubernetes.client
 import kubernetes.config
+import orjson
 
 from finetune_api.names import API_VERSION, FIELD_OWNER, KIND, PLURAL
 from finetune_operator.decision.plan import Event, Subject
@@ -30,6 +30,9 @@ former leader is in flight when the next leader starts."""
 
 PAGE: Final = "500"
 """Objects per page of a list: one page must arrive within REQUEST_SECONDS."""
+
+EVENT_PAGES: Final = 10
+"""Most pages of the warnings of one namespace."""
 
 PATHS: Final[dict[str, tuple[str, str]]] = {
     "ConfigMap": ("/api/v1", "configmaps"),
@@ -243,7 +246,7 @@ class Cluster:
         page = {"labelSelector": selector, "limit": PAGE}
         while True:
             raw = await self._request_bytes("GET", path, None, "application/json", accept, page)
-            found = json.loads(raw)
+            found = orjson.loads(raw)
             version = version or int(found["metadata"]["resourceVersion"])
             uids |= {item["metadata"]["uid"] for item in found["items"] or ()}  # null: none
             if not (following := found["metadata"].get("continue")):
@@ -259,13 +262,22 @@ class Cluster:
                 raise
             return None
 
-    async def newest_warning(self, namespace: str, uid: str) -> str | None:
-        """Message of the newest warning about an object; None: there is none."""
-        selector = f"involvedObject.uid={uid},type=Warning"
-        path = f"/api/v1/namespaces/{namespace}/events"
-        found = await self.request("GET", path, fieldSelector=selector, limit="100")
-        events = sorted(found.get("items", ()), key=_event_time)
-        return str(events[-1].get("message") or events[-1].get("reason")) if events else None
+    async def newest_warnings(self, namespace: str, uids: Collection[str]) -> dict[str, str]:
+        """Message of the newest warning about each object of a namespace that has one, by uid."""
+        path, found = f"/api/v1/namespaces/{namespace}/events", dict[str, tuple[str, str]]()
+        page, accept = {"fieldSelector": "type=Warning", "limit": PAGE}, "application/json"
+        for _ in range(EVENT_PAGES):
+            raw = await self._request_bytes("GET", path, None, accept, accept, page)
+            events = orjson.loads(raw)
+            for event in events.get("items", ()):
+                uid = event["involvedObject"].get("uid")
+                text = str(event.get("message") or event.get("reason"))
+                if uid in uids:
+                    found[uid] = max(found.get(uid, ("", "")), (_event_time(event), text))
+            if not (following := events["metadata"].get("continue")):
+                break
+            page["continue"] = following
+        return {uid: text for uid, (_, text) in found.items()}
 
     async def queue_message(self, namespace: str, uid: str) -> str | None:
         """What Kueue says about the wait of a Job; None: it says nothing. Needs the optional right
@@ -313,7 +325,7 @@ class Cluster:
             aiohttp.ClientError, TimeoutError: the server could not be reached in time.
         """
         raw = await self._request_bytes(method, path, body, content_type, accept, parameters)
-        response: Json = json.loads(raw)
+        response: Json = orjson.loads(raw)
         return response
 
     async def _request_bytes(
@@ -330,7 +342,7 @@ class Cluster:
         token = bearer(self._configuration)
         if token is not None:
             headers["Authorization"] = f"Bearer {token}"
-        data = json.dumps(body) if body is not None else None
+        data = orjson.dumps(body) if body is not None else None
         async with self._session.request(
             method, path.lstrip("/"), data=data, headers=headers, params=parameters
         ) as response:
@@ -382,6 +394,6 @@ def object_path(kind: str, namespace: str, name: str) -> str:
 
 def _message(text: str) -> str:
     try:
-        return str(json.loads(text).get("message", text))
+        return str(orjson.loads(text).get("message", text))
     except (ValueError, AttributeError):
         return text

@@ -71,9 +71,9 @@ PULL_REFUSED: Final = timedelta(seconds=30)
 """How long an image pull that the registry refuses (no such image, no access) may fail."""
 PULL_FAILING: Final = timedelta(minutes=10)
 """How long an image pull may fail for other causes (registry down, rate limit)."""
-PODS_AWAITED: Final = timedelta(seconds=30)
+PODS_AWAITED: Final = timedelta(minutes=2)
 """How long a Job may lack pods before status shows it, unless an event says why: a busy Job
-controller takes its time."""
+controller takes its time, and replaces a failed pod after a back-off."""
 PODS_REPLACED: Final = timedelta(seconds=60)
 """Longest back-off of a Job controller before it replaces a failed pod; beyond, the gang is
 recreated (``decision.recreate``)."""

@@ -3,6 +3,7 @@ time and any number of times."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable
@@ -17,7 +18,7 @@ from finetune_operator.children.render import render
 from finetune_operator.cluster import ApiError, Cluster, NotLeading
 from finetune_operator.config import Config
 from finetune_operator.decide import decide, defect
-from finetune_operator.decision.plan import Plan, Subject
+from finetune_operator.decision.plan import Plan, Subject, Urgency
 from finetune_operator.metrics import Metrics
 from finetune_operator.store import Store
 from finetune_operator.workqueue import LAST_BACKOFF, WorkQueue
@@ -25,16 +26,18 @@ from finetune_operator.world.observe import Refusal, child_key
 from finetune_operator.world.stored import StoredJob
 
 SETTLE_SECONDS: Final = 3.0
-"""Shortest time from one status write of a job to the next, unless that is urgent."""
-SETTLE_LATENCIES: Final = 20.0
+"""Shortest time from one status write of a job to the next, unless that is due at once."""
+SETTLE_LATENCIES: Final = 50.0
 """Added to it in multiples of the time that a status write takes lately: most of what a busy API
 server has to do in a burst of jobs are status writes."""
-REST_LATENCIES: Final = 5.0
+REST_LATENCIES: Final = 10.0
 """How much longer a job rests between two passes, in multiples of the same time."""
 _SMOOTHING: Final = 0.2
 """Weight of the newest write in the mean time of a write."""
 GATHER_SECONDS: Final = 1.0
-"""Time from a change that is not urgent to its write: another one often follows."""
+"""Time from a change that is due soon to its write: another one often follows."""
+GATHER_LATER_SECONDS: Final = 60.0
+"""The same for a change that is due later."""
 REFUSED_SECONDS: Final = 15.0
 """Delay until a refused request is sent again, for ``UNCHANGED_FOR_A_WHILE``."""
 UNCHANGED_FOR_A_WHILE: Final = (400, 403, 422)
@@ -142,10 +145,10 @@ class Controller:
             await self._apply(plan, children)
         except ChildRefused as refused:
             shown = decide(job, self._store.observed(uid), now, self._config)
-            await self._report(job, replace(shown, urgent=True))
+            await self._report(job, replace(shown, urgency="AtOnce"))
             return self._retry(uid, refused)
         written = await self._report(job, plan)
-        if (written and plan.urgent) or plan.delete or plan.change:
+        if (written and plan.urgency == "AtOnce") or plan.delete or plan.change:
             self._queue.put(uid)  # the next pass sees the writes of this one: no event causes it
         elif children:
             self._queue.put_after(uid, SETTLE_SECONDS)  # should nothing come of them
@@ -181,21 +184,31 @@ class Controller:
                 continue  # its deletion has been told during this pass
             deletion = cluster.delete(delete.kind, namespace, delete.name, uid)
             await self._accepted(subject, delete.kind, delete.name, deletion)
-        for child in children:
-            kind, name = child["kind"], child["metadata"]["name"]
-            views = self._store.children(subject.uid, kind).values()
-            existing = {view.name for view in views if view is not None}
-            # A child that exists is a NetworkPolicy of other settings (``Create``).
-            creation = cluster.apply(child) if name in existing else self._create(subject, child)
-            # An invalid NetworkPolicy is the fault of the operator's settings, not of the job.
-            final = kind != "NetworkPolicy"
-            stored = await self._accepted(subject, kind, name, creation, final_if_invalid=final)
-            self._store.put(kind, stored)
+        for jobs in (False, True):  # pods need the other children
+            made = [self._make(subject, c) for c in children if (c["kind"] == "Job") == jobs]
+            for error in await asyncio.gather(*made, return_exceptions=True):
+                if error is not None:
+                    raise error
         for change in plan.change:
             patch = cluster.patch(change.kind, namespace, change.name, change.patch)
             changed = await self._accepted(subject, change.kind, change.name, patch)
             if changed is not None:  # None: it is gone
                 self._store.put(change.kind, changed)
+
+    async def _make(self, subject: Subject, child: dict[str, Any]) -> None:
+        """Create a child, or change a NetworkPolicy that exists with other settings (``Create``).
+
+        Raises:
+            ChildRefused, WatchBehind: as ``_apply``.
+        """
+        kind, name = child["kind"], child["metadata"]["name"]
+        views = self._store.children(subject.uid, kind).values()
+        existing = {view.name for view in views if view is not None}
+        request = self._cluster.apply(child) if name in existing else self._create(subject, child)
+        # An invalid NetworkPolicy is the fault of the operator's settings, not of the job.
+        final = kind != "NetworkPolicy"
+        stored = await self._accepted(subject, kind, name, request, final_if_invalid=final)
+        self._store.put(kind, stored)
 
     async def _create(self, subject: Subject, child: dict[str, Any]) -> dict[str, Any]:
         """Create a child. If the job has it already, the answer to an earlier request was lost and
@@ -238,24 +251,29 @@ class Controller:
         self._store.put_refusal(subject.uid, child, None)
         return response
 
-    def _wait(self, uid: str, now: datetime) -> float:
-        """Seconds until a status is written that is not urgent."""
+    def _wait(self, uid: str, urgency: Urgency, now: datetime) -> float:
+        """Seconds until a changed status is written."""
+        if urgency == "AtOnce":
+            return 0.0
+        gather = GATHER_SECONDS if urgency == "Soon" else GATHER_LATER_SECONDS
         busy = SETTLE_LATENCIES * self._latency
         written = (now - self._written.get(uid, _LONG_AGO)).total_seconds()
         changed = (now - self._changed.setdefault(uid, now)).total_seconds()
         if written < 0 or changed < 0:  # the clock was set back
             return 0.0
-        return max(SETTLE_SECONDS + busy - written, GATHER_SECONDS + busy / 2 - changed)
+        return max(SETTLE_SECONDS + busy - written, gather + busy - changed)
 
     async def _report(self, job: StoredJob, plan: Plan) -> bool:
-        """Write a changed status, then create its events. What is not urgent is written by a later
-        pass, together with what follows. Returns whether status was written."""
+        """Write a changed status, then create its events. What is not due at once is written by a
+        later pass, together with what follows. Returns whether status was written."""
         uid, now = plan.subject.uid, datetime.now(UTC)
         if plan.status is None:
             self._changed.pop(uid, None)
             return False
-        wait = 0.0 if plan.urgent else self._wait(uid, now)
-        if wait > 0:
+        if not job.raw_status and self._queue.new:
+            self._queue.put(uid)  # the first Jobs of other new jobs come before this one's status
+            return False
+        if (wait := self._wait(uid, plan.urgency, now)) > 0:
             self._queue.put_after(uid, wait)
             return False
         self._changed.pop(uid, None)

@@ -16,7 +16,7 @@ from finetune_operator.decision.plan import Event, Plan, Subject
 from finetune_operator.decision.recreate import recreation
 from finetune_operator.decision.run_view import RunView
 from finetune_operator.decision.runs import current_run, next_gang
-from finetune_operator.status.changes import differs, events, is_urgent
+from finetune_operator.status.changes import differs, events, urgency
 from finetune_operator.status.status import (
     operator_defect,
     refused_spec,
@@ -97,5 +97,5 @@ def _with_status(
         status = with_unknown(FineTuneJobStatus, job.raw_status, status)
     if not differs(job.raw_status, status):
         return plan
-    urgent = is_urgent(before, after)
-    return replace(plan, status=status, urgent=urgent, events=events(before, after))
+    due = urgency(before, after)
+    return replace(plan, status=status, urgency=due, events=events(before, after))

@@ -31,6 +31,9 @@ WRITE_SECONDS: Final = 3.0
 """Minimum time between status writes of a job that only its progress causes."""
 WRITES_PER_SECOND: Final = 50.0
 """Most such writes a second: from 150 gangs on each is written less often."""
+SILENT_SECONDS: Final = 20.0
+"""How long a gang may not answer before it is read less often."""
+SILENT_POLL_SECONDS: Final = 10.0
 TIMEOUT_SECONDS: Final = 2.0
 CONCURRENT_POLLS: Final = 32
 LARGEST_RESPONSE: Final = 65536
@@ -49,6 +52,10 @@ class Gang:
     pod: str
     ip: str
 
+    @property
+    def pod_key(self) -> str:
+        return f"{self.namespace}/{self.pod}"
+
 
 class Poller:
     """Reads ``/progress`` of every running gang and enqueues jobs whose progress changed."""
@@ -64,6 +71,8 @@ class Poller:
         self._proxy = proxy
         self._stored: dict[str, tuple[Progress, float, datetime]] = {}
         """The last progress that changed, by uid of the job, and when, on two clocks."""
+        self._silent: dict[str, float] = {}
+        """Since when a pod has not answered."""
         self._write_seconds = WRITE_SECONDS
         self._slots = asyncio.Semaphore(CONCURRENT_POLLS)
 
@@ -88,10 +97,18 @@ class Poller:
                 due = began + seconds * number / len(gangs)
                 if due > time.monotonic():
                     await asyncio.sleep(due - time.monotonic())
-                reads.create_task(self._poll(session, gang))
-        uids = {g.uid for g in gangs}
+                if self._is_due(gang, seconds):
+                    reads.create_task(self._poll(session, gang))
+        uids, pods = {g.uid for g in gangs}, {g.pod_key for g in gangs}
         self._stored = {u: t for u, t in self._stored.items() if u in uids}
+        self._silent = {p: t for p, t in self._silent.items() if p in pods}
         await asyncio.sleep(max(0.0, began + seconds - time.monotonic()))
+
+    def _is_due(self, gang: Gang, period: float) -> bool:
+        """Whether to read a gang in this period: one that has not answered for long may take
+        minutes more."""
+        silent = time.monotonic() - self._silent.get(gang.pod_key, time.monotonic())
+        return silent < SILENT_SECONDS or silent % SILENT_POLL_SECONDS < period
 
     async def _poll(self, session: aiohttp.ClientSession, gang: Gang) -> None:
         async with self._slots:
@@ -99,7 +116,9 @@ class Poller:
                 progress = read_known(Progress, await self._read(session, gang))
             except (ApiError, aiohttp.ClientError, TimeoutError, ValueError) as error:
                 log.debug("progress of %s/%s: %s", gang.namespace, gang.pod, error)
+                self._silent.setdefault(gang.pod_key, time.monotonic())
                 return
+        self._silent.pop(gang.pod_key, None)
         if progress.run == gang.run:
             self._keep(gang.uid, progress)
 

@@ -8,8 +8,10 @@ All are read on demand, because a watch of all Events of a cluster would be its 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple
@@ -31,6 +33,9 @@ QUEUE_AGAIN_SECONDS: Final = 60.0
 REFUSED_SECONDS: Final = 600.0
 """How long Kueue or nodes are not asked after a refusal: Kueue is not installed, or the right is
 missing."""
+READING_SHARE: Final = 0.05
+"""Most of the time that goes into reading Events: the API server looks through all Events of a
+namespace for each list."""
 SUSPECTED: Final = timedelta(minutes=2)
 """How long after a pod's failure its node is looked at: agents notice problems with a delay."""
 LATE: Final = timedelta(seconds=5)
@@ -72,6 +77,8 @@ class WarningReader:
         self._store, self._cluster, self._enqueue = store, cluster, enqueue
         self._node_conditions = node_conditions
         self._read_at: dict[str, float] = {}
+        self._events_from = 0.0
+        """When Events may be listed again."""
         self._refused_until = {"queues": 0.0, "nodes": 0.0}
 
     async def run(self) -> None:
@@ -92,30 +99,58 @@ class WarningReader:
         for uid in self._read_at.keys() - uids:
             self._store.drop_warning(uid)
         self._read_at = {uid: at for uid, at in self._read_at.items() if uid in uids}
+        unstarted = defaultdict[str, dict[str, str]](dict)
         for each in late:
-            again = QUEUE_AGAIN_SECONDS if each.queued else AGAIN_SECONDS
-            if time.monotonic() - self._read_at.get(each.uid, -again) >= again:
-                self._read_at[each.uid] = time.monotonic()
+            if not self._is_due(each):
+                continue
+            if not each.queued and not each.failed_on:
+                unstarted[each.namespace][each.uid] = each.job
+                continue
+            self._read_at[each.uid] = time.monotonic()
+            with self._logged(each.namespace):
                 await self._read(each)
+        for namespace, jobs in unstarted.items():
+            if time.monotonic() < self._events_from:
+                break
+            self._read_at |= dict.fromkeys(jobs, time.monotonic())
+            with self._logged(namespace):
+                await self._read_events(namespace, jobs)
+
+    def _is_due(self, late: Late) -> bool:
+        again = QUEUE_AGAIN_SECONDS if late.queued else AGAIN_SECONDS
+        return time.monotonic() - self._read_at.get(late.uid, -again) >= again
+
+    @contextlib.contextmanager
+    def _logged(self, namespace: str) -> Iterator[None]:
+        """A failed request has no consequence."""
+        try:
+            yield
+        except (ApiError, aiohttp.ClientError, TimeoutError) as error:
+            log.debug("warnings in %s: %s", namespace, error)
+
+    async def _read_events(self, namespace: str, jobs: dict[str, str]) -> None:
+        """Read the newest warning about each object of a namespace (uid → uid of its
+        FineTuneJob), all in one list: in a burst of jobs hundreds of objects are late at once."""
+        began = time.monotonic()
+        try:
+            found = await self._cluster.newest_warnings(namespace, jobs.keys())
+        finally:
+            now = time.monotonic()
+            self._events_from = now + (now - began) / READING_SHARE
+        for uid, text in found.items():
+            if self._store.put_warning(uid, text):
+                self._enqueue(jobs[uid], 0.0)
 
     async def _read(self, late: Late) -> None:
-        try:
-            text = await self._text(late)
-        except (ApiError, aiohttp.ClientError, TimeoutError) as error:
-            log.debug("events of %s/%s: %s", late.namespace, late.uid, error)
-            return
-        put = self._store.put_node_problem if late.failed_on else self._store.put_warning
+        """Read what Kueue says about a queued Job, or the problems of a failed pod's node."""
+        if late.failed_on:
+            problems = self._cluster.node_problems(late.failed_on, self._node_conditions)
+            text, put = await self._optional("nodes", problems), self._store.put_node_problem
+        else:
+            words = self._cluster.queue_message(late.namespace, late.uid)
+            text, put = await self._optional("queues", words), self._store.put_warning
         if text is not None and put(late.uid, text):
             self._enqueue(late.job, 0.0)
-
-    async def _text(self, late: Late) -> str | None:
-        cluster = self._cluster
-        if late.queued:
-            return await self._optional("queues", cluster.queue_message(late.namespace, late.uid))
-        if late.failed_on:
-            problems = cluster.node_problems(late.failed_on, self._node_conditions)
-            return await self._optional("nodes", problems)
-        return await cluster.newest_warning(late.namespace, late.uid)
 
     async def _optional(self, what: str, request: Coroutine[Any, Any, str | None]) -> str | None:
         """Send a request for which the right may be missing."""

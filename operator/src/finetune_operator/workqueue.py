@@ -27,6 +27,8 @@ class WorkQueue:
         self._serial = itertools.count()
         self._known: set[str] = set()
         """Keys that were worked on before."""
+        self.new = 0
+        """Number of keys that wait for their first time."""
         self._waiting: set[str] = set()
         self._busy: set[str] = set()
         """Keys that a worker has, or that rest."""
@@ -46,6 +48,7 @@ class WorkQueue:
             self._again.add(key)
         elif key not in self._waiting:
             self._waiting.add(key)
+            self.new += key not in self._known
             self._ready.put_nowait((key in self._known, next(self._serial), key))
 
     def put_after(self, key: str, seconds: float) -> None:
@@ -74,7 +77,8 @@ class WorkQueue:
         """Run one worker until cancelled. ``handle`` returns whether it succeeded; a failed key is
         worked on again after a delay that doubles with each consecutive failure."""
         while True:
-            _, _, key = await self._ready.get()
+            known, _, key = await self._ready.get()
+            self.new -= not known
             self._waiting.discard(key)
             self._busy.add(key)
             self._known.add(key)

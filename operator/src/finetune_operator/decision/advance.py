@@ -60,7 +60,9 @@ def _remove_stale(view: RunView, actions: Actions) -> None:
         if stale and not job.deleting:
             actions.delete.append(Delete("Job", job.name))
         elif view.done(job.role) and not (job.finished or job.stopping or job.deleting):
-            _stop(job, actions)
+            pods = view.observed.pods_of(job.role, job.run, job.revision)
+            if job.suspended or any(not pod.ended for pod in pods):
+                _stop(job, actions)
     for service in view.observed.services:
         if (service.run, service.revision) != (run.id, run.revision):
             actions.delete.append(Delete("Service", service.name))

@@ -10,7 +10,6 @@ from datetime import datetime, timedelta
 from finetune_api.status import FailureStatus
 from finetune_operator.config import (
     PODS_AWAITED,
-    PODS_REPLACED,
     PULL_FAILING,
     PULL_REFUSED,
     START_AWAITED,
@@ -167,9 +166,6 @@ def _lacks_pods(
     job: JobView, pods: Sequence[PodView], deadline: timedelta, since: datetime
 ) -> Obstacle:
     """The Job controller has not made all pods, or not replaced one after its back-off."""
-    late = since > (job.started or job.created) + PODS_AWAITED
-    replaces = late or any(p.phase == "Failed" for p in pods)
-    awaited = PODS_AWAITED + (PODS_REPLACED if replaces else timedelta(0))
     there = job.parallelism - len(job.missing(pods))
     why = job.warning or (
         "if this persists, a quota or an admission policy refuses them: see"
@@ -181,5 +177,5 @@ def _lacks_pods(
         message,
         since + deadline,
         failure("PodsNotCreated", message),
-        shown_from=since if job.warning else since + awaited,
+        shown_from=since if job.warning else since + PODS_AWAITED,
     )

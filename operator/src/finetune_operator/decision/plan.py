@@ -97,6 +97,11 @@ class Event:
     message: str
 
 
+Urgency = Literal["AtOnce", "Soon", "Later"]
+"""When a changed status must be written: at once, or together with changes of the next second or
+of the next half minute."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """One pass: deletions, then creations and changes, then status, then events."""
@@ -108,8 +113,8 @@ class Plan:
     change: tuple[Change, ...] = ()
     status: dict[str, Any] | None = None
     """The whole new status, or None to keep the stored status."""
-    urgent: bool = True
-    """Whether status must be written at once, or soon."""
+    urgency: Urgency = "AtOnce"
+    """When status must be written."""
     events: tuple[Event, ...] = ()
     requeue_after: timedelta | None = None
     """Time to the next pass, unless an event triggers one earlier."""

@@ -97,17 +97,17 @@ class RunView:
         return any(j.complete for j in jobs)
 
     def _succeeded(self, role: Role) -> bool:
-        """Whether the Job of a stage has completed or, of a CPU stage, would have if injected
-        sidecars did not keep pods running."""
+        """Whether the Job of a stage has completed or, of a CPU stage, all of its pods have
+        succeeded: the Job controller takes a second and more to say so, and forever if injected
+        sidecars keep pods running."""
         if self._job_complete(role):
             return True
         job = self.observed.job(role, self.run.id, self.run.revision)
         if job is None or role == GANG:
             return False
         pods = self.observed.pods_of(role, self.run.id, self.run.revision)
-        succeeded = [p for p in pods if p.exit_code == 0 and (p.ended or self.outlasted(p))]
-        indexes = {p.index for p in succeeded}
-        return any(not p.ended for p in succeeded) and len(indexes) >= job.parallelism
+        succeeded = (p for p in pods if p.exit_code == 0 and (p.ended or self.outlasted(p)))
+        return len({p.index for p in succeeded} | job.completed) >= job.parallelism
 
     def outlasted(self, pod: PodView) -> bool:
         """Whether sidecars keep a pod running for too long after its trainer has ended."""

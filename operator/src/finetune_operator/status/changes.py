@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 from finetune_api.status import FineTuneJobStatus
-from finetune_operator.decision.plan import Event
+from finetune_operator.decision.plan import Event, Urgency
 
-_MAY_WAIT: Final = (
-    "phase", "prepared", "progress", "usage", "checkpoints", "startup", "conditions",
-)  # fmt: skip
+_FIGURES: Final = ("prepared", "usage", "startup")
+_MAY_WAIT: Final = ("phase", "progress", "checkpoints", "conditions", *_FIGURES)
 _CONDITIONS_WAIT: Final = ("Reconciling", "Prepared", "Running", "Evaluated", "Published")
 _EXPECTED: Final = ("Ready", *_CONDITIONS_WAIT)
 """Conditions without an event: the normal course of a run, which status shows with its times."""
@@ -22,11 +21,14 @@ def differs(stored: Mapping[str, Any] | None, status: Mapping[str, Any]) -> bool
     return _comparable(status) != _comparable(stored or {})
 
 
-def is_urgent(before: FineTuneJobStatus, after: FineTuneJobStatus) -> bool:
-    """Whether more has changed than figures, messages and a run's way from stage to stage. Of these
-    a user misses nothing if they are written a few seconds later, together with the next ones, and
-    no later pass depends on them."""
-    return _outline(before) != _outline(after)
+def urgency(before: FineTuneJobStatus, after: FineTuneJobStatus) -> Urgency:
+    """When a changed status must be written. Of progress, messages and a run's way from stage to
+    stage a user misses nothing if they are written a few seconds later, together with the next
+    ones, and no later pass depends on them; the sums of a finished or long stage can wait
+    longer."""
+    if _outline(before) != _outline(after):
+        return "AtOnce"
+    return "Soon" if _without(before, _FIGURES) != _without(after, _FIGURES) else "Later"
 
 
 def _outline(status: FineTuneJobStatus) -> dict[str, Any]:
@@ -35,8 +37,11 @@ def _outline(status: FineTuneJobStatus) -> dict[str, Any]:
         for c in status.conditions
         if c.type not in _CONDITIONS_WAIT
     }
-    rest = {k: v for k, v in status.__dict__.items() if k not in _MAY_WAIT}
-    return {**rest, "conditions": conditions}
+    return {**_without(status, _MAY_WAIT), "conditions": conditions}
+
+
+def _without(status: FineTuneJobStatus, fields: Collection[str]) -> dict[str, Any]:
+    return {k: v for k, v in status.__dict__.items() if k not in fields}
 
 
 def _comparable(status: Mapping[str, Any]) -> dict[str, Any]:
