@@ -124,6 +124,7 @@ def test_a_disturbed_run_ends_like_an_undisturbed_one(
     assert losses.keys() == without.losses.keys()
     assert worst <= 1e-4
     assert scenario.faults in (None, status["faults"])
+    assert status["restarts"] >= scenario.restarts
     assert status["run"]["number"] == 1
     platform.delete(name)
 
