@@ -147,10 +147,12 @@ def evicted(place: Place) -> None:
 
 
 def disk_full(place: Place) -> None:
-    """The pod's writable folder has no space left: the kubelet evicts the pod."""
-    pod = place.pod(1)["metadata"]["name"]
+    """The pod's writable folder has no space left: the kubelet evicts the pod, a minute later."""
+    full = place.pod(1)["metadata"]
+    pod = full["name"]
     fill = "head -c 20G /dev/zero > $FINETUNE_SCRATCH/full || true"
     place.platform.kubectl("exec", pod, "-c", "trainer", "--", "sh", "-c", fill)
+    eventually("the pod is evicted", lambda: place.pod(1)["metadata"]["uid"] != full["uid"], 240)
 
 
 # --- nodes ---------------------------------------------------------------------------------------
@@ -334,7 +336,7 @@ SCENARIOS = [
     Scenario("a pod fills its disk", disk_full, faults=None,
              spec={"compute": {"resources": {
                  "requests": {"cpu": "100m", "memory": "256Mi"},
-                 "limits": {"memory": "3Gi", "ephemeral-storage": "2Gi"}}}}),
+                 "limits": {"memory": "3Gi", "ephemeral-storage": "2Gi"}}}}, steps=400),
     Scenario("the kubelet of rank 0 stops for good", kubelet_stopped, faults=None),
     Scenario("a node is powered off and deleted", node_deleted),
     Scenario("a node is drained", drained, times=3),
