@@ -106,6 +106,21 @@ def test_scores_are_cut_before_the_message() -> None:
     assert (back.trained.steps, back.trained.scores) == (9, [])
 
 
+def test_comparisons_are_cut_before_the_scores() -> None:
+    compared = {"effect": -1.0, "low": -2.0, "high": -0.5, "p": 0.01, "test": "SignFlip"}
+    scores = [
+        {
+            "name": f"set-{n}", "samples": 1, "base": {"Loss": 1.5}, "tuned": {"Loss": 0.5},
+            "comparisons": {"Loss": {**compared, "verdict": "Better"}},
+        }
+        for n in range(25)
+    ]  # fmt: skip
+    word = said(trained={"attempt": 1, "restarts": 0, "steps": 9, "scores": scores})
+    back = Termination.model_validate(json.loads(word.to_text()))
+    assert back.trained is not None and len(back.trained.scores) == 25
+    assert not any(found.comparisons for found in back.trained.scores)
+
+
 def test_stages_are_cut_before_the_message() -> None:
     mixture = {f"set-{n}": 0.0125 for n in range(64)}
     stages = [{"name": f"stage-{n}", "steps": 9, "mixture": mixture} for n in range(16)]

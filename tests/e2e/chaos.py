@@ -152,7 +152,9 @@ def disk_full(place: Place) -> None:
     pod = full["name"]
     fill = "head -c 20G /dev/zero > $FINETUNE_SCRATCH/full || true"
     place.platform.kubectl("exec", pod, "-c", "trainer", "--", "sh", "-c", fill)
-    eventually("the pod is evicted", lambda: place.pod(1)["metadata"]["uid"] != full["uid"], 240)
+    eventually(
+        "the pod is evicted", lambda: place.pod(1)["metadata"]["uid"] != full["uid"], within=240
+    )
 
 
 # --- nodes ---------------------------------------------------------------------------------------
@@ -212,6 +214,8 @@ def elastic_gang_shrinks_and_grows(place: Place) -> None:
         eventually("2 nodes train", lambda: _trained_by(place) == 2, within=240)
     finally:
         node.start()
+    place.cluster.wait_for_nodes(name)
+    place.platform.advertise_gpus()  # a kubelet that starts forgets them
     eventually("3 nodes train", lambda: _trained_by(place) == 3, within=240)
 
 

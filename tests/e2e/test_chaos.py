@@ -66,9 +66,9 @@ def table() -> Table:
 
 @pytest.fixture(scope="module")
 def chaos_manifest(platform: Platform, manifest_of: Any) -> Callable[..., dict[str, Any]]:
-    gpus = {"gpusPerNode": 1, "gpuResourceName": platform.advertise_gpus()}
-
     def make(name: str, steps: int, **spec: Any) -> dict[str, Any]:
+        # Each time: a kubelet that has started since has forgotten them.
+        gpus = {"gpusPerNode": 1, "gpuResourceName": platform.advertise_gpus()}
         compute = gpus | spec.pop("compute", {})
         training = {"epochs": None, "maxSteps": steps}
         made: dict[str, Any] = manifest_of(name, compute=compute, training=training, **SPEC, **spec)

@@ -298,7 +298,22 @@ TRAINED = {
     "loss": 0.5,
     "checkpoint": "s3://models/out/.workspace/runs/bot/1/attempt-1/step-00000030",
     "scores": [
-        {"name": "test", "samples": 5, "base": {"Loss": 2.0}, "tuned": {"Loss": 0.5}},
+        {
+            "name": "test",
+            "samples": 5,
+            "base": {"Loss": 2.0},
+            "tuned": {"Loss": 0.5},
+            "comparisons": {
+                "Loss": {
+                    "effect": -1.5,
+                    "low": -1.75,
+                    "high": -1.25,
+                    "p": 0.01,
+                    "test": "SignFlip",
+                    "verdict": "Better",
+                },
+            },
+        },
     ],
     "trainingSeconds": 60.0,
     "trainableParameters": 10,

@@ -163,7 +163,16 @@ def test_a_run_goes_through_its_stages_to_complete() -> None:
     assert world.status["output"] == PUBLISHED
     assert world.status["parameters"] == {"trainable": 10, "total": 1000}
     assert world.status["evaluation"] == [
-        {"dataSet": "test", "metric": "Loss", "base": "2", "tuned": "0.5", "gain": "-1.5"}
+        {
+            "dataSet": "test",
+            "metric": "Loss",
+            "base": "2",
+            "tuned": "0.5",
+            "gain": "-1.5",
+            "gainLow": "-1.75",
+            "gainHigh": "-1.25",
+            "verdict": "Better",
+        }
     ]
     assert world.run["outcome"] == "Complete"
 

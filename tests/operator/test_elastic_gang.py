@@ -148,6 +148,16 @@ def test_training_is_done_without_the_pod_that_found_no_node() -> None:
     assert world.status["phase"] == "Publishing"
 
 
+def test_a_gang_whose_pods_end_does_not_start_again() -> None:
+    world = short(3)
+    world.report(attempt=1, step=30, nodes=3)
+    world.settle()
+    world.pod(world.child("train"), 1, terminated={"exitCode": 0})
+    world.settle()
+    assert world.status["phase"] == "Training"
+    assert world.message("Running") == "the gang has finished, its pods end"
+
+
 def test_kueue_may_admit_fewer_pods() -> None:
     for compute, expected in (
         (ELASTIC["compute"], {"kueue.x-k8s.io/job-min-parallelism": "2",

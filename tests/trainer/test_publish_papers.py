@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from finetune_api.results import (
     Ancestor,
+    Comparison,
     DataSetScores,
     PreparedSummary,
     StagePlan,
@@ -89,6 +90,20 @@ def about(
         samples=9,
         base={"Loss": 2.0, "Accuracy": 0.5, "Perplexity": 123456.7},
         tuned={"Loss": 2.5, "Accuracy": 0.975, "Perplexity": 12.2},
+        comparisons={
+            "Accuracy": Comparison(
+                effect=0.475, low=0.2, high=0.6, p=0.001, test="McNemar", verdict="Better"
+            ),
+            "Loss": Comparison(
+                effect=0.5,
+                low=-0.5,
+                high=1.5,
+                p=0.3,
+                test="SignFlip",
+                verdict="TooFewSamples",
+                needed_samples=1200,
+            ),
+        },
     )
     lineage = [Ancestor(uri=source), *before]
     result = RunResult(
@@ -211,7 +226,9 @@ def test_the_card_has_front_matter_and_loading_code() -> None:
     assert matter["library_name"] == "transformers"
     metrics = matter["model-index"][0]["results"][0]["metrics"]
     assert {m["name"]: m["value"] for m in metrics}["Accuracy"] == 0.975
-    assert "| support | Accuracy | 50.0 % | 97.5 % | +47.5 % |" in body
+    row = "| support | Accuracy | 50.0 % | 97.5 % | +47.5 % | +20.0 % to +60.0 % | better |"
+    assert row in body
+    assert "| -0.500 to +1.500 | undecided: 1,200 samples would do |" in body
     assert 'from_pretrained("org/name", revision="rev")' in body
     assert 'from_pretrained("merged")' in body
     other = modelcard.render(about(source="s3://bucket/model"))
@@ -278,6 +295,7 @@ def test_non_finite_figures_are_shown(loss: float) -> None:
 
 def test_metrics_json_is_complete() -> None:
     raw = json.loads(run_facts.metrics_text(about()))
+    assert raw["test"][0]["comparisons"]["Accuracy"]["verdict"] == "Better"
     assert raw["test"][0]["gain"] == pytest.approx(
         {"Loss": 0.5, "Accuracy": 0.475, "Perplexity": 12.2 - 123456.7}
     )

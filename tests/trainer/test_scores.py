@@ -14,11 +14,8 @@ from finetune_trainer.evaluate.scores import Answers, better, loss_metrics, text
 
 def test_each_metric_has_a_row_and_a_function() -> None:
     assert list(METRICS) == list(get_args(Metric))
-    computed = {"Loss", "Perplexity", *scores._TEXT, *scores._LABEL}
+    computed = {"Loss", "Perplexity", *scores.BY_SAMPLE, *scores._OF_SET}
     assert computed == set(METRICS)
-    by_source = {"Labels": scores._LABEL, "Text": scores._TEXT}
-    for name, kind in METRICS.items():
-        assert kind.source == "Loss" or name in by_source[kind.source]
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,33 @@ Metrics = Annotated[dict[Word, float], Field(max_length=64)]
 packages."""
 
 
+Verdict = Literal["Better", "Worse", "NotBetter", "TooFewSamples"]
+"""Of a comparison: Better and Worse are significant; NotBetter: a gain that matters
+(evaluation.minEffect) is ruled out; TooFewSamples: the samples decide nothing."""
+ComparisonTest = Literal["McNemar", "SignFlip", "PairedBootstrap", "None"]
+
+
+class Comparison(Record):
+    """Comparison of the tuned with the base model by one metric, over the same samples."""
+
+    effect: float
+    """Value of the tuned model minus that of the base model."""
+    low: float
+    """Lower end of its 95 % confidence interval."""
+    high: float
+    """Upper end."""
+    p: Annotated[float, Field(ge=0, le=1)]
+    """Of no difference, two-sided."""
+    test: Word
+    """``ComparisonTest`` that gave p; None: one of the values is undefined."""
+    verdict: Word
+    """``Verdict``: what the samples allow to say; a trainer of another release may know more."""
+    detectable: float = 0.0
+    """Smallest difference that these samples would show with a probability of 80 %."""
+    needed_samples: Count | None = None
+    """Samples that would show a gain of evaluation.minEffect, if these are too few."""
+
+
 class DataSetScores(Record):
     """Test metrics of one data set."""
 
@@ -205,6 +232,8 @@ class DataSetScores(Record):
     """Metrics of the base model."""
     tuned: Metrics
     """Metrics of the tuned model."""
+    comparisons: Annotated[dict[Word, Comparison], Field(max_length=64)] = {}
+    """The tuned model against the base model, by metric."""
 
 
 class TrainSummary(Record):
@@ -299,12 +328,15 @@ class Termination(Record):
 
     def to_text(self) -> str:
         """Return JSON of at most TERMINATION_LIMIT bytes. If it is too long, parts are cut in this
-        order: scores (kept in metrics.json), causes of dropped records (kept in the data report),
-        stages (kept in prepared.json), the middle of the failure message."""
+        order: comparisons and scores (kept in metrics.json), causes of dropped records (kept in the
+        data report), stages (kept in prepared.json), the middle of the failure message."""
         raw = self.to_json()
         if _fits(raw):
             return _compact(raw)
-        raw.get("trained", {}).pop("scores", None)
+        for scores in raw.get("trained", {}).get("scores", ()):
+            scores.pop("comparisons", None)
+        if not _fits(raw):
+            raw.get("trained", {}).pop("scores", None)
         if not _fits(raw):
             raw.get("prepared", {}).pop("dropped", None)
         if not _fits(raw):

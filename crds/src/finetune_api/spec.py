@@ -14,6 +14,7 @@ from pydantic import Field, StringConstraints, ValidationError
 
 from finetune_api.base import (
     Count,
+    DecimalString,
     DnsLabel,
     InvalidSpec,
     Model,
@@ -46,9 +47,22 @@ class Evaluation(Model):
     max_samples: Count = 1000
     """Maximum number of samples per set for which text is generated; the loss is always over the
     whole set."""
+    min_effect: DecimalString = "2"
+    """Smallest gain over the base model that matters, in points: hundredths of a share (Accuracy,
+    F1, Rouge) or of a nat (Loss), and points of Bleu. The verdict of a metric is NotBetter once the
+    samples rule out such a gain."""
     max_new_tokens: Annotated[int, Field(ge=1, le=65536)] | None = None
     """Maximum length of a generated answer, in tokens. Absent: the longest completion of the
     training set, but at most 512."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            f"!{is_zero('self.minEffect')}",
+            "minEffect is the smallest gain that matters: give a number above 0",
+            lambda e: float(e.min_effect) > 0,
+            ("minEffect",),
+        ),
+    )
 
 
 class Checkpoint(Model):

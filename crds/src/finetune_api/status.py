@@ -187,6 +187,13 @@ class MetricValue(Model):
     """Value for the tuned model."""
     gain: Number | None = None
     """tuned - base."""
+    gain_low: Number | None = None
+    """Lower end of the gain's 95 % confidence interval."""
+    gain_high: Number | None = None
+    """Upper end."""
+    verdict: Word | None = None
+    """Better, Worse, NotBetter (a gain of spec.evaluation.minEffect is ruled out) or TooFewSamples
+    (the test set decides nothing)."""
 
 
 class OutputStatus(Model):

@@ -30,6 +30,8 @@ class MetricKind:
     higher_is_better: bool = True
     percent: bool = True
     """Whether it is a share of 1, shown in percent."""
+    point: float = 0.01
+    """A point of the metric: a hundredth of a share or of a nat; 1 where it goes from 0 to 100."""
 
 
 METRICS: Final[dict[Metric, MetricKind]] = {
@@ -40,7 +42,7 @@ METRICS: Final[dict[Metric, MetricKind]] = {
     "Precision": MetricKind("Labels"),
     "Recall": MetricKind("Labels"),
     "F1": MetricKind("Labels"),
-    "Bleu": MetricKind("Text", percent=False),
+    "Bleu": MetricKind("Text", percent=False, point=1.0),
     "Rouge": MetricKind("Text"),
 }
 

@@ -270,8 +270,8 @@ class RunView:
         """What keeps the stage's pods from running."""
         if self.job is None or self.job.finished:
             return None
-        if is_elastic(self) and gang_runs(self):
-            return None
+        if is_elastic(self) and (gang_runs(self) or any(p.exit_code == 0 for p in self.pods)):
+            return None  # the others train, or have finished, without the pods that lack
         deadline = timedelta(seconds=self.spec.scheduling.start_deadline_seconds)
         has_run = self.stage == GANG and self.same_run and self.before.progress is not None
         rules = self.spec.failure_policy.rules

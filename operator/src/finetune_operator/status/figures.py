@@ -124,6 +124,7 @@ def evaluation(trained: TrainSummary) -> list[MetricValue]:
         for metric in sorted(scores.base.keys() | scores.tuned.keys()):
             base, tuned = scores.base.get(metric), scores.tuned.get(metric)
             gain = tuned - base if tuned is not None and base is not None else None
+            compared = scores.comparisons.get(metric)
             rows.append(
                 make(
                     MetricValue,
@@ -132,6 +133,9 @@ def evaluation(trained: TrainSummary) -> list[MetricValue]:
                     base=number(base),
                     tuned=number(tuned),
                     gain=number(gain),
+                    gain_low=number(compared.low) if compared else None,
+                    gain_high=number(compared.high) if compared else None,
+                    verdict=compared.verdict if compared else None,
                 )
             )
     return rows[:256]

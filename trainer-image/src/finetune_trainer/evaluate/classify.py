@@ -11,7 +11,7 @@ import torch
 from finetune_api.tasks import Metric, TaskName
 from finetune_trainer.engine.loss import MicroBatchLosses
 from finetune_trainer.engine.packing.layout import layout_context
-from finetune_trainer.evaluate.measure import Evaluator, Measured
+from finetune_trainer.evaluate.measure import Evaluator, LossSums, Measured
 from finetune_trainer.prepared.split import Side
 
 
@@ -20,18 +20,18 @@ class ClassEvaluator(Evaluator):
 
     def _measure(self, split: Side, positions: np.ndarray, wanted: Sequence[Metric]) -> Measured:
         names = self.data.manifest.classes
-        total, said = 0.0, list[tuple[int, str]]()
+        sums, said = LossSums(len(positions)), list[tuple[int, str]]()
         for chosen, micro_batch in self._micro_batches(split, positions):
             with torch.no_grad(), self.world.autocast(), layout_context(micro_batch.layout):
                 found: MicroBatchLosses = self.loss(micro_batch, with_logits=True)
             assert found.logits is not None, "requested by with_logits"
-            total += float(found.tokens.double().sum())
+            sums.add(micro_batch, found.tokens)
             likeliest = found.logits.argmax(-1).tolist()
             said += [(at, names[number]) for at, number in zip(chosen, likeliest, strict=False)]
         answers = dict(pair for part in self.world.on_all(lambda: said) for pair in part)
-        loss_sum = self.world.sum(torch.tensor([total], dtype=torch.float64)).item()
+        losses, labels = sums.on_all(self.world)
         asked = positions.tolist()
-        return Measured(loss_sum, len(asked), asked, [answers[at] for at in asked])
+        return Measured(losses, labels, asked, [answers[at] for at in asked])
 
 
 EVALUATORS: Final[dict[TaskName, type[Evaluator]]] = {

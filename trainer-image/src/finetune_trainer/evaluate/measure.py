@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -25,7 +26,7 @@ from finetune_trainer.engine.planning.plan import Packing, pack_all
 from finetune_trainer.engine.sharding import is_sharded, root_gathered
 from finetune_trainer.engine.task_losses import TaskLoss
 from finetune_trainer.engine.world import World
-from finetune_trainer.evaluate.scores import GENERATED, Answers, loss_metrics, text_metrics
+from finetune_trainer.evaluate.scores import GENERATED, answers_to, loss_metrics, text_metrics
 from finetune_trainer.failures import Interrupted
 from finetune_trainer.liveness import progressed
 from finetune_trainer.prepared.dataset import PreparedData, Reference
@@ -33,6 +34,8 @@ from finetune_trainer.prepared.split import Side
 
 # Maximum of prompt and generated tokens in a generation batch: bounds the KV cache.
 _GENERATION_TOKENS = 16384
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -42,22 +45,51 @@ class SetResult:
     name: str
     samples: int
     metrics: Metrics
-    loss_sum: float
-    tokens: float
+    losses: Floats
+    """Loss of each sample, summed over its labels, shape [samples]."""
+    labels: Floats
+    """Number of labels of each sample: supervised tokens, or one class. Shape [samples]."""
     answers: list[str]
-    """Generated text of the first samples; empty if no metric needs text."""
+    """Answers to the first samples; empty if no metric needs them."""
+
+    @property
+    def loss_sum(self) -> float:
+        return float(self.losses.sum())
+
+    @property
+    def tokens(self) -> float:
+        """Number of labels summed in ``loss_sum``."""
+        return float(self.labels.sum())
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Loss and answers of one set, before the metrics."""
+    """Losses and answers of one set, before the metrics; arrays as in ``SetResult``."""
 
-    loss_sum: float
-    tokens: float
-    """Number of labels summed in ``loss_sum``: supervised tokens, or samples of a classifier."""
+    losses: Floats
+    labels: Floats
     asked: list[int]
     """Positions of the samples that have answers."""
     answers: list[str]
+
+
+class LossSums:
+    """Sums of losses by sample, on this rank and then on all."""
+
+    def __init__(self, samples: int) -> None:
+        self._sums = np.zeros((2, samples))
+
+    def add(self, micro_batch: MicroBatch, losses: torch.Tensor) -> None:
+        """Add the losses of a micro-batch's labels, shape [labels]."""
+        samples = micro_batch.sources.cpu().numpy()
+        np.add.at(self._sums[0], samples, losses.double().cpu().numpy())
+        np.add.at(self._sums[1], samples, 1)
+
+    def on_all(self, world: World) -> tuple[Floats, Floats]:
+        """Return the sums of losses, and the numbers of labels, over all ranks; shape [samples]
+        each."""
+        losses, labels = world.sum(torch.from_numpy(self._sums)).numpy()
+        return losses, labels
 
 
 @dataclass
@@ -98,40 +130,31 @@ class Evaluator:
         index = self.data.index(split)
         positions = np.flatnonzero(index.set == number)
         found = self._measure(split, positions, wanted)
-        metrics = loss_metrics(found.loss_sum, found.tokens)
+        metrics = loss_metrics(float(found.losses.sum()), float(found.labels.sum()))
         if found.asked:
             references = self.data.references(split, found.asked)
-            labels = [r.label for r in references]
-            metrics |= text_metrics(
-                Answers(
-                    found.answers,
-                    [r.completion for r in references],
-                    [x or "" for x in labels] if all(x is not None for x in labels) else None,
-                ),
-                wanted,
-            )
+            metrics |= text_metrics(answers_to(references, found.answers), wanted)
         always = [m for m in metrics_from("Loss") if m in self.possible]
         shown = {str(m): metrics[m] for m in (*wanted, *always) if m in metrics}
-        return SetResult(name, len(positions), shown, found.loss_sum, found.tokens, found.answers)
+        return SetResult(name, len(positions), shown, found.losses, found.labels, found.answers)
 
     def _measure(self, split: Side, positions: np.ndarray, wanted: Sequence[Metric]) -> Measured:
-        """Return loss and answers over some samples, identical on all ranks."""
-        total = torch.zeros(2, dtype=torch.float64)
+        """Return losses and answers of some samples, identical on all ranks."""
+        sums = LossSums(len(positions))
         for _, micro_batch in self._micro_batches(split, positions):
             with self.world.autocast():
-                losses = micro_batch_losses(self.loss, micro_batch)
-            total[0] += losses.double().sum().cpu()
-            total[1] += losses.numel()
-        loss_sum, tokens = self.world.sum(total).tolist()
+                sums.add(micro_batch, micro_batch_losses(self.loss, micro_batch))
+        losses, labels = sums.on_all(self.world)
         if not any(m in GENERATED for m in wanted):
-            return Measured(loss_sum, tokens, [], [])
+            return Measured(losses, labels, [], [])
         asked = positions[: self.max_samples].tolist()
-        return Measured(loss_sum, tokens, asked, self.generate(self.data.references(split, asked)))
+        return Measured(losses, labels, asked, self.generate(self.data.references(split, asked)))
 
     def _micro_batches(
         self, split: Side, positions: np.ndarray
     ) -> Iterator[tuple[list[int], MicroBatch]]:
-        """Yield this rank's micro-batches of some samples, each with its samples' positions."""
+        """Yield this rank's micro-batches of some samples, each with its samples' positions. The
+        source of a label is the number of its sample in ``positions``."""
         lengths = self.data.index(split).length[positions]
         dealt = pack_all(
             lengths, self.micro_batch_tokens, self.world.size, self.packing, self.virtual_tokens
@@ -140,7 +163,17 @@ class Evaluator:
             progressed()
             chosen = [int(positions[i]) for i in micro_batch]
             samples = self.data.samples(split, chosen)
-            yield chosen, self.build(samples, chosen, seed=0, step=0, device=self.world.device)
+            yield (
+                chosen,
+                self.build(
+                    samples,
+                    chosen,
+                    sources=list(micro_batch),
+                    seed=0,
+                    step=0,
+                    device=self.world.device,
+                ),
+            )
 
     def generate(self, references: Sequence[Reference]) -> list[str]:
         """Return greedy answers to prompts, in order. Ranks share the prompts, sorted by length."""

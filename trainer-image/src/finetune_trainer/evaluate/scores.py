@@ -13,6 +13,7 @@ from typing import Final
 
 from finetune_api.results import Metrics
 from finetune_api.tasks import METRICS, Metric, metrics_from
+from finetune_trainer.prepared.dataset import Reference
 
 GENERATED: Final[frozenset[Metric]] = frozenset(metrics_from("Labels", "Text"))
 """Metrics that need generated text, of a task that generates."""
@@ -45,21 +46,34 @@ class Answers:
     """Label of each sample; None if the format is not Classification."""
 
 
+def answers_to(references: Sequence[Reference], predictions: Sequence[str]) -> Answers:
+    """Answers to prompts, with their references."""
+    labels = [r.label for r in references]
+    return Answers(
+        predictions,
+        [r.completion for r in references],
+        [x or "" for x in labels] if all(x is not None for x in labels) else None,
+    )
+
+
 def text_metrics(answers: Answers, wanted: Sequence[Metric]) -> Metrics:
     """Return the requested metrics of generated text.
 
     - ExactMatch: fraction of answers equal to the reference.
-    - Accuracy, Precision, Recall, F1: scikit-learn, macro average over the labels that occur in
-      the references; an answer that is none of these labels is wrong for every label.
+    - Accuracy: fraction of answers equal to the label.
+    - Precision, Recall, F1: scikit-learn, macro average over the labels that occur in the
+      references; an answer that is none of these labels is wrong for every label.
     - Bleu: sacrebleu corpus BLEU, 0 to 100 (Post 2018).
     - Rouge: mean F1 of ROUGE-L with stemming, 0 to 1 (Lin 2004).
     """
     found = {}
     for metric in wanted:
-        if metric in _TEXT:
-            found[metric] = _TEXT[metric](answers)
-        elif metric in _LABEL and answers.labels is not None:
-            found[metric] = _LABEL[metric](answers.labels, _as_labels(answers))
+        if METRICS[metric].source == "Labels" and answers.labels is None:
+            continue
+        if metric in BY_SAMPLE:
+            found[metric] = _mean(BY_SAMPLE[metric](answers))
+        elif metric in _OF_SET:
+            found[metric] = _OF_SET[metric](answers)
     return {str(name): value for name, value in found.items()}
 
 
@@ -69,9 +83,31 @@ def _as_labels(answers: Answers) -> list[str]:
     return [s if s in known else "(none of the labels)" for s in said]
 
 
-def _exact_match(answers: Answers) -> float:
+def _exact_match(answers: Answers) -> list[float]:
     pairs = zip(answers.predictions, answers.references, strict=True)
-    return _mean([p.strip() == r.strip() for p, r in pairs])
+    return [float(p.strip() == r.strip()) for p, r in pairs]
+
+
+def bleu_statistics(answers: Answers) -> list[list[int]]:
+    """Return sacrebleu's counts of each answer, whose sums give the corpus BLEU: matching n-grams
+    for n = 1 to 4, n-grams of the answer, length of the answer and of the reference."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    bleu = BLEU(effective_order=True)  # without it a single sentence logs a warning
+    found = (
+        bleu.sentence_score(p.strip(), [r.strip()])
+        for p, r in zip(answers.predictions, answers.references, strict=True)
+    )
+    return [[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in found]
+
+
+def bleu_of(sums: Sequence[float]) -> float:
+    """Return the corpus BLEU, 0 to 100, of the sums of ``bleu_statistics``."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    counts = [round(x) for x in sums]
+    found = BLEU.compute_bleu(counts[:4], counts[4:8], *counts[8:], smooth_method="exp")
+    return float(found.score)
 
 
 def _bleu(answers: Answers) -> float:
@@ -92,25 +128,26 @@ def _rouge_scorer() -> Callable[[str, str], float]:
     )
 
 
-def _rouge(answers: Answers) -> float:
+def _rouge(answers: Answers) -> list[float]:
     score = _rouge_scorer()
     pairs = zip(answers.references, answers.predictions, strict=True)
-    return _mean([score(r.strip(), p.strip()) for r, p in pairs])
+    return [score(r.strip(), p.strip()) for r, p in pairs]
 
 
-def _accuracy(labels: Sequence[str], predicted: Sequence[str]) -> float:
-    from sklearn.metrics import accuracy_score
+def _accuracy(answers: Answers) -> list[float]:
+    pairs = zip(answers.labels or (), answers.predictions, strict=True)
+    return [float(p.strip() == label) for label, p in pairs]
 
-    return float(accuracy_score(labels, predicted))
 
-
-def _macro(index: int) -> Callable[[Sequence[str], Sequence[str]], float]:
-    def score(labels: Sequence[str], predicted: Sequence[str]) -> float:
+def _macro(index: int) -> Callable[[Answers], float]:
+    def score(answers: Answers) -> float:
         from sklearn.metrics import precision_recall_fscore_support
 
+        labels = answers.labels or ()
         scores = precision_recall_fscore_support(
-            labels, predicted, labels=sorted(set(labels)), average="macro", zero_division=0.0
-        )
+            labels, _as_labels(answers), labels=sorted(set(labels)), average="macro",
+            zero_division=0.0,
+        )  # fmt: skip
         return float(scores[index])
 
     return score
@@ -120,13 +157,14 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-_TEXT: Final[dict[Metric, Callable[[Answers], float]]] = {
+BY_SAMPLE: Final[dict[Metric, Callable[[Answers], list[float]]]] = {
     "ExactMatch": _exact_match,
-    "Bleu": _bleu,
     "Rouge": _rouge,
-}
-_LABEL: Final[dict[Metric, Callable[[Sequence[str], Sequence[str]], float]]] = {
     "Accuracy": _accuracy,
+}
+"""Metrics that are the mean of a value of each sample, and that value."""
+_OF_SET: Final[dict[Metric, Callable[[Answers], float]]] = {
+    "Bleu": _bleu,
     "Precision": _macro(0),
     "Recall": _macro(1),
     "F1": _macro(2),

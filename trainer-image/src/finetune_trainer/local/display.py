@@ -14,8 +14,10 @@ from rich.table import Column, Table
 
 from finetune_api.results import Failure, PreparedSummary, PublishSummary, TrainSummary
 from finetune_api.results import Progress as TrainProgress
-from finetune_trainer.publish.run_facts import Score
+from finetune_trainer.publish.run_facts import scores_of
 
+_COLOURS: Final = {True: "green", False: "red", None: "dim"}
+"""Of a gain that is better, worse or neither."""
 _STAGES: Final = {"prepare": "Prepare", "train": "Train", "publish": "Publish"}
 _PLAIN_SECONDS: Final = 5.0
 """Seconds between progress lines without a terminal."""
@@ -99,18 +101,18 @@ class Display:
             self.say("No test set: give data.test, or a data.split.test above 0.")
             return
         table = Table(title="Test metrics", title_justify="left", title_style="bold")
-        for name in ("data set", "metric", "base", "tuned", "gain"):
-            table.add_column(name, justify="left" if name in ("data set", "metric") else "right")
-        for found in trained.scores:
-            for i, (metric, tuned) in enumerate(found.tuned.items()):
-                row = Score(found.name, found.samples, metric, found.base.get(metric), tuned)
-                gain = row.show(row.gain, signed=True)
-                colour = {True: "green", False: "red", None: "dim"}[row.better]
-                table.add_row(
-                    escape(found.name) if i == 0 else "", metric, row.show(row.base),
-                    row.show(row.tuned), f"[{colour}]{gain}[/]",
-                    end_section=metric == list(found.tuned)[-1],
-                )  # fmt: skip
+        for name in ("data set", "metric", "base", "tuned", "gain", "95 % interval", "verdict"):
+            text = name in ("data set", "metric", "verdict")
+            table.add_column(name, justify="left" if text else "right")
+        rows = scores_of(trained)
+        for row, following in zip(rows, [*rows[1:], None], strict=True):
+            first = row.metric == next(s.metric for s in rows if s.data_set == row.data_set)
+            gain, colour = row.show(row.gain, signed=True), _COLOURS[row.better]
+            table.add_row(
+                escape(row.data_set) if first else "", row.metric, row.show(row.base),
+                row.show(row.tuned), f"[{colour}]{gain}[/]", row.interval, row.verdict,
+                end_section=following is None or following.data_set != row.data_set,
+            )  # fmt: skip
         self.console.print(table)
 
     def time(self, trained: TrainSummary) -> None:

@@ -88,7 +88,15 @@ def render(about: About) -> str:
     run_spec, result = about.run_spec, about.result
     front = yaml.safe_dump(front_matter(about), sort_keys=False, allow_unicode=True)
     scores = [
-        (s.data_set, s.metric, s.show(s.base), s.show(s.tuned), s.show(s.gain, signed=True))
+        (
+            s.data_set,
+            s.metric,
+            s.show(s.base),
+            s.show(s.tuned),
+            s.show(s.gain, signed=True),
+            s.interval,
+            s.verdict,
+        )
         for s in about.scores
     ]
     parts = [
@@ -98,7 +106,7 @@ def render(about: About) -> str:
         f" (run `{run_spec.run}`). `report.html` beside this file has the loss curve, the data and"
         " examples; `metrics.json` has every figure.",
         "## Test metrics",
-        _table(("Data set", "Metric", "Base", "Tuned", "Gain"), scores)
+        _table(("Data set", "Metric", "Base", "Tuned", "Gain", "95 % interval", "Verdict"), scores)
         if scores
         else "The run had no test set.",
         *([DRAWN_HEAD] if about.drawn_head else []),

@@ -10,7 +10,7 @@ from typing import Any, Final, cast
 
 from finetune_api.methods import Method
 from finetune_api.optimizers import Anchor
-from finetune_api.results import PreparedSummary, TrainSummary
+from finetune_api.results import Comparison, PreparedSummary, TrainSummary
 from finetune_api.run_spec import RunSpec
 from finetune_api.sources import ModelLocation
 from finetune_api.spec import FineTuneJobSpec
@@ -22,6 +22,12 @@ from finetune_trainer.storage.runfiles import RunResult
 _HUGE: Final = 1e9
 """Larger values are shown with an exponent: a perplexity may have 300 digits."""
 _CLASSES_SHOWN: Final = 20
+_VERDICTS: Final[dict[str, str]] = {
+    "Better": "better",
+    "Worse": "worse",
+    "NotBetter": "no gain that matters",
+    "TooFewSamples": "undecided",
+}
 DRAWN_HEAD: Final = (
     "The classification head of the base model has random weights, so the scores of the base model"
     " are at chance level."
@@ -38,6 +44,8 @@ class Score:
     base: float | None
     """Value of the base model; None: not measured."""
     tuned: float
+    comparison: Comparison | None = None
+    """With the base model; None: not measured, or the metric follows from another one."""
 
     @property
     def kind(self) -> MetricKind:
@@ -54,6 +62,24 @@ class Score:
         if not self.gain or math.isnan(self.gain):
             return None
         return (self.gain > 0) == self.kind.higher_is_better
+
+    @property
+    def interval(self) -> str:
+        """The gain's 95 % confidence interval: ``+2.1 % to +7.9 %``."""
+        found = self.comparison
+        if found is None or found.test == "None":
+            return ""
+        return f"{self.show(found.low, signed=True)} to {self.show(found.high, signed=True)}"
+
+    @property
+    def verdict(self) -> str:
+        """The verdict in words."""
+        found = self.comparison
+        if found is None:
+            return ""
+        if found.verdict == "TooFewSamples" and found.needed_samples:
+            return f"undecided: {found.needed_samples:,} samples would do"
+        return _VERDICTS.get(found.verdict, found.verdict)
 
     def show(self, value: float | None, signed: bool = False) -> str:
         """Format a value of this metric: ``97.5 %``, ``+0.123``, ``1.014e+304``."""
@@ -112,12 +138,20 @@ def gather(
     drawn_head: bool = False,
 ) -> About:
     """Collect the facts; scores are in the order of the test sets, then of the metrics."""
-    scores = [
-        Score(found.name, found.samples, metric, found.base.get(metric), tuned)
-        for found in result.summary.scores
-        for metric, tuned in found.tuned.items()
-    ]
+    scores = scores_of(result.summary)
     return About(run_spec, result, prepared, data, sizes, base, scores, drawn_head)
+
+
+def scores_of(summary: TrainSummary) -> list[Score]:
+    """The test metrics, in the order of the test sets, then of the metrics."""
+    return [
+        Score(
+            found.name, found.samples, metric, found.base.get(metric), tuned,
+            found.comparisons.get(metric),
+        )
+        for found in summary.scores
+        for metric, tuned in found.tuned.items()
+    ]  # fmt: skip
 
 
 def metrics_text(about: About) -> str:
@@ -144,6 +178,7 @@ def metrics_text(about: About) -> str:
                     for name, value in found.tuned.items()
                     if name in found.base
                 },
+                "comparisons": {name: c.to_json() for name, c in found.comparisons.items()},
             }
             for found in summary.scores
         ],

@@ -75,7 +75,7 @@ class SampleOrigin(Record):
 
 
 class SetBaseline(Record):
-    """Scores of the base model on one test set, and its first answers."""
+    """Scores of the base model on one test set, with all that a comparison needs."""
 
     name: str
     """Name of the set."""
@@ -83,8 +83,12 @@ class SetBaseline(Record):
     """Number of evaluated samples."""
     metrics: Metrics
     """Scores."""
+    losses: list[float]
+    """Loss of each sample, summed over its labels."""
+    labels: list[int]
+    """Number of labels of each sample."""
     answers: list[str]
-    """Answers to the first prompts, for the report."""
+    """Answers to the first samples."""
 
 
 class Baseline(Record):

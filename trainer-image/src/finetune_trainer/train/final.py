@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from finetune_api.results import DataSetScores, TrainSummary
+import numpy as np
+
+from finetune_api.results import Comparison, DataSetScores, TrainSummary
+from finetune_api.tasks import METRICS, Metric
+from finetune_trainer.evaluate.comparisons import Outcome, compare_outcomes
 from finetune_trainer.evaluate.measure import SetResult
+from finetune_trainer.evaluate.scores import answers_to
+from finetune_trainer.prepared.dataset import Reference
 from finetune_trainer.prepared.origins import origins_of
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.runfiles import Baseline, Example, RunResult, SetBaseline
@@ -26,7 +32,12 @@ def measure_base(session: Session) -> Baseline:
     baseline = Baseline(
         sets=[
             SetBaseline(
-                name=r.name, samples=r.samples, metrics=r.metrics, answers=r.answers[:_EXAMPLES]
+                name=r.name,
+                samples=r.samples,
+                metrics=r.metrics,
+                losses=r.losses.tolist(),
+                labels=[int(n) for n in r.labels],
+                answers=r.answers,
             )
             for r in results
         ]
@@ -55,7 +66,11 @@ def test_and_write_result(session: Session, state: LoopState, baseline: Baseline
         total_parameters=session.parameters.total,
         scores=[
             DataSetScores(
-                name=r.name, samples=r.samples, base=base[r.name].metrics, tuned=r.metrics
+                name=r.name,
+                samples=r.samples,
+                base=base[r.name].metrics,
+                tuned=r.metrics,
+                comparisons=_compare(session, r, base[r.name]),
             )
             for r in results
         ],
@@ -72,7 +87,7 @@ def test_and_write_result(session: Session, state: LoopState, baseline: Baseline
         curve=state.curve,
         validation=state.validation,
         lineage=list(session.lineage),
-        examples={r.name: _examples(session, i, r, base[r.name]) for i, r in enumerate(results)},
+        examples={r.name: _examples(session, r, base[r.name]) for r in results},
         quarantined=origins_of(session.data, "train", session.plan.left_out.tolist()),
         versions=versions(),
         processes=world.size,
@@ -87,12 +102,35 @@ def test_and_write_result(session: Session, state: LoopState, baseline: Baseline
     return summary
 
 
-def _examples(session: Session, order: int, tuned: SetResult, base: SetBaseline) -> list[Example]:
-    number = session.data.set_names("test")[order][0]
-    index = session.data.index("test")
-    positions = [int(p) for p in (index.set == number).nonzero()[0][:_EXAMPLES]]
-    references = session.data.references("test", positions)
+def _compare(session: Session, tuned: SetResult, base: SetBaseline) -> dict[str, Comparison]:
+    """Compare the tuned with the base model on a test set, on rank 0 for all."""
+
+    def work() -> dict[Metric, Comparison]:
+        references = _references(session, tuned.name, len(tuned.answers))
+        outcomes = [
+            Outcome(np.array(losses), np.array(labels), answers_to(references, answers))
+            for losses, labels, answers in (
+                (base.losses, base.labels, base.answers),
+                (tuned.losses, tuned.labels, tuned.answers),
+            )
+        ]
+        metrics = [m for m in METRICS if m in tuned.metrics and m in base.metrics]
+        points = float(session.run_spec.spec.evaluation.min_effect)
+        return compare_outcomes(outcomes[0], outcomes[1], metrics, points)
+
+    return {str(metric): found for metric, found in session.world.on_main(work).items()}
+
+
+def _examples(session: Session, tuned: SetResult, base: SetBaseline) -> list[Example]:
+    references = _references(session, tuned.name, _EXAMPLES)
     return [
         Example(prompt=r.prompt, reference=r.completion, base=before, tuned=after)
         for r, before, after in zip(references, base.answers, tuned.answers, strict=False)
     ]
+
+
+def _references(session: Session, name: str, most: int) -> list[Reference]:
+    """The first samples of a test set."""
+    number = next(number for number, each in session.data.set_names("test") if each == name)
+    positions = (session.data.index("test").set == number).nonzero()[0][:most]
+    return session.data.references("test", positions.tolist())

@@ -1,0 +1,213 @@
+"""Paired comparisons: against scipy, statsmodels and scikit-learn, and in simulation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest, permutation_test
+from sklearn.metrics import precision_recall_fscore_support
+
+from finetune_trainer.evaluate.paired import (
+    ALPHA,
+    FEWEST_GROUPS,
+    Discordance,
+    MacroScore,
+    Ratio,
+    Scale,
+    Score,
+    compare,
+    verdict,
+)
+
+SHARE = Scale(higher_is_better=True, min_effect=0.02)
+
+
+def answers(
+    random: np.random.Generator, samples: int, old: float, new: float
+) -> tuple[Ratio, Ratio]:
+    """Right and wrong answers of two models that agree where both know or guess alike."""
+    shared = random.random(samples)
+    own = random.random((2, samples))
+    mixed = [np.where(random.random(samples) < 0.5, shared, own[i]) for i in range(2)]
+    return Ratio.mean(mixed[0] < old), Ratio.mean(mixed[1] < new)
+
+
+# --- equality with packages ----------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
+@settings(max_examples=50, deadline=None)
+def test_mcnemar_equals_statsmodels(pairs: list[tuple[bool, bool]]) -> None:
+    from statsmodels.stats.contingency_tables import mcnemar
+
+    old, new = (np.array(side, np.float64) for side in zip(*pairs, strict=True))
+    found = Discordance.of(old, new)
+    table = [[found.both, found.only_new], [found.only_old, found.neither]]
+    assert found.p == pytest.approx(min(1.0, mcnemar(table, exact=True).pvalue))
+
+
+def test_sign_flip_equals_scipy_on_few_groups() -> None:
+    """All sign flips of 10 groups are tried, so p is exact."""
+    random = np.random.default_rng(1)
+    groups = np.repeat(np.arange(10), 3)
+    old, new = random.random(30), random.random(30) + 0.2
+    found = compare(Ratio.mean(old), Ratio.mean(new), SHARE, groups)
+    sums = [values.reshape(10, 3).sum(1) for values in (new, old)]
+    exact = permutation_test(
+        sums, lambda x, y: (x - y).mean(), permutation_type="samples", n_resamples=np.inf
+    )
+    assert found.test == "SignFlip"
+    assert found.p == pytest.approx(exact.pvalue)
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_macro_scores_equal_scikit_learn(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    wanted, said = random.integers(0, 4, 40), random.integers(-1, 4, 40)
+    occurs = sorted(set(wanted.tolist()))
+    theirs = precision_recall_fscore_support(
+        wanted, said, labels=occurs, average="macro", zero_division=0.0
+    )
+    for part, value in zip(("precision", "recall", "f1"), theirs[:3], strict=True):
+        score = MacroScore(wanted, said, 4, part)
+        assert score(np.ones((1, 40)))[0] == pytest.approx(value), part
+        # A sample that counts twice is two samples.
+        twice = score(np.array([[2.0] * 20 + [0.0] * 20]))[0]
+        half = precision_recall_fscore_support(
+            wanted[:20], said[:20], labels=sorted(set(wanted[:20].tolist())), average="macro",
+            zero_division=0.0,
+        )  # fmt: skip
+        assert twice == pytest.approx(half[("precision", "recall", "f1").index(part)]), part
+
+
+def test_loss_is_weighted_by_tokens() -> None:
+    sums, counts = np.array([2.0, 30.0]), np.array([1.0, 10.0])
+    assert Ratio(sums, counts)(np.ones((1, 2)))[0] == pytest.approx(32 / 11)
+
+
+# --- verdicts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("effect", "interval", "p", "expected"),
+    [
+        (0.05, (0.01, 0.09), 0.01, "Better"),
+        (0.01, (-0.03, 0.05), 0.6, "TooFewSamples"),
+        (0.00, (-0.01, 0.01), 0.9, "NotBetter"),
+        (0.01, (0.005, 0.015), 0.001, "NotBetter"),
+        (-0.05, (-0.09, -0.01), 0.01, "Worse"),
+        (-0.005, (-0.008, -0.002), 0.01, "Worse"),
+        (-0.05, (-0.12, 0.02), 0.1, "TooFewSamples"),
+    ],
+)
+def test_verdict(effect: float, interval: tuple[float, float], p: float, expected: str) -> None:
+    assert verdict(effect, interval, p, SHARE) == expected
+    # The same of a metric that is better when lower.
+    flipped = (-interval[1], -interval[0])
+    lower = Scale(higher_is_better=False, min_effect=0.02)
+    assert verdict(-effect, flipped, p, lower) == expected
+
+
+def test_same_answers_of_few_samples_decide_nothing_and_of_many_are_not_better() -> None:
+    few, many = (Ratio.mean(np.ones(n)) for n in (8, 4000))
+    found = compare(few, few, SHARE)
+    assert (found.verdict, found.p, found.effect) == ("TooFewSamples", 1.0, 0.0)
+    assert found.needed_samples is not None and found.needed_samples > 8
+    assert compare(many, many, SHARE).verdict == "NotBetter"
+
+
+def test_few_groups_decide_nothing() -> None:
+    groups = np.repeat(np.arange(FEWEST_GROUPS - 1), 50)
+    old, new = Ratio.mean(np.zeros(len(groups))), Ratio.mean(np.ones(len(groups)))
+    found = compare(old, new, SHARE, groups)
+    assert found.verdict == "TooFewSamples" and found.effect == 1.0
+    assert found.needed_samples == FEWEST_GROUPS * 50
+
+
+@given(st.integers(1, 5), st.integers(1, 3), st.integers(0, 2**32 - 1))
+@settings(max_examples=60, deadline=None)
+def test_sets_of_any_size_are_compared(samples: int, groups: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    by_group = random.integers(0, groups, samples)
+    wanted = random.integers(0, 2, samples)
+    pairs: list[tuple[Score, Score]] = [
+        (Ratio.mean(random.random(samples) < 0.5), Ratio.mean(random.random(samples) < 0.5)),
+        (Ratio(random.random(samples), random.integers(0, 2, samples) * 1.0),) * 2,
+        (Ratio.mean(random.random(samples)), Ratio.mean(random.random(samples))),
+        (MacroScore(wanted, wanted, 2, "f1"), MacroScore(wanted, 1 - wanted, 2, "f1")),
+    ]
+    for old, new in pairs:
+        for given_groups in (None, by_group):
+            found = compare(old, new, SHARE, given_groups)
+            assert 0 <= found.p <= 1 and found.low <= found.high
+            assert np.isfinite([found.effect, found.low, found.high, found.detectable]).all()
+
+
+def test_an_empty_set_and_an_undefined_value_decide_nothing() -> None:
+    empty, undefined = Ratio.mean([]), Ratio.mean([float("nan")] * 3)
+    for score in (empty, undefined):
+        found = compare(score, score, SHARE)
+        assert (found.verdict, found.test) == ("TooFewSamples", "None")
+    with pytest.raises(ValueError, match="3 and 0 samples"):
+        compare(undefined, empty, SHARE)
+
+
+# --- in simulation -------------------------------------------------------------------------------
+
+
+def promoted_by_chance(verdicts: list[str], level: float) -> bool:
+    """Whether more runs than ``level`` are Better, by a binomial test at 1 %."""
+    count = verdicts.count("Better")
+    return binomtest(count, len(verdicts), level, alternative="greater").pvalue < 0.01
+
+
+def test_equal_models_are_promoted_no_more_often_than_by_chance() -> None:
+    random, found = np.random.default_rng(7), []
+    for _ in range(1000):
+        old, new = answers(random, 300, 0.7, 0.7)
+        found.append(compare(old, new, SHARE).verdict)
+    assert not promoted_by_chance(found, ALPHA)
+
+
+@pytest.mark.parametrize("metric", ["mean", "grouped", "f1"])
+def test_equal_models_by_other_metrics(metric: str) -> None:
+    random, found = np.random.default_rng(8), list[str]()
+    groups = np.repeat(np.arange(40), 3)
+    for _ in range(100):
+        if metric == "f1":
+            wanted = random.integers(0, 3, 120)
+            sides = [np.where(random.random(120) < 0.7, wanted, random.integers(0, 3, 120))
+                     for _ in range(2)]  # fmt: skip
+            old, new = (MacroScore(wanted, said, 3, "f1") for said in sides)
+            found.append(compare(old, new, SHARE).verdict)
+            continue
+        shared = np.repeat(random.normal(size=(2, 40)), 3, axis=1) if metric == "grouped" else 0.0
+        old, new = map(Ratio.mean, random.normal(size=(2, 120)) + shared)
+        found.append(compare(old, new, SHARE, groups if metric == "grouped" else None).verdict)
+    assert not promoted_by_chance(found, ALPHA)
+
+
+def test_a_gain_is_found_at_its_planned_size() -> None:
+    """The detectable effect of a small set gives the size of a larger one that finds it."""
+    random = np.random.default_rng(9)
+    scale = Scale(higher_is_better=True, min_effect=0.05)
+    pilot = compare(*answers(random, 200, 0.70, 0.72), scale)
+    assert pilot.verdict == "TooFewSamples" and pilot.needed_samples
+    found = [
+        compare(*answers(random, pilot.needed_samples, 0.70, 0.75), scale).verdict
+        for _ in range(200)
+    ]
+    assert found.count("Better") / len(found) >= 0.8 - 0.07  # of a pilot, which errs itself
+
+
+@pytest.mark.parametrize("samples", [30, 200])
+def test_newcombes_interval_covers_the_difference(samples: int) -> None:
+    random, covered = np.random.default_rng(10), 0
+    for _ in range(400):
+        old, new = answers(random, samples, 0.8, 0.9)
+        low, high = Discordance.of(old.sums, new.sums).interval
+        covered += low <= 0.1 <= high
+    assert covered >= 370

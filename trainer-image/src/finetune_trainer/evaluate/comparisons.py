@@ -1,0 +1,80 @@
+"""Comparisons of the tuned with the base model on one test set, one for each metric."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune_api.results import Comparison
+from finetune_api.tasks import METRICS, Metric
+from finetune_trainer.evaluate.paired import MacroScore, Ratio, Scale, Score, SummedScore, compare
+from finetune_trainer.evaluate.scores import BY_SAMPLE, Answers, bleu_of, bleu_statistics
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one model did with the samples of a set."""
+
+    losses: npt.NDArray[np.float64]
+    """Loss of each sample, summed over its labels, shape [samples]."""
+    labels: npt.NDArray[np.float64]
+    """Number of labels of each sample, shape [samples]."""
+    answers: Answers
+    """Answers to the first samples, or to none."""
+
+
+def compare_outcomes(
+    base: Outcome, tuned: Outcome, metrics: Iterable[Metric], min_points: float
+) -> dict[Metric, Comparison]:
+    """Compare two models by the metrics that their outcomes allow.
+
+    Perplexity follows from the loss, and has no comparison of its own.
+
+    Args:
+        min_points: smallest gain that matters (``evaluation.minEffect``): hundredths of a share or
+            of a nat, and points of a metric from 0 to 100.
+    """
+    found = {}
+    for metric in metrics:
+        old, new = score_of(metric, base), score_of(metric, tuned)
+        if old is None or new is None or old.samples != new.samples:
+            continue
+        kind = METRICS[metric]
+        scale = Scale(kind.higher_is_better, min_points * kind.point)
+        found[metric] = compare(old, new, scale)
+    return found
+
+
+def score_of(metric: Metric, outcome: Outcome) -> Score | None:
+    """A metric of an outcome as a function of sample weights; None: not defined, or it follows from
+    another metric."""
+    answers = outcome.answers
+    if metric == "Loss":
+        return Ratio(outcome.losses, outcome.labels)
+    if METRICS[metric].source == "Loss" or not answers.predictions:
+        return None
+    if METRICS[metric].source == "Labels" and answers.labels is None:
+        return None
+    if metric in BY_SAMPLE:
+        return Ratio.mean(BY_SAMPLE[metric](answers))
+    if metric in _MACRO:
+        return _macro(answers, _MACRO[metric])
+    return SummedScore(np.asarray(bleu_statistics(answers), np.float64), bleu_of)
+
+
+_MACRO: Final[dict[Metric, str]] = {"Precision": "precision", "Recall": "recall", "F1": "f1"}
+
+
+def _macro(answers: Answers, part: str) -> MacroScore:
+    labels = answers.labels or ()
+    numbers = {label: number for number, label in enumerate(sorted(set(labels)))}
+    return MacroScore(
+        references=np.array([numbers[label] for label in labels], np.int64),
+        answers=np.array([numbers.get(p.strip(), -1) for p in answers.predictions], np.int64),
+        labels=len(numbers),
+        part=part,
+    )

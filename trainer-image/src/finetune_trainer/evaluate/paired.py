@@ -1,0 +1,357 @@
+"""Paired comparison of two models by one metric, from their answers to the same samples.
+
+    each model's answers ──► Score: sample weights → value of the metric
+    two Scores ──► bootstrap over groups ──► interval of the difference ──┐
+             └──► test for the kind of metric ──► p ──────────────────────┴──► Comparison, verdict
+
+Pure. Samples of one group (a customer, a document) are not independent: they are drawn and flipped
+together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune_api.results import Comparison, ComparisonTest, Verdict
+
+ALPHA: Final = 0.05
+"""Two-sided level of every test; intervals have the confidence 1 - ALPHA."""
+POWER: Final = 0.8
+"""Probability with which a gain of the detectable effect is found."""
+FEWEST_GROUPS: Final = 20
+"""With fewer groups a bootstrap interval is too narrow to decide anything."""
+_DRAWS: Final = 2000
+_FLIPS: Final = 9999
+_WEIGHTS_AT_ONCE: Final = 1 << 22
+"""Draws times samples in memory together: 32 MiB."""
+_SEED: Final = 20_240_601
+
+Floats = npt.NDArray[np.float64]
+
+
+class Score(Protocol):
+    """A metric of one model's answers to a set."""
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        ...
+
+    def __call__(self, weights: Floats) -> Floats:
+        """Value of the metric if each sample counts as often as its weight.
+
+        Args:
+            weights: shape [draws, samples].
+
+        Returns:
+            Shape [draws]; NaN where no sample counts.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A metric that is a ratio of two sums: a mean over samples, or a loss per token."""
+
+    sums: Floats
+    """Shape [samples]."""
+    counts: Floats
+    """Shape [samples]."""
+
+    @classmethod
+    def mean(cls, values: Sequence[float] | npt.NDArray[Any]) -> Ratio:
+        """The mean of one value a sample."""
+        found = np.asarray(values, np.float64)
+        return cls(found, np.ones_like(found))
+
+    @property
+    def samples(self) -> int:
+        return len(self.sums)
+
+    def __call__(self, weights: Floats) -> Floats:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found: Floats = (weights @ self.sums) / (weights @ self.counts)
+        return found
+
+
+@dataclass(frozen=True)
+class MacroScore:
+    """Precision, recall or F1, averaged over the labels that occur among the references."""
+
+    references: npt.NDArray[np.int64]
+    """Number of the reference label, shape [samples]."""
+    answers: npt.NDArray[np.int64]
+    """Number of the predicted label; -1: none of the labels. Shape [samples]."""
+    labels: int
+    """Number of labels."""
+    part: str
+    """``precision``, ``recall`` or ``f1``."""
+
+    @property
+    def samples(self) -> int:
+        return len(self.references)
+
+    @cached_property
+    def _one_hot(self) -> tuple[Floats, Floats, Floats]:
+        """Right answers, answers and references, shape [samples, labels] each."""
+        numbers = np.arange(self.labels)
+        answered = self.answers[:, None] == numbers
+        wanted = self.references[:, None] == numbers
+        right, answered_, wanted_ = (
+            x.astype(np.float64) for x in (answered & wanted, answered, wanted)
+        )
+        return right, answered_, wanted_
+
+    def __call__(self, weights: Floats) -> Floats:
+        right, answered, wanted = (weights @ part for part in self._one_hot)
+        if self.part == "precision":
+            of = answered
+        elif self.part == "recall":
+            of = wanted
+        else:
+            right, of = 2 * right, answered + wanted
+        each = np.divide(right, of, out=np.zeros_like(right), where=of > 0)
+        occurs = wanted > 0
+        with np.errstate(invalid="ignore"):
+            found: Floats = (each * occurs).sum(1) / occurs.sum(1)
+        return found
+
+
+@dataclass(frozen=True)
+class SummedScore:
+    """A metric that is a function of sums over samples, such as corpus BLEU."""
+
+    statistics: Floats
+    """Shape [samples, statistics]."""
+    of: Callable[[Sequence[float]], float]
+    """The metric of the sums."""
+
+    @property
+    def samples(self) -> int:
+        return len(self.statistics)
+
+    def __call__(self, weights: Floats) -> Floats:
+        return np.array([self.of(row) for row in (weights @ self.statistics).tolist()])
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How differences of a metric are judged."""
+
+    higher_is_better: bool
+    min_effect: float
+    """Smallest gain that matters, in units of the metric, above 0."""
+
+    @property
+    def sign(self) -> int:
+        return 1 if self.higher_is_better else -1
+
+
+def compare(
+    old: Score,
+    new: Score,
+    scale: Scale,
+    groups: npt.NDArray[np.int64] | None = None,
+) -> Comparison:
+    """Compare a new model with an old one by a metric of the same samples.
+
+    - Right or wrong a sample (``Ratio.mean`` of 0 and 1), without groups: exact McNemar test
+      (McNemar 1947) and the interval of Newcombe (1998, method 10) for a paired difference of
+      proportions.
+    - Other means: sign-flip permutation test over groups (``scipy.stats.permutation_test``).
+    - The rest: paired bootstrap over groups (Efron and Tibshirani 1993).
+
+    Intervals of the last two are percentiles of the paired bootstrap.
+
+    Args:
+        groups: number of each sample's group, shape [samples]; None: each sample is one.
+
+    Raises:
+        ValueError: the scores are of different samples.
+    """
+    if old.samples != new.samples:
+        raise ValueError(f"scores of {old.samples} and {new.samples} samples")
+    alone = groups is None
+    groups = np.arange(new.samples) if groups is None else np.unique(groups, return_inverse=True)[1]
+    count = int(groups.max()) + 1 if len(groups) else 0
+    everything = np.ones((1, new.samples))
+    effect = float(_difference(old, new, everything)[0]) if count else math.nan
+    if count == 0 or not math.isfinite(effect):
+        return Comparison(
+            effect=0.0, low=0.0, high=0.0, p=1.0, test="None", verdict="TooFewSamples"
+        )
+    test: ComparisonTest
+    if alone and _is_binary(old) and _is_binary(new):
+        assert isinstance(old, Ratio) and isinstance(new, Ratio)
+        test, few = "McNemar", False
+        table = Discordance.of(old.sums, new.sums)
+        p, (low, high), error = table.p, table.interval, table.standard_error
+    else:
+        few = count < FEWEST_GROUPS
+        draws = np.concatenate([_difference(old, new, w) for w in _weights(groups, count)])
+        draws = draws[np.isfinite(draws)]
+        low, high = (float(q) for q in np.quantile(draws, [ALPHA / 2, 1 - ALPHA / 2]))
+        error = float(draws.std(ddof=1))
+        if isinstance(old, Ratio) and isinstance(new, Ratio) and _are_means(old, new):
+            test, p = "SignFlip", _sign_flip(old.sums, new.sums, groups)
+        else:
+            test, p = "PairedBootstrap", _bootstrap_p(draws)
+    detectable = (_normal(1 - ALPHA / 2) + _normal(POWER)) * error
+    needed = math.ceil(new.samples * (detectable / scale.min_effect) ** 2)
+    if few:
+        needed = max(needed, math.ceil(FEWEST_GROUPS * new.samples / count))
+    decided = verdict(effect, (low, high), p, scale) if not few else "TooFewSamples"
+    return Comparison(
+        effect=effect,
+        low=low,
+        high=high,
+        p=p,
+        test=test,
+        detectable=detectable,
+        verdict=decided,
+        needed_samples=needed if decided == "TooFewSamples" else None,
+    )
+
+
+def verdict(effect: float, interval: tuple[float, float], p: float, scale: Scale) -> Verdict:
+    """What a comparison allows to say, at level ALPHA.
+
+    NotBetter: a gain of ``min_effect`` is ruled out, though the new model is not significantly
+    worse. TooFewSamples: neither a difference nor its absence is shown.
+    """
+    gain = scale.sign * effect
+    highest_gain = max(scale.sign * end for end in interval)
+    if p < ALPHA and gain < 0:
+        return "Worse"
+    if highest_gain < scale.min_effect:
+        return "NotBetter"
+    return "Better" if p < ALPHA and gain > 0 else "TooFewSamples"
+
+
+@dataclass(frozen=True)
+class Discordance:
+    """Right and wrong answers of two models to the same samples."""
+
+    both: int
+    only_new: int
+    only_old: int
+    neither: int
+
+    @classmethod
+    def of(cls, old: Floats, new: Floats) -> Discordance:
+        """Count answers that are 1 (right) or 0 (wrong), shape [samples] each."""
+        a, b = old > 0.5, new > 0.5
+        return cls(
+            int((a & b).sum()), int((~a & b).sum()), int((a & ~b).sum()), int((~a & ~b).sum())
+        )
+
+    @property
+    def samples(self) -> int:
+        return self.both + self.only_new + self.only_old + self.neither
+
+    @property
+    def p(self) -> float:
+        """Two-sided exact McNemar test."""
+        from scipy.stats import binomtest
+
+        differ = self.only_new + self.only_old
+        return float(binomtest(self.only_new, differ).pvalue) if differ else 1.0
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Interval of the difference of the shares of right answers (Newcombe 1998, method 10: of
+        two Wilson intervals and their correlation)."""
+        from scipy.stats import binomtest
+
+        n = self.samples
+        right_new, right_old = self.both + self.only_new, self.both + self.only_old
+        wilson = [
+            binomtest(k, n).proportion_ci(1 - ALPHA, method="wilson")
+            for k in (right_new, right_old)
+        ]
+        new, old = right_new / n, right_old / n
+        phi = self._correlation
+        below = (new - wilson[0].low, wilson[1].high - old)
+        above = (wilson[0].high - new, old - wilson[1].low)
+        spread = [math.sqrt(x * x - 2 * phi * x * y + y * y) for x, y in (below, above)]
+        return new - old - spread[0], new - old + spread[1]
+
+    @property
+    def _correlation(self) -> float:
+        """Of the two models' answers, with Newcombe's correction for continuity."""
+        a, b, c, d = self.both, self.only_new, self.only_old, self.neither
+        product = (a + b) * (c + d) * (a + c) * (b + d)
+        if product == 0:
+            return 0.0
+        excess: float = a * d - b * c
+        if excess > 0:
+            excess = max(excess - self.samples / 2, 0)
+        return excess / math.sqrt(product)
+
+    @property
+    def standard_error(self) -> float:
+        """Of the difference. One more discordant pair than seen is assumed, so that few samples
+        without any do not look like certainty."""
+        n = self.samples
+        differ = (self.only_new + self.only_old + 1) / (n + 1)
+        mean = (self.only_new - self.only_old) / n
+        return math.sqrt(max(differ - mean * mean, 0.0) / n)
+
+
+def _difference(old: Score, new: Score, weights: Floats) -> Floats:
+    with np.errstate(invalid="ignore"):  # of undefined values
+        found: Floats = new(weights) - old(weights)
+    return found
+
+
+def _is_binary(score: Score) -> bool:
+    ones = isinstance(score, Ratio) and bool(np.all(score.counts == 1))
+    return ones and bool(np.isin(score.sums, (0.0, 1.0)).all())  # type: ignore[attr-defined]
+
+
+def _are_means(old: Ratio, new: Ratio) -> bool:
+    """Whether both scores have the same counts, so that swapping two answers swaps their sums."""
+    return bool(np.array_equal(old.counts, new.counts))
+
+
+def _weights(groups: npt.NDArray[np.int64], count: int) -> Iterator[Floats]:
+    """Yield the weights of bootstrap samples over groups, shape [some draws, samples]."""
+    random = np.random.default_rng(_SEED)
+    at_once = max(1, _WEIGHTS_AT_ONCE // max(1, len(groups)))
+    for start in range(0, _DRAWS, at_once):
+        drawn = random.multinomial(count, np.full(count, 1 / count), min(at_once, _DRAWS - start))
+        yield drawn.astype(np.float64)[:, groups]
+
+
+def _sign_flip(old: Floats, new: Floats, groups: npt.NDArray[np.int64]) -> float:
+    """Two-sided permutation test: under the null hypothesis a group's two sums may be swapped."""
+    from scipy.stats import permutation_test
+
+    sums = tuple(np.bincount(groups, values).astype(np.float64) for values in (new, old))
+    if len(sums[0]) < 2 or np.array_equal(sums[0], sums[1]):
+        return 1.0
+    found = permutation_test(
+        sums, lambda x, y, axis: (x - y).mean(axis=axis), permutation_type="samples",
+        n_resamples=_FLIPS, vectorized=True, batch=max(1, _WEIGHTS_AT_ONCE // len(sums[0])),
+        rng=np.random.default_rng(_SEED),
+    )  # fmt: skip
+    return float(found.pvalue)
+
+
+def _bootstrap_p(draws: Floats) -> float:
+    """Two-sided p of no difference: the level at which the percentile interval touches zero."""
+    smaller = min((draws <= 0).sum(), (draws >= 0).sum())
+    return float(min(1.0, 2 * (smaller + 1) / (len(draws) + 1)))
+
+
+def _normal(quantile: float) -> float:
+    from scipy.stats import norm
+
+    return float(norm.ppf(quantile))
