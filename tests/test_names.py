@@ -17,7 +17,6 @@ OLD: dict[str, tuple[str, ...]] = {
     # memory profile, activation tracker
     r"rehears\w*|Rehears\w*|rehearsed_attention": EVERYWHERE,
     r"\b[Ll]edger\b": EVERYWHERE,
-    r"\bVerdict\b|\bverdicts?\b": EVERYWHERE,
     # placeholders
     r"\b\w*[Hh]ollow\w*|make_solid|make_room|materialize_on_host": EVERYWHERE,
     r"\b(load_base|empty_base|placeholder_base)\b": EVERYWHERE,

@@ -48,7 +48,7 @@ def test_a_score_of_all_samples_is_the_metric(labelled: bool) -> None:
 def test_what_is_not_defined_is_not_compared() -> None:
     old, new = outcome(1, 0.5, labelled=False), outcome(2, 0.9, labelled=False)
     found = compare_outcomes(old, new, list(METRICS), 2.0)
-    assert set(found) == {"Loss", "ExactMatch", "Bleu", "Rouge"}
+    assert set(found) == {"Loss", *(m for m, kind in METRICS.items() if kind.source == "Text")}
     silent = Outcome(old.losses, old.labels, Answers([], [], None))
     assert set(compare_outcomes(silent, silent, list(METRICS), 2.0)) == {"Loss"}
     assert set(compare_outcomes(silent, new, list(METRICS), 2.0)) == {"Loss"}
@@ -58,11 +58,14 @@ def test_what_is_not_defined_is_not_compared() -> None:
 def test_a_better_model_is_better_by_every_metric_of_its_answers(labelled: bool) -> None:
     old, new = (outcome(i, right, 300, labelled) for i, right in ((1, 0.2), (2, 0.9)))
     wanted: list[Metric] = (
-        ["Accuracy", "Precision", "Recall", "F1"] if labelled else ["ExactMatch", "Bleu", "Rouge"]
+        ["Accuracy", "Precision", "Recall", "F1"]
+        if labelled
+        else ["ExactMatch", "Bleu", "ChrF", "Rouge", "TokenF1"]
     )
     found = compare_outcomes(old, new, wanted, 2.0)
     assert {m: found[m].verdict for m in wanted} == dict.fromkeys(wanted, "Better")
-    tests = ["McNemar", *(["PairedBootstrap"] * 3 if labelled else ["PairedBootstrap", "SignFlip"])]
+    others = ["PairedBootstrap"] * 3 if labelled else ["PairedBootstrap"] * 2 + ["SignFlip"] * 2
+    tests = ["McNemar", *others]
     assert [found[m].test for m in wanted] == tests
     back = compare_outcomes(new, old, wanted, 2.0)
     assert {m: back[m].verdict for m in wanted} == dict.fromkeys(wanted, "Worse")

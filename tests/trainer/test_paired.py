@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binomtest, permutation_test
+from scipy.stats import binomtest, permutation_test, ttest_rel
 from sklearn.metrics import precision_recall_fscore_support
 
+from finetune_trainer.evaluate import paired
 from finetune_trainer.evaluate.paired import (
     ALPHA,
     FEWEST_GROUPS,
@@ -60,6 +61,28 @@ def test_sign_flip_equals_scipy_on_few_groups() -> None:
     )
     assert found.test == "SignFlip"
     assert found.p == pytest.approx(exact.pvalue)
+
+
+def test_a_t_test_of_many_groups_equals_scipy_and_the_bootstrap(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    random = np.random.default_rng(2)
+    old = random.random(400)
+    sides = Ratio.mean(old), Ratio.mean(old + random.normal(0.01, 0.1, 400))
+    resampled = compare(*sides, SHARE)
+    monkeypatch.setattr(paired, "MANY_GROUPS", 399)
+    found = compare(*sides, SHARE)
+    assert (resampled.test, found.test) == ("SignFlip", "PairedT")
+    assert found.p == pytest.approx(ttest_rel(sides[1].sums, sides[0].sums).pvalue)
+    assert (found.low, found.high) == pytest.approx((resampled.low, resampled.high), abs=0.002)
+    assert found.detectable == pytest.approx(resampled.detectable, rel=0.1)
+    tokens = random.integers(1, 9, 400) * 1.0
+    sides = Ratio(sides[0].sums * tokens, tokens), Ratio(sides[1].sums * tokens, tokens)
+    found = compare(*sides, SHARE)
+    monkeypatch.setattr(paired, "MANY_GROUPS", 400)
+    resampled = compare(*sides, SHARE)
+    assert found.effect == pytest.approx(resampled.effect)
+    assert (found.low, found.high) == pytest.approx((resampled.low, resampled.high), abs=0.002)
 
 
 @given(st.integers(0, 2**32 - 1))

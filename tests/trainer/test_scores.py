@@ -65,3 +65,35 @@ def test_text() -> None:
     assert "F1" not in found, "there are no labels"
     same = text_metrics(Answers(["a b c d"], ["a b c d"], None), ["Bleu", "Rouge"])
     assert same == pytest.approx({"Bleu": 100.0, "Rouge": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted", "expected"),
+    [
+        ("The Cat.", "a cat", {"NormalizedExactMatch": 1, "TokenF1": 1, "ValidJson": 0}),
+        ("cat dog", "the cat", {"NormalizedExactMatch": 0, "TokenF1": 2 / 3, "ValidJson": 0}),
+        ("dog", "cat", {"NormalizedExactMatch": 0, "TokenF1": 0, "ValidJson": 0}),
+        ("the", "a", {"NormalizedExactMatch": 1, "TokenF1": 1, "ValidJson": 0}),
+        ("", "cat", {"NormalizedExactMatch": 0, "TokenF1": 0, "ValidJson": 0}),
+        (' {"a": [1]}\n', "x", {"NormalizedExactMatch": 0, "TokenF1": 0, "ValidJson": 1}),
+        ("[" * 100_000, "x", {"NormalizedExactMatch": 0, "TokenF1": 0, "ValidJson": 0}),
+    ],
+)
+def test_normalized_text_and_json(said: str, wanted: str, expected: dict[str, float]) -> None:
+    found = text_metrics(Answers([said], [wanted], None), list(expected))  # type: ignore[arg-type]
+    assert found == pytest.approx(expected)
+
+
+def test_rouge_and_chrf_equal_their_packages() -> None:
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics.chrf import CHRF
+
+    said = ["the cat sat on a mat", "dogs bark", "x"]
+    wanted = ["a cat sits on the mat", "the dogs barked loudly", "y"]
+    found = text_metrics(Answers(said, wanted, None), ["Rouge1", "Rouge2", "Rouge", "ChrF"])
+    names = {"Rouge1": "rouge1", "Rouge2": "rouge2", "Rouge": "rougeL"}
+    scorer = RougeScorer(list(names.values()), use_stemmer=True)
+    each = [scorer.score(r, p) for p, r in zip(said, wanted, strict=True)]
+    for metric, name in names.items():
+        assert found[metric] == pytest.approx(sum(s[name].fmeasure for s in each) / 3)
+    assert found["ChrF"] == pytest.approx(CHRF().corpus_score(said, [wanted]).score)

@@ -190,14 +190,14 @@ class PreparedSummary(Record):
 
 
 Metrics = Annotated[dict[Word, float], Field(max_length=64)]
-"""Metric name (as in the spec) to value; Bleu is from 0 to 100 and Rouge from 0 to 1, as in their
-packages."""
+"""Metric name (as in the spec) to value; Bleu and ChrF are from 0 to 100 and Rouge from 0 to 1, as
+in their packages."""
 
 
 Verdict = Literal["Better", "Worse", "NotBetter", "TooFewSamples"]
 """Of a comparison: Better and Worse are significant; NotBetter: a gain that matters
 (evaluation.minEffect) is ruled out; TooFewSamples: the samples decide nothing."""
-ComparisonTest = Literal["McNemar", "SignFlip", "PairedBootstrap", "None"]
+ComparisonTest = Literal["McNemar", "SignFlip", "PairedT", "PairedBootstrap", "None"]
 
 
 class Comparison(Record):

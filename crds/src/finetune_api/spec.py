@@ -42,7 +42,9 @@ class Evaluation(Model):
     """Steps between evaluations on the validation sets. Absent: ten evaluations over the run."""
     metrics: Annotated[list[Metric], Field(min_length=1, max_length=16)] | None = None
     """Metrics of the final test. Absent: Loss and Perplexity, with Accuracy, Precision, Recall and
-    F1 for format Classification, and ExactMatch, Bleu and Rouge for other prompts with completions.
+    F1 for format Classification, and ExactMatch, Bleu and Rouge (ROUGE-L) for other prompts with
+    completions. Rouge1, Rouge2, ChrF, NormalizedExactMatch and TokenF1 (as in SQuAD: without case,
+    punctuation and articles) and ValidJson are measured on request.
     Task SequenceClassification: Loss, Accuracy, Precision, Recall and F1."""
     max_samples: Count = 1000
     """Maximum number of samples per set for which text is generated; the loss is always over the

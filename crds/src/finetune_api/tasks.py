@@ -13,8 +13,9 @@ from finetune_api.sources import Format
 
 TaskName = Literal["CausalLM", "SequenceClassification"]
 Metric = Literal[
-    "Loss", "Perplexity", "ExactMatch", "Accuracy", "Precision", "Recall", "F1", "Bleu", "Rouge"
-]
+    "Loss", "Perplexity", "ExactMatch", "Accuracy", "Precision", "Recall", "F1", "Bleu", "Rouge",
+    "NormalizedExactMatch", "TokenF1", "Rouge1", "Rouge2", "ChrF", "ValidJson",
+]  # fmt: skip
 
 
 MetricSource = Literal["Loss", "Labels", "Text"]
@@ -30,6 +31,8 @@ class MetricKind:
     higher_is_better: bool = True
     percent: bool = True
     """Whether it is a share of 1, shown in percent."""
+    default: bool = True
+    """Whether it is measured without being requested."""
     point: float = 0.01
     """A point of the metric: a hundredth of a share or of a nat; 1 where it goes from 0 to 100."""
 
@@ -44,6 +47,12 @@ METRICS: Final[dict[Metric, MetricKind]] = {
     "F1": MetricKind("Labels"),
     "Bleu": MetricKind("Text", percent=False, point=1.0),
     "Rouge": MetricKind("Text"),
+    "NormalizedExactMatch": MetricKind("Text", default=False),
+    "TokenF1": MetricKind("Text", default=False),
+    "Rouge1": MetricKind("Text", default=False),
+    "Rouge2": MetricKind("Text", default=False),
+    "ChrF": MetricKind("Text", percent=False, default=False, point=1.0),
+    "ValidJson": MetricKind("Text", default=False),
 }
 
 

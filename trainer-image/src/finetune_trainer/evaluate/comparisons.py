@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,7 +12,14 @@ import numpy.typing as npt
 from finetune_api.results import Comparison
 from finetune_api.tasks import METRICS, Metric
 from finetune_trainer.evaluate.paired import MacroScore, Ratio, Scale, Score, SummedScore, compare
-from finetune_trainer.evaluate.scores import BY_SAMPLE, Answers, bleu_of, bleu_statistics
+from finetune_trainer.evaluate.scores import (
+    BY_SAMPLE,
+    Answers,
+    bleu_of,
+    bleu_statistics,
+    chrf_of,
+    chrf_statistics,
+)
 
 
 @dataclass(frozen=True)
@@ -63,9 +70,13 @@ def score_of(metric: Metric, outcome: Outcome) -> Score | None:
         return Ratio.mean(BY_SAMPLE[metric](answers))
     if metric in _MACRO:
         return _macro(answers, _MACRO[metric])
-    return SummedScore(np.asarray(bleu_statistics(answers), np.float64), bleu_of)
+    statistics, of = _SUMMED[metric]
+    return SummedScore(np.asarray(statistics(answers), np.float64), of)
 
 
+_SUMMED: Final[
+    dict[Metric, tuple[Callable[[Answers], list[list[int]]], Callable[[Sequence[float]], float]]]
+] = {"Bleu": (bleu_statistics, bleu_of), "ChrF": (chrf_statistics, chrf_of)}
 _MACRO: Final[dict[Metric, str]] = {"Precision": "precision", "Recall": "recall", "F1": "f1"}
 
 

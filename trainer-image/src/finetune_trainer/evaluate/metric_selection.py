@@ -28,7 +28,8 @@ def metrics_for(
     """Return the metrics of a data set of this format: those of ``requested`` that format and task
     support, in the same order; without ``requested``, the defaults of the format."""
     sources = (_DEFAULT if requested is None else _SUPPORTED).get(form, _PAIRS)
-    wanted = tuple(METRICS) if requested is None else dict.fromkeys(requested)
+    defaults = (name for name, kind in METRICS.items() if kind.default)
+    wanted = dict.fromkeys(defaults if requested is None else requested)
     task_metrics = TASKS[task].metrics
     return [m for m in wanted if METRICS[m].source in sources and m in task_metrics]
 

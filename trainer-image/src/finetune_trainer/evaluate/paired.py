@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +27,13 @@ POWER: Final = 0.8
 """Probability with which a gain of the detectable effect is found."""
 FEWEST_GROUPS: Final = 20
 """With fewer groups a bootstrap interval is too narrow to decide anything."""
-_DRAWS: Final = 2000
+MANY_GROUPS: Final = 10_000
+"""With more groups a mean is tested by a t test."""
+_DRAWS: Final = (500, 2000)
+"""Fewest and most draws of a bootstrap."""
 _FLIPS: Final = 9999
+_WORK: Final = 20_000_000
+"""Draws times samples above which the fewest suffice: GPUs wait for the comparison."""
 _WEIGHTS_AT_ONCE: Final = 1 << 22
 """Draws times samples in memory together: 32 MiB."""
 _SEED: Final = 20_240_601
@@ -165,10 +170,11 @@ def compare(
     - Right or wrong a sample (``Ratio.mean`` of 0 and 1), without groups: exact McNemar test
       (McNemar 1947) and the interval of Newcombe (1998, method 10) for a paired difference of
       proportions.
-    - Other means: sign-flip permutation test over groups (``scipy.stats.permutation_test``).
+    - Other means: sign-flip permutation test over groups (``scipy.stats.permutation_test``); with
+      more than MANY_GROUPS groups, a paired t test.
     - The rest: paired bootstrap over groups (Efron and Tibshirani 1993).
 
-    Intervals of the last two are percentiles of the paired bootstrap.
+    Intervals are percentiles of the paired bootstrap, apart from those of McNemar and t tests.
 
     Args:
         groups: number of each sample's group, shape [samples]; None: each sample is one.
@@ -187,33 +193,25 @@ def compare(
         return Comparison(
             effect=0.0, low=0.0, high=0.0, p=1.0, test="None", verdict="TooFewSamples"
         )
-    test: ComparisonTest
-    if alone and _is_binary(old) and _is_binary(new):
-        assert isinstance(old, Ratio) and isinstance(new, Ratio)
-        test, few = "McNemar", False
-        table = Discordance.of(old.sums, new.sums)
-        p, (low, high), error = table.p, table.interval, table.standard_error
+    few = False
+    if alone and isinstance(old, Ratio) and isinstance(new, Ratio) and _are_binary(old, new):
+        found = Discordance.of(old.sums, new.sums).tested()
+    elif count > MANY_GROUPS and isinstance(old, Ratio) and isinstance(new, Ratio):
+        found = _paired_t(old, new, groups)
     else:
-        few = count < FEWEST_GROUPS
-        draws = np.concatenate([_difference(old, new, w) for w in _weights(groups, count)])
-        draws = draws[np.isfinite(draws)]
-        low, high = (float(q) for q in np.quantile(draws, [ALPHA / 2, 1 - ALPHA / 2]))
-        error = float(draws.std(ddof=1))
-        if isinstance(old, Ratio) and isinstance(new, Ratio) and _are_means(old, new):
-            test, p = "SignFlip", _sign_flip(old.sums, new.sums, groups)
-        else:
-            test, p = "PairedBootstrap", _bootstrap_p(draws)
-    detectable = (_normal(1 - ALPHA / 2) + _normal(POWER)) * error
+        found, few = _bootstrap(old, new, groups), count < FEWEST_GROUPS
+    detectable = (_normal(1 - ALPHA / 2) + _normal(POWER)) * found.error
     needed = math.ceil(new.samples * (detectable / scale.min_effect) ** 2)
     if few:
         needed = max(needed, math.ceil(FEWEST_GROUPS * new.samples / count))
-    decided = verdict(effect, (low, high), p, scale) if not few else "TooFewSamples"
+    interval = found.low, found.high
+    decided = "TooFewSamples" if few else verdict(effect, interval, found.p, scale)
     return Comparison(
         effect=effect,
-        low=low,
-        high=high,
-        p=p,
-        test=test,
+        low=found.low,
+        high=found.high,
+        p=found.p,
+        test=found.test,
         detectable=detectable,
         verdict=decided,
         needed_samples=needed if decided == "TooFewSamples" else None,
@@ -233,6 +231,18 @@ def verdict(effect: float, interval: tuple[float, float], p: float, scale: Scale
     if highest_gain < scale.min_effect:
         return "NotBetter"
     return "Better" if p < ALPHA and gain > 0 else "TooFewSamples"
+
+
+class Tested(NamedTuple):
+    """A test of a difference."""
+
+    test: ComparisonTest
+    p: float
+    low: float
+    """Lower end of the interval."""
+    high: float
+    error: float
+    """Standard error of the difference."""
 
 
 @dataclass(frozen=True)
@@ -255,6 +265,9 @@ class Discordance:
     @property
     def samples(self) -> int:
         return self.both + self.only_new + self.only_old + self.neither
+
+    def tested(self) -> Tested:
+        return Tested("McNemar", self.p, *self.interval, self.standard_error)
 
     @property
     def p(self) -> float:
@@ -311,22 +324,52 @@ def _difference(old: Score, new: Score, weights: Floats) -> Floats:
     return found
 
 
-def _is_binary(score: Score) -> bool:
-    ones = isinstance(score, Ratio) and bool(np.all(score.counts == 1))
-    return ones and bool(np.isin(score.sums, (0.0, 1.0)).all())  # type: ignore[attr-defined]
+def _are_binary(*scores: Ratio) -> bool:
+    """Whether each sample is right (1) or wrong (0)."""
+    return all(bool(np.all(s.counts == 1) and np.isin(s.sums, (0.0, 1.0)).all()) for s in scores)
 
 
-def _are_means(old: Ratio, new: Ratio) -> bool:
-    """Whether both scores have the same counts, so that swapping two answers swaps their sums."""
-    return bool(np.array_equal(old.counts, new.counts))
+def _paired_t(old: Ratio, new: Ratio, groups: npt.NDArray[np.int64]) -> Tested:
+    """Paired t test of what each group adds to the difference, by the delta method for a ratio of
+    sums: with so many groups the difference is normal, and resampling them takes minutes."""
+    from scipy.stats import ttest_1samp
+
+    added = sum(
+        sign * (score.sums - value * score.counts) / score.counts.sum()
+        for sign, score, value in (
+            (1, new, new.sums.sum() / new.counts.sum()),
+            (-1, old, old.sums.sum() / old.counts.sum()),
+        )
+    )
+    by_group = np.bincount(groups, added)
+    count = len(by_group)
+    error = float(by_group.std(ddof=1) * math.sqrt(count))
+    effect = float(new.sums.sum() / new.counts.sum() - old.sums.sum() / old.counts.sum())
+    if error == 0:
+        return Tested("PairedT", 1.0, effect, effect, 0.0)
+    found = ttest_1samp(by_group + effect / count, 0.0)
+    spread = _normal(1 - ALPHA / 2) * error
+    return Tested("PairedT", float(found.pvalue), effect - spread, effect + spread, error)
 
 
-def _weights(groups: npt.NDArray[np.int64], count: int) -> Iterator[Floats]:
+def _bootstrap(old: Score, new: Score, groups: npt.NDArray[np.int64]) -> Tested:
+    draws = np.concatenate([_difference(old, new, w) for w in _weights(groups)])
+    draws = draws[np.isfinite(draws)]
+    low, high = (float(q) for q in np.quantile(draws, [ALPHA / 2, 1 - ALPHA / 2]))
+    error = float(draws.std(ddof=1))
+    # With the same counts, swapping two answers swaps their sums.
+    if isinstance(old, Ratio) and isinstance(new, Ratio) and np.array_equal(old.counts, new.counts):
+        return Tested("SignFlip", _sign_flip(old.sums, new.sums, groups), low, high, error)
+    return Tested("PairedBootstrap", _bootstrap_p(draws), low, high, error)
+
+
+def _weights(groups: npt.NDArray[np.int64]) -> Iterator[Floats]:
     """Yield the weights of bootstrap samples over groups, shape [some draws, samples]."""
-    random = np.random.default_rng(_SEED)
-    at_once = max(1, _WEIGHTS_AT_ONCE // max(1, len(groups)))
-    for start in range(0, _DRAWS, at_once):
-        drawn = random.multinomial(count, np.full(count, 1 / count), min(at_once, _DRAWS - start))
+    random, count = np.random.default_rng(_SEED), int(groups.max()) + 1
+    at_once = max(1, _WEIGHTS_AT_ONCE // len(groups))
+    draws = max(_DRAWS[0], min(_DRAWS[1], _WORK // len(groups)))
+    for start in range(0, draws, at_once):
+        drawn = random.multinomial(count, np.full(count, 1 / count), min(at_once, draws - start))
         yield drawn.astype(np.float64)[:, groups]
 
 

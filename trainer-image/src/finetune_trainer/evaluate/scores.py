@@ -5,11 +5,14 @@ All functions are pure. Leading and trailing white space is ignored.
 
 from __future__ import annotations
 
+import json
 import math
+import string
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 from finetune_api.results import Metrics
 from finetune_api.tasks import METRICS, Metric, metrics_from
@@ -63,8 +66,11 @@ def text_metrics(answers: Answers, wanted: Sequence[Metric]) -> Metrics:
     - Accuracy: fraction of answers equal to the label.
     - Precision, Recall, F1: scikit-learn, macro average over the labels that occur in the
       references; an answer that is none of these labels is wrong for every label.
-    - Bleu: sacrebleu corpus BLEU, 0 to 100 (Post 2018).
-    - Rouge: mean F1 of ROUGE-L with stemming, 0 to 1 (Lin 2004).
+    - Bleu: sacrebleu corpus BLEU, 0 to 100 (Post 2018). ChrF: its chrF2 (Popović 2015).
+    - Rouge, Rouge1, Rouge2: mean F1 of ROUGE-L, -1 and -2 with stemming, 0 to 1 (Lin 2004).
+    - NormalizedExactMatch, TokenF1: without case, punctuation and articles, as in SQuAD (Rajpurkar
+      et al. 2016).
+    - ValidJson: fraction of answers that are one JSON value.
     """
     found = {}
     for metric in wanted:
@@ -106,32 +112,86 @@ def bleu_of(sums: Sequence[float]) -> float:
     from sacrebleu.metrics.bleu import BLEU
 
     counts = [round(x) for x in sums]
-    found = BLEU.compute_bleu(counts[:4], counts[4:8], *counts[8:], smooth_method="exp")
-    return float(found.score)
+    matching, total, (said, wanted) = counts[:4], counts[4:8], counts[8:]
+    return float(BLEU.compute_bleu(matching, total, said, wanted, smooth_method="exp").score)
 
 
-def _bleu(answers: Answers) -> float:
-    import sacrebleu
-
+def chrf_statistics(answers: Answers) -> list[list[int]]:
+    """Return sacrebleu's counts of each answer, whose sums give the corpus chrF2."""
     predictions = [p.strip() for p in answers.predictions]
     references = [r.strip() for r in answers.references]
-    return float(sacrebleu.corpus_bleu(predictions, [references]).score)
+    # sacrebleu's own significance tests call the same two methods; there are no public ones.
+    found: list[list[int]] = _chrf()._extract_corpus_statistics(predictions, [references])
+    return found
+
+
+def chrf_of(sums: Sequence[float]) -> float:
+    """Return the corpus chrF2, 0 to 100, of the sums of ``chrf_statistics``."""
+    return float(_chrf()._compute_score_from_stats([round(x) for x in sums]).score)
 
 
 @lru_cache(maxsize=1)
-def _rouge_scorer() -> Callable[[str, str], float]:
-    from rouge_score.rouge_scorer import RougeScorer
+def _chrf() -> Any:
+    from sacrebleu.metrics.chrf import CHRF
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    return lambda reference, prediction: float(
-        scorer.score(reference, prediction)["rougeL"].fmeasure
-    )
+    return CHRF()
 
 
-def _rouge(answers: Answers) -> list[float]:
-    score = _rouge_scorer()
-    pairs = zip(answers.references, answers.predictions, strict=True)
-    return [score(r.strip(), p.strip()) for r, p in pairs]
+def _of_corpus(metric: str) -> Callable[[Answers], float]:
+    def score(answers: Answers) -> float:
+        import sacrebleu
+
+        predictions = [p.strip() for p in answers.predictions]
+        references = [r.strip() for r in answers.references]
+        return float(getattr(sacrebleu, f"corpus_{metric}")(predictions, [references]).score)
+
+    return score
+
+
+def _rouge(kind: str) -> Callable[[Answers], list[float]]:
+    def scores(answers: Answers) -> list[float]:
+        from rouge_score.rouge_scorer import RougeScorer
+
+        scorer = RougeScorer([kind], use_stemmer=True)
+        pairs = zip(answers.references, answers.predictions, strict=True)
+        return [float(scorer.score(r.strip(), p.strip())[kind].fmeasure) for r, p in pairs]
+
+    return scores
+
+
+def _normalized(text: str) -> list[str]:
+    """The words of a text without case, punctuation and English articles."""
+    kept = "".join(c for c in text.lower() if c not in string.punctuation)
+    return [word for word in kept.split() if word not in ("a", "an", "the")]
+
+
+def _normalized_exact_match(answers: Answers) -> list[float]:
+    pairs = zip(answers.predictions, answers.references, strict=True)
+    return [float(_normalized(p) == _normalized(r)) for p, r in pairs]
+
+
+def _token_f1(answers: Answers) -> list[float]:
+    pairs = zip(answers.predictions, answers.references, strict=True)
+    return [_f1_of_words(_normalized(p), _normalized(r)) for p, r in pairs]
+
+
+def _f1_of_words(said: list[str], wanted: list[str]) -> float:
+    if not said or not wanted:
+        return float(said == wanted)
+    common = (Counter(said) & Counter(wanted)).total()
+    return 2 * common / (len(said) + len(wanted))
+
+
+def _valid_json(answers: Answers) -> list[float]:
+    return [float(_is_json(p)) for p in answers.predictions]
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _accuracy(answers: Answers) -> list[float]:
@@ -159,12 +219,18 @@ def _mean(values: Sequence[float]) -> float:
 
 BY_SAMPLE: Final[dict[Metric, Callable[[Answers], list[float]]]] = {
     "ExactMatch": _exact_match,
-    "Rouge": _rouge,
+    "Rouge": _rouge("rougeL"),
+    "Rouge1": _rouge("rouge1"),
+    "Rouge2": _rouge("rouge2"),
+    "NormalizedExactMatch": _normalized_exact_match,
+    "TokenF1": _token_f1,
+    "ValidJson": _valid_json,
     "Accuracy": _accuracy,
 }
 """Metrics that are the mean of a value of each sample, and that value."""
 _OF_SET: Final[dict[Metric, Callable[[Answers], float]]] = {
-    "Bleu": _bleu,
+    "Bleu": _of_corpus("bleu"),
+    "ChrF": _of_corpus("chrf"),
     "Precision": _macro(0),
     "Recall": _macro(1),
     "F1": _macro(2),
