@@ -100,8 +100,12 @@ class Display:
         if not trained.scores:
             self.say("No test set: give data.test, or a data.split.test above 0.")
             return
-        table = Table(title="Test metrics", title_justify="left", title_style="bold")
-        for name in ("data set", "metric", "base", "tuned", "gain", "95 % interval", "verdict"):
+        table = Table(
+            title="Test metrics, gains with their 95 % intervals",
+            title_justify="left",
+            title_style="bold",
+        )
+        for name in ("data set", "metric", "base", "tuned", "gain", "interval", "verdict"):
             text = name in ("data set", "metric", "verdict")
             table.add_column(name, justify="left" if text else "right")
         rows = scores_of(trained)

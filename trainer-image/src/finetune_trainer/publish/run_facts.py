@@ -65,11 +65,12 @@ class Score:
 
     @property
     def interval(self) -> str:
-        """The gain's 95 % confidence interval: ``+2.1 % to +7.9 %``."""
+        """The gain's 95 % confidence interval in its unit: ``2.1, 7.9``."""
         found = self.comparison
         if found is None or found.test == "None":
             return ""
-        return f"{self.show(found.low, signed=True)} to {self.show(found.high, signed=True)}"
+        ends = (end * (100 if self.kind.percent else 1) for end in (found.low, found.high))
+        return ", ".join(f"{end:,.0f}" if abs(end) >= 1000 else f"{end:.3g}" for end in ends)
 
     @property
     def verdict(self) -> str:
