@@ -151,7 +151,8 @@ def disk_full(place: Place) -> None:
     full = place.pod(1)["metadata"]
     pod = full["name"]
     fill = "head -c 20G /dev/zero > $FINETUNE_SCRATCH/full || true"
-    place.platform.kubectl("exec", pod, "-c", "trainer", "--", "sh", "-c", fill)
+    with suppress(RuntimeError):  # the pod may be evicted meanwhile
+        place.platform.kubectl("exec", pod, "-c", "trainer", "--", "sh", "-c", fill)
     eventually(
         "the pod is evicted", lambda: place.pod(1)["metadata"]["uid"] != full["uid"], within=240
     )
