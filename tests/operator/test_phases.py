@@ -17,6 +17,17 @@ def test_the_next_stage_begins_once_the_pods_have_succeeded() -> None:
     assert "activeDeadlineSeconds" not in world.child("prepare")["spec"]
 
 
+def test_the_report_of_a_pod_that_is_deleted_at_once_is_kept() -> None:
+    """It was deleted after it had succeeded, and before a pass."""
+    world = World()
+    world.settle()
+    world.finish("prepare", prepared=PREPARED)
+    for key in [key for key in world.objects if key[0] == "Pod"]:
+        world.gone.append(world.objects.pop(key))
+    world.settle()
+    assert world.status["prepared"]["trainSamples"] == PREPARED["trainSamples"]
+
+
 def test_a_gang_whose_pods_end_is_training() -> None:
     """Other pods of the gang may run still: its Job says when all have ended."""
     world = at_training()

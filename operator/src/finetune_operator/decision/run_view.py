@@ -167,8 +167,9 @@ class RunView:
 
     @cached_property
     def terminations(self) -> list[Termination]:
-        """Termination messages of the run's pods, by pod index."""
-        pods = sorted((p for p in self.observed.pods if p.run == self.run.id), key=_index)
+        """Termination messages of the run's pods, by pod index; those of deleted pods last."""
+        every = *sorted(self.observed.pods, key=_index), *self.observed.gone
+        pods = (p for p in every if p.run == self.run.id)
         messages = (p.termination for p in pods)
         return [m for m in messages if m is not None and m.run == self.run.id]
 
