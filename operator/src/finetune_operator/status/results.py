@@ -127,6 +127,8 @@ def _gone(view: RunView) -> list[PodView]:
 def _time_use(view: RunView) -> tuple[TimeUse | None, bool]:
     """The trainer's newest account of the run's time, and whether its attempt has ended with it."""
     found = [(view.progress.time if view.progress else None, False)]
-    found += [(each.trained.time if each.trained else each.time, True) for each in view.terminations]
+    found += [
+        (each.trained.time if each.trained else each.time, True) for each in view.terminations
+    ]
     accounts = [(account, over) for account, over in found if account is not None]
     return max(accounts, key=lambda item: item[0].until, default=(None, False))
