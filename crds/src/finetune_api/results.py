@@ -197,7 +197,7 @@ in their packages."""
 Verdict = Literal["Better", "Worse", "NotBetter", "TooFewSamples"]
 """Of a comparison: Better and Worse are significant; NotBetter: a gain that matters
 (evaluation.minEffect) is ruled out; TooFewSamples: the samples decide nothing."""
-ComparisonTest = Literal["McNemar", "SignFlip", "PairedT", "PairedBootstrap", "None"]
+ComparisonTest = Literal["McNemar", "SignFlip", "PairedT", "PairedBootstrap"]
 
 
 class Comparison(Record):
@@ -212,7 +212,7 @@ class Comparison(Record):
     p: Annotated[float, Field(ge=0, le=1)]
     """Of no difference, two-sided."""
     test: Word
-    """``ComparisonTest`` that gave p; None: one of the values is undefined."""
+    """``ComparisonTest`` that gave p."""
     verdict: Word
     """``Verdict``: what the samples allow to say; a trainer of another release may know more."""
     detectable: float = 0.0

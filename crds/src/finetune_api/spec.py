@@ -51,8 +51,8 @@ class Evaluation(Model):
     whole set."""
     min_effect: DecimalString = "2"
     """Smallest gain over the base model that matters, in points: hundredths of a share (Accuracy,
-    F1, Rouge) or of a nat (Loss), and points of Bleu. The verdict of a metric is NotBetter once the
-    samples rule out such a gain."""
+    F1, Rouge) or of a nat (Loss), and points of Bleu and ChrF. The verdict of a metric is NotBetter
+    once the samples rule out such a gain."""
     max_new_tokens: Annotated[int, Field(ge=1, le=65536)] | None = None
     """Maximum length of a generated answer, in tokens. Absent: the longest completion of the
     training set, but at most 512."""

@@ -99,7 +99,7 @@ class Event:
 
 Urgency = Literal["AtOnce", "Soon", "Later"]
 """When a changed status must be written: at once, or together with changes of the next second or
-of the next half minute."""
+of the next minute."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +52,9 @@ def compare_outcomes(
             continue
         kind = METRICS[metric]
         scale = Scale(kind.higher_is_better, min_points * kind.point)
-        found[metric] = compare(old, new, scale)
+        compared = compare(old, new, scale)
+        if compared is not None:
+            found[metric] = compared
     return found
 
 
@@ -68,8 +70,8 @@ def score_of(metric: Metric, outcome: Outcome) -> Score | None:
         return None
     if metric in BY_SAMPLE:
         return Ratio.mean(BY_SAMPLE[metric](answers))
-    if metric in _MACRO:
-        return _macro(answers, _MACRO[metric])
+    if metric == "Precision" or metric == "Recall" or metric == "F1":
+        return _macro(answers, metric)
     statistics, of = _SUMMED[metric]
     return SummedScore(np.asarray(statistics(answers), np.float64), of)
 
@@ -77,15 +79,14 @@ def score_of(metric: Metric, outcome: Outcome) -> Score | None:
 _SUMMED: Final[
     dict[Metric, tuple[Callable[[Answers], list[list[int]]], Callable[[Sequence[float]], float]]]
 ] = {"Bleu": (bleu_statistics, bleu_of), "ChrF": (chrf_statistics, chrf_of)}
-_MACRO: Final[dict[Metric, str]] = {"Precision": "precision", "Recall": "recall", "F1": "f1"}
 
 
-def _macro(answers: Answers, part: str) -> MacroScore:
+def _macro(answers: Answers, metric: Literal["Precision", "Recall", "F1"]) -> MacroScore:
     labels = answers.labels or ()
     numbers = {label: number for number, label in enumerate(sorted(set(labels)))}
     return MacroScore(
         references=np.array([numbers[label] for label in labels], np.int64),
         answers=np.array([numbers.get(p.strip(), -1) for p in answers.predictions], np.int64),
         labels=len(numbers),
-        part=part,
+        metric=metric,
     )

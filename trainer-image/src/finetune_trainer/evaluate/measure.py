@@ -163,17 +163,10 @@ class Evaluator:
             progressed()
             chosen = [int(positions[i]) for i in micro_batch]
             samples = self.data.samples(split, chosen)
-            yield (
-                chosen,
-                self.build(
-                    samples,
-                    chosen,
-                    sources=list(micro_batch),
-                    seed=0,
-                    step=0,
-                    device=self.world.device,
-                ),
+            made = self.build(
+                samples, chosen, sources=list(micro_batch), seed=0, step=0, device=self.world.device
             )
+            yield chosen, made
 
     def generate(self, references: Sequence[Reference]) -> list[str]:
         """Return greedy answers to prompts, in order. Ranks share the prompts, sorted by length."""

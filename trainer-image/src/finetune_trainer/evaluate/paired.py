@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -96,8 +96,7 @@ class MacroScore:
     """Number of the predicted label; -1: none of the labels. Shape [samples]."""
     labels: int
     """Number of labels."""
-    part: str
-    """``precision``, ``recall`` or ``f1``."""
+    metric: Literal["Precision", "Recall", "F1"]
 
     @property
     def samples(self) -> int:
@@ -107,18 +106,15 @@ class MacroScore:
     def _one_hot(self) -> tuple[Floats, Floats, Floats]:
         """Right answers, answers and references, shape [samples, labels] each."""
         numbers = np.arange(self.labels)
-        answered = self.answers[:, None] == numbers
-        wanted = self.references[:, None] == numbers
-        right, answered_, wanted_ = (
-            x.astype(np.float64) for x in (answered & wanted, answered, wanted)
-        )
-        return right, answered_, wanted_
+        answered = (self.answers[:, None] == numbers).astype(np.float64)
+        wanted = (self.references[:, None] == numbers).astype(np.float64)
+        return answered * wanted, answered, wanted
 
     def __call__(self, weights: Floats) -> Floats:
         right, answered, wanted = (weights @ part for part in self._one_hot)
-        if self.part == "precision":
+        if self.metric == "Precision":
             of = answered
-        elif self.part == "recall":
+        elif self.metric == "Recall":
             of = wanted
         else:
             right, of = 2 * right, answered + wanted
@@ -164,8 +160,9 @@ def compare(
     new: Score,
     scale: Scale,
     groups: npt.NDArray[np.int64] | None = None,
-) -> Comparison:
-    """Compare a new model with an old one by a metric of the same samples.
+) -> Comparison | None:
+    """Compare a new model with an old one by a metric of the same samples. None: a value of the
+    metric is undefined (no samples, or a loss that is not finite).
 
     - Right or wrong a sample (``Ratio.mean`` of 0 and 1), without groups: exact McNemar test
       (McNemar 1947) and the interval of Newcombe (1998, method 10) for a paired difference of
@@ -190,9 +187,7 @@ def compare(
     everything = np.ones((1, new.samples))
     effect = float(_difference(old, new, everything)[0]) if count else math.nan
     if count == 0 or not math.isfinite(effect):
-        return Comparison(
-            effect=0.0, low=0.0, high=0.0, p=1.0, test="None", verdict="TooFewSamples"
-        )
+        return None
     few = False
     if alone and isinstance(old, Ratio) and isinstance(new, Ratio) and _are_binary(old, new):
         found = Discordance.of(old.sums, new.sums).tested()

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 
 from finetune_api.results import Failure, PreparedSummary, PublishSummary, TrainSummary
 from finetune_api.results import Progress as TrainProgress
-from finetune_trainer.publish.run_facts import scores_of
+from finetune_trainer.publish.run_facts import by_set, scores_of
 
 _COLOURS: Final = {True: "green", False: "red", None: "dim"}
 """Of a gain that is better, worse or neither."""
@@ -108,15 +108,14 @@ class Display:
         for name in ("data set", "metric", "base", "tuned", "gain", "interval", "verdict"):
             text = name in ("data set", "metric", "verdict")
             table.add_column(name, justify="left" if text else "right")
-        rows = scores_of(trained)
-        for row, following in zip(rows, [*rows[1:], None], strict=True):
-            first = row.metric == next(s.metric for s in rows if s.data_set == row.data_set)
-            gain, colour = row.show(row.gain, signed=True), _COLOURS[row.better]
-            table.add_row(
-                escape(row.data_set) if first else "", row.metric, row.show(row.base),
-                row.show(row.tuned), f"[{colour}]{gain}[/]", row.interval, row.verdict,
-                end_section=following is None or following.data_set != row.data_set,
-            )  # fmt: skip
+        for name, rows in by_set(scores_of(trained)):
+            for i, row in enumerate(rows):
+                gain, colour = row.show(row.gain, signed=True), _COLOURS[row.better]
+                table.add_row(
+                    escape(name) if i == 0 else "", row.metric, row.show(row.base),
+                    row.show(row.tuned), f"[{colour}]{gain}[/]", row.interval, row.verdict,
+                )  # fmt: skip
+            table.add_section()
         self.console.print(table)
 
     def time(self, trained: TrainSummary) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune_trainer.pages import page
 from finetune_trainer.publish.chart import Line, loss_chart
-from finetune_trainer.publish.run_facts import DRAWN_HEAD, About, settings
+from finetune_trainer.publish.run_facts import DRAWN_HEAD, About, by_set, settings
 
 
 def render(about: About, data_report: bytes) -> str:
@@ -20,7 +20,7 @@ def render(about: About, data_report: bytes) -> str:
     names = list(dict.fromkeys(name for point in validation for name in point.sets))
     return page(__package__, "report.html.j2").render(
         about=about,
-        scores=_by_set(about),
+        scores=by_set(about.scores),
         chart=loss_chart(_lines(about), about.result.summary.checkpoint_step),
         validation=validation,
         validation_sets=names,
@@ -29,13 +29,6 @@ def render(about: About, data_report: bytes) -> str:
         data=_data_rows(json.loads(data_report)),
         previews=_previews(json.loads(data_report)),
     )
-
-
-def _by_set(about: About) -> list[tuple[str, int, list[Any]]]:
-    found: dict[str, list[Any]] = {}
-    for score in about.scores:
-        found.setdefault(score.data_set, []).append(score)
-    return [(name, rows[0].samples, rows) for name, rows in found.items()]
 
 
 def _lines(about: About) -> list[Line]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Final, cast
 
 from finetune_api.methods import Method
@@ -67,7 +69,7 @@ class Score:
     def interval(self) -> str:
         """The gain's 95 % confidence interval in its unit: ``2.1, 7.9``."""
         found = self.comparison
-        if found is None or found.test == "None":
+        if found is None:
             return ""
         ends = (end * (100 if self.kind.percent else 1) for end in (found.low, found.high))
         return ", ".join(f"{end:,.0f}" if abs(end) >= 1000 else f"{end:.3g}" for end in ends)
@@ -153,6 +155,11 @@ def scores_of(summary: TrainSummary) -> list[Score]:
         for found in summary.scores
         for metric, tuned in found.tuned.items()
     ]  # fmt: skip
+
+
+def by_set(scores: Iterable[Score]) -> list[tuple[str, list[Score]]]:
+    """The scores of each test set, in order."""
+    return [(name, list(rows)) for name, rows in groupby(scores, lambda score: score.data_set)]
 
 
 def metrics_text(about: About) -> str:

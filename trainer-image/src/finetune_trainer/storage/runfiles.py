@@ -83,9 +83,10 @@ class SetBaseline(Record):
     """Number of evaluated samples."""
     metrics: Metrics
     """Scores."""
-    losses: list[float]
-    """Loss of each sample, summed over its labels."""
-    labels: list[int]
+    losses: list[float] = Field(default=[])
+    """Loss of each sample, summed over its labels; absent in files of earlier trainers, whose runs
+    have no comparison."""
+    labels: list[int] = Field(default=[])
     """Number of labels of each sample."""
     answers: list[str]
     """Answers to the first samples."""

@@ -108,7 +108,9 @@ def _compare(session: Session, tuned: SetResult, base: SetBaseline) -> dict[str,
     def work() -> dict[Metric, Comparison]:
         references = _references(session, tuned.name, len(tuned.answers))
         outcomes = [
-            Outcome(np.array(losses), np.array(labels), answers_to(references, answers))
+            Outcome(
+                np.array(losses), np.array(labels), answers_to(references[: len(answers)], answers)
+            )
             for losses, labels, answers in (
                 (base.losses, base.labels, base.answers),
                 (tuned.losses, tuned.labels, tuned.answers),
