@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import uuid
+from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,13 @@ def bucket(store: ObjectStore) -> str:
     name = f"test-{uuid.uuid4().hex[:12]}"
     store.create_bucket(name)
     return name
+
+
+@pytest.fixture
+def roomy_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk with free space, however full this machine's disk is: caches keep a share free."""
+    usage = namedtuple("Usage", "total used free")(1 << 40, 0, 1 << 40)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
 
 
 @pytest.fixture

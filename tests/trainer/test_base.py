@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from finetune_trainer.engine.model import Pretrained, build_base
 from finetune_trainer.storage.objects import ObjectInfo, Stores
 from finetune_trainer.storage.published import Base
 
-Usage = namedtuple("Usage", "total used free")
 LLAMA = LlamaConfig(
     vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, intermediate_size=72,
@@ -36,9 +33,8 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, roomy_disk: None) -> Path:
     """Cache folder of a node, on a disk with free space."""
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1 << 40, 0, 1 << 40))
     monkeypatch.setattr(base_module, "_held", [])
     return tmp_path / "cache"
 

@@ -191,7 +191,11 @@ def test_disk_staging_reserves_space_and_leaves_no_file(
 
 
 def test_a_restart_in_place_reads_nothing_from_storage(
-    world: World, run_spec_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World,
+    run_spec_for: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    roomy_disk: None,
 ) -> None:
     """Only HEAD is read, unless the node's copy is damaged, or lost with the pod."""
     model, run_spec = Model(), run_spec_for(run="1-near")

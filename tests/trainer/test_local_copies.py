@@ -23,7 +23,7 @@ def get(copies: LocalCopies, start: int = 0, stop: int = len(DATA), uri: str = U
 
 
 @pytest.fixture
-def copies(tmp_path: Path) -> LocalCopies:
+def copies(tmp_path: Path, roomy_disk: None) -> LocalCopies:
     made = LocalCopies(tmp_path / "copies")
     made.keep(URI, {"shard-00000": [memoryview(DATA)[:300], DATA[300:]]})
     return made
