@@ -106,8 +106,8 @@ def rank_stopped(place: Place) -> None:
 
 
 def out_of_memory(place: Place) -> None:
-    """The kernel kills the training process: another process of the pod takes all of its memory,
-    and is the last that the kernel would choose."""
+    """The kernel kills the training process, which it would choose first: another process of the
+    pod takes all of its memory."""
     pod = place.pod(1)["metadata"]["name"]
     worker = place.processes(1, WORKER)[-1]
     Path(f"/proc/{worker.pid}/oom_score_adj").write_text("1000")
@@ -120,9 +120,8 @@ def out_of_memory(place: Place) -> None:
     taking = threading.Thread(target=take, daemon=True)
     taking.start()
     (eater,) = eventually(
-        "memory is taken", lambda: place.processes(1, r"^python3 .*bytearray"), within=30
+        "memory is taken", lambda: place.processes(1, r"(?s)^python3 .*bytearray"), within=30
     )
-    Path(f"/proc/{eater.pid}/oom_score_adj").write_text("-1000")
     try:
         until = time.monotonic() + 60
         while worker.alive and time.monotonic() < until:
@@ -309,6 +308,9 @@ class Scenario:
     spec: dict[str, Any] = field(default_factory=dict)
     steps: int = 60
     """Length of the run."""
+    compared: int | None = None
+    """Last step whose loss is compared; None: all. With another number of processes sums round
+    differently, and over many steps of a small model training amplifies that."""
 
     @property
     def id(self) -> str:
@@ -346,7 +348,7 @@ SCENARIOS = [
     Scenario("a node is powered off and deleted", node_deleted),
     Scenario("a node is drained", drained, times=3),
     Scenario("an elastic gang loses a node, and gets it back", elastic_gang_shrinks_and_grows,
-             spec={"compute": ELASTIC}, steps=300),
+             spec={"compute": ELASTIC}, steps=300, compared=75),
     Scenario("a node has no network for 30 s", network_cut, faults=None, restarts=0),
     Scenario("all operators are killed", operators_killed, restarts=0),
     Scenario("another operator with the same Lease", two_operators, restarts=0),

@@ -78,12 +78,13 @@ def chaos_manifest(platform: Platform, manifest_of: Any) -> Callable[..., dict[s
 
 
 @pytest.fixture(scope="module")
-def undisturbed(platform: Platform, chaos_manifest: Any) -> Callable[[int], Undisturbed]:
-    """``undisturbed(steps)``: a run of that length."""
+def undisturbed(platform: Platform, chaos_manifest: Any) -> Callable[[int, int], Undisturbed]:
+    """``undisturbed(steps, nodes)``: a run of that length on that many nodes."""
 
     @cache
-    def train(steps: int) -> Undisturbed:
-        name = platform.apply(chaos_manifest(f"undisturbed-{steps}", steps))
+    def train(steps: int, nodes: int) -> Undisturbed:
+        name = f"undisturbed-{steps}-{nodes}"
+        platform.apply(chaos_manifest(name, steps, compute={"nodes": nodes}))
         status = platform.wait(name, "Complete", within=900)
         losses = curve(platform, name, status)
         platform.delete(name)
@@ -103,9 +104,9 @@ def curve(platform: Platform, name: str, status: dict[str, Any]) -> dict[int, fl
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.id)
 def test_a_disturbed_run_ends_like_an_undisturbed_one(
     platform: Platform, own_cluster: RealCluster, chaos_manifest: Any,
-    undisturbed: Callable[[int], Undisturbed], table: Table, scenario: Scenario,
+    undisturbed: Callable[[int, int], Undisturbed], table: Table, scenario: Scenario,
 ) -> None:  # fmt: skip
-    without = undisturbed(scenario.steps)
+    without = undisturbed(scenario.steps, scenario.spec.get("compute", {}).get("nodes", 2))
     name = f"chaos-{scenario.id}"[:50].rstrip("-")
     place = Place(platform, own_cluster, name)
     with place.after:
@@ -117,7 +118,8 @@ def test_a_disturbed_run_ends_like_an_undisturbed_one(
             disturb(place, scenario)
         status = platform.wait(name, "Complete", within=900)
     losses = curve(platform, name, status)
-    worst = max(abs(losses[step] - loss) for step, loss in without.losses.items())
+    last = scenario.compared or scenario.steps
+    worst = max(abs(losses[s] - loss) for s, loss in without.losses.items() if s <= last)
     lost = status["usage"]["gpuSeconds"] - without.gpu_seconds
     counts = f"{status['restarts']}, {status['faults']}"
     table.add(scenario.what, scenario.times, f"{watch.pause:.0f} s", lost, counts, f"{worst:.1e}")

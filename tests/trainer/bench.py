@@ -81,6 +81,7 @@ class Bench:
         spec = {
             "method": {"type": "LoRA", "lora": {"rank": 4, "dropout": "0.1"}},
             "checkpoint": {"everySteps": 3},
+            "evaluation": {"baselines": {"shots": []}},
             "data": {
                 "train": [{"source": f"{self.bucket}/train.jsonl"}],
                 "split": {"validation": "0.1", "test": "0.1"},

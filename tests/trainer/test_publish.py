@@ -119,6 +119,15 @@ def test_lora_is_published_as_adapter_and_merged(
         == sum(path.stat().st_size for path in (folder / "merged").iterdir())
     )
     told = run.json("metrics.json")["test"]
+    names = ["Base", "Base 1-shot", "Base 4-shot", "Tuned"]
+    assert [row["row"] for row in told[0]["rows"]] == names
+    for row in told[0]["rows"][:-1]:
+        assert row["comparisons"]["Accuracy"]["pAdjusted"] >= row["comparisons"]["Accuracy"]["p"]
+    assert told[0]["recommendation"]["metric"] == "Accuracy"
+    assert summary.scores[0].comparisons["Accuracy"].effect == pytest.approx(
+        told[0]["gain"]["Accuracy"]
+    )
+    assert summary.recommendation is not None
     scores = runfiles.read_result(run.store, run.run_spec.run_uri).summary.scores
     assert [found["tuned"] for found in told] == [found.tuned for found in scores]
     assert told[0]["gain"]["Loss"] == scores[0].tuned["Loss"] - scores[0].base["Loss"]

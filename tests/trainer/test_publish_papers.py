@@ -19,9 +19,14 @@ from finetune_api.results import (
     Ancestor,
     Comparison,
     DataSetScores,
+    Estimate,
+    EvaluationResult,
     PreparedSummary,
+    Recommendation,
+    SetTable,
     StagePlan,
     Startup,
+    TableRow,
     TrainSummary,
 )
 from finetune_api.run_spec import CONTRACT_VERSION, JobIdentity, RunSpec, TunedBase
@@ -90,21 +95,34 @@ def about(
         samples=9,
         base={"Loss": 2.0, "Accuracy": 0.5, "Perplexity": 123456.7},
         tuned={"Loss": 2.5, "Accuracy": 0.975, "Perplexity": 12.2},
-        comparisons={
-            "Accuracy": Comparison(
-                effect=0.475, low=0.2, high=0.6, p=0.001, test="McNemar", verdict="Better"
-            ),
-            "Loss": Comparison(
-                effect=0.5,
-                low=-0.5,
-                high=1.5,
-                p=0.3,
-                test="SignFlip",
-                verdict="TooFewSamples",
-                needed_samples=1200,
-            ),
-        },
     )
+    compared = {
+        "Accuracy": Comparison(
+            effect=0.475, low=0.2, high=0.6, p=0.001, test="McNemar", verdict="Better"
+        ),
+        "Loss": Comparison(
+            effect=0.5,
+            low=-0.5,
+            high=1.5,
+            p=0.3,
+            test="SignFlip",
+            verdict="TooFewSamples",
+            needed_samples=1200,
+        ),
+    }
+    value = Estimate(value=0.5, low=0.4, high=0.6, lowest=0.45, highest=0.55)
+    rows = [
+        TableRow(row="Base", samples=9, metrics={"Accuracy": value}, comparisons=compared),
+        TableRow(row="Base 4-shot", samples=5, draws=2, metrics={"Accuracy": value},
+                 comparisons=compared, tokens_per_answer=3.5, process_seconds=1.25),
+        TableRow(row="Tuned", samples=9, metrics={"Accuracy": value}),
+    ]  # fmt: skip
+    advice = Recommendation(
+        action="Tune", row="Tuned", metric="Accuracy", because="tuning is what helps"
+    )
+    table = SetTable(name="support", rows=rows, recommendation=advice)
+    answers = {"Base": "b", "Base 4-shot": "b4", "Tuned": "c"}
+    example = Example(prompt="<script>x</script>", reference="a", answers=answers)
     lineage = [Ancestor(uri=source), *before]
     result = RunResult(
         summary=TrainSummary(
@@ -122,9 +140,6 @@ def about(
         validation=[
             ValidationPoint(step=10, sets={"support": {"Loss": 1.5}}, overall={"Loss": 1.5})
         ],
-        examples={
-            "support": [Example(prompt="<script>x</script>", reference="a", base="b", tuned="c")]
-        },
         lineage=lineage,
         versions={"torch": "1"},
         processes=2,
@@ -148,8 +163,10 @@ def about(
         {"adapter": 1_234_567, "merged": 2_000_000_000}, full_copy=1_980_000_000
     )
     return run_facts.gather(
-        run_spec, result, prepared, data, sizes, ModelLocation(source=base or source)
-    )
+        run_spec, result, prepared, data, sizes, ModelLocation(source=base or source),
+        evaluation=EvaluationResult(sets=[table] if scores else []),
+        examples={"support": [example]},
+    )  # fmt: skip
 
 
 class Page(HTMLParser):
@@ -295,7 +312,7 @@ def test_non_finite_figures_are_shown(loss: float) -> None:
 
 def test_metrics_json_is_complete() -> None:
     raw = json.loads(run_facts.metrics_text(about()))
-    assert raw["test"][0]["comparisons"]["Accuracy"]["verdict"] == "Better"
+    assert raw["test"][0]["rows"][0]["comparisons"]["Accuracy"]["verdict"] == "Better"
     assert raw["test"][0]["gain"] == pytest.approx(
         {"Loss": 0.5, "Accuracy": 0.475, "Perplexity": 12.2 - 123456.7}
     )

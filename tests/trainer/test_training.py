@@ -14,6 +14,7 @@ import pytest
 from bench import COLOURS, Bench, curve
 from worlds import worker_folder
 
+from finetune_trainer.failures import UserError
 from finetune_trainer.storage import runfiles
 
 pytestmark = pytest.mark.slow
@@ -176,7 +177,10 @@ def test_training_uses_the_memory_profile_of_prepare(bench: Bench) -> None:
 
 def test_full_tuning_learns_and_reports_both_models(bench: Bench) -> None:
     run_spec = bench.run_spec(
-        "1-fullx", method={"type": "Full"}, training={"epochs": 6, "learningRate": "1e-2"}
+        "1-fullx",
+        method={"type": "Full"},
+        training={"epochs": 6, "learningRate": "1e-2"},
+        evaluation={},
     )
     began = time.time()
     result = bench.finish(run_spec, 2, "full")
@@ -196,7 +200,11 @@ def test_full_tuning_learns_and_reports_both_models(bench: Bench) -> None:
     )
     assert startup.first_step < time.time() + slack
     assert f"first step after {startup.text}" in (bench.tmp_path / "full" / "log").read_text()
-    assert result.examples["train-0"][0].tuned.strip() in COLOURS.values()
+    assert [row.key for row in result.rows] == [
+        "base-0-shot-0", "base-1-shot-0", "base-1-shot-1", "base-4-shot-0", "base-4-shot-1",
+        "tuned-0-shot-0"]  # fmt: skip
+    last = runfiles.read_row(bench.store, run_spec.run_uri, result.rows[-1])
+    assert last is not None and last.sets[0].answers[0].strip() in COLOURS.values()
 
 
 def test_compiled_training_is_the_same_and_compiles_once(bench: Bench) -> None:
@@ -270,3 +278,37 @@ def test_a_stale_attempt_is_fenced(bench: Bench) -> None:
     head = bench.head(run_spec)
     assert head is not None
     assert head.attempt == 2
+
+
+def test_the_base_model_is_asked_in_other_ways_too(bench: Bench) -> None:
+    """Rows of examples, of a user's prompt and of passages; what does not fit is refused."""
+    passages = "".join(json.dumps({"text": f"the {n} sky is {c}"}) + "\n" for n, c in
+                       COLOURS.items())  # fmt: skip
+    bench.store.put(f"{bench.bucket}/passages.jsonl", passages.encode())
+    evaluation = {
+        "baselines": {
+            "shots": [2], "draws": 1, "maxSamples": 5,
+            "prompts": [{"name": "listed", "text": "say one colour", "shots": 1}],
+        },
+        "passages": {"source": f"{bench.bucket}/passages.jsonl", "top": 1},
+    }  # fmt: skip
+    run_spec = bench.run_spec("1-rows", evaluation=evaluation)
+    result = bench.finish(run_spec, 2, "rows")
+    assert [row.name for row in result.rows] == [
+        "Base",
+        "Base 2-shot",
+        "Base listed",
+        "Base retrieval",
+        "Tuned",
+        "Tuned retrieval",
+    ]
+    for row in result.rows[1:4]:
+        found = runfiles.read_row(bench.store, run_spec.run_uri, row)
+        assert found is not None and len(found.sets[0].answers) == 5
+        assert found.process_seconds > 0 and not found.sets[0].losses
+    for wrong, word in (
+        ({"baselines": {"shots": [64]}}, "baselines.shots"),
+        ({"metrics": ["Loss"], "passages": evaluation["passages"]}, "evaluation.passages"),
+    ):
+        with pytest.raises(UserError, match=word):
+            bench.run_spec("2-wrong", evaluation=wrong)

@@ -77,13 +77,11 @@ def changed(value: Any, text: str, name: str = "") -> Any:
 def pages(text: str) -> list[str]:
     """Both pages, with a text in every place that records, names and models fill."""
     run = about()
-    result = run.result.model_copy(
-        update={"examples": {text: [Example(prompt=text, reference=text, base=text, tuned=text)]}}
-    )
+    examples = {text: [Example(prompt=text, reference=text, answers={text: text})]}
     data = json.dumps(changed(DATA_REPORT, text)).encode()
     return [
         data_page(changed(report(), text)),
-        run_page(dataclasses.replace(run, result=result), data),
+        run_page(dataclasses.replace(run, examples=examples), data),
     ]
 
 

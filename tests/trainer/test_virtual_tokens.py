@@ -19,7 +19,6 @@ from finetune_trainer.engine.packing.padded import build_padded_tokens
 from finetune_trainer.evaluate.measure import Evaluator
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepare.pipeline import max_length_of
-from finetune_trainer.prepared.dataset import Reference
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +39,15 @@ def test_losses_and_answers_with_virtual_tokens(base: Path, name: str) -> None:
     micro_batch = build_padded_tokens([sample], [0], seed=0, step=0, device=CPU)
     found = micro_batch_losses(tuning.loss, micro_batch)
     prompts = [torch.arange(3, 3 + n).numpy() for n in (4, 9, 4)]
-    asked = [Reference(p, "", "", None) for p in prompts]
-    answers = evaluator(tuning.loss, base).generate(asked)
+    answers = evaluator(tuning.loss, base).generate(prompts)
 
     plain = TokenLoss(build_base(base, torch.float32, pack=False)).eval()
     with tuning.loss.base_model():
         assert torch.equal(
             micro_batch_losses(tuning.loss, micro_batch), micro_batch_losses(plain, micro_batch)
         )
-        before = evaluator(tuning.loss, base).generate(asked)
-        assert before == evaluator(plain, base).generate(asked)
+        before = evaluator(tuning.loss, base).generate(prompts)
+        assert before == evaluator(plain, base).generate(prompts)
     assert torch.equal(micro_batch_losses(tuning.loss, micro_batch), found)
 
     model.set_attn_implementation("eager")
@@ -59,7 +57,7 @@ def test_losses_and_answers_with_virtual_tokens(base: Path, name: str) -> None:
         scores = model(input_ids=ids[None]).logits[0, -len(ids) :].log_softmax(-1)
     torch.testing.assert_close(found, -scores[target - 1, ids[target]], atol=1e-5, rtol=1e-5)
     tokenizer = load_tokenizer(base)
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, (answer, _) in zip(prompts, answers, strict=True):
         said = torch.from_numpy(prompt)
         for _ in range(6):
             with torch.no_grad():

@@ -177,7 +177,8 @@ FAILURES: Final[tuple[FailureRow, ...]] = (
         " ModelChanged ModelElsewhere ModelNotFound ModelNotReady NoChatTemplate NoCompiler"
         " NoEndToken NoFP8 NoMatrices NoObjects NoPaddingToken NoRouter NoSuchParameters"
         " NoSumOfAdapters NoTargetModules NotMergeable NotTrained NothingToMix NothingToReplay"
-        " ObjectNotFound OutsideClaim PackageMissing RunSpecMissing ScratchFull SharedMemoryFull"
+        " ObjectNotFound OutsideClaim PackageMissing PassagesWithoutPrompts QuestionsDoNotFit"
+        " RunSpecMissing ScratchFull SharedMemoryFull"
         " StageTooShort StateUnreadable StorageInUse StorageNotInstalled StoreIgnoresConditions"
         " TemplateTooCostly UnknownObjectType UnreadableModel UnsuitableMethod UnsuitableModel"
         " UnsupportedModel UnsupportedTokenizer VocabularyMismatch",
@@ -194,9 +195,11 @@ FAILURES: Final[tuple[FailureRow, ...]] = (
     _reported(
         "DataError", ExitCode.DATA_ERROR, "End",
         "DataError Contaminated EmptyDataSet EmptyPrompt MalformedObject MalformedRecord"
-        " MarkMismatch MissingField MostRecordsFaulty NoEndOfTurn NothingSupervised ObjectChanged"
+        " MarkMismatch MissingField MostRecordsFaulty NoEndOfTurn NoPassages NothingSupervised"
+        " ObjectChanged"
         " Overlength PersonalData PrefixMismatch PreparedDataDamaged PreparedDataMissing"
-        " TemplateFailed TooFewClasses TooFewDistractors TooManyDuplicates ToolsNotWritten"
+        " TemplateFailed TooFewClasses TooFewDistractors TooManyDuplicates TooManyPassages"
+        " ToolsNotWritten"
         " UnknownFormat UnknownLabel UnknownPassage UnknownRole WrongType",
         "a record of the data cannot be used",
     ),

@@ -65,7 +65,7 @@ def label_value(job_name: str) -> str:
 
 
 def run_uri(workspace: str, job_name: str, run: str) -> str:
-    """Return the prefix of a run's working files: HEAD.json, checkpoints, baseline."""
+    """Return the prefix of a run's working files: HEAD.json, checkpoints, answers."""
     return f"{workspace}/runs/{job_name}/{run}"
 
 

@@ -108,8 +108,13 @@ STORAGE_LAYOUT: Final[tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = (
                 "stacks/attempt-<n>-rank-<r>-collectives.json",
                 "the last collectives of that rank, by torch's flight recorder",
             ),
-            ("baseline.json", "test metrics of the base model"),
+            (
+                "questions.arrow",
+                "test prompts behind examples, instructions of the user, or retrieved passages",
+            ),
+            ("answers/<row>.json", "answers and losses of base and tuned model, for each prompt"),
             ("result.json", "summary and learning curve, which publish reads"),
+            ("evaluation.json", "results of all rows on the test sets"),
         ),
     ),
     (

@@ -194,6 +194,31 @@ Metrics = Annotated[dict[Word, float], Field(max_length=64)]
 in their packages."""
 
 
+RowModel = Literal["Base", "Tuned"]
+
+
+class Row(Record):
+    """A row of the results: a model, and how the test prompts are put to it."""
+
+    model: RowModel
+    """The model."""
+    prompt: str = "0-shot"
+    """0-shot: the test prompts as they are; 4-shot: behind four examples; retrieval: behind
+    passages; or the name of a prompt in evaluation.baselines."""
+    draw: Count = 0
+    """Which draw of the examples, from 0."""
+
+    @property
+    def key(self) -> str:
+        """Name for files: ``base-4-shot-1``."""
+        return f"{self.model.lower()}-{self.prompt}-{self.draw}"
+
+    @property
+    def name(self) -> str:
+        """Name for people, without the draw: ``Base``, ``Base 4-shot``."""
+        return self.model if self.prompt == "0-shot" else f"{self.model} {self.prompt}"
+
+
 Verdict = Literal["Better", "Worse", "NotBetter", "TooFewSamples"]
 """Of a comparison: Better and Worse are significant; NotBetter: a gain that matters
 (evaluation.minEffect) is ruled out; TooFewSamples: the samples decide nothing."""
@@ -219,6 +244,79 @@ class Comparison(Record):
     """Smallest difference that these samples would show with a probability of 80 %."""
     needed_samples: Count | None = None
     """Samples that would show a gain of evaluation.minEffect, if these are too few."""
+    p_adjusted: Annotated[float, Field(ge=0, le=1)] | None = None
+    """p after Holm (1979), over all comparisons of the results: for whoever claims the best of
+    them."""
+
+
+class Estimate(Record):
+    """A metric of one row, with its 95 % confidence interval."""
+
+    value: float
+    """Value of the metric; with several draws, over all of them."""
+    low: float | None = None
+    """Lower end; None: not known."""
+    high: float | None = None
+    """Upper end."""
+    lowest: float | None = None
+    """Value of the worst draw, if there are several."""
+    highest: float | None = None
+    """Value of the best draw."""
+
+
+class TableRow(Record):
+    """Results of one row on one test set."""
+
+    row: Word
+    """Name: Base, Base 4-shot, Base retrieval, Tuned."""
+    samples: Count
+    """Samples answered."""
+    draws: Count = 1
+    """Draws of the examples."""
+    metrics: dict[Word, Estimate]
+    """Metrics."""
+    comparisons: dict[Word, Comparison] = {}
+    """The tuned model, with the test prompts as they are, against this row, by metric, over this
+    row's samples."""
+    tokens_per_answer: float | None = None
+    """Mean number of generated tokens."""
+    process_seconds: float = 0.0
+    """Time for this row and this set, over all processes; of a GPU run, GPU-seconds."""
+
+
+Action = Literal["Tune", "Prompt", "Retrieve", "TuneAndRetrieve", "Neither"]
+
+
+class Recommendation(Record):
+    """What the results of a test set recommend."""
+
+    action: Action
+    """The cheapest way whose answers are not significantly worse than the best: Neither (the base
+    model as it is), Prompt, Retrieve, Tune, TuneAndRetrieve."""
+    row: Word
+    """Row that answers so."""
+    metric: Word
+    """Metric that was compared."""
+    because: str
+    """The figures, in words."""
+
+
+class SetTable(Record):
+    """Results of all rows on one test set."""
+
+    name: Word
+    """Name of the set."""
+    rows: list[TableRow]
+    """Rows, cheapest first."""
+    recommendation: Recommendation | None = None
+    """None: no row but the base and the tuned model's loss."""
+
+
+class EvaluationResult(Record):
+    """Results of a run on its test sets."""
+
+    sets: list[SetTable]
+    """One for each test set."""
 
 
 class DataSetScores(Record):
@@ -258,7 +356,8 @@ class TrainSummary(Record):
     total_parameters: Count = 0
     """Number of parameters of the model, including those added by the method."""
     scores: list[DataSetScores] = []
-    """Test metrics by data set; the first to be cut from a termination message that is too long."""
+    """Test metrics by data set; the first to be cut from a termination message that is too long.
+    Publish adds the comparisons."""
     training_seconds: Seconds = 0.0
     """Wall time of all attempts."""
     time: TimeUse | None = None
@@ -306,6 +405,10 @@ class PublishSummary(Record):
     """Size of all published files."""
     full_copy_bytes: Count = 0
     """Size of a full model's weights in the dtype of the base."""
+    scores: list[DataSetScores] = []
+    """Test metrics with their comparisons; cut as those of TrainSummary."""
+    recommendation: Annotated[str, Field(max_length=1024)] | None = None
+    """What the test sets recommend, in words."""
 
 
 class Termination(Record):
@@ -333,10 +436,12 @@ class Termination(Record):
         raw = self.to_json()
         if _fits(raw):
             return _compact(raw)
-        for scores in raw.get("trained", {}).get("scores", ()):
+        stages = [raw.get(stage, {}) for stage in ("trained", "published")]
+        for scores in (scores for stage in stages for scores in stage.get("scores", ())):
             scores.pop("comparisons", None)
         if not _fits(raw):
-            raw.get("trained", {}).pop("scores", None)
+            for stage in stages:
+                stage.pop("scores", None)
         if not _fits(raw):
             raw.get("prepared", {}).pop("dropped", None)
         if not _fits(raw):

@@ -14,7 +14,6 @@ from pydantic import Field, StringConstraints, ValidationError
 
 from finetune_api.base import (
     Count,
-    DecimalString,
     DnsLabel,
     InvalidSpec,
     Model,
@@ -24,6 +23,7 @@ from finetune_api.base import (
     is_zero,
 )
 from finetune_api.cluster import Compute, FailurePolicy, Prepare, Scheduling
+from finetune_api.evaluation import Evaluation
 from finetune_api.methods import METHODS, Method, OutputFormat, methods_for
 from finetune_api.optimizers import (
     anchor_rules,
@@ -33,38 +33,6 @@ from finetune_api.sources import BaseModelSource, Data, Storage
 from finetune_api.taskrules import task_rules
 from finetune_api.tasks import TASKS, Metric, TaskKind, TaskName
 from finetune_api.training import Training
-
-
-class Evaluation(Model):
-    """Evaluation on validation and test sets."""
-
-    every_steps: Count | None = None
-    """Steps between evaluations on the validation sets. Absent: ten evaluations over the run."""
-    metrics: Annotated[list[Metric], Field(min_length=1, max_length=16)] | None = None
-    """Metrics of the final test. Absent: Loss and Perplexity, with Accuracy, Precision, Recall and
-    F1 for format Classification, and ExactMatch, Bleu and Rouge (ROUGE-L) for other prompts with
-    completions. Rouge1, Rouge2, ChrF, NormalizedExactMatch and TokenF1 (as in SQuAD: without case,
-    punctuation and articles) and ValidJson are measured on request.
-    Task SequenceClassification: Loss, Accuracy, Precision, Recall and F1."""
-    max_samples: Count = 1000
-    """Maximum number of samples per set for which text is generated; the loss is always over the
-    whole set."""
-    min_effect: DecimalString = "2"
-    """Smallest gain over the base model that matters, in points: hundredths of a share (Accuracy,
-    F1, Rouge) or of a nat (Loss), and points of Bleu and ChrF. The verdict of a metric is NotBetter
-    once the samples rule out such a gain."""
-    max_new_tokens: Annotated[int, Field(ge=1, le=65536)] | None = None
-    """Maximum length of a generated answer, in tokens. Absent: the longest completion of the
-    training set, but at most 512."""
-
-    RULES: ClassVar[tuple[Rule, ...]] = (
-        Rule(
-            f"!{is_zero('self.minEffect')}",
-            "minEffect is the smallest gain that matters: give a number above 0",
-            lambda e: float(e.min_effect) > 0,
-            ("minEffect",),
-        ),
-    )
 
 
 class Checkpoint(Model):

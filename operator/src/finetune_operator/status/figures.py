@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from finetune_api.results import PreparedSummary, Progress, PublishSummary, TrainSummary
+from finetune_api.results import (
+    DataSetScores,
+    PreparedSummary,
+    Progress,
+    PublishSummary,
+    TrainSummary,
+)
 from finetune_api.status import (
     DataSetLoss,
     MetricValue,
@@ -117,10 +123,10 @@ def output_status(published: PublishSummary) -> OutputStatus:
     )
 
 
-def evaluation(trained: TrainSummary) -> list[MetricValue]:
+def evaluation(found: list[DataSetScores]) -> list[MetricValue]:
     """Test metrics of the base and the tuned model, side by side."""
     rows = []
-    for scores in trained.scores:
+    for scores in found:
         for metric in sorted(scores.base.keys() | scores.tuned.keys()):
             base, tuned = scores.base.get(metric), scores.tuned.get(metric)
             gain = tuned - base if tuned is not None and base is not None else None

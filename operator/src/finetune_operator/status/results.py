@@ -39,6 +39,8 @@ def results(view: RunView, stored: FineTuneJobStatus, state: State) -> dict[str,
     found |= _from_training(view, stored, found)
     if view.published is not None:
         found["output"] = figures.output_status(view.published)
+        with_verdicts = figures.evaluation(view.published.scores)
+        found["evaluation"] = with_verdicts or found.get("evaluation") or stored.evaluation
     return found
 
 
@@ -72,7 +74,7 @@ def _from_training(
     done = stored.progress is not None and stored.progress.stage == "Done"
     found: dict[str, Any] = {
         "progress": stored.progress if done else figures.final_progress(newest, trained, view.now),
-        "evaluation": figures.evaluation(trained) or stored.evaluation,
+        "evaluation": figures.evaluation(trained.scores) or stored.evaluation,
         "parameters": ParameterStatus(
             trainable=trained.trainable_parameters, total=trained.total_parameters
         ),

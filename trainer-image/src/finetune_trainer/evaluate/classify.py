@@ -11,7 +11,7 @@ import torch
 from finetune_api.tasks import Metric, TaskName
 from finetune_trainer.engine.loss import MicroBatchLosses
 from finetune_trainer.engine.packing.layout import layout_context
-from finetune_trainer.evaluate.measure import Evaluator, LossSums, Measured
+from finetune_trainer.evaluate.measure import Answer, Evaluator, LossSums, Measured
 from finetune_trainer.prepared.split import Side
 
 
@@ -31,7 +31,7 @@ class ClassEvaluator(Evaluator):
         answers = dict(pair for part in self.world.on_all(lambda: said) for pair in part)
         losses, labels = sums.on_all(self.world)
         asked = positions.tolist()
-        return Measured(losses, labels, asked, [answers[at] for at in asked])
+        return Measured(losses, labels, asked, [Answer(answers[at], 0) for at in asked])
 
 
 EVALUATORS: Final[dict[TaskName, type[Evaluator]]] = {

@@ -35,15 +35,20 @@ class Outcome:
 
 
 def compare_outcomes(
-    base: Outcome, tuned: Outcome, metrics: Iterable[Metric], min_points: float
+    base: Outcome,
+    tuned: Outcome,
+    metrics: Iterable[Metric],
+    min_points: float,
+    groups: npt.NDArray[np.int64] | None = None,
 ) -> dict[Metric, Comparison]:
-    """Compare two models by the metrics that their outcomes allow.
+    """Compare two models, or two ways to ask them, by the metrics that their outcomes allow.
 
     Perplexity follows from the loss, and has no comparison of its own.
 
     Args:
         min_points: smallest gain that matters (``evaluation.minEffect``): hundredths of a share or
             of a nat, and points of a metric from 0 to 100.
+        groups: number of each sample's group, shape [samples]; None: each sample is one.
     """
     found = {}
     for metric in metrics:
@@ -52,7 +57,7 @@ def compare_outcomes(
             continue
         kind = METRICS[metric]
         scale = Scale(kind.higher_is_better, min_points * kind.point)
-        compared = compare(old, new, scale)
+        compared = compare(old, new, scale, groups)
         if compared is not None:
             found[metric] = compared
     return found
@@ -63,7 +68,7 @@ def score_of(metric: Metric, outcome: Outcome) -> Score | None:
     another metric."""
     answers = outcome.answers
     if metric == "Loss":
-        return Ratio(outcome.losses, outcome.labels)
+        return Ratio(outcome.losses, outcome.labels) if len(outcome.losses) else None
     if METRICS[metric].source == "Loss" or not answers.predictions:
         return None
     if METRICS[metric].source == "Labels" and answers.labels is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,13 +29,22 @@ from finetune_trainer.engine.world import World
 from finetune_trainer.evaluate.scores import GENERATED, answers_to, loss_metrics, text_metrics
 from finetune_trainer.failures import Interrupted
 from finetune_trainer.liveness import progressed
-from finetune_trainer.prepared.dataset import PreparedData, Reference
+from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.prepared.split import Side
 
 # Maximum of prompt and generated tokens in a generation batch: bounds the KV cache.
 _GENERATION_TOKENS = 16384
 
 Floats = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.int32]
+
+
+class Answer(NamedTuple):
+    """A model's answer to a prompt."""
+
+    text: str
+    tokens: int
+    """Tokens generated, without those that end an answer; 0 for a class."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class SetResult:
     """Loss of each sample, summed over its labels, shape [samples]."""
     labels: Floats
     """Number of labels of each sample: supervised tokens, or one class. Shape [samples]."""
-    answers: list[str]
+    answers: list[Answer]
     """Answers to the first samples; empty if no metric needs them."""
 
     @property
@@ -70,7 +79,7 @@ class Measured:
     labels: Floats
     asked: list[int]
     """Positions of the samples that have answers."""
-    answers: list[str]
+    answers: list[Answer]
 
 
 class LossSums:
@@ -133,7 +142,8 @@ class Evaluator:
         metrics = loss_metrics(float(found.losses.sum()), float(found.labels.sum()))
         if found.asked:
             references = self.data.references(split, found.asked)
-            metrics |= text_metrics(answers_to(references, found.answers), wanted)
+            said = answers_to(references, [answer.text for answer in found.answers])
+            metrics |= text_metrics(said, wanted)
         always = [m for m in metrics_from("Loss") if m in self.possible]
         shown = {str(m): metrics[m] for m in (*wanted, *always) if m in metrics}
         return SetResult(name, len(positions), shown, found.losses, found.labels, found.answers)
@@ -148,7 +158,8 @@ class Evaluator:
         if not any(m in GENERATED for m in wanted):
             return Measured(losses, labels, [], [])
         asked = positions[: self.max_samples].tolist()
-        return Measured(losses, labels, asked, self.generate(self.data.references(split, asked)))
+        prompts = [r.prompt_ids for r in self.data.references(split, asked)]
+        return Measured(losses, labels, asked, self.generate(prompts))
 
     def _micro_batches(
         self, split: Side, positions: np.ndarray
@@ -168,39 +179,40 @@ class Evaluator:
             )
             yield chosen, made
 
-    def generate(self, references: Sequence[Reference]) -> list[str]:
-        """Return greedy answers to prompts, in order. Ranks share the prompts, sorted by length."""
-        by_length = sorted(range(len(references)), key=lambda i: -len(references[i].prompt_ids))
+    def generate(self, prompts: Sequence[Ids]) -> list[Answer]:
+        """Return greedy answers to prompts, in order. Ranks share the prompts, sorted by length.
+
+        Args:
+            prompts: tokens of each, shape [tokens].
+        """
+        by_length = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         mine = by_length[self.world.rank :: self.world.size]
 
-        batches = list(self._batches(references, mine))
+        batches = list(self._batches([len(p) for p in prompts], mine))
         if is_sharded(
             self.loss
         ):  # FSDP gathers parameters: all ranks must run equally many batches
             most = max(self.world.on_all(lambda: len(batches)))
             batches += [[]] * (most - len(batches))
 
-        def work() -> list[tuple[int, str]]:
+        def work() -> list[tuple[int, Answer]]:
             said = []
             for batch in batches:
                 progressed()
-                texts = self._answer([references[i].prompt_ids for i in batch or [0]])
-                said += list(zip(batch, texts, strict=False))
+                answers = self._answer([prompts[i] for i in batch or [0]])
+                said += list(zip(batch, answers, strict=False))
             return said
 
-        answers = [""] * len(references)
-        for part in self.world.on_all(work):
-            for i, text in part:
-                answers[i] = text
-        return answers
+        found = dict(pair for part in self.world.on_all(work) for pair in part)
+        return [found[i] for i in range(len(prompts))]
 
-    def _batches(self, references: Sequence[Reference], order: list[int]) -> Iterator[list[int]]:
+    def _batches(self, lengths: Sequence[int], order: list[int]) -> Iterator[list[int]]:
         batch: list[int] = []
         for i in order:
-            longest = len(references[batch[0] if batch else i].prompt_ids) + self.max_new_tokens
+            longest = lengths[batch[0] if batch else i] + self.max_new_tokens
             if batch and (
                 (len(batch) + 1) * longest > _GENERATION_TOKENS
-                or not self._fits(references[batch[0]], references[i])
+                or not self._fits(lengths[batch[0]], lengths[i])
             ):
                 yield batch
                 batch = []
@@ -208,12 +220,12 @@ class Evaluator:
         if batch:
             yield batch
 
-    def _fits(self, one: Reference, other: Reference) -> bool:
-        """Whether two prompts can share a generation batch. With virtual tokens, prompts must have
-        equal lengths: padding would separate the virtual tokens from the prompt."""
-        return not self.virtual_tokens or len(one.prompt_ids) == len(other.prompt_ids)
+    def _fits(self, one: int, other: int) -> bool:
+        """Whether prompts of two lengths can share a generation batch. With virtual tokens they
+        must be equal: padding would separate the virtual tokens from the prompt."""
+        return not self.virtual_tokens or one == other
 
-    def _answer(self, prompts: Sequence[np.ndarray]) -> list[str]:
+    def _answer(self, prompts: Sequence[Ids]) -> list[Answer]:
         longest = max(len(p) for p in prompts)
         ids = torch.full((len(prompts), longest), int(self.tokenizer.pad_token_id or 0))
         mask = torch.zeros_like(ids)
@@ -223,17 +235,20 @@ class Evaluator:
         model: Any = self.loss.model
         positions = getattr(model.config, "max_position_embeddings", None) or longest * 2**20
         room = max(1, min(self.max_new_tokens, positions - longest - self.virtual_tokens))
+        config = greedy(self.tokenizer, self.data.manifest.stop_token_ids, room)
         with torch.no_grad(), self.world.autocast(), root_gathered(self.loss):
             out = model.generate(
                 input_ids=ids.to(self.world.device),
                 attention_mask=mask.to(self.world.device),
-                generation_config=greedy(self.tokenizer, self.data.manifest.stop_token_ids, room),
+                generation_config=config,
                 synced_gpus=is_sharded(self.loss),
             )
-        texts: list[str] = self.tokenizer.batch_decode(
-            out[:, longest:].cpu(), skip_special_tokens=True
-        )
-        return texts
+        said = out[:, longest:].cpu()
+        texts: list[str] = self.tokenizer.batch_decode(said, skip_special_tokens=True)
+        ends = torch.isin(said, torch.tensor(config.eos_token_id))
+        # Behind the first end token is padding, which may be an end token itself.
+        tokens = (ends.cumsum(1) == 0).sum(1).tolist()
+        return [Answer(text, count) for text, count in zip(texts, tokens, strict=True)]
 
 
 def greedy(

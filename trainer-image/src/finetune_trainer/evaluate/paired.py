@@ -213,6 +213,49 @@ def compare(
     )
 
 
+def estimate(score: Score, groups: npt.NDArray[np.int64] | None = None) -> tuple[float, ...] | None:
+    """Value of a metric with its interval: value, lower and upper end. None: undefined.
+
+    The interval is Wilson's for shares of samples (Wilson 1927), else of the percentiles of the
+    bootstrap over groups; with more than MANY_GROUPS groups, of a mean's normal distribution.
+
+    Args:
+        groups: as for ``compare``.
+    """
+    if not score.samples:
+        return None
+    value = float(score(np.ones((1, score.samples)))[0])
+    if not math.isfinite(value):
+        return None
+    alone = groups is None
+    groups = (
+        np.arange(score.samples) if groups is None else np.unique(groups, return_inverse=True)[1]
+    )
+    if alone and isinstance(score, Ratio) and _are_binary(score):
+        from scipy.stats import binomtest
+
+        found = binomtest(round(float(score.sums.sum())), score.samples)
+        share = found.proportion_ci(1 - ALPHA, method="wilson")
+        return value, float(share.low), float(share.high)
+    if isinstance(score, Ratio) and int(groups.max()) >= MANY_GROUPS:
+        zero = Ratio(np.zeros_like(score.sums), score.counts)
+        tested = _paired_t(zero, score, groups)
+        return value, tested.low, tested.high
+    draws = np.concatenate([score(weights) for weights in _weights(groups)])
+    low, high = np.quantile(draws[np.isfinite(draws)], [ALPHA / 2, 1 - ALPHA / 2])
+    return value, float(low), float(high)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Adjust the p values of several tests, so that the probability of any false claim among them
+    stays below the level (Holm 1979)."""
+    adjusted, highest = [0.0] * len(ps), 0.0
+    for rank, at in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
+        highest = max(highest, min(1.0, (len(ps) - rank) * ps[at]))
+        adjusted[at] = highest
+    return adjusted
+
+
 def verdict(effect: float, interval: tuple[float, float], p: float, scale: Scale) -> Verdict:
     """What a comparison allows to say, at level ALPHA.
 

@@ -95,9 +95,9 @@ class Display:
         self.say(failure.message)
         self.say(f"Log: {log}")
 
-    def scores(self, trained: TrainSummary) -> None:
-        """Print the table of test metrics."""
-        if not trained.scores:
+    def scores(self, published: PublishSummary) -> None:
+        """Print the table of test metrics, and what they recommend."""
+        if not published.scores:
             self.say("No test set: give data.test, or a data.split.test above 0.")
             return
         table = Table(
@@ -108,7 +108,7 @@ class Display:
         for name in ("data set", "metric", "base", "tuned", "gain", "interval", "verdict"):
             text = name in ("data set", "metric", "verdict")
             table.add_column(name, justify="left" if text else "right")
-        for name, rows in by_set(scores_of(trained)):
+        for name, rows in by_set(scores_of(published.scores)):
             for i, row in enumerate(rows):
                 gain, colour = row.show(row.gain, signed=True), _COLOURS[row.better]
                 table.add_row(
@@ -117,6 +117,8 @@ class Display:
                 )  # fmt: skip
             table.add_section()
         self.console.print(table)
+        if published.recommendation:
+            self.say(f"Advice:  {published.recommendation}")
 
     def time(self, trained: TrainSummary) -> None:
         """Print how the training processes have spent their time."""

@@ -122,7 +122,7 @@ class Runner:
         self._note_complete(published)
         shutil.rmtree(self._folder / "scratch", ignore_errors=True)
         shown = face.Display(self._console)
-        shown.scores(trained)
+        shown.scores(published)
         shown.time(trained)
         self._tell_results(published)
         return int(ExitCode.OK)

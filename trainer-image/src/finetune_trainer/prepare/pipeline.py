@@ -1,7 +1,7 @@
 """The prepare stage from start to end. It finds errors of spec, model and data without a GPU.
 
 access → tokenizer → method on the placeholder model → sources → digest
-       → (reuse, or: input splits → map → reduce → manifest) → memory → prepared.json
+       → (reuse, or: input splits → map → reduce → manifest) → questions → memory → prepared.json
 
 One process with a pool does all of it. With ``prepare.workers`` above 1, that many pods run the
 steps up to the map, each with a share of the input splits, and another pod runs the reduce.
@@ -42,6 +42,7 @@ from finetune_trainer.prepare.mapping.map import RunPaths, map_splits
 from finetune_trainer.prepare.mapping.pool import Pool, count_processes
 from finetune_trainer.prepare.mapping.progress import ProgressCallback, ReadProgress
 from finetune_trainer.prepare.mapping.reader import Reader
+from finetune_trainer.prepare.questions.questions import make_questions
 from finetune_trainer.prepare.reading.inputsplits import InputSplit, deal, divide
 from finetune_trainer.prepare.reading.sources import Source, changed, resolve
 from finetune_trainer.prepare.reducing.reduce import reduce_splits
@@ -49,6 +50,7 @@ from finetune_trainer.prepare.task_formats import RENDERINGS
 from finetune_trainer.prepare.tokenizing.tokens import Model
 from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.prepared.manifest import DataManifest, is_complete, read_manifest
+from finetune_trainer.prepared.questions import write_questions
 from finetune_trainer.prepared.split import SIDES
 from finetune_trainer.storage import modelfiles, runfiles
 from finetune_trainer.storage.modelconfig import load_config, load_tokenizer
@@ -127,6 +129,8 @@ def prepare(
         spec, {side: [s.format for s in manifest.sets if s.split == side] for side in SIDES}
     )
     data = PreparedData(stores.default, uri, scratch / "data", manifest)
+    questions = make_questions(spec, data, model, stores)
+    write_questions(stores.default, run_spec.run_uri, questions)
     memory = estimate_memory(spec, data, profiles)
     runfiles.write_memory_profiles(stores.default, run_spec.run_uri, profiles.to_json())
     summary = summarise(spec, manifest, uri, reused).model_copy(update={"memory": memory})
@@ -234,12 +238,14 @@ def load_model(run_spec: RunSpec, folder: Path) -> Model:
         ) from None
     tokens = RENDERINGS[spec.task].tokens(tokenizer, source, limits.vocabulary)
     bounds = [bound for bound in (limits.max_length, tokens.longest) if bound is not None]
+    bound = min(bounds, default=None)
     return Model(
         source=source,
         tokenizer=tokenizer,
         tokens=tokens,
         task=spec.task,
-        max_length=max_length_of(spec, min(bounds, default=None)),
+        max_length=max_length_of(spec, bound),
+        positions=None if bound is None else bound - spec.method.virtual_tokens,
     )
 
 

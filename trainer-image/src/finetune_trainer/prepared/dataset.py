@@ -100,6 +100,18 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class AnsweredPrompt:
+    """A sample as an example of a prompt and its answer."""
+
+    ids: npt.NDArray[np.int32]
+    """Token ids, with the answer, shape [tokens]; read-only."""
+    prompt_length: int
+    """Tokens before the (last) answer."""
+    label: str | None
+    """Its label, for Classification."""
+
+
+@dataclass(frozen=True)
 class _Shard:
     """A memory-mapped shard; arrays are views of the file."""
 
@@ -125,6 +137,10 @@ class _Shard:
     def reference(self, row: int) -> Reference:
         text = {name: self.batch.column(name)[row].as_py() for name in _TEXTS}
         return Reference(self.ids_of(row)[: self.prompt_length[row]], **text)
+
+    def answered(self, row: int) -> AnsweredPrompt:
+        label = self.batch.column("label")[row].as_py()
+        return AnsweredPrompt(self.ids_of(row), int(self.prompt_length[row]), label)
 
 
 _TEXTS: Final = ("prompt", "completion", "label")
@@ -177,6 +193,10 @@ class PreparedData:
     def samples(self, split: Side, positions: Sequence[int]) -> list[TokenSample]:
         """Return the samples at positions of the split's index."""
         return [shard.sample(row, self._classes) for shard, row in self._rows(split, positions)]
+
+    def answered_prompts(self, split: Side, positions: Sequence[int]) -> list[AnsweredPrompt]:
+        """Return the samples at positions of the split's index, as examples."""
+        return [shard.answered(row) for shard, row in self._rows(split, positions)]
 
     def references(self, split: Side, positions: Sequence[int]) -> list[Reference]:
         """Return prompts and reference answers at positions of a held-out split's index. Training

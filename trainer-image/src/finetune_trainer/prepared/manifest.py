@@ -6,12 +6,15 @@ It is written last. A folder without it is incomplete and is written again.
 from __future__ import annotations
 
 import json
+from typing import Final
 
 from finetune_api.base import Record
 from finetune_api.sources import Format
 from finetune_trainer.prepared.split import Side
 from finetune_trainer.storage.objects import ObjectNotFound, ObjectStore
 
+_ANSWER_TOKENS: Final = 512
+"""Maximum tokens of a generated answer, unless the spec gives another."""
 FORMAT_VERSION = 7
 """Incremented when prepare writes different output for the same data; part of the digest."""
 
@@ -71,6 +74,10 @@ class DataManifest(Record):
     def samples(self, split: Side) -> int:
         """Number of samples of a side."""
         return sum(s.samples for s in self.sets if s.split == split)
+
+    def answer_tokens(self, wanted: int | None) -> int:
+        """Maximum tokens of a generated answer: ``evaluation.maxNewTokens``, or its default."""
+        return wanted or min(self.max_completion_tokens + 1, _ANSWER_TOKENS)
 
     def file(self, name: str) -> DataFile:
         """Return the entry of a file.

@@ -15,9 +15,11 @@ from finetune_api.run_spec import RunSpec
 from finetune_trainer.engine.base import BaseFiles
 from finetune_trainer.engine.model import has_drawn_head, purpose_of
 from finetune_trainer.failures import UserError
+from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.prepared.manifest import DataManifest, read_manifest
 from finetune_trainer.publish import export, modelcard, report, run_facts
 from finetune_trainer.publish.files import folder_bytes, move_latest, summarise, upload_folder
+from finetune_trainer.publish.results import advice, results_of, with_comparisons
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.objects import ObjectNotFound, Stores
 from finetune_trainer.storage.published import MANIFEST, Manifest, read_published
@@ -61,7 +63,12 @@ def publish(run_spec: RunSpec, stores: Stores, scratch: Path) -> PublishSummary:
             export.full_copy_bytes(base.folder, purpose),
         )
         drawn = has_drawn_head(base.folder, purpose)
-        about = run_facts.gather(run_spec, result, prepared, data, sizes, base.base.model, drawn)
+        opened = PreparedData(store, prepared.uri, scratch / "data", data)
+        evaluation, examples = results_of(run_spec, store, result, opened)
+        runfiles.write_evaluation(store, run_spec.run_uri, evaluation)
+        about = run_facts.gather(
+            run_spec, result, prepared, data, sizes, base.base.model, drawn, evaluation, examples
+        )
         write_documents(about, store.get(f"{prepared.uri}/report.json"), folder)
         manifest = Manifest(
             run=run_spec.run,
@@ -78,6 +85,14 @@ def publish(run_spec: RunSpec, stores: Stores, scratch: Path) -> PublishSummary:
         store.put(f"{run_spec.output_uri}/{MANIFEST}", text)
         found = manifest, text
     summary = summarise(run_spec.output_uri, *found)
+    evaluation_known = runfiles.read_evaluation(store, run_spec.run_uri)
+    if evaluation_known is not None:
+        summary = summary.model_copy(
+            update={
+                "scores": with_comparisons(result.summary.scores, evaluation_known),
+                "recommendation": advice(evaluation_known),
+            }
+        )
     move_latest(store, run_spec, summary)
     return summary
 

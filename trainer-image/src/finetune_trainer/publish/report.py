@@ -7,6 +7,7 @@ from typing import Any
 
 from finetune_trainer.pages import page
 from finetune_trainer.publish.chart import Line, loss_chart
+from finetune_trainer.publish.row_tables import tables_of
 from finetune_trainer.publish.run_facts import DRAWN_HEAD, About, by_set, settings
 
 
@@ -21,6 +22,7 @@ def render(about: About, data_report: bytes) -> str:
     return page(__package__, "report.html.j2").render(
         about=about,
         scores=by_set(about.scores),
+        tables=tables_of(about),
         chart=loss_chart(_lines(about), about.result.summary.checkpoint_step),
         validation=validation,
         validation_sets=names,

@@ -5,21 +5,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Final, cast
 
 from finetune_api.methods import Method
 from finetune_api.optimizers import Anchor
-from finetune_api.results import Comparison, PreparedSummary, TrainSummary
+from finetune_api.results import (
+    Comparison,
+    DataSetScores,
+    Estimate,
+    EvaluationResult,
+    PreparedSummary,
+    TrainSummary,
+)
 from finetune_api.run_spec import RunSpec
 from finetune_api.sources import ModelLocation
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.tasks import METRICS, Metric, MetricKind
 from finetune_trainer.prepared.manifest import DataManifest
 from finetune_trainer.prepared.origins import MOST, in_words
-from finetune_trainer.storage.runfiles import RunResult
+from finetune_trainer.publish.results import with_comparisons
+from finetune_trainer.storage.runfiles import Example, RunResult
 
 _HUGE: Final = 1e9
 """Larger values are shown with an exponent: a perplexity may have 300 digits."""
@@ -65,13 +73,24 @@ class Score:
             return None
         return (self.gain > 0) == self.kind.higher_is_better
 
+    def estimated(self, found: Estimate | None) -> str:
+        """Format an estimate of this metric with its interval: ``52.0 % (45.1, 58.8)``."""
+        if found is None:
+            return "–"
+        if found.low is None or found.high is None:
+            return self.show(found.value)
+        return f"{self.show(found.value)} ({self._ends(found.low, found.high)})"
+
     @property
     def interval(self) -> str:
         """The gain's 95 % confidence interval in its unit: ``2.1, 7.9``."""
         found = self.comparison
         if found is None:
             return ""
-        ends = (end * (100 if self.kind.percent else 1) for end in (found.low, found.high))
+        return self._ends(found.low, found.high)
+
+    def _ends(self, low: float, high: float) -> str:
+        ends = (end * (100 if self.kind.percent else 1) for end in (low, high))
         return ", ".join(f"{end:,.0f}" if abs(end) >= 1000 else f"{end:.3g}" for end in ends)
 
     @property
@@ -120,6 +139,10 @@ class About:
     scores: list[Score]
     drawn_head: bool = False
     """Whether the classification head of the base model has random weights."""
+    evaluation: EvaluationResult = field(default_factory=lambda: EvaluationResult(sets=[]))
+    """Results of all rows on the test sets."""
+    examples: Mapping[str, Sequence[Example]] = field(default_factory=dict)
+    """Example answers by test set."""
 
     @property
     def spec(self) -> FineTuneJobSpec:
@@ -139,20 +162,25 @@ def gather(
     sizes: Sizes,
     base: ModelLocation,
     drawn_head: bool = False,
+    evaluation: EvaluationResult = EvaluationResult(sets=[]),  # noqa: B008 - immutable
+    examples: Mapping[str, Sequence[Example]] | None = None,
 ) -> About:
     """Collect the facts; scores are in the order of the test sets, then of the metrics."""
-    scores = scores_of(result.summary)
-    return About(run_spec, result, prepared, data, sizes, base, scores, drawn_head)
+    scores = scores_of(with_comparisons(result.summary.scores, evaluation))
+    return About(
+        run_spec, result, prepared, data, sizes, base, scores, drawn_head, evaluation,
+        examples or {},
+    )  # fmt: skip
 
 
-def scores_of(summary: TrainSummary) -> list[Score]:
+def scores_of(scores: Iterable[DataSetScores]) -> list[Score]:
     """The test metrics, in the order of the test sets, then of the metrics."""
     return [
         Score(
             found.name, found.samples, metric, found.base.get(metric), tuned,
             found.comparisons.get(metric),
         )
-        for found in summary.scores
+        for found in scores
         for metric, tuned in found.tuned.items()
     ]  # fmt: skip
 
@@ -186,7 +214,7 @@ def metrics_text(about: About) -> str:
                     for name, value in found.tuned.items()
                     if name in found.base
                 },
-                "comparisons": {name: c.to_json() for name, c in found.comparisons.items()},
+                **_table_of(about, found.name),
             }
             for found in summary.scores
         ],
@@ -220,6 +248,12 @@ def metrics_text(about: About) -> str:
         "versions": result.versions,
     }
     return json.dumps(_finite(raw), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+
+
+def _table_of(about: About, name: str) -> dict[str, Any]:
+    """The rows of a test set, and what they recommend."""
+    table = next((t.to_json() for t in about.evaluation.sets if t.name == name), {})
+    return {key: table.get(key) for key in ("rows", "recommendation")}
 
 
 def _finite(raw: Any) -> Any:

@@ -1,7 +1,8 @@
 """The small files of a run that stages exchange in object storage: see docs/architecture.md.
 
-``prepared.json`` and ``memory-profiles.json`` (prepare → train), ``baseline.json`` (train → train
-of a later attempt) and ``result.json`` (train → publish).
+``prepared.json``, ``memory-profiles.json`` and ``questions.arrow`` (prepare → train), ``answers/``
+(train → later attempts, publish), ``result.json`` (train → publish) and ``evaluation.json``
+(publish → its later tries).
 """
 
 from __future__ import annotations
@@ -11,7 +12,14 @@ import json
 from pydantic import Field
 
 from finetune_api.base import Record
-from finetune_api.results import Ancestor, Metrics, PreparedSummary, TrainSummary
+from finetune_api.results import (
+    Ancestor,
+    EvaluationResult,
+    Metrics,
+    PreparedSummary,
+    Row,
+    TrainSummary,
+)
 from finetune_trainer.storage.objects import ObjectStore
 
 
@@ -48,16 +56,14 @@ class ValidationPoint(Record):
 
 
 class Example(Record):
-    """One test sample with the answers of both models."""
+    """One test sample with the answers of all rows."""
 
     prompt: str
-    """Prompt for both models."""
+    """Prompt of the sample."""
     reference: str
     """The correct answer."""
-    base: str
-    """Answer of the base model."""
-    tuned: str
-    """Answer of the tuned model."""
+    answers: dict[str, str]
+    """Answer by row, of the first draw."""
 
 
 class SampleOrigin(Record):
@@ -74,29 +80,36 @@ class SampleOrigin(Record):
     """Row in the shard, from 0."""
 
 
-class SetBaseline(Record):
-    """Scores of the base model on one test set, with all that a comparison needs."""
+class SetAnswers(Record):
+    """What a model did with the samples of one test set, with all that a comparison needs."""
 
     name: str
     """Name of the set."""
-    samples: int
-    """Number of evaluated samples."""
-    metrics: Metrics
-    """Scores."""
+    metrics: Metrics = Field(default={})
+    """Metrics, where they were computed with the answers."""
     losses: list[float] = Field(default=[])
-    """Loss of each sample, summed over its labels; absent in files of earlier trainers, whose runs
-    have no comparison."""
+    """Loss of each sample of the set, summed over its labels; empty where losses were not measured,
+    or by an earlier trainer."""
     labels: list[int] = Field(default=[])
     """Number of labels of each sample."""
+    positions: list[int] = Field(default=[])
+    """Positions of the answered samples in the index of the test split; empty: the first ones of
+    the set."""
     answers: list[str]
-    """Answers to the first samples."""
+    """Answers to the samples at ``positions``."""
+    tokens: list[int] = Field(default=[])
+    """Tokens of each answer, without its end; empty for classes."""
 
 
-class Baseline(Record):
-    """Scores of the base model, measured once per run."""
+class RowAnswers(Record):
+    """Answers of one model to the test sets, put to it in one way: a row of the results."""
 
-    sets: list[SetBaseline]
-    """One entry per test set."""
+    row: Row
+    """Which."""
+    sets: list[SetAnswers]
+    """One entry for each test set; for questions, only of sets that have them."""
+    process_seconds: float = 0.0
+    """Time that it took, over all processes."""
 
 
 class RunResult(Record):
@@ -110,8 +123,8 @@ class RunResult(Record):
     """Training curve."""
     validation: list[ValidationPoint]
     """Validation metrics during training."""
-    examples: dict[str, list[Example]]
-    """Example answers by test set."""
+    rows: list[Row] = Field(default=[])
+    """Rows of the results whose answers are in ``answers/``."""
     quarantined: list[SampleOrigin] = Field(default=[])
     """The first samples that rollbacks left out."""
     versions: dict[str, str]
@@ -145,14 +158,28 @@ def write_memory_profiles(store: ObjectStore, run_uri: str, text: bytes) -> None
     store.put(f"{run_uri}/memory-profiles.json", text)
 
 
-def read_baseline(store: ObjectStore, run_uri: str) -> Baseline | None:
-    """Return the base model's scores, or None before they are measured."""
-    uri = f"{run_uri}/baseline.json"
-    return Baseline.model_validate_json(store.get(uri)) if store.head(uri) else None
+def read_row(store: ObjectStore, run_uri: str, row: Row) -> RowAnswers | None:
+    """Return the answers of a row, or None before they are given."""
+    uri = _row_uri(run_uri, row)
+    return RowAnswers.model_validate_json(store.get(uri)) if store.head(uri) else None
 
 
-def write_baseline(store: ObjectStore, run_uri: str, baseline: Baseline) -> None:
-    store.put(f"{run_uri}/baseline.json", _text(baseline))
+def write_row(store: ObjectStore, run_uri: str, answers: RowAnswers) -> None:
+    store.put(_row_uri(run_uri, answers.row), _text(answers))
+
+
+def _row_uri(run_uri: str, row: Row) -> str:
+    return f"{run_uri}/answers/{row.key}.json"
+
+
+def read_evaluation(store: ObjectStore, run_uri: str) -> EvaluationResult | None:
+    """Return the results on the test sets, or None before publish has them."""
+    uri = f"{run_uri}/evaluation.json"
+    return EvaluationResult.model_validate_json(store.get(uri)) if store.head(uri) else None
+
+
+def write_evaluation(store: ObjectStore, run_uri: str, result: EvaluationResult) -> None:
+    store.put(f"{run_uri}/evaluation.json", _text(result))
 
 
 def read_result(store: ObjectStore, run_uri: str) -> RunResult:

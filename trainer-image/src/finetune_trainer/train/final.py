@@ -1,59 +1,51 @@
-"""Test scores of the base model (before training) and of the chosen checkpoint (after)."""
+"""Rows of the results: the base model's answers to the test sets (before training), and those of
+the chosen checkpoint (after).
+
+    questions ──► Evaluator ──► RowAnswers in storage, one file a row ──► publish makes the table
+
+A row is answered once in a run: later attempts find its file.
+"""
 
 from __future__ import annotations
 
-import numpy as np
+import time
+from collections.abc import Sequence
 
-from finetune_api.results import Comparison, DataSetScores, TrainSummary
-from finetune_api.tasks import METRICS, Metric
-from finetune_trainer.evaluate.comparisons import Outcome, compare_outcomes
+from finetune_api.results import DataSetScores, Row, RowModel, TrainSummary
 from finetune_trainer.evaluate.measure import SetResult
-from finetune_trainer.evaluate.scores import answers_to
-from finetune_trainer.prepared.dataset import Reference
+from finetune_trainer.failures import Interrupted
 from finetune_trainer.prepared.origins import origins_of
+from finetune_trainer.prepared.questions import Prompting, Question
 from finetune_trainer.storage import runfiles
-from finetune_trainer.storage.runfiles import Baseline, Example, RunResult, SetBaseline
+from finetune_trainer.storage.runfiles import RowAnswers, RunResult, SetAnswers
 from finetune_trainer.train.session import Session, versions
 from finetune_trainer.train.state import LoopState
 
-_EXAMPLES = 8
-"""Generated answers kept per set for the report."""
+BASE = Row(model="Base")
+TUNED = Row(model="Tuned")
 
 
-def measure_base(session: Session) -> Baseline:
-    """Return the test scores of the base model. Later attempts read the stored scores."""
-    world, store, run_uri = session.world, session.stores.default, session.run_spec.run_uri
-    known = world.on_main(lambda: runfiles.read_baseline(store, run_uri))
-    if known is not None:
-        return known
+def measure_base(session: Session) -> list[RowAnswers]:
+    """Return the rows of the base model."""
     session.telemetry.say(stage="Baseline")
     with session.recorder.of("evaluation"), session.loss.base_model():
-        results = session.evaluator.sets("test", session.metrics_of_sets("test"))
-    baseline = Baseline(
-        sets=[
-            SetBaseline(
-                name=r.name,
-                samples=r.samples,
-                metrics=r.metrics,
-                losses=r.losses.tolist(),
-                labels=[int(n) for n in r.labels],
-                answers=r.answers,
-            )
-            for r in results
+        return [
+            _known(session, BASE) or _write(session, _test(session, BASE)),
+            *_asked(session, "Base", list(session.questions)),
         ]
-    )
-    world.on_main(lambda: runfiles.write_baseline(store, run_uri, baseline))
-    return baseline
 
 
-def test_and_write_result(session: Session, state: LoopState, baseline: Baseline) -> TrainSummary:
+def test_and_write_result(
+    session: Session, state: LoopState, base: Sequence[RowAnswers]
+) -> TrainSummary:
     """Evaluate the checkpoint to publish on the test sets, and write the result for publish."""
     world, checkpointer = session.world, session.checkpointer
     session.telemetry.say(stage="Testing", step=state.step)
     with session.recorder.of("evaluation"):
         chosen = checkpointer.load_best(session.loss.model, state.step)
-        results = session.evaluator.sets("test", session.metrics_of_sets("test"))
-    base = {s.name: s for s in baseline.sets}
+        tuned = _write(session, _test(session, TUNED))
+        more = _asked(session, "Tuned", [p for p in session.questions if p.tuned])
+    metrics = {found.name: found.metrics for found in base[0].sets}
     summary = TrainSummary(
         attempt=checkpointer.head.attempt,
         restarts=checkpointer.head.restarts,
@@ -66,13 +58,12 @@ def test_and_write_result(session: Session, state: LoopState, baseline: Baseline
         total_parameters=session.parameters.total,
         scores=[
             DataSetScores(
-                name=r.name,
-                samples=r.samples,
-                base=base[r.name].metrics,
-                tuned=r.metrics,
-                comparisons=_compare(session, r, base[r.name]),
+                name=found.name,
+                samples=session.samples_of("test", found.name),
+                base=metrics[found.name],
+                tuned=found.metrics,
             )
-            for r in results
+            for found in tuned.sets
         ],
         training_seconds=checkpointer.training_seconds(),
         time=session.recorder.use(saved=True),
@@ -87,7 +78,7 @@ def test_and_write_result(session: Session, state: LoopState, baseline: Baseline
         curve=state.curve,
         validation=state.validation,
         lineage=list(session.lineage),
-        examples={r.name: _examples(session, r, base[r.name]) for r in results},
+        rows=[answers.row for answers in (*base, tuned, *more)],
         quarantined=origins_of(session.data, "train", session.plan.left_out.tolist()),
         versions=versions(),
         processes=world.size,
@@ -102,37 +93,70 @@ def test_and_write_result(session: Session, state: LoopState, baseline: Baseline
     return summary
 
 
-def _compare(session: Session, tuned: SetResult, base: SetBaseline) -> dict[str, Comparison]:
-    """Compare the tuned with the base model on a test set, on rank 0 for all."""
+def _known(session: Session, row: Row) -> RowAnswers | None:
+    store, run_uri = session.stores.default, session.run_spec.run_uri
+    return session.world.on_main(lambda: runfiles.read_row(store, run_uri, row))
 
-    def work() -> dict[Metric, Comparison]:
-        references = _references(session, tuned.name, len(tuned.answers))
-        outcomes = [
-            Outcome(
-                np.array(losses), np.array(labels), answers_to(references[: len(answers)], answers)
+
+def _write(session: Session, answers: RowAnswers) -> RowAnswers:
+    store, run_uri = session.stores.default, session.run_spec.run_uri
+    session.world.on_main(lambda: runfiles.write_row(store, run_uri, answers))
+    return answers
+
+
+def _test(session: Session, row: Row) -> RowAnswers:
+    """Answer the test prompts as they are."""
+    began = time.monotonic()
+    results = session.evaluator.sets("test", session.metrics_of_sets("test"))
+    return _row(session, row, [_set_answers(r) for r in results], began)
+
+
+def _set_answers(found: SetResult) -> SetAnswers:
+    return SetAnswers(
+        name=found.name,
+        metrics=found.metrics,
+        losses=found.losses.tolist(),
+        labels=[int(n) for n in found.labels],
+        answers=[answer.text for answer in found.answers],
+        tokens=[answer.tokens for answer in found.answers],
+    )
+
+
+def _asked(session: Session, model: RowModel, promptings: Sequence[Prompting]) -> list[RowAnswers]:
+    """Answer the questions that prepare has made, row by row.
+
+    Raises:
+        Interrupted: on all ranks, before a row, if a stop was requested on any rank.
+    """
+    rows = []
+    for prompting in promptings:
+        row = Row(model=model, prompt=prompting.prompt, draw=prompting.draw)
+        stop_requested = session.evaluator.stop_requested
+        if stop_requested and any(session.world.on_all(stop_requested)):
+            raise Interrupted("Interrupted", f"stopped on request, before row {row.key}")
+        known = _known(session, row)
+        rows.append(known or _write(session, _answer(session, row, session.questions[prompting])))
+    return rows
+
+
+def _answer(session: Session, row: Row, questions: Sequence[Question]) -> RowAnswers:
+    began = time.monotonic()
+    answers = session.evaluator.generate([question.ids for question in questions])
+    sets = []
+    for number, name in session.data.set_names("test"):
+        of_set = [i for i, question in enumerate(questions) if question.set == number]
+        if of_set:
+            sets.append(
+                SetAnswers(
+                    name=name,
+                    positions=[questions[i].position for i in of_set],
+                    answers=[answers[i].text for i in of_set],
+                    tokens=[answers[i].tokens for i in of_set],
+                )
             )
-            for losses, labels, answers in (
-                (base.losses, base.labels, base.answers),
-                (tuned.losses, tuned.labels, tuned.answers),
-            )
-        ]
-        metrics = [m for m in METRICS if m in tuned.metrics and m in base.metrics]
-        points = float(session.run_spec.spec.evaluation.min_effect)
-        return compare_outcomes(outcomes[0], outcomes[1], metrics, points)
-
-    return {str(metric): found for metric, found in session.world.on_main(work).items()}
+    return _row(session, row, sets, began)
 
 
-def _examples(session: Session, tuned: SetResult, base: SetBaseline) -> list[Example]:
-    references = _references(session, tuned.name, _EXAMPLES)
-    return [
-        Example(prompt=r.prompt, reference=r.completion, base=before, tuned=after)
-        for r, before, after in zip(references, base.answers, tuned.answers, strict=False)
-    ]
-
-
-def _references(session: Session, name: str, most: int) -> list[Reference]:
-    """The first samples of a test set."""
-    number = next(number for number, each in session.data.set_names("test") if each == name)
-    positions = (session.data.index("test").set == number).nonzero()[0][:most]
-    return session.data.references("test", positions.tolist())
+def _row(session: Session, row: Row, sets: list[SetAnswers], began: float) -> RowAnswers:
+    seconds = (time.monotonic() - began) * session.world.size
+    return RowAnswers(row=row, sets=sets, process_seconds=round(seconds, 3))

@@ -61,7 +61,7 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
     session.telemetry.say(total_steps=total, step=state.step)
     session.telemetry.total_steps.set(total)
     raise_if_stopping(session.world, stop_requested, "before the first step")
-    baseline = measure_base(session)
+    base = measure_base(session)
     session.telemetry.reached("baseline")
 
     clock = Clock(session.work, session.peak)
@@ -75,7 +75,7 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
         except TooManySkipped as skipped:
             with session.recorder.of("load"):
                 state = roll_back(session, state, skipped.streak)
-    return test_and_write_result(session, state, baseline)
+    return test_and_write_result(session, state, base)
 
 
 def take_steps(

@@ -45,6 +45,7 @@ from finetune_trainer.evaluate.measure import Evaluator
 from finetune_trainer.evaluate.metric_selection import metrics_for
 from finetune_trainer.evaluate.scores import GENERATED
 from finetune_trainer.prepared.dataset import PreparedData
+from finetune_trainer.prepared.questions import Questions, read_questions
 from finetune_trainer.prepared.split import Side
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.objects import Stores
@@ -79,6 +80,8 @@ class Session:
     peak: float | None
     """Peak operations per second of all ranks in the run's precision; None: unknown."""
     evaluator: Evaluator
+    questions: Questions
+    """Test prompts as they are put to a model, beside the prompts as they are."""
     checkpointer: CheckpointManager
     telemetry: Telemetry
     parameters: Parameters
@@ -103,6 +106,11 @@ class Session:
     def recorder(self) -> TimeRecorder:
         """Measures what the attempt spends its time on."""
         return self.checkpointer.recorder
+
+    def samples_of(self, split: Side, name: str) -> int:
+        """Number of samples of a set."""
+        sets = self.data.manifest.sets
+        return next(s.samples for s in sets if (s.split, s.name) == (split, name))
 
     def metrics_of_sets(self, split: Side, only: Sequence[Metric] = ()) -> dict[str, list[Metric]]:
         """Return the metrics of each set of a split; ``only`` limits the generated metrics."""
@@ -202,9 +210,9 @@ def open_session(
             micro_batch_tokens=_evaluation_tokens(micro_batch_tokens, data,
             spec.method.virtual_tokens), packing=tuned.packing, possible=spec.kind.metrics,
             virtual_tokens=spec.method.virtual_tokens, max_samples=spec.evaluation.max_samples,
-            max_new_tokens=spec.evaluation.max_new_tokens or min(data.manifest.max_completion_tokens
-            + 1, 512),
+            max_new_tokens=data.manifest.answer_tokens(spec.evaluation.max_new_tokens),
         ),
+        questions=read_questions(stores.default, run_spec.run_uri),
         checkpointer=checkpointer,
         telemetry=telemetry,
         parameters=tuned.parameters,

@@ -101,6 +101,15 @@ class ChatTemplate:
             position = len(before) + len(answer) + len(stop)
         return [row]
 
+    def system_turn(self, text: str) -> str:
+        """Return the text of a conversation that has a system turn alone.
+
+        Raises:
+            DataError: 'TemplateFailed', the template knows no such conversation.
+        """
+        message = {"role": "system", "content": text}
+        return self._text("a system turn", [message], None, generate=False)[0]
+
     def _turn(self, where: str, conversation: Conversation, i: int) -> Turn:
         """Return turn i, with the whole text that precedes its answer as ``before``."""
         messages, tools = conversation.messages, conversation.tools

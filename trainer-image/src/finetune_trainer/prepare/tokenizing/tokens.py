@@ -289,3 +289,5 @@ class Model:
     """Task of the run."""
     max_length: int
     """Maximum tokens of a sample."""
+    positions: int | None
+    """Positions of the model that samples can take; None: no bound."""

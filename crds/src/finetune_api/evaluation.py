@@ -1,0 +1,109 @@
+"""``spec.evaluation``: test metrics, prompts for the base model, and what decides."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from finetune_api.base import Count, DecimalString, DnsLabel, Model, Rule, Text, is_zero
+from finetune_api.sources import DataUri, StorageAccess
+from finetune_api.tasks import Metric
+
+
+class BaselinePrompt(Model):
+    """A prompt of the user's own for the base model."""
+
+    name: DnsLabel
+    """Name of its row in the results."""
+    text: Text
+    """Instruction in front of each test prompt: as a system turn in conversations, else followed by
+    an empty line. It may say what a tuned model knows: the labels, the wanted form, rules."""
+    shots: Annotated[int, Field(ge=0, le=64)] = 0
+    """Number of examples between the instruction and the test prompt."""
+
+
+class Baselines(Model):
+    """Prompts for the base model. Its answers to the test prompts as they are (zero-shot) are
+    always measured. There are none for a classification head, and for format Text."""
+
+    shots: Annotated[list[Annotated[int, Field(ge=1, le=64)]], Field(max_length=4)] | None = None
+    """Numbers of examples (few-shot): each test prompt follows that many training samples, as
+    conversations or texts of the same form. They are drawn by the seed of data.split, with
+    different labels where there are labels, never near duplicates of the test prompt. An empty
+    list: no few-shot. Absent: 1 and 4, as far as they fit into the model's context."""
+    draws: Annotated[int, Field(ge=1, le=10)] = 2
+    """Number of draws of the examples. Answers with few examples depend much on which ones; the
+    results show the spread."""
+    max_samples: Count = 200
+    """Number of test samples per set that are answered with these prompts, at most
+    evaluation.maxSamples: the first ones."""
+    prompts: Annotated[list[BaselinePrompt], Field(max_length=8)] = []
+    """Prompts of the user's own."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "!has(self.prompts)"
+            " || self.prompts.all(p, self.prompts.exists_one(q, q.name == p.name))",
+            "the names of the prompts must differ",
+            lambda b: len({p.name for p in b.prompts}) == len(b.prompts),
+            ("prompts[].name",),
+        ),
+        Rule(
+            "!has(self.prompts)"
+            " || !self.prompts.exists(p, p.name == 'retrieval' || p.name.endsWith('-shot'))",
+            "retrieval and names that end in -shot are those of other rows",
+            lambda b: not any(p.name == "retrieval" or p.name.endswith("-shot") for p in b.prompts),
+            ("prompts[].name",),
+        ),
+    )
+
+
+class Passages(Model):
+    """Passages for retrieval."""
+
+    source: DataUri
+    """`s3://bucket/prefix/*.jsonl` or `pvc://claim/path` of records with a field `text`: one
+    passage each. Formats and compression as for training data."""
+    storage: StorageAccess | None = None
+    """Access to these passages. Absent: `spec.storage`."""
+    top: Annotated[int, Field(ge=1, le=20)] = 3
+    """Number of passages in front of each test prompt, best first."""
+
+
+class Evaluation(Model):
+    """Evaluation on validation and test sets."""
+
+    every_steps: Count | None = None
+    """Steps between evaluations on the validation sets. Absent: ten evaluations over the run."""
+    metrics: Annotated[list[Metric], Field(min_length=1, max_length=16)] | None = None
+    """Metrics of the final test. Absent: Loss and Perplexity, with Accuracy, Precision, Recall and
+    F1 for format Classification, and ExactMatch, Bleu and Rouge (ROUGE-L) for other prompts with
+    completions. Rouge1, Rouge2, ChrF, NormalizedExactMatch and TokenF1 (as in SQuAD: without case,
+    punctuation and articles) and ValidJson are measured on request.
+    Task SequenceClassification: Loss, Accuracy, Precision, Recall and F1."""
+    max_samples: Count = 1000
+    """Maximum number of samples per set for which text is generated; the loss is always over the
+    whole set."""
+    min_effect: DecimalString = "2"
+    """Smallest gain over the base model that matters, in points: hundredths of a share (Accuracy,
+    F1, Rouge) or of a nat (Loss), and points of Bleu and ChrF. The verdict of a metric is NotBetter
+    once the samples rule out such a gain."""
+    baselines: Baselines = Baselines()
+    """Prompts for the base model, beside the test prompts as they are: does it need tuning, or
+    would a prompt do? See the report and metrics.json."""
+    passages: Passages | None = None
+    """Passages that are retrieved for the test prompts, by BM25. Base and tuned model also answer
+    with them."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=65536)] | None = None
+    """Maximum length of a generated answer, in tokens. Absent: the longest completion of the
+    training set, but at most 512."""
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            f"!{is_zero('self.minEffect')}",
+            "minEffect is the smallest gain that matters: give a number above 0",
+            lambda e: float(e.min_effect) > 0,
+            ("minEffect",),
+        ),
+    )

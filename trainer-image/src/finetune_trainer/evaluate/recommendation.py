@@ -1,0 +1,102 @@
+"""What the results of a test set recommend: tuning, a prompt, retrieval, or the base model alone.
+
+The best row is not always worth its price. The recommendation is the cheapest row whose answers are
+not significantly worse than the best row's, by a paired comparison over the same samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from finetune_api.results import Action, Comparison, Recommendation
+from finetune_api.tasks import METRICS, Metric
+from finetune_trainer.evaluate.comparisons import score_of
+from finetune_trainer.evaluate.paired import estimate
+from finetune_trainer.evaluate.table import RowOutcome, compare_rows
+
+PRIMARY: Final[tuple[Metric, ...]] = ("Accuracy", "Rouge", "ExactMatch", "TokenF1", "Bleu", "Loss")
+"""Metrics by which rows are compared, the first that the set has."""
+_WORDS: Final[dict[Action, str]] = {
+    "Neither": "the base model answers as well as it is",
+    "Prompt": "a prompt does as well",
+    "Retrieve": "retrieval does as well",
+    "Tune": "tuning is what helps",
+    "TuneAndRetrieve": "tuning with retrieval is what helps",
+}
+
+
+def recommend(
+    rows: Sequence[RowOutcome], metrics: Sequence[Metric], min_points: float
+) -> Recommendation | None:
+    """Return what the rows of a test set recommend; None: no metric of PRIMARY.
+
+    Args:
+        rows: of the set.
+        metrics: that the set has.
+        min_points: smallest gain that matters, see ``compare_outcomes``.
+    """
+    metric = next((m for m in PRIMARY if m in metrics), None)
+    if metric is None:
+        return None
+    valued = [(row, _value(row, metric)) for row in rows]
+    sign = 1 if METRICS[metric].higher_is_better else -1
+    ways: dict[Action, tuple[RowOutcome, float]] = {}
+    for row, value in valued:
+        action = _action(row.name)
+        if value is not None and (action not in ways or sign * value > sign * ways[action][1]):
+            ways[action] = row, value
+    if len(ways) < 2:
+        return None
+    best = max(ways.values(), key=lambda way: sign * way[1])
+    for action in _WORDS:
+        if action not in ways:
+            continue
+        row, value = ways[action]
+        compared = None
+        if row is not best[0]:
+            compared = compare_rows(row, best[0], [metric], min_points).get(metric)
+            if compared is None or compared.verdict == "Better":
+                continue
+        return Recommendation(
+            action=action,
+            row=row.name,
+            metric=metric,
+            because=_because(action, metric, ways, row, best[0], compared),
+        )
+    return None
+
+
+def _action(row: str) -> Action:
+    model, _, prompt = row.partition(" ")
+    if model == "Tuned":
+        return "TuneAndRetrieve" if prompt == "retrieval" else "Tune"
+    return "Neither" if not prompt else "Retrieve" if prompt == "retrieval" else "Prompt"
+
+
+def _value(row: RowOutcome, metric: Metric) -> float | None:
+    score = score_of(metric, row.outcome(row.samples))
+    found = estimate(score, row.groups(row.samples)) if score else None
+    return found[0] if found else None
+
+
+def _because(
+    action: Action,
+    metric: Metric,
+    ways: dict[Action, tuple[RowOutcome, float]],
+    chosen: RowOutcome,
+    best: RowOutcome,
+    compared: Comparison | None,
+) -> str:
+    figures = ", ".join(f"{row.name} {_shown(metric, value)}" for row, value in ways.values())
+    text = f"{_WORDS[action]}. {metric}: {figures}"
+    if compared is not None:
+        text += (
+            f". {best.name} is ahead of {chosen.name} by {_shown(metric, abs(compared.effect))},"
+            f" which is within the noise (p {compared.p:.2g}) or matters too little"
+        )
+    return text
+
+
+def _shown(metric: Metric, value: float) -> str:
+    return f"{100 * value:.1f} %" if METRICS[metric].percent else f"{value:.3g}"

@@ -1,0 +1,211 @@
+"""The table of results of one test set: rows (a model, and how the test prompts are put to it),
+their metrics with intervals, and the tuned model against each row.
+
+    answers of each row ──(same samples)──► Outcome ──► Estimate of each metric
+                                                 └────► Comparison with the tuned model
+
+Pure. A row with several draws of examples has several answers to each sample; the answers to one
+sample are one group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from finetune_api.results import Comparison, Estimate, Metrics, SetTable, TableRow
+from finetune_api.tasks import Metric
+from finetune_trainer.evaluate.comparisons import Outcome, compare_outcomes, score_of
+from finetune_trainer.evaluate.paired import estimate, holm
+from finetune_trainer.evaluate.scores import answers_to
+from finetune_trainer.prepared.dataset import Reference
+
+Floats = npt.NDArray[np.float64]
+_NONE: Final = np.zeros(0)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Answers of one row to one test set, of one draw."""
+
+    row: str
+    """Name of the row, equal for its draws."""
+    samples: Sequence[int]
+    """Numbers of the answered samples in the set, ascending."""
+    answers: Sequence[str]
+    """Answer to each."""
+    tokens: Sequence[int] = ()
+    """Generated tokens of each."""
+    losses: Floats = field(default_factory=lambda: _NONE)
+    """Loss of each sample of the set, summed over its labels, shape [samples]; or empty."""
+    labels: Floats = field(default_factory=lambda: _NONE)
+    """Number of labels of each sample of the set."""
+    metrics: Metrics = field(default_factory=dict)
+    """Metrics that are known already."""
+    process_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class RowOutcome:
+    """All draws of a row, as one outcome."""
+
+    draws: Sequence[Answered]
+    references: Sequence[Reference]
+
+    @property
+    def name(self) -> str:
+        return self.draws[0].row
+
+    @property
+    def samples(self) -> Sequence[int]:
+        """Numbers of the answered samples; equal for all draws."""
+        return self.draws[0].samples
+
+    def outcome(self, samples: Sequence[int], times: int = 1) -> Outcome:
+        """What the row did with some samples that it answered.
+
+        Args:
+            times: how often each draw counts.
+        """
+        said = [
+            answer for draw in self.draws for answer in _picked(draw.samples, draw.answers, samples)
+        ]
+        asked = [self.references[n] for n in samples] * len(self.draws)
+        single = self.draws[0] if len(self.draws) == times == 1 else None
+        losses, labels = (single.losses, single.labels) if single else (_NONE, _NONE)
+        return Outcome(losses, labels, answers_to(asked * times, said * times))
+
+    def groups(self, samples: Sequence[int]) -> npt.NDArray[np.int64] | None:
+        """The sample of each answer of ``outcome``; None: one answer a sample."""
+        return np.tile(np.arange(len(samples)), len(self.draws)) if len(self.draws) > 1 else None
+
+
+def rows_of(answered: Iterable[Answered], references: Sequence[Reference]) -> list[RowOutcome]:
+    """Group answers by row; draws of a row follow each other.
+
+    Args:
+        references: of the first samples of the set, as many as any row has answered.
+    """
+    return [RowOutcome(list(draws), references) for _, draws in groupby(answered, lambda a: a.row)]
+
+
+def table_of(
+    name: str,
+    rows: Sequence[RowOutcome],
+    tuned: str,
+    metrics: Sequence[Metric],
+    min_points: float,
+) -> SetTable:
+    """Return the table of a test set.
+
+    Args:
+        name: of the set.
+        rows: in the order of the table.
+        tuned: name of the row that is compared with the others.
+        metrics: of the table.
+        min_points: see ``compare_outcomes``.
+    """
+    against = next(row for row in rows if row.name == tuned)
+    return SetTable(name=name, rows=[_row(row, against, metrics, min_points) for row in rows])
+
+
+def _row(
+    row: RowOutcome, against: RowOutcome, metrics: Sequence[Metric], min_points: float
+) -> TableRow:
+    tokens = [count for draw in row.draws for count in draw.tokens]
+    return TableRow(
+        row=row.name,
+        samples=len(row.samples) or len(row.draws[0].losses),
+        draws=len(row.draws),
+        metrics=_estimates(row, metrics),
+        comparisons=(
+            {}
+            if row is against
+            else {str(m): c for m, c in compare_rows(row, against, metrics, min_points).items()}
+        ),
+        tokens_per_answer=sum(tokens) / len(tokens) if tokens and any(tokens) else None,
+        process_seconds=sum(draw.process_seconds for draw in row.draws),
+    )
+
+
+def compare_rows(
+    old: RowOutcome, new: RowOutcome, metrics: Sequence[Metric], min_points: float
+) -> Mapping[Metric, Comparison]:
+    """Compare two rows over the samples that both have answered. Each draw of one is compared with
+    each draw of the other."""
+    both = sorted(set(old.samples) & set(new.samples))
+    one, other = len(old.draws), len(new.draws)
+    before = old.outcome(both, other)
+    after = _interleaved(new, both, one)
+    answers = one * other
+    groups = np.tile(np.arange(len(both)), answers) if answers > 1 else None
+    return compare_outcomes(before, after, metrics, min_points, groups)
+
+
+def _interleaved(row: RowOutcome, samples: Sequence[int], times: int) -> Outcome:
+    """As ``RowOutcome.outcome``, but each draw is repeated before the next one comes."""
+    if len(row.draws) == 1 or times == 1:
+        return row.outcome(samples, times)
+    return RowOutcome([draw for draw in row.draws for _ in range(times)], row.references).outcome(
+        samples
+    )
+
+
+def _estimates(row: RowOutcome, metrics: Sequence[Metric]) -> dict[str, Estimate]:
+    found = {}
+    outcome, groups = row.outcome(row.samples), row.groups(row.samples)
+    for metric in metrics:
+        score = score_of(metric, outcome)
+        known = estimate(score, groups) if score else None
+        if known is not None:
+            value, low, high = known
+            spread = _spread(row, metric)
+            found[str(metric)] = Estimate(value=value, low=low, high=high, **spread)
+        elif len(row.draws) == 1 and metric in row.draws[0].metrics:
+            found[str(metric)] = Estimate(value=row.draws[0].metrics[metric])
+    return found
+
+
+def _spread(row: RowOutcome, metric: Metric) -> dict[str, float]:
+    if len(row.draws) == 1:
+        return {}
+    values = []
+    for draw in row.draws:
+        score = score_of(metric, RowOutcome([draw], row.references).outcome(draw.samples))
+        if score is not None:
+            values.append(float(score(np.ones((1, score.samples)))[0]))
+    return {"lowest": min(values), "highest": max(values)} if values else {}
+
+
+def _picked(there: Sequence[int], answers: Sequence[str], samples: Sequence[int]) -> list[str]:
+    at = dict(zip(there, answers, strict=True))
+    return [at[n] for n in samples]
+
+
+def adjusted(tables: Sequence[SetTable]) -> list[SetTable]:
+    """Return the tables with the adjusted p of all their comparisons together (Holm)."""
+    ps = [c.p for t in tables for row in t.rows for c in row.comparisons.values()]
+    after = iter(holm(ps))
+    return [
+        table.model_copy(
+            update={
+                "rows": [
+                    row.model_copy(
+                        update={
+                            "comparisons": {
+                                metric: c.model_copy(update={"p_adjusted": next(after)})
+                                for metric, c in row.comparisons.items()
+                            }
+                        }
+                    )
+                    for row in table.rows
+                ]
+            }
+        )
+        for table in tables
+    ]
