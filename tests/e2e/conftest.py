@@ -92,8 +92,8 @@ ManifestOf = Callable[..., Manifest]
 
 @pytest.fixture(scope="session")
 def manifest_of(platform: Platform) -> ManifestOf:
-    """``manifest_of(name, **spec)``: the cluster quickstart with another name and destination;
-    ``spec`` is merged over its spec."""
+    """``manifest_of(name, **spec)``: the cluster quickstart with another name and destination, and
+    without few-shot answers of the base model; ``spec`` is merged over its spec."""
     import yaml
 
     text = (ROOT / "examples/quickstart-cluster.yaml").read_text()
@@ -107,6 +107,7 @@ def manifest_of(platform: Platform) -> ManifestOf:
         base["model"]["source"] = "s3://input/model"
         base["output"]["destination"] = f"s3://output/{name}"
         base["storage"]["endpoint"] = platform.endpoint
+        base.setdefault("evaluation", {}).setdefault("baselines", {"shots": []})
         base["compute"]["resources"] = {"requests": {"cpu": "100m", "memory": "256Mi"}}
         for block, value in spec.items():
             if isinstance(value, dict) and isinstance(base.get(block), dict):

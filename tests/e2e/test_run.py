@@ -46,7 +46,7 @@ def restarts_of_pods(pods: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def test_a_job_ends_in_an_evaluated_model(platform, manifest_of, tmp_path: Path) -> None:
-    name = platform.apply(manifest_of("support-bot"))
+    name = platform.apply(manifest_of("support-bot", evaluation={"baselines": None}))
     status = platform.wait(name, "Complete")
     assert status["phase"] == "Complete"
     assert status["restarts"] == 0
