@@ -204,7 +204,7 @@ def test_full_tuning_learns_and_reports_both_models(bench: Bench) -> None:
         "base-0-shot-0", "base-1-shot-0", "base-1-shot-1", "base-4-shot-0", "base-4-shot-1",
         "tuned-0-shot-0"]  # fmt: skip
     last = runfiles.read_row(bench.store, run_spec.run_uri, result.rows[-1])
-    assert last is not None and last.sets[0].answers[0].strip() in COLOURS.values()
+    assert last.sets[0].answers[0].strip() in COLOURS.values()
 
 
 def test_compiled_training_is_the_same_and_compiles_once(bench: Bench) -> None:
@@ -304,10 +304,11 @@ def test_the_base_model_is_asked_in_other_ways_too(bench: Bench) -> None:
     ]
     for row in result.rows[1:4]:
         found = runfiles.read_row(bench.store, run_spec.run_uri, row)
-        assert found is not None and len(found.sets[0].answers) == 5
+        assert len(found.sets[0].answers) == 5
         assert found.process_seconds > 0 and not found.sets[0].losses
     for wrong, word in (
         ({"baselines": {"shots": [64]}}, "baselines.shots"),
+        ({"metrics": ["Loss"], "baselines": {"shots": [1]}}, "baselines.shots"),
         ({"metrics": ["Loss"], "passages": evaluation["passages"]}, "evaluation.passages"),
     ):
         with pytest.raises(UserError, match=word):

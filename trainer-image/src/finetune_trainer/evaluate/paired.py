@@ -224,7 +224,7 @@ def estimate(score: Score, groups: npt.NDArray[np.int64] | None = None) -> tuple
     """
     if not score.samples:
         return None
-    value = float(score(np.ones((1, score.samples)))[0])
+    value = value_of(score)
     if not math.isfinite(value):
         return None
     alone = groups is None
@@ -244,6 +244,11 @@ def estimate(score: Score, groups: npt.NDArray[np.int64] | None = None) -> tuple
     draws = np.concatenate([score(weights) for weights in _weights(groups)])
     low, high = np.quantile(draws[np.isfinite(draws)], [ALPHA / 2, 1 - ALPHA / 2])
     return value, float(low), float(high)
+
+
+def value_of(score: Score) -> float:
+    """Value of a metric if each sample counts once."""
+    return float(score(np.ones((1, score.samples)))[0])
 
 
 def holm(ps: Sequence[float]) -> list[float]:

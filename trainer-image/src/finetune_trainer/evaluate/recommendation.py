@@ -6,13 +6,14 @@ not significantly worse than the best row's, by a paired comparison over the sam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
 from finetune_api.results import Action, Comparison, Recommendation
 from finetune_api.tasks import METRICS, Metric
 from finetune_trainer.evaluate.comparisons import score_of
-from finetune_trainer.evaluate.paired import estimate
+from finetune_trainer.evaluate.paired import value_of
 from finetune_trainer.evaluate.table import RowOutcome, compare_rows
 
 PRIMARY: Final[tuple[Metric, ...]] = ("Accuracy", "Rouge", "ExactMatch", "TokenF1", "Bleu", "Loss")
@@ -76,8 +77,8 @@ def _action(row: str) -> Action:
 
 def _value(row: RowOutcome, metric: Metric) -> float | None:
     score = score_of(metric, row.outcome(row.samples))
-    found = estimate(score, row.groups(row.samples)) if score else None
-    return found[0] if found else None
+    value = value_of(score) if score else math.nan
+    return value if math.isfinite(value) else None
 
 
 def _because(

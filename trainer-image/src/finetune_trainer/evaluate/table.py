@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, product
 from typing import Final
 
 import numpy as np
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from finetune_api.results import Comparison, Estimate, Metrics, SetTable, TableRow
 from finetune_api.tasks import Metric
 from finetune_trainer.evaluate.comparisons import Outcome, compare_outcomes, score_of
-from finetune_trainer.evaluate.paired import estimate, holm
+from finetune_trainer.evaluate.paired import estimate, holm, value_of
 from finetune_trainer.evaluate.scores import answers_to
 from finetune_trainer.prepared.dataset import Reference
 
@@ -66,19 +66,15 @@ class RowOutcome:
         """Numbers of the answered samples; equal for all draws."""
         return self.draws[0].samples
 
-    def outcome(self, samples: Sequence[int], times: int = 1) -> Outcome:
-        """What the row did with some samples that it answered.
-
-        Args:
-            times: how often each draw counts.
-        """
+    def outcome(self, samples: Sequence[int]) -> Outcome:
+        """What the row did with some samples that it answered."""
         said = [
             answer for draw in self.draws for answer in _picked(draw.samples, draw.answers, samples)
         ]
         asked = [self.references[n] for n in samples] * len(self.draws)
-        single = self.draws[0] if len(self.draws) == times == 1 else None
+        single = self.draws[0] if len(self.draws) == 1 else None
         losses, labels = (single.losses, single.labels) if single else (_NONE, _NONE)
-        return Outcome(losses, labels, answers_to(asked * times, said * times))
+        return Outcome(losses, labels, answers_to(asked, said))
 
     def groups(self, samples: Sequence[int]) -> npt.NDArray[np.int64] | None:
         """The sample of each answer of ``outcome``; None: one answer a sample."""
@@ -139,20 +135,12 @@ def compare_rows(
     """Compare two rows over the samples that both have answered. Each draw of one is compared with
     each draw of the other."""
     both = sorted(set(old.samples) & set(new.samples))
-    one, other = len(old.draws), len(new.draws)
-    before = old.outcome(both, other)
-    after = _interleaved(new, both, one)
-    answers = one * other
-    groups = np.tile(np.arange(len(both)), answers) if answers > 1 else None
-    return compare_outcomes(before, after, metrics, min_points, groups)
-
-
-def _interleaved(row: RowOutcome, samples: Sequence[int], times: int) -> Outcome:
-    """As ``RowOutcome.outcome``, but each draw is repeated before the next one comes."""
-    if len(row.draws) == 1 or times == 1:
-        return row.outcome(samples, times)
-    return RowOutcome([draw for draw in row.draws for _ in range(times)], row.references).outcome(
-        samples
+    pairs = list(product(old.draws, new.draws))
+    before, after = (
+        RowOutcome([pair[i] for pair in pairs], row.references) for i, row in enumerate((old, new))
+    )
+    return compare_outcomes(
+        before.outcome(both), after.outcome(both), metrics, min_points, before.groups(both)
     )
 
 
@@ -178,7 +166,7 @@ def _spread(row: RowOutcome, metric: Metric) -> dict[str, float]:
     for draw in row.draws:
         score = score_of(metric, RowOutcome([draw], row.references).outcome(draw.samples))
         if score is not None:
-            values.append(float(score(np.ones((1, score.samples)))[0]))
+            values.append(value_of(score))
     return {"lowest": min(values), "highest": max(values)} if values else {}
 
 

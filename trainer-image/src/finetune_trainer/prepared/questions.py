@@ -26,8 +26,6 @@ _SCHEMA: Final = pa.schema(
     ]
 )
 
-ZERO_SHOT: Final = "0-shot"
-"""Name of the test prompts as they are."""
 RETRIEVAL: Final = "retrieval"
 """Name of the test prompts behind retrieved passages."""
 
@@ -42,7 +40,7 @@ class Prompting:
     """A way to put test prompts to a model."""
 
     prompt: str
-    """ZERO_SHOT, ``few_shot(n)``, RETRIEVAL, or the name of a prompt in evaluation.baselines."""
+    """``few_shot(n)``, RETRIEVAL, or the name of a prompt in evaluation.baselines."""
     draw: int = 0
     """Which draw of the examples, from 0; 0 without examples."""
     tuned: bool = False

@@ -67,7 +67,7 @@ def publish(run_spec: RunSpec, stores: Stores, scratch: Path) -> PublishSummary:
         evaluation, examples = results_of(run_spec, store, result, opened)
         runfiles.write_evaluation(store, run_spec.run_uri, evaluation)
         about = run_facts.gather(
-            run_spec, result, prepared, data, sizes, base.base.model, drawn, evaluation, examples
+            run_spec, result, prepared, data, sizes, base.base.model, evaluation, examples, drawn
         )
         write_documents(about, store.get(f"{prepared.uri}/report.json"), folder)
         manifest = Manifest(
@@ -84,15 +84,15 @@ def publish(run_spec: RunSpec, stores: Stores, scratch: Path) -> PublishSummary:
         text = manifest.to_text()
         store.put(f"{run_spec.output_uri}/{MANIFEST}", text)
         found = manifest, text
+    else:
+        evaluation = runfiles.read_evaluation(store, run_spec.run_uri)
     summary = summarise(run_spec.output_uri, *found)
-    evaluation_known = runfiles.read_evaluation(store, run_spec.run_uri)
-    if evaluation_known is not None:
-        summary = summary.model_copy(
-            update={
-                "scores": with_comparisons(result.summary.scores, evaluation_known),
-                "recommendation": advice(evaluation_known),
-            }
-        )
+    summary = summary.model_copy(
+        update={
+            "scores": with_comparisons(result.summary.scores, evaluation),
+            "recommendation": advice(evaluation),
+        }
+    )
     move_latest(store, run_spec, summary)
     return summary
 

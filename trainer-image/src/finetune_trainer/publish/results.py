@@ -26,8 +26,8 @@ EXAMPLES = 8
 def results_of(
     run_spec: RunSpec, store: ObjectStore, result: RunResult, data: PreparedData
 ) -> tuple[EvaluationResult, dict[str, list[Example]]]:
-    """Return the tables of a run's test sets, and example answers by set. Sets and rows without
-    answers and losses (of an earlier trainer) have no table."""
+    """Return the tables of a run's test sets, and example answers by set. A result of an
+    earlier trainer names no rows, and has no tables."""
     rows = [runfiles.read_row(store, run_spec.run_uri, row) for row in result.rows]
     points = float(run_spec.spec.evaluation.min_effect)
     tables: list[SetTable] = []
@@ -39,7 +39,6 @@ def results_of(
         answered = [
             _answered(found, of_set, positions)
             for found in rows
-            if found is not None
             for of_set in found.sets
             if of_set.name == scores.name
         ]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final, cast
 
@@ -137,12 +137,12 @@ class About:
     base: ModelLocation
     """The full model on which an adapter is loaded."""
     scores: list[Score]
+    evaluation: EvaluationResult
+    """Results of all rows on the test sets."""
+    examples: Mapping[str, Sequence[Example]]
+    """Example answers by test set."""
     drawn_head: bool = False
     """Whether the classification head of the base model has random weights."""
-    evaluation: EvaluationResult = field(default_factory=lambda: EvaluationResult(sets=[]))
-    """Results of all rows on the test sets."""
-    examples: Mapping[str, Sequence[Example]] = field(default_factory=dict)
-    """Example answers by test set."""
 
     @property
     def spec(self) -> FineTuneJobSpec:
@@ -161,15 +161,14 @@ def gather(
     data: DataManifest,
     sizes: Sizes,
     base: ModelLocation,
+    evaluation: EvaluationResult,
+    examples: Mapping[str, Sequence[Example]],
     drawn_head: bool = False,
-    evaluation: EvaluationResult = EvaluationResult(sets=[]),  # noqa: B008 - immutable
-    examples: Mapping[str, Sequence[Example]] | None = None,
 ) -> About:
     """Collect the facts; scores are in the order of the test sets, then of the metrics."""
     scores = scores_of(with_comparisons(result.summary.scores, evaluation))
     return About(
-        run_spec, result, prepared, data, sizes, base, scores, drawn_head, evaluation,
-        examples or {},
+        run_spec, result, prepared, data, sizes, base, scores, evaluation, examples, drawn_head
     )  # fmt: skip
 
 

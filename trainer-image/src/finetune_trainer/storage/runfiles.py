@@ -88,8 +88,8 @@ class SetAnswers(Record):
     metrics: Metrics = Field(default={})
     """Metrics, where they were computed with the answers."""
     losses: list[float] = Field(default=[])
-    """Loss of each sample of the set, summed over its labels; empty where losses were not measured,
-    or by an earlier trainer."""
+    """Loss of each sample of the set, summed over its labels; empty where losses were not
+    measured."""
     labels: list[int] = Field(default=[])
     """Number of labels of each sample."""
     positions: list[int] = Field(default=[])
@@ -158,10 +158,19 @@ def write_memory_profiles(store: ObjectStore, run_uri: str, text: bytes) -> None
     store.put(f"{run_uri}/memory-profiles.json", text)
 
 
-def read_row(store: ObjectStore, run_uri: str, row: Row) -> RowAnswers | None:
-    """Return the answers of a row, or None before they are given."""
-    uri = _row_uri(run_uri, row)
-    return RowAnswers.model_validate_json(store.get(uri)) if store.head(uri) else None
+def known_rows(store: ObjectStore, run_uri: str) -> set[str]:
+    """Return the keys of the rows that are answered."""
+    names = (info.uri.rpartition("/")[2] for info in store.list(f"{run_uri}/answers/"))
+    return {name.removesuffix(".json") for name in names}
+
+
+def read_row(store: ObjectStore, run_uri: str, row: Row) -> RowAnswers:
+    """Return the answers of a row.
+
+    Raises:
+        ObjectNotFound: it is not answered.
+    """
+    return RowAnswers.model_validate_json(store.get(_row_uri(run_uri, row)))
 
 
 def write_row(store: ObjectStore, run_uri: str, answers: RowAnswers) -> None:
@@ -172,10 +181,12 @@ def _row_uri(run_uri: str, row: Row) -> str:
     return f"{run_uri}/answers/{row.key}.json"
 
 
-def read_evaluation(store: ObjectStore, run_uri: str) -> EvaluationResult | None:
-    """Return the results on the test sets, or None before publish has them."""
+def read_evaluation(store: ObjectStore, run_uri: str) -> EvaluationResult:
+    """Return the results on the test sets; none where an earlier trainer has published."""
     uri = f"{run_uri}/evaluation.json"
-    return EvaluationResult.model_validate_json(store.get(uri)) if store.head(uri) else None
+    if not store.head(uri):
+        return EvaluationResult(sets=[])
+    return EvaluationResult.model_validate_json(store.get(uri))
 
 
 def write_evaluation(store: ObjectStore, run_uri: str, result: EvaluationResult) -> None:

@@ -3,49 +3,62 @@ the chosen checkpoint (after).
 
     questions ──► Evaluator ──► RowAnswers in storage, one file a row ──► publish makes the table
 
-A row is answered once in a run: later attempts find its file.
+The base model's rows are answered once in a run: later attempts find their files. The tuned
+model's are answered again, as another attempt may end in other weights.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
-from finetune_api.results import DataSetScores, Row, RowModel, TrainSummary
+from finetune_api.results import DataSetScores, Metrics, Row, RowModel, TrainSummary
 from finetune_trainer.evaluate.measure import SetResult
-from finetune_trainer.failures import Interrupted
 from finetune_trainer.prepared.origins import origins_of
 from finetune_trainer.prepared.questions import Prompting, Question
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.runfiles import RowAnswers, RunResult, SetAnswers
 from finetune_trainer.train.session import Session, versions
 from finetune_trainer.train.state import LoopState
+from finetune_trainer.train.stopping import raise_if_stopping
 
 BASE = Row(model="Base")
 TUNED = Row(model="Tuned")
 
 
-def measure_base(session: Session) -> list[RowAnswers]:
-    """Return the rows of the base model."""
+@dataclass(frozen=True)
+class BaseResults:
+    """What the base model did with the test sets."""
+
+    metrics: dict[str, Metrics]
+    """Metrics by set, of the test prompts as they are."""
+    rows: list[Row]
+    """All its rows, in order."""
+
+
+def measure_base(session: Session) -> BaseResults:
+    """Answer the rows of the base model that no earlier attempt has answered."""
     session.telemetry.say(stage="Baseline")
+    world, store, run_uri = session.world, session.stores.default, session.run_spec.run_uri
+    known = world.on_main(lambda: runfiles.known_rows(store, run_uri))
     with session.recorder.of("evaluation"), session.loss.base_model():
-        return [
-            _known(session, BASE) or _write(session, _test(session, BASE)),
-            *_asked(session, "Base", list(session.questions)),
-        ]
+        if BASE.key in known:
+            base = world.on_main(lambda: runfiles.read_row(store, run_uri, BASE))
+        else:
+            base = _test(session, BASE)
+        rows = _ask(session, "Base", list(session.questions), known)
+    return BaseResults({found.name: found.metrics for found in base.sets}, [BASE, *rows])
 
 
-def test_and_write_result(
-    session: Session, state: LoopState, base: Sequence[RowAnswers]
-) -> TrainSummary:
+def test_and_write_result(session: Session, state: LoopState, base: BaseResults) -> TrainSummary:
     """Evaluate the checkpoint to publish on the test sets, and write the result for publish."""
     world, checkpointer = session.world, session.checkpointer
     session.telemetry.say(stage="Testing", step=state.step)
     with session.recorder.of("evaluation"):
         chosen = checkpointer.load_best(session.loss.model, state.step)
-        tuned = _write(session, _test(session, TUNED))
-        more = _asked(session, "Tuned", [p for p in session.questions if p.tuned])
-    metrics = {found.name: found.metrics for found in base[0].sets}
+        tuned = _test(session, TUNED)
+        more = _ask(session, "Tuned", [p for p in session.questions if p.tuned])
     summary = TrainSummary(
         attempt=checkpointer.head.attempt,
         restarts=checkpointer.head.restarts,
@@ -60,7 +73,7 @@ def test_and_write_result(
             DataSetScores(
                 name=found.name,
                 samples=session.samples_of("test", found.name),
-                base=metrics[found.name],
+                base=base.metrics[found.name],
                 tuned=found.metrics,
             )
             for found in tuned.sets
@@ -78,7 +91,7 @@ def test_and_write_result(
         curve=state.curve,
         validation=state.validation,
         lineage=list(session.lineage),
-        rows=[answers.row for answers in (*base, tuned, *more)],
+        rows=[*base.rows, TUNED, *more],
         quarantined=origins_of(session.data, "train", session.plan.left_out.tolist()),
         versions=versions(),
         processes=world.size,
@@ -93,22 +106,11 @@ def test_and_write_result(
     return summary
 
 
-def _known(session: Session, row: Row) -> RowAnswers | None:
-    store, run_uri = session.stores.default, session.run_spec.run_uri
-    return session.world.on_main(lambda: runfiles.read_row(store, run_uri, row))
-
-
-def _write(session: Session, answers: RowAnswers) -> RowAnswers:
-    store, run_uri = session.stores.default, session.run_spec.run_uri
-    session.world.on_main(lambda: runfiles.write_row(store, run_uri, answers))
-    return answers
-
-
 def _test(session: Session, row: Row) -> RowAnswers:
     """Answer the test prompts as they are."""
     began = time.monotonic()
     results = session.evaluator.sets("test", session.metrics_of_sets("test"))
-    return _row(session, row, [_set_answers(r) for r in results], began)
+    return _write(session, row, [_set_answers(r) for r in results], began)
 
 
 def _set_answers(found: SetResult) -> SetAnswers:
@@ -122,24 +124,32 @@ def _set_answers(found: SetResult) -> SetAnswers:
     )
 
 
-def _asked(session: Session, model: RowModel, promptings: Sequence[Prompting]) -> list[RowAnswers]:
+def _ask(
+    session: Session,
+    model: RowModel,
+    promptings: Sequence[Prompting],
+    known: Collection[str] = (),
+) -> list[Row]:
     """Answer the questions that prepare has made, row by row.
+
+    Args:
+        known: keys of rows that are answered already.
 
     Raises:
         Interrupted: on all ranks, before a row, if a stop was requested on any rank.
     """
     rows = []
+    stop_requested = session.evaluator.stop_requested or (lambda: False)
     for prompting in promptings:
         row = Row(model=model, prompt=prompting.prompt, draw=prompting.draw)
-        stop_requested = session.evaluator.stop_requested
-        if stop_requested and any(session.world.on_all(stop_requested)):
-            raise Interrupted("Interrupted", f"stopped on request, before row {row.key}")
-        known = _known(session, row)
-        rows.append(known or _write(session, _answer(session, row, session.questions[prompting])))
+        rows.append(row)
+        if row.key not in known:
+            raise_if_stopping(session.world, stop_requested, f"before row {row.key}")
+            _answer(session, row, session.questions[prompting])
     return rows
 
 
-def _answer(session: Session, row: Row, questions: Sequence[Question]) -> RowAnswers:
+def _answer(session: Session, row: Row, questions: Sequence[Question]) -> None:
     began = time.monotonic()
     answers = session.evaluator.generate([question.ids for question in questions])
     sets = []
@@ -154,9 +164,12 @@ def _answer(session: Session, row: Row, questions: Sequence[Question]) -> RowAns
                     tokens=[answers[i].tokens for i in of_set],
                 )
             )
-    return _row(session, row, sets, began)
+    _write(session, row, sets, began)
 
 
-def _row(session: Session, row: Row, sets: list[SetAnswers], began: float) -> RowAnswers:
+def _write(session: Session, row: Row, sets: list[SetAnswers], began: float) -> RowAnswers:
     seconds = (time.monotonic() - began) * session.world.size
-    return RowAnswers(row=row, sets=sets, process_seconds=round(seconds, 3))
+    answers = RowAnswers(row=row, sets=sets, process_seconds=round(seconds, 3))
+    store, run_uri = session.stores.default, session.run_spec.run_uri
+    session.world.on_main(lambda: runfiles.write_row(store, run_uri, answers))
+    return answers

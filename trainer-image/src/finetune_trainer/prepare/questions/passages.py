@@ -29,18 +29,21 @@ class Retriever:
         self._passages = passages
         self._tokenize: Any = bm25s.tokenize
         self._index = bm25s.BM25()
-        self._index.index(self._tokenize(list(passages), show_progress=False), show_progress=False)
+        self._index.index(self._words(passages), show_progress=False)
 
     def find(self, texts: Sequence[str], top: int) -> list[list[str]]:
         """Return the best passages for each text, best first, without those that share no word
         with the text."""
         top = min(top, len(self._passages))
-        asked = self._tokenize(list(texts), show_progress=False)
-        numbers, scores = self._index.retrieve(asked, k=top, show_progress=False)
+        numbers, scores = self._index.retrieve(self._words(texts), k=top, show_progress=False)
         return [
             [self._passages[number] for number, score in zip(*row, strict=True) if score > 0]
             for row in zip(numbers.tolist(), scores.tolist(), strict=True)
         ]
+
+    def _words(self, texts: Sequence[str]) -> Any:
+        # Without the package's English stop words: BM25 weighs frequent words of any language down.
+        return self._tokenize(list(texts), stopwords=None, show_progress=False)
 
 
 def read_passages(spec: Passages, stores: Stores) -> list[str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ from finetune_trainer.prepare.questions.examples import Ids, Pool
 from finetune_trainer.prepare.questions.joining import Joint
 from finetune_trainer.prepare.questions.passages import Retriever, read_passages, shown
 from finetune_trainer.prepare.rendering.chat import ChatTemplate
-from finetune_trainer.prepare.rendering.limits import limited_work
+from finetune_trainer.prepare.rendering.limits import LimitExceeded, limited_work, too_costly
 from finetune_trainer.prepare.tokenizing.tokens import Model
 from finetune_trainer.prepared.dataset import AnsweredPrompt, PreparedData, Reference
 from finetune_trainer.prepared.questions import (
@@ -85,33 +86,48 @@ def make_questions(
 
     Raises:
         UserError: 'QuestionsDoNotFit', what the spec asks for does not fit into the model's
-            context, or there are not enough examples; 'PassagesWithoutPrompts'; 'NoObjects'.
+            context, or there are not enough examples; 'NothingToAsk'; 'NoObjects';
+            'TemplateTooCostly'.
         DataError: from ``read_passages``; 'TemplateFailed', the chat template takes no system turn.
     """
     asked = _test_sets(spec, data, model) if spec.kind.generates else []
-    if spec.evaluation.passages is not None and not asked:
+    wanted = [preface.field for preface in _prefaces(spec) if preface.field]
+    wanted += ["spec.evaluation.passages"] if spec.evaluation.passages is not None else []
+    if wanted and not asked:
         raise UserError(
-            "PassagesWithoutPrompts",
-            "spec.evaluation.passages: no test set has answers that are measured, to prompts in"
-            " front of which passages could stand; remove the field, or give a test set with"
-            " prompts (data.test or data.split.test)",
+            "NothingToAsk",
+            f"{wanted[0]}: no test set has answers that are measured, to prompts in front of which"
+            " examples, an instruction or passages could stand; remove the field, or give a test"
+            " set with prompts (data.test or data.split.test), with a metric of answers in"
+            " spec.evaluation.metrics",
         )
     found: Questions = {}
     room = (model.positions or _ROOM) - data.manifest.answer_tokens(spec.evaluation.max_new_tokens)
-    with limited_work():  # chat templates are untrusted
-        for preface in _prefaces(spec):
-            made = [_asked(spec, data, each, preface, room) for each in asked]
-            for draws in made:
-                for prompting, questions in draws.items():
-                    found.setdefault(prompting, []).extend(questions)
-        if spec.evaluation.passages is not None:
-            retriever = Retriever(read_passages(spec.evaluation.passages, stores))
-            for each in asked:
-                retrieval = Prompting(RETRIEVAL, tuned=True)
-                found.setdefault(retrieval, []).extend(
-                    _with_passages(each, retriever, spec.evaluation.passages.top, room)
-                )
+    for preface in _prefaces(spec):
+        for each in asked:
+            for prompting, questions in _asked(spec, data, each, preface, room).items():
+                found.setdefault(prompting, []).extend(questions)
+    if spec.evaluation.passages is not None:
+        retriever = Retriever(read_passages(spec.evaluation.passages, stores))
+        top = spec.evaluation.passages.top
+        found[Prompting(RETRIEVAL, tuned=True)] = [
+            question for each in asked for question in _with_passages(each, retriever, top, room)
+        ]
     return found
+
+
+def _system_turn(chat: ChatTemplate, text: str) -> str:
+    """Render a system turn; chat templates are untrusted.
+
+    Raises:
+        UserError: 'TemplateTooCostly'.
+        DataError: 'TemplateFailed'.
+    """
+    try:
+        with limited_work():
+            return chat.system_turn(text)
+    except LimitExceeded as error:
+        raise too_costly("a system turn", str(error)) from None
 
 
 def _prefaces(spec: FineTuneJobSpec) -> list[Preface]:
@@ -140,7 +156,7 @@ def _test_sets(spec: FineTuneJobSpec, data: PreparedData, model: Model) -> list[
         chat = ChatTemplate(model.tokenizer, model.source) if form == "Messages" else None
         joint = Joint(
             encode=lambda text: model.tokenizer.encode(text, add_special_tokens=False),
-            system=chat.system_turn if chat else None,
+            system=partial(_system_turn, chat) if chat else None,
             bos_id=model.tokens.bos_id,
             stops={*data.manifest.stop_token_ids, model.tokenizer.eos_token_id},
         )
