@@ -104,7 +104,10 @@ def test_an_operator_that_is_killed_after_each_of_its_writes(
         eventually("a process that has nothing to write", lambda: settled(process), within=60)
     kinds = Counter(path.rpartition("/")[2].split("-")[0] for path in killed)
     print(f"killed {len(killed)} times: {dict(kinds)}")
-    assert len(killed) >= 10, killed
+    # How often status is written depends on how fast a process comes back. The run spec and the
+    # network policy are made side by side: one of them may be on its way as the process dies.
+    made = {"services": 1, "jobs": 3}
+    assert made.items() <= kinds.items() and kinds["status"], killed
     nothing_was_made_twice(job)
 
 
