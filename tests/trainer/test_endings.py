@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from finetune_api.results import DataSetScores, TrainSummary
+from finetune_api.evaluation_results import DataSetScores
+from finetune_api.results import TrainSummary
 from finetune_trainer.failures import (
     GANG_GROWS,
     PEER_LOST,

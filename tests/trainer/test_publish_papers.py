@@ -15,20 +15,16 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_api.results import (
-    Ancestor,
+from finetune_api.evaluation_results import (
     Comparison,
     DataSetScores,
     Estimate,
     EvaluationResult,
-    PreparedSummary,
     Recommendation,
     SetTable,
-    StagePlan,
-    Startup,
     TableRow,
-    TrainSummary,
 )
+from finetune_api.results import Ancestor, PreparedSummary, StagePlan, Startup, TrainSummary
 from finetune_api.run_spec import CONTRACT_VERSION, JobIdentity, RunSpec, TunedBase
 from finetune_api.sources import ModelLocation
 from finetune_api.spec import parse_spec

@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from finetune_api.results import TrainSummary
+from finetune_api.results import (TrainSummary)
 from finetune_trainer.supervise import worker_files
 from finetune_trainer.failures import Interrupted, exit_code, failure_of
 from finetune_trainer.train.startup import StartupClock

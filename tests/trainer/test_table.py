@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import pytest
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from finetune_api.results import SetTable
+from finetune_api.evaluation_results import AS_IS, TUNED, Row, RowModel, SetTable
 from finetune_trainer.evaluate.paired import Ratio, estimate, holm
 from finetune_trainer.evaluate.recommendation import recommend
 from finetune_trainer.evaluate.table import Answered, RowOutcome, adjusted, rows_of, table_of
@@ -23,7 +24,9 @@ def row(name: str, right: float, samples: int = SAMPLES, seed: int = 0) -> Answe
     """A row that answers a share of the samples rightly."""
     random = np.random.default_rng(seed)
     answers = ["yes" if random.random() < right else "no" for _ in range(samples)]
-    return Answered(name, range(samples), answers, tokens=[2] * samples)
+    model, _, prompt = name.partition(" ")
+    asked = Row(model=cast("RowModel", model), prompt=prompt or AS_IS)
+    return Answered(asked, range(samples), answers, tokens=[2] * samples)
 
 
 def rows(*answered: Answered) -> list[RowOutcome]:
@@ -31,7 +34,7 @@ def rows(*answered: Answered) -> list[RowOutcome]:
 
 
 def table(made: Sequence[RowOutcome]) -> SetTable:
-    return table_of("set", made, "Tuned", ["Accuracy"], 2.0)
+    return table_of("set", made, TUNED, ["Accuracy"], 2.0)
 
 
 def test_draws_are_one_row_with_their_spread() -> None:

@@ -334,6 +334,9 @@ FieldName = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 Count = Annotated[int, Field(ge=1, le=2_147_483_647)]
 """A whole number of at least 1."""
 
+NonNegativeCount = Annotated[int, Field(ge=0, le=2**53)]
+"""A whole number in a report, bounded to what status can hold."""
+
 
 class InvalidSpec(ValueError):
     """An invalid manifest; ``problems`` has one line per problem, path first."""

@@ -10,7 +10,9 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
+from finetune_api.base import NonNegativeCount as Count
 from finetune_api.base import Record, Uri, Word
+from finetune_api.evaluation_results import DataSetScores
 from finetune_api.names import Role
 from finetune_api.time_use import TimeUse
 
@@ -19,7 +21,6 @@ TERMINATION_LIMIT: Final = 4096
 
 
 # Bounds of what status can hold: the image of a pod may be the user's own, and report anything.
-Count = Annotated[int, Field(ge=0, le=2**53)]
 Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 
 StartupPart = Literal[
@@ -187,151 +188,6 @@ class PreparedSummary(Record):
     """Stages of the training, if data.stages is given."""
     memory: MemoryEstimate | None = None
     """Memory estimate of the training."""
-
-
-Metrics = Annotated[dict[Word, float], Field(max_length=64)]
-"""Metric name (as in the spec) to value; Bleu and ChrF are from 0 to 100 and Rouge from 0 to 1, as
-in their packages."""
-
-
-RowModel = Literal["Base", "Tuned"]
-
-
-class Row(Record):
-    """A row of the results: a model, and how the test prompts are put to it."""
-
-    model: RowModel
-    """The model."""
-    prompt: str = "0-shot"
-    """0-shot: the test prompts as they are; 4-shot: behind four examples; retrieval: behind
-    passages; or the name of a prompt in evaluation.baselines."""
-    draw: Count = 0
-    """Which draw of the examples, from 0."""
-
-    @property
-    def key(self) -> str:
-        """Name for files: ``base-4-shot-1``."""
-        return f"{self.model.lower()}-{self.prompt}-{self.draw}"
-
-    @property
-    def name(self) -> str:
-        """Name for people, without the draw: ``Base``, ``Base 4-shot``."""
-        return self.model if self.prompt == "0-shot" else f"{self.model} {self.prompt}"
-
-
-Verdict = Literal["Better", "Worse", "NotBetter", "TooFewSamples"]
-"""Of a comparison: Better and Worse are significant; NotBetter: a gain that matters
-(evaluation.minEffect) is ruled out; TooFewSamples: the samples decide nothing."""
-ComparisonTest = Literal["McNemar", "SignFlip", "PairedT", "PairedBootstrap"]
-
-
-class Comparison(Record):
-    """Comparison of the tuned with the base model by one metric, over the same samples."""
-
-    effect: float
-    """Value of the tuned model minus that of the base model."""
-    low: float
-    """Lower end of its 95 % confidence interval."""
-    high: float
-    """Upper end."""
-    p: Annotated[float, Field(ge=0, le=1)]
-    """Of no difference, two-sided."""
-    test: Word
-    """``ComparisonTest`` that gave p."""
-    verdict: Word
-    """``Verdict``: what the samples allow to say; a trainer of another release may know more."""
-    detectable: float = 0.0
-    """Smallest difference that these samples would show with a probability of 80 %."""
-    needed_samples: Count | None = None
-    """Samples that would show a gain of evaluation.minEffect, if these are too few."""
-    p_adjusted: Annotated[float, Field(ge=0, le=1)] | None = None
-    """p after Holm (1979), over all comparisons of the results: for whoever claims the best of
-    them."""
-
-
-class Estimate(Record):
-    """A metric of one row, with its 95 % confidence interval."""
-
-    value: float
-    """Value of the metric; with several draws, over all of them."""
-    low: float | None = None
-    """Lower end; None: not known."""
-    high: float | None = None
-    """Upper end."""
-    lowest: float | None = None
-    """Value of the worst draw, if there are several."""
-    highest: float | None = None
-    """Value of the best draw."""
-
-
-class TableRow(Record):
-    """Results of one row on one test set."""
-
-    row: Word
-    """Name: Base, Base 4-shot, Base retrieval, Tuned."""
-    samples: Count
-    """Samples answered."""
-    draws: Count = 1
-    """Draws of the examples."""
-    metrics: dict[Word, Estimate]
-    """Metrics."""
-    comparisons: dict[Word, Comparison] = {}
-    """The tuned model, with the test prompts as they are, against this row, by metric, over this
-    row's samples."""
-    tokens_per_answer: float | None = None
-    """Mean number of generated tokens."""
-    process_seconds: float = 0.0
-    """Time for this row and this set, over all processes; of a GPU run, GPU-seconds."""
-
-
-Action = Literal["Tune", "Prompt", "Retrieve", "TuneAndRetrieve", "Neither"]
-
-
-class Recommendation(Record):
-    """What the results of a test set recommend."""
-
-    action: Action
-    """The cheapest way whose answers are not significantly worse than the best: Neither (the base
-    model as it is), Prompt, Retrieve, Tune, TuneAndRetrieve."""
-    row: Word
-    """Row that answers so."""
-    metric: Word
-    """Metric that was compared."""
-    because: str
-    """The figures, in words."""
-
-
-class SetTable(Record):
-    """Results of all rows on one test set."""
-
-    name: Word
-    """Name of the set."""
-    rows: list[TableRow]
-    """Rows, cheapest first."""
-    recommendation: Recommendation | None = None
-    """None: no row but the base and the tuned model's loss."""
-
-
-class EvaluationResult(Record):
-    """Results of a run on its test sets."""
-
-    sets: list[SetTable]
-    """One for each test set."""
-
-
-class DataSetScores(Record):
-    """Test metrics of one data set."""
-
-    name: Word
-    """Name of the set."""
-    samples: Count
-    """Samples measured."""
-    base: Metrics
-    """Metrics of the base model."""
-    tuned: Metrics
-    """Metrics of the tuned model."""
-    comparisons: Annotated[dict[Word, Comparison], Field(max_length=64)] = {}
-    """The tuned model against the base model, by metric."""
 
 
 class TrainSummary(Record):

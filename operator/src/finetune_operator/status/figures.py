@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from finetune_api.results import (
-    DataSetScores,
-    PreparedSummary,
-    Progress,
-    PublishSummary,
-    TrainSummary,
-)
+from finetune_api.evaluation_results import DataSetScores
+from finetune_api.results import PreparedSummary, Progress, PublishSummary, TrainSummary
 from finetune_api.status import (
     DataSetLoss,
     MetricValue,

@@ -9,7 +9,7 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from finetune_api.results import Comparison
+from finetune_api.evaluation_results import Comparison
 from finetune_api.tasks import METRICS, Metric
 from finetune_trainer.evaluate.paired import MacroScore, Ratio, Scale, Score, SummedScore, compare
 from finetune_trainer.evaluate.scores import (

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from finetune_api.results import Metrics
+from finetune_api.evaluation_results import Metrics
 from finetune_api.tasks import Metric, metrics_from
 from finetune_trainer.engine.loss import evaluating, micro_batch_losses
 from finetune_trainer.engine.packing.feed import MicroBatch, MicroBatchBuilder

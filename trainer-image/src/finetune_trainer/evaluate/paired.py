@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from finetune_api.results import Comparison, ComparisonTest, Verdict
+from finetune_api.evaluation_results import Comparison, ComparisonTest, Verdict
 
 ALPHA: Final = 0.05
 """Two-sided level of every test; intervals have the confidence 1 - ALPHA."""

@@ -10,7 +10,14 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
-from finetune_api.results import Action, Comparison, Recommendation
+from finetune_api.evaluation_results import (
+    AS_IS,
+    RETRIEVAL,
+    Action,
+    Comparison,
+    Recommendation,
+    Row,
+)
 from finetune_api.tasks import METRICS, Metric
 from finetune_trainer.evaluate.comparisons import score_of
 from finetune_trainer.evaluate.paired import value_of
@@ -44,7 +51,7 @@ def recommend(
     sign = 1 if METRICS[metric].higher_is_better else -1
     ways: dict[Action, tuple[RowOutcome, float]] = {}
     for row, value in valued:
-        action = _action(row.name)
+        action = _action(row.row)
         if value is not None and (action not in ways or sign * value > sign * ways[action][1]):
             ways[action] = row, value
     if len(ways) < 2:
@@ -61,18 +68,19 @@ def recommend(
                 continue
         return Recommendation(
             action=action,
-            row=row.name,
+            row=row.row.name,
             metric=metric,
             because=_because(action, metric, ways, row, best[0], compared),
         )
     return None
 
 
-def _action(row: str) -> Action:
-    model, _, prompt = row.partition(" ")
-    if model == "Tuned":
-        return "TuneAndRetrieve" if prompt == "retrieval" else "Tune"
-    return "Neither" if not prompt else "Retrieve" if prompt == "retrieval" else "Prompt"
+def _action(row: Row) -> Action:
+    if row.model == "Tuned":
+        return "TuneAndRetrieve" if row.prompt == RETRIEVAL else "Tune"
+    if row.prompt == AS_IS:
+        return "Neither"
+    return "Retrieve" if row.prompt == RETRIEVAL else "Prompt"
 
 
 def _value(row: RowOutcome, metric: Metric) -> float | None:
@@ -89,12 +97,13 @@ def _because(
     best: RowOutcome,
     compared: Comparison | None,
 ) -> str:
-    figures = ", ".join(f"{row.name} {_shown(metric, value)}" for row, value in ways.values())
+    figures = ", ".join(f"{row.row.name} {_shown(metric, value)}" for row, value in ways.values())
     text = f"{_WORDS[action]}. {metric}: {figures}"
     if compared is not None:
         text += (
-            f". {best.name} is ahead of {chosen.name} by {_shown(metric, abs(compared.effect))},"
-            f" which is within the noise (p {compared.p:.2g}) or matters too little"
+            f". {best.row.name} is ahead of {chosen.row.name} by"
+            f" {_shown(metric, abs(compared.effect))}, which is within the noise"
+            f" (p {compared.p:.2g}) or matters too little"
         )
     return text
 

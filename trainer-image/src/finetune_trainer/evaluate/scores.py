@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
-from finetune_api.results import Metrics
+from finetune_api.evaluation_results import Metrics
 from finetune_api.tasks import METRICS, Metric, metrics_from
 from finetune_trainer.prepared.dataset import Reference
 

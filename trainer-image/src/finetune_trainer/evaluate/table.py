@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from finetune_api.results import Comparison, Estimate, Metrics, SetTable, TableRow
+from finetune_api.evaluation_results import Comparison, Estimate, Metrics, Row, SetTable, TableRow
 from finetune_api.tasks import Metric
 from finetune_trainer.evaluate.comparisons import Outcome, compare_outcomes, score_of
 from finetune_trainer.evaluate.paired import estimate, holm, value_of
@@ -33,8 +33,8 @@ _NONE: Final = np.zeros(0)
 class Answered:
     """Answers of one row to one test set, of one draw."""
 
-    row: str
-    """Name of the row, equal for its draws."""
+    row: Row
+    """Which row and draw."""
     samples: Sequence[int]
     """Numbers of the answered samples in the set, ascending."""
     answers: Sequence[str]
@@ -58,7 +58,8 @@ class RowOutcome:
     references: Sequence[Reference]
 
     @property
-    def name(self) -> str:
+    def row(self) -> Row:
+        """The row, of its first draw."""
         return self.draws[0].row
 
     @property
@@ -87,13 +88,15 @@ def rows_of(answered: Iterable[Answered], references: Sequence[Reference]) -> li
     Args:
         references: of the first samples of the set, as many as any row has answered.
     """
-    return [RowOutcome(list(draws), references) for _, draws in groupby(answered, lambda a: a.row)]
+    return [
+        RowOutcome(list(draws), references) for _, draws in groupby(answered, lambda a: a.row.name)
+    ]
 
 
 def table_of(
     name: str,
     rows: Sequence[RowOutcome],
-    tuned: str,
+    tuned: Row,
     metrics: Sequence[Metric],
     min_points: float,
 ) -> SetTable:
@@ -102,11 +105,11 @@ def table_of(
     Args:
         name: of the set.
         rows: in the order of the table.
-        tuned: name of the row that is compared with the others.
+        tuned: row that is compared with the others.
         metrics: of the table.
         min_points: see ``compare_outcomes``.
     """
-    against = next(row for row in rows if row.name == tuned)
+    against = next(row for row in rows if row.row == tuned)
     return SetTable(name=name, rows=[_row(row, against, metrics, min_points) for row in rows])
 
 
@@ -115,7 +118,7 @@ def _row(
 ) -> TableRow:
     tokens = [count for draw in row.draws for count in draw.tokens]
     return TableRow(
-        row=row.name,
+        row=row.row.name,
         samples=len(row.samples) or len(row.draws[0].losses),
         draws=len(row.draws),
         metrics=_estimates(row, metrics),

@@ -26,9 +26,6 @@ _SCHEMA: Final = pa.schema(
     ]
 )
 
-RETRIEVAL: Final = "retrieval"
-"""Name of the test prompts behind retrieved passages."""
-
 
 def few_shot(shots: int) -> str:
     """Name of the test prompts behind some examples."""

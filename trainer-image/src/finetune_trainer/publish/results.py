@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from finetune_api.results import DataSetScores, EvaluationResult, SetTable
+from finetune_api.evaluation_results import TUNED, DataSetScores, EvaluationResult, SetTable
 from finetune_api.run_spec import RunSpec
 from finetune_api.tasks import METRICS
 from finetune_trainer.evaluate.recommendation import recommend
@@ -47,7 +47,7 @@ def results_of(
         most = max(len(each.samples) for each in answered)
         references = data.references("test", positions[:most].tolist())
         outcomes = rows_of(answered, references)
-        table = table_of(scores.name, outcomes, "Tuned", metrics, points)
+        table = table_of(scores.name, outcomes, TUNED, metrics, points)
         found = recommend(outcomes, metrics, points)
         tables.append(table.model_copy(update={"recommendation": found}))
         examples[scores.name] = _examples(answered, references)
@@ -58,7 +58,7 @@ def _answered(found: RowAnswers, of_set: SetAnswers, positions: np.ndarray) -> A
     asked = sum(len(each.answers) for each in found.sets)
     share = len(of_set.answers) / asked if asked else 1 / len(found.sets)
     return Answered(
-        row=found.row.name,
+        row=found.row,
         samples=np.searchsorted(positions, of_set.positions).tolist()
         if of_set.positions
         else range(len(of_set.answers)),
@@ -76,7 +76,7 @@ def _examples(answered: Sequence[Answered], references: Sequence[Reference]) -> 
     for row in answered:
         for number, answer in zip(row.samples, row.answers, strict=True):
             if number < len(said):
-                said[number].setdefault(row.row, answer)
+                said[number].setdefault(row.row.name, answer)
     return [
         Example(prompt=r.prompt, reference=r.completion, answers=answers)
         for r, answers in zip(references, said, strict=False)

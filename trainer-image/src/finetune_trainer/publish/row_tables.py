@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from finetune_api.results import EvaluationResult, Recommendation, TableRow
+from finetune_api.evaluation_results import EvaluationResult, Recommendation, TableRow
 from finetune_trainer.evaluate.recommendation import PRIMARY
 from finetune_trainer.publish.run_facts import About, Score, by_set
 

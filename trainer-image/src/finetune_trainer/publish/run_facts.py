@@ -10,16 +10,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final, cast
 
+from finetune_api.evaluation_results import Comparison, DataSetScores, Estimate, EvaluationResult
 from finetune_api.methods import Method
 from finetune_api.optimizers import Anchor
-from finetune_api.results import (
-    Comparison,
-    DataSetScores,
-    Estimate,
-    EvaluationResult,
-    PreparedSummary,
-    TrainSummary,
-)
+from finetune_api.results import PreparedSummary, TrainSummary
 from finetune_api.run_spec import RunSpec
 from finetune_api.sources import ModelLocation
 from finetune_api.spec import FineTuneJobSpec

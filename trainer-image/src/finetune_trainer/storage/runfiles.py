@@ -12,14 +12,8 @@ import json
 from pydantic import Field
 
 from finetune_api.base import Record
-from finetune_api.results import (
-    Ancestor,
-    EvaluationResult,
-    Metrics,
-    PreparedSummary,
-    Row,
-    TrainSummary,
-)
+from finetune_api.evaluation_results import EvaluationResult, Metrics, Row
+from finetune_api.results import Ancestor, PreparedSummary, TrainSummary
 from finetune_trainer.storage.objects import ObjectStore
 
 

@@ -13,7 +13,8 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from finetune_api.results import DataSetScores, Metrics, Row, RowModel, TrainSummary
+from finetune_api.evaluation_results import BASE, TUNED, DataSetScores, Metrics, Row, RowModel
+from finetune_api.results import TrainSummary
 from finetune_trainer.evaluate.measure import SetResult
 from finetune_trainer.prepared.origins import origins_of
 from finetune_trainer.prepared.questions import Prompting, Question
@@ -22,9 +23,6 @@ from finetune_trainer.storage.runfiles import RowAnswers, RunResult, SetAnswers
 from finetune_trainer.train.session import Session, versions
 from finetune_trainer.train.state import LoopState
 from finetune_trainer.train.stopping import raise_if_stopping
-
-BASE = Row(model="Base")
-TUNED = Row(model="Tuned")
 
 
 @dataclass(frozen=True)

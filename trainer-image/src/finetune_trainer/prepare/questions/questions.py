@@ -18,6 +18,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from finetune_api.evaluation_results import RETRIEVAL
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.evaluate.metric_selection import metrics_for
 from finetune_trainer.evaluate.scores import GENERATED
@@ -30,7 +31,6 @@ from finetune_trainer.prepare.rendering.limits import LimitExceeded, limited_wor
 from finetune_trainer.prepare.tokenizing.tokens import Model
 from finetune_trainer.prepared.dataset import AnsweredPrompt, PreparedData, Reference
 from finetune_trainer.prepared.questions import (
-    RETRIEVAL,
     Prompting,
     Question,
     Questions,
