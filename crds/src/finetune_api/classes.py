@@ -37,6 +37,7 @@ FIELD_CLASSES: Final[dict[str, FieldClass]] = {
     "data.train.storage.secretRef": "Resume",
     "data.validation.storage.secretRef": "Resume",
     "data.test.storage.secretRef": "Resume",
+    "data.retention.storage.secretRef": "Resume",
     "method": "NewRun",
     "training": "NewRun",
     "training.microBatchTokens": "Resume",

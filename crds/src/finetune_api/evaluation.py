@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+import json
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from finetune_api.base import Count, DecimalString, DnsLabel, Model, Rule, Text, is_zero
+from finetune_api.gates import Gate, GateRow
 from finetune_api.sources import DataUri, StorageAccess
-from finetune_api.tasks import Metric
+from finetune_api.tasks import DEFAULT_METRICS, Metric
 
 
 class BaselinePrompt(Model):
@@ -71,6 +74,15 @@ class Passages(Model):
     """Number of passages in front of each test prompt, best first."""
 
 
+def _gate_rule(row: GateRow, cel: str, why: str, holds: Callable[[Any], bool]) -> Rule:
+    return Rule(
+        f"!has(self.gates) || !self.gates.exists(g, has(g.row) && g.row == '{row}') || ({cel})",
+        f"a gate against {row} needs that row: {why}",
+        lambda e: not any(g.row == row for g in e.gates) or holds(e),
+        ("gates[].row",),
+    )
+
+
 class Evaluation(Model):
     """Evaluation on validation and test sets."""
 
@@ -95,6 +107,9 @@ class Evaluation(Model):
     passages: Passages | None = None
     """Passages that are retrieved for the test prompts, by BM25. Base and tuned model also answer
     with them."""
+    gates: Annotated[list[Gate], Field(max_length=32)] = []
+    """Conditions that the results must meet. A run that misses one is Complete with the condition
+    Evaluated=False, which says by how much."""
     max_new_tokens: Annotated[int, Field(ge=1, le=65536)] | None = None
     """Maximum length of a generated answer, in tokens. Absent: the longest completion of the
     training set, but at most 512."""
@@ -105,5 +120,28 @@ class Evaluation(Model):
             "minEffect is the smallest gain that matters: give a number above 0",
             lambda e: float(e.min_effect) > 0,
             ("minEffect",),
+        ),
+        Rule(
+            "!has(self.gates) || (has(self.metrics)"
+            " ? self.gates.all(g, g.metric in self.metrics)"
+            f" : self.gates.all(g, g.metric in {json.dumps(DEFAULT_METRICS)}))",
+            "a gate needs a metric that is measured: name it in evaluation.metrics, too",
+            lambda e: all(g.metric in (e.metrics or DEFAULT_METRICS) for g in e.gates),
+            ("gates[].metric",),
+        ),
+        _gate_rule(
+            "FewShot",
+            "!has(self.baselines.shots) || self.baselines.shots.size() > 0",
+            "baselines.shots is empty",
+            lambda e: e.baselines.shots != [],
+        ),
+        _gate_rule(
+            "Prompt",
+            "has(self.baselines.prompts) && self.baselines.prompts.size() > 0",
+            "give baselines.prompts",
+            lambda e: bool(e.baselines.prompts),
+        ),
+        _gate_rule(
+            "Retrieval", "has(self.passages)", "give passages", lambda e: e.passages is not None
         ),
     )

@@ -136,10 +136,12 @@ class SetTable(Record):
 
     name: Word
     """Name of the set."""
+    retention: bool = False
+    """Whether it is a set of data.retention: a change is forgetting, or transfer."""
     rows: list[TableRow]
     """Rows, cheapest first."""
     recommendation: Recommendation | None = None
-    """None: no row but the base and the tuned model's loss."""
+    """None: a retention set, or no row but the base and the tuned model's loss."""
 
 
 class EvaluationResult(Record):

@@ -81,12 +81,11 @@ class RunSpec(Model):
     @cached_property
     def storage_profiles(self) -> tuple[StorageAccess, ...]:
         """The distinct storage access settings of this run; index 0 is ``spec.storage``."""
-        data = self.spec.data
         given = [self.spec.model.storage]
         if self.base is not None:
             given.append(self.base.storage)
             given.append(self.base.beneath.storage if self.base.beneath else None)
-        given += [s.storage for s in [*data.train, *(data.validation or []), *(data.test or [])]]
+        given += [source.storage for source in self.spec.data.sources()]
         profiles = [plain_access(self.spec.storage)]
         for access in given:
             if access is not None and plain_access(access) not in profiles:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Final, Literal, get_args
 
 from pydantic import Field
 
@@ -335,6 +336,10 @@ def _names_differ(field: str, why: str = "each set has its own metrics") -> Rule
     )
 
 
+def _given_names(sources: Sequence[DataSource] | None) -> set[str]:
+    return {source.name for source in sources or () if source.name is not None}
+
+
 def _no_weights(field: str) -> Rule:
     return Rule(
         f"!has(self.{field}) || self.{field}.all(s, !has(s.weight))",
@@ -353,8 +358,14 @@ def _no_replay(field: str) -> Rule:
     )
 
 
+DataList = Literal["train", "validation", "test", "retention"]
+DATA_LISTS: Final[tuple[DataList, ...]] = get_args(DataList)
+"""The lists of data sources in ``spec.data``."""
+_EVALUATED: Final = DATA_LISTS[1:]
+
+
 class Data(Model):
-    """Training, validation and test data."""
+    """Data to train on, and to evaluate on."""
 
     train: Annotated[list[DataSource], Field(min_length=1, max_length=64)]
     """Training sets. Several sets are mixed in proportion to their sizes, or to their weights."""
@@ -377,18 +388,33 @@ class Data(Model):
     """Sets evaluated during training, to select the best checkpoint and for early stopping."""
     test: Annotated[list[DataSource], Field(min_length=1, max_length=16)] | None = None
     """Sets for the final test of the base model and the tuned model."""
+    retention: Annotated[list[DataSource], Field(min_length=1, max_length=16)] | None = None
+    """Sets of what the base model can do and the tuned model must not lose, measured as the test
+    sets are: general text, other tasks, instructions. Nothing is tuned for them, so a change of
+    their metrics is forgetting (or transfer). See evaluation.gates."""
     split: Split = Split()
     """Shares of the training records to hold out if validation or test sets are not given."""
     quality: Quality = Quality()
     """Handling of data quality problems."""
 
-    def names(self, field: Literal["train", "validation", "test"]) -> list[str]:
+    def sources(self) -> list[DataSource]:
+        """Return the sources of all lists."""
+        return [source for field in DATA_LISTS for source in getattr(self, field) or ()]
+
+    def names(self, field: DataList) -> list[str]:
         """Return the names of the sets of a list, in order."""
         sources: list[DataSource] = getattr(self, field) or []
         return [source.name or f"{field}-{i}" for i, source in enumerate(sources)]
 
     RULES: ClassVar[tuple[Rule, ...]] = (
-        *(_names_differ(field) for field in ("train", "validation", "test")),
+        *(_names_differ(field) for field in DATA_LISTS),
+        Rule(
+            "!has(self.retention) || !has(self.test) || self.retention.all(r, !has(r.name) ||"
+            " !self.test.exists(t, has(t.name) && t.name == r.name))",
+            "a name stands for a test set or a retention set: results are reported by name",
+            lambda d: not _given_names(d.retention) & _given_names(d.test),
+            ("retention[].name",),
+        ),
         _names_differ("stages", "results are reported by stage name"),
         Rule(
             "self.train.all(s, has(s.weight)) || self.train.all(s, !has(s.weight))",
@@ -413,8 +439,8 @@ class Data(Model):
             lambda d: d.mixing_temperature is None or all(s.weight is None for s in d.train),
             ("mixingTemperature", "train[].weight"),
         ),
-        *(_no_weights(field) for field in ("validation", "test")),
-        *(_no_replay(field) for field in ("validation", "test")),
+        *(_no_weights(field) for field in _EVALUATED),
+        *(_no_replay(field) for field in _EVALUATED),
         Rule(
             "!has(self.stages) || self.stages.all(s, !has(s.weights) || s.weights.all(w,"
             " self.train.exists(t, has(t.name) && t.name == w.name)))",

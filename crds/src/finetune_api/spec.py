@@ -24,6 +24,7 @@ from finetune_api.base import (
 )
 from finetune_api.cluster import Compute, FailurePolicy, Prepare, Scheduling
 from finetune_api.evaluation import Evaluation
+from finetune_api.gates import CurrentModel
 from finetune_api.methods import METHODS, Method, OutputFormat, methods_for
 from finetune_api.optimizers import (
     anchor_rules,
@@ -74,6 +75,9 @@ class Output(Model):
     """Adapter: only the weights added to the base model. Merged: a full model. Both: Adapter and
     Merged. Absent: Adapter if the method trains one, else Merged (Full, Partial). PromptTuning and
     PrefixTuning support Adapter only."""
+    current: CurrentModel | None = None
+    """Keep `<destination>/CURRENT.json`, which names the model in use: a run that passes its gates
+    and is not worse than the model there replaces it. Absent: the run leaves CURRENT.json alone."""
 
 
 _WHOLE: Final = [name for name, kind in METHODS.items() if not kind.shards]
@@ -176,6 +180,16 @@ class FineTuneJobSpec(Model):
             ("method.type", "compute.sharding"),
         ),
         *optimizer_rules(),
+        Rule(
+            "!has(self.evaluation.gates) || has(self.output.current)"
+            " || !self.evaluation.gates.exists(g, has(g.row) && g.row == 'Current')",
+            "a gate against Current needs the pointer to the current model: give output.current",
+            lambda s: (
+                s.output.current is not None
+                or not any(g.row == "Current" for g in s.evaluation.gates)
+            ),
+            ("evaluation.gates[].row",),
+        ),
         *anchor_rules(),
         Rule(
             "self.training.precision != 'FP8' || self.method.type == 'Full'",

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any
 
 from finetune_api.base import Rule, is_zero
 from finetune_api.methods import METHODS
+from finetune_api.sources import DATA_LISTS
 from finetune_api.tasks import TASKS, TaskName
-
-_LISTS: Final = ("train", "validation", "test")
 
 
 def task_rules() -> tuple[Rule, ...]:
@@ -43,13 +42,9 @@ def _rules(task: TaskName) -> list[Rule]:
             ("method.type",),
         ),
         rule(
-            " && ".join(f"(!has(self.data.{x}) || self.data.{x}.{fitting})" for x in _LISTS),
+            " && ".join(f"(!has(self.data.{x}) || self.data.{x}.{fitting})" for x in DATA_LISTS),
             f"needs data of format {', '.join(kind.formats)}",
-            lambda s: all(
-                source.format in (None, *kind.formats)
-                for field in _LISTS
-                for source in getattr(s.data, field) or ()
-            ),
+            lambda s: all(source.format in (None, *kind.formats) for source in s.data.sources()),
         ),
         rule(
             f"!has(self.evaluation.metrics) || self.evaluation.metrics.all(m, m in {metrics})",

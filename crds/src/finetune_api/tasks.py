@@ -56,6 +56,10 @@ METRICS: Final[dict[Metric, MetricKind]] = {
 }
 
 
+DEFAULT_METRICS: Final = tuple(name for name, kind in METRICS.items() if kind.default)
+"""Metrics that are measured without being requested, where a set has them."""
+
+
 def metrics_from(*sources: MetricSource) -> tuple[Metric, ...]:
     """Return the metrics that are computed from any of these sources."""
     return tuple(name for name, kind in METRICS.items() if kind.source in sources)

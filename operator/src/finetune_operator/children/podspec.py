@@ -252,11 +252,10 @@ def _storage_env(run_spec: RunSpec) -> Iterator[Json]:
 
 def claims(run_spec: RunSpec) -> list[str]:
     """Volume claims named by ``pvc://claim/path`` sources, sorted."""
-    data = run_spec.spec.data
     uris = [run_spec.base_model.source]
     if run_spec.base is not None and run_spec.base.beneath is not None:
         uris.append(run_spec.base.beneath.source)
-    uris += [s.source for s in [*data.train, *(data.validation or []), *(data.test or [])]]
+    uris += [source.source for source in run_spec.spec.data.sources()]
     return sorted({m[1] for u in uris if (m := re.match(r"pvc://([^/]+)", u))})
 
 

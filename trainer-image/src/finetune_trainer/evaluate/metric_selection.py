@@ -7,7 +7,7 @@ from typing import Final
 
 from finetune_api.sources import Format
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.tasks import METRICS, TASKS, Metric, MetricSource, TaskName
+from finetune_api.tasks import DEFAULT_METRICS, METRICS, TASKS, Metric, MetricSource, TaskName
 from finetune_trainer.failures import UserError
 
 _SUPPORTED: Final[dict[Format, tuple[MetricSource, ...]]] = {
@@ -28,8 +28,7 @@ def metrics_for(
     """Return the metrics of a data set of this format: those of ``requested`` that format and task
     support, in the same order; without ``requested``, the defaults of the format."""
     sources = (_DEFAULT if requested is None else _SUPPORTED).get(form, _PAIRS)
-    defaults = (name for name, kind in METRICS.items() if kind.default)
-    wanted = dict.fromkeys(defaults if requested is None else requested)
+    wanted = dict.fromkeys(DEFAULT_METRICS if requested is None else requested)
     task_metrics = TASKS[task].metrics
     return [m for m in wanted if METRICS[m].source in sources and m in task_metrics]
 

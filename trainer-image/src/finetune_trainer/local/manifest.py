@@ -21,12 +21,12 @@ import yaml
 from finetune_api.base import InvalidSpec, did_you_mean
 from finetune_api.names import API_VERSION, KIND
 from finetune_api.podtemplate import template_problems
+from finetune_api.sources import DATA_LISTS
 from finetune_api.spec import SELF_REFERENCE, FineTuneJobSpec, parse_spec, refers_to_itself
 
 _PATH: Final = re.compile(r"^(\.{1,2}/|/|~/|file://)")
 _NAME: Final = re.compile(r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$")
 _GLOB: Final = re.compile(r"[*?\[]")
-_DATA_LISTS: Final = ("train", "validation", "test")
 STDIN: Final = Path("-")
 """Path that stands for standard input."""
 
@@ -142,7 +142,7 @@ def _with_claims(
         spec["model"] = converted(spec["model"], "spec.model")
     if isinstance(spec.get("data"), dict):
         data = dict(spec["data"])
-        for name in _DATA_LISTS:
+        for name in DATA_LISTS:
             if isinstance(data.get(name), list):
                 data[name] = [
                     converted(source, f"spec.data.{name}[{i}]")

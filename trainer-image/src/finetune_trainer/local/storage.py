@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from finetune_api.names import SECRET_KEYS, storage_env
 from finetune_api.run_spec import RunSpec
+from finetune_api.sources import DATA_LISTS
 from finetune_api.spec import FineTuneJobSpec, parse_spec
 from finetune_trainer.local.state import StateFolder
 from finetune_trainer.storage.objects import split_uri
@@ -76,7 +77,7 @@ def reached_at(
     embedded server has no keys to encrypt with."""
     raw: dict[str, Any] = spec.to_json()
     blocks = [raw["storage"]]
-    sources = [raw["model"], *(s for part in ("train", "validation", "test")
+    sources = [raw["model"], *(s for part in DATA_LISTS
                                for s in raw["data"].get(part, ()))]  # fmt: skip
     blocks += [source["storage"] for source in sources if "storage" in source]
     for block in blocks:

@@ -279,9 +279,9 @@ def find_sources(spec: FineTuneJobSpec, stores: Stores) -> list[Source]:
     """
     data = spec.data
     found = []
-    for side, listed in zip(SIDES, (data.train, data.validation, data.test), strict=True):
+    for side in SIDES:
         names = data.names(side)
-        for name, source in zip(names, listed or (), strict=True):
+        for name, source in zip(names, getattr(data, side) or (), strict=True):
             if names.count(name) > 1:
                 raise UserError(
                     "DuplicateName",

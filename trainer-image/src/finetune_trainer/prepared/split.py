@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
-from finetune_api.sources import Data
+from finetune_api.sources import DATA_LISTS, Data, DataList
 
-Side = Literal["train", "validation", "test"]
-SIDES: Final[tuple[Side, ...]] = ("train", "validation", "test")
+Side = DataList
+SIDES: Final = DATA_LISTS
+HELD_OUT: Final[tuple[Side, ...]] = ("validation", "test")
+"""Sides whose samples must not be trained on."""
+TESTED: Final[tuple[Side, ...]] = ("test", "retention")
+"""Sides that base and tuned model are measured on at the end."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ def side_of(group: str, shares: Shares) -> Side:
 
 
 def shares_of(data: Data, side: Side) -> Shares | None:
-    """Return the held-out shares of a source: None for a validation or test source; a share is 0
+    """Return the held-out shares of a source: None for a source of another list; a share is 0
     where a set of its own is given."""
     if side != "train":
         return None

@@ -18,6 +18,7 @@ from finetune_api.results import TrainSummary
 from finetune_trainer.evaluate.measure import SetResult
 from finetune_trainer.prepared.origins import origins_of
 from finetune_trainer.prepared.questions import Prompting, Question
+from finetune_trainer.prepared.split import TESTED
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.runfiles import RowAnswers, RunResult, SetAnswers
 from finetune_trainer.train.session import Session, versions
@@ -70,7 +71,7 @@ def test_and_write_result(session: Session, state: LoopState, base: BaseResults)
         scores=[
             DataSetScores(
                 name=found.name,
-                samples=session.samples_of("test", found.name),
+                samples=len(found.losses),
                 base=base.metrics[found.name],
                 tuned=found.metrics,
             )
@@ -107,7 +108,11 @@ def test_and_write_result(session: Session, state: LoopState, base: BaseResults)
 def _test(session: Session, row: Row) -> RowAnswers:
     """Answer the test prompts as they are."""
     began = time.monotonic()
-    results = session.evaluator.sets("test", session.metrics_of_sets("test"))
+    results = [
+        result
+        for side in TESTED
+        for result in session.evaluator.sets(side, session.metrics_of_sets(side))
+    ]
     return _write(session, row, [_set_answers(r) for r in results], began)
 
 

@@ -46,7 +46,7 @@ from finetune_trainer.evaluate.metric_selection import metrics_for
 from finetune_trainer.evaluate.scores import GENERATED
 from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.prepared.questions import Questions, read_questions
-from finetune_trainer.prepared.split import Side
+from finetune_trainer.prepared.split import SIDES, Side
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.objects import Stores
 from finetune_trainer.train.checkpoint import CheckpointManager
@@ -106,11 +106,6 @@ class Session:
     def recorder(self) -> TimeRecorder:
         """Measures what the attempt spends its time on."""
         return self.checkpointer.recorder
-
-    def samples_of(self, split: Side, name: str) -> int:
-        """Number of samples of a set."""
-        sets = self.data.manifest.sets
-        return next(s.samples for s in sets if (s.split, s.name) == (split, name))
 
     def metrics_of_sets(self, split: Side, only: Sequence[Metric] = ()) -> dict[str, list[Metric]]:
         """Return the metrics of each set of a split; ``only`` limits the generated metrics."""
@@ -259,7 +254,7 @@ def fitted(
 
 def _evaluation_tokens(micro_batch_tokens: int, data: PreparedData, virtual_tokens: int) -> int:
     """Return a micro-batch size in tokens that also fits the longest held-out sample."""
-    longest = [data.index(s).length.max(initial=1) for s in ("validation", "test")]
+    longest = [data.index(s).length.max(initial=1) for s in SIDES[1:]]
     return int(max(micro_batch_tokens, *(n + virtual_tokens for n in longest)))
 
 

@@ -26,7 +26,7 @@ from finetune_trainer.prepare.quality.contamination import HeldOut
 from finetune_trainer.prepare.reading.inputsplits import InputSplit
 from finetune_trainer.prepare.reading.sources import Source
 from finetune_trainer.prepared.dataset import pieces_of, shard_ids
-from finetune_trainer.prepared.split import SIDES, shares_of
+from finetune_trainer.prepared.split import HELD_OUT, SIDES, shares_of
 from finetune_trainer.storage.objects import ObjectStore
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def map_splits(
         return
     known = None
     if compared_in_map(data):
-        of_held_out = [split for split in splits if sources[split.source].side != "train"]
+        of_held_out = [split for split in splits if sources[split.source].side in HELD_OUT]
         known = _held_out_ngrams(of_held_out, sources, paths)
     _map(training, sources, reader, pool, paths, say, known)
 

@@ -26,11 +26,9 @@ from finetune_trainer.prepare.reducing.indexes import IndexedShard
 from finetune_trainer.prepare.reducing.output import Output
 from finetune_trainer.prepare.reducing.report import Contamination
 from finetune_trainer.prepared.dataset import pieces_of
-from finetune_trainer.prepared.split import Side
+from finetune_trainer.prepared.split import HELD_OUT
 
 log = logging.getLogger(__name__)
-
-HELD_OUT: tuple[Side, ...] = ("validation", "test")
 
 Shared = list[tuple[int, npt.NDArray[np.int32]]]
 """Positions in the training index, with the tokens that the sample shares."""

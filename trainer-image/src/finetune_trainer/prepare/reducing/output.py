@@ -26,7 +26,7 @@ from finetune_trainer.prepared.manifest import (
     DataSet,
     write_manifest,
 )
-from finetune_trainer.prepared.split import SIDES, Side
+from finetune_trainer.prepared.split import HELD_OUT, SIDES, Side
 from finetune_trainer.storage.objects import ObjectStore
 
 
@@ -177,7 +177,7 @@ class Output:
 
     def _report(self, max_length: int, quality: Quality) -> dict[str, Any]:
         names = {number: report.name for number, (_, report) in enumerate(self._sets)}
-        held_out = self.samples("validation") + self.samples("test")
+        held_out = sum(map(self.samples, HELD_OUT))
         return {
             "digest": self._digest,
             "quality": quality.to_json(),

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from finetune_trainer.pages import page
 from finetune_trainer.prepare.quality.personal import IN_WORDS
+from finetune_trainer.prepared.split import SIDES
 
 CAUSES: Final = {
     "Duplicate": "equal to an earlier record",
@@ -33,7 +34,7 @@ def render(report: dict[str, Any]) -> str:
         records=sum(s["records"] for s in sources),
         left_out=sum(sum(s["dropped"].values()) for s in sources),
         train=_samples(sources, "train"),
-        held_out=_samples(sources, "validation") + _samples(sources, "test"),
+        held_out=sum(_samples(sources, side) for side in SIDES[1:]),
         notes=_notes(report),
     )
 

@@ -25,6 +25,7 @@ from finetune_trainer.prepare.reducing import contaminated
 from finetune_trainer.prepare.reducing.deduplicate import Deduplicator
 from finetune_trainer.prepare.reducing.output import Output
 from finetune_trainer.prepare.reducing.report import Contamination, SourceReport
+from finetune_trainer.prepared.split import HELD_OUT
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,6 @@ def _empty(name: str, why: str) -> DataError:
 
 
 def _where_training_went(output: Output) -> str:
-    held = output.samples("validation") + output.samples("test")
+    held = sum(map(output.samples, HELD_OUT))
     dropped = ", ".join(f"{cause} {n}" for cause, n in output.dropped().items() if n)
     return f"no record is left to train on (held out: {held}; left out: {dropped or 'none'})"
