@@ -291,33 +291,27 @@ PREPARED = {
     "supervisedTokens": 3000,
     "totalSteps": 30,
 }
+SCORES = {"name": "test", "samples": 5, "base": {"Loss": 2.0}, "tuned": {"Loss": 0.5}}
 TRAINED = {
     "attempt": 1,
     "restarts": 0,
     "steps": 30,
     "loss": 0.5,
     "checkpoint": "s3://models/out/.workspace/runs/bot/1/attempt-1/step-00000030",
-    "scores": [
-        {
-            "name": "test",
-            "samples": 5,
-            "base": {"Loss": 2.0},
-            "tuned": {"Loss": 0.5},
-            "comparisons": {
-                "Loss": {
-                    "effect": -1.5,
-                    "low": -1.75,
-                    "high": -1.25,
-                    "p": 0.01,
-                    "test": "SignFlip",
-                    "verdict": "Better",
-                },
-            },
-        },
-    ],
+    "scores": [SCORES],
     "trainingSeconds": 60.0,
     "trainableParameters": 10,
     "totalParameters": 1000,
+}
+COMPARED = {
+    "Loss": {
+        "effect": -1.5,
+        "low": -1.75,
+        "high": -1.25,
+        "p": 0.01,
+        "test": "SignFlip",
+        "verdict": "Better",
+    },
 }
 PUBLISHED = {
     "uri": "s3://models/out/1-0f9c2",
@@ -325,6 +319,7 @@ PUBLISHED = {
     "formats": ["adapter"],
     "bytes": 7,
     "fullCopyBytes": 1980,
+    "scores": [{**SCORES, "comparisons": COMPARED}],
 }
 
 
@@ -352,10 +347,10 @@ def completed(**more: Any) -> World:
     return world
 
 
-def complete(world: World) -> None:
+def complete(world: World, **published: Any) -> None:
     """Advance a world with a running gang to a complete run."""
     world.wait(60)
     world.finish("train", trained=TRAINED)
     world.settle()
-    world.finish("publish", published=PUBLISHED)
+    world.finish("publish", published=PUBLISHED | published)
     world.settle()

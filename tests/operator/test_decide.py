@@ -160,7 +160,8 @@ def test_a_run_goes_through_its_stages_to_complete() -> None:
         "False/Complete",
     )
     assert world.status["phase"] == "Complete"
-    assert world.status["output"] == PUBLISHED
+    shown = {k: v for k, v in PUBLISHED.items() if k != "scores"}
+    assert world.status["output"] == shown
     assert world.status["parameters"] == {"trainable": 10, "total": 1000}
     assert world.status["evaluation"] == [
         {
@@ -175,6 +176,38 @@ def test_a_run_goes_through_its_stages_to_complete() -> None:
         }
     ]
     assert world.run["outcome"] == "Complete"
+
+
+@pytest.mark.parametrize(
+    ("published", "condition", "event"),
+    [
+        ({"held": "support F1 AtLeast: 80.1 %, at least 85.0 % wanted", "current": False},
+         "False/GatesMissed", ("Warning", "GatesMissed")),
+        ({"current": True}, "True/Evaluated", ("Normal", "BecameCurrent")),
+        ({}, "True/Evaluated", None),
+    ],
+)  # fmt: skip
+def test_a_held_run_is_complete_and_says_what_it_missed(
+    published: dict[str, Any], condition: str, event: tuple[str, str] | None
+) -> None:
+    world = at_training()
+    world.wait(60)
+    world.finish("train", trained=TRAINED)
+    world.settle()
+    world.finish("publish", published=PUBLISHED | published)
+    found = [event for _ in range(3) for event in world.pass_().events]
+    assert [(e.type, e.reason) for e in found] == ([event] if event else []) + [
+        ("Normal", "Published")]  # fmt: skip
+    for _ in range(2):
+        assert world.status["phase"] == "Complete"
+        assert world.condition_of("Evaluated") == condition
+        assert world.condition_of("Ready") == "True/Complete"
+        if "held" in published:
+            assert world.message("Evaluated") == world.status["output"]["held"] == published["held"]
+        assert world.status["output"].get("becameCurrent") == published.get("current")
+        # The pods that reported it go; status keeps it.
+        world.objects = {k: v for k, v in world.objects.items() if v["kind"] == "ConfigMap"}
+        world.settle()
 
 
 def test_progress_is_shown_and_progress_of_another_run_ignored() -> None:

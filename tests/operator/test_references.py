@@ -89,6 +89,20 @@ def test_a_waiting_run_reports_why_and_creates_nothing(
     assert world.plan().requeue_after is None, "a change of the other job triggers the next pass"
 
 
+def test_a_held_model_is_not_built_upon() -> None:
+    held = at_training(name="first", uid=FIRST_UID)
+    complete(held, held="support F1 AtLeast: 80.1 %, at least 85.0 % wanted")
+    world = follower(held)
+    world.settle()
+    assert world.condition_of("Stalled") == "True/ModelHeld"
+    assert "is held (support F1 AtLeast: 80.1 %" in world.message("Prepared")
+    assert PUBLISHED["uri"] in world.message("Prepared")
+    complete_again = completed(name="first", uid=FIRST_UID)
+    world.others = [complete_again]
+    world.settle()
+    assert world.run["base"]["job"] == "first"
+
+
 def circle(*wishes: tuple[str, str]) -> list[World]:
     """Jobs, given as pairs of a name and the name of the job that it refers to."""
     worlds = [

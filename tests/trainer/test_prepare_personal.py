@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from finetune_api.sources import Data, DataSource
 from finetune_trainer.failures import DataError
-from finetune_trainer.prepare.mapping.batch import inspect
-from finetune_trainer.prepare.quality.personal import (
+from finetune_trainer.personal import (
     EXCERPT,
     covered,
     excerpt,
@@ -20,6 +19,7 @@ from finetune_trainer.prepare.quality.personal import (
     scan,
     uncovered,
 )
+from finetune_trainer.prepare.mapping.batch import inspect
 from finetune_trainer.prepare.reading.records import Record
 from finetune_trainer.prepare.reading.sources import Source
 from finetune_trainer.prepare.rendering.examples import RenderedExample, Segment, renderer

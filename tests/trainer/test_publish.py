@@ -20,6 +20,7 @@ from finetune_api.run_spec import RunSpec
 from finetune_trainer.engine.checkpointing.dcp_storage import METADATA
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepare.pipeline import prepare
+from finetune_trainer.publish.current import CurrentPointer
 from finetune_trainer.publish.files import move_latest
 from finetune_trainer.publish.pipeline import publish
 from finetune_trainer.storage import runfiles
@@ -60,12 +61,11 @@ SPEC: dict[str, Any] = {
 @pytest.fixture
 def trained_for(run_spec_for: Any, bucket: str, tiny_base: Path, tmp_path: Path) -> Any:
     def make(base: Path = tiny_base / "model", **spec: Any) -> Trained:
-        run_spec = run_spec_for(
-            **SPEC,
-            model={"source": f"s3://{bucket}/model"},
-            data={"train": [{"name": "intent", "source": f"s3://{bucket}/train.jsonl"}]},
-            **spec,
-        )
+        given = {
+            "model": {"source": f"s3://{bucket}/model"},
+            "data": {"train": [{"name": "intent", "source": f"s3://{bucket}/train.jsonl"}]},
+        }
+        run_spec = run_spec_for(**{**SPEC, **given, **spec})
         store = Stores(run_spec).default
         for path in base.iterdir():
             store.upload(path, f"s3://{bucket}/model/{path.name}")
@@ -222,3 +222,103 @@ def test_latest_never_moves_to_an_older_run(run_spec_for: Any, bucket: str) -> N
     assert publish_as("1-bbbbb", "bbbbb") == "1-bbbbb", "a re-created job replaces the old one"
     Stores(run_spec_for()).default.put(f"s3://{bucket}/out/latest.json", b'{"mine": true}')
     assert publish_as("2-bbbbb", "bbbbb") == "2-bbbbb", "a file that no run has written is replaced"
+
+
+GATED: dict[str, Any] = {
+    "evaluation": {
+        "maxNewTokens": 4,
+        "maxSamples": 24,
+        "baselines": {"shots": []},
+        "gates": [
+            {"metric": "Loss", "operator": "BetterThan"},
+            {"dataSet": "general", "metric": "Loss", "operator": "WorsensAtMost", "value": "9"},
+        ],
+    },
+}
+
+
+def test_gates_and_the_current_model_decide_what_is_used(
+    trained_for: Any, run_spec_for: Any, bucket: str, tiny_base: Path, tmp_path: Path,
+    one_thread: None,
+) -> None:  # fmt: skip
+    def train(run: str, steps: int, rate: str) -> Trained:
+        (tmp_path / run).mkdir()
+        run_spec = run_spec_for(
+            run=run, **GATED,
+            model={"source": f"s3://{bucket}/model"},
+            training={**SPEC["training"], "maxSteps": steps, "learningRate": rate},
+            data={
+                "train": [{"name": "intent", "source": f"s3://{bucket}/train.jsonl"}],
+                "test": [{"name": "support", "source": f"s3://{bucket}/test.jsonl"}],
+                "retention": [{"name": "general", "source": f"s3://{bucket}/general.jsonl",
+                               "format": "Text"}],
+            },
+            output={"destination": f"s3://{bucket}/out", "current": {}},
+        )  # fmt: skip
+        return Trained(run_spec, tmp_path / run)
+
+    store = Stores(run_spec_for()).default
+    for path in (tiny_base / "model").iterdir():
+        store.upload(path, f"s3://{bucket}/model/{path.name}")
+    for name in ("train", "test"):
+        path = tiny_base / "data" / f"intent-{name}.jsonl"
+        store.upload(path, f"s3://{bucket}/{name}.jsonl")
+    texts = [{"text": f"The lamp number {n} stands on the table in the room."} for n in range(30)]
+    store.put(f"s3://{bucket}/general.jsonl", "\n".join(map(json.dumps, texts)).encode())
+    pointer = CurrentPointer(store, f"s3://{bucket}/out")
+
+    # The first run passes its gates, and there is nothing to replace.
+    good = train("1-good", 30, "1e-2")
+    first = publish(good.run_spec, good.stores, tmp_path / "first")
+    assert (first.held, first.current) == (None, True)
+    current = pointer.read().file.current
+    assert current is not None and (current.run, current.digest) == ("1-good", first.digest)
+    assert "held" not in good.json("manifest.json")
+    support, general = good.json("metrics.json")["test"]
+    assert (support["retention"], general["retention"]) == (False, True)
+    assert general["recommendation"] is None
+    lines = good.store.get(f"{good.run_spec.output_uri}/predictions.jsonl").splitlines()
+    read = [json.loads(line) for line in lines]
+    assert sum(line["dataSet"] == "general" for line in read) == 30
+    assert set(read[0]["answers"]) == {"Base", "Tuned"} and read[0]["prompt"] and read[0]["loss"]
+
+    # The second one learns nothing: held by a gate, and the current model stays.
+    poor = train("2-poor", 1, "1e-9")
+    second = publish(poor.run_spec, poor.stores, tmp_path / "second")
+    assert second.current is False and second.held is not None
+    assert "support Loss BetterThan: against Base" in second.held
+    assert "current model 1-good: support Accuracy" in second.held
+    assert poor.json("manifest.json")["held"] == second.held
+    assert (poor.fetch(tmp_path / "got") / "report.html").read_text().count("missed") >= 2
+    row = poor.json("metrics.json")["test"][0]["rows"][-1]
+    tuned = good.json("metrics.json")["test"][0]["tuned"]
+    assert (row["row"], row["samples"]) == ("Current", 24)
+    assert row["metrics"]["Accuracy"]["value"] == tuned["Accuracy"]
+    assert row["metrics"]["Loss"]["value"] == pytest.approx(tuned["Loss"], rel=1e-6)
+    file = pointer.read().file
+    assert file.current is not None and file.current.run == "1-good"
+    assert file.decided == {"support": 2}
+
+    # Published again: found as it is, and decided once.
+    assert publish(poor.run_spec, poor.stores, tmp_path / "again") == second
+    assert pointer.read().file == file
+
+
+@pytest.mark.parametrize(
+    ("gate", "because"),
+    [
+        ({"dataSet": "tone", "metric": "Loss", "operator": "BetterThan"},
+         r"gates\[0\]\.dataSet: tone is the name of no test or retention set; there are: intent"),
+        ({"metric": "Bleu", "operator": "BetterThan"},
+         r"gates\[0\]\.metric: Bleu is measured on no test set; sets that have it: none"),
+        ({"metric": "Loss", "operator": "BetterThan", "row": "FewShot"},
+         r"gates\[0\]\.row: set intent has no row FewShot, only Base, Current"),
+    ],
+)  # fmt: skip
+def test_a_gate_on_what_is_not_measured_is_refused(
+    gate: dict[str, Any], because: str, trained_for: Any
+) -> None:
+    evaluation = {"gates": [gate], "baselines": {"maxSamples": 1}, "maxNewTokens": 2000}
+    with pytest.raises(UserError, match=because) as failed:
+        trained_for(evaluation=evaluation)
+    assert failed.value.reason == "GateNotMeasured"

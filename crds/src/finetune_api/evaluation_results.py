@@ -17,7 +17,8 @@ Metrics = Annotated[dict[Word, float], Field(max_length=64)]
 in their packages."""
 
 
-RowModel = Literal["Base", "Tuned"]
+RowModel = Literal["Base", "Tuned", "Current"]
+"""Current: the model that CURRENT.json names; its answers are those that it was published with."""
 AS_IS: Final = "0-shot"
 """The test prompts as they are."""
 RETRIEVAL: Final = "retrieval"
@@ -48,6 +49,7 @@ class Row(Record):
 
 BASE: Final = Row(model="Base")
 TUNED: Final = Row(model="Tuned")
+CURRENT: Final = Row(model="Current")
 
 Verdict = Literal["Better", "Worse", "NotBetter", "TooFewSamples"]
 """Of a comparison: Better and Worse are significant; NotBetter: a gain that matters
@@ -98,7 +100,11 @@ class TableRow(Record):
     """Results of one row on one test set."""
 
     row: Word
-    """Name: Base, Base 4-shot, Base retrieval, Tuned."""
+    """Name: Base, Base 4-shot, Base retrieval, Tuned, Current."""
+    model: RowModel
+    """Model of the row."""
+    prompt: str
+    """How the test prompts were put to it: see ``Row``."""
     samples: Count
     """Samples answered."""
     draws: Count = 1
@@ -144,11 +150,62 @@ class SetTable(Record):
     """None: a retention set, or no row but the base and the tuned model's loss."""
 
 
+class GateResult(Record):
+    """Result of a gate on one set."""
+
+    data_set: Word
+    """Name of the set."""
+    metric: Word
+    """Metric of the gate."""
+    operator: Word
+    """Operator of the gate."""
+    row: Word | None = None
+    """What the tuned model was compared with; None: a value alone."""
+    wanted: float | None = None
+    """Value of the gate."""
+    found: float | None = None
+    """Value of the tuned model; None: not measured, or not finite."""
+    passed: bool
+    """Whether the gate passed."""
+    because: str
+    """The figures, in words."""
+
+    @property
+    def text(self) -> str:
+        """Readable form: ``support F1 AtLeast: 80.1 %, at least 85.0 % wanted``."""
+        return f"{self.data_set} {self.metric} {self.operator}: {self.because}"
+
+
+class CurrentResult(Record):
+    """Comparison with the model that CURRENT.json named."""
+
+    run: Word
+    """Run of that model."""
+    digest: Word
+    """sha256 of its manifest."""
+    passed: bool
+    """Whether the tuned model is not worse by more than output.current.margin."""
+    because: str
+    """The figures, in words."""
+
+
 class EvaluationResult(Record):
-    """Results of a run on its test sets."""
+    """Results of a run on its test and retention sets."""
 
     sets: list[SetTable]
-    """One for each test set."""
+    """One for each set."""
+    gates: list[GateResult] = []
+    """Results of the gates."""
+    current: CurrentResult | None = None
+    """None: output.current is not given, or there was no current model."""
+
+    @property
+    def held(self) -> str | None:
+        """Why the run is held: what it missed. None: it is not held."""
+        missed = [gate.text for gate in self.gates if not gate.passed]
+        if self.current is not None and not self.current.passed:
+            missed.append(f"current model {self.current.run}: {self.current.because}")
+        return "; ".join(missed) or None
 
 
 class DataSetScores(Record):

@@ -172,16 +172,17 @@ FAILURES: Final[tuple[FailureRow, ...]] = (
     _reported(
         "UserError", ExitCode.USER_ERROR, "End",
         "UserError BadTemplate BaseChanged CheckpointGone DataGone DoesNotFit DuplicateName"
-        " EncryptionNotSupported FormatNotForTask GPUMissing ImageUnsuitable IncompleteModel"
-        " InvalidAddress InvalidEnvironment InvalidSpec MaxLengthTooLong MetricWithoutData"
-        " ModelChanged ModelElsewhere ModelNotFound ModelNotReady NoChatTemplate NoCompiler"
-        " NoEndToken NoFP8 NoMatrices NoObjects NoPaddingToken NoRouter NoSuchParameters"
-        " NoSumOfAdapters NoTargetModules NotMergeable NotTrained NothingToAsk NothingToMix"
-        " NothingToReplay ObjectNotFound OutsideClaim PackageMissing QuestionsDoNotFit"
-        " RunSpecMissing ScratchFull SharedMemoryFull"
-        " StageTooShort StateUnreadable StorageInUse StorageNotInstalled StoreIgnoresConditions"
-        " TemplateTooCostly UnknownObjectType UnreadableModel UnsuitableMethod UnsuitableModel"
-        " UnsupportedModel UnsupportedTokenizer VocabularyMismatch",
+        " EncryptionNotSupported FormatNotForTask GPUMissing GateNotMeasured ImageUnsuitable"
+        " IncompleteModel InvalidAddress InvalidEnvironment InvalidSpec MaxLengthTooLong"
+        " MetricWithoutData ModelChanged ModelElsewhere ModelHeld ModelNotFound ModelNotReady"
+        " NoChatTemplate NoCompiler NoEarlierModel NoEndToken NoFP8 NoMatrices NoObjects"
+        " NoPaddingToken NoRouter NoSuchParameters NoSumOfAdapters NoTargetModules"
+        " NotACurrentFile NotMergeable NotTrained NothingToAsk NothingToMix NothingToReplay"
+        " ObjectNotFound OutsideClaim PackageMissing QuestionsDoNotFit RunSpecMissing"
+        " ScratchFull SharedMemoryFull StageTooShort StateUnreadable StorageInUse"
+        " StorageNotInstalled StoreIgnoresConditions TemplateTooCostly UnknownObjectType"
+        " UnreadableModel UnsuitableMethod UnsuitableModel UnsupportedModel"
+        " UnsupportedTokenizer VocabularyMismatch",
         "the manifest is invalid or cannot be satisfied",
     ),
     _observed(
@@ -239,8 +240,9 @@ FAILURES: Final[tuple[FailureRow, ...]] = (
     ),
     _reported(
         "Storage", ExitCode.STORAGE_UNAVAILABLE, "Pod",
-        "StorageUnavailable CheckpointsDamaged CredentialsExpired HeadContended HubUnreachable"
-        " LatestContended StorageNotStarted StorageOverloaded StorageUnreachable UploadGone",
+        "StorageUnavailable CheckpointsDamaged CredentialsExpired CurrentContended HeadContended"
+        " HubUnreachable LatestContended StorageNotStarted StorageOverloaded StorageUnreachable"
+        " UploadGone",
         "object storage could not be reached",
     ),
     _reported(

@@ -30,6 +30,7 @@ REASONS: Final[dict[str, str]] = {
     "WaitingForModel": "The job that spec.model.fineTuneJobRef names is missing or in progress.",
     "ModelFailed": "The job that spec.model.fineTuneJobRef names has failed, or its spec is"
     " refused: fix that job.",
+    "ModelHeld": "The model of the job that spec.model.fineTuneJobRef names missed its gates.",
     "ReferenceCycle": "The jobs wait for each other's models.",
     "Preparing": "The data is being prepared.",
     "Queued": "The gang waits in spec.scheduling.queueName, or something other than the operator"
@@ -44,6 +45,8 @@ REASONS: Final[dict[str, str]] = {
     "MayNotFit": "The prepared data is in storage. By the estimate, the training needs more memory"
     " than a process has; it is tried nevertheless.",
     "Evaluated": "The test sets have been evaluated.",
+    "GatesMissed": "The model missed spec.evaluation.gates, or is worse than the current model; it"
+    " is published, marked as held.",
     "Published": "The model is published.",
     "Finished": "The run has ended.",
     "Complete": "The run has succeeded.",
@@ -114,7 +117,7 @@ STORAGE_LAYOUT: Final[tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = (
             ),
             ("answers/<row>.json", "answers and losses of base and tuned model, for each prompt"),
             ("result.json", "summary and learning curve, which publish reads"),
-            ("evaluation.json", "results of all rows on the test sets"),
+            ("evaluation.json", "results of all rows on the test sets, and of the gates"),
         ),
     ),
     (
@@ -122,7 +125,8 @@ STORAGE_LAYOUT: Final[tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = (
         (
             ("adapter/", "the adapter, for peft"),
             ("merged/", "the merged model, for transformers"),
-            ("metrics.json", "test metrics of the base model and the tuned model"),
+            ("metrics.json", "test metrics of the base model and the tuned model, gates"),
+            ("predictions.jsonl", "what each row answered to each test sample"),
             ("report.html", "report of the run: metrics and learning curve"),
             ("README.md", "the model card"),
             ("manifest.json", "written last: a folder without it is not a complete model"),

@@ -265,6 +265,11 @@ class PublishSummary(Record):
     """Test metrics with their comparisons; cut as those of TrainSummary."""
     recommendation: Annotated[str, Field(max_length=1024)] | None = None
     """What the test sets recommend, in words."""
+    held: Annotated[str, Field(max_length=1024)] | None = None
+    """Which gates the run missed, and by how much. None: none."""
+    current: bool | None = None
+    """Whether the run became the current model (CURRENT.json names it). None: output.current is
+    not given."""
 
 
 class Termination(Record):

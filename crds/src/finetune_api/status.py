@@ -209,6 +209,12 @@ class OutputStatus(Model):
     """Size of all published files."""
     full_copy_bytes: int = 0
     """Size of a full model's weights in the dtype of the base, in bytes."""
+    held: Message | None = None
+    """Which of spec.evaluation.gates the run missed, or how the current model is better, with the
+    figures. Absent: nothing."""
+    became_current: bool | None = None
+    """Whether the run became the current model: CURRENT.json named it when it was published. Absent
+    without spec.output.current."""
 
 
 class GpuSeconds(Model):

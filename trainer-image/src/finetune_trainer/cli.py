@@ -85,6 +85,16 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     templates.set_defaults(command=_templates)
 
+    current = commands.add_parser("current", help="show the model in use at a destination")
+    _current_options(current)
+    current.set_defaults(command=_current, back=False, run=None)
+    rollback = commands.add_parser("rollback", help="make an earlier model the one in use")
+    _current_options(rollback)
+    rollback.add_argument(
+        "--run", metavar="RUN", help="run that published it (default: the one before the current)"
+    )
+    rollback.set_defaults(command=_current, back=True)
+
     prepare = commands.add_parser("prepare", help="stage: data to token shards")
     half = prepare.add_mutually_exclusive_group()
     half.add_argument(
@@ -103,6 +113,28 @@ def _parser() -> argparse.ArgumentParser:
     ):
         commands.add_parser(name, help=text).set_defaults(command=command)
     return parser
+
+
+def _current_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("destination", metavar="S3_URI", help="spec.output.destination")
+    parser.add_argument("--endpoint", metavar="URL", help="S3 endpoint for s3:// URIs")
+    parser.add_argument(
+        "--local-storage", action="store_true", help="the embedded storage of the state folder"
+    )
+    parser.add_argument("--state-dir", type=Path, default=Path(".finetune"), metavar="DIR")
+
+
+def _current(options: argparse.Namespace) -> int:
+    from finetune_trainer.local.current import current
+
+    return current(
+        options.destination,
+        options.state_dir,
+        endpoint=options.endpoint,
+        local_storage=options.local_storage,
+        back=options.back,
+        run=options.run,
+    )
 
 
 def _run(options: argparse.Namespace) -> int:

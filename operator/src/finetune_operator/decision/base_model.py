@@ -39,6 +39,13 @@ def find_base(
     referred = spec.model.fine_tune_job_ref.name
     if chain and chain[0].complete and chain[0].run_spec is not None:
         output = chain[0].status.output
+        if output is not None and output.held is not None:
+            text = (
+                f"spec.model.fineTuneJobRef: the model of FineTuneJob {referred} is held"
+                f" ({output.held[:MESSAGE_MAX]}); the run begins once a run of that job passes its"
+                f" gates. To start from the held model: spec.model.source: {output.uri}"
+            )
+            return Wait("ModelHeld", text, stuck=True)
         return tuned_base(chain[0].run_spec, output.digest if output else None, spec)
     cycle = _cycle(name, referred, chain)
     if cycle:

@@ -71,6 +71,12 @@ def events(before: FineTuneJobStatus, after: FineTuneJobStatus) -> tuple[Event, 
     same_run = bool(before.run and after.run and before.run.id == after.run.id)
     if same_run and after.restarts > before.restarts:
         found.append(Event("Warning", "Restarted", _restarted(after)))
+    if after.output is not None and (before.output is None or not same_run):
+        if after.output.held is not None:
+            found.append(Event("Warning", "GatesMissed", after.output.held))
+        elif after.output.became_current:
+            text = f"the current model is now {after.output.uri}"
+            found.append(Event("Normal", "BecameCurrent", text))
     true_before = {c.type for c in before.conditions if c.status == "True"} if same_run else set()
     for condition in after.conditions:
         bad = condition.type in ("Failed", "Stalled") or condition.reason == "MayNotFit"

@@ -115,6 +115,8 @@ def output_status(published: PublishSummary) -> OutputStatus:
         formats=published.formats,
         bytes=published.bytes,
         full_copy_bytes=published.full_copy_bytes,
+        held=published.held,
+        became_current=published.current,
     )
 
 

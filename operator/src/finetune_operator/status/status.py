@@ -70,8 +70,11 @@ def _conditions(view: RunView) -> Conditions:
     )
     for type_, describe in REACHED.items():
         done = all(view.done(role) for role in STAGES if CONDITION[role] == type_)
+        held = held_by(view) if type_ == "Evaluated" else None
+        if held is not None:
+            conditions.set(type_, "False", "GatesMissed", held)
         # Keep a condition that is True: the pods that reported the results may be gone.
-        if done and not conditions.is_true(type_):
+        elif done and not conditions.is_true(type_):
             reason, text = describe(view)
             conditions.set(type_, "True", reason, text)
     if view.problems:
@@ -96,6 +99,14 @@ def _evaluated(view: RunView) -> tuple[str, str]:
     tested = view.trained is None or view.trained.scores
     text = "trained, and measured on the test sets" if tested else "trained; there is no test set"
     return "Evaluated", text
+
+
+def held_by(view: RunView) -> str | None:
+    """What the run missed of its gates. The pod that reported it may be gone."""
+    if view.published is not None:
+        return view.published.held
+    output = view.before.output if view.same_run else None
+    return output.held if output else None
 
 
 def _published(view: RunView) -> tuple[str, str]:

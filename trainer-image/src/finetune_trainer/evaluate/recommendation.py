@@ -7,7 +7,7 @@ not significantly worse than the best row's, by a paired comparison over the sam
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 
 from finetune_api.evaluation_results import (
@@ -20,6 +20,7 @@ from finetune_api.evaluation_results import (
 )
 from finetune_api.tasks import METRICS, Metric
 from finetune_trainer.evaluate.comparisons import score_of
+from finetune_trainer.evaluate.metric_text import shown
 from finetune_trainer.evaluate.paired import value_of
 from finetune_trainer.evaluate.table import RowOutcome, compare_rows
 
@@ -44,7 +45,7 @@ def recommend(
         metrics: that the set has.
         min_points: smallest gain that matters, see ``compare_outcomes``.
     """
-    metric = next((m for m in PRIMARY if m in metrics), None)
+    metric = primary_of(metrics)
     if metric is None:
         return None
     valued = [(row, _value(row, metric)) for row in rows]
@@ -75,6 +76,11 @@ def recommend(
     return None
 
 
+def primary_of(metrics: Collection[str]) -> Metric | None:
+    """The main metric of a set that has these metrics; None: it has none of PRIMARY."""
+    return next((metric for metric in PRIMARY if metric in metrics), None)
+
+
 def _action(row: Row) -> Action:
     if row.model == "Tuned":
         return "TuneAndRetrieve" if row.prompt == RETRIEVAL else "Tune"
@@ -97,16 +103,12 @@ def _because(
     best: RowOutcome,
     compared: Comparison | None,
 ) -> str:
-    figures = ", ".join(f"{row.row.name} {_shown(metric, value)}" for row, value in ways.values())
+    figures = ", ".join(f"{row.row.name} {shown(metric, value)}" for row, value in ways.values())
     text = f"{_WORDS[action]}. {metric}: {figures}"
     if compared is not None:
         text += (
             f". {best.row.name} is ahead of {chosen.row.name} by"
-            f" {_shown(metric, abs(compared.effect))}, which is within the noise"
+            f" {shown(metric, abs(compared.effect))}, which is within the noise"
             f" (p {compared.p:.2g}) or matters too little"
         )
     return text
-
-
-def _shown(metric: Metric, value: float) -> str:
-    return f"{100 * value:.1f} %" if METRICS[metric].percent else f"{value:.3g}"

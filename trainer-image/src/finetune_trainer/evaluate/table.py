@@ -119,6 +119,8 @@ def _row(
     tokens = [count for draw in row.draws for count in draw.tokens]
     return TableRow(
         row=row.row.name,
+        model=row.row.model,
+        prompt=row.row.prompt,
         samples=len(row.samples) or len(row.draws[0].losses),
         draws=len(row.draws),
         metrics=_estimates(row, metrics),

@@ -15,8 +15,8 @@ def find_tuned(state: StateFolder, namespace: str, where: Where) -> TunedBase | 
     """Return the published model that a new run starts from; None if the spec gives an address.
 
     Raises:
-        UserError: 'ModelNotReady', naming the job to run first; 'ModelElsewhere' if the model is in
-            storage that this run does not use.
+        UserError: 'ModelNotReady', naming the job to run first; 'ModelHeld'; 'ModelElsewhere' if
+            the model is in storage that this run does not use.
     """
     reference = where.spec.model.fine_tune_job_ref
     if reference is None:
@@ -29,6 +29,12 @@ def find_tuned(state: StateFolder, namespace: str, where: Where) -> TunedBase | 
             "ModelNotReady",
             f"spec.model.fineTuneJobRef: job {name} has published no model ({run} with state folder"
             f" {state.root}); first: finetune run MANIFEST of {name}, to its end",
+        )
+    if last.held is not None:
+        raise UserError(
+            "ModelHeld",
+            f"spec.model.fineTuneJobRef: the model of job {name} is held ({last.held}); run it"
+            " again until it passes its gates, or start from the held model by spec.model.source",
         )
     if last.embedded and where.embedded is None:
         raise UserError(

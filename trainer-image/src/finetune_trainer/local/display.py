@@ -119,6 +119,10 @@ class Display:
         self.console.print(table)
         if published.recommendation:
             self.say(f"Advice:  {published.recommendation}")
+        if published.held:
+            self.say(f"Held:    {published.held}")
+        elif published.current:
+            self.say("Current: this is the current model now")
 
     def time(self, trained: TrainSummary) -> None:
         """Print how the training processes have spent their time."""

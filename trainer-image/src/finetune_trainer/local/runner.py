@@ -34,6 +34,8 @@ from finetune_trainer.threads import count_cores
 
 MANIFEST_FAULT: Final = 2
 """Exit code of a manifest that is refused before any stage runs."""
+HELD: Final = 3
+"""Exit code of a run that is complete, but missed its gates."""
 _POLL_SECONDS: Final = 0.2
 _TAIL_LINES: Final = 15
 
@@ -125,7 +127,7 @@ class Runner:
         shown.scores(published)
         shown.time(trained)
         self._tell_results(published)
-        return int(ExitCode.OK)
+        return HELD if published.held else int(ExitCode.OK)
 
     def _stages(
         self, paths: stages.StagePaths, display: face.Display
@@ -244,7 +246,8 @@ class Runner:
         endpoint = None if embedded else self._where.spec.storage.endpoint
         done = changed(
             self._known,
-            complete=True, digest=published.digest, embedded=embedded, endpoint=endpoint,
+            complete=True, digest=published.digest, held=published.held,
+            embedded=embedded, endpoint=endpoint,
         )  # fmt: skip
         self._state.write(self._job.name, done)
 

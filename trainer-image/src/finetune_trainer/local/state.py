@@ -38,6 +38,8 @@ class LocalRun(Record):
     """Published model of another job that the run starts from."""
     digest: str | None = None
     """sha256 of its published manifest.json."""
+    held: str | None = None
+    """Which gates its model missed."""
     embedded: bool = False
     """Whether the model was published to the embedded storage."""
     endpoint: str | None = None

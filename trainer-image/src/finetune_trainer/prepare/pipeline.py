@@ -37,6 +37,7 @@ from finetune_trainer.engine.task_losses import TASKS
 from finetune_trainer.evaluate.metric_selection import check_metrics
 from finetune_trainer.failures import DataError, UserError, object_changed
 from finetune_trainer.prepare.digest import content_digest
+from finetune_trainer.prepare.gate_check import check_gates
 from finetune_trainer.prepare.mapping.batch import Recipe, begin
 from finetune_trainer.prepare.mapping.map import RunPaths, map_splits
 from finetune_trainer.prepare.mapping.pool import Pool, count_processes
@@ -130,6 +131,7 @@ def prepare(
     )
     data = PreparedData(stores.default, uri, scratch / "data", manifest)
     questions = make_questions(spec, data, model, stores)
+    check_gates(spec, manifest, questions)
     write_questions(stores.default, run_spec.run_uri, questions)
     memory = estimate_memory(spec, data, profiles)
     runfiles.write_memory_profiles(stores.default, run_spec.run_uri, profiles.to_json())

@@ -7,6 +7,7 @@ interruption finds or repeats the work of the first try.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -18,10 +19,25 @@ from finetune_trainer.failures import UserError
 from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.prepared.manifest import DataManifest, read_manifest
 from finetune_trainer.publish import export, modelcard, report, run_facts
+from finetune_trainer.publish.current import (
+    TRIES,
+    CurrentPointer,
+    Seen,
+    UsedModel,
+    contended,
+    now,
+)
 from finetune_trainer.publish.files import folder_bytes, move_latest, summarise, upload_folder
-from finetune_trainer.publish.results import advice, results_of, with_comparisons
+from finetune_trainer.publish.measured_sets import measured_sets
+from finetune_trainer.publish.predictions import (
+    PREDICTIONS,
+    predictions_of,
+    read_predictions,
+    write_predictions,
+)
+from finetune_trainer.publish.results import InUse, advice, cut, evaluate, with_comparisons
 from finetune_trainer.storage import runfiles
-from finetune_trainer.storage.objects import ObjectNotFound, Stores
+from finetune_trainer.storage.objects import ObjectNotFound, ObjectStore, Stores
 from finetune_trainer.storage.published import MANIFEST, Manifest, read_published
 
 
@@ -44,57 +60,114 @@ def publish(run_spec: RunSpec, stores: Stores, scratch: Path) -> PublishSummary:
         raise UserError(
             "NotTrained", f"{run_spec.run_uri}/result.json does not exist: training has not ended"
         ) from None
+    pointer = None
+    if run_spec.spec.output.current is not None:
+        pointer = CurrentPointer(store, run_spec.spec.output.destination)
     found = read_published(store, run_spec.output_uri)
-    if found is None or found[0].checkpoint != result.summary.checkpoint:
-        folder = scratch / "publish"
-        shutil.rmtree(folder, ignore_errors=True)
-        prepared = runfiles.read_prepared(store, run_spec.run_uri)
-        data = read_manifest(store, prepared.uri)
-        if data is None:
-            raise UserError(
-                "DataGone",
-                f"{prepared.uri} holds no prepared data any more; give spec.rerunToken a new value"
-                " to prepare and train again",
-            )
-        base, formats = write_model(run_spec, stores, result, data, folder, scratch)
-        purpose = purpose_of(run_spec.spec, data.classes)
-        sizes = run_facts.Sizes(
-            {name: folder_bytes(folder / name) for name in formats},
-            export.full_copy_bytes(base.folder, purpose),
-        )
-        drawn = has_drawn_head(base.folder, purpose)
-        opened = PreparedData(store, prepared.uri, scratch / "data", data)
-        evaluation, examples = results_of(run_spec, store, result, opened)
-        runfiles.write_evaluation(store, run_spec.run_uri, evaluation)
-        about = run_facts.gather(
-            run_spec, result, prepared, data, sizes, base.base.model, evaluation, examples, drawn
-        )
-        write_documents(about, store.get(f"{prepared.uri}/report.json"), folder)
-        manifest = Manifest(
-            run=run_spec.run,
-            job=run_spec.job,
-            base_model=base.base.model.source,
-            method=run_spec.spec.method.type,
-            lineage=result.lineage,
-            checkpoint=result.summary.checkpoint or "",
-            formats=formats,
-            full_copy_bytes=sizes.full_copy,
-            files=upload_folder(store, folder, run_spec.output_uri),
-        )
-        text = manifest.to_text()
-        store.put(f"{run_spec.output_uri}/{MANIFEST}", text)
-        found = manifest, text
-    else:
-        evaluation = runfiles.read_evaluation(store, run_spec.run_uri)
-    summary = summarise(run_spec.output_uri, *found)
-    summary = summary.model_copy(
+    decided = pointer is None or pointer.read().file.has_decided(run_spec.run)
+    if found is None or found[0].checkpoint != result.summary.checkpoint or not decided:
+        found = _publish(run_spec, stores, result, pointer, scratch)
+    evaluation = runfiles.read_evaluation(store, run_spec.run_uri)
+    summary = summarise(run_spec.output_uri, *found).model_copy(
         update={
             "scores": with_comparisons(result.summary.scores, evaluation),
             "recommendation": advice(evaluation),
+            "held": cut(evaluation.held),
+            "current": evaluation.held is None if pointer else None,
         }
     )
     move_latest(store, run_spec, summary)
     return summary
+
+
+def _publish(
+    run_spec: RunSpec,
+    stores: Stores,
+    result: runfiles.RunResult,
+    pointer: CurrentPointer | None,
+    scratch: Path,
+) -> tuple[Manifest, bytes]:
+    """Write everything below the output address, and the run's evaluation; return the manifest
+    with its text."""
+    store, spec = stores.default, run_spec.spec
+    folder, papers = scratch / "publish", scratch / "papers"
+    for each in (folder, papers):
+        shutil.rmtree(each, ignore_errors=True)
+        each.mkdir(parents=True)
+    prepared = runfiles.read_prepared(store, run_spec.run_uri)
+    data = read_manifest(store, prepared.uri)
+    if data is None:
+        raise UserError(
+            "DataGone",
+            f"{prepared.uri} holds no prepared data any more; give spec.rerunToken a new value"
+            " to prepare and train again",
+        )
+    base, formats = write_model(run_spec, stores, result, data, folder, scratch)
+    purpose = purpose_of(spec, data.classes)
+    sizes = run_facts.Sizes(
+        {name: folder_bytes(folder / name) for name in formats},
+        export.full_copy_bytes(base.folder, purpose),
+    )
+    drawn = has_drawn_head(base.folder, purpose)
+    opened = PreparedData(store, prepared.uri, scratch / "data", data)
+    sets = measured_sets(store, run_spec.run_uri, result, opened)
+    redact = spec.data.quality.personal_data == "Redact"
+    lines = (line for each in sets for line in predictions_of(each, redact))
+    write_predictions(lines, folder / PREDICTIONS)
+    files = upload_folder(store, folder, run_spec.output_uri)
+    data_report = store.get(f"{prepared.uri}/report.json")
+    for _ in range(TRIES):
+        seen = pointer.read() if pointer else None
+        evaluation = evaluate(spec, sets, in_use(store, seen))
+        about = run_facts.gather(
+            run_spec, result, prepared, data, sizes, base.base.model, evaluation, sets, drawn
+        )
+        write_documents(about, data_report, papers)
+        manifest = Manifest(
+            run=run_spec.run,
+            job=run_spec.job,
+            base_model=base.base.model.source,
+            method=spec.method.type,
+            lineage=result.lineage,
+            checkpoint=result.summary.checkpoint or "",
+            formats=formats,
+            held=evaluation.held,
+            full_copy_bytes=sizes.full_copy,
+            files=files | upload_folder(store, papers, run_spec.output_uri),
+        )
+        text = manifest.to_text()
+        runfiles.write_evaluation(store, run_spec.run_uri, evaluation)
+        store.put(f"{run_spec.output_uri}/{MANIFEST}", text)
+        if pointer is None or seen is None:
+            return manifest, text
+        model = used_model(run_spec, text) if evaluation.held is None else None
+        deciding = [table.name for table in evaluation.sets if not table.retention]
+        if pointer.swap(seen, seen.file.after(run_spec.run, model, deciding, now())):
+            return manifest, text
+    raise contended(pointer.uri if pointer else "")
+
+
+def in_use(store: ObjectStore, seen: Seen | None) -> InUse | None:
+    """The current model with its predictions; without them if they are gone."""
+    model = seen.file.current if seen else None
+    if model is None:
+        return None
+    try:
+        predictions = read_predictions(store.get(f"{model.uri}/{PREDICTIONS}"))
+    except (ObjectNotFound, ValueError):
+        predictions = {}
+    return InUse(model, predictions)
+
+
+def used_model(run_spec: RunSpec, manifest: bytes) -> UsedModel:
+    """A run's model, as CURRENT.json names it."""
+    return UsedModel(
+        run=run_spec.run,
+        job=run_spec.job,
+        uri=run_spec.output_uri,
+        digest=hashlib.sha256(manifest).hexdigest(),
+        since=now(),
+    )
 
 
 def write_model(

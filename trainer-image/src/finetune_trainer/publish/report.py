@@ -21,7 +21,8 @@ def render(about: About, data_report: bytes) -> str:
     names = list(dict.fromkeys(name for point in validation for name in point.sets))
     return page(__package__, "report.html.j2").render(
         about=about,
-        scores=by_set(about.scores),
+        scores=by_set(about.scores_of(retention=False)),
+        retained=by_set(about.scores_of(retention=True)),
         tables=tables_of(about),
         chart=loss_chart(_lines(about), about.result.summary.checkpoint_step),
         validation=validation,

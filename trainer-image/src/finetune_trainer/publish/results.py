@@ -1,87 +1,74 @@
-"""The results of a run on its test sets, from the answers that the gang has written.
+"""The results of a run on its sets: tables, gates, and the comparison with the current model.
 
-answers/ (one file a row) + references of the test samples ──► SetTable of each set
+MeasuredSet of each set (+ predictions of the current model) ──► EvaluationResult
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-import numpy as np
-
-from finetune_api.evaluation_results import TUNED, DataSetScores, EvaluationResult, SetTable
-from finetune_api.run_spec import RunSpec
-from finetune_api.tasks import METRICS
+from finetune_api.evaluation_results import (
+    TUNED,
+    CurrentResult,
+    DataSetScores,
+    EvaluationResult,
+    SetTable,
+)
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.evaluate.gates import against_current, results_of_gates
 from finetune_trainer.evaluate.recommendation import recommend
-from finetune_trainer.evaluate.table import Answered, adjusted, rows_of, table_of
-from finetune_trainer.prepared.dataset import PreparedData, Reference
-from finetune_trainer.storage import runfiles
-from finetune_trainer.storage.objects import ObjectStore
-from finetune_trainer.storage.runfiles import Example, RowAnswers, RunResult, SetAnswers
-
-EXAMPLES = 8
-"""Test samples of each set that the report shows, with all answers."""
+from finetune_trainer.evaluate.table import adjusted, rows_of, table_of
+from finetune_trainer.publish.current import UsedModel
+from finetune_trainer.publish.measured_sets import MeasuredSet
+from finetune_trainer.publish.predictions import Prediction, current_row
 
 
-def results_of(
-    run_spec: RunSpec, store: ObjectStore, result: RunResult, data: PreparedData
-) -> tuple[EvaluationResult, dict[str, list[Example]]]:
-    """Return the tables of a run's test sets, and example answers by set. A result of an
-    earlier trainer names no rows, and has no tables."""
-    rows = [runfiles.read_row(store, run_spec.run_uri, row) for row in result.rows]
-    points = float(run_spec.spec.evaluation.min_effect)
-    tables: list[SetTable] = []
-    examples: dict[str, list[Example]] = {}
-    for scores in result.summary.scores:
-        metrics = [m for m in METRICS if m in scores.tuned]
-        number = next(n for n, name in data.set_names("test") if name == scores.name)
-        positions = np.flatnonzero(data.index("test").set == number)
-        answered = [
-            _answered(found, of_set, positions)
-            for found in rows
-            for of_set in found.sets
-            if of_set.name == scores.name
-        ]
-        if not answered:
-            continue
-        most = max(len(each.samples) for each in answered)
-        references = data.references("test", positions[:most].tolist())
-        outcomes = rows_of(answered, references)
-        table = table_of(scores.name, outcomes, TUNED, metrics, points)
-        found = recommend(outcomes, metrics, points)
-        tables.append(table.model_copy(update={"recommendation": found}))
-        examples[scores.name] = _examples(answered, references)
-    return EvaluationResult(sets=adjusted(tables)), {k: v for k, v in examples.items() if v}
+@dataclass(frozen=True)
+class InUse:
+    """The current model, with what it answered when it was published."""
+
+    model: UsedModel
+    predictions: Mapping[tuple[str, str], Prediction]
+    """By set and sample."""
 
 
-def _answered(found: RowAnswers, of_set: SetAnswers, positions: np.ndarray) -> Answered:
-    asked = sum(len(each.answers) for each in found.sets)
-    share = len(of_set.answers) / asked if asked else 1 / len(found.sets)
-    return Answered(
-        row=found.row,
-        samples=np.searchsorted(positions, of_set.positions).tolist()
-        if of_set.positions
-        else range(len(of_set.answers)),
-        answers=of_set.answers,
-        tokens=of_set.tokens,
-        losses=np.array(of_set.losses, np.float64),
-        labels=np.array(of_set.labels, np.float64),
-        metrics=of_set.metrics,
-        process_seconds=found.process_seconds * share,
+def evaluate(
+    spec: FineTuneJobSpec, sets: Sequence[MeasuredSet], in_use: InUse | None
+) -> EvaluationResult:
+    """Compare the rows of each set, and decide the gates.
+
+    Args:
+        in_use: None: output.current is not given, or no model is in use.
+    """
+    points = float(spec.evaluation.min_effect)
+    if in_use is not None:
+        sets = [_with_current(each, in_use) for each in sets]
+    tables = adjusted([_table(each, points) for each in sets])
+    return EvaluationResult(
+        sets=tables,
+        gates=results_of_gates(spec.evaluation.gates, tables),
+        current=_against(spec, tables, in_use.model) if in_use else None,
     )
 
 
-def _examples(answered: Sequence[Answered], references: Sequence[Reference]) -> list[Example]:
-    said: list[dict[str, str]] = [{} for _ in references[:EXAMPLES]]
-    for row in answered:
-        for number, answer in zip(row.samples, row.answers, strict=True):
-            if number < len(said):
-                said[number].setdefault(row.row.name, answer)
-    return [
-        Example(prompt=r.prompt, reference=r.completion, answers=answers)
-        for r, answers in zip(references, said, strict=False)
-        if answers
-    ]
+def _with_current(found: MeasuredSet, in_use: InUse) -> MeasuredSet:
+    row = current_row(found, in_use.predictions)
+    return found if row is None else replace(found, answered=[*found.answered, row])
+
+
+def _table(found: MeasuredSet, points: float) -> SetTable:
+    rows = rows_of(found.answered, found.references)
+    table = table_of(found.name, rows, TUNED, found.metrics, points)
+    ways = [row for row in rows if row.row.model != "Current"]
+    advised = None if found.retention else recommend(ways, found.metrics, points)
+    return table.model_copy(update={"retention": found.retention, "recommendation": advised})
+
+
+def _against(spec: FineTuneJobSpec, tables: Sequence[SetTable], model: UsedModel) -> CurrentResult:
+    wanted = spec.output.current.margin if spec.output.current else None
+    passed, because = against_current(tables, float(wanted or spec.evaluation.min_effect))
+    return CurrentResult(run=model.run, digest=model.digest, passed=passed, because=because)
 
 
 def with_comparisons(
@@ -98,10 +85,15 @@ def with_comparisons(
 
 
 def advice(result: EvaluationResult) -> str | None:
-    """The recommendations of all sets, in words, at most 1024 characters."""
+    """The recommendations of all sets, in words."""
     found = [
         f"{table.name}: {table.recommendation.action}: {table.recommendation.because}"
         for table in result.sets
         if table.recommendation is not None
     ]
-    return "; ".join(found)[:1024] or None
+    return cut("; ".join(found) or None)
+
+
+def cut(text: str | None) -> str | None:
+    """Shorten a text to what a termination message carries of it."""
+    return text if text is None or len(text) <= 1024 else f"{text[:1023]}…"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final, cast
@@ -20,6 +20,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.tasks import METRICS, Metric, MetricKind
 from finetune_trainer.prepared.manifest import DataManifest
 from finetune_trainer.prepared.origins import MOST, in_words
+from finetune_trainer.publish.measured_sets import MeasuredSet
 from finetune_trainer.publish.results import with_comparisons
 from finetune_trainer.storage.runfiles import Example, RunResult
 
@@ -133,14 +134,25 @@ class About:
     scores: list[Score]
     evaluation: EvaluationResult
     """Results of all rows on the test sets."""
-    examples: Mapping[str, Sequence[Example]]
-    """Example answers by test set."""
+    sets: Sequence[MeasuredSet]
+    """The sets, with the answers of all rows."""
     drawn_head: bool = False
     """Whether the classification head of the base model has random weights."""
 
     @property
     def spec(self) -> FineTuneJobSpec:
         return self.run_spec.spec
+
+    def scores_of(self, *, retention: bool) -> list[Score]:
+        """Scores on the retention sets, or on the test sets."""
+        lost = {table.name for table in self.evaluation.sets if table.retention}
+        return [score for score in self.scores if (score.data_set in lost) is retention]
+
+    @property
+    def examples(self) -> dict[str, list[Example]]:
+        """Example answers by set."""
+        found = {each.name: each.examples() for each in self.sets}
+        return {name: examples for name, examples in found.items() if examples}
 
     @property
     def formats(self) -> list[str]:
@@ -156,13 +168,13 @@ def gather(
     sizes: Sizes,
     base: ModelLocation,
     evaluation: EvaluationResult,
-    examples: Mapping[str, Sequence[Example]],
+    sets: Sequence[MeasuredSet],
     drawn_head: bool = False,
 ) -> About:
     """Collect the facts; scores are in the order of the test sets, then of the metrics."""
     scores = scores_of(with_comparisons(result.summary.scores, evaluation))
     return About(
-        run_spec, result, prepared, data, sizes, base, scores, evaluation, examples, drawn_head
+        run_spec, result, prepared, data, sizes, base, scores, evaluation, sets, drawn_head
     )  # fmt: skip
 
 
@@ -211,6 +223,9 @@ def metrics_text(about: About) -> str:
             }
             for found in summary.scores
         ],
+        "gates": [gate.to_json() for gate in about.evaluation.gates],
+        "current": about.evaluation.current and about.evaluation.current.to_json(),
+        "held": about.evaluation.held,
         "validation": [point.to_json() for point in result.validation],
         "training": {
             "steps": summary.steps,
@@ -246,7 +261,7 @@ def metrics_text(about: About) -> str:
 def _table_of(about: About, name: str) -> dict[str, Any]:
     """The rows of a test set, and what they recommend."""
     table = next((t.to_json() for t in about.evaluation.sets if t.name == name), {})
-    return {key: table.get(key) for key in ("rows", "recommendation")}
+    return {key: table.get(key) for key in ("retention", "rows", "recommendation")}
 
 
 def _finite(raw: Any) -> Any:

@@ -59,6 +59,8 @@ class Manifest(Record):
     """Address of the published checkpoint."""
     formats: list[str]
     """Folders beside this file: adapter, merged."""
+    held: str | None = None
+    """Which gates the run missed, and by how much; None: none."""
     full_copy_bytes: int = 0
     """Bytes of a whole model's weights in the dtype of the base."""
     files: dict[str, PublishedFile]

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from finetune_trainer.prepare.quality.personal import covered, uncovered
+from finetune_trainer.personal import covered, uncovered
 from finetune_trainer.prepare.tokenizing.tokens import TokenizedSample, Tokenizing
 
 PREVIEW_CHARACTERS: Final = 2000

@@ -9,7 +9,7 @@ from itertools import count
 from typing import Final
 
 from finetune_trainer.failures import DataError
-from finetune_trainer.prepare.quality.personal import excerpt
+from finetune_trainer.personal import excerpt
 from finetune_trainer.prepare.reading.lines import check_record, decoded
 
 CELL_CHARACTERS: Final = 1 << 24

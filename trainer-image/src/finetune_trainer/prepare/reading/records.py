@@ -17,7 +17,7 @@ from itertools import chain
 from typing import Any, BinaryIO, Final, NamedTuple
 
 from finetune_trainer.failures import DataError, UserError
-from finetune_trainer.prepare.quality.personal import excerpt
+from finetune_trainer.personal import excerpt
 from finetune_trainer.prepare.reading.arrays import array_items
 from finetune_trainer.prepare.reading.csvrows import csv_rows
 from finetune_trainer.prepare.reading.faults import Complain, refuse

@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune_trainer.failures import DataError
+from finetune_trainer.personal import redacted
 from finetune_trainer.prepare.mapping.pool import Pool
 from finetune_trainer.prepare.quality.contamination import HeldOut, first_shared
 from finetune_trainer.prepare.quality.hashsets import HashSet
-from finetune_trainer.prepare.quality.personal import redacted
 from finetune_trainer.prepare.reducing.indexes import IndexedShard
 from finetune_trainer.prepare.reducing.output import Output
 from finetune_trainer.prepare.reducing.report import Contamination

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from finetune_trainer.pages import page
-from finetune_trainer.prepare.quality.personal import IN_WORDS
+from finetune_trainer.personal import IN_WORDS
 from finetune_trainer.prepared.split import SIDES
 
 CAUSES: Final = {

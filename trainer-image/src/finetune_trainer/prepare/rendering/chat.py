@@ -25,7 +25,7 @@ import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from finetune_trainer.failures import DataError, UserError
-from finetune_trainer.prepare.quality.personal import redacted
+from finetune_trainer.personal import redacted
 from finetune_trainer.prepare.rendering.conversations import function_of
 from finetune_trainer.prepare.rendering.formats import Conversation, Message
 from finetune_trainer.prepare.rendering.limits import RENDER_ERRORS, check_length, has_power

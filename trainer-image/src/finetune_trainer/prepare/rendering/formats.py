@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from finetune_api.sources import Format
 from finetune_trainer.failures import DataError
-from finetune_trainer.prepare.quality.personal import excerpt, redacted
+from finetune_trainer.personal import excerpt, redacted
 from finetune_trainer.prepare.reading.records import Record, is_broken
 
 FORMAT_FIELDS: Final[dict[Format, tuple[str, ...]]] = {

@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from finetune_api.templates import Template
 from finetune_trainer.failures import DataError, UserError
-from finetune_trainer.prepare.quality.personal import redacted
+from finetune_trainer.personal import redacted
 from finetune_trainer.prepare.reading.records import Fields, Record
 from finetune_trainer.prepare.rendering.catalogue import CATALOGUE
 from finetune_trainer.prepare.rendering.formats import Pair, missing_field

@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Final
 
 from finetune_trainer.failures import DataError
-from finetune_trainer.prepare.quality.personal import covered
+from finetune_trainer.personal import covered
 from finetune_trainer.prepare.rendering.examples import RenderedExample, Segment
 from finetune_trainer.prepare.tokenizing.tokens import TokenizedSample, Tokenizing
 

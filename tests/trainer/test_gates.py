@@ -1,0 +1,168 @@
+"""Gates: what passes, what is missed and by how much; how often chance passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from finetune_api.evaluation_results import AS_IS, TUNED, Row, RowModel, SetTable
+from finetune_api.gates import Gate
+from finetune_trainer.evaluate.gates import against_current, results_of_gates
+from finetune_trainer.evaluate.paired import ALPHA
+from finetune_trainer.evaluate.table import Answered, rows_of, table_of
+from finetune_trainer.prepared.dataset import Reference
+
+SAMPLES = 200
+RIGHT = "yes"
+
+
+def reference(count: int) -> list[Reference]:
+    return [Reference(np.zeros(1, np.int32), "", RIGHT, RIGHT) for _ in range(count)]
+
+
+def answers(name: str, right: Sequence[bool], losses: float | None = None) -> Answered:
+    model, _, prompt = name.partition(" ")
+    return Answered(
+        Row(model=cast("RowModel", model), prompt=prompt or AS_IS),
+        range(len(right)),
+        [RIGHT if ok else "no" for ok in right],
+        losses=np.full(len(right), losses) if losses is not None else np.zeros(0),
+        labels=np.ones(len(right)) if losses is not None else np.zeros(0),
+    )
+
+
+def share(right: float, samples: int = SAMPLES) -> list[bool]:
+    """The first samples are right."""
+    return [i < right * samples for i in range(samples)]
+
+
+def table(*rows: Answered, name: str = "support", retention: bool = False) -> SetTable:
+    made = rows_of(rows, reference(max(len(row.samples) for row in rows)))
+    found = table_of(name, made, TUNED, ["Loss", "Accuracy"], 2.0)
+    return found.model_copy(update={"retention": retention})
+
+
+SUPPORT = table(
+    answers("Base", share(0.5), 2.0), answers("Base 4-shot", share(0.7)),
+    answers("Base 1-shot", share(0.55)), answers("Base retrieval", share(0.6)),
+    answers("Base rules", share(0.85)), answers("Tuned", share(0.8), 1.0),
+    answers("Current", share(0.79)),
+)  # fmt: skip
+GENERAL = table(
+    answers("Base", share(0.6), 2.0), answers("Tuned", share(0.5), 2.3),
+    name="general", retention=True,
+)  # fmt: skip
+
+
+def gate(**fields: Any) -> Gate:
+    return Gate.model_validate({"metric": "Accuracy", **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "passed", "because"),
+    [
+        ({"operator": "AtLeast", "value": "0.8"}, True, "80.0 %, at least 80.0 % wanted"),
+        ({"operator": "AtLeast", "value": "0.85"}, False, "missed by 5.0 %"),
+        ({"metric": "Loss", "operator": "AtMost", "value": "1.5"}, True, "1, at most 1.5 wanted"),
+        ({"metric": "Loss", "operator": "AtMost", "value": "0.5"}, False, "missed by 0.5"),
+        ({"operator": "BetterThan"}, True, "against Base +30.0 %"),
+        ({"operator": "BetterThan", "value": "0.2"}, True, "against Base +30.0 %"),
+        ({"operator": "BetterThan", "value": "0.28"}, False, "not significantly better by more"),
+        ({"operator": "BetterThan", "row": "FewShot"}, True, "against Base 4-shot +10.0 %"),
+        ({"operator": "BetterThan", "row": "Retrieval"}, True, "against Base retrieval +20.0 %"),
+        ({"operator": "BetterThan", "row": "Prompt"}, False, "against Base rules -5.0 %"),
+        ({"operator": "BetterThan", "row": "Current"}, False, "not significantly better"),
+        ({"operator": "WorsensAtMost", "row": "Current", "value": "0.03"}, True, "+1.0 %"),
+        ({"operator": "WorsensAtMost", "row": "Prompt", "value": "0.03"}, False, "not ruled out"),
+        ({"metric": "Loss", "operator": "BetterThan"}, True, "against Base -1"),
+        ({"metric": "Loss", "operator": "WorsensAtMost", "value": "0.1"}, True, "-1"),
+        ({"dataSet": "general", "operator": "WorsensAtMost", "value": "0.05"}, False, "-10.0 %"),
+        ({"dataSet": "general", "metric": "Loss", "operator": "WorsensAtMost", "value": "0.2"},
+         False, "a loss of more than 0.2 is not ruled out"),
+        ({"dataSet": "general", "metric": "Loss", "operator": "WorsensAtMost", "value": "0.4"},
+         True, "+0.3"),
+    ],
+)  # fmt: skip
+def test_a_gate_says_by_how_much(fields: dict[str, Any], passed: bool, because: str) -> None:
+    (found,) = results_of_gates([gate(**fields)], [SUPPORT, GENERAL])
+    assert (found.passed, because in found.because) == (passed, True), found.because
+    assert found.data_set == fields.get("dataSet", "support")
+
+
+def test_a_gate_without_a_set_is_about_every_test_set() -> None:
+    other = SUPPORT.model_copy(update={"name": "other"})
+    found = results_of_gates([gate(operator="BetterThan")], [SUPPORT, other, GENERAL])
+    assert [each.data_set for each in found] == ["support", "other"]
+
+
+def test_without_a_current_model_its_gate_passes() -> None:
+    alone = SUPPORT.model_copy(update={"rows": SUPPORT.rows[:-1]})
+    (found,) = results_of_gates([gate(operator="BetterThan", row="Current")], [alone])
+    assert (found.passed, found.because) == (True, "there is no current model yet")
+
+
+def test_few_samples_decide_nothing() -> None:
+    few = table(answers("Base", share(0, 10), 2.0), answers("Tuned", share(1, 10), 1.0))
+    (found,) = results_of_gates([gate(metric="Loss", operator="BetterThan")], [few])
+    assert not found.passed and "10 samples are too few" in found.because
+
+
+def test_the_current_model_is_replaced_by_what_is_not_worse() -> None:
+    assert against_current([SUPPORT, GENERAL], 3.0)[0]
+    passed, because = against_current([SUPPORT], 0.5)
+    assert not passed and "worse by more than 0.5 % is possible" in because
+    unknown = SUPPORT.model_copy(update={"rows": SUPPORT.rows[:-1]})
+    passed, because = against_current([unknown], 3.0)
+    assert not passed and "was not measured on these samples" in because
+    assert not against_current([GENERAL], 3.0)[0]
+
+
+def passing(wanted: Gate, samples: int, gain: float, rounds: int = 1000) -> int:
+    """How many simulated runs pass: a sixth of the answers differ by chance, with 60 % right."""
+    random = np.random.default_rng(7)
+    passed = 0
+    for _ in range(rounds):
+        base = random.random(samples) < 0.6
+        anew = random.random(samples) < 0.6 + 6 * gain
+        tuned = np.where(random.random(samples) < 1 / 6, anew, base)
+        found = table(answers("Base", base.tolist()), answers("Tuned", tuned.tolist()))
+        passed += results_of_gates([wanted], [found])[0].passed
+    return passed
+
+
+def test_chance_passes_no_more_often_than_its_level() -> None:
+    """1,000 runs whose tuned model is as good as the base model (A/A)."""
+    passed = passing(gate(operator="BetterThan"), 300, 0.0)
+    assert binomtest(passed, 1000, ALPHA / 2, alternative="greater").pvalue > 0.01, passed
+
+
+def test_a_gain_of_the_planned_size_passes() -> None:
+    """A gain of 5 points, with as many samples as a first look said that it needs."""
+    random = np.random.default_rng(1)
+    base = random.random(400) < 0.6
+    tuned = np.where(random.random(400) < 1 / 6, random.random(400) < 0.6, base)
+    rows = rows_of([answers("Base", base.tolist()), answers("Tuned", tuned.tolist())],
+                   reference(400))  # fmt: skip
+    first = table_of("support", rows, TUNED, ["Accuracy"], 5.0).rows[0].comparisons["Accuracy"]
+    planned = int(400 * (first.detectable / 0.05) ** 2)
+    assert planned < 600
+    assert passing(gate(operator="BetterThan"), planned, 0.05, 200) >= 0.8 * 200
+
+
+def test_a_worse_model_rarely_replaces_the_current_one() -> None:
+    """Worse by exactly the margin."""
+    random = np.random.default_rng(3)
+    passed = 0
+    for _ in range(200):
+        current = random.random(400) < 0.8
+        tuned = current & (random.random(400) < 0.76 / 0.8)
+        found = table(
+            answers("Base", share(0.5, 400)), answers("Tuned", tuned.tolist()),
+            answers("Current", current.tolist()),
+        )  # fmt: skip
+        passed += against_current([found], 4.0)[0]
+    assert binomtest(passed, 200, ALPHA / 2, alternative="greater").pvalue > 0.01, passed

@@ -1,0 +1,125 @@
+"""The test and retention sets of a run, with what each row answered to their samples.
+
+answers/ (one file a row) + references of the samples ──► MeasuredSet
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from finetune_api.evaluation_results import TUNED
+from finetune_api.tasks import METRICS, Metric
+from finetune_trainer.evaluate.table import Answered
+from finetune_trainer.prepared.dataset import PreparedData, Reference
+from finetune_trainer.prepared.split import TESTED, Side
+from finetune_trainer.storage import runfiles
+from finetune_trainer.storage.objects import ObjectStore
+from finetune_trainer.storage.runfiles import Example, RowAnswers, RunResult, SetAnswers
+
+EXAMPLES = 8
+"""Samples of each set that the report shows, with all answers."""
+_AT_ONCE = 1000
+"""Samples whose text is in memory for their digests."""
+
+
+@dataclass(frozen=True)
+class MeasuredSet:
+    """One set."""
+
+    name: str
+    retention: bool
+    """Whether it is a set of data.retention."""
+    metrics: list[Metric]
+    answered: list[Answered]
+    """All rows; draws of a row follow each other."""
+    references: Sequence[Reference]
+    """Of the first samples, as many as any row has answered."""
+    digests: Sequence[str]
+    """Of all samples: see ``sample_digest``."""
+
+    @property
+    def tuned(self) -> Answered:
+        return next(row for row in self.answered if row.row == TUNED)
+
+    def examples(self) -> list[Example]:
+        """The first samples that were answered, with all answers."""
+        said: list[dict[str, str]] = [{} for _ in self.references[:EXAMPLES]]
+        for row in self.answered:
+            for number, answer in zip(row.samples, row.answers, strict=True):
+                if number < len(said):
+                    said[number].setdefault(row.row.name, answer)
+        return [
+            Example(prompt=r.prompt, reference=r.completion, answers=answers)
+            for r, answers in zip(self.references, said, strict=False)
+            if answers
+        ]
+
+
+def measured_sets(
+    store: ObjectStore, run_uri: str, result: RunResult, data: PreparedData
+) -> list[MeasuredSet]:
+    """Return the sets, with the rows that the gang answered. A result of an earlier trainer names
+    no rows, and has no sets."""
+    rows = [runfiles.read_row(store, run_uri, row) for row in result.rows]
+    found = []
+    for scores in result.summary.scores:
+        side, number = _place(data, scores.name)
+        positions = np.flatnonzero(data.index(side).set == number)
+        answered = [
+            _answered(row, of_set, positions)
+            for row in rows
+            for of_set in row.sets
+            if of_set.name == scores.name
+        ]
+        if not answered:
+            continue
+        most = max(len(each.samples) for each in answered)
+        found.append(
+            MeasuredSet(
+                name=scores.name,
+                retention=side == "retention",
+                metrics=[m for m in METRICS if m in scores.tuned],
+                answered=answered,
+                references=data.references(side, positions[:most].tolist()),
+                digests=list(_digests(data, side, positions)),
+            )
+        )
+    return found
+
+
+def _place(data: PreparedData, name: str) -> tuple[Side, int]:
+    return next((s, n) for s in TESTED for n, found in data.set_names(s) if found == name)
+
+
+def sample_digest(reference: Reference) -> str:
+    """Digest of a sample's text, by which a later run finds it again: 32 hexadecimal digits."""
+    parts = (reference.prompt, reference.completion, reference.label or "")
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _digests(data: PreparedData, side: Side, positions: np.ndarray) -> Iterator[str]:
+    for start in range(0, len(positions), _AT_ONCE):
+        some = positions[start : start + _AT_ONCE].tolist()
+        yield from map(sample_digest, data.references(side, some))
+
+
+def _answered(found: RowAnswers, of_set: SetAnswers, positions: np.ndarray) -> Answered:
+    asked = sum(len(each.answers) for each in found.sets)
+    share = len(of_set.answers) / asked if asked else 1 / len(found.sets)
+    return Answered(
+        row=found.row,
+        samples=np.searchsorted(positions, of_set.positions).tolist()
+        if of_set.positions
+        else range(len(of_set.answers)),
+        answers=of_set.answers,
+        tokens=of_set.tokens,
+        losses=np.array(of_set.losses, np.float64),
+        labels=np.array(of_set.labels, np.float64),
+        metrics=of_set.metrics,
+        process_seconds=found.process_seconds * share,
+    )
