@@ -176,7 +176,10 @@ def test_killed_map_and_reduce_pods_do_not_change_prepared_data(platform, manife
     for workers in (1, 3):
         name = platform.apply(manifest_of(f"prepare-{workers}", prepare={"workers": workers}))
         for role in ("map", "prepare") if workers > 1 else ():
-            pod = eventually(f"a pod of {role} runs", partial(a_running_pod, platform, name, role))
+            # The pod of prepare comes after all map pods, also the one that replaces the killed.
+            pod = eventually(
+                f"a pod of {role} runs", partial(a_running_pod, platform, name, role), within=180
+            )
             platform.kubectl("delete", "pod", pod, "--grace-period=0", "--force")
         status = platform.wait(name, "Prepared")
         assert not status["prepared"]["reused"]

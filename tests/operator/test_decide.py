@@ -183,7 +183,8 @@ def test_a_run_goes_through_its_stages_to_complete() -> None:
     [
         ({"held": "support F1 AtLeast: 80.1 %, at least 85.0 % wanted", "current": False},
          "False/GatesMissed", ("Warning", "GatesMissed")),
-        ({"current": True}, "True/Evaluated", ("Normal", "BecameCurrent")),
+        ({"current": True, "recommendation": "intent: Tune: tuning is what helps"},
+         "True/Evaluated", ("Normal", "BecameCurrent")),
         ({}, "True/Evaluated", None),
     ],
 )  # fmt: skip
@@ -205,6 +206,7 @@ def test_a_held_run_is_complete_and_says_what_it_missed(
         if "held" in published:
             assert world.message("Evaluated") == world.status["output"]["held"] == published["held"]
         assert world.status["output"].get("becameCurrent") == published.get("current")
+        assert published.get("recommendation", "") in world.message("Evaluated")
         # The pods that reported it go; status keeps it.
         world.objects = {k: v for k, v in world.objects.items() if v["kind"] == "ConfigMap"}
         world.settle()

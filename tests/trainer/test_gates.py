@@ -74,7 +74,7 @@ def gate(**fields: Any) -> Gate:
         ({"operator": "BetterThan", "value": "0.28"}, False, "not significantly better by more"),
         ({"operator": "BetterThan", "row": "FewShot"}, True, "against Base 4-shot +10.0 %"),
         ({"operator": "BetterThan", "row": "Retrieval"}, True, "against Base retrieval +20.0 %"),
-        ({"operator": "BetterThan", "row": "Prompt"}, False, "against Base rules -5.0 %"),
+        ({"operator": "BetterThan", "row": "Prompt"}, False, "significantly worse"),
         ({"operator": "BetterThan", "row": "Current"}, False, "not significantly better"),
         ({"operator": "WorsensAtMost", "row": "Current", "value": "0.03"}, True, "+1.0 %"),
         ({"operator": "WorsensAtMost", "row": "Prompt", "value": "0.03"}, False, "not ruled out"),

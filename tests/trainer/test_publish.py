@@ -287,6 +287,7 @@ def test_gates_and_the_current_model_decide_what_is_used(
     second = publish(poor.run_spec, poor.stores, tmp_path / "second")
     assert second.current is False and second.held is not None
     assert "support Loss BetterThan: against Base" in second.held
+    assert "a gain of evaluation.minEffect is ruled out" in second.held
     assert "current model 1-good: support Accuracy" in second.held
     assert poor.json("manifest.json")["held"] == second.held
     assert (poor.fetch(tmp_path / "got") / "report.html").read_text().count("missed") >= 2

@@ -27,7 +27,8 @@ class Gate(Model):
     comparison with `row` rules out that the tuned model is worse by more than `value`."""
     value: DecimalString | None = None
     """In the unit of the metric: "0.85" for Accuracy, "1.7" for Loss (nats), "35" for Bleu.
-    BetterThan may leave it out: any significant gain."""
+    BetterThan may leave it out: then its verdict must be Better, significantly, with a gain of
+    evaluation.minEffect not ruled out."""
     row: GateRow | None = None
     """What the tuned model is compared with, over the same samples. Base: the base model.
     FewShot: its answers behind examples (the best of evaluation.baselines.shots). Prompt: behind

@@ -74,7 +74,7 @@ def _conditions(view: RunView) -> Conditions:
         if held is not None:
             conditions.set(type_, "False", "GatesMissed", held)
         # Keep a condition that is True: the pods that reported the results may be gone.
-        elif done and not conditions.is_true(type_):
+        elif done and (not conditions.is_true(type_) or (type_ == "Evaluated" and view.published)):
             reason, text = describe(view)
             conditions.set(type_, "True", reason, text)
     if view.problems:
@@ -98,6 +98,8 @@ def _prepared(view: RunView) -> tuple[str, str]:
 def _evaluated(view: RunView) -> tuple[str, str]:
     tested = view.trained is None or view.trained.scores
     text = "trained, and measured on the test sets" if tested else "trained; there is no test set"
+    if view.published is not None and view.published.recommendation:
+        text += f". {view.published.recommendation}"
     return "Evaluated", text
 
 

@@ -85,14 +85,24 @@ def _by_row(gate: Gate, table: SetTable, against: GateRow) -> tuple[bool, str]:
         return False, f"{text}: {row.samples} samples are too few to decide, give {FEWEST_GROUPS}"
     wanted = gate.effective_value
     if gate.operator == "BetterThan":
-        gain = compared.effect if METRICS[gate.metric].higher_is_better else -compared.effect
-        passed = compared.p < ALPHA and gain > 0 and (gate.value is None or low > wanted)
-        more = f" by more than {shown(gate.metric, wanted)}" if wanted else ""
         said = f"{text}, p {compared.p:.2g}"
-        return passed, said if passed else f"{said}: not significantly better{more}"
+        if gate.value is None:
+            passed = compared.verdict == "Better"
+            why = _NOT_BETTER.get(compared.verdict, compared.verdict)
+        else:
+            passed = compared.p < ALPHA and low > wanted
+            why = f"not significantly better by more than {shown(gate.metric, wanted)}"
+        return passed, said if passed else f"{said}: {why}"
     passed = low >= -wanted
     limit = shown(gate.metric, wanted)
     return passed, text if passed else f"{text}: a loss of more than {limit} is not ruled out"
+
+
+_NOT_BETTER: Final = {
+    "Worse": "significantly worse",
+    "NotBetter": "a gain of evaluation.minEffect is ruled out",
+    "TooFewSamples": "not significantly better",
+}
 
 
 def lowest_gain(metric: Metric, compared: Comparison) -> float:
