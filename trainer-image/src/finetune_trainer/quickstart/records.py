@@ -1,7 +1,8 @@
 """The quickstart's labelled data: two tasks on messages that are new to the base model.
 
 ``intent`` classifies a message (``text``, ``label``); ``note`` summarizes what the customer wants
-(``message``, ``note``; rendered by a template in the manifest).
+(``message``, ``note``; rendered by a template in the manifest). ``reply`` has conversations as the
+base model was trained on: what tuning must not lose.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
-from finetune_trainer.quickstart.language import Ticket, draw_ticket, message, note
+from finetune_trainer.quickstart.language import Ticket, draw_ticket, message, note, reply
 
 
 def make_data(folder: Path, seen: set[str], train: int, test: int, seed: int = 2) -> None:
-    """Write ``<task>-train.jsonl`` and ``<task>-test.jsonl`` for both tasks.
+    """Write ``<task>-train.jsonl`` and ``<task>-test.jsonl`` for both tasks, and
+    ``reply-test.jsonl``.
 
     Args:
         seen: messages of the pre-training, which are not used.
@@ -34,6 +37,13 @@ def make_data(folder: Path, seen: set[str], train: int, test: int, seed: int = 2
             folder / f"note-{name}.jsonl",
             [{"message": text, "note": note(ticket)} for ticket, text in notes],
         )
+    random = Random(seed + 1)
+    _write(folder / "reply-test.jsonl", [_conversation(*next(fresh), random) for _ in range(test)])
+
+
+def _conversation(ticket: Ticket, text: str, random: Random) -> dict[str, Any]:
+    turns = (("user", text), ("assistant", reply(ticket, random)))
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
 def _fresh(seen: set[str], random: Random) -> Iterator[tuple[Ticket, str]]:
@@ -46,5 +56,5 @@ def _fresh(seen: set[str], random: Random) -> Iterator[tuple[Ticket, str]]:
             yield ticket, text
 
 
-def _write(path: Path, records: list[dict[str, str]]) -> None:
+def _write(path: Path, records: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
