@@ -47,6 +47,8 @@ BAD_FIELDS = [
         "data.train[0].format", "Messages", "messages"),
     bad("unknown metric", {"evaluation.metrics": ["Loss", "BLEU"]}, "evaluation.metrics[1]",
         "Bleu", "BLEU"),
+    bad("unknown artefactCheck", {"evaluation.artefactCheck": "All"}, "evaluation.artefactCheck",
+        "Sample", "All"),
     bad("unknown schedule", {"training.schedule": "cosine"}, "training.schedule", "Cosine",
         "cosine"),
     bad("unknown overlength", {"data.quality": {"overlength": "Skip"}},

@@ -77,6 +77,7 @@ GOOD = [
     good("exponent", {"training.learningRate": "2e-4", "training.maxGradNorm": "1E+1"}),
     good("schedule and precision", {"training": {"schedule": "Linear", "precision": "FP32"}}),
     good("metrics", {"evaluation.metrics": ["Loss", "F1", "Bleu"]}),
+    good("the whole artefact is compared", {"evaluation.artefactCheck": "Full"}),
     good("checkpoints by steps", {"checkpoint": {"everySteps": 5, "keepLast": 1}}),
     good("checkpoints by seconds", {"checkpoint": {"everySeconds": 60}}),
     good("checkpoints staged on disk", {"checkpoint": {"staging": "Disk"}}),

@@ -316,7 +316,7 @@ def check_published(folder: Path, to: Path, spec: FineTuneJobSpec, expected: tor
     checkpoint, purpose = FileSystemReader(to / "checkpoint"), purpose_of(spec, CLASSES)
     if "Adapter" in spec.method.kind.formats:
         model = tuned_model(folder, None, checkpoint, spec, CLASSES)
-        write_adapter(model, tokenizer, files, spec, to / "adapter", CLASSES)
+        write_adapter(model, tokenizer, files, spec, [], to / "adapter", CLASSES)
         config = AutoConfig.from_pretrained(to / "adapter" / "config.json")
         assert config.id2label == dict(enumerate(CLASSES))
         base = AutoModelForSequenceClassification.from_pretrained(folder, config=config)

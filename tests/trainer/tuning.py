@@ -108,7 +108,7 @@ def check_published(
     if "Adapter" in spec.method.kind.formats:
         model = tuned_model(base, None, checkpoint, spec)
         files = BaseFiles(Base(ModelLocation(source="s3://models/base"), ()), base, None)
-        write_adapter(model, tokenizer, files, spec, folder / "adapter")
+        write_adapter(model, tokenizer, files, spec, [128], folder / "adapter")
         adapted = PeftModel.from_pretrained(plain, str(folder / "adapter"))
         torch.testing.assert_close(logits(adapted), expected, atol=atol, rtol=1e-5)
     if "Merged" in spec.method.kind.formats:

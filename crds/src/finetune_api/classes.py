@@ -45,6 +45,7 @@ FIELD_CLASSES: Final[dict[str, FieldClass]] = {
     "training.compile": "Resume",
     "training.guard": "Resume",
     "evaluation": "NewRun",
+    "evaluation.artefactCheck": "Resume",
     "output": "NewRun",
     "rerunToken": "NewRun",
     "retryToken": "Live",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,6 +12,8 @@ from finetune_api.base import Count, DecimalString, DnsLabel, Model, Rule, Text,
 from finetune_api.gates import Gate, GateRow
 from finetune_api.sources import DataUri, StorageAccess
 from finetune_api.tasks import DEFAULT_METRICS, Metric
+
+ArtefactCheck = Literal["Sample", "Full", "Off"]
 
 
 class BaselinePrompt(Model):
@@ -113,6 +115,12 @@ class Evaluation(Model):
     max_new_tokens: Annotated[int, Field(ge=1, le=65536)] | None = None
     """Maximum length of a generated answer, in tokens. Absent: the longest completion of the
     training set, but at most 512."""
+    artefact_check: ArtefactCheck = "Sample"
+    """What publish compares with the test before the model counts as published: it loads the model
+    again from object storage, as the model card tells users. Sample: the losses of up to 16 test
+    samples, and the first 32 tokens of their answers. Full: all test samples, which may take long
+    on a CPU. Off: nothing. Without test sets, up to 16 training samples are compared with the
+    trained checkpoint. A model that differs fails the run with reason ArtefactDiffers."""
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(

@@ -189,6 +189,25 @@ class CurrentResult(Record):
     """The figures, in words."""
 
 
+class ArtefactResult(Record):
+    """The published model, loaded again from object storage, against the tested one."""
+
+    formats: list[Word]
+    """Formats that were loaded, and agree: adapter, merged."""
+    side: Word
+    """Side of the split that the samples are from: test, or train for a run without test sets."""
+    samples: Count
+    """Samples compared, in each format."""
+    largest_loss_difference: float
+    """Largest difference of the loss of a sample, in nats per label."""
+    answers_equal: Count
+    """Answers that are equal, in the format with the fewest."""
+    of: Count
+    """Answers compared, in each format."""
+    left_out: dict[Word, str] = {}
+    """Formats that were not loaded, and why."""
+
+
 class EvaluationResult(Record):
     """Results of a run on its test and retention sets."""
 
@@ -198,6 +217,9 @@ class EvaluationResult(Record):
     """Results of the gates."""
     current: CurrentResult | None = None
     """None: output.current is not given, or there was no current model."""
+
+    artefact: ArtefactResult | None = None
+    """None: not compared (evaluation.artefactCheck: Off, or another release published)."""
 
     @property
     def held(self) -> str | None:

@@ -220,8 +220,8 @@ FAILURES: Final[tuple[FailureRow, ...]] = (
     ),
     _reported(
         "Internal", ExitCode.INTERNAL, "End",
-        "Internal BeyondTheEnd CorruptCheckpoint HeadOfAnotherRun KernelFailed NCCLFailed"
-        " NCCLMisused NoTerminationMessage PreconditionFailed StorageRefused",
+        "Internal ArtefactDiffers BeyondTheEnd CorruptCheckpoint HeadOfAnotherRun KernelFailed"
+        " NCCLFailed NCCLMisused NoTerminationMessage PreconditionFailed StorageRefused",
         "the trainer has found a defect of its own",
     ),
     _reported(

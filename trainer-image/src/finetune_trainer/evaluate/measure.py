@@ -235,7 +235,8 @@ class Evaluator:
         model: Any = self.loss.model
         positions = getattr(model.config, "max_position_embeddings", None) or longest * 2**20
         room = max(1, min(self.max_new_tokens, positions - longest - self.virtual_tokens))
-        config = greedy(self.tokenizer, self.data.manifest.stop_token_ids, room)
+        stops = {*self.data.manifest.stop_token_ids, self.tokenizer.eos_token_id}
+        config = greedy(self.tokenizer, sorted(stops), room)
         with torch.no_grad(), self.world.autocast(), root_gathered(self.loss):
             out = model.generate(
                 input_ids=ids.to(self.world.device),
@@ -252,17 +253,17 @@ class Evaluator:
 
 
 def greedy(
-    tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], max_new_tokens: int
+    tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], max_new_tokens: int
 ) -> GenerationConfig:
-    """Return the config of greedy decoding that stops at the end tokens of the training answers.
-    The model's own generation config is ignored (no sampling, no penalties)."""
+    """Return the config of greedy decoding that stops at each of the end tokens. The rest of the
+    model's own generation config is ignored (no sampling, no penalties)."""
     return GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         num_beams=1,
         repetition_penalty=1.0,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=sorted({*stops, tokenizer.eos_token_id}),
+        eos_token_id=list(ends) or None,
         use_cache=True,
     )
 

@@ -10,7 +10,12 @@ import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch.distributed.checkpoint.storage import StorageReader
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from finetune_api.run_spec import RunSpec
 from finetune_api.spec import FineTuneJobSpec
@@ -20,6 +25,7 @@ from finetune_trainer.engine.checkpointing.dcp import load_weights
 from finetune_trainer.engine.checkpointing.dcp_storage import METADATA, CheckpointReader
 from finetune_trainer.engine.model import (
     CPU,
+    GENERATION,
     TEXT,
     Pretrained,
     Purpose,
@@ -118,11 +124,17 @@ def write_adapter(
     tokenizer: PreTrainedTokenizerBase,
     base: BaseFiles,
     spec: FineTuneJobSpec,
+    stops: list[int],
     folder: Path,
     classes: Sequence[str] = (),
 ) -> None:
     """Write the adapter in peft's layout, combined with the adapter that is merged into the base's
-    weights, if any. With classes, the configuration that names them is written too."""
+    weights, if any. With classes, the configuration that names them is written too, else the
+    generation config.
+
+    Args:
+        stops: as for ``write_merged``.
+    """
     assert isinstance(model, PeftModel), "validated: output.format Adapter requires an adapter"
     if INITIAL in model.peft_config:
         model = _plain_adapter(model, base.folder, spec)
@@ -136,8 +148,11 @@ def write_adapter(
     if base.adapter is not None:
         add_adapters(base.adapter, folder, folder)
     tokenizer.save_pretrained(str(folder))
+    own = configuration(base.folder, purpose_of(spec, classes))
     if classes:
-        configuration(base.folder, purpose_of(spec, classes)).save_pretrained(str(folder))
+        own.save_pretrained(str(folder))
+    else:
+        _generation_config(base.folder, stops, own).save_pretrained(str(folder))
 
 
 def _plain_adapter(model: PeftModel, base: Path, spec: FineTuneJobSpec) -> PeftModel:
@@ -177,7 +192,7 @@ def write_merged(
     # The configuration of the base, without the changes made for training.
     whole.config = config
     if whole.can_generate():
-        whole.generation_config = _generation_config(base, stops, whole)
+        whole.generation_config = _generation_config(base, stops, config)
     whole.save_pretrained(str(folder), max_shard_size=MAX_SHARD)
     tokenizer.save_pretrained(str(folder))
 
@@ -197,11 +212,11 @@ _SAMPLING: Final = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None
 """Sampling settings and their neutral values."""
 
 
-def _generation_config(base: Path, stops: list[int], model: PreTrainedModel) -> GenerationConfig:
-    if (base / "generation_config.json").exists():
+def _generation_config(base: Path, stops: list[int], config: PreTrainedConfig) -> GenerationConfig:
+    if (base / GENERATION).exists():
         found = GenerationConfig.from_pretrained(base)
     else:
-        found = GenerationConfig.from_model_config(model.config)
+        found = GenerationConfig.from_model_config(config)
     known = found.eos_token_id
     ends = {*stops, *(known if isinstance(known, list) else [known])} - {None}
     # Older models have sampling settings without do_sample; save_pretrained refuses that.

@@ -65,6 +65,14 @@ def upload_folder(store: ObjectStore, folder: Path, uri: str) -> dict[str, Publi
     }
 
 
+def download_folder(store: ObjectStore, uri: str, folder: Path) -> None:
+    """Download all objects below an address to an empty folder."""
+    folder.mkdir(parents=True)
+    uris = [info.uri for info in store.list(f"{uri}/")]
+    with ThreadPoolExecutor(_PARALLEL_FILES) as pool:
+        list(pool.map(lambda at: store.download(at, folder / at.removeprefix(f"{uri}/")), uris))
+
+
 def summarise(uri: str, manifest: Manifest, text: bytes) -> PublishSummary:
     return PublishSummary(
         uri=uri,

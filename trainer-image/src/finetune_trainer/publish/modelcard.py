@@ -40,10 +40,11 @@ tokenizer = AutoTokenizer.from_pretrained("merged")
         """\
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 base = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(base, "adapter")
+model.generation_config = GenerationConfig.from_pretrained("adapter")  # with its stop tokens
 tokenizer = AutoTokenizer.from_pretrained("adapter")
 ```""",
     ),
@@ -83,7 +84,7 @@ classify("…")
 def render(about: About) -> str:
     """Return the card in Markdown."""
     # Imported here, so that importing the card does not import run_facts.
-    from finetune_trainer.publish.run_facts import DRAWN_HEAD, settings
+    from finetune_trainer.publish.run_facts import DRAWN_HEAD, artefact_text, settings
 
     run_spec, result = about.run_spec, about.result
     front = yaml.safe_dump(front_matter(about), sort_keys=False, allow_unicode=True)
@@ -110,6 +111,7 @@ def render(about: About) -> str:
         if scores
         else "The run had no test set.",
         *([DRAWN_HEAD] if about.drawn_head else []),
+        *([checked] if (checked := artefact_text(about.evaluation.artefact)) else []),
         "## How to load it",
         *(_load(about, name) for name in about.formats),
         *_lineage(about),

@@ -1,6 +1,7 @@
 """The publish stage.
 
-A published folder is complete once ``manifest.json`` exists, which is written last; ``latest.json``
+The model is loaded again from object storage, and compared with the tested one (``artefact``). A
+published folder is complete once ``manifest.json`` exists, which is written last; ``latest.json``
 beside the folders is updated after it. Publishing is deterministic and idempotent: a retry after an
 interruption finds or repeats the work of the first try.
 """
@@ -8,17 +9,21 @@ interruption finds or repeats the work of the first try.
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 from pathlib import Path
 
 from finetune_api.results import PublishSummary
 from finetune_api.run_spec import RunSpec
 from finetune_trainer.engine.base import BaseFiles
-from finetune_trainer.engine.model import has_drawn_head, purpose_of
+from finetune_trainer.engine.model import CPU, has_drawn_head, purpose_of
+from finetune_trainer.engine.sharding import capacity
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepared.dataset import PreparedData
-from finetune_trainer.prepared.manifest import DataManifest, read_manifest
+from finetune_trainer.prepared.manifest import read_manifest
 from finetune_trainer.publish import export, modelcard, report, run_facts
+from finetune_trainer.publish.artefact import ROOM, Artefact, check
+from finetune_trainer.publish.cases import Compared, tested, trained
 from finetune_trainer.publish.current import (
     TRIES,
     CurrentPointer,
@@ -40,6 +45,8 @@ from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.objects import ObjectNotFound, ObjectStore, Stores
 from finetune_trainer.storage.published import MANIFEST, Manifest, read_published
 
+log = logging.getLogger(__name__)
+
 
 def publish(run_spec: RunSpec, stores: Stores, scratch: Path) -> PublishSummary:
     """Write the tuned model of a run to its output address, and update ``latest.json``.
@@ -51,6 +58,7 @@ def publish(run_spec: RunSpec, stores: Stores, scratch: Path) -> PublishSummary:
     Raises:
         UserError: 'NotTrained' if the run has no result, 'DataGone' if its prepared data is gone.
         CorruptCheckpoint: files of the chosen checkpoint are missing or changed.
+        ArtefactDiffers: the model that was uploaded is not the tested one.
         StorageDenied, StorageUnavailable: the output cannot be written.
     """
     store = stores.default
@@ -102,23 +110,29 @@ def _publish(
             f"{prepared.uri} holds no prepared data any more; give spec.rerunToken a new value"
             " to prepare and train again",
         )
-    base, formats = write_model(run_spec, stores, result, data, folder, scratch)
+    opened = PreparedData(store, prepared.uri, scratch / "data", data)
+    base, formats, compared = write_model(run_spec, stores, result, opened, folder, scratch)
     purpose = purpose_of(spec, data.classes)
     sizes = run_facts.Sizes(
         {name: folder_bytes(folder / name) for name in formats},
         export.full_copy_bytes(base.folder, purpose),
     )
     drawn = has_drawn_head(base.folder, purpose)
-    opened = PreparedData(store, prepared.uri, scratch / "data", data)
     sets = measured_sets(store, run_spec.run_uri, result, opened)
     redact = spec.data.quality.personal_data == "Redact"
     lines = (line for each in sets for line in predictions_of(each, redact))
     write_predictions(lines, folder / PREDICTIONS)
     files = upload_folder(store, folder, run_spec.output_uri)
+    shutil.rmtree(folder)  # what is loaded again comes from object storage, and needs the disk
+    checked = None
+    if compared is not None:
+        written = Artefact(run_spec.output_uri, formats, spec.task, base.base.model, base.folder)
+        checked = check(written, compared, stores, scratch)
     data_report = store.get(f"{prepared.uri}/report.json")
     for _ in range(TRIES):
         seen = pointer.read() if pointer else None
         evaluation = evaluate(spec, sets, in_use(store, seen))
+        evaluation = evaluation.model_copy(update={"artefact": checked})
         about = run_facts.gather(
             run_spec, result, prepared, data, sizes, base.base.model, evaluation, sets, drawn
         )
@@ -174,31 +188,53 @@ def write_model(
     run_spec: RunSpec,
     stores: Stores,
     result: runfiles.RunResult,
-    data: DataManifest,
+    data: PreparedData,
     folder: Path,
     scratch: Path,
-) -> tuple[BaseFiles, list[str]]:
-    """Write the tuned model to ``folder``; return its base and the names of the formats written."""
-    wanted = run_spec.spec.effective_output_format
+) -> tuple[BaseFiles, list[str], Compared | None]:
+    """Write the tuned model to ``folder``.
+
+    Returns:
+        Its base, the names of the formats written, and the samples by which the published model is
+        compared with the tested one; None: it is not compared.
+    """
+    wanted, manifest = run_spec.spec.effective_output_format, data.manifest
+    compares = run_spec.spec.evaluation.artefact_check != "Off"
+    untested = compares and not data.set_names("test")
+    if untested and wanted == "Adapter" and not _fits(result):
+        log.warning("the published adapter is not compared: the base does not fit into memory")
+        compares = untested = False
     model, tokenizer, base = export.load_tuned(
         run_spec,
         stores,
         result.summary.checkpoint,
-        data.classes,
+        manifest.classes,
         scratch,
-        whole=wanted != "Adapter",
+        whole=wanted != "Adapter" or untested,
     )
-    formats = []
+    compared = None
+    if compares:
+        compared = (
+            trained(data, model)
+            if untested
+            else tested(run_spec, stores.default, result, data, base.folder)
+        )
+    formats, stops = [], manifest.stop_token_ids
     if wanted in ("Adapter", "Both"):
         export.write_adapter(
-            model, tokenizer, base, run_spec.spec, folder / "adapter", data.classes
+            model, tokenizer, base, run_spec.spec, stops, folder / "adapter", manifest.classes
         )
         formats.append("adapter")
     if wanted in ("Merged", "Both"):
-        stops, purpose = data.stop_token_ids, purpose_of(run_spec.spec, data.classes)
+        purpose = purpose_of(run_spec.spec, manifest.classes)
         export.write_merged(model, tokenizer, base.folder, stops, folder / "merged", purpose)
         formats.append("merged")
-    return base, formats
+    return base, formats, compared
+
+
+def _fits(result: runfiles.RunResult) -> bool:
+    """Whether memory has room for the whole model in float32."""
+    return ROOM * 4 * result.summary.total_parameters <= capacity(CPU, 1)
 
 
 def write_documents(about: run_facts.About, data_report: bytes, folder: Path) -> None:
@@ -208,5 +244,6 @@ def write_documents(about: run_facts.About, data_report: bytes, folder: Path) ->
         "report.html": report.render(about, data_report),
         "README.md": modelcard.render(about),
     }
+    folder.mkdir(parents=True, exist_ok=True)
     for name, text in papers.items():
         (folder / name).write_text(text, encoding="utf-8")

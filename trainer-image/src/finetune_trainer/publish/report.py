@@ -8,7 +8,7 @@ from typing import Any
 from finetune_trainer.pages import page
 from finetune_trainer.publish.chart import Line, loss_chart
 from finetune_trainer.publish.row_tables import tables_of
-from finetune_trainer.publish.run_facts import DRAWN_HEAD, About, by_set, settings
+from finetune_trainer.publish.run_facts import DRAWN_HEAD, About, artefact_text, by_set, settings
 
 
 def render(about: About, data_report: bytes) -> str:
@@ -29,6 +29,7 @@ def render(about: About, data_report: bytes) -> str:
         validation_sets=names,
         settings=settings(about),
         drawn_head=DRAWN_HEAD,
+        artefact=artefact_text(about.evaluation.artefact),
         data=_data_rows(json.loads(data_report)),
         previews=_previews(json.loads(data_report)),
     )

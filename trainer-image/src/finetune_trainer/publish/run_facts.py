@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final, cast
 
-from finetune_api.evaluation_results import Comparison, DataSetScores, Estimate, EvaluationResult
+from finetune_api.evaluation_results import (
+    ArtefactResult,
+    Comparison,
+    DataSetScores,
+    Estimate,
+    EvaluationResult,
+)
 from finetune_api.methods import Method
 from finetune_api.optimizers import Anchor
 from finetune_api.results import PreparedSummary, TrainSummary
@@ -226,6 +232,7 @@ def metrics_text(about: About) -> str:
         "gates": [gate.to_json() for gate in about.evaluation.gates],
         "current": about.evaluation.current and about.evaluation.current.to_json(),
         "held": about.evaluation.held,
+        "artefact": about.evaluation.artefact.to_json() if about.evaluation.artefact else None,
         "validation": [point.to_json() for point in result.validation],
         "training": {
             "steps": summary.steps,
@@ -256,6 +263,24 @@ def metrics_text(about: About) -> str:
         "versions": result.versions,
     }
     return json.dumps(_finite(raw), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+
+
+def artefact_text(found: ArtefactResult | None) -> str:
+    """Format the comparison of the published model with the tested one in one line; "" if there was
+    none."""
+    if found is None:
+        return ""
+    said = [f"Not loaded again: {name}, {why}." for name, why in found.left_out.items()]
+    if found.formats:
+        before = "tested" if found.side == "test" else "trained"
+        answers = f", {found.answers_equal} of {found.of} answers equal" if found.of else ""
+        agrees = (
+            f"Loaded again from object storage ({' and '.join(found.formats)}), the model is the"
+            f" {before} one: {found.samples:,} samples, largest difference of a loss"
+            f" {found.largest_loss_difference:.2g} nats per label{answers}."
+        )
+        said.insert(0, agrees)
+    return " ".join(said)
 
 
 def _table_of(about: About, name: str) -> dict[str, Any]:
