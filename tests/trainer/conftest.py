@@ -15,12 +15,12 @@ from bench import Bench, write_model
 from fixtures_loading import model_of, root, shared_bucket
 from fixtures_memory import llama
 from fixtures_quickstart import tiny_base
+from run_specs import RunSpecFor, run_specs
 from supervisors import nodes
 from worlds import start_fork_server
 
-from finetune_api.names import storage_env
-from finetune_api.run_spec import CONTRACT_VERSION, JobIdentity, RunSpec
-from finetune_api.spec import FineTuneJobSpec, parse_spec
+from finetune_api.run_spec import RunSpec
+from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.memory.profile_cache import ProfileCache
 from finetune_trainer.storage.objects import ObjectStore
 from finetune_trainer.storage.s3server import EmbeddedS3
@@ -87,9 +87,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-RunSpecFor = Callable[..., RunSpec]
-
-
 @pytest.fixture
 def run_spec_for(s3: EmbeddedS3, bucket: str, monkeypatch: pytest.MonkeyPatch) -> RunSpecFor:
     """``run_spec_for(**spec)``: a run spec on the test's bucket; puts its credentials into the
@@ -99,28 +96,7 @@ def run_spec_for(s3: EmbeddedS3, bucket: str, monkeypatch: pytest.MonkeyPatch) -
     ``s3://<bucket>/train.jsonl``, output ``s3://<bucket>/out``. ``run`` and ``job`` name the run.
     """
 
-    def make(*, run: str = "1-abcde", job: str = "job", **spec: Any) -> RunSpec:
-        storage = {"endpoint": s3.endpoint, **spec.pop("storage", {})}
-        raw = {
-            "model": {"source": f"s3://{bucket}/model"},
-            "data": {"train": [{"source": f"s3://{bucket}/train.jsonl"}]},
-            "output": {"destination": f"s3://{bucket}/out"},
-            **spec,
-            "storage": storage,
-        }
-        run_spec = RunSpec(
-            version=CONTRACT_VERSION,
-            job=JobIdentity(namespace="default", name=job, uid="abcde-0000"),
-            run=run,
-            spec=parse_spec(raw),
-        )
-        for profile in range(len(run_spec.storage_profiles)):
-            keys = {"AWS_ACCESS_KEY_ID": s3.access_key, "AWS_SECRET_ACCESS_KEY": s3.secret_key}
-            for key, value in keys.items():
-                monkeypatch.setenv(storage_env(profile, key), value)
-        return run_spec
-
-    return make
+    return run_specs(s3, bucket, monkeypatch)
 
 
 @pytest.fixture

@@ -157,17 +157,21 @@ def same_answer(tested: str, said: str, ended: bool, *, must_end: bool) -> bool:
     return not must_end and tested.startswith(said.rstrip(_REPLACEMENT))
 
 
-def same_tokens(prepared: Ids, tokens: Sequence[int], answered: int = 0) -> bool:
-    """Return whether a tokenizer makes the prepared tokens of a text.
+def same_tokens(
+    prepared: Ids, tokens: Sequence[int], answered: int = 0, *, cut: bool = False
+) -> bool:
+    """Return whether a tokenizer makes the prepared tokens of a text, as the beginning of its own:
+    some put an end token behind each text.
 
-    A shortened sample has the text's first and last tokens. In a conversation with earlier answers
-    the prepared parts were tokenized one by one, which may differ at their borders; then the part
-    behind the last earlier answer is compared, without its first token.
+    In a conversation with earlier answers the prepared parts were tokenized one by one, which may
+    differ at their borders; then the part behind the last earlier answer is compared, without its
+    first token.
 
     Args:
         prepared: shape [tokens].
         tokens: of the whole text.
         answered: position behind the last earlier answer; 0: there is none.
+        cut: whether the sample may have been shortened, to the first and last tokens of its text.
     """
     ours, theirs = prepared.tolist(), list(tokens)
     behind = _common(ours[::-1], theirs[::-1])
@@ -175,7 +179,7 @@ def same_tokens(prepared: Ids, tokens: Sequence[int], answered: int = 0) -> bool
         return behind >= len(ours) - answered - 1
     if len(ours) > len(theirs):
         return False
-    return _common(ours, theirs) + behind >= len(ours)
+    return _common(ours, theirs) + (behind if cut else 0) >= len(ours)
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

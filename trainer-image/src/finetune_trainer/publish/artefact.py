@@ -199,7 +199,7 @@ def _check_text(tokenizer: PreTrainedTokenizerBase, case: Case, uri: str) -> Non
     if text is None:
         return
     tokens = plain.tokens_of(tokenizer, text.text, framed=text.framed)
-    if not same_tokens(text.ids, tokens, text.answered):
+    if not same_tokens(text.ids, tokens, text.answered, cut=text.cut):
         raise ArtefactDiffers(
             uri,
             f"its tokenizer makes {_shown(tokens)} of the text of {case.name}, tested with"

@@ -52,6 +52,8 @@ class Text:
     """Position behind the last answer before the end of the text; 0: there is none."""
     framed: bool
     """Whether the tokenizer adds its special tokens."""
+    cut: bool
+    """Whether the text may be longer than the tokens."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def tested(
                     sample=sample,
                     label=_class_of(data, sample),
                     loss=loss,
-                    text=_text_of(form, sample, reference, classes=bool(data.manifest.classes)),
+                    text=_text_of(data, form, sample, reference),
                     answer=_answer_of(found, number, reference, limit),
                 )
                 cases.append(case)
@@ -174,14 +176,15 @@ def _class_of(data: PreparedData, sample: TokenSample) -> str | None:
     return data.manifest.classes[sample.label] if data.manifest.classes else None
 
 
-def _text_of(form: Format, sample: TokenSample, reference: Reference, *, classes: bool) -> Text:
+def _text_of(data: PreparedData, form: Format, sample: TokenSample, reference: Reference) -> Text:
+    cut = len(sample.ids) >= data.manifest.max_length
     if form == "Text":
         # The last token may be the end token, which the tokenizer does not write.
-        return Text(reference.completion, sample.ids[:-1], 0, framed=True)
-    length = len(reference.prompt_ids)
-    earlier = np.flatnonzero(sample.supervised[:length])
-    answered = int(earlier[-1]) + 1 if len(earlier) and not classes else 0
-    return Text(reference.prompt, reference.prompt_ids, answered, framed=form != "Messages")
+        return Text(reference.completion, sample.ids[:-1], 0, framed=True, cut=cut)
+    ids = reference.prompt_ids
+    earlier = np.flatnonzero(sample.supervised[: len(ids)])
+    answered = int(earlier[-1]) + 1 if len(earlier) else 0
+    return Text(reference.prompt, ids, answered, framed=form != "Messages", cut=cut)
 
 
 def _limit_of(spec: FineTuneJobSpec, data: PreparedData, base: Path) -> Limit:
