@@ -77,7 +77,7 @@ def write_chat_model(folder: Path) -> Path:
 
 
 def spec_of(bucket: str, **spec: Any) -> dict[str, Any]:
-    training = {"maxSteps": 40, "batchSize": 8, "learningRate": "1e-2", "precision": "FP32",
+    training = {"maxSteps": 60, "batchSize": 8, "learningRate": "1e-2", "precision": "FP32",
                 "microBatchTokens": 512, "maxLength": 128} | spec.pop("training", {})  # fmt: skip
     return {
         "method": {"type": "LoRA", "lora": {"rank": 8}},
