@@ -117,7 +117,7 @@ STORAGE_LAYOUT: Final[tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = (
             ),
             ("answers/<row>.json", "answers and losses of base and tuned model, for each prompt"),
             ("result.json", "summary and learning curve, which publish reads"),
-            ("evaluation.json", "results of all rows, gates; the published model against the tested"),
+            ("evaluation.json", "results of all rows and gates; the published model checked"),
         ),
     ),
     (
