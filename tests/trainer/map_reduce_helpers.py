@@ -21,7 +21,7 @@ from finetune_trainer.prepare.mapping.reader import Batch, Reader
 from finetune_trainer.prepare.pipeline import Step, prepare
 from finetune_trainer.prepare.reading.inputsplits import InputSplit
 from finetune_trainer.prepared.dataset import PreparedData
-from finetune_trainer.prepared.split import SIDES
+from finetune_trainer.prepared.split import SIDES, Side
 from finetune_trainer.storage.objects import ObjectStore
 from trainer.prepare_helpers import OneStore, lines, pairs
 
@@ -99,6 +99,15 @@ class PrepareJob:
                 for name, s in zip(names, samples, strict=True)
             ]
         return found
+
+    def partition(self, summary: PreparedSummary, side: Side) -> set[frozenset[str]]:
+        """Prompts of the samples of each group of a held-out side."""
+        data = PreparedData.open(self.store, summary.uri, next(self.scratch))
+        groups = data.index(side).groups.tolist()
+        found: dict[int, set[str]] = {}
+        for group, sample in zip(groups, data.references(side, range(len(groups))), strict=True):
+            found.setdefault(group, set()).add(sample.prompt)
+        return {frozenset(prompts) for prompts in found.values()}
 
 
 def spy_on_reads(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> list[int]:

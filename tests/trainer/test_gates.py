@@ -41,7 +41,8 @@ def share(right: float, samples: int = SAMPLES) -> list[bool]:
 
 
 def table(*rows: Answered, name: str = "support", retention: bool = False) -> SetTable:
-    made = rows_of(rows, reference(max(len(row.samples) for row in rows)))
+    count = max(len(row.samples) for row in rows)
+    made = rows_of(rows, reference(count), np.arange(count))
     found = table_of(name, made, TUNED, ["Loss", "Accuracy"], 2.0)
     return found.model_copy(update={"retention": retention})
 
@@ -146,7 +147,7 @@ def test_a_gain_of_the_planned_size_passes() -> None:
     base = random.random(400) < 0.6
     tuned = np.where(random.random(400) < 1 / 6, random.random(400) < 0.6, base)
     rows = rows_of([answers("Base", base.tolist()), answers("Tuned", tuned.tolist())],
-                   reference(400))  # fmt: skip
+                   reference(400), np.arange(400))  # fmt: skip
     first = table_of("support", rows, TUNED, ["Accuracy"], 5.0).rows[0].comparisons["Accuracy"]
     planned = int(400 * (first.detectable / 0.05) ** 2)
     assert planned < 600

@@ -214,6 +214,29 @@ def test_equal_models_by_other_metrics(metric: str) -> None:
     assert not promoted_by_chance(found, ALPHA)
 
 
+def test_a_group_is_flipped_as_one_so_that_chance_is_not_called_a_difference() -> None:
+    """Right and wrong answers that are equal within a group: each group is one unit of evidence."""
+    random, groups = np.random.default_rng(11), np.repeat(np.arange(40), 5)
+    by_group, by_sample = 0, 0
+    for _ in range(300):
+        old, new = (Ratio.mean((random.random(40) < 0.6)[groups]) for _ in range(2))
+        grouped, alone = compare(old, new, SHARE, groups), compare(old, new, SHARE)
+        assert (grouped.test, alone.test) == ("SignFlip", "McNemar")
+        by_group += grouped.p < ALPHA
+        by_sample += alone.p < ALPHA
+    assert binomtest(by_group, 300, ALPHA, alternative="greater").pvalue >= 0.01
+    assert binomtest(by_sample, 300, ALPHA, alternative="greater").pvalue < 1e-6
+
+
+def test_equal_answers_of_few_groups_decide_nothing_and_of_many_are_not_better() -> None:
+    found = []
+    for groups in (25, 400):
+        same = Ratio.mean(np.ones(4 * groups))
+        found.append(compare(same, same, SHARE, np.repeat(np.arange(groups), 4)))
+    assert [f.verdict for f in found] == ["TooFewSamples", "NotBetter"]
+    assert all(f.low < 0 < f.high and f.p == 1 for f in found)
+
+
 def test_a_gain_is_found_at_its_planned_size() -> None:
     """The detectable effect of a small set gives the size of a larger one that finds it."""
     random = np.random.default_rng(9)

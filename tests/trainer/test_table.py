@@ -11,7 +11,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from finetune_api.evaluation_results import AS_IS, TUNED, Row, RowModel, SetTable
-from finetune_trainer.evaluate.paired import Ratio, estimate, holm
+from finetune_trainer.evaluate.paired import Groups, Ratio, estimate, holm
 from finetune_trainer.evaluate.recommendation import recommend
 from finetune_trainer.evaluate.table import Answered, RowOutcome, adjusted, rows_of, table_of
 from finetune_trainer.prepared.dataset import Reference
@@ -24,13 +24,16 @@ def row(name: str, right: float, samples: int = SAMPLES, seed: int = 0) -> Answe
     """A row that answers a share of the samples rightly."""
     random = np.random.default_rng(seed)
     answers = ["yes" if random.random() < right else "no" for _ in range(samples)]
+    return Answered(named(name), range(samples), answers, tokens=[2] * samples)
+
+
+def named(name: str) -> Row:
     model, _, prompt = name.partition(" ")
-    asked = Row(model=cast("RowModel", model), prompt=prompt or AS_IS)
-    return Answered(asked, range(samples), answers, tokens=[2] * samples)
+    return Row(model=cast("RowModel", model), prompt=prompt or AS_IS)
 
 
-def rows(*answered: Answered) -> list[RowOutcome]:
-    return rows_of(answered, REFERENCES)
+def rows(*answered: Answered, groups: Groups | None = None) -> list[RowOutcome]:
+    return rows_of(answered, REFERENCES, np.arange(SAMPLES) if groups is None else groups)
 
 
 def table(made: Sequence[RowOutcome]) -> SetTable:
@@ -59,6 +62,69 @@ def test_draws_are_one_row_with_their_spread() -> None:
     assert few.tokens_per_answer == 2
 
 
+def by_group(name: str, right: float, groups: Groups, seed: int) -> Answered:
+    """A row whose answers to the samples of a group are all right or all wrong."""
+    knows = np.random.default_rng(seed).random(int(groups.max()) + 1) < right
+    return Answered(named(name), range(SAMPLES), ["yes" if knows[g] else "no" for g in groups])
+
+
+def widths(found: SetTable) -> list[float]:
+    """Widths of the intervals of the base model's accuracy and of the gain over it."""
+    value, compared = found.rows[0].metrics["Accuracy"], found.rows[0].comparisons["Accuracy"]
+    assert value.low is not None and value.high is not None
+    return [value.high - value.low, compared.high - compared.low]
+
+
+def test_a_group_of_samples_is_one_unit() -> None:
+    groups = np.repeat(np.arange(50), 4)
+    answered = by_group("Base", 0.5, groups, 1), by_group("Tuned", 0.6, groups, 2)
+    alone, grouped = table(rows(*answered)), table(rows(*answered, groups=groups))
+    for narrow, wide in zip(widths(alone), widths(grouped), strict=True):
+        assert 1.6 < wide / narrow < 2.4, "about twice as wide: a quarter of the units"
+    assert [r.groups for r in grouped.rows] == [50, 50]
+    assert grouped.rows[0].samples == SAMPLES
+    assert grouped.rows[0].comparisons["Accuracy"].test == "SignFlip"
+    assert [r.groups for r in alone.rows] == [None, None]
+    assert alone.rows[0].comparisons["Accuracy"].test == "McNemar"
+
+    # Groups of one sample each are no groups, whatever their numbers.
+    numbers = 3 + np.random.default_rng(3).permutation(SAMPLES)
+    assert table(rows(*answered, groups=numbers)) == alone
+
+
+def test_draws_and_groups_of_samples_are_combined() -> None:
+    groups = np.repeat(np.arange(50), 4)
+    drawn = by_group("Base 4-shot", 0.5, groups, 1)
+    made = rows(drawn, drawn, by_group("Tuned", 0.6, groups, 2), groups=groups)
+    single = rows(drawn, by_group("Tuned", 0.6, groups, 2), groups=groups)
+    twice, once = table(made).rows[0], table(single).rows[0]
+    assert (twice.draws, twice.groups, once.groups) == (2, 50, 50)
+    # Equal draws tell nothing new.
+    for end in ("low", "high"):
+        for found in ("metrics", "comparisons"):
+            ends = [getattr(getattr(r, found)["Accuracy"], end) for r in (twice, once)]
+            assert ends[0] == pytest.approx(ends[1], abs=0.02)
+
+
+def test_losses_are_compared_by_group_over_the_whole_set() -> None:
+    """Losses are of all samples, answers of the first ones."""
+    groups = np.repeat(np.arange(50), 4)
+    random = np.random.default_rng(5)
+    shared = np.repeat(random.normal(size=50), 4)
+    losses = [random.normal(2.0, 0.1, SAMPLES), shared + random.normal(2.0, 0.1, SAMPLES)]
+    answered = [
+        Answered(named(model), range(30), ["yes"] * 30, losses=each, labels=np.ones(SAMPLES))
+        for model, each in zip(("Base", "Tuned"), losses, strict=True)
+    ]
+    found = [
+        table_of("set", rows(*answered, groups=of), TUNED, ["Loss", "Accuracy"], 2.0).rows[0]
+        for of in (groups, None)
+    ]
+    gains = [f.comparisons["Loss"] for f in found]
+    assert gains[0].high - gains[0].low > 1.6 * (gains[1].high - gains[1].low)
+    assert [f.groups for f in found] == [8, None], "of the answered samples"
+
+
 def test_intervals_and_holm_equal_statsmodels() -> None:
     values = np.repeat([1.0, 0.0], [37, 63])
     found = estimate(Ratio.mean(values))
@@ -67,6 +133,21 @@ def test_intervals_and_holm_equal_statsmodels() -> None:
     for ps in ([0.01, 0.04, 0.03, 0.5], [0.2], [1.0, 1.0, 0.001, 0.001]):
         assert holm(ps) == pytest.approx(multipletests(ps, method="holm")[1])
     assert holm([]) == []
+
+
+def test_groups_that_are_all_right_are_one_answer_each() -> None:
+    right, groups = Ratio.mean(np.ones(100)), np.repeat(np.arange(25), 4)
+    found = estimate(right, groups)
+    assert found is not None
+    assert found == pytest.approx((1.0, *proportion_confint(25, 25, method="wilson")))
+
+
+def test_few_groups_have_no_interval() -> None:
+    values = np.random.default_rng(0).random(100)
+    few = estimate(Ratio.mean(values), np.arange(100) % 19)
+    enough = estimate(Ratio.mean(values), np.arange(100) % 20)
+    assert few is not None and few == (pytest.approx(values.mean()), None, None)
+    assert enough is not None and enough.low is not None
 
 
 def test_every_comparison_gets_its_adjusted_p() -> None:

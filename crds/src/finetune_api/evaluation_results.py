@@ -87,7 +87,7 @@ class Estimate(Record):
     value: float
     """Value of the metric; with several draws, over all of them."""
     low: float | None = None
-    """Lower end; None: not known."""
+    """Lower end; None: not known, or of fewer than 20 groups."""
     high: float | None = None
     """Upper end."""
     lowest: float | None = None
@@ -107,6 +107,9 @@ class TableRow(Record):
     """How the test prompts were put to it: see ``Row``."""
     samples: Count
     """Samples answered."""
+    groups: Count | None = None
+    """Groups of these samples (data.split.groupBy), where they are fewer: intervals and tests take
+    a group as one unit."""
     draws: Count = 1
     """Draws of the examples."""
     metrics: dict[Word, Estimate]

@@ -212,8 +212,11 @@ class Split(Model):
     """Share of the training records held out for the final test. No effect if `data.test` is
     given."""
     group_by: FieldName | None = None
-    """Field that groups records: records with equal values stay on one side of the split. Absent:
-    records with equal prompts stay together, so that no test prompt is trained on."""
+    """Field that groups records, e.g. the customer: records with equal values stay on one side of
+    the split. They are not independent, so intervals and tests of the test metrics take them as one
+    unit, also in `data.test`; a record there without the field is a group of its own. Training
+    records must have the field. Absent: records with equal prompts stay together, so that no test
+    prompt is trained on, and each test sample is a unit."""
     seed: Annotated[int, Field(ge=0, le=2_147_483_647)] = 0
     """Seed of the split. A record's side depends only on its group and this seed, so it does not
     change as the data grows."""

@@ -11,7 +11,15 @@ import numpy.typing as npt
 
 from finetune_api.evaluation_results import Comparison
 from finetune_api.tasks import METRICS, Metric
-from finetune_trainer.evaluate.paired import MacroScore, Ratio, Scale, Score, SummedScore, compare
+from finetune_trainer.evaluate.paired import (
+    Groups,
+    MacroScore,
+    Ratio,
+    Scale,
+    Score,
+    SummedScore,
+    compare,
+)
 from finetune_trainer.evaluate.scores import (
     BY_SAMPLE,
     Answers,
@@ -31,7 +39,15 @@ class Outcome:
     labels: npt.NDArray[np.float64]
     """Number of labels of each sample, shape [samples]."""
     answers: Answers
-    """Answers to the first samples, or to none."""
+    """Answers to samples of the set, or to none."""
+    loss_groups: Groups | None = None
+    """Number of the group of each sample with a loss, shape [samples]; None: each is one."""
+    answer_groups: Groups | None = None
+    """Number of the group of each answer, shape [answers]; None: each is one."""
+
+    def groups_of(self, metric: Metric) -> Groups | None:
+        """Groups of the samples of which ``score_of`` makes the metric."""
+        return self.loss_groups if METRICS[metric].source == "Loss" else self.answer_groups
 
 
 def compare_outcomes(
@@ -39,16 +55,15 @@ def compare_outcomes(
     tuned: Outcome,
     metrics: Iterable[Metric],
     min_points: float,
-    groups: npt.NDArray[np.int64] | None = None,
 ) -> dict[Metric, Comparison]:
-    """Compare two models, or two ways to ask them, by the metrics that their outcomes allow.
+    """Compare two models, or two ways to ask them, by the metrics that their outcomes allow. Both
+    outcomes are of the same samples in the same groups.
 
     Perplexity follows from the loss, and has no comparison of its own.
 
     Args:
         min_points: smallest gain that matters (``evaluation.minEffect``): hundredths of a share or
             of a nat, and points of a metric from 0 to 100.
-        groups: number of each sample's group, shape [samples]; None: each sample is one.
     """
     found = {}
     for metric in metrics:
@@ -57,7 +72,7 @@ def compare_outcomes(
             continue
         kind = METRICS[metric]
         scale = Scale(kind.higher_is_better, min_points * kind.point)
-        compared = compare(old, new, scale, groups)
+        compared = compare(old, new, scale, base.groups_of(metric))
         if compared is not None:
             found[metric] = compared
     return found

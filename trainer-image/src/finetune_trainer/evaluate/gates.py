@@ -81,8 +81,9 @@ def _by_row(gate: Gate, table: SetTable, against: GateRow) -> tuple[bool, str]:
         return False, f"no comparison with {row.row}: no sample has both answers, or a value is NaN"
     low = lowest_gain(gate.metric, compared)
     text = f"against {row.row} {_figures(gate.metric, compared)}"
-    if compared.test != "McNemar" and row.samples < FEWEST_GROUPS:
-        return False, f"{text}: {row.samples} samples are too few to decide, give {FEWEST_GROUPS}"
+    groups = row.groups or row.samples
+    if compared.test != "McNemar" and groups < FEWEST_GROUPS:
+        return False, f"{text}: {groups} samples are too few to decide, give {FEWEST_GROUPS}"
     wanted = gate.effective_value
     if gate.operator == "BetterThan":
         said = f"{text}, p {compared.p:.2g}"

@@ -39,6 +39,8 @@ _WEIGHTS_AT_ONCE: Final = 1 << 22
 _SEED: Final = 20_240_601
 
 Floats = npt.NDArray[np.float64]
+Groups = npt.NDArray[np.integer[Any]]
+"""Number of each sample's group, shape [samples]; any numbers."""
 
 
 class Score(Protocol):
@@ -159,42 +161,43 @@ def compare(
     old: Score,
     new: Score,
     scale: Scale,
-    groups: npt.NDArray[np.int64] | None = None,
+    groups: Groups | None = None,
 ) -> Comparison | None:
     """Compare a new model with an old one by a metric of the same samples. None: a value of the
     metric is undefined (no samples, or a loss that is not finite).
 
-    - Right or wrong a sample (``Ratio.mean`` of 0 and 1), without groups: exact McNemar test
-      (McNemar 1947) and the interval of Newcombe (1998, method 10) for a paired difference of
+    - Right or wrong a sample (``Ratio.mean`` of 0 and 1), each a group of its own: exact McNemar
+      test (McNemar 1947) and the interval of Newcombe (1998, method 10) for a paired difference of
       proportions.
-    - Other means: sign-flip permutation test over groups (``scipy.stats.permutation_test``); with
-      more than MANY_GROUPS groups, a paired t test.
+    - Other means, and right or wrong in groups: sign-flip permutation test over groups
+      (``scipy.stats.permutation_test``); with more than MANY_GROUPS groups, a paired t test.
     - The rest: paired bootstrap over groups (Efron and Tibshirani 1993).
 
     Intervals are percentiles of the paired bootstrap, apart from those of McNemar and t tests.
 
     Args:
-        groups: number of each sample's group, shape [samples]; None: each sample is one.
+        groups: of the samples; None: each sample is one.
 
     Raises:
         ValueError: the scores are of different samples.
     """
     if old.samples != new.samples:
         raise ValueError(f"scores of {old.samples} and {new.samples} samples")
-    alone = groups is None
-    groups = np.arange(new.samples) if groups is None else np.unique(groups, return_inverse=True)[1]
-    count = int(groups.max()) + 1 if len(groups) else 0
+    groups, count = _numbered(groups, new.samples)
     everything = np.ones((1, new.samples))
     effect = float(_difference(old, new, everything)[0]) if count else math.nan
     if count == 0 or not math.isfinite(effect):
         return None
     few = False
-    if alone and isinstance(old, Ratio) and isinstance(new, Ratio) and _are_binary(old, new):
-        found = Discordance.of(old.sums, new.sums).tested()
+    answers = _right_and_wrong(old, new)
+    if answers is not None and count == new.samples:
+        found = answers.tested()
     elif count > MANY_GROUPS and isinstance(old, Ratio) and isinstance(new, Ratio):
         found = _paired_t(old, new, groups)
     else:
         found, few = _bootstrap(old, new, groups), count < FEWEST_GROUPS
+    if answers is not None and found.error == 0 and effect == 0:
+        found = _without_discordance(count)
     detectable = (_normal(1 - ALPHA / 2) + _normal(POWER)) * found.error
     needed = math.ceil(new.samples * (detectable / scale.min_effect) ** 2)
     if few:
@@ -213,11 +216,21 @@ def compare(
     )
 
 
-def estimate(score: Score, groups: npt.NDArray[np.int64] | None = None) -> tuple[float, ...] | None:
-    """Value of a metric with its interval: value, lower and upper end. None: undefined.
+class Estimated(NamedTuple):
+    """A value with its interval."""
 
-    The interval is Wilson's for shares of samples (Wilson 1927), else of the percentiles of the
-    bootstrap over groups; with more than MANY_GROUPS groups, of a mean's normal distribution.
+    value: float
+    low: float | None
+    """Lower end; None: too few groups for an interval."""
+    high: float | None
+
+
+def estimate(score: Score, groups: Groups | None = None) -> Estimated | None:
+    """Value of a metric with its interval. None: undefined.
+
+    The interval is Wilson's for shares of samples that are groups of their own (Wilson 1927), else
+    of the percentiles of the bootstrap over groups, from FEWEST_GROUPS on; with more than
+    MANY_GROUPS groups, of a mean's normal distribution.
 
     Args:
         groups: as for ``compare``.
@@ -227,23 +240,21 @@ def estimate(score: Score, groups: npt.NDArray[np.int64] | None = None) -> tuple
     value = value_of(score)
     if not math.isfinite(value):
         return None
-    alone = groups is None
-    groups = (
-        np.arange(score.samples) if groups is None else np.unique(groups, return_inverse=True)[1]
-    )
-    if alone and isinstance(score, Ratio) and _are_binary(score):
-        from scipy.stats import binomtest
-
-        found = binomtest(round(float(score.sums.sum())), score.samples)
-        share = found.proportion_ci(1 - ALPHA, method="wilson")
-        return value, float(share.low), float(share.high)
-    if isinstance(score, Ratio) and int(groups.max()) >= MANY_GROUPS:
+    groups, count = _numbered(groups, score.samples)
+    share = isinstance(score, Ratio) and _are_binary(score)
+    if share and (count == score.samples or value in (0.0, 1.0)):
+        # In groups that are all right or all wrong there is nothing to resample: a group is then
+        # one answer.
+        return Estimated(value, *_wilson(round(value * count), count))
+    if isinstance(score, Ratio) and count > MANY_GROUPS:
         zero = Ratio(np.zeros_like(score.sums), score.counts)
         tested = _paired_t(zero, score, groups)
-        return value, tested.low, tested.high
+        return Estimated(value, tested.low, tested.high)
+    if count < FEWEST_GROUPS:
+        return Estimated(value, None, None)
     draws = np.concatenate([score(weights) for weights in _weights(groups)])
     low, high = np.quantile(draws[np.isfinite(draws)], [ALPHA / 2, 1 - ALPHA / 2])
-    return value, float(low), float(high)
+    return Estimated(value, float(low), float(high))
 
 
 def value_of(score: Score) -> float:
@@ -324,18 +335,14 @@ class Discordance:
     def interval(self) -> tuple[float, float]:
         """Interval of the difference of the shares of right answers (Newcombe 1998, method 10: of
         two Wilson intervals and their correlation)."""
-        from scipy.stats import binomtest
-
         n = self.samples
         right_new, right_old = self.both + self.only_new, self.both + self.only_old
-        wilson = [
-            binomtest(k, n).proportion_ci(1 - ALPHA, method="wilson")
-            for k in (right_new, right_old)
-        ]
+        low_new, high_new = _wilson(right_new, n)
+        low_old, high_old = _wilson(right_old, n)
         new, old = right_new / n, right_old / n
         phi = self._correlation
-        below = (new - wilson[0].low, wilson[1].high - old)
-        above = (wilson[0].high - new, old - wilson[1].low)
+        below = (new - low_new, high_old - old)
+        above = (high_new - new, old - low_old)
         spread = [math.sqrt(x * x - 2 * phi * x * y + y * y) for x, y in (below, above)]
         return new - old - spread[0], new - old + spread[1]
 
@@ -361,10 +368,41 @@ class Discordance:
         return math.sqrt(max(differ - mean * mean, 0.0) / n)
 
 
+def _numbered(groups: Groups | None, samples: int) -> tuple[npt.NDArray[np.int64], int]:
+    """Groups numbered without gaps, shape [samples], and how many there are."""
+    if groups is None:
+        return np.arange(samples), samples
+    numbers: npt.NDArray[np.int64] = np.unique(groups, return_inverse=True)[1]
+    return numbers, int(numbers.max()) + 1 if len(numbers) else 0
+
+
+def _wilson(right: int, samples: int) -> tuple[float, float]:
+    """Interval of a share (Wilson 1927)."""
+    from scipy.stats import binomtest
+
+    found = binomtest(right, samples).proportion_ci(1 - ALPHA, method="wilson")
+    return float(found.low), float(found.high)
+
+
+def _without_discordance(groups: int) -> Tested:
+    """Test of equal right and wrong answers in groups, which have nothing to resample. One
+    discordant group is assumed, so that few groups do not look like certainty (see
+    ``Discordance.standard_error``)."""
+    spread = _normal(1 - ALPHA / 2) / groups
+    return Tested("SignFlip", 1.0, -spread, spread, 1 / groups)
+
+
 def _difference(old: Score, new: Score, weights: Floats) -> Floats:
     with np.errstate(invalid="ignore"):  # of undefined values
         found: Floats = new(weights) - old(weights)
     return found
+
+
+def _right_and_wrong(old: Score, new: Score) -> Discordance | None:
+    """The answers, if each sample is right or wrong."""
+    if isinstance(old, Ratio) and isinstance(new, Ratio) and _are_binary(old, new):
+        return Discordance.of(old.sums, new.sums)
+    return None
 
 
 def _are_binary(*scores: Ratio) -> bool:

@@ -4,8 +4,8 @@ their metrics with intervals, and the tuned model against each row.
     answers of each row ──(same samples)──► Outcome ──► Estimate of each metric
                                                  └────► Comparison with the tuned model
 
-Pure. A row with several draws of examples has several answers to each sample; the answers to one
-sample are one group.
+Pure. Samples of one group of the data (``data.split.groupBy``), and the answers of several draws of
+examples to one sample, are not independent: they are one group of the statistics.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from finetune_api.evaluation_results import Comparison, Estimate, Metrics, Row, SetTable, TableRow
 from finetune_api.tasks import Metric
 from finetune_trainer.evaluate.comparisons import Outcome, compare_outcomes, score_of
-from finetune_trainer.evaluate.paired import estimate, holm, value_of
+from finetune_trainer.evaluate.paired import Groups, estimate, holm, value_of
 from finetune_trainer.evaluate.scores import answers_to
 from finetune_trainer.prepared.dataset import Reference
 
@@ -56,6 +56,9 @@ class RowOutcome:
 
     draws: Sequence[Answered]
     references: Sequence[Reference]
+    """References of the first samples of the set, as many as any row has answered."""
+    groups: Groups
+    """Number of the group of each sample of the set, shape [samples]."""
 
     @property
     def row(self) -> Row:
@@ -67,6 +70,18 @@ class RowOutcome:
         """Numbers of the answered samples; equal for all draws."""
         return self.draws[0].samples
 
+    @property
+    def measured(self) -> int:
+        """Number of answered samples; without answers, of samples with a loss."""
+        return len(self.samples) or len(self.draws[0].losses)
+
+    @property
+    def measured_groups(self) -> int | None:
+        """Number of the groups of these samples; None: each sample is one."""
+        measured = list(self.samples) or slice(len(self.draws[0].losses))
+        count = len(np.unique(self.groups[measured]))
+        return count if count < self.measured else None
+
     def outcome(self, samples: Sequence[int]) -> Outcome:
         """What the row did with some samples that it answered."""
         said = [
@@ -75,21 +90,30 @@ class RowOutcome:
         asked = [self.references[n] for n in samples] * len(self.draws)
         single = self.draws[0] if len(self.draws) == 1 else None
         losses, labels = (single.losses, single.labels) if single else (_NONE, _NONE)
-        return Outcome(losses, labels, answers_to(asked, said))
+        return Outcome(
+            losses,
+            labels,
+            answers_to(asked, said),
+            loss_groups=self.groups[: len(losses)],
+            answer_groups=np.tile(self.groups[list(samples)], len(self.draws)),
+        )
 
-    def groups(self, samples: Sequence[int]) -> npt.NDArray[np.int64] | None:
-        """The sample of each answer of ``outcome``; None: one answer a sample."""
-        return np.tile(np.arange(len(samples)), len(self.draws)) if len(self.draws) > 1 else None
+    def of(self, draws: Sequence[Answered]) -> RowOutcome:
+        """Other draws over the same set."""
+        return RowOutcome(draws, self.references, self.groups)
 
 
-def rows_of(answered: Iterable[Answered], references: Sequence[Reference]) -> list[RowOutcome]:
-    """Group answers by row; draws of a row follow each other.
+def rows_of(
+    answered: Iterable[Answered], references: Sequence[Reference], groups: Groups
+) -> list[RowOutcome]:
+    """Collect answers by row; draws of a row follow each other.
 
     Args:
-        references: of the first samples of the set, as many as any row has answered.
+        references, groups: see ``RowOutcome``.
     """
     return [
-        RowOutcome(list(draws), references) for _, draws in groupby(answered, lambda a: a.row.name)
+        RowOutcome(list(draws), references, groups)
+        for _, draws in groupby(answered, lambda a: a.row.name)
     ]
 
 
@@ -121,7 +145,8 @@ def _row(
         row=row.row.name,
         model=row.row.model,
         prompt=row.row.prompt,
-        samples=len(row.samples) or len(row.draws[0].losses),
+        samples=row.measured,
+        groups=row.measured_groups,
         draws=len(row.draws),
         metrics=_estimates(row, metrics),
         comparisons=(
@@ -141,20 +166,16 @@ def compare_rows(
     each draw of the other."""
     both = sorted(set(old.samples) & set(new.samples))
     pairs = list(product(old.draws, new.draws))
-    before, after = (
-        RowOutcome([pair[i] for pair in pairs], row.references) for i, row in enumerate((old, new))
-    )
-    return compare_outcomes(
-        before.outcome(both), after.outcome(both), metrics, min_points, before.groups(both)
-    )
+    before, after = (row.of([pair[i] for pair in pairs]) for i, row in enumerate((old, new)))
+    return compare_outcomes(before.outcome(both), after.outcome(both), metrics, min_points)
 
 
 def _estimates(row: RowOutcome, metrics: Sequence[Metric]) -> dict[str, Estimate]:
     found = {}
-    outcome, groups = row.outcome(row.samples), row.groups(row.samples)
+    outcome = row.outcome(row.samples)
     for metric in metrics:
         score = score_of(metric, outcome)
-        known = estimate(score, groups) if score else None
+        known = estimate(score, outcome.groups_of(metric)) if score else None
         if known is not None:
             value, low, high = known
             spread = _spread(row, metric)
@@ -169,7 +190,7 @@ def _spread(row: RowOutcome, metric: Metric) -> dict[str, float]:
         return {}
     values = []
     for draw in row.draws:
-        score = score_of(metric, RowOutcome([draw], row.references).outcome(draw.samples))
+        score = score_of(metric, row.of([draw]).outcome(draw.samples))
         if score is not None:
             values.append(value_of(score))
     return {"lowest": min(values), "highest": max(values)} if values else {}

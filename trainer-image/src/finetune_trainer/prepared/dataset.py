@@ -53,6 +53,11 @@ INDEX_SCHEMA: Final = pa.schema(
 )
 """Columns of an index; its rows are in the order of the records."""
 
+HELD_OUT_INDEX_SCHEMA: Final = pa.schema([*INDEX_SCHEMA, ("group", pa.uint32())])
+"""Columns of the index of a held-out side. Samples of equal ``group`` are not independent: their
+records have equal values of ``data.split.groupBy``. Without it, each sample is a group of its
+own."""
+
 
 @dataclass(frozen=True)
 class Index:
@@ -68,6 +73,14 @@ class Index:
     """Index of its shard in the manifest's list of the split."""
     row: npt.NDArray[np.uint32]
     """Row in the shard."""
+    group: npt.NDArray[np.uint32] | None = None
+    """Number of the sample's group; None for training samples."""
+
+    @property
+    def groups(self) -> npt.NDArray[np.uint32]:
+        """Number of the group of each sample of a held-out side."""
+        assert self.group is not None, "training samples have no groups"
+        return self.group
 
     def __len__(self) -> int:
         return len(self.length)
@@ -186,7 +199,8 @@ class PreparedData:
         """The index of a split."""
         if split not in self._indexes:
             table = pa.ipc.open_file(pa.memory_map(str(self._fetch(index_name(split))))).read_all()
-            columns = {name: table[name].to_numpy() for name in INDEX_SCHEMA.names}
+            names = index_schema(split).names
+            columns = {name: table[name].to_numpy() for name in names}
             self._indexes[split] = Index(**columns)
         return self._indexes[split]
 
@@ -235,6 +249,11 @@ class PreparedData:
                 )
             fresh.rename(path)
         return path
+
+
+def index_schema(split: Side) -> Any:
+    """Return the columns of a split's index."""
+    return INDEX_SCHEMA if split == "train" else HELD_OUT_INDEX_SCHEMA
 
 
 def index_name(split: Side) -> str:

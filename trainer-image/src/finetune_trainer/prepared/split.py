@@ -29,6 +29,12 @@ class Shares:
     seed: int
 
 
+def group_hash(group: str) -> int:
+    """Return the hash of a group that tells groups apart: 64 bits of its BLAKE2b digest."""
+    digest = hashlib.blake2b(group.encode("utf-8", "surrogatepass"), digest_size=8)
+    return int.from_bytes(digest.digest(), "big")
+
+
 def position(seed: int, group: str) -> float:
     """Return the uniform position of a group in [0, 1): the first 53 bits of a keyed BLAKE2b
     digest."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from finetune_api.evaluation_results import TUNED
 from finetune_api.tasks import METRICS, Metric
-from finetune_trainer.evaluate.table import Answered
+from finetune_trainer.evaluate.table import Answered, Groups
 from finetune_trainer.prepared.dataset import PreparedData, Reference
 from finetune_trainer.prepared.split import TESTED, Side
 from finetune_trainer.storage import runfiles
@@ -39,6 +39,8 @@ class MeasuredSet:
     """All rows; draws of a row follow each other."""
     references: Sequence[Reference]
     """Of the first samples, as many as any row has answered."""
+    groups: Groups
+    """Number of the group of each sample, shape [samples]."""
     digests: Sequence[str]
     """Of all samples: see ``sample_digest``."""
 
@@ -69,7 +71,8 @@ def measured_sets(
     found = []
     for scores in result.summary.scores:
         side, number = _place(data, scores.name)
-        positions = np.flatnonzero(data.index(side).set == number)
+        index = data.index(side)
+        positions = np.flatnonzero(index.set == number)
         answered = [
             _answered(row, of_set, positions)
             for row in rows
@@ -86,6 +89,7 @@ def measured_sets(
                 metrics=[m for m in METRICS if m in scores.tuned],
                 answered=answered,
                 references=data.references(side, positions[:most].tolist()),
+                groups=index.groups[positions],
                 digests=list(_digests(data, side, positions)),
             )
         )

@@ -58,7 +58,7 @@ def _with_current(found: MeasuredSet, in_use: InUse) -> MeasuredSet:
 
 
 def _table(found: MeasuredSet, points: float) -> SetTable:
-    rows = rows_of(found.answered, found.references)
+    rows = rows_of(found.answered, found.references, found.groups)
     table = table_of(found.name, rows, TUNED, found.metrics, points)
     ways = [row for row in rows if row.row.model != "Current"]
     advised = None if found.retention else recommend(ways, found.metrics, points)

@@ -134,8 +134,8 @@ class SampleMaker:
         found = MappedBatch()
         examples = self._examples(task.source, batch, faults)
         found.languages = _languages(batch, examples)
-        own_group = self._data.split.group_by is None
-        examples = [inspect(e, quality.personal_data, own_group=own_group) for e in examples]
+        grouped = self._data.split.group_by is not None
+        examples = [inspect(e, quality.personal_data, own_group=not grouped) for e in examples]
         samples, cuts = self._fitted(examples, faults, found.counts)
         found.counts["records"] = len(batch.records)
         found.counts["training_examples"] += len(examples)
@@ -149,7 +149,7 @@ class SampleMaker:
             threshold = float(quality.near_duplicate_similarity)
             prints = fingerprints([sample.example.own for sample in samples], threshold)
         shared = self._shared(samples, task.known) if training else {}
-        found.statistics = statistics_of(samples, cuts, digests, prints, shared)
+        found.statistics = statistics_of(samples, cuts, digests, prints, shared, grouped=grouped)
         for side in dict.fromkeys(sample.example.side for sample in samples):
             rows = [i for i, sample in enumerate(samples) if sample.example.side == side]
             found.samples[side] = shard_rows([samples[i] for i in rows], side)

@@ -23,7 +23,7 @@ from finetune_trainer.prepare.quality.duplicates import DIGEST_BYTES
 from finetune_trainer.prepare.quality.nearduplicates import FINGERPRINT, Words
 from finetune_trainer.prepare.tokenizing.tokens import CUTS, Cut, TokenizedSample
 from finetune_trainer.prepared.manifest import DataFile
-from finetune_trainer.prepared.split import SIDES, Side
+from finetune_trainer.prepared.split import SIDES, Side, group_hash
 
 SCHEMA: Final = pa.schema(
     [
@@ -35,6 +35,7 @@ SCHEMA: Final = pa.schema(
         ("cut", pa.uint8()),
         ("where", pa.string()),
         ("label", pa.string()),
+        ("group", pa.uint64()),
         ("personal", pa.string()),
         ("digest", pa.binary(DIGEST_BYTES)),
         ("fingerprint", pa.binary(8 * FINGERPRINT)),
@@ -43,9 +44,10 @@ SCHEMA: Final = pa.schema(
 )
 """Columns of a row. ``side`` and ``cut`` are indices into SIDES and CUTS. ``completion`` is the
 length of the last answer in tokens and ``stop`` its last token (-1: cut off, in another sample, or
-no answer). ``personal`` counts the kinds of personal data, as JSON. ``digest`` and ``fingerprint``
-are null without duplicate detection. ``shared`` is the text that a sample shares with a held-out
-sample; null where there is none, or where held-out samples are known only in the reduce."""
+no answer). ``group`` is the hash of a held-out sample's group; null: the sample is its own group.
+``personal`` counts the kinds of personal data, as JSON. ``digest`` and ``fingerprint`` are null
+without duplicate detection. ``shared`` is the text that a sample shares with a held-out sample;
+null where there is none, or where held-out samples are known only in the reduce."""
 
 
 class Fault(Record):
@@ -106,6 +108,8 @@ def statistics_of(
     digests: Sequence[bytes] | None,
     fingerprints: Words | None,
     shared: Mapping[int, str],
+    *,
+    grouped: bool,
 ) -> Any:
     """Return the rows of samples, as a record batch of ``SCHEMA``.
 
@@ -113,6 +117,7 @@ def statistics_of(
         cuts: what was cut off each.
         digests, fingerprints: of each; None without duplicate detection.
         shared: text shared with a held-out sample, by row.
+        grouped: whether the examples' groups are values of ``data.split.groupBy``.
     """
     count = len(samples)
     columns: dict[str, Sequence[Any]] = {
@@ -124,6 +129,10 @@ def statistics_of(
         "cut": [CUTS.index(cut) for cut in cuts],
         "where": _storable([s.example.where for s in samples]),
         "label": _storable([s.example.label for s in samples]),
+        "group": [
+            group_hash(s.example.group) if grouped and s.example.side != "train" else None
+            for s in samples
+        ],
         "personal": [
             json.dumps(dict(s.example.personal)) if s.example.personal else None for s in samples
         ],
@@ -166,6 +175,11 @@ class SampleStatistics:
     def texts(self, name: str, rows: npt.NDArray[np.int64]) -> list[str]:
         """Values of a text column at ``rows``, none of which is null."""
         found: list[str] = self._batch.column(name).take(pa.array(rows)).to_pylist()
+        return found
+
+    def groups(self, rows: npt.NDArray[np.int64]) -> list[int | None]:
+        """Hash of the group at ``rows``; None: the sample is its own group."""
+        found: list[int | None] = self._batch.column("group").take(pa.array(rows)).to_pylist()
         return found
 
     def having(self, name: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

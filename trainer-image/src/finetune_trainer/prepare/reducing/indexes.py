@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from finetune_trainer.prepare.mapping.statistics import SampleStatistics, ShardFile
 from finetune_trainer.prepare.reducing.report import Rows
-from finetune_trainer.prepared.dataset import INDEX_SCHEMA, index_name, shard_ids
+from finetune_trainer.prepared.dataset import index_name, index_schema, shard_ids
 from finetune_trainer.prepared.manifest import DataFile
 from finetune_trainer.prepared.split import Side
 from finetune_trainer.storage.objects import ObjectStore
@@ -37,6 +37,31 @@ class IndexedShard:
         return _only(self.rows, *shard_ids(self.path))
 
 
+class GroupNumbers:
+    """Numbers the groups of one side, in the order of the data. The index has these numbers instead
+    of the hashes: a hash of a customer's address would tell who it is."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, int] = {}
+        self._count = 0
+
+    def of(self, hashes: Sequence[int | None]) -> list[int]:
+        """Return the number of each sample's group.
+
+        Args:
+            hashes: of the groups; None: the sample is a group of its own.
+        """
+        return [self._number(found) for found in hashes]
+
+    def _number(self, group: int | None) -> int:
+        if group is not None and group in self._known:
+            return self._known[group]
+        number, self._count = self._count, self._count + 1
+        if group is not None:
+            self._known[group] = number
+        return number
+
+
 class IndexWriter:
     """Writes the index of one side, in a local file until it is complete.
 
@@ -50,7 +75,9 @@ class IndexWriter:
     def __init__(self, store: ObjectStore, uri: str, scratch: Path, side: Side) -> None:
         self._store, self._uri, self._scratch, self._side = store, uri, scratch, side
         self._path = scratch / index_name(side)
-        self._index = pa.ipc.new_file(str(self._path), INDEX_SCHEMA)
+        self._schema = index_schema(side)
+        self._index = pa.ipc.new_file(str(self._path), self._schema)
+        self._groups = GroupNumbers()
         self._places = scratch / f"places-{side}.txt"
         self._places.unlink(missing_ok=True)
         self._left_out: Rows = np.empty(0, np.int64)
@@ -95,8 +122,10 @@ class IndexWriter:
             "shard": shard + self._first_shard,
             "row": numbers - self._ends[shard],
         }
-        arrays = [pa.array(columns[f.name], f.type) for f in INDEX_SCHEMA]
-        self._index.write_batch(pa.record_batch(arrays, schema=INDEX_SCHEMA))
+        if "group" in self._schema.names:
+            columns["group"] = self._groups.of(statistics.groups(rows))
+        arrays = [pa.array(columns[f.name], f.type) for f in self._schema]
+        self._index.write_batch(pa.record_batch(arrays, schema=self._schema))
         with self._places.open("a", encoding="utf-8", newline="\n") as file:
             places = statistics.texts("where", rows)
             file.writelines(place.replace("\n", " ") + "\n" for place in places)
@@ -140,7 +169,7 @@ class IndexWriter:
             kept = np.ones(len(table), np.bool_)
             kept[self._left_out] = False
             short = self._path.with_suffix(".short")
-            with pa.ipc.new_file(str(short), INDEX_SCHEMA) as file:
+            with pa.ipc.new_file(str(short), self._schema) as file:
                 file.write_table(table.filter(kept))
             short.replace(self._path)
         name = index_name(self._side)

@@ -59,7 +59,8 @@ class RenderedExample:
     label: str | None
     """The reference label, for Classification."""
     group: str
-    """Examples of equal groups stay on one side of the split."""
+    """Examples of equal groups stay on one side of the split; with ``groupBy``, those of held-out
+    sides are one unit of the test statistics."""
     framed: bool
     """Whether to add the tokenizer's begin and end tokens; a chat template writes its own."""
     side: Side
@@ -98,11 +99,11 @@ def renderer(
     """
     held_out, training = _renders(source.spec, form, data.split.seed, content)
     shares = shares_of(data, source.side)
-    group_by = data.split.group_by if source.side == "train" else None
+    group_of = _grouping(source, data, redact)
 
     def example(record: Record) -> list[RenderedExample]:
         content = held_out(record)
-        group = group_value(record, group_by) if group_by else redact(_group_of(content))
+        group = group_of(record, content)
         side = side_of(group, shares) if shares else source.side
         if side == "train" and training is not None:
             content = training(record)
@@ -114,6 +115,21 @@ def renderer(
         return [_pair_example(record, content, group, side, form)]
 
     return example
+
+
+def _grouping(
+    source: Source, data: Data, redact: Callable[[str], str]
+) -> Callable[[Record, Content], str]:
+    """Return the function that tells the group of a record. With ``groupBy``, a record of a
+    separate held-out set without the field is a group of its own, named by its place."""
+    field = data.split.group_by
+    if field is None:
+        return lambda _, content: redact(_group_of(content))
+    if source.side == "train":
+        return lambda record, _: group_value(record, field)
+    return lambda record, _: (
+        record.where if record.fields.get(field) is None else group_value(record, field)
+    )
 
 
 def _renders(
