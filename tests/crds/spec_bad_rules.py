@@ -237,6 +237,8 @@ BAD_TOGETHER = [
     bad("classification with a text metric for early stopping", {"task": "SequenceClassification",
         "training.earlyStopping": {"metric": "Perplexity"}}, "",
         "correct training.earlyStopping.metric", "Perplexity"),
+    bad("a slice field twice", {"evaluation.slices": ["language", "product", "language"]},
+        "evaluation", "the fields of slices must differ", "language"),
     bad("classification with maxNewTokens",
         {"task": "SequenceClassification", "evaluation.maxNewTokens": 17}, "",
         "generates no text: remove evaluation.maxNewTokens", "17"),

@@ -78,6 +78,7 @@ GOOD = [
     good("schedule and precision", {"training": {"schedule": "Linear", "precision": "FP32"}}),
     good("metrics", {"evaluation.metrics": ["Loss", "F1", "Bleu"]}),
     good("the whole artefact is compared", {"evaluation.artefactCheck": "Full"}),
+    good("slices", {"evaluation.slices": ["language", "product line"]}),
     good("checkpoints by steps", {"checkpoint": {"everySteps": 5, "keepLast": 1}}),
     good("checkpoints by seconds", {"checkpoint": {"everySeconds": 60}}),
     good("checkpoints staged on disk", {"checkpoint": {"staging": "Disk"}}),

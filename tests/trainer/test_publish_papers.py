@@ -22,6 +22,7 @@ from finetune_api.evaluation_results import (
     EvaluationResult,
     Recommendation,
     SetTable,
+    Slice,
     TableRow,
 )
 from finetune_api.results import Ancestor, PreparedSummary, StagePlan, Startup, TrainSummary
@@ -111,12 +112,20 @@ def about(
         TableRow(row="Base", samples=9, metrics={"Accuracy": value}, comparisons=compared),
         TableRow(row="Base 4-shot", samples=5, draws=2, metrics={"Accuracy": value},
                  comparisons=compared, tokens_per_answer=3.5, process_seconds=1.25),
-        TableRow(row="Tuned", samples=9, metrics={"Accuracy": value}),
+        TableRow(row="Tuned", samples=9, groups=3, metrics={"Accuracy": value}),
     ]  # fmt: skip
     advice = Recommendation(
         action="Tune", row="Tuned", metric="Accuracy", because="tuning is what helps"
     )
-    table = SetTable(name="support", rows=rows, recommendation=advice)
+    slices = [
+        Slice(field="language", value=f"{name}<i>", samples=4, groups=2, base={"Accuracy": value},
+              tuned={"Accuracy": Estimate(value=0.25)}, metric="Accuracy", comparison=comparison)
+        for name, comparison in (
+            ("pt", compared["Accuracy"].model_copy(update={"effect": -0.25, "p_adjusted": 0.04})),
+            ("da", None),
+        )
+    ]  # fmt: skip
+    table = SetTable(name="support", rows=rows, recommendation=advice, slices=slices)
     answers = {"Base": "b", "Base 4-shot": "b4", "Tuned": "c"}
     example = Example(prompt="<script>x</script>", reference="a", answers=answers)
     lineage = [Ancestor(uri=source), *before]
@@ -215,6 +224,24 @@ def test_the_report_shows_figures_data_and_examples() -> None:
         "Trained parameters</th><td>10 of 1,000 (1 %)", "; a full copy has 1,980.0 MB",
     ):  # fmt: skip
         assert shown in text, shown
+
+
+def test_the_report_shows_groups_and_slices() -> None:
+    text = re.sub(r"\s+", " ", report.render(about(), json.dumps(DATA_REPORT).encode()))
+    assert "samples: 9 in 3 groups" in text and '<td class="num">9 in 3 groups</td>' in text
+    rows = [
+        '<td>pt&lt;i&gt;</td><td class="num">4 in 2 groups</td>'
+        '<td class="num">50.0 % (40, 60)</td><td class="num">25.0 %</td><td class="num">'
+        '<span class="pill bad">-25.0 % (20, 60)</span></td><td class="num">0.04</td>',
+        "<td>da&lt;i&gt;</td>",
+    ]
+    assert 0 < text.index(rows[0]) < text.index(rows[1])
+    told = json.loads(run_facts.metrics_text(about()))["test"][0]["slices"]
+    assert [(s["field"], s["value"]) for s in told] == [
+        ("language", "pt<i>"),
+        ("language", "da<i>"),
+    ]
+    assert told[0]["comparison"]["pAdjusted"] == 0.04 and told[0]["groups"] == 2
 
 
 def test_the_report_names_the_published_model_of_a_referenced_job() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from finetune_api.base import Count, DecimalString, DnsLabel, Model, Rule, Text, is_zero
+from finetune_api.base import Count, DecimalString, DnsLabel, FieldName, Model, Rule, Text, is_zero
 from finetune_api.gates import Gate, GateRow
 from finetune_api.sources import DataUri, StorageAccess
 from finetune_api.tasks import DEFAULT_METRICS, Metric
@@ -103,6 +103,12 @@ class Evaluation(Model):
     """Smallest gain over the base model that matters, in points: hundredths of a share (Accuracy,
     F1, Rouge) or of a nat (Loss), and points of Bleu and ChrF. The verdict of a metric is NotBetter
     once the samples rule out such a gain."""
+    slices: Annotated[list[FieldName], Field(max_length=4)] = []
+    """Fields of the records, e.g. language, by whose values the test metrics are reported too, so
+    that rare cases are seen; the base and the tuned model are compared in each. Of each field and
+    test set the 32 most frequent values are told apart; the others are "(other)", and records
+    without a value "(none)". Personal data in values is replaced as by `data.quality.personalData`
+    Redact. Some test record must have the field."""
     baselines: Baselines = Baselines()
     """Prompts for the base model, beside the test prompts as they are: does it need tuning, or
     would a prompt do? See the report and metrics.json."""
@@ -128,6 +134,12 @@ class Evaluation(Model):
             "minEffect is the smallest gain that matters: give a number above 0",
             lambda e: float(e.min_effect) > 0,
             ("minEffect",),
+        ),
+        Rule(
+            "!has(self.slices) || self.slices.all(f, self.slices.exists_one(g, g == f))",
+            "the fields of slices must differ",
+            lambda e: len(set(e.slices)) == len(e.slices),
+            ("slices",),
         ),
         Rule(
             "!has(self.gates) || (has(self.metrics)"

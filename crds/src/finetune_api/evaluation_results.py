@@ -140,6 +140,27 @@ class Recommendation(Record):
     """The figures, in words."""
 
 
+class Slice(Record):
+    """Results on the samples of a test set with one value of a field of ``evaluation.slices``."""
+
+    field: str
+    """Field of the records."""
+    value: str
+    """Its value; (other): any rarer value; (none): the records have none."""
+    samples: Count
+    """Samples answered."""
+    groups: Count | None = None
+    """Groups of these samples, as in ``TableRow``."""
+    base: dict[Word, Estimate]
+    """Metrics of the base model, with the test prompts as they are."""
+    tuned: dict[Word, Estimate]
+    """Metrics of the tuned model."""
+    metric: Word | None = None
+    """Metric of the comparison: the one by which rows are compared."""
+    comparison: Comparison | None = None
+    """The tuned with the base model; None: the metric has no value here."""
+
+
 class SetTable(Record):
     """Results of all rows on one test set."""
 
@@ -151,6 +172,8 @@ class SetTable(Record):
     """Rows, cheapest first."""
     recommendation: Recommendation | None = None
     """None: a retention set, or no row but the base and the tuned model's loss."""
+    slices: list[Slice] = []
+    """Slices of ``evaluation.slices``, the worst change first."""
 
 
 class GateResult(Record):

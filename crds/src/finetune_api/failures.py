@@ -179,9 +179,9 @@ FAILURES: Final[tuple[FailureRow, ...]] = (
         " NoPaddingToken NoRouter NoSuchParameters NoSumOfAdapters NoTargetModules"
         " NotACurrentFile NotMergeable NotTrained NothingToAsk NothingToMix NothingToReplay"
         " ObjectNotFound OutsideClaim PackageMissing QuestionsDoNotFit RunSpecMissing"
-        " ScratchFull SharedMemoryFull StageTooShort StateUnreadable StorageInUse"
-        " StorageNotInstalled StoreIgnoresConditions TemplateTooCostly UnknownObjectType"
-        " UnreadableModel UnsuitableMethod UnsuitableModel UnsupportedModel"
+        " ScratchFull SharedMemoryFull SliceFieldMissing StageTooShort StateUnreadable"
+        " StorageInUse StorageNotInstalled StoreIgnoresConditions TemplateTooCostly"
+        " UnknownObjectType UnreadableModel UnsuitableMethod UnsuitableModel UnsupportedModel"
         " UnsupportedTokenizer VocabularyMismatch",
         "the manifest is invalid or cannot be satisfied",
     ),

@@ -86,7 +86,11 @@ STORAGE_LAYOUT: Final[tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = (
         "data",
         (
             ("shards/", "samples: token ids and loss masks (Arrow IPC)"),
-            ("index-<split>.arrow", "one row per sample: set, length, supervised, shard, row"),
+            (
+                "index-<split>.arrow",
+                "one row per sample: set, length, supervised, shard, row, group",
+            ),
+            ("slices.arrow", "values of the fields of evaluation.slices, of test samples"),
             ("report.json, report.html", "the data report"),
             ("manifest.json", "written last: names, sizes and sha256 of the files above"),
         ),

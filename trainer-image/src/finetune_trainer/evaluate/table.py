@@ -148,7 +148,7 @@ def _row(
         samples=row.measured,
         groups=row.measured_groups,
         draws=len(row.draws),
-        metrics=_estimates(row, metrics),
+        metrics=estimates(row, metrics),
         comparisons=(
             {}
             if row is against
@@ -170,7 +170,8 @@ def compare_rows(
     return compare_outcomes(before.outcome(both), after.outcome(both), metrics, min_points)
 
 
-def _estimates(row: RowOutcome, metrics: Sequence[Metric]) -> dict[str, Estimate]:
+def estimates(row: RowOutcome, metrics: Sequence[Metric]) -> dict[str, Estimate]:
+    """Return the metrics of a row with their intervals, by name."""
     found = {}
     outcome = row.outcome(row.samples)
     for metric in metrics:
@@ -203,23 +204,31 @@ def _picked(there: Sequence[int], answers: Sequence[str], samples: Sequence[int]
 
 def adjusted(tables: Sequence[SetTable]) -> list[SetTable]:
     """Return the tables with the adjusted p of all their comparisons together (Holm)."""
-    ps = [c.p for t in tables for row in t.rows for c in row.comparisons.values()]
+    ps = [c.p for table in tables for c in _comparisons(table)]
     after = iter(holm(ps))
-    return [
-        table.model_copy(
-            update={
-                "rows": [
-                    row.model_copy(
-                        update={
-                            "comparisons": {
-                                metric: c.model_copy(update={"p_adjusted": next(after)})
-                                for metric, c in row.comparisons.items()
-                            }
-                        }
-                    )
-                    for row in table.rows
-                ]
-            }
-        )
-        for table in tables
-    ]
+
+    def with_p(found: Comparison) -> Comparison:
+        return found.model_copy(update={"p_adjusted": next(after)})
+
+    def with_ps(table: SetTable) -> SetTable:
+        rows = [
+            row.model_copy(
+                update={"comparisons": {m: with_p(c) for m, c in row.comparisons.items()}}
+            )
+            for row in table.rows
+        ]
+        slices = [
+            part.model_copy(update={"comparison": with_p(part.comparison)})
+            if part.comparison
+            else part
+            for part in table.slices
+        ]
+        return table.model_copy(update={"rows": rows, "slices": slices})
+
+    return [with_ps(table) for table in tables]
+
+
+def _comparisons(table: SetTable) -> list[Comparison]:
+    """All comparisons of a table, in the order of ``adjusted``."""
+    of_rows = [c for row in table.rows for c in row.comparisons.values()]
+    return of_rows + [part.comparison for part in table.slices if part.comparison]

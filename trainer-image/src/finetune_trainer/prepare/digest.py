@@ -25,6 +25,7 @@ def content_digest(
     tokenizer: Mapping[str, str],
     max_length: int,
     task: TaskName,
+    slices: Sequence[str] = (),
 ) -> str:
     """Return the content digest: 32 hexadecimal digits.
 
@@ -34,6 +35,7 @@ def content_digest(
         tokenizer: sha256 of each tokenizer file, by name.
         max_length: maximum tokens of a sample.
         task: task that the samples are prepared for.
+        slices: fields whose values are kept, in any order.
     """
     content: dict[str, Any] = {
         "version": FORMAT_VERSION,
@@ -51,6 +53,7 @@ def content_digest(
         "tokenizer": dict(tokenizer),
         "maxLength": max_length,
         "task": task,
+        "slices": sorted(slices),
         "split": data.split.to_json(),
         "quality": data.quality.to_json(),
     }

@@ -35,6 +35,7 @@ from finetune_trainer.engine.planning.micro_batch_size import Samples
 from finetune_trainer.engine.planning.schedule import replay_of, stage_plans, stages_of, steps_of
 from finetune_trainer.engine.task_losses import TASKS
 from finetune_trainer.evaluate.metric_selection import check_metrics
+from finetune_trainer.evaluate.slices import check_slices
 from finetune_trainer.failures import DataError, UserError, object_changed
 from finetune_trainer.prepare.digest import content_digest
 from finetune_trainer.prepare.gate_check import check_gates
@@ -115,7 +116,9 @@ def prepare(
     files = modelfiles.tokenizer_files(base.folder)
     tokenizer = {file.name: file_info(file).sha256 for file in files}
 
-    digest = content_digest(spec.data, sources, tokenizer, model.max_length, spec.task)
+    digest = content_digest(
+        spec.data, sources, tokenizer, model.max_length, spec.task, spec.evaluation.slices
+    )
     uri = data_uri(spec.effective_workspace, digest)
     manifest = read_manifest(stores.default, uri)
     reused = manifest is not None and is_complete(stores.default, uri, manifest)
@@ -130,6 +133,8 @@ def prepare(
         spec, {side: [s.format for s in manifest.sets if s.split == side] for side in SIDES}
     )
     data = PreparedData(stores.default, uri, scratch / "data", manifest)
+    if spec.evaluation.slices:
+        check_slices(spec.evaluation.slices, data.slices())
     questions = make_questions(spec, data, model, stores)
     check_gates(spec, manifest, questions)
     write_questions(stores.default, run_spec.run_uri, questions)
@@ -171,7 +176,8 @@ def write_data(
     if step == "Reduce" and results.empty():
         raise object_changed(", ".join(source.spec.source for source in sources))
     size = sum(split.bytes for split in mine)
-    recipe = Recipe(data, [replace(source, objects=()) for source in sources], model)
+    slices = spec.evaluation.slices
+    recipe = Recipe(data, [replace(source, objects=()) for source in sources], model, slices)
     with Pool(processes or count_processes(size), begin, recipe) as pool:
         try:
             reader = Reader(sources, mine, model.task, data.quality.faulty_records)
@@ -180,7 +186,9 @@ def write_data(
             if step == "Map":
                 check_unchanged(sources, stores, may_grow=False)
                 return None
-            output = reduce_splits(data, sources, splits, pool, paths, model.tokenizer.decode)
+            output = reduce_splits(
+                data, sources, splits, pool, paths, model.tokenizer.decode, slices
+            )
             check_unchanged(sources, stores, may_grow=step == "All")
             classes_of = RENDERINGS[model.task].classes
             manifest = output.finish(model.max_length, data.quality, classes_of)

@@ -22,6 +22,7 @@ import pyarrow as pa
 from finetune_trainer.failures import DataError
 from finetune_trainer.prepared.fetches import Fetches
 from finetune_trainer.prepared.manifest import DataManifest, read_manifest
+from finetune_trainer.prepared.slices import SLICES, read_slices
 from finetune_trainer.prepared.split import Side
 from finetune_trainer.storage.objects import ObjectStore, file_info
 
@@ -203,6 +204,11 @@ class PreparedData:
             columns = {name: table[name].to_numpy() for name in names}
             self._indexes[split] = Index(**columns)
         return self._indexes[split]
+
+    def slices(self) -> dict[str, list[str]]:
+        """Value of every test sample, by field of ``evaluation.slices``, in the order of the test
+        index. Data that was prepared without these fields has none."""
+        return read_slices(self._fetch(SLICES))
 
     def samples(self, split: Side, positions: Sequence[int]) -> list[TokenSample]:
         """Return the samples at positions of the split's index."""

@@ -14,7 +14,8 @@ import numpy as np
 
 from finetune_api.evaluation_results import TUNED
 from finetune_api.tasks import METRICS, Metric
-from finetune_trainer.evaluate.table import Answered, Groups
+from finetune_trainer.evaluate.paired import Groups
+from finetune_trainer.evaluate.table import Answered
 from finetune_trainer.prepared.dataset import PreparedData, Reference
 from finetune_trainer.prepared.split import TESTED, Side
 from finetune_trainer.storage import runfiles
@@ -41,6 +42,8 @@ class MeasuredSet:
     """Of the first samples, as many as any row has answered."""
     groups: Groups
     """Number of the group of each sample, shape [samples]."""
+    slices: dict[str, list[str]]
+    """Value of each field of evaluation.slices for each sample; none for a retention set."""
     digests: Sequence[str]
     """Of all samples: see ``sample_digest``."""
 
@@ -63,10 +66,19 @@ class MeasuredSet:
 
 
 def measured_sets(
-    store: ObjectStore, run_uri: str, result: RunResult, data: PreparedData
+    store: ObjectStore,
+    run_uri: str,
+    result: RunResult,
+    data: PreparedData,
+    fields: Sequence[str],
 ) -> list[MeasuredSet]:
     """Return the sets, with the rows that the gang answered. A result of an earlier trainer names
-    no rows, and has no sets."""
+    no rows, and has no sets.
+
+    Args:
+        fields: ``evaluation.slices``.
+    """
+    values = data.slices() if fields else {}
     rows = [runfiles.read_row(store, run_uri, row) for row in result.rows]
     found = []
     for scores in result.summary.scores:
@@ -90,6 +102,11 @@ def measured_sets(
                 answered=answered,
                 references=data.references(side, positions[:most].tolist()),
                 groups=index.groups[positions],
+                slices=(
+                    {field: [values[field][at] for at in positions.tolist()] for field in fields}
+                    if side == "test"
+                    else {}
+                ),
                 digests=list(_digests(data, side, positions)),
             )
         )

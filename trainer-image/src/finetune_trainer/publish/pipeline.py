@@ -118,7 +118,7 @@ def _publish(
         export.full_copy_bytes(base.folder, purpose),
     )
     drawn = has_drawn_head(base.folder, purpose)
-    sets = measured_sets(store, run_spec.run_uri, result, opened)
+    sets = measured_sets(store, run_spec.run_uri, result, opened, spec.evaluation.slices)
     redact = spec.data.quality.personal_data == "Redact"
     lines = (line for each in sets for line in predictions_of(each, redact))
     write_predictions(lines, folder / PREDICTIONS)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from finetune_api.evaluation_results import TUNED
 from finetune_trainer.pages import page
 from finetune_trainer.publish.chart import Line, loss_chart
-from finetune_trainer.publish.row_tables import tables_of
+from finetune_trainer.publish.row_tables import counted, slices_of, tables_of
 from finetune_trainer.publish.run_facts import DRAWN_HEAD, About, artefact_text, by_set, settings
 
 
@@ -23,7 +24,9 @@ def render(about: About, data_report: bytes) -> str:
         about=about,
         scores=by_set(about.scores_of(retention=False)),
         retained=by_set(about.scores_of(retention=True)),
+        samples=_sample_counts(about),
         tables=tables_of(about),
+        slices=slices_of(about.evaluation),
         chart=loss_chart(_lines(about), about.result.summary.checkpoint_step),
         validation=validation,
         validation_sets=names,
@@ -33,6 +36,23 @@ def render(about: About, data_report: bytes) -> str:
         data=_data_rows(json.loads(data_report)),
         previews=_previews(json.loads(data_report)),
     )
+
+
+def _sample_counts(about: About) -> dict[str, str]:
+    """Return the number of samples of each test set, and of the groups among the answered ones."""
+    tuned = {
+        table.name: row
+        for table in about.evaluation.sets
+        for row in table.rows
+        if row.row == TUNED.name and row.groups is not None
+    }
+    found = {}
+    for score in about.result.summary.scores:
+        row = tuned.get(score.name)
+        text = f"{score.samples:,}" if row is None else counted(row.samples, row.groups)
+        more = row is not None and row.samples < score.samples
+        found[score.name] = f"{text}, of {score.samples:,}" if more else text
+    return found
 
 
 def _lines(about: About) -> list[Line]:

@@ -18,6 +18,7 @@ from finetune_api.evaluation_results import (
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.evaluate.gates import against_current, results_of_gates
 from finetune_trainer.evaluate.recommendation import recommend
+from finetune_trainer.evaluate.slices import slices_of
 from finetune_trainer.evaluate.table import adjusted, rows_of, table_of
 from finetune_trainer.publish.current import UsedModel
 from finetune_trainer.publish.measured_sets import MeasuredSet
@@ -62,7 +63,10 @@ def _table(found: MeasuredSet, points: float) -> SetTable:
     table = table_of(found.name, rows, TUNED, found.metrics, points)
     ways = [row for row in rows if row.row.model != "Current"]
     advised = None if found.retention else recommend(ways, found.metrics, points)
-    return table.model_copy(update={"retention": found.retention, "recommendation": advised})
+    slices = slices_of(rows, found.slices, found.metrics, points)
+    return table.model_copy(
+        update={"retention": found.retention, "recommendation": advised, "slices": slices}
+    )
 
 
 def _against(spec: FineTuneJobSpec, tables: Sequence[SetTable], model: UsedModel) -> CurrentResult:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from finetune_api.evaluation_results import EvaluationResult, Recommendation, TableRow
+from finetune_api.evaluation_results import EvaluationResult, Recommendation, Slice, TableRow
 from finetune_trainer.evaluate.recommendation import PRIMARY
 from finetune_trainer.publish.run_facts import About, Score, by_set
 
@@ -18,7 +19,8 @@ class ShownRow:
     """A row as text."""
 
     name: str
-    samples: int
+    samples: str
+    """Number of samples, and of their groups."""
     values: list[str]
     """Values of the shown metrics."""
     ahead: str
@@ -39,6 +41,68 @@ class ShownTable:
     """Metric by which the rows are compared."""
     rows: list[ShownRow]
     advice: Recommendation | None
+
+
+@dataclass(frozen=True)
+class ShownSlice:
+    """A slice as text."""
+
+    field: str
+    value: str
+    samples: str
+    """Number of samples, and of their groups."""
+    base: str
+    """Value of the base model, with its interval."""
+    tuned: str
+    gain: str
+    """Gain of the tuned model, with its interval."""
+    better: bool | None
+    """Whether the tuned model is better; None: equal, or not known."""
+    p: str
+    """p of the comparison after Holm."""
+
+
+@dataclass(frozen=True)
+class ShownSlices:
+    """The slices of a test set as text."""
+
+    name: str
+    metric: str
+    slices: list[ShownSlice]
+
+
+def slices_of(evaluation: EvaluationResult) -> list[ShownSlices]:
+    """The test sets that have slices with a comparison, the worst change first."""
+    return [
+        ShownSlices(table.name, metric, [_slice(part, metric, table.name) for part in table.slices])
+        for table in evaluation.sets
+        if table.slices and (metric := table.slices[0].metric)
+    ]
+
+
+def _slice(part: Slice, metric: str, name: str) -> ShownSlice:
+    base, tuned = part.base.get(metric), part.tuned.get(metric)
+    compared = part.comparison
+    score = Score(
+        name, part.samples, metric, base.value if base else None,
+        tuned.value if tuned else math.nan, compared,
+    )  # fmt: skip
+    p = compared.p_adjusted if compared else None
+    return ShownSlice(
+        field=part.field,
+        value=part.value,
+        samples=counted(part.samples, part.groups),
+        base=score.estimated(base),
+        tuned=score.estimated(tuned),
+        gain=f"{score.show(compared.effect, signed=True)} ({score.interval})" if compared else "–",
+        better=score.better,
+        p="–" if p is None else f"{p:.2g}",
+    )
+
+
+def counted(samples: int, groups: int | None) -> str:
+    """Format a number of samples: ``1,200``, or ``1,200 in 80 groups``."""
+    return f"{samples:,}" if groups is None else f"{samples:,} in {groups:,} groups"
 
 
 def tables_of(about: About) -> list[ShownTable]:
@@ -84,7 +148,7 @@ def _row(row: TableRow, shown: Sequence[Score]) -> ShownRow:
         values.append(text)
     return ShownRow(
         name=row.row,
-        samples=row.samples,
+        samples=counted(row.samples, row.groups),
         values=values,
         ahead=f"{first.show(compared.effect, signed=True)} ({ahead.interval})" if compared else "",
         verdict=ahead.verdict,

@@ -284,9 +284,9 @@ def artefact_text(found: ArtefactResult | None) -> str:
 
 
 def _table_of(about: About, name: str) -> dict[str, Any]:
-    """The rows of a test set, and what they recommend."""
+    """The rows of a test set, what they recommend, and its slices."""
     table = next((t.to_json() for t in about.evaluation.sets if t.name == name), {})
-    return {key: table.get(key) for key in ("retention", "rows", "recommendation")}
+    return {key: table.get(key) for key in ("retention", "rows", "recommendation", "slices")}
 
 
 def _finite(raw: Any) -> Any:

@@ -54,6 +54,8 @@ class Recipe:
     sources: Sequence[Source]
     """All sources of the run. Their objects are not used here."""
     model: Model
+    slices: Sequence[str]
+    """Fields of ``evaluation.slices``."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class SampleMaker:
 
     def __init__(self, recipe: Recipe) -> None:
         self._data, self._sources, self._model = recipe.data, recipe.sources, recipe.model
+        self._slices = recipe.slices
         self._renderers: dict[tuple[int, Format], Renderer] = {}
         self._known: tuple[Path, HashSet] | None = None
 
@@ -193,7 +196,7 @@ class SampleMaker:
                 redact = redacted
             content = RENDERINGS[model.task].content
             self._renderers[number, form] = renderer(
-                self._sources[number], form, data, chat, redact, content
+                self._sources[number], form, data, chat, redact, content, self._slices
             )
         return self._renderers[number, form]
 

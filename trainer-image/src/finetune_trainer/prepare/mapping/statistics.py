@@ -36,6 +36,7 @@ SCHEMA: Final = pa.schema(
         ("where", pa.string()),
         ("label", pa.string()),
         ("group", pa.uint64()),
+        ("slices", pa.string()),
         ("personal", pa.string()),
         ("digest", pa.binary(DIGEST_BYTES)),
         ("fingerprint", pa.binary(8 * FINGERPRINT)),
@@ -45,6 +46,7 @@ SCHEMA: Final = pa.schema(
 """Columns of a row. ``side`` and ``cut`` are indices into SIDES and CUTS. ``completion`` is the
 length of the last answer in tokens and ``stop`` its last token (-1: cut off, in another sample, or
 no answer). ``group`` is the hash of a held-out sample's group; null: the sample is its own group.
+``slices`` are the values of the fields of ``evaluation.slices`` as JSON, null but of test samples.
 ``personal`` counts the kinds of personal data, as JSON. ``digest`` and ``fingerprint`` are null
 without duplicate detection. ``shared`` is the text that a sample shares with a held-out sample;
 null where there is none, or where held-out samples are known only in the reduce."""
@@ -133,6 +135,7 @@ def statistics_of(
             group_hash(s.example.group) if grouped and s.example.side != "train" else None
             for s in samples
         ],
+        "slices": [json.dumps(s.example.slices) if s.example.slices else None for s in samples],
         "personal": [
             json.dumps(dict(s.example.personal)) if s.example.personal else None for s in samples
         ],

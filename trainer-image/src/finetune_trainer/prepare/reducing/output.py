@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from finetune_trainer.prepare.reading.sources import Source
 from finetune_trainer.prepare.reducing.indexes import IndexedShard, IndexWriter
 from finetune_trainer.prepare.reducing.page import render
 from finetune_trainer.prepare.reducing.report import Contamination, Rows, SideReport, SourceReport
+from finetune_trainer.prepare.reducing.slices import SliceValues
 from finetune_trainer.prepare.tokenizing.tokens import CUTS
 from finetune_trainer.prepared.manifest import (
     FORMAT_VERSION,
@@ -26,6 +27,7 @@ from finetune_trainer.prepared.manifest import (
     DataSet,
     write_manifest,
 )
+from finetune_trainer.prepared.slices import SLICES
 from finetune_trainer.prepared.split import HELD_OUT, SIDES, Side
 from finetune_trainer.storage.objects import ObjectStore
 
@@ -38,11 +40,15 @@ class Output:
         uri: prefix of the prepared data.
         digest: content digest.
         scratch: local folder for temporary files.
+        slices: fields of ``evaluation.slices``.
     """
 
-    def __init__(self, store: ObjectStore, uri: str, digest: str, scratch: Path) -> None:
+    def __init__(
+        self, store: ObjectStore, uri: str, digest: str, scratch: Path, slices: Sequence[str]
+    ) -> None:
         self._store, self._uri, self._digest, self._scratch = store, uri, digest, scratch
         self._indexes = {side: IndexWriter(store, uri, scratch, side) for side in SIDES}
+        self._slices = SliceValues(slices)
         self._reports: list[SourceReport] = []
         self._sets: list[tuple[Side, SourceReport]] = []
         self._stops: set[int] = set()
@@ -87,6 +93,8 @@ class Output:
             offered = summary.previews.get(side, ())
             report.sides[side].show(offered, rows + statistics.first)
             self._indexes[side].add(statistics, rows, numbers[rows])
+            if side == "test" and self._slices.fields:
+                self._slices.add(len(self._sets) - 1, statistics.texts("slices", rows))
         report.cuts.update(CUTS[i] for i in statistics.numbers("cut")[kept].tolist())
         self._stops.update(set(statistics.numbers("stop")[kept].tolist()) - {-1})
 
@@ -159,6 +167,9 @@ class Output:
         report = self._report(max_length, quality)
         text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
         files += [self._write("report.json", text), self._write("report.html", render(report))]
+        if self._slices.fields:
+            self._slices.write(self._scratch / SLICES)
+            files.append(self._upload(SLICES))
         train = [report.sides[side] for side, report in self._sets if side == "train"]
         manifest = DataManifest(
             version=FORMAT_VERSION,
@@ -189,7 +200,10 @@ class Output:
     def _write(self, name: str, text: str) -> DataFile:
         path = self._scratch / name
         path.write_text(text, encoding="utf-8", errors="backslashreplace")
-        info = self._store.upload(path, f"{self._uri}/{name}")
+        return self._upload(name)
+
+    def _upload(self, name: str) -> DataFile:
+        info = self._store.upload(self._scratch / name, f"{self._uri}/{name}")
         return DataFile(name=name, bytes=info.bytes, sha256=info.sha256)
 
 

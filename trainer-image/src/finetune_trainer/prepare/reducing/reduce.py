@@ -37,11 +37,13 @@ def reduce_splits(
     pool: Pool,
     paths: RunPaths,
     decode: Callable[[Any], str],
+    slices: Sequence[str],
 ) -> Output:
     """Decide which samples of all input splits to keep.
 
     Args:
         decode: converts token ids to text.
+        slices: fields of ``evaluation.slices``.
 
     Raises:
         DataError: the first fault in the order of the data; 'EmptyDataSet', with the set;
@@ -49,7 +51,7 @@ def reduce_splits(
     """
     results, quality = paths.results, data.quality
     results.check()
-    output = Output(paths.store, paths.uri, paths.digest, paths.scratch)
+    output = Output(paths.store, paths.uri, paths.digest, paths.scratch, slices)
     if compared_in_map(data):
         output.contamination = Contamination(quality.contamination, 0)
     duplicates = Deduplicator(quality)

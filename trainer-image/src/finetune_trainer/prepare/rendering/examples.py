@@ -8,8 +8,8 @@ tokens before a supervised segment, which equal those of the same prompt in gene
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
 from finetune_api.sources import Data, DataSource, Format
@@ -26,6 +26,7 @@ from finetune_trainer.prepare.rendering.formats import (
     Pair,
     content_of,
     group_value,
+    slice_values,
 )
 from finetune_trainer.prepare.rendering.retrieval import RetrievalPrompts
 from finetune_trainer.prepare.rendering.templates import LibraryTemplate, PairTemplate
@@ -70,6 +71,8 @@ class RenderedExample:
     share (system turns, tools, template texts). Equal for all samples of a conversation."""
     continues: bool = False
     """Whether its text continues in another example: it has no end token then."""
+    slices: tuple[str, ...] = ()
+    """Values of the fields of ``evaluation.slices``, of a test sample."""
     personal: Mapping[str, int] = field(default_factory=dict)
     """Number of findings of each kind of personal data (see ``personal``)."""
 
@@ -85,6 +88,7 @@ def renderer(
     chat: ChatTemplate | None,
     redact: Callable[[str], str] = str,
     content: Callable[[Record, Format], Content] = content_of,
+    slices: Sequence[str] = (),
 ) -> Renderer:
     """Return the function that renders a source's records: to one example each, or one per turn for
     some conversations (see ``chat``).
@@ -93,6 +97,7 @@ def renderer(
         redact: redacts groups as the examples will be redacted: prompts that become equal stay
             together.
         content: reads a record of a plain format without a template.
+        slices: fields of ``evaluation.slices``.
 
     Raises (the function):
         DataError: for an unusable record, with object, line and field.
@@ -101,7 +106,7 @@ def renderer(
     shares = shares_of(data, source.side)
     group_of = _grouping(source, data, redact)
 
-    def example(record: Record) -> list[RenderedExample]:
+    def examples(record: Record) -> list[RenderedExample]:
         content = held_out(record)
         group = group_of(record, content)
         side = side_of(group, shares) if shares else source.side
@@ -109,12 +114,17 @@ def renderer(
             content = training(record)
         if isinstance(content, Conversation):
             assert chat is not None, "a Messages source is read with a chat template"
-            return _chat_examples(record, content, group, side, chat)
-        if isinstance(content, Document):
-            return [_document_example(record, content, group, side)]
-        return [_pair_example(record, content, group, side, form)]
+            found = _chat_examples(record, content, group, side, chat)
+        elif isinstance(content, Document):
+            found = [_document_example(record, content, group, side)]
+        else:
+            found = [_pair_example(record, content, group, side, form)]
+        if slices and side == "test":
+            values = slice_values(record, slices)
+            found = [replace(example, slices=values) for example in found]
+        return found
 
-    return example
+    return examples
 
 
 def _grouping(

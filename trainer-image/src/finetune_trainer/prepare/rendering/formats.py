@@ -8,7 +8,7 @@ read the formats Messages and Retrieval, ``templates`` records with other fields
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from finetune_api.sources import Format
 from finetune_trainer.failures import DataError
 from finetune_trainer.personal import excerpt, redacted
 from finetune_trainer.prepare.reading.records import Record, is_broken
+from finetune_trainer.prepared.slices import NONE
 
 FORMAT_FIELDS: Final[dict[Format, tuple[str, ...]]] = {
     "Messages": ("messages",),
@@ -26,6 +27,9 @@ FORMAT_FIELDS: Final[dict[Format, tuple[str, ...]]] = {
     "Text": ("text",),
 }
 """Required fields of each format. Detection takes the first format whose fields all exist."""
+
+SLICE_VALUE: Final = 64
+"""Characters of a value of ``evaluation.slices`` that are kept."""
 
 Message = dict[str, Any]
 
@@ -114,6 +118,20 @@ def group_value(record: Record, field: str) -> str:
         DataError: 'MissingField'.
     """
     return json.dumps(field_value(record, field), sort_keys=True, ensure_ascii=False, default=str)
+
+
+def slice_values(record: Record, fields: Sequence[str]) -> tuple[str, ...]:
+    """Return the values of the fields of ``evaluation.slices`` as short texts without personal
+    data: reports show them."""
+    return tuple(_slice_value(record.fields.get(field)) for field in fields)
+
+
+def _slice_value(value: Any) -> str:
+    if value is None:
+        return NONE
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    text = " ".join(redacted(text).split()).encode(errors="replace").decode()
+    return NONE if not text else text if len(text) <= SLICE_VALUE else text[:SLICE_VALUE] + "…"
 
 
 def names_of(record: Record) -> str:

@@ -1,0 +1,111 @@
+"""Test metrics by value of a field of the records (``evaluation.slices``): a slice of a test set is
+compared like a set of its own, so that a loss in a rare case is seen behind a gain in the mean.
+
+Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from finetune_api.evaluation_results import BASE, TUNED, Slice
+from finetune_api.tasks import METRICS, Metric
+from finetune_trainer.evaluate.recommendation import primary_of
+from finetune_trainer.evaluate.table import Answered, RowOutcome, compare_rows, estimates
+from finetune_trainer.failures import UserError
+from finetune_trainer.prepared.slices import NONE
+
+
+def check_slices(fields: Sequence[str], values: Mapping[str, Sequence[str]]) -> None:
+    """Refuse a field that no test record has.
+
+    Args:
+        fields: ``evaluation.slices``.
+        values: of all test samples, by field.
+
+    Raises:
+        UserError: 'SliceFieldMissing', naming the field.
+    """
+    for number, field in enumerate(fields):
+        if any(value != NONE for value in values[field]):
+            continue
+        why = (
+            f"no test record has a value of {field!r}" if values[field] else "there is no test set"
+        )
+        raise UserError(
+            "SliceFieldMissing",
+            f"spec.evaluation.slices[{number}]: {field}: {why}; name a field of the records in"
+            " data.test (without data.test: of those in data.train, with data.split.test above 0),"
+            " or take it out of the list",
+        )
+
+
+def slices_of(
+    rows: Sequence[RowOutcome],
+    values: Mapping[str, Sequence[str]],
+    metrics: Sequence[Metric],
+    min_points: float,
+) -> list[Slice]:
+    """Return the slices of a test set, the worst change of the primary metric first.
+
+    Args:
+        rows: of the set.
+        values: of the samples of the set, by field.
+        metrics: of the set.
+        min_points: see ``compare_outcomes``.
+    """
+    base, tuned = (next((row for row in rows if row.row == of), None) for of in (BASE, TUNED))
+    if base is None or tuned is None:
+        return []
+    metric = primary_of(metrics)
+    found = []
+    for field, texts in values.items():
+        members: dict[str, list[int]] = {}
+        for number, text in enumerate(texts):
+            members.setdefault(text, []).append(number)
+        for value in sorted(members):
+            before, after = (part_of(row, members[value]) for row in (base, tuned))
+            if not after.measured:
+                continue
+            compared = compare_rows(before, after, [metric], min_points) if metric else {}
+            made = Slice(
+                field=field,
+                value=value,
+                samples=after.measured,
+                groups=after.measured_groups,
+                base=estimates(before, metrics),
+                tuned=estimates(after, metrics),
+                metric=metric,
+                comparison=compared.get(metric) if metric else None,
+            )
+            found.append(made)
+    sign = 1 if metric is None or METRICS[metric].higher_is_better else -1
+    return sorted(
+        found, key=lambda part: sign * part.comparison.effect if part.comparison else math.inf
+    )
+
+
+def part_of(row: RowOutcome, members: Sequence[int]) -> RowOutcome:
+    """Return what a row did with some samples of the set, which are a set of their own.
+
+    Args:
+        members: numbers of these samples, ascending.
+    """
+    numbers = {member: number for number, member in enumerate(members)}
+    references = [row.references[m] for m in members if m < len(row.references)]
+
+    def part(draw: Answered) -> Answered:
+        there = [i for i, sample in enumerate(draw.samples) if sample in numbers]
+        return replace(
+            draw,
+            samples=[numbers[draw.samples[i]] for i in there],
+            answers=[draw.answers[i] for i in there],
+            tokens=(),
+            losses=draw.losses[list(members)] if len(draw.losses) else draw.losses,
+            labels=draw.labels[list(members)] if len(draw.labels) else draw.labels,
+            metrics={},
+        )
+
+    return RowOutcome([part(d) for d in row.draws], references, row.groups[list(members)])
