@@ -22,7 +22,7 @@ from finetune_trainer.evaluate.slices import slices_of
 from finetune_trainer.evaluate.table import adjusted, rows_of, table_of
 from finetune_trainer.publish.current import UsedModel
 from finetune_trainer.publish.measured_sets import MeasuredSet
-from finetune_trainer.publish.predictions import Prediction, current_row
+from finetune_trainer.publish.predictions import Prediction, row_of_current
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def evaluate(
 
 
 def _with_current(found: MeasuredSet, in_use: InUse) -> MeasuredSet:
-    row = current_row(found, in_use.predictions)
+    row = row_of_current(found, in_use.predictions)
     return found if row is None else replace(found, answered=[*found.answered, row])
 
 
