@@ -321,6 +321,10 @@ _APART = {
     "topologyKey": "kubernetes.io/hostname",
     "labelSelector": {"matchLabels": {"finetune-operator.dev/role": "train"}},
 }
+LIMITED = {
+    "requests": {"cpu": "100m", "memory": "256Mi"},
+    "limits": {"memory": "3Gi", "ephemeral-storage": "2Gi"},
+}
 ELASTIC = {
     "nodes": 3,
     "minNodes": 2,
@@ -339,11 +343,10 @@ SCENARIOS = [
     Scenario("a pod is evicted", evicted),
     Scenario("a training process is stopped by SIGSTOP", rank_stopped, faults=None,
              spec={"failurePolicy": {"progressDeadlineSeconds": 60}}),
-    Scenario("a training process is killed for its memory", out_of_memory, faults=None),
+    Scenario("a training process is killed for its memory", out_of_memory, faults=None,
+             spec={"compute": {"resources": LIMITED}}),
     Scenario("a pod fills its disk", disk_full, faults=None,
-             spec={"compute": {"resources": {
-                 "requests": {"cpu": "100m", "memory": "256Mi"},
-                 "limits": {"memory": "3Gi", "ephemeral-storage": "2Gi"}}}}, steps=400),
+             spec={"compute": {"resources": LIMITED}}, steps=400),
     Scenario("the kubelet of rank 0 stops for good", kubelet_stopped, faults=None),
     Scenario("a node is powered off and deleted", node_deleted),
     Scenario("a node is drained", drained, times=3),
