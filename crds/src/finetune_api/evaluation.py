@@ -94,7 +94,9 @@ class Evaluation(Model):
     """Metrics of the final test. Absent: Loss and Perplexity, with Accuracy, Precision, Recall and
     F1 for format Classification, and ExactMatch, Bleu and Rouge (ROUGE-L) for other prompts with
     completions. Rouge1, Rouge2, ChrF, NormalizedExactMatch and TokenF1 (as in SQuAD: without case,
-    punctuation and articles) and ValidJson are measured on request.
+    punctuation and articles), ValidJson, JsonMatch and JsonFieldF1 (equal JSON values, shared
+    fields), ChoiceMatch (the chosen letter), NumberMatch (the last number) and StrictNumberMatch
+    (the number behind the reference's words, as in "#### 42") are measured on request.
     Task SequenceClassification: Loss, Accuracy, Precision, Recall and F1."""
     max_samples: Count = 1000
     """Maximum number of samples per set for which text is generated; the loss is always over the

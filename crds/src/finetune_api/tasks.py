@@ -15,6 +15,7 @@ TaskName = Literal["CausalLM", "SequenceClassification"]
 Metric = Literal[
     "Loss", "Perplexity", "ExactMatch", "Accuracy", "Precision", "Recall", "F1", "Bleu", "Rouge",
     "NormalizedExactMatch", "TokenF1", "Rouge1", "Rouge2", "ChrF", "ValidJson",
+    "NumberMatch", "StrictNumberMatch", "ChoiceMatch", "JsonMatch", "JsonFieldF1",
 ]  # fmt: skip
 
 
@@ -53,6 +54,11 @@ METRICS: Final[dict[Metric, MetricKind]] = {
     "Rouge2": MetricKind("Text", default=False),
     "ChrF": MetricKind("Text", percent=False, default=False, point=1.0),
     "ValidJson": MetricKind("Text", default=False),
+    "NumberMatch": MetricKind("Text", default=False),
+    "StrictNumberMatch": MetricKind("Text", default=False),
+    "ChoiceMatch": MetricKind("Text", default=False),
+    "JsonMatch": MetricKind("Text", default=False),
+    "JsonFieldF1": MetricKind("Text", default=False),
 }
 
 

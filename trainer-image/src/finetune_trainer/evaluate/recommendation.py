@@ -24,7 +24,10 @@ from finetune_trainer.evaluate.metric_text import shown
 from finetune_trainer.evaluate.paired import value_of
 from finetune_trainer.evaluate.table import RowOutcome, compare_rows
 
-PRIMARY: Final[tuple[Metric, ...]] = ("Accuracy", "Rouge", "ExactMatch", "TokenF1", "Bleu", "Loss")
+PRIMARY: Final[tuple[Metric, ...]] = (
+    "Accuracy", "NumberMatch", "ChoiceMatch", "JsonFieldF1", "Rouge", "ExactMatch", "TokenF1",
+    "Bleu", "Loss",
+)  # fmt: skip
 """Metrics by which rows are compared, the first that the set has."""
 _WORDS: Final[dict[Action, str]] = {
     "Neither": "the base model answers as well as it is",

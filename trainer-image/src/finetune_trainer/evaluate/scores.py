@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from finetune_api.evaluation_results import Metrics
 from finetune_api.tasks import METRICS, Metric, metrics_from
+from finetune_trainer.evaluate import extraction
 from finetune_trainer.prepared.dataset import Reference
 
 GENERATED: Final[frozenset[Metric]] = frozenset(metrics_from("Labels", "Text"))
@@ -71,6 +72,7 @@ def text_metrics(answers: Answers, wanted: Sequence[Metric]) -> Metrics:
     - NormalizedExactMatch, TokenF1: without case, punctuation and articles, as in SQuAD (Rajpurkar
       et al. 2016).
     - ValidJson: fraction of answers that are one JSON value.
+    - NumberMatch, StrictNumberMatch, ChoiceMatch, JsonMatch, JsonFieldF1: see ``extraction``.
     """
     found = {}
     for metric in wanted:
@@ -194,6 +196,14 @@ def _is_json(text: str) -> bool:
     return True
 
 
+def _by_pair(score: Callable[[str, str], float]) -> Callable[[Answers], list[float]]:
+    def scores(answers: Answers) -> list[float]:
+        pairs = zip(answers.predictions, answers.references, strict=True)
+        return [float(score(p, r)) for p, r in pairs]
+
+    return scores
+
+
 def _accuracy(answers: Answers) -> list[float]:
     pairs = zip(answers.labels or (), answers.predictions, strict=True)
     return [float(p.strip() == label) for label, p in pairs]
@@ -225,6 +235,11 @@ BY_SAMPLE: Final[dict[Metric, Callable[[Answers], list[float]]]] = {
     "NormalizedExactMatch": _normalized_exact_match,
     "TokenF1": _token_f1,
     "ValidJson": _valid_json,
+    "NumberMatch": _by_pair(extraction.number_match),
+    "StrictNumberMatch": _by_pair(extraction.strict_number_match),
+    "ChoiceMatch": _by_pair(extraction.choice_match),
+    "JsonMatch": _by_pair(extraction.json_match),
+    "JsonFieldF1": _by_pair(extraction.json_field_f1),
     "Accuracy": _accuracy,
 }
 """Metrics that are the mean of a value of each sample, and that value."""

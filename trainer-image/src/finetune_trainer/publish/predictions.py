@@ -89,7 +89,9 @@ def read_predictions(text: bytes) -> dict[tuple[str, str], Prediction]:
     return {(line.data_set, line.sample): line for line in lines}
 
 
-def row_of_current(found: MeasuredSet, known: Mapping[tuple[str, str], Prediction]) -> Answered | None:
+def row_of_current(
+    found: MeasuredSet, known: Mapping[tuple[str, str], Prediction]
+) -> Answered | None:
     """The row of the current model on a set: what it answered to equal samples when it was
     published. None: it knows none of them.
 
