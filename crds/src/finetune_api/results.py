@@ -265,6 +265,8 @@ class PublishSummary(Record):
     """Test metrics with their comparisons; cut as those of TrainSummary."""
     recommendation: Annotated[str, Field(max_length=1024)] | None = None
     """What the test sets recommend, in words."""
+    overfitting: Annotated[str, Field(max_length=1024)] | None = None
+    """Warning, if the validation loss rose while the training loss fell."""
     held: Annotated[str, Field(max_length=1024)] | None = None
     """Which gates the run missed, and by how much. None: none."""
     current: bool | None = None

@@ -100,6 +100,8 @@ def _evaluated(view: RunView) -> tuple[str, str]:
     text = "trained, and measured on the test sets" if tested else "trained; there is no test set"
     if view.published is not None and view.published.recommendation:
         text += f". {view.published.recommendation}"
+    if view.published is not None and view.published.overfitting:
+        text += f". Overfitting: {view.published.overfitting}"
     return "Evaluated", text
 
 

@@ -119,6 +119,8 @@ class Display:
         self.console.print(table)
         if published.recommendation:
             self.say(f"Advice:  {published.recommendation}")
+        if published.overfitting:
+            self.say(f"Overfit: {published.overfitting}")
         if published.held:
             self.say(f"Held:    {published.held}")
         elif published.current:

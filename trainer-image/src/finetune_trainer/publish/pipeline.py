@@ -34,6 +34,7 @@ from finetune_trainer.publish.current import (
 )
 from finetune_trainer.publish.files import folder_bytes, move_latest, summarise, upload_folder
 from finetune_trainer.publish.measured_sets import measured_sets
+from finetune_trainer.publish.overfitting import overfitting
 from finetune_trainer.publish.predictions import (
     PREDICTIONS,
     predictions_of,
@@ -76,10 +77,12 @@ def publish(run_spec: RunSpec, stores: Stores, scratch: Path) -> PublishSummary:
     if found is None or found[0].checkpoint != result.summary.checkpoint or not decided:
         found = _publish(run_spec, stores, result, pointer, scratch)
     evaluation = runfiles.read_evaluation(store, run_spec.run_uri)
+    overfit = overfitting(result)
     summary = summarise(run_spec.output_uri, *found).model_copy(
         update={
             "scores": with_comparisons(result.summary.scores, evaluation),
             "recommendation": advice(evaluation),
+            "overfitting": overfit.warning if overfit else None,
             "held": cut(evaluation.held),
             "current": evaluation.held is None if pointer else None,
         }

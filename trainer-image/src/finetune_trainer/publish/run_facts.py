@@ -27,6 +27,7 @@ from finetune_api.tasks import METRICS, Metric, MetricKind
 from finetune_trainer.prepared.manifest import DataManifest
 from finetune_trainer.prepared.origins import MOST, in_words
 from finetune_trainer.publish.measured_sets import MeasuredSet
+from finetune_trainer.publish.overfitting import overfitting
 from finetune_trainer.publish.results import with_comparisons
 from finetune_trainer.storage.runfiles import Example, RunResult
 
@@ -233,6 +234,7 @@ def metrics_text(about: About) -> str:
         "current": about.evaluation.current and about.evaluation.current.to_json(),
         "held": about.evaluation.held,
         "artefact": about.evaluation.artefact.to_json() if about.evaluation.artefact else None,
+        "overfitting": _overfitting(result),
         "validation": [point.to_json() for point in result.validation],
         "training": {
             "steps": summary.steps,
@@ -263,6 +265,11 @@ def metrics_text(about: About) -> str:
         "versions": result.versions,
     }
     return json.dumps(_finite(raw), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+
+
+def _overfitting(result: RunResult) -> dict[str, Any] | None:
+    found = overfitting(result)
+    return {**found.to_json(), "gap": found.gap} if found else None
 
 
 def artefact_text(found: ArtefactResult | None) -> str:
