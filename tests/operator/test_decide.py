@@ -181,9 +181,9 @@ def test_a_run_goes_through_its_stages_to_complete() -> None:
 @pytest.mark.parametrize(
     ("published", "condition", "event"),
     [
-        ({"held": "support F1 AtLeast: 80.1 %, at least 85.0 % wanted", "current": False},
+        ({"held": "support F1 AtLeast: 80.1 %, at least 85.0 % wanted", "becameCurrent": False},
          "False/GatesMissed", ("Warning", "GatesMissed")),
-        ({"current": True, "recommendation": "intent: Tune: tuning is what helps"},
+        ({"becameCurrent": True, "recommendation": "intent: Tune: tuning is what helps"},
          "True/Evaluated", ("Normal", "BecameCurrent")),
         ({}, "True/Evaluated", None),
     ],
@@ -205,11 +205,29 @@ def test_a_held_run_is_complete_and_says_what_it_missed(
         assert world.condition_of("Ready") == "True/Complete"
         if "held" in published:
             assert world.message("Evaluated") == world.status["output"]["held"] == published["held"]
-        assert world.status["output"].get("becameCurrent") == published.get("current")
+        assert world.status["output"].get("becameCurrent") == published.get("becameCurrent")
         assert published.get("recommendation", "") in world.message("Evaluated")
         # The pods that reported it go; status keeps it.
         world.objects = {k: v for k, v in world.objects.items() if v["kind"] == "ConfigMap"}
         world.settle()
+
+
+@pytest.mark.parametrize("reason", ["GatesPending", "GatesMissed"])
+def test_a_gang_is_done_whatever_the_gates_say(reason: str) -> None:
+    """Its Job may be gone before publish is done; nothing is trained again."""
+    world = at_training(evaluation={"gates": [{"metric": "Loss", "operator": "BetterThan"}]})
+    world.wait(60)
+    world.finish("train", trained=TRAINED)
+    world.settle()
+    assert world.condition_of("Evaluated") == "Unknown/GatesPending"
+    for condition in world.status["conditions"]:
+        if condition["type"] == "Evaluated":
+            condition["reason"] = reason
+    train = {key for key, found in world.objects.items() if "train" in found["metadata"]["name"]}
+    world.objects = {k: v for k, v in world.objects.items() if k not in train}
+    world.settle()
+    assert world.status["phase"] == "Publishing"
+    assert not [name for name in world.names("Job") if "train" in name]
 
 
 def test_progress_is_shown_and_progress_of_another_run_ignored() -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from finetune_trainer.publish.cases import Compared
 from finetune_trainer.publish.files import upload_folder
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.objects import ObjectStore, Stores
+from finetune_trainer.storage.published import PublishedFile, read_published
 
 pytestmark = pytest.mark.slow
 
@@ -103,8 +104,11 @@ class Job:
     compared: Compared
     summary: PublishSummary
 
-    def check(self, formats: list[str], uri: str, scratch: Path) -> Any:
-        found = Artefact(uri, formats, self.run_spec.spec.task, self.run_spec.base_model, self.base)
+    def check(
+        self, formats: list[str], uri: str, files: Mapping[str, PublishedFile], scratch: Path
+    ) -> Any:
+        task, base = self.run_spec.spec.task, self.run_spec.base_model
+        found = Artefact(uri, formats, files, task, base, self.base)
         return check(found, self.compared, self.stores, scratch)
 
 
@@ -230,12 +234,12 @@ FAULTS: dict[str, tuple[str, Callable[[Path, Path], None], str]] = {
 def test_a_fault_is_found(
     job: Job, tmp_path: Path, kind: str, fault: Callable[[Path, Path], None], said: str
 ) -> None:
-    shutil.copytree(job.folder / kind, tmp_path / kind)
-    fault(tmp_path / kind, job.base)
+    shutil.copytree(job.folder / kind, tmp_path / "made" / kind)
+    fault(tmp_path / "made" / kind, job.base)
     uri = f"{job.run_spec.output_uri}-{uuid.uuid4().hex[:8]}"
-    upload_folder(job.stores.default, tmp_path / kind, f"{uri}/{kind}")
+    files = upload_folder(job.stores.default, tmp_path / "made", uri)
     with pytest.raises(ArtefactDiffers, match=rf"{uri}/{kind}: .*{said}") as caught:
-        job.check([kind], uri, tmp_path / "scratch")
+        job.check([kind], uri, files, tmp_path / "scratch")
     failure = failure_of(caught.value)
     assert (failure.failure_class, failure.reason) == ("Internal", "ArtefactDiffers")
     assert not failure.retryable
@@ -261,7 +265,10 @@ def test_a_format_that_does_not_fit_is_left_out(
 ) -> None:
     size = (job.folder / "merged" / "model.safetensors").stat().st_size
     monkeypatch.setattr(artefact, "capacity", lambda device, processes: 1.3 * size)
-    found = job.check(["adapter", "merged"], job.run_spec.output_uri, tmp_path)
+    published = read_published(job.stores.default, job.run_spec.output_uri)
+    assert published is not None
+    files = published[0].files
+    found = job.check(["adapter", "merged"], job.run_spec.output_uri, files, tmp_path)
     assert found.formats == ["merged"]
     assert found.left_out.keys() == {"adapter"}
     assert "bytes of memory" in found.left_out["adapter"]

@@ -11,7 +11,7 @@ import pytest
 from finetune_api.run_spec import JobIdentity
 from finetune_trainer.cli import main
 from finetune_trainer.failures import UserError
-from finetune_trainer.publish.current import CurrentFile, CurrentPointer, UsedModel, rolled_back
+from finetune_trainer.storage.current import CurrentFile, CurrentPointer, UsedModel, rolled_back
 from finetune_trainer.storage.s3server import EmbeddedS3
 
 JOB = JobIdentity(namespace="team", name="bot", uid="u")
@@ -61,13 +61,27 @@ def test_the_way_back() -> None:
         file = file.after(run, model(run), [], "t")
     back = rolled_back(file, "s3://b/out/CURRENT.json", None, "now")
     assert back.current is not None and (back.current.run, back.current.since) == ("2-a", "now")
-    assert [m.run for m in back.earlier] == ["3-a", "2-a", "1-a"]
+    # The way back does not lead to what was left on purpose.
+    assert [m.run for m in back.earlier] == ["1-a"]
     to = rolled_back(file, "s3://b/out/CURRENT.json", "1-a", "now")
     assert to.current is not None and to.current.run == "1-a"
     with pytest.raises(UserError, match=r"names no run 9-a; earlier models: 2-a, 1-a"):
         rolled_back(file, "s3://b/out/CURRENT.json", "9-a", "now")
     with pytest.raises(UserError, match="names no earlier model; earlier models: none"):
         rolled_back(CurrentFile(), "s3://b/out/CURRENT.json", None, "now")
+
+
+def test_what_others_wrote_is_shown_as_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with EmbeddedS3(tmp_path / "s3") as server:
+        server.ensure_bucket("models")
+        pointer = CurrentPointer(server.store(), "s3://models/out")
+        odd = model("1-a").model_copy(update={"since": "[/x]\x1b]8;;http://evil\x1b"})
+        pointer.change(lambda file: file.moved(odd))
+    where = ["s3://models/out", "--local-storage", "--state-dir", str(tmp_path)]
+    assert main(["current", *where]) == 0
+    assert "\x1b" not in capsys.readouterr().out
 
 
 def test_another_programs_file_is_not_touched(pointer: CurrentPointer) -> None:
@@ -91,5 +105,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     with EmbeddedS3(tmp_path / "s3") as server:
         current = CurrentPointer(server.store(), "s3://models/out").read().file.current
     assert current is not None and current.run == "1-a"
+    assert main(["rollback", *where]) == 10
+    assert "names no earlier model" in capsys.readouterr().out
     assert main(["rollback", *where, "--run", "7-a"]) == 10
     assert "names no run 7-a" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -64,6 +65,20 @@ def gate(**fields: Any) -> Gate:
 
 
 @pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"operator": "AtLeast"}, "need a value"),
+        ({"operator": "AtMost", "value": "1", "row": "Base"}, "remove row"),
+        ({"metric": "Perplexity", "operator": "BetterThan"}, "use Loss"),
+        ({"metric": "Loss", "operator": "BetterThan", "row": "FewShot"}, "metric of answers"),
+    ],
+)
+def test_a_gate_that_cannot_pass_is_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        gate(**fields)
+
+
+@pytest.mark.parametrize(
     ("fields", "passed", "because"),
     [
         ({"operator": "AtLeast", "value": "0.8"}, True, "80.0 %, at least 80.0 % wanted"),
@@ -89,37 +104,65 @@ def gate(**fields: Any) -> Gate:
     ],
 )  # fmt: skip
 def test_a_gate_says_by_how_much(fields: dict[str, Any], passed: bool, because: str) -> None:
-    (found,) = results_of_gates([gate(**fields)], [SUPPORT, GENERAL])
+    (found,) = results_of_gates([gate(**fields)], [SUPPORT, GENERAL], in_use=True)
     assert (found.passed, because in found.because) == (passed, True), found.because
     assert found.data_set == fields.get("dataSet", "support")
 
 
 def test_a_gate_without_a_set_is_about_every_test_set() -> None:
     other = SUPPORT.model_copy(update={"name": "other"})
-    found = results_of_gates([gate(operator="BetterThan")], [SUPPORT, other, GENERAL])
+    found = results_of_gates([gate(operator="BetterThan")], [SUPPORT, other, GENERAL], in_use=False)
     assert [each.data_set for each in found] == ["support", "other"]
 
 
+ALONE = SUPPORT.model_copy(update={"rows": SUPPORT.rows[:-1]})
+
+
 def test_without_a_current_model_its_gate_passes() -> None:
-    alone = SUPPORT.model_copy(update={"rows": SUPPORT.rows[:-1]})
-    (found,) = results_of_gates([gate(operator="BetterThan", row="Current")], [alone])
+    wanted = gate(operator="BetterThan", row="Current")
+    (found,) = results_of_gates([wanted], [ALONE], in_use=False)
     assert (found.passed, found.because) == (True, "there is no current model yet")
+    # There is one, but it was not measured on these samples.
+    (found,) = results_of_gates([wanted], [ALONE], in_use=True)
+    assert not found.passed and "was not measured on these samples" in found.because
+
+
+def test_a_gate_without_its_set_is_missed() -> None:
+    (found,) = results_of_gates([gate(operator="BetterThan")], [GENERAL], in_use=False)
+    assert (found.passed, found.because) == (False, "the set was not measured")
 
 
 def test_few_samples_decide_nothing() -> None:
-    few = table(answers("Base", share(0, 10), 2.0), answers("Tuned", share(1, 10), 1.0))
-    (found,) = results_of_gates([gate(metric="Loss", operator="BetterThan")], [few])
+    few = table(
+        answers("Base", share(0, 10), 2.0), answers("Tuned", share(1, 10), 1.1),
+        answers("Current", share(1, 10), 1.1),
+    )  # fmt: skip
+    wanted = gate(metric="Loss", operator="BetterThan")
+    (found,) = results_of_gates([wanted], [few], in_use=True)
     assert not found.passed and "10 samples are too few" in found.because
+    only_loss = [
+        row.model_copy(update={"metrics": {"Loss": row.metrics["Loss"]}}) for row in few.rows
+    ]
+    passed, because = against_current(
+        [few.model_copy(update={"rows": only_loss})], 500.0, in_use=True
+    )
+    assert not passed and "10 samples are too few" in because
 
 
 def test_the_current_model_is_replaced_by_what_is_not_worse() -> None:
-    assert against_current([SUPPORT, GENERAL], 3.0)[0]
-    passed, because = against_current([SUPPORT], 0.5)
+    assert against_current([SUPPORT, GENERAL], 3.0, in_use=True)[0]
+    passed, because = against_current([SUPPORT], 0.5, in_use=True)
     assert not passed and "worse by more than 0.5 % is possible" in because
-    unknown = SUPPORT.model_copy(update={"rows": SUPPORT.rows[:-1]})
-    passed, because = against_current([unknown], 3.0)
+    passed, because = against_current([ALONE], 3.0, in_use=True)
     assert not passed and "was not measured on these samples" in because
-    assert not against_current([GENERAL], 3.0)[0]
+    assert against_current([ALONE], 3.0, in_use=False)[0]
+    assert not against_current([GENERAL], 3.0, in_use=False)[0], "there is no test set"
+
+
+def test_a_model_without_finite_metrics_is_never_used() -> None:
+    lost = table(answers("Base", share(0.5), 2.0), answers("Tuned", [], math.nan))
+    passed, because = against_current([lost], 3.0, in_use=False)
+    assert not passed and "no metric has a finite value" in because
 
 
 def passing(wanted: Gate, samples: int, gain: float, rounds: int = 1000) -> int:
@@ -131,7 +174,7 @@ def passing(wanted: Gate, samples: int, gain: float, rounds: int = 1000) -> int:
         anew = random.random(samples) < 0.6 + 6 * gain
         tuned = np.where(random.random(samples) < 1 / 6, anew, base)
         found = table(answers("Base", base.tolist()), answers("Tuned", tuned.tolist()))
-        passed += results_of_gates([wanted], [found])[0].passed
+        passed += results_of_gates([wanted], [found], in_use=False)[0].passed
     return passed
 
 
@@ -165,5 +208,5 @@ def test_a_worse_model_rarely_replaces_the_current_one() -> None:
             answers("Base", share(0.5, 400)), answers("Tuned", tuned.tolist()),
             answers("Current", current.tolist()),
         )  # fmt: skip
-        passed += against_current([found], 4.0)[0]
+        passed += against_current([found], 4.0, in_use=True)[0]
     assert binomtest(passed, 200, ALPHA / 2, alternative="greater").pvalue > 0.01, passed

@@ -20,10 +20,10 @@ from finetune_api.run_spec import RunSpec
 from finetune_trainer.engine.checkpointing.dcp_storage import METADATA
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepare.pipeline import prepare
-from finetune_trainer.publish.current import CurrentPointer
 from finetune_trainer.publish.files import move_latest
 from finetune_trainer.publish.pipeline import publish
 from finetune_trainer.storage import runfiles
+from finetune_trainer.storage.current import CurrentPointer
 from finetune_trainer.storage.objects import ObjectStore, Stores
 from finetune_trainer.storage.run_head import CorruptCheckpoint
 
@@ -270,7 +270,7 @@ def test_gates_and_the_current_model_decide_what_is_used(
     # The first run passes its gates, and there is nothing to replace.
     good = train("1-good", 30, "1e-2")
     first = publish(good.run_spec, good.stores, tmp_path / "first")
-    assert (first.held, first.current) == (None, True)
+    assert (first.held, first.became_current) == (None, True)
     current = pointer.read().file.current
     assert current is not None and (current.run, current.digest) == ("1-good", first.digest)
     assert "held" not in good.json("manifest.json")
@@ -285,7 +285,7 @@ def test_gates_and_the_current_model_decide_what_is_used(
     # The second one learns nothing: held by a gate, and the current model stays.
     poor = train("2-poor", 1, "1e-9")
     second = publish(poor.run_spec, poor.stores, tmp_path / "second")
-    assert second.current is False and second.held is not None
+    assert second.became_current is False and second.held is not None
     assert "support Loss BetterThan: against Base" in second.held
     assert "a gain of evaluation.minEffect is ruled out" in second.held
     assert "current model 1-good: support Accuracy" in second.held
@@ -312,7 +312,7 @@ def test_gates_and_the_current_model_decide_what_is_used(
          r"gates\[0\]\.dataSet: tone is the name of no test or retention set; there are: intent"),
         ({"metric": "Bleu", "operator": "BetterThan"},
          r"gates\[0\]\.metric: Bleu is measured on no test set; sets that have it: none"),
-        ({"metric": "Loss", "operator": "BetterThan", "row": "FewShot"},
+        ({"metric": "Accuracy", "operator": "BetterThan", "row": "FewShot"},
          r"gates\[0\]\.row: set intent has no row FewShot, only Base, Current"),
     ],
 )  # fmt: skip

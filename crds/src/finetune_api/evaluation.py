@@ -119,7 +119,7 @@ class Evaluation(Model):
     with them."""
     gates: Annotated[list[Gate], Field(max_length=32)] = []
     """Conditions that the results must meet. A run that misses one is Complete with the condition
-    Evaluated=False, which says by how much."""
+    Evaluated=False, which says by how much. Until publish has decided, Evaluated is Unknown."""
     max_new_tokens: Annotated[int, Field(ge=1, le=65536)] | None = None
     """Maximum length of a generated answer, in tokens. Absent: the longest completion of the
     training set, but at most 512."""

@@ -205,12 +205,11 @@ class GateResult(Record):
 class CurrentResult(Record):
     """Comparison with the model that CURRENT.json named."""
 
-    run: Word
-    """Run of that model."""
-    digest: Word
-    """sha256 of its manifest."""
+    run: Word | None = None
+    """Run of that model; None: there was none yet."""
     passed: bool
-    """Whether the tuned model is not worse by more than output.current.margin."""
+    """Whether the tuned model may become the current one: it has finite metrics, and is not worse
+    by more than output.current.margin."""
     because: str
     """The figures, in words."""
 
@@ -242,7 +241,7 @@ class EvaluationResult(Record):
     gates: list[GateResult] = []
     """Results of the gates."""
     current: CurrentResult | None = None
-    """None: output.current is not given, or there was no current model."""
+    """None: output.current is not given."""
 
     artefact: ArtefactResult | None = None
     """None: not compared (evaluation.artefactCheck: Off, or another release published)."""
@@ -252,7 +251,7 @@ class EvaluationResult(Record):
         """Why the run is held: what it missed. None: it is not held."""
         missed = [gate.text for gate in self.gates if not gate.passed]
         if self.current is not None and not self.current.passed:
-            missed.append(f"current model {self.current.run}: {self.current.because}")
+            missed.append(f"current model {self.current.run or 'none'}: {self.current.because}")
         return "; ".join(missed) or None
 
 

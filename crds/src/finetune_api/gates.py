@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import ClassVar, Final, Literal
 
 from finetune_api.base import DecimalString, DnsLabel, Model, Rule
-from finetune_api.tasks import Metric
+from finetune_api.tasks import Metric, metrics_from
 
 GateOperator = Literal["AtLeast", "AtMost", "BetterThan", "WorsensAtMost"]
 GateRow = Literal["Base", "FewShot", "Prompt", "Retrieval", "Current"]
 COMPARING: Final[tuple[GateOperator, ...]] = ("BetterThan", "WorsensAtMost")
 """Operators that compare the tuned model with another row."""
+_ASKED: Final[tuple[GateRow, ...]] = ("FewShot", "Prompt", "Retrieval")
+_OF_LOSS: Final = list(metrics_from("Loss"))
 
 
 class Gate(Model):
@@ -46,6 +48,18 @@ class Gate(Model):
             f"!has(self.row) || self.operator in {list(COMPARING)}",
             "AtLeast and AtMost compare with value alone: remove row",
             lambda g: g.row is None or g.operator in COMPARING,
+            ("row",),
+        ),
+        Rule(
+            f"self.metric != 'Perplexity' || !(self.operator in {list(COMPARING)})",
+            "Perplexity follows from Loss, by which models are compared: use Loss",
+            lambda g: g.metric != "Perplexity" or g.operator not in COMPARING,
+            ("metric",),
+        ),
+        Rule(
+            f"!has(self.row) || !(self.row in {list(_ASKED)}) || !(self.metric in {_OF_LOSS})",
+            f"rows {', '.join(_ASKED)} have answers, and no losses: use a metric of answers",
+            lambda g: g.row not in _ASKED or g.metric not in _OF_LOSS,
             ("row",),
         ),
     )

@@ -45,6 +45,8 @@ REASONS: Final[dict[str, str]] = {
     "MayNotFit": "The prepared data is in storage. By the estimate, the training needs more memory"
     " than a process has; it is tried nevertheless.",
     "Evaluated": "The test sets have been evaluated.",
+    "GatesPending": "The test sets have been evaluated; publish decides spec.evaluation.gates, and"
+    " compares with the current model.",
     "GatesMissed": "The model missed spec.evaluation.gates, or is worse than the current model; it"
     " is published, marked as held.",
     "Published": "The model is published.",

@@ -268,8 +268,9 @@ class PublishSummary(Record):
     overfitting: Annotated[str, Field(max_length=1024)] | None = None
     """Warning, if the validation loss rose while the training loss fell."""
     held: Annotated[str, Field(max_length=1024)] | None = None
-    """Which gates the run missed, and by how much. None: none."""
-    current: bool | None = None
+    """Which gates the run missed, or how the current model is better, with figures. None: the run
+    is not held."""
+    became_current: bool | None = None
     """Whether the run became the current model (CURRENT.json names it). None: output.current is
     not given."""
 

@@ -216,7 +216,7 @@ class Split(Model):
     the split. They are not independent, so intervals and tests of the test metrics take them as one
     unit, also in `data.test`; a record there without the field is a group of its own. Training
     records must have the field. Absent: records with equal prompts stay together, so that no test
-    prompt is trained on, and each test sample is a unit."""
+    prompt is trained on; they are a unit, and so are the turns or parts of one record."""
     seed: Annotated[int, Field(ge=0, le=2_147_483_647)] = 0
     """Seed of the split. A record's side depends only on its group and this seed, so it does not
     change as the data grows."""

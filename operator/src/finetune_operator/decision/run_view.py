@@ -25,7 +25,7 @@ from finetune_operator.decision.grace import grace_seconds
 from finetune_operator.decision.incidents import Incidents, Place, incidents, recovered
 from finetune_operator.decision.obstacles import Obstacle, obstacle
 from finetune_operator.decision.plan import CurrentRun, Recreation, Subject
-from finetune_operator.decision.stages import CONDITION, GANG, stages_of
+from finetune_operator.decision.stages import CONDITION, GANG, TESTED, stages_of
 from finetune_operator.world.children import JobView
 from finetune_operator.world.objects import parse_time
 from finetune_operator.world.observe import Observed, Refusal, child_key
@@ -89,7 +89,8 @@ class RunView:
         if role == GANG and self.gang_released_at is not None and self.gang_released_at <= self.now:
             return True
         return self.same_run and any(
-            c.type == CONDITION[role] and c.status == "True" for c in self.before.conditions
+            c.type == CONDITION[role] and (c.status == "True" or c.reason in TESTED)
+            for c in self.before.conditions
         )
 
     def _job_complete(self, role: Role) -> bool:

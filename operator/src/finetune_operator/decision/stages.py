@@ -30,6 +30,10 @@ CONDITION: Final[dict[Role, ConditionType]] = {
 done; until then its reason and message are those of the current stage."""
 
 
+TESTED: Final = ("GatesPending", "GatesMissed")
+"""Reasons of the condition Evaluated that also say that the gang is done."""
+
+
 def stages_of(spec: FineTuneJobSpec) -> tuple[Role, ...]:
     """The stages that a run of a spec has."""
     return STAGES if spec.prepare.workers > 1 else tuple(r for r in STAGES if r != "map")

@@ -8,6 +8,7 @@ from typing import Final, Literal
 
 from finetune_api.names import Condition as ConditionType
 from finetune_api.status import Condition
+from finetune_operator.decision.stages import TESTED
 from finetune_operator.status.models import make
 from finetune_operator.world.objects import format_time
 
@@ -51,6 +52,11 @@ class Conditions:
         """Whether a condition is True so far."""
         found = self._now.get(type_)
         return found is not None and found.status == "True"
+
+    def settled(self, type_: ConditionType) -> bool:
+        """Whether a condition is True so far, or False by what was measured."""
+        found = self._now.get(type_)
+        return found is not None and (found.status == "True" or found.reason in TESTED)
 
     def has(self, type_: ConditionType) -> bool:
         """Whether a condition exists, with any status."""

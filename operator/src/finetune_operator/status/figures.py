@@ -116,7 +116,7 @@ def output_status(published: PublishSummary) -> OutputStatus:
         bytes=published.bytes,
         full_copy_bytes=published.full_copy_bytes,
         held=published.held,
-        became_current=published.current,
+        became_current=published.became_current,
     )
 
 

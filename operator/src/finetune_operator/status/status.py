@@ -70,13 +70,10 @@ def _conditions(view: RunView) -> Conditions:
     )
     for type_, describe in REACHED.items():
         done = all(view.done(role) for role in STAGES if CONDITION[role] == type_)
-        held = held_by(view) if type_ == "Evaluated" else None
-        if held is not None:
-            conditions.set(type_, "False", "GatesMissed", held)
-        # Keep a condition that is True: the pods that reported the results may be gone.
-        elif done and (not conditions.is_true(type_) or (type_ == "Evaluated" and view.published)):
-            reason, text = describe(view)
-            conditions.set(type_, "True", reason, text)
+        # Keep what is settled: the pods that reported the results may be gone.
+        decided = type_ == CONDITION[GANG] and view.published is not None
+        if done and (decided or not conditions.settled(type_)):
+            conditions.set(type_, *describe(view))
     if view.problems:
         text = "the current spec is invalid; the run continues with its own spec:\n"
         conditions.set("Stalled", "True", "InvalidSpec", text + "\n".join(view.problems))
@@ -85,44 +82,46 @@ def _conditions(view: RunView) -> Conditions:
     return conditions
 
 
-def _prepared(view: RunView) -> tuple[str, str]:
+def _prepared(view: RunView) -> Reached:
     summary = view.prepared
     if summary is None:
-        return "DataReady", "the prepared data is in storage"
+        return "True", "DataReady", "the prepared data is in storage"
     text = f"{summary.train_samples} samples at {summary.uri}"
     if summary.memory is not None and summary.memory.warning:
-        return "MayNotFit", f"{text}. {summary.memory.warning}"
-    return "DataReady", text
+        return "True", "MayNotFit", f"{text}. {summary.memory.warning}"
+    return "True", "DataReady", text
 
 
-def _evaluated(view: RunView) -> tuple[str, str]:
+def _evaluated(view: RunView) -> Reached:
+    """Publish decides the gates, and says what the results recommend."""
     tested = view.trained is None or view.trained.scores
     text = "trained, and measured on the test sets" if tested else "trained; there is no test set"
-    if view.published is not None and view.published.recommendation:
-        text += f". {view.published.recommendation}"
-    if view.published is not None and view.published.overfitting:
-        text += f". Overfitting: {view.published.overfitting}"
-    return "Evaluated", text
+    published, spec = view.published, view.run_spec.spec
+    if published is None:
+        if spec.evaluation.gates or spec.output.current is not None:
+            return "Unknown", "GatesPending", f"{text}; publish decides the gates"
+        return "True", "Evaluated", text
+    if published.held is not None:
+        return "False", "GatesMissed", published.held
+    if published.recommendation:
+        text += f". {published.recommendation}"
+    if published.overfitting:
+        text += f". Overfitting: {published.overfitting}"
+    return "True", "Evaluated", text
 
 
-def held_by(view: RunView) -> str | None:
-    """What the run missed of its gates. The pod that reported it may be gone."""
-    if view.published is not None:
-        return view.published.held
-    output = view.before.output if view.same_run else None
-    return output.held if output else None
+def _published(view: RunView) -> Reached:
+    return "True", "Published", f"at {view.run_spec.output_uri}"
 
 
-def _published(view: RunView) -> tuple[str, str]:
-    return "Published", f"at {view.run_spec.output_uri}"
-
-
-REACHED: Final[dict[ConditionType, Callable[[RunView], tuple[str, str]]]] = {
+Reached = tuple[Literal["True", "False", "Unknown"], str, str]
+"""Status, reason and message of a condition that a stage has led to."""
+REACHED: Final[dict[ConditionType, Callable[[RunView], Reached]]] = {
     "Prepared": _prepared,
     "Evaluated": _evaluated,
     "Published": _published,
 }
-"""Reason and message of the conditions that stages lead to, once they are True."""
+"""The conditions that stages lead to, once these are done."""
 
 
 # --- states of a run: each sets conditions, and returns the phase ------------------------------

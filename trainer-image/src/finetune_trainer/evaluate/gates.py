@@ -16,6 +16,7 @@ from finetune_api.evaluation_results import (
     AS_IS,
     RETRIEVAL,
     Comparison,
+    Estimate,
     GateResult,
     SetTable,
     TableRow,
@@ -27,26 +28,39 @@ from finetune_trainer.evaluate.paired import ALPHA, FEWEST_GROUPS
 from finetune_trainer.evaluate.recommendation import primary_of
 
 
-def results_of_gates(gates: Iterable[Gate], tables: Sequence[SetTable]) -> list[GateResult]:
-    """Return the result of each gate on each of its sets, in order."""
-    return [_result(gate, table) for gate in gates for table in sets_of(gate, tables)]
+def results_of_gates(
+    gates: Iterable[Gate], tables: Sequence[SetTable], *, in_use: bool
+) -> list[GateResult]:
+    """Return the result of each gate on each of its sets, in order. A gate without a set is missed.
+
+    Args:
+        in_use: whether there is a current model.
+    """
+    return [
+        _result(gate, table, in_use)
+        for gate in gates
+        for table in sets_of(gate, tables) or [SetTable(name=gate.data_set or "test sets", rows=[])]
+    ]
 
 
 def sets_of(gate: Gate, tables: Sequence[SetTable]) -> list[SetTable]:
     """The sets that a gate is about."""
     if gate.data_set is not None:
         return [table for table in tables if table.name == gate.data_set]
-    return [t for t in tables if not t.retention and gate.metric in _tuned(t).metrics]
+    return [t for t in tables if not t.retention and gate.metric in _metrics(t)]
 
 
-def _result(gate: Gate, table: SetTable) -> GateResult:
-    found = _tuned(table).metrics.get(gate.metric)
+def _result(gate: Gate, table: SetTable, in_use: bool) -> GateResult:
+    found = _metrics(table).get(gate.metric)
     against = gate.effective_row
-    passed, because = (
-        _by_value(gate, found.value if found else math.nan)
-        if against is None
-        else _by_row(gate, table, against)
-    )
+    if not table.rows:
+        passed, because = False, "the set was not measured"
+    elif against is None:
+        passed, because = _by_value(gate, found.value if found else math.nan)
+    elif against == "Current" and not in_use:
+        passed, because = True, "there is no current model yet"
+    else:
+        passed, because = _by_row(gate, table, against)
     return GateResult(
         data_set=table.name,
         metric=gate.metric,
@@ -73,17 +87,15 @@ def _by_value(gate: Gate, found: float) -> tuple[bool, str]:
 def _by_row(gate: Gate, table: SetTable, against: GateRow) -> tuple[bool, str]:
     row = row_against(table, against, gate.metric)
     if row is None:
-        if against == "Current":
-            return True, "there is no current model yet"
-        return False, f"no {against} row was measured"
+        what = _UNKNOWN if against == "Current" else f"no row {against} was measured"
+        return False, what
     compared = row.comparisons.get(gate.metric)
     if compared is None:
         return False, f"no comparison with {row.row}: no sample has both answers, or a value is NaN"
     low = lowest_gain(gate.metric, compared)
     text = f"against {row.row} {_figures(gate.metric, compared)}"
-    groups = row.groups or row.samples
-    if compared.test != "McNemar" and groups < FEWEST_GROUPS:
-        return False, f"{text}: {groups} samples are too few to decide, give {FEWEST_GROUPS}"
+    if (few := _too_few(row, compared)) is not None:
+        return False, f"{text}: {few}"
     wanted = gate.effective_value
     if gate.operator == "BetterThan":
         said = f"{text}, p {compared.p:.2g}"
@@ -143,36 +155,65 @@ def kind_of_prompt(prompt: str) -> GateRow:
 _NAMED: Final[dict[str, GateRow]] = {AS_IS: "Base", RETRIEVAL: "Retrieval"}
 
 
-def _tuned(table: SetTable) -> TableRow:
-    return next(row for row in table.rows if row.model == "Tuned" and row.prompt == AS_IS)
+def _metrics(table: SetTable) -> dict[str, Estimate]:
+    """Metrics of the tuned model."""
+    rows = (row for row in table.rows if row.model == "Tuned" and row.prompt == AS_IS)
+    return next((row.metrics for row in rows), {})
 
 
-def against_current(tables: Sequence[SetTable], margin_points: float) -> tuple[bool, str]:
-    """Whether the tuned model may replace the current one, and the figures in words: on no test set
-    is it worse by more than the margin, in the set's main metric.
+def _too_few(row: TableRow, compared: Comparison) -> str | None:
+    """Why a comparison decides nothing; None: it may."""
+    groups = row.groups or row.samples
+    if compared.test == "McNemar" or groups >= FEWEST_GROUPS:
+        return None
+    return f"{groups} samples are too few to decide, give {FEWEST_GROUPS}"
+
+
+_UNKNOWN: Final = (
+    "the current model was not measured on these samples (it answered other ones, or its"
+    " predictions.jsonl is gone or changed)"
+)
+
+
+def against_current(
+    tables: Sequence[SetTable], margin_points: float, *, in_use: bool
+) -> tuple[bool, str]:
+    """Whether the tuned model may become the current one, and the figures in words: on no test set
+    is it worse than the one in use by more than the margin, in the set's main metric.
 
     Args:
         margin_points: ``output.current.margin``, in points (see ``MetricKind.point``).
+        in_use: whether there is a current model.
     """
     tested = [table for table in tables if not table.retention]
-    found = [_not_worse(table, margin_points) for table in tested]
-    if not found:
-        return False, "there is no test set on which the two could be compared"
+    if not tested:
+        return False, "there is no test set, by which models could be compared"
+    found = [_not_worse(table, margin_points, in_use) for table in tested]
     return all(passed for passed, _ in found), "; ".join(text for _, text in found)
 
 
-def _not_worse(table: SetTable, margin_points: float) -> tuple[bool, str]:
-    row = row_against(table, "Current", "Loss")
-    metric = primary_of(list(_tuned(table).metrics))
-    compared = row.comparisons.get(metric) if row and metric else None
-    if row is None or metric is None or compared is None:
-        return False, (
-            f"{table.name}: the current model was not measured on these samples (it answered other"
-            " ones, or its predictions.jsonl is gone)"
-        )
+def _not_worse(table: SetTable, margin_points: float, in_use: bool) -> tuple[bool, str]:
+    metrics = _metrics(table)
+    metric = primary_of(metrics)
+    if metric is None or not math.isfinite(metrics[metric].value):
+        return False, f"{table.name}: no metric has a finite value"
+    value = f"{table.name} {metric}: {shown(metric, metrics[metric].value)}"
+    if not in_use:
+        return True, f"{value}; there is no current model yet"
+    row = row_against(table, "Current", metric)
+    if row is None:
+        return False, f"{table.name}: {_UNKNOWN}"
+    compared = row.comparisons.get(metric)
+    if compared is None:
+        theirs = row.metrics.get(metric)
+        if theirs is not None and not math.isfinite(theirs.value):
+            return True, f"{value}; that of the current model is not finite"
+        return False, f"{table.name}: {_UNKNOWN}"
+    text = f"{table.name} {metric}: {_figures(metric, compared)} over {row.samples} samples"
+    if (few := _too_few(row, compared)) is not None:
+        return False, f"{text}: {few}"
     margin = margin_points * METRICS[metric].point
     passed = lowest_gain(metric, compared) >= -margin
-    text = f"{table.name} {metric}: {_figures(metric, compared)} over {row.samples} samples"
     possible = f"{text}: worse by more than {shown(metric, margin)} is possible"
     return passed, text if passed else possible
 

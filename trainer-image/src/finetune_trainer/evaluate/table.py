@@ -44,7 +44,7 @@ class Answered:
     losses: Floats = field(default_factory=lambda: _NONE)
     """Loss of each sample of the set, summed over its labels, shape [samples]; or empty."""
     labels: Floats = field(default_factory=lambda: _NONE)
-    """Number of labels of each sample of the set."""
+    """Number of labels of each sample of the set; 0 where the loss is not known."""
     metrics: Metrics = field(default_factory=dict)
     """Metrics that are known already."""
     process_seconds: float = 0.0
@@ -73,7 +73,7 @@ class RowOutcome:
     @property
     def measured(self) -> int:
         """Number of answered samples; without answers, of samples with a loss."""
-        return len(self.samples) or len(self.draws[0].losses)
+        return len(self.samples) or int(self.losses_known.sum())
 
     @property
     def measured_groups(self) -> int | None:
@@ -82,19 +82,31 @@ class RowOutcome:
         count = len(np.unique(self.groups[measured]))
         return count if count < self.measured else None
 
-    def outcome(self, samples: Sequence[int]) -> Outcome:
-        """What the row did with some samples that it answered."""
+    @property
+    def losses_known(self) -> npt.NDArray[np.bool_]:
+        """Samples whose loss is known, shape [samples of the set], or [0] of a row without."""
+        found: npt.NDArray[np.bool_] = self.draws[0].labels > 0
+        return found if len(self.draws) == 1 else found[:0]
+
+    def outcome(
+        self, samples: Sequence[int], with_loss: npt.NDArray[np.bool_] | None = None
+    ) -> Outcome:
+        """What the row did with some samples that it answered.
+
+        Args:
+            with_loss: samples whose loss counts, shape [samples of the set]; None: all known.
+        """
         said = [
             answer for draw in self.draws for answer in _picked(draw.samples, draw.answers, samples)
         ]
         asked = [self.references[n] for n in samples] * len(self.draws)
-        single = self.draws[0] if len(self.draws) == 1 else None
-        losses, labels = (single.losses, single.labels) if single else (_NONE, _NONE)
+        counted = self.losses_known if with_loss is None else with_loss
+        first = self.draws[0]
         return Outcome(
-            losses,
-            labels,
+            first.losses[: len(counted)][counted],
+            first.labels[: len(counted)][counted],
             answers_to(asked, said),
-            loss_groups=self.groups[: len(losses)],
+            loss_groups=self.groups[: len(counted)][counted],
             answer_groups=np.tile(self.groups[list(samples)], len(self.draws)),
         )
 
@@ -167,7 +179,11 @@ def compare_rows(
     both = sorted(set(old.samples) & set(new.samples))
     pairs = list(product(old.draws, new.draws))
     before, after = (row.of([pair[i] for pair in pairs]) for i, row in enumerate((old, new)))
-    return compare_outcomes(before.outcome(both), after.outcome(both), metrics, min_points)
+    known = before.losses_known, after.losses_known
+    losses = known[0] & known[1] if len(known[0]) == len(known[1]) else known[0][:0]
+    return compare_outcomes(
+        before.outcome(both, losses), after.outcome(both, losses), metrics, min_points
+    )
 
 
 def estimates(row: RowOutcome, metrics: Sequence[Metric]) -> dict[str, Estimate]:

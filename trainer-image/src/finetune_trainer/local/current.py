@@ -8,10 +8,11 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from finetune_trainer.failures import TrainerError, exit_code, failure_of
+from finetune_trainer.failures import TrainerError, exit_code, failure_of, printable
 from finetune_trainer.local.state import StateFolder
-from finetune_trainer.publish.current import CurrentFile, CurrentPointer, now, rolled_back
+from finetune_trainer.storage.current import CurrentFile, CurrentPointer, now, rolled_back
 from finetune_trainer.storage.objectstore import ObjectStore
 from finetune_trainer.storage.s3server import EmbeddedS3
 
@@ -57,12 +58,14 @@ def _show(console: Console, uri: str, file: CurrentFile) -> None:
     if file.current is None:
         console.print(f"{uri}: no model is in use yet", markup=False, soft_wrap=True)
         return
-    table = Table(title=uri, title_justify="left")
+    table = Table(title=Text(uri), title_justify="left")
     for name in ("", "run", "job", "since", "model"):
         table.add_column(name, overflow="fold")
     for number, model in enumerate([file.current, *file.earlier]):
         mark = "current" if number == 0 else ""
-        table.add_row(mark, model.run, model.job.name, model.since, model.uri)
+        cells = mark, model.run, model.job.name, model.since, model.uri
+        table.add_row(*(Text(printable(cell)) for cell in cells))  # others may write the file
     console.print(table)
     for name, count in file.decided.items():
-        console.print(f"Test set {name} has decided {count} times", markup=False, highlight=False)
+        text = f"Test set {printable(name)} has decided {count} times"
+        console.print(text, markup=False, highlight=False)

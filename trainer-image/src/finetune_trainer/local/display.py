@@ -123,7 +123,7 @@ class Display:
             self.say(f"Overfit: {published.overfitting}")
         if published.held:
             self.say(f"Held:    {published.held}")
-        elif published.current:
+        elif published.became_current:
             self.say("Current: this is the current model now")
 
     def time(self, trained: TrainSummary) -> None:

@@ -18,9 +18,11 @@ def check_gates(spec: FineTuneJobSpec, manifest: DataManifest, questions: Questi
     """Check that each gate's set, metric and row will be measured.
 
     Raises:
-        UserError: 'GateNotMeasured', with the gate's path, what it names and what there is.
+        UserError: 'GateNotMeasured', with the path, what it names and what there is.
     """
     sets = [each for each in manifest.sets if each.split in TESTED]
+    if spec.output.current is not None and not any(s.split == "test" for s in sets):
+        raise _refused("spec.output.current", "there is no test set, by which models are compared")
     for number, gate in enumerate(spec.evaluation.gates):
         path = f"spec.evaluation.gates[{number}]"
         for each in _sets_of(spec, gate, sets, path):
@@ -76,4 +78,4 @@ def _metrics(spec: FineTuneJobSpec, each: DataSet) -> list[str]:
 
 
 def _refused(path: str, why: str) -> UserError:
-    return UserError("GateNotMeasured", f"{path}: {why}. Correct the gate, or give such data")
+    return UserError("GateNotMeasured", f"{path}: {why}. Correct the manifest, or give such data")

@@ -55,6 +55,7 @@ from finetune_trainer.prepared.manifest import DataManifest, is_complete, read_m
 from finetune_trainer.prepared.questions import write_questions
 from finetune_trainer.prepared.split import SIDES
 from finetune_trainer.storage import modelfiles, runfiles
+from finetune_trainer.storage.current import CurrentPointer
 from finetune_trainer.storage.modelconfig import load_config, load_tokenizer
 from finetune_trainer.storage.objects import ObjectStore, Stores, check_conditions, file_info
 
@@ -137,6 +138,8 @@ def prepare(
         check_slices(spec.evaluation.slices, data.slices())
     questions = make_questions(spec, data, model, stores)
     check_gates(spec, manifest, questions)
+    if spec.output.current is not None:
+        CurrentPointer(stores.default, spec.output.destination).read()
     write_questions(stores.default, run_spec.run_uri, questions)
     memory = estimate_memory(spec, data, profiles)
     runfiles.write_memory_profiles(stores.default, run_spec.run_uri, profiles.to_json())
@@ -289,6 +292,14 @@ def find_sources(spec: FineTuneJobSpec, stores: Stores) -> list[Source]:
     """
     data = spec.data
     found = []
+    tested = set(data.names("test") if data.test else data.names("train"))
+    for name in data.names("retention"):
+        if name in tested:
+            raise UserError(
+                "DuplicateName",
+                f"spec.data.retention: {name!r} is also the name of a test set (without data.test,"
+                " each training set has a test set of its name); give the retention set another",
+            )
     for side in SIDES:
         names = data.names(side)
         for name, source in zip(names, getattr(data, side) or (), strict=True):

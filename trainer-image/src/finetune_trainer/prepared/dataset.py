@@ -56,8 +56,8 @@ INDEX_SCHEMA: Final = pa.schema(
 
 HELD_OUT_INDEX_SCHEMA: Final = pa.schema([*INDEX_SCHEMA, ("group", pa.uint32())])
 """Columns of the index of a held-out side. Samples of equal ``group`` are not independent: their
-records have equal values of ``data.split.groupBy``. Without it, each sample is a group of its
-own."""
+records have equal values of ``data.split.groupBy`` or, without it, equal prompts, or they are turns
+or parts of one record."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -40,6 +40,7 @@ from finetune_trainer.publish.files import download_folder
 from finetune_trainer.storage.modelconfig import load_tokenizer
 from finetune_trainer.storage.modelfiles import fetch_model, weight_files
 from finetune_trainer.storage.objects import ObjectInfo, Stores
+from finetune_trainer.storage.published import PublishedFile
 
 ROOM: Final = 1.25
 """Memory to load and ask a model, as a multiple of its weights' bytes."""
@@ -75,6 +76,8 @@ class Artefact:
     """Address of the folders of the formats."""
     formats: Sequence[str]
     """adapter, merged."""
+    files: Mapping[str, PublishedFile]
+    """Files of the formats, by name relative to ``uri``."""
     task: TaskName
     base: ModelLocation
     """The whole model on which an adapter is loaded."""
@@ -122,31 +125,44 @@ def check(artefact: Artefact, compared: Compared, stores: Stores, scratch: Path)
     )
 
 
+def not_compared(formats: Sequence[str]) -> ArtefactResult:
+    """The result of a run without test sets whose model publish cannot load, to compare with."""
+    why = "there is no test set, and the base model does not fit the memory of publish"
+    return ArtefactResult(
+        formats=[], side="train", samples=0, largest_loss_difference=0.0, answers_equal=0, of=0,
+        left_out=dict.fromkeys(formats, why),
+    )  # fmt: skip
+
+
 def _fetch(artefact: Artefact, name: str, stores: Stores, folder: Path) -> None:
     """Fetch a format to ``folder / name``; of an adapter also its base, to ``folder / "base"``.
 
     Raises:
         _TooLarge: with the figures.
     """
-    uri = f"{artefact.uri}/{name}"
-    objects = [info for info in stores.default.list(f"{uri}/") if info.uri.endswith(_WEIGHTS)]
-    needed, base = sum(info.size for info in objects), folder / "base"
+    files = {n: file for n, file in artefact.files.items() if n.startswith(f"{name}/")}
+    on_disk = sum(file.bytes for n, file in files.items() if n.endswith(_WEIGHTS))
+    needed, base = on_disk, folder / "base"
     objects_of_base: Sequence[ObjectInfo] = ()
     if name == "adapter":
         objects_of_base = fetch_model(artefact.base, stores, base)
         there = () if objects_of_base else weight_files(base)
-        needed += sum(info.size for info in objects_of_base)
-        needed += sum(path.stat().st_size for path in there)
+        downloads = sum(info.size for info in objects_of_base)
+        on_disk += downloads
+        needed += downloads + sum(path.stat().st_size for path in there)
     folder.mkdir(parents=True, exist_ok=True)
-    for what, has in ("memory", capacity(CPU, 1)), ("free disk", shutil.disk_usage(folder).free):
-        if needed * ROOM > has:
+    for what, wanted, has in (
+        ("memory", needed, capacity(CPU, 1)),
+        ("free disk", on_disk, shutil.disk_usage(folder).free),
+    ):
+        if wanted * ROOM > has:
             raise _TooLarge(
-                f"its {needed:,} bytes of weights do not fit the {has:,} bytes of {what}"
+                f"its {wanted:,} bytes of weights do not fit the {has:,} bytes of {what}"
             )
     for info in objects_of_base:
         store = stores.of(artefact.base.storage)
         store.download(info.uri, base / info.uri.rpartition("/")[2])
-    download_folder(stores.default, uri, folder / name)
+    download_folder(stores.default, artefact.uri, files, folder)
 
 
 def _agreement(artefact: Artefact, name: str, compared: Compared, folder: Path) -> Agreement:

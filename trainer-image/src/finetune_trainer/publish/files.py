@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -65,12 +66,11 @@ def upload_folder(store: ObjectStore, folder: Path, uri: str) -> dict[str, Publi
     }
 
 
-def download_folder(store: ObjectStore, uri: str, folder: Path) -> None:
-    """Download all objects below an address to an empty folder."""
-    folder.mkdir(parents=True)
-    uris = [info.uri for info in store.list(f"{uri}/")]
+def download_folder(store: ObjectStore, uri: str, names: Iterable[str], folder: Path) -> None:
+    """Download files that ``upload_folder`` has uploaded, by their names, to a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(_PARALLEL_FILES) as pool:
-        list(pool.map(lambda at: store.download(at, folder / at.removeprefix(f"{uri}/")), uris))
+        list(pool.map(lambda name: store.download(f"{uri}/{name}", folder / name), names))
 
 
 def summarise(uri: str, manifest: Manifest, text: bytes) -> PublishSummary:

@@ -52,8 +52,8 @@ def overfitting(result: RunResult) -> Overfitting | None:
     text = (
         f"the validation loss rose from {best:.4g} (step {best_step:,}) to {last:.4g} (step"
         f" {last_step:,}), while the training loss fell from {at_best:.4g} to {trained:.4g}."
-        f" Published is the checkpoint of step {result.summary.checkpoint_step or 0:,}. Fewer epochs,"
-        " training.earlyStopping, a lower learning rate, more dropout or more data help"
+        f" Published is the checkpoint of step {result.summary.checkpoint_step or 0:,}. Fewer"
+        " epochs, training.earlyStopping, a lower learning rate, more dropout or more data help"
     )
     return Overfitting(
         best_step=best_step,

@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 from finetune_api.results import PublishSummary
 from finetune_api.run_spec import RunSpec
@@ -22,9 +24,21 @@ from finetune_trainer.failures import UserError
 from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.prepared.manifest import read_manifest
 from finetune_trainer.publish import export, modelcard, report, run_facts
-from finetune_trainer.publish.artefact import ROOM, Artefact, check
+from finetune_trainer.publish.artefact import ROOM, Artefact, check, not_compared
 from finetune_trainer.publish.cases import Compared, tested, trained
-from finetune_trainer.publish.current import (
+from finetune_trainer.publish.files import folder_bytes, move_latest, summarise, upload_folder
+from finetune_trainer.publish.measured_sets import MeasuredSet, measured_sets
+from finetune_trainer.publish.overfitting import overfitting
+from finetune_trainer.publish.predictions import (
+    PREDICTIONS,
+    Prediction,
+    predictions_of,
+    read_predictions,
+    write_predictions,
+)
+from finetune_trainer.publish.results import InUse, advice, cut, evaluate, with_comparisons
+from finetune_trainer.storage import runfiles
+from finetune_trainer.storage.current import (
     TRIES,
     CurrentPointer,
     Seen,
@@ -32,21 +46,12 @@ from finetune_trainer.publish.current import (
     contended,
     now,
 )
-from finetune_trainer.publish.files import folder_bytes, move_latest, summarise, upload_folder
-from finetune_trainer.publish.measured_sets import measured_sets
-from finetune_trainer.publish.overfitting import overfitting
-from finetune_trainer.publish.predictions import (
-    PREDICTIONS,
-    predictions_of,
-    read_predictions,
-    write_predictions,
-)
-from finetune_trainer.publish.results import InUse, advice, cut, evaluate, with_comparisons
-from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.objects import ObjectNotFound, ObjectStore, Stores
 from finetune_trainer.storage.published import MANIFEST, Manifest, read_published
 
 log = logging.getLogger(__name__)
+_MOST_PREDICTIONS: Final = 1 << 30
+"""Bytes of a predictions.jsonl that is read: it is in memory as a whole."""
 
 
 def publish(run_spec: RunSpec, stores: Stores, scratch: Path) -> PublishSummary:
@@ -84,7 +89,7 @@ def publish(run_spec: RunSpec, stores: Stores, scratch: Path) -> PublishSummary:
             "recommendation": advice(evaluation),
             "overfitting": overfit.warning if overfit else None,
             "held": cut(evaluation.held),
-            "current": evaluation.held is None if pointer else None,
+            "became_current": evaluation.held is None if pointer else None,
         }
     )
     move_latest(store, run_spec, summary)
@@ -105,6 +110,7 @@ def _publish(
     for each in (folder, papers):
         shutil.rmtree(each, ignore_errors=True)
         each.mkdir(parents=True)
+    store.delete([f"{run_spec.output_uri}/{MANIFEST}"])  # of an earlier try: files change below it
     prepared = runfiles.read_prepared(store, run_spec.run_uri)
     data = read_manifest(store, prepared.uri)
     if data is None:
@@ -128,13 +134,21 @@ def _publish(
     files = upload_folder(store, folder, run_spec.output_uri)
     shutil.rmtree(folder)  # what is loaded again comes from object storage, and needs the disk
     checked = None
+    if compared is None and spec.evaluation.artefact_check != "Off":
+        checked = not_compared(formats)
     if compared is not None:
-        written = Artefact(run_spec.output_uri, formats, spec.task, base.base.model, base.folder)
+        written = Artefact(
+            run_spec.output_uri, formats, files, spec.task, base.base.model, base.folder
+        )
         checked = check(written, compared, stores, scratch)
     data_report = store.get(f"{prepared.uri}/report.json")
     for _ in range(TRIES):
         seen = pointer.read() if pointer else None
-        evaluation = evaluate(spec, sets, in_use(store, seen))
+        if seen is not None and seen.file.has_decided(run_spec.run):
+            found = read_published(store, run_spec.output_uri)
+            if found is not None:  # by another pod of this run, or by a write whose answer was lost
+                return found
+        evaluation = evaluate(spec, sets, in_use(store, seen, spec.output.destination, sets))
         evaluation = evaluation.model_copy(update={"artefact": checked})
         about = run_facts.gather(
             run_spec, result, prepared, data, sizes, base.base.model, evaluation, sets, drawn
@@ -158,22 +172,44 @@ def _publish(
         if pointer is None or seen is None:
             return manifest, text
         model = used_model(run_spec, text) if evaluation.held is None else None
-        deciding = [table.name for table in evaluation.sets if not table.retention]
+        chosen = seen.file.current is not None or bool(spec.evaluation.gates)
+        deciding = [t.name for t in evaluation.sets if chosen and not t.retention]
         if pointer.swap(seen, seen.file.after(run_spec.run, model, deciding, now())):
             return manifest, text
     raise contended(pointer.uri if pointer else "")
 
 
-def in_use(store: ObjectStore, seen: Seen | None) -> InUse | None:
-    """The current model with its predictions; without them if they are gone."""
+def in_use(
+    store: ObjectStore, seen: Seen | None, destination: str, sets: Sequence[MeasuredSet]
+) -> InUse | None:
+    """The current model with its predictions: none if its files are gone, or are not what it was
+    published with. Others may write CURRENT.json, so nothing elsewhere is read."""
     model = seen.file.current if seen else None
     if model is None:
         return None
+    return InUse(model, _predictions(store, model, destination, sets))
+
+
+def _predictions(
+    store: ObjectStore, model: UsedModel, destination: str, sets: Sequence[MeasuredSet]
+) -> Mapping[tuple[str, str], Prediction]:
+    if not model.uri.startswith(f"{destination.rstrip('/')}/") or "/../" in f"{model.uri}/":
+        log.warning("the current model %s is not below %s: not compared", model.uri, destination)
+        return {}
     try:
-        predictions = read_predictions(store.get(f"{model.uri}/{PREDICTIONS}"))
-    except (ObjectNotFound, ValueError):
-        predictions = {}
-    return InUse(model, predictions)
+        found = read_published(store, model.uri)
+        if found is None or hashlib.sha256(found[1]).hexdigest() != model.digest:
+            raise ValueError("its manifest.json is gone, or another one")
+        known = found[0].files.get(PREDICTIONS)
+        if known is None or known.bytes > _MOST_PREDICTIONS:
+            raise ValueError(f"it has no {PREDICTIONS}, or a very large one")
+        text = store.get(f"{model.uri}/{PREDICTIONS}")
+        if hashlib.sha256(text).hexdigest() != known.sha256:
+            raise ValueError(f"its {PREDICTIONS} has changed")
+        return read_predictions(text, sets)
+    except (ObjectNotFound, ValueError) as error:
+        log.warning("the current model %s is not compared: %s", model.uri, error)
+        return {}
 
 
 def used_model(run_spec: RunSpec, manifest: bytes) -> UsedModel:
@@ -205,7 +241,6 @@ def write_model(
     compares = run_spec.spec.evaluation.artefact_check != "Off"
     untested = compares and not data.set_names("test")
     if untested and wanted == "Adapter" and not _fits(result):
-        log.warning("the published adapter is not compared: the base does not fit into memory")
         compares = untested = False
     model, tokenizer, base = export.load_tuned(
         run_spec,

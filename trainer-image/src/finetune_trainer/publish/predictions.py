@@ -79,14 +79,23 @@ def write_predictions(predictions: Iterable[Prediction], path: Path) -> None:
             file.write(json.dumps(each.to_json(), ensure_ascii=False) + "\n")
 
 
-def read_predictions(text: bytes) -> dict[tuple[str, str], Prediction]:
-    """Return the lines of a file by set and sample.
+def read_predictions(text: bytes, sets: Iterable[MeasuredSet]) -> dict[tuple[str, str], Prediction]:
+    """Return the lines of a file about samples of some sets, by set and sample. Of lines about
+    equal samples, the first with an answer counts.
 
     Raises:
         ValueError: a line is not a prediction.
     """
-    lines = (Prediction.model_validate_json(line) for line in text.splitlines())
-    return {(line.data_set, line.sample): line for line in lines}
+    wanted = {(each.name, digest) for each in sets for digest in each.digests}
+    found: dict[tuple[str, str], Prediction] = {}
+    for line in text.splitlines():
+        raw = json.loads(line)
+        key = (raw.get("dataSet"), raw.get("sample")) if isinstance(raw, dict) else None
+        if key in wanted and not (key in found and found[key].answers):
+            read = Prediction.model_validate(raw)
+            if key not in found or read.answers:
+                found[key] = read
+    return found
 
 
 def row_of_current(
@@ -95,8 +104,8 @@ def row_of_current(
     """The row of the current model on a set: what it answered to equal samples when it was
     published. None: it knows none of them.
 
-    Losses are compared only if all samples have as many labels for both models: those of other
-    tokenizers are not comparable.
+    The loss of a sample is comparable if it has as many labels for both models: that of another
+    tokenizer may not be.
 
     Args:
         known: predictions of the current model.
@@ -107,15 +116,18 @@ def row_of_current(
         for number, each in enumerate(there[: len(found.references)])
         if each and TUNED.name in each.answers
     }
-    labels = [each.labels if each else 0 for each in there]
-    comparable = labels == found.tuned.labels.tolist()
-    if not answers and not comparable:
+    ours = found.tuned.labels.tolist() or [0.0] * len(there)
+    comparable = [
+        each if each and each.labels == count else None
+        for each, count in zip(there, ours, strict=True)
+    ]
+    labels = np.array([each.labels if each else 0 for each in comparable], np.float64)
+    if not answers and not labels.any():
         return None
-    losses = [each.loss or 0.0 if each else 0.0 for each in there]
     return Answered(
         row=CURRENT,
         samples=list(answers),
         answers=list(answers.values()),
-        losses=np.array(losses if comparable else [], np.float64),
-        labels=np.array(labels if comparable else [], np.float64),
+        losses=np.array([each.loss or 0.0 if each else 0.0 for each in comparable], np.float64),
+        labels=labels,
     )

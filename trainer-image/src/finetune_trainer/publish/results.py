@@ -20,9 +20,9 @@ from finetune_trainer.evaluate.gates import against_current, results_of_gates
 from finetune_trainer.evaluate.recommendation import recommend
 from finetune_trainer.evaluate.slices import slices_of
 from finetune_trainer.evaluate.table import adjusted, rows_of, table_of
-from finetune_trainer.publish.current import UsedModel
 from finetune_trainer.publish.measured_sets import MeasuredSet
 from finetune_trainer.publish.predictions import Prediction, row_of_current
+from finetune_trainer.storage.current import UsedModel
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def evaluate(
     tables = adjusted([_table(each, points) for each in sets])
     return EvaluationResult(
         sets=tables,
-        gates=results_of_gates(spec.evaluation.gates, tables),
-        current=_against(spec, tables, in_use.model) if in_use else None,
+        gates=results_of_gates(spec.evaluation.gates, tables, in_use=in_use is not None),
+        current=_against(spec, tables, in_use),
     )
 
 
@@ -69,10 +69,15 @@ def _table(found: MeasuredSet, points: float) -> SetTable:
     )
 
 
-def _against(spec: FineTuneJobSpec, tables: Sequence[SetTable], model: UsedModel) -> CurrentResult:
-    wanted = spec.output.current.margin if spec.output.current else None
-    passed, because = against_current(tables, float(wanted or spec.evaluation.min_effect))
-    return CurrentResult(run=model.run, digest=model.digest, passed=passed, because=because)
+def _against(
+    spec: FineTuneJobSpec, tables: Sequence[SetTable], in_use: InUse | None
+) -> CurrentResult | None:
+    if spec.output.current is None:
+        return None
+    margin = float(spec.output.current.margin or spec.evaluation.min_effect)
+    passed, because = against_current(tables, margin, in_use=in_use is not None)
+    run = in_use.model.run if in_use else None
+    return CurrentResult(run=run, passed=passed, because=because)
 
 
 def with_comparisons(

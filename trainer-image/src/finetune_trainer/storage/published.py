@@ -60,7 +60,7 @@ class Manifest(Record):
     formats: list[str]
     """Folders beside this file: adapter, merged."""
     held: str | None = None
-    """Which gates the run missed, and by how much; None: none."""
+    """Which gates the run missed, or how the current model is better; None: it is not held."""
     full_copy_bytes: int = 0
     """Bytes of a whole model's weights in the dtype of the base."""
     files: dict[str, PublishedFile]

@@ -137,8 +137,8 @@ class SampleMaker:
         found = MappedBatch()
         examples = self._examples(task.source, batch, faults)
         found.languages = _languages(batch, examples)
-        grouped = self._data.split.group_by is not None
-        examples = [inspect(e, quality.personal_data, own_group=not grouped) for e in examples]
+        own_group = self._data.split.group_by is None
+        examples = [inspect(e, quality.personal_data, own_group=own_group) for e in examples]
         samples, cuts = self._fitted(examples, faults, found.counts)
         found.counts["records"] = len(batch.records)
         found.counts["training_examples"] += len(examples)
@@ -152,7 +152,7 @@ class SampleMaker:
             threshold = float(quality.near_duplicate_similarity)
             prints = fingerprints([sample.example.own for sample in samples], threshold)
         shared = self._shared(samples, task.known) if training else {}
-        found.statistics = statistics_of(samples, cuts, digests, prints, shared, grouped=grouped)
+        found.statistics = statistics_of(samples, cuts, digests, prints, shared)
         for side in dict.fromkeys(sample.example.side for sample in samples):
             rows = [i for i, sample in enumerate(samples) if sample.example.side == side]
             found.samples[side] = shard_rows([samples[i] for i in rows], side)

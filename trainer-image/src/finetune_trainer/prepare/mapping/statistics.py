@@ -45,7 +45,7 @@ SCHEMA: Final = pa.schema(
 )
 """Columns of a row. ``side`` and ``cut`` are indices into SIDES and CUTS. ``completion`` is the
 length of the last answer in tokens and ``stop`` its last token (-1: cut off, in another sample, or
-no answer). ``group`` is the hash of a held-out sample's group; null: the sample is its own group.
+no answer). ``group`` is the hash of a held-out sample's group; null for training samples.
 ``slices`` are the values of the fields of ``evaluation.slices`` as JSON, null but of test samples.
 ``personal`` counts the kinds of personal data, as JSON. ``digest`` and ``fingerprint`` are null
 without duplicate detection. ``shared`` is the text that a sample shares with a held-out sample;
@@ -110,8 +110,6 @@ def statistics_of(
     digests: Sequence[bytes] | None,
     fingerprints: Words | None,
     shared: Mapping[int, str],
-    *,
-    grouped: bool,
 ) -> Any:
     """Return the rows of samples, as a record batch of ``SCHEMA``.
 
@@ -119,7 +117,6 @@ def statistics_of(
         cuts: what was cut off each.
         digests, fingerprints: of each; None without duplicate detection.
         shared: text shared with a held-out sample, by row.
-        grouped: whether the examples' groups are values of ``data.split.groupBy``.
     """
     count = len(samples)
     columns: dict[str, Sequence[Any]] = {
@@ -132,8 +129,7 @@ def statistics_of(
         "where": _storable([s.example.where for s in samples]),
         "label": _storable([s.example.label for s in samples]),
         "group": [
-            group_hash(s.example.group) if grouped and s.example.side != "train" else None
-            for s in samples
+            group_hash(s.example.group) if s.example.side != "train" else None for s in samples
         ],
         "slices": [json.dumps(s.example.slices) if s.example.slices else None for s in samples],
         "personal": [
@@ -180,9 +176,9 @@ class SampleStatistics:
         found: list[str] = self._batch.column(name).take(pa.array(rows)).to_pylist()
         return found
 
-    def groups(self, rows: npt.NDArray[np.int64]) -> list[int | None]:
-        """Hash of the group at ``rows``; None: the sample is its own group."""
-        found: list[int | None] = self._batch.column("group").take(pa.array(rows)).to_pylist()
+    def groups(self, rows: npt.NDArray[np.int64]) -> list[int]:
+        """Hashes of the groups of held-out samples at ``rows``."""
+        found: list[int] = self._batch.column("group").take(pa.array(rows)).to_pylist()
         return found
 
     def having(self, name: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

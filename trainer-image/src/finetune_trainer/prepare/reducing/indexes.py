@@ -43,23 +43,14 @@ class GroupNumbers:
 
     def __init__(self) -> None:
         self._known: dict[int, int] = {}
-        self._count = 0
 
-    def of(self, hashes: Sequence[int | None]) -> list[int]:
+    def of(self, hashes: Sequence[int]) -> list[int]:
         """Return the number of each sample's group.
 
         Args:
-            hashes: of the groups; None: the sample is a group of its own.
+            hashes: of the groups.
         """
-        return [self._number(found) for found in hashes]
-
-    def _number(self, group: int | None) -> int:
-        if group is not None and group in self._known:
-            return self._known[group]
-        number, self._count = self._count, self._count + 1
-        if group is not None:
-            self._known[group] = number
-        return number
+        return [self._known.setdefault(found, len(self._known)) for found in hashes]
 
 
 class IndexWriter:

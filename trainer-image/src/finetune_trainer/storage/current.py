@@ -16,7 +16,7 @@ from typing import Final
 
 from pydantic import Field
 
-from finetune_api.base import Record
+from finetune_api.base import Record, Word
 from finetune_api.run_spec import JobIdentity
 from finetune_trainer.failures import StorageUnavailable, UserError
 from finetune_trainer.storage.objects import ObjectNotFound, ObjectStore, PreconditionFailed
@@ -31,7 +31,7 @@ _DECISIONS: Final = 500
 class UsedModel(Record):
     """A model that is or was in use."""
 
-    run: str
+    run: Word
     """ID of the run that published it."""
     job: JobIdentity
     """Job that owns the run."""
@@ -46,7 +46,7 @@ class UsedModel(Record):
 class Decision(Record):
     """A run that was compared by its test sets."""
 
-    run: str
+    run: Word
     """ID of the run."""
     became_current: bool
     """Whether it became the current model."""
@@ -176,9 +176,11 @@ def rolled_back(file: CurrentFile, uri: str, run: str | None, time: str) -> Curr
     Raises:
         UserError: 'NoEarlierModel'.
     """
-    found = next((m for m in file.earlier if run in (None, m.run)), None)
-    if found is None:
+    at = next((n for n, model in enumerate(file.earlier) if run in (None, model.run)), None)
+    if at is None:
         there = ", ".join(model.run for model in file.earlier) or "none"
         wanted = f"run {run}" if run else "earlier model"
         raise UserError("NoEarlierModel", f"{uri} names no {wanted}; earlier models: {there}")
-    return file.moved(found.model_copy(update={"since": time}))
+    # What was in use since then was left on purpose: the way back does not lead to it again.
+    chosen = file.earlier[at].model_copy(update={"since": time})
+    return file.model_copy(update={"current": chosen, "earlier": file.earlier[at + 1 :]})
