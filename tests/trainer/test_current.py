@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from finetune_api.run_spec import JobIdentity
 from finetune_trainer.cli import main
 from finetune_trainer.failures import UserError
 from finetune_trainer.storage.current import CurrentFile, CurrentPointer, UsedModel, rolled_back
+from finetune_trainer.storage.published import Manifest
 from finetune_trainer.storage.s3server import EmbeddedS3
 
 JOB = JobIdentity(namespace="team", name="bot", uid="u")
@@ -107,5 +109,18 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert current is not None and current.run == "1-a"
     assert main(["rollback", *where]) == 10
     assert "names no earlier model" in capsys.readouterr().out
+    assert main(["promote", *where, "2-a"]) == 10
+    assert "2-a/manifest.json does not exist" in capsys.readouterr().out
+    with EmbeddedS3(tmp_path / "s3") as server:
+        manifest = Manifest(
+            run="2-a", job=JOB, base_model="s3://b/base", method="LoRA", lineage=[],
+            checkpoint="c", formats=["adapter"], files={},
+        ).to_text()  # fmt: skip
+        server.store().put("s3://models/out/2-a/manifest.json", manifest)
+    assert main(["promote", *where, "2-a"]) == 0
+    with EmbeddedS3(tmp_path / "s3") as server:
+        current = CurrentPointer(server.store(), "s3://models/out").read().file.current
+    assert current is not None and current.run == "2-a"
+    assert current.digest == hashlib.sha256(manifest).hexdigest()
     assert main(["rollback", *where, "--run", "7-a"]) == 10
     assert "names no run 7-a" in capsys.readouterr().out

@@ -23,6 +23,7 @@ _MANIFEST_HELP: Final = "a FineTuneJob; its relative paths start from its folder
 if TYPE_CHECKING:
     from finetune_api.results import PreparedSummary, PublishSummary
     from finetune_api.run_spec import RunSpec
+    from finetune_trainer.local.current import Change
     from finetune_trainer.storage.objects import Stores
 
 
@@ -87,13 +88,19 @@ def _parser() -> argparse.ArgumentParser:
 
     current = commands.add_parser("current", help="show the model in use at a destination")
     _current_options(current)
-    current.set_defaults(command=_current, back=False, run=None)
+    current.set_defaults(command=_current)
+    promote = commands.add_parser(
+        "promote", help="make a published run the model in use, whatever its gates said"
+    )
+    _current_options(promote)
+    promote.add_argument("run", metavar="RUN", help="status.run.id of a run at the destination")
+    promote.set_defaults(command=_promote)
     rollback = commands.add_parser("rollback", help="make an earlier model the one in use")
     _current_options(rollback)
     rollback.add_argument(
         "--run", metavar="RUN", help="run that published it (default: the one before the current)"
     )
-    rollback.set_defaults(command=_current, back=True)
+    rollback.set_defaults(command=_rollback)
 
     prepare = commands.add_parser("prepare", help="stage: data to token shards")
     half = prepare.add_mutually_exclusive_group()
@@ -124,7 +131,7 @@ def _current_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--state-dir", type=Path, default=Path(".finetune"), metavar="DIR")
 
 
-def _current(options: argparse.Namespace) -> int:
+def _current(options: argparse.Namespace, change: Change | None = None) -> int:
     from finetune_trainer.local.current import current
 
     return current(
@@ -132,9 +139,20 @@ def _current(options: argparse.Namespace) -> int:
         options.state_dir,
         endpoint=options.endpoint,
         local_storage=options.local_storage,
-        back=options.back,
-        run=options.run,
+        change=change,
     )
+
+
+def _promote(options: argparse.Namespace) -> int:
+    from finetune_trainer.local.current import to
+
+    return _current(options, to(options.run))
+
+
+def _rollback(options: argparse.Namespace) -> int:
+    from finetune_trainer.local.current import back
+
+    return _current(options, back(options.run))
 
 
 def _run(options: argparse.Namespace) -> int:

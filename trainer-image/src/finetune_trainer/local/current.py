@@ -1,8 +1,9 @@
-"""``finetune current`` and ``finetune rollback``: the model in use at a destination."""
+"""``finetune current``, ``promote`` and ``rollback``: the model in use at a destination."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,32 +11,31 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetune_trainer.failures import TrainerError, exit_code, failure_of, printable
+from finetune_trainer.failures import TrainerError, UserError, exit_code, failure_of, printable
 from finetune_trainer.local.state import StateFolder
-from finetune_trainer.storage.current import CurrentFile, CurrentPointer, now, rolled_back
+from finetune_trainer.storage.current import (
+    CurrentFile,
+    CurrentPointer,
+    UsedModel,
+    now,
+    rolled_back,
+)
 from finetune_trainer.storage.objectstore import ObjectStore
+from finetune_trainer.storage.published import MANIFEST, read_published
 from finetune_trainer.storage.s3server import EmbeddedS3
 
 
 def current(
-    destination: str, state_dir: Path, *, endpoint: str | None, local_storage: bool, back: bool,
-    run: str | None = None,
+    destination: str, state_dir: Path, *, endpoint: str | None, local_storage: bool,
+    change: Change | None = None,
 ) -> int:  # fmt: skip
-    """Show ``CURRENT.json`` of a destination, or move it back, and return the exit code.
-
-    Args:
-        back: make an earlier model the current one.
-        run: ID of the run that published it; None: the one before the current.
-    """
+    """Show ``CURRENT.json`` of a destination, after a change of it if there is one, and return the
+    exit code."""
     console = Console()
     try:
         with _store(state_dir, endpoint, local_storage) as store:
             pointer = CurrentPointer(store, destination)
-            if back:
-                time = now()
-                file = pointer.change(lambda f: rolled_back(f, pointer.uri, run, time))
-            else:
-                file = pointer.read().file
+            file = pointer.change(change(pointer)) if change else pointer.read().file
     except TrainerError as error:
         failure = failure_of(error)
         console.print(f"[bold red]{failure.failure_class}[/] ({failure.reason})", highlight=False)
@@ -43,6 +43,49 @@ def current(
         return int(exit_code(failure))
     _show(console, pointer.uri, file)
     return 0
+
+
+Change = Callable[[CurrentPointer], Callable[[CurrentFile], CurrentFile]]
+
+
+def back(run: str | None) -> Change:
+    """An earlier model is the current one again.
+
+    Args:
+        run: ID of the run that published it; None: the one before the current.
+    """
+
+    def change(pointer: CurrentPointer) -> Callable[[CurrentFile], CurrentFile]:
+        time = now()
+        return lambda file: rolled_back(file, pointer.uri, run, time)
+
+    return change
+
+
+def to(run: str) -> Change:
+    """A published run becomes the current model, whatever its gates said.
+
+    Args:
+        run: ID of a run below the destination.
+    """
+
+    def change(pointer: CurrentPointer) -> Callable[[CurrentFile], CurrentFile]:
+        uri = f"{pointer.destination.rstrip('/')}/{run}"
+        found = read_published(pointer.store, uri)
+        if found is None:
+            raise UserError(
+                "ModelNotFound", f"{uri}/{MANIFEST} does not exist: no run published it"
+            )
+        model = UsedModel(
+            run=run,
+            job=found[0].job,
+            uri=uri,
+            digest=hashlib.sha256(found[1]).hexdigest(),
+            since=now(),
+        )
+        return lambda file: file.moved(model)
+
+    return change
 
 
 @contextmanager
