@@ -382,4 +382,10 @@ def test_an_adapter_without_test_sets_is_compared_by_training_samples_or_not_at_
         monkeypatch.setattr(pipeline, "capacity", lambda device, processes, m=memory: m)
         store.delete([f"{run_spec.output_uri}/manifest.json"])
         pipeline.publish(publishing, stores, tmp_path / "again")
-        assert runfiles.read_evaluation(store, run_spec.run_uri).artefact is None
+        found = runfiles.read_evaluation(store, run_spec.run_uri).artefact
+        if publishing is unchecked:
+            assert found is None
+        else:
+            assert found is not None and "does not fit the memory" in found.left_out["adapter"]
+    told = store.get(f"{run_spec.output_uri}/README.md").decode()
+    assert "Not loaded again: adapter, there is no test set" in told
