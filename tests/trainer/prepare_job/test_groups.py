@@ -66,21 +66,22 @@ def test_equal_values_are_one_group_at_any_number_of_pods(
         job.clear()
 
 
-def test_without_a_field_each_sample_is_a_group(at: Workplace) -> None:
+def test_without_a_field_equal_prompts_are_a_group(at: Workplace) -> None:
     same = [{**r, "completion": f" {n}"} for r in pairs(20) for n in range(3)]
     held = at.put("held.jsonl", lines(*same))
     _, data = at.prepare(at.run_spec(lines(*pairs(9)), data={"test": [{"source": held}]}))
     index = data.index("test")
-    assert sorted(index.groups.tolist()) == list(range(60))
+    assert index.groups.tolist() == [number for number in range(20) for _ in range(3)]
     assert data.index("train").group is None
 
 
-def test_pieces_of_a_document_without_the_field_are_one_group(at: Workplace) -> None:
+@pytest.mark.parametrize("split", [{}, {"groupBy": "customer"}])
+def test_pieces_of_a_document_are_one_group(at: Workplace, split: dict[str, Any]) -> None:
     text = {"text": "The cat sat on the mat. " * 60}
     held = at.put("held.jsonl", lines(text, {"text": "The bird."}))
     run_spec = at.run_spec(
         lines(*({"text": f"{i} cats", "customer": i} for i in range(9))),
-        data={"test": [{"source": held}], "split": {"groupBy": "customer"}},
+        data={"test": [{"source": held}], "split": split},
         training={"maxLength": 64},
     )
     _, data = at.prepare(run_spec)
@@ -88,12 +89,12 @@ def test_pieces_of_a_document_without_the_field_are_one_group(at: Workplace) -> 
     assert len(groups) > 3 and groups == [0] * (len(groups) - 1) + [1]
 
 
-@given(st.lists(st.one_of(st.none(), st.integers(0, 2**64 - 1)), max_size=30), st.integers(1, 9))
-def test_numbers_do_not_depend_on_the_batches(hashes: list[int | None], size: int) -> None:
+@given(st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 3), max_size=30), st.integers(1, 9))
+def test_numbers_do_not_depend_on_the_batches(hashes: list[int], size: int) -> None:
     numbers, batches = GroupNumbers(), GroupNumbers()
     whole = numbers.of(hashes)
     parts = [n for i in range(0, len(hashes), size) for n in batches.of(hashes[i : i + size])]
     assert whole == parts
-    assert len(set(whole)) == len({*hashes} - {None}) + hashes.count(None)
+    assert len(set(whole)) == len(set(hashes))
     for (one, x), (other, y) in combinations(zip(hashes, whole, strict=True), 2):
-        assert (x == y) == (one is not None and one == other)
+        assert (x == y) == (one == other)

@@ -39,6 +39,9 @@ from trainer.prepare_helpers import (
 
 # --- output --------------------------------------------------------------------------------------
 
+_SPLIT = SIDES[:3]
+"""Sides that the training records are split into."""
+
 
 def test_every_record_is_on_one_side_with_its_supervised_mask(at: Workplace) -> None:
     records = pairs(200)
@@ -51,7 +54,7 @@ def test_every_record_is_on_one_side_with_its_supervised_mask(at: Workplace) -> 
 
     found = [text for split in SIDES for text in texts(data, split)]
     assert sorted(found) == sorted(r["prompt"] + r["completion"] for r in records)
-    counts = [len(data.index(split)) for split in SIDES]
+    counts = [len(data.index(split)) for split in _SPLIT]
     assert counts == [summary.train_samples, summary.validation_samples, summary.test_samples]
     assert 5 < counts[1] < 40 < counts[0] and 20 < counts[2] < 65
     tokenizer = make_tokenizer(bos=True)
@@ -181,12 +184,12 @@ def test_equal_prompts_and_equal_groups_stay_on_one_side(at: Workplace) -> None:
                for i, r in enumerate(pairs(120)) for n in range(4)]  # fmt: skip
     split: dict[str, Any] = {"validation": "0.2", "test": "0.3"}
     _, data = at.prepare(at.run_spec(lines(*records), data={"split": split}))
-    prompts = [{t.split("?")[0] for t in texts(data, side)} for side in SIDES]
+    prompts = [{t.split("?")[0] for t in texts(data, side)} for side in _SPLIT]
     assert all(prompts) and sum(map(len, prompts)) == 120
 
     split["groupBy"] = "by"
     _, data = at.prepare(at.run_spec(lines(*records), data={"split": split}))
-    groups = [{int(t.split("?")[0].split()[-1]) % 40 for t in texts(data, s)} for s in SIDES]
+    groups = [{int(t.split("?")[0].split()[-1]) % 40 for t in texts(data, s)} for s in _SPLIT]
     assert all(groups) and sum(map(len, groups)) == 40
 
 
