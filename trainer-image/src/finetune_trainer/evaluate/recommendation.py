@@ -30,7 +30,7 @@ PRIMARY: Final[tuple[Metric, ...]] = (
 )  # fmt: skip
 """Metrics by which rows are compared, the first that the set has."""
 _WORDS: Final[dict[Action, str]] = {
-    "Neither": "the base model answers as well as it is",
+    "Neither": "no way does significantly better than the base model as it is",
     "Prompt": "a prompt does as well",
     "Retrieve": "retrieval does as well",
     "Tune": "tuning is what helps",
