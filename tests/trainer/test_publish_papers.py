@@ -6,21 +6,25 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_api.evaluation_results import (
+    BASE,
+    TUNED,
     Comparison,
     DataSetScores,
     Estimate,
     EvaluationResult,
     Recommendation,
+    Row,
     SetTable,
     Slice,
     TableRow,
@@ -29,12 +33,14 @@ from finetune_api.results import Ancestor, PreparedSummary, StagePlan, Startup, 
 from finetune_api.run_spec import CONTRACT_VERSION, JobIdentity, RunSpec, TunedBase
 from finetune_api.sources import ModelLocation
 from finetune_api.spec import parse_spec
+from finetune_trainer.evaluate.table import Answered
+from finetune_trainer.prepared.dataset import Reference
 from finetune_trainer.prepared.manifest import DataManifest, DataSet
 from finetune_trainer.publish import modelcard, report, run_facts
 from finetune_trainer.publish.chart import Line, loss_chart, ticks
+from finetune_trainer.publish.measured_sets import MeasuredSet
 from finetune_trainer.storage.runfiles import (
     CurvePoint,
-    Example,
     RunResult,
     SampleOrigin,
     ValidationPoint,
@@ -65,6 +71,15 @@ DATA_REPORT = {
         }
     ],
 }  # fmt: skip
+
+
+def measured(name: str, prompt: str, reference: str, answers: Mapping[Row, str]) -> MeasuredSet:
+    """A set of one sample, with what each row answered to it."""
+    return MeasuredSet(
+        name=name, retention=False, metrics=[], digests=["d"], slices={}, groups=np.zeros(1, int),
+        references=[Reference(np.zeros(1, np.int32), prompt, reference, None)],
+        answered=[Answered(row, [0], [answer]) for row, answer in answers.items()],
+    )  # fmt: skip
 
 
 def about(
@@ -109,10 +124,13 @@ def about(
     }
     value = Estimate(value=0.5, low=0.4, high=0.6, lowest=0.45, highest=0.55)
     rows = [
-        TableRow(row="Base", samples=9, metrics={"Accuracy": value}, comparisons=compared),
-        TableRow(row="Base 4-shot", samples=5, draws=2, metrics={"Accuracy": value},
-                 comparisons=compared, tokens_per_answer=3.5, process_seconds=1.25),
-        TableRow(row="Tuned", samples=9, groups=3, metrics={"Accuracy": value}),
+        TableRow(row="Base", model="Base", prompt="0-shot", samples=9,
+                 metrics={"Accuracy": value}, comparisons=compared),
+        TableRow(row="Base 4-shot", model="Base", prompt="4-shot", samples=5, draws=2,
+                 metrics={"Accuracy": value}, comparisons=compared, tokens_per_answer=3.5,
+                 process_seconds=1.25),
+        TableRow(row="Tuned", model="Tuned", prompt="0-shot", samples=9, groups=3,
+                 metrics={"Accuracy": value}),
     ]  # fmt: skip
     advice = Recommendation(
         action="Tune", row="Tuned", metric="Accuracy", because="tuning is what helps"
@@ -126,8 +144,7 @@ def about(
         )
     ]  # fmt: skip
     table = SetTable(name="support", rows=rows, recommendation=advice, slices=slices)
-    answers = {"Base": "b", "Base 4-shot": "b4", "Tuned": "c"}
-    example = Example(prompt="<script>x</script>", reference="a", answers=answers)
+    answers = {BASE: "b", Row(model="Base", prompt="4-shot"): "b4", TUNED: "c"}
     lineage = [Ancestor(uri=source), *before]
     result = RunResult(
         summary=TrainSummary(
@@ -170,7 +187,7 @@ def about(
     return run_facts.gather(
         run_spec, result, prepared, data, sizes, ModelLocation(source=base or source),
         evaluation=EvaluationResult(sets=[table] if scores else []),
-        examples={"support": [example]},
+        sets=[measured("support", "<script>x</script>", "a", answers)],
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from random import Random
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune_trainer.quickstart import make_quickstart
+from finetune_trainer.quickstart import VERSION, make_quickstart
 from finetune_trainer.quickstart.language import COMPLAINTS, NOTES, draw_ticket, message, note
 from finetune_trainer.quickstart.pretrain import SIZES, make_base
 from finetune_trainer.quickstart.records import make_data
@@ -69,11 +69,11 @@ def test_messages_are_unique_and_unseen_in_pretraining(tmp_path: Path) -> None:
     seen = {message(draw_ticket(random), random) for _ in range(50)}
     make_data(tmp_path, seen, train=40, test=20, seed=2)
     used = [
-        record.get("text") or record["message"]
+        record.get("text") or record.get("message") or record["messages"][0]["content"]
         for path in sorted(tmp_path.glob("*.jsonl"))
         for record in records(path)
     ]
-    assert len(used) == 2 * (40 + 20)
+    assert len(used) == 2 * (40 + 20) + 20
     assert len(set(used)) == len(used)
     assert not seen.intersection(used)
 
@@ -90,7 +90,7 @@ def test_labels_and_notes_match_the_message() -> None:
 
 
 def test_the_cache_is_reused(tiny_base: Path, tmp_path: Path) -> None:
-    kept = tmp_path / "cache" / "tiny-1"
+    kept = tmp_path / "cache" / f"tiny-{VERSION}"
     for part in ("model", "data"):
         (kept / part).mkdir(parents=True)
         for path in (tiny_base / part).iterdir():

@@ -13,11 +13,11 @@ from typing import Any, Final
 
 import pytest
 
+from finetune_api.evaluation_results import Row
 from finetune_trainer.prepare.reducing.page import render as data_page
 from finetune_trainer.publish.report import render as run_page
-from finetune_trainer.storage.runfiles import Example
 from trainer.test_prepare_report import report
-from trainer.test_publish_papers import DATA_REPORT, about
+from trainer.test_publish_papers import DATA_REPORT, about, measured
 
 HOSTILE: Final = [
     "<script>alert(1)</script>",
@@ -77,11 +77,11 @@ def changed(value: Any, text: str, name: str = "") -> Any:
 def pages(text: str) -> list[str]:
     """Both pages, with a text in every place that records, names and models fill."""
     run = about()
-    examples = {text: [Example(prompt=text, reference=text, answers={text: text})]}
+    sets = [measured(text, text, text, {Row(model="Base", prompt=text): text})]
     data = json.dumps(changed(DATA_REPORT, text)).encode()
     return [
         data_page(changed(report(), text)),
-        run_page(dataclasses.replace(run, examples=examples), data),
+        run_page(dataclasses.replace(run, sets=sets), data),
     ]
 
 

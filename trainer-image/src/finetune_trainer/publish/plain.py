@@ -49,7 +49,7 @@ def load_adapter(folder: Path, base: Path, task: TaskName) -> Any:
     options: dict[str, Any] = {}
     if not KINDS[task].generates:
         options = {
-            "config": AutoConfig.from_pretrained(folder / CONFIG),
+            "config": AutoConfig.from_pretrained(folder / CONFIG, trust_remote_code=False),
             "ignore_mismatched_sizes": True,
         }
     whole = TASKS[task].auto.from_pretrained(base, use_safetensors=True, **options)
