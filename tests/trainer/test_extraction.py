@@ -107,6 +107,12 @@ def test_any_text_is_read(said: str, wanted: str) -> None:
     assert 0 <= json_field_f1(said, wanted) <= 1
 
 
+def test_values_as_deep_as_the_parser_allows() -> None:
+    for depth in range(1, 3000, 37):
+        text = "[" * depth + "1" + "]" * depth
+        assert json_field_f1(text, text) == float(json_match(text, text))
+
+
 def test_the_readings_take_linear_time() -> None:
     for text in ("1," * 50_000, "(" * 100_000, "A" * 100_000, "1" * 100_000, "[" * 100_000):
         number_match(text, text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -147,6 +148,17 @@ def test_few_samples_decide_nothing() -> None:
         [few.model_copy(update={"rows": only_loss})], 500.0, in_use=True
     )
     assert not passed and "10 samples are too few" in because
+
+
+def test_a_loss_is_compared_over_the_samples_that_both_have() -> None:
+    """All answers are known to both, but only five losses."""
+    current = answers("Current", share(0.8), 1.1)
+    current = replace(current, labels=np.where(np.arange(SAMPLES) < 5, 1.0, 0.0))
+    found = table(answers("Base", share(0.5), 2.0), answers("Tuned", share(0.8), 1.1), current)
+    wanted = gate(metric="Loss", operator="WorsensAtMost", value="0.5", row="Current")
+    (result,) = results_of_gates([wanted], [found], in_use=True)
+    assert not result.passed and "5 samples are too few" in result.because
+    assert against_current([found], 9.0, in_use=True)[0], "by Accuracy, over all of them"
 
 
 def test_the_current_model_is_replaced_by_what_is_not_worse() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,15 @@ from finetune_api.run_spec import JobIdentity
 from finetune_trainer.evaluate.table import Answered, rows_of, table_of
 from finetune_trainer.prepared.dataset import Reference
 from finetune_trainer.publish.measured_sets import MeasuredSet, sample_digest
-from finetune_trainer.publish.pipeline import in_use
 from finetune_trainer.publish.predictions import (
     PREDICTIONS,
+    in_use,
     predictions_of,
     read_predictions,
     row_of_current,
     write_predictions,
 )
-from finetune_trainer.storage.current import CurrentFile, Seen, UsedModel
+from finetune_trainer.storage.current import UsedModel
 from finetune_trainer.storage.published import Manifest, PublishedFile
 
 JOB = JobIdentity(namespace="team", name="bot", uid="u")
@@ -76,6 +77,14 @@ def test_a_set_without_answers_is_compared_by_its_losses(tmp_path: Path) -> None
     assert row_of_current(other, read_predictions(text_of(before, tmp_path), [other])) is None
 
 
+def test_a_loss_that_is_not_finite_is_unknown(tmp_path: Path) -> None:
+    before = measured(["a", "b"], [], [math.nan, 2.0], [2, 2])
+    text = text_of(before, tmp_path)
+    assert b"NaN" not in text
+    row = row_of_current(before, read_predictions(text, [before]))
+    assert row is not None and row.labels.tolist() == [0, 2]
+
+
 def test_of_equal_samples_the_answered_one_counts(tmp_path: Path) -> None:
     before = measured(["a", "b", "a"], ["yes", "no"], [1.0, 2.0, 1.0], [2, 2, 2])
     row = row_of_current(before, read_predictions(text_of(before, tmp_path), [before]))
@@ -109,5 +118,5 @@ def test_only_what_the_current_model_was_published_with_is_believed(
     store.put(f"{out}/1-a/{PREDICTIONS}", change.get("predictions", text))
     digest = change.get("digest", hashlib.sha256(manifest).hexdigest())
     model = UsedModel(run="1-a", job=JOB, uri=uri.format(out=out), digest=digest, since="t")
-    used = in_use(store, Seen(CurrentFile(current=model), "etag"), out, [found])
-    assert used is not None and bool(used.predictions) is known
+    used = in_use(store, model, out, [found])
+    assert bool(used.predictions) is known

@@ -72,6 +72,9 @@ class Comparison(Record):
     """``ComparisonTest`` that gave p."""
     verdict: Word
     """``Verdict``: what the samples allow to say; a trainer of another release may know more."""
+    groups: Count | None = None
+    """Groups of samples that were compared, each one unit: those of data.split.groupBy, else about
+    as many as samples. None: an earlier trainer."""
     detectable: float = 0.0
     """Smallest difference that these samples would show with a probability of 80 %."""
     needed_samples: Count | None = None

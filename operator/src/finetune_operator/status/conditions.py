@@ -54,7 +54,7 @@ class Conditions:
         return found is not None and found.status == "True"
 
     def settled(self, type_: ConditionType) -> bool:
-        """Whether a condition is True so far, or False by what was measured."""
+        """Whether a condition is True so far, or its reason says that its stage is done."""
         found = self._now.get(type_)
         return found is not None and (found.status == "True" or found.reason in TESTED)
 

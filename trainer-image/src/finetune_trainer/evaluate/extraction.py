@@ -47,6 +47,11 @@ def choice_match(said: str, wanted: str) -> bool:
     return letter is not None and _choice(said) == letter
 
 
+def is_json(text: str) -> bool:
+    """Whether a text is one JSON value."""
+    return _json(text) is not _NOTHING
+
+
 def json_match(said: str, wanted: str) -> bool:
     """Whether both are one JSON value, and equal: order of fields and spaces do not matter."""
     value = _json(wanted)
@@ -95,18 +100,20 @@ def _same(one: Any, other: Any) -> bool:
     return Counter(_leaves(one, places=True)) == Counter(_leaves(other, places=True))
 
 
-def _leaves(value: Any, path: str = "", *, places: bool = False) -> Iterator[tuple[str, str]]:
+def _leaves(value: Any, *, places: bool = False) -> Iterator[tuple[str, str]]:
     """Yield path and text of every value without parts; an empty object or list is one.
+
+    Without recursion: an answer may be nested as deep as the parser allows.
 
     Args:
         places: whether a list's items have their positions in the path.
     """
-    parts: list[tuple[str, Any]] = []
-    if isinstance(value, dict):
-        parts = [(json.dumps(key), each) for key, each in value.items()]
-    elif isinstance(value, list):
-        parts = [(str(i) if places else "[]", each) for i, each in enumerate(value)]
-    if not parts:
-        yield path, "(nothing)" if value is _NOTHING else json.dumps(value)
-    for key, each in parts:
-        yield from _leaves(each, f"{path}.{key}", places=places)
+    todo: list[tuple[str, Any]] = [("", value)]
+    while todo:
+        path, each = todo.pop()
+        if isinstance(each, dict) and each:
+            todo += [(f"{path}.{json.dumps(key)}", part) for key, part in each.items()]
+        elif isinstance(each, list) and each:
+            todo += [(f"{path}.{i if places else '[]'}", part) for i, part in enumerate(each)]
+        else:
+            yield path, "(nothing)" if each is _NOTHING else json.dumps(each)

@@ -94,7 +94,7 @@ def _by_row(gate: Gate, table: SetTable, against: GateRow) -> tuple[bool, str]:
         return False, f"no comparison with {row.row}: no sample has both answers, or a value is NaN"
     low = lowest_gain(gate.metric, compared)
     text = f"against {row.row} {_figures(gate.metric, compared)}"
-    if (few := _too_few(row, compared)) is not None:
+    if (few := _too_few(compared)) is not None:
         return False, f"{text}: {few}"
     wanted = gate.effective_value
     if gate.operator == "BetterThan":
@@ -161,9 +161,9 @@ def _metrics(table: SetTable) -> dict[str, Estimate]:
     return next((row.metrics for row in rows), {})
 
 
-def _too_few(row: TableRow, compared: Comparison) -> str | None:
+def _too_few(compared: Comparison) -> str | None:
     """Why a comparison decides nothing; None: it may."""
-    groups = row.groups or row.samples
+    groups = compared.groups or 0
     if compared.test == "McNemar" or groups >= FEWEST_GROUPS:
         return None
     return f"{groups} samples are too few to decide, give {FEWEST_GROUPS}"
@@ -209,8 +209,8 @@ def _not_worse(table: SetTable, margin_points: float, in_use: bool) -> tuple[boo
         if theirs is not None and not math.isfinite(theirs.value):
             return True, f"{value}; that of the current model is not finite"
         return False, f"{table.name}: {_UNKNOWN}"
-    text = f"{table.name} {metric}: {_figures(metric, compared)} over {row.samples} samples"
-    if (few := _too_few(row, compared)) is not None:
+    text = f"{table.name} {metric}: {_figures(metric, compared)} over {compared.groups} samples"
+    if (few := _too_few(compared)) is not None:
         return False, f"{text}: {few}"
     margin = margin_points * METRICS[metric].point
     passed = lowest_gain(metric, compared) >= -margin

@@ -210,6 +210,7 @@ def compare(
         high=found.high,
         p=found.p,
         test=found.test,
+        groups=count,
         detectable=detectable,
         verdict=decided,
         needed_samples=needed if decided == "TooFewSamples" else None,

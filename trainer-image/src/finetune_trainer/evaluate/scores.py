@@ -5,7 +5,6 @@ All functions are pure. Leading and trailing white space is ignored.
 
 from __future__ import annotations
 
-import json
 import math
 import string
 from collections import Counter
@@ -91,9 +90,16 @@ def _as_labels(answers: Answers) -> list[str]:
     return [s if s in known else "(none of the labels)" for s in said]
 
 
-def _exact_match(answers: Answers) -> list[float]:
-    pairs = zip(answers.predictions, answers.references, strict=True)
-    return [float(p.strip() == r.strip()) for p, r in pairs]
+def _by_pair(score: Callable[[str, str], float]) -> Callable[[Answers], list[float]]:
+    def scores(answers: Answers) -> list[float]:
+        pairs = zip(answers.predictions, answers.references, strict=True)
+        return [float(score(p, r)) for p, r in pairs]
+
+    return scores
+
+
+def _exact_match(said: str, wanted: str) -> bool:
+    return said.strip() == wanted.strip()
 
 
 def bleu_statistics(answers: Answers) -> list[list[int]]:
@@ -167,14 +173,12 @@ def _normalized(text: str) -> list[str]:
     return [word for word in kept.split() if word not in ("a", "an", "the")]
 
 
-def _normalized_exact_match(answers: Answers) -> list[float]:
-    pairs = zip(answers.predictions, answers.references, strict=True)
-    return [float(_normalized(p) == _normalized(r)) for p, r in pairs]
+def _normalized_exact_match(said: str, wanted: str) -> bool:
+    return _normalized(said) == _normalized(wanted)
 
 
-def _token_f1(answers: Answers) -> list[float]:
-    pairs = zip(answers.predictions, answers.references, strict=True)
-    return [_f1_of_words(_normalized(p), _normalized(r)) for p, r in pairs]
+def _token_f1(said: str, wanted: str) -> float:
+    return _f1_of_words(_normalized(said), _normalized(wanted))
 
 
 def _f1_of_words(said: list[str], wanted: list[str]) -> float:
@@ -185,23 +189,7 @@ def _f1_of_words(said: list[str], wanted: list[str]) -> float:
 
 
 def _valid_json(answers: Answers) -> list[float]:
-    return [float(_is_json(p)) for p in answers.predictions]
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _by_pair(score: Callable[[str, str], float]) -> Callable[[Answers], list[float]]:
-    def scores(answers: Answers) -> list[float]:
-        pairs = zip(answers.predictions, answers.references, strict=True)
-        return [float(score(p, r)) for p, r in pairs]
-
-    return scores
+    return [float(extraction.is_json(p)) for p in answers.predictions]
 
 
 def _accuracy(answers: Answers) -> list[float]:
@@ -228,12 +216,12 @@ def _mean(values: Sequence[float]) -> float:
 
 
 BY_SAMPLE: Final[dict[Metric, Callable[[Answers], list[float]]]] = {
-    "ExactMatch": _exact_match,
+    "ExactMatch": _by_pair(_exact_match),
     "Rouge": _rouge("rougeL"),
     "Rouge1": _rouge("rouge1"),
     "Rouge2": _rouge("rouge2"),
-    "NormalizedExactMatch": _normalized_exact_match,
-    "TokenF1": _token_f1,
+    "NormalizedExactMatch": _by_pair(_normalized_exact_match),
+    "TokenF1": _by_pair(_token_f1),
     "ValidJson": _valid_json,
     "NumberMatch": _by_pair(extraction.number_match),
     "StrictNumberMatch": _by_pair(extraction.strict_number_match),

@@ -78,7 +78,7 @@ class RowOutcome:
     @property
     def measured_groups(self) -> int | None:
         """Number of the groups of these samples; None: each sample is one."""
-        measured = list(self.samples) or slice(len(self.draws[0].losses))
+        measured = list(self.samples) or np.flatnonzero(self.losses_known)
         count = len(np.unique(self.groups[measured]))
         return count if count < self.measured else None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,14 +10,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetune_trainer.failures import TrainerError, UserError, exit_code, failure_of, printable
+from finetune_trainer.failures import TrainerError, UserError, printable
+from finetune_trainer.local.display import show_error
 from finetune_trainer.local.state import StateFolder
 from finetune_trainer.storage.current import (
     CurrentFile,
     CurrentPointer,
-    UsedModel,
     now,
     rolled_back,
+    used_model,
 )
 from finetune_trainer.storage.objectstore import ObjectStore
 from finetune_trainer.storage.published import MANIFEST, read_published
@@ -37,10 +37,7 @@ def current(
             pointer = CurrentPointer(store, destination)
             file = pointer.change(change(pointer)) if change else pointer.read().file
     except TrainerError as error:
-        failure = failure_of(error)
-        console.print(f"[bold red]{failure.failure_class}[/] ({failure.reason})", highlight=False)
-        console.print(error.message, markup=False, highlight=False, soft_wrap=True)
-        return int(exit_code(failure))
+        return show_error(console, error)
     _show(console, pointer.uri, file)
     return 0
 
@@ -76,13 +73,7 @@ def to(run: str) -> Change:
             raise UserError(
                 "ModelNotFound", f"{uri}/{MANIFEST} does not exist: no run published it"
             )
-        model = UsedModel(
-            run=run,
-            job=found[0].job,
-            uri=uri,
-            digest=hashlib.sha256(found[1]).hexdigest(),
-            since=now(),
-        )
+        model = used_model(uri, *found)
         return lambda file: file.moved(model)
 
     return change

@@ -14,6 +14,7 @@ from rich.table import Column, Table
 
 from finetune_api.results import Failure, PreparedSummary, PublishSummary, TrainSummary
 from finetune_api.results import Progress as TrainProgress
+from finetune_trainer.failures import TrainerError, exit_code, failure_of
 from finetune_trainer.publish.run_facts import by_set, scores_of
 
 _COLOURS: Final = {True: "green", False: "red", None: "dim"}
@@ -131,6 +132,14 @@ class Display:
         spent = trained.time
         if spent is not None:
             self.say(f"Time:    {duration(spent.total)} of processes: {spent.text}")
+
+
+def show_error(console: Console, error: TrainerError) -> int:
+    """Print an error outside of a stage, and return its exit code."""
+    failure = failure_of(error)
+    console.print(f"[bold red]{failure.failure_class}[/] ({failure.reason})", highlight=False)
+    console.print(error.message, markup=False, highlight=False, soft_wrap=True)
+    return int(exit_code(failure))
 
 
 def prepared_text(summary: PreparedSummary) -> str:

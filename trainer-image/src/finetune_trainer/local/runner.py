@@ -20,7 +20,7 @@ from finetune_api.base import InvalidSpec
 from finetune_api.names import ExitCode
 from finetune_api.results import PublishSummary, Termination, TrainSummary
 from finetune_api.run_spec import CONTRACT_VERSION, JobIdentity, RunSpec
-from finetune_trainer.failures import TrainerError, exit_code, failure_of
+from finetune_trainer.failures import TrainerError, exit_code
 from finetune_trainer.local import display as face
 from finetune_trainer.local import stages
 from finetune_trainer.local.base_reference import find_tuned
@@ -70,10 +70,7 @@ def run_manifest(
         with storage_for(job.spec, state, endpoint, local_storage) as where:
             return Runner(job, state, where, console).run(manifest)
     except TrainerError as error:
-        failure = failure_of(error)
-        console.print(f"[bold red]{failure.failure_class}[/] ({failure.reason})", highlight=False)
-        console.print(error.message, markup=False, highlight=False, soft_wrap=True)
-        return int(exit_code(failure))
+        return face.show_error(console, error)
     except KeyboardInterrupt:
         return int(ExitCode.INTERRUPTED)
 

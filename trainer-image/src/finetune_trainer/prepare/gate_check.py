@@ -48,7 +48,9 @@ def _sets_of(
     Raises:
         UserError: 'GateNotMeasured'.
     """
-    measured = [s for s in sets if gate.metric in _metrics(spec, s)]
+    measured = [
+        s for s in sets if gate.metric in metrics_for(s.format, spec.evaluation.metrics, spec.task)
+    ]
     having = ", ".join(s.name for s in measured) or "none"
     if gate.data_set is None:
         found = [s for s in measured if s.split == "test"]
@@ -71,10 +73,6 @@ def _sets_of(
             f"{gate.metric} is not measured on {gate.data_set}; sets that have it: {having}",
         )
     return found
-
-
-def _metrics(spec: FineTuneJobSpec, each: DataSet) -> list[str]:
-    return [*metrics_for(each.format, spec.evaluation.metrics, spec.task)]
 
 
 def _refused(path: str, why: str) -> UserError:

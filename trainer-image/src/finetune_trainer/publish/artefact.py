@@ -126,8 +126,11 @@ def check(artefact: Artefact, compared: Compared, stores: Stores, scratch: Path)
 
 
 def not_compared(formats: Sequence[str]) -> ArtefactResult:
-    """The result of a run without test sets whose model publish cannot load, to compare with."""
-    why = "there is no test set, and the base model does not fit the memory of publish"
+    """The result of a run that has nothing to compare its published model with."""
+    why = (
+        "there is no test set and the base model does not fit the memory of publish, or no sample"
+        " has a finite loss"
+    )
     return ArtefactResult(
         formats=[], side="train", samples=0, largest_loss_difference=0.0, answers_equal=0, of=0,
         left_out=dict.fromkeys(formats, why),

@@ -8,12 +8,9 @@ interruption finds or repeats the work of the first try.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
 
 from finetune_api.results import PublishSummary
 from finetune_api.run_spec import RunSpec
@@ -27,31 +24,27 @@ from finetune_trainer.publish import export, modelcard, report, run_facts
 from finetune_trainer.publish.artefact import ROOM, Artefact, check, not_compared
 from finetune_trainer.publish.cases import Compared, tested, trained
 from finetune_trainer.publish.files import folder_bytes, move_latest, summarise, upload_folder
-from finetune_trainer.publish.measured_sets import MeasuredSet, measured_sets
+from finetune_trainer.publish.measured_sets import measured_sets
 from finetune_trainer.publish.overfitting import overfitting
 from finetune_trainer.publish.predictions import (
     PREDICTIONS,
-    Prediction,
+    in_use,
     predictions_of,
-    read_predictions,
     write_predictions,
 )
-from finetune_trainer.publish.results import InUse, advice, cut, evaluate, with_comparisons
+from finetune_trainer.publish.results import advice, cut, evaluate, with_comparisons
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.current import (
     TRIES,
     CurrentPointer,
-    Seen,
-    UsedModel,
     contended,
     now,
+    used_model,
 )
-from finetune_trainer.storage.objects import ObjectNotFound, ObjectStore, Stores
+from finetune_trainer.storage.objects import ObjectNotFound, Stores
 from finetune_trainer.storage.published import MANIFEST, Manifest, read_published
 
 log = logging.getLogger(__name__)
-_MOST_PREDICTIONS: Final = 1 << 30
-"""Bytes of a predictions.jsonl that is read: it is in memory as a whole."""
 
 
 def publish(run_spec: RunSpec, stores: Stores, scratch: Path) -> PublishSummary:
@@ -144,11 +137,13 @@ def _publish(
     data_report = store.get(f"{prepared.uri}/report.json")
     for _ in range(TRIES):
         seen = pointer.read() if pointer else None
-        if seen is not None and seen.file.has_decided(run_spec.run):
-            found = read_published(store, run_spec.output_uri)
-            if found is not None:  # by another pod of this run, or by a write whose answer was lost
-                return found
-        evaluation = evaluate(spec, sets, in_use(store, seen, spec.output.destination, sets))
+        # By another pod of this run, or by a write whose answer was lost.
+        decided = seen is not None and seen.file.has_decided(run_spec.run)
+        if decided and (found := read_published(store, run_spec.output_uri)) is not None:
+            return found
+        model = seen.file.current if seen and not decided else None
+        used = in_use(store, model, spec.output.destination, sets) if model else None
+        evaluation = evaluate(spec, sets, used)
         evaluation = evaluation.model_copy(update={"artefact": checked})
         about = run_facts.gather(
             run_spec, result, prepared, data, sizes, base.base.model, evaluation, sets, drawn
@@ -169,58 +164,14 @@ def _publish(
         text = manifest.to_text()
         runfiles.write_evaluation(store, run_spec.run_uri, evaluation)
         store.put(f"{run_spec.output_uri}/{MANIFEST}", text)
-        if pointer is None or seen is None:
+        if pointer is None or seen is None or decided:
             return manifest, text
-        model = used_model(run_spec, text) if evaluation.held is None else None
+        new = used_model(run_spec.output_uri, manifest, text) if evaluation.held is None else None
         chosen = seen.file.current is not None or bool(spec.evaluation.gates)
         deciding = [t.name for t in evaluation.sets if chosen and not t.retention]
-        if pointer.swap(seen, seen.file.after(run_spec.run, model, deciding, now())):
+        if pointer.swap(seen, seen.file.after(run_spec.run, new, deciding, now())):
             return manifest, text
     raise contended(pointer.uri if pointer else "")
-
-
-def in_use(
-    store: ObjectStore, seen: Seen | None, destination: str, sets: Sequence[MeasuredSet]
-) -> InUse | None:
-    """The current model with its predictions: none if its files are gone, or are not what it was
-    published with. Others may write CURRENT.json, so nothing elsewhere is read."""
-    model = seen.file.current if seen else None
-    if model is None:
-        return None
-    return InUse(model, _predictions(store, model, destination, sets))
-
-
-def _predictions(
-    store: ObjectStore, model: UsedModel, destination: str, sets: Sequence[MeasuredSet]
-) -> Mapping[tuple[str, str], Prediction]:
-    if not model.uri.startswith(f"{destination.rstrip('/')}/") or "/../" in f"{model.uri}/":
-        log.warning("the current model %s is not below %s: not compared", model.uri, destination)
-        return {}
-    try:
-        found = read_published(store, model.uri)
-        if found is None or hashlib.sha256(found[1]).hexdigest() != model.digest:
-            raise ValueError("its manifest.json is gone, or another one")
-        known = found[0].files.get(PREDICTIONS)
-        if known is None or known.bytes > _MOST_PREDICTIONS:
-            raise ValueError(f"it has no {PREDICTIONS}, or a very large one")
-        text = store.get(f"{model.uri}/{PREDICTIONS}")
-        if hashlib.sha256(text).hexdigest() != known.sha256:
-            raise ValueError(f"its {PREDICTIONS} has changed")
-        return read_predictions(text, sets)
-    except (ObjectNotFound, ValueError) as error:
-        log.warning("the current model %s is not compared: %s", model.uri, error)
-        return {}
-
-
-def used_model(run_spec: RunSpec, manifest: bytes) -> UsedModel:
-    """A run's model, as CURRENT.json names it."""
-    return UsedModel(
-        run=run_spec.run,
-        job=run_spec.job,
-        uri=run_spec.output_uri,
-        digest=hashlib.sha256(manifest).hexdigest(),
-        since=now(),
-    )
 
 
 def write_model(

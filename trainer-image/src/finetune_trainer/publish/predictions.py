@@ -7,9 +7,14 @@ A sample is known by the digest of its text, so that a later run finds it again 
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 from pydantic import Field
@@ -19,8 +24,14 @@ from finetune_api.evaluation_results import CURRENT, TUNED
 from finetune_trainer.evaluate.table import Answered
 from finetune_trainer.personal import redacted
 from finetune_trainer.publish.measured_sets import MeasuredSet
+from finetune_trainer.storage.current import UsedModel
+from finetune_trainer.storage.objects import ObjectNotFound, ObjectStore
+from finetune_trainer.storage.published import read_published
 
-PREDICTIONS = "predictions.jsonl"
+PREDICTIONS: Final = "predictions.jsonl"
+_MOST: Final = 1 << 30
+"""Bytes of a file that is read: it is in memory as a whole."""
+log = logging.getLogger(__name__)
 
 
 class Prediction(Record):
@@ -39,7 +50,8 @@ class Prediction(Record):
     answers: dict[str, str] = Field(default={})
     """Answer by row; of several draws, the first."""
     loss: float | None = None
-    """Loss of the tuned model on the sample, in nats, summed over its labels."""
+    """Loss of the tuned model on the sample, in nats, summed over its labels; None: not finite, or
+    not measured."""
     labels: int = 0
     """Number of labels summed in ``loss``: supervised tokens, or one class."""
 
@@ -60,7 +72,7 @@ def predictions_of(found: MeasuredSet, redact: bool) -> Iterator[Prediction]:
     for number, digest in enumerate(found.digests):
         answers = said[number] if number < len(said) else {}
         reference = found.references[number] if answers else None
-        known = number < len(tuned.losses)
+        known = number < len(tuned.losses) and math.isfinite(tuned.losses[number])
         yield Prediction(
             data_set=found.name,
             sample=digest,
@@ -117,17 +129,61 @@ def row_of_current(
         if each and TUNED.name in each.answers
     }
     ours = found.tuned.labels.tolist() or [0.0] * len(there)
-    comparable = [
-        each if each and each.labels == count else None
+    losses = [
+        (each.loss, each.labels) if each and each.loss is not None and each.labels == count
+        else (0.0, 0)
         for each, count in zip(there, ours, strict=True)
-    ]
-    labels = np.array([each.labels if each else 0 for each in comparable], np.float64)
+    ]  # fmt: skip
+    labels = np.array([count for _, count in losses], np.float64)
     if not answers and not labels.any():
         return None
     return Answered(
         row=CURRENT,
         samples=list(answers),
         answers=list(answers.values()),
-        losses=np.array([each.loss or 0.0 if each else 0.0 for each in comparable], np.float64),
+        losses=np.array([loss for loss, _ in losses], np.float64),
         labels=labels,
     )
+
+
+@dataclass(frozen=True)
+class InUse:
+    """The current model, with what it answered when it was published."""
+
+    model: UsedModel
+    predictions: Mapping[tuple[str, str], Prediction]
+    """By set and sample; empty if they are gone, or are not those that it was published with."""
+
+
+def in_use(
+    store: ObjectStore, model: UsedModel, destination: str, sets: Sequence[MeasuredSet]
+) -> InUse:
+    """The current model with its predictions about samples of some sets.
+
+    Args:
+        destination: ``spec.output.destination``. Others may write CURRENT.json, so nothing outside
+            of it is read.
+    """
+    return InUse(model, _predictions(store, model, destination, sets))
+
+
+def _predictions(
+    store: ObjectStore, model: UsedModel, destination: str, sets: Sequence[MeasuredSet]
+) -> Mapping[tuple[str, str], Prediction]:
+    if not model.uri.startswith(f"{destination.rstrip('/')}/") or "/../" in f"{model.uri}/":
+        log.warning("the current model %s is not below %s: not compared", model.uri, destination)
+        return {}
+    try:
+        found = read_published(store, model.uri)
+        if found is None or hashlib.sha256(found[1]).hexdigest() != model.digest:
+            raise ValueError("its manifest.json is gone, or another one")
+        known = found[0].files.get(PREDICTIONS)
+        if known is None or known.bytes > _MOST:
+            raise ValueError(f"it has no {PREDICTIONS}, or a very large one")
+        text = store.get(f"{model.uri}/{PREDICTIONS}")
+        if hashlib.sha256(text).hexdigest() != known.sha256:
+            raise ValueError(f"its {PREDICTIONS} has changed")
+        return read_predictions(text, sets)
+    except (ObjectNotFound, ValueError) as error:
+        log.warning("the current model %s is not compared: %s", model.uri, error)
+        return {}

@@ -8,7 +8,6 @@ from typing import Any
 from finetune_api.evaluation_results import TUNED
 from finetune_trainer.pages import page
 from finetune_trainer.publish.chart import Line, loss_chart
-from finetune_trainer.publish.overfitting import overfitting
 from finetune_trainer.publish.row_tables import counted, slices_of, tables_of
 from finetune_trainer.publish.run_facts import DRAWN_HEAD, About, artefact_text, by_set, settings
 
@@ -28,7 +27,7 @@ def render(about: About, data_report: bytes) -> str:
         samples=_sample_counts(about),
         tables=tables_of(about),
         slices=slices_of(about.evaluation),
-        overfitting=overfitting(about.result),
+        overfitting=about.overfitting,
         chart=loss_chart(_lines(about), about.result.summary.checkpoint_step),
         validation=validation,
         validation_sets=names,

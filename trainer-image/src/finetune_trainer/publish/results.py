@@ -5,8 +5,8 @@ MeasuredSet of each set (+ predictions of the current model) ──► Evaluatio
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 from finetune_api.evaluation_results import (
     TUNED,
@@ -21,17 +21,7 @@ from finetune_trainer.evaluate.recommendation import recommend
 from finetune_trainer.evaluate.slices import slices_of
 from finetune_trainer.evaluate.table import adjusted, rows_of, table_of
 from finetune_trainer.publish.measured_sets import MeasuredSet
-from finetune_trainer.publish.predictions import Prediction, row_of_current
-from finetune_trainer.storage.current import UsedModel
-
-
-@dataclass(frozen=True)
-class InUse:
-    """The current model, with what it answered when it was published."""
-
-    model: UsedModel
-    predictions: Mapping[tuple[str, str], Prediction]
-    """By set and sample."""
+from finetune_trainer.publish.predictions import InUse, row_of_current
 
 
 def evaluate(

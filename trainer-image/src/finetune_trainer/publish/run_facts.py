@@ -27,7 +27,7 @@ from finetune_api.tasks import METRICS, Metric, MetricKind
 from finetune_trainer.prepared.manifest import DataManifest
 from finetune_trainer.prepared.origins import MOST, in_words
 from finetune_trainer.publish.measured_sets import MeasuredSet
-from finetune_trainer.publish.overfitting import overfitting
+from finetune_trainer.publish.overfitting import Overfitting, overfitting
 from finetune_trainer.publish.results import with_comparisons
 from finetune_trainer.storage.runfiles import Example, RunResult
 
@@ -162,6 +162,11 @@ class About:
         return {name: examples for name, examples in found.items() if examples}
 
     @property
+    def overfitting(self) -> Overfitting | None:
+        """The validation loss beside the training loss; None: one of them is not known."""
+        return overfitting(self.result)
+
+    @property
     def formats(self) -> list[str]:
         """Names of the published folders: adapter, merged."""
         return list(self.sizes.stored)
@@ -234,7 +239,7 @@ def metrics_text(about: About) -> str:
         "current": about.evaluation.current and about.evaluation.current.to_json(),
         "held": about.evaluation.held,
         "artefact": about.evaluation.artefact.to_json() if about.evaluation.artefact else None,
-        "overfitting": _overfitting(result),
+        "overfitting": _overfitting(about.overfitting),
         "validation": [point.to_json() for point in result.validation],
         "training": {
             "steps": summary.steps,
@@ -267,8 +272,7 @@ def metrics_text(about: About) -> str:
     return json.dumps(_finite(raw), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
 
 
-def _overfitting(result: RunResult) -> dict[str, Any] | None:
-    found = overfitting(result)
+def _overfitting(found: Overfitting | None) -> dict[str, Any] | None:
     return {**found.to_json(), "gap": found.gap} if found else None
 
 

@@ -8,6 +8,7 @@ compared with it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from finetune_api.base import Record, Word
 from finetune_api.run_spec import JobIdentity
 from finetune_trainer.failures import StorageUnavailable, UserError
 from finetune_trainer.storage.objects import ObjectNotFound, ObjectStore, PreconditionFailed
+from finetune_trainer.storage.published import Manifest
 
 CURRENT_FILE: Final = "CURRENT.json"
 TRIES: Final = 20
@@ -155,6 +157,17 @@ class CurrentPointer:
             if self.swap(seen, file):
                 return file
         raise contended(self.uri)
+
+
+def used_model(uri: str, manifest: Manifest, text: bytes) -> UsedModel:
+    """A published model as the one in use, from now on.
+
+    Args:
+        uri: its address.
+        text: of its manifest.json.
+    """
+    digest = hashlib.sha256(text).hexdigest()
+    return UsedModel(run=manifest.run, job=manifest.job, uri=uri, digest=digest, since=now())
 
 
 def contended(uri: str) -> StorageUnavailable:
