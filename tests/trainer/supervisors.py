@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ MAIN = (
     "import sys; from finetune_trainer.supervise.supervisor import supervise;"
     " sys.exit(supervise('worker'))"
 )
+FRAME = re.compile(r"frame #\d+: |Exception raised from ")
 
 
 class Nodes:
@@ -96,7 +98,12 @@ class Nodes:
             time.sleep(0.02)
 
     def logs(self) -> str:
-        return "\n".join(path.read_text()[-4000:] for path in self.folder.glob("node-*/log"))
+        """Return the end of each node's log, without torch's stacks of C++ functions."""
+        texts = []
+        for path in sorted(self.folder.glob("node-*/log")):
+            lines = [line for line in path.read_text().splitlines() if not FRAME.search(line)]
+            texts.append(f"{path.parent.name}: " + "\n".join(lines)[-4000:])
+        return "\n".join(texts)
 
     def end(self, process: subprocess.Popen[bytes], seconds: float = 300) -> int:
         try:

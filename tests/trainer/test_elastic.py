@@ -89,7 +89,7 @@ class Gang:
 
     def wait_held(self, size: int, saved: int) -> None:
         """Wait until the gang is held with this many nodes, and a checkpoint is committed."""
-        self.nodes.wait_for(f"held-{size}", seconds=300)
+        self.nodes.wait_for(f"held-{size}", seconds=480)
         deadline = time.monotonic() + 90
         while True:
             head = self.bench.head(self.run_spec)
@@ -110,6 +110,7 @@ def forks(nodes: Nodes) -> Iterator[ForkedWorkers]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("forks")
 def test_4_3_2_and_4_nodes_train_what_an_undisturbed_run_trains(
     nodes: Nodes, bench: Bench, monkeypatch: pytest.MonkeyPatch

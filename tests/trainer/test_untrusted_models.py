@@ -24,7 +24,8 @@ from finetune_trainer.engine.checkpointing import dcp_storage
 from finetune_trainer.engine.checkpointing.dcp_storage import LoadPlannerOfValues
 from finetune_trainer.failures import UserError
 from finetune_trainer.storage import modelconfig
-from finetune_trainer.storage.modelfiles import fetch_model, fetch_tokenizer, is_plain, read_limits
+from finetune_trainer.storage.filenames import is_plain
+from finetune_trainer.storage.modelfiles import fetch_model, fetch_tokenizer, read_limits
 from finetune_trainer.storage.objects import ObjectInfo, ObjectStore, Stores
 from finetune_trainer.storage.published import Base, PublishedFile, fetch_adapter
 from finetune_trainer.storage.run_head import CorruptCheckpoint

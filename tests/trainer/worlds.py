@@ -5,6 +5,7 @@ Importing takes ten times as long as training a tiny model; the fork server pays
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -31,9 +32,14 @@ def start_fork_server() -> None:
 
 def forked(target: Callable[..., None], *arguments: object) -> BaseProcess:
     """Start a process that runs a function of an importable module; return it."""
-    process = _context.Process(target=target, args=arguments, daemon=True)
+    process = _context.Process(target=_begin, args=(target, *arguments), daemon=True)
     process.start()
     return process
+
+
+def _begin(target: Callable[..., None], *arguments: object) -> None:
+    gc.freeze()  # as the trainer's processes do: the server's objects live to the end
+    target(*arguments)
 
 
 def _work(environment: dict[str, str], log: str, before: Callable[[], None] | None) -> None:
@@ -69,7 +75,7 @@ class RunningWorld:
             worker_folder(self.folder, rank).mkdir(exist_ok=True)
             (worker_folder(self.folder, rank) / "stop").touch()
 
-    def wait(self, seconds: float = 120) -> list[int]:
+    def wait(self, seconds: float = 300) -> list[int]:
         """Wait for all workers; return their exit codes by rank."""
         for process in self.processes:
             process.join(seconds)

@@ -8,7 +8,6 @@ names are passed over, and weights are safetensors, never pickles.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ from huggingface_hub.errors import (
 from finetune_api.sources import ModelLocation
 from finetune_trainer.failures import StorageUnavailable, UserError
 from finetune_trainer.storage.claim_paths import check_inside, claim_path
+from finetune_trainer.storage.filenames import is_plain
 from finetune_trainer.storage.modelconfig import CONFIG, check_config, check_size, load_config
 from finetune_trainer.storage.objects import ObjectInfo, Stores
 
@@ -36,9 +36,6 @@ WEIGHTS_INDEX: Final = "model.safetensors.index.json"
 SMALL: Final = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 """Files fetched besides the weights: configuration and tokenizer."""
 NOT_TOKENIZER: Final = (CONFIG, "generation_config.json", WEIGHTS_INDEX)
-
-PLAIN_NAME: Final = re.compile(r"(?=.*[^.])[\w.+-][\w.+ -]{0,199}", re.ASCII)
-"""Names of files that are fetched: no folders, no control characters."""
 
 _PARALLEL_FILES: Final = 4
 
@@ -144,11 +141,6 @@ def weight_files(folder: Path) -> list[Path]:
 def first_line(error: Exception) -> str:
     """Return the first line of a library's error message."""
     return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def is_plain(name: str) -> bool:
-    """Return whether a name is that of a file, without a folder."""
-    return PLAIN_NAME.fullmatch(name) is not None
 
 
 def _weights(source: str, folder: Path, names: Iterable[str]) -> list[str]:

@@ -25,7 +25,7 @@ from finetune_api.run_spec import JobIdentity, RunSpec
 from finetune_api.sources import ModelLocation
 from finetune_trainer.failures import UserError
 from finetune_trainer.storage.claim_paths import check_inside, claim_path
-from finetune_trainer.storage.modelfiles import is_plain
+from finetune_trainer.storage.filenames import is_plain
 from finetune_trainer.storage.objects import ObjectNotFound, ObjectStore, Stores, file_info
 
 MANIFEST: Final = "manifest.json"

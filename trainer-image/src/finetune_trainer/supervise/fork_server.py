@@ -13,6 +13,7 @@ use CUDA then.
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -77,6 +78,8 @@ def begin_process(name: str, environment: Mapping[str, str], end: signal.Signals
         end: signal that this process receives when that process has ended.
     """
     os.environ.update(environment)
+    # The server's objects live to the end: a scan of them would only copy their memory pages.
+    gc.freeze()
     os.setsid()
     if _FORKS:
         # A forked process would otherwise start a server of its own, and import everything again.
