@@ -320,7 +320,11 @@ PUBLISHED = {
     "bytes": 7,
     "fullCopyBytes": 1980,
     "scores": [{**SCORES, "comparisons": COMPARED}],
-}
+    "mainResult": {
+        "dataSet": "test", "metric": "Loss", "verdict": "Better", "gain": "-1.5 (-1.8, -1.2)",
+        "currentGap": -0.25,
+    },
+}  # fmt: skip
 
 
 def at_training(**more: Any) -> World:

@@ -78,8 +78,13 @@ def test_from_apply_to_complete(job: Job, operator: OperatorProcess) -> None:
     assert ours == ["Published"]
     owned_and_ours_alone(job)
     who = f'name="bot",namespace="{job.namespace}"'
-    tuned = f'finetune_job_test_metric{{data_set="test",metric="Loss",model="tuned",{who}}}'
-    assert operator.metric(tuned) == 0.5
+    of_run = f'metric="Loss",{{}}{who},run="{status["run"]["id"]}"'
+    tuned = of_run.format('model="tuned",')
+    assert operator.metric(f'finetune_job_test_metric{{data_set="test",{tuned}}}') == 0.5
+    gap = of_run.format("")
+    assert operator.metric(f'finetune_job_current_gap{{data_set="test",{gap}}}') == -0.25
+    shown = job.api.kubectl("get", "ftj", "bot", "-n", job.namespace, "-o", "wide")
+    assert "Better" in shown and "-1.5 (-1.8, -1.2)" in shown
     assert operator.metric(f"finetune_job_total_steps{{{who}}}") == 30
     finished = 'finetune_operator_runs_finished_total{failure_class="",outcome="Complete"}'
     assert (operator.metric(finished) or 0) >= 1

@@ -160,7 +160,7 @@ def test_a_run_goes_through_its_stages_to_complete() -> None:
         "False/Complete",
     )
     assert world.status["phase"] == "Complete"
-    shown = {k: v for k, v in PUBLISHED.items() if k != "scores"}
+    shown = {k: v for k, v in PUBLISHED.items() if k not in ("scores", "mainResult")}
     assert world.status["output"] == shown
     assert world.status["parameters"] == {"trainable": 10, "total": 1000}
     assert world.status["evaluation"] == [
@@ -207,6 +207,7 @@ def test_a_held_run_is_complete_and_says_what_it_missed(
             assert world.message("Evaluated") == world.status["output"]["held"] == published["held"]
         assert world.status["output"].get("becameCurrent") == published.get("becameCurrent")
         assert published.get("recommendation", "") in world.message("Evaluated")
+        assert world.status["mainResult"] == PUBLISHED["mainResult"] | {"currentGap": "-0.25"}
         # The pods that reported it go; status keeps it.
         world.objects = {k: v for k, v in world.objects.items() if v["kind"] == "ConfigMap"}
         world.settle()

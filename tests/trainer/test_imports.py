@@ -27,6 +27,7 @@ TOOLS = ("datasets", "pandas", "trl", "matplotlib", "rich")
         ("finetune_trainer.cli", (*TORCH, *SCORES, *TOOLS, "boto3", "pyarrow", "numpy", "yaml")),
         ("finetune_trainer.local.manifest", (*TORCH, *SCORES, *TOOLS, "boto3", "numpy")),
         ("finetune_trainer.local.runner", (*TORCH, *SCORES, "datasets", "pandas")),
+        ("finetune_trainer.local.results", (*TORCH, *SCORES, "datasets", "pandas")),
         ("finetune_trainer.local.templates", ("torch", "peft", "accelerate", *SCORES)),
         ("finetune_trainer.optional_packages", (*TORCH, *SCORES, *TOOLS, "boto3", "numpy")),
         ("finetune_trainer.train.process", (*TORCH, *SCORES, *TOOLS, "boto3", "numpy")),

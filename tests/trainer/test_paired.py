@@ -19,6 +19,7 @@ from finetune_trainer.evaluate.paired import (
     Scale,
     Score,
     compare,
+    estimate,
     verdict,
 )
 
@@ -235,6 +236,26 @@ def test_equal_answers_of_few_groups_decide_nothing_and_of_many_are_not_better()
         found.append(compare(same, same, SHARE, np.repeat(np.arange(groups), 4)))
     assert [f.verdict for f in found] == ["TooFewSamples", "NotBetter"]
     assert all(f.low < 0 < f.high and f.p == 1 for f in found)
+
+
+def test_answers_that_are_all_right_are_no_certainty() -> None:
+    """Of metrics that are resampled, where all resamples are equal."""
+
+    def all_right(samples: int) -> MacroScore:
+        labels = np.arange(samples) % 2
+        return MacroScore(labels, labels, labels=2, metric="F1")
+
+    scale = Scale(higher_is_better=True, min_effect=0.02, span=1.0)
+    found = [compare(all_right(n), all_right(n), scale) for n in (25, 400)]
+    assert [f.verdict for f in found] == ["TooFewSamples", "NotBetter"]
+    assert all(f.low == -f.high < 0 and f.p == 1 for f in found)
+    known = [estimate(all_right(n), span=1.0) for n in (25, 400)]
+    assert [(e.value, e.high) for e in known] == [(1.0, 1.0)] * 2
+    assert 0.8 < known[0].low < 0.9 < known[1].low < 1
+    wrong = MacroScore(np.arange(25) % 2, np.full(25, -1), labels=2, metric="F1")
+    gained = compare(wrong, all_right(25), scale)
+    assert (gained.verdict, gained.effect, gained.high) == ("Better", 1.0, 1.0)
+    assert 0.9 < gained.low < 1
 
 
 def test_a_gain_is_found_at_its_planned_size() -> None:

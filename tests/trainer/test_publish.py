@@ -271,6 +271,9 @@ def test_gates_and_the_current_model_decide_what_is_used(
     good = train("1-good", 30, "1e-2")
     first = publish(good.run_spec, good.stores, tmp_path / "first")
     assert (first.held, first.became_current) == (None, True)
+    main = first.main_result
+    assert main is not None and (main.data_set, main.metric) == ("support", "Accuracy")
+    assert main.verdict == "Better" and main.gain.startswith("+") and main.current_gap is None
     current = pointer.read().file.current
     assert current is not None and (current.run, current.digest) == ("1-good", first.digest)
     assert "held" not in good.json("manifest.json")
@@ -289,6 +292,7 @@ def test_gates_and_the_current_model_decide_what_is_used(
     assert "support Loss BetterThan: against Base" in second.held
     assert "a gain of evaluation.minEffect is ruled out" in second.held
     assert "current model 1-good: support Accuracy" in second.held
+    assert second.main_result is not None and (second.main_result.current_gap or 0) < -0.2
     assert poor.json("manifest.json")["held"] == second.held
     assert (poor.fetch(tmp_path / "got") / "report.html").read_text().count("missed") >= 2
     row = poor.json("metrics.json")["test"][0]["rows"][-1]

@@ -178,11 +178,11 @@ FAILURES: Final[tuple[FailureRow, ...]] = (
         " NoChatTemplate NoCompiler NoEarlierModel NoEndToken NoFP8 NoMatrices NoObjects"
         " NoPaddingToken NoRouter NoSuchParameters NoSumOfAdapters NoTargetModules"
         " NotACurrentFile NotMergeable NotTrained NothingToAsk NothingToMix NothingToReplay"
-        " ObjectNotFound OutsideClaim PackageMissing QuestionsDoNotFit RunSpecMissing"
-        " ScratchFull SharedMemoryFull SliceFieldMissing StageTooShort StateUnreadable"
-        " StorageInUse StorageNotInstalled StoreIgnoresConditions TemplateTooCostly"
-        " UnknownObjectType UnreadableModel UnsuitableMethod UnsuitableModel UnsupportedModel"
-        " UnsupportedTokenizer VocabularyMismatch",
+        " ObjectNotFound OutsideClaim PackageMissing PublishedFileGone QuestionsDoNotFit"
+        " RunSpecMissing ScratchFull SharedMemoryFull SliceFieldMissing StageTooShort"
+        " StateUnreadable StorageInUse StorageNotInstalled StoreIgnoresConditions"
+        " TemplateTooCostly UnknownObjectType UnreadableModel UnsuitableMethod UnsuitableModel"
+        " UnsupportedModel UnsupportedTokenizer VocabularyMismatch",
         "the manifest is invalid or cannot be satisfied",
     ),
     _observed(

@@ -248,6 +248,22 @@ class Ancestor(Record):
     """Published formats: adapter, merged."""
 
 
+class MainResult(Record):
+    """What the tuned model gained on the first test set, by the metric that compares its rows."""
+
+    data_set: Word
+    """Name of the test set."""
+    metric: Word
+    """Name of the metric."""
+    verdict: Word
+    """``Verdict`` of the comparison with the base model."""
+    gain: Word
+    """Gain over the base model with its 95 % interval: ``+47.5 % (20, 60)``."""
+    current_gap: float | None = None
+    """Value minus that of the model in use before, over the same samples. None: none was compared.
+    """
+
+
 class PublishSummary(Record):
     """Summary of publish."""
 
@@ -263,6 +279,8 @@ class PublishSummary(Record):
     """Size of a full model's weights in the dtype of the base."""
     scores: list[DataSetScores] = []
     """Test metrics with their comparisons; cut as those of TrainSummary."""
+    main_result: MainResult | None = None
+    """The main result; None: no test set, or nothing to compare it with."""
     recommendation: Annotated[str, Field(max_length=1024)] | None = None
     """What the test sets recommend, in words."""
     overfitting: Annotated[str, Field(max_length=1024)] | None = None

@@ -196,6 +196,22 @@ class MetricValue(Model):
     (the test set decides nothing)."""
 
 
+class MainResultStatus(Model):
+    """What the tuned model gained on the first test set, by the metric that compares its rows."""
+
+    data_set: Word
+    """Name of the test set."""
+    metric: Word
+    """Name of the metric."""
+    verdict: Word
+    """Better, Worse, NotBetter or TooFewSamples, as in status.evaluation."""
+    gain: Word
+    """Gain over the base model with its 95 % confidence interval: +47.5 % (20, 60)."""
+    current_gap: Number | None = None
+    """Value minus that of the model in use before, over the same samples. Absent: no model was in
+    use, or it could not be compared."""
+
+
 class OutputStatus(Model):
     """The published model."""
 
@@ -406,6 +422,8 @@ class FineTuneJobStatus(Model):
     """Checkpoints of the run."""
     evaluation: Annotated[list[MetricValue], Field(max_length=256)] = []
     """Test metrics of the base model and the tuned model."""
+    main_result: MainResultStatus | None = None
+    """The main one of these, once the model is published."""
     parameters: ParameterStatus | None = None
     """Number of parameters of the model."""
     output: OutputStatus | None = None

@@ -37,6 +37,11 @@ class MetricKind:
     point: float = 0.01
     """A point of the metric: a hundredth of a share or of a nat; 1 where it goes from 0 to 100."""
 
+    @property
+    def span(self) -> float | None:
+        """Best value minus worst value; None: losses have no limit."""
+        return None if self.source == "Loss" else 100 * self.point
+
 
 METRICS: Final[dict[Metric, MetricKind]] = {
     "Loss": MetricKind("Loss", higher_is_better=False, percent=False),

@@ -157,7 +157,12 @@ def _per_job(jobs: Iterable[Mapping[str, Any]]) -> Iterator[Metric]:
     test = GaugeMetricFamily(
         "finetune_job_test_metric",
         "Test metrics of finished runs, of the base and of the tuned model.",
-        labels=[*who, "data_set", "metric", "model"],
+        labels=[*who, "run", "data_set", "metric", "model"],
+    )
+    gap = GaugeMetricFamily(
+        "finetune_job_current_gap",
+        "Main metric of the finished run minus that of the model in use before, on equal samples.",
+        labels=[*who, "run", "data_set", "metric"],
     )
     for job in jobs:
         status = job.get("status") or {}
@@ -167,14 +172,20 @@ def _per_job(jobs: Iterable[Mapping[str, Any]]) -> Iterator[Metric]:
             if key in figures:
                 family.add_metric(name, float(figures[key]))
         restarts.add_metric(name, status.get("restarts", 0))
+        run = (status.get("run") or {}).get("id", "")
         for row in status.get("evaluation") or []:
             for model in ("base", "tuned"):
                 if model in row:
-                    labels = [*name, row["dataSet"], row["metric"], model]
+                    labels = [*name, run, row["dataSet"], row["metric"], model]
                     test.add_metric(labels, float(row[model]))
+        main = status.get("mainResult") or {}
+        if "currentGap" in main:
+            labels = [*name, run, main["dataSet"], main["metric"]]
+            gap.add_metric(labels, float(main["currentGap"]))
     yield from families.values()
     yield restarts
     yield test
+    yield gap
 
 
 def _snake(camel: str) -> str:

@@ -19,6 +19,7 @@ from finetune_api.names import ENV_WORKER
 from finetune_trainer.threads import thread_environment
 
 _MANIFEST_HELP: Final = "a FineTuneJob; its relative paths start from its folder; -: standard input"
+_MODEL_HELP: Final = "folder of a model: spec.output.destination and the run's ID"
 
 if TYPE_CHECKING:
     from finetune_api.results import PreparedSummary, PublishSummary
@@ -86,6 +87,21 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     templates.set_defaults(command=_templates)
 
+    report = commands.add_parser("report", help="show the results of a published model")
+    report.add_argument("model", metavar="S3_URI", help=_MODEL_HELP)
+    _storage_options(report)
+    report.set_defaults(command=_report)
+    compare = commands.add_parser(
+        "compare", help="compare published models on the samples that all have answered"
+    )
+    compare.add_argument("models", nargs="+", metavar="S3_URI", help=_MODEL_HELP)
+    compare.add_argument(
+        "--min-effect", type=float, default=2.0, metavar="POINTS",
+        help="smallest gain that matters, in hundredths of a share or of a nat (default: 2)",
+    )  # fmt: skip
+    _storage_options(compare)
+    compare.set_defaults(command=_compare)
+
     current = commands.add_parser("current", help="show the model in use at a destination")
     _current_options(current)
     current.set_defaults(command=_current)
@@ -124,11 +140,38 @@ def _parser() -> argparse.ArgumentParser:
 
 def _current_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", metavar="S3_URI", help="spec.output.destination")
+    _storage_options(parser)
+
+
+def _storage_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--endpoint", metavar="URL", help="S3 endpoint for s3:// URIs")
     parser.add_argument(
         "--local-storage", action="store_true", help="the embedded storage of the state folder"
     )
     parser.add_argument("--state-dir", type=Path, default=Path(".finetune"), metavar="DIR")
+
+
+def _report(options: argparse.Namespace) -> int:
+    from finetune_trainer.local.results import report
+
+    return report(
+        options.model,
+        options.state_dir,
+        endpoint=options.endpoint,
+        local_storage=options.local_storage,
+    )
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from finetune_trainer.local.results import compare
+
+    return compare(
+        options.models,
+        options.state_dir,
+        endpoint=options.endpoint,
+        local_storage=options.local_storage,
+        min_effect=options.min_effect,
+    )
 
 
 def _current(options: argparse.Namespace, change: Change | None = None) -> int:

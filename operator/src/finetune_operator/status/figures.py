@@ -5,9 +5,16 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 from finetune_api.evaluation_results import DataSetScores
-from finetune_api.results import PreparedSummary, Progress, PublishSummary, TrainSummary
+from finetune_api.results import (
+    MainResult,
+    PreparedSummary,
+    Progress,
+    PublishSummary,
+    TrainSummary,
+)
 from finetune_api.status import (
     DataSetLoss,
+    MainResultStatus,
     MetricValue,
     OutputStatus,
     Prepared,
@@ -117,6 +124,20 @@ def output_status(published: PublishSummary) -> OutputStatus:
         full_copy_bytes=published.full_copy_bytes,
         held=published.held,
         became_current=published.became_current,
+    )
+
+
+def main_result(found: MainResult | None) -> MainResultStatus | None:
+    """The main result, as status shows it."""
+    if found is None:
+        return None
+    return make(
+        MainResultStatus,
+        data_set=found.data_set,
+        metric=found.metric,
+        verdict=found.verdict,
+        gain=found.gain,
+        current_gap=number(found.current_gap),
     )
 
 

@@ -39,6 +39,7 @@ def results(view: RunView, stored: FineTuneJobStatus, state: State) -> dict[str,
     found |= _from_training(view, stored, found)
     if view.published is not None:
         found["output"] = figures.output_status(view.published)
+        found["main_result"] = figures.main_result(view.published.main_result)
         with_verdicts = figures.evaluation(view.published.scores)
         found["evaluation"] = with_verdicts or found.get("evaluation") or stored.evaluation
     return found

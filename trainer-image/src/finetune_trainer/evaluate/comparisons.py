@@ -71,7 +71,7 @@ def compare_outcomes(
         if old is None or new is None or old.samples != new.samples:
             continue
         kind = METRICS[metric]
-        scale = Scale(kind.higher_is_better, min_points * kind.point)
+        scale = Scale(kind.higher_is_better, min_points * kind.point, kind.span)
         compared = compare(old, new, scale, base.groups_of(metric))
         if compared is not None:
             found[metric] = compared

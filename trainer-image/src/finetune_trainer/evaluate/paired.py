@@ -151,6 +151,8 @@ class Scale:
     higher_is_better: bool
     min_effect: float
     """Smallest gain that matters, in units of the metric, above 0."""
+    span: float | None = None
+    """Best value of the metric minus its worst; None: it has no limits."""
 
     @property
     def sign(self) -> int:
@@ -196,8 +198,9 @@ def compare(
         found = _paired_t(old, new, groups)
     else:
         found, few = _bootstrap(old, new, groups), count < FEWEST_GROUPS
-    if answers is not None and found.error == 0 and effect == 0:
-        found = _without_discordance(count)
+    span = scale.span if answers is None else 1.0
+    if found.error == 0 and span is not None:
+        found = _without_spread(found, effect, count, span)
     detectable = (_normal(1 - ALPHA / 2) + _normal(POWER)) * found.error
     needed = math.ceil(new.samples * (detectable / scale.min_effect) ** 2)
     if few:
@@ -226,15 +229,19 @@ class Estimated(NamedTuple):
     high: float | None
 
 
-def estimate(score: Score, groups: Groups | None = None) -> Estimated | None:
+def estimate(
+    score: Score, groups: Groups | None = None, span: float | None = None
+) -> Estimated | None:
     """Value of a metric with its interval. None: undefined.
 
     The interval is Wilson's for shares of samples that are groups of their own (Wilson 1927), else
     of the percentiles of the bootstrap over groups, from FEWEST_GROUPS on; with more than
-    MANY_GROUPS groups, of a mean's normal distribution.
+    MANY_GROUPS groups, of a mean's normal distribution. Where all resamples are equal, as where all
+    answers are right, it is Wilson's of as many groups.
 
     Args:
         groups: as for ``compare``.
+        span: as in ``Scale``; the worst value is 0.
     """
     if not score.samples:
         return None
@@ -255,6 +262,9 @@ def estimate(score: Score, groups: Groups | None = None) -> Estimated | None:
         return Estimated(value, None, None)
     draws = np.concatenate([score(weights) for weights in _weights(groups)])
     low, high = np.quantile(draws[np.isfinite(draws)], [ALPHA / 2, 1 - ALPHA / 2])
+    if low == high and span is not None:
+        ends = _wilson(round(value / span * count), count)
+        return Estimated(value, *(min(max(end, 0.0), 1.0) * span for end in ends))
     return Estimated(value, float(low), float(high))
 
 
@@ -385,12 +395,17 @@ def _wilson(right: int, samples: int) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
-def _without_discordance(groups: int) -> Tested:
-    """Test of equal right and wrong answers in groups, which have nothing to resample. One
-    discordant group is assumed, so that few groups do not look like certainty (see
-    ``Discordance.standard_error``)."""
-    spread = _normal(1 - ALPHA / 2) / groups
-    return Tested("SignFlip", 1.0, -spread, spread, 1 / groups)
+def _without_spread(found: Tested, effect: float, groups: int, span: float) -> Tested:
+    """A test whose groups all differ equally, which leaves nothing to resample: none of them, or
+    all of them wholly. One other group is assumed, so that few groups do not look like certainty
+    (see ``Discordance.standard_error``).
+
+    Args:
+        span: see ``Scale``.
+    """
+    spread = _normal(1 - ALPHA / 2) * span / groups
+    low, high = max(effect - spread, -span), min(effect + spread, span)
+    return found._replace(low=low, high=high, error=0.0 if effect else span / groups)
 
 
 def _difference(old: Score, new: Score, weights: Floats) -> Floats:

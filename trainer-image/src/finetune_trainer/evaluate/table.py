@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune_api.evaluation_results import Comparison, Estimate, Metrics, Row, SetTable, TableRow
-from finetune_api.tasks import Metric
+from finetune_api.tasks import METRICS, Metric
 from finetune_trainer.evaluate.comparisons import Outcome, compare_outcomes, score_of
 from finetune_trainer.evaluate.paired import Groups, estimate, holm, value_of
 from finetune_trainer.evaluate.scores import answers_to
@@ -192,7 +192,7 @@ def estimates(row: RowOutcome, metrics: Sequence[Metric]) -> dict[str, Estimate]
     outcome = row.outcome(row.samples)
     for metric in metrics:
         score = score_of(metric, outcome)
-        known = estimate(score, outcome.groups_of(metric)) if score else None
+        known = estimate(score, outcome.groups_of(metric), METRICS[metric].span) if score else None
         if known is not None:
             value, low, high = known
             spread = _spread(row, metric)

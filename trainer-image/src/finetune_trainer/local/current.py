@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +11,7 @@ from rich.text import Text
 
 from finetune_trainer.failures import TrainerError, UserError, printable
 from finetune_trainer.local.display import show_error
-from finetune_trainer.local.state import StateFolder
+from finetune_trainer.local.storage import published_store
 from finetune_trainer.storage.current import (
     CurrentFile,
     CurrentPointer,
@@ -20,9 +19,7 @@ from finetune_trainer.storage.current import (
     rolled_back,
     used_model,
 )
-from finetune_trainer.storage.objectstore import ObjectStore
 from finetune_trainer.storage.published import MANIFEST, read_published
-from finetune_trainer.storage.s3server import EmbeddedS3
 
 
 def current(
@@ -33,7 +30,7 @@ def current(
     exit code."""
     console = Console()
     try:
-        with _store(state_dir, endpoint, local_storage) as store:
+        with published_store(state_dir, endpoint, local_storage) as store:
             pointer = CurrentPointer(store, destination)
             file = pointer.change(change(pointer)) if change else pointer.read().file
     except TrainerError as error:
@@ -77,15 +74,6 @@ def to(run: str) -> Change:
         return lambda file: file.moved(model)
 
     return change
-
-
-@contextmanager
-def _store(state_dir: Path, endpoint: str | None, local_storage: bool) -> Iterator[ObjectStore]:
-    if not local_storage:
-        yield ObjectStore(endpoint)
-        return
-    with EmbeddedS3(StateFolder(state_dir).storage) as server:
-        yield server.store()
 
 
 def _show(console: Console, uri: str, file: CurrentFile) -> None:

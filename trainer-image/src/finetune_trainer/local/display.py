@@ -4,6 +4,7 @@ elsewhere, and the table of test metrics."""
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Final, Self
 
@@ -12,9 +13,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
+from finetune_api.evaluation_results import DataSetScores
 from finetune_api.results import Failure, PreparedSummary, PublishSummary, TrainSummary
 from finetune_api.results import Progress as TrainProgress
-from finetune_trainer.failures import TrainerError, exit_code, failure_of
+from finetune_trainer.failures import TrainerError, exit_code, failure_of, printable
 from finetune_trainer.publish.run_facts import by_set, scores_of
 
 _COLOURS: Final = {True: "green", False: "red", None: "dim"}
@@ -101,23 +103,9 @@ class Display:
         if not published.scores:
             self.say("No test set: give data.test, or a data.split.test above 0.")
             return
-        table = Table(
-            title="Test metrics, gains with their 95 % intervals",
-            title_justify="left",
-            title_style="bold",
+        self.console.print(
+            scores_table("Test metrics, gains with their 95 % intervals", published.scores)
         )
-        for name in ("data set", "metric", "base", "tuned", "gain", "interval", "verdict"):
-            text = name in ("data set", "metric", "verdict")
-            table.add_column(name, justify="left" if text else "right")
-        for name, rows in by_set(scores_of(published.scores)):
-            for i, row in enumerate(rows):
-                gain, colour = row.show(row.gain, signed=True), _COLOURS[row.better]
-                table.add_row(
-                    escape(name) if i == 0 else "", row.metric, row.show(row.base),
-                    row.show(row.tuned), f"[{colour}]{gain}[/]", row.interval, row.verdict,
-                )  # fmt: skip
-            table.add_section()
-        self.console.print(table)
         if published.recommendation:
             self.say(f"Advice:  {published.recommendation}")
         if published.overfitting:
@@ -132,6 +120,23 @@ class Display:
         spent = trained.time
         if spent is not None:
             self.say(f"Time:    {duration(spent.total)} of processes: {spent.text}")
+
+
+def scores_table(title: str, scores: Iterable[DataSetScores]) -> Table:
+    """Return a table of the metrics of base and tuned model."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in ("data set", "metric", "base", "tuned", "gain", "interval", "verdict"):
+        text = name in ("data set", "metric", "verdict")
+        table.add_column(name, justify="left" if text else "right")
+    for name, rows in by_set(scores_of(scores)):
+        for i, row in enumerate(rows):
+            gain, colour = row.show(row.gain, signed=True), _COLOURS[row.better]
+            table.add_row(
+                escape(printable(name)) if i == 0 else "", row.metric, row.show(row.base),
+                row.show(row.tuned), f"[{colour}]{gain}[/]", row.interval, row.verdict,
+            )  # fmt: skip
+        table.add_section()
+    return table
 
 
 def show_error(console: Console, error: TrainerError) -> int:

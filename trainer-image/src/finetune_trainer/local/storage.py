@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from finetune_api.names import SECRET_KEYS, storage_env
@@ -13,7 +14,7 @@ from finetune_api.run_spec import RunSpec
 from finetune_api.sources import DATA_LISTS
 from finetune_api.spec import FineTuneJobSpec, parse_spec
 from finetune_trainer.local.state import StateFolder
-from finetune_trainer.storage.objects import split_uri
+from finetune_trainer.storage.objects import ObjectStore, split_uri
 from finetune_trainer.storage.s3server import EmbeddedS3
 
 # Any of these shows that the user has an object storage account.
@@ -62,6 +63,23 @@ def storage_for(
             yield Where(reached_at(spec, server.endpoint, embedded=True), keys, server)
     else:
         yield Where(reached_at(spec, endpoint or spec.storage.endpoint), {}, None)
+
+
+@contextmanager
+def published_store(
+    state_dir: Path, endpoint: str | None, force_embedded: bool
+) -> Iterator[ObjectStore]:
+    """Provide the storage of published models while the context lasts.
+
+    Args:
+        endpoint: None: that of the environment, or Amazon S3.
+        force_embedded: use the embedded server of the state folder.
+    """
+    if not force_embedded:
+        yield ObjectStore(endpoint)
+        return
+    with EmbeddedS3(StateFolder(state_dir).storage) as server:
+        yield server.store()
 
 
 def uses_embedded(spec: FineTuneJobSpec, endpoint: str | None, environ: Mapping[str, str]) -> bool:

@@ -32,7 +32,13 @@ from finetune_trainer.publish.predictions import (
     predictions_of,
     write_predictions,
 )
-from finetune_trainer.publish.results import advice, cut, evaluate, with_comparisons
+from finetune_trainer.publish.results import (
+    advice,
+    cut,
+    evaluate,
+    main_result,
+    with_comparisons,
+)
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.current import (
     TRIES,
@@ -79,6 +85,7 @@ def publish(run_spec: RunSpec, stores: Stores, scratch: Path) -> PublishSummary:
     summary = summarise(run_spec.output_uri, *found).model_copy(
         update={
             "scores": with_comparisons(result.summary.scores, evaluation),
+            "main_result": main_result(evaluation),
             "recommendation": advice(evaluation),
             "overfitting": overfit.warning if overfit else None,
             "held": cut(evaluation.held),
@@ -229,7 +236,7 @@ def _fits(result: runfiles.RunResult) -> bool:
 def write_documents(about: run_facts.About, data_report: bytes, folder: Path) -> None:
     """Write metrics.json, report.html and README.md."""
     papers = {
-        "metrics.json": run_facts.metrics_text(about),
+        run_facts.METRICS_FILE: run_facts.metrics_text(about),
         "report.html": report.render(about, data_report),
         "README.md": modelcard.render(about),
     }

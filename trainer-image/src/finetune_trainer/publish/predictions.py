@@ -22,15 +22,14 @@ from pydantic import Field
 from finetune_api.base import Record
 from finetune_api.evaluation_results import CURRENT, TUNED
 from finetune_trainer.evaluate.table import Answered
+from finetune_trainer.failures import UserError
 from finetune_trainer.personal import redacted
 from finetune_trainer.publish.measured_sets import MeasuredSet
 from finetune_trainer.storage.current import UsedModel
-from finetune_trainer.storage.objects import ObjectNotFound, ObjectStore
-from finetune_trainer.storage.published import read_published
+from finetune_trainer.storage.objects import ObjectStore
+from finetune_trainer.storage.published import published_file, read_published
 
 PREDICTIONS: Final = "predictions.jsonl"
-_MOST: Final = 1 << 30
-"""Bytes of a file that is read: it is in memory as a whole."""
 log = logging.getLogger(__name__)
 
 
@@ -41,6 +40,9 @@ class Prediction(Record):
     """Name of the test or retention set."""
     sample: str
     """Digest of prompt, reference and label."""
+    group: int | None = None
+    """Number of the sample's group within the set: the samples of a group are one unit of the
+    statistics. None: an earlier release wrote the line."""
     prompt: str | None = None
     """Text of the prompt; None: the sample has no answers."""
     reference: str | None = None
@@ -76,6 +78,7 @@ def predictions_of(found: MeasuredSet, redact: bool) -> Iterator[Prediction]:
         yield Prediction(
             data_set=found.name,
             sample=digest,
+            group=int(found.groups[number]),
             prompt=reference.prompt if reference else None,
             reference=reference.completion if reference else None,
             label=reference.label if reference else None,
@@ -177,13 +180,7 @@ def _predictions(
         found = read_published(store, model.uri)
         if found is None or hashlib.sha256(found[1]).hexdigest() != model.digest:
             raise ValueError("its manifest.json is gone, or another one")
-        known = found[0].files.get(PREDICTIONS)
-        if known is None or known.bytes > _MOST:
-            raise ValueError(f"it has no {PREDICTIONS}, or a very large one")
-        text = store.get(f"{model.uri}/{PREDICTIONS}")
-        if hashlib.sha256(text).hexdigest() != known.sha256:
-            raise ValueError(f"its {PREDICTIONS} has changed")
-        return read_predictions(text, sets)
-    except (ObjectNotFound, ValueError) as error:
+        return read_predictions(published_file(store, model.uri, found[0], PREDICTIONS), sets)
+    except (UserError, ValueError) as error:
         log.warning("the current model %s is not compared: %s", model.uri, error)
         return {}

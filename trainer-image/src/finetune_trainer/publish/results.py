@@ -9,15 +9,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from finetune_api.evaluation_results import (
+    BASE,
+    CURRENT,
     TUNED,
     CurrentResult,
     DataSetScores,
     EvaluationResult,
     SetTable,
 )
+from finetune_api.results import MainResult
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.evaluate.gates import against_current, results_of_gates
-from finetune_trainer.evaluate.recommendation import recommend
+from finetune_trainer.evaluate.metric_text import interval_text, shown
+from finetune_trainer.evaluate.recommendation import primary_of, recommend
 from finetune_trainer.evaluate.slices import slices_of
 from finetune_trainer.evaluate.table import adjusted, rows_of, table_of
 from finetune_trainer.publish.measured_sets import MeasuredSet
@@ -81,6 +85,30 @@ def with_comparisons(
         if row.row == "Base"
     }
     return [s.model_copy(update={"comparisons": compared.get(s.name, {})}) for s in scores]
+
+
+def main_result(result: EvaluationResult) -> MainResult | None:
+    """What the tuned model gained on the first test set that has a comparison with the base model,
+    by the metric that compares its rows. None: no set has one."""
+    for table in result.sets:
+        base, tuned, current = (
+            next((r for r in table.rows if r.row == row.name), None)
+            for row in (BASE, TUNED, CURRENT)
+        )
+        metric = primary_of(tuned.metrics) if tuned else None
+        found = base.comparisons.get(metric) if base and metric else None
+        if table.retention or metric is None or found is None:
+            continue
+        against = current.comparisons.get(metric) if current else None
+        ends = interval_text(metric, found.low, found.high)
+        return MainResult(
+            data_set=table.name,
+            metric=metric,
+            verdict=found.verdict,
+            gain=f"{shown(metric, found.effect, signed=True)} ({ends})",
+            current_gap=against.effect if against else None,
+        )
+    return None
 
 
 def advice(result: EvaluationResult) -> str | None:

@@ -24,6 +24,7 @@ from finetune_api.run_spec import RunSpec
 from finetune_api.sources import ModelLocation
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.tasks import METRICS, Metric, MetricKind
+from finetune_trainer.evaluate.metric_text import interval_text
 from finetune_trainer.prepared.manifest import DataManifest
 from finetune_trainer.prepared.origins import MOST, in_words
 from finetune_trainer.publish.measured_sets import MeasuredSet
@@ -31,6 +32,9 @@ from finetune_trainer.publish.overfitting import Overfitting, overfitting
 from finetune_trainer.publish.results import with_comparisons
 from finetune_trainer.storage.runfiles import Example, RunResult
 
+METRICS_FILE: Final = "metrics.json"
+TABLE_KEYS: Final = ("retention", "rows", "recommendation", "slices")
+"""What ``metrics.json`` has of a ``SetTable``, for each test set."""
 _HUGE: Final = 1e9
 """Larger values are shown with an exponent: a perplexity may have 300 digits."""
 _CLASSES_SHOWN: Final = 20
@@ -81,7 +85,8 @@ class Score:
             return "–"
         if found.low is None or found.high is None:
             return self.show(found.value)
-        return f"{self.show(found.value)} ({self._ends(found.low, found.high)})"
+        ends = interval_text(cast(Metric, self.metric), found.low, found.high)
+        return f"{self.show(found.value)} ({ends})"
 
     @property
     def interval(self) -> str:
@@ -89,11 +94,7 @@ class Score:
         found = self.comparison
         if found is None:
             return ""
-        return self._ends(found.low, found.high)
-
-    def _ends(self, low: float, high: float) -> str:
-        ends = (end * (100 if self.kind.percent else 1) for end in (low, high))
-        return ", ".join(f"{end:,.0f}" if abs(end) >= 1000 else f"{end:.3g}" for end in ends)
+        return interval_text(cast(Metric, self.metric), found.low, found.high)
 
     @property
     def verdict(self) -> str:
@@ -297,7 +298,7 @@ def artefact_text(found: ArtefactResult | None) -> str:
 def _table_of(about: About, name: str) -> dict[str, Any]:
     """The rows of a test set, what they recommend, and its slices."""
     table = next((t.to_json() for t in about.evaluation.sets if t.name == name), {})
-    return {key: table.get(key) for key in ("retention", "rows", "recommendation", "slices")}
+    return {key: table.get(key) for key in TABLE_KEYS}
 
 
 def _finite(raw: Any) -> Any:

@@ -30,6 +30,7 @@ from finetune_trainer.storage.objects import ObjectNotFound, ObjectStore, Stores
 
 MANIFEST: Final = "manifest.json"
 ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
+_MOST_BYTES: Final = 1 << 30
 _PICKLES: Final = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -92,6 +93,29 @@ def read_published(store: ObjectStore, uri: str) -> tuple[Manifest, bytes] | Non
     except ObjectNotFound:
         return None
     return Manifest.model_validate_json(text), text
+
+
+def published_file(store: ObjectStore, uri: str, manifest: Manifest, name: str) -> bytes:
+    """Return a file of a published model, as the run wrote it.
+
+    Raises:
+        UserError: 'PublishedFileGone', the model has no such file, a very large one (it is read
+            into memory), or one that has changed.
+    """
+    known = manifest.files.get(name)
+    if known is None or known.bytes > _MOST_BYTES:
+        raise UserError("PublishedFileGone", f"{uri} has no {name}, or a very large one")
+    try:
+        text = store.get(f"{uri}/{name}")
+    except ObjectNotFound:
+        text = b""
+    if hashlib.sha256(text).hexdigest() != known.sha256:
+        raise UserError(
+            "PublishedFileGone",
+            f"{uri}/{name} is not the file that run {manifest.run} published (sha256"
+            f" {known.sha256}): it was removed, or has changed; restore it",
+        )
+    return text
 
 
 def find_base(run_spec: RunSpec, stores: Stores) -> Base:

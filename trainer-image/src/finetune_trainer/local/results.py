@@ -1,0 +1,180 @@
+"""``finetune report`` and ``finetune compare``: results of published models on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from finetune_api.evaluation_results import EvaluationResult
+from finetune_trainer.failures import TrainerError, UserError, printable
+from finetune_trainer.local.display import scores_table, show_error
+from finetune_trainer.local.storage import published_store
+from finetune_trainer.publish.model_comparison import ComparedSet, Model, compare_models
+from finetune_trainer.publish.published_results import (
+    PublishedResults,
+    read_all_predictions,
+    read_results,
+)
+from finetune_trainer.publish.row_tables import ShownTable, counted, shown_tables
+from finetune_trainer.publish.run_facts import Score, artefact_text, scores_of
+
+LETTERS: Final = "ABCDEFGH"
+"""Names of the models in the tables of a comparison: as many as it may have."""
+
+
+def report(uri: str, state_dir: Path, *, endpoint: str | None, local_storage: bool) -> int:
+    """Show the results of a published model, and return the exit code.
+
+    Args:
+        uri: folder of the model.
+    """
+    console = Console()
+    try:
+        with published_store(state_dir, endpoint, local_storage) as store:
+            results = read_results(store, uri)
+    except TrainerError as error:
+        return show_error(console, error)
+    _show_report(console, results)
+    return 0
+
+
+def compare(
+    uris: Sequence[str], state_dir: Path, *, endpoint: str | None, local_storage: bool,
+    min_effect: float,
+) -> int:  # fmt: skip
+    """Compare published models on the samples that all have answered, and return the exit code.
+
+    Args:
+        uris: folders of the models; the others are compared with the first.
+        min_effect: as ``evaluation.minEffect``, in hundredths.
+    """
+    console = Console()
+    try:
+        if not 2 <= len(uris) <= len(LETTERS):
+            raise UserError(
+                "InvalidAddress", f"{len(uris)} models given; 2 to {len(LETTERS)} can be compared"
+            )
+        with published_store(state_dir, endpoint, local_storage) as store:
+            found = [read_results(store, uri) for uri in uris]
+            models = [
+                Model(
+                    each.name,
+                    read_all_predictions(store, each),
+                    {scores.name: list(scores.tuned) for scores in each.scores},
+                )
+                for each in found
+            ]
+        compared = compare_models(models, min_effect)
+    except TrainerError as error:
+        return show_error(console, error)
+    _legend(console, found)
+    if not compared:
+        _say(console, "No test or retention set has the same name in all models.")
+    for each in compared:
+        _show_compared(console, each)
+    return 0
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(Text(printable(text)), soft_wrap=True)
+
+
+# --- report --------------------------------------------------------------------------------------
+
+
+def _show_report(console: Console, found: PublishedResults) -> None:
+    manifest, evaluation = found.manifest, found.evaluation
+    console.print(Text(printable(found.name), style="bold"))
+    _say(console, f"{manifest.method} on {manifest.base_model}; published at {found.uri}")
+    if manifest.held:
+        _say(console, f"Held:    {manifest.held}")
+    for table in evaluation.sets:
+        if (advice := table.recommendation) is not None:
+            _say(console, f"Advice:  {table.name}: {advice.action}: {advice.because}")
+    if found.overfitting:
+        _say(console, f"Overfit: {found.overfitting}")
+    for retention, title in (
+        (False, "Test metrics, gains with their 95 % intervals"),
+        (True, "Retention sets: what was forgotten"),
+    ):
+        names = {table.name for table in evaluation.sets if table.retention is retention}
+        scores = [each for each in found.scores if each.name in names]
+        if scores:
+            console.print(scores_table(title, scores))
+    for shown in shown_tables(evaluation, scores_of(found.scores)):
+        console.print(_rows_table(shown))
+    if evaluation.gates or evaluation.current:
+        console.print(_gates_table(evaluation))
+    if evaluation.artefact is not None:
+        _say(console, artefact_text(evaluation.artefact))
+    _say(console, f"Report:  {found.uri}/report.html")
+
+
+def _rows_table(shown: ShownTable) -> Table:
+    table = _table(f"{shown.name}: all ways to ask, compared by {shown.primary}")
+    for name in ("row", "samples", *shown.metrics, "tuned is ahead by", "verdict", "tokens"):
+        table.add_column(name, overflow="fold")
+    for row in shown.rows:
+        cells = (row.name, row.samples, *row.values, row.ahead, row.verdict, row.tokens)
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    return table
+
+
+def _gates_table(evaluation: EvaluationResult) -> Table:
+    table = _table("Gates")
+    for name in ("gate", "data set", "result", "figures"):
+        table.add_column(name, overflow="fold")
+    lines = [(f"{g.metric} {g.operator}", g.data_set, g.passed, g.because)
+             for g in evaluation.gates]  # fmt: skip
+    if (current := evaluation.current) is not None:
+        lines.append((f"current model {current.run or ''}", "", current.passed, current.because))
+    for gate, name, passed, because in lines:
+        result = Text("passed", "green") if passed else Text("missed", "red")
+        table.add_row(Text(printable(gate)), Text(printable(name)), result,
+                      Text(printable(because)))  # fmt: skip
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=Text(printable(title), "bold"), title_justify="left")
+
+
+# --- compare -------------------------------------------------------------------------------------
+
+
+def _legend(console: Console, found: Sequence[PublishedResults]) -> None:
+    for letter, each in zip(LETTERS, found, strict=False):
+        _say(console, f"{letter}: {each.name}, {each.uri}")
+
+
+def _show_compared(console: Console, found: ComparedSet) -> None:
+    if not found.models:
+        _say(console, f"{found.name}: no sample is the same in all models; not compared.")
+        return
+    common = counted(found.samples, found.groups)
+    some = "" if found.samples == found.of else f", of {found.of:,}"
+    table = _table(f"{found.name}: {common} samples in common{some}")
+    for name in ("metric", "model", "value", "against A", "p", "verdict"):
+        table.add_column(name, overflow="fold")
+    for metric in found.metrics:
+        for letter, model in zip(LETTERS, found.models, strict=False):
+            estimate = model.estimates.get(metric)
+            if estimate is None:
+                continue
+            compared = model.comparisons.get(metric)
+            score = Score(found.name, found.samples, metric, None, estimate.value, compared)
+            effect, p = "", ""
+            if compared is not None:
+                effect = f"{score.show(compared.effect, signed=True)} ({score.interval})"
+                p = f"{compared.p:.2g}"
+            table.add_row(
+                metric if letter == LETTERS[0] else "", letter, score.estimated(estimate), effect,
+                p, score.verdict,
+            )  # fmt: skip
+        table.add_section()
+    console.print(table)

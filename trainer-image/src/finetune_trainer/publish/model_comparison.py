@@ -1,0 +1,143 @@
+"""Published models against each other, on the samples that all of them have answered.
+
+predictions.jsonl of each ──(equal samples)──► RowOutcome of each ──► Comparison with the first
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+
+from finetune_api.evaluation_results import TUNED, Comparison, Estimate
+from finetune_api.tasks import METRICS, Metric
+from finetune_trainer.evaluate.paired import Groups
+from finetune_trainer.evaluate.table import Answered, RowOutcome, compare_rows, estimates
+from finetune_trainer.prepared.dataset import Reference
+from finetune_trainer.publish.predictions import Prediction
+
+
+@dataclass(frozen=True)
+class Model:
+    """A published model."""
+
+    name: str
+    predictions: Sequence[Prediction]
+    metrics: Mapping[str, Sequence[str]]
+    """Metrics that it was measured by, for each set."""
+
+
+@dataclass(frozen=True)
+class ComparedModel:
+    """A model on one set."""
+
+    name: str
+    estimates: Mapping[str, Estimate]
+    """Its metrics, over the common samples."""
+    comparisons: Mapping[Metric, Comparison]
+    """Against the first model; none for the first."""
+
+
+@dataclass(frozen=True)
+class ComparedSet:
+    """A set that all models were measured on."""
+
+    name: str
+    samples: int
+    """Samples that all models know."""
+    of: int
+    """Different samples of the first model."""
+    groups: int | None
+    """Groups of the common samples, where they are fewer."""
+    metrics: Sequence[Metric]
+    models: Sequence[ComparedModel]
+    """In the order of the command; none where no sample is common."""
+
+
+def compare_models(models: Sequence[Model], min_points: float) -> list[ComparedSet]:
+    """Compare models on the sets that all of them know by name.
+
+    Args:
+        models: the first is the one that the others are compared with.
+        min_points: smallest gain that matters; see ``compare_outcomes``.
+    """
+    first, *others = models
+    names = dict.fromkeys(line.data_set for line in first.predictions)
+    for other in others:
+        theirs = {line.data_set for line in other.predictions}
+        names = dict.fromkeys(name for name in names if name in theirs)
+    return [_compared(name, models, min_points) for name in names]
+
+
+def _compared(name: str, models: Sequence[Model], min_points: float) -> ComparedSet:
+    known = [_by_sample(model, name) for model in models]
+    common = [sample for sample in known[0] if all(sample in there for there in known)]
+    lines = [[there[sample] for sample in common] for there in known]
+    metrics = [m for m in METRICS if all(m in model.metrics.get(name, ()) for model in models)]
+    groups = _groups(lines[0])
+    rows = [_outcome(these, lines, groups) for these in lines]
+    return ComparedSet(
+        name=name,
+        samples=len(common),
+        of=len(known[0]),
+        groups=count if (count := len(np.unique(groups))) < len(common) else None,
+        metrics=metrics,
+        models=[
+            ComparedModel(
+                model.name,
+                estimates(row, metrics),
+                {} if row is rows[0] else compare_rows(rows[0], row, metrics, min_points),
+            )
+            for model, row in zip(models, rows, strict=True)
+            if common
+        ],
+    )
+
+
+def _by_sample(model: Model, name: str) -> dict[str, Prediction]:
+    """Lines about the samples of a set; of those about equal samples, the first with an answer."""
+    found: dict[str, Prediction] = {}
+    for line in model.predictions:
+        if line.data_set == name and not (line.sample in found and found[line.sample].answers):
+            found[line.sample] = line
+    return found
+
+
+def _groups(lines: Sequence[Prediction]) -> Groups:
+    """Number of the group of each sample; without groups in the file, each is one."""
+    return np.array(
+        [-1 - at if line.group is None else line.group for at, line in enumerate(lines)], np.int64
+    )
+
+
+def _outcome(
+    lines: Sequence[Prediction], all_lines: Sequence[Sequence[Prediction]], groups: Groups
+) -> RowOutcome:
+    """What one model did with the common samples: answers where all models have one, losses where
+    all models have one over equally many labels (that of another tokenizer may not be)."""
+    answered = [
+        at
+        for at, of_sample in enumerate(zip(*all_lines, strict=True))
+        if all(TUNED.name in line.answers for line in of_sample)
+    ]
+    with_loss = [
+        len({line.labels for line in of_sample}) == 1
+        and all(line.loss is not None for line in of_sample)
+        for of_sample in zip(*all_lines, strict=True)
+    ]
+    row = Answered(
+        row=TUNED,
+        samples=answered,
+        answers=[lines[at].answers[TUNED.name] for at in answered],
+        losses=np.array([cast(float, line.loss) if ok else 0.0
+                         for line, ok in zip(lines, with_loss, strict=True)], np.float64),
+        labels=np.array([line.labels if ok else 0
+                         for line, ok in zip(lines, with_loss, strict=True)], np.float64),
+    )  # fmt: skip
+    return RowOutcome([row], [_reference(line) for line in all_lines[0]], groups)
+
+
+def _reference(line: Prediction) -> Reference:
+    return Reference(np.zeros(0, np.int32), line.prompt or "", line.reference or "", line.label)
