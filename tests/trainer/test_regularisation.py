@@ -1,4 +1,4 @@
-"""Label smoothing, noise on embeddings (NEFTune), learning rates by layer."""
+"""Label smoothing, weights of tokens, noise on embeddings (NEFTune), learning rates by layer."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.engine.chunked_head import ChunkedHead
 from finetune_trainer.engine.loss import MicroBatchLosses, TokenLoss
 from finetune_trainer.engine.optimizers import check_optimizer
 from finetune_trainer.engine.packing.dropout import add_noise
@@ -48,6 +49,26 @@ def test_labels_are_smoothed_only_while_training() -> None:
     spread = -logits[micro_batch.predict].log_softmax(-1).mean(-1)
     expected = 0.8 * measured + 0.2 * spread
     torch.testing.assert_close(losses(smooth.train(), micro_batch), expected)
+
+
+def test_tokens_are_weighted_only_while_training() -> None:
+    """In chunks of the head too."""
+    micro_batch, gradients = micro_batch_of([0, 1]), []
+    for weighting, limit in (("None", 2**30), ("Entropy", 2**30), ("Entropy", 4 * 97 * 5)):
+        loss = TokenLoss(tiny_llama(), token_weighting=weighting)
+        loss._chunks = ChunkedHead(loss.model, limit=limit)
+        for training in (False, True):
+            loss.train(training).zero_grad()
+            with layout_context(micro_batch.layout):
+                found = loss(micro_batch).tokens
+            found.mean().backward()
+            grown = torch.cat([p.grad.flatten() for p in loss.parameters() if p.grad is not None])
+            gradients.append((weighting != "None" and training, found.detach(), grown))
+    _, expected, plain = gradients[0]
+    for weighted, found, grown in gradients:
+        torch.testing.assert_close(found, expected)
+        assert torch.allclose(grown, plain, atol=1e-6) is not weighted
+    torch.testing.assert_close(gradients[3][2], gradients[5][2], rtol=1e-5, atol=1e-7)
 
 
 def by_sample(found: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:

@@ -87,6 +87,12 @@ def _rules(task: TaskName) -> list[Rule]:
             ("training.anchor.klCoefficient",),
         ),
         rule(
+            "self.training.tokenWeighting == 'None'",
+            "has no tokens to weight: remove training.tokenWeighting",
+            lambda s: s.training.token_weighting == "None",
+            ("training.tokenWeighting",),
+        ),
+        rule(
             "self.compute.contextParallel == 1",
             "does not support context parallelism: set compute.contextParallel: 1",
             lambda s: s.compute.context_parallel == 1,

@@ -11,6 +11,7 @@ from finetune_api.optimizers import OPTIMIZERS, Anchor, OptimizerKind, Optimizer
 from finetune_api.tasks import Metric
 
 DEFAULT_MAX_LENGTH: Final = 2048
+TokenWeighting = Literal["None", "Entropy", "Probability"]
 
 
 class EarlyStopping(Model):
@@ -92,6 +93,13 @@ class Training(Model):
     label_smoothing: Fraction = "0"
     """Share of the target's probability that is spread over the vocabulary (or the classes) in
     training (Szegedy et al. 2016, arXiv:1512.00567). Evaluation losses have no smoothing."""
+    token_weighting: TokenWeighting = "None"
+    """Weight of each supervised token's gradient, from the prediction of the model in training,
+    against forgetting. Entropy: the entropy of its 20 likeliest tokens by its maximum, so that what
+    the model is sure of changes little (EAFT; Diao et al. 2026, arXiv:2601.02151). Probability:
+    that of the target, so that what the model finds impossible changes little (DFT; Wu et al. 2025,
+    arXiv:2508.05629; with anchor.klCoefficient ASFT, arXiv:2509.23753). Losses that are shown have
+    no weights."""
     neftune_alpha: DecimalString = "0"
     """Scale of uniform noise on the embeddings in training: each value is at most alpha /
     sqrt(tokens of the sample * embedding width) (NEFTune; Jain et al. 2024, arXiv:2310.05914; 5 is
@@ -162,6 +170,13 @@ class Training(Model):
             "labelSmoothing must be below 1: at 1 the targets would not count",
             lambda t: float(t.label_smoothing) < 1,
             ("labelSmoothing",),
+        ),
+        Rule(
+            f"self.tokenWeighting == 'None' || {is_zero('self.labelSmoothing')}",
+            'tokenWeighting is of the target\'s own loss: set labelSmoothing to "0", or'
+            " tokenWeighting to None",
+            lambda t: t.token_weighting == "None" or float(t.label_smoothing) == 0,
+            ("tokenWeighting", "labelSmoothing"),
         ),
         Rule(
             f"!{is_zero('self.layerDecay')}",

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from finetune_api.training import TokenWeighting
 from finetune_trainer.engine.cross_entropy import token_losses
 
 log = logging.getLogger(__name__)
@@ -31,8 +32,7 @@ class ChunkedHead:
         model: the language model, without the adapter around it.
         limit: bytes of the logits of a chunk.
         plain: the result of ``has_plain_head`` before the model's kernels were fused; None:
-        computed
-            when a micro-batch first exceeds the limit.
+            computed when a micro-batch first exceeds the limit.
     """
 
     def __init__(
@@ -53,20 +53,25 @@ class ChunkedHead:
         return self._chunk_tokens if self._is_plain else None
 
     def losses(
-        self, inputs: dict[str, Tensor], predict: Tensor, labels: Tensor, smoothing: float
+        self,
+        inputs: dict[str, Tensor],
+        predict: Tensor,
+        labels: Tensor,
+        smoothing: float,
+        weighting: TokenWeighting,
     ) -> Tensor:
         """Negative log likelihood of each label in nats, float32, shape [supervised].
 
         Args:
             inputs: of the model.
             predict: positions whose next token is a label, shape [supervised].
-            smoothing: ``training.labelSmoothing``.
+            smoothing, weighting: see ``token_losses``.
         """
         hidden = self._model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
         head = self._model.get_output_embeddings()
 
         def part(hidden: Tensor, labels: Tensor) -> Tensor:
-            return token_losses(head(hidden), labels, smoothing)
+            return token_losses(head(hidden), labels, smoothing, weighting)
 
         supervised = hidden.index_select(0, predict)
         each = (torch.split(x, self._chunk_tokens) for x in (supervised, labels))

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
+from finetune_api.training import TokenWeighting
 
-def token_losses(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+LIKELIEST: Final = 20
+"""Tokens whose entropy stands for that of the vocabulary (Diao et al. 2026)."""
+
+
+def token_losses(
+    logits: Tensor, labels: Tensor, smoothing: float = 0.0, weighting: TokenWeighting = "None"
+) -> Tensor:
     """Negative log likelihood of each label in nats, float32, shape [supervised].
 
     Without smoothing it can be differentiated once.
@@ -19,11 +27,48 @@ def token_losses(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tens
         logits: shape [supervised, vocabulary].
         labels: token ids, shape [supervised].
         smoothing: share of the target's probability that is spread over the vocabulary.
+        weighting: of the gradient alone; see ``token_weights``. Without smoothing.
     """
     if smoothing:
         return cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
     losses: Tensor = _InPlaceCrossEntropy.apply(logits.float(), labels)
-    return losses
+    if weighting == "None":
+        return losses
+    weighted: Tensor = _WeightedGradient.apply(losses, token_weights(logits, losses, weighting))
+    return weighted
+
+
+def token_weights(logits: Tensor, losses: Tensor, weighting: TokenWeighting) -> Tensor:
+    """Weight of each token from 0 to 1, without gradient, float32, shape [supervised].
+
+    - Probability: that of the label (DFT, arXiv:2508.05629).
+    - Entropy: that of the LIKELIEST tokens among themselves, by its maximum (EAFT,
+      arXiv:2601.02151).
+
+    Args:
+        logits: shape [supervised, vocabulary].
+        losses: negative log likelihood of each label, shape [supervised].
+    """
+    if weighting == "Probability":
+        return losses.detach().neg().exp()
+    count = min(LIKELIEST, logits.shape[-1])
+    likeliest = logits.detach().topk(count, sorted=False).values.float().log_softmax(-1)
+    return -(likeliest.exp() * likeliest).sum(-1) / math.log(count)
+
+
+class _WeightedGradient(torch.autograd.Function):
+    """Losses as they are, with a weight on the gradient of each."""
+
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(weights)
+        return losses.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (weights,) = ctx.saved_tensors
+        return grads[0] * weights, None
 
 
 class _InPlaceCrossEntropy(torch.autograd.Function):

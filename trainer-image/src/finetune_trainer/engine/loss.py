@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
+from finetune_api.training import TokenWeighting
 from finetune_trainer.engine.chunked_head import ChunkedHead
 from finetune_trainer.engine.compilation import uncompiled
 from finetune_trainer.engine.cross_entropy import token_losses
@@ -66,6 +67,7 @@ class TokenLoss(nn.Module):
         router_coefficient: float = 0.0,
         label_smoothing: float = 0.0,
         anchor_coefficient: float = 0.0,
+        token_weighting: TokenWeighting = "None",
         plain_head: bool | None = None,
     ) -> None:
         """
@@ -84,6 +86,7 @@ class TokenLoss(nn.Module):
         self._chunks = ChunkedHead(inner, plain=plain_head) if self._selects else None
         self._router_coefficient = router_coefficient
         self._label_smoothing = label_smoothing
+        self._token_weighting = token_weighting
         self._anchor_coefficient = anchor_coefficient
         if router_coefficient and "output_router_logits" not in accepted:
             raise UserError(
@@ -170,8 +173,7 @@ class TokenLoss(nn.Module):
         if empty:
             nothing = logits.float().sum()[None] * 0.0
             return MicroBatchLosses(nothing, none, none.new_zeros(0), none, logits[:0])
-        smoothing = self._label_smoothing if self.training else 0.0
-        tokens = token_losses(logits, micro_batch.labels, smoothing)
+        tokens = token_losses(logits, micro_batch.labels, *self._objective)
         added, drift, router = none, none.new_zeros(0), none
         if balanced:
             router = output.aux_loss
@@ -204,11 +206,15 @@ class TokenLoss(nn.Module):
         """The losses of a micro-batch whose logits exceed a chunk."""
         tokens = chunks.losses(
             {"input_ids": micro_batch.input_ids, **self._positions(micro_batch),
-            **self._mask(micro_batch)}, micro_batch.predict, micro_batch.labels,
-            self._label_smoothing if self.training else 0.0,
+            **self._mask(micro_batch)}, micro_batch.predict, micro_batch.labels, *self._objective,
         )  # fmt: skip
         none = tokens.new_zeros(())
         return MicroBatchLosses(tokens, none, tokens.new_zeros(0), none, None)
+
+    @property
+    def _objective(self) -> tuple[float, TokenWeighting]:
+        """Smoothing and weighting of ``token_losses``: both of training alone."""
+        return (self._label_smoothing, self._token_weighting) if self.training else (0.0, "None")
 
 
 class SelectingHead:

@@ -68,6 +68,7 @@ def _token_loss(model: nn.Module, training: Training, plain_head: bool | None) -
         float(training.router_aux_loss_coefficient),
         float(training.label_smoothing),
         float(training.anchor.kl_coefficient),
+        training.token_weighting,
         plain_head,
     )
 
