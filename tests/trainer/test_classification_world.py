@@ -13,6 +13,7 @@ from test_classification import METHODS_HERE
 from worlds import forked
 
 from ports import free_port
+from variants import beyond
 
 pytestmark = pytest.mark.slow
 
@@ -72,7 +73,9 @@ def test_micro_batches_and_ranks_do_not_change_the_result(
         check_alike(found, alone)
 
 
-@pytest.mark.parametrize("name", METHODS_HERE)
+@pytest.mark.parametrize(
+    ("name",), beyond(((name,) for name in METHODS_HERE), lambda name: name in ("Full", "LoRA"))
+)
 def test_a_method_gives_the_same_weights_when_sharded(
     encoder: Path, tmp_path: Path, name: str
 ) -> None:

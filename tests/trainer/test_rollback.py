@@ -30,6 +30,7 @@ from finetune_trainer.storage.objects import Stores
 from finetune_trainer.storage.run_head import Head, Rollback
 from finetune_trainer.train.checkpoint import CheckpointManager
 from finetune_trainer.train.step import optimizer_step
+from variants import beyond
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
@@ -142,7 +143,12 @@ DEATHS = [(0, False), (0, True), (1, False), (4, True)]
 checkpoint."""
 
 
-def test_a_rollback_survives_the_death_of_an_attempt(bench: Bench, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("life", "made"), beyond(DEATHS, lambda life, made: (life, made) in ((0, True), (4, True)))
+)
+def test_a_rollback_survives_the_death_of_an_attempt(
+    bench: Bench, tmp_path: Path, life: int, made: bool
+) -> None:
     """The result is that of a run without a death."""
     run_spec = short(bench, "1-whole")
     attempt = FaultyAttempt(run_spec, tmp_path / "whole", BAD)
@@ -153,30 +159,26 @@ def test_a_rollback_survives_the_death_of_an_attempt(bench: Bench, tmp_path: Pat
     expected = runfiles.read_result(bench.store, run_spec.run_uri)
     assert 8 not in curve(expected), "a step without samples is in no mean of the curve"
 
-    for life, made in DEATHS:
-        name = f"1-died{life}{'after' if made else 'before'}"
-        run_spec = short(bench, name)
-        lost = FaultyAttempt(run_spec, tmp_path / name, BAD)
-        lost.mortal(life, made)
-        with pytest.raises(Died):
-            lost.train()
-        head = bench.head(run_spec)
-        assert head is not None
-        noted = life > 0 or made
-        assert head.left_out == ([7] if noted else []), name
-        assert (max(checkpoint.step for checkpoint in head.checkpoints) <= 7) is (life < 4), name
+    run_spec = short(bench, "1-died")
+    lost = FaultyAttempt(run_spec, tmp_path / "died", BAD)
+    lost.mortal(life, made)
+    with pytest.raises(Died):
+        lost.train()
+    head = bench.head(run_spec)
+    assert head is not None
+    noted = life > 0 or made
+    assert head.left_out == ([7] if noted else [])
+    assert (max(checkpoint.step for checkpoint in head.checkpoints) <= 7) is (life < 4)
 
-        # If HEAD names the rollback, the resumed run has no NaN loss.
-        resumed = FaultyAttempt(
-            run_spec, tmp_path / f"{name}-again", BAD if not noted else frozenset()
-        )
-        found = resumed.train()
-        assert resumed.session.plan.left_out.tolist() == left_out
-        assert (found.attempt, found.skipped_steps, found.rollbacks) == (2, 1, 1), name
-        assert found.tokens == whole.tokens
-        result = runfiles.read_result(bench.store, run_spec.run_uri)
-        assert result.quarantined == expected.quarantined
-        assert curve(result) == pytest.approx(curve(expected), rel=1e-5)
+    # If HEAD names the rollback, the resumed run has no NaN loss.
+    resumed = FaultyAttempt(run_spec, tmp_path / "again", BAD if not noted else frozenset())
+    found = resumed.train()
+    assert resumed.session.plan.left_out.tolist() == left_out
+    assert (found.attempt, found.skipped_steps, found.rollbacks) == (2, 1, 1)
+    assert found.tokens == whole.tokens
+    result = runfiles.read_result(bench.store, run_spec.run_uri)
+    assert result.quarantined == expected.quarantined
+    assert curve(result) == pytest.approx(curve(expected), rel=1e-5)
 
 
 def test_rollbacks_of_all_attempts_are_counted(bench: Bench, tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from ports import free_port
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["finetune_trainer.train.worker", "worlds", "gradient_worker", "classify_worker"]
-)
+    ["finetune_trainer.train.worker", "worlds", "gradient_worker", "classify_worker",
+     "loading_worker", "checkpoint_worker", "sharding_worker", "muon_worker", "world_caches"]
+)  # fmt: skip
 
 
 def start_fork_server() -> None:

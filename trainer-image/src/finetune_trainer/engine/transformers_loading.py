@@ -16,7 +16,10 @@ from typing import Any, Final
 
 import torch
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
+)
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
@@ -30,6 +33,12 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 TESTED: Final = "5.23"
 """Release of transformers (major.minor) in which the private names were read."""
+
+
+def fill_conversion_table() -> None:
+    """Compile the patterns of all architectures' conversions, once for this process and those that
+    it forks."""
+    get_checkpoint_conversion_mapping("llama")  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,18 @@ def preload() -> None:
     if not any(requirements(spec)):
         from finetune_trainer.train import worker  # noqa: F401
 
+        fill_caches()
+
+
+def fill_caches() -> None:
+    """Fill the caches of libraries that every training process needs, which takes 0.3 s of CPU time
+    in each. Starts no threads, and connects to nothing."""
+    from finetune_trainer.engine.transformers_loading import fill_conversion_table
+    from finetune_trainer.storage.objects import Credentials, ObjectStore
+
+    fill_conversion_table()
+    ObjectStore("http://localhost", credentials=Credentials("none", "none"))
+
 
 def main() -> int:
     """Run the training process and return its exit code."""
