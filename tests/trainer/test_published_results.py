@@ -20,6 +20,7 @@ from finetune_trainer.evaluate.comparisons import compare_outcomes
 from finetune_trainer.evaluate.table import rows_of
 from finetune_trainer.failures import UserError
 from finetune_trainer.publish import run_facts
+from finetune_trainer.publish.lm_eval_export import export
 from finetune_trainer.publish.model_comparison import ComparedSet, Model, compare_models
 from finetune_trainer.publish.predictions import PREDICTIONS, Prediction
 from finetune_trainer.publish.published_results import read_all_predictions, read_results
@@ -159,6 +160,37 @@ def test_what_is_no_result_is_named(s3: Any, bucket: str, change: str, said: str
         read_results(store, uri)
 
 
+def test_the_files_of_the_harness(s3: Any, bucket: str, tmp_path: Path) -> None:
+    """Figures of each model, and each answer with its scores; the mean of a sample's scores is the
+    metric of the same answers."""
+    store, uri = s3.store(), f"s3://{bucket}/out/1-a"
+    said = ["yes", "no", "yes ", "maybe"]
+    answered = measured_set(list("abcd"), said, [1.0] * 4, [2] * 4)
+    raw = json.loads(metrics())
+    for row in raw["test"][0]["rows"]:
+        row["metrics"] = {"ExactMatch": {"value": 0.5, "low": 0.3, "high": 0.7}, "F1": {"value": 1}}
+    publish(store, uri, {"metrics.json": json.dumps(raw).encode(),
+                         PREDICTIONS: text_of(answered, tmp_path)})  # fmt: skip
+    found = read_results(store, uri)
+    paths = export(found, read_all_predictions(store, found), tmp_path / "out")
+    assert [str(p.relative_to(tmp_path / "out")) for p in paths] == [
+        "base/results.json", "base/samples_support.jsonl", "tuned/results.json",
+        "tuned/samples_support.jsonl",
+    ]  # fmt: skip
+    told = json.loads(paths[2].read_text())
+    figures = told["results"]["support"]
+    assert (figures["exact_match,none"], figures["f1_stderr,none"]) == (0.5, "N/A")
+    assert figures["exact_match_stderr,none"] == pytest.approx(0.102, abs=1e-3)
+    assert told["higher_is_better"]["support"] == {"exact_match": True, "f1": True}
+    assert told["config"]["model_args"] == f"pretrained=s3://b/base,peft={uri}/adapter"
+    samples = [json.loads(line) for line in paths[3].read_text().splitlines()]
+    assert [s["filtered_resps"] for s in samples] == [[each] for each in said]
+    assert [s["exact_match"] for s in samples] == [1, 0, 1, 0]
+    assert samples[1]["doc"]["prompt"] == "b" and samples[1]["target"] == "yes"
+    assert len({s["doc_hash"] for s in samples}) == 4
+    assert len({s["target_hash"] for s in samples}) == 1
+
+
 def test_the_commands(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +211,9 @@ def test_the_commands(
     assert main(["report", "s3://models/out/1-a", *where]) == 0
     shown = capsys.readouterr().out
     assert "Held:    support F1 AtLeast: 80.1 %" in shown and "97.5 %" in shown
+    folder = tmp_path / "lm-eval"
+    assert main(["report", "s3://models/out/2-a", "--lm-eval", str(folder), *where]) == 0
+    assert f"{folder / 'tuned/results.json'}" in capsys.readouterr().out.replace("\n", "")
     assert main(["compare", "s3://models/out/1-a", "s3://models/out/2-a", *where]) == 0
     shown = capsys.readouterr().out
     assert "support: 3 samples in common" in shown and "+33.3 %" in shown

@@ -89,6 +89,10 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="show the results of a published model")
     report.add_argument("model", metavar="S3_URI", help=_MODEL_HELP)
+    report.add_argument(
+        "--lm-eval", type=Path, metavar="DIR",
+        help="also write the files of lm-evaluation-harness: results.json, samples_*.jsonl",
+    )  # fmt: skip
     _storage_options(report)
     report.set_defaults(command=_report)
     compare = commands.add_parser(
@@ -159,6 +163,7 @@ def _report(options: argparse.Namespace) -> int:
         options.state_dir,
         endpoint=options.endpoint,
         local_storage=options.local_storage,
+        lm_eval=options.lm_eval,
     )
 
 

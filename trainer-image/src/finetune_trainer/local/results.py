@@ -14,6 +14,7 @@ from finetune_api.evaluation_results import EvaluationResult
 from finetune_trainer.failures import TrainerError, UserError, printable
 from finetune_trainer.local.display import scores_table, show_error
 from finetune_trainer.local.storage import published_store
+from finetune_trainer.publish.lm_eval_export import export
 from finetune_trainer.publish.model_comparison import ComparedSet, Model, compare_models
 from finetune_trainer.publish.published_results import (
     PublishedResults,
@@ -27,19 +28,27 @@ LETTERS: Final = "ABCDEFGH"
 """Names of the models in the tables of a comparison: as many as it may have."""
 
 
-def report(uri: str, state_dir: Path, *, endpoint: str | None, local_storage: bool) -> int:
+def report(
+    uri: str, state_dir: Path, *, endpoint: str | None, local_storage: bool,
+    lm_eval: Path | None = None,
+) -> int:  # fmt: skip
     """Show the results of a published model, and return the exit code.
 
     Args:
         uri: folder of the model.
+        lm_eval: folder for the results in the files of lm-evaluation-harness.
     """
-    console = Console()
+    console, written = Console(), list[Path]()
     try:
         with published_store(state_dir, endpoint, local_storage) as store:
             results = read_results(store, uri)
+            if lm_eval is not None:
+                written = export(results, read_all_predictions(store, results), lm_eval)
     except TrainerError as error:
         return show_error(console, error)
     _show_report(console, results)
+    for path in written:
+        _say(console, f"Written: {path}")
     return 0
 
 
