@@ -142,6 +142,8 @@ GOOD = [
     good("replay without an anchor", {"data.train": sources({}, {"replay": True})}),
     good("regularization",
          {"training": {"labelSmoothing": "0.1", "neftuneAlpha": "5", "layerDecay": "0.9"}}),
+    good("instructions that come along", {"data.retention": sources(
+        {"source": "builtin://instructions.jsonl", "format": "PromptCompletion"})}),
     good("weighted tokens", {"training": {"tokenWeighting": "Probability",
          "labelSmoothing": "0.0"}, "data.train": sources({"replay": True})}),
     good("classification", {"task": "SequenceClassification", "method.type": "IA3",

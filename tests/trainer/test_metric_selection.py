@@ -33,6 +33,13 @@ def test_metrics_of_a_format(
     assert metrics_for(form, requested) == found
 
 
+@pytest.mark.parametrize("requested", [None, ["Loss", "Perplexity", "Rouge"]])
+def test_the_set_of_instructions_is_measured_by_them(requested: list[Metric] | None) -> None:
+    found = metrics_for("Messages", requested, built_in=True)
+    assert found == [*LOSS, "InstructionFollowing"]
+    assert metrics_for("Classification", None, "SequenceClassification", built_in=True)[0] == "Loss"
+
+
 TEXT_ONLY: dict[str, list[Format]] = {"train": ["Text"], "validation": ["Text"], "test": ["Text"]}
 PAIRS: dict[str, list[Format]] = {
     "train": ["PromptCompletion"], "validation": ["PromptCompletion"], "test": [],

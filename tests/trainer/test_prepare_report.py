@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_trainer.prepare.quality.languages import language_of
+from finetune_trainer.languages import language_of
 from finetune_trainer.prepare.reducing.page import render
 from finetune_trainer.prepare.reducing.report import BINS, histogram, percentiles, shares
 

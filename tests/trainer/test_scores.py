@@ -5,11 +5,19 @@ from __future__ import annotations
 import math
 from typing import get_args
 
+import numpy as np
 import pytest
 
 from finetune_api.tasks import METRICS, Metric
 from finetune_trainer.evaluate import scores
-from finetune_trainer.evaluate.scores import Answers, better, loss_metrics, text_metrics
+from finetune_trainer.evaluate.scores import (
+    Answers,
+    answers_to,
+    better,
+    loss_metrics,
+    text_metrics,
+)
+from finetune_trainer.prepared.dataset import Reference
 
 
 def test_each_metric_has_a_row_and_a_function() -> None:
@@ -82,6 +90,19 @@ def test_text() -> None:
 def test_normalized_text_and_json(said: str, wanted: str, expected: dict[str, float]) -> None:
     found = text_metrics(Answers([said], [wanted], None), list(expected))  # type: ignore[arg-type]
     assert found == pytest.approx(expected)
+
+
+def test_instructions_are_measured_where_every_prompt_has_some() -> None:
+    prompts = ["Go. Write in small letters only.", "Go. Use no commas.\n", "Hello."]
+    said = ["one", "one, two", "hello"]
+
+    def measured(count: int) -> dict[str, float]:
+        references = [Reference(np.zeros(1, np.int32), p, "", None) for p in prompts[:count]]
+        return text_metrics(answers_to(references, said[:count]), ["InstructionFollowing"])
+
+    assert measured(2) == {"InstructionFollowing": 0.5}
+    assert measured(3) == {}, "one prompt has none"
+    assert text_metrics(Answers(said, said, None), ["InstructionFollowing"]) == {}
 
 
 def test_rouge_and_chrf_equal_their_packages() -> None:

@@ -11,7 +11,7 @@ from pydantic import Field
 from finetune_api.base import Count, DecimalString, DnsLabel, FieldName, Model, Rule, Text, is_zero
 from finetune_api.gates import Gate, GateRow
 from finetune_api.sources import DataUri, StorageAccess
-from finetune_api.tasks import DEFAULT_METRICS, Metric
+from finetune_api.tasks import DEFAULT_METRICS, OF_BUILT_IN, Metric
 
 ArtefactCheck = Literal["Sample", "Full", "Off"]
 
@@ -96,7 +96,9 @@ class Evaluation(Model):
     completions. Rouge1, Rouge2, ChrF, NormalizedExactMatch and TokenF1 (as in SQuAD: without case,
     punctuation and articles), ValidJson, JsonMatch and JsonFieldF1 (equal JSON values, shared
     fields), ChoiceMatch (the chosen letter), NumberMatch (the last number) and StrictNumberMatch
-    (the number behind the reference's words, as in "#### 42") are measured on request.
+    (the number behind the reference's words, as in "#### 42") are measured on request, and
+    InstructionFollowing (the share of answers that do all that their prompts ask for) where every
+    prompt has instructions in the words of `builtin://instructions.jsonl`, which has it always.
     Task SequenceClassification: Loss, Accuracy, Precision, Recall and F1."""
     max_samples: Count = 1000
     """Maximum number of samples per set for which text is generated; the loss is always over the
@@ -144,11 +146,14 @@ class Evaluation(Model):
             ("slices",),
         ),
         Rule(
-            "!has(self.gates) || (has(self.metrics)"
-            " ? self.gates.all(g, g.metric in self.metrics)"
-            f" : self.gates.all(g, g.metric in {json.dumps(DEFAULT_METRICS)}))",
+            f"!has(self.gates) || self.gates.all(g, g.metric == {json.dumps(OF_BUILT_IN)}"
+            " || g.metric in (has(self.metrics) ? self.metrics"
+            f" : {json.dumps(DEFAULT_METRICS)}))",
             "a gate needs a metric that is measured: name it in evaluation.metrics, too",
-            lambda e: all(g.metric in (e.metrics or DEFAULT_METRICS) for g in e.gates),
+            lambda e: all(
+                g.metric == OF_BUILT_IN or g.metric in (e.metrics or DEFAULT_METRICS)
+                for g in e.gates
+            ),
             ("gates[].metric",),
         ),
         _gate_rule(

@@ -35,11 +35,21 @@ ModelUri = Annotated[
         max_length=1024,
     ),
 ]
+BUILT_IN: Final = "builtin://instructions.jsonl"
+"""Address of the set of verifiable instructions that the trainer brings along."""
 DataUri = Annotated[
     str,
     Spelling(
         r"^(s3|pvc)://[a-z0-9][^?#\x00-\x20]*$",
         "s3://bucket/prefix/*.jsonl or pvc://claim/path",
+        max_length=1024,
+    ),
+]
+DataSetUri = Annotated[
+    str,
+    Spelling(
+        r"^((s3|pvc)://[a-z0-9][^?#\x00-\x20]*|builtin://instructions\.jsonl)$",
+        f"s3://bucket/prefix/*.jsonl or pvc://claim/path, or {BUILT_IN}",
         max_length=1024,
     ),
 ]
@@ -153,10 +163,13 @@ class DataSource(Model):
 
     name: DnsLabel | None = None
     """Name in metrics and reports. Absent: the list's name and the position, e.g. `train-0`."""
-    source: DataUri
+    source: DataSetUri
     """`s3://bucket/prefix/*.jsonl` or `pvc://claim/path`: an object, a glob, or a prefix ending in
     '/'. JSON Lines (`.jsonl`, `.json`), one JSON array of records (`.json`), CSV with a header line
-    (`.csv`), each also compressed (`.gz`, `.zst`), and Parquet (`.parquet`)."""
+    (`.csv`), each also compressed (`.gz`, `.zst`), and Parquet (`.parquet`). For retention and test
+    sets also `builtin://instructions.jsonl`: 300 English prompts with instructions whose answers
+    a program checks (metric InstructionFollowing), conversations unless `format` is
+    PromptCompletion."""
     format: Format | None = None
     """Fields of the records. Messages: `messages` with role and content or tool calls
     (`tool_calls`); `tools` (optional). PromptCompletion: `prompt`, `completion`. Instruction:
@@ -353,6 +366,15 @@ def _no_weights(field: str) -> Rule:
     )
 
 
+def _none_built_in(field: str) -> Rule:
+    return Rule(
+        f"!has(self.{field}) || self.{field}.all(s, !s.source.startsWith('builtin://'))",
+        f"the set that the trainer brings along measures models: not for {field}",
+        lambda data: all(s.source != BUILT_IN for s in getattr(data, field) or ()),
+        (f"{field}[].source",),
+    )
+
+
 def _no_replay(field: str) -> Rule:
     return Rule(
         f"!has(self.{field}) || self.{field}.all(s, !s.replay)",
@@ -445,6 +467,7 @@ class Data(Model):
         ),
         *(_no_weights(field) for field in _EVALUATED),
         *(_no_replay(field) for field in _EVALUATED),
+        *(_none_built_in(field) for field in ("train", "validation")),
         Rule(
             "!has(self.stages) || self.stages.all(s, !has(s.weights) || s.weights.all(w,"
             " self.train.exists(t, has(t.name) && t.name == w.name)))",

@@ -16,6 +16,7 @@ Metric = Literal[
     "Loss", "Perplexity", "ExactMatch", "Accuracy", "Precision", "Recall", "F1", "Bleu", "Rouge",
     "NormalizedExactMatch", "TokenF1", "Rouge1", "Rouge2", "ChrF", "ValidJson",
     "NumberMatch", "StrictNumberMatch", "ChoiceMatch", "JsonMatch", "JsonFieldF1",
+    "InstructionFollowing",
 ]  # fmt: skip
 
 
@@ -64,9 +65,13 @@ METRICS: Final[dict[Metric, MetricKind]] = {
     "ChoiceMatch": MetricKind("Text", default=False),
     "JsonMatch": MetricKind("Text", default=False),
     "JsonFieldF1": MetricKind("Text", default=False),
+    "InstructionFollowing": MetricKind("Text", default=False),
 }
 
 
+OF_BUILT_IN: Final[Metric] = "InstructionFollowing"
+"""Metric of the set of verifiable instructions (``sources.BUILT_IN``), which has no other one of
+answers. Other sets have it on request."""
 DEFAULT_METRICS: Final = tuple(name for name, kind in METRICS.items() if kind.default)
 """Metrics that are measured without being requested, where a set has them."""
 

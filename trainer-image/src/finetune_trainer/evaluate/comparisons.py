@@ -86,7 +86,7 @@ def score_of(metric: Metric, outcome: Outcome) -> Score | None:
         return Ratio(outcome.losses, outcome.labels) if len(outcome.losses) else None
     if METRICS[metric].source == "Loss" or not answers.predictions:
         return None
-    if METRICS[metric].source == "Labels" and answers.labels is None:
+    if not answers.allow(metric):
         return None
     if metric in BY_SAMPLE:
         return Ratio.mean(BY_SAMPLE[metric](answers))

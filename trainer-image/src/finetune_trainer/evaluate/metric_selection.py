@@ -7,7 +7,15 @@ from typing import Final
 
 from finetune_api.sources import Format
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.tasks import DEFAULT_METRICS, METRICS, TASKS, Metric, MetricSource, TaskName
+from finetune_api.tasks import (
+    DEFAULT_METRICS,
+    METRICS,
+    OF_BUILT_IN,
+    TASKS,
+    Metric,
+    MetricSource,
+    TaskName,
+)
 from finetune_trainer.failures import UserError
 
 _SUPPORTED: Final[dict[Format, tuple[MetricSource, ...]]] = {
@@ -23,14 +31,23 @@ _PAIRS: Final[tuple[MetricSource, ...]] = ("Loss", "Text")
 
 
 def metrics_for(
-    form: Format, requested: Sequence[Metric] | None, task: TaskName = "CausalLM"
-) -> list[Metric]:
+    form: Format, requested: Sequence[Metric] | None, task: TaskName = "CausalLM",
+    *, built_in: bool = False,
+) -> list[Metric]:  # fmt: skip
     """Return the metrics of a data set of this format: those of ``requested`` that format and task
-    support, in the same order; without ``requested``, the defaults of the format."""
+    support, in the same order; without ``requested``, the defaults of the format.
+
+    Args:
+        built_in: whether it is the set of verifiable instructions. Its references are one of many
+            right answers, so they are compared with nothing.
+    """
     sources = (_DEFAULT if requested is None else _SUPPORTED).get(form, _PAIRS)
     wanted = dict.fromkeys(DEFAULT_METRICS if requested is None else requested)
     task_metrics = TASKS[task].metrics
-    return [m for m in wanted if METRICS[m].source in sources and m in task_metrics]
+    found = [m for m in wanted if METRICS[m].source in sources and m in task_metrics]
+    if built_in and TASKS[task].generates:
+        return [*(m for m in found if METRICS[m].source == "Loss"), OF_BUILT_IN]
+    return found
 
 
 def check_metrics(spec: FineTuneJobSpec, formats: Mapping[str, Sequence[Format]]) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Final
 from finetune_api.evaluation_results import Metrics
 from finetune_api.tasks import METRICS, Metric, metrics_from
 from finetune_trainer.evaluate import extraction
+from finetune_trainer.instructions.checks import follows, has_instructions
 from finetune_trainer.prepared.dataset import Reference
 
 GENERATED: Final[frozenset[Metric]] = frozenset(metrics_from("Labels", "Text"))
@@ -47,6 +48,16 @@ class Answers:
     """Completion of each sample."""
     labels: Sequence[str] | None
     """Label of each sample; None if the format is not Classification."""
+    prompts: Sequence[str] = ()
+    """Prompt of each sample; empty: not known."""
+
+    def allow(self, metric: Metric) -> bool:
+        """Whether a metric of generated text is defined for these samples."""
+        if METRICS[metric].source == "Labels":
+            return self.labels is not None
+        return metric != "InstructionFollowing" or (
+            bool(self.prompts) and all(has_instructions(p) for p in self.prompts)
+        )
 
 
 def answers_to(references: Sequence[Reference], predictions: Sequence[str]) -> Answers:
@@ -56,6 +67,7 @@ def answers_to(references: Sequence[Reference], predictions: Sequence[str]) -> A
         predictions,
         [r.completion for r in references],
         [x or "" for x in labels] if all(x is not None for x in labels) else None,
+        [r.prompt for r in references],
     )
 
 
@@ -71,11 +83,13 @@ def text_metrics(answers: Answers, wanted: Sequence[Metric]) -> Metrics:
     - NormalizedExactMatch, TokenF1: without case, punctuation and articles, as in SQuAD (Rajpurkar
       et al. 2016).
     - ValidJson: fraction of answers that are one JSON value.
+    - InstructionFollowing: fraction of answers that follow every verifiable instruction of their
+      prompt (prompt-level accuracy of IFEval; Zhou et al. 2023).
     - NumberMatch, StrictNumberMatch, ChoiceMatch, JsonMatch, JsonFieldF1: see ``extraction``.
     """
     found = {}
     for metric in wanted:
-        if METRICS[metric].source == "Labels" and answers.labels is None:
+        if not answers.allow(metric):
             continue
         if metric in BY_SAMPLE:
             found[metric] = _mean(BY_SAMPLE[metric](answers))
@@ -215,6 +229,11 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
+def _instruction_following(answers: Answers) -> list[float]:
+    pairs = zip(answers.prompts, answers.predictions, strict=True)
+    return [float(bool(follows(prompt, said))) for prompt, said in pairs]
+
+
 BY_SAMPLE: Final[dict[Metric, Callable[[Answers], list[float]]]] = {
     "ExactMatch": _by_pair(_exact_match),
     "Rouge": _rouge("rougeL"),
@@ -229,6 +248,7 @@ BY_SAMPLE: Final[dict[Metric, Callable[[Answers], list[float]]]] = {
     "JsonMatch": _by_pair(extraction.json_match),
     "JsonFieldF1": _by_pair(extraction.json_field_f1),
     "Accuracy": _accuracy,
+    "InstructionFollowing": _instruction_following,
 }
 """Metrics that are the mean of a value of each sample, and that value."""
 _OF_SET: Final[dict[Metric, Callable[[Answers], float]]] = {

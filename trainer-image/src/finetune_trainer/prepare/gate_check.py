@@ -48,8 +48,9 @@ def _sets_of(
     Raises:
         UserError: 'GateNotMeasured'.
     """
+    wanted, task = spec.evaluation.metrics, spec.task
     measured = [
-        s for s in sets if gate.metric in metrics_for(s.format, spec.evaluation.metrics, spec.task)
+        s for s in sets if gate.metric in metrics_for(s.format, wanted, task, built_in=s.built_in)
     ]
     having = ", ".join(s.name for s in measured) or "none"
     if gate.data_set is None:

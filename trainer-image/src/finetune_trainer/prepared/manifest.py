@@ -39,6 +39,8 @@ class DataSet(Record):
     """Name in metrics; unique on its side."""
     format: Format
     """Format of its records."""
+    built_in: bool = False
+    """Whether it is the set of verifiable instructions (``sources.BUILT_IN``)."""
     samples: int
     """Number of samples, at least one."""
     tokens: int

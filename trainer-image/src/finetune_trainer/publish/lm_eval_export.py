@@ -141,9 +141,9 @@ def _samples(
     labels = [line.label for line in lines]
     wanted = [line.reference or "" for line in lines]
     known = all(label is not None for label in labels)
-    answers = Answers(said, wanted, [label or "" for label in labels] if known else None)
-    scored = [m for m in metrics if METRICS[m].source != "Labels" or known]
-    values = {_name(m): BY_SAMPLE[m](answers) for m in scored}
+    prompts = [line.prompt or "" for line in lines]
+    answers = Answers(said, wanted, [label or "" for label in labels] if known else None, prompts)
+    values = {_name(m): BY_SAMPLE[m](answers) for m in metrics if answers.allow(m)}
     for number, line in enumerate(lines):
         doc = {"prompt": line.prompt, "reference": line.reference, "label": line.label}
         target = line.label if line.label is not None else wanted[number]

@@ -114,7 +114,9 @@ class Session:
             if entry.split != split:
                 continue
             task = self.spec.task
-            names = metrics_for(entry.format, self.spec.evaluation.metrics, task)
+            names = metrics_for(
+                entry.format, self.spec.evaluation.metrics, task, built_in=entry.built_in
+            )
             if only:
                 costly = GENERATED if self.spec.kind.generates else ()
                 names = [m for m in names if m not in costly]

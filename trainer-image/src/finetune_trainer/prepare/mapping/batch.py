@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from finetune_api.sources import Data, Format
 from finetune_trainer.failures import DataError
+from finetune_trainer.languages import language_of
 from finetune_trainer.personal import IN_WORDS, redacted, scan
 from finetune_trainer.prepare.mapping.previews import preview
 from finetune_trainer.prepare.mapping.reader import Batch
@@ -27,7 +28,6 @@ from finetune_trainer.prepare.mapping.statistics import Fault, Preview, statisti
 from finetune_trainer.prepare.quality.contamination import first_shared
 from finetune_trainer.prepare.quality.duplicates import digest_of
 from finetune_trainer.prepare.quality.hashsets import HashSet
-from finetune_trainer.prepare.quality.languages import language_of
 from finetune_trainer.prepare.quality.nearduplicates import fingerprints
 from finetune_trainer.prepare.reading.faults import Faults
 from finetune_trainer.prepare.reading.records import parse

@@ -148,8 +148,9 @@ def _test_sets(spec: FineTuneJobSpec, data: PreparedData, model: Model) -> list[
     most = min(spec.evaluation.max_samples, spec.evaluation.baselines.max_samples)
     found = []
     for number, name in data.set_names("test"):
-        form = data.manifest.sets[number].format
-        wanted = metrics_for(form, spec.evaluation.metrics, spec.task)
+        entry = data.manifest.sets[number]
+        form = entry.format
+        wanted = metrics_for(form, spec.evaluation.metrics, spec.task, built_in=entry.built_in)
         if not any(metric in GENERATED for metric in wanted):
             continue
         positions = np.flatnonzero(data.index("test").set == number)[:most].tolist()

@@ -6,6 +6,8 @@ prefix that ends in '/' and matches every object below it with a data suffix.
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,8 +16,9 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from finetune_api.sources import DataSource
+from finetune_api.sources import BUILT_IN, DataSource
 from finetune_trainer.failures import UserError
+from finetune_trainer.instructions.records import as_json_lines
 from finetune_trainer.prepare.reading.records import SUFFIXES, readable
 from finetune_trainer.prepared.split import Side
 from finetune_trainer.storage.claim_paths import claim_path, etag_of, open_listed
@@ -34,8 +37,8 @@ class DataObject:
     """In bytes."""
     etag: str
     """Changes with the content."""
-    place: ObjectStore | Path
-    """The store of the object, or its file on a claim."""
+    place: ObjectStore | Path | bytes
+    """The store of the object, its file on a claim, or its content."""
 
     def open(self) -> BinaryIO:
         """Open the object as a binary stream.
@@ -43,6 +46,8 @@ class DataObject:
         Raises:
             DataError: 'ObjectChanged', also from later reads: the object differs from the listed.
         """
+        if isinstance(self.place, bytes):
+            return io.BytesIO(self.place)
         if isinstance(self.place, Path):
             return open_listed(self.place, self.uri, self.etag)
         return self.place.read_stream(self.uri, etag=self.etag)
@@ -69,6 +74,9 @@ def resolve(
         UserError: 'NoObjects', with the address and existing objects; 'InvalidAddress', a path
             leaves its claim.
     """
+    if uri == BUILT_IN:
+        content = as_json_lines()
+        return [DataObject(uri, len(content), hashlib.sha256(content).hexdigest(), content)]
     folder = uri[: _literal_length(uri)].rpartition("/")[0] + "/"
     wanted = _matcher(uri)
     near = _candidates(uri, folder, store, environ)

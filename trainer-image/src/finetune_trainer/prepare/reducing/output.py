@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune_api.sources import Quality
+from finetune_api.sources import BUILT_IN, Quality
 from finetune_trainer.prepare.mapping.statistics import SampleStatistics, SplitSummary
 from finetune_trainer.prepare.reading.faults import Faults
 from finetune_trainer.prepare.reading.sources import Source
@@ -63,7 +63,13 @@ class Output:
             policy: ``data.quality.faultyRecords``.
         """
         size = sum(o.size for o in source.objects)
-        report = SourceReport(source.name, len(source.objects), size, Faults(policy))
+        report = SourceReport(
+            source.name,
+            len(source.objects),
+            size,
+            Faults(policy),
+            built_in=source.spec.source == BUILT_IN,
+        )
         self._reports.append(report)
         return report
 
@@ -214,6 +220,7 @@ def _entry(side: Side, report: SourceReport) -> DataSet:
         split=side,
         name=report.name,
         format=report.format,
+        built_in=report.built_in,
         samples=found.samples,
         tokens=found.tokens,
         supervised=found.supervised,

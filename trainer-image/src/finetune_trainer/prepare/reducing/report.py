@@ -140,6 +140,8 @@ class SourceReport:
     bytes: int
     faults: Faults
     format: Format | None = None
+    built_in: bool = False
+    """Whether it is the set of verifiable instructions."""
     records: int = 0
     duplicates: int = 0
     near_duplicates: int = 0

@@ -1,0 +1,30 @@
+"""The set of verifiable instructions that the trainer brings along, prepared."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune_api.sources import BUILT_IN
+from finetune_trainer.instructions.records import RECORDS, records
+from finetune_trainer.prepared.dataset import PreparedData
+from trainer.map_reduce_helpers import PrepareJob
+from trainer.prepare_helpers import lines, pairs
+
+pytestmark = pytest.mark.slow
+
+
+def test_it_is_prepared_like_other_sets_at_any_number_of_pods(job: PrepareJob) -> None:
+    train = [{"source": job.put("a.jsonl", lines(*pairs(30)))}]
+    retention = [{"name": "follows", "source": BUILT_IN, "format": "PromptCompletion"}]
+    written = []
+    for pods in (1, 2):
+        summary = job.prepare(job.run_spec({"train": train, "retention": retention}, pods))
+        read = PreparedData.open(job.store, summary.uri, next(job.scratch))
+        assert [name for _, name in read.set_names("retention")] == ["follows"]
+        assert [s.name for s in read.manifest.sets if s.built_in] == ["follows"]
+        found = list(read.references("retention", range(RECORDS)))
+        assert [r.prompt for r in found] == [r["prompt"] for r in records()]
+        assert [r.completion for r in found] == [r["completion"] for r in records()]
+        written.append(job.files(f"{summary.uri}/"))
+        job.clear()
+    assert written[0] == written[1]
