@@ -8,12 +8,14 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Final, Self
 
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
+from rich.text import Text
 
-from finetune_api.evaluation_results import DataSetScores
+from finetune_api.evaluation_results import Comparison, DataSetScores
 from finetune_api.results import Failure, PreparedSummary, PublishSummary, TrainSummary
 from finetune_api.results import Progress as TrainProgress
 from finetune_trainer.failures import TrainerError, exit_code, failure_of, printable
@@ -21,6 +23,10 @@ from finetune_trainer.publish.run_facts import by_set, scores_of
 
 _COLOURS: Final = {True: "green", False: "red", None: "dim"}
 """Of a gain that is better, worse or neither."""
+_SHORT: Final = {
+    "Better": "better", "Worse": "worse", "NotBetter": "no gain", "TooFewSamples": "undecided",
+}  # fmt: skip
+"""Verdicts, as the table of the terminal has them."""
 _STAGES: Final = {"prepare": "Prepare", "train": "Train", "publish": "Publish"}
 _PLAIN_SECONDS: Final = 5.0
 """Seconds between progress lines without a terminal."""
@@ -122,21 +128,39 @@ class Display:
             self.say(f"Time:    {duration(spent.total)} of processes: {spent.text}")
 
 
-def scores_table(title: str, scores: Iterable[DataSetScores]) -> Table:
-    """Return a table of the metrics of base and tuned model."""
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for name in ("data set", "metric", "base", "tuned", "gain", "interval", "verdict"):
+def short_verdict(found: Comparison | None) -> str:
+    """Return a verdict in one or two words; "" without a comparison."""
+    return _SHORT.get(found.verdict, found.verdict) if found else ""
+
+
+def scores_table(title: str, scores: Iterable[DataSetScores]) -> Group:
+    """Return a table of the metrics of base and tuned model, 80 columns wide with usual names, and
+    a line about the comparisons that more samples would decide."""
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False,
+        collapse_padding=True,
+    )  # fmt: skip
+    for name in ("data set", "metric", "base", "tuned", "gain", "verdict"):
         text = name in ("data set", "metric", "verdict")
-        table.add_column(name, justify="left" if text else "right")
+        table.add_column(name, justify="left" if text else "right", overflow="fold")
+    undecided = []
     for name, rows in by_set(scores_of(scores)):
         for i, row in enumerate(rows):
             gain, colour = row.show(row.gain, signed=True), _COLOURS[row.better]
+            interval = f" ({row.interval})" if row.interval else ""
+            found = row.comparison
             table.add_row(
                 escape(printable(name)) if i == 0 else "", row.metric, row.show(row.base),
-                row.show(row.tuned), f"[{colour}]{gain}[/]", row.interval, row.verdict,
+                row.show(row.tuned), f"[{colour}]{gain}[/]{interval}",
+                short_verdict(found),
             )  # fmt: skip
+            if found and found.needed_samples:
+                undecided.append(f"{name} {row.metric} {found.needed_samples:,}")
         table.add_section()
-    return table
+    if not undecided:
+        return Group(table)
+    words = f"Samples that would decide: {', '.join(undecided)}"
+    return Group(table, Text(printable(words), "dim"))
 
 
 def show_error(console: Console, error: TrainerError) -> int:

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from finetune_api.evaluation_results import EvaluationResult
 from finetune_trainer.failures import TrainerError, UserError, printable
-from finetune_trainer.local.display import scores_table, show_error
+from finetune_trainer.local.display import scores_table, short_verdict, show_error
 from finetune_trainer.local.storage import published_store
 from finetune_trainer.publish.lm_eval_export import export
 from finetune_trainer.publish.model_comparison import ComparedSet, Model, compare_models
@@ -126,10 +127,10 @@ def _show_report(console: Console, found: PublishedResults) -> None:
 
 def _rows_table(shown: ShownTable) -> Table:
     table = _table(f"{shown.name}: all ways to ask, compared by {shown.primary}")
-    for name in ("row", "samples", *shown.metrics, "tuned is ahead by", "verdict", "tokens"):
+    for name in ("row", "samples", shown.primary, "tuned is ahead by", "tokens"):
         table.add_column(name, overflow="fold")
-    for row in shown.rows:
-        cells = (row.name, row.samples, *row.values, row.ahead, row.verdict, row.tokens)
+    for row in shown.rows:  # the report has all metrics
+        cells = (row.name, row.samples, row.values[0], row.ahead, row.tokens)
         table.add_row(*(Text(printable(cell)) for cell in cells))
     return table
 
@@ -150,7 +151,10 @@ def _gates_table(evaluation: EvaluationResult) -> Table:
 
 
 def _table(title: str) -> Table:
-    return Table(title=Text(printable(title), "bold"), title_justify="left")
+    return Table(
+        title=Text(printable(title), "bold"), title_justify="left", box=SIMPLE_HEAD,
+        pad_edge=False, collapse_padding=True,
+    )  # fmt: skip
 
 
 # --- compare -------------------------------------------------------------------------------------
@@ -183,7 +187,7 @@ def _show_compared(console: Console, found: ComparedSet) -> None:
                 p = f"{compared.p:.2g}"
             table.add_row(
                 metric if letter == LETTERS[0] else "", letter, score.estimated(estimate), effect,
-                p, score.verdict,
+                p, short_verdict(compared),
             )  # fmt: skip
         table.add_section()
     console.print(table)
