@@ -344,7 +344,7 @@ SCENARIOS = [
     Scenario("a training process is stopped by SIGSTOP", rank_stopped, faults=None,
              spec={"failurePolicy": {"progressDeadlineSeconds": 60}}),
     Scenario("a training process is killed for its memory", out_of_memory, faults=None,
-             spec={"compute": {"resources": LIMITED}}),
+             spec={"compute": {"resources": LIMITED}}, steps=400),
     Scenario("a pod fills its disk", disk_full, faults=None,
              spec={"compute": {"resources": LIMITED}}, steps=400),
     Scenario("the kubelet of rank 0 stops for good", kubelet_stopped, faults=None),

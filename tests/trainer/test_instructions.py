@@ -65,8 +65,12 @@ def test_all_instructions_of_a_prompt_count() -> None:
     assert follows(prompt, "a\nb") is False and follows(prompt, "A") is False
 
 
-def test_prompts_without_instructions_are_not_judged() -> None:
-    assert follows("Tell me something about rain.", "Rain.") is None
+@pytest.mark.parametrize(
+    "prompt",
+    ["Tell me something about rain.", "Answer in one sentence.", "Use at most a few words."],
+)
+def test_prompts_without_instructions_are_not_judged(prompt: str) -> None:
+    assert follows(prompt, "Rain.") is None
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,11 +17,14 @@ class Kind:
     """How a prompt says it; ``{}`` stands for a value."""
     follows: Callable[..., bool]
     """Whether an answer (its text without spaces around it) follows, given the values as text."""
+    value: str = r"[^'\n]+?"
+    """Pattern of a value, so that a prompt that says something else in these words does not count.
+    """
 
     @property
     def pattern(self) -> re.Pattern[str]:
         """Finds the instruction and its values in a prompt."""
-        return re.compile(re.escape(self.words).replace(r"\{\}", r"([^'\n]+?)"))
+        return re.compile(re.escape(self.words).replace(r"\{\}", f"({self.value})"))
 
     def say(self, *values: object) -> str:
         """The instruction with its values."""
@@ -54,17 +57,19 @@ def _is_in(answer: str, name: str) -> bool:
     """Whether an answer is in a language of LANGUAGES."""
     from finetune_trainer.languages import language_of  # loads a model
 
-    return language_of(answer) == LANGUAGES.get(name)
+    return language_of(answer) == LANGUAGES[name]
 
 
 LANGUAGES: Final = {"German": "de", "French": "fr", "Spanish": "es", "Italian": "it"}
 """Languages that are asked for, with their ISO 639 codes."""
 
+_NUMBER: Final = "[0-9]{1,4}"
+
 KINDS: Final[dict[str, Kind]] = {
-    "MostWords": Kind("Use at most {} words.", lambda a, n: 0 < len(_words(a)) <= int(n)),
-    "LeastWords": Kind("Use at least {} words.", lambda a, n: len(_words(a)) >= int(n)),
-    "Lines": Kind("Write exactly {} lines.", lambda a, n: len(_lines(a)) == int(n)),
-    "Points": Kind("Write exactly {} lines that each begin with '- '.", _points),
+    "MostWords": Kind("Use at most {} words.", lambda a, n: 0 < len(_words(a)) <= int(n), _NUMBER),
+    "LeastWords": Kind("Use at least {} words.", lambda a, n: len(_words(a)) >= int(n), _NUMBER),
+    "Lines": Kind("Write exactly {} lines.", lambda a, n: len(_lines(a)) == int(n), _NUMBER),
+    "Points": Kind("Write exactly {} lines that each begin with '- '.", _points, _NUMBER),
     "Object": Kind("Answer with a JSON object that has only the fields '{}' and '{}'.", _is_object),
     "Word": Kind("Use the word '{}'.", lambda a, word: word.lower() in _words(a)),
     "NoWord": Kind("Never use the word '{}'.", lambda a, word: word.lower() not in _words(a)),
@@ -73,7 +78,7 @@ KINDS: Final[dict[str, Kind]] = {
     "Begin": Kind("Begin with the words '{}'.", lambda a, text: a.startswith(text)),
     "End": Kind("End with the words '{}'.", lambda a, text: a.rstrip(" .!").endswith(text)),
     "NoCommas": Kind("Use no commas.", lambda a: bool(a) and "," not in a),
-    "Language": Kind("Answer in {}.", _is_in),
+    "Language": Kind("Answer in {}.", _is_in, "|".join(LANGUAGES)),
 }
 """Kinds of instructions by name."""
 _PATTERNS: Final = {name: kind.pattern for name, kind in KINDS.items()}
@@ -127,11 +132,4 @@ def follows(prompt: str, answer: str) -> bool | None:
     ]
     if not asked:
         return None
-    return all(_holds(kind, answer, values) for kind, values in asked)
-
-
-def _holds(kind: Kind, answer: str, values: Sequence[str]) -> bool:
-    try:
-        return kind.follows(answer, *values)
-    except ValueError:  # the value is no number: another text in the same words
-        return False
+    return all(kind.follows(answer, *values) for kind, values in asked)
