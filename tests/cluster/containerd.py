@@ -33,6 +33,8 @@ FOR_BUILDS = f"""
 disabled_plugins = ["io.containerd.grpc.v1.cri"]
 {_CONFIG}
 """
+_LAST_OF_CRI = b"Start streaming server"
+"""What the plugin writes to the log just before it answers."""
 FOR_BUILDS_THAT_KEEP_ALL = f"""{FOR_BUILDS}
 [plugins."io.containerd.gc.v1.scheduler"]
   deletion_threshold = 0
@@ -42,11 +44,19 @@ FOR_BUILDS_THAT_KEEP_ALL = f"""{FOR_BUILDS}
 
 
 def start(machine: Machine, config: str) -> None:
-    """Start containerd, and wait until it answers."""
+    """Start containerd, and wait until it answers, and for nodes until kubelet may ask it: kubelet
+    ends if it does so before."""
     file = machine.folder / "containerd.toml"
     file.write_text(config)
+    log = machine.processes.log(f"{machine.name}.containerd")
+    before = log.stat().st_size if log.exists() else 0  # a node that is powered on again
     machine.start("containerd", ["containerd", "--config", file])
     eventually(f"containerd of {machine.name}", lambda: ctr(machine, "version"))
+    if config == FOR_NODES:
+        eventually(
+            f"the CRI plugin of {machine.name}",
+            lambda: _LAST_OF_CRI in log.read_bytes()[before:],
+        )
 
 
 def ctr(machine: Machine, *arguments: str | Path) -> str:

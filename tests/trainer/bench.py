@@ -119,7 +119,7 @@ class Bench:
     def kill_after_checkpoint(self, run_spec: RunSpec, size: int, name: str, step: int) -> None:
         """Train until a checkpoint at a step or later is committed, then kill all ranks."""
         world = self.start(run_spec, size, name)
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
             head = self.head(run_spec)
             if head and head.checkpoints and head.checkpoints[0].step >= step:

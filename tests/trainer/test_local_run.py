@@ -133,7 +133,8 @@ def test_a_killed_process_costs_what_the_classes_of_time_say(
     spent = trained.time
     wall = (spent.until - began) * spent.processes
     print(f"{wall:.1f} s of processes: {spent.seconds}")
-    assert spent.total == pytest.approx(wall, rel=0.01)
+    # psutil knows the start to half a second: it adds clock ticks to a boot time in whole seconds.
+    assert spent.total == pytest.approx(wall, rel=0.01, abs=0.5)
     assert (trained.restarts, spent.uncommitted) == (1, 0)
     assert {"launch", "load", "productive", "recomputed", "evaluation", "checkpoint"} <= {
         name for name, seconds in spent.seconds.items() if seconds > 0
