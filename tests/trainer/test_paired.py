@@ -255,7 +255,11 @@ def test_answers_that_are_all_right_are_no_certainty() -> None:
     wrong = MacroScore(np.arange(25) % 2, np.full(25, -1), labels=2, metric="F1")
     gained = compare(wrong, all_right(25), scale)
     assert (gained.verdict, gained.effect, gained.high) == ("Better", 1.0, 1.0)
-    assert 0.9 < gained.low < 1
+    assert 0.8 < gained.low < 0.9
+    # The interval of right and wrong answers is that of proportions.
+    shares = compare(Ratio.mean(np.zeros(25)), Ratio.mean(np.ones(25)), scale)
+    assert (shares.test, shares.high) == ("McNemar", 1.0)
+    assert shares.low == Discordance.of(np.zeros(25), np.ones(25)).interval[0] < 0.9
 
 
 def test_a_gain_is_found_at_its_planned_size() -> None:

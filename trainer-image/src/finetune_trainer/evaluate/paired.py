@@ -199,7 +199,7 @@ def compare(
     else:
         found, few = _bootstrap(old, new, groups), count < FEWEST_GROUPS
     span = scale.span if answers is None else 1.0
-    if found.error == 0 and span is not None:
+    if found.low == found.high and span is not None:
         found = _without_spread(found, effect, count, span)
     detectable = (_normal(1 - ALPHA / 2) + _normal(POWER)) * found.error
     needed = math.ceil(new.samples * (detectable / scale.min_effect) ** 2)
@@ -397,13 +397,13 @@ def _wilson(right: int, samples: int) -> tuple[float, float]:
 
 def _without_spread(found: Tested, effect: float, groups: int, span: float) -> Tested:
     """A test whose groups all differ equally, which leaves nothing to resample: none of them, or
-    all of them wholly. One other group is assumed, so that few groups do not look like certainty
-    (see ``Discordance.standard_error``).
+    all of them wholly. The interval is Wilson's of as many groups without any other one; for the
+    error one other group is assumed (see ``Discordance.standard_error``).
 
     Args:
         span: see ``Scale``.
     """
-    spread = _normal(1 - ALPHA / 2) * span / groups
+    spread = span * _wilson(0, groups)[1]
     low, high = max(effect - spread, -span), min(effect + spread, span)
     return found._replace(low=low, high=high, error=0.0 if effect else span / groups)
 
