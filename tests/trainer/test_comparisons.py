@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from finetune_api.tasks import METRICS, OF_BUILT_IN, Metric
+from finetune_api.tasks import METRICS, Metric
 from finetune_trainer.evaluate.comparisons import Outcome, compare_outcomes, score_of
 from finetune_trainer.evaluate.scores import Answers, loss_metrics, text_metrics
 
@@ -49,7 +49,7 @@ def test_what_is_not_defined_is_not_compared() -> None:
     old, new = outcome(1, 0.5, labelled=False), outcome(2, 0.9, labelled=False)
     found = compare_outcomes(old, new, list(METRICS), 2.0)
     of_text = {m for m, kind in METRICS.items() if kind.source == "Text"}
-    assert set(found) == {"Loss", *of_text} - {OF_BUILT_IN}, "the prompts are not known"
+    assert set(found) == {"Loss", *of_text}
     silent = Outcome(old.losses, old.labels, Answers([], [], None))
     assert set(compare_outcomes(silent, silent, list(METRICS), 2.0)) == {"Loss"}
     assert set(compare_outcomes(silent, new, list(METRICS), 2.0)) == {"Loss"}

@@ -13,6 +13,7 @@ from finetune_trainer.evaluate import paired
 from finetune_trainer.evaluate.paired import (
     ALPHA,
     FEWEST_GROUPS,
+    MANY_GROUPS,
     Discordance,
     MacroScore,
     Ratio,
@@ -256,6 +257,10 @@ def test_answers_that_are_all_right_are_no_certainty() -> None:
     gained = compare(wrong, all_right(25), scale)
     assert (gained.verdict, gained.effect, gained.high) == ("Better", 1.0, 1.0)
     assert 0.8 < gained.low < 0.9
+    # In many groups too, which are tested by t.
+    groups = np.arange(2 * (MANY_GROUPS + 1)) // 2
+    many = compare(*(Ratio.mean(np.full(len(groups), x)) for x in (0.0, 1.0)), scale, groups)
+    assert (many.test, many.verdict) == ("PairedT", "Better") and many.low < many.high
     # The interval of right and wrong answers is that of proportions.
     shares = compare(Ratio.mean(np.zeros(25)), Ratio.mean(np.ones(25)), scale)
     assert (shares.test, shares.high) == ("McNemar", 1.0)

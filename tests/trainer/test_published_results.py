@@ -22,7 +22,7 @@ from finetune_trainer.failures import UserError
 from finetune_trainer.publish import run_facts
 from finetune_trainer.publish.lm_eval_export import export
 from finetune_trainer.publish.model_comparison import ComparedSet, Model, compare_models
-from finetune_trainer.publish.predictions import PREDICTIONS, Prediction
+from finetune_trainer.publish.predictions import PREDICTIONS, Prediction, by_sample
 from finetune_trainer.publish.published_results import read_all_predictions, read_results
 from finetune_trainer.storage.published import MANIFEST, Manifest, PublishedFile
 from finetune_trainer.storage.s3server import EmbeddedS3
@@ -48,7 +48,8 @@ def lines(
 
 def compared(*models: Sequence[Prediction]) -> list[ComparedSet]:
     metrics = {name: ["Loss", "ExactMatch"] for name in ("support", "tone")}
-    return compare_models([Model(f"m{n}", m, metrics) for n, m in enumerate(models)], 2.0)
+    made = [Model(f"m{n}", by_sample(m), metrics) for n, m in enumerate(models)]
+    return compare_models(made, 2.0)
 
 
 def test_models_are_compared_on_equal_samples() -> None:

@@ -126,8 +126,8 @@ class BaseModelSource(Model):
     fine_tune_job_ref: FineTuneJobReference | None = None
     """Start from the model that another FineTuneJob in the namespace publishes. The run waits until
     that job is Complete with a model that is not held by its gates, and uses the model of its run
-    at that time. A later run of that job does
-    not start a new run of this one; a new rerunToken does."""
+    at that time. A later run of that job does not start a new run of this one; a new rerunToken
+    does."""
     storage: StorageAccess | None = None
     """Access to this model. Absent: `spec.storage`, or with fineTuneJobRef the storage to which the
     other job has published."""

@@ -20,9 +20,9 @@ Metric = Literal[
 ]  # fmt: skip
 
 
-MetricSource = Literal["Loss", "Labels", "Text"]
+MetricSource = Literal["Loss", "Labels", "Text", "Instructions"]
 """What a metric is computed from: token losses; predicted and true labels; generated and reference
-text."""
+text; generated text and the instructions of its prompt."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ METRICS: Final[dict[Metric, MetricKind]] = {
     "ChoiceMatch": MetricKind("Text", default=False),
     "JsonMatch": MetricKind("Text", default=False),
     "JsonFieldF1": MetricKind("Text", default=False),
-    "InstructionFollowing": MetricKind("Text", default=False),
+    "InstructionFollowing": MetricKind("Instructions", default=False),
 }
 
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from finetune_api.names import ENV_WORKER
 from finetune_trainer.threads import thread_environment
@@ -155,40 +155,27 @@ def _storage_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--state-dir", type=Path, default=Path(".finetune"), metavar="DIR")
 
 
+def _storage(options: argparse.Namespace) -> dict[str, Any]:
+    """The values of ``_storage_options``, by the parameters that take them."""
+    return {name: getattr(options, name) for name in ("state_dir", "endpoint", "local_storage")}
+
+
 def _report(options: argparse.Namespace) -> int:
     from finetune_trainer.local.results import report
 
-    return report(
-        options.model,
-        options.state_dir,
-        endpoint=options.endpoint,
-        local_storage=options.local_storage,
-        lm_eval=options.lm_eval,
-    )
+    return report(options.model, lm_eval=options.lm_eval, **_storage(options))
 
 
 def _compare(options: argparse.Namespace) -> int:
     from finetune_trainer.local.results import compare
 
-    return compare(
-        options.models,
-        options.state_dir,
-        endpoint=options.endpoint,
-        local_storage=options.local_storage,
-        min_effect=options.min_effect,
-    )
+    return compare(options.models, min_effect=options.min_effect, **_storage(options))
 
 
 def _current(options: argparse.Namespace, change: Change | None = None) -> int:
     from finetune_trainer.local.current import current
 
-    return current(
-        options.destination,
-        options.state_dir,
-        endpoint=options.endpoint,
-        local_storage=options.local_storage,
-        change=change,
-    )
+    return current(options.destination, change=change, **_storage(options))
 
 
 def _promote(options: argparse.Namespace) -> int:

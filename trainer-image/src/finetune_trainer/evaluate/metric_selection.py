@@ -26,7 +26,7 @@ _DEFAULT: Final[dict[Format, tuple[MetricSource, ...]]] = {
     "Text": ("Loss",),
     "Classification": ("Loss", "Labels"),
 }
-_PAIRS: Final[tuple[MetricSource, ...]] = ("Loss", "Text")
+_PAIRS: Final[tuple[MetricSource, ...]] = ("Loss", "Text", "Instructions")
 """Of all other formats."""
 
 
@@ -74,6 +74,7 @@ _FITTING: Final[dict[MetricSource, str]] = {
     "Loss": "any format",
     "Labels": "format Classification",
     "Text": "any format but Text",
+    "Instructions": "any format but Text and Classification",
 }
 
 

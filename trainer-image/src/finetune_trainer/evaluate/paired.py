@@ -443,7 +443,7 @@ def _paired_t(old: Ratio, new: Ratio, groups: npt.NDArray[np.int64]) -> Tested:
     error = float(by_group.std(ddof=1) * math.sqrt(count))
     effect = float(new.sums.sum() / new.counts.sum() - old.sums.sum() / old.counts.sum())
     if error == 0:
-        return Tested("PairedT", 1.0, effect, effect, 0.0)
+        return Tested("PairedT", 0.0 if effect else 1.0, effect, effect, 0.0)
     found = ttest_1samp(by_group + effect / count, 0.0)
     spread = _normal(1 - ALPHA / 2) * error
     return Tested("PairedT", float(found.pvalue), effect - spread, effect + spread, error)

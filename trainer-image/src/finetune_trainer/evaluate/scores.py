@@ -19,7 +19,7 @@ from finetune_trainer.evaluate import extraction
 from finetune_trainer.instructions.checks import follows, has_instructions
 from finetune_trainer.prepared.dataset import Reference
 
-GENERATED: Final[frozenset[Metric]] = frozenset(metrics_from("Labels", "Text"))
+GENERATED: Final[frozenset[Metric]] = frozenset(metrics_from("Labels", "Text", "Instructions"))
 """Metrics that need generated text, of a task that generates."""
 
 
@@ -53,11 +53,12 @@ class Answers:
 
     def allow(self, metric: Metric) -> bool:
         """Whether a metric of generated text is defined for these samples."""
-        if METRICS[metric].source == "Labels":
+        source = METRICS[metric].source
+        if source == "Labels":
             return self.labels is not None
-        return metric != "InstructionFollowing" or (
-            bool(self.prompts) and all(has_instructions(p) for p in self.prompts)
-        )
+        if source == "Instructions":
+            return bool(self.prompts) and all(map(has_instructions, self.prompts))
+        return True
 
 
 def answers_to(references: Sequence[Reference], predictions: Sequence[str]) -> Answers:

@@ -133,13 +133,18 @@ def short_verdict(found: Comparison | None) -> str:
     return _SHORT.get(found.verdict, found.verdict) if found else ""
 
 
+def plain_table(title: str) -> Table:
+    """Return an empty table with few lines."""
+    return Table(
+        title=Text(printable(title), "bold"), title_justify="left", box=SIMPLE_HEAD,
+        pad_edge=False, collapse_padding=True,
+    )  # fmt: skip
+
+
 def scores_table(title: str, scores: Iterable[DataSetScores]) -> Group:
     """Return a table of the metrics of base and tuned model, 80 columns wide with usual names, and
     a line about the comparisons that more samples would decide."""
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False,
-        collapse_padding=True,
-    )  # fmt: skip
+    table = plain_table(title)
     for name in ("data set", "metric", "base", "tuned", "gain", "verdict"):
         text = name in ("data set", "metric", "verdict")
         table.add_column(name, justify="left" if text else "right", overflow="fold")

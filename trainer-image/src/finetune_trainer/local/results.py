@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from finetune_api.evaluation_results import EvaluationResult
 from finetune_trainer.failures import TrainerError, UserError, printable
-from finetune_trainer.local.display import scores_table, short_verdict, show_error
+from finetune_trainer.local.display import plain_table, scores_table, short_verdict, show_error
 from finetune_trainer.local.storage import published_store
 from finetune_trainer.publish.lm_eval_export import export
 from finetune_trainer.publish.model_comparison import ComparedSet, Model, compare_models
+from finetune_trainer.publish.predictions import by_sample
 from finetune_trainer.publish.published_results import (
     PublishedResults,
     read_all_predictions,
@@ -74,7 +74,7 @@ def compare(
             models = [
                 Model(
                     each.name,
-                    read_all_predictions(store, each),
+                    by_sample(read_all_predictions(store, each)),
                     {scores.name: list(scores.tuned) for scores in each.scores},
                 )
                 for each in found
@@ -126,7 +126,7 @@ def _show_report(console: Console, found: PublishedResults) -> None:
 
 
 def _rows_table(shown: ShownTable) -> Table:
-    table = _table(f"{shown.name}: all ways to ask, compared by {shown.primary}")
+    table = plain_table(f"{shown.name}: all ways to ask, compared by {shown.primary}")
     for name in ("row", "samples", shown.primary, "tuned is ahead by", "tokens"):
         table.add_column(name, overflow="fold")
     for row in shown.rows:  # the report has all metrics
@@ -136,7 +136,7 @@ def _rows_table(shown: ShownTable) -> Table:
 
 
 def _gates_table(evaluation: EvaluationResult) -> Table:
-    table = _table("Gates")
+    table = plain_table("Gates")
     for name in ("gate", "data set", "result", "figures"):
         table.add_column(name, overflow="fold")
     lines = [(f"{g.metric} {g.operator}", g.data_set, g.passed, g.because)
@@ -148,13 +148,6 @@ def _gates_table(evaluation: EvaluationResult) -> Table:
         table.add_row(Text(printable(gate)), Text(printable(name)), result,
                       Text(printable(because)))  # fmt: skip
     return table
-
-
-def _table(title: str) -> Table:
-    return Table(
-        title=Text(printable(title), "bold"), title_justify="left", box=SIMPLE_HEAD,
-        pad_edge=False, collapse_padding=True,
-    )  # fmt: skip
 
 
 # --- compare -------------------------------------------------------------------------------------
@@ -171,7 +164,7 @@ def _show_compared(console: Console, found: ComparedSet) -> None:
         return
     common = counted(found.samples, found.groups)
     some = "" if found.samples == found.of else f", of {found.of:,}"
-    table = _table(f"{found.name}: {common} samples in common{some}")
+    table = plain_table(f"{found.name}: {common} samples in common{some}")
     for name in ("metric", "model", "value", "against A", "p", "verdict"):
         table.add_column(name, overflow="fold")
     for metric in found.metrics:

@@ -24,7 +24,8 @@ class Model:
     """A published model."""
 
     name: str
-    predictions: Sequence[Prediction]
+    predictions: Mapping[tuple[str, str], Prediction]
+    """By set and sample."""
     metrics: Mapping[str, Sequence[str]]
     """Metrics that it was measured by, for each set."""
 
@@ -63,25 +64,22 @@ def compare_models(models: Sequence[Model], min_points: float) -> list[ComparedS
         models: the first is the one that the others are compared with.
         min_points: smallest gain that matters; see ``compare_outcomes``.
     """
-    first, *others = models
-    names = dict.fromkeys(line.data_set for line in first.predictions)
-    for other in others:
-        theirs = {line.data_set for line in other.predictions}
-        names = dict.fromkeys(name for name in names if name in theirs)
-    return [_compared(name, models, min_points) for name in names]
+    first, *others = (dict.fromkeys(name for name, _ in model.predictions) for model in models)
+    common = [name for name in first if all(name in other for other in others)]
+    return [_compared(name, models, min_points) for name in common]
 
 
 def _compared(name: str, models: Sequence[Model], min_points: float) -> ComparedSet:
-    known = [_by_sample(model, name) for model in models]
-    common = [sample for sample in known[0] if all(sample in there for there in known)]
-    lines = [[there[sample] for sample in common] for there in known]
+    ours = [sample for sample in models[0].predictions if sample[0] == name]
+    common = [sample for sample in ours if all(sample in m.predictions for m in models)]
+    lines = [[m.predictions[sample] for sample in common] for m in models]
     metrics = [m for m in METRICS if all(m in model.metrics.get(name, ()) for model in models)]
     groups = _groups(lines[0])
     rows = [_outcome(these, lines, groups) for these in lines]
     return ComparedSet(
         name=name,
         samples=len(common),
-        of=len(known[0]),
+        of=len(ours),
         groups=count if (count := len(np.unique(groups))) < len(common) else None,
         metrics=metrics,
         models=[
@@ -94,15 +92,6 @@ def _compared(name: str, models: Sequence[Model], min_points: float) -> Compared
             if common
         ],
     )
-
-
-def _by_sample(model: Model, name: str) -> dict[str, Prediction]:
-    """Lines about the samples of a set; of those about equal samples, the first with an answer."""
-    found: dict[str, Prediction] = {}
-    for line in model.predictions:
-        if line.data_set == name and not (line.sample in found and found[line.sample].answers):
-            found[line.sample] = line
-    return found
 
 
 def _groups(lines: Sequence[Prediction]) -> Groups:

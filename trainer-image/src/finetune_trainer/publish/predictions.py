@@ -95,21 +95,27 @@ def write_predictions(predictions: Iterable[Prediction], path: Path) -> None:
 
 
 def read_predictions(text: bytes, sets: Iterable[MeasuredSet]) -> dict[tuple[str, str], Prediction]:
-    """Return the lines of a file about samples of some sets, by set and sample. Of lines about
-    equal samples, the first with an answer counts.
+    """Return the lines of a file about samples of some sets, by set and sample (``by_sample``).
 
     Raises:
         ValueError: a line is not a prediction.
     """
     wanted = {(each.name, digest) for each in sets for digest in each.digests}
+    read = map(json.loads, text.splitlines())
+    return by_sample(
+        Prediction.model_validate(raw)
+        for raw in read
+        if isinstance(raw, dict) and (raw.get("dataSet"), raw.get("sample")) in wanted
+    )
+
+
+def by_sample(lines: Iterable[Prediction]) -> dict[tuple[str, str], Prediction]:
+    """Lines by set and sample. Of lines about equal samples, the first with an answer counts."""
     found: dict[tuple[str, str], Prediction] = {}
-    for line in text.splitlines():
-        raw = json.loads(line)
-        key = (raw.get("dataSet"), raw.get("sample")) if isinstance(raw, dict) else None
-        if key in wanted and not (key in found and found[key].answers):
-            read = Prediction.model_validate(raw)
-            if key not in found or read.answers:
-                found[key] = read
+    for line in lines:
+        before = found.get((line.data_set, line.sample))
+        if before is None or (line.answers and not before.answers):
+            found[line.data_set, line.sample] = line
     return found
 
 
