@@ -250,11 +250,12 @@ def test_progress_is_shown_and_progress_of_another_run_ignored() -> None:
 
 def test_figures_of_progress_reach_status_and_metrics_and_stay_after_the_end() -> None:
     world = at_training()
-    told = {"dataWaitShare": 0.123456, "checkpointsAbandoned": 2, "anchorKl": 0.05, "mfu": 0.4}
+    told = {"dataWaitShare": 0.123456, "checkpointsAbandoned": 2, "anchorKl": 0.05, "mfu": 0.4,
+            "baseKl": 0.3}  # fmt: skip
     world.report(step=20, totalSteps=30, dataStage="later", routerLoss=1.25, **told)
     world.settle()
     shown = {"dataStage": "later", "dataWaitShare": "0.123", "checkpointsAbandoned": 2,
-             "anchorKl": "0.05", "routerLoss": "1.25", "mfu": "0.4"}  # fmt: skip
+             "anchorKl": "0.05", "routerLoss": "1.25", "mfu": "0.4", "baseKl": "0.3"}  # fmt: skip
     assert shown.items() <= world.status["progress"].items()
     world.progress = None  # the pod is gone
     complete(world)
@@ -263,7 +264,13 @@ def test_figures_of_progress_reach_status_and_metrics_and_stay_after_the_end() -
     store = Store()
     store.put("FineTuneJob", {**stored_object("FineTuneJob", UID, 1), "status": world.status})
     page = generate_latest(Metrics(store, lambda: 0).registry).decode()
-    for line in ("data_wait_share{", "checkpoints_abandoned{", "anchor_kl{", "router_loss{"):
+    for line in (
+        "data_wait_share{",
+        "checkpoints_abandoned{",
+        "anchor_kl{",
+        "base_kl{",
+        "router_loss{",
+    ):
         assert f"finetune_job_{line}" in page
     assert f'finetune_job_checkpoints_abandoned{{name="{UID}",namespace="team"}} 2.0' in page
 

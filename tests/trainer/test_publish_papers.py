@@ -37,7 +37,7 @@ from finetune_trainer.evaluate.table import Answered
 from finetune_trainer.prepared.dataset import Reference
 from finetune_trainer.prepared.manifest import DataManifest, DataSet
 from finetune_trainer.publish import modelcard, report, run_facts
-from finetune_trainer.publish.chart import Line, loss_chart, ticks
+from finetune_trainer.publish.chart import Line, step_chart, ticks
 from finetune_trainer.publish.measured_sets import MeasuredSet
 from finetune_trainer.storage.runfiles import (
     CurvePoint,
@@ -406,7 +406,7 @@ def test_ticks_cover_the_range_evenly(low: float, span: float, most: int) -> Non
 
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.floats(0, 1e3)), max_size=20))
 def test_every_point_of_a_curve_is_inside_the_chart(points: list[tuple[int, float]]) -> None:
-    chart = loss_chart([Line("Training", "training", points)], marked_step=3)
+    chart = step_chart([Line("Training", "training", points)], "Loss", marked_step=3)
     assert bool(chart) is bool(points)
     for pair in re.findall(r'points="([^"]*)"', chart):
         for x, y in (map(float, place.split(",")) for place in pair.split()):
@@ -415,5 +415,5 @@ def test_every_point_of_a_curve_is_inside_the_chart(points: list[tuple[int, floa
 
 
 def test_non_finite_values_are_left_out() -> None:
-    chart = loss_chart([Line("Training", "training", [(1, math.nan), (2, math.inf)])])
+    chart = step_chart([Line("Training", "training", [(1, math.nan), (2, math.inf)])], "Loss")
     assert chart == ""

@@ -77,6 +77,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_at_any_size(
             assert ours.by_source == pytest.approx(theirs.by_source, rel=1e-4)
         for ours, theirs in zip(resumed.validation, whole.validation, strict=True):
             assert ours.overall["Loss"] == pytest.approx(theirs.overall["Loss"], rel=1e-4)
+            assert ours.base_kl == pytest.approx(theirs.base_kl, rel=1e-3, abs=1e-7)
         for ours, theirs in zip(resumed.summary.scores, whole.summary.scores, strict=True):
             assert ours.tuned == pytest.approx(theirs.tuned, rel=1e-4)
 
@@ -110,6 +111,8 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_with_other_optimizers_an
     drifts = [point.anchor_kl for point in whole.curve]
     assert drifts[0] == pytest.approx(0, abs=1e-3), "from dropout only"
     assert max(drift or 0 for drift in drifts) > 10 * (drifts[0] or 0)
+    distances = [point.base_kl or 0 for point in whole.validation]
+    assert distances[-1] > distances[0] > 0
     run_spec = bench.run_spec("1-again", **spec)
     bench.kill_after_checkpoint(run_spec, 2, "lost", step=6)
     again = bench.finish(run_spec, 2, "resumed")
@@ -117,6 +120,8 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_with_other_optimizers_an
     for ours, theirs in zip(again.curve, whole.curve, strict=True):
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-4), ours.step
         assert ours.anchor_kl == pytest.approx(theirs.anchor_kl, rel=1e-3, abs=1e-7), ours.step
+    found = [point.base_kl for point in again.validation]
+    assert found == pytest.approx([point.base_kl for point in whole.validation], rel=1e-3)
 
 
 SERIES = (

@@ -86,6 +86,9 @@ class Progress(Record):
     anchor_kl: float | None = None
     """KL(base || tuned) per supervised token of replay sets (nats), mean since the last log point,
     if training.anchor enables it; not included in ``loss``."""
+    base_kl: float | None = None
+    """KL(base || tuned) per supervised token of the first validation samples (nats), at the last
+    evaluation; None: not measured."""
     router_loss: float | None = None
     """Load-balancing loss of experts, before its coefficient, mean since the last log point, if
     training.routerAuxLossCoefficient enables it; not included in ``loss``."""

@@ -132,6 +132,9 @@ class ProgressStatus(Model):
     anchor_kl: Number | None = None
     """KL(base || tuned) per supervised token of replay sets, in nats, with
     spec.training.anchor.klCoefficient."""
+    base_kl: Number | None = None
+    """KL(base || tuned) per supervised token of the first validation samples, in nats, at the last
+    evaluation: a large one is an early warning of forgetting."""
     router_loss: Number | None = None
     """Load-balancing loss of experts, before spec.training.routerAuxLossCoefficient."""
     learning_rate: Number | None = None

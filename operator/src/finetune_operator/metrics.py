@@ -28,6 +28,7 @@ _PROGRESS: Final = {
     "dataWaitShare": "Share of the steps' time spent waiting for data, from 0 to 1.",
     "checkpointsAbandoned": "Checkpoints of the current attempt that could not be written.",
     "anchorKl": "KL(base || tuned) per supervised token of replay sets, in nats.",
+    "baseKl": "KL(base || tuned) per supervised token of validation samples, in nats.",
     "routerLoss": "Load-balancing loss of experts, before its coefficient.",
 }
 _USAGE: Final = {

@@ -71,6 +71,7 @@ def progress_status(
             for name, loss in progress.by_source.items()
         ],
         anchor_kl=number(progress.anchor_kl),
+        base_kl=number(progress.base_kl),
         router_loss=number(progress.router_loss),
         learning_rate=number(progress.learning_rate),
         tokens_per_second=number(progress.tokens_per_second),

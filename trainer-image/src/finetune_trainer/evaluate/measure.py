@@ -20,8 +20,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetune_api.evaluation_results import Metrics
 from finetune_api.tasks import Metric, metrics_from
-from finetune_trainer.engine.loss import evaluating, micro_batch_losses
+from finetune_trainer.engine.loss import MicroBatchLosses, evaluating, micro_batch_losses
 from finetune_trainer.engine.packing.feed import MicroBatch, MicroBatchBuilder
+from finetune_trainer.engine.packing.layout import layout_context
 from finetune_trainer.engine.planning.plan import Packing, pack_all
 from finetune_trainer.engine.sharding import is_sharded, root_gathered
 from finetune_trainer.engine.task_losses import TaskLoss
@@ -161,12 +162,35 @@ class Evaluator:
         prompts = [r.prompt_ids for r in self.data.references(split, asked)]
         return Measured(losses, labels, asked, self.generate(prompts))
 
+    def logits(
+        self, split: Side, positions: npt.NDArray[np.integer], most_labels: int
+    ) -> Iterator[tuple[MicroBatch, torch.Tensor]]:
+        """Yield this rank's micro-batches of some samples with their logits, shape [labels,
+        vocabulary]. The source of a label is the number of its sample in ``positions``.
+
+        Args:
+            most_labels: in a micro-batch, which bounds its logits; each sample must have no more.
+        """
+        index = self.data.index(split)
+        room = self.micro_batch_tokens - self.virtual_tokens
+        as_large = -(-index.supervised[positions].astype(np.int64) * room // most_labels)
+        sizes = np.maximum(index.length[positions], as_large)
+        for _, micro_batch in self._micro_batches(split, positions, sizes):
+            with torch.no_grad(), self.world.autocast(), layout_context(micro_batch.layout):
+                found: MicroBatchLosses = self.loss(micro_batch, with_logits=True)
+            assert found.logits is not None, "requested by with_logits"
+            yield micro_batch, found.logits
+
     def _micro_batches(
-        self, split: Side, positions: np.ndarray
+        self, split: Side, positions: np.ndarray, sizes: np.ndarray | None = None
     ) -> Iterator[tuple[list[int], MicroBatch]]:
         """Yield this rank's micro-batches of some samples, each with its samples' positions. The
-        source of a label is the number of its sample in ``positions``."""
-        lengths = self.data.index(split).length[positions]
+        source of a label is the number of its sample in ``positions``.
+
+        Args:
+            sizes: tokens that each sample counts in its micro-batch; None: its own.
+        """
+        lengths = self.data.index(split).length[positions] if sizes is None else sizes
         dealt = pack_all(
             lengths, self.micro_batch_tokens, self.world.size, self.packing, self.virtual_tokens
         )

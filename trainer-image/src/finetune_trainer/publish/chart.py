@@ -1,4 +1,5 @@
-"""The loss chart as an inline SVG without scripts or external files; the page sets the colours."""
+"""A chart by optimizer step as an inline SVG without scripts or external files; the page sets the
+colours."""
 
 from __future__ import annotations
 
@@ -26,15 +27,16 @@ class Line:
     css: str
     """CSS class that sets the colour."""
     points: Sequence[Point]
-    """(step, loss); non-finite points are left out."""
+    """(step, value); non-finite points are left out."""
     dots: bool = False
     """Whether the points are marked."""
 
 
-def loss_chart(lines: Sequence[Line], marked_step: int | None = None) -> str:
+def step_chart(lines: Sequence[Line], label: str, marked_step: int | None = None) -> str:
     """Return the chart as SVG, or "" if no line has a finite point.
 
     Args:
+        label: what is shown, for screen readers.
         marked_step: step of the published checkpoint.
     """
     lines = [replace(line, points=_finite(line.points)) for line in lines]
@@ -52,7 +54,9 @@ def loss_chart(lines: Sequence[Line], marked_step: int | None = None) -> str:
         share = (high - y) / (high - low)
         return LEFT + (right - LEFT) * x / longest, TOP + (bottom - TOP) * share
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Loss by optimizer step">']
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label} by optimizer step">'
+    ]
     for y in y_ticks:
         _, py = at((0, y))
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{py:.1f}" y2="{py:.1f}"/>')
@@ -70,8 +74,8 @@ def loss_chart(lines: Sequence[Line], marked_step: int | None = None) -> str:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         parts.append(f'<polyline class="curve {line.css}" points="{path}"/>')
         if line.dots:
-            for (x, y), (step, loss) in zip(places, line.points, strict=True):
-                title = escape(f"{line.name}, step {step:g}: {loss:.4g}")
+            for (x, y), (step, value) in zip(places, line.points, strict=True):
+                title = escape(f"{line.name}, step {step:g}: {value:.4g}")
                 parts.append(
                     f'<circle class="dot {line.css}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">'
                     f"<title>{title}</title></circle>"

@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune_api.evaluation_results import TUNED
 from finetune_trainer.pages import page
-from finetune_trainer.publish.chart import Line, loss_chart
+from finetune_trainer.publish.chart import Line, step_chart
 from finetune_trainer.publish.row_tables import counted, slices_of, tables_of
 from finetune_trainer.publish.run_facts import DRAWN_HEAD, About, artefact_text, by_set, settings
 
@@ -28,7 +28,8 @@ def render(about: About, data_report: bytes) -> str:
         tables=tables_of(about),
         slices=slices_of(about.evaluation),
         overfitting=about.overfitting,
-        chart=loss_chart(_lines(about), about.result.summary.checkpoint_step),
+        chart=step_chart(_lines(about), "Loss", about.result.summary.checkpoint_step),
+        **_distance(about),
         validation=validation,
         validation_sets=names,
         settings=settings(about),
@@ -62,6 +63,17 @@ def _lines(about: About) -> list[Line]:
         (float(p.step), p.overall["Loss"]) for p in about.result.validation if "Loss" in p.overall
     ]
     return [Line("Training", "training", training), Line("Validation", "validation", checked, True)]
+
+
+def _distance(about: About) -> dict[str, Any]:
+    """Return the chart of KL(base || tuned), and its value at the published checkpoint."""
+    at = {p.step: p.base_kl for p in about.result.validation if p.base_kl is not None}
+    step = about.result.summary.checkpoint_step
+    line = Line("KL", "validation", [(float(x), y) for x, y in at.items()], True)
+    return {
+        "distance": step_chart([line], "KL divergence from the base model", step),
+        "distance_published": at.get(step) if step is not None else None,
+    }
 
 
 def _data_rows(report: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """The small files of a run that stages exchange in object storage: see docs/architecture.md.
 
-``prepared.json``, ``memory-profiles.json`` and ``questions.arrow`` (prepare → train), ``answers/``
-(train → later attempts, publish), ``result.json`` (train → publish) and ``evaluation.json``
-(publish → its later tries).
+``prepared.json``, ``memory-profiles.json`` and ``questions.arrow`` (prepare → train),
+``base-probabilities.npz`` (train → later attempts), ``answers/`` (train → later attempts, publish),
+``result.json`` (train → publish) and ``evaluation.json`` (publish → its later tries).
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ class ValidationPoint(Record):
     """Metrics by set."""
     overall: Metrics
     """Metrics over all sets: losses by tokens, others by samples."""
+    base_kl: float | None = None
+    """KL(base || tuned) on the first samples, nats per supervised token: see ``base_kl``. None: a
+    classifier, no validation samples, or an earlier trainer."""
 
 
 class Example(Record):
@@ -150,6 +153,16 @@ def read_memory_profiles(store: ObjectStore, run_uri: str) -> bytes | None:
 
 def write_memory_profiles(store: ObjectStore, run_uri: str, text: bytes) -> None:
     store.put(f"{run_uri}/memory-profiles.json", text)
+
+
+def read_base_probabilities(store: ObjectStore, run_uri: str) -> bytes | None:
+    """Return what the base model predicted, as ``base_kl.to_bytes`` writes it; None if absent."""
+    uri = f"{run_uri}/base-probabilities.npz"
+    return store.get(uri) if store.head(uri) else None
+
+
+def write_base_probabilities(store: ObjectStore, run_uri: str, text: bytes) -> None:
+    store.put(f"{run_uri}/base-probabilities.npz", text)
 
 
 def known_rows(store: ObjectStore, run_uri: str) -> set[str]:

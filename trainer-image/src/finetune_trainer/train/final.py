@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from finetune_api.evaluation_results import BASE, TUNED, DataSetScores, Metrics, Row, RowModel
 from finetune_api.results import TrainSummary
+from finetune_trainer.evaluate.base_kl import Kept, base_probabilities, from_bytes, to_bytes
 from finetune_trainer.evaluate.measure import SetResult
 from finetune_trainer.prepared.origins import origins_of
 from finetune_trainer.prepared.questions import Prompting, Question
@@ -36,8 +37,12 @@ class BaseResults:
     """All its rows, in order."""
 
 
-def measure_base(session: Session) -> BaseResults:
-    """Answer the rows of the base model that no earlier attempt has answered."""
+def measure_base(session: Session, step: int) -> BaseResults:
+    """Measure of the base model what no earlier attempt has: its rows, and what ``base_kl`` needs.
+
+    Args:
+        step: where training goes on.
+    """
     session.telemetry.say(stage="Baseline")
     world, store, run_uri = session.world, session.stores.default, session.run_spec.run_uri
     known = world.on_main(lambda: runfiles.known_rows(store, run_uri))
@@ -47,7 +52,24 @@ def measure_base(session: Session) -> BaseResults:
         else:
             base = _test(session, BASE)
         rows = _ask(session, "Base", list(session.questions), known)
+        session.base_predictions = _base_predictions(session, step)
     return BaseResults({found.name: found.metrics for found in base.sets}, [BASE, *rows])
+
+
+def _base_predictions(session: Session, step: int) -> Kept:
+    """Return what the base model predicts for validation samples; nothing for a classifier, whose
+    base has a drawn head, or once its weights are trained."""
+    if not session.spec.kind.generates or not session.data.set_names("validation"):
+        return {}
+    store, run_uri = session.stores.default, session.run_spec.run_uri
+    text = session.world.on_main(lambda: runfiles.read_base_probabilities(store, run_uri))
+    if text is not None:
+        return from_bytes(text)
+    if step > 0 and not session.spec.method.kind.adapts:
+        return {}
+    kept = base_probabilities(session.evaluator)
+    session.world.on_main(lambda: runfiles.write_base_probabilities(store, run_uri, to_bytes(kept)))
+    return kept
 
 
 def test_and_write_result(session: Session, state: LoopState, base: BaseResults) -> TrainSummary:

@@ -24,6 +24,7 @@ from finetune_trainer.engine.planning.schedule import (
     steps_of,
 )
 from finetune_trainer.engine.world import Agreement
+from finetune_trainer.evaluate.base_kl import base_kl
 from finetune_trainer.evaluate.measure import overall
 from finetune_trainer.evaluate.scores import GENERATED, better
 from finetune_trainer.failures import Interrupted
@@ -61,7 +62,7 @@ def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
     session.telemetry.say(total_steps=total, step=state.step)
     session.telemetry.total_steps.set(total)
     raise_if_stopping(session.world, stop_requested, "before the first step")
-    base = measure_base(session)
+    base = measure_base(session, state.step)
     session.telemetry.reached("baseline")
 
     clock = Clock(session.work, session.peak)
@@ -233,11 +234,16 @@ def measure_validation(session: Session, state: LoopState, clock: Clock) -> None
         raise
     if results:
         metrics = overall(results)
+        drift = base_kl(session.evaluator, session.base_predictions)
         state.validation.append(
             ValidationPoint(
-                step=state.step, sets={r.name: r.metrics for r in results}, overall=metrics
+                step=state.step, sets={r.name: r.metrics for r in results}, overall=metrics,
+                base_kl=drift,
             )
-        )
+        )  # fmt: skip
+        if drift is not None:
+            telemetry.set_base_kl(drift)
+            telemetry.say(base_kl=drift)
         for result in results:
             telemetry.validation_loss.labels(result.name).set(result.metrics["Loss"])
         watch_early_stopping(session, state, metrics)

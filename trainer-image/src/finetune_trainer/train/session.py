@@ -6,7 +6,7 @@ run spec ──► process group ──► data ──► model ──► plan, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from finetune_trainer.engine.sharding import capacity
 from finetune_trainer.engine.task_losses import TASKS, TaskLoss
 from finetune_trainer.engine.tuning.anchors import OutputAnchor, WeightAnchor
 from finetune_trainer.engine.world import World
+from finetune_trainer.evaluate.base_kl import Kept
 from finetune_trainer.evaluate.classify import EVALUATORS
 from finetune_trainer.evaluate.measure import Evaluator
 from finetune_trainer.evaluate.metric_selection import metrics_for
@@ -97,6 +98,8 @@ class Session:
     """Whether each of ``sources`` is a replay set, anchored to the base model's outputs."""
     output_anchor: OutputAnchor | None
     weight_anchor: WeightAnchor | None
+    base_predictions: Kept = field(default_factory=dict)
+    """What the base model predicts for validation samples, once it is measured."""
 
     @property
     def spec(self) -> FineTuneJobSpec:

@@ -136,6 +136,11 @@ class Telemetry:
         text = "KL(base || tuned) per supervised token of replay sets, nats"
         self._set_late("anchor_kl", text, divergence)
 
+    def set_base_kl(self, divergence: float) -> None:
+        """Set the KL divergence on validation samples. If not measured, the series is absent."""
+        text = "KL(base || tuned) per supervised token of validation samples, nats"
+        self._set_late("base_kl", text, divergence)
+
     def set_router_loss(self, loss: float) -> None:
         """Set the router loss of a mixture of experts. If untrained, the series is absent."""
         self._set_late("router_loss", "Router loss before its coefficient", loss)
