@@ -131,6 +131,19 @@ def test_a_chain_of_four_runs(
     config = json.loads((chain.got("four", "adapter") / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == f"{three.run_spec.output_uri}/merged"
     assert [a.get("job") for a in four.json("metrics.json")["lineage"]] == [None, "one", "three"]
+    assert "matrix" in two.json("metrics.json") and one.json("metrics.json")["matrix"] is None
+    matrix = four.json("metrics.json")["matrix"]
+    assert matrix["models"][-3:] == ["one 1-abcde", "three 1-abcde", "four 1-abcde"]
+    (column,) = matrix["columns"]
+    (test,) = four.json("metrics.json")["test"]
+    metric = column["metric"]
+    assert column["samples"] == test["samples"]
+    assert column["values"][-3:] == pytest.approx(
+        [one.json("metrics.json")["test"][0]["tuned"][metric], test["base"][metric],
+         test["tuned"][metric]], abs=1e-5)  # fmt: skip
+    assert matrix["models"][column["own"]] == "one 1-abcde" and column["transfer"] is not None
+    page = four.store.get(f"{four.run_spec.output_uri}/report.html").decode()
+    assert "The sequence of runs" in page and "three 1-abcde" in page
     assert (
         "adapters of the runs before"
         not in four.store.get(f"{four.run_spec.output_uri}/README.md").decode()

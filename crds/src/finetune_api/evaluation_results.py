@@ -236,6 +236,44 @@ class ArtefactResult(Record):
     """Formats that were not loaded, and why."""
 
 
+class MatrixColumn(Record):
+    """One set of a ``TaskMatrix``."""
+
+    data_set: Word
+    """Name of the set."""
+    metric: Word
+    """Metric of the values: the one by which rows are compared."""
+    samples: Count
+    """Samples that all models with a value have answered."""
+    values: list[float | None]
+    """Value of each of ``TaskMatrix.models``; None: the model was not measured on these samples."""
+    own: Count | None = None
+    """Which of the models was the first that had the set as a test set; None: none of them."""
+    forgetting: float | None = None
+    """Best value of the tuned models before, minus that of the last one (of a loss: the reverse);
+    negative: the last one is the best. None: no tuned model before has a value."""
+    transfer: Comparison | None = None
+    """The last model against its ``own``, over the samples of both: backward transfer."""
+
+
+class TaskMatrix(Record):
+    """What each model of a sequence of runs, each of which started from the one before, does on
+    the sets of the last run."""
+
+    models: list[Word]
+    """Names, oldest first: the base of the first run, then job and run of each tuned model."""
+    columns: list[MatrixColumn]
+    """One for each set that a model before the last was measured on."""
+    average_forgetting: float | None = None
+    """Mean of ``forgetting`` over the columns whose values are shares (Chaudhry et al. 2018,
+    arXiv:1801.10112); None: there is none."""
+    backward_transfer: float | None = None
+    """Mean effect of ``transfer`` over these columns (Lopez-Paz and Ranzato 2017,
+    arXiv:1706.08840); None: there is none."""
+    not_read: dict[Word, str] = {}
+    """Models of the sequence whose results were not read, and why."""
+
+
 class EvaluationResult(Record):
     """Results of a run on its test and retention sets."""
 
@@ -248,6 +286,8 @@ class EvaluationResult(Record):
 
     artefact: ArtefactResult | None = None
     """None: not compared (evaluation.artefactCheck: Off, or another release published)."""
+    matrix: TaskMatrix | None = None
+    """None: the run did not start from the model of another run, or no set is common."""
 
     @property
     def held(self) -> str | None:

@@ -22,7 +22,13 @@ from finetune_trainer.publish.published_results import (
     read_all_predictions,
     read_results,
 )
-from finetune_trainer.publish.row_tables import ShownTable, counted, shown_tables
+from finetune_trainer.publish.row_tables import (
+    ShownMatrix,
+    ShownTable,
+    counted,
+    matrix_table,
+    shown_tables,
+)
 from finetune_trainer.publish.run_facts import Score, artefact_text, scores_of
 
 LETTERS: Final = "ABCDEFGH"
@@ -118,6 +124,10 @@ def _show_report(console: Console, found: PublishedResults) -> None:
             console.print(scores_table(title, scores))
     for shown in shown_tables(evaluation, scores_of(found.scores)):
         console.print(_rows_table(shown))
+    if (matrix := matrix_table(evaluation.matrix)) is not None:
+        console.print(_matrix_table(matrix))
+        if matrix.summary:
+            _say(console, f"Over all sets: {matrix.summary}")
     if evaluation.gates or evaluation.current:
         console.print(_gates_table(evaluation))
     if evaluation.artefact is not None:
@@ -132,6 +142,15 @@ def _rows_table(shown: ShownTable) -> Table:
     for row in shown.rows:  # the report has all metrics
         cells = (row.name, row.samples, row.values[0], row.ahead, row.tokens)
         table.add_row(*(Text(printable(cell)) for cell in cells))
+    return table
+
+
+def _matrix_table(shown: ShownMatrix) -> Table:
+    table = plain_table("The sequence of runs; *: the first that had the set as a test set")
+    for name in ("after", *shown.sets):
+        table.add_column(Text(printable(name)), overflow="fold")
+    for name, values in (*shown.rows, ("forgotten", shown.forgetting)):
+        table.add_row(*(Text(printable(cell)) for cell in (name, *values)))
     return table
 
 

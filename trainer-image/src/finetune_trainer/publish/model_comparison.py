@@ -66,10 +66,12 @@ def compare_models(models: Sequence[Model], min_points: float) -> list[ComparedS
     """
     first, *others = (dict.fromkeys(name for name, _ in model.predictions) for model in models)
     common = [name for name in first if all(name in other for other in others)]
-    return [_compared(name, models, min_points) for name in common]
+    return [compare_on(name, models, min_points) for name in common]
 
 
-def _compared(name: str, models: Sequence[Model], min_points: float) -> ComparedSet:
+def compare_on(name: str, models: Sequence[Model], min_points: float) -> ComparedSet:
+    """Compare models on the samples of one set that all of them know; arguments as in
+    ``compare_models``."""
     ours = [sample for sample in models[0].predictions if sample[0] == name]
     common = [sample for sample in ours if all(sample in m.predictions for m in models)]
     lines = [[m.predictions[sample] for sample in common] for m in models]

@@ -39,6 +39,7 @@ from finetune_trainer.publish.results import (
     main_result,
     with_comparisons,
 )
+from finetune_trainer.publish.task_matrix import matrix_of
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.current import (
     TRIES,
@@ -141,6 +142,10 @@ def _publish(
             run_spec.output_uri, formats, files, spec.task, base.base.model, base.folder
         )
         checked = check(written, compared, stores, scratch)
+    matrix = matrix_of(
+        stores.of(run_spec.base_model.storage), result.lineage, sets,
+        f"{run_spec.job.name} {run_spec.run}", redact,
+    )  # fmt: skip
     data_report = store.get(f"{prepared.uri}/report.json")
     for _ in range(TRIES):
         seen = pointer.read() if pointer else None
@@ -151,7 +156,7 @@ def _publish(
         model = seen.file.current if seen and not decided else None
         used = in_use(store, model, spec.output.destination, sets) if model else None
         evaluation = evaluate(spec, sets, used)
-        evaluation = evaluation.model_copy(update={"artefact": checked})
+        evaluation = evaluation.model_copy(update={"artefact": checked, "matrix": matrix})
         about = run_facts.gather(
             run_spec, result, prepared, data, sizes, base.base.model, evaluation, sets, drawn
         )

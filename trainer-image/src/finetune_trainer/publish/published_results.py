@@ -67,7 +67,11 @@ def read_results(store: ObjectStore, uri: str) -> PublishedResults:
                         | {"name": each["dataSet"]}
                         for each in raw["test"]
                     ],
-                    **{key: raw[key] for key in ("gates", "current", "artefact") if key in raw},
+                    **{
+                        key: raw[key]
+                        for key in ("gates", "current", "artefact", "matrix")
+                        if key in raw
+                    },
                 }
             ),
             overfitting=raw.get("overfitting", {}).get("warning"),

@@ -8,7 +8,7 @@ from typing import Any
 from finetune_api.evaluation_results import TUNED
 from finetune_trainer.pages import page
 from finetune_trainer.publish.chart import Line, step_chart
-from finetune_trainer.publish.row_tables import counted, slices_of, tables_of
+from finetune_trainer.publish.row_tables import counted, matrix_table, slices_of, tables_of
 from finetune_trainer.publish.run_facts import DRAWN_HEAD, About, artefact_text, by_set, settings
 
 
@@ -27,6 +27,7 @@ def render(about: About, data_report: bytes) -> str:
         samples=_sample_counts(about),
         tables=tables_of(about),
         slices=slices_of(about.evaluation),
+        matrix=matrix_table(about.evaluation.matrix),
         overfitting=about.overfitting,
         chart=step_chart(_lines(about), "Loss", about.result.summary.checkpoint_step),
         **_distance(about),

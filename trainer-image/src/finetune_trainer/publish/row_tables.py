@@ -6,7 +6,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from finetune_api.evaluation_results import EvaluationResult, Recommendation, Slice, TableRow
+from finetune_api.evaluation_results import (
+    EvaluationResult,
+    Recommendation,
+    Slice,
+    TableRow,
+    TaskMatrix,
+)
 from finetune_trainer.evaluate.recommendation import PRIMARY
 from finetune_trainer.publish.run_facts import About, Score, by_set
 
@@ -97,6 +103,45 @@ def _slice(part: Slice, metric: str, name: str) -> ShownSlice:
         gain=f"{score.show(compared.effect, signed=True)} ({score.interval})" if compared else "–",
         better=score.better,
         p="–" if p is None else f"{p:.2g}",
+    )
+
+
+@dataclass(frozen=True)
+class ShownMatrix:
+    """The matrix of a sequence of runs as text."""
+
+    sets: list[str]
+    """Headers of the columns: a set and its metric."""
+    rows: list[tuple[str, list[str]]]
+    """Each model, with its values."""
+    forgetting: list[str]
+    """Of each set, in the unit of its metric."""
+    summary: str
+    """Averages in words; "" if there are none."""
+
+
+def matrix_table(found: TaskMatrix | None) -> ShownMatrix | None:
+    """The matrix of a sequence of runs as text, or None."""
+    if found is None:
+        return None
+    scores = [Score(c.data_set, c.samples, c.metric, None, 0.0) for c in found.columns]
+    pairs = list(zip(scores, found.columns, strict=True))
+    averages = [
+        f"{what} {100 * value:+.1f} points"
+        for what, value in (
+            ("average forgetting", found.average_forgetting),
+            ("backward transfer", found.backward_transfer),
+        )
+        if value is not None
+    ]
+    return ShownMatrix(
+        sets=[f"{column.data_set}, {column.metric}" for column in found.columns],
+        rows=[
+            (name, [s.show(c.values[n]) + "*" * (c.own == n) for s, c in pairs])
+            for n, name in enumerate(found.models)
+        ],
+        forgetting=[s.show(c.forgetting, signed=True) for s, c in pairs],
+        summary=", ".join(averages),
     )
 
 

@@ -240,6 +240,7 @@ def metrics_text(about: About) -> str:
         "current": about.evaluation.current and about.evaluation.current.to_json(),
         "held": about.evaluation.held,
         "artefact": about.evaluation.artefact.to_json() if about.evaluation.artefact else None,
+        "matrix": about.evaluation.matrix and about.evaluation.matrix.to_json(),
         "overfitting": _overfitting(about.overfitting),
         "validation": [point.to_json() for point in result.validation],
         "training": {
