@@ -1,4 +1,4 @@
-"""Debian packages with the programs that nodes and image builds need."""
+"""Debian packages with the programs that nodes, image builds and tests of pages need."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ _NEEDED = {
     "nsenter": "util-linux",
     "openssl": "openssl",
     "debootstrap": "debootstrap",
+    "chromium": "chromium",
 }
 
 

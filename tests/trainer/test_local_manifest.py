@@ -103,6 +103,14 @@ def test_relative_paths_start_from_the_manifests_folder(
     ]
 
 
+def test_a_path_without_its_first_dot_is_told_how_to_be_written(tmp_path: Path) -> None:
+    (tmp_path / "here.jsonl").touch()
+    data = {"train": [{"source": "here.jsonl"}]}
+    assert problems(manifest(tmp_path, spec=RELATIVE | {"data": data})) == [
+        "spec.data.train[0].source: a path starts with ./, ../, / or ~; write './here.jsonl'"
+    ]
+
+
 def test_relative_paths_of_standard_input_start_from_the_working_directory(
     tmp_path: Path,
 ) -> None:

@@ -126,16 +126,18 @@ def _with_claims(
 
     def converted(block: Any, where: str) -> Any:
         source = block.get("source") if isinstance(block, dict) else None
-        if not isinstance(source, str) or not _PATH.match(source):
+        if not isinstance(source, str):
             return block
         try:
-            return {**block, "source": claim_of(source, start, claims)}
+            if _PATH.match(source):
+                return {**block, "source": claim_of(source, start, claims)}
+            if "://" in source or not (start / source).exists():
+                return block
+            raise ValueError(f"a path starts with ./, ../, / or ~; write './{source}'")
         except ValueError as error:
             problems.append(f"{where}.source: {error}")
-            return {
-                **block,
-                "source": "pvc://missing/missing",
-            }  # valid, so the fault is reported once
+            # A valid one, so that the fault is reported once.
+            return {**block, "source": "pvc://missing/missing"}
 
     spec = dict(spec)
     if "model" in spec:

@@ -84,6 +84,22 @@ def step_chart(lines: Sequence[Line], label: str, marked_step: int | None = None
     return "".join(parts)
 
 
+def interval_chart(low: float, value: float, high: float) -> str:
+    """Return a value with its interval around a line at zero, as a small SVG that a text beside it
+    describes; "" if one is not finite."""
+    if not all(map(math.isfinite, (low, value, high))):
+        return ""
+    half, middle = 54.0, 60.0
+    longest = max(abs(low), abs(value), abs(high)) or 1.0
+    left, at, right = (middle + half * x / longest for x in (low, value, high))
+    return (
+        '<svg class="interval" viewBox="0 0 120 14" aria-hidden="true">'
+        f'<line class="zero" x1="{middle:g}" x2="{middle:g}" y1="0" y2="14"/>'
+        f'<line class="range" x1="{left:.1f}" x2="{right:.1f}" y1="7" y2="7"/>'
+        f'<circle class="at" cx="{at:.1f}" cy="7" r="3.5"/></svg>'
+    )
+
+
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Return evenly spaced round numbers from at most ``low`` to at least ``high``."""
     span = max(high - low, abs(high) * 1e-3, 1e-9)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Final
 
 from finetune_api.evaluation_results import TUNED
 from finetune_trainer.pages import page
-from finetune_trainer.publish.chart import Line, step_chart
+from finetune_trainer.publish.chart import Line, interval_chart, step_chart
+from finetune_trainer.publish.results import main_result
 from finetune_trainer.publish.row_tables import counted, matrix_table, slices_of, tables_of
 from finetune_trainer.publish.run_facts import DRAWN_HEAD, About, artefact_text, by_set, settings
+
+_MAIN: Final = {
+    "Better": "Better",
+    "Worse": "Worse",
+    "NotBetter": "Not better by what matters",
+    "TooFewSamples": "Not known yet whether better",
+}
+"""Verdicts in words that go before "than the base model"."""
 
 
 def render(about: About, data_report: bytes) -> str:
@@ -22,6 +31,9 @@ def render(about: About, data_report: bytes) -> str:
     names = list(dict.fromkeys(name for point in validation for name in point.sets))
     return page(__package__, "report.html.j2").render(
         about=about,
+        main=main_result(about.evaluation),
+        verdicts=_MAIN,
+        interval_chart=interval_chart,
         scores=by_set(about.scores_of(retention=False)),
         retained=by_set(about.scores_of(retention=True)),
         samples=_sample_counts(about),

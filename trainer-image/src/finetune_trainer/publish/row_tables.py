@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from finetune_api.evaluation_results import (
     EvaluationResult,
-    Recommendation,
     Slice,
     TableRow,
     TaskMatrix,
@@ -46,7 +45,6 @@ class ShownTable:
     primary: str
     """Metric by which the rows are compared."""
     rows: list[ShownRow]
-    advice: Recommendation | None
 
 
 @dataclass(frozen=True)
@@ -166,17 +164,15 @@ def shown_tables(evaluation: EvaluationResult, scores: Iterable[Score]) -> list[
     """As ``tables_of``."""
     of_set = dict(by_set(scores))
     return [
-        _shown(table.name, table.rows, table.recommendation, compared)
+        _shown(table.name, table.rows, compared)
         for table in evaluation.sets
         if len(table.rows) > 2 and (compared := _compared(of_set.get(table.name, [])))
     ]
 
 
-def _shown(
-    name: str, rows: Sequence[TableRow], advice: Recommendation | None, shown: Sequence[Score]
-) -> ShownTable:
+def _shown(name: str, rows: Sequence[TableRow], shown: Sequence[Score]) -> ShownTable:
     return ShownTable(
-        name, [s.metric for s in shown], shown[0].metric, [_row(r, shown) for r in rows], advice
+        name, [s.metric for s in shown], shown[0].metric, [_row(r, shown) for r in rows]
     )
 
 
