@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-VERSION: Final = "2"
+VERSION: Final = "3"
 """Increased with every change of the generated files; part of the cache folder's name."""
 _TRAIN: Final = 640
 _TEST: Final = 200

@@ -3,12 +3,13 @@
 A ``Ticket`` (customer, product, intent) is drawn first; a grammar with several phrasings per
 statement turns it into text. The meaning of every text is therefore known, and labelled data for
 any task can be generated without annotators. The base model is trained on ``document``: dialogues,
-order entries and handbook sentences, but no examples of the labelled tasks.
+order entries, handbook sentences, and a few examples of the labelled tasks, of half of the intents.
+So it can do a part of the tasks, as real base models can.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Final, Literal
 
@@ -116,6 +117,8 @@ NOTES: Final[dict[Intent, str]] = {
     "question": "would like to know more before buying",
     "praise": "says thanks and is happy with us",
 }
+TAUGHT: Final[tuple[Intent, ...]] = ("refund", "delivery", "damage", "billing")
+"""Intents whose labels and notes the base model has seen."""
 HANDBOOK: Final = (
     "The {i} desk helps a customer who {t}.",
     "A customer who {t} is a matter for {i}.",
@@ -185,10 +188,16 @@ def note(ticket: Ticket) -> str:
 def document(random: Random) -> tuple[str, str | None]:
     """Return one pre-training document, and the customer's message in it (if any).
 
-    66 % are dialogues. The others are order sentences with their entries, and sentences of the
-    desk's handbook, from which the model learns the vocabulary of the tasks' answers.
+    54 % are dialogues, and 12 % examples of the labelled tasks. The others are order sentences with
+    their entries, and sentences of the desk's handbook, from which the model learns the vocabulary
+    of the tasks' answers.
     """
     kind = random.random()
+    if kind < 0.12:
+        ticket = replace(draw_ticket(random), intent=random.choice(TAUGHT))
+        asked = message(ticket, random)
+        answer = f"Label: {ticket.intent}" if kind < 0.06 else f"Note: {note(ticket)}"
+        return f"{asked}\n{answer}", asked
     if kind < 0.66:
         ticket = draw_ticket(random)
         asked = message(ticket, random)

@@ -2,7 +2,7 @@
 
 A Llama of a million parameters and its byte-pair tokenizer are trained on dialogues in the small
 language of ``language``. The resulting model answers customers' messages, so it represents their
-intents, but it cannot do any of the tasks that the quickstart tunes it on.
+intents, and does the tasks that the quickstart tunes it on for some of them.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def _answers(text: str) -> list[tuple[int, int]]:
     spans, start = [], 0
     for line in text.split("\n"):
         head = line.split(":", 1)[0]
-        if head in ("Agent", "Entry"):
+        if head in ("Agent", "Entry", "Label", "Note"):
             spans.append((start + len(head) + 1, start + len(line)))
         start += len(line) + 1
     return spans
