@@ -106,12 +106,15 @@ def rank_stopped(place: Place) -> None:
 
 
 def out_of_memory(place: Place) -> None:
-    """The kernel kills the training process, which it would choose first: another process of the
-    pod takes all of its memory."""
+    """The kernel kills the training process: another process of the pod, which it must not choose,
+    takes all of its memory."""
     pod = place.pod(1)["metadata"]["name"]
     worker = place.processes(1, WORKER)[-1]
     Path(f"/proc/{worker.pid}/oom_score_adj").write_text("1000")
-    grow = "import time\nx = []\nwhile True: x.append(bytearray(b'1' * 2**24)); time.sleep(0.02)"
+    grow = (
+        "import time\nx = []\ntime.sleep(5)\n"
+        "while True: x.append(bytearray(b'1' * 2**24)); time.sleep(0.02)"
+    )
 
     def take() -> None:
         with suppress(RuntimeError):  # killed below
@@ -123,6 +126,7 @@ def out_of_memory(place: Place) -> None:
         "memory is taken", lambda: place.processes(1, r"(?s)^python3 .*bytearray"), within=30
     )
     try:
+        Path(f"/proc/{eater.pid}/oom_score_adj").write_text("-1000")
         until = time.monotonic() + 60
         while worker.alive and time.monotonic() < until:
             time.sleep(0.005)
