@@ -22,8 +22,10 @@ from finetune_trainer.publish.published_results import (
     read_all_predictions,
     read_results,
 )
+from finetune_trainer.publish.results import remedy_text
 from finetune_trainer.publish.row_tables import ShownTable, counted, shown_tables
 from finetune_trainer.publish.run_facts import Score, artefact_text, scores_of
+from finetune_trainer.publish.trade_off import TradeOff, trade_off
 
 LETTERS: Final = "ABCDEFGH"
 """Names of the models in the tables of a comparison: as many as it may have."""
@@ -108,6 +110,8 @@ def _show_report(console: Console, found: PublishedResults) -> None:
             _say(console, f"Advice:  {table.name}: {advice.action}: {advice.because}")
     if found.overfitting:
         _say(console, f"Overfit: {found.overfitting}")
+    if remedy := remedy_text(evaluation.remedy):
+        _say(console, f"Remedy:  {remedy}")
     for retention, title in (
         (False, "Test metrics, gains with their 95 % intervals"),
         (True, "Retention sets: what was forgotten"),
@@ -118,6 +122,8 @@ def _show_report(console: Console, found: PublishedResults) -> None:
             console.print(scores_table(title, scores))
     for shown in shown_tables(evaluation, scores_of(found.scores)):
         console.print(_rows_table(shown))
+    if evaluation.remedy is not None:
+        console.print(_points_table(trade_off(evaluation.remedy)))
     if evaluation.gates or evaluation.current:
         console.print(_gates_table(evaluation))
     if evaluation.artefact is not None:
@@ -131,6 +137,16 @@ def _rows_table(shown: ShownTable) -> Table:
         table.add_column(name, overflow="fold")
     for row in shown.rows:  # the report has all metrics
         cells = (row.name, row.samples, row.values[0], row.ahead, row.tokens)
+        table.add_row(*(Text(printable(cell)) for cell in cells))
+    return table
+
+
+def _points_table(shown: TradeOff) -> Table:
+    table = plain_table("Points between the base and the tuned model, on the half that chooses")
+    for name in ("point", "validation loss", *shown.sets, "verdict"):
+        table.add_column(Text(printable(name)), overflow="fold")
+    for row in shown.rows:
+        cells = (row.name, row.validation, *row.retention, row.verdict)
         table.add_row(*(Text(printable(cell)) for cell in cells))
     return table
 

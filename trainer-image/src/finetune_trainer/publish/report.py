@@ -10,6 +10,7 @@ from finetune_trainer.pages import page
 from finetune_trainer.publish.chart import Line, loss_chart
 from finetune_trainer.publish.row_tables import counted, slices_of, tables_of
 from finetune_trainer.publish.run_facts import DRAWN_HEAD, About, artefact_text, by_set, settings
+from finetune_trainer.publish.trade_off import trade_off
 
 
 def render(about: About, data_report: bytes) -> str:
@@ -19,11 +20,14 @@ def render(about: About, data_report: bytes) -> str:
         data_report: ``report.json`` of the prepared data.
     """
     validation = about.result.validation
+    remedy = about.evaluation.remedy
     names = list(dict.fromkeys(name for point in validation for name in point.sets))
     return page(__package__, "report.html.j2").render(
         about=about,
         scores=by_set(about.scores_of(retention=False)),
         retained=by_set(about.scores_of(retention=True)),
+        remedy=remedy,
+        points=trade_off(remedy) if remedy else None,
         samples=_sample_counts(about),
         tables=tables_of(about),
         slices=slices_of(about.evaluation),

@@ -45,6 +45,7 @@ from finetune_trainer.evaluate.measure import Evaluator
 from finetune_trainer.evaluate.metric_selection import metrics_for
 from finetune_trainer.evaluate.scores import GENERATED
 from finetune_trainer.prepared.dataset import PreparedData
+from finetune_trainer.prepared.halves import Halves, retention_halves
 from finetune_trainer.prepared.questions import Questions, read_questions
 from finetune_trainer.prepared.split import SIDES, Side
 from finetune_trainer.storage import runfiles
@@ -97,6 +98,10 @@ class Session:
     """Whether each of ``sources`` is a replay set, anchored to the base model's outputs."""
     output_anchor: OutputAnchor | None
     weight_anchor: WeightAnchor | None
+    halves: Halves | None
+    """Halves of the retention sets; None without ``evaluation.remedy``."""
+    read_base: Callable[[], None]
+    """See ``TunedModel``."""
 
     @property
     def spec(self) -> FineTuneJobSpec:
@@ -220,6 +225,8 @@ def open_session(
         replay=replay_of(spec, list(tokens)),
         output_anchor=tuned.output_anchor,
         weight_anchor=weight_anchor(spec, optimizers),
+        halves=world.on_main(lambda: retention_halves(data, spec)),
+        read_base=tuned.read_base,
     )  # fmt: skip
 
 
