@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from crds.spec_rows import SECRET, TEMPLATE, bad, sources
 
+REMEDY = {"data.retention": sources({}), "evaluation.remedy": {"scan": "LayerLinear"}}
 BAD_TOGETHER = [
     bad("epochs and steps", {"training": {"epochs": 3, "maxSteps": 100}}, "training",
         "epochs and maxSteps exclude each other", "100"),
@@ -205,6 +206,22 @@ BAD_TOGETHER = [
         "", "training.anchor.l2Coefficient is for method.type Full, Partial", "0.02"),
     bad("negative klCoefficient", {"training.anchor": {"klCoefficient": "-1"}},
         "training.anchor.klCoefficient", "a number of zero or more", "-1"),
+    bad("remedy without retention sets", {"evaluation.remedy": {"scan": "Interpolation"}}, "",
+        "evaluation.remedy chooses by retention sets: give data.retention", "Interpolation"),
+    bad("remedy without validation", REMEDY | {"data.split": {"validation": "0.0"}}, "",
+        "evaluation.remedy chooses by the validation loss", "0.0"),
+    bad("remedy with virtual tokens", REMEDY | {"method.type": "PrefixTuning"}, "",
+        "evaluation.remedy goes with method.type Full, Partial, LoRA, QLoRA, IA3", "PrefixTuning"),
+    bad("remedy with DoRA", REMEDY | {"method.lora": {"useDora": True}}, "",
+        "evaluation.remedy does not go with method.lora.useDora", "LayerLinear"),
+    bad("remedy of a classification head", REMEDY | {"task": "SequenceClassification"}, "",
+        "task SequenceClassification begins with an untrained head", "LayerLinear"),
+    bad("a point at the base model", REMEDY | {"evaluation.remedy":
+        {"scan": "Interpolation", "points": ["0.5", "0.00"]}}, "evaluation.remedy",
+        "give numbers above 0 and below 1", "0.00"),
+    bad("a point at the tuned model", REMEDY | {"evaluation.remedy":
+        {"scan": "Interpolation", "points": ["1.0"]}}, "evaluation.remedy",
+        "give numbers above 0 and below 1", "1.0"),
     bad("replay on a test set", {"data.test": sources({"replay": True})}, "data",
         "replay is for training sets", "s3://data/a.jsonl"),
     bad("training on the measure of models",

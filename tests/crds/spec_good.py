@@ -144,6 +144,11 @@ GOOD = [
          {"training": {"labelSmoothing": "0.1", "neftuneAlpha": "5", "layerDecay": "0.9"}}),
     good("instructions that come along", {"data.retention": sources(
         {"source": "builtin://instructions.jsonl", "format": "PromptCompletion"})}),
+    good("remedy", {"data.retention": sources({}), "method.type": "IA3", "evaluation.remedy":
+        {"scan": "LayerLinear", "points": ["0.5", "0.05"], "worsensAtMost": "0"}}),
+    good("remedy with a validation set", {"data.retention": sources({}),
+        "data.validation": sources({}), "data.split": {"validation": "0"},
+        "evaluation.remedy": {"scan": "Interpolation"}}),
     good("weighted tokens", {"training": {"tokenWeighting": "Probability",
          "labelSmoothing": "0.0"}, "data.train": sources({"replay": True})}),
     good("classification", {"task": "SequenceClassification", "method.type": "IA3",

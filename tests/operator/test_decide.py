@@ -185,7 +185,7 @@ def test_a_run_goes_through_its_stages_to_complete() -> None:
          "False/GatesMissed", ("Warning", "GatesMissed")),
         ({"becameCurrent": True, "recommendation": "intent: Tune: tuning is what helps"},
          "True/Evaluated", ("Normal", "BecameCurrent")),
-        ({}, "True/Evaluated", None),
+        ({"remedy": "Interpolation: point 0.4"}, "True/Evaluated", None),
     ],
 )  # fmt: skip
 def test_a_held_run_is_complete_and_says_what_it_missed(
@@ -206,7 +206,8 @@ def test_a_held_run_is_complete_and_says_what_it_missed(
         if "held" in published:
             assert world.message("Evaluated") == world.status["output"]["held"] == published["held"]
         assert world.status["output"].get("becameCurrent") == published.get("becameCurrent")
-        assert published.get("recommendation", "") in world.message("Evaluated")
+        for name in ("recommendation", "remedy"):
+            assert published.get(name, "") in world.message("Evaluated")
         assert world.status["mainResult"] == PUBLISHED["mainResult"] | {"currentGap": "-0.25"}
         # The pods that reported it go; status keeps it.
         world.objects = {k: v for k, v in world.objects.items() if v["kind"] == "ConfigMap"}

@@ -131,6 +131,49 @@ def test_death_at_any_write_leaves_a_complete_checkpoint(
     assert list(store.open_parts(run_spec.run_uri)) == [], "parts of dead uploads are removed"
 
 
+def test_a_point_is_beside_the_checkpoints(world: World, run_spec_for: Any, tmp_path: Path) -> None:
+    """Its weights are loaded on request; training goes on from checkpoints only."""
+    model, run_spec = Model(), run_spec_for(run="1-point")
+    store = Stores(run_spec).default
+
+    def attempt() -> CheckpointManager:
+        return CheckpointManager.take(world, store, run_spec, tmp_path)
+
+    def files() -> set[str]:
+        listed = store.list(f"{run_spec.run_uri}/")
+        return {info.uri.rpartition("/")[0].rpartition("/")[2] for info in listed}
+
+    checkpointer = attempt()
+    for step in (1, 2):
+        checkpointer.save(model.model, model.optimizers, model.set(step))
+    checkpointer.settle()
+    first, source = checkpointer.head.checkpoints[::-1]
+    model.set(7)
+    point = checkpointer.save_point(model.model, source, "why")
+    assert point.uri.endswith("attempt-1/point-00000002") and point in checkpointer.head.named
+
+    resumed = attempt()
+    state = resumed.restore(model.model, model.optimizers)
+    assert state is not None and (state.step, model.values) == (2, {2.0})
+    assert resumed.load_point(model.model, first) is None
+    assert resumed.load_point(model.model, source) == (point, "why")
+    assert model.values == {7.0}
+
+    # A point of the next attempt replaces it, also where that attempt writes no checkpoint.
+    model.set(8)
+    again = resumed.save_point(model.model, source, "again")
+    assert again.uri.endswith("attempt-2/point-00000002")
+    assert {"point-00000002", "step-00000001", "step-00000002"} <= files()
+    assert not list(store.list(f"{point.uri}/")) and list(store.list(f"{again.uri}/"))
+    for step in (3, 4):
+        resumed.save(model.model, model.optimizers, model.set(step))
+    resumed.settle()
+    assert {"point-00000002", "step-00000003", "step-00000004"} <= files()
+
+    store.put(f"{again.uri}/shard-00000", b"damaged")
+    assert attempt().load_point(model.model, source) is None
+
+
 @pytest.mark.parametrize("staging", ["Memory", "Disk"])
 def test_training_continues_while_a_checkpoint_is_uploaded(
     world: World, run_spec_for: Any, tmp_path: Path, staging: str

@@ -15,7 +15,8 @@ from finetune_api.evaluation_results import BASE, TUNED
 from finetune_api.run_spec import JobIdentity
 from finetune_trainer.evaluate.table import Answered, rows_of, table_of
 from finetune_trainer.prepared.dataset import Reference
-from finetune_trainer.publish.measured_sets import MeasuredSet, sample_digest
+from finetune_trainer.prepared.halves import sample_digest
+from finetune_trainer.publish.measured_sets import MeasuredSet
 from finetune_trainer.publish.predictions import (
     PREDICTIONS,
     in_use,

@@ -29,6 +29,7 @@ from finetune_api.evaluation_results import (
     Slice,
     TableRow,
 )
+from finetune_api.remedy import RemedyPoint, RemedyResult, RetentionChange
 from finetune_api.results import Ancestor, PreparedSummary, StagePlan, Startup, TrainSummary
 from finetune_api.run_spec import CONTRACT_VERSION, JobIdentity, RunSpec, TunedBase
 from finetune_api.sources import ModelLocation
@@ -37,7 +38,7 @@ from finetune_trainer.evaluate.table import Answered
 from finetune_trainer.prepared.dataset import Reference
 from finetune_trainer.prepared.manifest import DataManifest, DataSet
 from finetune_trainer.publish import modelcard, report, run_facts
-from finetune_trainer.publish.chart import Line, step_chart, ticks
+from finetune_trainer.publish.chart import Line, line_chart, ticks
 from finetune_trainer.publish.measured_sets import MeasuredSet
 from finetune_trainer.storage.runfiles import (
     CurvePoint,
@@ -213,6 +214,45 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+
+
+def remedied(chosen: float | None) -> run_facts.About:
+    """A run with a remedy that has measured three points."""
+    points = [
+        RemedyPoint(
+            point=at, validation_loss=2 - at, qualifies=at < 1 and chosen is not None,
+            retention=[RetentionChange(data_set="a<b", loss=1 + at, change=at, low=at - 0.1,
+                                       high=at + 0.1)],
+        )
+        for at in (1.0, 0.5, 0.0)
+    ]  # fmt: skip
+    points[0] = points[0].model_copy(update={"validation_loss": None})
+    found = RemedyResult(
+        scan="LayerLinear", limits={"a<b": 0.75}, points=points, chosen=chosen,
+        because="the figures",
+    )  # fmt: skip
+    made = about()
+    evaluation = made.evaluation.model_copy(update={"remedy": found})
+    return dataclasses.replace(made, evaluation=evaluation)
+
+
+@pytest.mark.parametrize(("chosen", "verdict"), [(0.5, "chosen"), (None, "kept: no point")])
+def test_the_points_of_a_remedy_are_shown(chosen: float | None, verdict: str) -> None:
+    made = remedied(chosen)
+    text = report.render(made, json.dumps(DATA_REPORT).encode())
+    Page().feed(text)
+    assert "<b>LayerLinear</b>: the figures." in text and verdict in text
+    assert 'aria-label="Change of the losses from the base model' in text
+    assert "<title>a&lt;b, point 0.5: 0.5</title>" in text
+    assert "<title>Validation, point 0.5: -0.5</title>" in text
+    assert "a&lt;b (limit 0.75)" in text and "+0.5 (0.4, 0.6)" in text
+    assert "Remedy: LayerLinear: the figures." in modelcard.render(made)
+    told = json.loads(run_facts.metrics_text(made))
+    assert told["remedy"].get("chosen") == chosen
+    assert told["remedy"]["points"][1]["retention"][0]["change"] == 0.5
+    published = dict(run_facts.settings(made))["Published checkpoint"]
+    named = ", point 0.5 from the base model (LayerLinear)" if chosen else ""
+    assert published == f"step 10{named}"
 
 
 @pytest.mark.parametrize("scores", [True, False])
@@ -406,7 +446,7 @@ def test_ticks_cover_the_range_evenly(low: float, span: float, most: int) -> Non
 
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.floats(0, 1e3)), max_size=20))
 def test_every_point_of_a_curve_is_inside_the_chart(points: list[tuple[int, float]]) -> None:
-    chart = step_chart([Line("Training", "training", points)], "Loss", marked_step=3)
+    chart = line_chart([Line("Training", "training", points)], "Loss", "step", marked=3)
     assert bool(chart) is bool(points)
     for pair in re.findall(r'points="([^"]*)"', chart):
         for x, y in (map(float, place.split(",")) for place in pair.split()):
@@ -415,5 +455,7 @@ def test_every_point_of_a_curve_is_inside_the_chart(points: list[tuple[int, floa
 
 
 def test_non_finite_values_are_left_out() -> None:
-    chart = step_chart([Line("Training", "training", [(1, math.nan), (2, math.inf)])], "Loss")
+    chart = line_chart(
+        [Line("Training", "training", [(1, math.nan), (2, math.inf)])], "Loss", "step"
+    )
     assert chart == ""

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from test_predictions import measured as measured_set
 from test_predictions import text_of
-from test_publish_papers import about
+from test_publish_papers import about, remedied
 
 from finetune_api.run_spec import JobIdentity
 from finetune_trainer.cli import main
@@ -116,7 +116,7 @@ def publish(store: Any, uri: str, files: Mapping[str, bytes], run: str = "1-a") 
 
 
 def metrics() -> bytes:
-    return run_facts.metrics_text(about()).encode()
+    return run_facts.metrics_text(remedied(0.5)).encode()
 
 
 def test_results_are_read_as_they_were_written(s3: Any, bucket: str, tmp_path: Path) -> None:
@@ -125,6 +125,7 @@ def test_results_are_read_as_they_were_written(s3: Any, bucket: str, tmp_path: P
     publish(store, uri, {"metrics.json": metrics(), PREDICTIONS: answered})
     found = read_results(store, f"{uri}/")
     assert found.evaluation.sets == about().evaluation.sets
+    assert found.evaluation.remedy == remedied(0.5).evaluation.remedy
     assert found.name == "support-bot 1-a"
     (score,) = found.scores
     assert score.tuned["Accuracy"] == 0.975 and score.comparisons["Accuracy"].verdict == "Better"
@@ -212,6 +213,7 @@ def test_the_commands(
     assert main(["report", "s3://models/out/1-a", *where]) == 0
     shown = capsys.readouterr().out
     assert "Held:    support F1 AtLeast: 80.1 %" in shown and "97.5 %" in shown
+    assert "Remedy:  LayerLinear: the figures" in shown and "+0.5 (0.4, 0.6)" in shown
     folder = tmp_path / "lm-eval"
     assert main(["report", "s3://models/out/2-a", "--lm-eval", str(folder), *where]) == 0
     assert f"{folder / 'tuned/results.json'}" in capsys.readouterr().out.replace("\n", "")

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from finetune_api.base import Count, DecimalString, DnsLabel, FieldName, Model, Rule, Text, is_zero
 from finetune_api.gates import Gate, GateRow
+from finetune_api.remedy import Remedy
 from finetune_api.sources import DataUri, StorageAccess
 from finetune_api.tasks import DEFAULT_METRICS, OF_BUILT_IN, Metric
 
@@ -122,6 +123,15 @@ class Evaluation(Model):
     gates: Annotated[list[Gate], Field(max_length=32)] = []
     """Conditions that the results must meet. A run that misses one is Complete with the condition
     Evaluated=False, which says by how much. Until publish has decided, Evaluated is Unknown."""
+    remedy: Remedy | None = None
+    """A remedy for forgetting, without training: the run goes on with the model at a point between
+    the base model (0) and the tuned model (1). Each sample of a retention set belongs to one of two
+    halves, by a hash of its text: one half chooses the point, the other is what gates, metrics and
+    report are about. Of the points that do not worsen the loss of any retention set by more than
+    its limit, the one with the lowest validation loss is chosen; if there is none, the tuned model
+    is kept, and the results say so. Costs a pass over the validation sets and half of the retention
+    sets for each point, 1 and 0 included, without generated text; with Full and Partial also
+    reading the base model again. Absent: the tuned model is taken as it is."""
     max_new_tokens: Annotated[int, Field(ge=1, le=65536)] | None = None
     """Maximum length of a generated answer, in tokens. Absent: the longest completion of the
     training set, but at most 512."""

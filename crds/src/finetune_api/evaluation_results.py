@@ -11,6 +11,7 @@ from pydantic import Field
 
 from finetune_api.base import NonNegativeCount as Count
 from finetune_api.base import Record, Word
+from finetune_api.remedy import RemedyResult
 
 Metrics = Annotated[dict[Word, float], Field(max_length=64)]
 """Metric name (as in the spec) to value; Bleu and ChrF are from 0 to 100 and Rouge from 0 to 1, as
@@ -288,6 +289,8 @@ class EvaluationResult(Record):
     """None: not compared (evaluation.artefactCheck: Off, or another release published)."""
     matrix: TaskMatrix | None = None
     """None: the run did not start from the model of another run, or no set is common."""
+    remedy: RemedyResult | None = None
+    """None: evaluation.remedy is not given."""
 
     @property
     def held(self) -> str | None:

@@ -179,8 +179,8 @@ FAILURES: Final[tuple[FailureRow, ...]] = (
         " NoPaddingToken NoRouter NoSuchParameters NoSumOfAdapters NoTargetModules"
         " NotACurrentFile NotMergeable NotTrained NothingToAsk NothingToMix NothingToReplay"
         " ObjectNotFound OutsideClaim PackageMissing PublishedFileGone QuestionsDoNotFit"
-        " RunSpecMissing ScratchFull SharedMemoryFull SliceFieldMissing StageTooShort"
-        " StateUnreadable StorageInUse StorageNotInstalled StoreIgnoresConditions"
+        " RemedyNotMeasured RunSpecMissing ScratchFull SharedMemoryFull SliceFieldMissing"
+        " StageTooShort StateUnreadable StorageInUse StorageNotInstalled StoreIgnoresConditions"
         " TemplateTooCostly UnknownObjectType UnreadableModel UnsuitableMethod UnsuitableModel"
         " UnsupportedModel UnsupportedTokenizer VocabularyMismatch",
         "the manifest is invalid or cannot be satisfied",

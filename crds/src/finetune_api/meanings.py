@@ -110,6 +110,10 @@ STORAGE_LAYOUT: Final[tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = (
             ("heartbeat.json", "last heartbeat of the attempt: bounds the time lost if it dies"),
             ("attempt-<n>/step-<8 digits>/", "a checkpoint: the training state"),
             (
+                "attempt-<n>/point-<8 digits>/",
+                "weights that evaluation.remedy has chosen, made from that step's checkpoint",
+            ),
+            (
                 "stacks/attempt-<n>-rank-<r>.txt, stacks/<stage>.txt",
                 "stacks of a process that made no progress",
             ),

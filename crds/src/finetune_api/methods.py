@@ -48,6 +48,9 @@ class MethodKind:
     would drop learned keys and values."""
     matrices: bool = True
     """Whether matrices of hidden layers are trained, which some optimizers need."""
+    mixes: bool = True
+    """Whether weights between the base and the tuned model are a mixture of the two
+    (`evaluation.remedy`); no if samples get virtual tokens."""
     tasks: tuple[TaskName, ...] = tuple(TASKS)
     """Supported tasks."""
 
@@ -69,7 +72,7 @@ METHODS: Final[dict[MethodName, MethodKind]] = {
     ),
     "IA3": MethodKind("ia3", 3e-3, ("Adapter", "Merged", "Both"), matrices=False),
     "PromptTuning": MethodKind(
-        "prompt", 1e-2, ("Adapter",), packs=False, matrices=False, tasks=_LANGUAGE
+        "prompt", 1e-2, ("Adapter",), packs=False, matrices=False, mixes=False, tasks=_LANGUAGE
     ),
     "PrefixTuning": MethodKind(
         "prompt",
@@ -78,6 +81,7 @@ METHODS: Final[dict[MethodName, MethodKind]] = {
         packs=False,
         recomputes=False,
         matrices=False,
+        mixes=False,
         tasks=_LANGUAGE,
     ),
 }

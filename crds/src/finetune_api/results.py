@@ -288,6 +288,8 @@ class PublishSummary(Record):
     """What the test sets recommend, in words."""
     overfitting: Annotated[str, Field(max_length=1024)] | None = None
     """Warning, if the validation loss rose while the training loss fell."""
+    remedy: Annotated[str, Field(max_length=1024)] | None = None
+    """What evaluation.remedy has chosen, in words. None: it is not given."""
     held: Annotated[str, Field(max_length=1024)] | None = None
     """Which gates the run missed, or how the current model is better, with figures. None: the run
     is not held."""

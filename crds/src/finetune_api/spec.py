@@ -30,6 +30,7 @@ from finetune_api.optimizers import (
     anchor_rules,
     optimizer_rules,
 )
+from finetune_api.remedy import remedy_rules
 from finetune_api.sources import BaseModelSource, Data, Storage
 from finetune_api.taskrules import task_rules
 from finetune_api.tasks import TASKS, Metric, TaskKind, TaskName
@@ -191,6 +192,7 @@ class FineTuneJobSpec(Model):
             ("evaluation.gates[].row",),
         ),
         *anchor_rules(),
+        *remedy_rules(),
         Rule(
             "self.training.precision != 'FP8' || self.method.type == 'Full'",
             "training.precision FP8 goes with method.type Full only, which trains every weight: set"

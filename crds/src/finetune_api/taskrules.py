@@ -87,6 +87,13 @@ def _rules(task: TaskName) -> list[Rule]:
             ("training.anchor.klCoefficient",),
         ),
         rule(
+            "!has(self.evaluation.remedy)",
+            "begins with an untrained head, which is no model to go back to: remove"
+            " evaluation.remedy",
+            lambda s: s.evaluation.remedy is None,
+            ("evaluation.remedy.scan",),
+        ),
+        rule(
             "self.training.tokenWeighting == 'None'",
             "has no tokens to weight: remove training.tokenWeighting",
             lambda s: s.training.token_weighting == "None",

@@ -107,6 +107,8 @@ def _evaluated(view: RunView) -> Reached:
         text += f". {published.recommendation}"
     if published.overfitting:
         text += f". Overfitting: {published.overfitting}"
+    if published.remedy:
+        text += f". Remedy: {published.remedy}"
     return "True", "Evaluated", text
 
 

@@ -53,7 +53,7 @@ def optimizer_groups(model: nn.Module, spec: FineTuneJobSpec) -> list[Group]:
     decay = float(spec.training.weight_decay)
     ratio = float(spec.method.effective_lora.lora_plus_ratio)
     layer_decay = float(spec.training.layer_decay)
-    above = _decay_exponent(model)
+    above = depth_below_top(model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -106,9 +106,9 @@ def _weight_of(modules: list[nn.Module]) -> int:
     return sum(p.numel() for module in modules for p in module.parameters())
 
 
-def _decay_exponent(model: nn.Module) -> dict[nn.Parameter, int]:
-    """Exponent of ``layer_decay`` by parameter: 1 in the top block, 1 more for each block below,
-    and 1 more for embeddings. Other parameters are absent: 0."""
+def depth_below_top(model: nn.Module) -> dict[nn.Parameter, int]:
+    """How far parameters are below the head: 1 in the top block, 1 more for each block below, and 1
+    more for embeddings. Other parameters are absent: 0."""
     blocks = decoder_blocks(model)
     found = {p: len(blocks) - i for i, block in enumerate(blocks) for p in block.parameters()}
     for module in model.modules():

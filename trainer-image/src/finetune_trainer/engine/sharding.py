@@ -90,12 +90,12 @@ def distribute(
     _allocate_placeholders(loss, world.device)
     fully_shard(loss, mesh=mesh, mp_policy=policy)
     if shards == 1 and world.size > 1:
-        _broadcast(loss)
+        broadcast(loss)
     return loss
 
 
 @torch.no_grad()
-def _broadcast(module: nn.Module) -> None:
+def broadcast(module: nn.Module) -> None:
     """Give all processes the tensors of rank 0, as DDP does."""
     for tensor in (*module.parameters(), *module.buffers()):
         dist.broadcast(local_tensor(tensor), src=0)
@@ -122,6 +122,14 @@ def synchronise(module: nn.Module, now: bool) -> None:
         module.set_requires_all_reduce(now)
     elif isinstance(module, DistributedDataParallel):
         module.require_backward_grad_sync = now
+
+
+def reshard(module: nn.Module) -> None:
+    """Free gathered copies of the weights, which a forward pass may leave, so that a change of the
+    weights is seen by the next one."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def _by_row(gate: Gate, table: SetTable, against: GateRow) -> tuple[bool, str]:
             passed = compared.p < ALPHA and low > wanted
             why = f"not significantly better by more than {shown(gate.metric, wanted)}"
         return passed, said if passed else f"{said}: {why}"
-    passed = low >= -wanted
+    passed = rules_out(gate.metric, compared, wanted)
     limit = shown(gate.metric, wanted)
     return passed, text if passed else f"{text}: a loss of more than {limit} is not ruled out"
 
@@ -121,6 +121,12 @@ _NOT_BETTER: Final = {
 def lowest_gain(metric: Metric, compared: Comparison) -> float:
     """Lower end of the interval of the gain: above 0 the tuned model is better."""
     return compared.low if METRICS[metric].higher_is_better else -compared.high
+
+
+def rules_out(metric: Metric, compared: Comparison, loss: float) -> bool:
+    """Whether a comparison rules out that the new model is worse by more than ``loss``, in the unit
+    of the metric. Too few groups rule out nothing."""
+    return _too_few(compared) is None and lowest_gain(metric, compared) >= -loss
 
 
 def row_against(table: SetTable, wanted: GateRow, metric: Metric) -> TableRow | None:

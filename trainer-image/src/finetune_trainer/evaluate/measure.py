@@ -122,8 +122,15 @@ class Evaluator:
     stop_requested: Callable[[], bool] | None = None
     """Polled before each set; None: the evaluation cannot be interrupted."""
 
-    def sets(self, split: Side, wanted: Mapping[str, Sequence[Metric]]) -> list[SetResult]:
-        """Evaluate every set of a split. ``wanted`` maps a set to its metrics.
+    def sets(
+        self, split: Side, wanted: Mapping[str, Sequence[Metric]],
+        part: Mapping[int, np.ndarray] | None = None,
+    ) -> list[SetResult]:  # fmt: skip
+        """Evaluate every set of a split.
+
+        Args:
+            wanted: metrics by name of the set.
+            part: positions of the samples to evaluate, by number of the set; None: all.
 
         Raises:
             Interrupted: on all ranks, before a set, if a stop was requested on any rank.
@@ -133,12 +140,14 @@ class Evaluator:
             for number, name in self.data.set_names(split):
                 if self.stop_requested and any(self.world.on_all(self.stop_requested)):
                     raise Interrupted("Interrupted", f"stopped on request, before set {name}")
-                found.append(self._one(split, number, name, wanted[name]))
+                everything = np.flatnonzero(self.data.index(split).set == number)
+                positions = everything if part is None else part[number]
+                found.append(self._one(split, positions, name, wanted[name]))
         return found
 
-    def _one(self, split: Side, number: int, name: str, wanted: Sequence[Metric]) -> SetResult:
-        index = self.data.index(split)
-        positions = np.flatnonzero(index.set == number)
+    def _one(
+        self, split: Side, positions: np.ndarray, name: str, wanted: Sequence[Metric]
+    ) -> SetResult:
         found = self._measure(split, positions, wanted)
         metrics = loss_metrics(float(found.losses.sum()), float(found.labels.sum()))
         if found.asked:

@@ -116,6 +116,8 @@ class Display:
             self.say(f"Advice:  {published.recommendation}")
         if published.overfitting:
             self.say(f"Overfit: {published.overfitting}")
+        if published.remedy:
+            self.say(f"Remedy:  {published.remedy}")
         if published.held:
             self.say(f"Held:    {published.held}")
         elif published.became_current:

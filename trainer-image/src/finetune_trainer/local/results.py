@@ -22,6 +22,7 @@ from finetune_trainer.publish.published_results import (
     read_all_predictions,
     read_results,
 )
+from finetune_trainer.publish.results import remedy_text
 from finetune_trainer.publish.row_tables import (
     ShownMatrix,
     ShownTable,
@@ -30,6 +31,7 @@ from finetune_trainer.publish.row_tables import (
     shown_tables,
 )
 from finetune_trainer.publish.run_facts import Score, artefact_text, scores_of
+from finetune_trainer.publish.trade_off import TradeOff, trade_off
 
 LETTERS: Final = "ABCDEFGH"
 """Names of the models in the tables of a comparison: as many as it may have."""
@@ -114,6 +116,8 @@ def _show_report(console: Console, found: PublishedResults) -> None:
             _say(console, f"Advice:  {table.name}: {advice.action}: {advice.because}")
     if found.overfitting:
         _say(console, f"Overfit: {found.overfitting}")
+    if remedy := remedy_text(evaluation.remedy):
+        _say(console, f"Remedy:  {remedy}")
     for retention, title in (
         (False, "Test metrics, gains with their 95 % intervals"),
         (True, "Retention sets: what was forgotten"),
@@ -128,6 +132,8 @@ def _show_report(console: Console, found: PublishedResults) -> None:
         console.print(_matrix_table(matrix))
         if matrix.summary:
             _say(console, f"Over all sets: {matrix.summary}")
+    if evaluation.remedy is not None:
+        console.print(_points_table(trade_off(evaluation.remedy)))
     if evaluation.gates or evaluation.current:
         console.print(_gates_table(evaluation))
     if evaluation.artefact is not None:
@@ -151,6 +157,16 @@ def _matrix_table(shown: ShownMatrix) -> Table:
         table.add_column(Text(printable(name)), overflow="fold")
     for name, values in (*shown.rows, ("forgotten", shown.forgetting)):
         table.add_row(*(Text(printable(cell)) for cell in (name, *values)))
+    return table
+
+
+def _points_table(shown: TradeOff) -> Table:
+    table = plain_table("Points between the base and the tuned model, on the half that chooses")
+    for name in ("point", "validation loss", *shown.sets, "verdict"):
+        table.add_column(Text(printable(name)), overflow="fold")
+    for row in shown.rows:
+        cells = (row.name, row.validation, *row.retention, row.verdict)
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     return table
 
 

@@ -48,6 +48,7 @@ from finetune_trainer.prepare.questions.questions import make_questions
 from finetune_trainer.prepare.reading.inputsplits import InputSplit, deal, divide
 from finetune_trainer.prepare.reading.sources import Source, changed, resolve
 from finetune_trainer.prepare.reducing.reduce import reduce_splits
+from finetune_trainer.prepare.remedy_check import check_remedy
 from finetune_trainer.prepare.task_formats import RENDERINGS
 from finetune_trainer.prepare.tokenizing.tokens import Model
 from finetune_trainer.prepared.dataset import PreparedData
@@ -138,6 +139,7 @@ def prepare(
         check_slices(spec.evaluation.slices, data.slices())
     questions = make_questions(spec, data, model, stores)
     check_gates(spec, manifest, questions)
+    check_remedy(spec, data)
     if spec.output.current is not None:
         CurrentPointer(stores.default, spec.output.destination).read()
     write_questions(stores.default, run_spec.run_uri, questions)

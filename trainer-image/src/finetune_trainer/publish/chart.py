@@ -1,5 +1,4 @@
-"""A chart by optimizer step as an inline SVG without scripts or external files; the page sets the
-colours."""
+"""Line charts as inline SVG without scripts or external files; the page sets the colours."""
 
 from __future__ import annotations
 
@@ -27,17 +26,18 @@ class Line:
     css: str
     """CSS class that sets the colour."""
     points: Sequence[Point]
-    """(step, value); non-finite points are left out."""
+    """(x, y); non-finite points are left out."""
     dots: bool = False
     """Whether the points are marked."""
 
 
-def step_chart(lines: Sequence[Line], label: str, marked_step: int | None = None) -> str:
-    """Return the chart as SVG, or "" if no line has a finite point.
+def line_chart(lines: Sequence[Line], label: str, x_name: str, marked: float | None = None) -> str:
+    """Return a chart as SVG, or "" if no line has a finite point.
 
     Args:
-        label: what is shown, for screen readers.
-        marked_step: step of the published checkpoint.
+        label: what it shows, for readers that do not see it.
+        x_name: what the horizontal axis, which begins at 0, counts.
+        marked: place on that axis with a vertical line.
     """
     lines = [replace(line, points=_finite(line.points)) for line in lines]
     lines = [line for line in lines if line.points]
@@ -54,9 +54,7 @@ def step_chart(lines: Sequence[Line], label: str, marked_step: int | None = None
         share = (high - y) / (high - low)
         return LEFT + (right - LEFT) * x / longest, TOP + (bottom - TOP) * share
 
-    parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label} by optimizer step">'
-    ]
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">']
     for y in y_ticks:
         _, py = at((0, y))
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{py:.1f}" y2="{py:.1f}"/>')
@@ -65,17 +63,19 @@ def step_chart(lines: Sequence[Line], label: str, marked_step: int | None = None
         if x <= longest:
             px, _ = at((x, low))
             parts.append(f'<text class="tick mid" x="{px:.1f}" y="{bottom + 18}">{x:g}</text>')
-    parts.append(f'<text class="tick mid" x="{(LEFT + right) / 2}" y="{HEIGHT - 4}">step</text>')
-    if marked_step is not None and 0 <= marked_step <= longest:
-        px, _ = at((marked_step, low))
+    parts.append(
+        f'<text class="tick mid" x="{(LEFT + right) / 2}" y="{HEIGHT - 4}">{escape(x_name)}</text>'
+    )
+    if marked is not None and 0 <= marked <= longest:
+        px, _ = at((marked, low))
         parts.append(f'<line class="mark" x1="{px:.1f}" x2="{px:.1f}" y1="{TOP}" y2="{bottom}"/>')
     for line in lines:
         places = [at(point) for point in line.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         parts.append(f'<polyline class="curve {line.css}" points="{path}"/>')
         if line.dots:
-            for (x, y), (step, value) in zip(places, line.points, strict=True):
-                title = escape(f"{line.name}, step {step:g}: {value:.4g}")
+            for (x, y), (at_x, value) in zip(places, line.points, strict=True):
+                title = escape(f"{line.name}, {x_name} {at_x:g}: {value:.4g}")
                 parts.append(
                     f'<circle class="dot {line.css}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">'
                     f"<title>{title}</title></circle>"

@@ -65,7 +65,7 @@ def load_tuned(
         CorruptCheckpoint: files of the checkpoint differ from those that HEAD lists.
     """
     found = read_head(stores.default, run_spec.run_uri)
-    named = found[0].checkpoints if found else ()
+    named = found[0].named if found else ()
     checkpoint = next((c for c in named if c.uri == checkpoint_uri), None)
     if checkpoint is None:
         raise UserError(

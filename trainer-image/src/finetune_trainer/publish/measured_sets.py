@@ -5,9 +5,7 @@ answers/ (one file a row) + references of the samples ──► MeasuredSet
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +15,7 @@ from finetune_api.tasks import METRICS, Metric
 from finetune_trainer.evaluate.paired import Groups
 from finetune_trainer.evaluate.table import Answered
 from finetune_trainer.prepared.dataset import PreparedData, Reference
+from finetune_trainer.prepared.halves import Halves, reported_part, sample_digests
 from finetune_trainer.prepared.split import TESTED, Side
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.objects import ObjectStore
@@ -24,8 +23,6 @@ from finetune_trainer.storage.runfiles import Example, RowAnswers, RunResult, Se
 
 EXAMPLES = 8
 """Samples of each set that the report shows, with all answers."""
-_AT_ONCE = 1000
-"""Samples whose text is in memory for their digests."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +68,14 @@ def measured_sets(
     result: RunResult,
     data: PreparedData,
     fields: Sequence[str],
+    halves: Halves | None = None,
 ) -> list[MeasuredSet]:
     """Return the sets, with the rows that the gang answered. A result of an earlier trainer names
     no rows, and has no sets.
 
     Args:
         fields: ``evaluation.slices``.
+        halves: of the retention sets, with ``evaluation.remedy``.
     """
     values = data.slices() if fields else {}
     rows = [runfiles.read_row(store, run_uri, row) for row in result.rows]
@@ -84,7 +83,8 @@ def measured_sets(
     for scores in result.summary.scores:
         side, number = _place(data, scores.name)
         index = data.index(side)
-        positions = np.flatnonzero(index.set == number)
+        part = reported_part(halves, side)
+        positions = np.flatnonzero(index.set == number) if part is None else part[number]
         answered = [
             _answered(row, of_set, positions)
             for row in rows
@@ -107,7 +107,7 @@ def measured_sets(
                     if side == "test"
                     else {}
                 ),
-                digests=list(_digests(data, side, positions)),
+                digests=list(sample_digests(data, side, positions)),
             )
         )
     return found
@@ -115,18 +115,6 @@ def measured_sets(
 
 def _place(data: PreparedData, name: str) -> tuple[Side, int]:
     return next((s, n) for s in TESTED for n, found in data.set_names(s) if found == name)
-
-
-def sample_digest(reference: Reference) -> str:
-    """Digest of a sample's text, by which a later run finds it again: 32 hexadecimal digits."""
-    parts = (reference.prompt, reference.completion, reference.label or "")
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def _digests(data: PreparedData, side: Side, positions: np.ndarray) -> Iterator[str]:
-    for start in range(0, len(positions), _AT_ONCE):
-        some = positions[start : start + _AT_ONCE].tolist()
-        yield from map(sample_digest, data.references(side, some))
 
 
 def _answered(found: RowAnswers, of_set: SetAnswers, positions: np.ndarray) -> Answered:

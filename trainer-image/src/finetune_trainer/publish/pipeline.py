@@ -19,6 +19,7 @@ from finetune_trainer.engine.model import CPU, has_drawn_head, purpose_of
 from finetune_trainer.engine.sharding import capacity
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepared.dataset import PreparedData
+from finetune_trainer.prepared.halves import retention_halves
 from finetune_trainer.prepared.manifest import read_manifest
 from finetune_trainer.publish import export, modelcard, report, run_facts
 from finetune_trainer.publish.artefact import ROOM, Artefact, check, not_compared
@@ -37,6 +38,7 @@ from finetune_trainer.publish.results import (
     cut,
     evaluate,
     main_result,
+    remedy_text,
     with_comparisons,
 )
 from finetune_trainer.publish.task_matrix import matrix_of
@@ -89,6 +91,7 @@ def publish(run_spec: RunSpec, stores: Stores, scratch: Path) -> PublishSummary:
             "main_result": main_result(evaluation),
             "recommendation": advice(evaluation),
             "overfitting": overfit.warning if overfit else None,
+            "remedy": cut(remedy_text(result.remedy)),
             "held": cut(evaluation.held),
             "became_current": evaluation.held is None if pointer else None,
         }
@@ -128,7 +131,10 @@ def _publish(
         export.full_copy_bytes(base.folder, purpose),
     )
     drawn = has_drawn_head(base.folder, purpose)
-    sets = measured_sets(store, run_spec.run_uri, result, opened, spec.evaluation.slices)
+    sets = measured_sets(
+        store, run_spec.run_uri, result, opened, spec.evaluation.slices,
+        retention_halves(opened, spec),
+    )  # fmt: skip
     redact = spec.data.quality.personal_data == "Redact"
     lines = (line for each in sets for line in predictions_of(each, redact))
     write_predictions(lines, folder / PREDICTIONS)
@@ -156,7 +162,9 @@ def _publish(
         model = seen.file.current if seen and not decided else None
         used = in_use(store, model, spec.output.destination, sets) if model else None
         evaluation = evaluate(spec, sets, used)
-        evaluation = evaluation.model_copy(update={"artefact": checked, "matrix": matrix})
+        evaluation = evaluation.model_copy(
+            update={"artefact": checked, "remedy": result.remedy, "matrix": matrix}
+        )
         about = run_facts.gather(
             run_spec, result, prepared, data, sizes, base.base.model, evaluation, sets, drawn
         )

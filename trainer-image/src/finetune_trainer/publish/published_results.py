@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from pydantic import ValidationError
 
@@ -15,6 +15,9 @@ from finetune_trainer.publish.predictions import PREDICTIONS, Prediction
 from finetune_trainer.publish.run_facts import METRICS_FILE, TABLE_KEYS
 from finetune_trainer.storage.objects import ObjectStore
 from finetune_trainer.storage.published import MANIFEST, Manifest, published_file, read_published
+
+_OUTCOMES: Final = ("gates", "current", "artefact", "remedy", "matrix")
+"""What metrics.json has of an ``EvaluationResult`` besides its sets."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,7 @@ def read_results(store: ObjectStore, uri: str) -> PublishedResults:
                         | {"name": each["dataSet"]}
                         for each in raw["test"]
                     ],
-                    **{
-                        key: raw[key]
-                        for key in ("gates", "current", "artefact", "matrix")
-                        if key in raw
-                    },
+                    **{key: raw[key] for key in _OUTCOMES if key in raw},
                 }
             ),
             overfitting=raw.get("overfitting", {}).get("warning"),

@@ -7,10 +7,11 @@ from typing import Any, Final
 
 from finetune_api.evaluation_results import TUNED
 from finetune_trainer.pages import page
-from finetune_trainer.publish.chart import Line, interval_chart, step_chart
+from finetune_trainer.publish.chart import Line, interval_chart, line_chart
 from finetune_trainer.publish.results import main_result
 from finetune_trainer.publish.row_tables import counted, matrix_table, slices_of, tables_of
 from finetune_trainer.publish.run_facts import DRAWN_HEAD, About, artefact_text, by_set, settings
+from finetune_trainer.publish.trade_off import trade_off
 
 _MAIN: Final = {
     "Better": "Better",
@@ -28,6 +29,7 @@ def render(about: About, data_report: bytes) -> str:
         data_report: ``report.json`` of the prepared data.
     """
     validation = about.result.validation
+    remedy = about.evaluation.remedy
     names = list(dict.fromkeys(name for point in validation for name in point.sets))
     return page(__package__, "report.html.j2").render(
         about=about,
@@ -36,12 +38,16 @@ def render(about: About, data_report: bytes) -> str:
         interval_chart=interval_chart,
         scores=by_set(about.scores_of(retention=False)),
         retained=by_set(about.scores_of(retention=True)),
+        remedy=remedy,
+        points=trade_off(remedy) if remedy else None,
         samples=_sample_counts(about),
         tables=tables_of(about),
         slices=slices_of(about.evaluation),
         matrix=matrix_table(about.evaluation.matrix),
         overfitting=about.overfitting,
-        chart=step_chart(_lines(about), "Loss", about.result.summary.checkpoint_step),
+        chart=line_chart(
+            _lines(about), "Loss by optimizer step", "step", about.result.summary.checkpoint_step
+        ),
         **_distance(about),
         validation=validation,
         validation_sets=names,
@@ -84,7 +90,9 @@ def _distance(about: About) -> dict[str, Any]:
     step = about.result.summary.checkpoint_step
     line = Line("KL", "validation", [(float(x), y) for x, y in at.items()], True)
     return {
-        "distance": step_chart([line], "KL divergence from the base model", step),
+        "distance": line_chart(
+            [line], "KL divergence from the base model by optimizer step", "step", step
+        ),
         "distance_published": at.get(step) if step is not None else None,
     }
 

@@ -17,6 +17,7 @@ from finetune_api.evaluation_results import (
     EvaluationResult,
     SetTable,
 )
+from finetune_api.remedy import RemedyResult
 from finetune_api.results import MainResult
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.evaluate.gates import against_current, results_of_gates
@@ -119,6 +120,11 @@ def advice(result: EvaluationResult) -> str | None:
         if table.recommendation is not None
     ]
     return cut("; ".join(found) or None)
+
+
+def remedy_text(found: RemedyResult | None) -> str | None:
+    """What the remedy has chosen, in words; None: there is none."""
+    return f"{found.scan}: {found.because}" if found else None
 
 
 def cut(text: str | None) -> str | None:

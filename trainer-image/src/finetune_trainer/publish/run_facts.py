@@ -241,6 +241,7 @@ def metrics_text(about: About) -> str:
         "held": about.evaluation.held,
         "artefact": about.evaluation.artefact.to_json() if about.evaluation.artefact else None,
         "matrix": about.evaluation.matrix and about.evaluation.matrix.to_json(),
+        "remedy": about.evaluation.remedy.to_json() if about.evaluation.remedy else None,
         "overfitting": _overfitting(about.overfitting),
         "validation": [point.to_json() for point in result.validation],
         "training": {
@@ -380,6 +381,13 @@ def _quarantine(result: RunResult) -> list[tuple[str, str]]:
     return [("Samples left out of the training", text)]
 
 
+def _point(found: EvaluationResult) -> str:
+    """The point between base and tuned model, where one was chosen."""
+    if found.remedy is None or found.remedy.chosen in (None, 1.0):
+        return ""
+    return f", point {found.remedy.chosen:g} from the base model ({found.remedy.scan})"
+
+
 def settings(about: About) -> list[tuple[str, str]]:
     """Return the settings and key figures of the training as rows of a table: name and value."""
     spec, result = about.spec, about.result
@@ -414,5 +422,5 @@ def settings(about: About) -> list[tuple[str, str]]:
         ("Restarts", str(summary.restarts)),
         ("Skipped steps", str(summary.skipped_steps)),
         *_quarantine(result),
-        ("Published checkpoint", f"step {summary.checkpoint_step}"),
+        ("Published checkpoint", f"step {summary.checkpoint_step}{_point(about.evaluation)}"),
     ]  # fmt: skip

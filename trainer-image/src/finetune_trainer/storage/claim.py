@@ -27,8 +27,10 @@ from finetune_trainer.storage.run_head import (
     Checkpoint,
     CorruptCheckpoint,
     Head,
+    PointCheckpoint,
     Rollback,
     checkpoint_uri,
+    point_uri,
     read_head,
     write_head,
 )
@@ -39,9 +41,11 @@ __all__ = [
     "Claim",
     "CorruptCheckpoint",
     "Head",
+    "PointCheckpoint",
     "Rollback",
     "checkpoint_uri",
     "claim",
+    "point_uri",
     "read_head",
 ]
 
@@ -52,7 +56,7 @@ TRIES: Final = 20
 """Compare-and-swap rounds; in each failed round another writer succeeded."""
 PAUSE_SECONDS: Final = 0.05
 log = logging.getLogger(__name__)
-_CHECKPOINT_KEY: Final = re.compile(r"/attempt-(\d+)/step-(\d+)/")
+_CHECKPOINT_KEY: Final = re.compile(r"/attempt-(\d+)/(?:step|point)-(\d+)/")
 
 
 def claim(
@@ -232,6 +236,26 @@ class Claim:
         self._sweep()
         return new
 
+    def commit_point(self, source: Checkpoint, files: Mapping[str, FileInfo]) -> None:
+        """Add uploaded weights to HEAD as the point between the base model and a checkpoint, in
+        place of an earlier one; then remove files as ``commit`` does.
+
+        Args:
+            files: by name below ``point_uri`` of the checkpoint's step.
+
+        Raises: as ``commit``.
+        """
+        point = PointCheckpoint(
+            attempt=self.head.attempt,
+            step=source.step,
+            uri=point_uri(self._run_uri, self.head.attempt, source.step),
+            files=dict(files),
+            created=self._clock(),
+            source=source.uri,
+        )
+        self._move(lambda head: head.model_copy(update={"point": point}))
+        self._sweep()
+
     def discard(self, corrupt: Checkpoint) -> None:
         """Remove a corrupt checkpoint from HEAD, so that it is not selected as the best.
 
@@ -324,8 +348,8 @@ class Claim:
         """Remove files of this and earlier attempts that HEAD does not name: pruned checkpoints,
         checkpoints that were never committed, and parts of unfinished uploads. A failure only
         delays the removal to the next commit."""
-        named = {f"{c.uri}/{name}" for c in self.head.checkpoints for name in c.files}
-        ours = [c.step for c in self.head.checkpoints if c.attempt == self.head.attempt]
+        named = {f"{c.uri}/{name}" for c in self.head.named for name in c.files}
+        ours = [c.step for c in self.head.named if c.attempt == self.head.attempt]
         newest = (self.head.attempt, max(ours))
 
         def is_old(uri: str) -> bool:

@@ -30,6 +30,14 @@ class Checkpoint(Record):
     """Unix time in seconds."""
 
 
+class PointCheckpoint(Checkpoint):
+    """Weights that ``evaluation.remedy`` has chosen, between those of the base model and of a
+    checkpoint. No training goes on from them: there is no optimizer state."""
+
+    source: str
+    """``uri`` of that checkpoint."""
+
+
 class Rollback(Record):
     """One return of the run to an earlier checkpoint (``spec.training.guard``)."""
 
@@ -68,8 +76,15 @@ class Head(Record):
     """Newest first."""
     best: str | None = None
     """``uri`` of the checkpoint with the best metric."""
+    point: PointCheckpoint | None = None
+    """Weights that ``evaluation.remedy`` has chosen, if they are not those of a checkpoint."""
     rollbacks: list[Rollback] = Field(default=[])
     """All rollbacks, oldest first; ``checkpoints`` lacks the checkpoints that they removed."""
+
+    @property
+    def named(self) -> list[Checkpoint]:
+        """All checkpoints that exist."""
+        return [*self.checkpoints, *([self.point] if self.point else [])]
 
     @property
     def left_out(self) -> list[int]:
@@ -106,3 +121,9 @@ def write_head(store: ObjectStore, run_uri: str, head: Head, etag: str | None) -
 def checkpoint_uri(run_uri: str, attempt: int, step: int) -> str:
     """Return the prefix under which an attempt uploads the files of a checkpoint."""
     return f"{run_uri}/attempt-{attempt}/step-{step:08}"
+
+
+def point_uri(run_uri: str, attempt: int, step: int) -> str:
+    """Return the prefix under which an attempt uploads a point between the base model and a
+    checkpoint."""
+    return f"{run_uri}/attempt-{attempt}/point-{step:08}"

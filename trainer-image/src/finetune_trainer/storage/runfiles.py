@@ -13,6 +13,7 @@ from pydantic import Field
 
 from finetune_api.base import Record
 from finetune_api.evaluation_results import EvaluationResult, Metrics, Row
+from finetune_api.remedy import RemedyResult
 from finetune_api.results import Ancestor, PreparedSummary, TrainSummary
 from finetune_trainer.storage.objects import ObjectStore
 
@@ -122,6 +123,8 @@ class RunResult(Record):
     """Validation metrics during training."""
     rows: list[Row] = Field(default=[])
     """Rows of the results whose answers are in ``answers/``."""
+    remedy: RemedyResult | None = None
+    """What ``evaluation.remedy`` has chosen."""
     quarantined: list[SampleOrigin] = Field(default=[])
     """The first samples that rollbacks left out."""
     versions: dict[str, str]

@@ -19,7 +19,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from finetune_trainer.engine.checkpointing.dcp import (
     load_weights,
     save_state,
     state_of,
+    weights_of,
 )
 from finetune_trainer.engine.checkpointing.dcp_storage import (
     METADATA,
@@ -56,6 +57,7 @@ from finetune_trainer.storage.claim import (
     Rollback,
     checkpoint_uri,
     claim,
+    point_uri,
 )
 from finetune_trainer.storage.local_copies import LocalCopies
 from finetune_trainer.storage.objects import FileInfo, ObjectStore
@@ -65,6 +67,7 @@ from finetune_trainer.train.time_recorder import TimeRecorder
 
 _DEFAULT_SECONDS: Final = 600
 _STATE_FILE: Final = "state.json"
+_CHOICE_FILE: Final = "choice.json"
 _NICE: Final = 10
 _LOOK_SECONDS: Final = 5.0
 UPLOAD_SECONDS: Final = 1800.0
@@ -315,19 +318,53 @@ class CheckpointManager:
         """Upload a staged state, move HEAD, and ``keep`` a copy on this node."""
         uri = checkpoint_uri(self.run_spec.run_uri, self.head.attempt, step)
         writer = CheckpointWriter(self.store, uri)
-        save_state(writer, staged, self.channel.control)
-
-        def finished() -> dict[str, FileInfo]:
-            if self.world.is_main:
-                writer.write(_STATE_FILE, loop.encode())
-            return writer.files
-
-        parts = self.channel.on_all(finished)
-        files = {name: info for part in parts for name, info in part.items()}
+        files = _upload(writer, staged, {_STATE_FILE: loop}, self.channel)
         self._move(lambda held: held.commit(step, files, metric, spent), self.channel)
         worker_files.note_commit()
         if keep:  # after the commit: the copy of the checkpoint before is of no use any more
             self.copies.keep(uri, writer.content)
+
+    def save_point(self, model: nn.Module, source: Checkpoint, choice: str) -> Checkpoint:
+        """Write the model's weights, a point between the base model and a checkpoint, and return
+        what HEAD names then.
+
+        Args:
+            choice: how the point was chosen; ``load_point`` returns it.
+
+        Raises: as ``settle``.
+        """
+        uri = point_uri(self.run_spec.run_uri, self.head.attempt, source.step)
+        staged = self.staging.copy(weights_of(model))
+        writer = CheckpointWriter(self.store, uri)
+        files = _upload(writer, staged, {_CHOICE_FILE: choice}, self.world)
+        self._move(lambda held: held.commit_point(source, files))
+        worker_files.note_commit()
+        assert self.head.point is not None, "just committed"
+        return self.head.point
+
+    def load_point(self, model: nn.Module, source: Checkpoint) -> tuple[Checkpoint, str] | None:
+        """Load the point between the base model and a checkpoint that an earlier attempt has
+        written, and return it with its choice. None: there is none, or it is damaged; the model may
+        then be partly loaded."""
+        point = self.head.point
+        if point is None or point.source != source.uri:
+            return None
+        try:
+            choice = self._read(point, _CHOICE_FILE)
+            load_weights(self._reader(point), model, self.world.control)
+        except CorruptCheckpoint as error:
+            if self.world.is_main:
+                print(f"{error.message}; it is chosen again", flush=True)
+            return None
+        return point, choice.decode()
+
+    def load(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+        """Load the weights of a checkpoint.
+
+        Raises:
+            CorruptCheckpoint: its files are damaged.
+        """
+        load_weights(self._reader(checkpoint), model, self.world.control)
 
     def restore(self, model: nn.Module, optimizers: Optimizers) -> LoopState | None:
         """Load the newest valid checkpoint; return None if no checkpoint exists. Damaged
@@ -404,7 +441,7 @@ class CheckpointManager:
             if whole and chosen.step == step:
                 return chosen
             try:
-                load_weights(self._reader(chosen), model, self.world.control)
+                self.load(model, chosen)
                 return chosen
             except CorruptCheckpoint as error:
                 self._discard(chosen, error)
@@ -440,3 +477,18 @@ class CheckpointManager:
         if self.world.is_main:
             print(f"{error.message}; the previous checkpoint is tried", flush=True)
         self._move(partial(Claim.discard, corrupt=checkpoint))
+
+
+def _upload(
+    writer: CheckpointWriter, staged: StagedState, texts: Mapping[str, str], world: World
+) -> dict[str, FileInfo]:
+    """Write a staged state, on rank 0 with small files beside it; return all files of all ranks."""
+    save_state(writer, staged, world.control)
+
+    def finished() -> dict[str, FileInfo]:
+        for name, text in texts.items() if world.is_main else ():
+            writer.write(name, text.encode())
+        return writer.files
+
+    parts = world.on_all(finished)
+    return {name: info for part in parts for name, info in part.items()}

@@ -17,11 +17,13 @@ from finetune_api.evaluation_results import BASE, TUNED, DataSetScores, Metrics,
 from finetune_api.results import TrainSummary
 from finetune_trainer.evaluate.base_kl import Kept, base_probabilities, from_bytes, to_bytes
 from finetune_trainer.evaluate.measure import SetResult
+from finetune_trainer.prepared.halves import reported_part
 from finetune_trainer.prepared.origins import origins_of
 from finetune_trainer.prepared.questions import Prompting, Question
 from finetune_trainer.prepared.split import TESTED
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.runfiles import RowAnswers, RunResult, SetAnswers
+from finetune_trainer.train.remedy import with_remedy
 from finetune_trainer.train.session import Session, versions
 from finetune_trainer.train.state import LoopState
 from finetune_trainer.train.stopping import raise_if_stopping
@@ -73,11 +75,13 @@ def _base_predictions(session: Session, step: int) -> Kept:
 
 
 def test_and_write_result(session: Session, state: LoopState, base: BaseResults) -> TrainSummary:
-    """Evaluate the checkpoint to publish on the test sets, and write the result for publish."""
+    """Choose the checkpoint to publish, evaluate it on the test sets, and write the result for
+    publish."""
     world, checkpointer = session.world, session.checkpointer
     session.telemetry.say(stage="Testing", step=state.step)
     with session.recorder.of("evaluation"):
-        chosen = checkpointer.load_best(session.loss.model, state.step)
+        best = checkpointer.load_best(session.loss.model, state.step)
+        chosen, remedy = with_remedy(session, best)
         tuned = _test(session, TUNED)
         more = _ask(session, "Tuned", [p for p in session.questions if p.tuned])
     summary = TrainSummary(
@@ -113,6 +117,7 @@ def test_and_write_result(session: Session, state: LoopState, base: BaseResults)
         validation=state.validation,
         lineage=list(session.lineage),
         rows=[*base.rows, TUNED, *more],
+        remedy=remedy,
         quarantined=origins_of(session.data, "train", session.plan.left_out.tolist()),
         versions=versions(),
         processes=world.size,
@@ -133,7 +138,9 @@ def _test(session: Session, row: Row) -> RowAnswers:
     results = [
         result
         for side in TESTED
-        for result in session.evaluator.sets(side, session.metrics_of_sets(side))
+        for result in session.evaluator.sets(
+            side, session.metrics_of_sets(side), reported_part(session.halves, side)
+        )
     ]
     return _write(session, row, [_set_answers(r) for r in results], began)
 

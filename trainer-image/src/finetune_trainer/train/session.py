@@ -46,6 +46,7 @@ from finetune_trainer.evaluate.measure import Evaluator
 from finetune_trainer.evaluate.metric_selection import metrics_for
 from finetune_trainer.evaluate.scores import GENERATED
 from finetune_trainer.prepared.dataset import PreparedData
+from finetune_trainer.prepared.halves import Halves, retention_halves
 from finetune_trainer.prepared.questions import Questions, read_questions
 from finetune_trainer.prepared.split import SIDES, Side
 from finetune_trainer.storage import runfiles
@@ -98,6 +99,10 @@ class Session:
     """Whether each of ``sources`` is a replay set, anchored to the base model's outputs."""
     output_anchor: OutputAnchor | None
     weight_anchor: WeightAnchor | None
+    halves: Halves | None
+    """Halves of the retention sets; None without ``evaluation.remedy``."""
+    read_base: Callable[[], None]
+    """See ``TunedModel``."""
     base_predictions: Kept = field(default_factory=dict)
     """What the base model predicts for validation samples, once it is measured."""
 
@@ -223,6 +228,8 @@ def open_session(
         replay=replay_of(spec, list(tokens)),
         output_anchor=tuned.output_anchor,
         weight_anchor=weight_anchor(spec, optimizers),
+        halves=world.on_main(lambda: retention_halves(data, spec)),
+        read_base=tuned.read_base,
     )  # fmt: skip
 
 

@@ -9,7 +9,9 @@ the base are initialized after the base's weights are loaded.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -27,7 +29,7 @@ from finetune_trainer.engine.parameters import Parameters, parameter_counts
 from finetune_trainer.engine.placeholders import materialize
 from finetune_trainer.engine.planning.plan import Packing
 from finetune_trainer.engine.precision import Precision, use_fp8
-from finetune_trainer.engine.sharding import data_parallel_of, distribute
+from finetune_trainer.engine.sharding import broadcast, data_parallel_of, distribute, reshard
 from finetune_trainer.engine.task_losses import TASKS, TaskLoss
 from finetune_trainer.engine.tuning.anchors import OutputAnchor, wants_copy
 from finetune_trainer.engine.tuning.derived import derive
@@ -50,6 +52,9 @@ class TunedModel:
     """Weights in the matrix products, for FLOP counts."""
     packing: Packing
     output_anchor: OutputAnchor | None
+    read_base: Callable[[], None]
+    """Writes the base's weights into the model again, in place; a collective. For a method that
+    trains the model's own weights, of a task without classes."""
 
 
 def open_model(
@@ -106,7 +111,23 @@ def open_model(
         fill_shards(loss, named, path, files.weights(stores), purpose)
     derive(model, spec, world.rank, world.size)
     anchor = output_anchor(spec, files, stores, loss, world, placement, precision)
-    return TunedModel(model, loss, module, parameters, work, packing, anchor)
+    fill = partial(fill_shards, loss, named, path, purpose=purpose)
+    read_base = partial(
+        _read_base, loss, world, filled, lambda: fill(weights=files.weights(stores))
+    )
+    return TunedModel(model, loss, module, parameters, work, packing, anchor, read_base)
+
+
+def _read_base(loss: nn.Module, world: World, sharded: bool, fill: Callable[[], None]) -> None:
+    """Read the base's weights into a model: each process its shards; of replicas, rank 0 reads and
+    broadcasts."""
+    reshard(loss)
+    if sharded:
+        world.on_all(fill)
+        return
+    world.on_main(fill)
+    if world.size > 1:
+        broadcast(loss)
 
 
 def output_anchor(

@@ -36,6 +36,11 @@ def state_of(model: nn.Module, optimizers: Optimizers) -> State:
     return {"model": _kept(model, weights), "optimizer": moments}
 
 
+def weights_of(model: nn.Module) -> State:
+    """Return the live weights that checkpoints hold, without optimizer state; as ``state_of``."""
+    return {"model": _kept(model, get_model_state_dict(model))}
+
+
 def save_state(writer: StorageWriter, staged: StagedState, group: dist.ProcessGroup | None) -> None:
     """Write this rank's part of a state.
 
@@ -73,9 +78,9 @@ def load_weights(
     reader: StorageReader, model: nn.Module, group: dist.ProcessGroup | None = None
 ) -> None:
     """Load trained weights without optimizer state; raises as ``load_state`` does."""
-    state = {"model": (weights := _kept(model, get_model_state_dict(model)))}
+    state = weights_of(model)
     load(reader, state, group)
-    set_model_state_dict(model, weights, options=StateDictOptions(strict=False))
+    set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
 
 
 def load(reader: StorageReader, state: State, group: dist.ProcessGroup | None) -> None:

@@ -28,6 +28,7 @@ from finetune_trainer.engine.pissa import add_initial
 from finetune_trainer.engine.placeholders import in_float32
 from finetune_trainer.engine.task_losses import TASKS
 from finetune_trainer.engine.ties import adapted_ties
+from finetune_trainer.engine.tuning.interpolation import check_scan
 from finetune_trainer.engine.tuning.partial import partial_parameters, shown
 from finetune_trainer.failures import UserError
 
@@ -53,14 +54,15 @@ def apply_method(model: PreTrainedModel, spec: FineTuneJobSpec) -> Tuned:
 
     Raises:
         UserError: if the method's settings do not fit the model; the message names what would fit.
-            'UnsuitableModel' if dropout is set and the model has no place for it; 'NotMergeable' if
-            the output format cannot hold the trained weights.
+            'UnsuitableModel' if dropout is set and the model has no place for it, or by
+            ``check_scan``; 'NotMergeable' if the output format cannot hold the trained weights.
     """
     torch.manual_seed(spec.training.seed)
     task = TASKS[spec.task]
     tuned = _APPLY[spec.method.type](model, spec.method, New(task.peft_type, task.head(model)))
     if spec.effective_output_format != "Adapter":
         _check_mergeable(model, spec)
+    check_scan(model, spec)
     dropout = float(spec.training.dropout)
     if not key_dropouts(tuned, dropout) and dropout > 0:
         raise UserError(
