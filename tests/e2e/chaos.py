@@ -105,34 +105,41 @@ def rank_stopped(place: Place) -> None:
     place.processes(1, WORKER)[-1].signal(signal.SIGSTOP)
 
 
+TAKE_MEMORY = """
+import os, time
+parent, taken = os.getpid(), []
+while True:
+    if os.fork() == 0:
+        taken.append(bytearray(b"1" * 2**26))
+        while os.getppid() == parent: time.sleep(0.1)
+        os._exit(0)
+    time.sleep(0.1)
+"""
+
+
 def out_of_memory(place: Place) -> None:
-    """The kernel kills the training process: another process of the pod, which it must not choose,
-    takes all of its memory."""
+    """The kernel kills the training process: other processes of the pod, each smaller than it, take
+    all of the pod's memory."""
     pod = place.pod(1)["metadata"]["name"]
     worker = place.processes(1, WORKER)[-1]
     Path(f"/proc/{worker.pid}/oom_score_adj").write_text("1000")
-    grow = (
-        "import time\nx = []\ntime.sleep(5)\n"
-        "while True: x.append(bytearray(b'1' * 2**24)); time.sleep(0.02)"
-    )
 
     def take() -> None:
         with suppress(RuntimeError):  # killed below
-            place.platform.kubectl("exec", pod, "-c", "trainer", "--", "python3", "-c", grow)
+            place.platform.kubectl("exec", pod, "-c", "trainer", "--", "python3", "-c", TAKE_MEMORY)
 
     taking = threading.Thread(target=take, daemon=True)
     taking.start()
-    (eater,) = eventually(
+    taker, *_ = eventually(
         "memory is taken", lambda: place.processes(1, r"(?s)^python3 .*bytearray"), within=30
     )
     try:
-        Path(f"/proc/{eater.pid}/oom_score_adj").write_text("-1000")
         until = time.monotonic() + 60
         while worker.alive and time.monotonic() < until:
             time.sleep(0.005)
         assert not worker.alive, "the kernel has not killed the worker"
     finally:
-        eater.signal(signal.SIGKILL)
+        taker.signal(signal.SIGKILL)  # the others end with it
         taking.join(30)
 
 
