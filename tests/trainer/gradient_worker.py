@@ -96,7 +96,7 @@ def gradient(
         replay=[False, bool(anchor)],
     ) as feed:  # fmt: skip
         for batch in feed:
-            local, _ = optimizer_step(session, batch, 0.0)
+            local, *_ = optimizer_step(session, batch, 0.0)
     total = world.sum(local[[0, 2]].clone())
     if rank == 0:
         micro_batches = len(batch.micro_batches)

@@ -285,6 +285,8 @@ class PublishSummary(Record):
     """What the test sets recommend, in words."""
     overfitting: Annotated[str, Field(max_length=1024)] | None = None
     """Warning, if the validation loss rose while the training loss fell."""
+    suspect_labels: Annotated[str, Field(max_length=1024)] | None = None
+    """Hint, if labels of training samples stand out as unlikely."""
     held: Annotated[str, Field(max_length=1024)] | None = None
     """Which gates the run missed, or how the current model is better, with figures. None: the run
     is not held."""

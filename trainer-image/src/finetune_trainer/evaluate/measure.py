@@ -90,9 +90,9 @@ class LossSums:
 
     def add(self, micro_batch: MicroBatch, losses: torch.Tensor) -> None:
         """Add the losses of a micro-batch's labels, shape [labels]."""
-        samples = micro_batch.sources.cpu().numpy()
-        np.add.at(self._sums[0], samples, losses.double().cpu().numpy())
-        np.add.at(self._sums[1], samples, 1)
+        numbers = micro_batch.numbers.cpu().numpy()
+        np.add.at(self._sums[0], numbers, losses.double().cpu().numpy())
+        np.add.at(self._sums[1], numbers, 1)
 
     def on_all(self, world: World) -> tuple[Floats, Floats]:
         """Return the sums of losses, and the numbers of labels, over all ranks; shape [samples]
@@ -175,7 +175,7 @@ class Evaluator:
             chosen = [int(positions[i]) for i in micro_batch]
             samples = self.data.samples(split, chosen)
             made = self.build(
-                samples, chosen, sources=list(micro_batch), seed=0, step=0, device=self.world.device
+                samples, chosen, numbers=list(micro_batch), seed=0, step=0, device=self.world.device
             )
             yield chosen, made
 

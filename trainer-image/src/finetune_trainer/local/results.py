@@ -108,6 +108,8 @@ def _show_report(console: Console, found: PublishedResults) -> None:
             _say(console, f"Advice:  {table.name}: {advice.action}: {advice.because}")
     if found.overfitting:
         _say(console, f"Overfit: {found.overfitting}")
+    if found.suspect_labels:
+        _say(console, f"Labels:  {found.suspect_labels}")
     for retention, title in (
         (False, "Test metrics, gains with their 95 % intervals"),
         (True, "Retention sets: what was forgotten"),

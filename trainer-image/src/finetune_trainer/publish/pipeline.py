@@ -39,6 +39,7 @@ from finetune_trainer.publish.results import (
     main_result,
     with_comparisons,
 )
+from finetune_trainer.publish.suspects import suspects_hint
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.current import (
     TRIES,
@@ -88,6 +89,7 @@ def publish(run_spec: RunSpec, stores: Stores, scratch: Path) -> PublishSummary:
             "main_result": main_result(evaluation),
             "recommendation": advice(evaluation),
             "overfitting": overfit.warning if overfit else None,
+            "suspect_labels": suspects_hint(result.suspects),
             "held": cut(evaluation.held),
             "became_current": evaluation.held is None if pointer else None,
         }

@@ -10,6 +10,7 @@ from finetune_trainer.pages import page
 from finetune_trainer.publish.chart import Line, loss_chart
 from finetune_trainer.publish.row_tables import counted, slices_of, tables_of
 from finetune_trainer.publish.run_facts import DRAWN_HEAD, About, artefact_text, by_set, settings
+from finetune_trainer.publish.suspects import suspects_hint
 
 
 def render(about: About, data_report: bytes) -> str:
@@ -28,6 +29,8 @@ def render(about: About, data_report: bytes) -> str:
         tables=tables_of(about),
         slices=slices_of(about.evaluation),
         overfitting=about.overfitting,
+        suspects=about.result.suspects,
+        suspects_hint=suspects_hint(about.result.suspects),
         chart=loss_chart(_lines(about), about.result.summary.checkpoint_step),
         validation=validation,
         validation_sets=names,

@@ -30,7 +30,8 @@ from finetune_trainer.prepared.origins import MOST, in_words
 from finetune_trainer.publish.measured_sets import MeasuredSet
 from finetune_trainer.publish.overfitting import Overfitting, overfitting
 from finetune_trainer.publish.results import with_comparisons
-from finetune_trainer.storage.runfiles import Example, RunResult
+from finetune_trainer.publish.suspects import suspects_hint
+from finetune_trainer.storage.runfiles import Example, RunResult, SuspectLabels
 
 METRICS_FILE: Final = "metrics.json"
 TABLE_KEYS: Final = ("retention", "rows", "recommendation", "slices")
@@ -241,6 +242,7 @@ def metrics_text(about: About) -> str:
         "held": about.evaluation.held,
         "artefact": about.evaluation.artefact.to_json() if about.evaluation.artefact else None,
         "overfitting": _overfitting(about.overfitting),
+        "suspectLabels": _suspects(result.suspects),
         "validation": [point.to_json() for point in result.validation],
         "training": {
             "steps": summary.steps,
@@ -275,6 +277,10 @@ def metrics_text(about: About) -> str:
 
 def _overfitting(found: Overfitting | None) -> dict[str, Any] | None:
     return {**found.to_json(), "gap": found.gap} if found else None
+
+
+def _suspects(found: SuspectLabels | None) -> dict[str, Any] | None:
+    return {**found.to_json(), "hint": suspects_hint(found)} if found else None
 
 
 def artefact_text(found: ArtefactResult | None) -> str:

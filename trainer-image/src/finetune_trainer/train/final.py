@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from finetune_api.evaluation_results import BASE, TUNED, DataSetScores, Metrics, Row, RowModel
 from finetune_api.results import TrainSummary
 from finetune_trainer.evaluate.measure import SetResult
-from finetune_trainer.prepared.origins import origins_of
+from finetune_trainer.prepared.origins import located
 from finetune_trainer.prepared.questions import Prompting, Question
 from finetune_trainer.prepared.split import TESTED
 from finetune_trainer.storage import runfiles
@@ -24,6 +24,7 @@ from finetune_trainer.storage.runfiles import RowAnswers, RunResult, SetAnswers
 from finetune_trainer.train.session import Session, versions
 from finetune_trainer.train.state import LoopState
 from finetune_trainer.train.stopping import raise_if_stopping
+from finetune_trainer.train.suspects import suspect_labels
 
 
 @dataclass(frozen=True)
@@ -85,20 +86,23 @@ def test_and_write_result(session: Session, state: LoopState, base: BaseResults)
         quarantined_samples=len(session.plan.left_out),
         startup=session.telemetry.progress.startup,
     )
-    result = RunResult(
-        summary=summary,
-        curve=state.curve,
-        validation=state.validation,
-        lineage=list(session.lineage),
-        rows=[*base.rows, TUNED, *more],
-        quarantined=origins_of(session.data, "train", session.plan.left_out.tolist()),
-        versions=versions(),
-        processes=world.size,
-        device=world.device.type,
-    )
-    world.on_main(
-        lambda: runfiles.write_result(session.stores.default, session.run_spec.run_uri, result)
-    )
+
+    def write() -> None:
+        result = RunResult(
+            summary=summary,
+            curve=state.curve,
+            validation=state.validation,
+            lineage=list(session.lineage),
+            rows=[*base.rows, TUNED, *more],
+            quarantined=located(session.data, session.plan.left_out.tolist()),
+            suspects=suspect_labels(state.suspects, session.data, session.evaluator.tokenizer),
+            versions=versions(),
+            processes=world.size,
+            device=world.device.type,
+        )
+        runfiles.write_result(session.stores.default, session.run_spec.run_uri, result)
+
+    world.on_main(write)
     world.barrier()
     checkpointer.release()
     session.telemetry.say(stage="Done", step=state.step)
