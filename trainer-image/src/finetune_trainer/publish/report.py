@@ -8,6 +8,7 @@ from typing import Any
 from finetune_api.evaluation_results import TUNED
 from finetune_trainer.pages import page
 from finetune_trainer.publish.chart import Line, loss_chart
+from finetune_trainer.publish.memorisation import memorisation_text, memorisation_warning
 from finetune_trainer.publish.row_tables import counted, slices_of, tables_of
 from finetune_trainer.publish.run_facts import DRAWN_HEAD, About, artefact_text, by_set, settings
 from finetune_trainer.publish.suspects import suspects_hint
@@ -29,6 +30,9 @@ def render(about: About, data_report: bytes) -> str:
         tables=tables_of(about),
         slices=slices_of(about.evaluation),
         overfitting=about.overfitting,
+        memorisation=about.result.memorisation and memorisation_text(about.result.memorisation),
+        learned_by_heart=about.result.memorisation
+        and memorisation_warning(about.result.memorisation),
         suspects=about.result.suspects,
         suspects_hint=suspects_hint(about.result.suspects),
         chart=loss_chart(_lines(about), about.result.summary.checkpoint_step),

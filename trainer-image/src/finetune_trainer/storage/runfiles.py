@@ -105,6 +105,30 @@ class SuspectLabels(Record):
     """The most deviating samples, the worst first."""
 
 
+class Reproduced(Record):
+    """Answers that the tuned model reproduces word for word from their prompts."""
+
+    samples: int
+    """Answers that were compared."""
+    reproduced: int
+    """Those whose beginning the model reproduces."""
+
+    @property
+    def share(self) -> float:
+        return self.reproduced / max(1, self.samples)
+
+
+class Memorisation(Record):
+    """What the tuned model has learned by heart."""
+
+    tokens: int
+    """Tokens of the beginning of an answer that were compared."""
+    training: Reproduced
+    """Of some training samples."""
+    held_out: Reproduced
+    """Of some validation and test samples."""
+
+
 class SetAnswers(Record):
     """What a model did with the samples of one test set, with all that a comparison needs."""
 
@@ -154,6 +178,8 @@ class RunResult(Record):
     """The first samples that rollbacks left out."""
     suspects: SuspectLabels | None = None
     """None: training with an earlier release."""
+    memorisation: Memorisation | None = None
+    """None: no training sample has a long answer, or as ``suspects``."""
     versions: dict[str, str]
     """Versions of the relevant packages."""
     processes: int
