@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -17,9 +18,12 @@ from classifiers import LABELS, lines, write_encoder
 from classifiers import records as opinions
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from test_classification_run import Job
 from test_publish_papers import DATA_REPORT, about
 
+from finetune_api.results import PublishSummary
+from finetune_trainer.local.display import Display
 from finetune_trainer.publish import report, run_facts
 from finetune_trainer.publish.pipeline import publish
 from finetune_trainer.publish.suspects import suspects_hint
@@ -158,6 +162,16 @@ def test_the_hint_counts_what_stands_out() -> None:
     assert one is not None and "1 has a label that" in one
     assert suspects_hint(found.model_copy(update={"unlikely": 0})) is None
     assert suspects_hint(None) is None
+
+
+@pytest.mark.parametrize("hint", [None, "of 90 training samples, 3 have labels"])
+def test_the_terminal_has_the_hint(hint: str | None) -> None:
+    shown = io.StringIO()
+    published = PublishSummary(
+        uri="s3://b/m", digest="d", formats=["adapter"], bytes=1, suspect_labels=hint
+    )
+    Display(Console(file=shown, width=200)).labels(published)
+    assert shown.getvalue() == (f"Labels:  {hint}\n" if hint else "")
 
 
 def test_papers_name_the_suspects() -> None:
