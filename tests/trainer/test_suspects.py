@@ -35,12 +35,13 @@ from finetune_trainer.train.suspects import MOST, UNLIKELY, FirstVisits, Suspect
 USUAL = np.linspace(0.9, 1.1, 40)
 
 
-def found(losses: Any, labels: Any = 3, sources: Any = 0) -> Suspects:
+def found(losses: Any, labels: Any = 3, sources: Any = 0, answers: Any = None) -> Suspects:
     """What one step of samples shows.
 
     Args:
         losses: mean loss of each.
         labels, sources: of each, or of all.
+        answers: sum of the label ids of each; None: all differ.
     """
     losses = np.asarray(losses, np.float64)
     labels, sources = (np.broadcast_to(values, losses.shape) for values in (labels, sources))
@@ -48,7 +49,7 @@ def found(losses: Any, labels: Any = 3, sources: Any = 0) -> Suspects:
     suspects = Suspects()
     suspects.add(
         FirstVisits(everything, sources.tolist(), everything, torch.zeros(0)),
-        np.stack([losses * labels, labels.astype(np.float64)]),
+        np.stack([losses * labels, labels, np.arange(len(losses)) if answers is None else answers]),
     )
     return suspects
 
@@ -91,6 +92,14 @@ def test_a_model_that_is_always_right_may_doubt() -> None:
     assert found([0.0] * 40 + [math.log(2)], labels=100).unlikely
 
 
+def test_a_rare_answer_is_no_wrong_one() -> None:
+    """Once the model had the chance to see that it always doubts it."""
+    losses, answers = [*USUAL, *[4.0] * 6, 4.0], [*([1, 2] * 20), *[3] * 6, 1]
+    suspects = found(losses, answers=answers)
+    assert [(s.position, round(s.usual)) for s in suspects.worst] == [(46, 1)]
+    assert {s.position for s in found(losses).worst} == set(range(40, 47)), "answers differ"
+
+
 def test_few_samples_show_nothing() -> None:
     assert found([1.0] * 14 + [9.0]).measured == 0
     assert found([1.0] * 15 + [9.0]).unlikely == 1
@@ -109,7 +118,7 @@ def state_of(losses: np.ndarray, gathers: set[int], resumed: set[int]) -> LoopSt
         # Two samples have been seen before.
         visits = FirstVisits(
             positions[2:], [p % 2 for p in positions[2:]], range(2, 8),
-            torch.tensor(np.stack([of_step * 3, np.full(8, 3)])),
+            torch.tensor(np.stack([of_step * 3, np.full(8, 3), np.arange(8) % 5])),
         )  # fmt: skip
         state.advance(torch.ones(9, dtype=torch.float64), 8, visits)
         if step in gathers:

@@ -90,7 +90,7 @@ class LoopState:
         before = self.pending or [0.0] * len(sums)
         self.pending = [a + b for a, b in zip(before, sums, strict=True)]
         for visits, own in zip(self.visits, found[1:], strict=True):
-            self.suspects.add(visits, own.view(2, -1).numpy())
+            self.suspects.add(visits, own.view(3, -1).numpy())
         self.local, self.visits = None, []
 
     def take_figures(self, total: Callable[[Tensor], Tensor]) -> Figures | None:

@@ -25,15 +25,15 @@ def optimizer_step(
 
     Returns:
         This rank's summand of ``LoopState.pending`` (float64, on the device, shape
-        [5 + 2 * sources]), the gradient norm before clipping, and this rank's loss and number of
-        labels of each sample before the update, taken or not (float64, shape [2, samples]). None
-        synchronizes the device.
+        [5 + 2 * sources]), the gradient norm before clipping, and this rank's sums of each sample
+        before the update, taken or not: loss, number of labels, label ids (float64, shape
+        [3, samples]). None synchronizes the device.
     """
     world, sources = session.world, session.plan.source_count
     loss = torch.zeros(1, dtype=torch.float64, device=world.device)
     auxiliary = torch.zeros(3, dtype=torch.float64, device=world.device)
     by_source = torch.zeros(2, sources, dtype=torch.float64, device=world.device)
-    by_sample = by_source.new_zeros(2, len(batch.plan.samples))
+    by_sample = by_source.new_zeros(3, len(batch.plan.samples))
     supervised = max(1, batch.plan.supervised)
     for i, micro_batch in enumerate(batch.micro_batches):
         progressed()
@@ -56,7 +56,8 @@ def optimizer_step(
         if micro_batch.labels.numel():
             by_sample[0].index_add_(0, micro_batch.numbers, tokens)
             by_sample[1].index_add_(0, micro_batch.numbers, torch.ones_like(tokens))
-    by_source.index_add_(1, batch.sources, by_sample)
+            by_sample[2].index_add_(0, micro_batch.numbers, micro_batch.labels.double())
+    by_source.index_add_(1, batch.sources, by_sample[:2])
     limit = float(session.spec.training.max_grad_norm) or float("inf")
     norm = whole(torch.nn.utils.clip_grad_norm_(session.trained, limit))
     # All-reduced with the loss, so that the guard sees the same bits on every rank.

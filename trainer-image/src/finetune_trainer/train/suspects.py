@@ -1,7 +1,8 @@
 """Suspect labels: training samples whose labels the model found unlikely when it first saw them.
 
     first visit of a sample ──► loss per label, by a model that was not trained on it
-        ──► beside samples of its set with about as many labels, in the steps around ──► deviation
+        ──► beside samples of its set with about as many labels, or an equal answer, in the steps
+            around ──► deviation
         ──► the most deviating ones, in every checkpoint ──► with their texts, in the result
 
 A loss that is measured before the model learns from the sample is a held-out loss, and costs no
@@ -41,6 +42,11 @@ _WINDOW: Final = 128
 first epoch."""
 _FEWEST: Final = 16
 """Samples without which nothing is usual."""
+_EQUAL: Final = 16
+"""Samples with an equal answer that are remembered, of the last ``_ANSWERS`` answers."""
+_ANSWERS: Final = 64
+_FEWEST_EQUAL: Final = 4
+"""Samples with an equal answer that show what is usual for it."""
 _LEAST_SPREAD: Final = 0.25
 """Of the loss of one label, in nats; that of a mean over n labels is divided by the square root of
 n. Where a model is almost always right, a label that it gives a chance of one half is usual."""
@@ -64,7 +70,8 @@ class FirstVisits:
     numbers: Sequence[int]
     """Number of each in the step."""
     sums: Tensor
-    """Loss and number of labels of each sample of the step, on this rank; shape [2, samples]."""
+    """Sums of each sample of the step on this rank: loss, number of labels, label ids; shape
+    [3, samples]."""
 
 
 def first_visits(plan: Plan, step: Step, sums: Tensor) -> FirstVisits | None:
@@ -87,7 +94,8 @@ class Suspect(NamedTuple):
     loss: float
     """Nats per label."""
     usual: float
-    """Median of the samples that it was compared with."""
+    """Median of the samples that it was compared with, or of those with an equal answer if that is
+    higher."""
     deviation: float
     """Excess of the loss over ``usual``, in standard deviations."""
 
@@ -104,6 +112,8 @@ class Suspects:
     """The most deviating samples, the worst first; at most ``MOST``."""
     recent: dict[Alike, Floats] = field(default_factory=dict)
     """Losses per label of the last ``_WINDOW`` samples that are alike."""
+    answers: dict[Alike, dict[int, list[float]]] = field(default_factory=dict)
+    """The same of the last ``_EQUAL`` samples with an equal answer, by the sum of its label ids."""
 
     def add(self, visits: FirstVisits, sums: Floats) -> None:
         """Add the first visits of a step. Steps are added one by one, in order.
@@ -111,7 +121,7 @@ class Suspects:
         Args:
             sums: as ``visits.sums``, of all ranks.
         """
-        totals, labels = sums[:, list(visits.numbers)]
+        totals, labels, answers = sums[:, list(visits.numbers)]
         kinds: dict[Alike, list[int]] = {}
         for i in np.flatnonzero(np.isfinite(totals) & (labels > 0)).tolist():
             kinds.setdefault((visits.sources[i], int(labels[i]).bit_length()), []).append(i)
@@ -119,38 +129,54 @@ class Suspects:
             losses = totals[rows] / labels[rows]
             window = np.concatenate([self.recent.get(alike, np.empty(0)), losses])
             self.recent[alike] = window[-_WINDOW:]
+            own = self._usual_of_answers(alike, answers[rows], losses)
             if len(window) < _FEWEST:
                 continue
-            usual, spread = usual_losses(window)
-            deviations = (losses - usual) / np.maximum(
-                spread, _LEAST_SPREAD / np.sqrt(labels[rows])
-            )
+            least = _LEAST_SPREAD / np.sqrt(labels[rows])
+            usual, spread = np.maximum(own, usual_losses(window)).T
+            deviations = (losses - usual) / np.maximum(spread, least)
             self.measured += len(rows)
             self.unlikely += int((deviations >= UNLIKELY).sum())
-            least = self.worst[-1].deviation if len(self.worst) == MOST else _LISTED
-            for i in np.flatnonzero(deviations >= least).tolist():
+            lowest = self.worst[-1].deviation if len(self.worst) == MOST else _LISTED
+            for i in np.flatnonzero(deviations >= lowest).tolist():
                 position = visits.positions[rows[i]]
-                self.worst.append(Suspect(position, float(losses[i]), usual, float(deviations[i])))
+                self.worst.append(
+                    Suspect(position, float(losses[i]), float(usual[i]), float(deviations[i]))
+                )
         self.worst = sorted(self.worst, key=lambda s: (-s.deviation, s.position))[:MOST]
+
+    def _usual_of_answers(self, alike: Alike, answers: Floats, losses: Floats) -> Floats:
+        """Remember samples, and return ``usual_losses`` of those with each one's answer; 0: they
+        are too few. A rare class is unlikely before it is learned, but no wrong label."""
+        known = self.answers.setdefault(alike, {})
+        keys = [int(answer) for answer in answers]
+        for key, loss in zip(keys, losses.tolist(), strict=True):
+            known[key] = [*known.pop(key, []), loss][-_EQUAL:]
+        usual = {k: usual_losses(known[k]) for k in keys if len(known[k]) >= _FEWEST_EQUAL}
+        for key in list(known)[:-_ANSWERS]:
+            del known[key]
+        return np.array([usual.get(key, (0.0, 0.0)) for key in keys])
 
     def to_json(self) -> dict[str, Any]:
         recent = [(*alike, losses.tolist()) for alike, losses in self.recent.items()]
-        return {**self.__dict__, "recent": recent}
+        answers = [(*alike, list(known.items())) for alike, known in self.answers.items()]
+        return {**self.__dict__, "recent": recent, "answers": answers}
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> Suspects:
         worst = [Suspect(*each) for each in raw["worst"]]
         recent = {(source, size): np.array(losses) for source, size, losses in raw["recent"]}
-        return cls(**{**raw, "worst": worst, "recent": recent})
+        answers = {(source, size): dict(known) for source, size, known in raw["answers"]}
+        return cls(**{**raw, "worst": worst, "recent": recent, "answers": answers})
 
 
-def usual_losses(losses: Floats) -> tuple[float, float]:
+def usual_losses(losses: Sequence[float] | Floats) -> tuple[float, float]:
     """Return median and spread of losses, in nats. The spread is the standard deviation of a normal
     distribution with the same upper quartile: losses are skewed, and some of the labels, but fewer
     than a quarter, may be wrong."""
     ordered = np.sort(losses)
-    median, quartile = ordered[len(ordered) // 2], ordered[3 * len(ordered) // 4]
-    return float(median), float(quartile - median) / _QUARTILE
+    middle, quartile = ordered[len(ordered) // 2], ordered[3 * len(ordered) // 4]
+    return float(middle), float(quartile - middle) / _QUARTILE
 
 
 def suspect_labels(
