@@ -81,7 +81,7 @@ def classify(
     build = task.builder(opened.packing, ALONE, None, True)
     with Feed(plan, read, rank=rank, start=0, end=2, device=CPU, build=build) as feed:
         for batch in feed:
-            local, _ = optimizer_step(session, batch, 1e-2)
+            local, *_ = optimizer_step(session, batch, 1e-2)
             sums.append(world.sum(local.clone())[0].item())
             micro_batches.append(
                 [tuple(micro_batch.input_ids.shape) for micro_batch in batch.micro_batches]

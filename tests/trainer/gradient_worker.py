@@ -96,8 +96,8 @@ def gradient(
         replay=[False, bool(anchor)],
     ) as feed:  # fmt: skip
         for batch in feed:
-            local, _ = optimizer_step(session, batch, 0.0)
-    total = world.sum(local[[0, 2]].clone())
+            local, _, by_sample = optimizer_step(session, batch, 0.0)
+    total = world.sum(torch.cat([local[[0, 2]], by_sample.flatten()]))
     if rank == 0:
         micro_batches = len(batch.micro_batches)
         torch.save((kept[0], total.tolist(), micro_batches), Path(folder) / "gradient.pt")

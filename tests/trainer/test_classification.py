@@ -78,7 +78,7 @@ def model_of(folder: Path, spec: FineTuneJobSpec, classes: list[str] = CLASSES) 
 def micro_batch_of(indices: list[int], step: int = 0) -> Any:
     made = documents(LENGTHS)
     return build_padded_classes(
-        [made[i] for i in indices], indices, sources=indices, seed=3, step=step, device=CPU
+        [made[i] for i in indices], indices, numbers=indices, seed=3, step=step, device=CPU
     )
 
 
@@ -149,14 +149,20 @@ def test_an_empty_micro_batch_takes_part_and_has_zero_gradients(folders: dict[st
 def test_smoothing_is_over_the_classes_and_only_while_training(folders: dict[str, Path]) -> None:
     model = model_of(folders["bert"], spec_of({"type": "Full"}))
     micro_batch = micro_batch_of([0, 1])
-    smooth = ClassLoss(model, label_smoothing=0.3).train()
     logits = ClassLoss(model)(micro_batch, with_logits=True).logits
     chance = -logits.log_softmax(-1)
-    expected = 0.7 * chance.gather(1, micro_batch.labels[:, None])[:, 0] + 0.3 * chance.mean(-1)
-    torch.testing.assert_close(smooth(micro_batch).tokens, expected)
-    torch.testing.assert_close(
-        smooth.eval()(micro_batch).tokens, class_losses(logits, micro_batch.labels)
-    )
+    own = chance.gather(1, micro_batch.labels[:, None])[:, 0]
+    (expected,) = torch.autograd.grad((0.7 * own + 0.3 * chance.mean(-1)).sum(), logits)
+    smooth = class_losses(logits, micro_batch.labels, 0.3)
+    torch.testing.assert_close(smooth, own)
+    torch.testing.assert_close(torch.autograd.grad(smooth.sum(), logits)[0], expected)
+    loss = ClassLoss(model, label_smoothing=0.3)
+    found = []
+    for training in (True, False):
+        loss.train(training).zero_grad()
+        loss(micro_batch).tokens.sum().backward()
+        found.append(model.classifier.weight.grad.clone())
+    assert not torch.allclose(*found)
 
 
 @pytest.mark.parametrize(

@@ -63,11 +63,11 @@ def losses(order: list[int], step: int = 7) -> torch.Tensor:
     key_dropouts(model, 0.2)
     loss = TokenLoss(model).train()
     micro_batch = build_packed(
-        [documents[i] for i in order], order, sources=order, seed=3, step=step, device=CPU
+        [documents[i] for i in order], order, numbers=order, seed=3, step=step, device=CPU
     )
     with torch.no_grad(), layout_context(micro_batch.layout):
         found = loss(micro_batch).tokens
-    return torch.stack([found[micro_batch.sources == i].sum() for i in sorted(order)])
+    return torch.stack([found[micro_batch.numbers == i].sum() for i in sorted(order)])
 
 
 def test_dropout_of_a_sample_does_not_depend_on_its_place():

@@ -35,8 +35,8 @@ def read(positions: Sequence[int]) -> list[TokenSample]:
     return [DOCUMENTS[p] for p in positions]
 
 
-def samples_of(micro_batch: MicroBatch) -> list[int]:
-    """Return the samples of a micro-batch; check their tokens, positions, labels and sources."""
+def samples_of(step: StepTensors, micro_batch: MicroBatch) -> list[int]:
+    """Return the samples of a micro-batch; check their tokens, positions, labels and numbers."""
     assert isinstance(micro_batch, TokenMicroBatch)
     found, start = [], 0
     ids, places = micro_batch.input_ids[0].numpy(), micro_batch.position_ids[0].numpy()
@@ -50,7 +50,8 @@ def samples_of(micro_batch: MicroBatch) -> list[int]:
     learned = [DOCUMENTS[p].ids[DOCUMENTS[p].supervised] for p in found]
     np.testing.assert_array_equal(micro_batch.labels.numpy(), np.concatenate([[], *learned]))
     np.testing.assert_array_equal(
-        micro_batch.sources.numpy(), SOURCES[micro_batch.labels.numpy() // 256 - 1]
+        np.array(step.plan.samples)[micro_batch.numbers.numpy()],
+        micro_batch.labels.numpy() // 256 - 1,
     )
     return found
 
@@ -60,8 +61,13 @@ def trained(ranks: Sequence[StepTensors]) -> Trained:
     numbers = {step.plan.number for step in ranks}
     assert len(numbers) == 1
     assert len({len(step.micro_batches) for step in ranks}) == 1, "ranks synchronize after each"
+    for step in ranks:
+        np.testing.assert_array_equal(step.sources.numpy(), SOURCES[list(step.plan.samples)])
     return numbers.pop(), sorted(
-        p for step in ranks for micro_batch in step.micro_batches for p in samples_of(micro_batch)
+        p
+        for step in ranks
+        for micro_batch in step.micro_batches
+        for p in samples_of(step, micro_batch)
     )
 
 

@@ -201,7 +201,7 @@ class Course:
             end=start + steps, device=self.world.device, build=partial(build_packed, shape=shape),
         ) as feed:  # fmt: skip
             for batch in feed:
-                sums, _ = optimizer_step(session, batch, 1e-2)
+                sums, *_ = optimizer_step(session, batch, 1e-2)
                 found.append(float(sums[0]))
                 self.seed = generator_seed(session, batch, len(batch.micro_batches) - 1)
         return found

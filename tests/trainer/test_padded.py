@@ -71,7 +71,7 @@ def padded(positions: list[int], **changes: Any) -> TokenMicroBatch:
     documents = samples(LENGTHS)
     options: dict[str, Any] = {"seed": 3, "step": 7, "device": CPU} | changes
     return build_padded_tokens(
-        [documents[p] for p in positions], positions, sources=positions, **options
+        [documents[p] for p in positions], positions, numbers=positions, **options
     )
 
 

@@ -120,6 +120,23 @@ def test_an_interrupted_and_resized_run_trains_the_same_samples(seed, ranks, dat
         assert (found.supervised, found.tokens) == (expected.supervised, expected.tokens)
 
 
+@given(st.integers(0, 2**31 - 1), st.integers(1, 20), st.data())
+def test_a_step_knows_the_samples_that_no_step_before_has(seed, batch, data):
+    """At any number of sources and stages; samples that are left out are in no step."""
+    sources = np.random.default_rng(1).integers(0, 3, 37)
+    shares = st.none() | st.lists(st.floats(0.1, 1), min_size=3, max_size=3)
+    stages = data.draw(st.lists(st.builds(Stage, st.integers(1, 12), shares), min_size=1))
+    p = plan(37, batch, seed=seed, sources=sources, stages=stages, visits=150)
+    p.leave_out(data.draw(st.sets(st.integers(0, 6), max_size=2)))
+    seen = set()
+    for number in range(-(-150 // batch)):
+        step = p.step(number)
+        fresh = [i for position, i in step.numbers.items() if position not in seen]
+        assert step.first_visits == tuple(sorted(fresh))
+        assert [step.samples[i] for i in step.numbers.values()] == list(step.numbers)
+        seen.update(step.samples)
+
+
 def test_orders_differ_by_epoch_and_by_seed():
     p = plan(64, 64)
     orders = [tuple(p.samples(0)), tuple(p.samples(1)), tuple(plan(64, 64, seed=6).samples(0))]

@@ -204,6 +204,7 @@ def test_the_commands(
             found = measured_set(["a", "b", "c"], answers, [1.0] * 3, [2] * 3)
             raw = json.loads(metrics())
             raw["test"][0]["tuned"]["ExactMatch"] = 0.5
+            raw["suspectLabels"] = {"hint": "of 90 training samples, 3" if run == "1-a" else None}
             files = {
                 "metrics.json": json.dumps(raw).encode(),
                 PREDICTIONS: text_of(found, tmp_path),
@@ -214,9 +215,11 @@ def test_the_commands(
     shown = capsys.readouterr().out
     assert "Held:    support F1 AtLeast: 80.1 %" in shown and "97.5 %" in shown
     assert "Remedy:  LayerLinear: the figures" in shown and "+0.5 (0.4, 0.6)" in shown
+    assert "Labels:  of 90 training samples, 3" in shown
     folder = tmp_path / "lm-eval"
     assert main(["report", "s3://models/out/2-a", "--lm-eval", str(folder), *where]) == 0
-    assert f"{folder / 'tuned/results.json'}" in capsys.readouterr().out.replace("\n", "")
+    shown = capsys.readouterr().out.replace("\n", "")
+    assert f"{folder / 'tuned/results.json'}" in shown and "Labels:" not in shown
     assert main(["compare", "s3://models/out/1-a", "s3://models/out/2-a", *where]) == 0
     shown = capsys.readouterr().out
     assert "support: 3 samples in common" in shown and "+33.3 %" in shown

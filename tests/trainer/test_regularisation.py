@@ -10,6 +10,7 @@ import torch
 from classifiers import write_encoder
 from engine import CPU, samples, spec_of, tiny_jamba, tiny_llama
 from torch import nn
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from finetune_api.spec import FineTuneJobSpec
@@ -27,7 +28,7 @@ from finetune_trainer.failures import UserError
 def micro_batch_of(order: list[int], step: int = 7) -> MicroBatch:
     documents = samples([30, 8, 19])
     return build_packed(
-        [documents[i] for i in order], order, sources=order, seed=3, step=step, device=CPU
+        [documents[i] for i in order], order, numbers=order, seed=3, step=step, device=CPU
     )
 
 
@@ -37,18 +38,33 @@ def losses(loss: TokenLoss, micro_batch: MicroBatch) -> torch.Tensor:
     return found.tokens
 
 
-def test_labels_are_smoothed_only_while_training() -> None:
+def test_gradients_are_smoothed_only_while_training() -> None:
+    """The losses that are shown never are."""
     model, micro_batch = tiny_llama(), micro_batch_of([0, 1])
-    plain, smooth = TokenLoss(model), TokenLoss(model, label_smoothing=0.2)
-    measured = losses(plain.eval(), micro_batch)
-    assert torch.equal(losses(smooth.eval(), micro_batch), measured)
-    with torch.no_grad(), layout_context(micro_batch.layout):
+    measured = losses(TokenLoss(model).eval(), micro_batch)
+    loss = TokenLoss(model, label_smoothing=0.2)
+    gradients = {}
+    for training in (True, False):
+        loss.train(training).zero_grad()
+        with layout_context(micro_batch.layout):
+            found = loss(micro_batch).tokens
+        torch.testing.assert_close(found, measured)
+        found.sum().backward()
+        gradients[training] = gradient_of(model)
+    model.zero_grad()
+    with layout_context(micro_batch.layout):
         logits = model(
             input_ids=micro_batch.input_ids, position_ids=micro_batch.position_ids
         ).logits[0]
-    spread = -logits[micro_batch.predict].log_softmax(-1).mean(-1)
-    expected = 0.8 * measured + 0.2 * spread
-    torch.testing.assert_close(losses(smooth.train(), micro_batch), expected)
+    cross_entropy(
+        logits[micro_batch.predict], micro_batch.labels, reduction="sum", label_smoothing=0.2
+    ).backward()
+    torch.testing.assert_close(gradients[True], gradient_of(model))
+    assert not torch.allclose(gradients[True], gradients[False])
+
+
+def gradient_of(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 def test_tokens_are_weighted_only_while_training() -> None:
@@ -72,7 +88,7 @@ def test_tokens_are_weighted_only_while_training() -> None:
 
 
 def by_sample(found: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
-    return torch.stack([found[micro_batch.sources == i].sum() for i in range(3)])
+    return torch.stack([found[micro_batch.numbers == i].sum() for i in range(3)])
 
 
 def test_noise_of_a_sample_depends_on_the_step_and_not_on_its_place() -> None:

@@ -275,7 +275,7 @@ def test_a_step_without_samples_is_in_no_mean(packing: Packing) -> None:
     with Feed(plan, lambda ps: [documents[p] for p in ps], rank=0, start=0, end=2,
               device=CPU) as feed:  # fmt: skip
         for batch in feed:
-            sums, norm = optimizer_step(session, batch, 1e-2)
+            sums, norm, _ = optimizer_step(session, batch, 1e-2)
             seen.append((guard.statistics, sums, float(norm)))
     (statistics, sums, norm), (kept, nothing, none) = seen
     assert statistics[0] == 1 and kept == statistics

@@ -290,6 +290,8 @@ class PublishSummary(Record):
     """Warning, if the validation loss rose while the training loss fell."""
     remedy: Annotated[str, Field(max_length=1024)] | None = None
     """What evaluation.remedy has chosen, in words. None: it is not given."""
+    suspect_labels: Annotated[str, Field(max_length=1024)] | None = None
+    """Hint, if labels of training samples stand out as unlikely."""
     held: Annotated[str, Field(max_length=1024)] | None = None
     """Which gates the run missed, or how the current model is better, with figures. None: the run
     is not held."""

@@ -92,7 +92,7 @@ class Training(Model):
     """Dropout probability of the outputs of attention and feed-forward blocks."""
     label_smoothing: Fraction = "0"
     """Share of the target's probability that is spread over the vocabulary (or the classes) in
-    training (Szegedy et al. 2016, arXiv:1512.00567). Evaluation losses have no smoothing."""
+    training (Szegedy et al. 2016, arXiv:1512.00567). Losses that are shown have no smoothing."""
     token_weighting: TokenWeighting = "None"
     """Weight of each supervised token's gradient, from the prediction of the model in training,
     against forgetting. Entropy: the entropy of its 20 likeliest tokens by its maximum, so that what

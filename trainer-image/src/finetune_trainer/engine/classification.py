@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
+from finetune_trainer.engine.cross_entropy import token_losses
 from finetune_trainer.engine.loss import MicroBatchLosses
 from finetune_trainer.engine.packing.feed import MicroBatch
 from finetune_trainer.engine.packing.padded import pad_documents
@@ -42,14 +42,14 @@ def build_padded_classes(
     samples: Sequence[TokenSample],
     positions: Sequence[int],
     *,
-    sources: Sequence[int] | None = None,
+    numbers: Sequence[int] | None = None,
     seed: int,
     step: int,
     device: torch.device,
     keyed: bool = True,
 ) -> ClassMicroBatch:
     """Pad documents at their ends to the longest; arguments as in ``build_packed``."""
-    labels, origin = [s.label for s in samples], sources or [0] * len(samples)
+    labels, numbers = [s.label for s in samples], numbers or [0] * len(samples)
     padded = pad_documents(samples, positions, seed, step, device, keyed)
 
     def tensor(values: Any) -> Tensor:
@@ -60,7 +60,7 @@ def build_padded_classes(
         attention_mask=tensor(padded.mask),
         labels=tensor(labels),
         layout=padded.layout,
-        sources=tensor(origin[: len(labels)]),
+        numbers=tensor(numbers),
     )
 
 
@@ -101,8 +101,9 @@ class ClassLoss(nn.Module):
 
 
 def class_losses(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Negative log likelihood of each label in nats, shape [documents]."""
-    return cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+    """Negative log likelihood of each label in nats, shape [documents]. Smoothing changes the
+    gradient alone."""
+    return token_losses(logits, labels, smoothing)
 
 
 def head_names(model: nn.Module) -> list[str]:

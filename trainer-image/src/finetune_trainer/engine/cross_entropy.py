@@ -8,7 +8,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import cross_entropy
 
 from finetune_api.training import TokenWeighting
 
@@ -19,19 +18,18 @@ LIKELIEST: Final = 20
 def token_losses(
     logits: Tensor, labels: Tensor, smoothing: float = 0.0, weighting: TokenWeighting = "None"
 ) -> Tensor:
-    """Negative log likelihood of each label in nats, float32, shape [supervised].
+    """Negative log likelihood of each label in nats, float32, shape [supervised]. It can be
+    differentiated once.
 
-    Without smoothing it can be differentiated once.
+    Smoothing and weights change the gradient alone, so that losses are comparable.
 
     Args:
         logits: shape [supervised, vocabulary].
         labels: token ids, shape [supervised].
         smoothing: share of the target's probability that is spread over the vocabulary.
-        weighting: of the gradient alone; see ``token_weights``. Without smoothing.
+        weighting: see ``token_weights``. Without smoothing.
     """
-    if smoothing:
-        return cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
-    losses: Tensor = _InPlaceCrossEntropy.apply(logits.float(), labels)
+    losses: Tensor = _InPlaceCrossEntropy.apply(logits.float(), labels, smoothing)
     if weighting == "None":
         return losses
     weighted: Tensor = _WeightedGradient.apply(losses, token_weights(logits, losses, weighting))
@@ -73,21 +71,27 @@ class _WeightedGradient(torch.autograd.Function):
 
 class _InPlaceCrossEntropy(torch.autograd.Function):
     """Cross entropy that computes the gradient in the memory of the log probabilities. PyTorch's
-    backward pass fills a tensor of the logits' size with zeros, and reads it twice."""
+    backward pass fills a tensor of the logits' size with zeros, and reads it twice.
+
+    With smoothing s and V tokens, the gradient is softmax - (1 - s) one-hot - s / V."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
         """[supervised, vocabulary], [supervised] → [supervised]."""
         log_probabilities = logits.log_softmax(-1)
         ctx.save_for_backward(log_probabilities, labels)
+        ctx.smoothing = smoothing
         return -log_probabilities.gather(-1, labels[:, None]).squeeze(-1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         # In place: a second backward pass (retain_graph) raises RuntimeError in saved_tensors,
         # because the version of the saved tensor has changed.
         log_probabilities, labels = ctx.saved_tensors
         grad = grads[0][:, None]
-        found = log_probabilities.exp_().mul_(grad)
-        return found.scatter_add_(-1, labels[:, None], -grad), None
+        found = log_probabilities.exp_()
+        if ctx.smoothing:
+            found.sub_(ctx.smoothing / found.shape[-1])
+        found.mul_(grad).scatter_add_(-1, labels[:, None], (ctx.smoothing - 1) * grad)
+        return found, None, None

@@ -131,4 +131,4 @@ def _predictions(evaluator: Evaluator) -> Iterator[tuple[npt.NDArray[np.int64], 
     chosen = samples_of(index.supervised)
     with evaluating(evaluator.loss):
         for micro_batch, logits in evaluator.logits("validation", chosen, _LABELS_AT_ONCE):
-            yield chosen[micro_batch.sources.cpu().numpy()], logits.float()
+            yield chosen[micro_batch.numbers.cpu().numpy()], logits.float()

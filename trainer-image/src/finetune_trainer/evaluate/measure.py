@@ -91,9 +91,9 @@ class LossSums:
 
     def add(self, micro_batch: MicroBatch, losses: torch.Tensor) -> None:
         """Add the losses of a micro-batch's labels, shape [labels]."""
-        samples = micro_batch.sources.cpu().numpy()
-        np.add.at(self._sums[0], samples, losses.double().cpu().numpy())
-        np.add.at(self._sums[1], samples, 1)
+        numbers = micro_batch.numbers.cpu().numpy()
+        np.add.at(self._sums[0], numbers, losses.double().cpu().numpy())
+        np.add.at(self._sums[1], numbers, 1)
 
     def on_all(self, world: World) -> tuple[Floats, Floats]:
         """Return the sums of losses, and the numbers of labels, over all ranks; shape [samples]
@@ -175,7 +175,7 @@ class Evaluator:
         self, split: Side, positions: npt.NDArray[np.integer], most_labels: int
     ) -> Iterator[tuple[MicroBatch, torch.Tensor]]:
         """Yield this rank's micro-batches of some samples with their logits, shape [labels,
-        vocabulary]. The source of a label is the number of its sample in ``positions``.
+        vocabulary]. The number of a label is that of its sample in ``positions``.
 
         Args:
             most_labels: in a micro-batch, which bounds its logits; each sample must have no more.
@@ -194,7 +194,7 @@ class Evaluator:
         self, split: Side, positions: np.ndarray, sizes: np.ndarray | None = None
     ) -> Iterator[tuple[list[int], MicroBatch]]:
         """Yield this rank's micro-batches of some samples, each with its samples' positions. The
-        source of a label is the number of its sample in ``positions``.
+        number of a label is that of its sample in ``positions``.
 
         Args:
             sizes: tokens that each sample counts in its micro-batch; None: its own.
@@ -208,7 +208,7 @@ class Evaluator:
             chosen = [int(positions[i]) for i in micro_batch]
             samples = self.data.samples(split, chosen)
             made = self.build(
-                samples, chosen, sources=list(micro_batch), seed=0, step=0, device=self.world.device
+                samples, chosen, numbers=list(micro_batch), seed=0, step=0, device=self.world.device
             )
             yield chosen, made
 

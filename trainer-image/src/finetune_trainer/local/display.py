@@ -123,6 +123,11 @@ class Display:
         elif published.became_current:
             self.say("Current: this is the current model now")
 
+    def labels(self, published: PublishSummary) -> None:
+        """Print the hint at suspect labels, if there is one."""
+        if published.suspect_labels:
+            self.say(f"Labels:  {published.suspect_labels}")
+
     def time(self, trained: TrainSummary) -> None:
         """Print how the training processes have spent their time."""
         spent = trained.time

@@ -118,6 +118,8 @@ def _show_report(console: Console, found: PublishedResults) -> None:
         _say(console, f"Overfit: {found.overfitting}")
     if remedy := remedy_text(evaluation.remedy):
         _say(console, f"Remedy:  {remedy}")
+    if found.suspect_labels:
+        _say(console, f"Labels:  {found.suspect_labels}")
     for retention, title in (
         (False, "Test metrics, gains with their 95 % intervals"),
         (True, "Retention sets: what was forgotten"),

@@ -122,6 +122,7 @@ class Runner:
         shutil.rmtree(self._folder / "scratch", ignore_errors=True)
         shown = face.Display(self._console)
         shown.scores(published)
+        shown.labels(published)
         shown.time(trained)
         self._tell_results(published)
         return HELD if published.held else int(ExitCode.OK)

@@ -26,20 +26,19 @@ from finetune_trainer.prepared.slices import SLICES, read_slices
 from finetune_trainer.prepared.split import Side
 from finetune_trainer.storage.objects import ObjectStore, file_info
 
-TOKEN_SCHEMA: Final = pa.schema(
-    [
-        ("input_ids", pa.list_(pa.int32())),
-        ("spans", pa.list_(pa.int32())),
-        ("prompt_length", pa.int32()),
-        ("label", pa.string()),
-    ]
+_SAMPLE: Final = (
+    ("input_ids", pa.list_(pa.int32())),
+    ("spans", pa.list_(pa.int32())),
+    ("prompt_length", pa.int32()),
+    ("label", pa.string()),
 )
+TOKEN_SCHEMA: Final = pa.schema([*_SAMPLE, ("where", pa.string())])
 """Columns of a training shard. ``spans`` holds start, end, start, end … of the supervised spans.
 ``prompt_length`` is the number of tokens before the last span. ``label`` is set for
-Classification."""
+Classification. ``where`` is object and line of the record; earlier releases wrote none."""
 
 REFERENCE_SCHEMA: Final = pa.schema(
-    [*TOKEN_SCHEMA, ("prompt", pa.string()), ("completion", pa.string())]
+    [*_SAMPLE, ("prompt", pa.string()), ("completion", pa.string())]
 )
 """Columns of validation and test shards, with the text of the prompt and the reference answer."""
 
@@ -156,6 +155,10 @@ class _Shard:
         label = self.batch.column("label")[row].as_py()
         return AnsweredPrompt(self.ids_of(row), int(self.prompt_length[row]), label)
 
+    def place(self, row: int) -> str | None:
+        known = "where" in self.batch.schema.names
+        return self.batch.column("where")[row].as_py() if known else None
+
 
 _TEXTS: Final = ("prompt", "completion", "label")
 
@@ -217,6 +220,11 @@ class PreparedData:
     def answered_prompts(self, split: Side, positions: Sequence[int]) -> list[AnsweredPrompt]:
         """Return the samples at positions of the split's index, as examples."""
         return [shard.answered(row) for shard, row in self._rows(split, positions)]
+
+    def places(self, positions: Sequence[int]) -> list[str | None]:
+        """Return object and line of the records of training samples: ``s3://bucket/key, line 3``;
+        None: data of an earlier release."""
+        return [shard.place(row) for shard, row in self._rows("train", positions)]
 
     def references(self, split: Side, positions: Sequence[int]) -> list[Reference]:
         """Return prompts and reference answers at positions of a held-out split's index. Training

@@ -15,7 +15,7 @@ from finetune_trainer.storage.objects import ObjectNotFound, ObjectStore
 
 _ANSWER_TOKENS: Final = 512
 """Maximum tokens of a generated answer, unless the spec gives another."""
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 """Incremented when prepare writes different output for the same data; part of the digest."""
 
 

@@ -1,7 +1,7 @@
 """Origins of samples by position in an index, for messages and metrics.json.
 
-The index has the set, shard and row of a sample, but not its source object and line. A sample is
-therefore named by its number among the prepared samples of its set.
+The index has the set, shard and row of a sample, but not its source object and line, which are in
+the shard. Messages therefore name a sample by its number among the prepared samples of its set.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _SETS: Final = 3
 
 
 def origins_of(data: PreparedData, side: Side, positions: Sequence[int]) -> list[SampleOrigin]:
-    """Return the origins of the samples at positions of a side's index, of the first ``MOST``."""
+    """Return the origins of the samples at positions of a side's index, of the first ``MOST``;
+    without object and line, for which shards must be read."""
     index, shards = data.index(side), data.manifest.shards[side]
 
     def place(position: int) -> SampleOrigin:
@@ -34,6 +35,13 @@ def origins_of(data: PreparedData, side: Side, positions: Sequence[int]) -> list
         )  # fmt: skip
 
     return [place(int(position)) for position in positions[:MOST]]
+
+
+def located(data: PreparedData, positions: Sequence[int]) -> list[SampleOrigin]:
+    """Return the origins of training samples with object and line. Reads their shards."""
+    found = origins_of(data, "train", positions)
+    places = data.places(positions[:MOST])
+    return [o.model_copy(update={"where": w}) for o, w in zip(found, places, strict=True)]
 
 
 def in_words(places: Iterable[SampleOrigin]) -> str:

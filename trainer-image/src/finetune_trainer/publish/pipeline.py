@@ -41,6 +41,7 @@ from finetune_trainer.publish.results import (
     remedy_text,
     with_comparisons,
 )
+from finetune_trainer.publish.suspects import suspects_hint
 from finetune_trainer.publish.task_matrix import matrix_of
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.current import (
@@ -92,6 +93,7 @@ def publish(run_spec: RunSpec, stores: Stores, scratch: Path) -> PublishSummary:
             "recommendation": advice(evaluation),
             "overfitting": overfit.warning if overfit else None,
             "remedy": cut(remedy_text(result.remedy)),
+            "suspect_labels": suspects_hint(result.suspects),
             "held": cut(evaluation.held),
             "became_current": evaluation.held is None if pointer else None,
         }

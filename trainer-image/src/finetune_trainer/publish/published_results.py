@@ -31,6 +31,8 @@ class PublishedResults:
     evaluation: EvaluationResult
     overfitting: str | None
     """Warning of overfitting in words."""
+    suspect_labels: str | None
+    """Hint at suspect labels in words."""
 
     @property
     def name(self) -> str:
@@ -74,6 +76,7 @@ def read_results(store: ObjectStore, uri: str) -> PublishedResults:
                 }
             ),
             overfitting=raw.get("overfitting", {}).get("warning"),
+            suspect_labels=raw.get("suspectLabels", {}).get("hint"),
         )
     except (ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _other_form(f"{uri}/{METRICS_FILE}", error) from None

@@ -8,9 +8,11 @@ from typing import Any, Final
 from finetune_api.evaluation_results import TUNED
 from finetune_trainer.pages import page
 from finetune_trainer.publish.chart import Line, interval_chart, line_chart
+from finetune_trainer.publish.memorisation import memorisation_text, memorisation_warning
 from finetune_trainer.publish.results import main_result
 from finetune_trainer.publish.row_tables import counted, matrix_table, slices_of, tables_of
 from finetune_trainer.publish.run_facts import DRAWN_HEAD, About, artefact_text, by_set, settings
+from finetune_trainer.publish.suspects import suspects_hint
 from finetune_trainer.publish.trade_off import trade_off
 
 _MAIN: Final = {
@@ -45,6 +47,11 @@ def render(about: About, data_report: bytes) -> str:
         slices=slices_of(about.evaluation),
         matrix=matrix_table(about.evaluation.matrix),
         overfitting=about.overfitting,
+        memorisation=about.result.memorisation and memorisation_text(about.result.memorisation),
+        learned_by_heart=about.result.memorisation
+        and memorisation_warning(about.result.memorisation),
+        suspects=about.result.suspects,
+        suspects_hint=suspects_hint(about.result.suspects),
         chart=line_chart(
             _lines(about), "Loss by optimizer step", "step", about.result.summary.checkpoint_step
         ),

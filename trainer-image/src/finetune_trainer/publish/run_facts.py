@@ -28,9 +28,11 @@ from finetune_trainer.evaluate.metric_text import interval_text
 from finetune_trainer.prepared.manifest import DataManifest
 from finetune_trainer.prepared.origins import MOST, in_words
 from finetune_trainer.publish.measured_sets import MeasuredSet
+from finetune_trainer.publish.memorisation import memorisation_warning
 from finetune_trainer.publish.overfitting import Overfitting, overfitting
 from finetune_trainer.publish.results import with_comparisons
-from finetune_trainer.storage.runfiles import Example, RunResult
+from finetune_trainer.publish.suspects import suspects_hint
+from finetune_trainer.storage.runfiles import Example, Memorisation, RunResult, SuspectLabels
 
 METRICS_FILE: Final = "metrics.json"
 TABLE_KEYS: Final = ("retention", "rows", "recommendation", "slices")
@@ -243,6 +245,8 @@ def metrics_text(about: About) -> str:
         "matrix": about.evaluation.matrix and about.evaluation.matrix.to_json(),
         "remedy": about.evaluation.remedy.to_json() if about.evaluation.remedy else None,
         "overfitting": _overfitting(about.overfitting),
+        "suspectLabels": _suspects(result.suspects),
+        "memorisation": _memorisation(result.memorisation),
         "validation": [point.to_json() for point in result.validation],
         "training": {
             "steps": summary.steps,
@@ -277,6 +281,14 @@ def metrics_text(about: About) -> str:
 
 def _overfitting(found: Overfitting | None) -> dict[str, Any] | None:
     return {**found.to_json(), "gap": found.gap} if found else None
+
+
+def _memorisation(found: Memorisation | None) -> dict[str, Any] | None:
+    return {**found.to_json(), "warning": memorisation_warning(found)} if found else None
+
+
+def _suspects(found: SuspectLabels | None) -> dict[str, Any] | None:
+    return {**found.to_json(), "hint": suspects_hint(found)} if found else None
 
 
 def artefact_text(found: ArtefactResult | None) -> str:

@@ -76,6 +76,61 @@ class SampleOrigin(Record):
     """Shard with its tokens, relative to the address of the prepared data."""
     row: int
     """Row in the shard, from 0."""
+    where: str | None = None
+    """Object and line of its record; None: the data is of an earlier release."""
+
+
+class SuspectLabel(SampleOrigin):
+    """A training sample whose label the model found less likely than those of similar samples, when
+    it saw it first."""
+
+    prompt: str
+    """End of the prompt, without personal data."""
+    label: str
+    """Beginning of the (last) answer, without personal data; the class, for classification."""
+    loss: float
+    """Loss in nats per label, before the model was trained on the sample."""
+    usual_loss: float
+    """Median loss of the samples of its set that it was compared with."""
+    deviation: float
+    """Excess over the usual loss, in standard deviations."""
+
+
+class SuspectLabels(Record):
+    """What the first losses of the training samples say about their labels."""
+
+    measured: int
+    """Samples that were compared with others."""
+    unlikely: int
+    """Samples that stand out."""
+    threshold: float
+    """Deviation from which a sample stands out."""
+    samples: list[SuspectLabel]
+    """The most deviating samples, the worst first."""
+
+
+class Reproduced(Record):
+    """Answers that the tuned model reproduces word for word from their prompts."""
+
+    samples: int
+    """Answers that were compared."""
+    reproduced: int
+    """Those whose beginning the model reproduces."""
+
+    @property
+    def share(self) -> float:
+        return self.reproduced / max(1, self.samples)
+
+
+class Memorisation(Record):
+    """What the tuned model has learned by heart."""
+
+    tokens: int
+    """Tokens of the beginning of an answer that were compared."""
+    training: Reproduced
+    """Of some training samples."""
+    held_out: Reproduced
+    """Of some validation and test samples."""
 
 
 class SetAnswers(Record):
@@ -127,6 +182,10 @@ class RunResult(Record):
     """What ``evaluation.remedy`` has chosen."""
     quarantined: list[SampleOrigin] = Field(default=[])
     """The first samples that rollbacks left out."""
+    suspects: SuspectLabels | None = None
+    """None: training with an earlier release."""
+    memorisation: Memorisation | None = None
+    """None: no training sample has a long answer, or as ``suspects``."""
     versions: dict[str, str]
     """Versions of the relevant packages."""
     processes: int

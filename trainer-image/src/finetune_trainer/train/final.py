@@ -13,20 +13,24 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from finetune_api.evaluation_results import BASE, TUNED, DataSetScores, Metrics, Row, RowModel
 from finetune_api.results import TrainSummary
 from finetune_trainer.evaluate.base_kl import Kept, base_probabilities, from_bytes, to_bytes
 from finetune_trainer.evaluate.measure import SetResult
+from finetune_trainer.evaluate.memorisation import SAMPLES, memorisation
 from finetune_trainer.prepared.halves import reported_part
-from finetune_trainer.prepared.origins import origins_of
+from finetune_trainer.prepared.origins import located
 from finetune_trainer.prepared.questions import Prompting, Question
 from finetune_trainer.prepared.split import TESTED
 from finetune_trainer.storage import runfiles
-from finetune_trainer.storage.runfiles import RowAnswers, RunResult, SetAnswers
+from finetune_trainer.storage.runfiles import Memorisation, RowAnswers, RunResult, SetAnswers
 from finetune_trainer.train.remedy import with_remedy
 from finetune_trainer.train.session import Session, versions
 from finetune_trainer.train.state import LoopState
 from finetune_trainer.train.stopping import raise_if_stopping
+from finetune_trainer.train.suspects import suspect_labels
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ def test_and_write_result(session: Session, state: LoopState, base: BaseResults)
         chosen, remedy = with_remedy(session, best)
         tuned = _test(session, TUNED)
         more = _ask(session, "Tuned", [p for p in session.questions if p.tuned])
+        by_heart = _memorisation(session, chosen.step)
     summary = TrainSummary(
         attempt=checkpointer.head.attempt,
         restarts=checkpointer.head.restarts,
@@ -111,25 +116,39 @@ def test_and_write_result(session: Session, state: LoopState, base: BaseResults)
         quarantined_samples=len(session.plan.left_out),
         startup=session.telemetry.progress.startup,
     )
-    result = RunResult(
-        summary=summary,
-        curve=state.curve,
-        validation=state.validation,
-        lineage=list(session.lineage),
-        rows=[*base.rows, TUNED, *more],
-        remedy=remedy,
-        quarantined=origins_of(session.data, "train", session.plan.left_out.tolist()),
-        versions=versions(),
-        processes=world.size,
-        device=world.device.type,
-    )
-    world.on_main(
-        lambda: runfiles.write_result(session.stores.default, session.run_spec.run_uri, result)
-    )
+
+    def write() -> None:
+        result = RunResult(
+            summary=summary,
+            curve=state.curve,
+            validation=state.validation,
+            lineage=list(session.lineage),
+            rows=[*base.rows, TUNED, *more],
+            remedy=remedy,
+            quarantined=located(session.data, session.plan.left_out.tolist()),
+            memorisation=by_heart,
+            suspects=suspect_labels(state.suspects, session.data, session.evaluator.tokenizer),
+            versions=versions(),
+            processes=world.size,
+            device=world.device.type,
+        )
+        runfiles.write_result(session.stores.default, session.run_spec.run_uri, result)
+
+    world.on_main(write)
     world.barrier()
     checkpointer.release()
     session.telemetry.say(stage="Done", step=state.step)
     return summary
+
+
+def _memorisation(session: Session, steps: int) -> Memorisation | None:
+    """Measure what the model has learned by heart of the samples of some of its steps."""
+    if not (session.spec.kind.generates and steps):
+        return None
+    seed = session.spec.training.seed
+    some = np.random.default_rng(seed).permutation(steps)[:SAMPLES]
+    trained = np.concatenate([session.plan.samples(step) for step in sorted(some.tolist())])
+    return memorisation(session.evaluator, np.unique(trained).tolist(), seed)
 
 
 def _test(session: Session, row: Row) -> RowAnswers:

@@ -40,6 +40,7 @@ from finetune_trainer.train.session import Session
 from finetune_trainer.train.state import LoopState
 from finetune_trainer.train.step import optimizer_step
 from finetune_trainer.train.stopping import interrupted, raise_if_stopping
+from finetune_trainer.train.suspects import first_visits
 
 
 def train(session: Session, stop_requested: Callable[[], bool]) -> TrainSummary:
@@ -108,8 +109,9 @@ def take_steps(
             if state.stopped_early:
                 break
             rate = learning_rate(spec, total, state.step) * factor
-            sums, norm = optimizer_step(session, batch, rate)
-            state.advance(sums, batch.plan.tokens)
+            sums, norm, by_sample = optimizer_step(session, batch, rate)
+            visits = first_visits(session.plan, batch.plan, by_sample)
+            state.advance(sums, batch.plan.tokens, visits)
             clock.step(session, batch)
             session.recorder.stepped(
                 state.step, compilation_seconds() if spec.training.compile else 0.0

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from finetune_api.tasks import Metric
 from finetune_trainer.engine.guard import Skipped
 from finetune_trainer.storage.runfiles import CurvePoint, ValidationPoint
+from finetune_trainer.train.suspects import FirstVisits, Suspects
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Figures:
     """Router loss, weighted by tokens; 0 if it is not trained."""
 
 
-_UNSAVED: Final = ("local", "unchecked")
+_UNSAVED: Final = ("local", "visits", "unchecked")
 
 
 @dataclass
@@ -58,27 +60,38 @@ class LoopState:
     without_improvement: int = 0
     """Evaluations since the best value."""
     stopped_early: bool = False
+    suspects: Suspects = field(default_factory=Suspects)
+    """Of the samples that were visited."""
     local: Tensor | None = None
     """This rank's sums since the last ``gather``, on the device; not saved."""
+    visits: list[FirstVisits] = field(default_factory=list)
+    """First visits of the steps since the last ``gather``; not saved."""
     unchecked: dict[int, int] = field(default_factory=dict)
     """Tokens by step, of the steps whose guard result was not read yet. Not saved: the results are
     read before each checkpoint."""
 
-    def advance(self, sums: Tensor, tokens: int) -> None:
-        """Record a step with this rank's sums."""
+    def advance(self, sums: Tensor, tokens: int, visits: FirstVisits | None = None) -> None:
+        """Record a step with this rank's sums, and its first visits if there are any."""
         self.unchecked[self.step] = tokens
         self.step += 1
         self.tokens += tokens
         self.local = sums if self.local is None else self.local + sums
+        if visits is not None:
+            self.visits.append(visits)
 
     def gather(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Add the sums of all ranks to ``pending``, on every rank. Synchronizes the device."""
+        """Add the sums of all ranks to ``pending`` and ``suspects``, on every rank. Synchronizes
+        the device."""
         if self.local is None:  # true on all ranks alike: they do the same steps
             return
-        sums = total(self.local.cpu()).tolist()
+        parts = [self.local, *(visits.sums.flatten() for visits in self.visits)]
+        found = torch.split(total(torch.cat(parts).cpu()), [len(part) for part in parts])
+        sums = found[0].tolist()
         before = self.pending or [0.0] * len(sums)
         self.pending = [a + b for a, b in zip(before, sums, strict=True)]
-        self.local = None
+        for visits, own in zip(self.visits, found[1:], strict=True):
+            self.suspects.add(visits, own.view(3, -1).numpy())
+        self.local, self.visits = None, []
 
     def take_figures(self, total: Callable[[Tensor], Tensor]) -> Figures | None:
         """Return the means since the last log point and reset them; None: no step was taken."""
@@ -121,6 +134,7 @@ class LoopState:
         raw: dict[str, Any] = {k: v for k, v in self.__dict__.items() if k not in _UNSAVED}
         raw["curve"] = [p.to_json() for p in self.curve]
         raw["validation"] = [p.to_json() for p in self.validation]
+        raw["suspects"] = self.suspects.to_json()
         return json.dumps(raw)
 
     @classmethod
@@ -129,4 +143,6 @@ class LoopState:
         raw["skipped"] = [Skipped(*skipped) for skipped in raw["skipped"]]
         raw["curve"] = [CurvePoint.model_validate(p) for p in raw["curve"]]
         raw["validation"] = [ValidationPoint.model_validate(p) for p in raw["validation"]]
+        if "suspects" in raw:  # earlier releases have none
+            raw["suspects"] = Suspects.from_json(raw["suspects"])
         return cls(**raw)

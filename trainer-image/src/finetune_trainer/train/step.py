@@ -17,18 +17,23 @@ from finetune_trainer.liveness import progressed
 from finetune_trainer.train.session import Session
 
 
-def optimizer_step(session: Session, batch: StepTensors, rate: float) -> tuple[Tensor, Tensor]:
+def optimizer_step(
+    session: Session, batch: StepTensors, rate: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Run an optimizer step on a global batch; the guard may skip the update. A batch whose samples
     are all left out has zero loss and is excluded from all means.
 
     Returns:
         This rank's summand of ``LoopState.pending`` (float64, on the device, shape
-        [5 + 2 * sources]) and the gradient norm before clipping. Neither synchronizes the device.
+        [5 + 2 * sources]), the gradient norm before clipping, and this rank's sums of each sample
+        before the update, taken or not: loss, number of labels, label ids (float64, shape
+        [3, samples]). None synchronizes the device.
     """
     world, sources = session.world, session.plan.source_count
     loss = torch.zeros(1, dtype=torch.float64, device=world.device)
     auxiliary = torch.zeros(3, dtype=torch.float64, device=world.device)
     by_source = torch.zeros(2, sources, dtype=torch.float64, device=world.device)
+    by_sample = by_source.new_zeros(3, len(batch.plan.samples))
     supervised = max(1, batch.plan.supervised)
     for i, micro_batch in enumerate(batch.micro_batches):
         progressed()
@@ -49,8 +54,10 @@ def optimizer_step(session: Session, batch: StepTensors, rate: float) -> tuple[T
         auxiliary[1] += losses.drift.numel()
         auxiliary[2] += losses.router * (micro_batch.labels.numel() / supervised)
         if micro_batch.labels.numel():
-            by_source[0].index_add_(0, micro_batch.sources, tokens)
-            by_source[1].index_add_(0, micro_batch.sources, torch.ones_like(tokens))
+            by_sample[0].index_add_(0, micro_batch.numbers, tokens)
+            by_sample[1].index_add_(0, micro_batch.numbers, torch.ones_like(tokens))
+            by_sample[2].index_add_(0, micro_batch.numbers, micro_batch.labels.double())
+    by_source.index_add_(1, batch.sources, by_sample[:2])
     limit = float(session.spec.training.max_grad_norm) or float("inf")
     norm = whole(torch.nn.utils.clip_grad_norm_(session.trained, limit))
     # All-reduced with the loss, so that the guard sees the same bits on every rank.
@@ -62,7 +69,7 @@ def optimizer_step(session: Session, batch: StepTensors, rate: float) -> tuple[T
     step_if(session.optimizers, rate, taken)
     steps = torch.full_like(loss, learns / world.size)
     sums = torch.cat([loss, steps, auxiliary, by_source.flatten()])
-    return torch.where(taken, sums, torch.zeros_like(sums)), norm
+    return torch.where(taken, sums, torch.zeros_like(sums)), norm, by_sample
 
 
 def generator_seed(session: Session, batch: StepTensors, turn: int) -> int:

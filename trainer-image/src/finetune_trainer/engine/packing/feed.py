@@ -41,8 +41,9 @@ class MicroBatch:
     """Targets of the loss, shape [supervised]."""
     layout: DocumentLayout
     """Document boundaries and dropout keys."""
-    sources: Tensor
-    """Source index of each label, shape [supervised]."""
+    numbers: Tensor
+    """Number of each label's sample in the step, or in the set in evaluation; shape
+    [supervised]."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class TokenMicroBatch(MicroBatch):
     """Positions, restarting at each document; shape of ``input_ids``."""
     predict: Tensor
     """Positions in the flattened ``input_ids`` whose next token is a label, shape [supervised]."""
-    sources_here: npt.NDArray[np.int64]
-    """``sources`` on the host, so that reading them does not wait for the device."""
+    numbers_here: npt.NDArray[np.int64]
+    """``numbers`` on the host, so that reading them does not wait for the device."""
     replay: Replay | None = None
     """Replay documents; None where the feed builds none, or where no rank's micro-batch of this
     turn has any."""
@@ -88,7 +89,7 @@ class MicroBatchBuilder(Protocol):
         samples: Sequence[TokenSample],
         positions: Sequence[int],
         *,
-        sources: Sequence[int] | None = None,
+        numbers: Sequence[int] | None = None,
         seed: int,
         step: int,
         device: torch.device,
@@ -115,7 +116,7 @@ def build_packed(
     samples: Sequence[TokenSample],
     positions: Sequence[int],
     *,
-    sources: Sequence[int] | None = None,
+    numbers: Sequence[int] | None = None,
     seed: int,
     step: int,
     device: torch.device,
@@ -127,7 +128,7 @@ def build_packed(
 
     Args:
         positions: index positions of the samples, part of the dropout keys.
-        sources: source index of each sample; None: 0.
+        numbers: number of each sample, as in ``MicroBatch``; None: 0.
         keyed: whether to make dropout keys, which dropout and noise need.
         context: the processes that share the micro-batch.
         shape: shape to pad to, with documents without supervised tokens.
@@ -135,10 +136,10 @@ def build_packed(
     Token j of a document is predicted from token j - 1 of the same document, so the first token
     of a document is never predicted, supervised or not.
     """
-    samples, positions, sources = (
+    samples, positions, numbers = (
         list(samples),
         list(positions),
-        list(sources or [0] * len(samples)),
+        list(numbers or [0] * len(samples)),
     )
     fixed, shape = shape is not None, shape or StaticShape(1, 1)
     tokens = sum(len(s.ids) for s in samples)
@@ -146,13 +147,13 @@ def build_packed(
         if padding:
             samples.append(TokenSample(np.zeros(padding, np.int32), np.zeros(padding, np.bool_)))
             positions.append(0)
-            sources.append(0)
+            numbers.append(0)
     lengths = [len(s.ids) for s in samples]
     ids = np.concatenate([s.ids for s in samples]).astype(np.int64)
     # Each position predicts the next token, if that token is supervised.
     predicts = np.concatenate([np.append(s.supervised[1:], False) for s in samples])
     following = np.append(ids[1:], 0)
-    source = np.repeat(np.asarray(sources, np.int64), lengths)
+    number = np.repeat(np.asarray(numbers, np.int64), lengths)
     position = np.concatenate([np.arange(n) for n in lengths])
     held = context.held(len(ids))
     target = np.flatnonzero(predicts[held])
@@ -182,8 +183,8 @@ def build_packed(
             document_lengths=tensor(np.repeat(lengths, lengths)[held]) if keyed else None,
             shared_keys=shared_keys,
         ),
-        sources=tensor(source[held][target]),
-        sources_here=source[held][target],
+        numbers=tensor(number[held][target]),
+        numbers_here=number[held][target],
     )
 
 
@@ -193,6 +194,8 @@ class StepTensors:
 
     plan: Step
     micro_batches: list[MicroBatch]
+    sources: Tensor
+    """Source index of each sample of the step, shape [samples]."""
     wait: Wait
     """Time that the step waited for its data."""
 
@@ -203,6 +206,7 @@ class _Ready:
 
     plan: Step
     micro_batches: list[MicroBatch]
+    sources: Tensor
     copied: torch.cuda.Event | None
     """Event after the copies; None: nothing is being copied."""
 
@@ -275,8 +279,9 @@ class Feed:
             waited = time.perf_counter() - began
             if isinstance(item, BaseException):
                 raise item
-            wait = self._copies.hand_over(item.micro_batches, item.copied, marked, waited)
-            yield StepTensors(item.plan, item.micro_batches, wait)
+            tensors = (item.micro_batches, item.sources)
+            wait = self._copies.hand_over(tensors, item.copied, marked, waited)
+            yield StepTensors(item.plan, *tensors, wait)
 
     def _work(self) -> None:
         try:
@@ -285,7 +290,8 @@ class Feed:
                     if self._stop.is_set():
                         return
                     micro_batches = self._micro_batches(step)
-                    self._queue.put(_Ready(step, micro_batches, self._copies.copied()))
+                    sources = on_device(self._sources_of(step), self._device)
+                    self._queue.put(_Ready(step, micro_batches, sources, self._copies.copied()))
         except BaseException as error:
             self._queue.put(error)
 
@@ -310,11 +316,12 @@ class Feed:
         mine: tuple[MicroBatchSamples, ...] = step.micro_batches[self._rank]
         wanted = self._wanted(step)
         samples = dict(zip(wanted, self._read(wanted), strict=True))
+        numbers, sources = step.numbers, self._sources_of(step)
 
         def build(by: MicroBatchBuilder, micro_batch: MicroBatchSamples) -> MicroBatch:
             return by(
                 [samples[p] for p in micro_batch], micro_batch,
-                sources=self._plan.sources[list(micro_batch)].tolist(), seed=self._plan.seed,
+                numbers=[numbers[p] for p in micro_batch], seed=self._plan.seed,
                 step=step.number, device=self._device,
             )  # fmt: skip
 
@@ -326,7 +333,8 @@ class Feed:
             ):
                 return built
             assert isinstance(built, TokenMicroBatch), "only token outputs are anchored"
-            at = on_device(np.flatnonzero(self._replay[built.sources_here]), self._device)
+            replayed = self._replay[sources[built.numbers_here]]
+            at = on_device(np.flatnonzero(replayed), self._device)
             if built.layout.shared_keys is None:
                 alone = self._build if built.is_padded else partial(build_packed, keyed=False)
                 apart = build(alone, self._of_replay(micro_batch))
@@ -337,6 +345,9 @@ class Feed:
             return replace(built, replay=Replay(again, at))
 
         return [with_replay(turn, micro_batch) for turn, micro_batch in enumerate(mine)]
+
+    def _sources_of(self, step: Step) -> npt.NDArray[np.int64]:
+        return self._plan.sources[list(step.samples)]
 
     def _of_replay(self, micro_batch: MicroBatchSamples) -> MicroBatchSamples:
         """Return the documents of a micro-batch that belong to replay sources."""

@@ -72,7 +72,7 @@ def build_padded_tokens(
     samples: Sequence[TokenSample],
     positions: Sequence[int],
     *,
-    sources: Sequence[int] | None = None,
+    numbers: Sequence[int] | None = None,
     seed: int,
     step: int,
     device: torch.device,
@@ -83,20 +83,20 @@ def build_padded_tokens(
     padded = pad_documents(samples, positions, seed, step, device, keyed)
     documents, longest = padded.ids.shape
     predicts = np.zeros(padded.ids.shape, np.bool_)
-    source = np.zeros(documents, np.int64)
+    number = np.zeros(documents, np.int64)
     for i, sample in enumerate(samples):
         predicts[i, : len(sample.ids) - 1] = sample.supervised[1:]
-        source[i] = 0 if sources is None else sources[i]
+        number[i] = 0 if numbers is None else numbers[i]
     target = np.flatnonzero(predicts)
     following = np.append(padded.ids.reshape(-1)[1:], 0)
-    here = np.repeat(source, longest)[target]
+    here = np.repeat(number, longest)[target]
     return TokenMicroBatch(
         input_ids=on_device(padded.ids, device),
         position_ids=on_device(np.tile(np.arange(longest), (documents, 1)), device),
         predict=on_device(target, device),
         labels=on_device(following[target], device),
         layout=padded.layout,
-        sources=on_device(here, device),
-        sources_here=here,
+        numbers=on_device(here, device),
+        numbers_here=here,
         attention_mask=on_device(padded.mask, device) if padded.has_padding else None,
     )

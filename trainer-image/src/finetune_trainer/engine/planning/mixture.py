@@ -10,9 +10,10 @@ is random, so any part of the mixture is computed without the parts before it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,18 @@ class _Pass:
     """Index positions in the order of the pass, shape [n]."""
     starts: Ints
     """Tokens of the pass before each sample, then their total, shape [n + 1]."""
+
+
+class _Round(NamedTuple):
+    """One round of a mixture; arrays of shape [samples of the round], in its order."""
+
+    begin: int
+    """Number of its first sample in the mixture."""
+    positions: Ints
+    sources: Ints
+    """Index of each sample's source among the sources that the mixture uses."""
+    first_visits: npt.NDArray[np.bool_]
+    """Whether a sample is in the first pass over its source."""
 
 
 class Line:
@@ -122,15 +135,22 @@ class Mixture:
 
     def samples(self, first: int, last: int) -> Ints:
         """Return the index positions of samples ``first`` to ``last`` (excluded) of the mixture."""
-        parts = []
+        parts = [each.positions[part] for each, part in self._parts(first, last)]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def first_visits(self, first: int, last: int) -> npt.NDArray[np.bool_]:
+        """Return whether each of these samples is in the first pass over its source."""
+        parts = [each.first_visits[part] for each, part in self._parts(first, last)]
+        return np.concatenate(parts) if parts else np.empty(0, np.bool_)
+
+    def _parts(self, first: int, last: int) -> Iterator[tuple[_Round, slice]]:
+        """Yield the rounds with samples ``first`` to ``last`` (excluded), and the part in each."""
         number = self._round_of(first)
         while first < last:
-            begin, positions, _ = self._round(number)
-            part = positions[first - begin : last - begin]
-            parts.append(part)
-            first += len(part)
+            found = self._round(number)
+            yield found, slice(first - found.begin, last - found.begin)
+            first = found.begin + len(found.positions)
             number += 1
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def taken(self, count: int) -> list[int]:
         """Return the number of samples of each source among the first ``count`` samples, shape
@@ -139,8 +159,8 @@ class Mixture:
         if not count:
             return taken
         number = self._round_of(count - 1)
-        begin, _, sources = self._round(number)
-        within = np.bincount(sources[: count - begin], minlength=len(self._used))
+        found = self._round(number)
+        within = np.bincount(found.sources[: count - found.begin], minlength=len(self._used))
         for i, before, more in zip(self._used, self._before(number), within, strict=True):
             taken[i] = before + int(more)
         return taken
@@ -169,19 +189,20 @@ class Mixture:
             number += 1
         return number
 
-    def _make_round(self, number: int) -> tuple[int, Ints, Ints]:
-        """Return the first sample of a round, its positions in order, and the (used) source of
-        each."""
+    def _make_round(self, number: int) -> _Round:
         firsts, lasts = self._before(number), self._before(number + 1)
-        positions, times, sources = [], [], []
+        positions, times, sources, first_visits = [], [], [], []
         for i, line in enumerate(self._lines):
-            found, middles = line.slice(self._first[i] + firsts[i], self._first[i] + lasts[i])
+            first, last = self._first[i] + firsts[i], self._first[i] + lasts[i]
+            found, middles = line.slice(first, last)
             positions.append(found)
             times.append((middles - self._base[i]) / self._budgets[i])
             sources.append(np.full(len(found), i))
+            first_visits.append(np.arange(first, last) < line.samples)
         # Stable: at equal times the earlier source is first. Fast, as the parts are sorted.
         order = np.argsort(np.concatenate(times), kind="stable")
-        return sum(firsts), np.concatenate(positions)[order], np.concatenate(sources)[order]
+        columns = [np.concatenate(column)[order] for column in (positions, sources, first_visits)]
+        return _Round(sum(firsts), *columns)
 
 
 @dataclass(frozen=True)
@@ -231,6 +252,13 @@ class Curriculum:
         stage = self.stage_of(step)
         within = (step - int(self._begins[stage])) * self._batch
         return self._mixture(stage).samples(within, within + self._batch)
+
+    def first_visits(self, step: int) -> npt.NDArray[np.bool_]:
+        """Return whether no step before has each sample of a step, nor this one before it; shape
+        [batch]."""
+        stage = self.stage_of(step)
+        within = (step - int(self._begins[stage])) * self._batch
+        return self._mixture(stage).first_visits(within, within + self._batch)
 
     def stage_of(self, step: int) -> int:
         """Return the index of the stage of a step."""

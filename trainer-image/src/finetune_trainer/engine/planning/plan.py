@@ -109,6 +109,14 @@ class Step:
     """Supervised tokens of the global batch: the denominator of the loss."""
     tokens: int
     """Tokens of the global batch."""
+    first_visits: tuple[int, ...] = ()
+    """Numbers of the samples, in ``samples``, that the run sees for the first time."""
+
+    @property
+    def numbers(self) -> dict[int, int]:
+        """Number of each sample in ``samples``, by index position; of a sample that is there twice,
+        the first."""
+        return {p: i for i, p in reversed([*enumerate(self.samples)])}
 
 
 class Plan:
@@ -187,7 +195,10 @@ class Plan:
     def samples(self, step: int) -> Ints:
         """Return the index positions of the samples of a step, in order."""
         found = self._drawn(step)
-        return found[~np.isin(found, self.left_out)] if len(self.left_out) else found
+        return found[self._kept(found)]
+
+    def _kept(self, positions: Ints) -> npt.NDArray[np.bool_]:
+        return ~np.isin(positions, self.left_out)
 
     def _drawn(self, step: int) -> Ints:
         found = self._curriculum.samples(step)
@@ -195,7 +206,10 @@ class Plan:
 
     def step(self, number: int) -> Step:
         """Return the micro-batches and the denominator of a step."""
-        positions = self.samples(number)
+        drawn = self._drawn(number)
+        kept = self._kept(drawn)
+        positions = drawn[kept]
+        first_visits = self._curriculum.first_visits(number)[: len(drawn)][kept]
         lengths = self.lengths[positions].tolist()
         taken = [n + self._virtual_tokens for n in lengths]
         dealt = _PACK[self.packing](taken, self.micro_batch_tokens, self.ranks)
@@ -210,6 +224,7 @@ class Plan:
             ),
             supervised=int(self.supervised[positions].sum()),
             tokens=int(sum(lengths)),
+            first_visits=tuple(np.flatnonzero(first_visits).tolist()),
         )
 
 

@@ -312,6 +312,7 @@ def shard_rows(samples: Sequence[TokenizedSample], side: Side) -> Any:
         "spans": _lists([np.array(sample.spans, np.int32).reshape(-1) for sample in samples]),
         "prompt_length": [sample.prompt_length for sample in samples],
         "label": [example.label for example in examples],
+        "where": [example.where for example in examples],
         "prompt": [example.prompt for example in examples],
         "completion": [example.completion for example in examples],
     }
