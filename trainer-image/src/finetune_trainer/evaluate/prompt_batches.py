@@ -1,0 +1,99 @@
+"""Batches of prompts: of similar length, bounded in memory, and shared by the ranks.
+
+prompts ──(by length)──► batches of each rank ──► work on each ──► results in their order
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from finetune_trainer.engine.loss import evaluating
+from finetune_trainer.engine.sharding import is_sharded
+from finetune_trainer.engine.world import World
+from finetune_trainer.liveness import progressed
+
+MOST_TOKENS: Final = 16384
+"""Tokens of a batch whose keys and values are in memory together."""
+
+Ids = npt.NDArray[np.int32]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PromptBatches:
+    """Runs work on batches of prompts, with a model in evaluation mode."""
+
+    world: World
+    module: nn.Module
+    """The model's loss module."""
+    alike: bool
+    """Whether the prompts of a batch must have equal lengths: padding would separate virtual tokens
+    from the prompt."""
+
+    def run(
+        self,
+        prompts: Sequence[Ids],
+        more: int,
+        copies: int,
+        work: Callable[[list[Ids]], Sequence[T]],
+    ) -> list[T]:
+        """Return what ``work`` returns for the prompts, in order, on all ranks.
+
+        Args:
+            prompts: tokens of each, shape [tokens].
+            more: tokens that follow a prompt.
+            copies: copies of a prompt in the KV cache.
+            work: from a batch of prompts to a result for each, with as many passes for any batch.
+        """
+        lengths = [len(prompt) for prompt in prompts]
+        by_length = sorted(range(len(prompts)), key=lambda i: -lengths[i])
+        mine = by_length[self.world.rank :: self.world.size]
+        batches = list(self._batches(lengths, mine, more, copies))
+        # FSDP gathers parameters: all ranks must run equally many batches.
+        if is_sharded(self.module):
+            most = max(self.world.on_all(lambda: len(batches)))
+            batches += [[]] * (most - len(batches))
+
+        def on_mine() -> list[tuple[int, T]]:
+            done = []
+            for batch in batches:
+                progressed()
+                results = work([prompts[i] for i in batch or [0]])
+                done += list(zip(batch, results, strict=False))
+            return done
+
+        with evaluating(self.module):
+            found = dict(pair for part in self.world.on_all(on_mine) for pair in part)
+        return [found[i] for i in range(len(prompts))]
+
+    def _batches(
+        self, lengths: Sequence[int], order: list[int], more: int, copies: int
+    ) -> Iterator[list[int]]:
+        batch: list[int] = []
+        for i in order:
+            longest = lengths[batch[0] if batch else i]
+            full = (len(batch) + 1) * (longest + more) * copies > MOST_TOKENS
+            if batch and (full or (self.alike and lengths[i] != longest)):
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+
+def padded(prompts: Sequence[Ids], padding: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return tokens and mask of prompts with padding in front, shape [prompts, tokens] each."""
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), padding)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+        mask[row, longest - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
