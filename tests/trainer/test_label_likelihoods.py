@@ -21,6 +21,7 @@ from worlds import forked
 
 from finetune_trainer.engine.loss import TokenLoss
 from finetune_trainer.evaluate import label_likelihoods, prompt_batches
+from finetune_trainer.evaluate.cached_model import CachedModel
 from finetune_trainer.evaluate.label_likelihoods import LabelLikelihoods
 from ports import free_port
 from variants import beyond
@@ -83,19 +84,26 @@ def test_scores_are_those_of_whole_texts(kind: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_prompt_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens that pass through the model: of the prompts once, and of rows for each prompt."""
-    model = tiny_llama()
-    seen = []
+    """Tokens of each pass: of the prompts once (what they share once for all), and of the rows."""
+    model, seen = tiny_llama(), list[tuple[int, ...]]()
     model.register_forward_pre_hook(
-        lambda _, __, given: seen.append(given["input_ids"].numel()), with_kwargs=True
+        lambda _, __, given: seen.append(tuple(given["input_ids"].shape)), with_kwargs=True
     )
-    prompts = [np.arange(3, 23, dtype=np.int32)] * 4
-    likelihoods = LabelLikelihoods(model, CPU, [(1,), (2,), (3,)], 20, 0, virtual=False)
-    likelihoods(prompts)
-    assert seen == [4 * 20], "labels of one token need no second pass"
+    draw = np.random.default_rng(0)
+    prompts = [draw.integers(1, 96, n).astype(np.int32) for n in (20, 18, 20)]
+    cached = CachedModel(model, CPU, 0, virtual=False, sharded=False)
+    one, several = [(1,), (2,), (3,)], [(1, 2), (1, 3), (4, 5)]
+    LabelLikelihoods(cached, one, 20)(prompts)
+    assert seen == [(3, 20)], "labels of one token need no second pass"
     seen.clear()
-    LabelLikelihoods(model, CPU, [(1, 2), (1, 3), (4, 5)], 20, 0, virtual=False)(prompts)
-    assert seen == [4 * 20, 4 * 2]
+    LabelLikelihoods(cached, several, 20)(prompts)
+    assert seen == [(3, 20), (6, 1)]
+    seen.clear()
+    alike = [np.concatenate([np.arange(1, 31, dtype=np.int32), prompt]) for prompt in prompts]
+    found = LabelLikelihoods(cached, several, 50)(alike)
+    assert seen == [(1, 30), (3, 20), (6, 1)]
+    naive = [[whole(model.eval(), p, label) for label in several] for p in alike]
+    np.testing.assert_allclose(found, naive, atol=1e-4)
 
 
 def test_a_prompt_without_room_for_the_labels_loses_its_beginning() -> None:

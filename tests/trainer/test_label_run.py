@@ -59,10 +59,11 @@ def test_labels_are_scored_from_the_records_to_the_results(bench: Bench) -> None
     assert base.comparisons["LabelAccuracy"].test in ("McNemar", "SignFlip")
     assert base.comparisons["CalibrationError"].test == "PairedBootstrap"
     for metric in CHOOSING:
-        right = [line.chosen_labels["Tuned"][metric] == line.label for line in lines]
+        right = [(line.chosen_labels or {})["Tuned"][metric] == line.label for line in lines]
         assert tuned.metrics[metric].value == pytest.approx(np.mean(right))
-    likely = [max(line.log_likelihoods["Base"].items(), key=lambda x: x[1])[0] for line in lines]
-    assert likely == [line.chosen_labels["Base"]["LabelAccuracy"] for line in lines]
+    for line in lines:
+        of_base, rules = (line.log_likelihoods or {})["Base"], (line.chosen_labels or {})["Base"]
+        assert max(of_base, key=lambda label: of_base[label]) == rules["LabelAccuracy"]
     assert results.evaluation.gates[0].passed
     assert (
         "LabelAccuracyPerCharacter"

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetune_api.evaluation_results import Metrics
@@ -27,6 +28,7 @@ from finetune_trainer.engine.planning.plan import Packing, pack_all
 from finetune_trainer.engine.sharding import is_sharded, root_gathered
 from finetune_trainer.engine.task_losses import TaskLoss
 from finetune_trainer.engine.world import World
+from finetune_trainer.evaluate.cached_model import CachedModel
 from finetune_trainer.evaluate.label_likelihoods import LabelLikelihoods
 from finetune_trainer.evaluate.label_scores import scored_tokens
 from finetune_trainer.evaluate.prompt_batches import Ids, PromptBatches, padded
@@ -209,10 +211,7 @@ class Evaluator:
             return None
         labels = self.data.manifest.sets[number].labels
         tokens = scored_tokens(labels, self.data.manifest.stop_token_ids)
-        likelihoods = LabelLikelihoods(
-            self.loss.model, self.world.device, tokens, max(map(len, prompts)), self._padding,
-            virtual=bool(self.virtual_tokens),
-        )  # fmt: skip
+        likelihoods = LabelLikelihoods(self._model, tokens, max(map(len, prompts)))
         room = self._positions() - likelihoods.more - self.virtual_tokens
 
         def work(batch: list[Ids]) -> list[list[float]]:
@@ -224,32 +223,44 @@ class Evaluator:
 
     def _answer(self, prompts: Sequence[Ids]) -> list[Answer]:
         longest = max(len(p) for p in prompts)
-        ids, mask = padded(prompts, self._padding, self.world.device)
-        model: Any = self.loss.model
         room = max(1, min(self.max_new_tokens, self._positions() - longest - self.virtual_tokens))
-        stops = {*self.data.manifest.stop_token_ids, self.tokenizer.eos_token_id}
-        config = greedy(self.tokenizer, sorted(stops), room)
+        stops = sorted({*self.data.manifest.stop_token_ids, self.tokenizer.eos_token_id})
         with torch.no_grad(), self.world.autocast(), root_gathered(self.loss):
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=config,
-                synced_gpus=is_sharded(self.loss),
-            )
-        said = out[:, longest:].cpu()
+            said = self._said(prompts, stops, room).cpu()
         texts: list[str] = self.tokenizer.batch_decode(said, skip_special_tokens=True)
-        ends = torch.isin(said, torch.tensor(config.eos_token_id))
+        ends = torch.isin(said, torch.tensor(stops))
         # Behind the first end token is padding, which may be an end token itself.
         tokens = (ends.cumsum(1) == 0).sum(1).tolist()
         return [Answer(text, count) for text, count in zip(texts, tokens, strict=True)]
 
-    @property
-    def _batches(self) -> PromptBatches:
-        return PromptBatches(self.world, self.loss, alike=bool(self.virtual_tokens))
+    def _said(self, prompts: Sequence[Ids], stops: Sequence[int], most: int) -> Tensor:
+        """Tokens of greedy answers, shape [prompts, tokens]. The ranks of a sharded model must
+        agree at each token on whether another one follows, which transformers does."""
+        model = self._model
+        if model.reuses and not is_sharded(self.loss):
+            return model.greedy(prompts, stops, most)
+        ids, mask = padded(prompts, model.padding, self.world.device)
+        out: Tensor = self.loss.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=greedy(self.tokenizer, stops, most),
+            synced_gpus=is_sharded(self.loss),
+        )
+        return out[:, ids.shape[1] :]
 
     @property
-    def _padding(self) -> int:
-        return int(self.tokenizer.pad_token_id or 0)
+    def _model(self) -> CachedModel:
+        known = self.tokenizer.pad_token_id
+        return CachedModel(
+            self.loss.model, self.world.device, 0 if known is None else int(known),
+            virtual=bool(self.virtual_tokens), sharded=is_sharded(self.loss),
+        )  # fmt: skip
+
+    @property
+    def _batches(self) -> PromptBatches:
+        return PromptBatches(
+            self.world, self.loss, shares=self._model.shares, alike=bool(self.virtual_tokens)
+        )
 
     def _positions(self) -> int:
         """Positions of the model; very many where they have no bound."""

@@ -33,6 +33,8 @@ class PromptBatches:
     world: World
     module: nn.Module
     """The model's loss module."""
+    shares: bool
+    """Whether what prompts of a batch begin with alike is computed once."""
     alike: bool
     """Whether the prompts of a batch must have equal lengths: padding would separate virtual tokens
     from the prompt."""
@@ -53,9 +55,17 @@ class PromptBatches:
             work: from a batch of prompts to a result for each, with as many passes for any batch.
         """
         lengths = [len(prompt) for prompt in prompts]
-        by_length = sorted(range(len(prompts)), key=lambda i: -lengths[i])
-        mine = by_length[self.world.rank :: self.world.size]
-        batches = list(self._batches(lengths, mine, more, copies))
+        groups = groups_of(prompts) if self.shares else [list(range(len(prompts)))]
+        batches = [
+            batch
+            for group in groups
+            for batch in self._batches(
+                lengths,
+                sorted(group, key=lambda i: -lengths[i])[self.world.rank :: self.world.size],
+                more,
+                copies,
+            )
+        ]
         # FSDP gathers parameters: all ranks must run equally many batches.
         if is_sharded(self.module):
             most = max(self.world.on_all(lambda: len(batches)))
@@ -86,6 +96,30 @@ class PromptBatches:
             batch.append(i)
         if batch:
             yield batch
+
+
+def groups_of(prompts: Sequence[Ids]) -> list[list[int]]:
+    """Return groups of prompts whose first half is alike, such as those behind the same examples;
+    the last group is of prompts without any other like them."""
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i].tolist())
+    groups: list[list[int]] = []
+    for at, i in enumerate(order):
+        before = prompts[order[at - 1]]
+        half = min(len(prompts[i]), len(before)) / 2
+        if at and common([before, prompts[i]]) >= half:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    alone = [group[0] for group in groups if len(group) == 1]
+    return [*(group for group in groups if len(group) > 1), *([alone] if alone else [])]
+
+
+def common(prompts: Sequence[Ids]) -> int:
+    """Return the number of tokens that all prompts begin with alike, and another one follows."""
+    most = min(map(len, prompts)) - 1
+    first = prompts[0][:most]
+    unlike = [np.flatnonzero(prompt[:most] != first) for prompt in prompts[1:]]
+    return min((int(at[0]) for at in unlike if len(at)), default=most)
 
 
 def padded(prompts: Sequence[Ids], padding: int, device: torch.device) -> tuple[Tensor, Tensor]:

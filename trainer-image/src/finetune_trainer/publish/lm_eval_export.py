@@ -142,7 +142,7 @@ def _samples(
     wanted = [line.reference or "" for line in lines]
     known = all(label is not None for label in labels)
     prompts = [line.prompt or "" for line in lines]
-    names = sorted(lines[0].label_tokens)
+    names = sorted(lines[0].label_tokens or ())
     scores = label_scores_of(lines, names, row) if names else None
     answers = Answers(
         said, wanted, [label or "" for label in labels] if known else None, prompts, scores

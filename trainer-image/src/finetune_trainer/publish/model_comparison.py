@@ -134,7 +134,7 @@ def _label_scores(
     lines: Sequence[Prediction], all_lines: Sequence[Sequence[Prediction]], at: Sequence[int]
 ) -> LabelScores | None:
     """Log-likelihoods of the labels in the answered samples, where all models have the same."""
-    labels = sorted(all_lines[0][at[0]].label_tokens) if at else []
+    labels = sorted(all_lines[0][at[0]].label_tokens or ()) if at else []
     known = (label_scores_of((these[i] for i in at), labels) for these in all_lines)
     return label_scores_of((lines[i] for i in at), labels) if all(known) else None
 

@@ -58,12 +58,12 @@ class Prediction(Record):
     not measured."""
     labels: int = 0
     """Number of labels summed in ``loss``: supervised tokens, or one class."""
-    log_likelihoods: dict[str, dict[str, float]] = Field(default={})
+    log_likelihoods: dict[str, dict[str, float]] | None = None
     """Log-likelihood in nats of each label of the set after the prompt, by row and label, if a
     metric asked for them and all are finite; of several draws, of the first."""
-    label_tokens: dict[str, int] = Field(default={})
+    label_tokens: dict[str, int] | None = None
     """Tokens of each label whose log-likelihoods are summed."""
-    chosen_labels: dict[str, dict[str, str]] = Field(default={})
+    chosen_labels: dict[str, dict[str, str]] | None = None
     """Label that is chosen by them, by row and metric."""
 
 
@@ -96,11 +96,11 @@ def predictions_of(found: MeasuredSet, redact: bool) -> Iterator[Prediction]:
             answers=answers,
             loss=float(tuned.losses[number]) if known else None,
             labels=int(tuned.labels[number]) if known else 0,
-            log_likelihoods=likelihoods[number] if answers else {},
+            log_likelihoods=(likelihoods[number] or None) if answers else None,
             label_tokens=(
-                dict(zip(scores.labels, scores.tokens, strict=True)) if answers and scores else {}
+                dict(zip(scores.labels, scores.tokens, strict=True)) if answers and scores else None
             ),
-            chosen_labels=picked[number] if answers else {},
+            chosen_labels=(picked[number] or None) if answers else None,
         )
 
 
@@ -137,12 +137,13 @@ def label_scores_of(
         None: a line has not these labels, or there is none.
     """
     found, wanted = list(lines), set(labels)
-    known = [line.log_likelihoods.get(row, {}) for line in found]
-    if not known or set(found[0].label_tokens) != wanted or any(set(x) != wanted for x in known):
+    known = [(line.log_likelihoods or {}).get(row, {}) for line in found]
+    counts = (found[0].label_tokens if found else None) or {}
+    if not found or set(counts) != wanted or any(set(each) != wanted for each in known):
         return None
     return LabelScores(
         labels=list(labels),
-        tokens=[found[0].label_tokens[label] for label in labels],
+        tokens=[counts[label] for label in labels],
         values=[[each[label] for label in labels] for each in known],
     )
 
