@@ -14,8 +14,16 @@ from label_worker import PROMPTS
 from test_label_likelihoods import MODELS
 from transformers import GenerationConfig
 
+from finetune_trainer.evaluate import prompt_batches
 from finetune_trainer.evaluate.cached_model import CachedModel
-from finetune_trainer.evaluate.prompt_batches import common, groups_of, padded
+from finetune_trainer.evaluate.prompt_batches import (
+    LEAST_TOKENS,
+    LITTLE_PADDING,
+    common,
+    groups_of,
+    padded,
+    parts_of,
+)
 from variants import beyond
 
 MOST = 6
@@ -39,8 +47,12 @@ def cached_model(model: Any, **options: bool) -> CachedModel:
         lambda kind, stops, shares: kind != "experts" and stops == 40,
     ),
 )
-def test_answers_are_those_of_transformers(kind: str, stops: int, shares: bool) -> None:
-    """With few and with many tokens that end an answer, so that some answers end early."""
+def test_answers_are_those_of_transformers(
+    kind: str, stops: int, shares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With few and with many tokens that end an answer, so that some answers end early. Prompts are
+    read in several parts."""
+    monkeypatch.setattr(prompt_batches, "LEAST_TOKENS", 10)
     model: Any = MODELS[kind]().eval()
     prompts = [np.concatenate([START, prompt]) for prompt in PROMPTS] if shares else PROMPTS
     ends = np.random.default_rng(0).choice(np.arange(1, 97), stops, replace=False).tolist()
@@ -83,18 +95,30 @@ def test_states_and_virtual_tokens_are_left_to_transformers() -> None:
     assert window.reuses and not window.shares
 
 
-def test_prompts_behind_the_same_examples_are_a_group() -> None:
+def test_prompts_behind_the_same_examples_are_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = START, START[::-1]
     prompts = [
         np.concatenate([start, prompt])
         for start, prompt in zip([first, second, first, second, first], PROMPTS[:5], strict=True)
     ]
     prompts.append(np.arange(50, 90, dtype=np.int32))
+    monkeypatch.setattr(prompt_batches, "LEAST_GROUP", 2)
     groups = [sorted(group) for group in groups_of(prompts)]
     assert groups == [[0, 2, 4], [1, 3], [5]]
     assert [common([prompts[i] for i in group]) for group in groups[:2]] == [len(START)] * 2
     assert common([first, first]) == len(START) - 1, "a token is left to predict from"
     assert common([first[:1], first]) == 0
+
+
+@given(st.lists(st.integers(1, 900), min_size=1, max_size=40))
+def test_parts_hold_each_prompt_once_with_little_padding(lengths: list[int]) -> None:
+    lengths.sort(reverse=True)
+    parts = parts_of(lengths)
+    assert [n for part in parts for n in lengths[part]] == lengths
+    for part in parts:
+        some = lengths[part]
+        padding = [n for n in some if n < LITTLE_PADDING * some[0]]
+        assert len(padding) * some[0] <= LEAST_TOKENS + some[0]
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=12))

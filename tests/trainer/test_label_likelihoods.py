@@ -72,6 +72,7 @@ def test_scores_are_those_of_whole_texts(kind: str, monkeypatch: pytest.MonkeyPa
     loss = TokenLoss(MODELS[kind]())
     naive = [[whole(loss.model.eval(), p, label) for label in LABELS.values()] for p in PROMPTS]
     loss.train()
+    monkeypatch.setattr(prompt_batches, "LEAST_TOKENS", 10)
     for tokens in (16384, 60, 30):  # all at once; few prompts; a row a pass
         monkeypatch.setattr(prompt_batches, "MOST_TOKENS", tokens)
         monkeypatch.setattr(label_likelihoods, "MOST_TOKENS", tokens)

@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from finetune_trainer.evaluate.prompt_batches import Ids, common, padded
+from finetune_trainer.evaluate.prompt_batches import Ids, common, padded, parts_of
 
 LEAST_SHARED: Final = 16
 """Tokens from which what prompts share has a pass of its own."""
@@ -51,6 +51,17 @@ class _RoomyLayer(DynamicLayer):
             held[..., start:end, :] = states
         self.keys, self.values = (held[..., :end, :] for held in self._held)
         return self.keys, self.values
+
+    @classmethod
+    def holding(cls, keys: Tensor, values: Tensor, room: int) -> _RoomyLayer:
+        """A layer with the keys and values of some tokens; behind them they have room."""
+        layer = cls(room)
+        layer.lazy_initialization(keys, values)
+        layer._held = keys, values
+        layer.keys, layer.values = (
+            held[..., : held.shape[-2] - room, :] for held in (keys, values)
+        )
+        return layer
 
     def _roomy(self, states: Tensor) -> Tensor:
         documents, heads, tokens, width = states.shape
@@ -144,21 +155,40 @@ class CachedModel:
             room: tokens that will follow each prompt.
             keep: whether the cache is needed.
         """
-        shared = common(prompts) if self.shares and len(prompts) > 1 else 0
-        if shared < LEAST_SHARED:
-            shared = 0
-        cache = None
-        if shared or (keep and self.reuses):
-            cache = self._cache(max(map(len, prompts)) - shared + room if shared else room)
-        ids, mask = padded([prompt[shared:] for prompt in prompts], self.padding, self._device)
-        if cache is not None and shared:
-            first, whole = padded([prompts[0][:shared]], self.padding, self._device)
-            self(first, whole, 1, use_cache=True, past_key_values=cache)
-            cache.batch_repeat_interleave(len(prompts))
-            mask = torch.cat([whole.expand(len(prompts), -1), mask], 1)
+        if self.shares:
+            return self._read_in_parts(prompts, room, keep=keep)
+        ids, mask = padded(prompts, self.padding, self._device)
+        cache = self._cache(room) if keep and self.reuses else None
+        return ReadPrompts(self._read(ids, mask, cache), mask, cache)
+
+    def _read(self, ids: Tensor, mask: Tensor, cache: Cache | None) -> Tensor:
+        """Logits behind tokens, float32, shape [documents, vocabulary]."""
         options = {"past_key_values": cache} if cache is not None else {}
         out = self(ids, mask, 1, use_cache=cache is not None, **options)
-        return ReadPrompts(out.logits[:, -1].float(), mask, cache)
+        found: Tensor = out.logits[:, -1].float()
+        return found
+
+    def _read_in_parts(self, prompts: Sequence[Ids], room: int, *, keep: bool) -> ReadPrompts:
+        """Read what the prompts share once, and the rest in parts of similar length."""
+        shared = common(prompts) if len(prompts) > 1 else 0
+        shared = shared if shared >= LEAST_SHARED else 0
+        rest = [prompt[shared:] for prompt in prompts]
+        first = self._cache(max(map(len, rest)) + room if shared else room)
+        if shared:
+            ids, mask = padded([prompts[0][:shared]], self.padding, self._device)
+            self._read(ids, mask, first)
+        logits, masks, caches = list[Tensor](), list[Tensor](), list[Cache]()
+        for part in parts_of(list(map(len, rest))):
+            ids, mask = padded(rest[part], self.padding, self._device)
+            mask = torch.cat([mask.new_ones(len(mask), shared), mask], 1)
+            cache = branch(first, len(mask)) if shared or keep else None
+            logits.append(self._read(ids, mask, cache))
+            masks.append(mask)
+            caches += [cache] if keep and cache is not None else []
+        longest = max(mask.shape[1] for mask in masks)
+        whole = torch.cat([_apart(mask, shared, longest, 1) for mask in masks])
+        merged = _merged(caches, shared, longest, room) if len(caches) > 1 else None
+        return ReadPrompts(torch.cat(logits), whole, merged or (caches[0] if caches else None))
 
     def greedy(self, prompts: Sequence[Ids], stops: Sequence[int], most: int) -> Tensor:
         """Return greedy answers, with the token that ends each and padding behind it, shape
@@ -198,3 +228,30 @@ def branch(cache: Cache, times: int) -> Cache:
     copied.layers = [copy.copy(layer) for layer in cache.layers]
     copied.batch_repeat_interleave(times)
     return copied
+
+
+def _merged(caches: Sequence[Cache], shared: int, longest: int, room: int) -> Cache:
+    """One cache of the documents of several, which are used up: see ``_apart``."""
+    whole = copy.copy(caches[0])
+    whole.layers = [
+        _RoomyLayer.holding(
+            torch.cat([_apart(layer.keys, shared, longest, -2, room) for layer in layers]),
+            torch.cat([_apart(layer.values, shared, longest, -2, room) for layer in layers]),
+            room,
+        )
+        for layers in zip(*(cache.layers for cache in caches), strict=True)
+    ]
+    return whole
+
+
+def _apart(tokens: Tensor, shared: int, longest: int, dim: int, room: int = 0) -> Tensor:
+    """Move the tokens behind the shared ones back, to end with the longest document, before room
+    for further ones; between them are zeros."""
+    count = tokens.shape[dim]
+    shape = list(tokens.shape)
+    shape[dim] = longest + room
+    found = tokens.new_zeros(shape)
+    found.narrow(dim, 0, shared).copy_(tokens.narrow(dim, 0, shared))
+    own = count - shared
+    found.narrow(dim, longest - own, own).copy_(tokens.narrow(dim, shared, own))
+    return found

@@ -251,9 +251,10 @@ class Evaluator:
     @property
     def _model(self) -> CachedModel:
         known = self.tokenizer.pad_token_id
+        padding = (self.tokenizer.eos_token_id or 0) if known is None else known
         return CachedModel(
-            self.loss.model, self.world.device, 0 if known is None else int(known),
-            virtual=bool(self.virtual_tokens), sharded=is_sharded(self.loss),
+            self.loss.model, self.world.device, int(padding), virtual=bool(self.virtual_tokens),
+            sharded=is_sharded(self.loss),
         )  # fmt: skip
 
     @property

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final, TypeVar
 
 import numpy as np
@@ -21,6 +22,12 @@ from finetune_trainer.liveness import progressed
 
 MOST_TOKENS: Final = 16384
 """Tokens of a batch whose keys and values are in memory together."""
+LEAST_GROUP: Final = 16
+"""Prompts that begin alike from which they have batches of their own."""
+LEAST_TOKENS: Final = 1024
+"""Tokens from which prompts are read apart from shorter ones."""
+LITTLE_PADDING: Final = 0.9
+"""Length of a prompt that is padded, as a share of the longest."""
 
 Ids = npt.NDArray[np.int32]
 T = TypeVar("T")
@@ -100,7 +107,7 @@ class PromptBatches:
 
 def groups_of(prompts: Sequence[Ids]) -> list[list[int]]:
     """Return groups of prompts whose first half is alike, such as those behind the same examples;
-    the last group is of prompts without any other like them."""
+    the last group is of prompts with fewer than LEAST_GROUP like them."""
     order = sorted(range(len(prompts)), key=lambda i: prompts[i].tolist())
     groups: list[list[int]] = []
     for at, i in enumerate(order):
@@ -110,8 +117,25 @@ def groups_of(prompts: Sequence[Ids]) -> list[list[int]]:
             groups[-1].append(i)
         else:
             groups.append([i])
-    alone = [group[0] for group in groups if len(group) == 1]
-    return [*(group for group in groups if len(group) > 1), *([alone] if alone else [])]
+    large = [group for group in groups if len(group) >= LEAST_GROUP]
+    others = [i for group in groups if len(group) < LEAST_GROUP for i in group]
+    return [*large, others] if others else large
+
+
+def parts_of(lengths: Sequence[int]) -> list[slice]:
+    """Return parts of consecutive prompts with little padding.
+
+    Args:
+        lengths: of the prompts, mostly descending.
+    """
+    starts, longest = [0], lengths[0]
+    for i, length in enumerate(lengths):
+        filled = (i - starts[-1]) * longest >= LEAST_TOKENS
+        if filled and length < LITTLE_PADDING * longest:
+            starts.append(i)
+            longest = length
+        longest = max(longest, length)
+    return [slice(a, b) for a, b in pairwise([*starts, len(lengths)])]
 
 
 def common(prompts: Sequence[Ids]) -> int:
