@@ -8,6 +8,7 @@ import pytest
 from finetune_api.tasks import METRICS, Metric
 from finetune_trainer.evaluate.comparisons import Outcome, compare_outcomes, score_of
 from finetune_trainer.evaluate.scores import Answers, loss_metrics, text_metrics
+from finetune_trainer.storage.runfiles import LabelScores
 
 LABELS = ["yes", "no", "maybe"]
 
@@ -23,11 +24,17 @@ def outcome(seed: int, right: float, samples: int = 60, labelled: bool = True) -
         f" {r} " if random.random() < right else random.choice(["no", "the cat sat on it", "x"])
         for r in references
     ]
+    # Of the labels the one that was said is likely, the others less.
+    values = [[2.0 * (label == s.strip()) + random.random() for label in LABELS] for s in said]
+    scores = LabelScores(labels=LABELS, tokens=[1, 1, 2], values=values)
     return Outcome(
         losses=random.random(samples) * 3,
         labels=asked.integers(1, 5, samples).astype(np.float64),
-        answers=Answers(said, references, labels if labelled else None),
-    )
+        answers=Answers(
+            said, references, labels if labelled else None,
+            label_scores=scores if labelled else None,
+        ),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("labelled", [True, False])

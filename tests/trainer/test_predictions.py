@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from finetune_trainer.publish.predictions import (
 )
 from finetune_trainer.storage.current import UsedModel
 from finetune_trainer.storage.published import Manifest, PublishedFile
+from finetune_trainer.storage.runfiles import LabelScores
 
 JOB = JobIdentity(namespace="team", name="bot", uid="u")
 
@@ -67,6 +70,36 @@ def test_equal_samples_are_found_in_other_data(tmp_path: Path) -> None:
     # The loss is compared over "a" alone: 0.25 against 0.5 nats per label.
     assert current.comparisons["Loss"].effect == pytest.approx(-0.25)
     assert current.metrics["Loss"].value == pytest.approx(0.5)
+
+
+def scored(found: MeasuredSet, labels: Sequence[str], leads: Sequence[float]) -> MeasuredSet:
+    """The set with log-likelihoods of labels: those of the last one are ahead by ``leads``."""
+    values = [[*[0.0] * (len(labels) - 1), lead] for lead in leads]
+    scores = LabelScores(labels=list(labels), tokens=[1] * len(labels), values=values)
+    return replace(
+        found, metrics=["LabelAccuracy"], references=[replace(r, label="yes") for r in
+        found.references], answered=[replace(row, label_scores=scores) for row in found.answered],
+    )  # fmt: skip
+
+
+def test_log_likelihoods_of_labels_are_found_again(tmp_path: Path) -> None:
+    before = scored(measured(["a", "b"], ["yes", "no"], [], []), ["no", "yes"], [1.0, -1.0])
+    text = text_of(before, tmp_path)
+    line = json.loads(text.splitlines()[1])
+    assert line["logLikelihoods"]["Tuned"] == {"no": 0.0, "yes": -1.0}
+    assert line["chosenLabels"]["Tuned"]["LabelAccuracy"] == "no"
+    now = scored(measured(["b", "a"], ["yes", "yes"], [], []), ["no", "yes"], [1.0, 1.0])
+    row = row_of_current(now, read_predictions(text, [now]))
+    assert row is not None and row.label_scores is not None
+    assert row.label_scores.values == [[0.0, -1.0], [0.0, 1.0]]
+    table = table_of("support", rows_of([*now.answered, row], now.references, now.groups), TUNED,
+                     now.metrics, 2.0)  # fmt: skip
+    assert table.rows[-1].comparisons["LabelAccuracy"].effect == 0.5
+    # Among other labels another one may be the likeliest.
+    other = scored(measured(["b"], ["yes"], [], []), ["maybe", "no", "yes"], [1.0])
+    row = row_of_current(other, read_predictions(text, [other]))
+    assert row is not None and row.label_scores is None
+    assert "logLikelihoods" not in text_of(measured(["a"], ["yes"], [1.0], [2]), tmp_path).decode()
 
 
 def test_a_set_without_answers_is_compared_by_its_losses(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_losses_and_answers_with_virtual_tokens(base: Path, name: str) -> None:
     spec = spec_of({"type": name, "prompt": {"virtualTokens": 5}}, dropout="0.2")
     tuning = Tuning(base, spec)
     tuning.step(0)
-    model = tuning.model.eval()
+    model = tuning.loss.eval().model
     (sample,) = samples([18], seed=9)
     micro_batch = build_padded_tokens([sample], [0], seed=0, step=0, device=CPU)
     found = micro_batch_losses(tuning.loss, micro_batch)

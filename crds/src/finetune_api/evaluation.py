@@ -100,6 +100,11 @@ class Evaluation(Model):
     (the number behind the reference's words, as in "#### 42") are measured on request, and
     InstructionFollowing (the share of answers that do all that their prompts ask for) where every
     prompt has instructions in the words of `builtin://instructions.jsonl`, which has it always.
+    Also on request, for format Classification with at most 64 labels: LabelAccuracy, the share of
+    samples whose label is the likeliest of all labels of the set after the prompt (acc of
+    lm-evaluation-harness), LabelAccuracyPerToken and LabelAccuracyPerCharacter (acc_norm), by
+    log-likelihoods divided by the label's length, and CalibrationError, how far the probabilities
+    of the labels are from the share that is right (ECE in 15 bins, Guo et al. 2017).
     Task SequenceClassification: Loss, Accuracy, Precision, Recall and F1."""
     max_samples: Count = 1000
     """Maximum number of samples per set for which text is generated; the loss is always over the

@@ -80,6 +80,6 @@ class CurrentModel(Model):
     margin: DecimalString | None = None
     """A run replaces the current model if it passes evaluation.gates and is not worse by more than
     this many points, in each test set's main metric (the first that it has of Accuracy,
-    NumberMatch, ChoiceMatch, JsonFieldF1, Rouge, ExactMatch, TokenF1, Bleu and Loss) over the
-    samples that both have answered: the 95 % confidence interval of the difference rules it out.
-    Points as in evaluation.minEffect, which is the default."""
+    LabelAccuracy, NumberMatch, ChoiceMatch, JsonFieldF1, Rouge, ExactMatch, TokenF1, Bleu and Loss)
+    over the samples that both have answered: the 95 % confidence interval of the difference rules
+    it out. Points as in evaluation.minEffect, which is the default."""

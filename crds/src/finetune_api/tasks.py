@@ -17,12 +17,13 @@ Metric = Literal[
     "NormalizedExactMatch", "TokenF1", "Rouge1", "Rouge2", "ChrF", "ValidJson",
     "NumberMatch", "StrictNumberMatch", "ChoiceMatch", "JsonMatch", "JsonFieldF1",
     "InstructionFollowing",
+    "LabelAccuracy", "LabelAccuracyPerToken", "LabelAccuracyPerCharacter", "CalibrationError",
 ]  # fmt: skip
 
 
-MetricSource = Literal["Loss", "Labels", "Text", "Instructions"]
+MetricSource = Literal["Loss", "Labels", "Text", "Instructions", "LabelScores"]
 """What a metric is computed from: token losses; predicted and true labels; generated and reference
-text; generated text and the instructions of its prompt."""
+text; generated text and the instructions of its prompt; log-likelihoods of all labels."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,18 @@ METRICS: Final[dict[Metric, MetricKind]] = {
     "JsonMatch": MetricKind("Text", default=False),
     "JsonFieldF1": MetricKind("Text", default=False),
     "InstructionFollowing": MetricKind("Instructions", default=False),
+    "LabelAccuracy": MetricKind("LabelScores", default=False),
+    "LabelAccuracyPerToken": MetricKind("LabelScores", default=False),
+    "LabelAccuracyPerCharacter": MetricKind("LabelScores", default=False),
+    "CalibrationError": MetricKind("LabelScores", higher_is_better=False, default=False),
 }
 
 
 OF_BUILT_IN: Final[Metric] = "InstructionFollowing"
 """Metric of the set of verifiable instructions (``sources.BUILT_IN``), which has no other one of
 answers. Other sets have it on request."""
+MOST_LABELS: Final = 64
+"""Labels of a set up to which their log-likelihoods are computed."""
 DEFAULT_METRICS: Final = tuple(name for name, kind in METRICS.items() if kind.default)
 """Metrics that are measured without being requested, where a set has them."""
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from finetune_api.evaluation_results import Comparison
 from finetune_api.tasks import METRICS, Metric
+from finetune_trainer.evaluate.label_scores import calibration_error
 from finetune_trainer.evaluate.paired import (
     Groups,
     MacroScore,
@@ -25,6 +26,7 @@ from finetune_trainer.evaluate.scores import (
     Answers,
     bleu_of,
     bleu_statistics,
+    calibration_statistics,
     chrf_of,
     chrf_statistics,
 )
@@ -97,8 +99,15 @@ def score_of(metric: Metric, outcome: Outcome) -> Score | None:
 
 
 _SUMMED: Final[
-    dict[Metric, tuple[Callable[[Answers], list[list[int]]], Callable[[Sequence[float]], float]]]
-] = {"Bleu": (bleu_statistics, bleu_of), "ChrF": (chrf_statistics, chrf_of)}
+    dict[
+        Metric,
+        tuple[Callable[[Answers], Sequence[Sequence[float]]], Callable[[Sequence[float]], float]],
+    ]
+] = {
+    "Bleu": (bleu_statistics, bleu_of),
+    "ChrF": (chrf_statistics, chrf_of),
+    "CalibrationError": (calibration_statistics, calibration_error),
+}
 
 
 def _macro(answers: Answers, metric: Literal["Precision", "Recall", "F1"]) -> MacroScore:

@@ -1,7 +1,8 @@
 """Evaluation on all ranks: loss over whole sets, and text generated for their prompts.
 
     set ──► micro-batches (split over ranks) ──► loss sums ──┐
-    set ──► prompts (split over ranks) ──► greedy decoding ──┴──► metrics, identical on all ranks
+    set ──► prompts (split over ranks) ──► greedy decoding ──┤──► metrics, identical on all ranks
+                 └──► log-likelihoods of the set's labels ───┘
 
 The loss is a sum over supervised tokens divided by their count, so it is independent of the
 micro-batch size.
@@ -16,10 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetune_api.evaluation_results import Metrics
-from finetune_api.tasks import Metric, metrics_from
+from finetune_api.tasks import METRICS, Metric, metrics_from
 from finetune_trainer.engine.loss import MicroBatchLosses, evaluating, micro_batch_losses
 from finetune_trainer.engine.packing.feed import MicroBatch, MicroBatchBuilder
 from finetune_trainer.engine.packing.layout import layout_context
@@ -27,17 +29,18 @@ from finetune_trainer.engine.planning.plan import Packing, pack_all
 from finetune_trainer.engine.sharding import is_sharded, root_gathered
 from finetune_trainer.engine.task_losses import TaskLoss
 from finetune_trainer.engine.world import World
+from finetune_trainer.evaluate.cached_model import CachedModel
+from finetune_trainer.evaluate.label_likelihoods import LabelLikelihoods
+from finetune_trainer.evaluate.label_scores import scored_tokens
+from finetune_trainer.evaluate.prompt_batches import Ids, PromptBatches, padded
 from finetune_trainer.evaluate.scores import GENERATED, answers_to, loss_metrics, text_metrics
 from finetune_trainer.failures import Interrupted
 from finetune_trainer.liveness import progressed
 from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.prepared.split import Side
-
-# Maximum of prompt and generated tokens in a generation batch: bounds the KV cache.
-_GENERATION_TOKENS = 16384
+from finetune_trainer.storage.runfiles import LabelScores
 
 Floats = npt.NDArray[np.float64]
-Ids = npt.NDArray[np.int32]
 
 
 class Answer(NamedTuple):
@@ -61,6 +64,8 @@ class SetResult:
     """Number of labels of each sample: supervised tokens, or one class. Shape [samples]."""
     answers: list[Answer]
     """Answers to the first samples; empty if no metric needs them."""
+    label_scores: LabelScores | None = None
+    """Log-likelihoods of the labels after the prompts of the answers, if a metric needs them."""
 
     @property
     def loss_sum(self) -> float:
@@ -142,21 +147,31 @@ class Evaluator:
                     raise Interrupted("Interrupted", f"stopped on request, before set {name}")
                 everything = np.flatnonzero(self.data.index(split).set == number)
                 positions = everything if part is None else part[number]
-                found.append(self._one(split, positions, name, wanted[name]))
+                found.append(self._one(split, number, positions, wanted[name]))
         return found
 
     def _one(
-        self, split: Side, positions: np.ndarray, name: str, wanted: Sequence[Metric]
+        self, split: Side, number: int, positions: np.ndarray, wanted: Sequence[Metric]
     ) -> SetResult:
         found = self._measure(split, positions, wanted)
         metrics = loss_metrics(float(found.losses.sum()), float(found.labels.sum()))
+        scores = None
         if found.asked:
             references = self.data.references(split, found.asked)
-            said = answers_to(references, [answer.text for answer in found.answers])
+            scores = self.label_scores(number, [r.prompt_ids for r in references], wanted)
+            said = answers_to(references, [answer.text for answer in found.answers], scores)
             metrics |= text_metrics(said, wanted)
         always = [m for m in metrics_from("Loss") if m in self.possible]
         shown = {str(m): metrics[m] for m in (*wanted, *always) if m in metrics}
-        return SetResult(name, len(positions), shown, found.losses, found.labels, found.answers)
+        return SetResult(
+            self.data.manifest.sets[number].name,
+            len(positions),
+            shown,
+            found.losses,
+            found.labels,
+            found.answers,
+            scores,
+        )
 
     def _measure(self, split: Side, positions: np.ndarray, wanted: Sequence[Metric]) -> Measured:
         """Return losses and answers of some samples, identical on all ranks."""
@@ -213,76 +228,84 @@ class Evaluator:
             yield chosen, made
 
     def generate(self, prompts: Sequence[Ids]) -> list[Answer]:
-        """Return greedy answers to prompts, in order. Ranks share the prompts, sorted by length.
+        """Return greedy answers to prompts, in order.
 
         Args:
             prompts: tokens of each, shape [tokens].
         """
-        by_length = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        mine = by_length[self.world.rank :: self.world.size]
+        return self._batches.run(prompts, self.max_new_tokens, 1, self._answer)
 
-        batches = list(self._batches([len(p) for p in prompts], mine))
-        if is_sharded(
-            self.loss
-        ):  # FSDP gathers parameters: all ranks must run equally many batches
-            most = max(self.world.on_all(lambda: len(batches)))
-            batches += [[]] * (most - len(batches))
+    def label_scores(
+        self, number: int, prompts: Sequence[Ids], wanted: Sequence[Metric]
+    ) -> LabelScores | None:
+        """Return the log-likelihoods of the labels of a set after prompts; None: no metric needs
+        them. Of a prompt without room for the longest label, the beginning is cut off.
 
-        def work() -> list[tuple[int, Answer]]:
-            said = []
-            for batch in batches:
-                progressed()
-                answers = self._answer([prompts[i] for i in batch or [0]])
-                said += list(zip(batch, answers, strict=False))
-            return said
+        Args:
+            number: of the set.
+            prompts: tokens of each, shape [tokens].
+            wanted: metrics of the set.
+        """
+        if not prompts or not any(METRICS[m].source == "LabelScores" for m in wanted):
+            return None
+        labels = self.data.manifest.sets[number].labels
+        tokens = scored_tokens(labels, self.data.manifest.stop_token_ids)
+        likelihoods = LabelLikelihoods(self._model, tokens, max(map(len, prompts)))
+        room = self._positions() - likelihoods.more - self.virtual_tokens
 
-        found = dict(pair for part in self.world.on_all(work) for pair in part)
-        return [found[i] for i in range(len(prompts))]
+        def work(batch: list[Ids]) -> list[list[float]]:
+            with torch.no_grad(), self.world.autocast(), root_gathered(self.loss):
+                return likelihoods([prompt[-room:] for prompt in batch])
 
-    def _batches(self, lengths: Sequence[int], order: list[int]) -> Iterator[list[int]]:
-        batch: list[int] = []
-        for i in order:
-            longest = lengths[batch[0] if batch else i] + self.max_new_tokens
-            if batch and (
-                (len(batch) + 1) * longest > _GENERATION_TOKENS
-                or not self._fits(lengths[batch[0]], lengths[i])
-            ):
-                yield batch
-                batch = []
-            batch.append(i)
-        if batch:
-            yield batch
-
-    def _fits(self, one: int, other: int) -> bool:
-        """Whether prompts of two lengths can share a generation batch. With virtual tokens they
-        must be equal: padding would separate the virtual tokens from the prompt."""
-        return not self.virtual_tokens or one == other
+        values = self._batches.run(prompts, likelihoods.more, likelihoods.copies, work)
+        return LabelScores(labels=list(labels), tokens=list(map(len, tokens)), values=values)
 
     def _answer(self, prompts: Sequence[Ids]) -> list[Answer]:
         longest = max(len(p) for p in prompts)
-        ids = torch.full((len(prompts), longest), int(self.tokenizer.pad_token_id or 0))
-        mask = torch.zeros_like(ids)
-        for i, prompt in enumerate(prompts):
-            ids[i, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
-            mask[i, longest - len(prompt) :] = 1
-        model: Any = self.loss.model
-        positions = getattr(model.config, "max_position_embeddings", None) or longest * 2**20
-        room = max(1, min(self.max_new_tokens, positions - longest - self.virtual_tokens))
-        stops = {*self.data.manifest.stop_token_ids, self.tokenizer.eos_token_id}
-        config = greedy(self.tokenizer, sorted(stops), room)
+        room = max(1, min(self.max_new_tokens, self._positions() - longest - self.virtual_tokens))
+        stops = sorted({*self.data.manifest.stop_token_ids, self.tokenizer.eos_token_id})
         with torch.no_grad(), self.world.autocast(), root_gathered(self.loss):
-            out = model.generate(
-                input_ids=ids.to(self.world.device),
-                attention_mask=mask.to(self.world.device),
-                generation_config=config,
-                synced_gpus=is_sharded(self.loss),
-            )
-        said = out[:, longest:].cpu()
+            said = self._said(prompts, stops, room).cpu()
         texts: list[str] = self.tokenizer.batch_decode(said, skip_special_tokens=True)
-        ends = torch.isin(said, torch.tensor(config.eos_token_id))
+        ends = torch.isin(said, torch.tensor(stops))
         # Behind the first end token is padding, which may be an end token itself.
         tokens = (ends.cumsum(1) == 0).sum(1).tolist()
         return [Answer(text, count) for text, count in zip(texts, tokens, strict=True)]
+
+    def _said(self, prompts: Sequence[Ids], stops: Sequence[int], most: int) -> Tensor:
+        """Tokens of greedy answers, shape [prompts, tokens]. The ranks of a sharded model must
+        agree at each token on whether another one follows, which transformers does."""
+        model = self._model
+        if model.reuses and not is_sharded(self.loss):
+            return model.greedy(prompts, stops, most)
+        ids, mask = padded(prompts, model.padding, self.world.device)
+        out: Tensor = self.loss.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=greedy(self.tokenizer, stops, most),
+            synced_gpus=is_sharded(self.loss),
+        )
+        return out[:, ids.shape[1] :]
+
+    @property
+    def _model(self) -> CachedModel:
+        known = self.tokenizer.pad_token_id
+        padding = (self.tokenizer.eos_token_id or 0) if known is None else known
+        return CachedModel(
+            self.loss.model, self.world.device, int(padding), virtual=bool(self.virtual_tokens),
+            sharded=is_sharded(self.loss),
+        )  # fmt: skip
+
+    @property
+    def _batches(self) -> PromptBatches:
+        return PromptBatches(
+            self.world, self.loss, shares=self._model.shares, alike=bool(self.virtual_tokens)
+        )
+
+    def _positions(self) -> int:
+        """Positions of the model; very many where they have no bound."""
+        model: Any = self.loss.model
+        return getattr(model.config, "max_position_embeddings", None) or 1 << 40
 
 
 def greedy(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Sequence
 from typing import Final
 
 from finetune_api.sources import Format
@@ -10,6 +11,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.tasks import (
     DEFAULT_METRICS,
     METRICS,
+    MOST_LABELS,
     OF_BUILT_IN,
     TASKS,
     Metric,
@@ -17,10 +19,14 @@ from finetune_api.tasks import (
     TaskName,
 )
 from finetune_trainer.failures import UserError
+from finetune_trainer.prepared.manifest import DataSet
+from finetune_trainer.prepared.split import TESTED
+
+log = logging.getLogger(__name__)
 
 _SUPPORTED: Final[dict[Format, tuple[MetricSource, ...]]] = {
     "Text": ("Loss",),
-    "Classification": ("Loss", "Labels", "Text"),
+    "Classification": ("Loss", "Labels", "Text", "LabelScores"),
 }
 _DEFAULT: Final[dict[Format, tuple[MetricSource, ...]]] = {
     "Text": ("Loss",),
@@ -50,23 +56,38 @@ def metrics_for(
     return found
 
 
-def check_metrics(spec: FineTuneJobSpec, formats: Mapping[str, Sequence[Format]]) -> None:
+def metrics_of(
+    entry: DataSet, requested: Sequence[Metric] | None, task: TaskName = "CausalLM"
+) -> list[Metric]:
+    """Return the metrics of a data set: see ``metrics_for``. Those of the log-likelihoods of labels
+    need a set whose labels are known and not too many."""
+    found = metrics_for(entry.format, requested, task, built_in=entry.built_in)
+    return [m for m in found if entry.labels or METRICS[m].source != "LabelScores"]
+
+
+def check_metrics(spec: FineTuneJobSpec, sets: Sequence[DataSet]) -> None:
     """Refuse metrics that no data set of the run supports.
 
     Args:
-        formats: formats of the data sets with samples, by split (train, validation, test).
+        sets: the data sets with samples.
 
     Raises:
         UserError: 'MetricWithoutData', naming the field, the metric and the supported formats.
     """
-    everywhere = [form for forms in formats.values() for form in forms]
+    validation = [entry for entry in sets if entry.split == "validation"]
     for metric in spec.evaluation.metrics or ():
-        _require("evaluation.metrics", metric, everywhere, "data set")
+        _require("evaluation.metrics", metric, sets, "data set")
+        for entry in sets:
+            lacks = entry.format == "Classification" and not entry.labels
+            if lacks and METRICS[metric].source == "LabelScores" and entry.split in TESTED:
+                log.warning(
+                    "set %s has no %s: more than %d labels", entry.name, metric, MOST_LABELS
+                )
     if METRICS[spec.checkpoint.metric].source != "Loss":
-        _require("checkpoint.metric", spec.checkpoint.metric, formats["validation"], _VALIDATION)
+        _require("checkpoint.metric", spec.checkpoint.metric, validation, _VALIDATION)
     if spec.training.early_stopping is not None:
         metric = spec.training.early_stopping.metric
-        _require("training.earlyStopping.metric", metric, formats["validation"], _VALIDATION)
+        _require("training.earlyStopping.metric", metric, validation, _VALIDATION)
 
 
 _VALIDATION: Final = "validation set with samples"
@@ -75,14 +96,16 @@ _FITTING: Final[dict[MetricSource, str]] = {
     "Labels": "format Classification",
     "Text": "any format but Text",
     "Instructions": "any format but Text and Classification",
+    "LabelScores": f"format Classification with at most {MOST_LABELS} labels",
 }
 
 
-def _require(field: str, metric: Metric, forms: Sequence[Format], kind: str) -> None:
-    if any(metrics_for(form, [metric]) for form in forms):
+def _require(field: str, metric: Metric, sets: Sequence[DataSet], kind: str) -> None:
+    if any(metrics_of(entry, [metric]) for entry in sets):
         return
     fitting = _FITTING[METRICS[metric].source]
-    there = f"available formats: {', '.join(dict.fromkeys(forms))}" if forms else "there is none"
+    forms = ", ".join(dict.fromkeys(entry.format for entry in sets))
+    there = f"available formats: {forms}" if forms else "there is none"
     raise UserError(
         "MetricWithoutData",
         f"spec.{field}: {metric} needs a {kind} of {fitting} ({there}); choose another metric, or"

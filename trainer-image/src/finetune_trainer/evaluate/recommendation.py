@@ -25,8 +25,8 @@ from finetune_trainer.evaluate.paired import value_of
 from finetune_trainer.evaluate.table import RowOutcome, compare_rows
 
 PRIMARY: Final[tuple[Metric, ...]] = (
-    "InstructionFollowing", "Accuracy", "NumberMatch", "ChoiceMatch", "JsonFieldF1", "Rouge",
-    "ExactMatch", "TokenF1", "Bleu", "Loss",
+    "InstructionFollowing", "Accuracy", "LabelAccuracy", "NumberMatch", "ChoiceMatch",
+    "JsonFieldF1", "Rouge", "ExactMatch", "TokenF1", "Bleu", "Loss",
 )  # fmt: skip
 """Metrics by which rows are compared, the first that the set has."""
 _WORDS: Final[dict[Action, str]] = {

@@ -14,13 +14,17 @@ from functools import lru_cache
 from typing import Any, Final
 
 from finetune_api.evaluation_results import Metrics
-from finetune_api.tasks import METRICS, Metric, metrics_from
-from finetune_trainer.evaluate import extraction
+from finetune_api.tasks import METRICS, Metric
+from finetune_trainer.evaluate import extraction, label_scores
 from finetune_trainer.instructions.checks import follows, has_instructions
 from finetune_trainer.prepared.dataset import Reference
+from finetune_trainer.storage.runfiles import LabelScores
 
-GENERATED: Final[frozenset[Metric]] = frozenset(metrics_from("Labels", "Text", "Instructions"))
-"""Metrics that need generated text, of a task that generates."""
+GENERATED: Final[frozenset[Metric]] = frozenset(
+    m for m, kind in METRICS.items() if kind.source != "Loss"
+)
+"""Metrics that need generated text, or the likelihoods of labels beside it, of a task that
+generates."""
 
 
 def better(metric: Metric, new: float, old: float, min_delta: float = 0.0) -> bool:
@@ -50,18 +54,26 @@ class Answers:
     """Label of each sample; None if the format is not Classification."""
     prompts: Sequence[str] = ()
     """Prompt of each sample; empty: not known."""
+    label_scores: LabelScores | None = None
+    """Log-likelihoods of the labels after the prompt of each sample; None: not known."""
 
     def allow(self, metric: Metric) -> bool:
         """Whether a metric of generated text is defined for these samples."""
         source = METRICS[metric].source
         if source == "Labels":
             return self.labels is not None
+        if source == "LabelScores":
+            return self.labels is not None and self.label_scores is not None
         if source == "Instructions":
             return bool(self.prompts) and all(map(has_instructions, self.prompts))
         return True
 
 
-def answers_to(references: Sequence[Reference], predictions: Sequence[str]) -> Answers:
+def answers_to(
+    references: Sequence[Reference],
+    predictions: Sequence[str],
+    label_scores: LabelScores | None = None,
+) -> Answers:
     """Answers to prompts, with their references."""
     labels = [r.label for r in references]
     return Answers(
@@ -69,6 +81,7 @@ def answers_to(references: Sequence[Reference], predictions: Sequence[str]) -> A
         [r.completion for r in references],
         [x or "" for x in labels] if all(x is not None for x in labels) else None,
         [r.prompt for r in references],
+        label_scores,
     )
 
 
@@ -86,6 +99,8 @@ def text_metrics(answers: Answers, wanted: Sequence[Metric]) -> Metrics:
     - ValidJson: fraction of answers that are one JSON value.
     - InstructionFollowing: fraction of answers that follow every verifiable instruction of their
       prompt (prompt-level accuracy of IFEval; Zhou et al. 2023).
+    - LabelAccuracy, LabelAccuracyPerToken, LabelAccuracyPerCharacter, CalibrationError: see
+      ``label_scores``.
     - NumberMatch, StrictNumberMatch, ChoiceMatch, JsonMatch, JsonFieldF1: see ``extraction``.
     """
     found = {}
@@ -235,6 +250,26 @@ def _instruction_following(answers: Answers) -> list[float]:
     return [float(bool(follows(prompt, said))) for prompt, said in pairs]
 
 
+def _label_accuracy(metric: Metric) -> Callable[[Answers], list[float]]:
+    def scores(answers: Answers) -> list[float]:
+        assert answers.label_scores is not None, "see Answers.allow"
+        said = label_scores.chosen(answers.label_scores, metric)
+        return [float(s == label) for s, label in zip(said, answers.labels or (), strict=True)]
+
+    return scores
+
+
+def calibration_statistics(answers: Answers) -> list[list[float]]:
+    """See ``label_scores``."""
+    assert answers.label_scores is not None, "see Answers.allow"
+    return label_scores.calibration_statistics(answers.label_scores, answers.labels or ())
+
+
+def _calibration_error(answers: Answers) -> float:
+    columns = zip(*calibration_statistics(answers), strict=True)
+    return label_scores.calibration_error([sum(column) for column in columns])
+
+
 BY_SAMPLE: Final[dict[Metric, Callable[[Answers], list[float]]]] = {
     "ExactMatch": _by_pair(_exact_match),
     "Rouge": _rouge("rougeL"),
@@ -250,6 +285,7 @@ BY_SAMPLE: Final[dict[Metric, Callable[[Answers], list[float]]]] = {
     "JsonFieldF1": _by_pair(extraction.json_field_f1),
     "Accuracy": _accuracy,
     "InstructionFollowing": _instruction_following,
+    **{metric: _label_accuracy(metric) for metric in label_scores.CHOOSING},
 }
 """Metrics that are the mean of a value of each sample, and that value."""
 _OF_SET: Final[dict[Metric, Callable[[Answers], float]]] = {
@@ -258,4 +294,5 @@ _OF_SET: Final[dict[Metric, Callable[[Answers], float]]] = {
     "Precision": _macro(0),
     "Recall": _macro(1),
     "F1": _macro(2),
+    "CalibrationError": _calibration_error,
 }

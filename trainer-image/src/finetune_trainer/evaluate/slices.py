@@ -97,12 +97,10 @@ def part_of(row: RowOutcome, members: Sequence[int]) -> RowOutcome:
     references = [row.references[m] for m in members if m < len(row.references)]
 
     def part(draw: Answered) -> Answered:
-        there = [i for i, sample in enumerate(draw.samples) if sample in numbers]
+        there = [sample for sample in draw.samples if sample in numbers]
         return replace(
-            draw,
-            samples=[numbers[draw.samples[i]] for i in there],
-            answers=[draw.answers[i] for i in there],
-            tokens=(),
+            draw.of(there),
+            samples=[numbers[sample] for sample in there],
             losses=draw.losses[list(members)] if len(draw.losses) else draw.losses,
             labels=draw.labels[list(members)] if len(draw.labels) else draw.labels,
             metrics={},

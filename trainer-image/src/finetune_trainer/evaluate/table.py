@@ -11,7 +11,7 @@ examples to one sample, are not independent: they are one group of the statistic
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, product
 from typing import Final
 
@@ -24,6 +24,7 @@ from finetune_trainer.evaluate.comparisons import Outcome, compare_outcomes, sco
 from finetune_trainer.evaluate.paired import Groups, estimate, holm, value_of
 from finetune_trainer.evaluate.scores import answers_to
 from finetune_trainer.prepared.dataset import Reference
+from finetune_trainer.storage.runfiles import LabelScores
 
 Floats = npt.NDArray[np.float64]
 _NONE: Final = np.zeros(0)
@@ -47,7 +48,21 @@ class Answered:
     """Number of labels of each sample of the set; 0 where the loss is not known."""
     metrics: Metrics = field(default_factory=dict)
     """Metrics that are known already."""
+    label_scores: LabelScores | None = None
+    """Log-likelihoods of the labels after the prompts of ``samples``; None: not measured."""
     process_seconds: float = 0.0
+
+    def of(self, samples: Sequence[int]) -> Answered:
+        """The answers to some of the answered samples, in this order, without their tokens."""
+        at = {sample: row for row, sample in enumerate(self.samples)}
+        rows = [at[sample] for sample in samples]
+        return replace(
+            self,
+            samples=samples,
+            answers=[self.answers[row] for row in rows],
+            tokens=(),
+            label_scores=self.label_scores and self.label_scores.at(rows),
+        )
 
 
 @dataclass(frozen=True)
@@ -96,16 +111,15 @@ class RowOutcome:
         Args:
             with_loss: samples whose loss counts, shape [samples of the set]; None: all known.
         """
-        said = [
-            answer for draw in self.draws for answer in _picked(draw.samples, draw.answers, samples)
-        ]
+        parts = [draw.of(samples) for draw in self.draws]
+        said = [answer for part in parts for answer in part.answers]
         asked = [self.references[n] for n in samples] * len(self.draws)
         counted = self.losses_known if with_loss is None else with_loss
         first = self.draws[0]
         return Outcome(
             first.losses[: len(counted)][counted],
             first.labels[: len(counted)][counted],
-            answers_to(asked, said),
+            answers_to(asked, said, joined([part.label_scores for part in parts])),
             loss_groups=self.groups[: len(counted)][counted],
             answer_groups=np.tile(self.groups[list(samples)], len(self.draws)),
         )
@@ -213,9 +227,18 @@ def _spread(row: RowOutcome, metric: Metric) -> dict[str, float]:
     return {"lowest": min(values), "highest": max(values)} if values else {}
 
 
-def _picked(there: Sequence[int], answers: Sequence[str], samples: Sequence[int]) -> list[str]:
-    at = dict(zip(there, answers, strict=True))
-    return [at[n] for n in samples]
+def joined(parts: Sequence[LabelScores | None]) -> LabelScores | None:
+    """Log-likelihoods of the samples of several parts, one after another; None: a part has none, or
+    of other labels."""
+    first, *others = parts
+    if first is None:
+        return None
+    values = list(first.values)
+    for part in others:
+        if part is None or (part.labels, part.tokens) != (first.labels, first.tokens):
+            return None
+        values += part.values
+    return first.model_copy(update={"values": values})
 
 
 def adjusted(tables: Sequence[SetTable]) -> list[SetTable]:

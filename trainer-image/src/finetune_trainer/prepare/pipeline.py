@@ -131,9 +131,7 @@ def prepare(
         manifest = write_data(work, step, worker, processes, say or LogProgress())
     if manifest is None or step == "Map":
         return None
-    check_metrics(
-        spec, {side: [s.format for s in manifest.sets if s.split == side] for side in SIDES}
-    )
+    check_metrics(spec, manifest.sets)
     data = PreparedData(stores.default, uri, scratch / "data", manifest)
     if spec.evaluation.slices:
         check_slices(spec.evaluation.slices, data.slices())

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from typing import Final
 
+from pydantic import Field
+
 from finetune_api.base import Record
 from finetune_api.sources import Format
 from finetune_trainer.prepared.split import Side
@@ -47,6 +49,10 @@ class DataSet(Record):
     """Number of tokens."""
     supervised: int
     """Number of supervised tokens."""
+    labels: dict[str, list[int]] = Field(default={})
+    """Labels of a set of format Classification, sorted: those of its samples and of all sets of its
+    name. Each has its tokens behind a prompt as training has them, with the end token. Empty for
+    more than MOST_LABELS, for a classification head, and in data of earlier releases."""
 
 
 class DataManifest(Record):

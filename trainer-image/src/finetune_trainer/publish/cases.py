@@ -23,7 +23,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.precision import FP32, Precision, precision_of
 from finetune_trainer.engine.tuning.methods import Tuned
 from finetune_trainer.evaluate.agreement import Bound, bound_of, choose
-from finetune_trainer.evaluate.measure import Ids
+from finetune_trainer.evaluate.prompt_batches import Ids
 from finetune_trainer.prepared.dataset import PreparedData, Reference, TokenSample
 from finetune_trainer.prepared.split import Side
 from finetune_trainer.publish.plain import loss_of

@@ -16,7 +16,7 @@ from typing import Any, Final
 from finetune_api.evaluation_results import BASE, TUNED, Estimate, RowModel, SetTable, TableRow
 from finetune_api.tasks import METRICS, Metric
 from finetune_trainer.evaluate.scores import BY_SAMPLE, Answers
-from finetune_trainer.publish.predictions import Prediction
+from finetune_trainer.publish.predictions import Prediction, label_scores_of
 from finetune_trainer.publish.published_results import PublishedResults
 
 _NAMES: Final[dict[str, str]] = {"Accuracy": "acc", "Rouge": "rougeL"}
@@ -142,7 +142,11 @@ def _samples(
     wanted = [line.reference or "" for line in lines]
     known = all(label is not None for label in labels)
     prompts = [line.prompt or "" for line in lines]
-    answers = Answers(said, wanted, [label or "" for label in labels] if known else None, prompts)
+    names = sorted(lines[0].label_tokens or ())
+    scores = label_scores_of(lines, names, row) if names else None
+    answers = Answers(
+        said, wanted, [label or "" for label in labels] if known else None, prompts, scores
+    )
     values = {_name(m): BY_SAMPLE[m](answers) for m in metrics if answers.allow(m)}
     for number, line in enumerate(lines):
         doc = {"prompt": line.prompt, "reference": line.reference, "label": line.label}

@@ -130,5 +130,6 @@ def _answered(found: RowAnswers, of_set: SetAnswers, positions: np.ndarray) -> A
         losses=np.array(of_set.losses, np.float64),
         labels=np.array(of_set.labels, np.float64),
         metrics=of_set.metrics,
+        label_scores=of_set.label_scores,
         process_seconds=found.process_seconds * share,
     )

@@ -16,7 +16,8 @@ from finetune_api.tasks import METRICS, Metric
 from finetune_trainer.evaluate.paired import Groups
 from finetune_trainer.evaluate.table import Answered, RowOutcome, compare_rows, estimates
 from finetune_trainer.prepared.dataset import Reference
-from finetune_trainer.publish.predictions import Prediction
+from finetune_trainer.publish.predictions import Prediction, label_scores_of
+from finetune_trainer.storage.runfiles import LabelScores
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,22 @@ def _outcome(
         row=TUNED,
         samples=answered,
         answers=[lines[at].answers[TUNED.name] for at in answered],
+        label_scores=_label_scores(lines, all_lines, answered),
         losses=np.array([cast(float, line.loss) if ok else 0.0
                          for line, ok in zip(lines, with_loss, strict=True)], np.float64),
         labels=np.array([line.labels if ok else 0
                          for line, ok in zip(lines, with_loss, strict=True)], np.float64),
     )  # fmt: skip
     return RowOutcome([row], [_reference(line) for line in all_lines[0]], groups)
+
+
+def _label_scores(
+    lines: Sequence[Prediction], all_lines: Sequence[Sequence[Prediction]], at: Sequence[int]
+) -> LabelScores | None:
+    """Log-likelihoods of the labels in the answered samples, where all models have the same."""
+    labels = sorted(all_lines[0][at[0]].label_tokens or ()) if at else []
+    known = (label_scores_of((these[i] for i in at), labels) for these in all_lines)
+    return label_scores_of((lines[i] for i in at), labels) if all(known) else None
 
 
 def _reference(line: Prediction) -> Reference:

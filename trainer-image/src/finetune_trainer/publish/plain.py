@@ -17,7 +17,8 @@ from finetune_api.tasks import TASKS as KINDS
 from finetune_api.tasks import TaskName
 from finetune_trainer.engine.model import GENERATION
 from finetune_trainer.engine.task_losses import TASKS
-from finetune_trainer.evaluate.measure import Ids, greedy
+from finetune_trainer.evaluate.measure import greedy
+from finetune_trainer.evaluate.prompt_batches import Ids
 from finetune_trainer.prepared.dataset import TokenSample
 from finetune_trainer.storage.modelconfig import CONFIG
 

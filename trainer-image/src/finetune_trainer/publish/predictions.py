@@ -21,6 +21,7 @@ from pydantic import Field
 
 from finetune_api.base import Record
 from finetune_api.evaluation_results import CURRENT, TUNED
+from finetune_trainer.evaluate.label_scores import CHOOSING, chosen
 from finetune_trainer.evaluate.table import Answered
 from finetune_trainer.failures import UserError
 from finetune_trainer.personal import redacted
@@ -28,6 +29,7 @@ from finetune_trainer.publish.measured_sets import MeasuredSet
 from finetune_trainer.storage.current import UsedModel
 from finetune_trainer.storage.objects import ObjectStore
 from finetune_trainer.storage.published import published_file, read_published
+from finetune_trainer.storage.runfiles import LabelScores
 
 PREDICTIONS: Final = "predictions.jsonl"
 log = logging.getLogger(__name__)
@@ -56,6 +58,13 @@ class Prediction(Record):
     not measured."""
     labels: int = 0
     """Number of labels summed in ``loss``: supervised tokens, or one class."""
+    log_likelihoods: dict[str, dict[str, float]] | None = None
+    """Log-likelihood in nats of each label of the set after the prompt, by row and label, if a
+    metric asked for them and all are finite; of several draws, of the first."""
+    label_tokens: dict[str, int] | None = None
+    """Tokens of each label whose log-likelihoods are summed."""
+    chosen_labels: dict[str, dict[str, str]] | None = None
+    """Label that is chosen by them, by row and metric."""
 
 
 def predictions_of(found: MeasuredSet, redact: bool) -> Iterator[Prediction]:
@@ -70,6 +79,8 @@ def predictions_of(found: MeasuredSet, redact: bool) -> Iterator[Prediction]:
         for number, answer in zip(row.samples, row.answers, strict=True):
             text = redacted(answer) if redact else answer
             said[number].setdefault(row.row.name, text)
+    likelihoods, picked = _labels_of(found)
+    scores = found.tuned.label_scores
     tuned = found.tuned
     for number, digest in enumerate(found.digests):
         answers = said[number] if number < len(said) else {}
@@ -85,7 +96,56 @@ def predictions_of(found: MeasuredSet, redact: bool) -> Iterator[Prediction]:
             answers=answers,
             loss=float(tuned.losses[number]) if known else None,
             labels=int(tuned.labels[number]) if known else 0,
+            log_likelihoods=(likelihoods[number] or None) if answers else None,
+            label_tokens=(
+                dict(zip(scores.labels, scores.tokens, strict=True)) if answers and scores else None
+            ),
+            chosen_labels=(picked[number] or None) if answers else None,
         )
+
+
+def _labels_of(
+    found: MeasuredSet,
+) -> tuple[list[dict[str, dict[str, float]]], list[dict[str, dict[str, str]]]]:
+    """For each sample with a reference, ``Prediction.log_likelihoods`` and ``chosen_labels``."""
+    likelihoods: list[dict[str, dict[str, float]]] = [{} for _ in found.references]
+    labels: list[dict[str, dict[str, str]]] = [{} for _ in found.references]
+    for row in found.answered:
+        if row.label_scores is None:
+            continue
+        by_rule = {str(metric): chosen(row.label_scores, metric) for metric in CHOOSING}
+        for at, number in enumerate(row.samples):
+            values = row.label_scores.values[at]
+            if all(map(math.isfinite, values)):
+                of_labels = dict(zip(row.label_scores.labels, values, strict=True))
+                likelihoods[number].setdefault(row.row.name, of_labels)
+                picked = {rule: said[at] for rule, said in by_rule.items()}
+                labels[number].setdefault(row.row.name, picked)
+    return likelihoods, labels
+
+
+def label_scores_of(
+    lines: Iterable[Prediction], labels: Sequence[str], row: str = TUNED.name
+) -> LabelScores | None:
+    """The log-likelihoods that a row has published about some samples.
+
+    Args:
+        lines: of the samples.
+        labels: all labels of the set, in the wanted order.
+
+    Returns:
+        None: a line has not these labels, or there is none.
+    """
+    found, wanted = list(lines), set(labels)
+    known = [(line.log_likelihoods or {}).get(row, {}) for line in found]
+    counts = (found[0].label_tokens if found else None) or {}
+    if not found or set(counts) != wanted or any(set(each) != wanted for each in known):
+        return None
+    return LabelScores(
+        labels=list(labels),
+        tokens=[counts[label] for label in labels],
+        values=[[each[label] for label in labels] for each in known],
+    )
 
 
 def write_predictions(predictions: Iterable[Prediction], path: Path) -> None:
@@ -137,6 +197,7 @@ def row_of_current(
         for number, each in enumerate(there[: len(found.references)])
         if each and TUNED.name in each.answers
     }
+    scores = found.tuned.label_scores
     ours = found.tuned.labels.tolist() or [0.0] * len(there)
     losses = [
         (each.loss, each.labels) if each and each.loss is not None and each.labels == count
@@ -152,6 +213,10 @@ def row_of_current(
         answers=list(answers.values()),
         losses=np.array([loss for loss, _ in losses], np.float64),
         labels=labels,
+        label_scores=scores
+        and label_scores_of(
+            (each for number, each in enumerate(there) if each and number in answers), scores.labels
+        ),
     )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 from finetune_api.evaluation_results import (
     BASE,
@@ -213,8 +213,11 @@ def _known(lines: Iterable[Prediction]) -> dict[tuple[str, str], Prediction]:
 
 def _of_base(line: Prediction) -> Prediction:
     """What the base model answered, as the answer of a model of its own. Its loss is not known."""
-    answers = {TUNED.name: line.answers[BASE.name]} if BASE.name in line.answers else {}
-    return line.model_copy(update={"answers": answers, "loss": None, "labels": 0})
+    found: dict[str, Any] = {"loss": None, "labels": 0}
+    for by_row in ("answers", "log_likelihoods", "chosen_labels"):
+        known = getattr(line, by_row)
+        found[by_row] = {TUNED.name: known[BASE.name]} if BASE.name in known else {}
+    return line.model_copy(update=found)
 
 
 def _with_losses_of_base(

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from pydantic import Field
 
@@ -133,6 +134,21 @@ class Memorisation(Record):
     """Of some validation and test samples."""
 
 
+class LabelScores(Record):
+    """Log-likelihoods of all labels of a set after the prompts of some samples."""
+
+    labels: list[str]
+    """The labels."""
+    tokens: list[int]
+    """Number of tokens of each label whose log-likelihoods are summed."""
+    values: list[list[float]]
+    """Log-likelihoods of the labels in nats, for each sample."""
+
+    def at(self, rows: Sequence[int]) -> LabelScores:
+        """Those of some of the samples."""
+        return self.model_copy(update={"values": [self.values[row] for row in rows]})
+
+
 class SetAnswers(Record):
     """What a model did with the samples of one test set, with all that a comparison needs."""
 
@@ -152,6 +168,8 @@ class SetAnswers(Record):
     """Answers to the samples at ``positions``."""
     tokens: list[int] = Field(default=[])
     """Tokens of each answer, without its end; empty for classes."""
+    label_scores: LabelScores | None = None
+    """Log-likelihoods of the labels after the prompts of the answers; None: not measured."""
 
 
 class RowAnswers(Record):

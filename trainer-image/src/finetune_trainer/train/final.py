@@ -172,6 +172,7 @@ def _set_answers(found: SetResult) -> SetAnswers:
         labels=[int(n) for n in found.labels],
         answers=[answer.text for answer in found.answers],
         tokens=[answer.tokens for answer in found.answers],
+        label_scores=found.label_scores,
     )
 
 
@@ -203,7 +204,7 @@ def _ask(
 def _answer(session: Session, row: Row, questions: Sequence[Question]) -> None:
     began = time.monotonic()
     answers = session.evaluator.generate([question.ids for question in questions])
-    sets = []
+    sets, wanted = [], session.metrics_of_sets("test")
     for number, name in session.data.set_names("test"):
         of_set = [i for i, question in enumerate(questions) if question.set == number]
         if of_set:
@@ -213,6 +214,9 @@ def _answer(session: Session, row: Row, questions: Sequence[Question]) -> None:
                     positions=[questions[i].position for i in of_set],
                     answers=[answers[i].text for i in of_set],
                     tokens=[answers[i].tokens for i in of_set],
+                    label_scores=session.evaluator.label_scores(
+                        number, [questions[i].ids for i in of_set], wanted[name]
+                    ),
                 )
             )
     _write(session, row, sets, began)

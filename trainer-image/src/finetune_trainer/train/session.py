@@ -43,7 +43,7 @@ from finetune_trainer.engine.world import World
 from finetune_trainer.evaluate.base_kl import Kept
 from finetune_trainer.evaluate.classify import EVALUATORS
 from finetune_trainer.evaluate.measure import Evaluator
-from finetune_trainer.evaluate.metric_selection import metrics_for
+from finetune_trainer.evaluate.metric_selection import metrics_of
 from finetune_trainer.evaluate.scores import GENERATED
 from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.prepared.halves import Halves, retention_halves
@@ -122,13 +122,11 @@ class Session:
             if entry.split != split:
                 continue
             task = self.spec.task
-            names = metrics_for(
-                entry.format, self.spec.evaluation.metrics, task, built_in=entry.built_in
-            )
+            names = metrics_of(entry, self.spec.evaluation.metrics, task)
             if only:
                 costly = GENERATED if self.spec.kind.generates else ()
                 names = [m for m in names if m not in costly]
-                names += metrics_for(entry.format, only, task)
+                names += metrics_of(entry, only, task)
             wanted[entry.name] = list(dict.fromkeys(names))
         return wanted
 

@@ -35,6 +35,7 @@ SCHEMA: Final = pa.schema(
         ("cut", pa.uint8()),
         ("where", pa.string()),
         ("label", pa.string()),
+        ("label_tokens", pa.string()),
         ("group", pa.uint64()),
         ("slices", pa.string()),
         ("personal", pa.string()),
@@ -45,11 +46,13 @@ SCHEMA: Final = pa.schema(
 )
 """Columns of a row. ``side`` and ``cut`` are indices into SIDES and CUTS. ``completion`` is the
 length of the last answer in tokens and ``stop`` its last token (-1: cut off, in another sample, or
-no answer). ``group`` is the hash of a held-out sample's group; null for training samples.
-``slices`` are the values of the fields of ``evaluation.slices`` as JSON, null but of test samples.
-``personal`` counts the kinds of personal data, as JSON. ``digest`` and ``fingerprint`` are null
-without duplicate detection. ``shared`` is the text that a sample shares with a held-out sample;
-null where there is none, or where held-out samples are known only in the reduce."""
+no answer). ``label_tokens`` are the tokens of the label as JSON, with the end token; null without
+a label, or where it is cut off. ``group`` is the hash of a held-out sample's group; null for
+training samples. ``slices`` are the values of the fields of ``evaluation.slices`` as JSON, null but
+of test samples. ``personal`` counts the kinds of personal data, as JSON. ``digest`` and
+``fingerprint`` are null without duplicate detection. ``shared`` is the text that a sample shares
+with a held-out sample; null where there is none, or where held-out samples are known only in the
+reduce."""
 
 
 class Fault(Record):
@@ -128,6 +131,7 @@ def statistics_of(
         "cut": [CUTS.index(cut) for cut in cuts],
         "where": _storable([s.example.where for s in samples]),
         "label": _storable([s.example.label for s in samples]),
+        "label_tokens": [_label_tokens(s, cut) for s, cut in zip(samples, cuts, strict=True)],
         "group": [
             group_hash(s.example.group) if s.example.side != "train" else None for s in samples
         ],
@@ -148,6 +152,11 @@ def statistics_of(
 def _stop(sample: TokenizedSample, cut: Cut) -> int:
     stops = sample.spans and cut != "Completion" and not sample.example.continues
     return int(sample.ids[-1]) if stops else -1
+
+
+def _label_tokens(sample: TokenizedSample, cut: Cut) -> str | None:
+    whole = sample.example.label is not None and sample.spans and cut != "Completion"
+    return json.dumps(sample.ids[sample.prompt_length :].tolist()) if whole else None
 
 
 def _storable(texts: Sequence[str | None]) -> list[str | None]:

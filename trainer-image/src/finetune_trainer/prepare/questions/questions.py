@@ -20,7 +20,7 @@ import numpy as np
 
 from finetune_api.evaluation_results import RETRIEVAL
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.evaluate.metric_selection import metrics_for
+from finetune_trainer.evaluate.metric_selection import metrics_of
 from finetune_trainer.evaluate.scores import GENERATED
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepare.questions.examples import Ids, Pool
@@ -150,7 +150,7 @@ def _test_sets(spec: FineTuneJobSpec, data: PreparedData, model: Model) -> list[
     for number, name in data.set_names("test"):
         entry = data.manifest.sets[number]
         form = entry.format
-        wanted = metrics_for(form, spec.evaluation.metrics, spec.task, built_in=entry.built_in)
+        wanted = metrics_of(entry, spec.evaluation.metrics, spec.task)
         if not any(metric in GENERATED for metric in wanted):
             continue
         positions = np.flatnonzero(data.index("test").set == number)[:most].tolist()

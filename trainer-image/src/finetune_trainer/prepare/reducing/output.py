@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from finetune_api.sources import BUILT_IN, Quality
+from finetune_api.tasks import MOST_LABELS
 from finetune_trainer.prepare.mapping.statistics import SampleStatistics, SplitSummary
 from finetune_trainer.prepare.reading.faults import Faults
 from finetune_trainer.prepare.reading.sources import Source
@@ -180,7 +181,7 @@ class Output:
         manifest = DataManifest(
             version=FORMAT_VERSION,
             digest=self._digest,
-            sets=[_entry(side, report) for side, report in self._sets],
+            sets=[_entry(side, report, self._labels(report.name)) for side, report in self._sets],
             shards={side: [f.name for f in self._indexes[side].shards] for side in SIDES},
             max_length=max_length,
             max_completion_tokens=max(side.longest_completion for side in train),
@@ -191,6 +192,17 @@ class Output:
         )
         write_manifest(self._store, self._uri, manifest)
         return manifest
+
+    def _labels(self, name: str) -> dict[str, list[int]]:
+        """Labels of all samples of this name on any side, with their tokens; none if they are too
+        many."""
+        found: dict[str, str] = {}
+        for side, report in self._sets:
+            if report.name == name:
+                found = report.sides[side].label_tokens | found
+        if len(found) > MOST_LABELS:
+            return {}
+        return {label: json.loads(found[label]) for label in sorted(found)}
 
     def _report(self, max_length: int, quality: Quality) -> dict[str, Any]:
         names = {number: report.name for number, (_, report) in enumerate(self._sets)}
@@ -213,7 +225,7 @@ class Output:
         return DataFile(name=name, bytes=info.bytes, sha256=info.sha256)
 
 
-def _entry(side: Side, report: SourceReport) -> DataSet:
+def _entry(side: Side, report: SourceReport, labels: dict[str, list[int]]) -> DataSet:
     found = report.sides[side]
     assert report.format is not None, "a source with samples has a format"
     return DataSet(
@@ -224,4 +236,5 @@ def _entry(side: Side, report: SourceReport) -> DataSet:
         samples=found.samples,
         tokens=found.tokens,
         supervised=found.supervised,
+        labels=labels,
     )

@@ -72,6 +72,8 @@ class SideReport:
     labels: Counter[str] = field(default_factory=Counter)
     label_places: dict[str, str] = field(default_factory=dict)
     """Object and line of the first sample with each label."""
+    label_tokens: dict[str, str] = field(default_factory=dict)
+    """Tokens of each label as JSON, with the end token, in the first sample that has them all."""
     personal: dict[str, Found] = field(default_factory=dict)
     previews: list[dict[str, Any]] = field(default_factory=list)
 
@@ -84,19 +86,16 @@ class SideReport:
         longest = int(statistics.numbers("completion")[rows].max(initial=0))
         self.longest_completion = max(self.longest_completion, longest)
         self.lengths.update(_counted(length))
-        self._add_labels(statistics, statistics.having("label", rows))
+        labelled = statistics.having("label", rows)
+        self.labels.update(statistics.texts("label", labelled))
+        _add_first(self.label_places, "where", statistics, labelled)
+        whole = statistics.having("label_tokens", labelled)
+        _add_first(self.label_tokens, "label_tokens", statistics, whole)
         personal = statistics.having("personal", rows)
         texts = (statistics.texts(name, personal) for name in ("where", "personal"))
         for where, found in zip(*texts, strict=True):
             for kind, count in json.loads(found).items():
                 self.personal.setdefault(kind, Found()).add(where, count)
-
-    def _add_labels(self, statistics: SampleStatistics, rows: Rows) -> None:
-        labels = statistics.texts("label", rows)
-        self.labels.update(labels)
-        fresh = {label: labels.index(label) for label in set(labels) - self.label_places.keys()}
-        places = statistics.texts("where", rows[list(fresh.values())]) if fresh else []
-        self.label_places.update(zip(fresh, places, strict=True))
 
     def show(self, offered: Iterable[Preview], samples: Rows) -> None:
         """Keep the previews of the first samples.
@@ -287,6 +286,17 @@ def percentiles(counts: Counter[int]) -> dict[str, int]:
                 found[f"p{percent}"] = value
                 break
     return found
+
+
+def _add_first(
+    known: dict[str, str], column: str, statistics: SampleStatistics, rows: Rows
+) -> None:
+    """Add the value of a column in the first of some rows with each label that is not known."""
+    labels = statistics.texts("label", rows)
+    fresh = {label: labels.index(label) for label in set(labels) - known.keys()}
+    if fresh:
+        values = statistics.texts(column, rows[list(fresh.values())])
+        known.update(zip(fresh, values, strict=True))
 
 
 def _counted(values: Rows) -> dict[int, int]:
