@@ -121,7 +121,7 @@ def _memorisation(session: Session, steps: int) -> Memorisation | None:
     seed = session.spec.training.seed
     some = np.random.default_rng(seed).permutation(steps)[:SAMPLES]
     trained = np.concatenate([session.plan.samples(step) for step in sorted(some.tolist())])
-    return memorisation(session.evaluator, np.unique(trained), seed)
+    return memorisation(session.evaluator, np.unique(trained).tolist(), seed)
 
 
 def _test(session: Session, row: Row) -> RowAnswers:
