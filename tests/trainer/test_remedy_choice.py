@@ -68,12 +68,13 @@ BASE = point(0, 3.0, general=0.0)
 CASES: dict[str, tuple[list[MeasuredPoint], float | None, str]] = {
     "the tuned model qualifies": (
         [point(1, 1.0, general=0.01), point(0.6, 1.2, general=0.0), BASE],
-        1, "the tuned model as it is: of the 2 points that qualify it has the lowest",
+        1, "the tuned model as it is, with the lowest validation loss of the points that qualify"
+        " (2 of 2): 1 (tuned 1, base 3)",
     ),
     "a point before it": (
         [point(1, 1.0, general=0.5), point(0.8, 1.1, general=0.1), point(0.6, 1.2, general=0.01),
          point(0.4, 1.4, general=-0.1), BASE],
-        0.6, "point 0.6: of the 2 points that qualify it has the lowest validation loss, 1.2"
+        0.6, "point 0.6, with the lowest validation loss of the points that qualify (2 of 4): 1.2"
         " (tuned 1, base 3); general Loss +0.01, at most +0.01 (limit 0.02)",
     ),
     "a point that is better than the tuned model": (

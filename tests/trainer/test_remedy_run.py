@@ -152,7 +152,7 @@ def test_a_run_that_forgets_passes_its_gate_by_the_remedy(runs: Runs) -> None:
     # The gate passes on the half that has not chosen, which is all that is reported.
     summary = runs.publish(run_spec)
     assert summary.held is None and summary.remedy is not None
-    assert summary.remedy.startswith("Interpolation: point 0.25: of the 2 points that qualify")
+    assert summary.remedy.startswith("Interpolation: point 0.25, with the lowest validation loss")
     data = PreparedData.open(
         runs.store, runfiles.read_prepared(runs.store, run_spec.run_uri).uri, runs.folder / "read"
     )
@@ -201,7 +201,7 @@ def test_a_sharded_run_that_is_lost_chooses_as_one_process_does(runs: Runs) -> N
     }  # fmt: skip
     remedy = {"remedy": REMEDY | {"scan": "LayerLinear"}}
     alone = runs.train(runs.prepared("1-alone", remedy, **spec))
-    print(alone.remedy)
+    assert alone.remedy is not None and alone.remedy.chosen == 0.5
     run_spec = runs.prepared("2-shard", remedy, **spec, compute={"sharding": "FullShard"})
     sharded = runs.train(run_spec, 2, lost_at="point 0.5:")
     assert sharded.summary.restarts == 1

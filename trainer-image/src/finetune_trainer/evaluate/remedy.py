@@ -135,9 +135,10 @@ def _because(
     found = next(each for each in candidates if each.point == chosen)
     losses = f"tuned {_shown(tuned.validation_loss)}, base {_shown(base.validation_loss)}"
     what = "the tuned model as it is" if found is tuned else f"point {chosen:g}"
+    count = sum(each.qualifies for each in candidates)
     return (
-        f"{what}: of the {sum(each.qualifies for each in candidates)} points that qualify it has"
-        f" the lowest validation loss, {_shown(found.validation_loss)} ({losses});"
+        f"{what}, with the lowest validation loss of the points that qualify ({count} of"
+        f" {len(candidates)}): {_shown(found.validation_loss)} ({losses});"
         f" {_changes(found, limits)}"
     )
 
