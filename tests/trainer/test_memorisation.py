@@ -115,7 +115,7 @@ def test_a_model_that_learns_few_answers_by_heart_is_told_from_one_that_does_not
     for name, part in (("few", made[:8]), ("others", made[8:])):
         bench.store.put(f"{bench.bucket}/{name}.jsonl", lines(part))
     found = []
-    for steps in (2, 200):
+    for steps in (2, 300):
         run_spec = bench.run_spec(
             f"{steps}-steps", method={"type": "Full"}, checkpoint={"everySteps": 1000},
             data={"train": [{"source": f"{bench.bucket}/few.jsonl"}],
