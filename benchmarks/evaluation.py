@@ -1,7 +1,8 @@
 """Evaluation compared with lm-evaluation-harness: same model, requests and results.
 
     pip install lm_eval
-    python benchmarks/evaluation.py [--rounds 3] [--prompts 64] [--model 8M] [--device cpu]
+    python benchmarks/evaluation.py [--rounds 3] [--prompts 64] [--batches 1 8 32]
+                                                    [--model 8M] [--device cpu] [--threads 1]
 
 Multiple choice with labels of several tokens and of one, and greedy answers: behind the same four
 examples (few-shot), and to prompts that share nothing. Ours and the harness' HF backend take turns
@@ -36,8 +37,6 @@ from finetune_trainer.engine.packing.feed import build_packed
 from finetune_trainer.evaluate.measure import Evaluator
 
 NEW_TOKENS: Final = 32
-BATCHES: Final = (1, 8, 32, 64)
-"""Batch sizes of the harness."""
 END: Final = 2
 SEVERAL: Final = ["11 12", "11 13 14", "15 16", "17 18 19"]
 ONE: Final = ["21", "22", "23", "24"]
@@ -45,11 +44,12 @@ ONE: Final = ["21", "22", "23", "24"]
 
 def tokenizer_of(shape: Shape) -> Any:
     """A tokenizer whose words are the numbers of their tokens."""
-    vocabulary = {str(number): number for number in range(shape.vocabulary)}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="0"))
+    names = ["<pad>", "<s>", "</s>", *map(str, range(3, shape.vocabulary))]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="1", eos_token=str(END), pad_token="0"
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
 
 
@@ -163,30 +163,39 @@ def _instances(kind: Any, requests: Sequence[tuple[Any, ...]]) -> list[Any]:
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    began = time.perf_counter()
+    """Seconds of the processor in one thread, which other load of the machine changes little; else
+    of the clock."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    began = clock()
     found = work()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - began, found
+    return clock() - began, found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--model", choices=SHAPES, default="8M")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--only", default="", help="part of the names of the tasks")
     args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "lm_eval"))
     print(f"{args.model}, {args.prompts} prompts, {args.device}; {versions}", flush=True)
     shape = SHAPES[args.model]
     model = model_of(shape, torch.device(args.device))
     for task in [t for shots in (4, 0) for t in tasks_of(model, shape, args.prompts, shots)]:
-        task.ours(), task.theirs(BATCHES[-1])  # warm-up
+        if args.only not in task.name:
+            continue
         ratios, ours, theirs = [], [], []
         for _ in range(args.rounds):
             seconds, found = timed(task.ours)
-            by_batch = {batch: timed(partial(task.theirs, batch)) for batch in BATCHES}
+            by_batch = {batch: timed(partial(task.theirs, batch)) for batch in args.batches}
             for batch, (_, their) in by_batch.items():
                 assert task.alike(found, their), f"{task.name}: other results with batch {batch}"
             best = min(by_batch, key=lambda n: by_batch[n][0])
