@@ -13,7 +13,7 @@ FOR ?= test
 TIMED := bash -c 'began=$$SECONDS; "$${@:1}" || exit; echo "[$$0: $$((SECONDS - began)) s]"'
 # Python of `make gpu`: PYTHON if given, else that of the virtual environment.
 GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON))
-BENCHMARKS := tokens_per_second prepare packing plan_and_resume checkpoint_stall scaling gpu/training
+BENCHMARKS := tokens_per_second evaluation prepare packing plan_and_resume checkpoint_stall scaling gpu/training
 STAGES := finetune_trainer.prepare.pipeline, finetune_trainer.train.process, finetune_trainer.train.worker, finetune_trainer.publish.pipeline
 # If unset, tokenizers warns after a fork and disables its threads.
 export TOKENIZERS_PARALLELISM ?= true
