@@ -126,8 +126,9 @@ def specs(draw: st.DrawFn) -> dict[str, Any]:
             field.alias or name: draw(values(field.annotation, tuple(field.metadata))),
         }
         try:
-            parse_spec(changed)
+            found = parse_spec(changed)
         except InvalidSpec:
             continue
-        made = changed
+        if found.model.source is not None:  # a reference is resolved before children are made
+            made = changed
     return made

@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 from finetune_api.evaluation_results import AS_IS, TUNED, Row, RowModel, SetTable
 from finetune_api.gates import Gate
 from finetune_trainer.evaluate.gates import against_current, results_of_gates
-from finetune_trainer.evaluate.paired import ALPHA
+from finetune_trainer.evaluate.paired_tests import ALPHA
 from finetune_trainer.evaluate.table import Answered, rows_of, table_of
 from finetune_trainer.prepared.dataset import Reference
 

@@ -11,18 +11,15 @@ from sklearn.metrics import precision_recall_fscore_support
 
 from finetune_trainer.evaluate import paired
 from finetune_trainer.evaluate.paired import (
-    ALPHA,
     FEWEST_GROUPS,
     MANY_GROUPS,
-    Discordance,
-    MacroScore,
-    Ratio,
     Scale,
-    Score,
     compare,
     estimate,
     verdict,
 )
+from finetune_trainer.evaluate.paired_tests import ALPHA, Discordance
+from finetune_trainer.evaluate.weighted_scores import MacroScore, Ratio, Score
 
 SHARE = Scale(higher_is_better=True, min_effect=0.02)
 

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_api.evaluation_results import BASE, TUNED, Row, SetTable
-from finetune_trainer.evaluate.paired import Groups, holm
+from finetune_trainer.evaluate.paired import holm
 from finetune_trainer.evaluate.slices import check_slices, slices_of
 from finetune_trainer.evaluate.table import Answered, RowOutcome, adjusted, rows_of, table_of
+from finetune_trainer.evaluate.weighted_scores import Groups
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepare.reading.records import Record
 from finetune_trainer.prepare.reducing.slices import most_frequent

@@ -11,9 +11,10 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from finetune_api.evaluation_results import AS_IS, TUNED, Row, RowModel, SetTable
-from finetune_trainer.evaluate.paired import Groups, Ratio, estimate, holm
+from finetune_trainer.evaluate.paired import estimate, holm
 from finetune_trainer.evaluate.recommendation import recommend
 from finetune_trainer.evaluate.table import Answered, RowOutcome, adjusted, rows_of, table_of
+from finetune_trainer.evaluate.weighted_scores import Groups, Ratio
 from finetune_trainer.prepared.dataset import Reference
 
 SAMPLES = 200

@@ -106,6 +106,10 @@ STORAGE_LAYOUT: Final[tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = (
             ),
             ("prepared.json", "which prepared data the run uses"),
             ("memory-profiles.json", "memory profiles of the model, measured by prepare"),
+            (
+                "base-probabilities.safetensors",
+                "what the base model predicts for validation samples, for the KL divergence",
+            ),
             ("HEAD.json", "the attempt that owns the run, its checkpoints and rollbacks"),
             ("heartbeat.json", "last heartbeat of the attempt: bounds the time lost if it dies"),
             ("attempt-<n>/step-<8 digits>/", "a checkpoint: the training state"),

@@ -12,13 +12,13 @@ and needs no second model.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping
 from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.numpy import load, save
 from torch import Tensor
 
 from finetune_trainer.engine.loss import evaluating
@@ -102,26 +102,26 @@ def divergence_of(base: Tensor, tuned: Tensor) -> Tensor:
 
 
 def to_bytes(kept: Kept) -> bytes:
-    """Return the file of the probabilities."""
-    empty = np.zeros((0, 0))
-    file = io.BytesIO()
-    np.savez(
-        file,
-        positions=np.array(list(kept), np.int64),
-        labels=np.array([len(of.tokens) for of in kept.values()], np.int64),
-        tokens=np.concatenate([of.tokens for of in kept.values()]) if kept else empty,
-        logs=np.concatenate([of.logs for of in kept.values()]) if kept else empty,
+    """Return the file of the probabilities, in safetensors."""
+    empty = BaseProbabilities(np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32))
+    each = list(kept.values()) or [empty]
+    return save(
+        {
+            "positions": np.array(list(kept), np.int64),
+            "labels": np.array([len(of.tokens) for of in kept.values()], np.int64),
+            "tokens": np.concatenate([of.tokens for of in each]),
+            "logs": np.concatenate([of.logs for of in each]),
+        }
     )
-    return file.getvalue()
 
 
 def from_bytes(text: bytes) -> Kept:
     """Read the file of ``to_bytes``."""
-    with np.load(io.BytesIO(text), allow_pickle=False) as file:
-        ends = np.cumsum(file["labels"])[:-1]
-        parts = (np.split(file[name], ends) for name in ("tokens", "logs"))
-        each = (BaseProbabilities(*pair) for pair in zip(*parts, strict=True))
-        return dict(zip(file["positions"].tolist(), each, strict=False))
+    file = load(text)
+    ends = np.cumsum(file["labels"])[:-1]
+    parts = (np.split(file[name], ends) for name in ("tokens", "logs"))
+    each = (BaseProbabilities(*pair) for pair in zip(*parts, strict=True))
+    return dict(zip(file["positions"].tolist(), each, strict=False))
 
 
 def _predictions(evaluator: Evaluator) -> Iterator[tuple[npt.NDArray[np.int64], Tensor]]:

@@ -12,15 +12,7 @@ import numpy.typing as npt
 from finetune_api.evaluation_results import Comparison
 from finetune_api.tasks import METRICS, Metric
 from finetune_trainer.evaluate.label_scores import calibration_error
-from finetune_trainer.evaluate.paired import (
-    Groups,
-    MacroScore,
-    Ratio,
-    Scale,
-    Score,
-    SummedScore,
-    compare,
-)
+from finetune_trainer.evaluate.paired import Scale, compare
 from finetune_trainer.evaluate.scores import (
     BY_SAMPLE,
     Answers,
@@ -30,6 +22,7 @@ from finetune_trainer.evaluate.scores import (
     chrf_of,
     chrf_statistics,
 )
+from finetune_trainer.evaluate.weighted_scores import Groups, MacroScore, Ratio, Score, SummedScore
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from finetune_api.evaluation_results import (
 from finetune_api.gates import Gate, GateRow
 from finetune_api.tasks import METRICS, Metric
 from finetune_trainer.evaluate.metric_text import shown
-from finetune_trainer.evaluate.paired import ALPHA, FEWEST_GROUPS
+from finetune_trainer.evaluate.paired import FEWEST_GROUPS
+from finetune_trainer.evaluate.paired_tests import ALPHA
 from finetune_trainer.evaluate.recommendation import primary_of
 
 

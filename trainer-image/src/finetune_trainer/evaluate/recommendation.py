@@ -21,8 +21,8 @@ from finetune_api.evaluation_results import (
 from finetune_api.tasks import METRICS, Metric
 from finetune_trainer.evaluate.comparisons import score_of
 from finetune_trainer.evaluate.metric_text import shown
-from finetune_trainer.evaluate.paired import value_of
 from finetune_trainer.evaluate.table import RowOutcome, compare_rows
+from finetune_trainer.evaluate.weighted_scores import value_of
 
 PRIMARY: Final[tuple[Metric, ...]] = (
     "InstructionFollowing", "Accuracy", "LabelAccuracy", "NumberMatch", "ChoiceMatch",

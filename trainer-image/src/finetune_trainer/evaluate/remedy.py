@@ -20,7 +20,7 @@ from finetune_api.remedy import RemedyPoint, RemedyResult, RetentionChange
 from finetune_trainer.evaluate.comparisons import Outcome, compare_outcomes, score_of
 from finetune_trainer.evaluate.gates import rules_out
 from finetune_trainer.evaluate.metric_text import shown
-from finetune_trainer.evaluate.paired import value_of
+from finetune_trainer.evaluate.weighted_scores import value_of
 
 
 @dataclass(frozen=True)

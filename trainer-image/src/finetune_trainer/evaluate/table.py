@@ -21,8 +21,9 @@ import numpy.typing as npt
 from finetune_api.evaluation_results import Comparison, Estimate, Metrics, Row, SetTable, TableRow
 from finetune_api.tasks import METRICS, Metric
 from finetune_trainer.evaluate.comparisons import Outcome, compare_outcomes, score_of
-from finetune_trainer.evaluate.paired import Groups, estimate, holm, value_of
+from finetune_trainer.evaluate.paired import estimate, holm
 from finetune_trainer.evaluate.scores import answers_to
+from finetune_trainer.evaluate.weighted_scores import Groups, value_of
 from finetune_trainer.prepared.dataset import Reference
 from finetune_trainer.storage.runfiles import LabelScores
 

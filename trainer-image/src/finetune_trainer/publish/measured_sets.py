@@ -12,8 +12,8 @@ import numpy as np
 
 from finetune_api.evaluation_results import TUNED
 from finetune_api.tasks import METRICS, Metric
-from finetune_trainer.evaluate.paired import Groups
 from finetune_trainer.evaluate.table import Answered
+from finetune_trainer.evaluate.weighted_scores import Groups
 from finetune_trainer.prepared.dataset import PreparedData, Reference
 from finetune_trainer.prepared.halves import Halves, reported_part, sample_digests
 from finetune_trainer.prepared.split import TESTED, Side

@@ -13,8 +13,8 @@ import numpy as np
 
 from finetune_api.evaluation_results import TUNED, Comparison, Estimate
 from finetune_api.tasks import METRICS, Metric
-from finetune_trainer.evaluate.paired import Groups
 from finetune_trainer.evaluate.table import Answered, RowOutcome, compare_rows, estimates
+from finetune_trainer.evaluate.weighted_scores import Groups
 from finetune_trainer.prepared.dataset import Reference
 from finetune_trainer.publish.predictions import Prediction, label_scores_of
 from finetune_trainer.storage.runfiles import LabelScores

@@ -213,10 +213,11 @@ def _known(lines: Iterable[Prediction]) -> dict[tuple[str, str], Prediction]:
 
 def _of_base(line: Prediction) -> Prediction:
     """What the base model answered, as the answer of a model of its own. Its loss is not known."""
-    found: dict[str, Any] = {"loss": None, "labels": 0}
+    found: dict[str, Any] = {"loss": None, "labels": 0, "answers": {}}
     for by_row in ("answers", "log_likelihoods", "chosen_labels"):
         known = getattr(line, by_row)
-        found[by_row] = {TUNED.name: known[BASE.name]} if BASE.name in known else {}
+        if known and BASE.name in known:
+            found[by_row] = {TUNED.name: known[BASE.name]}
     return line.model_copy(update=found)
 
 

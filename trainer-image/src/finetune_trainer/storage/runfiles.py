@@ -1,8 +1,8 @@
 """The small files of a run that stages exchange in object storage: see docs/architecture.md.
 
 ``prepared.json``, ``memory-profiles.json`` and ``questions.arrow`` (prepare → train),
-``base-probabilities.npz`` (train → later attempts), ``answers/`` (train → later attempts, publish),
-``result.json`` (train → publish) and ``evaluation.json`` (publish → its later tries).
+``base-probabilities.safetensors`` (train → later attempts), ``answers/`` (train → later attempts,
+publish), ``result.json`` (train → publish) and ``evaluation.json`` (publish → its later tries).
 """
 
 from __future__ import annotations
@@ -237,12 +237,12 @@ def write_memory_profiles(store: ObjectStore, run_uri: str, text: bytes) -> None
 
 def read_base_probabilities(store: ObjectStore, run_uri: str) -> bytes | None:
     """Return what the base model predicted, as ``base_kl.to_bytes`` writes it; None if absent."""
-    uri = f"{run_uri}/base-probabilities.npz"
+    uri = f"{run_uri}/base-probabilities.safetensors"
     return store.get(uri) if store.head(uri) else None
 
 
 def write_base_probabilities(store: ObjectStore, run_uri: str, text: bytes) -> None:
-    store.put(f"{run_uri}/base-probabilities.npz", text)
+    store.put(f"{run_uri}/base-probabilities.safetensors", text)
 
 
 def known_rows(store: ObjectStore, run_uri: str) -> set[str]:

@@ -89,6 +89,12 @@ def test_and_write_result(session: Session, state: LoopState, base: BaseResults)
         tuned = _test(session, TUNED)
         more = _ask(session, "Tuned", [p for p in session.questions if p.tuned])
         by_heart = _memorisation(session, chosen.step)
+        suspects, left_out = world.on_main(
+            lambda: (
+                suspect_labels(state.suspects, session.data, session.evaluator.tokenizer),
+                located(session.data, session.plan.left_out.tolist()),
+            )
+        )
     summary = TrainSummary(
         attempt=checkpointer.head.attempt,
         restarts=checkpointer.head.restarts,
@@ -116,25 +122,23 @@ def test_and_write_result(session: Session, state: LoopState, base: BaseResults)
         quarantined_samples=len(session.plan.left_out),
         startup=session.telemetry.progress.startup,
     )
-
-    def write() -> None:
-        result = RunResult(
-            summary=summary,
-            curve=state.curve,
-            validation=state.validation,
-            lineage=list(session.lineage),
-            rows=[*base.rows, TUNED, *more],
-            remedy=remedy,
-            quarantined=located(session.data, session.plan.left_out.tolist()),
-            memorisation=by_heart,
-            suspects=suspect_labels(state.suspects, session.data, session.evaluator.tokenizer),
-            versions=versions(),
-            processes=world.size,
-            device=world.device.type,
-        )
-        runfiles.write_result(session.stores.default, session.run_spec.run_uri, result)
-
-    world.on_main(write)
+    result = RunResult(
+        summary=summary,
+        curve=state.curve,
+        validation=state.validation,
+        lineage=list(session.lineage),
+        rows=[*base.rows, TUNED, *more],
+        remedy=remedy,
+        quarantined=left_out,
+        memorisation=by_heart,
+        suspects=suspects,
+        versions=versions(),
+        processes=world.size,
+        device=world.device.type,
+    )
+    world.on_main(
+        lambda: runfiles.write_result(session.stores.default, session.run_spec.run_uri, result)
+    )
     world.barrier()
     checkpointer.release()
     session.telemetry.say(stage="Done", step=state.step)
