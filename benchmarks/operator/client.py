@@ -64,6 +64,9 @@ class Client:
         headers = {"Accept": accept}
         while True:
             async with self._session.get(path, params=query, headers=headers) as response:
+                if response.status == 429:  # its cache of a new resource is being filled
+                    await asyncio.sleep(0.2)
+                    continue
                 response.raise_for_status()
                 async for line in response.content:
                     event = json.loads(line)
