@@ -41,7 +41,7 @@ SEQUENCE = [
 
 
 def test_values_forgetting_and_backward_transfer() -> None:
-    found = matrix(SEQUENCE, {})
+    found = matrix(SEQUENCE, {"zero 1-z": "manifest.json does not exist"})
     assert found is not None
     first, second = found.columns  # the third set is known to no model before
     assert found.models == ["Base", "one 1-a", "two 1-b", "three 1-c"]
@@ -56,6 +56,7 @@ def test_values_forgetting_and_backward_transfer() -> None:
     assert shown.sets == ["first, Accuracy", "second, Accuracy"]
     assert shown.rows[1] == ("one 1-a", ["90.0 %*", "–"])
     assert shown.rows[2] == ("two 1-b", ["50.0 %", "80.0 %*"])
+    assert shown.not_read == "zero 1-z: manifest.json does not exist"
     assert shown.summary == "average forgetting +20.0 points, backward transfer -20.0 points"
 
 

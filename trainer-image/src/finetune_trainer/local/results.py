@@ -134,6 +134,8 @@ def _show_report(console: Console, found: PublishedResults) -> None:
         console.print(_matrix_table(matrix))
         if matrix.summary:
             _say(console, f"Over all sets: {matrix.summary}")
+        if matrix.not_read:
+            _say(console, f"Published results that were not read: {matrix.not_read}")
     if evaluation.remedy is not None:
         console.print(_points_table(trade_off(evaluation.remedy)))
     if evaluation.gates or evaluation.current:

@@ -116,6 +116,8 @@ class ShownMatrix:
     """Of each set, in the unit of its metric."""
     summary: str
     """Averages in words; "" if there are none."""
+    not_read: str
+    """Models whose published results were not read, and why; "" if there are none."""
 
 
 def matrix_table(found: TaskMatrix | None) -> ShownMatrix | None:
@@ -140,6 +142,7 @@ def matrix_table(found: TaskMatrix | None) -> ShownMatrix | None:
         ],
         forgetting=[s.show(c.forgetting, signed=True) for s, c in pairs],
         summary=", ".join(averages),
+        not_read="; ".join(f"{name}: {why}" for name, why in found.not_read.items()),
     )
 
 
