@@ -42,7 +42,7 @@ class BaseProbabilities(NamedTuple):
     """Logarithms of their probabilities, shape [labels, likeliest]."""
 
 
-Kept = Mapping[int, BaseProbabilities]
+BasePredictions = Mapping[int, BaseProbabilities]
 """By position in the validation split."""
 
 
@@ -57,7 +57,7 @@ def samples_of(supervised: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
     return short[np.cumsum(supervised[short]) <= MOST_LABELS]
 
 
-def base_probabilities(evaluator: Evaluator) -> Kept:
+def base_probabilities(evaluator: Evaluator) -> BasePredictions:
     """Return what the model predicts for the first validation samples, identical on all ranks. It
     must still be the base model."""
     mine = {}
@@ -71,7 +71,7 @@ def base_probabilities(evaluator: Evaluator) -> Kept:
     return dict(pair for part in evaluator.world.on_all(lambda: mine) for pair in part.items())
 
 
-def base_kl(evaluator: Evaluator, kept: Kept) -> float | None:
+def base_kl(evaluator: Evaluator, kept: BasePredictions) -> float | None:
     """Return KL(base || tuned) in nats per label, identical on all ranks; None: nothing is kept."""
     sums = torch.zeros(2, dtype=torch.float64)
     if not kept:
@@ -101,7 +101,7 @@ def divergence_of(base: Tensor, tuned: Tensor) -> Tensor:
     return (told_apart + rest * (rest / rest_tuned).log()).clamp_min(0.0)
 
 
-def to_bytes(kept: Kept) -> bytes:
+def to_bytes(kept: BasePredictions) -> bytes:
     """Return the file of the probabilities, in safetensors."""
     empty = BaseProbabilities(np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32))
     each = list(kept.values()) or [empty]
@@ -115,7 +115,7 @@ def to_bytes(kept: Kept) -> bytes:
     )
 
 
-def from_bytes(text: bytes) -> Kept:
+def from_bytes(text: bytes) -> BasePredictions:
     """Read the file of ``to_bytes``."""
     file = load(text)
     ends = np.cumsum(file["labels"])[:-1]

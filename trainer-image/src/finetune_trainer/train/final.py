@@ -17,7 +17,12 @@ import numpy as np
 
 from finetune_api.evaluation_results import BASE, TUNED, DataSetScores, Metrics, Row, RowModel
 from finetune_api.results import TrainSummary
-from finetune_trainer.evaluate.base_kl import Kept, base_probabilities, from_bytes, to_bytes
+from finetune_trainer.evaluate.base_kl import (
+    BasePredictions,
+    base_probabilities,
+    from_bytes,
+    to_bytes,
+)
 from finetune_trainer.evaluate.measure import SetResult
 from finetune_trainer.evaluate.memorisation import SAMPLES, memorisation
 from finetune_trainer.prepared.halves import reported_part
@@ -62,7 +67,7 @@ def measure_base(session: Session, step: int) -> BaseResults:
     return BaseResults({found.name: found.metrics for found in base.sets}, [BASE, *rows])
 
 
-def _base_predictions(session: Session, step: int) -> Kept:
+def _base_predictions(session: Session, step: int) -> BasePredictions:
     """Return what the base model predicts for validation samples; nothing for a classifier, whose
     base has a drawn head, or once its weights are trained."""
     if not session.spec.kind.generates or not session.data.set_names("validation"):

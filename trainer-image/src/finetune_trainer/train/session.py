@@ -40,7 +40,7 @@ from finetune_trainer.engine.sharding import capacity
 from finetune_trainer.engine.task_losses import TASKS, TaskLoss
 from finetune_trainer.engine.tuning.anchors import OutputAnchor, WeightAnchor
 from finetune_trainer.engine.world import World
-from finetune_trainer.evaluate.base_kl import Kept
+from finetune_trainer.evaluate.base_kl import BasePredictions
 from finetune_trainer.evaluate.classify import EVALUATORS
 from finetune_trainer.evaluate.measure import Evaluator
 from finetune_trainer.evaluate.metric_selection import metrics_of
@@ -103,7 +103,7 @@ class Session:
     """Halves of the retention sets; None without ``evaluation.remedy``."""
     read_base: Callable[[], None]
     """See ``TunedModel``."""
-    base_predictions: Kept = field(default_factory=dict)
+    base_predictions: BasePredictions = field(default_factory=dict)
     """What the base model predicts for validation samples, once it is measured."""
 
     @property
