@@ -113,10 +113,7 @@ def test_a_stopped_rank_ends_the_others_with_their_stacks_in_storage(bench: Benc
         evaluation={"everySteps": 100_000},
     )  # fmt: skip
     world = bench.start(run_spec, 2, "stalled", soon)
-    deadline = time.monotonic() + 90
-    while "step" not in (world.log.read_text() if world.log.exists() else ""):
-        assert time.monotonic() < deadline, "no step was logged"
-        time.sleep(0.05)
+    world.wait_for_log("step")
     frozen = world.processes[1].pid
     assert frozen is not None
     os.kill(frozen, signal.SIGSTOP)

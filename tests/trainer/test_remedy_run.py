@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -100,9 +99,7 @@ class Runs:
             folder = self.folder / f"{run_spec.run}-{size}-{attempt}"
             world = start_world(environment, size, folder)
             if lost_at and attempt == 0:
-                while lost_at not in world.log.read_text():
-                    assert all(p.is_alive() for p in world.processes), world.log.read_text()
-                    time.sleep(0.02)
+                world.wait_for_log(lost_at)
                 world.kill()
                 continue
             assert world.wait() == [0] * size, world.log.read_text()

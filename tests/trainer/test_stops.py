@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 from bench import Attempt, Bench
 from worlds import worker_folder
@@ -22,10 +20,7 @@ def test_a_stop_saves_and_is_a_restart_unless_it_reached_all_ranks(
                         training={"maxSteps": 60, "epochs": None},
                         evaluation={"everySteps": 100000})  # fmt: skip
     world = bench.start(run_spec, 2, "stopped")
-    deadline = time.monotonic() + 90
-    while "step" not in (world.log.read_text() if world.log.exists() else ""):
-        assert time.monotonic() < deadline, "no step was logged"
-        time.sleep(0.02)
+    world.wait_for_log("step")
     world.send_stop(*told)
     assert world.wait() == [23, 23], world.log.read_text()
     head = bench.head(run_spec)

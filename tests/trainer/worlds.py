@@ -10,6 +10,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -85,6 +86,16 @@ class RunningWorld:
             self.kill()
             raise TimeoutError(f"workers still ran after {seconds} s: {self.log.read_text()}")
         return [int(c) for c in codes if c is not None]
+
+    def wait_for_log(self, text: str, seconds: float = 300) -> None:
+        """Wait until the workers' log has a text; fail if a worker ends before.
+
+        The log is made by the first worker, after the world has started."""
+        deadline = time.monotonic() + seconds
+        while text not in (log := self.log.read_text() if self.log.exists() else ""):
+            assert time.monotonic() < deadline, f"{text!r} was not logged: {log}"
+            assert all(p.is_alive() for p in self.processes), log
+            time.sleep(0.02)
 
     def kill(self) -> None:
         """Kill all workers, like a lost node: nothing is reported or saved."""
