@@ -30,9 +30,16 @@ class OperatorProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, image: str = IMAGE) -> None:
-        """Start the process, or restart it after ``kill``; return once it is ready."""
+        """Start the process, or restart it after ``kill``; return once it is ready. A process that
+        does not get ready is killed."""
         self.spawn(image)
-        eventually("the operator is ready", lambda: self.get("readyz") == (200, "ok"), within=60)
+        try:
+            eventually(
+                "the operator is ready", lambda: self.get("readyz") == (200, "ok"), within=60
+            )
+        except BaseException:
+            self.kill()
+            raise
 
     def spawn(self, image: str = IMAGE) -> None:
         """Start the process, and do not wait for it."""
