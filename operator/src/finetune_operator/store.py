@@ -28,7 +28,8 @@ from finetune_operator.world.references import References
 from finetune_operator.world.stored import StoredJob
 
 CHILD_KINDS: Final = tuple(VIEWS)
-REMEMBERED_REMOVALS: Final = 10_000
+REMEMBERED_REMOVALS: Final = 2000
+"""More than are deleted within the timeout of a request."""
 _LAST_APPLIED: Final = "kubectl.kubernetes.io/last-applied-configuration"
 
 

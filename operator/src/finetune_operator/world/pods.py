@@ -219,8 +219,9 @@ def container_status(pod: Object) -> Object:
     return found[0] if found else {}
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def _termination(text: str | None) -> Termination | None:
+    """An ended pod changes a few times more within seconds, and a message takes 4 KiB."""
     try:
         return read_known(Termination, text) if text else None
     except ValueError:  # not JSON, or not a termination message
