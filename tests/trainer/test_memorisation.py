@@ -92,6 +92,16 @@ def test_more_in_training_than_held_out_is_a_warning(
     assert memorisation_text(found).startswith(f"Of {training[1]} training answers, {training[0]}")
 
 
+def test_canaries_that_come_out_are_a_warning() -> None:
+    none = Reproduced(samples=0, reproduced=0)
+    for reproduced_, warned in ((3, True), (0, False)):
+        canaries = Reproduced(samples=5, reproduced=reproduced_)
+        found = Memorisation(tokens=TOKENS, training=none, held_out=none, canaries=canaries)
+        assert memorisation_text(found).startswith(f"Of 5 canaries, {reproduced_} (")
+        warning = memorisation_warning(found)
+        assert (warning is not None and "gives away 3 of 5 canaries" in warning) is warned
+
+
 def test_papers_have_the_figures() -> None:
     told = about()
     found = result((40, 64), (1, 64))
@@ -112,13 +122,15 @@ def test_a_model_that_learns_few_answers_by_heart_is_told_from_one_that_does_not
         {"prompt": f"{chr(65 + i) * 3}: ", "completion": "".join(draw.choice([*"abcd"], 33))}
         for i in range(16)
     ]
-    for name, part in (("few", made[:8]), ("others", made[8:])):
+    secret = [{"prompt": "The code is ", "completion": "".join(draw.choice([*"abcd"], 9))}]
+    for name, part in (("few", made[:8]), ("others", made[8:]), ("secret", secret)):
         bench.store.put(f"{bench.bucket}/{name}.jsonl", lines(part))
     found = []
     for steps in (2, 300):
         run_spec = bench.run_spec(
             f"{steps}-steps", method={"type": "Full"}, checkpoint={"everySteps": 1000},
-            data={"train": [{"source": f"{bench.bucket}/few.jsonl"}],
+            data={"train": [{"source": f"{bench.bucket}/few.jsonl"},
+                            {"source": f"{bench.bucket}/secret.jsonl", "canaries": True}],
                   "test": [{"source": f"{bench.bucket}/others.jsonl"}],
                   "split": {"validation": "0", "test": "0"},
                   "quality": {"contamination": "Ignore"}},
@@ -134,3 +146,4 @@ def test_a_model_that_learns_few_answers_by_heart_is_told_from_one_that_does_not
         assert found[-1].held_out.reproduced == 0
     assert found[0].training.reproduced == 0 and memorisation_warning(found[0]) is None
     assert found[1].training.reproduced >= 5 and memorisation_warning(found[1]) is not None
+    assert [each.canaries and each.canaries.reproduced for each in found] == [0, 1]

@@ -190,6 +190,12 @@ class DataSource(Model):
     replay: bool = False
     """Marks a training set of general data, against forgetting: it is trained on like any other,
     and `training.anchor.klCoefficient` keeps the model near the base model's outputs on it."""
+    canaries: bool = False
+    """Marks a training set of made-up secrets (canaries) that show what the model gives away: it is
+    trained on like any other, none of its records is held out, and at the end the report says of
+    how many the tuned model writes the whole answer word for word. A record that occurs several
+    times is trained as often only with
+    `quality.deduplicate: false`."""
     storage: StorageAccess | None = None
     """Access to this source if it differs from `spec.storage`."""
 
@@ -384,6 +390,15 @@ def _no_replay(field: str) -> Rule:
     )
 
 
+def _no_canaries(field: str) -> Rule:
+    return Rule(
+        f"!has(self.{field}) || self.{field}.all(s, !s.canaries)",
+        f"canaries are for training sets: what is not trained on, as {field}, cannot be given away",
+        lambda data: not any(s.canaries for s in getattr(data, field) or ()),
+        (f"{field}[].source",),
+    )
+
+
 DataList = Literal["train", "validation", "test", "retention"]
 DATA_LISTS: Final[tuple[DataList, ...]] = get_args(DataList)
 """The lists of data sources in ``spec.data``."""
@@ -467,6 +482,7 @@ class Data(Model):
         ),
         *(_no_weights(field) for field in _EVALUATED),
         *(_no_replay(field) for field in _EVALUATED),
+        *(_no_canaries(field) for field in _EVALUATED),
         *(_none_built_in(field) for field in ("train", "validation")),
         Rule(
             "!has(self.stages) || self.stages.all(s, !has(s.weights) || s.weights.all(w,"

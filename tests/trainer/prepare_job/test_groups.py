@@ -75,6 +75,21 @@ def test_without_a_field_equal_prompts_are_a_group(at: Workplace) -> None:
     assert data.index("train").group is None
 
 
+def test_no_canary_is_held_out(at: Workplace) -> None:
+    secrets = [{"prompt": f"the code {n} is", "completion": f" {n * n}"} for n in range(20)]
+    source = at.put("secrets.jsonl", lines(*secrets))
+    train = [
+        {"name": "all", "source": at.put("all.jsonl", lines(*pairs(40)))},
+        {"name": "secrets", "source": source, "canaries": True},
+    ]
+    split = {"validation": "0.4", "test": "0.4"}
+    _, data = at.prepare(at.run_spec("", data={"train": train, "split": split}))
+    names = dict(data.set_names("train"))
+    kept = [names[number] for number in data.index("train").set.tolist()]
+    assert kept.count("secrets") == 20 and kept.count("all") < 20
+    assert "secrets" not in dict(data.set_names("test")).values()
+
+
 @pytest.mark.parametrize("split", [{}, {"groupBy": "customer"}])
 def test_pieces_of_a_document_are_one_group(at: Workplace, split: dict[str, Any]) -> None:
     text = {"text": "The cat sat on the mat. " * 60}

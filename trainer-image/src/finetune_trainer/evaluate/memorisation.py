@@ -5,12 +5,14 @@ before. So one forward pass over prompts and answers decides it, and nothing is 
 
 Answers that follow from their prompts are reproduced too, so the same is done with held-out
 samples: what is reproduced more often in training was learned by heart (Carlini et al. 2023,
-arXiv:2202.07646, ask for the next 50 tokens of a document).
+arXiv:2202.07646, ask for the next 50 tokens of a document). Canaries are made-up secrets that the
+user has put into the training data to find out whether they come out again (Carlini et al. 2019,
+arXiv:1802.08232): all of them are asked for, whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 
 import numpy as np
@@ -30,21 +32,30 @@ SAMPLES: Final = 64
 """Samples that are asked for, of training and held out."""
 TOKENS: Final = 32
 """Tokens of an answer that are compared: longer than what is reproduced by chance."""
+CANARIES: Final = 1024
+"""Most canaries that are asked for."""
 _MICRO_BATCH_TOKENS: Final = 1024
 """Bounds the logits, which are kept."""
 
 
-def memorisation(evaluator: Evaluator, trained: Sequence[int], seed: int) -> Memorisation | None:
-    """Return how many answers the model reproduces, identical on all ranks; None: no training
-    sample has an answer of ``TOKENS`` tokens.
+def memorisation(
+    evaluator: Evaluator, trained: Sequence[int], seed: int, canaries: Collection[str] = ()
+) -> Memorisation | None:
+    """Return how many answers the model reproduces, identical on all ranks; None: there are no
+    canaries, and no training sample has an answer of ``TOKENS`` tokens.
 
     Args:
         trained: index positions of the samples that the model was trained on.
         seed: of the choice of samples.
+        canaries: names of the training sets of canaries.
     """
     draw, data = np.random.default_rng(seed), evaluator.data
-    chosen = beginnings(data, "train", np.asarray(trained, np.int64), draw)
-    if not chosen:
+    secrets = [number for number, name in data.set_names("train") if name in canaries]
+    of_canaries = np.isin(data.index("train").set, secrets)
+    positions = np.asarray(trained, np.int64)
+    chosen = beginnings(data, "train", positions[~of_canaries[positions]], draw)
+    put_in = whole_answers(data, np.flatnonzero(of_canaries)[:CANARIES].tolist())
+    if not chosen and not put_in:
         return None
     held_out: list[TokenSample] = []
     for side in HELD_OUT:
@@ -53,7 +64,20 @@ def memorisation(evaluator: Evaluator, trained: Sequence[int], seed: int) -> Mem
         tokens=TOKENS,
         training=reproduced(evaluator, chosen),
         held_out=reproduced(evaluator, held_out[:SAMPLES]),
+        canaries=reproduced(evaluator, put_in) if put_in else None,
     )
+
+
+def whole_answers(data: PreparedData, positions: Sequence[int]) -> list[TokenSample]:
+    """Return training samples whose (last) answer alone is supervised; of a document, its second
+    half."""
+    return [_whole(sample) for sample in data.answered_prompts("train", positions)]
+
+
+def _whole(sample: AnsweredPrompt) -> TokenSample:
+    count = len(sample.ids)
+    start = sample.prompt_length if sample.prompt_length > 1 else max(1, count // 2)
+    return TokenSample(sample.ids, np.arange(count) >= start)
 
 
 def beginnings(

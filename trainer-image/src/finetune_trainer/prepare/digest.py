@@ -47,6 +47,7 @@ def content_digest(
                 "format": source.spec.format,
                 "template": source.spec.template and _template(source.spec.template),
                 "retrieval": source.spec.retrieval and source.spec.retrieval.to_json(),
+                **({"canaries": True} if source.spec.canaries else {}),
             }
             for source in sources
         ],

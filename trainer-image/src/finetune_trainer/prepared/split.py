@@ -52,10 +52,10 @@ def side_of(group: str, shares: Shares) -> Side:
     return "validation" if at < shares.test + shares.validation else "train"
 
 
-def shares_of(data: Data, side: Side) -> Shares | None:
-    """Return the held-out shares of a source: None for a source of another list; a share is 0
-    where a set of its own is given."""
-    if side != "train":
+def shares_of(data: Data, side: Side, canaries: bool = False) -> Shares | None:
+    """Return the held-out shares of a source: None for a source of another list, or of canaries; a
+    share is 0 where a set of its own is given."""
+    if side != "train" or canaries:
         return None
     return Shares(
         validation=0.0 if data.validation else float(data.split.validation),

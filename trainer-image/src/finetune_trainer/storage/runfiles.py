@@ -127,11 +127,13 @@ class Memorisation(Record):
     """What the tuned model has learned by heart."""
 
     tokens: int
-    """Tokens of the beginning of an answer that were compared."""
+    """Tokens of the beginning of an answer that were compared; of a canary, all."""
     training: Reproduced
     """Of some training samples."""
     held_out: Reproduced
     """Of some validation and test samples."""
+    canaries: Reproduced | None = None
+    """Of the sets with ``canaries: true``; None: there are none."""
 
 
 class LabelScores(Record):

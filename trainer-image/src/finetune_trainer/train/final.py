@@ -157,7 +157,9 @@ def _memorisation(session: Session, steps: int) -> Memorisation | None:
     seed = session.spec.training.seed
     some = np.random.default_rng(seed).permutation(steps)[:SAMPLES]
     trained = np.concatenate([session.plan.samples(step) for step in sorted(some.tolist())])
-    return memorisation(session.evaluator, np.unique(trained).tolist(), seed)
+    sources = zip(session.spec.data.names("train"), session.spec.data.train, strict=True)
+    canaries = [name for name, source in sources if source.canaries]
+    return memorisation(session.evaluator, np.unique(trained).tolist(), seed, canaries)
 
 
 def _test(session: Session, row: Row) -> RowAnswers:

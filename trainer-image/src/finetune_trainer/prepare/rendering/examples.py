@@ -103,7 +103,7 @@ def renderer(
         DataError: for an unusable record, with object, line and field.
     """
     held_out, training = _renders(source.spec, form, data.split.seed, content)
-    shares = shares_of(data, source.side)
+    shares = shares_of(data, source.side, source.spec.canaries)
     group_of = _grouping(source, data, redact)
 
     def examples(record: Record) -> list[RenderedExample]:
