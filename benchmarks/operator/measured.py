@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 from operator_process import OperatorProcess
 from plane import BenchPlane
@@ -44,12 +44,15 @@ class Figures:
 class MeasuredOperator(OperatorProcess):
     """An operator process against a plane."""
 
+    nice: ClassVar[int] = 0
+
     def __init__(self, plane: BenchPlane, log: Path) -> None:
         super().__init__(plane.user, log, "--leader-election", "false", "--progress", "direct")
         self._plane = plane
 
     def __enter__(self) -> Self:
         super().__enter__()
+        os.setpriority(os.PRIO_PROCESS, self.process.pid, self.nice)
         return self
 
     def figures(self) -> Figures:
