@@ -49,8 +49,11 @@ CASES = {
         Ended(1, True, workers(a=21), UNREACHABLE), 2, None, "StorageUnreachable", 21, False,
     ),
     "peers lost": (Ended(1, True, workers(a=20), LOST), 2, None, PEER_LOST, 20, True),
-    "a single node has no peers": (
-        Ended(1, True, workers(a=20), LOST), 1, None, PEER_LOST, 20, False,
+    "the lost peer of a single node is a process of its own": (
+        Ended(1, True, workers(a=20), LOST), 1, False, "ProcessKilled", 20, True,
+    ),
+    "out of memory, of which torchrun saw only the survivor": (
+        Ended(1, True, workers(a=20), LOST), 2, True, "HostOutOfMemory", 25, False,
     ),
     "a peer was stopped": (
         Ended(1, True, workers(a=23), INTERRUPTED), 2, None, "Interrupted", 23, True,
@@ -99,6 +102,15 @@ def test_judge(case: tuple[Ended, int, bool | None, str, int, bool]) -> None:
     failure, goes_on = judge(ended, nodes, oom_killed)
     assert (failure.reason, int(exit_code(failure)), goes_on) == (reason, code, again)
     assert failure.message
+
+
+def test_a_process_lost_again_ends_the_pod() -> None:
+    for nodes, ended in (
+        (1, Ended(1, True, workers(a=20), LOST)),
+        (2, Ended(1, True, workers(a=-11))),
+    ):
+        failure, again = judge(ended, nodes, False, restarted=True)
+        assert (failure.reason, again) == ("ProcessKilled", False)
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,10 @@ def judge(
         killed = failure_of(_killed(number, nodes, oom_killed, ended.aborted))
         again = killed.reason == PEER_LOST or (killed.reason == KILLED and not restarted)
         return killed, again
+    if said is not None and said.reason == PEER_LOST and (oom_killed or nodes == 1):
+        # torchrun reports one process, and that was the survivor.
+        lost = _lost_here(said.message, bool(oom_killed))
+        return failure_of(lost), isinstance(lost, NodeFailure) and not restarted
     if said is not None:
         return said, nodes > 1
     if ended.report is not None and ended.report["kind"] == "rendezvous":
@@ -113,13 +117,7 @@ def _killed(number: int, nodes: int, oom_killed: bool | None, aborted: str) -> T
     name = signal.Signals(number).name
     what = f"a training process was killed by {name}"
     if number == signal.SIGKILL and oom_killed is not False:
-        return HostOutOfMemory(
-            "HostOutOfMemory",
-            f"{what}, as the kernel does when the memory limit is reached. Raise"
-            " compute.resources.limits.memory (compute.sharedMemory counts too), lower"
-            " training.microBatchTokens or, if it died while it was saving, set"
-            " checkpoint.staging: Disk",
-        )
+        return _out_of_memory(what)
     # NCCL's watchdog aborts a process before Python can report the cause: a lost peer, or a failed
     # kernel of this process.
     if number == signal.SIGABRT and (known := recognise_text(aborted)) is not None:
@@ -127,3 +125,21 @@ def _killed(number: int, nodes: int, oom_killed: bool | None, aborted: str) -> T
     if number == signal.SIGABRT and nodes > 1:
         return NodeFailure(PEER_LOST, f"{what}, as NCCL does when a peer is lost; see the log")
     return NodeFailure(KILLED, f"{what}; see its log, and the node's for hardware faults")
+
+
+def _lost_here(why: str, oom_killed: bool) -> TrainerError:
+    """The failure of a pod of which a process was lost, as another one reports."""
+    what = f"a training process of this pod was lost ({why})"
+    if oom_killed:
+        return _out_of_memory(what)
+    return NodeFailure(KILLED, f"{what}; see its log, and the node's for hardware faults")
+
+
+def _out_of_memory(what: str) -> HostOutOfMemory:
+    return HostOutOfMemory(
+        "HostOutOfMemory",
+        f"{what}, as the kernel does when the memory limit is reached. Raise"
+        " compute.resources.limits.memory (compute.sharedMemory counts too), lower"
+        " training.microBatchTokens or, if it died while it was saving, set"
+        " checkpoint.staging: Disk",
+    )
