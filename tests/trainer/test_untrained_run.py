@@ -267,3 +267,29 @@ def test_without_training_sets(runs: Runs) -> None:
     found = read_results(runs.store, run_spec.output_uri)
     assert [row.row for row in found.evaluation.sets[0].rows] == ["Base"]
     assert found.evaluation.sets[0].recommendation is None
+
+
+def test_a_classifier_is_measured_by_the_classes_of_its_head(runs: Runs) -> None:
+    task: dict[str, Any] = {
+        "task": "SequenceClassification",
+        "evaluation": {"metrics": ["Loss", "Accuracy", "F1"]},
+        "output": {"destination": "s3://untrained/classes", "format": "Merged"},
+    }
+    data = {"train": runs.data["train"], "test": runs.data["test"]}
+    training = {"maxSteps": 4, "batchSize": 8, "learningRate": "1e-3", "precision": "FP32"}
+    trained, theirs = runs.done(
+        "1-class", data=data, method={"type": "Full"}, training=training, **task
+    )
+    alone = ALONE | task | {"output": {"destination": "s3://untrained/classes"}}
+    _, ours = runs.done(
+        "2-alone", model={"source": trained.output_uri}, data={"test": data["test"]}, **alone
+    )
+    assert ours.scores[0].base == pytest.approx(theirs.scores[0].tuned, rel=1e-4)
+
+    with pytest.raises(UserError, match=r"has no classification head that spec\.task") as caught:
+        runs.prepared("3-nohed", data={"test": data["test"]}, **alone)
+    assert caught.value.reason == "UnsupportedModel"
+    runs.store.put("s3://untrained/other.jsonl", b'{"text": "a", "label": "unheard of"}\n')
+    test = {"test": [runs.source("other", "other")]}
+    with pytest.raises(DataError, match=r"no class .unheard of.; it has .*Correct the rec"):
+        runs.prepared("4-label", model={"source": trained.output_uri}, data=test, **alone)

@@ -81,8 +81,7 @@ def _results(results: PublishedResults, model: RowModel) -> dict[str, Any]:
     if tuned and "adapter" not in manifest.formats:
         where = f"pretrained={results.uri}/merged"
     name = results.uri if tuned else manifest.base_model
-    measured = manifest.lineage[-1]
-    if results.judged == BASE.name and measured.formats:  # the model of a run
+    if results.judged == BASE.name and (measured := manifest.lineage[-1]).formats:  # of a run
         name = measured.uri
         where = f"pretrained={name}/merged"
         if "merged" not in measured.formats:
