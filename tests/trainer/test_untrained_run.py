@@ -161,10 +161,12 @@ def test_a_published_model_has_the_figures_of_the_training_runs_tuned_row(
     assert ours.evaluation.matrix is None
 
 
-def test_two_sharded_processes_equal_one(
-    runs: Runs, base: tuple[RunSpec, PublishedResults]
+@pytest.mark.parametrize("sharding", ["NoShard", "FullShard"])
+def test_two_processes_equal_one(
+    runs: Runs, base: tuple[RunSpec, PublishedResults], sharding: str
 ) -> None:
-    run_spec, ours = runs.done("4-two00", 2, **ALONE, compute={"sharding": "FullShard"})
+    run = f"4-{sharding[:5].lower()}"
+    run_spec, ours = runs.done(run, 2, **ALONE, compute={"sharding": sharding})
     for one, two in zip(base[1].scores, ours.scores, strict=True):
         assert two.base == pytest.approx(one.base, rel=1e-5)
     assert runfiles.read_result(runs.store, run_spec.run_uri).processes == 2
