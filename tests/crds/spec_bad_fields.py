@@ -20,7 +20,7 @@ BAD_FIELDS = [
         {"model": {"fineTuneJobRef": {"name": "team/first"}}},
         "model.fineTuneJobRef.name", "the name of a Kubernetes object", "team/first"),
     bad("no destination", {"output": {}}, "output.destination", "required", None),
-    bad("no data", {"data": {}}, "data.train", "required", None),
+    bad("no data", {"data": ABSENT}, "data", "required", None),
     bad("set without source", {"data.train": [{}]}, "data.train[0].source", "required", None),
     bad("secret without name", {"storage.secretRef": {}}, "storage.secretRef.name", "required",
         None),

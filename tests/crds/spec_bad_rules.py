@@ -75,6 +75,9 @@ BAD_TOGETHER = [
         "output.format Adapter and Both need method.type LoRA", "Both"),
     bad("nothing left to train on", {"data.split": {"validation": "0.5", "test": "0.5"}},
         "data.split", "validation and test together must be below 1", "0.5"),
+    bad("gate against Current without the pointer", {"evaluation.gates": [
+        {"metric": "Loss", "operator": "BetterThan", "row": "Current"}]}, "",
+        "a gate against Current needs the pointer to the current model", "Current"),
     bad("early stopping without validation",
         {"training.earlyStopping": {}, "data.split": {"validation": "0.00"}}, "",
         "training.earlyStopping needs a validation set", "0.00"),

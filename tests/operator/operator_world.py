@@ -321,8 +321,8 @@ PUBLISHED = {
     "fullCopyBytes": 1980,
     "scores": [{**SCORES, "comparisons": COMPARED}],
     "mainResult": {
-        "dataSet": "test", "metric": "Loss", "verdict": "Better", "gain": "-1.5 (-1.8, -1.2)",
-        "currentGap": -0.25,
+        "dataSet": "test", "metric": "Loss", "value": "0.5 (0.3, 0.7)", "verdict": "Better",
+        "gain": "-1.5 (-1.8, -1.2)", "currentGap": -0.25,
     },
 }  # fmt: skip
 

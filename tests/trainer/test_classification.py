@@ -256,7 +256,8 @@ METHODS_HERE: dict[str, tuple[dict[str, Any], Any]] = {
 
 
 def test_every_method_of_the_task_is_tested() -> None:
-    allowed = {n for n, kind in METHODS.items() if "SequenceClassification" in kind.tasks}
+    kinds = [(n, kind) for n, kind in METHODS.items() if kind.trains]
+    allowed = {n for n, kind in kinds if "SequenceClassification" in kind.tasks}
     assert allowed == METHODS_HERE.keys() & METHODS
 
 

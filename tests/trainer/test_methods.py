@@ -10,6 +10,7 @@ import pytest
 import torch
 from bench import write_model
 from engine import spec_of, tiny_jamba, tiny_llama
+from fixtures_memory import spec_of as spec_with
 from transformers import AutoModelForCausalLM, CohereConfig
 from tuning import Tuning, check_round, logits
 
@@ -77,7 +78,13 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
 def test_every_method_is_applied_and_tested() -> None:
     assert methods._APPLY.keys() == METHODS.keys()
     tested = {method["type"] for method, _ in CASES.values()} | {"QLoRA"}  # in test_quantized
-    assert tested == METHODS.keys()
+    assert tested == {name for name, kind in METHODS.items() if kind.trains}
+
+
+def test_a_method_that_trains_nothing_freezes_the_model() -> None:
+    model = tiny_llama()
+    assert apply_method(model, spec_with(method={"type": "None"})) is model, "no adapter is added"
+    assert not any(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize(("method", "expected"), CASES.values(), ids=CASES)

@@ -62,7 +62,9 @@ _BLOCKS: Final[dict[str, Any]] = {
     "PrefixTuning": {"prompt": {"virtualTokens": 4}},
 }
 SETTINGS: Final = {
-    name: Setting({"type": name} | _BLOCKS.get(name, {})) for name, kind in METHODS.items()
+    name: Setting({"type": name} | _BLOCKS.get(name, {}))
+    for name, kind in METHODS.items()
+    if kind.trains
 } | {
     "DoRA": Setting(lora(useDora=True)),
     "PiSSA": Setting(lora(initialization="PiSSA")),

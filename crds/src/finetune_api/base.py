@@ -72,10 +72,10 @@ def _cel_value(path: str) -> str:
 
 def _json_value(raw: Any, path: str) -> str:
     items, _, field = path.rpartition("[].")
-    if items:
-        return json.dumps([item.get(field, "(none)") for item in raw[items]])
-    for part in path.split("."):
+    for part in (items or path).split("."):
         raw = raw[part]
+    if items:
+        return json.dumps([item.get(field, "(none)") for item in raw])
     return raw if isinstance(raw, str) else json.dumps(raw)
 
 

@@ -25,6 +25,7 @@ def columns() -> list[Column]:
         _column("Total", "integer", ".status.progress.totalSteps"),
         _column("Loss", "string", ".status.progress.loss"),
         _column("Remaining", "string", ".status.progress.remaining"),
+        _column("Result", "string", ".status.mainResult.value", priority=1),
         _column("Verdict", "string", ".status.mainResult.verdict", priority=1),
         _column("Gain", "string", ".status.mainResult.gain", priority=1),
         _column("Restarts", "integer", ".status.restarts", priority=1),

@@ -37,7 +37,8 @@ class Baselines(Model):
     """Numbers of examples (few-shot): each test prompt follows that many training samples, as
     conversations or texts of the same form. They are drawn by the seed of data.split, with
     different labels where there are labels, never near duplicates of the test prompt. An empty
-    list: no few-shot. Absent: 1 and 4, as far as they fit into the model's context."""
+    list: no few-shot. Absent: 1 and 4, as far as there are training sets and they fit into the
+    model's context."""
     draws: Annotated[int, Field(ge=1, le=10)] = 2
     """Number of draws of the examples. Answers with few examples depend much on which ones; the
     results show the spread."""
@@ -139,7 +140,7 @@ class Evaluation(Model):
     reading the base model again. Absent: the tuned model is taken as it is."""
     max_new_tokens: Annotated[int, Field(ge=1, le=65536)] | None = None
     """Maximum length of a generated answer, in tokens. Absent: the longest completion of the
-    training set, but at most 512."""
+    training sets (without them, of all sets), but at most 512."""
     artefact_check: ArtefactCheck = "Sample"
     """What publish compares with the test before the model counts as published: it loads the model
     again from object storage, as the model card tells users. Sample: the losses of up to 16 test

@@ -119,8 +119,8 @@ class TableRow(Record):
     metrics: dict[Word, Estimate]
     """Metrics."""
     comparisons: dict[Word, Comparison] = {}
-    """The tuned model, with the test prompts as they are, against this row, by metric, over this
-    row's samples."""
+    """The judged model (``SetTable.judged``), with the test prompts as they are, against this row,
+    by metric, over this row's samples."""
     tokens_per_answer: float | None = None
     """Mean number of generated tokens."""
     process_seconds: float = 0.0
@@ -158,11 +158,11 @@ class Slice(Record):
     base: dict[Word, Estimate]
     """Metrics of the base model, with the test prompts as they are."""
     tuned: dict[Word, Estimate]
-    """Metrics of the tuned model."""
+    """Metrics of the tuned model; empty if nothing was trained."""
     metric: Word | None = None
     """Metric of the comparison: the one by which rows are compared."""
     comparison: Comparison | None = None
-    """The tuned with the base model; None: the metric has no value here."""
+    """The tuned with the base model; None: the metric has no value here, or nothing was trained."""
 
 
 class SetTable(Record):
@@ -175,9 +175,16 @@ class SetTable(Record):
     rows: list[TableRow]
     """Rows, cheapest first."""
     recommendation: Recommendation | None = None
-    """None: a retention set, or no row but the base and the tuned model's loss."""
+    """None: a retention set, or no row but the base and the tuned model's loss, or one row."""
     slices: list[Slice] = []
-    """Slices of ``evaluation.slices``, the worst change first."""
+    """Slices of ``evaluation.slices``, the worst change first, or without training by value."""
+
+    @property
+    def judged(self) -> TableRow | None:
+        """The row that gates and comparisons are about: the tuned model, or without training the
+        base model, with the test prompts as they are. None: it was not measured."""
+        found = {row.row: row for row in self.rows}
+        return found.get(TUNED.name) or found.get(BASE.name)
 
 
 class GateResult(Record):
@@ -190,11 +197,11 @@ class GateResult(Record):
     operator: Word
     """Operator of the gate."""
     row: Word | None = None
-    """What the tuned model was compared with; None: a value alone."""
+    """What the judged model was compared with; None: a value alone."""
     wanted: float | None = None
     """Value of the gate."""
     found: float | None = None
-    """Value of the tuned model; None: not measured, or not finite."""
+    """Value of the judged model; None: not measured, or not finite."""
     passed: bool
     """Whether the gate passed."""
     because: str
@@ -311,6 +318,11 @@ class DataSetScores(Record):
     base: Metrics
     """Metrics of the base model."""
     tuned: Metrics
-    """Metrics of the tuned model."""
+    """Metrics of the tuned model; empty if nothing was trained."""
     comparisons: Annotated[dict[Word, Comparison], Field(max_length=64)] = {}
     """The tuned model against the base model, by metric."""
+
+    @property
+    def judged(self) -> Metrics:
+        """Metrics of the tuned model, or without training of the base model."""
+        return self.tuned or self.base

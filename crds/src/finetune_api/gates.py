@@ -16,15 +16,16 @@ _OF_LOSS: Final = list(metrics_from("Loss"))
 
 
 class Gate(Model):
-    """A condition on the tuned model's results. A run that misses one is held: it completes and is
-    published, marked as held, and CURRENT.json does not name it."""
+    """A condition on the tuned model's results, or with method.type None on the base model's. A run
+    that misses one is held: it completes and is published, marked as held, and CURRENT.json does
+    not name it."""
 
     data_set: DnsLabel | None = None
     """Name of a test or retention set. Absent: every test set."""
     metric: Metric
     """A metric that the set has."""
     operator: GateOperator
-    """AtLeast, AtMost: of the tuned model's value. BetterThan: the tuned model is significantly
+    """AtLeast, AtMost: of the model's value. BetterThan: the tuned model is significantly
     better than `row`, by more than `value`. WorsensAtMost: the 95 % confidence interval of the
     comparison with `row` rules out that the tuned model is worse by more than `value`."""
     value: DecimalString | None = None

@@ -12,7 +12,7 @@ from finetune_api.names import Condition, Phase
 
 CONDITIONS: Final[dict[Condition, str]] = {
     "Prepared": "The data of the current run is prepared.",
-    "Running": "The gang is training: all its pods run.",
+    "Running": "The gang is training or evaluating: all its pods run.",
     "Evaluated": "The test metrics of the base model and the tuned model are known.",
     "Published": "The complete model is in object storage.",
     "Suspended": "The job holds no nodes because spec.suspend is true.",
@@ -30,6 +30,8 @@ REASONS: Final[dict[str, str]] = {
     "WaitingForModel": "The job that spec.model.fineTuneJobRef names is missing or in progress.",
     "ModelFailed": "The job that spec.model.fineTuneJobRef names has failed, or its spec is"
     " refused: fix that job.",
+    "NoModelPublished": "The job that spec.model.fineTuneJobRef names has method.type None: it"
+    " evaluates a model, and publishes none.",
     "ModelHeld": "The model of the job that spec.model.fineTuneJobRef names missed its gates.",
     "ReferenceCycle": "The jobs wait for each other's models.",
     "Preparing": "The data is being prepared.",
@@ -77,6 +79,7 @@ PHASES: Final[dict[Phase, str]] = {
     " rule of spec.failurePolicy, to be tried again after a failure.",
     "Starting": "The gang waits for nodes, images or its other pods.",
     "Training": "The gang trains and evaluates.",
+    "Evaluating": "The gang evaluates, with method.type None.",
     "Publishing": "The model is written to the destination, on a CPU.",
     "Suspended": "Stopped by spec.suspend; the state is saved.",
     "Complete": "The model is published.",

@@ -15,7 +15,9 @@ from pydantic import Field, StringConstraints
 from finetune_api.base import DecimalString, Fraction, Model, Rule, is_one, is_zero
 from finetune_api.tasks import TASKS, TaskName
 
-MethodName = Literal["Full", "Partial", "LoRA", "QLoRA", "IA3", "PromptTuning", "PrefixTuning"]
+MethodName = Literal[
+    "Full", "Partial", "LoRA", "QLoRA", "IA3", "PromptTuning", "PrefixTuning", "None"
+]  # fmt: skip
 OutputFormat = Literal["Adapter", "Merged", "Both"]
 _RSLORA_ALPHA: Final = 8
 """Default alpha with useRslora: at rank 16 the scale is 2, as for plain LoRA."""
@@ -34,7 +36,9 @@ class MethodKind:
     learning_rate: float
     """Default peak learning rate."""
     formats: tuple[OutputFormat, ...]
-    """Supported output formats; the first is the default."""
+    """Supported output formats; the first is the default. Empty: no model is published."""
+    trains: bool = True
+    """Whether anything is trained; else the model is evaluated as it is."""
     freezes: bool = True
     """Whether base weights are frozen, and can therefore be held in bfloat16."""
     quantizes: bool = False
@@ -84,6 +88,7 @@ METHODS: Final[dict[MethodName, MethodKind]] = {
         mixes=False,
         tasks=_LANGUAGE,
     ),
+    "None": MethodKind("", 0.0, (), trains=False, matrices=False, mixes=False),
 }
 
 
@@ -233,7 +238,7 @@ def _block_rule(block: str) -> Rule:
 
 
 class Method(Model):
-    """Tuning method: which weights are trained."""
+    """Tuning method: which weights are trained, if any."""
 
     type: MethodName = "LoRA"
     """Full: every weight. Partial: selected weights of the model, the rest frozen. LoRA: low-rank
@@ -242,7 +247,9 @@ class Method(Model):
     the 4-bit model, and Merged adds the adapter to the base weights as stored. IA3: scales of
     activations. PromptTuning: embeddings before the sample (Lester et al. 2021, arXiv:2104.08691).
     PrefixTuning: keys and values before the sample in every layer (Li and Liang 2021,
-    arXiv:2101.00190)."""
+    arXiv:2101.00190). None: nothing is trained; the model, or the published model of a run, is
+    evaluated on data.test and data.retention (or on what data.split.test holds out of data.train),
+    as the base model of a training is, and the run publishes its results without a model."""
     partial: Partial | None = None
     """Weights that Partial trains."""
     lora: Lora | None = None

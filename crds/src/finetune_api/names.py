@@ -133,6 +133,6 @@ Condition = Literal[
     "Ready", "Reconciling", "Stalled",
 ]  # fmt: skip
 Phase = Literal[
-    "Pending", "Waiting", "Preparing", "Queued", "Starting", "Training", "Publishing", "Suspended",
-    "Complete", "Failed",
+    "Pending", "Waiting", "Preparing", "Queued", "Starting", "Training", "Evaluating", "Publishing",
+    "Suspended", "Complete", "Failed",
 ]  # fmt: skip

@@ -105,16 +105,17 @@ def optimizer_rules() -> tuple[Rule, ...]:
 
 def anchor_rules() -> tuple[Rule, ...]:
     """Return the rules of what the anchors require of a spec."""
-    types = [name for name, kind in METHODS.items() if not kind.adapts]
+    types = [name for name, kind in METHODS.items() if kind.trains and not kind.adapts]
     kl = is_zero("self.training.anchor.klCoefficient")
     l2 = is_zero("self.training.anchor.l2Coefficient")
     return (
         Rule(
-            f"{kl} || self.data.train.exists(t, t.replay)",
+            f"{kl} || (has(self.data.train) && self.data.train.exists(t, t.replay))",
             "training.anchor.klCoefficient needs general data: mark a set of data.train with"
             ' replay: true, or set klCoefficient: "0"',
             lambda s: (
-                float(s.training.anchor.kl_coefficient) == 0 or any(t.replay for t in s.data.train)
+                float(s.training.anchor.kl_coefficient) == 0
+                or any(t.replay for t in s.data.train or ())
             ),
             ("training.anchor.klCoefficient",),
         ),

@@ -74,8 +74,8 @@ def remedy_rules() -> tuple[Rule, ...]:
         ),
         rule(
             f"self.method.type in {json.dumps(types)}",
-            f"goes with method.type {', '.join(types)}: virtual tokens at a point between nothing"
-            " and themselves are no mixture of the two models",
+            f"goes with method.type {', '.join(types)}: without training there is no tuned"
+            " model, and virtual tokens at a point between nothing and themselves are no mixture",
             lambda s: s.method.kind.mixes,
             "method.type",
         ),

@@ -179,6 +179,8 @@ class PreparedSummary(Record):
     """Samples held out for validation."""
     test_samples: Count
     """Samples held out for the test."""
+    retention_samples: Count = 0
+    """Samples of the retention sets."""
     train_tokens: Count
     """Tokens of the training samples."""
     supervised_tokens: Count
@@ -186,7 +188,7 @@ class PreparedSummary(Record):
     dropped: dict[str, int] = {}
     """Number of dropped records by cause."""
     total_steps: Count
-    """Optimizer steps of the training."""
+    """Optimizer steps of the training; 0: nothing is trained."""
     stages: list[StagePlan] = []
     """Stages of the training, if data.stages is given."""
     memory: MemoryEstimate | None = None
@@ -252,16 +254,20 @@ class Ancestor(Record):
 
 
 class MainResult(Record):
-    """What the tuned model gained on the first test set, by the metric that compares its rows."""
+    """What the tuned model gained on the first test set, by the metric that compares its rows; or
+    without training, the value of the base model."""
 
     data_set: Word
     """Name of the test set."""
     metric: Word
     """Name of the metric."""
-    verdict: Word
-    """``Verdict`` of the comparison with the base model."""
-    gain: Word
-    """Gain over the base model with its 95 % interval: ``+47.5 % (20, 60)``."""
+    value: Word | None = None
+    """Value of the tuned model, or without training of the base model, with its 95 % interval:
+    ``52.0 % (45, 59)``. None: an earlier trainer."""
+    verdict: Word | None = None
+    """``Verdict`` of the comparison with the base model; None: nothing was trained."""
+    gain: Word | None = None
+    """Gain over the base model with its 95 % interval: ``+47.5 % (20, 60)``; None as verdict."""
     current_gap: float | None = None
     """Value minus that of the model in use before, over the same samples. None: none was compared.
     """
@@ -271,11 +277,11 @@ class PublishSummary(Record):
     """Summary of publish."""
 
     uri: Uri
-    """URI of the published model."""
+    """URI of the published model, or of the results of a run that trains nothing."""
     digest: Word
-    """sha256 of the model's manifest."""
+    """sha256 of its manifest."""
     formats: Annotated[list[Word], Field(max_length=8)]
-    """Published formats: adapter, merged."""
+    """Published formats: adapter, merged; empty without a model."""
     bytes: Count
     """Size of all published files."""
     full_copy_bytes: Count = 0

@@ -408,8 +408,9 @@ _EVALUATED: Final = DATA_LISTS[1:]
 class Data(Model):
     """Data to train on, and to evaluate on."""
 
-    train: Annotated[list[DataSource], Field(min_length=1, max_length=64)]
-    """Training sets. Several sets are mixed in proportion to their sizes, or to their weights."""
+    train: Annotated[list[DataSource], Field(min_length=1, max_length=64)] | None = None
+    """Training sets. Several sets are mixed in proportion to their sizes, or to their weights.
+    Required, except with method.type None, which draws few-shot examples from them."""
     mixing_temperature: (
         Annotated[
             str,
@@ -458,26 +459,28 @@ class Data(Model):
         ),
         _names_differ("stages", "results are reported by stage name"),
         Rule(
-            "self.train.all(s, has(s.weight)) || self.train.all(s, !has(s.weight))",
+            "!has(self.train) || self.train.all(s, has(s.weight))"
+            " || self.train.all(s, !has(s.weight))",
             "give every training set a weight, or none",
-            lambda d: len({s.weight is None for s in d.train}) == 1,
+            lambda d: len({s.weight is None for s in d.train or ()}) <= 1,
             ("train[].weight",),
         ),
         Rule(
-            "!has(self.train[0].weight) || has(self.stages)"
+            "!has(self.train) || !has(self.train[0].weight) || has(self.stages)"
             f" || self.train.exists(s, has(s.weight) && !{is_zero('s.weight')})",
             "a training set needs a weight above 0",
             lambda d: (
                 d.stages is not None
+                or d.train is None
                 or d.train[0].weight is None
                 or any(float(s.weight) > 0 for s in d.train)
             ),
             ("train[].weight",),
         ),
         Rule(
-            "!has(self.mixingTemperature) || self.train.all(s, !has(s.weight))",
+            "!has(self.mixingTemperature) || !has(self.train) || self.train.all(s, !has(s.weight))",
             "mixingTemperature and weights exclude each other: give one of them",
-            lambda d: d.mixing_temperature is None or all(s.weight is None for s in d.train),
+            lambda d: d.mixing_temperature is None or all(s.weight is None for s in d.train or ()),
             ("mixingTemperature", "train[].weight"),
         ),
         *(_no_weights(field) for field in _EVALUATED),
@@ -485,11 +488,12 @@ class Data(Model):
         *(_no_canaries(field) for field in _EVALUATED),
         *(_none_built_in(field) for field in ("train", "validation")),
         Rule(
-            "!has(self.stages) || self.stages.all(s, !has(s.weights) || s.weights.all(w,"
+            "!has(self.stages) || !has(self.train)"
+            " || self.stages.all(s, !has(s.weights) || s.weights.all(w,"
             " self.train.exists(t, has(t.name) && t.name == w.name)))",
             "weights of a stage must name sets of data.train (give those a name)",
             lambda d: all(
-                w.name in {s.name for s in d.train}
+                d.train is None or w.name in {s.name for s in d.train}
                 for stage in d.stages or ()
                 for w in stage.weights or ()
             ),

@@ -35,6 +35,7 @@ from finetune_api.sources import BaseModelSource, Data, Storage
 from finetune_api.taskrules import task_rules
 from finetune_api.tasks import TASKS, Metric, TaskKind, TaskName
 from finetune_api.training import Training
+from finetune_api.untrained import untrained_rules
 
 
 class Checkpoint(Model):
@@ -75,7 +76,7 @@ class Output(Model):
     format: OutputFormat | None = None
     """Adapter: only the weights added to the base model. Merged: a full model. Both: Adapter and
     Merged. Absent: Adapter if the method trains one, else Merged (Full, Partial). PromptTuning and
-    PrefixTuning support Adapter only."""
+    PrefixTuning support Adapter only. With method.type None no model is published."""
     current: CurrentModel | None = None
     """Keep `<destination>/CURRENT.json`, which names the model in use: a run that passes its gates
     and is not worse than the model there replaces it. Absent: the run leaves CURRENT.json alone."""
@@ -114,7 +115,7 @@ class FineTuneJobSpec(Model):
     data: Data
     """Training, validation and test data."""
     method: Method = Method()
-    """Tuning method: which weights are trained."""
+    """Tuning method: which weights are trained, if any."""
     training: Training = Training()
     """Training: steps, optimizer, regularization, precision."""
     evaluation: Evaluation = Evaluation()
@@ -193,6 +194,7 @@ class FineTuneJobSpec(Model):
         ),
         *anchor_rules(),
         *remedy_rules(),
+        *untrained_rules(Checkpoint),
         Rule(
             "self.training.precision != 'FP8' || self.method.type == 'Full'",
             "training.precision FP8 goes with method.type Full only, which trains every weight: set"
@@ -249,8 +251,9 @@ class FineTuneJobSpec(Model):
         return None if self.training.max_steps is not None else self.training.epochs or 3
 
     @property
-    def effective_output_format(self) -> OutputFormat:
-        return self.output.format or self.method.kind.formats[0]
+    def effective_output_format(self) -> OutputFormat | None:
+        """Format of the published model; None: the method publishes none."""
+        return self.output.format or next(iter(self.method.kind.formats), None)
 
     @property
     def effective_workspace(self) -> str:

@@ -200,30 +200,36 @@ class MetricValue(Model):
 
 
 class MainResultStatus(Model):
-    """What the tuned model gained on the first test set, by the metric that compares its rows."""
+    """What the tuned model gained on the first test set, by the metric that compares its rows; or
+    with method.type None, the value of the base model."""
 
     data_set: Word
     """Name of the test set."""
     metric: Word
     """Name of the metric."""
-    verdict: Word
-    """Better, Worse, NotBetter or TooFewSamples, as in status.evaluation."""
-    gain: Word
-    """Gain over the base model with its 95 % confidence interval: +47.5 % (20, 60)."""
+    value: Word | None = None
+    """Value of the tuned model, or with method.type None of the base model, with its 95 %
+    confidence interval: 52.0 % (45, 59)."""
+    verdict: Word | None = None
+    """Better, Worse, NotBetter or TooFewSamples, as in status.evaluation. Absent with method.type
+    None."""
+    gain: Word | None = None
+    """Gain over the base model with its 95 % confidence interval: +47.5 % (20, 60). Absent with
+    method.type None."""
     current_gap: Number | None = None
     """Value minus that of the model in use before, over the same samples. Absent: no model was in
     use, or it could not be compared."""
 
 
 class OutputStatus(Model):
-    """The published model."""
+    """The published model, or with method.type None the published results."""
 
     uri: Uri
-    """URI of the model."""
+    """URI of the model or the results."""
     digest: Word
-    """sha256 of the model's manifest.json."""
+    """sha256 of the manifest.json there."""
     formats: Annotated[list[Word], Field(max_length=8)] = []
-    """Published formats: adapter, merged."""
+    """Published formats: adapter, merged. Empty with method.type None: there is no model."""
     bytes: int = 0
     """Size of all published files."""
     full_copy_bytes: int = 0

@@ -40,7 +40,7 @@ SUSPECTED: Final = timedelta(minutes=2)
 """How long after a pod's failure its node is looked at: agents notice problems with a delay."""
 LATE: Final = timedelta(seconds=5)
 """How long a pod may take to start, or a Job to make its pods, before its warnings are read."""
-_AT_REST: Final = ("Training", "Complete", "Failed", "Suspended", "Waiting")
+_AT_REST: Final = ("Training", "Evaluating", "Complete", "Failed", "Suspended", "Waiting")
 """Phases in which every pod has started, or none is wanted."""
 
 log = logging.getLogger(__name__)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from finetune_api.names import ENV_WORKER
+from finetune_trainer.local.eval_options import add_options
 from finetune_trainer.threads import thread_environment
 
 _MANIFEST_HELP: Final = "a FineTuneJob; its relative paths start from its folder; -: standard input"
@@ -106,6 +107,13 @@ def _parser() -> argparse.ArgumentParser:
     _storage_options(compare)
     compare.set_defaults(command=_compare)
 
+    evaluate = commands.add_parser(
+        "eval", help="measure models as they are on this machine, and compare them"
+    )
+    add_options(evaluate)
+    _storage_options(evaluate)
+    evaluate.set_defaults(command=_evaluate)
+
     current = commands.add_parser("current", help="show the model in use at a destination")
     _current_options(current)
     current.set_defaults(command=_current)
@@ -170,6 +178,12 @@ def _compare(options: argparse.Namespace) -> int:
     from finetune_trainer.local.results import compare
 
     return compare(options.models, min_effect=options.min_effect, **_storage(options))
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from finetune_trainer.local.evaluation import evaluate
+
+    return evaluate(options, **_storage(options))
 
 
 def _current(options: argparse.Namespace, change: Change | None = None) -> int:

@@ -37,6 +37,13 @@ def find_base(
     if spec.model.fine_tune_job_ref is None:
         return None
     referred = spec.model.fine_tune_job_ref.name
+    if chain and chain[0].settled and chain[0].evaluates:
+        text = (
+            f"spec.model.fineTuneJobRef: FineTuneJob {referred} evaluates a model, and publishes"
+            " none (its spec.method trains nothing); name the job that trained the model, or give"
+            " spec.model.source"
+        )
+        return Wait("NoModelPublished", text, stuck=True)
     if chain and chain[0].complete and chain[0].run_spec is not None:
         output = chain[0].status.output
         if output is not None and output.held is not None:

@@ -81,12 +81,17 @@ def _train(view: RunView) -> Activity:
         text += f"; node {lost} is not reachable"
         text += "" if elastic else ": without progress, the gang is recreated"
     if any(p.exit_code == 0 for p in view.pods):
-        return Activity("Training", "GangRunning", "the gang has finished, its pods end")
+        return Activity(_at_work(view), "GangRunning", "the gang has finished, its pods end")
     if not gang_runs(view):
         return Activity("Starting", "Starting", text)
     text += _reduced(view)
     loading = view.progress is not None and view.progress.stage == "Loading"
-    return Activity("Starting" if loading else "Training", "GangRunning", text)
+    return Activity("Starting" if loading else _at_work(view), "GangRunning", text)
+
+
+def _at_work(view: RunView) -> Phase:
+    """Phase of a gang at work."""
+    return "Training" if view.run_spec.spec.method.kind.trains else "Evaluating"
 
 
 def _begun(view: RunView) -> bool:
@@ -106,7 +111,8 @@ def _reduced(view: RunView) -> str:
 
 
 def _publish(view: RunView) -> Activity:
-    text = "writing the model, its metrics and its report"
+    model = "the model, its " if view.run_spec.spec.method.kind.trains else ""
+    text = f"writing {model}metrics and report"
     return Activity("Publishing", "Publishing", text + _earlier_tries(view))
 
 

@@ -136,6 +136,7 @@ def main_result(found: MainResult | None) -> MainResultStatus | None:
         MainResultStatus,
         data_set=found.data_set,
         metric=found.metric,
+        value=found.value,
         verdict=found.verdict,
         gain=found.gain,
         current_gap=number(found.current_gap),

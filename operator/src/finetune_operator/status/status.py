@@ -86,7 +86,8 @@ def _prepared(view: RunView) -> Reached:
     summary = view.prepared
     if summary is None:
         return "True", "DataReady", "the prepared data is in storage"
-    text = f"{summary.train_samples} samples at {summary.uri}"
+    measured = summary.test_samples + summary.retention_samples
+    text = f"{summary.train_samples if summary.total_steps else measured} samples at {summary.uri}"
     if summary.memory is not None and summary.memory.warning:
         return "True", "MayNotFit", f"{text}. {summary.memory.warning}"
     return "True", "DataReady", text
@@ -95,8 +96,10 @@ def _prepared(view: RunView) -> Reached:
 def _evaluated(view: RunView) -> Reached:
     """Publish decides the gates, and says what the results recommend."""
     tested = view.trained is None or view.trained.scores
-    text = "trained, and measured on the test sets" if tested else "trained; there is no test set"
     published, spec = view.published, view.run_spec.spec
+    text = "trained, and measured on the test sets" if tested else "trained; there is no test set"
+    if not spec.method.kind.trains:
+        text = "the model is measured on the test sets"
     if published is None:
         if spec.evaluation.gates or spec.output.current is not None:
             return "Unknown", "GatesPending", f"{text}; publish decides the gates"
@@ -164,7 +167,7 @@ def _active(view: RunView, decision: Decision, conditions: Conditions) -> Phase:
     assert stage is not None
     phase, reason, message = activity(view, decision)
     if stage == GANG:
-        running = phase in ("Starting", "Training") and gang_runs(view)
+        running = phase in ("Starting", "Training", "Evaluating") and gang_runs(view)
         conditions.set("Running", "True" if running else "False", reason, message)
     else:
         conditions.set("Running", "False", "NotTraining", f"stage: {stage}")

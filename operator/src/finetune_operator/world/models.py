@@ -34,6 +34,11 @@ class ModelJob:
         run = self.status.run
         return self.settled and run is not None and run.outcome == "Complete"
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether its current run trains nothing, and so publishes no model."""
+        return self.run_spec is not None and not self.run_spec.spec.method.kind.trains
+
 
 def model_mark(job: Object) -> tuple[Any, ...]:
     """The parts of a job that the jobs which start from its model depend on."""

@@ -36,7 +36,7 @@ def check_sum(run_spec: RunSpec, files: BaseFiles) -> None:
         UserError: 'NoSumOfAdapters'; the message names the alternatives.
     """
     spec = run_spec.spec
-    if files.adapter is None or spec.effective_output_format == "Merged":
+    if files.adapter is None or spec.effective_output_format in (None, "Merged"):
         return
     lora = spec.method.effective_lora
     plain = spec.method.kind.block == "lora" and not (lora.use_dora or lora.target_parameters)

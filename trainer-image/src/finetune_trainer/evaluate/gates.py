@@ -163,9 +163,8 @@ _NAMED: Final[dict[str, GateRow]] = {AS_IS: "Base", RETRIEVAL: "Retrieval"}
 
 
 def _metrics(table: SetTable) -> dict[str, Estimate]:
-    """Metrics of the tuned model."""
-    rows = (row for row in table.rows if row.model == "Tuned" and row.prompt == AS_IS)
-    return next((row.metrics for row in rows), {})
+    """Metrics of the judged model."""
+    return table.judged.metrics if table.judged else {}
 
 
 def _too_few(compared: Comparison) -> str | None:

@@ -48,7 +48,8 @@ def slices_of(
     metrics: Sequence[Metric],
     min_points: float,
 ) -> list[Slice]:
-    """Return the slices of a test set, the worst change of the primary metric first.
+    """Return the slices of a test set, the worst change of the primary metric first; where nothing
+    was trained, by field and value.
 
     Args:
         rows: of the set.
@@ -57,7 +58,7 @@ def slices_of(
         min_points: see ``compare_outcomes``.
     """
     base, tuned = (next((row for row in rows if row.row == of), None) for of in (BASE, TUNED))
-    if base is None or tuned is None:
+    if base is None:
         return []
     metric = primary_of(metrics)
     found = []
@@ -66,17 +67,20 @@ def slices_of(
         for number, text in enumerate(texts):
             members.setdefault(text, []).append(number)
         for value in sorted(members):
-            before, after = (part_of(row, members[value]) for row in (base, tuned))
-            if not after.measured:
+            before = part_of(base, members[value])
+            after = part_of(tuned, members[value]) if tuned else None
+            measured = after or before
+            if not measured.measured:
                 continue
-            compared = compare_rows(before, after, [metric], min_points) if metric else {}
+            compares = [metric] if metric else []
+            compared = compare_rows(before, after, compares, min_points) if after else {}
             made = Slice(
                 field=field,
                 value=value,
-                samples=after.measured,
-                groups=after.measured_groups,
+                samples=measured.measured,
+                groups=measured.measured_groups,
                 base=estimates(before, metrics),
-                tuned=estimates(after, metrics),
+                tuned=estimates(after, metrics) if after else {},
                 metric=metric,
                 comparison=compared.get(metric) if metric else None,
             )

@@ -147,7 +147,7 @@ def rows_of(
 def table_of(
     name: str,
     rows: Sequence[RowOutcome],
-    tuned: Row,
+    judged: Row,
     metrics: Sequence[Metric],
     min_points: float,
 ) -> SetTable:
@@ -156,11 +156,11 @@ def table_of(
     Args:
         name: of the set.
         rows: in the order of the table.
-        tuned: row that is compared with the others.
+        judged: row that is compared with the others (``SetTable.judged``).
         metrics: of the table.
         min_points: see ``compare_outcomes``.
     """
-    against = next(row for row in rows if row.row == tuned)
+    against = next(row for row in rows if row.row == judged)
     return SetTable(name=name, rows=[_row(row, against, metrics, min_points) for row in rows])
 
 

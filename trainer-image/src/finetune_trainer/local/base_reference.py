@@ -15,14 +15,20 @@ def find_tuned(state: StateFolder, namespace: str, where: Where) -> TunedBase | 
     """Return the published model that a new run starts from; None if the spec gives an address.
 
     Raises:
-        UserError: 'ModelNotReady', naming the job to run first; 'ModelHeld'; 'ModelElsewhere' if
-            the model is in storage that this run does not use.
+        UserError: 'ModelNotReady', naming the job to run first; 'NoModelPublished'; 'ModelHeld';
+            'ModelElsewhere' if the model is in storage that this run does not use.
     """
     reference = where.spec.model.fine_tune_job_ref
     if reference is None:
         return None
     name, known = reference.name, state.read(reference.name)
     last = known.runs[-1] if known.runs else None
+    if last is not None and not parse_spec(last.spec).method.kind.trains:
+        raise UserError(
+            "NoModelPublished",
+            f"spec.model.fineTuneJobRef: job {name} evaluates a model, and publishes none; name the"
+            " job that trained the model, or give spec.model.source",
+        )
     if last is None or not last.complete:
         run = f"its run {run_id(last.number, known.uid)} has not ended" if last else "it never ran"
         raise UserError(

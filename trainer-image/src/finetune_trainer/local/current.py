@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from finetune_api.methods import METHODS
 from finetune_trainer.failures import TrainerError, UserError, printable
 from finetune_trainer.local.display import show_error
 from finetune_trainer.local.storage import published_store
@@ -69,6 +70,12 @@ def to(run: str) -> Change:
         if found is None:
             raise UserError(
                 "ModelNotFound", f"{uri}/{MANIFEST} does not exist: no run published it"
+            )
+        if not METHODS[found[0].method].trains:
+            raise UserError(
+                "NoModelPublished",
+                f"{uri}: this run has evaluated a model, and published none; promote a run that"
+                " trained one",
             )
         model = used_model(uri, *found)
         return lambda file: file.moved(model)

@@ -4,9 +4,9 @@ elsewhere, and the table of test metrics."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Literal, Self
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
@@ -27,7 +27,10 @@ _SHORT: Final = {
     "Better": "better", "Worse": "worse", "NotBetter": "no gain", "TooFewSamples": "undecided",
 }  # fmt: skip
 """Verdicts, as the table of the terminal has them."""
-_STAGES: Final = {"prepare": "Prepare", "train": "Train", "publish": "Publish"}
+_STAGES: Final = {
+    "prepare": "Prepare", "train": "Train", "evaluate": "Evaluate", "publish": "Publish",
+}  # fmt: skip
+"""Names of the stages; evaluate is train where nothing is trained."""
 _PLAIN_SECONDS: Final = 5.0
 """Seconds between progress lines without a terminal."""
 
@@ -109,9 +112,7 @@ class Display:
         if not published.scores:
             self.say("No test set: give data.test, or a data.split.test above 0.")
             return
-        self.console.print(
-            scores_table("Test metrics, gains with their 95 % intervals", published.scores)
-        )
+        self.console.print(scores_table("Test metrics", published.scores))
         if published.recommendation:
             self.say(f"Advice:  {published.recommendation}")
         if published.overfitting:
@@ -148,10 +149,13 @@ def plain_table(title: str) -> Table:
     )  # fmt: skip
 
 
-def scores_table(title: str, scores: Iterable[DataSetScores]) -> Group:
+def scores_table(title: str, scores: Sequence[DataSetScores]) -> Group:
     """Return a table of the metrics of base and tuned model, 80 columns wide with usual names, and
-    a line about the comparisons that more samples would decide."""
-    table = plain_table(title)
+    a line about the comparisons that more samples would decide. Where nothing was trained: a table
+    of the model's metrics."""
+    if not any(each.tuned for each in scores):
+        return Group(_values_table(title, scores))
+    table = plain_table(f"{title}, gains with their 95 % intervals")
     for name in ("data set", "metric", "base", "tuned", "gain", "verdict"):
         text = name in ("data set", "metric", "verdict")
         table.add_column(name, justify="left" if text else "right", overflow="fold")
@@ -175,6 +179,19 @@ def scores_table(title: str, scores: Iterable[DataSetScores]) -> Group:
     return Group(table, Text(printable(words), "dim"))
 
 
+def _values_table(title: str, scores: Iterable[DataSetScores]) -> Table:
+    table = plain_table(title)
+    for name in ("data set", "samples", "metric", "value"):
+        justify: Literal["left", "right"] = "right" if name in ("samples", "value") else "left"
+        table.add_column(name, justify=justify, overflow="fold")
+    for name, rows in by_set(scores_of(scores)):
+        for i, row in enumerate(rows):
+            first = (escape(printable(name)), f"{row.samples:,}") if i == 0 else ("", "")
+            table.add_row(*first, row.metric, row.show(row.value))
+        table.add_section()
+    return table
+
+
 def show_error(console: Console, error: TrainerError) -> int:
     """Print an error outside of a stage, and return its exit code."""
     failure = failure_of(error)
@@ -185,13 +202,18 @@ def show_error(console: Console, error: TrainerError) -> int:
 
 def prepared_text(summary: PreparedSummary) -> str:
     counts = f"{summary.train_samples:,}/{summary.validation_samples:,}/{summary.test_samples:,}"
+    counts += " train/validation/test samples"
+    work = "training"
+    if not summary.total_steps:
+        counts = f"{summary.test_samples:,}/{summary.retention_samples:,} test/retention samples"
+        work = "evaluation"
     reused = ", prepared before" if summary.reused else ""
     memory = ""
     if summary.memory is not None:
-        memory = f", training takes about {summary.memory.needed / (1 << 30):,.1f} GiB a process"
+        memory = f", {work} takes about {summary.memory.needed / (1 << 30):,.1f} GiB a process"
         if summary.memory.warning:
             memory += f". {summary.memory.warning}"
-    return f"{counts} train/validation/test samples{reused}{memory}"
+    return f"{counts}{reused}{memory}"
 
 
 def reading_text(records: int) -> str:
@@ -213,6 +235,9 @@ def training_text(progress: TrainProgress) -> str:
 
 
 def trained_text(summary: TrainSummary) -> str:
+    if not summary.steps:
+        count = len(summary.scores)
+        return f"{count} {'set' if count == 1 else 'sets'}, {duration(summary.training_seconds)}"
     early = ", stopped early" if summary.stopped_early else ""
     loss = f", loss {summary.loss:.4f}" if summary.loss is not None else ""
     restarts = f", {summary.restarts} restarts" if summary.restarts else ""
@@ -221,7 +246,7 @@ def trained_text(summary: TrainSummary) -> str:
 
 
 def published_text(summary: PublishSummary) -> str:
-    return f"{' and '.join(summary.formats)}, {summary.bytes / 1e6:,.1f} MB"
+    return f"{' and '.join(summary.formats) or 'results'}, {summary.bytes / 1e6:,.1f} MB"
 
 
 def duration(seconds: float) -> str:

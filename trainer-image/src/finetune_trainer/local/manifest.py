@@ -51,14 +51,22 @@ def read_manifest(path: Path) -> LocalJob:
     Raises:
         InvalidSpec: one line per fault, each with the field's path in the manifest.
     """
-    raw = _load(path)
+    return job_of(_load(path), _folder_of(path))
+
+
+def job_of(raw: dict[str, Any], folder: Path) -> LocalJob:
+    """Return the job of a manifest whose relative paths start from ``folder``.
+
+    Raises:
+        InvalidSpec: as ``read_manifest``.
+    """
     problems = _problems_of_head(raw)
     claims: dict[str, Path] = {}
     spec = raw.get("spec")
     if not isinstance(spec, dict):
         problems.append("spec: required, but absent" if spec is None else "spec: must be a mapping")
         raise InvalidSpec(problems)
-    spec, faults = _with_claims(spec, _folder_of(path), claims)
+    spec, faults = _with_claims(spec, folder, claims)
     problems += faults
     try:
         parsed = parse_spec(spec)

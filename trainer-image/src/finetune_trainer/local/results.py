@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -11,8 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune_api.evaluation_results import EvaluationResult
+from finetune_api.methods import METHODS
 from finetune_trainer.failures import TrainerError, UserError, printable
 from finetune_trainer.local.display import plain_table, scores_table, short_verdict, show_error
+from finetune_trainer.local.manifest import with_paths
 from finetune_trainer.local.storage import published_store
 from finetune_trainer.publish.lm_eval_export import export
 from finetune_trainer.publish.model_comparison import ComparedSet, Model, compare_models
@@ -35,17 +37,19 @@ from finetune_trainer.publish.trade_off import TradeOff, trade_off
 
 LETTERS: Final = "ABCDEFGH"
 """Names of the models in the tables of a comparison: as many as it may have."""
+NO_CLAIMS: Final[Mapping[str, Path]] = {}
 
 
 def report(
     uri: str, state_dir: Path, *, endpoint: str | None, local_storage: bool,
-    lm_eval: Path | None = None,
+    lm_eval: Path | None = None, claims: Mapping[str, Path] = NO_CLAIMS,
 ) -> int:  # fmt: skip
     """Show the results of a published model, and return the exit code.
 
     Args:
         uri: folder of the model.
         lm_eval: folder for the results in the files of lm-evaluation-harness.
+        claims: local folders that are shown in place of claims.
     """
     console, written = Console(), list[Path]()
     try:
@@ -55,7 +59,7 @@ def report(
                 written = export(results, read_all_predictions(store, results), lm_eval)
     except TrainerError as error:
         return show_error(console, error)
-    _show_report(console, results)
+    _show_report(console, results, with_paths(results.name, claims))
     for path in written:
         _say(console, f"Written: {path}")
     return 0
@@ -63,13 +67,14 @@ def report(
 
 def compare(
     uris: Sequence[str], state_dir: Path, *, endpoint: str | None, local_storage: bool,
-    min_effect: float,
+    min_effect: float, claims: Mapping[str, Path] = NO_CLAIMS,
 ) -> int:  # fmt: skip
     """Compare published models on the samples that all have answered, and return the exit code.
 
     Args:
         uris: folders of the models; the others are compared with the first.
         min_effect: as ``evaluation.minEffect``, in hundredths.
+        claims: as for ``report``.
     """
     console = Console()
     try:
@@ -83,14 +88,16 @@ def compare(
                 Model(
                     each.name,
                     by_sample(read_all_predictions(store, each)),
-                    {scores.name: list(scores.tuned) for scores in each.scores},
+                    {scores.name: list(scores.judged) for scores in each.scores},
+                    each.judged,
                 )
                 for each in found
             ]
         compared = compare_models(models, min_effect)
     except TrainerError as error:
         return show_error(console, error)
-    _legend(console, found)
+    for letter, results in zip(LETTERS, found, strict=False):
+        _say(console, f"{letter}: {with_paths(results.name, claims)}, {results.uri}")
     if not compared:
         _say(console, "No test or retention set has the same name in all models.")
     for each in compared:
@@ -105,10 +112,12 @@ def _say(console: Console, text: str) -> None:
 # --- report --------------------------------------------------------------------------------------
 
 
-def _show_report(console: Console, found: PublishedResults) -> None:
+def _show_report(console: Console, found: PublishedResults, name: str) -> None:
     manifest, evaluation = found.manifest, found.evaluation
-    console.print(Text(printable(found.name), style="bold"))
-    _say(console, f"{manifest.method} on {manifest.base_model}; published at {found.uri}")
+    console.print(Text(printable(name), style="bold"))
+    trains = METHODS[manifest.method].trains
+    what = f"{manifest.method} on {manifest.base_model}; published" if trains else "Evaluation"
+    _say(console, f"{what} at {found.uri}")
     if manifest.held:
         _say(console, f"Held:    {manifest.held}")
     for table in evaluation.sets:
@@ -120,14 +129,14 @@ def _show_report(console: Console, found: PublishedResults) -> None:
         _say(console, f"Remedy:  {remedy}")
     if found.suspect_labels:
         _say(console, f"Labels:  {found.suspect_labels}")
-    for retention, title in (
-        (False, "Test metrics, gains with their 95 % intervals"),
-        (True, "Retention sets: what was forgotten"),
-    ):
+    forgotten = "Retention sets: what was forgotten" if trains else "Retention sets"
+    for retention, title in ((False, "Test metrics"), (True, forgotten)):
         names = {table.name for table in evaluation.sets if table.retention is retention}
         scores = [each for each in found.scores if each.name in names]
-        if scores:
+        if scores and trains:
             console.print(scores_table(title, scores))
+        elif scores:
+            console.print(_values_table(title, evaluation, names))
     for shown in shown_tables(evaluation, scores_of(found.scores)):
         console.print(_rows_table(shown))
     if (matrix := matrix_table(evaluation.matrix)) is not None:
@@ -145,9 +154,27 @@ def _show_report(console: Console, found: PublishedResults) -> None:
     _say(console, f"Report:  {found.uri}/report.html")
 
 
+def _values_table(title: str, evaluation: EvaluationResult, names: Collection[str]) -> Table:
+    """Metrics of a model that was measured as it is."""
+    table = plain_table(f"{title}, with their 95 % intervals")
+    for name in ("data set", "samples", "metric", "value"):
+        table.add_column(name, overflow="fold")
+    for each in (t for t in evaluation.sets if t.name in names and t.judged):
+        row = each.judged
+        assert row is not None, "checked above"
+        for n, (metric, estimate) in enumerate(row.metrics.items()):
+            score = Score(each.name, row.samples, metric, estimate.value, None)
+            first = (each.name, counted(row.samples, row.groups)) if n == 0 else ("", "")
+            cells = (*first, metric, score.estimated(estimate))
+            table.add_row(*(Text(printable(cell)) for cell in cells))
+        table.add_section()
+    return table
+
+
 def _rows_table(shown: ShownTable) -> Table:
     table = plain_table(f"{shown.name}: all ways to ask, compared by {shown.primary}")
-    for name in ("row", "samples", shown.primary, "tuned is ahead by", "tokens"):
+    ahead = f"{shown.judged.lower()} is ahead by"
+    for name in ("row", "samples", shown.primary, ahead, "tokens"):
         table.add_column(name, overflow="fold")
     for row in shown.rows:  # the report has all metrics
         cells = (row.name, row.samples, row.values[0], row.ahead, row.tokens)
@@ -190,11 +217,6 @@ def _gates_table(evaluation: EvaluationResult) -> Table:
 
 
 # --- compare -------------------------------------------------------------------------------------
-
-
-def _legend(console: Console, found: Sequence[PublishedResults]) -> None:
-    for letter, each in zip(LETTERS, found, strict=False):
-        _say(console, f"{letter}: {each.name}, {each.uri}")
 
 
 def _show_compared(console: Console, found: ComparedSet) -> None:

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -58,21 +59,44 @@ def run_manifest(
         endpoint: S3 server to use; overrides the manifest's.
         local_storage: use the embedded S3 server, even if manifest or environment name another.
     """
-    console = Console()
     try:
         job = read_manifest(manifest)
     except InvalidSpec as error:
         for line in error.problems:
-            console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+            Console().print(line, style="red", markup=False, highlight=False, soft_wrap=True)
         return MANIFEST_FAULT
-    state = StateFolder(state_dir)
+    again = f"finetune run {manifest}"
+    return run_job(job, state_dir, again, endpoint=endpoint, local_storage=local_storage).code
+
+
+@dataclass(frozen=True)
+class RunDone:
+    """How a run on this machine has ended."""
+
+    code: int
+    """Exit code."""
+    output_uri: str = ""
+    """Where it publishes; empty if it did not begin."""
+
+
+def run_job(
+    job: LocalJob, state_dir: Path, again: str, *, endpoint: str | None, local_storage: bool
+) -> RunDone:
+    """Run a job on this machine; arguments as in ``run_manifest``.
+
+    Args:
+        again: command that continues the run.
+    """
+    console, state, uri = Console(), StateFolder(state_dir), ""
     try:
         with storage_for(job.spec, state, endpoint, local_storage) as where:
-            return Runner(job, state, where, console).run(manifest)
+            runner = Runner(job, state, where, console)
+            uri = runner.output_uri
+            return RunDone(runner.run(again), uri)
     except TrainerError as error:
-        return face.show_error(console, error)
+        return RunDone(face.show_error(console, error), uri)
     except KeyboardInterrupt:
-        return int(ExitCode.INTERRUPTED)
+        return RunDone(int(ExitCode.INTERRUPTED), uri)
 
 
 class Runner:
@@ -102,8 +126,17 @@ class Runner:
         self._stops = 0
         """Stop signals received."""
 
-    def run(self, manifest: Path) -> int:
-        """Run all stages, show the results, and return the exit code."""
+    @property
+    def output_uri(self) -> str:
+        """Where the run publishes."""
+        return self._run_spec.output_uri
+
+    def run(self, again: str) -> int:
+        """Run all stages, show the results, and return the exit code.
+
+        Args:
+            again: command that continues the run.
+        """
         paths = self._stage_paths()
         with face.Display(self._console) as display, self._stoppable():
             begun = "continues" if self._goes_on else "begins"
@@ -116,7 +149,7 @@ class Runner:
                 trained, published = self._stages(paths, display)
             except StageFailed as failed:
                 if self._stops:
-                    display.say(f"Stopped. To continue: finetune run {manifest}")
+                    display.say(f"Stopped. To continue: {again}")
                 return failed.code
         self._note_complete(published)
         shutil.rmtree(self._folder / "scratch", ignore_errors=True)
@@ -154,12 +187,15 @@ class Runner:
             share = found.step / found.total_steps if found.total_steps else None
             return face.training_text(found), share
 
-        trained = self._watch("train", stage, training, display).trained
+        trains = self._run_spec.spec.method.kind.trains
+        name = "train" if trains else "evaluate"
+        trained = self._watch(name, stage, training, display).trained
         assert trained is not None
-        display.end("train", face.trained_text(trained))
+        display.end(name, face.trained_text(trained))
 
         publish = stages.single_process_stage(paths, "publish")
-        said = self._watch("publish", publish, lambda: ("writing the model", None), display)
+        text = "writing the model" if trains else "writing the results"
+        said = self._watch("publish", publish, lambda: (text, None), display)
         assert said.published is not None
         display.end("publish", face.published_text(said.published))
         return trained, said.published
@@ -256,7 +292,7 @@ class Runner:
         report = self._folder / "report.html"
         store.download(f"{published.uri}/report.html", report)
         say = face.Display(self._console).say
-        say(f"Model:   {published.uri}")
+        say(f"{'Model:  ' if published.formats else 'Results:'} {published.uri}")
         if self._where.embedded is not None:
             folder = self._state.model_folder(self._job.name, self._run_spec.run)
             for info in store.list(f"{published.uri}/"):

@@ -26,6 +26,7 @@ def content_digest(
     max_length: int,
     task: TaskName,
     slices: Sequence[str] = (),
+    head: Sequence[str] = (),
 ) -> str:
     """Return the content digest: 32 hexadecimal digits.
 
@@ -36,6 +37,7 @@ def content_digest(
         max_length: maximum tokens of a sample.
         task: task that the samples are prepared for.
         slices: fields whose values are kept, in any order.
+        head: classes of a head that is not trained.
     """
     content: dict[str, Any] = {
         "version": FORMAT_VERSION,
@@ -58,6 +60,8 @@ def content_digest(
         "split": data.split.to_json(),
         "quality": data.quality.to_json(),
     }
+    if head:
+        content["head"] = list(head)
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

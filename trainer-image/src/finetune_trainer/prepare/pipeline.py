@@ -31,7 +31,7 @@ from finetune_trainer.engine.memory.fitting import (
 from finetune_trainer.engine.memory.formatting import table
 from finetune_trainer.engine.memory.profile_cache import ProfileCache
 from finetune_trainer.engine.memory.requirements import check_image
-from finetune_trainer.engine.planning.micro_batch_size import Samples
+from finetune_trainer.engine.planning.micro_batch_size import samples_of
 from finetune_trainer.engine.planning.schedule import replay_of, stage_plans, stages_of, steps_of
 from finetune_trainer.engine.task_losses import TASKS
 from finetune_trainer.evaluate.metric_selection import check_metrics
@@ -51,6 +51,7 @@ from finetune_trainer.prepare.reducing.reduce import reduce_splits
 from finetune_trainer.prepare.remedy_check import check_remedy
 from finetune_trainer.prepare.task_formats import RENDERINGS
 from finetune_trainer.prepare.tokenizing.tokens import Model
+from finetune_trainer.prepare.untrained_check import check_measured, head_of
 from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.prepared.manifest import DataManifest, is_complete, read_manifest
 from finetune_trainer.prepared.questions import write_questions
@@ -119,8 +120,9 @@ def prepare(
     tokenizer = {file.name: file_info(file).sha256 for file in files}
 
     digest = content_digest(
-        spec.data, sources, tokenizer, model.max_length, spec.task, spec.evaluation.slices
-    )
+        spec.data, sources, tokenizer, model.max_length, spec.task, spec.evaluation.slices,
+        model.head,
+    )  # fmt: skip
     uri = data_uri(spec.effective_workspace, digest)
     manifest = read_manifest(stores.default, uri)
     reused = manifest is not None and is_complete(stores.default, uri, manifest)
@@ -131,6 +133,7 @@ def prepare(
         manifest = write_data(work, step, worker, processes, say or LogProgress())
     if manifest is None or step == "Map":
         return None
+    check_measured(spec, manifest)
     check_metrics(spec, manifest.sets)
     data = PreparedData(stores.default, uri, scratch / "data", manifest)
     if spec.evaluation.slices:
@@ -194,7 +197,9 @@ def write_data(
             )
             check_unchanged(sources, stores, may_grow=step == "All")
             classes_of = RENDERINGS[model.task].classes
-            manifest = output.finish(model.max_length, data.quality, classes_of)
+            manifest = output.finish(
+                model.max_length, data.quality, lambda found: classes_of(found, model.head)
+            )
         except DataError:
             if step != "Map":
                 results.remove()
@@ -259,6 +264,7 @@ def load_model(run_spec: RunSpec, folder: Path) -> Model:
         task=spec.task,
         max_length=max_length_of(spec, bound),
         positions=None if bound is None else bound - spec.method.virtual_tokens,
+        head=() if spec.method.kind.trains else head_of(run_spec, config),
     )
 
 
@@ -334,13 +340,12 @@ def check_unchanged(sources: Sequence[Source], stores: Stores, may_grow: bool) -
 
 
 def estimate_memory(spec: FineTuneJobSpec, data: PreparedData, measure: Measure) -> MemoryEstimate:
-    """Estimate and log the memory that training takes per process.
+    """Estimate and log the memory that training (or evaluation alone) takes per process.
 
     Raises:
         UserError: 'DoesNotFit', the memory of a process in the manifest is certainly too small.
     """
-    index = data.index("train")
-    samples = Samples(index.length, index.supervised, data.manifest.max_length)
+    samples = samples_of(spec, data)
     available = spec.compute.process_memory
     found = fit(spec, samples, available, measure)
     check_min_nodes(spec, samples, available, measure)
@@ -371,6 +376,7 @@ def summarise(
         "train_samples": manifest.samples("train"),
         "validation_samples": manifest.samples("validation"),
         "test_samples": manifest.samples("test"),
+        "retention_samples": manifest.samples("retention"),
         "train_tokens": sum(s.tokens for s in train),
         "supervised_tokens": sum(s.supervised for s in train),
         "dropped": manifest.dropped,

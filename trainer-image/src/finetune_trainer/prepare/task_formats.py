@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -34,22 +34,26 @@ class Labels(Protocol):
         """Object and line of the first sample with each label."""
 
 
-def no_classes(found: Iterable[tuple[Side, Labels]]) -> list[str]:
+def no_classes(found: Iterable[tuple[Side, Labels]], head: Sequence[str] = ()) -> list[str]:
     """Return no classes, for a task that trains labels as text."""
     return []
 
 
-def classes_of(found: Iterable[tuple[Side, Labels]]) -> list[str]:
-    """Return the classes: the sorted labels of the training samples (integers by value).
+def classes_of(found: Iterable[tuple[Side, Labels]], head: Sequence[str] = ()) -> list[str]:
+    """Return the classes: the sorted labels of the training samples (integers by value), or those
+    of a head that is not trained.
+
+    Args:
+        head: classes of that head; empty where the head is trained.
 
     Raises:
         DataError: 'TooFewClasses'; 'UnknownLabel', with the record of a held-out label that no
-            training sample has.
+            training sample has, or of a label that the head does not know.
     """
-    known: set[str] = set()
+    known: set[str] = set(head)
     held_out: list[tuple[str, str]] = []
     for side, there in found:
-        if side == "train":
+        if side == "train" and not head:
             known.update(there.labels)
         else:
             held_out += there.label_places.items()
@@ -60,12 +64,21 @@ def classes_of(found: Iterable[tuple[Side, Labels]]) -> list[str]:
             " least two; correct data or spec",
         )
     for label, where in held_out:
-        if label not in known:
+        if label in known:
+            continue
+        if head:
             raise DataError(
                 "UnknownLabel",
-                f"{where}: no training sample has the label {label!r}, so the model has no such"
-                " class; correct the record, train on such records, or lower data.split",
+                f"{where}: the model's classification head has no class {label!r}; it has"
+                f" {', '.join(head)}. Correct the record, or evaluate a model of such classes",
             )
+        raise DataError(
+            "UnknownLabel",
+            f"{where}: no training sample has the label {label!r}, so the model has no such"
+            " class; correct the record, train on such records, or lower data.split",
+        )
+    if head:
+        return list(head)
     numbers = all(label.removeprefix("-").isdecimal() for label in known)
     return sorted(known, key=lambda label: (int(label) if numbers else 0, label))
 
@@ -78,8 +91,9 @@ class Rendering:
     """Reads a record of a plain format without a template."""
     tokens: Callable[[Any, str, int], Tokenizing]
     """Maps tokenizer, model address and rows of the embedding to a ``Tokenizing``."""
-    classes: Callable[[Iterable[tuple[Side, Labels]]], list[str]]
-    """Returns the names of the classes, from the labels of all sets."""
+    classes: Callable[[Iterable[tuple[Side, Labels]], Sequence[str]], list[str]]
+    """Returns the names of the classes, from the labels of all sets and the classes of a head that
+    is not trained."""
 
 
 RENDERINGS: Final[dict[TaskName, Rendering]] = {

@@ -69,7 +69,8 @@ class DataManifest(Record):
     max_length: int
     """Maximum tokens of a sample."""
     max_completion_tokens: int
-    """Tokens of the longest last answer of a training sample, with the end token."""
+    """Tokens of the longest last answer of a training sample, with the end token; without training
+    samples, of any sample."""
     stop_token_ids: list[int]
     """Last tokens of the supervised answers: generation stops at each of them."""
     classes: list[str]

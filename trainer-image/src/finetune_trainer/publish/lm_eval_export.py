@@ -29,12 +29,15 @@ _WIDTH: Final = 2 * 1.959964
 
 def export(results: PublishedResults, lines: Sequence[Prediction], folder: Path) -> list[Path]:
     """Write the files of the base and the tuned model, each to a folder of its own; return them.
+    An evaluation alone has the base model's.
 
     Standard errors are those of our intervals. Prompts of other rows (few-shot, retrieval) are not
     in predictions.jsonl, so only the test prompts as they are have samples.
     """
     written = []
     for row in (BASE, TUNED):
+        if not any(_row_of(table, row.model) for table in results.evaluation.sets):
+            continue
         own = folder / row.model.lower()
         own.mkdir(parents=True, exist_ok=True)
         written.append(own / "results.json")
@@ -78,6 +81,11 @@ def _results(results: PublishedResults, model: RowModel) -> dict[str, Any]:
     if tuned and "adapter" not in manifest.formats:
         where = f"pretrained={results.uri}/merged"
     name = results.uri if tuned else manifest.base_model
+    if results.judged == BASE.name and (measured := manifest.lineage[-1]).formats:  # of a run
+        name = measured.uri
+        where = f"pretrained={name}/merged"
+        if "merged" not in measured.formats:
+            where = f"pretrained={manifest.base_model},peft={name}/adapter"
     return {
         "results": {table.name: _figures(table, model) for table in tables},
         "group_subtasks": {},

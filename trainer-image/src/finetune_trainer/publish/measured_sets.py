@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from finetune_api.evaluation_results import TUNED
+from finetune_api.evaluation_results import BASE, TUNED
 from finetune_api.tasks import METRICS, Metric
 from finetune_trainer.evaluate.table import Answered
 from finetune_trainer.evaluate.weighted_scores import Groups
@@ -45,8 +45,11 @@ class MeasuredSet:
     """Of all samples: see ``sample_digest``."""
 
     @property
-    def tuned(self) -> Answered:
-        return next(row for row in self.answered if row.row == TUNED)
+    def judged(self) -> Answered:
+        """Answers to the test prompts as they are, of the tuned model or, where nothing was
+        trained, of the base model."""
+        rows = {row.row: row for row in self.answered if row.row in (BASE, TUNED)}
+        return rows.get(TUNED) or rows[BASE]
 
     def examples(self) -> list[Example]:
         """The first samples that were answered, with all answers."""
@@ -98,7 +101,7 @@ def measured_sets(
             MeasuredSet(
                 name=scores.name,
                 retention=side == "retention",
-                metrics=[m for m in METRICS if m in scores.tuned],
+                metrics=[m for m in METRICS if m in scores.judged],
                 answered=answered,
                 references=data.references(side, positions[:most].tolist()),
                 groups=index.groups[positions],

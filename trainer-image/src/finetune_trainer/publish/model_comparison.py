@@ -29,6 +29,8 @@ class Model:
     """By set and sample."""
     metrics: Mapping[str, Sequence[str]]
     """Metrics that it was measured by, for each set."""
+    row: str = TUNED.name
+    """Name of its row in the predictions."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def compare_on(name: str, models: Sequence[Model], min_points: float) -> Compare
     lines = [[m.predictions[sample] for sample in common] for m in models]
     metrics = [m for m in METRICS if all(m in model.metrics.get(name, ()) for model in models)]
     groups = _groups(lines[0])
-    rows = [_outcome(these, lines, groups) for these in lines]
+    names = [model.row for model in models]
+    rows = [_outcome(n, names, lines, groups) for n in range(len(models))]
     return ComparedSet(
         name=name,
         samples=len(common),
@@ -105,14 +108,23 @@ def _groups(lines: Sequence[Prediction]) -> Groups:
 
 
 def _outcome(
-    lines: Sequence[Prediction], all_lines: Sequence[Sequence[Prediction]], groups: Groups
+    number: int,
+    names: Sequence[str],
+    all_lines: Sequence[Sequence[Prediction]],
+    groups: Groups,
 ) -> RowOutcome:
     """What one model did with the common samples: answers where all models have one, losses where
-    all models have one over equally many labels (that of another tokenizer may not be)."""
+    all models have one over equally many labels (that of another tokenizer may not be).
+
+    Args:
+        number: of the model.
+        names: row of each model in its predictions.
+    """
+    lines = all_lines[number]
     answered = [
         at
         for at, of_sample in enumerate(zip(*all_lines, strict=True))
-        if all(TUNED.name in line.answers for line in of_sample)
+        if all(name in line.answers for name, line in zip(names, of_sample, strict=True))
     ]
     with_loss = [
         len({line.labels for line in of_sample}) == 1
@@ -122,8 +134,8 @@ def _outcome(
     row = Answered(
         row=TUNED,
         samples=answered,
-        answers=[lines[at].answers[TUNED.name] for at in answered],
-        label_scores=_label_scores(lines, all_lines, answered),
+        answers=[lines[at].answers[names[number]] for at in answered],
+        label_scores=_label_scores(number, names, all_lines, answered),
         losses=np.array([cast(float, line.loss) if ok else 0.0
                          for line, ok in zip(lines, with_loss, strict=True)], np.float64),
         labels=np.array([line.labels if ok else 0
@@ -133,12 +145,18 @@ def _outcome(
 
 
 def _label_scores(
-    lines: Sequence[Prediction], all_lines: Sequence[Sequence[Prediction]], at: Sequence[int]
+    number: int,
+    names: Sequence[str],
+    all_lines: Sequence[Sequence[Prediction]],
+    at: Sequence[int],
 ) -> LabelScores | None:
     """Log-likelihoods of the labels in the answered samples, where all models have the same."""
     labels = sorted(all_lines[0][at[0]].label_tokens or ()) if at else []
-    known = (label_scores_of((these[i] for i in at), labels) for these in all_lines)
-    return label_scores_of((lines[i] for i in at), labels) if all(known) else None
+    known = [
+        label_scores_of([these[i] for i in at], labels, name)
+        for name, these in zip(names, all_lines, strict=True)
+    ]
+    return known[number] if all(known) else None
 
 
 def _reference(line: Prediction) -> Reference:

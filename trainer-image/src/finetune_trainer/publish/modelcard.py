@@ -148,9 +148,9 @@ def front_matter(about: About) -> dict[str, Any]:
         front["base_model_relation"] = "adapter" if adapter_only and on_it else "finetune"
     sets: dict[str, list[dict[str, Any]]] = {}
     for score in about.scores:
-        if not math.isfinite(score.tuned):
+        if not math.isfinite(score.value):
             continue
-        entry = {"type": score.metric.lower(), "name": score.metric, "value": score.tuned}
+        entry = {"type": score.metric.lower(), "name": score.metric, "value": score.value}
         sets.setdefault(score.data_set, []).append(entry)
     if sets:
         results = [

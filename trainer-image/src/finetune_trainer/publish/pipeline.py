@@ -14,7 +14,7 @@ from pathlib import Path
 
 from finetune_api.results import PublishSummary
 from finetune_api.run_spec import RunSpec
-from finetune_trainer.engine.base import BaseFiles
+from finetune_trainer.engine.base import BaseFiles, fetch_base
 from finetune_trainer.engine.model import CPU, has_drawn_head, purpose_of
 from finetune_trainer.engine.sharding import capacity
 from finetune_trainer.failures import UserError
@@ -58,7 +58,8 @@ log = logging.getLogger(__name__)
 
 
 def publish(run_spec: RunSpec, stores: Stores, scratch: Path) -> PublishSummary:
-    """Write the tuned model of a run to its output address, and update ``latest.json``.
+    """Write the tuned model of a run to its output address, and update ``latest.json``. A run that
+    trains nothing writes its results alone, to which ``latest.json`` does not point.
 
     Args:
         scratch: folder for temporary files, with space for the output, and for the base model if a
@@ -82,7 +83,8 @@ def publish(run_spec: RunSpec, stores: Stores, scratch: Path) -> PublishSummary:
         pointer = CurrentPointer(store, run_spec.spec.output.destination)
     found = read_published(store, run_spec.output_uri)
     decided = pointer is None or pointer.read().file.has_decided(run_spec.run)
-    if found is None or found[0].checkpoint != result.summary.checkpoint or not decided:
+    checkpoint = result.summary.checkpoint or ""
+    if found is None or found[0].checkpoint != checkpoint or not decided:
         found = _publish(run_spec, stores, result, pointer, scratch)
     evaluation = runfiles.read_evaluation(store, run_spec.run_uri)
     overfit = overfitting(result)
@@ -98,7 +100,8 @@ def publish(run_spec: RunSpec, stores: Stores, scratch: Path) -> PublishSummary:
             "became_current": evaluation.held is None if pointer else None,
         }
     )
-    move_latest(store, run_spec, summary)
+    if run_spec.spec.method.kind.trains:
+        move_latest(store, run_spec, summary)
     return summary
 
 
@@ -126,7 +129,11 @@ def _publish(
             " to prepare and train again",
         )
     opened = PreparedData(store, prepared.uri, scratch / "data", data)
-    base, formats, compared = write_model(run_spec, stores, result, opened, folder, scratch)
+    base, formats, compared = (
+        write_model(run_spec, stores, result, opened, folder, scratch)
+        if spec.method.kind.trains
+        else (fetch_base(run_spec, stores, scratch, weights=False), [], None)
+    )
     purpose = purpose_of(spec, data.classes)
     sizes = run_facts.Sizes(
         {name: folder_bytes(folder / name) for name in formats},
@@ -143,17 +150,19 @@ def _publish(
     files = upload_folder(store, folder, run_spec.output_uri)
     shutil.rmtree(folder)  # what is loaded again comes from object storage, and needs the disk
     checked = None
-    if compared is None and spec.evaluation.artefact_check != "Off":
+    if compared is None and formats and spec.evaluation.artefact_check != "Off":
         checked = not_compared(formats)
     if compared is not None:
         written = Artefact(
             run_spec.output_uri, formats, files, spec.task, base.base.model, base.folder
         )
         checked = check(written, compared, stores, scratch)
-    matrix = matrix_of(
-        stores.of(run_spec.base_model.storage), result.lineage, sets,
-        f"{run_spec.job.name} {run_spec.run}", redact,
-    )  # fmt: skip
+    matrix = None
+    if spec.method.kind.trains:
+        matrix = matrix_of(
+            stores.of(run_spec.base_model.storage), result.lineage, sets,
+            f"{run_spec.job.name} {run_spec.run}", redact,
+        )  # fmt: skip
     data_report = store.get(f"{prepared.uri}/report.json")
     for _ in range(TRIES):
         seen = pointer.read() if pointer else None
@@ -249,12 +258,13 @@ def _fits(result: runfiles.RunResult) -> bool:
 
 
 def write_documents(about: run_facts.About, data_report: bytes, folder: Path) -> None:
-    """Write metrics.json, report.html and README.md."""
+    """Write metrics.json, report.html and, beside a model, README.md."""
     papers = {
         run_facts.METRICS_FILE: run_facts.metrics_text(about),
         "report.html": report.render(about, data_report),
-        "README.md": modelcard.render(about),
     }
+    if about.formats:
+        papers["README.md"] = modelcard.render(about)
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in papers.items():
         (folder / name).write_text(text, encoding="utf-8")

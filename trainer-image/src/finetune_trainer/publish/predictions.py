@@ -54,8 +54,8 @@ class Prediction(Record):
     answers: dict[str, str] = Field(default={})
     """Answer by row; of several draws, the first."""
     loss: float | None = None
-    """Loss of the tuned model on the sample, in nats, summed over its labels; None: not finite, or
-    not measured."""
+    """Loss of the tuned model (without training, of the base model) on the sample, in nats, summed
+    over its labels; None: not finite, or not measured."""
     labels: int = 0
     """Number of labels summed in ``loss``: supervised tokens, or one class."""
     log_likelihoods: dict[str, dict[str, float]] | None = None
@@ -80,12 +80,12 @@ def predictions_of(found: MeasuredSet, redact: bool) -> Iterator[Prediction]:
             text = redacted(answer) if redact else answer
             said[number].setdefault(row.row.name, text)
     likelihoods, picked = _labels_of(found)
-    scores = found.tuned.label_scores
-    tuned = found.tuned
+    judged = found.judged
+    scores = judged.label_scores
     for number, digest in enumerate(found.digests):
         answers = said[number] if number < len(said) else {}
         reference = found.references[number] if answers else None
-        known = number < len(tuned.losses) and math.isfinite(tuned.losses[number])
+        known = number < len(judged.losses) and math.isfinite(judged.losses[number])
         yield Prediction(
             data_set=found.name,
             sample=digest,
@@ -94,8 +94,8 @@ def predictions_of(found: MeasuredSet, redact: bool) -> Iterator[Prediction]:
             reference=reference.completion if reference else None,
             label=reference.label if reference else None,
             answers=answers,
-            loss=float(tuned.losses[number]) if known else None,
-            labels=int(tuned.labels[number]) if known else 0,
+            loss=float(judged.losses[number]) if known else None,
+            labels=int(judged.labels[number]) if known else 0,
             log_likelihoods=(likelihoods[number] or None) if answers else None,
             label_tokens=(
                 dict(zip(scores.labels, scores.tokens, strict=True)) if answers and scores else None
@@ -197,8 +197,8 @@ def row_of_current(
         for number, each in enumerate(there[: len(found.references)])
         if each and TUNED.name in each.answers
     }
-    scores = found.tuned.label_scores
-    ours = found.tuned.labels.tolist() or [0.0] * len(there)
+    scores = found.judged.label_scores
+    ours = found.judged.labels.tolist() or [0.0] * len(there)
     losses = [
         (each.loss, each.labels) if each and each.loss is not None and each.labels == count
         else (0.0, 0)

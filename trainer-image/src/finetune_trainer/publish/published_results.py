@@ -9,7 +9,8 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from finetune_api.evaluation_results import DataSetScores, EvaluationResult
+from finetune_api.evaluation_results import BASE, TUNED, DataSetScores, EvaluationResult
+from finetune_api.methods import METHODS
 from finetune_trainer.failures import UserError
 from finetune_trainer.publish.predictions import PREDICTIONS, Prediction
 from finetune_trainer.publish.run_facts import METRICS_FILE, TABLE_KEYS
@@ -36,8 +37,15 @@ class PublishedResults:
 
     @property
     def name(self) -> str:
-        """``support-bot 2-abcde``."""
-        return f"{self.manifest.job.name} {self.manifest.run}"
+        """``support-bot 2-abcde``; of an evaluation alone with the model that it measured."""
+        run = f"{self.manifest.job.name} {self.manifest.run}"
+        trained = self.judged == TUNED.name
+        return run if trained else f"{self.manifest.lineage[-1].uri} (measured by {run})"
+
+    @property
+    def judged(self) -> str:
+        """Name of the row that the results are about (``SetTable.judged``)."""
+        return (TUNED if METHODS[self.manifest.method].trains else BASE).name
 
 
 def read_results(store: ObjectStore, uri: str) -> PublishedResults:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
-from finetune_api.evaluation_results import TUNED
 from finetune_trainer.pages import page
 from finetune_trainer.publish.chart import Line, interval_chart, line_chart
 from finetune_trainer.publish.memorisation import memorisation_text, memorisation_warning
@@ -43,6 +42,7 @@ def render(about: About, data_report: bytes) -> str:
         remedy=remedy,
         points=trade_off(remedy) if remedy else None,
         samples=_sample_counts(about),
+        estimates={t.name: t.judged.metrics for t in about.evaluation.sets if t.judged},
         tables=tables_of(about),
         slices=slices_of(about.evaluation),
         matrix=matrix_table(about.evaluation.matrix),
@@ -68,15 +68,14 @@ def render(about: About, data_report: bytes) -> str:
 
 def _sample_counts(about: About) -> dict[str, str]:
     """Return the number of samples of each test set, and of the groups among the answered ones."""
-    tuned = {
+    judged = {
         table.name: row
         for table in about.evaluation.sets
-        for row in table.rows
-        if row.row == TUNED.name and row.groups is not None
+        if (row := table.judged) and row.groups is not None
     }
     found = {}
     for score in about.result.summary.scores:
-        row = tuned.get(score.name)
+        row = judged.get(score.name)
         text = f"{score.samples:,}" if row is None else counted(row.samples, row.groups)
         more = row is not None and row.samples < score.samples
         found[score.name] = f"{text}, of {score.samples:,}" if more else text

@@ -11,15 +11,16 @@ from dataclasses import replace
 from finetune_api.evaluation_results import (
     BASE,
     CURRENT,
-    TUNED,
     CurrentResult,
     DataSetScores,
+    Estimate,
     EvaluationResult,
     SetTable,
 )
 from finetune_api.remedy import RemedyResult
 from finetune_api.results import MainResult
 from finetune_api.spec import FineTuneJobSpec
+from finetune_api.tasks import Metric
 from finetune_trainer.evaluate.gates import against_current, results_of_gates
 from finetune_trainer.evaluate.metric_text import interval_text, shown
 from finetune_trainer.evaluate.recommendation import primary_of, recommend
@@ -55,7 +56,7 @@ def _with_current(found: MeasuredSet, in_use: InUse) -> MeasuredSet:
 
 def _table(found: MeasuredSet, points: float) -> SetTable:
     rows = rows_of(found.answered, found.references, found.groups)
-    table = table_of(found.name, rows, TUNED, found.metrics, points)
+    table = table_of(found.name, rows, found.judged.row, found.metrics, points)
     ways = [row for row in rows if row.row.model != "Current"]
     advised = None if found.retention else recommend(ways, found.metrics, points)
     slices = slices_of(rows, found.slices, found.metrics, points)
@@ -90,26 +91,38 @@ def with_comparisons(
 
 def main_result(result: EvaluationResult) -> MainResult | None:
     """What the tuned model gained on the first test set that has a comparison with the base model,
-    by the metric that compares its rows. None: no set has one."""
+    by the metric that compares its rows; or, where nothing was trained, the value of the base model
+    on the first test set. None: no set has one."""
     for table in result.sets:
-        base, tuned, current = (
-            next((r for r in table.rows if r.row == row.name), None)
-            for row in (BASE, TUNED, CURRENT)
-        )
-        metric = primary_of(tuned.metrics) if tuned else None
-        found = base.comparisons.get(metric) if base and metric else None
-        if table.retention or metric is None or found is None:
+        judged, rows = table.judged, {row.row: row for row in table.rows}
+        metric = primary_of(judged.metrics) if judged else None
+        if table.retention or judged is None or metric is None:
+            continue
+        value = judged.metrics[metric]
+        about = MainResult(data_set=table.name, metric=metric, value=_with_interval(metric, value))
+        base, current = rows.get(BASE.name), rows.get(CURRENT.name)
+        if judged is base:
+            return about
+        found = base.comparisons.get(metric) if base else None
+        if found is None:
             continue
         against = current.comparisons.get(metric) if current else None
         ends = interval_text(metric, found.low, found.high)
-        return MainResult(
-            data_set=table.name,
-            metric=metric,
-            verdict=found.verdict,
-            gain=f"{shown(metric, found.effect, signed=True)} ({ends})",
-            current_gap=against.effect if against else None,
+        return about.model_copy(
+            update={
+                "verdict": found.verdict,
+                "gain": f"{shown(metric, found.effect, signed=True)} ({ends})",
+                "current_gap": against.effect if against else None,
+            }
         )
     return None
+
+
+def _with_interval(metric: Metric, found: Estimate) -> str:
+    text = shown(metric, found.value)
+    if found.low is None or found.high is None:
+        return text
+    return f"{text} ({interval_text(metric, found.low, found.high)})"
 
 
 def advice(result: EvaluationResult) -> str | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from finetune_api.evaluation_results import (
+    BASE,
     EvaluationResult,
     Slice,
     TableRow,
@@ -29,7 +29,7 @@ class ShownRow:
     values: list[str]
     """Values of the shown metrics."""
     ahead: str
-    """Gain of the tuned model over this row, with its interval."""
+    """Gain of the judged model over this row, with its interval."""
     verdict: str
     tokens: str
     """Tokens per answer."""
@@ -44,6 +44,8 @@ class ShownTable:
     metrics: list[str]
     primary: str
     """Metric by which the rows are compared."""
+    judged: str
+    """Name of the row that is compared with the others."""
     rows: list[ShownRow]
 
 
@@ -59,7 +61,7 @@ class ShownSlice:
     """Value of the base model, with its interval."""
     tuned: str
     gain: str
-    """Gain of the tuned model, with its interval."""
+    """Gain of the tuned model, with its interval; "–" as tuned: nothing was trained."""
     better: bool | None
     """Whether the tuned model is better; None: equal, or not known."""
     p: str
@@ -76,7 +78,7 @@ class ShownSlices:
 
 
 def slices_of(evaluation: EvaluationResult) -> list[ShownSlices]:
-    """The test sets that have slices with a comparison, the worst change first."""
+    """The test sets that have slices, the worst change first."""
     return [
         ShownSlices(table.name, metric, [_slice(part, metric, table.name) for part in table.slices])
         for table in evaluation.sets
@@ -88,8 +90,8 @@ def _slice(part: Slice, metric: str, name: str) -> ShownSlice:
     base, tuned = part.base.get(metric), part.tuned.get(metric)
     compared = part.comparison
     score = Score(
-        name, part.samples, metric, base.value if base else None,
-        tuned.value if tuned else math.nan, compared,
+        name, part.samples, metric, base.value if base else None, tuned.value if tuned else None,
+        compared,
     )  # fmt: skip
     p = compared.p_adjusted if compared else None
     return ShownSlice(
@@ -152,7 +154,7 @@ def counted(samples: int, groups: int | None) -> str:
 
 
 def tables_of(about: About) -> list[ShownTable]:
-    """The test sets that have more rows than base and tuned model."""
+    """The test sets that have more rows than the base and the tuned model as they are."""
     return shown_tables(about.evaluation, about.scores)
 
 
@@ -167,15 +169,19 @@ def shown_tables(evaluation: EvaluationResult, scores: Iterable[Score]) -> list[
     """As ``tables_of``."""
     of_set = dict(by_set(scores))
     return [
-        _shown(table.name, table.rows, compared)
+        _shown(table.name, judged, table.rows, compared)
         for table in evaluation.sets
-        if len(table.rows) > 2 and (compared := _compared(of_set.get(table.name, [])))
+        if (judged := table.judged)
+        and len(table.rows) > (1 if judged.row == BASE.name else 2)
+        and (compared := _compared(of_set.get(table.name, [])))
     ]
 
 
-def _shown(name: str, rows: Sequence[TableRow], shown: Sequence[Score]) -> ShownTable:
+def _shown(
+    name: str, judged: TableRow, rows: Sequence[TableRow], shown: Sequence[Score]
+) -> ShownTable:
     return ShownTable(
-        name, [s.metric for s in shown], shown[0].metric, [_row(r, shown) for r in rows]
+        name, [s.metric for s in shown], shown[0].metric, judged.row, [_row(r, shown) for r in rows]
     )
 
 

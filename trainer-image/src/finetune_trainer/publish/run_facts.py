@@ -61,7 +61,8 @@ class Score:
     metric: str
     base: float | None
     """Value of the base model; None: not measured."""
-    tuned: float
+    tuned: float | None
+    """Value of the tuned model; None: nothing was trained."""
     comparison: Comparison | None = None
     """With the base model; None: not measured, or the metric follows from another one."""
 
@@ -70,9 +71,15 @@ class Score:
         return METRICS[cast(Metric, self.metric)]
 
     @property
+    def value(self) -> float:
+        """Value of the tuned model or, where nothing was trained, of the base model."""
+        found = self.base if self.tuned is None else self.tuned
+        return math.nan if found is None else found
+
+    @property
     def gain(self) -> float | None:
         """tuned - base."""
-        return None if self.base is None else self.tuned - self.base
+        return None if self.base is None or self.tuned is None else self.tuned - self.base
 
     @property
     def better(self) -> bool | None:
@@ -153,6 +160,11 @@ class About:
     def spec(self) -> FineTuneJobSpec:
         return self.run_spec.spec
 
+    @property
+    def trains(self) -> bool:
+        """Whether the run has tuned a model; else it has measured one as it is."""
+        return self.spec.method.kind.trains
+
     def scores_of(self, *, retention: bool) -> list[Score]:
         """Scores on the retention sets, or on the test sets."""
         lost = {table.name for table in self.evaluation.sets if table.retention}
@@ -197,11 +209,11 @@ def scores_of(scores: Iterable[DataSetScores]) -> list[Score]:
     """The test metrics, in the order of the test sets, then of the metrics."""
     return [
         Score(
-            found.name, found.samples, metric, found.base.get(metric), tuned,
+            found.name, found.samples, metric, found.base.get(metric), found.tuned.get(metric),
             found.comparisons.get(metric),
         )
         for found in scores
-        for metric, tuned in found.tuned.items()
+        for metric in found.judged
     ]  # fmt: skip
 
 
@@ -401,9 +413,24 @@ def _point(found: EvaluationResult) -> str:
 
 
 def settings(about: About) -> list[tuple[str, str]]:
-    """Return the settings and key figures of the training as rows of a table: name and value."""
+    """Return the settings and key figures of the training, or of the evaluation alone, as rows of a
+    table: name and value."""
     spec, result = about.spec, about.result
     summary = result.summary
+    if not about.trains:
+        return [
+            ("Task", describe_task(about)),
+            ("Model", about.run_spec.base_model.source),
+            ("Parameters", f"{summary.total_parameters:,}"),
+            ("Stored size", megabytes(about.sizes.full_copy)),
+            ("Longest sample", f"{about.data.max_length:,} tokens"),
+            ("Precision", spec.training.precision),
+            ("Processes", f"{result.processes} on {result.device}"),
+            *_memory(about.prepared),
+            ("Time", f"{summary.training_seconds:.0f} s"),
+            *([("Time of the processes", summary.time.text)] if summary.time else []),
+            ("Restarts", str(summary.restarts)),
+        ]
     length = (
         f"{spec.effective_epochs} epochs" if spec.effective_epochs else "given by training.maxSteps"
     )

@@ -53,11 +53,11 @@ class Manifest(Record):
     base_model: str
     """Address of the whole model that the run started from, on which an adapter is loaded."""
     method: MethodName
-    """Tuning method of the run."""
+    """Tuning method of the run; of None there are results and no model."""
     lineage: list[Ancestor]
     """Models that the run started from, oldest first."""
     checkpoint: str
-    """Address of the published checkpoint."""
+    """Address of the published checkpoint; empty without a model."""
     formats: list[str]
     """Folders beside this file: adapter, merged."""
     held: str | None = None
@@ -123,7 +123,8 @@ def find_base(run_spec: RunSpec, stores: Stores) -> Base:
 
     Raises:
         UserError: 'ModelNotFound' if a referenced job's model is gone; 'BaseChanged' if it differs
-            from the model that the run began with; 'NotMergeable' if its adapter cannot be merged.
+            from the model that the run began with; 'NotMergeable' if its adapter cannot be merged;
+            'NoModelPublished' if the run has only evaluated a model.
     """
     location = run_spec.base_model
     text = _manifest_text(location, stores)
@@ -149,6 +150,13 @@ def find_base(run_spec: RunSpec, stores: Stores) -> Base:
         uri=location.source, job=manifest.job.name, run=manifest.run, digest=digest,
         method=manifest.method, formats=manifest.formats,
     )  # fmt: skip
+    if not METHODS[manifest.method].trains:
+        raise UserError(
+            "NoModelPublished",
+            f"{location.source}: run {manifest.run} of job {manifest.job.name} has evaluated"
+            f" {manifest.lineage[-1].uri} and published its results, no model; give the address of"
+            " that model",
+        )
     lineage = (*manifest.lineage, itself)
     if "merged" in manifest.formats:
         whole = ModelLocation(source=merged_uri(location.source), storage=location.storage)

@@ -32,7 +32,7 @@ from finetune_trainer.prepared.split import TESTED
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.runfiles import Memorisation, RowAnswers, RunResult, SetAnswers
 from finetune_trainer.train.remedy import with_remedy
-from finetune_trainer.train.session import Session, versions
+from finetune_trainer.train.session import MeasuringSession, Session, versions
 from finetune_trainer.train.state import LoopState
 from finetune_trainer.train.stopping import raise_if_stopping
 from finetune_trainer.train.suspects import suspect_labels
@@ -48,13 +48,14 @@ class BaseResults:
     """All its rows, in order."""
 
 
-def measure_base(session: Session, step: int) -> BaseResults:
+def measure_base(session: MeasuringSession, step: int) -> BaseResults:
     """Measure of the base model what no earlier attempt has: its rows, and what ``base_kl`` needs.
 
     Args:
         step: where training goes on.
     """
-    session.telemetry.say(stage="Baseline")
+    trains = session.spec.method.kind.trains
+    session.telemetry.say(stage="Baseline" if trains else "Testing")
     world, store, run_uri = session.world, session.stores.default, session.run_spec.run_uri
     known = world.on_main(lambda: runfiles.known_rows(store, run_uri))
     with session.recorder.of("evaluation"), session.loss.base_model():
@@ -67,10 +68,11 @@ def measure_base(session: Session, step: int) -> BaseResults:
     return BaseResults({found.name: found.metrics for found in base.sets}, [BASE, *rows])
 
 
-def _base_predictions(session: Session, step: int) -> BasePredictions:
+def _base_predictions(session: MeasuringSession, step: int) -> BasePredictions:
     """Return what the base model predicts for validation samples; nothing for a classifier, whose
-    base has a drawn head, or once its weights are trained."""
-    if not session.spec.kind.generates or not session.data.set_names("validation"):
+    base has a drawn head, where nothing is trained, or once its weights are trained."""
+    needed = session.spec.kind.generates and session.spec.method.kind.trains
+    if not needed or not session.data.set_names("validation"):
         return {}
     store, run_uri = session.stores.default, session.run_spec.run_uri
     text = session.world.on_main(lambda: runfiles.read_base_probabilities(store, run_uri))
@@ -141,13 +143,18 @@ def test_and_write_result(session: Session, state: LoopState, base: BaseResults)
         processes=world.size,
         device=world.device.type,
     )
-    world.on_main(
+    write_result(session, result)
+    return summary
+
+
+def write_result(session: MeasuringSession, result: RunResult) -> None:
+    """Write the result for publish, and end the attempt."""
+    session.world.on_main(
         lambda: runfiles.write_result(session.stores.default, session.run_spec.run_uri, result)
     )
-    world.barrier()
-    checkpointer.release()
-    session.telemetry.say(stage="Done", step=state.step)
-    return summary
+    session.world.barrier()
+    session.checkpointer.release()
+    session.telemetry.say(stage="Done", step=result.summary.steps)
 
 
 def _memorisation(session: Session, steps: int) -> Memorisation | None:
@@ -162,7 +169,7 @@ def _memorisation(session: Session, steps: int) -> Memorisation | None:
     return memorisation(session.evaluator, np.unique(trained).tolist(), seed, canaries)
 
 
-def _test(session: Session, row: Row) -> RowAnswers:
+def _test(session: MeasuringSession, row: Row) -> RowAnswers:
     """Answer the test prompts as they are."""
     began = time.monotonic()
     results = [
@@ -188,7 +195,7 @@ def _set_answers(found: SetResult) -> SetAnswers:
 
 
 def _ask(
-    session: Session,
+    session: MeasuringSession,
     model: RowModel,
     promptings: Sequence[Prompting],
     known: Collection[str] = (),
@@ -212,7 +219,7 @@ def _ask(
     return rows
 
 
-def _answer(session: Session, row: Row, questions: Sequence[Question]) -> None:
+def _answer(session: MeasuringSession, row: Row, questions: Sequence[Question]) -> None:
     began = time.monotonic()
     answers = session.evaluator.generate([question.ids for question in questions])
     sets, wanted = [], session.metrics_of_sets("test")
@@ -233,7 +240,7 @@ def _answer(session: Session, row: Row, questions: Sequence[Question]) -> None:
     _write(session, row, sets, began)
 
 
-def _write(session: Session, row: Row, sets: list[SetAnswers], began: float) -> RowAnswers:
+def _write(session: MeasuringSession, row: Row, sets: list[SetAnswers], began: float) -> RowAnswers:
     seconds = (time.monotonic() - began) * session.world.size
     answers = RowAnswers(row=row, sets=sets, process_seconds=round(seconds, 3))
     store, run_uri = session.stores.default, session.run_spec.run_uri

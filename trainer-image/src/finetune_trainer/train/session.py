@@ -32,7 +32,7 @@ from finetune_trainer.engine.packing.context import ALONE, ContextGroup
 from finetune_trainer.engine.packing.dropout import draws
 from finetune_trainer.engine.packing.feed import MicroBatchBuilder, StaticShape
 from finetune_trainer.engine.parameters import Parameters
-from finetune_trainer.engine.planning.micro_batch_size import Samples, micro_batch_tokens_of
+from finetune_trainer.engine.planning.micro_batch_size import micro_batch_tokens_of, samples_of
 from finetune_trainer.engine.planning.plan import Plan, uniform_micro_batch
 from finetune_trainer.engine.planning.schedule import replay_of, stages_of, steps_of, visits_of
 from finetune_trainer.engine.precision import precision_of
@@ -57,52 +57,29 @@ from finetune_trainer.train.time_recorder import TimeRecorder
 from finetune_trainer.train.tuned import open_model
 
 
-@dataclass
-class Session:
-    """State of one training process for one attempt."""
+@dataclass(kw_only=True)
+class MeasuringSession:
+    """State of one process that measures a model, for one attempt."""
 
     run_spec: RunSpec
     world: World
     stores: Stores
     prepared: PreparedSummary
     data: PreparedData
-    context: ContextGroup
-    """The context-parallel group: processes that share this one's micro-batches."""
-    build: MicroBatchBuilder
-    """Builds the training micro-batches."""
-    plan: Plan
-    module: nn.Module
-    """The task's loss module, wrapped in DDP if data parallel is DDP."""
     loss: TaskLoss
-    """The loss module without DDP, for evaluation and generation."""
-    optimizers: Optimizers
-    guard: Guard
-    work: Work
-    """Floating-point operations of the model."""
-    peak: float | None
-    """Peak operations per second of all ranks in the run's precision; None: unknown."""
+    """The task's loss module without DDP, for evaluation and generation."""
     evaluator: Evaluator
     questions: Questions
     """Test prompts as they are put to a model, beside the prompts as they are."""
     checkpointer: CheckpointManager
     telemetry: Telemetry
     parameters: Parameters
-    trained: list[nn.Parameter]
-    """Parameters that the optimizer updates."""
-    sources: list[str]
-    """Names of the non-empty training sets, in the order of the plan's sources."""
     memory: MemoryDecision
     """Placement and estimated memory of a process."""
     lineage: Sequence[Ancestor]
     """Ancestors of the base model."""
-    replay: list[bool]
-    """Whether each of ``sources`` is a replay set, anchored to the base model's outputs."""
-    output_anchor: OutputAnchor | None
-    weight_anchor: WeightAnchor | None
     halves: Halves | None
     """Halves of the retention sets; None without ``evaluation.remedy``."""
-    read_base: Callable[[], None]
-    """See ``TunedModel``."""
     base_predictions: BasePredictions = field(default_factory=dict)
     """What the base model predicts for validation samples, once it is measured."""
 
@@ -131,11 +108,40 @@ class Session:
         return wanted
 
 
+@dataclass(kw_only=True)
+class Session(MeasuringSession):
+    """State of one training process for one attempt."""
+
+    context: ContextGroup
+    """The context-parallel group: processes that share this one's micro-batches."""
+    build: MicroBatchBuilder
+    """Builds the training micro-batches."""
+    plan: Plan
+    module: nn.Module
+    """The loss module, wrapped in DDP if data parallel is DDP."""
+    optimizers: Optimizers
+    guard: Guard
+    work: Work
+    """Floating-point operations of the model."""
+    peak: float | None
+    """Peak operations per second of all ranks in the run's precision; None: unknown."""
+    trained: list[nn.Parameter]
+    """Parameters that the optimizer updates."""
+    sources: list[str]
+    """Names of the non-empty training sets, in the order of the plan's sources."""
+    replay: list[bool]
+    """Whether each of ``sources`` is a replay set, anchored to the base model's outputs."""
+    output_anchor: OutputAnchor | None
+    weight_anchor: WeightAnchor | None
+    read_base: Callable[[], None]
+    """See ``TunedModel``."""
+
+
 def open_session(
     run_spec: RunSpec, stores: Stores, world: World, checkpointer: CheckpointManager, telemetry:
     Telemetry, scratch: Path, go_on: Callable[[str], None] = lambda where: None,
-) -> Session:  # fmt: skip
-    """Load data and model, and build the plan.
+) -> MeasuringSession:  # fmt: skip
+    """Load data and model, and build the plan; a ``Session`` for a method that trains.
 
     Args:
         go_on: called between the parts of the startup, on all ranks; may raise to stop there.
@@ -168,12 +174,37 @@ def open_session(
         purpose_of(spec, data.manifest.classes), memory.plain_head,
     )  # fmt: skip
     go_on("once the model was loaded")
+    task, longest = TASKS[spec.task], samples_of(spec, data).longest
+    micro_batch_tokens = micro_batch_tokens_of(spec, data.manifest.max_length, longest)
+    measuring = MeasuringSession(
+        run_spec=run_spec,
+        world=world,
+        stores=stores,
+        prepared=prepared,
+        data=data,
+        loss=tuned.loss,
+        evaluator=EVALUATORS[spec.task](
+            world=world, data=data, loss=tuned.loss,
+            build=task.builder(tuned.packing, ALONE, None, False), tokenizer=tokenizer,
+            micro_batch_tokens=_evaluation_tokens(micro_batch_tokens, data,
+            spec.method.virtual_tokens), packing=tuned.packing, possible=spec.kind.metrics,
+            virtual_tokens=spec.method.virtual_tokens, max_samples=spec.evaluation.max_samples,
+            max_new_tokens=data.manifest.answer_tokens(spec.evaluation.max_new_tokens),
+        ),
+        questions=read_questions(stores.default, run_spec.run_uri),
+        checkpointer=checkpointer,
+        telemetry=telemetry,
+        parameters=tuned.parameters,
+        memory=memory,
+        lineage=files.base.lineage,
+        halves=world.on_main(lambda: retention_halves(data, spec)),
+    )  # fmt: skip
+    telemetry.reached("model")
+    if not spec.method.kind.trains:
+        return measuring
+    index = data.index("train")
     optimizers = make_optimizers(tuned.model, spec)
     telemetry.reached("model")
-    task = TASKS[spec.task]
-    index = data.index("train")
-    longest = int(index.length.max())
-    micro_batch_tokens = micro_batch_tokens_of(spec, data.manifest.max_length, longest)
     sets = {number: data.manifest.sets[number] for number, _ in data.set_names("train")}
     tokens = {entry.name: entry.tokens for entry in sets.values()}
     plan = Plan(
@@ -193,42 +224,22 @@ def open_session(
     world_peak = device_peak and device_peak * world.size
     trained = [p for p in tuned.model.parameters() if p.requires_grad]
     return Session(
-        run_spec=run_spec,
-        world=world,
-        stores=stores,
-        prepared=prepared,
-        data=data,
+        **vars(measuring),
         context=context,
         build=task.builder(tuned.packing, context, shape, draws(spec)),
         plan=plan,
         module=tuned.module,
-        loss=tuned.loss,
         optimizers=optimizers,
         guard=Guard(spec.training.guard, world.device),
         work=tuned.work,
         peak=world_peak if precision.bf16 else None,
-        evaluator=EVALUATORS[spec.task](
-            world=world, data=data, loss=tuned.loss,
-            build=task.builder(tuned.packing, ALONE, None, False), tokenizer=tokenizer,
-            micro_batch_tokens=_evaluation_tokens(micro_batch_tokens, data,
-            spec.method.virtual_tokens), packing=tuned.packing, possible=spec.kind.metrics,
-            virtual_tokens=spec.method.virtual_tokens, max_samples=spec.evaluation.max_samples,
-            max_new_tokens=data.manifest.answer_tokens(spec.evaluation.max_new_tokens),
-        ),
-        questions=read_questions(stores.default, run_spec.run_uri),
-        checkpointer=checkpointer,
-        telemetry=telemetry,
-        parameters=tuned.parameters,
         trained=trained,
         sources=list(tokens),
-        memory=memory,
-        lineage=files.base.lineage,
         replay=replay_of(spec, list(tokens)),
         output_anchor=tuned.output_anchor,
         weight_anchor=weight_anchor(spec, optimizers),
-        halves=world.on_main(lambda: retention_halves(data, spec)),
         read_base=tuned.read_base,
-    )  # fmt: skip
+    )
 
 
 def weight_anchor(spec: FineTuneJobSpec, optimizers: Optimizers) -> WeightAnchor | None:
@@ -252,8 +263,7 @@ def fitted(
     spec = spec.model_copy(update={"compute": spec.compute.model_copy(update=there)})
 
     def decide() -> MemoryDecision:
-        index = data.index("train")
-        samples = Samples(index.length, index.supervised, data.manifest.max_length)
+        samples = samples_of(spec, data)
         found = fit(spec, samples, available, measure)
         check_min_nodes(spec, samples, available, measure)
         print(table(found, others(spec, samples, found, measure)), flush=True)

@@ -78,7 +78,7 @@ def open_model(
     """
     kind, path = spec.method.kind, files.folder
     dtype = frozen_dtype(spec, precision)
-    data_parallel = data_parallel_of(world, placement.sharding, precision)
+    data_parallel = data_parallel_of(world, placement.sharding, precision, kind.trains)
     shards = shards_of(placement.sharding, world.nodes, world.processes_per_node)
     filled = data_parallel == "FSDP" and shards > 1
     broadcast = data_parallel != "Single" and not filled and not kind.quantizes

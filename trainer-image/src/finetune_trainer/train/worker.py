@@ -36,11 +36,12 @@ from finetune_trainer.supervise import worker_files
 from finetune_trainer.threads import adapts
 from finetune_trainer.train.checkpoint import CheckpointManager
 from finetune_trainer.train.loop import train
-from finetune_trainer.train.session import Session, open_session
+from finetune_trainer.train.session import MeasuringSession, Session, open_session
 from finetune_trainer.train.startup import StartupClock
 from finetune_trainer.train.stopping import raise_if_stopping, releasing
 from finetune_trainer.train.telemetry import Telemetry
 from finetune_trainer.train.time_recorder import TimeFile, TimeRecorder
+from finetune_trainer.train.untrained import evaluate_alone
 
 
 def main() -> int:
@@ -99,7 +100,10 @@ def work(run_spec: RunSpec, world: World, startup: StartupClock, recorder: TimeR
             partial(raise_if_stopping, world, stop_requested),
         )
         try:
-            summary = train(session, stop_requested)
+            if isinstance(session, Session):
+                summary = train(session, stop_requested)
+            else:
+                summary = evaluate_alone(session, stop_requested)
         except torch.OutOfMemoryError as error:
             raise beside_estimate(error, session) from error
     if world.is_main:
@@ -133,7 +137,7 @@ def spinning_of(world: World) -> AbstractContextManager[object]:
     return AdaptiveSpinning() if several and adapts(os.environ) else nullcontext()
 
 
-def beside_estimate(error: torch.OutOfMemoryError, session: Session) -> TrainerError:
+def beside_estimate(error: torch.OutOfMemoryError, session: MeasuringSession) -> TrainerError:
     """Return an out-of-memory failure with the memory estimate added to its message."""
     known, memory = recognise(error), session.memory
     sizes = f"{gibibytes(memory.needed)} of {gibibytes(memory.available or 0)}"

@@ -102,7 +102,8 @@ def _ladders(spec: FineTuneJobSpec, samples: Samples) -> list[list[Change]]:
     processes = compute.effective_processes_per_node
     sharing = [n for n in range(2 * compute.context_parallel, processes + 1) if processes % n == 0]
     ladders = [*_cheap(spec, samples)]
-    ladders.append([{"compute.contextParallel": n} for n in sharing])
+    if spec.method.kind.trains:
+        ladders.append([{"compute.contextParallel": n} for n in sharing])
     if 0 < compute.gpus_per_node < 8 and compute.processes_per_node is None:
         ladders.append([{"compute.gpusPerNode": n} for n in (2, 4, 8) if n > compute.gpus_per_node])
     ladders += [[method] for method in _methods(spec)]
@@ -132,6 +133,8 @@ def _cheap(spec: FineTuneJobSpec, samples: Samples) -> list[list[Change]]:
 def _methods(spec: FineTuneJobSpec) -> list[Change]:
     """Return methods that train fewer weights or hold them in fewer bits."""
     found: list[Change] = []
+    if not spec.method.kind.trains:
+        return found
     if not spec.method.kind.adapts:
         found.append({"method": {"type": "LoRA"}})
     if not spec.method.kind.quantizes and spec.compute.gpus_per_node > 0:
@@ -142,6 +145,8 @@ def _methods(spec: FineTuneJobSpec) -> list[Change]:
 
 def _optimizers(spec: FineTuneJobSpec) -> list[Change]:
     """Return optimizers with less state, the next smaller one first."""
+    if not spec.method.kind.trains:
+        return []
     own = spec.training.optimizer_kind.state_bytes
     smaller = [(kind.state_bytes, name) for name, kind in OPTIMIZERS.items()]
     return [

@@ -57,12 +57,12 @@ def fit(
     if found.impossible:
         raise UserError(
             "DoesNotFit",
-            f"weights, gradients, optimizer state and anchors alone take {gibibytes(found.certain)}"
-            f" of memory in each process ({found.placement}: {_largest(found, CERTAIN)}), {there}."
-            f" {remedy}",
+            f"{_certain(spec)} alone take {gibibytes(found.certain)} of memory in each process"
+            f" ({found.placement}: {_largest(found, CERTAIN)}), {there}. {remedy}",
         )
+    work = "training" if spec.method.kind.trains else "evaluation"
     warning = (
-        f"By the estimate, training takes {gibibytes(found.needed)} of memory in each process"
+        f"By the estimate, {work} takes {gibibytes(found.needed)} of memory in each process"
         f" ({found.placement}: {_largest(found, PARTS)}), {there}: it may not fit. {remedy}"
     )
     return replace(found, warning=warning)
@@ -93,11 +93,15 @@ def check_min_nodes(
     enough = next((n for n in range(fewest + 1, most) if not decided(n).impossible), most)
     raise UserError(
         "DoesNotFit",
-        f"compute.minNodes is {fewest}, but on {fewest} of {most} nodes weights, gradients,"
-        f" optimizer state and anchors alone take {gibibytes(found.certain)} of memory in each"
-        f" process ({found.placement}), which has {gibibytes(available)}. Set compute.minNodes:"
-        f" {enough}",
+        f"compute.minNodes is {fewest}, but on {fewest} of {most} nodes {_certain(spec)} alone take"
+        f" {gibibytes(found.certain)} of memory in each process ({found.placement}), which has"
+        f" {gibibytes(available)}. Set compute.minNodes: {enough}",
     )
+
+
+def _certain(spec: FineTuneJobSpec) -> str:
+    """The ``CERTAIN`` parts in words."""
+    return "weights" + ", gradients, optimizer state and anchors" * spec.method.kind.trains
 
 
 def _with_nodes(spec: FineTuneJobSpec, nodes: int) -> FineTuneJobSpec:

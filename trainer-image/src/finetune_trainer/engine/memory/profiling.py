@@ -128,7 +128,7 @@ def recomputes(base: PreTrainedModel, spec: FineTuneJobSpec) -> bool:
         UserError: 'UnsuitableModel' if the spec requires it and the model does not support it.
     """
     if base.supports_gradient_checkpointing:
-        return spec.method.kind.recomputes
+        return spec.method.kind.trains and spec.method.kind.recomputes
     if spec.training.gradient_checkpointing == "Always":
         raise UserError(
             "UnsuitableModel",

@@ -9,6 +9,8 @@ import numpy.typing as npt
 
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.engine.planning.plan import Packing
+from finetune_trainer.prepared.dataset import PreparedData
+from finetune_trainer.prepared.split import TESTED
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,9 @@ class Samples:
     """Sample statistics that bound the size of micro-batches."""
 
     lengths: Ints
-    """Tokens of each training sample."""
+    """Tokens of each sample."""
     supervised: Ints
-    """Supervised tokens of each training sample."""
+    """Supervised tokens of each sample."""
     max_length: int
     """Most tokens that a sample may have."""
 
@@ -54,7 +56,9 @@ class Samples:
                 self.longest + spec.method.virtual_tokens, int(self.supervised.max(initial=1))
             )
         room = micro_batch_tokens_of(spec, self.max_length, self.longest)
-        batch = min(spec.training.batch_size, len(self.lengths))
+        batch = len(self.lengths)
+        if spec.method.kind.trains:
+            batch = min(spec.training.batch_size, batch)
         if packing == "Padded":
             tokens = min(room, batch * (self.longest + spec.method.virtual_tokens))
             learned = int(_largest(self.supervised, batch).sum())
@@ -80,6 +84,18 @@ class Samples:
         next_one = order[whole]
         share = self.supervised[next_one] / lengths[next_one]
         return before[1] + int(np.ceil((room - before[0]) * share))
+
+
+def samples_of(spec: FineTuneJobSpec, data: PreparedData) -> Samples:
+    """Return the samples that bound the micro-batches: those to train on or, where nothing is
+    trained, those that are measured."""
+    sides = ("train",) if spec.method.kind.trains else TESTED
+    found = [data.index(side) for side in sides]
+    return Samples(
+        np.concatenate([index.length for index in found]),
+        np.concatenate([index.supervised for index in found]),
+        data.manifest.max_length,
+    )
 
 
 def _largest(values: Ints, count: int) -> Ints:

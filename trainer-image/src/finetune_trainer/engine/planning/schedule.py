@@ -25,8 +25,11 @@ _LOG_INTERVAL_MAX: Final = 10
 
 
 def steps_of(spec: FineTuneJobSpec, train_samples: int) -> int:
-    """Return the number of optimizer steps of a run. Batches cross epoch boundaries; the last batch
-    of the run may be shorter. A batch never has more samples than the training set."""
+    """Return the number of optimizer steps of a run; 0: it trains nothing. Batches cross epoch
+    boundaries; the last batch of the run may be shorter. A batch never has more samples than the
+    training set."""
+    if not spec.method.kind.trains:
+        return 0
     visits = visits_of(spec, train_samples)
     if visits is None:
         assert spec.training.max_steps is not None, "maxSteps decides where epochs do not"
@@ -100,8 +103,8 @@ def _shares(
     """Return the shares of the tokens by set; None: in proportion to size."""
     if stage is not None and stage.weights is not None:
         weights = {w.name: float(w.weight) for w in stage.weights}
-    elif data.train[0].weight is not None:
-        given = [float(source.weight or 0) for source in data.train]
+    elif any(source.weight is not None for source in data.train or ()):
+        given = [float(source.weight or 0) for source in data.train or ()]
         weights = dict(zip(data.names("train"), given, strict=True))
     elif data.mixing_temperature is not None:
         power = 1 / float(data.mixing_temperature)
@@ -129,7 +132,7 @@ def replay_of(spec: FineTuneJobSpec, sets: Sequence[str]) -> list[bool]:
     """
     if float(spec.training.anchor.kl_coefficient) == 0:
         return [False] * len(sets)
-    sources = zip(spec.data.names("train"), spec.data.train, strict=True)
+    sources = zip(spec.data.names("train"), spec.data.train or (), strict=True)
     marked = [name for name, source in sources if source.replay]
     if not set(marked) & set(sets):
         raise UserError(

@@ -46,7 +46,8 @@ class New:
 
 
 def apply_method(model: PreTrainedModel, spec: FineTuneJobSpec) -> Tuned:
-    """Make the parameters of the spec's method trainable, freeze the others, and key the dropout.
+    """Make the parameters of the spec's method trainable (with None: none), freeze the others, and
+    key the dropout.
 
     New weights are drawn with ``training.seed``, identically in every process; some are derived
     from the base weights later (``derive``). Trainable weights are float32 for any dtype of the
@@ -60,7 +61,7 @@ def apply_method(model: PreTrainedModel, spec: FineTuneJobSpec) -> Tuned:
     torch.manual_seed(spec.training.seed)
     task = TASKS[spec.task]
     tuned = _APPLY[spec.method.type](model, spec.method, New(task.peft_type, task.head(model)))
-    if spec.effective_output_format != "Adapter":
+    if spec.effective_output_format not in (None, "Adapter"):
         _check_mergeable(model, spec)
     check_scan(model, spec)
     dropout = float(spec.training.dropout)
@@ -97,6 +98,10 @@ def checkpoint_activations(tuned: Tuned) -> None:
     tuned.activation_checkpointing_enable({"use_reentrant": False})
     if isinstance(tuned, PeftModel):
         tuned.enable_input_require_grads()
+
+
+def _none(model: PreTrainedModel, method: Method, new: New) -> Tuned:
+    return model.requires_grad_(False)
 
 
 def _full(model: PreTrainedModel, method: Method, new: New) -> Tuned:
@@ -223,4 +228,5 @@ _APPLY: Final[dict[MethodName, Callable[[PreTrainedModel, Method, New], Tuned]]]
     "IA3": _ia3,
     "PromptTuning": _prompt_tuning,
     "PrefixTuning": _prefix_tuning,
+    "None": _none,
 }

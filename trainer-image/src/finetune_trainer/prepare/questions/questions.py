@@ -42,7 +42,7 @@ from finetune_trainer.storage.objects import Stores
 log = logging.getLogger(__name__)
 
 DEFAULT_SHOTS: Final = (1, 4)
-"""Few-shot prompts where the spec names none, as far as they fit."""
+"""Few-shot prompts where the spec names none, as far as they fit, and there are training sets."""
 _ROOM: Final = 8192
 """Tokens of a question, for a model whose positions have no bound."""
 _CANDIDATES: Final = 64
@@ -134,7 +134,9 @@ def _prefaces(spec: FineTuneJobSpec) -> list[Preface]:
     baselines = spec.evaluation.baselines
     default = baselines.shots is None
     field = "" if default else "spec.evaluation.baselines.shots"
-    shots = DEFAULT_SHOTS if baselines.shots is None else tuple(dict.fromkeys(baselines.shots))
+    shots = tuple(dict.fromkeys(baselines.shots or ()))
+    if default and spec.data.train is not None:
+        shots = DEFAULT_SHOTS
     return [
         *(Preface(few_shot(count), count, field=field) for count in shots),
         *(

@@ -177,14 +177,17 @@ class Output:
         if self._slices.fields:
             self._slices.write(self._scratch / SLICES)
             files.append(self._upload(SLICES))
-        train = [report.sides[side] for side, report in self._sets if side == "train"]
+        trained = any(side == "train" for side, _ in self._sets)
+        answered = [
+            report.sides[side] for side, report in self._sets if side == "train" or not trained
+        ]
         manifest = DataManifest(
             version=FORMAT_VERSION,
             digest=self._digest,
             sets=[_entry(side, report, self._labels(report.name)) for side, report in self._sets],
             shards={side: [f.name for f in self._indexes[side].shards] for side in SIDES},
             max_length=max_length,
-            max_completion_tokens=max(side.longest_completion for side in train),
+            max_completion_tokens=max(side.longest_completion for side in answered),
             stop_token_ids=sorted(self._stops),
             classes=classes,
             dropped=self.dropped(),

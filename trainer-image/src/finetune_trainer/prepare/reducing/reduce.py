@@ -68,9 +68,10 @@ def reduce_splits(
                 output.add(statistics, kept, summary)
         _check_source(source, report, data)
     duplicates.check()
-    if not output.samples("train"):
+    if data.train is not None and not output.samples("train"):
         raise _empty("train", _where_training_went(output))
-    if output.contamination is None and quality.contamination != "Ignore":
+    compares = data.train is not None and quality.contamination != "Ignore"
+    if compares and output.contamination is None:
         contaminated.compare(output, quality.contamination, pool, decode, paths.scratch)
     contaminated.act(output)
     return output

@@ -291,3 +291,5 @@ class Model:
     """Maximum tokens of a sample."""
     positions: int | None
     """Positions of the model that samples can take; None: no bound."""
+    head: tuple[str, ...] = ()
+    """Classes of its classification head, if that is not trained."""
