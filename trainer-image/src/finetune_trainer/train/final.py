@@ -15,20 +15,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from finetune_api.evaluation_results import BASE, TUNED, DataSetScores, Metrics, Row, RowModel
+from finetune_api.evaluation_results import BASE, TUNED, Row, RowModel
 from finetune_api.results import TrainSummary
+from finetune_trainer.evaluate.answering import answer_questions, answer_sets, scores_of_sets
 from finetune_trainer.evaluate.base_kl import (
     BasePredictions,
     base_probabilities,
     from_bytes,
     to_bytes,
 )
-from finetune_trainer.evaluate.measure import SetResult
 from finetune_trainer.evaluate.memorisation import SAMPLES, memorisation
-from finetune_trainer.prepared.halves import reported_part
 from finetune_trainer.prepared.origins import located
 from finetune_trainer.prepared.questions import Prompting, Question
-from finetune_trainer.prepared.split import TESTED
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.runfiles import Memorisation, RowAnswers, RunResult, SetAnswers
 from finetune_trainer.train.remedy import with_remedy
@@ -42,8 +40,8 @@ from finetune_trainer.train.suspects import suspect_labels
 class BaseResults:
     """What the base model did with the test sets."""
 
-    metrics: dict[str, Metrics]
-    """Metrics by set, of the test prompts as they are."""
+    answers: RowAnswers
+    """Of the test prompts as they are."""
     rows: list[Row]
     """All its rows, in order."""
 
@@ -64,7 +62,7 @@ def measure_base(session: Session, step: int) -> BaseResults:
             base = _test(session, BASE)
         rows = _ask(session, "Base", list(session.questions), known)
         session.base_predictions = _base_predictions(session, step)
-    return BaseResults({found.name: found.metrics for found in base.sets}, [BASE, *rows])
+    return BaseResults(base, [BASE, *rows])
 
 
 def _base_predictions(session: Session, step: int) -> BasePredictions:
@@ -110,15 +108,7 @@ def test_and_write_result(session: Session, state: LoopState, base: BaseResults)
         checkpoint_step=chosen.step,
         trainable_parameters=session.parameters.trainable,
         total_parameters=session.parameters.total,
-        scores=[
-            DataSetScores(
-                name=found.name,
-                samples=len(found.losses),
-                base=base.metrics[found.name],
-                tuned=found.metrics,
-            )
-            for found in tuned.sets
-        ],
+        scores=list(scores_of_sets(base.answers, tuned)),
         training_seconds=checkpointer.training_seconds(),
         time=session.recorder.use(saved=True),
         tokens=state.tokens,
@@ -163,26 +153,7 @@ def _memorisation(session: Session, steps: int) -> Memorisation | None:
 def _test(session: Session, row: Row) -> RowAnswers:
     """Answer the test prompts as they are."""
     began = time.monotonic()
-    results = [
-        result
-        for side in TESTED
-        for result in session.evaluator.sets(
-            side, session.metrics_of_sets(side), reported_part(session.halves, side)
-        )
-    ]
-    return _write(session, row, [_set_answers(r) for r in results], began)
-
-
-def _set_answers(found: SetResult) -> SetAnswers:
-    return SetAnswers(
-        name=found.name,
-        metrics=found.metrics,
-        losses=found.losses.tolist(),
-        labels=[int(n) for n in found.labels],
-        answers=[answer.text for answer in found.answers],
-        tokens=[answer.tokens for answer in found.answers],
-        label_scores=found.label_scores,
-    )
+    return _write(session, row, answer_sets(session.evaluator, session.spec, session.halves), began)
 
 
 def _ask(
@@ -212,23 +183,7 @@ def _ask(
 
 def _answer(session: Session, row: Row, questions: Sequence[Question]) -> None:
     began = time.monotonic()
-    answers = session.evaluator.generate([question.ids for question in questions])
-    sets, wanted = [], session.metrics_of_sets("test")
-    for number, name in session.data.set_names("test"):
-        of_set = [i for i, question in enumerate(questions) if question.set == number]
-        if of_set:
-            sets.append(
-                SetAnswers(
-                    name=name,
-                    positions=[questions[i].position for i in of_set],
-                    answers=[answers[i].text for i in of_set],
-                    tokens=[answers[i].tokens for i in of_set],
-                    label_scores=session.evaluator.label_scores(
-                        number, [questions[i].ids for i in of_set], wanted[name]
-                    ),
-                )
-            )
-    _write(session, row, sets, began)
+    _write(session, row, answer_questions(session.evaluator, session.spec, questions), began)
 
 
 def _write(session: Session, row: Row, sets: list[SetAnswers], began: float) -> RowAnswers:
