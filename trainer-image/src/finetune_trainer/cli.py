@@ -106,6 +106,21 @@ def _parser() -> argparse.ArgumentParser:
     _storage_options(compare)
     compare.set_defaults(command=_compare)
 
+    interpolate = commands.add_parser(
+        "interpolate", help="choose and publish a point between the base and the tuned model"
+    )
+    interpolate.add_argument("model", metavar="S3_URI", help=_MODEL_HELP)
+    interpolate.add_argument(
+        "--scan", choices=("Interpolation", "LayerLinear"),
+        help="as evaluation.remedy.scan (default: the run's, else Interpolation)",
+    )  # fmt: skip
+    interpolate.add_argument(
+        "--points", nargs="+", default=(), metavar="POINT",
+        help="points besides 1, above 0 and below 1 (default: the run's, else 0.8 0.6 0.4 0.2)",
+    )  # fmt: skip
+    _storage_options(interpolate)
+    interpolate.set_defaults(command=_interpolate)
+
     current = commands.add_parser("current", help="show the model in use at a destination")
     _current_options(current)
     current.set_defaults(command=_current)
@@ -170,6 +185,13 @@ def _compare(options: argparse.Namespace) -> int:
     from finetune_trainer.local.results import compare
 
     return compare(options.models, min_effect=options.min_effect, **_storage(options))
+
+
+def _interpolate(options: argparse.Namespace) -> int:
+    os.environ.update(thread_environment(os.environ))  # before torch is imported
+    from finetune_trainer.local.interpolate import interpolate
+
+    return interpolate(options.model, scan=options.scan, points=options.points, **_storage(options))
 
 
 def _current(options: argparse.Namespace, change: Change | None = None) -> int:

@@ -115,15 +115,22 @@ def tuned_model(
         weights: weights of the base; None leaves weights that were not trained on the meta device.
         classes: as for ``load_tuned``.
     """
-    purpose = purpose_of(spec, classes)
     if weights is None:
+        purpose = purpose_of(spec, classes)
         model = apply_method(build_base(base, init="Meta", purpose=purpose, pack=False), spec)
         _allocate_trained(model)
     else:
-        base_model = build_base(base, torch.float32, Pretrained(weights), purpose)
-        model = apply_method(base_model, spec)
+        model = untuned_model(base, weights, spec, classes)
     load_weights(checkpoint, model)
     return model.eval()
+
+
+def untuned_model(
+    base: Path, weights: Weights, spec: FineTuneJobSpec, classes: Sequence[str] = ()
+) -> Tuned:
+    """Return the model of a folder as a run begins with it, in float32 on the CPU."""
+    purpose = purpose_of(spec, classes)
+    return apply_method(build_base(base, torch.float32, Pretrained(weights), purpose), spec)
 
 
 def write_formats(
