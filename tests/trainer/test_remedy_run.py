@@ -220,6 +220,11 @@ def test_replay_lets_the_run_that_forgets_pass_its_gate(forgotten: Forgotten) ->
     (gate,), (missed,) = found.evaluation.gates, held.evaluation.gates
     assert gate.passed and not missed.passed
 
+    # The base model is the same, and was asked the same: its row is the other run's.
+    for mine, other in zip(found.evaluation.sets, held.evaluation.sets, strict=True):
+        assert mine.rows[0].measured_by == "job 1-plain" and other.rows[0].measured_by is None
+        assert mine.rows[0].metrics == other.rows[0].metrics
+
 
 def test_a_sharded_run_that_is_lost_chooses_as_one_process_does(runs: Runs) -> None:
     """Lost during the scan, it scans again; lost later, it has chosen."""

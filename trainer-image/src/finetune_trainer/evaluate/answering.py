@@ -7,15 +7,18 @@ questions of prepare ──► answers          ┴──► SetAnswers, identic
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 from finetune_api.evaluation_results import DataSetScores
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.tasks import Metric
-from finetune_trainer.evaluate.measure import Evaluator, SetResult
+from finetune_trainer.evaluate.measure import Answer, Evaluator, Measured, SetResult
 from finetune_trainer.evaluate.metric_selection import metrics_of
 from finetune_trainer.evaluate.scores import GENERATED
 from finetune_trainer.prepared.dataset import PreparedData
-from finetune_trainer.prepared.halves import Halves, reported_part
+from finetune_trainer.prepared.halves import Halves, Positions, reported_part
 from finetune_trainer.prepared.questions import Question
 from finetune_trainer.prepared.split import TESTED, Side
 from finetune_trainer.storage.runfiles import RowAnswers, SetAnswers
@@ -59,6 +62,46 @@ def answer_sets(
             side, metrics_of_sets(evaluator.data, spec, side), reported_part(halves, side)
         )
     ]
+
+
+class HeldOutSet(NamedTuple):
+    """Samples of a held-out set."""
+
+    side: Side
+    number: int
+    """Index of the set in the manifest of the prepared data."""
+    name: str
+    positions: Positions
+    """Of the samples that results are about, in the index of the side."""
+
+
+def held_out_sets(
+    data: PreparedData, halves: Halves | None, sides: Sequence[Side] = TESTED
+) -> Iterator[HeldOutSet]:
+    """Yield the sets whose samples ``answer_sets`` measures, in its order."""
+    for side in sides:
+        part = reported_part(halves, side)
+        for number, name in data.set_names(side):
+            everything = np.flatnonzero(data.index(side).set == number)
+            yield HeldOutSet(side, number, name, everything if part is None else part[number])
+
+
+def with_metrics(
+    evaluator: Evaluator,
+    spec: FineTuneJobSpec,
+    halves: Halves | None,
+    answered: Sequence[SetAnswers],
+) -> list[SetAnswers]:
+    """Return what ``answer_sets`` has measured, with its metrics computed anew."""
+    found = []
+    for of, answers in zip(held_out_sets(evaluator.data, halves), answered, strict=True):
+        asked = of.positions[: len(answers.answers)].tolist()
+        said = map(Answer, answers.answers, answers.tokens)
+        measured = Measured(np.array(answers.losses), np.array(answers.labels), asked, list(said))
+        wanted = metrics_of_sets(evaluator.data, spec, of.side)[of.name]
+        metrics = evaluator.metrics(of.side, measured, answers.label_scores, wanted)
+        found.append(answers.model_copy(update={"metrics": metrics}))
+    return found
 
 
 def _set_answers(found: SetResult) -> SetAnswers:

@@ -120,12 +120,12 @@ def tuned_model(
         model = apply_method(build_base(base, init="Meta", purpose=purpose, pack=False), spec)
         _allocate_trained(model)
     else:
-        model = untuned_model(base, weights, spec, classes)
+        model = initial_model(base, weights, spec, classes)
     load_weights(checkpoint, model)
     return model.eval()
 
 
-def untuned_model(
+def initial_model(
     base: Path, weights: Weights, spec: FineTuneJobSpec, classes: Sequence[str] = ()
 ) -> Tuned:
     """Return the model of a folder as a run begins with it, in float32 on the CPU."""

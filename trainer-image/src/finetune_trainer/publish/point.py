@@ -40,7 +40,7 @@ from finetune_trainer.failures import UserError
 from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.prepared.halves import Halves, retention_halves
 from finetune_trainer.prepared.questions import read_questions
-from finetune_trainer.publish.export import Loaded, checkpoint_reader, untuned_model
+from finetune_trainer.publish.export import Loaded, checkpoint_reader, initial_model
 from finetune_trainer.publish.predictions import in_use
 from finetune_trainer.publish.publication import Written, judge, open_prepared, upload, write
 from finetune_trainer.publish.run_facts import METRICS_FILE
@@ -200,7 +200,7 @@ def _choose(source: _Source, world: World, stores: Stores, scratch: Path) -> _Ch
             f" {source.run_spec.run} began with; publish that one there again",
         )
     packing = packing_of(build_base(base.folder, init="Meta"), spec)
-    model = untuned_model(base.folder, base.weights(stores), spec)
+    model = initial_model(base.folder, base.weights(stores), spec)
     torch.nn.Module.to(model, world.device)
     loss = TASKS[spec.task].loss(model, spec.training, None)
     tokenizer = load_tokenizer(base.folder)

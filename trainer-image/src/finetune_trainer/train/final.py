@@ -3,8 +3,9 @@ the chosen checkpoint (after).
 
     questions ──► Evaluator ──► RowAnswers in storage, one file a row ──► publish makes the table
 
-The base model's rows are answered once in a run: later attempts find their files. The tuned
-model's are answered again, as another attempt may end in other weights.
+The base model's rows are answered once in a run: later attempts find their files, and other runs
+what ``base_rows`` shares. The tuned model's are answered again, as another attempt may end in other
+weights.
 """
 
 from __future__ import annotations
@@ -17,18 +18,25 @@ import numpy as np
 
 from finetune_api.evaluation_results import BASE, TUNED, Row, RowModel
 from finetune_api.results import TrainSummary
-from finetune_trainer.evaluate.answering import answer_questions, answer_sets, scores_of_sets
+from finetune_trainer.evaluate.answering import (
+    answer_questions,
+    answer_sets,
+    scores_of_sets,
+    with_metrics,
+)
 from finetune_trainer.evaluate.base_kl import (
     BasePredictions,
     base_probabilities,
     from_bytes,
     to_bytes,
 )
+from finetune_trainer.evaluate.base_row_key import sets_as_they_are, sets_of_questions
 from finetune_trainer.evaluate.memorisation import SAMPLES, memorisation
 from finetune_trainer.prepared.origins import located
 from finetune_trainer.prepared.questions import Prompting, Question
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.runfiles import Memorisation, RowAnswers, RunResult, SetAnswers
+from finetune_trainer.train.base_rows import BaseRows
 from finetune_trainer.train.remedy import with_remedy
 from finetune_trainer.train.session import Session, versions
 from finetune_trainer.train.state import LoopState
@@ -55,12 +63,13 @@ def measure_base(session: Session, step: int) -> BaseResults:
     session.telemetry.say(stage="Baseline")
     world, store, run_uri = session.world, session.stores.default, session.run_spec.run_uri
     known = world.on_main(lambda: runfiles.known_rows(store, run_uri))
+    shared = BaseRows(session)
     with session.recorder.of("evaluation"), session.loss.base_model():
         if BASE.key in known:
             base = world.on_main(lambda: runfiles.read_row(store, run_uri, BASE))
         else:
-            base = _test(session, BASE)
-        rows = _ask(session, "Base", list(session.questions), known)
+            base = _base_as_it_is(session, shared)
+        rows = _ask(session, "Base", list(session.questions), known, shared)
         session.base_predictions = _base_predictions(session, step)
     return BaseResults(base, [BASE, *rows])
 
@@ -156,16 +165,29 @@ def _test(session: Session, row: Row) -> RowAnswers:
     return _write(session, row, answer_sets(session.evaluator, session.spec, session.halves), began)
 
 
+def _base_as_it_is(session: Session, shared: BaseRows) -> RowAnswers:
+    """Answer the test prompts as they are by the base model."""
+    evaluator, spec, halves = session.evaluator, session.spec, session.halves
+    return shared.row(
+        BASE,
+        lambda: sets_as_they_are(evaluator, spec, halves),
+        lambda: _test(session, BASE),
+        lambda sets: with_metrics(evaluator, spec, halves, sets),
+    )
+
+
 def _ask(
     session: Session,
     model: RowModel,
     promptings: Sequence[Prompting],
     known: Collection[str] = (),
+    shared: BaseRows | None = None,
 ) -> list[Row]:
     """Answer the questions that prepare has made, row by row.
 
     Args:
         known: keys of rows that are answered already.
+        shared: rows of the base model; None: those of the tuned one are measured.
 
     Raises:
         Interrupted: on all ranks, before a row, if a stop was requested on any rank.
@@ -177,13 +199,23 @@ def _ask(
         rows.append(row)
         if row.key not in known:
             raise_if_stopping(session.world, stop_requested, f"before row {row.key}")
-            _answer(session, row, session.questions[prompting])
+            _answer(session, row, session.questions[prompting], shared)
     return rows
 
 
-def _answer(session: Session, row: Row, questions: Sequence[Question]) -> None:
-    began = time.monotonic()
-    _write(session, row, answer_questions(session.evaluator, session.spec, questions), began)
+def _answer(
+    session: Session, row: Row, questions: Sequence[Question], shared: BaseRows | None
+) -> None:
+    evaluator, spec = session.evaluator, session.spec
+
+    def measure() -> RowAnswers:
+        began = time.monotonic()
+        return _write(session, row, answer_questions(evaluator, spec, questions), began)
+
+    if shared is None:
+        measure()
+    else:
+        shared.row(row, lambda: sets_of_questions(evaluator, spec, questions), measure)
 
 
 def _write(session: Session, row: Row, sets: list[SetAnswers], began: float) -> RowAnswers:

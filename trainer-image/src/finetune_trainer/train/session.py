@@ -17,7 +17,7 @@ from finetune_api.results import Ancestor, PreparedSummary
 from finetune_api.run_spec import RunSpec
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.tasks import Metric
-from finetune_trainer.engine.base import fetch_base
+from finetune_trainer.engine.base import BaseFiles, fetch_base
 from finetune_trainer.engine.flops import Work, peak
 from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.memory.alternatives import Measure
@@ -102,6 +102,7 @@ class Session:
     """Halves of the retention sets; None without ``evaluation.remedy``."""
     read_base: Callable[[], None]
     """See ``TunedModel``."""
+    base_files: BaseFiles
     base_predictions: BasePredictions = field(default_factory=dict)
     """What the base model predicts for validation samples, once it is measured."""
 
@@ -209,6 +210,7 @@ def open_session(
         weight_anchor=weight_anchor(spec, optimizers),
         halves=world.on_main(lambda: retention_halves(data, spec)),
         read_base=tuned.read_base,
+        base_files=files,
     )  # fmt: skip
 
 
