@@ -126,8 +126,14 @@ class Runs:
         assert found is not None
         return found[0]
 
-    def adapter(self, run_spec: RunSpec) -> dict[str, torch.Tensor]:
+    def weights(
+        self, run_spec: RunSpec, file: str = "adapter/adapter_model"
+    ) -> dict[str, torch.Tensor]:
+        """Return the weights of a published model.
+
+        Args:
+            file: with them, without its suffix.
+        """
         path = self.folder / f"{run_spec.run}.safetensors"
-        uri = f"{run_spec.output_uri}/adapter/adapter_model.safetensors"
-        self.store.download(uri, path)
+        self.store.download(f"{run_spec.output_uri}/{file}.safetensors", path)
         return load_file(path)

@@ -21,6 +21,7 @@ from finetune_trainer.failures import UserError
 from finetune_trainer.local.runner import HELD, MANIFEST_FAULT
 from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.prepared.halves import retention_halves
+from finetune_trainer.publish.point import PublishedPoint
 from finetune_trainer.publish.published_results import read_all_predictions, read_results
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.objects import ObjectStore
@@ -51,8 +52,7 @@ def forgotten(
 ) -> Iterator[Forgotten]:
     store.create_bucket("forgotten")
     with pytest.MonkeyPatch.context() as patch:
-        for name, key in (("ACCESS_KEY_ID", s3.access_key), ("SECRET_ACCESS_KEY", s3.secret_key)):
-            patch.setenv(f"AWS_{name}", key)
+        keys_of(s3, patch)
         folder = tmp_path_factory.mktemp("forgotten")
         runs = Runs(run_specs(s3, "forgotten", patch), "forgotten", tiny_base, folder)
         plain = runs.prepared("1-plain", {})
@@ -99,7 +99,7 @@ def test_a_run_that_forgets_passes_its_gate_by_the_remedy(forgotten: Forgotten) 
     assert worsened == pytest.approx(found.points[3].retention[0].change, abs=0.2)
 
     # What is published is the model at the point, and was loaded again from storage.
-    tuned, chosen = runs.adapter(plain), runs.adapter(run_spec)
+    tuned, chosen = runs.weights(plain), runs.weights(run_spec)
     for name, value in tuned.items():
         expected = 0.25 * value if ".lora_B." in name else value
         torch.testing.assert_close(chosen[name], expected, rtol=1e-5, atol=1e-7)
@@ -121,8 +121,14 @@ def close(found: RemedyResult | None, expected: RemedyResult | None) -> None:
         assert ours.qualifies == theirs.qualifies
 
 
-def interpolate(forgotten: Forgotten, s3: EmbeddedS3, uri: str, *options: str) -> int:
-    folder = str(forgotten.runs.folder / "state")
+def keys_of(s3: EmbeddedS3, patch: pytest.MonkeyPatch) -> None:
+    """Put a server's keys into the environment, as a user does."""
+    for name, key in (("ACCESS_KEY_ID", s3.access_key), ("SECRET_ACCESS_KEY", s3.secret_key)):
+        patch.setenv(f"AWS_{name}", key)
+
+
+def interpolate(runs: Runs, s3: EmbeddedS3, uri: str, *options: str) -> int:
+    folder = str(runs.folder / "state")
     return main(
         ["interpolate", uri, *options, "--endpoint", str(s3.endpoint), "--state-dir", folder]
     )
@@ -136,13 +142,13 @@ def test_interpolate_makes_the_model_that_the_remedy_would_have_made(
 ) -> None:
     runs, remedied = forgotten.runs, forgotten.remedied
     before = runs.store.get(f"{runs.destination}/latest.json")
-    assert interpolate(forgotten, s3, forgotten.plain.output_uri, *POINTS) == 0
+    assert interpolate(runs, s3, forgotten.plain.output_uri, *POINTS) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "Interpolation: point 0.25, with the lowest validation loss" in said
     point = forgotten.plain.model_copy(update={"run": "1-plain-point-0.25"})
     assert f"Model: {point.output_uri}" in said
 
-    theirs, ours = runs.adapter(remedied), runs.adapter(point)
+    theirs, ours = runs.weights(remedied), runs.weights(point)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-6, atol=1e-8)
@@ -177,7 +183,7 @@ def test_interpolate_makes_the_model_that_the_remedy_would_have_made(
     )  # fmt: skip
     result = runs.train(following)
     assert [(a.run, a.job) for a in result.lineage][-1] == (point.run, "job")
-    assert interpolate(forgotten, s3, point.output_uri) != 0
+    assert interpolate(runs, s3, point.output_uri) != 0
     assert "is a point between two models already" in capsys.readouterr().out
 
 
@@ -190,11 +196,11 @@ def test_interpolate_tells_what_is_missing(
     def said() -> str:
         return " ".join(capsys.readouterr().out.split())
 
-    assert interpolate(forgotten, s3, plain.output_uri, "--points", "0.9") == HELD
+    assert interpolate(runs, s3, plain.output_uri, "--points", "0.9") == HELD
     assert "no point qualifies, so the tuned model is kept" in said()
-    assert interpolate(forgotten, s3, plain.output_uri, "--points", "1") == MANIFEST_FAULT
+    assert interpolate(runs, s3, plain.output_uri, "--points", "1") == MANIFEST_FAULT
     assert "give numbers above 0 and below 1" in said()
-    assert interpolate(forgotten, s3, f"{runs.destination}/7-none") == 10
+    assert interpolate(runs, s3, f"{runs.destination}/7-none") == 10
     assert "7-none/manifest.json does not exist" in said()
     data = f"{runfiles.read_prepared(runs.store, plain.run_uri).uri}/manifest.json"
     for uri, because in (
@@ -204,10 +210,32 @@ def test_interpolate_tells_what_is_missing(
     ):
         text = runs.store.get(uri)
         runs.store.delete([uri])
-        assert interpolate(forgotten, s3, plain.output_uri) == 10
+        assert interpolate(runs, s3, plain.output_uri) == 10
         assert because in said()
         runs.store.put(uri, text)
     assert {info.uri for info in runs.store.list(f"{runs.destination}/")} == there
+
+
+@pytest.mark.parametrize(
+    ("chosen", "uri", "held", "code", "said"),
+    [
+        (0.5, "s3://b/1-point-0.5", None, 0, "Model: s3://b/1-point-0.5"),
+        (0.5, "s3://b/1-point-0.5", "reply Loss", HELD, "Held: reply Loss"),
+        (1.0, None, None, 0, "as it is; nothing was published"),
+        (1.0, None, "reply Loss", HELD, "Held: reply Loss"),
+        (None, None, None, HELD, "as it is; nothing was published"),
+    ],
+)
+def test_the_exit_code_of_interpolate_is_that_of_a_run(
+    forgotten: Forgotten, s3: EmbeddedS3, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, chosen: float | None, uri: str | None, held: str | None,
+    code: int, said: str,
+) -> None:  # fmt: skip
+    remedy = RemedyResult(scan="Interpolation", limits={}, points=[], chosen=chosen, because="")
+    found = PublishedPoint(remedy, uri, held)
+    monkeypatch.setattr("finetune_trainer.local.interpolate.publish_point", lambda *_: found)
+    assert interpolate(forgotten.runs, s3, forgotten.plain.output_uri) == code
+    assert said in " ".join(capsys.readouterr().out.split())
 
 
 def test_replay_lets_the_run_that_forgets_pass_its_gate(forgotten: Forgotten) -> None:
@@ -226,14 +254,18 @@ def test_replay_lets_the_run_that_forgets_pass_its_gate(forgotten: Forgotten) ->
         assert mine.rows[0].metrics == other.rows[0].metrics
 
 
-def test_a_sharded_run_that_is_lost_chooses_as_one_process_does(runs: Runs) -> None:
-    """Lost during the scan, it scans again; lost later, it has chosen."""
+def test_a_sharded_run_that_is_lost_chooses_as_one_process_does(
+    runs: Runs, s3: EmbeddedS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost during the scan, it scans again; lost later, it has chosen. Moved again afterwards, its
+    tuned model is moved, not the point."""
     spec: dict[str, Any] = {
         "method": {"type": "Full"}, "output": {"destination": runs.destination},
         "training": {"maxSteps": 12, "batchSize": 8, "learningRate": "1e-3", "precision": "FP32"},
     }  # fmt: skip
     remedy = {"remedy": REMEDY | {"scan": "LayerLinear"}}
-    alone = runs.train(runs.prepared("1-alone", remedy, **spec))
+    one = runs.prepared("1-alone", remedy, **spec)
+    alone = runs.train(one)
     assert alone.remedy is not None and alone.remedy.chosen == 0.5
     run_spec = runs.prepared("2-shard", remedy, **spec, compute={"sharding": "FullShard"})
     sharded = runs.train(run_spec, 2, lost_at="point 0.5:")
@@ -247,6 +279,16 @@ def test_a_sharded_run_that_is_lost_chooses_as_one_process_does(runs: Runs) -> N
     assert "point 0.5:" not in (runs.folder / "2-shard-1-0" / "log").read_text()
     for ours, theirs in zip(again.summary.scores, sharded.summary.scores, strict=True):
         assert ours.tuned["Loss"] == pytest.approx(theirs.tuned["Loss"], rel=1e-5)
+
+    runs.publish(one)
+    keys_of(s3, monkeypatch)
+    assert interpolate(runs, s3, one.output_uri) == 0  # by the scan and the points of the run
+    point = one.model_copy(update={"run": "1-alone-layer-linear-0.5"})
+    moved = read_results(runs.store, point.output_uri)
+    close(moved.evaluation.remedy, alone.remedy)
+    ours, theirs = (runs.weights(each, "merged/model") for each in (point, one))
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from finetune_trainer.local.display import show_error
 from finetune_trainer.local.runner import HELD, MANIFEST_FAULT
 from finetune_trainer.local.state import StateFolder
 from finetune_trainer.local.storage import copy_published, published_store, storage_for
-from finetune_trainer.publish.point import PublishedPoint, publish_point, read_run_spec
+from finetune_trainer.publish.point import PublishedPoint, publish_point
+from finetune_trainer.publish.point_spec import read_run_spec
 from finetune_trainer.publish.results import remedy_text
 from finetune_trainer.storage.objects import Stores
 

@@ -1,6 +1,6 @@
 """A point between the base and the tuned model of a published run, as a model of its own.
 
-    metrics.json ──► run spec + remedy ──► result, prepared data, checkpoint of the run
+    run spec + remedy (``point_spec``) ──► result, prepared data, checkpoint of the run
         ──► ``point_scan`` ──► choice ──► test of the point ──► ``publication`` ──► <run>-point-0.6
 
 What ``evaluation.remedy`` does within a run, afterwards and by one process. What the base model did
@@ -10,26 +10,23 @@ again. The model is measured in float32, which is what is written.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 
 from finetune_api.evaluation_results import BASE, TUNED, Row
-from finetune_api.remedy import RemedyResult, Scan
-from finetune_api.run_spec import CONTRACT_VERSION, RunSpec
-from finetune_api.spec import parse_spec
+from finetune_api.remedy import RemedyResult
+from finetune_api.run_spec import RunSpec
 from finetune_trainer.engine.base import fetch_base
 from finetune_trainer.engine.checkpointing.dcp import load_weights
 from finetune_trainer.engine.checkpointing.dcp_storage import CheckpointReader
 from finetune_trainer.engine.memory.profiling import packing_of
 from finetune_trainer.engine.model import CPU, build_base, load_tokenizer
 from finetune_trainer.engine.task_losses import TASKS
-from finetune_trainer.engine.tuning.interpolation import line_of, own_weights
+from finetune_trainer.engine.tuning.interpolation import Line, line_of, own_weights
 from finetune_trainer.engine.world import World, join
 from finetune_trainer.evaluate.answering import answer_questions, answer_sets, scores_of_sets
 from finetune_trainer.evaluate.evaluators import evaluator_of
@@ -43,15 +40,14 @@ from finetune_trainer.prepared.questions import read_questions
 from finetune_trainer.publish.export import Loaded, checkpoint_reader, initial_model
 from finetune_trainer.publish.predictions import in_use
 from finetune_trainer.publish.publication import Written, judge, open_prepared, upload, write
-from finetune_trainer.publish.run_facts import METRICS_FILE
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.current import CurrentPointer
 from finetune_trainer.storage.objects import ObjectNotFound, ObjectStore, Stores
-from finetune_trainer.storage.published import MANIFEST, published_file, read_published
+from finetune_trainer.storage.published import read_published
 from finetune_trainer.storage.run_head import read_head
 from finetune_trainer.storage.runfiles import RowAnswers, RunResult, SetAnswers
 
-_NAMES: Final[dict[Scan, str]] = {"Interpolation": "point", "LayerLinear": "layer-linear"}
+_NAMES: Final[dict[str, str]] = {"Interpolation": "point", "LayerLinear": "layer-linear"}
 """What a scan adds to the name of a run."""
 
 
@@ -66,52 +62,12 @@ class PublishedPoint:
     """Which gates the chosen model misses; without one, those that the run has missed."""
 
 
-def read_run_spec(
-    store: ObjectStore, uri: str, scan: Scan | None = None, points: Sequence[str] = ()
-) -> RunSpec:
-    """Return the run spec of a published model, with a remedy.
-
-    Args:
-        uri: folder of the model.
-        scan, points: of the remedy; absent: those of the run's spec, else the defaults.
-
-    Raises:
-        UserError: 'ModelNotFound', 'PublishedFileGone'; 'NotTrained', the model is a point already.
-        InvalidSpec: the remedy does not go with the run, or its points are no points.
-    """
-    uri = uri.rstrip("/")
-    found = read_published(store, uri)
-    if found is None:
-        raise UserError("ModelNotFound", f"{uri}/{MANIFEST} does not exist: no run published it")
-    manifest = found[0]
-    if manifest.point_of is not None:
-        raise UserError(
-            "NotTrained",
-            f"{uri} is a point between two models already; give the model of run"
-            f" {manifest.point_of}, which it was made from",
-        )
-    raw = json.loads(published_file(store, uri, manifest, METRICS_FILE))
-    given: dict[str, Any] = {"scan": scan} if scan else {}
-    given |= {"points": list(points)} if points else {}
-    spec: dict[str, Any] = raw["spec"]
-    evaluation = spec.setdefault("evaluation", {})
-    evaluation["remedy"] = {"scan": "Interpolation"} | evaluation.get("remedy", {}) | given
-    if "source" not in spec["model"]:
-        # The other job may have published another model since then.
-        spec["model"] = {"source": raw["baseModel"]} | {
-            key: value for key, value in spec["model"].items() if key == "storage"
-        }
-    return RunSpec(
-        version=CONTRACT_VERSION, job=manifest.job, run=manifest.run, spec=parse_spec(spec)
-    )
-
-
 def publish_point(run_spec: RunSpec, stores: Stores, scratch: Path) -> PublishedPoint:
     """Choose a point between the base and the tuned model of a run, and publish the model there
     beside the run's. CURRENT.json and latest.json stay.
 
     Args:
-        run_spec: as ``read_run_spec`` returns it, with the storage in use.
+        run_spec: as ``point_spec`` reads it, with the storage in use.
         scratch: folder for temporary files, with space for the base model and the output.
 
     Raises:
@@ -188,47 +144,72 @@ def _tuned_checkpoint(store: ObjectStore, run_uri: str, result: RunResult) -> st
     return point.source if point is not None and point.uri == uri else uri
 
 
+class _Moved:
+    """The model of the run, which is moved between its base and itself. It is the base model at
+    first."""
+
+    def __init__(self, source: _Source, world: World, stores: Stores, scratch: Path) -> None:
+        spec = source.run_spec.spec
+        assert spec.evaluation.remedy is not None, "see point_spec"
+        self._scan, self._checkpoint = spec.evaluation.remedy.scan, source.checkpoint
+        self._base = fetch_base(source.run_spec, stores, scratch, weights=True)
+        if list(self._base.base.lineage) != source.result.lineage:
+            raise UserError(
+                "BaseChanged",
+                f"{source.run_spec.base_model.source} is not the model that run"
+                f" {source.run_spec.run} began with; publish that one there again",
+            )
+        folder = self._base.folder
+        packing = packing_of(build_base(folder, init="Meta"), spec)
+        self._model = initial_model(folder, self._base.weights(stores), spec)
+        torch.nn.Module.to(self._model, world.device)
+        self._own = own_weights(self._model, lambda: None)  # still those of the base
+        self._tokenizer = load_tokenizer(folder)
+        loss = TASKS[spec.task].loss(self._model, spec.training, None)
+        self.evaluator = evaluator_of(spec, world, source.data, loss, packing, self._tokenizer)
+
+    def tuned(self) -> Line:
+        """Make it the tuned model, and return the line from there."""
+        load_weights(self._checkpoint, self._model)
+        return line_of(self._model, self._scan, self._own)
+
+    def loaded(self) -> Loaded:
+        """Return the model where it is now, on the CPU."""
+        torch.nn.Module.to(self._model, CPU)
+        return Loaded(self._model.eval(), self._tokenizer, self._base)
+
+
 def _choose(source: _Source, world: World, stores: Stores, scratch: Path) -> _Chosen | RemedyResult:
     """Scan the points, and test and write the model at the chosen one; without a point that is not
     the tuned model's, return what was measured."""
-    spec, data, result = source.run_spec.spec, source.data, source.result
-    base = fetch_base(source.run_spec, stores, scratch, weights=True)
-    if list(base.base.lineage) != result.lineage:
-        raise UserError(
-            "BaseChanged",
-            f"{source.run_spec.base_model.source} is not the model that run"
-            f" {source.run_spec.run} began with; publish that one there again",
-        )
-    packing = packing_of(build_base(base.folder, init="Meta"), spec)
-    model = initial_model(base.folder, base.weights(stores), spec)
-    torch.nn.Module.to(model, world.device)
-    loss = TASKS[spec.task].loss(model, spec.training, None)
-    tokenizer = load_tokenizer(base.folder)
-    evaluator = evaluator_of(spec, world, data, loss, packing, tokenizer)
-    remedy = spec.evaluation.remedy
-    assert remedy is not None, "see read_run_spec"
-    own = own_weights(model, lambda: None)  # the model has the base's weights until now
-    load_weights(source.checkpoint, model)
-    found = scan(evaluator, line_of(model, remedy.scan, own), spec.evaluation, source.halves)
+    spec, store, halves = source.run_spec.spec, stores.default, source.halves
+    moved = _Moved(source, world, stores, scratch)
+    found = scan(moved.evaluator, moved.tuned(), spec.evaluation, halves)
     if found.chosen is None or found.chosen == 1:
         return found
-    began = time.monotonic()
-    retention = answer_sets(evaluator, spec, source.halves, ("retention",))
-    seconds = time.monotonic() - began
-    load_weights(source.checkpoint, model)  # points were reached by many roundings
-    line_of(model, remedy.scan, own).move(found.chosen)
-    run_spec = source.run_spec.model_copy(
-        update={"run": f"{source.run_spec.run}-{_NAMES[remedy.scan]}-{found.chosen:g}"}
-    )
-    result = _test(source, run_spec, evaluator, found, retention, seconds, stores.default)
-    torch.nn.Module.to(model, CPU)
-    loaded = Loaded(model.eval(), tokenizer, base)
+    base = _base_row(source, moved.evaluator)
+    moved.tuned().move(found.chosen)  # the scan came to each point by many roundings
+    name = f"{source.run_spec.run}-{_NAMES[found.scan]}-{found.chosen:g}"
+    run_spec = source.run_spec.model_copy(update={"run": name})
+    result = _test(source, run_spec, moved.evaluator, found, base, store)
     compares = spec.evaluation.artefact_check != "Off"
-    return _Chosen(
-        run_spec,
-        result,
-        write(run_spec, stores.default, result, data, loaded, scratch, compares),
-    )
+    written = write(run_spec, store, result, source.data, moved.loaded(), scratch, compares)
+    return _Chosen(run_spec, result, written)
+
+
+def _base_row(source: _Source, evaluator: Evaluator) -> RowAnswers:
+    """Return what the base model does with the prompts as they are: with the test sets as the run
+    has measured it, with the reported halves of the retention sets as it is measured now.
+
+    Args:
+        evaluator: its model is the base model.
+    """
+    known, began = source.base_row, time.monotonic()
+    retention = answer_sets(evaluator, source.run_spec.spec, source.halves, ("retention",))
+    measured = {found.name: found for found in retention}
+    sets = [measured.get(found.name, found) for found in known.sets]
+    seconds = known.process_seconds + time.monotonic() - began
+    return known.model_copy(update={"sets": sets, "process_seconds": round(seconds, 3)})
 
 
 def _test(
@@ -236,32 +217,24 @@ def _test(
     run_spec: RunSpec,
     evaluator: Evaluator,
     remedy: RemedyResult,
-    retention: Sequence[SetAnswers],
-    seconds: float,
+    base: RowAnswers,
     store: ObjectStore,
 ) -> RunResult:
     """Answer the test prompts by the model at the point, and write the working files that publish
-    reads below the point's own address; return the result.
+    reads; return the result.
 
     Args:
-        retention: what the base model did with the reported halves of the retention sets.
-        seconds: that it took.
+        run_spec: of the point.
+        base: what the base model does with the prompts as they are.
     """
     spec, old, new = source.run_spec.spec, source.run_spec.run_uri, run_spec.run_uri
-    measured = {found.name: found for found in retention}
-    base = source.base_row.model_copy(
-        update={
-            "sets": [measured.get(found.name, found) for found in source.base_row.sets],
-            "process_seconds": round(source.base_row.process_seconds + seconds, 3),
-        }
-    )
-    rows = [base, *_other_base_rows(store, old, source.result)]
     began = time.monotonic()
     tuned = _timed(TUNED, answer_sets(evaluator, spec, source.halves), began)
-    rows.append(tuned)
+    rows = [base, *_other_base_rows(store, old, source.result), tuned]
     for prompting, questions in read_questions(store, old).items():
         if prompting.tuned:
-            row, began = Row(model="Tuned", prompt=prompting.prompt), time.monotonic()
+            row = Row(model="Tuned", prompt=prompting.prompt, draw=prompting.draw)
+            began = time.monotonic()
             rows.append(_timed(row, answer_questions(evaluator, spec, questions), began))
     result = source.result.model_copy(
         update={
