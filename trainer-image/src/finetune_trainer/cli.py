@@ -189,8 +189,11 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _interpolate(options: argparse.Namespace) -> int:
     os.environ.update(thread_environment(os.environ))  # before torch is imported
+    from transformers.utils import logging
+
     from finetune_trainer.local.interpolate import interpolate
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     return interpolate(options.model, scan=options.scan, points=options.points, **_storage(options))
 
 
