@@ -25,7 +25,7 @@ from finetune_api.run_spec import RunSpec
 from finetune_trainer.failures import failure_of
 from finetune_trainer.prepare.pipeline import prepare
 from finetune_trainer.prepared.dataset import PreparedData
-from finetune_trainer.publish import artefact, cases, pipeline
+from finetune_trainer.publish import artefact, cases, export, pipeline
 from finetune_trainer.publish.artefact import Artefact, ArtefactDiffers, check
 from finetune_trainer.publish.cases import Compared
 from finetune_trainer.publish.files import upload_folder
@@ -282,13 +282,13 @@ def test_a_model_that_differs_is_never_complete(
         "spec": job.run_spec.spec.model_copy(update={"output": job.run_spec.spec.output.model_copy(
             update={"destination": f"{job.run_spec.spec.output.destination}-differs"})})
     })  # fmt: skip
-    write = pipeline.export.write_merged
+    write = export.write_merged
 
     def faulty(*arguments: Any) -> None:
         write(*arguments)
         lost_stop(arguments[4], job.base)
 
-    monkeypatch.setattr(pipeline.export, "write_merged", faulty)
+    monkeypatch.setattr(export, "write_merged", faulty)
     run_uri = job.run_spec.run_uri
     monkeypatch.setattr(RunSpec, "run_uri", property(lambda _: run_uri))
     with pytest.raises(ArtefactDiffers, match="answers differ"):

@@ -35,7 +35,8 @@ def test_labels_are_scored_from_the_records_to_the_results(bench: Bench) -> None
     }  # fmt: skip
     found = {}
     for size in (1, 2):
-        run_spec = bench.run_spec(f"{size}-world", **spec)
+        storage = {"workspace": f"{bench.bucket}/work-{size}"}  # base rows are measured by each
+        run_spec = bench.run_spec(f"{size}-world", **spec, storage=storage)
         bench.finish(run_spec, size, f"world-{size}")
         few = [Row(model="Base", prompt="1-shot", draw=draw) for draw in range(2)]
         found[size] = [

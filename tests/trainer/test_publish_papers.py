@@ -129,7 +129,7 @@ def about(
                  metrics={"Accuracy": value}, comparisons=compared),
         TableRow(row="Base 4-shot", model="Base", prompt="4-shot", samples=5, draws=2,
                  metrics={"Accuracy": value}, comparisons=compared, tokens_per_answer=3.5,
-                 process_seconds=1.25),
+                 process_seconds=1.25, measured_by="job 1-<b>"),
         TableRow(row="Tuned", model="Tuned", prompt="0-shot", samples=9, groups=3,
                  metrics={"Accuracy": value}),
     ]  # fmt: skip
@@ -276,6 +276,7 @@ def test_the_report_shows_figures_data_and_examples() -> None:
         "[1,200 tokens cut off]", '<mark class="supervised"> yes</mark>',
         "is it &lt;b&gt;?", "LoRA, rank 16",
         "adapter 1.2 MB, merged 2,000.0 MB", "published checkpoint, step 10", "Loss 1.5",
+        "1.2 (measured by run job 1-&lt;b&gt;)",
         "First step after</th><td>3.2 s (model 1.2, step 2.0)", "LoRA on <code>hf://org/name@rev<",
         '<td>warm</td><td class="num">15</td><td>support 100 %</td>',
         "Trained parameters</th><td>10 of 1,000 (1 %)", "; a full copy has 1,980.0 MB",

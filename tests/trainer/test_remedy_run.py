@@ -1,127 +1,33 @@
-"""``evaluation.remedy`` on real runs that forget: without it they are held by their gate."""
+"""``evaluation.remedy``, ``finetune interpolate`` and replay on real runs that forget: without them
+they are held by their gate."""
 
 from __future__ import annotations
 
-import json
-import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from worlds import start_world
+from forgetting import REMEDY, Runs, conversations
+from run_specs import run_specs
 
 from finetune_api.remedy import RemedyResult
 from finetune_api.results import PublishSummary
 from finetune_api.run_spec import RunSpec
+from finetune_trainer.cli import main
 from finetune_trainer.failures import UserError
-from finetune_trainer.prepare.pipeline import prepare
+from finetune_trainer.local.runner import HELD, MANIFEST_FAULT
 from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.prepared.halves import retention_halves
-from finetune_trainer.publish.pipeline import publish
+from finetune_trainer.publish.point import PublishedPoint
 from finetune_trainer.publish.published_results import read_all_predictions, read_results
-from finetune_trainer.quickstart.language import draw_ticket, message, reply
 from finetune_trainer.storage import runfiles
-from finetune_trainer.storage.objects import Stores
-from finetune_trainer.storage.run_head import Head, read_head
+from finetune_trainer.storage.objects import ObjectStore
+from finetune_trainer.storage.s3server import EmbeddedS3
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
-
-GATE = {"dataSet": "reply", "metric": "Loss", "operator": "WorsensAtMost", "value": "1"}
-REMEDY = {"scan": "Interpolation", "points": ["0.75", "0.5", "0.25", "0.1"]}
-
-
-def conversations(count: int) -> str:
-    """What the base model can do: answer customers."""
-    random, lines = Random(7), []
-    for _ in range(count):
-        ticket = draw_ticket(random)
-        turns = (("user", message(ticket, random)), ("assistant", reply(ticket, random)))
-        messages = [{"role": role, "content": content} for role, content in turns]
-        lines.append(json.dumps({"messages": messages}))
-    return "\n".join(lines)
-
-
-class Runs:
-    """Runs that learn to classify messages at a high rate, and forget to answer customers."""
-
-    def __init__(self, run_spec_for: Any, bucket: str, base: Path, folder: Path) -> None:
-        self._run_spec_for, self._bucket, self.folder = run_spec_for, bucket, folder
-        self.reply = f"s3://{bucket}/reply.jsonl"
-        self.stores = Stores(run_spec_for())
-        self.store = self.stores.default
-        for path in (base / "model").iterdir():
-            self.store.upload(path, f"s3://{bucket}/model/{path.name}")
-        for name in ("intent-train", "intent-test"):
-            self.store.upload(base / "data" / f"{name}.jsonl", f"s3://{bucket}/{name}.jsonl")
-        self.store.put(self.reply, conversations(80).encode())
-
-    def prepared(
-        self, run: str, evaluation: dict[str, Any], validation: str = "0.1", **spec: Any
-    ) -> RunSpec:
-        def source(name: str, of: str) -> dict[str, str]:
-            return {"name": name, "source": f"s3://{self._bucket}/{of}.jsonl"}
-
-        run_spec: RunSpec = self._run_spec_for(
-            run=run,
-            data={
-                "train": [source("intent", "intent-train")],
-                "test": [source("intent", "intent-test")],
-                "retention": [source("reply", "reply")],
-                "split": {"validation": validation}, "quality": {"contamination": "Ignore"},
-            },
-            evaluation={
-                "maxNewTokens": 4, "maxSamples": 8, "baselines": {"shots": []}, "gates": [GATE],
-                **evaluation,
-            },
-            **{
-                "training": {
-                    "maxSteps": 30, "batchSize": 8, "learningRate": "4e-3", "precision": "FP32",
-                },
-                "output": {"destination": self.destination, "format": "Both"},
-            } | spec,
-        )  # fmt: skip
-        prepare(run_spec, self.stores, self.folder / f"prepare-{run}")
-        return run_spec
-
-    def train(self, run_spec: RunSpec, size: int = 1, lost_at: str = "") -> runfiles.RunResult:
-        """Train in a world of processes.
-
-        Args:
-            lost_at: text in the log at which the processes are killed, and then started again.
-        """
-        path = self.folder / f"run-spec-{run_spec.run}.json"
-        path.write_text(run_spec.to_text())
-        environment = dict(os.environ) | {"FINETUNE_RUN_SPEC": str(path)}
-        for attempt in range(2 if lost_at else 1):
-            folder = self.folder / f"{run_spec.run}-{size}-{attempt}"
-            world = start_world(environment, size, folder)
-            if lost_at and attempt == 0:
-                world.wait_for_log(lost_at)
-                world.kill()
-                continue
-            assert world.wait() == [0] * size, world.log.read_text()
-        return runfiles.read_result(self.store, run_spec.run_uri)
-
-    def publish(self, run_spec: RunSpec) -> PublishSummary:
-        return publish(run_spec, self.stores, self.folder / f"publish-{run_spec.run}")
-
-    @property
-    def destination(self) -> str:
-        return f"s3://{self._bucket}/out"
-
-    def head(self, run_spec: RunSpec) -> Head:
-        found = read_head(self.store, run_spec.run_uri)
-        assert found is not None
-        return found[0]
-
-    def adapter(self, run_spec: RunSpec) -> dict[str, torch.Tensor]:
-        path = self.folder / f"{run_spec.run}.safetensors"
-        uri = f"{run_spec.output_uri}/adapter/adapter_model.safetensors"
-        self.store.download(uri, path)
-        return load_file(path)
 
 
 @pytest.fixture
@@ -129,14 +35,39 @@ def runs(run_spec_for: Any, bucket: str, tiny_base: Path, tmp_path: Path) -> Run
     return Runs(run_spec_for, bucket, tiny_base, tmp_path)
 
 
-def test_a_run_that_forgets_passes_its_gate_by_the_remedy(runs: Runs) -> None:
-    plain = runs.prepared("1-plain", {})
-    runs.train(plain)
-    held = runs.publish(plain).held
-    assert held is not None and "reply Loss WorsensAtMost: against Base" in held
+@dataclass(frozen=True)
+class Forgotten:
+    """A run that forgets, and the same one with the remedy; published."""
 
-    run_spec = runs.prepared("2-remdy", {"remedy": REMEDY})
-    result = runs.train(run_spec)
+    runs: Runs
+    plain: RunSpec
+    held: str | None
+    remedied: RunSpec
+    summary: PublishSummary
+
+
+@pytest.fixture(scope="module")
+def forgotten(
+    s3: EmbeddedS3, store: ObjectStore, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Forgotten]:
+    store.create_bucket("forgotten")
+    with pytest.MonkeyPatch.context() as patch:
+        keys_of(s3, patch)
+        folder = tmp_path_factory.mktemp("forgotten")
+        runs = Runs(run_specs(s3, "forgotten", patch), "forgotten", tiny_base, folder)
+        plain = runs.prepared("1-plain", {})
+        runs.train(plain)
+        held = runs.publish(plain).held
+        remedied = runs.prepared("2-remdy", {"remedy": REMEDY})
+        runs.train(remedied)
+        yield Forgotten(runs, plain, held, remedied, runs.publish(remedied))
+
+
+def test_a_run_that_forgets_passes_its_gate_by_the_remedy(forgotten: Forgotten) -> None:
+    runs, plain, run_spec = forgotten.runs, forgotten.plain, forgotten.remedied
+    assert forgotten.held is not None
+    assert "reply Loss WorsensAtMost: against Base" in forgotten.held
+    result = runs.result(run_spec)
     found = result.remedy
     assert found is not None and found.chosen == 0.25 and found.limits == {"reply": 1.0}
     changes = [point.retention[0].change or 0 for point in found.points]
@@ -147,7 +78,7 @@ def test_a_run_that_forgets_passes_its_gate_by_the_remedy(runs: Runs) -> None:
     assert result.summary.checkpoint == head.point.uri
 
     # The gate passes on the half that has not chosen, which is all that is reported.
-    summary = runs.publish(run_spec)
+    summary = forgotten.summary
     assert summary.held is None and summary.remedy is not None
     assert summary.remedy.startswith("Interpolation: point 0.25, with the lowest validation loss")
     data = PreparedData.open(
@@ -168,7 +99,7 @@ def test_a_run_that_forgets_passes_its_gate_by_the_remedy(runs: Runs) -> None:
     assert worsened == pytest.approx(found.points[3].retention[0].change, abs=0.2)
 
     # What is published is the model at the point, and was loaded again from storage.
-    tuned, chosen = runs.adapter(plain), runs.adapter(run_spec)
+    tuned, chosen = runs.weights(plain), runs.weights(run_spec)
     for name, value in tuned.items():
         expected = 0.25 * value if ".lora_B." in name else value
         torch.testing.assert_close(chosen[name], expected, rtol=1e-5, atol=1e-7)
@@ -190,14 +121,151 @@ def close(found: RemedyResult | None, expected: RemedyResult | None) -> None:
         assert ours.qualifies == theirs.qualifies
 
 
-def test_a_sharded_run_that_is_lost_chooses_as_one_process_does(runs: Runs) -> None:
-    """Lost during the scan, it scans again; lost later, it has chosen."""
+def keys_of(s3: EmbeddedS3, patch: pytest.MonkeyPatch) -> None:
+    """Put a server's keys into the environment, as a user does."""
+    for name, key in (("ACCESS_KEY_ID", s3.access_key), ("SECRET_ACCESS_KEY", s3.secret_key)):
+        patch.setenv(f"AWS_{name}", key)
+
+
+def interpolate(runs: Runs, s3: EmbeddedS3, uri: str, *options: str) -> int:
+    folder = str(runs.folder / "state")
+    return main(
+        ["interpolate", uri, *options, "--endpoint", str(s3.endpoint), "--state-dir", folder]
+    )
+
+
+POINTS = ("--points", *REMEDY["points"])
+
+
+def test_interpolate_makes_the_model_that_the_remedy_would_have_made(
+    forgotten: Forgotten, s3: EmbeddedS3, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs, remedied = forgotten.runs, forgotten.remedied
+    before = runs.store.get(f"{runs.destination}/latest.json")
+    assert interpolate(runs, s3, forgotten.plain.output_uri, *POINTS) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Interpolation: point 0.25, with the lowest validation loss" in said
+    point = forgotten.plain.model_copy(update={"run": "1-plain-point-0.25"})
+    assert f"Model: {point.output_uri}" in said
+
+    theirs, ours = runs.weights(remedied), runs.weights(point)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-6, atol=1e-8)
+    expected = read_results(runs.store, remedied.output_uri)
+    found = read_results(runs.store, point.output_uri)
+    assert (found.manifest.point_of, found.manifest.held) == ("1-plain", None)
+    assert found.manifest.files.keys() == expected.manifest.files.keys()
+    close(found.evaluation.remedy, expected.evaluation.remedy)
+    assert found.evaluation.gates[0].passed
+    assert found.evaluation.artefact is not None
+    assert found.evaluation.artefact.formats == ["adapter", "merged"]
+    for mine, other in zip(found.scores, expected.scores, strict=True):
+        assert (mine.name, mine.samples) == (other.name, other.samples)
+        assert mine.base["Loss"] == pytest.approx(other.base["Loss"], rel=1e-4)
+        assert mine.tuned["Loss"] == pytest.approx(other.tuned["Loss"], rel=1e-4)
+    answers = {
+        (line.data_set, line.sample, line.answers.get("Tuned"))
+        for line in read_all_predictions(runs.store, found)
+    }
+    assert answers == {
+        (line.data_set, line.sample, line.answers.get("Tuned"))
+        for line in read_all_predictions(runs.store, expected)
+    }
+    assert runs.store.get(f"{runs.destination}/latest.json") == before
+
+    # It is shown, and a next job can start from it; but it is no run whose points are scanned.
+    assert main(["report", point.output_uri, "--endpoint", str(s3.endpoint)]) == 0
+    assert "point 0.25" in " ".join(capsys.readouterr().out.split())
+    following = runs.prepared(
+        "4-follo", {}, model={"source": point.output_uri},
+        training={"maxSteps": 2, "batchSize": 8, "precision": "FP32"},
+    )  # fmt: skip
+    result = runs.train(following)
+    assert [(a.run, a.job) for a in result.lineage][-1] == (point.run, "job")
+    assert interpolate(runs, s3, point.output_uri) != 0
+    assert "is a point between two models already" in capsys.readouterr().out
+
+
+def test_interpolate_tells_what_is_missing(
+    forgotten: Forgotten, s3: EmbeddedS3, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs, plain = forgotten.runs, forgotten.plain
+    there = {info.uri for info in runs.store.list(f"{runs.destination}/")}
+
+    def said() -> str:
+        return " ".join(capsys.readouterr().out.split())
+
+    assert interpolate(runs, s3, plain.output_uri, "--points", "0.9") == HELD
+    assert "no point qualifies, so the tuned model is kept" in said()
+    assert interpolate(runs, s3, plain.output_uri, "--points", "1") == MANIFEST_FAULT
+    assert "give numbers above 0 and below 1" in said()
+    assert interpolate(runs, s3, f"{runs.destination}/7-none") == 10
+    assert "7-none/manifest.json does not exist" in said()
+    data = f"{runfiles.read_prepared(runs.store, plain.run_uri).uri}/manifest.json"
+    for uri, because in (
+        (data, "holds no prepared data any more; give spec.rerunToken a new value"),
+        (f"{plain.run_uri}/HEAD.json", "is not among the checkpoints of"),
+        (f"{plain.run_uri}/answers/base-0-shot-0.json", "the working files of run 1-plain"),
+    ):
+        text = runs.store.get(uri)
+        runs.store.delete([uri])
+        assert interpolate(runs, s3, plain.output_uri) == 10
+        assert because in said()
+        runs.store.put(uri, text)
+    assert {info.uri for info in runs.store.list(f"{runs.destination}/")} == there
+
+
+@pytest.mark.parametrize(
+    ("chosen", "uri", "held", "code", "said"),
+    [
+        (0.5, "s3://b/1-point-0.5", None, 0, "Model: s3://b/1-point-0.5"),
+        (0.5, "s3://b/1-point-0.5", "reply Loss", HELD, "Held: reply Loss"),
+        (1.0, None, None, 0, "as it is; nothing was published"),
+        (1.0, None, "reply Loss", HELD, "Held: reply Loss"),
+        (None, None, None, HELD, "as it is; nothing was published"),
+    ],
+)
+def test_the_exit_code_of_interpolate_is_that_of_a_run(
+    forgotten: Forgotten, s3: EmbeddedS3, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, chosen: float | None, uri: str | None, held: str | None,
+    code: int, said: str,
+) -> None:  # fmt: skip
+    remedy = RemedyResult(scan="Interpolation", limits={}, points=[], chosen=chosen, because="")
+    found = PublishedPoint(remedy, uri, held)
+    monkeypatch.setattr("finetune_trainer.local.interpolate.publish_point", lambda *_: found)
+    assert interpolate(forgotten.runs, s3, forgotten.plain.output_uri) == code
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_replay_lets_the_run_that_forgets_pass_its_gate(forgotten: Forgotten) -> None:
+    runs = forgotten.runs
+    run_spec = runs.prepared("3-repla", {}, replay=True)
+    runs.train(run_spec)
+    assert runs.publish(run_spec).held is None
+    found = read_results(runs.store, run_spec.output_uri)
+    held = read_results(runs.store, forgotten.plain.output_uri)
+    (gate,), (missed,) = found.evaluation.gates, held.evaluation.gates
+    assert gate.passed and not missed.passed
+
+    # The base model is the same, and was asked the same: its row is the other run's.
+    for mine, other in zip(found.evaluation.sets, held.evaluation.sets, strict=True):
+        assert mine.rows[0].measured_by == "job 1-plain" and other.rows[0].measured_by is None
+        assert mine.rows[0].metrics == other.rows[0].metrics
+
+
+def test_a_sharded_run_that_is_lost_chooses_as_one_process_does(
+    runs: Runs, s3: EmbeddedS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost during the scan, it scans again; lost later, it has chosen. Moved again afterwards, its
+    tuned model is moved, not the point."""
     spec: dict[str, Any] = {
         "method": {"type": "Full"}, "output": {"destination": runs.destination},
         "training": {"maxSteps": 12, "batchSize": 8, "learningRate": "1e-3", "precision": "FP32"},
     }  # fmt: skip
     remedy = {"remedy": REMEDY | {"scan": "LayerLinear"}}
-    alone = runs.train(runs.prepared("1-alone", remedy, **spec))
+    one = runs.prepared("1-alone", remedy, **spec)
+    alone = runs.train(one)
     assert alone.remedy is not None and alone.remedy.chosen == 0.5
     run_spec = runs.prepared("2-shard", remedy, **spec, compute={"sharding": "FullShard"})
     sharded = runs.train(run_spec, 2, lost_at="point 0.5:")
@@ -211,6 +279,16 @@ def test_a_sharded_run_that_is_lost_chooses_as_one_process_does(runs: Runs) -> N
     assert "point 0.5:" not in (runs.folder / "2-shard-1-0" / "log").read_text()
     for ours, theirs in zip(again.summary.scores, sharded.summary.scores, strict=True):
         assert ours.tuned["Loss"] == pytest.approx(theirs.tuned["Loss"], rel=1e-5)
+
+    runs.publish(one)
+    keys_of(s3, monkeypatch)
+    assert interpolate(runs, s3, one.output_uri) == 0  # by the scan and the points of the run
+    point = one.model_copy(update={"run": "1-alone-layer-linear-0.5"})
+    moved = read_results(runs.store, point.output_uri)
+    close(moved.evaluation.remedy, alone.remedy)
+    ours, theirs = (runs.weights(each, "merged/model") for each in (point, one))
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize(

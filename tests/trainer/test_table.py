@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -43,12 +44,14 @@ def table(made: Sequence[RowOutcome]) -> SetTable:
 
 def test_draws_are_one_row_with_their_spread() -> None:
     made = rows(
-        row("Base", 0.2), row("Base 4-shot", 0.5, 80, 1), row("Base 4-shot", 0.7, 80, 2),
+        row("Base", 0.2), replace(row("Base 4-shot", 0.5, 80, 1), measured_by="job 1-first"),
+        replace(row("Base 4-shot", 0.7, 80, 2), measured_by="job 1-first"),
         row("Tuned", 0.9, seed=3),
     )  # fmt: skip
     found = table(made)
     assert [(r.row, r.samples, r.draws) for r in found.rows] == [
         ("Base", 200, 1), ("Base 4-shot", 80, 2), ("Tuned", 200, 1)]  # fmt: skip
+    assert [r.measured_by for r in found.rows] == [None, "job 1-first", None]
     few = found.rows[1]
     value = few.metrics["Accuracy"]
     assert value.lowest is not None and value.highest is not None and value.low is not None

@@ -125,6 +125,9 @@ class TableRow(Record):
     """Mean number of generated tokens."""
     process_seconds: float = 0.0
     """Time for this row and this set, over all processes; of a GPU run, GPU-seconds."""
+    measured_by: str | None = None
+    """Job and run that have spent that time and measured the row: its answers were found in the
+    workspace. None: this run."""
 
 
 Action = Literal["Tune", "Prompt", "Retrieve", "TuneAndRetrieve", "Neither"]

@@ -75,6 +75,11 @@ def data_uri(workspace: str, digest: str) -> str:
     return f"{workspace}/data/{digest}"
 
 
+def base_row_uri(workspace: str, key: str) -> str:
+    """Return the address of a row of a base model, shared by all jobs of the workspace."""
+    return f"{workspace}/base-rows/{key}.json"
+
+
 def output_uri(destination: str, run: str) -> str:
     """Return the prefix of a run's published model."""
     return f"{destination.rstrip('/')}/{run}"

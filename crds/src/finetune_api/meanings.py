@@ -101,6 +101,15 @@ STORAGE_LAYOUT: Final[tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = (
         ),
     ),
     (
+        "workspace",
+        (
+            (
+                "base-rows/<key>.json",
+                "answers and losses of a base model to test sets, which other runs take over",
+            ),
+        ),
+    ),
+    (
         "run",
         (
             (
@@ -150,4 +159,5 @@ STORAGE_LAYOUT: Final[tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = (
         ),
     ),
 )
-"""Files below the prefixes that ``identity`` computes (data_uri, run_uri, output_uri)."""
+"""Files below the workspace and the prefixes that ``identity`` computes (data_uri, run_uri,
+output_uri)."""

@@ -218,6 +218,7 @@ def _credentials() -> Iterator[str]:
 def _layout() -> Iterator[str]:
     prefixes = {
         "data": identity.data_uri("<workspace>", "<digest>"),
+        "workspace": "<workspace>",
         "run": identity.run_uri("<workspace>", "<job>", "<run>"),
         "output": identity.output_uri("<destination>", "<run>"),
     }

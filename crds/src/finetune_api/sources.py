@@ -93,8 +93,8 @@ class Storage(StorageAccess):
     service_account_name: DnsName | None = None
     """Service account of the job's pods, for storage access by workload identity."""
     workspace: S3Uri | None = None
-    """Prefix for prepared data and checkpoints. Jobs that share a workspace share prepared data.
-    Absent: `.workspace` under `output.destination`."""
+    """Prefix for prepared data and checkpoints. Jobs that share a workspace share prepared data,
+    and what their base model has answered. Absent: `.workspace` under `output.destination`."""
     encryption: Encryption | None = None
     """Server-side encryption of what the job writes. Absent: as the buckets are configured."""
 

@@ -71,12 +71,12 @@ def untrained_rules(checkpoint: type[Model]) -> tuple[Rule, ...]:
         rule(
             "!has(self.data.validation) && !has(self.data.stages)"
             " && !has(self.data.mixingTemperature) && (!has(self.data.train)"
-            " || self.data.train.all(t, !has(t.weight) && !t.replay))",
+            " || self.data.train.all(t, !has(t.weight) && !t.replay && !t.canaries))",
             "neither trains nor validates: remove data.validation, stages, mixingTemperature, and"
-            " weight and replay of data.train",
+            " weight, replay and canaries of data.train",
             lambda s: (
                 (s.data.validation, s.data.stages, s.data.mixing_temperature) == (None,) * 3
-                and not any(t.weight or t.replay for t in s.data.train or ())
+                and not any(t.weight or t.replay or t.canaries for t in s.data.train or ())
             ),
         ),
         rule(

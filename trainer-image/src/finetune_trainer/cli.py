@@ -114,6 +114,21 @@ def _parser() -> argparse.ArgumentParser:
     _storage_options(evaluate)
     evaluate.set_defaults(command=_evaluate)
 
+    interpolate = commands.add_parser(
+        "interpolate", help="choose and publish a point between the base and the tuned model"
+    )
+    interpolate.add_argument("model", metavar="S3_URI", help=_MODEL_HELP)
+    interpolate.add_argument(
+        "--scan", choices=("Interpolation", "LayerLinear"),
+        help="as evaluation.remedy.scan (default: the run's, else Interpolation)",
+    )  # fmt: skip
+    interpolate.add_argument(
+        "--points", nargs="+", default=(), metavar="POINT",
+        help="points besides 1, above 0 and below 1 (default: the run's, else 0.8 0.6 0.4 0.2)",
+    )  # fmt: skip
+    _storage_options(interpolate)
+    interpolate.set_defaults(command=_interpolate)
+
     current = commands.add_parser("current", help="show the model in use at a destination")
     _current_options(current)
     current.set_defaults(command=_current)
@@ -184,6 +199,16 @@ def _evaluate(options: argparse.Namespace) -> int:
     from finetune_trainer.local.evaluation import evaluate
 
     return evaluate(options, **_storage(options))
+
+
+def _interpolate(options: argparse.Namespace) -> int:
+    os.environ.update(thread_environment(os.environ))  # before torch is imported
+    from transformers.utils import logging
+
+    from finetune_trainer.local.interpolate import interpolate
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    return interpolate(options.model, scan=options.scan, points=options.points, **_storage(options))
 
 
 def _current(options: argparse.Namespace, change: Change | None = None) -> int:

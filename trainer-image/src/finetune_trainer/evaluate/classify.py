@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
 import numpy as np
 import torch
 
-from finetune_api.tasks import Metric, TaskName
+from finetune_api.tasks import Metric
 from finetune_trainer.engine.loss import MicroBatchLosses
 from finetune_trainer.engine.packing.layout import layout_context
 from finetune_trainer.evaluate.measure import Answer, Evaluator, LossSums, Measured
@@ -32,10 +31,3 @@ class ClassEvaluator(Evaluator):
         losses, labels = sums.on_all(self.world)
         asked = positions.tolist()
         return Measured(losses, labels, asked, [Answer(answers[at], 0) for at in asked])
-
-
-EVALUATORS: Final[dict[TaskName, type[Evaluator]]] = {
-    "CausalLM": Evaluator,
-    "SequenceClassification": ClassEvaluator,
-}
-"""Evaluator class of each task."""

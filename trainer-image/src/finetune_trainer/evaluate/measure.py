@@ -154,24 +154,34 @@ class Evaluator:
         self, split: Side, number: int, positions: np.ndarray, wanted: Sequence[Metric]
     ) -> SetResult:
         found = self._measure(split, positions, wanted)
-        metrics = loss_metrics(float(found.losses.sum()), float(found.labels.sum()))
-        scores = None
-        if found.asked:
-            references = self.data.references(split, found.asked)
-            scores = self.label_scores(number, [r.prompt_ids for r in references], wanted)
-            said = answers_to(references, [answer.text for answer in found.answers], scores)
-            metrics |= text_metrics(said, wanted)
-        always = [m for m in metrics_from("Loss") if m in self.possible]
-        shown = {str(m): metrics[m] for m in (*wanted, *always) if m in metrics}
+        prompts = [r.prompt_ids for r in self.data.references(split, found.asked)]
+        scores = self.label_scores(number, prompts, wanted)
         return SetResult(
             self.data.manifest.sets[number].name,
             len(positions),
-            shown,
+            self.metrics(split, found, scores, wanted),
             found.losses,
             found.labels,
             found.answers,
             scores,
         )
+
+    def metrics(
+        self, split: Side, found: Measured, scores: LabelScores | None, wanted: Sequence[Metric]
+    ) -> Metrics:
+        """Return the metrics of what was measured of one set.
+
+        Args:
+            scores: log-likelihoods of the labels after the prompts of the answers, if measured.
+            wanted: metrics of the set.
+        """
+        metrics = loss_metrics(float(found.losses.sum()), float(found.labels.sum()))
+        if found.asked:
+            references = self.data.references(split, found.asked)
+            said = answers_to(references, [answer.text for answer in found.answers], scores)
+            metrics |= text_metrics(said, wanted)
+        always = [m for m in metrics_from("Loss") if m in self.possible]
+        return {str(m): metrics[m] for m in (*wanted, *always) if m in metrics}
 
     def _measure(self, split: Side, positions: np.ndarray, wanted: Sequence[Metric]) -> Measured:
         """Return losses and answers of some samples, identical on all ranks."""

@@ -52,6 +52,8 @@ class Answered:
     label_scores: LabelScores | None = None
     """Log-likelihoods of the labels after the prompts of ``samples``; None: not measured."""
     process_seconds: float = 0.0
+    measured_by: str | None = None
+    """Job and run that have measured it; None: this one."""
 
     def of(self, samples: Sequence[int]) -> Answered:
         """The answers to some of the answered samples, in this order, without their tokens."""
@@ -183,6 +185,8 @@ def _row(
         ),
         tokens_per_answer=sum(tokens) / len(tokens) if tokens and any(tokens) else None,
         process_seconds=sum(draw.process_seconds for draw in row.draws),
+        measured_by=", ".join(sorted({draw.measured_by for draw in row.draws if draw.measured_by}))
+        or None,
     )
 
 

@@ -29,7 +29,7 @@ from finetune_trainer.local.layout import count_gpus, lay_out
 from finetune_trainer.local.manifest import LocalJob, read_manifest, with_paths
 from finetune_trainer.local.read_progress import read_progress
 from finetune_trainer.local.state import StateFolder, changed, choose_run
-from finetune_trainer.local.storage import Where, storage_for
+from finetune_trainer.local.storage import Where, copy_published, storage_for
 from finetune_trainer.storage.objects import ObjectStore, Stores
 from finetune_trainer.threads import count_cores
 
@@ -295,8 +295,7 @@ class Runner:
         say(f"{'Model:  ' if published.formats else 'Results:'} {published.uri}")
         if self._where.embedded is not None:
             folder = self._state.model_folder(self._job.name, self._run_spec.run)
-            for info in store.list(f"{published.uri}/"):
-                store.download(info.uri, folder / info.uri.removeprefix(f"{published.uri}/"))
+            copy_published(store, published.uri, folder)
             say(f"Copy:    {folder}")
             report = folder / "report.html"
         say(f"Report:  {report}")

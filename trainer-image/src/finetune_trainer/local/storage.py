@@ -82,6 +82,13 @@ def published_store(
         yield server.store()
 
 
+def copy_published(store: ObjectStore, uri: str, folder: Path) -> None:
+    """Copy a published model out of the embedded storage to plain files: that server ends with the
+    command."""
+    for info in store.list(f"{uri}/"):
+        store.download(info.uri, folder / info.uri.removeprefix(f"{uri}/"))
+
+
 def uses_embedded(spec: FineTuneJobSpec, endpoint: str | None, environ: Mapping[str, str]) -> bool:
     """Return whether nothing names other storage: no endpoint, no account in the environment."""
     named = endpoint or spec.storage.endpoint

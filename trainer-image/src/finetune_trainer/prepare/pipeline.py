@@ -35,6 +35,7 @@ from finetune_trainer.engine.planning.micro_batch_size import samples_of
 from finetune_trainer.engine.planning.schedule import replay_of, stage_plans, stages_of, steps_of
 from finetune_trainer.engine.task_losses import TASKS
 from finetune_trainer.evaluate.metric_selection import check_metrics
+from finetune_trainer.evaluate.remedy_check import check_remedy
 from finetune_trainer.evaluate.slices import check_slices
 from finetune_trainer.failures import DataError, UserError, object_changed
 from finetune_trainer.prepare.digest import content_digest
@@ -48,7 +49,6 @@ from finetune_trainer.prepare.questions.questions import make_questions
 from finetune_trainer.prepare.reading.inputsplits import InputSplit, deal, divide
 from finetune_trainer.prepare.reading.sources import Source, changed, resolve
 from finetune_trainer.prepare.reducing.reduce import reduce_splits
-from finetune_trainer.prepare.remedy_check import check_remedy
 from finetune_trainer.prepare.task_formats import RENDERINGS
 from finetune_trainer.prepare.tokenizing.tokens import Model
 from finetune_trainer.prepare.untrained_check import check_measured, head_of

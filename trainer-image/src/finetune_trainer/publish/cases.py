@@ -26,6 +26,7 @@ from finetune_trainer.evaluate.agreement import Bound, bound_of, choose
 from finetune_trainer.evaluate.prompt_batches import Ids
 from finetune_trainer.prepared.dataset import PreparedData, Reference, TokenSample
 from finetune_trainer.prepared.split import Side
+from finetune_trainer.publish.export import Loaded
 from finetune_trainer.publish.plain import loss_of
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.modelfiles import read_limits
@@ -99,6 +100,20 @@ class Compared:
     def bound(self, published: torch.dtype) -> Bound:
         """Return what may differ in a model that is published in this dtype."""
         return bound_of(self.precision, self.quantized, published)
+
+
+def cases_of(
+    run_spec: RunSpec, store: ObjectStore, result: RunResult, data: PreparedData, loaded: Loaded
+) -> Compared | None:
+    """Return the cases of a run's test sets, or of training samples where there is none; None if
+    nothing can be compared.
+
+    Args:
+        loaded: the tuned model; whole if there are no test sets.
+    """
+    if data.set_names("test"):
+        return tested(run_spec, store, result, data, loaded.base.folder)
+    return trained(data, loaded.model)
 
 
 def tested(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,10 +39,21 @@ from finetune_trainer.engine.pissa import INITIAL, is_kept, join
 from finetune_trainer.engine.placeholders import materialize
 from finetune_trainer.engine.tuning.methods import Tuned, apply_method
 from finetune_trainer.failures import UserError
+from finetune_trainer.prepared.manifest import DataManifest
 from finetune_trainer.storage.checkpoint_files import read_file
-from finetune_trainer.storage.objects import Stores
+from finetune_trainer.storage.objects import ObjectStore, Stores
 from finetune_trainer.storage.run_head import read_head
 from finetune_trainer.storage.weight_reader import Weights
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A tuned model, in float32 on the CPU."""
+
+    model: Tuned
+    """Weights that were not trained may be on the meta device, if only an adapter is written."""
+    tokenizer: PreTrainedTokenizerBase
+    base: BaseFiles
 
 
 def load_tuned(
@@ -51,9 +63,8 @@ def load_tuned(
     classes: Sequence[str],
     scratch: Path,
     whole: bool,
-) -> tuple[Tuned, PreTrainedTokenizerBase, BaseFiles]:
-    """Return the tuned model with the weights of a checkpoint, in float32 on the CPU; its
-    tokenizer; and the base's files.
+) -> Loaded:
+    """Return the tuned model with the weights of a checkpoint.
 
     Args:
         classes: names of the classes, for a task with classes.
@@ -64,21 +75,30 @@ def load_tuned(
         UserError: 'CheckpointGone' if HEAD no longer names the checkpoint.
         CorruptCheckpoint: files of the checkpoint differ from those that HEAD lists.
     """
-    found = read_head(stores.default, run_spec.run_uri)
+    reader = checkpoint_reader(stores.default, run_spec.run_uri, checkpoint_uri)
+    base = fetch_base(run_spec, stores, scratch, weights=whole)
+    weights = base.weights(stores) if whole else None
+    model = tuned_model(base.folder, weights, reader, run_spec.spec, classes)
+    return Loaded(model, load_tokenizer(base.folder), base)
+
+
+def checkpoint_reader(
+    store: ObjectStore, run_uri: str, checkpoint_uri: str | None
+) -> CheckpointReader:
+    """Return a reader of a checkpoint.
+
+    Raises: as ``load_tuned``.
+    """
+    found = read_head(store, run_uri)
     named = found[0].named if found else ()
     checkpoint = next((c for c in named if c.uri == checkpoint_uri), None)
     if checkpoint is None:
         raise UserError(
             "CheckpointGone",
-            f"{checkpoint_uri} is not among the checkpoints of {run_spec.run_uri}/HEAD.json; give"
+            f"{checkpoint_uri} is not among the checkpoints of {run_uri}/HEAD.json; give"
             " spec.rerunToken a new value to train again",
         )
-    base = fetch_base(run_spec, stores, scratch, weights=whole)
-    store = stores.default
-    reader = CheckpointReader(store, checkpoint, read_file(store, checkpoint, METADATA))
-    weights = base.weights(stores) if whole else None
-    model = tuned_model(base.folder, weights, reader, run_spec.spec, classes)
-    return model, load_tokenizer(base.folder), base
+    return CheckpointReader(store, checkpoint, read_file(store, checkpoint, METADATA))
 
 
 def tuned_model(
@@ -95,15 +115,43 @@ def tuned_model(
         weights: weights of the base; None leaves weights that were not trained on the meta device.
         classes: as for ``load_tuned``.
     """
-    purpose = purpose_of(spec, classes)
     if weights is None:
+        purpose = purpose_of(spec, classes)
         model = apply_method(build_base(base, init="Meta", purpose=purpose, pack=False), spec)
         _allocate_trained(model)
     else:
-        base_model = build_base(base, torch.float32, Pretrained(weights), purpose)
-        model = apply_method(base_model, spec)
+        model = initial_model(base, weights, spec, classes)
     load_weights(checkpoint, model)
     return model.eval()
+
+
+def initial_model(
+    base: Path, weights: Weights, spec: FineTuneJobSpec, classes: Sequence[str] = ()
+) -> Tuned:
+    """Return the model of a folder as a run begins with it, in float32 on the CPU."""
+    purpose = purpose_of(spec, classes)
+    return apply_method(build_base(base, torch.float32, Pretrained(weights), purpose), spec)
+
+
+def write_formats(
+    loaded: Loaded, spec: FineTuneJobSpec, manifest: DataManifest, folder: Path
+) -> list[str]:
+    """Write the model in the formats of ``output.format``, and return the names of their folders.
+    Modifies the model."""
+    wanted, stops, classes = spec.effective_output_format, manifest.stop_token_ids, manifest.classes
+    formats = []
+    if wanted in ("Adapter", "Both"):
+        write_adapter(
+            loaded.model, loaded.tokenizer, loaded.base, spec, stops, folder / "adapter", classes
+        )
+        formats.append("adapter")
+    if wanted in ("Merged", "Both"):
+        purpose = purpose_of(spec, classes)
+        write_merged(
+            loaded.model, loaded.tokenizer, loaded.base.folder, stops, folder / "merged", purpose
+        )
+        formats.append("merged")
+    return formats
 
 
 def _allocate_trained(model: Tuned) -> None:

@@ -135,4 +135,5 @@ def _answered(found: RowAnswers, of_set: SetAnswers, positions: np.ndarray) -> A
         metrics=of_set.metrics,
         label_scores=of_set.label_scores,
         process_seconds=found.process_seconds * share,
+        measured_by=found.measured_by,
     )

@@ -34,6 +34,7 @@ class ShownRow:
     tokens: str
     """Tokens per answer."""
     seconds: str
+    """Seconds times processes, and which run has spent them, if another one has."""
 
 
 @dataclass(frozen=True)
@@ -203,5 +204,6 @@ def _row(row: TableRow, shown: Sequence[Score]) -> ShownRow:
         ahead=f"{first.show(compared.effect, signed=True)} ({ahead.interval})" if compared else "",
         verdict=ahead.verdict,
         tokens=f"{row.tokens_per_answer:.1f}" if row.tokens_per_answer else "",
-        seconds=f"{row.process_seconds:.1f}",
+        seconds=f"{row.process_seconds:.1f}"
+        + (f" (measured by run {row.measured_by})" if row.measured_by else ""),
     )

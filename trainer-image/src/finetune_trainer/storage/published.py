@@ -62,6 +62,8 @@ class Manifest(Record):
     """Folders beside this file: adapter, merged."""
     held: str | None = None
     """Which gates the run missed, or how the current model is better; None: it is not held."""
+    point_of: str | None = None
+    """Run from whose tuned model ``finetune interpolate`` made this one; None: the run's own."""
     full_copy_bytes: int = 0
     """Bytes of a whole model's weights in the dtype of the base."""
     files: dict[str, PublishedFile]

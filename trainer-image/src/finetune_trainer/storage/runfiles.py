@@ -183,6 +183,8 @@ class RowAnswers(Record):
     """One entry for each test set; for questions, only of sets that have them."""
     process_seconds: float = 0.0
     """Time that it took, over all processes."""
+    measured_by: str | None = None
+    """Job and run that have measured it; None: this one."""
 
 
 class RunResult(Record):

@@ -3,8 +3,9 @@ the chosen checkpoint (after).
 
     questions ──► Evaluator ──► RowAnswers in storage, one file a row ──► publish makes the table
 
-The base model's rows are answered once in a run: later attempts find their files. The tuned
-model's are answered again, as another attempt may end in other weights.
+The base model's rows are answered once in a run: later attempts find their files, and other runs
+what ``base_rows`` shares. The tuned model's are answered again, as another attempt may end in other
+weights.
 """
 
 from __future__ import annotations
@@ -15,22 +16,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from finetune_api.evaluation_results import BASE, TUNED, DataSetScores, Metrics, Row, RowModel
+from finetune_api.evaluation_results import BASE, TUNED, Row, RowModel
 from finetune_api.results import TrainSummary
+from finetune_trainer.evaluate.answering import (
+    answer_questions,
+    answer_sets,
+    scores_of_sets,
+    with_metrics,
+)
 from finetune_trainer.evaluate.base_kl import (
     BasePredictions,
     base_probabilities,
     from_bytes,
     to_bytes,
 )
-from finetune_trainer.evaluate.measure import SetResult
+from finetune_trainer.evaluate.base_row_key import sets_as_they_are, sets_of_questions
 from finetune_trainer.evaluate.memorisation import SAMPLES, memorisation
-from finetune_trainer.prepared.halves import reported_part
 from finetune_trainer.prepared.origins import located
 from finetune_trainer.prepared.questions import Prompting, Question
-from finetune_trainer.prepared.split import TESTED
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.runfiles import Memorisation, RowAnswers, RunResult, SetAnswers
+from finetune_trainer.train.base_rows import BaseRows
 from finetune_trainer.train.remedy import with_remedy
 from finetune_trainer.train.session import MeasuringSession, Session, versions
 from finetune_trainer.train.state import LoopState
@@ -42,8 +48,8 @@ from finetune_trainer.train.suspects import suspect_labels
 class BaseResults:
     """What the base model did with the test sets."""
 
-    metrics: dict[str, Metrics]
-    """Metrics by set, of the test prompts as they are."""
+    answers: RowAnswers
+    """Of the test prompts as they are."""
     rows: list[Row]
     """All its rows, in order."""
 
@@ -58,14 +64,15 @@ def measure_base(session: MeasuringSession, step: int) -> BaseResults:
     session.telemetry.say(stage="Baseline" if trains else "Testing")
     world, store, run_uri = session.world, session.stores.default, session.run_spec.run_uri
     known = world.on_main(lambda: runfiles.known_rows(store, run_uri))
+    shared = BaseRows(session)
     with session.recorder.of("evaluation"), session.loss.base_model():
         if BASE.key in known:
             base = world.on_main(lambda: runfiles.read_row(store, run_uri, BASE))
         else:
-            base = _test(session, BASE)
-        rows = _ask(session, "Base", list(session.questions), known)
+            base = _base_as_it_is(session, shared)
+        rows = _ask(session, "Base", list(session.questions), known, shared)
         session.base_predictions = _base_predictions(session, step)
-    return BaseResults({found.name: found.metrics for found in base.sets}, [BASE, *rows])
+    return BaseResults(base, [BASE, *rows])
 
 
 def _base_predictions(session: MeasuringSession, step: int) -> BasePredictions:
@@ -112,15 +119,7 @@ def test_and_write_result(session: Session, state: LoopState, base: BaseResults)
         checkpoint_step=chosen.step,
         trainable_parameters=session.parameters.trainable,
         total_parameters=session.parameters.total,
-        scores=[
-            DataSetScores(
-                name=found.name,
-                samples=len(found.losses),
-                base=base.metrics[found.name],
-                tuned=found.metrics,
-            )
-            for found in tuned.sets
-        ],
+        scores=list(scores_of_sets(base.answers, tuned)),
         training_seconds=checkpointer.training_seconds(),
         time=session.recorder.use(saved=True),
         tokens=state.tokens,
@@ -164,7 +163,7 @@ def _memorisation(session: Session, steps: int) -> Memorisation | None:
     seed = session.spec.training.seed
     some = np.random.default_rng(seed).permutation(steps)[:SAMPLES]
     trained = np.concatenate([session.plan.samples(step) for step in sorted(some.tolist())])
-    sources = zip(session.spec.data.names("train"), session.spec.data.train, strict=True)
+    sources = zip(session.spec.data.names("train"), session.spec.data.train or (), strict=True)
     canaries = [name for name, source in sources if source.canaries]
     return memorisation(session.evaluator, np.unique(trained).tolist(), seed, canaries)
 
@@ -172,25 +171,17 @@ def _memorisation(session: Session, steps: int) -> Memorisation | None:
 def _test(session: MeasuringSession, row: Row) -> RowAnswers:
     """Answer the test prompts as they are."""
     began = time.monotonic()
-    results = [
-        result
-        for side in TESTED
-        for result in session.evaluator.sets(
-            side, session.metrics_of_sets(side), reported_part(session.halves, side)
-        )
-    ]
-    return _write(session, row, [_set_answers(r) for r in results], began)
+    return _write(session, row, answer_sets(session.evaluator, session.spec, session.halves), began)
 
 
-def _set_answers(found: SetResult) -> SetAnswers:
-    return SetAnswers(
-        name=found.name,
-        metrics=found.metrics,
-        losses=found.losses.tolist(),
-        labels=[int(n) for n in found.labels],
-        answers=[answer.text for answer in found.answers],
-        tokens=[answer.tokens for answer in found.answers],
-        label_scores=found.label_scores,
+def _base_as_it_is(session: MeasuringSession, shared: BaseRows) -> RowAnswers:
+    """Answer the test prompts as they are by the base model."""
+    evaluator, spec, halves = session.evaluator, session.spec, session.halves
+    return shared.row(
+        BASE,
+        lambda: sets_as_they_are(evaluator, spec, halves),
+        lambda: _test(session, BASE),
+        lambda sets: with_metrics(evaluator, spec, halves, sets),
     )
 
 
@@ -199,11 +190,13 @@ def _ask(
     model: RowModel,
     promptings: Sequence[Prompting],
     known: Collection[str] = (),
+    shared: BaseRows | None = None,
 ) -> list[Row]:
     """Answer the questions that prepare has made, row by row.
 
     Args:
         known: keys of rows that are answered already.
+        shared: rows of the base model; None: those of the tuned one are measured.
 
     Raises:
         Interrupted: on all ranks, before a row, if a stop was requested on any rank.
@@ -215,29 +208,23 @@ def _ask(
         rows.append(row)
         if row.key not in known:
             raise_if_stopping(session.world, stop_requested, f"before row {row.key}")
-            _answer(session, row, session.questions[prompting])
+            _answer(session, row, session.questions[prompting], shared)
     return rows
 
 
-def _answer(session: MeasuringSession, row: Row, questions: Sequence[Question]) -> None:
-    began = time.monotonic()
-    answers = session.evaluator.generate([question.ids for question in questions])
-    sets, wanted = [], session.metrics_of_sets("test")
-    for number, name in session.data.set_names("test"):
-        of_set = [i for i, question in enumerate(questions) if question.set == number]
-        if of_set:
-            sets.append(
-                SetAnswers(
-                    name=name,
-                    positions=[questions[i].position for i in of_set],
-                    answers=[answers[i].text for i in of_set],
-                    tokens=[answers[i].tokens for i in of_set],
-                    label_scores=session.evaluator.label_scores(
-                        number, [questions[i].ids for i in of_set], wanted[name]
-                    ),
-                )
-            )
-    _write(session, row, sets, began)
+def _answer(
+    session: MeasuringSession, row: Row, questions: Sequence[Question], shared: BaseRows | None
+) -> None:
+    evaluator, spec = session.evaluator, session.spec
+
+    def measure() -> RowAnswers:
+        began = time.monotonic()
+        return _write(session, row, answer_questions(evaluator, spec, questions), began)
+
+    if shared is None:
+        measure()
+    else:
+        shared.row(row, lambda: sets_of_questions(evaluator, spec, questions), measure)
 
 
 def _write(session: MeasuringSession, row: Row, sets: list[SetAnswers], began: float) -> RowAnswers:

@@ -17,7 +17,7 @@ from finetune_api.results import Ancestor, PreparedSummary
 from finetune_api.run_spec import RunSpec
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.tasks import Metric
-from finetune_trainer.engine.base import fetch_base
+from finetune_trainer.engine.base import BaseFiles, fetch_base
 from finetune_trainer.engine.flops import Work, peak
 from finetune_trainer.engine.guard import Guard
 from finetune_trainer.engine.memory.alternatives import Measure
@@ -28,7 +28,7 @@ from finetune_trainer.engine.memory.profile_cache import ProfileCache
 from finetune_trainer.engine.memory.requirements import check_device
 from finetune_trainer.engine.model import load_tokenizer, purpose_of
 from finetune_trainer.engine.optimizers import Optimizers, make_optimizers
-from finetune_trainer.engine.packing.context import ALONE, ContextGroup
+from finetune_trainer.engine.packing.context import ContextGroup
 from finetune_trainer.engine.packing.dropout import draws
 from finetune_trainer.engine.packing.feed import MicroBatchBuilder, StaticShape
 from finetune_trainer.engine.parameters import Parameters
@@ -40,15 +40,14 @@ from finetune_trainer.engine.sharding import capacity
 from finetune_trainer.engine.task_losses import TASKS, TaskLoss
 from finetune_trainer.engine.tuning.anchors import OutputAnchor, WeightAnchor
 from finetune_trainer.engine.world import World
+from finetune_trainer.evaluate.answering import metrics_of_sets
 from finetune_trainer.evaluate.base_kl import BasePredictions
-from finetune_trainer.evaluate.classify import EVALUATORS
+from finetune_trainer.evaluate.evaluators import evaluator_of
 from finetune_trainer.evaluate.measure import Evaluator
-from finetune_trainer.evaluate.metric_selection import metrics_of
-from finetune_trainer.evaluate.scores import GENERATED
 from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.prepared.halves import Halves, retention_halves
 from finetune_trainer.prepared.questions import Questions, read_questions
-from finetune_trainer.prepared.split import SIDES, Side
+from finetune_trainer.prepared.split import Side
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.objects import Stores
 from finetune_trainer.train.checkpoint import CheckpointManager
@@ -80,6 +79,7 @@ class MeasuringSession:
     """Ancestors of the base model."""
     halves: Halves | None
     """Halves of the retention sets; None without ``evaluation.remedy``."""
+    base_files: BaseFiles
     base_predictions: BasePredictions = field(default_factory=dict)
     """What the base model predicts for validation samples, once it is measured."""
 
@@ -94,18 +94,7 @@ class MeasuringSession:
 
     def metrics_of_sets(self, split: Side, only: Sequence[Metric] = ()) -> dict[str, list[Metric]]:
         """Return the metrics of each set of a split; ``only`` limits the generated metrics."""
-        wanted = {}
-        for entry in self.data.manifest.sets:
-            if entry.split != split:
-                continue
-            task = self.spec.task
-            names = metrics_of(entry, self.spec.evaluation.metrics, task)
-            if only:
-                costly = GENERATED if self.spec.kind.generates else ()
-                names = [m for m in names if m not in costly]
-                names += metrics_of(entry, only, task)
-            wanted[entry.name] = list(dict.fromkeys(names))
-        return wanted
+        return metrics_of_sets(self.data, self.spec, split, only)
 
 
 @dataclass(kw_only=True)
@@ -183,14 +172,7 @@ def open_session(
         prepared=prepared,
         data=data,
         loss=tuned.loss,
-        evaluator=EVALUATORS[spec.task](
-            world=world, data=data, loss=tuned.loss,
-            build=task.builder(tuned.packing, ALONE, None, False), tokenizer=tokenizer,
-            micro_batch_tokens=_evaluation_tokens(micro_batch_tokens, data,
-            spec.method.virtual_tokens), packing=tuned.packing, possible=spec.kind.metrics,
-            virtual_tokens=spec.method.virtual_tokens, max_samples=spec.evaluation.max_samples,
-            max_new_tokens=data.manifest.answer_tokens(spec.evaluation.max_new_tokens),
-        ),
+        evaluator=evaluator_of(spec, world, data, tuned.loss, tuned.packing, tokenizer),
         questions=read_questions(stores.default, run_spec.run_uri),
         checkpointer=checkpointer,
         telemetry=telemetry,
@@ -198,9 +180,10 @@ def open_session(
         memory=memory,
         lineage=files.base.lineage,
         halves=world.on_main(lambda: retention_halves(data, spec)),
-    )  # fmt: skip
-    telemetry.reached("model")
+        base_files=files,
+    )
     if not spec.method.kind.trains:
+        telemetry.reached("model")
         return measuring
     index = data.index("train")
     optimizers = make_optimizers(tuned.model, spec)
@@ -270,12 +253,6 @@ def fitted(
         return found
 
     return world.on_main(decide)
-
-
-def _evaluation_tokens(micro_batch_tokens: int, data: PreparedData, virtual_tokens: int) -> int:
-    """Return a micro-batch size in tokens that also fits the longest held-out sample."""
-    longest = [data.index(s).length.max(initial=1) for s in SIDES[1:]]
-    return int(max(micro_batch_tokens, *(n + virtual_tokens for n in longest)))
 
 
 def versions() -> dict[str, str]:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from finetune_api.evaluation_results import BASE, DataSetScores
+from finetune_api.evaluation_results import DataSetScores
 from finetune_api.results import TrainSummary
-from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.runfiles import RunResult
 from finetune_trainer.train.final import measure_base, write_result
 from finetune_trainer.train.session import MeasuringSession, versions
@@ -27,9 +26,6 @@ def evaluate_alone(session: MeasuringSession, stop_requested: Callable[[], bool]
     session.evaluator.stop_requested = stop_requested
     raise_if_stopping(world, stop_requested, "before the evaluation")
     base = measure_base(session, 0)
-    answers = world.on_main(
-        lambda: runfiles.read_row(session.stores.default, session.run_spec.run_uri, BASE)
-    )
     summary = TrainSummary(
         attempt=checkpointer.head.attempt,
         restarts=checkpointer.head.restarts,
@@ -37,7 +33,7 @@ def evaluate_alone(session: MeasuringSession, stop_requested: Callable[[], bool]
         total_parameters=session.parameters.total,
         scores=[
             DataSetScores(name=found.name, samples=len(found.losses), base=found.metrics, tuned={})
-            for found in answers.sets
+            for found in base.answers.sets
         ],
         training_seconds=checkpointer.training_seconds(),
         time=session.recorder.use(saved=True),
