@@ -14,7 +14,6 @@ from finetune_api.tasks import (
     MOST_LABELS,
     OF_BUILT_IN,
     TASKS,
-    Metric,
     MetricSource,
     TaskName,
 )
@@ -37,9 +36,9 @@ _PAIRS: Final[tuple[MetricSource, ...]] = ("Loss", "Text", "Instructions")
 
 
 def metrics_for(
-    form: Format, requested: Sequence[Metric] | None, task: TaskName = "CausalLM",
+    form: Format, requested: Sequence[str] | None, task: TaskName = "CausalLM",
     *, built_in: bool = False,
-) -> list[Metric]:  # fmt: skip
+) -> list[str]:  # fmt: skip
     """Return the metrics of a data set of this format: those of ``requested`` that format and task
     support, in the same order; without ``requested``, the defaults of the format.
 
@@ -57,12 +56,21 @@ def metrics_for(
 
 
 def metrics_of(
-    entry: DataSet, requested: Sequence[Metric] | None, task: TaskName = "CausalLM"
-) -> list[Metric]:
+    entry: DataSet, requested: Sequence[str] | None, task: TaskName = "CausalLM"
+) -> list[str]:
     """Return the metrics of a data set: see ``metrics_for``. Those of the log-likelihoods of labels
     need a set whose labels are known and not too many."""
     found = metrics_for(entry.format, requested, task, built_in=entry.built_in)
     return [m for m in found if entry.labels or METRICS[m].source != "LabelScores"]
+
+
+def measured_on(entry: DataSet, spec: FineTuneJobSpec) -> list[str]:
+    """Return the metrics of the final test on a data set: see ``metrics_of``, and those of
+    ``evaluation.customMetrics`` where answers have references."""
+    found = metrics_of(entry, spec.evaluation.metrics, spec.task)
+    if entry.format == "Text" or entry.built_in:
+        return found
+    return [*found, *(metric.name for metric in spec.evaluation.custom_metrics)]
 
 
 def check_metrics(spec: FineTuneJobSpec, sets: Sequence[DataSet]) -> None:
@@ -100,7 +108,7 @@ _FITTING: Final[dict[MetricSource, str]] = {
 }
 
 
-def _require(field: str, metric: Metric, sets: Sequence[DataSet], kind: str) -> None:
+def _require(field: str, metric: str, sets: Sequence[DataSet], kind: str) -> None:
     if any(metrics_of(entry, [metric]) for entry in sets):
         return
     fitting = _FITTING[METRICS[metric].source]

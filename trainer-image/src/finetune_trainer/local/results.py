@@ -84,6 +84,7 @@ def compare(
                     each.name,
                     by_sample(read_all_predictions(store, each)),
                     {scores.name: list(scores.tuned) for scores in each.scores},
+                    each.kinds,
                 )
                 for each in found
             ]
@@ -127,10 +128,10 @@ def _show_report(console: Console, found: PublishedResults) -> None:
         names = {table.name for table in evaluation.sets if table.retention is retention}
         scores = [each for each in found.scores if each.name in names]
         if scores:
-            console.print(scores_table(title, scores))
-    for shown in shown_tables(evaluation, scores_of(found.scores)):
+            console.print(scores_table(title, scores, found.kinds))
+    for shown in shown_tables(evaluation, scores_of(found.scores, found.kinds)):
         console.print(_rows_table(shown))
-    if (matrix := matrix_table(evaluation.matrix)) is not None:
+    if (matrix := matrix_table(evaluation.matrix, found.kinds)) is not None:
         console.print(_matrix_table(matrix))
         if matrix.summary:
             _say(console, f"Over all sets: {matrix.summary}")
@@ -206,13 +207,13 @@ def _show_compared(console: Console, found: ComparedSet) -> None:
     table = plain_table(f"{found.name}: {common} samples in common{some}")
     for name in ("metric", "model", "value", "against A", "p", "verdict"):
         table.add_column(name, overflow="fold")
-    for metric in found.metrics:
+    for metric, kind in found.metrics.items():
         for letter, model in zip(LETTERS, found.models, strict=False):
             estimate = model.estimates.get(metric)
             if estimate is None:
                 continue
             compared = model.comparisons.get(metric)
-            score = Score(found.name, found.samples, metric, None, estimate.value, compared)
+            score = Score(found.name, found.samples, metric, kind, None, estimate.value, compared)
             effect, p = "", ""
             if compared is not None:
                 effect = f"{score.show(compared.effect, signed=True)} ({score.interval})"

@@ -41,6 +41,7 @@ from finetune_trainer.publish.results import (
     remedy_text,
     with_comparisons,
 )
+from finetune_trainer.publish.scoring import Scorer
 from finetune_trainer.publish.suspects import suspects_hint
 from finetune_trainer.publish.task_matrix import matrix_of
 from finetune_trainer.storage import runfiles
@@ -89,7 +90,7 @@ def publish(run_spec: RunSpec, stores: Stores, scratch: Path) -> PublishSummary:
     summary = summarise(run_spec.output_uri, *found).model_copy(
         update={
             "scores": with_comparisons(result.summary.scores, evaluation),
-            "main_result": main_result(evaluation),
+            "main_result": main_result(evaluation, run_spec.spec.evaluation.kinds),
             "recommendation": advice(evaluation),
             "overfitting": overfit.warning if overfit else None,
             "remedy": cut(remedy_text(result.remedy)),
@@ -133,10 +134,11 @@ def _publish(
         export.full_copy_bytes(base.folder, purpose),
     )
     drawn = has_drawn_head(base.folder, purpose)
-    sets = measured_sets(
-        store, run_spec.run_uri, result, opened, spec.evaluation.slices,
-        retention_halves(opened, spec),
-    )  # fmt: skip
+    score = Scorer.of(spec)
+    halves = retention_halves(opened, spec)
+    sets = [
+        score(each) for each in measured_sets(store, run_spec.run_uri, result, opened, spec, halves)
+    ]
     redact = spec.data.quality.personal_data == "Redact"
     lines = (line for each in sets for line in predictions_of(each, redact))
     write_predictions(lines, folder / PREDICTIONS)
@@ -152,7 +154,7 @@ def _publish(
         checked = check(written, compared, stores, scratch)
     matrix = matrix_of(
         stores.of(run_spec.base_model.storage), result.lineage, sets,
-        f"{run_spec.job.name} {run_spec.run}", redact,
+        f"{run_spec.job.name} {run_spec.run}", spec.evaluation.kinds, redact,
     )  # fmt: skip
     data_report = store.get(f"{prepared.uri}/report.json")
     for _ in range(TRIES):
@@ -163,7 +165,7 @@ def _publish(
             return found
         model = seen.file.current if seen and not decided else None
         used = in_use(store, model, spec.output.destination, sets) if model else None
-        evaluation = evaluate(spec, sets, used)
+        evaluation = evaluate(spec, sets, used, score)
         evaluation = evaluation.model_copy(
             update={"artefact": checked, "remedy": result.remedy, "matrix": matrix}
         )

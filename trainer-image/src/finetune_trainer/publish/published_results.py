@@ -9,7 +9,9 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+from finetune_api.custom_metrics import CustomMetric, with_declared
 from finetune_api.evaluation_results import DataSetScores, EvaluationResult
+from finetune_api.tasks import Kinds
 from finetune_trainer.failures import UserError
 from finetune_trainer.publish.predictions import PREDICTIONS, Prediction
 from finetune_trainer.publish.run_facts import METRICS_FILE, TABLE_KEYS
@@ -33,6 +35,8 @@ class PublishedResults:
     """Warning of overfitting in words."""
     suspect_labels: str | None
     """Hint at suspect labels in words."""
+    kinds: Kinds
+    """All metrics of the run."""
 
     @property
     def name(self) -> str:
@@ -77,6 +81,7 @@ def read_results(store: ObjectStore, uri: str) -> PublishedResults:
             ),
             overfitting=raw.get("overfitting", {}).get("warning"),
             suspect_labels=raw.get("suspectLabels", {}).get("hint"),
+            kinds=_kinds(raw.get("spec", {}).get("evaluation", {})),
         )
     except (ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _other_form(f"{uri}/{METRICS_FILE}", error) from None
@@ -106,6 +111,11 @@ def _scores(raw: Mapping[str, Any]) -> DataSetScores:
             "comparisons": base.get("comparisons", {}),
         }
     )
+
+
+def _kinds(evaluation: Mapping[str, Any]) -> Kinds:
+    declared = map(CustomMetric.model_validate, evaluation.get("customMetrics", ()))
+    return with_declared(declared)
 
 
 def _without_nulls(raw: Any) -> Any:

@@ -35,7 +35,7 @@ def render(about: About, data_report: bytes) -> str:
     names = list(dict.fromkeys(name for point in validation for name in point.sets))
     return page(__package__, "report.html.j2").render(
         about=about,
-        main=main_result(about.evaluation),
+        main=main_result(about.evaluation, about.spec.evaluation.kinds),
         verdicts=_MAIN,
         interval_chart=interval_chart,
         scores=by_set(about.scores_of(retention=False)),
@@ -44,8 +44,8 @@ def render(about: About, data_report: bytes) -> str:
         points=trade_off(remedy) if remedy else None,
         samples=_sample_counts(about),
         tables=tables_of(about),
-        slices=slices_of(about.evaluation),
-        matrix=matrix_table(about.evaluation.matrix),
+        slices=slices_of(about.evaluation, about.spec.evaluation.kinds),
+        matrix=matrix_table(about.evaluation.matrix, about.spec.evaluation.kinds),
         overfitting=about.overfitting,
         memorisation=about.result.memorisation and memorisation_text(about.result.memorisation),
         learned_by_heart=about.result.memorisation

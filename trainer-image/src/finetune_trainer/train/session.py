@@ -16,7 +16,6 @@ from torch import nn
 from finetune_api.results import Ancestor, PreparedSummary
 from finetune_api.run_spec import RunSpec
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.tasks import Metric
 from finetune_trainer.engine.base import fetch_base
 from finetune_trainer.engine.flops import Work, peak
 from finetune_trainer.engine.guard import Guard
@@ -43,8 +42,8 @@ from finetune_trainer.engine.world import World
 from finetune_trainer.evaluate.base_kl import BasePredictions
 from finetune_trainer.evaluate.classify import EVALUATORS
 from finetune_trainer.evaluate.measure import Evaluator
-from finetune_trainer.evaluate.metric_selection import metrics_of
-from finetune_trainer.evaluate.scores import GENERATED
+from finetune_trainer.evaluate.metric_selection import measured_on, metrics_of
+from finetune_trainer.evaluate.scores import OF_LOSS
 from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.prepared.halves import Halves, retention_halves
 from finetune_trainer.prepared.questions import Questions, read_questions
@@ -115,18 +114,17 @@ class Session:
         """Measures what the attempt spends its time on."""
         return self.checkpointer.recorder
 
-    def metrics_of_sets(self, split: Side, only: Sequence[Metric] = ()) -> dict[str, list[Metric]]:
+    def metrics_of_sets(self, split: Side, only: Sequence[str] = ()) -> dict[str, list[str]]:
         """Return the metrics of each set of a split; ``only`` limits the generated metrics."""
         wanted = {}
         for entry in self.data.manifest.sets:
             if entry.split != split:
                 continue
-            task = self.spec.task
-            names = metrics_of(entry, self.spec.evaluation.metrics, task)
+            names = measured_on(entry, self.spec)
             if only:
-                costly = GENERATED if self.spec.kind.generates else ()
-                names = [m for m in names if m not in costly]
-                names += metrics_of(entry, only, task)
+                costly = self.spec.kind.generates
+                names = [m for m in names if m in OF_LOSS or not costly]
+                names += metrics_of(entry, only, self.spec.task)
             wanted[entry.name] = list(dict.fromkeys(names))
         return wanted
 
