@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Annotated, ClassVar, Final
 
 from finetune_api.base import Model, Rule, Spelling
+from finetune_api.judge import WIN_RATE, WIN_RATE_KIND
 from finetune_api.tasks import METRICS, Kinds, MetricKind
 
 METRIC_GROUP: Final = "finetune_trainer.metrics"
@@ -17,6 +18,9 @@ METRIC_GROUP: Final = "finetune_trainer.metrics"
 MetricName = Annotated[
     str, Spelling(r"^[A-Z][A-Za-z0-9]*$", "a CamelCase word: WordErrorRate", max_length=63)
 ]
+
+
+_TAKEN: Final = [*METRICS, WIN_RATE]
 
 
 class CustomMetric(Model):
@@ -35,10 +39,10 @@ class CustomMetric(Model):
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            f"!(self.name in {list(METRICS)})",
+            f"!(self.name in {_TAKEN})",
             "the trainer has a metric of this name: give yours another, or use it by"
-            " evaluation.metrics",
-            lambda m: m.name not in METRICS,
+            " evaluation.metrics or evaluation.judge",
+            lambda m: m.name not in _TAKEN,
             ("name",),
         ),
     )
@@ -52,6 +56,11 @@ class CustomMetric(Model):
         )  # fmt: skip
 
 
-def with_declared(declared: Iterable[CustomMetric]) -> Kinds:
-    """Return ``METRICS`` and the declared metrics."""
-    return {**METRICS, **{metric.name: metric.kind for metric in declared}}
+def with_declared(declared: Iterable[CustomMetric], *, judged: bool = False) -> Kinds:
+    """Return ``METRICS`` and the declared metrics.
+
+    Args:
+        judged: whether there is a judge.
+    """
+    found = {**METRICS, **{metric.name: metric.kind for metric in declared}}
+    return found | {WIN_RATE: WIN_RATE_KIND} if judged else found

@@ -41,6 +41,9 @@ class MetricKind:
     """Whether it is measured without being requested."""
     point: float = 0.01
     """A point of the metric: a hundredth of a share or of a nat; 1 where it goes from 0 to 100."""
+    relative: bool = False
+    """Whether it compares with the base model of the run, so that values of other runs mean other
+    things."""
 
     @property
     def span(self) -> float | None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Final
 
+from finetune_api.judge import WIN_RATE
 from finetune_api.sources import Format
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.tasks import (
@@ -66,11 +67,14 @@ def metrics_of(
 
 def measured_on(entry: DataSet, spec: FineTuneJobSpec) -> list[str]:
     """Return the metrics of the final test on a data set: see ``metrics_of``, and those of
-    ``evaluation.customMetrics`` where answers have references."""
+    ``evaluation.customMetrics`` where answers have references; and that of ``evaluation.judge`` on
+    test sets with free text as answers."""
     found = metrics_of(entry, spec.evaluation.metrics, spec.task)
     if entry.format == "Text" or entry.built_in:
         return found
-    return [*found, *(metric.name for metric in spec.evaluation.custom_metrics)]
+    found += [metric.name for metric in spec.evaluation.custom_metrics]
+    judged = spec.evaluation.judge is not None and entry.format != "Classification"
+    return [*found, WIN_RATE] if judged and entry.split == "test" else found
 
 
 def check_metrics(spec: FineTuneJobSpec, sets: Sequence[DataSet]) -> None:
@@ -91,6 +95,12 @@ def check_metrics(spec: FineTuneJobSpec, sets: Sequence[DataSet]) -> None:
                 log.warning(
                     "set %s has no %s: more than %d labels", entry.name, metric, MOST_LABELS
                 )
+    if spec.evaluation.judge and not any(WIN_RATE in measured_on(e, spec) for e in sets):
+        raise UserError(
+            "MetricWithoutData",
+            "spec.evaluation.judge: there is no test set with free text as answers (any format but"
+            " Text and Classification); give data.test, a data.split.test above 0, or no judge",
+        )
     if METRICS[spec.checkpoint.metric].source != "Loss":
         _require("checkpoint.metric", spec.checkpoint.metric, validation, _VALIDATION)
     if spec.training.early_stopping is not None:

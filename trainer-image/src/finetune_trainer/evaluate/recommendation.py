@@ -18,6 +18,7 @@ from finetune_api.evaluation_results import (
     Recommendation,
     Row,
 )
+from finetune_api.judge import WIN_RATE
 from finetune_api.tasks import METRICS, Kinds, Metric, MetricKind
 from finetune_trainer.evaluate.comparisons import score_of
 from finetune_trainer.evaluate.metric_text import shown
@@ -82,8 +83,8 @@ def recommend(
 
 def primary_of(metrics: Collection[str]) -> str | None:
     """The main metric of a set that has these metrics: the first of PRIMARY, or of the declared
-    ones, or else the loss. None: it has none."""
-    declared = [metric for metric in metrics if metric not in METRICS]
+    ones, or else the loss; not the judge's, which knows two rows only. None: it has none."""
+    declared = [metric for metric in metrics if metric not in METRICS and metric != WIN_RATE]
     return next((m for m in (*PRIMARY, *declared, "Loss") if m in metrics), None)
 
 

@@ -14,6 +14,7 @@ from finetune_api.evaluation_results import EvaluationResult
 from finetune_trainer.failures import TrainerError, UserError, printable
 from finetune_trainer.local.display import plain_table, scores_table, short_verdict, show_error
 from finetune_trainer.local.storage import published_store
+from finetune_trainer.publish.judge_texts import judge_texts
 from finetune_trainer.publish.lm_eval_export import export
 from finetune_trainer.publish.model_comparison import ComparedSet, Model, compare_models
 from finetune_trainer.publish.predictions import by_sample
@@ -141,6 +142,8 @@ def _show_report(console: Console, found: PublishedResults) -> None:
         console.print(_points_table(trade_off(evaluation.remedy)))
     if evaluation.gates or evaluation.current:
         console.print(_gates_table(evaluation))
+    for text in judge_texts(evaluation.judge):
+        _say(console, text)
     if evaluation.artefact is not None:
         _say(console, artefact_text(evaluation.artefact))
     _say(console, f"Report:  {found.uri}/report.html")

@@ -82,6 +82,7 @@ def compare_on(name: str, models: Sequence[Model], min_points: float) -> Compare
         m: kind
         for m, kind in models[0].kinds.items()
         if all(m in x.metrics.get(name, ()) and x.kinds.get(m) == kind for x in models)
+        and not kind.relative
     }
     groups = _groups(lines[0])
     rows = [_outcome(these, lines, groups, metrics) for these in lines]

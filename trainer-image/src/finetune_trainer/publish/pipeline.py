@@ -25,6 +25,7 @@ from finetune_trainer.publish import export, modelcard, report, run_facts
 from finetune_trainer.publish.artefact import ROOM, Artefact, check, not_compared
 from finetune_trainer.publish.cases import Compared, tested, trained
 from finetune_trainer.publish.files import folder_bytes, move_latest, summarise, upload_folder
+from finetune_trainer.publish.judging import Judging
 from finetune_trainer.publish.measured_sets import measured_sets
 from finetune_trainer.publish.overfitting import overfitting
 from finetune_trainer.publish.predictions import (
@@ -139,6 +140,10 @@ def _publish(
     sets = [
         score(each) for each in measured_sets(store, run_spec.run_uri, result, opened, spec, halves)
     ]
+    judge = Judging.of(spec, store, run_spec.run_uri)
+    judged = None
+    if judge is not None:
+        sets, judged = judge(sets)
     redact = spec.data.quality.personal_data == "Redact"
     lines = (line for each in sets for line in predictions_of(each, redact))
     write_predictions(lines, folder / PREDICTIONS)
@@ -167,7 +172,7 @@ def _publish(
         used = in_use(store, model, spec.output.destination, sets) if model else None
         evaluation = evaluate(spec, sets, used, score)
         evaluation = evaluation.model_copy(
-            update={"artefact": checked, "remedy": result.remedy, "matrix": matrix}
+            update={"artefact": checked, "remedy": result.remedy, "matrix": matrix, "judge": judged}
         )
         about = run_facts.gather(
             run_spec, result, prepared, data, sizes, base.base.model, evaluation, sets, drawn

@@ -18,7 +18,7 @@ from finetune_trainer.publish.run_facts import METRICS_FILE, TABLE_KEYS
 from finetune_trainer.storage.objects import ObjectStore
 from finetune_trainer.storage.published import MANIFEST, Manifest, published_file, read_published
 
-_OUTCOMES: Final = ("gates", "current", "artefact", "remedy", "matrix")
+_OUTCOMES: Final = ("gates", "current", "artefact", "remedy", "matrix", "judge")
 """What metrics.json has of an ``EvaluationResult`` besides its sets."""
 
 
@@ -115,7 +115,7 @@ def _scores(raw: Mapping[str, Any]) -> DataSetScores:
 
 def _kinds(evaluation: Mapping[str, Any]) -> Kinds:
     declared = map(CustomMetric.model_validate, evaluation.get("customMetrics", ()))
-    return with_declared(declared)
+    return with_declared(declared, judged="judge" in evaluation)
 
 
 def _without_nulls(raw: Any) -> Any:

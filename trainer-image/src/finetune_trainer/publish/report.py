@@ -8,6 +8,7 @@ from typing import Any, Final
 from finetune_api.evaluation_results import TUNED
 from finetune_trainer.pages import page
 from finetune_trainer.publish.chart import Line, interval_chart, line_chart
+from finetune_trainer.publish.judge_texts import judge_texts
 from finetune_trainer.publish.memorisation import memorisation_text, memorisation_warning
 from finetune_trainer.publish.results import main_result
 from finetune_trainer.publish.row_tables import counted, matrix_table, slices_of, tables_of
@@ -61,6 +62,7 @@ def render(about: About, data_report: bytes) -> str:
         settings=settings(about),
         drawn_head=DRAWN_HEAD,
         artefact=artefact_text(about.evaluation.artefact),
+        judge=judge_texts(about.evaluation.judge),
         data=_data_rows(json.loads(data_report)),
         previews=_previews(json.loads(data_report)),
     )

@@ -246,6 +246,7 @@ def metrics_text(about: About) -> str:
         "held": about.evaluation.held,
         "artefact": about.evaluation.artefact.to_json() if about.evaluation.artefact else None,
         "matrix": about.evaluation.matrix and about.evaluation.matrix.to_json(),
+        "judge": about.evaluation.judge.to_json() if about.evaluation.judge else None,
         "remedy": about.evaluation.remedy.to_json() if about.evaluation.remedy else None,
         "overfitting": _overfitting(about.overfitting),
         "suspectLabels": _suspects(result.suspects),
