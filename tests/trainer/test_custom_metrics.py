@@ -7,18 +7,20 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from bench import Bench
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from installed_metrics import install_metrics
 
 from finetune_api.custom_metrics import CustomMetric, with_declared
 from finetune_api.evaluation_results import TUNED, Row
+from finetune_api.gates import Gate
 from finetune_api.names import storage_env
 from finetune_trainer.cli import main
 from finetune_trainer.evaluate.custom_metrics import AnsweredSample, load_metrics, scores_of
@@ -29,8 +31,10 @@ from finetune_trainer.evaluate.table import Answered, rows_of, table_of
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepared.dataset import Reference
 from finetune_trainer.publish.lm_eval_export import export
+from finetune_trainer.publish.measured_sets import MeasuredSet
 from finetune_trainer.publish.pipeline import publish
 from finetune_trainer.publish.published_results import read_all_predictions, read_results
+from finetune_trainer.publish.scoring import Scorer
 from finetune_trainer.storage.objects import Stores
 
 SHARE = CustomMetric(name="Politeness")
@@ -113,6 +117,7 @@ def rows(old: Sequence[float], new: Sequence[float], metric: CustomMetric) -> li
     ]  # fmt: skip
 
 
+@settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), min_size=30, max_size=60),
     st.booleans(),
@@ -138,8 +143,6 @@ def test_scores_are_paired_and_their_direction_is_heeded(
 
 
 def test_a_declared_metric_decides_in_its_unit() -> None:
-    from finetune_api.gates import Gate
-
     old, new = [4.0] * 40 + [3.0] * 40, [1.0] * 60 + [3.0] * 20
     references = [Reference(np.zeros(0, np.int32), "?", "x", None)] * 80
     kinds = with_declared([ERRORS])
@@ -158,6 +161,33 @@ def test_a_declared_metric_decides_in_its_unit() -> None:
     assert "1.5, at most 1 wanted: missed by 0.5" in results[1].because
     assert shown(SHARE.kind, 0.25) == "25.0 %" and shown(ERRORS.kind, 0.25) == "0.25"
     assert primary_of(["Loss", "Errors"]) == "Errors" and primary_of(["Errors", "Bleu"]) == "Bleu"
+
+
+def test_rows_without_scores_are_scored_without_personal_data() -> None:
+    seen: list[AnsweredSample] = []
+
+    def polite(samples: Sequence[AnsweredSample]) -> list[float]:
+        seen.extend(samples)
+        return [0.5] * len(samples)
+
+    known = Answered(Row(model="Tuned"), range(1), ["x"], scores={"Politeness": [1.0]})
+    current = Answered(Row(model="Current"), [1], ["call ann@example.org"])
+    empty = Answered(Row(model="Base"), [], [])
+    references = [Reference(np.zeros(0, np.int32), f"{i}?", "yes", None) for i in range(2)]
+    found = MeasuredSet(
+        name="support", retention=False, metrics={"Politeness": SHARE.kind},
+        answered=[known, current, empty], references=references, groups=np.arange(2),
+        slices={"language": ["da", "en"]}, digests=["a", "b"],
+    )  # fmt: skip
+    score = Scorer([SHARE], {"Politeness": polite}, redact=True)
+    scored = score(found).answered
+    assert [row.scores for row in scored] == [{"Politeness": [1.0]}, {"Politeness": [0.5]}, {}]
+    assert seen == [
+        {"prompt": "1?", "reference": "yes", "label": None, "answer": "call [EMAIL]",
+         "fields": {"language": "en"}}
+    ]  # fmt: skip
+    other = replace(found, metrics={})
+    assert score(other) is other, "a set without the metric"
 
 
 # --- a run ---------------------------------------------------------------------------------------
@@ -210,7 +240,7 @@ def test_a_run_is_measured_and_gated_by_declared_metrics(
     with pytest.raises(UserError, match="Absent needs one entry point"):
         bench.run_spec("0", **spec, evaluation={"customMetrics": [{"name": "Absent"}]})
     run_spec = bench.run_spec("1-own", **spec, evaluation=evaluation)
-    bench.finish(run_spec, 2, "own")
+    bench.finish(run_spec, 1, "own")
     with pytest.raises(
         UserError, match=r"Fails failed on set colours, row Base, sample \d+: Value"
     ):

@@ -201,6 +201,18 @@ def test_a_judge_that_refuses_ends_the_run(response: Response, words: str) -> No
     assert len(server.requests) == 1
 
 
+def test_a_request_that_is_too_long_costs_its_sample_only() -> None:
+    def answer(request: Mapping[str, Any], number: int) -> Response:
+        long = parts_of(request)["prompt"] == "0?"
+        return Response(b"context length", 400) if long else honest(request, number)
+
+    with judge_server(answer) as server:
+        judge = judge_at(server)
+        found = judge_pairs(judge, JudgeClient(judge, None).ask, "s", pairs(3))
+    assert found.scores == [None, 1.0, 1.0] and found.said.unanswered == 2
+    assert len(server.requests) == 6, "it is not tried again"
+
+
 def test_a_reply_is_read_up_to_a_bound() -> None:
     with judge_server(lambda request, number: Response(b"x" * (2 << 20))) as server:
         assert JudgeClient(judge_at(server), None, backoff=0.001).ask([]) is None
@@ -255,6 +267,7 @@ def test_personal_data_is_sent_only_if_it_is_ignored() -> None:
     (pair,) = pairs_of(found, 9, redact=True)
     assert pair == Pair("0? [EMAIL]", "right", "call [EMAIL]", "no")
     assert pairs_of(found, 9, redact=False)[0].base == "call ann@example.org"
+    assert pairs_of(measured(["\ud83d", "a"], ["b", "c"]), 9, redact=False)[0].base == "?"
 
 
 # --- a run ---------------------------------------------------------------------------------------

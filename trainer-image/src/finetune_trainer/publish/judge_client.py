@@ -29,6 +29,8 @@ _CONNECT_SECONDS: Final = 10.0
 _LONGEST_PAUSE: Final = 60
 """Seconds between two tries, at most, whatever Retry-After says."""
 _OVERLOADED: Final = frozenset({408, 429, 500, 502, 503, 504, 529})
+_NOT_THIS: Final = frozenset({400, 413, 422})
+"""The API refuses one request, as where it is longer than the judge's context."""
 _EXCERPT: Final = 200
 
 
@@ -80,7 +82,7 @@ class JudgeClient:
         except (HTTPError, OSError) as error:
             self._unanswered(f"{type(error).__name__}: {error}")
             return None
-        if status in _OVERLOADED:
+        if status in _OVERLOADED | _NOT_THIS:
             self._unanswered(f"status {status}: {self._excerpt(body)}")
             return None
         if status != 200:

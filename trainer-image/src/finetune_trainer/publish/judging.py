@@ -104,7 +104,11 @@ def pairs_of(found: MeasuredSet, most: int, redact: bool) -> list[Pair]:
         most: samples.
         redact: replace personal data.
     """
-    clean = redacted if redact else str
+
+    def clean(text: str) -> str:
+        whole = redacted(text) if redact else text
+        return whole.encode("utf-8", "replace").decode()  # of JSON, half a surrogate pair
+
     return [
         Pair(
             prompt=clean(found.references[number].prompt),

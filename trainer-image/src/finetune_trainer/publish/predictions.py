@@ -67,8 +67,8 @@ class Prediction(Record):
     chosen_labels: dict[str, dict[str, str]] | None = None
     """Label that is chosen by them, by row and metric."""
     scores: dict[str, dict[str, float]] | None = None
-    """Score of the answer by row and metric of evaluation.customMetrics; of several draws, of the
-    first."""
+    """Score of the answer by row and metric of evaluation.customMetrics, and WinRate of
+    evaluation.judge; of several draws, of the first."""
 
 
 def predictions_of(found: MeasuredSet, redact: bool) -> Iterator[Prediction]:
