@@ -29,6 +29,7 @@ STRICT = (
     "admission.priorityClasses={batch-*,low}",
     "admission.modelSources={s3://*}",
     "admission.storageEndpoints={https://s3.example.com}",
+    "admission.judgeEndpoints={https://judge.example.com/*,http://judge.models.svc/v1}",
     "admission.volumeTypes={configMap,secret}",
     "admission.capabilities={IPC_LOCK}",
     "admission.deniedTolerations={node-role.kubernetes.io/control-plane,sensitive}",
@@ -48,6 +49,10 @@ def container(**fields: Any) -> Object:
 def data(**access: Any) -> Object:
     source = {"source": "s3://data/x.jsonl", "storage": access}
     return {"data": {"test": [source, {"source": "s3://data/y.jsonl"}]}}
+
+
+def judge(endpoint: str) -> Object:
+    return {"evaluation": {"judge": {"endpoint": endpoint, "model": "wise"}}}
 
 
 CONTROL_PLANE = {"key": "node-role.kubernetes.io/control-plane", "operator": "Exists"}
@@ -87,6 +92,7 @@ REFUSED: list[tuple[Object, str]] = [
         f"{TEMPLATE}.spec.containers[].securityContext.capabilities.add: IPC_LOCK",
     ),
     ({"compute": {"podTemplate": {"kind": "Pod"}}}, f"{TEMPLATE}.kind"),
+    (judge("https://judge.example.com/v1"), "spec.evaluation.judge.endpoint: https://judge.exam"),
 ]
 ACCEPTED: list[Object] = [
     {},
@@ -135,6 +141,11 @@ STRICTLY_REFUSED: list[tuple[Object, str]] = [
         container(securityContext={"capabilities": {"add": ["SYS_ADMIN"]}}),
         "capabilities.add: SYS_ADMIN",
     ),
+    (
+        judge("https://judge.example.com.evil.example/v1"),
+        "spec.evaluation.judge.endpoint: https://judge.example.com.evil.example/v1",
+    ),
+    (judge("http://judge.models.svc/v2"), "spec.evaluation.judge.endpoint: http://judge.models"),
 ]
 STRICTLY_ACCEPTED: list[Object] = [
     {},
@@ -145,6 +156,8 @@ STRICTLY_ACCEPTED: list[Object] = [
     data(endpoint="https://s3.example.com"),
     template(volumes=[{"name": "a", "configMap": {"name": "ca"}}]),
     container(securityContext={"capabilities": {"add": ["IPC_LOCK"]}}),
+    judge("https://judge.example.com/v1"),
+    judge("http://judge.models.svc/v1"),
 ]
 
 

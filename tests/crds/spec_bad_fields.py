@@ -47,6 +47,13 @@ BAD_FIELDS = [
         "data.train[0].format", "Messages", "messages"),
     bad("unknown metric", {"evaluation.metrics": ["Loss", "BLEU"]}, "evaluation.metrics[1]",
         "Bleu", "BLEU"),
+    bad("name of an own metric", {"evaluation.customMetrics": [{"name": "word-errors"}]},
+        "evaluation.customMetrics[0].name", "a CamelCase word", "word-errors"),
+    *(bad(f"judge at {where}", {"evaluation.judge": {"endpoint": where, "model": "x"}},
+          "evaluation.judge.endpoint", "the address of an OpenAI-compatible API", where)
+      for where in ("http://judge.example.com/v1", "https://key@judge.example.com/v1",
+                    "https://judge.example.com/v1?key=x", "http://a.b.svc.evil.example/v1",
+                    "http://localhost.evil.example", "ftp://localhost/", "https://")),
     bad("unknown artefactCheck", {"evaluation.artefactCheck": "All"}, "evaluation.artefactCheck",
         "Sample", "All"),
     bad("unknown schedule", {"training.schedule": "cosine"}, "training.schedule", "Cosine",

@@ -5,7 +5,31 @@ from __future__ import annotations
 from crds.spec_rows import SECRET, TEMPLATE, bad, sources
 
 REMEDY = {"data.retention": sources({}), "evaluation.remedy": {"scan": "LayerLinear"}}
+JUDGE = {"endpoint": "https://judge.example.com/v1", "model": "wise"}
 BAD_TOGETHER = [
+    bad("an own metric with a name that is taken",
+        {"evaluation.customMetrics": [{"name": "Accuracy"}]}, "evaluation.customMetrics[0]",
+        "the trainer has a metric of this name", "Accuracy"),
+    bad("an own metric with the judge's name",
+        {"evaluation.customMetrics": [{"name": "WinRate"}]}, "evaluation.customMetrics[0]",
+        "the trainer has a metric of this name", "WinRate"),
+    bad("own metrics of one name",
+        {"evaluation.customMetrics": [{"name": "Errors"}, {"name": "Errors", "percent": False}]},
+        "evaluation", "the names of customMetrics must differ", "Errors"),
+    bad("a gate on a metric that nobody declares",
+        {"evaluation": {"customMetrics": [{"name": "Errors"}],
+                        "gates": [{"metric": "Error", "operator": "AtMost", "value": "3"}]}},
+        "evaluation", "a gate needs a metric that is measured", "Error"),
+    bad("a gate on WinRate without a judge",
+        {"evaluation.gates": [{"metric": "WinRate", "operator": "AtLeast", "value": "0.5"}]},
+        "evaluation", "WinRate: by evaluation.judge", "WinRate"),
+    bad("a gate on WinRate against another row",
+        {"evaluation": {"judge": JUDGE, "gates": [
+            {"metric": "WinRate", "operator": "BetterThan", "row": "FewShot"}]}},
+        "evaluation", "WinRate is about the base model's answers", "FewShot"),
+    bad("a judge of classes",
+        {"task": "SequenceClassification", "evaluation.judge": JUDGE}, "",
+        "has no answers in words to judge", "https://judge.example.com/v1"),
     bad("epochs and steps", {"training": {"epochs": 3, "maxSteps": 100}}, "training",
         "epochs and maxSteps exclude each other", "100"),
     bad("checkpoints by steps and seconds", {"checkpoint": {"everySteps": 7, "everySeconds": 60}},

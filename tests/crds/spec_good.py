@@ -77,6 +77,21 @@ GOOD = [
     good("exponent", {"training.learningRate": "2e-4", "training.maxGradNorm": "1E+1"}),
     good("schedule and precision", {"training": {"schedule": "Linear", "precision": "FP32"}}),
     good("metrics", {"evaluation.metrics": ["Loss", "F1", "Bleu"]}),
+    good("own metrics", {"evaluation": {
+        "customMetrics": [{"name": "Politeness"},
+                          {"name": "Errors", "percent": False, "higherIsBetter": False}],
+        "gates": [{"metric": "Errors", "operator": "AtMost", "value": "3"},
+                  {"metric": "Politeness", "operator": "BetterThan", "row": "FewShot"},
+                  {"metric": "Loss", "operator": "BetterThan"}]}}),
+    good("judge", {"evaluation": {
+        "judge": {"endpoint": "https://judge.example.com:8443/v1/", "model": "org/wise-7b",
+                  "rubric": "Which is kinder?", "secretRef": {"name": "judge"}, "maxSamples": 50,
+                  "maxReplyTokens": 64, "timeoutSeconds": 10, "concurrency": 8},
+        "gates": [{"metric": "WinRate", "operator": "AtLeast", "value": "0.5"},
+                  {"metric": "WinRate", "operator": "BetterThan", "row": "Base"}]}}),
+    *(good(f"judge at {where}", {"evaluation.judge": {"endpoint": where, "model": "x"}})
+      for where in ("http://localhost:8000/v1", "http://127.0.0.1:1", "https://a.example",
+                    "http://judge.models.svc/v1", "http://a.b.svc.cluster.local:80/v1")),
     good("the whole artefact is compared", {"evaluation.artefactCheck": "Full"}),
     good("slices", {"evaluation.slices": ["language", "product line"]}),
     good("checkpoints by steps", {"checkpoint": {"everySteps": 5, "keepLast": 1}}),

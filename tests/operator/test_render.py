@@ -199,6 +199,18 @@ def test_credentials_go_by_reference_per_storage_profile() -> None:
     assert sum("FINETUNE_STORAGE_" in name for name in env) == 2 * len(names.SECRET_KEYS)
 
 
+def test_the_judges_key_goes_to_publish_only() -> None:
+    judge = {"endpoint": "https://judge.example.com/v1", "model": "wise"}
+    world = World(evaluation={"judge": judge | {"secretRef": {"name": "judge"}}})
+    assert env_of(world, "publish")[names.ENV_JUDGE_KEY] == {
+        "secretKeyRef": {"name": "judge", "key": "API_KEY"}
+    }
+    for role in ("prepare", "train"):
+        assert names.ENV_JUDGE_KEY not in env_of(world, role)
+    without = World(evaluation={"judge": judge})
+    assert names.ENV_JUDGE_KEY not in env_of(without, "publish")
+
+
 def test_claims_are_mounted_read_only_for_every_stage() -> None:
     world = World(model={"source": "pvc://weights/qwen"})
     world.job["spec"]["data"]["test"] = [{"source": "pvc://records/test.jsonl"}]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from finetune_api.tasks import METRICS, Metric
+from finetune_api.tasks import METRICS, Metric, kinds_of
 from finetune_trainer.evaluate.comparisons import Outcome, compare_outcomes, score_of
 from finetune_trainer.evaluate.scores import Answers, loss_metrics, text_metrics
 from finetune_trainer.storage.runfiles import LabelScores
@@ -44,7 +44,7 @@ def test_a_score_of_all_samples_is_the_metric(labelled: bool) -> None:
     wanted |= text_metrics(found.answers, list(METRICS))
     everything = np.ones((1, 60))
     for metric, value in wanted.items():
-        score = score_of(metric, found)  # type: ignore[arg-type]
+        score = score_of(metric, found)
         if metric == "Perplexity":
             assert score is None, "it follows from the loss"
             continue
@@ -54,12 +54,12 @@ def test_a_score_of_all_samples_is_the_metric(labelled: bool) -> None:
 
 def test_what_is_not_defined_is_not_compared() -> None:
     old, new = outcome(1, 0.5, labelled=False), outcome(2, 0.9, labelled=False)
-    found = compare_outcomes(old, new, list(METRICS), 2.0)
+    found = compare_outcomes(old, new, METRICS, 2.0)
     of_text = {m for m, kind in METRICS.items() if kind.source == "Text"}
     assert set(found) == {"Loss", *of_text}
     silent = Outcome(old.losses, old.labels, Answers([], [], None))
-    assert set(compare_outcomes(silent, silent, list(METRICS), 2.0)) == {"Loss"}
-    assert set(compare_outcomes(silent, new, list(METRICS), 2.0)) == {"Loss"}
+    assert set(compare_outcomes(silent, silent, METRICS, 2.0)) == {"Loss"}
+    assert set(compare_outcomes(silent, new, METRICS, 2.0)) == {"Loss"}
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -70,12 +70,12 @@ def test_a_better_model_is_better_by_every_metric_of_its_answers(labelled: bool)
         if labelled
         else ["ExactMatch", "Bleu", "ChrF", "Rouge", "TokenF1"]
     )
-    found = compare_outcomes(old, new, wanted, 2.0)
+    found = compare_outcomes(old, new, kinds_of(*wanted), 2.0)
     assert {m: found[m].verdict for m in wanted} == dict.fromkeys(wanted, "Better")
     others = ["PairedBootstrap"] * 3 if labelled else ["PairedBootstrap"] * 2 + ["SignFlip"] * 2
     tests = ["McNemar", *others]
     assert [found[m].test for m in wanted] == tests
-    back = compare_outcomes(new, old, wanted, 2.0)
+    back = compare_outcomes(new, old, kinds_of(*wanted), 2.0)
     assert {m: back[m].verdict for m in wanted} == dict.fromkeys(wanted, "Worse")
     for metric in wanted:
         one, other = found[metric], back[metric]
@@ -87,13 +87,13 @@ def test_a_better_model_is_better_by_every_metric_of_its_answers(labelled: bool)
 def test_a_lower_loss_is_better() -> None:
     old, new = outcome(1, 0.5, samples=300), outcome(1, 0.5, samples=300)
     new = Outcome(new.losses - 0.5, new.labels, new.answers)
-    found = compare_outcomes(old, new, ["Loss"], 2.0)["Loss"]
+    found = compare_outcomes(old, new, kinds_of("Loss"), 2.0)["Loss"]
     assert found.effect < 0 and found.verdict == "Better"
 
 
 def test_min_effect_is_in_points_of_the_metric() -> None:
     """The same answers: a gain of 2 points is ruled out, one of 0.001 is not."""
     old = outcome(1, 0.7, samples=2000)
-    assert compare_outcomes(old, old, ["Accuracy"], 2.0)["Accuracy"].verdict == "NotBetter"
-    tiny = compare_outcomes(old, old, ["Accuracy"], 0.001)["Accuracy"]
+    assert compare_outcomes(old, old, kinds_of("Accuracy"), 2.0)["Accuracy"].verdict == "NotBetter"
+    tiny = compare_outcomes(old, old, kinds_of("Accuracy"), 0.001)["Accuracy"]
     assert tiny.verdict == "TooFewSamples" and (tiny.needed_samples or 0) > 2000

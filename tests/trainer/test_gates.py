@@ -13,6 +13,7 @@ from scipy.stats import binomtest
 
 from finetune_api.evaluation_results import AS_IS, TUNED, Row, RowModel, SetTable
 from finetune_api.gates import Gate
+from finetune_api.tasks import METRICS, kinds_of
 from finetune_trainer.evaluate.gates import against_current, results_of_gates
 from finetune_trainer.evaluate.paired_tests import ALPHA
 from finetune_trainer.evaluate.table import Answered, rows_of, table_of
@@ -45,7 +46,7 @@ def share(right: float, samples: int = SAMPLES) -> list[bool]:
 def table(*rows: Answered, name: str = "support", retention: bool = False) -> SetTable:
     count = max(len(row.samples) for row in rows)
     made = rows_of(rows, reference(count), np.arange(count))
-    found = table_of(name, made, TUNED, ["Loss", "Accuracy"], 2.0)
+    found = table_of(name, made, TUNED, kinds_of("Loss", "Accuracy"), 2.0)
     return found.model_copy(update={"retention": retention})
 
 
@@ -105,14 +106,16 @@ def test_a_gate_that_cannot_pass_is_refused(fields: dict[str, Any], said: str) -
     ],
 )  # fmt: skip
 def test_a_gate_says_by_how_much(fields: dict[str, Any], passed: bool, because: str) -> None:
-    (found,) = results_of_gates([gate(**fields)], [SUPPORT, GENERAL], in_use=True)
+    (found,) = results_of_gates([gate(**fields)], [SUPPORT, GENERAL], METRICS, in_use=True)
     assert (found.passed, because in found.because) == (passed, True), found.because
     assert found.data_set == fields.get("dataSet", "support")
 
 
 def test_a_gate_without_a_set_is_about_every_test_set() -> None:
     other = SUPPORT.model_copy(update={"name": "other"})
-    found = results_of_gates([gate(operator="BetterThan")], [SUPPORT, other, GENERAL], in_use=False)
+    found = results_of_gates(
+        [gate(operator="BetterThan")], [SUPPORT, other, GENERAL], METRICS, in_use=False
+    )
     assert [each.data_set for each in found] == ["support", "other"]
 
 
@@ -121,15 +124,15 @@ ALONE = SUPPORT.model_copy(update={"rows": SUPPORT.rows[:-1]})
 
 def test_without_a_current_model_its_gate_passes() -> None:
     wanted = gate(operator="BetterThan", row="Current")
-    (found,) = results_of_gates([wanted], [ALONE], in_use=False)
+    (found,) = results_of_gates([wanted], [ALONE], METRICS, in_use=False)
     assert (found.passed, found.because) == (True, "there is no current model yet")
     # There is one, but it was not measured on these samples.
-    (found,) = results_of_gates([wanted], [ALONE], in_use=True)
+    (found,) = results_of_gates([wanted], [ALONE], METRICS, in_use=True)
     assert not found.passed and "was not measured on these samples" in found.because
 
 
 def test_a_gate_without_its_set_is_missed() -> None:
-    (found,) = results_of_gates([gate(operator="BetterThan")], [GENERAL], in_use=False)
+    (found,) = results_of_gates([gate(operator="BetterThan")], [GENERAL], METRICS, in_use=False)
     assert (found.passed, found.because) == (False, "the set was not measured")
 
 
@@ -139,13 +142,13 @@ def test_few_samples_decide_nothing() -> None:
         answers("Current", share(1, 10), 1.1),
     )  # fmt: skip
     wanted = gate(metric="Loss", operator="BetterThan")
-    (found,) = results_of_gates([wanted], [few], in_use=True)
+    (found,) = results_of_gates([wanted], [few], METRICS, in_use=True)
     assert not found.passed and "10 samples are too few" in found.because
     only_loss = [
         row.model_copy(update={"metrics": {"Loss": row.metrics["Loss"]}}) for row in few.rows
     ]
     passed, because = against_current(
-        [few.model_copy(update={"rows": only_loss})], 500.0, in_use=True
+        [few.model_copy(update={"rows": only_loss})], METRICS, 500.0, in_use=True
     )
     assert not passed and "10 samples are too few" in because
 
@@ -156,24 +159,24 @@ def test_a_loss_is_compared_over_the_samples_that_both_have() -> None:
     current = replace(current, labels=np.where(np.arange(SAMPLES) < 5, 1.0, 0.0))
     found = table(answers("Base", share(0.5), 2.0), answers("Tuned", share(0.8), 1.1), current)
     wanted = gate(metric="Loss", operator="WorsensAtMost", value="0.5", row="Current")
-    (result,) = results_of_gates([wanted], [found], in_use=True)
+    (result,) = results_of_gates([wanted], [found], METRICS, in_use=True)
     assert not result.passed and "5 samples are too few" in result.because
-    assert against_current([found], 9.0, in_use=True)[0], "by Accuracy, over all of them"
+    assert against_current([found], METRICS, 9.0, in_use=True)[0], "by Accuracy, over all of them"
 
 
 def test_the_current_model_is_replaced_by_what_is_not_worse() -> None:
-    assert against_current([SUPPORT, GENERAL], 3.0, in_use=True)[0]
-    passed, because = against_current([SUPPORT], 0.5, in_use=True)
+    assert against_current([SUPPORT, GENERAL], METRICS, 3.0, in_use=True)[0]
+    passed, because = against_current([SUPPORT], METRICS, 0.5, in_use=True)
     assert not passed and "worse by more than 0.5 % is possible" in because
-    passed, because = against_current([ALONE], 3.0, in_use=True)
+    passed, because = against_current([ALONE], METRICS, 3.0, in_use=True)
     assert not passed and "was not measured on these samples" in because
-    assert against_current([ALONE], 3.0, in_use=False)[0]
-    assert not against_current([GENERAL], 3.0, in_use=False)[0], "there is no test set"
+    assert against_current([ALONE], METRICS, 3.0, in_use=False)[0]
+    assert not against_current([GENERAL], METRICS, 3.0, in_use=False)[0], "there is no test set"
 
 
 def test_a_model_without_finite_metrics_is_never_used() -> None:
     lost = table(answers("Base", share(0.5), 2.0), answers("Tuned", [], math.nan))
-    passed, because = against_current([lost], 3.0, in_use=False)
+    passed, because = against_current([lost], METRICS, 3.0, in_use=False)
     assert not passed and "no metric has a finite value" in because
 
 
@@ -186,7 +189,7 @@ def passing(wanted: Gate, samples: int, gain: float, rounds: int = 1000) -> int:
         anew = random.random(samples) < 0.6 + 6 * gain
         tuned = np.where(random.random(samples) < 1 / 6, anew, base)
         found = table(answers("Base", base.tolist()), answers("Tuned", tuned.tolist()))
-        passed += results_of_gates([wanted], [found], in_use=False)[0].passed
+        passed += results_of_gates([wanted], [found], METRICS, in_use=False)[0].passed
     return passed
 
 
@@ -203,7 +206,9 @@ def test_a_gain_of_the_planned_size_passes() -> None:
     tuned = np.where(random.random(400) < 1 / 6, random.random(400) < 0.6, base)
     rows = rows_of([answers("Base", base.tolist()), answers("Tuned", tuned.tolist())],
                    reference(400), np.arange(400))  # fmt: skip
-    first = table_of("support", rows, TUNED, ["Accuracy"], 5.0).rows[0].comparisons["Accuracy"]
+    first = (
+        table_of("support", rows, TUNED, kinds_of("Accuracy"), 5.0).rows[0].comparisons["Accuracy"]
+    )
     planned = int(400 * (first.detectable / 0.05) ** 2)
     assert planned < 600
     assert passing(gate(operator="BetterThan"), planned, 0.05, 200) >= 0.8 * 200
@@ -220,5 +225,5 @@ def test_a_worse_model_rarely_replaces_the_current_one() -> None:
             answers("Base", share(0.5, 400)), answers("Tuned", tuned.tolist()),
             answers("Current", current.tolist()),
         )  # fmt: skip
-        passed += against_current([found], 4.0, in_use=True)[0]
+        passed += against_current([found], METRICS, 4.0, in_use=True)[0]
     assert binomtest(passed, 200, ALPHA / 2, alternative="greater").pvalue > 0.01, passed

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_api.evaluation_results import TUNED
+from finetune_api.tasks import kinds_of
 from finetune_trainer.evaluate.comparisons import Outcome, compare_outcomes, score_of
 from finetune_trainer.evaluate.label_likelihoods import rows_of
 from finetune_trainer.evaluate.label_scores import (
@@ -114,7 +115,7 @@ def outcome(seed: int, gap: float) -> Outcome:
 
 def test_models_are_compared_by_their_choices_and_their_calibration() -> None:
     old, new = outcome(1, 0.2), outcome(2, 2.0)
-    found = compare_outcomes(old, new, [*CHOOSING, "CalibrationError"], 2.0)
+    found = compare_outcomes(old, new, kinds_of(*CHOOSING, "CalibrationError"), 2.0)
     assert {found[m].test for m in CHOOSING} == {"McNemar"}
     assert {found[m].verdict for m in CHOOSING} == {"Better"}
     error = found["CalibrationError"]

@@ -15,6 +15,7 @@ import pytest
 
 from finetune_api.evaluation_results import BASE, TUNED
 from finetune_api.run_spec import JobIdentity
+from finetune_api.tasks import kinds_of
 from finetune_trainer.evaluate.table import Answered, rows_of, table_of
 from finetune_trainer.prepared.dataset import Reference
 from finetune_trainer.prepared.halves import sample_digest
@@ -45,7 +46,7 @@ def measured(
     ]
     digests = [sample_digest(reference) for reference in references]
     return MeasuredSet(
-        name="support", retention=False, metrics=["Loss", "ExactMatch"], answered=rows,
+        name="support", retention=False, metrics=kinds_of("Loss", "ExactMatch"), answered=rows,
         references=references, groups=np.arange(len(texts)), slices={}, digests=digests,
     )  # fmt: skip
 
@@ -77,7 +78,7 @@ def scored(found: MeasuredSet, labels: Sequence[str], leads: Sequence[float]) ->
     values = [[*[0.0] * (len(labels) - 1), lead] for lead in leads]
     scores = LabelScores(labels=list(labels), tokens=[1] * len(labels), values=values)
     return replace(
-        found, metrics=["LabelAccuracy"], references=[replace(r, label="yes") for r in
+        found, metrics=kinds_of("LabelAccuracy"), references=[replace(r, label="yes") for r in
         found.references], answered=[replace(row, label_scores=scores) for row in found.answered],
     )  # fmt: skip
 

@@ -77,7 +77,7 @@ DATA_REPORT = {
 def measured(name: str, prompt: str, reference: str, answers: Mapping[Row, str]) -> MeasuredSet:
     """A set of one sample, with what each row answered to it."""
     return MeasuredSet(
-        name=name, retention=False, metrics=[], digests=["d"], slices={}, groups=np.zeros(1, int),
+        name=name, retention=False, metrics={}, digests=["d"], slices={}, groups=np.zeros(1, int),
         references=[Reference(np.zeros(1, np.int32), prompt, reference, None)],
         answered=[Answered(row, [0], [answer]) for row, answer in answers.items()],
     )  # fmt: skip

@@ -15,6 +15,7 @@ from test_predictions import text_of
 from test_publish_papers import about, remedied
 
 from finetune_api.run_spec import JobIdentity
+from finetune_api.tasks import kinds_of
 from finetune_trainer.cli import main
 from finetune_trainer.evaluate.comparisons import compare_outcomes
 from finetune_trainer.evaluate.table import rows_of
@@ -77,7 +78,7 @@ def test_a_comparison_is_that_of_the_same_answers_within_one_run() -> None:
         by_three = np.repeat(np.arange(100), 3)
         (_, row) = rows_of(one.answered, one.references, by_three)
         outcomes.append(row.outcome(row.samples))
-    expected = compare_outcomes(*outcomes, ["ExactMatch"], 2.0)
+    expected = compare_outcomes(*outcomes, kinds_of("ExactMatch"), 2.0)
     assert found.models[1].comparisons == expected
     assert expected["ExactMatch"].verdict == "Better"
 

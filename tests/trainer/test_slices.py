@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_api.evaluation_results import BASE, TUNED, Row, SetTable
+from finetune_api.tasks import kinds_of
 from finetune_trainer.evaluate.paired import holm
 from finetune_trainer.evaluate.slices import check_slices, slices_of
 from finetune_trainer.evaluate.table import Answered, RowOutcome, adjusted, rows_of, table_of
@@ -99,8 +100,8 @@ def test_a_loss_in_a_rare_case_is_first_though_the_mean_gains() -> None:
     language = ["da" if i % 6 == 0 else "en" for i in range(SAMPLES)]
     base = [i % 3 != 1 for i in range(SAMPLES)]
     rows = outcomes(outcome(BASE, base), outcome(TUNED, [each == "en" for each in language]))
-    (worst, best) = slices_of(rows, {"language": language}, ["Accuracy"], 2.0)
-    table = table_of("set", rows, TUNED, ["Accuracy"], 2.0)
+    (worst, best) = slices_of(rows, {"language": language}, kinds_of("Accuracy"), 2.0)
+    table = table_of("set", rows, TUNED, kinds_of("Accuracy"), 2.0)
     assert table.rows[0].comparisons["Accuracy"].effect > 0
     assert (worst.field, worst.value, worst.samples) == ("language", "da", 20)
     assert (best.value, best.samples, best.metric) == ("en", 100, "Accuracy")
@@ -115,7 +116,7 @@ def test_a_loss_in_a_rare_case_is_first_though_the_mean_gains() -> None:
         REFERENCES[: len(here)],
         np.arange(len(here)),
     )
-    expected = table_of("set", alone, TUNED, ["Accuracy"], 2.0).rows[0]
+    expected = table_of("set", alone, TUNED, kinds_of("Accuracy"), 2.0).rows[0]
     assert best.comparison == expected.comparisons["Accuracy"]
     assert best.base == expected.metrics
 
@@ -129,10 +130,10 @@ def test_losses_of_a_slice_are_its_own_and_answers_may_be_of_the_first_samples()
         outcome(BASE, [True] * 3, before), outcome(TUNED, [False] * 3, after),
         groups=np.arange(SAMPLES) // 2,
     )  # fmt: skip
-    found = slices_of(rows, {"field": field}, ["Loss"], 2.0)
+    found = slices_of(rows, {"field": field}, kinds_of("Loss"), 2.0)
     assert [(s.value, s.tuned["Loss"].value) for s in found] == [("c", 2), ("a", 1.5), ("b", 0.5)]
     found = slices_of(rows, {"field": ["late" if i > 2 else "early" for i in range(SAMPLES)]},
-                      ["Accuracy", "Loss"], 2.0)  # fmt: skip
+                      kinds_of("Accuracy", "Loss"), 2.0)  # fmt: skip
     assert [(s.value, s.samples, s.groups) for s in found] == [
         ("early", 3, 2), ("late", SAMPLES - 3, 59)]  # fmt: skip
     assert found[1].comparison is None and set(found[1].tuned) == {"Loss"}
@@ -142,8 +143,8 @@ def test_slices_belong_to_the_family_of_all_comparisons() -> None:
     random = np.random.default_rng(1)
     right = random.random((2, SAMPLES)) < [[0.5], [0.7]]
     rows = outcomes(outcome(BASE, list(right[0])), outcome(TUNED, list(right[1])))
-    slices = slices_of(rows, {"f": [str(i % 4) for i in range(SAMPLES)]}, ["Accuracy"], 2.0)
-    table = table_of("set", rows, TUNED, ["Accuracy"], 2.0)
+    slices = slices_of(rows, {"f": [str(i % 4) for i in range(SAMPLES)]}, kinds_of("Accuracy"), 2.0)
+    table = table_of("set", rows, TUNED, kinds_of("Accuracy"), 2.0)
     first = table.model_copy(update={"slices": slices})
     both = adjusted([first, SetTable(name="other", rows=table.rows)])
     compared = [

@@ -12,6 +12,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from finetune_api.evaluation_results import AS_IS, TUNED, Row, RowModel, SetTable
+from finetune_api.tasks import kinds_of
 from finetune_trainer.evaluate.paired import estimate, holm
 from finetune_trainer.evaluate.recommendation import recommend
 from finetune_trainer.evaluate.table import Answered, RowOutcome, adjusted, rows_of, table_of
@@ -39,7 +40,7 @@ def rows(*answered: Answered, groups: Groups | None = None) -> list[RowOutcome]:
 
 
 def table(made: Sequence[RowOutcome]) -> SetTable:
-    return table_of("set", made, TUNED, ["Accuracy"], 2.0)
+    return table_of("set", made, TUNED, kinds_of("Accuracy"), 2.0)
 
 
 def test_draws_are_one_row_with_their_spread() -> None:
@@ -121,7 +122,9 @@ def test_losses_are_compared_by_group_over_the_whole_set() -> None:
         for model, each in zip(("Base", "Tuned"), losses, strict=True)
     ]
     found = [
-        table_of("set", rows(*answered, groups=of), TUNED, ["Loss", "Accuracy"], 2.0).rows[0]
+        table_of("set", rows(*answered, groups=of), TUNED, kinds_of("Loss", "Accuracy"), 2.0).rows[
+            0
+        ]
         for of in (groups, None)
     ]
     gains = [f.comparisons["Loss"] for f in found]
@@ -179,11 +182,11 @@ CASES = {
 @pytest.mark.parametrize("action", CASES)
 def test_the_cheapest_row_within_the_noise_is_recommended(action: str) -> None:
     made = rows(*CASES[action])
-    found = recommend(made, ["Loss", "Accuracy"], 2.0)
+    found = recommend(made, kinds_of("Loss", "Accuracy"), 2.0)
     assert found is not None and (found.action, found.metric) == (action, "Accuracy")
     assert "Base" in found.because and "Tuned" in found.because
 
 
 def test_nothing_is_recommended_without_a_comparison() -> None:
-    assert recommend(rows(row("Tuned", 0.5)), ["Accuracy"], 2.0) is None
-    assert recommend(rows(row("Base", 0.5), row("Tuned", 0.5)), ["Perplexity"], 2.0) is None
+    assert recommend(rows(row("Tuned", 0.5)), kinds_of("Accuracy"), 2.0) is None
+    assert recommend(rows(row("Base", 0.5), row("Tuned", 0.5)), kinds_of("Perplexity"), 2.0) is None

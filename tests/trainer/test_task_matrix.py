@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
+from finetune_api.tasks import METRICS
 from finetune_trainer.publish.model_comparison import Model
 from finetune_trainer.publish.predictions import Prediction
 from finetune_trainer.publish.row_tables import matrix_table
@@ -51,7 +52,7 @@ def test_values_forgetting_and_backward_transfer() -> None:
     assert first.transfer is not None and first.transfer.effect == pytest.approx(-0.2)
     assert found.average_forgetting == pytest.approx(0.2)
     assert found.backward_transfer == pytest.approx(-0.2)
-    shown = matrix_table(found)
+    shown = matrix_table(found, METRICS)
     assert shown is not None
     assert shown.sets == ["first, Accuracy", "second, Accuracy"]
     assert shown.rows[1] == ("one 1-a", ["90.0 %*", "–"])
@@ -79,4 +80,4 @@ def test_values_are_of_the_samples_that_all_know_and_models_with_few_of_them_do_
 def test_without_an_earlier_task_there_is_no_matrix(stages: list[Stage]) -> None:
     """The last model but one is measured as the base of the last one: that is no matrix yet."""
     assert matrix(stages, {}) is None
-    assert matrix_table(None) is None
+    assert matrix_table(None, METRICS) is None

@@ -65,7 +65,8 @@ Rules of the admission policy, as a list in YAML. Each has
   (list "images" "compute.image" (concat $release $limits.images))
   (list "serviceAccounts" "storage.serviceAccountName" $limits.serviceAccounts)
   (list "priorityClasses" "scheduling.priorityClassName" $limits.priorityClasses)
-  (list "modelSources" "model.source" $limits.modelSources) }}
+  (list "modelSources" "model.source" $limits.modelSources)
+  (list "judgeEndpoints" "evaluation.judge.endpoint" $limits.judgeEndpoints) }}
 {{- range $single }}
 {{- $patterns := index . 2 }}
 {{- if not (has "*" $patterns) }}

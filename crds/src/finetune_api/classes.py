@@ -46,6 +46,8 @@ FIELD_CLASSES: Final[dict[str, FieldClass]] = {
     "training.guard": "Resume",
     "evaluation": "NewRun",
     "evaluation.artefactCheck": "Resume",
+    "evaluation.customMetrics": "Resume",
+    "evaluation.judge": "Resume",
     "output": "NewRun",
     "rerunToken": "NewRun",
     "retryToken": "Live",

@@ -9,10 +9,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from finetune_api.base import Count, DecimalString, DnsLabel, FieldName, Model, Rule, Text, is_zero
+from finetune_api.custom_metrics import CustomMetric, with_declared
 from finetune_api.gates import Gate, GateRow
+from finetune_api.judge import WIN_RATE, Judge
 from finetune_api.remedy import Remedy
 from finetune_api.sources import DataUri, StorageAccess
-from finetune_api.tasks import DEFAULT_METRICS, OF_BUILT_IN, Metric
+from finetune_api.tasks import DEFAULT_METRICS, OF_BUILT_IN, Kinds, Metric
 
 ArtefactCheck = Literal["Sample", "Full", "Off"]
 
@@ -107,6 +109,14 @@ class Evaluation(Model):
     log-likelihoods divided by the label's length, and CalibrationError, how far the probabilities
     of the labels are from the share that is right (ECE in 15 bins, Guo et al. 2017).
     Task SequenceClassification: Loss, Accuracy, Precision, Recall and F1."""
+    custom_metrics: Annotated[list[CustomMetric], Field(max_length=8)] = []
+    """Metrics of the user's own, on all test and retention sets that have answers. Their code is in
+    the trainer image; prepare tries it on reference answers, publish measures."""
+    judge: Judge | None = None
+    """A model that compares the tuned model's answers with the base model's, on test sets with free
+    text as answers: metric WinRate, above 0.5 where it prefers the tuned model's. Personal data in
+    what is sent to it is replaced, as by `data.quality.personalData` Redact, unless that is Ignore.
+    Absent: nothing is sent anywhere."""
     max_samples: Count = 1000
     """Maximum number of samples per set for which text is generated; the loss is always over the
     whole set."""
@@ -162,15 +172,38 @@ class Evaluation(Model):
             ("slices",),
         ),
         Rule(
+            "!has(self.customMetrics)"
+            " || self.customMetrics.all(m, self.customMetrics.exists_one(n, n.name == m.name))",
+            "the names of customMetrics must differ",
+            lambda e: len({m.name for m in e.custom_metrics}) == len(e.custom_metrics),
+            ("customMetrics[].name",),
+        ),
+        Rule(
             f"!has(self.gates) || self.gates.all(g, g.metric == {json.dumps(OF_BUILT_IN)}"
             " || g.metric in (has(self.metrics) ? self.metrics"
-            f" : {json.dumps(DEFAULT_METRICS)}))",
-            "a gate needs a metric that is measured: name it in evaluation.metrics, too",
-            lambda e: all(
-                g.metric == OF_BUILT_IN or g.metric in (e.metrics or DEFAULT_METRICS)
-                for g in e.gates
+            f" : {json.dumps(DEFAULT_METRICS)})"
+            " || (has(self.customMetrics) && self.customMetrics.exists(m, m.name == g.metric))"
+            f" || (has(self.judge) && g.metric == '{WIN_RATE}'))",
+            "a gate needs a metric that is measured: name it in evaluation.metrics, too, or declare"
+            " it in evaluation.customMetrics (WinRate: by evaluation.judge)",
+            lambda e: (
+                {g.metric for g in e.gates}
+                <= {
+                    OF_BUILT_IN,
+                    *(e.metrics or DEFAULT_METRICS),
+                    *(m.name for m in e.custom_metrics),
+                    *([WIN_RATE] if e.judge else ()),
+                }
             ),
             ("gates[].metric",),
+        ),
+        Rule(
+            f"!has(self.gates) || self.gates.all(g, g.metric != '{WIN_RATE}' || !has(g.row)"
+            " || g.row == 'Base')",
+            "WinRate is about the base model's answers to the test prompts as they are: remove row,"
+            " or give Base",
+            lambda e: all(g.row in (None, "Base") for g in e.gates if g.metric == WIN_RATE),
+            ("gates[].row",),
         ),
         _gate_rule(
             "FewShot",
@@ -188,3 +221,8 @@ class Evaluation(Model):
             "Retrieval", "has(self.passages)", "give passages", lambda e: e.passages is not None
         ),
     )
+
+    @property
+    def kinds(self) -> Kinds:
+        """All metrics that there are for the run."""
+        return with_declared(self.custom_metrics, judged=self.judge is not None)

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from finetune_api.base import NonNegativeCount as Count
 from finetune_api.base import Record, Word
+from finetune_api.judge import JudgeResult
 from finetune_api.remedy import RemedyResult
 
 Metrics = Annotated[dict[Word, float], Field(max_length=64)]
@@ -301,6 +302,8 @@ class EvaluationResult(Record):
     """None: the run did not start from the model of another run, or no set is common."""
     remedy: RemedyResult | None = None
     """None: evaluation.remedy is not given."""
+    judge: JudgeResult | None = None
+    """None: evaluation.judge is not given."""
 
     @property
     def held(self) -> str | None:

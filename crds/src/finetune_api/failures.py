@@ -173,8 +173,9 @@ FAILURES: Final[tuple[FailureRow, ...]] = (
         "UserError", ExitCode.USER_ERROR, "End",
         "UserError BadTemplate BaseChanged CheckpointGone DataGone DoesNotFit DuplicateName"
         " EncryptionNotSupported FormatNotForTask GPUMissing GateNotMeasured ImageUnsuitable"
-        " IncompleteModel InvalidAddress InvalidEnvironment InvalidSpec MaxLengthTooLong"
-        " MetricWithoutData ModelChanged ModelElsewhere ModelHeld ModelNotFound ModelNotReady"
+        " IncompleteModel InvalidAddress InvalidEnvironment InvalidSpec JudgeFailed"
+        " MaxLengthTooLong MetricFailed MetricNotInstalled MetricWithoutData ModelChanged"
+        " ModelElsewhere ModelHeld ModelNotFound ModelNotReady"
         " NoChatTemplate NoCompiler NoEarlierModel NoEndToken NoFP8 NoMatrices"
         " NoModelPublished NoObjects NoPaddingToken NoRouter NoSuchParameters NoSumOfAdapters"
         " NoTargetModules"

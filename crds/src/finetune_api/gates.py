@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import ClassVar, Final, Literal
 
 from finetune_api.base import DecimalString, DnsLabel, Model, Rule
-from finetune_api.tasks import Metric, metrics_from
+from finetune_api.custom_metrics import MetricName
+from finetune_api.tasks import metrics_from
 
 GateOperator = Literal["AtLeast", "AtMost", "BetterThan", "WorsensAtMost"]
 GateRow = Literal["Base", "FewShot", "Prompt", "Retrieval", "Current"]
@@ -22,8 +23,8 @@ class Gate(Model):
 
     data_set: DnsLabel | None = None
     """Name of a test or retention set. Absent: every test set."""
-    metric: Metric
-    """A metric that the set has."""
+    metric: MetricName
+    """A metric that the set has: of evaluation.metrics or evaluation.customMetrics."""
     operator: GateOperator
     """AtLeast, AtMost: of the model's value. BetterThan: the tuned model is significantly
     better than `row`, by more than `value`. WorsensAtMost: the 95 % confidence interval of the
@@ -81,6 +82,7 @@ class CurrentModel(Model):
     margin: DecimalString | None = None
     """A run replaces the current model if it passes evaluation.gates and is not worse by more than
     this many points, in each test set's main metric (the first that it has of Accuracy,
-    LabelAccuracy, NumberMatch, ChoiceMatch, JsonFieldF1, Rouge, ExactMatch, TokenF1, Bleu and Loss)
-    over the samples that both have answered: the 95 % confidence interval of the difference rules
-    it out. Points as in evaluation.minEffect, which is the default."""
+    LabelAccuracy, NumberMatch, ChoiceMatch, JsonFieldF1, Rouge, ExactMatch, TokenF1, Bleu, those of
+    evaluation.customMetrics, and Loss) over the samples that both have answered: the 95 %
+    confidence interval of the difference rules it out. Points as in evaluation.minEffect, which is
+    the default."""

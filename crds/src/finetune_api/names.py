@@ -84,6 +84,12 @@ SECRET_KEYS: Final[dict[str, bool]] = {
 """Keys that are read from a storage Secret, and whether each is required."""
 
 
+ENV_JUDGE_KEY: Final = "FINETUNE_JUDGE_API_KEY"
+"""Key of the judge's API, in the pod of publish."""
+JUDGE_SECRET_KEY: Final = "API_KEY"
+"""Its key in the Secret of ``evaluation.judge.secretRef``."""
+
+
 # --- failures -----------------------------------------------------------------------------------
 FailureClass = Literal[
     "UserError",

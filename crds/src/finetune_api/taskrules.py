@@ -94,6 +94,12 @@ def _rules(task: TaskName) -> list[Rule]:
             ("evaluation.remedy.scan",),
         ),
         rule(
+            "!has(self.evaluation.judge)",
+            "has no answers in words to judge: remove evaluation.judge",
+            lambda s: s.evaluation.judge is None,
+            ("evaluation.judge.endpoint",),
+        ),
+        rule(
             "self.training.tokenWeighting == 'None'",
             "has no tokens to weight: remove training.tokenWeighting",
             lambda s: s.training.token_weighting == "None",

@@ -1,11 +1,13 @@
 """``spec.task`` and ``spec.evaluation.metrics``: tasks and metrics, and their properties.
 
 ``TASKS`` and ``METRICS`` are the single tables, as ``METHODS`` is of methods. Code reads properties
-from an entry and never compares names.
+from an entry and never compares names. A spec may declare further metrics: ``Evaluation.kinds`` has
+all of a run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
@@ -21,9 +23,10 @@ Metric = Literal[
 ]  # fmt: skip
 
 
-MetricSource = Literal["Loss", "Labels", "Text", "Instructions", "LabelScores"]
+MetricSource = Literal["Loss", "Labels", "Text", "Instructions", "LabelScores", "Scores"]
 """What a metric is computed from: token losses; predicted and true labels; generated and reference
-text; generated text and the instructions of its prompt; log-likelihoods of all labels."""
+text; generated text and the instructions of its prompt; log-likelihoods of all labels; scores of
+the answers that something outside of the trainer gives."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,22 @@ class MetricKind:
     """Whether it is measured without being requested."""
     point: float = 0.01
     """A point of the metric: a hundredth of a share or of a nat; 1 where it goes from 0 to 100."""
+    relative: bool = False
+    """Whether it compares with the base model of the run, so that values of other runs mean other
+    things."""
 
     @property
     def span(self) -> float | None:
-        """Best value minus worst value; None: losses have no limit."""
-        return None if self.source == "Loss" else 100 * self.point
+        """Best value minus worst value; None: losses and other plain numbers have no limit."""
+        limited = self.percent or self.source not in ("Loss", "Scores")
+        return 100 * self.point if limited else None
 
 
-METRICS: Final[dict[Metric, MetricKind]] = {
+Kinds = Mapping[str, MetricKind]
+"""Metrics by name: some of ``METRICS``, and those that a spec declares."""
+
+
+METRICS: Final[Kinds] = {
     "Loss": MetricKind("Loss", higher_is_better=False, percent=False),
     "Perplexity": MetricKind("Loss", higher_is_better=False, percent=False),
     "ExactMatch": MetricKind("Text"),
@@ -83,7 +94,12 @@ DEFAULT_METRICS: Final = tuple(name for name, kind in METRICS.items() if kind.de
 """Metrics that are measured without being requested, where a set has them."""
 
 
-def metrics_from(*sources: MetricSource) -> tuple[Metric, ...]:
+def kinds_of(*names: Metric) -> Kinds:
+    """Return some of ``METRICS``."""
+    return {name: METRICS[name] for name in names}
+
+
+def metrics_from(*sources: MetricSource) -> tuple[str, ...]:
     """Return the metrics that are computed from any of these sources."""
     return tuple(name for name, kind in METRICS.items() if kind.source in sources)
 
@@ -94,7 +110,7 @@ class TaskKind:
 
     formats: tuple[Format, ...]
     """Supported data formats."""
-    metrics: tuple[Metric, ...]
+    metrics: tuple[str, ...]
     """Supported metrics."""
     generates: bool
     """Whether answers are generated text."""

@@ -102,6 +102,11 @@ def untrained_rules(checkpoint: type[Model]) -> tuple[Rule, ...]:
             ("evaluation.gates[].operator",),
         ),
         rule(
+            "!has(self.evaluation.judge)",
+            "has no tuned model whose answers a judge could compare: remove evaluation.judge",
+            lambda s: s.evaluation.judge is None,
+        ),
+        rule(
             "!has(self.output.current)",
             "publishes no model that could come into use: remove output.current",
             lambda s: s.output.current is None,

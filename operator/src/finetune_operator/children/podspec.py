@@ -213,6 +213,7 @@ def _env(pod: StagePod) -> Iterator[Json]:
     if pod.in_gang:
         yield _field(names.ENV_NODE_RANK, f"metadata.annotations['{INDEX_ANNOTATION}']")
     yield from _storage_env(pod.run_spec)
+    yield from _judge_env(pod)
 
 
 def _gang_env(pod: StagePod) -> dict[str, str]:
@@ -245,6 +246,14 @@ def _storage_env(run_spec: RunSpec) -> Iterator[Json]:
                 "name": names.storage_env(number, key),
                 "valueFrom": {"secretKeyRef": reference},
             }
+
+
+def _judge_env(pod: StagePod) -> Iterator[Json]:
+    """Secret reference for the judge's key, in the only stage that asks it."""
+    judge = pod.spec.evaluation.judge
+    if pod.role == "publish" and judge is not None and judge.secret_ref is not None:
+        reference = {"name": judge.secret_ref.name, "key": names.JUDGE_SECRET_KEY}
+        yield {"name": names.ENV_JUDGE_KEY, "valueFrom": {"secretKeyRef": reference}}
 
 
 # --- volumes -----------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def _config(pod: PodView, until: datetime) -> Obstacle:
     message = (
         f"the container cannot be created: {pod.waiting_message}. It starts as soon as this"
         " is fixed: create the Secret that spec.storage.secretRef names, with the keys"
-        " AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        " AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (of spec.evaluation.judge: with API_KEY)"
     )
     return Obstacle(reason, message, until, failure(reason, message, pod))
 

@@ -13,10 +13,9 @@ import numpy as np
 
 from finetune_api.evaluation_results import DataSetScores
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.tasks import Metric
 from finetune_trainer.evaluate.measure import Answer, Evaluator, Measured, SetResult
-from finetune_trainer.evaluate.metric_selection import metrics_of
-from finetune_trainer.evaluate.scores import GENERATED
+from finetune_trainer.evaluate.metric_selection import measured_on, metrics_of
+from finetune_trainer.evaluate.scores import OF_LOSS
 from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.prepared.halves import Halves, Positions, reported_part
 from finetune_trainer.prepared.questions import Question
@@ -25,17 +24,17 @@ from finetune_trainer.storage.runfiles import RowAnswers, SetAnswers
 
 
 def metrics_of_sets(
-    data: PreparedData, spec: FineTuneJobSpec, split: Side, only: Sequence[Metric] = ()
-) -> dict[str, list[Metric]]:
+    data: PreparedData, spec: FineTuneJobSpec, split: Side, only: Sequence[str] = ()
+) -> dict[str, list[str]]:
     """Return the metrics of each set of a split; ``only`` limits the generated metrics."""
     wanted = {}
     for entry in data.manifest.sets:
         if entry.split != split:
             continue
-        names = metrics_of(entry, spec.evaluation.metrics, spec.task)
+        names = measured_on(entry, spec)
         if only:
-            costly = GENERATED if spec.kind.generates else ()
-            names = [m for m in names if m not in costly]
+            costly = spec.kind.generates
+            names = [m for m in names if m in OF_LOSS or not costly]
             names += metrics_of(entry, only, spec.task)
         wanted[entry.name] = list(dict.fromkeys(names))
     return wanted

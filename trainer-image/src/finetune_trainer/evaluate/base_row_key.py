@@ -29,7 +29,7 @@ from finetune_trainer.engine.memory.profiling import frozen_dtype
 from finetune_trainer.engine.precision import precision_of
 from finetune_trainer.evaluate.answering import HeldOutSet, held_out_sets, metrics_of_sets
 from finetune_trainer.evaluate.measure import Evaluator
-from finetune_trainer.evaluate.scores import GENERATED
+from finetune_trainer.evaluate.scores import need_answers
 from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.prepared.halves import Halves
 from finetune_trainer.prepared.questions import Question
@@ -118,7 +118,7 @@ def sets_as_they_are(
     found, data = [], evaluator.data
     for of in held_out_sets(data, halves):
         wanted = metrics_of_sets(data, spec, of.side)[of.name]
-        generated = any(metric in GENERATED for metric in wanted)
+        generated = need_answers(wanted)
         answers = min(evaluator.max_samples, len(of.positions)) if generated else 0
         labels = _labels(data, of.number, wanted) if answers else {}
         found.append(AskedSet(of.name, _samples_digest(data, of, answers), answers, labels))

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from finetune_api.tasks import Metric
 from finetune_trainer.engine.loss import MicroBatchLosses
 from finetune_trainer.engine.packing.layout import layout_context
 from finetune_trainer.evaluate.measure import Answer, Evaluator, LossSums, Measured
@@ -17,7 +16,7 @@ from finetune_trainer.prepared.split import Side
 class ClassEvaluator(Evaluator):
     """Evaluate a classifier. The answer to a sample is the name of the predicted class."""
 
-    def _measure(self, split: Side, positions: np.ndarray, wanted: Sequence[Metric]) -> Measured:
+    def _measure(self, split: Side, positions: np.ndarray, wanted: Sequence[str]) -> Measured:
         names = self.data.manifest.classes
         sums, said = LossSums(len(positions)), list[tuple[int, str]]()
         for chosen, micro_batch in self._micro_batches(split, positions):

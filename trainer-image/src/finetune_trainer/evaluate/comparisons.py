@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from finetune_api.evaluation_results import Comparison
-from finetune_api.tasks import METRICS, Metric
+from finetune_api.tasks import Kinds
 from finetune_trainer.evaluate.label_scores import calibration_error
 from finetune_trainer.evaluate.paired import Scale, compare
 from finetune_trainer.evaluate.scores import (
     BY_SAMPLE,
+    OF_LOSS,
     Answers,
     bleu_of,
     bleu_statistics,
@@ -22,7 +23,14 @@ from finetune_trainer.evaluate.scores import (
     chrf_of,
     chrf_statistics,
 )
-from finetune_trainer.evaluate.weighted_scores import Groups, MacroScore, Ratio, Score, SummedScore
+from finetune_trainer.evaluate.weighted_scores import (
+    Groups,
+    Macro,
+    MacroScore,
+    Ratio,
+    Score,
+    SummedScore,
+)
 
 
 @dataclass(frozen=True)
@@ -40,17 +48,30 @@ class Outcome:
     answer_groups: Groups | None = None
     """Number of the group of each answer, shape [answers]; None: each is one."""
 
-    def groups_of(self, metric: Metric) -> Groups | None:
+    def groups_of(self, metric: str) -> Groups | None:
         """Groups of the samples of which ``score_of`` makes the metric."""
-        return self.loss_groups if METRICS[metric].source == "Loss" else self.answer_groups
+        if metric in OF_LOSS:
+            return self.loss_groups
+        scored = self.scored(metric)
+        if self.answer_groups is None or scored is None:
+            return self.answer_groups
+        return self.answer_groups[scored]
+
+    def scored(self, metric: str) -> list[int] | None:
+        """Numbers of the answers with a score from outside of the trainer; None: the trainer
+        computes the metric, of all answers."""
+        scores = self.answers.scores.get(metric)
+        return (
+            None if scores is None else [n for n, score in enumerate(scores) if score is not None]
+        )
 
 
 def compare_outcomes(
     base: Outcome,
     tuned: Outcome,
-    metrics: Iterable[Metric],
+    metrics: Kinds,
     min_points: float,
-) -> dict[Metric, Comparison]:
+) -> dict[str, Comparison]:
     """Compare two models, or two ways to ask them, by the metrics that their outcomes allow. Both
     outcomes are of the same samples in the same groups.
 
@@ -61,11 +82,12 @@ def compare_outcomes(
             of a nat, and points of a metric from 0 to 100.
     """
     found = {}
-    for metric in metrics:
+    for metric, kind in metrics.items():
         old, new = score_of(metric, base), score_of(metric, tuned)
         if old is None or new is None or old.samples != new.samples:
             continue
-        kind = METRICS[metric]
+        if base.scored(metric) != tuned.scored(metric):
+            continue
         scale = Scale(kind.higher_is_better, min_points * kind.point, kind.span)
         compared = compare(old, new, scale, base.groups_of(metric))
         if compared is not None:
@@ -73,27 +95,28 @@ def compare_outcomes(
     return found
 
 
-def score_of(metric: Metric, outcome: Outcome) -> Score | None:
+def score_of(metric: str, outcome: Outcome) -> Score | None:
     """A metric of an outcome as a function of sample weights; None: not defined, or it follows from
     another metric."""
     answers = outcome.answers
     if metric == "Loss":
         return Ratio(outcome.losses, outcome.labels) if len(outcome.losses) else None
-    if METRICS[metric].source == "Loss" or not answers.predictions:
+    if metric in OF_LOSS or not answers.predictions or not answers.allow(metric):
         return None
-    if not answers.allow(metric):
-        return None
+    if metric in answers.scores:
+        given = [score for score in answers.scores[metric] if score is not None]
+        return Ratio.mean(given) if given else None
     if metric in BY_SAMPLE:
         return Ratio.mean(BY_SAMPLE[metric](answers))
-    if metric == "Precision" or metric == "Recall" or metric == "F1":
-        return _macro(answers, metric)
+    if metric in _MACRO:
+        return _macro(answers, _MACRO[metric])
     statistics, of = _SUMMED[metric]
     return SummedScore(np.asarray(statistics(answers), np.float64), of)
 
 
 _SUMMED: Final[
     dict[
-        Metric,
+        str,
         tuple[Callable[[Answers], Sequence[Sequence[float]]], Callable[[Sequence[float]], float]],
     ]
 ] = {
@@ -103,7 +126,10 @@ _SUMMED: Final[
 }
 
 
-def _macro(answers: Answers, metric: Literal["Precision", "Recall", "F1"]) -> MacroScore:
+_MACRO: Final[dict[str, Macro]] = {"Precision": "Precision", "Recall": "Recall", "F1": "F1"}
+
+
+def _macro(answers: Answers, metric: Macro) -> MacroScore:
     labels = answers.labels or ()
     numbers = {label: number for number, label in enumerate(sorted(set(labels)))}
     return MacroScore(

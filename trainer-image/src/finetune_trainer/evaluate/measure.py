@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from finetune_api.evaluation_results import Metrics
-from finetune_api.tasks import METRICS, Metric, metrics_from
+from finetune_api.tasks import metrics_from
 from finetune_trainer.engine.loss import MicroBatchLosses, evaluating, micro_batch_losses
 from finetune_trainer.engine.packing.feed import MicroBatch, MicroBatchBuilder
 from finetune_trainer.engine.packing.layout import layout_context
@@ -33,7 +33,7 @@ from finetune_trainer.evaluate.cached_model import CachedModel
 from finetune_trainer.evaluate.label_likelihoods import LabelLikelihoods
 from finetune_trainer.evaluate.label_scores import scored_tokens
 from finetune_trainer.evaluate.prompt_batches import Ids, PromptBatches, padded
-from finetune_trainer.evaluate.scores import GENERATED, answers_to, loss_metrics, text_metrics
+from finetune_trainer.evaluate.scores import answers_to, loss_metrics, need_answers, text_metrics
 from finetune_trainer.failures import Interrupted
 from finetune_trainer.liveness import progressed
 from finetune_trainer.prepared.dataset import PreparedData
@@ -41,6 +41,7 @@ from finetune_trainer.prepared.split import Side
 from finetune_trainer.storage.runfiles import LabelScores
 
 Floats = npt.NDArray[np.float64]
+_OF_LABELS = frozenset(metrics_from("LabelScores"))
 
 
 class Answer(NamedTuple):
@@ -120,7 +121,7 @@ class Evaluator:
     packing: Packing
     max_samples: int
     max_new_tokens: int
-    possible: Sequence[Metric] = metrics_from("Loss")
+    possible: Sequence[str] = metrics_from("Loss")
     """Metrics defined for the task."""
     virtual_tokens: int = 0
     """Virtual tokens that the tuning method prepends to every prompt."""
@@ -128,7 +129,7 @@ class Evaluator:
     """Polled before each set; None: the evaluation cannot be interrupted."""
 
     def sets(
-        self, split: Side, wanted: Mapping[str, Sequence[Metric]],
+        self, split: Side, wanted: Mapping[str, Sequence[str]],
         part: Mapping[int, np.ndarray] | None = None,
     ) -> list[SetResult]:  # fmt: skip
         """Evaluate every set of a split.
@@ -151,7 +152,7 @@ class Evaluator:
         return found
 
     def _one(
-        self, split: Side, number: int, positions: np.ndarray, wanted: Sequence[Metric]
+        self, split: Side, number: int, positions: np.ndarray, wanted: Sequence[str]
     ) -> SetResult:
         found = self._measure(split, positions, wanted)
         prompts = [r.prompt_ids for r in self.data.references(split, found.asked)]
@@ -167,7 +168,7 @@ class Evaluator:
         )
 
     def metrics(
-        self, split: Side, found: Measured, scores: LabelScores | None, wanted: Sequence[Metric]
+        self, split: Side, found: Measured, scores: LabelScores | None, wanted: Sequence[str]
     ) -> Metrics:
         """Return the metrics of what was measured of one set.
 
@@ -181,16 +182,16 @@ class Evaluator:
             said = answers_to(references, [answer.text for answer in found.answers], scores)
             metrics |= text_metrics(said, wanted)
         always = [m for m in metrics_from("Loss") if m in self.possible]
-        return {str(m): metrics[m] for m in (*wanted, *always) if m in metrics}
+        return {m: metrics[m] for m in (*wanted, *always) if m in metrics}
 
-    def _measure(self, split: Side, positions: np.ndarray, wanted: Sequence[Metric]) -> Measured:
+    def _measure(self, split: Side, positions: np.ndarray, wanted: Sequence[str]) -> Measured:
         """Return losses and answers of some samples, identical on all ranks."""
         sums = LossSums(len(positions))
         for _, micro_batch in self._micro_batches(split, positions):
             with self.world.autocast():
                 sums.add(micro_batch, micro_batch_losses(self.loss, micro_batch))
         losses, labels = sums.on_all(self.world)
-        if not any(m in GENERATED for m in wanted):
+        if not need_answers(wanted):
             return Measured(losses, labels, [], [])
         asked = positions[: self.max_samples].tolist()
         prompts = [r.prompt_ids for r in self.data.references(split, asked)]
@@ -246,7 +247,7 @@ class Evaluator:
         return self._batches.run(prompts, self.max_new_tokens, 1, self._answer)
 
     def label_scores(
-        self, number: int, prompts: Sequence[Ids], wanted: Sequence[Metric]
+        self, number: int, prompts: Sequence[Ids], wanted: Sequence[str]
     ) -> LabelScores | None:
         """Return the log-likelihoods of the labels of a set after prompts; None: no metric needs
         them. Of a prompt without room for the longest label, the beginning is cut off.
@@ -256,7 +257,7 @@ class Evaluator:
             prompts: tokens of each, shape [tokens].
             wanted: metrics of the set.
         """
-        if not prompts or not any(METRICS[m].source == "LabelScores" for m in wanted):
+        if not prompts or _OF_LABELS.isdisjoint(wanted):
             return None
         labels = self.data.manifest.sets[number].labels
         tokens = scored_tokens(labels, self.data.manifest.stop_token_ids)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Final
 
+from finetune_api.judge import WIN_RATE
 from finetune_api.sources import Format
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.tasks import (
@@ -14,7 +15,6 @@ from finetune_api.tasks import (
     MOST_LABELS,
     OF_BUILT_IN,
     TASKS,
-    Metric,
     MetricSource,
     TaskName,
 )
@@ -37,9 +37,9 @@ _PAIRS: Final[tuple[MetricSource, ...]] = ("Loss", "Text", "Instructions")
 
 
 def metrics_for(
-    form: Format, requested: Sequence[Metric] | None, task: TaskName = "CausalLM",
+    form: Format, requested: Sequence[str] | None, task: TaskName = "CausalLM",
     *, built_in: bool = False,
-) -> list[Metric]:  # fmt: skip
+) -> list[str]:  # fmt: skip
     """Return the metrics of a data set of this format: those of ``requested`` that format and task
     support, in the same order; without ``requested``, the defaults of the format.
 
@@ -57,12 +57,24 @@ def metrics_for(
 
 
 def metrics_of(
-    entry: DataSet, requested: Sequence[Metric] | None, task: TaskName = "CausalLM"
-) -> list[Metric]:
+    entry: DataSet, requested: Sequence[str] | None, task: TaskName = "CausalLM"
+) -> list[str]:
     """Return the metrics of a data set: see ``metrics_for``. Those of the log-likelihoods of labels
     need a set whose labels are known and not too many."""
     found = metrics_for(entry.format, requested, task, built_in=entry.built_in)
     return [m for m in found if entry.labels or METRICS[m].source != "LabelScores"]
+
+
+def measured_on(entry: DataSet, spec: FineTuneJobSpec) -> list[str]:
+    """Return the metrics of the final test on a data set: see ``metrics_of``, and those of
+    ``evaluation.customMetrics`` where answers have references; and that of ``evaluation.judge`` on
+    test sets with free text as answers."""
+    found = metrics_of(entry, spec.evaluation.metrics, spec.task)
+    if entry.format == "Text" or entry.built_in:
+        return found
+    found += [metric.name for metric in spec.evaluation.custom_metrics]
+    judged = spec.evaluation.judge is not None and entry.format != "Classification"
+    return [*found, WIN_RATE] if judged and entry.split == "test" else found
 
 
 def check_metrics(spec: FineTuneJobSpec, sets: Sequence[DataSet]) -> None:
@@ -83,6 +95,12 @@ def check_metrics(spec: FineTuneJobSpec, sets: Sequence[DataSet]) -> None:
                 log.warning(
                     "set %s has no %s: more than %d labels", entry.name, metric, MOST_LABELS
                 )
+    if spec.evaluation.judge and not any(WIN_RATE in measured_on(e, spec) for e in sets):
+        raise UserError(
+            "MetricWithoutData",
+            "spec.evaluation.judge: there is no test set with free text as answers (any format but"
+            " Text and Classification); give data.test, a data.split.test above 0, or no judge",
+        )
     if METRICS[spec.checkpoint.metric].source != "Loss":
         _require("checkpoint.metric", spec.checkpoint.metric, validation, _VALIDATION)
     if spec.training.early_stopping is not None:
@@ -100,7 +118,7 @@ _FITTING: Final[dict[MetricSource, str]] = {
 }
 
 
-def _require(field: str, metric: Metric, sets: Sequence[DataSet], kind: str) -> None:
+def _require(field: str, metric: str, sets: Sequence[DataSet], kind: str) -> None:
     if any(metrics_of(entry, [metric]) for entry in sets):
         return
     fitting = _FITTING[METRICS[metric].source]

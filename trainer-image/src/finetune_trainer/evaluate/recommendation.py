@@ -18,7 +18,8 @@ from finetune_api.evaluation_results import (
     Recommendation,
     Row,
 )
-from finetune_api.tasks import METRICS, Metric
+from finetune_api.judge import WIN_RATE
+from finetune_api.tasks import METRICS, Kinds, Metric, MetricKind
 from finetune_trainer.evaluate.comparisons import score_of
 from finetune_trainer.evaluate.metric_text import shown
 from finetune_trainer.evaluate.table import RowOutcome, compare_rows
@@ -26,9 +27,9 @@ from finetune_trainer.evaluate.weighted_scores import value_of
 
 PRIMARY: Final[tuple[Metric, ...]] = (
     "InstructionFollowing", "Accuracy", "LabelAccuracy", "NumberMatch", "ChoiceMatch",
-    "JsonFieldF1", "Rouge", "ExactMatch", "TokenF1", "Bleu", "Loss",
+    "JsonFieldF1", "Rouge", "ExactMatch", "TokenF1", "Bleu",
 )  # fmt: skip
-"""Metrics by which rows are compared, the first that the set has."""
+"""Metrics by which rows are compared, the first that the set has: see ``primary_of``."""
 _WORDS: Final[dict[Action, str]] = {
     "Neither": "no way does significantly better than the base model as it is",
     "Prompt": "a prompt does as well",
@@ -39,9 +40,9 @@ _WORDS: Final[dict[Action, str]] = {
 
 
 def recommend(
-    rows: Sequence[RowOutcome], metrics: Sequence[Metric], min_points: float
+    rows: Sequence[RowOutcome], metrics: Kinds, min_points: float
 ) -> Recommendation | None:
-    """Return what the rows of a test set recommend; None: no metric of PRIMARY.
+    """Return what the rows of a test set recommend; None: no main metric.
 
     Args:
         rows: of the set.
@@ -52,7 +53,8 @@ def recommend(
     if metric is None:
         return None
     valued = [(row, _value(row, metric)) for row in rows]
-    sign = 1 if METRICS[metric].higher_is_better else -1
+    kind = metrics[metric]
+    sign = 1 if kind.higher_is_better else -1
     ways: dict[Action, tuple[RowOutcome, float]] = {}
     for row, value in valued:
         action = _action(row.row)
@@ -67,21 +69,23 @@ def recommend(
         row, value = ways[action]
         compared = None
         if row is not best[0]:
-            compared = compare_rows(row, best[0], [metric], min_points).get(metric)
+            compared = compare_rows(row, best[0], {metric: kind}, min_points).get(metric)
             if compared is None or compared.verdict == "Better":
                 continue
         return Recommendation(
             action=action,
             row=row.row.name,
             metric=metric,
-            because=_because(action, metric, ways, row, best[0], compared),
+            because=_because(action, metric, kind, ways, row, best[0], compared),
         )
     return None
 
 
-def primary_of(metrics: Collection[str]) -> Metric | None:
-    """The main metric of a set that has these metrics; None: it has none of PRIMARY."""
-    return next((metric for metric in PRIMARY if metric in metrics), None)
+def primary_of(metrics: Collection[str]) -> str | None:
+    """The main metric of a set that has these metrics: the first of PRIMARY, or of the declared
+    ones, or else the loss; not the judge's, which knows two rows only. None: it has none."""
+    declared = [metric for metric in metrics if metric not in METRICS and metric != WIN_RATE]
+    return next((m for m in (*PRIMARY, *declared, "Loss") if m in metrics), None)
 
 
 def _action(row: Row) -> Action:
@@ -92,7 +96,7 @@ def _action(row: Row) -> Action:
     return "Retrieve" if row.prompt == RETRIEVAL else "Prompt"
 
 
-def _value(row: RowOutcome, metric: Metric) -> float | None:
+def _value(row: RowOutcome, metric: str) -> float | None:
     score = score_of(metric, row.outcome(row.samples))
     value = value_of(score) if score else math.nan
     return value if math.isfinite(value) else None
@@ -100,18 +104,19 @@ def _value(row: RowOutcome, metric: Metric) -> float | None:
 
 def _because(
     action: Action,
-    metric: Metric,
+    metric: str,
+    kind: MetricKind,
     ways: dict[Action, tuple[RowOutcome, float]],
     chosen: RowOutcome,
     best: RowOutcome,
     compared: Comparison | None,
 ) -> str:
-    figures = ", ".join(f"{row.row.name} {shown(metric, value)}" for row, value in ways.values())
+    figures = ", ".join(f"{row.row.name} {shown(kind, value)}" for row, value in ways.values())
     text = f"{_WORDS[action]}. {metric}: {figures}"
     if compared is not None:
         text += (
             f". {best.row.name} is ahead of {chosen.row.name} by"
-            f" {shown(metric, abs(compared.effect))}, which is within the noise"
+            f" {shown(kind, abs(compared.effect))}, which is within the noise"
             f" (p {compared.p:.2g}) or matters too little"
         )
     return text

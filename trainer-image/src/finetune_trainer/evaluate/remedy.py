@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from finetune_api.evaluation import Evaluation
 from finetune_api.evaluation_results import Comparison
 from finetune_api.remedy import RemedyPoint, RemedyResult, RetentionChange
+from finetune_api.tasks import kinds_of
 from finetune_trainer.evaluate.comparisons import Outcome, compare_outcomes, score_of
 from finetune_trainer.evaluate.gates import rules_out
 from finetune_trainer.evaluate.metric_text import shown
@@ -79,11 +80,14 @@ def choose(evaluation: Evaluation, points: Sequence[MeasuredPoint]) -> RemedyRes
     )
 
 
+_LOSS = kinds_of("Loss")
+
+
 def _compared(
     each: MeasuredPoint, base: MeasuredPoint, min_points: float
 ) -> dict[str, Comparison | None]:
     return {
-        name: compare_outcomes(base.retention[name], outcome, ["Loss"], min_points).get("Loss")
+        name: compare_outcomes(base.retention[name], outcome, _LOSS, min_points).get("Loss")
         for name, outcome in each.retention.items()
     }
 
@@ -106,7 +110,7 @@ def _result(
         validation_loss=_finite(each.validation_loss),
         retention=changes,
         qualifies=all(
-            found is not None and rules_out("Loss", found, limits[name])
+            found is not None and rules_out(_LOSS["Loss"], found, limits[name])
             for name, found in compared.items()
         ),
     )
@@ -160,4 +164,4 @@ def _changes(each: RemedyPoint, limits: Mapping[str, float]) -> str:
 
 
 def _shown(value: float | None, signed: bool = False) -> str:
-    return "unknown" if value is None else shown("Loss", value, signed)
+    return "unknown" if value is None else shown(_LOSS["Loss"], value, signed)

@@ -8,23 +8,28 @@ from __future__ import annotations
 import math
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final
 
 from finetune_api.evaluation_results import Metrics
-from finetune_api.tasks import METRICS, Metric
+from finetune_api.tasks import METRICS, Metric, metrics_from
 from finetune_trainer.evaluate import extraction, label_scores
 from finetune_trainer.instructions.checks import follows, has_instructions
 from finetune_trainer.prepared.dataset import Reference
 from finetune_trainer.storage.runfiles import LabelScores
 
-GENERATED: Final[frozenset[Metric]] = frozenset(
-    m for m, kind in METRICS.items() if kind.source != "Loss"
-)
-"""Metrics that need generated text, or the likelihoods of labels beside it, of a task that
-generates."""
+OF_LOSS: Final = frozenset(metrics_from("Loss"))
+Scores = Mapping[str, Sequence[float | None]]
+"""Scores that something outside of the trainer has given to some answers, by metric, one for each
+answer; None: not given."""
+
+
+def need_answers(metrics: Iterable[str]) -> bool:
+    """Whether one of the metrics needs generated text, or the likelihoods of labels beside it, of a
+    task that generates."""
+    return any(metric not in OF_LOSS for metric in metrics)
 
 
 def better(metric: Metric, new: float, old: float, min_delta: float = 0.0) -> bool:
@@ -56,9 +61,13 @@ class Answers:
     """Prompt of each sample; empty: not known."""
     label_scores: LabelScores | None = None
     """Log-likelihoods of the labels after the prompt of each sample; None: not known."""
+    scores: Scores = field(default_factory=dict)
+    """Scores of the answers, by metric."""
 
-    def allow(self, metric: Metric) -> bool:
+    def allow(self, metric: str) -> bool:
         """Whether a metric of generated text is defined for these samples."""
+        if metric not in METRICS:
+            return metric in self.scores
         source = METRICS[metric].source
         if source == "Labels":
             return self.labels is not None
@@ -73,6 +82,7 @@ def answers_to(
     references: Sequence[Reference],
     predictions: Sequence[str],
     label_scores: LabelScores | None = None,
+    scores: Scores | None = None,
 ) -> Answers:
     """Answers to prompts, with their references."""
     labels = [r.label for r in references]
@@ -82,11 +92,12 @@ def answers_to(
         [x or "" for x in labels] if all(x is not None for x in labels) else None,
         [r.prompt for r in references],
         label_scores,
+        scores or {},
     )
 
 
-def text_metrics(answers: Answers, wanted: Sequence[Metric]) -> Metrics:
-    """Return the requested metrics of generated text.
+def text_metrics(answers: Answers, wanted: Sequence[str]) -> Metrics:
+    """Return the requested metrics of generated text, as far as the trainer computes them.
 
     - ExactMatch: fraction of answers equal to the reference.
     - Accuracy: fraction of answers equal to the label.
@@ -111,7 +122,7 @@ def text_metrics(answers: Answers, wanted: Sequence[Metric]) -> Metrics:
             found[metric] = _mean(BY_SAMPLE[metric](answers))
         elif metric in _OF_SET:
             found[metric] = _OF_SET[metric](answers)
-    return {str(name): value for name, value in found.items()}
+    return found
 
 
 def _as_labels(answers: Answers) -> list[str]:
@@ -270,7 +281,7 @@ def _calibration_error(answers: Answers) -> float:
     return label_scores.calibration_error([sum(column) for column in columns])
 
 
-BY_SAMPLE: Final[dict[Metric, Callable[[Answers], list[float]]]] = {
+BY_SAMPLE: Final[dict[str, Callable[[Answers], list[float]]]] = {
     "ExactMatch": _by_pair(_exact_match),
     "Rouge": _rouge("rougeL"),
     "Rouge1": _rouge("rouge1"),
@@ -288,7 +299,7 @@ BY_SAMPLE: Final[dict[Metric, Callable[[Answers], list[float]]]] = {
     **{metric: _label_accuracy(metric) for metric in label_scores.CHOOSING},
 }
 """Metrics that are the mean of a value of each sample, and that value."""
-_OF_SET: Final[dict[Metric, Callable[[Answers], float]]] = {
+_OF_SET: Final[dict[str, Callable[[Answers], float]]] = {
     "Bleu": _of_corpus("bleu"),
     "ChrF": _of_corpus("chrf"),
     "Precision": _macro(0),

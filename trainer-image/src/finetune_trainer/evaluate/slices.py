@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from finetune_api.evaluation_results import BASE, TUNED, Slice
-from finetune_api.tasks import METRICS, Metric
+from finetune_api.tasks import Kinds
 from finetune_trainer.evaluate.recommendation import primary_of
 from finetune_trainer.evaluate.table import Answered, RowOutcome, compare_rows, estimates
 from finetune_trainer.failures import UserError
@@ -45,7 +45,7 @@ def check_slices(fields: Sequence[str], values: Mapping[str, Sequence[str]]) -> 
 def slices_of(
     rows: Sequence[RowOutcome],
     values: Mapping[str, Sequence[str]],
-    metrics: Sequence[Metric],
+    metrics: Kinds,
     min_points: float,
 ) -> list[Slice]:
     """Return the slices of a test set, the worst change of the primary metric first; where nothing
@@ -61,6 +61,7 @@ def slices_of(
     if base is None:
         return []
     metric = primary_of(metrics)
+    main = {metric: metrics[metric]} if metric else {}
     found = []
     for field, texts in values.items():
         members: dict[str, list[int]] = {}
@@ -72,8 +73,7 @@ def slices_of(
             measured = after or before
             if not measured.measured:
                 continue
-            compares = [metric] if metric else []
-            compared = compare_rows(before, after, compares, min_points) if after else {}
+            compared = compare_rows(before, after, main, min_points) if after else {}
             made = Slice(
                 field=field,
                 value=value,
@@ -85,7 +85,7 @@ def slices_of(
                 comparison=compared.get(metric) if metric else None,
             )
             found.append(made)
-    sign = 1 if metric is None or METRICS[metric].higher_is_better else -1
+    sign = 1 if metric is None or metrics[metric].higher_is_better else -1
     return sorted(
         found, key=lambda part: sign * part.comparison.effect if part.comparison else math.inf
     )

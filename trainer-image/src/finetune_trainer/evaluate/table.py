@@ -10,7 +10,7 @@ examples to one sample, are not independent: they are one group of the statistic
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, product
 from typing import Final
@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune_api.evaluation_results import Comparison, Estimate, Metrics, Row, SetTable, TableRow
-from finetune_api.tasks import METRICS, Metric
+from finetune_api.tasks import Kinds
 from finetune_trainer.evaluate.comparisons import Outcome, compare_outcomes, score_of
 from finetune_trainer.evaluate.paired import estimate, holm
-from finetune_trainer.evaluate.scores import answers_to
+from finetune_trainer.evaluate.scores import Scores, answers_to
 from finetune_trainer.evaluate.weighted_scores import Groups, value_of
 from finetune_trainer.prepared.dataset import Reference
 from finetune_trainer.storage.runfiles import LabelScores
@@ -51,6 +51,8 @@ class Answered:
     """Metrics that are known already."""
     label_scores: LabelScores | None = None
     """Log-likelihoods of the labels after the prompts of ``samples``; None: not measured."""
+    scores: Scores = field(default_factory=dict)
+    """Scores of ``samples`` from outside of the trainer, by metric."""
     process_seconds: float = 0.0
     measured_by: str | None = None
     """Job and run that have measured it; None: this one."""
@@ -65,6 +67,7 @@ class Answered:
             answers=[self.answers[row] for row in rows],
             tokens=(),
             label_scores=self.label_scores and self.label_scores.at(rows),
+            scores={m: [scores[row] for row in rows] for m, scores in self.scores.items()},
         )
 
 
@@ -122,7 +125,12 @@ class RowOutcome:
         return Outcome(
             first.losses[: len(counted)][counted],
             first.labels[: len(counted)][counted],
-            answers_to(asked, said, joined([part.label_scores for part in parts])),
+            answers_to(
+                asked,
+                said,
+                joined([part.label_scores for part in parts]),
+                {m: [s for part in parts for s in part.scores[m]] for m in first.scores},
+            ),
             loss_groups=self.groups[: len(counted)][counted],
             answer_groups=np.tile(self.groups[list(samples)], len(self.draws)),
         )
@@ -150,7 +158,7 @@ def table_of(
     name: str,
     rows: Sequence[RowOutcome],
     judged: Row,
-    metrics: Sequence[Metric],
+    metrics: Kinds,
     min_points: float,
 ) -> SetTable:
     """Return the table of a test set.
@@ -166,9 +174,7 @@ def table_of(
     return SetTable(name=name, rows=[_row(row, against, metrics, min_points) for row in rows])
 
 
-def _row(
-    row: RowOutcome, against: RowOutcome, metrics: Sequence[Metric], min_points: float
-) -> TableRow:
+def _row(row: RowOutcome, against: RowOutcome, metrics: Kinds, min_points: float) -> TableRow:
     tokens = [count for draw in row.draws for count in draw.tokens]
     return TableRow(
         row=row.row.name,
@@ -178,11 +184,7 @@ def _row(
         groups=row.measured_groups,
         draws=len(row.draws),
         metrics=estimates(row, metrics),
-        comparisons=(
-            {}
-            if row is against
-            else {str(m): c for m, c in compare_rows(row, against, metrics, min_points).items()}
-        ),
+        comparisons=({} if row is against else compare_rows(row, against, metrics, min_points)),
         tokens_per_answer=sum(tokens) / len(tokens) if tokens and any(tokens) else None,
         process_seconds=sum(draw.process_seconds for draw in row.draws),
         measured_by=", ".join(sorted({draw.measured_by for draw in row.draws if draw.measured_by}))
@@ -191,8 +193,8 @@ def _row(
 
 
 def compare_rows(
-    old: RowOutcome, new: RowOutcome, metrics: Sequence[Metric], min_points: float
-) -> Mapping[Metric, Comparison]:
+    old: RowOutcome, new: RowOutcome, metrics: Kinds, min_points: float
+) -> dict[str, Comparison]:
     """Compare two rows over the samples that both have answered. Each draw of one is compared with
     each draw of the other."""
     both = sorted(set(old.samples) & set(new.samples))
@@ -205,23 +207,23 @@ def compare_rows(
     )
 
 
-def estimates(row: RowOutcome, metrics: Sequence[Metric]) -> dict[str, Estimate]:
+def estimates(row: RowOutcome, metrics: Kinds) -> dict[str, Estimate]:
     """Return the metrics of a row with their intervals, by name."""
     found = {}
     outcome = row.outcome(row.samples)
-    for metric in metrics:
+    for metric, kind in metrics.items():
         score = score_of(metric, outcome)
-        known = estimate(score, outcome.groups_of(metric), METRICS[metric].span) if score else None
+        known = estimate(score, outcome.groups_of(metric), kind.span) if score else None
         if known is not None:
             value, low, high = known
             spread = _spread(row, metric)
-            found[str(metric)] = Estimate(value=value, low=low, high=high, **spread)
+            found[metric] = Estimate(value=value, low=low, high=high, **spread)
         elif len(row.draws) == 1 and metric in row.draws[0].metrics:
-            found[str(metric)] = Estimate(value=row.draws[0].metrics[metric])
+            found[metric] = Estimate(value=row.draws[0].metrics[metric])
     return found
 
 
-def _spread(row: RowOutcome, metric: Metric) -> dict[str, float]:
+def _spread(row: RowOutcome, metric: str) -> dict[str, float]:
     if len(row.draws) == 1:
         return {}
     values = []

@@ -20,6 +20,9 @@ Groups = npt.NDArray[np.integer[Any]]
 """Number of each sample's group, shape [samples]; any numbers."""
 
 
+Macro = Literal["Precision", "Recall", "F1"]
+
+
 class Score(Protocol):
     """A metric of one model's answers to a set."""
 
@@ -75,7 +78,7 @@ class MacroScore:
     """Number of the predicted label; -1: none of the labels. Shape [samples]."""
     labels: int
     """Number of labels."""
-    metric: Literal["Precision", "Recall", "F1"]
+    metric: Macro
 
     @property
     def samples(self) -> int:

@@ -18,6 +18,7 @@ from rich.text import Text
 from finetune_api.evaluation_results import Comparison, DataSetScores
 from finetune_api.results import Failure, PreparedSummary, PublishSummary, TrainSummary
 from finetune_api.results import Progress as TrainProgress
+from finetune_api.tasks import Kinds
 from finetune_trainer.failures import TrainerError, exit_code, failure_of, printable
 from finetune_trainer.publish.run_facts import by_set, scores_of
 
@@ -107,12 +108,16 @@ class Display:
         self.say(failure.message)
         self.say(f"Log: {log}")
 
-    def scores(self, published: PublishSummary) -> None:
-        """Print the table of test metrics, and what they recommend."""
+    def scores(self, published: PublishSummary, kinds: Kinds) -> None:
+        """Print the table of test metrics, and what they recommend.
+
+        Args:
+            kinds: all metrics of the run.
+        """
         if not published.scores:
             self.say("No test set: give data.test, or a data.split.test above 0.")
             return
-        self.console.print(scores_table("Test metrics", published.scores))
+        self.console.print(scores_table("Test metrics", published.scores, kinds))
         if published.recommendation:
             self.say(f"Advice:  {published.recommendation}")
         if published.overfitting:
@@ -149,18 +154,18 @@ def plain_table(title: str) -> Table:
     )  # fmt: skip
 
 
-def scores_table(title: str, scores: Sequence[DataSetScores]) -> Group:
+def scores_table(title: str, scores: Sequence[DataSetScores], kinds: Kinds) -> Group:
     """Return a table of the metrics of base and tuned model, 80 columns wide with usual names, and
     a line about the comparisons that more samples would decide. Where nothing was trained: a table
     of the model's metrics."""
     if not any(each.tuned for each in scores):
-        return Group(_values_table(title, scores))
+        return Group(_values_table(title, scores, kinds))
     table = plain_table(f"{title}, gains with their 95 % intervals")
     for name in ("data set", "metric", "base", "tuned", "gain", "verdict"):
         text = name in ("data set", "metric", "verdict")
         table.add_column(name, justify="left" if text else "right", overflow="fold")
     undecided = []
-    for name, rows in by_set(scores_of(scores)):
+    for name, rows in by_set(scores_of(scores, kinds)):
         for i, row in enumerate(rows):
             gain, colour = row.show(row.gain, signed=True), _COLOURS[row.better]
             interval = f" ({row.interval})" if row.interval else ""
@@ -179,12 +184,12 @@ def scores_table(title: str, scores: Sequence[DataSetScores]) -> Group:
     return Group(table, Text(printable(words), "dim"))
 
 
-def _values_table(title: str, scores: Iterable[DataSetScores]) -> Table:
+def _values_table(title: str, scores: Iterable[DataSetScores], kinds: Kinds) -> Table:
     table = plain_table(title)
     for name in ("data set", "samples", "metric", "value"):
         justify: Literal["left", "right"] = "right" if name in ("samples", "value") else "left"
         table.add_column(name, justify=justify, overflow="fold")
-    for name, rows in by_set(scores_of(scores)):
+    for name, rows in by_set(scores_of(scores, kinds)):
         for i, row in enumerate(rows):
             first = (escape(printable(name)), f"{row.samples:,}") if i == 0 else ("", "")
             table.add_row(*first, row.metric, row.show(row.value))

@@ -12,10 +12,12 @@ from rich.text import Text
 
 from finetune_api.evaluation_results import EvaluationResult
 from finetune_api.methods import METHODS
+from finetune_api.tasks import Kinds
 from finetune_trainer.failures import TrainerError, UserError, printable
 from finetune_trainer.local.display import plain_table, scores_table, short_verdict, show_error
 from finetune_trainer.local.manifest import with_paths
 from finetune_trainer.local.storage import published_store
+from finetune_trainer.publish.judge_texts import judge_texts
 from finetune_trainer.publish.lm_eval_export import export
 from finetune_trainer.publish.model_comparison import ComparedSet, Model, compare_models
 from finetune_trainer.publish.predictions import by_sample
@@ -89,6 +91,7 @@ def compare(
                     each.name,
                     by_sample(read_all_predictions(store, each)),
                     {scores.name: list(scores.judged) for scores in each.scores},
+                    each.kinds,
                     each.judged,
                 )
                 for each in found
@@ -134,12 +137,12 @@ def _show_report(console: Console, found: PublishedResults, name: str) -> None:
         names = {table.name for table in evaluation.sets if table.retention is retention}
         scores = [each for each in found.scores if each.name in names]
         if scores and trains:
-            console.print(scores_table(title, scores))
+            console.print(scores_table(title, scores, found.kinds))
         elif scores:
-            console.print(_values_table(title, evaluation, names))
-    for shown in shown_tables(evaluation, scores_of(found.scores)):
+            console.print(_values_table(title, evaluation, names, found.kinds))
+    for shown in shown_tables(evaluation, scores_of(found.scores, found.kinds)):
         console.print(_rows_table(shown))
-    if (matrix := matrix_table(evaluation.matrix)) is not None:
+    if (matrix := matrix_table(evaluation.matrix, found.kinds)) is not None:
         console.print(_matrix_table(matrix))
         if matrix.summary:
             _say(console, f"Over all sets: {matrix.summary}")
@@ -149,12 +152,16 @@ def _show_report(console: Console, found: PublishedResults, name: str) -> None:
         console.print(_points_table(trade_off(evaluation.remedy)))
     if evaluation.gates or evaluation.current:
         console.print(_gates_table(evaluation))
+    for text in judge_texts(evaluation.judge):
+        _say(console, text)
     if evaluation.artefact is not None:
         _say(console, artefact_text(evaluation.artefact))
     _say(console, f"Report:  {found.uri}/report.html")
 
 
-def _values_table(title: str, evaluation: EvaluationResult, names: Collection[str]) -> Table:
+def _values_table(
+    title: str, evaluation: EvaluationResult, names: Collection[str], kinds: Kinds
+) -> Table:
     """Metrics of a model that was measured as it is."""
     table = plain_table(f"{title}, with their 95 % intervals")
     for name in ("data set", "samples", "metric", "value"):
@@ -163,7 +170,7 @@ def _values_table(title: str, evaluation: EvaluationResult, names: Collection[st
         row = each.judged
         assert row is not None, "checked above"
         for n, (metric, estimate) in enumerate(row.metrics.items()):
-            score = Score(each.name, row.samples, metric, estimate.value, None)
+            score = Score(each.name, row.samples, metric, kinds[metric], estimate.value, None)
             first = (each.name, counted(row.samples, row.groups)) if n == 0 else ("", "")
             cells = (*first, metric, score.estimated(estimate))
             table.add_row(*(Text(printable(cell)) for cell in cells))
@@ -228,13 +235,13 @@ def _show_compared(console: Console, found: ComparedSet) -> None:
     table = plain_table(f"{found.name}: {common} samples in common{some}")
     for name in ("metric", "model", "value", "against A", "p", "verdict"):
         table.add_column(name, overflow="fold")
-    for metric in found.metrics:
+    for metric, kind in found.metrics.items():
         for letter, model in zip(LETTERS, found.models, strict=False):
             estimate = model.estimates.get(metric)
             if estimate is None:
                 continue
             compared = model.comparisons.get(metric)
-            score = Score(found.name, found.samples, metric, None, estimate.value, compared)
+            score = Score(found.name, found.samples, metric, kind, None, estimate.value, compared)
             effect, p = "", ""
             if compared is not None:
                 effect = f"{score.show(compared.effect, signed=True)} ({score.interval})"

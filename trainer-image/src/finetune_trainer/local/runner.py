@@ -154,7 +154,7 @@ class Runner:
         self._note_complete(published)
         shutil.rmtree(self._folder / "scratch", ignore_errors=True)
         shown = face.Display(self._console)
-        shown.scores(published)
+        shown.scores(published, self._job.spec.evaluation.kinds)
         shown.labels(published)
         shown.time(trained)
         self._tell_results(published)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from finetune_api.gates import Gate
 from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.evaluate.gates import kind_of_prompt
-from finetune_trainer.evaluate.metric_selection import metrics_of
+from finetune_trainer.evaluate.metric_selection import measured_on
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepared.manifest import DataManifest, DataSet
 from finetune_trainer.prepared.questions import Questions
@@ -48,8 +48,7 @@ def _sets_of(
     Raises:
         UserError: 'GateNotMeasured'.
     """
-    wanted, task = spec.evaluation.metrics, spec.task
-    measured = [s for s in sets if gate.metric in metrics_of(s, wanted, task)]
+    measured = [s for s in sets if gate.metric in measured_on(s, spec)]
     having = ", ".join(s.name for s in measured) or "none"
     if gate.data_set is None:
         found = [s for s in measured if s.split == "test"]

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from finetune_api.evaluation_results import BASE, TUNED, Estimate, RowModel, SetTable, TableRow
-from finetune_api.tasks import METRICS, Metric
+from finetune_api.tasks import Kinds
 from finetune_trainer.evaluate.scores import BY_SAMPLE, Answers
-from finetune_trainer.publish.predictions import Prediction, label_scores_of
+from finetune_trainer.publish.predictions import Prediction, label_scores_of, scores_given
 from finetune_trainer.publish.published_results import PublishedResults
 
 _NAMES: Final[dict[str, str]] = {"Accuracy": "acc", "Rouge": "rougeL"}
@@ -43,7 +43,7 @@ def export(results: PublishedResults, lines: Sequence[Prediction], folder: Path)
         written.append(own / "results.json")
         written[-1].write_text(_text(_results(results, row.model)) + "\n", encoding="utf-8")
         for table in results.evaluation.sets:
-            metrics = [m for m in METRICS if m in BY_SAMPLE and m in _metrics_of(table, row.model)]
+            metrics = [m for m in results.kinds if m in _metrics_of(table, row.model)]
             about = [x for x in lines if x.data_set == table.name and row.name in x.answers]
             if about:
                 written.append(own / f"samples_{_file_name(table.name)}.jsonl")
@@ -89,13 +89,13 @@ def _results(results: PublishedResults, model: RowModel) -> dict[str, Any]:
     return {
         "results": {table.name: _figures(table, model) for table in tables},
         "group_subtasks": {},
-        "configs": {table.name: _config(table, model) for table in tables},
+        "configs": {table.name: _config(table, model, results.kinds) for table in tables},
         "versions": {table.name: 1.0 for table in tables},
         "n-shot": {table.name: 0 for table in tables},
         "higher_is_better": {
             table.name: {
-                _name(m): METRICS[m].higher_is_better
-                for m in METRICS
+                _name(m): kind.higher_is_better
+                for m, kind in results.kinds.items()
                 if m in _metrics_of(table, model)
             }
             for table in tables
@@ -122,8 +122,8 @@ def _figures(table: SetTable, model: RowModel) -> dict[str, Any]:
     return found
 
 
-def _config(table: SetTable, model: RowModel) -> dict[str, Any]:
-    means = {m: m in BY_SAMPLE or METRICS[m].source == "Loss" for m in METRICS}
+def _config(table: SetTable, model: RowModel, kinds: Kinds) -> dict[str, Any]:
+    means = {m for m, kind in kinds.items() if m in BY_SAMPLE or kind.source in ("Loss", "Scores")}
     return {
         "task": table.name,
         "output_type": "generate_until",
@@ -131,10 +131,10 @@ def _config(table: SetTable, model: RowModel) -> dict[str, Any]:
         "metric_list": [
             {
                 "metric": _name(m),
-                "aggregation": "mean" if means[m] else _name(m),
-                "higher_is_better": METRICS[m].higher_is_better,
+                "aggregation": "mean" if m in means else _name(m),
+                "higher_is_better": kind.higher_is_better,
             }
-            for m in METRICS
+            for m, kind in kinds.items()
             if m in _metrics_of(table, model)
         ],
         "generation_kwargs": {"do_sample": False},
@@ -143,7 +143,7 @@ def _config(table: SetTable, model: RowModel) -> dict[str, Any]:
 
 
 def _samples(
-    lines: Sequence[Prediction], row: str, metrics: Sequence[Metric]
+    lines: Sequence[Prediction], row: str, metrics: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     said = [line.answers[row] for line in lines]
     labels = [line.label for line in lines]
@@ -153,9 +153,18 @@ def _samples(
     names = sorted(lines[0].label_tokens or ())
     scores = label_scores_of(lines, names, row) if names else None
     answers = Answers(
-        said, wanted, [label or "" for label in labels] if known else None, prompts, scores
+        said,
+        wanted,
+        [label or "" for label in labels] if known else None,
+        prompts,
+        scores,
+        scores_given(lines, metrics, row),
     )
-    values = {_name(m): BY_SAMPLE[m](answers) for m in metrics if answers.allow(m)}
+    values = {
+        _name(m): answers.scores[m] if m in answers.scores else BY_SAMPLE[m](answers)
+        for m in metrics
+        if answers.allow(m) and (m in answers.scores or m in BY_SAMPLE)
+    }
     for number, line in enumerate(lines):
         doc = {"prompt": line.prompt, "reference": line.reference, "label": line.label}
         target = line.label if line.label is not None else wanted[number]

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from finetune_api.evaluation_results import BASE, TUNED
-from finetune_api.tasks import METRICS, Metric
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.tasks import METRICS, Kinds
+from finetune_trainer.evaluate.metric_selection import measured_on
 from finetune_trainer.evaluate.table import Answered
 from finetune_trainer.evaluate.weighted_scores import Groups
 from finetune_trainer.prepared.dataset import PreparedData, Reference
@@ -32,7 +34,7 @@ class MeasuredSet:
     name: str
     retention: bool
     """Whether it is a set of data.retention."""
-    metrics: list[Metric]
+    metrics: Kinds
     answered: list[Answered]
     """All rows; draws of a row follow each other."""
     references: Sequence[Reference]
@@ -70,16 +72,17 @@ def measured_sets(
     run_uri: str,
     result: RunResult,
     data: PreparedData,
-    fields: Sequence[str],
+    spec: FineTuneJobSpec,
     halves: Halves | None = None,
 ) -> list[MeasuredSet]:
     """Return the sets, with the rows that the gang answered. A result of an earlier trainer names
     no rows, and has no sets.
 
     Args:
-        fields: ``evaluation.slices``.
+        spec: of the run.
         halves: of the retention sets, with ``evaluation.remedy``.
     """
+    fields, kinds = spec.evaluation.slices, spec.evaluation.kinds
     values = data.slices() if fields else {}
     rows = [runfiles.read_row(store, run_uri, row) for row in result.rows]
     found = []
@@ -96,12 +99,17 @@ def measured_sets(
         ]
         if not answered:
             continue
+        declared = {*kinds} - {*METRICS}
+        has = {
+            *scores.judged,
+            *declared.intersection(measured_on(data.manifest.sets[number], spec)),
+        }
         most = max(len(each.samples) for each in answered)
         found.append(
             MeasuredSet(
                 name=scores.name,
                 retention=side == "retention",
-                metrics=[m for m in METRICS if m in scores.judged],
+                metrics={m: kind for m, kind in kinds.items() if m in has},
                 answered=answered,
                 references=data.references(side, positions[:most].tolist()),
                 groups=index.groups[positions],

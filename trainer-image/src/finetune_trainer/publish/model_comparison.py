@@ -5,18 +5,18 @@ predictions.jsonl of each ──(equal samples)──► RowOutcome of each ─�
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
 
 from finetune_api.evaluation_results import TUNED, Comparison, Estimate
-from finetune_api.tasks import METRICS, Metric
+from finetune_api.tasks import METRICS, Kinds
 from finetune_trainer.evaluate.table import Answered, RowOutcome, compare_rows, estimates
 from finetune_trainer.evaluate.weighted_scores import Groups
 from finetune_trainer.prepared.dataset import Reference
-from finetune_trainer.publish.predictions import Prediction, label_scores_of
+from finetune_trainer.publish.predictions import Prediction, label_scores_of, scores_given
 from finetune_trainer.storage.runfiles import LabelScores
 
 
@@ -29,6 +29,8 @@ class Model:
     """By set and sample."""
     metrics: Mapping[str, Sequence[str]]
     """Metrics that it was measured by, for each set."""
+    kinds: Kinds = field(default_factory=lambda: METRICS)
+    """All metrics of its run."""
     row: str = TUNED.name
     """Name of its row in the predictions."""
 
@@ -40,7 +42,7 @@ class ComparedModel:
     name: str
     estimates: Mapping[str, Estimate]
     """Its metrics, over the common samples."""
-    comparisons: Mapping[Metric, Comparison]
+    comparisons: Mapping[str, Comparison]
     """Against the first model; none for the first."""
 
 
@@ -55,7 +57,7 @@ class ComparedSet:
     """Different samples of the first model."""
     groups: int | None
     """Groups of the common samples, where they are fewer."""
-    metrics: Sequence[Metric]
+    metrics: Kinds
     models: Sequence[ComparedModel]
     """In the order of the command; none where no sample is common."""
 
@@ -78,10 +80,15 @@ def compare_on(name: str, models: Sequence[Model], min_points: float) -> Compare
     ours = [sample for sample in models[0].predictions if sample[0] == name]
     common = [sample for sample in ours if all(sample in m.predictions for m in models)]
     lines = [[m.predictions[sample] for sample in common] for m in models]
-    metrics = [m for m in METRICS if all(m in model.metrics.get(name, ()) for model in models)]
+    metrics = {
+        m: kind
+        for m, kind in models[0].kinds.items()
+        if all(m in x.metrics.get(name, ()) and x.kinds.get(m) == kind for x in models)
+        and not kind.relative
+    }
     groups = _groups(lines[0])
     names = [model.row for model in models]
-    rows = [_outcome(n, names, lines, groups) for n in range(len(models))]
+    rows = [_outcome(n, names, lines, groups, metrics) for n in range(len(models))]
     return ComparedSet(
         name=name,
         samples=len(common),
@@ -112,6 +119,7 @@ def _outcome(
     names: Sequence[str],
     all_lines: Sequence[Sequence[Prediction]],
     groups: Groups,
+    metrics: Iterable[str],
 ) -> RowOutcome:
     """What one model did with the common samples: answers where all models have one, losses where
     all models have one over equally many labels (that of another tokenizer may not be).
@@ -136,6 +144,7 @@ def _outcome(
         samples=answered,
         answers=[lines[at].answers[names[number]] for at in answered],
         label_scores=_label_scores(number, names, all_lines, answered),
+        scores=scores_given([lines[at] for at in answered], metrics, names[number]),
         losses=np.array([cast(float, line.loss) if ok else 0.0
                          for line, ok in zip(lines, with_loss, strict=True)], np.float64),
         labels=np.array([line.labels if ok else 0

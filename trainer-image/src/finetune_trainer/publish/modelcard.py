@@ -84,6 +84,7 @@ classify("…")
 def render(about: About) -> str:
     """Return the card in Markdown."""
     # Imported here, so that importing the card does not import run_facts.
+    from finetune_trainer.publish.judge_texts import judge_texts
     from finetune_trainer.publish.results import remedy_text
     from finetune_trainer.publish.run_facts import DRAWN_HEAD, artefact_text, settings
 
@@ -113,6 +114,7 @@ def render(about: About) -> str:
         else "The run had no test set.",
         *([DRAWN_HEAD] if about.drawn_head else []),
         *([checked] if (checked := artefact_text(about.evaluation.artefact)) else []),
+        *judge_texts(about.evaluation.judge),
         *([f"Remedy: {remedy}."] if (remedy := remedy_text(about.evaluation.remedy)) else []),
         "## How to load it",
         *(_load(about, name) for name in about.formats),

@@ -86,7 +86,7 @@ def publish(run_spec: RunSpec, stores: Stores, scratch: Path) -> PublishSummary:
     summary = summarise(run_spec.output_uri, *found).model_copy(
         update={
             "scores": with_comparisons(result.summary.scores, evaluation),
-            "main_result": main_result(evaluation),
+            "main_result": main_result(evaluation, run_spec.spec.evaluation.kinds),
             "recommendation": advice(evaluation),
             "overfitting": overfit.warning if overfit else None,
             "remedy": cut(remedy_text(result.remedy)),

@@ -22,6 +22,7 @@ from pydantic import Field
 from finetune_api.base import Record
 from finetune_api.evaluation_results import CURRENT, TUNED
 from finetune_trainer.evaluate.label_scores import CHOOSING, chosen
+from finetune_trainer.evaluate.scores import Scores
 from finetune_trainer.evaluate.table import Answered
 from finetune_trainer.failures import UserError
 from finetune_trainer.personal import redacted
@@ -65,6 +66,9 @@ class Prediction(Record):
     """Tokens of each label whose log-likelihoods are summed."""
     chosen_labels: dict[str, dict[str, str]] | None = None
     """Label that is chosen by them, by row and metric."""
+    scores: dict[str, dict[str, float]] | None = None
+    """Score of the answer by row and metric of evaluation.customMetrics, and WinRate of
+    evaluation.judge; of several draws, of the first."""
 
 
 def predictions_of(found: MeasuredSet, redact: bool) -> Iterator[Prediction]:
@@ -81,7 +85,7 @@ def predictions_of(found: MeasuredSet, redact: bool) -> Iterator[Prediction]:
             said[number].setdefault(row.row.name, text)
     likelihoods, picked = _labels_of(found)
     judged = found.judged
-    scores = judged.label_scores
+    scores_by_row, scores = _scores_of(found), judged.label_scores
     for number, digest in enumerate(found.digests):
         answers = said[number] if number < len(said) else {}
         reference = found.references[number] if answers else None
@@ -101,6 +105,7 @@ def predictions_of(found: MeasuredSet, redact: bool) -> Iterator[Prediction]:
                 dict(zip(scores.labels, scores.tokens, strict=True)) if answers and scores else None
             ),
             chosen_labels=(picked[number] or None) if answers else None,
+            scores=(scores_by_row[number] or None) if answers else None,
         )
 
 
@@ -122,6 +127,17 @@ def _labels_of(
                 picked = {rule: said[at] for rule, said in by_rule.items()}
                 labels[number].setdefault(row.row.name, picked)
     return likelihoods, labels
+
+
+def _scores_of(found: MeasuredSet) -> list[dict[str, dict[str, float]]]:
+    """For each sample with a reference, ``Prediction.scores``."""
+    scores: list[dict[str, dict[str, float]]] = [{} for _ in found.references]
+    for row in found.answered:
+        for at, number in enumerate(row.samples):
+            of_row = {m: s for m, given in row.scores.items() if (s := given[at]) is not None}
+            if of_row:
+                scores[number].setdefault(row.row.name, of_row)
+    return scores
 
 
 def label_scores_of(
@@ -146,6 +162,19 @@ def label_scores_of(
         tokens=[counts[label] for label in labels],
         values=[[each[label] for label in labels] for each in known],
     )
+
+
+def scores_given(
+    lines: Sequence[Prediction], metrics: Iterable[str], row: str = TUNED.name
+) -> Scores:
+    """The scores that a row has published about some samples, of metrics that the trainer does not
+    compute.
+
+    Args:
+        metrics: those of interest.
+    """
+    given = [(line.scores or {}).get(row, {}) for line in lines]
+    return {m: [each.get(m) for each in given] for m in metrics if any(m in each for each in given)}
 
 
 def write_predictions(predictions: Iterable[Prediction], path: Path) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune_api.evaluation_results import ArtefactResult, EvaluationResult, TaskMatrix
+from finetune_api.judge import JudgeResult
 from finetune_api.results import PreparedSummary
 from finetune_api.run_spec import RunSpec
 from finetune_trainer.engine.base import BaseFiles
@@ -27,6 +28,7 @@ from finetune_trainer.publish import export, modelcard, report, run_facts
 from finetune_trainer.publish.artefact import Artefact, check, not_compared
 from finetune_trainer.publish.cases import Compared, cases_of
 from finetune_trainer.publish.files import folder_bytes, upload_folder
+from finetune_trainer.publish.judging import Judging
 from finetune_trainer.publish.measured_sets import MeasuredSet, measured_sets
 from finetune_trainer.publish.predictions import (
     PREDICTIONS,
@@ -35,6 +37,7 @@ from finetune_trainer.publish.predictions import (
     write_predictions,
 )
 from finetune_trainer.publish.results import evaluate
+from finetune_trainer.publish.scoring import Scorer
 from finetune_trainer.publish.task_matrix import matrix_of
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.objects import ObjectStore, Stores
@@ -71,6 +74,10 @@ class Upload:
     """The comparison of the uploaded model with the tested one; None: not asked for."""
     matrix: TaskMatrix | None
     """Of the sequence of runs that the model stands in; None: there is none."""
+    score: Scorer
+    """The user's own metrics."""
+    verdicts: JudgeResult | None
+    """What the judge model said; None: there is none."""
 
     @property
     def formats(self) -> list[str]:
@@ -140,6 +147,7 @@ def upload(
 
     Raises:
         ArtefactDiffers: the model that was uploaded is not the tested one.
+        UserError: 'MetricNotInstalled', 'MetricFailed', 'JudgeFailed'.
         StorageDenied, StorageUnavailable: the output cannot be written.
     """
     store, spec, base = stores.default, run_spec.spec, written.base
@@ -151,9 +159,11 @@ def upload(
         export.full_copy_bytes(base.folder, purpose),
     )
     drawn = has_drawn_head(base.folder, purpose)
-    sets = measured_sets(
-        store, run_spec.run_uri, result, data, spec.evaluation.slices, retention_halves(data, spec)
-    )
+    score, halves = Scorer.of(spec), retention_halves(data, spec)
+    measured = measured_sets(store, run_spec.run_uri, result, data, spec, halves)
+    sets, verdicts = [score(each) for each in measured], None
+    if (judging := Judging.of(spec, store, run_spec.run_uri)) is not None:
+        sets, verdicts = judging(sets)
     redact = spec.data.quality.personal_data == "Redact"
     lines = (line for each in sets for line in predictions_of(each, redact))
     write_predictions(lines, folder / PREDICTIONS)
@@ -171,12 +181,13 @@ def upload(
     if spec.method.kind.trains:
         matrix = matrix_of(
             stores.of(run_spec.base_model.storage), result.lineage, sets,
-            f"{run_spec.job.name} {run_spec.run}", redact,
+            f"{run_spec.job.name} {run_spec.run}", spec.evaluation.kinds, redact,
         )  # fmt: skip
     prepared = runfiles.read_prepared(store, run_spec.run_uri)
     return Upload(
-        run_spec, result, prepared, data, base, sizes, files, sets, drawn, checked, matrix
-    )
+        run_spec, result, prepared, data, base, sizes, files, sets, drawn, checked, matrix, score,
+        verdicts,
+    )  # fmt: skip
 
 
 def judge(
@@ -192,11 +203,12 @@ def judge(
     run_spec, result = uploaded.run_spec, uploaded.result
     papers = scratch / "papers"
     shutil.rmtree(papers, ignore_errors=True)
-    evaluation = evaluate(run_spec.spec, uploaded.sets, used).model_copy(
+    evaluation = evaluate(run_spec.spec, uploaded.sets, used, uploaded.score).model_copy(
         update={
             "artefact": uploaded.artefact,
             "remedy": result.remedy,
             "matrix": uploaded.matrix,
+            "judge": uploaded.verdicts,
         }
     )
     _write_documents(uploaded, evaluation, store, papers)

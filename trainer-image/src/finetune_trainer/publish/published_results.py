@@ -9,15 +9,17 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+from finetune_api.custom_metrics import CustomMetric, with_declared
 from finetune_api.evaluation_results import BASE, TUNED, DataSetScores, EvaluationResult
 from finetune_api.methods import METHODS
+from finetune_api.tasks import Kinds
 from finetune_trainer.failures import UserError
 from finetune_trainer.publish.predictions import PREDICTIONS, Prediction
 from finetune_trainer.publish.run_facts import METRICS_FILE, TABLE_KEYS
 from finetune_trainer.storage.objects import ObjectStore
 from finetune_trainer.storage.published import MANIFEST, Manifest, published_file, read_published
 
-_OUTCOMES: Final = ("gates", "current", "artefact", "remedy", "matrix")
+_OUTCOMES: Final = ("gates", "current", "artefact", "remedy", "matrix", "judge")
 """What metrics.json has of an ``EvaluationResult`` besides its sets."""
 
 
@@ -34,6 +36,8 @@ class PublishedResults:
     """Warning of overfitting in words."""
     suspect_labels: str | None
     """Hint at suspect labels in words."""
+    kinds: Kinds
+    """All metrics of the run."""
 
     @property
     def name(self) -> str:
@@ -85,6 +89,7 @@ def read_results(store: ObjectStore, uri: str) -> PublishedResults:
             ),
             overfitting=raw.get("overfitting", {}).get("warning"),
             suspect_labels=raw.get("suspectLabels", {}).get("hint"),
+            kinds=_kinds(raw.get("spec", {}).get("evaluation", {})),
         )
     except (ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _other_form(f"{uri}/{METRICS_FILE}", error) from None
@@ -114,6 +119,11 @@ def _scores(raw: Mapping[str, Any]) -> DataSetScores:
             "comparisons": base.get("comparisons", {}),
         }
     )
+
+
+def _kinds(evaluation: Mapping[str, Any]) -> Kinds:
+    declared = map(CustomMetric.model_validate, evaluation.get("customMetrics", ()))
+    return with_declared(declared, judged="judge" in evaluation)
 
 
 def _without_nulls(raw: Any) -> Any:

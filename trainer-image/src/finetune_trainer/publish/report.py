@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from finetune_trainer.pages import page
 from finetune_trainer.publish.chart import Line, interval_chart, line_chart
+from finetune_trainer.publish.judge_texts import judge_texts
 from finetune_trainer.publish.memorisation import memorisation_text, memorisation_warning
 from finetune_trainer.publish.results import main_result
 from finetune_trainer.publish.row_tables import counted, matrix_table, slices_of, tables_of
@@ -34,7 +35,7 @@ def render(about: About, data_report: bytes) -> str:
     names = list(dict.fromkeys(name for point in validation for name in point.sets))
     return page(__package__, "report.html.j2").render(
         about=about,
-        main=main_result(about.evaluation),
+        main=main_result(about.evaluation, about.spec.evaluation.kinds),
         verdicts=_MAIN,
         interval_chart=interval_chart,
         scores=by_set(about.scores_of(retention=False)),
@@ -44,8 +45,8 @@ def render(about: About, data_report: bytes) -> str:
         samples=_sample_counts(about),
         estimates={t.name: t.judged.metrics for t in about.evaluation.sets if t.judged},
         tables=tables_of(about),
-        slices=slices_of(about.evaluation),
-        matrix=matrix_table(about.evaluation.matrix),
+        slices=slices_of(about.evaluation, about.spec.evaluation.kinds),
+        matrix=matrix_table(about.evaluation.matrix, about.spec.evaluation.kinds),
         overfitting=about.overfitting,
         memorisation=about.result.memorisation and memorisation_text(about.result.memorisation),
         learned_by_heart=about.result.memorisation
@@ -61,6 +62,7 @@ def render(about: About, data_report: bytes) -> str:
         settings=settings(about),
         drawn_head=DRAWN_HEAD,
         artefact=artefact_text(about.evaluation.artefact),
+        judge=judge_texts(about.evaluation.judge),
         data=_data_rows(json.loads(data_report)),
         previews=_previews(json.loads(data_report)),
     )

@@ -11,16 +11,18 @@ from dataclasses import replace
 from finetune_api.evaluation_results import (
     BASE,
     CURRENT,
+    TUNED,
     CurrentResult,
     DataSetScores,
     Estimate,
     EvaluationResult,
     SetTable,
+    TableRow,
 )
 from finetune_api.remedy import RemedyResult
 from finetune_api.results import MainResult
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.tasks import Metric
+from finetune_api.tasks import METRICS, Kinds, MetricKind
 from finetune_trainer.evaluate.gates import against_current, results_of_gates
 from finetune_trainer.evaluate.metric_text import interval_text, shown
 from finetune_trainer.evaluate.recommendation import primary_of, recommend
@@ -28,23 +30,30 @@ from finetune_trainer.evaluate.slices import slices_of
 from finetune_trainer.evaluate.table import adjusted, rows_of, table_of
 from finetune_trainer.publish.measured_sets import MeasuredSet
 from finetune_trainer.publish.predictions import InUse, row_of_current
+from finetune_trainer.publish.scoring import Scorer
 
 
 def evaluate(
-    spec: FineTuneJobSpec, sets: Sequence[MeasuredSet], in_use: InUse | None
+    spec: FineTuneJobSpec, sets: Sequence[MeasuredSet], in_use: InUse | None, score: Scorer
 ) -> EvaluationResult:
     """Compare the rows of each set, and decide the gates.
 
     Args:
         in_use: None: output.current is not given, or no model is in use.
+        score: scores the answers of the current model like those of the sets.
+
+    Raises:
+        UserError: 'MetricFailed'.
     """
     points = float(spec.evaluation.min_effect)
     if in_use is not None:
-        sets = [_with_current(each, in_use) for each in sets]
+        sets = [score(_with_current(each, in_use)) for each in sets]
     tables = adjusted([_table(each, points) for each in sets])
     return EvaluationResult(
         sets=tables,
-        gates=results_of_gates(spec.evaluation.gates, tables, in_use=in_use is not None),
+        gates=results_of_gates(
+            spec.evaluation.gates, tables, spec.evaluation.kinds, in_use=in_use is not None
+        ),
         current=_against(spec, tables, in_use),
     )
 
@@ -71,7 +80,9 @@ def _against(
     if spec.output.current is None:
         return None
     margin = float(spec.output.current.margin or spec.evaluation.min_effect)
-    passed, because = against_current(tables, margin, in_use=in_use is not None)
+    passed, because = against_current(
+        tables, spec.evaluation.kinds, margin, in_use=in_use is not None
+    )
     run = in_use.model.run if in_use else None
     return CurrentResult(run=run, passed=passed, because=because)
 
@@ -79,27 +90,46 @@ def _against(
 def with_comparisons(
     scores: Sequence[DataSetScores], result: EvaluationResult
 ) -> list[DataSetScores]:
-    """The scores of base and tuned model, with their comparisons."""
-    compared = {
-        table.name: row.comparisons
-        for table in result.sets
-        for row in table.rows
-        if row.row == "Base"
-    }
-    return [s.model_copy(update={"comparisons": compared.get(s.name, {})}) for s in scores]
+    """The scores of base and tuned model, with those that publish has measured, and their
+    comparisons."""
+    rows = {(table.name, row.row): row for table in result.sets for row in table.rows}
+
+    def whole(found: DataSetScores) -> DataSetScores:
+        base, tuned = rows.get((found.name, BASE.name)), rows.get((found.name, TUNED.name))
+        return found.model_copy(
+            update={
+                "base": found.base | _values(base),
+                "tuned": found.tuned | _values(tuned),
+                "comparisons": base.comparisons if base else {},
+            }
+        )
+
+    return [whole(each) for each in scores]
 
 
-def main_result(result: EvaluationResult) -> MainResult | None:
+def _values(row: TableRow | None) -> dict[str, float]:
+    """The metrics of a row that publish has measured."""
+    measured = row.metrics if row else {}
+    return {name: found.value for name, found in measured.items() if name not in METRICS}
+
+
+def main_result(result: EvaluationResult, kinds: Kinds) -> MainResult | None:
     """What the tuned model gained on the first test set that has a comparison with the base model,
     by the metric that compares its rows; or, where nothing was trained, the value of the base model
-    on the first test set. None: no set has one."""
+    on the first test set. None: no set has one.
+
+    Args:
+        kinds: all metrics of the run.
+    """
     for table in result.sets:
         judged, rows = table.judged, {row.row: row for row in table.rows}
         metric = primary_of(judged.metrics) if judged else None
         if table.retention or judged is None or metric is None:
             continue
         value = judged.metrics[metric]
-        about = MainResult(data_set=table.name, metric=metric, value=_with_interval(metric, value))
+        about = MainResult(
+            data_set=table.name, metric=metric, value=_with_interval(kinds[metric], value)
+        )
         base, current = rows.get(BASE.name), rows.get(CURRENT.name)
         if judged is base:
             return about
@@ -107,22 +137,22 @@ def main_result(result: EvaluationResult) -> MainResult | None:
         if found is None:
             continue
         against = current.comparisons.get(metric) if current else None
-        ends = interval_text(metric, found.low, found.high)
+        ends = interval_text(kinds[metric], found.low, found.high)
         return about.model_copy(
             update={
                 "verdict": found.verdict,
-                "gain": f"{shown(metric, found.effect, signed=True)} ({ends})",
+                "gain": f"{shown(kinds[metric], found.effect, signed=True)} ({ends})",
                 "current_gap": against.effect if against else None,
             }
         )
     return None
 
 
-def _with_interval(metric: Metric, found: Estimate) -> str:
-    text = shown(metric, found.value)
+def _with_interval(kind: MetricKind, found: Estimate) -> str:
+    text = shown(kind, found.value)
     if found.low is None or found.high is None:
         return text
-    return f"{text} ({interval_text(metric, found.low, found.high)})"
+    return f"{text} ({interval_text(kind, found.low, found.high)})"
 
 
 def advice(result: EvaluationResult) -> str | None:

@@ -12,7 +12,8 @@ from finetune_api.evaluation_results import (
     TableRow,
     TaskMatrix,
 )
-from finetune_trainer.evaluate.recommendation import PRIMARY
+from finetune_api.tasks import Kinds, MetricKind
+from finetune_trainer.evaluate.recommendation import PRIMARY, primary_of
 from finetune_trainer.publish.run_facts import About, Score, by_set
 
 _SHOWN = 3
@@ -78,21 +79,23 @@ class ShownSlices:
     slices: list[ShownSlice]
 
 
-def slices_of(evaluation: EvaluationResult) -> list[ShownSlices]:
+def slices_of(evaluation: EvaluationResult, kinds: Kinds) -> list[ShownSlices]:
     """The test sets that have slices, the worst change first."""
     return [
-        ShownSlices(table.name, metric, [_slice(part, metric, table.name) for part in table.slices])
+        ShownSlices(
+            table.name, metric, [_slice(x, metric, kinds[metric], table.name) for x in table.slices]
+        )
         for table in evaluation.sets
         if table.slices and (metric := table.slices[0].metric)
     ]
 
 
-def _slice(part: Slice, metric: str, name: str) -> ShownSlice:
+def _slice(part: Slice, metric: str, kind: MetricKind, name: str) -> ShownSlice:
     base, tuned = part.base.get(metric), part.tuned.get(metric)
     compared = part.comparison
     score = Score(
-        name, part.samples, metric, base.value if base else None, tuned.value if tuned else None,
-        compared,
+        name, part.samples, metric, kind, base.value if base else None,
+        tuned.value if tuned else None, compared,
     )  # fmt: skip
     p = compared.p_adjusted if compared else None
     return ShownSlice(
@@ -123,11 +126,13 @@ class ShownMatrix:
     """Models whose published results were not read, and why; "" if there are none."""
 
 
-def matrix_table(found: TaskMatrix | None) -> ShownMatrix | None:
+def matrix_table(found: TaskMatrix | None, kinds: Kinds) -> ShownMatrix | None:
     """The matrix of a sequence of runs as text, or None."""
     if found is None:
         return None
-    scores = [Score(c.data_set, c.samples, c.metric, None, 0.0) for c in found.columns]
+    scores = [
+        Score(c.data_set, c.samples, c.metric, kinds[c.metric], None, 0.0) for c in found.columns
+    ]
     pairs = list(zip(scores, found.columns, strict=True))
     averages = [
         f"{what} {100 * value:+.1f} points"
@@ -161,9 +166,9 @@ def tables_of(about: About) -> list[ShownTable]:
 
 def _compared(scores: Sequence[Score]) -> list[Score]:
     """The scores that a table of rows shows, the primary one first: those of answers."""
-    kinds = {score.metric: score for score in scores if score.kind.source != "Loss"}
-    order = [m for m in PRIMARY if m in kinds]
-    return [kinds[m] for m in dict.fromkeys([*order, *kinds])][:_SHOWN]
+    known = {score.metric: score for score in scores if score.kind.source != "Loss"}
+    order = [m for m in (primary_of(known), *PRIMARY) if m in known]
+    return [known[m] for m in dict.fromkeys([*order, *known])][:_SHOWN]
 
 
 def shown_tables(evaluation: EvaluationResult, scores: Iterable[Score]) -> list[ShownTable]:
@@ -189,7 +194,7 @@ def _shown(
 def _row(row: TableRow, shown: Sequence[Score]) -> ShownRow:
     first = shown[0]
     compared = row.comparisons.get(first.metric)
-    ahead = Score(first.data_set, row.samples, first.metric, None, 0.0, compared)
+    ahead = Score(first.data_set, row.samples, first.metric, first.kind, None, 0.0, compared)
     values = []
     for score in shown:
         found = row.metrics.get(score.metric)

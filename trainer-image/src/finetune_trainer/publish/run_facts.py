@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from finetune_api.evaluation_results import (
     ArtefactResult,
@@ -23,7 +23,7 @@ from finetune_api.results import PreparedSummary, TrainSummary
 from finetune_api.run_spec import RunSpec
 from finetune_api.sources import ModelLocation
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.tasks import METRICS, Metric, MetricKind
+from finetune_api.tasks import Kinds, MetricKind
 from finetune_trainer.evaluate.metric_text import interval_text
 from finetune_trainer.prepared.manifest import DataManifest
 from finetune_trainer.prepared.origins import MOST, in_words
@@ -59,16 +59,13 @@ class Score:
     data_set: str
     samples: int
     metric: str
+    kind: MetricKind
     base: float | None
     """Value of the base model; None: not measured."""
     tuned: float | None
     """Value of the tuned model; None: nothing was trained."""
     comparison: Comparison | None = None
     """With the base model; None: not measured, or the metric follows from another one."""
-
-    @property
-    def kind(self) -> MetricKind:
-        return METRICS[cast(Metric, self.metric)]
 
     @property
     def value(self) -> float:
@@ -94,7 +91,7 @@ class Score:
             return "–"
         if found.low is None or found.high is None:
             return self.show(found.value)
-        ends = interval_text(cast(Metric, self.metric), found.low, found.high)
+        ends = interval_text(self.kind, found.low, found.high)
         return f"{self.show(found.value)} ({ends})"
 
     @property
@@ -103,7 +100,7 @@ class Score:
         found = self.comparison
         if found is None:
             return ""
-        return interval_text(cast(Metric, self.metric), found.low, found.high)
+        return interval_text(self.kind, found.low, found.high)
 
     @property
     def verdict(self) -> str:
@@ -199,17 +196,24 @@ def gather(
     drawn_head: bool = False,
 ) -> About:
     """Collect the facts; scores are in the order of the test sets, then of the metrics."""
-    scores = scores_of(with_comparisons(result.summary.scores, evaluation))
+    scores = scores_of(
+        with_comparisons(result.summary.scores, evaluation), run_spec.spec.evaluation.kinds
+    )
     return About(
         run_spec, result, prepared, data, sizes, base, scores, evaluation, sets, drawn_head
     )  # fmt: skip
 
 
-def scores_of(scores: Iterable[DataSetScores]) -> list[Score]:
-    """The test metrics, in the order of the test sets, then of the metrics."""
+def scores_of(scores: Iterable[DataSetScores], kinds: Kinds) -> list[Score]:
+    """The test metrics, in the order of the test sets, then of the metrics.
+
+    Args:
+        kinds: all metrics of the run.
+    """
     return [
         Score(
-            found.name, found.samples, metric, found.base.get(metric), found.tuned.get(metric),
+            found.name, found.samples, metric, kinds[metric], found.base.get(metric),
+            found.tuned.get(metric),
             found.comparisons.get(metric),
         )
         for found in scores
@@ -248,13 +252,14 @@ def metrics_text(about: About) -> str:
                 },
                 **_table_of(about, found.name),
             }
-            for found in summary.scores
+            for found in with_comparisons(summary.scores, about.evaluation)
         ],
         "gates": [gate.to_json() for gate in about.evaluation.gates],
         "current": about.evaluation.current and about.evaluation.current.to_json(),
         "held": about.evaluation.held,
         "artefact": about.evaluation.artefact.to_json() if about.evaluation.artefact else None,
         "matrix": about.evaluation.matrix and about.evaluation.matrix.to_json(),
+        "judge": about.evaluation.judge.to_json() if about.evaluation.judge else None,
         "remedy": about.evaluation.remedy.to_json() if about.evaluation.remedy else None,
         "overfitting": _overfitting(about.overfitting),
         "suspectLabels": _suspects(result.suspects),

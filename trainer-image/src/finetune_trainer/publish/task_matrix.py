@@ -23,7 +23,7 @@ from finetune_api.evaluation_results import (
     TaskMatrix,
 )
 from finetune_api.results import Ancestor
-from finetune_api.tasks import METRICS
+from finetune_api.tasks import Kinds, MetricKind
 from finetune_trainer.evaluate.recommendation import primary_of
 from finetune_trainer.failures import StorageUnavailable, UserError
 from finetune_trainer.publish.measured_sets import MeasuredSet
@@ -53,6 +53,7 @@ def matrix_of(
     lineage: Sequence[Ancestor],
     sets: Sequence[MeasuredSet],
     name: str,
+    kinds: Kinds,
     redact: bool,
 ) -> TaskMatrix | None:
     """Return the matrix of a run; None: no model before it was measured on one of its sets, except
@@ -63,6 +64,7 @@ def matrix_of(
         lineage: models that the run started from, oldest first.
         sets: of the run.
         name: of the run's model.
+        kinds: all metrics of the run.
         redact: see ``predictions_of``.
     """
     tuned = [ancestor for ancestor in lineage if ancestor.run is not None][-MOST_BEFORE:]
@@ -78,13 +80,13 @@ def matrix_of(
             not_read[_name(ancestor)] = error.message
     lines = [line for each in sets for line in predictions_of(each, redact)]
     metrics = {each.name: [str(m) for m in each.metrics] for each in sets}
-    base = Model(stages[-1].model.name, _known(_with_losses_of_base(lines, sets)), metrics)
+    base = Model(stages[-1].model.name, _known(_with_losses_of_base(lines, sets)), metrics, kinds)
     own = frozenset(each.name for each in sets if not each.retention)
     return matrix(
         [
             *stages[:-1],
             replace(stages[-1], model=_joined(stages[-1].model, base)),
-            Stage(Model(name, _known(lines), metrics), own),
+            Stage(Model(name, _known(lines), metrics, kinds), own),
         ],
         not_read,
     )
@@ -104,10 +106,12 @@ def _stages(store: ObjectStore, ancestor: Ancestor, *, first: bool) -> list[Stag
     lines = read_all_predictions(store, results)
     metrics = {found.name: list(found.tuned) for found in results.scores}
     tests = frozenset(table.name for table in results.evaluation.sets if not table.retention)
-    found = [Stage(Model(_name(ancestor), _known(lines), metrics), tests)]
+    found = [Stage(Model(_name(ancestor), _known(lines), metrics, results.kinds), tests)]
     base = _known(map(_of_base, lines))
     if first and base:
-        found.insert(0, Stage(Model("Base", base, metrics), frozenset(), tuned=False))
+        found.insert(
+            0, Stage(Model("Base", base, metrics, results.kinds), frozenset(), tuned=False)
+        )
     return found
 
 
@@ -120,15 +124,16 @@ def matrix(stages: Sequence[Stage], not_read: Mapping[str, str]) -> TaskMatrix |
         not_read: see ``TaskMatrix``.
     """
     names = dict.fromkeys(name for name, _ in stages[-1].model.predictions)
-    columns = [column for name in names if (column := _column(name, stages)) is not None]
+    found = [column for name in names if (column := _column(name, stages)) is not None]
+    columns = [column for column, _ in found]
     if not any(_tells(column) for column in columns):
         return None
-    shares = [c for c in columns if METRICS[c.metric].percent]  # type: ignore[index]
+    shares = [(column, kind) for column, kind in found if kind.percent]
     return TaskMatrix(
         models=[stage.model.name for stage in stages],
         columns=columns,
-        average_forgetting=_mean(c.forgetting for c in shares),
-        backward_transfer=_mean(_gain(c.transfer, c.metric) for c in shares),
+        average_forgetting=_mean(column.forgetting for column, _ in shares),
+        backward_transfer=_mean(_gain(column.transfer, kind) for column, kind in shares),
         not_read=dict(not_read),
     )
 
@@ -139,7 +144,7 @@ def _tells(column: MatrixColumn) -> bool:
     return was_task or any(value is not None for value in column.values[:-2])
 
 
-def _column(name: str, stages: Sequence[Stage]) -> MatrixColumn | None:
+def _column(name: str, stages: Sequence[Stage]) -> tuple[MatrixColumn, MetricKind] | None:
     last = len(stages) - 1
     ours = {sample for sample in stages[-1].model.predictions if sample[0] == name}
     having = [
@@ -155,7 +160,8 @@ def _column(name: str, stages: Sequence[Stage]) -> MatrixColumn | None:
         return None
     values = dict(zip(having, _values(found, metric), strict=True))
     own = next((n for n, stage in enumerate(stages) if name in stage.tests), None)
-    sign = 1 if METRICS[metric].higher_is_better else -1
+    kind = found.metrics[metric]
+    sign = 1 if kind.higher_is_better else -1
     tuned_before = [
         sign * value for n in having[:-1] if stages[n].tuned and (value := values[n]) is not None
     ]
@@ -164,7 +170,7 @@ def _column(name: str, stages: Sequence[Stage]) -> MatrixColumn | None:
     if own in having and own is not None and own < last:
         pair = [_only(stages[n].model, name) for n in (own, last)]
         transfer = compare_on(name, pair, min_points=1.0).models[1].comparisons.get(metric)
-    return MatrixColumn(
+    column = MatrixColumn(
         data_set=name,
         metric=metric,
         samples=found.samples,
@@ -173,6 +179,7 @@ def _column(name: str, stages: Sequence[Stage]) -> MatrixColumn | None:
         forgetting=max(tuned_before) - sign * final if tuned_before and final is not None else None,
         transfer=transfer,
     )
+    return column, kind
 
 
 def _values(found: ComparedSet, metric: str) -> list[float | None]:
@@ -180,11 +187,11 @@ def _values(found: ComparedSet, metric: str) -> list[float | None]:
     return [each.value if each else None for each in known]
 
 
-def _gain(found: Comparison | None, metric: str) -> float | None:
+def _gain(found: Comparison | None, kind: MetricKind) -> float | None:
     """The effect of a comparison; positive: better."""
     if found is None:
         return None
-    return found.effect if METRICS[metric].higher_is_better else -found.effect  # type: ignore[index]
+    return found.effect if kind.higher_is_better else -found.effect
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -194,7 +201,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def _only(model: Model, name: str) -> Model:
     of_set = {sample: line for sample, line in model.predictions.items() if sample[0] == name}
-    return Model(model.name, of_set, model.metrics)
+    return Model(model.name, of_set, model.metrics, model.kinds)
 
 
 def _joined(published: Model, measured: Model) -> Model:
@@ -203,6 +210,7 @@ def _joined(published: Model, measured: Model) -> Model:
         published.name,
         {**published.predictions, **measured.predictions},
         {**published.metrics, **measured.metrics},
+        published.kinds,
     )
 
 
@@ -214,7 +222,7 @@ def _known(lines: Iterable[Prediction]) -> dict[tuple[str, str], Prediction]:
 def _of_base(line: Prediction) -> Prediction:
     """What the base model answered, as the answer of a model of its own. Its loss is not known."""
     found: dict[str, Any] = {"loss": None, "labels": 0, "answers": {}}
-    for by_row in ("answers", "log_likelihoods", "chosen_labels"):
+    for by_row in ("answers", "log_likelihoods", "chosen_labels", "scores"):
         known = getattr(line, by_row)
         if known and BASE.name in known:
             found[by_row] = {TUNED.name: known[BASE.name]}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from finetune_api.remedy import RemedyPoint, RemedyResult
+from finetune_api.tasks import METRICS
 from finetune_trainer.evaluate.metric_text import interval_text, shown
 from finetune_trainer.publish.chart import Line, Point, line_chart
 
@@ -66,13 +67,15 @@ def _row(each: RemedyPoint, found: RemedyResult) -> ShownPoint:
     for change in each.retention:
         text = "–"
         if change.change is not None and change.low is not None and change.high is not None:
-            ends = interval_text("Loss", change.low, change.high)
-            text = f"{shown('Loss', change.change, signed=True)} ({ends})"
+            ends = interval_text(METRICS["Loss"], change.low, change.high)
+            text = f"{shown(METRICS['Loss'], change.change, signed=True)} ({ends})"
         changes.append(text)
     names = {0.0: "0, the base model", 1.0: "1, the tuned model"}
     return ShownPoint(
         name=names.get(each.point, f"{each.point:g}"),
-        validation="–" if each.validation_loss is None else shown("Loss", each.validation_loss),
+        validation="–"
+        if each.validation_loss is None
+        else shown(METRICS["Loss"], each.validation_loss),
         retention=changes,
         verdict=_verdict(each, found),
     )

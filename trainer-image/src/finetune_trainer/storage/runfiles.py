@@ -2,7 +2,8 @@
 
 ``prepared.json``, ``memory-profiles.json`` and ``questions.arrow`` (prepare → train),
 ``base-probabilities.safetensors`` (train → later attempts), ``answers/`` (train → later attempts,
-publish), ``result.json`` (train → publish) and ``evaluation.json`` (publish → its later tries).
+publish), ``result.json`` (train → publish), ``judgements/`` and ``evaluation.json`` (publish → its
+later tries).
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from finetune_api.base import Record
 from finetune_api.evaluation_results import EvaluationResult, Metrics, Row
+from finetune_api.judge import JudgedSet
 from finetune_api.remedy import RemedyResult
 from finetune_api.results import Ancestor, PreparedSummary, TrainSummary
 from finetune_trainer.storage.objects import ObjectStore
@@ -187,6 +189,23 @@ class RowAnswers(Record):
     """Job and run that have measured it; None: this one."""
 
 
+class SetJudgements(Record):
+    """What ``evaluation.judge`` said about a test set."""
+
+    digest: str
+    """Of all that the judge was shown."""
+    said: JudgedSet
+    """In numbers."""
+    scores: list[float | None]
+    """Score of the tuned model's answer to each of the first samples; None: no verdict."""
+    requests: int
+    """Requests that were answered."""
+    prompt_tokens: int
+    """Tokens that were sent."""
+    reply_tokens: int
+    """Tokens of the replies."""
+
+
 class RunResult(Record):
     """Result of training, read by publish."""
 
@@ -270,6 +289,21 @@ def write_row(store: ObjectStore, run_uri: str, answers: RowAnswers) -> None:
 
 def _row_uri(run_uri: str, row: Row) -> str:
     return f"{run_uri}/answers/{row.key}.json"
+
+
+def read_judgements(store: ObjectStore, run_uri: str, name: str) -> SetJudgements | None:
+    """Return what the judge said about a set; None: it was not asked, or by another release."""
+    uri = f"{run_uri}/judgements/{name}.json"
+    if not store.head(uri):
+        return None
+    try:
+        return SetJudgements.model_validate_json(store.get(uri))
+    except ValidationError:
+        return None
+
+
+def write_judgements(store: ObjectStore, run_uri: str, name: str, said: SetJudgements) -> None:
+    store.put(f"{run_uri}/judgements/{name}.json", _text(said))
 
 
 def read_evaluation(store: ObjectStore, run_uri: str) -> EvaluationResult:

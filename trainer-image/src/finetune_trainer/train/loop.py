@@ -26,7 +26,7 @@ from finetune_trainer.engine.planning.schedule import (
 from finetune_trainer.engine.world import Agreement
 from finetune_trainer.evaluate.base_kl import base_kl
 from finetune_trainer.evaluate.measure import overall
-from finetune_trainer.evaluate.scores import GENERATED, better
+from finetune_trainer.evaluate.scores import OF_LOSS, better
 from finetune_trainer.failures import Interrupted
 from finetune_trainer.liveness import stepped
 from finetune_trainer.storage.runfiles import CurvePoint, ValidationPoint
@@ -225,7 +225,7 @@ def measure_validation(session: Session, state: LoopState, clock: Clock) -> None
     watched = [spec.checkpoint.metric]
     if spec.training.early_stopping is not None:
         watched.append(spec.training.early_stopping.metric)
-    only = [m for m in watched if m in GENERATED]
+    only = [m for m in watched if m not in OF_LOSS]
     try:
         results = session.evaluator.sets(
             "validation", session.metrics_of_sets("validation", only or ["Loss"])

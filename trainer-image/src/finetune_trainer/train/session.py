@@ -16,7 +16,6 @@ from torch import nn
 from finetune_api.results import Ancestor, PreparedSummary
 from finetune_api.run_spec import RunSpec
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.tasks import Metric
 from finetune_trainer.engine.base import BaseFiles, fetch_base
 from finetune_trainer.engine.flops import Work, peak
 from finetune_trainer.engine.guard import Guard
@@ -92,7 +91,7 @@ class MeasuringSession:
         """Measures what the attempt spends its time on."""
         return self.checkpointer.recorder
 
-    def metrics_of_sets(self, split: Side, only: Sequence[Metric] = ()) -> dict[str, list[Metric]]:
+    def metrics_of_sets(self, split: Side, only: Sequence[str] = ()) -> dict[str, list[str]]:
         """Return the metrics of each set of a split; ``only`` limits the generated metrics."""
         return metrics_of_sets(self.data, self.spec, split, only)
 

@@ -20,8 +20,8 @@ import numpy as np
 
 from finetune_api.evaluation_results import RETRIEVAL
 from finetune_api.spec import FineTuneJobSpec
-from finetune_trainer.evaluate.metric_selection import metrics_of
-from finetune_trainer.evaluate.scores import GENERATED
+from finetune_trainer.evaluate.metric_selection import measured_on
+from finetune_trainer.evaluate.scores import need_answers
 from finetune_trainer.failures import UserError
 from finetune_trainer.prepare.questions.examples import Ids, Pool
 from finetune_trainer.prepare.questions.joining import Joint
@@ -152,8 +152,7 @@ def _test_sets(spec: FineTuneJobSpec, data: PreparedData, model: Model) -> list[
     for number, name in data.set_names("test"):
         entry = data.manifest.sets[number]
         form = entry.format
-        wanted = metrics_of(entry, spec.evaluation.metrics, spec.task)
-        if not any(metric in GENERATED for metric in wanted):
+        if not need_answers(measured_on(entry, spec)):
             continue
         positions = np.flatnonzero(data.index("test").set == number)[:most].tolist()
         chat = ChatTemplate(model.tokenizer, model.source) if form == "Messages" else None
