@@ -23,7 +23,7 @@ from typing import Any, Final
 import numpy as np
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.tasks import METRICS, Metric
+from finetune_api.tasks import METRICS
 from finetune_trainer.engine.base import BaseFiles
 from finetune_trainer.engine.memory.profiling import frozen_dtype
 from finetune_trainer.engine.precision import precision_of
@@ -139,9 +139,7 @@ def sets_of_questions(
     return found
 
 
-def _labels(
-    data: PreparedData, number: int, wanted: Sequence[Metric]
-) -> Mapping[str, Sequence[int]]:
+def _labels(data: PreparedData, number: int, wanted: Sequence[str]) -> Mapping[str, Sequence[int]]:
     scored = any(METRICS[metric].source == "LabelScores" for metric in wanted)
     return data.manifest.sets[number].labels if scored else {}
 
