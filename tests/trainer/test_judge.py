@@ -244,11 +244,11 @@ def test_win_rate_is_compared_with_the_base_model(s3: Any, bucket: str) -> None:
         asked = len(server.requests)
         (again,), same = judging([found])
         assert len(server.requests) == asked == 72, "judgements are kept"
-        assert same == result and again.tuned.scores == scored.tuned.scores
+        assert same == result and again.judged.scores == scored.judged.scores
         judging([measured(["wrong"] * 40, ["right"] * 40)])
         assert len(server.requests) > asked, "other answers are judged"
     assert all("[EMAIL]" in parts_of(r)["prompt"] for r in server.requests)
-    assert scored.tuned.scores[WIN_RATE] == [1.0] * 30 + [0.5] * 6 + [None] * 4
+    assert scored.judged.scores[WIN_RATE] == [1.0] * 30 + [0.5] * 6 + [None] * 4
     rows = rows_of(scored.answered, scored.references, scored.groups)
     table = table_of("support", rows, TUNED, scored.metrics, 2.0)
     base, few, tuned = table.rows

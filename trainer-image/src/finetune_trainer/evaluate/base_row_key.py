@@ -23,12 +23,11 @@ from typing import Any, Final
 import numpy as np
 
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.tasks import METRICS
 from finetune_trainer.engine.base import BaseFiles
 from finetune_trainer.engine.memory.profiling import frozen_dtype
 from finetune_trainer.engine.precision import precision_of
 from finetune_trainer.evaluate.answering import HeldOutSet, held_out_sets, metrics_of_sets
-from finetune_trainer.evaluate.measure import Evaluator
+from finetune_trainer.evaluate.measure import OF_LABELS, Evaluator
 from finetune_trainer.evaluate.scores import need_answers
 from finetune_trainer.prepared.dataset import PreparedData
 from finetune_trainer.prepared.halves import Halves
@@ -140,7 +139,7 @@ def sets_of_questions(
 
 
 def _labels(data: PreparedData, number: int, wanted: Sequence[str]) -> Mapping[str, Sequence[int]]:
-    scored = any(METRICS[metric].source == "LabelScores" for metric in wanted)
+    scored = not OF_LABELS.isdisjoint(wanted)
     return data.manifest.sets[number].labels if scored else {}
 
 

@@ -41,7 +41,7 @@ from finetune_trainer.prepared.split import Side
 from finetune_trainer.storage.runfiles import LabelScores
 
 Floats = npt.NDArray[np.float64]
-_OF_LABELS = frozenset(metrics_from("LabelScores"))
+OF_LABELS: Final = frozenset(metrics_from("LabelScores"))
 
 
 class Answer(NamedTuple):
@@ -257,7 +257,7 @@ class Evaluator:
             prompts: tokens of each, shape [tokens].
             wanted: metrics of the set.
         """
-        if not prompts or _OF_LABELS.isdisjoint(wanted):
+        if not prompts or OF_LABELS.isdisjoint(wanted):
             return None
         labels = self.data.manifest.sets[number].labels
         tokens = scored_tokens(labels, self.data.manifest.stop_token_ids)
