@@ -19,10 +19,7 @@ from finetune_trainer.prepared.halves import Halves, reported_part, sample_diges
 from finetune_trainer.prepared.split import TESTED, Side
 from finetune_trainer.storage import runfiles
 from finetune_trainer.storage.objects import ObjectStore
-from finetune_trainer.storage.runfiles import Example, RowAnswers, RunResult, SetAnswers
-
-EXAMPLES = 8
-"""Samples of each set that the report shows, with all answers."""
+from finetune_trainer.storage.runfiles import RowAnswers, RunResult, SetAnswers
 
 
 @dataclass(frozen=True)
@@ -47,19 +44,6 @@ class MeasuredSet:
     @property
     def tuned(self) -> Answered:
         return next(row for row in self.answered if row.row == TUNED)
-
-    def examples(self) -> list[Example]:
-        """The first samples that were answered, with all answers."""
-        said: list[dict[str, str]] = [{} for _ in self.references[:EXAMPLES]]
-        for row in self.answered:
-            for number, answer in zip(row.samples, row.answers, strict=True):
-                if number < len(said):
-                    said[number].setdefault(row.row.name, answer)
-        return [
-            Example(prompt=r.prompt, reference=r.completion, answers=answers)
-            for r, answers in zip(self.references, said, strict=False)
-            if answers
-        ]
 
 
 def measured_sets(

@@ -1,9 +1,9 @@
-"""``report.html``: a self-contained page with a run's metrics, loss, data and examples."""
+"""``report.html``: a self-contained page with a run's metrics, loss, data and samples."""
 
 from __future__ import annotations
 
 import json
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from finetune_api.evaluation_results import TUNED
 from finetune_trainer.pages import page
@@ -12,6 +12,7 @@ from finetune_trainer.publish.memorisation import memorisation_text, memorisatio
 from finetune_trainer.publish.results import main_result
 from finetune_trainer.publish.row_tables import counted, matrix_table, slices_of, tables_of
 from finetune_trainer.publish.run_facts import DRAWN_HEAD, About, artefact_text, by_set, settings
+from finetune_trainer.publish.side_by_side import QUOTA, Change
 from finetune_trainer.publish.suspects import suspects_hint
 from finetune_trainer.publish.trade_off import trade_off
 
@@ -63,6 +64,8 @@ def render(about: About, data_report: bytes) -> str:
         artefact=artefact_text(about.evaluation.artefact),
         data=_data_rows(json.loads(data_report)),
         previews=_previews(json.loads(data_report)),
+        changes=get_args(Change),
+        quota=QUOTA,
     )
 
 

@@ -54,17 +54,6 @@ class ValidationPoint(Record):
     classifier, no validation samples, or an earlier trainer."""
 
 
-class Example(Record):
-    """One test sample with the answers of all rows."""
-
-    prompt: str
-    """Prompt of the sample."""
-    reference: str
-    """The correct answer."""
-    answers: dict[str, str]
-    """Answer by row, of the first draw."""
-
-
 class SampleOrigin(Record):
     """Position of a training sample in the prepared data."""
 
